@@ -1,0 +1,160 @@
+"""The step loop.
+
+    plain:     schedule N | execute N ........ | update N | schedule N+1 | ...
+    overlap:   schedule N | launch N | update N-1 | schedule N+1 | launch N+1 | update N | ...
+
+With overlap the host plans step N+1 while the device computes N: the request's token of step N is then *pending*
+(`Request.num_pending_tokens`), and a request that ends by a stop token has computed one token too many, which is
+dropped. Overlap never changes tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.clock import Clock
+from engine.errors import EngineError
+from engine.ledger import MemoryLedger
+from engine.plan import KVAllocator, KVUsage, SchedulerProtocol, StepPlan
+from engine.request import Request
+from engine.runner.base import ModelRunner, PendingTokens, StepResult
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """One step, for whoever records or streams it. Times in seconds on the engine's clock.
+
+    Attributes:
+        index: number of the step, from 0.
+        plan: what was computed.
+        result: the step's tokens, aligned with `plan.scheduled`.
+        finished: requests that ended with this step; `plan.rejected` ended before it.
+        usage: the ledger's raw counts during the step: slots allocated, nothing freed yet.
+        num_running: requests running during the step.
+        num_waiting: requests waiting during the step.
+        start_time: when scheduling began.
+        launch_time: when the plan was ready.
+        end_time: when its tokens were on the host.
+    """
+
+    index: int
+    plan: StepPlan
+    result: StepResult
+    finished: list[Request]
+    usage: KVUsage
+    num_running: int
+    num_waiting: int
+    start_time: float
+    launch_time: float
+    end_time: float
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A launched step whose tokens are not back yet."""
+
+    output: StepOutput
+    pending: PendingTokens
+
+
+@dataclass
+class Engine:
+    """Drives one scheduler, allocator and runner. Not thread-safe: one caller steps it.
+
+    Args:
+        scheduler: who runs next; it was given the same `allocator`.
+        allocator: who owns which slots.
+        runner: computes the steps.
+        clock: the only source of time.
+        overlap: plan step N+1 while step N runs.
+        ledger: accounts for every slot of every step, and fails the run if a step does not add up.
+    """
+
+    scheduler: SchedulerProtocol
+    allocator: KVAllocator
+    runner: ModelRunner
+    clock: Clock
+    overlap: bool = False
+    ledger: MemoryLedger | None = None
+    num_steps: int = 0
+    _in_flight: _InFlight | None = field(default=None, repr=False)
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request waits, runs, or is in flight."""
+        return self.scheduler.has_work or self._in_flight is not None
+
+    def add(self, req: Request) -> None:
+        """Queue a request. Raises RequestRejected when it can never run here."""
+        self.scheduler.add(req)
+
+    def abort(self, request_id: str) -> Request | None:
+        """End a request; its slots are free before the next step is planned."""
+        req = self.scheduler.abort(request_id)
+        if req is not None:
+            self.runner.release([request_id])
+        return req
+
+    def step(self) -> StepOutput | None:
+        """Run one step. None when there was nothing to compute (see `SchedulerProtocol.wake_time`).
+
+        Under overlap the returned step is the one launched by the *previous* call.
+
+        Raises:
+            EngineError: the ledger does not add up, or the device failed.
+        """
+        start = self.clock.now()
+        plan = self.scheduler.schedule(start)
+        launched = self._launch(plan, start) if plan.scheduled or plan.rejected or plan.copies else None
+        if not self.overlap:
+            return self._finish(launched) if launched else None
+        previous, self._in_flight = self._in_flight, launched
+        return self._finish(previous) if previous else None
+
+    def _launch(self, plan: StepPlan, start: float) -> _InFlight:
+        usage = self.allocator.usage(self.scheduler.head())
+        if self.ledger is not None:
+            self.ledger.observe(plan, usage)
+        output = StepOutput(
+            index=self.num_steps,
+            plan=plan,
+            result=StepResult([]),
+            finished=[],
+            usage=usage,
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            start_time=start,
+            launch_time=self.clock.now(),
+            end_time=start,
+        )
+        self.num_steps += 1
+        return _InFlight(output, self.runner.execute(plan, self.allocator))
+
+    def _finish(self, step: _InFlight) -> StepOutput:
+        output = step.output
+        output.result = step.pending.result()
+        output.end_time = self.clock.now()
+        output.finished = self.scheduler.update(output.plan, output.result.token_ids)
+        ended = [req.request_id for req in (*output.finished, *output.plan.rejected)]
+        if ended:
+            self.runner.release(ended)
+        return output
+
+
+def run_to_completion(engine: Engine, requests: Sequence[Request]) -> list[StepOutput]:
+    """Add `requests` at once and step until all have ended. For tests and small scripts."""
+    for req in requests:
+        engine.add(req)
+    outputs = []
+    while engine.has_work:
+        output = engine.step()
+        if output is not None:
+            outputs.append(output)
+            continue
+        if engine.has_work and engine._in_flight is None:
+            wake = engine.scheduler.wake_time(engine.clock.now())
+            if wake is None:
+                raise EngineError("the scheduler has requests and plans nothing: no progress is possible")
+            engine.clock.sleep_until(wake)
+    return outputs

@@ -1,0 +1,215 @@
+"""Requests and their sampling parameters: host-only records, free of torch.
+
+A request has no prefill or decode mode. It has `num_computed_tokens`, which catches up with `num_tokens`:
+
+    prompt_token_ids                 output_token_ids     (pending)
+    |------------------------------|---------------------|- - - -|
+    0 ......... num_computed_tokens ......... num_tokens
+
+`num_pending_tokens` counts tokens that the device has sampled and the host has not seen yet. It is 0 unless the
+engine overlaps scheduling with execution.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.errors import RequestError
+
+
+class RequestStatus(enum.Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"  # waiting, with its KV in host memory
+    FINISHED = "finished"
+
+
+class FinishReason(enum.Enum):
+    """Why a request ended."""
+
+    STOP = "stop"  # an end-of-sequence or stop token
+    LENGTH = "length"  # max_tokens reached
+    ABORT = "abort"  # the client went away
+    REJECTED = "rejected"  # can never run on this engine
+    ERROR = "error"  # the engine failed it
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to pick a request's tokens. Validated where it is made, never changed afterwards.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: nucleus mass in (0, 1].
+        top_k: number of most likely tokens kept; 0 keeps all.
+        min_p: drop tokens below this share of the most likely token's probability, in [0, 1].
+        seed: seed of the request's own random stream; None lets the engine derive one from its seed and the request id.
+        max_tokens: most output tokens, at least 1.
+        min_tokens: end-of-sequence and stop tokens are barred until so many output tokens exist.
+        stop_token_ids: tokens that end the request, beside the model's end-of-sequence tokens.
+        ignore_eos: do not end at the model's end-of-sequence tokens.
+        presence_penalty: subtracted once from the logit of each token in the output, in [-2, 2].
+        frequency_penalty: subtracted per occurrence in the output, in [-2, 2].
+        repetition_penalty: divides positive and multiplies negative logits of seen tokens (prompt and output), > 0.
+        logit_bias: token id -> value added to its logit.
+        logprobs: number of most likely tokens whose log-probabilities are returned beside the sampled one's;
+            None returns none.
+        n: number of parallel samples of the prompt.
+
+    Raises:
+        RequestError: a value out of range; `param` names it.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, must: str) -> None:
+            if not ok:
+                raise RequestError(f"{name}={getattr(self, name)!r} must be {must}", param=name)
+
+        finite = (self.temperature, self.top_p, self.min_p, self.presence_penalty, self.frequency_penalty)
+        for name, value in zip(
+            ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"), finite, strict=True
+        ):
+            check(math.isfinite(value), name, "a finite number")
+        check(self.temperature >= 0, "temperature", "at least 0 (0 is greedy)")
+        check(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        check(self.top_k >= 0, "top_k", "at least 0 (0 keeps all tokens)")
+        check(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
+        check(self.max_tokens >= 1, "max_tokens", "at least 1")
+        check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
+        check(-2 <= self.presence_penalty <= 2, "presence_penalty", "in [-2, 2]")
+        check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
+        check(
+            self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
+            "repetition_penalty",
+            "a finite number above 0",
+        )
+        check(all(math.isfinite(v) for v in self.logit_bias.values()), "logit_bias", "finite for every token")
+        check(self.logprobs is None or self.logprobs >= 0, "logprobs", "at least 0")
+        check(self.n >= 1, "n", "at least 1")
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One request: what was asked, and how far it is. Compared and hashed by identity.
+
+    The first group of fields is set by the caller and never changed; the second is the engine's.
+
+    Attributes:
+        request_id: unique in the engine.
+        prompt_token_ids: at least one token.
+        sampling: how tokens are picked and when the request ends.
+        arrival_time: the *scheduled* arrival in seconds on the engine's clock; latencies count from here.
+        priority: lower runs first (the priority scheduler).
+        client_id: whose request it is (the fair scheduler).
+        cache_salt: requests share prefix-cache blocks only with requests of the same salt.
+        eos_token_ids: the model's end-of-sequence tokens (empty with `ignore_eos`).
+        oracle_output_len: the true output length, if the workload knows it. Only reservation policies and
+            shortest-first schedulers may read it.
+        parent: for parallel sampling, the request whose prompt KV this one may share.
+
+        output_token_ids: tokens sampled so far.
+        num_computed_tokens: positions whose KV is in the pool, or will be when the scheduled steps have run.
+            The scheduler advances it when it schedules.
+        num_pending_tokens: tokens sampled on the device that the host has not seen.
+        num_slots: positions [0, num_slots) may be written without asking the allocator again. Kept by the
+            allocator; 0 when the request owns nothing.
+        num_cached_tokens: prompt tokens served from the prefix cache at first admission.
+        num_recomputed_tokens: tokens computed again because a preemption dropped them.
+        num_preemptions: how often it was preempted.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    arrival_time: float = 0.0
+    priority: int = 0
+    client_id: str = ""
+    cache_salt: str = ""
+    eos_token_ids: frozenset[int] = frozenset()
+    oracle_output_len: int | None = None
+    parent: Request | None = None
+
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    num_slots: int = 0
+    num_cached_tokens: int = 0
+    num_recomputed_tokens: int = 0
+    num_preemptions: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    # Tokens that end the request: eos_token_ids and sampling.stop_token_ids together. Derived once: it is read per token.
+    stop_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise RequestError(
+                f"request {self.request_id!r} has a prompt of zero tokens; give it at least one",
+                param="prompt",
+            )
+        eos = frozenset() if self.sampling.ignore_eos else self.eos_token_ids
+        self.stop_ids = eos | frozenset(self.sampling.stop_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt in tokens."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known to the host: prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Most tokens that the request can ever have: prompt + max_tokens."""
+        return len(self.prompt_token_ids) + self.sampling.max_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """True when the request has ended, for whatever reason."""
+        return self.status is RequestStatus.FINISHED
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Tokens at positions [start, stop) of prompt + output."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_token_ids[start:stop]
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : stop - num_prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]
+
+    def stop_reason(self) -> FinishReason | None:
+        """Whether the last output token ends the request, and why."""
+        num_output = len(self.output_token_ids)
+        if self.output_token_ids[-1] in self.stop_ids and num_output > self.sampling.min_tokens:
+            return FinishReason.STOP
+        if num_output >= self.sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+
+def total_tokens(requests: Sequence[Request]) -> int:
+    """Sum of prompt and output tokens of `requests`."""
+    return sum(request.num_tokens for request in requests)

@@ -1,0 +1,1 @@
+"""Workloads, arrivals, the driver, measurements, sweeps and paper reproductions."""
