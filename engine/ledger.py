@@ -130,11 +130,6 @@ class MemoryLedger:
             "cached": raw["cached"],
             "free": raw["free"],
         }
-        if (
-            any((column < 0).any() for column in split.values())
-            or (sum(split.values()) != raw["total"]).any()
-        ):
-            raise EngineError(
-                "the settled KV ledger does not add up to the pool; this is a bug of the ledger"
-            )
+        if any((column < 0).any() for column in split.values()) or (sum(split.values()) != raw["total"]).any():
+            raise EngineError("the settled KV ledger does not add up to the pool; this is a bug of the ledger")
         return split | {name: raw[name] for name in ("total", "shared_saved", "held")}

@@ -159,7 +159,7 @@ class Request:
     num_preemptions: int = 0
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
-    # Tokens that end the request: eos_token_ids and sampling.stop_token_ids together. Derived once: it is read per token.
+    # eos_token_ids and sampling.stop_token_ids together. Derived once, because it is read for every token.
     stop_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
