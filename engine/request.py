@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.errors import RequestError
 
@@ -137,6 +137,7 @@ class Request:
         num_cached_tokens: prompt tokens served from the prefix cache at first admission.
         num_recomputed_tokens: tokens computed again because a preemption dropped them.
         num_preemptions: how often it was preempted.
+        error: why it was rejected or failed, one line; empty otherwise.
     """
 
     request_id: str
@@ -159,6 +160,7 @@ class Request:
     num_preemptions: int = 0
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
+    error: str = ""
     # eos_token_ids and sampling.stop_token_ids together. Derived once, because it is read for every token.
     stop_ids: frozenset[int] = field(init=False)
 
@@ -213,3 +215,39 @@ class Request:
 def total_tokens(requests: Sequence[Request]) -> int:
     """Sum of prompt and output tokens of `requests`."""
     return sum(request.num_tokens for request in requests)
+
+
+def expand(req: Request) -> list[Request]:
+    """The `sampling.n` requests of a parallel-sampling request, named `{request_id}-{i}`; `[req]` itself for n = 1.
+
+    The first computes the prompt and is the parent of the others, which may share its KV. Seeds differ: sample 0
+    keeps the seed, so that it gives the tokens of the same request with n = 1.
+
+    Args:
+        req: a request that was not added to an engine.
+
+    Returns:
+        n requests in the order in which they must be added.
+    """
+    if req.sampling.n == 1:
+        return [req]
+    samples: list[Request] = []
+    for i in range(req.sampling.n):
+        seed = req.sampling.seed
+        if seed is not None and i > 0:
+            seed = (seed + i * 0x9E3779B97F4A7C15) % 2**63
+        samples.append(
+            Request(
+                request_id=f"{req.request_id}-{i}",
+                prompt_token_ids=req.prompt_token_ids,
+                sampling=replace(req.sampling, n=1, seed=seed),
+                arrival_time=req.arrival_time,
+                priority=req.priority,
+                client_id=req.client_id,
+                cache_salt=req.cache_salt,
+                eos_token_ids=req.eos_token_ids,
+                oracle_output_len=req.oracle_output_len,
+                parent=samples[0] if samples else None,
+            )
+        )
+    return samples
