@@ -1,0 +1,105 @@
+"""The settings that the driver itself reads, validated where they are made.
+
+Strategies, workloads and arrivals validate their own options; these are the sections `engine`, `kv_cache`,
+`sampling`, `driver` and `report` of conf/config.yaml.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from omegaconf import DictConfig, OmegaConf
+
+from engine.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def _check(ok: bool, key: str, value: object, must: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key}={value} must be {must}")
+
+
+def _is_int(value: object, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class _Section:
+    """Reads a frozen dataclass from the config section of the same field names."""
+
+    @classmethod
+    def from_config(cls, section: DictConfig) -> Self:
+        """Build from a config section. Raises ConfigError on an unknown key or a value out of range."""
+        values: dict[str, Any] = OmegaConf.to_container(section, resolve=True)  # type: ignore[assignment]
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown key {key!r}; known here: {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class EngineConfig(_Section):
+    """Section `engine`."""
+
+    max_model_len: int | None
+    dtype: str
+    device: str
+    overlap: bool
+    seed: int
+    gpu_memory_utilization: float
+
+    def __post_init__(self) -> None:
+        length = self.max_model_len
+        _check(length is None or _is_int(length, 2), "engine.max_model_len", length, "an integer above 1, or null")
+        _check(self.dtype in DTYPES, "engine.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        _check(self.device in DEVICES, "engine.device", self.device, f"one of {', '.join(DEVICES)}")
+        _check(isinstance(self.overlap, bool), "engine.overlap", self.overlap, "true or false")
+        _check(_is_int(self.seed, 0), "engine.seed", self.seed, "an integer of at least 0")
+        share = self.gpu_memory_utilization
+        _check(_is_number(share) and 0 < share <= 1, "engine.gpu_memory_utilization", share, "in (0, 1]")
+
+
+@dataclass(frozen=True)
+class KVCacheConfig(_Section):
+    """Section `kv_cache`: at most one of the three says how large the pool is."""
+
+    num_slots: int | None
+    num_blocks: int | None
+    memory_gib: float | None
+
+    def __post_init__(self) -> None:
+        for key in ("num_slots", "num_blocks"):
+            value = getattr(self, key)
+            _check(value is None or _is_int(value, 1), f"kv_cache.{key}", value, "an integer of at least 1, or null")
+        gib = self.memory_gib
+        _check(gib is None or (_is_number(gib) and gib > 0), "kv_cache.memory_gib", gib, "above 0, or null")
+
+    @classmethod
+    def from_config(cls, section: DictConfig) -> Self:
+        """Build from the section; `num_blocks` or `memory_gib`, when given, replaces the default `num_slots`."""
+        config = super().from_config(section)
+        if config.num_blocks is not None and config.memory_gib is not None:
+            raise ConfigError("kv_cache.num_blocks and kv_cache.memory_gib both set the pool's size; give one of them")
+        if config.num_blocks is not None or config.memory_gib is not None:
+            return cls(num_slots=None, num_blocks=config.num_blocks, memory_gib=config.memory_gib)
+        return config
+
+
+@dataclass(frozen=True)
+class DriverConfig(_Section):
+    """Section `driver`."""
+
+    warmup: bool
+    max_lateness: float
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.warmup, bool), "driver.warmup", self.warmup, "true or false")
+        late = self.max_lateness
+        _check(_is_number(late) and late > 0, "driver.max_lateness", late, "above 0 (seconds)")

@@ -1,0 +1,113 @@
+"""The driver: hands requests to an engine when they are due, and steps it until all have ended.
+
+Open loop: a request is handed over at its scheduled arrival, whatever the engine does; a step that runs meanwhile
+delays it, and that lateness is recorded. Latencies count from the scheduled arrival, so a late driver cannot make
+an engine look fast. Closed loop: each of N users sends the next request when the previous one has ended.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+
+from engine.core import Engine
+from engine.errors import EngineError, RequestRejected
+from engine.request import Request
+from experiments.record import RunRecorder
+
+
+class _Arrivals:
+    """Requests by the time they are due."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._order = itertools.count()
+        self._heap = [(req.arrival_time, next(self._order), req) for req in requests]
+        heapq.heapify(self._heap)
+
+    def push(self, req: Request) -> None:
+        heapq.heappush(self._heap, (req.arrival_time, next(self._order), req))
+
+    def next_time(self) -> float | None:
+        return self._heap[0][0] if self._heap else None
+
+    def pop_due(self, now: float) -> list[Request]:
+        due = []
+        while self._heap and self._heap[0][0] <= now:
+            due.append(heapq.heappop(self._heap)[2])
+        return due
+
+
+class ClosedLoop:
+    """N users who take requests from one list, each waiting `think_time` seconds after an answer."""
+
+    def __init__(self, requests: Sequence[Request], num_users: int, think_time: float = 0.0) -> None:
+        self._rest = iter(requests)
+        self._think_time = think_time
+        self.first = list(itertools.islice(self._rest, num_users))
+
+    def on_end(self, now: float) -> Request | None:
+        """The next request of the user whose request ended at `now`, or None when the list is used up."""
+        req = next(self._rest, None)
+        if req is not None:
+            req.arrival_time = now + self._think_time
+        return req
+
+
+def drive(
+    engine: Engine,
+    requests: Sequence[Request],
+    recorder: RunRecorder,
+    *,
+    closed_loop: ClosedLoop | None = None,
+    on_progress: Callable[[RunRecorder], None] | None = None,
+) -> None:
+    """Run `requests` to their end.
+
+    Args:
+        engine: steps the requests; its clock starts at 0.
+        requests: with their scheduled arrivals; ignored under `closed_loop`.
+        recorder: told of each hand-over, refusal and step.
+        closed_loop: where the requests come from when users wait for answers.
+        on_progress: called after every step.
+
+    Raises:
+        EngineError: requests wait and nothing can ever run, or the device failed.
+    """
+    arrivals = _Arrivals(closed_loop.first if closed_loop else requests)
+
+    def ended(now: float, count: int) -> None:
+        for _ in range(count if closed_loop else 0):
+            req = closed_loop.on_end(now) if closed_loop else None
+            if req is not None:
+                arrivals.push(req)
+
+    while arrivals.next_time() is not None or engine.has_work:
+        now = engine.clock.now()
+        for req in arrivals.pop_due(now):
+            recorder.on_submit(req, now)
+            try:
+                engine.add(req)
+            except RequestRejected as error:
+                recorder.on_rejected(req, now, str(error))
+                ended(now, 1)
+        step = engine.step() if engine.has_work else None
+        if step is not None:
+            recorder.on_step(step)
+            ended(step.end_time, len(step.finished) + len(step.plan.rejected))
+            if on_progress is not None:
+                on_progress(recorder)
+        elif not engine.in_flight:
+            _sleep(engine, arrivals.next_time())
+
+
+def _sleep(engine: Engine, next_arrival: float | None) -> None:
+    """Nothing to compute: wait for the next arrival or for a batch to form."""
+    wake = engine.scheduler.wake_time(engine.clock.now()) if engine.has_work else None
+    times = [when for when in (wake, next_arrival) if when is not None]
+    if times:
+        engine.clock.sleep_until(min(times))
+    elif engine.has_work:
+        raise EngineError(
+            f"{engine.scheduler.num_waiting} requests wait and none can ever run: a scheduler or allocator bug"
+        )

@@ -1,0 +1,106 @@
+"""The Hydra entry behind run.py, with errors that a person can read.
+
+Hydra prints its own errors over several lines and hides the cause of a failed instantiation. Here every mistake in
+the config or its values becomes one line on stderr and exit code 2; a bug keeps its stack trace.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from engine.errors import KvarenaError
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+USER_ERROR = 2
+
+
+def main() -> int:
+    """Run the job, or the sweep with -m, that the command line describes; returns the exit code."""
+    # Hydra then raises its errors instead of printing them and exiting (hydra/_internal/utils.py).
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        _hydra_main()
+    except (KvarenaError, HydraException, OmegaConfBaseException) as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
+def _hydra_main(cfg: DictConfig) -> None:
+    # Imported here: a typing error in the command line is answered without loading torch.
+    from experiments.job import run_job
+
+    run_job(cfg)
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for a person, or None when `error` is not the user's doing but a bug."""
+    chain = _causes(error)
+    for cause in chain:
+        if isinstance(cause, KvarenaError):
+            return str(cause)
+    if isinstance(error, InstantiationException):
+        return _explain_instantiation(error, chain)
+    text = " ".join(str(error).split())
+    key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if key:
+        return f"unknown config key {key[1]!r}{_suggestion(key[1])}"
+    return text
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return chain
+
+
+def _explain_instantiation(error: InstantiationException, chain: list[BaseException]) -> str | None:
+    """A constructor refused its arguments: a wrong type in the config, else a bug."""
+    section = re.search(r"full_key: (\S+)", str(error))
+    where = f"config section {section[1]!r}: " if section else ""
+    cause = chain[-1]
+    return f"{where}{cause}" if isinstance(cause, (TypeError, ValueError)) else None
+
+
+def _suggestion(key: str) -> str:
+    """The config keys most like `key`, for the error line."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("config")
+    known: list[str] = []
+
+    def walk(node: object, prefix: str) -> None:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                known.append(f"{prefix}{name}")
+                walk(child, f"{prefix}{name}.")
+
+    walk(OmegaConf.to_container(cfg), "")
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    if not near:
+        section = key.rsplit(".", 1)[0]
+        near = [name for name in known if name.startswith(f"{section}.")] or [n for n in known if "." not in n]
+        return f"; known: {', '.join(near)}"
+    return f"; did you mean {' or '.join(near)}?"

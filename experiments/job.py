@@ -1,0 +1,133 @@
+"""The main job: build what the config says, run it, write the run's files and its report."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import reports.run_report
+import reports.terminal
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from engine.core import run_to_completion
+from engine.errors import KvarenaError
+from experiments.build import Setup, build
+from experiments.driver import drive
+from experiments.files import ERROR_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.output import Progress, print_result
+from experiments.provenance import git_state, machine, peak_rss_bytes, versions
+from experiments.record import RunRecorder
+
+SCHEMA_VERSION = 1
+
+
+def run_job(cfg: DictConfig) -> None:
+    """Run one cell and print its report's place. In a sweep, a failure is recorded and the sweep goes on.
+
+    Raises:
+        KvarenaError: a bad setting or a failed run (outside a sweep).
+    """
+    hydra = HydraConfig.get()
+    run_dir = Path(hydra.runtime.output_dir)
+    choices = {group: hydra.runtime.choices[group] for group in ("allocator", "scheduler", "workload", "arrival")}
+    name = f"{choices['allocator']} x {choices['scheduler']}"
+    try:
+        summary = execute(cfg, run_dir, name, choices)
+    except KvarenaError as error:
+        if hydra.mode is None or hydra.mode.name != "MULTIRUN":
+            raise
+        (run_dir / ERROR_FILE).write_text(json.dumps({"name": name, "error": str(error)}) + "\n")
+        Console(stderr=True).print(f"{name}: {error}", highlight=False, markup=False)
+        return
+    Console().print(reports.terminal.run_table(summary))
+    report = run_dir / "report.html"
+    Console().print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+    print_result({"run_dir": str(run_dir), "report": str(report), "summary": summary})
+
+
+def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) -> dict[str, Any]:
+    """Run one cell into `run_dir` and return its report's summary.
+
+    Args:
+        cfg: the resolved config, without the hydra node.
+        run_dir: an existing folder.
+        name: how the cell is called in reports.
+        choices: the config groups' chosen options (`allocator`, `scheduler`, `workload`, `arrival`).
+    """
+    setup = build(cfg)
+    warmup_time = warm_up(setup) if setup.driver.warmup else 0.0
+    recorder = RunRecorder()
+    progress = Progress(name, len(setup.requests), bool(cfg.report.progress))
+    # The host's garbage collector would show as pauses of single steps: collect now, then only by reference counts.
+    gc.collect()
+    gc.freeze()
+    try:
+        setup.start_clock()
+        drive(setup.engine, setup.requests, recorder, closed_loop=setup.closed_loop, on_progress=progress)
+    finally:
+        gc.unfreeze()
+        progress.close()
+    recorder.write_requests(run_dir / REQUESTS_FILE)
+    recorder.write_steps(run_dir / STEPS_FILE, setup.ledger)
+    manifest = _manifest(cfg, setup, recorder, name, choices) | {
+        "run": {
+            "wall_time": recorder.wall_time,
+            "num_steps": recorder.num_steps,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "max_lateness": recorder.max_lateness,
+            "lateness_bound": setup.driver.max_lateness,
+            "warmup_time": warmup_time,
+        }
+    }
+    (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
+    return reports.run_report.write_run_report(run_dir)
+
+
+def warm_up(setup: Setup) -> float:
+    """Run the warm-up requests on an engine of their own (same runner and pool); returns the seconds it took.
+
+    Lazy initialisation happens here and not in the first measured step; the measured allocator's prefix cache
+    stays cold, because the warm-up has an allocator of its own.
+    """
+    start = setup.warmup_engine.clock.now()
+    run_to_completion(setup.warmup_engine, setup.warmup_requests)
+    return setup.warmup_engine.clock.now() - start
+
+
+def _manifest(
+    cfg: DictConfig, setup: Setup, recorder: RunRecorder, name: str, choices: dict[str, str]
+) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": name,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "strategy": {
+            "allocator": choices["allocator"],
+            "scheduler": choices["scheduler"],
+            "details": _options(cfg.allocator) | _options(cfg.scheduler),
+        },
+        "arrival": {"name": choices["arrival"]} | _options(cfg.arrival),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "git": git_state(),
+        "machine": machine(),
+        "versions": versions(),
+        "model": setup.model_facts,
+        "pool": setup.pool_facts,
+        "workload": {
+            "name": choices["workload"],
+            "seed": cfg.workload.seed,
+            "num_requests": len(setup.requests),
+            "description": setup.workload_description,
+        },
+    }
+
+
+def _options(section: DictConfig) -> dict[str, Any]:
+    """A strategy's options as plain values."""
+    options: dict[str, Any] = OmegaConf.to_container(section, resolve=True)  # type: ignore[assignment]
+    return {key: value for key, value in options.items() if key != "_target_"}

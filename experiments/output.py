@@ -1,0 +1,48 @@
+"""What a job prints: progress on stderr, a table and at last one line of JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.record import RunRecorder
+
+
+class Progress:
+    """A progress bar over finished requests, with the output rate beside it."""
+
+    def __init__(self, name: str, num_requests: int, enabled: bool) -> None:
+        self._bar = tqdm(
+            total=num_requests, desc=name, unit="req", file=sys.stderr, disable=not enabled, dynamic_ncols=True
+        )
+
+    def __call__(self, recorder: RunRecorder) -> None:
+        """Show where the run is."""
+        self._bar.update(recorder.num_finished - self._bar.n)
+        if recorder.wall_time > 0:
+            rate = recorder.num_output_tokens / recorder.wall_time
+            self._bar.set_postfix_str(f"{rate:,.0f} tok/s", refresh=False)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities as None, which JSON can carry."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print `result` as one line of JSON: the last line of stdout."""
+    print(json.dumps(_finite(result), default=str), flush=True)

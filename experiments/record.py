@@ -1,0 +1,180 @@
+"""Measurements of a run: what happened to each request and in each step, as Parquet. Schema: docs/files.md."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.core import StepOutput
+from engine.ledger import MemoryLedger
+from engine.request import FinishReason, Request
+
+STEP_TIMES = ("start_time", "launch_time", "end_time")
+STEP_COUNTS = (
+    "num_running",
+    "num_waiting",
+    "num_scheduled",
+    "num_new_tokens",
+    "num_prefill_tokens",
+    "num_decode_tokens",
+    "num_sampled",
+    "num_preempted",
+    "num_copies",
+)
+
+REQUEST_SCHEMA = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("client_id", pa.string()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("output_token_ids", pa.list_(pa.int32())),
+        ("num_prompt_tokens", pa.int32()),
+        ("num_output_tokens", pa.int32()),
+        ("max_tokens", pa.int32()),
+        ("arrival_time", pa.float64()),
+        ("submit_time", pa.float64()),
+        ("admission_time", pa.float64()),
+        ("first_token_time", pa.float64()),
+        ("finish_time", pa.float64()),
+        ("token_times", pa.list_(pa.float64())),
+        ("finish_reason", pa.string()),
+        ("num_cached_tokens", pa.int32()),
+        ("num_preemptions", pa.int32()),
+        ("num_recomputed_tokens", pa.int32()),
+        ("error", pa.string()),
+    ]
+)
+
+
+@dataclass(slots=True)
+class _RequestTimes:
+    """When things happened to one request; NaN until they do."""
+
+    req: Request
+    submit_time: float
+    admission_time: float = float("nan")
+    finish_time: float = float("nan")
+    token_times: array[float] = field(default_factory=lambda: array("d"))
+
+
+class RunRecorder:
+    """Collects the times of every request and the counts of every step."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, _RequestTimes] = {}
+        self._steps: dict[str, array[Any]] = {name: array("d") for name in STEP_TIMES} | {
+            name: array("q") for name in STEP_COUNTS
+        }
+        self.num_finished = 0
+        self.num_output_tokens = 0
+        self.max_lateness = 0.0
+
+    def on_submit(self, req: Request, now: float) -> None:
+        """`req` was handed to the engine at `now`."""
+        self._requests[req.request_id] = _RequestTimes(req, now)
+        self.max_lateness = max(self.max_lateness, now - req.arrival_time)
+
+    def on_rejected(self, req: Request, now: float, error: str) -> None:
+        """The engine refused `req`, which was handed over at `now`."""
+        req.error = error
+        req.finish_reason = FinishReason.REJECTED
+        self._end(req, now)
+
+    def on_step(self, step: StepOutput) -> None:
+        """Take one finished step in."""
+        prefill = decode = 0
+        for (req, start, num_new_tokens), sampled in zip(step.plan.scheduled, step.plan.samples, strict=True):
+            times = self._requests[req.request_id]
+            if times.admission_time != times.admission_time:  # NaN: its first step
+                times.admission_time = step.start_time
+            # A token sampled past a stop token (overlap) or after an abort was dropped.
+            if sampled and len(times.token_times) < len(req.output_token_ids):
+                times.token_times.append(step.end_time)
+            # A decode computes only the newest output token; everything else is prompt, or recomputed.
+            if num_new_tokens == 1 and start >= req.num_prompt_tokens:
+                decode += 1
+            else:
+                prefill += num_new_tokens
+        for req in step.finished:
+            self._end(req, step.end_time)
+        for req in step.plan.rejected:
+            self._end(req, step.start_time)
+        num_sampled = sum(step.plan.samples)
+        self.num_output_tokens += num_sampled
+        plan = step.plan
+        counts = (
+            step.num_running,
+            step.num_waiting,
+            len(plan.scheduled),
+            prefill + decode,
+            prefill,
+            decode,
+            num_sampled,
+            len(plan.preempted),
+            len(plan.copies),
+        )
+        for name in STEP_TIMES:
+            self._steps[name].append(getattr(step, name))
+        for name, value in zip(STEP_COUNTS, counts, strict=True):
+            self._steps[name].append(value)
+
+    def _end(self, req: Request, when: float) -> None:
+        times = self._requests[req.request_id]
+        times.finish_time = when
+        self.num_finished += 1
+
+    @property
+    def num_steps(self) -> int:
+        """Steps recorded."""
+        return len(self._steps["start_time"])
+
+    @property
+    def wall_time(self) -> float:
+        """End of the last step, in seconds since the run's start."""
+        return self._steps["end_time"][-1] if self.num_steps else 0.0
+
+    def write_requests(self, path: Path) -> None:
+        """Write requests.parquet, in order of submission."""
+        rows = [_request_row(times) for times in self._requests.values()]
+        pq.write_table(pa.Table.from_pylist(rows, schema=REQUEST_SCHEMA), path)
+
+    def write_steps(self, path: Path, ledger: MemoryLedger) -> None:
+        """Write steps.parquet: the steps and, beside them, the settled ledger."""
+        columns: dict[str, np.ndarray] = {"step": np.arange(self.num_steps, dtype=np.int32)}
+        columns |= {name: np.frombuffer(self._steps[name], dtype=np.float64) for name in STEP_TIMES}
+        columns |= {name: np.frombuffer(self._steps[name], dtype=np.int64).astype(np.int32) for name in STEP_COUNTS}
+        pq.write_table(pa.table(columns | ledger.settle()), path)
+
+
+def _or_none(value: float) -> float | None:
+    return None if value != value else value
+
+
+def _request_row(times: _RequestTimes) -> dict[str, Any]:
+    req = times.req
+    return {
+        "request_id": req.request_id,
+        "client_id": req.client_id,
+        "prompt_token_ids": req.prompt_token_ids,
+        "output_token_ids": req.output_token_ids,
+        "num_prompt_tokens": req.num_prompt_tokens,
+        "num_output_tokens": len(req.output_token_ids),
+        "max_tokens": req.sampling.max_tokens,
+        "arrival_time": req.arrival_time,
+        "submit_time": times.submit_time,
+        "admission_time": _or_none(times.admission_time),
+        "first_token_time": times.token_times[0] if times.token_times else None,
+        "finish_time": _or_none(times.finish_time),
+        "token_times": times.token_times.tolist(),
+        "finish_reason": req.finish_reason.value if req.finish_reason else None,
+        "num_cached_tokens": req.num_cached_tokens,
+        "num_preemptions": req.num_preemptions,
+        "num_recomputed_tokens": req.num_recomputed_tokens,
+        "error": req.error,
+    }

@@ -1,0 +1,55 @@
+"""Sweeps: after `run.py -m`, one comparison report over all cells."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from experiments.files import ERROR_FILE, MANIFEST_FILE, SWEEP_FILE
+
+
+def collect(sweep_dir: Path, baseline: str | None) -> dict[str, Any]:
+    """Write sweep.json: the finished runs under `sweep_dir` in job order, and those that failed.
+
+    Args:
+        sweep_dir: holds one folder per job, named by its number.
+        baseline: name of the cell that the others are compared with; None takes the first.
+    """
+    folders = sorted((d for d in sweep_dir.iterdir() if d.is_dir() and d.name.isdigit()), key=lambda d: int(d.name))
+    failed = []
+    for folder in folders:
+        if (folder / ERROR_FILE).exists():
+            failed.append(json.loads((folder / ERROR_FILE).read_text()))
+    sweep = {
+        "runs": [d.name for d in folders if (d / MANIFEST_FILE).exists()],
+        "baseline": baseline,
+        "failed": failed,
+    }
+    (sweep_dir / SWEEP_FILE).write_text(json.dumps(sweep, indent=2) + "\n")
+    return sweep
+
+
+class ComparisonCallback(Callback):
+    """Hydra callback: writes and prints the comparison when a multirun ends."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Compare the runs that finished; say which failed."""
+        # Hydra makes its callbacks before it checks the command line: a typing error must not wait for these.
+        import reports.comparison
+        import reports.terminal
+        from rich.console import Console
+
+        from experiments.output import print_result
+
+        sweep_dir = Path(config.hydra.sweep.dir)
+        sweep = collect(sweep_dir, config.report.baseline)
+        result: dict[str, Any] = {"sweep_dir": str(sweep_dir), "failed": sweep["failed"]}
+        if sweep["runs"]:
+            summary = reports.comparison.write_comparison(sweep_dir)
+            Console().print(reports.terminal.comparison_table(summary))
+            result |= {"report": str(sweep_dir / "report.html"), "summary": summary}
+        print_result(result)

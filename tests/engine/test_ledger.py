@@ -1,0 +1,100 @@
+"""The ledger settles reservation and internal fragmentation from what the requests did in the end."""
+
+import numpy as np
+import pytest
+
+from engine.errors import EngineError
+from engine.ledger import CLASSES, MemoryLedger
+from engine.plan import KVUsage, ScheduledRequest, StepPlan
+from engine.request import FinishReason, Request, RequestStatus
+
+
+def make_request(name: str = "r") -> Request:
+    return Request(name, [1, 2, 3])
+
+
+def usage(total: int, computed: int, owned: int, external: int = 0, cached: int = 0) -> KVUsage:
+    return KVUsage(total, computed, owned, external, cached, total - owned - external - cached)
+
+
+def end(req: Request) -> None:
+    req.status, req.finish_reason, req.num_slots = RequestStatus.FINISHED, FinishReason.LENGTH, 0
+
+
+def test_contiguous_reservation_is_split_when_the_request_has_ended():
+    ledger, req = MemoryLedger(), make_request()
+    req.num_slots = 10
+    for step, (start, new) in enumerate([(0, 3), (3, 1), (4, 1)]):
+        ledger.observe(StepPlan([ScheduledRequest(req, start, new)], [True]), usage(20, 3 + step, 10))
+    end(req)
+    ledger.observe(StepPlan(), usage(20, 0, 0))
+    split = ledger.settle()
+    # 5 of 10 slots were filled in the end: 5 never (internal); the rest waited to be filled (reservation).
+    assert split["internal"].tolist() == [5, 5, 5, 0]
+    assert split["reservation"].tolist() == [2, 1, 0, 0]
+    assert split["token_states"].tolist() == [3, 4, 5, 0]
+    assert sum(split[name] for name in CLASSES).tolist() == [20] * 4
+
+
+def test_paged_growth_wastes_only_the_last_block():
+    ledger, req = MemoryLedger(), make_request()
+    computed = 0
+    for new in [3, 1, 1, 1]:  # block size 4: a second block from position 4 on
+        computed += new
+        req.num_slots = -(-computed // 4) * 4
+        ledger.observe(
+            StepPlan([ScheduledRequest(req, computed - new, new)], [True]), usage(16, computed, req.num_slots)
+        )
+    end(req)
+    split = ledger.settle()
+    assert split["reservation"].tolist() == [1, 0, 1, 0]
+    assert split["internal"].tolist() == [0, 0, 2, 2]
+
+
+def test_a_preempted_stay_is_settled_by_what_it_had_filled():
+    ledger, req = MemoryLedger(), make_request()
+    req.num_slots = 8
+    ledger.observe(StepPlan([ScheduledRequest(req, 0, 3)], [True]), usage(8, 3, 8))
+    ledger.observe(StepPlan([ScheduledRequest(req, 3, 1)], [True]), usage(8, 4, 8))
+    # Preempted and admitted again in the same plan: a new stay, which fills everything.
+    ledger.observe(StepPlan([ScheduledRequest(req, 0, 8)], [True], preempted=[req]), usage(8, 8, 8))
+    end(req)
+    assert ledger.settle()["internal"].tolist() == [4, 4, 0]
+
+
+def test_slots_held_for_finished_requests_are_counted_beside_the_classes():
+    ledger, req = MemoryLedger(), make_request()
+    req.num_slots = 8
+    ledger.observe(StepPlan([ScheduledRequest(req, 0, 3)], [True]), usage(8, 3, 8))
+    req.status = RequestStatus.FINISHED  # a static batch holds its slots
+    ledger.observe(StepPlan(), usage(8, 3, 8))
+    req.num_slots = 0
+    ledger.observe(StepPlan(), usage(8, 0, 0))
+    split = ledger.settle()
+    assert split["held"].tolist() == [0, 8, 0]
+    assert split["internal"].tolist() == [5, 5, 0]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        KVUsage(10, 2, 4, 0, 0, 5),
+        KVUsage(10, 5, 4, 0, 0, 6),
+        KVUsage(10, 0, 11, 0, 0, -1),
+    ],
+)
+def test_counts_that_do_not_add_up_fail_the_step(bad: KVUsage):
+    with pytest.raises(EngineError, match="does not add up"):
+        MemoryLedger().observe(StepPlan(), bad)
+
+
+def test_computed_slots_without_a_stay_fail_the_settlement():
+    ledger, req = MemoryLedger(), make_request()
+    req.num_slots = 8
+    ledger.observe(StepPlan([ScheduledRequest(req, 0, 1)], [True]), usage(8, 7, 8))
+    with pytest.raises(EngineError, match="does not add up to the pool"):
+        ledger.settle()
+
+
+def test_an_empty_run_settles_to_empty_columns():
+    assert all(isinstance(column, np.ndarray) and len(column) == 0 for column in MemoryLedger().settle().values())
