@@ -85,6 +85,11 @@ class Engine:
         """True while a request waits, runs, or is in flight."""
         return self.scheduler.has_work or self._in_flight is not None
 
+    @property
+    def in_flight(self) -> bool:
+        """True while a launched step's tokens are outstanding (only with overlap)."""
+        return self._in_flight is not None
+
     def add(self, req: Request) -> None:
         """Queue a request. Raises RequestRejected when it can never run here."""
         self.scheduler.add(req)
@@ -152,7 +157,7 @@ def run_to_completion(engine: Engine, requests: Sequence[Request]) -> list[StepO
         if output is not None:
             outputs.append(output)
             continue
-        if engine.has_work and engine._in_flight is None:
+        if engine.has_work and not engine.in_flight:
             wake = engine.scheduler.wake_time(engine.clock.now())
             if wake is None:
                 raise EngineError("the scheduler has requests and plans nothing: no progress is possible")
