@@ -74,7 +74,7 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
         progress.close()
     recorder.write_requests(run_dir / REQUESTS_FILE)
     recorder.write_steps(run_dir / STEPS_FILE, setup.ledger)
-    manifest = _manifest(cfg, setup, recorder, name, choices) | {
+    manifest = _manifest(cfg, setup, name, choices) | {
         "run": {
             "wall_time": recorder.wall_time,
             "num_steps": recorder.num_steps,
@@ -99,9 +99,7 @@ def warm_up(setup: Setup) -> float:
     return setup.warmup_engine.clock.now() - start
 
 
-def _manifest(
-    cfg: DictConfig, setup: Setup, recorder: RunRecorder, name: str, choices: dict[str, str]
-) -> dict[str, Any]:
+def _manifest(cfg: DictConfig, setup: Setup, name: str, choices: dict[str, str]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "name": name,

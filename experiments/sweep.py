@@ -20,10 +20,8 @@ def collect(sweep_dir: Path, baseline: str | None) -> dict[str, Any]:
         baseline: name of the cell that the others are compared with; None takes the first.
     """
     folders = sorted((d for d in sweep_dir.iterdir() if d.is_dir() and d.name.isdigit()), key=lambda d: int(d.name))
-    failed = []
-    for folder in folders:
-        if (folder / ERROR_FILE).exists():
-            failed.append(json.loads((folder / ERROR_FILE).read_text()))
+    errors = [folder / ERROR_FILE for folder in folders]
+    failed = [json.loads(path.read_text()) for path in errors if path.exists()]
     sweep = {
         "runs": [d.name for d in folders if (d / MANIFEST_FILE).exists()],
         "baseline": baseline,
