@@ -1,0 +1,97 @@
+"""Request-level scheduling: a batch runs to its end before the next one starts (FasterTransformer, Triton)."""
+
+from __future__ import annotations
+
+from engine.plan import KVAllocator, StepPlan
+from engine.request import Request
+from schedulers.base import Scheduler, require
+
+RETIRE = ("hold", "free")
+
+
+class StaticScheduler(Scheduler):
+    """Forms a batch, runs it to its end, forms the next.
+
+    A batch forms when `batch_size` requests wait, or `max_wait` seconds after the arrival of the first that waits.
+    It takes as many as fit, in order of arrival. Every request reserves prompt + max_tokens when its batch starts,
+    with any allocator, so nobody is preempted. All prompts of a batch are computed before the first decode, in
+    chunks of the token budget. Parallel samples are requests like any other: they do not share their prompt's KV.
+
+    Args:
+        allocator: who owns which slots.
+        max_model_len: most tokens of one request, prompt and output.
+        max_num_seqs: most requests in a batch.
+        max_num_batched_tokens: most new tokens in one step.
+        retire: what the literature leaves open. `hold`: a finished request keeps its slots until its batch has
+            ended; `free`: it gives them back at once. Either way nobody is admitted before the batch has ended.
+        batch_size: requests that start a batch without a wait; None: `max_num_seqs`.
+        max_wait: seconds after which a smaller batch starts; 0 starts with whatever waits.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    shares_prompts = False
+
+    def __init__(
+        self,
+        allocator: KVAllocator,
+        *,
+        max_model_len: int,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        retire: str = "hold",
+        batch_size: int | None = None,
+        max_wait: float = 0.05,
+    ) -> None:
+        super().__init__(
+            allocator,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            watermark=0.0,
+            preemption="none",
+        )
+        require(retire in RETIRE, "scheduler.retire", retire, f"one of {', '.join(RETIRE)}")
+        require(
+            batch_size is None or 1 <= batch_size <= max_num_seqs,
+            "scheduler.batch_size",
+            batch_size,
+            f"null, or between 1 and scheduler.max_num_seqs={max_num_seqs}",
+        )
+        require(max_wait >= 0, "scheduler.max_wait", max_wait, "at least 0 seconds")
+        self.batch_size = max_num_seqs if batch_size is None else batch_size
+        self.max_wait = max_wait
+        self._hold = retire == "hold"
+        self._held: list[Request] = []
+
+    def build_plan(self, plan: StepPlan, now: float) -> None:
+        """Start the next batch when the last has ended; run the batch."""
+        if self.num_running == 0 and self._batch_is_due(now):
+            self._form_batch(plan)
+        self.schedule_prefill_first(plan)
+
+    def wake_time(self, now: float) -> float | None:  # noqa: ARG002 - part of the protocol
+        """When the batch that is filling starts at the latest; None while one runs or nobody waits."""
+        head = self.head()
+        return None if self.num_running or head is None else head.arrival_time + self.max_wait
+
+    def retire(self, req: Request) -> None:
+        """Free, or hold until the last request of the batch has ended."""
+        self._held.append(req)
+        if not self._hold or self.num_running == 0:
+            for held in self._held:
+                self.allocator.free(held)
+            self._held.clear()
+
+    def _batch_is_due(self, now: float) -> bool:
+        head = self.head()
+        if head is None:
+            return False
+        return self.num_waiting >= self.batch_size or now >= head.arrival_time + self.max_wait
+
+    def _form_batch(self, plan: StepPlan) -> None:
+        while self.num_running < self.batch_size:
+            req = self.head()
+            if req is None or not (self.admit(req, plan) or req.is_finished):
+                return
