@@ -1,0 +1,244 @@
+"""The KV pool: one tensor for the keys and values of every layer, and the copies that allocators order.
+
+    data [2 (K, V), num_layers, (num_blocks + 1) * block_size, num_kv_heads, head_dim]
+
+            block 0 (null)   block 1            block 2                  block num_blocks
+          |----------------|------------------|----------------- ... --|------------------|
+    slot   0 .. bs-1         bs .. 2*bs-1       2*bs ..
+
+Two views of it: by slots (stores) and by blocks (loads through a block table). Block 0 belongs to nobody: padding
+reads and writes go there. `host` holds swapped blocks in the same layout, in host memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError, EngineError
+from engine.plan import BlockCopy, CopyKind
+
+GIB = 2**30
+
+
+class KVPool:
+    """Device memory for `num_blocks` usable blocks (ids 1..num_blocks) and, by choice, host memory for swapped ones.
+
+    Args:
+        num_blocks: usable blocks; the null block comes on top.
+        block_size: slots per block.
+        num_layers: attention layers, each with the same heads.
+        num_kv_heads: KV heads of a layer.
+        head_dim: elements of one head.
+        dtype: element type of keys and values.
+        device: where the pool lives.
+        num_swap_blocks: blocks of host memory, with ids 0..num_swap_blocks; pinned when the pool is on a GPU.
+
+    Raises:
+        ConfigError: a size below 1.
+        EngineError: the memory cannot be had; the message says which setting to lower.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        num_swap_blocks: int = 0,
+    ) -> None:
+        for name, value in (("kv_cache.num_blocks", num_blocks), ("allocator.block_size", block_size)):
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_layers = num_layers
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.num_swap_blocks = num_swap_blocks
+        # Zeroed, because masked positions are still multiplied: 0 * NaN would not be 0.
+        shape = (2, num_layers, (num_blocks + 1) * block_size, num_kv_heads, head_dim)
+        self.data = _allocate(shape, dtype, self.device, "kv_cache.num_blocks, num_slots or memory_gib")
+        self._blocks = self.data.view(2, num_layers, num_blocks + 1, block_size, num_kv_heads, head_dim)
+        self.host: Tensor | None = None
+        if num_swap_blocks > 0:
+            host_shape = (2, num_layers, num_swap_blocks + 1, block_size, num_kv_heads, head_dim)
+            pin = self.device.type == "cuda"
+            self.host = _allocate(host_shape, dtype, torch.device("cpu"), "allocator.swap_gib", pin_memory=pin)
+        # One row per block: what a copy moves, for both K and V of every layer at once.
+        self._rows = self._blocks.view(2 * num_layers, num_blocks + 1, -1)
+        self._host_rows = None if self.host is None else self.host.view(2 * num_layers, num_swap_blocks + 1, -1)
+        self._slot_views = [(self.data[0, layer], self.data[1, layer]) for layer in range(num_layers)]
+        self._block_views = [(self._blocks[0, layer], self._blocks[1, layer]) for layer in range(num_layers)]
+
+    @property
+    def num_slots(self) -> int:
+        """Usable slots, the null block left out."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of device memory, the null block among them."""
+        return self.data.numel() * self.data.element_size()
+
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer by slot: two views [num_slots + block_size, num_kv_heads, head_dim]."""
+        return self._slot_views[layer]
+
+    def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer by block: two views [num_blocks + 1, block_size, num_kv_heads, head_dim]."""
+        return self._block_views[layer]
+
+    def apply_copies(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks, with the outcome of doing it one by one in list order.
+
+        Raises:
+            EngineError: a block id outside the pool or the host pool.
+        """
+        for kind, sources, destinations in independent_runs(copies):
+            source, destination = self._spaces(kind)
+            _check_ids(sources, source.shape[1], kind)
+            _check_ids(destinations, destination.shape[1], kind)
+            rows = source.index_select(1, torch.tensor(sources, device=source.device))
+            destination.index_copy_(
+                1, torch.tensor(destinations, device=destination.device), rows.to(destination.device)
+            )
+
+    def _spaces(self, kind: CopyKind) -> tuple[Tensor, Tensor]:
+        """Rows that a copy reads, and rows that it writes."""
+        if kind is CopyKind.DEVICE:
+            return self._rows, self._rows
+        if self._host_rows is None:
+            raise EngineError("the allocator swaps blocks, but the pool has no host memory; set allocator.swap_gib")
+        return (self._rows, self._host_rows) if kind is CopyKind.SWAP_OUT else (self._host_rows, self._rows)
+
+
+def independent_runs(copies: Sequence[BlockCopy]) -> Iterator[tuple[CopyKind, list[int], list[int]]]:
+    """Split copies into runs that may each be done as one batch: all reads, then all writes.
+
+    A new run begins where the kind changes, and where a copy reads or writes a block that the run has written.
+
+    Yields:
+        kind, source ids and destination ids of each run.
+    """
+    kind: CopyKind | None = None
+    sources: list[int] = []
+    destinations: list[int] = []
+    written: set[int] = set()
+    for copy in copies:
+        # A swap reads one memory and writes the other, so only its destinations can clash.
+        clash = copy.dst in written or (copy.kind is CopyKind.DEVICE and copy.src in written)
+        if kind is not None and (copy.kind is not kind or clash):
+            yield kind, sources, destinations
+            sources, destinations, written = [], [], set()
+        kind = copy.kind
+        sources.append(copy.src)
+        destinations.append(copy.dst)
+        written.add(copy.dst)
+    if kind is not None:
+        yield kind, sources, destinations
+
+
+def blocks_for_budget(
+    block_size: int,
+    kv_bytes_per_token: int,
+    *,
+    num_blocks: int | None = None,
+    num_slots: int | None = None,
+    memory_gib: float | None = None,
+    available_bytes: int | None = None,
+) -> int:
+    """Usable blocks of a pool, from exactly one of four statements of its size.
+
+    Args:
+        block_size: slots per block.
+        kv_bytes_per_token: bytes of one slot, all layers together.
+        num_blocks: usable blocks.
+        num_slots: usable slots; a last part of a block is left out.
+        memory_gib: GiB of the whole pool, the null block among them.
+        available_bytes: the same in bytes: what a profiling forward left of the GPU's memory.
+
+    Raises:
+        ConfigError: not exactly one is given, or the pool cannot hold one block; the message says what to raise.
+    """
+    given = [value for value in (num_blocks, num_slots, memory_gib, available_bytes) if value is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            "give exactly one of kv_cache.num_blocks, kv_cache.num_slots and kv_cache.memory_gib "
+            "(none of them only on a GPU, where engine.gpu_memory_utilization decides)"
+        )
+    block_bytes = block_size * kv_bytes_per_token
+    if num_blocks is not None:
+        if num_blocks < 1:
+            raise ConfigError(f"kv_cache.num_blocks={num_blocks} holds no block; raise it to at least 1")
+        return num_blocks
+    if num_slots is not None:
+        if num_slots < block_size:
+            raise ConfigError(
+                f"kv_cache.num_slots={num_slots} is too small for one block of {block_size} slots; "
+                f"raise it to at least {block_size}"
+            )
+        return num_slots // block_size
+    if memory_gib is not None:
+        fitting = int(memory_gib * GIB) // block_bytes - 1
+        if fitting < 1:
+            # Rounded up in the last printed digit, so that the printed number is enough.
+            least = math.ceil(2 * block_bytes / GIB * 1e6) / 1e6
+            raise ConfigError(
+                f"kv_cache.memory_gib={memory_gib} is too small for one block of {block_size} slots and the null "
+                f"block ({kv_bytes_per_token} bytes a slot); raise it to at least {least:.6f}"
+            )
+        return fitting
+    available = max(0, available_bytes or 0)
+    fitting = available // block_bytes - 1
+    if fitting < 1:
+        raise ConfigError(
+            f"weights and activations leave {available / GIB:.2f} GiB for KV, and one block needs "
+            f"{2 * block_bytes / GIB:.2f} GiB; raise engine.gpu_memory_utilization or lower "
+            "scheduler.max_num_batched_tokens"
+        )
+    return fitting
+
+
+def swap_blocks_for(swap_gib: float, block_size: int, kv_bytes_per_token: int) -> int:
+    """Host blocks that fit in `swap_gib` GiB.
+
+    Raises:
+        ConfigError: above 0 and too small for one block.
+    """
+    block_bytes = block_size * kv_bytes_per_token
+    fitting = int(swap_gib * GIB) // block_bytes
+    if swap_gib > 0 and fitting < 1:
+        least = math.ceil(block_bytes / GIB * 1e6) / 1e6
+        raise ConfigError(
+            f"allocator.swap_gib={swap_gib} holds no block; raise it to at least {least:.6f}, or set it to 0"
+        )
+    return max(0, fitting)
+
+
+def _allocate(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, setting: str, *, pin_memory: bool = False
+) -> Tensor:
+    """Zeroed memory; a failure names the setting to lower."""
+    try:
+        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin_memory)
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        gib = math.prod(shape) * dtype.itemsize / GIB
+        raise EngineError(f"no memory on {device} for {gib:.2f} GiB of KV; lower {setting}") from error
+
+
+def _check_ids(ids: list[int], limit: int, kind: CopyKind) -> None:
+    if min(ids) < 0 or max(ids) >= limit:
+        bad = next(i for i in ids if not 0 <= i < limit)
+        raise EngineError(
+            f"a {kind.value} copy names block {bad}, outside 0..{limit - 1}; this is a bug of the allocator"
+        )

@@ -1,0 +1,113 @@
+"""The KV pool: views, copies in list order, sizing and its error lines."""
+
+import pytest
+import torch
+
+from engine.errors import ConfigError, EngineError
+from engine.kv_pool import GIB, KVPool, blocks_for_budget, independent_runs, swap_blocks_for
+from engine.plan import BlockCopy, CopyKind
+
+DEVICE, OUT, IN = CopyKind.DEVICE, CopyKind.SWAP_OUT, CopyKind.SWAP_IN
+
+
+def make_pool(num_blocks: int = 6, block_size: int = 2, num_swap_blocks: int = 0) -> KVPool:
+    pool = KVPool(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_layers=2,
+        num_kv_heads=1,
+        head_dim=3,
+        num_swap_blocks=num_swap_blocks,
+    )
+    pool.data.copy_(torch.arange(pool.data.numel(), dtype=torch.float32).view_as(pool.data))
+    return pool
+
+
+def test_views_share_memory_and_follow_the_address_formula():
+    pool = make_pool(block_size=3)
+    keys, values = pool.slots(1)
+    keys[4 * 3 + 2] = 7.0
+    values[4 * 3 + 1] = 8.0
+    assert pool.blocks(1)[0][4, 2].tolist() == [[7.0] * 3]
+    assert pool.blocks(1)[1][4, 1].tolist() == [[8.0] * 3]
+    assert pool.num_slots == 18
+    assert pool.num_bytes == pool.data.numel() * 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_batched_copies_equal_one_by_one(seed):
+    generator = torch.Generator().manual_seed(seed)
+    kinds = [DEVICE, DEVICE, DEVICE, OUT, IN]
+    copies = []
+    for _ in range(12):
+        kind = kinds[int(torch.randint(5, (1,), generator=generator))]
+        src, dst = torch.randint(1, 5, (2,), generator=generator).tolist()
+        copies.append(BlockCopy(kind, src, dst))
+    batched, single = make_pool(num_swap_blocks=4), make_pool(num_swap_blocks=4)
+    batched.apply_copies(copies)
+    for copy in copies:
+        source = single.host if copy.kind is IN else single.data.view(2, 2, 7, 2, 1, 3)
+        destination = single.host if copy.kind is OUT else single.data.view(2, 2, 7, 2, 1, 3)
+        destination[:, :, copy.dst] = source[:, :, copy.src].clone()
+    assert torch.equal(batched.data, single.data)
+    assert torch.equal(batched.host, single.host)
+
+
+def test_runs_split_only_where_copies_conflict():
+    chain = [BlockCopy(DEVICE, 1, 2), BlockCopy(DEVICE, 3, 4), BlockCopy(DEVICE, 2, 5), BlockCopy(DEVICE, 1, 6)]
+    assert [run[1:] for run in independent_runs(chain)] == [([1, 3], [2, 4]), ([2, 1], [5, 6])]
+    # Overwriting what the run only read is no conflict: all reads come first.
+    assert len(list(independent_runs([BlockCopy(DEVICE, 1, 2), BlockCopy(DEVICE, 3, 1)]))) == 1
+    assert len(list(independent_runs([BlockCopy(OUT, 1, 2), BlockCopy(OUT, 2, 3)]))) == 1
+    assert list(independent_runs([])) == []
+
+
+def test_bad_copies_are_errors():
+    with pytest.raises(EngineError, match=r"block 7, outside 0\.\.6"):
+        make_pool().apply_copies([BlockCopy(DEVICE, 1, 7)])
+    with pytest.raises(EngineError, match="swap_gib"):
+        make_pool().apply_copies([BlockCopy(OUT, 1, 1)])
+
+
+def test_sizing():
+    assert blocks_for_budget(16, 100, num_blocks=5) == 5
+    assert blocks_for_budget(16, 100, num_slots=100) == 6
+    assert blocks_for_budget(16, 100, memory_gib=1.0) == GIB // 1600 - 1
+    assert blocks_for_budget(16, 100, available_bytes=16000) == 9
+    assert swap_blocks_for(0.0, 16, 100) == 0
+    assert swap_blocks_for(1600 * 3.5 / GIB, 16, 100) == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({}, "exactly one of kv_cache.num_blocks"),
+        ({"num_blocks": 1, "num_slots": 16}, "exactly one of kv_cache.num_blocks"),
+        ({"num_blocks": 0}, "kv_cache.num_blocks=0 .* raise it to at least 1"),
+        ({"num_slots": 15}, "kv_cache.num_slots=15 .* raise it to at least 16"),
+        ({"memory_gib": 1e-7}, "kv_cache.memory_gib=1e-07 .* raise it to at least 0.0000"),
+        ({"available_bytes": -5}, "raise engine.gpu_memory_utilization"),
+    ],
+)
+def test_a_pool_too_small_for_one_block_says_what_to_raise(size, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        blocks_for_budget(16, 100, **size)
+    assert "\n" not in str(error.value)
+
+
+def test_the_memory_gib_that_the_error_names_is_enough():
+    with pytest.raises(ConfigError) as error:
+        blocks_for_budget(16, 2048, memory_gib=1e-6)
+    least = float(str(error.value).rsplit(" ", 1)[1])
+    assert blocks_for_budget(16, 2048, memory_gib=least) >= 1
+
+
+def test_swap_too_small_for_one_block():
+    with pytest.raises(ConfigError, match=r"allocator\.swap_gib=1e-09 holds no block"):
+        swap_blocks_for(1e-9, 16, 100)
+
+
+def test_out_of_memory_names_the_setting():
+    with pytest.raises(EngineError, match=r"lower kv_cache\.num_blocks") as error:
+        KVPool(num_blocks=2**40, block_size=16, num_layers=2, num_kv_heads=8, head_dim=128)
+    assert isinstance(error.value.__cause__, RuntimeError)
