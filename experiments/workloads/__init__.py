@@ -1,0 +1,9 @@
+"""Workloads: what is asked of an engine, token by token. Free of torch, of the engine and of strategies.
+
+A workload is made by Hydra from conf/workload/NAME.yaml and yields `WorkloadItem`s. Everything is drawn from one seed,
+so every strategy gets the same prompts, output lengths and arrival times.
+"""
+
+from experiments.workloads.base import LengthTable, Workload, WorkloadItem
+
+__all__ = ["LengthTable", "Workload", "WorkloadItem"]
