@@ -1,0 +1,78 @@
+"""What every allocator shares: its validated size, and the answers of one that cannot share, cache or swap.
+
+The contract is `engine.plan.KVAllocator`. An allocator hands out block ids and never sees a tensor. Its options are
+keyword arguments; a value out of range is a ConfigError that names the configuration key.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+from engine.errors import ConfigError
+from engine.plan import BlockCopy
+from engine.request import Request
+
+num_computed_of = attrgetter("num_computed_tokens")
+
+
+def check_int(name: str, value: int, low: int, high: int | None = None) -> int:
+    """Return `value` if it is an integer in [low, high]; `name` is the configuration key shown otherwise.
+
+    Raises:
+        ConfigError: not an integer, or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r} must be an integer")
+    if value < low or (high is not None and value > high):
+        raise ConfigError(f"{name}={value} must be {f'at least {low}' if high is None else f'in [{low}, {high}]'}")
+    return value
+
+
+class BaseAllocator:
+    """Base of all allocators.
+
+    Args:
+        num_blocks: blocks of the pool, the null block left out; ids are 1..num_blocks.
+        block_size: slots per block, 1 to 256.
+        max_model_len: most tokens that a request may have.
+        kv_bytes_per_token: bytes of one token's KV in every layer; 0 where there are none (tests, simulation).
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    contiguous: bool = False
+
+    def __init__(self, *, num_blocks: int, block_size: int, max_model_len: int, kv_bytes_per_token: int = 0) -> None:
+        self.block_size = check_int("allocator.block_size", block_size, 1, 256)
+        if isinstance(num_blocks, int) and num_blocks < 1:
+            raise ConfigError(
+                f"a KV pool of {num_blocks} blocks of {block_size} tokens holds nothing; raise kv_cache.num_blocks or "
+                "kv_cache.memory_gib, or lower allocator.block_size"
+            )
+        self.num_blocks = check_int("kv_cache.num_blocks", num_blocks, 1)
+        self.max_model_len = check_int("engine.max_model_len", max_model_len, 1)
+        self.kv_bytes_per_token = check_int("kv_bytes_per_token", kv_bytes_per_token, 0)
+
+    def match_prefix(self, req: Request) -> int:  # noqa: ARG002
+        """No prefix cache: 0."""
+        return 0
+
+    def commit(self, req: Request) -> None:
+        """Nothing to publish or to drop."""
+
+    def fork(self, req: Request, child: Request) -> bool:  # noqa: ARG002
+        """No sharing: False."""
+        return False
+
+    def swap_out(self, req: Request) -> bool:  # noqa: ARG002
+        """No host space: False."""
+        return False
+
+    def swap_in(self, req: Request) -> bool:  # noqa: ARG002
+        """No host space: False."""
+        return False
+
+    def drain_copies(self) -> list[BlockCopy]:
+        """No copies."""
+        return []

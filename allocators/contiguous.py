@@ -1,0 +1,152 @@
+"""Contiguous regions: reservation (how much) x placement (where). What systems did before paging.
+
+    pool  | A: prompt, output ... reserved ...... | B: ......... | hole | C ............ |
+                                  ^ unused until A grows into it  ^ too small for the next request
+
+A region is reserved at admission and never grows: a request that outgrows it gets False, and preemption reserves
+anew. `orca_max`, `orca_pow2` and `orca_oracle` of PagedAttention (Kwon et al., SOSP'23, section 6.1) are this class
+with buddy placement and blocks of one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from allocators.base import BaseAllocator, num_computed_of
+from allocators.placement import PLACEMENTS
+from engine.errors import ConfigError
+from engine.plan import KVUsage, cdiv
+from engine.request import Request
+
+
+def _expected_output(req: Request) -> int:
+    """The true output length where the workload knows it, else the most that was asked for."""
+    return req.sampling.max_tokens if req.oracle_output_len is None else req.oracle_output_len
+
+
+def _reserve_max(req: Request, max_model_len: int) -> int:  # noqa: ARG001
+    return max_model_len
+
+
+def _reserve_pow2(req: Request, max_model_len: int) -> int:  # noqa: ARG001
+    """Prompt + the next power of two of the output length: at most twice the true output, as in the paper."""
+    return req.num_prompt_tokens + (1 << max(0, _expected_output(req) - 1).bit_length())
+
+
+def _reserve_oracle(req: Request, max_model_len: int) -> int:  # noqa: ARG001
+    return req.num_prompt_tokens + _expected_output(req)
+
+
+def _reserve_prompt(req: Request, max_model_len: int) -> int:  # noqa: ARG001
+    return req.num_tokens
+
+
+RESERVATIONS: dict[str, Callable[[Request, int], int]] = {
+    "max": _reserve_max,
+    "pow2": _reserve_pow2,
+    "oracle": _reserve_oracle,
+    "prompt": _reserve_prompt,
+}
+
+
+class Region(NamedTuple):
+    """A request's blocks: [start, start + num_blocks)."""
+
+    start: int
+    num_blocks: int
+
+
+class ContiguousAllocator(BaseAllocator):
+    """One region of consecutive blocks per request, reserved at admission.
+
+    Args:
+        num_blocks, block_size, max_model_len, kv_bytes_per_token: see BaseAllocator.
+        reservation: `max` reserves max_model_len tokens; `pow2` the prompt and the next power of two of the output
+            length; `oracle` the prompt and the output length; `prompt` the tokens known now. The output length is
+            `oracle_output_len`, or `max_tokens` where the workload does not know it. A reservation is at most
+            max_model_len and the largest region of an empty pool, and at least what is asked for.
+        placement: `first_fit`, `best_fit` or `buddy` (regions are rounded up to a power of two).
+    """
+
+    contiguous = True
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        kv_bytes_per_token: int = 0,
+        reservation: str = "max",
+        placement: str = "first_fit",
+    ) -> None:
+        super().__init__(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_model_len=max_model_len,
+            kv_bytes_per_token=kv_bytes_per_token,
+        )
+        if reservation not in RESERVATIONS:
+            raise ConfigError(f"allocator.reservation={reservation!r} must be one of {', '.join(RESERVATIONS)}")
+        if placement not in PLACEMENTS:
+            raise ConfigError(f"allocator.placement={placement!r} must be one of {', '.join(PLACEMENTS)}")
+        self._reserve = RESERVATIONS[reservation]
+        self._placement = PLACEMENTS[placement](num_blocks)
+        self._regions: dict[Request, Region] = {}
+        self._num_owned = 0
+
+    @property
+    def max_request_tokens(self) -> int:
+        """The largest region of an empty pool."""
+        return self._placement.largest * self.block_size
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks in no region; a region may need them consecutive."""
+        return self._placement.num_free
+
+    def reservation_blocks(self, req: Request, num_tokens: int) -> int:
+        """Blocks that admitting `req` with `num_tokens` tokens reserves."""
+        tokens = min(self._reserve(req, self.max_model_len), self.max_model_len, self.max_request_tokens)
+        return cdiv(max(tokens, num_tokens), self.block_size)
+
+    def allocate(self, req: Request, num_tokens: int, num_cached: int = 0) -> bool:  # noqa: ARG002
+        """Reserve a region at the first call; later calls only answer whether `num_tokens` fit into it."""
+        if req in self._regions:
+            return num_tokens <= req.num_slots
+        num_blocks = self.reservation_blocks(req, num_tokens)
+        start = self._placement.take(num_blocks)
+        if start is None:
+            return False
+        self._regions[req] = Region(start, num_blocks)
+        self._num_owned += num_blocks
+        req.num_slots = num_blocks * self.block_size
+        return True
+
+    def free(self, req: Request) -> None:
+        """Give the region back. Idempotent."""
+        req.num_slots = 0
+        region = self._regions.pop(req, None)
+        if region is not None:
+            self._num_owned -= region.num_blocks
+            self._placement.give(*region)
+
+    def block_table(self, req: Request) -> Sequence[int]:
+        """The region's block ids: a range."""
+        start, num_blocks = self._regions[req]
+        return range(start, start + num_blocks)
+
+    def usage(self, head: Request | None = None) -> KVUsage:
+        """Raw counts. External: holes too small for the head's reservation, and what a buddy region rounds up."""
+        unused = self._placement.num_free
+        stranded = self._placement.stranded(self.reservation_blocks(head, head.num_tokens)) if head else 0
+        rounded_up = self.num_blocks - unused - self._num_owned
+        return KVUsage(
+            total=self.num_blocks * self.block_size,
+            computed=sum(map(num_computed_of, self._regions)),
+            owned=self._num_owned * self.block_size,
+            external=(stranded + rounded_up) * self.block_size,
+            cached=0,
+            free=(unused - stranded) * self.block_size,
+        )

@@ -1,0 +1,315 @@
+"""Paged KV: a request owns blocks wherever they lie (PagedAttention, Kwon et al., SOSP'23).
+
+    request A   table [3, 7, 4]     pool  | null | ... | A0 | A2 | ... | A1 | ... |
+                       |  |  |                           3    4          7
+    positions   0..15 -+  |  +- 32..47
+
+A block has one owner, or several after `fork`. Shared blocks are only read: a request that is about to write into
+one gets a copy of its own first, in `allocate`.
+
+    parent  [3, 7, 4]          parent  [3, 7, 4]
+    child   [3, 7, 4]   ->     child   [3, 7, 9]      + copy 4 -> 9, when the child writes into its last block
+             ^  ^  ^ two references each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from allocators.base import BaseAllocator, check_int, num_computed_of
+from allocators.blocks import BlockPool
+from allocators.swap import CopyQueue, HostPool, host_blocks
+from engine.plan import NULL_BLOCK, BlockCopy, CopyKind, KVUsage, cdiv
+from engine.request import Request
+
+
+class PagedAllocator(BaseAllocator):
+    """Blocks on demand, with copy-on-write forks, host swap and a sliding window.
+
+    Args:
+        num_blocks, block_size, max_model_len, kv_bytes_per_token: see BaseAllocator.
+        swap_gib: host memory for the KV of preempted requests, in GiB; 0 has them recomputed.
+        swap_blocks: the same in blocks, in place of `swap_gib`.
+        sliding_window: positions that a token attends to, itself included; older blocks become the null block and
+            are freed. None keeps all.
+
+    Attributes:
+        num_host_blocks: blocks of host memory; ids are 0..num_host_blocks - 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        kv_bytes_per_token: int = 0,
+        swap_gib: float = 0.0,
+        swap_blocks: int | None = None,
+        sliding_window: int | None = None,
+    ) -> None:
+        super().__init__(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_model_len=max_model_len,
+            kv_bytes_per_token=kv_bytes_per_token,
+        )
+        if sliding_window is not None:
+            check_int("allocator.sliding_window", sliding_window, 1)
+        self.sliding_window = sliding_window
+        self.num_host_blocks = host_blocks(swap_gib, swap_blocks, block_size, kv_bytes_per_token)
+        self._host = HostPool(self.num_host_blocks)
+        self._copies = CopyQueue()
+        self._pool = BlockPool(1, num_blocks)
+        self._tables: dict[Request, list[int]] = {}
+        self._extra_refs: dict[int, int] = {}  # shared block -> its references beyond the first
+        self._num_extra_refs = 0
+        self._forked: set[Request] = set()  # requests whose next write may hit a shared block
+        self._slid: dict[Request, int] = {}  # leading null entries of the tables that have some
+        self._num_slid = 0
+
+    @property
+    def max_request_tokens(self) -> int:
+        """All slots of the pool."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that `allocate` can hand out now."""
+        return self._pool.num_free
+
+    def allocate(self, req: Request, num_tokens: int, num_cached: int = 0) -> bool:
+        """Add the missing blocks to the table, and copy a shared block that `req` writes next."""
+        table = self._tables.get(req)
+        if table is None:
+            return self._admit(req, num_tokens, num_cached)
+        block_size = self.block_size
+        need = max(0, -(-num_tokens // block_size) - len(table))
+        copy = self._forked and self._writes_shared(req, table)
+        if need + bool(copy) > self.num_free_blocks:
+            return False
+        if copy:
+            self._copy_on_write(req, table)
+        if need:
+            table.extend(self._take(need))
+        req.num_slots = len(table) * block_size
+        return True
+
+    def free(self, req: Request) -> None:
+        """Give all blocks back, host blocks too. Idempotent."""
+        req.num_slots = 0
+        table = self._tables.get(req)
+        if table is not None:
+            self._drop(req, table, cancel_copies=True)
+        elif self.num_host_blocks:
+            self._host.release(req)
+
+    def commit(self, req: Request) -> None:
+        """Drop the blocks that slid out of the window."""
+        if self.sliding_window is not None:
+            self._slide(req)
+
+    def block_table(self, req: Request) -> Sequence[int]:
+        """Block ids by block index. A live list: `allocate` and `commit` change it."""
+        return self._tables[req]
+
+    def drain_copies(self) -> list[BlockCopy]:
+        """Copies ordered since the last call, in the order in which they must be made."""
+        self._host.settle()
+        return self._copies.drain()
+
+    # ------------------------------------------------------------ blocks in and out
+
+    def _admit(self, req: Request, num_tokens: int, num_cached: int) -> bool:  # noqa: ARG002
+        need = cdiv(num_tokens, self.block_size)
+        if need > self.num_free_blocks:
+            return False
+        self._tables[req] = self._take(need)
+        req.num_slots = need * self.block_size
+        return True
+
+    def _take(self, num_blocks: int) -> list[int]:
+        """Take blocks that `num_free_blocks` covers."""
+        return self._pool.take(num_blocks)
+
+    def _release(self, blocks: Iterable[int]) -> list[int]:
+        """Drop one reference to each block; returns those that nobody refers to any more."""
+        if not self._extra_refs:
+            return [block for block in blocks if block != NULL_BLOCK]
+        gone = []
+        for block in blocks:
+            extra = self._extra_refs.get(block)
+            if extra is not None:
+                self._unshare(block, extra)
+            elif block != NULL_BLOCK:
+                gone.append(block)
+        return gone
+
+    def _discard(self, blocks: list[int]) -> None:
+        """Free blocks without references. Those freed last are handed out first."""
+        self._pool.give(blocks)
+
+    def _drop(self, req: Request, table: list[int], cancel_copies: bool) -> None:
+        """Take a table apart, its last block first."""
+        del self._tables[req]
+        self._forked.discard(req)
+        if self._slid:
+            self._num_slid -= self._slid.pop(req, 0)
+        gone = self._release(reversed(table))
+        if cancel_copies and self._copies:
+            self._copies.cancel(gone)
+        self._discard(gone)
+
+    # ------------------------------------------------------------ sharing
+
+    def fork(self, req: Request, child: Request) -> bool:
+        """Share the blocks of the prompt less its last token; both copy before they write into a shared block.
+
+        The KV of the shared positions must be computed, or be computed by a step that was planned before the one
+        in which `child` is first scheduled. `child` has the same prompt and owns nothing. False when `req` has not
+        computed its prompt, holds no full token to share, or has slid past it.
+        """
+        table = self._tables.get(req)
+        num_shared = req.num_prompt_tokens - 1
+        if table is None or num_shared < 1 or req.num_computed_tokens < num_shared:
+            return False
+        shared = table[: cdiv(num_shared, self.block_size)]
+        slid = self._slid.get(req, 0)
+        if slid > self._num_slid_at(num_shared):
+            return False
+        for block in shared[slid:]:
+            self._share(block)
+        self._tables[child] = shared
+        if slid:
+            self._slid[child] = slid
+            self._num_slid += slid
+        child.num_computed_tokens = num_shared
+        # Below the last full shared block nobody writes; from there on, `allocate` is asked and copies.
+        child.num_slots = num_shared // self.block_size * self.block_size
+        if num_shared % self.block_size:
+            req.num_slots = min(req.num_slots, child.num_slots)
+            self._forked |= {req, child}
+        return True
+
+    def _share(self, block: int) -> None:
+        self._extra_refs[block] = self._extra_refs.get(block, 0) + 1
+        self._num_extra_refs += 1
+
+    def _unshare(self, block: int, extra: int) -> None:
+        if extra == 1:
+            del self._extra_refs[block]
+        else:
+            self._extra_refs[block] = extra - 1
+        self._num_extra_refs -= 1
+
+    def _writes_shared(self, req: Request, table: list[int]) -> bool:
+        """Whether `req`'s next write goes into a block that is not its own."""
+        if req not in self._forked:
+            return False
+        index = req.num_computed_tokens // self.block_size
+        if index < len(table) and self._is_shared(table[index]):
+            return True
+        self._forked.discard(req)
+        return False
+
+    def _is_shared(self, block: int) -> bool:
+        return block in self._extra_refs
+
+    def _copy_on_write(self, req: Request, table: list[int]) -> None:
+        index = req.num_computed_tokens // self.block_size
+        shared = table[index]
+        # Taken before the reference is dropped: the copy must not land in the block that it reads.
+        table[index : index + 1] = self._take(1)
+        self._copies.order(CopyKind.DEVICE, [shared], [table[index]])
+        self._discard(self._release([shared]))
+        self._forked.discard(req)
+
+    # ------------------------------------------------------------ sliding window
+
+    def _num_slid_at(self, num_computed: int) -> int:
+        """Leading blocks that no position from `num_computed` on attends to."""
+        if self.sliding_window is None:
+            return 0
+        return max(0, num_computed - self.sliding_window + 1) // self.block_size
+
+    def _slide(self, req: Request) -> None:
+        num_slid = self._num_slid_at(req.num_computed_tokens)
+        before = self._slid.get(req, 0)
+        if num_slid <= before:
+            return
+        table = self._tables[req]
+        slid = table[before:num_slid]
+        table[before:num_slid] = [NULL_BLOCK] * len(slid)
+        self._slid[req] = num_slid
+        self._num_slid += num_slid - before
+        self._discard(self._release(slid))
+
+    # ------------------------------------------------------------ swap
+
+    def swap_out(self, req: Request) -> bool:
+        """Copy the computed blocks to host memory and free all blocks. False: no room there, or nothing computed."""
+        table = self._tables.get(req)
+        if table is None:
+            return False
+        num_blocks = cdiv(req.num_computed_tokens, self.block_size)
+        indices = range(self._slid.get(req, 0), num_blocks)
+        if not indices or len(indices) > self._host.num_free:
+            return False
+        self._copies.order(CopyKind.SWAP_OUT, [table[i] for i in indices], self._host.store(req, num_blocks, indices))
+        self._drop(req, table, cancel_copies=False)
+        req.num_slots = 0
+        return True
+
+    def swap_in(self, req: Request) -> bool:
+        """Copy a swapped request's blocks back into blocks of its own. False: no room, nothing changed."""
+        swapped = self._host.lookup(req)
+        if swapped is None or len(swapped.indices) > self.num_free_blocks:
+            return False
+        blocks = self._take(len(swapped.indices))
+        num_slid = swapped.num_blocks - len(blocks)
+        self._copies.order(CopyKind.SWAP_IN, swapped.host_blocks, blocks)
+        self._host.release(req)
+        self._tables[req] = [NULL_BLOCK] * num_slid + blocks
+        if num_slid:
+            self._slid[req] = num_slid
+            self._num_slid += num_slid
+        req.num_slots = swapped.num_blocks * self.block_size
+        return True
+
+    # ------------------------------------------------------------ ledger
+
+    def usage(self, head: Request | None = None) -> KVUsage:  # noqa: ARG002
+        """Raw counts. External is 0: any free block serves any request."""
+        return self._usage(num_cached=0, num_saved=self._num_extra_refs)
+
+    def _usage(self, num_cached: int, num_saved: int) -> KVUsage:
+        """Raw counts, with `num_cached` evictable blocks and `num_saved` table entries that sharing saved."""
+        block_size = self.block_size
+        num_owned = self.num_blocks - self._pool.num_free - num_cached
+        if self._forked:
+            computed = self._count_computed()
+        else:
+            # Shared blocks are full, so each extra reference counts one block of computed tokens too many.
+            computed = sum(map(num_computed_of, self._tables)) - (num_saved + self._num_slid) * block_size
+        return KVUsage(
+            total=self.num_blocks * block_size,
+            computed=computed,
+            owned=num_owned * block_size,
+            external=0,
+            cached=num_cached * block_size,
+            free=self._pool.num_free * block_size,
+            shared_saved=num_saved * block_size,
+        )
+
+    def _count_computed(self) -> int:
+        """Distinct computed slots, block by block: while a half-filled block is shared, sums do not tell."""
+        filled: dict[int, int] = {}
+        for req, table in self._tables.items():
+            left = req.num_computed_tokens
+            for block in table:
+                if left <= 0:
+                    break
+                filled[block] = max(filled.get(block, 0), min(left, self.block_size))
+                left -= self.block_size
+        filled.pop(NULL_BLOCK, None)
+        return sum(filled.values())

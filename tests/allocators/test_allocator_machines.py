@@ -1,0 +1,39 @@
+"""Every allocator under the state machine of `allocator_machine`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from allocator_machine import MAX_LEN, SETTINGS, AllocatorMachine
+from hypothesis.stateful import run_state_machine_as_test
+
+from allocators.contiguous import PLACEMENTS, RESERVATIONS, ContiguousAllocator
+from allocators.paged import PagedAllocator
+
+CASES: dict[str, tuple[partial, dict]] = {
+    f"{reservation}-{placement}": (
+        partial(ContiguousAllocator, num_blocks=27, block_size=4, reservation=reservation, placement=placement),
+        {},
+    )
+    for reservation in RESERVATIONS
+    for placement in PLACEMENTS
+}
+CASES |= {
+    "orca": (partial(ContiguousAllocator, num_blocks=90, block_size=1, reservation="pow2", placement="buddy"), {}),
+    "paged": (partial(PagedAllocator, num_blocks=17, block_size=4), {}),
+    "paged-1": (partial(PagedAllocator, num_blocks=60, block_size=1, swap_blocks=20), {}),
+    "paged-swap": (partial(PagedAllocator, num_blocks=13, block_size=4, swap_blocks=9), {}),
+    "paged-window": (
+        partial(PagedAllocator, num_blocks=14, block_size=4, sliding_window=6, swap_blocks=9),
+        {"window": 6},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_machine(name: str) -> None:
+    make, attributes = CASES[name]
+    make = partial(make, max_model_len=MAX_LEN)
+    machine = type(name, (AllocatorMachine,), {"make": staticmethod(make), **attributes})
+    run_state_machine_as_test(machine, settings=SETTINGS)
