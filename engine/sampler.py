@@ -1,0 +1,104 @@
+"""Picks tokens from logits: a pure function of its two arguments.
+
+For each row, in this order:
+
+    barred tokens (allowed_tokens, min_tokens) -> logit_bias -> repetition, frequency, presence penalties
+      -> [log-probabilities are read here] -> temperature -> top_k -> top_p -> min_p -> one draw
+
+The draw comes from the request's own random stream (engine/sampling/streams.py), keyed by its seed and its output
+position. A seeded request so gives the same tokens in any batch, at any row, on any step. Greedy rows (temperature 0)
+take the largest logit, and among equals the lowest token id. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.sampling.batch import Rows, SamplerState, SamplingBatch, check_sampling
+from engine.sampling.output import HostTokens, LogprobTensors, SampledTokens
+from engine.sampling.streams import log_exponentials
+from engine.sampling.transforms import keep_min_p, keep_top_k, keep_top_p, penalize
+
+__all__ = ["HostTokens", "SampledTokens", "Sampler", "SamplerState", "SamplingBatch", "check_sampling"]
+
+
+class Sampler:
+    """Stateless: all state is in the batch."""
+
+    def __call__(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
+        """Sample one token per row.
+
+        Args:
+            logits: [N, V], any float type; not modified. Computed on in float32.
+            batch: N rows.
+
+        Returns:
+            The tokens on the device. A row whose logits hold NaN or +inf, or in which every token is barred, is
+            marked there; reading it on the host raises EngineError.
+        """
+        if batch.edits_logits:
+            logits = self._edit(logits.to(torch.float32, copy=True), batch)
+        # Rounding to float32 keeps the order, so a greedy batch is never upcast. max gives the first of equal values.
+        best = logits.max(dim=-1)
+        token_ids = best.indices
+        if batch.keys is not None:
+            drawn = self._draw(_take(logits, batch.random).float(), _take(best.values, batch.random).float(), batch)
+            index = batch.random.index
+            token_ids = drawn if index is None else token_ids.index_copy(0, index, drawn)
+        logprobs = self._logprobs(logits, token_ids, batch) if batch.num_top else None
+        return SampledTokens(token_ids, best.values.isfinite(), logprobs, batch.request_ids)
+
+    def _edit(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """Bars, bias and penalties, in place."""
+        if batch.allowed_tokens is not None:
+            logits.masked_fill_(~batch.allowed_tokens, -torch.inf)
+        if batch.barred is not None:
+            barred = torch.full((), -torch.inf, device=logits.device)
+            logits.index_put_((batch.barred[0], batch.barred[1]), barred)
+        if batch.bias is not None:
+            logits.index_put_((batch.bias.rows, batch.bias.tokens), batch.bias.values, accumulate=True)
+        if batch.penalties is not None:
+            p = batch.penalties
+            logits = _apply(
+                logits,
+                p.rows,
+                lambda rows: penalize(
+                    rows, p.in_prompt[p.slots], p.counts[p.slots], p.presence, p.frequency, p.repetition
+                ),
+            )
+        return logits
+
+    def _draw(self, logits: Tensor, best: Tensor, batch: SamplingBatch) -> Tensor:
+        """One draw per random row. `logits` float32 [R, V] and their maxima `best` [R]."""
+        assert batch.keys is not None
+        assert batch.temperature is not None
+        # The maximum is taken off first: then no temperature, however small, overflows.
+        logits = (logits - best[:, None]) / batch.temperature[:, None]
+        if (top_k := batch.top_k) is not None:
+            logits = _apply(logits, top_k.rows, lambda rows: keep_top_k(rows, top_k.values, int(top_k.largest)))
+        if (top_p := batch.top_p) is not None:
+            logits = _apply(logits, top_p.rows, lambda rows: keep_top_p(rows, top_p.values))
+        if (min_p := batch.min_p) is not None:
+            logits = _apply(logits, min_p.rows, lambda rows: keep_min_p(rows, min_p.values))
+        return (logits - log_exponentials(batch.keys, logits.shape[-1])).argmax(dim=-1)
+
+    def _logprobs(self, logits: Tensor, token_ids: Tensor, batch: SamplingBatch) -> LogprobTensors:
+        values = _take(logits, batch.logprobs).float().log_softmax(-1)
+        sampled = values.gather(1, _take(token_ids, batch.logprobs)[:, None])
+        rank = (values > sampled).sum(-1) + 1
+        top = values.topk(max(batch.num_top), dim=-1)
+        return LogprobTensors(batch.logprobs.host, batch.num_top, sampled[:, 0], rank, top.indices, top.values)
+
+
+def _take(tensor: Tensor, rows: Rows) -> Tensor:
+    return tensor if rows.index is None else tensor[rows.index]
+
+
+def _apply(logits: Tensor, rows: Rows, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    """`logits` with `transform` applied to some of its rows."""
+    if rows.index is None:
+        return transform(logits)
+    return logits.index_copy(0, rows.index, transform(logits[rows.index]))
