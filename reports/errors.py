@@ -1,0 +1,7 @@
+"""The error of this package. It does not derive from the engine's: reports read files and import nothing else."""
+
+from __future__ import annotations
+
+
+class ReportError(Exception):
+    """A run's or a sweep's files are missing or broken. One line: what, where, and what to do."""

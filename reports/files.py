@@ -1,0 +1,197 @@
+"""Reads what a run left behind (docs/files.md), strictly: a report must not be drawn from half a file.
+
+Wide columns (token ids, token times) are read one by one and only when asked for, so that a run of a million
+requests fits in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reports.errors import ReportError
+
+CLASSES = ("token_states", "reservation", "internal", "external", "cached", "free")
+
+REQUEST_COLUMNS = (
+    "request_id",
+    "client_id",
+    "num_prompt_tokens",
+    "num_output_tokens",
+    "max_tokens",
+    "arrival_time",
+    "submit_time",
+    "admission_time",
+    "first_token_time",
+    "finish_time",
+    "finish_reason",
+    "num_cached_tokens",
+    "num_preemptions",
+    "num_recomputed_tokens",
+    "error",
+)
+LIST_COLUMNS = ("prompt_token_ids", "output_token_ids", "token_times")
+STEP_COLUMNS = (
+    "step",
+    "start_time",
+    "launch_time",
+    "end_time",
+    "num_running",
+    "num_waiting",
+    "num_scheduled",
+    "num_new_tokens",
+    "num_prefill_tokens",
+    "num_decode_tokens",
+    "num_sampled",
+    "num_preempted",
+    "num_copies",
+    *CLASSES,
+    "total",
+    "shared_saved",
+    "held",
+)
+MANIFEST_KEYS = ("name", "strategy", "config", "git", "machine", "versions", "model", "pool", "workload", "run")
+REMEDY = "run the job again, or point at a run folder that is whole"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """What one run left.
+
+    Attributes:
+        path: the run folder.
+        manifest: manifest.json.
+        requests: the scalar columns of requests.parquet, one array each; null times are NaN.
+        steps: the columns of steps.parquet, one array each.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    requests: dict[str, np.ndarray]
+    steps: dict[str, np.ndarray]
+
+    @property
+    def num_requests(self) -> int:
+        """Rows of requests.parquet."""
+        return len(self.requests["request_id"])
+
+    @property
+    def num_steps(self) -> int:
+        """Rows of steps.parquet."""
+        return len(self.steps["step"])
+
+    @property
+    def finished(self) -> np.ndarray:
+        """Bool per request: it ended by itself (`stop` or `length`)."""
+        return np.isin(self.requests["finish_reason"], ("stop", "length"))
+
+    def lists(self, column: str) -> Ragged:
+        """One of the list columns, flat. Read anew on each call."""
+        path = self.path / "requests.parquet"
+        chunked = _read_table(path, (column,)).column(column)
+        array = chunked.combine_chunks()
+        if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
+            raise ReportError(f"{path}: column {column!r} holds {array.type}, not lists; {REMEDY}")
+        lengths = np.asarray(array.value_lengths().fill_null(0), dtype=np.int64)
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        return Ragged(array.flatten().to_numpy(zero_copy_only=False), offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Lists of different lengths, end to end: list `i` is `values[offsets[i]:offsets[i + 1]]`."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file. Raises ReportError when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReportError(f"{path} is missing; {REMEDY}") from None
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path} cannot be read ({one_line(error)}); {REMEDY}") from None
+
+
+def one_line(error: Exception) -> str:
+    """First line of an error's text, without the full stop."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
+
+
+def _read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
+    """Those columns of a Parquet file; a missing file or column, or a broken file, is a ReportError."""
+    try:
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in columns if name not in file.schema_arrow.names]
+            if missing:
+                raise ReportError(f"{path} lacks column(s) {', '.join(missing)} (docs/files.md lists them); {REMEDY}")
+            return file.read(columns=list(columns))
+    except FileNotFoundError:
+        raise ReportError(f"{path} is missing; {REMEDY}") from None
+    except (OSError, pa.ArrowException) as error:
+        raise ReportError(f"{path} cannot be read ({one_line(error)}); {REMEDY}") from None
+
+
+def _arrays(path: Path, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
+    table = _read_table(path, columns)
+    arrays = {}
+    for name in columns:
+        column = table.column(name)
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            arrays[name] = np.array(["" if value is None else value for value in column.to_pylist()], dtype=object)
+        elif pa.types.is_integer(column.type) and column.null_count:
+            raise ReportError(f"{path}: column {name!r} has {column.null_count} empty cell(s); {REMEDY}")
+        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+            arrays[name] = column.to_numpy()
+        elif pa.types.is_null(column.type):  # a column of nothing but nulls, such as the times of rejected requests
+            arrays[name] = np.full(len(column), np.nan)
+        else:
+            raise ReportError(f"{path}: column {name!r} holds {column.type}, not numbers or text; {REMEDY}")
+    return arrays
+
+
+def _check_ledger(path: Path, steps: dict[str, np.ndarray]) -> None:
+    """The six classes add up to the pool in every step, or the report would draw a picture of nothing."""
+    wrong = np.flatnonzero(sum(steps[name] for name in CLASSES) != steps["total"])
+    if len(wrong):
+        step = int(wrong[0])
+        parts = " + ".join(f"{name} {steps[name][step]}" for name in CLASSES)
+        raise ReportError(
+            f"{path}: the KV ledger of step {step} does not add up: {parts} is not total {steps['total'][step]} "
+            f"({len(wrong)} such step(s)); the run's accounting is broken, {REMEDY}"
+        )
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read a run folder.
+
+    Raises:
+        ReportError: a file is missing or broken, lacks a column or key, or its KV ledger does not add up.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ReportError(f"{run_dir} is not a folder; give the folder of a run")
+    manifest = read_json(run_dir / "manifest.json")
+    if not isinstance(manifest, dict):
+        raise ReportError(f"{run_dir / 'manifest.json'} is not a JSON object; {REMEDY}")
+    missing = [key for key in MANIFEST_KEYS if key not in manifest]
+    if missing:
+        raise ReportError(f"{run_dir / 'manifest.json'} lacks {', '.join(missing)} (docs/files.md); {REMEDY}")
+    steps = _arrays(run_dir / "steps.parquet", STEP_COLUMNS)
+    _check_ledger(run_dir / "steps.parquet", steps)
+    return RunFiles(run_dir, manifest, _arrays(run_dir / "requests.parquet", REQUEST_COLUMNS), steps)

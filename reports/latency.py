@@ -1,0 +1,81 @@
+"""Per-request latencies and their statistics. Every definition that a report prints stands here, once.
+
+    arrival (scheduled) ---- queue ---- admission ---- prefill ---- first token -- ITL -- token -- ... -- finish
+    |<------------------------------ TTFT ------------------------------>|
+    |<------------------------------------------ E2E ------------------------------------------------------>|
+
+Definitions follow vLLM's `bench serve` (TPOT, ITL) and Orca / PagedAttention (normalised latency), except that
+latencies count from the *scheduled* arrival: a load generator that falls behind cannot hide a queue.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from reports.files import Ragged, RunFiles
+
+PERCENTILES = (50, 90, 95, 99)
+
+DEFINITIONS = {
+    "ttft_seconds": ("TTFT", "time to first token: first token on the host - scheduled arrival"),
+    "tpot_seconds": (
+        "TPOT",
+        "time per output token: (E2E - TTFT) / (output tokens - 1) of a request; requests with one output token "
+        "are left out",
+    ),
+    "itl_seconds": ("ITL", "inter-token latency: every gap between consecutive tokens of a request, pooled"),
+    "e2e_seconds": ("E2E", "end-to-end latency: finish - scheduled arrival"),
+    "queue_time_seconds": ("Queue", "queue time: start of the first step that computed one of the request's tokens - "
+                           "scheduled arrival"),
+    "normalized_latency_seconds_per_token": (
+        "Norm. latency",
+        "normalised latency: E2E / output tokens of a request (the y-axis of Orca and PagedAttention)",
+    ),
+}  # fmt: skip
+
+
+def describe(values: np.ndarray) -> dict[str, float | int | None]:
+    """Count, mean, percentiles (linear interpolation between order statistics), min and max; NaN is left out.
+
+    With no value at all every statistic is None.
+    """
+    values = values[~np.isnan(values)]
+    names = ("mean", *(f"p{p}" for p in PERCENTILES), "min", "max")
+    if not len(values):
+        return {"count": 0} | dict.fromkeys(names)
+    quantiles = np.percentile(values, PERCENTILES, method="linear")
+    stats = (values.mean(), *quantiles, values.min(), values.max())
+    return {"count": len(values)} | {name: float(value) for name, value in zip(names, stats, strict=True)}
+
+
+def request_latencies(run: RunFiles) -> dict[str, np.ndarray]:
+    """Per-request latencies in seconds, keyed as in DEFINITIONS; NaN where a request has none.
+
+    Only requests that finished by themselves (`stop`, `length`) have latencies; the queue time is known of every
+    request that was admitted.
+    """
+    req = run.requests
+    num_output = np.where(run.finished, req["num_output_tokens"], 0).astype(float)
+    ttft = np.where(run.finished, req["first_token_time"] - req["arrival_time"], np.nan)
+    e2e = np.where(run.finished, req["finish_time"] - req["arrival_time"], np.nan)
+    several, some = num_output > 1, num_output > 0
+    return {
+        "ttft_seconds": ttft,
+        "tpot_seconds": np.divide(e2e - ttft, num_output - 1, out=np.full_like(e2e, np.nan), where=several),
+        "e2e_seconds": e2e,
+        "queue_time_seconds": req["admission_time"] - req["arrival_time"],
+        "normalized_latency_seconds_per_token": np.divide(e2e, num_output, out=np.full_like(e2e, np.nan), where=some),
+    }
+
+
+def token_gaps(token_times: Ragged, keep: np.ndarray) -> np.ndarray:
+    """Gaps in seconds between consecutive tokens of the requests in `keep` (bool per request), pooled."""
+    values, offsets = token_times.values, token_times.offsets
+    if len(values) < 2:
+        return np.empty(0)
+    gaps = np.diff(values)
+    inside = np.ones(len(gaps), dtype=bool)
+    starts = offsets[1:-1]  # the first value of a list is no successor of the last one before it
+    inside[starts[(starts > 0) & (starts < len(values))] - 1] = False
+    owner_kept = np.repeat(keep, np.diff(offsets))[1:]
+    return gaps[inside & owner_kept]

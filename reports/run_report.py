@@ -1,0 +1,83 @@
+"""The report of one run: report.html, report.md, summary.json, requests.csv and figures/*.png from its files.
+
+Depends on nothing but the files, so `python -m reports DIR` makes the same report again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from matplotlib.figure import Figure
+from pyarrow import csv
+
+from reports.document import render_html, render_markdown, write_text
+from reports.errors import ReportError
+from reports.files import REQUEST_COLUMNS, RunFiles, read_run
+from reports.latency import DEFINITIONS, request_latencies, token_gaps
+from reports.memory import Spans, step_spans
+from reports.run_figures import latency_figure, load_figure, memory_figure, split_figure
+from reports.run_sections import WINDOWS, run_document
+from reports.style import SERIES, drawing, save_png, to_svg
+from reports.summary import summarize
+
+
+def write_run_report(run_dir: Path) -> dict[str, Any]:
+    """Write the report of one run into its folder.
+
+    Args:
+        run_dir: holds manifest.json, requests.parquet and steps.parquet (docs/files.md).
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        ReportError: a file is missing or broken, or the folder cannot be written.
+    """
+    run = read_run(run_dir)
+    spans = step_spans(run.steps)
+    summary = summarize(run)
+    document = run_document(summary, run.manifest["config"], draw_run(run, spans, summary))
+    write_text(run.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_requests_csv(run)
+    write_text(run.path / "report.md", render_markdown(document))
+    write_text(run.path / "report.html", render_html(document))
+    return summary
+
+
+def write_requests_csv(run: RunFiles) -> None:
+    """requests.csv: the scalar columns, and the latencies derived from them; one row per request."""
+    latencies = request_latencies(run)
+    columns = [pa.array(run.requests[name], from_pandas=True) for name in REQUEST_COLUMNS]
+    columns += [pa.array(values, from_pandas=True) for values in latencies.values()]
+    table = pa.Table.from_arrays(columns, names=[*REQUEST_COLUMNS, *latencies])
+    path = run.path / "requests.csv"
+    try:
+        csv.write_csv(table, path)
+    except OSError as error:
+        raise ReportError(f"cannot write {path} ({error}); make the folder writable") from None
+
+
+def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any]) -> dict[str, str]:
+    """Draw every figure of the run into figures/*.png. Returns name -> inline SVG."""
+    latencies = request_latencies(run)
+    panels = [(DEFINITIONS[key][0], [("", latencies[key])]) for key in ("ttft_seconds", "tpot_seconds")]
+    panels.append((DEFINITIONS["itl_seconds"][0], [("", token_gaps(run.lists("token_times"), run.finished))]))
+    panels.append((DEFINITIONS["e2e_seconds"][0], [("", latencies["e2e_seconds"])]))
+    bars = [(f"this run, {window}", summary[f"kv_share_mean{suffix}"]) for window, suffix in WINDOWS]
+    with drawing():
+        figures = {
+            "kv_memory": memory_figure(run, spans),
+            "kv_split": split_figure(bars),
+            "load": load_figure(run, spans),
+            "latency": latency_figure(panels, list(SERIES[:1])),
+        }
+        return {name: export(figure, run.path, name) for name, figure in figures.items()}
+
+
+def export(figure: Figure, folder: Path, name: str) -> str:
+    """Write figures/NAME.png below `folder`; return the inline SVG."""
+    save_png(figure, folder / "figures" / f"{name}.png")
+    return to_svg(figure, name)

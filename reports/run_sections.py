@@ -1,0 +1,254 @@
+"""The words and tables of a run's report, made from its summary alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from reports.document import Document, Picture, Section, Table
+from reports.format import DASH, count, percent, rate, seconds, size_bytes
+from reports.latency import DEFINITIONS, PERCENTILES
+from reports.paper import FIGURE_2_SOURCE
+from reports.style import CLASS_LOOKS
+
+WINDOWS = (("while requests wait", "_while_waiting"), ("all steps", ""))
+LEDGER_MEANING = {
+    "token_states": "slots that hold the KV of computed tokens",
+    "reservation": "owned and empty, filled later in the request's stay",
+    "internal": "owned, and never filled",
+    "external": "not owned, but of no use to the request at the head of the queue",
+    "cached": "prefix-cache blocks that no request uses: evictable",
+    "free": "the rest",
+}
+
+
+def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> Document:
+    """The report as a document.
+
+    Args:
+        summary: what `summarize` returned.
+        config: the resolved configuration.
+        svg: name -> inline SVG of every figure.
+    """
+    return Document(
+        kicker="kvarena · report of a run",
+        title=str(summary["name"]).replace(" x ", " × "),
+        headline=summary["headline"].replace(" x ", " × "),
+        verdict=None if summary["valid"] else (invalid(summary), False),
+        facts=facts(summary),
+        tiles=tiles(summary),
+        sections=[
+            memory_section(summary, svg),
+            latency_section(summary, svg),
+            load_section(summary, svg),
+            requests_section(summary),
+        ],
+        definitions=definitions(),
+        config=json.dumps(config, indent=2, ensure_ascii=False),
+        footer=footer(summary),
+    )
+
+
+def invalid(summary: dict[str, Any]) -> str:
+    """Why the run's latencies must not be trusted."""
+    return (
+        f"Invalid run: the driver handed a request over {seconds(summary['lateness_seconds']['max'])} after its "
+        f"scheduled arrival, more than driver.max_lateness={summary['lateness_bound_seconds']:g} s allows."
+    )
+
+
+def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What ran, on what."""
+    strategy, model, pool, machine = (summary[key] or {} for key in ("strategy", "model", "pool", "machine"))
+    details = ", ".join(_pairs(strategy.get("details") or {}))
+    arrival = dict(summary["arrival"] or {})
+    workload = summary["workload"] or {}
+    versions = summary["versions"] or {}
+    return [
+        ("Allocator", str(strategy.get("allocator", DASH))),
+        ("Scheduler", str(strategy.get("scheduler", DASH))),
+        ("Details", details or DASH),
+        ("Model", f"{model.get('name', DASH)}, {count(model.get('num_parameters'))} parameters, "
+                  f"{model.get('dtype', DASH)}"),
+        ("KV pool", f"{count(pool.get('num_slots'))} slots, {size_bytes(pool.get('bytes'))}, "
+                    f"blocks of {pool.get('block_size', DASH)}"),
+        ("Workload", f"{workload.get('name', DASH)}, {count(summary['num_requests'])} requests, "
+                     f"seed {workload.get('seed', DASH)}"),
+        ("Arrivals", ", ".join(str(value) for value in [arrival.pop("name", DASH), *_pairs(arrival)])),
+        ("Machine", f"{machine.get('gpu') or machine.get('cpu') or DASH}, {machine.get('cores', DASH)} cores, "
+                    f"{size_bytes(machine.get('memory_bytes'))}"),
+        ("Software", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
+        ("Commit", commit(summary)),
+    ]  # fmt: skip
+
+
+def _pairs(options: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in options.items() if value is not None]
+
+
+def commit(summary: dict[str, Any]) -> str:
+    """Short commit, and whether the tree was changed."""
+    git = summary["git"] or {}
+    if not git.get("commit"):
+        return "not a git checkout"
+    return str(git["commit"])[:12] + (" with local changes" if git.get("dirty") else "")
+
+
+def footer(summary: dict[str, Any]) -> str:
+    """Where the numbers come from."""
+    return (
+        f"Made by kvarena from manifest.json, requests.parquet and steps.parquet of the run of "
+        f"{summary['created'] or 'unknown date'}, commit {commit(summary)}."
+    )
+
+
+def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The numbers to see first."""
+    waiting, overall = summary["kv_share_mean_while_waiting"], summary["kv_share_mean"]
+    split, window = (waiting, "while requests wait") if waiting else (overall, "mean of all steps")
+    ttft, tpot, e2e = (summary[f"{name}_seconds"] for name in ("ttft", "tpot", "e2e"))
+    return [
+        ("Output throughput", f"{rate(summary['output_tokens_per_second'])} tok/s",
+         f"{rate(summary['requests_per_second'])} requests/s"),
+        ("KV pool in token states", percent(split["token_states"] if split else None), window),
+        ("TTFT, median", seconds(ttft["p50"]), f"p99 {seconds(ttft['p99'])}"),
+        ("TPOT, median", seconds(tpot["p50"]), f"p99 {seconds(tpot['p99'])}"),
+        ("E2E, median", seconds(e2e["p50"]), f"p99 {seconds(e2e['p99'])}"),
+        ("Mean batch", rate(summary["batch_size_mean"]), f"largest {count(summary['batch_size_max'])}"),
+    ]  # fmt: skip
+
+
+def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
+    """KV memory: over time, its mean split, and the numbers."""
+    waste = summary["waste_beyond_token_states_while_waiting"]
+    text = (
+        f"While requests waited ({count(summary['num_waiting_steps'])} of {count(summary['num_steps'])} steps), "
+        f"{percent(waste)} of the pool held neither tokens nor cached prefixes."
+        if waste is not None
+        else "No request ever waited, so empty memory cost nothing in this run."
+    )
+    rows = [
+        [CLASS_LOOKS[name].label, *(_share(summary[f"kv_share_mean{suffix}"], name) for _, suffix in WINDOWS),
+         percent(summary["kv_peak_share"][name]), meaning]
+        for name, meaning in LEDGER_MEANING.items()
+    ]  # fmt: skip
+    for key, label, meaning in (
+        ("held", "held (owned, in the above)", "owned by finished requests until their static batch ends"),
+        ("shared_saved", "saved by sharing", "further slots that requests would own without sharing"),
+    ):
+        if summary[f"{key}_share_mean"]:
+            shares = [percent(summary[f"{key}_share_mean{suffix}"]) for _, suffix in WINDOWS]
+            rows.append([label, *shares, DASH, meaning])
+    table = Table(
+        ["share of the pool", *(window for window, _ in WINDOWS), "own peak", "meaning"],
+        rows,
+        text_columns=frozenset({4}),
+    )
+    pictures = [
+        Picture("kv_memory", svg["kv_memory"],
+                "KV memory over time: every slot of the pool is in exactly one class in every step. "
+                "A gap means that no step ran. Below, the queue.",
+                "stacked area of KV slots by ledger class over time"),
+        Picture("kv_split", svg["kv_split"],
+                f"Mean split of KV memory, weighted by step time, beside {FIGURE_2_SOURCE}. The paper draws what is "
+                "neither token state, reservation nor internal fragmentation as one class, “external & others”, and "
+                "gives no split of vLLM's last 3.7 % (outlined).",
+                "bars of the mean share of each ledger class, with the four bars of the paper"),
+    ]  # fmt: skip
+    return Section("KV memory", [text], pictures, [table])
+
+
+def _share(split: dict[str, float] | None, name: str) -> str:
+    return percent(split[name] if split else None)
+
+
+def latency_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
+    """Distributions and percentiles."""
+    header = ["", "n", "mean", *(f"p{p}" for p in PERCENTILES), "max"]
+    rows = []
+    for key, (name, _) in DEFINITIONS.items():
+        stats = summary[key]
+        unit = "/token" if key.endswith("per_token") and stats["count"] else ""
+        rows.append([name, count(stats["count"]), *(seconds(stats[column]) + unit for column in header[2:])])
+    picture = Picture(
+        "latency",
+        svg["latency"],
+        "Cumulative distributions; circle: median, diamond: 99th percentile. ITL counts gaps, the others requests.",
+        "cumulative distributions of TTFT, TPOT, ITL and E2E",
+    )
+    late = summary["lateness_seconds"]
+    note = (
+        f"Latencies count from the scheduled arrival. The driver handed requests over {seconds(late['p50'])} late in "
+        f"the median, {seconds(late['max'])} at most. Percentiles interpolate linearly between order statistics."
+    )
+    return Section("Latency", [], [picture], [Table(header, rows)], [note])
+
+
+def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
+    """Throughput, batch, queue, preemptions."""
+    step, plan = summary["step_seconds"], summary["scheduling_seconds"]
+    finished = count(summary["num_finished"])
+    rows = [
+        ["duration", seconds(summary["duration_seconds"]), "first scheduled arrival to last finish"],
+        ["output tokens/s", rate(summary["output_tokens_per_second"]),
+         f"{count(summary['num_finished_output_tokens'])} output tokens of finished requests / duration"],
+        ["total tokens/s", rate(summary["total_tokens_per_second"]),
+         "prompt and output tokens of finished requests / duration"],
+        ["requests/s", rate(summary["requests_per_second"]), f"{finished} finished requests / duration"],
+        ["steps", count(summary["num_steps"]), f"median {seconds(step['p50'])}, p99 {seconds(step['p99'])}; "
+                                               f"planning takes {seconds(plan['p50'])} in the median"],
+        ["busy", percent(summary["busy_share"]), "share of the duration in which a step ran"],
+        ["batch size", rate(summary["batch_size_mean"]),
+         f"requests in a step's batch, mean over step time; largest {count(summary['batch_size_max'])}"],
+        ["queue", rate(summary["queue_mean"]), f"mean over step time; longest {count(summary['queue_max'])}"],
+        ["preemptions", count(summary["num_preemptions"]),
+         f"of {count(summary['num_preempted_requests'])} requests; "
+         f"{count(summary['num_recomputed_tokens'])} tokens computed again"],
+        ["prompt tokens from cache", count(summary["num_cached_tokens"]),
+         f"{percent(summary['cached_prompt_share'])} of the prompt tokens"],
+        ["peak memory", size_bytes(summary["peak_rss_bytes"]),
+         f"resident, of the whole process; the KV pool has {size_bytes(summary['kv_pool_bytes'])}"],
+    ]  # fmt: skip
+    picture = Picture(
+        "load",
+        svg["load"],
+        "Requests in the batch and in the queue, and tokens computed per second of wall time. Recomputed tokens count "
+        "again.",
+        "batch size, queue length and computed tokens per second over time",
+    )
+    table = Table(["", "value", "how"], rows, text_columns=frozenset({2}))
+    return Section("Throughput and load", [], [picture], [table])
+
+
+def requests_section(summary: dict[str, Any]) -> Section:
+    """How requests ended, and why some were refused."""
+    workload = summary["workload"] or {}
+    ended = ", ".join(
+        f"{count(summary[f'num_{key}'])} {key}"
+        for key in ("finished", "rejected", "aborted", "failed")
+        if summary[f"num_{key}"]
+    )
+    text = [
+        f"{count(summary['num_requests'])} requests: {ended or 'none ended'}; "
+        f"{count(summary['num_prompt_tokens'])} prompt tokens, {count(summary['num_output_tokens'])} output tokens."
+    ]
+    if workload.get("description"):
+        text.append(f"Workload: {workload['description']}.".replace("..", "."))
+    rows = [
+        [f"{count(kind['count'])} {kind['finish_reason']}", kind["example"], kind["example_request_id"]]
+        for kind in summary["rejections"]
+    ]
+    tables = [Table(["refused", "why (one example of each kind)", "request"], rows, text_columns=frozenset({1}))]
+    return Section("Requests", text, [], tables if rows else [])
+
+
+def definitions() -> list[tuple[str, str]]:
+    """What the words of this report mean."""
+    return [
+        *DEFINITIONS.values(),
+        ("Windows", "“all steps” is every step of the run; “while requests wait” is the steps with at least one "
+                    "request in the queue. Means over steps are weighted by step time; idle time is in neither."),
+        ("Percentiles", "linear interpolation between order statistics, over requests that finished by themselves"),
+        ("Token states", "KV slots that hold computed tokens; a slot that requests share counts once"),
+        ("Slot", "the KV of one token in every layer"),
+    ]  # fmt: skip

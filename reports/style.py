@@ -1,0 +1,165 @@
+"""One style for every figure: colours, hatches, axes, and how a figure becomes SVG and PNG.
+
+Colours are Okabe and Ito's (2008), which colour-blind people can tell apart. Classes differ in hatch too, and lines
+in dash, so that a grey print keeps them apart. Colours of ink, grid and paper are replaced by CSS variables in the
+SVG, so that one figure serves a light and a dark page.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from reports.errors import ReportError
+
+INK, MUTED, GRID, PAPER, EMPTY = "#1b1f27", "#5c6470", "#dfe3e8", "#fffffe", "#e4e7eb"
+THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)", EMPTY: "var(--empty)"}
+WIDTH = 9.6  # inches; the page's text column
+PNG_DPI = 150
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a class or a series is drawn.
+
+    Attributes:
+        label: its name in legends.
+        color: fill or line colour.
+        hatch: matplotlib hatch of fills.
+        dash: line style of lines.
+        text: colour of text on the fill.
+    """
+
+    label: str
+    color: str
+    hatch: str = ""
+    dash: str | tuple = "-"
+    text: str = "#ffffff"
+
+
+CLASS_LOOKS = {
+    "token_states": Look("token states", "#0072B2"),
+    "reservation": Look("reservation", "#E69F00", "////", text="#1a1300"),
+    "internal": Look("internal fragmentation", "#D55E00", "xxxx"),
+    "external": Look("external fragmentation", "#CC79A7", "----", text="#240718"),
+    "cached": Look("cached prefixes", "#009E73", "\\\\\\\\"),
+    "free": Look("free", EMPTY, text=INK),
+}
+# Series of a comparison, in order; each has a colour, a dash and a hatch of its own.
+SERIES = (
+    Look("", "#0072B2", "", "-"),
+    Look("", "#D55E00", "////", (0, (5, 1.5))),
+    Look("", "#009E73", "----", (0, (1.2, 1.2))),
+    Look("", "#CC79A7", "xxxx", (0, (5, 1.5, 1.2, 1.5)), "#240718"),
+    Look("", "#E69F00", "\\\\\\\\", (0, (8, 2)), "#1a1300"),
+    Look("", "#56B4E9", "++", (0, (3, 1)), "#06202e"),
+    Look("", "#7a7f87", "||||", (0, (1, 3))),
+)
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.titlepad": 8,
+    "axes.labelsize": 9,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.facecolor": "none",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 1.4,
+    "legend.columnspacing": 1.4,
+    "legend.labelcolor": INK,
+    "hatch.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "figure.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kvarena",
+    "path.simplify_threshold": 0.4,
+}
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw in this project's style; matplotlib's settings are as before afterwards."""
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure, in inches. No pyplot: nothing global keeps it alive."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def grid(axes: Axes, axis: str = "y") -> None:
+    """Faint grid lines along one axis, and no tick marks."""
+    axes.grid(True, axis=axis)  # type: ignore[arg-type]
+    axes.tick_params(length=0)
+
+
+def thousands(axes: Axes, axis: str = "y") -> None:
+    """Tick labels such as 12,000."""
+    target = axes.yaxis if axis == "y" else axes.xaxis
+    target.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value == int(value) else f"{value:g}"))
+
+
+def hatch_kwargs(look: Look) -> dict:
+    """Fill of a patch or an area in that look. The hatch is drawn in the edge colour, without an edge."""
+    return {"facecolor": look.color, "hatch": look.hatch or None, "edgecolor": (1, 1, 1, 0.65), "linewidth": 0.0}
+
+
+def to_svg(figure: Figure, prefix: str) -> str:
+    """The figure as an inline `<svg>`: theme colours as CSS variables, the page's font, ids unique by `prefix`."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\bid="([^"]*)"', rf'id="{prefix}-\1"', text)
+    text = re.sub(r"url\(#([^)]*)\)", rf"url(#{prefix}-\1)", text)
+    text = re.sub(r'(xlink:href|href)="#([^"]*)"', rf'href="#{prefix}-\2"', text)
+    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
+    text = re.sub(r"font: ((?:\w+ )*[\d.]+px)[^;\"]*", r"font: \1 var(--font)", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", text, count=1)
+    for color, variable in THEME.items():
+        text = text.replace(color, variable)
+    return re.sub(r"\n\s*", "\n", text).strip()
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write the figure on white paper."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", dpi=PNG_DPI, facecolor="white")
+    except OSError as error:
+        raise ReportError(f"cannot write {path} ({error.strerror}); make the folder writable") from None

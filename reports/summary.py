@@ -1,0 +1,169 @@
+"""summary.json of one run: every number that the report shows, under stable keys with units in their names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from reports.files import CLASSES, RunFiles
+from reports.format import count, percent, rate, seconds
+from reports.latency import describe, request_latencies, token_gaps
+from reports.memory import Spans, mean_shares, step_spans, weighted_mean
+
+SCHEMA_VERSION = 1
+NUM_REJECTION_KINDS = 8
+
+
+def summarize(run: RunFiles) -> dict[str, Any]:
+    """The summary of a run.
+
+    Windows: *all steps*, and *while requests wait*: the steps with at least one request in the queue, where memory
+    that holds no tokens costs throughput. Both are weighted by step time (reports/memory.py).
+
+    Duration: from the first scheduled arrival to the last finish. Throughput counts requests that finished by
+    themselves (`stop`, `length`) and their tokens; recomputed tokens are not counted again.
+    """
+    spans = step_spans(run.steps)
+    summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "kind": "run"}
+    for key in ("name", "created", "strategy", "git", "machine", "versions", "model", "pool", "workload", "arrival"):
+        summary[key] = run.manifest.get(key)
+    summary |= _requests(run)
+    summary |= _throughput(run, spans, summary)
+    summary |= {name: describe(values) for name, values in request_latencies(run).items()}
+    summary["itl_seconds"] = describe(token_gaps(run.lists("token_times"), run.finished))
+    lateness = run.requests["submit_time"] - run.requests["arrival_time"]
+    summary["lateness_seconds"] = describe(lateness)
+    bound = run.manifest["run"].get("lateness_bound")
+    summary["lateness_bound_seconds"] = bound
+    summary["valid"] = bound is None or not run.num_requests or bool(np.nanmax(lateness) <= bound)
+    summary |= _load(run, spans)
+    summary |= _memory(run, spans)
+    summary["headline"] = headline(summary)
+    return summary
+
+
+def _requests(run: RunFiles) -> dict[str, Any]:
+    req, reason = run.requests, run.requests["finish_reason"]
+    prompt = int(req["num_prompt_tokens"].sum())
+    computed = run.finished | (req["num_output_tokens"] > 0)
+    cached, seen = int(req["num_cached_tokens"].sum()), int(req["num_prompt_tokens"][computed].sum())
+    return {
+        "num_requests": run.num_requests,
+        "num_finished": int(run.finished.sum()),
+        "num_rejected": int((reason == "rejected").sum()),
+        "num_aborted": int((reason == "abort").sum()),
+        "num_failed": int((reason == "error").sum()),
+        "rejections": _rejections(req, reason),
+        "num_prompt_tokens": prompt,
+        "num_output_tokens": int(req["num_output_tokens"].sum()),
+        "num_finished_prompt_tokens": int(req["num_prompt_tokens"][run.finished].sum()),
+        "num_finished_output_tokens": int(req["num_output_tokens"][run.finished].sum()),
+        "num_preemptions": int(req["num_preemptions"].sum()),
+        "num_preempted_requests": int((req["num_preemptions"] > 0).sum()),
+        "num_recomputed_tokens": int(req["num_recomputed_tokens"].sum()),
+        "num_cached_tokens": cached,
+        "cached_prompt_share": cached / seen if seen else None,
+    }
+
+
+def _rejections(req: dict[str, np.ndarray], reason: np.ndarray) -> list[dict[str, Any]]:
+    """Rejected and failed requests by kind: messages that differ only in numbers and quoted names are one kind."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for index in np.flatnonzero(np.isin(reason, ("rejected", "error"))):
+        message = req["error"][index] or f"no message ({reason[index]})"
+        kind = re.sub(r"\d+", "#", re.sub(r"'[^']*'|\"[^\"]*\"", "'…'", message))
+        entry = kinds.setdefault(kind, {"count": 0, "finish_reason": str(reason[index]), "example": message})
+        entry["count"] += 1
+        entry.setdefault("example_request_id", str(req["request_id"][index]))
+    return sorted(kinds.values(), key=lambda entry: -entry["count"])[:NUM_REJECTION_KINDS]
+
+
+def _throughput(run: RunFiles, spans: Spans, counts: dict[str, Any]) -> dict[str, Any]:
+    req = run.requests
+    ends = req["finish_time"][~np.isnan(req["finish_time"]) & (req["finish_reason"] != "rejected")]
+    duration = float(ends.max() - req["arrival_time"].min()) if len(ends) else 0.0
+    info = run.manifest["run"]
+    busy = float(spans.weight.sum())
+    output, prompt = counts["num_finished_output_tokens"], counts["num_finished_prompt_tokens"]
+
+    def per_second(number: float) -> float | None:
+        return number / duration if duration > 0 else None
+
+    return {
+        "duration_seconds": duration,
+        "wall_time_seconds": info.get("wall_time"),
+        "warmup_seconds": info.get("warmup_time"),
+        "busy_seconds": busy,
+        "busy_share": min(1.0, busy / duration) if duration > 0 else None,
+        "output_tokens_per_second": per_second(output),
+        "total_tokens_per_second": per_second(output + prompt),
+        "requests_per_second": per_second(counts["num_finished"]),
+        "peak_rss_bytes": info.get("peak_rss_bytes"),
+        "peak_gpu_bytes": info.get("peak_gpu_bytes"),
+    }
+
+
+def _load(run: RunFiles, spans: Spans) -> dict[str, Any]:
+    steps, weight = run.steps, spans.weight
+    result: dict[str, Any] = {"num_steps": run.num_steps}
+    for key, column in (("batch_size", "num_scheduled"), ("num_running", "num_running"), ("queue", "num_waiting")):
+        result[f"{key}_mean"] = weighted_mean(steps[column], weight)
+        result[f"{key}_max"] = int(steps[column].max()) if run.num_steps else None
+    result["step_seconds"] = describe(steps["end_time"] - steps["start_time"])
+    result["scheduling_seconds"] = describe(steps["launch_time"] - steps["start_time"])
+    result["waiting_time_share"] = weighted_mean(steps["num_waiting"] > 0, weight)
+    for column in ("num_new_tokens", "num_prefill_tokens", "num_decode_tokens"):
+        result[f"computed_{column.removeprefix('num_')}"] = int(steps[column].sum())
+    result["num_block_copies"] = int(steps["num_copies"].sum())
+    return result
+
+
+def _memory(run: RunFiles, spans: Spans) -> dict[str, Any]:
+    """Shares of the pool. Waste is what holds neither a running request's tokens nor a reusable cached prefix."""
+    steps, pool = run.steps, run.manifest["pool"]
+    waiting = steps["num_waiting"] > 0
+    total = np.maximum(steps["total"], 1).astype(float)
+    result: dict[str, Any] = {
+        "kv_pool_slots": int(steps["total"].max()) if run.num_steps else pool.get("num_slots"),
+        "kv_pool_bytes": pool.get("bytes"),
+        "num_waiting_steps": int(waiting.sum()),
+    }
+    for suffix, window in (("", None), ("_while_waiting", waiting)):
+        shares = mean_shares(steps, spans, window)
+        mask = np.ones(run.num_steps, dtype=bool) if window is None else window
+        result[f"kv_share_mean{suffix}"] = shares
+        result[f"waste_beyond_token_states{suffix}"] = (
+            None if shares is None else max(0.0, 1.0 - shares["token_states"] - shares["cached"])
+        )
+        for name in ("held", "shared_saved"):
+            share = weighted_mean((steps[name] / total)[mask], spans.weight[mask])
+            result[f"{name}_share_mean{suffix}"] = share
+    owned = sum(steps[name] for name in ("token_states", "reservation", "internal"))
+    result["kv_peak_owned_slots"] = int(np.max(owned)) if run.num_steps else 0
+    result["kv_peak_share"] = {
+        name: float((steps[name] / total).max()) if run.num_steps else None for name in CLASSES
+    }  # each class at its own peak: these do not add up to 1
+    return result
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """One sentence that says what came out."""
+    name, done, asked = summary["name"], summary["num_finished"], summary["num_requests"]
+    if not asked:
+        return f"{name} was given no request."
+    if not done:
+        why = f": {summary['num_rejected']} were rejected" if summary["num_rejected"] else ""
+        return f"{name} finished none of {count(asked)} requests{why}."
+    parts = [f"{name} served {count(done)} of {count(asked)} requests at "
+             f"{rate(summary['output_tokens_per_second'])} output tokens/s"]  # fmt: skip
+    waiting, overall = summary["kv_share_mean_while_waiting"], summary["kv_share_mean"]
+    if waiting:
+        parts.append(f"token states filled {percent(waiting['token_states'])} of the KV pool while requests waited")
+    elif overall:
+        parts.append(f"token states filled {percent(overall['token_states'])} of the KV pool (no request waited)")
+    ttft = summary["ttft_seconds"]
+    if ttft["count"]:
+        parts.append(f"the first token came after {seconds(ttft['p50'])} (median; p99 {seconds(ttft['p99'])})")
+    return "; ".join(parts) + "."

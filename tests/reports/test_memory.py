@@ -1,0 +1,58 @@
+"""Time weights and bins of the KV ledger."""
+
+import numpy as np
+import pytest
+
+from reports.memory import Spans, binned_mean, binned_rate, make_bins, mean_shares, step_spans
+
+
+def _steps(start, end, **columns):
+    return {"start_time": np.array(start, float), "end_time": np.array(end, float)} | {
+        name: np.array(values) for name, values in columns.items()
+    }
+
+
+def test_overlapped_steps_are_not_counted_twice():
+    spans = step_spans(_steps([0, 1, 2.5], [2, 3, 4]))
+    assert spans.start.tolist() == [0, 2, 3]
+    assert spans.weight.sum() == 4
+
+
+def test_idle_time_counts_nowhere():
+    assert step_spans(_steps([0, 5], [1, 7])).weight.tolist() == [1, 2]
+
+
+def test_mean_shares_weigh_by_time_and_add_up():
+    zeros = [0, 0]
+    steps = _steps([0, 1], [1, 4], token_states=[10, 30], reservation=[30, 10], internal=zeros, external=zeros,
+                   cached=zeros, free=zeros, total=[40, 40], num_waiting=[0, 2])  # fmt: skip
+    spans = step_spans(steps)
+    shares = mean_shares(steps, spans)
+    assert shares["token_states"] == pytest.approx((0.25 * 1 + 0.75 * 3) / 4)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert mean_shares(steps, spans, steps["num_waiting"] > 0)["token_states"] == pytest.approx(0.75)
+    assert mean_shares(steps, spans, np.array([False, False])) is None
+
+
+def test_bins_keep_the_mean_and_show_gaps():
+    spans = Spans(np.array([0.0, 1.0, 3.0]), np.array([1.0, 2.0, 4.0]))
+    values = np.array([2.0, 4.0, 6.0])
+    bins = make_bins(spans, 4)
+    means = binned_mean(values, spans, bins)
+    assert means[[0, 1, 3]].tolist() == [2.0, 4.0, 6.0]
+    assert np.isnan(means[2])
+    coarse = make_bins(spans, 2)
+    assert binned_mean(values, spans, coarse).tolist() == [3.0, 6.0]
+    assert binned_rate(np.array([10, 20, 30]), spans, coarse).tolist() == [15.0, 15.0]
+
+
+def test_a_million_steps_bin_fast():
+    end = np.cumsum(np.full(1_000_000, 0.01))
+    spans = Spans(end - 0.01, end)
+    means = binned_mean(np.arange(1_000_000), spans, make_bins(spans, 400))
+    assert np.diff(means).min() > 0
+
+
+def test_no_steps():
+    spans = step_spans(_steps([], []))
+    assert np.isnan(binned_mean(np.empty(0), spans, make_bins(spans, 3))).all()
