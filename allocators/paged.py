@@ -280,14 +280,22 @@ class PagedAllocator(BaseAllocator):
 
     def usage(self, head: Request | None = None) -> KVUsage:  # noqa: ARG002
         """Raw counts. External is 0: any free block serves any request."""
-        return self._usage(num_cached=0, num_saved=self._num_extra_refs)
+        return self._usage(num_cached=0, num_saved=self._num_extra_refs, hits={})
 
-    def _usage(self, num_cached: int, num_saved: int) -> KVUsage:
-        """Raw counts, with `num_cached` evictable blocks and `num_saved` table entries that sharing saved."""
+    def _usage(self, num_cached: int, num_saved: int, hits: dict[Request, int]) -> KVUsage:
+        """Raw counts.
+
+        Args:
+            num_cached: evictable blocks.
+            num_saved: table entries that sharing saved.
+            hits: requests admitted with so many cached tokens; those whose `num_computed_tokens` says so are dropped.
+        """
         block_size = self.block_size
         num_owned = self.num_blocks - self._pool.num_free - num_cached
-        if self._forked:
-            computed = self._count_computed()
+        for req in [req for req, hit in hits.items() if req.num_computed_tokens >= hit]:
+            del hits[req]
+        if self._forked or hits:
+            computed = self._count_computed(hits)
         else:
             # Shared blocks are full, so each extra reference counts one block of computed tokens too many.
             computed = sum(map(num_computed_of, self._tables)) - (num_saved + self._num_slid) * block_size
@@ -301,11 +309,11 @@ class PagedAllocator(BaseAllocator):
             shared_saved=num_saved * block_size,
         )
 
-    def _count_computed(self) -> int:
+    def _count_computed(self, hits: dict[Request, int]) -> int:
         """Distinct computed slots, block by block: while a half-filled block is shared, sums do not tell."""
         filled: dict[int, int] = {}
         for req, table in self._tables.items():
-            left = req.num_computed_tokens
+            left = max(req.num_computed_tokens, hits.get(req, 0))
             for block in table:
                 if left <= 0:
                     break

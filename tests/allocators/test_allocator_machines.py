@@ -10,6 +10,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from allocators.contiguous import PLACEMENTS, RESERVATIONS, ContiguousAllocator
 from allocators.paged import PagedAllocator
+from allocators.prefix import PrefixCachingAllocator
 
 CASES: dict[str, tuple[partial, dict]] = {
     f"{reservation}-{placement}": (
@@ -28,6 +29,8 @@ CASES |= {
         partial(PagedAllocator, num_blocks=14, block_size=4, sliding_window=6, swap_blocks=9),
         {"window": 6},
     ),
+    "prefix": (partial(PrefixCachingAllocator, num_blocks=17, block_size=4, swap_blocks=9), {}),
+    "prefix-1": (partial(PrefixCachingAllocator, num_blocks=60, block_size=1), {}),
 }
 
 
