@@ -52,10 +52,19 @@ class StepOutput:
 
 @dataclass(slots=True)
 class _InFlight:
-    """A launched step whose tokens are not back yet."""
+    """A launched step whose tokens are not back yet. `constrained`: its tokens decide what the next may be."""
 
     output: StepOutput
     pending: PendingTokens
+    constrained: bool
+
+
+class StepFailed(EngineError):
+    """The runner could not execute a step. `plan` is the step; the cause is chained."""
+
+    def __init__(self, plan: StepPlan, cause: Exception) -> None:
+        super().__init__(f"a step of {len(plan.scheduled)} requests failed: {type(cause).__name__}: {cause}")
+        self.plan = plan
 
 
 @dataclass
@@ -107,8 +116,14 @@ class Engine:
         Under overlap the returned step is the one launched by the *previous* call.
 
         Raises:
-            EngineError: the ledger does not add up, or the device failed.
+            StepFailed: the runner failed. The requests of `plan` must be ended (`SchedulerProtocol.fail`); the engine
+                can then go on, unless the device is lost.
+            EngineError: the ledger does not add up.
         """
+        if self._in_flight is not None and self._in_flight.constrained:
+            # The next step's tokens are constrained by this one's: no overlap here.
+            previous, self._in_flight = self._in_flight, None
+            return self._finish(previous)
         start = self.clock.now()
         plan = self.scheduler.schedule(start)
         launched = self._launch(plan, start) if plan.scheduled or plan.rejected or plan.copies else None
@@ -134,12 +149,23 @@ class Engine:
             end_time=start,
         )
         self.num_steps += 1
-        return _InFlight(output, self.runner.execute(plan, self.allocator))
+        try:
+            pending = self.runner.execute(plan, self.allocator)
+        except Exception as error:
+            raise StepFailed(plan, error) from error
+        return _InFlight(output, pending, any(entry.req.constraint is not None for entry in plan.scheduled))
 
     def _finish(self, step: _InFlight) -> StepOutput:
         output = step.output
-        output.result = step.pending.result()
+        try:
+            output.result = step.pending.result()
+        except Exception as error:
+            raise StepFailed(output.plan, error) from error
         output.end_time = self.clock.now()
+        if step.constrained:
+            for (req, _, _), token in zip(output.plan.scheduled, output.result.token_ids, strict=True):
+                if token is not None and req.constraint is not None and not req.is_finished:
+                    req.constraint.accept(token)
         output.finished = self.scheduler.update(output.plan, output.result.token_ids)
         ended = [req.request_id for req in (*output.finished, *output.plan.rejected)]
         if ended:

@@ -16,6 +16,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from engine.errors import RequestError
 
@@ -39,6 +40,22 @@ class FinishReason(enum.Enum):
     ERROR = "error"  # the engine failed it
 
 
+class TokenConstraint(Protocol):
+    """Which tokens may come next (structured output). One per request; it follows the request's tokens."""
+
+    def fill(self, bitmask: Any) -> None:
+        """Set bit `t % 32` of `bitmask[t // 32]` for every token t that may come next.
+
+        Args:
+            bitmask: numpy int32 [ceil(vocab_size / 32)], overwritten.
+        """
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Move on by one token, which the mask allowed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to pick a request's tokens. Validated where it is made, never changed afterwards.
@@ -59,6 +76,7 @@ class SamplingParams:
         logit_bias: token id -> value added to its logit.
         logprobs: number of most likely tokens whose log-probabilities are returned beside the sampled one's;
             None returns none.
+        prompt_logprobs: the same for each prompt token but the first; None returns none.
         n: number of parallel samples of the prompt.
 
     Raises:
@@ -79,6 +97,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
 
     def __post_init__(self) -> None:
@@ -106,6 +125,7 @@ class SamplingParams:
         )
         check(all(math.isfinite(v) for v in self.logit_bias.values()), "logit_bias", "finite for every token")
         check(self.logprobs is None or self.logprobs >= 0, "logprobs", "at least 0")
+        check(self.prompt_logprobs is None or self.prompt_logprobs >= 0, "prompt_logprobs", "at least 0")
         check(self.n >= 1, "n", "at least 1")
 
 
@@ -127,6 +147,7 @@ class Request:
         oracle_output_len: the true output length, if the workload knows it. Only reservation policies and
             shortest-first schedulers may read it.
         parent: for parallel sampling, the request whose prompt KV this one may share.
+        constraint: which tokens may come next, or None for all.
 
         output_token_ids: tokens sampled so far.
         num_computed_tokens: positions whose KV is in the pool, or will be when the scheduled steps have run.
@@ -150,6 +171,7 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     oracle_output_len: int | None = None
     parent: Request | None = None
+    constraint: TokenConstraint | None = None
 
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0

@@ -29,10 +29,14 @@ class StepResult(NamedTuple):
     Attributes:
         token_ids: the sampled token, or None where the entry did not reach its last token.
         logprobs: for entries whose request asked for them; None when no request of the step did.
+        prompt_logprobs: for entries whose request asked for them, those of the prompt tokens at positions
+            [start + 1, min(start + num_new_tokens + 1, num_prompt_tokens)): the token at position p is predicted by
+            position p - 1, so the step that computes p - 1 answers for p. None when no request of the step did.
     """
 
     token_ids: list[int | None]
     logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: list[list[TokenLogprobs] | None] | None = None
 
 
 class PendingTokens(Protocol):
