@@ -352,11 +352,7 @@ class Scheduler(ABC):
             self._drop(req)
         parent = req.parent
         if parent is not None and parent in self.decoding and allocator.fork(parent, req):
-            if self._above_watermark(num_slots - req.num_computed_tokens) and allocator.allocate(req, num_slots):
-                return True
-            allocator.free(req)
-            req.num_computed_tokens = 0
-            return False
+            return self._take_forked_slots(req, parent, num_slots)
         num_cached = allocator.match_prefix(req)
         if not self._above_watermark(num_slots - num_cached) or not allocator.allocate(req, num_slots, num_cached):
             return False
@@ -364,6 +360,18 @@ class Scheduler(ABC):
             req.num_cached_tokens = num_cached
         req.num_computed_tokens = num_cached
         return True
+
+    def _take_forked_slots(self, req: Request, parent: Request, num_slots: int) -> bool:
+        """Own what `req` needs beside the blocks that it shares with `parent`, or give those back."""
+        num_new_slots = num_slots - req.num_computed_tokens
+        taken = self._above_watermark(num_new_slots) and self.allocator.allocate(req, num_slots)
+        if not taken:
+            self.allocator.free(req)
+            req.num_computed_tokens = 0
+        # The fork took the parent's right to write into its last block, and the parent may be in this step already.
+        # It has the block to itself again: the child copied it, or is gone.
+        self.allocator.allocate(parent, parent.num_computed_tokens)
+        return taken
 
     def _above_watermark(self, num_new_slots: int) -> bool:
         """Whether the pool keeps its reserve when `num_new_slots` are taken; always when nothing runs."""

@@ -35,6 +35,22 @@ def mix(state: int, token: int) -> int:
     return hash((state, token))
 
 
+def next_token(req: Request, context: list[int] | list[int | None], vocab_size: int) -> int:
+    """The token after the positions whose hashes are `context`."""
+    return hash((req.sampling.seed or 0, tuple(context))) % vocab_size
+
+
+def expected_output(req: Request, vocab_size: int = 97, window: int | None = None) -> list[int]:
+    """The tokens that an `OracleRunner` gives `req` under every correct strategy, computed without a pool."""
+    probe = Request(req.request_id, req.prompt_token_ids, req.sampling, eos_token_ids=req.eos_token_ids)
+    prefix: list[int] = []
+    while not probe.output_token_ids or probe.stop_reason() is None:
+        for token in probe.token_ids(len(prefix), probe.num_tokens):
+            prefix.append(mix(prefix[-1] if prefix else 0, token))
+        probe.output_token_ids.append(next_token(probe, prefix[-(window or len(prefix)) :], vocab_size))
+    return probe.output_token_ids
+
+
 class OracleRunner:
     """Executes plans on hashes and checks each access.
 
@@ -151,8 +167,7 @@ class OracleRunner:
         if got != want:
             pos = first + next(i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b)
             self._read(entry, pos, block_size)
-        context = tuple(got[max(0, end - window) - first :])
-        return hash((req.sampling.seed or 0, context)) % self.vocab_size
+        return next_token(req, got[max(0, end - window) - first :], self.vocab_size)
 
     def _read(self, entry: _Entry, pos: int, block_size: int) -> int:
         """The hash at `pos` through the block table. Raises OracleFault unless it is the request's own."""

@@ -1,0 +1,263 @@
+"""Strategies against the oracle: a random trace through one allocator and one scheduler, every access checked.
+
+A cell passes when the pool is whole at the end and each request got the tokens that a run without any pool would
+give it. Pools are tiny, so that preemption, eviction, swap, growth and fragmentation happen all the time; `Coverage`
+counts them, since a test that never reaches a path says nothing about it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.clock import VirtualClock
+from engine.core import Engine, StepOutput
+from engine.errors import EngineError, RequestRejected
+from engine.ledger import MemoryLedger
+from engine.plan import CopyKind, KVAllocator, StepPlan
+from engine.request import FinishReason, Request, RequestStatus, SamplingParams, expand
+from engine.runner.oracle import OracleRunner, expected_output
+from experiments.strategies import build_allocator, build_scheduler, strategy_options
+from schedulers.base import Scheduler
+
+MAX_MODEL_LEN = 48
+VOCAB_SIZE = 97
+WINDOW = 8
+
+Coverage = Counter[str]
+
+
+class MatrixFailure(EngineError):
+    """A strategy broke its contract. The message names what must be passed to see it again."""
+
+
+@dataclass
+class Trace:
+    """A random workload and the random sizes under which strategies run it.
+
+    Attributes:
+        seed: what it was made from.
+        specs: arguments of `Request`.
+        aborts: (time, request id), by time.
+        num_slots: size of the pool.
+        allocator_options: by option name; applied where an allocator has the option.
+        scheduler_options: likewise.
+    """
+
+    seed: int
+    specs: list[dict[str, Any]]
+    aborts: list[tuple[float, str]]
+    num_slots: int
+    allocator_options: dict[str, Any]
+    scheduler_options: dict[str, Any]
+
+    def requests(self) -> list[Request]:
+        """New requests by arrival, parallel samples expanded; some know their true output length, some a wrong one."""
+        rng = random.Random(self.seed)
+        requests = [req for spec in self.specs for req in expand(Request(**spec))]
+        for req in requests:
+            length = len(expected_output(req, VOCAB_SIZE))
+            req.oracle_output_len = rng.choice([None, length, length, length, (length + 1) // 2])
+        return requests
+
+
+def make_trace(seed: int, num_requests: int = 20) -> Trace:
+    """A random trace: shared, identical and block-aligned prompts, stop tokens, n > 1, priorities, clients, aborts."""
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 2, 4, 4, 8])
+    shared = [rng.randrange(VOCAB_SIZE) for _ in range(24)]
+    specs: list[dict[str, Any]] = []
+    stop_token_ids = frozenset(rng.sample(range(VOCAB_SIZE), rng.choice([0, 6])))
+    for i in range(num_requests):
+        prompt = shared[: rng.choice([0, 0, 8, 16, 24])]
+        if not prompt or rng.random() < 0.7:  # else: identical to others, and a whole number of blocks
+            prompt = prompt + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 10))]
+        max_tokens = rng.randint(1, 14 if rng.random() < 0.9 else 40)
+        specs.append(
+            {
+                "request_id": f"r{i}",
+                "prompt_token_ids": prompt,
+                "sampling": SamplingParams(
+                    max_tokens=max_tokens,
+                    min_tokens=rng.choice([0, min(3, max_tokens)]),
+                    seed=rng.choice([None, i]),
+                    n=rng.choice([1, 1, 1, 1, 2, 3]),
+                ),
+                "arrival_time": float(rng.randint(0, 2 * num_requests)),
+                "priority": rng.randint(0, 2),
+                "client_id": rng.choice("abc"),
+                "cache_salt": rng.choice(["", "", "", "salt"]),
+                "eos_token_ids": stop_token_ids,
+            }
+        )
+    specs.sort(key=lambda spec: spec["arrival_time"])
+    ids = [req.request_id for spec in specs for req in expand(Request(**spec))]
+    aborts = [(float(rng.randint(1, 5 * num_requests)), rid) for rid in rng.sample(ids, rng.randint(0, 4))]
+    max_num_seqs = rng.choice([3, 6, 12])
+    swap_blocks = rng.choice([0, 6, 60])
+    return Trace(
+        seed=seed,
+        specs=specs,
+        aborts=sorted(aborts),
+        num_slots=rng.choice([40, 64, 80, 100, 128]),
+        allocator_options={"block_size": block_size, "swap_blocks": swap_blocks},
+        scheduler_options={
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_seqs + rng.choice([0, 5, 20, 100]),
+            "watermark": rng.choice([0.0, 0.01, 0.1]),
+            "preemption": rng.choice(["recompute", "recompute", "none"] if swap_blocks == 0 else ["swap"]),
+            "victim": rng.choice(["last_arrived", "lowest_priority", "most_blocks"]),
+            "retire": rng.choice(["hold", "free"]),
+            "max_wait": rng.choice([0.0, 3.5]),
+            "predictor": rng.choice(["oracle", "lognormal"]),
+            "ageing": rng.choice([0.1, 1.0]),
+        },
+    )
+
+
+@dataclass
+class Cell:
+    """One allocator x one scheduler.
+
+    Attributes:
+        allocator: name in conf/allocator.
+        scheduler: name in conf/scheduler.
+        overlap: plan a step while the one before runs.
+        window: sliding window, for allocators that have one.
+    """
+
+    allocator: str
+    scheduler: str
+    overlap: bool = False
+    window: int | None = None
+
+    def __str__(self) -> str:
+        window = f" window {self.window}" if self.window else ""
+        return f"{self.allocator}{window} x {self.scheduler}{' overlap' if self.overlap else ''}"
+
+
+@dataclass
+class CellRun:
+    """What a cell did with a trace."""
+
+    requests: list[Request]
+    coverage: Coverage
+    outputs: list[StepOutput] = field(default_factory=list)
+
+
+def run_cell(trace: Trace, cell: Cell) -> CellRun:
+    """Run `trace` through `cell` and check tokens, plans, the ledger and the pool.
+
+    Raises:
+        MatrixFailure: anything was wrong.
+    """
+    try:
+        allocator, scheduler = build_cell(trace, cell)
+        return drive(trace, allocator, scheduler, OracleRunner(VOCAB_SIZE, cell.window), cell.overlap)
+    except EngineError as error:
+        raise MatrixFailure(f"trace {trace.seed}, {cell}: {error}") from error
+
+
+def build_cell(trace: Trace, cell: Cell) -> tuple[KVAllocator, Scheduler]:
+    """The strategy of `cell` with the trace's sizes and options, as far as it has them."""
+    known = strategy_options("allocator", cell.allocator)
+    options = {key: value for key, value in trace.allocator_options.items() if key in known}
+    if cell.window is not None:
+        options["sliding_window"] = cell.window
+    block_size = options["block_size"]
+    allocator = build_allocator(
+        cell.allocator, num_blocks=trace.num_slots // block_size, max_model_len=MAX_MODEL_LEN, **options
+    )
+    known = strategy_options("scheduler", cell.scheduler)
+    options = {key: value for key, value in trace.scheduler_options.items() if key in known}
+    return allocator, build_scheduler(cell.scheduler, allocator, max_model_len=MAX_MODEL_LEN, **options)
+
+
+def drive(
+    trace: Trace, allocator: KVAllocator, scheduler: Scheduler, runner: OracleRunner, overlap: bool = False
+) -> CellRun:
+    """Run `trace` on given objects; one step per simulated second. Raises EngineError when anything is wrong."""
+    clock, ledger = VirtualClock(), MemoryLedger()
+    engine = Engine(scheduler, allocator, runner, clock, overlap=overlap, ledger=ledger)
+    run = CellRun(trace.requests(), Counter())
+    num_slots: dict[Request, int] = {}
+    todo, aborts = run.requests[::-1], trace.aborts[::-1]
+    limit = 200 + 4 * len(run.requests) + 20 * sum(req.max_total_tokens for req in run.requests)
+    while todo or engine.has_work:
+        now = clock.now()
+        while todo and todo[-1].arrival_time <= now:
+            _submit(engine, todo.pop(), run)
+        while aborts and aborts[-1][0] <= now:
+            run.coverage["aborted"] += engine.abort(aborts.pop()[1]) is not None
+        output = engine.step()
+        if output is not None:
+            _check_plan(output.plan, scheduler)
+            run.outputs.append(output)
+            for entry in output.plan.scheduled:
+                slots = entry.req.num_slots
+                run.coverage["grown"] += 0 < num_slots.get(entry.req, 0) < slots
+                num_slots[entry.req] = slots
+        elif not todo and engine.has_work and not engine.in_flight and scheduler.wake_time(now) is None:
+            raise EngineError("requests wait and nothing is planned")
+        if now > limit:
+            raise EngineError(f"{scheduler.num_waiting} wait and {scheduler.num_running} run after {now} steps")
+        clock.advance(1.0)
+    ledger.settle()
+    _check_end(run, allocator, runner)
+    _count(run, runner)
+    return run
+
+
+def _submit(engine: Engine, req: Request, run: CellRun) -> None:
+    try:
+        engine.add(req)
+    except RequestRejected as error:
+        req.status, req.finish_reason, req.error = RequestStatus.FINISHED, FinishReason.REJECTED, str(error)
+        run.coverage["rejected"] += 1
+
+
+def _check_plan(plan: StepPlan, scheduler: Scheduler) -> None:
+    names = [entry.req.request_id for entry in plan.scheduled]
+    if len(set(names)) < len(names) or len(names) > scheduler.max_num_seqs:
+        raise EngineError(f"a step schedules {names}, of at most {scheduler.max_num_seqs} different requests")
+    if plan.num_new_tokens > scheduler.max_num_batched_tokens:
+        raise EngineError(f"a step of {plan.num_new_tokens} tokens, of at most {scheduler.max_num_batched_tokens}")
+
+
+def _check_end(run: CellRun, allocator: KVAllocator, runner: OracleRunner) -> None:
+    usage = allocator.usage()
+    if usage.owned or usage.shared_saved or usage.free + usage.cached != usage.total:
+        raise EngineError(f"the pool is not whole after the run: {usage}")
+    for req in run.requests:
+        want = expected_output(req, runner.vocab_size, runner.window)
+        got, reason = req.output_token_ids, req.finish_reason
+        whole = reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if not req.is_finished or (got != want if whole else got != want[: len(got)]):
+            raise EngineError(f"request {req.request_id!r} ended by {reason} with tokens {got}, expected {want}")
+        if reason is FinishReason.ERROR:
+            raise EngineError(f"request {req.request_id!r} was accepted and failed: {req.error}")
+
+
+def _count(run: CellRun, runner: OracleRunner) -> None:
+    """Add what happened to the run's coverage."""
+    count = run.coverage
+    for req in run.requests:
+        count["preempted"] += req.num_preemptions
+        count["recomputed"] += req.num_recomputed_tokens
+        count["cached"] += req.num_cached_tokens
+    for kind in CopyKind:
+        count[kind.value] += runner.num_copies[kind]
+    previous: StepOutput | None = None
+    for output in run.outputs:
+        usage = output.usage
+        count["fragmented"] += usage.external > 0 and output.num_waiting > 0
+        count["shared"] += usage.shared_saved > 0
+        if previous is not None:
+            before = {entry.req for entry in previous.plan.scheduled}
+            hits = sum(start for req, start, _ in output.plan.scheduled if req not in before)
+            count["evicted"] += max(0, previous.usage.cached - usage.cached - hits)
+        previous = output
+        count["steps"] += 1
+        count["chunked"] += sum(start > 0 and num_new > 1 for _, start, num_new in output.plan.scheduled)

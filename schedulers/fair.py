@@ -1,0 +1,121 @@
+"""Virtual Token Counter: fairness between clients (Sheng et al., OSDI'24)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.plan import KVAllocator, StepPlan
+from engine.request import Request
+from schedulers.base import require
+from schedulers.chunked import ChunkedScheduler
+from schedulers.queue import RequestQueue
+
+
+class FairScheduler(ChunkedScheduler):
+    """Serves the waiting client that has received least; decodes and chunks as chunked prefill does.
+
+    A client's counter grows by `input_weight` per prompt token when a request is first admitted, and by
+    `output_weight` per sampled token. The client with the smallest counter among those that wait is admitted next,
+    first come first served within it. A client that comes back after an absence is lifted to the least counter of
+    those that wait, so it cannot claim what it did not use. Between two backlogged clients the service differs by
+    at most 2 * max(input_weight * longest prompt, output_weight * most tokens in a batch) (the paper's theorem 4.4).
+    A preempted request pays nothing again.
+
+    Args:
+        allocator: who owns which slots.
+        max_model_len: most tokens of one request, prompt and output.
+        max_num_seqs: most requests that run at once.
+        max_num_batched_tokens: most new tokens in one step.
+        watermark: see `Scheduler`.
+        preemption: see `Scheduler`.
+        victim: see `Scheduler`.
+        input_weight: cost of a prompt token, above 0.
+        output_weight: cost of an output token, above 0; the paper's example is 1 and 2.
+
+    Attributes:
+        counters: service received, by client.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    def __init__(
+        self,
+        allocator: KVAllocator,
+        *,
+        max_model_len: int,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        watermark: float = 0.01,
+        preemption: str = "recompute",
+        victim: str = "last_arrived",
+        input_weight: float = 1.0,
+        output_weight: float = 2.0,
+    ) -> None:
+        super().__init__(
+            allocator,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            watermark=watermark,
+            preemption=preemption,
+            victim=victim,
+        )
+        require(input_weight > 0, "scheduler.input_weight", input_weight, "above 0")
+        require(output_weight > 0, "scheduler.output_weight", output_weight, "above 0")
+        self.input_weight = input_weight
+        self.output_weight = output_weight
+        self.counters: dict[str, float] = {}
+        self._queues: dict[str, RequestQueue] = {}  # of the clients that wait
+        self._last_to_leave: str | None = None  # the client whose request left the queue last
+
+    def add(self, req: Request) -> None:
+        """Queue a request and lift its client's counter if the client was not waiting. Raises as `Scheduler.add`."""
+        floor = self._floor(req.client_id)
+        super().add(req)
+        self.counters[req.client_id] = max(self.counters.get(req.client_id, 0.0), floor)
+
+    def next_waiting(self) -> Request | None:
+        """The first request of the waiting client with the smallest counter."""
+        if not self._queues:
+            return None
+        heads = {client: queue.peek() for client, queue in self._queues.items()}
+        return min(
+            (req for req in heads.values() if req is not None),
+            key=lambda req: (self.counters[req.client_id], self.arrival[req]),
+        )
+
+    def enqueue(self, req: Request) -> None:
+        """Put `req` in its client's queue."""
+        self._queues.setdefault(req.client_id, RequestQueue()).push(req, self.arrival[req])
+
+    def dequeue(self, req: Request) -> None:
+        """Take `req` out of its client's queue."""
+        queue = self._queues[req.client_id]
+        queue.remove(req)
+        if not queue:
+            del self._queues[req.client_id]
+        self._last_to_leave = req.client_id
+
+    def admit(self, req: Request, plan: StepPlan) -> bool:
+        """Admit, and charge the prompt the first time."""
+        admitted = super().admit(req, plan)
+        if admitted and req.num_preemptions == 0:
+            self.counters[req.client_id] += self.input_weight * req.num_prompt_tokens
+        return admitted
+
+    def update(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:
+        """Charge the sampled tokens, then take them in."""
+        counters, weight = self.counters, self.output_weight
+        for entry, token in zip(plan.scheduled, sampled, strict=True):
+            if token is not None:
+                counters[entry.req.client_id] += weight
+        return super().update(plan, sampled)
+
+    def _floor(self, client: str) -> float:
+        """The least counter with which `client` may (re)join the queue."""
+        if client in self._queues:
+            return 0.0
+        if self._queues:
+            return min(self.counters[other] for other in self._queues)
+        return self.counters[self._last_to_leave] if self._last_to_leave is not None else 0.0
