@@ -209,22 +209,6 @@ def blocks_for_budget(
     return fitting
 
 
-def swap_blocks_for(swap_gib: float, block_size: int, kv_bytes_per_token: int) -> int:
-    """Host blocks that fit in `swap_gib` GiB.
-
-    Raises:
-        ConfigError: above 0 and too small for one block.
-    """
-    block_bytes = block_size * kv_bytes_per_token
-    fitting = int(swap_gib * GIB) // block_bytes
-    if swap_gib > 0 and fitting < 1:
-        least = math.ceil(block_bytes / GIB * 1e6) / 1e6
-        raise ConfigError(
-            f"allocator.swap_gib={swap_gib} holds no block; raise it to at least {least:.6f}, or set it to 0"
-        )
-    return max(0, fitting)
-
-
 def _allocate(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, setting: str, *, pin_memory: bool = False
 ) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.errors import ConfigError, EngineError
-from engine.kv_pool import GIB, KVPool, blocks_for_budget, independent_runs, swap_blocks_for
+from engine.kv_pool import GIB, KVPool, blocks_for_budget, independent_runs
 from engine.plan import BlockCopy, CopyKind
 
 DEVICE, OUT, IN = CopyKind.DEVICE, CopyKind.SWAP_OUT, CopyKind.SWAP_IN
@@ -74,8 +74,6 @@ def test_sizing():
     assert blocks_for_budget(16, 100, num_slots=100) == 6
     assert blocks_for_budget(16, 100, memory_gib=1.0) == GIB // 1600 - 1
     assert blocks_for_budget(16, 100, available_bytes=16000) == 9
-    assert swap_blocks_for(0.0, 16, 100) == 0
-    assert swap_blocks_for(1600 * 3.5 / GIB, 16, 100) == 3
 
 
 @pytest.mark.parametrize(
@@ -100,11 +98,6 @@ def test_the_memory_gib_that_the_error_names_is_enough():
         blocks_for_budget(16, 2048, memory_gib=1e-6)
     least = float(str(error.value).rsplit(" ", 1)[1])
     assert blocks_for_budget(16, 2048, memory_gib=least) >= 1
-
-
-def test_swap_too_small_for_one_block():
-    with pytest.raises(ConfigError, match=r"allocator\.swap_gib=1e-09 holds no block"):
-        swap_blocks_for(1e-9, 16, 100)
 
 
 def test_out_of_memory_names_the_setting():

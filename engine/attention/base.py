@@ -1,0 +1,86 @@
+"""What a step's attention needs to know, and what a backend must do with it.
+
+A batch is flattened: the new tokens of all its requests lie one after the other, [T, heads, head_dim].
+
+    query_start_loc   0        3  4              9          request b owns query rows [loc[b], loc[b + 1])
+                      | b = 0  |b1|    b = 2     |
+    seq_lens             40     17      5                   its context, new tokens among them
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """One step's batch of B requests with T new tokens. Tensors are on the pool's device.
+
+    Attributes:
+        query_start_loc: int32 [B + 1], where each request's new tokens start.
+        seq_lens: int32 [B], tokens that the request's last new token attends to, itself included.
+        slot_mapping: int64 [T], the slot of each new token.
+        block_table: int32 [B, width], block ids by block index; entries beyond the context are not read.
+        logits_indices: int64 [num_sampled], the flat indices of the tokens whose logits are wanted.
+        max_query_len: most new tokens of one request.
+        max_seq_len: longest context.
+        block_size: slots per block.
+        host_query_start_loc: `query_start_loc` as a host array, so that nobody has to wait for the device.
+        host_seq_lens: `seq_lens` as a host array.
+        prepared: what the backend's `prepare` made of this step; nobody else looks at it.
+    """
+
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    slot_mapping: Tensor
+    block_table: Tensor
+    logits_indices: Tensor
+    max_query_len: int
+    max_seq_len: int
+    block_size: int
+    host_query_start_loc: np.ndarray
+    host_seq_lens: np.ndarray
+    prepared: Any = None
+
+
+class AttentionBackend(Protocol):
+    """Stores new keys and values in the pool and attends through block tables. One backend serves one pool."""
+
+    def prepare(self, meta: AttentionMetadata) -> None:
+        """Compute, once per step, what all layers share, and keep it in `meta.prepared`."""
+        ...
+
+    def write_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:
+        """Store keys and values [T, num_kv_heads, head_dim] of the new tokens at `meta.slot_mapping`."""
+        ...
+
+    def attend(
+        self,
+        q: Tensor,
+        layer: int,
+        meta: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of the new tokens over their contexts; their own KV has been written.
+
+        Args:
+            q: [T, num_heads, head_dim]; query head h reads KV head h // (num_heads / num_kv_heads).
+            layer: index of the layer in the pool.
+            meta: the step.
+            scale: factor on the scores.
+            sliding_window: a query at position p sees keys at positions above p - sliding_window; None: all.
+            softcap: scores become softcap * tanh(score / softcap).
+            sinks: [num_heads], a score per head that takes part in the softmax and has no value.
+
+        Returns:
+            [T, num_heads, head_dim], in q's dtype.
+        """
+        ...

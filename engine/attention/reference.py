@@ -1,0 +1,128 @@
+"""The reference backend: plain torch, on any device, vectorised over requests.
+
+Two groups of query rows. *Decode* rows (one new token) read their context in tiles (`decode_tiles`); *prefill* rows
+(several new tokens) are padded into a few rectangles for `scaled_dot_product_attention` (`prefill_groups`). Indices
+and masks are made once per step and window; a layer gathers and multiplies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.attention.base import AttentionMetadata
+from engine.attention.decode_tiles import DecodeTiles, Scratch, attend_tiles, plan_tiles
+from engine.attention.prefill_groups import PrefillGroup, attend_group, plan_groups
+from engine.kv_pool import KVPool
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """A step's split into decode and prefill rows, and the plans made so far.
+
+    Attributes:
+        decode_rows: batch rows with one new token.
+        prefill_rows: the others.
+        decode_tokens: flat indices of the decode rows' tokens; None when the whole batch decodes.
+        block_table: host copy of the block table.
+        tiles: decode plan by window.
+        groups: prefill plan by (window, whether scores are computed explicitly).
+    """
+
+    decode_rows: np.ndarray
+    prefill_rows: np.ndarray
+    decode_tokens: Tensor | None
+    block_table: np.ndarray
+    tiles: dict[int | None, DecodeTiles] = field(default_factory=dict)
+    groups: dict[tuple[int | None, bool], list[PrefillGroup]] = field(default_factory=dict)
+
+
+class ReferenceBackend:
+    """Attention over `pool` in plain torch. Scores and sums are in fp32, whatever the pool's dtype."""
+
+    def __init__(self, pool: KVPool) -> None:
+        self.pool = pool
+        self._scratch = Scratch()
+
+    def prepare(self, meta: AttentionMetadata) -> None:
+        """Split the batch into decode and prefill rows."""
+        query_lens = np.diff(meta.host_query_start_loc)
+        decode_rows = np.flatnonzero(query_lens == 1)
+        tokens = None
+        if len(decode_rows) < len(query_lens):
+            tokens = torch.from_numpy(meta.host_query_start_loc[decode_rows].astype(np.int64)).to(meta.seq_lens.device)
+        meta.prepared = _Prepared(
+            decode_rows=decode_rows,
+            prefill_rows=np.flatnonzero(query_lens > 1),
+            decode_tokens=tokens,
+            block_table=meta.block_table.numpy(force=True),
+        )
+
+    def write_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:
+        """Store the new tokens' keys and values."""
+        keys, values = self.pool.slots(layer)
+        keys.index_copy_(0, meta.slot_mapping, k)
+        values.index_copy_(0, meta.slot_mapping, v)
+
+    def attend(
+        self,
+        q: Tensor,
+        layer: int,
+        meta: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        prepared: _Prepared = meta.prepared
+        keys, values = self.pool.blocks(layer)
+        # A window that reaches over every context hides nothing: the plan without one serves.
+        window = sliding_window if sliding_window is not None and sliding_window < meta.max_seq_len else None
+        decoded = None
+        if len(prepared.decode_rows):
+            tiles = self._tiles(meta, window)
+            rows = q if prepared.decode_tokens is None else q.index_select(0, prepared.decode_tokens)
+            decoded = attend_tiles(rows, keys, values, tiles, self._scratch, scale, softcap, sinks)
+            if prepared.decode_tokens is None:
+                return decoded
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if decoded is not None and prepared.decode_tokens is not None:
+            out.index_copy_(0, prepared.decode_tokens, decoded)
+        for group in self._groups(meta, window, explicit=softcap is not None or sinks is not None):
+            attend_group(q, out, keys, values, group, scale, softcap, sinks)
+        return out
+
+    def _tiles(self, meta: AttentionMetadata, window: int | None) -> DecodeTiles:
+        prepared: _Prepared = meta.prepared
+        if window not in prepared.tiles:
+            rows = prepared.decode_rows
+            prepared.tiles[window] = plan_tiles(
+                prepared.block_table[rows],
+                meta.host_seq_lens[rows],
+                meta.block_size,
+                window,
+                self.pool.num_kv_heads * self.pool.head_dim * torch.float32.itemsize,
+                meta.seq_lens.device,
+            )
+        return prepared.tiles[window]
+
+    def _groups(self, meta: AttentionMetadata, window: int | None, *, explicit: bool) -> list[PrefillGroup]:
+        prepared: _Prepared = meta.prepared
+        if (window, explicit) not in prepared.groups:
+            prepared.groups[window, explicit] = plan_groups(
+                prepared.prefill_rows,
+                meta.host_query_start_loc,
+                meta.host_seq_lens,
+                prepared.block_table,
+                meta.block_size,
+                window,
+                explicit,
+                self.pool.dtype,
+                meta.seq_lens.device,
+            )
+        return prepared.groups[window, explicit]
