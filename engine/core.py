@@ -122,8 +122,8 @@ class Engine:
         """
         if self._in_flight is not None and self._in_flight.constrained:
             # The next step's tokens are constrained by this one's: no overlap here.
-            previous, self._in_flight = self._in_flight, None
-            return self._finish(previous)
+            constraining, self._in_flight = self._in_flight, None
+            return self._finish(constraining)
         start = self.clock.now()
         plan = self.scheduler.schedule(start)
         launched = self._launch(plan, start) if plan.scheduled or plan.rejected or plan.copies else None
