@@ -1,0 +1,87 @@
+"""Azure LLM inference traces: 2023 and 2024 (three columns), and 2025 multimodal (four).
+
+Header `TIMESTAMP,ContextTokens,GeneratedTokens`, or with `NumImages`; times like `2023-11-16 18:17:03.9799600` with up
+to 9 fractional digits (the files have 7) and perhaps an offset from UTC (2024). github.com/Azure/AzurePublicDataset.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.workloads.checks import MAX_LENGTH, check_bool, check_int
+from experiments.workloads.reading import CsvReader, length_problem
+from experiments.workloads.trace import TraceRow, TraceWorkload
+
+_TIME = re.compile(
+    r"(\d{4}-\d{2}-\d{2})[ T](\d{2}):(\d{2}):(\d{2})(?:\.(\d{1,9}))?(?:Z|([+-])(\d{2}):(\d{2}))?", re.ASCII
+)
+_TIME_FORM = "YYYY-MM-DD HH:MM:SS.fffffff"
+
+
+@functools.lru_cache(maxsize=64)
+def _day_number(date: str) -> int:
+    return datetime.date.fromisoformat(date).toordinal()
+
+
+def parse_time(text: str) -> int | None:
+    """A time stamp in exact nanoseconds since day 0, or None when it is not one. A time without an offset is UTC."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        return None
+    date, hour, minute, second, fraction, sign, offset_hour, offset_minute = match.groups()
+    hours, minutes, seconds = int(hour), int(minute), int(second)
+    if hours > 23 or minutes > 59 or seconds > 59:
+        return None
+    try:
+        days = _day_number(date)
+    except ValueError:
+        return None
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if sign:
+        offset = (int(offset_hour) * 60 + int(offset_minute)) * 60
+        total -= offset if sign == "+" else -offset
+    return total * 10**9 + int((fraction or "").ljust(9, "0"))
+
+
+class AzureTraceWorkload(TraceWorkload):
+    """Lengths and times of an Azure trace; prompts are drawn, since the traces hold no text.
+
+    Args:
+        tokens_per_image: added to the prompt for each image of a multimodal trace (0: ContextTokens has them already).
+        drop_zero: leave out rows with a length of 0 and count them, instead of refusing the file.
+        options: see TraceWorkload.
+    """
+
+    name = "azure_trace"
+    ticks_per_second = 10**9
+
+    def __init__(self, *, tokens_per_image: int = 0, drop_zero: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self._tokens_per_image = check_int("workload.tokens_per_image", tokens_per_image, 0, MAX_LENGTH)
+        self._drop_zero = check_bool("workload.drop_zero", drop_zero)
+
+    def _read(self) -> Iterator[TraceRow | str]:
+        reader = CsvReader(self.path, ("TIMESTAMP", "ContextTokens", "GeneratedTokens"), ("NumImages",))
+        images = reader.has("NumImages")
+        least = 0 if self._drop_zero else 1
+        for row in reader:
+            stamp = reader.text(row, "TIMESTAMP")
+            time = parse_time(stamp)
+            if time is None:
+                reader.bad("TIMESTAMP", f"{stamp[:40]!a} is not a time of the form {_TIME_FORM}")
+            prompt = reader.length(row, "ContextTokens", least)
+            output = reader.length(row, "GeneratedTokens", least)
+            if images:
+                num_images = reader.length(row, "NumImages", 0)
+                prompt += num_images * self._tokens_per_image
+                problem = length_problem(prompt, 0)
+                if problem:
+                    reader.bad("NumImages", f"with workload.tokens_per_image the prompt's length {problem}")
+            if prompt == 0 or output == 0:
+                yield "rows with a length of 0"
+            else:
+                yield TraceRow(time, prompt, output)
