@@ -17,7 +17,6 @@ head); a hit takes it out of the middle in O(1).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from itertools import count
 
 from allocators.paged import PagedAllocator

@@ -80,6 +80,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     # ---- helpers
     def _plan(self, req: Request, num_new: int) -> None:
+        assert num_new > 0
         entry = SimpleNamespace(req=req, start=req.num_computed_tokens, stop=req.num_computed_tokens + num_new)
         assert entry.stop <= req.num_slots
         req.num_computed_tokens = entry.stop
@@ -93,19 +94,24 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     # ---- rules
     @rule(
-        shared=st.sampled_from([0, 4, 8, 12, 16]),
-        own=st.lists(st.integers(0, 3), min_size=1, max_size=8),
+        data=st.data(),
+        shared=st.sampled_from([0, 8, 16]),
+        own=st.lists(st.integers(0, 1), min_size=1, max_size=8),
         oracle=st.sampled_from([None, 3, 6]),
     )
-    def arrive(self, shared: int, own: list[int], oracle: int | None) -> None:
+    def arrive(self, data: st.DataObject, shared: int, own: list[int], oracle: int | None) -> None:
         req = make_request(f"r{self.count:03}", _SHARED[:shared] + own, oracle=oracle)
         self.count += 1
         self.waiting[req.request_id] = req
+        if data.draw(st.booleans()):
+            self._admit(req.request_id, 24, False)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data(), chunk=st.integers(1, 24), whole_life=st.booleans())
     def admit(self, data: st.DataObject, chunk: int, whole_life: bool) -> None:
-        name = self._pick(data, self.waiting)
+        self._admit(self._pick(data, self.waiting), chunk, whole_life)
+
+    def _admit(self, name: str, chunk: int, whole_life: bool) -> None:
         req = self.waiting[name]
         before = self.alloc.usage()
         hit = self.alloc.match_prefix(req)
@@ -122,10 +128,20 @@ class AllocatorMachine(RuleBasedStateMachine):
     @precondition(lambda self: self._idle())
     @rule(data=st.data(), chunk=st.integers(1, 9))
     def grow(self, data: st.DataObject, chunk: int) -> None:
-        req = self.live[self._pick(data, self._idle())]
+        self._grow(self._pick(data, self._idle()), chunk)
+
+    @precondition(lambda self: self.live)
+    @rule(num_steps=st.integers(1, 5))
+    def run(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            for name in self._idle():
+                self._grow(name, 24)
+            self.audit()
+            self.forward()
+
+    def _grow(self, name: str, chunk: int) -> None:
+        req = self.live[name]
         num_new = min(chunk, req.num_tokens - req.num_computed_tokens)
-        if num_new < 1:
-            return
         end, slots, before = req.num_computed_tokens + num_new, req.num_slots, self.alloc.usage()
         if end <= slots or self.alloc.allocate(req, end):
             self._plan(req, num_new)
@@ -141,7 +157,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         for name, entry in self.planned.items():
             self.memory.check(entry.req, self.alloc.block_table(entry.req), self.window)
             if entry.stop == entry.req.num_tokens:
-                entry.req.output_token_ids.append(sum(entry.req.token_ids(0, entry.stop)) % 4)
+                entry.req.output_token_ids.append(
+                    (sum(entry.req.token_ids(0, entry.stop)) + entry.req.request_id.count(".")) % 2
+                )
             self.alloc.commit(entry.req)
             if len(entry.req.output_token_ids) >= entry.req.sampling.max_tokens:
                 self.alloc.free(self.live.pop(name))
