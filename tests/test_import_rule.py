@@ -1,0 +1,123 @@
+"""The import rule: who may import whom, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("allocators", "schedulers", "engine", "experiments", "reports")
+CONTRACT = {"engine.errors", "engine.plan", "engine.request"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def imported_modules(tree: ast.AST, top_level_only: bool = False) -> set[str]:
+    """Names of all modules that `tree` imports: `from a import b` counts as a.b where that is a module."""
+    names: set[str] = set()
+    for node in statements_run_on_import(tree) if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports are not used here"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                names.add(full if full in MODULES else str(node.module))
+    return names
+
+
+def statements_run_on_import(tree: ast.AST):
+    """All nodes outside functions and outside `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from statements_run_on_import(node)
+
+
+def breaks_rule(module: str, imported: str) -> bool:
+    """Whether `module` must not import `imported`."""
+    package, target = module.partition(".")[0], imported.partition(".")[0]
+    if package in ("allocators", "schedulers"):
+        own_or_contract = target == package or imported in CONTRACT
+        return not own_or_contract and target not in sys.stdlib_module_names
+    if package == "engine":
+        return target in ("allocators", "schedulers", "experiments", "reports")
+    if package == "reports":
+        return target in ("engine", "allocators", "schedulers", "experiments")
+    return False
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_each_module_imports_only_what_its_package_may(module):
+    tree = ast.parse(MODULES[module].read_text())
+    broken = sorted(name for name in imported_modules(tree) if breaks_rule(module, name))
+    assert not broken, f"{module} imports {broken}"
+
+
+@pytest.mark.parametrize(
+    ("module", "imported", "broken"),
+    [
+        ("allocators.paged", "torch", True),
+        ("allocators.paged", "engine.core", True),
+        ("allocators.paged", "schedulers.base", True),
+        ("allocators.paged", "allocators.base", False),
+        ("schedulers.base", "engine.plan", False),
+        ("schedulers.base", "allocators.paged", True),
+        ("engine.core", "schedulers.base", True),
+        ("engine.core", "torch", False),
+        ("reports.html", "engine.errors", True),
+        ("experiments.job", "engine.core", False),
+    ],
+)
+def test_the_rule_itself(module, imported, broken):
+    assert breaks_rule(module, imported) is broken
+
+
+def test_no_import_cycles():
+    graph = {}
+    for name, path in MODULES.items():
+        imported = imported_modules(ast.parse(path.read_text()), top_level_only=True)
+        graph[name] = imported & MODULES.keys()
+    assert find_cycle(graph) is None
+
+
+def test_a_cycle_would_be_found():
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str] | None:
+    """Some cycle of `graph` as a path, or None."""
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str] | None:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        for target in sorted(graph[node]):
+            cycle = visit(target, [*path, node])
+            if cycle:
+                return cycle
+        done.add(node)
+        return None
+
+    return next((cycle for node in sorted(graph) if (cycle := visit(node, []))), None)
+
+
+def test_strategies_and_their_runners_load_without_torch():
+    names = [name for name in MODULES if name.split(".")[0] in ("allocators", "schedulers")]
+    names += ["engine.core", "engine.ledger", "engine.runner.oracle", "engine.runner.simulated"]
+    code = f"import importlib, sys; [importlib.import_module(n) for n in {names!r}]; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
