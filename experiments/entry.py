@@ -10,16 +10,15 @@ import difflib
 import os
 import re
 import sys
-from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.errors import KvarenaError
+from experiments.compose import CONF_DIR, load_config
 
-CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 USER_ERROR = 2
 
 
@@ -82,13 +81,6 @@ def _explain_instantiation(error: InstantiationException, chain: list[BaseExcept
 
 def _suggestion(key: str) -> str:
     """The config keys most like `key`, for the error line."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("config")
     known: list[str] = []
 
     def walk(node: object, prefix: str) -> None:
@@ -97,7 +89,7 @@ def _suggestion(key: str) -> str:
                 known.append(f"{prefix}{name}")
                 walk(child, f"{prefix}{name}.")
 
-    walk(OmegaConf.to_container(cfg), "")
+    walk(OmegaConf.to_container(load_config()), "")
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     if not near:
         section = key.rsplit(".", 1)[0]

@@ -5,18 +5,22 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import reports.run_report
-import reports.terminal
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from engine.core import run_to_completion
+import reports.run_report
+import reports.terminal
+from engine.clock import WallClock
+from engine.core import Engine, run_to_completion
 from engine.errors import KvarenaError
-from experiments.build import Setup, build
+from engine.models import ModelSpec
+from engine.request import Request
+from experiments.build import Setup, build, make_strategy
 from experiments.driver import drive
 from experiments.files import ERROR_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from experiments.output import Progress, print_result
@@ -24,6 +28,9 @@ from experiments.provenance import git_state, machine, peak_rss_bytes, versions
 from experiments.record import RunRecorder
 
 SCHEMA_VERSION = 1
+WARMUP_REQUESTS = 8
+WARMUP_PROMPT_TOKENS = 24
+WARMUP_OUTPUT_TOKENS = 8
 
 
 def run_job(cfg: DictConfig) -> None:
@@ -60,20 +67,20 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
         choices: the config groups' chosen options (`allocator`, `scheduler`, `workload`, `arrival`).
     """
     setup = build(cfg)
-    warmup_time = warm_up(setup) if setup.driver.warmup else 0.0
+    warmup_time = warm_up(cfg, setup) if setup.driver.warmup else 0.0
     recorder = RunRecorder()
     progress = Progress(name, len(setup.requests), bool(cfg.report.progress))
     # The host's garbage collector would show as pauses of single steps: collect now, then only by reference counts.
     gc.collect()
     gc.freeze()
     try:
-        setup.start_clock()
-        drive(setup.engine, setup.requests, recorder, closed_loop=setup.closed_loop, on_progress=progress)
+        setup.parts.clock.reset()
+        drive(setup.parts.engine, setup.requests, recorder, closed_loop=setup.closed_loop, on_progress=progress)
     finally:
         gc.unfreeze()
         progress.close()
     recorder.write_requests(run_dir / REQUESTS_FILE)
-    recorder.write_steps(run_dir / STEPS_FILE, setup.ledger)
+    recorder.write_steps(run_dir / STEPS_FILE, setup.parts.ledger)
     manifest = _manifest(cfg, setup, name, choices) | {
         "run": {
             "wall_time": recorder.wall_time,
@@ -88,15 +95,21 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
     return reports.run_report.write_run_report(run_dir)
 
 
-def warm_up(setup: Setup) -> float:
-    """Run the warm-up requests on an engine of their own (same runner and pool); returns the seconds it took.
+def warm_up(cfg: DictConfig, setup: Setup) -> float:
+    """Run a few requests on a strategy of their own, with the same runner and pool; returns the seconds it took.
 
-    Lazy initialisation happens here and not in the first measured step; the measured allocator's prefix cache
-    stays cold, because the warm-up has an allocator of its own.
+    Lazy initialisation happens here and not in the first measured step. The measured allocator knows nothing of it,
+    so its prefix cache stays cold.
     """
-    start = setup.warmup_engine.clock.now()
-    run_to_completion(setup.warmup_engine, setup.warmup_requests)
-    return setup.warmup_engine.clock.now() - start
+    parts = setup.parts
+    allocator, scheduler = make_strategy(cfg, parts.pool_facts["num_blocks"], parts.max_model_len, parts.model.spec)
+    engine = Engine(scheduler, allocator, parts.engine.runner, WallClock(), overlap=parts.config.overlap)
+    sampling = replace(setup.requests[0].sampling, max_tokens=WARMUP_OUTPUT_TOKENS)
+    prompt_len = min(WARMUP_PROMPT_TOKENS, parts.max_model_len - WARMUP_OUTPUT_TOKENS)
+    requests = [Request(f"warm-up-{i}", [i + 1] * prompt_len, sampling) for i in range(WARMUP_REQUESTS)]
+    fitting = [req for req in requests if req.max_total_tokens <= allocator.max_request_tokens]
+    run_to_completion(engine, fitting)
+    return engine.clock.now()
 
 
 def _manifest(cfg: DictConfig, setup: Setup, name: str, choices: dict[str, str]) -> dict[str, Any]:
@@ -114,14 +127,23 @@ def _manifest(cfg: DictConfig, setup: Setup, name: str, choices: dict[str, str])
         "git": git_state(),
         "machine": machine(),
         "versions": versions(),
-        "model": setup.model_facts,
-        "pool": setup.pool_facts,
+        "model": _model_facts(setup.parts.model.spec),
+        "pool": setup.parts.pool_facts,
         "workload": {
             "name": choices["workload"],
             "seed": cfg.workload.seed,
             "num_requests": len(setup.requests),
             "description": setup.workload_description,
         },
+    }
+
+
+def _model_facts(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "num_parameters": spec.num_parameters,
+        "kv_bytes_per_token": spec.kv_bytes_per_token,
+        "dtype": str(spec.dtype).removeprefix("torch."),
     }
 
 

@@ -139,10 +139,13 @@ class RunRecorder:
         """End of the last step, in seconds since the run's start."""
         return self._steps["end_time"][-1] if self.num_steps else 0.0
 
+    def request_rows(self) -> list[dict[str, Any]]:
+        """One row per request, by REQUEST_SCHEMA, in order of submission."""
+        return [_request_row(times) for times in self._requests.values()]
+
     def write_requests(self, path: Path) -> None:
-        """Write requests.parquet, in order of submission."""
-        rows = [_request_row(times) for times in self._requests.values()]
-        pq.write_table(pa.Table.from_pylist(rows, schema=REQUEST_SCHEMA), path)
+        """Write requests.parquet."""
+        pq.write_table(pa.Table.from_pylist(self.request_rows(), schema=REQUEST_SCHEMA), path)
 
     def write_steps(self, path: Path, ledger: MemoryLedger) -> None:
         """Write steps.parquet: the steps and, beside them, the settled ledger."""

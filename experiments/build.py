@@ -1,0 +1,194 @@
+"""Builds what a config describes: model, pool, strategy, engine and requests.
+
+    cfg.model + cfg.engine --> LoadedModel --> pool size --> allocator --> scheduler --> Engine
+    cfg.workload + cfg.arrival --> requests
+
+The strategy's classes are named by `_target_` in conf/allocator and conf/scheduler; nothing here knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from engine.clock import WallClock
+from engine.core import Engine
+from engine.errors import ConfigError, RequestError
+from engine.kv_pool import KVPool, blocks_for_budget
+from engine.ledger import MemoryLedger
+from engine.models import LoadedModel, ModelSpec, load_model
+from engine.plan import KVAllocator, SchedulerProtocol
+from engine.request import Request, SamplingParams
+from engine.runner.base import ModelRunner
+from engine.runner.torch_runner import TorchRunner
+from experiments.config import DriverConfig, EngineConfig, KVCacheConfig
+from experiments.driver import ClosedLoop
+from experiments.workloads.base import WorkloadItem
+
+
+@dataclass
+class EngineParts:
+    """An engine and what it was built from."""
+
+    engine: Engine
+    clock: WallClock
+    ledger: MemoryLedger
+    model: LoadedModel
+    max_model_len: int
+    pool_facts: dict[str, Any]
+    config: EngineConfig
+
+
+@dataclass
+class Setup:
+    """One cell, ready to run."""
+
+    parts: EngineParts
+    requests: list[Request]
+    closed_loop: ClosedLoop | None
+    driver: DriverConfig
+    workload_description: str
+
+
+def build(cfg: DictConfig) -> Setup:
+    """Build the cell that `cfg` describes.
+
+    Raises:
+        ConfigError: a setting is out of range or does not fit another one.
+        ModelError: the model directory is missing, broken, or cannot be driven.
+        TraceError: the workload's file is malformed.
+    """
+    driver = DriverConfig.from_config(cfg.driver)
+    # The workload is built before the model where it can fail: a typing error in a path must not wait for weights.
+    parts = build_engine(cfg)
+    spec = parts.model.spec
+    workload = instantiate(
+        cfg.workload, vocab_size=spec.vocab_size, reserved_token_ids=list(parts.model.special_token_ids)
+    )
+    arrival = instantiate(cfg.arrival)
+    items = workload.items()
+    times = arrival.times(items, cfg.workload.seed)
+    sampling = sampling_params(cfg.sampling)
+    requests = make_requests(items, times, sampling, spec)
+    closed_loop = None if times is not None else ClosedLoop(requests, arrival.num_users, arrival.think_time)
+    return Setup(parts, requests, closed_loop, driver, workload.description)
+
+
+def build_engine(cfg: DictConfig) -> EngineParts:
+    """Build the engine alone, without a workload."""
+    config = EngineConfig.from_config(cfg.engine)
+    size = KVCacheConfig.from_config(cfg.kv_cache)
+    device = _device(config.device)
+    model = load_model(
+        path=cfg.model.path,
+        shape=None if cfg.model.shape is None else OmegaConf.to_container(cfg.model.shape, resolve=True),
+        dtype=config.dtype,
+        device=device,
+        load_format=cfg.model.load_format,
+        trust_remote_code=cfg.model.trust_remote_code,
+        seed=config.seed,
+    )
+    max_model_len = _max_model_len(config, model.spec)
+    block_size = cfg.allocator.block_size
+    bytes_per_token = model.spec.kv_bytes_per_token
+    num_blocks = blocks_for_budget(
+        block_size,
+        bytes_per_token,
+        num_blocks=size.num_blocks,
+        num_slots=size.num_slots,
+        memory_gib=size.memory_gib,
+    )
+    allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, model.spec)
+    pool = KVPool(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_layers=model.spec.num_layers,
+        num_kv_heads=model.spec.num_kv_heads,
+        head_dim=model.spec.head_dim,
+        dtype=model.spec.dtype,
+        device=device,
+    )
+    runner: ModelRunner = TorchRunner(model, pool)
+    clock = WallClock()
+    ledger = MemoryLedger()
+    engine = Engine(scheduler, allocator, runner, clock, overlap=config.overlap, ledger=ledger)
+    facts = {
+        "num_blocks": num_blocks,
+        "block_size": block_size,
+        "num_slots": num_blocks * block_size,
+        "bytes": num_blocks * block_size * bytes_per_token,
+    }
+    return EngineParts(engine, clock, ledger, model, max_model_len, facts, config)
+
+
+def make_strategy(
+    cfg: DictConfig, num_blocks: int, max_model_len: int, spec: ModelSpec
+) -> tuple[KVAllocator, SchedulerProtocol]:
+    """A fresh allocator over an empty pool, and the scheduler on top of it."""
+    allocator = instantiate(
+        cfg.allocator,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+    )
+    return allocator, instantiate(cfg.scheduler, allocator=allocator, max_model_len=max_model_len)
+
+
+def sampling_params(section: DictConfig) -> SamplingParams:
+    """Section `sampling` as sampling parameters. Raises ConfigError."""
+    options: dict[str, Any] = OmegaConf.to_container(section, resolve=True)  # type: ignore[assignment]
+    try:
+        return SamplingParams(**options)
+    except RequestError as error:
+        raise ConfigError(f"sampling.{error}") from error
+
+
+def make_requests(
+    items: Sequence[WorkloadItem], times: np.ndarray | None, sampling: SamplingParams, spec: ModelSpec
+) -> list[Request]:
+    """Requests for a workload's items: the same for every strategy.
+
+    Args:
+        items: the workload.
+        times: arrival times in seconds, or None when users wait for answers.
+        sampling: how tokens are picked; `max_tokens` comes from each item.
+        spec: the model, for its end-of-sequence tokens.
+    """
+    arrival_times = [0.0] * len(items) if times is None else times.tolist()
+    return [
+        Request(
+            request_id=item.request_id or f"request-{i}",
+            prompt_token_ids=item.prompt_token_ids,
+            sampling=replace(sampling, max_tokens=item.output_len),
+            arrival_time=arrival_time,
+            priority=item.priority,
+            client_id=item.client_id,
+            eos_token_ids=frozenset(spec.eos_token_ids),
+            oracle_output_len=item.output_len,
+        )
+        for i, (item, arrival_time) in enumerate(zip(items, arrival_times, strict=True))
+    ]
+
+
+def _device(name: str) -> str:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("engine.device=cuda, and this machine has no CUDA device; use auto or cpu")
+    return ("cuda" if available else "cpu") if name == "auto" else name
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    if config.max_model_len is None:
+        return spec.max_model_len
+    if config.max_model_len > spec.max_model_len:
+        raise ConfigError(
+            f"engine.max_model_len={config.max_model_len} is over the {spec.max_model_len} positions of model "
+            f"{spec.name!r}; lower it, or set it to null for the model's own"
+        )
+    return config.max_model_len
