@@ -173,22 +173,26 @@ class PagedAllocator(BaseAllocator):
         num_shared = req.num_prompt_tokens - 1
         if table is None or num_shared < 1 or req.num_computed_tokens < num_shared:
             return False
-        shared = table[: cdiv(num_shared, self.block_size)]
-        slid = self._slid.get(req, 0)
-        if slid > self._num_slid_at(num_shared):
+        if self._slid.get(req, 0) > self._num_slid_at(num_shared) or not self._share_table(req, child, num_shared):
             return False
-        for block in shared[slid:]:
-            self._share(block)
-        self._tables[child] = shared
-        if slid:
-            self._slid[child] = slid
-            self._num_slid += slid
         child.num_computed_tokens = num_shared
         # Below the last full shared block nobody writes; from there on, `allocate` is asked and copies.
         child.num_slots = num_shared // self.block_size * self.block_size
         if num_shared % self.block_size:
             req.num_slots = min(req.num_slots, child.num_slots)
             self._forked |= {req, child}
+        return True
+
+    def _share_table(self, req: Request, child: Request, num_tokens: int) -> bool:
+        """Give `child` a table over the blocks of `req`'s first `num_tokens` tokens. False: no room to."""
+        shared = self._tables[req][: cdiv(num_tokens, self.block_size)]
+        num_slid = self._slid.get(req, 0)
+        for block in shared[num_slid:]:
+            self._share(block)
+        self._tables[child] = shared
+        if num_slid:
+            self._slid[child] = num_slid
+            self._num_slid += num_slid
         return True
 
     def _share(self, block: int) -> None:

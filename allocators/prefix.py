@@ -242,13 +242,12 @@ class PrefixCachingAllocator(PagedAllocator):
         chain.link, chain.num_blocks = link, max(num_full, chain.num_blocks)
         chain.due = (chain.num_blocks + 1) * self.block_size
 
-    def fork(self, req: Request, child: Request) -> bool:
-        """Share the prompt's blocks (see PagedAllocator.fork); the child goes on in the same chain."""
-        if not super().fork(req, child):
-            return False
+    def _share_table(self, req: Request, child: Request, num_tokens: int) -> bool:
+        """The child goes on in the chain that `req` stands in."""
+        super()._share_table(req, child, num_tokens)
         chain = self._chains[req]
         link, num_blocks = chain.link, chain.num_blocks
-        while num_blocks > child.num_computed_tokens // self.block_size:
+        while num_blocks > num_tokens // self.block_size:
             link, num_blocks = link.parent if link else None, num_blocks - 1
         self._begin_chain(child, num_blocks, link)
         return True

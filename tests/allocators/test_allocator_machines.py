@@ -11,6 +11,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from allocators.contiguous import PLACEMENTS, RESERVATIONS, ContiguousAllocator
 from allocators.paged import PagedAllocator
 from allocators.prefix import PrefixCachingAllocator
+from allocators.radix import RadixAllocator
 
 CASES: dict[str, tuple[partial, dict]] = {
     f"{reservation}-{placement}": (
@@ -30,6 +31,8 @@ CASES |= {
         {"window": 6},
     ),
     "prefix": (partial(PrefixCachingAllocator, num_blocks=17, block_size=4, swap_blocks=9), {}),
+    "radix": (partial(RadixAllocator, num_blocks=17, block_size=4, swap_blocks=9), {}),
+    "radix-1": (partial(RadixAllocator, num_blocks=60, block_size=1, swap_blocks=20), {}),
     "prefix-1": (partial(PrefixCachingAllocator, num_blocks=60, block_size=1), {}),
 }
 
