@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -26,6 +27,16 @@ def strategy_options(group: str, name: str) -> dict[str, Any]:
     return dict(_load(CONF / group / f"{name}.yaml"))
 
 
+def _instantiate(config: dict[str, Any], **arguments: Any) -> Any:
+    """Hydra's `instantiate`, with the class's own error in place of the one that Hydra wraps it in."""
+    try:
+        return instantiate(config, **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise
+
+
 @cache
 def _load(path: Path) -> dict[str, Any]:
     options = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
@@ -41,7 +52,7 @@ def build_allocator(name: str, *, num_blocks: int, max_model_len: int, **options
         ConfigError: options out of range.
     """
     config = strategy_options("allocator", name) | options
-    return instantiate(config, num_blocks=num_blocks, max_model_len=max_model_len)
+    return _instantiate(config, num_blocks=num_blocks, max_model_len=max_model_len)
 
 
 def build_scheduler(name: str, allocator: KVAllocator, *, max_model_len: int, **options: Any) -> Scheduler:
@@ -51,4 +62,4 @@ def build_scheduler(name: str, allocator: KVAllocator, *, max_model_len: int, **
         ConfigError: options out of range.
     """
     config = strategy_options("scheduler", name) | options
-    return instantiate(config, allocator=allocator, max_model_len=max_model_len)
+    return _instantiate(config, allocator=allocator, max_model_len=max_model_len)

@@ -1,0 +1,134 @@
+"""Admission: order, watermark, chunks of long prompts, and what can never run."""
+
+import pytest
+from scheduler_simulation import request, simulate
+
+from allocators.paged import PagedAllocator
+from engine.clock import VirtualClock
+from engine.core import Engine, run_to_completion
+from engine.errors import ConfigError, RequestError, RequestRejected
+from engine.request import FinishReason, RequestStatus
+from engine.runner.oracle import OracleRunner
+from experiments.strategies import strategy_names
+from schedulers.continuous import ContinuousScheduler
+
+ITERATION_LEVEL = sorted(set(strategy_names("scheduler")) - {"static"})
+
+
+@pytest.mark.parametrize("scheduler", ["continuous", "chunked", "priority", "fair"])
+def test_equals_run_in_the_order_of_their_arrival(scheduler):
+    load = [request(f"r{i}", 4, 20 - i) for i in range(10)]
+    run = simulate(scheduler, max_num_seqs=2, max_num_batched_tokens=8).run(load)
+    assert run.order == [f"r{i}" for i in range(10)]
+
+
+def test_continuous_never_mixes_prompts_and_decodes():
+    load = [request(f"r{i}", 5 + 7 * (i % 5), 12, arrival_time=0.03 * i) for i in range(30)]
+    run = simulate("continuous", max_num_seqs=8, max_num_batched_tokens=16).run(load)
+    kinds = [{entry.num_new_tokens > 1 for entry in step.plan.scheduled} for step in run.steps]
+    # One token of a prompt may be left over from a chunk, so only steps of several prompt tokens are looked at.
+    mixed = [step for step, kind in zip(run.steps, kinds, strict=True) if len(kind) == 2]
+    decodes = [entry for step in mixed for entry in step.plan.scheduled if entry.start >= entry.req.num_prompt_tokens]
+    assert decodes == []
+
+
+def test_chunked_decodes_in_every_step_that_prefills():
+    load = [request("first", 4, 40), request("second", 100, 4, arrival_time=0.05)]
+    run = simulate("chunked", max_num_seqs=2, max_num_batched_tokens=11).run(load)
+    chunks = [step for step in run.steps if any(e.req is load[1] and e.num_new_tokens > 1 for e in step.plan.scheduled)]
+    assert [sorted(e.num_new_tokens for e in step.plan.scheduled) for step in chunks] == [[1, 10]] * 10
+
+
+@pytest.mark.parametrize("scheduler", strategy_names("scheduler"))
+def test_a_prompt_longer_than_the_budget_is_computed_in_chunks(scheduler):
+    req = request("long", 50, 3)
+    run = simulate(scheduler, max_num_seqs=8, max_num_batched_tokens=16).run([req])
+    assert [(e.start, e.num_new_tokens) for step in run.steps[:4] for e in step.plan.scheduled] == [
+        (0, 16),
+        (16, 16),
+        (32, 16),
+        (48, 2),
+    ]
+    assert [step.plan.samples for step in run.steps[:4]] == [[False], [False], [False], [True]]
+    assert len(req.output_token_ids) == 3
+
+
+@pytest.mark.parametrize("scheduler", ITERATION_LEVEL)
+def test_the_watermark_keeps_blocks_for_growth_but_never_blocks_an_idle_engine(scheduler):
+    big, small = request("big", 70, 4), request("small", 4, 4)
+    run = simulate(scheduler, num_blocks=20, watermark=0.2).run([big, small])  # 80 slots, 16 of them kept
+    first = run.steps[0].plan.scheduled
+    assert [entry.req for entry in first] == [big]  # over the watermark, but nothing else runs
+    assert run.token_times["small"][0] > run.token_times["big"][-1]
+    run = simulate(scheduler, num_blocks=20, watermark=0.0).run([request("big", 70, 4), request("small", 4, 4)])
+    assert run.token_times["small"][0] < run.token_times["big"][-1]
+
+
+@pytest.mark.parametrize("scheduler", strategy_names("scheduler"))
+def test_what_can_never_run_is_rejected_with_a_reason(scheduler):
+    policy = simulate(scheduler, num_blocks=10, max_model_len=64).engine.scheduler
+    for name, num_prompt, max_tokens, reason, setting in (
+        ("context", 60, 5, "max_model_len", "engine.max_model_len=64"),
+        ("pool", 30, 11, "max_request_tokens", "kv_cache.num_blocks"),
+    ):
+        with pytest.raises(RequestRejected, match=setting) as caught:
+            policy.add(request(name, num_prompt, max_tokens))
+        assert caught.value.reason == reason
+    policy.add(request("fits", 30, 10))
+    assert policy.num_waiting == 1
+    with pytest.raises(RequestError, match="'fits' is in use"):
+        policy.add(request("fits"))
+
+
+class OptimisticAllocator(PagedAllocator):
+    """Promises room for any request."""
+
+    max_request_tokens = 10**6
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("preemption", ["recompute", "swap", "none"])
+def test_a_request_that_outgrows_the_pool_alone_ends_with_an_error_and_the_others_go_on(preemption, overlap):
+    allocator = OptimisticAllocator(num_blocks=10, block_size=4, max_model_len=200, swap_blocks=20)
+    scheduler = ContinuousScheduler(allocator, max_model_len=200, preemption=preemption)
+    engine = Engine(scheduler, allocator, OracleRunner(), VirtualClock(), overlap=overlap)
+    load = [request("before", 10, 12), request("huge", 10, 100), request("after", 10, 12)]
+    outputs = run_to_completion(engine, load)
+    assert [req for output in outputs for req in output.plan.rejected] == [load[1]]
+    assert load[1].finish_reason is FinishReason.ERROR
+    assert "kv_cache.num_blocks" in load[1].error
+    assert [req.finish_reason for req in (load[0], load[2])] == [FinishReason.LENGTH] * 2
+    assert allocator.usage().owned == 0
+    assert load[1].status is RequestStatus.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"max_num_seqs": 0}, "scheduler.max_num_seqs"),
+        ({"max_num_seqs": 300, "max_num_batched_tokens": 299}, "scheduler.max_num_batched_tokens"),
+        ({"watermark": 1.0}, "scheduler.watermark"),
+        ({"preemption": "kill"}, "scheduler.preemption"),
+        ({"victim": "nobody"}, "scheduler.victim"),
+        ({"max_model_len": 1}, "engine.max_model_len"),
+    ],
+)
+@pytest.mark.parametrize("scheduler", ITERATION_LEVEL)
+def test_bad_options_name_themselves(scheduler, options, name):
+    with pytest.raises(ConfigError, match=f"{name}=.* must be"):
+        simulate(scheduler, **options)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "name"),
+    [
+        ("sjf", {"predictor": "guess"}, "predictor"),
+        ("sjf", {"sigma": -0.1}, "sigma"),
+        ("sjf", {"ageing": 0.0}, "ageing"),
+        ("fair", {"input_weight": 0.0}, "input_weight"),
+        ("fair", {"output_weight": -1.0}, "output_weight"),
+    ],
+)
+def test_bad_policy_options_name_themselves(scheduler, options, name):
+    with pytest.raises(ConfigError, match=f"scheduler.{name}=.* must be"):
+        simulate(scheduler, **options)
