@@ -116,6 +116,17 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The lists of those rows, in that order."""
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        shift = np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        return Ragged(self.values[np.arange(offsets[-1]) + shift], offsets)
+
+    def same(self, other: Ragged) -> bool:
+        """Whether every list equals the other's."""
+        return np.array_equal(self.offsets, other.offsets) and np.array_equal(self.values, other.values)
+
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file. Raises ReportError when it is missing or broken."""

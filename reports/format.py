@@ -53,10 +53,10 @@ def size_bytes(value: float | None) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """0.82 or 12.3, with two decimals below ten."""
+    """0.82 or 12.3: two decimals, or more below 0.1 so that two digits remain."""
     if value is None or math.isnan(value):
         return DASH
-    return f"{value:.2f}" if abs(value) < 10 else _digits(value)
+    return f"{value:.2f}" if 0.1 <= abs(value) < 10 else _digits(value, 2 if abs(value) < 0.1 else 3)
 
 
 def scaled_seconds(maximum: float) -> tuple[float, str]:

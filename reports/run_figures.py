@@ -67,24 +67,29 @@ def _slim_panel(axes: Axes, label: str, values: np.ndarray, bins: Bins) -> None:
     grid(axes)
 
 
-def draw_memory(axes: Axes, run: RunFiles, spans: Spans, bins: Bins) -> None:
-    """The stacked area of the ledger in slots, with the share of the pool at the right."""
+def draw_memory(axes: Axes, run: RunFiles, spans: Spans, bins: Bins, share: bool = False) -> None:
+    """The stacked area of the ledger: in slots with percents at the right, or in percents of the pool alone."""
     total = float(run.steps["total"].max()) if run.num_steps else 1.0
+    scale = 100 / total if share else 1.0
     base = np.zeros(2 * (len(bins.edges) - 1))
     for name in CLASSES:
         look = CLASS_LOOKS[name]
         if run.num_steps and not run.steps[name].any():
             continue
-        x, y = staircase(binned_mean(run.steps[name], spans, bins), bins.edges)
+        x, y = staircase(binned_mean(run.steps[name] * scale, spans, bins), bins.edges)
         axes.fill_between(x, base, base + y, label=look.label, **hatch_kwargs(look))
         base = base + y
-    axes.set_ylim(0, total)
+    axes.set_ylim(0, total * scale)
     axes.set_xlim(bins.edges[0], bins.edges[-1])
+    axes.tick_params(length=0)
+    if share:
+        axes.set_yticks([0, 50, 100])
+        return
     axes.set_ylabel("KV slots (one token each)")
     thousands(axes)
-    axes.tick_params(length=0)
+    to_percent, to_slots = 100 / total, total / 100
     right = axes.secondary_yaxis(
-        "right", functions=(lambda y: np.asarray(y) * (100 / total), lambda p: np.asarray(p) * (total / 100))
+        "right", functions=(lambda y: np.asarray(y) * to_percent, lambda p: np.asarray(p) * to_slots)
     )
     right.set_ylabel("% of the pool")
     right.set_yticks([0, 20, 40, 60, 80, 100])
@@ -233,7 +238,7 @@ def draw_cdf(axes: Axes, metric: str, curves: list[tuple[str, np.ndarray]], look
         axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color=MUTED)
     axes.set_title(metric)
     axes.set_xlabel(unit)
-    axes.set_ylim(0, 102)
+    axes.set_ylim(0, 112)
     axes.set_yticks([0, 25, 50, 75, 100])
     if axes.get_xscale() == "linear":
         axes.set_xlim(0, float(every.max()) * factor * 1.06 if len(every) and every.max() > 0 else 1.0)
@@ -252,11 +257,11 @@ def _mark_percentiles(axes: Axes, values: np.ndarray, factor: float, look: Look)
 
 
 def _place_labels(axes: Axes) -> None:
-    """Percentile labels stand on the side of their marker that has more room; the upper one stays below the top."""
+    """Percentile labels stand on the side of their marker that has more room; the upper one stands above the curve."""
     for label in axes.texts:
         if not isinstance(label, Annotation):
             continue
         x = float(axes.transLimits.transform(axes.transScale.transform(label.xy))[0])
         to_right = x < 0.5
         label.set_horizontalalignment("left" if to_right else "right")
-        label.set_position((6 if to_right else -6, 0 if label.xy[1] < 90 else -5))
+        label.set_position((6 if to_right else -6, 0 if label.xy[1] < 90 else 7))

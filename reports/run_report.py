@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from matplotlib.figure import Figure
 from pyarrow import csv
 
 from reports.document import render_html, render_markdown, write_text
@@ -20,7 +19,7 @@ from reports.latency import DEFINITIONS, request_latencies, token_gaps
 from reports.memory import Spans, step_spans
 from reports.run_figures import latency_figure, load_figure, memory_figure, split_figure
 from reports.run_sections import WINDOWS, run_document
-from reports.style import SERIES, drawing, save_png, to_svg
+from reports.style import SERIES, drawing, export
 from reports.summary import summarize
 
 
@@ -75,9 +74,3 @@ def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any]) -> dict[str, 
             "latency": latency_figure(panels, list(SERIES[:1])),
         }
         return {name: export(figure, run.path, name) for name, figure in figures.items()}
-
-
-def export(figure: Figure, folder: Path, name: str) -> str:
-    """Write figures/NAME.png below `folder`; return the inline SVG."""
-    save_png(figure, folder / "figures" / f"{name}.png")
-    return to_svg(figure, name)

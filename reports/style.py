@@ -146,7 +146,7 @@ def to_svg(figure: Figure, prefix: str) -> str:
     text = re.sub(r'\bid="([^"]*)"', rf'id="{prefix}-\1"', text)
     text = re.sub(r"url\(#([^)]*)\)", rf"url(#{prefix}-\1)", text)
     text = re.sub(r'(xlink:href|href)="#([^"]*)"', rf'href="#{prefix}-\2"', text)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag.group()), text)  # not the labels
     text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
     text = re.sub(r"font: ((?:\w+ )*[\d.]+px)[^;\"]*", r"font: \1 var(--font)", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", text, count=1)
@@ -163,3 +163,9 @@ def save_png(figure: Figure, path: Path) -> None:
         figure.savefig(path, format="png", dpi=PNG_DPI, facecolor="white")
     except OSError as error:
         raise ReportError(f"cannot write {path} ({error.strerror}); make the folder writable") from None
+
+
+def export(figure: Figure, folder: Path, name: str) -> str:
+    """Write figures/NAME.png below `folder`; return the inline SVG."""
+    save_png(figure, folder / "figures" / f"{name}.png")
+    return to_svg(figure, name)

@@ -1,0 +1,74 @@
+"""`python -m reports DIR [DIR ...]`: make the report of a run or a sweep again, or compare any runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from reports.comparison import compare, write_comparison
+from reports.errors import ReportError
+from reports.run_report import write_run_report
+from reports.terminal import comparison_table, run_table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code. The last line of stdout is JSON."""
+    parser = argparse.ArgumentParser(prog="python -m reports", description=__doc__)
+    parser.add_argument(
+        "dirs", nargs="+", type=Path, metavar="DIR", help="a run or sweep folder; several runs: compare"
+    )
+    parser.add_argument("--out", type=Path, help="where a comparison goes (default: comparison/ beside the first run)")
+    parser.add_argument(
+        "--baseline", help="name or folder of the run that others are compared with (default: the first)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        report = make_report(options.dirs, options.out, options.baseline)
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({"report": str(report)}))
+    return 0
+
+
+def make_report(dirs: Sequence[Path], out: Path | None = None, baseline: str | None = None) -> Path:
+    """Make the report of one run, of one sweep, or of several runs; print its table; return where report.html is.
+
+    Args:
+        dirs: one run or sweep folder, or several run folders.
+        out: where the comparison of several runs goes.
+        baseline: the run that others are compared with.
+
+    Raises:
+        ReportError: a folder is no run and no sweep, a file is broken, or an option does not fit.
+    """
+    console = Console()
+    first = dirs[0]
+    if len(dirs) == 1 and not (first / "sweep.json").exists():
+        if out or baseline:
+            raise ReportError("--out and --baseline belong to comparisons; give two or more run folders")
+        console.print(run_table(write_run_report(first)))
+        return first / "report.html"
+    if len(dirs) == 1:
+        summary = write_comparison(first, baseline=baseline, out_dir=out)
+        place = out or first
+    else:
+        place = out or first.resolve().parent / "comparison"
+        summary = compare([(_name(path, dirs), path) for path in dirs], place, baseline)
+    console.print(comparison_table(summary))
+    return place / "report.html"
+
+
+def _name(path: Path, dirs: Sequence[Path]) -> str:
+    """The folder's own name, or its whole path where that is not unique."""
+    name = path.resolve().name
+    return name if sum(other.resolve().name == name for other in dirs) == 1 else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

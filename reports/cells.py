@@ -1,0 +1,167 @@
+"""The cells of a comparison: in which settings they differ, their names, and whom each is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from reports.errors import ReportError
+from reports.files import RunFiles
+from reports.paired import same_prompts
+
+STRATEGY = ("allocator", "scheduler")
+# Config groups, and where the manifest says which option of the group ran.
+GROUPS = {
+    "allocator": ("strategy", "allocator"),
+    "scheduler": ("strategy", "scheduler"),
+    "model": ("model", "name"),
+    "workload": ("workload", "name"),
+    "arrival": ("arrival", "name"),
+}
+IGNORED = ("hydra", "report", "name")  # settings that cannot change what ran
+
+
+@dataclass(slots=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        folder: its folder, as the sweep names it.
+        run: its files.
+        summary: its summary.
+        settings: the settings that differ between the cells, and allocator and scheduler always.
+        label: how figures and tables call it.
+        baseline: the cell it is compared with; None when there is none with the same workload, itself for the baseline.
+    """
+
+    folder: str
+    run: RunFiles
+    summary: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+    baseline: Cell | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        """True when the cell is compared with itself."""
+        return self.baseline is self
+
+    @property
+    def strategy(self) -> tuple[Any, ...]:
+        """The settings that make the strategy: allocator, scheduler, and their options that differ."""
+        return tuple(value for key, value in self.settings.items() if key.split(".")[0] in STRATEGY)
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """The other settings that differ: workload, rate, pool, ..."""
+        return {key: value for key, value in self.settings.items() if key.split(".")[0] not in STRATEGY}
+
+
+def make_cells(runs: Sequence[tuple[str, RunFiles, dict[str, Any]]], baseline: str | None) -> list[Cell]:
+    """Name the runs of a comparison and choose each one's baseline.
+
+    Args:
+        runs: (folder, files, summary) of each.
+        baseline: folder, name or label of the run that others are compared with; None takes the first.
+
+    Raises:
+        ReportError: there is no run, or none called `baseline`.
+    """
+    if not runs:
+        raise ReportError("nothing to compare: no run of the sweep has finished")
+    cells = [Cell(folder, run, summary) for folder, run, summary in runs]
+    settings = differing_settings([cell.run.manifest for cell in cells])
+    for cell, values in zip(cells, settings, strict=True):
+        cell.settings = values
+    _label(cells)
+    base = _find(cells, baseline)
+    for cell in cells:
+        cell.baseline = _baseline_of(cell, base, cells)
+    return cells
+
+
+def differing_settings(manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings in which the runs differ, per run; allocator and scheduler come first and are always there.
+
+    An option of a config group (`allocator.block_size`) counts only if it differs between runs of the same choice of
+    that group: that paged has a block size and contiguous has a reservation is no difference beside their names.
+    """
+    flats = [_flatten(manifest.get("config") or {}) for manifest in manifests]
+    choices = {
+        group: [(manifest.get(part) or {}).get(name) for manifest in manifests]
+        for group, (part, name) in GROUPS.items()
+    }
+    result: list[dict[str, Any]] = [{} for _ in manifests]
+    for group, names in choices.items():
+        if group in STRATEGY or len(set(map(str, names))) > 1:
+            for settings, name in zip(result, names, strict=True):
+                settings[group] = name
+    keys = sorted({key for flat in flats for key in flat})
+    for key in keys:
+        group = key.split(".")[0]
+        if group in IGNORED or key.endswith("_target_"):
+            continue
+        values: dict[Any, set[str]] = {}
+        for index, flat in enumerate(flats):
+            choice = str(choices[group][index]) if group in choices else ""
+            values.setdefault(choice, set()).add(repr(flat.get(key)))
+        if any(len(seen) > 1 for seen in values.values()):
+            for settings, flat in zip(result, flats, strict=True):
+                settings[key] = flat.get(key)
+    return result
+
+
+def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(config, dict):
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _label(cells: list[Cell]) -> None:
+    """allocator × scheduler, then what else differs; the folder where that is not enough."""
+    for cell in cells:
+        rest = [
+            f"{key.rsplit('.', 1)[-1]}={value}"
+            for key, value in cell.settings.items()
+            if key not in STRATEGY and value is not None
+        ]
+        cell.label = ", ".join([f"{cell.settings['allocator']} × {cell.settings['scheduler']}", *rest])
+    labels = [cell.label for cell in cells]
+    for cell in cells:
+        if labels.count(cell.label) > 1:
+            cell.label = f"{cell.label} [{cell.folder}]"
+
+
+def _plain(name: str) -> str:
+    return "".join(name.replace("×", "x").split()).lower()
+
+
+def _find(cells: list[Cell], baseline: str | None) -> Cell:
+    if baseline is None:
+        return cells[0]
+    for cell in cells:
+        names = (cell.folder, str(cell.run.manifest["name"]), cell.label)
+        if _plain(baseline) in map(_plain, names):
+            return cell
+    known = ", ".join(repr(cell.label) for cell in cells)
+    raise ReportError(f"there is no run called {baseline!r} to compare with; the runs are {known}")
+
+
+def _baseline_of(cell: Cell, base: Cell, cells: list[Cell]) -> Cell | None:
+    """The baseline's strategy under the cell's conditions; the baseline itself where only conditions differ."""
+    if len({other.strategy for other in cells}) == 1:
+        candidates = [base]
+    else:
+        candidates = [
+            other for other in cells if other.strategy == base.strategy and other.conditions == cell.conditions
+        ]
+        if cell in candidates:
+            return cell
+    for candidate in candidates:
+        if candidate is cell or same_prompts(cell.run, candidate.run):
+            return candidate
+    return None

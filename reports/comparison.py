@@ -1,0 +1,215 @@
+"""The comparison of runs: a sweep's cells, or any runs side by side.
+
+Writes report.html, report.md, summary.json, comparison.csv and figures/*.png. Like a run's report it depends on the
+runs' files alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reports.cells import Cell, make_cells
+from reports.comparison_figures import draw_comparison
+from reports.comparison_sections import comparison_document
+from reports.document import render_html, render_markdown, write_text
+from reports.errors import ReportError
+from reports.files import RunFiles, read_json, read_run
+from reports.latency import request_latencies
+from reports.paired import match_requests, paired_ratio, same_prompts
+from reports.summary import SCHEMA_VERSION, summarize
+from reports.tokens import compare_tokens
+
+PAIRED_METRICS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
+CELL_METRICS = (
+    "num_requests", "num_finished", "num_rejected", "num_aborted", "num_failed", "duration_seconds", "busy_share",
+    "output_tokens_per_second", "total_tokens_per_second", "requests_per_second", "ttft_seconds", "tpot_seconds",
+    "itl_seconds", "e2e_seconds", "queue_time_seconds", "normalized_latency_seconds_per_token", "batch_size_mean",
+    "batch_size_max", "queue_mean", "num_steps", "num_preemptions", "num_recomputed_tokens", "cached_prompt_share",
+    "kv_share_mean", "kv_share_mean_while_waiting", "waste_beyond_token_states",
+    "waste_beyond_token_states_while_waiting", "held_share_mean", "held_share_mean_while_waiting", "peak_rss_bytes",
+    "peak_gpu_bytes", "valid",
+)  # fmt: skip
+
+
+def write_comparison(sweep_dir: Path, baseline: str | None = None, out_dir: Path | None = None) -> dict[str, Any]:
+    """Write the comparison of a sweep into its folder.
+
+    Args:
+        sweep_dir: holds sweep.json: `runs` (relative folders), `baseline` (a name, or null for the first) and
+            `failed` (name and error of the cells that did not finish).
+        baseline: compare with this run instead of the one that sweep.json names.
+        out_dir: where the comparison goes; the sweep's folder by default.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        ReportError: sweep.json or a run is missing or broken, no run finished, or the baseline is unknown.
+    """
+    sweep_dir = Path(sweep_dir)
+    sweep = read_json(sweep_dir / "sweep.json")
+    if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), list):
+        raise ReportError(f"{sweep_dir / 'sweep.json'} names no runs; run the sweep again")
+    folders = [(str(name), sweep_dir / str(name)) for name in sweep["runs"]]
+    return compare(folders, out_dir or sweep_dir, baseline or sweep.get("baseline"), sweep.get("failed") or [])
+
+
+def compare(
+    folders: Sequence[tuple[str, Path]],
+    out_dir: Path,
+    baseline: str | None = None,
+    failed: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Write the comparison of any runs into `out_dir`, which is made.
+
+    Args:
+        folders: (name, path) of each run.
+        out_dir: where the report goes.
+        baseline: folder, name or label of the run that others are compared with; None takes the first.
+        failed: name and error of runs that did not finish.
+    """
+    runs: list[tuple[str, RunFiles, dict[str, Any]]] = []
+    for name, path in folders:
+        run = read_run(path)
+        runs.append((name, run, summarize(run)))
+    cells = make_cells(runs, baseline)
+    summary = summarize_comparison(cells, list(failed))
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"cannot make {out_dir} ({error.strerror}); choose another folder") from None
+    document = comparison_document(summary, cells, draw_comparison(cells, summary, out_dir))
+    write_text(out_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_csv(summary, out_dir / "comparison.csv")
+    write_text(out_dir / "report.md", render_markdown(document))
+    write_text(out_dir / "report.html", render_html(document))
+    return summary
+
+
+def summarize_comparison(cells: list[Cell], failed: list[dict[str, Any]]) -> dict[str, Any]:
+    """summary.json of a comparison."""
+    base = next((cell for cell in cells if cell.is_baseline), cells[0])
+    summary: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "comparison",
+        "baseline": base.label,
+        "settings": list(cells[0].settings),
+        "same_tokens": same_tokens(cells),
+        "cells": [_cell_summary(cell) for cell in cells],
+        "failed": failed,
+    }
+    summary["headline"] = headline(summary)
+    return summary
+
+
+def _cell_summary(cell: Cell) -> dict[str, Any]:
+    result: dict[str, Any] = {"label": cell.label, "folder": cell.folder, "settings": cell.settings}
+    result |= {name: cell.summary[name] for name in CELL_METRICS}
+    base = cell.baseline
+    result["baseline"] = base.label if base else None
+    ours, theirs = cell.summary["output_tokens_per_second"], base.summary["output_tokens_per_second"] if base else None
+    result["output_tokens_per_second_ratio"] = ours / theirs if ours is not None and theirs else None
+    result["paired"] = paired(cell, base) if base and base is not cell else None
+    return result
+
+
+def paired(cell: Cell, base: Cell) -> dict[str, Any]:
+    """Paired ratio of each latency, over the requests that finished in both runs."""
+    rows, base_rows = match_requests(cell.run, base.run)
+    latencies, base_latencies = request_latencies(cell.run), request_latencies(base.run)
+    return {name: paired_ratio(latencies[name][rows], base_latencies[name][base_rows]) for name in PAIRED_METRICS}
+
+
+def same_tokens(cells: list[Cell]) -> dict[str, Any]:
+    """Whether all cells of one workload gave the same tokens, and one line that says so.
+
+    Cells are compared with the first cell of the same prompts; cells whose prompts nobody shares are not compared.
+    """
+    compared: list[dict[str, Any]] = []
+    references: list[Cell] = []
+    for cell in cells:
+        reference = next((other for other in references if same_prompts(cell.run, other.run)), None)
+        if reference is None:
+            references.append(cell)
+            continue
+        compared.append({"label": cell.label, "reference": reference.label} | compare_tokens(cell.run, reference.run))
+    different = [entry for entry in compared if entry["num_different"]]
+    usable = [entry for entry in compared if entry["num_compared"]]
+    verdict = "different" if different else "same" if usable else "not compared"
+    return {"verdict": verdict, "line": _tokens_line(compared, different, usable), "cells": compared}
+
+
+def _tokens_line(compared: list[dict[str, Any]], different: list[dict[str, Any]], usable: list[dict[str, Any]]) -> str:
+    rejected = sum(1 for entry in compared if entry["num_rejected_in_one"])
+    apart = (
+        f" Requests that one cell rejected and another served ({rejected} cell(s)) are left out." if rejected else ""
+    )
+    if different:
+        worst = min(different, key=lambda entry: entry["first_divergence"]["position"])
+        where = worst["first_divergence"]
+        total = max(entry["num_different"] for entry in different)
+        return (
+            f"Tokens differ in {len(different)} of {len(compared)} comparisons: up to {total} of "
+            f"{worst['num_compared']} requests. First divergence: {worst['label']} against {worst['reference']}, "
+            f"request {where['request_id']}, output token {where['position']} ({where['token_id']} instead of "
+            f"{where['reference_token_id']}).{apart}"
+        )
+    if not usable:
+        return "Tokens were not compared: no two cells finished the same request."
+    requests, tokens = (max(entry[key] for entry in usable) for key in ("num_compared", "num_tokens_compared"))
+    cells = len(compared) + len({entry["reference"] for entry in compared})
+    return f"All {cells} cells gave the same tokens ({requests:,} requests, {tokens:,} output tokens).{apart}"
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """One sentence: who is fastest, and by how much."""
+    cells = [cell for cell in summary["cells"] if cell["output_tokens_per_second"]]
+    if not cells:
+        return f"None of {len(summary['cells'])} cells finished a request."
+    best = max(cells, key=lambda cell: cell["output_tokens_per_second"])
+    text = (
+        f"{best['label']} is the fastest of {len(summary['cells'])} cells with "
+        f"{best['output_tokens_per_second']:,.0f} output tokens/s"
+    )
+    ratio = best["output_tokens_per_second_ratio"]
+    if best["baseline"] and best["baseline"] != best["label"] and ratio:
+        text += f", {ratio:.2f} times {best['baseline']}"
+    if best["kv_share_mean_while_waiting"]:
+        text += f"; token states fill {100 * best['kv_share_mean_while_waiting']['token_states']:.1f} % of its KV pool"
+        base = next((cell for cell in cells if cell["label"] == best["baseline"] != best["label"]), None)
+        if base and base["kv_share_mean_while_waiting"]:
+            text += f" while requests wait, {100 * base['kv_share_mean_while_waiting']['token_states']:.1f} % there"
+        else:
+            text += " while requests wait"
+    return text + "."
+
+
+def write_csv(summary: dict[str, Any], path: Path) -> None:
+    """comparison.csv: one row per cell; nested numbers become columns such as ttft_seconds_p50."""
+    rows = []
+    for cell in summary["cells"]:
+        flat = {"label": cell["label"], "folder": cell["folder"], "baseline": cell["baseline"]} | cell["settings"]
+        for name in (*CELL_METRICS, "output_tokens_per_second_ratio", "paired"):
+            flat |= _columns(name, cell[name])
+        rows.append(flat)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise ReportError(f"cannot write {path} ({error.strerror}); make the folder writable") from None
+
+
+def _columns(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: "" if value is None else value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _columns(f"{name}_{key}", inner)
+    return flat

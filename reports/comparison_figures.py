@@ -1,0 +1,178 @@
+"""The figures of a comparison. Cells keep their order, colour, dash and hatch in every figure."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from reports.cells import Cell
+from reports.format import rate, scaled_seconds, seconds
+from reports.latency import DEFINITIONS, request_latencies, token_gaps
+from reports.memory import make_bins, step_spans
+from reports.run_figures import draw_memory, latency_figure, split_figure
+from reports.style import CLASS_LOOKS, INK, MUTED, PAPER, SERIES, Look, drawing, export, grid, hatch_kwargs, new_figure
+
+MAX_CURVES = len(SERIES)
+MAX_PANELS = 12
+NUM_PANEL_BINS = 160
+
+
+def draw_comparison(cells: list[Cell], summary: dict[str, Any], out_dir: Path) -> dict[str, str]:
+    """Draw every figure into figures/*.png. Returns name -> inline SVG; a figure without data is left out."""
+    waiting = any(cell.summary["kv_share_mean_while_waiting"] for cell in cells)
+    key = "kv_share_mean_while_waiting" if waiting else "kv_share_mean"
+    with drawing():
+        figures: dict[str, Figure] = {
+            "overview": overview_figure(cells),
+            "kv_split": split_figure([(cell.label, cell.summary[key]) for cell in cells]),
+            "kv_memory": memory_panels(cells[:MAX_PANELS]),
+            "latency": latency_curves(cells[:MAX_CURVES]),
+        }
+        ratios = [cell for cell in summary["cells"] if cell["paired"]]
+        if ratios:
+            figures["paired"] = ratio_figure(ratios)
+        return {name: export(figure, out_dir, name) for name, figure in figures.items()}
+
+
+def looks_of(cells: list[Cell]) -> list[Look]:
+    """A look per cell."""
+    return [SERIES[index % len(SERIES)] for index in range(len(cells))]
+
+
+def overview_figure(cells: list[Cell]) -> Figure:
+    """Throughput, mean batch and TTFT of every cell, side by side."""
+    figure = new_figure(0.85 + 0.34 * len(cells))
+    row = figure.subplots(1, 3, sharey=True, width_ratios=[1.25, 1, 1.25])
+    positions = np.arange(len(cells))
+    for axes, key, title in (
+        (row[0], "output_tokens_per_second", "Output throughput (tokens/s)"),
+        (row[1], "batch_size_mean", "Mean batch (requests)"),
+    ):
+        values = [cell.summary[key] or 0.0 for cell in cells]
+        for position, value, look in zip(positions, values, looks_of(cells), strict=True):
+            axes.barh(position, value, 0.66, **hatch_kwargs(look))
+            axes.annotate(rate(value), (value, position), xytext=(4, 0), textcoords="offset points", va="center",
+                          fontsize=8.5)  # fmt: skip
+        axes.set_xlim(0, max([*values, 1e-9]) * 1.22)
+        axes.set_title(title)
+        axes.set_xticks([])
+        axes.spines[["bottom"]].set_visible(False)
+    _draw_ttft(row[2], cells)
+    row[0].set_yticks(positions, [cell.label for cell in cells])
+    row[0].tick_params(axis="y", labelcolor=INK)
+    row[0].set_ylim(len(cells) - 0.4, -0.6)
+    for axes in row:
+        axes.tick_params(length=0)
+    return figure
+
+
+def _draw_ttft(axes: Axes, cells: list[Cell]) -> None:
+    """Median to 99th percentile of the time to first token, on a logarithmic axis."""
+    stats = [cell.summary["ttft_seconds"] for cell in cells]
+    known = [value for stat in stats for value in (stat["p50"], stat["p99"]) if value]
+    factor, unit = scaled_seconds(float(np.median(known)) if known else 1.0)
+    for position, (stat, look) in enumerate(zip(stats, looks_of(cells), strict=True)):
+        if not stat["p50"] or stat["p50"] <= 0:
+            continue
+        low, high = stat["p50"] * factor, stat["p99"] * factor
+        axes.plot([low, high], [position, position], color=look.color, linewidth=1.6)
+        axes.plot(low, position, "o", color=look.color, markersize=5)
+        axes.plot(high, position, "D", color=look.color, markersize=4.5)
+    axes.set_title(f"TTFT, median ● to p99 ◆ ({unit})")
+    if known:
+        log_axis(axes, min(known) * factor, max(known) * factor)
+    axes.margins(x=0.08)
+    grid(axes, "x")
+
+
+def log_axis(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic x axis with plain numbers; a linear one where the values are close together."""
+    axes.tick_params(axis="x", which="both", length=0)
+    if low <= 0 or high / low < 3:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        return
+    axes.set_xscale("log")
+    decades = math.log10(high / low)
+    subs = (1, 1.5, 2, 3, 5, 7) if decades < 0.8 else (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 3 else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def memory_panels(cells: list[Cell]) -> Figure:
+    """KV memory over time, one panel a cell, on one time axis: a shorter picture is a faster run."""
+    num_columns = 1 if len(cells) == 1 else 2 if len(cells) <= 4 else 3
+    num_rows = math.ceil(len(cells) / num_columns)
+    figure = new_figure(0.7 + 1.85 * num_rows)
+    grid_axes = np.atleast_1d(figure.subplots(num_rows, num_columns, sharex=True, squeeze=False)).ravel()
+    spans = [step_spans(cell.run.steps) for cell in cells]
+    end = max((float(span.end[-1]) for span in spans if len(span.end)), default=1.0)
+    for index, (axes, cell, span) in enumerate(zip(grid_axes, cells, spans, strict=False)):
+        last = float(span.end[-1]) if len(span.end) else 0.0
+        bins = make_bins(span, max(8, round(NUM_PANEL_BINS * last / end)), end=last)
+        draw_memory(axes, cell.run, span, bins, share=True)
+        axes.set_xlim(0, end)
+        axes.set_title(f"{cell.label}: {seconds(cell.summary['duration_seconds'])}", fontsize=8.5)
+        axes.set_ylabel("% of the pool" if index % num_columns == 0 else "")
+        if index + num_columns >= len(cells):
+            axes.set_xlabel("time (s)")
+            axes.tick_params(labelbottom=True)
+    for axes in grid_axes[len(cells) :]:
+        axes.set_visible(False)
+    by_label: dict[str, Any] = {}
+    for axes in grid_axes[: len(cells)]:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            by_label.setdefault(label, handle)
+    order = [look.label for look in CLASS_LOOKS.values() if look.label in by_label]
+    figure.legend([by_label[label] for label in order], order, loc="outside upper left", ncols=max(1, len(order)))
+    return figure
+
+
+def latency_curves(cells: list[Cell]) -> Figure:
+    """Cumulative latencies of every cell, one panel a metric."""
+    latencies = [request_latencies(cell.run) for cell in cells]
+    names = [cell.label for cell in cells]
+    panels = []
+    for key in ("ttft_seconds", "tpot_seconds", "itl_seconds", "e2e_seconds"):
+        if key == "itl_seconds":
+            values = [token_gaps(cell.run.lists("token_times"), cell.run.finished) for cell in cells]
+        else:
+            values = [latency[key] for latency in latencies]
+        panels.append((DEFINITIONS[key][0], list(zip(names, values, strict=True))))
+    return latency_figure(panels, looks_of(cells))
+
+
+def ratio_figure(cells: list[dict[str, Any]]) -> Figure:
+    """Median paired ratios with their intervals; left of the line is faster than the baseline."""
+    metrics = list(cells[0]["paired"])
+    figure = new_figure(1.0 + 0.34 * len(cells))
+    row = np.atleast_1d(figure.subplots(1, len(metrics), sharey=True))
+    for axes, metric in zip(row, metrics, strict=True):
+        bounds = [1.0]
+        for position, cell in enumerate(cells):
+            entry = cell["paired"][metric]
+            if entry["median_ratio"] is None:
+                axes.text(1.0, position, "no pairs", color=MUTED, fontsize=8, va="center", ha="center")
+                continue
+            low, high = entry["ci95_low"] or entry["median_ratio"], entry["ci95_high"] or entry["median_ratio"]
+            bounds += [low, high]
+            significant = entry["verdict"] in ("lower", "higher")
+            axes.plot([low, high], [position, position], color=INK, linewidth=1.4)
+            axes.plot(entry["median_ratio"], position, "o", markersize=6, markeredgecolor=INK,
+                      markerfacecolor=INK if significant else PAPER)  # fmt: skip
+        axes.axvline(1.0, color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)), zorder=0)
+        log_axis(axes, min(bounds), max(bounds))
+        axes.margins(x=0.12)
+        axes.set_title(DEFINITIONS[metric][0])
+        axes.set_xlabel("ratio to the baseline")
+        grid(axes, "x")
+    row[0].set_yticks(range(len(cells)), [cell["label"] for cell in cells])
+    row[0].tick_params(axis="y", labelcolor=INK)
+    row[0].set_ylim(len(cells) - 0.5, -0.5)
+    return figure

@@ -1,0 +1,222 @@
+"""The words and tables of a comparison."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from reports.cells import STRATEGY, Cell
+from reports.document import Document, Picture, Section, Table
+from reports.format import DASH, count, percent, rate, ratio, seconds
+from reports.latency import DEFINITIONS
+from reports.paired import LEVEL, NUM_RESAMPLES
+from reports.paper import FIGURE_2_SOURCE
+from reports.run_sections import LEDGER_MEANING, WINDOWS, commit, definitions, facts
+from reports.style import CLASS_LOOKS
+
+SHARED_FACTS = ("Model", "KV pool", "Workload", "Arrivals", "Machine", "Software", "Commit")
+
+
+def comparison_document(summary: dict[str, Any], cells: list[Cell], svg: dict[str, str]) -> Document:
+    """The comparison as a document."""
+    same = summary["same_tokens"]
+    sections = [grid_section(summary, svg), memory_section(summary, cells, svg), latency_section(summary, cells, svg)]
+    if "paired" in svg:
+        sections.insert(1, paired_section(summary, svg))
+    if summary["failed"]:
+        sections.append(failed_section(summary))
+    return Document(
+        kicker="kvarena · comparison",
+        title=title(summary, cells),
+        headline=summary["headline"],
+        verdict=(same["line"], same["verdict"] != "different"),
+        facts=shared_facts(cells),
+        sections=sections,
+        definitions=[
+            (
+                "Paired ratio",
+                "a request's latency in a cell / the same request's in the baseline; the median over requests that "
+                f"finished in both, with the {LEVEL:.0%} percentile-bootstrap interval over requests "
+                f"({NUM_RESAMPLES:,} resamples). It covers the choice of requests, not run-to-run noise. “No "
+                "significant difference”: the interval contains 1. Verdicts are not corrected for the number of "
+                "comparisons.",
+            ),
+            *definitions(),
+        ],
+        config=json.dumps(cells[0].run.manifest["config"], indent=2, ensure_ascii=False),
+        footer=f"Made by kvarena from the files of {len(cells)} runs; the configuration shown is that of "
+        f"{cells[0].label}. Commit {commit(cells[0].summary)}.",
+    )
+
+
+def title(summary: dict[str, Any], cells: list[Cell]) -> str:
+    """What varies."""
+    varied = [key for key in summary["settings"] if len({repr(cell.settings.get(key)) for cell in cells}) > 1]
+    names = [key.rsplit(".", 1)[-1].replace("_", " ") for key in varied]
+    return f"{len(cells)} runs: {' × '.join(names)}" if names else f"{len(cells)} runs of one configuration"
+
+
+def shared_facts(cells: list[Cell]) -> list[tuple[str, str]]:
+    """Facts that all cells share; one that differs says so."""
+    tables = [dict(facts(cell.summary)) for cell in cells]
+    result = []
+    for name in SHARED_FACTS:
+        values = {table[name] for table in tables}
+        result.append((name, values.pop() if len(values) == 1 else "differs between the runs"))
+    return result
+
+
+def _best(values: list[float | None], largest: bool) -> set[int]:
+    known = [value for value in values if value is not None]
+    if len(known) < 2 or min(known) == max(known):
+        return set()
+    best = max(known) if largest else min(known)
+    return {index for index, value in enumerate(values) if value == best}
+
+
+def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
+    """One row per cell: its settings and the numbers that decide."""
+    cells = summary["cells"]
+    settings = summary["settings"]
+    columns: list[tuple[str, list[float | None], Any, bool | None]] = [
+        ("output tok/s", [cell["output_tokens_per_second"] for cell in cells], rate, True),
+        ("ratio", [cell["output_tokens_per_second_ratio"] for cell in cells], ratio, None),
+        ("TTFT p50", [cell["ttft_seconds"]["p50"] for cell in cells], seconds, False),
+        ("TTFT p99", [cell["ttft_seconds"]["p99"] for cell in cells], seconds, False),
+        ("TPOT p50", [cell["tpot_seconds"]["p50"] for cell in cells], seconds, False),
+        ("E2E p50", [cell["e2e_seconds"]["p50"] for cell in cells], seconds, False),
+        ("batch", [cell["batch_size_mean"] for cell in cells], rate, True),
+        ("token states", [_token_states(cell) for cell in cells], percent, True),
+        ("preempted", [cell["num_preemptions"] for cell in cells], count, None),
+    ]  # fmt: skip
+    rows, strong = [], set()
+    for index, cell in enumerate(cells):
+        names = [_text(cell["settings"].get(key)) for key in settings]
+        done = f"{count(cell['num_finished'])} of {count(cell['num_requests'])}"
+        rows.append([*names, *(show(values[index]) for _, values, show, _ in columns), done])
+    for position, (_, values, _, largest) in enumerate(columns):
+        if largest is not None:
+            strong |= {(index, len(settings) + position) for index in _best(values, largest)}
+    header = [key if key in STRATEGY else key.rsplit(".", 1)[-1] for key in settings]
+    table = Table(
+        [*header, *(name for name, *_ in columns), "finished"],
+        rows,
+        strong=frozenset(strong),
+        text_columns=frozenset(range(1, len(settings))),
+    )
+    picture = Picture(
+        "overview",
+        svg["overview"],
+        "Output throughput, mean batch over step time, and time to first token of every cell.",
+        "bars of throughput and batch size, and TTFT ranges, one row per cell",
+    )
+    invalid = [cell["label"] for cell in cells if not cell["valid"]]
+    notes = [
+        f"Ratio: output throughput / the baseline's ({summary['baseline']}). Token states: mean share of the KV pool "
+        "while requests wait (of all steps where none ever waited, marked *)."
+    ]
+    if invalid:
+        notes.append(f"Invalid, because the driver fell behind its bound: {', '.join(invalid)}.")
+    for index, cell in enumerate(cells):
+        if cell["kv_share_mean_while_waiting"] is None and cell["kv_share_mean"] is not None:
+            rows[index][len(settings) + 7] += " *"
+    return Section("The grid", [], [picture], [table], notes)
+
+
+def _token_states(cell: dict[str, Any]) -> float | None:
+    split = cell["kv_share_mean_while_waiting"] or cell["kv_share_mean"]
+    return split["token_states"] if split else None
+
+
+def _text(value: Any) -> str:
+    return DASH if value is None else str(value)
+
+
+def paired_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
+    """Paired ratios with verdicts."""
+    rows = []
+    paired = [cell for cell in summary["cells"] if cell["paired"]]
+    for metric in paired[0]["paired"]:
+        for cell in paired:
+            entry = cell["paired"][metric]
+            bounds = [ratio(entry[key]) for key in ("ci95_low", "ci95_high")]
+            interval = " – ".join(bounds) if entry["ci95_low"] is not None else DASH
+            rows.append([DEFINITIONS[metric][0], cell["label"], cell["baseline"], ratio(entry["median_ratio"]),
+                         interval, count(entry["count"]), entry["verdict"]])  # fmt: skip
+    header = ["latency", "cell", "against", "median ratio", "95 % interval", "requests", "verdict"]
+    picture = Picture(
+        "paired",
+        svg["paired"],
+        "Median paired ratio of each latency to the baseline's, with 95 % bootstrap intervals over requests; filled: "
+        "significant, hollow: not. Left of the line is faster.",
+        "forest plot of paired latency ratios",
+    )
+    alone = [cell["label"] for cell in summary["cells"] if cell["baseline"] is None]
+    notes = [f"Not paired, because no baseline cell has the same prompts: {', '.join(alone)}."] if alone else []
+    table = Table(header, grouped(rows), text_columns=frozenset({1, 2, 6}))
+    return Section("Request by request", [], [picture], [table], notes)
+
+
+def memory_section(summary: dict[str, Any], cells: list[Cell], svg: dict[str, str]) -> Section:
+    """KV memory of every cell."""
+    rows = []
+    for window, suffix in WINDOWS:
+        for cell in summary["cells"]:
+            split = cell[f"kv_share_mean{suffix}"]
+            if split is not None:
+                waste, held = cell[f"waste_beyond_token_states{suffix}"], cell[f"held_share_mean{suffix}"]
+                rows.append([window, cell["label"], *(percent(split[name]) for name in LEDGER_MEANING),
+                             percent(waste), percent(held)])  # fmt: skip
+    header = ["window", "cell", *(_short(name) for name in LEDGER_MEANING), "waste", "held"]
+    waiting = any(cell["kv_share_mean_while_waiting"] for cell in summary["cells"])
+    window = "while requests wait" if waiting else "over all steps: no request ever waited"
+    pictures = [
+        Picture("kv_split", svg["kv_split"],
+                f"Mean split of KV memory {window}, weighted by step time, beside {FIGURE_2_SOURCE}. The paper's "
+                "“external & others” holds whatever is neither token state, reservation nor internal fragmentation; "
+                "the split of vLLM's last 3.7 % is not given (outlined).",
+                "bars of the mean share of each ledger class per cell, with the paper's four bars"),
+        Picture("kv_memory", svg["kv_memory"],
+                "KV memory over time on one time axis: a picture that ends earlier is a run that was done earlier."
+                + ("" if len(cells) <= 12 else " The first 12 cells."),
+                "stacked areas of KV slots by ledger class over time, one panel per cell"),
+    ]  # fmt: skip
+    notes = [
+        "Shares of the pool. Waste: what is neither token state nor cached prefix. Held: owned by finished requests "
+        "of a static batch; part of the classes before it."
+    ]
+    return Section("KV memory", [], pictures, [Table(header, grouped(rows), text_columns=frozenset({1}))], notes)
+
+
+def grouped(rows: list[list[str]]) -> list[list[str]]:
+    """The rows with the first cell blank where it repeats the one above."""
+    before = [None, *(row[0] for row in rows)]
+    return [["" if row[0] == last else row[0], *row[1:]] for row, last in zip(rows, before, strict=False)]
+
+
+def _short(name: str) -> str:
+    return CLASS_LOOKS[name].label.replace(" fragmentation", "").replace(" prefixes", "")
+
+
+def latency_section(summary: dict[str, Any], cells: list[Cell], svg: dict[str, str]) -> Section:
+    """Latency percentiles of every cell."""
+    rows = []
+    for key in ("ttft_seconds", "tpot_seconds", "itl_seconds", "e2e_seconds", "queue_time_seconds"):
+        for cell in summary["cells"]:
+            stats = cell[key]
+            values = [seconds(stats[name]) for name in ("mean", "p50", "p90", "p95", "p99", "max")]
+            rows.append([DEFINITIONS[key][0], cell["label"], count(stats["count"]), *values])
+    header = ["latency", "cell", "n", "mean", "p50", "p90", "p95", "p99", "max"]
+    picture = Picture(
+        "latency",
+        svg["latency"],
+        "Cumulative distributions over requests (ITL: over gaps)." + ("" if len(cells) <= 7 else " The first 7 cells."),
+        "cumulative distributions of TTFT, TPOT, ITL and E2E per cell",
+    )
+    return Section("Latency", [], [picture], [Table(header, grouped(rows), text_columns=frozenset({1}))])
+
+
+def failed_section(summary: dict[str, Any]) -> Section:
+    """Cells that did not finish, and why."""
+    rows = [[str(cell.get("name", DASH)), str(cell.get("error", DASH))] for cell in summary["failed"]]
+    return Section("Failed cells", [], [], [Table(["cell", "error"], rows, text_columns=frozenset({1}))])

@@ -1,0 +1,81 @@
+"""Per-request paired ratios between two runs of one workload, with a bootstrap confidence interval.
+
+Each request is its own control: ratio = its latency in one run / its latency in the other. The interval covers the
+choice of requests within this one pair of runs. It does not cover run-to-run noise; repeats do that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from reports.files import RunFiles
+
+NUM_RESAMPLES = 10_000
+LEVEL = 0.95
+SEED = 0
+MIN_PAIRS = 6  # below, the extremes of the sample do not bracket the median with 95 %: 2 * 0.5**n > 0.05
+SAME, LOWER, HIGHER, TOO_FEW = "no significant difference", "lower", "higher", "too few requests"
+
+
+def bootstrap_median(values: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = SEED) -> tuple[float, float]:
+    """95 % percentile-bootstrap interval of the median. O(n log n + resamples).
+
+    A resample of n values with replacement is n uniform draws looked up in the sorted sample, so its middle order
+    statistics are those of n uniforms, which follow a beta distribution. Drawing these directly gives the bootstrap
+    distribution itself, without building a resample.
+    """
+    ordered = np.sort(values)
+    count = len(ordered)
+    rng = np.random.default_rng(seed)
+    lower_rank = (count + 1) // 2
+    low = rng.beta(lower_rank, count + 1 - lower_rank, num_resamples)
+    high = low if count % 2 else low + (1 - low) * rng.beta(1, count - lower_rank, num_resamples)
+    ranks = np.minimum((np.stack([low, high]) * count).astype(np.int64), count - 1)
+    medians = ordered[ranks].mean(axis=0)
+    tail = (1 - LEVEL) / 2
+    bounds = np.percentile(medians, [100 * tail, 100 * (1 - tail)], method="linear")
+    return float(bounds[0]), float(bounds[1])
+
+
+def paired_ratio(values: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
+    """Median ratio of paired latencies, its interval and a verdict.
+
+    Args:
+        values: seconds, one per request; NaN where the request has none.
+        baseline: the same requests in the other run.
+
+    Returns:
+        `count`, `median_ratio`, `ci95_low`, `ci95_high` (None with too few pairs) and `verdict`: `lower` or `higher`
+        when the interval excludes 1, else `no significant difference`, or `too few requests`.
+    """
+    both = (values > 0) & (baseline > 0)  # NaN compares false
+    ratios = values[both] / baseline[both]
+    result: dict[str, Any] = {"count": len(ratios), "median_ratio": float(np.median(ratios)) if len(ratios) else None}
+    if len(ratios) < MIN_PAIRS:
+        return result | {"ci95_low": None, "ci95_high": None, "verdict": TOO_FEW}
+    low, high = bootstrap_median(ratios)
+    verdict = LOWER if high < 1 else HIGHER if low > 1 else SAME
+    return result | {"ci95_low": low, "ci95_high": high, "verdict": verdict}
+
+
+def match_requests(run: RunFiles, other: RunFiles) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the requests that both runs have, by request id, in the order of `run`."""
+    ids, other_ids = run.requests["request_id"], other.requests["request_id"]
+    if np.array_equal(ids, other_ids):
+        rows = np.arange(len(ids))
+        return rows, rows
+    place = {request_id: row for row, request_id in enumerate(other_ids)}
+    pairs = [(row, place[request_id]) for row, request_id in enumerate(ids) if request_id in place]
+    matched = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return matched[:, 0], matched[:, 1]
+
+
+def same_prompts(run: RunFiles, other: RunFiles) -> bool:
+    """Whether both runs were asked the same: every shared request id has the same prompt, and there is one."""
+    rows, other_rows = match_requests(run, other)
+    lengths, other_lengths = run.requests["num_prompt_tokens"][rows], other.requests["num_prompt_tokens"][other_rows]
+    if not len(rows) or not np.array_equal(lengths, other_lengths):
+        return False
+    return run.lists("prompt_token_ids").take(rows).same(other.lists("prompt_token_ids").take(other_rows))

@@ -1,0 +1,89 @@
+"""The short tables that end a run or a sweep on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from reports.format import DASH, count, percent, rate, ratio, seconds, size_bytes
+
+
+def run_table(summary: dict[str, Any]) -> Table:
+    """A run's numbers, a handful of rows.
+
+    Args:
+        summary: what `write_run_report` returned.
+    """
+    table = Table(
+        title=escape(str(summary["name"]).replace(" x ", " × ")), title_justify="left", show_header=False, box=None
+    )
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    waiting, overall = summary["kv_share_mean_while_waiting"], summary["kv_share_mean"]
+    table.add_row(
+        "requests",
+        f"{count(summary['num_finished'])} of {count(summary['num_requests'])}",
+        f"{count(summary['num_rejected'])} rejected, {count(summary['num_preemptions'])} preemptions",
+    )
+    table.add_row(
+        "output throughput",
+        f"{rate(summary['output_tokens_per_second'])} tok/s",
+        f"{count(summary['num_finished_output_tokens'])} tokens in {seconds(summary['duration_seconds'])}",
+    )
+    for key, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E")):
+        stats = summary[f"{key}_seconds"]
+        table.add_row(f"{label} median", seconds(stats["p50"]), f"p99 {seconds(stats['p99'])}")
+    split = waiting or overall
+    table.add_row(
+        "KV in token states",
+        percent(split["token_states"] if split else None),
+        "of the pool, while requests wait" if waiting else "of the pool, all steps (no request waited)",
+    )
+    table.add_row("mean batch", rate(summary["batch_size_mean"]), f"largest {count(summary['batch_size_max'])}")
+    table.add_row("peak memory", size_bytes(summary["peak_rss_bytes"]), "")
+    if not summary["valid"]:
+        table.add_row("[red]invalid[/red]", seconds(summary["lateness_seconds"]["max"]), "the driver was too late")
+    return table
+
+
+def comparison_table(summary: dict[str, Any]) -> Table:
+    """A comparison's grid, one row per cell.
+
+    Args:
+        summary: what `write_comparison` returned.
+
+    TTFT and TPOT are medians, KV the mean share of the pool in token states (while requests wait, if any did), and the
+    last column the median paired ratio of E2E to the baseline's, marked ≈ where the difference is not significant.
+    """
+    table = Table(caption=summary["same_tokens"]["line"], caption_justify="left", box=None, pad_edge=False)
+    table.add_column("cell", overflow="fold")
+    for name in ("tok/s", "ratio", "TTFT", "TPOT", "KV", "E2E ratio, 95 % CI"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for cell in summary["cells"]:
+        split = cell["kv_share_mean_while_waiting"] or cell["kv_share_mean"]
+        table.add_row(
+            escape(cell["label"]),
+            rate(cell["output_tokens_per_second"]),
+            ratio(cell["output_tokens_per_second_ratio"]),
+            *(seconds(cell[f"{key}_seconds"]["p50"]) for key in ("ttft", "tpot")),
+            percent(split["token_states"] if split else None),
+            _paired(cell),
+        )
+    for failed in summary["failed"]:
+        table.add_row(f"[red]{escape(str(failed.get('name', DASH)))}: failed[/red]")
+    return table
+
+
+def _paired(cell: dict[str, Any]) -> str:
+    if cell["baseline"] == cell["label"]:
+        return "baseline"
+    if not cell["paired"]:
+        return DASH
+    entry = cell["paired"]["e2e_seconds"]
+    if entry["ci95_low"] is None:
+        return ratio(entry["median_ratio"])
+    mark = " ≈" if entry["verdict"] == "no significant difference" else ""
+    return f"{ratio(entry['median_ratio'])} \\[{ratio(entry['ci95_low'])}, {ratio(entry['ci95_high'])}]{mark}"

@@ -1,0 +1,222 @@
+"""The comparison of a sweep: the grid, paired ratios, the token gate, and any differing setting."""
+
+import csv
+import io
+import json
+import re
+
+import pyarrow.parquet as pq
+import pytest
+from fake_runs import REQUEST_SCHEMA, STEP_SCHEMA, fake_run, write_run
+from rich.console import Console
+
+from reports.cells import differing_settings, make_cells
+from reports.comparison import compare, write_comparison
+from reports.errors import ReportError
+from reports.files import read_run
+from reports.summary import summarize
+from reports.terminal import comparison_table, run_table
+
+GRID = [(a, s) for a in ("contiguous", "paged") for s in ("static", "continuous")]
+
+
+def _sweep(path, names, baseline=None, failed=()):
+    (path / "sweep.json").write_text(json.dumps({"runs": names, "baseline": baseline, "failed": list(failed)}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """The 2 x 2 grid and its comparison."""
+    path = tmp_path_factory.mktemp("sweep")
+    for index, (allocator, scheduler) in enumerate(GRID):
+        fake_run(path / str(index), allocator, scheduler, num_requests=24)
+    failed = [{"name": "buddy x static", "error": "the pool is too small for one block"}]
+    _sweep(path, list("0123"), failed=failed)
+    return path, write_comparison(path)
+
+
+def test_writes_every_file(sweep):
+    path, summary = sweep
+    assert json.loads((path / "summary.json").read_text()) == summary
+    page = (path / "report.html").read_text()
+    assert len(page) < 3_000_000
+    assert "the pool is too small for one block" in page
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:)[^"']*""", page)
+    markdown = (path / "report.md").read_text()
+    for name in re.findall(r"\((figures/[^)]*)\)", markdown):
+        assert (path / name).exists()
+
+
+def test_grid_and_baseline(sweep):
+    summary = sweep[1]
+    assert [cell["label"] for cell in summary["cells"]] == [f"{a} × {s}" for a, s in GRID]
+    assert summary["baseline"] == "contiguous × static"
+    assert summary["settings"] == ["allocator", "scheduler"]  # block size and reservation belong to their allocators
+    assert summary["cells"][0]["paired"] is None
+    assert summary["cells"][3]["paired"]["e2e_seconds"]["verdict"] == "lower"
+    assert summary["cells"][3]["output_tokens_per_second_ratio"] > 1
+    assert "paged × continuous" in summary["headline"]
+
+
+def test_csv_has_a_row_per_cell(sweep):
+    rows = list(csv.DictReader((sweep[0] / "comparison.csv").open()))
+    assert len(rows) == 4
+    assert float(rows[3]["ttft_seconds_p99"]) == sweep[1]["cells"][3]["ttft_seconds"]["p99"]
+    assert float(rows[3]["paired_e2e_seconds_median_ratio"]) < 1
+
+
+def test_all_cells_gave_the_same_tokens(sweep):
+    same = sweep[1]["same_tokens"]
+    assert same["verdict"] == "same"
+    assert same["line"].startswith("All 4 cells gave the same tokens (22 requests")
+    assert "\n" not in same["line"]
+
+
+def test_one_wrong_token_is_found(tmp_path):
+    fake_run(tmp_path / "a", num_requests=12)
+    fake_run(tmp_path / "b", "contiguous", "static", num_requests=12, wrong_token=7)
+    same = write_comparison(_sweep(tmp_path, ["a", "b"]))["same_tokens"]
+    assert same["verdict"] == "different"
+    (entry,) = same["cells"]
+    assert entry["num_different"] == 1
+    assert entry["first_divergence"]["position"] == 7
+    assert entry["first_divergence"]["request_id"] == "r0005"
+    assert entry["first_divergence"]["token_id"] == entry["first_divergence"]["reference_token_id"] + 1
+    assert "1 of 10 requests" in same["line"] and "output token 7" in same["line"]
+    assert 'class="verdict bad"' in (tmp_path / "report.html").read_text()
+
+
+def test_rejected_requests_are_reported_apart(tmp_path):
+    fake_run(tmp_path / "a", num_requests=12, num_rejected=2)
+    fake_run(tmp_path / "b", num_requests=12, num_rejected=0)
+    same = write_comparison(_sweep(tmp_path, ["a", "b"]))["same_tokens"]
+    assert same["verdict"] == "same"
+    assert same["cells"][0]["num_rejected_in_one"] == 2
+    assert "rejected" in same["line"]
+
+
+def test_a_truncated_output_differs_where_it_ends(tmp_path):
+    fake_run(tmp_path / "a", num_requests=8)
+    fake_run(tmp_path / "b", num_requests=8)
+    rows = pq.read_table(tmp_path / "b" / "requests.parquet", schema=REQUEST_SCHEMA).to_pylist()
+    steps = pq.read_table(tmp_path / "b" / "steps.parquet", schema=STEP_SCHEMA).to_pylist()
+    rows[4]["output_token_ids"] = rows[4]["output_token_ids"][:3]
+    write_run(tmp_path / "b", rows, steps, "paged", "continuous", 7680, 16)
+    (entry,) = write_comparison(_sweep(tmp_path, ["a", "b"]))["same_tokens"]["cells"]
+    assert entry["first_divergence"]["position"] == 3
+    assert entry["first_divergence"]["token_id"] is None
+
+
+def test_order_of_requests_does_not_matter(tmp_path):
+    fake_run(tmp_path / "a", num_requests=12)
+    fake_run(tmp_path / "b", num_requests=12)
+    rows = pq.read_table(tmp_path / "b" / "requests.parquet", schema=REQUEST_SCHEMA).to_pylist()
+    steps = pq.read_table(tmp_path / "b" / "steps.parquet", schema=STEP_SCHEMA).to_pylist()
+    write_run(tmp_path / "b", rows[::-1], steps, "paged", "continuous", 7680, 16)
+    summary = write_comparison(_sweep(tmp_path, ["a", "b"]))
+    assert summary["same_tokens"]["verdict"] == "same"
+    assert summary["cells"][1]["paired"]["e2e_seconds"]["median_ratio"] == 1
+
+
+def test_other_settings_become_columns_and_each_has_its_own_baseline(tmp_path):
+    names = []
+    for rate in (4, 16):
+        for allocator in ("contiguous", "paged"):
+            names.append(f"{allocator}{rate}")
+            fake_run(tmp_path / names[-1], allocator, num_requests=12, rate=rate, config={"arrival": {"rate": rate}})
+    summary = write_comparison(_sweep(tmp_path, names, baseline="contiguous x continuous"))
+    assert summary["settings"] == ["allocator", "scheduler", "arrival.rate"]
+    assert [cell["baseline"] for cell in summary["cells"]] == [
+        "contiguous × continuous, rate=4",
+        "contiguous × continuous, rate=4",
+        "contiguous × continuous, rate=16",
+        "contiguous × continuous, rate=16",
+    ]
+
+
+def test_one_strategy_under_two_pools_compares_with_the_first(tmp_path):
+    for total in (4096, 7680):
+        fake_run(tmp_path / str(total), num_requests=12, total=total, config={"kv_cache": {"num_slots": total}})
+    summary = write_comparison(_sweep(tmp_path, ["4096", "7680"]))
+    assert summary["cells"][1]["baseline"] == "paged × continuous, num_slots=4096"
+    assert summary["cells"][1]["paired"] is not None
+
+
+def test_other_prompts_are_not_paired(tmp_path):
+    fake_run(tmp_path / "a", num_requests=12, seed=0)
+    fake_run(tmp_path / "b", "contiguous", num_requests=12, seed=1)
+    summary = write_comparison(_sweep(tmp_path, ["a", "b"]))
+    assert summary["same_tokens"]["verdict"] == "not compared"
+    assert summary["cells"][1]["paired"] is None
+
+
+def test_options_of_a_group_count_within_one_choice():
+    def manifest(allocator, **options):
+        return {
+            "strategy": {"allocator": allocator, "scheduler": "static"},
+            "config": {
+                "allocator": {"_target_": allocator} | options,
+                "kv_cache": {"num_blocks": 8},
+                "report": {"x": 1},
+            },
+        }
+
+    runs = [manifest("paged", block_size=16), manifest("contiguous", reservation="max")]
+    assert list(differing_settings(runs)[0]) == ["allocator", "scheduler"]
+    runs.append(manifest("paged", block_size=32))
+    settings = differing_settings(runs)
+    assert settings[0]["allocator.block_size"] == 16
+    assert settings[1]["allocator.block_size"] is None
+    assert "allocator.reservation" not in settings[0]
+
+
+def test_baseline_names(tmp_path):
+    fake_run(tmp_path / "a", num_requests=8)
+    fake_run(tmp_path / "b", "contiguous", num_requests=8)
+    runs = [(name, run := read_run(tmp_path / name), summarize(run)) for name in ("a", "b")]
+    for name in ("b", "contiguous x continuous", "contiguous × continuous", "Contiguous x Continuous"):
+        assert make_cells(runs, name)[0].baseline.folder == "b"
+    with pytest.raises(ReportError, match="'paged × continuous'"):
+        make_cells(runs, "buddy")
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"runs": 3}', '{"runs": []}', '{"runs": ["gone"]}'])
+def test_a_broken_sweep_is_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(ReportError) as caught:
+        write_comparison(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cell_that_finished_nothing(tmp_path):
+    fake_run(tmp_path / "a", num_requests=6, num_rejected=6)
+    fake_run(tmp_path / "b", "contiguous", num_requests=6, num_rejected=6)
+    summary = write_comparison(_sweep(tmp_path, ["a", "b"]))
+    assert summary["same_tokens"]["verdict"] == "not compared"
+    assert summary["headline"] == "None of 2 cells finished a request."
+    _render(comparison_table(summary))
+
+
+def _render(table, width=80):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_terminal_tables(sweep, tmp_path):
+    text = _render(comparison_table(sweep[1]))
+    assert "contiguous × static" in text and "baseline" in text and "same tokens" in text
+    assert "[0." in text  # the interval's bracket is not markup
+    run_dir = fake_run(tmp_path / "run", num_requests=8)
+    text = _render(run_table(summarize(read_run(run_dir))))
+    assert "6 of 8" in text and "tok/s" in text
+
+
+def test_any_two_runs(tmp_path):
+    fake_run(tmp_path / "a", num_requests=8)
+    fake_run(tmp_path / "b", "contiguous", num_requests=8)
+    summary = compare([("a", tmp_path / "a"), ("b", tmp_path / "b")], tmp_path / "out" / "ab")
+    assert (tmp_path / "out" / "ab" / "report.html").exists()
+    assert summary["cells"][1]["baseline"] == "paged × continuous"

@@ -1,0 +1,35 @@
+"""`python -m reports`."""
+
+import json
+
+import pytest
+from fake_runs import fake_run
+
+from reports.__main__ import main
+
+
+def _last(capsys):
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_one_run(tmp_path, capsys):
+    run_dir = fake_run(tmp_path / "run", num_requests=6)
+    assert main([str(run_dir)]) == 0
+    assert _last(capsys) == {"report": str(run_dir / "report.html")}
+
+
+def test_two_runs_and_a_sweep(tmp_path, capsys):
+    a, b = fake_run(tmp_path / "a", num_requests=6), fake_run(tmp_path / "b", "contiguous", num_requests=6)
+    assert main([str(a), str(b), "--baseline", "b"]) == 0
+    assert _last(capsys) == {"report": str(tmp_path / "comparison" / "report.html")}
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": ["a", "b"], "baseline": None, "failed": []}))
+    assert main([str(tmp_path)]) == 0
+    assert _last(capsys) == {"report": str(tmp_path / "report.html")}
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], ["nowhere", "elsewhere"], ["nowhere", "--baseline", "x"]])
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
