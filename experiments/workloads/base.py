@@ -72,7 +72,7 @@ class LengthTable:
 class Workload(ABC):
     """A list of requests that is a function of its options and its seed.
 
-    Subclasses set `name` and `source`, build a `LengthTable`, and override `_prompt` where prompts share tokens.
+    Subclasses set `name` and `source`, build a `LengthTable`, and override `prompt` where prompts share tokens.
 
     Args:
         num_requests: how many requests; None is all rows of a trace.
@@ -114,8 +114,8 @@ class Workload(ABC):
     def _prefix_tokens(self) -> TokenSource:
         return TokenSource(self.seed, Purpose.PREFIX_TOKENS, self.vocab_size, self.reserved_token_ids)
 
-    def _prompt(self, row: int) -> list[int]:
-        """The prompt of one row: a stream of its own."""
+    def prompt(self, row: int) -> list[int]:
+        """The token ids of one row's prompt: a stream of its own unless a subclass shares them."""
         return self._tokens.take(row, int(self.table.prompt_lens[row]))
 
     def items(self) -> list[WorkloadItem]:
@@ -136,7 +136,7 @@ class Workload(ABC):
             zip(table.prompt_lens.tolist(), table.output_lens.tolist(), strict=True)
         ):
             if with_token_ids:
-                prompt = self._prompt(row)
+                prompt = self.prompt(row)
             else:
                 prompt = blanks.get(prompt_len) or blanks.setdefault(prompt_len, [0] * prompt_len)
             yield WorkloadItem(

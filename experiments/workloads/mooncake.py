@@ -109,7 +109,8 @@ class MooncakeWorkload(TraceWorkload):
     def _make_block(self, hash_id: int, epoch: int) -> list[int]:
         return self._tokens.take(hash_id, self.hash_block_size, epoch=epoch)
 
-    def _prompt(self, row: int) -> list[int]:
+    def prompt(self, row: int) -> list[int]:
+        """The token ids of one row's prompt, block by block."""
         length = int(self.table.prompt_lens[row])
         epoch, source_row = divmod(row, self._rows_per_pass)
         prompt: list[int] = []

@@ -1,0 +1,101 @@
+"""Describe a trace file: python -m experiments.workloads describe FILE --format azure.
+
+Prints a table of its statistics, and the same as JSON on the last line. A malformed file is one line on stderr and exit
+code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from engine.errors import KvarenaError
+from experiments.workloads.azure import AzureTraceWorkload
+from experiments.workloads.base import Workload
+from experiments.workloads.burstgpt import BurstGPTWorkload
+from experiments.workloads.mooncake import MooncakeWorkload
+from experiments.workloads.sharegpt_json import ShareGPTJsonWorkload
+from experiments.workloads.statistics import table_statistics
+from experiments.workloads.vidur import VidurWorkload
+
+FORMATS: dict[str, Callable[..., Workload]] = {
+    "azure": AzureTraceWorkload,
+    "burstgpt": BurstGPTWorkload,
+    "mooncake": MooncakeWorkload,
+    "sharegpt": ShareGPTJsonWorkload,
+    "vidur": VidurWorkload,
+}
+# Lengths and times do not depend on the vocabulary; the bound only has to admit any tokenizer's ids.
+_VOCAB_SIZE = 1 << 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.workloads", description="Look at workload files.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    describe = commands.add_parser("describe", help="print a trace's statistics")
+    describe.add_argument("file")
+    describe.add_argument("--format", required=True, choices=sorted(FORMATS))
+    describe.add_argument("--tokenizer", help="tokenizer.json or its folder (format sharegpt)")
+    describe.add_argument("--num-requests", type=int, help="rows to take from the start (default: all)")
+    args = parser.parse_args(argv)
+    try:
+        facts = describe_file(args.file, args.format, args.tokenizer, args.num_requests)
+    except KvarenaError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\n".join(format_statistics(facts)))
+    print(json.dumps(facts))
+    return 0
+
+
+def describe_file(
+    path: str, file_format: str, tokenizer: str | None = None, num_requests: int | None = None
+) -> dict[str, Any]:
+    """Statistics of a trace file (see `table_statistics`), with `file`, `format` and, for Mooncake, `blocks`.
+
+    Raises:
+        KvarenaError: the file is malformed, or the format needs a tokenizer.
+    """
+    options: dict[str, Any] = {"path": path, "num_requests": num_requests, "seed": 0, "vocab_size": _VOCAB_SIZE}
+    if file_format == "sharegpt":
+        options["tokenizer"] = tokenizer
+    workload = FORMATS[file_format](**options)
+    facts = {"file": path, "format": file_format} | table_statistics(workload.table)
+    if isinstance(workload, MooncakeWorkload):
+        hits, total = workload.block_hits()
+        facts["blocks"] = {"num_blocks": total, "infinite_cache_hit_rate": hits / total}
+    return facts
+
+
+def format_statistics(facts: dict[str, Any]) -> list[str]:
+    """The statistics as lines of text."""
+    lines = [f"{facts['file']} ({facts['format']}): {facts['num_requests']} requests"]
+    columns = list(facts["prompt_len"])
+    lines.append(f"{'tokens':<12}" + "".join(f"{name:>10}" for name in columns))
+    for key, label in (("prompt_len", "prompt"), ("output_len", "output")):
+        lines.append(f"{label:<12}" + "".join(f"{_number(facts[key][name]):>10}" for name in columns))
+    times = facts.get("times")
+    if times is not None:
+        dispersion = "-" if times["dispersion"] is None else _number(times["dispersion"])
+        lines.append(
+            f"times: span {times['span']:.1f} s, rate {times['rate']:.3f} requests/s, interval CV "
+            f"{times['interval_cv']:.2f}, dispersion of 1-s counts {dispersion}, {times['num_distinct']} distinct, "
+            f"at most {times['max_at_once']} at once"
+        )
+    blocks = facts.get("blocks")
+    if blocks is not None:
+        rate = blocks["infinite_cache_hit_rate"]
+        lines.append(f"blocks: {blocks['num_blocks']}, hit rate of a cache without end {rate:.1%}")
+    return lines + [f"note: {note}" for note in facts.get("notes", [])]
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

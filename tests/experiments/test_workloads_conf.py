@@ -1,0 +1,116 @@
+"""Every config of the groups workload and arrival makes what it says; the describe command prints what it read."""
+
+import json
+from pathlib import Path
+
+import hydra.utils
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from experiments.arrivals import Arrival
+from experiments.workloads import Workload
+from experiments.workloads.__main__ import main
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+TRACES = {
+    "azure_trace": ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.5,9,2\n"),
+    "burstgpt": (
+        "b.csv",
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,GPT-4,9,2,11,API log\n",
+    ),
+    "vidur": ("v.csv", "arrived_at,num_prefill_tokens,num_decode_tokens\n0.5,9,2\n"),
+    "mooncake": ("m.jsonl", '{"timestamp": 0, "input_length": 9, "output_length": 2, "hash_ids": [1]}\n'),
+    "sharegpt_json": (
+        "s.json",
+        '[{"conversations": [{"from": "human", "value": "one two three four five"},'
+        ' {"from": "gpt", "value": "one two three four"}]}]',
+    ),
+}
+
+
+def load(group, name, overrides=()):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose(f"{group}/{name}", ["+engine.max_model_len=2048", *overrides])[group]
+
+
+def names(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", names("workload"))
+def test_workload_configs(name, tmp_path):
+    overrides = []
+    if name in TRACES:
+        file, text = TRACES[name]
+        (tmp_path / file).write_text(text)
+        overrides = [f"workload.path={tmp_path / file}"]
+    if name == "sharegpt_json":
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        words = {word: i for i, word in enumerate(["one", "two", "three", "four", "five"])}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="one"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        overrides.append(f"+model.path={tmp_path}")
+    cfg = load("workload", name, overrides)
+    workload = hydra.utils.instantiate(cfg, vocab_size=512, reserved_token_ids=[0, 1])
+    assert isinstance(workload, Workload)
+    items = workload.items()
+    assert len(items) == (1 if name in TRACES else cfg.num_requests)
+    assert workload.name == name
+    assert workload.description.startswith(f"{name}: {len(items)} requests")
+    assert all(len(item.prompt_token_ids) + item.output_len <= 2048 for item in items)
+    if name != "sharegpt_json":
+        assert all(set(item.prompt_token_ids) <= set(range(2, 512)) for item in items)
+
+
+def test_the_default_workload():
+    cfg = load("workload", "sharegpt")
+    assert (cfg.num_requests, cfg.seed, cfg.max_total_len) == (64, 0, 2048)
+
+
+@pytest.mark.parametrize("name", names("arrival"))
+def test_arrival_configs(name):
+    arrival = hydra.utils.instantiate(load("arrival", name))
+    assert isinstance(arrival, Arrival)
+    items = hydra.utils.instantiate(load("workload", "multi_turn"), vocab_size=512).items()
+    times = arrival.times(items, 0)
+    assert (times is None) == (name == "closed_loop")
+    assert times is None or len(times) == len(items)
+
+
+def test_describe_prints_a_table_and_json(tmp_path, capsys):
+    path = tmp_path / "m.jsonl"
+    rows = [
+        {"timestamp": 500 * i, "input_length": 600, "output_length": i + 1, "hash_ids": [0, i + 1]} for i in range(9)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    assert main(["describe", str(path), "--format", "mooncake"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    facts = json.loads(lines[-1])
+    assert facts["num_requests"] == 9
+    assert facts["output_len"]["p50"] == 5
+    assert facts["times"] == {
+        "span": 4.0,
+        "rate": 2.25,
+        "interval_cv": 0.0,
+        "dispersion": 0.0,
+        "num_distinct": 9,
+        "max_at_once": 1,
+    }
+    # Block 0 comes back in eight rows; the others are seen once.
+    assert facts["blocks"] == {"num_blocks": 18, "infinite_cache_hit_rate": 8 / 18}
+    assert "9 requests" in lines[0]
+    assert any("600.00" in line for line in lines)
+
+
+def test_describe_of_a_broken_file_is_one_line(tmp_path, capsys):
+    path = tmp_path / "t.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.5,-9,2\n")
+    assert main(["describe", str(path), "--format", "azure"]) == 1
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert out.err.count("\n") == 1
+    assert "line 2, column 'ContextTokens' (2)" in out.err
