@@ -16,10 +16,10 @@ from engine.clock import VirtualClock
 from engine.core import Engine, StepOutput
 from engine.errors import EngineError, RequestRejected
 from engine.ledger import MemoryLedger
-from engine.plan import CopyKind, KVAllocator, StepPlan
+from engine.plan import NULL_BLOCK, CopyKind, KVAllocator, StepPlan
 from engine.request import FinishReason, Request, RequestStatus, SamplingParams, expand
 from engine.runner.oracle import OracleRunner, expected_output
-from experiments.strategies import build_allocator, build_scheduler, strategy_options
+from experiments.strategies import build_allocator, build_scheduler, strategy_names, strategy_options
 from schedulers.base import Scheduler
 
 MAX_MODEL_LEN = 48
@@ -27,6 +27,10 @@ VOCAB_SIZE = 97
 WINDOW = 8
 
 Coverage = Counter[str]
+PATHS = (
+    *("preempted", "recomputed", "swap_out", "swap_in", "grown", "chunked", "fragmented", "cached", "evicted"),
+    *("shared", "device", "slid", "aborted", "rejected"),
+)
 
 
 class MatrixFailure(EngineError):
@@ -52,13 +56,21 @@ class Trace:
     num_slots: int
     allocator_options: dict[str, Any]
     scheduler_options: dict[str, Any]
+    _expected: dict[int | None, dict[str, list[int]]] = field(default_factory=dict)
+
+    def expected(self, window: int | None) -> dict[str, list[int]]:
+        """The right output of each request under a window, by id."""
+        if window not in self._expected:
+            requests = [req for spec in self.specs for req in expand(Request(**spec))]
+            self._expected[window] = {req.request_id: expected_output(req, VOCAB_SIZE, window) for req in requests}
+        return self._expected[window]
 
     def requests(self) -> list[Request]:
         """New requests by arrival, parallel samples expanded; some know their true output length, some a wrong one."""
         rng = random.Random(self.seed)
         requests = [req for spec in self.specs for req in expand(Request(**spec))]
         for req in requests:
-            length = len(expected_output(req, VOCAB_SIZE))
+            length = len(self.expected(None)[req.request_id])
             req.oracle_output_len = rng.choice([None, length, length, length, (length + 1) // 2])
         return requests
 
@@ -117,7 +129,7 @@ def make_trace(seed: int, num_requests: int = 20) -> Trace:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cell:
     """One allocator x one scheduler.
 
@@ -136,6 +148,31 @@ class Cell:
     def __str__(self) -> str:
         window = f" window {self.window}" if self.window else ""
         return f"{self.allocator}{window} x {self.scheduler}{' overlap' if self.overlap else ''}"
+
+
+def allocator_cells() -> list[tuple[str, int | None]]:
+    """Registered allocators, each with its sliding window; those that may have one come without and with it."""
+    cells: list[tuple[str, int | None]] = []
+    for name in strategy_names("allocator"):
+        options = strategy_options("allocator", name)
+        cells.append((name, options.get("sliding_window")))
+        if "sliding_window" in options and options["sliding_window"] is None:
+            cells.append((name, WINDOW))
+    return cells
+
+
+def cells_of_round(index: int) -> list[Cell]:
+    """Every allocator once, with a scheduler that changes from round to round: all pairs in num_schedulers rounds."""
+    schedulers = strategy_names("scheduler")
+    return [
+        Cell(
+            allocator,
+            schedulers[(index + i) % len(schedulers)],
+            overlap=(index // len(schedulers) + i) % 2 == 1,
+            window=window,
+        )
+        for i, (allocator, window) in enumerate(allocator_cells())
+    ]
 
 
 @dataclass
@@ -196,16 +233,18 @@ def drive(
             _check_plan(output.plan, scheduler)
             run.outputs.append(output)
             for entry in output.plan.scheduled:
-                slots = entry.req.num_slots
-                run.coverage["grown"] += 0 < num_slots.get(entry.req, 0) < slots
-                num_slots[entry.req] = slots
+                req, slots = entry.req, entry.req.num_slots
+                run.coverage["grown"] += 0 < num_slots.get(req, 0) < slots
+                num_slots[req] = slots
+                if runner.window is not None and slots:
+                    run.coverage["slid"] += allocator.block_table(req)[0] == NULL_BLOCK
         elif not todo and engine.has_work and not engine.in_flight and scheduler.wake_time(now) is None:
             raise EngineError("requests wait and nothing is planned")
         if now > limit:
             raise EngineError(f"{scheduler.num_waiting} wait and {scheduler.num_running} run after {now} steps")
         clock.advance(1.0)
     ledger.settle()
-    _check_end(run, allocator, runner)
+    _check_end(run, allocator, trace.expected(runner.window))
     _count(run, runner)
     return run
 
@@ -226,13 +265,12 @@ def _check_plan(plan: StepPlan, scheduler: Scheduler) -> None:
         raise EngineError(f"a step of {plan.num_new_tokens} tokens, of at most {scheduler.max_num_batched_tokens}")
 
 
-def _check_end(run: CellRun, allocator: KVAllocator, runner: OracleRunner) -> None:
+def _check_end(run: CellRun, allocator: KVAllocator, expected: dict[str, list[int]]) -> None:
     usage = allocator.usage()
     if usage.owned or usage.shared_saved or usage.free + usage.cached != usage.total:
         raise EngineError(f"the pool is not whole after the run: {usage}")
     for req in run.requests:
-        want = expected_output(req, runner.vocab_size, runner.window)
-        got, reason = req.output_token_ids, req.finish_reason
+        got, want, reason = req.output_token_ids, expected[req.request_id], req.finish_reason
         whole = reason in (FinishReason.STOP, FinishReason.LENGTH)
         if not req.is_finished or (got != want if whole else got != want[: len(got)]):
             raise EngineError(f"request {req.request_id!r} ended by {reason} with tokens {got}, expected {want}")

@@ -1,0 +1,187 @@
+"""Every registered allocator x every registered scheduler against the oracle, and faults that it must catch.
+
+A strategy is in here as soon as conf/allocator or conf/scheduler has a file for it.
+"""
+
+import json
+
+import pytest
+
+from allocators.blocks import BlockPool
+from allocators.contiguous import ContiguousAllocator
+from allocators.paged import PagedAllocator
+from allocators.placement import Buddy
+from allocators.prefix import PrefixCachingAllocator
+from engine.errors import EngineError
+from engine.plan import CopyKind
+from experiments import fuzz
+from experiments.matrix import (
+    PATHS,
+    WINDOW,
+    Cell,
+    Coverage,
+    MatrixFailure,
+    allocator_cells,
+    cells_of_round,
+    make_trace,
+    run_cell,
+)
+from experiments.strategies import strategy_names
+from schedulers.base import Scheduler
+
+TRACES = [make_trace(seed) for seed in range(6)]
+SCHEDULERS = strategy_names("scheduler")
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(("allocator", "window"), allocator_cells())
+def test_tokens_plans_ledger_and_pool_are_right(allocator, window, scheduler):
+    for trace in TRACES:
+        for overlap in (False, True):
+            run_cell(trace, Cell(allocator, scheduler, overlap, window))
+
+
+def test_the_traces_reach_every_path():
+    coverage = Coverage()
+    for index in range(4 * len(SCHEDULERS)):
+        trace = make_trace(1000 + index)
+        for cell in cells_of_round(index):
+            coverage += run_cell(trace, cell).coverage
+    assert [path for path in PATHS if coverage[path] < 5] == []
+
+
+def test_rounds_cover_every_pair():
+    pairs = {
+        (cell.allocator, cell.window, cell.scheduler, cell.overlap)
+        for index in range(2 * len(SCHEDULERS))
+        for cell in cells_of_round(index)
+    }
+    assert len(pairs) == 2 * len(SCHEDULERS) * len(allocator_cells())
+
+
+# ---- seeded faults: each must be caught, or the matrix proves nothing
+
+
+def first_failure(allocator: str, window: int | None = None) -> str:
+    """The first failure of `allocator` in some traces; fails the test when there is none."""
+    for seed in range(40):
+        trace = make_trace(seed)
+        for overlap in (False, True):
+            for scheduler in SCHEDULERS:
+                try:
+                    run_cell(trace, Cell(allocator, scheduler, overlap, window))
+                except MatrixFailure as failure:
+                    return str(failure)
+    return pytest.fail("the fault was not caught")
+
+
+def test_a_stale_hash_on_reuse_is_caught(monkeypatch):
+    monkeypatch.setattr(PrefixCachingAllocator, "_withdraw", lambda self, block: self._published.pop(block))
+    assert "holds the KV of other tokens" in first_failure("paged_prefix")
+
+
+def test_a_wrong_buddy_merge_is_caught(monkeypatch):
+    monkeypatch.setattr(Buddy, "_buddy", staticmethod(lambda offset, size: offset + size))
+    assert first_failure("orca_oracle")
+
+
+def test_a_leaked_block_is_caught(monkeypatch):
+    give = BlockPool.give
+    monkeypatch.setattr(BlockPool, "give", lambda self, blocks: give(self, list(blocks)[:-1] or blocks))
+    assert "the pool is not whole" in first_failure("paged")
+
+
+def test_a_free_while_shared_is_caught(monkeypatch):
+    monkeypatch.setattr(PagedAllocator, "_release", lambda self, blocks: [block for block in blocks if block])
+    assert first_failure("paged")
+
+
+def test_a_missing_copy_on_write_is_caught(monkeypatch):
+    monkeypatch.setattr(PagedAllocator, "_writes_shared", lambda self, req, table: False)
+    assert first_failure("paged")
+
+
+def test_a_swap_without_copy_back_is_caught(monkeypatch):
+    drain = PagedAllocator.drain_copies
+    monkeypatch.setattr(
+        PagedAllocator, "drain_copies", lambda self: [c for c in drain(self) if c.kind is not CopyKind.SWAP_IN]
+    )
+    assert " holds " in first_failure("paged")
+
+
+def test_a_window_off_by_one_is_caught(monkeypatch):
+    slid_at = PagedAllocator._num_slid_at
+    monkeypatch.setattr(PagedAllocator, "_num_slid_at", lambda self, num_computed: slid_at(self, num_computed + 1))
+    assert "holds nothing" in first_failure("paged", WINDOW)
+
+
+def test_a_region_in_two_pieces_is_caught(monkeypatch):
+    def torn(self, req):
+        start, num_blocks = self._regions[req]
+        return [*range(start, start + num_blocks - 1), start] if num_blocks > 1 else [start]
+
+    monkeypatch.setattr(ContiguousAllocator, "block_table", torn)
+    assert "not contiguous" in first_failure("contiguous")
+
+
+def test_a_hit_on_the_whole_prompt_is_caught(monkeypatch):
+    def whole(self, req):
+        path = []
+        self._index.extend(path, req, req.num_tokens // self.block_size)
+        self._matched = (req, path)
+        return path
+
+    monkeypatch.setattr(PrefixCachingAllocator, "_match", whole)
+    assert first_failure("paged_prefix")
+
+
+def test_a_preempted_request_that_starts_too_late_is_caught(monkeypatch):
+    take_slots = Scheduler._take_slots
+
+    def keep_one(self, req):
+        taken = take_slots(self, req)
+        if taken and req.num_preemptions and req.num_computed_tokens == 0 < req.num_tokens - 1:
+            req.num_computed_tokens = 1
+        return taken
+
+    monkeypatch.setattr(Scheduler, "_take_slots", keep_one)
+    assert "position 0" in first_failure("paged")
+
+
+def test_a_token_of_a_request_that_ended_is_not_taken_in_twice(monkeypatch):
+    update = Scheduler.update
+
+    def update_all(self, plan, sampled):
+        for entry, token in zip(plan.scheduled, sampled, strict=True):
+            if entry.req.is_finished and token is not None:
+                entry.req.output_token_ids.append(token)
+        return update(self, plan, sampled)
+
+    monkeypatch.setattr(Scheduler, "update", update_all)
+    assert "overlap" in first_failure("paged")
+
+
+# ---- the long version
+
+
+def test_fuzz_ends_in_a_line_of_json(capsys):
+    assert fuzz.main(["--traces", "3", "--seed", "7"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["traces"] == 3
+    assert report["runs"] == 3 * len(allocator_cells())
+    assert report["failures"] == 0
+    assert report["happened"]["preempted"] > 0
+
+
+def test_fuzz_reports_failures_and_stops(capsys, monkeypatch):
+    def broken(trace, cell):
+        raise MatrixFailure(f"trace {trace.seed}, {cell}: broken")
+
+    monkeypatch.setattr(fuzz, "run_cell", broken)
+    assert fuzz.main(["--traces", "50", "--max-failures", "3"]) == 1
+    captured = capsys.readouterr()
+    report = json.loads(captured.out.splitlines()[-1])
+    assert report["traces"] < 50
+    assert report["first_failure"].startswith("trace 0, ")
+    assert "broken" in captured.err
+    assert issubclass(MatrixFailure, EngineError)
