@@ -48,7 +48,7 @@ class MooncakeWorkload(TraceWorkload):
         self.hash_block_size = check_int("workload.hash_block_size", hash_block_size, 1, MAX_LENGTH)
         self._spread_bins = check_bool("workload.spread_bins", spread_bins)
         self._hash_ids: list[tuple[int, ...]] = []
-        self._block = functools.lru_cache(maxsize=max(1, _CACHED_TOKENS // hash_block_size))(self._make_block)
+        self._block = functools.lru_cache(maxsize=min(65_536, max(1, _CACHED_TOKENS // hash_block_size)))(self._make_block)
 
     def _read(self) -> Iterator[TraceRow | str]:
         for line, text in json_lines(self.path):
