@@ -1,0 +1,53 @@
+"""The longest context for which a packed batch gives each sequence what it would get alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from engine.errors import ModelError
+
+LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len")
+
+
+def max_model_len(config: PretrainedConfig, name: str) -> int:
+    """Context length of a text config, in tokens.
+
+    Three things bound it beside the stated length:
+    - `longrope` picks its frequencies by the longest position in the *batch*: below
+      `original_max_position_embeddings` all sequences use the short ones, whoever they share the batch with.
+    - `dynamic` NTK scaling does so above `max_position_embeddings`, which stays the limit.
+    - chunked attention (Llama 4) is written in the mask alone, which the hook does not get: within one chunk it is
+      plain causal attention.
+
+    `yarn` stretches the stated length by its factor.
+
+    Raises:
+        ModelError: the config states no context length.
+    """
+    stated = [getattr(config, field, None) for field in LENGTH_FIELDS]
+    lengths = [length for length in stated if isinstance(length, int) and length > 0]
+    if not lengths:
+        raise ModelError(f"{name} states no context length: config.json has none of {', '.join(LENGTH_FIELDS)}")
+    limit = lengths[0]
+    for rope in _rope_parameters(config):
+        kind = rope.get("rope_type")
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if kind == "yarn" and original:
+            limit = max(limit, int(original * float(rope.get("factor") or 1.0)))
+        if kind == "longrope" and original:
+            limit = min(limit, int(original))
+    chunk = getattr(config, "attention_chunk_size", None)
+    return min(limit, chunk) if isinstance(chunk, int) and chunk > 0 else limit
+
+
+def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The rotary settings: one, or one per layer type."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return []
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]

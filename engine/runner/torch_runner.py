@@ -1,0 +1,144 @@
+"""The runner that computes: one flattened variable-length forward per step, then one batched draw.
+
+    plan.copies -> pool | plan.scheduled -> inputs -> model (attention through the hook) -> logits -> sampler
+
+It sees plans and block tables, never the type of a scheduler or an allocator. Everything of a step is launched in
+order; on a GPU the tokens reach the host when `PendingTokens.result()` is asked for them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.attention.base import AttentionBackend
+from engine.attention.hook import attention_context
+from engine.attention.reference import ReferenceBackend
+from engine.errors import EngineError, KvarenaError
+from engine.kv_pool import KVPool
+from engine.models.directory import one_line
+from engine.models.spec import LoadedModel
+from engine.plan import KVAllocator, StepPlan
+from engine.runner.base import PendingTokens, ReadyTokens, StepResult, TokenLogprobs
+from engine.runner.constraints import allowed_tokens
+from engine.runner.inputs import BlockTables, StepInputs, build_inputs
+from engine.runner.prompt_logprobs import PromptLogprobs
+from engine.sampler import HostTokens, Sampler, SamplerState
+
+
+class _StepTokens:
+    """A step in flight: its sampled rows, spread over the plan's entries when they are asked for."""
+
+    def __init__(self, tokens: HostTokens | None, samples: list[bool], prompt: PromptLogprobs | None) -> None:
+        self._tokens = tokens
+        self._samples = samples
+        self._prompt = prompt
+
+    def result(self) -> StepResult:
+        """Wait for the step. Raises EngineError when the device failed or a token could not be sampled."""
+        try:
+            token_ids, logprobs = ([], None) if self._tokens is None else self._tokens.result()
+            prompt = None if self._prompt is None else self._prompt.result(len(self._samples))
+        except RuntimeError as error:  # how torch reports what the device did after the launch
+            raise EngineError(f"the device failed in a step: {one_line(error)}") from error
+        drawn = iter(token_ids)
+        spread = [next(drawn) if sampled else None for sampled in self._samples]
+        if logprobs is None:
+            return StepResult(spread, prompt_logprobs=prompt)
+        entries = iter(logprobs)
+        rows: list[TokenLogprobs | None] = [next(entries) if sampled else None for sampled in self._samples]
+        return StepResult(spread, rows, prompt)
+
+
+class TorchRunner:
+    """Executes step plans on a model and a pool. Implements `engine.runner.base.ModelRunner`.
+
+    Args:
+        model: from `load_model`.
+        pool: made for that model's spec, on its device.
+        backend: attention over `pool`; None takes the torch reference.
+        seed: random streams of requests without a seed of their own derive from it.
+    """
+
+    def __init__(
+        self, model: LoadedModel, pool: KVPool, backend: AttentionBackend | None = None, *, seed: int = 0
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.backend: AttentionBackend = ReferenceBackend(pool) if backend is None else backend
+        self._device = pool.device
+        self._sampler = Sampler()
+        self._sampler_state = SamplerState(model.spec.vocab_size, self._device, seed)
+        self._tables = BlockTables()
+        # Each row's last sampled token: the next step's input where the host has not seen it yet.
+        self._last_tokens = torch.zeros(self._tables.num_rows, dtype=torch.int64, device=self._device)
+
+    def execute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
+        """Launch one step. See `ModelRunner.execute`.
+
+        Raises:
+            EngineError: the forward failed; the original error is its cause.
+        """
+        try:
+            with torch.inference_mode():
+                self.pool.apply_copies(plan.copies)
+                if not plan.scheduled:
+                    return ReadyTokens(StepResult([]))
+                return self._step(plan, allocator)
+        except KvarenaError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"out of memory on {self._device} in a step of {plan.num_new_tokens} tokens; lower "
+                "scheduler.max_num_batched_tokens, the KV pool or engine.gpu_memory_utilization"
+            ) from error
+        # Anything: model code may be foreign. The cause keeps the stack trace.
+        except Exception as error:
+            raise EngineError(
+                f"a step of {len(plan.scheduled)} requests and {plan.num_new_tokens} tokens failed with "
+                f"{type(error).__name__}: {one_line(error)}"
+            ) from error
+
+    def release(self, request_ids: list[str]) -> None:
+        """Forget requests that ended: their rows and the sampler's counts."""
+        self._tables.release(request_ids)
+        self._sampler_state.release(request_ids)
+
+    def _step(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
+        inputs = build_inputs(plan, allocator, self._tables, self._device)
+        self._fill_pending(inputs)
+        with attention_context(inputs.meta, self.backend):
+            self.backend.prepare(inputs.meta)
+            logits = self.model.logits(inputs.input_ids, inputs.positions, inputs.meta.logits_indices)
+        num_sampled = sum(plan.samples)
+        tokens = self._sample(plan, inputs, logits[:num_sampled]) if num_sampled else None
+        rows = inputs.prompt_rows
+        prompt = None if rows is None else PromptLogprobs(logits[num_sampled:], rows)
+        return _StepTokens(tokens, plan.samples, prompt)
+
+    def _fill_pending(self, inputs: StepInputs) -> None:
+        """Input tokens that only the device knows."""
+        if len(self._last_tokens) < self._tables.num_rows:
+            grown = self._last_tokens.new_zeros(self._tables.num_rows)
+            grown[: len(self._last_tokens)] = self._last_tokens
+            self._last_tokens = grown
+        if inputs.pending.rows:
+            inputs.input_ids[self._index(inputs.pending.tokens)] = self._last_tokens[self._index(inputs.pending.rows)]
+
+    def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor) -> HostTokens:
+        entries = [entry for entry, sampled in zip(plan.scheduled, plan.samples, strict=True) if sampled]
+        requests = [entry.req for entry in entries]
+        rows = torch.from_numpy(inputs.rows[np.fromiter(plan.samples, np.bool_)]).to(self._device)
+        batch = self._sampler_state.batch(
+            requests,
+            num_outputs=[entry.start + entry.num_new_tokens - entry.req.num_prompt_tokens for entry in entries],
+            pending_token_ids=self._last_tokens[rows] if inputs.pending.rows else None,
+            allowed_tokens=allowed_tokens(requests, self.model.spec.vocab_size, self._device),
+        )
+        sampled = self._sampler(logits, batch)
+        self._last_tokens[rows] = sampled.token_ids
+        return sampled.start_copy()
+
+    def _index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)

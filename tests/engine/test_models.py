@@ -1,0 +1,301 @@
+"""Loading models: what is loaded, and one clear line for everything that cannot be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from checkpoints import BASE, write_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine.errors import ConfigError, ModelError
+from engine.models import load_model, load_tokenizer
+from engine.models.limits import max_model_len
+
+CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
+SHAPE = {"model_type": "llama"} | BASE
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("llama"), eos_token_id=[3, 4])
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    """A copy of the checkpoint that a test may break."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+def refusal(*args, error=ModelError, **kwargs) -> str:
+    with pytest.raises(error) as caught:
+        load_model(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_spec_of_a_directory(llama):
+    model = load_model(llama)
+    spec = model.spec
+    assert (spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.vocab_size) == (3, 2, 16, 128)
+    assert spec.max_model_len == 256
+    assert spec.dtype == torch.float32
+    assert spec.kv_bytes_per_token == 2 * 3 * 2 * 16 * 4
+    assert spec.eos_token_ids == {3, 4}
+    assert spec.bos_token_id == 1
+    assert spec.num_parameters == sum(t.numel() for t in load_file(llama / "model.safetensors").values())
+    assert spec.name == llama.name
+    assert spec.sliding_window is None
+    assert model.path == llama
+    assert model.special_token_ids == {0, 1, 3, 4}
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+
+
+def test_weights_are_those_of_the_file(llama):
+    loaded = load_model(llama, dtype="bfloat16").module.state_dict()
+    for key, tensor in load_file(llama / "model.safetensors").items():
+        assert torch.equal(loaded[key], tensor.bfloat16()), key
+
+
+def test_auto_dtype_is_the_checkpoints(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert load_model(copy, dtype="auto").spec.dtype == torch.bfloat16
+    assert load_model(copy).spec.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("family", "window"), [("mistral", 8), ("gemma2", None), ("phi3", 8), ("qwen2", None), ("llama", None)]
+)
+def test_sliding_window_is_the_widest_layers(family, window, tmp_path):
+    assert load_model(write_checkpoint(tmp_path, family)).spec.sliding_window == window
+
+
+def test_relative_paths_also_start_at_the_project_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_model("models/demo").spec.name == "demo"
+
+
+def test_dummy_weights_come_from_the_seed_and_leave_the_random_state_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first = load_model(shape=SHAPE, load_format="dummy", seed=1)
+    assert torch.equal(torch.rand(1), expected)
+    same = load_model(shape=SHAPE, load_format="dummy", seed=1)
+    other = load_model(shape=SHAPE, load_format="dummy", seed=2)
+    weight = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(first.module.state_dict()[weight], same.module.state_dict()[weight])
+    assert not torch.equal(first.module.state_dict()[weight], other.module.state_dict()[weight])
+    assert first.path is None
+
+
+def test_a_directory_without_weights_can_be_run_with_dummy_ones(copy):
+    (copy / "model.safetensors").unlink()
+    assert load_model(copy, load_format="dummy").spec.num_layers == 3
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b-shape", "qwen3-0.6b-shape"])
+def test_shipped_shapes(name):
+    """The KV sizes are those that the field publishes for these models."""
+    section = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    shape = section["shape"] | {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 100}
+    spec = load_model(shape=shape, dtype="auto", load_format=section["load_format"], name=section["name"]).spec
+    layers = section["shape"]["num_hidden_layers"]
+    assert spec.kv_bytes_per_token * layers == {"llama-3.1-8b-shape": 131_072, "qwen3-0.6b-shape": 114_688}[name]
+    assert spec.dtype == torch.bfloat16
+    assert spec.name == name
+    config = AutoConfig.for_model(**section["shape"])
+    assert config.rope_parameters["rope_theta"] == section["shape"]["rope_theta"]
+
+
+def test_missing_directory(tmp_path):
+    assert "does not exist; give a local directory" in refusal(tmp_path / "none")
+    assert "does not exist" in refusal("meta-llama/Llama-3.1-8B")
+    file = tmp_path / "file"
+    file.touch()
+    assert "is a file" in refusal(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no config.json"),
+        ("{broken", "cannot be read as JSON"),
+        ("[1]", "must hold a JSON object"),
+        ('{"hidden_size": 3}', "has no model_type"),
+        ('{"model_type": "nope"}', "names model type 'nope', which transformers"),
+        ('{"model_type": "nope", "auto_map": {}}', "set model.trust_remote_code=true"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "is not a valid config"),
+        ('{"model_type": "vit"}', "no causal language model for model type 'vit'"),
+    ],
+)
+def test_bad_config(copy, content, message):
+    (copy / "config.json").unlink()
+    if content is not None:
+        (copy / "config.json").write_text(content)
+    assert message in refusal(copy)
+
+
+def test_no_weights(copy):
+    (copy / "model.safetensors").unlink()
+    assert "holds no weights: model.safetensors or" in refusal(copy)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 2000, -1])
+def test_truncated_weights(copy, kept):
+    content = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(content[:kept])
+    assert "model.safetensors is truncated or broken" in refusal(copy)
+
+
+def test_missing_weights_are_not_drawn_at_random(copy):
+    tensors = load_file(copy / "model.safetensors")
+    for layer in range(2):
+        for name in ("up_proj", "down_proj"):
+            del tensors[f"model.layers.{layer}.mlp.{name}.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks the weights model.layers.0.mlp.down_proj.weight" in refusal(copy)
+    assert "and 1 more" in refusal(copy)
+
+
+def test_weights_of_another_shape(copy):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert "weight model.layers.1.mlp.up_proj.weight has shape [3, 3]" in refusal(copy)
+
+
+def test_sharded_weights_and_a_missing_shard(llama, tmp_path):
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path, max_shard_size="100KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert load_model(tmp_path).spec.num_parameters == load_model(llama).spec.num_parameters
+    shards[1].unlink()
+    assert f"lacks {shards[1].name}, which model.safetensors.index.json names" in refusal(tmp_path)
+
+
+def test_tied_weights_are_not_missing(tmp_path):
+    assert load_model(write_checkpoint(tmp_path, tie_word_embeddings=True)).spec.num_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"model_type": "mamba", "num_hidden_layers": 2}, "do not use transformers' attention interface"),
+        ({"model_type": "bloom", "n_layer": 2}, "do not use transformers' attention interface"),
+        (
+            {
+                "model_type": "qwen3_next",
+                "num_hidden_layers": 4,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 32,
+                "head_dim": 16,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 2,
+                "linear_key_head_dim": 16,
+                "linear_value_head_dim": 16,
+            },
+            "1 of 4 layers use standard attention; layer 0 called it 0 times",
+        ),
+    ],
+)
+def test_models_without_standard_attention_are_refused(shape, message):
+    with pytest.raises(ModelError, match=message):
+        load_model(shape=BASE | shape, load_format="dummy")
+
+
+def test_layers_with_different_kv_heads_are_refused(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    original = modeling_llama.LlamaAttention.__init__
+
+    def init(self, config, layer_idx):
+        config.num_key_value_heads = 4 if layer_idx == 1 else 2
+        original(self, config, layer_idx)
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "__init__", init)
+    assert "its layers differ in KV heads (2 x 16, 4 x 16)" in refusal(shape=SHAPE, load_format="dummy")
+
+
+def test_a_model_that_mixes_tokens_outside_attention_is_refused(monkeypatch):
+    """Such as a convolution beside the attention: right alone, wrong when packed."""
+    from transformers.models.llama import modeling_llama
+
+    original = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(
+        modeling_llama.LlamaMLP, "forward", lambda self, x: original(self, x) + 0.5 * x.roll(1, dims=1) + x.cumsum(1)
+    )
+    assert "packed sequences give other logits than each alone" in refusal(shape=SHAPE, load_format="dummy")
+
+
+def test_a_model_whose_forward_fails_is_refused(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    def fail(self, x):
+        raise ValueError("no kernel\nfor this")
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", fail)
+    assert "a probing forward failed with ValueError: no kernel" in refusal(shape=SHAPE, load_format="dummy")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "neither is set"),
+        ({"path": "x", "shape": SHAPE}, "both are set"),
+        ({"shape": SHAPE}, "set model.load_format=dummy"),
+        ({"shape": SHAPE, "load_format": "fast"}, "model.load_format=fast must be one of auto, dummy"),
+        ({"shape": SHAPE, "load_format": "dummy", "dtype": "int8"}, "engine.dtype=int8 must be one of"),
+        ({"shape": {"model_type": "nope"}, "load_format": "dummy"}, "model.shape.model_type=nope is not"),
+        ({"shape": {"model_type": "llama", "hidden_size": "x"}, "load_format": "dummy"}, "not a valid llama config"),
+    ],
+)
+def test_settings_that_do_not_fit(options, message):
+    assert message in refusal(error=ConfigError, **options)
+
+
+def test_context_limits_keep_packed_sequences_independent():
+    def limit(family: str, **fields) -> int:
+        return max_model_len(AutoConfig.for_model(family, **(BASE | fields)), family)
+
+    assert limit("llama") == 256
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    assert limit("llama", rope_parameters=dynamic) == 256
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 1e4}
+    assert limit("qwen2", rope_parameters=yarn) == 1024
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
+    fields = {"rope_parameters": longrope, "original_max_position_embeddings": 64}
+    assert limit("phi3", **fields) == 64
+    assert limit("llama4_text", attention_chunk_size=128) == 128
+
+
+def test_tokenizer(tmp_path):
+    tokenizer = load_tokenizer("models/demo")
+    text = "a function returns a value"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(ModelError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+def test_special_tokens_of_the_tokenizer_are_known():
+    assert load_model("models/demo").special_token_ids == {0, 1, 2}
+
+
+def test_loading_is_quiet(copy, capfd):
+    load_model(copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["extra"] = torch.zeros(3)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    load_model(copy)
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")

@@ -1,0 +1,57 @@
+"""Greedy tokens of the runner equal those of transformers' generate, family by family."""
+
+import pytest
+import torch
+from checkpoints import FAMILIES, greedy_reference, random_prompts, write_checkpoint
+from runner_driver import generate, make_requests
+
+from engine.models import load_model
+
+PROMPTS = random_prompts((5, 13, 1, 30))
+NUM_TOKENS = 12
+# Whole prompts; chunks; scattered single-slot blocks; mixed batches of random requests and chunk sizes.
+WAYS = {
+    "whole": {"block_size": 16},
+    "chunks": {"block_size": 3, "chunk": 4},
+    "block of one": {"block_size": 1, "chunk": 7},
+    "mixed": {"block_size": 3, "chunk": 5, "random_order": 0},
+    "overlap": {"block_size": 16, "chunk": 6, "overlap": True},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request, tmp_path_factory):
+    directory = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+    return load_model(directory), greedy_reference(directory, PROMPTS, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_greedy_tokens_equal_transformers(checkpoint, way):
+    model, expected = checkpoint
+    # A model that repeats one token would hide most faults.
+    assert len({token for tokens in expected for token in tokens}) > 10
+    assert generate(model, make_requests(PROMPTS, NUM_TOKENS), **way).tokens == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2"])
+def test_bfloat16_logits_follow_transformers(family, tmp_path):
+    """In bf16 argmaxes may flip: compare log-probabilities of the same tokens, teacher-forced."""
+    directory = write_checkpoint(tmp_path, family)
+    model = load_model(directory, dtype="bfloat16")
+    assert model.spec.dtype == torch.bfloat16
+    prompts = random_prompts((40, 25))
+    requests = make_requests(prompts, 1, prompt_logprobs=0)
+    outcome = generate(model, requests, block_size=16, chunk=11)
+    got: list[list[float]] = [[], []]
+    for plan, result in outcome.results:
+        for entry, rows in zip(plan.scheduled, result.prompt_logprobs, strict=True):
+            got[requests.index(entry.req)] += [row.logprob for row in rows]
+    reference = load_model(directory).module
+    reference.set_attn_implementation("eager")
+    for prompt, values in zip(prompts, got, strict=True):
+        ids = torch.tensor([prompt])
+        logits = reference(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        expected = logits.gather(1, ids[0, 1:, None])[:, 0]
+        difference = (torch.tensor(values) - expected).abs()
+        assert difference.mean() < 0.15
+        assert difference.max() < 1.5
