@@ -23,6 +23,7 @@ from experiments.workloads.trace import TraceRow, TraceWorkload
 _KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
 _MAX_INT = 2**63
 _CACHED_TOKENS = 4_000_000
+_MAX_CACHED_BLOCKS = 65_536
 
 
 class MooncakeWorkload(TraceWorkload):
@@ -48,7 +49,8 @@ class MooncakeWorkload(TraceWorkload):
         self.hash_block_size = check_int("workload.hash_block_size", hash_block_size, 1, MAX_LENGTH)
         self._spread_bins = check_bool("workload.spread_bins", spread_bins)
         self._hash_ids: list[tuple[int, ...]] = []
-        self._block = functools.lru_cache(maxsize=min(65_536, max(1, _CACHED_TOKENS // hash_block_size)))(self._make_block)
+        num_cached = min(_MAX_CACHED_BLOCKS, max(1, _CACHED_TOKENS // hash_block_size))
+        self._block = functools.lru_cache(maxsize=num_cached)(self._make_block)
 
     def _read(self) -> Iterator[TraceRow | str]:
         for line, text in json_lines(self.path):
