@@ -37,6 +37,10 @@ class BaseAllocator:
         max_model_len: most tokens that a request may have.
         kv_bytes_per_token: bytes of one token's KV in every layer; 0 where there are none (tests, simulation).
 
+    Attributes:
+        num_virtual_blocks: the largest block id; more than num_blocks only where ids are virtual.
+        num_host_blocks: blocks of host memory for swapped requests, ids 0..num_host_blocks - 1.
+
     Raises:
         ConfigError: a value out of range.
     """
@@ -52,6 +56,8 @@ class BaseAllocator:
             )
         self.num_blocks = check_int("kv_cache.num_blocks", num_blocks, 1)
         self.max_model_len = check_int("engine.max_model_len", max_model_len, 1)
+        self.num_virtual_blocks = num_blocks
+        self.num_host_blocks = 0
         self.kv_bytes_per_token = check_int("kv_bytes_per_token", kv_bytes_per_token, 0)
 
     def match_prefix(self, req: Request) -> int:  # noqa: ARG002

@@ -82,14 +82,14 @@ class RadixAllocator(PagedAllocator):
         """Move the blocks that became full into the tree."""
         stand = self._stands[req]
         if req.num_computed_tokens >= stand.due:
-            self._publish(req, stand)
+            self._publish(req, stand, min(req.num_computed_tokens, req.num_tokens) // self.block_size)
 
-    def _publish(self, req: Request, stand: _Stand) -> None:
-        num_full = min(req.num_computed_tokens, req.num_tokens) // self.block_size
-        if num_full > stand.num_blocks:
-            node, replaced = self._tree.insert(stand.node, req, self._tables[req], stand.num_blocks, num_full)
-            stand.move(node, num_full, self.block_size)
-            self._discard(self._release(replaced))
+    def _publish(self, req: Request, stand: _Stand, num_blocks: int) -> None:
+        """Move blocks up to `num_blocks` into the tree; free those that it holds already."""
+        if num_blocks > stand.num_blocks:
+            node, replaced = self._tree.insert(stand.node, req, self._tables[req], stand.num_blocks, num_blocks)
+            stand.move(node, num_blocks, self.block_size)
+            self._discard(replaced)
 
     def _admit(self, req: Request, num_tokens: int, num_cached: int) -> bool:
         num_hits = num_cached // self.block_size
@@ -116,25 +116,20 @@ class RadixAllocator(PagedAllocator):
         self._stands[req] = _Stand(node, num_blocks, self.block_size)
 
     def _share_table(self, req: Request, child: Request, num_tokens: int) -> bool:
-        """Full blocks are shared through the tree; a block that is half the child's as in PagedAllocator.
+        """Full blocks are shared through the tree; of a block that is half the child's it gets a copy at once.
 
-        If that block is full by now, the tree owns it, and the child gets its copy at once.
+        (A block has one owner, the tree or a request: what the tree owns, it may evict.)
         """
-        self.commit(req)
         table, num_full = self._tables[req], num_tokens // self.block_size
         last = table[num_full : cdiv(num_tokens, self.block_size)]
-        copy = last and self._stands[req].num_blocks > num_full
-        if copy and not self.num_free_blocks:
+        if len(last) > self.num_free_blocks:
             return False
+        self._publish(req, self._stands[req], num_full)
+        own = self._take(len(last))
+        self._copies.order(CopyKind.DEVICE, last, own)
         path = self._tree.path_to(self._stands[req].node)
         self._stand(child, self._tree.cut(path, num_full), num_full)
-        if copy:
-            own = self._take(1)
-            self._copies.order(CopyKind.DEVICE, last, own)
-            last = own
-        elif last:
-            self._share(last[0])
-        self._tables[child] = table[:num_full] + last
+        self._tables[child] = table[:num_full] + own
         return True
 
     def swap_in(self, req: Request) -> bool:
@@ -158,4 +153,4 @@ class RadixAllocator(PagedAllocator):
 
     def usage(self, head: Request | None = None) -> KVUsage:  # noqa: ARG002
         """Raw counts; cached are the blocks of unlocked nodes."""
-        return self._usage(self._tree.num_evictable, self._num_extra_refs + self._tree.num_saved, self._hits)
+        return self._usage(self._tree.num_evictable, self._tree.num_saved, self._hits)

@@ -19,7 +19,7 @@ from engine.plan import NULL_BLOCK, CopyKind, KVAllocator, cdiv
 from engine.request import Request, SamplingParams
 
 SETTINGS = settings(
-    max_examples=50, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=30, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 MAX_LEN = 32
 _SHARED = [7, 7, 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]
@@ -66,7 +66,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     make: staticmethod
     window: int | None = None
-    exact_tables = True  # every owned block is in a table
+    exact_tables = True  # block ids are physical, and every owned block is in a table
 
     @initialize()
     def start(self) -> None:
@@ -91,6 +91,15 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     def _idle(self) -> list[str]:
         return [name for name in self.live if name not in self.planned]
+
+    def _forkable(self) -> list[str]:
+        """Requests whose prompt, less its last token, was computed by steps before this one."""
+        starts = {name: entry.start for name, entry in self.planned.items()}
+        return [
+            name
+            for name, req in self.live.items()
+            if starts.get(name, req.num_computed_tokens) >= req.num_prompt_tokens - 1
+        ]
 
     # ---- rules
     @rule(
@@ -200,10 +209,10 @@ class AllocatorMachine(RuleBasedStateMachine):
         else:
             assert self.alloc.usage() == before
 
-    @precondition(lambda self: self._idle())
+    @precondition(lambda self: self._forkable())
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        parent = self.live[self._pick(data, self._idle())]
+        parent = self.live[self._pick(data, self._forkable())]
         child = make_request(f"{parent.request_id}.{self.count}", parent.prompt_token_ids)
         self.count += 1
         before = self.alloc.usage()
@@ -241,6 +250,11 @@ class AllocatorMachine(RuleBasedStateMachine):
             assert set(refs) <= set(range(1, alloc.num_blocks + 1))
             assert usage.owned == len(refs) * block_size
             assert usage.shared_saved == (refs.total() - len(refs)) * block_size
+
+        self.audit_more()
+
+    def audit_more(self) -> None:
+        """What is particular to an allocator."""
 
     def teardown(self) -> None:
         if not hasattr(self, "alloc"):

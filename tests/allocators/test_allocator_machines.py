@@ -12,7 +12,21 @@ from allocators.contiguous import PLACEMENTS, RESERVATIONS, ContiguousAllocator
 from allocators.paged import PagedAllocator
 from allocators.prefix import PrefixCachingAllocator
 from allocators.radix import RadixAllocator
+from allocators.virtual import VirtualAllocator
 
+
+def audit_pages(machine: AllocatorMachine) -> None:
+    """Each physical page backs one region; virtual tables are apart; slots are what is mapped."""
+    alloc, live = machine.alloc, machine.live.values()
+    assert isinstance(alloc, VirtualAllocator)
+    pages = [page for req in live for page in alloc.page_table(req)]
+    blocks = [block for req in live for block in alloc.block_table(req)]
+    assert len(set(pages)) == len(pages) and set(pages) <= set(range(alloc.num_pages))
+    assert len(set(blocks)) == len(blocks) and set(blocks) <= set(range(1, alloc.num_virtual_blocks + 1))
+    assert alloc.usage().owned == len(pages) * alloc.page_tokens == sum(req.num_slots for req in live)
+
+
+VIRTUAL = {"audit_more": audit_pages, "exact_tables": False}
 CASES: dict[str, tuple[partial, dict]] = {
     f"{reservation}-{placement}": (
         partial(ContiguousAllocator, num_blocks=27, block_size=4, reservation=reservation, placement=placement),
@@ -33,6 +47,8 @@ CASES |= {
     "prefix": (partial(PrefixCachingAllocator, num_blocks=17, block_size=4, swap_blocks=9), {}),
     "radix": (partial(RadixAllocator, num_blocks=17, block_size=4, swap_blocks=9), {}),
     "radix-1": (partial(RadixAllocator, num_blocks=60, block_size=1, swap_blocks=20), {}),
+    "virtual": (partial(VirtualAllocator, num_blocks=27, block_size=4, page_tokens=6, max_regions=5), VIRTUAL),
+    "virtual-3": (partial(VirtualAllocator, num_blocks=50, block_size=2, page_tokens=3, max_regions=9), VIRTUAL),
     "prefix-1": (partial(PrefixCachingAllocator, num_blocks=60, block_size=1), {}),
 }
 
