@@ -1,0 +1,187 @@
+"""Attention over the KV pool with this project's Triton kernels.
+
+Rows with one new token go to the decode kernel, the others to the prefill kernel: at most two launches a layer. Only
+host copies of the step's metadata are read to plan it; nothing waits for the device. With `reserve`, a step's plan
+lives in buffers of fixed size and address, which a CUDA graph may capture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.attention.base import AttentionMetadata
+from engine.errors import ConfigError
+from engine.kernels.config import decode_config, prefill_config
+from engine.kernels.decode import DecodeScratch, decode_attention
+from engine.kernels.plan import Capacity, Shape, plan_step
+from engine.kernels.prefill import prefill_attention
+from engine.kernels.store import store_kv
+from engine.kv_pool import KVPool
+from engine.sampling.transfer import to_device
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step's work items on the device.
+
+    Attributes:
+        capacity: of the item lists.
+        decode: int32 [1 + 2 * capacity.decode].
+        prefill: int32 [2 * capacity.prefill].
+        buffer: both in one.
+        is_reserved: True when a graph relies on the buffer's address and the capacity.
+    """
+
+    capacity: Capacity
+    decode: Tensor
+    prefill: Tensor
+    buffer: Tensor
+    is_reserved: bool
+
+
+class TritonBackend:
+    """Attention over `pool` in Triton.
+
+    Args:
+        pool: where keys and values live.
+        num_heads: query heads of a layer.
+        contiguous: the allocator hands out consecutive blocks only: kernels read the first table entry alone. A
+            compile-time switch, for the comparison of contiguous and paged kernels.
+
+    Raises:
+        ConfigError: the head counts do not fit.
+    """
+
+    def __init__(self, pool: KVPool, num_heads: int, *, contiguous: bool = False) -> None:
+        if num_heads % pool.num_kv_heads:
+            raise ConfigError(
+                f"{num_heads} query heads do not divide among {pool.num_kv_heads} KV heads; the Triton backend needs "
+                "equal groups: set engine.attention=reference"
+            )
+        self.pool = pool
+        self.num_heads = num_heads
+        self.contiguous = contiguous
+        group = num_heads // pool.num_kv_heads
+        element_size = pool.dtype.itemsize
+        self._decode_config = decode_config(pool.head_dim, element_size)
+        self._prefill_config = prefill_config(pool.head_dim, element_size, group)
+        programs = self._decode_config.programs_per_sm * _num_multiprocessors(pool.device)
+        self.shape = Shape(
+            decode=self._decode_config,
+            queries=self._prefill_config.rows // group,
+            slots_per_head=max(1, programs // pool.num_kv_heads),
+        )
+        self._scratch = self._new_scratch(0, 0)
+
+    def reserve(self, meta: AttentionMetadata, num_rows: int, num_prefill_tokens: int = 0) -> None:
+        """Give `meta` a plan of fixed size and address, for a CUDA graph; `prepare` then refills it.
+
+        Args:
+            meta: the metadata object that every replay uses.
+            num_rows: most rows of a step.
+            num_prefill_tokens: most new tokens of rows with more than one; 0 for a graph of decode rows alone.
+        """
+        prefill = self.shape.prefill_capacity(num_rows, num_prefill_tokens) if num_prefill_tokens else 0
+        capacity = Capacity(self.shape.decode_capacity(num_rows), prefill)
+        buffer = torch.full((capacity.num_words,), -1, dtype=torch.int32, device=self.pool.device)
+        meta.prepared = _views(buffer, capacity, is_reserved=True)
+        self._reserve_scratch(capacity.decode, num_rows)
+
+    def prepare(self, meta: AttentionMetadata) -> None:
+        """Cut the step into work items and send them to the device."""
+        reserved = meta.prepared if isinstance(meta.prepared, _Plan) and meta.prepared.is_reserved else None
+        words, capacity = plan_step(
+            meta.host_query_start_loc, meta.host_seq_lens, self.shape, reserved.capacity if reserved else None
+        )
+        sent = to_device(words, self.pool.device)
+        if reserved is not None:
+            reserved.buffer.copy_(sent, non_blocking=True)
+            return
+        self._reserve_scratch(capacity.decode, len(meta.host_seq_lens))
+        meta.prepared = _views(sent, capacity, is_reserved=False)
+
+    def write_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:
+        """Store the new tokens' keys and values."""
+        keys, values = self.pool.slots(layer)
+        store_kv(k, v, keys, values, meta.slot_mapping)
+
+    def attend(
+        self,
+        q: Tensor,
+        layer: int,
+        meta: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        plan: _Plan = meta.prepared
+        keys, values = self.pool.slots(layer)
+        if q.stride(2) != 1:
+            q = q.contiguous()
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if plan.capacity.decode:
+            decode_attention(
+                q,
+                keys,
+                values,
+                out,
+                items=plan.decode,
+                num_items=plan.capacity.decode,
+                query_start_loc=meta.query_start_loc,
+                seq_lens=meta.seq_lens,
+                block_table=meta.block_table,
+                block_size=meta.block_size,
+                scratch=self._scratch,
+                scale=scale,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                sinks=sinks,
+                contiguous=self.contiguous,
+                config=self._decode_config,
+            )
+        if plan.capacity.prefill:
+            prefill_attention(
+                q,
+                keys,
+                values,
+                out,
+                items=plan.prefill,
+                num_items=plan.capacity.prefill,
+                query_start_loc=meta.query_start_loc,
+                seq_lens=meta.seq_lens,
+                block_table=meta.block_table,
+                block_size=meta.block_size,
+                scale=scale,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                sinks=sinks,
+                contiguous=self.contiguous,
+                config=self._prefill_config,
+            )
+        return out
+
+    def _reserve_scratch(self, num_items: int, num_rows: int) -> None:
+        # A graph keeps the scratch it was captured with alive; a larger one serves later launches.
+        old = self._scratch
+        if num_items > old.num_items or num_rows > old.num_rows:
+            self._scratch = self._new_scratch(max(num_items, 2 * old.num_items), max(num_rows, 2 * old.num_rows))
+
+    def _new_scratch(self, num_items: int, num_rows: int) -> DecodeScratch:
+        pool = self.pool
+        return DecodeScratch(num_items, num_rows, self.num_heads, pool.num_kv_heads, pool.head_dim, pool.device)
+
+
+def _views(buffer: Tensor, capacity: Capacity, *, is_reserved: bool) -> _Plan:
+    end = 1 + 2 * capacity.decode
+    return _Plan(capacity, buffer[:end], buffer[end:], buffer, is_reserved)
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; the interpreter runs programs one by one, where a small number still exercises the split."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

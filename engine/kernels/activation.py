@@ -1,0 +1,67 @@
+"""Gated activations: act(gate) * up, of gate and up projections that lie side by side."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.common import next_power_of_2
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@triton.jit
+def gated_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    out_ptr,
+    stride_x,
+    stride_out,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    GELU: tl.constexpr,
+):
+    """One row's TILE elements."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    exists = at < SIZE
+    gate = tl.load(x_ptr + row * stride_x + at, mask=exists, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * stride_x + SIZE + at, mask=exists, other=0.0).to(tl.float32)
+    # Both are gate * sigmoid(z): SiLU with z = gate; tanh-GELU because (1 + tanh(y)) / 2 = sigmoid(2 y).
+    z = gate
+    if GELU:
+        z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    result = gate / (1.0 + tl.exp2(-1.4426950408889634 * z)) * up
+    tl.store(out_ptr + row * stride_out + at, result.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+def gated(x: Tensor, activation: Activation = "silu", out: Tensor | None = None) -> Tensor:
+    """act(x[:, :size]) * x[:, size:], computed in float32 (SwiGLU, GeGLU; Shazeer, 2020).
+
+    Args:
+        x: [T, 2 * size]; rows may be strided.
+        activation: `silu`, or GELU in its tanh approximation.
+        out: [T, size] to write into.
+
+    Returns:
+        [T, size] in x's dtype.
+    """
+    num_rows, size = x.shape[0], x.shape[1] // 2
+    if out is None:
+        out = x.new_empty(num_rows, size)
+    if num_rows == 0:
+        return out
+    tile = min(2048, next_power_of_2(size))
+    gated_kernel[(num_rows, triton.cdiv(size, tile))](
+        x,
+        out,
+        x.stride(0),
+        out.stride(0),
+        SIZE=size,
+        TILE=tile,
+        GELU=activation == "gelu_tanh",
+        num_warps=max(1, tile // 512),
+    )
+    return out

@@ -1,0 +1,77 @@
+"""Device functions and host helpers that several kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+@triton.jit
+def dot(a, b, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """a @ b, accumulated in float32; float32 operands are not rounded to tf32."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def scale_scores(scores, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Raw products to scores in units of log 2, soft-capped if asked."""
+    if SOFTCAP:
+        # tanh(x) = 2 sigmoid(2x) - 1: libdevice's tanh does not run in the interpreter.
+        scores = softcap * (2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * scale / softcap * scores)) - 1.0)
+        return scores * 1.4426950408889634
+    return scores * (scale * 1.4426950408889634)
+
+
+@triton.jit
+def load_tile(  # type: ignore[no-untyped-def]
+    base,
+    slots,
+    inside,
+    stride_slot,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Rows `slots` of one head of the pool, [tokens, DIM_PAD]; zeros where not `inside` or beyond HEAD_DIM."""
+    dims = tl.arange(0, DIM_PAD)
+    pointers = base + slots[:, None] * stride_slot + dims[None, :]
+    if MASKED:
+        if DIM_PAD != HEAD_DIM:
+            return tl.load(pointers, mask=inside[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
+        return tl.load(pointers, mask=inside[:, None], other=0.0)
+    if DIM_PAD != HEAD_DIM:
+        return tl.load(pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def region_start(table_row, BLOCK_SIZE: tl.constexpr, CONTIGUOUS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first slot of a contiguous request; 0 for others, whose table is read tile by tile."""
+    if CONTIGUOUS:
+        return tl.load(table_row).to(tl.int64) * BLOCK_SIZE
+    else:  # noqa: RET505 - both branches of a compile-time if are compiled unless one is the else
+        return 0
+
+
+@triton.jit
+def tile_slots(  # type: ignore[no-untyped-def]
+    table_row, first_slot, positions, inside, BLOCK_SIZE: tl.constexpr, CONTIGUOUS: tl.constexpr, MASKED: tl.constexpr
+):
+    """Slots (int64) of `positions`: through the table, or for a contiguous request from its `first_slot`."""
+    if CONTIGUOUS:
+        return first_slot + positions
+    if MASKED:
+        blocks = tl.load(table_row + positions // BLOCK_SIZE, mask=inside, other=0)
+    else:
+        blocks = tl.load(table_row + positions // BLOCK_SIZE)
+    return blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE

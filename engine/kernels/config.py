@@ -1,0 +1,62 @@
+"""Tile shapes, warps and pipeline stages of the attention kernels, by head size and element size.
+
+Chosen for Hopper: a decode tile's keys and values are 16 KiB each, so that two tiles in flight times three to four
+programs fill a multiprocessor's 227 KiB of shared memory and cover the latency of its device memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from engine.kernels.common import next_power_of_2
+
+
+class DecodeConfig(NamedTuple):
+    """How the decode kernel runs.
+
+    Attributes:
+        tile: tokens per step of the inner loop; a power of two.
+        num_warps: warps per program.
+        num_stages: depth of the load pipeline.
+        programs_per_sm: programs that a multiprocessor should get before contexts are left unsplit.
+        min_chunk: tokens below which a context is not split.
+    """
+
+    tile: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    min_chunk: int
+
+
+class PrefillConfig(NamedTuple):
+    """How the prefill kernel runs.
+
+    Attributes:
+        rows: rows of the score matrix per program: queries times the query heads of a KV head.
+        tile: tokens per step of the inner loop.
+        num_warps: warps per program.
+        num_stages: depth of the load pipeline.
+    """
+
+    rows: int
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
+    """The decode kernel's shape for a head size and the pool's element size in bytes."""
+    row_bytes = max(16, next_power_of_2(head_dim)) * element_size
+    tile = min(128, max(16, 16384 // row_bytes))
+    return DecodeConfig(tile, num_warps=4, num_stages=3, programs_per_sm=4, min_chunk=max(256, tile))
+
+
+def prefill_config(head_dim: int, element_size: int, group: int) -> PrefillConfig:
+    """The prefill kernel's shape for a head size, the pool's element size in bytes and the query heads per KV head."""
+    if element_size > 2:
+        # float32 products run on the plain units: small tiles, or registers spill.
+        return PrefillConfig(rows=max(32, next_power_of_2(group)), tile=32, num_warps=4, num_stages=2)
+    dim_pad = max(16, next_power_of_2(head_dim))
+    rows = max(128 if dim_pad <= 128 else 64, next_power_of_2(group))
+    return PrefillConfig(rows, tile=64, num_warps=8 if rows >= 128 else 4, num_stages=3 if dim_pad <= 128 else 2)

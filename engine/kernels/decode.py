@@ -1,0 +1,321 @@
+"""Paged attention of one query per request (decode).
+
+Work is cut into items: a chunk of one request's context, for one KV head; the query heads that share the KV head are
+the rows of one small matrix product. A request of one chunk is finished by its item. Of several chunks, the item that
+finishes last merges the partial results in the same launch: no second kernel, and a request that is not split pays
+nothing. The counters return to zero by themselves, so a launch may be replayed from a CUDA graph.
+
+    grid = (KV heads, items)       items: row     0 0 0 1 2 2 -1 -1      -1: padding, exits at once
+                                          chunk   0 1 2 0 0 1
+
+Split-KV decoding: Flash-Decoding (Dao et al., 2023); the merge by the last arrival is stream-K's fix-up.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels import INTERPRET
+from engine.kernels.common import dot, load_tile, next_power_of_2, region_start, scale_scores, tile_slots
+from engine.kernels.config import DecodeConfig, decode_config
+
+
+@triton.jit
+def decode_kernel(  # type: ignore[no-untyped-def]
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    items_ptr,  # int32: chunk length, then the items' rows, then their chunks
+    query_loc_ptr,
+    seq_lens_ptr,
+    table_ptr,
+    sinks_ptr,
+    partial_ptr,  # fp32 [items, KV heads, GROUP, HEAD_DIM]
+    stats_ptr,  # fp32 [items, KV heads, 2, GROUP]: running maximum and sum
+    counters_ptr,  # int32 [rows, KV heads]
+    capacity,
+    scale,
+    softcap,
+    stride_q_row,
+    stride_q_head,
+    stride_out_row,
+    stride_out_head,
+    stride_slot,
+    stride_head,
+    stride_table,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    MERGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One item for one KV head; see the module's docstring and `decode_attention`."""
+    kv_head = tl.program_id(0)
+    num_kv_heads = tl.num_programs(0)
+    item = tl.program_id(1)
+    row = tl.load(items_ptr + 1 + item)
+    if row < 0:
+        return
+    chunk = tl.load(items_ptr + 1 + capacity + item)
+    chunk_tokens = tl.load(items_ptr)
+    seq_len = tl.load(seq_lens_ptr + row)
+    first_seen = 0
+    if WINDOW > 0:
+        first_seen = tl.maximum(seq_len - WINDOW, 0)
+    begin = chunk * chunk_tokens
+    end = tl.minimum(begin + chunk_tokens, seq_len)
+    if end <= first_seen:
+        return
+    # Chunks are whole tiles, so rounding down never leaves the chunk.
+    begin = tl.maximum(begin, first_seen // TILE * TILE)
+
+    group = tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM_PAD)
+    heads = kv_head * GROUP + group
+    query_row = tl.load(query_loc_ptr + row).to(tl.int64)
+    is_query = (group[:, None] < GROUP) & (dims[None, :] < HEAD_DIM)
+    q = tl.load(
+        q_ptr + query_row * stride_q_row + heads[:, None] * stride_q_head + dims[None, :], mask=is_query, other=0.0
+    )
+    table_row = table_ptr + row.to(tl.int64) * stride_table
+    first_slot = region_start(table_row, BLOCK_SIZE, CONTIGUOUS)
+    k_base = k_ptr + kv_head * stride_head
+    v_base = v_ptr + kv_head * stride_head
+
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    acc = tl.full([ROWS, DIM_PAD], 0.0, tl.float32)
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        positions = start + tl.arange(0, TILE)
+        inside = positions < end
+        slots = tile_slots(table_row, first_slot, positions, inside, BLOCK_SIZE, CONTIGUOUS, True)
+        k = load_tile(k_base, slots, inside, stride_slot, HEAD_DIM, DIM_PAD, True)
+        scores = scale_scores(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
+        seen = inside
+        if WINDOW > 0:
+            seen = seen & (positions >= first_seen)
+        # Every tile holds a position that is seen, so the maximum is finite.
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        shrink = tl.exp2(peak - new_peak)
+        weights = tl.exp2(scores - new_peak[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        v = load_tile(v_base, slots, inside, stride_slot, HEAD_DIM, DIM_PAD, True)
+        acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, UPCAST)
+        peak = new_peak
+
+    out_base = out_ptr + query_row * stride_out_row
+    num_chunks = (seq_len + chunk_tokens - 1) // chunk_tokens - first_seen // chunk_tokens
+    if num_chunks == 1:
+        if SINKS:
+            sink = tl.load(sinks_ptr + heads, mask=group < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
+            total += tl.exp2(sink - peak)
+        out = acc / total[:, None]
+        tl.store(
+            out_base + heads[:, None] * stride_out_head + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=is_query
+        )
+        return
+
+    cell = item.to(tl.int64) * num_kv_heads + kv_head
+    tl.store(partial_ptr + cell * (GROUP * HEAD_DIM) + group[:, None] * HEAD_DIM + dims[None, :], acc, mask=is_query)
+    tl.store(stats_ptr + cell * (2 * GROUP) + group, peak, mask=group < GROUP)
+    tl.store(stats_ptr + cell * (2 * GROUP) + GROUP + group, total, mask=group < GROUP)
+    # All threads' stores come before this program's arrival, and the last arrival sees everybody's.
+    tl.debug_barrier()
+    counter = counters_ptr + row * num_kv_heads + kv_head
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+    if arrived == num_chunks - 1:
+        # The row's items are consecutive, so its first one that counts is known.
+        first_cell = cell - (chunk - first_seen // chunk_tokens).to(tl.int64) * num_kv_heads
+        _merge(
+            out_base,
+            sinks_ptr,
+            partial_ptr,
+            stats_ptr,
+            first_cell,
+            num_kv_heads,
+            num_chunks,
+            kv_head,
+            stride_out_head,
+            GROUP,
+            GROUP_PAD,
+            HEAD_DIM,
+            DIM_PAD,
+            MERGE,
+            SINKS,
+        )
+        tl.store(counter, 0)
+
+
+@triton.jit
+def _merge(  # type: ignore[no-untyped-def]
+    out_base,
+    sinks_ptr,
+    partial_ptr,
+    stats_ptr,
+    first_cell,
+    stride_cell,
+    num_chunks,
+    kv_head,
+    stride_out_head,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    MERGE: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """Merge a row's partial results, MERGE chunks at a time, past the L1 cache."""
+    group = tl.arange(0, GROUP_PAD)
+    dims = tl.arange(0, DIM_PAD)
+    is_head = group < GROUP
+    peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.full([GROUP_PAD], 0.0, tl.float32)
+    acc = tl.full([GROUP_PAD, DIM_PAD], 0.0, tl.float32)
+    for start in range(0, num_chunks, MERGE):
+        chunks = start + tl.arange(0, MERGE)
+        cells = first_cell + chunks * stride_cell
+        exists = (chunks < num_chunks)[:, None] & is_head[None, :]
+        stats = stats_ptr + cells[:, None] * (2 * GROUP) + group[None, :]
+        peaks = tl.load(stats, mask=exists, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(stats + GROUP, mask=exists, other=0.0, cache_modifier=".cg")
+        parts = tl.load(
+            partial_ptr
+            + cells[:, None, None] * (GROUP * HEAD_DIM)
+            + group[None, :, None] * HEAD_DIM
+            + dims[None, None, :],
+            mask=exists[:, :, None] & (dims < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))
+        # Padding heads have no finite maximum.
+        anchor = tl.where(is_head, new_peak, 0.0)
+        shrink = tl.exp2(peak - anchor)
+        weights = tl.exp2(peaks - anchor[None, :])
+        total = total * shrink + tl.sum(totals * weights, 0)
+        acc = acc * shrink[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        peak = new_peak
+    heads = kv_head * GROUP + group
+    if SINKS:
+        sink = tl.load(sinks_ptr + heads, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
+        total += tl.exp2(sink - tl.where(is_head, peak, 0.0))
+    out = acc / tl.where(is_head, total, 1.0)[:, None]
+    tl.store(
+        out_base + heads[:, None] * stride_out_head + dims[None, :],
+        out.to(out_base.dtype.element_ty),
+        mask=is_head[:, None] & (dims < HEAD_DIM)[None, :],
+    )
+
+
+class DecodeScratch:
+    """Partial results and arrival counters, kept from launch to launch. Grows when asked to; never shrinks.
+
+    Args:
+        num_items, num_rows: for how many items and batch rows there is room.
+        num_heads, num_kv_heads, head_dim: the model's.
+        device: the pool's.
+    """
+
+    def __init__(
+        self, num_items: int, num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> None:
+        self.num_items, self.num_rows = num_items, num_rows
+        self.partial = torch.empty(num_items, num_heads, head_dim, dtype=torch.float32, device=device)
+        self.stats = torch.empty(num_items, 2, num_heads, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(num_rows, num_kv_heads, dtype=torch.int32, device=device)
+
+
+def decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    *,
+    items: Tensor,
+    num_items: int,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    block_size: int,
+    scratch: DecodeScratch,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    contiguous: bool = False,
+    config: DecodeConfig | None = None,
+) -> None:
+    """Attention of the rows that `items` name, one query each, into `out`.
+
+    Args:
+        q, out: [T, num_heads, head_dim]; a row's query lies at `query_start_loc[row]`.
+        keys, values: a layer of the pool by slot, [num_slots, num_kv_heads, head_dim].
+        items: int32 [1 + 2 * num_items], see `engine.kernels.plan`; chunks are whole tiles of `config.tile`.
+        num_items: the grid's second dimension; padding items have row -1.
+        query_start_loc, seq_lens, block_table: see `AttentionMetadata`.
+        block_size: slots per block.
+        scratch: with room for the items and rows.
+        scale, sliding_window, softcap, sinks: see `AttentionBackend.attend`.
+        contiguous: every block table is a run of consecutive ids; only its first entry is read.
+        config: tile, warps and stages; by default what `decode_config` says.
+    """
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = keys.shape[1]
+    group = num_heads // num_kv_heads
+    config = config or decode_config(head_dim, keys.element_size())
+    dim_pad = max(16, next_power_of_2(head_dim))
+    group_pad = next_power_of_2(group)
+    decode_kernel[(num_kv_heads, num_items)](
+        q,
+        keys,
+        values,
+        out,
+        items,
+        query_start_loc,
+        seq_lens,
+        block_table,
+        q if sinks is None else sinks,
+        scratch.partial,
+        scratch.stats,
+        scratch.counters,
+        num_items,
+        scale,
+        0.0 if softcap is None else softcap,
+        q.stride(0),
+        q.stride(1),
+        out.stride(0),
+        out.stride(1),
+        keys.stride(0),
+        keys.stride(1),
+        block_table.stride(0),
+        GROUP=group,
+        GROUP_PAD=group_pad,
+        ROWS=max(16, group_pad),
+        HEAD_DIM=head_dim,
+        DIM_PAD=dim_pad,
+        BLOCK_SIZE=block_size,
+        TILE=config.tile,
+        MERGE=max(2, min(16, 8192 // (group_pad * dim_pad))),
+        WINDOW=sliding_window or 0,
+        SOFTCAP=softcap is not None,
+        SINKS=sinks is not None,
+        CONTIGUOUS=contiguous,
+        UPCAST=INTERPRET,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

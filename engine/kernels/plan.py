@@ -1,0 +1,126 @@
+"""How a step's attention is cut into work items: planned on the host, once per step, for all layers.
+
+    buffer (int32)   | chunk | decode rows | decode chunks | prefill rows | prefill blocks |
+                       1       capacity      capacity        capacity       capacity
+
+The capacities fix the grids, so a plan of fixed capacity can be captured in a CUDA graph and refilled before each
+replay; items beyond the step's own have row -1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.errors import EngineError
+from engine.kernels.config import DecodeConfig
+
+
+class Capacity(NamedTuple):
+    """Room for decode and prefill items."""
+
+    decode: int
+    prefill: int
+
+    @property
+    def num_words(self) -> int:
+        """Length of the buffer."""
+        return 1 + 2 * self.decode + 2 * self.prefill
+
+
+class Shape(NamedTuple):
+    """What the cutting depends on, beside the batch.
+
+    Attributes:
+        decode: the decode kernel's configuration.
+        queries: queries per prefill item.
+        slots_per_head: programs that the device should get per KV head before contexts are left unsplit.
+    """
+
+    decode: DecodeConfig
+    queries: int
+    slots_per_head: int
+
+    def decode_capacity(self, num_rows: int) -> int:
+        """Enough decode items for any `num_rows` rows of any length."""
+        return num_rows + self.slots_per_head if num_rows else 0
+
+    def prefill_capacity(self, num_rows: int, num_tokens: int) -> int:
+        """Enough prefill items for any `num_tokens` new tokens of `num_rows` rows."""
+        return num_tokens // self.queries + num_rows
+
+
+def chunk_tokens(seq_lens: np.ndarray, shape: Shape) -> int:
+    """Context tokens per decode item: enough items to fill the device, and no more.
+
+    Whole tiles, at least `min_chunk`. With total tokens N and S slots a chunk is at least N / S, so that n rows make
+    at most n + S items.
+    """
+    tile = shape.decode.tile
+    share = -(-int(seq_lens.sum()) // shape.slots_per_head)
+    return -(-max(share, shape.decode.min_chunk) // tile) * tile
+
+
+def decode_items(rows: np.ndarray, seq_lens: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and chunk numbers of the decode items: a row's items are consecutive, long rows come first."""
+    num_chunks = -(-seq_lens // chunk)
+    return _expand(rows, num_chunks, np.argsort(-seq_lens, kind="stable"))
+
+
+def prefill_items(
+    rows: np.ndarray, query_lens: np.ndarray, seq_lens: np.ndarray, queries: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and query blocks of the prefill items, those that read the most keys first."""
+    item_rows, blocks = _expand(np.arange(len(rows)), -(-query_lens // queries), np.arange(len(rows)))
+    keys_read = (seq_lens - query_lens)[item_rows] + np.minimum((blocks + 1) * queries, query_lens[item_rows])
+    order = np.argsort(-keys_read, kind="stable")
+    return rows[item_rows[order]], blocks[order]
+
+
+def _expand(rows: np.ndarray, counts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row, in `order`, as often as its count says; and the running number within the row."""
+    counts = counts[order]
+    starts = np.cumsum(counts) - counts
+    numbers = np.arange(int(counts.sum())) - np.repeat(starts, counts)
+    return np.repeat(rows[order], counts), numbers
+
+
+def plan_step(
+    query_start_loc: np.ndarray, seq_lens: np.ndarray, shape: Shape, capacity: Capacity | None = None
+) -> tuple[np.ndarray, Capacity]:
+    """Fill a plan's buffer.
+
+    Args:
+        query_start_loc: int [B + 1].
+        seq_lens: int [B]; rows without new tokens are left out.
+        shape: how to cut.
+        capacity: of the buffer; None makes it just large enough.
+
+    Returns:
+        The buffer, int32, and its capacity.
+
+    Raises:
+        EngineError: the capacity does not hold the step.
+    """
+    query_lens = np.diff(query_start_loc).astype(np.int64)
+    lens = seq_lens.astype(np.int64)
+    decode_rows, prefill_rows = np.flatnonzero(query_lens == 1), np.flatnonzero(query_lens > 1)
+    chunk = chunk_tokens(lens[decode_rows], shape)
+    decode = decode_items(decode_rows, lens[decode_rows], chunk)
+    prefill = prefill_items(prefill_rows, query_lens[prefill_rows], lens[prefill_rows], shape.queries)
+    needed = Capacity(len(decode[0]), len(prefill[0]))
+    capacity = capacity or needed
+    if needed.decode > capacity.decode or needed.prefill > capacity.prefill:
+        raise EngineError(
+            f"attention needs {needed.decode} decode and {needed.prefill} prefill items, and this step's buffers hold "
+            f"{capacity.decode} and {capacity.prefill}; it has more rows or tokens than were reserved"
+        )
+    buffer = np.full(capacity.num_words, -1, dtype=np.int32)
+    buffer[0] = chunk
+    at = 1
+    for size, part in ((capacity.decode, decode), (capacity.prefill, prefill)):
+        for column in part:
+            buffer[at : at + len(column)] = column
+            at += size
+    return buffer, capacity

@@ -1,0 +1,130 @@
+"""The Triton backend against dense attention in float64; on a GPU if there is one, else in Triton's interpreter."""
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import dense_attention, make_case, run_backend
+
+from engine.attention.reference import ReferenceBackend
+from engine.attention.triton_backend import TritonBackend
+from engine.errors import ConfigError, EngineError
+from engine.kernels.config import DecodeConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MIXED = [(99, 1), (0, 40), (12, 30), (0, 1), (650, 1), (64, 3)]
+SINKS = torch.tensor([0.5, -1.0, 3.0, 0.0], device=DEVICE)
+
+
+def error(case, *, contiguous=False, **options):
+    options = {"scale": 0.3} | options
+    backend = TritonBackend(case.pool, case.q.shape[1], contiguous=contiguous)
+    got = run_backend(backend, case, **options)
+    assert got.dtype == case.q.dtype and got.shape == case.q.shape
+    assert not backend._scratch.counters.any(), "the arrival counters must be ready for the next launch"
+    return (got.double().cpu() - dense_attention(case, **options)).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("block_size", "options"),
+    [
+        (1, {}),
+        (3, {"sliding_window": 24}),
+        (16, {}),
+        (16, {"sliding_window": 1}),
+        (16, {"sliding_window": 300, "sinks": SINKS}),
+        (16, {"softcap": 5.0}),
+        (17, {"sinks": SINKS}),
+        (256, {"softcap": 5.0, "sliding_window": 40}),
+    ],
+)
+def test_equals_dense_attention(block_size, options):
+    assert error(make_case(MIXED, block_size=block_size, device=DEVICE), **options) < 2e-5
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 64), (8, 1, 80), (5, 5, 96), (14, 2, 128), (2, 1, 256), (16, 1, 24)])
+def test_head_layouts(heads):
+    num_heads, num_kv_heads, head_dim = heads
+    rows = [(70, 1), (0, 9), (300, 1), (20, 5)]
+    case = make_case(rows, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, device=DEVICE)
+    assert error(case, scale=head_dim**-0.5) < 2e-5
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+def test_half_precision(dtype, bound):
+    assert error(make_case(MIXED, dtype=dtype, device=DEVICE)) < bound
+
+
+def make_contiguous(case, block_size):
+    """Move every request's blocks so that they follow each other."""
+    table, used = case.meta.block_table, 1
+    counts = -(-case.meta.host_seq_lens // block_size)
+    old = case.pool.data.clone().view(2, 2, -1, block_size, *case.pool.data.shape[3:])
+    new = case.pool.data.view(old.shape)
+    slots = []
+    for row, count in enumerate(counts.tolist()):
+        ids = torch.arange(used, used + count, device=table.device)
+        new[:, :, ids] = old[:, :, table[row, :count].long()]
+        table[row, :count] = ids
+        table[row, 1:] = -7  # only the first entry may be read
+        seq_len = int(case.meta.host_seq_lens[row])
+        begin = seq_len - int(np.diff(case.meta.host_query_start_loc)[row])
+        slots.append(used * block_size + torch.arange(begin, seq_len))
+        used += count
+    case.meta.slot_mapping = torch.cat(slots).to(table.device)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 50}])
+def test_contiguous_regions_are_read_without_their_table(options):
+    case = make_case(MIXED, device=DEVICE)
+    make_contiguous(case, 16)
+    assert error(case, contiguous=True, **options) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("slots", "options"), [(1, {}), (3, {}), (100, {"sliding_window": 100}), (100, {}), (3, {"sinks": SINKS})]
+)
+def test_any_split_gives_the_same(slots, options):
+    case = make_case([(400, 1), (15, 1), (0, 1), (130, 1)], device=DEVICE)
+    backend = TritonBackend(case.pool, 4)
+    backend._decode_config = DecodeConfig(32, 4, 2, 4, min_chunk=32)
+    backend.shape = backend.shape._replace(decode=backend._decode_config, slots_per_head=slots)
+    for _ in range(2):  # the second run relies on what the first left behind
+        got = run_backend(backend, case, scale=0.3, **options)
+        assert (got.double().cpu() - dense_attention(case, scale=0.3, **options)).abs().max() < 2e-5
+
+
+def test_a_reserved_plan_is_refilled_in_place():
+    case = make_case([(40, 1), (7, 1)], device=DEVICE)
+    backend = TritonBackend(case.pool, 4)
+    backend.reserve(case.meta, num_rows=4)
+    address = case.meta.prepared.decode.data_ptr()
+    for _ in range(2):
+        got = run_backend(backend, case, scale=0.3)
+        assert (got.double().cpu() - dense_attention(case, scale=0.3)).abs().max() < 2e-5
+    assert case.meta.prepared.decode.data_ptr() == address
+    case.meta.host_query_start_loc = np.arange(0, 2 * 9, 9, dtype=np.int32)
+    case.meta.host_seq_lens = np.array([9], dtype=np.int32)
+    with pytest.raises(EngineError, match="reserved"):
+        backend.prepare(case.meta)
+
+
+def test_agrees_with_the_reference_backend_after_a_store():
+    case = make_case([(5, 1), (0, 4)], dtype=torch.bfloat16, device=DEVICE)
+    ours = run_backend(TritonBackend(case.pool, 4), case, scale=0.3)
+    pool = case.pool.data.clone()
+    theirs = run_backend(ReferenceBackend(case.pool), case, scale=0.3)
+    assert torch.equal(case.pool.data, pool)
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
+
+
+def test_transposed_queries_as_transformers_gives_them():
+    case = make_case([(5, 1), (0, 4)], device=DEVICE)
+    wanted = dense_attention(case, scale=0.3)
+    case.q = case.q.transpose(0, 1).contiguous().transpose(0, 1)
+    assert (run_backend(TritonBackend(case.pool, 4), case, scale=0.3).double().cpu() - wanted).abs().max() < 2e-5
+
+
+def test_unequal_groups_are_refused():
+    case = make_case([(5, 1)], num_heads=4, num_kv_heads=2, device=DEVICE)
+    with pytest.raises(ConfigError, match=r"engine\.attention=reference"):
+        TritonBackend(case.pool, 5)

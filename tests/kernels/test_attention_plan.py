@@ -1,0 +1,69 @@
+"""The plan covers every key and query exactly once, within its capacity."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import EngineError
+from engine.kernels.config import DecodeConfig
+from engine.kernels.plan import Capacity, Shape, chunk_tokens, plan_step
+
+DECODE = DecodeConfig(tile=16, num_warps=4, num_stages=3, programs_per_sm=4, min_chunk=32)
+BATCH = st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([0, 1, 1, 1, 2, 7, 200])), min_size=1, max_size=40)
+
+
+def arrays(batch):
+    query_lens = np.array([new for _, new in batch])
+    loc = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
+    return loc, np.array([start + new for start, new in batch], dtype=np.int32)
+
+
+def parts(buffer, capacity):
+    d, p = capacity
+    columns = np.split(buffer[1:], np.cumsum([d, d, p]))
+    return buffer[0], *columns
+
+
+@given(BATCH, st.integers(1, 60), st.integers(1, 64), st.booleans())
+def test_items_cover_the_batch_exactly_once(batch, slots, queries, is_reserved):
+    shape = Shape(DECODE, queries, slots)
+    loc, lens = arrays(batch)
+    most = Capacity(shape.decode_capacity(len(batch)), shape.prefill_capacity(len(batch), int(loc[-1])))
+    buffer, capacity = plan_step(loc, lens, shape, most if is_reserved else None)
+    assert len(buffer) == capacity.num_words
+    assert capacity.decode <= most.decode and capacity.prefill <= most.prefill
+    chunk, rows, chunks, prefill_rows, blocks = parts(buffer, capacity)
+    assert chunk % DECODE.tile == 0 and chunk >= DECODE.min_chunk
+    for row, (start, new) in enumerate(batch):
+        own = np.flatnonzero(rows == row)
+        if new == 1:
+            assert chunks[own].tolist() == list(range(-(-(start + 1) // chunk)))
+            assert (np.diff(own) == 1).all(), "the merge relies on a row's items being consecutive"
+        else:
+            assert not len(own)
+        own_blocks = blocks[prefill_rows == row]
+        assert sorted(own_blocks.tolist()) == (list(range(-(-new // queries))) if new > 1 else [])
+    live = prefill_rows[prefill_rows >= 0]
+    assert (prefill_rows[len(live) :] == -1).all()
+
+
+def test_contexts_are_split_only_as_far_as_the_device_is_empty():
+    shape = Shape(DECODE, 16, slots_per_head=64)
+    assert chunk_tokens(np.full(8, 1024), shape) == 128  # 8 rows x 8 chunks = 64 programs
+    assert chunk_tokens(np.full(64, 1024), shape) == 1024  # one program per row
+    assert chunk_tokens(np.full(256, 1024), shape) >= 1024
+    assert chunk_tokens(np.array([40]), shape) == DECODE.min_chunk
+
+
+def test_late_prefill_blocks_come_first():
+    loc, lens = arrays([(0, 64), (500, 32)])
+    buffer, capacity = plan_step(loc, lens, Shape(DECODE, 16, 4))
+    _, _, _, rows, blocks = parts(buffer, capacity)
+    assert list(zip(rows.tolist(), blocks.tolist(), strict=True))[:3] == [(1, 1), (1, 0), (0, 3)]
+
+
+def test_a_step_beyond_the_reserved_capacity_is_refused():
+    loc, lens = arrays([(10, 1)] * 5)
+    with pytest.raises(EngineError, match="more rows or tokens than were reserved"):
+        plan_step(loc, lens, Shape(DECODE, 16, 4), Capacity(4, 0))

@@ -1,0 +1,143 @@
+"""Store, rotary embedding, norm and activation kernels against float64."""
+
+import pytest
+import torch
+
+from engine.kernels.activation import gated
+from engine.kernels.norm import rms_norm
+from engine.kernels.rope import rope_store
+from engine.kernels.store import store_kv
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# One unit in the last place: the interpreter truncates where the GPU rounds.
+ULP = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def assert_close(got, wanted):
+    bound = ULP[got.dtype]
+    torch.testing.assert_close(got.double(), wanted, rtol=bound, atol=bound)
+
+
+def rotate(x, cos, sin, rotary_dim):
+    """Rotate-half embedding in float64."""
+    half = rotary_dim // 2
+    x1, x2, rest = x[..., :half], x[..., half:rotary_dim], x[..., rotary_dim:]
+    cos, sin = cos.double()[:, None, :half], sin.double()[:, None, :half]
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "dim"), [(1, 8), (2, 64), (5, 24)])
+def test_store_writes_each_token_to_its_slot(heads, dim, dtype):
+    k, v = randn(6, heads, dim, dtype=dtype), randn(heads, 6, dim, dtype=dtype, seed=1).transpose(0, 1)
+    keys, values = randn(20, heads, dim, dtype=dtype, seed=2), randn(20, heads, dim, dtype=dtype, seed=3)
+    before = keys.clone()
+    slots = torch.tensor([3, 19, 0, 7, 8, 1], device=DEVICE)
+    store_kv(k, v, keys, values, slots)
+    assert torch.equal(keys[slots], k) and torch.equal(values[slots], v)
+    others = [i for i in range(20) if i not in slots.tolist()]
+    assert torch.equal(keys[others], before[others])
+    store_kv(k[:0], v[:0], keys, values, slots[:0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "rotary_dim"), [(4, 2, 32, 32), (6, 2, 24, 24), (3, 3, 16, 8), (8, 1, 80, 32)]
+)
+def test_rope_store(heads, kv_heads, dim, rotary_dim, norm, dtype):
+    tokens = 5
+    packed = randn(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    q, k, v = (
+        part.view(tokens, -1, dim) for part in packed.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+    )
+    angles = randn(tokens, rotary_dim, seed=4) * 3
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    q_norm, k_norm = (randn(dim, dtype=dtype, seed=seed) for seed in (5, 6))
+    keys, values = (torch.zeros(9, kv_heads, dim, dtype=dtype, device=DEVICE) for _ in range(2))
+    slots = torch.tensor([8, 2, 3, 1, 5], device=DEVICE)
+    out = torch.full((tokens, heads, dim), torch.nan, dtype=dtype, device=DEVICE)
+
+    def wanted(x, weight):
+        x = x.double()
+        if norm:
+            x = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+        return rotate(x, cos, sin, rotary_dim)
+
+    wanted_q, wanted_k = wanted(q, q_norm), wanted(k, k_norm)
+    norms = {"q_norm": q_norm, "k_norm": k_norm, "epsilon": 1e-5} if norm else {}
+    rope_store(
+        q,
+        k,
+        v,
+        out,
+        cos=cos,
+        sin=sin,
+        rotary_dim=rotary_dim,
+        keys=keys,
+        values=values,
+        slot_mapping=slots,
+        **norms,
+    )
+    assert_close(out, wanted_q)
+    assert_close(keys[slots], wanted_k)
+    assert torch.equal(values[slots], v)
+    assert not keys[[0, 4, 6, 7]].any() and not values[[0, 4, 6, 7]].any()
+
+
+def test_rope_in_place_and_against_transformers():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k = randn(3, 4, 16), randn(3, 2, 16, seed=1)
+    angles = torch.cat([randn(3, 8, seed=2)] * 2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    wanted_q, wanted_k = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None])
+    keys, values = torch.zeros(2, 3, 2, 16, device=DEVICE)
+    slots = torch.arange(3, device=DEVICE)
+    rope_store(q, k, k, q, cos=cos, sin=sin, rotary_dim=16, keys=keys, values=values, slot_mapping=slots)
+    torch.testing.assert_close(q, wanted_q[0].transpose(0, 1))
+    torch.testing.assert_close(keys, wanted_k[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [16, 100, 1536])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(size, dtype, add, offset):
+    x = randn(4, 2 * size, dtype=dtype)[:, :size]
+    weight = randn(size, dtype=dtype, seed=1)
+    residual = randn(4, size, dtype=dtype, seed=2) if add else None
+    total = x + residual if add else x.clone()
+    got = rms_norm(x, weight, 1e-5, residual=residual, weight_offset=offset)
+    if add:
+        assert_close(residual, total.double())
+    summed = (residual if add else x).double()
+    wanted = summed * (summed.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight.double() + offset)
+    assert got.dtype == dtype
+    assert_close(got, wanted)
+    assert torch.equal(rms_norm(total, weight, 1e-5, out=total), total)
+    assert rms_norm(x[:0], weight, 1e-5).shape == (0, size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 100, 2500])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_activation(size, dtype, activation):
+    x = randn(3, 2 * size, dtype=dtype) * 4
+    gate, up = x.double().chunk(2, -1)
+    act = torch.nn.functional.silu(gate)
+    if activation == "gelu_tanh":
+        act = torch.nn.functional.gelu(gate, approximate="tanh")
+    got = gated(x, activation)
+    assert got.dtype == dtype
+    assert_close(got, act * up)
+    assert gated(x[:0]).shape == (0, size)
+
+
+def test_activation_of_extreme_values_is_finite():
+    x = torch.tensor([[-1e4, 1e4, -90.0, 0.0, 1.0, 1.0, 1.0, 1.0]], device=DEVICE)
+    assert gated(x)[0].tolist() == pytest.approx([0.0, 1e4, 0.0, 0.0])
