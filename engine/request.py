@@ -243,7 +243,8 @@ def expand(req: Request) -> list[Request]:
     """The `sampling.n` requests of a parallel-sampling request, named `{request_id}-{i}`; `[req]` itself for n = 1.
 
     The first computes the prompt and is the parent of the others, which may share its KV. Seeds differ: sample 0
-    keeps the seed, so that it gives the tokens of the same request with n = 1.
+    keeps the seed, so that it gives the tokens of the same request with n = 1. A constraint follows one sample's
+    tokens, so it is left to the caller to give each sample its own.
 
     Args:
         req: a request that was not added to an engine.

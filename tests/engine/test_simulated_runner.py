@@ -1,0 +1,59 @@
+"""The simulated runner: features, the step-time model, and one device under overlap."""
+
+import pytest
+
+from engine.clock import VirtualClock
+from engine.errors import ConfigError
+from engine.plan import BlockCopy, CopyKind, ScheduledRequest, StepPlan
+from engine.request import Request
+from engine.runner.simulated import LinearStepTime, SimulatedRunner, StepFeatures, step_features
+
+
+def plan(*entries: tuple[int, int], samples: bool = True, num_copies: int = 0) -> StepPlan:
+    scheduled = [ScheduledRequest(Request(f"r{i}", [1]), *entry) for i, entry in enumerate(entries)]
+    copies = [BlockCopy(CopyKind.SWAP_IN, 1, 1)] * num_copies
+    return StepPlan(scheduled, [samples] * len(scheduled), copies=copies)
+
+
+def test_features_of_a_mixed_step():
+    # Two decodes at 10 and 20 tokens; a first chunk of 3; a chunk of 2 after 4.
+    features = step_features(plan((9, 1), (19, 1), (0, 3), (4, 2), num_copies=2))
+    assert features == StepFeatures(
+        num_prefill_tokens=5,
+        num_decode_requests=2,
+        num_kv_tokens=10 + 20 + 3 + 6,
+        num_attention_pairs=(1 + 2 + 3) + (5 + 6),
+        num_copied_blocks=2,
+    )
+
+
+def test_the_linear_model_adds_up():
+    model = LinearStepTime(1.0, 0.1, 0.01, 0.001, 0.0001, 0.00001)
+    assert model(StepFeatures(1, 2, 3, 4, 5)) == pytest.approx(1.0 + 0.1 + 0.02 + 0.003 + 0.0004 + 0.00005)
+    with pytest.raises(ConfigError, match="per_kv_token"):
+        LinearStepTime(1.0, per_kv_token=-1.0)
+    with pytest.raises(ConfigError, match="base"):
+        LinearStepTime(float("nan"))
+
+
+def test_the_clock_moves_when_the_result_is_taken():
+    clock = VirtualClock()
+    runner = SimulatedRunner(LinearStepTime(2.0), clock, token_id=5)
+    step = runner.execute(plan((0, 3), (0, 3)), allocator=None)
+    assert clock.now() == 0.0
+    assert step.result().token_ids == [5, 5]
+    assert clock.now() == 2.0
+    assert runner.execute(plan((0, 3), samples=False), allocator=None).result().token_ids == [None]
+
+
+def test_steps_in_flight_run_one_after_the_other():
+    clock = VirtualClock()
+    runner = SimulatedRunner(LinearStepTime(2.0), clock)
+    first = runner.execute(plan((0, 3)), allocator=None)
+    clock.advance(0.5)  # the host plans the next step meanwhile
+    second = runner.execute(plan((3, 1)), allocator=None)
+    first.result()
+    assert clock.now() == 2.0
+    clock.advance(5.0)
+    second.result()
+    assert clock.now() == 7.0  # it had ended at 4.0
