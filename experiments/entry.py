@@ -26,26 +26,36 @@ def main() -> int:
     """Run the job, or the sweep with -m, that the command line describes; returns the exit code."""
     # Hydra then raises its errors instead of printing them and exiting (hydra/_internal/utils.py).
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    failures: list[str] = []
+
+    # Errors are taken in here where they can be: one that leaves the job makes Hydra print lines of its own.
+    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
+    def job(cfg: DictConfig) -> None:
+        # Imported here: a typing error in the command line is answered without loading torch.
+        from experiments.job import record_failure, run_job
+
+        try:
+            run_job(cfg)
+        except Exception as error:
+            message = explain(error)
+            if message is None:
+                raise
+            failures.append(message)
+            record_failure(message)
+
     try:
-        _hydra_main()
+        job()
     except (KvarenaError, HydraException, OmegaConfBaseException) as error:
         message = explain(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
-        return USER_ERROR
+        failures.append(message)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
-    return 0
-
-
-@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
-def _hydra_main(cfg: DictConfig) -> None:
-    # Imported here: a typing error in the command line is answered without loading torch.
-    from experiments.job import run_job
-
-    run_job(cfg)
+    for message in failures:
+        print(f"error: {message}", file=sys.stderr)
+    return USER_ERROR if failures else 0
 
 
 def explain(error: BaseException) -> str | None:
@@ -56,6 +66,8 @@ def explain(error: BaseException) -> str | None:
             return str(cause)
     if isinstance(error, InstantiationException):
         return _explain_instantiation(error, chain)
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return None
     text = " ".join(str(error).split())
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if key:

@@ -17,7 +17,6 @@ import reports.run_report
 import reports.terminal
 from engine.clock import WallClock
 from engine.core import Engine, run_to_completion
-from engine.errors import KvarenaError
 from engine.models import ModelSpec
 from engine.request import Request
 from experiments.build import Setup, build, make_strategy
@@ -34,27 +33,28 @@ WARMUP_OUTPUT_TOKENS = 8
 
 
 def run_job(cfg: DictConfig) -> None:
-    """Run one cell and print its report's place. In a sweep, a failure is recorded and the sweep goes on.
+    """Run one cell and print where its report is.
 
     Raises:
-        KvarenaError: a bad setting or a failed run (outside a sweep).
+        KvarenaError: a bad setting or a failed run.
     """
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
     choices = {group: hydra.runtime.choices[group] for group in ("allocator", "scheduler", "workload", "arrival")}
-    name = f"{choices['allocator']} x {choices['scheduler']}"
-    try:
-        summary = execute(cfg, run_dir, name, choices)
-    except KvarenaError as error:
-        if hydra.mode is None or hydra.mode.name != "MULTIRUN":
-            raise
-        (run_dir / ERROR_FILE).write_text(json.dumps({"name": name, "error": str(error)}) + "\n")
-        Console(stderr=True).print(f"{name}: {error}", highlight=False, markup=False)
-        return
-    Console().print(reports.terminal.run_table(summary))
+    summary = execute(cfg, run_dir, f"{choices['allocator']} x {choices['scheduler']}", choices)
     report = run_dir / "report.html"
-    Console().print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+    console = Console()
+    console.print(reports.terminal.run_table(summary))
+    console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
     print_result({"run_dir": str(run_dir), "report": str(report), "summary": summary})
+
+
+def record_failure(message: str) -> None:
+    """Leave `message` in the cell's folder, where a sweep's comparison finds it."""
+    hydra = HydraConfig.get()
+    overrides = ", ".join(hydra.overrides.task)
+    path = Path(hydra.runtime.output_dir) / ERROR_FILE
+    path.write_text(json.dumps({"name": overrides, "error": message}) + "\n")
 
 
 def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) -> dict[str, Any]:

@@ -37,10 +37,10 @@ class ComparisonCallback(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Compare the runs that finished; say which failed."""
         # Hydra makes its callbacks before it checks the command line: a typing error must not wait for these.
-        import reports.comparison
-        import reports.terminal
         from rich.console import Console
 
+        import reports.comparison
+        import reports.terminal
         from experiments.output import print_result
 
         sweep_dir = Path(config.hydra.sweep.dir)

@@ -4,15 +4,33 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from experiments.entry import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "run.py"), *args, "report.progress=false"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """run.py's main in this process, which saves the imports of one process per case."""
+
+    def call(*args: str) -> Done:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it; put it back afterwards
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *args, "report.progress=false"])
+        code = main()
+        return Done(code, *capfd.readouterr())
+
+    return call
 
 
 def broken_checkpoint(tmp_path: Path) -> Path:
@@ -38,37 +56,44 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_settings(name: str, tmp_path: Path):
+def test_bad_settings(name: str, run):
     args, expected = CASES[name]
-    done = run(*args, cwd=tmp_path)
+    done = run(*args)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1, done.stderr
     assert expected in lines[0]
 
 
-def test_a_broken_model_directory(tmp_path: Path):
-    done = run(f"model.path={broken_checkpoint(tmp_path)}", cwd=tmp_path)
+def test_a_broken_model_directory(tmp_path: Path, run):
+    done = run(f"model.path={broken_checkpoint(tmp_path)}")
     assert done.returncode == 2
     assert "config.json" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_negative_length_in_a_trace_names_file_line_and_column(tmp_path: Path):
+def test_a_negative_length_in_a_trace_names_file_line_and_column(tmp_path: Path, run):
     trace = tmp_path / "trace.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:17:03.9799600,-4,10\r\n")
-    done = run("workload=azure_trace", f"workload.path={trace}", cwd=tmp_path)
+    done = run("workload=azure_trace", f"workload.path={trace}")
     assert done.returncode == 2
     assert "trace.csv" in done.stderr
     assert "line 2" in done.stderr
     assert "ContextTokens" in done.stderr
 
 
-def test_a_failed_cell_does_not_stop_a_sweep(tmp_path: Path):
-    # orca_max reserves more than this pool holds for a single request; paged does not.
+def test_a_failed_cell_does_not_stop_a_sweep(tmp_path: Path, run):
     common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
-    done = run("-m", "kv_cache.num_slots=1,512", *common, cwd=tmp_path)
+    done = run("-m", "kv_cache.num_slots=1,512", *common)
+    assert done.returncode == 2
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert len(last["failed"]) == 1
     assert "kv_cache.num_slots" in last["failed"][0]["error"]
     assert Path(tmp_path, last["report"]).exists()
+
+
+def test_the_command_itself_exits_with_2_and_one_line(tmp_path: Path):
+    command = [sys.executable, str(ROOT / "run.py"), "allocator=nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
