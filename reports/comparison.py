@@ -18,10 +18,12 @@ from reports.comparison_sections import comparison_document
 from reports.document import render_html, render_markdown, write_text
 from reports.errors import ReportError
 from reports.files import RunFiles, read_json, read_run
+from reports.format import percent
 from reports.latency import request_latencies
 from reports.paired import match_requests, paired_ratio, same_prompts
 from reports.summary import SCHEMA_VERSION, summarize
 from reports.tokens import compare_tokens
+from reports.windows import WINDOWS, telling
 
 PAIRED_METRICS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
 CELL_METRICS = (
@@ -29,9 +31,9 @@ CELL_METRICS = (
     "output_tokens_per_second", "total_tokens_per_second", "requests_per_second", "ttft_seconds", "tpot_seconds",
     "itl_seconds", "e2e_seconds", "queue_time_seconds", "normalized_latency_seconds_per_token", "batch_size_mean",
     "batch_size_max", "queue_mean", "num_steps", "num_preemptions", "num_recomputed_tokens", "cached_prompt_share",
-    "kv_share_mean", "kv_share_mean_while_waiting", "waste_beyond_token_states",
-    "waste_beyond_token_states_while_waiting", "held_share_mean", "held_share_mean_while_waiting", "peak_rss_bytes",
-    "peak_gpu_bytes", "valid",
+    "peak_rss_bytes", "peak_gpu_bytes", "valid",
+    *(f"{name}{window.suffix}" for window in WINDOWS
+      for name in ("kv_share_mean", "waste_beyond_token_states", "held_share_mean", "step_time_share")),
 )  # fmt: skip
 
 
@@ -178,13 +180,14 @@ def headline(summary: dict[str, Any]) -> str:
     ratio = best["output_tokens_per_second_ratio"]
     if best["baseline"] and best["baseline"] != best["label"] and ratio:
         text += f", {ratio:.2f} times {best['baseline']}"
-    if best["kv_share_mean_while_waiting"]:
-        text += f"; token states fill {100 * best['kv_share_mean_while_waiting']['token_states']:.1f} % of its KV pool"
+    window, split = telling(best)
+    if split:
+        text += f"; token states filled {percent(split['token_states'])} of its KV pool {window.phrase}"
         base = next((cell for cell in cells if cell["label"] == best["baseline"] != best["label"]), None)
-        if base and base["kv_share_mean_while_waiting"]:
-            text += f" while requests wait, {100 * base['kv_share_mean_while_waiting']['token_states']:.1f} % there"
-        else:
-            text += " while requests wait"
+        base_window, base_split = telling(base) if base else (window, None)
+        if base_split:
+            where = "" if base_window is window else f" {base_window.phrase}"
+            text += f", and {percent(base_split['token_states'])} of the other's{where}"
     return text + "."
 
 

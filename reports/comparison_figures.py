@@ -17,6 +17,7 @@ from reports.latency import DEFINITIONS, request_latencies, token_gaps
 from reports.memory import make_bins, step_spans
 from reports.run_figures import draw_memory, latency_figure, split_figure
 from reports.style import CLASS_LOOKS, INK, MUTED, PAPER, SERIES, Look, drawing, export, grid, hatch_kwargs, new_figure
+from reports.windows import ROOM, telling
 
 MAX_CURVES = len(SERIES)
 MAX_PANELS = 12
@@ -25,12 +26,10 @@ NUM_PANEL_BINS = 160
 
 def draw_comparison(cells: list[Cell], summary: dict[str, Any], out_dir: Path) -> dict[str, str]:
     """Draw every figure into figures/*.png. Returns name -> inline SVG; a figure without data is left out."""
-    waiting = any(cell.summary["kv_share_mean_while_waiting"] for cell in cells)
-    key = "kv_share_mean_while_waiting" if waiting else "kv_share_mean"
     with drawing():
         figures: dict[str, Figure] = {
             "overview": overview_figure(cells),
-            "kv_split": split_figure([(cell.label, cell.summary[key]) for cell in cells]),
+            "kv_split": split_figure([_split_row(cell) for cell in cells]),
             "kv_memory": memory_panels(cells[:MAX_PANELS]),
             "latency": latency_curves(cells[:MAX_CURVES]),
         }
@@ -38,6 +37,12 @@ def draw_comparison(cells: list[Cell], summary: dict[str, Any], out_dir: Path) -
         if ratios:
             figures["paired"] = ratio_figure(ratios)
         return {name: export(figure, out_dir, name) for name, figure in figures.items()}
+
+
+def _split_row(cell: Cell) -> tuple[str, dict[str, float] | None]:
+    """A cell's label and its mean split over its most telling window, which is named unless it is the usual one."""
+    window, split = telling(cell.summary)
+    return (cell.label if window is ROOM else f"{cell.label} ({window.label})"), split
 
 
 def looks_of(cells: list[Cell]) -> list[Look]:

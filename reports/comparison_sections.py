@@ -11,8 +11,9 @@ from reports.format import DASH, count, percent, rate, ratio, seconds
 from reports.latency import DEFINITIONS
 from reports.paired import LEVEL, NUM_RESAMPLES
 from reports.paper import FIGURE_2_SOURCE
-from reports.run_sections import LEDGER_MEANING, WINDOWS, commit, definitions, facts
+from reports.run_sections import LEDGER_MEANING, commit, definitions, facts
 from reports.style import CLASS_LOOKS
+from reports.windows import ROOM, WINDOWS, telling
 
 SHARED_FACTS = ("Model", "KV pool", "Workload", "Arrivals", "Machine", "Software", "Commit")
 
@@ -113,18 +114,18 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     invalid = [cell["label"] for cell in cells if not cell["valid"]]
     notes = [
         f"Ratio: output throughput / the baseline's ({summary['baseline']}). Token states: mean share of the KV pool "
-        "while requests wait (of all steps where none ever waited, marked *)."
+        "while requests wait for room (where none did, marked *, over the next window of the KV table)."
     ]
     if invalid:
         notes.append(f"Invalid, because the driver fell behind its bound: {', '.join(invalid)}.")
     for index, cell in enumerate(cells):
-        if cell["kv_share_mean_while_waiting"] is None and cell["kv_share_mean"] is not None:
+        if telling(cell)[0] is not ROOM:
             rows[index][len(settings) + 7] += " *"
     return Section("The grid", [], [picture], [table], notes)
 
 
 def _token_states(cell: dict[str, Any]) -> float | None:
-    split = cell["kv_share_mean_while_waiting"] or cell["kv_share_mean"]
+    split = telling(cell)[1]
     return split["token_states"] if split else None
 
 
@@ -160,21 +161,20 @@ def paired_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
 def memory_section(summary: dict[str, Any], cells: list[Cell], svg: dict[str, str]) -> Section:
     """KV memory of every cell."""
     rows = []
-    for window, suffix in WINDOWS:
+    for window in WINDOWS:
         for cell in summary["cells"]:
-            split = cell[f"kv_share_mean{suffix}"]
+            split = cell[f"kv_share_mean{window.suffix}"]
             if split is not None:
-                waste, held = cell[f"waste_beyond_token_states{suffix}"], cell[f"held_share_mean{suffix}"]
-                rows.append([window, cell["label"], *(percent(split[name]) for name in LEDGER_MEANING),
-                             percent(waste), percent(held)])  # fmt: skip
-    header = ["window", "cell", *(_short(name) for name in LEDGER_MEANING), "waste", "held"]
-    waiting = any(cell["kv_share_mean_while_waiting"] for cell in summary["cells"])
-    window = "while requests wait" if waiting else "over all steps: no request ever waited"
+                keys = ("waste_beyond_token_states", "held_share_mean", "step_time_share")
+                rows.append([window.label, cell["label"], *(percent(split[name]) for name in LEDGER_MEANING),
+                             *(percent(cell[f"{key}{window.suffix}"]) for key in keys)])  # fmt: skip
+    header = ["window", "cell", *(_short(name) for name in LEDGER_MEANING), "waste", "held", "of step time"]
     pictures = [
         Picture("kv_split", svg["kv_split"],
-                f"Mean split of KV memory {window}, weighted by step time, beside {FIGURE_2_SOURCE}. The paper's "
-                "“external & others” holds whatever is neither token state, reservation nor internal fragmentation; "
-                "the split of vLLM's last 3.7 % is not given (outlined).",
+                "Mean split of KV memory while requests wait for room, weighted by step time; a cell in which none did "
+                f"shows the window named beside it. Below: {FIGURE_2_SOURCE}; its “external & others” holds what is "
+                "neither token state, reservation nor internal fragmentation, and the split of vLLM's last 3.7 % is "
+                "not given (outlined).",
                 "bars of the mean share of each ledger class per cell, with the paper's four bars"),
         Picture("kv_memory", svg["kv_memory"],
                 "KV memory over time on one time axis: a picture that ends earlier is a run that was done earlier."
@@ -183,7 +183,7 @@ def memory_section(summary: dict[str, Any], cells: list[Cell], svg: dict[str, st
     ]  # fmt: skip
     notes = [
         "Shares of the pool. Waste: what is neither token state nor cached prefix. Held: owned by finished requests "
-        "of a static batch; part of the classes before it."
+        "of a static batch; part of the classes before it. Of step time: how much of it the window covers."
     ]
     return Section("KV memory", [], pictures, [Table(header, grouped(rows), text_columns=frozenset({1}))], notes)
 

@@ -18,9 +18,10 @@ from reports.files import REQUEST_COLUMNS, RunFiles, read_run
 from reports.latency import DEFINITIONS, request_latencies, token_gaps
 from reports.memory import Spans, step_spans
 from reports.run_figures import latency_figure, load_figure, memory_figure, split_figure
-from reports.run_sections import WINDOWS, run_document
+from reports.run_sections import run_document
 from reports.style import SERIES, drawing, export
 from reports.summary import summarize
+from reports.windows import WINDOWS
 
 
 def write_run_report(run_dir: Path) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any]) -> dict[str, 
     panels = [(DEFINITIONS[key][0], [("", latencies[key])]) for key in ("ttft_seconds", "tpot_seconds")]
     panels.append((DEFINITIONS["itl_seconds"][0], [("", token_gaps(run.lists("token_times"), run.finished))]))
     panels.append((DEFINITIONS["e2e_seconds"][0], [("", latencies["e2e_seconds"])]))
-    bars = [(f"this run, {window}", summary[f"kv_share_mean{suffix}"]) for window, suffix in WINDOWS]
+    bars = [(f"this run, {window.label}", summary[f"kv_share_mean{window.suffix}"]) for window in WINDOWS]
     with drawing():
         figures = {
             "kv_memory": memory_figure(run, spans),

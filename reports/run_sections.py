@@ -10,8 +10,8 @@ from reports.format import DASH, count, percent, rate, seconds, size_bytes
 from reports.latency import DEFINITIONS, PERCENTILES
 from reports.paper import FIGURE_2_SOURCE
 from reports.style import CLASS_LOOKS
+from reports.windows import ALL, DEFINITION, WINDOWS, telling
 
-WINDOWS = (("while requests wait", "_while_waiting"), ("all steps", ""))
 LEDGER_MEANING = {
     "token_states": "slots that hold the KV of computed tokens",
     "reservation": "owned and empty, filled later in the request's stay",
@@ -104,13 +104,12 @@ def footer(summary: dict[str, Any]) -> str:
 
 def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The numbers to see first."""
-    waiting, overall = summary["kv_share_mean_while_waiting"], summary["kv_share_mean"]
-    split, window = (waiting, "while requests wait") if waiting else (overall, "mean of all steps")
+    window, split = telling(summary)
     ttft, tpot, e2e = (summary[f"{name}_seconds"] for name in ("ttft", "tpot", "e2e"))
     return [
         ("Output throughput", f"{rate(summary['output_tokens_per_second'])} tok/s",
          f"{rate(summary['requests_per_second'])} requests/s"),
-        ("KV pool in token states", percent(split["token_states"] if split else None), window),
+        ("KV pool in token states", percent(split["token_states"] if split else None), window.phrase),
         ("TTFT, median", seconds(ttft["p50"]), f"p99 {seconds(ttft['p99'])}"),
         ("TPOT, median", seconds(tpot["p50"]), f"p99 {seconds(tpot['p99'])}"),
         ("E2E, median", seconds(e2e["p50"]), f"p99 {seconds(e2e['p99'])}"),
@@ -120,15 +119,20 @@ def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     """KV memory: over time, its mean split, and the numbers."""
-    waste = summary["waste_beyond_token_states_while_waiting"]
-    text = (
-        f"While requests waited ({count(summary['num_waiting_steps'])} of {count(summary['num_steps'])} steps), "
-        f"{percent(waste)} of the pool held neither tokens nor cached prefixes."
-        if waste is not None
-        else "No request ever waited, so empty memory cost nothing in this run."
-    )
+    window, split = telling(summary)
+    waste = percent(summary[f"waste_beyond_token_states{window.suffix}"])
+    if split is None:
+        text = "No step ran."
+    elif window is ALL:
+        text = f"No request ever waited, so empty memory cost nothing: {waste} of the pool held no tokens."
+    else:
+        text = (
+            f"{window.phrase.capitalize()} ({count(summary[f'num_steps{window.suffix}'])} of "
+            f"{count(summary['num_steps'])} steps, {percent(summary[f'step_time_share{window.suffix}'])} of the step "
+            f"time), {waste} of the pool held neither tokens nor cached prefixes."
+        )
     rows = [
-        [CLASS_LOOKS[name].label, *(_share(summary[f"kv_share_mean{suffix}"], name) for _, suffix in WINDOWS),
+        [CLASS_LOOKS[name].label, *(_share(summary[f"kv_share_mean{window.suffix}"], name) for window in WINDOWS),
          percent(summary["kv_peak_share"][name]), meaning]
         for name, meaning in LEDGER_MEANING.items()
     ]  # fmt: skip
@@ -137,12 +141,12 @@ def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         ("shared_saved", "saved by sharing", "further slots that requests would own without sharing"),
     ):
         if summary[f"{key}_share_mean"]:
-            shares = [percent(summary[f"{key}_share_mean{suffix}"]) for _, suffix in WINDOWS]
+            shares = [percent(summary[f"{key}_share_mean{window.suffix}"]) for window in WINDOWS]
             rows.append([label, *shares, DASH, meaning])
     table = Table(
-        ["share of the pool", *(window for window, _ in WINDOWS), "own peak", "meaning"],
+        ["share of the pool", *(window.label for window in WINDOWS), "own peak", "meaning"],
         rows,
-        text_columns=frozenset({4}),
+        text_columns=frozenset({5}),
     )
     pictures = [
         Picture("kv_memory", svg["kv_memory"],
@@ -246,8 +250,7 @@ def definitions() -> list[tuple[str, str]]:
     """What the words of this report mean."""
     return [
         *DEFINITIONS.values(),
-        ("Windows", "“all steps” is every step of the run; “while requests wait” is the steps with at least one "
-                    "request in the queue. Means over steps are weighted by step time; idle time is in neither."),
+        ("Windows", DEFINITION),
         ("Percentiles", "linear interpolation between order statistics, over requests that finished by themselves"),
         ("Token states", "KV slots that hold computed tokens; a slot that requests share counts once"),
         ("Slot", "the KV of one token in every layer"),

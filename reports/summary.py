@@ -11,6 +11,7 @@ from reports.files import CLASSES, RunFiles
 from reports.format import count, percent, rate, seconds
 from reports.latency import describe, request_latencies, token_gaps
 from reports.memory import Spans, mean_shares, step_spans, weighted_mean
+from reports.windows import telling, window_masks
 
 SCHEMA_VERSION = 1
 NUM_REJECTION_KINDS = 8
@@ -19,8 +20,7 @@ NUM_REJECTION_KINDS = 8
 def summarize(run: RunFiles) -> dict[str, Any]:
     """The summary of a run.
 
-    Windows: *all steps*, and *while requests wait*: the steps with at least one request in the queue, where memory
-    that holds no tokens costs throughput. Both are weighted by step time (reports/memory.py).
+    KV memory is averaged over three windows of steps (reports/windows.py), weighted by step time (reports/memory.py).
 
     Duration: from the first scheduled arrival to the last finish. Throughput counts requests that finished by
     themselves (`stop`, `length`) and their tokens; recomputed tokens are not counted again.
@@ -113,7 +113,6 @@ def _load(run: RunFiles, spans: Spans) -> dict[str, Any]:
         result[f"{key}_max"] = int(steps[column].max()) if run.num_steps else None
     result["step_seconds"] = describe(steps["end_time"] - steps["start_time"])
     result["scheduling_seconds"] = describe(steps["launch_time"] - steps["start_time"])
-    result["waiting_time_share"] = weighted_mean(steps["num_waiting"] > 0, weight)
     for column in ("num_new_tokens", "num_prefill_tokens", "num_decode_tokens"):
         result[f"computed_{column.removeprefix('num_')}"] = int(steps[column].sum())
     result["num_block_copies"] = int(steps["num_copies"].sum())
@@ -123,16 +122,17 @@ def _load(run: RunFiles, spans: Spans) -> dict[str, Any]:
 def _memory(run: RunFiles, spans: Spans) -> dict[str, Any]:
     """Shares of the pool. Waste is what holds neither a running request's tokens nor a reusable cached prefix."""
     steps, pool = run.steps, run.manifest["pool"]
-    waiting = steps["num_waiting"] > 0
+    masks = window_masks(run)
+    busy = spans.weight.sum()
     total = np.maximum(steps["total"], 1).astype(float)
     result: dict[str, Any] = {
         "kv_pool_slots": int(steps["total"].max()) if run.num_steps else pool.get("num_slots"),
         "kv_pool_bytes": pool.get("bytes"),
-        "num_waiting_steps": int(waiting.sum()),
     }
-    for suffix, window in (("", None), ("_while_waiting", waiting)):
-        shares = mean_shares(steps, spans, window)
-        mask = np.ones(run.num_steps, dtype=bool) if window is None else window
+    for suffix, mask in masks.items():
+        shares = mean_shares(steps, spans, mask)
+        result[f"num_steps{suffix}"] = int(mask.sum())
+        result[f"step_time_share{suffix}"] = float(spans.weight[mask].sum() / busy) if busy > 0 else None
         result[f"kv_share_mean{suffix}"] = shares
         result[f"waste_beyond_token_states{suffix}"] = (
             None if shares is None else max(0.0, 1.0 - shares["token_states"] - shares["cached"])
@@ -158,11 +158,9 @@ def headline(summary: dict[str, Any]) -> str:
         return f"{name} finished none of {count(asked)} requests{why}."
     parts = [f"{name} served {count(done)} of {count(asked)} requests at "
              f"{rate(summary['output_tokens_per_second'])} output tokens/s"]  # fmt: skip
-    waiting, overall = summary["kv_share_mean_while_waiting"], summary["kv_share_mean"]
-    if waiting:
-        parts.append(f"token states filled {percent(waiting['token_states'])} of the KV pool while requests waited")
-    elif overall:
-        parts.append(f"token states filled {percent(overall['token_states'])} of the KV pool (no request waited)")
+    window, split = telling(summary)
+    if split:
+        parts.append(f"token states filled {percent(split['token_states'])} of the KV pool {window.phrase}")
     ttft = summary["ttft_seconds"]
     if ttft["count"]:
         parts.append(f"the first token came after {seconds(ttft['p50'])} (median; p99 {seconds(ttft['p99'])})")

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from reports.format import DASH, count, percent, rate, ratio, seconds, size_bytes
+from reports.windows import telling
 
 
 def run_table(summary: dict[str, Any]) -> Table:
@@ -22,7 +23,6 @@ def run_table(summary: dict[str, Any]) -> Table:
     table.add_column(style="dim")
     table.add_column(justify="right")
     table.add_column(style="dim")
-    waiting, overall = summary["kv_share_mean_while_waiting"], summary["kv_share_mean"]
     table.add_row(
         "requests",
         f"{count(summary['num_finished'])} of {count(summary['num_requests'])}",
@@ -36,11 +36,11 @@ def run_table(summary: dict[str, Any]) -> Table:
     for key, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E")):
         stats = summary[f"{key}_seconds"]
         table.add_row(f"{label} median", seconds(stats["p50"]), f"p99 {seconds(stats['p99'])}")
-    split = waiting or overall
+    window, split = telling(summary)
     table.add_row(
         "KV in token states",
         percent(split["token_states"] if split else None),
-        "of the pool, while requests wait" if waiting else "of the pool, all steps (no request waited)",
+        f"of the pool, {window.phrase}",
     )
     table.add_row("mean batch", rate(summary["batch_size_mean"]), f"largest {count(summary['batch_size_max'])}")
     table.add_row("peak memory", size_bytes(summary["peak_rss_bytes"]), "")
@@ -55,15 +55,16 @@ def comparison_table(summary: dict[str, Any]) -> Table:
     Args:
         summary: what `write_comparison` returned.
 
-    TTFT and TPOT are medians, KV the mean share of the pool in token states (while requests wait, if any did), and the
-    last column the median paired ratio of E2E to the baseline's, marked ≈ where the difference is not significant.
+    TTFT and TPOT are medians; KV is the mean share of the pool in token states, over the most telling window
+    (reports/windows.py); the last column is the median paired ratio of E2E to the baseline's, marked ≈ where the
+    difference is not significant.
     """
     table = Table(caption=summary["same_tokens"]["line"], caption_justify="left", box=None, pad_edge=False)
     table.add_column("cell", overflow="fold")
     for name in ("tok/s", "ratio", "TTFT", "TPOT", "KV", "E2E ratio, 95 % CI"):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in summary["cells"]:
-        split = cell["kv_share_mean_while_waiting"] or cell["kv_share_mean"]
+        split = telling(cell)[1]
         table.add_row(
             escape(cell["label"]),
             rate(cell["output_tokens_per_second"]),

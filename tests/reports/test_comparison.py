@@ -11,13 +11,19 @@ from fake_runs import REQUEST_SCHEMA, STEP_SCHEMA, fake_run, write_run
 from rich.console import Console
 
 from reports.cells import differing_settings, make_cells
-from reports.comparison import compare, write_comparison
+from reports.comparison import compare, summarize_comparison, write_comparison
 from reports.errors import ReportError
 from reports.files import read_run
 from reports.summary import summarize
 from reports.terminal import comparison_table, run_table
 
 GRID = [(a, s) for a in ("contiguous", "paged") for s in ("static", "continuous")]
+
+
+def _summarize(*folders, baseline=None):
+    """The comparison's summary, without drawing anything."""
+    runs = [(folder.name, run := read_run(folder), summarize(run)) for folder in folders]
+    return summarize_comparison(make_cells(runs, baseline), [])
 
 
 def _sweep(path, names, baseline=None, failed=()):
@@ -90,7 +96,7 @@ def test_one_wrong_token_is_found(tmp_path):
 def test_rejected_requests_are_reported_apart(tmp_path):
     fake_run(tmp_path / "a", num_requests=12, num_rejected=2)
     fake_run(tmp_path / "b", num_requests=12, num_rejected=0)
-    same = write_comparison(_sweep(tmp_path, ["a", "b"]))["same_tokens"]
+    same = _summarize(tmp_path / "a", tmp_path / "b")["same_tokens"]
     assert same["verdict"] == "same"
     assert same["cells"][0]["num_rejected_in_one"] == 2
     assert "rejected" in same["line"]
@@ -103,7 +109,7 @@ def test_a_truncated_output_differs_where_it_ends(tmp_path):
     steps = pq.read_table(tmp_path / "b" / "steps.parquet", schema=STEP_SCHEMA).to_pylist()
     rows[4]["output_token_ids"] = rows[4]["output_token_ids"][:3]
     write_run(tmp_path / "b", rows, steps, "paged", "continuous", 7680, 16)
-    (entry,) = write_comparison(_sweep(tmp_path, ["a", "b"]))["same_tokens"]["cells"]
+    (entry,) = _summarize(tmp_path / "a", tmp_path / "b")["same_tokens"]["cells"]
     assert entry["first_divergence"]["position"] == 3
     assert entry["first_divergence"]["token_id"] is None
 
@@ -114,7 +120,7 @@ def test_order_of_requests_does_not_matter(tmp_path):
     rows = pq.read_table(tmp_path / "b" / "requests.parquet", schema=REQUEST_SCHEMA).to_pylist()
     steps = pq.read_table(tmp_path / "b" / "steps.parquet", schema=STEP_SCHEMA).to_pylist()
     write_run(tmp_path / "b", rows[::-1], steps, "paged", "continuous", 7680, 16)
-    summary = write_comparison(_sweep(tmp_path, ["a", "b"]))
+    summary = _summarize(tmp_path / "a", tmp_path / "b")
     assert summary["same_tokens"]["verdict"] == "same"
     assert summary["cells"][1]["paired"]["e2e_seconds"]["median_ratio"] == 1
 
@@ -125,7 +131,7 @@ def test_other_settings_become_columns_and_each_has_its_own_baseline(tmp_path):
         for allocator in ("contiguous", "paged"):
             names.append(f"{allocator}{rate}")
             fake_run(tmp_path / names[-1], allocator, num_requests=12, rate=rate, config={"arrival": {"rate": rate}})
-    summary = write_comparison(_sweep(tmp_path, names, baseline="contiguous x continuous"))
+    summary = _summarize(*(tmp_path / name for name in names), baseline="contiguous x continuous")
     assert summary["settings"] == ["allocator", "scheduler", "arrival.rate"]
     assert [cell["baseline"] for cell in summary["cells"]] == [
         "contiguous × continuous, rate=4",
@@ -138,7 +144,7 @@ def test_other_settings_become_columns_and_each_has_its_own_baseline(tmp_path):
 def test_one_strategy_under_two_pools_compares_with_the_first(tmp_path):
     for total in (4096, 7680):
         fake_run(tmp_path / str(total), num_requests=12, total=total, config={"kv_cache": {"num_slots": total}})
-    summary = write_comparison(_sweep(tmp_path, ["4096", "7680"]))
+    summary = _summarize(tmp_path / "4096", tmp_path / "7680")
     assert summary["cells"][1]["baseline"] == "paged × continuous, num_slots=4096"
     assert summary["cells"][1]["paired"] is not None
 
@@ -146,7 +152,7 @@ def test_one_strategy_under_two_pools_compares_with_the_first(tmp_path):
 def test_other_prompts_are_not_paired(tmp_path):
     fake_run(tmp_path / "a", num_requests=12, seed=0)
     fake_run(tmp_path / "b", "contiguous", num_requests=12, seed=1)
-    summary = write_comparison(_sweep(tmp_path, ["a", "b"]))
+    summary = _summarize(tmp_path / "a", tmp_path / "b")
     assert summary["same_tokens"]["verdict"] == "not compared"
     assert summary["cells"][1]["paired"] is None
 

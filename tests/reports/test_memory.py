@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from fake_runs import fake_run
 
+from reports.files import read_run
 from reports.memory import Spans, binned_mean, binned_rate, make_bins, mean_shares, step_spans
+from reports.windows import ALL, ROOM, WAITING, telling, window_masks
 
 
 def _steps(start, end, **columns):
@@ -56,3 +59,28 @@ def test_a_million_steps_bin_fast():
 def test_no_steps():
     spans = step_spans(_steps([], []))
     assert np.isnan(binned_mean(np.empty(0), spans, make_bins(spans, 3))).all()
+
+
+def test_windows(tmp_path):
+    run = read_run(fake_run(tmp_path / "run", "contiguous", num_requests=24))
+    steps = run.steps
+    masks = window_masks(run)
+    assert masks[ALL.suffix].all()
+    assert (masks[WAITING.suffix] == (steps["num_waiting"] > 0)).all()
+    assert (masks[ROOM.suffix] == masks[WAITING.suffix]).all()  # the made-up limits are never reached
+    scheduler = run.manifest["config"]["scheduler"]
+    scheduler["max_num_seqs"] = int(steps["num_running"].max())
+    full = steps["num_running"] == scheduler["max_num_seqs"]
+    assert not window_masks(run)[ROOM.suffix][full].any()
+    scheduler["max_num_batched_tokens"] = 8
+    assert (steps["num_new_tokens"][window_masks(run)[ROOM.suffix]] < 8).all()
+
+
+def test_the_most_telling_window_that_holds_a_step():
+    split = {"token_states": 1.0}
+    keys = [f"kv_share_mean{window.suffix}" for window in (ROOM, WAITING, ALL)]
+    summary = dict.fromkeys(keys)
+    assert telling(summary) == (ALL, None)
+    for window, key in list(zip((ROOM, WAITING, ALL), keys, strict=True))[::-1]:
+        summary[key] = split
+        assert telling(summary) == (window, split)

@@ -12,17 +12,13 @@ def _last(capsys):
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
-def test_one_run(tmp_path, capsys):
-    run_dir = fake_run(tmp_path / "run", num_requests=6)
-    assert main([str(run_dir)]) == 0
-    assert _last(capsys) == {"report": str(run_dir / "report.html")}
-
-
 def test_two_runs_and_a_sweep(tmp_path, capsys):
     a, b = fake_run(tmp_path / "a", num_requests=6), fake_run(tmp_path / "b", "contiguous", num_requests=6)
+    assert main([str(a)]) == 0
+    assert _last(capsys) == {"report": str(a / "report.html")}
     assert main([str(a), str(b), "--baseline", "b"]) == 0
     assert _last(capsys) == {"report": str(tmp_path / "comparison" / "report.html")}
-    (tmp_path / "sweep.json").write_text(json.dumps({"runs": ["a", "b"], "baseline": None, "failed": []}))
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": ["b"], "baseline": None, "failed": []}))
     assert main([str(tmp_path)]) == 0
     assert _last(capsys) == {"report": str(tmp_path / "report.html")}
 

@@ -11,9 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from fake_runs import REQUEST_SCHEMA, STEP_SCHEMA, fake_run, write_run
 
+from reports.document import render_html, render_markdown
 from reports.errors import ReportError
-from reports.files import CLASSES
+from reports.files import CLASSES, read_run
 from reports.run_report import write_run_report
+from reports.run_sections import run_document
+from reports.summary import summarize
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +73,17 @@ def test_html_is_one_file_without_network(made):
         assert target in ids
 
 
+def _document(run_dir):
+    run = read_run(run_dir)
+    return run_document(summarize(run), {}, dict.fromkeys(("kv_memory", "kv_split", "latency", "load"), ""))
+
+
 def test_html_escapes_what_a_run_wrote(tmp_path):
     run_dir = fake_run(tmp_path / "run", num_requests=6)
     manifest = json.loads((run_dir / "manifest.json").read_text())
     manifest["name"] = "<script>alert(1)</script>"
     (run_dir / "manifest.json").write_text(json.dumps(manifest))
-    write_run_report(run_dir)
-    assert "<script>alert" not in (run_dir / "report.html").read_text()
+    assert "<script>alert" not in render_html(_document(run_dir))
 
 
 def test_requests_csv_has_a_row_per_request(made):
@@ -138,8 +145,8 @@ def test_a_late_driver_makes_the_run_invalid(tmp_path):
     manifest = json.loads((run_dir / "manifest.json").read_text())
     manifest["run"]["lateness_bound"] = 1e-9
     (run_dir / "manifest.json").write_text(json.dumps(manifest))
-    assert write_run_report(run_dir)["valid"] is False
-    assert "Invalid run" in (run_dir / "report.md").read_text()
+    assert summarize(read_run(run_dir))["valid"] is False
+    assert "Invalid run" in render_markdown(_document(run_dir))
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "requests.parquet", "steps.parquet"])
