@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from experiments.matrix import PATHS, Coverage, MatrixFailure, cells_of_round, make_trace, run_cell
+from experiments.matrix import PATHS, Coverage, MatrixFailure, cells_of_round, run_cell
+from experiments.random_traces import make_trace
 
 
 def fuzz_trace(seed: int) -> tuple[int, Coverage, list[str]]:

@@ -7,23 +7,20 @@ counts them, since a test that never reaches a path says nothing about it.
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 from engine.clock import VirtualClock
 from engine.core import Engine, StepOutput
 from engine.errors import EngineError, RequestRejected
 from engine.ledger import MemoryLedger
-from engine.plan import NULL_BLOCK, CopyKind, KVAllocator, StepPlan
-from engine.request import FinishReason, Request, RequestStatus, SamplingParams, expand
-from engine.runner.oracle import OracleRunner, expected_output
+from engine.plan import NULL_BLOCK, CopyKind, KVAllocator, KVUsage, StepPlan
+from engine.request import FinishReason, Request, RequestStatus
+from engine.runner.oracle import OracleRunner
+from experiments.random_traces import MAX_MODEL_LEN, VOCAB_SIZE, Trace
 from experiments.strategies import build_allocator, build_scheduler, strategy_names, strategy_options
 from schedulers.base import Scheduler
 
-MAX_MODEL_LEN = 48
-VOCAB_SIZE = 97
 WINDOW = 8
 
 Coverage = Counter[str]
@@ -35,98 +32,6 @@ PATHS = (
 
 class MatrixFailure(EngineError):
     """A strategy broke its contract. The message names what must be passed to see it again."""
-
-
-@dataclass
-class Trace:
-    """A random workload and the random sizes under which strategies run it.
-
-    Attributes:
-        seed: what it was made from.
-        specs: arguments of `Request`.
-        aborts: (time, request id), by time.
-        num_slots: size of the pool.
-        allocator_options: by option name; applied where an allocator has the option.
-        scheduler_options: likewise.
-    """
-
-    seed: int
-    specs: list[dict[str, Any]]
-    aborts: list[tuple[float, str]]
-    num_slots: int
-    allocator_options: dict[str, Any]
-    scheduler_options: dict[str, Any]
-    _expected: dict[int | None, dict[str, list[int]]] = field(default_factory=dict)
-
-    def expected(self, window: int | None) -> dict[str, list[int]]:
-        """The right output of each request under a window, by id."""
-        if window not in self._expected:
-            requests = [req for spec in self.specs for req in expand(Request(**spec))]
-            self._expected[window] = {req.request_id: expected_output(req, VOCAB_SIZE, window) for req in requests}
-        return self._expected[window]
-
-    def requests(self) -> list[Request]:
-        """New requests by arrival, parallel samples expanded; some know their true output length, some a wrong one."""
-        rng = random.Random(self.seed)
-        requests = [req for spec in self.specs for req in expand(Request(**spec))]
-        for req in requests:
-            length = len(self.expected(None)[req.request_id])
-            req.oracle_output_len = rng.choice([None, length, length, length, (length + 1) // 2])
-        return requests
-
-
-def make_trace(seed: int, num_requests: int = 20) -> Trace:
-    """A random trace: shared, identical and block-aligned prompts, stop tokens, n > 1, priorities, clients, aborts."""
-    rng = random.Random(seed)
-    block_size = rng.choice([1, 2, 4, 4, 8])
-    shared = [rng.randrange(VOCAB_SIZE) for _ in range(24)]
-    specs: list[dict[str, Any]] = []
-    stop_token_ids = frozenset(rng.sample(range(VOCAB_SIZE), rng.choice([0, 6])))
-    for i in range(num_requests):
-        prompt = shared[: rng.choice([0, 0, 8, 16, 24])]
-        if not prompt or rng.random() < 0.7:  # else: identical to others, and a whole number of blocks
-            prompt = prompt + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 10))]
-        max_tokens = rng.randint(1, 14 if rng.random() < 0.9 else 40)
-        specs.append(
-            {
-                "request_id": f"r{i}",
-                "prompt_token_ids": prompt,
-                "sampling": SamplingParams(
-                    max_tokens=max_tokens,
-                    min_tokens=rng.choice([0, min(3, max_tokens)]),
-                    seed=rng.choice([None, i]),
-                    n=rng.choice([1, 1, 1, 1, 2, 3]),
-                ),
-                "arrival_time": float(rng.randint(0, 2 * num_requests)),
-                "priority": rng.randint(0, 2),
-                "client_id": rng.choice("abc"),
-                "cache_salt": rng.choice(["", "", "", "salt"]),
-                "eos_token_ids": stop_token_ids,
-            }
-        )
-    specs.sort(key=lambda spec: spec["arrival_time"])
-    ids = [req.request_id for spec in specs for req in expand(Request(**spec))]
-    aborts = [(float(rng.randint(1, 5 * num_requests)), rid) for rid in rng.sample(ids, rng.randint(0, 4))]
-    max_num_seqs = rng.choice([3, 6, 12])
-    swap_blocks = rng.choice([0, 6, 60])
-    return Trace(
-        seed=seed,
-        specs=specs,
-        aborts=sorted(aborts),
-        num_slots=rng.choice([40, 64, 80, 100, 128]),
-        allocator_options={"block_size": block_size, "swap_blocks": swap_blocks},
-        scheduler_options={
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_seqs + rng.choice([0, 5, 20, 100]),
-            "watermark": rng.choice([0.0, 0.01, 0.1]),
-            "preemption": rng.choice(["recompute", "recompute", "none"] if swap_blocks == 0 else ["swap"]),
-            "victim": rng.choice(["last_arrived", "lowest_priority", "most_blocks"]),
-            "retire": rng.choice(["hold", "free"]),
-            "max_wait": rng.choice([0.0, 3.5]),
-            "predictor": rng.choice(["oracle", "lognormal"]),
-            "ageing": rng.choice([0.1, 1.0]),
-        },
-    )
 
 
 @dataclass(frozen=True)
@@ -218,7 +123,7 @@ def drive(
     """Run `trace` on given objects; one step per simulated second. Raises EngineError when anything is wrong."""
     clock, ledger = VirtualClock(), MemoryLedger()
     engine = Engine(scheduler, allocator, runner, clock, overlap=overlap, ledger=ledger)
-    run = CellRun(trace.requests(), Counter())
+    run, before = CellRun(trace.requests(), Counter()), allocator.usage()
     num_slots: dict[Request, int] = {}
     todo, aborts = run.requests[::-1], trace.aborts[::-1]
     limit = 200 + 4 * len(run.requests) + 20 * sum(req.max_total_tokens for req in run.requests)
@@ -244,7 +149,8 @@ def drive(
             raise EngineError(f"{scheduler.num_waiting} wait and {scheduler.num_running} run after {now} steps")
         clock.advance(1.0)
     ledger.settle()
-    _check_end(run, allocator, trace.expected(runner.window))
+    _check_pool(before, allocator.usage())
+    _check_end(run, trace.expected(runner.window))
     _count(run, runner)
     return run
 
@@ -265,10 +171,12 @@ def _check_plan(plan: StepPlan, scheduler: Scheduler) -> None:
         raise EngineError(f"a step of {plan.num_new_tokens} tokens, of at most {scheduler.max_num_batched_tokens}")
 
 
-def _check_end(run: CellRun, allocator: KVAllocator, expected: dict[str, list[int]]) -> None:
-    usage = allocator.usage()
-    if usage.owned or usage.shared_saved or usage.free + usage.cached != usage.total:
-        raise EngineError(f"the pool is not whole after the run: {usage}")
+def _check_pool(before: KVUsage, after: KVUsage) -> None:
+    if after.owned or after.shared_saved or after.free + after.cached != before.free:
+        raise EngineError(f"the pool is not whole after the run: {after}, before it {before}")
+
+
+def _check_end(run: CellRun, expected: dict[str, list[int]]) -> None:
     for req in run.requests:
         got, want, reason = req.output_token_ids, expected[req.request_id], req.finish_reason
         whole = reason in (FinishReason.STOP, FinishReason.LENGTH)

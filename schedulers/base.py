@@ -1,8 +1,4 @@
-"""The mechanism of all schedulers; a policy overrides `build_plan` and a few small hooks.
-
-    add -> waiting -> admit -> prefilling -> decoding -> finish
-              ^                    |            |
-              '----- preempt ------'------------'
+"""What all schedulers share; a policy overrides `build_plan` and a few small hooks.
 
 A request that runs is in exactly one of two sets. `prefilling`: more than the last sampled token is left to compute
 (a prompt, or what a preemption dropped). `decoding`: each step computes one token and samples one, so the loop over
@@ -18,17 +14,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from engine.errors import ConfigError, RequestError, RequestRejected
-from engine.plan import KVAllocator, ScheduledRequest, StepPlan
+from engine.errors import RequestError, RequestRejected
+from engine.plan import ScheduledRequest, StepPlan
 from engine.request import FinishReason, Request, RequestStatus
-from schedulers.preemption import PREEMPTIONS, VICTIMS
-from schedulers.queue import RequestQueue
+from schedulers.lifecycle import Lifecycle
 
 
-class Scheduler(ABC):
-    """Queues, admission, growth, preemption and retirement.
+class Scheduler(Lifecycle, ABC):
+    """Base of all schedulers: the protocol, and the loops that policies build their plans from.
 
     Args:
         allocator: who owns which slots.
@@ -50,85 +44,11 @@ class Scheduler(ABC):
         ConfigError: an option out of range.
     """
 
-    shares_prompts = True  # children of parallel sampling wait for their parent's prompt and fork it
-
-    def __init__(
-        self,
-        allocator: KVAllocator,
-        *,
-        max_model_len: int,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
-        watermark: float = 0.01,
-        preemption: str = "recompute",
-        victim: str = "last_arrived",
-    ) -> None:
-        require(max_model_len >= 2, "engine.max_model_len", max_model_len, "at least 2 (one prompt, one output token)")
-        require(max_num_seqs >= 1, "scheduler.max_num_seqs", max_num_seqs, "at least 1")
-        require(
-            max_num_batched_tokens >= max_num_seqs,
-            "scheduler.max_num_batched_tokens",
-            max_num_batched_tokens,
-            f"at least scheduler.max_num_seqs={max_num_seqs}, or running requests could not all decode in a step",
-        )
-        require(0 <= watermark < 1, "scheduler.watermark", watermark, "in [0, 1)")
-        require(preemption in PREEMPTIONS, "scheduler.preemption", preemption, f"one of {', '.join(PREEMPTIONS)}")
-        require(victim in VICTIMS, "scheduler.victim", victim, f"one of {', '.join(VICTIMS)}")
-        self.allocator = allocator
-        self.max_model_len = max_model_len
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.preemption = preemption
-        self.requests: dict[str, Request] = {}
-        self.prefilling: dict[Request, None] = {}
-        self.decoding: dict[Request, None] = {}
-        self.arrival: dict[Request, int] = {}  # order of `add`
-        self._watermark_slots = int(watermark * allocator.num_blocks * allocator.block_size)
-        self._victim_score = VICTIMS[victim]
-        self._queue = RequestQueue()
-        self._children: dict[Request, list[Request]] = {}  # wait for the key's prompt
-        self._num_lost: dict[Request, int] = {}  # tokens computed once and dropped by a preemption
-        self._unreported: list[Request] = []  # preempted in steps that computed nothing
-        self._num_added = 0
-
-    # ---- policy hooks
+    # ---- policy
 
     @abstractmethod
     def build_plan(self, plan: StepPlan, now: float) -> None:
         """Fill `plan` from `prefilling`, `decoding` and the queue, with the `schedule_*` and `admit*` methods."""
-
-    def order_key(self, req: Request) -> Any:
-        """Place of `req` in the queue, ascending; fixed while it waits. First come first served by default."""
-        return self.arrival[req]
-
-    def rank(self, req: Request) -> Any:
-        """Who is protected from preemption: the smallest. Must never change during a request's life."""
-        return self.arrival[req]
-
-    def pick_victim(self) -> Request:
-        """The running request to preempt; the best-ranked one only when it runs alone."""
-        candidates = [*self.decoding, *self.prefilling]
-        if len(candidates) > 1:
-            candidates.remove(min(candidates, key=self.rank))
-        return self.worst(candidates)
-
-    def retire(self, req: Request) -> None:
-        """A running request ended: give its slots back."""
-        self.allocator.free(req)
-
-    # ---- the queue; a policy with a queue of its own overrides these three
-
-    def next_waiting(self) -> Request | None:
-        """The request that would be admitted next."""
-        return self._queue.peek()
-
-    def enqueue(self, req: Request) -> None:
-        """Put `req` in its place in the queue."""
-        self._queue.push(req, self.order_key(req))
-
-    def dequeue(self, req: Request) -> None:
-        """Take `req` out of the queue."""
-        self._queue.remove(req)
 
     # ---- SchedulerProtocol
 
@@ -136,11 +56,6 @@ class Scheduler(ABC):
     def has_work(self) -> bool:
         """True while a request waits or runs."""
         return bool(self.requests)
-
-    @property
-    def num_running(self) -> int:
-        """Requests that own slots and are computing."""
-        return len(self.prefilling) + len(self.decoding)
 
     @property
     def num_waiting(self) -> int:
@@ -240,7 +155,7 @@ class Scheduler(ABC):
             self.finish(req, reason)
         return [req for req, _ in finished]
 
-    # ---- mechanism
+    # ---- what plans are built from
 
     def schedule_decodes(self, plan: StepPlan) -> None:
         """Schedule one token of every request in `decoding`, preempting where the pool runs dry."""
@@ -315,159 +230,3 @@ class Scheduler(ABC):
                 budget -= req.num_tokens - req.num_computed_tokens
             elif not req.is_finished:
                 return
-
-    def admit(self, req: Request, plan: StepPlan) -> bool:
-        """Move `req` from the queue to `prefilling`, with slots for every token that it has.
-
-        False when there is no room now, or when there never will be: then it ended, and is in `plan.rejected`.
-        Must come before `schedule_prefills` in a step: a fork copies KV that an earlier step computed.
-        """
-        if req.num_pending_tokens:  # preempted while a step was in flight: its last token is not here yet
-            return False
-        if not self._take_slots(req):
-            if self.num_running == 0:
-                plan.rejected.append(req)
-                self.finish(req, FinishReason.ERROR, self._outgrown(req))
-            return False
-        self.dequeue(req)
-        req.status = RequestStatus.RUNNING
-        self.prefilling[req] = None
-        return True
-
-    def num_slots_to_admit(self, req: Request) -> int:
-        """Positions that `req` must own to be admitted."""
-        return req.max_total_tokens if self.preemption == "none" else req.num_tokens
-
-    def _take_slots(self, req: Request) -> bool:
-        """Own slots for `req`, by swapping in, forking, or from scratch; all or nothing."""
-        allocator, num_slots = self.allocator, self.num_slots_to_admit(req)
-        if req.status is RequestStatus.SWAPPED:
-            if not self._above_watermark(num_slots) or not allocator.swap_in(req):
-                if self.num_running:
-                    return False
-            elif allocator.allocate(req, num_slots):
-                return True
-            # Back from the host, but no room for the next token (or no way back at all): compute it again.
-            allocator.free(req)
-            self._drop(req)
-        parent = req.parent
-        if parent is not None and parent in self.decoding and allocator.fork(parent, req):
-            return self._take_forked_slots(req, parent, num_slots)
-        num_cached = allocator.match_prefix(req)
-        if not self._above_watermark(num_slots - num_cached) or not allocator.allocate(req, num_slots, num_cached):
-            return False
-        if req.num_preemptions == 0:
-            req.num_cached_tokens = num_cached
-        req.num_computed_tokens = num_cached
-        return True
-
-    def _take_forked_slots(self, req: Request, parent: Request, num_slots: int) -> bool:
-        """Own what `req` needs beside the blocks that it shares with `parent`, or give those back."""
-        num_new_slots = num_slots - req.num_computed_tokens
-        taken = self._above_watermark(num_new_slots) and self.allocator.allocate(req, num_slots)
-        if not taken:
-            self.allocator.free(req)
-            req.num_computed_tokens = 0
-        # The fork took the parent's right to write into its last block, and the parent may be in this step already.
-        # It has the block to itself again: the child copied it, or is gone.
-        self.allocator.allocate(parent, parent.num_computed_tokens)
-        return taken
-
-    def _above_watermark(self, num_new_slots: int) -> bool:
-        """Whether the pool keeps its reserve when `num_new_slots` are taken; always when nothing runs."""
-        if self._watermark_slots == 0 or self.num_running == 0:
-            return True
-        usage = self.allocator.usage()
-        return usage.free + usage.cached + usage.external - num_new_slots >= self._watermark_slots
-
-    def grow(self, req: Request, num_tokens: int, plan: StepPlan) -> bool:
-        """Own slots for [0, num_tokens), preempting others if need be. False: `req` itself was preempted."""
-        while not self.allocator.allocate(req, num_tokens):
-            victim = self.pick_victim()
-            self.preempt(victim, plan)
-            if victim is req:
-                return False
-        return True
-
-    def worst(self, candidates: Iterable[Request]) -> Request:
-        """The victim among `candidates`, by the victim policy."""
-        return max(candidates, key=lambda req: (self._victim_score(req), self.arrival[req]))
-
-    def preempt(self, req: Request, plan: StepPlan) -> None:
-        """Take a running request's slots away and queue it again."""
-        self._unschedule(req, plan)
-        self._remove_running(req)
-        plan.preempted.append(req)
-        req.num_preemptions += 1
-        if self.preemption == "swap" and req.num_computed_tokens and self.allocator.swap_out(req):
-            req.status = RequestStatus.SWAPPED
-        else:
-            self.allocator.free(req)
-            self._drop(req)
-        self.enqueue(req)
-
-    def finish(self, req: Request, reason: FinishReason, error: str = "") -> None:
-        """End `req` wherever it is."""
-        running = req in self.decoding or req in self.prefilling
-        req.status, req.finish_reason, req.error = RequestStatus.FINISHED, reason, error
-        if running:
-            self._remove_running(req)
-            self.retire(req)
-        else:
-            siblings = self._children.get(req.parent) if req.parent is not None else None
-            if siblings is not None and req in siblings:
-                siblings.remove(req)
-            else:
-                self.dequeue(req)
-            self.allocator.free(req)
-        self._release_children(req)
-        self._num_lost.pop(req, None)
-        del self.arrival[req]
-        del self.requests[req.request_id]
-
-    def _drop(self, req: Request) -> None:
-        """The KV of `req` is gone: it computes from scratch, or from what the prefix cache still holds."""
-        self._num_lost[req] = max(self._num_lost.get(req, 0), req.num_computed_tokens)
-        req.num_computed_tokens = 0
-        req.status = RequestStatus.WAITING
-
-    def _recomputed(self, req: Request, start: int, end: int) -> int:
-        """How many of the positions [start, end) had been computed before."""
-        return max(0, min(end, self._num_lost.get(req, 0)) - start)
-
-    def _unschedule(self, req: Request, plan: StepPlan) -> None:
-        """Take `req` out of the step that is being planned, if it is in."""
-        for i, (other, start, num_new_tokens) in enumerate(plan.scheduled):
-            if other is req:
-                if plan.samples[i]:
-                    req.num_pending_tokens -= 1
-                req.num_recomputed_tokens -= self._recomputed(req, start, start + num_new_tokens)
-                req.num_computed_tokens = start
-                del plan.scheduled[i], plan.samples[i]
-                return
-
-    def _remove_running(self, req: Request) -> None:
-        if req in self.decoding:
-            del self.decoding[req]
-        else:
-            del self.prefilling[req]
-
-    def _waits_for(self, parent: Request) -> bool:
-        """Whether `parent` still has to compute the prompt that its children may share."""
-        return parent.request_id in self.requests and parent not in self.decoding
-
-    def _release_children(self, parent: Request) -> None:
-        for child in self._children.pop(parent, ()):
-            self.enqueue(child)
-
-    def _outgrown(self, req: Request) -> str:
-        return (
-            f"request {req.request_id!r} needs slots for {self.num_slots_to_admit(req)} tokens, which the empty KV "
-            "pool cannot give; raise kv_cache.num_blocks or shorten the request"
-        )
-
-
-def require(ok: bool, name: str, value: object, must: str) -> None:
-    """Raise ConfigError unless `ok`; `name` is the setting as the user spells it."""
-    if not ok:
-        raise ConfigError(f"{name}={value!r} must be {must}")

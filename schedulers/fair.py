@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from engine.plan import KVAllocator, StepPlan
 from engine.request import Request
-from schedulers.base import require
 from schedulers.chunked import ChunkedScheduler
+from schedulers.lifecycle import require
 from schedulers.queue import RequestQueue
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from engine.plan import KVAllocator
 from engine.request import Request
-from schedulers.base import require
 from schedulers.chunked import ChunkedScheduler
+from schedulers.lifecycle import require
 
 PREDICTORS = ("oracle", "lognormal")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from engine.plan import KVAllocator, StepPlan
 from engine.request import Request
-from schedulers.base import Scheduler, require
+from schedulers.base import Scheduler
+from schedulers.lifecycle import require
 
 RETIRE = ("hold", "free")
 

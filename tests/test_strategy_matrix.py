@@ -23,9 +23,9 @@ from experiments.matrix import (
     MatrixFailure,
     allocator_cells,
     cells_of_round,
-    make_trace,
     run_cell,
 )
+from experiments.random_traces import make_trace
 from experiments.strategies import strategy_names
 from schedulers.base import Scheduler
 
