@@ -1,0 +1,200 @@
+"""`/v1/chat/completions`: how answers look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from typing_extensions import override
+
+from engine.server.answers import Renderer, event
+from engine.server.choice_text import ChoiceText, Delta
+from engine.server.completions import ChoicePrompt, prompt_logprobs_body
+from engine.server.tokenization import TokenizerService
+from engine.server.tool_calls import Parsed, ToolCall, ToolParser
+
+LOWEST_LOGPROB = -9999.0
+
+
+class ChatRenderer(Renderer):
+    """Bytes of chat completions.
+
+    Args:
+        head: the constant fields: id, created, model.
+        tokenizer: for log-probabilities.
+        prompts: by choice index.
+        make_parser: gives a tool parser per choice, or None when the answer is text only.
+        forced_call: a named function was forced: its finish reason stays `stop`.
+        role: of the answer.
+        echo: text that the answer continues (`continue_final_message` with echo), shown first.
+        logprobs, prompt_logprobs, return_token_ids: what to show beside the text.
+        streams: events are shown as they come; False: only the whole answer is.
+    """
+
+    def __init__(
+        self,
+        head: dict[str, Any],
+        tokenizer: TokenizerService,
+        prompts: list[ChoicePrompt],
+        *,
+        make_parser: Callable[[], ToolParser | None],
+        forced_call: bool,
+        logprobs: bool,
+        prompt_logprobs: bool,
+        return_token_ids: bool,
+        streams: bool,
+    ) -> None:
+        self._fields = head
+        self._head = {"object": "chat.completion.chunk", **head}
+        self._tokenizer, self._prompts = tokenizer, prompts
+        self._logprobs, self._prompt_logprobs, self._return_token_ids = logprobs, prompt_logprobs, return_token_ids
+        self._forced_call, self._streams = forced_call, streams
+        self._parsers = [make_parser() for _ in prompts]
+        self._is_plain = not (logprobs or return_token_ids) and not any(self._parsers)
+        prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
+        self._prefixes = [prefix + str(i).encode() + b',"delta":{"content":' for i in range(len(prompts))]
+        self._suffix = b'},"logprobs":null,"finish_reason":null}]}\n\n'
+        self._contents: list[list[str]] = [[] for _ in prompts]
+        self._calls: list[list[ToolCall]] = [[] for _ in prompts]
+        self._ids: list[list[int]] = [[] for _ in prompts]
+        self._entries: list[list[dict[str, Any]]] = [[] for _ in prompts]
+        self._texts: dict[int, ChoiceText] = {}
+
+    @override
+    def begin(self) -> bytes:
+        events = []
+        for index, prompt in enumerate(self._prompts):
+            choice: dict[str, Any] = {
+                "index": index,
+                "delta": {"role": "assistant", "content": ""},
+                "logprobs": None,
+                "finish_reason": None,
+            }
+            if self._return_token_ids:
+                choice["prompt_token_ids"] = prompt.token_ids
+            events.append(event(self._head | {"choices": [choice]}))
+        return b"".join(events)
+
+    @override
+    def delta(self, text: ChoiceText, delta: Delta) -> bytes:
+        index = text.choice.index
+        self._texts[index] = text
+        if self._is_plain:
+            if not delta.text:
+                return b""
+            if self._streams:
+                return self._prefixes[index] + orjson.dumps(delta.text) + self._suffix
+            self._contents[index].append(delta.text)
+            return b""
+        return self._rich_delta(index, text, delta)
+
+    def _rich_delta(self, index: int, text: ChoiceText, delta: Delta) -> bytes:
+        parser = self._parsers[index]
+        parsed = Parsed(delta.text, [])
+        if parser is not None:
+            parsed = parser.add(delta.text)
+            if text.finish_reason is not None:
+                rest = parser.end()
+                parsed = Parsed(parsed.text + rest.text, parsed.calls + rest.calls)
+        entries = []
+        if self._logprobs:
+            entries = [self._logprob_entry(entry) for entry in delta.logprobs]
+        first_call = len(self._calls[index])
+        self._calls[index] += parsed.calls
+        self._contents[index].append(parsed.text)
+        self._ids[index] += delta.token_ids
+        if not self._streams:
+            self._entries[index] += entries
+            return b""
+        events = b""
+        if parsed.text or entries or (self._return_token_ids and delta.token_ids):
+            choice: dict[str, Any] = {
+                "index": index,
+                "delta": {"content": parsed.text},
+                "logprobs": {"content": entries} if entries else None,
+                "finish_reason": None,
+            }
+            if self._return_token_ids:
+                choice["token_ids"] = delta.token_ids
+            events += event(self._head | {"choices": [choice]})
+        for number, call in enumerate(parsed.calls, start=first_call):
+            events += self._call_events(index, number, call)
+        return events
+
+    def _call_events(self, index: int, number: int, call: ToolCall) -> bytes:
+        """A call's name, then its arguments."""
+        head = {
+            "index": number,
+            "id": call.call_id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": ""},
+        }
+        body = {"index": number, "function": {"arguments": call.arguments}}
+        events = b""
+        for part in (head, body):
+            choice = {"index": index, "delta": {"tool_calls": [part]}, "logprobs": None, "finish_reason": None}
+            events += event(self._head | {"choices": [choice]})
+        return events
+
+    def _logprob_entry(self, entry: Any) -> dict[str, Any]:
+        token, logprob, _, top = entry
+        return self._named(token, logprob) | {"top_logprobs": [self._named(other, value) for other, value in top]}
+
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self._tokenizer.detokenizer.token_bytes(token)
+        return {
+            "token": data.decode("utf-8", "replace"),
+            "logprob": max(logprob, LOWEST_LOGPROB),
+            "bytes": list(data),
+        }
+
+    def _finish_reason(self, text: ChoiceText) -> str | None:
+        called = bool(self._calls[text.choice.index])
+        return "tool_calls" if called and text.finish_reason == "stop" and not self._forced_call else text.finish_reason
+
+    @override
+    def finish(self, text: ChoiceText) -> bytes:
+        choice = {
+            "index": text.choice.index,
+            "delta": {},
+            "logprobs": None,
+            "finish_reason": self._finish_reason(text),
+            "stop_reason": text.stop_reason,
+        }
+        return event(self._head | {"choices": [choice]})
+
+    @override
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        return event(self._head | {"choices": [], "usage": usage})
+
+    @override
+    def whole(self, usage: dict[str, Any]) -> bytes:
+        choices = [self._whole_choice(index, self._texts[index]) for index in range(len(self._prompts))]
+        body = {"object": "chat.completion", **self._fields, "choices": choices, "usage": usage}
+        if self._prompt_logprobs:
+            body["prompt_logprobs"] = prompt_logprobs_body(self._tokenizer, self._texts[0], self._prompts[0].token_ids)
+        if self._return_token_ids:
+            body["prompt_token_ids"] = self._prompts[0].token_ids
+        return orjson.dumps(body)
+
+    def _whole_choice(self, index: int, text: ChoiceText) -> dict[str, Any]:
+        content = "".join(self._contents[index])
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        calls = self._calls[index]
+        if calls:
+            message["content"] = content or None
+            message["tool_calls"] = [
+                {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in calls
+            ]
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": message,
+            "logprobs": {"content": self._entries[index]} if self._logprobs else None,
+            "finish_reason": self._finish_reason(text),
+            "stop_reason": text.stop_reason,
+        }
+        if self._return_token_ids:
+            choice["token_ids"] = self._ids[index]
+        return choice

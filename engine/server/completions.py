@@ -1,0 +1,256 @@
+"""`/v1/completions`: prompts in, texts out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from typing_extensions import override
+
+from engine.server.answers import Renderer, event
+from engine.server.choice_text import ChoiceText, Delta
+from engine.server.errors import bad_request
+from engine.server.tokenization import TokenizerService
+
+
+def read_prompts(prompt: Any, max_prompts: int, vocab_size: int) -> list[str | list[int]]:
+    """The prompts of a request: a string, token ids, or a list of either.
+
+    Raises:
+        ApiError: any other shape, an empty prompt, too many prompts, or a token id outside the vocabulary.
+    """
+    if isinstance(prompt, str):
+        return [_nonempty(prompt)]
+    if not isinstance(prompt, list) or not prompt:
+        raise bad_request("prompt must be a string, a list of strings, token ids, or a list of token ids", "prompt")
+    if type(prompt[0]) is int:
+        return [_checked_ids(prompt, vocab_size)]
+    if len(prompt) > max_prompts:
+        raise bad_request(f"prompt holds {len(prompt)} prompts; at most {max_prompts} are allowed", "prompt")
+    if all(isinstance(one, str) for one in prompt):
+        return [_nonempty(one) for one in prompt]
+    if all(isinstance(one, list) for one in prompt):
+        return [_checked_ids(one, vocab_size) for one in prompt]
+    raise bad_request("prompt mixes types: give strings only, or token ids only", "prompt")
+
+
+def _nonempty(text: str) -> str:
+    if not text:
+        raise bad_request("prompt must not be empty", "prompt")
+    return text
+
+
+def _checked_ids(ids: list[Any], vocab_size: int) -> list[int]:
+    if not ids or not all(type(token) is int for token in ids):
+        raise bad_request("prompt must be a non-empty list of integers when it is given as token ids", "prompt")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        bad = next(token for token in ids if not 0 <= token < vocab_size)
+        raise bad_request(f"prompt holds token id {bad}; this model's ids are 0 to {vocab_size - 1}", "prompt")
+    return ids
+
+
+@dataclass
+class CompletionLogprobs:
+    """The legacy parallel lists, which evaluation tools read."""
+
+    tokenizer: TokenizerService
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+    offset: int = 0
+
+    def add(self, token_id: int, entry: Any) -> None:
+        """Append one token; `entry` is None for the first token of a prompt."""
+        name = self.tokenizer.token_text(token_id)
+        self.tokens.append(name)
+        self.text_offset.append(self.offset)
+        self.offset += len(name)
+        if entry is None:
+            self.token_logprobs.append(None)
+            self.top_logprobs.append(None)
+            return
+        _, logprob, _, top = entry
+        self.token_logprobs.append(_finite(logprob))
+        names = {self.tokenizer.token_text(other): _finite(value) for other, value in top}
+        self.top_logprobs.append({name: _finite(logprob)} | names)
+
+    def take(self) -> dict[str, Any]:
+        """The lists; empties them for the next event."""
+        made = {
+            "tokens": self.tokens,
+            "token_logprobs": self.token_logprobs,
+            "top_logprobs": self.top_logprobs,
+            "text_offset": self.text_offset,
+        }
+        self.tokens, self.token_logprobs, self.top_logprobs, self.text_offset = [], [], [], []
+        return made
+
+
+def _finite(value: float) -> float:
+    """JSON has no -inf."""
+    return max(value, -9999.0)
+
+
+@dataclass
+class ChoicePrompt:
+    """What a choice's answer says about its prompt."""
+
+    text: str
+    token_ids: list[int]
+
+
+class CompletionRenderer(Renderer):
+    """Bytes of completions.
+
+    Args:
+        head: the constant fields: id, created, model.
+        tokenizer: for log-probabilities.
+        prompts: by choice index.
+        echo: show the prompt before the text.
+        logprobs: show log-probabilities.
+        prompt_logprobs: show those of the prompt in their own field.
+        return_token_ids: show token ids.
+        max_tokens_zero: the caller wanted only the echo; the sampled token is dropped.
+        streams: events are shown as they come; False: only the whole answer is.
+    """
+
+    def __init__(
+        self,
+        head: dict[str, Any],
+        tokenizer: TokenizerService,
+        prompts: list[ChoicePrompt],
+        *,
+        echo: bool,
+        logprobs: bool,
+        prompt_logprobs: bool,
+        return_token_ids: bool,
+        max_tokens_zero: bool,
+        streams: bool,
+    ) -> None:
+        self._head = {"object": "text_completion", **head}
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._echo, self._logprobs, self._prompt_logprobs = echo, logprobs, prompt_logprobs
+        self._return_token_ids, self._zero, self._streams = return_token_ids, max_tokens_zero, streams
+        self._is_plain = not (logprobs or return_token_ids)
+        prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
+        self._prefixes = [prefix + str(i).encode() + b',"text":' for i in range(len(prompts))]
+        self._suffix = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]}\n\n'
+        self._texts: list[list[str]] = [[] for _ in prompts]
+        self._ids: list[list[int]] = [[] for _ in prompts]
+        self._choice_texts: dict[int, ChoiceText] = {}
+        self._lists = [CompletionLogprobs(tokenizer) for _ in prompts] if logprobs else []
+
+    @override
+    def begin(self) -> bytes:
+        if not self._echo:
+            return b""
+        return b"".join(self._event(i, prompt.text, None) for i, prompt in enumerate(self._prompts))
+
+    @override
+    def delta(self, text: ChoiceText, delta: Delta) -> bytes:
+        index = text.choice.index
+        if self._is_plain:
+            self._texts[index].append(delta.text)
+            self._choice_texts[index] = text
+            if not (delta.text and self._streams):
+                return b""
+            return self._prefixes[index] + orjson.dumps(delta.text) + self._suffix
+        return self._rich_delta(index, text, delta)
+
+    def _rich_delta(self, index: int, text: ChoiceText, delta: Delta) -> bytes:
+        first = index not in self._choice_texts
+        self._choice_texts[index] = text
+        self._texts[index].append(delta.text)
+        self._ids[index] += delta.token_ids
+        if not (delta.token_ids or delta.text):
+            return b""
+        columns = self._lists[index] if self._logprobs else None
+        if columns is not None:
+            if first and self._echo:
+                self._add_prompt(columns, index, text)
+            if not self._zero:
+                for token, entry in zip(delta.token_ids, delta.logprobs, strict=True):
+                    columns.add(token, entry)
+        return self._event(index, delta.text, columns, delta.token_ids, first) if self._streams else b""
+
+    def _add_prompt(self, columns: CompletionLogprobs, index: int, text: ChoiceText) -> None:
+        entries = text.choice.prompt_logprobs
+        for position, token in enumerate(self._prompts[index].token_ids):
+            columns.add(token, entries.get(position))
+
+    def _event(
+        self,
+        index: int,
+        text: str,
+        columns: CompletionLogprobs | None,
+        token_ids: list[int] | None = None,
+        first: bool = False,
+    ) -> bytes:
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": text,
+            "logprobs": None if columns is None else columns.take(),
+            "finish_reason": None,
+            "stop_reason": None,
+        }
+        if self._return_token_ids and token_ids is not None:
+            choice["token_ids"] = token_ids
+            if first:
+                choice["prompt_token_ids"] = self._prompts[index].token_ids
+        return event(self._head | {"choices": [choice]})
+
+    @override
+    def finish(self, text: ChoiceText) -> bytes:
+        choice = {
+            "index": text.choice.index,
+            "text": "",
+            "logprobs": None,
+            "finish_reason": text.finish_reason,
+            "stop_reason": text.stop_reason,
+        }
+        return event(self._head | {"choices": [choice]})
+
+    @override
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        return event(self._head | {"choices": [], "usage": usage})
+
+    @override
+    def whole(self, usage: dict[str, Any]) -> bytes:
+        if self._zero:
+            usage = usage | {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+        choices = [self._whole_choice(index, prompt) for index, prompt in enumerate(self._prompts)]
+        return orjson.dumps(self._head | {"choices": choices, "usage": usage})
+
+    def _whole_choice(self, index: int, prompt: ChoicePrompt) -> dict[str, Any]:
+        text = self._choice_texts.get(index)
+        body = "" if self._zero else "".join(self._texts[index])
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": prompt.text + body if self._echo else body,
+            "logprobs": self._lists[index].take() if self._logprobs else None,
+            "finish_reason": "length" if text is None or self._zero else text.finish_reason,
+            "stop_reason": None if text is None else text.stop_reason,
+        }
+        if self._return_token_ids:
+            choice["token_ids"] = [] if self._zero else self._ids[index]
+            choice["prompt_token_ids"] = prompt.token_ids
+        if self._prompt_logprobs and text is not None:
+            choice["prompt_logprobs"] = prompt_logprobs_body(self._tokenizer, text, prompt.token_ids)
+        return choice
+
+
+def prompt_logprobs_body(tokenizer: TokenizerService, text: ChoiceText, prompt: list[int]) -> list[Any]:
+    """Per prompt token (the first has none): token id -> its log-probability, rank and text."""
+    rows: list[Any] = [None]
+    for position in range(1, len(prompt)):
+        token, logprob, rank, top = text.choice.prompt_logprobs[position]
+        row = {
+            str(other): {"logprob": _finite(value), "rank": i, "decoded_token": tokenizer.token_text(other)}
+            for i, (other, value) in enumerate(top, start=1)
+        }
+        row[str(token)] = {"logprob": _finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token)}
+        rows.append(row)
+    return rows

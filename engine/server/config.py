@@ -1,0 +1,118 @@
+"""The server's settings (config group `server`), validated where they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError
+
+TOOL_PARSERS = ("auto", "hermes", "llama", "none")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How to serve. Sizes in the unit that the name says, times in seconds.
+
+    Attributes:
+        host: address to listen on.
+        port: TCP port; 0 takes a free one.
+        api_keys: accepted bearer keys; empty: no key is asked for.
+        served_model_names: names that requests may use; empty: the model directory's name. The first is the one shown.
+        num_fronts: HTTP processes.
+        max_num_queued_requests: requests waiting in the engine beyond which new ones get 503.
+        shutdown_timeout: how long open requests may still run after SIGTERM.
+        heartbeat_timeout: an engine process silent for so long is taken for dead.
+        stall_timeout: no step finished for so long while work is queued: `/health` answers 503.
+        step_timeout: the same, and the server gives up.
+        max_body_mib: largest request body.
+        body_timeout: how long a client may take to send its body.
+        max_n: most choices per request.
+        max_logprobs: largest `logprobs` / `top_logprobs` / `prompt_logprobs`.
+        max_prompts: most prompts in one completions request.
+        max_stream_lag: tokens that a slow reader may lag behind before its request is ended.
+        chat_template: path of a jinja file that replaces the tokenizer's template.
+        tool_call_parser: how a model writes tool calls.
+        generation_config: take default sampling parameters from the model's generation_config.json.
+        cors_origins: origins that browsers may call from; empty: CORS is off.
+        allowed_media_domains: hosts that image URLs may name; empty: only data URIs.
+        allowed_local_media_path: folder that file URLs may name.
+        ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs: TLS.
+        otlp_endpoint: OpenTelemetry collector (http), or None.
+        log_requests: write an access log line per request.
+        enable_dashboard: serve `/dashboard`.
+
+    Raises:
+        ConfigError: a value out of range; the message names the key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    served_model_names: tuple[str, ...] = ()
+    num_fronts: int = 1
+    max_num_queued_requests: int = 2048
+    shutdown_timeout: float = 30.0
+    heartbeat_timeout: float = 3.0
+    stall_timeout: float = 4.0
+    step_timeout: float = 120.0
+    max_body_mib: float = 16.0
+    body_timeout: float = 60.0
+    max_n: int = 128
+    max_logprobs: int = 20
+    max_prompts: int = 1024
+    max_stream_lag: int = 4096
+    chat_template: str | None = None
+    tool_call_parser: str = "auto"
+    generation_config: bool = True
+    cors_origins: tuple[str, ...] = ()
+    allowed_media_domains: tuple[str, ...] = ()
+    allowed_local_media_path: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None
+    otlp_endpoint: str | None = None
+    log_requests: bool = True
+    enable_dashboard: bool = True
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, key: str, must: str) -> None:
+            if not ok:
+                raise ConfigError(f"server.{key}={getattr(self, key)!r} must be {must}")
+
+        check(isinstance(self.port, int) and 0 <= self.port <= 65535, "port", "between 0 and 65535")
+        for key in ("num_fronts", "max_num_queued_requests", "max_n", "max_prompts", "max_stream_lag"):
+            check(isinstance(getattr(self, key), int) and getattr(self, key) >= 1, key, "an integer of at least 1")
+        for key in ("heartbeat_timeout", "stall_timeout", "step_timeout", "max_body_mib", "body_timeout"):
+            check(getattr(self, key) > 0, key, "above 0")
+        check(self.shutdown_timeout >= 0, "shutdown_timeout", "at least 0")
+        check(0 <= self.max_logprobs <= 1000, "max_logprobs", "between 0 and 1000")
+        check(self.tool_call_parser in TOOL_PARSERS, "tool_call_parser", f"one of {', '.join(TOOL_PARSERS)}")
+        if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
+            raise ConfigError("server.api_keys must be non-empty printable ASCII strings")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("server.ssl_certfile and server.ssl_keyfile go together: give both or none")
+        for key in ("chat_template", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+            path = getattr(self, key)
+            check(path is None or Path(path).is_file(), key, "a file that exists")
+        path = self.allowed_local_media_path
+        check(path is None or Path(path).is_dir(), "allowed_local_media_path", "a folder that exists")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ServerConfig:
+        """Build from a resolved config section; a string stands for a list of one. Raises ConfigError."""
+        known = {field.name: field.type for field in fields(cls)}
+        made: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in known:
+                raise ConfigError(f"unknown key 'server.{key}'; known: {', '.join(sorted(known))}")
+            if str(known[key]).startswith("tuple"):
+                value = () if value is None else (str(value),) if not isinstance(value, (list, tuple)) else value
+                value = tuple(str(item) for item in value)
+            made[key] = value
+        try:
+            return cls(**made)
+        except TypeError as error:
+            raise ConfigError(f"config section 'server': {error}") from error

@@ -1,0 +1,393 @@
+"""The engine process's loop: take requests in, step, send each front one frame with all its tokens.
+
+    while running:  receive frames -> engine.add / abort -> engine.step() -> one frame per front
+
+A step that fails ends that step's requests with an error and the loop goes on; three failed steps in a row, or a broken
+invariant, end the process. The loop never waits for a front: sockets are non-blocking and their outboxes bounded.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.core import Engine, StepFailed, StepOutput
+from engine.errors import EngineError, KvarenaError, RequestRejected
+from engine.request import FinishReason, Request, SamplingParams, expand
+from engine.server import metrics
+from engine.server.ipc import AddFrame, Finish, Link, ToEngine, ToFront, pack_ids, unpack_ids
+from engine.server.pool_view import PoolView
+
+logger = logging.getLogger("kvarena.engine")
+
+HEARTBEAT_SECONDS = 0.2
+GAUGE_SECONDS = 0.25
+MAX_FAILED_STEPS = 3
+_IDLE_WAIT = 0.5
+
+
+@dataclass(frozen=True)
+class ServedEngine:
+    """An engine and what the fronts must know about it.
+
+    Attributes:
+        engine: on a wall clock, without a ledger (a server's history would grow without end).
+        max_model_len: longest prompt + output, in tokens.
+        vocab_size: token ids are below it.
+        eos_token_ids: the model's end-of-sequence tokens.
+        constraint_factory: makes a token constraint from (kind, text), or None when the runner cannot apply one.
+        prompt_logprobs: whether the runner returns log-probabilities of prompt tokens.
+        facts: names and sizes shown by `/metrics` and the dashboard.
+    """
+
+    engine: Engine
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    constraint_factory: Callable[[str, str], Any] | None = None
+    prompt_logprobs: bool = False
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Route:
+    """Where a request's tokens go."""
+
+    front: int
+    handle: int
+    req: Request
+    scheduled: float = 0.0
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """One front's share of a step."""
+
+    handles: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[tuple[int, Any]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[int, int, Any]] = field(default_factory=list)
+    finished: list[Finish] = field(default_factory=list)
+    admitted: list[tuple[int, str, str]] = field(default_factory=list)
+    started: list[tuple[int, float, int]] = field(default_factory=list)
+    watching: bool = False
+
+    def message(self) -> list[Any] | None:
+        """The frame, or None when there is nothing to tell."""
+        if not (self.handles or self.finished or self.admitted or self.started):
+            return None
+        return [
+            ToFront.STEP, self.admitted, self.started, pack_ids(self.handles), pack_ids(self.tokens),
+            self.logprobs, self.prompt_logprobs, self.finished,
+        ]  # fmt: skip
+
+
+class EngineLoop:
+    """Serves fronts over sockets until the control socket closes.
+
+    Args:
+        served: the engine and its facts.
+        fronts: one socket per front.
+        control: the supervisor's socket; its end of stream stops the loop.
+        page: the shared metrics page.
+        max_num_queued_requests: waiting requests beyond which new ones are refused.
+    """
+
+    def __init__(
+        self,
+        served: ServedEngine,
+        fronts: list[socket.socket],
+        control: socket.socket,
+        page: Path,
+        max_num_queued_requests: int,
+    ) -> None:
+        self._served, self._engine = served, served.engine
+        self._links = [Link(sock) for sock in fronts]
+        self._out = [_Outgoing() for _ in fronts]
+        self._routes: dict[Request, _Route] = {}
+        self._by_handle: dict[tuple[int, int], Request] = {}
+        self._control = control
+        self._row = metrics.Row(page, 0)
+        self._max_queued = max_num_queued_requests
+        self._num_failed_in_a_row = 0
+        self._next_gauges = 0.0
+        self._view = PoolView(served.engine.allocator)
+        self._selector = selectors.DefaultSelector()
+        control.setblocking(False)
+        self._selector.register(control, selectors.EVENT_READ, None)
+        for index, link in enumerate(self._links):
+            self._selector.register(link.sock, selectors.EVENT_READ, index)
+
+    def run(self) -> None:
+        """Serve. Raises EngineError when the engine cannot go on."""
+        beat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._row.set("heartbeat", time.monotonic())
+        self._row.set("vllm:engine_sleep_state", 1, "awake")
+        self._row.set("state", metrics.READY)
+        beat.start()
+        try:
+            while self._receive():
+                if self._engine.has_work:
+                    self._step()
+                self._send()
+                self._update_gauges()
+        except BaseException:
+            self._row.set("state", metrics.FAILED)
+            raise
+
+    def _beat(self) -> None:
+        while True:
+            self._row.set("heartbeat", time.monotonic())
+            time.sleep(HEARTBEAT_SECONDS)
+
+    # Requests in.
+
+    def _receive(self) -> bool:
+        """Take in what the fronts sent; waits only while the engine is idle. False: time to stop."""
+        for key, _ in self._selector.select(self._wait_seconds()):
+            if key.data is None:
+                if not self._control_open():
+                    return False
+                continue
+            link = self._links[key.data]
+            for message in link.receive():
+                self._handle(key.data, message)
+            if link.closed:
+                self._drop_front(key.data)
+        return True
+
+    def _wait_seconds(self) -> float:
+        engine = self._engine
+        if any(link.num_queued_bytes for link in self._links):
+            return 0.001 if not engine.has_work else 0.0
+        if not engine.has_work:
+            return _IDLE_WAIT
+        if engine.in_flight or engine.scheduler.num_running:
+            return 0.0
+        now = engine.clock.now()
+        wake = engine.scheduler.wake_time(now)
+        return min(max(wake - now, 0.0), _IDLE_WAIT) if wake is not None else 0.0
+
+    def _control_open(self) -> bool:
+        try:
+            return bool(self._control.recv(64))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def _handle(self, front: int, message: list[Any]) -> None:
+        kind = message[0]
+        if kind == ToEngine.ADD:
+            self._add(front, AddFrame(*message[1:]))
+        elif kind == ToEngine.ABORT:
+            for handle in message[1]:
+                self._abort(front, handle)
+        elif kind == ToEngine.WATCH:
+            self._out[front].watching = bool(message[1])
+
+    def _add(self, front: int, frame: AddFrame) -> None:
+        engine, out = self._engine, self._out[front]
+        if not engine.has_work:
+            self._row.set("progress", time.monotonic())
+            self._row.set("has_work", 1)
+        try:
+            requests = self._requests(frame)
+            if engine.scheduler.num_waiting + len(requests) > self._max_queued + self._free_seats():
+                out.admitted.append(
+                    (frame.handle, "queue_full", f"{engine.scheduler.num_waiting} requests are waiting")
+                )
+                return
+            for i, req in enumerate(requests):
+                engine.add(req)
+                self._routes[req] = _Route(front, frame.handle + i, req)
+                self._by_handle[front, frame.handle + i] = req
+        except RequestRejected as error:
+            self._undo_add(front, frame)
+            out.admitted.append((frame.handle, error.reason, str(error)))
+        except KvarenaError as error:
+            self._undo_add(front, frame)
+            out.admitted.append((frame.handle, "invalid", str(error)))
+        else:
+            out.admitted.append((frame.handle, "", ""))
+
+    def _free_seats(self) -> int:
+        """Waiting requests that the next step can take: an idle engine's queue is not a queue."""
+        return 1 if self._engine.scheduler.num_running == 0 else 0
+
+    def _undo_add(self, front: int, frame: AddFrame) -> None:
+        """Take back the choices of a request of which a later one was refused."""
+        for i in range(frame.sampling["n"]):
+            self._abort(front, frame.handle + i)
+
+    def _requests(self, frame: AddFrame) -> list[Request]:
+        sampling = dict(frame.sampling)
+        sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+        now = self._engine.clock.now()
+        req = Request(
+            request_id=f"{frame.request_id}",
+            prompt_token_ids=unpack_ids(frame.prompt),
+            sampling=SamplingParams(**sampling),
+            arrival_time=now - max(0.0, time.monotonic() - frame.arrival),
+            priority=frame.priority,
+            client_id=frame.client_id,
+            # Log-probabilities of a prompt need all of it computed: nobody shares such a request's salt.
+            cache_salt=frame.request_id if frame.ignore_cache else frame.cache_salt,
+            eos_token_ids=self._served.eos_token_ids,
+        )
+        requests = expand(req)
+        if frame.constraint is not None:
+            factory = self._served.constraint_factory
+            if factory is None:
+                raise EngineError("this engine's runner cannot constrain tokens")
+            for one in requests:
+                one.constraint = factory(*frame.constraint)
+        return requests
+
+    def _abort(self, front: int, handle: int) -> None:
+        req = self._by_handle.pop((front, handle), None)
+        if req is None:
+            return
+        self._routes.pop(req, None)
+        self._engine.abort(req.request_id)
+
+    def _drop_front(self, front: int) -> None:
+        """A front is gone: end its requests."""
+        logger.warning("front %d closed its socket; its requests end", front)
+        self._selector.unregister(self._links[front].sock)
+        for owner, handle in [key for key in self._by_handle if key[0] == front]:
+            self._abort(owner, handle)
+
+    # Steps.
+
+    def _step(self) -> None:
+        try:
+            output = self._engine.step()
+        except StepFailed as failure:
+            self._fail(failure)
+            return
+        if output is None:
+            return
+        self._num_failed_in_a_row = 0
+        self._row.set("progress", time.monotonic())
+        self._dispatch(output)
+
+    def _fail(self, failure: StepFailed) -> None:
+        """End the requests of a failed step."""
+        logger.error("a step failed: %s", failure, exc_info=failure.__cause__)
+        self._row.inc("kvarena:failed_steps")
+        self._num_failed_in_a_row += 1
+        for req in self._engine.scheduler.fail(failure.plan):
+            self._engine.runner.release([req.request_id])
+            req.error = req.error or "the engine step of this request failed"
+            self._finish(req)
+        if self._num_failed_in_a_row >= MAX_FAILED_STEPS:
+            raise EngineError(f"{MAX_FAILED_STEPS} engine steps in a row failed; the last: {failure}") from failure
+
+    def _dispatch(self, output: StepOutput) -> None:
+        routes, outs, plan = self._routes, self._out, output.plan
+        logprobs, prompt_logprobs = output.result.logprobs, output.result.prompt_logprobs
+        num_sampled = 0
+        for i, ((req, start, _), token) in enumerate(zip(plan.scheduled, output.result.token_ids, strict=True)):
+            route = routes.get(req)
+            if route is None:
+                continue
+            if not route.scheduled:
+                route.scheduled = time.monotonic() - (self._engine.clock.now() - output.start_time)
+                outs[route.front].started.append((route.handle, route.scheduled, req.num_cached_tokens))
+            if prompt_logprobs is not None and (entries := prompt_logprobs[i]) is not None:
+                outs[route.front].prompt_logprobs.append((route.handle, start + 1, entries))
+            if token is None:
+                continue
+            num_sampled += 1
+            out = outs[route.front]
+            if logprobs is not None and (entry := logprobs[i]) is not None:
+                out.logprobs.append((len(out.handles), entry))
+            out.handles.append(route.handle)
+            out.tokens.append(token)
+        for req in output.plan.rejected:
+            self._finish(req)
+        for req in output.finished:
+            self._finish(req)
+        row = self._row
+        row.inc("kvarena:steps")
+        row.inc("vllm:generation_tokens", by=num_sampled)
+        row.inc("vllm:num_preemptions", by=len(plan.preempted))
+        row.observe("vllm:iteration_tokens_total", plan.num_new_tokens)
+
+    def _finish(self, req: Request) -> None:
+        route = self._routes.pop(req, None)
+        if route is None:
+            return
+        self._by_handle.pop((route.front, route.handle), None)
+        reason = req.finish_reason or FinishReason.ERROR
+        last = req.output_token_ids[-1] if req.output_token_ids else None
+        stop_token = last if reason is FinishReason.STOP else None
+        self._out[route.front].finished.append(
+            Finish(route.handle, reason.value, stop_token, req.num_preemptions, req.error)
+        )
+        row = self._row
+        row.inc("vllm:prompt_tokens", by=req.num_prompt_tokens)
+        row.inc("vllm:prefix_cache_queries", by=req.num_prompt_tokens)
+        row.inc("vllm:prefix_cache_hits", by=req.num_cached_tokens)
+        row.inc("vllm:prompt_tokens_cached", by=req.num_cached_tokens)
+        row.inc("vllm:prompt_tokens_by_source", "local_cache_hit", by=req.num_cached_tokens)
+        row.inc("vllm:prompt_tokens_by_source", "local_compute", by=req.num_prompt_tokens - req.num_cached_tokens)
+
+    # Out.
+
+    def _send(self) -> None:
+        for index, out in enumerate(self._out):
+            link = self._links[index]
+            message = out.message()
+            if message is not None:
+                link.send(message)
+                self._out[index] = _Outgoing(watching=out.watching)
+            elif link.num_queued_bytes:
+                link.flush()
+        self._row.set("has_work", float(self._engine.has_work))
+
+    def _update_gauges(self) -> None:
+        now = time.monotonic()
+        if now < self._next_gauges and self._engine.has_work:
+            return
+        self._next_gauges = now + GAUGE_SECONDS
+        scheduler, row = self._engine.scheduler, self._row
+        row.set("vllm:num_requests_running", scheduler.num_running)
+        row.set("vllm:num_requests_waiting", scheduler.num_waiting)
+        row.set("vllm:num_requests_waiting_by_reason", scheduler.num_waiting, "capacity")
+        usage = self._engine.allocator.usage(scheduler.head())
+        classes = self._view.classes(usage, self._routes)
+        for name, slots in classes.items():
+            row.set("kvarena:kv_slots", slots, name)
+        row.set("kvarena:kv_slots_shared_saved", usage.shared_saved)
+        row.set("vllm:kv_cache_usage_perc", usage.owned / usage.total if usage.total else 0.0)
+        watchers = [link for link, out in zip(self._links, self._out, strict=True) if out.watching]
+        if watchers:
+            snapshot = self._view.snapshot(classes, scheduler, self._routes)
+            for link in watchers:
+                link.send([ToFront.POOL_MAP, snapshot])
+
+    def announce(self) -> None:
+        """Tell the fronts what they serve: the first frame that they get."""
+        served = self._served
+        info = {
+            "max_model_len": served.max_model_len,
+            "max_request_tokens": served.engine.allocator.max_request_tokens,
+            "vocab_size": served.vocab_size,
+            "eos_token_ids": sorted(served.eos_token_ids),
+            "num_blocks": served.engine.allocator.num_blocks,
+            "block_size": served.engine.allocator.block_size,
+            "constraints": served.constraint_factory is not None,
+            "prompt_logprobs": served.prompt_logprobs,
+            "facts": served.facts,
+        }
+        for link in self._links:
+            link.send([ToFront.READY, info])

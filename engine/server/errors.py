@@ -1,0 +1,78 @@
+"""Errors as OpenAI's clients know them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MAX_MESSAGE_CHARS = 1000
+
+
+class ApiError(Exception):
+    """An answer with an error body.
+
+    Args:
+        status: HTTP status.
+        message: one line for the caller; cut to 1000 characters.
+        param: the parameter at fault.
+        code: what programs test for, such as `context_length_exceeded`.
+        headers: extra response headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.message = message if len(message) <= MAX_MESSAGE_CHARS else message[: MAX_MESSAGE_CHARS - 3] + "..."
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        message = self.message.encode("utf-8", "replace").decode()
+        return {"error": {"message": message, "type": _type(self.status), "param": self.param, "code": self.code}}
+
+
+def _type(status: int) -> str:
+    if status == 401:
+        return "authentication_error"
+    if status == 404:
+        return "not_found_error"
+    if status == 429:
+        return "rate_limit_error"
+    return "server_error" if status >= 500 else "invalid_request_error"
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """400."""
+    return ApiError(400, message, param, code)
+
+
+def unavailable(message: str, code: str, retry_after: int = 1) -> ApiError:
+    """503 with Retry-After."""
+    return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after)})
+
+
+def context_overflow(limit: int, num_prompt: int, max_tokens: int | None, what: str) -> ApiError:
+    """400 in the wording by which clients recognise an overflow of the context.
+
+    Args:
+        limit: the context in tokens.
+        num_prompt: tokens of the prompt.
+        max_tokens: what the caller asked for, or None when the prompt alone is too long.
+        what: `messages` or `prompt`.
+    """
+    if max_tokens is None:
+        detail = f"your {what} resulted in {num_prompt} tokens. Please reduce the length of the {what}."
+    else:
+        detail = (
+            f"you requested {num_prompt + max_tokens} tokens ({num_prompt} in the {what}, {max_tokens} in the "
+            f"completion). Please reduce the length of the {what} or completion."
+        )
+    message = f"This model's maximum context length is {limit} tokens. However, {detail}"
+    return bad_request(message, param=what, code="context_length_exceeded")

@@ -1,0 +1,172 @@
+"""A front process: HTTP in, the engine's tokens out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import ssl
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from engine.errors import KvarenaError
+from engine.server import metrics
+from engine.server.app import create_app
+from engine.server.client import EngineClient
+from engine.server.config import ServerConfig
+from engine.server.dashboard import PoolFeed
+from engine.server.service import Service
+from engine.server.tokenization import TokenizerService, generation_defaults
+
+logger = logging.getLogger("kvarena.front")
+
+# Words between the supervisor and a front.
+READY, DRAIN, EXIT = b"R", b"D", b"X"
+_WATCH_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the fronts find the model's tokenizer.
+
+    Attributes:
+        path: the model directory.
+        trust_remote_code: allow tokenizer code that ships with it.
+    """
+
+    path: str
+    trust_remote_code: bool = False
+
+
+def run_front(
+    index: int,
+    config: ServerConfig,
+    model: ModelFiles,
+    listener: socket.socket,
+    engine: socket.socket,
+    control: socket.socket,
+    page: Path,
+) -> None:
+    """The process's main function; ends by `sys.exit`."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stdout)
+    # The supervisor decides when to stop; a Ctrl-C reaches the whole process group.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    front = Front(index, config, model, listener, engine, control, page)
+    try:
+        with contextlib.suppress(ImportError):
+            import uvloop
+
+            asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+        asyncio.run(front.run())
+    except KvarenaError as error:
+        logger.error("%s", error)
+        sys.exit(2)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the supervisor."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+class Front:
+    """Owns one front's sockets and tasks."""
+
+    def __init__(
+        self,
+        index: int,
+        config: ServerConfig,
+        model: ModelFiles,
+        listener: socket.socket,
+        engine: socket.socket,
+        control: socket.socket,
+        page: Path,
+    ) -> None:
+        self._config, self._model = config, model
+        self._listener, self._engine, self._control = listener, engine, control
+        self._rows = [metrics.Row(page, i) for i in range(config.num_fronts + 1)]
+        self._row = self._rows[index + 1]
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until the supervisor says otherwise."""
+        config = self._config
+        feed = PoolFeed()
+        client = await EngineClient.connect(self._engine, self._row, config.max_stream_lag, feed.publish)
+        feed.attach(client)
+        tokenizer = await asyncio.to_thread(
+            TokenizerService, self._model.path, self._model.trust_remote_code, config.chat_template
+        )
+        defaults = generation_defaults(self._model.path) if config.generation_config else {}
+        await client.ready
+        names = config.served_model_names or (Path(self._model.path).resolve().name,)
+        service = Service(config, client, tokenizer, self._row, self._rows[0], names, self._model.path, defaults, feed)
+        server = _Server(self._uvicorn_config(create_app(service, self._rows)))
+        control = asyncio.create_task(self._obey(service, server))
+        watch = asyncio.create_task(self._watch(service))
+        try:
+            await server.serve(sockets=[self._listener])
+        finally:
+            control.cancel()
+            watch.cancel()
+
+    def _uvicorn_config(self, app: object) -> uvicorn.Config:
+        config = self._config
+        return uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=3,
+            backlog=4096,
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
+            ssl_keyfile_password=config.ssl_keyfile_password,
+            ssl_ca_certs=config.ssl_ca_certs,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if config.ssl_ca_certs else ssl.CERT_NONE,
+        )
+
+    async def _obey(self, service: Service, server: uvicorn.Server) -> None:
+        """Do what the supervisor says; its end is ours."""
+        loop = asyncio.get_running_loop()
+        self._control.setblocking(False)
+        while not server.started:
+            await asyncio.sleep(0.01)
+        await loop.sock_sendall(self._control, READY)
+        while True:
+            words = await loop.sock_recv(self._control, 64)
+            if DRAIN in words:
+                service.draining = True
+                asyncio.create_task(self._exit_when_idle(service, server))  # noqa: RUF006
+            if not words or EXIT in words:
+                service.client.fail_all("the server has shut down")
+                await asyncio.sleep(0.2)  # the streams' last events
+                server.should_exit = True
+                return
+
+    async def _exit_when_idle(self, service: Service, server: uvicorn.Server) -> None:
+        """New requests get 503 while the open ones finish; then the front leaves."""
+        await asyncio.sleep(0.5)
+        while service.client.num_open:
+            await asyncio.sleep(0.05)
+        server.should_exit = True
+
+    async def _watch(self, service: Service) -> None:
+        """End all streams when the engine's heart has stopped."""
+        config = self._config
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            state = metrics.health(self._rows[0], config.heartbeat_timeout, config.step_timeout)
+            if not state.alive or state.reason:
+                service.client.fail_all(state.reason)

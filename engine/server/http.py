@@ -1,0 +1,189 @@
+"""What every HTTP request passes through: request id, keys, size limits, counting, access log.
+
+A plain ASGI layer: it costs a few microseconds per request and nothing per event of a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine.server.config import ServerConfig
+from engine.server.errors import ApiError, bad_request
+from engine.server.metrics import HANDLERS, Row
+
+access_log = logging.getLogger("kvarena.access")
+
+# They tell nothing of a client's data, and orchestrators probe them without a key. The dashboard's page is empty
+# until its script has asked for the data with a key.
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/dashboard"})
+_UNCOUNTED = frozenset({"/metrics", "/health", "/ready", "/ping", "/version"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+MAX_HEADERS = 256
+MAX_HEADER_BYTES = 64 * 1024
+
+
+@dataclass(slots=True)
+class RequestState:
+    """What the gate keeps of a request, at `scope["kvarena"]`.
+
+    Attributes:
+        request_id: the caller's, or a fresh one.
+        direct_send: the server's own `send`; None when layers in between must see every message.
+        status: of the answer; who uses `direct_send` sets it.
+    """
+
+    request_id: str
+    direct_send: Send | None
+    status: int = 0
+
+
+class Gate:
+    """The outermost layer.
+
+    Args:
+        app: what is behind.
+        config: keys and limits.
+        row: this front's metrics.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, row: Row) -> None:
+        self._app, self._row = app, row
+        self._keys = [key.encode() for key in config.api_keys]
+        self._max_body = int(config.max_body_mib * 2**20)
+        self._log, self._cors = config.log_requests, bool(config.cors_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection's request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.monotonic()
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers.get(b"x-request-id"))
+        # A stream writes through the server's own `send`, with no layer in between. CORS needs its layer.
+        state = RequestState(request_id, None if self._cors else send)
+        scope["kvarena"] = state
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                state.status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        self._row.inc("kvarena:open_requests")
+        try:
+            error = self._refusal(scope, headers)
+            if error is not None:
+                await error_response(error)(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
+        finally:
+            self._row.inc("kvarena:open_requests", by=-1)
+            self._count(scope, state, time.monotonic() - start)
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
+        if len(scope["headers"]) > MAX_HEADERS or sum(len(k) + len(v) for k, v in scope["headers"]) > MAX_HEADER_BYTES:
+            return ApiError(431, "The request's headers are too large.", code="headers_too_large")
+        if self._keys and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            given = headers.get(b"authorization", b"")
+            key = given[7:] if given[:7].lower() == b"bearer " else b""
+            # Every key is compared, each in constant time: the answer's timing tells nothing.
+            if not any([hmac.compare_digest(key, known) for known in self._keys]):  # noqa: C419
+                return ApiError(
+                    401, "Incorrect or missing API key.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+                )
+        length = headers.get(b"content-length")
+        if length is not None and length.isdigit() and int(length) > self._max_body:
+            return too_large(self._max_body)
+        return None
+
+    def _count(self, scope: Scope, state: RequestState, seconds: float) -> None:
+        status = state.status
+        path = scope["path"]
+        route = scope.get("route")
+        handler = getattr(route, "path", path)
+        if path not in _UNCOUNTED:
+            handler = handler if handler in HANDLERS else "none"
+            method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
+            family = f"{status // 100}xx" if 200 <= status < 600 else "5xx" if status == 0 else "2xx"
+            self._row.inc("http_requests", handler, method, family)
+            self._row.observe("http_request_duration_seconds", seconds, handler, method)
+        if self._log:
+            client = scope.get("client") or ("-", 0)
+            access_log.info(
+                'client=%s method=%s path="%s" status=%d seconds=%.4f request_id=%s',
+                client[0],
+                scope["method"],
+                path.encode("ascii", "backslashreplace").decode()[:200].replace('"', "'"),
+                status,
+                seconds,
+                state.request_id,
+            )
+
+
+def _request_id(given: bytes | None) -> str:
+    """The caller's id when it is harmless, else a fresh one: it reaches logs and headers."""
+    if given is not None:
+        text = given.decode("latin-1")
+        if _REQUEST_ID.fullmatch(text):
+            return text
+    return uuid.uuid4().hex
+
+
+def too_large(limit: int) -> ApiError:
+    """413."""
+    return ApiError(413, f"The request's body is larger than {limit} bytes.", code="request_too_large")
+
+
+def error_response(error: ApiError) -> Any:
+    """The response for an error."""
+    from starlette.responses import Response
+
+    return Response(orjson.dumps(error.body()), error.status, error.headers, media_type="application/json")
+
+
+async def read_json(request: Request, config: ServerConfig) -> dict[str, Any]:
+    """The request's body as a JSON object.
+
+    Raises:
+        ApiError: 400 malformed, 408 too slow, 413 too large, 415 another content type.
+    """
+    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise ApiError(415, "The content type must be application/json.", code="unsupported_media_type")
+    limit = int(config.max_body_mib * 2**20)
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(config.body_timeout):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(499, "The client closed the connection.", code="client_closed")
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                if size > limit:
+                    raise too_large(limit)
+                chunks.append(chunk)
+                if not message.get("more_body", False):
+                    break
+    except TimeoutError:
+        raise ApiError(408, "The request's body did not arrive in time.", code="request_timeout") from None
+    try:
+        body = orjson.loads(b"".join(chunks))
+    except orjson.JSONDecodeError as error:
+        raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise bad_request("The body must be a JSON object.", code="invalid_json")
+    return body

@@ -1,0 +1,420 @@
+"""What a front does with a request: check it, tokenize it, hand it to the engine, and choose how to answer."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.errors import RequestError
+from engine.server import structured
+from engine.server.answers import Disconnected, EventStream, Job, as_api_error, collect, watch_disconnect
+from engine.server.chat import ChatRenderer
+from engine.server.choice_text import ChoiceText, TextOptions
+from engine.server.client import Choice, EngineClient, EngineGone, EngineInfo, Group, Refused
+from engine.server.completions import ChoicePrompt, CompletionRenderer, read_prompts
+from engine.server.config import ServerConfig
+from engine.server.dashboard import PoolFeed
+from engine.server.errors import ApiError, bad_request, unavailable
+from engine.server.http import read_json
+from engine.server.media import check_parts
+from engine.server.metrics import Row, health
+from engine.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    NamedToolChoice,
+    SamplingFields,
+)
+from engine.server.sampling import (
+    COMPLETIONS_MAX_TOKENS,
+    Limits,
+    check_unsupported,
+    fit_max_tokens,
+    sampling_params,
+    stop_strings,
+)
+from engine.server.tokenization import TokenizerService, template_messages
+from engine.server.tool_calls import (
+    ListParser,
+    NamedParser,
+    ToolParser,
+    make_parser,
+    named_schema,
+    required_schema,
+)
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class Service:
+    """One front's state and the two kinds of completion.
+
+    Args:
+        config: the operator's settings.
+        client: the engine.
+        tokenizer: the model's.
+        row: this front's metrics.
+        engine_row: the engine's metrics and heart-beat.
+        model_names: names that requests may use.
+        model_root: the model directory.
+        defaults: sampling parameters of the model's generation_config.json.
+        feed: the dashboard's data.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        client: EngineClient,
+        tokenizer: TokenizerService,
+        row: Row,
+        engine_row: Row,
+        model_names: tuple[str, ...],
+        model_root: str,
+        defaults: dict[str, float],
+        feed: PoolFeed,
+    ) -> None:
+        self.feed = feed
+        self.config, self.client, self.tokenizer = config, client, tokenizer
+        self.row, self.engine_row = row, engine_row
+        self.model_names, self.model_root, self._defaults = model_names, model_root, defaults
+        self.created = int(time.time())
+        self.draining = False
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine told of itself."""
+        assert self.client.info is not None
+        return self.client.info
+
+    @functools.cached_property
+    def limits(self) -> Limits:
+        """What requests must keep to."""
+        info = self.info
+        return Limits(
+            info.max_model_len, info.max_request_tokens, info.vocab_size, info.prompt_logprobs, self._defaults
+        )
+
+    def check_open(self) -> None:
+        """503 when no request can be taken."""
+        if self.draining:
+            self.row.inc("vllm:admission_rejections", "draining")
+            raise unavailable("The server is shutting down.", "draining", retry_after=5)
+        state = health(self.engine_row, self.config.heartbeat_timeout, self.config.stall_timeout)
+        if self.client.gone or not state.alive:
+            self.row.inc("vllm:admission_rejections", "engine_dead")
+            raise unavailable(f"The engine is gone: {self.client.gone or state.reason}.", "engine_dead", retry_after=5)
+
+    async def read(self, request: Request, kind: type[Body]) -> Body:
+        """The body as `kind`. Raises ApiError."""
+        body = await read_json(request, self.config)
+        try:
+            return kind.model_validate(body)
+        except ValidationError as error:
+            raise validation_error(error) from None
+        except RecursionError:
+            raise bad_request("The body is nested too deeply.", code="invalid_json") from None
+
+    def check_model(self, name: str | None) -> str:
+        """The served name that a request means. Raises a 404 for any other."""
+        if name is None or name == "":
+            return self.model_names[0]
+        if name not in self.model_names:
+            raise ApiError(
+                404,
+                f"The model `{name[:100]}` does not exist. Served here: {', '.join(self.model_names)}.",
+                "model",
+                "model_not_found",
+            )
+        return name
+
+    async def completions(self, request: Request) -> Response:
+        """`/v1/completions`."""
+        arrival = time.monotonic()
+        req = await self.read(request, CompletionRequest)
+        model = self.check_model(req.model)
+        self.check_open()
+        check_unsupported(req)
+        if req.suffix:
+            raise bad_request("suffix is not supported", "suffix")
+        if req.echo and req.stream and req.logprobs is not None:
+            raise bad_request("echo with logprobs is not available with stream=true", "echo")
+        if req.max_tokens == 0 and not (req.echo and not req.stream):
+            raise bad_request("max_tokens must be at least 1 (0 is allowed with echo, without stream)", "max_tokens")
+        if req.echo and req.logprobs is not None:
+            req.prompt_logprobs = max(req.logprobs, req.prompt_logprobs or 0)
+        prompts = [
+            await self._prompt(one, req)
+            for one in read_prompts(req.prompt, self.config.max_prompts, self.limits.vocab_size)
+        ]
+        default = COMPLETIONS_MAX_TOKENS
+        lengths = [fit_max_tokens(req.max_tokens, default, len(ids), self.limits, "prompt") for ids in prompts]
+        n = req.n or 1
+        shown = [
+            self._choice_prompt(ids, one, req)
+            for ids, one in zip(prompts, self._texts(req), strict=True)
+            for _ in range(n)
+        ]
+        renderer = CompletionRenderer(
+            self._head("cmpl", model),
+            self.tokenizer,
+            shown,
+            echo=bool(req.echo),
+            logprobs=req.logprobs is not None,
+            prompt_logprobs=req.prompt_logprobs is not None and not (req.echo and req.logprobs is not None),
+            return_token_ids=bool(req.return_token_ids),
+            max_tokens_zero=req.max_tokens == 0,
+            streams=bool(req.stream),
+        )
+        constraint = await self._constraint(req)
+        job = await self._submit(request, req, prompts, lengths, req.logprobs, constraint, arrival, renderer)
+        return await self._answer(request, job, bool(req.stream))
+
+    def _texts(self, req: CompletionRequest) -> list[Any]:
+        prompt = req.prompt
+        return [prompt] if isinstance(prompt, str) or type(prompt[0]) is int else prompt
+
+    def _choice_prompt(self, ids: list[int], given: Any, req: CompletionRequest) -> ChoicePrompt:
+        text = ""
+        if req.echo:
+            text = given if isinstance(given, str) else self.tokenizer.detokenizer.text(ids)
+        return ChoicePrompt(text, ids)
+
+    async def _prompt(self, prompt: str | list[int], req: SamplingFields) -> list[int]:
+        if isinstance(prompt, str):
+            special = req.add_special_tokens is not False
+            prompt = await self.tokenizer.encode(prompt, special, self.limits.max_model_len)
+            if not prompt:
+                raise bad_request("prompt is empty after tokenization", "prompt")
+        return self._truncate(prompt, req)
+
+    def _truncate(self, ids: list[int], req: SamplingFields) -> list[int]:
+        keep = req.truncate_prompt_tokens
+        if keep is None:
+            return ids
+        if keep == 0:
+            raise bad_request(
+                "truncate_prompt_tokens must be at least 1, or -1 for the context", "truncate_prompt_tokens"
+            )
+        keep = self.limits.max_model_len - (req.max_tokens or 1) if keep == -1 else keep
+        return ids[-keep:] if keep > 0 else ids
+
+    async def chat(self, request: Request) -> Response:
+        """`/v1/chat/completions`."""
+        arrival = time.monotonic()
+        req = await self.read(request, ChatCompletionRequest)
+        model = self.check_model(req.model)
+        self.check_open()
+        check_unsupported(req)
+        _check_chat(req)
+        check_parts(req.messages, self.config)
+        prompt = self._truncate(await self.chat_prompt(req), req)
+        requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
+        max_tokens = fit_max_tokens(requested, None, len(prompt), self.limits, "messages")
+        constraint, parser, forced = await self._tools(req)
+        logprobs = (req.top_logprobs or 0) if req.logprobs else None
+        renderer = ChatRenderer(
+            self._head("chatcmpl", model),
+            self.tokenizer,
+            [ChoicePrompt("", prompt)] * (req.n or 1),
+            make_parser=parser,
+            forced_call=forced,
+            logprobs=logprobs is not None,
+            prompt_logprobs=req.prompt_logprobs is not None,
+            return_token_ids=bool(req.return_token_ids),
+            streams=bool(req.stream),
+        )
+        job = await self._submit(request, req, [prompt], [max_tokens], logprobs, constraint, arrival, renderer)
+        return await self._answer(request, job, bool(req.stream))
+
+    async def chat_prompt(self, req: Any) -> list[int]:
+        """Token ids of a chat. Raises ApiError."""
+        tools = None
+        if req.tools and getattr(req, "tool_choice", None) != "none":
+            tools = [tool.model_dump(exclude_none=True) for tool in req.tools]
+        flags = dict(req.chat_template_kwargs or {})
+        for key in ("tokenize", "return_dict", "return_tensors", "chat_template", "tools", "conversation"):
+            if key in flags:
+                raise bad_request(f"chat_template_kwargs may not hold {key!r}", "chat_template_kwargs")
+        going_on = bool(req.continue_final_message)
+        flags["add_generation_prompt"] = (
+            not going_on if req.add_generation_prompt is None else req.add_generation_prompt
+        )
+        flags["continue_final_message"] = going_on
+        text = self.tokenizer.render_chat(template_messages(req.messages), tools, **flags)
+        special = bool(getattr(req, "add_special_tokens", None))
+        ids = await self.tokenizer.encode(text, special, self.limits.max_model_len, "messages")
+        if not ids:
+            raise bad_request("the messages are empty after the chat template", "messages")
+        return ids
+
+    async def _tools(
+        self, req: ChatCompletionRequest
+    ) -> tuple[structured.Constraint | None, Callable[[], ToolParser | None], bool]:
+        """The constraint that tools and formats ask for, a parser per choice, and whether a function was named."""
+        choice = req.tool_choice
+        tools = {tool.function.name: tool.function.parameters for tool in req.tools or ()}
+        forced: structured.Constraint | None = None
+        parser: Callable[[], ToolParser | None] = lambda: None  # noqa: E731
+        if isinstance(choice, NamedToolChoice):
+            name = choice.function.name
+            if name not in tools:
+                raise bad_request(f"tool_choice names {name[:100]!r}, which is not in tools", "tool_choice")
+            forced = ("json", structured.schema_text(named_schema(tools[name]), "tools"))
+            parser = functools.partial(NamedParser, name)
+        elif choice == "required":
+            parallel = req.parallel_tool_calls is not False
+            schema = required_schema(list(tools.items()), parallel)
+            forced = ("json", structured.schema_text(schema, "tools"))
+            parser = ListParser
+        elif tools and choice != "none":
+            template = getattr(self.tokenizer.tokenizer, "chat_template", None)
+            parser = functools.partial(make_parser, self.config.tool_call_parser, template)
+        if forced is None:
+            return await self._constraint(req), parser, False
+        if req.response_format is not None and req.response_format.type != "text":
+            raise bad_request("response_format cannot be combined with a forced tool_choice", "response_format")
+        await self._check_constraint(forced, "tools")
+        return forced, parser, isinstance(choice, NamedToolChoice)
+
+    async def _constraint(self, req: SamplingFields) -> structured.Constraint | None:
+        try:
+            one = structured.from_response_format(req.response_format)
+            two = structured.from_structured_outputs(req.structured_outputs)
+        except RequestError as error:
+            raise bad_request(str(error), error.param) from error
+        if one is not None and two is not None:
+            raise bad_request("response_format and structured_outputs exclude each other", "structured_outputs")
+        constraint = one or two
+        if constraint is not None:
+            await self._check_constraint(constraint, "response_format" if one else "structured_outputs")
+        return constraint
+
+    async def _check_constraint(self, constraint: structured.Constraint, param: str) -> None:
+        if not self.info.constraints:
+            raise bad_request("structured output is not available with this runner", param)
+        try:
+            await asyncio.to_thread(structured.check, constraint, param)
+        except RequestError as error:
+            raise bad_request(str(error), error.param) from error
+
+    def _head(self, prefix: str, model: str) -> dict[str, Any]:
+        return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    async def _submit(
+        self,
+        request: Request,
+        req: SamplingFields,
+        prompts: list[list[int]],
+        max_tokens: list[int],
+        logprobs: int | None,
+        constraint: structured.Constraint | None,
+        arrival: float,
+        renderer: CompletionRenderer | ChatRenderer,
+    ) -> Job:
+        """Hand the prompts to the engine and wait until all are queued."""
+        if req.prompt_logprobs is not None and not self.info.prompt_logprobs:
+            raise bad_request("log-probabilities of the prompt are not available with this runner", "prompt_logprobs")
+        group = Group(arrival)
+        stops = tuple(stop_strings(req))
+        samplings = [
+            sampling_params(req, self.config, self.limits, max_tokens=most, logprobs=logprobs) for most in max_tokens
+        ]
+        if len(prompts) * (req.n or 1) > self.config.max_prompts:
+            raise bad_request(f"more than {self.config.max_prompts} choices in one request", "n")
+        choices: list[Choice] = []
+        submit = asyncio.gather(
+            *(
+                self.client.submit(
+                    group,
+                    prompt,
+                    request_id=f"req-{uuid.uuid4().hex}",
+                    sampling=sampling,
+                    priority=req.priority or 0,
+                    client_id=req.user or "",
+                    cache_salt=req.cache_salt or "",
+                    constraint=constraint,
+                )
+                for prompt, sampling in zip(prompts, samplings, strict=True)
+            )
+        )
+        watcher = asyncio.create_task(watch_disconnect(request.receive, group))
+        watcher.add_done_callback(lambda _: submit.cancel() if group.error is not None else None)
+        try:
+            for made in await submit:
+                choices += made
+        except Refused as refused:
+            self.client.abort(group.choices, "abort")
+            raise self._refusal(refused) from None
+        except EngineGone as error:
+            raise as_api_error(error) from None
+        except asyncio.CancelledError:
+            self.client.abort(group.choices, "abort")
+            if isinstance(group.error, Disconnected):
+                raise group.error from None
+            raise
+        finally:
+            watcher.cancel()
+        self.row.observe("vllm:request_params_n", req.n or 1)
+        for most in max_tokens:
+            self.row.observe("vllm:request_params_max_tokens", most)
+        options = TextOptions(
+            stops=stops,
+            include_stop=bool(req.include_stop_str_in_output),
+            skip_special_tokens=req.skip_special_tokens is not False,
+            min_tokens=req.min_tokens or 0,
+        )
+        texts = [ChoiceText.start(choice, self.client, self.tokenizer, options) for choice in choices]
+        include_usage = req.stream_options is not None and bool(req.stream_options.include_usage)
+        return Job(group, texts, renderer, self.client, sum(map(len, prompts)), include_usage)
+
+    def _refusal(self, refused: Refused) -> ApiError:
+        if refused.reason == "queue_full":
+            self.row.inc("vllm:admission_rejections", "queue_full")
+            return unavailable(f"The server is overloaded: {refused}. Try again later.", "queue_full")
+        if refused.reason in ("max_model_len", "max_request_tokens"):
+            self.row.inc("vllm:admission_rejections", refused.reason)
+            return bad_request(str(refused), "prompt", "context_length_exceeded")
+        return bad_request(str(refused))
+
+    async def _answer(self, request: Request, job: Job, stream: bool) -> Response:
+        if not stream:
+            try:
+                return await collect(job, request.receive)
+            except Disconnected:
+                return Response(status_code=499)
+        return EventStream(job, {"x-request-id": request.scope["kvarena"].request_id})
+
+
+def _check_chat(req: ChatCompletionRequest) -> None:
+    """400 for combinations that make no sense."""
+    if req.top_logprobs is not None and not req.logprobs:
+        raise bad_request("top_logprobs needs logprobs=true", "top_logprobs")
+    if req.chat_template is not None:
+        raise bad_request("a chat_template in the request is not allowed on this server", "chat_template")
+    if req.max_tokens == 0 or req.max_completion_tokens == 0:
+        raise bad_request("max_tokens must be at least 1", "max_tokens")
+    forced = isinstance(req.tool_choice, NamedToolChoice) or req.tool_choice == "required"
+    if forced and not req.tools:
+        raise bad_request("tool_choice needs tools", "tool_choice")
+    if req.continue_final_message and req.add_generation_prompt:
+        raise bad_request(
+            "continue_final_message and add_generation_prompt exclude each other", "add_generation_prompt"
+        )
+
+
+def validation_error(error: ValidationError) -> ApiError:
+    """A 400 that names the first parameters at fault; what the caller sent is not repeated."""
+    parts = []
+    first: str | None = None
+    for entry in error.errors(include_url=False, include_input=False, include_context=False)[:5]:
+        where = ".".join(str(part) for part in entry["loc"])[:100]
+        first = first or (str(entry["loc"][0])[:100] if entry["loc"] else None)
+        parts.append(f"{where}: {entry['msg']}" if where else entry["msg"])
+    return bad_request("; ".join(parts), first, "invalid_parameter")

@@ -1,0 +1,164 @@
+"""Structured output through llguidance: JSON schema, regex, choice and grammar.
+
+The front checks a constraint before the engine sees it, on a thread and under limits; the engine process makes one
+matcher per choice. llguidance follows lazily built automata with bounded work per token, so that no regex or schema
+can stop a step. A matcher that hits its limit ends the output as early as the grammar allows.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import llguidance
+import llguidance.hf
+import numpy as np
+
+from engine.errors import RequestError
+from engine.server.protocol import ResponseFormat, StructuredOutputs
+
+MAX_SPEC_CHARS = 65536
+MAX_SCHEMA_DEPTH = 64
+MAX_CHOICES = 4096
+JSON_OBJECT = '{"type": "object"}'
+
+Constraint = tuple[str, str]
+
+
+def from_response_format(fmt: ResponseFormat | None) -> Constraint | None:
+    """The constraint of `response_format`. Raises RequestError."""
+    if fmt is None or fmt.type == "text":
+        return None
+    if fmt.type == "json_object":
+        return ("json", JSON_OBJECT)
+    if fmt.json_schema is None or fmt.json_schema.schema_ is None:
+        raise RequestError("response_format.json_schema.schema is missing", "response_format")
+    return ("json", schema_text(fmt.json_schema.schema_, "response_format"))
+
+
+def from_structured_outputs(spec: StructuredOutputs | None) -> Constraint | None:
+    """The constraint of `structured_outputs`. Raises RequestError."""
+    if spec is None:
+        return None
+    given = [name for name in ("json_", "regex", "choice", "grammar", "json_object") if getattr(spec, name)]
+    if len(given) != 1:
+        raise RequestError(
+            "structured_outputs must hold exactly one of json, regex, choice, grammar, json_object",
+            "structured_outputs",
+        )
+    kind = given[0]
+    if kind == "json_":
+        return ("json", schema_text(spec.json_, "structured_outputs"))
+    if kind == "json_object":
+        return ("json", JSON_OBJECT)
+    if kind == "choice":
+        choices = spec.choice or []
+        if len(choices) > MAX_CHOICES or not all(choices):
+            raise RequestError(
+                f"structured_outputs.choice must be 1 to {MAX_CHOICES} non-empty strings", "structured_outputs"
+            )
+        return ("grammar", "start: " + " | ".join(json.dumps(choice) for choice in choices))
+    return (kind, getattr(spec, kind))
+
+
+def schema_text(schema: Any, param: str) -> str:
+    """A JSON schema as text, checked for nesting. A string is taken for JSON text."""
+    if isinstance(schema, str):
+        if len(schema) > MAX_SPEC_CHARS:
+            raise RequestError(f"the schema is longer than {MAX_SPEC_CHARS} characters", param)
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise RequestError("the schema is not valid JSON", param) from error
+    if not isinstance(schema, (dict, bool)):
+        raise RequestError("a JSON schema is an object", param)
+    if _depth(schema) > MAX_SCHEMA_DEPTH:
+        raise RequestError(f"the schema is nested more than {MAX_SCHEMA_DEPTH} deep", param)
+    return json.dumps(schema)
+
+
+def _depth(value: Any) -> int:
+    """Nesting of a JSON value, without recursion."""
+    deepest, stack = 0, [(value, 1)]
+    while stack:
+        node, level = stack.pop()
+        deepest = max(deepest, level)
+        if level > MAX_SCHEMA_DEPTH:
+            return level
+        children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        stack += [(child, level + 1) for child in children]
+    return deepest
+
+
+def _grammar(kind: str, text: str) -> str:
+    matcher = llguidance.LLMatcher
+    if kind == "json":
+        return matcher.grammar_from_json_schema(text)
+    if kind == "regex":
+        return matcher.grammar_from_regex(text)
+    if "::=" in text:
+        # vLLM's and llama.cpp's notation.
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        text = any_to_lark(text)
+    return matcher.grammar_from_lark(text)
+
+
+def check(constraint: Constraint, param: str) -> None:
+    """Raise RequestError when a constraint is too long or cannot be compiled. Takes milliseconds; holds no lock."""
+    kind, text = constraint
+    if len(text) > MAX_SPEC_CHARS:
+        raise RequestError(f"the {kind} is longer than {MAX_SPEC_CHARS} characters", param)
+    try:
+        is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_grammar(kind, text))
+    except (ValueError, RuntimeError, RecursionError) as error:
+        raise RequestError(f"the {kind} cannot be used: {_line(error)}", param) from error
+    if is_error:
+        raise RequestError(f"the {kind} cannot be used: {_line(messages[0])}", param)
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class ConstraintFactory:
+    """Makes constraints for one tokenizer; lives in the engine process.
+
+    Args:
+        tokenizer: a fast `transformers` tokenizer.
+        vocab_size: width of the logits.
+        eos_token_ids: allowed where the grammar may end.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._eos = sorted(eos_token_ids)
+        eos = self._eos or None
+        self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
+
+    def __call__(self, kind: str, text: str) -> MatcherConstraint:
+        """A constraint at its start. Raises RequestError when the grammar cannot be compiled."""
+        matcher = llguidance.LLMatcher(self._tokenizer, _grammar(kind, text))
+        if matcher.is_error():
+            raise RequestError(f"the {kind} cannot be used: {_line(matcher.get_error())}", "structured_outputs")
+        return MatcherConstraint(matcher, self._eos)
+
+
+class MatcherConstraint:
+    """A `TokenConstraint` that follows one llguidance matcher."""
+
+    def __init__(self, matcher: Any, eos_token_ids: list[int]) -> None:
+        self._matcher, self._eos = matcher, eos_token_ids
+
+    def fill(self, bitmask: np.ndarray) -> None:
+        """Allowed tokens; only the end of the sequence once the grammar is complete or gave up."""
+        if self._matcher.is_stopped():
+            bitmask[:] = 0
+            for token in self._eos:
+                bitmask[token // 32] |= np.int32(np.uint32(1 << (token % 32)))
+            return
+        self._matcher.unsafe_compute_mask_ptr(bitmask.ctypes.data, bitmask.nbytes)
+
+    def accept(self, token_id: int) -> None:
+        """Follow one token."""
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token_id)

@@ -1,0 +1,157 @@
+"""The model's tokenizer as a front uses it: texts and chats to token ids, tokens back to text."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ModelError
+from engine.server.detokenizer import Detokenizer
+from engine.server.errors import ApiError, bad_request, context_overflow
+
+# Longer texts are tokenized on a thread: the library lets go of the interpreter meanwhile.
+_INLINE_CHARS = 8192
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class TokenizerService:
+    """Loads a model directory's tokenizer.
+
+    Args:
+        path: the model directory.
+        trust_remote_code: allow tokenizer code that ships with the model.
+        chat_template: a jinja file that replaces the tokenizer's template.
+
+    Raises:
+        ModelError: there is no tokenizer in `path`.
+    """
+
+    def __init__(self, path: str, trust_remote_code: bool = False, chat_template: str | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:
+            raise ModelError(
+                f"no tokenizer could be loaded from {path}: {' '.join(str(error).split())[:300]}"
+            ) from error
+        self.tokenizer = tokenizer
+        if chat_template is not None:
+            self.tokenizer.chat_template = Path(chat_template).read_text()
+        self.detokenizer = Detokenizer(self.tokenizer)
+        self._backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        self._longest_piece = max(map(len, self.tokenizer.get_vocab()), default=1)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+
+    async def encode(self, text: str, add_special_tokens: bool, max_tokens: int, what: str = "prompt") -> list[int]:
+        """Token ids of `text`.
+
+        Args:
+            text: what to tokenize.
+            add_special_tokens: as the tokenizer's own flag (a leading BOS and the like).
+            max_tokens: the context; a text that cannot fit whatever its tokens are is refused untokenized.
+            what: `prompt` or `messages`, for the error.
+        """
+        at_least = len(text) // self._longest_piece
+        if at_least > max_tokens:
+            raise context_overflow(max_tokens, at_least, None, what)
+        if len(text) <= _INLINE_CHARS:
+            return self._encode(text, add_special_tokens)
+        return await self.off_loop(lambda: self._encode(text, add_special_tokens))
+
+    async def off_loop(self, work: Callable[[], list[int]]) -> list[int]:
+        """Run `work` on the tokenizer's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            if self._backend is not None:
+                # The raw tokenizer changes no state, so the event loop and the thread may use it at once.
+                return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except (TypeError, ValueError, UnicodeError) as error:
+            raise bad_request(f"the text cannot be tokenized: {error}", "prompt") from error
+
+    def render_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **flags: Any) -> str:
+        """The chat template's text for `messages`.
+
+        Raises:
+            ApiError: 400 when the model has no template, or the template refuses the messages.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **flags)
+        except Exception as error:
+            # Any error of the template is about the messages: roles that must alternate, a missing field.
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise bad_request(
+                    "this model has no chat template; use /v1/completions, or start the server with --chat-template",
+                    "messages",
+                ) from error
+            text = " ".join(str(error).split())[:300]
+            raise bad_request(f"the model's chat template refused the messages: {text}", "messages") from error
+
+    def token_text(self, token_id: int) -> str:
+        """A token as shown in log-probabilities; bytes that are no character become U+FFFD."""
+        return self.detokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+
+def generation_defaults(path: str) -> dict[str, float]:
+    """Sampling parameters that the model directory's generation_config.json recommends."""
+    file = Path(path) / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelError(f"{file} is not valid JSON: {error}") from error
+    return {key: values[key] for key in _SAMPLING_KEYS if isinstance(values.get(key), (int, float))}
+
+
+def template_messages(messages: list[Any], tools_model: bool = True) -> list[dict[str, Any]]:
+    """Messages as templates expect them: text parts joined, past tool calls' arguments as objects.
+
+    Raises:
+        ApiError: a part that is no text, or arguments that are not JSON.
+    """
+    made = []
+    for i, message in enumerate(messages):
+        entry = message.model_dump(exclude_none=True)
+        content = message.content
+        if isinstance(content, list):
+            entry["content"] = "\n".join(_part_text(part, i) for part in content)
+        elif content is None:
+            entry["content"] = ""
+        if message.tool_calls is not None:
+            entry["tool_calls"] = [_tool_call(call, i) for call in message.tool_calls] if tools_model else []
+        made.append(entry)
+    return made
+
+
+def _part_text(part: dict[str, Any] | str, index: int) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type")
+    if kind in ("text", "input_text", "refusal"):
+        text = part.get("text", part.get("refusal"))
+        if isinstance(text, str):
+            return text
+    raise bad_request(f"messages[{index}].content holds a part of type {str(kind)[:50]!r} without text", "messages")
+
+
+def _tool_call(call: dict[str, Any], index: int) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise bad_request(f"messages[{index}].tool_calls holds a call without a function name", "messages")
+    arguments = function.get("arguments", "{}")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"messages[{index}].tool_calls: arguments are not valid JSON", "messages") from error
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -1,0 +1,78 @@
+"""The `kvarena` command: `serve`, `bench` and `report`, thin fronts of the same config.
+
+`kvarena serve MODEL --allocator paged` is `python run.py mode=serve model.path=MODEL allocator=paged`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from engine.errors import ConfigError, KvarenaError
+
+USAGE = """usage: kvarena COMMAND ...
+
+commands:
+  serve MODEL [flags]     serve a model directory over the OpenAI API (kvarena serve --help)
+  bench [key=value ...]   run one cell, or a sweep with -m: the same as python run.py
+  report DIR              make a run's or a sweep's report again from its files
+"""
+USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if args else USER_ERROR
+    command, rest = args[0], args[1:]
+    try:
+        if command == "serve":
+            return _serve(rest)
+        if command == "bench":
+            return _bench(rest)
+        if command == "report":
+            return _report(rest)
+    except KvarenaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    print(f"error: unknown command {command!r}; known: serve, bench, report", file=sys.stderr)
+    return USER_ERROR
+
+
+def _serve(args: list[str]) -> int:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from experiments.entry import CONF_DIR, explain
+    from experiments.serve_flags import overrides_of, parse_flags
+
+    overrides = overrides_of(parse_flags(args))
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            cfg = compose("config", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error) or str(error)) from error
+    from experiments.serve import serve
+
+    return serve(cfg)
+
+
+def _bench(args: list[str]) -> int:
+    from experiments.entry import main as hydra_main
+
+    # Hydra reads the command line; there is no other way to hand it overrides and keep its job folder and sweeps.
+    before = sys.argv
+    sys.argv = [before[0], *args]
+    try:
+        return hydra_main()
+    finally:
+        sys.argv = before
+
+
+def _report(args: list[str]) -> int:
+    from reports.__main__ import main as make_report
+
+    return make_report(args)

@@ -1,0 +1,79 @@
+"""Serves what a config describes: `python run.py mode=serve allocator=paged scheduler=chunked model.path=DIR`.
+
+The same config builds the same engine as in a benchmark; only the web front is added. The engine is built in its own
+process, from the config as plain values.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from engine.errors import ConfigError
+from engine.server.config import ServerConfig
+from engine.server.engine_loop import ServedEngine
+from engine.server.front import ModelFiles
+from engine.server.supervisor import serve as run_server
+
+
+def serve(cfg: DictConfig) -> int:
+    """Serve until told to stop; returns the exit code.
+
+    Raises:
+        ConfigError: a setting is out of range. Faults of the model are found in the engine's process, which prints
+            one line; the exit code is then 2.
+    """
+    server = ServerConfig.from_dict(OmegaConf.to_container(cfg.server, resolve=True))  # type: ignore[arg-type]
+    if cfg.model.path is None:
+        raise ConfigError("mode=serve needs a tokenizer: set model.path to a model directory")
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    values.pop("hydra", None)
+    if not server.served_model_names and cfg.model.name:
+        server = ServerConfig.from_dict({**vars(server), "served_model_names": [cfg.model.name]})
+    model = ModelFiles(str(_model_directory(cfg.model.path)), bool(cfg.model.trust_remote_code))
+    return run_server(server, model, functools.partial(build_served_engine, values))
+
+
+def _model_directory(path: str) -> str:
+    from engine.models.directory import resolve_directory
+
+    return str(resolve_directory(path))
+
+
+CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is
+
+
+def build_served_engine(values: dict[str, Any]) -> ServedEngine:
+    """Build the engine in this process.
+
+    Args:
+        values: the resolved config.
+    """
+    import torch
+
+    from engine.models.tokenizer import load_tokenizer
+    from engine.server.structured import ConstraintFactory
+    from experiments.build import build_engine
+
+    cfg = OmegaConf.create(values)
+    if all(size is None for size in values["kv_cache"].values()) and not torch.cuda.is_available():
+        cfg.kv_cache.num_slots = CPU_SLOTS
+    parts = build_engine(cfg)
+    # A ledger keeps every step; a server runs for ever.
+    parts.engine.ledger = None
+    spec = parts.model.spec
+    eos = frozenset(spec.eos_token_ids)
+    tokenizer = load_tokenizer(cfg.model.path, bool(cfg.model.trust_remote_code))
+    facts = {"cache_dtype": "auto", "gpu_memory_utilization": str(cfg.engine.gpu_memory_utilization)}
+    constraints = ConstraintFactory(tokenizer, spec.vocab_size, eos) if tokenizer.is_fast else None
+    return ServedEngine(
+        engine=parts.engine,
+        max_model_len=parts.max_model_len,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=eos,
+        constraint_factory=constraints,
+        prompt_logprobs=True,
+        facts=facts,
+    )

@@ -1,0 +1,185 @@
+"""The flags of `kvarena serve`: vLLM's names, with vLLM's meaning, as overrides of the config.
+
+Dashes and underscores mean the same. What has no flag is reached by `--set key=value`, any key of the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+
+from engine.errors import ConfigError
+
+DTYPES = {
+    "auto": "auto",
+    "half": "float16",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float": "float32",
+    "float32": "float32",
+}
+_SIZES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage: a wrong flag is one line."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """A flag is unknown or its value cannot be read."""
+        raise ConfigError(f"kvarena serve: {message} (kvarena serve --help lists the flags)")
+
+
+def _tokens(text: str) -> int:
+    """A number of tokens; 4k is 4000, 4K is 4096."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 4096 or 4K")
+    return int(float(match[1]) * _SIZES.get(match[2], 1))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="kvarena serve", description="Serve a model over the OpenAI API.", allow_abbrev=False)
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="a local model directory (default: the demo model)")
+    add("--model", dest="model_flag", metavar="MODEL", help=argparse.SUPPRESS)
+    web = parser.add_argument_group("web")
+    add = web.add_argument
+    add("--host", help="address to listen on (127.0.0.1; 0.0.0.0 for all)")
+    add("--port", type=int, help="TCP port (8000)")
+    add("--api-key", nargs="+", metavar="KEY", help="accepted keys; none: no key is asked for")
+    add("--served-model-name", nargs="+", metavar="NAME", help="names that requests may use")
+    add("--api-server-count", "--num-fronts", type=int, metavar="N", help="HTTP processes (1)")
+    add("--max-num-queued-requests", "--max-num-queued-reqs", type=int, metavar="N", help="beyond it: 503")
+    add("--shutdown-timeout", type=float, metavar="S", help="seconds that open requests get after SIGTERM (30)")
+    add("--allowed-origins", type=json.loads, metavar="JSON", help="CORS origins, a JSON list")
+    add("--allowed-media-domains", nargs="+", metavar="HOST", help="hosts of image URLs")
+    add("--allowed-local-media-path", metavar="DIR", help="folder of file URLs")
+    add("--chat-template", metavar="FILE", help="a jinja file")
+    add("--tool-call-parser", choices=("auto", "hermes", "llama", "none"))
+    add("--generation-config", choices=("auto", "vllm"), help="vllm: ignore the model's generation_config.json")
+    add("--max-logprobs", type=int, metavar="N")
+    add("--otlp-traces-endpoint", metavar="URL", help="OpenTelemetry collector")
+    add("--disable-access-log", "--disable-log-requests", action="store_true")
+    for name in ("certfile", "keyfile", "keyfile-password", "ca-certs"):
+        add(f"--ssl-{name}", metavar="FILE" if name != "keyfile-password" else "TEXT")
+    engine = parser.add_argument_group("engine")
+    add = engine.add_argument
+    add("--allocator", metavar="NAME", help="paged_prefix; see conf/allocator")
+    add("--scheduler", metavar="NAME", help="chunked; see conf/scheduler")
+    add("--trust-remote-code", action="store_true")
+    add("--dtype", choices=tuple(DTYPES), default="auto")
+    add("--load-format", choices=("auto", "dummy"), help="dummy: random weights")
+    add("--device", choices=("auto", "cpu", "cuda"))
+    add("--gpu-memory-utilization", type=float, metavar="SHARE")
+    add("--max-model-len", type=_tokens, metavar="TOKENS")
+    add("--max-num-seqs", type=int, metavar="N")
+    add("--max-num-batched-tokens", type=_tokens, metavar="TOKENS")
+    add("--block-size", type=int, metavar="SLOTS")
+    add("--num-gpu-blocks-override", type=int, metavar="N", help="blocks of the KV pool")
+    add("--kv-cache-memory-gib", type=float, metavar="GIB", help="size of the KV pool")
+    add("--swap-space", type=float, metavar="GIB", help="host memory for preempted requests")
+    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
+    add("--async-scheduling", action=argparse.BooleanOptionalAction, help="plan a step while the last one runs")
+    add("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
+    add("--pipeline-parallel-size", "-pp", type=int, default=1, metavar="N")
+    add("--quantization", "-q", metavar="NAME")
+    add("--enforce-eager", action="store_true", help="no CUDA graphs")
+    add("--seed", type=int)
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the config")
+    return parser
+
+
+def parse_flags(args: Sequence[str]) -> argparse.Namespace:
+    """Read the command line. Raises ConfigError on an unknown flag or a value of the wrong kind."""
+    spelled = [
+        "--" + arg[2:].partition("=")[0].replace("_", "-") + arg[2 + len(arg[2:].partition("=")[0]) :]
+        if arg.startswith("--")
+        else arg
+        for arg in args
+    ]
+    return _parser().parse_args(spelled)
+
+
+def overrides_of(flags: argparse.Namespace) -> list[str]:
+    """The config overrides that the flags stand for.
+
+    Raises:
+        ConfigError: flags that exclude each other, or that this engine cannot honour.
+    """
+    _check(flags)
+    allocator = flags.allocator or ("paged" if flags.enable_prefix_caching is False else "paged_prefix")
+    made = ["mode=serve", f"allocator={allocator}", f"scheduler={flags.scheduler or 'chunked'}"]
+    model = flags.model or flags.model_flag
+    values = {
+        "model.path": model,
+        "model.trust_remote_code": flags.trust_remote_code or None,
+        "model.load_format": flags.load_format,
+        "engine.dtype": DTYPES[flags.dtype],
+        "engine.device": flags.device,
+        "engine.gpu_memory_utilization": flags.gpu_memory_utilization,
+        "engine.seed": flags.seed,
+        "engine.overlap": flags.async_scheduling,
+        "scheduler.max_num_seqs": flags.max_num_seqs,
+        "scheduler.max_num_batched_tokens": flags.max_num_batched_tokens or max(2048, flags.max_num_seqs or 0),
+        "allocator.block_size": flags.block_size,
+        "kv_cache.num_blocks": flags.num_gpu_blocks_override,
+        "kv_cache.memory_gib": flags.kv_cache_memory_gib,
+        "server.host": flags.host,
+        "server.port": flags.port,
+        "server.api_keys": flags.api_key,
+        "server.served_model_names": flags.served_model_name,
+        "server.num_fronts": flags.api_server_count,
+        "server.max_num_queued_requests": flags.max_num_queued_requests,
+        "server.shutdown_timeout": flags.shutdown_timeout,
+        "server.cors_origins": flags.allowed_origins,
+        "server.allowed_media_domains": flags.allowed_media_domains,
+        "server.allowed_local_media_path": flags.allowed_local_media_path,
+        "server.chat_template": flags.chat_template,
+        "server.tool_call_parser": flags.tool_call_parser,
+        "server.generation_config": None if flags.generation_config is None else flags.generation_config == "auto",
+        "server.max_logprobs": flags.max_logprobs,
+        "server.otlp_endpoint": flags.otlp_traces_endpoint,
+        "server.log_requests": False if flags.disable_access_log else None,
+        "server.ssl_certfile": flags.ssl_certfile,
+        "server.ssl_keyfile": flags.ssl_keyfile,
+        "server.ssl_keyfile_password": flags.ssl_keyfile_password,
+        "server.ssl_ca_certs": flags.ssl_ca_certs,
+    }
+    if flags.swap_space:
+        values |= {"allocator.swap_gib": flags.swap_space, "scheduler.preemption": "swap"}
+    made += [f"{key}={_literal(value)}" for key, value in values.items() if value is not None]
+    # The length that the model allows, and the pool that the memory allows, unless a flag says otherwise.
+    made += [f"engine.max_model_len={flags.max_model_len or 'null'}", "kv_cache.num_slots=null"]
+    return made + flags.set
+
+
+def _check(flags: argparse.Namespace) -> None:
+    if flags.model and flags.model_flag:
+        raise ConfigError("MODEL and --model both name the model; give one of them")
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if getattr(flags, name) != 1:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {getattr(flags, name)} is not available: this version runs on one device; use 1")
+    if flags.quantization not in (None, "none"):
+        raise ConfigError(
+            f"--quantization {flags.quantization} is not available: weights run in --dtype; leave the flag out"
+        )
+    if flags.enable_prefix_caching and flags.allocator not in (None, "paged_prefix", "radix"):
+        raise ConfigError(
+            f"--enable-prefix-caching needs --allocator paged_prefix or radix, not {flags.allocator}; leave one out"
+        )
+    if flags.enable_prefix_caching is False and flags.allocator in ("paged_prefix", "radix"):
+        raise ConfigError(f"--no-enable-prefix-caching contradicts --allocator {flags.allocator}; leave one out")
+
+
+def _literal(value: object) -> str:
+    """A value in Hydra's override grammar."""
+    if isinstance(value, list):
+        return "[" + ",".join(_literal(item) for item in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)

@@ -1,0 +1,70 @@
+"""Tool calls are found however the text is cut; what is no call is shown unchanged."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from engine.server.tool_calls import HermesParser, ListParser, LlamaParser, make_parser, required_schema
+
+HERMES = 'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n<tool_call>{"name": "g", "arguments": {}}</tool_call>'
+
+
+def _run(parser, text, seed=0):
+    rng = random.Random(seed)
+    shown, calls, at = "", [], 0
+    while at < len(text):
+        size = rng.randint(1, 5)
+        parsed = parser.add(text[at : at + size])
+        shown, calls, at = shown + parsed.text, calls + parsed.calls, at + size
+    parsed = parser.end()
+    return shown + parsed.text, calls + parsed.calls
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_hermes_finds_calls_at_any_cut(seed):
+    text, calls = _run(HermesParser(), HERMES, seed)
+    assert text == "Let me see.\n"
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("f", {"x": 1}), ("g", {})]
+    assert len({call.call_id for call in calls}) == 2
+
+
+def test_hermes_shows_what_is_no_call():
+    for text in ("a < b <tool", "<tool_call>not json</tool_call> x", "<tool_call>{", "plain"):
+        assert _run(HermesParser(), text) == (text, [])
+
+
+def test_hermes_takes_a_call_without_its_closing_tag():
+    text, calls = _run(HermesParser(), '<tool_call>{"name": "f", "arguments": {"x": 2}}')
+    assert text == ""
+    assert calls[0].name == "f"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_llama_takes_a_whole_answer(seed):
+    text = '<|python_tag|>{"name": "f", "parameters": {"x": "y"}}; {"name": "g", "parameters": {}}'
+    shown, calls = _run(LlamaParser(), text, seed)
+    assert shown == ""
+    assert [call.name for call in calls] == ["f", "g"]
+
+
+def test_llama_shows_text_at_once():
+    parser = LlamaParser()
+    assert parser.add("Hello").text == "Hello"
+    assert _run(LlamaParser(), '{"a": 1}') == ('{"a": 1}', [])
+
+
+def test_required_calls():
+    schema = required_schema([("f", None), ("g", {"type": "object"})], parallel=False)
+    assert schema["maxItems"] == 1
+    assert {call["properties"]["name"]["const"] for call in schema["items"]["anyOf"]} == {"f", "g"}
+    _, calls = _run(ListParser(), '[{"name": "f", "parameters": {"x": 1}}]')
+    assert (calls[0].name, calls[0].arguments) == ("f", '{"x": 1}')
+
+
+def test_the_template_decides_the_parser():
+    assert isinstance(make_parser("auto", "... <|python_tag|> ..."), LlamaParser)
+    assert isinstance(make_parser("auto", "<tool_call>"), HermesParser)
+    assert make_parser("none", None) is None
