@@ -32,6 +32,7 @@ class _Plan:
         decode: int32 [1 + 2 * capacity.decode].
         prefill: int32 [2 * capacity.prefill].
         buffer: both in one.
+        scratch: for the decode kernel. A captured graph uses it for as long as the plan lives.
         is_reserved: True when a graph relies on the buffer's address and the capacity.
     """
 
@@ -39,6 +40,7 @@ class _Plan:
     decode: Tensor
     prefill: Tensor
     buffer: Tensor
+    scratch: DecodeScratch
     is_reserved: bool
 
 
@@ -87,8 +89,7 @@ class TritonBackend:
         prefill = self.shape.prefill_capacity(num_rows, num_prefill_tokens) if num_prefill_tokens else 0
         capacity = Capacity(self.shape.decode_capacity(num_rows), prefill)
         buffer = torch.full((capacity.num_words,), -1, dtype=torch.int32, device=self.pool.device)
-        meta.prepared = _views(buffer, capacity, is_reserved=True)
-        self._reserve_scratch(capacity.decode, num_rows)
+        meta.prepared = _views(buffer, capacity, self._scratch_for(capacity.decode, num_rows), is_reserved=True)
 
     def prepare(self, meta: AttentionMetadata) -> None:
         """Cut the step into work items and send them to the device."""
@@ -100,8 +101,8 @@ class TritonBackend:
         if reserved is not None:
             reserved.buffer.copy_(sent, non_blocking=True)
             return
-        self._reserve_scratch(capacity.decode, len(meta.host_seq_lens))
-        meta.prepared = _views(sent, capacity, is_reserved=False)
+        scratch = self._scratch_for(capacity.decode, len(meta.host_seq_lens))
+        meta.prepared = _views(sent, capacity, scratch, is_reserved=False)
 
     def write_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:
         """Store the new tokens' keys and values."""
@@ -137,7 +138,7 @@ class TritonBackend:
                 seq_lens=meta.seq_lens,
                 block_table=meta.block_table,
                 block_size=meta.block_size,
-                scratch=self._scratch,
+                scratch=plan.scratch,
                 scale=scale,
                 sliding_window=sliding_window,
                 softcap=softcap,
@@ -166,20 +167,21 @@ class TritonBackend:
             )
         return out
 
-    def _reserve_scratch(self, num_items: int, num_rows: int) -> None:
-        # A graph keeps the scratch it was captured with alive; a larger one serves later launches.
+    def _scratch_for(self, num_items: int, num_rows: int) -> DecodeScratch:
+        """Scratch with room for a plan; plans share it, because launches follow each other."""
         old = self._scratch
         if num_items > old.num_items or num_rows > old.num_rows:
             self._scratch = self._new_scratch(max(num_items, 2 * old.num_items), max(num_rows, 2 * old.num_rows))
+        return self._scratch
 
     def _new_scratch(self, num_items: int, num_rows: int) -> DecodeScratch:
         pool = self.pool
         return DecodeScratch(num_items, num_rows, self.num_heads, pool.num_kv_heads, pool.head_dim, pool.device)
 
 
-def _views(buffer: Tensor, capacity: Capacity, *, is_reserved: bool) -> _Plan:
+def _views(buffer: Tensor, capacity: Capacity, scratch: DecodeScratch, *, is_reserved: bool) -> _Plan:
     end = 1 + 2 * capacity.decode
-    return _Plan(capacity, buffer[:end], buffer[end:], buffer, is_reserved)
+    return _Plan(capacity, buffer[:end], buffer[end:], buffer, scratch, is_reserved)
 
 
 def _num_multiprocessors(device: torch.device) -> int:

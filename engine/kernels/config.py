@@ -58,5 +58,6 @@ def prefill_config(head_dim: int, element_size: int, group: int) -> PrefillConfi
         # float32 products run on the plain units: small tiles, or registers spill.
         return PrefillConfig(rows=max(32, next_power_of_2(group)), tile=32, num_warps=4, num_stages=2)
     dim_pad = max(16, next_power_of_2(head_dim))
-    rows = max(128 if dim_pad <= 128 else 64, next_power_of_2(group))
-    return PrefillConfig(rows, tile=64, num_warps=8 if rows >= 128 else 4, num_stages=3 if dim_pad <= 128 else 2)
+    rows = max(128, next_power_of_2(group))
+    # Above 128 elements per head the accumulators fill the registers: smaller tiles, or they spill.
+    return PrefillConfig(rows, tile=64 if dim_pad <= 128 else 32, num_warps=8, num_stages=3 if dim_pad <= 128 else 2)

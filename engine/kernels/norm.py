@@ -24,6 +24,7 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     SIZE_PAD: tl.constexpr,
     ADD: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
     """One row; see `rms_norm`."""
     row = tl.program_id(0).to(tl.int64)
@@ -39,7 +40,10 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
         x = rounded.to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(x * x, 0) / SIZE + epsilon)
     weight = tl.load(weight_ptr + at, mask=exists, other=0.0).to(tl.float32) + weight_offset
-    tl.store(out_ptr + row * stride_out + at, (x * factor * weight).to(out_ptr.dtype.element_ty), mask=exists)
+    normed = x * factor
+    if ROUND:
+        normed = normed.to(out_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + row * stride_out + at, (normed * weight).to(out_ptr.dtype.element_ty), mask=exists)
 
 
 def rms_norm(
@@ -52,6 +56,9 @@ def rms_norm(
     out: Tensor | None = None,
 ) -> Tensor:
     """RMS norm of `x`, or of `x + residual`, row by row; computed in float32.
+
+    Rounded where transformers' modules round: before the weight without a `weight_offset` (Llama), after it with one
+    (Gemma).
 
     Args:
         x: [T, size]; rows may be strided.
@@ -83,6 +90,7 @@ def rms_norm(
         SIZE=size,
         SIZE_PAD=padded,
         ADD=residual is not None,
+        ROUND=weight_offset == 0,
         num_warps=min(16, max(1, padded // 512)),
     )
     return out

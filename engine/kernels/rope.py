@@ -94,6 +94,11 @@ def rope_store_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _round(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _rotate(  # type: ignore[no-untyped-def]
     sources,
     targets,
@@ -113,7 +118,7 @@ def _rotate(  # type: ignore[no-untyped-def]
     mask = exists[:, None] & (half < HALF)[None, :]
     x1 = tl.load(sources[:, None] + half[None, :], mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(sources[:, None] + HALF + half[None, :], mask=mask, other=0.0).to(tl.float32)
-    dtype = targets.dtype.element_ty
+    dtype: tl.constexpr = targets.dtype.element_ty
     if HEAD_DIM > 2 * HALF:
         dims = tl.arange(0, DIM_PAD)
         rest_mask = exists[:, None] & ((dims >= 2 * HALF) & (dims < HEAD_DIM))[None, :]
@@ -125,11 +130,12 @@ def _rotate(  # type: ignore[no-untyped-def]
         factor = 1.0 / tl.sqrt(squares / HEAD_DIM + epsilon)
         w1 = tl.load(norm_ptr + half, mask=half < HALF, other=0.0).to(tl.float32)
         w2 = tl.load(norm_ptr + HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
-        x1 = x1 * factor[:, None] * w1[None, :]
-        x2 = x2 * factor[:, None] * w2[None, :]
+        # Rounded before the weight and after it, as transformers' norm modules do.
+        x1 = _round(_round(x1 * factor[:, None], dtype) * w1[None, :], dtype)
+        x2 = _round(_round(x2 * factor[:, None], dtype) * w2[None, :], dtype)
         if HEAD_DIM > 2 * HALF:
             w = tl.load(norm_ptr + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
-            rest = rest * factor[:, None] * w[None, :]
+            rest = _round(rest * factor[:, None], dtype) * w[None, :]
     tl.store(targets[:, None] + half[None, :], (x1 * cos[None, :] - x2 * sin[None, :]).to(dtype), mask=mask)
     tl.store(targets[:, None] + HALF + half[None, :], (x2 * cos[None, :] + x1 * sin[None, :]).to(dtype), mask=mask)
     if HEAD_DIM > 2 * HALF:

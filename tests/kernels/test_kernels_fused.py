@@ -9,8 +9,8 @@ from engine.kernels.rope import rope_store
 from engine.kernels.store import store_kv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# One unit in the last place: the interpreter truncates where the GPU rounds.
-ULP = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
+# Two units in the last place: norms round twice, and the interpreter truncates where the GPU rounds.
+ULP = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 
 
 def randn(*shape, dtype=torch.float32, seed=0):

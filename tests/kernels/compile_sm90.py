@@ -1,0 +1,129 @@
+"""Compiles the attention and fused kernels for Hopper without a GPU; prints what each needs as a JSON object.
+
+Run by test_compile_sm90.py in a process of its own, because there the interpreter has to be off.
+"""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engine.kernels import INTERPRET
+from engine.kernels.activation import gated_kernel
+from engine.kernels.common import next_power_of_2
+from engine.kernels.config import decode_config, prefill_config
+from engine.kernels.decode import decode_kernel
+from engine.kernels.norm import rms_norm_kernel
+from engine.kernels.prefill import prefill_kernel
+from engine.kernels.rope import rope_store_kernel
+from engine.kernels.store import store_kv_kernel
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+# Head size, query heads per KV head, block size, and what else: one line per family of models.
+ATTENTION = {
+    "llama-8b": (128, 4, 16, {}),
+    "llama-8b contiguous": (128, 4, 16, {"CONTIGUOUS": True}),
+    "qwen2-7b": (128, 7, 1, {}),
+    "gemma2": (256, 2, 16, {"WINDOW": 4096, "SOFTCAP": True}),
+    "gpt-oss": (64, 8, 256, {"WINDOW": 128, "SINKS": True}),
+    "phi": (80, 1, 16, {}),
+}
+INTEGERS = {"items_ptr", "query_loc_ptr", "seq_lens_ptr", "table_ptr", "counters_ptr"}
+FLOATS = {"partial_ptr", "stats_ptr", "cos_ptr", "sin_ptr"}
+
+
+def argument_type(name):
+    if name == "slots_ptr":
+        return "*i64"
+    if name in INTEGERS:
+        return "*i32"
+    if name in FLOATS:
+        return "*fp32"
+    if name.endswith("_ptr"):
+        return "*bf16"
+    return "fp32" if name in {"scale", "softcap", "epsilon", "weight_offset"} else "i32"
+
+
+def resources(kernel, constants, num_warps, num_stages):
+    """Registers, stack and local bytes per thread, shared memory, and which matrix instructions occur."""
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else argument_type(name)
+        if signature[name].startswith("*") or (name.startswith("stride") and name != "stride_table"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": num_warps, "num_stages": num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+    return found | {
+        "shared": compiled.metadata.shared,
+        "wgmma": "wgmma.mma_async" in ptx,
+        "mma": "mma.sync" in ptx,
+        "cp_async": "cp.async" in ptx,
+        "wide_loads": "ld.global.v4" in ptx or "cp.async.cg.shared.global" in ptx,
+    }
+
+
+def attention_resources():
+    for name, (head_dim, group, block_size, options) in ATTENTION.items():
+        group_pad, dim_pad = next_power_of_2(group), max(16, next_power_of_2(head_dim))
+        shared = {
+            "GROUP": group,
+            "HEAD_DIM": head_dim,
+            "DIM_PAD": dim_pad,
+            "BLOCK_SIZE": block_size,
+            "WINDOW": 0,
+            "SOFTCAP": False,
+            "SINKS": False,
+            "CONTIGUOUS": False,
+            "UPCAST": False,
+        } | options
+        decode = decode_config(head_dim, 2)
+        own = {
+            "GROUP_PAD": group_pad,
+            "ROWS": max(16, group_pad),
+            "TILE": decode.tile,
+            "MERGE": max(2, min(16, 8192 // (group_pad * dim_pad))),
+            "STAGES": decode.num_stages,
+        }
+        yield f"decode {name}", resources(decode_kernel, shared | own, decode.num_warps, decode.num_stages)
+        prefill = prefill_config(head_dim, 2, group)
+        own = {
+            "QUERIES": prefill.rows // group,
+            "ROWS": prefill.rows,
+            "TILE": prefill.tile,
+            "STAGES": prefill.num_stages,
+        }
+        yield f"prefill {name}", resources(prefill_kernel, shared | own, prefill.num_warps, prefill.num_stages)
+
+
+def fused_resources():
+    heads = {"HEAD_DIM": 128, "DIM_PAD": 128}
+    rope = heads | {"GROUP": 2, "GROUP_PAD": 2, "HALF": 64, "HALF_PAD": 64, "NORM": True}
+    yield "rope", resources(rope_store_kernel, rope, 1, 3)
+    yield "store", resources(store_kv_kernel, heads | {"HEADS": 8, "HEADS_PAD": 8}, 4, 3)
+    norm = {"SIZE": 4096, "SIZE_PAD": 4096, "ADD": True, "ROUND": True}
+    yield "norm", resources(rms_norm_kernel, norm, 8, 3)
+    yield "activation", resources(gated_kernel, {"SIZE": 14336, "TILE": 2048, "GELU": False}, 4, 3)
+
+
+if __name__ == "__main__":
+    if INTERPRET:
+        raise SystemExit("set TRITON_INTERPRET=0")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        print(json.dumps(dict(attention_resources()) | dict(fused_resources())))

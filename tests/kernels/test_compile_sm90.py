@@ -1,0 +1,49 @@
+"""The kernels compile for Hopper, without spilling registers and within its shared memory. Needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_sm90.py")
+ROOT = Path(__file__).resolve().parents[2]
+SHARED_MEMORY = 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def resources():
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_nothing_spills(resources):
+    assert len(resources) == 16
+    spilled = {name: r for name, r in resources.items() if r["stack"] or r["local"] or r["reg"] > 255}
+    assert not spilled
+
+
+def test_shared_memory_fits(resources):
+    assert {name: r["shared"] for name, r in resources.items() if r["shared"] > SHARED_MEMORY} == {}
+    for name, r in resources.items():
+        if name.startswith("decode"):
+            # Three programs of 128 threads on a multiprocessor keep enough loads in flight.
+            assert r["shared"] <= SHARED_MEMORY // 3 and r["reg"] <= 168, (name, r)
+
+
+def test_attention_uses_tensor_cores_and_asynchronous_copies(resources):
+    for name, r in resources.items():
+        if name.startswith("prefill"):
+            assert r["wgmma"] and r["cp_async"], (name, r)
+        elif name.startswith("decode"):
+            assert r["mma"] and r["cp_async"], (name, r)
+
+
+def test_loads_are_sixteen_bytes_wide(resources):
+    # Half of two heads of 128 elements is 8 bytes a lane in the rotary kernel.
+    narrow = [name for name, r in resources.items() if not r["wide_loads"]]
+    assert narrow == ["rope"]
