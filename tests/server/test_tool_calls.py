@@ -9,7 +9,10 @@ import pytest
 
 from engine.server.tool_calls import HermesParser, ListParser, LlamaParser, make_parser, required_schema
 
-HERMES = 'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n<tool_call>{"name": "g", "arguments": {}}</tool_call>'
+HERMES = (
+    'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n'
+    '<tool_call>{"name": "g", "arguments": {}}</tool_call>'
+)
 
 
 def _run(parser, text, seed=0):
