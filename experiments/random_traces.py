@@ -98,7 +98,7 @@ def make_trace(seed: int, num_requests: int = 20) -> Trace:
         },
         scheduler_options={
             "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_seqs + rng.choice([0, 5, 20, 100]),
+            "max_num_batched_tokens": max_num_seqs + rng.choice([-1, 0, 5, 20, 100]),
             "watermark": rng.choice([0.0, 0.01, 0.1]),
             "preemption": rng.choice(["recompute", "recompute", "none"] if swap_blocks == 0 else ["swap"]),
             "victim": rng.choice(["last_arrived", "lowest_priority", "most_blocks"]),

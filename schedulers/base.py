@@ -27,8 +27,9 @@ class Scheduler(Lifecycle, ABC):
     Args:
         allocator: who owns which slots.
         max_model_len: most tokens of one request, prompt and output.
-        max_num_seqs: most requests that run at once.
-        max_num_batched_tokens: most new tokens in one step, at least `max_num_seqs`.
+        max_num_seqs: most requests that run at once; never more than `max_num_batched_tokens`, so that all that run
+            can decode in one step.
+        max_num_batched_tokens: most new tokens in one step.
         watermark: share of the pool that admission keeps free for the growth of those that run, in [0, 1). Nobody
             is kept out by it while nothing runs.
         preemption: `recompute` drops a victim's KV; `swap` moves it to host memory where the allocator can, else

@@ -35,18 +35,13 @@ class Lifecycle:
     ) -> None:
         require(max_model_len >= 2, "engine.max_model_len", max_model_len, "at least 2 (one prompt, one output token)")
         require(max_num_seqs >= 1, "scheduler.max_num_seqs", max_num_seqs, "at least 1")
-        require(
-            max_num_batched_tokens >= max_num_seqs,
-            "scheduler.max_num_batched_tokens",
-            max_num_batched_tokens,
-            f"at least scheduler.max_num_seqs={max_num_seqs}, or running requests could not all decode in a step",
-        )
+        require(max_num_batched_tokens >= 1, "scheduler.max_num_batched_tokens", max_num_batched_tokens, "at least 1")
         require(0 <= watermark < 1, "scheduler.watermark", watermark, "in [0, 1)")
         require(preemption in PREEMPTIONS, "scheduler.preemption", preemption, f"one of {', '.join(PREEMPTIONS)}")
         require(victim in VICTIMS, "scheduler.victim", victim, f"one of {', '.join(VICTIMS)}")
         self.allocator = allocator
         self.max_model_len = max_model_len
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.preemption = preemption
         self.requests: dict[str, Request] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.plan import KVAllocator, StepPlan
-from engine.request import Request
+from engine.request import FinishReason, Request
 from schedulers.base import Scheduler
 from schedulers.lifecycle import require
 
@@ -61,7 +61,7 @@ class StaticScheduler(Scheduler):
             f"null, or between 1 and scheduler.max_num_seqs={max_num_seqs}",
         )
         require(max_wait >= 0, "scheduler.max_wait", max_wait, "at least 0 seconds")
-        self.batch_size = max_num_seqs if batch_size is None else batch_size
+        self.batch_size = min(self.max_num_seqs, batch_size or max_num_seqs)
         self.max_wait = max_wait
         self._hold = retire == "hold"
         self._held: list[Request] = []
@@ -78,9 +78,13 @@ class StaticScheduler(Scheduler):
         return None if self.num_running or head is None else head.arrival_time + self.max_wait
 
     def retire(self, req: Request) -> None:
-        """Free, or hold until the last request of the batch has ended."""
-        self._held.append(req)
-        if not self._hold or self.num_running == 0:
+        """Free, or hold until the last request of the batch has ended. Aborted ones never hold."""
+        ran_to_its_end = req.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if self._hold and ran_to_its_end:
+            self._held.append(req)
+        else:
+            self.allocator.free(req)
+        if self.num_running == 0:
             for held in self._held:
                 self.allocator.free(held)
             self._held.clear()

@@ -82,6 +82,17 @@ def test_aborting_the_last_of_a_batch_releases_those_that_hold():
     assert not engine.has_work
 
 
+def test_an_aborted_request_does_not_hold():
+    engine = simulate("static", max_wait=0.0).engine
+    load = [request("aborted", 4, 30), request("long", 4, 30)]
+    for req in load:
+        engine.add(req)
+    engine.step()
+    engine.abort("aborted")
+    assert load[0].num_slots == 0
+    assert load[1].num_slots > 0
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [({"retire": "keep"}, "retire"), ({"batch_size": 0}, "batch_size"), ({"max_wait": -1.0}, "max_wait")],
