@@ -28,6 +28,15 @@ def check_int(name: str, value: int, low: int, high: int | None = None) -> int:
     return value
 
 
+def refuse_window(sliding_window: int | None, why: str) -> None:
+    """Raise ConfigError when a window is asked of an allocator that cannot give slid-out blocks back."""
+    if sliding_window is not None:
+        raise ConfigError(
+            f"allocator.sliding_window={sliding_window} cannot be combined with this allocator: {why}; "
+            "use allocator=paged"
+        )
+
+
 class BaseAllocator:
     """Base of all allocators.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from allocators.base import BaseAllocator, num_computed_of
+from allocators.base import BaseAllocator, num_computed_of, refuse_window
 from allocators.placement import PLACEMENTS
 from engine.errors import ConfigError
 from engine.plan import KVUsage, cdiv
@@ -67,6 +67,7 @@ class ContiguousAllocator(BaseAllocator):
             `oracle_output_len`, or `max_tokens` where the workload does not know it. A reservation is at most
             max_model_len and the largest region of an empty pool, and at least what is asked for.
         placement: `first_fit`, `best_fit` or `buddy` (regions are rounded up to a power of two).
+        sliding_window: refused; only paged blocks can be given back one by one.
     """
 
     contiguous = True
@@ -80,7 +81,9 @@ class ContiguousAllocator(BaseAllocator):
         kv_bytes_per_token: int = 0,
         reservation: str = "max",
         placement: str = "first_fit",
+        sliding_window: int | None = None,
     ) -> None:
+        refuse_window(sliding_window, "the head of a region cannot be given back while its tail is in use")
         super().__init__(
             num_blocks=num_blocks,
             block_size=block_size,

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from itertools import count
 
+from allocators.base import refuse_window
 from allocators.paged import PagedAllocator
 from engine.errors import EngineError
 from engine.plan import NULL_BLOCK, KVUsage, cdiv
@@ -127,6 +128,7 @@ class PrefixCachingAllocator(PagedAllocator):
 
     Args:
         num_blocks, block_size, max_model_len, kv_bytes_per_token, swap_gib, swap_blocks: see PagedAllocator.
+        sliding_window: refused; a prefix without its first tokens is of no use to another request.
     """
 
     def __init__(
@@ -138,7 +140,9 @@ class PrefixCachingAllocator(PagedAllocator):
         kv_bytes_per_token: int = 0,
         swap_gib: float = 0.0,
         swap_blocks: int | None = None,
+        sliding_window: int | None = None,
     ) -> None:
+        refuse_window(sliding_window, "a cached prefix must hold all of its tokens, and a window drops the first ones")
         super().__init__(
             num_blocks=num_blocks,
             block_size=block_size,

@@ -12,6 +12,7 @@ of a live request lies on its locked path.
 
 from __future__ import annotations
 
+from allocators.base import refuse_window
 from allocators.paged import PagedAllocator
 from allocators.radix_tree import RadixNode, RadixTree
 from engine.errors import EngineError
@@ -41,6 +42,7 @@ class RadixAllocator(PagedAllocator):
 
     Args:
         num_blocks, block_size, max_model_len, kv_bytes_per_token, swap_gib, swap_blocks: see PagedAllocator.
+        sliding_window: refused; a prefix without its first tokens is of no use to another request.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class RadixAllocator(PagedAllocator):
         kv_bytes_per_token: int = 0,
         swap_gib: float = 0.0,
         swap_blocks: int | None = None,
+        sliding_window: int | None = None,
     ) -> None:
+        refuse_window(sliding_window, "a cached prefix must hold all of its tokens, and a window drops the first ones")
         super().__init__(
             num_blocks=num_blocks,
             block_size=block_size,

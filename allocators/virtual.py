@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from allocators.base import BaseAllocator, check_int, num_computed_of
+from allocators.base import BaseAllocator, check_int, num_computed_of, refuse_window
 from allocators.blocks import BlockPool
 from engine.errors import ConfigError
 from engine.plan import KVUsage, cdiv
@@ -48,6 +48,7 @@ class VirtualAllocator(BaseAllocator):
         page_tokens: tokens in a page, in place of the above. None: computed, or one block where
             `kv_bytes_per_token` is 0.
         max_regions: requests that can own a region at the same time.
+        sliding_window: refused; only paged blocks can be given back one by one.
 
     Attributes:
         num_virtual_blocks: the largest block id.
@@ -68,7 +69,9 @@ class VirtualAllocator(BaseAllocator):
         kv_tensors: int = 2,
         page_tokens: int | None = None,
         max_regions: int = 256,
+        sliding_window: int | None = None,
     ) -> None:
+        refuse_window(sliding_window, "pages are mapped from the front of a region, and stay until it is given back")
         super().__init__(
             num_blocks=num_blocks,
             block_size=block_size,

@@ -1,0 +1,216 @@
+"""The prefix cache: what is found, what is evicted first, and what is never confused."""
+
+from __future__ import annotations
+
+import pytest
+from allocator_machine import make_request
+
+from allocators.prefix import PrefixCachingAllocator
+from engine.errors import ConfigError, EngineError
+from engine.ledger import check_usage
+from engine.request import Request
+
+BLOCK = 4
+# Python hashes integers modulo 2**61 - 1, so these two tokens, and tuples of them, have equal hashes.
+COLLISION = 2**61 - 1
+
+
+def make(num_blocks: int = 20, block_size: int = BLOCK) -> PrefixCachingAllocator:
+    return PrefixCachingAllocator(num_blocks=num_blocks, block_size=block_size, max_model_len=64)
+
+
+def compute(alloc: PrefixCachingAllocator, name: str, tokens: list[int], salt: str = "") -> Request:
+    """Admit a request with its hit, compute it all, publish it."""
+    req = make_request(name, tokens, salt=salt)
+    hit = alloc.match_prefix(req)
+    assert alloc.allocate(req, len(tokens), hit)
+    req.num_computed_tokens = len(tokens)
+    alloc.commit(req)
+    return req
+
+
+def hit(alloc: PrefixCachingAllocator, tokens: list[int], salt: str = "") -> int:
+    return alloc.match_prefix(make_request("probe", tokens, salt=salt))
+
+
+def test_full_blocks_are_shared_and_counted_once() -> None:
+    alloc = make()
+    a = compute(alloc, "a", list(range(10)))
+    b = compute(alloc, "b", [*range(8), 90, 91])
+    assert list(alloc.block_table(a))[:2] == list(alloc.block_table(b))[:2]
+    usage = alloc.usage()
+    check_usage(usage)
+    assert (usage.owned, usage.computed, usage.shared_saved) == (16, 12, 8)
+    alloc.free(a)
+    assert alloc.usage().shared_saved == 0 and alloc.usage().owned == 12
+    alloc.free(b)
+    assert alloc.usage().cached == 8 and alloc.usage().free == 72
+
+
+def test_a_hit_never_covers_the_whole_prompt() -> None:
+    alloc = make()
+    compute(alloc, "a", list(range(8)))
+    assert hit(alloc, list(range(8))) == 4
+    assert hit(alloc, list(range(9))) == 8
+
+
+def test_only_computed_and_known_tokens_are_published() -> None:
+    alloc = make()
+    req = make_request("a", list(range(10)))
+    assert alloc.allocate(req, 10)
+    req.num_computed_tokens = 7
+    alloc.commit(req)
+    assert hit(alloc, list(range(20))) == 4
+    req.num_computed_tokens = 12  # two tokens are on the device, unknown here
+    assert alloc.allocate(req, 12)
+    alloc.commit(req)
+    assert hit(alloc, list(range(20))) == 8
+    req.output_token_ids += [10, 11]
+    alloc.commit(req)
+    assert hit(alloc, list(range(20))) == 12
+
+
+def test_hits_whose_tokens_the_scheduler_has_not_counted_yet() -> None:
+    alloc = make()
+    for name in "abc":
+        compute(alloc, name, [*range(12), 40])
+    req = make_request("d", [*range(12), 41])
+    assert alloc.allocate(req, 13, alloc.match_prefix(req))
+    usage = alloc.usage()
+    check_usage(usage)
+    assert usage.computed == 12 + 3
+    req.num_computed_tokens = 13
+    assert alloc.usage().computed == 12 + 4
+
+
+def test_salts_keep_tenants_apart() -> None:
+    alloc = make()
+    compute(alloc, "a", list(range(8)), salt="alice")
+    assert hit(alloc, list(range(9)), salt="alice") == 8
+    assert hit(alloc, list(range(9)), salt="bob") == hit(alloc, list(range(9))) == 0
+
+
+def test_equal_hashes_are_not_equal_tokens() -> None:
+    alloc = make()
+    tokens = list(range(1, 9))
+    twin = [token + COLLISION for token in tokens]
+    assert hash(tuple(tokens)) == hash(tuple(twin))
+    compute(alloc, "a", tokens)
+    assert hit(alloc, [*twin, 9]) == 0
+    compute(alloc, "b", twin)
+    assert hit(alloc, [*twin, 9]) == hit(alloc, [*tokens, 9]) == 8
+    assert hit(alloc, [*tokens[:4], *twin[4:], 9]) == 4
+
+
+def test_equal_blocks_after_different_prefixes_are_different_blocks() -> None:
+    alloc = make()
+    compute(alloc, "a", [1, 1, 1, 1, 5, 6, 7, 8])
+    assert hit(alloc, [2, 2, 2, 2, 5, 6, 7, 8, 9]) == 0
+    assert hit(alloc, [5, 6, 7, 8, 9]) == 0
+
+
+def test_eviction_takes_the_least_recently_freed_and_tails_first() -> None:
+    alloc = make(num_blocks=6)
+    a, b = compute(alloc, "a", [1] * 12), compute(alloc, "b", [2] * 12)
+    alloc.free(b)
+    alloc.free(a)
+    filler = make_request("filler", [9] * 3)
+    assert alloc.allocate(filler, 3)
+    assert (hit(alloc, [1] * 13), hit(alloc, [2] * 13)) == (12, 8)  # b was freed first, its last block goes first
+    assert alloc.allocate(filler, 12)
+    assert (hit(alloc, [1] * 13), hit(alloc, [2] * 13)) == (12, 0)
+    alloc.free(filler)  # its blocks were never published: they are taken before anything is evicted
+    other = make_request("other", [8] * 12)
+    assert alloc.allocate(other, 12) and hit(alloc, [1] * 13) == 12
+
+
+def test_a_hit_takes_a_block_out_of_the_middle_of_the_order() -> None:
+    alloc = make(num_blocks=3)
+    for token in (1, 2, 3):
+        alloc.free(compute(alloc, str(token), [token] * 4))
+    user = make_request("user", [2] * 5)
+    user_hit = alloc.match_prefix(user)
+    assert user_hit == 4 and alloc.allocate(user, 5, user_hit)  # evicts 1, the oldest
+    user.num_computed_tokens = 5
+    assert [hit(alloc, [token] * 5) for token in (1, 2, 3)] == [0, 4, 4]
+    assert not alloc.allocate(make_request("big", [7] * 8), 8)  # only one evictable block is left
+    alloc.free(user)
+    assert alloc.allocate(make_request("next", [7] * 5), 5)  # the private block, then 3
+    assert [hit(alloc, [token] * 5) for token in (2, 3)] == [4, 0]
+
+
+def test_a_hit_block_is_not_counted_as_room_for_itself() -> None:
+    alloc = make(num_blocks=3)
+    alloc.free(compute(alloc, "a", [1] * 8))
+    req = make_request("b", [1] * 8 + [2] * 8)
+    assert alloc.match_prefix(req) == 8
+    before = alloc.usage()
+    assert not alloc.allocate(req, 16, 8)
+    assert alloc.usage() == before and alloc.match_prefix(req) == 8
+    assert alloc.allocate(req, 12, 8)
+
+
+def test_an_evicted_block_is_found_no_more_even_by_one_who_found_it_before() -> None:
+    alloc = make(num_blocks=3)
+    alloc.free(compute(alloc, "a", [1] * 12))
+    waiting = make_request("w", [1] * 13)
+    assert alloc.match_prefix(waiting) == 12
+    filler = make_request("f", [9] * 8)
+    assert alloc.allocate(filler, 8)
+    assert alloc.match_prefix(waiting) == 4
+    with pytest.raises(EngineError, match="admitted with 12 cached tokens, but the prefix cache holds 4"):
+        alloc.allocate(waiting, 13, 12)
+
+
+def test_a_duplicate_stays_private_and_its_successors_are_found_again_after_eviction() -> None:
+    """Two requests compute one prefix at the same time; the publisher's copy goes first."""
+    alloc = make(num_blocks=6)
+    a, b = make_request("a", [1] * 4), make_request("b", [1] * 4 + [2] * 8)
+    assert alloc.allocate(a, 4) and alloc.allocate(b, 12)
+    for req in (a, b):
+        req.num_computed_tokens = req.num_tokens
+        alloc.commit(req)
+    assert alloc.block_table(a)[0] != alloc.block_table(b)[0] and alloc.usage().shared_saved == 0
+    alloc.free(a)
+    filler = make_request("f", [9] * 12)
+    assert alloc.allocate(filler, 12)  # evicts a's block, under which b's blocks hang
+    assert hit(alloc, [1] * 4 + [2] * 9) == 0
+    alloc.free(filler)
+    alloc.free(compute(alloc, "c", [1] * 4))
+    assert hit(alloc, [1] * 4 + [2] * 9) == 12
+    alloc.free(b)
+    assert alloc.usage().cached == 12
+
+
+def test_links_of_evicted_blocks_do_not_pile_up() -> None:
+    alloc = make(num_blocks=6)
+    for i in range(200):
+        alloc.free(compute(alloc, str(i), [i] * 8 + [i + 1] * 8))
+    assert len(alloc._index._links) <= 6 and len(alloc._published) <= 6
+
+
+def test_clear_cache_leaves_a_cold_pool() -> None:
+    alloc = make()
+    a = compute(alloc, "a", [1] * 8)
+    alloc.free(compute(alloc, "b", [2] * 8))
+    alloc.clear_cache()
+    assert alloc.usage().cached == 0 and hit(alloc, [2] * 9) == 0 and hit(alloc, [1] * 9) == 8
+    alloc.free(a)
+
+
+def test_preempted_output_is_found_again() -> None:
+    alloc = make()
+    a = compute(alloc, "a", [1] * 6)
+    a.output_token_ids += [7, 8]
+    assert alloc.allocate(a, 8)
+    a.num_computed_tokens = 8
+    alloc.commit(a)
+    alloc.free(a)
+    a.num_computed_tokens = 0
+    a.output_token_ids.append(9)
+    assert alloc.match_prefix(a) == 8
+
+
+def test_a_window_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match="a cached prefix must hold all of its tokens"):
+        PrefixCachingAllocator(num_blocks=20, block_size=4, max_model_len=64, sliding_window=8)

@@ -1,0 +1,98 @@
+"""Virtual contiguity: page sizes from the model, regions, and physical accounting."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from allocator_machine import make_request
+
+from allocators.contiguous import ContiguousAllocator
+from allocators.virtual import VirtualAllocator
+from engine.errors import ConfigError
+
+KIB = 1024
+
+
+def make(num_blocks: int = 32, block_size: int = 4, **options: Any) -> VirtualAllocator:
+    return VirtualAllocator(num_blocks=num_blocks, block_size=block_size, max_model_len=64, **options)
+
+
+@pytest.mark.parametrize(
+    ("page_bytes", "kv_tensors", "want"),
+    [
+        # Llama-3-8B in 16 bits: 8 KV heads of 128, 32 layers, 128 KiB a token. The paper's Table: 1024 and 32.
+        (2048 * KIB, 64, 1024),
+        (64 * KIB, 64, 32),
+        (2048 * KIB, 2, 32),
+    ],
+)
+def test_page_tokens_depend_on_the_model(page_bytes: int, kv_tensors: int, want: int) -> None:
+    alloc = make(num_blocks=1000, kv_bytes_per_token=128 * KIB, page_bytes=page_bytes, kv_tensors=kv_tensors)
+    assert alloc.page_tokens == want
+
+
+def test_pages_are_mapped_on_demand_and_unmapped_together() -> None:
+    alloc = make(page_tokens=8)
+    req = make_request("a", [1] * 20)
+    assert alloc.num_pages == 16 and alloc.allocate(req, 3)
+    assert req.num_slots == 8 and list(alloc.block_table(req)) == [2, 3]
+    assert alloc.allocate(req, 8) and len(alloc.page_table(req)) == 1
+    assert alloc.allocate(req, 17) and req.num_slots == 24 and list(alloc.block_table(req)) == [2, 3, 4, 5, 6, 7]
+    assert alloc.usage().owned == 24 and alloc.usage().free == 104
+    alloc.free(req)
+    alloc.free(req)
+    assert req.num_slots == 0 and alloc.usage().free == 128
+
+
+def test_regions_start_at_whole_blocks_and_pages_and_never_overlap() -> None:
+    alloc = make(page_tokens=6, max_regions=3)
+    reqs = [make_request(str(i), [1] * 60) for i in range(3)]
+    assert all(alloc.allocate(req, 30) for req in reqs)
+    starts = sorted(alloc.block_table(req)[0] * 4 for req in reqs)
+    assert all(start % 12 == 0 for start in starts)
+    assert all(b - a >= 64 for a, b in pairwise(starts))
+    assert max(max(alloc.block_table(req)) for req in reqs) <= alloc.num_virtual_blocks
+
+
+def test_all_or_nothing_when_pages_or_regions_run_out() -> None:
+    alloc = make(num_blocks=8, page_tokens=8, max_regions=2)
+    a, b, c = (make_request(name, [1] * 20) for name in "abc")
+    assert alloc.allocate(a, 9) and not alloc.allocate(b, 17)
+    assert alloc.allocate(b, 8) and not alloc.allocate(c, 1)  # one page is free, no region is
+    usage = alloc.usage(c)
+    assert (usage.owned, usage.external, usage.free) == (24, 8, 0)
+    assert alloc.usage().free == 8
+    assert not alloc.allocate(a, 65) and a.num_slots == 16
+    alloc.free(b)
+    assert alloc.allocate(c, 16)
+
+
+def test_slots_beyond_the_last_whole_page_are_external() -> None:
+    alloc = make(num_blocks=5, page_tokens=8)
+    usage = alloc.usage()
+    assert (usage.total, usage.external, usage.free) == (20, 4, 16)
+    assert alloc.max_request_tokens == 16
+    assert make(num_blocks=100, page_tokens=8).max_request_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"page_bytes": 4096}, r"allocator\.page_bytes=4096 must be in \[65536, 2097152\]"),
+        ({"page_tokens": 0}, r"allocator\.page_tokens=0 must be at least 1"),
+        ({"max_regions": 0}, r"allocator\.max_regions=0 must be at least 1"),
+        ({"page_tokens": 129}, "a KV pool of 128 tokens is smaller than one page of 129"),
+        ({"page_bytes": 65536, "kv_bytes_per_token": 2**20}, "too small for one token of 1048576 bytes in 2 tensors"),
+        ({"sliding_window": 8}, "pages are mapped from the front of a region"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(**options)
+
+
+def test_contiguous_refuses_a_window_too() -> None:
+    with pytest.raises(ConfigError, match="the head of a region cannot be given back"):
+        ContiguousAllocator(num_blocks=9, block_size=4, max_model_len=64, sliding_window=8)
