@@ -10,8 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from reports.chrome_trace import write_chrome_trace
 from reports.comparison import compare, write_comparison
 from reports.errors import ReportError
+from reports.files import read_run
 from reports.run_report import write_run_report
 from reports.terminal import comparison_table, run_table
 
@@ -26,9 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--baseline", help="name or folder of the run that others are compared with (default: the first)"
     )
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="also write one run's steps as a Chrome trace")
     options = parser.parse_args(arguments)
     try:
-        report = make_report(options.dirs, options.out, options.baseline)
+        report = make_report(options.dirs, options.out, options.baseline, options.trace)
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -36,13 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def make_report(dirs: Sequence[Path], out: Path | None = None, baseline: str | None = None) -> Path:
+def make_report(
+    dirs: Sequence[Path], out: Path | None = None, baseline: str | None = None, trace: Path | None = None
+) -> Path:
     """Make the report of one run, of one sweep, or of several runs; print its table; return where report.html is.
 
     Args:
         dirs: one run or sweep folder, or several run folders.
         out: where the comparison of several runs goes.
         baseline: the run that others are compared with.
+        trace: where the Chrome trace of one run goes; None writes none.
 
     Raises:
         ReportError: a folder is no run and no sweep, a file is broken, or an option does not fit.
@@ -53,7 +59,11 @@ def make_report(dirs: Sequence[Path], out: Path | None = None, baseline: str | N
         if out or baseline:
             raise ReportError("--out and --baseline belong to comparisons; give two or more run folders")
         console.print(run_table(write_run_report(first)))
+        if trace:
+            write_chrome_trace(read_run(first), trace)
         return first / "report.html"
+    if trace:
+        raise ReportError("--trace belongs to one run; give one run folder")
     if len(dirs) == 1:
         summary = write_comparison(first, baseline=baseline, out_dir=out)
         place = out or first

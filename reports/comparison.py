@@ -23,7 +23,7 @@ from reports.latency import request_latencies
 from reports.paired import match_requests, paired_ratio, same_prompts
 from reports.summary import SCHEMA_VERSION, summarize
 from reports.tokens import compare_tokens
-from reports.windows import WINDOWS, telling
+from reports.windows import ROOM, WINDOWS, telling
 
 PAIRED_METRICS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
 CELL_METRICS = (
@@ -181,13 +181,14 @@ def headline(summary: dict[str, Any]) -> str:
     if best["baseline"] and best["baseline"] != best["label"] and ratio:
         text += f", {ratio:.2f} times {best['baseline']}"
     window, split = telling(best)
-    if split:
+    if window is not ROOM:
+        text += "; none of its requests waited for room in the KV pool"
+    elif split:
         text += f"; token states filled {percent(split['token_states'])} of its KV pool {window.phrase}"
         base = next((cell for cell in cells if cell["label"] == best["baseline"] != best["label"]), None)
         base_window, base_split = telling(base) if base else (window, None)
-        if base_split:
-            where = "" if base_window is window else f" {base_window.phrase}"
-            text += f", and {percent(base_split['token_states'])} of the other's{where}"
+        if base_split and base_window is ROOM:
+            text += f", and {percent(base_split['token_states'])} of the other's"
     return text + "."
 
 

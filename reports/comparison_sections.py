@@ -87,7 +87,7 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         ("TPOT p50", [cell["tpot_seconds"]["p50"] for cell in cells], seconds, False),
         ("E2E p50", [cell["e2e_seconds"]["p50"] for cell in cells], seconds, False),
         ("batch", [cell["batch_size_mean"] for cell in cells], rate, True),
-        ("token states", [_token_states(cell) for cell in cells], percent, True),
+        ("token states", [_token_states(cell) for cell in cells], percent, None),
         ("preempted", [cell["num_preemptions"] for cell in cells], count, None),
     ]  # fmt: skip
     rows, strong = [], set()
@@ -98,6 +98,8 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     for position, (_, values, _, largest) in enumerate(columns):
         if largest is not None:
             strong |= {(index, len(settings) + position) for index in _best(values, largest)}
+    scarce = [_token_states(cell) if telling(cell)[0] is ROOM else None for cell in cells]
+    strong |= {(index, len(settings) + 7) for index in _best(scarce, largest=True)}
     header = [key if key in STRATEGY else key.rsplit(".", 1)[-1] for key in settings]
     table = Table(
         [*header, *(name for name, *_ in columns), "finished"],
@@ -114,7 +116,7 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     invalid = [cell["label"] for cell in cells if not cell["valid"]]
     notes = [
         f"Ratio: output throughput / the baseline's ({summary['baseline']}). Token states: mean share of the KV pool "
-        "while requests wait for room (where none did, marked *, over the next window of the KV table)."
+        "while requests wait for room (marked * where none did: of all steps)."
     ]
     if invalid:
         notes.append(f"Invalid, because the driver fell behind its bound: {', '.join(invalid)}.")

@@ -21,6 +21,7 @@ from reports.run_figures import latency_figure, load_figure, memory_figure, spli
 from reports.run_sections import run_document
 from reports.style import SERIES, drawing, export
 from reports.summary import summarize
+from reports.timeline import timeline_figure
 from reports.windows import WINDOWS
 
 
@@ -73,5 +74,6 @@ def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any]) -> dict[str, 
             "kv_split": split_figure(bars),
             "load": load_figure(run, spans),
             "latency": latency_figure(panels, list(SERIES[:1])),
+            "timeline": timeline_figure(run),
         }
         return {name: export(figure, run.path, name) for name, figure in figures.items()}

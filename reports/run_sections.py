@@ -41,7 +41,7 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
             memory_section(summary, svg),
             latency_section(summary, svg),
             load_section(summary, svg),
-            requests_section(summary),
+            requests_section(summary, svg),
         ],
         definitions=definitions(),
         config=json.dumps(config, indent=2, ensure_ascii=False),
@@ -124,7 +124,7 @@ def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     if split is None:
         text = "No step ran."
     elif window is ALL:
-        text = f"No request ever waited, so empty memory cost nothing: {waste} of the pool held no tokens."
+        text = f"No request ever waited for room, so empty memory cost nothing: {waste} of the pool held no tokens."
     else:
         text = (
             f"{window.phrase.capitalize()} ({count(summary[f'num_steps{window.suffix}'])} of "
@@ -206,7 +206,7 @@ def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
          f"requests in a step's batch, mean over step time; largest {count(summary['batch_size_max'])}"],
         ["queue", rate(summary["queue_mean"]), f"mean over step time; longest {count(summary['queue_max'])}"],
         ["preemptions", count(summary["num_preemptions"]),
-         f"of {count(summary['num_preempted_requests'])} requests; "
+         f"of {count(summary['num_preempted_requests'])} request(s); "
          f"{count(summary['num_recomputed_tokens'])} tokens computed again"],
         ["prompt tokens from cache", count(summary["num_cached_tokens"]),
          f"{percent(summary['cached_prompt_share'])} of the prompt tokens"],
@@ -224,7 +224,7 @@ def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     return Section("Throughput and load", [], [picture], [table])
 
 
-def requests_section(summary: dict[str, Any]) -> Section:
+def requests_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     """How requests ended, and why some were refused."""
     workload = summary["workload"] or {}
     ended = ", ".join(
@@ -243,7 +243,14 @@ def requests_section(summary: dict[str, Any]) -> Section:
         for kind in summary["rejections"]
     ]
     tables = [Table(["refused", "why (one example of each kind)", "request"], rows, text_columns=frozenset({1}))]
-    return Section("Requests", text, [], tables if rows else [])
+    picture = Picture(
+        "timeline",
+        svg["timeline"],
+        "The life of requests, by arrival. The files say how often a request was preempted, not when: its longest "
+        "waits for a token, one for each preemption, are drawn as such.",
+        "Gantt chart of queue, prefill, decode and preemption per request",
+    )
+    return Section("Requests", text, [picture], tables if rows else [])
 
 
 def definitions() -> list[tuple[str, str]]:

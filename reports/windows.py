@@ -30,12 +30,12 @@ class Window(NamedTuple):
 ROOM = Window("_while_waiting_for_room", "waiting for room", "while requests waited for room")
 WAITING = Window("_while_waiting", "any waiting", "while any request waited")
 ALL = Window("", "all steps", "over all steps")
-WINDOWS = (ROOM, WAITING, ALL)  # the most telling first
+WINDOWS = (ROOM, WAITING, ALL)
 
 DEFINITION = (
     "“all steps”: every step of the run. “any waiting”: at least one request is in the queue. “waiting for room”: of "
-    "these, the steps with token budget and sequences to spare, so that only memory (or a static batch that is not over) "
-    "kept the queue out. Means over steps are weighted by step time; idle time is in no window."
+    "these, the steps with token budget and sequences to spare, so that only memory (or a static batch that is not "
+    "over) kept the queue out. Means over steps are weighted by step time; idle time is in no window."
 )
 
 
@@ -59,9 +59,9 @@ def _limit(manifest: dict[str, Any], name: str) -> int | None:
 
 
 def telling(summary: dict[str, Any]) -> tuple[Window, dict[str, float] | None]:
-    """The most telling window that holds a step, and its mean split; (ALL, None) for a run without steps."""
-    for window in WINDOWS:
-        split = summary[f"kv_share_mean{window.suffix}"]
-        if split is not None:
-            return window, split
-    return ALL, None
+    """The window in which memory was scarce and its mean split; all steps when it never was.
+
+    Requests that wait for the token budget say nothing about memory, so that window is never the answer.
+    """
+    split = summary[f"kv_share_mean{ROOM.suffix}"]
+    return (ROOM, split) if split is not None else (ALL, summary[f"kv_share_mean{ALL.suffix}"])

@@ -76,11 +76,10 @@ def test_windows(tmp_path):
     assert (steps["num_new_tokens"][window_masks(run)[ROOM.suffix]] < 8).all()
 
 
-def test_the_most_telling_window_that_holds_a_step():
-    split = {"token_states": 1.0}
-    keys = [f"kv_share_mean{window.suffix}" for window in (ROOM, WAITING, ALL)]
-    summary = dict.fromkeys(keys)
+def test_waiting_for_the_token_budget_says_nothing_about_memory():
+    summary = {f"kv_share_mean{window.suffix}": None for window in (ROOM, WAITING, ALL)}
     assert telling(summary) == (ALL, None)
-    for window, key in list(zip((ROOM, WAITING, ALL), keys, strict=True))[::-1]:
-        summary[key] = split
-        assert telling(summary) == (window, split)
+    summary["kv_share_mean"], summary["kv_share_mean_while_waiting"] = {"free": 0.5}, {"free": 0.9}
+    assert telling(summary) == (ALL, {"free": 0.5})
+    summary["kv_share_mean_while_waiting_for_room"] = {"free": 0.1}
+    assert telling(summary) == (ROOM, {"free": 0.1})

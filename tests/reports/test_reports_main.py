@@ -14,7 +14,8 @@ def _last(capsys):
 
 def test_two_runs_and_a_sweep(tmp_path, capsys):
     a, b = fake_run(tmp_path / "a", num_requests=6), fake_run(tmp_path / "b", "contiguous", num_requests=6)
-    assert main([str(a)]) == 0
+    assert main([str(a), "--trace", str(tmp_path / "trace.json")]) == 0
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert _last(capsys) == {"report": str(a / "report.html")}
     assert main([str(a), str(b), "--baseline", "b"]) == 0
     assert _last(capsys) == {"report": str(tmp_path / "comparison" / "report.html")}
@@ -23,7 +24,9 @@ def test_two_runs_and_a_sweep(tmp_path, capsys):
     assert _last(capsys) == {"report": str(tmp_path / "report.html")}
 
 
-@pytest.mark.parametrize("arguments", [["nowhere"], ["nowhere", "elsewhere"], ["nowhere", "--baseline", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["nowhere"], ["nowhere", "elsewhere"], ["nowhere", "--baseline", "x"], ["a", "b", "--trace", "t"]]
+)
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2

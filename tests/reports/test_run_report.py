@@ -75,7 +75,7 @@ def test_html_is_one_file_without_network(made):
 
 def _document(run_dir):
     run = read_run(run_dir)
-    return run_document(summarize(run), {}, dict.fromkeys(("kv_memory", "kv_split", "latency", "load"), ""))
+    return run_document(summarize(run), {}, dict.fromkeys(("kv_memory", "kv_split", "latency", "load", "timeline"), ""))
 
 
 def test_html_escapes_what_a_run_wrote(tmp_path):
