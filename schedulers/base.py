@@ -110,10 +110,23 @@ class Scheduler(Lifecycle, ABC):
         return req
 
     def fail(self, plan: StepPlan) -> list[Request]:
-        """End every request of a step that the runner could not execute."""
+        """End every request of a step that the runner could not execute.
+
+        Whose KV the step's copies carried computes it again: nobody knows which of them were made.
+        """
         failed = [entry.req for entry in plan.scheduled if not entry.req.is_finished]
         for req in failed:
             self.finish(req, FinishReason.ERROR, "the device failed while it computed this request")
+        if plan.copies:
+            for req in plan.preempted:
+                if req.status is RequestStatus.SWAPPED:
+                    self.allocator.free(req)
+                    self._drop(req)
+            for req in list(self.prefilling):  # admitted, and perhaps swapped in, by this step
+                self._remove_running(req)
+                self.allocator.free(req)
+                self._drop(req)
+                self.enqueue(req)
         return failed
 
     def schedule(self, now: float) -> StepPlan:

@@ -5,7 +5,7 @@ from scheduler_simulation import request, simulate
 
 from allocators.paged import PagedAllocator
 from engine.clock import VirtualClock
-from engine.core import Engine, run_to_completion
+from engine.core import Engine, StepFailed, run_to_completion
 from engine.plan import CopyKind, StepPlan
 from engine.request import FinishReason, RequestStatus
 from engine.runner.oracle import OracleRunner, expected_output
@@ -171,3 +171,31 @@ def test_a_failed_step_ends_its_requests_and_no_others():
     assert all(req.finish_reason is FinishReason.ERROR and req.error for req in load[:2])
     assert scheduler.head() is load[2]
     assert scheduler.allocator.usage().owned == 0
+
+
+def test_what_a_failed_step_should_have_swapped_is_computed_again():
+    allocator, runner = paged(swap_blocks=20), OracleRunner()
+    scheduler = scheduler_on(allocator, preemption="swap")
+    load = [request("a", 16, 20), request("b", 15, 20)]
+    engine = Engine(scheduler, allocator, runner, VirtualClock())
+    for req in load:
+        engine.add(req)
+    execute = runner.execute
+
+    def fail_at_the_swap(plan, blocks):
+        if plan.copies:
+            runner.execute = execute
+            raise RuntimeError("out of memory")
+        return execute(plan, blocks)
+
+    runner.execute = fail_at_the_swap
+    with pytest.raises(StepFailed) as caught:
+        while engine.has_work:
+            engine.step()
+    assert load[1].status is RequestStatus.SWAPPED
+    assert scheduler.fail(caught.value.plan) == [load[0]]
+    while engine.has_work:
+        engine.step()  # the oracle would see KV that never came back
+    assert load[1].output_token_ids == expected_output(load[1])
+    assert load[1].num_recomputed_tokens > 0
+    assert allocator.usage().owned == 0
