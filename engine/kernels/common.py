@@ -5,7 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = 1.4426950408889634
+# What differs from step to step must not make Triton compile a kernel anew: whether these are multiples of 16.
+VARYING = {
+    "do_not_specialize": ["capacity", "stride_table"],
+    "do_not_specialize_on_alignment": ["items_ptr", "query_loc_ptr", "seq_lens_ptr", "table_ptr"],
+}
 
 
 def next_power_of_2(n: int) -> int:

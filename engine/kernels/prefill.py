@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels import INTERPRET
-from engine.kernels.common import dot, load_tile, next_power_of_2, region_start, scale_scores, tile_slots
+from engine.kernels.common import VARYING, dot, load_tile, next_power_of_2, region_start, scale_scores, tile_slots
 from engine.kernels.config import PrefillConfig, prefill_config
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def prefill_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,

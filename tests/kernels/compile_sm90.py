@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from engine.kernels import INTERPRET
 from engine.kernels.activation import gated_kernel
-from engine.kernels.common import next_power_of_2
+from engine.kernels.common import VARYING, next_power_of_2
 from engine.kernels.config import decode_config, prefill_config
 from engine.kernels.decode import decode_kernel
 from engine.kernels.norm import rms_norm_kernel
@@ -55,7 +55,8 @@ def resources(kernel, constants, num_warps, num_stages):
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else argument_type(name)
-        if signature[name].startswith("*") or (name.startswith("stride") and name != "stride_table"):
+        varying = VARYING["do_not_specialize"] + VARYING["do_not_specialize_on_alignment"]
+        if name not in varying and (signature[name].startswith("*") or name.startswith("stride")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=attributes),

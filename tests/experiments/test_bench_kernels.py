@@ -1,0 +1,29 @@
+"""What the kernel benchmark counts, and what it says without a GPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import bench_kernels
+from experiments.attention_cases import LLAMA_8B, Batch, visible_pairs
+
+
+@pytest.mark.parametrize("rows", [[(0, 5)], [(7, 1), (3, 4)], [(100, 1)] * 3])
+def test_visible_pairs_are_those_of_causal_attention(rows):
+    counted = sum(start + i + 1 for start, new in rows for i in range(new))
+    starts, query_lens = (np.array(column) for column in zip(*rows, strict=True))
+    assert visible_pairs(starts, query_lens) == counted
+
+
+def test_bytes_are_keys_values_queries_and_results():
+    q = torch.empty(2, 32, 128)
+    batch = Batch(LLAMA_8B, np.array([9, 19]), np.array([1, 1]), q, q, q, q, 16)
+    assert batch.num_bytes == 30 * 8 * 128 * 2 * 2 + 2 * 2 * 32 * 128 * 2
+    assert batch.num_flops == 4 * 30 * 32 * 128
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures on this machine")
+def test_without_a_gpu_it_says_so_in_one_line(capsys):
+    with pytest.raises(SystemExit, match="run it on a CUDA machine"):
+        bench_kernels.main([])
+    assert capsys.readouterr().out == ""
