@@ -30,10 +30,14 @@ def main() -> None:
     parser.add_argument("--num-requests", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16, help="of the padded static batches")
-    parser.add_argument("--workload", default="sharegpt")
+    parser.add_argument("--max-output-len", type=int, default=256, help="longer outputs of the workload are clipped")
     args = parser.parse_args()
 
-    overrides = [f"workload={args.workload}", f"workload.num_requests={args.num_requests}"]
+    overrides = [
+        "workload=sharegpt",
+        f"workload.num_requests={args.num_requests}",
+        f"workload.max_output_len={args.max_output_len}",
+    ]
     requests = build(load_config(overrides)).requests
     useful = sum(req.sampling.max_tokens for req in requests)
     contestants = _contestants(overrides, args.batch_size)
