@@ -1,0 +1,70 @@
+"""Steps that fail when they are launched (out of memory): their requests end, all others get the right tokens."""
+
+import random
+
+import pytest
+
+from engine.clock import VirtualClock
+from engine.core import Engine, StepFailed
+from engine.errors import RequestRejected
+from engine.request import FinishReason
+from engine.runner.oracle import OracleRunner
+from experiments.matrix import build_cell, cells_of_round
+from experiments.random_traces import VOCAB_SIZE, make_trace
+
+
+class DeviceError(Exception):
+    """What the flaky device raises."""
+
+
+class FlakyRunner(OracleRunner):
+    """Fails one launch in twenty, sometimes in the middle of the step's copies."""
+
+    def __init__(self, seed: int, window: int | None) -> None:
+        super().__init__(VOCAB_SIZE, window)
+        self.rng = random.Random(seed)
+        self.num_failures = 0
+
+    def execute(self, plan, allocator):
+        if self.rng.random() < 0.05:
+            self.num_failures += 1
+            self._copy(plan.copies[: self.rng.randint(0, len(plan.copies))], allocator.block_size)
+            raise DeviceError("out of memory")
+        return super().execute(plan, allocator)
+
+
+def run(trace, cell) -> int:
+    """Returns how often the device failed."""
+    allocator, scheduler = build_cell(trace, cell)
+    runner = FlakyRunner(trace.seed, cell.window)
+    engine = Engine(scheduler, allocator, runner, VirtualClock(), overlap=cell.overlap)
+    requests, failed = [], set()
+    for req in trace.requests():
+        try:
+            engine.add(req)
+            requests.append(req)
+        except RequestRejected:
+            continue
+    while engine.has_work:
+        try:
+            engine.step()
+        except StepFailed as failure:
+            if not isinstance(failure.__cause__, DeviceError):
+                raise
+            failed.update(engine.scheduler.fail(failure.plan))
+        engine.clock.advance(1.0)
+    expected = trace.expected(cell.window)
+    for req in requests:
+        want = expected[req.request_id]
+        assert req.output_token_ids == want[: len(req.output_token_ids)]
+        assert (req.finish_reason is FinishReason.ERROR) is (req in failed)
+        assert req in failed or req.output_token_ids == want
+    usage = allocator.usage()
+    assert usage.owned == usage.shared_saved == 0
+    return runner.num_failures
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_only_the_requests_of_a_failed_step_end(index):
+    trace = make_trace(2000 + index)
+    assert sum(run(trace, cell) for cell in cells_of_round(index)) > 0
