@@ -91,3 +91,6 @@ class BaseAllocator:
     def drain_copies(self) -> list[BlockCopy]:
         """No copies."""
         return []
+
+    def clear_cache(self) -> None:
+        """No prefix cache: nothing to forget."""

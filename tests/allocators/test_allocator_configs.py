@@ -40,6 +40,8 @@ def test_a_life(name: str) -> None:
     alloc.free(req)
     assert req.num_slots == 0
     check_whole(alloc)
+    alloc.clear_cache()  # type: ignore[attr-defined]
+    assert alloc.usage().cached == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
