@@ -40,7 +40,7 @@ class Picture:
 
     Attributes:
         name: of its file below figures/.
-        markup: the inline SVG.
+        markup: the inline SVG, or other HTML.
         caption: what it shows.
         alt: the same for who cannot see it.
     """

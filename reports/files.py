@@ -94,13 +94,7 @@ class RunFiles:
     def lists(self, column: str) -> Ragged:
         """One of the list columns, flat. Read anew on each call."""
         path = self.path / "requests.parquet"
-        chunked = _read_table(path, (column,)).column(column)
-        array = chunked.combine_chunks()
-        if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
-            raise ReportError(f"{path}: column {column!r} holds {array.type}, not lists; {REMEDY}")
-        lengths = np.asarray(array.value_lengths().fill_null(0), dtype=np.int64)
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-        return Ragged(array.flatten().to_numpy(zero_copy_only=False), offsets)
+        return Ragged.of(read_table(path, (column,)).column(column), path, column)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +103,16 @@ class Ragged:
 
     values: np.ndarray
     offsets: np.ndarray
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray, path: Path, name: str) -> Ragged:
+        """A list column of a Parquet file; null lists are empty."""
+        array = column.combine_chunks()
+        if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
+            raise ReportError(f"{path}: column {name!r} holds {array.type}, not lists; {REMEDY}")
+        lengths = np.asarray(array.value_lengths().fill_null(0), dtype=np.int64)
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        return cls(array.flatten().to_numpy(zero_copy_only=False), offsets)
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
@@ -144,7 +148,7 @@ def one_line(error: Exception) -> str:
     return text.splitlines()[0].rstrip(".")
 
 
-def _read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
+def read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
     """Those columns of a Parquet file; a missing file or column, or a broken file, is a ReportError."""
     try:
         with pq.ParquetFile(path) as file:
@@ -159,7 +163,7 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
 
 
 def _arrays(path: Path, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
-    table = _read_table(path, columns)
+    table = read_table(path, columns)
     arrays = {}
     for name in columns:
         column = table.column(name)

@@ -15,6 +15,7 @@ from pyarrow import csv
 from reports.document import render_html, render_markdown, write_text
 from reports.errors import ReportError
 from reports.files import REQUEST_COLUMNS, RunFiles, read_run
+from reports.kv_map import kv_map_figure, kv_map_markup, read_kv_map
 from reports.latency import DEFINITIONS, request_latencies, token_gaps
 from reports.memory import Spans, step_spans
 from reports.run_figures import latency_figure, load_figure, memory_figure, split_figure
@@ -62,12 +63,13 @@ def write_requests_csv(run: RunFiles) -> None:
 
 
 def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any]) -> dict[str, str]:
-    """Draw every figure of the run into figures/*.png. Returns name -> inline SVG."""
+    """Draw every figure of the run into figures/*.png. Returns name -> markup for the page."""
     latencies = request_latencies(run)
     panels = [(DEFINITIONS[key][0], [("", latencies[key])]) for key in ("ttft_seconds", "tpot_seconds")]
     panels.append((DEFINITIONS["itl_seconds"][0], [("", token_gaps(run.lists("token_times"), run.finished))]))
     panels.append((DEFINITIONS["e2e_seconds"][0], [("", latencies["e2e_seconds"])]))
     bars = [(f"this run, {window.label}", summary[f"kv_share_mean{window.suffix}"]) for window in WINDOWS]
+    kv_map = read_kv_map(run)
     with drawing():
         figures = {
             "kv_memory": memory_figure(run, spans),
@@ -76,4 +78,8 @@ def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any]) -> dict[str, 
             "latency": latency_figure(panels, list(SERIES[:1])),
             "timeline": timeline_figure(run),
         }
-        return {name: export(figure, run.path, name) for name, figure in figures.items()}
+        markup = {name: export(figure, run.path, name) for name, figure in figures.items()}
+        if kv_map is not None:
+            export(kv_map_figure(kv_map), run.path, "kv_map")
+            markup["kv_map"] = kv_map_markup(kv_map, run)
+        return markup

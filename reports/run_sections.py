@@ -159,6 +159,13 @@ def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
                 "gives no split of vLLM's last 3.7 % (outlined).",
                 "bars of the mean share of each ledger class, with the four bars of the paper"),
     ]  # fmt: skip
+    if "kv_map" in svg:
+        pictures.append(
+            Picture("kv_map", svg["kv_map"],
+                    "The KV map: time across, blocks of the pool down, coloured by the request that owns the block; "
+                    "pale: owned and empty; grey: free. Requests that never meet may share a colour.",
+                    "map of the KV pool over time, coloured by owning request")
+        )  # fmt: skip
     return Section("KV memory", [text], pictures, [table])
 
 

@@ -166,6 +166,8 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def export(figure: Figure, folder: Path, name: str) -> str:
-    """Write figures/NAME.png below `folder`; return the inline SVG."""
+    """Write figures/NAME.png below `folder`; return the inline SVG. The figure's layout is fixed from then on."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the layout is solved once, not for every format
     save_png(figure, folder / "figures" / f"{name}.png")
     return to_svg(figure, name)

@@ -50,6 +50,10 @@ STEP_SCHEMA = pa.schema(
     ]
 )
 
+KV_MAP_SCHEMA = pa.schema(
+    [("step", INT32), ("time", pa.float64()), ("owner", pa.list_(INT32)), ("filled", pa.list_(pa.int16()))]
+)
+
 
 @dataclass
 class _Live:
@@ -60,7 +64,7 @@ class _Live:
     computed: int = 0
     produced: int = 0
     slots: int = 0
-    row: dict = field(default_factory=dict)
+    blocks: list[int] = field(default_factory=list)
 
 
 def fake_run(
@@ -78,6 +82,7 @@ def fake_run(
     one_token: bool = False,
     wrong_token: int | None = None,
     config: dict | None = None,
+    kv_map: bool = False,
 ) -> Path:
     """Write manifest.json, requests.parquet and steps.parquet of one made-up run."""
     rng = np.random.default_rng(seed)
@@ -96,12 +101,39 @@ def fake_run(
                          f"engine.max_model_len={max_len}; shorten it or raise the limit"}  # fmt: skip
     if wrong_token is not None:
         rows[num_rejected + 3]["output_token_ids"][wrong_token] += 1
-    steps = _simulate(waiting, rows, allocator, scheduler, total, max_len, block_size, speed)
+    snapshots: list[dict] = []
+    steps = _simulate(waiting, rows, allocator, scheduler, total, max_len, block_size, speed, snapshots)
     for row in rows:
         if row["finish_reason"] == "rejected":
             row["token_times"] = []
     write_run(run_dir, rows, steps, allocator, scheduler, total, block_size, config, seed)
+    if kv_map:
+        pq.write_table(pa.Table.from_pylist(snapshots[:: max(1, len(snapshots) // 300)], KV_MAP_SCHEMA),
+                       run_dir / "kv_map.parquet")  # fmt: skip
     return run_dir
+
+
+def _place(live, done, running, block_size, total) -> None:
+    """Give `live` the lowest free blocks for the slots that it owns; contiguous requests get one run by first fit."""
+    missing = math.ceil(live.slots / block_size) - len(live.blocks)
+    if missing <= 0:
+        return
+    taken = {block for other in running + done for block in other.blocks}
+    free = [block for block in range(total // block_size) if block not in taken]
+    start = 0
+    if missing > 2:
+        runs = [i for i in range(len(free) - missing + 1) if free[i + missing - 1] - free[i] == missing - 1]
+        start = runs[0] if runs else 0
+    live.blocks += free[start : start + missing]
+
+
+def _snapshot(step, live_requests, num_blocks, block_size) -> dict:
+    owner, filled = np.full(num_blocks, -1, np.int32), np.zeros(num_blocks, np.int16)
+    for live in live_requests:
+        for position, block in enumerate(live.blocks):
+            owner[block] = live.index
+            filled[block] = min(block_size, max(0, live.computed - position * block_size))
+    return {"step": step["step"], "time": step["start_time"], "owner": owner.tolist(), "filled": filled.tolist()}
 
 
 def _request_row(index: int, prompt: int, target: int, arrival: float, seed: int) -> dict:
@@ -128,7 +160,7 @@ def _request_row(index: int, prompt: int, target: int, arrival: float, seed: int
     }
 
 
-def _simulate(waiting, rows, allocator, scheduler, total, max_len, block_size, speed) -> list[dict]:
+def _simulate(waiting, rows, allocator, scheduler, total, max_len, block_size, speed, snapshots) -> list[dict]:
     now, running, done, steps = 0.0, [], [], []
     capacity = 16
 
@@ -158,6 +190,7 @@ def _simulate(waiting, rows, allocator, scheduler, total, max_len, block_size, s
                     rows[victim.index]["num_recomputed_tokens"] += victim.computed
                     used -= victim.slots
                     victim.computed = victim.slots = 0
+                    victim.blocks = []
                     waiting.insert(0, victim)
                     preempted += 1
                     if victim is live:
@@ -187,6 +220,9 @@ def _simulate(waiting, rows, allocator, scheduler, total, max_len, block_size, s
         stuck = bool(step["num_waiting"]) and left < (max_len if allocator == "contiguous" else 0)
         step |= split | {"external": left if stuck else 0, "free": 0 if stuck else left}
         steps.append(step)
+        for live in running:
+            _place(live, done, running, block_size, total)
+        snapshots.append(_snapshot(step, running + done, total // block_size, block_size))
         now = step["end_time"]
         for live in list(running):
             row = rows[live.index]

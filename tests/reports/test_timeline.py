@@ -1,5 +1,6 @@
 """Per-request phases and the Chrome trace made from them."""
 
+import itertools
 import json
 
 import numpy as np
@@ -25,7 +26,7 @@ def test_phases_tile_a_request_from_arrival_to_finish(run):
         own = [phase for phase in phases if phase.row == row]
         assert own[0].start == run.requests["arrival_time"][row]
         assert own[-1].end == run.requests["finish_time"][row]
-        for before, after in zip(own, own[1:], strict=False):
+        for before, after in itertools.pairwise(own):
             assert before.end == after.start
 
 
