@@ -9,10 +9,12 @@ A batch is flattened: the new tokens of all its requests lie one after the other
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -45,6 +47,36 @@ class AttentionMetadata:
     host_query_start_loc: np.ndarray
     host_seq_lens: np.ndarray
     prepared: Any = None
+
+
+def packed_metadata(
+    lens: Sequence[int], block_table: np.ndarray, block_size: int, device: torch.device
+) -> AttentionMetadata:
+    """Metadata of whole sequences computed from their first token, with logits at each one's last.
+
+    Args:
+        lens: tokens of each of the B sequences.
+        block_table: int32 [B, width], wide enough for them.
+        block_size: slots per block.
+        device: where the tensors go.
+    """
+    seq_lens = np.array(lens, dtype=np.int32)
+    loc = np.concatenate([[0], np.cumsum(seq_lens)]).astype(np.int32)
+    row = np.repeat(np.arange(len(seq_lens)), seq_lens)
+    position = np.arange(loc[-1]) - loc[:-1][row]
+    slots = block_table[row, position // block_size].astype(np.int64) * block_size + position % block_size
+    return AttentionMetadata(
+        query_start_loc=torch.from_numpy(loc).to(device),
+        seq_lens=torch.from_numpy(seq_lens).to(device),
+        slot_mapping=torch.from_numpy(slots).to(device),
+        block_table=torch.from_numpy(block_table).to(device),
+        logits_indices=torch.from_numpy(loc[1:].astype(np.int64) - 1).to(device),
+        max_query_len=int(seq_lens.max()),
+        max_seq_len=int(seq_lens.max()),
+        block_size=block_size,
+        host_query_start_loc=loc,
+        host_seq_lens=seq_lens,
+    )
 
 
 class AttentionBackend(Protocol):

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.attention.base import AttentionMetadata
+from engine.attention.base import AttentionBackend, AttentionMetadata, packed_metadata
 from engine.attention.hook import HOOK_NAME, attention_context, register
+from engine.attention.null import NullBackend
 from engine.attention.reference import ReferenceBackend
 from engine.errors import ModelError
 from engine.kv_pool import KVPool
@@ -46,15 +47,12 @@ class AttentionGeometry(NamedTuple):
     vocab_size: int
 
 
-class _Recorder:
-    """A backend that stores nothing, answers zeros and notes what it was called with."""
+class _Recorder(NullBackend):
+    """Notes what it is called with."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, int, int]] = []
         self.windows: list[int | None] = []
-
-    def prepare(self, meta: AttentionMetadata) -> None:
-        """Nothing to prepare."""
 
     def write_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:  # noqa: ARG002
         """Note the layer and its heads."""
@@ -63,17 +61,17 @@ class _Recorder:
     def attend(
         self,
         q: Tensor,
-        layer: int,  # noqa: ARG002
-        meta: AttentionMetadata,  # noqa: ARG002
+        layer: int,
+        meta: AttentionMetadata,
         *,
-        scale: float,  # noqa: ARG002
+        scale: float,
         sliding_window: int | None = None,
-        softcap: float | None = None,  # noqa: ARG002
-        sinks: Tensor | None = None,  # noqa: ARG002
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Zeros of q's shape."""
+        """Note the window."""
         self.windows.append(sliding_window)
-        return torch.zeros_like(q)
+        return super().attend(q, layer, meta, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks)
 
 
 def probe_attention(module: nn.Module, name: str, num_layers: int, vocab_size: int) -> AttentionGeometry:
@@ -163,32 +161,16 @@ def _check_logits(packed: list[Tensor], alone: list[Tensor], refused: str) -> No
             )
 
 
-def _packed(module: nn.Module, ids: list[Tensor], backend: ReferenceBackend | _Recorder) -> list[Tensor]:
+def _packed(module: nn.Module, ids: list[Tensor], backend: AttentionBackend) -> list[Tensor]:
     """Last-token logits of the sequences, run as one packed row under the hook."""
     device = ids[0].device
-    lens = np.array([len(row) for row in ids])
-    loc = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
-    width = -(-int(lens.max()) // BLOCK_SIZE)
-    table = np.zeros((len(ids), width), dtype=np.int32)
-    slots, used = [], 0
-    for row, n in enumerate(lens.tolist()):
-        count = -(-n // BLOCK_SIZE)
-        table[row, :count] = used + count - np.arange(count)  # ids 1.. in reverse order
+    num_blocks = [-(-len(row) // BLOCK_SIZE) for row in ids]
+    table = np.zeros((len(ids), max(num_blocks)), dtype=np.int32)
+    used = 0
+    for row, count in enumerate(num_blocks):
+        table[row, :count] = used + count - np.arange(count)  # not in order, as in a used pool
         used += count
-        at = np.arange(n)
-        slots.append(table[row, at // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + at % BLOCK_SIZE)
-    meta = AttentionMetadata(
-        query_start_loc=torch.from_numpy(loc).to(device),
-        seq_lens=torch.from_numpy(lens.astype(np.int32)).to(device),
-        slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
-        block_table=torch.from_numpy(table).to(device),
-        logits_indices=torch.from_numpy(loc[1:].astype(np.int64) - 1).to(device),
-        max_query_len=int(lens.max()),
-        max_seq_len=int(lens.max()),
-        block_size=BLOCK_SIZE,
-        host_query_start_loc=loc,
-        host_seq_lens=lens.astype(np.int32),
-    )
+    meta = packed_metadata([len(row) for row in ids], table, BLOCK_SIZE, device)
     backend.prepare(meta)
     positions = torch.cat([torch.arange(len(row), device=device) for row in ids])
     with attention_context(meta, backend):

@@ -24,10 +24,11 @@ from engine.runner.base import PendingTokens, ReadyTokens, StepResult, TokenLogp
 from engine.runner.constraints import allowed_tokens
 from engine.runner.inputs import BlockTables, StepInputs, build_inputs
 from engine.runner.prompt_logprobs import PromptLogprobs
-from engine.sampler import HostTokens, Sampler, SamplerState
+from engine.sampler import HostTokens, SampledTokens, Sampler, SamplerState
+from engine.sampling.transfer import to_device
 
 
-class _StepTokens:
+class StepTokens:
     """A step in flight: its sampled rows, spread over the plan's entries when they are asked for."""
 
     def __init__(self, tokens: HostTokens | None, samples: list[bool], prompt: PromptLogprobs | None) -> None:
@@ -108,14 +109,20 @@ class TorchRunner:
     def _step(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
         inputs = build_inputs(plan, allocator, self._tables, self._device)
         self._fill_pending(inputs)
-        with attention_context(inputs.meta, self.backend):
-            self.backend.prepare(inputs.meta)
-            logits = self.model.logits(inputs.input_ids, inputs.positions, inputs.meta.logits_indices)
+        logits = self._forward(inputs)
         num_sampled = sum(plan.samples)
-        tokens = self._sample(plan, inputs, logits[:num_sampled]) if num_sampled else None
+        tokens = None
+        if num_sampled:
+            tokens = self._sample(plan, inputs.rows, logits[:num_sampled], bool(inputs.pending.rows))
         rows = inputs.prompt_rows
         prompt = None if rows is None else PromptLogprobs(logits[num_sampled:], rows)
-        return _StepTokens(tokens, plan.samples, prompt)
+        return StepTokens(tokens, plan.samples, prompt)
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        """Logits of the tokens `inputs.meta.logits_indices`."""
+        with attention_context(inputs.meta, self.backend):
+            self.backend.prepare(inputs.meta)
+            return self.model.logits(inputs.input_ids, inputs.positions, inputs.meta.logits_indices)
 
     def _fill_pending(self, inputs: StepInputs) -> None:
         """Input tokens that only the device knows."""
@@ -126,19 +133,31 @@ class TorchRunner:
         if inputs.pending.rows:
             inputs.input_ids[self._index(inputs.pending.tokens)] = self._last_tokens[self._index(inputs.pending.rows)]
 
-    def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor) -> HostTokens:
+    def _sample(self, plan: StepPlan, rows: np.ndarray, logits: Tensor, has_pending: bool) -> HostTokens:
+        """Sample the entries that reach their last token; keep the tokens as next inputs, and start their copy.
+
+        Args:
+            plan: the step.
+            rows: int64, the row of each scheduled request.
+            logits: [num_sampled, V].
+            has_pending: whether an input token was one that the host has not seen.
+        """
+        at = to_device(rows[np.fromiter(plan.samples, np.bool_)], self._device)
+        sampled = self._pick(plan, at, logits, has_pending)
+        self._last_tokens[at] = sampled.token_ids
+        return sampled.start_copy()
+
+    def _pick(self, plan: StepPlan, rows: Tensor, logits: Tensor, has_pending: bool) -> SampledTokens:
+        """Run the sampler; `rows` int64 [num_sampled] on the device."""
         entries = [entry for entry, sampled in zip(plan.scheduled, plan.samples, strict=True) if sampled]
         requests = [entry.req for entry in entries]
-        rows = torch.from_numpy(inputs.rows[np.fromiter(plan.samples, np.bool_)]).to(self._device)
         batch = self._sampler_state.batch(
             requests,
             num_outputs=[entry.start + entry.num_new_tokens - entry.req.num_prompt_tokens for entry in entries],
-            pending_token_ids=self._last_tokens[rows] if inputs.pending.rows else None,
+            pending_token_ids=self._last_tokens[rows] if has_pending else None,
             allowed_tokens=allowed_tokens(requests, self.model.spec.vocab_size, self._device),
         )
-        sampled = self._sampler(logits, batch)
-        self._last_tokens[rows] = sampled.token_ids
-        return sampled.start_copy()
+        return self._sampler(logits, batch)
 
     def _index(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
+        return to_device(np.array(values, dtype=np.int64), self._device)
