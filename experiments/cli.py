@@ -76,3 +76,7 @@ def _report(args: list[str]) -> int:
     from reports.__main__ import main as make_report
 
     return make_report(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

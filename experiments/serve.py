@@ -7,15 +7,19 @@ process, from the config as plain values.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, ModelError
 from engine.server.config import ServerConfig
 from engine.server.engine_loop import ServedEngine
 from engine.server.front import ModelFiles
 from engine.server.supervisor import serve as run_server
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is
 
 
 def serve(cfg: DictConfig) -> int:
@@ -36,13 +40,13 @@ def serve(cfg: DictConfig) -> int:
     return run_server(server, model, functools.partial(build_served_engine, values))
 
 
-def _model_directory(path: str) -> str:
-    from engine.models.directory import resolve_directory
-
-    return str(resolve_directory(path))
-
-
-CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is
+def _model_directory(path: str) -> Path:
+    """As `engine.models.directory.resolve_directory`, without loading torch into the supervisor."""
+    given = Path(path).expanduser()
+    for candidate in (given, PROJECT_ROOT / given):
+        if (candidate / "config.json").is_file():
+            return candidate.resolve()
+    raise ModelError(f"model.path={path} is no model directory: there is no {given / 'config.json'}")
 
 
 def build_served_engine(values: dict[str, Any]) -> ServedEngine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -17,7 +18,7 @@ import uvicorn
 from engine.errors import KvarenaError
 from engine.server import metrics
 from engine.server.app import create_app
-from engine.server.client import EngineClient
+from engine.server.client import EngineClient, EngineGone
 from engine.server.config import ServerConfig
 from engine.server.dashboard import PoolFeed
 from engine.server.service import Service
@@ -52,7 +53,7 @@ def run_front(
     control: socket.socket,
     page: Path,
 ) -> None:
-    """The process's main function; ends by `sys.exit`."""
+    """The process's main function; does not return."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stdout)
     # The supervisor decides when to stop; a Ctrl-C reaches the whole process group.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -65,8 +66,18 @@ def run_front(
             asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         asyncio.run(front.run())
     except KvarenaError as error:
-        logger.error("%s", error)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except EngineGone:
+        sys.exit(1)  # the engine has said why
+    end_process()
+
+
+def end_process() -> None:
+    """Leave at once: all is said and done, and taking the libraries' modules apart takes seconds."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 class _Server(uvicorn.Server):

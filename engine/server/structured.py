@@ -11,7 +11,6 @@ import json
 from typing import Any
 
 import llguidance
-import llguidance.hf
 import numpy as np
 
 from engine.errors import RequestError
@@ -20,6 +19,8 @@ from engine.server.protocol import ResponseFormat, StructuredOutputs
 MAX_SPEC_CHARS = 65536
 MAX_SCHEMA_DEPTH = 64
 MAX_CHOICES = 4096
+# Between JSON tokens. Bounded: a weak model would else write blanks until max_tokens.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{0,12}"
 JSON_OBJECT = '{"type": "object"}'
 
 Constraint = tuple[str, str]
@@ -93,7 +94,7 @@ def _depth(value: Any) -> int:
 def _grammar(kind: str, text: str) -> str:
     matcher = llguidance.LLMatcher
     if kind == "json":
-        return matcher.grammar_from_json_schema(text)
+        return matcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
     if kind == "regex":
         return matcher.grammar_from_regex(text)
     if "::=" in text:
@@ -131,6 +132,8 @@ class ConstraintFactory:
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        import llguidance.hf  # loads transformers, which the fronts' checks do not need
+
         self._eos = sorted(eos_token_ids)
         eos = self._eos or None
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)

@@ -25,7 +25,7 @@ from engine.errors import ConfigError, KvarenaError
 from engine.server import metrics
 from engine.server.config import ServerConfig
 from engine.server.engine_loop import EngineLoop, ServedEngine
-from engine.server.front import DRAIN, EXIT, ModelFiles, run_front
+from engine.server.front import DRAIN, EXIT, ModelFiles, end_process, run_front
 from engine.server.ipc import socket_pair
 
 logger = logging.getLogger("kvarena.supervisor")
@@ -47,7 +47,7 @@ def run_engine(
     page: Path,
     max_num_queued_requests: int,
 ) -> None:
-    """The engine process's main function; ends by `sys.exit`."""
+    """The engine process's main function; does not return."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stdout)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -62,6 +62,7 @@ def run_engine(
     except KvarenaError as error:
         logger.error("the engine has failed: %s", error)
         sys.exit(ENGINE_FAILED)
+    end_process()
 
 
 def open_listeners(host: str, port: int, count: int) -> list[socket.socket]:

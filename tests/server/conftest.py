@@ -1,0 +1,18 @@
+"""One server for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from server_harness import RunningServer
+
+# 2048 slots: one request may take at most 512 of them, and a dozen fill the pool.
+FLAGS = ("--max-model-len", "512", "--num-gpu-blocks-override", "128", "--max-num-queued-requests", "300")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunningServer]:
+    running = RunningServer(*FLAGS)
+    yield running
+    running.stop()

@@ -1,0 +1,130 @@
+"""Starts real servers on free loopback ports and looks at them from outside."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KEY = "test-key"
+START_SECONDS = 120
+OWNED = ("token_states", "reservation", "internal")
+
+
+class RunningServer:
+    """A server in its own process.
+
+    Args:
+        flags: of `kvarena serve`, after the model.
+        model: a model directory.
+        module: what to run in place of the command (stub engines).
+    """
+
+    def __init__(self, *flags: str, model: str = "models/demo", module: str = "experiments.cli", key: str | None = KEY):
+        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)  # noqa: SIM115
+        command = [sys.executable, "-m", module, "serve", model, "--port", "0", *flags]
+        if key is not None:
+            command += ["--api-key", key, "second-key"]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT, env=env)
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.url = self._wait()
+        self.client = httpx.Client(base_url=self.url, headers=self.headers, timeout=60)
+
+    def _wait(self) -> str:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            match = re.search(r"Uvicorn running on (\S+)", self.log)
+            if match:
+                return match[1]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        self.process.kill()
+        raise RuntimeError(f"the server did not start:\n{self.log}")
+
+    @property
+    def log(self) -> str:
+        return Path(self._log.name).read_text()
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def post(self, path: str, body: object, **kwargs: object) -> httpx.Response:
+        return self.client.post(path, json=body, **kwargs)
+
+    def complete(self, prompt: object = "The", **body: object) -> httpx.Response:
+        return self.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, "temperature": 0} | body)
+
+    def metrics(self) -> dict[str, float]:
+        """Samples by `name` or `name{label values}` (model_name and engine left out)."""
+        text = self.client.get("/metrics").text
+        samples = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels = [v for k, v in sample.labels.items() if k not in ("model_name", "engine")]
+                samples[sample.name + (f"{{{','.join(labels)}}}" if labels else "")] = sample.value
+        return samples
+
+    def slots(self) -> dict[str, float]:
+        """Slots by class."""
+        metrics = self.metrics()
+        return {key[17:-1]: value for key, value in metrics.items() if key.startswith("kvarena:kv_slots{")}
+
+    def wait_idle(self, seconds: float = 10.0) -> None:
+        """Wait until nothing runs and no request owns a slot; fails when that does not happen."""
+        deadline = time.monotonic() + seconds
+        while True:
+            metrics = self.metrics()
+            slots = {key[17:-1]: v for key, v in metrics.items() if key.startswith("kvarena:kv_slots{")}
+            owned = sum(slots[name] for name in OWNED)
+            busy = metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]
+            if not owned and not busy:
+                return
+            assert time.monotonic() < deadline, f"not idle after {seconds} s: {busy} requests, {slots}"
+            time.sleep(0.05)
+
+    def assert_alive(self) -> None:
+        """A normal request is answered and the pool is whole again."""
+        start = time.monotonic()
+        answer = self.complete()
+        assert answer.status_code == 200, answer.text
+        assert time.monotonic() - start < 5
+        self.wait_idle()
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def engine_pid(self) -> int:
+        """The engine is the first process that the supervisor starts."""
+        spawned = [p for p in self.children() if "spawn_main" in " ".join(p.cmdline())]
+        return min(spawned, key=lambda p: p.create_time()).pid
+
+    def stop(self, seconds: float = 30.0) -> int:
+        """SIGTERM and wait; returns the exit code."""
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                raise
+        os.unlink(self._log.name)
+        return self.process.returncode
+
+
+def stream_events(response: httpx.Response) -> list[str]:
+    """The `data:` lines of a streamed answer."""
+    return [line[6:] for line in response.iter_lines() if line.startswith("data: ")]
