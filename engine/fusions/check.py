@@ -1,0 +1,151 @@
+"""Compares fused layers with the modules that they stand for, on the same inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.attention.base import AttentionMetadata
+from engine.attention.hook import attention_context
+from engine.attention.reference import ReferenceBackend
+from engine.fusions.decoder import FusedDecoder
+from engine.fusions.layers import Batch
+from engine.kv_pool import KVPool
+from engine.models.spec import LoadedModel
+
+NUM_TOKENS = 8
+# Largest ||fused - module|| / ||what the layer adds||, to which rounding of the residual stream itself comes on top.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+LOW_PRECISION_TOLERANCE = 0.03
+
+
+class _ArgsRecorder(ReferenceBackend):
+    """The reference, which also notes what each layer passes to it."""
+
+    def __init__(self, pool: KVPool) -> None:
+        super().__init__(pool)
+        self.args: dict[int, tuple[Any, ...]] = {}
+
+    def attend(self, q: Tensor, layer: int, meta: AttentionMetadata, **kwargs: Any) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        self.args[layer] = tuple(kwargs.get(name) for name in ("scale", "sliding_window", "softcap", "sinks"))
+        return super().attend(q, layer, meta, **kwargs)
+
+
+@dataclass
+class Recording:
+    """A forward of the transformers model over a few tokens, layer by layer.
+
+    Attributes:
+        input_ids, positions: the tokens; positions reach up to the context's end.
+        meta: their metadata.
+        pool: a small pool, to be written to.
+        kv: what the forward stored in it.
+        args: per layer, what its attention passed to the backend.
+        inputs: what went into each layer, and what came out of the last, [T, hidden].
+        logits: of all tokens.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    meta: AttentionMetadata
+    pool: KVPool
+    kv: Tensor
+    args: dict[int, tuple[Any, ...]]
+    logits: Tensor
+    inputs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head."""
+        return self.pool.head_dim
+
+
+def record(model: LoadedModel, max_model_len: int) -> Recording:
+    """Run the model's modules over one request of a few tokens, its positions spread over the context."""
+    device, spec = model.device, model.spec
+    pool = KVPool(
+        num_blocks=1,
+        block_size=NUM_TOKENS,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=spec.dtype,
+        device=device,
+    )
+    loc = np.array([0, NUM_TOKENS], dtype=np.int32)
+    lens = np.array([NUM_TOKENS], dtype=np.int32)
+    meta = AttentionMetadata(
+        query_start_loc=torch.from_numpy(loc).to(device),
+        seq_lens=torch.from_numpy(lens).to(device),
+        slot_mapping=torch.arange(NUM_TOKENS, 2 * NUM_TOKENS, device=device),
+        block_table=torch.ones(1, 1, dtype=torch.int32, device=device),
+        logits_indices=torch.arange(NUM_TOKENS, device=device),
+        max_query_len=NUM_TOKENS,
+        max_seq_len=NUM_TOKENS,
+        block_size=NUM_TOKENS,
+        host_query_start_loc=loc,
+        host_seq_lens=lens,
+    )
+    ids = torch.arange(1, NUM_TOKENS + 1, device=device) * 7919 % spec.vocab_size
+    positions = torch.linspace(0, max_model_len - 1, NUM_TOKENS, device=device).long()
+    backend = _ArgsRecorder(pool)
+    inputs: list[Tensor] = []
+
+    def note_input(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
+        inputs.append((args[0] if args else kwargs["hidden_states"])[0].clone())
+
+    def note_output(module: object, args: object, output: Any) -> None:  # noqa: ARG001
+        inputs.append((output[0] if isinstance(output, tuple) else output).view(NUM_TOKENS, -1).clone())
+
+    layers: Any = model.module.model.layers  # type: ignore[union-attr]
+    handles = [layer.register_forward_pre_hook(note_input, with_kwargs=True) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(note_output))
+    try:
+        with attention_context(meta, backend):
+            backend.prepare(meta)
+            logits = model.logits(ids, positions, meta.logits_indices)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Recording(ids, positions, meta, pool, pool.data.clone(), backend.args, logits, inputs)
+
+
+def check_decoder(decoder: FusedDecoder, recording: Recording) -> str | None:
+    """Compare embedding, every layer, and the head with the recorded modules; None when all agree, else where not."""
+    embedded = F.embedding(recording.input_ids, decoder.embedding)
+    if (difference := _difference(embedded, recording.inputs[0], embedded)) is not None:
+        return f"the layers' input is not the embedding alone (relative difference {difference:.2g})"
+    pool = recording.pool
+    backend = ReferenceBackend(pool)
+    backend.prepare(recording.meta)
+    batch = Batch(decoder.angles(recording.positions), recording.meta, backend, pool)
+    for index, layer in enumerate(decoder.layers):
+        before, after = recording.inputs[index : index + 2]
+        pool.data[:, index].fill_(torch.nan)
+        pool.data[:, index, :NUM_TOKENS] = 0
+        got = layer(before.clone(), batch, decoder.ops)
+        if (difference := _difference(got, after, after - before)) is not None:
+            return f"layer {index}, fused, differs from its module (relative difference {difference:.2g})"
+        new = slice(NUM_TOKENS, None)
+        for name, part in (("keys", 0), ("values", 1)):
+            want = recording.kv[part, index, new]
+            if (difference := _difference(pool.data[part, index, new], want, want)) is not None:
+                return f"layer {index}, fused, stores other {name} (relative difference {difference:.2g})"
+    logits = decoder.ops.norm_linear(recording.inputs[-1].clone(), decoder.norm, decoder.head)
+    if (difference := _difference(logits, recording.logits, recording.logits)) is not None:
+        return f"the logits are not head(norm(hidden)) (relative difference {difference:.2g})"
+    return None
+
+
+def _difference(got: Tensor, want: Tensor, scale: Tensor) -> float | None:
+    """||got - want|| / ||scale|| when that is more than rounding explains (NaN is), else None."""
+    tolerance = TOLERANCE.get(want.dtype, LOW_PRECISION_TOLERANCE)
+    distance, size = float((got.float() - want.float()).norm()), float(scale.float().norm())
+    rounding = 2 * torch.finfo(want.dtype).eps * float(want.float().norm())
+    return None if distance <= tolerance * size + rounding else distance / max(size, 1e-30)

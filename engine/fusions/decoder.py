@@ -1,0 +1,76 @@
+"""A whole decoder over fused layers: embedding, layers, norm, and logits of the chosen tokens only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.attention.base import AttentionBackend, AttentionMetadata
+from engine.fusions.layers import Batch, FusedLayer, ModuleMlp
+from engine.fusions.ops import Angles, Linear, Norm, Ops
+from engine.kv_pool import KVPool
+
+
+@dataclass(frozen=True)
+class FusedDecoder:
+    """A causal language model of the llama shape. Shares its weights with the transformers module.
+
+    Attributes:
+        embedding: [vocab, hidden].
+        rotation: float32 [positions, rotary_dim]: each position's cosines, then its sines.
+        layers: in order.
+        norm: the final one.
+        head: the output projection.
+        ops: what computes.
+    """
+
+    embedding: Tensor
+    rotation: Tensor
+    layers: tuple[FusedLayer, ...]
+    norm: Norm
+    head: Linear
+    ops: Ops
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a CUDA graph may hold its forward: no foreign module, which might wait for the device."""
+        return not any(isinstance(layer.mlp, ModuleMlp) for layer in self.layers)
+
+    def angles(self, positions: Tensor) -> Angles:
+        """The rotation at `positions`, int64 [T]."""
+        both = F.embedding(positions, self.rotation)
+        half = both.shape[1] // 2
+        return Angles(both[:, :half], both[:, half:])
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        meta: AttentionMetadata,
+        backend: AttentionBackend,
+        pool: KVPool,
+        *,
+        all_rows: bool = False,
+    ) -> Tensor:
+        """Logits of the tokens `meta.logits_indices`.
+
+        Args:
+            input_ids: int64 [T].
+            positions: int64 [T].
+            meta: the step, prepared by `backend`.
+            backend: attention over `pool`.
+            pool: keys and values of the new tokens are written to it.
+            all_rows: every token is wanted, in order (a decode step): `meta.logits_indices` is not read.
+
+        Returns:
+            [N, vocab] in the model's dtype.
+        """
+        batch = Batch(self.angles(positions), meta, backend, pool)
+        residual = F.embedding(input_ids, self.embedding)
+        for layer in self.layers:
+            residual = layer(residual, batch, self.ops)
+        if not all_rows:
+            residual = residual.index_select(0, meta.logits_indices)
+        return self.ops.norm_linear(residual, self.norm, self.head)

@@ -1,0 +1,168 @@
+"""Finds decoders of the llama shape among transformers' modules, whatever the model is called, and checks the result.
+
+The shape: `model.{embed_tokens, layers, norm, rotary_emb}` and `lm_head`; each layer with
+`self_attn.{q,k,v,o}_proj` (a bias or none; RMS norms over a head, `q_norm` and `k_norm`, or none),
+`input_layernorm` and `post_attention_layernorm` (RMS), and an `mlp`: silu(gate) * up and down, or any other module,
+which then stays as it is. What the shape cannot tell (an odd multiplier, another order) the check finds: every fused
+layer is compared with its module on the same input before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.errors import KvarenaError
+from engine.fusions.check import Recording, check_decoder, record
+from engine.fusions.decoder import FusedDecoder
+from engine.fusions.layers import AttentionArgs, FusedAttention, FusedGlu, FusedLayer, ModuleMlp
+from engine.fusions.ops import HeadNorms, Heads, Linear, Norm, Ops
+from engine.fusions.pack import pack
+from engine.models.spec import LoadedModel
+
+
+class NotFusable(KvarenaError):
+    """The model does not have the shape that the fused path knows; it runs on its transformers modules."""
+
+
+def fuse(model: LoadedModel, ops: Ops, max_model_len: int) -> FusedDecoder:
+    """Build the fused form of `model`, which shares its weights.
+
+    Args:
+        model: bound to the attention hook. Its projections' parameters become views of packed ones.
+        ops: what computes.
+        max_model_len: positions of the rotation table.
+
+    Raises:
+        NotFusable: the model has another shape, or a fused layer differs from its module; says where.
+    """
+    with torch.inference_mode(), torch.device(model.device):
+        module = model.module
+        body = _child(module, "model", "the model")
+        layers: Any = _child(body, "layers", "model")
+        head = _linear(_child(module, "lm_head", "the model"), "lm_head")
+        embedding = _child(body, "embed_tokens", "model")
+        if not isinstance(embedding, nn.Embedding):
+            raise NotFusable(f"model.embed_tokens is a {type(embedding).__name__}")
+        rotation = _rotation(_child(body, "rotary_emb", "model"), max_model_len)
+        # Looked at before anything is changed.
+        for index, layer in enumerate(layers):
+            _check_shape(layer, index)
+        recording = record(model, max_model_len)
+        fused = tuple(_layer(layer, index, recording) for index, layer in enumerate(layers))
+        decoder = FusedDecoder(
+            embedding=embedding.weight.detach(),
+            rotation=rotation,
+            layers=fused,
+            norm=_norm(_child(body, "norm", "model"), "model.norm"),
+            head=Linear(head.weight.detach(), None if head.bias is None else head.bias.detach()),
+            ops=ops,
+        )
+        difference = check_decoder(decoder, recording)
+    if difference is not None:
+        raise NotFusable(difference)
+    return decoder
+
+
+def _layer(layer: nn.Module, index: int, recording: Recording) -> FusedLayer:
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
+    q, k = attention.q_proj, attention.k_proj
+    head_dim = recording.head_dim
+    out = attention.o_proj
+    post_norm = _norm(layer.post_attention_layernorm, f"layer {index}: post_attention_layernorm")
+    return FusedLayer(
+        attention=FusedAttention(
+            index=index,
+            norm=_norm(layer.input_layernorm, f"layer {index}: input_layernorm"),
+            qkv=pack([q, k, attention.v_proj]),
+            out=Linear(out.weight.detach(), None if out.bias is None else out.bias.detach()),
+            heads=Heads(q.out_features // head_dim, k.out_features // head_dim, head_dim),
+            head_norms=_head_norms(attention, head_dim, f"layer {index}.self_attn"),
+            args=AttentionArgs(*recording.args[index]),
+        ),
+        mlp=_glu(mlp, post_norm) if _is_glu(mlp) else ModuleMlp(post_norm, mlp),
+    )
+
+
+def _glu(mlp: Any, norm: Norm) -> FusedGlu:
+    down = mlp.down_proj
+    return FusedGlu(
+        norm=norm,
+        gate_up=pack([mlp.gate_proj, mlp.up_proj]),
+        down=Linear(down.weight.detach(), None if down.bias is None else down.bias.detach()),
+    )
+
+
+def _is_glu(mlp: nn.Module) -> bool:
+    """Whether the module is silu(gate) * up and down, as far as its parts tell."""
+    projections = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(type(projection) is nn.Linear for projection in projections):
+        return False
+    activation = getattr(mlp, "act_fn", None)
+    if not callable(activation):
+        return False
+    x = torch.linspace(-4, 4, 33)
+    return torch.allclose(activation(x), F.silu(x))
+
+
+def _check_shape(layer: nn.Module, index: int) -> None:
+    where = f"layer {index}"
+    attention = _child(layer, "self_attn", where)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        _linear(_child(attention, name, f"{where}.self_attn"), f"{where}.self_attn.{name}")
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        _norm(_child(layer, name, where), f"{where}.{name}")
+    _child(layer, "mlp", where)
+    known = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    others = [name for name, child in layer.named_children() if name not in known and list(child.parameters())]
+    if others:
+        raise NotFusable(f"{where} has a module that the llama shape lacks: {others[0]}")
+
+
+def _head_norms(attention: nn.Module, head_dim: int, where: str) -> HeadNorms | None:
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    if norms == [None, None]:
+        return None
+    q, k = (_norm(norm, f"{where}: query or key norm") for norm in norms)
+    if len(q.weight) != head_dim or len(k.weight) != head_dim or q.eps != k.eps:
+        raise NotFusable(f"{where} norms queries and keys otherwise than by the head")
+    return HeadNorms(q, k)
+
+
+def _rotation(rotary: nn.Module, num_positions: int) -> Tensor:
+    """float32 [positions, rotary_dim]: cosines and sines as the module gives them."""
+    positions = torch.arange(num_positions)[None]
+    try:
+        cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions)
+    except (TypeError, ValueError, KeyError) as error:
+        raise NotFusable(f"model.rotary_emb is not called as rotary_emb(x, position_ids): {error}") from error
+    half = cos.shape[-1] // 2
+    if cos.shape[-1] % 2 or not torch.equal(cos[..., :half], cos[..., half:]):
+        raise NotFusable("model.rotary_emb does not pair the halves of a head")
+    return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1)
+
+
+def _norm(module: object, where: str) -> Norm:
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        raise NotFusable(f"{where} is a {type(module).__name__}, not an RMS norm with a weight and an epsilon")
+    if getattr(module, "bias", None) is not None:
+        raise NotFusable(f"{where} has a bias, so it is no RMS norm")
+    return Norm(weight.detach(), eps)
+
+
+def _linear(module: nn.Module, where: str) -> nn.Linear:
+    if type(module) is not nn.Linear:
+        raise NotFusable(f"{where} is a {type(module).__name__}, not a plain linear layer")
+    return module
+
+
+def _child(module: nn.Module, name: str, where: str) -> nn.Module:
+    child = getattr(module, name, None)
+    if not isinstance(child, nn.Module):
+        raise NotFusable(f"{where} has no module {name}")
+    return child

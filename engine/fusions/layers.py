@@ -1,0 +1,107 @@
+"""Fused forms of a decoder layer's two blocks, over a flattened batch and an explicit residual stream.
+
+residual -+-> norm -> q,k,v -> rope, store -> attend -> o -> + -+-> norm -> gate,up -> silu * -> down -> +
+          '------------------------------------------------'   '----------------------------------------'
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from engine.attention.base import AttentionBackend, AttentionMetadata
+from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Ops
+from engine.kv_pool import KVPool
+
+
+class AttentionArgs(NamedTuple):
+    """What the layer's attention passes to the backend; see `AttentionBackend.attend`."""
+
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+class Batch(NamedTuple):
+    """A forward's inputs beside the residual stream.
+
+    Attributes:
+        angles: the rotation of each token.
+        meta: the step, prepared by `backend`.
+        backend: attention over `pool`.
+        pool: where keys and values go.
+    """
+
+    angles: Angles
+    meta: AttentionMetadata
+    backend: AttentionBackend
+    pool: KVPool
+
+
+@dataclass(frozen=True)
+class FusedAttention:
+    """Norm, packed projections, rotation with KV store, attention, output projection.
+
+    Attributes:
+        index: the layer in the pool.
+    """
+
+    index: int
+    norm: Norm
+    qkv: Linear
+    out: Linear
+    heads: Heads
+    head_norms: HeadNorms | None
+    args: AttentionArgs
+
+    def __call__(self, residual: Tensor, batch: Batch, ops: Ops) -> Tensor:
+        """Add the block's output to `residual` [T, hidden], in place; returns it."""
+        qkv = ops.norm_linear(residual, self.norm, self.qkv)
+        kv = batch.pool.slots(self.index)
+        q = ops.rope_store(qkv, self.heads, self.head_norms, batch.angles, batch.meta.slot_mapping, kv)
+        scale, window, softcap, sinks = self.args
+        attended = batch.backend.attend(
+            q, self.index, batch.meta, scale=scale, sliding_window=window, softcap=softcap, sinks=sinks
+        )
+        return ops.linear_residual(attended.reshape(len(residual), -1), self.out, residual)
+
+
+@dataclass(frozen=True)
+class FusedGlu:
+    """Norm, packed gate and up projections, silu(gate) * up, down projection."""
+
+    norm: Norm
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, residual: Tensor, ops: Ops) -> Tensor:
+        """Add the block's output to `residual` [T, hidden], in place; returns it."""
+        return ops.linear_residual(ops.norm_glu(residual, self.norm, self.gate_up), self.down, residual)
+
+
+@dataclass(frozen=True)
+class ModuleMlp:
+    """A block that stays a transformers module (experts, other activations), behind its norm."""
+
+    norm: Norm
+    module: nn.Module
+
+    def __call__(self, residual: Tensor, ops: Ops) -> Tensor:
+        """Add the module's output to `residual` [T, hidden], in place; returns it."""
+        out = self.module(ops.norm(residual, self.norm)[None])
+        return residual.add_((out[0] if isinstance(out, tuple) else out).view_as(residual))
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """A decoder layer of the llama shape."""
+
+    attention: FusedAttention
+    mlp: FusedGlu | ModuleMlp
+
+    def __call__(self, residual: Tensor, batch: Batch, ops: Ops) -> Tensor:
+        """Run the layer on `residual` [T, hidden], in place; returns it."""
+        return self.mlp(self.attention(residual, batch, ops), ops)

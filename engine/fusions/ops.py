@@ -1,0 +1,161 @@
+"""The operations of a fused layer, in plain torch: the seam that the Triton versions replace, and their reference.
+
+One stream `residual` [T, hidden] runs through the layers; each block reads it through its norm and adds to it:
+
+    qkv      = norm_linear(residual)                 attention in between
+    residual = linear_residual(attention, residual)
+    act      = norm_glu(residual)                    silu(gate) * up
+    residual = linear_residual(act, residual)
+
+`residual` is updated in place by `linear_residual`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Norm(NamedTuple):
+    """An RMS norm: `weight` [n] and `eps`."""
+
+    weight: Tensor
+    eps: float
+
+
+class Linear(NamedTuple):
+    """A projection: `weight` [N, K] and `bias` [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class HeadNorms(NamedTuple):
+    """RMS norms over each head of queries and keys, before the rotation."""
+
+    q: Norm
+    k: Norm
+
+
+class Angles(NamedTuple):
+    """The rotation of each token: float32 [T, rotary_dim / 2]. Element i is paired with i + rotary_dim / 2."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Heads(NamedTuple):
+    """Counts of a layer's attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Ops(Protocol):
+    """What a fused layer calls. All tensors of a call share one device and dtype; T tokens are flattened."""
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """RMS norm over the last dimension of x [T, n]."""
+        ...
+
+    def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear) -> Tensor:
+        """linear(norm(residual)): [T, K] -> [T, N]."""
+        ...
+
+    def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+        """residual + linear(x), in place in `residual` [T, N]; returns it."""
+        ...
+
+    def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
+        """silu(gate) * up of norm(residual); `gate_up` holds the gate's rows first. [T, K] -> [T, N / 2]."""
+        ...
+
+    def rope_store(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        angles: Angles,
+        slots: Tensor,
+        kv: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Norm and turn queries and keys, and store keys and values in the pool.
+
+        Args:
+            qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim]: queries, keys, values. May be overwritten.
+            heads: how to split it.
+            norms: of queries and keys, or None.
+            angles: the rotation.
+            slots: int64 [T], where each token's keys and values go.
+            kv: the layer's keys and values by slot, [num_slots, num_kv_heads, head_dim]; written.
+
+        Returns:
+            The turned queries [T, num_heads, head_dim], a head's elements side by side.
+        """
+        ...
+
+
+class TorchOps:
+    """The operations in plain torch, for any device. Norms and rotations in float32."""
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """See `Ops.norm`."""
+        return rms_norm(x, norm)
+
+    def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear) -> Tensor:
+        """See `Ops.norm_linear`."""
+        return F.linear(rms_norm(residual, norm), linear.weight, linear.bias)
+
+    def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+        """See `Ops.linear_residual`."""
+        residual.addmm_(x, linear.weight.t())
+        return residual if linear.bias is None else residual.add_(linear.bias)
+
+    def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
+        """See `Ops.norm_glu`."""
+        gate, up = self.norm_linear(residual, norm, gate_up).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def rope_store(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        angles: Angles,
+        slots: Tensor,
+        kv: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """See `Ops.rope_store`."""
+        q, k, v = split_heads(qkv, heads)
+        if norms is not None:
+            q, k = rms_norm(q, norms.q), rms_norm(k, norms.k)
+        kv[0].index_copy_(0, slots, rotate(k, angles))
+        kv[1].index_copy_(0, slots, v)
+        return rotate(q, angles)
+
+
+def split_heads(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of queries, keys and values, [T, heads, head_dim] each."""
+    num_heads, num_kv_heads, head_dim = heads
+    split = qkv.view(len(qkv), -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    return split[0], split[1], split[2]
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """RMS norm over the last dimension, in float32, rounded before the weight as transformers' modules do."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return norm.weight * wide.to(x.dtype)
+
+
+def rotate(x: Tensor, angles: Angles) -> Tensor:
+    """Rotary embedding (Su et al., 2021) of x [T, heads, head_dim], halves paired, in float32; the rest passes."""
+    cos, sin = angles.cos[:, None], angles.sin[:, None]
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

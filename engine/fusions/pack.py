@@ -1,0 +1,46 @@
+"""Several projections of one input as one: their weights are joined, and the modules keep views of the joined ones.
+
+    q_proj.weight [Nq, K]  \
+    k_proj.weight [Nk, K]   >  packed [Nq + Nk + Nv, K];  q_proj.weight = packed[:Nq], ...
+    v_proj.weight [Nv, K]  /
+
+So the unfused modules go on working and no weight is in memory twice. While a layer is packed, its weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from engine.fusions.ops import Linear
+
+
+def pack(projections: Sequence[nn.Linear]) -> Linear:
+    """Join the projections' rows; their parameters become views of the result.
+
+    Args:
+        projections: of one input width and dtype. Where some have a bias and others not, the missing ones count as 0.
+
+    Returns:
+        weight [sum of rows, K] and bias, in the order of `projections`.
+    """
+    weight = _join([projection.weight for projection in projections])
+    if all(projection.bias is None for projection in projections):
+        return Linear(weight, None)
+    biases: list[nn.Parameter] = []
+    for projection in projections:
+        missing = nn.Parameter(weight.new_zeros(projection.out_features), requires_grad=False)
+        biases.append(missing if projection.bias is None else projection.bias)
+    return Linear(weight, _join(biases))
+
+
+def _join(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """One tensor of all rows; each parameter becomes a view of its part."""
+    joined = torch.cat([parameter.detach() for parameter in parameters])
+    start = 0
+    for parameter in parameters:
+        parameter.data = joined[start : start + len(parameter)]
+        start += len(parameter)
+    return joined

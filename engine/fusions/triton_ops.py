@@ -1,0 +1,107 @@
+"""The operations of a fused layer on a GPU: Triton kernels, and the library's GEMM where tokens are many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, split_heads
+from engine.kernels.activation import gated
+from engine.kernels.gemm import SkinnyGemm
+from engine.kernels.gemm_table import GemmTable
+from engine.kernels.norm import rms_norm
+from engine.kernels.rope import rope_store
+
+
+class TritonOps:
+    """See `engine.fusions.ops.Ops`. All calls must be on one stream.
+
+    Args:
+        device: the GPU.
+        table: which projections go to the skinny GEMM, and in which shape; None sends all to the library.
+        upcast: see `SkinnyGemm`.
+    """
+
+    def __init__(self, device: torch.device | str, table: GemmTable | None = None, *, upcast: bool = False) -> None:
+        self._table = table
+        self._gemm = None if table is None else SkinnyGemm(device, upcast=upcast)
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """See `Ops.norm`."""
+        return rms_norm(x, norm.weight, norm.eps)
+
+    def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear) -> Tensor:
+        """See `Ops.norm_linear`."""
+        out = self._skinny(residual, linear, norm=norm)
+        return F.linear(self.norm(residual, norm), linear.weight, linear.bias) if out is None else out
+
+    def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+        """See `Ops.linear_residual`."""
+        if self._skinny(x, linear, residual=residual) is not None:
+            return residual
+        # Added by the product itself: one rounding less, and no pass of its own.
+        residual.addmm_(x, linear.weight.t())
+        return residual if linear.bias is None else residual.add_(linear.bias)
+
+    def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
+        """See `Ops.norm_glu`."""
+        out = self._skinny(residual, gate_up, norm=norm, glu=True)
+        return gated(F.linear(self.norm(residual, norm), gate_up.weight, gate_up.bias)) if out is None else out
+
+    def rope_store(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        angles: Angles,
+        slots: Tensor,
+        kv: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """See `Ops.rope_store`. The queries are turned in place."""
+        q, k, v = split_heads(qkv, heads)
+        rope_store(
+            q,
+            k,
+            v,
+            q,
+            cos=angles.cos,
+            sin=angles.sin,
+            rotary_dim=2 * angles.cos.shape[1],
+            keys=kv[0],
+            values=kv[1],
+            slot_mapping=slots,
+            q_norm=None if norms is None else norms.q.weight,
+            k_norm=None if norms is None else norms.k.weight,
+            epsilon=0.0 if norms is None else norms.q.eps,
+        )
+        return q
+
+    def _skinny(
+        self,
+        x: Tensor,
+        linear: Linear,
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        glu: bool = False,
+    ) -> Tensor | None:
+        """The product by the skinny GEMM, into `residual` if there is one; None where the library does it."""
+        if self._table is None or self._gemm is None:
+            return None
+        config = self._table.find(len(x), *linear.weight.shape, glu=glu)
+        if config is None:
+            return None
+        if norm is not None and not config.fuse_norm:
+            x, norm = self.norm(x, norm), None
+        return self._gemm(
+            x,
+            linear.weight,
+            config,
+            bias=linear.bias,
+            norm=None if norm is None else norm.weight,
+            eps=0.0 if norm is None else norm.eps,
+            residual=residual,
+            glu=glu,
+            out=residual,
+        )

@@ -1,0 +1,244 @@
+"""The fast runner: a fused forward, and decode steps for which the host sends a few integers and replays a graph.
+
+    decode step     fields --one copy--> device | graph: expand, layers, logits | draw | tokens --copy--> host
+    other steps     as in TorchRunner, on the same fused forward
+
+Sampled tokens stay on the device as the next step's inputs, so with overlap the host prepares step N + 1 while step N
+runs, and `result()` waits for its own step's copy alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.attention.base import AttentionBackend, AttentionMetadata
+from engine.attention.hook import attention_context
+from engine.errors import EngineError
+from engine.fusions.decoder import FusedDecoder
+from engine.kv_pool import KVPool
+from engine.models.spec import LoadedModel
+from engine.plan import KVAllocator, ScheduledRequest, StepPlan, cdiv
+from engine.runner.base import PendingTokens
+from engine.runner.decode_inputs import NUM_FIELDS, DecodeSender, TableMirror
+from engine.runner.draw import Draw
+from engine.runner.graphs import DecodeGraphs, Forward, ReservingBackend
+from engine.runner.inputs import StepInputs
+from engine.runner.request_rows import RequestRows
+from engine.runner.torch_runner import StepTokens, TorchRunner
+from engine.sampler import HostTokens, SampledTokens
+from engine.sampling.transfer import to_device
+
+
+@dataclass(frozen=True)
+class ModuleForward:
+    """The transformers module, called through the attention hook."""
+
+    model: LoadedModel
+    backend: AttentionBackend
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        meta: AttentionMetadata,
+        *,
+        all_rows: bool,  # noqa: ARG002 - it selects by `meta.logits_indices` either way
+    ) -> Tensor:
+        """See `Forward`."""
+        with attention_context(meta, self.backend):
+            return self.model.logits(input_ids, positions, meta.logits_indices)
+
+
+@dataclass(frozen=True)
+class FusedForward:
+    """The fused decoder."""
+
+    decoder: FusedDecoder
+    backend: AttentionBackend
+    pool: KVPool
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, meta: AttentionMetadata, *, all_rows: bool) -> Tensor:
+        """See `Forward`."""
+        return self.decoder(input_ids, positions, meta, self.backend, self.pool, all_rows=all_rows)
+
+
+class FusedRunner(TorchRunner):
+    """A `TorchRunner` with a fused forward, device-resident decode inputs, CUDA graphs and a fused draw.
+
+    Args:
+        model: from `load_model`.
+        pool: made for that model's spec, on its device.
+        backend: attention over `pool`. Decode steps take the short path when it can `reserve`.
+        decoder: the model's fused form; None runs the transformers module.
+        seed: random streams of requests without a seed of their own derive from it.
+        max_num_seqs: most requests of a step.
+        max_model_len: longest context.
+        graphs: capture decode forwards in CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        pool: KVPool,
+        backend: AttentionBackend,
+        decoder: FusedDecoder | None = None,
+        *,
+        seed: int = 0,
+        max_num_seqs: int,
+        max_model_len: int,
+        graphs: bool = False,
+    ) -> None:
+        super().__init__(model, pool, backend, seed=seed)
+        self._model_forward: Forward = (
+            ModuleForward(model, backend) if decoder is None else FusedForward(decoder, backend, pool)
+        )
+        # Twice the running requests: those that end keep their row for a step or two.
+        self._rows = RequestRows(self._tables, 2 * max_num_seqs, model.spec.vocab_size, seed)
+        num_rows = self._rows.num_rows + 1
+        # Never grown later, because graphs hold its address: `BlockTables` makes rows up to the next power of two.
+        room = max(2 * num_rows, self._tables.num_rows)
+        self._last_tokens = torch.zeros(room, dtype=torch.int64, device=self._device)
+        self._draw = Draw(max_num_seqs, self._device) if self._device.type == "cuda" else None
+        self._graphs: DecodeGraphs | None = None
+        if isinstance(backend, ReservingBackend):
+            width = cdiv(max_model_len, pool.block_size)
+            tables = torch.zeros(num_rows, width, dtype=torch.int32, device=self._device)
+            self._mirror = TableMirror(num_rows, width)
+            self._sender = DecodeSender(max_num_seqs, tables)
+            self._graphs = DecodeGraphs(
+                self._model_forward,
+                backend,
+                self._sender.sent,
+                self._last_tokens,
+                tables,
+                pool.block_size,
+                max_num_seqs,
+                capture=graphs,
+            )
+
+    def release(self, request_ids: list[str]) -> None:
+        """Forget requests that ended."""
+        self._rows.forget(request_ids)
+        super().release(request_ids)
+
+    def warm_up(self, max_batch: int) -> int:
+        """Run, and so compile and capture, every decode bucket up to `max_batch` requests, the largest first.
+
+        Only between steps, with nothing in flight. Writes KV to the null block alone.
+
+        Returns:
+            How many buckets were run.
+        """
+        graphs = self._graphs
+        if graphs is None:
+            return 0
+        buckets = [bucket for bucket in graphs.buckets if bucket <= max_batch]
+        with torch.inference_mode():
+            for bucket in reversed(buckets):
+                self._sender.send(self._padding(bucket), (), ())
+                graphs.run(np.ones(bucket, dtype=np.int32))
+        return len(buckets)
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        self.backend.prepare(inputs.meta)
+        return self._model_forward(inputs.input_ids, inputs.positions, inputs.meta, all_rows=False)
+
+    def _step(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
+        if plan.preempted:
+            # They start over, maybe much later: until then they need no row.
+            preempted = [req.request_id for req in plan.preempted]
+            self._rows.forget(preempted)
+            self._tables.release(preempted)
+        if self._graphs is not None and _is_decode(plan):
+            return self._decode(plan, allocator, self._graphs)
+        return super()._step(plan, allocator)
+
+    def _decode(self, plan: StepPlan, allocator: KVAllocator, graphs: DecodeGraphs) -> PendingTokens:
+        scheduled = plan.scheduled
+        count = len(scheduled)
+        rows = np.array([self._rows.row(entry.req) for entry in scheduled], dtype=np.int64)
+        starts = np.fromiter((entry.start for entry in scheduled), np.int64, count)
+        self._update_tables(scheduled, rows.tolist(), allocator)
+        fields = self._padding(graphs.bucket(count))
+        tokens, has_pending = self._input_tokens(scheduled, self._rows.sampled_to[rows] == starts)
+        fields[0, :count], fields[1, :count] = tokens, starts
+        fields[2:, :count] = self._rows.draw_params(rows, starts + 1)
+        self._sender.send(fields, *self._mirror.take())
+        seq_lens = np.ones(fields.shape[1], dtype=np.int32)
+        seq_lens[:count] = starts + 1
+        logits = graphs.run(seq_lens)[:count]
+        if self._draw is not None and self._rows.is_plain[rows].all():
+            self._rows.sampled_to[rows] = starts + 1
+            drawn = self._draw(logits, self._sender.sent[2:], self._last_tokens)
+            host_tokens = self._draw.start_copy(drawn, [entry.req.request_id for entry in scheduled])
+        else:
+            host_tokens = self._sample(plan, rows, logits, has_pending)
+        return StepTokens(host_tokens, plan.samples, None)
+
+    def _padding(self, bucket: int) -> np.ndarray:
+        """Fields of a step of padding entries: token 0 of the null row, at position 0, greedy."""
+        fields = np.zeros((NUM_FIELDS, bucket), dtype=np.int32)
+        fields[2] = self._rows.num_rows
+        return fields
+
+    def _update_tables(self, scheduled: list[ScheduledRequest], rows: list[int], allocator: KVAllocator) -> None:
+        block_size = allocator.block_size
+        for (req, start, _), row in zip(scheduled, rows, strict=True):
+            table = allocator.block_table(req)
+            if len(table) * block_size <= start:
+                raise EngineError(
+                    f"request {req.request_id!r} computes position {start} and its block table holds "
+                    f"{len(table) * block_size} slots; a bug of the allocator or scheduler"
+                )
+            self._mirror.update(row, table)
+
+    def _input_tokens(self, scheduled: list[ScheduledRequest], on_device: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Each entry's input token, -1 where the device has it; and whether the host has not seen one of them."""
+        tokens = np.full(len(scheduled), -1, dtype=np.int32)
+        for i in np.flatnonzero(~on_device).tolist():
+            req, start, _ = scheduled[i]
+            known = req.token_ids(start, start + 1)
+            if not known:
+                raise EngineError(
+                    f"request {req.request_id!r} is to compute position {start}, and neither host nor device has its "
+                    "token; a bug of the scheduler"
+                )
+            tokens[i] = known[0]
+        return tokens, any(entry.start >= entry.req.num_tokens for entry in scheduled)
+
+    def _sample(self, plan: StepPlan, rows: np.ndarray, logits: Tensor, has_pending: bool) -> HostTokens:
+        """As in TorchRunner; rows that the fused draw can serve get its token, whoever shares their step."""
+        entries = [entry for entry, sampled in zip(plan.scheduled, plan.samples, strict=True) if sampled]
+        # Also gives rows to requests that are new here.
+        at = np.array([self._rows.row(entry.req) for entry in entries], dtype=np.int64)
+        stops = np.fromiter((entry.start + entry.num_new_tokens for entry in entries), np.int64, len(entries))
+        self._rows.sampled_to[at] = stops
+        draw = self._draw
+        if draw is None:
+            return super()._sample(plan, rows, logits, has_pending)
+        is_plain = self._rows.is_plain[at]
+        request_ids = [entry.req.request_id for entry in entries]
+        params = to_device(self._rows.draw_params(at, stops), self._device)
+        if is_plain.all():
+            return draw.start_copy(draw(logits, params, self._last_tokens), request_ids)
+        on_device = to_device(at, self._device)
+        sampled = self._pick(plan, on_device, logits, has_pending)
+        if is_plain.any():
+            drawn = draw(logits, params, self._last_tokens)
+            mask = to_device(is_plain, self._device)
+            token_ids = torch.where(mask, drawn.clamp_min(0), sampled.token_ids)
+            is_valid = torch.where(mask, drawn >= 0, sampled.is_valid)
+            sampled = SampledTokens(token_ids, is_valid, sampled.logprobs, request_ids)
+        self._last_tokens[on_device] = sampled.token_ids
+        return sampled.start_copy()
+
+
+def _is_decode(plan: StepPlan) -> bool:
+    """Every entry computes one token and samples one, and nobody wants prompt log-probabilities of it."""
+    return all(plan.samples) and all(
+        entry.num_new_tokens == 1 and entry.req.sampling.prompt_logprobs is None for entry in plan.scheduled
+    )

@@ -1,0 +1,111 @@
+"""The fast runner gives the tokens of the plain one: every lever on and off, under preemption and mixed batches."""
+
+import pytest
+import torch
+from checkpoints import random_prompts, write_checkpoint
+from fused_helpers import LateReference, make_pool, run
+from runner_driver import make_requests
+
+from engine.attention.reference import ReferenceBackend
+from engine.errors import EngineError
+from engine.fusions.detect import fuse
+from engine.fusions.ops import TorchOps
+from engine.kernels.step import DecodeBuffers
+from engine.models import load_model
+from engine.plan import ScheduledRequest, StepPlan
+from engine.request import Request, SamplingParams
+from engine.runner.fused_runner import FusedRunner
+from engine.runner.torch_runner import TorchRunner
+
+PROMPTS = random_prompts((5, 13, 1, 30, 17, 8))
+NUM_TOKENS = 14
+# 18 blocks of 4 hold four requests of up to 44 tokens only in part: some are preempted.
+NUM_BLOCKS, BLOCK_SIZE = 18, 4
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral"])
+def model(request, tmp_path_factory):
+    return load_model(write_checkpoint(tmp_path_factory.mktemp(request.param), request.param))
+
+
+def requests_of(kind):
+    options = {
+        "greedy": {},
+        "sampled": {"temperature": 0.8, "seed": 5},
+        "edited": {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.3, "min_tokens": 3},
+    }[kind]
+    return make_requests(PROMPTS, NUM_TOKENS, **options)
+
+
+def make_fused(model, *, fusions=True, late=True, max_num_seqs=4):
+    pool = make_pool(model, NUM_BLOCKS, BLOCK_SIZE)
+    backend = LateReference(pool) if late else ReferenceBackend(pool)
+    decoder = fuse(model, TorchOps(), 128) if fusions else None
+    return FusedRunner(model, pool, backend, decoder, max_num_seqs=max_num_seqs, max_model_len=128)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled", "edited"])
+def test_same_tokens_with_every_lever(model, kind):
+    plain = TorchRunner(model, make_pool(model, NUM_BLOCKS, BLOCK_SIZE))
+    requests = requests_of(kind)
+    expected = run(plain, requests, overlap=False)
+    assert sum(req.num_preemptions for req in requests) > 0
+    assert len({token for tokens in expected for token in tokens}) > 10
+    for fusions in (False, True):
+        for late in (False, True):
+            for overlap in (False, True):
+                runner = make_fused(model, fusions=fusions, late=late)
+                got = run(runner, requests_of(kind), overlap=overlap)
+                assert got == expected, (fusions, late, overlap)
+
+
+def test_rows_are_reused_and_tables_follow(model):
+    """More requests than rows, one after the other: a row's new owner never reads its predecessor's table."""
+    runner = make_fused(model, max_num_seqs=2)
+    plain = TorchRunner(model, make_pool(model, NUM_BLOCKS, BLOCK_SIZE))
+    requests = [make_requests(PROMPTS * 2, 6), make_requests(PROMPTS * 2, 6)]
+    for i, req in enumerate(requests[1]):
+        req.request_id = f"s{i}"
+    expected = run(plain, requests[0], overlap=True, max_num_seqs=2)
+    assert run(runner, requests[1], overlap=True, max_num_seqs=2) == expected
+    with pytest.raises(EngineError, match="max_num_seqs"):
+        for i in range(5):
+            runner._rows.row(Request(f"extra{i}", [1]))
+
+
+def test_warm_up_leaves_no_trace(model):
+    runner = make_fused(model)
+    assert runner.warm_up(4) == 3
+    assert runner.pool.data[:, :, BLOCK_SIZE:].abs().sum() == 0
+    plain = TorchRunner(model, make_pool(model, NUM_BLOCKS, BLOCK_SIZE))
+    assert run(runner, requests_of("greedy"), overlap=True) == run(plain, requests_of("greedy"), overlap=False)
+
+
+def test_padding_entries_do_not_touch_the_others(model):
+    """Three requests run in a bucket of four: the fourth entry belongs to the null row."""
+    runner = make_fused(model)
+    before = runner._last_tokens.clone()
+    fields = runner._padding(4)
+    assert (fields[2] == runner._rows.num_rows).all()
+    assert runner._last_tokens.shape[0] > runner._rows.num_rows
+    assert torch.equal(before, runner._last_tokens)
+
+
+def test_a_missing_token_or_slot_is_an_error(model):
+    class Table:
+        block_size = BLOCK_SIZE
+
+        def block_table(self, req):
+            return [1, 2]
+
+    runner = make_fused(model)
+    req = Request("r", [1, 2, 3], SamplingParams(max_tokens=30))
+    with pytest.raises(EngineError, match="neither host nor device has its token"):
+        runner.execute(StepPlan(scheduled=[ScheduledRequest(req, 3, 1)], samples=[True]), Table())
+    with pytest.raises(EngineError, match="block table holds 8 slots"):
+        runner.execute(StepPlan(scheduled=[ScheduledRequest(req, 8, 1)], samples=[True]), Table())
+
+
+def test_decode_buffers_start_harmless():
+    buffers = DecodeBuffers(3, 2, torch.device("cpu"))
+    assert buffers.seq_lens.tolist() == [1, 1, 1]

@@ -1,0 +1,57 @@
+"""Compiles the GEMM, draw and step kernels for Hopper without a GPU; prints what each needs as a JSON object.
+
+Run by test_gemm_compile.py in a process of its own, because there the interpreter has to be off.
+"""
+
+import json
+
+import compile_sm90
+from compile_sm90 import resources
+
+from engine.kernels import INTERPRET, gemm, sample, step
+from engine.kernels.gemm_table import GemmTable
+
+TYPES = {
+    "ws_ptr": "*fp32", "lock_ptr": "*i32", "eps": "fp32", "scores_ptr": "*fp32", "tokens_ptr": "*i32",
+    "arrived_ptr": "*i32", "params_ptr": "*i32", "last_ptr": "*i64", "out_ptr": "*i64", "sent_ptr": "*i32",
+    "tables_ptr": "*i32", "ids_ptr": "*i64", "positions_ptr": "*i64", "slots_ptr": "*i64", "lens_ptr": "*i32",
+    "out_table_ptr": "*i32", "flat_ptr": "*i32", "pairs_ptr": "*i32",
+}  # fmt: skip
+
+
+PRODUCTS = ((1, 6144, 4096, False), (1, 28672, 4096, True), (16, 4096, 14336, False), (64, 28672, 4096, True))
+
+
+def gemm_resources():
+    for pdl in (False, True):
+        table = GemmTable(max_rows=64, pdl=pdl)
+        for rows, cols, depth, glu in PRODUCTS:
+            config = table.find(rows, cols, depth, glu=glu)
+            if config is None:
+                continue
+            constants = {
+                "BM": gemm.block_m(rows, config), "BN": config.block_n, "BK": config.block_k,
+                "SPLIT_K": config.split_k, "EVEN_K": True, "HAS_BIAS": False, "HAS_NORM": config.fuse_norm,
+                "HAS_RES": not glu, "GLU": glu, "USE_DOT": config.use_dot, "PDL": config.pdl,
+                "PREFETCH": gemm.PREFETCH, "UPCAST": False, "STAGES": config.num_stages,
+            }  # fmt: skip
+            yield (
+                f"gemm {rows} x {cols} x {depth} pdl={pdl}",
+                resources(gemm.skinny_gemm_kernel, constants, config.num_warps, config.num_stages),
+            )
+
+
+def main():
+    if INTERPRET:
+        raise SystemExit("run with TRITON_INTERPRET=0")
+    attention_type = compile_sm90.argument_type
+    compile_sm90.argument_type = lambda name: TYPES.get(name) or attention_type(name)
+    found = dict(gemm_resources())
+    found["draw"] = resources(sample.draw_kernel, {"TILE": 1024, "PARTS": 128}, 4, 3)
+    found["expand"] = resources(step.expand_kernel, {"BLOCK_SIZE": 16, "CHUNK": 512}, 2, 3)
+    found["scatter"] = resources(step.scatter_kernel, {"BLOCK": 256}, 4, 3)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

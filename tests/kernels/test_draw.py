@@ -1,0 +1,86 @@
+"""The draw and the decode-input kernels, in Triton's interpreter, against the sampler and plain torch."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.kernels import step
+from engine.kernels.sample import DrawScratch, draw_tokens
+from engine.sampling.streams import log_exponentials, stream_keys
+
+VOCAB = 3000
+
+
+def make_params(temperatures, seeds, positions, rows=None):
+    keys = stream_keys(np.array(seeds, dtype=np.uint64), np.array(positions))
+    rows = np.arange(len(temperatures)) if rows is None else np.array(rows)
+    bits = np.array(temperatures, dtype=np.float32).view(np.int32)
+    return torch.from_numpy(np.stack([rows.astype(np.int32), bits, keys[:, 0], keys[:, 1]])), torch.from_numpy(keys)
+
+
+@pytest.mark.parametrize("num_programs", [1, 8, 1000])
+def test_draw_equals_the_race(num_programs):
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(4, VOCAB)
+    temperatures = [0.0, 0.6, 1.0, 1e-9]
+    params, keys = make_params(temperatures, [1, 2, 3, 4], [0, 5, 6, 7], rows=[3, 0, 2, 5])
+    last, out = torch.full((6,), -7), torch.full((4,), -7)
+    scratch = DrawScratch(4, "cpu")
+    draw_tokens(logits, params, last, out, scratch, num_programs)
+    raced = (logits[1:3] / torch.tensor([[0.6], [1.0]]) - log_exponentials(keys[1:3], VOCAB)).argmax(-1)
+    expected = torch.stack([logits[0].argmax(), *raced, logits[3].argmax()])
+    assert out.tolist() == expected.tolist()
+    assert last.tolist() == [int(raced[0]), -7, int(raced[1]), int(expected[0]), -7, int(expected[3])]
+    assert scratch.arrived.sum() == 0
+
+
+def test_equal_logits_give_the_lowest_token_and_bad_ones_none():
+    logits = torch.zeros(4, VOCAB)
+    logits[0, [2100, 700, 2900]] = 1.0
+    logits[1, 2999] = torch.nan
+    logits[2] = -torch.inf
+    logits[3, 5] = torch.inf
+    params, _ = make_params([0, 0.5, 0.5, 0], [1, 2, 3, 4], [0, 0, 0, 0])
+    last, out = torch.full((4,), -7), torch.full((4,), -7)
+    draw_tokens(logits, params, last, out, DrawScratch(4, "cpu"), 100)
+    assert out.tolist() == [700, -1, -1, -1]
+    assert last.tolist() == [700, 0, 0, 0]
+
+
+def test_a_request_draws_the_same_in_any_batch():
+    torch.manual_seed(1)
+    logits = torch.randn(3, VOCAB)
+    params, _ = make_params([0.9, 0.9, 0.9], [8, 9, 10], [3, 4, 5])
+    outs = []
+    for pick in ([0, 1, 2], [2, 0], [1]):
+        out = torch.zeros(len(pick), dtype=torch.int64)
+        draw_tokens(logits[pick], params[:, pick].contiguous(), torch.zeros(3, dtype=torch.int64), out,
+                    DrawScratch(3, "cpu"), 7 * len(pick))  # fmt: skip
+        outs.append(dict(zip(pick, out.tolist(), strict=True)))
+    assert all(outs[0][i] == token for other in outs for i, token in other.items())
+
+
+def test_expand_kernel_equals_torch():
+    torch.manual_seed(2)
+    tables = torch.randint(1, 50, (6, 40), dtype=torch.int32)
+    sent = torch.tensor([[-1, 4, -1, 9], [100, 0, 639, 9], [3, 0, 5, 9], [9, 9, 9, 9]], dtype=torch.int32)
+    last = torch.arange(6) * 10
+    expected, got = (step.DecodeBuffers(4, 40, torch.device("cpu")) for _ in range(2))
+    step.expand_decode(sent, last, tables, expected, 3, 16)
+    step.expand_kernel[(3,)](
+        sent, last, tables, got.ids, got.positions, got.slots, got.seq_lens, got.block_table,
+        sent.stride(0), tables.stride(0), got.block_table.stride(0), BLOCK_SIZE=16, CHUNK=8,
+    )  # fmt: skip
+    assert expected.ids.tolist() == [30, 4, 50, 0]
+    for name in ("ids", "positions", "slots", "seq_lens"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    for i, blocks in enumerate((7, 1, 40)):
+        assert torch.equal(got.block_table[i, :blocks], expected.block_table[i, :blocks])
+
+
+def test_scatter_kernel_equals_torch():
+    pairs = torch.stack([torch.randperm(600)[:300], torch.arange(300)]).int()
+    expected, got = torch.zeros(2, 600, dtype=torch.int32)
+    step.scatter_words(expected, pairs)
+    step.scatter_kernel[(2,)](got, pairs, 300, pairs.stride(0), BLOCK=256)
+    assert torch.equal(got, expected)

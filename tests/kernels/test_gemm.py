@@ -1,0 +1,117 @@
+"""The skinny GEMM against float64, in Triton's interpreter, and the table that picks its launches."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps
+from engine.fusions.triton_ops import TritonOps
+from engine.kernels.gemm import GemmConfig, SkinnyGemm
+from engine.kernels.gemm_table import GemmTable, Product
+
+EPS = 1e-5
+
+
+def reference(x, weight, bias, norm, residual, glu):
+    x, weight = x.double(), weight.double()
+    if norm is not None:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * norm.double()
+    y = F.linear(x, weight, None if bias is None else bias.double())
+    if glu:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if residual is None else y + residual.double()
+
+
+@pytest.fixture(scope="module")
+def gemm():
+    return SkinnyGemm("cpu", upcast=True)
+
+
+@pytest.mark.parametrize(("num_rows", "use_dot"), [(1, False), (1, True), (5, True), (17, True)])
+@pytest.mark.parametrize("split_k", [1, 3])
+def test_every_combination_of_what_is_folded_in(gemm, num_rows, use_dot, split_k):
+    torch.manual_seed(0)
+    num_cols, depth = 40, 200  # neither fills its tiles
+    config = GemmConfig(16, 64, split_k, use_dot=use_dot)
+    for with_bias, with_norm, with_residual, glu in itertools.product((False, True), repeat=4):
+        x = torch.randn(num_rows, depth)
+        weight = torch.randn(num_cols * (1 + glu), depth)
+        bias = torch.randn(len(weight)) if with_bias else None
+        norm = torch.randn(depth) if with_norm else None
+        residual = torch.randn(num_rows, num_cols) if with_residual else None
+        out = torch.full((num_rows, num_cols), torch.nan)
+        got = gemm(x, weight, config, bias=bias, norm=norm, eps=EPS, residual=residual, glu=glu, out=out)
+        expected = reference(x, weight, bias, norm, residual, glu)
+        assert got is out
+        assert (got - expected).norm() <= 1e-5 * expected.norm(), (with_bias, with_norm, with_residual, glu)
+
+
+def test_strided_rows_and_a_residual_in_place(gemm):
+    torch.manual_seed(1)
+    x = torch.randn(3, 2, 128)[:, 1]
+    weight = torch.randn(32, 256)[:, 64:192]
+    residual = torch.randn(3, 64)[:, :32]
+    expected = reference(x, weight, None, None, residual.clone(), False)
+    gemm(x, weight, GemmConfig(16, 64, 2), residual=residual, out=residual)
+    assert torch.allclose(residual.double(), expected, atol=1e-4)
+
+
+def test_bfloat16(gemm):
+    torch.manual_seed(2)
+    x, weight = torch.randn(4, 128).bfloat16(), torch.randn(32, 128).bfloat16()
+    expected = reference(x, weight, None, None, None, False)
+    got = gemm(x, weight, GemmConfig(16, 64, 2))
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_table_prefers_what_was_measured():
+    measured = {Product(16, 64, 128, False): GemmConfig(32, 64, 2), Product(32, 64, 128, False): None}
+    table = GemmTable(max_rows=64, measured=measured)
+    assert table.find(9, 64, 128) == GemmConfig(32, 64, 2)
+    assert table.find(30, 64, 128) is None
+    assert table.find(65, 64, 128) is None
+    assert table.find(1, 4096, 100) is None, "a depth that is no multiple of the loop's step goes to the library"
+    assert GemmTable(measured=measured, pdl=True).find(9, 64, 128).pdl
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 16, 33, 64])
+@pytest.mark.parametrize(("cols", "depth", "glu"), [(6144, 4096, False), (28672, 4096, True), (1024, 3072, False)])
+def test_guessed_launches_are_possible(gemm, num_rows, cols, depth, glu):
+    config = GemmTable(max_rows=64, measured={}).find(num_rows, cols, depth, glu=glu)
+    assert config.use_dot == (num_rows > 1)
+    assert gemm.fits(num_rows, cols, config, glu=glu)
+    assert depth // config.split_k >= config.block_k
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 70])
+@pytest.mark.parametrize("with_table", [False, True])
+def test_ops_equal_torch(num_rows, with_table):
+    torch.manual_seed(3)
+    table = GemmTable(max_rows=64, measured={}) if with_table else None
+    fused, plain = TritonOps("cpu", table, upcast=True), TorchOps()
+    hidden, inner, heads = 64, 128, Heads(4, 2, 16)
+    norm = Norm(torch.randn(hidden), EPS)
+    qkv = Linear(torch.randn(8 * 16, hidden), torch.randn(8 * 16))
+    gate_up, down = (
+        Linear(torch.randn(2 * inner, hidden), None),
+        Linear(torch.randn(hidden, inner), torch.randn(hidden)),
+    )
+    head_norms = HeadNorms(Norm(torch.randn(16), EPS), Norm(torch.randn(16), EPS))
+    residual = torch.randn(num_rows, hidden)
+    slots = torch.randperm(80)[:num_rows]
+    both = torch.randn(num_rows, 16)
+    angles = Angles(both[:, :8], both[:, 8:])
+    results = []
+    for ops in (fused, plain):
+        keys, values = torch.zeros(2, 80, 2, 16)
+        stream = residual.clone()
+        projected = ops.norm_linear(stream, norm, qkv)
+        q = ops.rope_store(projected, heads, head_norms, angles, slots, (keys, values))
+        act = ops.norm_glu(stream, norm, gate_up)
+        results.append((q.clone(), keys, values, act, ops.linear_residual(act, down, stream)))
+    for got, expected in zip(*results, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))

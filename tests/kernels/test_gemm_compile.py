@@ -1,0 +1,33 @@
+"""The GEMM, draw and step kernels compile for Hopper: no spills, within shared memory, on the units meant for them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_gemm_sm90.py")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def resources():
+    paths = os.pathsep.join([str(ROOT), str(SCRIPT.parent)])
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_nothing_spills_and_shared_memory_fits(resources):
+    assert len(resources) == 11
+    assert not {name: r for name, r in resources.items() if r["stack"] or r["local"] or r["reg"] > 255}
+    assert not {name: r["shared"] for name, r in resources.items() if r["shared"] > 227 * 1024}
+
+
+def test_more_than_one_row_uses_wgmma(resources):
+    for name, r in resources.items():
+        if name.startswith("gemm"):
+            assert r["wgmma"] == (not name.startswith("gemm 1 ")), name
