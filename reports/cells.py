@@ -58,6 +58,11 @@ class Cell:
         return {key: value for key, value in self.settings.items() if key.split(".")[0] not in STRATEGY}
 
 
+def is_seed(key: str) -> bool:
+    """Whether a setting is a seed: cells that differ in it alone are repeats."""
+    return key.rsplit(".", 1)[-1] == "seed"
+
+
 def make_cells(runs: Sequence[tuple[str, RunFiles, dict[str, Any]]], baseline: str | None) -> list[Cell]:
     """Name the runs of a comparison and choose each one's baseline.
 

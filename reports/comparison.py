@@ -15,12 +15,14 @@ from typing import Any
 from reports.cells import Cell, make_cells
 from reports.comparison_figures import draw_comparison
 from reports.comparison_sections import comparison_document
+from reports.curves import curve_axis, curves
 from reports.document import render_html, render_markdown, write_text
 from reports.errors import ReportError
 from reports.files import RunFiles, read_json, read_run
 from reports.format import percent
 from reports.latency import request_latencies
 from reports.paired import match_requests, paired_ratio, same_prompts
+from reports.repeats import repeat_groups, summarize_repeats
 from reports.summary import SCHEMA_VERSION, summarize
 from reports.tokens import compare_tokens
 from reports.windows import ROOM, WINDOWS, telling
@@ -104,6 +106,9 @@ def summarize_comparison(cells: list[Cell], failed: list[dict[str, Any]]) -> dic
         "cells": [_cell_summary(cell) for cell in cells],
         "failed": failed,
     }
+    axis = curve_axis(cells)
+    summary["curves"] = {"axis": axis, "lines": curves(cells, axis)} if axis else None
+    summary["repeats"] = summarize_repeats(repeat_groups(cells))
     summary["headline"] = headline(summary)
     return summary
 

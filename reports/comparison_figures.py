@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from reports.cells import Cell
+from reports.curves import curve_figure
 from reports.format import rate, scaled_seconds, seconds
 from reports.latency import DEFINITIONS, request_latencies, token_gaps
 from reports.memory import make_bins, step_spans
@@ -31,8 +32,10 @@ def draw_comparison(cells: list[Cell], summary: dict[str, Any], out_dir: Path) -
             "overview": overview_figure(cells),
             "kv_split": split_figure([_split_row(cell) for cell in cells]),
             "kv_memory": memory_panels(cells[:MAX_PANELS]),
-            "latency": latency_curves(cells[:MAX_CURVES]),
+            "latency": latency_curves(curve_cells(cells), cells),
         }
+        if summary["curves"]:
+            figures["curves"] = curve_figure(summary["curves"]["lines"], summary["curves"]["axis"])
         ratios = [cell for cell in summary["cells"] if cell["paired"]]
         if ratios:
             figures["paired"] = ratio_figure(ratios)
@@ -45,9 +48,26 @@ def _split_row(cell: Cell) -> tuple[str, dict[str, float] | None]:
     return (cell.label if window is ROOM else f"{cell.label} ({window.label})"), split
 
 
-def looks_of(cells: list[Cell]) -> list[Look]:
-    """A look per cell."""
-    return [SERIES[index % len(SERIES)] for index in range(len(cells))]
+def looks_of(cells: list[Cell], every: list[Cell]) -> list[Look]:
+    """A look per cell: its strategy's, or its own where all cells are of one strategy.
+
+    Args:
+        cells: the cells to draw.
+        every: all cells of the comparison, which fix the looks.
+    """
+    names = [cell.strategy for cell in every]
+    if len(set(names)) == 1:
+        return [SERIES[every.index(cell) % len(SERIES)] for cell in cells]
+    order = list(dict.fromkeys(names))
+    return [SERIES[order.index(cell.strategy) % len(SERIES)] for cell in cells]
+
+
+def curve_cells(cells: list[Cell]) -> list[Cell]:
+    """The cells whose latency curves are drawn: those under the fastest cell's conditions, at most a look each."""
+    fastest = max(cells, key=lambda cell: cell.summary["output_tokens_per_second"] or 0.0)
+    if len({cell.strategy for cell in cells}) == 1:
+        return cells[:MAX_CURVES]
+    return [cell for cell in cells if cell.conditions == fastest.conditions][:MAX_CURVES]
 
 
 def overview_figure(cells: list[Cell]) -> Figure:
@@ -60,7 +80,7 @@ def overview_figure(cells: list[Cell]) -> Figure:
         (row[1], "batch_size_mean", "Mean batch (requests)"),
     ):
         values = [cell.summary[key] or 0.0 for cell in cells]
-        for position, value, look in zip(positions, values, looks_of(cells), strict=True):
+        for position, value, look in zip(positions, values, looks_of(cells, cells), strict=True):
             axes.barh(position, value, 0.66, **hatch_kwargs(look))
             axes.annotate(rate(value), (value, position), xytext=(4, 0), textcoords="offset points", va="center",
                           fontsize=8.5)  # fmt: skip
@@ -82,7 +102,7 @@ def _draw_ttft(axes: Axes, cells: list[Cell]) -> None:
     stats = [cell.summary["ttft_seconds"] for cell in cells]
     known = [value for stat in stats for value in (stat["p50"], stat["p99"]) if value]
     factor, unit = scaled_seconds(float(np.median(known)) if known else 1.0)
-    for position, (stat, look) in enumerate(zip(stats, looks_of(cells), strict=True)):
+    for position, (stat, look) in enumerate(zip(stats, looks_of(cells, cells), strict=True)):
         if not stat["p50"] or stat["p50"] <= 0:
             continue
         low, high = stat["p50"] * factor, stat["p99"] * factor
@@ -139,8 +159,8 @@ def memory_panels(cells: list[Cell]) -> Figure:
     return figure
 
 
-def latency_curves(cells: list[Cell]) -> Figure:
-    """Cumulative latencies of every cell, one panel a metric."""
+def latency_curves(cells: list[Cell], every: list[Cell]) -> Figure:
+    """Cumulative latencies of `cells`, one panel a metric, in the looks that they have among `every`."""
     latencies = [request_latencies(cell.run) for cell in cells]
     names = [cell.label for cell in cells]
     panels = []
@@ -150,7 +170,7 @@ def latency_curves(cells: list[Cell]) -> Figure:
         else:
             values = [latency[key] for latency in latencies]
         panels.append((DEFINITIONS[key][0], list(zip(names, values, strict=True))))
-    return latency_figure(panels, looks_of(cells))
+    return latency_figure(panels, looks_of(cells, every))
 
 
 def ratio_figure(cells: list[dict[str, Any]]) -> Figure:

@@ -6,11 +6,14 @@ import json
 from typing import Any
 
 from reports.cells import STRATEGY, Cell
+from reports.comparison_figures import curve_cells
+from reports.curves import curve_section
 from reports.document import Document, Picture, Section, Table
 from reports.format import DASH, count, percent, rate, ratio, seconds
 from reports.latency import DEFINITIONS
 from reports.paired import LEVEL, NUM_RESAMPLES
 from reports.paper import FIGURE_2_SOURCE
+from reports.repeats import repeat_section
 from reports.run_sections import LEDGER_MEANING, commit, definitions, facts
 from reports.style import CLASS_LOOKS
 from reports.windows import ROOM, WINDOWS, telling
@@ -24,6 +27,10 @@ def comparison_document(summary: dict[str, Any], cells: list[Cell], svg: dict[st
     sections = [grid_section(summary, svg), memory_section(summary, cells, svg), latency_section(summary, cells, svg)]
     if "paired" in svg:
         sections.insert(1, paired_section(summary, svg))
+    if summary["repeats"]:
+        sections.insert(1, repeat_section(summary["repeats"]))
+    if summary["curves"]:
+        sections.insert(1, curve_section(summary["curves"]["lines"], summary["curves"]["axis"], svg["curves"]))
     if summary["failed"]:
         sections.append(failed_section(summary))
     return Document(
@@ -78,7 +85,9 @@ def _best(values: list[float | None], largest: bool) -> set[int]:
 def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     """One row per cell: its settings and the numbers that decide."""
     cells = summary["cells"]
-    settings = summary["settings"]
+    every = summary["settings"]
+    varied = [key for key in every if len({repr(cell["settings"].get(key)) for cell in cells}) > 1]
+    settings = varied or every
     columns: list[tuple[str, list[float | None], Any, bool | None]] = [
         ("output tok/s", [cell["output_tokens_per_second"] for cell in cells], rate, True),
         ("ratio", [cell["output_tokens_per_second_ratio"] for cell in cells], ratio, None),
@@ -209,12 +218,12 @@ def latency_section(summary: dict[str, Any], cells: list[Cell], svg: dict[str, s
             values = [seconds(stats[name]) for name in ("mean", "p50", "p90", "p95", "p99", "max")]
             rows.append([DEFINITIONS[key][0], cell["label"], count(stats["count"]), *values])
     header = ["latency", "cell", "n", "mean", "p50", "p90", "p95", "p99", "max"]
-    picture = Picture(
-        "latency",
-        svg["latency"],
-        "Cumulative distributions over requests (ITL: over gaps)." + ("" if len(cells) <= 7 else " The first 7 cells."),
-        "cumulative distributions of TTFT, TPOT, ITL and E2E per cell",
-    )
+    drawn = curve_cells(cells)
+    caption = "Cumulative distributions over requests (ITL: over gaps)."
+    if len(drawn) < len(cells):
+        caption += f" {len(drawn)} of {len(cells)} cells: those under the fastest one's conditions."
+    alt = "cumulative distributions of TTFT, TPOT, ITL and E2E per cell"
+    picture = Picture("latency", svg["latency"], caption, alt)
     return Section("Latency", [], [picture], [Table(header, grouped(rows), text_columns=frozenset({1}))])
 
 

@@ -53,9 +53,11 @@ def size_bytes(value: float | None) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """0.82 or 12.3: two decimals, or more below 0.1 so that two digits remain."""
+    """0.82 or 12.3: two decimals, more below 0.1 and next to 1, where they matter."""
     if value is None or math.isnan(value):
         return DASH
+    if 0.95 < value < 1.05 and value != 1:
+        return f"{value:.3f}"
     return f"{value:.2f}" if 0.1 <= abs(value) < 10 else _digits(value, 2 if abs(value) < 0.1 else 3)
 
 

@@ -33,10 +33,38 @@ def bootstrap_median(values: np.ndarray, num_resamples: int = NUM_RESAMPLES, see
     low = rng.beta(lower_rank, count + 1 - lower_rank, num_resamples)
     high = low if count % 2 else low + (1 - low) * rng.beta(1, count - lower_rank, num_resamples)
     ranks = np.minimum((np.stack([low, high]) * count).astype(np.int64), count - 1)
-    medians = ordered[ranks].mean(axis=0)
-    tail = (1 - LEVEL) / 2
-    bounds = np.percentile(medians, [100 * tail, 100 * (1 - tail)], method="linear")
-    return float(bounds[0]), float(bounds[1])
+    return _interval(ordered[ranks].mean(axis=0))
+
+
+def bootstrap_quantile(values: np.ndarray, quantile: float) -> tuple[float, float]:
+    """95 % percentile-bootstrap interval of a quantile, the order statistic of rank ceil(q n), as for the median."""
+    ordered = np.sort(values)
+    count = len(ordered)
+    rank = min(max(int(np.ceil(quantile * count)), 1), count)
+    draws = np.random.default_rng(SEED).beta(rank, count + 1 - rank, NUM_RESAMPLES)
+    return _interval(ordered[np.minimum((draws * count).astype(np.int64), count - 1)])
+
+
+def bootstrap_mean(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile-bootstrap interval of the mean; beyond 10,000 values its normal limit, which is the same then."""
+    count = len(values)
+    if count > 10_000:
+        half = 1.959964 * float(values.std()) / count**0.5
+        return float(values.mean()) - half, float(values.mean()) + half
+    rng = np.random.default_rng(SEED)
+    weights = rng.multinomial(count, np.full(count, 1 / count), min(2000, max(200, 10_000_000 // count)))
+    return _interval(weights @ values / count)
+
+
+def _interval(resampled: np.ndarray) -> tuple[float, float]:
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(resampled, [tail, 100 - tail], method="linear")
+    return float(low), float(high)
+
+
+def verdict_of(low: float, high: float) -> str:
+    """What a ratio's interval says."""
+    return LOWER if high < 1 else HIGHER if low > 1 else SAME
 
 
 def paired_ratio(values: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
@@ -56,8 +84,7 @@ def paired_ratio(values: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
     if len(ratios) < MIN_PAIRS:
         return result | {"ci95_low": None, "ci95_high": None, "verdict": TOO_FEW}
     low, high = bootstrap_median(ratios)
-    verdict = LOWER if high < 1 else HIGHER if low > 1 else SAME
-    return result | {"ci95_low": low, "ci95_high": high, "verdict": verdict}
+    return result | {"ci95_low": low, "ci95_high": high, "verdict": verdict_of(low, high)}
 
 
 def match_requests(run: RunFiles, other: RunFiles) -> tuple[np.ndarray, np.ndarray]:

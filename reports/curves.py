@@ -1,0 +1,168 @@
+"""Curves over a numeric setting, such as throughput and latency against the request rate, with bands and the knee."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from reports.cells import Cell, is_seed
+from reports.document import Picture, Section, Table
+from reports.format import DASH, rate, scaled_seconds, seconds
+from reports.latency import request_latencies
+from reports.paired import bootstrap_mean, bootstrap_quantile
+from reports.style import MUTED, SERIES, grid, new_figure
+
+MIN_POINTS = 3
+KNEE_FACTOR = 2.0
+MARKERS = "osD^vPX"
+LATENCY = "normalized_latency_seconds_per_token"
+
+
+UNITS = {
+    "rate": "requests/s",
+    "num_slots": "slots",
+    "num_blocks": "blocks",
+    "memory_gib": "GiB",
+    "block_size": "slots",
+    "max_num_seqs": "requests",
+    "max_num_batched_tokens": "tokens",
+    "max_model_len": "tokens",
+    "num_requests": "requests",
+    "num_users": "users",
+}
+
+
+def unit_of(key: str) -> str:
+    """Unit of a setting, or nothing when it is not known."""
+    return UNITS.get(key.rsplit(".", 1)[-1], "")
+
+
+def curve_axis(cells: list[Cell]) -> str | None:
+    """The numeric setting with the most values, at least three, that is neither a seed nor a strategy's option."""
+    best, most = None, MIN_POINTS - 1
+    for key in cells[0].conditions:
+        values = [cell.settings[key] for cell in cells]
+        if is_seed(key) or not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            continue
+        if len(set(values)) > most:
+            best, most = key, len(set(values))
+    return best
+
+
+def curves(cells: list[Cell], axis: str) -> list[dict[str, Any]]:
+    """One curve per strategy and other settings; requests of repeats with other seeds are pooled.
+
+    Each point has `x`, `output_tokens_per_second` (mean over repeats), and mean normalised latency and p99 TTFT with
+    95 % bootstrap intervals over requests. `knee`: the largest x of the curve, from the left, whose normalised latency
+    stays within twice that of the smallest x; None when even the largest does, for then there is no knee.
+    """
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(_curve_name(cell, axis), []).append(cell)
+    result = []
+    for name, members in groups.items():
+        xs = sorted({cell.settings[axis] for cell in members})
+        points = [_point(x, [cell for cell in members if cell.settings[axis] == x]) for x in xs]
+        result.append({"name": name, "points": points, "knee": _knee(points)})
+    return result
+
+
+def _curve_name(cell: Cell, axis: str) -> str:
+    name = f"{cell.settings['allocator']} × {cell.settings['scheduler']}"
+    rest = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in cell.settings.items()
+            if key not in ("allocator", "scheduler", axis) and not is_seed(key) and value is not None]  # fmt: skip
+    return ", ".join([name, *rest])
+
+
+def _point(x: float, cells: list[Cell]) -> dict[str, Any]:
+    latencies = [request_latencies(cell.run) for cell in cells]
+    normalized, ttft = (
+        np.concatenate([latency[key][~np.isnan(latency[key])] for latency in latencies])
+        for key in (LATENCY, "ttft_seconds")
+    )
+    throughput = [cell.summary["output_tokens_per_second"] or 0.0 for cell in cells]
+    point: dict[str, Any] = {"x": x, "num_runs": len(cells), "num_requests": len(normalized)}
+    point["output_tokens_per_second"] = float(np.mean(throughput))
+    for key, values, center, interval in (
+        (LATENCY, normalized, np.mean, bootstrap_mean),
+        ("ttft_p99_seconds", ttft, lambda v: np.percentile(v, 99), lambda v: bootstrap_quantile(v, 0.99)),
+    ):
+        low, high = interval(values) if len(values) > 1 else (None, None)
+        point[key] = float(center(values)) if len(values) else None
+        point[f"{key}_ci95_low"], point[f"{key}_ci95_high"] = low, high
+    return point
+
+
+def _knee(points: list[dict[str, Any]]) -> float | None:
+    known = [point for point in points if point[LATENCY] is not None]
+    if not known:
+        return None
+    limit = KNEE_FACTOR * known[0][LATENCY]
+    for before, point in itertools.pairwise(known):
+        if point[LATENCY] > limit:
+            return float(before["x"])
+    return None
+
+
+def curve_figure(lines: list[dict[str, Any]], axis: str) -> Figure:
+    """Normalised latency, p99 TTFT and throughput against the setting; bands are 95 % intervals, rings are knees."""
+    figure = new_figure(3.1)
+    row = figure.subplots(1, 3)
+    for axes, key, title in (
+        (row[0], LATENCY, "Mean normalised latency ({}/token)"),
+        (row[1], "ttft_p99_seconds", "TTFT, p99 ({})"),
+        (row[2], "output_tokens_per_second", "Output throughput (tokens/s)"),
+    ):
+        values = [point[key] for line in lines for point in line["points"] if point[key] is not None]
+        factor, unit = scaled_seconds(max(values, default=1.0)) if "{}" in title else (1.0, "")
+        for index, line in enumerate(lines):
+            _draw_curve(axes, line, key, factor, index)
+        axes.set_title(title.format(unit))
+        axes.set_xlabel(f"{axis} ({unit_of(axis)})" if unit_of(axis) else axis)
+        axes.set_ylim(bottom=0)
+        grid(axes, "both")
+    handles, labels = row[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(3, len(labels)))
+    return figure
+
+
+def _draw_curve(axes: Any, line: dict[str, Any], key: str, factor: float, index: int) -> None:
+    look, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
+    points = [point for point in line["points"] if point[key] is not None]
+    x, y = [point["x"] for point in points], [point[key] * factor for point in points]
+    axes.plot(x, y, marker=marker, markersize=4, color=look.color, linestyle=look.dash, label=line["name"])
+    banded = [point for point in points if point.get(f"{key}_ci95_low") is not None]
+    if banded:
+        low, high = ([point[f"{key}_ci95_{side}"] * factor for point in banded] for side in ("low", "high"))
+        axes.fill_between([point["x"] for point in banded], low, high, color=look.color, alpha=0.18, linewidth=0)
+    for point in points:
+        if point["x"] == line["knee"]:
+            axes.plot(point["x"], point[key] * factor, "o", markersize=10, markerfacecolor="none", color=MUTED)
+
+
+def curve_section(lines: list[dict[str, Any]], axis: str, svg: str) -> Section:
+    """The curves and their knees."""
+    short = axis.rsplit(".", 1)[-1]
+    rows = []
+    for line in lines:
+        at = next((point for point in line["points"] if point["x"] == line["knee"]), None)
+        rows.append(
+            [line["name"], DASH if at is None else f"{line['knee']:g}",
+             seconds(at[LATENCY] if at else None), seconds(at["ttft_p99_seconds"] if at else None),
+             rate(at["output_tokens_per_second"] if at else None)]
+        )  # fmt: skip
+    table = Table(["curve", f"knee: {short}", "normalised latency", "TTFT p99", "output tok/s"], rows)
+    picture = Picture(
+        "curves",
+        svg,
+        f"Latency and throughput against {axis}; bands: 95 % bootstrap intervals over requests; ring: the knee.",
+        f"latency and throughput curves over {axis}",
+    )
+    note = (
+        f"Knee: the largest {short} whose mean normalised latency stays within {KNEE_FACTOR:g} times that of the "
+        "smallest one; a dash where the curve has none in the measured range."
+    )
+    return Section(f"Over {short}", [], [picture], [table], [note])
