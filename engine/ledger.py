@@ -130,6 +130,7 @@ class MemoryLedger:
             "cached": raw["cached"],
             "free": raw["free"],
         }
-        if any((column < 0).any() for column in split.values()) or (sum(split.values()) != raw["total"]).any():
+        total = np.sum(list(split.values()), axis=0)
+        if any((column < 0).any() for column in split.values()) or not np.array_equal(total, raw["total"]):
             raise EngineError("the settled KV ledger does not add up to the pool; this is a bug of the ledger")
         return split | {name: raw[name] for name in ("total", "shared_saved", "held")}

@@ -107,12 +107,16 @@ class KVAllocator(Protocol):
     Attributes:
         block_size: slots per block.
         num_blocks: blocks in the pool, the null block left out; ids are 1..num_blocks.
+        num_virtual_blocks: the largest id in a block table; above num_blocks only where ids are virtual.
+        num_host_blocks: blocks of host memory that swapping uses, with ids 0..num_host_blocks - 1.
         contiguous: True when every block table is a run of consecutive ids.
         max_request_tokens: the largest request that an EMPTY pool can hold.
     """
 
     block_size: int
     num_blocks: int
+    num_virtual_blocks: int
+    num_host_blocks: int
     contiguous: bool
 
     @property

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from transformers import PretrainedConfig
 
+from engine.attention.base import AttentionBackend
+from engine.attention.reference import ReferenceBackend
 from engine.clock import WallClock
 from engine.core import Engine
 from engine.errors import ConfigError, RequestError
@@ -25,9 +28,9 @@ from engine.ledger import MemoryLedger
 from engine.models import LoadedModel, ModelSpec, load_model
 from engine.plan import KVAllocator, SchedulerProtocol
 from engine.request import Request, SamplingParams
-from engine.runner.base import ModelRunner
+from engine.runner.profile import available_kv_bytes
 from engine.runner.torch_runner import TorchRunner
-from experiments.config import DriverConfig, EngineConfig, KVCacheConfig
+from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig
 from experiments.driver import ClosedLoop
 from experiments.workloads.base import WorkloadItem
 
@@ -83,48 +86,100 @@ def build(cfg: DictConfig) -> Setup:
 def build_engine(cfg: DictConfig) -> EngineParts:
     """Build the engine alone, without a workload."""
     config = EngineConfig.from_config(cfg.engine)
-    size = KVCacheConfig.from_config(cfg.kv_cache)
+    runner_config = RunnerConfig.from_config(cfg.runner)
     device = _device(config.device)
     model = load_model(
         path=cfg.model.path,
-        shape=None if cfg.model.shape is None else OmegaConf.to_container(cfg.model.shape, resolve=True),
+        shape=cast(dict[str, Any] | None, cfg.model.shape and OmegaConf.to_container(cfg.model.shape, resolve=True)),
         dtype=config.dtype,
         device=device,
         load_format=cfg.model.load_format,
         trust_remote_code=cfg.model.trust_remote_code,
         seed=config.seed,
+        name=cfg.model.name,
     )
-    max_model_len = _max_model_len(config, model.spec)
-    block_size = cfg.allocator.block_size
-    bytes_per_token = model.spec.kv_bytes_per_token
-    num_blocks = blocks_for_budget(
-        block_size,
-        bytes_per_token,
+    spec = model.spec
+    max_model_len = _max_model_len(config, spec)
+    num_blocks = _num_blocks(cfg, config, model)
+    allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, spec)
+    _check_window(allocator, spec)
+    pool = KVPool(
+        # Virtual block ids may exceed what is physically there: untouched pages of the tensor cost nothing.
+        num_blocks=allocator.num_virtual_blocks,
+        block_size=allocator.block_size,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=spec.dtype,
+        device=device,
+        num_swap_blocks=allocator.num_host_blocks,
+    )
+    backend = _attention_backend(runner_config, model, pool, allocator)
+    runner = TorchRunner(model, pool, backend, seed=config.seed)
+    clock, ledger = WallClock(), MemoryLedger()
+    engine = Engine(scheduler, allocator, runner, clock, overlap=config.overlap, ledger=ledger)
+    slots = num_blocks * allocator.block_size
+    facts = {
+        "num_blocks": num_blocks,
+        "block_size": allocator.block_size,
+        "num_slots": slots,
+        "bytes": slots * spec.kv_bytes_per_token,
+    }
+    return EngineParts(engine, clock, ledger, model, max_model_len, facts, config)
+
+
+def _num_blocks(cfg: DictConfig, config: EngineConfig, model: LoadedModel) -> int:
+    """Usable blocks: what the config states, or what a profiling forward leaves of the GPU's memory."""
+    size = KVCacheConfig.from_config(cfg.kv_cache)
+    available = None
+    if size == KVCacheConfig(None, None, None) and model.device.type == "cuda":
+        available = available_kv_bytes(
+            model,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            max_num_batched_tokens=cfg.scheduler.max_num_batched_tokens,
+            max_num_seqs=cfg.scheduler.max_num_seqs,
+        )
+    return blocks_for_budget(
+        cfg.allocator.block_size,
+        model.spec.kv_bytes_per_token,
         num_blocks=size.num_blocks,
         num_slots=size.num_slots,
         memory_gib=size.memory_gib,
+        available_bytes=available,
     )
-    allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, model.spec)
-    pool = KVPool(
-        num_blocks=num_blocks,
-        block_size=block_size,
-        num_layers=model.spec.num_layers,
-        num_kv_heads=model.spec.num_kv_heads,
-        head_dim=model.spec.head_dim,
-        dtype=model.spec.dtype,
-        device=device,
-    )
-    runner: ModelRunner = TorchRunner(model, pool)
-    clock = WallClock()
-    ledger = MemoryLedger()
-    engine = Engine(scheduler, allocator, runner, clock, overlap=config.overlap, ledger=ledger)
-    facts = {
-        "num_blocks": num_blocks,
-        "block_size": block_size,
-        "num_slots": num_blocks * block_size,
-        "bytes": num_blocks * block_size * bytes_per_token,
-    }
-    return EngineParts(engine, clock, ledger, model, max_model_len, facts, config)
+
+
+def _attention_backend(
+    config: RunnerConfig, model: LoadedModel, pool: KVPool, allocator: KVAllocator
+) -> AttentionBackend:
+    on_gpu = pool.device.type == "cuda"
+    if config.layout == "contiguous" and not allocator.contiguous:
+        raise ConfigError(
+            "runner.layout=contiguous addresses a region by its start, and this allocator scatters blocks; use "
+            "runner.layout=paged, or a contiguous allocator"
+        )
+    if config.attention == "triton" and not on_gpu:
+        raise ConfigError("runner.attention=triton needs a GPU; use reference or auto")
+    if config.attention == "reference" or not on_gpu:
+        if config.layout == "contiguous":
+            raise ConfigError("runner.layout=contiguous is a Triton kernel; it needs a GPU and runner.attention=triton")
+        return ReferenceBackend(pool)
+    # Imported here: Triton is not needed, and may not be there, without a GPU.
+    from engine.attention.triton_backend import TritonBackend
+
+    text_config = cast(PretrainedConfig, model.module.config).get_text_config()
+    return TritonBackend(pool, text_config.num_attention_heads, contiguous=config.layout == "contiguous")
+
+
+def _check_window(allocator: KVAllocator, spec: ModelSpec) -> None:
+    """A window narrower than the model's would free KV that the model still reads."""
+    window = getattr(allocator, "sliding_window", None)
+    if window is not None and (spec.sliding_window is None or window < spec.sliding_window):
+        needs = "sees its whole context" if spec.sliding_window is None else f"sees {spec.sliding_window} tokens"
+        raise ConfigError(
+            f"allocator.sliding_window={window} frees KV that model {spec.name!r} still reads: it {needs}; set it to "
+            f"{'null' if spec.sliding_window is None else f'at least {spec.sliding_window}'}"
+        )
 
 
 def make_strategy(

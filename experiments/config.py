@@ -15,6 +15,8 @@ from engine.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 DEVICES = ("auto", "cpu", "cuda")
+ATTENTION = ("auto", "reference", "triton")
+LAYOUTS = ("paged", "contiguous")
 
 
 def _check(ok: bool, key: str, value: object, must: str) -> None:
@@ -103,3 +105,15 @@ class DriverConfig(_Section):
         _check(isinstance(self.warmup, bool), "driver.warmup", self.warmup, "true or false")
         late = self.max_lateness
         _check(_is_number(late) and late > 0, "driver.max_lateness", late, "above 0 (seconds)")
+
+
+@dataclass(frozen=True)
+class RunnerConfig(_Section):
+    """Section `runner`."""
+
+    attention: str
+    layout: str
+
+    def __post_init__(self) -> None:
+        _check(self.attention in ATTENTION, "runner.attention", self.attention, f"one of {', '.join(ATTENTION)}")
+        _check(self.layout in LAYOUTS, "runner.layout", self.layout, f"one of {', '.join(LAYOUTS)}")
