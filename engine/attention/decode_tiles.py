@@ -19,27 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.attention.scratch import Scratch
 from engine.plan import NULL_BLOCK
 
 TILE_TOKENS = 64
 HEADS_PER_PRODUCT = 4
 # Tiles of one pass: K and V of a pass should stay in the CPU's cache between gathering and multiplying.
 PASS_BYTES = 4 * 2**20
-
-
-class Scratch:
-    """Buffers that are kept from layer to layer and step to step: fresh large ones cost page faults."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def get(self, name: str, num_rows: int, row: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer [num_rows, row] of undefined content."""
-        buffer = self._buffers.get((name, dtype, device))
-        if buffer is None or buffer.numel() < num_rows * row:
-            buffer = torch.empty(num_rows * row, dtype=dtype, device=device)
-            self._buffers[name, dtype, device] = buffer
-        return buffer[: num_rows * row].view(num_rows, row)
 
 
 class _Chunk(NamedTuple):
@@ -177,9 +163,13 @@ def attend_tiles(
     partial = torch.empty(num_tiles, num_kv_heads, num_heads // num_kv_heads, head_dim, device=q.device)
     lse = torch.empty(num_tiles, num_heads, device=q.device)
     for chunk in tiles.chunks:
-        k = _gather("k", keys, tiles.blocks, chunk, scratch)
-        v = _gather("v", values, tiles.blocks, chunk, scratch)
         rows = tiles.tile_to_row[chunk.begin : chunk.end]
+        k, v = (
+            scratch.gather(name, cache, tiles.blocks[chunk.block_begin : chunk.block_end], torch.float32).view(
+                len(rows), -1, num_kv_heads, head_dim
+            )
+            for name, cache in (("keys", keys), ("values", values))
+        )
         for (begin, end), query in zip(groups, queries, strict=True):
             scores = torch.bmm(query.index_select(0, rows), k[:, :, begin:end].flatten(2).transpose(1, 2))
             if softcap is not None:
@@ -213,19 +203,6 @@ def _block_diagonal(q: Tensor, num_kv_heads: int, begin: int, end: int, scale: f
     own = q.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)[:, begin:end]
     diagonal = torch.eye(end - begin, device=q.device).mul_(scale).view(1, end - begin, 1, end - begin, 1)
     return (own.float().unsqueeze(3) * diagonal).view(num_rows, -1, (end - begin) * head_dim)
-
-
-def _gather(name: str, cache: Tensor, blocks: Tensor, chunk: _Chunk, scratch: Scratch) -> Tensor:
-    """Keys or values of a chunk's tiles in fp32: [tiles, tile_tokens, num_kv_heads, head_dim]."""
-    num_tiles = chunk.end - chunk.begin
-    row = cache[0].numel()
-    picked = blocks[chunk.block_begin : chunk.block_end]
-    gathered = scratch.get(name, len(picked), row, cache.dtype, cache.device)
-    torch.index_select(cache.view(cache.shape[0], row), 0, picked, out=gathered)
-    if cache.dtype != torch.float32:
-        widened = scratch.get(name, len(picked), row, torch.float32, cache.device)
-        gathered = widened.copy_(gathered)
-    return gathered.view(num_tiles, -1, *cache.shape[2:])
 
 
 def _merge(partial: Tensor, lse: Tensor, tiles: DecodeTiles, sinks: Tensor | None) -> Tensor:

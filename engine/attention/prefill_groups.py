@@ -1,4 +1,4 @@
-"""Prefill rows: several new tokens per request, padded into a few rectangles for scaled_dot_product_attention.
+"""Rows of several new tokens, padded into a few rectangles for scaled_dot_product_attention.
 
 Rows are sorted by length and put into one group while padding stays a modest share of it, so there are few groups
 whatever the batch. A row whose mask would be large is cut into pieces along its queries first.
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from engine.attention.scratch import Scratch
 from engine.plan import NULL_BLOCK
 
 # Query x key pairs of one group's mask.
 MASK_PAIRS = 2**20
 # Padded pairs may be so many times the wanted ones.
-MAX_PADDING = 1.5
+MAX_PADDING = 1.25
 
 
 class _Piece(NamedTuple):
@@ -66,7 +67,7 @@ def plan_groups(
     """Put the prefill rows of a batch into groups.
 
     Args:
-        rows: batch rows with more than one new token.
+        rows: batch rows, of any number of new tokens.
         query_start_loc, seq_lens: of the whole batch, host arrays.
         block_table: int [B, width].
         block_size: slots per block.
@@ -151,6 +152,7 @@ def attend_group(
     keys: Tensor,
     values: Tensor,
     group: PrefillGroup,
+    scratch: Scratch,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -161,14 +163,17 @@ def attend_group(
         q, out: [T, num_heads, head_dim].
         keys, values: a layer of the pool by block, [num_blocks + 1, block_size, num_kv_heads, head_dim].
         group: from `plan_groups`.
+        scratch: buffers to reuse.
         scale, softcap, sinks: see `AttentionBackend.attend`.
     """
     num_heads, head_dim = q.shape[1:]
     # [n, heads, queries or keys, head_dim]
     query = q.index_select(0, group.query_tokens).view(group.num_pieces, -1, num_heads, head_dim).transpose(1, 2)
     key, value = (
-        cache.index_select(0, group.blocks).view(group.num_pieces, -1, *cache.shape[2:]).transpose(1, 2)
-        for cache in (keys, values)
+        scratch.gather(name, cache, group.blocks, cache.dtype)
+        .view(group.num_pieces, -1, *cache.shape[2:])
+        .transpose(1, 2)
+        for name, cache in (("keys", keys), ("values", values))
     )
     if softcap is not None or sinks is not None:
         result = _explicit(query, key, value, group.mask, scale, softcap, sinks)

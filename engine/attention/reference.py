@@ -1,8 +1,8 @@
 """The reference backend: plain torch, on any device, vectorised over requests.
 
-Two groups of query rows. *Decode* rows (one new token) read their context in tiles (`decode_tiles`); *prefill* rows
-(several new tokens) are padded into a few rectangles for `scaled_dot_product_attention` (`prefill_groups`). Indices
-and masks are made once per step and window; a layer gathers and multiplies.
+Two kinds of query rows. Rows of one new token read their context in tiles (`decode_tiles`); rows of several, and
+the former when their contexts are short, are padded into a few rectangles for `scaled_dot_product_attention`
+(`prefill_groups`). Indices and masks are made once per step and window; a layer gathers and multiplies.
 """
 
 from __future__ import annotations
@@ -14,27 +14,31 @@ import torch
 from torch import Tensor
 
 from engine.attention.base import AttentionMetadata
-from engine.attention.decode_tiles import DecodeTiles, Scratch, attend_tiles, plan_tiles
+from engine.attention.decode_tiles import DecodeTiles, attend_tiles, plan_tiles
 from engine.attention.prefill_groups import PrefillGroup, attend_group, plan_groups
+from engine.attention.scratch import Scratch
 from engine.kv_pool import KVPool
+
+# One-token rows with fewer tokens of context in all are grouped: tiles take more calls, which then show.
+FEW_TOKENS = 1024
 
 
 @dataclass(slots=True)
 class _Prepared:
-    """A step's split into decode and prefill rows, and the plans made so far.
+    """A step's split of the batch rows, and the plans made so far.
 
     Attributes:
-        decode_rows: batch rows with one new token.
-        prefill_rows: the others.
-        decode_tokens: flat indices of the decode rows' tokens; None when the whole batch decodes.
+        tile_rows: rows of one new token, unless their contexts are short.
+        group_rows: the others.
+        tile_tokens: flat indices of the tile rows' tokens; None when there are no others.
         block_table: host copy of the block table.
-        tiles: decode plan by window.
-        groups: prefill plan by (window, whether scores are computed explicitly).
+        tiles: their plan, by window.
+        groups: the others' plan, by window and whether scores are computed explicitly.
     """
 
-    decode_rows: np.ndarray
-    prefill_rows: np.ndarray
-    decode_tokens: Tensor | None
+    tile_rows: np.ndarray
+    group_rows: np.ndarray
+    tile_tokens: Tensor | None
     block_table: np.ndarray
     tiles: dict[int | None, DecodeTiles] = field(default_factory=dict)
     groups: dict[tuple[int | None, bool], list[PrefillGroup]] = field(default_factory=dict)
@@ -48,16 +52,19 @@ class ReferenceBackend:
         self._scratch = Scratch()
 
     def prepare(self, meta: AttentionMetadata) -> None:
-        """Split the batch into decode and prefill rows."""
+        """Split the batch into tile rows and group rows."""
         query_lens = np.diff(meta.host_query_start_loc)
-        decode_rows = np.flatnonzero(query_lens == 1)
+        is_tiled = query_lens == 1
+        if meta.host_seq_lens[is_tiled].sum() < FEW_TOKENS:
+            is_tiled[:] = False
+        tile_rows = np.flatnonzero(is_tiled)
         tokens = None
-        if len(decode_rows) < len(query_lens):
-            tokens = torch.from_numpy(meta.host_query_start_loc[decode_rows].astype(np.int64)).to(meta.seq_lens.device)
+        if len(tile_rows) < len(query_lens):
+            tokens = torch.from_numpy(meta.host_query_start_loc[tile_rows].astype(np.int64)).to(meta.seq_lens.device)
         meta.prepared = _Prepared(
-            decode_rows=decode_rows,
-            prefill_rows=np.flatnonzero(query_lens > 1),
-            decode_tokens=tokens,
+            tile_rows=tile_rows,
+            group_rows=np.flatnonzero(~is_tiled),
+            tile_tokens=tokens,
             block_table=meta.block_table.numpy(force=True),
         )
 
@@ -84,23 +91,23 @@ class ReferenceBackend:
         # A window that reaches over every context hides nothing: the plan without one serves.
         window = sliding_window if sliding_window is not None and sliding_window < meta.max_seq_len else None
         decoded = None
-        if len(prepared.decode_rows):
+        if len(prepared.tile_rows):
             tiles = self._tiles(meta, window)
-            rows = q if prepared.decode_tokens is None else q.index_select(0, prepared.decode_tokens)
+            rows = q if prepared.tile_tokens is None else q.index_select(0, prepared.tile_tokens)
             decoded = attend_tiles(rows, keys, values, tiles, self._scratch, scale, softcap, sinks)
-            if prepared.decode_tokens is None:
+            if prepared.tile_tokens is None:
                 return decoded
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        if decoded is not None and prepared.decode_tokens is not None:
-            out.index_copy_(0, prepared.decode_tokens, decoded)
+        if decoded is not None and prepared.tile_tokens is not None:
+            out.index_copy_(0, prepared.tile_tokens, decoded)
         for group in self._groups(meta, window, explicit=softcap is not None or sinks is not None):
-            attend_group(q, out, keys, values, group, scale, softcap, sinks)
+            attend_group(q, out, keys, values, group, self._scratch, scale, softcap, sinks)
         return out
 
     def _tiles(self, meta: AttentionMetadata, window: int | None) -> DecodeTiles:
         prepared: _Prepared = meta.prepared
         if window not in prepared.tiles:
-            rows = prepared.decode_rows
+            rows = prepared.tile_rows
             prepared.tiles[window] = plan_tiles(
                 prepared.block_table[rows],
                 meta.host_seq_lens[rows],
@@ -115,7 +122,7 @@ class ReferenceBackend:
         prepared: _Prepared = meta.prepared
         if (window, explicit) not in prepared.groups:
             prepared.groups[window, explicit] = plan_groups(
-                prepared.prefill_rows,
+                prepared.group_rows,
                 meta.host_query_start_loc,
                 meta.host_seq_lens,
                 prepared.block_table,

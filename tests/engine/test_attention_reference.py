@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_cases import dense_attention, make_case, run_backend
 
-from engine.attention import decode_tiles, prefill_groups
+from engine.attention import decode_tiles, prefill_groups, reference
 from engine.attention.reference import ReferenceBackend
 
 DECODE = [(99, 1), (0, 1), (16, 1), (15, 1), (300, 1), (63, 1), (64, 1)]
@@ -30,6 +30,12 @@ def error(case, **options):
     assert got.dtype == case.q.dtype
     assert got.shape == case.q.shape
     return (got.double() - dense_attention(case, **options)).abs().max().item()
+
+
+@pytest.fixture(autouse=True, params=[0, 10**6], ids=["tiles", "groups"])
+def few_tokens(request, monkeypatch):
+    """Both ways in which decode rows are done."""
+    monkeypatch.setattr(reference, "FEW_TOKENS", request.param)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 256])
