@@ -50,8 +50,10 @@ def stop_strings(req: SamplingFields) -> list[str]:
     return stops
 
 
-def check_unsupported(req: SamplingFields) -> None:
-    """400 for known parameters that this server does not honour."""
+def check_unsupported(req: SamplingFields, config: ServerConfig) -> None:
+    """400 for known parameters that this server does not honour, and for too many choices."""
+    if req.n is not None and req.n > config.max_n:
+        raise bad_request(f"n={req.n} is above this server's limit of {config.max_n}", "n")
     if req.best_of is not None and req.best_of != (req.n or 1):
         raise bad_request("best_of is not supported; use n", "best_of")
     for name in ("use_beam_search", "bad_words", "allowed_token_ids"):
@@ -125,9 +127,6 @@ def sampling_params(
     Raises:
         ApiError: a parameter out of range.
     """
-    n = req.n or 1
-    if n > config.max_n:
-        raise bad_request(f"n={n} is above this server's limit of {config.max_n}", "n")
     if logprobs is not None and logprobs > min(config.max_logprobs, limits.vocab_size):
         raise bad_request(f"logprobs={logprobs} is above this server's limit of {config.max_logprobs}", "logprobs")
     prompt_logprobs = req.prompt_logprobs
@@ -168,7 +167,7 @@ def sampling_params(
         "logit_bias": logit_bias(req, limits.vocab_size),
         "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
-        "n": n,
+        "n": req.n or 1,
     }
     try:
         SamplingParams(**(values | {"stop_token_ids": tuple(stop_tokens)}))

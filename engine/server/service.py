@@ -140,7 +140,7 @@ class Service:
         req = await self.read(request, CompletionRequest)
         model = self.check_model(req.model)
         self.check_open()
-        check_unsupported(req)
+        check_unsupported(req, self.config)
         if req.suffix:
             raise bad_request("suffix is not supported", "suffix")
         if req.echo and req.stream and req.logprobs is not None:
@@ -211,7 +211,7 @@ class Service:
         req = await self.read(request, ChatCompletionRequest)
         model = self.check_model(req.model)
         self.check_open()
-        check_unsupported(req)
+        check_unsupported(req, self.config)
         _check_chat(req)
         check_parts(req.messages, self.config)
         prompt = self._truncate(await self.chat_prompt(req), req)

@@ -1,0 +1,123 @@
+"""A server whose engine computes nothing: real fronts, scheduler and allocator, and a runner that makes up tokens.
+
+    python -m experiments.stub_engine serve models/demo --port 8000 --fronts 2
+
+It shows what the web front costs by itself (experiments/bench_front.py), and lets tests inject faults: a step that
+holds `--fail-token` in a prompt fails, one that holds `--hang-token` never ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from allocators.paged import PagedAllocator
+from engine.clock import WallClock
+from engine.core import Engine
+from engine.errors import KvarenaError
+from engine.plan import KVAllocator, StepPlan
+from engine.runner.base import ReadyTokens, StepResult
+from engine.server.config import ServerConfig
+from engine.server.engine_loop import ServedEngine
+from engine.server.front import ModelFiles
+from engine.server.supervisor import serve
+from schedulers.chunked import ChunkedScheduler
+
+
+@dataclass(frozen=True)
+class StubOptions:
+    """What the stub does.
+
+    Attributes:
+        vocab_size: tokens are below it; ids under 10 are left out (they may be special).
+        step_time: seconds per step.
+        fail_token: a step that computes a prompt with this token raises.
+        hang_token: a step that computes a prompt with this token sleeps for ever.
+        num_blocks: pool, in blocks of 16 slots.
+        max_num_seqs: requests per step.
+        max_model_len: tokens.
+    """
+
+    vocab_size: int
+    step_time: float = 0.0
+    fail_token: int = -1
+    hang_token: int = -1
+    num_blocks: int = 65536
+    max_num_seqs: int = 512
+    max_model_len: int = 8192
+
+
+class StubRunner:
+    """Makes up tokens: 10, 11, 12, ... one after the other, whatever the request."""
+
+    def __init__(self, options: StubOptions) -> None:
+        self._options = options
+        self._next = 0
+        self._checks = options.fail_token >= 0 or options.hang_token >= 0
+
+    def execute(self, plan: StepPlan, allocator: KVAllocator) -> ReadyTokens:  # noqa: ARG002
+        """A token for each entry that samples."""
+        options = self._options
+        if self._checks:
+            self._inject(plan)
+        if options.step_time:
+            time.sleep(options.step_time)
+        width, first = options.vocab_size - 10, self._next
+        tokens = [10 + (first + i) % width if sampled else None for i, sampled in enumerate(plan.samples)]
+        self._next = (first + len(tokens)) % width
+        return ReadyTokens(StepResult(tokens))
+
+    def _inject(self, plan: StepPlan) -> None:
+        for req, _, _ in plan.scheduled:
+            if self._options.fail_token in req.prompt_token_ids:
+                raise RuntimeError("an injected fault")
+            if self._options.hang_token in req.prompt_token_ids:
+                time.sleep(3600)
+
+    def release(self, request_ids: list[str]) -> None:
+        """Nothing is kept."""
+
+
+def build(options: StubOptions) -> ServedEngine:
+    """The stub engine; called in the engine's process."""
+    allocator = PagedAllocator(num_blocks=options.num_blocks, block_size=16, max_model_len=options.max_model_len)
+    scheduler = ChunkedScheduler(
+        allocator=allocator,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=max(8192, options.max_num_seqs),
+    )
+    engine = Engine(scheduler, allocator, StubRunner(options), WallClock())
+    return ServedEngine(engine, options.max_model_len, options.vocab_size, frozenset())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until told to stop; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("serve",))
+    parser.add_argument("model", help="a model directory; only its tokenizer is used")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--api-key", nargs="*", default=[])
+    parser.add_argument("--fronts", type=int, default=1)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="keys of the server's config")
+    for name, kind in (("step-time", float), ("fail-token", int), ("hang-token", int), ("num-blocks", int)):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(StubOptions, name.replace("-", "_")))
+    flags = parser.parse_args(argv)
+    vocab_size = json.loads((Path(flags.model) / "config.json").read_text())["vocab_size"]
+    options = StubOptions(vocab_size, flags.step_time, flags.fail_token, flags.hang_token, flags.num_blocks)
+    values = {"port": flags.port, "api_keys": flags.api_key, "num_fronts": flags.fronts, "served_model_names": ["m"]}
+    values |= {key: json.loads(value) for key, value in (item.split("=", 1) for item in flags.set)}
+    try:
+        return serve(ServerConfig.from_dict(values), ModelFiles(flags.model), functools.partial(build, options))
+    except KvarenaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""Faults of the processes: each ends as promised, within its time, and leaves nothing behind.
+
+Most run the real fronts around an engine that computes nothing (experiments/stub_engine.py): it starts fast, and fails
+on command.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+from server_harness import ROOT, RunningServer
+
+FAIL, HANG = 777, 778
+STREAM = {"prompt": [20] * 8, "max_tokens": 8000, "ignore_eos": True, "stream": True}
+
+
+def _stub(*flags: str) -> RunningServer:
+    return RunningServer("--step-time", "0.01", *flags, module="experiments.stub_engine")
+
+
+class Reader(threading.Thread):
+    """Reads one stream to its end."""
+
+    def __init__(self, server: RunningServer, **body: object) -> None:
+        super().__init__(daemon=True)
+        self.lines: list[str] = []
+        self.error: Exception | None = None
+        self._server, self._body = server, STREAM | body
+        self.start()
+        deadline = time.monotonic() + 10
+        while not self.lines and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def run(self) -> None:
+        try:
+            with (
+                httpx.Client(base_url=self._server.url, headers=self._server.headers, timeout=60) as client,
+                client.stream("POST", "/v1/completions", json=self._body) as response,
+            ):
+                self.lines += [f"status {response.status_code}"]
+                for line in response.iter_lines():
+                    if line:
+                        self.lines.append(line)
+        except httpx.HTTPError as error:
+            self.error = error
+
+
+def _health(server: RunningServer) -> int:
+    try:
+        return httpx.get(f"{server.url}/health", timeout=1).status_code
+    except httpx.TransportError:
+        return 0
+
+
+def _wait_health(server: RunningServer, status: int, seconds: float) -> float:
+    start = time.monotonic()
+    while _health(server) != status:
+        assert time.monotonic() - start < seconds, f"/health is not {status} after {seconds} s\n{server.log[-2000:]}"
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+def _gone(pids: list[int]) -> bool:
+    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
+
+
+@pytest.mark.parametrize(("number", "seconds"), ((signal.SIGKILL, 5), (signal.SIGSTOP, 5)), ids=("42-kill", "43-stop"))
+def test_a_dead_or_frozen_engine_ends_the_server(number, seconds):
+    server = _stub()
+    pids = [process.pid for process in server.children()]
+    readers = [Reader(server) for _ in range(3)]
+    assert _health(server) == 200
+    os.kill(server.engine_pid(), number)
+    _wait_health(server, 503, seconds)
+    for reader in readers:
+        reader.join(10)
+        assert reader.error is None
+        assert reader.lines[-1] == "data: [DONE]"
+        assert '"error"' in reader.lines[-2]
+    assert server.process.wait(15) == 1
+    assert _gone(pids)
+
+
+def test_43_an_engine_without_progress_is_unhealthy_and_then_given_up():
+    server = _stub("--hang-token", str(HANG), "--set", "stall_timeout=1", "step_timeout=3")
+    reader = Reader(server)
+    hanging = threading.Thread(target=lambda: _post_quietly(server, {"prompt": [HANG]}), daemon=True)
+    hanging.start()
+    _wait_health(server, 503, 4)
+    reader.join(10)
+    assert '"error"' in reader.lines[-2]
+    assert server.process.wait(15) == 1
+
+
+def _post_quietly(server: RunningServer, body: dict) -> None:
+    try:
+        httpx.post(f"{server.url}/v1/completions", json=body, headers=server.headers, timeout=30)
+    except httpx.HTTPError:
+        return
+
+
+def test_44_a_failed_step_fails_its_requests_only():
+    server = _stub("--fail-token", str(FAIL))
+    try:
+        early = Reader(server, max_tokens=50)
+        answer = server.post("/v1/completions", {"prompt": [FAIL], "max_tokens": 4})
+        early.join(10)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "engine_error"
+        # The step was shared with the stream, which ends with an error event, not silently.
+        assert early.lines[-1] == "data: [DONE]"
+        assert server.complete([20]).status_code == 200
+        server.wait_idle()
+        assert server.metrics()["kvarena:failed_steps_total"] == 1
+        assert _health(server) == 200
+    finally:
+        assert server.stop() == 0
+
+
+def test_45_a_device_that_keeps_failing_ends_the_server():
+    server = _stub("--fail-token", str(FAIL))
+    for _ in range(3):
+        _post_quietly(server, {"prompt": [FAIL]})
+    assert server.process.wait(20) == 1
+
+
+def test_46_sigterm_under_load_drains():
+    server = _stub("--set", "shutdown_timeout=20")
+    readers = [Reader(server, max_tokens=150) for _ in range(4)]
+    pids = [process.pid for process in server.children()]
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    refused = server.post("/v1/completions", {"prompt": [20]})
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"]
+    assert httpx.get(f"{server.url}/ready").status_code == 503
+    for reader in readers:
+        reader.join(20)
+        assert reader.lines[-1] == "data: [DONE]"
+        assert '"finish_reason":"length"' in reader.lines[-2]
+    server.client.close()
+    assert server.process.wait(20) == 0
+    assert _gone(pids)
+
+
+@pytest.mark.parametrize("way", ("no grace", "second signal"))
+def test_46_what_cannot_finish_ends_with_an_error_event(way):
+    server = _stub("--set", f"shutdown_timeout={0 if way == 'no grace' else 60}")
+    reader = Reader(server)
+    server.process.send_signal(signal.SIGTERM)
+    if way == "second signal":
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+    reader.join(10)
+    assert reader.lines[-1] == "data: [DONE]"
+    assert '"error"' in reader.lines[-2]
+    server.client.close()
+    assert server.process.wait(15) == 0
+
+
+def test_the_supervisors_death_leaves_no_orphans():
+    server = _stub()
+    pids = [process.pid for process in server.children()]
+    server.process.kill()
+    server.process.wait()
+    deadline = time.monotonic() + 10
+    while not _gone(pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _gone(pids)
+
+
+def test_36_a_full_queue_answers_503_and_recovers():
+    server = _stub("--set", "max_num_queued_requests=4", "--num-blocks", "40")
+    try:
+        readers = [Reader(server, max_tokens=600) for _ in range(1)]
+        results: list[httpx.Response] = []
+
+        def ask() -> None:
+            body = {"prompt": [20] * 300, "max_tokens": 200, "ignore_eos": True}
+            results.append(httpx.post(f"{server.url}/v1/completions", json=body, headers=server.headers, timeout=60))
+
+        threads = [threading.Thread(target=ask) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        codes = sorted(response.status_code for response in results)
+        assert set(codes) == {200, 503}
+        refused = next(response for response in results if response.status_code == 503)
+        assert refused.headers["retry-after"]
+        assert refused.json()["error"]["code"] == "queue_full"
+        readers[0].join(30)
+        server.wait_idle()
+        assert server.complete([20]).status_code == 200
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    (
+        (["/nonexistent"], "no model directory"),
+        (["models/demo", "--max-model-len", "100000"], "max_model_len"),
+        (["models/demo", "--num-gpu-blocks-override", "0"], "num_blocks"),
+        (["models/demo", "--tensor-parallel-size", "2"], "tensor-parallel-size"),
+        (["models/demo", "--pipeline-parallel-size", "2"], "pipeline-parallel-size"),
+        (["models/demo", "--quantization", "awq"], "quantization"),
+        (["models/demo", "--gpu-memory-utilization", "1.5"], "gpu_memory_utilization"),
+        (["models/demo", "--port", "70000"], "server.port"),
+        (["models/demo", "--scheduler", "nope"], "nope"),
+        (["models/demo", "--no-such-flag"], "no-such-flag"),
+        (["models/demo", "--chat-template", "/nonexistent"], "chat_template"),
+    ),
+)
+def test_47_a_wrong_setting_is_one_line(flags, words):
+    command = [sys.executable, "-m", "experiments.cli", "serve", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_47_a_port_in_use_is_one_line(server):
+    command = [sys.executable, "-m", "experiments.cli", "serve", "--port", str(server.port)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert f"{server.port}" in done.stderr
+    assert "choose another --port" in done.stderr
+    server.assert_alive()
