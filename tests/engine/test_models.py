@@ -245,6 +245,24 @@ def test_a_model_whose_forward_fails_is_refused(monkeypatch):
     assert "a probing forward failed with ValueError: no kernel" in refusal(shape=SHAPE, load_format="dummy")
 
 
+def test_a_directory_with_its_own_code(copy, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (copy / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    assert "set model.trust_remote_code=true" in refusal(copy)
+    model = load_model(copy, trust_remote_code=True)
+    assert type(model.module).__name__ == "OwnForCausalLM"
+    assert model.spec.num_layers == 3
+    (copy / "own.py").write_text("import no_such_module\n")
+    assert "config.json is not a valid config" in refusal(copy, trust_remote_code=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
