@@ -166,7 +166,7 @@ def latency_curves(cells: list[Cell], every: list[Cell]) -> Figure:
     panels = []
     for key in ("ttft_seconds", "tpot_seconds", "itl_seconds", "e2e_seconds"):
         if key == "itl_seconds":
-            values = [token_gaps(cell.run.lists("token_times"), cell.run.finished) for cell in cells]
+            values = [token_gaps(cell.run).values for cell in cells]
         else:
             values = [latency[key] for latency in latencies]
         panels.append((DEFINITIONS[key][0], list(zip(names, values, strict=True))))

@@ -7,6 +7,7 @@ requests fits in memory.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ STEP_COLUMNS = (
     "held",
 )
 MANIFEST_KEYS = ("name", "strategy", "config", "git", "machine", "versions", "model", "pool", "workload", "run")
+ROWS_AT_ONCE = 8192
 REMEDY = "run the job again, or point at a run folder that is whole"
 
 
@@ -91,10 +93,25 @@ class RunFiles:
         """Bool per request: it ended by itself (`stop` or `length`)."""
         return np.isin(self.requests["finish_reason"], ("stop", "length"))
 
-    def lists(self, column: str) -> Ragged:
-        """One of the list columns, flat. Read anew on each call."""
+    def lists(self, column: str, rows: np.ndarray | None = None) -> Ragged:
+        """One of the list columns, flat. Read anew on each call.
+
+        Args:
+            column: its name.
+            rows: the requests that are wanted, in that order; None takes all. The file is then read piece by piece, so
+                memory holds what is wanted and no more.
+        """
         path = self.path / "requests.parquet"
-        return Ragged.of(read_table(path, (column,)).column(column), path, column)
+        if rows is None:
+            return Ragged.of(read_table(path, (column,)).column(column), path, column)
+        wanted = np.sort(rows)
+        pieces, start = [], 0
+        for batch in _batches(path, column):
+            stop = start + len(batch)
+            inside = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, stop)]
+            pieces.append(Ragged.of(batch, path, column).take(inside - start))
+            start = stop
+        return Ragged.concatenate(pieces).take(np.argsort(np.argsort(rows, kind="stable"), kind="stable"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +122,23 @@ class Ragged:
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, column: pa.ChunkedArray, path: Path, name: str) -> Ragged:
+    def of(cls, column: pa.ChunkedArray | pa.Array, path: Path, name: str) -> Ragged:
         """A list column of a Parquet file; null lists are empty."""
-        array = column.combine_chunks()
+        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
             raise ReportError(f"{path}: column {name!r} holds {array.type}, not lists; {REMEDY}")
         lengths = np.asarray(array.value_lengths().fill_null(0), dtype=np.int64)
         offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
         return cls(array.flatten().to_numpy(zero_copy_only=False), offsets)
+
+    @classmethod
+    def concatenate(cls, pieces: list[Ragged]) -> Ragged:
+        """The lists of all pieces, in order."""
+        if not pieces:
+            return cls(np.empty(0), np.zeros(1, dtype=np.int64))
+        lengths = np.concatenate([np.diff(piece.offsets) for piece in pieces])
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        return cls(np.concatenate([piece.values for piece in pieces]), offsets)
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
@@ -158,6 +184,16 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
             return file.read(columns=list(columns))
     except FileNotFoundError:
         raise ReportError(f"{path} is missing; {REMEDY}") from None
+    except (OSError, pa.ArrowException) as error:
+        raise ReportError(f"{path} cannot be read ({one_line(error)}); {REMEDY}") from None
+
+
+def _batches(path: Path, column: str) -> Iterator[pa.Array]:
+    """A column, a few thousand rows at a time."""
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
+                yield batch.column(0)
     except (OSError, pa.ArrowException) as error:
         raise ReportError(f"{path} cannot be read ({one_line(error)}); {REMEDY}") from None
 

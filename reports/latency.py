@@ -10,11 +10,14 @@ latencies count from the *scheduled* arrival: a load generator that falls behind
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from reports.files import Ragged, RunFiles
 
 PERCENTILES = (50, 90, 95, 99)
+MAX_GAPS = 10_000_000
 
 DEFINITIONS = {
     "ttft_seconds": ("TTFT", "time to first token: first token on the host - scheduled arrival"),
@@ -68,14 +71,32 @@ def request_latencies(run: RunFiles) -> dict[str, np.ndarray]:
     }
 
 
-def token_gaps(token_times: Ragged, keep: np.ndarray) -> np.ndarray:
-    """Gaps in seconds between consecutive tokens of the requests in `keep` (bool per request), pooled."""
-    values, offsets = token_times.values, token_times.offsets
-    if len(values) < 2:
+class TokenGaps(NamedTuple):
+    """Gaps in seconds between consecutive tokens of a request, pooled.
+
+    Attributes:
+        values: the gaps.
+        stride: they are those of every stride-th finished request; 1 but for very long runs.
+    """
+
+    values: np.ndarray
+    stride: int
+
+
+def token_gaps(run: RunFiles, max_gaps: int = MAX_GAPS) -> TokenGaps:
+    """The gaps of the finished requests; with more than `max_gaps` of them, those of every so many-th request."""
+    rows = np.flatnonzero(run.finished)
+    total = int(run.requests["num_output_tokens"][rows].sum())
+    stride = max(1, -(-total // max_gaps))
+    times = run.lists("token_times", rows[::stride])
+    return TokenGaps(gaps_within(times), stride)
+
+
+def gaps_within(times: Ragged) -> np.ndarray:
+    """Differences of neighbours in each list, end to end."""
+    if len(times.values) < 2:
         return np.empty(0)
-    gaps = np.diff(values)
-    inside = np.ones(len(gaps), dtype=bool)
-    starts = offsets[1:-1]  # the first value of a list is no successor of the last one before it
-    inside[starts[(starts > 0) & (starts < len(values))] - 1] = False
-    owner_kept = np.repeat(keep, np.diff(offsets))[1:]
-    return gaps[inside & owner_kept]
+    inside = np.ones(len(times.values) - 1, dtype=bool)
+    starts = times.offsets[1:-1]  # the first value of a list is no successor of the last one before it
+    inside[starts[(starts > 0) & (starts < len(times.values))] - 1] = False
+    return np.diff(times.values)[inside]

@@ -216,40 +216,47 @@ def latency_figure(panels: list[tuple[str, list[tuple[str, np.ndarray]]]], looks
 def draw_cdf(axes: Axes, metric: str, curves: list[tuple[str, np.ndarray]], looks: list[Look]) -> None:
     """One panel: on a logarithmic axis when the values spread over more than a factor 30."""
     curves = [(name, np.sort(values[~np.isnan(values)])) for name, values in curves]
-    every = np.concatenate([values for _, values in curves]) if curves else np.empty(0)
-    factor, unit = scaled_seconds(float(np.percentile(every, 99)) if len(every) else 1.0)
-    low = float(np.percentile(every, 1)) if len(every) else 0.0
-    if len(every) and every.min() > 0 and every.max() / low > 30:
+    known = [values for _, values in curves if len(values)]
+    low = min((_quantile(values, 1) for values in known), default=0.0)
+    high = max((_quantile(values, 99) for values in known), default=1.0)
+    least, most = min((v[0] for v in known), default=0.0), max((v[-1] for v in known), default=0.0)
+    factor, unit = scaled_seconds(high)
+    if least > 0 and most / low > 30:
         axes.set_xscale("log")
-        decades = np.log10(every.max() / low)
+        decades = np.log10(most / low)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     for (name, values), look in zip(curves, looks, strict=True):
-        if not len(values):
-            axes.plot([], [], color=look.color, linestyle=look.dash, label=name)
-            continue
-        shares = np.linspace(0, 100, min(400, len(values) + 1))
-        points = np.percentile(values, shares) * factor
+        shares = np.linspace(0, 100, min(400, len(values) + 1)) if len(values) else np.empty(0)
+        points = [_quantile(values, share) * factor for share in shares]
         axes.plot(points, shares, color=look.color, linestyle=look.dash, label=name, linewidth=1.5)
-        if len(curves) == 1:
+        if len(curves) == 1 and len(values):
             _mark_percentiles(axes, values, factor, look)
-    if not len(every):
+    if not known:
         axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color=MUTED)
     axes.set_title(metric)
     axes.set_xlabel(unit)
     axes.set_ylim(0, 112)
     axes.set_yticks([0, 25, 50, 75, 100])
     if axes.get_xscale() == "linear":
-        axes.set_xlim(0, float(every.max()) * factor * 1.06 if len(every) and every.max() > 0 else 1.0)
+        axes.set_xlim(0, float(most) * factor * 1.06 if most > 0 else 1.0)
     if len(curves) == 1:
         _place_labels(axes)
     grid(axes, "both")
 
 
+def _quantile(ordered: np.ndarray, percent: float) -> float:
+    """Percentile of sorted values, linear between order statistics; np.percentile would look for the order again."""
+    place = percent / 100 * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return float(ordered[below] + (place - below) * (ordered[above] - ordered[below]))
+
+
 def _mark_percentiles(axes: Axes, values: np.ndarray, factor: float, look: Look) -> None:
     for share, marker in ((50, "o"), (99, "D")):
-        value = float(np.percentile(values, share))
+        value = _quantile(values, share)
         axes.plot(value * factor, share, marker, color=look.color, markersize=4.5)
         label = axes.annotate(f"p{share} {seconds(value)}", (value * factor, share), xytext=(-6, 0),
                               textcoords="offset points", ha="right", va="center", fontsize=8, color=INK)  # fmt: skip

@@ -16,7 +16,7 @@ from reports.document import render_html, render_markdown, write_text
 from reports.errors import ReportError
 from reports.files import REQUEST_COLUMNS, RunFiles, read_run
 from reports.kv_map import kv_map_figure, kv_map_markup, read_kv_map
-from reports.latency import DEFINITIONS, request_latencies, token_gaps
+from reports.latency import DEFINITIONS, TokenGaps, request_latencies, token_gaps
 from reports.memory import Spans, step_spans
 from reports.run_figures import latency_figure, load_figure, memory_figure, split_figure
 from reports.run_sections import run_document
@@ -40,8 +40,9 @@ def write_run_report(run_dir: Path) -> dict[str, Any]:
     """
     run = read_run(run_dir)
     spans = step_spans(run.steps)
-    summary = summarize(run)
-    document = run_document(summary, run.manifest["config"], draw_run(run, spans, summary))
+    gaps = token_gaps(run)
+    summary = summarize(run, gaps)
+    document = run_document(summary, run.manifest["config"], draw_run(run, spans, summary, gaps))
     write_text(run.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     write_requests_csv(run)
     write_text(run.path / "report.md", render_markdown(document))
@@ -62,11 +63,11 @@ def write_requests_csv(run: RunFiles) -> None:
         raise ReportError(f"cannot write {path} ({error}); make the folder writable") from None
 
 
-def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any]) -> dict[str, str]:
+def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any], gaps: TokenGaps) -> dict[str, str]:
     """Draw every figure of the run into figures/*.png. Returns name -> markup for the page."""
     latencies = request_latencies(run)
     panels = [(DEFINITIONS[key][0], [("", latencies[key])]) for key in ("ttft_seconds", "tpot_seconds")]
-    panels.append((DEFINITIONS["itl_seconds"][0], [("", token_gaps(run.lists("token_times"), run.finished))]))
+    panels.append((DEFINITIONS["itl_seconds"][0], [("", gaps.values)]))
     panels.append((DEFINITIONS["e2e_seconds"][0], [("", latencies["e2e_seconds"])]))
     bars = [(f"this run, {window.label}", summary[f"kv_share_mean{window.suffix}"]) for window in WINDOWS]
     kv_map = read_kv_map(run)

@@ -192,7 +192,9 @@ def latency_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         f"Latencies count from the scheduled arrival. The driver handed requests over {seconds(late['p50'])} late in "
         f"the median, {seconds(late['max'])} at most. Percentiles interpolate linearly between order statistics."
     )
-    return Section("Latency", [], [picture], [Table(header, rows)], [note])
+    stride = summary["itl_request_stride"]
+    notes = [note] if stride == 1 else [note, f"ITL is that of one request in {stride}: the run has too many tokens."]
+    return Section("Latency", [], [picture], [Table(header, rows)], notes)
 
 
 def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:

@@ -9,7 +9,7 @@ import numpy as np
 
 from reports.files import CLASSES, RunFiles
 from reports.format import count, percent, rate, seconds
-from reports.latency import describe, request_latencies, token_gaps
+from reports.latency import TokenGaps, describe, request_latencies, token_gaps
 from reports.memory import Spans, mean_shares, step_spans, weighted_mean
 from reports.windows import telling, window_masks
 
@@ -17,8 +17,12 @@ SCHEMA_VERSION = 1
 NUM_REJECTION_KINDS = 8
 
 
-def summarize(run: RunFiles) -> dict[str, Any]:
+def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
     """The summary of a run.
+
+    Args:
+        run: its files.
+        gaps: what `token_gaps` answers for the run, where it is known already.
 
     KV memory is averaged over three windows of steps (reports/windows.py), weighted by step time (reports/memory.py).
 
@@ -32,7 +36,9 @@ def summarize(run: RunFiles) -> dict[str, Any]:
     summary |= _requests(run)
     summary |= _throughput(run, spans, summary)
     summary |= {name: describe(values) for name, values in request_latencies(run).items()}
-    summary["itl_seconds"] = describe(token_gaps(run.lists("token_times"), run.finished))
+    gaps = gaps or token_gaps(run)
+    summary["itl_seconds"] = describe(gaps.values)
+    summary["itl_request_stride"] = gaps.stride
     lateness = run.requests["submit_time"] - run.requests["arrival_time"]
     summary["lateness_seconds"] = describe(lateness)
     bound = run.manifest["run"].get("lateness_bound")

@@ -55,13 +55,13 @@ def comparison_table(summary: dict[str, Any]) -> Table:
     Args:
         summary: what `write_comparison` returned.
 
-    TTFT and TPOT are medians; KV is the mean share of the pool in token states, over the most telling window
+    TTFT is the median; KV is the mean share of the pool in token states, over the most telling window
     (reports/windows.py); the last column is the median paired ratio of E2E to the baseline's, marked ≈ where the
     difference is not significant.
     """
     table = Table(caption=summary["same_tokens"]["line"], caption_justify="left", box=None, pad_edge=False)
     table.add_column("cell", overflow="fold")
-    for name in ("tok/s", "ratio", "TTFT", "TPOT", "KV", "E2E ratio, 95 % CI"):
+    for name in ("tok/s", "ratio", "TTFT", "KV", "E2E ratio, 95 % CI"):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in summary["cells"]:
         split = telling(cell)[1]
@@ -69,7 +69,7 @@ def comparison_table(summary: dict[str, Any]) -> Table:
             escape(cell["label"]),
             rate(cell["output_tokens_per_second"]),
             ratio(cell["output_tokens_per_second_ratio"]),
-            *(seconds(cell[f"{key}_seconds"]["p50"]) for key in ("ttft", "tpot")),
+            seconds(cell["ttft_seconds"]["p50"]),
             percent(split["token_states"] if split else None),
             _paired(cell),
         )

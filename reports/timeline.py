@@ -38,7 +38,7 @@ def request_phases(run: RunFiles, rows: np.ndarray) -> list[Phase]:
     admitted again and recomputed, so the longest waits between its tokens, one for each preemption, are taken.
     """
     req = run.requests
-    token_times = run.lists("token_times").take(rows)
+    token_times = run.lists("token_times", rows)
     end_of_run = float(run.steps["end_time"].max()) if run.num_steps else 0.0
     phases: list[Phase] = []
     for index, row in enumerate(rows):

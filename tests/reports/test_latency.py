@@ -5,7 +5,7 @@ import pytest
 from fake_runs import fake_run
 
 from reports.files import Ragged, read_run
-from reports.latency import describe, request_latencies, token_gaps
+from reports.latency import describe, gaps_within, request_latencies, token_gaps
 
 
 def test_describe_uses_linear_percentiles_and_leaves_nan_out():
@@ -24,16 +24,35 @@ def test_describe_nothing():
 
 def test_gaps_never_cross_requests():
     times = Ragged(np.array([1.0, 1.5, 2.5, 10.0, 11.0, 12.0, 13.5]), np.array([0, 3, 3, 4, 7, 7]))
-    keep = np.array([True, True, True, True, True])
-    assert token_gaps(times, keep).tolist() == [0.5, 1.0, 1.0, 1.5]
-    keep[0] = False
-    assert token_gaps(times, keep).tolist() == [1.0, 1.5]
+    assert gaps_within(times).tolist() == [0.5, 1.0, 1.0, 1.5]
 
 
 @pytest.mark.parametrize("offsets", [[0], [0, 0, 0], [0, 1], [0, 0, 1, 1]])
 def test_no_gaps(offsets):
-    times = Ragged(np.arange(offsets[-1], dtype=float), np.array(offsets))
-    assert token_gaps(times, np.ones(len(offsets) - 1, dtype=bool)).tolist() == []
+    assert gaps_within(Ragged(np.arange(offsets[-1], dtype=float), np.array(offsets))).tolist() == []
+
+
+def test_gaps_of_a_run_and_of_every_third_request(tmp_path):
+    run = read_run(fake_run(tmp_path / "run", num_requests=14))
+    times = run.lists("token_times")
+    rows = np.flatnonzero(run.finished)
+    every = np.concatenate([np.diff(times[row]) for row in rows])
+    assert token_gaps(run).stride == 1
+    assert token_gaps(run).values.tolist() == every.tolist()
+    total = int(run.requests["num_output_tokens"][rows].sum())
+    thinned = token_gaps(run, max_gaps=total // 3 + 1)
+    assert thinned.stride == 3
+    assert thinned.values.tolist() == np.concatenate([np.diff(times[row]) for row in rows[::3]]).tolist()
+
+
+def test_lists_of_some_rows_keep_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("reports.files.ROWS_AT_ONCE", 4)
+    run = read_run(fake_run(tmp_path / "run", num_requests=14))
+    everything = run.lists("output_token_ids")
+    rows = np.array([9, 2, 13, 3, 4])
+    some = run.lists("output_token_ids", rows)
+    assert [some[i].tolist() for i in range(5)] == [everything[row].tolist() for row in rows]
+    assert len(run.lists("output_token_ids", rows[:0])) == 0
 
 
 def test_request_latencies_follow_the_definitions(tmp_path):
@@ -54,4 +73,4 @@ def test_request_latencies_follow_the_definitions(tmp_path):
 def test_one_output_token_has_no_tpot(tmp_path):
     run = read_run(fake_run(tmp_path / "run", one_token=True))
     assert np.isnan(request_latencies(run)["tpot_seconds"]).all()
-    assert not len(token_gaps(run.lists("token_times"), run.finished))
+    assert not len(token_gaps(run).values)
