@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ class RunFiles:
             start = stop
         return Ragged.concatenate(pieces).take(np.argsort(np.argsort(rows, kind="stable"), kind="stable"))
 
+    def digest(self, column: str) -> bytes:
+        """A hash of one of the list columns, read piece by piece: two runs' columns are compared without holding them."""
+        path = self.path / "requests.parquet"
+        lengths, values = blake2b(), blake2b()
+        for batch in _batches(path, column):
+            lists = Ragged.of(batch, path, column)
+            lengths.update(np.diff(lists.offsets).tobytes())
+            values.update(np.ascontiguousarray(lists.values).tobytes())
+        return lengths.digest() + values.digest()
+
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
@@ -192,6 +203,8 @@ def _batches(path: Path, column: str) -> Iterator[pa.Array]:
     """A column, a few thousand rows at a time."""
     try:
         with pq.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                raise ReportError(f"{path} lacks column {column} (docs/files.md lists them); {REMEDY}")
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
                 yield batch.column(0)
     except (OSError, pa.ArrowException) as error:

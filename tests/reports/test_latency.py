@@ -74,3 +74,13 @@ def test_one_output_token_has_no_tpot(tmp_path):
     run = read_run(fake_run(tmp_path / "run", one_token=True))
     assert np.isnan(request_latencies(run)["tpot_seconds"]).all()
     assert not len(token_gaps(run).values)
+
+
+def test_digest_tells_lists_apart(tmp_path, monkeypatch):
+    run = read_run(fake_run(tmp_path / "a", num_requests=9))
+    same = read_run(fake_run(tmp_path / "b", "contiguous", num_requests=9))
+    other = read_run(fake_run(tmp_path / "c", num_requests=9, wrong_token=1))
+    assert run.digest("output_token_ids") == same.digest("output_token_ids") != other.digest("output_token_ids")
+    before = run.digest("output_token_ids")
+    monkeypatch.setattr("reports.files.ROWS_AT_ONCE", 2)
+    assert run.digest("output_token_ids") == before
