@@ -115,7 +115,7 @@ class RunFiles:
         return Ragged.concatenate(pieces).take(np.argsort(np.argsort(rows, kind="stable"), kind="stable"))
 
     def digest(self, column: str) -> bytes:
-        """A hash of one of the list columns, read piece by piece: two runs' columns are compared without holding them."""
+        """A hash of one of the list columns, read piece by piece: compares runs without holding them."""
         path = self.path / "requests.parquet"
         lengths, values = blake2b(), blake2b()
         for batch in _batches(path, column):
