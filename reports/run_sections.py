@@ -179,8 +179,8 @@ def latency_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     rows = []
     for key, (name, _) in DEFINITIONS.items():
         stats = summary[key]
-        unit = "/token" if key.endswith("per_token") and stats["count"] else ""
-        rows.append([name, count(stats["count"]), *(seconds(stats[column]) + unit for column in header[2:])])
+        unit = ", per token" if key.endswith("per_token") else ""
+        rows.append([name + unit, count(stats["count"]), *(seconds(stats[column]) for column in header[2:])])
     picture = Picture(
         "latency",
         svg["latency"],
