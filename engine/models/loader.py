@@ -70,30 +70,32 @@ def load_model(
         what = "both are set" if path is not None else "neither is set"
         raise ConfigError(f"give model.path (a local directory) or model.shape, and not both: {what}")
     directory = None if path is None else resolve_directory(path)
+    if directory is None and load_format == "auto":
+        raise ConfigError("model.shape has no weights to read; set model.load_format=dummy")
     with _quiet_transformers():
         if directory is not None:
             name = name or directory.name
             config = _read_config(directory, trust_remote_code)
-            if load_format == "auto":
-                check_weights(directory)
         else:
-            name = name or str(shape and shape.get("model_type"))
-            if load_format == "auto":
-                raise ConfigError("model.shape has no weights to read; set model.load_format=dummy")
             config = _config_from_shape(shape or {})
+            name = name or config.model_type
         _check_architecture(config, name, trust_remote_code)
         weights = _dtype(dtype, config)
         if load_format == "dummy" or directory is None:
             module = _dummy(config, weights, device, seed, trust_remote_code, name)
         else:
+            check_weights(directory)
             module = _from_directory(directory, config, weights, device, trust_remote_code)
         module.eval().requires_grad_(False)
-        text = config.get_text_config()
-        # The embedding may be larger than the tokenizer; ids below it are valid inputs.
-        num_ids = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        geometry = probe_attention(module, name, text.num_hidden_layers, num_ids)
-    generation = module.generation_config
-    eos = _as_set(getattr(generation, "eos_token_id", None)) or _as_set(text.eos_token_id)
+        return _describe(module, config.get_text_config(), name, directory)
+
+
+def _describe(module: nn.Module, text: PretrainedConfig, name: str, directory: Path | None) -> LoadedModel:
+    """Probe the module and note what the engine needs to know of it."""
+    # The embedding may be larger than the tokenizer; ids below its size are valid inputs.
+    num_ids = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    geometry = probe_attention(module, name, text.num_hidden_layers, num_ids)
+    eos = _as_set(getattr(module.generation_config, "eos_token_id", None)) or _as_set(text.eos_token_id)
     special = eos | _as_set(text.eos_token_id) | _as_set(text.bos_token_id) | _as_set(text.pad_token_id)
     if directory is not None:
         special |= special_token_ids(directory)

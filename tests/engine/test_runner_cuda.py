@@ -1,0 +1,81 @@
+"""The torch runner on a GPU: the same tokens as on the host, swaps through pinned memory, the memory profile."""
+
+import pytest
+import torch
+from attention_cases import dense_attention, make_case, run_backend
+from checkpoints import greedy_reference, random_prompts, write_checkpoint
+from runner_driver import generate, make_requests
+
+from engine.attention.reference import ReferenceBackend
+from engine.errors import ConfigError, EngineError
+from engine.kv_pool import KVPool, blocks_for_budget
+from engine.models import load_model
+from engine.plan import BlockCopy, CopyKind
+from engine.runner.profile import available_kv_bytes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PROMPTS = random_prompts((5, 13, 1, 30))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return load_model(directory, device="cuda")
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_greedy_tokens_equal_transformers(model, directory, overlap):
+    assert model.device.type == "cuda"
+    outcome = generate(model, make_requests(PROMPTS, 10), block_size=4, chunk=6, overlap=overlap)
+    assert outcome.tokens == greedy_reference(directory, PROMPTS, 10)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 24}, {"softcap": 5.0}])
+def test_reference_attention_equals_dense(options):
+    case = make_case([(900, 1), (400, 1), (0, 40), (12, 30)], device="cuda")
+    got = run_backend(ReferenceBackend(case.pool), case, scale=0.3, **options)
+    assert (got.double().cpu() - dense_attention(case, scale=0.3, **options)).abs().max() < 1e-4
+
+
+def test_swapped_blocks_come_back():
+    pool = KVPool(
+        num_blocks=8, block_size=4, num_layers=2, num_kv_heads=2, head_dim=8, device="cuda", num_swap_blocks=3
+    )
+    assert pool.host is not None
+    assert pool.host.is_pinned()
+    pool.data.normal_()
+    before = pool.data.clone()
+    pool.apply_copies([BlockCopy(CopyKind.SWAP_OUT, 2, 1), BlockCopy(CopyKind.SWAP_OUT, 5, 0)])
+    pool.data.zero_()
+    pool.apply_copies([BlockCopy(CopyKind.SWAP_IN, 1, 7), BlockCopy(CopyKind.SWAP_IN, 0, 5)])
+    for source, destination in ((2, 7), (5, 5)):
+        for layer in range(2):
+            expected = before[:, layer].view(2, 9, 4, 2, 8)[:, source]
+            assert torch.equal(torch.stack(pool.blocks(layer))[:, destination], expected)
+
+
+def test_profile_leaves_room_and_names_the_setting(model, monkeypatch):
+    options = {"max_num_batched_tokens": 2048, "max_num_seqs": 16}
+    most = available_kv_bytes(model, gpu_memory_utilization=0.9, **options)
+    half = available_kv_bytes(model, gpu_memory_utilization=0.45, **options)
+    total = torch.cuda.mem_get_info()[1]
+    assert 0 < half < most < 0.9 * total
+    assert most - half == pytest.approx(0.45 * total, rel=0.05)
+    assert blocks_for_budget(16, model.spec.kv_bytes_per_token, available_bytes=most) > 1000
+    least = available_kv_bytes(model, gpu_memory_utilization=1e-6, **options)
+    with pytest.raises(ConfigError, match=r"raise engine\.gpu_memory_utilization"):
+        blocks_for_budget(16, model.spec.kv_bytes_per_token, available_bytes=least)
+
+    def does_not_fit(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("engine.runner.profile.run_largest_step", does_not_fit)
+    with pytest.raises(EngineError, match=r"lower scheduler\.max_num_batched_tokens"):
+        available_kv_bytes(model, gpu_memory_utilization=0.9, **options)
