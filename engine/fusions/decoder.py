@@ -53,6 +53,7 @@ class FusedDecoder:
         pool: KVPool,
         *,
         all_rows: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Logits of the tokens `meta.logits_indices`.
 
@@ -63,6 +64,7 @@ class FusedDecoder:
             backend: attention over `pool`.
             pool: keys and values of the new tokens are written to it.
             all_rows: every token is wanted, in order (a decode step): `meta.logits_indices` is not read.
+            out: [N, vocab] to write into.
 
         Returns:
             [N, vocab] in the model's dtype.
@@ -73,4 +75,4 @@ class FusedDecoder:
             residual = layer(residual, batch, self.ops)
         if not all_rows:
             residual = residual.index_select(0, meta.logits_indices)
-        return self.ops.norm_linear(residual, self.norm, self.head)
+        return self.ops.norm_linear(residual, self.norm, self.head, out)

@@ -39,24 +39,23 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int) -> FusedDecoder:
     Raises:
         NotFusable: the model has another shape, or a fused layer differs from its module; says where.
     """
-    with torch.inference_mode(), torch.device(model.device):
-        module = model.module
-        body = _child(module, "model", "the model")
-        layers: Any = _child(body, "layers", "model")
-        head = _linear(_child(module, "lm_head", "the model"), "lm_head")
-        embedding = _child(body, "embed_tokens", "model")
-        if not isinstance(embedding, nn.Embedding):
-            raise NotFusable(f"model.embed_tokens is a {type(embedding).__name__}")
+    module = model.module
+    body = _child(module, "model", "the model")
+    layers: Any = _child(body, "layers", "model")
+    head = _linear(_child(module, "lm_head", "the model"), "lm_head")
+    embedding = _child(body, "embed_tokens", "model")
+    if not isinstance(embedding, nn.Embedding):
+        raise NotFusable(f"model.embed_tokens is a {type(embedding).__name__}")
+    # Looked at before anything is changed.
+    for index, layer in enumerate(layers):
+        _check_shape(layer, index)
+    with torch.no_grad(), torch.device(model.device):
         rotation = _rotation(_child(body, "rotary_emb", "model"), max_model_len)
-        # Looked at before anything is changed.
-        for index, layer in enumerate(layers):
-            _check_shape(layer, index)
         recording = record(model, max_model_len)
-        fused = tuple(_layer(layer, index, recording) for index, layer in enumerate(layers))
         decoder = FusedDecoder(
             embedding=embedding.weight.detach(),
             rotation=rotation,
-            layers=fused,
+            layers=tuple(_layer(layer, index, recording) for index, layer in enumerate(layers)),
             norm=_norm(_child(body, "norm", "model"), "model.norm"),
             head=Linear(head.weight.detach(), None if head.bias is None else head.bias.detach()),
             ops=ops,

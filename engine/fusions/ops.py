@@ -62,8 +62,8 @@ class Ops(Protocol):
         """RMS norm over the last dimension of x [T, n]."""
         ...
 
-    def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear) -> Tensor:
-        """linear(norm(residual)): [T, K] -> [T, N]."""
+    def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
+        """linear(norm(residual)): [T, K] -> [T, N], into `out` if given."""
         ...
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
@@ -106,9 +106,9 @@ class TorchOps:
         """See `Ops.norm`."""
         return rms_norm(x, norm)
 
-    def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear) -> Tensor:
+    def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
         """See `Ops.norm_linear`."""
-        return F.linear(rms_norm(residual, norm), linear.weight, linear.bias)
+        return apply_linear(rms_norm(residual, norm), linear, out)
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
@@ -136,6 +136,14 @@ class TorchOps:
         kv[0].index_copy_(0, slots, rotate(k, angles))
         kv[1].index_copy_(0, slots, v)
         return rotate(q, angles)
+
+
+def apply_linear(x: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
+    """linear(x) by the library, into `out` if given."""
+    weight, bias = linear
+    if out is None:
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def split_heads(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:

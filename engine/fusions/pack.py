@@ -29,15 +29,25 @@ def pack(projections: Sequence[nn.Linear]) -> Linear:
     weight = _join([projection.weight for projection in projections])
     if all(projection.bias is None for projection in projections):
         return Linear(weight, None)
-    biases: list[nn.Parameter] = []
+    biases: list[Tensor] = []
     for projection in projections:
         missing = nn.Parameter(weight.new_zeros(projection.out_features), requires_grad=False)
         biases.append(missing if projection.bias is None else projection.bias)
     return Linear(weight, _join(biases))
 
 
-def _join(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """One tensor of all rows; each parameter becomes a view of its part."""
+def _join(parameters: Sequence[Tensor]) -> Tensor:
+    """One tensor of all rows; each parameter becomes a view of its part. Joined ones are not joined again."""
+    first = parameters[0]
+    end = first.data_ptr()
+    for parameter in parameters:
+        if parameter.data_ptr() != end or not parameter.is_contiguous():
+            break
+        end += parameter.numel() * parameter.element_size()
+    else:
+        rows = sum(len(parameter) for parameter in parameters)
+        if (end - first.data_ptr()) <= first.untyped_storage().nbytes() and rows > len(first):
+            return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
     joined = torch.cat([parameter.detach() for parameter in parameters])
     start = 0
     for parameter in parameters:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, split_heads
+from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, apply_linear, split_heads
 from engine.kernels.activation import gated
 from engine.kernels.gemm import SkinnyGemm
 from engine.kernels.gemm_table import GemmTable
@@ -31,14 +30,14 @@ class TritonOps:
         """See `Ops.norm`."""
         return rms_norm(x, norm.weight, norm.eps)
 
-    def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear) -> Tensor:
+    def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
         """See `Ops.norm_linear`."""
-        out = self._skinny(residual, linear, norm=norm)
-        return F.linear(self.norm(residual, norm), linear.weight, linear.bias) if out is None else out
+        y = self._skinny(residual, linear, norm=norm, out=out)
+        return apply_linear(self.norm(residual, norm), linear, out) if y is None else y
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
-        if self._skinny(x, linear, residual=residual) is not None:
+        if self._skinny(x, linear, residual=residual, out=residual) is not None:
             return residual
         # Added by the product itself: one rounding less, and no pass of its own.
         residual.addmm_(x, linear.weight.t())
@@ -47,7 +46,7 @@ class TritonOps:
     def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
         """See `Ops.norm_glu`."""
         out = self._skinny(residual, gate_up, norm=norm, glu=True)
-        return gated(F.linear(self.norm(residual, norm), gate_up.weight, gate_up.bias)) if out is None else out
+        return gated(apply_linear(self.norm(residual, norm), gate_up)) if out is None else out
 
     def rope_store(
         self,
@@ -85,8 +84,9 @@ class TritonOps:
         norm: Norm | None = None,
         residual: Tensor | None = None,
         glu: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor | None:
-        """The product by the skinny GEMM, into `residual` if there is one; None where the library does it."""
+        """The product by the skinny GEMM, into `out` if given; None where the library does it."""
         if self._table is None or self._gemm is None:
             return None
         config = self._table.find(len(x), *linear.weight.shape, glu=glu)
@@ -103,5 +103,5 @@ class TritonOps:
             eps=0.0 if norm is None else norm.eps,
             residual=residual,
             glu=glu,
-            out=residual,
+            out=out,
         )

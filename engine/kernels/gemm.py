@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from engine.errors import EngineError
+
 MAX_ROWS = 128
 _WORKSPACE_BYTES = 64 * 2**20
 _MAX_TILES = 1 << 16
@@ -84,7 +86,7 @@ def _finish(  # type: ignore[no-untyped-def]
     tl.store(y_ptr + rows[None, :] * stride_y + cols[:, None], acc.to(y_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def skinny_gemm_kernel(  # type: ignore[no-untyped-def]
     x_ptr, w_ptr, y_ptr, bias_ptr, norm_ptr, res_ptr, ws_ptr, lock_ptr, M, N, K, stride_x, stride_w, stride_y,
     stride_res, eps,
@@ -251,9 +253,14 @@ class SkinnyGemm:
 
         Returns:
             [M, N] in x's dtype.
+
+        Raises:
+            EngineError: the launch is larger than the workspace.
         """
         num_rows, depth = x.shape
         num_cols = weight.shape[0] // 2 if glu else weight.shape[0]
+        if num_rows > MAX_ROWS or not self.fits(num_rows, num_cols, config, glu=glu):
+            raise EngineError(f"a skinny GEMM of {num_rows} x {num_cols} with {config} is larger than its workspace")
         if out is None:
             out = torch.empty(num_rows, num_cols, dtype=x.dtype, device=x.device)
         split_k = config.split_k

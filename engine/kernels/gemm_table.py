@@ -1,11 +1,12 @@
 """Which launches of the skinny GEMM serve which product: a fixed table, so that no start-up waits for a search.
 
-`MEASURED` holds what a search on one H200 found (`experiments/bench_engine.py --sections gemm`); other shapes go by
-rules of thumb drawn from it. Beyond `max_rows` the library's GEMM is at least as fast.
+`MEASURED` holds what a search on one H200 found (`python -m experiments.bench_gemm`); other shapes go by rules of
+thumb drawn from it, and to the library beyond 32 rows.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -51,6 +52,14 @@ class GemmTable:
         self._pdl = pdl
         self._found: dict[Product, GemmConfig | None] = {}
 
+    @classmethod
+    def from_json(
+        cls, text: str, max_rows: int = ROW_BUCKETS[-1], num_multiprocessors: int = 132, *, pdl: bool = False
+    ) -> GemmTable:
+        """A table of the products that `dump_table` wrote, on top of the measured ones."""
+        found = {Product(*key): None if value is None else GemmConfig(*value) for key, value in json.loads(text)}
+        return cls(max_rows, num_multiprocessors, {**MEASURED, **found}, pdl=pdl)
+
     def find(self, num_rows: int, num_cols: int, depth: int, *, glu: bool = False) -> GemmConfig | None:
         """The launch for x [num_rows, depth] by w [num_cols, depth]; None: use the library."""
         if num_rows > self._max_rows:
@@ -68,7 +77,7 @@ class GemmTable:
 
     def _guess(self, product: Product) -> GemmConfig | None:
         num_rows, num_cols, depth, glu = product
-        if depth % 64:
+        if depth % 64 or num_rows > 32:
             return None
         outputs = num_cols // 2 if glu else num_cols
         if num_rows == 1:
@@ -83,3 +92,9 @@ class GemmTable:
             split_k *= 2
         stages = 3 if glu else 4
         return GemmConfig(64, block_k, split_k, num_warps=4, num_stages=stages, fuse_norm=num_rows <= 16)
+
+
+def dump_table(found: Mapping[Product, GemmConfig | None]) -> str:
+    """Products and their launches as JSON, one a line."""
+    lines = [json.dumps([list(key), None if value is None else list(value)]) for key, value in found.items()]
+    return "[\n" + ",\n".join(lines) + "\n]\n"

@@ -76,7 +76,7 @@ def expand_decode(
     out.block_table[:count] = tables[rows]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "stride"])
 def scatter_kernel(flat_ptr, pairs_ptr, count, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """flat[pairs[0]] = pairs[1], BLOCK pairs a program."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

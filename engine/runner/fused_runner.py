@@ -41,16 +41,12 @@ class ModuleForward:
     backend: AttentionBackend
 
     def __call__(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        meta: AttentionMetadata,
-        *,
-        all_rows: bool,  # noqa: ARG002 - it selects by `meta.logits_indices` either way
+        self, input_ids: Tensor, positions: Tensor, meta: AttentionMetadata, *, out: Tensor | None = None
     ) -> Tensor:
         """See `Forward`."""
         with attention_context(meta, self.backend):
-            return self.model.logits(input_ids, positions, meta.logits_indices)
+            logits = self.model.logits(input_ids, positions, meta.logits_indices)
+        return logits if out is None else out.copy_(logits)
 
 
 @dataclass(frozen=True)
@@ -61,9 +57,11 @@ class FusedForward:
     backend: AttentionBackend
     pool: KVPool
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, meta: AttentionMetadata, *, all_rows: bool) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, positions: Tensor, meta: AttentionMetadata, *, out: Tensor | None = None
+    ) -> Tensor:
         """See `Forward`."""
-        return self.decoder(input_ids, positions, meta, self.backend, self.pool, all_rows=all_rows)
+        return self.decoder(input_ids, positions, meta, self.backend, self.pool, all_rows=out is not None, out=out)
 
 
 class FusedRunner(TorchRunner):
@@ -115,8 +113,8 @@ class FusedRunner(TorchRunner):
                 self._sender.sent,
                 self._last_tokens,
                 tables,
+                torch.zeros(max_num_seqs, model.spec.vocab_size, dtype=model.spec.dtype, device=self._device),
                 pool.block_size,
-                max_num_seqs,
                 capture=graphs,
             )
 
@@ -145,7 +143,7 @@ class FusedRunner(TorchRunner):
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         self.backend.prepare(inputs.meta)
-        return self._model_forward(inputs.input_ids, inputs.positions, inputs.meta, all_rows=False)
+        return self._model_forward(inputs.input_ids, inputs.positions, inputs.meta)
 
     def _step(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
         if plan.preempted:

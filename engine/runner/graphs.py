@@ -11,7 +11,6 @@ compiles what it needs, and is then captured; so a server answers at once and no
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -26,8 +25,10 @@ from engine.kernels.step import DecodeBuffers, expand_decode
 class Forward(Protocol):
     """A model's forward over a flattened batch whose metadata is prepared."""
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, meta: AttentionMetadata, *, all_rows: bool) -> Tensor:
-        """Logits [N, V] of `meta.logits_indices`; with `all_rows`, of every token."""
+    def __call__(
+        self, input_ids: Tensor, positions: Tensor, meta: AttentionMetadata, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Logits [N, V] of `meta.logits_indices`; with `out`, into it and of every token in order."""
         ...
 
 
@@ -55,8 +56,8 @@ class DecodeGraphs:
         sent: int32 [fields, capacity] on the device: tokens, positions and rows in its first three rows.
         last_tokens: int64 [num_rows], each row's last token.
         tables: int32 [num_rows, width].
+        logits: [most requests of a step, V], written.
         block_size: slots per block.
-        max_batch: most requests of a step.
         capture: False runs every step without a graph (the same kernels, launched one by one).
     """
 
@@ -67,24 +68,26 @@ class DecodeGraphs:
         sent: Tensor,
         last_tokens: Tensor,
         tables: Tensor,
+        logits: Tensor,
         block_size: int,
-        max_batch: int,
         *,
         capture: bool,
     ) -> None:
+        max_batch = len(logits)
         self.buckets = batch_buckets(max_batch)
         self._forward = forward
         self._backend = backend
         self._sent = sent
         self._last_tokens = last_tokens
         self._tables = tables
+        self._logits = logits
         self._block_size = block_size
         self._buffers = DecodeBuffers(max_batch, tables.shape[1], tables.device)
         self._loc = torch.arange(max_batch + 1, dtype=torch.int32, device=tables.device)
         self._host_loc = np.arange(max_batch + 1, dtype=np.int32)
         self._indices = torch.arange(max_batch, device=tables.device)
         self._metas: dict[int, AttentionMetadata] = {}
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._capture_graphs = capture
         if capture:
             self._pool = torch.cuda.graph_pool_handle()
@@ -117,17 +120,17 @@ class DecodeGraphs:
         self._backend.prepare(meta)
         captured = self._graphs.get(bucket)
         if captured is not None:
-            captured[0].replay()
-            return captured[1]
-        logits = self._run(bucket, meta)
-        if self._capture_graphs:
-            self._graphs[bucket] = self._capture(bucket, meta)
-        return logits
+            captured.replay()
+        else:
+            self._run(bucket, meta)
+            if self._capture_graphs:
+                self._graphs[bucket] = self._capture(bucket, meta)
+        return self._logits[:bucket]
 
-    def _run(self, bucket: int, meta: AttentionMetadata) -> Tensor:
+    def _run(self, bucket: int, meta: AttentionMetadata) -> None:
         buffers = self._buffers
         expand_decode(self._sent, self._last_tokens, self._tables, buffers, bucket, self._block_size)
-        return self._forward(buffers.ids[:bucket], buffers.positions[:bucket], meta, all_rows=True)
+        self._forward(buffers.ids[:bucket], buffers.positions[:bucket], meta, out=self._logits[:bucket])
 
     def _meta(self, bucket: int) -> AttentionMetadata:
         meta = self._metas.get(bucket)
@@ -148,14 +151,14 @@ class DecodeGraphs:
             self._backend.reserve(meta, bucket)
         return meta
 
-    def _capture(self, bucket: int, meta: AttentionMetadata) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, bucket: int, meta: AttentionMetadata) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         # Not `torch.cuda.graph`, which waits for the device and collects garbage first: the step is still running.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                logits = self._run(bucket, meta)
+                self._run(bucket, meta)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -166,9 +169,4 @@ class DecodeGraphs:
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        return graph, logits
-
-
-def warm_up_order(buckets: Sequence[int], max_batch: int) -> list[int]:
-    """Buckets up to `max_batch`, largest first: smaller graphs then fit into the pool memory of larger ones."""
-    return sorted((bucket for bucket in buckets if bucket <= max_batch), reverse=True)
+        return graph

@@ -28,7 +28,7 @@ NOT_FUSABLE = {
     "phi3": "no module q_proj",
     "granite": "embedding alone",
     "starcoder2": "has a bias",
-    "cohere": "halves of a head",
+    "cohere": "no module post_attention_layernorm",
 }
 
 
@@ -69,6 +69,16 @@ def test_a_multiplier_that_the_shape_does_not_show_is_found(tmp_path):
         fuse(model, TorchOps(), 256)
 
 
+def test_a_rotation_of_neighbours_is_refused(tmp_path):
+    """Interleaved pairs (element 2i with 2i + 1) have cosines that repeat in another order."""
+    model = load(tmp_path, "llama")
+    rotary = model.module.model.rotary_emb
+    forward = rotary.forward
+    rotary.forward = lambda *args: tuple(t[..., : t.shape[-1] // 2].repeat_interleave(2, -1) for t in forward(*args))
+    with pytest.raises(NotFusable, match="halves of a head"):
+        fuse(model, TorchOps(), 256)
+
+
 def test_a_layer_without_rotation_is_found(tmp_path):
     model = load(tmp_path, "smollm3", num_hidden_layers=3, no_rope_layer_interval=3)
     with pytest.raises(NotFusable, match="layer 2, fused"):
@@ -104,3 +114,6 @@ def test_packing_shares_memory_and_keeps_the_modules_working():
     assert torch.equal(torch.cat([q(x), k(x)], dim=-1), expected)
     assert q.weight.data_ptr() == packed.weight.data_ptr()
     assert k.weight.untyped_storage().data_ptr() == packed.weight.untyped_storage().data_ptr()
+    again = pack([q, k])
+    assert again.weight.data_ptr() == packed.weight.data_ptr()
+    assert torch.equal(again.weight, packed.weight)

@@ -19,7 +19,7 @@ TYPES = {
 }  # fmt: skip
 
 
-PRODUCTS = ((1, 6144, 4096, False), (1, 28672, 4096, True), (16, 4096, 14336, False), (64, 28672, 4096, True))
+PRODUCTS = ((1, 6144, 4096, False), (1, 28672, 4096, True), (16, 4096, 14336, False), (32, 28672, 4096, True))
 
 
 def gemm_resources():

@@ -74,11 +74,12 @@ def test_table_prefers_what_was_measured():
     assert table.find(9, 64, 128) == GemmConfig(32, 64, 2)
     assert table.find(30, 64, 128) is None
     assert table.find(65, 64, 128) is None
+    assert table.find(33, 4096, 4096) is None
     assert table.find(1, 4096, 100) is None, "a depth that is no multiple of the loop's step goes to the library"
     assert GemmTable(measured=measured, pdl=True).find(9, 64, 128).pdl
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 16, 33, 64])
+@pytest.mark.parametrize("num_rows", [1, 2, 16, 32])
 @pytest.mark.parametrize(("cols", "depth", "glu"), [(6144, 4096, False), (28672, 4096, True), (1024, 3072, False)])
 def test_guessed_launches_are_possible(gemm, num_rows, cols, depth, glu):
     config = GemmTable(max_rows=64, measured={}).find(num_rows, cols, depth, glu=glu)

@@ -1,0 +1,252 @@
+"""The engine on a GPU: throughput, decode steps, prefill, start-up, ablations, correctness. One JSON line per result.
+
+    python -m experiments.bench_engine --shape llama-3.1-8b --sections decode,prefill,offline --gemm gemm.json --out DIR
+
+Sections: `correct` (greedy tokens in float32 with every lever on and off), `logits` (bf16, against the modules),
+`offline` (a: 256 requests, output tokens/s), `decode` (b: (T(161) - T(33)) / 128 at batch 1, 32, 256), `ablate` (the
+same with levers off), `prefill` (c: 16 x 4,096), `profile` (device time by kernel), `startup` (e, in a process of its
+own). `floor_ms` is what bytes and operations take at the measured ceilings. A section that fails has `error` in its
+line, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.core import StepOutput
+from engine.errors import KvarenaError
+from engine.request import Request, SamplingParams
+from experiments.engine_checks import check_logits, check_tokens
+from experiments.engine_profile import profile_steps
+from experiments.engine_setup import ABLATIONS, Bed, Levers, attempt, drive, make_bed
+from experiments.engine_shapes import MAX_MODEL_LEN, SHAPES, fixed_batch, floor_of, offline_workload
+from experiments.gpu_timing import copy_bandwidth, matmul_flops, require_cuda
+
+Line = dict[str, Any]
+SECTIONS = ("correct", "logits", "decode", "ablate", "prefill", "offline", "profile", "startup")
+BATCHES = (1, 32, 256)
+CONTEXT = 1024
+FIRST, LAST = 33, 161
+
+
+class Ceilings:
+    """Measured rates of the card, in bytes and operations per second."""
+
+    def __init__(self) -> None:
+        self.copy = copy_bandwidth()
+        self.matmul = matmul_flops()
+
+    def seconds(self, moved: float, flops: float) -> float:
+        """The least time for so many bytes and operations."""
+        return max(moved / self.copy, flops / self.matmul)
+
+
+def rates(moved: float, flops: float, seconds: float, ceilings: Ceilings) -> Line:
+    """Achieved rates, and the floor."""
+    floor = ceilings.seconds(moved, flops)
+    return {
+        "tbps": round(moved / seconds / 1e12, 3),
+        "tflops": round(flops / seconds / 1e12, 1),
+        "floor_ms": round(floor * 1e3, 3),
+        "share_of_floor": round(floor / seconds, 3),
+    }
+
+
+def decode(bed: Bed, levers: Levers, batch: int, ceilings: Ceilings, *, prefilled: bool) -> Line:
+    """(T(161) - T(33)) / 128 of a fixed batch."""
+    runner = bed.runner(levers, max_num_seqs=max(batch, 1))
+    vocab_size = bed.model.spec.vocab_size
+
+    def run(max_tokens: int, *, prefilled: bool) -> list[float]:
+        engine = bed.engine(runner, overlap=levers.overlap, max_num_seqs=batch, prefilled=prefilled)
+        requests = fixed_batch(batch, CONTEXT, max_tokens, vocab_size=vocab_size)
+        _, outputs = drive(engine, requests)
+        # Only the steps in which all decode: the k-th of them gives everybody's token k + 1.
+        ends = [o.end_time for o in outputs if len(o.plan.scheduled) == batch and o.plan.num_new_tokens == batch]
+        return ends[-(max_tokens - 1) :]
+
+    run(4, prefilled=True)
+    ends = run(LAST, prefilled=prefilled)
+    # ends[k] is when token k + 2 was there.
+    step = (ends[LAST - 2] - ends[FIRST - 2]) / (LAST - FIRST)
+    gaps = [b - a for a, b in zip(ends[FIRST - 2 :], ends[FIRST - 1 :], strict=False)]
+    moved, flops = floor_of(SHAPES[bed.name]).decode(batch, CONTEXT + (FIRST + LAST) / 2)
+    line = {"ms": round(step * 1e3, 4), "median_ms": round(statistics.median(gaps) * 1e3, 4)}
+    return line | {"batch": batch, **rates(moved, flops, step, ceilings)}
+
+
+def offline(bed: Bed, levers: Levers, num_requests: int, budget: int) -> Line:
+    """Workload (a)."""
+    runner = bed.runner(levers, max_num_seqs=256)
+    start = time.perf_counter()
+    runner.warm_up(256)
+    torch.cuda.synchronize()
+    warm_up = time.perf_counter() - start
+
+    def run(requests: list[Request]) -> tuple[float, list[StepOutput]]:
+        engine = bed.engine(runner, overlap=levers.overlap, max_num_seqs=256, max_num_batched_tokens=budget)
+        return drive(engine, requests)
+
+    # Prompts of the workload's lengths compile what the timed run needs.
+    short = SamplingParams(temperature=0.6, max_tokens=3)
+    run([Request(f"w{req.request_id}", req.prompt_token_ids, short) for req in offline_workload(64)])
+    requests = offline_workload(num_requests)
+    seconds, outputs = run(requests)
+    tokens = sum(len(req.output_token_ids) for req in requests)
+    assert all(len(req.output_token_ids) == req.sampling.max_tokens for req in requests)
+    prefills = [o for o in outputs if o.plan.num_new_tokens > len(o.plan.scheduled)]
+    first = prefills[-1].end_time - outputs[0].start_time
+    host = statistics.median(o.launch_time - o.start_time for o in outputs)
+    return {
+        "output_tokens": tokens, "wall": round(seconds, 3), "output_tokens_per_s": round(tokens / seconds, 1),
+        "prefill_seconds": round(first, 3), "steps": len(outputs), "prefill_steps": len(prefills),
+        "schedule_ms": round(host * 1e3, 3), "warm_up_seconds": round(warm_up, 2), "budget": budget,
+    }  # fmt: skip
+
+
+def prefill(bed: Bed, levers: Levers, ceilings: Ceilings, num_prompts: int, length: int, budget: int) -> Line:
+    """Workload (c)."""
+    runner = bed.runner(levers, max_num_seqs=num_prompts)
+    best = float("inf")
+    for turn in range(3):
+        engine = bed.engine(runner, overlap=levers.overlap, max_num_seqs=num_prompts, max_num_batched_tokens=budget)
+        name = f"c{turn}-"
+        requests = fixed_batch(num_prompts, length, 1, vocab_size=bed.model.spec.vocab_size, name=name)
+        seconds, _ = drive(engine, requests)
+        best = min(best, seconds) if turn else best  # the first compiles
+    moved, flops = floor_of(SHAPES[bed.name]).prefill(num_prompts, length)
+    line = {"tokens_per_s": round(num_prompts * length / best, 0), "ms": round(best * 1e3, 2), "budget": budget}
+    return line | rates(moved, flops, best, ceilings)
+
+
+def startup(args: argparse.Namespace) -> Line:
+    """Seconds from a fresh process to its first token, with the kernel cache as the sections before left it."""
+    command = [sys.executable, "-m", "experiments.bench_engine", "--shape", args.shape, "--first-token"]
+    command += ["--gemm", str(args.gemm)] if args.gemm else []
+    start = time.perf_counter()
+    child = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    if child.returncode:
+        raise RuntimeError(child.stderr[-600:])
+    return {"to_exit": round(time.perf_counter() - start, 2), **json.loads(child.stdout.splitlines()[-1])}
+
+
+def first_token(args: argparse.Namespace) -> Line:
+    """Be that process."""
+    began = time.perf_counter()
+    bed = make_bed(args.shape, args.slots, args.gemm)
+    loaded = time.perf_counter()
+    runner = bed.runner(Levers(), max_num_seqs=256)
+    ready = time.perf_counter()
+    engine = bed.engine(runner, overlap=True, max_num_seqs=256)
+    drive(engine, fixed_batch(1, 64, 1, vocab_size=bed.model.spec.vocab_size))
+    done = time.perf_counter()
+    return {
+        "since_process_start": round(time.time() - _process_start(), 2), "load": round(loaded - began, 2),
+        "fuse": round(ready - loaded, 2), "token": round(done - ready, 2),
+    }  # fmt: skip
+
+
+def _process_start() -> float:
+    """Unix time at which this process started."""
+    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def sections(args: argparse.Namespace) -> Iterator[Line]:
+    """All lines, one after the other."""
+    wanted = args.sections.split(",")
+    if "correct" in wanted:
+        yield attempt("correct", check_tokens)
+    timed = [name for name in wanted if name not in ("correct", "startup")]
+    if timed:
+        ceilings = Ceilings()
+        yield {"section": "ceilings", "copy_tbps": ceilings.copy / 1e12, "matmul_tflops": ceilings.matmul / 1e12}
+        start = time.perf_counter()
+        bed = make_bed(args.shape, args.slots, args.gemm)
+        yield {"section": "load", "shape": args.shape, "seconds": round(time.perf_counter() - start, 2)}
+        yield from _timed(args, bed, ceilings, timed)
+        del bed
+        gc.collect()
+        torch.cuda.empty_cache()
+    if "startup" in wanted:
+        yield attempt("startup", lambda: startup(args), shape=args.shape)
+
+
+def _timed(args: argparse.Namespace, bed: Bed, ceilings: Ceilings, wanted: list[str]) -> Iterator[Line]:
+    levers = Levers(skinny=args.skinny, pdl=args.pdl)
+    label = {"shape": bed.name}
+    if "logits" in wanted:
+        yield attempt("logits", lambda: check_logits(bed, levers), **label)
+    if "decode" in wanted:
+        for batch in BATCHES:
+            yield attempt("decode", partial(decode, bed, levers, batch, ceilings, prefilled=False), **label)
+    if "ablate" in wanted:
+        for name, setting in ABLATIONS.items():
+            for batch in BATCHES:
+                yield attempt(
+                    "ablate",
+                    partial(decode, bed, setting, batch, ceilings, prefilled=True),
+                    **label,
+                    levers=name,
+                )
+    if "prefill" in wanted:
+        for budget in (8192, 16384):
+            yield attempt("prefill", partial(prefill, bed, levers, ceilings, 16, 4096, budget), **label)
+    if "offline" in wanted:
+        yield attempt("offline", lambda: offline(bed, levers, args.requests, args.budget), **label)
+    if "profile" in wanted:
+        for batch in BATCHES:
+            yield attempt("profile", partial(profile_steps, bed, levers, batch, CONTEXT), **label, batch=batch)
+        yield attempt("profile", lambda: profile_steps(bed, levers, 4, 4096, prefill=True), **label, batch="prefill")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--slots", type=int, default=320 * MAX_MODEL_LEN // 8, help="of the KV pool")
+    parser.add_argument("--requests", type=int, default=256, help="of the offline workload")
+    parser.add_argument("--budget", type=int, default=8192, help="tokens per step of the offline workload")
+    parser.add_argument("--gemm", type=Path, help="a table of bench_gemm")
+    parser.add_argument("--skinny", type=int, default=Levers().skinny, help="most rows for the skinny GEMM; 0: none")
+    parser.add_argument("--pdl", action="store_true")
+    parser.add_argument("--out", type=Path, help="a file that gets every line, too")
+    parser.add_argument("--first-token", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    unknown = set(args.sections.split(",")) - set(SECTIONS)
+    if unknown:
+        parser.error(f"--sections: no section {sorted(unknown)[0]!r}; there are {', '.join(SECTIONS)}")
+    try:
+        require_cuda()
+        if args.first_token:
+            print(json.dumps(first_token(args)))
+            return
+        failed = 0
+        for line in sections(args):
+            failed += "error" in line
+            print(json.dumps(line), flush=True)
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    except KvarenaError as error:
+        raise SystemExit(str(error)) from error
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

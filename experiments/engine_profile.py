@@ -1,0 +1,53 @@
+"""Where a step's device time goes, by kernel, with torch's profiler."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from experiments.engine_setup import Bed, Levers, drive
+from experiments.engine_shapes import fixed_batch
+
+
+def profile_steps(bed: Bed, levers: Levers, batch: int, length: int, *, prefill: bool = False) -> dict[str, Any]:
+    """Device time per step by kernel, of decode steps (replayed graphs) or of one prefill.
+
+    Returns:
+        `busy_ms`: kernels' time per step; `span_ms`: from the first kernel's start to the last one's end; `kernels`:
+        the largest, as [name, calls per step, microseconds per step].
+    """
+    runner = bed.runner(levers, max_num_seqs=batch)
+    vocab_size = bed.model.spec.vocab_size
+    num_tokens = 1 if prefill else 9
+
+    def run(name: str) -> None:
+        engine = bed.engine(
+            runner, overlap=levers.overlap, max_num_seqs=batch, prefilled=not prefill, max_num_batched_tokens=16384
+        )
+        drive(engine, fixed_batch(batch, length, num_tokens, vocab_size=vocab_size, name=name))
+
+    run("p")
+    run("q")
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        run("r")
+        torch.cuda.synchronize()
+    totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    begin, end = float("inf"), 0.0
+    for event in trace.events():
+        if event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        total = totals[event.name[:60]]
+        total[0] += 1
+        total[1] += event.time_range.elapsed_us()
+        begin, end = min(begin, event.time_range.start), max(end, event.time_range.end)
+    steps = max(1, num_tokens - 1)
+    largest = sorted(totals.items(), key=lambda item: -item[1][1])[:14]
+    return {
+        "busy_ms": round(sum(us for _, us in totals.values()) / steps / 1e3, 4),
+        "span_ms": round((end - begin) / steps / 1e3, 4),
+        "kernels": [[name, round(calls / steps, 1), round(us / steps, 1)] for name, (calls, us) in largest],
+    }

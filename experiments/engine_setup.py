@@ -1,0 +1,194 @@
+"""Engines for the engine benchmark: one model and pool, and a runner and scheduler for every setting of the levers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from allocators.paged import PagedAllocator
+from engine.attention.triton_backend import TritonBackend
+from engine.clock import WallClock
+from engine.core import Engine, StepOutput
+from engine.fusions.decoder import FusedDecoder
+from engine.fusions.detect import fuse
+from engine.fusions.ops import Ops, TorchOps
+from engine.fusions.triton_ops import TritonOps
+from engine.kernels.gemm_table import GemmTable
+from engine.kv_pool import KVPool
+from engine.models import LoadedModel, load_model
+from engine.request import Request
+from engine.runner.fused_runner import FusedRunner
+from experiments.engine_shapes import MAX_MODEL_LEN, SHAPES
+from schedulers.base import Scheduler
+from schedulers.chunked import ChunkedScheduler
+from schedulers.continuous import ContinuousScheduler
+
+BLOCK_SIZE = 16
+
+
+class Levers(NamedTuple):
+    """What can be switched.
+
+    Attributes:
+        fusions: fused layers; False runs the transformers modules.
+        graphs: CUDA graphs of decode steps.
+        overlap: plan a step while the one before runs.
+        skinny: most rows for which the skinny GEMM is asked; 0 sends every product to the library.
+        pdl: start a skinny GEMM before the kernel before it has ended.
+    """
+
+    fusions: bool = True
+    graphs: bool = True
+    overlap: bool = True
+    skinny: int = 128
+    pdl: bool = False
+
+
+ABLATIONS: dict[str, Levers] = {
+    "all": Levers(),
+    "pdl": Levers(pdl=True),
+    "no skinny": Levers(skinny=0),
+    "no overlap": Levers(overlap=False),
+    "no graphs": Levers(graphs=False),
+    "no fusions": Levers(fusions=False),
+}
+
+
+class PrefilledAllocator(PagedAllocator):
+    """Claims that the KV of every prompt is in the pool, so that a decode step can be timed without the prefill."""
+
+    def match_prefix(self, req: Request) -> int:
+        """All but the last token of the prompt, in whole blocks."""
+        return (req.num_tokens - 1) // self.block_size * self.block_size
+
+
+@dataclass
+class Bed:
+    """One model and pool for all settings.
+
+    Attributes:
+        name: of the shape.
+        model: dummy weights.
+        pool: keys and values, random to begin with (zeros would be faster than real ones).
+        gemm: text of a `GemmTable`, or None for the built-in one.
+    """
+
+    name: str
+    model: LoadedModel
+    pool: KVPool
+    gemm: str | None
+    _fused: FusedDecoder | None = field(default=None, repr=False)
+
+    def decoder(self, levers: Levers) -> FusedDecoder | None:
+        """The fused decoder for a setting: one set of layers, with the operations that the setting asks for."""
+        if not levers.fusions:
+            return None
+        ops: Ops = TorchOps()
+        device = self.pool.device
+        if device.type == "cuda":
+            table = None
+            if levers.skinny and self.pool.dtype.itemsize == 2:
+                processors = torch.cuda.get_device_properties(device).multi_processor_count
+                if self.gemm is None:
+                    table = GemmTable(levers.skinny, processors, pdl=levers.pdl)
+                else:
+                    table = GemmTable.from_json(self.gemm, levers.skinny, processors, pdl=levers.pdl)
+            ops = TritonOps(device, table)
+        if self._fused is None:
+            self._fused = fuse(self.model, ops, MAX_MODEL_LEN)
+        return replace(self._fused, ops=ops)
+
+    def runner(self, levers: Levers, max_num_seqs: int) -> FusedRunner:
+        """A runner for a setting."""
+        heads = self.model.module.config.num_attention_heads  # type: ignore[union-attr]
+        on_gpu = self.pool.device.type == "cuda"
+        return FusedRunner(
+            self.model,
+            self.pool,
+            TritonBackend(self.pool, heads),  # type: ignore[arg-type]
+            self.decoder(levers),
+            max_num_seqs=max_num_seqs,
+            max_model_len=MAX_MODEL_LEN,
+            graphs=levers.graphs and on_gpu,
+        )
+
+    def engine(
+        self,
+        runner: FusedRunner,
+        *,
+        overlap: bool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int = 8192,
+        prefilled: bool = False,
+        chunked: bool = False,
+    ) -> Engine:
+        """A fresh engine around `runner`."""
+        make = PrefilledAllocator if prefilled else PagedAllocator
+        allocator = make(num_blocks=self.pool.num_blocks, block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN)
+        kind: type[Scheduler] = ChunkedScheduler if chunked else ContinuousScheduler
+        scheduler = kind(
+            allocator,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        return Engine(scheduler, allocator, runner, WallClock(), overlap=overlap)
+
+
+def make_bed(name: str, num_slots: int, gemm: Path | None, *, dtype: str = "bfloat16", device: str = "cuda") -> Bed:
+    """Load a shape with dummy weights, and fill a pool with random keys and values."""
+    model = load_model(shape=SHAPES[name], dtype=dtype, device=device, load_format="dummy", name=name)
+    spec = model.spec
+    pool = KVPool(
+        num_blocks=num_slots // BLOCK_SIZE,
+        block_size=BLOCK_SIZE,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=spec.dtype,
+        device=device,
+    )
+    for layer in range(spec.num_layers):
+        pool.data[:, layer].normal_()
+    return Bed(name, model, pool, None if gemm is None else gemm.read_text())
+
+
+def drive(engine: Engine, requests: list[Request]) -> tuple[float, list[StepOutput]]:
+    """Run `requests` to their end; wall seconds from the first `add`, and the steps."""
+    synchronize(engine)
+    start = time.perf_counter()
+    for req in requests:
+        engine.add(req)
+    outputs: list[StepOutput] = []
+    while engine.has_work:
+        if (output := engine.step()) is not None:
+            outputs.append(output)
+    return time.perf_counter() - start, outputs
+
+
+def synchronize(engine: Engine) -> None:
+    """Wait for the device."""
+    if engine.runner.pool.device.type == "cuda":  # type: ignore[attr-defined]
+        torch.cuda.synchronize()
+
+
+def attempt(section: str, run: Callable[[], dict[str, Any]], **labels: Any) -> dict[str, Any]:
+    """A section's line. One that fails must not cost the others: its line holds the error instead of figures."""
+    start = time.perf_counter()
+    line = {"section": section, **labels}
+    try:
+        line |= run()
+    except Exception as error:  # recorded in the line, which is what the caller reads
+        cause = error.__cause__ or error
+        frames, at = [], cause.__traceback__
+        while at is not None:
+            frames.append(f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}")
+            at = at.tb_next
+        line["error"] = f"{type(error).__name__}: {error} <- {type(cause).__name__} at {' '.join(frames[-6:])}"[:900]
+    line["seconds"] = round(time.perf_counter() - start, 2)
+    return line

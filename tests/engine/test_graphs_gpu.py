@@ -1,0 +1,25 @@
+"""On a GPU: CUDA graphs, overlap, fusions and mixed batches leave greedy tokens as they are."""
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device"),
+]
+
+
+def test_same_tokens_whatever_the_levers():
+    from experiments.engine_checks import check_tokens
+
+    line = check_tokens()
+    assert all(line["same"].values()), line["same"]
+    assert line["distinct"] > 10
+
+
+def test_bfloat16_logits_follow_the_modules():
+    from experiments.engine_checks import check_logits
+    from experiments.engine_setup import Levers, make_bed
+
+    line = check_logits(make_bed("tiny", 4096, None), Levers())
+    assert "error" not in line, line
