@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.attention.addressing import block_ids
 from engine.attention.scratch import Scratch
-from engine.plan import NULL_BLOCK
 
 TILE_TOKENS = 64
 HEADS_PER_PRODUCT = 4
@@ -73,6 +73,8 @@ def plan_tiles(
     window: int | None,
     token_bytes: int,
     device: torch.device,
+    *,
+    contiguous: bool = False,
 ) -> DecodeTiles:
     """Cut the contexts of n decode rows into tiles.
 
@@ -83,6 +85,7 @@ def plan_tiles(
         window: keys at positions below seq_len - window are not seen.
         token_bytes: fp32 bytes of one token's keys (or values) in one layer.
         device: where the plan's tensors go.
+        contiguous: see `block_ids`.
     """
     blocks_per_tile = max(1, TILE_TOKENS // block_size)
     tile_tokens = blocks_per_tile * block_size
@@ -97,8 +100,7 @@ def plan_tiles(
 
     tile_block = first_block[tile_to_row] + index_in_row * blocks_per_tile
     block_index = tile_block[:, None] + np.arange(blocks_per_tile)
-    blocks = block_table[tile_to_row[:, None], np.minimum(block_index, block_table.shape[1] - 1)].astype(np.int64)
-    blocks[block_index >= end_block[tile_to_row][:, None]] = NULL_BLOCK
+    blocks = block_ids(block_table, tile_to_row, block_index, end_block[tile_to_row], contiguous=contiguous)
 
     edges = last_tile if window is None else np.unique(np.concatenate([last_tile, last_tile - num_tiles + 1]))
     positions = tile_block[edges][:, None] * block_size + np.arange(tile_tokens)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from engine.attention.addressing import block_ids
 from engine.attention.scratch import Scratch
-from engine.plan import NULL_BLOCK
 
 # Query x key pairs of one group's mask.
 MASK_PAIRS = 2**20
@@ -63,6 +63,8 @@ def plan_groups(
     explicit: bool,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    contiguous: bool = False,
 ) -> list[PrefillGroup]:
     """Put the prefill rows of a batch into groups.
 
@@ -75,6 +77,7 @@ def plan_groups(
         explicit: the group's scores will be computed explicitly and need a mask, in fp32.
         dtype: the pool's dtype, that of the other masks.
         device: where the plan's tensors go.
+        contiguous: see `block_ids`.
     """
     pieces: list[_Piece] = []
     for row in rows.tolist():
@@ -85,7 +88,10 @@ def plan_groups(
         pieces += [_Piece(row, token + at - start, at, min(at + step, stop)) for at in range(start, stop, step)]
     pieces.sort(key=lambda piece: (piece.stop - piece.start, piece.stop))
     mask_dtype = torch.float32 if explicit else dtype
-    return [_group(members, block_table, block_size, window, explicit, mask_dtype, device) for members in _pack(pieces)]
+    return [
+        _group(members, block_table, block_size, window, explicit, mask_dtype, device, contiguous)
+        for members in _pack(pieces)
+    ]
 
 
 def _pack(pieces: list[_Piece]) -> list[list[_Piece]]:
@@ -114,6 +120,7 @@ def _group(
     explicit: bool,
     mask_dtype: torch.dtype,
     device: torch.device,
+    contiguous: bool,
 ) -> PrefillGroup:
     row, token, start, stop = (np.array(column, dtype=np.int64) for column in zip(*pieces, strict=True))
     num_queries = stop - start
@@ -123,8 +130,7 @@ def _group(
     first_block = np.zeros_like(start) if window is None else np.maximum(start - window + 1, 0) // block_size
     end_block = -(-stop // block_size)
     block_index = first_block[:, None] + np.arange(int((end_block - first_block).max()))
-    blocks = block_table[row[:, None], np.minimum(block_index, block_table.shape[1] - 1)].astype(np.int64)
-    blocks[block_index >= end_block[:, None]] = NULL_BLOCK
+    blocks = block_ids(block_table, row, block_index, end_block, contiguous=contiguous)
     mask = None
     if explicit or window is not None or start.any():
         keys = (first_block * block_size)[:, None] + np.arange(block_index.shape[1] * block_size)

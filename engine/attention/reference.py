@@ -31,7 +31,7 @@ class _Prepared:
         tile_rows: rows of one new token, unless their contexts are short.
         group_rows: the others.
         tile_tokens: flat indices of the tile rows' tokens; None when there are no others.
-        block_table: host copy of the block table.
+        block_table: host copy of the block table; of its first column alone when the backend is contiguous.
         tiles: their plan, by window.
         groups: the others' plan, by window and whether scores are computed explicitly.
     """
@@ -45,10 +45,17 @@ class _Prepared:
 
 
 class ReferenceBackend:
-    """Attention over `pool` in plain torch. Scores and sums are in fp32, whatever the pool's dtype."""
+    """Attention over `pool` in plain torch. Scores and sums are in fp32, whatever the pool's dtype.
 
-    def __init__(self, pool: KVPool) -> None:
+    Args:
+        pool: where keys and values live.
+        contiguous: the allocator hands out consecutive blocks only: a context is addressed by the start of its region,
+            and of the block table the first entry alone is read.
+    """
+
+    def __init__(self, pool: KVPool, *, contiguous: bool = False) -> None:
         self.pool = pool
+        self.contiguous = contiguous
         self._scratch = Scratch()
 
     def prepare(self, meta: AttentionMetadata) -> None:
@@ -65,7 +72,7 @@ class ReferenceBackend:
             tile_rows=tile_rows,
             group_rows=np.flatnonzero(~is_tiled),
             tile_tokens=tokens,
-            block_table=meta.block_table.numpy(force=True),
+            block_table=(meta.block_table[:, :1] if self.contiguous else meta.block_table).numpy(force=True),
         )
 
     def write_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:
@@ -115,6 +122,7 @@ class ReferenceBackend:
                 window,
                 self.pool.num_kv_heads * self.pool.head_dim * torch.float32.itemsize,
                 meta.seq_lens.device,
+                contiguous=self.contiguous,
             )
         return prepared.tiles[window]
 
@@ -131,5 +139,6 @@ class ReferenceBackend:
                 explicit,
                 self.pool.dtype,
                 meta.seq_lens.device,
+                contiguous=self.contiguous,
             )
         return prepared.groups[window, explicit]

@@ -93,6 +93,25 @@ def make_case(
     )
 
 
+def make_contiguous(case: Case, block_size: int) -> None:
+    """Move every request's blocks so that they follow each other; spoil all table entries but the first."""
+    table, used = case.meta.block_table, 1
+    counts = -(-case.meta.host_seq_lens // block_size)
+    old = case.pool.data.clone().view(2, 2, -1, block_size, *case.pool.data.shape[3:])
+    new = case.pool.data.view(old.shape)
+    slots = []
+    for row, count in enumerate(counts.tolist()):
+        ids = torch.arange(used, used + count, device=table.device)
+        new[:, :, ids] = old[:, :, table[row, :count].long()]
+        table[row, :count] = ids
+        table[row, 1:] = -7  # only the first entry may be read
+        seq_len = int(case.meta.host_seq_lens[row])
+        begin = seq_len - int(np.diff(case.meta.host_query_start_loc)[row])
+        slots.append(used * block_size + torch.arange(begin, seq_len))
+        used += count
+    case.meta.slot_mapping = torch.cat(slots).to(table.device)
+
+
 def run_backend(backend: AttentionBackend, case: Case, *, layer: int = 1, **options: object) -> Tensor:
     backend.prepare(case.meta)
     backend.write_kv(case.k, case.v, layer, case.meta)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import dense_attention, make_case, run_backend
+from attention_cases import dense_attention, make_case, make_contiguous, run_backend
 
 from engine.attention import decode_tiles, prefill_groups, reference
 from engine.attention.reference import ReferenceBackend
@@ -24,9 +24,9 @@ OPTIONS = {
 }
 
 
-def error(case, **options):
+def error(case, *, contiguous=False, **options):
     options = {"scale": 0.3} | options
-    got = run_backend(ReferenceBackend(case.pool), case, **options)
+    got = run_backend(ReferenceBackend(case.pool, contiguous=contiguous), case, **options)
     assert got.dtype == case.q.dtype
     assert got.shape == case.q.shape
     return (got.double() - dense_attention(case, **options)).abs().max().item()
@@ -66,6 +66,15 @@ def test_many_passes_and_pieces(monkeypatch):
     monkeypatch.setattr(prefill_groups, "MASK_PAIRS", 500)
     for options in OPTIONS.values():
         assert error(make_case(MIXED + CHUNKS + DECODE), **options) < 2e-5
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 50])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+def test_contiguous_regions_are_read_without_their_table(batch, options, block_size):
+    case = make_case(batch, block_size=block_size)
+    make_contiguous(case, block_size)
+    assert error(case, contiguous=True, **options) < 2e-5
 
 
 def test_large_scores_do_not_overflow():

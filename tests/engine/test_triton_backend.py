@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from attention_cases import dense_attention, make_case, run_backend
+from attention_cases import dense_attention, make_case, make_contiguous, run_backend
 
 from engine.attention.reference import ReferenceBackend
 from engine.attention.triton_backend import TritonBackend
@@ -52,25 +52,6 @@ def test_head_layouts(heads):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
 def test_half_precision(dtype, bound):
     assert error(make_case(MIXED, dtype=dtype, device=DEVICE)) < bound
-
-
-def make_contiguous(case, block_size):
-    """Move every request's blocks so that they follow each other."""
-    table, used = case.meta.block_table, 1
-    counts = -(-case.meta.host_seq_lens // block_size)
-    old = case.pool.data.clone().view(2, 2, -1, block_size, *case.pool.data.shape[3:])
-    new = case.pool.data.view(old.shape)
-    slots = []
-    for row, count in enumerate(counts.tolist()):
-        ids = torch.arange(used, used + count, device=table.device)
-        new[:, :, ids] = old[:, :, table[row, :count].long()]
-        table[row, :count] = ids
-        table[row, 1:] = -7  # only the first entry may be read
-        seq_len = int(case.meta.host_seq_lens[row])
-        begin = seq_len - int(np.diff(case.meta.host_query_start_loc)[row])
-        slots.append(used * block_size + torch.arange(begin, seq_len))
-        used += count
-    case.meta.slot_mapping = torch.cat(slots).to(table.device)
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 50}])
