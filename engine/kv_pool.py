@@ -7,7 +7,7 @@
     slot   0 .. bs-1         bs .. 2*bs-1       2*bs ..
 
 Two views of it: by slots (stores) and by blocks (loads through a block table). Block 0 belongs to nobody: padding
-reads and writes go there. `host` holds swapped blocks in the same layout, in host memory.
+reads and writes go there. `host` holds swapped blocks, in host memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError, EngineError
+from engine.host_blocks import HostBlocks
 from engine.plan import BlockCopy, CopyKind
 
 GIB = 2**30
@@ -69,14 +70,9 @@ class KVPool:
         shape = (2, num_layers, (num_blocks + 1) * block_size, num_kv_heads, head_dim)
         self.data = _allocate(shape, dtype, self.device, "kv_cache.num_blocks, num_slots or memory_gib")
         self._blocks = self.data.view(2, num_layers, num_blocks + 1, block_size, num_kv_heads, head_dim)
-        self.host: Tensor | None = None
-        if num_swap_blocks > 0:
-            host_shape = (2, num_layers, num_swap_blocks + 1, block_size, num_kv_heads, head_dim)
-            pin = self.device.type == "cuda"
-            self.host = _allocate(host_shape, dtype, torch.device("cpu"), "allocator.swap_gib", pin_memory=pin)
         # One row per block: what a copy moves, for both K and V of every layer at once.
         self._rows = self._blocks.view(2 * num_layers, num_blocks + 1, -1)
-        self._host_rows = None if self.host is None else self.host.view(2 * num_layers, num_swap_blocks + 1, -1)
+        self.host = HostBlocks(self._rows, num_swap_blocks) if num_swap_blocks > 0 else None
         self._slot_views = [(self.data[0, layer], self.data[1, layer]) for layer in range(num_layers)]
         self._block_views = [(self._blocks[0, layer], self._blocks[1, layer]) for layer in range(num_layers)]
 
@@ -105,21 +101,17 @@ class KVPool:
             EngineError: a block id outside the pool or the host pool.
         """
         for kind, sources, destinations in independent_runs(copies):
-            source, destination = self._spaces(kind)
-            _check_ids(sources, source.shape[1], kind)
-            _check_ids(destinations, destination.shape[1], kind)
-            rows = source.index_select(1, torch.tensor(sources, device=source.device))
-            destination.index_copy_(
-                1, torch.tensor(destinations, device=destination.device), rows.to(destination.device)
-            )
-
-    def _spaces(self, kind: CopyKind) -> tuple[Tensor, Tensor]:
-        """Rows that a copy reads, and rows that it writes."""
-        if kind is CopyKind.DEVICE:
-            return self._rows, self._rows
-        if self._host_rows is None:
-            raise EngineError("the allocator swaps blocks, but the pool has no host memory; set allocator.swap_gib")
-        return (self._rows, self._host_rows) if kind is CopyKind.SWAP_OUT else (self._host_rows, self._rows)
+            pool_ids = {CopyKind.SWAP_OUT: sources, CopyKind.SWAP_IN: destinations}.get(kind, sources + destinations)
+            _check_ids(pool_ids, self.num_blocks + 1, kind)
+            if kind is CopyKind.DEVICE:
+                rows = self._rows.index_select(1, torch.tensor(sources, device=self.device))
+                self._rows.index_copy_(1, torch.tensor(destinations, device=self.device), rows)
+                continue
+            if self.host is None:
+                raise EngineError("the allocator swaps blocks, but the pool has no host memory; set allocator.swap_gib")
+            _check_ids(destinations if kind is CopyKind.SWAP_OUT else sources, self.num_swap_blocks + 1, kind)
+            move = self.host.swap_out if kind is CopyKind.SWAP_OUT else self.host.swap_in
+            move(sources, destinations)
 
 
 def independent_runs(copies: Sequence[BlockCopy]) -> Iterator[tuple[CopyKind, list[int], list[int]]]:
@@ -209,12 +201,10 @@ def blocks_for_budget(
     return fitting
 
 
-def _allocate(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, setting: str, *, pin_memory: bool = False
-) -> Tensor:
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, setting: str) -> Tensor:
     """Zeroed memory; a failure names the setting to lower."""
     try:
-        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin_memory)
+        return torch.zeros(shape, dtype=dtype, device=device)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         gib = math.prod(shape) * dtype.itemsize / GIB
         raise EngineError(f"no memory on {device} for {gib:.2f} GiB of KV; lower {setting}") from error

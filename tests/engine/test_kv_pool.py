@@ -45,12 +45,13 @@ def test_batched_copies_equal_one_by_one(seed):
         copies.append(BlockCopy(kind, src, dst))
     batched, single = make_pool(num_swap_blocks=4), make_pool(num_swap_blocks=4)
     batched.apply_copies(copies)
+    device = single.data.view(4, 7, 6).transpose(0, 1)  # by block, as in the host pool
     for copy in copies:
-        source = single.host if copy.kind is IN else single.data.view(2, 2, 7, 2, 1, 3)
-        destination = single.host if copy.kind is OUT else single.data.view(2, 2, 7, 2, 1, 3)
-        destination[:, :, copy.dst] = source[:, :, copy.src].clone()
+        source = single.host.data if copy.kind is IN else device
+        destination = single.host.data if copy.kind is OUT else device
+        destination[copy.dst] = source[copy.src].clone()
     assert torch.equal(batched.data, single.data)
-    assert torch.equal(batched.host, single.host)
+    assert torch.equal(batched.host.data, single.host.data)
 
 
 def test_runs_split_only_where_copies_conflict():

@@ -49,7 +49,7 @@ def test_swapped_blocks_come_back():
         num_blocks=8, block_size=4, num_layers=2, num_kv_heads=2, head_dim=8, device="cuda", num_swap_blocks=3
     )
     assert pool.host is not None
-    assert pool.host.is_pinned()
+    assert pool.host.data.is_pinned()
     pool.data.normal_()
     before = pool.data.clone()
     pool.apply_copies([BlockCopy(CopyKind.SWAP_OUT, 2, 1), BlockCopy(CopyKind.SWAP_OUT, 5, 0)])
