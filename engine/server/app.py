@@ -38,8 +38,11 @@ _ERRORS = {
 
 
 def version() -> str:
-    """The package's version."""
-    return importlib.metadata.version("kvarena")
+    """The package's version; a checkout that was never installed has none."""
+    try:
+        return importlib.metadata.version("kvarena")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+checkout"
 
 
 def _responses(*codes: int) -> dict[int | str, dict[str, Any]]:
