@@ -16,7 +16,7 @@ from engine.attention.base import AttentionMetadata
 from engine.errors import ConfigError
 from engine.kernels.config import decode_config, prefill_config
 from engine.kernels.decode import DecodeScratch, decode_attention
-from engine.kernels.plan import Capacity, Shape, plan_step
+from engine.kernels.plan import DECODE_FIELDS, Capacity, Shape, plan_step
 from engine.kernels.prefill import prefill_attention
 from engine.kernels.store import store_kv
 from engine.kv_pool import KVPool
@@ -29,8 +29,8 @@ class _Plan:
 
     Attributes:
         capacity: of the item lists.
-        decode: int32 [1 + 2 * capacity.decode].
-        prefill: int32 [2 * capacity.prefill].
+        decode: int32 [DECODE_FIELDS * capacity.decode].
+        prefill: int32 [PREFILL_FIELDS * capacity.prefill].
         buffer: both in one.
         scratch: for the decode kernel. A captured graph uses it for as long as the plan lives.
         is_reserved: True when a graph relies on the buffer's address and the capacity.
@@ -180,7 +180,7 @@ class TritonBackend:
 
 
 def _views(buffer: Tensor, capacity: Capacity, scratch: DecodeScratch, *, is_reserved: bool) -> _Plan:
-    end = 1 + 2 * capacity.decode
+    end = DECODE_FIELDS * capacity.decode
     return _Plan(capacity, buffer[:end], buffer[end:], buffer, scratch, is_reserved)
 
 

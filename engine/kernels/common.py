@@ -27,13 +27,22 @@ def dot(a, b, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def scale_scores(scores, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Raw products to scores in units of log 2, soft-capped if asked."""
+def cap_scores(scores, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Raw products, soft-capped if asked: what is left to do is in `exponent_scale`."""
     if SOFTCAP:
         # tanh(x) = 2 sigmoid(2x) - 1: libdevice's tanh does not run in the interpreter.
-        scores = softcap * (2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * scale / softcap * scores)) - 1.0)
-        return scores * 1.4426950408889634
-    return scores * (scale * 1.4426950408889634)
+        return softcap * (2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * scale / softcap * scores)) - 1.0)
+    else:  # noqa: RET505 - as in `region_start`
+        return scores
+
+
+@triton.jit
+def exponent_scale(scale, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Factor from what `cap_scores` gives to powers of two: folded into the exponent, it costs nothing."""
+    if SOFTCAP:
+        return 1.4426950408889634
+    else:  # noqa: RET505 - as in `region_start`
+        return scale * 1.4426950408889634
 
 
 @triton.jit
@@ -68,14 +77,31 @@ def region_start(table_row, BLOCK_SIZE: tl.constexpr, CONTIGUOUS: tl.constexpr):
 
 
 @triton.jit
-def tile_slots(  # type: ignore[no-untyped-def]
-    table_row, first_slot, positions, inside, BLOCK_SIZE: tl.constexpr, CONTIGUOUS: tl.constexpr, MASKED: tl.constexpr
+def tile_blocks(  # type: ignore[no-untyped-def]
+    table_row, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, CONTIGUOUS: tl.constexpr
 ):
-    """Slots (int64) of `positions`: through the table, or for a contiguous request from its `first_slot`."""
+    """Block ids of the tile at `start`, a multiple of TILE: one if no tile crosses a block's end, else one a token.
+
+    To be read a tile ahead: a load of keys whose address comes from another load of the same tile would wait for it,
+    and Triton would split its pipeline stages between the two. Beyond `end` it is block 0.
+    """
     if CONTIGUOUS:
-        return first_slot + positions
-    if MASKED:
-        blocks = tl.load(table_row + positions // BLOCK_SIZE, mask=inside, other=0)
+        return 0
+    elif BLOCK_SIZE % TILE == 0:  # noqa: RET505
+        return tl.load(table_row + start // BLOCK_SIZE, mask=start < end, other=0)
     else:
-        blocks = tl.load(table_row + positions // BLOCK_SIZE)
-    return blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+        positions = start + tl.arange(0, TILE)
+        return tl.load(table_row + positions // BLOCK_SIZE, mask=positions < end, other=0)
+
+
+@triton.jit
+def tile_slots(  # type: ignore[no-untyped-def]
+    blocks, first_slot, start, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, CONTIGUOUS: tl.constexpr
+):
+    """Slots (int64) of the tile at `start`: in its `blocks`, or of a contiguous request from its `first_slot`."""
+    if CONTIGUOUS:
+        return first_slot + start + tl.arange(0, TILE)
+    elif BLOCK_SIZE % TILE == 0:  # noqa: RET505
+        return blocks.to(tl.int64) * BLOCK_SIZE + start % BLOCK_SIZE + tl.arange(0, TILE)
+    else:
+        return blocks.to(tl.int64) * BLOCK_SIZE + (start + tl.arange(0, TILE)) % BLOCK_SIZE

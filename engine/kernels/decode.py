@@ -6,7 +6,7 @@ finishes last merges the partial results in the same launch: no second kernel, a
 nothing. The counters return to zero by themselves, so a launch may be replayed from a CUDA graph.
 
     grid = (KV heads, items)       items: row     0 0 0 1 2 2 -1 -1      -1: padding, exits at once
-                                          chunk   0 1 2 0 0 1
+                                          chunk   0 1 2 0 0 1            and the tokens that it covers
 
 Split-KV decoding: Flash-Decoding (Dao et al., 2023); the merge by the last arrival is stream-K's fix-up.
 """
@@ -19,7 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels import INTERPRET
-from engine.kernels.common import VARYING, dot, load_tile, next_power_of_2, region_start, scale_scores, tile_slots
+from engine.kernels.common import (
+    VARYING,
+    cap_scores,
+    dot,
+    exponent_scale,
+    load_tile,
+    next_power_of_2,
+    region_start,
+    tile_blocks,
+    tile_slots,
+)
 from engine.kernels.config import DecodeConfig, decode_config
 
 
@@ -29,7 +39,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     k_ptr,
     v_ptr,
     out_ptr,
-    items_ptr,  # int32: chunk length, then the items' rows, then their chunks
+    items_ptr,  # int32: the items' rows, begins, ends, chunk numbers, and chunks of their row
     query_loc_ptr,
     seq_lens_ptr,
     table_ptr,
@@ -66,21 +76,21 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(0)
     num_kv_heads = tl.num_programs(0)
     item = tl.program_id(1)
-    row = tl.load(items_ptr + 1 + item)
+    row = tl.load(items_ptr + item)
     if row < 0:
         return
-    chunk = tl.load(items_ptr + 1 + capacity + item)
-    chunk_tokens = tl.load(items_ptr)
-    seq_len = tl.load(seq_lens_ptr + row)
+    begin = tl.load(items_ptr + capacity + item)
+    end = tl.load(items_ptr + 2 * capacity + item)
+    chunk = tl.load(items_ptr + 3 * capacity + item)
+    num_chunks = tl.load(items_ptr + 4 * capacity + item)
     first_seen = 0
     if WINDOW > 0:
-        first_seen = tl.maximum(seq_len - WINDOW, 0)
-    begin = chunk * chunk_tokens
-    end = tl.minimum(begin + chunk_tokens, seq_len)
-    if end <= first_seen:
-        return
-    # Chunks are whole tiles, so rounding down never leaves the chunk.
-    begin = tl.maximum(begin, first_seen // TILE * TILE)
+        first_seen = tl.maximum(tl.load(seq_lens_ptr + row) - WINDOW, 0)
+        # A chunk that the window has left takes part in the merge with nothing.
+        begin = tl.maximum(begin, first_seen // TILE * TILE)
+    table_row = table_ptr + row.to(tl.int64) * stride_table
+    first_slot = region_start(table_row, BLOCK_SIZE, CONTIGUOUS)
+    blocks = tile_blocks(table_row, begin, end, BLOCK_SIZE, TILE, CONTIGUOUS)
 
     group = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM_PAD)
@@ -90,35 +100,37 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     q = tl.load(
         q_ptr + query_row * stride_q_row + heads[:, None] * stride_q_head + dims[None, :], mask=is_query, other=0.0
     )
-    table_row = table_ptr + row.to(tl.int64) * stride_table
-    first_slot = region_start(table_row, BLOCK_SIZE, CONTIGUOUS)
     k_base = k_ptr + kv_head * stride_head
     v_base = v_ptr + kv_head * stride_head
 
+    factor = exponent_scale(scale, SOFTCAP)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.full([ROWS], 0.0, tl.float32)
+    # Summed over tokens after the loop: a sum over the warps in every step would cost two barriers.
+    totals = tl.full([ROWS, TILE], 0.0, tl.float32)
     acc = tl.full([ROWS, DIM_PAD], 0.0, tl.float32)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         positions = start + tl.arange(0, TILE)
         inside = positions < end
-        slots = tile_slots(table_row, first_slot, positions, inside, BLOCK_SIZE, CONTIGUOUS, True)
+        slots = tile_slots(blocks, first_slot, start, BLOCK_SIZE, TILE, CONTIGUOUS)
+        blocks = tile_blocks(table_row, start + TILE, end, BLOCK_SIZE, TILE, CONTIGUOUS)
         k = load_tile(k_base, slots, inside, stride_slot, HEAD_DIM, DIM_PAD, True)
-        scores = scale_scores(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
+        scores = cap_scores(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
         seen = inside
         if WINDOW > 0:
             seen = seen & (positions >= first_seen)
         # Every tile holds a position that is seen, so the maximum is finite.
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
-        shrink = tl.exp2(peak - new_peak)
-        weights = tl.exp2(scores - new_peak[:, None])
-        total = total * shrink + tl.sum(weights, 1)
+        shrink = tl.exp2((peak - new_peak) * factor)
+        weights = tl.exp2(scores * factor - (new_peak * factor)[:, None])
+        totals = totals * shrink[:, None] + weights
         v = load_tile(v_base, slots, inside, stride_slot, HEAD_DIM, DIM_PAD, True)
         acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, UPCAST)
         peak = new_peak
 
+    total = tl.sum(totals, 1)
+    peak = peak * factor
     out_base = out_ptr + query_row * stride_out_row
-    num_chunks = (seq_len + chunk_tokens - 1) // chunk_tokens - first_seen // chunk_tokens
     if num_chunks == 1:
         if SINKS:
             sink = tl.load(sinks_ptr + heads, mask=group < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -138,14 +150,12 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     counter = counters_ptr + row * num_kv_heads + kv_head
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
     if arrived == num_chunks - 1:
-        # The row's items are consecutive, so its first one that counts is known.
-        first_cell = cell - (chunk - first_seen // chunk_tokens).to(tl.int64) * num_kv_heads
         _merge(
             out_base,
             sinks_ptr,
             partial_ptr,
             stats_ptr,
-            first_cell,
+            cell - chunk.to(tl.int64) * num_kv_heads,  # the row's items are consecutive
             num_kv_heads,
             num_chunks,
             kv_head,
@@ -202,8 +212,8 @@ def _merge(  # type: ignore[no-untyped-def]
             cache_modifier=".cg",
         )
         new_peak = tl.maximum(peak, tl.max(peaks, 0))
-        # Padding heads have no finite maximum.
-        anchor = tl.where(is_head, new_peak, 0.0)
+        # Padding heads and chunks outside of the window have no finite maximum.
+        anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         shrink = tl.exp2(peak - anchor)
         weights = tl.exp2(peaks - anchor[None, :])
         total = total * shrink + tl.sum(totals * weights, 0)
@@ -219,6 +229,11 @@ def _merge(  # type: ignore[no-untyped-def]
         out.to(out_base.dtype.element_ty),
         mask=is_head[:, None] & (dims < HEAD_DIM)[None, :],
     )
+
+
+def merge_width(group_pad: int, dim_pad: int, num_warps: int) -> int:
+    """Chunks that the merge reads at once: 64 registers a thread."""
+    return max(2, min(64, 2048 * num_warps // (group_pad * dim_pad)))
 
 
 class DecodeScratch:
@@ -264,12 +279,12 @@ def decode_attention(
     Args:
         q, out: [T, num_heads, head_dim]; a row's query lies at `query_start_loc[row]`.
         keys, values: a layer of the pool by slot, [num_slots, num_kv_heads, head_dim].
-        items: int32 [1 + 2 * num_items], see `engine.kernels.plan`; chunks are whole tiles of `config.tile`.
+        items: int32 [5 * num_items], see `engine.kernels.plan`; chunks begin at whole tiles of `config.tile`.
         num_items: the grid's second dimension; padding items have row -1.
         query_start_loc, seq_lens, block_table: see `AttentionMetadata`.
         block_size: slots per block.
         scratch: with room for the items and rows.
-        scale, sliding_window, softcap, sinks: see `AttentionBackend.attend`.
+        scale, sliding_window, softcap, sinks: see `AttentionBackend.attend`; the scale is positive.
         contiguous: every block table is a run of consecutive ids; only its first entry is read.
         config: tile, warps and stages; by default what `decode_config` says.
     """
@@ -309,7 +324,7 @@ def decode_attention(
         DIM_PAD=dim_pad,
         BLOCK_SIZE=block_size,
         TILE=config.tile,
-        MERGE=max(2, min(16, 8192 // (group_pad * dim_pad))),
+        MERGE=merge_width(group_pad, dim_pad, config.num_warps),
         WINDOW=sliding_window or 0,
         SOFTCAP=softcap is not None,
         SINKS=sinks is not None,

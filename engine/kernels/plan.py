@@ -1,7 +1,7 @@
 """How a step's attention is cut into work items: planned on the host, once per step, for all layers.
 
-    buffer (int32)   | chunk | decode rows | decode chunks | prefill rows | prefill blocks |
-                       1       capacity      capacity        capacity       capacity
+    buffer (int32)   | decode: row | begin | end | chunk | chunks of the row | prefill: row | block |
+                       each as long as the capacity says
 
 The capacities fix the grids, so a plan of fixed capacity can be captured in a CUDA graph and refilled before each
 replay; items beyond the step's own have row -1.
@@ -17,6 +17,9 @@ from engine.errors import EngineError
 from engine.kernels.config import DecodeConfig
 
 
+DECODE_FIELDS, PREFILL_FIELDS = 5, 2
+
+
 class Capacity(NamedTuple):
     """Room for decode and prefill items."""
 
@@ -26,7 +29,7 @@ class Capacity(NamedTuple):
     @property
     def num_words(self) -> int:
         """Length of the buffer."""
-        return 1 + 2 * self.decode + 2 * self.prefill
+        return DECODE_FIELDS * self.decode + PREFILL_FIELDS * self.prefill
 
 
 class Shape(NamedTuple):
@@ -35,7 +38,7 @@ class Shape(NamedTuple):
     Attributes:
         decode: the decode kernel's configuration.
         queries: queries per prefill item.
-        slots_per_head: programs that the device should get per KV head before contexts are left unsplit.
+        slots_per_head: programs that the device should get per KV head; contexts are split until it does.
     """
 
     decode: DecodeConfig
@@ -52,7 +55,7 @@ class Shape(NamedTuple):
 
 
 def chunk_tokens(seq_lens: np.ndarray, shape: Shape) -> int:
-    """Context tokens per decode item: enough items to fill the device, and no more.
+    """Most context tokens of a decode item: few enough to fill the device, and no fewer.
 
     Whole tiles, at least `min_chunk`. With total tokens N and S slots a chunk is at least N / S, so that n rows make
     at most n + S items.
@@ -62,20 +65,33 @@ def chunk_tokens(seq_lens: np.ndarray, shape: Shape) -> int:
     return -(-max(share, shape.decode.min_chunk) // tile) * tile
 
 
-def decode_items(rows: np.ndarray, seq_lens: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and chunk numbers of the decode items: a row's items are consecutive, long rows come first."""
-    num_chunks = -(-seq_lens // chunk)
-    return _expand(rows, num_chunks, np.argsort(-seq_lens, kind="stable"))
+def decode_items(rows: np.ndarray, seq_lens: np.ndarray, shape: Shape) -> np.ndarray:
+    """Columns of the decode items, int64 [DECODE_FIELDS, items]: a row's items are consecutive, long rows come first.
+
+    A row's chunks are equal, up to whole tiles: the largest one decides when the row is done.
+    """
+    tile, most = shape.decode.tile, chunk_tokens(seq_lens, shape)
+    num_chunks = np.maximum(-(-seq_lens // most), 1)
+    length = -(-seq_lens // (num_chunks * tile)) * tile
+    num_chunks = -(-seq_lens // length)
+    order = np.argsort(-seq_lens, kind="stable")
+    index, chunk = _expand(np.arange(len(rows)), num_chunks, order)
+    begin = chunk * length[index]
+    end = np.minimum(begin + length[index], seq_lens[index])
+    return np.stack([rows[index], begin, end, chunk, num_chunks[index]])
 
 
 def prefill_items(
     rows: np.ndarray, query_lens: np.ndarray, seq_lens: np.ndarray, queries: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and query blocks of the prefill items, those that read the most keys first."""
-    item_rows, blocks = _expand(np.arange(len(rows)), -(-query_lens // queries), np.arange(len(rows)))
-    keys_read = (seq_lens - query_lens)[item_rows] + np.minimum((blocks + 1) * queries, query_lens[item_rows])
-    order = np.argsort(-keys_read, kind="stable")
-    return rows[item_rows[order]], blocks[order]
+    """Rows and query blocks of the prefill items: the longest row first, and of a row the block that reads the most.
+
+    Blocks that run at the same time then read the same keys, from the L2 cache, and the last to start are short.
+    """
+    order = np.argsort(-seq_lens, kind="stable")
+    item_rows, blocks = _expand(np.arange(len(rows)), -(-query_lens // queries), order)
+    last = -(-query_lens // queries) - 1
+    return rows[item_rows], last[item_rows] - blocks
 
 
 def _expand(rows: np.ndarray, counts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,10 +122,9 @@ def plan_step(
     query_lens = np.diff(query_start_loc).astype(np.int64)
     lens = seq_lens.astype(np.int64)
     decode_rows, prefill_rows = np.flatnonzero(query_lens == 1), np.flatnonzero(query_lens > 1)
-    chunk = chunk_tokens(lens[decode_rows], shape)
-    decode = decode_items(decode_rows, lens[decode_rows], chunk)
+    decode = decode_items(decode_rows, lens[decode_rows], shape)
     prefill = prefill_items(prefill_rows, query_lens[prefill_rows], lens[prefill_rows], shape.queries)
-    needed = Capacity(len(decode[0]), len(prefill[0]))
+    needed = Capacity(decode.shape[1], len(prefill[0]))
     capacity = capacity or needed
     if needed.decode > capacity.decode or needed.prefill > capacity.prefill:
         raise EngineError(
@@ -117,8 +132,7 @@ def plan_step(
             f"{capacity.decode} and {capacity.prefill}; it has more rows or tokens than were reserved"
         )
     buffer = np.full(capacity.num_words, -1, dtype=np.int32)
-    buffer[0] = chunk
-    at = 1
+    at = 0
     for size, part in ((capacity.decode, decode), (capacity.prefill, prefill)):
         for column in part:
             buffer[at : at + len(column)] = column

@@ -17,7 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels import INTERPRET
-from engine.kernels.common import VARYING, dot, load_tile, next_power_of_2, region_start, scale_scores, tile_slots
+from engine.kernels.common import (
+    VARYING,
+    cap_scores,
+    dot,
+    exponent_scale,
+    load_tile,
+    next_power_of_2,
+    region_start,
+    tile_blocks,
+    tile_slots,
+)
 from engine.kernels.config import PrefillConfig, prefill_config
 
 
@@ -84,6 +94,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     k_base = k_ptr + kv_head * stride_head
     v_base = v_ptr + kv_head * stride_head
 
+    factor = exponent_scale(scale, SOFTCAP)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.full([ROWS], 0.0, tl.float32)
     acc = tl.full([ROWS, DIM_PAD], 0.0, tl.float32)
@@ -92,34 +103,39 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     edge = (first_position + 1) // TILE * TILE
     if WINDOW > 0:
         edge = tl.maximum(first_position - WINDOW + 1, 0) // TILE * TILE
-    else:
+    edge_blocks = tile_blocks(table_row, edge, end, BLOCK_SIZE, TILE, CONTIGUOUS)
+    if WINDOW == 0:
+        blocks = tile_blocks(table_row, 0, end, BLOCK_SIZE, TILE, CONTIGUOUS)
         for start in tl.range(0, edge, TILE, num_stages=STAGES):
-            positions = start + tl.arange(0, TILE)
-            slots = tile_slots(table_row, first_slot, positions, positions >= 0, BLOCK_SIZE, CONTIGUOUS, False)
-            k = load_tile(k_base, slots, positions >= 0, stride_slot, HEAD_DIM, DIM_PAD, False)
-            scores = scale_scores(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
+            slots = tile_slots(blocks, first_slot, start, BLOCK_SIZE, TILE, CONTIGUOUS)
+            blocks = tile_blocks(table_row, start + TILE, end, BLOCK_SIZE, TILE, CONTIGUOUS)
+            k = load_tile(k_base, slots, slots >= 0, stride_slot, HEAD_DIM, DIM_PAD, False)
+            scores = cap_scores(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
             new_peak = tl.maximum(peak, tl.max(scores, 1))
-            shrink = tl.exp2(peak - new_peak)
-            weights = tl.exp2(scores - new_peak[:, None])
+            shrink = tl.exp2((peak - new_peak) * factor)
+            weights = tl.exp2(scores * factor - (new_peak * factor)[:, None])
             total = total * shrink + tl.sum(weights, 1)
-            v = load_tile(v_base, slots, positions >= 0, stride_slot, HEAD_DIM, DIM_PAD, False)
+            v = load_tile(v_base, slots, slots >= 0, stride_slot, HEAD_DIM, DIM_PAD, False)
             acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, UPCAST)
             peak = new_peak
+    blocks = edge_blocks
     for start in tl.range(edge, end, TILE, num_stages=STAGES):
         positions = start + tl.arange(0, TILE)
         inside = positions < end
-        slots = tile_slots(table_row, first_slot, positions, inside, BLOCK_SIZE, CONTIGUOUS, True)
+        slots = tile_slots(blocks, first_slot, start, BLOCK_SIZE, TILE, CONTIGUOUS)
+        blocks = tile_blocks(table_row, start + TILE, end, BLOCK_SIZE, TILE, CONTIGUOUS)
         k = load_tile(k_base, slots, inside, stride_slot, HEAD_DIM, DIM_PAD, True)
-        scores = scale_scores(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
-        seen = inside[None, :] & (positions[None, :] <= query_position[:, None])
+        scores = cap_scores(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
+        # Keys beyond the end are zeros, and only rows without a query see them.
+        seen = positions[None, :] <= query_position[:, None]
         if WINDOW > 0:
             seen = seen & (positions[None, :] > query_position[:, None] - WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         # A query may see nothing of a window's first tiles.
         anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        shrink = tl.exp2(peak - anchor)
-        weights = tl.exp2(scores - anchor[:, None])
+        shrink = tl.exp2((peak - anchor) * factor)
+        weights = tl.exp2(scores * factor - (anchor * factor)[:, None])
         total = total * shrink + tl.sum(weights, 1)
         v = load_tile(v_base, slots, inside, stride_slot, HEAD_DIM, DIM_PAD, True)
         acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, UPCAST)
@@ -127,7 +143,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
 
     if SINKS:
         sink = tl.load(sinks_ptr + heads, mask=is_query, other=0.0).to(tl.float32) * 1.4426950408889634
-        total += tl.exp2(sink - tl.where(is_query, peak, 0.0))
+        total += tl.exp2(sink - tl.where(is_query, peak * factor, 0.0))
     out = acc / tl.where(is_query, total, 1.0)[:, None]
     tl.store(
         out_ptr + query_row[:, None] * stride_out_row + heads[:, None] * stride_out_head + dims[None, :],
@@ -164,7 +180,7 @@ def prefill_attention(
         num_items: the grid's second dimension; padding items have row -1.
         query_start_loc, seq_lens, block_table: see `AttentionMetadata`.
         block_size: slots per block.
-        scale, sliding_window, softcap, sinks: see `AttentionBackend.attend`.
+        scale, sliding_window, softcap, sinks: see `AttentionBackend.attend`; the scale is positive.
         contiguous: every block table is a run of consecutive ids; only its first entry is read.
         config: rows, tile, warps and stages; by default what `prefill_config` says.
     """

@@ -21,8 +21,7 @@ def arrays(batch):
 
 def parts(buffer, capacity):
     d, p = capacity
-    columns = np.split(buffer[1:], np.cumsum([d, d, p]))
-    return buffer[0], *columns
+    return np.split(buffer, np.cumsum([d, d, d, d, d, p]))
 
 
 @given(BATCH, st.integers(1, 60), st.integers(1, 64), st.booleans())
@@ -33,12 +32,14 @@ def test_items_cover_the_batch_exactly_once(batch, slots, queries, is_reserved):
     buffer, capacity = plan_step(loc, lens, shape, most if is_reserved else None)
     assert len(buffer) == capacity.num_words
     assert capacity.decode <= most.decode and capacity.prefill <= most.prefill
-    chunk, rows, chunks, prefill_rows, blocks = parts(buffer, capacity)
-    assert chunk % DECODE.tile == 0 and chunk >= DECODE.min_chunk
+    rows, begins, ends, chunks, counts, prefill_rows, blocks = parts(buffer, capacity)
     for row, (start, new) in enumerate(batch):
         own = np.flatnonzero(rows == row)
         if new == 1:
-            assert chunks[own].tolist() == list(range(-(-(start + 1) // chunk)))
+            assert begins[own[0]] == 0 and ends[own[-1]] == start + 1
+            assert (begins[own[1:]] == ends[own[:-1]]).all() and (begins[own] < ends[own]).all()
+            assert (begins[own] % DECODE.tile == 0).all()
+            assert chunks[own].tolist() == list(range(len(own))) and (counts[own] == len(own)).all()
             assert (np.diff(own) == 1).all(), "the merge relies on a row's items being consecutive"
         else:
             assert not len(own)
@@ -56,11 +57,18 @@ def test_contexts_are_split_only_as_far_as_the_device_is_empty():
     assert chunk_tokens(np.array([40]), shape) == DECODE.min_chunk
 
 
-def test_late_prefill_blocks_come_first():
+def test_a_context_is_cut_into_equal_chunks():
+    loc, lens = arrays([(2047, 1), (99, 1)])
+    buffer, capacity = plan_step(loc, lens, Shape(DECODE, 16, slots_per_head=3))
+    _, begins, ends, *_ = parts(buffer, capacity)
+    assert (ends - begins).tolist() == [688, 688, 672, 100]
+
+
+def test_blocks_of_a_prefill_row_follow_each_other_and_late_ones_come_first():
     loc, lens = arrays([(0, 64), (500, 32)])
     buffer, capacity = plan_step(loc, lens, Shape(DECODE, 16, 4))
-    _, _, _, rows, blocks = parts(buffer, capacity)
-    assert list(zip(rows.tolist(), blocks.tolist(), strict=True))[:3] == [(1, 1), (1, 0), (0, 3)]
+    rows, blocks = parts(buffer, capacity)[-2:]
+    assert list(zip(rows.tolist(), blocks.tolist(), strict=True)) == [(1, 1), (1, 0), (0, 3), (0, 2), (0, 1), (0, 0)]
 
 
 def test_a_step_beyond_the_reserved_capacity_is_refused():
