@@ -1,10 +1,10 @@
 """Skinny GEMM: y = x @ w.T for a few rows of x, bound by how fast the weights stream from memory.
 
-    w [N, K]   | tile BN x BK | -> | -> | ...     one program: BN rows of w over one of SPLIT_K parts of K
+    w [N, K]   | tile BN x BK | -> | -> | ...     one program: BN rows of w over one of the parts of K
                |--------------|                   x [M, K] is small and comes from the L2 cache
 
 The weights are the tall operand of the tensor cores' product (w @ x.T), so that M = 1..BM fills their narrow side. With
-SPLIT_K > 1 the programs of one tile leave partial sums in a workspace, and the last to arrive adds them in a fixed
+several parts the programs of one tile leave partial sums in a workspace, and the last to arrive adds them in a fixed
 order: the result does not depend on who was last. What the neighbours of a projection do is folded in:
 
     norm      y = rms_norm(x) @ w.T: the norm's weight is applied on the way in, its factor to the sum
@@ -90,18 +90,19 @@ def _finish(  # type: ignore[no-untyped-def]
 def skinny_gemm_kernel(  # type: ignore[no-untyped-def]
     x_ptr, w_ptr, y_ptr, bias_ptr, norm_ptr, res_ptr, ws_ptr, lock_ptr, M, N, K, stride_x, stride_w, stride_y,
     stride_res, eps,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IS_SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RES: tl.constexpr, GLU: tl.constexpr,
     USE_DOT: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y, or one part of its sum. The grid is (tiles of BN columns of y, SPLIT_K)."""
+    """One tile of y, or one part of its sum. The grid is (tiles of BN columns of y, parts of K)."""
     pid = tl.program_id(0)
     part = tl.program_id(1)
     cols = pid * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)
     ks = tl.arange(0, BK)
-    span = tl.cdiv(K, SPLIT_K * BK) * BK
+    split_k = tl.num_programs(1)
+    span = tl.cdiv(K, split_k * BK) * BK
     begin = part * span
     end = tl.minimum(begin + span, K)
     # Rows past N are clamped, not masked: they read something valid that is never stored.
@@ -169,15 +170,15 @@ def skinny_gemm_kernel(  # type: ignore[no-untyped-def]
     if not USE_DOT:
         acc = tl.sum(acc, 1)[:, None]
         acc_up = tl.sum(acc_up, 1)[:, None]
-    if SPLIT_K == 1:
+    if not IS_SPLIT:
         _finish(
             acc, acc_up, square, y_ptr, bias_ptr, res_ptr, rows, cols, M, N, K, stride_y, stride_res, eps,
             HAS_BIAS, HAS_NORM, HAS_RES, GLU,
         )  # fmt: skip
     else:
-        # Workspace of one tile: SPLIT_K parts of [BN sums | BN sums of up | 1 sum of squares] x BM.
+        # Workspace of one tile: split_k parts of [BN sums | BN sums of up | 1 sum of squares] x BM.
         height: tl.constexpr = BN * (2 if GLU else 1) + 1
-        tile = ws_ptr + pid.to(tl.int64) * (SPLIT_K * height * BM)
+        tile = ws_ptr + pid.to(tl.int64) * (split_k * height * BM)
         inside = tl.arange(0, BN)[:, None] * BM + rows[None, :]
         mine = tile + part * (height * BM)
         tl.store(mine + inside, acc)
@@ -187,11 +188,11 @@ def skinny_gemm_kernel(  # type: ignore[no-untyped-def]
             tl.store(mine + (height - 1) * BM + rows, square)
         tl.debug_barrier()
         arrived = tl.atomic_add(lock_ptr + pid, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT_K - 1:
+        if arrived == split_k - 1:
             acc = tl.zeros((BN, BM), tl.float32)
             acc_up = tl.zeros((BN, BM), tl.float32)
             square = tl.zeros((BM,), tl.float32)
-            for s in range(SPLIT_K):
+            for s in range(split_k):
                 theirs = tile + s * (height * BM)
                 acc += tl.load(theirs + inside, cache_modifier=".cg")
                 if GLU:
@@ -270,7 +271,7 @@ class SkinnyGemm:
             x, weight, out, out if bias is None else bias, out if norm is None else norm,
             out if residual is None else residual, self._workspace, self._locks, num_rows, num_cols, depth,
             x.stride(0), weight.stride(0), out.stride(0), 0 if residual is None else residual.stride(0), eps,
-            BM=block_m(num_rows, config), BN=config.block_n, BK=config.block_k, SPLIT_K=split_k,
+            BM=block_m(num_rows, config), BN=config.block_n, BK=config.block_k, IS_SPLIT=split_k > 1,
             EVEN_K=depth % (split_k * config.block_k) == 0,
             HAS_BIAS=bias is not None, HAS_NORM=norm is not None, HAS_RES=residual is not None, GLU=glu,
             USE_DOT=config.use_dot, PDL=config.pdl, PREFETCH=PREFETCH, UPCAST=self._upcast, STAGES=config.num_stages,

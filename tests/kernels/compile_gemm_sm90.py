@@ -31,7 +31,7 @@ def gemm_resources():
                 continue
             constants = {
                 "BM": gemm.block_m(rows, config), "BN": config.block_n, "BK": config.block_k,
-                "SPLIT_K": config.split_k, "EVEN_K": True, "HAS_BIAS": False, "HAS_NORM": config.fuse_norm,
+                "IS_SPLIT": config.split_k > 1, "EVEN_K": True, "HAS_BIAS": False, "HAS_NORM": config.fuse_norm,
                 "HAS_RES": not glu, "GLU": glu, "USE_DOT": config.use_dot, "PDL": config.pdl,
                 "PREFETCH": gemm.PREFETCH, "UPCAST": False, "STAGES": config.num_stages,
             }  # fmt: skip
