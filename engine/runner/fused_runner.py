@@ -237,6 +237,8 @@ class FusedRunner(TorchRunner):
 
 def _is_decode(plan: StepPlan) -> bool:
     """Every entry computes one token and samples one, and nobody wants prompt log-probabilities of it."""
-    return all(plan.samples) and all(
-        entry.num_new_tokens == 1 and entry.req.sampling.prompt_logprobs is None for entry in plan.scheduled
+    return (
+        bool(plan.scheduled)
+        and all(plan.samples)
+        and all(entry.num_new_tokens == 1 and entry.req.sampling.prompt_logprobs is None for entry in plan.scheduled)
     )

@@ -106,6 +106,11 @@ def test_a_missing_token_or_slot_is_an_error(model):
         runner.execute(StepPlan(scheduled=[ScheduledRequest(req, 8, 1)], samples=[True]), Table())
 
 
+def test_a_step_of_copies_alone_computes_nothing(model):
+    runner = make_fused(model)
+    assert runner.execute(StepPlan(preempted=[Request("r", [1])]), None).result().token_ids == []
+
+
 def test_decode_buffers_start_harmless():
     buffers = DecodeBuffers(3, 2, torch.device("cpu"))
     assert buffers.seq_lens.tolist() == [1, 1, 1]
