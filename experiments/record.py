@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from engine.core import StepOutput
 from engine.ledger import MemoryLedger
+from engine.plan import CopyKind
 from engine.request import FinishReason, Request
 
-STEP_TIMES = ("start_time", "launch_time", "end_time")
+STEP_TIMES = ("start_time", "launch_time", "end_time", "copy_time")
 STEP_COUNTS = (
     "num_running",
     "num_waiting",
@@ -25,7 +26,10 @@ STEP_COUNTS = (
     "num_decode_tokens",
     "num_sampled",
     "num_preempted",
+    "num_recomputed_tokens",
     "num_copies",
+    "num_swapped_out",
+    "num_swapped_in",
 )
 
 REQUEST_SCHEMA = pa.schema(
@@ -60,6 +64,7 @@ class _RequestTimes:
     submit_time: float
     admission_time: float = float("nan")
     finish_time: float = float("nan")
+    num_recomputed_tokens: int = 0
     token_times: array[float] = field(default_factory=lambda: array("d"))
 
 
@@ -88,7 +93,7 @@ class RunRecorder:
 
     def on_step(self, step: StepOutput) -> None:
         """Take one finished step in."""
-        prefill = decode = 0
+        prefill = decode = recomputed = 0
         for (req, start, num_new_tokens), sampled in zip(step.plan.scheduled, step.plan.samples, strict=True):
             times = self._requests[req.request_id]
             if times.admission_time != times.admission_time:  # NaN: its first step
@@ -96,6 +101,9 @@ class RunRecorder:
             # A token sampled past a stop token (overlap) or after an abort was dropped.
             if sampled and len(times.token_times) < len(req.output_token_ids):
                 times.token_times.append(step.end_time)
+            if req.num_recomputed_tokens != times.num_recomputed_tokens:
+                recomputed += req.num_recomputed_tokens - times.num_recomputed_tokens
+                times.num_recomputed_tokens = req.num_recomputed_tokens
             # A decode computes only the newest output token; everything else is prompt, or recomputed.
             if num_new_tokens == 1 and start >= req.num_prompt_tokens:
                 decode += 1
@@ -117,10 +125,14 @@ class RunRecorder:
             decode,
             num_sampled,
             len(plan.preempted),
+            recomputed,
             len(plan.copies),
+            sum(copy.kind is CopyKind.SWAP_OUT for copy in plan.copies),
+            sum(copy.kind is CopyKind.SWAP_IN for copy in plan.copies),
         )
-        for name in STEP_TIMES:
-            self._steps[name].append(getattr(step, name))
+        times_of_step = (step.start_time, step.launch_time, step.end_time, step.result.copy_time)
+        for name, when in zip(STEP_TIMES, times_of_step, strict=True):
+            self._steps[name].append(when)
         for name, value in zip(STEP_COUNTS, counts, strict=True):
             self._steps[name].append(value)
 
@@ -147,12 +159,15 @@ class RunRecorder:
         """Write requests.parquet."""
         pq.write_table(pa.Table.from_pylist(self.request_rows(), schema=REQUEST_SCHEMA), path)
 
+    def step_columns(self) -> dict[str, np.ndarray]:
+        """The steps as columns, without the ledger."""
+        columns: dict[str, np.ndarray] = {"step": np.arange(self.num_steps, dtype=np.int32)}
+        columns |= {name: np.array(self._steps[name], dtype=np.float64) for name in STEP_TIMES}
+        return columns | {name: np.array(self._steps[name], dtype=np.int32) for name in STEP_COUNTS}
+
     def write_steps(self, path: Path, ledger: MemoryLedger) -> None:
         """Write steps.parquet: the steps and, beside them, the settled ledger."""
-        columns: dict[str, np.ndarray] = {"step": np.arange(self.num_steps, dtype=np.int32)}
-        columns |= {name: np.frombuffer(self._steps[name], dtype=np.float64) for name in STEP_TIMES}
-        columns |= {name: np.frombuffer(self._steps[name], dtype=np.int64).astype(np.int32) for name in STEP_COUNTS}
-        pq.write_table(pa.table(columns | ledger.settle()), path)
+        pq.write_table(pa.table(self.step_columns() | ledger.settle()), path)
 
 
 def _or_none(value: float) -> float | None:

@@ -216,7 +216,11 @@ def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         ["queue", rate(summary["queue_mean"]), f"mean over step time; longest {count(summary['queue_max'])}"],
         ["preemptions", count(summary["num_preemptions"]),
          f"of {count(summary['num_preempted_requests'])} request(s); "
-         f"{count(summary['num_recomputed_tokens'])} tokens computed again"],
+         f"{count(summary['num_recomputed_tokens'])} tokens computed again, their part of the step time: "
+         f"{seconds(summary['recompute_seconds'])}"],
+        ["swapped", size_bytes(summary["swapped_out_bytes"] + summary["swapped_in_bytes"]),
+         f"{size_bytes(summary['swapped_out_bytes'])} out, {size_bytes(summary['swapped_in_bytes'])} in; "
+         f"all {count(summary['num_block_copies'])} block copies took {seconds(summary['block_copy_seconds'])}"],
         ["prompt tokens from cache", count(summary["num_cached_tokens"]),
          f"{percent(summary['cached_prompt_share'])} of the prompt tokens"],
         ["peak memory", size_bytes(summary["peak_rss_bytes"]),

@@ -121,8 +121,24 @@ def _load(run: RunFiles, spans: Spans) -> dict[str, Any]:
     result["scheduling_seconds"] = describe(steps["launch_time"] - steps["start_time"])
     for column in ("num_new_tokens", "num_prefill_tokens", "num_decode_tokens"):
         result[f"computed_{column.removeprefix('num_')}"] = int(steps[column].sum())
-    result["num_block_copies"] = int(steps["num_copies"].sum())
-    return result
+    return result | _preemption_cost(run, weight)
+
+
+def _preemption_cost(run: RunFiles, step_time: np.ndarray) -> dict[str, Any]:
+    """What preemptions cost: tokens computed again and bytes swapped, each with its time.
+
+    A step's time is shared over its new tokens alike, so recomputed tokens are charged their part of it.
+    """
+    steps, pool = run.steps, run.manifest["pool"]
+    block_bytes = (run.manifest["model"].get("kv_bytes_per_token") or 0) * pool["block_size"]
+    share = steps["num_recomputed_tokens"] / np.maximum(steps["num_new_tokens"], 1)
+    return {
+        "recompute_seconds": float((share * step_time).sum()),
+        "swapped_out_bytes": int(steps["num_swapped_out"].sum()) * block_bytes,
+        "swapped_in_bytes": int(steps["num_swapped_in"].sum()) * block_bytes,
+        "num_block_copies": int(steps["num_copies"].sum()),
+        "block_copy_seconds": float(steps["copy_time"].sum()),
+    }
 
 
 def _memory(run: RunFiles, spans: Spans) -> dict[str, Any]:

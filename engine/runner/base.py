@@ -32,11 +32,13 @@ class StepResult(NamedTuple):
         prompt_logprobs: for entries whose request asked for them, those of the prompt tokens at positions
             [start + 1, min(start + num_new_tokens + 1, num_prompt_tokens)): the token at position p is predicted by
             position p - 1, so the step that computes p - 1 answers for p. None when no request of the step did.
+        copy_time: seconds that the step spent on `plan.copies` (swaps, copy-on-write).
     """
 
     token_ids: list[int | None]
     logprobs: list[TokenLogprobs | None] | None = None
     prompt_logprobs: list[list[TokenLogprobs] | None] | None = None
+    copy_time: float = 0.0
 
 
 class PendingTokens(Protocol):

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.attention.base import AttentionBackend
 from engine.attention.hook import attention_context
 from engine.attention.reference import ReferenceBackend
+from engine.clock import Clock, WallClock
 from engine.errors import EngineError, KvarenaError
 from engine.kv_pool import KVPool
 from engine.models.directory import one_line
@@ -52,6 +53,42 @@ class StepTokens:
         return StepResult(spread, rows, prompt)
 
 
+class _CopyTimer:
+    """Times the block copies of a step: by events in stream order on a GPU, by the clock elsewhere."""
+
+    def __init__(self, device: torch.device, clock: Clock) -> None:
+        self._clock = clock
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
+        self._times = [0.0, 0.0]
+
+    def mark(self, which: int) -> None:
+        """The copies begin (0) or end (1) here."""
+        if self._events is None:
+            self._times[which] = self._clock.now()
+        else:
+            self._events[which].record()
+
+    def seconds(self) -> float:
+        """Time between the marks; call when the step is over."""
+        if self._events is None:
+            return self._times[1] - self._times[0]
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+class _TimedStep:
+    """A step in flight that began with block copies."""
+
+    def __init__(self, step: PendingTokens, timer: _CopyTimer) -> None:
+        self._step = step
+        self._timer = timer
+
+    def result(self) -> StepResult:
+        """The step's tokens, and how long its copies took."""
+        result = self._step.result()
+        return result._replace(copy_time=self._timer.seconds())
+
+
 class TorchRunner:
     """Executes step plans on a model and a pool. Implements `engine.runner.base.ModelRunner`.
 
@@ -60,15 +97,23 @@ class TorchRunner:
         pool: made for that model's spec, on its device.
         backend: attention over `pool`; None takes the torch reference.
         seed: random streams of requests without a seed of their own derive from it.
+        clock: times the block copies on a CPU; None makes one.
     """
 
     def __init__(
-        self, model: LoadedModel, pool: KVPool, backend: AttentionBackend | None = None, *, seed: int = 0
+        self,
+        model: LoadedModel,
+        pool: KVPool,
+        backend: AttentionBackend | None = None,
+        *,
+        seed: int = 0,
+        clock: Clock | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
         self.backend: AttentionBackend = ReferenceBackend(pool) if backend is None else backend
         self._device = pool.device
+        self._clock = WallClock() if clock is None else clock
         self._sampler = Sampler()
         self._sampler_state = SamplerState(model.spec.vocab_size, self._device, seed)
         self._tables = BlockTables()
@@ -83,10 +128,13 @@ class TorchRunner:
         """
         try:
             with torch.inference_mode():
+                if not plan.copies:
+                    return self._step(plan, allocator)
+                timer = _CopyTimer(self._device, self._clock)
+                timer.mark(0)
                 self.pool.apply_copies(plan.copies)
-                if not plan.scheduled:
-                    return ReadyTokens(StepResult([]))
-                return self._step(plan, allocator)
+                timer.mark(1)
+                return _TimedStep(self._step(plan, allocator), timer)
         except KvarenaError:
             raise
         except torch.OutOfMemoryError as error:
@@ -107,6 +155,8 @@ class TorchRunner:
         self._sampler_state.release(request_ids)
 
     def _step(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
+        if not plan.scheduled:
+            return ReadyTokens(StepResult([]))
         inputs = build_inputs(plan, allocator, self._tables, self._device)
         self._fill_pending(inputs)
         logits = self._forward(inputs)

@@ -32,9 +32,9 @@ class TickingRunner:
         pass
 
 
-def make_engine(scheduler=ContinuousScheduler, num_blocks: int = 16, **options) -> Engine:
+def make_engine(scheduler=ContinuousScheduler, num_blocks: int = 16, swap_blocks: int = 0, **options) -> Engine:
     clock = VirtualClock()
-    allocator = PagedAllocator(num_blocks=num_blocks, block_size=4, max_model_len=64)
+    allocator = PagedAllocator(num_blocks=num_blocks, block_size=4, max_model_len=64, swap_blocks=swap_blocks)
     return Engine(
         scheduler(allocator, max_model_len=64, **options), allocator, TickingRunner(clock), clock, ledger=MemoryLedger()
     )
@@ -97,6 +97,21 @@ def test_a_scheduler_that_never_plans_is_an_error_and_not_a_hang():
 
     with pytest.raises(EngineError, match="none can ever run"):
         drive(make_engine(Stuck), make_requests([0.0]), RunRecorder())
+
+
+def test_recomputed_and_swapped_tokens_are_counted_per_step():
+    engine, recorder = make_engine(num_blocks=4), RunRecorder()
+    drive(engine, make_requests([0.0, 0.0], output_len=8), recorder)  # 2 x 11 tokens in 16 slots
+    assert sum(row["num_preemptions"] for row in rows(recorder)) > 0
+    columns = recorder.step_columns()
+    assert columns["num_recomputed_tokens"].sum() == sum(row["num_recomputed_tokens"] for row in rows(recorder)) > 0
+
+    swapping = make_engine(num_blocks=4, preemption="swap", swap_blocks=8)
+    recorder = RunRecorder()
+    drive(swapping, make_requests([0.0, 0.0], output_len=8), recorder)
+    columns = recorder.step_columns()
+    assert columns["num_recomputed_tokens"].sum() == 0
+    assert columns["num_swapped_out"].sum() == columns["num_swapped_in"].sum() > 0
 
 
 def test_overlap_gives_the_same_tokens_and_counts():

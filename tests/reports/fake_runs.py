@@ -45,7 +45,8 @@ STEP_SCHEMA = pa.schema(
         ("start_time", pa.float64()),
         ("launch_time", pa.float64()),
         ("end_time", pa.float64()),
-        *((f"num_{name}", INT32) for name in (*COUNTS, "copies")),
+        ("copy_time", pa.float64()),
+        *((f"num_{name}", INT32) for name in (*COUNTS, "recomputed_tokens", "copies", "swapped_out", "swapped_in")),
         *((name, INT64) for name in (*LEDGER, "total", "shared_saved", "held")),
     ]
 )
@@ -206,6 +207,7 @@ def _simulate(waiting, rows, allocator, scheduler, total, max_len, block_size, s
             "num_running": len(running), "num_waiting": len([live for live in waiting if live.arrival <= now]),
             "num_scheduled": len(running), "num_new_tokens": prefill + decode, "num_prefill_tokens": prefill,
             "num_decode_tokens": decode, "num_sampled": len(running), "num_preempted": preempted, "num_copies": 0,
+            "num_recomputed_tokens": 0, "num_swapped_out": 0, "num_swapped_in": 0, "copy_time": 0.0,
             "total": total, "shared_saved": 0, "held": held, "cached": 0,
         }  # fmt: skip
         split = dict.fromkeys(("token_states", "reservation", "internal"), 0)

@@ -6,6 +6,7 @@ import re
 import shutil
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -179,3 +180,23 @@ def test_a_missing_column_is_named(tmp_path):
     pq.write_table(table.drop_columns(["held"]), run_dir / "steps.parquet")
     with pytest.raises(ReportError, match="held"):
         write_run_report(run_dir)
+
+
+def test_preemption_costs_are_tokens_and_bytes_with_their_times(tmp_path):
+    fake_run(tmp_path, "paged", "continuous")
+    steps = pd.read_parquet(tmp_path / "steps.parquet")
+    steps["num_recomputed_tokens"] = 0
+    steps.loc[0, "num_recomputed_tokens"] = steps.loc[0, "num_new_tokens"] // 2
+    steps.loc[3, ["num_copies", "num_swapped_out", "num_swapped_in"]] = [5, 3, 1]
+    steps["copy_time"] = 0.0
+    steps.loc[3, "copy_time"] = 0.25
+    steps.to_parquet(tmp_path / "steps.parquet")
+    summary = write_run_report(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    block_bytes = manifest["model"]["kv_bytes_per_token"] * manifest["pool"]["block_size"]
+    first = steps.loc[0]
+    part = (first["num_new_tokens"] // 2) / first["num_new_tokens"]
+    assert summary["recompute_seconds"] == pytest.approx(part * (first["end_time"] - first["start_time"]))
+    assert summary["swapped_out_bytes"] == 3 * block_bytes
+    assert summary["swapped_in_bytes"] == block_bytes
+    assert summary["block_copy_seconds"] == 0.25
