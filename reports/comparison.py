@@ -15,6 +15,7 @@ from typing import Any
 from reports.cells import Cell, make_cells
 from reports.comparison_figures import draw_comparison
 from reports.comparison_sections import comparison_document
+from reports.costs import costs
 from reports.curves import curve_axis, curves
 from reports.document import render_html, render_markdown, write_text
 from reports.errors import ReportError
@@ -44,7 +45,8 @@ def write_comparison(sweep_dir: Path, baseline: str | None = None, out_dir: Path
 
     Args:
         sweep_dir: holds sweep.json: `runs` (relative folders), `baseline` (a name, or null for the first) and
-            `failed` (name and error of the cells that did not finish).
+            `failed` and `not_defined` (name and error of the cells that did not finish, and of those that mean
+            nothing).
         baseline: compare with this run instead of the one that sweep.json names.
         out_dir: where the comparison goes; the sweep's folder by default.
 
@@ -59,7 +61,8 @@ def write_comparison(sweep_dir: Path, baseline: str | None = None, out_dir: Path
     if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), list):
         raise ReportError(f"{sweep_dir / 'sweep.json'} names no runs; run the sweep again")
     folders = [(str(name), sweep_dir / str(name)) for name in sweep["runs"]]
-    return compare(folders, out_dir or sweep_dir, baseline or sweep.get("baseline"), sweep.get("failed") or [])
+    left_out = {key: sweep.get(key) or [] for key in ("failed", "not_defined")}
+    return compare(folders, out_dir or sweep_dir, baseline or sweep.get("baseline"), **left_out)
 
 
 def compare(
@@ -67,6 +70,7 @@ def compare(
     out_dir: Path,
     baseline: str | None = None,
     failed: Sequence[dict[str, Any]] = (),
+    not_defined: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write the comparison of any runs into `out_dir`, which is made.
 
@@ -75,13 +79,14 @@ def compare(
         out_dir: where the report goes.
         baseline: folder, name or label of the run that others are compared with; None takes the first.
         failed: name and error of runs that did not finish.
+        not_defined: the same of cells whose settings mean nothing together.
     """
     runs: list[tuple[str, RunFiles, dict[str, Any]]] = []
     for name, path in folders:
         run = read_run(path)
         runs.append((name, run, summarize(run)))
     cells = make_cells(runs, baseline)
-    summary = summarize_comparison(cells, list(failed))
+    summary = summarize_comparison(cells, list(failed), list(not_defined))
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -94,7 +99,9 @@ def compare(
     return summary
 
 
-def summarize_comparison(cells: list[Cell], failed: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize_comparison(
+    cells: list[Cell], failed: list[dict[str, Any]], not_defined: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """summary.json of a comparison."""
     base = next((cell for cell in cells if cell.is_baseline), cells[0])
     summary: dict[str, Any] = {
@@ -105,6 +112,8 @@ def summarize_comparison(cells: list[Cell], failed: list[dict[str, Any]]) -> dic
         "same_tokens": same_tokens(cells),
         "cells": [_cell_summary(cell) for cell in cells],
         "failed": failed,
+        "not_defined": list(not_defined),
+        "costs": costs(cells),
     }
     axis = curve_axis(cells)
     summary["curves"] = {"axis": axis, "lines": curves(cells, axis)} if axis else None

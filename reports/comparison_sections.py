@@ -7,6 +7,7 @@ from typing import Any
 
 from reports.cells import STRATEGY, Cell
 from reports.comparison_figures import curve_cells
+from reports.costs import cost_section
 from reports.curves import curve_section
 from reports.document import Document, Picture, Section, Table
 from reports.format import DASH, count, percent, rate, ratio, seconds
@@ -31,6 +32,8 @@ def comparison_document(summary: dict[str, Any], cells: list[Cell], svg: dict[st
         sections.insert(1, repeat_section(summary["repeats"]))
     if summary["curves"]:
         sections.insert(1, curve_section(summary["curves"]["lines"], summary["curves"]["axis"], svg["curves"]))
+    if summary["costs"]:
+        sections.insert(1, cost_section(summary["costs"]))
     if summary["failed"]:
         sections.append(failed_section(summary))
     return Document(
@@ -127,6 +130,7 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         f"Ratio: output throughput / the baseline's ({summary['baseline']}). Token states: mean share of the KV pool "
         "while requests wait for room (marked * where none did: of all steps)."
     ]
+    notes += [f"{cell.get('name', DASH)} is not defined: {cell.get('error', DASH)}." for cell in summary["not_defined"]]
     if invalid:
         notes.append(f"Invalid, because the driver fell behind its bound: {', '.join(invalid)}.")
     for index, cell in enumerate(cells):

@@ -63,13 +63,23 @@ def _ratios(group: list[Cell], metric: str) -> list[np.ndarray]:
         base = cell.baseline
         if base is None or base is cell:
             continue
-        rows, base_rows = match_requests(cell.run, base.run)
-        ours = request_latencies(cell.run)[metric][rows]
-        theirs = request_latencies(base.run)[metric][base_rows]
-        both = (ours > 0) & (theirs > 0)
-        if both.any():
-            result.append(ours[both] / theirs[both])
+        ratios = request_ratios(cell, base, metric)
+        if len(ratios):
+            result.append(ratios)
     return result
+
+
+def paired_latencies(cell: Cell, base: Cell, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """A latency of the requests that both runs have, in each; NaN where a request has none."""
+    rows, base_rows = match_requests(cell.run, base.run)
+    return request_latencies(cell.run)[metric][rows], request_latencies(base.run)[metric][base_rows]
+
+
+def request_ratios(cell: Cell, base: Cell, metric: str) -> np.ndarray:
+    """Paired ratios of the requests that have the latency in both runs."""
+    ours, theirs = paired_latencies(cell, base, metric)
+    both = (ours > 0) & (theirs > 0)
+    return ours[both] / theirs[both]
 
 
 def two_level_ratio(repeats: list[np.ndarray], seed: int = SEED) -> dict[str, Any]:

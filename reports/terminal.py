@@ -7,8 +7,11 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from reports.costs import cost_lines
 from reports.format import DASH, count, percent, rate, ratio, seconds, size_bytes
 from reports.windows import telling
+
+MAX_COST_LINES = 4  # a large grid's are in its report
 
 
 def run_table(summary: dict[str, Any]) -> Table:
@@ -59,7 +62,10 @@ def comparison_table(summary: dict[str, Any]) -> Table:
     (reports/windows.py); the last column is the median paired ratio of E2E to the baseline's, marked ≈ where the
     difference is not significant.
     """
-    table = Table(caption=summary["same_tokens"]["line"], caption_justify="left", box=None, pad_edge=False)
+    lines = [summary["same_tokens"]["line"]]
+    if len(summary["costs"]) <= MAX_COST_LINES:
+        lines += cost_lines(summary["costs"])
+    table = Table(caption=escape("\n".join(lines)), caption_justify="left", box=None, pad_edge=False)
     table.add_column("cell", overflow="fold")
     for name in ("tok/s", "ratio", "TTFT", "KV", "E2E ratio, 95 % CI"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -73,6 +79,8 @@ def comparison_table(summary: dict[str, Any]) -> Table:
             percent(split["token_states"] if split else None),
             _paired(cell),
         )
+    for left_out in summary["not_defined"]:
+        table.add_row(f"{escape(str(left_out.get('name', DASH)))}: not defined")
     for failed in summary["failed"]:
         table.add_row(f"[red]{escape(str(failed.get('name', DASH)))}: failed[/red]")
     return table

@@ -141,6 +141,67 @@ def test_other_settings_become_columns_and_each_has_its_own_baseline(tmp_path):
     ]
 
 
+def _layout_cells(path, seeds=(0,)):
+    folders = []
+    for seed in seeds:
+        for allocator, layout, speed in (
+            ("contiguous", "paged", 1.0),
+            ("contiguous", "contiguous", 1.25),
+            ("paged", "paged", 1.0),
+        ):
+            folder = path / f"{allocator}-{layout}-{seed}"
+            fake_run(folder, allocator, seed=seed, speed=speed, config={"runner": {"layout": layout}})
+            folders.append(folder)
+    return folders
+
+
+def test_capacity_and_kernel_are_told_apart(tmp_path):
+    folders = _layout_cells(tmp_path)
+    capacity, kernel = _summarize(*folders)["costs"]
+    assert (capacity["factor"], capacity["cell"], capacity["against"]) == ("capacity", "paged", "contiguous")
+    assert capacity["same"] == "continuous, paged kernel"
+    assert (kernel["factor"], kernel["cell"], kernel["against"]) == (
+        "the kernel",
+        "contiguous kernel",
+        "paged kernel",
+    )
+    assert kernel["same"] == "contiguous, continuous"
+    assert kernel["paired"]["tpot_seconds"]["median_ratio"] == pytest.approx(1 / 1.25, rel=0.05)
+    assert kernel["paired"]["tpot_seconds"]["ci95_high"] < 1
+    assert kernel["output_tokens_per_second_ratio"] > 1
+    # The baseline's side of each factor is what the other is compared with.
+    capacity, kernel = _summarize(*folders[::-1])["costs"]
+    assert (capacity["cell"], capacity["against"]) == ("contiguous", "paged")
+    assert (kernel["cell"], kernel["against"]) == ("contiguous kernel", "paged kernel")
+    capacity, kernel = _summarize(*folders[1:], folders[0])["costs"]
+    assert (kernel["cell"], kernel["against"]) == ("paged kernel", "contiguous kernel")
+    assert kernel["paired"]["tpot_seconds"]["ci95_low"] > 1
+
+
+def test_capacity_and_kernel_over_seeds(tmp_path):
+    entries = _summarize(*_layout_cells(tmp_path, seeds=(0, 1)))["costs"]
+    assert [(entry["factor"], entry["num_repeats"]) for entry in entries] == [("capacity", 2), ("the kernel", 2)]
+    assert all(entry["paired"]["tpot_seconds"]["num_repeats"] == 2 for entry in entries)
+
+
+def test_cells_that_are_not_defined_and_both_causes_are_in_the_report(tmp_path):
+    folders = _layout_cells(tmp_path)
+    not_defined = [{"name": "allocator=paged, runner.layout=contiguous", "error": "blocks are scattered"}]
+    summary = compare([(folder.name, folder) for folder in folders], tmp_path / "out", not_defined=not_defined)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "allocator=paged, runner.layout=contiguous is not defined: blocks are scattered." in text
+    assert "What capacity costs: allocators on the same kernel" in text
+    assert "What the kernel costs: kernels under the same allocator" in text
+    printed = " ".join(_render(comparison_table(summary), width=200).split())
+    assert "not defined" in printed
+    assert "What capacity costs: paged against contiguous (continuous, paged kernel): output tok/s" in printed
+    assert "What the kernel costs: contiguous kernel against paged kernel (contiguous, continuous)" in printed
+
+
+def test_without_two_kernels_there_is_nothing_to_tell_apart(sweep):
+    assert sweep[1]["costs"] == []
+
+
 def test_one_strategy_under_two_pools_compares_with_the_first(tmp_path):
     for total in (4096, 7680):
         fake_run(tmp_path / str(total), num_requests=12, total=total, config={"kv_cache": {"num_slots": total}})
