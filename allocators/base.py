@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, NotDefined
 from engine.plan import BlockCopy
 from engine.request import Request
 
@@ -29,9 +29,9 @@ def check_int(name: str, value: int, low: int, high: int | None = None) -> int:
 
 
 def refuse_window(sliding_window: int | None, why: str) -> None:
-    """Raise ConfigError when a window is asked of an allocator that cannot give slid-out blocks back."""
+    """Raise NotDefined when a window is asked of an allocator that cannot give slid-out blocks back."""
     if sliding_window is not None:
-        raise ConfigError(
+        raise NotDefined(
             f"allocator.sliding_window={sliding_window} cannot be combined with this allocator: {why}; "
             "use allocator=paged"
         )

@@ -11,6 +11,10 @@ class ConfigError(KvarenaError):
     """A setting is unknown, out of range, or cannot be combined with another one."""
 
 
+class NotDefined(ConfigError):
+    """Settings that are right one by one and mean nothing together. A sweep leaves such a cell out and says why."""
+
+
 class ModelError(KvarenaError):
     """A model directory is missing, broken, or holds an architecture that the runner cannot drive."""
 

@@ -22,7 +22,7 @@ from engine.attention.base import AttentionBackend
 from engine.attention.reference import ReferenceBackend
 from engine.clock import WallClock
 from engine.core import Engine
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError, NotDefined, RequestError
 from engine.kv_pool import KVPool, blocks_for_budget
 from engine.ledger import MemoryLedger
 from engine.models import LoadedModel, ModelSpec, load_model
@@ -103,6 +103,7 @@ def build_engine(cfg: DictConfig) -> EngineParts:
     num_blocks = _num_blocks(cfg, config, model)
     allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, spec)
     _check_window(allocator, spec)
+    _check_layout(runner_config, allocator)
     pool = KVPool(
         # Virtual block ids may exceed what is physically there: untouched pages of the tensor cost nothing.
         num_blocks=allocator.num_virtual_blocks,
@@ -114,9 +115,9 @@ def build_engine(cfg: DictConfig) -> EngineParts:
         device=device,
         num_swap_blocks=allocator.num_host_blocks,
     )
-    backend = _attention_backend(runner_config, model, pool, allocator)
-    runner = TorchRunner(model, pool, backend, seed=config.seed)
+    backend = _attention_backend(runner_config, model, pool)
     clock, ledger = WallClock(), MemoryLedger()
+    runner = TorchRunner(model, pool, backend, seed=config.seed, clock=clock)
     engine = Engine(scheduler, allocator, runner, clock, overlap=config.overlap, ledger=ledger)
     slots = num_blocks * allocator.block_size
     facts = {
@@ -149,26 +150,26 @@ def _num_blocks(cfg: DictConfig, config: EngineConfig, model: LoadedModel) -> in
     )
 
 
-def _attention_backend(
-    config: RunnerConfig, model: LoadedModel, pool: KVPool, allocator: KVAllocator
-) -> AttentionBackend:
+def _attention_backend(config: RunnerConfig, model: LoadedModel, pool: KVPool) -> AttentionBackend:
     on_gpu = pool.device.type == "cuda"
-    if config.layout == "contiguous" and not allocator.contiguous:
-        raise ConfigError(
-            "runner.layout=contiguous addresses a region by its start, and this allocator scatters blocks; use "
-            "runner.layout=paged, or a contiguous allocator"
-        )
+    contiguous = config.layout == "contiguous"
     if config.attention == "triton" and not on_gpu:
         raise ConfigError("runner.attention=triton needs a GPU; use reference or auto")
     if config.attention == "reference" or not on_gpu:
-        if config.layout == "contiguous":
-            raise ConfigError("runner.layout=contiguous is a Triton kernel; it needs a GPU and runner.attention=triton")
-        return ReferenceBackend(pool)
+        return ReferenceBackend(pool, contiguous=contiguous)
     # Imported here: Triton is not needed, and may not be there, without a GPU.
     from engine.attention.triton_backend import TritonBackend
 
     text_config = cast(PretrainedConfig, model.module.config).get_text_config()
-    return TritonBackend(pool, text_config.num_attention_heads, contiguous=config.layout == "contiguous")
+    return TritonBackend(pool, text_config.num_attention_heads, contiguous=contiguous)
+
+
+def _check_layout(config: RunnerConfig, allocator: KVAllocator) -> None:
+    if config.layout == "contiguous" and not allocator.contiguous:
+        raise NotDefined(
+            "runner.layout=contiguous addresses a region by its start, and this allocator scatters blocks; use "
+            "runner.layout=paged, or a contiguous allocator"
+        )
 
 
 def _check_window(allocator: KVAllocator, spec: ModelSpec) -> None:

@@ -16,7 +16,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.errors import KvarenaError
+from engine.errors import KvarenaError, NotDefined
 from experiments.compose import CONF_DIR, load_config
 
 USER_ERROR = 2
@@ -27,6 +27,8 @@ def main() -> int:
     # Hydra then raises its errors instead of printing them and exiting (hydra/_internal/utils.py).
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[str] = []
+    undefined: list[str] = []
+    finished: list[bool] = []
 
     # Errors are taken in here where they can be: one that leaves the job makes Hydra print lines of its own.
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
@@ -40,8 +42,11 @@ def main() -> int:
             message = explain(error)
             if message is None:
                 raise
-            failures.append(message)
-            record_failure(message)
+            not_defined = isinstance(_own_error(error), NotDefined)
+            record_failure(message, not_defined=not_defined)
+            (undefined if not_defined else failures).append(message)
+        else:
+            finished.append(True)
 
     try:
         job()
@@ -53,6 +58,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+    # A grid may cross settings that mean nothing together: its comparison says so. To run nothing at all is an error.
+    if not finished:
+        failures += undefined
     for message in failures:
         print(f"error: {message}", file=sys.stderr)
     return USER_ERROR if failures else 0
@@ -60,12 +68,11 @@ def main() -> int:
 
 def explain(error: BaseException) -> str | None:
     """One line for a person, or None when `error` is not the user's doing but a bug."""
-    chain = _causes(error)
-    for cause in chain:
-        if isinstance(cause, KvarenaError):
-            return str(cause)
+    own = _own_error(error)
+    if own is not None:
+        return str(own)
     if isinstance(error, InstantiationException):
-        return _explain_instantiation(error, chain)
+        return _explain_instantiation(error, _causes(error))
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     text = " ".join(str(error).split())
@@ -73,6 +80,11 @@ def explain(error: BaseException) -> str | None:
     if key:
         return f"unknown config key {key[1]!r}{_suggestion(key[1])}"
     return text
+
+
+def _own_error(error: BaseException) -> KvarenaError | None:
+    """The error that kvarena raised, if there is one behind `error`."""
+    return next((cause for cause in _causes(error) if isinstance(cause, KvarenaError)), None)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -49,12 +49,17 @@ def run_job(cfg: DictConfig) -> None:
     print_result({"run_dir": str(run_dir), "report": str(report), "summary": summary})
 
 
-def record_failure(message: str) -> None:
-    """Leave `message` in the cell's folder, where a sweep's comparison finds it."""
+def record_failure(message: str, *, not_defined: bool) -> None:
+    """Leave `message` in the cell's folder, where a sweep's comparison finds it.
+
+    Args:
+        message: why the cell did not run.
+        not_defined: its settings mean nothing together.
+    """
     hydra = HydraConfig.get()
-    overrides = ", ".join(hydra.overrides.task)
+    overrides = list(hydra.overrides.task)
     path = Path(hydra.runtime.output_dir) / ERROR_FILE
-    path.write_text(json.dumps({"name": overrides, "error": message}) + "\n")
+    path.write_text(json.dumps({"overrides": overrides, "error": message, "not_defined": not_defined}) + "\n")
 
 
 def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) -> dict[str, Any]:

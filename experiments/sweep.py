@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from experiments.files import ERROR_FILE, MANIFEST_FILE, SWEEP_FILE
+from experiments.files import ERROR_FILE, MANIFEST_FILE, OVERRIDES_FILE, SWEEP_FILE
 
 
 def collect(sweep_dir: Path, baseline: str | None) -> dict[str, Any]:
-    """Write sweep.json: the finished runs under `sweep_dir` in job order, and those that failed.
+    """Write sweep.json: the finished runs under `sweep_dir` in job order, those not defined, and those that failed.
 
     Args:
         sweep_dir: holds one folder per job, named by its number.
@@ -21,11 +21,17 @@ def collect(sweep_dir: Path, baseline: str | None) -> dict[str, Any]:
     """
     folders = sorted((d for d in sweep_dir.iterdir() if d.is_dir() and d.name.isdigit()), key=lambda d: int(d.name))
     errors = [folder / ERROR_FILE for folder in folders]
-    failed = [json.loads(path.read_text()) for path in errors if path.exists()]
+    ended = [json.loads(path.read_text()) for path in errors if path.exists()]
+    # Overrides that all cells share say nothing about one of them.
+    overrides = [list(OmegaConf.load(folder / OVERRIDES_FILE)) for folder in folders]
+    for entry in ended:
+        varying = [override for override in entry["overrides"] if not all(override in cell for cell in overrides)]
+        entry["name"] = ", ".join(varying or entry["overrides"])
     sweep = {
         "runs": [d.name for d in folders if (d / MANIFEST_FILE).exists()],
         "baseline": baseline,
-        "failed": failed,
+        "not_defined": [entry for entry in ended if entry["not_defined"]],
+        "failed": [entry for entry in ended if not entry["not_defined"]],
     }
     (sweep_dir / SWEEP_FILE).write_text(json.dumps(sweep, indent=2) + "\n")
     return sweep
@@ -35,7 +41,7 @@ class ComparisonCallback(Callback):
     """Hydra callback: writes and prints the comparison when a multirun ends."""
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Compare the runs that finished; say which failed."""
+        """Compare the runs that finished; say which are not defined, and which failed."""
         # Hydra makes its callbacks before it checks the command line: a typing error must not wait for these.
         from rich.console import Console
 
@@ -45,7 +51,7 @@ class ComparisonCallback(Callback):
 
         sweep_dir = Path(config.hydra.sweep.dir)
         sweep = collect(sweep_dir, config.report.baseline)
-        result: dict[str, Any] = {"sweep_dir": str(sweep_dir), "failed": sweep["failed"]}
+        result: dict[str, Any] = {"sweep_dir": str(sweep_dir)} | {key: sweep[key] for key in ("not_defined", "failed")}
         if sweep["runs"]:
             summary = reports.comparison.write_comparison(sweep_dir)
             Console().print(reports.terminal.comparison_table(summary))

@@ -88,8 +88,31 @@ def test_a_failed_cell_does_not_stop_a_sweep(tmp_path: Path, run):
     assert done.returncode == 2
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert len(last["failed"]) == 1
+    assert last["failed"][0]["name"] == "kv_cache.num_slots=1"  # what all cells share is left out
     assert "kv_cache.num_slots" in last["failed"][0]["error"]
     assert Path(tmp_path, last["report"]).exists()
+
+
+def test_a_cell_that_means_nothing_is_left_out_of_a_sweep(tmp_path: Path, run):
+    common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
+    done = run("-m", "allocator=contiguous,paged", "runner.layout=paged,contiguous", *common)
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.strip().splitlines()[-1])
+    assert last["failed"] == []
+    [left_out] = last["not_defined"]
+    assert left_out["name"] == "allocator=paged, runner.layout=contiguous"
+    text = Path(tmp_path, last["sweep_dir"], "report.md").read_text()
+    assert "allocator=paged, runner.layout=contiguous is not defined: " + left_out["error"] in text
+    assert last["summary"]["same_tokens"]["verdict"] == "same"
+    assert [entry["factor"] for entry in last["summary"]["costs"]] == ["capacity", "the kernel"]
+
+
+def test_nothing_but_cells_that_mean_nothing_is_an_error(run):
+    for mode in ([], ["-m"]):
+        done = run(*mode, "allocator=paged", "runner.layout=contiguous")
+        assert done.returncode == 2
+        [line] = done.stderr.strip().splitlines()
+        assert "runner.layout=contiguous" in line
 
 
 def test_the_command_itself_exits_with_2_and_one_line(tmp_path: Path):
