@@ -2,7 +2,8 @@
 
 Rows with one new token go to the decode kernel, the others to the prefill kernel: at most two launches a layer. Only
 host copies of the step's metadata are read to plan it; nothing waits for the device. With `reserve`, a step's plan
-lives in buffers of fixed size and address, which a CUDA graph may capture.
+lives in buffers of fixed size and address, which a CUDA graph may capture. Steps of whole prompts of equal length may
+go to the library (`engine.attention.dense`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from engine.attention.base import AttentionMetadata
-from engine.errors import ConfigError
+from engine.attention.dense import DensePrompts, library_backend
+from engine.errors import ConfigError, EngineError
 from engine.kernels.config import decode_config, prefill_config
 from engine.kernels.decode import DecodeScratch, decode_attention
 from engine.kernels.plan import DECODE_FIELDS, Capacity, Shape, plan_step
 from engine.kernels.prefill import prefill_attention
-from engine.kernels.store import store_kv
+from engine.kernels.store import gather_kv, store_kv
 from engine.kv_pool import KVPool
 from engine.sampling.transfer import to_device
 
@@ -34,6 +36,8 @@ class _Plan:
         buffer: both in one.
         scratch: for the decode kernel. A captured graph uses it for as long as the plan lives.
         is_reserved: True when a graph relies on the buffer's address and the capacity.
+        dense: (rows, length) of a step that the library may do.
+        fresh: a layer and its new keys and values, as `keep_kv` got them.
     """
 
     capacity: Capacity
@@ -42,6 +46,8 @@ class _Plan:
     buffer: Tensor
     scratch: DecodeScratch
     is_reserved: bool
+    dense: tuple[int, int] | None = None
+    fresh: tuple[int, Tensor, Tensor] | None = None
 
 
 class TritonBackend:
@@ -52,12 +58,13 @@ class TritonBackend:
         num_heads: query heads of a layer.
         contiguous: the allocator hands out consecutive blocks only: kernels read the first table entry alone. A
             compile-time switch, for the comparison of contiguous and paged kernels.
+        use_library: let PyTorch's attention do the steps that it does faster.
 
     Raises:
         ConfigError: the head counts do not fit.
     """
 
-    def __init__(self, pool: KVPool, num_heads: int, *, contiguous: bool = False) -> None:
+    def __init__(self, pool: KVPool, num_heads: int, *, contiguous: bool = False, use_library: bool = True) -> None:
         if num_heads % pool.num_kv_heads:
             raise ConfigError(
                 f"{num_heads} query heads do not divide among {pool.num_kv_heads} KV heads; the Triton backend needs "
@@ -77,6 +84,7 @@ class TritonBackend:
             slots_per_head=max(1, programs // pool.num_kv_heads),
         )
         self._scratch = self._new_scratch(0, 0)
+        self._dense = DensePrompts(library_backend(pool.device, pool.dtype, pool.head_dim) if use_library else None)
 
     def reserve(self, meta: AttentionMetadata, num_rows: int, num_prefill_tokens: int = 0) -> None:
         """Give `meta` a plan of fixed size and address, for a CUDA graph; `prepare` then refills it.
@@ -102,12 +110,27 @@ class TritonBackend:
             reserved.buffer.copy_(sent, non_blocking=True)
             return
         scratch = self._scratch_for(capacity.decode, len(meta.host_seq_lens))
-        meta.prepared = _views(sent, capacity, scratch, is_reserved=False)
+        plan = _views(sent, capacity, scratch, is_reserved=False)
+        plan.dense = self._dense.shape(meta.host_query_start_loc, meta.host_seq_lens)
+        meta.prepared = plan
 
     def write_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:
         """Store the new tokens' keys and values."""
         keys, values = self.pool.slots(layer)
         store_kv(k, v, keys, values, meta.slot_mapping)
+        self.keep_kv(k, v, layer, meta)
+
+    def keep_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:
+        """Hand over what the caller itself has stored at `meta.slot_mapping`; `attend` then need not read it back.
+
+        Args:
+            k, v: [T, num_kv_heads, head_dim], the keys rotated; not to be changed before `attend` of this layer.
+            layer: index of the layer in the pool.
+            meta: the step.
+        """
+        plan: _Plan = meta.prepared
+        if plan.dense is not None:
+            plan.fresh = (layer, k, v)
 
     def attend(
         self,
@@ -122,6 +145,15 @@ class TritonBackend:
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         plan: _Plan = meta.prepared
+        if scale <= 0:
+            raise EngineError(f"the attention of layer {layer} scales its scores by {scale}; it must be positive")
+        if plan.dense is not None and softcap is None and sinks is None:
+            length = plan.dense[1]
+            if sliding_window is None or sliding_window >= length:
+                k, v = self._fresh_kv(plan, layer, meta)
+                dense = self._dense.attend(q, k, v, plan.dense, scale)
+                if dense is not None:
+                    return dense
         keys, values = self.pool.slots(layer)
         if q.stride(2) != 1:
             q = q.contiguous()
@@ -166,6 +198,16 @@ class TritonBackend:
                 config=self._prefill_config,
             )
         return out
+
+    def _fresh_kv(self, plan: _Plan, layer: int, meta: AttentionMetadata) -> tuple[Tensor, Tensor]:
+        """The new tokens' keys and values side by side: as they were handed over, or else read back."""
+        fresh, plan.fresh = plan.fresh, None
+        if fresh is not None and fresh[0] == layer:
+            return fresh[1:]
+        keys, values = self.pool.slots(layer)
+        k, v = keys.new_empty(2, len(meta.slot_mapping), *keys.shape[1:]).unbind()
+        gather_kv(k, v, keys, values, meta.slot_mapping)
+        return k, v
 
     def _scratch_for(self, num_items: int, num_rows: int) -> DecodeScratch:
         """Scratch with room for a plan; plans share it, because launches follow each other."""

@@ -16,7 +16,6 @@ import numpy as np
 from engine.errors import EngineError
 from engine.kernels.config import DecodeConfig
 
-
 DECODE_FIELDS, PREFILL_FIELDS = 5, 2
 
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from attention_cases import dense_attention, make_case, make_contiguous, run_backend
+from torch.nn.attention import SDPBackend
 
+from engine.attention.dense import DensePrompts
 from engine.attention.reference import ReferenceBackend
 from engine.attention.triton_backend import TritonBackend
 from engine.errors import ConfigError, EngineError
@@ -103,6 +105,61 @@ def test_transposed_queries_as_transformers_gives_them():
     wanted = dense_attention(case, scale=0.3)
     case.q = case.q.transpose(0, 1).contiguous().transpose(0, 1)
     assert (run_backend(TritonBackend(case.pool, 4), case, scale=0.3).double().cpu() - wanted).abs().max() < 2e-5
+
+
+PROMPTS = [(0, 30), (0, 30)]
+
+
+def library(backend):
+    """Let PyTorch's plain attention stand for cuDNN's where there is no GPU."""
+    backend._dense = DensePrompts(SDPBackend.MATH, min_length=20)
+    return backend
+
+
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_equal_prompts_that_come_again_go_to_the_library(is_kept, window):
+    case = make_case(PROMPTS, device=DEVICE)
+    backend = library(TritonBackend(case.pool, 4))
+    run_backend(backend, case, scale=0.3, sliding_window=window)
+    assert case.meta.prepared.dense is None
+    for _ in range(2):
+        backend.prepare(case.meta)
+        assert case.meta.prepared.dense == (2, 30)
+        backend.write_kv(case.k, case.v, 1, case.meta)
+        if not is_kept:
+            case.meta.prepared.fresh = (0, case.k * torch.nan, case.v)  # another layer's: not to be used
+        got = backend.attend(case.q, 1, case.meta, scale=0.3, sliding_window=window)
+        wanted = dense_attention(case, scale=0.3, sliding_window=window)
+        assert (got.double().cpu() - wanted).abs().max() < 2e-5
+        assert got.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        ([(0, 30), (0, 29)], {}),
+        ([(0, 30), (30, 1)], {}),
+        ([(16, 14), (0, 30)], {}),
+        ([(0, 19), (0, 19)], {}),
+        (PROMPTS, {"sliding_window": 29}),
+        (PROMPTS, {"softcap": 5.0}),
+        (PROMPTS, {"sinks": SINKS}),
+    ],
+)
+def test_other_steps_do_not_go_to_the_library(rows, options):
+    case = make_case(rows, device=DEVICE)
+    backend = library(TritonBackend(case.pool, 4))
+    backend.prepare(case.meta)
+    backend._dense.attend = None  # calling it would fail
+    got = run_backend(backend, case, scale=0.3, **options)
+    assert (got.double().cpu() - dense_attention(case, scale=0.3, **options)).abs().max() < 2e-5
+
+
+def test_a_scale_that_is_not_positive_is_refused():
+    case = make_case([(5, 1)], device=DEVICE)
+    with pytest.raises(EngineError, match="must be positive"):
+        run_backend(TritonBackend(case.pool, 4), case, scale=-0.3)
 
 
 def test_unequal_groups_are_refused():
