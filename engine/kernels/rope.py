@@ -1,8 +1,8 @@
 """Rotary embedding of queries and keys and the store of keys and values, in one launch.
 
-Optionally the per-head RMS norm of queries and keys before it (Qwen3). A program does one token and one KV
-head with its query heads. The embedding pairs element i with element i + rotary_dim / 2 ("rotate half"; RoFormer, Su
-et al., 2021, in GPT-NeoX's layout); elements from rotary_dim on pass through.
+Optionally the per-head RMS norm of queries and keys before it (Qwen3). A program does one token. The embedding pairs
+element i with element i + rotary_dim / 2 ("rotate half"; RoFormer, Su et al., 2021, in GPT-NeoX's layout); elements
+from rotary_dim on pass through.
 """
 
 from __future__ import annotations
@@ -38,59 +38,66 @@ def rope_store_kernel(  # type: ignore[no-untyped-def]
     stride_out_head,
     stride_slot,
     stride_cos,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    KV_HEADS_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
     NORM: tl.constexpr,
+    TURN_KEYS: tl.constexpr,
 ):
-    """One token and one KV head with its query heads; see `rope_store`."""
+    """One token; see `rope_store`."""
     token = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
+    slot = tl.load(slots_ptr + token)
     half = tl.arange(0, HALF_PAD)
     in_half = half < HALF
     cos = tl.load(cos_ptr + token * stride_cos + half, mask=in_half, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + token * stride_cos + half, mask=in_half, other=0.0).to(tl.float32)
 
-    group = tl.arange(0, GROUP_PAD)
-    heads = kv_head * GROUP + group
-    is_head = group < GROUP
-    _rotate(
-        q_ptr + token * stride_q_row + heads * stride_q_head,
-        out_ptr + token * stride_out_row + heads * stride_out_head,
-        is_head,
-        q_norm_ptr,
-        epsilon,
-        cos,
-        sin,
-        HEAD_DIM,
-        DIM_PAD,
-        HALF,
-        HALF_PAD,
-        NORM,
-    )
-    slot = tl.load(slots_ptr + token)
-    target = slot * stride_slot + kv_head * HEAD_DIM
-    one = tl.arange(0, 1)
-    _rotate(
-        k_ptr + token * stride_k_row + kv_head * stride_k_head + one,
-        keys_ptr + target + one,
-        one < 1,
-        k_norm_ptr,
-        epsilon,
-        cos,
-        sin,
-        HEAD_DIM,
-        DIM_PAD,
-        HALF,
-        HALF_PAD,
-        NORM,
-    )
+    # Everything is loaded before anything is stored, or each load would wait for the store before it.
+    heads = tl.arange(0, HEADS_PAD)
+    kv_heads = tl.arange(0, KV_HEADS_PAD)
     dims = tl.arange(0, DIM_PAD)
-    v = tl.load(v_ptr + token * stride_v_row + kv_head * stride_v_head + dims, mask=dims < HEAD_DIM)
-    tl.store(values_ptr + target + dims, v.to(values_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+    queries = q_ptr + token * stride_q_row + heads * stride_q_head
+    new_keys = k_ptr + token * stride_k_row + kv_heads * stride_k_head
+    q1, q2, q_rest = _load(queries, heads < HEADS, HEAD_DIM, DIM_PAD, HALF, HALF_PAD)
+    k1, k2, k_rest = _load(new_keys, kv_heads < KV_HEADS, HEAD_DIM, DIM_PAD, HALF, HALF_PAD)
+    exists = (kv_heads < KV_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    v = tl.load(v_ptr + token * stride_v_row + kv_heads[:, None] * stride_v_head + dims[None, :], mask=exists)
+    dtype: tl.constexpr = keys_ptr.dtype.element_ty
+    if NORM:
+        q1, q2, q_rest = _norm(q1, q2, q_rest, q_norm_ptr, epsilon, dtype, HEAD_DIM, DIM_PAD, HALF, HALF_PAD)
+        k1, k2, k_rest = _norm(k1, k2, k_rest, k_norm_ptr, epsilon, dtype, HEAD_DIM, DIM_PAD, HALF, HALF_PAD)
+    q1, q2 = q1 * cos[None, :] - q2 * sin[None, :], q2 * cos[None, :] + q1 * sin[None, :]
+    k1, k2 = k1 * cos[None, :] - k2 * sin[None, :], k2 * cos[None, :] + k1 * sin[None, :]
+
+    target = slot * stride_slot + kv_heads * HEAD_DIM
+    tl.store(values_ptr + target[:, None] + dims[None, :], v.to(dtype), mask=exists)
+    turned = out_ptr + token * stride_out_row + heads * stride_out_head
+    _store(turned, heads < HEADS, q1, q2, q_rest, HEAD_DIM, DIM_PAD, HALF, HALF_PAD)
+    _store(keys_ptr + target, kv_heads < KV_HEADS, k1, k2, k_rest, HEAD_DIM, DIM_PAD, HALF, HALF_PAD)
+    if TURN_KEYS:
+        _store(new_keys, kv_heads < KV_HEADS, k1, k2, k_rest, HEAD_DIM, DIM_PAD, HALF, HALF_PAD)
+
+
+@triton.jit
+def _load(  # type: ignore[no-untyped-def]
+    heads, exists, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr
+):
+    """Both halves of what is rotated of some heads, and the rest; `heads` point to their first elements."""
+    half = tl.arange(0, HALF_PAD)
+    mask = exists[:, None] & (half < HALF)[None, :]
+    x1 = tl.load(heads[:, None] + half[None, :], mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(heads[:, None] + HALF + half[None, :], mask=mask, other=0.0).to(tl.float32)
+    rest = x1
+    if HEAD_DIM > 2 * HALF:
+        dims = tl.arange(0, DIM_PAD)
+        mask = exists[:, None] & ((dims >= 2 * HALF) & (dims < HEAD_DIM))[None, :]
+        rest = tl.load(heads[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    return x1, x2, rest
 
 
 @triton.jit
@@ -99,47 +106,57 @@ def _round(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _rotate(  # type: ignore[no-untyped-def]
-    sources,
-    targets,
-    exists,
-    norm_ptr,
+def _norm(  # type: ignore[no-untyped-def]
+    x1,
+    x2,
+    rest,
+    weight_ptr,
     epsilon,
-    cos,
-    sin,
+    dtype: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
-    NORM: tl.constexpr,
 ):
-    """Norm, rotate and copy some heads. `sources` and `targets` point to each head's first element."""
+    """RMS norm of each head. Rounded before the weight and after it, as transformers' norm modules do."""
+    half = tl.arange(0, HALF_PAD)
+    dims = tl.arange(0, DIM_PAD)
+    squares = tl.sum(x1 * x1 + x2 * x2, 1)
+    if HEAD_DIM > 2 * HALF:
+        squares += tl.sum(rest * rest, 1)
+    factor = 1.0 / tl.sqrt(squares / HEAD_DIM + epsilon)
+    w1 = tl.load(weight_ptr + half, mask=half < HALF, other=0.0).to(tl.float32)
+    w2 = tl.load(weight_ptr + HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
+    x1 = _round(_round(x1 * factor[:, None], dtype) * w1[None, :], dtype)
+    x2 = _round(_round(x2 * factor[:, None], dtype) * w2[None, :], dtype)
+    if HEAD_DIM > 2 * HALF:
+        w = tl.load(weight_ptr + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
+        rest = _round(rest * factor[:, None], dtype) * w[None, :]
+    return x1, x2, rest
+
+
+@triton.jit
+def _store(  # type: ignore[no-untyped-def]
+    heads,
+    exists,
+    x1,
+    x2,
+    rest,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+):
+    """The reverse of `_load`."""
+    dtype: tl.constexpr = heads.dtype.element_ty
     half = tl.arange(0, HALF_PAD)
     mask = exists[:, None] & (half < HALF)[None, :]
-    x1 = tl.load(sources[:, None] + half[None, :], mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(sources[:, None] + HALF + half[None, :], mask=mask, other=0.0).to(tl.float32)
-    dtype: tl.constexpr = targets.dtype.element_ty
+    tl.store(heads[:, None] + half[None, :], x1.to(dtype), mask=mask)
+    tl.store(heads[:, None] + HALF + half[None, :], x2.to(dtype), mask=mask)
     if HEAD_DIM > 2 * HALF:
         dims = tl.arange(0, DIM_PAD)
-        rest_mask = exists[:, None] & ((dims >= 2 * HALF) & (dims < HEAD_DIM))[None, :]
-        rest = tl.load(sources[:, None] + dims[None, :], mask=rest_mask, other=0.0).to(tl.float32)
-    if NORM:
-        squares = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
-        if HEAD_DIM > 2 * HALF:
-            squares += tl.sum(rest * rest, 1)
-        factor = 1.0 / tl.sqrt(squares / HEAD_DIM + epsilon)
-        w1 = tl.load(norm_ptr + half, mask=half < HALF, other=0.0).to(tl.float32)
-        w2 = tl.load(norm_ptr + HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
-        # Rounded before the weight and after it, as transformers' norm modules do.
-        x1 = _round(_round(x1 * factor[:, None], dtype) * w1[None, :], dtype)
-        x2 = _round(_round(x2 * factor[:, None], dtype) * w2[None, :], dtype)
-        if HEAD_DIM > 2 * HALF:
-            w = tl.load(norm_ptr + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
-            rest = _round(rest * factor[:, None], dtype) * w[None, :]
-    tl.store(targets[:, None] + half[None, :], (x1 * cos[None, :] - x2 * sin[None, :]).to(dtype), mask=mask)
-    tl.store(targets[:, None] + HALF + half[None, :], (x2 * cos[None, :] + x1 * sin[None, :]).to(dtype), mask=mask)
-    if HEAD_DIM > 2 * HALF:
-        tl.store(targets[:, None] + dims[None, :], rest.to(dtype), mask=rest_mask)
+        mask = exists[:, None] & ((dims >= 2 * HALF) & (dims < HEAD_DIM))[None, :]
+        tl.store(heads[:, None] + dims[None, :], rest.to(dtype), mask=mask)
 
 
 def rope_store(
@@ -157,8 +174,12 @@ def rope_store(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     epsilon: float = 1e-6,
+    turn_keys: bool = False,
 ) -> None:
     """Rotate `q` into `out`, rotate `k` into its slots, copy `v` into its slots.
+
+    In bfloat16 a norm rounds before its weight and after it, as transformers' modules do, and the rotation once, where
+    transformers rounds both products too.
 
     Args:
         q, out: [T, num_heads, head_dim]; `out` may be `q` itself.
@@ -169,13 +190,14 @@ def rope_store(
         slot_mapping: int64 [T].
         q_norm, k_norm: [head_dim] weights of an RMS norm over each head before the rotation; both or none.
         epsilon: of that norm.
+        turn_keys: rotate `k` in place too, for an attention that reads it beside the pool.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     if num_tokens == 0:
         return
-    group = num_heads // num_kv_heads
-    rope_store_kernel[(num_tokens, num_kv_heads)](
+    heads_pad, half_pad = next_power_of_2(num_heads), next_power_of_2(rotary_dim // 2)
+    rope_store_kernel[(num_tokens,)](
         q,
         k,
         v,
@@ -198,12 +220,16 @@ def rope_store(
         out.stride(1),
         keys.stride(0),
         cos.stride(0),
-        GROUP=group,
-        GROUP_PAD=next_power_of_2(group),
+        HEADS=num_heads,
+        HEADS_PAD=heads_pad,
+        KV_HEADS=num_kv_heads,
+        KV_HEADS_PAD=next_power_of_2(num_kv_heads),
         HEAD_DIM=head_dim,
         DIM_PAD=next_power_of_2(head_dim),
         HALF=rotary_dim // 2,
-        HALF_PAD=next_power_of_2(rotary_dim // 2),
+        HALF_PAD=half_pad,
         NORM=q_norm is not None,
-        num_warps=1 if group * head_dim <= 1024 else 4,
+        TURN_KEYS=turn_keys,
+        # At least 16 pairs a thread: eight elements of 2 bytes make a load of 16 bytes.
+        num_warps=min(8, max(1, heads_pad * half_pad // 512)),
     )

@@ -18,7 +18,7 @@ from engine.kernels import INTERPRET
 from engine.kernels.activation import gated_kernel
 from engine.kernels.common import VARYING, next_power_of_2
 from engine.kernels.config import decode_config, prefill_config
-from engine.kernels.decode import decode_kernel
+from engine.kernels.decode import decode_kernel, merge_width
 from engine.kernels.norm import rms_norm_kernel
 from engine.kernels.prefill import prefill_kernel
 from engine.kernels.rope import rope_store_kernel
@@ -98,7 +98,7 @@ def attention_resources():
             "GROUP_PAD": group_pad,
             "ROWS": max(16, group_pad),
             "TILE": decode.tile,
-            "MERGE": max(2, min(16, 8192 // (group_pad * dim_pad))),
+            "MERGE": merge_width(group_pad, dim_pad, decode.num_warps),
             "STAGES": decode.num_stages,
         }
         yield f"decode {name}", resources(decode_kernel, shared | own, decode.num_warps, decode.num_stages)
@@ -114,9 +114,9 @@ def attention_resources():
 
 def fused_resources():
     heads = {"HEAD_DIM": 128, "DIM_PAD": 128}
-    rope = heads | {"GROUP": 2, "GROUP_PAD": 2, "HALF": 64, "HALF_PAD": 64, "NORM": True}
-    yield "rope", resources(rope_store_kernel, rope, 1, 3)
-    yield "store", resources(store_kv_kernel, heads | {"HEADS": 8, "HEADS_PAD": 8}, 4, 3)
+    rope = heads | {"KV_HEADS": 8, "KV_HEADS_PAD": 8, "HALF": 64, "HALF_PAD": 64, "TURN_KEYS": True}
+    yield "rope", resources(rope_store_kernel, rope | {"HEADS": 16, "HEADS_PAD": 16, "NORM": True}, 2, 3)
+    yield "store", resources(store_kv_kernel, heads | {"HEADS": 8, "HEADS_PAD": 8, "GATHER": False}, 4, 3)
     norm = {"SIZE": 4096, "SIZE_PAD": 4096, "ADD": True, "ROUND": True}
     yield "norm", resources(rms_norm_kernel, norm, 8, 3)
     yield "activation", resources(gated_kernel, {"SIZE": 14336, "TILE": 2048, "GELU": False}, 4, 3)
