@@ -71,7 +71,7 @@ def build_served_engine(values: dict[str, Any]) -> ServedEngine:
     eos = frozenset(spec.eos_token_ids)
     tokenizer = load_tokenizer(cfg.model.path, bool(cfg.model.trust_remote_code))
     facts = {"cache_dtype": "auto", "gpu_memory_utilization": str(cfg.engine.gpu_memory_utilization)}
-    constraints = ConstraintFactory(tokenizer, spec.vocab_size, eos) if tokenizer.is_fast else None
+    constraints = ConstraintFactory(tokenizer, spec.vocab_size, eos) if tokenizer.is_fast and eos else None
     return ServedEngine(
         engine=parts.engine,
         max_model_len=parts.max_model_len,

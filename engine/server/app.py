@@ -60,7 +60,7 @@ _POST = _responses(400, 404, 408, 413, 415, 500, 503)
 
 
 def _completion_responses(model: type[Any]) -> dict[int | str, dict[str, Any]]:
-    success = {"model": model, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    success = {"model": model, "content": {"text/event-stream": {}}}
     return {200: success, **_POST}
 
 
@@ -118,7 +118,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) -> None:
     config = service.config
 
-    @app.get("/health", summary="Is the server alive and making progress?", responses=_responses(503))
+    @app.get(
+        "/health",
+        summary="Is the server alive and making progress?",
+        response_class=Response,
+        responses=_responses(503),
+    )
     @app.get("/ping", include_in_schema=False)
     async def health() -> Response:
         state = metrics.health(rows[0], config.heartbeat_timeout, config.stall_timeout)
@@ -129,7 +134,12 @@ def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) 
             )
         return Response(status_code=200)
 
-    @app.get("/ready", summary="Does the server take new requests?", responses=_responses(503))
+    @app.get(
+        "/ready",
+        summary="Does the server take new requests?",
+        response_class=Response,
+        responses=_responses(503),
+    )
     async def ready() -> Response:
         if service.draining:
             return error_response(ApiError(503, "The server is shutting down.", code="draining"))

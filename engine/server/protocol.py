@@ -70,7 +70,8 @@ class SamplingFields(Open):
     min_p: Finite | None = Field(default=None, ge=0, le=1)
     presence_penalty: Finite | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: Finite | None = Field(default=None, gt=0)
+    # Beyond these bounds a logit overflows, and a step with it.
+    repetition_penalty: Finite | None = Field(default=None, ge=0.01, le=100)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     n: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=0)

@@ -50,6 +50,8 @@ from engine.server.tool_calls import (
     required_schema,
 )
 
+_REQUESTS_PER_ROUND = 4
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -86,6 +88,7 @@ class Service:
         self.model_names, self.model_root, self._defaults = model_names, model_root, defaults
         self.created = int(time.time())
         self.draining = False
+        self._turns = asyncio.Semaphore(_REQUESTS_PER_ROUND)
 
     @property
     def info(self) -> EngineInfo:
@@ -114,12 +117,18 @@ class Service:
     async def read(self, request: Request, kind: type[Body]) -> Body:
         """The body as `kind`. Raises ApiError."""
         body = await read_json(request, self.config)
+        await self._turn()
         try:
             return kind.model_validate(body)
         except ValidationError as error:
             raise validation_error(error) from None
         except RecursionError:
             raise bad_request("The body is nested too deeply.", code="invalid_json") from None
+
+    async def _turn(self) -> None:
+        """Let few requests per round of the event loop begin: in a crowd, `/health` and open streams go on."""
+        async with self._turns:
+            await asyncio.sleep(0)
 
     def check_model(self, name: str | None) -> str:
         """The served name that a request means. Raises a 404 for any other."""
@@ -280,7 +289,7 @@ class Service:
             return await self._constraint(req), parser, False
         if req.response_format is not None and req.response_format.type != "text":
             raise bad_request("response_format cannot be combined with a forced tool_choice", "response_format")
-        await self._check_constraint(forced, "tools")
+        await self._check_constraint(forced, "tools", req)
         return forced, parser, isinstance(choice, NamedToolChoice)
 
     async def _constraint(self, req: SamplingFields) -> structured.Constraint | None:
@@ -293,12 +302,15 @@ class Service:
             raise bad_request("response_format and structured_outputs exclude each other", "structured_outputs")
         constraint = one or two
         if constraint is not None:
-            await self._check_constraint(constraint, "response_format" if one else "structured_outputs")
+            await self._check_constraint(constraint, "response_format" if one else "structured_outputs", req)
         return constraint
 
-    async def _check_constraint(self, constraint: structured.Constraint, param: str) -> None:
+    async def _check_constraint(self, constraint: structured.Constraint, param: str, req: SamplingFields) -> None:
         if not self.info.constraints:
-            raise bad_request("structured output is not available with this runner", param)
+            raise bad_request("structured output is not available with this model", param)
+        if req.min_tokens:
+            # A complete text may only end, and min_tokens would bar its end: no token would be left.
+            raise bad_request("min_tokens cannot be combined with structured output", "min_tokens")
         try:
             await asyncio.to_thread(structured.check, constraint, param)
         except RequestError as error:

@@ -129,6 +129,8 @@ CASES = [
     ("24 backslash", CHAT, _image("http:\\\\127.0.0.1\\x"), 400),
     ("24 bare path", CHAT, _image("/etc/passwd"), 400),
     ("24 url a number", CHAT, _image(7), 400),
+    ("repetition_penalty tiny", COMPLETIONS, P | {"repetition_penalty": 5e-324}, 400),
+    ("min_tokens with a grammar", COMPLETIONS, P | {"min_tokens": 1, "structured_outputs": {"choice": ["a"]}}, 400),
     ("min_tokens above max_tokens", COMPLETIONS, P | {"min_tokens": 3}, 400),
     ("suffix", COMPLETIONS, P | {"suffix": "y"}, 400),
     ("best_of", COMPLETIONS, P | {"best_of": 4}, 400),

@@ -1,0 +1,217 @@
+"""A soak of a running server: a closed loop of streaming clients of which some hang up, and what leaks meanwhile.
+
+    kvarena serve models/demo --port 8000 --disable-access-log &
+    python -m experiments.soak --url http://127.0.0.1:8000 --pid $! --seconds 600 --out docs/results/soak
+
+Each client streams one request after the other; every tenth is dropped somewhere in its stream. Once a second the
+resident memory of every server process, open files, the gauges and the ledger are written to `soak.csv`. At the end the
+pool must be whole, no request may have failed, and memory must be flat: the mean of the last quarter against that of
+the second quarter (the first is warm-up). The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import json
+import random
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+MEMORY_BOUND = 0.02
+DRAIN_SECONDS = 20.0
+
+
+@dataclass
+class Counts:
+    """What happened so far."""
+
+    finished: int = 0
+    aborted: int = 0
+    tokens: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+async def stream(host: str, port: int, rng: random.Random, counts: Counts, abort: bool) -> None:
+    """One request; hangs up after a few events when `abort`."""
+    prompt = [rng.randint(10, 2000) for _ in range(rng.randint(4, 200))]
+    body = json.dumps(
+        {"prompt": prompt, "max_tokens": rng.randint(8, 128), "ignore_eos": True, "stream": True, "temperature": 0.8}
+    ).encode()
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n" + body)
+        hang_up_after = rng.randint(0, 4) if abort else None
+        chunks, tail = 0, b""
+        while chunk := await reader.read(1 << 16):
+            counts.tokens += chunk.count(b'"text":')
+            tail = (tail + chunk)[-400:]
+            chunks += 1
+            if hang_up_after is not None and chunks > hang_up_after:
+                counts.aborted += 1
+                return
+        if b"data: [DONE]" in tail and b'data: {"error"' not in tail:
+            counts.finished += 1
+        else:
+            counts.errors.append(tail[-200:].decode("utf-8", "replace"))
+    except OSError as error:
+        counts.errors.append(repr(error))
+    finally:
+        writer.close()
+
+
+async def client(host: str, port: int, seed: int, until: float, counts: Counts, abort_share: float) -> None:
+    """A closed loop."""
+    rng = random.Random(seed)
+    while time.monotonic() < until:
+        await stream(host, port, rng, counts, rng.random() < abort_share)
+
+
+async def get_metrics(host: str, port: int) -> dict[str, float]:
+    """The gauges, by name and label value."""
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    text = (await reader.read(-1)).decode()
+    writer.close()
+    made = {}
+    for name, label, value in re.findall(r'^(\S+?)\{.*?(?:class="(\w+)")?[^}]*\} (\S+)$', text, re.MULTILINE):
+        made[f"{name}{{{label}}}" if label else name] = float(value)
+    return made
+
+
+def processes(pid: int) -> list[psutil.Process]:
+    """The supervisor and its children, the resource tracker left out."""
+    parent = psutil.Process(pid)
+    return [parent, *(child for child in parent.children() if "spawn_main" in " ".join(child.cmdline()))]
+
+
+async def sample(host: str, port: int, pid: int, until: float, counts: Counts, rows: list[dict[str, Any]]) -> None:
+    """A row per second."""
+    start = time.monotonic()
+    watched = processes(pid)
+    while time.monotonic() < until:
+        gauges = await get_metrics(host, port)
+        row: dict[str, Any] = {
+            "seconds": round(time.monotonic() - start, 2),
+            "rss_bytes": sum(process.memory_info().rss for process in watched),
+            "num_fds": sum(process.num_fds() for process in watched),
+            "num_threads": sum(process.num_threads() for process in watched),
+            "running": gauges["vllm:num_requests_running"],
+            "waiting": gauges["vllm:num_requests_waiting"],
+            "kv_usage": gauges["vllm:kv_cache_usage_perc"],
+            "finished": counts.finished,
+            "aborted": counts.aborted,
+            "tokens": counts.tokens,
+            "errors": len(counts.errors),
+        }
+        for index, process in enumerate(watched):
+            row[f"rss_{index}"] = process.memory_info().rss
+        rows.append(row)
+        await asyncio.sleep(1.0)
+
+
+async def drained(host: str, port: int) -> dict[str, float]:
+    """Wait until nothing runs; the gauges then."""
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while True:
+        gauges = await get_metrics(host, port)
+        busy = gauges["vllm:num_requests_running"] + gauges["vllm:num_requests_waiting"]
+        owned = sum(gauges[f"kvarena:kv_slots{{{name}}}"] for name in ("token_states", "reservation", "internal"))
+        if not (busy or owned) or time.monotonic() > deadline:
+            return gauges | {"owned_slots": owned}
+        await asyncio.sleep(0.3)
+
+
+def growth(rows: list[dict[str, Any]]) -> float:
+    """Relative growth of resident memory from the second to the last quarter."""
+    quarter = len(rows) // 4
+    early = [row["rss_bytes"] for row in rows[quarter : 2 * quarter]]
+    late = [row["rss_bytes"] for row in rows[-quarter:]]
+    return (sum(late) / len(late)) / (sum(early) / len(early)) - 1
+
+
+def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Memory, load and pool over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    at = [row["seconds"] for row in rows]
+    figure, axes = plt.subplots(3, 1, figsize=(8, 7), sharex=True)
+    axes[0].plot(at, [row["rss_bytes"] / 2**20 for row in rows])
+    axes[0].set_ylabel("resident memory\nall processes, MiB")
+    axes[0].set_ylim(bottom=0)
+    axes[1].plot(at, [row["running"] for row in rows], label="running")
+    axes[1].plot(at, [row["waiting"] for row in rows], label="waiting")
+    axes[1].set_ylabel("requests")
+    axes[1].legend()
+    axes[2].plot(at, [100 * row["kv_usage"] for row in rows])
+    axes[2].set_ylabel("KV pool owned, %")
+    axes[2].set_xlabel("seconds")
+    axes[0].set_title(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+async def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run it; the summary and the rows."""
+    host, port = options.url.removeprefix("http://").rstrip("/").split(":")
+    counts, rows = Counts(), []
+    until = time.monotonic() + options.seconds
+    clients = [client(host, int(port), i, until, counts, options.abort_share) for i in range(options.clients)]
+    await asyncio.gather(sample(host, int(port), options.pid, until, counts, rows), *clients)
+    gauges = await drained(host, int(port))
+    summary = {
+        "seconds": options.seconds,
+        "clients": options.clients,
+        "finished": counts.finished,
+        "aborted": counts.aborted,
+        "tokens": counts.tokens,
+        "errors": len(counts.errors),
+        "first_error": counts.errors[0] if counts.errors else None,
+        "leaked_slots": gauges["owned_slots"],
+        "memory_growth": round(growth(rows), 5),
+        "rss_mib_last": round(rows[-1]["rss_bytes"] / 2**20),
+        "fds_first_last": [rows[len(rows) // 4]["num_fds"], rows[-1]["num_fds"]],
+    }
+    summary["ok"] = not counts.errors and not gauges["owned_slots"] and summary["memory_growth"] < MEMORY_BOUND
+    return summary, rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Soak a server; 1 when it failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--pid", type=int, required=True, help="of the server's supervisor")
+    parser.add_argument("--clients", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--abort-share", type=float, default=0.1)
+    parser.add_argument("--out", type=Path, default=Path("soak"))
+    options = parser.parse_args(argv)
+    summary, rows = asyncio.run(soak(options))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "soak.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    title = f"{options.clients} clients, {summary['finished']:,} requests finished, {summary['aborted']:,} hung up"
+    plot(rows, options.out / "soak.png", title)
+    (options.out / "soak.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary))
+    return 0 if summary["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""Clients that hang up, never read, or come in crowds: slots are freed, others are served.
+
+The numbers are the items of the reliability suite (docs/serving.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import struct
+import threading
+import time
+
+import httpx
+import pytest
+from server_harness import RunningServer, stream_events
+
+LONG = {"prompt": [20] * 16, "max_tokens": 400, "ignore_eos": True}
+
+
+def _send(server: RunningServer, body: dict, rest: bytes = b"") -> socket.socket:
+    """Send a request and return the socket, unread."""
+    data = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer test-key\r\nContent-Length: {len(data)}\r\n"
+    )
+    sock = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + data + rest)
+    return sock
+
+
+def _running(server: RunningServer) -> float:
+    metrics = server.metrics()
+    return metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]
+
+
+def _wait_running(server: RunningServer, count: int) -> None:
+    deadline = time.monotonic() + 5
+    while _running(server) < count and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kind", ("stream", "whole", "n=4", "several prompts"))
+def test_29_a_disconnect_frees_the_slots(server, kind):
+    more: dict = {
+        "stream": {"stream": True},
+        "whole": {},
+        "n=4": {"n": 4, "temperature": 1.0},
+        "several prompts": {"prompt": [[20] * 9, [21] * 9], "stream": True},
+    }[kind]
+    sock = _send(server, LONG | more)
+    _wait_running(server, 1)
+    sock.close()
+    server.wait_idle(3)
+    server.assert_alive()
+
+
+def test_29_a_disconnect_while_queued(server):
+    socks = [_send(server, LONG | {"stream": True, "prompt": [20] * 100, "max_tokens": 410}) for _ in range(24)]
+    _wait_running(server, 20)
+    for sock in socks:
+        sock.close()
+    server.wait_idle(5)
+
+
+def test_34_reset_and_half_open_connections(server):
+    for _ in range(20):
+        sock = _send(server, LONG | {"stream": True})
+        sock.recv(64)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()  # RST
+    half = socket.create_connection(("127.0.0.1", server.port))
+    server.wait_idle(5)
+    server.assert_alive()
+    half.close()
+
+
+def test_30_many_that_give_up_and_then_one(server):
+    async def run() -> None:
+        async with httpx.AsyncClient(
+            base_url=server.url, headers=server.headers, limits=httpx.Limits(max_connections=None)
+        ) as client:
+
+            async def impatient() -> None:
+                with pytest.raises(httpx.TimeoutException):
+                    await client.post("/v1/completions", json=LONG | {"max_tokens": 450}, timeout=0.5)
+
+            await asyncio.gather(*(impatient() for _ in range(200)), return_exceptions=True)
+
+    asyncio.run(run())
+    start = time.monotonic()
+    assert server.complete().status_code == 200
+    assert time.monotonic() - start < 5
+    server.wait_idle()
+
+
+def test_32_slow_readers_cost_nobody_anything(server):
+    slow = [_send(server, LONG | {"stream": True, "n": 4, "temperature": 1.0}) for _ in range(8)]
+    start = time.monotonic()
+    assert server.complete("The", max_tokens=64, ignore_eos=True).json()["usage"]["completion_tokens"] == 64
+    assert time.monotonic() - start < 20
+    server.wait_idle(60)  # they run to their end, merged into the sockets' buffers
+    for sock in slow:
+        sock.settimeout(10)
+        data = b""
+        while b"data: [DONE]" not in data:
+            chunk = sock.recv(1 << 16)
+            assert chunk, "a stream ended without [DONE]"
+            data += chunk
+        sock.close()
+
+
+def test_33_slow_bodies_hold_nobody_up(server):
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer test-key\r\nContent-Length: 1000\r\n\r\n{"
+    )
+    socks = []
+    for _ in range(200):
+        sock = socket.create_connection(("127.0.0.1", server.port))
+        sock.sendall(head)
+        socks.append(sock)
+    server.assert_alive()
+    for sock in socks:
+        sock.close()
+
+
+def test_20_larger_than_the_pool_is_refused_at_once_and_blocks_nobody():
+    server = RunningServer("--set", "max_stream_lag=64", "--num-blocks", "10", module="experiments.stub_engine")
+    try:
+        start = time.monotonic()
+        refused = server.post("/v1/completions", {"prompt": [20] * 200, "max_tokens": 4})
+        assert refused.status_code == 400
+        assert "160" in refused.json()["error"]["message"]
+        assert time.monotonic() - start < 2
+        assert server.complete([20]).status_code == 200
+        # A chat without max_tokens gets what fits.
+        chat = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})
+        assert chat.status_code == 200
+        assert chat.json()["usage"]["total_tokens"] <= 160
+        _never_read(server)
+    finally:
+        server.stop()
+
+
+def _never_read(server: RunningServer) -> None:
+    """A client that never reads a byte: its request ends, and the server stays well."""
+    sock = _send(server, {"prompt": [20], "max_tokens": 150, "ignore_eos": True, "stream": True})
+    server.wait_idle(10)
+    assert server.complete([20]).status_code == 200
+    sock.close()
+
+
+def test_37_oversubscribed_pool_gives_the_unloaded_outputs(server):
+    """Ten times what the pool holds: all finish, with the tokens that each gets alone."""
+    body = {"max_tokens": 120, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    prompts = [[100 + i] * 40 for i in range(60)]
+    alone = [server.post("/v1/completions", body | {"prompt": prompts[i]}).json() for i in (0, 29, 59)]
+
+    async def run() -> list[dict]:
+        async with httpx.AsyncClient(base_url=server.url, headers=server.headers, timeout=120) as client:
+            answers = await asyncio.gather(
+                *(client.post("/v1/completions", json=body | {"prompt": prompt}) for prompt in prompts)
+            )
+            return [answer.json() for answer in answers]
+
+    together = asyncio.run(run())
+    assert all(answer["choices"][0]["finish_reason"] == "length" for answer in together)
+    for answer, index in zip(alone, (0, 29, 59), strict=True):
+        assert together[index]["choices"][0]["token_ids"] == answer["choices"][0]["token_ids"]
+    server.wait_idle()
+
+
+def test_36_40_a_crowd_of_300_streams_loses_nothing(server):
+    results: list[bool] = []
+
+    async def run() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, headers=server.headers, timeout=120, limits=limits) as client:
+
+            async def one(i: int) -> None:
+                body = {"prompt": [20 + i % 7] * 4, "max_tokens": 6, "ignore_eos": True, "stream": True}
+                async with client.stream("POST", "/v1/completions", json=body) as response:
+                    if response.status_code == 503:
+                        assert response.headers["retry-after"]
+                        return
+                    lines = [line async for line in response.aiter_lines() if line]
+                    results.append(lines[-1] == "data: [DONE]" and '"finish_reason":"length"' in lines[-2])
+
+            await asyncio.gather(*(one(i) for i in range(300)))
+
+    asyncio.run(run())
+    assert all(results)
+    assert len(results) >= 250
+    server.wait_idle()
+    server.assert_alive()
+
+
+@pytest.mark.slow
+def test_40_two_thousand_connections():
+    server = RunningServer("--step-time", "0.05", module="experiments.stub_engine")
+    done: list[bytes] = []
+
+    def batch() -> None:
+        socks = [
+            _send(server, {"prompt": [20], "max_tokens": 40, "ignore_eos": True, "stream": True}) for _ in range(250)
+        ]
+        for sock in socks:
+            sock.settimeout(120)
+            data = b""
+            while chunk := sock.recv(1 << 16):
+                data += chunk
+                if b"data: [DONE]" in data:
+                    break
+            done.append(data[-40:])
+            sock.close()
+
+    try:
+        threads = [threading.Thread(target=batch) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        start = time.monotonic()
+        assert server.client.get("/health").status_code == 200
+        assert time.monotonic() - start < 1
+        for thread in threads:
+            thread.join()
+        assert len(done) == 2000
+        assert all(b"[DONE]" in end for end in done)
+        server.wait_idle()
+    finally:
+        server.stop()
+
+
+def test_stream_and_whole_text_agree_byte_for_byte(server):
+    body = {"prompt": "\u4f60\u597d \u2615", "max_tokens": 60, "temperature": 1.5, "seed": 11, "ignore_eos": True}
+    whole = server.post("/v1/completions", body).json()["choices"][0]["text"]
+    with server.client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        events = [json.loads(line) for line in stream_events(response) if line != "[DONE]"]
+    assert "".join(event["choices"][0]["text"] for event in events) == whole
