@@ -372,6 +372,13 @@ class EngineLoop:
         watchers = [link for link, out in zip(self._links, self._out, strict=True) if out.watching]
         if watchers:
             snapshot = self._view.snapshot(classes, scheduler, self._routes)
+            queries = row.get("vllm:prefix_cache_queries")
+            snapshot |= {
+                "generated": row.get("vllm:generation_tokens"),
+                "steps": row.get("kvarena:steps"),
+                "shared_saved": usage.shared_saved,
+                "hit_rate": row.get("vllm:prefix_cache_hits") / queries if queries else 0.0,
+            }
             for link in watchers:
                 link.send([ToFront.POOL_MAP, snapshot])
 

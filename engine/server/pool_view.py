@@ -21,7 +21,6 @@ class PoolView:
 
     def __init__(self, allocator: KVAllocator) -> None:
         self._allocator = allocator
-        self._colors: dict[str, int] = {}
 
     def classes(self, usage: KVUsage, requests: Collection[Request]) -> dict[str, int]:
         """Slots by class; they add up to the pool."""
