@@ -4,8 +4,8 @@
 
 Every line has `us` (median of graph replays over memory several times the L2 cache), `tbps` and `share_of_copy`
 (bytes that must move, over time, over what a copy moves) or `tflops` and `share_of_matmul`, and for attention
-`error` (relative, against float64). `--tune` measures other tile shapes and splits beside the default ones. The last
-line of stdout is a JSON object with the best of each case.
+`error` (relative, against float64). `--tune` measures other tile shapes and splits beside the default ones, for at
+most `--seconds`. The last line of stdout is a JSON object with the best of each case.
 """
 
 from __future__ import annotations
@@ -16,42 +16,31 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.errors import KvarenaError
 from engine.kernels.config import DecodeConfig, PrefillConfig, decode_config, prefill_config
 from engine.kernels.decode import DecodeScratch, decode_attention
-from engine.kernels.plan import Shape, plan_step
+from engine.kernels.plan import Capacity, Shape, plan_step
 from engine.kernels.prefill import prefill_attention
-from experiments.attention_cases import LLAMA_8B, QWEN3_06B, AttentionShape, Batch, make_batch, relative_error
+from experiments.attention_cases import LLAMA_8B, QWEN3_06B, Batch, make_batch, relative_error
+from experiments.attention_variants import (
+    DECODE_CASES,
+    POOLS,
+    PREFILL_CASES,
+    PREFILL_TILES,
+    decode_variants,
+    dense_call,
+    library_calls,
+)
 from experiments.fused_cases import bench_fused
 from experiments.gpu_timing import copy_bandwidth, matmul_flops, require_cuda, time_launches
 
 Line = dict[str, Any]
-
-_RANDOM = np.random.default_rng(0)
-# (context before the step, new tokens) of each request.
-DECODE_CASES: dict[str, list[tuple[int, int]]] = {
-    "256 x 1024": [(1023, 1)] * 256,
-    "32 x 1024": [(1023, 1)] * 32,
-    "1 x 8192": [(8191, 1)],
-    "1 x 1024": [(1023, 1)],
-    "256 x 100..2000": [(int(n), 1) for n in _RANDOM.integers(100, 2000, 256)],
-    "64 x 600, 1 x 32768": [(599, 1)] * 63 + [(32767, 1)],
-}
-PREFILL_CASES: dict[str, list[tuple[int, int]]] = {
-    "16 x 4096": [(0, 4096)] * 16,
-    "16 x 562": [(0, 562)] * 16,
-    "2048 after 6144": [(6144, 2048)],
-    "4 x 512 after 1536": [(1536, 512)] * 4,
-}
-DECODE_TILES = [(64, 4, 3), (64, 4, 5), (64, 4, 7), (32, 4, 5), (32, 4, 7), (128, 4, 3), (128, 8, 3), (128, 8, 5)]
-PREFILL_TILES = [(128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2)]
 
 
 def decode_launches(
@@ -61,7 +50,9 @@ def decode_launches(
     shape = batch.shape
     programs = config.programs_per_sm * torch.cuda.get_device_properties(batch.q.device).multi_processor_count
     plan = Shape(config, 1, max(1, programs // shape.num_kv_heads))
-    words, capacity = plan_step(batch.query_start_loc, batch.seq_lens, plan)
+    # With room for any lengths, as a decode graph has it: the programs that find nothing to do cost time too.
+    capacity = Capacity(plan.decode_capacity(len(batch.seq_lens)), 0)
+    words, _ = plan_step(batch.query_start_loc, batch.seq_lens, plan, capacity)
     items = torch.from_numpy(words).cuda()
     scratch = DecodeScratch(
         capacity.decode, len(batch.seq_lens), shape.num_heads, shape.num_kv_heads, shape.head_dim, batch.q.device
@@ -98,7 +89,7 @@ def prefill_launches(
     queries = config.rows // (shape.num_heads // shape.num_kv_heads)
     plan = Shape(decode_config(shape.head_dim, 2), queries, 1)
     words, capacity = plan_step(batch.query_start_loc, batch.seq_lens, plan)
-    items = torch.from_numpy(words[1:].copy()).cuda()
+    items = torch.from_numpy(words).cuda()
     loc, lens = torch.from_numpy(batch.query_start_loc).cuda(), torch.from_numpy(batch.seq_lens.astype(np.int32)).cuda()
     out = torch.full_like(batch.q, torch.nan)
 
@@ -125,6 +116,7 @@ def prefill_launches(
 def measure(line: Line, batch: Batch, config: DecodeConfig | PrefillConfig, *, contiguous: bool = False) -> Line:
     """Check and time one variant; a variant that the device cannot run says so in its line."""
     line |= {"block_size": batch.block_size, "contiguous": contiguous, "config": [*config]}
+    is_decode = isinstance(config, DecodeConfig)
     try:
         if isinstance(config, DecodeConfig):
             launches, out = decode_launches(batch, config, contiguous=contiguous)
@@ -132,90 +124,84 @@ def measure(line: Line, batch: Batch, config: DecodeConfig | PrefillConfig, *, c
             launches, out = prefill_launches(batch, config, contiguous=contiguous)
         launches[0]()
         line["error"] = float(f"{relative_error(batch, 0, out, batch.shape.head_dim**-0.5):.2e}")
-        line["us"] = round(time_launches(launches), 2)
+        line["us"] = round(time_launches(launches, min_launches=20 if is_decode else 4), 2)
     except (RuntimeError, KvarenaError) as failure:
-        line["failed"] = str(failure).splitlines()[0][:200]
+        line["failed"] = _first_line(failure)
     return line
 
 
-def bench_decode(tune: bool) -> Iterator[tuple[Line, Batch]]:
-    """Paged decode over cases, block sizes, the contiguous switch, and with `tune` tiles and splits."""
-    for shape, (case, rows) in product((LLAMA_8B, QWEN3_06B), DECODE_CASES.items()):
+def bench_decode(tune: Callable[[], bool]) -> Iterator[tuple[Line, Batch]]:
+    """Paged decode over cases, block sizes, the contiguous switch, and while `tune` says so tiles and splits."""
+    for (case, rows), shape in product(DECODE_CASES.items(), (LLAMA_8B, QWEN3_06B)):
         default = decode_config(shape.head_dim, 2)
+        line: Line = {"kernel": "decode", "shape": shape.name, "case": case}
         batch = make_batch(shape, rows)
-        variants = [default]
-        if tune:
-            variants += [DecodeConfig(t, w, s, 4, max(256, t)) for t, w, s in DECODE_TILES]
-            variants += [default._replace(programs_per_sm=n) for n in (2, 3, 6, 8)]
-            variants += [default._replace(min_chunk=n) for n in (128, 512)]
-        for config in dict.fromkeys(variants):
-            yield measure({"kernel": "decode", "shape": shape.name, "case": case}, batch, config), batch
-        for block_size, contiguous in ((1, False), (64, False), (256, False), (16, True)):
-            if case not in ("256 x 1024", "32 x 1024"):
-                continue
-            other = make_batch(shape, rows, block_size=block_size, contiguous=contiguous)
-            line = {"kernel": "decode", "shape": shape.name, "case": case}
-            yield measure(line, other, default, contiguous=contiguous), other
-            del other
+        for config in decode_variants(default, len(rows)):
+            if config == default or tune():
+                yield measure(line.copy(), batch, config), batch
         del batch
+        for block_size, contiguous in POOLS:
+            if case in ("256 x 1024", "32 x 8192"):
+                other = make_batch(shape, rows, block_size=block_size, contiguous=contiguous)
+                yield measure(line.copy(), other, default, contiguous=contiguous), other
+                del other
 
 
-def bench_prefill(tune: bool) -> Iterator[tuple[Line, Batch]]:
+def bench_prefill(tune: Callable[[], bool]) -> Iterator[tuple[Line, Batch]]:
     """Paged prefill over cases, and PyTorch's own kernels where there is no cached prefix."""
-    for shape, (case, rows) in product((LLAMA_8B, QWEN3_06B), PREFILL_CASES.items()):
+    for (case, rows), shape in product(PREFILL_CASES.items(), (LLAMA_8B, QWEN3_06B)):
         default = prefill_config(shape.head_dim, 2, shape.num_heads // shape.num_kv_heads)
-        batch = make_batch(shape, rows)
-        variants = [default, *(PrefillConfig(*tile) for tile in PREFILL_TILES if tune)]
-        for config in dict.fromkeys(variants):
-            yield measure({"kernel": "prefill", "shape": shape.name, "case": case}, batch, config), batch
-        other = make_batch(shape, rows, contiguous=True)
         line: Line = {"kernel": "prefill", "shape": shape.name, "case": case}
-        yield measure(line, other, default, contiguous=True), other
-        del other
+        batch = make_batch(shape, rows)
+        for config in dict.fromkeys([default, *PREFILL_TILES]):
+            if config == default or tune():
+                yield measure(line.copy(), batch, config), batch
+        for block_size, contiguous in POOLS:
+            if block_size > 1:
+                other = make_batch(shape, rows, block_size=block_size, contiguous=contiguous)
+                yield measure(line.copy(), other, default, contiguous=contiguous), other
+                del other
         if not batch.starts.any():
+            for handed_over in (True, False):
+                name = "dense" if handed_over else "dense, read back"
+                yield measure_dense(line | {"kernel": name}, batch, handed_over=handed_over), batch
             for name, call in library_calls(shape, rows).items():
-                line = {"kernel": f"library {name}", "shape": shape.name, "case": case}
-                try:
-                    line["us"] = round(time_launches([call], min_launches=4), 2)
-                except (RuntimeError, TypeError, ValueError, AttributeError) as failure:
-                    line["failed"] = (str(failure) or type(failure).__name__).splitlines()[0][:200]
-                yield line, batch
+                yield measure_library(line | {"kernel": f"library {name}"}, call), batch
         del batch
 
 
-def library_calls(shape: AttentionShape, rows: list[tuple[int, int]]) -> dict[str, Callable[[], object]]:
-    """PyTorch's attention kernels on fresh prompts of equal length, without a pool."""
-    count, length = len(rows), rows[0][1]
-    scale = shape.head_dim**-0.5
-    total = count * length
-    q = torch.randn(total, shape.num_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda")
-    k, v = torch.randn(2, total, shape.num_kv_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda").unbind()
-    loc = torch.arange(0, total + 1, length, dtype=torch.int32, device="cuda")
-    group = shape.num_heads // shape.num_kv_heads
-    wide_k, wide_v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+def measure_dense(line: Line, batch: Batch, *, handed_over: bool) -> Line:
+    """Check and time the engine's path through the library."""
+    try:
+        begin = perf_counter()
+        dense = dense_call(batch, handed_over=handed_over)
+        if dense is None:
+            return line | {"failed": "the prompts are too short or of different lengths"}
+        torch.cuda.synchronize()
+        line["first_ms"] = round((perf_counter() - begin) * 1e3, 2)
+        line["error"] = float(f"{relative_error(batch, 0, dense[1], batch.shape.head_dim**-0.5):.2e}")
+        line["us"] = round(time_launches([dense[0]], min_launches=4), 2)
+    except (RuntimeError, KvarenaError) as failure:
+        line["failed"] = _first_line(failure)
+    return line
 
-    def dense(backend: SDPBackend, k: torch.Tensor, v: torch.Tensor) -> object:
-        query, key, value = (x.view(count, length, -1, shape.head_dim).transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(backend):
-            gqa = k.shape[1] != q.shape[1]
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
 
-    def flash(k: torch.Tensor, v: torch.Tensor) -> object:
-        return torch.ops.aten._flash_attention_forward(q, k, v, loc, loc, length, length, 0.0, True, False, scale=scale)
+def measure_library(line: Line, call: Callable[[], object]) -> Line:
+    """Time one of the library's kernels, and the host's part of its first and a later call."""
+    try:
+        for name in ("first_ms", "host_ms"):
+            begin = perf_counter()
+            call()
+            line[name] = round((perf_counter() - begin) * 1e3, 2)
+            torch.cuda.synchronize()
+        line["us"] = round(time_launches([call], min_launches=4), 2)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as failure:
+        line["failed"] = _first_line(failure)
+    return line
 
-    def varlen(k: torch.Tensor, v: torch.Tensor) -> object:
-        from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(q, k, v, loc, loc, length, length, window_size=(-1, 0))
-
-    return {
-        "flash varlen": lambda: flash(k, v),
-        "flash varlen, heads repeated": lambda: flash(wide_k, wide_v),
-        "varlen_attn, heads repeated": lambda: varlen(wide_k, wide_v),
-        "sdpa flash, dense": lambda: dense(SDPBackend.FLASH_ATTENTION, k, v),
-        "sdpa cudnn, dense": lambda: dense(SDPBackend.CUDNN_ATTENTION, k, v),
-        "sdpa cudnn, dense, heads repeated": lambda: dense(SDPBackend.CUDNN_ATTENTION, wide_k, wide_v),
-    }
+def _first_line(failure: Exception) -> str:
+    return (str(failure) or type(failure).__name__).splitlines()[0][:200]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -223,7 +209,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="decode,prefill,fused", help="sections, separated by commas")
     parser.add_argument("--tune", action="store_true", help="measure other tile shapes and splits too")
+    parser.add_argument("--seconds", type=float, default=250.0, help="after so long `--tune` tries no more variants")
     args = parser.parse_args(argv)
+    deadline = perf_counter() + args.seconds
+
+    def tune() -> bool:
+        return args.tune and perf_counter() < deadline
+
     try:
         require_cuda()
     except KvarenaError as error:
@@ -250,10 +242,10 @@ def main(argv: list[str] | None = None) -> None:
 
     sections = args.only.split(",")
     if "decode" in sections:
-        for line, batch in bench_decode(args.tune):
+        for line, batch in bench_decode(tune):
             report(line, batch.num_bytes)
     if "prefill" in sections:
-        for line, batch in bench_prefill(args.tune):
+        for line, batch in bench_prefill(tune):
             report(line, batch.num_bytes, batch.num_flops)
     if "fused" in sections:
         for line in bench_fused():

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.kernels.activation import gated
 from engine.kernels.norm import rms_norm
 from engine.kernels.rope import rope_store
-from engine.kernels.store import store_kv
+from engine.kernels.store import gather_kv, store_kv
 from experiments.attention_cases import LLAMA_8B, QWEN3_06B, ROTATED_BYTES, AttentionShape
 from experiments.gpu_timing import time_launches
 
@@ -35,7 +35,9 @@ def bench_fused() -> Iterator[dict[str, Any]]:
             "norm": 4 * hidden,
             "activation": 3 * inner,
             "rope": 2 * (shape.num_heads * shape.head_dim + 2 * kv_size),
+            "rope, keys in place too": 2 * (shape.num_heads * shape.head_dim + 2 * kv_size) + kv_size,
             "store": 4 * kv_size,
+            "gather": 4 * kv_size,
         }
         for name, launches in calls.items():
             us = round(time_launches(launches), 2)
@@ -51,7 +53,8 @@ def _calls(
     slots = torch.randperm(tokens + 16, device="cuda")[:tokens]
     keys, values = _rand(2, tokens + 16, kv_heads, head_dim).unbind()
     q, k, v = _rand(tokens, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], 1)
-    cos, sin = _rand(2, tokens, head_dim // 2).unbind()
+    cos, sin = torch.randn(2, tokens, head_dim // 2, device="cuda").unbind()
+    new_k, new_v = _rand(2, tokens, kv_heads, head_dim).unbind()
     weight = _rand(head_dim) if has_norms else None
     rope = partial(rope_store, q, k, v, torch.empty(q.shape, dtype=q.dtype, device="cuda"), cos=cos, sin=sin)
     rope = partial(rope, rotary_dim=head_dim, keys=keys, values=values, slot_mapping=slots)
@@ -60,7 +63,9 @@ def _calls(
         "norm": partial(rms_norm, x, _rand(hidden), 1e-6, residual=residual, out=out),
         "activation": partial(gated, _rand(tokens, 2 * inner), out=_rand(tokens, inner)),
         "rope": partial(rope, q_norm=weight, k_norm=weight),
+        "rope, keys in place too": partial(rope, q_norm=weight, k_norm=weight, turn_keys=True),
         "store": partial(store_kv, k, v, keys, values, slots),
+        "gather": partial(gather_kv, new_k, new_v, keys, values, slots),
     }
 
 

@@ -1,7 +1,7 @@
 """Tile shapes, warps and pipeline stages of the attention kernels, by head size and element size.
 
-Chosen for Hopper: a decode tile's keys and values are 16 KiB each, so that two tiles in flight times three to four
-programs fill a multiprocessor's 227 KiB of shared memory and cover the latency of its device memory.
+Chosen for Hopper: a decode tile's keys and values are 16 KiB each, so that two tiles in flight times three programs
+fill a multiprocessor's 227 KiB of shared memory and cover the latency of its device memory.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class DecodeConfig(NamedTuple):
         tile: tokens per step of the inner loop; a power of two.
         num_warps: warps per program.
         num_stages: depth of the load pipeline.
-        programs_per_sm: programs that a multiprocessor should get before contexts are left unsplit.
-        min_chunk: tokens below which a context is not split.
+        programs_per_sm: programs that a multiprocessor should get; contexts are split until it does.
+        min_chunk: fewest tokens of a part.
     """
 
     tile: int
@@ -37,19 +37,22 @@ class PrefillConfig(NamedTuple):
         tile: tokens per step of the inner loop.
         num_warps: warps per program.
         num_stages: depth of the load pipeline.
+        max_registers: per thread; None: as many as the compiler likes. 128 let two programs of 8 warps share a
+            multiprocessor: one's softmax then runs beside the other's products.
     """
 
     rows: int
     tile: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
     """The decode kernel's shape for a head size and the pool's element size in bytes."""
     row_bytes = max(16, next_power_of_2(head_dim)) * element_size
     tile = min(128, max(16, 16384 // row_bytes))
-    return DecodeConfig(tile, num_warps=4, num_stages=3, programs_per_sm=4, min_chunk=max(256, tile))
+    return DecodeConfig(tile, num_warps=4, num_stages=3, programs_per_sm=2, min_chunk=max(128, tile))
 
 
 def prefill_config(head_dim: int, element_size: int, group: int) -> PrefillConfig:

@@ -223,4 +223,5 @@ def prefill_attention(
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from engine.kernels.config import decode_config
 from experiments import bench_kernels
 from experiments.attention_cases import LLAMA_8B, Batch, visible_pairs
+from experiments.attention_variants import decode_variants
 
 
 @pytest.mark.parametrize("rows", [[(0, 5)], [(7, 1), (3, 4)], [(100, 1)] * 3])
@@ -20,6 +22,13 @@ def test_bytes_are_keys_values_queries_and_results():
     batch = Batch(LLAMA_8B, np.array([9, 19]), np.array([1, 1]), q, q, q, q, 16)
     assert batch.num_bytes == 30 * 8 * 128 * 2 * 2 + 2 * 2 * 32 * 128 * 2
     assert batch.num_flops == 4 * 30 * 32 * 128
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 32, 64, 256])
+def test_variants_begin_with_the_default_and_repeat_none(batch_size):
+    default = decode_config(128, 2)
+    variants = decode_variants(default, batch_size)
+    assert variants[0] == default and len(variants) == len(set(variants)) > 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures on this machine")
