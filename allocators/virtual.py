@@ -3,12 +3,13 @@
 Each running request has a region of virtual memory that could hold max_model_len tokens; physical pages are mapped
 into it from the front as it grows. The kernel sees one contiguous row per request, the pool is used page by page.
 
-    region 0  | page 7 | page 2 | ................ not mapped ................ |
-    region 1  | page 0 | ......................................................|
-    region 2  | (no request: nothing mapped)                                    |
+    region 0  | page | page | ................ not mapped ................ |
+    region 1  | page | ....................................................|
+    region 2  | (no request: nothing mapped)                               |
 
-Block ids are virtual and go up to `num_virtual_blocks`; memory is accounted in physical pages. Whoever backs the
-ids with memory reads `page_table` (a GPU maps page i of a region to physical page `page_table(req)[i]`).
+Block ids are virtual and go up to `num_virtual_blocks`; memory is accounted in physical pages. Which page backs which
+part of a region is the business of who maps them (`engine.virtual_pool` on a GPU): it maps as many pages, counted from
+the start of a region, as hold the request's `num_slots`.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ KIB = 1024
 
 
 class Region(NamedTuple):
-    """A request's region: its number, and the physical pages mapped into it, from the front."""
+    """A request's region: its number, and how many pages are mapped into it, from the front."""
 
     number: int
-    pages: list[int]
+    num_pages: int
 
 
 class VirtualAllocator(BaseAllocator):
     """Contiguous virtual regions over physical pages that are mapped on demand.
 
-    A page holds `page_tokens` tokens: page_bytes * kv_tensors / kv_bytes_per_token, rounded down. The last page of a
-    request is internal fragmentation, as the last block of a paged one is. Slots of the pool beyond its last whole
-    page can never be mapped: they are external fragmentation, and so is every free page while no region is free.
+    A page holds page_bytes * kv_tensors / kv_bytes_per_token tokens. That need not be a whole number: a token may lie
+    across two pages. The empty rest of a request's last page is internal fragmentation, as in the last block of a paged
+    one. What never holds a whole token (the pool beyond its last page, the rest of a page that holds a part of one) is
+    external fragmentation, and so is every free page while no region is free.
 
     Args:
         num_blocks, block_size, max_model_len, kv_bytes_per_token: see BaseAllocator; num_blocks is physical.
@@ -52,8 +54,9 @@ class VirtualAllocator(BaseAllocator):
 
     Attributes:
         num_virtual_blocks: the largest block id.
-        num_pages: physical pages of the pool.
-        page_tokens: tokens in a page.
+        num_pages: pages of the pool, each of `page_bytes` in each of `kv_tensors` tensors.
+        page_tokens: whole tokens in a page.
+        page_bytes, kv_tensors: as given; None where `page_tokens` is given in their place.
     """
 
     contiguous = True
@@ -78,92 +81,103 @@ class VirtualAllocator(BaseAllocator):
             max_model_len=max_model_len,
             kv_bytes_per_token=kv_bytes_per_token,
         )
-        self.page_tokens = self._page_tokens(page_bytes, kv_tensors, page_tokens)
-        self.num_pages = num_blocks * block_size // self.page_tokens
+        self.page_bytes = None if page_tokens is not None else page_bytes
+        self.kv_tensors = None if page_tokens is not None else kv_tensors
+        # Tokens per page as a fraction: `_page_size / _slot_size`.
+        self._page_size, self._slot_size = self._sizes(page_bytes, kv_tensors, page_tokens)
+        self.page_tokens = self._num_slots_in(1)
+        self.num_pages = num_blocks * block_size * self._slot_size // self._page_size
         if not self.num_pages:
             raise ConfigError(
-                f"a KV pool of {num_blocks * block_size} tokens is smaller than one page of {self.page_tokens}; lower "
-                "allocator.page_bytes or allocator.page_tokens, or raise kv_cache.num_blocks"
+                f"a KV pool of {num_blocks * block_size} tokens is smaller than one page of "
+                f"{self._page_size / self._slot_size:g}; lower allocator.page_bytes or allocator.page_tokens, or raise "
+                "kv_cache.num_blocks"
             )
         check_int("allocator.max_regions", max_regions, 1)
         # Regions begin at a whole number of blocks and of pages; the null block has such a unit to itself.
-        unit = math.lcm(block_size, self.page_tokens)
+        unit = math.lcm(block_size, self._page_size // math.gcd(self._page_size, self._slot_size))
         self._region_tokens = cdiv(max_model_len, unit) * unit
         self._first_block = unit // block_size
         self.num_virtual_blocks = self._first_block - 1 + max_regions * self._region_tokens // block_size
-        self._pages = BlockPool(0, self.num_pages)
+        self._num_free_pages = self.num_pages
+        self._num_owned = 0
         self._free_regions = BlockPool(0, max_regions)
         self._regions: dict[Request, Region] = {}
 
-    def _page_tokens(self, page_bytes: int, kv_tensors: int, page_tokens: int | None) -> int:
+    def _sizes(self, page_bytes: int, kv_tensors: int, page_tokens: int | None) -> tuple[int, int]:
+        """A page and a token in the same unit."""
         if page_tokens is not None:
-            return check_int("allocator.page_tokens", page_tokens, 1)
+            return check_int("allocator.page_tokens", page_tokens, 1), 1
         check_int("allocator.page_bytes", page_bytes, 64 * KIB, 2048 * KIB)
         check_int("allocator.kv_tensors", kv_tensors, 1)
         if not self.kv_bytes_per_token:
-            return self.block_size
-        tokens = page_bytes * kv_tensors // self.kv_bytes_per_token
-        if not tokens:
+            return self.block_size, 1
+        if page_bytes * kv_tensors < self.kv_bytes_per_token:
             raise ConfigError(
                 f"allocator.page_bytes={page_bytes} is too small for one token of {self.kv_bytes_per_token} bytes in "
                 f"{kv_tensors} tensors; raise it to at least {cdiv(self.kv_bytes_per_token, kv_tensors)}"
             )
-        return tokens
+        return page_bytes * kv_tensors, self.kv_bytes_per_token
+
+    def _num_slots_in(self, num_pages: int) -> int:
+        """Whole tokens in so many pages side by side."""
+        return num_pages * self._page_size // self._slot_size
 
     @property
     def max_request_tokens(self) -> int:
         """All pages, or a whole region if that is less."""
-        return min(self.num_pages * self.page_tokens, self._region_tokens)
+        return min(self._num_slots_in(self.num_pages), self._region_tokens)
 
     @property
     def num_free_blocks(self) -> int:
         """Whole blocks in unmapped pages."""
-        return self._pages.num_free * self.page_tokens // self.block_size
+        return self._num_slots_in(self._num_free_pages) // self.block_size
 
     def allocate(self, req: Request, num_tokens: int, num_cached: int = 0) -> bool:  # noqa: ARG002
-        """Take a region at the first call; map the missing pages."""
+        """Take a region at the first call, and the missing pages."""
         region = self._regions.get(req)
-        need = cdiv(num_tokens, self.page_tokens) - (len(region.pages) if region else 0)
-        if num_tokens > self._region_tokens or need > self._pages.num_free:
+        need = cdiv(num_tokens * self._slot_size, self._page_size) - (region.num_pages if region else 0)
+        if num_tokens > self._region_tokens or need > self._num_free_pages:
             return False
         if region is None:
             if not self._free_regions.num_free:
                 return False
-            region = self._regions[req] = Region(self._free_regions.take(1)[0], [])
+            # The one given back last: its pages may still be mapped.
+            region = Region(self._free_regions.take(1)[0], 0)
         if need > 0:
-            region.pages.extend(self._pages.take(need))
-            req.num_slots = len(region.pages) * self.page_tokens
+            region = region._replace(num_pages=region.num_pages + need)
+            self._num_free_pages -= need
+            self._num_owned -= req.num_slots
+            req.num_slots = self._num_slots_in(region.num_pages)
+            self._num_owned += req.num_slots
+        self._regions[req] = region
         return True
 
     def free(self, req: Request) -> None:
-        """Unmap the region's pages. Idempotent."""
-        req.num_slots = 0
+        """Give the region and its pages back. Idempotent."""
         region = self._regions.pop(req, None)
         if region is not None:
-            self._pages.give(region.pages)
+            self._num_free_pages += region.num_pages
+            self._num_owned -= req.num_slots
             self._free_regions.give([region.number])
+        req.num_slots = 0
 
     def block_table(self, req: Request) -> Sequence[int]:
         """The region's block ids as far as it is mapped: a range."""
         start = self._first_block + self._regions[req].number * (self._region_tokens // self.block_size)
         return range(start, start + cdiv(req.num_slots, self.block_size))
 
-    def page_table(self, req: Request) -> Sequence[int]:
-        """Physical pages of `req`'s region, 0..num_pages - 1, from its first slot on. Grows at the end."""
-        return self._regions[req].pages
-
     def usage(self, head: Request | None = None) -> KVUsage:
         """Raw counts, in physical memory."""
         total = self.num_blocks * self.block_size
-        unused = self._pages.num_free * self.page_tokens
-        external = total - self.num_pages * self.page_tokens
-        owned = total - external - unused
+        unused = self._num_slots_in(self._num_free_pages)
+        external = total - self._num_owned - unused
         if head is not None and not self._free_regions.num_free:
             external, unused = external + unused, 0
         return KVUsage(
             total=total,
             computed=sum(map(num_computed_of, self._regions)),
-            owned=owned,
+            owned=self._num_owned,
             external=external,
             cached=0,
             free=unused,
