@@ -42,14 +42,15 @@ PREFILL_CASES: dict[str, Rows] = {
 # Other block sizes and the contiguous switch: (block size, contiguous).
 POOLS = ((1, False), (64, False), (256, False), (16, True))
 
-# Tile, warps, stages.
-DECODE_TILES = [(64, 4, 3), (64, 4, 4), (64, 4, 2), (64, 8, 3), (128, 4, 2), (32, 2, 4), (64, 2, 3), (32, 4, 5)]
+# Tile, warps, stages. The first ones are tried for every shape of heads, the others for the first shape alone.
+DECODE_TILES = [(64, 4, 3), (64, 4, 4), (32, 2, 4), (64, 4, 2), (64, 8, 3), (128, 4, 2), (64, 2, 3), (32, 4, 5)]
+NUM_COMMON_TILES = 3
 # Programs per multiprocessor and fewest tokens of a part, by the batch size.
 DECODE_SPLITS = {
-    1: [(1, 64), (2, 64), (3, 64), (4, 64), (2, 128), (4, 128)],
-    8: [(1, 128), (2, 128), (3, 128), (4, 64)],
-    32: [(1, 128), (2, 128), (3, 128), (4, 128), (8, 128), (16, 256)],
-    256: [(2, 128), (8, 128), (32, 256)],
+    1: [(1, 64), (2, 64), (4, 64), (2, 128)],
+    8: [(1, 128), (2, 128), (4, 64)],
+    32: [(1, 128), (2, 128), (4, 128), (16, 256)],
+    256: [(2, 128), (16, 256)],
 }
 # Rows, tile, warps, stages, registers.
 PREFILL_TILES = [
@@ -65,11 +66,11 @@ PREFILL_TILES = [
 ]
 
 
-def decode_variants(default: DecodeConfig, batch_size: int) -> list[DecodeConfig]:
-    """The default, and every tile with every split that suits the batch size."""
+def decode_variants(default: DecodeConfig, batch_size: int, tiles: list[tuple[int, int, int]]) -> list[DecodeConfig]:
+    """The default, and every one of `tiles` with every split that suits the batch size."""
     variants = [
         DecodeConfig(tile, warps, stages, programs, max(chunk, tile))
-        for (tile, warps, stages), (programs, chunk) in product(DECODE_TILES, DECODE_SPLITS.get(batch_size, [(2, 128)]))
+        for (tile, warps, stages), (programs, chunk) in product(tiles, DECODE_SPLITS.get(batch_size, [(2, 128)]))
     ]
     return list(dict.fromkeys([default, *variants]))
 

@@ -30,6 +30,8 @@ from engine.kernels.prefill import prefill_attention
 from experiments.attention_cases import LLAMA_8B, QWEN3_06B, Batch, make_batch, relative_error
 from experiments.attention_variants import (
     DECODE_CASES,
+    DECODE_TILES,
+    NUM_COMMON_TILES,
     POOLS,
     PREFILL_CASES,
     PREFILL_TILES,
@@ -136,7 +138,8 @@ def bench_decode(tune: Callable[[], bool]) -> Iterator[tuple[Line, Batch]]:
         default = decode_config(shape.head_dim, 2)
         line: Line = {"kernel": "decode", "shape": shape.name, "case": case}
         batch = make_batch(shape, rows)
-        for config in decode_variants(default, len(rows)):
+        tiles = DECODE_TILES if shape == LLAMA_8B else DECODE_TILES[:NUM_COMMON_TILES]
+        for config in decode_variants(default, len(rows), tiles):
             if config == default or tune():
                 yield measure(line.copy(), batch, config), batch
         del batch
@@ -236,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
                 rate = num_flops / seconds
                 line |= {"tflops": round(rate / 1e12, 1), "share_of_matmul": round(rate / matmul, 3)}
             key = f"{line['kernel']} {line['shape']} {line['case']}"
+            if line.get("block_size", 16) != 16 or line.get("contiguous"):
+                key += " contiguous" if line["contiguous"] else f" blocks of {line['block_size']}"
             if key not in best or line["us"] < best[key]["us"]:
                 best[key] = line
         print(json.dumps(line), flush=True)

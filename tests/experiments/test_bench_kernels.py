@@ -7,7 +7,7 @@ import torch
 from engine.kernels.config import decode_config
 from experiments import bench_kernels
 from experiments.attention_cases import LLAMA_8B, Batch, visible_pairs
-from experiments.attention_variants import decode_variants
+from experiments.attention_variants import DECODE_TILES, decode_variants
 
 
 @pytest.mark.parametrize("rows", [[(0, 5)], [(7, 1), (3, 4)], [(100, 1)] * 3])
@@ -27,7 +27,7 @@ def test_bytes_are_keys_values_queries_and_results():
 @pytest.mark.parametrize("batch_size", [1, 8, 32, 64, 256])
 def test_variants_begin_with_the_default_and_repeat_none(batch_size):
     default = decode_config(128, 2)
-    variants = decode_variants(default, batch_size)
+    variants = decode_variants(default, batch_size, DECODE_TILES)
     assert variants[0] == default and len(variants) == len(set(variants)) > 5
 
 
