@@ -168,7 +168,8 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 async def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run it; the summary and the rows."""
     host, port = options.url.removeprefix("http://").rstrip("/").split(":")
-    counts, rows = Counts(), []
+    counts = Counts()
+    rows: list[dict[str, Any]] = []
     until = time.monotonic() + options.seconds
     clients = [client(host, int(port), i, until, counts, options.abort_share) for i in range(options.clients)]
     await asyncio.gather(sample(host, int(port), options.pid, until, counts, rows), *clients)

@@ -67,6 +67,7 @@ class Job:
         client: the engine.
         num_prompt_tokens: of all prompts together.
         include_usage: end a stream with a usage event.
+        on_end: called once when the answer is over.
     """
 
     group: Group
@@ -75,6 +76,8 @@ class Job:
     client: EngineClient
     num_prompt_tokens: int
     include_usage: bool = False
+    on_end: Callable[[], None] | None = None
+    is_closed: bool = False
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far."""
@@ -86,9 +89,14 @@ class Job:
             self.num_prompt_tokens, sum(text.num_tokens for text in self.texts), min(cached, self.num_prompt_tokens)
         )
 
-    def abort(self) -> None:
-        """End what is still open and free its slots."""
+    def close(self) -> None:
+        """The answer is over: end what is still open and free its slots."""
         self.client.abort([text.choice for text in self.texts], "abort")
+        if not self.is_closed:
+            self.is_closed = True
+            self.client.count_answer(max((text.num_tokens for text in self.texts), default=0))
+            if self.on_end is not None:
+                self.on_end()
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -142,7 +150,7 @@ async def collect(job: Job, receive: Receive) -> Response:
     except (EngineGone, ChoiceFailed) as error:
         raise as_api_error(error) from error
     finally:
-        job.abort()
+        job.close()
 
 
 class EventStream(Response):
@@ -190,7 +198,7 @@ class EventStream(Response):
             await while_connected(receive, job.group, lambda: _apart(run()))
         finally:
             job.group.on_stuck = None
-            job.abort()
+            job.close()
 
     async def _write(self, send: Send) -> None:
         job, renderer = self._job, self._job.renderer

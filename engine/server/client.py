@@ -229,6 +229,10 @@ class EngineClient(asyncio.Protocol):
         if handles and self._transport is not None and not self.gone:
             self._transport.write(encode((ToEngine.ABORT, handles)))
 
+    def count_answer(self, num_tokens: int) -> None:
+        """Count an answer whose longest choice has `num_tokens`."""
+        self._row.observe("vllm:request_max_num_generation_tokens", num_tokens)
+
     def watch(self, on: bool) -> None:
         """Ask for dashboard frames, or stop them."""
         if self._transport is not None and not self.gone:

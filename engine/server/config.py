@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,6 @@ class ServerConfig:
         tool_call_parser: how a model writes tool calls.
         generation_config: take default sampling parameters from the model's generation_config.json.
         cors_origins: origins that browsers may call from; empty: CORS is off.
-        allowed_media_domains: hosts that image URLs may name; empty: only data URIs.
-        allowed_local_media_path: folder that file URLs may name.
         ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs: TLS.
         otlp_endpoint: OpenTelemetry collector (http), or None.
         log_requests: write an access log line per request.
@@ -67,8 +66,6 @@ class ServerConfig:
     tool_call_parser: str = "auto"
     generation_config: bool = True
     cors_origins: tuple[str, ...] = ()
-    allowed_media_domains: tuple[str, ...] = ()
-    allowed_local_media_path: str | None = None
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     ssl_keyfile_password: str | None = None
@@ -97,8 +94,8 @@ class ServerConfig:
         for key in ("chat_template", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
             path = getattr(self, key)
             check(path is None or Path(path).is_file(), key, "a file that exists")
-        path = self.allowed_local_media_path
-        check(path is None or Path(path).is_dir(), "allowed_local_media_path", "a folder that exists")
+        if self.otlp_endpoint is not None and find_spec("opentelemetry.exporter.otlp.proto.http") is None:
+            raise ConfigError("server.otlp_endpoint needs the tracing extra: pip install 'kvarena[tracing]'")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ServerConfig:

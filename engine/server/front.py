@@ -23,6 +23,7 @@ from engine.server.config import ServerConfig
 from engine.server.dashboard import PoolFeed
 from engine.server.service import Service
 from engine.server.tokenization import TokenizerService, generation_defaults
+from engine.server.tracing import Tracer
 
 logger = logging.getLogger("kvarena.front")
 
@@ -118,8 +119,11 @@ class Front:
         )
         defaults = generation_defaults(self._model.path) if config.generation_config else {}
         await client.ready
+        tracer = Tracer(config.otlp_endpoint) if config.otlp_endpoint else None
         names = config.served_model_names or (Path(self._model.path).resolve().name,)
-        service = Service(config, client, tokenizer, self._row, self._rows[0], names, self._model.path, defaults, feed)
+        service = Service(
+            config, client, tokenizer, self._row, self._rows[0], names, self._model.path, defaults, feed, tracer
+        )
         server = _Server(self._uvicorn_config(create_app(service, self._rows)))
         control = asyncio.create_task(self._obey(service, server))
         watch = asyncio.create_task(self._watch(service))
@@ -128,6 +132,8 @@ class Front:
         finally:
             control.cancel()
             watch.cancel()
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     def _uvicorn_config(self, app: object) -> uvicorn.Config:
         config = self._config

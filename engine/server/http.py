@@ -125,7 +125,7 @@ class Gate:
                 'client=%s method=%s path="%s" status=%d seconds=%.4f request_id=%s',
                 client[0],
                 scope["method"],
-                path.encode("ascii", "backslashreplace").decode()[:200].replace('"', "'"),
+                path.encode("unicode_escape").decode()[:200].replace('"', "'"),
                 status,
                 seconds,
                 state.request_id,

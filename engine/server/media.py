@@ -1,7 +1,6 @@
-"""Images in chat messages: parsed and bounded here, refused by a model that has no eyes.
+"""Images and other media in chat messages: recognised, and refused by a model that reads text only.
 
-Nothing is opened before every rule is checked. The rules, for all models: at most `MAX_IMAGES` parts; data URIs of
-base64 only; http(s) and file URLs only with the operator's allow-list.
+Nothing is fetched, opened or decoded: a URL in a message never makes this server open a connection or a file.
 """
 
 from __future__ import annotations
@@ -9,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine.server.config import ServerConfig
 from engine.server.errors import bad_request
 from engine.server.protocol import Message
 
 MEDIA_PARTS = ("image_url", "image", "input_image", "video_url", "audio_url", "input_audio", "file")
 
 
-def check_parts(messages: Sequence[Message], config: ServerConfig) -> None:  # noqa: ARG001
-    """Raise a 400 for any part that a text model cannot read."""
+def check_parts(messages: Sequence[Message]) -> None:
+    """Raise a 400 for a part that a text model cannot read; the message names its place and kind."""
     for index, message in enumerate(messages):
         parts: Any = message.content if isinstance(message.content, list) else ()
         for part in parts:

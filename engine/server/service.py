@@ -49,6 +49,7 @@ from engine.server.tool_calls import (
     named_schema,
     required_schema,
 )
+from engine.server.tracing import Tracer
 
 _REQUESTS_PER_ROUND = 4
 
@@ -68,6 +69,7 @@ class Service:
         model_root: the model directory.
         defaults: sampling parameters of the model's generation_config.json.
         feed: the dashboard's data.
+        tracer: records a span per request, or None.
     """
 
     def __init__(
@@ -81,8 +83,9 @@ class Service:
         model_root: str,
         defaults: dict[str, float],
         feed: PoolFeed,
+        tracer: Tracer | None = None,
     ) -> None:
-        self.feed = feed
+        self.feed, self.tracer = feed, tracer
         self.config, self.client, self.tokenizer = config, client, tokenizer
         self.row, self.engine_row = row, engine_row
         self.model_names, self.model_root, self._defaults = model_names, model_root, defaults
@@ -222,7 +225,7 @@ class Service:
         self.check_open()
         check_unsupported(req, self.config)
         _check_chat(req)
-        check_parts(req.messages, self.config)
+        check_parts(req.messages)
         prompt = self._truncate(await self.chat_prompt(req), req)
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
         max_tokens = fit_max_tokens(requested, None, len(prompt), self.limits, "messages")
@@ -384,7 +387,12 @@ class Service:
         )
         texts = [ChoiceText.start(choice, self.client, self.tokenizer, options) for choice in choices]
         include_usage = req.stream_options is not None and bool(req.stream_options.include_usage)
-        return Job(group, texts, renderer, self.client, sum(map(len, prompts)), include_usage)
+        job = Job(group, texts, renderer, self.client, sum(map(len, prompts)), include_usage)
+        if self.tracer is not None:
+            job.on_end = functools.partial(
+                self.tracer.record, job, request.scope["kvarena"].request_id, request.headers
+            )
+        return job
 
     def _refusal(self, refused: Refused) -> ApiError:
         if refused.reason == "queue_full":

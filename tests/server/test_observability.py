@@ -1,0 +1,153 @@
+"""Metrics under vLLM's names that agree with what was asked, the access log, traces, CORS and TLS."""
+
+from __future__ import annotations
+
+import http.server
+import ssl
+import subprocess
+import threading
+
+import httpx
+import pytest
+from server_harness import RunningServer
+
+# What the shipped Grafana boards and common autoscalers query.
+QUERIED = (
+    "vllm:e2e_request_latency_seconds_bucket",
+    "vllm:generation_tokens_total",
+    "vllm:prompt_tokens_total",
+    "vllm:inter_token_latency_seconds_bucket",
+    "vllm:request_time_per_output_token_seconds_bucket",
+    "vllm:kv_cache_usage_perc",
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:request_decode_time_seconds_sum",
+    "vllm:request_prefill_time_seconds_sum",
+    "vllm:request_queue_time_seconds_sum",
+    "vllm:request_inference_time_seconds_sum",
+    "vllm:request_generation_tokens_bucket",
+    "vllm:request_prompt_tokens_bucket",
+    "vllm:request_max_num_generation_tokens_sum",
+    "vllm:request_success_total",
+    "vllm:time_to_first_token_seconds_bucket",
+    "vllm:iteration_tokens_total_count",
+    "vllm:num_preemptions_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:cache_config_info",
+)
+
+
+@pytest.mark.parametrize("name", QUERIED)
+def test_the_names_that_boards_query_exist(server, name):
+    text = server.client.get("/metrics").text
+    line = next(line for line in text.splitlines() if line.startswith((name + "{", name + " ")))
+    assert 'engine="0"' in line
+    assert name.endswith("_info") or 'model_name="demo"' in line
+
+
+def test_counts_agree_with_what_was_asked(server):
+    server.wait_idle()
+    before = server.metrics()
+    answers = [server.complete([40 + i] * 10, max_tokens=7, ignore_eos=True) for i in range(3)]
+    answers.append(server.complete([50] * 10, max_tokens=5, ignore_eos=True, n=2, temperature=1.0))
+    assert all(answer.status_code == 200 for answer in answers)
+    server.wait_idle()
+    after = server.metrics()
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grown("vllm:generation_tokens_total") == 3 * 7 + 2 * 5
+    assert grown("vllm:prompt_tokens_total") == 5 * 10
+    assert grown("vllm:request_success_total{length}") == 5
+    assert grown("vllm:e2e_request_latency_seconds_count") == 5
+    assert grown("vllm:time_to_first_token_seconds_count") == 5
+    assert grown("vllm:inter_token_latency_seconds_count") == 3 * 6 + 2 * 4
+    assert grown("vllm:request_generation_tokens_sum") == 31
+    assert grown("vllm:request_params_n_sum") == 3 + 2
+    assert grown("vllm:request_max_num_generation_tokens_sum") == 3 * 7 + 5
+    assert grown("vllm:iteration_tokens_total_sum") >= 50
+    assert grown("http_requests_total{/v1/completions,POST,2xx}") == 4
+
+
+def test_the_ledger_adds_up_to_the_pool(server):
+    slots = server.slots()
+    assert set(slots) == {"token_states", "reservation", "internal", "external", "cached", "free"}
+    assert sum(slots.values()) == 128 * 16
+
+
+def test_the_access_log_is_one_structured_line(server):
+    server.client.get("/v1/models", headers={"X-Request-Id": "look-for-me"})
+    line = next(line for line in server.log.splitlines() if "look-for-me" in line)
+    assert 'method=GET path="/v1/models" status=200 seconds=' in line
+    server.client.get("/v1/models/%0d%0aforged%22")
+    assert "\nforged" not in server.log
+
+
+class _Collector(http.server.BaseHTTPRequestHandler):
+    bodies: list[bytes]
+
+    def do_POST(self) -> None:
+        self.bodies.append(self.rfile.read(int(self.headers["content-length"])))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def special(tmp_path_factory):
+    """A server with TLS, CORS, traces and two fronts."""
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    handler = type("Collector", (_Collector,), {"bodies": []})
+    collector = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{collector.server_address[1]}/v1/traces"
+    settings = [
+        f'ssl_certfile="{folder}/cert.pem"',
+        f'ssl_keyfile="{folder}/key.pem"',
+        'cors_origins=["https://app.example"]',
+        f'otlp_endpoint="{endpoint}"',
+    ]
+    server = RunningServer("--fronts", "2", "--set", *settings, module="experiments.stub_engine")
+    context = ssl.create_default_context(cafile=str(folder / "cert.pem"))
+    server.client = httpx.Client(base_url=server.url, headers=server.headers, verify=context, timeout=30)
+    yield server, handler.bodies
+    if server.process.poll() is None:
+        server.stop()
+    collector.shutdown()
+
+
+def test_tls_and_cors_on_streams_too(special):
+    server, _ = special
+    assert server.url.startswith("https://")
+    origin = {"Origin": "https://app.example"}
+    body = {"prompt": [20], "max_tokens": 3, "stream": True}
+    answer = server.client.post("/v1/completions", json=body, headers=origin)
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    other = server.client.get("/v1/models", headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in other.headers
+    preflight = server.client.options("/v1/completions", headers=origin | {"Access-Control-Request-Method": "POST"})
+    assert preflight.status_code == 200
+
+
+def test_all_fronts_count_into_one_page_and_spans_leave(special):
+    server, bodies = special
+    before = server.metrics().get("vllm:request_success_total{length}", 0)
+    for _ in range(8):
+        with httpx.Client(base_url=server.url, headers=server.headers, verify=False) as client:
+            client.post("/v1/completions", json={"prompt": [20], "max_tokens": 3}, headers={"X-Request-Id": "traced-7"})
+    assert server.metrics()["vllm:request_success_total{length}"] == before + 8
+    assert server.stop() == 0
+    data = b"".join(bodies)
+    assert b"llm_request" in data
+    assert b"traced-7" in data
+    assert b"gen_ai.usage.completion_tokens" in data
