@@ -61,6 +61,7 @@ class Floor(NamedTuple):
         weight_bytes: matrices that a decode step reads: every layer's, and the output head's.
         layer_params: of these, the layers' parameters.
         head_params: and the head's.
+        tail_params: those of the last layer's output projection and MLP, which only sampled tokens need.
         kv_bytes_per_token: keys and values of a token in all layers.
         attention_flops: operations per pair of query and key, all layers.
     """
@@ -68,6 +69,7 @@ class Floor(NamedTuple):
     weight_bytes: int
     layer_params: int
     head_params: int
+    tail_params: int
     kv_bytes_per_token: int
     attention_flops: int
 
@@ -81,7 +83,9 @@ class Floor(NamedTuple):
         """Bytes and operations of whole prompts with one token sampled each."""
         tokens = num_prompts * length
         moved = self.weight_bytes + tokens * self.kv_bytes_per_token
-        flops = 2 * (tokens * self.layer_params + num_prompts * self.head_params)
+        flops = 2 * (
+            tokens * (self.layer_params - self.tail_params) + num_prompts * (self.tail_params + self.head_params)
+        )
         return moved, flops + tokens * (length + 1) / 2 * self.attention_flops
 
 
@@ -95,6 +99,7 @@ def floor_of(shape: dict[str, Any]) -> Floor:
         weight_bytes=2 * (layers * layer + head),
         layer_params=layers * layer,
         head_params=head,
+        tail_params=hidden * head_dim * heads + 3 * hidden * inner,
         kv_bytes_per_token=4 * layers * kv_heads * head_dim,
         attention_flops=4 * layers * heads * head_dim,
     )

@@ -71,8 +71,12 @@ class FusedDecoder:
         """
         batch = Batch(self.angles(positions), meta, backend, pool)
         residual = F.embedding(input_ids, self.embedding)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             residual = layer(residual, batch, self.ops)
-        if not all_rows:
-            residual = residual.index_select(0, meta.logits_indices)
+        # After its attention the last layer works for the logits alone: of a prompt, one token.
+        rows = None if all_rows else meta.logits_indices
+        if rows is not None and not len(rows):
+            self.layers[-1].attention.queries(residual, batch, self.ops)
+            return residual.new_empty(0, len(self.head.weight))
+        residual = self.layers[-1](residual, batch, self.ops, rows)
         return self.ops.norm_linear(residual, self.norm, self.head, out)

@@ -57,16 +57,26 @@ class FusedAttention:
     head_norms: HeadNorms | None
     args: AttentionArgs
 
-    def __call__(self, residual: Tensor, batch: Batch, ops: Ops) -> Tensor:
-        """Add the block's output to `residual` [T, hidden], in place; returns it."""
-        qkv = ops.norm_linear(residual, self.norm, self.qkv)
-        kv = batch.pool.slots(self.index)
-        q = ops.rope_store(qkv, self.heads, self.head_norms, batch.angles, batch.meta.slot_mapping, kv)
+    def __call__(self, residual: Tensor, batch: Batch, ops: Ops, rows: Tensor | None = None) -> Tensor:
+        """Add the block's output to `residual` [T, hidden], in place; returns it.
+
+        With `rows`, int64 [R], the output is computed for these tokens alone, and their part of the stream returned.
+        """
+        q = self.queries(residual, batch, ops)
         scale, window, softcap, sinks = self.args
         attended = batch.backend.attend(
             q, self.index, batch.meta, scale=scale, sliding_window=window, softcap=softcap, sinks=sinks
         )
-        return ops.linear_residual(attended.reshape(len(residual), -1), self.out, residual)
+        attended = attended.reshape(len(residual), -1)
+        if rows is not None:
+            attended, residual = attended.index_select(0, rows), residual.index_select(0, rows)
+        return ops.linear_residual(attended, self.out, residual)
+
+    def queries(self, residual: Tensor, batch: Batch, ops: Ops) -> Tensor:
+        """The turned queries [T, num_heads, head_dim] of `residual`; its keys and values go to the pool."""
+        qkv = ops.norm_linear(residual, self.norm, self.qkv)
+        kv = batch.pool.slots(self.index)
+        return ops.rope_store(qkv, self.heads, self.head_norms, batch.angles, batch.meta.slot_mapping, kv)
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,9 @@ class FusedLayer:
     attention: FusedAttention
     mlp: FusedGlu | ModuleMlp
 
-    def __call__(self, residual: Tensor, batch: Batch, ops: Ops) -> Tensor:
-        """Run the layer on `residual` [T, hidden], in place; returns it."""
-        return self.mlp(self.attention(residual, batch, ops), ops)
+    def __call__(self, residual: Tensor, batch: Batch, ops: Ops, rows: Tensor | None = None) -> Tensor:
+        """Run the layer on `residual` [T, hidden], in place; returns it, or the part of the tokens `rows`.
+
+        Keys and values are stored for every token, whatever `rows` says.
+        """
+        return self.mlp(self.attention(residual, batch, ops, rows), ops)
