@@ -21,17 +21,17 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.core import StepOutput
-from engine.errors import KvarenaError
+from engine.errors import EngineError, KvarenaError
 from engine.request import Request, SamplingParams
 from experiments.engine_checks import check_logits, check_tokens
 from experiments.engine_profile import profile_steps
-from experiments.engine_setup import ABLATIONS, Bed, Levers, attempt, drive, make_bed
+from experiments.engine_setup import ABLATIONS, Bed, Levers, StepTimes, attempt, drive, make_bed
 from experiments.engine_shapes import MAX_MODEL_LEN, SHAPES, fixed_batch, floor_of, offline_workload
 from experiments.gpu_timing import copy_bandwidth, matmul_flops, require_cuda
 
@@ -73,9 +73,9 @@ def decode(bed: Bed, levers: Levers, batch: int, ceilings: Ceilings, *, prefille
     def run(max_tokens: int, *, prefilled: bool) -> list[float]:
         engine = bed.engine(runner, overlap=levers.overlap, max_num_seqs=batch, prefilled=prefilled)
         requests = fixed_batch(batch, CONTEXT, max_tokens, vocab_size=vocab_size)
-        _, outputs = drive(engine, requests)
+        _, steps = drive(engine, requests)
         # Only the steps in which all decode: the k-th of them gives everybody's token k + 1.
-        ends = [o.end_time for o in outputs if len(o.plan.scheduled) == batch and o.plan.num_new_tokens == batch]
+        ends = [step.end_time for step in steps if step.num_scheduled == step.num_new_tokens == batch]
         return ends[-(max_tokens - 1) :]
 
     run(4, prefilled=True)
@@ -85,10 +85,11 @@ def decode(bed: Bed, levers: Levers, batch: int, ceilings: Ceilings, *, prefille
     gaps = [b - a for a, b in zip(ends[FIRST - 2 :], ends[FIRST - 1 :], strict=False)]
     moved, flops = floor_of(SHAPES[bed.name]).decode(batch, CONTEXT + (FIRST + LAST) / 2)
     line = {"ms": round(step * 1e3, 4), "median_ms": round(statistics.median(gaps) * 1e3, 4)}
+    line["longest_ms"] = round(max(gaps) * 1e3, 4)
     return line | {"batch": batch, **rates(moved, flops, step, ceilings)}
 
 
-def offline(bed: Bed, levers: Levers, num_requests: int, budget: int) -> Line:
+def offline(bed: Bed, levers: Levers, num_requests: int, budget: int, *, chunked: bool) -> Line:
     """Workload (a)."""
     runner = bed.runner(levers, max_num_seqs=256)
     start = time.perf_counter()
@@ -96,24 +97,30 @@ def offline(bed: Bed, levers: Levers, num_requests: int, budget: int) -> Line:
     torch.cuda.synchronize()
     warm_up = time.perf_counter() - start
 
-    def run(requests: list[Request]) -> tuple[float, list[StepOutput]]:
-        engine = bed.engine(runner, overlap=levers.overlap, max_num_seqs=256, max_num_batched_tokens=budget)
+    def run(requests: list[Request]) -> tuple[float, list[StepTimes]]:
+        engine = bed.engine(
+            runner, overlap=levers.overlap, max_num_seqs=256, max_num_batched_tokens=budget, chunked=chunked
+        )
         return drive(engine, requests)
 
     # Prompts of the workload's lengths compile what the timed run needs.
     short = SamplingParams(temperature=0.6, max_tokens=3)
     run([Request(f"w{req.request_id}", req.prompt_token_ids, short) for req in offline_workload(64)])
     requests = offline_workload(num_requests)
-    seconds, outputs = run(requests)
+    seconds, steps = run(requests)
     tokens = sum(len(req.output_token_ids) for req in requests)
-    assert all(len(req.output_token_ids) == req.sampling.max_tokens for req in requests)
-    prefills = [o for o in outputs if o.plan.num_new_tokens > len(o.plan.scheduled)]
-    first = prefills[-1].end_time - outputs[0].start_time
-    host = statistics.median(o.launch_time - o.start_time for o in outputs)
+    if any(len(req.output_token_ids) != req.sampling.max_tokens for req in requests):
+        raise EngineError("a request of the offline workload ended before its length")
+    mixed = [step for step in steps if step.num_new_tokens > step.num_scheduled]
+    decodes = [b.end_time - a.end_time for a, b in pairwise(steps) if b.num_new_tokens == b.num_scheduled]
     return {
-        "output_tokens": tokens, "wall": round(seconds, 3), "output_tokens_per_s": round(tokens / seconds, 1),
-        "prefill_seconds": round(first, 3), "steps": len(outputs), "prefill_steps": len(prefills),
-        "schedule_ms": round(host * 1e3, 3), "warm_up_seconds": round(warm_up, 2), "budget": budget,
+        "scheduler": "chunked" if chunked else "continuous", "budget": budget, "output_tokens": tokens,
+        "wall": round(seconds, 3), "output_tokens_per_s": round(tokens / seconds, 1),
+        "prefill_seconds": round(mixed[-1].end_time - steps[0].start_time, 3), "steps": len(steps),
+        "prefill_steps": len(mixed), "decode_seconds": round(sum(decodes), 3),
+        "longest_decode_ms": round(max(decodes) * 1e3, 2),
+        "schedule_ms": round(statistics.median(step.launch_time - step.start_time for step in steps) * 1e3, 3),
+        "warm_up_seconds": round(warm_up, 2),
     }  # fmt: skip
 
 
@@ -207,7 +214,10 @@ def _timed(args: argparse.Namespace, bed: Bed, ceilings: Ceilings, wanted: list[
         for budget in (8192, 16384):
             yield attempt("prefill", partial(prefill, bed, levers, ceilings, 16, 4096, budget), **label)
     if "offline" in wanted:
-        yield attempt("offline", lambda: offline(bed, levers, args.requests, args.budget), **label)
+        for chunked in (False, True):
+            for budget in args.budget or (8192,):
+                run = partial(offline, bed, levers, args.requests, budget, chunked=chunked)
+                yield attempt("offline", run, **label)
     if "profile" in wanted:
         for batch in BATCHES:
             yield attempt("profile", partial(profile_steps, bed, levers, batch, CONTEXT), **label, batch=batch)
@@ -221,7 +231,7 @@ def main() -> None:
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--slots", type=int, default=320 * MAX_MODEL_LEN // 8, help="of the KV pool")
     parser.add_argument("--requests", type=int, default=256, help="of the offline workload")
-    parser.add_argument("--budget", type=int, default=8192, help="tokens per step of the offline workload")
+    parser.add_argument("--budget", type=int, action="append", help="tokens per step of the offline workload; 8192")
     parser.add_argument("--gemm", type=Path, help="a table of bench_gemm")
     parser.add_argument("--skinny", type=int, default=Levers().skinny, help="most rows for the skinny GEMM; 0: none")
     parser.add_argument("--pdl", action="store_true")

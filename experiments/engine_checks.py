@@ -1,4 +1,4 @@
-"""Correctness on a GPU: same tokens in float32 whatever the levers, and bf16 logits against the unfused modules."""
+"""Correctness on a GPU: same tokens in float32 whatever the levers, and bf16 logits no worse than the modules'."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.attention.base import AttentionMetadata
+from engine.attention.base import AttentionBackend, AttentionMetadata
+from engine.attention.reference import ReferenceBackend
+from engine.errors import ConfigError
+from engine.kv_pool import KVPool
+from engine.models import LoadedModel, load_model
 from engine.request import Request, SamplingParams
 from engine.runner.fused_runner import FusedForward, ModuleForward
 from engine.runner.graphs import Forward
-from experiments.engine_setup import ABLATIONS, Bed, Levers, drive, make_bed
+from experiments.engine_setup import ABLATIONS, BLOCK_SIZE, Bed, Levers, drive, make_bed
+from experiments.engine_shapes import SHAPES
 
 NUM_TOKENS = 48
 
@@ -57,35 +62,83 @@ def check_tokens(
     return line
 
 
+# The fused forward rounds less often than the modules and elsewhere; its distance from the exact result may exceed
+# theirs by so much and no more.
+MOST_EXCESS = 1.2
+
+
 def check_logits(bed: Bed, levers: Levers) -> dict[str, Any]:
-    """bf16: the fused forward and the modules over the same prompts, teacher-forced: prefill, then one decode step."""
+    """Fused forward and modules, teacher-forced (prefill, then one decode step), against float32.
+
+    How far bf16 takes the logits of a deep random model from the exact ones is the modules' own error, so that is the
+    measure: the fused error may be at most `MOST_EXCESS` times as large. The exact ones come from the same weights in
+    float32, on transformers' modules and plain torch attention.
+    """
     runner = bed.runner(levers, max_num_seqs=8)
     decoder = bed.decoder(levers)
-    assert decoder is not None
-    backend = runner.backend
-    forwards: dict[str, Forward] = {
-        "fused": FusedForward(decoder, backend, bed.pool),
-        "modules": ModuleForward(bed.model, backend),
+    if decoder is None:
+        raise ConfigError("the logits check compares the fused forward; it needs levers with fusions")
+    exact = _in_float32(bed.model)
+    pool = _small_pool(exact)
+    beds: dict[str, tuple[Forward, AttentionBackend]] = {
+        "fused": (FusedForward(decoder, runner.backend, bed.pool), runner.backend),
+        "modules": (ModuleForward(bed.model, runner.backend), runner.backend),
+        "exact": (ModuleForward(exact, reference := ReferenceBackend(pool)), reference),
     }
-    line: dict[str, Any] = {}
-    for name, lens, num_new in (("prefill", [200, 57, 130, 90], None), ("decode", [201, 58, 131, 91], 1)):
-        results = {}
-        for kind, forward in forwards.items():
+    steps = (("prefill", [200, 57, 130, 90], None), ("decode", [201, 58, 131, 91], 1))
+    results: dict[str, dict[str, torch.Tensor]] = {name: {} for name, _, _ in steps}
+    for kind, (forward, backend) in beds.items():
+        for name, lens, num_new in steps:
             ids, positions, meta = _batch(bed, lens, num_new)
             with torch.inference_mode():
                 backend.prepare(meta)
-                results[kind] = forward(ids, positions, meta).float()
-        got, expected = results["fused"], results["modules"]
-        logprobs, wanted = got.log_softmax(-1), expected.log_softmax(-1)
-        line[name] = {
-            "relative": float((got - expected).norm() / expected.norm()),
-            "max_logprob": float((logprobs - wanted).abs().max()),
-            "kl": float((wanted.exp() * (wanted - logprobs)).sum(-1).mean()),
-            "same_argmax": float((got.argmax(-1) == expected.argmax(-1)).float().mean()),
-        }
-        if not line[name]["relative"] < 0.05:
-            line["error"] = f"{name}: the fused logits differ from the modules'"
+                results[name][kind] = forward(ids, positions, meta).float()
+    line: dict[str, Any] = {name: compare_logits(**logits) for name, logits in results.items()}
+    for name, figures in list(line.items()):
+        if not figures["excess"] <= MOST_EXCESS:
+            line["error"] = f"{name}: the fused logits are {figures['excess']:.2f} times as far from float32 as theirs"
     return line
+
+
+def compare_logits(fused: torch.Tensor, modules: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """Relative errors against `exact`, their ratio `excess`, and how the two differ from each other; all [T, V]."""
+    errors = {
+        kind: float((got - exact).norm() / exact.norm()) for kind, got in (("fused", fused), ("modules", modules))
+    }
+    logprobs, wanted = fused.log_softmax(-1), modules.log_softmax(-1)
+    return {
+        "fused_error": fused_error,
+        "modules_error": modules_error,
+        "excess": fused_error / modules_error,
+        "relative": float((fused - modules).norm() / modules.norm()),
+        "max_logprob": float((logprobs - wanted).abs().max()),
+        "kl": float((wanted.exp() * (wanted - logprobs)).sum(-1).mean()),
+        "same_argmax": float((fused.argmax(-1) == modules.argmax(-1)).float().mean()),
+    }
+
+
+def _in_float32(model: LoadedModel) -> LoadedModel:
+    """The same weights in float32, unfused."""
+    name = model.spec.name
+    exact = load_model(shape=SHAPES[name], dtype="float32", device=str(model.device), load_format="dummy", name=name)
+    with torch.no_grad():
+        weights = dict(model.module.named_parameters())
+        for key, parameter in exact.module.named_parameters():
+            parameter.copy_(weights[key])
+    return exact
+
+
+def _small_pool(model: LoadedModel) -> KVPool:
+    spec = model.spec
+    return KVPool(
+        num_blocks=4 * -(-256 // BLOCK_SIZE),
+        block_size=BLOCK_SIZE,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=spec.dtype,
+        device=model.device,
+    )
 
 
 def _batch(bed: Bed, lens: list[int], num_new: int | None) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:

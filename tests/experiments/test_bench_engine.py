@@ -1,9 +1,10 @@
 """The engine benchmark's own parts, on the CPU."""
 
 import pytest
+import torch
 
-from experiments.engine_checks import check_tokens
-from experiments.engine_setup import PrefilledAllocator, attempt
+from experiments.engine_checks import check_logits, check_tokens, compare_logits
+from experiments.engine_setup import Levers, PrefilledAllocator, attempt, drive, make_bed
 from experiments.engine_shapes import SHAPES, fixed_batch, floor_of, offline_workload
 from schedulers.continuous import ContinuousScheduler
 
@@ -45,6 +46,31 @@ def test_a_failing_section_leaves_its_error_in_the_line():
     assert "broken" in line["error"]
     assert "KeyError" in line["error"]
     assert attempt("y", lambda: {"ms": 1})["ms"] == 1
+
+
+def test_a_fused_forward_is_judged_by_the_modules_own_error():
+    exact = torch.randn(4, 50)
+    noise = torch.randn(4, 50)
+    same = compare_logits(exact + 0.01 * noise, exact - 0.01 * noise, exact)
+    assert same["excess"] == pytest.approx(1, rel=1e-3)
+    assert compare_logits(exact + 0.03 * noise, exact + 0.01 * noise, exact)["excess"] == pytest.approx(3, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_exact_logits_are_those_of_the_same_weights():
+    """In float32 all three agree, so an exact model with other weights would show as an error of order one."""
+    bed = make_bed("tiny", 2048, None, dtype="float32", device="cpu")
+    line = check_logits(bed, Levers())
+    for name in ("prefill", "decode"):
+        assert line[name]["fused_error"] < 1e-4
+        assert line[name]["modules_error"] < 1e-4
+
+
+def test_steps_are_kept_as_numbers():
+    bed = make_bed("tiny", 2048, None, dtype="float32", device="cpu")
+    engine = bed.engine(bed.runner(Levers(fusions=False), max_num_seqs=2), overlap=True, max_num_seqs=2)
+    _, steps = drive(engine, fixed_batch(2, 5, 3, vocab_size=500))
+    assert [(step.num_scheduled, step.num_new_tokens) for step in steps] == [(2, 10), (2, 2), (2, 2)]
 
 
 @pytest.mark.slow
