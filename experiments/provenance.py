@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +51,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": gpu,
         "platform": platform.platform(),
     }

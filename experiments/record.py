@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from engine.core import StepOutput
 from engine.ledger import MemoryLedger
 from engine.plan import CopyKind
 from engine.request import FinishReason, Request
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 STEP_TIMES = ("start_time", "launch_time", "end_time", "copy_time")
 STEP_COUNTS = (
@@ -32,28 +34,26 @@ STEP_COUNTS = (
     "num_swapped_in",
 )
 
-REQUEST_SCHEMA = pa.schema(
-    [
-        ("request_id", pa.string()),
-        ("client_id", pa.string()),
-        ("prompt_token_ids", pa.list_(pa.int32())),
-        ("output_token_ids", pa.list_(pa.int32())),
-        ("num_prompt_tokens", pa.int32()),
-        ("num_output_tokens", pa.int32()),
-        ("max_tokens", pa.int32()),
-        ("arrival_time", pa.float64()),
-        ("submit_time", pa.float64()),
-        ("admission_time", pa.float64()),
-        ("first_token_time", pa.float64()),
-        ("finish_time", pa.float64()),
-        ("token_times", pa.list_(pa.float64())),
-        ("finish_reason", pa.string()),
-        ("num_cached_tokens", pa.int32()),
-        ("num_preemptions", pa.int32()),
-        ("num_recomputed_tokens", pa.int32()),
-        ("error", pa.string()),
-    ]
-)
+REQUEST_COLUMNS = {
+    "request_id": "string",
+    "client_id": "string",
+    "prompt_token_ids": "list<int32>",
+    "output_token_ids": "list<int32>",
+    "num_prompt_tokens": "int32",
+    "num_output_tokens": "int32",
+    "max_tokens": "int32",
+    "arrival_time": "double",
+    "submit_time": "double",
+    "admission_time": "double",
+    "first_token_time": "double",
+    "finish_time": "double",
+    "token_times": "list<double>",
+    "finish_reason": "string",
+    "num_cached_tokens": "int32",
+    "num_preemptions": "int32",
+    "num_recomputed_tokens": "int32",
+    "error": "string",
+}
 
 
 @dataclass(slots=True)
@@ -152,12 +152,12 @@ class RunRecorder:
         return self._steps["end_time"][-1] if self.num_steps else 0.0
 
     def request_rows(self) -> list[dict[str, Any]]:
-        """One row per request, by REQUEST_SCHEMA, in order of submission."""
+        """One row per request, by REQUEST_COLUMNS, in order of submission."""
         return [_request_row(times) for times in self._requests.values()]
 
     def write_requests(self, path: Path) -> None:
         """Write requests.parquet."""
-        pq.write_table(pa.Table.from_pylist(self.request_rows(), schema=REQUEST_SCHEMA), path)
+        write_requests(path, self.request_rows())
 
     def step_columns(self) -> dict[str, np.ndarray]:
         """The steps as columns, without the ledger."""
@@ -167,7 +167,33 @@ class RunRecorder:
 
     def write_steps(self, path: Path, ledger: MemoryLedger) -> None:
         """Write steps.parquet: the steps and, beside them, the settled ledger."""
-        pq.write_table(pa.table(self.step_columns() | ledger.settle()), path)
+        write_steps(path, self.step_columns() | ledger.settle())
+
+
+def write_requests(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write requests.parquet from rows by REQUEST_COLUMNS."""
+    # Here and below imported late: a machine that only measures need not have pyarrow.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, _arrow_type(kind)) for name, kind in REQUEST_COLUMNS.items()])
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), path)
+
+
+def write_steps(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Write steps.parquet from columns of one length."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(dict(columns)), path)
+
+
+def _arrow_type(kind: str) -> pa.DataType:
+    import pyarrow as pa
+
+    if kind.startswith("list<"):
+        return pa.list_(_arrow_type(kind[5:-1]))
+    return pa.float64() if kind == "double" else pa.type_for_alias(kind)
 
 
 def _or_none(value: float) -> float | None:
