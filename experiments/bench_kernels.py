@@ -46,7 +46,7 @@ Line = dict[str, Any]
 
 
 def decode_launches(
-    batch: Batch, config: DecodeConfig, *, contiguous: bool = False
+    batch: Batch, config: DecodeConfig, *, contiguous: bool = False, overlap: bool | None = None
 ) -> tuple[list[Callable[[], None]], torch.Tensor]:
     """One launch per layer of the pool, and the output that they share."""
     shape = batch.shape
@@ -78,6 +78,7 @@ def decode_launches(
             scale=shape.head_dim**-0.5,
             contiguous=contiguous,
             config=config,
+            overlap=overlap,
         )
 
     return [partial(launch, layer) for layer in range(len(batch.keys))], out
@@ -115,13 +116,20 @@ def prefill_launches(
     return [partial(launch, layer) for layer in range(len(batch.keys))], out
 
 
-def measure(line: Line, batch: Batch, config: DecodeConfig | PrefillConfig, *, contiguous: bool = False) -> Line:
+def measure(
+    line: Line,
+    batch: Batch,
+    config: DecodeConfig | PrefillConfig,
+    *,
+    contiguous: bool = False,
+    overlap: bool | None = None,
+) -> Line:
     """Check and time one variant; a variant that the device cannot run says so in its line."""
     line |= {"block_size": batch.block_size, "contiguous": contiguous, "config": [*config]}
     is_decode = isinstance(config, DecodeConfig)
     try:
         if isinstance(config, DecodeConfig):
-            launches, out = decode_launches(batch, config, contiguous=contiguous)
+            launches, out = decode_launches(batch, config, contiguous=contiguous, overlap=overlap)
         else:
             launches, out = prefill_launches(batch, config, contiguous=contiguous)
         launches[0]()
@@ -142,6 +150,8 @@ def bench_decode(tune: Callable[[], bool]) -> Iterator[tuple[Line, Batch]]:
         for config in decode_variants(default, len(rows), tiles):
             if config == default or tune():
                 yield measure(line.copy(), batch, config), batch
+        apart = line | {"kernel": "decode, launches apart"}
+        yield measure(apart, batch, default, overlap=False), batch
         del batch
         for block_size, contiguous in POOLS:
             if case in ("256 x 1024", "32 x 8192"):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.common import next_power_of_2
+from engine.kernels.common import await_previous, launch_options, next_power_of_2
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -22,8 +22,10 @@ def gated_kernel(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
     GELU: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One row's TILE elements."""
+    await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * TILE + tl.arange(0, TILE)
     exists = at < SIZE
@@ -63,5 +65,6 @@ def gated(x: Tensor, activation: Activation = "silu", out: Tensor | None = None)
         TILE=tile,
         GELU=activation == "gelu_tanh",
         num_warps=max(1, tile // 512),
+        **launch_options(),
     )
     return out

@@ -21,9 +21,11 @@ from torch import Tensor
 from engine.kernels import INTERPRET
 from engine.kernels.common import (
     VARYING,
+    await_previous,
     cap_scores,
     dot,
     exponent_scale,
+    launch_options,
     load_tile,
     next_power_of_2,
     region_start,
@@ -71,8 +73,10 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     CONTIGUOUS: tl.constexpr,
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One item for one KV head; see the module's docstring and `decode_attention`."""
+    await_previous(OVERLAP)
     kv_head = tl.program_id(0)
     num_kv_heads = tl.num_programs(0)
     item = tl.program_id(1)
@@ -273,6 +277,7 @@ def decode_attention(
     sinks: Tensor | None = None,
     contiguous: bool = False,
     config: DecodeConfig | None = None,
+    overlap: bool | None = None,
 ) -> None:
     """Attention of the rows that `items` name, one query each, into `out`.
 
@@ -287,6 +292,7 @@ def decode_attention(
         scale, sliding_window, softcap, sinks: see `AttentionBackend.attend`; the scale is positive.
         contiguous: every block table is a run of consecutive ids; only its first entry is read.
         config: tile, warps and stages; by default what `decode_config` says.
+        overlap: see `launch_options`.
     """
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = keys.shape[1]
@@ -333,4 +339,5 @@ def decode_attention(
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **launch_options(overlap),
     )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.common import next_power_of_2
+from engine.kernels.common import await_previous, launch_options, next_power_of_2
 
 
 @triton.jit
@@ -25,8 +25,10 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
     SIZE_PAD: tl.constexpr,
     ADD: tl.constexpr,
     ROUND: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One row; see `rms_norm`."""
+    await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE_PAD)
     exists = at < SIZE
@@ -92,5 +94,6 @@ def rms_norm(
         ADD=residual is not None,
         ROUND=weight_offset == 0,
         num_warps=min(16, max(1, padded // 512)),
+        **launch_options(),
     )
     return out

@@ -19,9 +19,11 @@ from torch import Tensor
 from engine.kernels import INTERPRET
 from engine.kernels.common import (
     VARYING,
+    await_previous,
     cap_scores,
     dot,
     exponent_scale,
+    launch_options,
     load_tile,
     next_power_of_2,
     region_start,
@@ -65,8 +67,10 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     CONTIGUOUS: tl.constexpr,
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One item for one KV head; see the module's docstring and `prefill_attention`."""
+    await_previous(OVERLAP)
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     row = tl.load(items_ptr + item)
@@ -224,4 +228,5 @@ def prefill_attention(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.max_registers,
+        **launch_options(),
     )

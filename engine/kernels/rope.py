@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.common import next_power_of_2
+from engine.kernels.common import await_previous, launch_options, next_power_of_2
 
 
 @triton.jit
@@ -48,15 +48,12 @@ def rope_store_kernel(  # type: ignore[no-untyped-def]
     HALF_PAD: tl.constexpr,
     NORM: tl.constexpr,
     TURN_KEYS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One token; see `rope_store`."""
+    await_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
-    half = tl.arange(0, HALF_PAD)
-    in_half = half < HALF
-    cos = tl.load(cos_ptr + token * stride_cos + half, mask=in_half, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + token * stride_cos + half, mask=in_half, other=0.0).to(tl.float32)
-
     # Everything is loaded before anything is stored, or each load would wait for the store before it.
     heads = tl.arange(0, HEADS_PAD)
     kv_heads = tl.arange(0, KV_HEADS_PAD)
@@ -65,14 +62,17 @@ def rope_store_kernel(  # type: ignore[no-untyped-def]
     new_keys = k_ptr + token * stride_k_row + kv_heads * stride_k_head
     q1, q2, q_rest = _load(queries, heads < HEADS, HEAD_DIM, DIM_PAD, HALF, HALF_PAD)
     k1, k2, k_rest = _load(new_keys, kv_heads < KV_HEADS, HEAD_DIM, DIM_PAD, HALF, HALF_PAD)
+    cos_row, sin_row = cos_ptr + token * stride_cos, sin_ptr + token * stride_cos
+    q_cos, q_sin = _row(cos_row, q1, HALF, HALF_PAD), _row(sin_row, q1, HALF, HALF_PAD)
+    k_cos, k_sin = _row(cos_row, k1, HALF, HALF_PAD), _row(sin_row, k1, HALF, HALF_PAD)
     exists = (kv_heads < KV_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
     v = tl.load(v_ptr + token * stride_v_row + kv_heads[:, None] * stride_v_head + dims[None, :], mask=exists)
     dtype: tl.constexpr = keys_ptr.dtype.element_ty
     if NORM:
         q1, q2, q_rest = _norm(q1, q2, q_rest, q_norm_ptr, epsilon, dtype, HEAD_DIM, DIM_PAD, HALF, HALF_PAD)
         k1, k2, k_rest = _norm(k1, k2, k_rest, k_norm_ptr, epsilon, dtype, HEAD_DIM, DIM_PAD, HALF, HALF_PAD)
-    q1, q2 = q1 * cos[None, :] - q2 * sin[None, :], q2 * cos[None, :] + q1 * sin[None, :]
-    k1, k2 = k1 * cos[None, :] - k2 * sin[None, :], k2 * cos[None, :] + k1 * sin[None, :]
+    q1, q2 = q1 * q_cos - q2 * q_sin, q2 * q_cos + q1 * q_sin
+    k1, k2 = k1 * k_cos - k2 * k_sin, k2 * k_cos + k1 * k_sin
 
     target = slot * stride_slot + kv_heads * HEAD_DIM
     tl.store(values_ptr + target[:, None] + dims[None, :], v.to(dtype), mask=exists)
@@ -101,6 +101,14 @@ def _load(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _row(pointer, like, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A row of SIZE elements, once for every row of `like`: loaded where it is used, because one copy would have to
+    travel through shared memory."""
+    at = tl.arange(0, SIZE_PAD)[None, :] + tl.zeros([like.shape[0], 1], tl.int32)
+    return tl.load(pointer + at, mask=at < SIZE, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _round(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     return x.to(dtype).to(tl.float32)
 
@@ -119,19 +127,15 @@ def _norm(  # type: ignore[no-untyped-def]
     HALF_PAD: tl.constexpr,
 ):
     """RMS norm of each head. Rounded before the weight and after it, as transformers' norm modules do."""
-    half = tl.arange(0, HALF_PAD)
-    dims = tl.arange(0, DIM_PAD)
     squares = tl.sum(x1 * x1 + x2 * x2, 1)
     if HEAD_DIM > 2 * HALF:
         squares += tl.sum(rest * rest, 1)
     factor = 1.0 / tl.sqrt(squares / HEAD_DIM + epsilon)
-    w1 = tl.load(weight_ptr + half, mask=half < HALF, other=0.0).to(tl.float32)
-    w2 = tl.load(weight_ptr + HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
-    x1 = _round(_round(x1 * factor[:, None], dtype) * w1[None, :], dtype)
-    x2 = _round(_round(x2 * factor[:, None], dtype) * w2[None, :], dtype)
+    w1, w2 = _row(weight_ptr, x1, HALF, HALF_PAD), _row(weight_ptr + HALF, x2, HALF, HALF_PAD)
+    x1 = _round(_round(x1 * factor[:, None], dtype) * w1, dtype)
+    x2 = _round(_round(x2 * factor[:, None], dtype) * w2, dtype)
     if HEAD_DIM > 2 * HALF:
-        w = tl.load(weight_ptr + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
-        rest = _round(rest * factor[:, None], dtype) * w[None, :]
+        rest = _round(rest * factor[:, None], dtype) * _row(weight_ptr, rest, HEAD_DIM, DIM_PAD)
     return x1, x2, rest
 
 
@@ -232,4 +236,5 @@ def rope_store(
         TURN_KEYS=turn_keys,
         # At least 16 pairs a thread: eight elements of 2 bytes make a load of 16 bytes.
         num_warps=min(8, max(1, heads_pad * half_pad // 512)),
+        **launch_options(),
     )

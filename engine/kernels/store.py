@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.common import next_power_of_2
+from engine.kernels.common import await_previous, launch_options, next_power_of_2
 
 
 @triton.jit
@@ -26,8 +26,10 @@ def store_kv_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     GATHER: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One token; see `store_kv`, and with GATHER `gather_kv`."""
+    await_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     heads = tl.arange(0, HEADS_PAD)[:, None]
@@ -85,4 +87,5 @@ def _copy(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tens
         DIM_PAD=next_power_of_2(head_dim),
         GATHER=gather,
         num_warps=4 if num_heads * head_dim >= 512 else 1,
+        **launch_options(),
     )

@@ -34,6 +34,7 @@ ATTENTION = {
     "gpt-oss": (64, 8, 256, {"WINDOW": 128, "SINKS": True}),
     "phi": (80, 1, 16, {}),
 }
+MEMORY_ACCESS = re.compile(r"\b(ld\.global|st\.global|cp\.async|atom\.)")
 INTEGERS = {"items_ptr", "query_loc_ptr", "seq_lens_ptr", "table_ptr", "counters_ptr"}
 FLOATS = {"partial_ptr", "stats_ptr", "cos_ptr", "sin_ptr"}
 
@@ -52,6 +53,7 @@ def argument_type(name):
 
 def resources(kernel, constants, num_warps, num_stages):
     """Registers, stack and local bytes per thread, shared memory, and which matrix instructions occur."""
+    constants = constants | {"OVERLAP": True}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else argument_type(name)
@@ -74,6 +76,7 @@ def resources(kernel, constants, num_warps, num_stages):
         "shared": compiled.metadata.shared,
         "wgmma": "wgmma.mma_async" in ptx,
         "mma": "mma.sync" in ptx,
+        "waits_first": "griddepcontrol.wait" in ptx and not MEMORY_ACCESS.search(ptx.split("griddepcontrol.wait")[0]),
         "cp_async": "cp.async" in ptx,
         "wide_loads": "ld.global.v4" in ptx or "cp.async.cg.shared.global" in ptx,
     }

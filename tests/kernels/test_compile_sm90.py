@@ -45,3 +45,7 @@ def test_attention_uses_tensor_cores_and_asynchronous_copies(resources):
 
 def test_loads_are_sixteen_bytes_wide(resources):
     assert [name for name, r in resources.items() if not r["wide_loads"]] == []
+
+
+def test_kernels_touch_memory_only_after_the_kernel_before_them(resources):
+    assert [name for name, r in resources.items() if not r["waits_first"]] == []
