@@ -29,9 +29,9 @@ from engine.models import LoadedModel, ModelSpec, load_model
 from engine.plan import KVAllocator, SchedulerProtocol
 from engine.request import Request, SamplingParams
 from engine.runner.profile import available_kv_bytes
-from engine.runner.torch_runner import TorchRunner
 from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig
 from experiments.driver import ClosedLoop
+from experiments.gpu_runner import make_runner
 from experiments.workloads.base import WorkloadItem
 
 
@@ -117,7 +117,16 @@ def build_engine(cfg: DictConfig) -> EngineParts:
     )
     backend = _attention_backend(runner_config, model, pool)
     clock, ledger = WallClock(), MemoryLedger()
-    runner = TorchRunner(model, pool, backend, seed=config.seed, clock=clock)
+    runner, runner_facts = make_runner(
+        runner_config,
+        model,
+        pool,
+        backend,
+        seed=config.seed,
+        clock=clock,
+        max_num_seqs=cfg.scheduler.max_num_seqs,
+        max_model_len=max_model_len,
+    )
     engine = Engine(scheduler, allocator, runner, clock, overlap=config.overlap, ledger=ledger)
     slots = num_blocks * allocator.block_size
     facts = {
@@ -125,6 +134,7 @@ def build_engine(cfg: DictConfig) -> EngineParts:
         "block_size": allocator.block_size,
         "num_slots": slots,
         "bytes": slots * spec.kv_bytes_per_token,
+        "runner": runner_facts,
     }
     return EngineParts(engine, clock, ledger, model, max_model_len, facts, config)
 

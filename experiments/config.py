@@ -113,7 +113,12 @@ class RunnerConfig(_Section):
 
     attention: str
     layout: str
+    fusions: bool | str
+    graphs: bool | str
 
     def __post_init__(self) -> None:
         _check(self.attention in ATTENTION, "runner.attention", self.attention, f"one of {', '.join(ATTENTION)}")
         _check(self.layout in LAYOUTS, "runner.layout", self.layout, f"one of {', '.join(LAYOUTS)}")
+        for key in ("fusions", "graphs"):
+            value = getattr(self, key)
+            _check(isinstance(value, bool) or value == "auto", f"runner.{key}", value, "auto, true or false")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionBackend, AttentionMetadata
 from engine.attention.hook import attention_context
+from engine.clock import Clock
 from engine.errors import EngineError
 from engine.fusions.decoder import FusedDecoder
 from engine.kv_pool import KVPool
@@ -76,6 +77,7 @@ class FusedRunner(TorchRunner):
         max_num_seqs: most requests of a step.
         max_model_len: longest context.
         graphs: capture decode forwards in CUDA graphs.
+        clock: see `TorchRunner`.
     """
 
     def __init__(
@@ -89,8 +91,9 @@ class FusedRunner(TorchRunner):
         max_num_seqs: int,
         max_model_len: int,
         graphs: bool = False,
+        clock: Clock | None = None,
     ) -> None:
-        super().__init__(model, pool, backend, seed=seed)
+        super().__init__(model, pool, backend, seed=seed, clock=clock)
         self._model_forward: Forward = (
             ModuleForward(model, backend) if decoder is None else FusedForward(decoder, backend, pool)
         )

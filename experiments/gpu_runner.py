@@ -1,0 +1,100 @@
+"""Which runner a config gets: on a GPU the fused one with CUDA graphs, where model and settings allow it.
+
+Every choice that `auto` makes is a fact of the run: it stands in the manifest with its reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from engine.attention.base import AttentionBackend
+from engine.clock import Clock
+from engine.errors import ConfigError
+from engine.fusions.decoder import FusedDecoder
+from engine.fusions.detect import NotFusable, fuse
+from engine.fusions.ops import Ops, TorchOps
+from engine.kv_pool import KVPool
+from engine.models import LoadedModel
+from engine.runner.fused_runner import FusedRunner
+from engine.runner.graphs import ReservingBackend
+from engine.runner.torch_runner import TorchRunner
+from experiments.config import RunnerConfig
+
+Facts = dict[str, Any]
+
+
+def make_runner(
+    config: RunnerConfig,
+    model: LoadedModel,
+    pool: KVPool,
+    backend: AttentionBackend,
+    *,
+    seed: int,
+    clock: Clock,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> tuple[TorchRunner, Facts]:
+    """The runner that section `runner` asks for, and what the manifest says of it.
+
+    `auto` means: on a GPU if possible, never on a CPU. The fused forward runs on a CPU when it is asked for, in plain
+    torch; graphs do not exist there.
+
+    Raises:
+        ConfigError: `true` cannot be had; says why.
+    """
+    on_gpu = pool.device.type == "cuda"
+    if config.graphs is True and not on_gpu:
+        raise ConfigError("runner.graphs=true needs a GPU; use auto or false")
+    decoder, reason = _fused(config, model, max_model_len) if config.fusions is True or on_gpu else (None, None)
+    if reason is not None and config.fusions is True:
+        raise ConfigError(f"runner.fusions=true, and {reason}; use auto or false")
+    graphs, no_graphs = _graphs(config, backend, decoder) if on_gpu else (False, None)
+    facts: Facts = {"fusions": decoder is not None, "graphs": graphs, "attention": type(backend).__name__}
+    facts |= {key: why for key, why in (("no_fusions", reason), ("no_graphs", no_graphs)) if why is not None}
+    if decoder is None and not on_gpu:
+        return TorchRunner(model, pool, backend, seed=seed, clock=clock), facts
+    runner = FusedRunner(
+        model, pool, backend, decoder, seed=seed, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
+        graphs=graphs, clock=clock,
+    )  # fmt: skip
+    return runner, facts
+
+
+def _fused(config: RunnerConfig, model: LoadedModel, max_model_len: int) -> tuple[FusedDecoder | None, str | None]:
+    """The fused decoder, or why there is none."""
+    if config.fusions is False:
+        return None, None
+    try:
+        return fuse(model, _ops(model.device, model.spec.dtype), max_model_len), None
+    except NotFusable as error:
+        return None, f"the model runs on its modules: {error}"
+
+
+def _ops(device: torch.device, dtype: torch.dtype) -> Ops:
+    if device.type != "cuda":
+        return TorchOps()
+    # Imported here: Triton is not needed, and may not be there, without a GPU.
+    from engine.fusions.triton_ops import TritonOps
+    from engine.kernels.gemm_table import ROW_BUCKETS, GemmTable
+
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return TritonOps(device, GemmTable(ROW_BUCKETS[-1], processors) if dtype.itemsize == 2 else None)
+
+
+def _graphs(config: RunnerConfig, backend: AttentionBackend, decoder: FusedDecoder | None) -> tuple[bool, str | None]:
+    """Whether decode steps are captured, and why not where `auto` decides against it."""
+    if config.graphs is False:
+        return False, None
+    reason = None
+    if not isinstance(backend, ReservingBackend):
+        reason = "the attention backend has no plan of fixed address; runner.attention=triton has"
+    elif decoder is None:
+        # transformers' own code may wait for the device in the middle of a forward.
+        reason = "graphs hold the fused forward, which this run has not"
+    elif not decoder.is_capturable:
+        reason = "the model's experts are transformers modules, which may wait for the device"
+    if reason is not None and config.graphs is True:
+        raise ConfigError(f"runner.graphs=true, and {reason}; use auto or false")
+    return reason is None, reason

@@ -1,0 +1,68 @@
+"""Which runner a config gets, on a machine without a GPU."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from engine.attention.reference import ReferenceBackend
+from engine.clock import VirtualClock
+from engine.errors import ConfigError
+from engine.kv_pool import KVPool
+from engine.models import load_model
+from engine.runner.fused_runner import FusedRunner
+from experiments.config import RunnerConfig
+from experiments.engine_shapes import SHAPES
+from experiments.gpu_runner import make_runner
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 64}
+
+
+def section(**changes):
+    options = {"attention": "auto", "layout": "paged", "fusions": "auto", "graphs": "auto"} | changes
+    return RunnerConfig.from_config(OmegaConf.create(options))
+
+
+def make(shape, **changes):
+    model = load_model(shape=shape, dtype="float32", device="cpu", load_format="dummy", name="small")
+    spec = model.spec
+    pool = KVPool(
+        num_blocks=4,
+        block_size=4,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    clock = VirtualClock()
+    options = {"seed": 0, "clock": clock, "max_num_seqs": 2, "max_model_len": 64}
+    runner, facts = make_runner(section(**changes), model, pool, ReferenceBackend(pool), **options)
+    assert runner._clock is clock
+    return runner, facts
+
+
+def test_on_a_cpu_auto_keeps_the_modules():
+    runner, facts = make(SHAPES["tiny"])
+    assert not isinstance(runner, FusedRunner)
+    assert facts == {"fusions": False, "graphs": False, "attention": "ReferenceBackend"}
+
+
+def test_fusions_run_on_a_cpu_when_asked_for():
+    runner, facts = make(SHAPES["tiny"], fusions=True)
+    assert isinstance(runner, FusedRunner)
+    assert facts["fusions"] is True
+
+
+def test_what_cannot_be_had_is_an_error():
+    with pytest.raises(ConfigError, match=r"runner\.graphs=true needs a GPU"):
+        make(SHAPES["tiny"], graphs=True)
+    with pytest.raises(
+        ConfigError, match=r"runner\.fusions=true, and the model runs on its modules: .*no module model"
+    ):
+        make(GPT2, fusions=True)
+
+
+@pytest.mark.parametrize("key", ["fusions", "graphs"])
+def test_other_values_are_refused(key):
+    with pytest.raises(ConfigError, match=rf"runner\.{key}=fast must be auto, true or false"):
+        section(**{key: "fast"})
