@@ -60,7 +60,6 @@ PREFILL_TILES = [
     PrefillConfig(128, 128, 8, 2),
     PrefillConfig(128, 32, 8, 3, 128),
     PrefillConfig(128, 32, 8, 4, 128),
-    PrefillConfig(128, 64, 8, 2, 128),
     PrefillConfig(64, 64, 4, 2),
     PrefillConfig(64, 32, 4, 3),
 ]
@@ -69,7 +68,7 @@ PREFILL_TILES = [
 def decode_variants(default: DecodeConfig, batch_size: int, tiles: list[tuple[int, int, int]]) -> list[DecodeConfig]:
     """The default, and every one of `tiles` with every split that suits the batch size."""
     variants = [
-        DecodeConfig(tile, warps, stages, programs, max(chunk, tile))
+        DecodeConfig(tile, warps, stages, programs, max(chunk, tile), 168 if warps == 4 and tile < 128 else None)
         for (tile, warps, stages), (programs, chunk) in product(tiles, DECODE_SPLITS.get(batch_size, [(2, 128)]))
     ]
     return list(dict.fromkeys([default, *variants]))

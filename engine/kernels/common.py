@@ -63,6 +63,11 @@ def dot(a, b, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.dot(a, b, input_precision="ieee")
 
 
+def slot_type(keys: torch.Tensor) -> tl.dtype:
+    """What a slot and the offset of its elements fit into: shorter integers take fewer instructions."""
+    return tl.int32 if keys.numel() < 2**31 else tl.int64
+
+
 @triton.jit
 def cap_scores(scores, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Raw products, soft-capped if asked: what is left to do is in `exponent_scale`."""
@@ -87,14 +92,14 @@ def load_tile(  # type: ignore[no-untyped-def]
     base,
     slots,
     inside,
-    stride_slot,
+    STRIDE_SLOT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Rows `slots` of one head of the pool, [tokens, DIM_PAD]; zeros where not `inside` or beyond HEAD_DIM."""
     dims = tl.arange(0, DIM_PAD)
-    pointers = base + slots[:, None] * stride_slot + dims[None, :]
+    pointers = base + slots[:, None] * STRIDE_SLOT + dims[None, :]
     if MASKED:
         if DIM_PAD != HEAD_DIM:
             return tl.load(pointers, mask=inside[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
@@ -133,12 +138,19 @@ def tile_blocks(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def tile_slots(  # type: ignore[no-untyped-def]
-    blocks, first_slot, start, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, CONTIGUOUS: tl.constexpr
+    blocks,
+    first_slot,
+    start,
+    SLOT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
 ):
-    """Slots (int64) of the tile at `start`: in its `blocks`, or of a contiguous request from its `first_slot`."""
+    """Slots of the tile at `start`, as integers of type SLOT: in its `blocks`, or of a contiguous request from its
+    `first_slot`."""
     if CONTIGUOUS:
-        return first_slot + start + tl.arange(0, TILE)
+        return first_slot.to(SLOT) + start + tl.arange(0, TILE)
     elif BLOCK_SIZE % TILE == 0:  # noqa: RET505
-        return blocks.to(tl.int64) * BLOCK_SIZE + start % BLOCK_SIZE + tl.arange(0, TILE)
+        return blocks.to(SLOT) * BLOCK_SIZE + start % BLOCK_SIZE + tl.arange(0, TILE)
     else:
-        return blocks.to(tl.int64) * BLOCK_SIZE + (start + tl.arange(0, TILE)) % BLOCK_SIZE
+        return blocks.to(SLOT) * BLOCK_SIZE + (start + tl.arange(0, TILE)) % BLOCK_SIZE

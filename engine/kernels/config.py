@@ -20,6 +20,8 @@ class DecodeConfig(NamedTuple):
         num_stages: depth of the load pipeline.
         programs_per_sm: programs that a multiprocessor should get; contexts are split until it does.
         min_chunk: fewest tokens of a part.
+        max_registers: per thread; None: as the compiler likes, which may spill some for a fourth program that finds no
+            shared memory.
     """
 
     tile: int
@@ -27,6 +29,7 @@ class DecodeConfig(NamedTuple):
     num_stages: int
     programs_per_sm: int
     min_chunk: int
+    max_registers: int | None = None
 
 
 class PrefillConfig(NamedTuple):
@@ -52,7 +55,7 @@ def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
     """The decode kernel's shape for a head size and the pool's element size in bytes."""
     row_bytes = max(16, next_power_of_2(head_dim)) * element_size
     tile = min(128, max(16, 16384 // row_bytes))
-    return DecodeConfig(tile, num_warps=4, num_stages=3, programs_per_sm=2, min_chunk=max(128, tile))
+    return DecodeConfig(tile, num_warps=4, num_stages=3, programs_per_sm=2, min_chunk=max(128, tile), max_registers=168)
 
 
 def prefill_config(head_dim: int, element_size: int, group: int) -> PrefillConfig:

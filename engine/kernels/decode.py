@@ -29,6 +29,7 @@ from engine.kernels.common import (
     load_tile,
     next_power_of_2,
     region_start,
+    slot_type,
     tile_blocks,
     tile_slots,
 )
@@ -56,7 +57,6 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     stride_q_head,
     stride_out_row,
     stride_out_head,
-    stride_slot,
     stride_head,
     stride_table,
     GROUP: tl.constexpr,
@@ -64,6 +64,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    SLOT: tl.constexpr,
+    STRIDE_SLOT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     MERGE: tl.constexpr,
@@ -115,9 +117,9 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         positions = start + tl.arange(0, TILE)
         inside = positions < end
-        slots = tile_slots(blocks, first_slot, start, BLOCK_SIZE, TILE, CONTIGUOUS)
+        slots = tile_slots(blocks, first_slot, start, SLOT, BLOCK_SIZE, TILE, CONTIGUOUS)
         blocks = tile_blocks(table_row, start + TILE, end, BLOCK_SIZE, TILE, CONTIGUOUS)
-        k = load_tile(k_base, slots, inside, stride_slot, HEAD_DIM, DIM_PAD, True)
+        k = load_tile(k_base, slots, inside, STRIDE_SLOT, HEAD_DIM, DIM_PAD, True)
         scores = cap_scores(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
         seen = inside
         if WINDOW > 0:
@@ -128,7 +130,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         shrink = tl.exp2((peak - new_peak) * factor)
         weights = tl.exp2(scores * factor - (new_peak * factor)[:, None])
         totals = totals * shrink[:, None] + weights
-        v = load_tile(v_base, slots, inside, stride_slot, HEAD_DIM, DIM_PAD, True)
+        v = load_tile(v_base, slots, inside, STRIDE_SLOT, HEAD_DIM, DIM_PAD, True)
         acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, UPCAST)
         peak = new_peak
 
@@ -320,7 +322,6 @@ def decode_attention(
         q.stride(1),
         out.stride(0),
         out.stride(1),
-        keys.stride(0),
         keys.stride(1),
         block_table.stride(0),
         GROUP=group,
@@ -328,6 +329,8 @@ def decode_attention(
         ROWS=max(16, group_pad),
         HEAD_DIM=head_dim,
         DIM_PAD=dim_pad,
+        SLOT=slot_type(keys),
+        STRIDE_SLOT=keys.stride(0),
         BLOCK_SIZE=block_size,
         TILE=config.tile,
         MERGE=merge_width(group_pad, dim_pad, config.num_warps),
@@ -339,5 +342,6 @@ def decode_attention(
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
         **launch_options(overlap),
     )

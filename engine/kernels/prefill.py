@@ -27,6 +27,7 @@ from engine.kernels.common import (
     load_tile,
     next_power_of_2,
     region_start,
+    slot_type,
     tile_blocks,
     tile_slots,
 )
@@ -51,7 +52,6 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     stride_q_head,
     stride_out_row,
     stride_out_head,
-    stride_slot,
     stride_head,
     stride_table,
     GROUP: tl.constexpr,
@@ -59,6 +59,8 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    SLOT: tl.constexpr,
+    STRIDE_SLOT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -111,24 +113,24 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     if WINDOW == 0:
         blocks = tile_blocks(table_row, 0, end, BLOCK_SIZE, TILE, CONTIGUOUS)
         for start in tl.range(0, edge, TILE, num_stages=STAGES):
-            slots = tile_slots(blocks, first_slot, start, BLOCK_SIZE, TILE, CONTIGUOUS)
+            slots = tile_slots(blocks, first_slot, start, SLOT, BLOCK_SIZE, TILE, CONTIGUOUS)
             blocks = tile_blocks(table_row, start + TILE, end, BLOCK_SIZE, TILE, CONTIGUOUS)
-            k = load_tile(k_base, slots, slots >= 0, stride_slot, HEAD_DIM, DIM_PAD, False)
+            k = load_tile(k_base, slots, slots >= 0, STRIDE_SLOT, HEAD_DIM, DIM_PAD, False)
             scores = cap_scores(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
             new_peak = tl.maximum(peak, tl.max(scores, 1))
             shrink = tl.exp2((peak - new_peak) * factor)
             weights = tl.exp2(scores * factor - (new_peak * factor)[:, None])
             total = total * shrink + tl.sum(weights, 1)
-            v = load_tile(v_base, slots, slots >= 0, stride_slot, HEAD_DIM, DIM_PAD, False)
+            v = load_tile(v_base, slots, slots >= 0, STRIDE_SLOT, HEAD_DIM, DIM_PAD, False)
             acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, UPCAST)
             peak = new_peak
     blocks = edge_blocks
     for start in tl.range(edge, end, TILE, num_stages=STAGES):
         positions = start + tl.arange(0, TILE)
         inside = positions < end
-        slots = tile_slots(blocks, first_slot, start, BLOCK_SIZE, TILE, CONTIGUOUS)
+        slots = tile_slots(blocks, first_slot, start, SLOT, BLOCK_SIZE, TILE, CONTIGUOUS)
         blocks = tile_blocks(table_row, start + TILE, end, BLOCK_SIZE, TILE, CONTIGUOUS)
-        k = load_tile(k_base, slots, inside, stride_slot, HEAD_DIM, DIM_PAD, True)
+        k = load_tile(k_base, slots, inside, STRIDE_SLOT, HEAD_DIM, DIM_PAD, True)
         scores = cap_scores(dot(q, tl.trans(k), UPCAST), scale, softcap, SOFTCAP)
         # Keys beyond the end are zeros, and only rows without a query see them.
         seen = positions[None, :] <= query_position[:, None]
@@ -141,7 +143,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         shrink = tl.exp2((peak - anchor) * factor)
         weights = tl.exp2(scores * factor - (anchor * factor)[:, None])
         total = total * shrink + tl.sum(weights, 1)
-        v = load_tile(v_base, slots, inside, stride_slot, HEAD_DIM, DIM_PAD, True)
+        v = load_tile(v_base, slots, inside, STRIDE_SLOT, HEAD_DIM, DIM_PAD, True)
         acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, UPCAST)
         peak = new_peak
 
@@ -209,7 +211,6 @@ def prefill_attention(
         q.stride(1),
         out.stride(0),
         out.stride(1),
-        keys.stride(0),
         keys.stride(1),
         block_table.stride(0),
         GROUP=group,
@@ -217,6 +218,8 @@ def prefill_attention(
         ROWS=config.rows,
         HEAD_DIM=head_dim,
         DIM_PAD=max(16, next_power_of_2(head_dim)),
+        SLOT=slot_type(keys),
+        STRIDE_SLOT=keys.stride(0),
         BLOCK_SIZE=block_size,
         TILE=config.tile,
         WINDOW=sliding_window or 0,

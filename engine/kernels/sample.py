@@ -14,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import libdevice
+
+from engine.kernels import INTERPRET
 
 _TILE = 1024
 _MAX_PARTS = 128
@@ -49,6 +52,7 @@ def draw_tokens(
     draw_kernel[(num_rows, parts)](
         logits, params, last_tokens, out, scratch.scores, scratch.tokens, scratch.arrived,
         vocab_size, logits.stride(0), params.stride(0), TILE=_TILE, PARTS=_MAX_PARTS,
+        FAST=not INTERPRET,
     )  # fmt: skip
 
 
@@ -63,20 +67,29 @@ def _mix32(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _log_exponential(tokens, low, high):  # type: ignore[no-untyped-def]
+def _log(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Natural logarithm; FAST takes the hardware's, which is good to 2 units in 2^22 and a fifth of the work."""
+    if FAST:
+        return libdevice.fast_logf(x)
+    else:  # noqa: RET505 - both branches of a compile-time if are compiled unless one is the else
+        return tl.log(x)
+
+
+@triton.jit
+def _log_exponential(tokens, low, high, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
     bits = _mix32(tokens.to(tl.uint32) * 0x9E3779B9 + low)
     bits = _mix32(bits ^ high)
     uniform = ((bits & 0x7FFFFFFF).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10
     uniform = tl.minimum(uniform, 1.0 - 5.960464477539063e-08)
     # log(1 - u) loses the small u, which are the winners: there the series.
     series = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3.0 + uniform * 0.25)))
-    return tl.log(tl.where(uniform < 0.01, series, -tl.log(1.0 - uniform)))
+    return _log(tl.where(uniform < 0.01, series, -_log(1.0 - uniform, FAST)), FAST)
 
 
 @triton.jit
 def draw_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, params_ptr, last_ptr, out_ptr, scores_ptr, tokens_ptr, arrived_ptr, vocab_size, stride_logits,
-    stride_params, TILE: tl.constexpr, PARTS: tl.constexpr,
+    stride_params, TILE: tl.constexpr, PARTS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One part of one row's vocabulary; the grid is (rows, parts)."""
     row = tl.program_id(0)
@@ -97,7 +110,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
         broken |= ((logit != logit) | (logit == float("inf"))).to(tl.int32)
         score = logit
         if not greedy:
-            score = logit * inverse - _log_exponential(tokens, low, high)
+            score = logit * inverse - _log_exponential(tokens, low, high, FAST)
         better = score > best
         best = tl.where(better, score, best)
         best_token = tl.where(better, tokens, best_token)

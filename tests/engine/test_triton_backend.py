@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from attention_cases import dense_attention, make_case, make_contiguous, run_backend
 from torch.nn.attention import SDPBackend
 
@@ -10,6 +11,8 @@ from engine.attention.dense import DensePrompts
 from engine.attention.reference import ReferenceBackend
 from engine.attention.triton_backend import TritonBackend
 from engine.errors import ConfigError, EngineError
+from engine.kernels import decode, prefill
+from engine.kernels.common import slot_type
 from engine.kernels.config import DecodeConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,6 +64,18 @@ def test_contiguous_regions_are_read_without_their_table(options):
     case = make_case(MIXED, device=DEVICE)
     make_contiguous(case, 16)
     assert error(case, contiguous=True, **options) < 2e-5
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_slots_of_large_pools_are_wide(contiguous, monkeypatch):
+    assert slot_type(torch.empty(2**20, 8, 256, device="meta")) == tl.int64
+    assert slot_type(torch.empty(2**20 - 1, 8, 256, device="meta")) == tl.int32
+    for module in (decode, prefill):
+        monkeypatch.setattr(module, "slot_type", lambda keys: tl.int64)  # noqa: ARG005
+    case = make_case([(20, 1), (0, 9)], device=DEVICE)
+    if contiguous:
+        make_contiguous(case, 16)
+    assert error(case, contiguous=contiguous) < 2e-5
 
 
 @pytest.mark.parametrize(

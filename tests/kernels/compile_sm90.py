@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -51,9 +52,10 @@ def argument_type(name):
     return "fp32" if name in {"scale", "softcap", "epsilon", "weight_offset"} else "i32"
 
 
-def resources(kernel, constants, num_warps, num_stages):
+def resources(kernel, constants, num_warps, num_stages, max_registers=None):
     """Registers, stack and local bytes per thread, shared memory, and which matrix instructions occur."""
-    constants = constants | {"OVERLAP": True}
+    if "OVERLAP" in kernel.arg_names:
+        constants = constants | {"OVERLAP": True}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else argument_type(name)
@@ -63,7 +65,7 @@ def resources(kernel, constants, num_warps, num_stages):
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -82,6 +84,10 @@ def resources(kernel, constants, num_warps, num_stages):
     }
 
 
+def launch(config):
+    return config.num_warps, config.num_stages, config.max_registers
+
+
 def attention_resources():
     for name, (head_dim, group, block_size, options) in ATTENTION.items():
         group_pad, dim_pad = next_power_of_2(group), max(16, next_power_of_2(head_dim))
@@ -89,6 +95,8 @@ def attention_resources():
             "GROUP": group,
             "HEAD_DIM": head_dim,
             "DIM_PAD": dim_pad,
+            "SLOT": tl.int32,
+            "STRIDE_SLOT": 8 * head_dim,
             "BLOCK_SIZE": block_size,
             "WINDOW": 0,
             "SOFTCAP": False,
@@ -104,7 +112,7 @@ def attention_resources():
             "MERGE": merge_width(group_pad, dim_pad, decode.num_warps),
             "STAGES": decode.num_stages,
         }
-        yield f"decode {name}", resources(decode_kernel, shared | own, decode.num_warps, decode.num_stages)
+        yield f"decode {name}", resources(decode_kernel, shared | own, *launch(decode))
         prefill = prefill_config(head_dim, 2, group)
         own = {
             "QUERIES": prefill.rows // group,
@@ -112,7 +120,7 @@ def attention_resources():
             "TILE": prefill.tile,
             "STAGES": prefill.num_stages,
         }
-        yield f"prefill {name}", resources(prefill_kernel, shared | own, prefill.num_warps, prefill.num_stages)
+        yield f"prefill {name}", resources(prefill_kernel, shared | own, *launch(prefill))
 
 
 def fused_resources():
