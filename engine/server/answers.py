@@ -223,7 +223,9 @@ class EventStream(Response):
                 parts.append(DONE)
             body = b"".join(parts)
             if body:
+                job.group.is_writing = True
                 await send({"type": "http.response.body", "body": body, "more_body": bool(num_open)})
+                job.group.is_writing = False
 
 
 async def _apart(work: Coroutine[Any, Any, None]) -> None:

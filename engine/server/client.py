@@ -86,7 +86,7 @@ class Choice:
 class Group:
     """The choices of one HTTP request. One task waits on it."""
 
-    __slots__ = ("arrival", "choices", "dirty", "error", "num_open", "on_stuck", "waiter")
+    __slots__ = ("arrival", "choices", "dirty", "error", "is_writing", "num_open", "on_stuck", "waiter")
 
     def __init__(self, arrival: float) -> None:
         self.arrival = arrival
@@ -95,6 +95,7 @@ class Group:
         self.error: BaseException | None = None
         self.waiter: asyncio.Future[None] | None = None
         self.num_open = 0
+        self.is_writing = False  # its task is waiting for the client to read
         self.on_stuck: Callable[[], object] | None = None
 
     def wake(self) -> None:
@@ -108,8 +109,7 @@ class Group:
         if self.error is None:
             self.error = error
         self.wake()
-        # A task that is not waiting here is writing to its client, and may do so for ever.
-        if self.waiter is None and self.on_stuck is not None:
+        if self.is_writing and self.on_stuck is not None:
             self.on_stuck()
 
     async def changed(self) -> list[Choice]:
@@ -322,7 +322,7 @@ class EngineClient(asyncio.Protocol):
             if not choice.is_dirty:
                 choice.is_dirty = True
                 choice.group.dirty.append(choice)
-            elif len(choice.tokens) > max_lag:
+            elif len(choice.tokens) > max_lag and choice.group.is_writing:
                 lagging.append(choice)
                 continue
             choice.group.wake()

@@ -115,7 +115,12 @@ def special(tmp_path_factory):
         f'ssl_keyfile="{folder}/key.pem"',
         'cors_origins=["https://app.example"]',
         f'otlp_endpoint="{endpoint}"',
+        f'chat_template="{folder}/template.jinja"',
     ]
+    (folder / "template.jinja").write_text(
+        "{% if messages[0].role == 'tool' %}{{ raise_exception('a chat cannot begin with a tool') }}{% endif %}"
+        "{{ messages[0].content + messages[1].content }}"
+    )
     server = RunningServer("--fronts", "2", "--set", *settings, module="experiments.stub_engine")
     context = ssl.create_default_context(cafile=str(folder / "cert.pem"))
     server.client = httpx.Client(base_url=server.url, headers=server.headers, verify=context, timeout=30)
@@ -137,6 +142,20 @@ def test_tls_and_cors_on_streams_too(special):
     assert "access-control-allow-origin" not in other.headers
     preflight = server.client.options("/v1/completions", headers=origin | {"Access-Control-Request-Method": "POST"})
     assert preflight.status_code == 200
+
+
+def test_22_a_template_that_refuses_is_a_400(special):
+    server, _ = special
+
+    def ask(*messages: dict) -> httpx.Response:
+        return server.post("/v1/chat/completions", {"messages": list(messages), "max_tokens": 2})
+
+    user = {"role": "user", "content": "Hi"}
+    assert ask(user, user).status_code == 200
+    refused = ask({"role": "tool", "content": "x"}, user)
+    assert refused.status_code == 400
+    assert "a chat cannot begin with a tool" in refused.json()["error"]["message"]
+    assert ask(user).status_code == 400  # messages[1] is undefined: the template raises
 
 
 def test_all_fronts_count_into_one_page_and_spans_leave(special):

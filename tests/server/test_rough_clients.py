@@ -19,14 +19,18 @@ from server_harness import RunningServer, stream_events
 LONG = {"prompt": [20] * 16, "max_tokens": 400, "ignore_eos": True}
 
 
-def _send(server: RunningServer, body: dict, rest: bytes = b"") -> socket.socket:
+def _send(server: RunningServer, body: dict, receive_buffer: int = 0) -> socket.socket:
     """Send a request and return the socket, unread."""
     data = json.dumps(body).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer test-key\r\nContent-Length: {len(data)}\r\n"
     )
-    sock = socket.create_connection(("127.0.0.1", server.port), timeout=10)
-    sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + data + rest)
+    sock = socket.socket()
+    if receive_buffer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.settimeout(10)
+    sock.connect(("127.0.0.1", server.port))
+    sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
     return sock
 
 
@@ -126,7 +130,7 @@ def test_33_slow_bodies_hold_nobody_up(server):
 
 
 def test_20_larger_than_the_pool_is_refused_at_once_and_blocks_nobody():
-    server = RunningServer("--set", "max_stream_lag=64", "--num-blocks", "10", module="experiments.stub_engine")
+    server = RunningServer("--num-blocks", "10", module="experiments.stub_engine")
     try:
         start = time.monotonic()
         refused = server.post("/v1/completions", {"prompt": [20] * 200, "max_tokens": 4})
@@ -138,17 +142,29 @@ def test_20_larger_than_the_pool_is_refused_at_once_and_blocks_nobody():
         chat = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})
         assert chat.status_code == 200
         assert chat.json()["usage"]["total_tokens"] <= 160
-        _never_read(server)
     finally:
         server.stop()
 
 
-def _never_read(server: RunningServer) -> None:
-    """A client that never reads a byte: its request ends, and the server stays well."""
-    sock = _send(server, {"prompt": [20], "max_tokens": 150, "ignore_eos": True, "stream": True})
-    server.wait_idle(10)
-    assert server.complete([20]).status_code == 200
-    sock.close()
+def test_32_a_client_that_never_reads_is_ended():
+    server = RunningServer("--step-time", "0.002", "--set", "max_stream_lag=64", module="experiments.stub_engine")
+    try:
+        body = {"prompt": [20], "max_tokens": 8000, "n": 64, "ignore_eos": True, "stream": True}
+        sock = _send(server, body, receive_buffer=4096)
+        deadline = time.monotonic() + 30
+        while not server.metrics()["kvarena:slow_reader_aborts_total"]:
+            assert time.monotonic() < deadline, "the slow reader was not ended"
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            time.sleep(0.1)
+        server.wait_idle(20)
+        deadline = time.monotonic() + 15
+        while server.metrics()["kvarena:open_requests"] > 1:  # the one that asks
+            assert time.monotonic() < deadline, "its connection was not cut"
+            time.sleep(0.2)
+        assert server.complete([20]).status_code == 200
+        sock.close()
+    finally:
+        server.stop()
 
 
 def test_37_oversubscribed_pool_gives_the_unloaded_outputs(server):
