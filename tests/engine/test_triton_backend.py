@@ -71,7 +71,7 @@ def test_slots_of_large_pools_are_wide(contiguous, monkeypatch):
     assert slot_type(torch.empty(2**20, 8, 256, device="meta")) == tl.int64
     assert slot_type(torch.empty(2**20 - 1, 8, 256, device="meta")) == tl.int32
     for module in (decode, prefill):
-        monkeypatch.setattr(module, "slot_type", lambda keys: tl.int64)  # noqa: ARG005
+        monkeypatch.setattr(module, "slot_type", lambda keys: tl.int64)
     case = make_case([(20, 1), (0, 9)], device=DEVICE)
     if contiguous:
         make_contiguous(case, 16)
