@@ -47,7 +47,7 @@ def main():
     attention_type = compile_sm90.argument_type
     compile_sm90.argument_type = lambda name: TYPES.get(name) or attention_type(name)
     found = dict(gemm_resources())
-    found["draw"] = resources(sample.draw_kernel, {"TILE": 1024, "PARTS": 128}, 4, 3)
+    found["draw"] = resources(sample.draw_kernel, {"TILE": 1024, "PARTS": 128, "FAST": True}, 4, 3)
     found["expand"] = resources(step.expand_kernel, {"BLOCK_SIZE": 16, "CHUNK": 512}, 2, 3)
     found["scatter"] = resources(step.scatter_kernel, {"BLOCK": 256}, 4, 3)
     print(json.dumps(found))
