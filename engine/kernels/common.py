@@ -64,8 +64,11 @@ def dot(a, b, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def slot_type(keys: torch.Tensor) -> tl.dtype:
-    """What a slot and the offset of its elements fit into: shorter integers take fewer instructions."""
-    return tl.int32 if keys.numel() < 2**31 else tl.int64
+    """What a slot and the offset of its elements fit into: shorter integers take fewer instructions.
+
+    A layer of a virtual pool is a strided view, so its elements say less than the distance from its first to its last.
+    """
+    return tl.int32 if keys.shape[0] * keys.stride(0) < 2**31 else tl.int64
 
 
 @triton.jit

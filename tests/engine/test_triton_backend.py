@@ -70,6 +70,7 @@ def test_contiguous_regions_are_read_without_their_table(options):
 def test_slots_of_large_pools_are_wide(contiguous, monkeypatch):
     assert slot_type(torch.empty(2**20, 8, 256, device="meta")) == tl.int64
     assert slot_type(torch.empty(2**20 - 1, 8, 256, device="meta")) == tl.int32
+    assert slot_type(torch.empty(2**18, 4, 8, 256, device="meta")[:, 1]) == tl.int64  # one of four layers side by side
     for module in (decode, prefill):
         monkeypatch.setattr(module, "slot_type", lambda keys: tl.int64)
     case = make_case([(20, 1), (0, 9)], device=DEVICE)
