@@ -30,6 +30,7 @@ from engine.ledger import MemoryLedger
 from engine.plan import KVAllocator, SchedulerProtocol
 from engine.request import Request, SamplingParams
 from engine.runner.base import ModelRunner
+from engine.runner.torch_runner import TorchRunner
 from experiments.driver import drive
 from experiments.engine_setup import BLOCK_SIZE, Bed, Levers, make_bed
 from experiments.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SWEEP_FILE
@@ -171,15 +172,18 @@ def _manifest(
 
 
 def measure(out: Path, shape: str, num_requests: int, num_slots: int, device: str) -> None:
-    """Run all cells, one file each."""
+    """Run all cells, one file each. On a CPU with the plain runner, to try the command out."""
     dtype = "bfloat16" if device == "cuda" else "float32"
-    levers = Levers(graphs=device == "cuda")
+    levers = Levers()
     bed = make_bed(shape, num_slots, None, dtype=dtype, device=device)
-    runner = bed.runner(levers, MAX_NUM_SEQS)
+    runner: ModelRunner
     if device == "cuda":
+        runner = bed.runner(levers, MAX_NUM_SEQS)
         runner.warm_up(MAX_NUM_SEQS)
         # And what prompts need.
         run_cell(CELLS[0], bed, runner, levers, 16)
+    else:
+        runner, levers = TorchRunner(bed.model, bed.pool), Levers(fusions=False, graphs=False)
     out.mkdir(parents=True, exist_ok=True)
     for cell in CELLS:
         found = run_cell(cell, bed, runner, levers, num_requests)
