@@ -55,7 +55,6 @@ def argument_type(name):
 def resources(kernel, constants, num_warps, num_stages, max_registers=None):
     """Registers, stack and local bytes per thread, shared memory, and which matrix instructions occur."""
     if "OVERLAP" in kernel.arg_names:
-        if "OVERLAP" in kernel.arg_names:
         constants = constants | {"OVERLAP": True}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
