@@ -1,6 +1,7 @@
 """The main job end to end: one command, a real model, all four crossings, one comparison, transformers' tokens."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +9,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from engine.request import Request, SamplingParams
-from experiments.reference import generate_static, load_reference
+from experiments import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKLOAD = [
-    "workload=lognormal",
+    "workload=uniform",
     "workload.num_requests=10",
-    "engine.max_model_len=256",
-    "kv_cache.num_slots=1024",
+    "workload.prompt_len.max=64",
+    "workload.output_len.max=32",
+    "engine.max_model_len=128",
+    "kv_cache.num_slots=512",
     "report.progress=false",
 ]
 
@@ -40,7 +42,7 @@ def test_the_sweep_ends_in_one_comparison(sweep: Path):
     for name in ("report.html", "report.md", "summary.json", "comparison.csv"):
         assert (sweep / name).stat().st_size > 0
     text = (sweep / "report.md").read_text()
-    for name in ("contiguous x static", "contiguous x continuous", "paged x static", "paged x continuous"):
+    for name in ("contiguous × static", "contiguous × continuous", "paged × static", "paged × continuous"):
         assert name in text
 
 
@@ -54,20 +56,20 @@ def test_a_run_folder_holds_what_its_docs_say(sweep: Path):
         assert (classes >= 0).all().all()
 
 
-def test_every_cell_gives_the_tokens_of_transformers_generate(sweep: Path):
-    module = load_reference(str(ROOT / "models" / "demo"))
-    first = pd.read_parquet(sweep / "0" / "requests.parquet")
-    requests = [
-        Request(row.request_id, row.prompt_token_ids.tolist(), SamplingParams(max_tokens=int(row.max_tokens)))
-        for row in first.itertuples()
-    ]
-    expected = generate_static(module, requests, batch_size=1)
-    for cell in map(str, range(4)):
-        table = pd.read_parquet(sweep / cell / "requests.parquet")
-        assert table["finish_reason"].tolist() == ["length"] * 10
-        assert [ids.tolist() for ids in table["output_token_ids"]] == expected
-    summary = json.loads((sweep / "summary.json").read_text())
-    assert "same" in json.dumps(summary)
+def test_every_cell_gives_the_tokens_of_transformers_generate(sweep: Path, capsys: pytest.CaptureFixture[str]):
+    cells = [str(sweep / cell) for cell in map(str, range(4))]
+    assert verify.main([*cells, "--batch-size", "1"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["requests"], line["differing"]) for line in lines] == [(10, [])] * 4
+    assert "same tokens" in (sweep / "report.md").read_text()
+
+
+def test_a_wrong_token_is_found(sweep: Path, tmp_path: Path):
+    shutil.copytree(sweep / "3", tmp_path / "run")
+    table = pd.read_parquet(tmp_path / "run" / "requests.parquet")
+    table["output_token_ids"] = [ids + (row == 4) for row, ids in enumerate(table["output_token_ids"])]
+    table.to_parquet(tmp_path / "run" / "requests.parquet")
+    assert verify.main([str(tmp_path / "run"), "--batch-size", "1"]) == 1
 
 
 def test_the_same_seed_gives_the_same_requests_and_another_seed_others(sweep: Path, tmp_path: Path):

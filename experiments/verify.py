@@ -1,0 +1,75 @@
+"""Checks a run's tokens against transformers' own `generate`: python -m experiments.verify RUN_DIR [RUN_DIR ...]
+
+Greedy runs in fp32 of a local model directory. The reference is computed once, in left-padded batches, for the first
+run's requests; all runs must hold the same requests. Prints one JSON line per run; exit code 1 when tokens differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from engine.errors import ConfigError, KvarenaError
+from engine.models.directory import resolve_directory
+from engine.request import Request, SamplingParams
+from experiments.files import MANIFEST_FILE, REQUESTS_FILE
+from experiments.reference import generate_static, load_reference
+
+COLUMNS = ["request_id", "prompt_token_ids", "output_token_ids", "max_tokens", "finish_reason"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare and print; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dirs", nargs="+", type=Path)
+    parser.add_argument("--batch-size", type=int, default=16, help="of the padded reference batches")
+    parser.add_argument("--num-requests", type=int, default=None, help="only the first so many")
+    args = parser.parse_args(argv)
+    try:
+        return _verify(args.run_dirs, args.batch_size, args.num_requests)
+    except (KvarenaError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _verify(run_dirs: list[Path], batch_size: int, limit: int | None) -> int:
+    config = json.loads((run_dirs[0] / MANIFEST_FILE).read_text())["config"]
+    if config["sampling"]["temperature"] != 0 or config["engine"]["dtype"] != "float32":
+        raise ConfigError(f"{run_dirs[0]} is not a greedy fp32 run; only those have a reference")
+    if config["model"]["path"] is None:
+        raise ConfigError(f"{run_dirs[0]} ran a bare shape; there is no checkpoint to compare with")
+    rows = _rows(run_dirs[0], limit)
+    requests = [
+        Request(row["request_id"], row["prompt_token_ids"], SamplingParams(max_tokens=row["max_tokens"]))
+        for row in rows
+    ]
+    module = load_reference(str(resolve_directory(config["model"]["path"])))
+    expected = dict(
+        zip((req.request_id for req in requests), generate_static(module, requests, batch_size), strict=True)
+    )
+    differing = 0
+    for run_dir in run_dirs:
+        found = {row["request_id"]: row["output_token_ids"] for row in _rows(run_dir, limit)}
+        if found.keys() != expected.keys():
+            raise ConfigError(f"{run_dir} holds other requests than {run_dirs[0]}")
+        wrong = [name for name, tokens in expected.items() if found[name] != tokens]
+        differing += len(wrong)
+        tokens = sum(map(len, expected.values()))
+        line = {"run": str(run_dir), "requests": len(expected), "output_tokens": tokens, "differing": wrong}
+        print(json.dumps(line), flush=True)
+    return 1 if differing else 0
+
+
+def _rows(run_dir: Path, limit: int | None) -> list[dict[str, Any]]:
+    """The finished requests of a run, in order of submission."""
+    rows = pq.read_table(run_dir / REQUESTS_FILE, columns=COLUMNS).to_pylist()
+    return [row for row in rows if row["finish_reason"] == "length"][:limit]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
