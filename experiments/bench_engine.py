@@ -202,11 +202,11 @@ def _timed(args: argparse.Namespace, bed: Bed, ceilings: Ceilings, wanted: list[
         for batch in BATCHES:
             yield attempt("decode", partial(decode, bed, levers, batch, ceilings, prefilled=False), **label)
     if "ablate" in wanted:
-        for name, setting in ABLATIONS.items():
+        for name in args.levers or ABLATIONS:
             for batch in BATCHES:
                 yield attempt(
                     "ablate",
-                    partial(decode, bed, setting, batch, ceilings, prefilled=True),
+                    partial(decode, bed, ABLATIONS[name], batch, ceilings, prefilled=True),
                     **label,
                     levers=name,
                 )
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--gemm", type=Path, help="a table of bench_gemm")
     parser.add_argument("--skinny", type=int, default=Levers().skinny, help="most rows for the skinny GEMM; 0: none")
     parser.add_argument("--pdl", action="store_true")
+    parser.add_argument("--levers", action="append", choices=sorted(ABLATIONS), help="of section ablate; default: all")
     parser.add_argument("--out", type=Path, help="a file that gets every line, too")
     parser.add_argument("--first-token", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
