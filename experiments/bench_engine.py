@@ -214,10 +214,9 @@ def _timed(args: argparse.Namespace, bed: Bed, ceilings: Ceilings, wanted: list[
         for budget in (8192, 16384):
             yield attempt("prefill", partial(prefill, bed, levers, ceilings, 16, 4096, budget), **label)
     if "offline" in wanted:
-        for chunked in (False, True):
-            for budget in args.budget or (8192,):
-                run = partial(offline, bed, levers, args.requests, budget, chunked=chunked)
-                yield attempt("offline", run, **label)
+        for budget in args.budget or (8192,):
+            run = partial(offline, bed, levers, args.requests, budget, chunked=args.chunked)
+            yield attempt("offline", run, **label)
     if "profile" in wanted:
         for batch in BATCHES:
             yield attempt("profile", partial(profile_steps, bed, levers, batch, CONTEXT), **label, batch=batch)
@@ -232,6 +231,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=320 * MAX_MODEL_LEN // 8, help="of the KV pool")
     parser.add_argument("--requests", type=int, default=256, help="of the offline workload")
     parser.add_argument("--budget", type=int, action="append", help="tokens per step of the offline workload; 8192")
+    parser.add_argument("--chunked", action="store_true", help="the offline workload under the chunked scheduler")
     parser.add_argument("--gemm", type=Path, help="a table of bench_gemm")
     parser.add_argument("--skinny", type=int, default=Levers().skinny, help="most rows for the skinny GEMM; 0: none")
     parser.add_argument("--pdl", action="store_true")
