@@ -13,14 +13,15 @@ reads and writes go there. `host` holds swapped blocks, in host memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from engine.errors import ConfigError, EngineError
 from engine.host_blocks import HostBlocks
-from engine.plan import BlockCopy, CopyKind
+from engine.plan import BlockCopy, CopyKind, KVAllocator, StepPlan
 
 GIB = 2**30
 
@@ -66,15 +67,20 @@ class KVPool:
         self.dtype = dtype
         self.device = torch.device(device)
         self.num_swap_blocks = num_swap_blocks
-        # Zeroed, because masked positions are still multiplied: 0 * NaN would not be 0.
-        shape = (2, num_layers, (num_blocks + 1) * block_size, num_kv_heads, head_dim)
-        self.data = _allocate(shape, dtype, self.device, "kv_cache.num_blocks, num_slots or memory_gib")
+        self.data = self._make_data((2, num_layers, (num_blocks + 1) * block_size, num_kv_heads, head_dim))
         self._blocks = self.data.view(2, num_layers, num_blocks + 1, block_size, num_kv_heads, head_dim)
-        # One row per block: what a copy moves, for both K and V of every layer at once.
-        self._rows = self._blocks.view(2 * num_layers, num_blocks + 1, -1)
         self.host = HostBlocks(self._rows, num_swap_blocks) if num_swap_blocks > 0 else None
         self._slot_views = [(self.data[0, layer], self.data[1, layer]) for layer in range(num_layers)]
         self._block_views = [(self._blocks[0, layer], self._blocks[1, layer]) for layer in range(num_layers)]
+
+    def _make_data(self, shape: tuple[int, ...]) -> Tensor:
+        """The pool's tensor. Zeroed, because masked positions are still multiplied: 0 * NaN would not be 0."""
+        return _allocate(shape, self.dtype, self.device, "kv_cache.num_blocks, num_slots or memory_gib")
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """One row per block: what a copy moves, for both K and V of every layer at once."""
+        return self._blocks.view(2 * self.num_layers, self.num_blocks + 1, -1)
 
     @property
     def num_slots(self) -> int:
@@ -93,6 +99,12 @@ class KVPool:
     def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer by block: two views [num_blocks + 1, block_size, num_kv_heads, head_dim]."""
         return self._block_views[layer]
+
+    def begin_step(self, plan: StepPlan, allocator: KVAllocator) -> None:
+        """Called before the copies and the forward of a step. Here all memory is there from the start."""
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        """Called when requests have ended: nothing that is launched from now on uses their slots."""
 
     def apply_copies(self, copies: Sequence[BlockCopy]) -> None:
         """Copy blocks, with the outcome of doing it one by one in list order.

@@ -128,6 +128,7 @@ class TorchRunner:
         """
         try:
             with torch.inference_mode():
+                self.pool.begin_step(plan, allocator)
                 if not plan.copies:
                     return self._step(plan, allocator)
                 timer = _CopyTimer(self._device, self._clock)
@@ -153,6 +154,7 @@ class TorchRunner:
         """Forget requests that ended: their rows and the sampler's counts."""
         self._tables.release(request_ids)
         self._sampler_state.release(request_ids)
+        self.pool.release(request_ids)
 
     def _step(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
         if not plan.scheduled:
