@@ -32,6 +32,7 @@ from engine.runner.profile import available_kv_bytes
 from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig
 from experiments.driver import ClosedLoop
 from experiments.gpu_runner import make_runner
+from experiments.pools import make_pool
 from experiments.workloads.base import WorkloadItem
 
 
@@ -104,17 +105,7 @@ def build_engine(cfg: DictConfig) -> EngineParts:
     allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, spec)
     _check_window(allocator, spec)
     _check_layout(runner_config, allocator)
-    pool = KVPool(
-        # Virtual block ids may exceed what is physically there: untouched pages of the tensor cost nothing.
-        num_blocks=allocator.num_virtual_blocks,
-        block_size=allocator.block_size,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=spec.dtype,
-        device=device,
-        num_swap_blocks=allocator.num_host_blocks,
-    )
+    pool = make_pool(runner_config, allocator, spec, device)
     backend = _attention_backend(runner_config, model, pool)
     clock, ledger = WallClock(), MemoryLedger()
     runner, runner_facts = make_runner(

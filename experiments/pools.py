@@ -1,0 +1,51 @@
+"""The KV pool for an allocator: one tensor, or on a GPU mapped pages under virtual regions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.errors import ConfigError
+from engine.kv_pool import KVPool
+from engine.models import ModelSpec
+from engine.plan import KVAllocator
+from experiments.config import RunnerConfig
+
+CUDA_PAGE_BYTES = 2 * 2**20
+KV_TENSORS = 2
+
+
+def make_pool(config: RunnerConfig, allocator: KVAllocator, spec: ModelSpec, device: str) -> KVPool:
+    """Memory for all block ids of `allocator`.
+
+    Raises:
+        ConfigError: a virtual allocator's pages cannot be mapped on this device, or the kernels cannot read them.
+        EngineError: the memory cannot be had.
+    """
+    shape: dict[str, Any] = {
+        "num_blocks": allocator.num_virtual_blocks,
+        "block_size": allocator.block_size,
+        "num_layers": spec.num_layers,
+        "num_kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "dtype": spec.dtype,
+        "device": device,
+        "num_swap_blocks": allocator.num_host_blocks,
+    }
+    if device != "cuda" or allocator.num_virtual_blocks == allocator.num_blocks:
+        # On a CPU the tensor is as large as the virtual space: the system maps its pages when they are touched.
+        return KVPool(**shape)
+    # Imported here: CUDA's binding is not needed, and may not be there, without a GPU.
+    from engine.virtual_pool import VirtualKVPool
+
+    if config.attention == "reference":
+        raise ConfigError(
+            "runner.attention=reference reads whole blocks, and memory behind a virtual region may end inside one; set "
+            "runner.attention=triton, or allocator=contiguous"
+        )
+    page_bytes, kv_tensors = (getattr(allocator, name, None) for name in ("page_bytes", "kv_tensors"))
+    if page_bytes is None or kv_tensors != KV_TENSORS:
+        raise ConfigError(
+            "on a GPU a virtual region's keys and its values are mapped page by page: set allocator.page_tokens=null, "
+            f"allocator.kv_tensors={KV_TENSORS} and allocator.page_bytes={CUDA_PAGE_BYTES}"
+        )
+    return VirtualKVPool(num_pages=allocator.num_pages, page_bytes=page_bytes, **shape)  # type: ignore[attr-defined]

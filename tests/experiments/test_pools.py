@@ -1,0 +1,61 @@
+"""Which pool an allocator gets, and which settings a virtual one refuses on a GPU."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from allocators.paged import PagedAllocator
+from allocators.virtual import VirtualAllocator
+from engine.errors import ConfigError
+from engine.kv_pool import KVPool
+from engine.models import ModelSpec
+from experiments.compose import load_config
+from experiments.config import RunnerConfig
+from experiments.pools import make_pool
+
+SPEC = ModelSpec("small", 2, 2, 64, 8, 64, torch.float32, frozenset(), None, 0)
+
+
+def config(*overrides: str) -> RunnerConfig:
+    return RunnerConfig.from_config(load_config(overrides).runner)
+
+
+def virtual(**options: Any) -> VirtualAllocator:
+    return VirtualAllocator(
+        num_blocks=1024, block_size=16, max_model_len=64, kv_bytes_per_token=2048, max_regions=4, **options
+    )
+
+
+def test_on_a_cpu_the_tensor_is_as_large_as_the_virtual_space():
+    allocator = virtual()
+    pool = make_pool(config(), allocator, SPEC, "cpu")
+    assert type(pool) is KVPool
+    assert pool.num_blocks == allocator.num_virtual_blocks
+
+
+def test_physical_blocks_get_a_plain_pool():
+    pool = make_pool(config(), PagedAllocator(num_blocks=5, block_size=16, max_model_len=64), SPEC, "cpu")
+    assert pool.num_blocks == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        (["runner.attention=reference"], {}, "runner.attention=reference reads whole blocks"),
+        ([], {"page_tokens": 64}, "set allocator.page_tokens=null"),
+        ([], {"kv_tensors": 4}, "allocator.kv_tensors=2"),
+    ],
+)
+def test_what_cannot_be_mapped_is_refused_before_the_gpu_is_asked(overrides, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_pool(config(*overrides), virtual(**options), SPEC, "cuda")
+
+
+def test_a_missing_binding_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"pip install 'kvarena\[gpu\]'"):
+        make_pool(config(), virtual(), SPEC, "cuda")
