@@ -70,6 +70,7 @@ def test_contiguous_regions_are_read_without_their_table(options):
 def test_slots_of_large_pools_are_wide(contiguous, monkeypatch):
     assert slot_type(torch.empty(2**20, 8, 256, device="meta")) == tl.int64
     assert slot_type(torch.empty(2**20 - 1, 8, 256, device="meta")) == tl.int32
+    assert slot_type(torch.empty(2**20 - 1, 9, 256, device="meta")[:, :8]) == tl.int64
     assert slot_type(torch.empty(2**18, 4, 8, 256, device="meta")[:, 1]) == tl.int64  # one of four layers side by side
     for module in (decode, prefill):
         monkeypatch.setattr(module, "slot_type", lambda keys: tl.int64)
@@ -149,6 +150,29 @@ def test_equal_prompts_that_come_again_go_to_the_library(is_kept, window):
         wanted = dense_attention(case, scale=0.3, sliding_window=window)
         assert (got.double().cpu() - wanted).abs().max() < 2e-5
         assert got.is_contiguous()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="cuDNN's attention is used on a Hopper GPU",
+)
+@pytest.mark.parametrize("is_kept", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_equal_prompts_through_cudnn(count, is_kept):
+    case = make_case([(0, 700)] * count, num_heads=8, num_kv_heads=2, head_dim=128, dtype=torch.bfloat16, device=DEVICE)
+    # Views into one packed projection, as the fused layers have them.
+    case.q, case.k, case.v = torch.cat([case.q, case.k, case.v], dim=1).split([8, 2, 2], dim=1)
+    backend = TritonBackend(case.pool, 8)
+    wanted = dense_attention(case, scale=128**-0.5)
+    for is_first in (True, False):
+        backend.prepare(case.meta)
+        assert (case.meta.prepared.dense is None) == is_first
+        backend.write_kv(case.k, case.v, 1, case.meta)
+        if not is_kept:
+            case.meta.prepared.fresh = None
+        got = backend.attend(case.q, 1, case.meta, scale=128**-0.5)
+        assert got.is_contiguous() and (got.double().cpu() - wanted).abs().max() < 0.03
 
 
 @pytest.mark.parametrize(
