@@ -181,7 +181,7 @@ def measure(out: Path, shape: str, num_requests: int, num_slots: int, device: st
         runner = bed.runner(levers, MAX_NUM_SEQS)
         runner.warm_up(MAX_NUM_SEQS)
         # And what prompts need.
-        run_cell(CELLS[0], bed, runner, levers, 16)
+        run_cell(CELLS[0], bed, runner, levers, 4)
     else:
         runner, levers = TorchRunner(bed.model, bed.pool), Levers(fusions=False, graphs=False)
     out.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ def main() -> None:
     measuring = commands.add_parser("measure", help="run the cells on this machine")
     measuring.add_argument("--out", type=Path, required=True)
     measuring.add_argument("--shape", default="llama-3.1-8b")
-    measuring.add_argument("--requests", type=int, default=128)
+    measuring.add_argument("--requests", type=int, default=120)
     measuring.add_argument("--slots", type=int, default=NUM_SLOTS)
     measuring.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     reporting = commands.add_parser("report", help="make run folders and the comparison of measured cells")
