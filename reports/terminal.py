@@ -11,7 +11,7 @@ from reports.costs import cost_lines
 from reports.format import DASH, count, percent, rate, ratio, seconds, size_bytes
 from reports.windows import telling
 
-MAX_COST_LINES = 4  # a large grid's are in its report
+MAX_COST_LINES = 6  # a large grid's are in its report
 
 
 def run_table(summary: dict[str, Any]) -> Table:
