@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine.errors import ConfigError, ModelError
 from engine.server.config import ServerConfig
-from engine.server.engine_loop import ServedEngine
 from engine.server.front import ModelFiles
+from engine.server.served import ServedEngine
 from engine.server.supervisor import serve as run_server
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.server.choice_text import ChoiceFailed, ChoiceText, Delta, usage_body
-from engine.server.client import EngineClient, EngineGone, Group, SlowReader
+from engine.server.client import EngineClient
 from engine.server.errors import ApiError
+from engine.server.groups import EngineGone, Group, SlowReader
 from engine.server.http import RequestState
 
 logger = logging.getLogger("kvarena.front")

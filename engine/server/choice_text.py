@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engine.server.client import Choice, EngineClient
+from engine.server.client import EngineClient
+from engine.server.groups import Choice
 from engine.server.stops import StopMatcher
 from engine.server.tokenization import TokenizerService
 

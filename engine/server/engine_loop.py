@@ -13,17 +13,16 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.core import Engine, StepFailed, StepOutput
+from engine.core import StepFailed, StepOutput
 from engine.errors import EngineError, KvarenaError, RequestRejected
 from engine.request import FinishReason, Request, SamplingParams, expand
 from engine.server import metrics
-from engine.server.ipc import AddFrame, Finish, Link, ToEngine, ToFront, pack_ids, unpack_ids
+from engine.server.ipc import AddFrame, Finish, Link, ToEngine, ToFront, unpack_ids
 from engine.server.pool_view import PoolView
+from engine.server.served import Outgoing, Route, ServedEngine
 
 logger = logging.getLogger("kvarena.engine")
 
@@ -31,62 +30,6 @@ HEARTBEAT_SECONDS = 0.2
 GAUGE_SECONDS = 0.25
 MAX_FAILED_STEPS = 3
 _IDLE_WAIT = 0.5
-
-
-@dataclass(frozen=True)
-class ServedEngine:
-    """An engine and what the fronts must know about it.
-
-    Attributes:
-        engine: on a wall clock, without a ledger (a server's history would grow without end).
-        max_model_len: longest prompt + output, in tokens.
-        vocab_size: token ids are below it.
-        eos_token_ids: the model's end-of-sequence tokens.
-        constraint_factory: makes a token constraint from (kind, text), or None when the runner cannot apply one.
-        prompt_logprobs: whether the runner returns log-probabilities of prompt tokens.
-        facts: names and sizes shown by `/metrics` and the dashboard.
-    """
-
-    engine: Engine
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: frozenset[int]
-    constraint_factory: Callable[[str, str], Any] | None = None
-    prompt_logprobs: bool = False
-    facts: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Route:
-    """Where a request's tokens go."""
-
-    front: int
-    handle: int
-    req: Request
-    scheduled: float = 0.0
-
-
-@dataclass(slots=True)
-class _Outgoing:
-    """One front's share of a step."""
-
-    handles: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[tuple[int, Any]] = field(default_factory=list)
-    prompt_logprobs: list[tuple[int, int, Any]] = field(default_factory=list)
-    finished: list[Finish] = field(default_factory=list)
-    admitted: list[tuple[int, str, str]] = field(default_factory=list)
-    started: list[tuple[int, float, int]] = field(default_factory=list)
-    watching: bool = False
-
-    def message(self) -> list[Any] | None:
-        """The frame, or None when there is nothing to tell."""
-        if not (self.handles or self.finished or self.admitted or self.started):
-            return None
-        return [
-            ToFront.STEP, self.admitted, self.started, pack_ids(self.handles), pack_ids(self.tokens),
-            self.logprobs, self.prompt_logprobs, self.finished,
-        ]  # fmt: skip
 
 
 class EngineLoop:
@@ -110,8 +53,8 @@ class EngineLoop:
     ) -> None:
         self._served, self._engine = served, served.engine
         self._links = [Link(sock) for sock in fronts]
-        self._out = [_Outgoing() for _ in fronts]
-        self._routes: dict[Request, _Route] = {}
+        self._out = [Outgoing() for _ in fronts]
+        self._routes: dict[Request, Route] = {}
         self._by_handle: dict[tuple[int, int], Request] = {}
         self._control = control
         self._row = metrics.Row(page, 0)
@@ -207,7 +150,7 @@ class EngineLoop:
                 return
             for i, req in enumerate(requests):
                 engine.add(req)
-                self._routes[req] = _Route(front, frame.handle + i, req)
+                self._routes[req] = Route(front, frame.handle + i, req)
                 self._by_handle[front, frame.handle + i] = req
         except RequestRejected as error:
             self._undo_add(front, frame)
@@ -349,7 +292,7 @@ class EngineLoop:
             message = out.message()
             if message is not None:
                 link.send(message)
-                self._out[index] = _Outgoing(watching=out.watching)
+                self._out[index] = Outgoing(watching=out.watching)
             elif link.num_queued_bytes:
                 link.flush()
         self._row.set("has_work", float(self._engine.has_work))

@@ -18,9 +18,10 @@ import uvicorn
 from engine.errors import KvarenaError
 from engine.server import metrics
 from engine.server.app import create_app
-from engine.server.client import EngineClient, EngineGone
+from engine.server.client import EngineClient
 from engine.server.config import ServerConfig
 from engine.server.dashboard import PoolFeed
+from engine.server.groups import EngineGone
 from engine.server.service import Service
 from engine.server.tokenization import TokenizerService, generation_defaults
 from engine.server.tracing import Tracer

@@ -6,23 +6,23 @@ import asyncio
 import functools
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.errors import RequestError
 from engine.server import structured
 from engine.server.answers import Disconnected, EventStream, Job, as_api_error, collect, watch_disconnect
 from engine.server.chat import ChatRenderer
 from engine.server.choice_text import ChoiceText, TextOptions
-from engine.server.client import Choice, EngineClient, EngineGone, EngineInfo, Group, Refused
+from engine.server.client import EngineClient
 from engine.server.completions import ChoicePrompt, CompletionRenderer, read_prompts
 from engine.server.config import ServerConfig
+from engine.server.constraints import Constraints
 from engine.server.dashboard import PoolFeed
 from engine.server.errors import ApiError, bad_request, unavailable
+from engine.server.groups import Choice, EngineGone, EngineInfo, Group, Refused
 from engine.server.http import read_json
 from engine.server.media import check_parts
 from engine.server.metrics import Row, health
@@ -41,14 +41,6 @@ from engine.server.sampling import (
     stop_strings,
 )
 from engine.server.tokenization import TokenizerService, template_messages
-from engine.server.tool_calls import (
-    ListParser,
-    NamedParser,
-    ToolParser,
-    make_parser,
-    named_schema,
-    required_schema,
-)
 from engine.server.tracing import Tracer
 
 _REQUESTS_PER_ROUND = 4
@@ -89,6 +81,7 @@ class Service:
         self.config, self.client, self.tokenizer = config, client, tokenizer
         self.row, self.engine_row = row, engine_row
         self.model_names, self.model_root, self._defaults = model_names, model_root, defaults
+        self._constraints = Constraints(client, tokenizer, config.tool_call_parser)
         self.created = int(time.time())
         self.draining = False
         self._turns = asyncio.Semaphore(_REQUESTS_PER_ROUND)
@@ -184,7 +177,7 @@ class Service:
             max_tokens_zero=req.max_tokens == 0,
             streams=bool(req.stream),
         )
-        constraint = await self._constraint(req)
+        constraint = await self._constraints.of(req)
         job = await self._submit(request, req, prompts, lengths, req.logprobs, constraint, arrival, renderer)
         return await self._answer(request, job, bool(req.stream))
 
@@ -229,7 +222,7 @@ class Service:
         prompt = self._truncate(await self.chat_prompt(req), req)
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
         max_tokens = fit_max_tokens(requested, None, len(prompt), self.limits, "messages")
-        constraint, parser, forced = await self._tools(req)
+        constraint, parser, forced = await self._constraints.of_chat(req)
         logprobs = (req.top_logprobs or 0) if req.logprobs else None
         renderer = ChatRenderer(
             self._head("chatcmpl", model),
@@ -265,59 +258,6 @@ class Service:
         if not ids:
             raise bad_request("the messages are empty after the chat template", "messages")
         return ids
-
-    async def _tools(
-        self, req: ChatCompletionRequest
-    ) -> tuple[structured.Constraint | None, Callable[[], ToolParser | None], bool]:
-        """The constraint that tools and formats ask for, a parser per choice, and whether a function was named."""
-        choice = req.tool_choice
-        tools = {tool.function.name: tool.function.parameters for tool in req.tools or ()}
-        forced: structured.Constraint | None = None
-        parser: Callable[[], ToolParser | None] = lambda: None  # noqa: E731
-        if isinstance(choice, NamedToolChoice):
-            name = choice.function.name
-            if name not in tools:
-                raise bad_request(f"tool_choice names {name[:100]!r}, which is not in tools", "tool_choice")
-            forced = ("json", structured.schema_text(named_schema(tools[name]), "tools"))
-            parser = functools.partial(NamedParser, name)
-        elif choice == "required":
-            parallel = req.parallel_tool_calls is not False
-            schema = required_schema(list(tools.items()), parallel)
-            forced = ("json", structured.schema_text(schema, "tools"))
-            parser = ListParser
-        elif tools and choice != "none":
-            template = getattr(self.tokenizer.tokenizer, "chat_template", None)
-            parser = functools.partial(make_parser, self.config.tool_call_parser, template)
-        if forced is None:
-            return await self._constraint(req), parser, False
-        if req.response_format is not None and req.response_format.type != "text":
-            raise bad_request("response_format cannot be combined with a forced tool_choice", "response_format")
-        await self._check_constraint(forced, "tools", req)
-        return forced, parser, isinstance(choice, NamedToolChoice)
-
-    async def _constraint(self, req: SamplingFields) -> structured.Constraint | None:
-        try:
-            one = structured.from_response_format(req.response_format)
-            two = structured.from_structured_outputs(req.structured_outputs)
-        except RequestError as error:
-            raise bad_request(str(error), error.param) from error
-        if one is not None and two is not None:
-            raise bad_request("response_format and structured_outputs exclude each other", "structured_outputs")
-        constraint = one or two
-        if constraint is not None:
-            await self._check_constraint(constraint, "response_format" if one else "structured_outputs", req)
-        return constraint
-
-    async def _check_constraint(self, constraint: structured.Constraint, param: str, req: SamplingFields) -> None:
-        if not self.info.constraints:
-            raise bad_request("structured output is not available with this model", param)
-        if req.min_tokens:
-            # A complete text may only end, and min_tokens would bar its end: no token would be left.
-            raise bad_request("min_tokens cannot be combined with structured output", "min_tokens")
-        try:
-            await asyncio.to_thread(structured.check, constraint, param)
-        except RequestError as error:
-            raise bad_request(str(error), error.param) from error
 
     def _head(self, prefix: str, model: str) -> dict[str, Any]:
         return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}

@@ -24,9 +24,10 @@ from pathlib import Path
 from engine.errors import ConfigError, KvarenaError
 from engine.server import metrics
 from engine.server.config import ServerConfig
-from engine.server.engine_loop import EngineLoop, ServedEngine
+from engine.server.engine_loop import EngineLoop
 from engine.server.front import DRAIN, EXIT, ModelFiles, end_process, run_front
 from engine.server.ipc import socket_pair
+from engine.server.served import ServedEngine
 
 logger = logging.getLogger("kvarena.supervisor")
 

@@ -1,0 +1,82 @@
+"""Which constraint and which tool parser a request asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+
+from engine.errors import RequestError
+from engine.server import structured
+from engine.server.client import EngineClient
+from engine.server.errors import bad_request
+from engine.server.protocol import ChatCompletionRequest, NamedToolChoice, SamplingFields
+from engine.server.tokenization import TokenizerService
+from engine.server.tool_calls import ListParser, NamedParser, ToolParser, make_parser, named_schema, required_schema
+
+
+class Constraints:
+    """Reads and checks them.
+
+    Args:
+        client: knows whether the engine can constrain tokens.
+        tokenizer: its chat template tells the tool calls' form.
+        parser_kind: how the model writes tool calls, as in `ServerConfig.tool_call_parser`.
+    """
+
+    def __init__(self, client: EngineClient, tokenizer: TokenizerService, parser_kind: str) -> None:
+        self._client, self._tokenizer, self._parser_kind = client, tokenizer, parser_kind
+
+    async def of_chat(
+        self, req: ChatCompletionRequest
+    ) -> tuple[structured.Constraint | None, Callable[[], ToolParser | None], bool]:
+        """The constraint that tools and formats ask for, a parser per choice, and whether a function was named."""
+        choice = req.tool_choice
+        tools = {tool.function.name: tool.function.parameters for tool in req.tools or ()}
+        forced: structured.Constraint | None = None
+        parser: Callable[[], ToolParser | None] = lambda: None  # noqa: E731
+        if isinstance(choice, NamedToolChoice):
+            name = choice.function.name
+            if name not in tools:
+                raise bad_request(f"tool_choice names {name[:100]!r}, which is not in tools", "tool_choice")
+            forced = ("json", structured.schema_text(named_schema(tools[name]), "tools"))
+            parser = functools.partial(NamedParser, name)
+        elif choice == "required":
+            parallel = req.parallel_tool_calls is not False
+            schema = required_schema(list(tools.items()), parallel)
+            forced = ("json", structured.schema_text(schema, "tools"))
+            parser = ListParser
+        elif tools and choice != "none":
+            template = getattr(self._tokenizer.tokenizer, "chat_template", None)
+            parser = functools.partial(make_parser, self._parser_kind, template)
+        if forced is None:
+            return await self.of(req), parser, False
+        if req.response_format is not None and req.response_format.type != "text":
+            raise bad_request("response_format cannot be combined with a forced tool_choice", "response_format")
+        await self._check(forced, "tools", req)
+        return forced, parser, isinstance(choice, NamedToolChoice)
+
+    async def of(self, req: SamplingFields) -> structured.Constraint | None:
+        """The constraint of `response_format` or `structured_outputs`, checked."""
+        try:
+            one = structured.from_response_format(req.response_format)
+            two = structured.from_structured_outputs(req.structured_outputs)
+        except RequestError as error:
+            raise bad_request(str(error), error.param) from error
+        if one is not None and two is not None:
+            raise bad_request("response_format and structured_outputs exclude each other", "structured_outputs")
+        constraint = one or two
+        if constraint is not None:
+            await self._check(constraint, "response_format" if one else "structured_outputs", req)
+        return constraint
+
+    async def _check(self, constraint: structured.Constraint, param: str, req: SamplingFields) -> None:
+        if not (self._client.info and self._client.info.constraints):
+            raise bad_request("structured output is not available with this model", param)
+        if req.min_tokens:
+            # A complete text may only end, and min_tokens would bar its end: no token would be left.
+            raise bad_request("min_tokens cannot be combined with structured output", "min_tokens")
+        try:
+            await asyncio.to_thread(structured.check, constraint, param)
+        except RequestError as error:
+            raise bad_request(str(error), error.param) from error

@@ -1,0 +1,67 @@
+"""What the engine process keeps beside the engine: its facts, where tokens go, and what a step sends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.core import Engine
+from engine.request import Request
+from engine.server.ipc import Finish, ToFront, pack_ids
+
+
+@dataclass(frozen=True)
+class ServedEngine:
+    """An engine and what the fronts must know about it.
+
+    Attributes:
+        engine: on a wall clock, without a ledger (a server's history would grow without end).
+        max_model_len: longest prompt + output, in tokens.
+        vocab_size: token ids are below it.
+        eos_token_ids: the model's end-of-sequence tokens.
+        constraint_factory: makes a token constraint from (kind, text), or None when the runner cannot apply one.
+        prompt_logprobs: whether the runner returns log-probabilities of prompt tokens.
+        facts: names and sizes shown by `/metrics` and the dashboard.
+    """
+
+    engine: Engine
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    constraint_factory: Callable[[str, str], Any] | None = None
+    prompt_logprobs: bool = False
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Route:
+    """Where a request's tokens go."""
+
+    front: int
+    handle: int
+    req: Request
+    scheduled: float = 0.0
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """One front's share of a step."""
+
+    handles: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[tuple[int, Any]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[int, int, Any]] = field(default_factory=list)
+    finished: list[Finish] = field(default_factory=list)
+    admitted: list[tuple[int, str, str]] = field(default_factory=list)
+    started: list[tuple[int, float, int]] = field(default_factory=list)
+    watching: bool = False
+
+    def message(self) -> list[Any] | None:
+        """The frame, or None when there is nothing to tell."""
+        if not (self.handles or self.finished or self.admitted or self.started):
+            return None
+        return [
+            ToFront.STEP, self.admitted, self.started, pack_ids(self.handles), pack_ids(self.tokens),
+            self.logprobs, self.prompt_logprobs, self.finished,
+        ]  # fmt: skip
