@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,7 @@ from engine.models import LoadedModel, load_model
 from engine.plan import ScheduledRequest, StepPlan
 from engine.request import Request, SamplingParams
 from engine.runner.torch_runner import TorchRunner
-from experiments.build import build_engine
-from experiments.compose import load_config
-from experiments.config import RunnerConfig
-from experiments.pools import make_pool
+from engine.virtual_pool import VirtualKVPool
 from schedulers.continuous import ContinuousScheduler
 
 pytestmark = [
@@ -73,8 +71,22 @@ def make_allocator(model: LoadedModel, num_slots: int, max_regions: int = 64) ->
     )
 
 
-def pool_for(allocator, model: LoadedModel):
-    return make_pool(RunnerConfig.from_config(load_config().runner), allocator, model.spec, "cuda")
+def pool_for(allocator: VirtualAllocator, model: LoadedModel) -> VirtualKVPool:
+    return VirtualKVPool(
+        num_pages=allocator.num_pages, page_bytes=PAGE, num_blocks=allocator.num_virtual_blocks, **shape_of(model)
+    )
+
+
+def shape_of(model: LoadedModel) -> dict[str, Any]:
+    spec = model.spec
+    return {
+        "block_size": 16,
+        "num_layers": spec.num_layers,
+        "num_kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "dtype": spec.dtype,
+        "device": "cuda",
+    }
 
 
 def run(model, pool, allocator, *, overlap, contiguous):
@@ -94,16 +106,7 @@ def run(model, pool, allocator, *, overlap, contiguous):
 def test_greedy_tokens_are_those_of_a_plain_pool(bindings, model, overlap, contiguous):
     # 1,134 tokens of prompts alone in 20 pages of 64: requests wait, lose their pages and start over.
     plain, virtual = (make_allocator(model, 1280, max_regions=8) for _ in range(2))
-    spec = model.spec
-    plain_pool = KVPool(
-        num_blocks=plain.num_virtual_blocks,
-        block_size=16,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=spec.dtype,
-        device="cuda",
-    )
+    plain_pool = KVPool(num_blocks=plain.num_virtual_blocks, **shape_of(model))
     want, _ = run(model, plain_pool, plain, overlap=overlap, contiguous=contiguous)
     pool = pool_for(virtual, model)
     tokens, num_preemptions = run(model, pool, virtual, overlap=overlap, contiguous=contiguous)
@@ -192,6 +195,10 @@ def test_more_pages_than_the_gpu_has_is_one_line(bindings, model):
 
 
 def test_the_main_job_builds_it(bindings):
+    pytest.importorskip("hydra")
+    from experiments.build import build_engine
+    from experiments.compose import load_config
+
     parts = build_engine(
         load_config(
             [
