@@ -12,11 +12,13 @@ import re
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.errors import KvarenaError, NotDefined
+from engine.errors import ConfigError, KvarenaError, NotDefined
 from experiments.compose import CONF_DIR, load_config
 
 USER_ERROR = 2
@@ -29,6 +31,7 @@ def main() -> int:
     failures: list[str] = []
     undefined: list[str] = []
     finished: list[bool] = []
+    exit_codes: list[int] = []
 
     # Errors are taken in here where they can be: one that leaves the job makes Hydra print lines of its own.
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
@@ -37,7 +40,12 @@ def main() -> int:
         from experiments.job import record_failure, run_job
 
         try:
-            run_job(cfg)
+            if cfg.mode == "serve":
+                exit_codes.append(_serve(cfg))
+            elif cfg.mode == "run":
+                run_job(cfg)
+            else:
+                raise ConfigError(f"mode={cfg.mode} must be run or serve")
         except Exception as error:
             message = explain(error)
             if message is None:
@@ -63,7 +71,16 @@ def main() -> int:
         failures += undefined
     for message in failures:
         print(f"error: {message}", file=sys.stderr)
-    return USER_ERROR if failures else 0
+    return USER_ERROR if failures else max(exit_codes, default=0)
+
+
+def _serve(cfg: DictConfig) -> int:
+    """Serve until the process is told to stop; returns its exit code."""
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise ConfigError("mode=serve serves one strategy; leave -m out")
+    from experiments.serve import serve
+
+    return serve(cfg)
 
 
 def explain(error: BaseException) -> str | None:

@@ -68,7 +68,7 @@ def test_workload_configs(name, tmp_path):
 
 def test_the_default_workload():
     cfg = load("workload", "sharegpt")
-    assert (cfg.num_requests, cfg.seed, cfg.max_total_len) == (64, 0, 2048)
+    assert (cfg.num_requests, cfg.seed, cfg.max_total_len) == (160, 0, 2048)
 
 
 @pytest.mark.parametrize("name", names("arrival"))
