@@ -75,7 +75,7 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("Workload", f"{workload.get('name', DASH)}, {count(summary['num_requests'])} requests, "
                      f"seed {workload.get('seed', DASH)}"),
         ("Arrivals", ", ".join(str(value) for value in [arrival.pop("name", DASH), *_pairs(arrival)])),
-        ("Machine", f"{machine.get('gpu') or machine.get('cpu') or DASH}, {machine.get('cores', DASH)} cores, "
+        ("Machine", f"{_processor(machine)}, {machine.get('cores', DASH)} cores, "
                     f"{size_bytes(machine.get('memory_bytes'))}"),
         ("Software", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
         ("Commit", commit(summary)),
@@ -275,3 +275,11 @@ def definitions() -> list[tuple[str, str]]:
         ("Token states", "KV slots that hold computed tokens; a slot that requests share counts once"),
         ("Slot", "the KV of one token in every layer"),
     ]  # fmt: skip
+
+
+def _processor(machine: dict[str, Any]) -> str:
+    """What computed: the GPUs where there are any, else the CPU."""
+    gpu = machine.get("gpu")
+    if not gpu:
+        return str(machine.get("cpu") or DASH)
+    return f"{gpu['count']} x {gpu['name']} ({size_bytes(gpu['memory_bytes'])})"

@@ -200,3 +200,12 @@ def test_preemption_costs_are_tokens_and_bytes_with_their_times(tmp_path):
     assert summary["swapped_out_bytes"] == 3 * block_bytes
     assert summary["swapped_in_bytes"] == block_bytes
     assert summary["block_copy_seconds"] == 0.25
+
+
+def test_the_machine_is_named_by_its_gpus(tmp_path):
+    fake_run(tmp_path, "paged", "continuous")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["machine"]["gpu"] = {"name": "NVIDIA H200", "memory_bytes": 140 * 2**30, "count": 2}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    write_run_report(tmp_path)
+    assert "2 x NVIDIA H200 (140 GiB), " in (tmp_path / "report.md").read_text()
