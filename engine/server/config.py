@@ -94,7 +94,7 @@ class ServerConfig:
         for key in ("chat_template", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
             path = getattr(self, key)
             check(path is None or Path(path).is_file(), key, "a file that exists")
-        if self.otlp_endpoint is not None and find_spec("opentelemetry.exporter.otlp.proto.http") is None:
+        if self.otlp_endpoint is not None and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
             raise ConfigError("server.otlp_endpoint needs the tracing extra: pip install 'kvarena[tracing]'")
 
     @classmethod
@@ -113,3 +113,11 @@ class ServerConfig:
             return cls(**made)
         except TypeError as error:
             raise ConfigError(f"config section 'server': {error}") from error
+
+
+def _is_installed(module: str) -> bool:
+    """Whether `module` can be imported, without importing it."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # one of its parents is missing
+        return False

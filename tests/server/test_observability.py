@@ -6,6 +6,7 @@ import http.server
 import ssl
 import subprocess
 import threading
+import time
 
 import httpx
 import pytest
@@ -79,7 +80,12 @@ def test_the_ledger_adds_up_to_the_pool(server):
 
 def test_the_access_log_is_one_structured_line(server):
     server.client.get("/v1/models", headers={"X-Request-Id": "look-for-me"})
-    line = next(line for line in server.log.splitlines() if "look-for-me" in line)
+    # The line is written when the answer has gone out, so it may come after the client has it.
+    deadline = time.monotonic() + 10
+    while not (lines := [line for line in server.log.splitlines() if "look-for-me" in line]):
+        assert time.monotonic() < deadline, server.log
+        time.sleep(0.05)
+    line = lines[0]
     assert 'method=GET path="/v1/models" status=200 seconds=' in line
     server.client.get("/v1/models/%0d%0aforged%22")
     assert "\nforged" not in server.log
