@@ -42,6 +42,10 @@ def main() -> int:
         try:
             if cfg.mode == "serve":
                 exit_codes.append(_serve(cfg))
+            elif cfg.mode == "run" and cfg.study is not None:
+                from experiments.studies.run import run_study
+
+                run_study(cfg)
             elif cfg.mode == "run":
                 run_job(cfg)
             else:

@@ -20,6 +20,7 @@ from engine.core import Engine, run_to_completion
 from engine.models import ModelSpec
 from engine.request import Request
 from experiments.build import Setup, build, make_strategy
+from experiments.compose import NAMING_GROUPS
 from experiments.driver import drive
 from experiments.files import ERROR_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from experiments.output import Progress, print_result
@@ -40,7 +41,7 @@ def run_job(cfg: DictConfig) -> None:
     """
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
-    choices = {group: hydra.runtime.choices[group] for group in ("allocator", "scheduler", "workload", "arrival")}
+    choices = {group: hydra.runtime.choices[group] for group in NAMING_GROUPS}
     summary = execute(cfg, run_dir, f"{choices['allocator']} x {choices['scheduler']}", choices)
     report = run_dir / "report.html"
     console = Console()

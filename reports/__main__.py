@@ -1,4 +1,4 @@
-"""`python -m reports DIR [DIR ...]`: make the report of a run or a sweep again, or compare any runs."""
+"""`python -m reports DIR [DIR ...]`: make the report of a run, a sweep or an experiment again, or compare any runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from reports.comparison import compare, write_comparison
 from reports.errors import ReportError
 from reports.files import read_run
 from reports.run_report import write_run_report
+from reports.study import study_table, write_study_report
 from reports.terminal import comparison_table, run_table
 
 
@@ -42,19 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_report(
     dirs: Sequence[Path], out: Path | None = None, baseline: str | None = None, trace: Path | None = None
 ) -> Path:
-    """Make the report of one run, of one sweep, or of several runs; print its table; return where report.html is.
+    """Make the report of one run, sweep or experiment, or of several runs; print its table; return where report.html is.
 
     Args:
-        dirs: one run or sweep folder, or several run folders.
+        dirs: one run, sweep or experiment folder, or several run folders.
         out: where the comparison of several runs goes.
         baseline: the run that others are compared with.
         trace: where the Chrome trace of one run goes; None writes none.
 
     Raises:
-        ReportError: a folder is no run and no sweep, a file is broken, or an option does not fit.
+        ReportError: a folder is no run, sweep or experiment, a file is broken, or an option does not fit.
     """
     console = Console()
     first = dirs[0]
+    if len(dirs) == 1 and (first / "study.json").exists():
+        if out or baseline or trace:
+            raise ReportError("--out, --baseline and --trace do not go with an experiment's folder; leave them out")
+        console.print(study_table(write_study_report(first)))
+        return first / "report.html"
     if len(dirs) == 1 and not (first / "sweep.json").exists():
         if out or baseline:
             raise ReportError("--out and --baseline belong to comparisons; give two or more run folders")

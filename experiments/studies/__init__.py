@@ -1,0 +1,1 @@
+"""Studies: several cells run for one question, and one report that answers it (`python run.py experiment=NAME`)."""

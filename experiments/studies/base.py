@@ -1,0 +1,148 @@
+"""What a study is, and what it finds.
+
+    conf/experiment/NAME.yaml --> a Study --> cells (run folders) --> Findings --> study.json --> report
+
+A study says which cells it needs and what they show. Cells run like any single run (`experiments.studies.cells`), and
+the report is made from study.json alone (`reports.study`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from experiments.studies.cells import CellRunner
+
+
+class Verdict(StrEnum):
+    """What a claim came to."""
+
+    HOLDS = "holds"
+    DIFFERS = "differs"
+    NOT_COMPARABLE = "not comparable"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One published or promised number beside ours.
+
+    Attributes:
+        quantity: what is measured, in words.
+        unit: of `stated` and `ours`; "" for a pure number.
+        stated: the source's value; None where it states none.
+        ours: what the cells gave; None where they could not.
+        tolerance: when the claim holds, in words.
+        verdict: whether it does.
+        low, high: 95 % confidence interval of `ours`; None without one.
+        note: why it differs, or what is compared; may be empty.
+    """
+
+    quantity: str
+    unit: str
+    stated: float | None
+    ours: float | None
+    tolerance: str
+    verdict: Verdict
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+def within(quantity: str, unit: str, stated: float, ours: float, tolerance: float, **more: Any) -> Claim:
+    """A claim that holds when `ours` lies within `tolerance` (same unit) of `stated`."""
+    verdict = Verdict.HOLDS if abs(ours - stated) <= tolerance else Verdict.DIFFERS
+    return Claim(quantity, unit, stated, ours, f"within {tolerance:g} {unit or ''}".strip(), verdict, **more)
+
+
+def at_least(quantity: str, unit: str, stated: float, ours: float, **more: Any) -> Claim:
+    """A claim that holds when `ours` is at least `stated`."""
+    verdict = Verdict.HOLDS if ours >= stated else Verdict.DIFFERS
+    return Claim(quantity, unit, stated, ours, f"at least {stated:g} {unit or ''}".strip(), verdict, **more)
+
+
+def at_most(quantity: str, unit: str, stated: float, ours: float, **more: Any) -> Claim:
+    """A claim that holds when `ours` is at most `stated`."""
+    verdict = Verdict.HOLDS if ours <= stated else Verdict.DIFFERS
+    return Claim(quantity, unit, stated, ours, f"at most {stated:g} {unit or ''}".strip(), verdict, **more)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line, or one group of bars.
+
+    Attributes:
+        name: in the legend.
+        x: numbers for lines, labels for bars.
+        y: one value for each x; None leaves a gap.
+        low, high: a band or error bars around y; empty for none.
+    """
+
+    name: str
+    x: Sequence[float] | Sequence[str]
+    y: Sequence[float | None]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure as data; `reports.study_charts` draws it.
+
+    Attributes:
+        name: of its file.
+        kind: lines | bars (side by side) | stacked (bars of shares, one series a segment).
+        x_label, y_label: with units.
+        caption: what it shows.
+        series: what is drawn.
+        log_x, log_y: logarithmic axes.
+    """
+
+    name: str
+    kind: str
+    x_label: str
+    y_label: str
+    caption: str
+    series: Sequence[Series]
+    log_x: bool = False
+    log_y: bool = False
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a study found.
+
+    Attributes:
+        title: of the report.
+        headline: the answer in one sentence.
+        source: where the stated values come from.
+        claims: stated values beside ours.
+        charts: figures.
+        differences: what differs from the source's setting, one sentence each.
+        notes: how it was measured, definitions.
+    """
+
+    title: str
+    headline: str
+    source: str
+    claims: Sequence[Claim]
+    charts: Sequence[Chart] = ()
+    differences: Sequence[str] = ()
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def to_json(self) -> dict[str, Any]:
+        """As study.json holds it."""
+        return asdict(self)
+
+
+class Study(Protocol):
+    """A question that several cells answer. Made by Hydra from the config's section `study`."""
+
+    def run(self, cells: CellRunner) -> Findings:
+        """Run the cells it needs and say what they show.
+
+        Raises:
+            KvarenaError: a cell is badly set or failed.
+        """
+        ...

@@ -1,0 +1,50 @@
+"""Runs the study that a config names, writes study.json and its report."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+
+import reports.study
+from experiments.files import STUDY_FILE
+from experiments.output import print_result
+from experiments.provenance import git_state, machine, versions
+from experiments.studies.base import Study
+from experiments.studies.cells import CellRunner
+
+SCHEMA_VERSION = 1
+
+
+def run_study(cfg: DictConfig) -> None:
+    """Run section `study` of the config and print where its report is.
+
+    Raises:
+        KvarenaError: a bad setting or a failed cell.
+    """
+    hydra = HydraConfig.get()
+    out_dir = Path(hydra.runtime.output_dir)
+    study: Study = instantiate(cfg.study)
+    cells = CellRunner(hydra.overrides.task, out_dir)
+    findings = study.run(cells)
+    record = findings.to_json() | {
+        "schema_version": SCHEMA_VERSION,
+        "experiment": hydra.runtime.choices.get("experiment"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git": git_state(),
+        "machine": machine(),
+        "versions": versions(),
+        "command": ["python", "run.py", *hydra.overrides.task],
+        "cells": [str(folder.relative_to(out_dir)) for folder in cells.folders],
+    }
+    (out_dir / STUDY_FILE).write_text(json.dumps(record, indent=2, default=str) + "\n")
+    summary = reports.study.write_study_report(out_dir)
+    Console().print(reports.study.study_table(summary))
+    report = out_dir / "report.html"
+    print(f"report: {report}")
+    print_result({"study_dir": str(out_dir), "report": str(report), "summary": summary})

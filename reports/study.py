@@ -1,0 +1,150 @@
+"""The report of a study: stated values beside ours, what differs, and the study's figures; from study.json alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table as TerminalTable
+
+from reports.document import Document, Picture, Section, Table, render_html, render_markdown, write_text
+from reports.errors import ReportError
+from reports.format import DASH
+from reports.study_charts import draw_charts
+
+CLAIM_COLUMNS = ("quantity", "unit", "stated", "ours", "low", "high", "ratio", "tolerance", "verdict", "note")
+
+
+def write_study_report(study_dir: Path) -> dict[str, Any]:
+    """Write report.html, report.md, claims.csv, figures and summary.json beside study.json.
+
+    Returns:
+        What summary.json holds: the claims with ratios, and how many of them hold.
+
+    Raises:
+        ReportError: study.json is missing or broken, or the folder cannot be written.
+    """
+    study = read_study(study_dir)
+    claims = [claim | {"ratio": _ratio(claim)} for claim in study["claims"]]
+    summary = {
+        "title": study["title"],
+        "experiment": study["experiment"],
+        "headline": study["headline"],
+        "num_claims": len(claims),
+        "num_holding": sum(claim["verdict"] == "holds" for claim in claims),
+        "claims": claims,
+        "cells": study["cells"],
+        "git": study["git"],
+    }
+    document = study_document(study, claims, draw_charts(study["charts"], study_dir))
+    write_text(study_dir / "report.html", render_html(document))
+    write_text(study_dir / "report.md", render_markdown(document))
+    write_text(study_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    rows = io.StringIO()
+    writer = csv.DictWriter(rows, CLAIM_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(claims)
+    write_text(study_dir / "claims.csv", rows.getvalue())
+    return summary
+
+
+def read_study(study_dir: Path) -> dict[str, Any]:
+    """study.json. Raises ReportError."""
+    path = study_dir / "study.json"
+    try:
+        study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"cannot read {path} ({error}); run the experiment again") from None
+    return study
+
+
+def study_document(study: dict[str, Any], claims: list[dict[str, Any]], svg: dict[str, str]) -> Document:
+    """The report as a document.
+
+    Args:
+        study: study.json.
+        claims: its claims, with `ratio`.
+        svg: name -> inline SVG of every chart.
+    """
+    holding = sum(claim["verdict"] == "holds" for claim in claims)
+    judged = sum(claim["verdict"] != "not comparable" for claim in claims)
+    pictures = [Picture(c["name"], svg[c["name"]], c["caption"], c["caption"]) for c in study["charts"]]
+    sections = [Section("What was claimed, and what we found", tables=[claims_table(claims)], pictures=pictures)]
+    if study["differences"]:
+        sections.append(Section("What differs from the source", text=[f"- {line}" for line in study["differences"]]))
+    if study["notes"]:
+        sections.append(Section("How it was measured", text=list(study["notes"])))
+    git = study["git"]
+    return Document(
+        kicker="kvarena · report of an experiment",
+        title=study["title"],
+        headline=study["headline"],
+        verdict=(f"{holding} of {judged} claims hold.", holding == judged),
+        facts=[
+            ("source", study["source"]),
+            ("command", " ".join(study["command"])),
+            ("machine", _machine(study["machine"])),
+            ("commit", f"{git['commit'] or DASH}{' with local changes' if git['dirty'] else ''}"),
+            ("cells", ", ".join(study["cells"]) or DASH),
+        ],
+        sections=sections,
+        footer=f"Made on {study['created']} from study.json.",
+    )
+
+
+def claims_table(claims: list[dict[str, Any]]) -> Table:
+    """Stated, ours, ratio, verdict; one row a claim."""
+    header = ["claim", "stated", "ours", "ratio", "holds when", "verdict", "remark"]
+    rows = [
+        [
+            claim["quantity"],
+            _value(claim["stated"], claim["unit"]),
+            _interval(claim),
+            DASH if claim["ratio"] is None else f"{claim['ratio']:.2f}",
+            claim["tolerance"],
+            claim["verdict"],
+            claim["note"],
+        ]
+        for claim in claims
+    ]
+    return Table(header, rows, text_columns=frozenset({4, 5, 6}))
+
+
+def study_table(summary: dict[str, Any]) -> TerminalTable:
+    """The claims for the terminal."""
+    table = TerminalTable(title=escape(summary["title"]), caption=escape(summary["headline"]), box=None)
+    table.add_column("claim", overflow="fold")
+    for name in ("stated", "ours", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for claim in summary["claims"]:
+        table.add_row(
+            escape(claim["quantity"]),
+            _value(claim["stated"], claim["unit"]),
+            escape(_interval(claim)),
+            DASH if claim["ratio"] is None else f"{claim['ratio']:.2f}",
+            claim["verdict"] if claim["verdict"] == "holds" else f"[yellow]{claim['verdict']}[/yellow]",
+        )
+    return table
+
+
+def _ratio(claim: dict[str, Any]) -> float | None:
+    return claim["ours"] / claim["stated"] if claim["stated"] and claim["ours"] is not None else None
+
+
+def _value(value: float | None, unit: str) -> str:
+    return DASH if value is None else f"{value:,.4g} {unit}".strip()
+
+
+def _interval(claim: dict[str, Any]) -> str:
+    text = _value(claim["ours"], claim["unit"])
+    return text if claim["low"] is None else f"{text} [{claim['low']:,.4g}, {claim['high']:,.4g}]"
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    gpu = machine["gpu"]
+    return f"{gpu['count']} x {gpu['name']}" if gpu else f"{machine['cores']} cores of {machine['cpu']}"

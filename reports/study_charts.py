@@ -1,0 +1,111 @@
+"""Draws a study's charts: lines with bands, bars side by side, stacked shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reports.errors import ReportError
+from reports.style import CLASS_LOOKS, SERIES, Look, drawing, export, grid, hatch_kwargs, new_figure, thousands
+
+BAND_ALPHA = 0.18
+
+
+def draw_charts(charts: list[dict[str, Any]], out_dir: Path) -> dict[str, str]:
+    """Draw every chart into figures/NAME.png. Returns name -> inline SVG.
+
+    Args:
+        charts: as study.json holds them (experiments.studies.base.Chart).
+
+    Raises:
+        ReportError: a chart of unknown kind.
+    """
+    with drawing():
+        return {chart["name"]: export(chart_figure(chart), out_dir, chart["name"]) for chart in charts}
+
+
+def chart_figure(chart: dict[str, Any]) -> Figure:
+    """One chart as a figure. Raises ReportError for an unknown kind."""
+    draw = KINDS.get(chart["kind"])
+    if draw is None:
+        raise ReportError(f"chart {chart['name']!r}: kind {chart['kind']!r} must be one of {', '.join(KINDS)}")
+    horizontal = chart["kind"] == "stacked"
+    figure = new_figure(0.9 + 0.36 * len(chart["series"][0]["x"]) if horizontal else 3.6)
+    axes = figure.subplots()
+    draw(axes, chart)
+    axes.set_xlabel(chart["x_label"])
+    axes.set_ylabel(chart["y_label"])
+    if chart["log_x"]:
+        axes.set_xscale("log")
+    if chart["log_y"]:
+        axes.set_yscale("log")
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 4))
+    return figure
+
+
+def _look(index: int, name: str) -> Look:
+    """A series' look: a ledger class's own colour where it is one."""
+    known = next((look for look in CLASS_LOOKS.values() if look.label == name), None)
+    return known or SERIES[index % len(SERIES)]
+
+
+def _lines(axes: Axes, chart: dict[str, Any]) -> None:
+    for index, series in enumerate(chart["series"]):
+        look = _look(index, series["name"])
+        y = np.array([np.nan if value is None else value for value in series["y"]], dtype=float)
+        axes.plot(series["x"], y, color=look.color, linestyle=look.dash, marker="o", markersize=4, label=series["name"])
+        if series["low"]:
+            axes.fill_between(series["x"], series["low"], series["high"], color=look.color, alpha=BAND_ALPHA, lw=0)
+    grid(axes)
+    if not chart["log_y"]:
+        axes.set_ylim(bottom=0)
+        thousands(axes)
+
+
+def _bars(axes: Axes, chart: dict[str, Any]) -> None:
+    groups = chart["series"][0]["x"]
+    width = 0.8 / len(chart["series"])
+    positions = np.arange(len(groups))
+    for index, series in enumerate(chart["series"]):
+        look = _look(index, series["name"])
+        x = positions + (index - (len(chart["series"]) - 1) / 2) * width
+        y = np.array([np.nan if value is None else value for value in series["y"]], dtype=float)
+        errors = None
+        if series["low"]:
+            errors = np.abs(np.array([series["low"], series["high"]], dtype=float) - y)
+        axes.bar(x, y, width * 0.92, yerr=errors, label=series["name"], ecolor=look.text, **hatch_kwargs(look))
+        for place, value in zip(x, y, strict=True):
+            if value == value:
+                axes.annotate(f"{value:.3g}", (place, value), xytext=(0, 2), textcoords="offset points", ha="center",
+                              fontsize=8)  # fmt: skip
+    axes.set_xticks(positions, groups)
+    grid(axes)
+    thousands(axes)
+
+
+def _stacked(axes: Axes, chart: dict[str, Any]) -> None:
+    names = chart["series"][0]["x"]
+    positions = np.arange(len(names))
+    left = np.zeros(len(names))
+    for index, series in enumerate(chart["series"]):
+        look = _look(index, series["name"])
+        y = np.array(series["y"], dtype=float)
+        axes.barh(positions, y, 0.66, left=left, label=series["name"], **hatch_kwargs(look))
+        for position, value, start in zip(positions, y, left, strict=True):
+            if value >= 0.04 * axes.get_xlim()[1] and value > 3:
+                axes.annotate(f"{value:.1f}", (start + value / 2, position), ha="center", va="center", color=look.text,
+                              fontsize=8)  # fmt: skip
+        left = left + y
+    axes.set_yticks(positions, names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(length=0)
+
+
+KINDS: dict[str, Callable[[Axes, dict[str, Any]], None]] = {"lines": _lines, "bars": _bars, "stacked": _stacked}
