@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_report(
     dirs: Sequence[Path], out: Path | None = None, baseline: str | None = None, trace: Path | None = None
 ) -> Path:
-    """Make the report of one run, sweep or experiment, or of several runs; print its table; return where report.html is.
+    """Make the report of a run, a sweep, an experiment, or several runs; print its table; return where report.html is.
 
     Args:
         dirs: one run, sweep or experiment folder, or several run folders.
