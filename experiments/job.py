@@ -19,6 +19,7 @@ from engine.clock import WallClock
 from engine.core import Engine, run_to_completion
 from engine.models import ModelSpec
 from engine.request import Request
+from engine.runner.fused_runner import FusedRunner
 from experiments.build import Setup, build, make_strategy
 from experiments.compose import NAMING_GROUPS
 from experiments.driver import drive
@@ -104,18 +105,28 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
 def warm_up(cfg: DictConfig, setup: Setup) -> float:
     """Run a few requests on a strategy of their own, with the same runner and pool; returns the seconds it took.
 
-    Lazy initialisation happens here and not in the first measured step. The measured allocator knows nothing of it,
-    so its prefix cache stays cold.
+    Lazy initialisation happens here and not in the first measured step: on a GPU kernels are compiled, decode graphs
+    captured, and a prompt of a whole step's token budget run. The measured allocator knows nothing of it, so its
+    prefix cache stays cold.
     """
     parts = setup.parts
+    clock = WallClock()
+    longest = WARMUP_PROMPT_TOKENS
+    if isinstance(parts.engine.runner, FusedRunner):
+        parts.engine.runner.warm_up(cfg.scheduler.max_num_seqs)
+        longest = cfg.scheduler.max_num_batched_tokens
     allocator, scheduler = make_strategy(cfg, parts.pool_facts["num_blocks"], parts.max_model_len, parts.model.spec)
-    engine = Engine(scheduler, allocator, parts.engine.runner, WallClock(), overlap=parts.config.overlap)
+    engine = Engine(scheduler, allocator, parts.engine.runner, clock, overlap=parts.config.overlap)
     sampling = replace(setup.requests[0].sampling, max_tokens=WARMUP_OUTPUT_TOKENS)
-    prompt_len = min(WARMUP_PROMPT_TOKENS, parts.max_model_len - WARMUP_OUTPUT_TOKENS)
-    requests = [Request(f"warm-up-{i}", [i + 1] * prompt_len, sampling) for i in range(WARMUP_REQUESTS)]
-    fitting = [req for req in requests if req.max_total_tokens <= allocator.max_request_tokens]
-    run_to_completion(engine, fitting)
-    return engine.clock.now()
+    room = min(parts.max_model_len, allocator.max_request_tokens) - WARMUP_OUTPUT_TOKENS
+    prompt_lens = [min(length, room) for length in [*[WARMUP_PROMPT_TOKENS] * (WARMUP_REQUESTS - 1), longest]]
+    requests = [
+        Request(f"warm-up-{i}", [i + 1] * prompt_len, sampling)
+        for i, prompt_len in enumerate(prompt_lens)
+        if prompt_len > 0
+    ]
+    run_to_completion(engine, requests)
+    return clock.now()
 
 
 def _manifest(cfg: DictConfig, setup: Setup, name: str, choices: dict[str, str]) -> dict[str, Any]:
