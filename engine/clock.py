@@ -13,6 +13,10 @@ class Clock(Protocol):
         """Seconds since the start."""
         ...
 
+    def reset(self) -> None:
+        """Make this moment second 0."""
+        ...
+
     def sleep_until(self, when: float) -> None:
         """Return once `now() >= when`; at once if that is past."""
         ...
@@ -48,6 +52,10 @@ class VirtualClock:
     def now(self) -> float:
         """Simulated seconds."""
         return self._now
+
+    def reset(self) -> None:
+        """Back to second 0."""
+        self._now = 0.0
 
     def advance(self, seconds: float) -> None:
         """Move on by `seconds` >= 0."""

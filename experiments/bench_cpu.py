@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from engine.core import run_to_completion
+from engine.errors import KvarenaError
 from engine.request import Request
 from experiments.build import build
 from experiments.compose import load_config
@@ -67,7 +68,10 @@ def _contestants(overrides: list[str], batch_size: int) -> dict[str, Callable[[l
     """By name, what generates the tokens of a list of requests."""
     cfg = load_config(overrides)
     setup = build(cfg)
-    padded, continuous = (load_reference(str(setup.parts.model.path)) for _ in range(2))
+    model = setup.parts.model
+    if model is None:
+        raise KvarenaError("bench_cpu compares runs that compute; set runner=torch")
+    padded, continuous = (load_reference(str(model.path)) for _ in range(2))
     slots = setup.parts.pool_facts["num_slots"]
 
     def kvarena(batch: list[Request]) -> Tokens:

@@ -2,6 +2,7 @@
 
     cfg.model + cfg.engine --> LoadedModel --> pool size --> allocator --> scheduler --> Engine
     cfg.workload + cfg.arrival --> requests
+    runner=simulated: the model's sizes and a profile in place of model and pool (experiments/simulation/build.py)
 
 The strategy's classes are named by `_target_` in conf/allocator and conf/scheduler; nothing here knows them.
 """
@@ -26,27 +27,16 @@ from engine.errors import ConfigError, NotDefined, RequestError
 from engine.kv_pool import KVPool, blocks_for_budget
 from engine.ledger import MemoryLedger
 from engine.models import LoadedModel, ModelSpec, load_model
-from engine.plan import KVAllocator, SchedulerProtocol
+from engine.plan import KVAllocator
 from engine.request import Request, SamplingParams
 from engine.runner.profile import available_kv_bytes
 from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig
 from experiments.driver import ClosedLoop
 from experiments.gpu_runner import make_runner
+from experiments.parts import EngineParts, check_window, make_strategy, pool_facts, resolve_max_model_len
 from experiments.pools import make_pool
+from experiments.simulation.build import build_simulated_engine
 from experiments.workloads.base import WorkloadItem
-
-
-@dataclass
-class EngineParts:
-    """An engine and what it was built from."""
-
-    engine: Engine
-    clock: WallClock
-    ledger: MemoryLedger
-    model: LoadedModel
-    max_model_len: int
-    pool_facts: dict[str, Any]
-    config: EngineConfig
 
 
 @dataclass
@@ -70,11 +60,9 @@ def build(cfg: DictConfig) -> Setup:
     """
     driver = DriverConfig.from_config(cfg.driver)
     # The workload is built before the model where it can fail: a typing error in a path must not wait for weights.
-    parts = build_engine(cfg)
-    spec = parts.model.spec
-    workload = instantiate(
-        cfg.workload, vocab_size=spec.vocab_size, reserved_token_ids=list(parts.model.special_token_ids)
-    )
+    parts = build_simulated_engine(cfg) if cfg.runner.kind == "simulated" else build_engine(cfg)
+    spec = parts.spec
+    workload = instantiate(cfg.workload, vocab_size=spec.vocab_size, reserved_token_ids=list(parts.special_token_ids))
     arrival = instantiate(cfg.arrival)
     items = workload.items()
     times = arrival.times(items, cfg.workload.seed)
@@ -85,7 +73,9 @@ def build(cfg: DictConfig) -> Setup:
 
 
 def build_engine(cfg: DictConfig) -> EngineParts:
-    """Build the engine alone, without a workload."""
+    """Build an engine that computes, without a workload."""
+    if cfg.runner.kind == "simulated":
+        raise ConfigError("runner=simulated computes no tokens and cannot serve; set runner=torch")
     config = EngineConfig.from_config(cfg.engine)
     runner_config = RunnerConfig.from_config(cfg.runner)
     device = _device(config.device)
@@ -100,10 +90,10 @@ def build_engine(cfg: DictConfig) -> EngineParts:
         name=cfg.model.name,
     )
     spec = model.spec
-    max_model_len = _max_model_len(config, spec)
+    max_model_len = resolve_max_model_len(config, spec)
     num_blocks = _num_blocks(cfg, config, model)
     allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, spec)
-    _check_window(allocator, spec)
+    check_window(allocator, spec)
     _check_layout(runner_config, allocator)
     pool = make_pool(runner_config, allocator, spec, device)
     backend = _attention_backend(runner_config, model, pool)
@@ -119,15 +109,8 @@ def build_engine(cfg: DictConfig) -> EngineParts:
         max_model_len=max_model_len,
     )
     engine = Engine(scheduler, allocator, runner, clock, overlap=config.overlap, ledger=ledger)
-    slots = num_blocks * allocator.block_size
-    facts = {
-        "num_blocks": num_blocks,
-        "block_size": allocator.block_size,
-        "num_slots": slots,
-        "bytes": slots * spec.kv_bytes_per_token,
-        "runner": runner_facts,
-    }
-    return EngineParts(engine, clock, ledger, model, max_model_len, facts, config)
+    facts = pool_facts(allocator, spec, runner_facts)
+    return EngineParts(engine, clock, ledger, spec, model.special_token_ids, model, max_model_len, facts, config)
 
 
 def _num_blocks(cfg: DictConfig, config: EngineConfig, model: LoadedModel) -> int:
@@ -173,30 +156,6 @@ def _check_layout(config: RunnerConfig, allocator: KVAllocator) -> None:
         )
 
 
-def _check_window(allocator: KVAllocator, spec: ModelSpec) -> None:
-    """A window narrower than the model's would free KV that the model still reads."""
-    window = getattr(allocator, "sliding_window", None)
-    if window is not None and (spec.sliding_window is None or window < spec.sliding_window):
-        needs = "sees its whole context" if spec.sliding_window is None else f"sees {spec.sliding_window} tokens"
-        raise ConfigError(
-            f"allocator.sliding_window={window} frees KV that model {spec.name!r} still reads: it {needs}; set it to "
-            f"{'null' if spec.sliding_window is None else f'at least {spec.sliding_window}'}"
-        )
-
-
-def make_strategy(
-    cfg: DictConfig, num_blocks: int, max_model_len: int, spec: ModelSpec
-) -> tuple[KVAllocator, SchedulerProtocol]:
-    """A fresh allocator over an empty pool, and the scheduler on top of it."""
-    allocator = instantiate(
-        cfg.allocator,
-        num_blocks=num_blocks,
-        max_model_len=max_model_len,
-        kv_bytes_per_token=spec.kv_bytes_per_token,
-    )
-    return allocator, instantiate(cfg.scheduler, allocator=allocator, max_model_len=max_model_len)
-
-
 def sampling_params(section: DictConfig) -> SamplingParams:
     """Section `sampling` as sampling parameters. Raises ConfigError."""
     options: dict[str, Any] = OmegaConf.to_container(section, resolve=True)  # type: ignore[assignment]
@@ -238,14 +197,3 @@ def _device(name: str) -> str:
     if name == "cuda" and not available:
         raise ConfigError("engine.device=cuda, and this machine has no CUDA device; use auto or cpu")
     return ("cuda" if available else "cpu") if name == "auto" else name
-
-
-def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    if config.max_model_len is None:
-        return spec.max_model_len
-    if config.max_model_len > spec.max_model_len:
-        raise ConfigError(
-            f"engine.max_model_len={config.max_model_len} is over the {spec.max_model_len} positions of model "
-            f"{spec.name!r}; lower it, or set it to null for the model's own"
-        )
-    return config.max_model_len

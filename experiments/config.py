@@ -115,10 +115,25 @@ class RunnerConfig(_Section):
     layout: str
     fusions: bool | str
     graphs: bool | str
+    kind: str = "torch"
 
     def __post_init__(self) -> None:
+        _check(self.kind == "torch", "runner.kind", self.kind, "torch, to compute on a device")
         _check(self.attention in ATTENTION, "runner.attention", self.attention, f"one of {', '.join(ATTENTION)}")
         _check(self.layout in LAYOUTS, "runner.layout", self.layout, f"one of {', '.join(LAYOUTS)}")
         for key in ("fusions", "graphs"):
             value = getattr(self, key)
             _check(isinstance(value, bool) or value == "auto", f"runner.{key}", value, "auto, true or false")
+
+
+@dataclass(frozen=True)
+class SimulatedRunnerConfig(_Section):
+    """Section `runner` of a simulated run."""
+
+    kind: str
+    profile: str
+
+    def __post_init__(self) -> None:
+        _check(self.kind == "simulated", "runner.kind", self.kind, "simulated")
+        name = self.profile
+        _check(isinstance(name, str) and bool(name), "runner.profile", name, "a name or a YAML file")

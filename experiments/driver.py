@@ -11,7 +11,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Sequence
 
-from engine.core import Engine
+from engine.core import Engine, StepOutput
 from engine.errors import EngineError, RequestRejected
 from engine.request import Request
 from experiments.record import RunRecorder
@@ -61,6 +61,7 @@ def drive(
     *,
     closed_loop: ClosedLoop | None = None,
     on_progress: Callable[[RunRecorder], None] | None = None,
+    after_step: Callable[[StepOutput], None] | None = None,
 ) -> None:
     """Run `requests` to their end.
 
@@ -70,6 +71,7 @@ def drive(
         recorder: told of each hand-over, refusal and step.
         closed_loop: where the requests come from when users wait for answers.
         on_progress: called after every step.
+        after_step: called with every step after it was recorded (a simulation's host works then).
 
     Raises:
         EngineError: requests wait and nothing can ever run, or the device failed.
@@ -97,6 +99,8 @@ def drive(
             ended(step.end_time, len(step.finished) + len(step.plan.rejected))
             if on_progress is not None:
                 on_progress(recorder)
+            if after_step is not None:
+                after_step(step)
         elif not engine.in_flight:
             _sleep(engine, arrivals.next_time())
 

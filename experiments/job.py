@@ -20,11 +20,12 @@ from engine.core import Engine, run_to_completion
 from engine.models import ModelSpec
 from engine.request import Request
 from engine.runner.fused_runner import FusedRunner
-from experiments.build import Setup, build, make_strategy
+from experiments.build import Setup, build
 from experiments.compose import NAMING_GROUPS
 from experiments.driver import drive
 from experiments.files import ERROR_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from experiments.output import Progress, print_result
+from experiments.parts import make_strategy
 from experiments.provenance import git_state, machine, peak_rss_bytes, versions
 from experiments.record import RunRecorder
 
@@ -74,15 +75,19 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
         choices: the config groups' chosen options (`allocator`, `scheduler`, `workload`, `arrival`).
     """
     setup = build(cfg)
-    warmup_time = warm_up(cfg, setup) if setup.driver.warmup else 0.0
+    warmup_time = warm_up(cfg, setup) if setup.driver.warmup and setup.parts.simulator is None else 0.0
     recorder = RunRecorder()
+    simulator = setup.parts.simulator
     progress = Progress(name, len(setup.requests), bool(cfg.report.progress))
     # The host's garbage collector would show as pauses of single steps: collect now, then only by reference counts.
     gc.collect()
     gc.freeze()
     try:
         setup.parts.clock.reset()
-        drive(setup.parts.engine, setup.requests, recorder, closed_loop=setup.closed_loop, on_progress=progress)
+        drive(
+            setup.parts.engine, setup.requests, recorder, closed_loop=setup.closed_loop, on_progress=progress,
+            after_step=None if simulator is None else simulator.after_step,
+        )  # fmt: skip
     finally:
         gc.unfreeze()
         progress.close()
@@ -94,7 +99,8 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
             "num_steps": recorder.num_steps,
             "peak_rss_bytes": peak_rss_bytes(),
             "max_lateness": recorder.max_lateness,
-            "lateness_bound": setup.driver.max_lateness,
+            # A virtual clock waits for its driver: nothing is late.
+            "lateness_bound": setup.driver.max_lateness if simulator is None else None,
             "warmup_time": warmup_time,
         }
     }
@@ -115,7 +121,7 @@ def warm_up(cfg: DictConfig, setup: Setup) -> float:
     if isinstance(parts.engine.runner, FusedRunner):
         parts.engine.runner.warm_up(cfg.scheduler.max_num_seqs)
         longest = cfg.scheduler.max_num_batched_tokens
-    allocator, scheduler = make_strategy(cfg, parts.pool_facts["num_blocks"], parts.max_model_len, parts.model.spec)
+    allocator, scheduler = make_strategy(cfg, parts.pool_facts["num_blocks"], parts.max_model_len, parts.spec)
     engine = Engine(scheduler, allocator, parts.engine.runner, clock, overlap=parts.config.overlap)
     sampling = replace(setup.requests[0].sampling, max_tokens=WARMUP_OUTPUT_TOKENS)
     room = min(parts.max_model_len, allocator.max_request_tokens) - WARMUP_OUTPUT_TOKENS
@@ -144,8 +150,9 @@ def _manifest(cfg: DictConfig, setup: Setup, name: str, choices: dict[str, str])
         "git": git_state(),
         "machine": machine(),
         "versions": versions(),
-        "model": _model_facts(setup.parts.model.spec),
+        "model": _model_facts(setup.parts.spec),
         "pool": setup.parts.pool_facts,
+        "simulation": setup.parts.simulation_facts,
         "workload": {
             "name": choices["workload"],
             "seed": cfg.workload.seed,

@@ -67,7 +67,7 @@ def build_served_engine(values: dict[str, Any]) -> ServedEngine:
     parts = build_engine(cfg)
     # A ledger keeps every step; a server runs for ever.
     parts.engine.ledger = None
-    spec = parts.model.spec
+    spec = parts.spec
     eos = frozenset(spec.eos_token_ids)
     tokenizer = load_tokenizer(cfg.model.path, bool(cfg.model.trust_remote_code))
     facts = {"cache_dtype": "auto", "gpu_memory_utilization": str(cfg.engine.gpu_memory_utilization)}

@@ -31,7 +31,7 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
         svg: name -> inline SVG of every figure.
     """
     return Document(
-        kicker="kvarena · report of a run",
+        kicker=f"kvarena · report of a {'simulated ' if summary['simulation'] else ''}run",
         title=str(summary["name"]).replace(" x ", " × "),
         headline=summary["headline"].replace(" x ", " × "),
         verdict=None if summary["valid"] else (invalid(summary), False),
@@ -79,7 +79,17 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
                     f"{size_bytes(machine.get('memory_bytes'))}"),
         ("Software", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
         ("Commit", commit(summary)),
+        *([("Simulated", simulated(summary["simulation"]))] if summary["simulation"] else []),
     ]  # fmt: skip
+
+
+def simulated(simulation: dict[str, Any]) -> str:
+    """What stood in for the device."""
+    source = (simulation.get("figures") or simulation).get("source", DASH)
+    return (
+        f"no device computed this run: all times are a virtual clock's, by the {simulation['kind']} profile "
+        f"{simulation['profile']} ({source})"
+    )
 
 
 def _pairs(options: dict[str, Any]) -> list[str]:

@@ -31,7 +31,19 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
     """
     spans = step_spans(run.steps)
     summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "kind": "run"}
-    for key in ("name", "created", "strategy", "git", "machine", "versions", "model", "pool", "workload", "arrival"):
+    for key in (
+        "name",
+        "created",
+        "strategy",
+        "git",
+        "machine",
+        "versions",
+        "model",
+        "pool",
+        "workload",
+        "arrival",
+        "simulation",
+    ):
         summary[key] = run.manifest.get(key)
     summary |= _requests(run)
     summary |= _throughput(run, spans, summary)

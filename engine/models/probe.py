@@ -9,6 +9,8 @@ convolutional state, with attention that does not go through the hook, or with a
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -87,27 +89,55 @@ def probe_attention(module: nn.Module, name: str, num_layers: int, vocab_size: i
         ModelError: one line that says why the runner cannot drive it.
     """
     device = next(module.parameters()).device
-    ids = [(torch.arange(1, n + 1, device=device) * 7919 + 11 * n) % vocab_size for n in PROBE_LENS]
+    ids = _probe_ids(vocab_size, device)
     refused = f"{name} ({type(module).__name__}) cannot be run"
+    with _probing(refused), torch.inference_mode():
+        register()
+        module.set_attn_implementation("eager")  # type: ignore[operator]
+        alone = [module(input_ids=row[None], use_cache=False).logits[0, -1] for row in ids]
+        module.set_attn_implementation(HOOK_NAME)  # type: ignore[operator]
+        recorder = _Recorder()
+        _packed(module, ids, recorder)
+        heads = _check_calls(recorder, num_layers, refused)
+        pool = KVPool(
+            num_blocks=sum(-(-n // BLOCK_SIZE) for n in PROBE_LENS),
+            block_size=BLOCK_SIZE,
+            num_layers=num_layers,
+            num_kv_heads=heads[0],
+            head_dim=heads[1],
+            dtype=next(module.parameters()).dtype,
+            device=device,
+        )
+        packed = _packed(module, ids, ReferenceBackend(pool))
+    _check_logits(packed, alone, refused)
+    return _geometry(recorder, num_layers, heads, alone[0].shape[-1])
+
+
+def trace_attention(module: nn.Module, name: str, num_layers: int, vocab_size: int) -> AttentionGeometry:
+    """What `probe_attention` measures of the layers, without their numbers: for a module on the meta device.
+
+    Raises:
+        ModelError: one line that says why the layers cannot be measured.
+    """
+    refused = f"the layers of {name} ({type(module).__name__}) cannot be measured"
+    with _probing(refused), torch.inference_mode():
+        register()
+        module.set_attn_implementation(HOOK_NAME)  # type: ignore[operator]
+        recorder = _Recorder()
+        logits = _packed(module, _probe_ids(vocab_size, next(module.parameters()).device), recorder)
+        heads = _check_calls(recorder, num_layers, refused)
+    return _geometry(recorder, num_layers, heads, logits[0].shape[-1])
+
+
+def _probe_ids(vocab_size: int, device: torch.device) -> list[Tensor]:
+    return [(torch.arange(1, n + 1, device=device) * 7919 + 11 * n) % vocab_size for n in PROBE_LENS]
+
+
+@contextmanager
+def _probing(refused: str) -> Iterator[None]:
+    """Whatever a model's code raises becomes a ModelError of one line."""
     try:
-        with torch.inference_mode():
-            register()
-            module.set_attn_implementation("eager")  # type: ignore[operator]
-            alone = [module(input_ids=row[None], use_cache=False).logits[0, -1] for row in ids]
-            module.set_attn_implementation(HOOK_NAME)  # type: ignore[operator]
-            recorder = _Recorder()
-            _packed(module, ids, recorder)
-            heads = _check_calls(recorder, num_layers, refused)
-            pool = KVPool(
-                num_blocks=sum(-(-n // BLOCK_SIZE) for n in PROBE_LENS),
-                block_size=BLOCK_SIZE,
-                num_layers=num_layers,
-                num_kv_heads=heads[0],
-                head_dim=heads[1],
-                dtype=next(module.parameters()).dtype,
-                device=device,
-            )
-            packed = _packed(module, ids, ReferenceBackend(pool))
+        yield
     except ModelError:
         raise
     # Anything: remote and unusual model code may raise whatever it likes.
@@ -115,14 +145,16 @@ def probe_attention(module: nn.Module, name: str, num_layers: int, vocab_size: i
         raise ModelError(
             f"{refused}: a probing forward failed with {type(error).__name__}: {one_line(error)}"
         ) from error
-    _check_logits(packed, alone, refused)
+
+
+def _geometry(recorder: _Recorder, num_layers: int, heads: tuple[int, int], vocab_size: int) -> AttentionGeometry:
     windows = [window for window in recorder.windows if window is not None]
     return AttentionGeometry(
         num_layers=num_layers,
         num_kv_heads=heads[0],
         head_dim=heads[1],
         sliding_window=max(windows) if len(windows) == num_layers else None,
-        vocab_size=alone[0].shape[-1],
+        vocab_size=vocab_size,
     )
 
 

@@ -1,12 +1,15 @@
 """The simulated runner: features, the step-time model, and one device under overlap."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from engine.clock import VirtualClock
 from engine.errors import ConfigError
 from engine.plan import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from engine.request import Request
-from engine.runner.simulated import LinearStepTime, SimulatedRunner, StepFeatures, step_features
+from engine.runner.simulated import SimulatedRunner
+from engine.runner.step_time import HostTime, LinearStepTime, StepFeatures, step_features
 
 
 def plan(*entries: tuple[int, int], samples: bool = True, num_copies: int = 0) -> StepPlan:
@@ -24,12 +27,13 @@ def test_features_of_a_mixed_step():
         num_kv_tokens=10 + 20 + 3 + 6,
         num_attention_pairs=(1 + 2 + 3) + (5 + 6),
         num_copied_blocks=2,
+        num_prefill_requests=2,
     )
 
 
 def test_the_linear_model_adds_up():
     model = LinearStepTime(1.0, 0.1, 0.01, 0.001, 0.0001, 0.00001)
-    assert model(StepFeatures(1, 2, 3, 4, 5)) == pytest.approx(1.0 + 0.1 + 0.02 + 0.003 + 0.0004 + 0.00005)
+    assert model(StepFeatures(1, 2, 3, 4, 5, 1)) == pytest.approx(1.0 + 0.1 + 0.02 + 0.003 + 0.0004 + 0.00005)
     with pytest.raises(ConfigError, match="per_kv_token"):
         LinearStepTime(1.0, per_kv_token=-1.0)
     with pytest.raises(ConfigError, match="base"):
@@ -57,3 +61,26 @@ def test_steps_in_flight_run_one_after_the_other():
     clock.advance(5.0)
     second.result()
     assert clock.now() == 7.0  # it had ended at 4.0
+
+
+def test_the_host_works_before_and_after_a_step():
+    clock = VirtualClock()
+    host = HostTime(before=0.5, before_per_request=0.1, after=0.25, after_per_request=0.05)
+    runner = SimulatedRunner(LinearStepTime(2.0), clock, host=host)
+    pending = runner.execute(plan((0, 3), (4, 1)), None)
+    assert clock.now() == pytest.approx(0.7)  # the device waits for the host
+    pending.result()
+    assert clock.now() == pytest.approx(2.7)
+    step = SimpleNamespace(plan=plan((0, 3), (4, 1)))
+    runner.after_step(step)
+    assert clock.now() == pytest.approx(3.05)
+
+
+def test_the_host_is_hidden_behind_a_step_in_flight():
+    clock = VirtualClock()
+    runner = SimulatedRunner(LinearStepTime(2.0), clock, host=HostTime(before=0.5))
+    first, second = runner.execute(plan((0, 3)), None), runner.execute(plan((3, 1)), None)
+    first.result()
+    assert clock.now() == pytest.approx(2.5)
+    second.result()
+    assert clock.now() == pytest.approx(4.5)

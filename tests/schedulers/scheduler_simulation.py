@@ -8,7 +8,8 @@ from engine.clock import VirtualClock
 from engine.core import Engine, StepOutput
 from engine.ledger import MemoryLedger
 from engine.request import Request, SamplingParams
-from engine.runner.simulated import LinearStepTime, SimulatedRunner
+from engine.runner.simulated import SimulatedRunner
+from engine.runner.step_time import LinearStepTime
 from experiments.strategies import build_allocator, build_scheduler
 
 STEP_TIME = LinearStepTime(base=0.01, per_prefill_token=0.001, per_decode_request=0.0005)

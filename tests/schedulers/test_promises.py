@@ -7,7 +7,7 @@ import pytest
 from scheduler_simulation import STEP_TIME, request, simulate
 
 from engine.request import Request
-from engine.runner.simulated import StepFeatures
+from engine.runner.step_time import StepFeatures
 
 # ---- chunked: the token budget bounds the time between a running request's tokens
 
@@ -26,12 +26,12 @@ def longest_gap(scheduler: str) -> float:
 
 
 def test_chunked_bounds_the_gap_between_tokens_by_the_budget():
-    longest_step = STEP_TIME(StepFeatures(BUDGET, SEQS, 0, 0, 0))
+    longest_step = STEP_TIME(StepFeatures(BUDGET, SEQS, 0, 0, 0, 1))
     assert longest_gap("chunked") <= longest_step + 1e-9
 
 
 def test_prefill_first_does_not():
-    longest_step = STEP_TIME(StepFeatures(BUDGET, SEQS, 0, 0, 0))
+    longest_step = STEP_TIME(StepFeatures(BUDGET, SEQS, 0, 0, 0, 1))
     assert longest_gap("continuous") > 3 * longest_step
 
 

@@ -1,0 +1,140 @@
+"""What a model's config says, read before any weight: from a directory, or from a bare shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from engine.errors import ConfigError, ModelError
+from engine.models.directory import check_config, one_line, resolve_directory, special_token_ids
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NamedConfig(NamedTuple):
+    """A model's config, the directory that it came from (None for a shape), and how reports call the model."""
+
+    config: PretrainedConfig
+    directory: Path | None
+    name: str
+
+
+def read_model_config(
+    path: str | Path | None, shape: Mapping[str, Any] | None, name: str | None, trust_remote_code: bool
+) -> NamedConfig:
+    """The config of `path` or of `shape`; see `load_model` for the arguments.
+
+    Raises:
+        ConfigError: both or neither are given, or the shape is not valid.
+        ModelError: the directory is missing or broken, or no causal language model has this config.
+    """
+    if (path is None) == (shape is None):
+        what = "both are set" if path is not None else "neither is set"
+        raise ConfigError(f"give model.path (a local directory) or model.shape, and not both: {what}")
+    directory = None if path is None else resolve_directory(path)
+    if directory is not None:
+        name = name or directory.name
+        config = _read_config(directory, trust_remote_code)
+    else:
+        config = _config_from_shape(shape or {})
+        name = name or config.model_type
+    _check_architecture(config, name, trust_remote_code)
+    return NamedConfig(config, directory, name)
+
+
+def end_and_special_tokens(
+    generation_eos: int | list[int] | None, text: PretrainedConfig, directory: Path | None
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Tokens that end a request, and tokens that are not text (the former among them).
+
+    Args:
+        generation_eos: what the generation config says ends a text; it goes before the model config.
+        text: the config of the text model.
+        directory: with tokenizer files, or None.
+    """
+    eos = _as_set(generation_eos) or _as_set(text.eos_token_id)
+    special = eos | _as_set(text.eos_token_id) | _as_set(text.bos_token_id) | _as_set(text.pad_token_id)
+    if directory is not None:
+        special |= special_token_ids(directory)
+    return eos, frozenset(token for token in special if token >= 0)
+
+
+def weights_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype | str:
+    """The dtype to load in; "auto" where neither the user nor the config says. Raises ConfigError on an unknown one."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"engine.dtype={dtype} must be one of {', '.join(DTYPES)} or auto")
+    if dtype != "auto":
+        return DTYPES[dtype]
+    stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(stated, str):
+        stated = DTYPES.get(stated.removeprefix("torch."))
+    return stated if isinstance(stated, torch.dtype) else "auto"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no load report: what matters of them becomes an error line here."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _read_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
+    raw = check_config(directory)
+    if raw["model_type"] not in CONFIG_MAPPING:
+        if "auto_map" not in raw:
+            raise ModelError(
+                f"{directory}/config.json names model type {raw['model_type']!r}, which transformers "
+                f"{transformers.__version__} does not know"
+            )
+        if not trust_remote_code:
+            raise ModelError(
+                f"{directory} brings its own Python code for model type {raw['model_type']!r}; if you trust it, set "
+                "model.trust_remote_code=true"
+            )
+    try:
+        return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=trust_remote_code)
+    # Anything: config classes check their fields in many ways.
+    except Exception as error:
+        raise ModelError(f"{directory}/config.json is not a valid config: {one_line(error)}") from error
+
+
+def _config_from_shape(shape: Mapping[str, Any]) -> PretrainedConfig:
+    fields = dict(shape)
+    model_type = fields.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(f"model.shape.model_type={model_type} is not a model type of transformers")
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:
+        raise ConfigError(f"model.shape is not a valid {model_type} config: {one_line(error)}") from error
+
+
+def _check_architecture(config: PretrainedConfig, name: str, trust_remote_code: bool) -> None:
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise ModelError(
+            f"{name} cannot be run: transformers has no causal language model for model type {config.model_type!r}"
+        )
+
+
+def _as_set(token_ids: int | list[int] | None) -> frozenset[int]:
+    if token_ids is None:
+        return frozenset()
+    return frozenset([token_ids] if isinstance(token_ids, int) else token_ids)

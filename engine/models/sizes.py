@@ -1,0 +1,109 @@
+"""A model's sizes without its weights: what the simulator needs to know of it.
+
+The module is built on the meta device, where tensors have shapes and no memory, and its layers are traced there. So
+every model that the loader drives has sizes, and a 13B model takes no more memory than a small one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from engine.errors import ModelError
+from engine.models.configs import end_and_special_tokens, quiet_transformers, read_model_config, weights_dtype
+from engine.models.limits import max_model_len
+from engine.models.loader import build_dummy
+from engine.models.probe import trace_attention
+from engine.models.spec import ModelSpec
+
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A model as the simulator sees it.
+
+    Attributes:
+        spec: what the engine knows of a model.
+        special_token_ids: tokens that are not text.
+        num_heads: query heads of a layer.
+        num_layer_weights: weights that every token is multiplied with: all but embeddings and the output head.
+        num_head_weights: weights of the output head, which a sampled token is multiplied with.
+        num_experts: experts of a layer; 1 for a dense model.
+    """
+
+    spec: ModelSpec
+    special_token_ids: frozenset[int]
+    num_heads: int
+    num_layer_weights: int
+    num_head_weights: int
+    num_experts: int = 1
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.spec.num_parameters * self.spec.dtype.itemsize
+
+
+def model_sizes(
+    path: str | Path | None = None,
+    shape: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    name: str | None = None,
+) -> ModelSizes:
+    """The sizes of a model, from its config alone. Arguments: see `load_model`.
+
+    Raises:
+        ConfigError: a setting is out of range, or the settings do not fit together.
+        ModelError: the directory is missing or broken, or the layers are not standard attention.
+    """
+    with quiet_transformers():
+        config, directory, name = read_model_config(path, shape, name, trust_remote_code)
+        module = build_dummy(config, weights_dtype(dtype, config), "meta", 0, trust_remote_code, name).eval()
+        text = config.get_text_config()
+        embedding = cast(nn.Module, module.get_input_embeddings()).weight  # type: ignore[operator]
+        geometry = trace_attention(module, name, text.num_hidden_layers, cast(torch.Tensor, embedding).shape[0])
+        eos, special = end_and_special_tokens(_generation_eos(module, directory), text, directory)
+    num_parameters = sum(parameter.numel() for parameter in module.parameters())
+    head = module.get_output_embeddings().weight  # type: ignore[operator]
+    tables = {id(m.weight): m.weight.numel() for m in module.modules() if isinstance(m, nn.Embedding)}
+    outside = tables | {id(head): head.numel()}
+    num_experts = [getattr(text, field, None) for field in EXPERT_FIELDS]
+    return ModelSizes(
+        spec=ModelSpec(
+            name=name,
+            num_layers=geometry.num_layers,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            vocab_size=geometry.vocab_size,
+            max_model_len=max_model_len(text, name),
+            dtype=next(module.parameters()).dtype,
+            eos_token_ids=eos,
+            bos_token_id=text.bos_token_id,
+            num_parameters=num_parameters,
+            sliding_window=geometry.sliding_window,
+        ),
+        special_token_ids=special,
+        num_heads=text.num_attention_heads,
+        num_layer_weights=num_parameters - sum(outside.values()),
+        num_head_weights=head.numel(),
+        num_experts=max(count for count in (1, *num_experts) if isinstance(count, int)),
+    )
+
+
+def _generation_eos(module: nn.Module, directory: Path | None) -> int | list[int] | None:
+    """What ends a text: the directory's generation config goes before the one that the model config implies."""
+    config = getattr(module, "generation_config", None)
+    if directory is not None and (directory / "generation_config.json").is_file():
+        try:
+            config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{directory}/generation_config.json cannot be read: {error}") from error
+    return getattr(config, "eos_token_id", None)

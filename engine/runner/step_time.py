@@ -1,0 +1,180 @@
+"""How long a step takes, as a function of what it computes: the models that drive the simulated runner.
+
+    |<- host, before ->|<-------------- device --------------->|<- host, after ->|
+      schedule, prepare   base + max(weights, GEMMs) + KV + ...   update, record
+
+Without overlap a step takes the sum. With it the host works on the neighbouring steps while the device computes, so
+the host's part shows only where it is longer than the device's. Free of torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol
+
+from engine.errors import ConfigError
+from engine.plan import StepPlan
+
+
+class StepFeatures(NamedTuple):
+    """What a step's time depends on.
+
+    Attributes:
+        num_prefill_tokens: new tokens of requests that compute more than one.
+        num_decode_requests: requests that compute one token.
+        num_kv_tokens: tokens whose KV attention reads, each once per request.
+        num_attention_pairs: (query, key) pairs of the prefill tokens.
+        num_copied_blocks: blocks copied before the forward.
+        num_prefill_requests: requests that compute more than one token.
+    """
+
+    num_prefill_tokens: int
+    num_decode_requests: int
+    num_kv_tokens: int
+    num_attention_pairs: int
+    num_copied_blocks: int
+    num_prefill_requests: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed."""
+        return self.num_prefill_tokens + self.num_decode_requests
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in the step's batch."""
+        return self.num_prefill_requests + self.num_decode_requests
+
+
+def step_features(plan: StepPlan) -> StepFeatures:
+    """The features of `plan`."""
+    prefill = pairs = kv = num_prefills = 0
+    for _, start, num_new in plan.scheduled:
+        kv += start
+        if num_new > 1:
+            num_prefills += 1
+            prefill += num_new
+            pairs += num_new * start + num_new * (num_new + 1) // 2
+    num_decodes = len(plan.scheduled) - num_prefills
+    return StepFeatures(prefill, num_decodes, kv + prefill + num_decodes, pairs, len(plan.copies), num_prefills)
+
+
+class StepTime(Protocol):
+    """Seconds that the device needs for a step."""
+
+    def __call__(self, features: StepFeatures) -> float:
+        """Seconds of a step with these features."""
+        ...
+
+
+def check_seconds(owner: object, prefix: str) -> None:
+    """Raise ConfigError unless every numeric field of the dataclass `owner` is a number of at least 0."""
+    for field in fields(owner):  # type: ignore[arg-type]
+        value = getattr(owner, field.name)
+        # Written so that NaN fails as well.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            raise ConfigError(f"{prefix}.{field.name}={value!r} must be a number of at least 0")
+
+
+@dataclass(frozen=True)
+class LinearStepTime:
+    """Seconds of a step as a linear function of its features.
+
+    Args:
+        base: of any step: weights, launches.
+        per_prefill_token: of each new token of a prompt.
+        per_decode_request: of each request that decodes.
+        per_kv_token: of each token whose KV is read.
+        per_attention_pair: of each (query, key) pair of prompt tokens.
+        per_copied_block: of each block copied.
+
+    Raises:
+        ConfigError: a negative coefficient.
+    """
+
+    base: float
+    per_prefill_token: float = 0.0
+    per_decode_request: float = 0.0
+    per_kv_token: float = 0.0
+    per_attention_pair: float = 0.0
+    per_copied_block: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_seconds(self, "step_time")
+
+    def __call__(self, features: StepFeatures) -> float:
+        """Seconds of a step with these features."""
+        return (
+            self.base
+            + self.per_prefill_token * features.num_prefill_tokens
+            + self.per_decode_request * features.num_decode_requests
+            + self.per_kv_token * features.num_kv_tokens
+            + self.per_attention_pair * features.num_attention_pairs
+            + self.per_copied_block * features.num_copied_blocks
+        )
+
+
+@dataclass(frozen=True)
+class RooflineStepTime:
+    """Seconds of a step whose weights are read once and multiplied with every token: the longer of the two counts.
+
+    Source: the roofline model (Williams et al., CACM 2009) of a decoder's linear layers; attention comes on top, as
+    its KV is read by kernels of their own.
+
+    Args:
+        base: of any step: what kernels lose between one another.
+        weights: to read all weights once.
+        per_token: linear layers, for each token.
+        per_request: the output head and the draw, for each request.
+        per_kv_token: of each token whose KV is read.
+        per_attention_pair: of each (query, key) pair of prompt tokens.
+        per_copied_block: of each block copied.
+
+    Raises:
+        ConfigError: a negative coefficient.
+    """
+
+    base: float
+    weights: float
+    per_token: float
+    per_request: float = 0.0
+    per_kv_token: float = 0.0
+    per_attention_pair: float = 0.0
+    per_copied_block: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_seconds(self, "step_time")
+
+    def __call__(self, features: StepFeatures) -> float:
+        """Seconds of a step with these features."""
+        multiplied = self.per_token * features.num_tokens + self.per_request * features.num_requests
+        return (
+            self.base
+            + max(self.weights, multiplied)
+            + self.per_kv_token * features.num_kv_tokens
+            + self.per_attention_pair * features.num_attention_pairs
+            + self.per_copied_block * features.num_copied_blocks
+        )
+
+
+@dataclass(frozen=True)
+class HostTime:
+    """Seconds that the host needs around a step.
+
+    Args:
+        before: to schedule and prepare a step; without overlap the device waits for it.
+        before_per_request: the same, for each request in the batch.
+        after: to take the tokens in and record them, from the end of a step to the start of the next one.
+        after_per_request: the same, for each request in the batch.
+
+    Raises:
+        ConfigError: a negative value.
+    """
+
+    before: float = 0.0
+    before_per_request: float = 0.0
+    after: float = 0.0
+    after_per_request: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_seconds(self, "host")

@@ -1,0 +1,95 @@
+"""What an engine is made of, and what a simulated one and one that computes have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from engine.clock import Clock
+from engine.core import Engine
+from engine.errors import ConfigError
+from engine.ledger import MemoryLedger
+from engine.models import LoadedModel, ModelSpec
+from engine.plan import KVAllocator, SchedulerProtocol
+from engine.runner.simulated import SimulatedRunner
+from experiments.config import EngineConfig
+
+
+@dataclass
+class EngineParts:
+    """An engine and what it was built from.
+
+    Attributes:
+        engine: runs one strategy; its clock is `clock` and its ledger `ledger`.
+        spec: the model's sizes.
+        special_token_ids: the model's tokens that are not text.
+        model: with its weights; None in a simulation, which has none.
+        max_model_len: longest prompt + output, in tokens.
+        pool_facts: the pool's size and the runner, for the manifest.
+        config: section `engine`.
+        simulator: the runner of a simulation; None when steps are computed.
+        simulation_facts: the profile of a simulation, for the manifest.
+    """
+
+    engine: Engine
+    clock: Clock
+    ledger: MemoryLedger
+    spec: ModelSpec
+    special_token_ids: frozenset[int]
+    model: LoadedModel | None
+    max_model_len: int
+    pool_facts: dict[str, Any]
+    config: EngineConfig
+    simulator: SimulatedRunner | None = None
+    simulation_facts: dict[str, Any] | None = None
+
+
+def pool_facts(allocator: KVAllocator, spec: ModelSpec, runner_facts: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the pool."""
+    slots = allocator.num_blocks * allocator.block_size
+    return {
+        "num_blocks": allocator.num_blocks,
+        "block_size": allocator.block_size,
+        "num_slots": slots,
+        "bytes": slots * spec.kv_bytes_per_token,
+        "runner": runner_facts,
+    }
+
+
+def make_strategy(
+    cfg: DictConfig, num_blocks: int, max_model_len: int, spec: ModelSpec
+) -> tuple[KVAllocator, SchedulerProtocol]:
+    """A fresh allocator over an empty pool, and the scheduler on top of it."""
+    allocator = instantiate(
+        cfg.allocator,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+    )
+    return allocator, instantiate(cfg.scheduler, allocator=allocator, max_model_len=max_model_len)
+
+
+def check_window(allocator: KVAllocator, spec: ModelSpec) -> None:
+    """A window narrower than the model's would free KV that the model still reads."""
+    window = getattr(allocator, "sliding_window", None)
+    if window is not None and (spec.sliding_window is None or window < spec.sliding_window):
+        needs = "sees its whole context" if spec.sliding_window is None else f"sees {spec.sliding_window} tokens"
+        raise ConfigError(
+            f"allocator.sliding_window={window} frees KV that model {spec.name!r} still reads: it {needs}; set it to "
+            f"{'null' if spec.sliding_window is None else f'at least {spec.sliding_window}'}"
+        )
+
+
+def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    """Longest request: the config's, or the model's own. Raises ConfigError when it is over the model's."""
+    if config.max_model_len is None:
+        return spec.max_model_len
+    if config.max_model_len > spec.max_model_len:
+        raise ConfigError(
+            f"engine.max_model_len={config.max_model_len} is over the {spec.max_model_len} positions of model "
+            f"{spec.name!r}; lower it, or set it to null for the model's own"
+        )
+    return config.max_model_len

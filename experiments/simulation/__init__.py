@@ -1,0 +1,1 @@
+"""The simulator: the same strategies, driver and report on a virtual clock, timed by a profile (docs/simulator.md)."""

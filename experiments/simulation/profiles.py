@@ -1,0 +1,192 @@
+"""What a step takes on some device: a file of conf/profile, read and checked.
+
+card (figures of a GPU) x sizes of the model -> StepTime      any pair works
+measured (coefficients of a fit to recorded runs)  -> StepTime      one model, one machine
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from engine.errors import ConfigError
+from engine.models.sizes import ModelSizes
+from engine.runner.step_time import HostTime, LinearStepTime, RooflineStepTime, StepTime
+from experiments.compose import CONF_DIR
+from experiments.workloads.checks import check_number
+
+FORMS: dict[str, type[LinearStepTime | RooflineStepTime]] = {"linear": LinearStepTime, "roofline": RooflineStepTime}
+
+
+@dataclass(frozen=True)
+class Card:
+    """An analytic profile: a GPU's public figures, and the share of them that kernels reach.
+
+    Args:
+        source: where the figures come from.
+        memory_bytes: of the GPU.
+        bandwidth: of its memory, in bytes per second.
+        flops: dense operations per second in 16 bit.
+        bandwidth_efficiency: share of `bandwidth` that reading weights and KV reaches, in (0, 1].
+        flops_efficiency: share of `flops` that matrix products reach, in (0, 1].
+        attention_efficiency: share of `flops` that prompt attention reaches, in (0, 1].
+        layer_gap: seconds lost between the kernels of a layer, for each layer and step.
+        copy_bandwidth: of swapped blocks between GPU and host, in bytes per second.
+        host: seconds of the host around a step.
+
+    Raises:
+        ConfigError: a figure out of range.
+    """
+
+    source: str
+    memory_bytes: float
+    bandwidth: float
+    flops: float
+    bandwidth_efficiency: float
+    flops_efficiency: float
+    attention_efficiency: float
+    layer_gap: float
+    copy_bandwidth: float
+    host: HostTime
+
+    def __post_init__(self) -> None:
+        for name in ("memory_bytes", "bandwidth", "flops", "copy_bandwidth"):
+            check_number(f"profile.{name}", getattr(self, name), above=True)
+        for name in ("bandwidth_efficiency", "flops_efficiency", "attention_efficiency"):
+            if check_number(f"profile.{name}", getattr(self, name), above=True) > 1:
+                raise ConfigError(f"profile.{name}={getattr(self, name)} must be at most 1")
+        check_number("profile.layer_gap", self.layer_gap)
+
+    def step_time(self, sizes: ModelSizes, block_size: int) -> RooflineStepTime:
+        """Weights once, operations per token, KV bytes per context token, at the rates that kernels reach.
+
+        Raises:
+            ConfigError: the model is not dense, or not in 16 bit.
+        """
+        spec = sizes.spec
+        if spec.dtype.itemsize != 2:
+            raise ConfigError(
+                f"runner.profile has rates for 16 bit, and model {spec.name!r} is in {_dtype_name(sizes)}; set "
+                "engine.dtype=bfloat16 or float16 (auto takes what the model says)"
+            )
+        if sizes.num_experts > 1:
+            raise ConfigError(
+                f"runner.profile describes dense models, and model {spec.name!r} has {sizes.num_experts} experts, of "
+                "which a step reads an unknown share; use a profile that experiment=calibrate measured"
+            )
+        read = self.bandwidth * self.bandwidth_efficiency
+        multiply = self.flops * self.flops_efficiency
+        pair_operations = 4 * spec.num_layers * sizes.num_heads * spec.head_dim  # q k^T and p v, two operations each
+        weights = sizes.num_layer_weights + sizes.num_head_weights
+        return RooflineStepTime(
+            base=self.layer_gap * spec.num_layers,
+            weights=weights * spec.dtype.itemsize / read,
+            per_token=2 * sizes.num_layer_weights / multiply,
+            per_request=2 * sizes.num_head_weights / multiply,
+            per_kv_token=spec.kv_bytes_per_token / read,
+            per_attention_pair=pair_operations / (self.flops * self.attention_efficiency),
+            per_copied_block=block_size * spec.kv_bytes_per_token / self.copy_bandwidth,
+        )
+
+    def facts(self, sizes: ModelSizes, block_size: int) -> dict[str, Any]:
+        """Figures and the step time that they give."""
+        return {"kind": "analytic", "figures": asdict(self), "step_time": asdict(self.step_time(sizes, block_size))}
+
+
+@dataclass(frozen=True)
+class MeasuredProfile:
+    """Coefficients that were fitted to recorded runs of one model on one machine.
+
+    Args:
+        source: machine, commit and runs that it comes from.
+        model: name of the model.
+        kv_bytes_per_token: of that model in the dtype that was measured.
+        form: linear or roofline: which function the coefficients belong to.
+        device: its coefficients, in seconds.
+        host: seconds of the host around a step.
+        memory_bytes: of the GPU; None leaves the pool's size to the config.
+
+    Raises:
+        ConfigError: an unknown form, or coefficients that do not fit it.
+    """
+
+    source: str
+    model: str
+    kv_bytes_per_token: int
+    form: str
+    device: Mapping[str, float]
+    host: HostTime
+    memory_bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ConfigError(f"profile.form={self.form!r} must be one of {', '.join(FORMS)}")
+        _build(FORMS[self.form], "profile.device", self.device)
+
+    def step_time(self, sizes: ModelSizes, block_size: int) -> StepTime:  # noqa: ARG002 - as of Card
+        """The fitted function. Raises ConfigError when the model is another one than was measured."""
+        found, measured = sizes.spec.kv_bytes_per_token, self.kv_bytes_per_token
+        if found != measured:
+            raise ConfigError(
+                f"runner.profile was measured with model {self.model!r} ({measured} bytes of KV a token), and model "
+                f"{sizes.spec.name!r} in {_dtype_name(sizes)} has {found}; set model and engine.dtype to what was "
+                "measured, or take a card's profile"
+            )
+        return _build(FORMS[self.form], "profile.device", self.device)
+
+    def facts(self, sizes: ModelSizes, block_size: int) -> dict[str, Any]:
+        """Coefficients and their source."""
+        self.step_time(sizes, block_size)
+        return {"kind": "measured"} | asdict(self)
+
+
+Profile = Card | MeasuredProfile
+KINDS: dict[str, type[Profile]] = {"card": Card, "measured": MeasuredProfile}
+
+
+def load_profile(name: str) -> Profile:
+    """The profile of conf/profile/NAME.yaml, or of a file.
+
+    Raises:
+        ConfigError: there is none, or it is not a profile.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = CONF_DIR / "profile" / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in (CONF_DIR / "profile").glob("*.yaml")))
+        raise ConfigError(f"runner.profile={name} is neither a profile ({known}) nor a YAML file")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"runner.profile={path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or content.get("kind") not in KINDS:
+        raise ConfigError(f"runner.profile={path} must be a mapping with kind: {' or '.join(KINDS)}")
+    values = {str(key): value for key, value in content.items()}
+    kind = KINDS[values.pop("kind")]
+    values["host"] = _build(HostTime, f"{path}: host", values.get("host") or {})
+    return _build(kind, str(path), values)
+
+
+def _build(kind: type, where: str, values: Any) -> Any:
+    """A dataclass from a mapping of its fields."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} must be a mapping")
+    known = [field.name for field in fields(kind)]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ConfigError(f"{where} has an unknown key {unknown[0]!r}; known here: {', '.join(known)}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where} lacks a key: {error}") from error
+
+
+def _dtype_name(sizes: ModelSizes) -> str:
+    return str(sizes.spec.dtype).removeprefix("torch.")

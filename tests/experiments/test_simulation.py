@@ -1,0 +1,169 @@
+"""Simulated runs: sizes without weights, profiles, the host's time under overlap, and a run's files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from engine.errors import ConfigError
+from engine.models import load_model
+from engine.models.sizes import model_sizes
+from engine.runner.step_time import RooflineStepTime, StepFeatures
+from experiments.compose import CONF_DIR, load_config
+from experiments.job import execute
+from experiments.simulation.profiles import load_profile
+
+OPT = ["model=opt-13b-shape", "engine.dtype=auto", "runner=simulated", "runner.profile=a100-40gb"]
+CELL = ["workload=uniform", "workload.num_requests=20", "report.progress=false", "kv_cache.num_slots=6000"]
+CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "uniform", "arrival": "poisson"}
+
+
+def sizes_of(model: str, dtype: str = "auto"):
+    shape = OmegaConf.to_container(load_config([f"model={model}"]).model.shape)
+    return model_sizes(shape=shape, dtype=dtype, name=model)
+
+
+def test_sizes_are_those_of_the_loaded_model():
+    sizes, model = model_sizes("models/demo"), load_model("models/demo")
+    assert sizes.spec == model.spec
+    assert sizes.special_token_ids == model.special_token_ids
+    embedding = model.spec.vocab_size * 128
+    assert sizes.num_head_weights == embedding  # tied to the embedding, and multiplied all the same
+    assert sizes.num_layer_weights == model.spec.num_parameters - embedding
+
+
+def test_opt_13b_has_the_sizes_of_the_paper():
+    sizes = sizes_of("opt-13b-shape")
+    assert sizes.spec.kv_bytes_per_token == 819_200
+    assert sizes.spec.num_parameters == pytest.approx(13e9, rel=0.02)
+    assert sizes.weight_bytes == pytest.approx(26e9, rel=0.02)
+    assert sizes.spec.max_model_len == 2048
+
+
+def test_an_analytic_step_is_bytes_and_operations_over_rates():
+    sizes, card = sizes_of("llama-3.1-8b-shape"), load_profile("h200")
+    step_time = card.step_time(sizes, 16)
+    weights = sizes.num_layer_weights + sizes.num_head_weights
+    read = 4.8e12 * card.bandwidth_efficiency
+    decode = StepFeatures(0, 8, 8000, 0, 0, 0)
+    expected = 2 * weights / read + 8000 * 131_072 / read + 32 * card.layer_gap
+    assert step_time(decode) == pytest.approx(expected)
+    prefill = StepFeatures(8192, 0, 8192, 8192 * 8193 // 2, 0, 2)
+    rate = 9.89e14 * card.flops_efficiency
+    operations = (2 * 8192 * sizes.num_layer_weights + 2 * 2 * sizes.num_head_weights) / rate
+    attention = 4 * 32 * 32 * 128 * (8192 * 8193 // 2) / (9.89e14 * card.attention_efficiency)
+    expected = operations + attention + 8192 * 131_072 / read + 32 * card.layer_gap
+    assert step_time(prefill) == pytest.approx(expected)
+
+
+def test_the_longer_of_bytes_and_operations_counts():
+    step_time = RooflineStepTime(base=1.0, weights=10.0, per_token=1.0)
+    assert step_time(StepFeatures(0, 4, 0, 0, 0, 0)) == 11.0
+    assert step_time(StepFeatures(0, 40, 0, 0, 0, 0)) == 41.0
+
+
+@pytest.mark.parametrize("path", sorted((CONF_DIR / "profile").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_profile_loads_and_states_its_source(path: Path):
+    assert len(load_profile(path.stem).source) > 20
+    assert load_profile(str(path)) == load_profile(path.stem)
+
+
+def test_a_measured_profile_belongs_to_its_model(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "kind: measured\nsource: test\nmodel: llama\nkv_bytes_per_token: 131072\nform: linear\n"
+        "device: {base: 0.5, per_kv_token: 1.0e-3}\nhost: {before: 0.25}\n"
+    )
+    profile = load_profile(str(path))
+    assert profile.step_time(sizes_of("llama-3.1-8b-shape"), 16)(StepFeatures(0, 1, 100, 0, 0, 0)) == pytest.approx(0.6)
+    assert profile.host.before == 0.25
+    with pytest.raises(ConfigError, match="131072 bytes of KV a token"):
+        profile.step_time(sizes_of("qwen3-0.6b-shape"), 16)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("kind: card\nsource: x\n", "lacks a key"),
+        ("kind: guess\n", "kind: card or measured"),
+        ("- 1\n", "kind: card or measured"),
+        ("kind: [\n", "cannot be read as YAML"),
+        ("kind: measured\nsource: x\nmodel: m\nkv_bytes_per_token: 1\nform: cubic\ndevice: {}\n", "form='cubic'"),
+        (
+            "kind: measured\nsource: x\nmodel: m\nkv_bytes_per_token: 1\nform: linear\ndevice: {base: -1}\n",
+            "base=-1",
+        ),
+        (
+            "kind: measured\nsource: x\nmodel: m\nkv_bytes_per_token: 1\nform: linear\ndevice: {bass: 1}\n",
+            "unknown key 'bass'",
+        ),
+    ],
+)
+def test_a_broken_profile_is_one_line(content: str, message: str, tmp_path: Path):
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_profile(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_profile_names_the_known_ones():
+    with pytest.raises(ConfigError, match="a100-40gb, a100-80gb, h100, h200"):
+        load_profile("h300")
+
+
+def test_a_card_refuses_what_it_has_no_rates_for():
+    with pytest.raises(ConfigError, match="16 bit"):
+        load_profile("h200").step_time(sizes_of("llama-3.1-8b-shape", "float32"), 16)
+
+
+def simulate(tmp_path: Path, *overrides: str) -> tuple[dict, Path]:
+    run_dir = tmp_path / str(len(list(tmp_path.iterdir())))
+    run_dir.mkdir()
+    return execute(load_config([*OPT, *CELL, *overrides]), run_dir, "paged x continuous", CHOICES), run_dir
+
+
+def test_a_simulated_run_leaves_a_run_s_files_and_says_what_it_is(tmp_path: Path):
+    summary, run_dir = simulate(tmp_path, "arrival=poisson")
+    assert summary["num_finished"] == 20
+    assert summary["valid"]
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    assert manifest["simulation"]["profile"] == "a100-40gb"
+    assert manifest["simulation"]["kind"] == "analytic"
+    assert manifest["pool"]["bytes"] == 6000 // 16 * 16 * 819_200
+    report = (run_dir / "report.md").read_text()
+    assert "no device computed this run" in report
+    assert "a100-40gb" in report
+    steps = pd.read_parquet(run_dir / "steps.parquet")
+    assert steps["end_time"].iloc[-1] == pytest.approx(manifest["run"]["wall_time"])
+    assert (np.diff(steps["start_time"]) > 0).all()
+
+
+def test_the_same_config_simulates_the_same_run(tmp_path: Path):
+    first, second = (simulate(tmp_path, "arrival=poisson")[1] for _ in range(2))
+    for name in ("requests.parquet", "steps.parquet"):
+        assert pd.read_parquet(first / name).equals(pd.read_parquet(second / name))
+
+
+def test_overlap_hides_the_host_and_changes_no_token_count(tmp_path: Path):
+    room = "kv_cache.num_slots=60000"
+    plain, run_dir = simulate(tmp_path, room)
+    overlapped, _ = simulate(tmp_path, room, "engine.overlap=true")
+    assert overlapped["num_output_tokens"] == plain["num_output_tokens"]
+    host = json.loads((run_dir / "manifest.json").read_text())["simulation"]["figures"]["host"]
+    steps = pd.read_parquet(run_dir / "steps.parquet")
+    on_host = (host["before"] + host["after"]) * len(steps)
+    on_host += (host["before_per_request"] + host["after_per_request"]) * steps["num_scheduled"].sum()
+    saved = plain["wall_time_seconds"] - overlapped["wall_time_seconds"]
+    assert 0.9 * on_host < saved < 1.05 * on_host
+
+
+def test_the_pool_is_what_the_weights_leave_of_the_card(tmp_path: Path):
+    _, run_dir = simulate(tmp_path, "kv_cache.num_slots=null", "engine.gpu_memory_utilization=0.95")
+    # The paper's pool for OPT-13B on this card: 12 GB, 15.7 K slots (its Table 1).
+    assert json.loads((run_dir / "manifest.json").read_text())["pool"]["num_slots"] == pytest.approx(15_700, rel=0.05)
+    with pytest.raises(ConfigError, match="do not fit"):
+        simulate(tmp_path, "kv_cache.num_slots=null", "engine.gpu_memory_utilization=0.5")
