@@ -167,6 +167,7 @@ def _model_facts(spec: ModelSpec) -> dict[str, Any]:
         "name": spec.name,
         "num_parameters": spec.num_parameters,
         "kv_bytes_per_token": spec.kv_bytes_per_token,
+        "max_model_len": spec.max_model_len,
         "dtype": str(spec.dtype).removeprefix("torch."),
     }
 

@@ -14,6 +14,8 @@ from engine.core import StepOutput
 from engine.ledger import MemoryLedger
 from engine.plan import CopyKind
 from engine.request import FinishReason, Request
+from engine.runner.step_time import step_features
+from experiments.decisions import decision_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +34,9 @@ STEP_COUNTS = (
     "num_copies",
     "num_swapped_out",
     "num_swapped_in",
+    "num_prefill_requests",
 )
+STEP_SUMS = ("num_kv_tokens", "num_attention_pairs", "decision_hash")  # 64 bits wide
 
 REQUEST_COLUMNS = {
     "request_id": "string",
@@ -42,6 +46,7 @@ REQUEST_COLUMNS = {
     "num_prompt_tokens": "int32",
     "num_output_tokens": "int32",
     "max_tokens": "int32",
+    "priority": "int32",
     "arrival_time": "double",
     "submit_time": "double",
     "admission_time": "double",
@@ -72,9 +77,10 @@ class RunRecorder:
     """Collects the times of every request and the counts of every step."""
 
     def __init__(self) -> None:
-        self._requests: dict[str, _RequestTimes] = {}
+        self._requests: dict[Request, _RequestTimes] = {}
+        self._rows: dict[Request, int] = {}  # in order of submission
         self._steps: dict[str, array[Any]] = {name: array("d") for name in STEP_TIMES} | {
-            name: array("q") for name in STEP_COUNTS
+            name: array("q") for name in (*STEP_COUNTS, *STEP_SUMS)
         }
         self.num_finished = 0
         self.num_output_tokens = 0
@@ -82,7 +88,8 @@ class RunRecorder:
 
     def on_submit(self, req: Request, now: float) -> None:
         """`req` was handed to the engine at `now`."""
-        self._requests[req.request_id] = _RequestTimes(req, now)
+        self._rows[req] = len(self._rows)
+        self._requests[req] = _RequestTimes(req, now)
         self.max_lateness = max(self.max_lateness, now - req.arrival_time)
 
     def on_rejected(self, req: Request, now: float, error: str) -> None:
@@ -95,7 +102,7 @@ class RunRecorder:
         """Take one finished step in."""
         prefill = decode = recomputed = 0
         for (req, start, num_new_tokens), sampled in zip(step.plan.scheduled, step.plan.samples, strict=True):
-            times = self._requests[req.request_id]
+            times = self._requests[req]
             if times.admission_time != times.admission_time:  # NaN: its first step
                 times.admission_time = step.start_time
             # A token sampled past a stop token (overlap) or after an abort was dropped.
@@ -116,6 +123,7 @@ class RunRecorder:
         num_sampled = sum(step.plan.samples)
         self.num_output_tokens += num_sampled
         plan = step.plan
+        features = step_features(plan)
         counts = (
             step.num_running,
             step.num_waiting,
@@ -129,15 +137,17 @@ class RunRecorder:
             len(plan.copies),
             sum(copy.kind is CopyKind.SWAP_OUT for copy in plan.copies),
             sum(copy.kind is CopyKind.SWAP_IN for copy in plan.copies),
+            features.num_prefill_requests,
         )
+        sums = (features.num_kv_tokens, features.num_attention_pairs, decision_hash(step, self._rows.__getitem__))
         times_of_step = (step.start_time, step.launch_time, step.end_time, step.result.copy_time)
         for name, when in zip(STEP_TIMES, times_of_step, strict=True):
             self._steps[name].append(when)
-        for name, value in zip(STEP_COUNTS, counts, strict=True):
+        for name, value in zip((*STEP_COUNTS, *STEP_SUMS), (*counts, *sums), strict=True):
             self._steps[name].append(value)
 
     def _end(self, req: Request, when: float) -> None:
-        times = self._requests[req.request_id]
+        times = self._requests[req]
         times.finish_time = when
         self.num_finished += 1
 
@@ -163,7 +173,8 @@ class RunRecorder:
         """The steps as columns, without the ledger."""
         columns: dict[str, np.ndarray] = {"step": np.arange(self.num_steps, dtype=np.int32)}
         columns |= {name: np.array(self._steps[name], dtype=np.float64) for name in STEP_TIMES}
-        return columns | {name: np.array(self._steps[name], dtype=np.int32) for name in STEP_COUNTS}
+        columns |= {name: np.array(self._steps[name], dtype=np.int32) for name in STEP_COUNTS}
+        return columns | {name: np.array(self._steps[name], dtype=np.int64) for name in STEP_SUMS}
 
     def write_steps(self, path: Path, ledger: MemoryLedger) -> None:
         """Write steps.parquet: the steps and, beside them, the settled ledger."""
@@ -210,6 +221,7 @@ def _request_row(times: _RequestTimes) -> dict[str, Any]:
         "num_prompt_tokens": req.num_prompt_tokens,
         "num_output_tokens": len(req.output_token_ids),
         "max_tokens": req.sampling.max_tokens,
+        "priority": req.priority,
         "arrival_time": req.arrival_time,
         "submit_time": times.submit_time,
         "admission_time": _or_none(times.admission_time),

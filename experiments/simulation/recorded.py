@@ -1,0 +1,116 @@
+"""A recorded run as something to run again: its requests, its strategy, its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from engine.errors import ConfigError
+from engine.plan import KVAllocator, SchedulerProtocol
+from engine.request import Request, SamplingParams
+from experiments.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from reports.errors import ReportError
+from reports.files import read_json
+
+NEEDED_STEPS = ("num_kv_tokens", "num_attention_pairs", "num_prefill_requests", "decision_hash")
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """The files of a run, read when asked for.
+
+    Attributes:
+        path: the run folder.
+        manifest: manifest.json.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path) -> RecordedRun:
+        """The run in a folder.
+
+        Raises:
+            ConfigError: not a run folder, or one without the columns that a replay needs.
+        """
+        folder = Path(path)
+        try:
+            manifest = read_json(folder / MANIFEST_FILE)
+            missing = [name for name in NEEDED_STEPS if name not in pq.read_schema(folder / STEPS_FILE).names]
+        except (ReportError, OSError, pa.ArrowException) as error:
+            raise ConfigError(f"{folder} is not a run folder: {error}") from error
+        if missing:
+            raise ConfigError(f"{folder / STEPS_FILE} lacks {', '.join(missing)}; record the run again")
+        return cls(folder, manifest)
+
+    @property
+    def name(self) -> str:
+        """How reports call it: model, strategy and folder."""
+        return f"{self.manifest['model']['name']}, {self.manifest['name']}, {self.path.name}"
+
+    @property
+    def overlap(self) -> bool:
+        """Whether steps were planned while others ran."""
+        return bool(self.manifest["config"]["engine"]["overlap"])
+
+    @cached_property
+    def steps(self) -> dict[str, np.ndarray]:
+        """The columns of steps.parquet."""
+        table = pq.read_table(self.path / STEPS_FILE)
+        return {name: table.column(name).to_numpy() for name in table.column_names}
+
+    @cached_property
+    def requests(self) -> list[dict[str, Any]]:
+        """The rows of requests.parquet, in order of submission."""
+        rows: list[dict[str, Any]] = pq.read_table(self.path / REQUESTS_FILE).to_pylist()
+        return rows
+
+    def strategy(self) -> tuple[KVAllocator, SchedulerProtocol]:
+        """A fresh allocator and scheduler as they were configured, over an empty pool of the same size.
+
+        Raises:
+            ConfigError: the manifest does not name their classes.
+        """
+        config = self.manifest["config"]
+        for section in ("allocator", "scheduler"):
+            if "_target_" not in config[section]:
+                raise ConfigError(f"{self.path / MANIFEST_FILE}: config.{section} names no class; record the run again")
+        max_model_len = config["engine"]["max_model_len"] or self.manifest["model"]["max_model_len"]
+        allocator = instantiate(
+            OmegaConf.create(config["allocator"]),
+            num_blocks=self.manifest["pool"]["num_blocks"],
+            max_model_len=max_model_len,
+            kv_bytes_per_token=self.manifest["model"]["kv_bytes_per_token"],
+        )
+        scheduler = instantiate(OmegaConf.create(config["scheduler"]), allocator=allocator, max_model_len=max_model_len)
+        return allocator, scheduler
+
+    def make_requests(self) -> list[Request]:
+        """Fresh requests, in order of submission: the same prompts, limits and arrivals.
+
+        A request that ended by a stop token is given the one that ended it, and no other.
+        """
+        return [
+            Request(
+                request_id=row["request_id"],
+                prompt_token_ids=row["prompt_token_ids"],
+                sampling=SamplingParams(
+                    max_tokens=row["max_tokens"],
+                    stop_token_ids=(row["output_token_ids"][-1],) if row["finish_reason"] == "stop" else (),
+                ),
+                arrival_time=row["arrival_time"],
+                priority=row["priority"],
+                client_id=row["client_id"],
+                oracle_output_len=row["max_tokens"],
+            )
+            for row in self.requests
+        ]

@@ -1,0 +1,114 @@
+"""Replays a recorded run step for step: does the same strategy, given the recorded times, decide the same?
+
+Nothing is computed and nothing is estimated: steps take the times that were recorded, requests are handed over before
+the step before which they were handed over, and samples get the recorded tokens. What is compared is the decision hash
+of every step (`experiments.decisions`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.clock import VirtualClock
+from engine.core import Engine, StepOutput
+from engine.errors import RequestRejected
+from engine.plan import KVAllocator, StepPlan
+from engine.request import Request
+from engine.runner.simulated import SimulatedStep
+from experiments.record import RunRecorder
+from experiments.simulation.recorded import RecordedRun
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """How far a replay followed its recording.
+
+    Attributes:
+        num_steps: recorded steps.
+        num_identical: steps from the first on whose decisions were the same.
+    """
+
+    num_steps: int
+    num_identical: int
+
+    @property
+    def identical(self) -> bool:
+        """Every step decided the same."""
+        return self.num_identical == self.num_steps
+
+    def __str__(self) -> str:
+        return f"decisions: identical in {self.num_identical} of {self.num_steps} steps"
+
+
+class ReplayRunner:
+    """Answers step N with what step N sampled, when step N ended.
+
+    Args:
+        run: the recording.
+        clock: the engine's.
+    """
+
+    def __init__(self, run: RecordedRun, clock: VirtualClock) -> None:
+        self._end_times = run.steps["end_time"].tolist()
+        self._outputs = {row["request_id"]: row["output_token_ids"] for row in run.requests}
+        self._clock = clock
+        self._index = 0
+
+    def execute(self, plan: StepPlan, allocator: KVAllocator) -> SimulatedStep:  # noqa: ARG002 - part of the protocol
+        """Launch the next recorded step."""
+        end_time = self._end_times[min(self._index, len(self._end_times) - 1)]
+        self._index += 1
+        tokens = [
+            self._token(entry.req, entry.start + entry.num_new_tokens) if sample else None
+            for entry, sample in zip(plan.scheduled, plan.samples, strict=True)
+        ]
+        return SimulatedStep(tokens, end_time, self._clock)
+
+    def release(self, request_ids: list[str]) -> None:
+        """Nothing to forget."""
+
+    def _token(self, req: Request, position: int) -> int:
+        """The token at `position`; one that overlap sampled past the end was dropped, so any will do."""
+        outputs = self._outputs[req.request_id]
+        index = position - req.num_prompt_tokens
+        return int(outputs[index]) if index < len(outputs) else 0
+
+
+def replay(run: RecordedRun) -> ReplayResult:
+    """Make the decisions of a recorded run again, until the first that differs."""
+    allocator, scheduler = run.strategy()
+    clock, recorder = VirtualClock(), RunRecorder()
+    engine = Engine(scheduler, allocator, ReplayRunner(run, clock), clock, overlap=run.overlap)
+    recorded = run.steps["decision_hash"]
+    num_steps = len(recorded)
+    requests = list(zip((row["submit_time"] for row in run.requests), run.make_requests(), strict=True))
+    starts, ends = run.steps["start_time"].tolist(), run.steps["end_time"].tolist()
+    submitted = 0
+
+    def take(step: StepOutput | None) -> bool:
+        if step is not None:
+            recorder.on_step(step)
+        return step is not None
+
+    for index in range(num_steps):
+        if engine.in_flight and starts[index] >= ends[index - 1]:
+            # The recorded loop had nothing to plan while the step before ran, and so waited for it.
+            take(engine.step())
+        clock.sleep_until(starts[index])
+        while submitted < len(requests) and requests[submitted][0] <= starts[index]:
+            when, req = requests[submitted]
+            submitted += 1
+            recorder.on_submit(req, when)
+            try:
+                engine.add(req)
+            except RequestRejected as error:
+                recorder.on_rejected(req, when, str(error))
+        if not take(engine.step()) and not engine.in_flight:
+            break  # nothing to plan where a step was recorded
+    while engine.in_flight and recorder.num_steps < num_steps:
+        take(engine.step())
+    found = recorder.step_columns()["decision_hash"][:num_steps]
+    differs = np.flatnonzero(found != recorded[: len(found)])
+    return ReplayResult(num_steps, int(differs[0]) if len(differs) else len(found))

@@ -1,0 +1,122 @@
+"""A recorded run, given its step times, is decided again step for step; a run that was decided otherwise is noticed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from engine.errors import ConfigError
+from experiments.compose import compose_cell
+from experiments.job import execute
+from experiments.simulation.recorded import RecordedRun
+from experiments.simulation.replay import replay
+
+# Small enough for preemptions, and slow enough on the wall clock for requests to arrive in the middle of steps.
+CELL = [
+    "workload=uniform",
+    "workload.num_requests=24",
+    "workload.prompt_len.max=48",
+    "workload.output_len.max=24",
+    "engine.max_model_len=128",
+    "kv_cache.num_slots=256",
+    "scheduler.max_num_batched_tokens=64",
+    "arrival=poisson",
+    "arrival.rate=150",
+    "report.progress=false",
+]
+
+
+def record(folder: Path, *overrides: str) -> RecordedRun:
+    folder.mkdir()
+    cfg, choices = compose_cell([*CELL, *overrides])
+    execute(cfg, folder, "cell", choices)
+    return RecordedRun.read(folder)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
+    return record(tmp_path_factory.mktemp("replay") / "run")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("scheduler=chunked", "engine.overlap=true"),
+        ("scheduler=static", "scheduler.max_num_batched_tokens=128"),
+        ("allocator=radix", "scheduler=fair", "workload=shared_prefix", "sampling.ignore_eos=false"),
+        ("allocator=paged", "allocator.swap_blocks=8", "scheduler.preemption=swap"),
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_every_strategy_decides_the_same_again(overrides: tuple[str, ...], tmp_path: Path):
+    if "workload=shared_prefix" in overrides:
+        cell = ["engine.max_model_len=1024", "kv_cache.num_slots=4096", "scheduler.max_num_batched_tokens=512"]
+        cfg, choices = compose_cell([*overrides, *cell, "workload.num_requests=12", "report.progress=false"])
+        execute(cfg, tmp_path, "cell", choices)
+        run = RecordedRun.read(tmp_path)
+    else:
+        run = record(tmp_path / "run", *overrides)
+    result = replay(run)
+    assert result.num_steps > 20
+    assert result.identical, str(result)
+
+
+def test_wall_clock_arrivals_and_preemptions_are_replayed(recorded: RecordedRun):
+    assert sum(row["num_preemptions"] for row in recorded.requests) > 0
+    result = replay(recorded)
+    assert str(result) == f"decisions: identical in {result.num_steps} of {result.num_steps} steps"
+
+
+def changed(recorded: RecordedRun, folder: Path, **steps: np.ndarray) -> RecordedRun:
+    """A copy of the recording with some columns of steps.parquet replaced."""
+    folder.mkdir()
+    for name in ("manifest.json", "requests.parquet"):
+        (folder / name).write_bytes((recorded.path / name).read_bytes())
+    pq.write_table(pa.table(recorded.steps | steps), folder / "steps.parquet")
+    return RecordedRun.read(folder)
+
+
+def test_one_other_decision_is_found(recorded: RecordedRun, tmp_path: Path):
+    hashes = recorded.steps["decision_hash"].copy()
+    hashes[17] += 1
+    assert replay(changed(recorded, tmp_path / "run", decision_hash=hashes)).num_identical == 17
+
+
+def test_another_strategy_is_found(recorded: RecordedRun, tmp_path: Path):
+    run = changed(recorded, tmp_path / "run")
+    run.manifest["config"]["scheduler"]["max_num_seqs"] = 3
+    result = replay(run)
+    assert 0 < result.num_identical < result.num_steps
+
+
+def test_columns_hold_the_features_of_the_steps(recorded: RecordedRun):
+    steps = recorded.steps
+    decodes = steps["num_prefill_requests"] == 0
+    assert (steps["num_attention_pairs"][decodes] == 0).all()
+    assert (steps["num_attention_pairs"][~decodes] > 0).all()
+    assert (steps["num_kv_tokens"] >= steps["num_new_tokens"]).all()
+    # The ledger counts the same slots: what a decode-only step of all that run reads is what was computed.
+    everybody = decodes & (steps["num_scheduled"] == steps["num_running"])
+    assert (steps["num_kv_tokens"] == steps["token_states"])[everybody].all()
+    assert everybody.sum() > 10
+
+
+def test_a_folder_without_the_columns_is_refused(recorded: RecordedRun, tmp_path: Path):
+    for name in ("manifest.json", "requests.parquet"):
+        (tmp_path / name).write_bytes((recorded.path / name).read_bytes())
+    pq.write_table(pa.table({"step": [0]}), tmp_path / "steps.parquet")
+    with pytest.raises(ConfigError, match="lacks num_kv_tokens"):
+        RecordedRun.read(tmp_path)
+    with pytest.raises(ConfigError, match="not a run folder"):
+        RecordedRun.read(tmp_path / "nothing")
+
+
+def test_a_manifest_without_classes_is_refused(recorded: RecordedRun, tmp_path: Path):
+    run = changed(recorded, tmp_path / "run")
+    manifest = json.loads(json.dumps(run.manifest))
+    del manifest["config"]["scheduler"]["_target_"]
+    with pytest.raises(ConfigError, match="names no class"):
+        RecordedRun(run.path, manifest).strategy()
