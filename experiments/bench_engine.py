@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +214,10 @@ def _timed(args: argparse.Namespace, bed: Bed, ceilings: Ceilings, wanted: list[
         for budget in (8192, 16384):
             yield attempt("prefill", partial(prefill, bed, levers, ceilings, 16, 4096, budget), **label)
     if "offline" in wanted:
-        for budget in args.budget or (8192,):
-            run = partial(offline, bed, levers, args.requests, budget, chunked=args.chunked)
-            yield attempt("offline", run, **label)
+        settings = {name: ABLATIONS[name] for name in args.levers} if args.levers else {"all": levers}
+        for budget, (name, setting) in product(args.budget or (8192,), settings.items()):
+            run = partial(offline, bed, setting, args.requests, budget, chunked=args.chunked)
+            yield attempt("offline", run, **label, levers=name)
     if "profile" in wanted:
         for batch in BATCHES:
             yield attempt("profile", partial(profile_steps, bed, levers, batch, CONTEXT), **label, batch=batch)
@@ -235,7 +236,9 @@ def main() -> None:
     parser.add_argument("--gemm", type=Path, help="a table of bench_gemm")
     parser.add_argument("--skinny", type=int, default=Levers().skinny, help="most rows for the skinny GEMM; 0: none")
     parser.add_argument("--pdl", action="store_true")
-    parser.add_argument("--levers", action="append", choices=sorted(ABLATIONS), help="of section ablate; default: all")
+    parser.add_argument(
+        "--levers", action="append", choices=sorted(ABLATIONS), help="of sections ablate (default: each) and offline"
+    )
     parser.add_argument("--out", type=Path, help="a file that gets every line, too")
     parser.add_argument("--first-token", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -24,6 +24,7 @@ from engine.kv_pool import KVPool
 from engine.models import LoadedModel, load_model
 from engine.request import Request
 from engine.runner.fused_runner import FusedRunner
+from engine.runner.mixed_graphs import graph_tokens
 from experiments.engine_shapes import MAX_MODEL_LEN, SHAPES
 from schedulers.base import Scheduler
 from schedulers.chunked import ChunkedScheduler
@@ -38,6 +39,7 @@ class Levers(NamedTuple):
     Attributes:
         fusions: fused layers; False runs the transformers modules.
         graphs: CUDA graphs of decode steps.
+        mixed: with `graphs`, graphs of small steps with prompts too.
         overlap: plan a step while the one before runs.
         skinny: most rows for which the skinny GEMM is asked; 0 sends every product to the library.
         pdl: start a skinny GEMM before the kernel before it has ended.
@@ -48,6 +50,7 @@ class Levers(NamedTuple):
     overlap: bool = True
     skinny: int = 128
     pdl: bool = False
+    mixed: bool = True
 
 
 ABLATIONS: dict[str, Levers] = {
@@ -55,6 +58,7 @@ ABLATIONS: dict[str, Levers] = {
     "pdl": Levers(pdl=True),
     "no skinny": Levers(skinny=0),
     "no overlap": Levers(overlap=False),
+    "no mixed graphs": Levers(mixed=False),
     "no graphs": Levers(graphs=False),
     "no fusions": Levers(fusions=False),
 }
@@ -107,7 +111,7 @@ class Bed:
     def runner(self, levers: Levers, max_num_seqs: int) -> FusedRunner:
         """A runner for a setting."""
         heads = self.model.module.config.num_attention_heads  # type: ignore[union-attr]
-        on_gpu = self.pool.device.type == "cuda"
+        graphs = levers.graphs and self.pool.device.type == "cuda"
         return FusedRunner(
             self.model,
             self.pool,
@@ -115,7 +119,8 @@ class Bed:
             self.decoder(levers),
             max_num_seqs=max_num_seqs,
             max_model_len=MAX_MODEL_LEN,
-            graphs=levers.graphs and on_gpu,
+            graphs=graphs,
+            mixed_tokens=graph_tokens(self.model.spec.num_parameters) if graphs and levers.mixed else 0,
         )
 
     def engine(

@@ -19,6 +19,7 @@ from engine.kv_pool import KVPool
 from engine.models import LoadedModel
 from engine.runner.fused_runner import FusedRunner
 from engine.runner.graphs import ReservingBackend
+from engine.runner.mixed_graphs import graph_tokens
 from engine.runner.torch_runner import TorchRunner
 from experiments.config import RunnerConfig
 
@@ -57,7 +58,7 @@ def make_runner(
         return TorchRunner(model, pool, backend, seed=seed, clock=clock), facts
     runner = FusedRunner(
         model, pool, backend, decoder, seed=seed, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
-        graphs=graphs, clock=clock,
+        graphs=graphs, mixed_tokens=graph_tokens(model.spec.num_parameters) if graphs else 0, clock=clock,
     )  # fmt: skip
     return runner, facts
 

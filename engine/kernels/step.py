@@ -1,11 +1,11 @@
-"""What a decode step's inputs need on the device, so that the host sends a few integers per request.
+"""What a step's inputs need on the device, so that the host sends a few integers per token and request.
 
 Each request has a row for as long as it lives: its block table and its last sampled token stay on the device. A step
 sends, in batch order, the token where the device does not have it (else -1), the position and the row:
 
     sent      tokens [cap] | positions [cap] | rows [cap]
     device    tables [num_rows, width],  last_tokens [num_rows]
-       -> ids, positions, context lengths, slots and block tables in batch order
+       -> ids, positions, slots; of a decode step also context lengths and block tables, in batch order
 """
 
 from __future__ import annotations
@@ -76,6 +76,31 @@ def expand_decode(
     out.block_table[:count] = tables[rows]
 
 
+def expand_tokens(
+    fields: Tensor, last_tokens: Tensor, tables: Tensor, ids: Tensor, positions: Tensor, slots: Tensor, block_size: int
+) -> None:
+    """Fill `ids`, `positions` and `slots`, int64 [T], of a step whose requests have any number of new tokens.
+
+    Args:
+        fields: int32 [3, T]: tokens, positions, rows; see the module.
+        last_tokens: int64 [num_rows].
+        tables: int32 [num_rows, width].
+        ids, positions, slots: written.
+        block_size: slots per block.
+    """
+    count = len(ids)
+    if fields.is_cuda:
+        expand_tokens_kernel[(triton.cdiv(count, 128),)](
+            fields, last_tokens, tables, ids, positions, slots, count, fields.stride(0), tables.stride(0),
+            BLOCK_SIZE=block_size, BLOCK=128, num_warps=4,
+        )  # fmt: skip
+        return
+    tokens, at, rows = fields.long().unbind()
+    ids.copy_(torch.where(tokens < 0, last_tokens[rows], tokens))
+    positions.copy_(at)
+    slots.copy_(tables[rows, at // block_size].long() * block_size + at % block_size)
+
+
 @triton.jit(do_not_specialize=["count", "stride"])
 def scatter_kernel(flat_ptr, pairs_ptr, count, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """flat[pairs[0]] = pairs[1], BLOCK pairs a program."""
@@ -109,3 +134,21 @@ def expand_kernel(  # type: ignore[no-untyped-def]
         keep = columns < num_blocks
         blocks = tl.load(table + columns, mask=keep)
         tl.store(out_table_ptr + i.to(tl.int64) * stride_out + columns, blocks, mask=keep)
+
+
+@triton.jit(do_not_specialize=["count"])
+def expand_tokens_kernel(  # type: ignore[no-untyped-def]
+    fields_ptr, last_ptr, tables_ptr, ids_ptr, positions_ptr, slots_ptr, count, stride_fields, stride_table,
+    BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK tokens of a step; see `expand_tokens`."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = i < count
+    token = tl.load(fields_ptr + i, mask=keep, other=0).to(tl.int64)
+    position = tl.load(fields_ptr + stride_fields + i, mask=keep, other=0)
+    row = tl.load(fields_ptr + 2 * stride_fields + i, mask=keep, other=0).to(tl.int64)
+    last = tl.load(last_ptr + row, mask=keep & (token < 0), other=0)
+    block = tl.load(tables_ptr + row * stride_table + position // BLOCK_SIZE, mask=keep, other=0).to(tl.int64)
+    tl.store(ids_ptr + i, tl.where(token < 0, last, token), mask=keep)
+    tl.store(positions_ptr + i, position.to(tl.int64), mask=keep)
+    tl.store(slots_ptr + i, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=keep)

@@ -1,6 +1,7 @@
 """The fast runner: a fused forward, and decode steps for which the host sends a few integers and replays a graph.
 
     decode step     fields --one copy--> device | graph: expand, layers, logits | draw | tokens --copy--> host
+    small steps     the same with prompts in them (engine/runner/mixed_graphs.py)
     other steps     as in TorchRunner, on the same fused forward
 
 Sampled tokens stay on the device as the next step's inputs, so with overlap the host prepares step N + 1 while step N
@@ -23,11 +24,13 @@ from engine.fusions.decoder import FusedDecoder
 from engine.kv_pool import KVPool
 from engine.models.spec import LoadedModel
 from engine.plan import KVAllocator, ScheduledRequest, StepPlan, cdiv
+from engine.request import Request
 from engine.runner.base import PendingTokens
 from engine.runner.decode_inputs import NUM_FIELDS, DecodeSender, TableMirror
 from engine.runner.draw import Draw
-from engine.runner.graphs import DecodeGraphs, Forward, ReservingBackend
+from engine.runner.graphs import DecodeGraphs, Forward, GraphCapture, ReservingBackend
 from engine.runner.inputs import StepInputs
+from engine.runner.mixed_graphs import MixedGraphs, MixedStep
 from engine.runner.request_rows import RequestRows
 from engine.runner.torch_runner import StepTokens, TorchRunner
 from engine.sampler import HostTokens, SampledTokens
@@ -42,7 +45,13 @@ class ModuleForward:
     backend: AttentionBackend
 
     def __call__(
-        self, input_ids: Tensor, positions: Tensor, meta: AttentionMetadata, *, out: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        meta: AttentionMetadata,
+        *,
+        out: Tensor | None = None,
+        all_rows: bool = False,  # noqa: ARG002 - `meta.logits_indices` says the same
     ) -> Tensor:
         """See `Forward`."""
         with attention_context(meta, self.backend):
@@ -59,10 +68,16 @@ class FusedForward:
     pool: KVPool
 
     def __call__(
-        self, input_ids: Tensor, positions: Tensor, meta: AttentionMetadata, *, out: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        meta: AttentionMetadata,
+        *,
+        out: Tensor | None = None,
+        all_rows: bool = False,
     ) -> Tensor:
         """See `Forward`."""
-        return self.decoder(input_ids, positions, meta, self.backend, self.pool, all_rows=out is not None, out=out)
+        return self.decoder(input_ids, positions, meta, self.backend, self.pool, all_rows=all_rows, out=out)
 
 
 class FusedRunner(TorchRunner):
@@ -76,7 +91,8 @@ class FusedRunner(TorchRunner):
         seed: random streams of requests without a seed of their own derive from it.
         max_num_seqs: most requests of a step.
         max_model_len: longest context.
-        graphs: capture decode forwards in CUDA graphs.
+        graphs: capture forwards in CUDA graphs.
+        mixed_tokens: most new tokens of a step with prompts that is padded to a bucket, for a graph; 0: none.
         clock: see `TorchRunner`.
     """
 
@@ -91,6 +107,7 @@ class FusedRunner(TorchRunner):
         max_num_seqs: int,
         max_model_len: int,
         graphs: bool = False,
+        mixed_tokens: int = 0,
         clock: Clock | None = None,
     ) -> None:
         super().__init__(model, pool, backend, seed=seed, clock=clock)
@@ -105,21 +122,23 @@ class FusedRunner(TorchRunner):
         self._last_tokens = torch.zeros(room, dtype=torch.int64, device=self._device)
         self._draw = Draw(max_num_seqs, self._device) if self._device.type == "cuda" else None
         self._graphs: DecodeGraphs | None = None
+        self._mixed: MixedGraphs | None = None
         if isinstance(backend, ReservingBackend):
             width = cdiv(max_model_len, pool.block_size)
             tables = torch.zeros(num_rows, width, dtype=torch.int32, device=self._device)
+            logits = torch.zeros(max_num_seqs, model.spec.vocab_size, dtype=model.spec.dtype, device=self._device)
+            capture = GraphCapture() if graphs else None
             self._mirror = TableMirror(num_rows, width)
             self._sender = DecodeSender(max_num_seqs, tables)
             self._graphs = DecodeGraphs(
-                self._model_forward,
-                backend,
-                self._sender.sent,
-                self._last_tokens,
-                tables,
-                torch.zeros(max_num_seqs, model.spec.vocab_size, dtype=model.spec.dtype, device=self._device),
-                pool.block_size,
-                capture=graphs,
-            )
+                self._model_forward, backend, self._sender.fields, self._last_tokens, tables, logits, pool.block_size,
+                capture=capture,
+            )  # fmt: skip
+            if mixed_tokens:
+                self._mixed = MixedGraphs(
+                    self._model_forward, backend, self._mirror, self._last_tokens, tables, self._rows.num_rows, logits,
+                    pool.block_size, mixed_tokens, capture=capture,
+                )  # fmt: skip
 
     def release(self, request_ids: list[str]) -> None:
         """Forget requests that ended."""
@@ -156,14 +175,14 @@ class FusedRunner(TorchRunner):
             self._tables.release(preempted)
         if self._graphs is not None and _is_decode(plan):
             return self._decode(plan, allocator, self._graphs)
+        if self._mixed is not None and plan.scheduled and self._mixed.takes(plan):
+            return self._run_mixed(plan, allocator, self._mixed)
         return super()._step(plan, allocator)
 
     def _decode(self, plan: StepPlan, allocator: KVAllocator, graphs: DecodeGraphs) -> PendingTokens:
         scheduled = plan.scheduled
         count = len(scheduled)
-        rows = np.array([self._rows.row(entry.req) for entry in scheduled], dtype=np.int64)
-        starts = np.fromiter((entry.start for entry in scheduled), np.int64, count)
-        self._update_tables(scheduled, rows.tolist(), allocator)
+        rows, starts = self._rows_and_starts(plan, allocator)
         fields = self._padding(graphs.bucket(count))
         tokens, has_pending = self._input_tokens(scheduled, self._rows.sampled_to[rows] == starts)
         fields[0, :count], fields[1, :count] = tokens, starts
@@ -174,11 +193,37 @@ class FusedRunner(TorchRunner):
         logits = graphs.run(seq_lens)[:count]
         if self._draw is not None and self._rows.is_plain[rows].all():
             self._rows.sampled_to[rows] = starts + 1
-            drawn = self._draw(logits, self._sender.sent[2:], self._last_tokens)
+            drawn = self._draw(logits, self._sender.fields[2:], self._last_tokens)
             host_tokens = self._draw.start_copy(drawn, [entry.req.request_id for entry in scheduled])
         else:
             host_tokens = self._sample(plan, rows, logits, has_pending)
         return StepTokens(host_tokens, plan.samples, None)
+
+    def _run_mixed(self, plan: StepPlan, allocator: KVAllocator, graphs: MixedGraphs) -> PendingTokens:
+        scheduled = plan.scheduled
+        rows, starts = self._rows_and_starts(plan, allocator)
+        on_device = self._rows.sampled_to[rows]
+        tokens: list[int] = []
+        has_pending = False
+        for (req, start, count), sampled_to in zip(scheduled, on_device.tolist(), strict=True):
+            known = req.token_ids(start, start + count)
+            tokens += known
+            if len(known) < count:
+                if len(known) + 1 < count or sampled_to != start + count - 1:
+                    raise _missing_token(req, start + count - 1)
+                tokens.append(-1)
+                has_pending = True
+        counts = np.fromiter((entry.num_new_tokens for entry in scheduled), np.int64, len(scheduled))
+        samples = np.fromiter(plan.samples, np.bool_, len(scheduled))
+        logits = graphs.run(MixedStep(np.array(tokens, dtype=np.int32), starts, counts, rows, samples))
+        host_tokens = self._sample(plan, rows, logits, has_pending) if samples.any() else None
+        return StepTokens(host_tokens, plan.samples, None)
+
+    def _rows_and_starts(self, plan: StepPlan, allocator: KVAllocator) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [n]: each scheduled request's row, its block table brought up to date, and its first position."""
+        rows = np.array([self._rows.row(entry.req) for entry in plan.scheduled], dtype=np.int64)
+        self._update_tables(plan.scheduled, rows.tolist(), allocator)
+        return rows, np.fromiter((entry.start for entry in plan.scheduled), np.int64, len(rows))
 
     def _padding(self, bucket: int) -> np.ndarray:
         """Fields of a step of padding entries: token 0 of the null row, at position 0, greedy."""
@@ -188,11 +233,11 @@ class FusedRunner(TorchRunner):
 
     def _update_tables(self, scheduled: list[ScheduledRequest], rows: list[int], allocator: KVAllocator) -> None:
         block_size = allocator.block_size
-        for (req, start, _), row in zip(scheduled, rows, strict=True):
+        for (req, start, count), row in zip(scheduled, rows, strict=True):
             table = allocator.block_table(req)
-            if len(table) * block_size <= start:
+            if len(table) * block_size < start + count:
                 raise EngineError(
-                    f"request {req.request_id!r} computes position {start} and its block table holds "
+                    f"request {req.request_id!r} computes position {start + count - 1} and its block table holds "
                     f"{len(table) * block_size} slots; a bug of the allocator or scheduler"
                 )
             self._mirror.update(row, table)
@@ -204,10 +249,7 @@ class FusedRunner(TorchRunner):
             req, start, _ = scheduled[i]
             known = req.token_ids(start, start + 1)
             if not known:
-                raise EngineError(
-                    f"request {req.request_id!r} is to compute position {start}, and neither host nor device has its "
-                    "token; a bug of the scheduler"
-                )
+                raise _missing_token(req, start)
             tokens[i] = known[0]
         return tokens, any(entry.start >= entry.req.num_tokens for entry in scheduled)
 
@@ -236,6 +278,13 @@ class FusedRunner(TorchRunner):
             sampled = SampledTokens(token_ids, is_valid, sampled.logprobs, request_ids)
         self._last_tokens[on_device] = sampled.token_ids
         return sampled.start_copy()
+
+
+def _missing_token(req: Request, position: int) -> EngineError:
+    return EngineError(
+        f"request {req.request_id!r} is to compute position {position}, and neither host nor device has its token; a "
+        "bug of the scheduler"
+    )
 
 
 def _is_decode(plan: StepPlan) -> bool:

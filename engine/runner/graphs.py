@@ -11,6 +11,7 @@ compiles what it needs, and is then captured; so a server answers at once and no
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -26,9 +27,15 @@ class Forward(Protocol):
     """A model's forward over a flattened batch whose metadata is prepared."""
 
     def __call__(
-        self, input_ids: Tensor, positions: Tensor, meta: AttentionMetadata, *, out: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        meta: AttentionMetadata,
+        *,
+        out: Tensor | None = None,
+        all_rows: bool = False,
     ) -> Tensor:
-        """Logits [N, V] of `meta.logits_indices`; with `out`, into it and of every token in order."""
+        """Logits [N, V] of `meta.logits_indices`, or with `all_rows` of every token in order; into `out` if given."""
         ...
 
 
@@ -36,8 +43,14 @@ class Forward(Protocol):
 class ReservingBackend(AttentionBackend, Protocol):
     """An attention backend whose plan can live at a fixed address."""
 
-    def reserve(self, meta: AttentionMetadata, num_rows: int) -> None:
-        """Give `meta` a plan of fixed size and address, which `prepare` then fills."""
+    def reserve(self, meta: AttentionMetadata, num_rows: int, num_prefill_tokens: int = 0) -> None:
+        """Give `meta` a plan of fixed size and address, which `prepare` then fills.
+
+        Args:
+            meta: of every step that the plan serves.
+            num_rows: most requests of a step.
+            num_prefill_tokens: most new tokens of requests with more than one.
+        """
         ...
 
 
@@ -45,6 +58,39 @@ def batch_buckets(max_batch: int) -> list[int]:
     """Batch sizes that get a graph: powers of two up to 8, every 8 up to 256, every 32 beyond, and `max_batch`."""
     sizes = [1, 2, 4, *range(8, min(max_batch, 256) + 1, 8), *range(288, max_batch + 1, 32), max_batch]
     return sorted({size for size in sizes if size <= max_batch})
+
+
+class GraphCapture:
+    """Captures CUDA graphs into one memory pool. They must run one at a time, in stream order."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, run: Callable[[], None], what: str) -> torch.cuda.CUDAGraph:
+        """Capture what `run` launches; it must have run before, so that nothing is left to compile.
+
+        Raises:
+            EngineError: `what`, as the message calls it, cannot be captured.
+            torch.OutOfMemoryError: no memory for its buffers.
+        """
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        # Not `torch.cuda.graph`, which waits for the device and collects garbage first: the step is still running.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise EngineError(
+                    f"{what} cannot be captured in a CUDA graph ({str(error).splitlines()[0]}); set runner.graphs=false"
+                ) from error
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph
 
 
 class DecodeGraphs:
@@ -58,7 +104,7 @@ class DecodeGraphs:
         tables: int32 [num_rows, width].
         logits: [most requests of a step, V], written.
         block_size: slots per block.
-        capture: False runs every step without a graph (the same kernels, launched one by one).
+        capture: captures the graphs; None runs every step without one (the same kernels, launched one by one).
     """
 
     def __init__(
@@ -71,7 +117,7 @@ class DecodeGraphs:
         logits: Tensor,
         block_size: int,
         *,
-        capture: bool,
+        capture: GraphCapture | None,
     ) -> None:
         max_batch = len(logits)
         self.buckets = batch_buckets(max_batch)
@@ -88,10 +134,7 @@ class DecodeGraphs:
         self._indices = torch.arange(max_batch, device=tables.device)
         self._metas: dict[int, AttentionMetadata] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._capture_graphs = capture
-        if capture:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream()
+        self._capture = capture
         # The largest first: what the backend reserves for it serves the others, and never moves.
         self._meta(self.buckets[-1])
 
@@ -123,14 +166,15 @@ class DecodeGraphs:
             captured.replay()
         else:
             self._run(bucket, meta)
-            if self._capture_graphs:
-                self._graphs[bucket] = self._capture(bucket, meta)
+            if self._capture is not None:
+                what = f"the decode forward for {bucket} requests"
+                self._graphs[bucket] = self._capture(lambda: self._run(bucket, meta), what)
         return self._logits[:bucket]
 
     def _run(self, bucket: int, meta: AttentionMetadata) -> None:
         buffers = self._buffers
         expand_decode(self._sent, self._last_tokens, self._tables, buffers, bucket, self._block_size)
-        self._forward(buffers.ids[:bucket], buffers.positions[:bucket], meta, out=self._logits[:bucket])
+        self._forward(buffers.ids[:bucket], buffers.positions[:bucket], meta, out=self._logits[:bucket], all_rows=True)
 
     def _meta(self, bucket: int) -> AttentionMetadata:
         meta = self._metas.get(bucket)
@@ -150,23 +194,3 @@ class DecodeGraphs:
             )
             self._backend.reserve(meta, bucket)
         return meta
-
-    def _capture(self, bucket: int, meta: AttentionMetadata) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        # Not `torch.cuda.graph`, which waits for the device and collects garbage first: the step is still running.
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                self._run(bucket, meta)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise EngineError(
-                    f"the decode forward for {bucket} requests cannot be captured in a CUDA graph "
-                    f"({str(error).splitlines()[0]}); set runner.graphs=false"
-                ) from error
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return graph

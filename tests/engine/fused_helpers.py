@@ -21,7 +21,7 @@ from schedulers.chunked import ChunkedScheduler
 class LateReference(ReferenceBackend):
     """The reference as a backend with reserved plans: it plans at the first layer, when the inputs are expanded."""
 
-    def reserve(self, meta: AttentionMetadata, num_rows: int) -> None:
+    def reserve(self, meta: AttentionMetadata, num_rows: int, num_prefill_tokens: int = 0) -> None:
         meta.prepared = None
 
     def prepare(self, meta: AttentionMetadata) -> None:

@@ -45,13 +45,13 @@ def test_sender_sends_fields_and_any_number_of_changes(monkeypatch):
     fields = np.arange(NUM_FIELDS * 5, dtype=np.int32).reshape(NUM_FIELDS, 5)
     indices = np.random.default_rng(0).permutation(64)[:29].tolist()
     sender.send(fields, indices, [100 + i for i in indices])
-    assert torch.equal(sender.sent[:, :5], torch.from_numpy(fields))
+    assert torch.equal(sender.fields[:, :5], torch.from_numpy(fields))
     expected = torch.zeros(64, dtype=torch.int32)
     expected[indices] = torch.tensor(indices, dtype=torch.int32) + 100
     assert torch.equal(tables.view(-1), expected)
     for step in range(5):  # the buffers take turns
         sender.send(fields + step, [step], [step])
-        assert int(sender.sent[0, 0]) == step
+        assert int(sender.fields[0, 0]) == step
         assert int(tables.view(-1)[step]) == step
 
 

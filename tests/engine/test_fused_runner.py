@@ -37,11 +37,12 @@ def requests_of(kind):
     return make_requests(PROMPTS, NUM_TOKENS, **options)
 
 
-def make_fused(model, *, fusions=True, late=True, max_num_seqs=4):
+def make_fused(model, *, fusions=True, late=True, mixed=False, max_num_seqs=4):
     pool = make_pool(model, NUM_BLOCKS, BLOCK_SIZE)
     backend = LateReference(pool) if late else ReferenceBackend(pool)
     decoder = fuse(model, TorchOps(), 128) if fusions else None
-    return FusedRunner(model, pool, backend, decoder, max_num_seqs=max_num_seqs, max_model_len=128)
+    options = {"max_num_seqs": max_num_seqs, "max_model_len": 128, "mixed_tokens": 16 if mixed else 0}
+    return FusedRunner(model, pool, backend, decoder, **options)
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled", "edited"])
@@ -52,11 +53,11 @@ def test_same_tokens_with_every_lever(model, kind):
     assert sum(req.num_preemptions for req in requests) > 0
     assert len({token for tokens in expected for token in tokens}) > 10
     for fusions in (False, True):
-        for late in (False, True):
+        for late, mixed in ((False, False), (True, False), (True, True)):
             for overlap in (False, True):
-                runner = make_fused(model, fusions=fusions, late=late)
+                runner = make_fused(model, fusions=fusions, late=late, mixed=mixed)
                 got = run(runner, requests_of(kind), overlap=overlap)
-                assert got == expected, (fusions, late, overlap)
+                assert got == expected, (fusions, late, mixed, overlap)
 
 
 def test_rows_are_reused_and_tables_follow(model):

@@ -15,7 +15,7 @@ TYPES = {
     "ws_ptr": "*fp32", "lock_ptr": "*i32", "eps": "fp32", "scores_ptr": "*fp32", "tokens_ptr": "*i32",
     "arrived_ptr": "*i32", "params_ptr": "*i32", "last_ptr": "*i64", "out_ptr": "*i64", "sent_ptr": "*i32",
     "tables_ptr": "*i32", "ids_ptr": "*i64", "positions_ptr": "*i64", "slots_ptr": "*i64", "lens_ptr": "*i32",
-    "out_table_ptr": "*i32", "flat_ptr": "*i32", "pairs_ptr": "*i32",
+    "out_table_ptr": "*i32", "flat_ptr": "*i32", "pairs_ptr": "*i32", "fields_ptr": "*i32",
 }  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def main():
     found = dict(gemm_resources())
     found["draw"] = resources(sample.draw_kernel, {"TILE": 1024, "PARTS": 128, "FAST": True}, 4, 3)
     found["expand"] = resources(step.expand_kernel, {"BLOCK_SIZE": 16, "CHUNK": 512}, 2, 3)
+    found["expand tokens"] = resources(step.expand_tokens_kernel, {"BLOCK_SIZE": 16, "BLOCK": 128}, 4, 3)
     found["scatter"] = resources(step.scatter_kernel, {"BLOCK": 256}, 4, 3)
     print(json.dumps(found))
 

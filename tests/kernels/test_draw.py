@@ -84,3 +84,20 @@ def test_scatter_kernel_equals_torch():
     step.scatter_words(expected, pairs)
     step.scatter_kernel[(2,)](got, pairs, 300, pairs.stride(0), BLOCK=256)
     assert torch.equal(got, expected)
+
+
+def test_expand_tokens_kernel_equals_torch():
+    torch.manual_seed(3)
+    tables = torch.randint(1, 50, (6, 40), dtype=torch.int32)
+    last = torch.arange(6) * 10
+    count = 200
+    tokens = torch.randint(-1, 90, (count,), dtype=torch.int32)
+    rows = torch.randint(0, 6, (count,), dtype=torch.int32)
+    fields = torch.stack([tokens, torch.randint(0, 640, (count,), dtype=torch.int32), rows])
+    expected, got = (torch.zeros(3, count, dtype=torch.int64) for _ in range(2))
+    step.expand_tokens(fields, last, tables, *expected, 16)
+    step.expand_tokens_kernel[(2,)](
+        fields, last, tables, *got, count, fields.stride(0), tables.stride(0), BLOCK_SIZE=16, BLOCK=128
+    )
+    assert (expected[0][tokens < 0] == rows[tokens < 0] * 10).all()
+    assert torch.equal(got, expected)

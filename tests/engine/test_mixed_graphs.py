@@ -1,0 +1,90 @@
+"""Small steps with prompts in them, at fixed addresses."""
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from fused_helpers import LateReference, make_pool
+
+from engine.fusions.detect import fuse
+from engine.fusions.ops import TorchOps
+from engine.models import load_model
+from engine.plan import ScheduledRequest, StepPlan
+from engine.request import Request, SamplingParams
+from engine.runner.decode_inputs import TableMirror
+from engine.runner.fused_runner import FusedForward
+from engine.runner.mixed_graphs import MixedGraphs, MixedStep, graph_tokens, row_buckets, token_buckets
+
+NULL_ROW = 6
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    model = load_model(write_checkpoint(tmp_path_factory.mktemp("llama"), "llama"))
+    pool = make_pool(model, 16, 4)
+    forward = FusedForward(fuse(model, TorchOps(), 128), LateReference(pool), pool)
+    mirror, tables = TableMirror(NULL_ROW + 1, 8), torch.zeros(NULL_ROW + 1, 8, dtype=torch.int32)
+    logits = torch.zeros(4, model.spec.vocab_size)
+    last_tokens = torch.arange(16)
+    return MixedGraphs(
+        forward, forward.backend, mirror, last_tokens, tables, NULL_ROW, logits, 4, 32, capture=None
+    ), mirror  # fmt: skip
+
+
+def step_of(*entries):
+    """A step of (row, start, tokens, sampled)."""
+    rows, starts, tokens, samples = zip(*entries, strict=True)
+    return MixedStep(
+        tokens=np.array([token for part in tokens for token in part], dtype=np.int32),
+        starts=np.array(starts),
+        counts=np.array([len(part) for part in tokens]),
+        rows=np.array(rows),
+        samples=np.array(samples),
+    )
+
+
+def test_a_step_gives_the_logits_of_its_requests_alone(graphs):
+    """Padded or not, in company or alone, and with a token that only the device has."""
+    mixed, mirror = graphs
+    mirror.update(2, [3, 4])
+    mirror.update(5, [7, 8, 9])
+    both = mixed.run(step_of((2, 0, [11, 12, 13, 14, 15], True), (5, 0, [21, 22, 23], True))).clone()
+    alone = mixed.run(step_of((5, 0, [21, 22, 23], True))).clone()
+    assert both.shape[0] == 2
+    torch.testing.assert_close(both[1], alone[0], rtol=1e-5, atol=1e-5)
+    on_device = mixed.run(step_of((2, 5, [-1], True), (5, 3, [24, 25], False))).clone()
+    known = mixed.run(step_of((2, 5, [2], True))).clone()  # row 2's last token
+    assert on_device.shape[0] == 1
+    torch.testing.assert_close(on_device[0], known[0], rtol=1e-5, atol=1e-5)
+    # Chunks give what the whole prompt gives.
+    whole = mixed.run(step_of((5, 0, [21, 22, 23, 24, 25], True)))
+    chunk = mixed.run(step_of((5, 3, [24, 25], True)))
+    torch.testing.assert_close(whole, chunk, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_that_ask_for_more_go_elsewhere(graphs):
+    mixed, _ = graphs
+
+    def plan(num_tokens, **sampling):
+        req = Request("r", [1] * 40, SamplingParams(**sampling))
+        return StepPlan(scheduled=[ScheduledRequest(req, 0, num_tokens)], samples=[False])
+
+    assert mixed.takes(plan(32))
+    assert not mixed.takes(plan(33))
+    assert not mixed.takes(plan(8, prompt_logprobs=1))
+
+
+@pytest.mark.parametrize("most", [16, 100, 372, 2048])
+def test_buckets_hold_every_step_and_pad_little(most):
+    buckets = token_buckets(most)
+    assert buckets == sorted(set(buckets))
+    assert buckets[-1] == most
+    for count in range(64, most + 1):
+        bucket = next(size for size in buckets if size >= count)
+        assert bucket <= count * 1.25
+    assert row_buckets(100) == [8, 32, 64, 100]
+
+
+def test_large_models_have_few_host_bound_steps():
+    assert graph_tokens(600_000_000) == 2048
+    assert 300 < graph_tokens(8_000_000_000) < 400
