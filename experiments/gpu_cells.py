@@ -1,0 +1,211 @@
+"""One cell measured on a GPU machine that has neither Hydra nor pyarrow, and made a run folder elsewhere.
+
+    there: run_cell --> plain values --> JSON        here: JSON --> write_run_folder --> run folder and report
+
+Imports torch, transformers, Triton and numpy; what makes run folders imports pyarrow when it is called.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.clock import WallClock
+from engine.core import Engine
+from engine.ledger import MemoryLedger
+from engine.plan import KVAllocator
+from engine.request import Request, SamplingParams
+from engine.runner.base import ModelRunner
+from engine.runner.torch_runner import TorchRunner
+from experiments.driver import drive
+from experiments.engine_setup import BLOCK_SIZE, Bed, Levers, make_bed
+from experiments.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.provenance import git_state, machine, peak_rss_bytes, versions
+from experiments.record import RunRecorder, write_requests, write_steps
+from experiments.workloads.base import WorkloadItem
+from schedulers.base import Scheduler
+
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """An allocator and a scheduler: their names in reports, their classes and options.
+
+    Attributes:
+        allocator, scheduler: names of conf/allocator and conf/scheduler.
+        make_allocator, make_scheduler: their classes.
+        allocator_options, scheduler_options: what differs from the classes' defaults.
+    """
+
+    allocator: str
+    make_allocator: type[Any]
+    scheduler: str
+    make_scheduler: type[Any]
+    allocator_options: dict[str, Any] = field(default_factory=dict)
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As reports call it."""
+        return f"{self.allocator} x {self.scheduler}"
+
+    def build(self, num_blocks: int, max_model_len: int) -> tuple[KVAllocator, Scheduler]:
+        """A fresh allocator over an empty pool, and the scheduler on top of it."""
+        allocator = self.make_allocator(
+            num_blocks=num_blocks, block_size=BLOCK_SIZE, max_model_len=max_model_len, **self.allocator_options
+        )
+        return allocator, self.make_scheduler(allocator, max_model_len=max_model_len, **self.scheduler_options)
+
+    def config(self) -> dict[str, Any]:
+        """The sections `allocator` and `scheduler` of the config that the main job would have."""
+        return {
+            "allocator": {"_target_": _path(self.make_allocator), "block_size": BLOCK_SIZE, **self.allocator_options},
+            "scheduler": {"_target_": _path(self.make_scheduler), **self.scheduler_options},
+        }
+
+
+@dataclass(frozen=True)
+class GpuCell:
+    """What one cell runs.
+
+    Attributes:
+        name: in reports.
+        strategy: allocator and scheduler.
+        max_model_len: longest prompt + output, in tokens.
+        requests: fresh ones.
+        workload: section `workload` of the manifest (name, seed, description).
+        arrival: section `arrival` of the manifest.
+    """
+
+    name: str
+    strategy: Strategy
+    max_model_len: int
+    requests: Sequence[Request]
+    workload: dict[str, Any]
+    arrival: dict[str, Any]
+
+
+def requests_from(items: Sequence[WorkloadItem], times: Sequence[float] | None = None) -> list[Request]:
+    """Greedy requests of the stated output lengths, at `times` (seconds) or all at second 0."""
+    return [
+        Request(
+            request_id=item.request_id or f"request-{i}",
+            prompt_token_ids=item.prompt_token_ids,
+            sampling=SamplingParams(**SAMPLING, max_tokens=item.output_len),
+            arrival_time=0.0 if times is None else float(times[i]),
+            oracle_output_len=item.output_len,
+        )
+        for i, item in enumerate(items)
+    ]
+
+
+def make_runner(
+    shape: str, num_slots: int, max_num_seqs: int, device: str, levers: Levers
+) -> tuple[Bed, ModelRunner, Levers]:
+    """A model of dummy weights, its pool, and a runner ready to decode.
+
+    On a CPU it is the plain runner in fp32, to try a command out; the levers returned say so.
+    """
+    bed = make_bed(shape, num_slots, None, dtype="bfloat16" if device == "cuda" else "float32", device=device)
+    if device != "cuda":
+        return bed, TorchRunner(bed.model, bed.pool), levers._replace(fusions=False, graphs=False)
+    runner = bed.runner(levers, max_num_seqs)
+    runner.warm_up(max_num_seqs)
+    return bed, runner, levers
+
+
+def run_cell(cell: GpuCell, bed: Bed, runner: ModelRunner, levers: Levers) -> dict[str, Any]:
+    """Run one cell: its manifest, request rows and step columns as plain values."""
+    allocator, scheduler = cell.strategy.build(bed.pool.num_blocks, cell.max_model_len)
+    clock, ledger, recorder = WallClock(), MemoryLedger(), RunRecorder()
+    engine = Engine(scheduler, allocator, runner, clock, overlap=levers.overlap, ledger=ledger)
+    gc.collect()
+    gc.freeze()
+    try:
+        clock.reset()
+        drive(engine, cell.requests, recorder)
+    finally:
+        gc.unfreeze()
+    columns = recorder.step_columns() | ledger.settle()
+    return {
+        "manifest": _manifest(cell, bed, levers, recorder),
+        "requests": recorder.request_rows(),
+        "steps": {name: {"dtype": str(column.dtype), "values": column.tolist()} for name, column in columns.items()},
+    }
+
+
+def write_run_folder(cell: dict[str, Any], run_dir: Path, commit: str | None = None) -> None:
+    """Make a run folder, with its report, of what `run_cell` gave.
+
+    Args:
+        cell: its values.
+        run_dir: made if need be.
+        commit: of the checkout that was measured, where it was a copy without git.
+    """
+    from reports.run_report import write_run_report
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    manifest = cell["manifest"]
+    if commit is not None and manifest["git"]["commit"] is None:
+        manifest["git"] = {"commit": commit, "dirty": False}
+    write_requests(run_dir / REQUESTS_FILE, cell["requests"])
+    steps = {name: np.array(column["values"], dtype=column["dtype"]) for name, column in cell["steps"].items()}
+    write_steps(run_dir / STEPS_FILE, steps)
+    (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_run_report(run_dir)
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _manifest(cell: GpuCell, bed: Bed, levers: Levers, recorder: RunRecorder) -> dict[str, Any]:
+    spec, strategy = bed.model.spec, cell.strategy
+    dtype = str(spec.dtype).removeprefix("torch.")
+    num_requests = len(cell.requests)
+    return {
+        "schema_version": 1,
+        "name": cell.name,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "strategy": {
+            "allocator": strategy.allocator,
+            "scheduler": strategy.scheduler,
+            "details": {"block_size": BLOCK_SIZE, **strategy.allocator_options, **strategy.scheduler_options},
+        },
+        "arrival": cell.arrival,
+        "config": strategy.config() | {
+            "engine": {
+                "max_model_len": cell.max_model_len, "dtype": dtype, "device": str(bed.pool.device),
+                "overlap": levers.overlap,
+            },
+            "runner": {"kind": "torch", "fusions": levers.fusions, "graphs": levers.graphs},
+            "kv_cache": {"num_slots": bed.pool.num_slots},
+            "workload": {"name": cell.workload["name"], "num_requests": num_requests, "seed": cell.workload["seed"]},
+            "arrival": cell.arrival,
+            "sampling": SAMPLING,
+        },
+        "git": git_state(),
+        "machine": machine(),
+        "versions": versions(),
+        "model": {
+            "name": spec.name, "num_parameters": spec.num_parameters, "kv_bytes_per_token": spec.kv_bytes_per_token,
+            "max_model_len": spec.max_model_len, "dtype": dtype,
+        },
+        "pool": {
+            "num_blocks": bed.pool.num_blocks, "block_size": BLOCK_SIZE, "num_slots": bed.pool.num_slots,
+            "bytes": bed.pool.num_slots * spec.kv_bytes_per_token,
+        },
+        "workload": cell.workload | {"num_requests": num_requests},
+        "run": {
+            "wall_time": recorder.wall_time, "num_steps": recorder.num_steps, "peak_rss_bytes": peak_rss_bytes(),
+            "max_lateness": recorder.max_lateness, "warmup_time": 0.0,
+        },
+    }  # fmt: skip

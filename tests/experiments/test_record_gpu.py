@@ -1,0 +1,36 @@
+"""The recording for the calibration, tried out on a CPU: its files become run folders that replay step for step."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import record_gpu
+from experiments.simulation.recorded import RecordedRun
+from experiments.simulation.replay import replay
+
+OPTIONS = record_gpu.Options("chunked", num_slots=4096, max_num_seqs=8, seconds=0.1, device="cpu")
+
+
+def test_every_cell_becomes_a_run_folder_that_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(record_gpu, "PROBE_REQUESTS", 2)
+    monkeypatch.setattr(record_gpu, "NUM_REQUESTS", range(3, 4))
+    monkeypatch.setattr(record_gpu, "MAX_OUTPUT_LEN", 16)
+    record_gpu.measure(tmp_path, ["tiny"], OPTIONS, limit=60.0)
+    assert len(list(tmp_path.glob("*.json.gz"))) == 2
+    made = record_gpu.folders(tmp_path, "0" * 40)
+    assert len(made) == 12
+    for folder in made:
+        run = RecordedRun.read(folder)
+        assert run.manifest["git"]["commit"] is not None
+        assert run.overlap is ("overlap" in folder.name)
+        assert {row["num_output_tokens"] - row["max_tokens"] for row in run.requests} == {0}
+        assert replay(run).identical
+        assert (folder / "report.html").is_file()
+
+
+def test_no_cell_starts_after_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(record_gpu, "PROBE_REQUESTS", 2)
+    monkeypatch.setattr(record_gpu, "MAX_OUTPUT_LEN", 4)
+    record_gpu.measure(tmp_path, ["tiny"], OPTIONS, limit=0.0)
+    assert capsys.readouterr().out.count('"skipped"') == 12
+    assert record_gpu.folders(tmp_path, None) == []
