@@ -146,7 +146,7 @@ class FusedRunner(TorchRunner):
         super().release(request_ids)
 
     def warm_up(self, max_batch: int) -> int:
-        """Run, and so compile and capture, every decode bucket up to `max_batch` requests, the largest first.
+        """Run, and so compile and capture, every bucket of small steps and of decode steps up to `max_batch` requests.
 
         Only between steps, with nothing in flight. Writes KV to the null block alone.
 
@@ -161,7 +161,8 @@ class FusedRunner(TorchRunner):
             for bucket in reversed(buckets):
                 self._sender.send(self._padding(bucket), (), ())
                 graphs.run(np.ones(bucket, dtype=np.int32))
-        return len(buckets)
+            num_mixed = 0 if self._mixed is None else self._mixed.warm_up()
+        return len(buckets) + num_mixed
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         self.backend.prepare(inputs.meta)

@@ -82,7 +82,7 @@ def test_buckets_hold_every_step_and_pad_little(most):
     for count in range(64, most + 1):
         bucket = next(size for size in buckets if size >= count)
         assert bucket <= count * 1.25
-    assert row_buckets(100) == [8, 32, 64, 100]
+    assert row_buckets(100) == [8, 64, 100]
 
 
 def test_large_models_have_few_host_bound_steps():
