@@ -90,6 +90,7 @@ def report(folder: Path, commit: str | None) -> dict[str, Any]:
         commit: of the checkout that was measured, where it was a copy without git.
     """
     from reports.comparison import write_comparison
+    from reports.run_report import write_run_report
 
     cells = [json.loads(gzip.decompress(path.read_bytes())) for path in sorted(folder.glob(f"*{SUFFIX}"))]
     if not cells:
@@ -97,6 +98,7 @@ def report(folder: Path, commit: str | None) -> dict[str, Any]:
     cells.sort(key=lambda cell: REPORT_ORDER.index(cell["manifest"]["name"]))
     for number, cell in enumerate(cells):
         write_run_folder(cell, folder / str(number), commit)
+        write_run_report(folder / str(number))
     sweep = {"runs": [str(n) for n in range(len(cells))], "baseline": None, "failed": [], "not_defined": []}
     (folder / SWEEP_FILE).write_text(json.dumps(sweep, indent=2) + "\n")
     return write_comparison(folder)

@@ -143,15 +143,13 @@ def run_cell(cell: GpuCell, bed: Bed, runner: ModelRunner, levers: Levers) -> di
 
 
 def write_run_folder(cell: dict[str, Any], run_dir: Path, commit: str | None = None) -> None:
-    """Make a run folder, with its report, of what `run_cell` gave.
+    """Make a run folder of what `run_cell` gave; `reports.run_report` then makes its report.
 
     Args:
         cell: its values.
         run_dir: made if need be.
         commit: of the checkout that was measured, where it was a copy without git.
     """
-    from reports.run_report import write_run_report
-
     run_dir.mkdir(parents=True, exist_ok=True)
     manifest = cell["manifest"]
     if commit is not None and manifest["git"]["commit"] is None:
@@ -160,7 +158,6 @@ def write_run_folder(cell: dict[str, Any], run_dir: Path, commit: str | None = N
     steps = {name: np.array(column["values"], dtype=column["dtype"]) for name, column in cell["steps"].items()}
     write_steps(run_dir / STEPS_FILE, steps)
     (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
-    write_run_report(run_dir)
 
 
 def _path(kind: type) -> str:

@@ -64,7 +64,7 @@ def make_cell(
     """A cell of `num_requests` at `rate` requests per second; None: all at once."""
     source = ShareGPTWorkload(
         num_requests=num_requests, seed=seed, vocab_size=vocab_size, max_output_len=MAX_OUTPUT_LEN,
-        max_total_len=MAX_MODEL_LEN, on_exceed="drop",
+        max_total_len=MAX_MODEL_LEN, on_exceed="clip",
     )  # fmt: skip
     items = source.items()
     times = None if rate is None else PoissonArrival(rate).times(items, seed)
