@@ -1,4 +1,4 @@
-"""Draws a study's charts: lines with bands, bars side by side, stacked shares."""
+"""Draws a study's charts: lines with bands, bars side by side, stacked shares, points against a line of equality."""
 
 from __future__ import annotations
 
@@ -83,8 +83,9 @@ def _bars(axes: Axes, chart: dict[str, Any]) -> None:
         axes.bar(x, y, width * 0.92, yerr=errors, label=series["name"], ecolor=look.text, **hatch_kwargs(look))
         for place, value in zip(x, y, strict=True):
             if value == value:
-                axes.annotate(f"{value:.3g}", (place, value), xytext=(0, 2), textcoords="offset points", ha="center",
-                              fontsize=8)  # fmt: skip
+                up = value >= 0
+                axes.annotate(f"{value:.3g}", (place, value), xytext=(0, 2 if up else -2), textcoords="offset points",
+                              ha="center", va="bottom" if up else "top", fontsize=8)  # fmt: skip
     axes.set_xticks(positions, groups)
     grid(axes)
     thousands(axes)
@@ -108,4 +109,20 @@ def _stacked(axes: Axes, chart: dict[str, Any]) -> None:
     axes.tick_params(length=0)
 
 
-KINDS: dict[str, Callable[[Axes, dict[str, Any]], None]] = {"lines": _lines, "bars": _bars, "stacked": _stacked}
+def _parity(axes: Axes, chart: dict[str, Any]) -> None:
+    markers = "o^sDvP*X"
+    ends = [np.inf, 0.0]
+    for index, series in enumerate(chart["series"]):
+        look = _look(index, series["name"])
+        axes.plot(
+            series["x"], series["y"], linestyle="", marker=markers[index % len(markers)], markersize=3, alpha=0.55,
+            color=look.color, label=series["name"], markeredgewidth=0,
+        )  # fmt: skip
+        ends = [min(ends[0], *series["x"], *series["y"]), max(ends[1], *series["x"], *series["y"])]
+    axes.plot(ends, ends, color="black", linewidth=0.8, zorder=0)
+    grid(axes)
+
+
+KINDS: dict[str, Callable[[Axes, dict[str, Any]], None]] = {
+    "lines": _lines, "bars": _bars, "stacked": _stacked, "parity": _parity,
+}  # fmt: skip

@@ -9,7 +9,10 @@ the host's part shows only where it is longer than the device's. Free of torch.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from engine.errors import ConfigError
@@ -67,9 +70,11 @@ class StepTime(Protocol):
         ...
 
 
-def check_seconds(owner: object, prefix: str) -> None:
-    """Raise ConfigError unless every numeric field of the dataclass `owner` is a number of at least 0."""
+def check_seconds(owner: object, prefix: str, leave_out: Collection[str] = ()) -> None:
+    """Raise ConfigError unless every field of the dataclass `owner` is a number of at least 0."""
     for field in fields(owner):  # type: ignore[arg-type]
+        if field.name in leave_out:
+            continue
         value = getattr(owner, field.name)
         # Written so that NaN fails as well.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
@@ -155,6 +160,73 @@ class RooflineStepTime:
             + self.per_attention_pair * features.num_attention_pairs
             + self.per_copied_block * features.num_copied_blocks
         )
+
+
+@dataclass(frozen=True)
+class TableStepTime:
+    """Seconds of a step from a table over its tokens, linear in between, and a share for what attention reads.
+
+    What a GPU takes over its tokens has no simple form: it is flat while weights bind, linear where operations do, and
+    has stairs where batches are padded. Beyond the last entry the last slope goes on.
+
+    Args:
+        tokens: numbers of tokens, ascending, at least two.
+        seconds: for each of them, never falling.
+        per_request: for each request in the batch.
+        per_kv_token: of each token whose KV is read.
+        per_attention_pair: of each (query, key) pair of prompt tokens.
+        per_copied_block: of each block copied.
+
+    Raises:
+        ConfigError: a table that falls or is not ascending, or a negative coefficient.
+    """
+
+    tokens: Sequence[float]
+    seconds: Sequence[float]
+    per_request: float = 0.0
+    per_kv_token: float = 0.0
+    per_attention_pair: float = 0.0
+    per_copied_block: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_seconds(self, "step_time", leave_out=("tokens", "seconds"))
+        tokens, seconds = tuple(self.tokens), tuple(self.seconds)
+        if len(tokens) < 2 or len(tokens) != len(seconds):
+            raise ConfigError("step_time.tokens and step_time.seconds must be of one length, at least 2")
+        rising = all(a < b for a, b in pairwise(tokens)) and all(a <= b for a, b in pairwise(seconds))
+        if not rising or tokens[0] < 0 or seconds[0] < 0:
+            raise ConfigError("step_time.tokens must rise and step_time.seconds must not fall, both from at least 0")
+
+    def __call__(self, features: StepFeatures) -> float:
+        """Seconds of a step with these features."""
+        tokens, seconds, count = self.tokens, self.seconds, features.num_tokens
+        right = min(max(bisect_left(tokens, count), 1), len(tokens) - 1)
+        share = max(0.0, (count - tokens[right - 1]) / (tokens[right] - tokens[right - 1]))
+        return (
+            seconds[right - 1]
+            + share * (seconds[right] - seconds[right - 1])
+            + self.per_request * features.num_requests
+            + self.per_kv_token * features.num_kv_tokens
+            + self.per_attention_pair * features.num_attention_pairs
+            + self.per_copied_block * features.num_copied_blocks
+        )
+
+
+@dataclass(frozen=True)
+class TwoPhaseStepTime:
+    """Steps that only decode run other code (CUDA graphs, decode attention) than steps with prompts.
+
+    Args:
+        decode: of steps in which every request computes one token.
+        prefill: of the others.
+    """
+
+    decode: StepTime
+    prefill: StepTime
+
+    def __call__(self, features: StepFeatures) -> float:
+        """Seconds of a step with these features."""
+        return (self.prefill if features.num_prefill_requests else self.decode)(features)
 
 
 @dataclass(frozen=True)

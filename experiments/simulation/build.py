@@ -15,7 +15,7 @@ from engine.models.sizes import ModelSizes, model_sizes
 from engine.runner.simulated import SimulatedRunner
 from experiments.config import EngineConfig, KVCacheConfig, SimulatedRunnerConfig
 from experiments.parts import EngineParts, check_window, make_strategy, pool_facts, resolve_max_model_len
-from experiments.simulation.profiles import Profile, load_profile
+from experiments.simulation.profiles import Card, Profile, load_profile
 
 
 def build_simulated_engine(cfg: DictConfig) -> EngineParts:
@@ -28,6 +28,7 @@ def build_simulated_engine(cfg: DictConfig) -> EngineParts:
     config = EngineConfig.from_config(cfg.engine)
     profile_name = SimulatedRunnerConfig.from_config(cfg.runner).profile
     profile = load_profile(profile_name)
+    profile.check_overlap(config.overlap)
     sizes = model_sizes(
         path=cfg.model.path,
         shape=cast(dict[str, Any] | None, cfg.model.shape and OmegaConf.to_container(cfg.model.shape, resolve=True)),
@@ -61,7 +62,7 @@ def _num_blocks(cfg: DictConfig, config: EngineConfig, sizes: ModelSizes, profil
     """Usable blocks: what the config states, or what the weights leave of the profile's memory."""
     size = KVCacheConfig.from_config(cfg.kv_cache)
     available = None
-    if size == KVCacheConfig(None, None, None) and profile.memory_bytes is not None:
+    if size == KVCacheConfig(None, None, None) and isinstance(profile, Card):
         available = int(profile.memory_bytes * config.gpu_memory_utilization) - sizes.weight_bytes
         if available <= 0:
             raise ConfigError(

@@ -17,11 +17,9 @@ from yaml import YAMLError
 
 from engine.errors import ConfigError
 from engine.models.sizes import ModelSizes
-from engine.runner.step_time import HostTime, LinearStepTime, RooflineStepTime, StepTime
+from engine.runner.step_time import HostTime, RooflineStepTime, StepTime, TableStepTime, TwoPhaseStepTime
 from experiments.compose import CONF_DIR
-from experiments.workloads.checks import check_number
-
-FORMS: dict[str, type[LinearStepTime | RooflineStepTime]] = {"linear": LinearStepTime, "roofline": RooflineStepTime}
+from experiments.workloads.checks import check_bool, check_int, check_number
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,9 @@ class Card:
             per_copied_block=block_size * spec.kv_bytes_per_token / self.copy_bandwidth,
         )
 
+    def check_overlap(self, overlap: bool) -> None:
+        """A card's host time is apart from its device time: right with and without overlap."""
+
     def facts(self, sizes: ModelSizes, block_size: int) -> dict[str, Any]:
         """Figures and the step time that they give."""
         return {"kind": "analytic", "figures": asdict(self), "step_time": asdict(self.step_time(sizes, block_size))}
@@ -101,33 +102,37 @@ class Card:
 
 @dataclass(frozen=True)
 class MeasuredProfile:
-    """Coefficients that were fitted to recorded runs of one model on one machine.
+    """Step times that were fitted to recorded runs of one model on one machine (`experiment=calibrate`).
 
     Args:
         source: machine, commit and runs that it comes from.
         model: name of the model.
         kv_bytes_per_token: of that model in the dtype that was measured.
-        form: linear or roofline: which function the coefficients belong to.
-        device: its coefficients, in seconds.
+        overlap: whether the runs were overlapped: without, preparing a step is part of the device's time.
+        decode: of steps that only decode.
+        prefill: of steps with prompts.
         host: seconds of the host around a step.
-        memory_bytes: of the GPU; None leaves the pool's size to the config.
 
     Raises:
-        ConfigError: an unknown form, or coefficients that do not fit it.
+        ConfigError: a figure out of range.
     """
 
     source: str
     model: str
     kv_bytes_per_token: int
-    form: str
-    device: Mapping[str, float]
+    overlap: bool
+    decode: TableStepTime
+    prefill: TableStepTime
     host: HostTime
-    memory_bytes: float | None = None
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ConfigError(f"profile.form={self.form!r} must be one of {', '.join(FORMS)}")
-        _build(FORMS[self.form], "profile.device", self.device)
+        check_int("profile.kv_bytes_per_token", self.kv_bytes_per_token, 1)
+        check_bool("profile.overlap", self.overlap)
+
+    @property
+    def device(self) -> TwoPhaseStepTime:
+        """The fitted function."""
+        return TwoPhaseStepTime(self.decode, self.prefill)
 
     def step_time(self, sizes: ModelSizes, block_size: int) -> StepTime:  # noqa: ARG002 - as of Card
         """The fitted function. Raises ConfigError when the model is another one than was measured."""
@@ -138,15 +143,24 @@ class MeasuredProfile:
                 f"{sizes.spec.name!r} in {_dtype_name(sizes)} has {found}; set model and engine.dtype to what was "
                 "measured, or take a card's profile"
             )
-        return _build(FORMS[self.form], "profile.device", self.device)
+        return self.device
+
+    def check_overlap(self, overlap: bool) -> None:
+        """Raise ConfigError unless the profile is of runs with, or without, overlap as asked for."""
+        if overlap != self.overlap:
+            raise ConfigError(
+                f"runner.profile was measured with engine.overlap={str(self.overlap).lower()}; set the same, or take a "
+                "profile measured with the other"
+            )
 
     def facts(self, sizes: ModelSizes, block_size: int) -> dict[str, Any]:
-        """Coefficients and their source."""
+        """Figures and their source."""
         self.step_time(sizes, block_size)
         return {"kind": "measured"} | asdict(self)
 
 
 Profile = Card | MeasuredProfile
+PARTS: dict[str, type] = {"host": HostTime, "decode": TableStepTime, "prefill": TableStepTime}
 KINDS: dict[str, type[Profile]] = {"card": Card, "measured": MeasuredProfile}
 
 
@@ -170,8 +184,16 @@ def load_profile(name: str) -> Profile:
         raise ConfigError(f"runner.profile={path} must be a mapping with kind: {' or '.join(KINDS)}")
     values = {str(key): value for key, value in content.items()}
     kind = KINDS[values.pop("kind")]
-    values["host"] = _build(HostTime, f"{path}: host", values.get("host") or {})
+    for key, part in PARTS.items():
+        if key in values:
+            values[key] = _build(part, f"{path}: {key}", values[key])
     return _build(kind, str(path), values)
+
+
+def write_profile(profile: MeasuredProfile, path: Path) -> None:
+    """Write a measured profile as `load_profile` reads it."""
+    content = OmegaConf.to_yaml({"kind": "measured"} | asdict(profile))
+    path.write_text(f"# Fitted by experiment=calibrate (docs/simulator.md); all times in seconds.\n{content}")
 
 
 def _build(kind: type, where: str, values: Any) -> Any:

@@ -94,23 +94,26 @@ class RecordedRun:
         scheduler = instantiate(OmegaConf.create(config["scheduler"]), allocator=allocator, max_model_len=max_model_len)
         return allocator, scheduler
 
-    def make_requests(self) -> list[Request]:
+    def make_requests(self, *, as_long_as_recorded: bool = False) -> list[Request]:
         """Fresh requests, in order of submission: the same prompts, limits and arrivals.
 
-        A request that ended by a stop token is given the one that ended it, and no other.
+        Args:
+            as_long_as_recorded: for a run whose samples are not the recorded tokens: a request that a stop token
+                ended may have as many tokens as it had. Otherwise it gets that token, and no other, as stop token.
         """
-        return [
-            Request(
-                request_id=row["request_id"],
-                prompt_token_ids=row["prompt_token_ids"],
-                sampling=SamplingParams(
-                    max_tokens=row["max_tokens"],
-                    stop_token_ids=(row["output_token_ids"][-1],) if row["finish_reason"] == "stop" else (),
-                ),
-                arrival_time=row["arrival_time"],
-                priority=row["priority"],
-                client_id=row["client_id"],
-                oracle_output_len=row["max_tokens"],
-            )
-            for row in self.requests
-        ]
+        return [self._request(row, as_long_as_recorded) for row in self.requests]
+
+    def _request(self, row: dict[str, Any], as_long_as_recorded: bool) -> Request:
+        stopped, outputs = row["finish_reason"] == "stop", row["output_token_ids"]
+        return Request(
+            request_id=row["request_id"],
+            prompt_token_ids=row["prompt_token_ids"],
+            sampling=SamplingParams(
+                max_tokens=len(outputs) if stopped and as_long_as_recorded else row["max_tokens"],
+                stop_token_ids=(outputs[-1],) if stopped and not as_long_as_recorded else (),
+            ),
+            arrival_time=row["arrival_time"],
+            priority=row["priority"],
+            client_id=row["client_id"],
+            oracle_output_len=row["max_tokens"],
+        )

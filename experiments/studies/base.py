@@ -92,7 +92,8 @@ class Chart:
 
     Attributes:
         name: of its file.
-        kind: lines | bars (side by side) | stacked (bars of shares, one series a segment).
+        kind: lines | bars (side by side) | stacked (bars of shares, one series a segment) |
+            parity (points, and the line on which x and y are equal).
         x_label, y_label: with units.
         caption: what it shows.
         series: what is drawn.

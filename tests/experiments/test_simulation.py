@@ -71,15 +71,28 @@ def test_every_profile_loads_and_states_its_source(path: Path):
     assert load_profile(str(path)) == load_profile(path.stem)
 
 
+MEASURED = """
+kind: measured
+source: test
+model: llama
+kv_bytes_per_token: 131072
+overlap: false
+decode: {tokens: [1, 3, 11], seconds: [0.25, 0.5, 1.5], per_kv_token: 1.0e-3}
+prefill: {tokens: [2, 4], seconds: [1.0, 1.0], per_request: 0.5}
+host: {before: 0.25}
+"""
+
+
 def test_a_measured_profile_belongs_to_its_model(tmp_path: Path):
     path = tmp_path / "mine.yaml"
-    path.write_text(
-        "kind: measured\nsource: test\nmodel: llama\nkv_bytes_per_token: 131072\nform: linear\n"
-        "device: {base: 0.5, per_kv_token: 1.0e-3}\nhost: {before: 0.25}\n"
-    )
+    path.write_text(MEASURED)
     profile = load_profile(str(path))
-    assert profile.step_time(sizes_of("llama-3.1-8b-shape"), 16)(StepFeatures(0, 1, 100, 0, 0, 0)) == pytest.approx(0.6)
     assert profile.host.before == 0.25
+    step_time = profile.step_time(sizes_of("llama-3.1-8b-shape"), 16)
+    assert step_time(StepFeatures(0, 1, 100, 0, 0, 0)) == pytest.approx(0.25 + 0.1)
+    assert step_time(StepFeatures(0, 2, 0, 0, 0, 0)) == pytest.approx(0.375)  # in the middle of two entries
+    assert step_time(StepFeatures(0, 19, 0, 0, 0, 0)) == pytest.approx(2.5)  # beyond the last: its slope goes on
+    assert step_time(StepFeatures(1000, 3, 0, 0, 0, 2)) == pytest.approx(1.0 + 5 * 0.5)
     with pytest.raises(ConfigError, match="131072 bytes of KV a token"):
         profile.step_time(sizes_of("qwen3-0.6b-shape"), 16)
 
@@ -91,15 +104,11 @@ def test_a_measured_profile_belongs_to_its_model(tmp_path: Path):
         ("kind: guess\n", "kind: card or measured"),
         ("- 1\n", "kind: card or measured"),
         ("kind: [\n", "cannot be read as YAML"),
-        ("kind: measured\nsource: x\nmodel: m\nkv_bytes_per_token: 1\nform: cubic\ndevice: {}\n", "form='cubic'"),
-        (
-            "kind: measured\nsource: x\nmodel: m\nkv_bytes_per_token: 1\nform: linear\ndevice: {base: -1}\n",
-            "base=-1",
-        ),
-        (
-            "kind: measured\nsource: x\nmodel: m\nkv_bytes_per_token: 1\nform: linear\ndevice: {bass: 1}\n",
-            "unknown key 'bass'",
-        ),
+        (MEASURED.replace("0.25, 0.5, 1.5", "0.25, 0.5, 0.4"), "must not fall"),
+        (MEASURED.replace("[1, 3, 11]", "[1, 3]"), "of one length"),
+        (MEASURED.replace("per_request: 0.5", "per_request: -0.5"), "per_request=-0.5"),
+        (MEASURED.replace("before: 0.25", "befor: 0.25"), "unknown key 'befor'"),
+        (MEASURED.replace("overlap: false", "overlap: maybe"), "overlap=maybe"),
     ],
 )
 def test_a_broken_profile_is_one_line(content: str, message: str, tmp_path: Path):

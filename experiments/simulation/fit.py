@@ -1,0 +1,226 @@
+"""Fits a profile to recorded runs: device and host seconds per step, by non-negative least squares.
+
+    recorded     start ---- launch ------------------------ end ........ next start
+                 |  before  |   device (after the one before)  |  after   |
+
+The device's time of a step is `end - max(launch, end of the step before)`: without overlap that is all that follows the
+launch, preparing on the host included; with it, what the step added to the queue of the device. Steps that only decode
+and steps with prompts are fitted apart. A step's weight is one over its time, so that relative errors count; steps far
+off the fit (a pause of the machine) lose weight in turns (Huber), and at last the function is scaled so that all steps
+together take what they took: their mean is what throughput depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from engine.errors import ConfigError
+from engine.runner.step_time import HostTime, StepFeatures, TableStepTime
+from experiments.simulation.profiles import MeasuredProfile
+from experiments.simulation.recorded import RecordedRun
+
+FloatArray = NDArray[np.float64]
+
+# Where the table over tokens may bend: finer where batches are padded in steps of 8, and where decodes are.
+KNOTS = np.array(
+    [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384]
+)
+MIN_STEPS = 20  # to fit a phase, and to keep a knot
+HUBER = 3.0  # robust standard deviations
+ROUNDS = 10
+
+
+class Samples(NamedTuple):
+    """The steps of runs, as columns of one length.
+
+    Attributes:
+        features: as of StepFeatures, in its order; float64 [steps, 6].
+        device: seconds.
+        before: seconds from scheduling to launch.
+        after: seconds from the end of the step to the start of the next one; NaN where the engine had no work.
+    """
+
+    features: FloatArray
+    device: FloatArray
+    before: FloatArray
+    after: FloatArray
+
+    @property
+    def num_tokens(self) -> FloatArray:
+        """Tokens computed."""
+        return self.features[:, 0] + self.features[:, 1]
+
+    @property
+    def num_requests(self) -> FloatArray:
+        """Requests in the batch."""
+        return self.features[:, 1] + self.features[:, 5]
+
+    def rows(self) -> list[StepFeatures]:
+        """The features of every step."""
+        return [StepFeatures(*row) for row in self.features.tolist()]
+
+    def take(self, mask: NDArray[np.bool_]) -> Samples:
+        """Those steps."""
+        return Samples(*(column[mask] for column in self))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted profile and how well it fits the steps that it was fitted to.
+
+    Attributes:
+        profile: what `runner.profile` takes.
+        num_steps: that it was fitted to.
+        error: median and 90th percentile of the absolute relative error of a step's device time.
+    """
+
+    profile: MeasuredProfile
+    num_steps: int
+    error: tuple[float, float]
+
+
+def samples(run: RecordedRun) -> Samples:
+    """The steps of one run."""
+    steps = run.steps
+    num_decodes = steps["num_scheduled"] - steps["num_prefill_requests"]
+    features = np.stack(
+        [
+            steps["num_new_tokens"] - num_decodes,
+            num_decodes,
+            steps["num_kv_tokens"],
+            steps["num_attention_pairs"],
+            steps["num_copies"],
+            steps["num_prefill_requests"],
+        ],
+        axis=1,
+    ).astype(np.float64)
+    start, launch, end = steps["start_time"], steps["launch_time"], steps["end_time"]
+    device = end - np.maximum(launch, np.concatenate([[-np.inf], end[:-1]]))
+    # With overlap the call that plans step N + 2 follows the one that ended step N.
+    lag = 2 if run.overlap else 1
+    after = np.full(len(end), np.nan)
+    after[:-lag] = start[lag:] - end[:-lag]
+    after[~(_has_work(run, end) & (after >= 0))] = np.nan
+    return Samples(features, device, launch - start, after)
+
+
+def _has_work(run: RecordedRun, ends: FloatArray) -> NDArray[np.bool_]:
+    """Whether a request was in the engine when each step ended and its tokens were taken in."""
+    submitted = np.sort([row["submit_time"] for row in run.requests])
+    finished = np.sort([row["finish_time"] for row in run.requests if row["finish_time"] is not None])
+    return np.searchsorted(submitted, ends, side="right") > np.searchsorted(finished, ends, side="right")
+
+
+def pooled(parts: Sequence[Samples]) -> Samples:
+    """The steps of several runs."""
+    return Samples(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def fit_profile(runs: Sequence[RecordedRun]) -> Fit:
+    """A profile of the model and machine that all `runs` share.
+
+    Raises:
+        ConfigError: the runs differ in model or overlap, or have too few steps of a kind.
+    """
+    model = {(run.manifest["model"]["name"], run.manifest["model"]["kv_bytes_per_token"], run.overlap) for run in runs}
+    if len(model) != 1:
+        raise ConfigError(f"runs of one model, with or without overlap, make one profile; these are of {sorted(model)}")
+    [(name, kv_bytes, overlap)] = model
+    steps = pooled([samples(run) for run in runs])
+    prefill = steps.features[:, 5] > 0
+    profile = MeasuredProfile(
+        source=_source(runs),
+        model=name,
+        kv_bytes_per_token=kv_bytes,
+        overlap=overlap,
+        decode=_fit_table(steps.take(~prefill), "only decode", name),
+        prefill=_fit_table(steps.take(prefill), "have prompts", name),
+        host=_fit_host(steps),
+    )
+    error = np.abs(predict(profile, steps) / steps.device - 1)
+    return Fit(profile, len(error), (float(np.median(error)), float(np.percentile(error, 90))))
+
+
+def predict(profile: MeasuredProfile, steps: Samples) -> FloatArray:
+    """Device seconds of every step by a profile."""
+    return np.array([profile.device(features) for features in steps.rows()])
+
+
+def _fit_table(steps: Samples, what: str, model: str) -> TableStepTime:
+    if len(steps.device) < MIN_STEPS:
+        raise ConfigError(
+            f"the runs of {model} to fit have {len(steps.device)} steps that {what}, and {MIN_STEPS} are needed; give "
+            "more runs in study.train"
+        )
+    tokens = steps.num_tokens
+    knots = _knots(tokens)
+    # A table that never falls is its first entry plus rises between entries, each at least 0.
+    rises = [np.clip((tokens - a) / (b - a), 0, None if b == knots[-1] else 1) for a, b in pairwise(knots)]
+    decodes_only = not steps.features[:, 5].any()
+    others = [
+        # Of steps that only decode, requests and tokens are the same number.
+        np.zeros(len(tokens)) if decodes_only else steps.num_requests,
+        steps.features[:, 2],
+        steps.features[:, 3],
+        steps.features[:, 4],
+    ]
+    found = _non_negative(np.stack([np.ones(len(tokens)), *rises, *others], axis=1), steps.device)
+    seconds = np.cumsum(found[: len(knots)])
+    per_request, per_kv_token, per_pair, per_copy = found[len(knots) :].tolist()
+    return TableStepTime(knots, seconds.tolist(), per_request, per_kv_token, per_pair, per_copy)
+
+
+def _knots(tokens: FloatArray) -> list[float]:
+    """The entries of KNOTS between which there are enough steps, and the ends."""
+    low, high = float(tokens.min()), float(max(tokens.max(), tokens.min() + 1))
+    knots = [low]
+    for knot in KNOTS[(low < KNOTS) & (high > KNOTS)].tolist():
+        if ((tokens > knots[-1]) & (tokens <= knot)).sum() >= MIN_STEPS:
+            knots.append(float(knot))
+    return [*knots, high]
+
+
+def _fit_host(steps: Samples) -> HostTime:
+    """Host time before and after a step, each as base + share per request."""
+    requests = np.stack([np.ones(len(steps.device)), steps.num_requests], axis=1)
+    known = ~np.isnan(steps.after)
+    before = _non_negative(requests, steps.before)
+    after = _non_negative(requests[known], steps.after[known]) if known.sum() >= MIN_STEPS else np.zeros(2)
+    return HostTime(*before.tolist(), *after.tolist())
+
+
+def _non_negative(columns: FloatArray, seconds: FloatArray) -> FloatArray:
+    """Coefficients of at least 0 with `columns @ coefficients` near `seconds`: relative, robust, equal in sum."""
+    # Far below a microsecond nothing is measured: such times must not get all the weight.
+    relative = 1 / np.maximum(seconds, 1e-6)
+    scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
+    weight = np.ones(len(seconds))
+    found = np.zeros(columns.shape[1])
+    for _ in range(ROUNDS):
+        rows = np.sqrt(weight) * relative
+        found = nnls(columns / scale * rows[:, None], seconds * rows)[0] / scale
+        residual = np.abs(columns @ found - seconds) * relative
+        spread = 1.4826 * np.median(residual) + 1e-9
+        weight = np.minimum(1.0, HUBER * spread / np.maximum(residual, 1e-12))
+    total = float((columns @ found).sum())
+    return np.asarray(found * (seconds.sum() / total) if total > 0 else found)
+
+
+def _source(runs: Sequence[RecordedRun]) -> str:
+    """Machine, commit and runs in one line."""
+    manifest = runs[0].manifest
+    gpu = manifest["machine"]["gpu"]
+    machine = gpu["name"] if gpu else f"{manifest['machine']['cores']} cores of {manifest['machine']['cpu']}"
+    commit = (manifest["git"]["commit"] or "no commit")[:12]
+    seeds = sorted({run.manifest["workload"]["seed"] for run in runs})
+    return (
+        f"{machine}, commit {commit}, {manifest['strategy']['allocator']} x {manifest['strategy']['scheduler']}, "
+        + (f"{len(runs)} runs of workload {manifest['workload']['name']}, seed {', '.join(map(str, seeds))}")
+    )

@@ -1,0 +1,57 @@
+"""Runs a recorded run's workload again under a profile: what the simulator would have said of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from engine.clock import VirtualClock
+from engine.core import Engine
+from engine.ledger import MemoryLedger
+from engine.request import Request
+from engine.runner.simulated import SimulatedRunner
+from experiments.driver import ClosedLoop, drive
+from experiments.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.record import RunRecorder
+from experiments.simulation.profiles import MeasuredProfile
+from experiments.simulation.recorded import RecordedRun
+
+
+def simulate_again(run: RecordedRun, profile: MeasuredProfile, profile_name: str, run_dir: Path) -> None:
+    """Simulate the same requests on the same strategy, and leave a run folder.
+
+    A request that ended by a stop token runs to the length that it had.
+
+    Args:
+        run: the recording.
+        profile: times the steps.
+        profile_name: for the manifest.
+        run_dir: made if need be.
+
+    Raises:
+        ConfigError: the profile is of the other loop (with or without overlap).
+    """
+    profile.check_overlap(run.overlap)
+    allocator, scheduler = run.strategy()
+    clock, ledger, recorder = VirtualClock(), MemoryLedger(), RunRecorder()
+    runner = SimulatedRunner(profile.device, clock, host=profile.host)
+    engine = Engine(scheduler, allocator, runner, clock, overlap=run.overlap, ledger=ledger)
+    requests = run.make_requests(as_long_as_recorded=True)
+    drive(engine, requests, recorder, closed_loop=_closed_loop(run, requests), after_step=runner.after_step)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    recorder.write_requests(run_dir / REQUESTS_FILE)
+    recorder.write_steps(run_dir / STEPS_FILE, ledger)
+    manifest = run.manifest | {
+        "simulation": {"profile": profile_name, "kind": "measured"} | asdict(profile),
+        "run": {"wall_time": recorder.wall_time, "num_steps": recorder.num_steps, "max_lateness": 0.0},
+    }
+    (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _closed_loop(run: RecordedRun, requests: list[Request]) -> ClosedLoop | None:
+    """The users of a closed loop, who send when they were answered; None for an open loop."""
+    arrival = run.manifest["arrival"]
+    if arrival["name"] != "closed_loop":
+        return None
+    return ClosedLoop(requests, arrival["num_users"], arrival["think_time"])

@@ -1,0 +1,103 @@
+"""The calibration finds again what timed its runs, and says so where it does not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from engine.errors import ConfigError
+from engine.models.sizes import model_sizes
+from engine.runner.step_time import StepFeatures
+from experiments.compose import compose_cell, load_config
+from experiments.job import execute
+from experiments.simulation.fit import fit_profile, predict, samples
+from experiments.simulation.profiles import load_profile
+from experiments.simulation.recorded import RecordedRun
+from experiments.studies.base import Findings
+from experiments.studies.calibrate import METRICS, CalibrateStudy
+from experiments.studies.cells import CellRunner
+
+# The recorded machine is a simulated one, so its step times are known.
+MACHINE = ["model=llama-3.1-8b-shape", "engine.dtype=auto", "runner=simulated", "runner.profile=h200"]
+CELL = ["workload=uniform", "workload.num_requests=60", "kv_cache.num_slots=8192", "report.progress=false"]
+LOADS = {"once": ["arrival=all_at_once"], "poisson": ["arrival=poisson", "arrival.rate=20"]}
+
+
+def record(folder: Path, seed: int, *overrides: str) -> str:
+    folder.mkdir(parents=True)
+    cfg, choices = compose_cell([*MACHINE, *CELL, f"workload.seed={seed}", *overrides])
+    execute(cfg, folder, "cell", choices)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
+    root = tmp_path_factory.mktemp("recorded")
+    return {seed: [record(root / f"{name}-{seed}", seed, *load) for name, load in LOADS.items()] for seed in (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def findings(recorded: dict[int, list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Findings, Path]:
+    out = tmp_path_factory.mktemp("study")
+    return CalibrateStudy(recorded[0], recorded[1]).run(CellRunner([], out)), out
+
+
+def test_a_known_machine_is_found_again(findings: tuple[Findings, Path]):
+    found, out = findings
+    assert [claim.verdict for claim in found.claims] == ["holds"] * 2 * (len(METRICS) + 1)
+    assert max(claim.ours for claim in found.claims) < 2.0
+    profile = load_profile(str(out / "profiles" / "llama-3.1-8b-shape-plain.yaml"))
+    truth = load_profile("h200")
+    assert profile.host.after == pytest.approx(truth.host.after, rel=0.01)
+    assert profile.host.after_per_request == pytest.approx(truth.host.after_per_request, rel=0.01)
+    # Without overlap what the host does after the launch is part of the device's time.
+    step = StepFeatures(0, 8, 4000, 0, 0, 0)
+    sizes = model_sizes(shape=OmegaConf.to_container(load_config(MACHINE).model.shape), dtype="auto")
+    expected = truth.step_time(sizes, 16)(step) + truth.host.before + 8 * truth.host.before_per_request
+    assert profile.device(step) == pytest.approx(expected, rel=0.01)
+
+
+def test_the_profile_of_a_study_runs_other_workloads(findings: tuple[Findings, Path], tmp_path: Path):
+    profile = findings[1] / "profiles" / "llama-3.1-8b-shape-plain.yaml"
+    record(tmp_path / "run", 7, f"runner.profile={profile}")
+    with pytest.raises(ConfigError, match=r"measured with engine\.overlap=false"):
+        record(tmp_path / "other", 7, f"runner.profile={profile}", "engine.overlap=true")
+
+
+def test_a_slower_machine_is_seen(recorded: dict[int, list[str]], tmp_path: Path):
+    slow = record(tmp_path / "slow", 1, *LOADS["once"], "runner.profile=a100-40gb")
+    found = CalibrateStudy(recorded[0], [slow]).run(CellRunner([], tmp_path / "study"))
+    assert [claim.verdict for claim in found.claims] == [*["differs"] * len(METRICS), "holds"]
+
+
+def test_pauses_do_not_move_the_fit(recorded: dict[int, list[str]]):
+    runs = [RecordedRun.read(folder) for folder in recorded[0]]
+    clean = samples(runs[0])
+    expected = fit_profile(runs).profile.decode.seconds[-1]
+    # A pause of 50 ms in one step of a hundred, as a machine with other work has them.
+    for run in runs:
+        steps = run.steps
+        pauses = np.where(np.arange(len(steps["step"])) % 100 == 50, 0.05, 0.0)
+        steps["end_time"] = steps["end_time"] + np.cumsum(pauses)
+        for name in ("start_time", "launch_time"):
+            steps[name] = steps[name] + np.cumsum(pauses) - pauses
+    profile = fit_profile(runs).profile
+    assert samples(runs[0]).device.max() > 0.05
+    # The pauses are in the mean, spread over all steps, and nowhere else.
+    pause = 0.05 / 100
+    assert profile.decode.seconds[-1] == pytest.approx(expected + pause, rel=0.05)
+    decodes = clean.take(clean.features[:, 5] == 0)
+    assert predict(profile, decodes).mean() == pytest.approx(decodes.device.mean() + pause, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [([], [0], "study.train is empty"), ([0], [], "study.test is empty"), ([0], [0], "cannot judge its own fit")],
+)
+def test_bad_lists_are_one_line(train: list[int], test: list[int], message: str, recorded: dict[int, list[str]]):
+    def folders(seeds: list[int]) -> list[str]:
+        return [folder for seed in seeds for folder in recorded[seed]]
+
+    with pytest.raises(ConfigError, match=message):
+        CalibrateStudy(folders(train), folders(test))
