@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import gc
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,17 @@ from rich.console import Console
 
 import reports.run_report
 import reports.terminal
-from engine.clock import WallClock
-from engine.core import Engine, run_to_completion
 from engine.models import ModelSpec
-from engine.request import Request
-from engine.runner.fused_runner import FusedRunner
 from experiments.build import Setup, build
 from experiments.compose import NAMING_GROUPS
 from experiments.driver import drive
 from experiments.files import ERROR_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from experiments.output import Progress, print_result
-from experiments.parts import make_strategy
 from experiments.provenance import git_state, machine, peak_rss_bytes, versions
 from experiments.record import RunRecorder
+from experiments.warm_up import warm_up
 
 SCHEMA_VERSION = 1
-WARMUP_REQUESTS = 8
-WARMUP_PROMPT_TOKENS = 24
-WARMUP_OUTPUT_TOKENS = 8
 
 
 def run_job(cfg: DictConfig) -> None:
@@ -75,7 +67,9 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
         choices: the config groups' chosen options (`allocator`, `scheduler`, `workload`, `arrival`).
     """
     setup = build(cfg)
-    warmup_time = warm_up(cfg, setup) if setup.driver.warmup and setup.parts.simulator is None else 0.0
+    warmup_time = 0.0
+    if setup.driver.warmup and setup.parts.simulator is None:
+        warmup_time = warm_up(cfg, setup.parts, [setup.requests[0].sampling])
     recorder = RunRecorder()
     simulator = setup.parts.simulator
     progress = Progress(name, len(setup.requests), bool(cfg.report.progress))
@@ -106,33 +100,6 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
     }
     (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
     return reports.run_report.write_run_report(run_dir)
-
-
-def warm_up(cfg: DictConfig, setup: Setup) -> float:
-    """Run a few requests on a strategy of their own, with the same runner and pool; returns the seconds it took.
-
-    Lazy initialisation happens here and not in the first measured step: on a GPU kernels are compiled, decode graphs
-    captured, and a prompt of a whole step's token budget run. The measured allocator knows nothing of it, so its
-    prefix cache stays cold.
-    """
-    parts = setup.parts
-    clock = WallClock()
-    longest = WARMUP_PROMPT_TOKENS
-    if isinstance(parts.engine.runner, FusedRunner):
-        parts.engine.runner.warm_up(cfg.scheduler.max_num_seqs)
-        longest = cfg.scheduler.max_num_batched_tokens
-    allocator, scheduler = make_strategy(cfg, parts.pool_facts["num_blocks"], parts.max_model_len, parts.spec)
-    engine = Engine(scheduler, allocator, parts.engine.runner, clock, overlap=parts.config.overlap)
-    sampling = replace(setup.requests[0].sampling, max_tokens=WARMUP_OUTPUT_TOKENS)
-    room = min(parts.max_model_len, allocator.max_request_tokens) - WARMUP_OUTPUT_TOKENS
-    prompt_lens = [min(length, room) for length in [*[WARMUP_PROMPT_TOKENS] * (WARMUP_REQUESTS - 1), longest]]
-    requests = [
-        Request(f"warm-up-{i}", [i + 1] * prompt_len, sampling)
-        for i, prompt_len in enumerate(prompt_lens)
-        if prompt_len > 0
-    ]
-    run_to_completion(engine, requests)
-    return clock.now()
 
 
 def _manifest(cfg: DictConfig, setup: Setup, name: str, choices: dict[str, str]) -> dict[str, Any]:

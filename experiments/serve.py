@@ -7,6 +7,7 @@ process, from the config as plain values.
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from engine.server.config import ServerConfig
 from engine.server.front import ModelFiles
 from engine.server.served import ServedEngine
 from engine.server.supervisor import serve as run_server
+
+logger = logging.getLogger("kvarena.engine")
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is
@@ -60,6 +63,7 @@ def build_served_engine(values: dict[str, Any]) -> ServedEngine:
     from engine.models.tokenizer import load_tokenizer
     from engine.server.structured import ConstraintFactory
     from experiments.build import build_engine
+    from experiments.warm_up import SERVED, warm_up
 
     cfg = OmegaConf.create(values)
     if all(size is None for size in values["kv_cache"].values()) and not torch.cuda.is_available():
@@ -67,11 +71,12 @@ def build_served_engine(values: dict[str, Any]) -> ServedEngine:
     parts = build_engine(cfg)
     # A ledger keeps every step; a server runs for ever.
     parts.engine.ledger = None
+    logger.info("the engine has warmed up in %.1f s", warm_up(cfg, parts, SERVED))
     spec = parts.spec
     eos = frozenset(spec.eos_token_ids)
     tokenizer = load_tokenizer(cfg.model.path, bool(cfg.model.trust_remote_code))
     facts = {"cache_dtype": "auto", "gpu_memory_utilization": str(cfg.engine.gpu_memory_utilization)}
-    constraints = ConstraintFactory(tokenizer, spec.vocab_size, eos) if tokenizer.is_fast and eos else None
+    constraints = ConstraintFactory.make(tokenizer, spec.vocab_size, eos)
     return ServedEngine(
         engine=parts.engine,
         max_model_len=parts.max_model_len,

@@ -50,7 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=int, help="TCP port (8000)")
     add("--api-key", nargs="+", metavar="KEY", help="accepted keys; none: no key is asked for")
     add("--served-model-name", nargs="+", metavar="NAME", help="names that requests may use")
-    add("--api-server-count", "--num-fronts", type=int, metavar="N", help="HTTP processes (1)")
+    add(
+        "--api-server-count",
+        "--num-fronts",
+        type=int,
+        metavar="N",
+        help="HTTP processes (one per four cores, at most 4)",
+    )
     add("--max-num-queued-requests", "--max-num-queued-reqs", type=int, metavar="N", help="beyond it: 503")
     add("--shutdown-timeout", type=float, metavar="S", help="seconds that open requests get after SIGTERM (30)")
     add("--allowed-origins", type=json.loads, metavar="JSON", help="CORS origins, a JSON list")
@@ -79,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-cache-memory-gib", type=float, metavar="GIB", help="size of the KV pool")
     add("--swap-space", type=float, metavar="GIB", help="host memory for preempted requests")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
-    add("--async-scheduling", action=argparse.BooleanOptionalAction, help="plan a step while the last one runs")
+    add("--async-scheduling", action=argparse.BooleanOptionalAction, help="plan a step while the last one runs (on)")
     add("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
     add("--pipeline-parallel-size", "-pp", type=int, default=1, metavar="N")
     add("--quantization", "-q", metavar="NAME")
@@ -118,7 +124,7 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
         "engine.device": flags.device,
         "engine.gpu_memory_utilization": flags.gpu_memory_utilization,
         "engine.seed": flags.seed,
-        "engine.overlap": flags.async_scheduling,
+        "engine.overlap": flags.async_scheduling is not False,
         "scheduler.max_num_seqs": flags.max_num_seqs,
         "scheduler.max_num_batched_tokens": flags.max_num_batched_tokens or max(2048, flags.max_num_seqs or 0),
         "allocator.block_size": flags.block_size,

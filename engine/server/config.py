@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import os
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ from typing import Any
 from engine.errors import ConfigError
 
 TOOL_PARSERS = ("auto", "hermes", "llama", "none")
+
+
+def default_num_fronts() -> int:
+    """HTTP processes for this machine: one per four cores that this process may use, from 1 to 4."""
+    return max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class ServerConfig:
         port: TCP port; 0 takes a free one.
         api_keys: accepted bearer keys; empty: no key is asked for.
         served_model_names: names that requests may use; empty: the model directory's name. The first is the one shown.
-        num_fronts: HTTP processes.
+        num_fronts: HTTP processes; by default as many as the cores warrant.
         max_num_queued_requests: requests waiting in the engine beyond which new ones get 503.
         shutdown_timeout: how long open requests may still run after SIGTERM.
         heartbeat_timeout: an engine process silent for so long is taken for dead.
@@ -50,7 +56,7 @@ class ServerConfig:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
-    num_fronts: int = 1
+    num_fronts: int = field(default_factory=default_num_fronts)
     max_num_queued_requests: int = 2048
     shutdown_timeout: float = 30.0
     heartbeat_timeout: float = 3.0
@@ -100,7 +106,7 @@ class ServerConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ServerConfig:
         """Build from a resolved config section; a string stands for a list of one. Raises ConfigError."""
-        known = {field.name: field.type for field in fields(cls)}
+        known = {one.name: one.type for one in fields(cls)}
         made: dict[str, Any] = {}
         for key, value in values.items():
             if key not in known:
@@ -108,6 +114,8 @@ class ServerConfig:
             if str(known[key]).startswith("tuple"):
                 value = () if value is None else (str(value),) if not isinstance(value, (list, tuple)) else value
                 value = tuple(str(item) for item in value)
+            if key == "num_fronts" and value is None:
+                continue
             made[key] = value
         try:
             return cls(**made)

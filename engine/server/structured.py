@@ -8,6 +8,7 @@ can stop a step. A matcher that hits its limit ends the output as early as the g
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import llguidance
@@ -15,6 +16,8 @@ import numpy as np
 
 from engine.errors import RequestError
 from engine.server.protocol import ResponseFormat, StructuredOutputs
+
+logger = logging.getLogger("kvarena.engine")
 
 MAX_SPEC_CHARS = 65536
 MAX_SCHEMA_DEPTH = 64
@@ -137,6 +140,22 @@ class ConstraintFactory:
         self._eos = sorted(eos_token_ids)
         eos = self._eos or None
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
+
+    @classmethod
+    def make(cls, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> ConstraintFactory | None:
+        """A factory, or None (logged) for a model whose tokens cannot be constrained: requests that ask get a 400."""
+        reason = ""
+        if not tokenizer.is_fast:
+            reason = "its tokenizer has no fast form"
+        elif not eos_token_ids:
+            reason = "it has no end-of-sequence token"
+        else:
+            try:
+                return cls(tokenizer, vocab_size, eos_token_ids)
+            except ValueError as error:  # a tokenizer that does not map tokens to bytes
+                reason = _line(error)
+        logger.warning("structured output is not available with this model: %s", reason)
+        return None
 
     def __call__(self, kind: str, text: str) -> MatcherConstraint:
         """A constraint at its start. Raises RequestError when the grammar cannot be compiled."""

@@ -25,7 +25,7 @@ from engine.errors import ConfigError, KvarenaError
 from engine.server import metrics
 from engine.server.config import ServerConfig
 from engine.server.engine_loop import EngineLoop
-from engine.server.front import DRAIN, EXIT, ModelFiles, end_process, run_front
+from engine.server.front import DRAIN, EXIT, ModelFiles, end_process, freeze_heap, run_front
 from engine.server.ipc import socket_pair
 from engine.server.served import ServedEngine
 
@@ -57,6 +57,7 @@ def run_engine(
     except KvarenaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
+    freeze_heap()
     loop.announce()
     try:
         loop.run()

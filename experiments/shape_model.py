@@ -1,0 +1,52 @@
+"""A model directory of a real shape without weights: a config and a word-level tokenizer, for `--load-format dummy`.
+
+python -m experiments.shape_model conf/model/qwen3-0.6b-shape.yaml DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from experiments.compose import CONF_DIR
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+def make_model_dir(shape_file: Path, directory: Path) -> Path:
+    """Write the directory; a token's text is `t` and its number.
+
+    Args:
+        shape_file: a file of conf/model with a shape.
+        directory: made when it is missing.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    shape: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(shape_file).shape)  # type: ignore[assignment]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(shape, indent=1) + "\n")
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2} | {f"t{i}": i for i in range(3, shape["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(str(directory))
+    return directory
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make one directory."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", type=Path, help=f"a file with a shape, such as {CONF_DIR.name}/model/*-shape.yaml")
+    parser.add_argument("directory", type=Path)
+    options = parser.parse_args(argv)
+    print(make_model_dir(options.shape, options.directory))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Runs an engine's runner a little before anything counts, so that lazy initialisation is over by then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from omegaconf import DictConfig
+
+from engine.clock import WallClock
+from engine.core import Engine, run_to_completion
+from engine.request import Request, SamplingParams
+from engine.runner.fused_runner import FusedRunner
+from experiments.build import EngineParts
+from experiments.parts import make_strategy
+
+NUM_REQUESTS = 8
+PROMPT_TOKENS = 24
+OUTPUT_TOKENS = 8
+# What clients of a server ask for most: each kind of sampling has code of its own.
+SERVED = (SamplingParams(), SamplingParams(temperature=0.7), SamplingParams(temperature=0.7, top_p=0.9))
+
+
+def warm_up(cfg: DictConfig, parts: EngineParts, samplings: Sequence[SamplingParams]) -> float:
+    """Run a few requests on a strategy of their own, with the same runner and pool; returns the seconds it took.
+
+    On a GPU kernels are compiled, decode graphs captured (a graph is otherwise captured when its batch size first comes
+    up, which delays that step by tens of milliseconds each time), and a prompt of a whole step's token budget run. The
+    engine's own allocator knows nothing of it, so its prefix cache stays cold.
+
+    Args:
+        cfg: what `parts` was built from.
+        parts: an idle engine.
+        samplings: how the requests pick their tokens, in turn; their lengths are set here.
+    """
+    clock = WallClock()
+    longest = PROMPT_TOKENS
+    if isinstance(parts.engine.runner, FusedRunner):
+        parts.engine.runner.warm_up(cfg.scheduler.max_num_seqs)
+        longest = cfg.scheduler.max_num_batched_tokens
+    allocator, scheduler = make_strategy(cfg, parts.pool_facts["num_blocks"], parts.max_model_len, parts.spec)
+    engine = Engine(scheduler, allocator, parts.engine.runner, clock, overlap=parts.config.overlap)
+    room = min(parts.max_model_len, allocator.max_request_tokens) - OUTPUT_TOKENS
+    prompt_lens = [min(length, room) for length in [*[PROMPT_TOKENS] * (NUM_REQUESTS - 1), longest]]
+    requests = [
+        Request(f"warm-up-{i}", [i + 1] * prompt_len, replace(samplings[i % len(samplings)], max_tokens=OUTPUT_TOKENS))
+        for i, prompt_len in enumerate(prompt_lens)
+        if prompt_len > 0
+    ]
+    run_to_completion(engine, requests)
+    return clock.now()

@@ -1,0 +1,35 @@
+"""Structured output without a server."""
+
+from __future__ import annotations
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from engine.server.structured import ConstraintFactory
+
+
+def _word_level() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1, "yes": 2, "no": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_tokenizer_without_bytes_means_no_structured_output_and_not_no_server(caplog):
+    assert ConstraintFactory.make(_word_level(), 4, frozenset({0})) is None
+    assert "structured output is not available with this model" in caplog.text
+
+
+def test_a_model_without_an_end_of_sequence_cannot_end_a_grammar(caplog):
+    assert ConstraintFactory.make(AutoTokenizer.from_pretrained("models/demo"), 6144, frozenset()) is None
+    assert "no end-of-sequence token" in caplog.text
+
+
+def test_a_choice_bars_every_other_token():
+    tokenizer = AutoTokenizer.from_pretrained("models/demo")
+    factory = ConstraintFactory.make(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
+    constraint = factory("regex", "b")
+    mask = np.zeros(-(-len(tokenizer) // 32), dtype=np.int32)
+    constraint.fill(mask)
+    allowed = [i for i in range(len(tokenizer)) if mask[i // 32] >> (i % 32) & 1]
+    assert {tokenizer.decode([token]) for token in allowed} == {"b"}
