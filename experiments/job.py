@@ -37,11 +37,12 @@ def run_job(cfg: DictConfig) -> None:
     run_dir = Path(hydra.runtime.output_dir)
     choices = {group: hydra.runtime.choices[group] for group in NAMING_GROUPS}
     summary = execute(cfg, run_dir, f"{choices['allocator']} x {choices['scheduler']}", choices)
-    report = run_dir / "report.html"
+    report = run_dir / "report.html" if cfg.report.pages else None
     console = Console()
     console.print(reports.terminal.run_table(summary))
-    console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
-    print_result({"run_dir": str(run_dir), "report": str(report), "summary": summary})
+    if report is not None:
+        console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+    print_result({"run_dir": str(run_dir), "report": report and str(report), "summary": summary})
 
 
 def record_failure(message: str, *, not_defined: bool) -> None:
@@ -99,7 +100,8 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
         }
     }
     (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
-    return reports.run_report.write_run_report(run_dir)
+    write = reports.run_report.write_run_report if cfg.report.pages else reports.run_report.write_summary
+    return write(run_dir)
 
 
 def _manifest(cfg: DictConfig, setup: Setup, name: str, choices: dict[str, str]) -> dict[str, Any]:

@@ -41,12 +41,23 @@ def write_run_report(run_dir: Path) -> dict[str, Any]:
     run = read_run(run_dir)
     spans = step_spans(run.steps)
     gaps = token_gaps(run)
-    summary = summarize(run, gaps)
+    summary = _write_summary(run, gaps)
     document = run_document(summary, run.manifest["config"], draw_run(run, spans, summary, gaps))
-    write_text(run.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     write_requests_csv(run)
     write_text(run.path / "report.md", render_markdown(document))
     write_text(run.path / "report.html", render_html(document))
+    return summary
+
+
+def write_summary(run_dir: Path) -> dict[str, Any]:
+    """Write summary.json alone and return what it holds. Raises as `write_run_report`."""
+    run = read_run(run_dir)
+    return _write_summary(run, token_gaps(run))
+
+
+def _write_summary(run: RunFiles, gaps: TokenGaps) -> dict[str, Any]:
+    summary = summarize(run, gaps)
+    write_text(run.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return summary
 
 

@@ -11,9 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.errors import ReportError
-from reports.style import CLASS_LOOKS, SERIES, Look, drawing, export, grid, hatch_kwargs, new_figure, thousands
+from reports.style import CLASS_LOOKS, INK, SERIES, Look, drawing, export, grid, hatch_kwargs, new_figure, thousands
 
 BAND_ALPHA = 0.18
+MAX_LEGEND_COLUMNS = 6
+LEAST_LABELLED = 3.0  # percent; a narrower segment holds no number
 
 
 def draw_charts(charts: list[dict[str, Any]], out_dir: Path) -> dict[str, str]:
@@ -46,7 +48,7 @@ def chart_figure(chart: dict[str, Any]) -> Figure:
         axes.set_yscale("log")
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 4))
+        figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), MAX_LEGEND_COLUMNS))
     return figure
 
 
@@ -54,6 +56,10 @@ def _look(index: int, name: str) -> Look:
     """A series' look: a ledger class's own colour where it is one."""
     known = next((look for look in CLASS_LOOKS.values() if look.label == name), None)
     return known or SERIES[index % len(SERIES)]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _lines(axes: Axes, chart: dict[str, Any]) -> None:
@@ -80,11 +86,12 @@ def _bars(axes: Axes, chart: dict[str, Any]) -> None:
         errors = None
         if series["low"]:
             errors = np.abs(np.array([series["low"], series["high"]], dtype=float) - y)
-        axes.bar(x, y, width * 0.92, yerr=errors, label=series["name"], ecolor=look.text, **hatch_kwargs(look))
-        for place, value in zip(x, y, strict=True):
+        axes.bar(x, y, width * 0.92, yerr=errors, label=series["name"], ecolor=INK, capsize=3, **hatch_kwargs(look))
+        ends = y if errors is None else np.where(y >= 0, y + errors[1], y - errors[0])
+        for place, end, value in zip(x, ends, y, strict=True):
             if value == value:
                 up = value >= 0
-                axes.annotate(f"{value:.3g}", (place, value), xytext=(0, 2 if up else -2), textcoords="offset points",
+                axes.annotate(_number(value), (place, end), xytext=(0, 2 if up else -2), textcoords="offset points",
                               ha="center", va="bottom" if up else "top", fontsize=8)  # fmt: skip
     axes.set_xticks(positions, groups)
     grid(axes)
@@ -100,9 +107,9 @@ def _stacked(axes: Axes, chart: dict[str, Any]) -> None:
         y = np.array(series["y"], dtype=float)
         axes.barh(positions, y, 0.66, left=left, label=series["name"], **hatch_kwargs(look))
         for position, value, start in zip(positions, y, left, strict=True):
-            if value >= 0.04 * axes.get_xlim()[1] and value > 3:
+            if value >= LEAST_LABELLED:
                 axes.annotate(f"{value:.1f}", (start + value / 2, position), ha="center", va="center", color=look.text,
-                              fontsize=8)  # fmt: skip
+                              fontsize=8, bbox={"facecolor": look.color, "edgecolor": "none", "pad": 1.2})  # fmt: skip
         left = left + y
     axes.set_yticks(positions, names)
     axes.set_ylim(len(names) - 0.5, -0.5)

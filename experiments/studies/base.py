@@ -53,7 +53,8 @@ class Claim:
 def within(quantity: str, unit: str, stated: float, ours: float, tolerance: float, **more: Any) -> Claim:
     """A claim that holds when `ours` lies within `tolerance` (same unit) of `stated`."""
     verdict = Verdict.HOLDS if abs(ours - stated) <= tolerance else Verdict.DIFFERS
-    return Claim(quantity, unit, stated, ours, f"within {tolerance:g} {unit or ''}".strip(), verdict, **more)
+    of = "points" if unit == "%" else unit
+    return Claim(quantity, unit, stated, ours, f"within {tolerance:g} {of}".strip(), verdict, **more)
 
 
 def at_least(quantity: str, unit: str, stated: float, ours: float, **more: Any) -> Claim:

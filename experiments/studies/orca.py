@@ -1,0 +1,73 @@
+"""The four systems of PagedAttention's evaluation as cells: Orca's three reservations and paged allocation.
+
+Slots, model, card and lengths are the paper's: 15.7 K slots beside OPT-13B on one A100 with 40 GB (Table 1), ShareGPT's
+and Alpaca's lengths (Figure 11), Poisson arrivals, at most 2,048 tokens. Step times are the simulator's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.studies.cells import CellRunner
+from experiments.studies.memory_use import Mean, batch_means
+from reports.files import RunFiles, read_run
+from reports.memory import step_spans
+
+SYSTEMS = {"Orca (Max)": "orca_max", "Orca (Pow2)": "orca_pow2", "Orca (Oracle)": "orca_oracle", "vLLM": "paged"}
+DIFFERENCES = (
+    "Step times are simulated, from the A100's public figures (docs/simulator.md); memory, allocator and scheduler "
+    "decisions are real.",
+    "Lengths are drawn from distributions with the paper's means; ShareGPT's and Alpaca's texts are not used.",
+    "Orca is not public. As in the paper it is a buddy allocator under the same scheduler; the scheduler is ours.",
+)
+
+
+class Load(NamedTuple):
+    """A workload at a rate.
+
+    Attributes:
+        workload: a config of group `workload`.
+        rate: requests per second.
+        num_requests: how many arrive.
+    """
+
+    workload: str
+    rate: float
+    num_requests: int
+
+    @property
+    def overrides(self) -> list[str]:
+        """As on run.py's command line."""
+        return [
+            f"workload={self.workload}",
+            f"workload.num_requests={self.num_requests}",
+            "arrival=poisson",
+            f"arrival.rate={self.rate}",
+        ]
+
+    @property
+    def label(self) -> str:
+        """For a folder's name."""
+        return f"{self.workload}-{self.rate:g}"
+
+
+def run_system(cells: CellRunner, system: str, load: Load, *overrides: str) -> dict[str, Any]:
+    """Run one system under one load; returns the cell's summary. Its folder is `cells.folders[-1]`."""
+    allocator = SYSTEMS[system]
+    return cells.run(f"{load.label}-{allocator}", [f"allocator={allocator}", *load.overrides, *overrides])
+
+
+def steady(run: RunFiles) -> np.ndarray:
+    """Bool per step: between a quarter and the whole of the arrivals' time, so without ramp and drain."""
+    last = float(run.requests["arrival_time"].max())
+    start: np.ndarray = run.steps["start_time"]
+    return (start >= last / 4) & (start <= last)
+
+
+def mean_batch(cells: CellRunner) -> Mean:
+    """Mean number of requests in a step of the last cell, over the steady part of its run."""
+    run = read_run(cells.folders[-1])
+    window = steady(run)
+    return batch_means(run.steps["num_scheduled"][window].astype(float), step_spans(run.steps).weight[window])

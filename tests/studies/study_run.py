@@ -1,0 +1,15 @@
+"""Runs a study in this process, without Hydra's job around it."""
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+
+from experiments.compose import compose_cell
+from experiments.studies.base import Findings
+from experiments.studies.cells import CellRunner
+
+
+def run_study(out_dir: Path, *overrides: str) -> tuple[Findings, CellRunner]:
+    options = [*overrides, "report.progress=false", "report.pages=false"]
+    cells = CellRunner(options, out_dir)
+    return instantiate(compose_cell(options)[0].study).run(cells), cells
