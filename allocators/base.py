@@ -49,12 +49,16 @@ class BaseAllocator:
     Attributes:
         num_virtual_blocks: the largest block id; more than num_blocks only where ids are virtual.
         num_host_blocks: blocks of host memory for swapped requests, ids 0..num_host_blocks - 1.
+        commits: whether `commit` does anything; without, nobody need call it.
+        reads_tokens: whether token ids decide what a request owns (a prefix cache).
 
     Raises:
         ConfigError: a value out of range.
     """
 
     contiguous: bool = False
+    commits: bool = False
+    reads_tokens: bool = False
 
     def __init__(self, *, num_blocks: int, block_size: int, max_model_len: int, kv_bytes_per_token: int = 0) -> None:
         self.block_size = check_int("allocator.block_size", block_size, 1, 256)

@@ -57,6 +57,7 @@ class PagedAllocator(BaseAllocator):
         if sliding_window is not None:
             check_int("allocator.sliding_window", sliding_window, 1)
         self.sliding_window = sliding_window
+        self.commits = self.reads_tokens or sliding_window is not None
         self.num_host_blocks = host_blocks(swap_gib, swap_blocks, block_size, kv_bytes_per_token)
         self._host = HostPool(self.num_host_blocks)
         self._copies = CopyQueue()

@@ -131,6 +131,8 @@ class PrefixCachingAllocator(PagedAllocator):
         sliding_window: refused; a prefix without its first tokens is of no use to another request.
     """
 
+    reads_tokens = True
+
     def __init__(
         self,
         *,

@@ -45,6 +45,8 @@ class RadixAllocator(PagedAllocator):
         sliding_window: refused; a prefix without its first tokens is of no use to another request.
     """
 
+    reads_tokens = True
+
     def __init__(
         self,
         *,

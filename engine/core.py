@@ -88,6 +88,7 @@ class Engine:
     ledger: MemoryLedger | None = None
     num_steps: int = 0
     _in_flight: _InFlight | None = field(default=None, repr=False)
+    _constraints_seen: bool = field(default=False, repr=False)
 
     @property
     def has_work(self) -> bool:
@@ -102,6 +103,7 @@ class Engine:
     def add(self, req: Request) -> None:
         """Queue a request. Raises RequestRejected when it can never run here."""
         self.scheduler.add(req)
+        self._constraints_seen = self._constraints_seen or req.constraint is not None
 
     def abort(self, request_id: str) -> Request | None:
         """End a request; its slots are free before the next step is planned."""
@@ -153,7 +155,8 @@ class Engine:
             pending = self.runner.execute(plan, self.allocator)
         except Exception as error:
             raise StepFailed(plan, error) from error
-        return _InFlight(output, pending, any(entry.req.constraint is not None for entry in plan.scheduled))
+        constrained = self._constraints_seen and any(req.constraint is not None for req, _, _ in plan.scheduled)
+        return _InFlight(output, pending, constrained)
 
     def _finish(self, step: _InFlight) -> StepOutput:
         output = step.output

@@ -15,13 +15,12 @@ Source of the classes: PagedAttention (Kwon et al., SOSP'23), section 3.1 and Fi
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
 
 import numpy as np
 
 from engine.errors import EngineError
 from engine.plan import KVUsage, StepPlan
-from engine.request import Request
+from engine.request import Request, RequestStatus
 
 CLASSES = ("token_states", "reservation", "internal", "external", "cached", "free")
 
@@ -37,21 +36,6 @@ def check_usage(usage: KVUsage) -> None:
         )
 
 
-@dataclass(slots=True)
-class _Residency:
-    """One stay of a request in the pool, from its first slot until all are given back.
-
-    Attributes:
-        req: whose.
-        computed: positions filled so far.
-        growth: (step, slots) pairs: from that step on the request owned so many slots.
-    """
-
-    req: Request
-    computed: int
-    growth: list[tuple[int, int]]
-
-
 class MemoryLedger:
     """Observes steps and splits the pool into the six classes, in slots.
 
@@ -60,7 +44,9 @@ class MemoryLedger:
 
     def __init__(self) -> None:
         self._columns = {name: array("q") for name in (*KVUsage._fields, "held")}
-        self._open: dict[int, _Residency] = {}
+        # The stays that are open, by request: (step, slots) pairs; from that step on it owned so many slots.
+        self._growth: dict[Request, list[tuple[int, int]]] = {}
+        self._slots: dict[Request, int] = {}  # what each of them owned when it was last seen
         self._waste_delta: dict[int, int] = {}
         self.num_steps = 0
 
@@ -71,34 +57,43 @@ class MemoryLedger:
             EngineError: `usage` does not add up.
         """
         check_usage(usage)
-        step = self.num_steps
+        step, slots = self.num_steps, self._slots
         self._close(step, plan.preempted)
-        for req, start, num_new_tokens in plan.scheduled:
-            residency = self._open.get(id(req))
-            if residency is None:
-                residency = self._open[id(req)] = _Residency(req, 0, [(step, req.num_slots)])
-            elif req.num_slots > residency.growth[-1][1]:
-                # What is filled already cannot be wasted: earlier growth below `computed` is settled.
-                residency.growth = [g for g in residency.growth if g[1] > residency.computed]
-                residency.growth.append((step, req.num_slots))
-            residency.computed = start + num_new_tokens
+        for req, start, _ in plan.scheduled:
+            if slots.get(req) != req.num_slots:
+                self._grow(req, start, step)
         for name, value in zip(KVUsage._fields, usage, strict=True):
             self._columns[name].append(value)
-        self._columns["held"].append(sum(r.req.num_slots for r in self._open.values() if r.req.is_finished))
+        finished = RequestStatus.FINISHED
+        self._columns["held"].append(sum([req.num_slots for req in slots if req.status is finished]))
         self.num_steps += 1
 
-    def _close(self, step: int, preempted: list[Request]) -> None:
-        """Settle the residencies that ended before `step`."""
-        gone = [key for key, r in self._open.items() if r.req.num_slots == 0]
-        gone += [key for key in map(id, preempted) if key in self._open and self._open[key].req.num_slots]
-        for key in gone:
-            self._settle(self._open.pop(key), step)
+    def _grow(self, req: Request, start: int, step: int) -> None:
+        """`req` owns another number of slots from `step` on, in which it computes from position `start`."""
+        self._slots[req] = req.num_slots
+        growth = self._growth.get(req)
+        if growth is None:
+            self._growth[req] = [(step, req.num_slots)]
+        elif req.num_slots > growth[-1][1]:
+            # What is filled already cannot be wasted: earlier growth below `start` is settled.
+            self._growth[req] = [*(entry for entry in growth if entry[1] > start), (step, req.num_slots)]
 
-    def _settle(self, residency: _Residency, end: int) -> None:
-        """Book what the residency owned and never filled, over the steps [its growth, end)."""
-        steps = [step for step, _ in residency.growth[1:]] + [end]
-        for (begin, slots), until in zip(residency.growth, steps, strict=True):
-            wasted = slots - residency.computed
+    def _close(self, step: int, preempted: list[Request]) -> None:
+        """Settle the stays that ended before `step`."""
+        for req in preempted:
+            if req in self._slots:
+                self._settle(req, req.num_dropped_tokens, step)
+        for req in [req for req in self._slots if req.num_slots == 0]:
+            lost = req.status in (RequestStatus.WAITING, RequestStatus.SWAPPED)
+            self._settle(req, req.num_dropped_tokens if lost else req.num_computed_tokens, step)
+
+    def _settle(self, req: Request, num_filled: int, end: int) -> None:
+        """End the stay of `req`: book what it owned and never filled, over the steps [its growth, end)."""
+        del self._slots[req]
+        growth = self._growth.pop(req)
+        steps = [step for step, _ in growth[1:]] + [end]
+        for (begin, slots), until in zip(growth, steps, strict=True):
+            wasted = slots - num_filled
             if wasted > 0 and until > begin:
                 self._waste_delta[begin] = self._waste_delta.get(begin, 0) + wasted
                 self._waste_delta[until] = self._waste_delta.get(until, 0) - wasted
@@ -114,9 +109,8 @@ class MemoryLedger:
         Raises:
             EngineError: the classes do not add up.
         """
-        for residency in self._open.values():
-            self._settle(residency, self.num_steps)
-        self._open.clear()
+        for req in list(self._slots):
+            self._settle(req, req.num_computed_tokens, self.num_steps)
         delta = np.zeros(self.num_steps + 1, dtype=np.int64)
         for step, wasted in self._waste_delta.items():
             delta[step] += wasted

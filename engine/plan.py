@@ -65,6 +65,8 @@ class StepPlan:
         preempted: requests that lost their slots in this `schedule()`.
         copies: block copies that the runner applies before the forward.
         rejected: requests that ended in this `schedule()` with a typed error (they outgrew the pool alone).
+        num_decodes: so many leading entries are known to compute one token each, past the prompt, of requests that ran
+            before; there may be more. Whoever counts need not look at them one by one.
     """
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
@@ -72,6 +74,7 @@ class StepPlan:
     preempted: list[Request] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
     rejected: list[Request] = field(default_factory=list)
+    num_decodes: int = 0
 
     @property
     def num_new_tokens(self) -> int:
@@ -111,6 +114,8 @@ class KVAllocator(Protocol):
         num_host_blocks: blocks of host memory that swapping uses, with ids 0..num_host_blocks - 1.
         contiguous: True when every block table is a run of consecutive ids.
         max_request_tokens: the largest request that an EMPTY pool can hold.
+        commits: whether `commit` does anything.
+        reads_tokens: whether token ids decide what a request owns (a prefix cache).
     """
 
     block_size: int
@@ -118,6 +123,8 @@ class KVAllocator(Protocol):
     num_virtual_blocks: int
     num_host_blocks: int
     contiguous: bool
+    commits: bool
+    reads_tokens: bool
 
     @property
     def max_request_tokens(self) -> int:

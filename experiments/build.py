@@ -9,7 +9,7 @@ The strategy's classes are named by `_target_` in conf/allocator and conf/schedu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from engine.core import Engine
 from engine.errors import ConfigError, NotDefined, RequestError
 from engine.kv_pool import KVPool, blocks_for_budget
 from engine.ledger import MemoryLedger
-from engine.models import LoadedModel, ModelSpec, load_model
+from engine.models import LoadedModel, load_model
 from engine.plan import KVAllocator
 from engine.request import Request, SamplingParams
 from engine.runner.profile import available_kv_bytes
@@ -44,7 +44,7 @@ class Setup:
     """One cell, ready to run."""
 
     parts: EngineParts
-    requests: list[Request]
+    requests: RequestStream
     closed_loop: ClosedLoop | None
     driver: DriverConfig
     workload_description: str
@@ -64,10 +64,11 @@ def build(cfg: DictConfig) -> Setup:
     spec = parts.spec
     workload = instantiate(cfg.workload, vocab_size=spec.vocab_size, reserved_token_ids=list(parts.special_token_ids))
     arrival = instantiate(cfg.arrival)
-    items = workload.items()
+    # Nobody reads what is in a prompt where nothing is computed, no prefix is looked for and no token recorded.
+    blank = parts.simulator is not None and driver.record == "summary" and not parts.engine.allocator.reads_tokens
+    items = list(workload.items_iter(with_token_ids=not blank))
     times = arrival.times(items, cfg.workload.seed)
-    sampling = sampling_params(cfg.sampling)
-    requests = make_requests(items, times, sampling, spec)
+    requests = RequestStream(items, times, sampling_params(cfg.sampling), frozenset(spec.eos_token_ids))
     closed_loop = None if times is not None else ClosedLoop(requests, arrival.num_users, arrival.think_time)
     return Setup(parts, requests, closed_loop, driver, workload.description)
 
@@ -165,31 +166,45 @@ def sampling_params(section: DictConfig) -> SamplingParams:
         raise ConfigError(f"sampling.{error}") from error
 
 
-def make_requests(
-    items: Sequence[WorkloadItem], times: np.ndarray | None, sampling: SamplingParams, spec: ModelSpec
-) -> list[Request]:
-    """Requests for a workload's items: the same for every strategy.
+class RequestStream:
+    """A workload's requests, made as they are asked for: the same for every strategy, and fresh on each pass.
 
     Args:
-        items: the workload.
+        items: the workload, in order of arrival.
         times: arrival times in seconds, or None when users wait for answers.
         sampling: how tokens are picked; `max_tokens` comes from each item.
-        spec: the model, for its end-of-sequence tokens.
+        eos_token_ids: the model's end-of-sequence tokens.
     """
-    arrival_times = [0.0] * len(items) if times is None else times.tolist()
-    return [
-        Request(
-            request_id=item.request_id or f"request-{i}",
-            prompt_token_ids=item.prompt_token_ids,
-            sampling=replace(sampling, max_tokens=item.output_len),
-            arrival_time=arrival_time,
-            priority=item.priority,
-            client_id=item.client_id,
-            eos_token_ids=frozenset(spec.eos_token_ids),
-            oracle_output_len=item.output_len,
-        )
-        for i, (item, arrival_time) in enumerate(zip(items, arrival_times, strict=True))
-    ]
+
+    def __init__(
+        self,
+        items: Sequence[WorkloadItem],
+        times: np.ndarray | None,
+        sampling: SamplingParams,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self._items = items
+        self._times = times
+        self._eos_token_ids = eos_token_ids
+        self._sampling = {
+            length: replace(sampling, max_tokens=length) for length in {item.output_len for item in items}
+        }
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Request]:
+        for i, item in enumerate(self._items):
+            yield Request(
+                request_id=item.request_id or f"request-{i}",
+                prompt_token_ids=item.prompt_token_ids,
+                sampling=self._sampling[item.output_len],
+                arrival_time=0.0 if self._times is None else float(self._times[i]),
+                priority=item.priority,
+                client_id=item.client_id,
+                eos_token_ids=self._eos_token_ids,
+                oracle_output_len=item.output_len,
+            )
 
 
 def _device(name: str) -> str:

@@ -17,6 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION = ("auto", "reference", "triton")
 LAYOUTS = ("paged", "contiguous")
+RECORDS = ("full", "summary")
 
 
 def _check(ok: bool, key: str, value: object, must: str) -> None:
@@ -100,8 +101,10 @@ class DriverConfig(_Section):
 
     warmup: bool
     max_lateness: float
+    record: str
 
     def __post_init__(self) -> None:
+        _check(self.record in RECORDS, "driver.record", self.record, f"one of {', '.join(RECORDS)}")
         _check(isinstance(self.warmup, bool), "driver.warmup", self.warmup, "true or false")
         late = self.max_lateness
         _check(_is_number(late) and late > 0, "driver.max_lateness", late, "above 0 (seconds)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from engine.core import Engine, StepOutput
 from engine.errors import EngineError, RequestRejected
@@ -18,12 +18,20 @@ from experiments.record import RunRecorder
 
 
 class _Arrivals:
-    """Requests by the time they are due."""
+    """Requests by the time they are due: a stream in order of arrival, of which one is held, and what was pushed."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    def __init__(self, requests: Iterable[Request]) -> None:
         self._order = itertools.count()
-        self._heap = [(req.arrival_time, next(self._order), req) for req in requests]
-        heapq.heapify(self._heap)
+        self._heap: list[tuple[float, int, Request]] = []
+        self._rest = iter(requests)
+        self._pull()
+
+    def _pull(self) -> None:
+        """Take the stream's next request in."""
+        req = next(self._rest, None)
+        self._head = req
+        if req is not None:
+            self.push(req)
 
     def push(self, req: Request) -> None:
         heapq.heappush(self._heap, (req.arrival_time, next(self._order), req))
@@ -34,14 +42,17 @@ class _Arrivals:
     def pop_due(self, now: float) -> list[Request]:
         due = []
         while self._heap and self._heap[0][0] <= now:
-            due.append(heapq.heappop(self._heap)[2])
+            req = heapq.heappop(self._heap)[2]
+            due.append(req)
+            if req is self._head:
+                self._pull()
         return due
 
 
 class ClosedLoop:
     """N users who take requests from one list, each waiting `think_time` seconds after an answer."""
 
-    def __init__(self, requests: Sequence[Request], num_users: int, think_time: float = 0.0) -> None:
+    def __init__(self, requests: Iterable[Request], num_users: int, think_time: float = 0.0) -> None:
         self._rest = iter(requests)
         self._think_time = think_time
         self.first = list(itertools.islice(self._rest, num_users))
@@ -56,7 +67,7 @@ class ClosedLoop:
 
 def drive(
     engine: Engine,
-    requests: Sequence[Request],
+    requests: Iterable[Request],
     recorder: RunRecorder,
     *,
     closed_loop: ClosedLoop | None = None,
@@ -67,7 +78,7 @@ def drive(
 
     Args:
         engine: steps the requests; its clock starts at 0.
-        requests: with their scheduled arrivals; ignored under `closed_loop`.
+        requests: in the order of their scheduled arrivals; ignored under `closed_loop`.
         recorder: told of each hand-over, refusal and step.
         closed_loop: where the requests come from when users wait for answers.
         on_progress: called after every step.

@@ -70,17 +70,19 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
     setup = build(cfg)
     warmup_time = 0.0
     if setup.driver.warmup and setup.parts.simulator is None:
-        warmup_time = warm_up(cfg, setup.parts, [setup.requests[0].sampling])
-    recorder = RunRecorder()
+        warmup_time = warm_up(cfg, setup.parts, [next(iter(setup.requests)).sampling])
+    recorder = RunRecorder(tokens=setup.driver.record == "full")
     simulator = setup.parts.simulator
     progress = Progress(name, len(setup.requests), bool(cfg.report.progress))
+    # A simulated run may have a million requests; in one that computes nothing is made while it is measured.
+    requests = list(setup.requests) if simulator is None else setup.requests
     # The host's garbage collector would show as pauses of single steps: collect now, then only by reference counts.
     gc.collect()
     gc.freeze()
     try:
         setup.parts.clock.reset()
         drive(
-            setup.parts.engine, setup.requests, recorder, closed_loop=setup.closed_loop, on_progress=progress,
+            setup.parts.engine, requests, recorder, closed_loop=setup.closed_loop, on_progress=progress,
             after_step=None if simulator is None else simulator.after_step,
         )  # fmt: skip
     finally:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,11 @@ import numpy as np
 
 from engine.core import StepOutput
 from engine.ledger import MemoryLedger
-from engine.plan import CopyKind
+from engine.plan import CopyKind, StepPlan
 from engine.request import FinishReason, Request
 from engine.runner.step_time import step_features
 from experiments.decisions import decision_hash
+from experiments.request_log import LISTS, REQUEST_COLUMNS, TIMES, RequestLog
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,59 +37,28 @@ STEP_COUNTS = (
     "num_prefill_requests",
 )
 STEP_SUMS = ("num_kv_tokens", "num_attention_pairs", "decision_hash")  # 64 bits wide
-
-REQUEST_COLUMNS = {
-    "request_id": "string",
-    "client_id": "string",
-    "prompt_token_ids": "list<int32>",
-    "output_token_ids": "list<int32>",
-    "num_prompt_tokens": "int32",
-    "num_output_tokens": "int32",
-    "max_tokens": "int32",
-    "priority": "int32",
-    "arrival_time": "double",
-    "submit_time": "double",
-    "admission_time": "double",
-    "first_token_time": "double",
-    "finish_time": "double",
-    "token_times": "list<double>",
-    "finish_reason": "string",
-    "num_cached_tokens": "int32",
-    "num_preemptions": "int32",
-    "num_recomputed_tokens": "int32",
-    "error": "string",
-}
-
-
-@dataclass(slots=True)
-class _RequestTimes:
-    """When things happened to one request; NaN until they do."""
-
-    req: Request
-    submit_time: float
-    admission_time: float = float("nan")
-    finish_time: float = float("nan")
-    num_recomputed_tokens: int = 0
-    token_times: array[float] = field(default_factory=lambda: array("d"))
+ROWS_AT_ONCE = 16384  # requests of a row group
 
 
 class RunRecorder:
-    """Collects the times of every request and the counts of every step."""
+    """Collects the times of every request and the counts of every step.
 
-    def __init__(self) -> None:
-        self._requests: dict[Request, _RequestTimes] = {}
-        self._rows: dict[Request, int] = {}  # in order of submission
-        self._steps: dict[str, array[Any]] = {name: array("d") for name in STEP_TIMES} | {
-            name: array("q") for name in (*STEP_COUNTS, *STEP_SUMS)
-        }
+    Args:
+        tokens: keep token ids and the time of every token; False leaves those columns empty, for runs of many requests.
+    """
+
+    def __init__(self, tokens: bool = True) -> None:
+        self._log = RequestLog(tokens)
+        self._steps: dict[str, array[Any]] = {name: array("d") for name in STEP_TIMES}
+        self._steps |= {name: array("i") for name in STEP_COUNTS} | {name: array("q") for name in STEP_SUMS}
+        self._num_recomputed: dict[Request, int] = {}  # of requests that computed something again
         self.num_finished = 0
         self.num_output_tokens = 0
         self.max_lateness = 0.0
 
     def on_submit(self, req: Request, now: float) -> None:
         """`req` was handed to the engine at `now`."""
-        self._rows[req] = len(self._rows)
-        self._requests[req] = _RequestTimes(req, now)
+        self._log.add(req, now)
         self.max_lateness = max(self.max_lateness, now - req.arrival_time)
 
     def on_rejected(self, req: Request, now: float, error: str) -> None:
@@ -100,55 +69,66 @@ class RunRecorder:
 
     def on_step(self, step: StepOutput) -> None:
         """Take one finished step in."""
-        prefill = decode = recomputed = 0
-        for (req, start, num_new_tokens), sampled in zip(step.plan.scheduled, step.plan.samples, strict=True):
-            times = self._requests[req]
-            if times.admission_time != times.admission_time:  # NaN: its first step
-                times.admission_time = step.start_time
-            # A token sampled past a stop token (overlap) or after an abort was dropped.
-            if sampled and len(times.token_times) < len(req.output_token_ids):
-                times.token_times.append(step.end_time)
-            if req.num_recomputed_tokens != times.num_recomputed_tokens:
-                recomputed += req.num_recomputed_tokens - times.num_recomputed_tokens
-                times.num_recomputed_tokens = req.num_recomputed_tokens
-            # A decode computes only the newest output token; everything else is prompt, or recomputed.
-            if num_new_tokens == 1 and start >= req.num_prompt_tokens:
-                decode += 1
-            else:
-                prefill += num_new_tokens
+        plan, log = step.plan, self._log
+        if log.tokens:
+            sampled = (entry for entry, sample in zip(plan.scheduled, plan.samples, strict=True) if sample)
+            log.take_tokens(sampled, step.end_time)
+        num_decodes, recomputed = self._take_others(step)
+        num_known = log.num_leaving
         for req in step.finished:
             self._end(req, step.end_time)
-        for req in step.plan.rejected:
+        for req in plan.rejected:
             self._end(req, step.start_time)
-        num_sampled = sum(step.plan.samples)
+        num_sampled = sum(plan.samples)
         self.num_output_tokens += num_sampled
-        plan = step.plan
         features = step_features(plan)
+        num_swapped_out, num_swapped_in = _num_swapped(plan)
+        times = (step.start_time, step.launch_time, step.end_time, step.result.copy_time)
         counts = (
             step.num_running,
             step.num_waiting,
             len(plan.scheduled),
-            prefill + decode,
-            prefill,
-            decode,
+            features.num_tokens,
+            features.num_tokens - num_decodes,
+            num_decodes,
             num_sampled,
             len(plan.preempted),
             recomputed,
             len(plan.copies),
-            sum(copy.kind is CopyKind.SWAP_OUT for copy in plan.copies),
-            sum(copy.kind is CopyKind.SWAP_IN for copy in plan.copies),
+            num_swapped_out,
+            num_swapped_in,
             features.num_prefill_requests,
         )
-        sums = (features.num_kv_tokens, features.num_attention_pairs, decision_hash(step, self._rows.__getitem__))
-        times_of_step = (step.start_time, step.launch_time, step.end_time, step.result.copy_time)
-        for name, when in zip(STEP_TIMES, times_of_step, strict=True):
-            self._steps[name].append(when)
-        for name, value in zip((*STEP_COUNTS, *STEP_SUMS), (*counts, *sums), strict=True):
-            self._steps[name].append(value)
+        sums = (features.num_kv_tokens, features.num_attention_pairs, decision_hash(step, log.rows.__getitem__))
+        for column, value in zip(self._steps.values(), times + counts + sums, strict=True):
+            column.append(value)
+        # With overlap a request that ended with this step may be in the next one, and in none after that.
+        log.forget_ended(keep=log.num_leaving - num_known)
+
+    def _take_others(self, step: StepOutput) -> tuple[int, int]:
+        """The scheduled requests that may be more than a decode; how many tokens of the step were decodes, recomputed.
+
+        A decode computes only the newest output token; everything else is prompt, or recomputed.
+        """
+        plan, log = step.plan, self._log
+        num_decodes, recomputed = plan.num_decodes, 0
+        others = zip(plan.scheduled[num_decodes:], plan.samples[num_decodes:], strict=True)
+        for (req, start, num_new_tokens), sampled in others:
+            row = log.rows[req]
+            admitted = log.times["admission_time"]
+            if admitted[row] != admitted[row]:  # NaN: its first step
+                admitted[row] = step.start_time
+            if sampled and len(req.output_token_ids) == 1:
+                log.times["first_token_time"][row] = step.end_time
+            if req.num_recomputed_tokens:
+                recomputed += req.num_recomputed_tokens - self._num_recomputed.get(req, 0)
+                self._num_recomputed[req] = req.num_recomputed_tokens
+            num_decodes += num_new_tokens == 1 and start >= req.num_prompt_tokens
+        return num_decodes, recomputed
 
     def _end(self, req: Request, when: float) -> None:
-        times = self._requests[req]
-        times.finish_time = when
+        self._log.end(req, when)
+        self._num_recomputed.pop(req, None)
         self.num_finished += 1
 
     @property
@@ -162,19 +142,24 @@ class RunRecorder:
         return self._steps["end_time"][-1] if self.num_steps else 0.0
 
     def request_rows(self) -> list[dict[str, Any]]:
-        """One row per request, by REQUEST_COLUMNS, in order of submission."""
-        return [_request_row(times) for times in self._requests.values()]
+        """One row per request, by REQUEST_COLUMNS, in order of submission; times that never came are None."""
+        rows = []
+        for columns in self._log.chunks(ROWS_AT_ONCE):
+            values = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
+            rows += [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+        for row in rows:
+            row |= {name: None for name in TIMES if row[name] != row[name]}
+            row |= {name: [] if row[name] is None else list(row[name]) for name in LISTS}
+        return rows
 
     def write_requests(self, path: Path) -> None:
         """Write requests.parquet."""
-        write_requests(path, self.request_rows())
+        _write_requests(path, self._log.chunks(ROWS_AT_ONCE))
 
     def step_columns(self) -> dict[str, np.ndarray]:
         """The steps as columns, without the ledger."""
         columns: dict[str, np.ndarray] = {"step": np.arange(self.num_steps, dtype=np.int32)}
-        columns |= {name: np.array(self._steps[name], dtype=np.float64) for name in STEP_TIMES}
-        columns |= {name: np.array(self._steps[name], dtype=np.int32) for name in STEP_COUNTS}
-        return columns | {name: np.array(self._steps[name], dtype=np.int64) for name in STEP_SUMS}
+        return columns | {name: np.array(column) for name, column in self._steps.items()}
 
     def write_steps(self, path: Path, ledger: MemoryLedger) -> None:
         """Write steps.parquet: the steps and, beside them, the settled ledger."""
@@ -183,12 +168,20 @@ class RunRecorder:
 
 def write_requests(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write requests.parquet from rows by REQUEST_COLUMNS."""
+    _write_requests(path, [{name: [row[name] for row in rows] for name in REQUEST_COLUMNS}])
+
+
+def _write_requests(path: Path, chunks: Iterable[Mapping[str, Any]]) -> None:
+    """Write requests.parquet from pieces, each a row group of columns; times that never came are null."""
     # Here and below imported late: a machine that only measures need not have pyarrow.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema([(name, _arrow_type(kind)) for name, kind in REQUEST_COLUMNS.items()])
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), path)
+    with pq.ParquetWriter(path, schema) as writer:
+        for columns in chunks:
+            arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in schema]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 
 def write_steps(path: Path, columns: Mapping[str, np.ndarray]) -> None:
@@ -207,30 +200,9 @@ def _arrow_type(kind: str) -> pa.DataType:
     return pa.float64() if kind == "double" else pa.type_for_alias(kind)
 
 
-def _or_none(value: float) -> float | None:
-    return None if value != value else value
-
-
-def _request_row(times: _RequestTimes) -> dict[str, Any]:
-    req = times.req
-    return {
-        "request_id": req.request_id,
-        "client_id": req.client_id,
-        "prompt_token_ids": req.prompt_token_ids,
-        "output_token_ids": req.output_token_ids,
-        "num_prompt_tokens": req.num_prompt_tokens,
-        "num_output_tokens": len(req.output_token_ids),
-        "max_tokens": req.sampling.max_tokens,
-        "priority": req.priority,
-        "arrival_time": req.arrival_time,
-        "submit_time": times.submit_time,
-        "admission_time": _or_none(times.admission_time),
-        "first_token_time": times.token_times[0] if times.token_times else None,
-        "finish_time": _or_none(times.finish_time),
-        "token_times": times.token_times.tolist(),
-        "finish_reason": req.finish_reason.value if req.finish_reason else None,
-        "num_cached_tokens": req.num_cached_tokens,
-        "num_preemptions": req.num_preemptions,
-        "num_recomputed_tokens": req.num_recomputed_tokens,
-        "error": req.error,
-    }
+def _num_swapped(plan: StepPlan) -> tuple[int, int]:
+    """Blocks copied to the host and back."""
+    if not plan.copies:
+        return 0, 0
+    kinds = [copy.kind for copy in plan.copies]
+    return kinds.count(CopyKind.SWAP_OUT), kinds.count(CopyKind.SWAP_IN)

@@ -80,19 +80,7 @@ class Scheduler(Lifecycle, ABC):
         """
         if req.request_id in self.requests:
             raise RequestError(f"request id {req.request_id!r} is in use; give each request its own", "request_id")
-        total, limit = req.max_total_tokens, self.max_model_len
-        size = f"request {req.request_id!r}: prompt {req.num_prompt_tokens} + max_tokens {req.sampling.max_tokens}"
-        if total > limit:
-            raise RequestRejected(
-                f"{size} is over engine.max_model_len={limit}; shorten the prompt, lower max_tokens or raise it",
-                reason="max_model_len",
-            )
-        if total > self.allocator.max_request_tokens:
-            raise RequestRejected(
-                f"{size} is over the {self.allocator.max_request_tokens} tokens that the empty KV pool can hold; "
-                "shorten the request or raise kv_cache.num_blocks",
-                reason="max_request_tokens",
-            )
+        self._check_size(req)
         self.requests[req.request_id] = req
         self.arrival[req] = self._num_added
         self._num_added += 1
@@ -101,6 +89,22 @@ class Scheduler(Lifecycle, ABC):
             self._children.setdefault(parent, []).append(req)
         else:
             self.enqueue(req)
+
+    def _check_size(self, req: Request) -> None:
+        total, limit, room = req.max_total_tokens, self.max_model_len, self.allocator.max_request_tokens
+        if total <= limit and total <= room:
+            return
+        size = f"request {req.request_id!r}: prompt {req.num_prompt_tokens} + max_tokens {req.sampling.max_tokens}"
+        if total > limit:
+            raise RequestRejected(
+                f"{size} is over engine.max_model_len={limit}; shorten the prompt, lower max_tokens or raise it",
+                reason="max_model_len",
+            )
+        raise RequestRejected(
+            f"{size} is over the {room} tokens that the empty KV pool can hold; shorten the request or raise "
+            "kv_cache.num_blocks",
+            reason="max_request_tokens",
+        )
 
     def abort(self, request_id: str) -> Request | None:
         """End a request wherever it is and free its slots; None when it is not here (any more)."""
@@ -149,7 +153,7 @@ class Scheduler(Lifecycle, ABC):
     def update(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:
         """Take a step's tokens in: append, check stops, commit, free. Returns the finished requests."""
         finished: list[tuple[Request, FinishReason]] = []
-        commit = self.allocator.commit
+        commit = self.allocator.commit if self.allocator.commits else None
         running, ended = RequestStatus.RUNNING, RequestStatus.FINISHED
         for (req, _, _), token in zip(plan.scheduled, sampled, strict=True):
             status = req.status
@@ -163,7 +167,7 @@ class Scheduler(Lifecycle, ABC):
                     reason = req.stop_reason()
                     if reason is not None:
                         finished.append((req, reason))
-            if status is running:  # else it was preempted while the step was in flight
+            if commit is not None and status is running:  # else it was preempted while the step was in flight
                 commit(req)
         for req, reason in finished:
             self.finish(req, reason)
@@ -189,6 +193,7 @@ class Scheduler(Lifecycle, ABC):
             req.num_pending_tokens = pending + 1
             schedule(make(ScheduledRequest, (req, start, 1)))
             sample(True)
+        plan.num_decodes = len(plan.scheduled)
 
     def schedule_prefills(self, plan: StepPlan) -> None:
         """Schedule chunks of the requests in `prefilling`, in order, from what decodes left of the token budget.

@@ -183,6 +183,7 @@ class Lifecycle:
         self._remove_running(req)
         plan.preempted.append(req)
         req.num_preemptions += 1
+        req.num_dropped_tokens = req.num_computed_tokens
         if self.preemption == "swap" and req.num_computed_tokens and self.allocator.swap_out(req):
             req.status = RequestStatus.SWAPPED
         else:
@@ -214,6 +215,8 @@ class Lifecycle:
     def _drop(self, req: Request) -> None:
         """The KV of `req` is gone: it computes from scratch, or from what the prefix cache still holds."""
         self._num_lost[req] = max(self._num_lost.get(req, 0), req.num_computed_tokens)
+        if req.status is RequestStatus.RUNNING:
+            req.num_dropped_tokens = req.num_computed_tokens
         req.num_computed_tokens = 0
         req.status = RequestStatus.WAITING
 
@@ -230,6 +233,7 @@ class Lifecycle:
                 req.num_recomputed_tokens -= self._recomputed(req, start, start + num_new_tokens)
                 req.num_computed_tokens = start
                 del plan.scheduled[i], plan.samples[i]
+                plan.num_decodes -= i < plan.num_decodes
                 return
 
     def _remove_running(self, req: Request) -> None:

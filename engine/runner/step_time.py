@@ -51,15 +51,16 @@ class StepFeatures(NamedTuple):
 
 def step_features(plan: StepPlan) -> StepFeatures:
     """The features of `plan`."""
-    prefill = pairs = kv = num_prefills = 0
-    for _, start, num_new in plan.scheduled:
-        kv += start
+    scheduled = plan.scheduled
+    prefill = pairs = num_prefills = 0
+    for _, start, num_new in scheduled[plan.num_decodes :]:
         if num_new > 1:
             num_prefills += 1
             prefill += num_new
             pairs += num_new * start + num_new * (num_new + 1) // 2
-    num_decodes = len(plan.scheduled) - num_prefills
-    return StepFeatures(prefill, num_decodes, kv + prefill + num_decodes, pairs, len(plan.copies), num_prefills)
+    num_decodes = len(scheduled) - num_prefills
+    kv = sum([start for _, start, _ in scheduled]) + prefill + num_decodes
+    return StepFeatures(prefill, num_decodes, kv, pairs, len(plan.copies), num_prefills)
 
 
 class StepTime(Protocol):

@@ -17,6 +17,12 @@ def usage(total: int, computed: int, owned: int, external: int = 0, cached: int 
     return KVUsage(total, computed, owned, external, cached, total - owned - external - cached)
 
 
+def scheduled(req: Request, start: int, num_new_tokens: int) -> ScheduledRequest:
+    """As a scheduler does it: the request's own count moves on."""
+    req.num_computed_tokens = start + num_new_tokens
+    return ScheduledRequest(req, start, num_new_tokens)
+
+
 def end(req: Request) -> None:
     req.status, req.finish_reason, req.num_slots = RequestStatus.FINISHED, FinishReason.LENGTH, 0
 
@@ -25,7 +31,7 @@ def test_contiguous_reservation_is_split_when_the_request_has_ended():
     ledger, req = MemoryLedger(), make_request()
     req.num_slots = 10
     for step, (start, new) in enumerate([(0, 3), (3, 1), (4, 1)]):
-        ledger.observe(StepPlan([ScheduledRequest(req, start, new)], [True]), usage(20, 3 + step, 10))
+        ledger.observe(StepPlan([scheduled(req, start, new)], [True]), usage(20, 3 + step, 10))
     end(req)
     ledger.observe(StepPlan(), usage(20, 0, 0))
     split = ledger.settle()
@@ -42,9 +48,7 @@ def test_paged_growth_wastes_only_the_last_block():
     for new in [3, 1, 1, 1]:  # block size 4: a second block from position 4 on
         computed += new
         req.num_slots = -(-computed // 4) * 4
-        ledger.observe(
-            StepPlan([ScheduledRequest(req, computed - new, new)], [True]), usage(16, computed, req.num_slots)
-        )
+        ledger.observe(StepPlan([scheduled(req, computed - new, new)], [True]), usage(16, computed, req.num_slots))
     end(req)
     split = ledger.settle()
     assert split["reservation"].tolist() == [1, 0, 1, 0]
@@ -54,18 +58,31 @@ def test_paged_growth_wastes_only_the_last_block():
 def test_a_preempted_stay_is_settled_by_what_it_had_filled():
     ledger, req = MemoryLedger(), make_request()
     req.num_slots = 8
-    ledger.observe(StepPlan([ScheduledRequest(req, 0, 3)], [True]), usage(8, 3, 8))
-    ledger.observe(StepPlan([ScheduledRequest(req, 3, 1)], [True]), usage(8, 4, 8))
+    ledger.observe(StepPlan([scheduled(req, 0, 3)], [True]), usage(8, 3, 8))
+    ledger.observe(StepPlan([scheduled(req, 3, 1)], [True]), usage(8, 4, 8))
+    req.num_dropped_tokens = 4
     # Preempted and admitted again in the same plan: a new stay, which fills everything.
-    ledger.observe(StepPlan([ScheduledRequest(req, 0, 8)], [True], preempted=[req]), usage(8, 8, 8))
+    ledger.observe(StepPlan([scheduled(req, 0, 8)], [True], preempted=[req]), usage(8, 8, 8))
     end(req)
     assert ledger.settle()["internal"].tolist() == [4, 4, 0]
+
+
+@pytest.mark.parametrize("status", [RequestStatus.WAITING, RequestStatus.SWAPPED, RequestStatus.FINISHED])
+def test_a_stay_that_ended_while_the_request_waits_again(status: RequestStatus):
+    ledger, req = MemoryLedger(), make_request()
+    req.num_slots = 8
+    ledger.observe(StepPlan([scheduled(req, 0, 3)], [True]), usage(8, 3, 8))
+    # What was computed is counted from 0 again, unless it was swapped out or the request has ended.
+    req.status, req.num_slots, req.num_dropped_tokens = status, 0, 3
+    req.num_computed_tokens = 0 if status is RequestStatus.WAITING else 3
+    ledger.observe(StepPlan(), usage(8, 0, 0))
+    assert ledger.settle()["internal"].tolist() == [5, 0]
 
 
 def test_slots_held_for_finished_requests_are_counted_beside_the_classes():
     ledger, req = MemoryLedger(), make_request()
     req.num_slots = 8
-    ledger.observe(StepPlan([ScheduledRequest(req, 0, 3)], [True]), usage(8, 3, 8))
+    ledger.observe(StepPlan([scheduled(req, 0, 3)], [True]), usage(8, 3, 8))
     req.status = RequestStatus.FINISHED  # a static batch holds its slots
     ledger.observe(StepPlan(), usage(8, 3, 8))
     req.num_slots = 0
@@ -91,7 +108,7 @@ def test_counts_that_do_not_add_up_fail_the_step(bad: KVUsage):
 def test_computed_slots_without_a_stay_fail_the_settlement():
     ledger, req = MemoryLedger(), make_request()
     req.num_slots = 8
-    ledger.observe(StepPlan([ScheduledRequest(req, 0, 1)], [True]), usage(8, 7, 8))
+    ledger.observe(StepPlan([scheduled(req, 0, 1)], [True]), usage(8, 7, 8))
     with pytest.raises(EngineError, match="does not add up to the pool"):
         ledger.settle()
 

@@ -176,3 +176,27 @@ def test_the_pool_is_what_the_weights_leave_of_the_card(tmp_path: Path):
     assert json.loads((run_dir / "manifest.json").read_text())["pool"]["num_slots"] == pytest.approx(15_700, rel=0.05)
     with pytest.raises(ConfigError, match="do not fit"):
         simulate(tmp_path, "kv_cache.num_slots=null", "engine.gpu_memory_utilization=0.5")
+
+
+def test_a_summary_has_the_same_numbers_and_no_tokens(tmp_path: Path):
+    options = ["arrival=poisson", "arrival.rate=4", "workload.num_requests=40", "engine.overlap=true"]
+    full, full_dir = simulate(tmp_path, *options)
+    summary, summary_dir = simulate(tmp_path, *options, "driver.record=summary")
+    whole, short = (pd.read_parquet(folder / "requests.parquet") for folder in (full_dir, summary_dir))
+    lists = ["prompt_token_ids", "output_token_ids", "token_times"]
+    assert short[lists].isna().all().all()
+    assert whole.drop(columns=lists).equals(short.drop(columns=lists))
+    assert full["num_preemptions"] > 0
+    assert [len(times) for times in whole["token_times"]] == whole["num_output_tokens"].tolist()
+    assert [times[0] for times in whole["token_times"]] == whole["first_token_time"].tolist()
+    assert pd.read_parquet(full_dir / "steps.parquet").equals(pd.read_parquet(summary_dir / "steps.parquet"))
+    assert summary["itl_seconds"]["count"] == 0
+    assert summary["ttft_seconds"] == full["ttft_seconds"]
+
+
+def test_a_prefix_cache_sees_the_prompts_also_in_a_summary(tmp_path: Path):
+    cfg = load_config(
+        [*OPT, "report.progress=false", "allocator=radix", "workload=shared_prefix", "driver.record=summary"]
+    )
+    summary = execute(cfg, tmp_path, "radix", CHOICES)
+    assert 0 < summary["num_cached_tokens"] < summary["num_prompt_tokens"]

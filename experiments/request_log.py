@@ -1,0 +1,146 @@
+"""What happened to each request, as columns; a request that has ended is not held any longer.
+
+A million requests take about a hundred MiB without their tokens. With them, the lists of a request are kept.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from engine.plan import ScheduledRequest
+from engine.request import Request
+
+NAN = float("nan")
+TIMES = ("arrival_time", "submit_time", "admission_time", "first_token_time", "finish_time")  # seconds; NaN: not yet
+COUNTS = (
+    "num_prompt_tokens",
+    "num_output_tokens",
+    "max_tokens",
+    "priority",
+    "num_cached_tokens",
+    "num_preemptions",
+    "num_recomputed_tokens",
+)
+LISTS = ("prompt_token_ids", "output_token_ids", "token_times")
+
+REQUEST_COLUMNS = {
+    "request_id": "string",
+    "client_id": "string",
+    "prompt_token_ids": "list<int32>",
+    "output_token_ids": "list<int32>",
+    "num_prompt_tokens": "int32",
+    "num_output_tokens": "int32",
+    "max_tokens": "int32",
+    "priority": "int32",
+    "arrival_time": "double",
+    "submit_time": "double",
+    "admission_time": "double",
+    "first_token_time": "double",
+    "finish_time": "double",
+    "token_times": "list<double>",
+    "finish_reason": "string",
+    "num_cached_tokens": "int32",
+    "num_preemptions": "int32",
+    "num_recomputed_tokens": "int32",
+    "error": "string",
+}
+
+
+class RequestLog:
+    """Columns with one row per request, in order of submission.
+
+    Args:
+        tokens: keep prompt and output tokens and the time of each output token.
+
+    Attributes:
+        rows: the row of every request that may still show up in a step.
+        times: the columns TIMES.
+    """
+
+    def __init__(self, tokens: bool) -> None:
+        self.tokens = tokens
+        self.rows: dict[Request, int] = {}
+        self.times: dict[str, array[float]] = {name: array("d") for name in TIMES}
+        self._counts: dict[str, array[int]] = {name: array("i") for name in COUNTS}
+        self._request_ids: list[str] = []
+        self._client_ids: list[str] = []
+        self._finish_reasons: list[str | None] = []
+        self._errors: dict[int, str] = {}
+        self._lists: list[tuple[list[int], list[int], array[float]]] = []
+        self._leaving: list[Request] = []
+
+    def __len__(self) -> int:
+        return len(self._request_ids)
+
+    def add(self, req: Request, now: float) -> None:
+        """A new row for `req`, handed over at `now`."""
+        self.rows[req] = len(self)
+        for name, value in zip(TIMES, (req.arrival_time, now, NAN, NAN, NAN), strict=True):
+            self.times[name].append(value)
+        for column in self._counts.values():
+            column.append(0)
+        self._request_ids.append(req.request_id)
+        self._client_ids.append(req.client_id)
+        self._finish_reasons.append(None)
+        if self.tokens:
+            self._lists.append((req.prompt_token_ids, req.output_token_ids, array("d")))
+
+    def take_tokens(self, scheduled: Iterable[ScheduledRequest], when: float) -> None:
+        """A step sampled for each of `scheduled` at `when`; a token past the end was dropped and has no time."""
+        rows, lists = self.rows, self._lists
+        for req, _, _ in scheduled:
+            token_times = lists[rows[req]][2]
+            if len(token_times) < len(req.output_token_ids):
+                token_times.append(when)
+
+    def end(self, req: Request, when: float) -> None:
+        """`req` ended at `when`."""
+        row = self.rows[req]
+        self.times["finish_time"][row] = when
+        self._fill(req, row)
+        self._leaving.append(req)
+
+    def forget_ended(self, keep: int) -> None:
+        """Let go of the requests that ended, but for the last `keep`."""
+        gone = len(self._leaving) - keep
+        for req in self._leaving[:gone]:
+            self.rows.pop(req, None)
+        del self._leaving[:gone]
+
+    @property
+    def num_leaving(self) -> int:
+        """Requests that ended and are still known."""
+        return len(self._leaving)
+
+    def _fill(self, req: Request, row: int) -> None:
+        """Copy what a request knows of itself."""
+        values = (
+            req.num_prompt_tokens, len(req.output_token_ids), req.sampling.max_tokens, req.priority,
+            req.num_cached_tokens, req.num_preemptions, req.num_recomputed_tokens,
+        )  # fmt: skip
+        for column, value in zip(self._counts.values(), values, strict=True):
+            column[row] = value
+        self._finish_reasons[row] = req.finish_reason.value if req.finish_reason else None
+        if req.error:
+            self._errors[row] = req.error
+
+    def chunks(self, size: int) -> Iterator[dict[str, Any]]:
+        """The rows in pieces of `size`, as columns by REQUEST_COLUMNS; without tokens the lists are None."""
+        for req, row in self.rows.items():
+            self._fill(req, row)
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            columns: dict[str, Any] = {
+                "request_id": self._request_ids[rows],
+                "client_id": self._client_ids[rows],
+                "finish_reason": self._finish_reasons[rows],
+                "error": [self._errors.get(row, "") for row in range(start, min(start + size, len(self)))],
+            }
+            columns |= {name: np.array(column[rows]) for name, column in (self.times | self._counts).items()}
+            lists = self._lists[rows] if self.tokens else [(None, None, None)] * len(columns["request_id"])
+            columns |= dict(zip(LISTS, zip(*lists, strict=True), strict=True))
+            yield {name: columns[name] for name in REQUEST_COLUMNS}
