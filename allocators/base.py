@@ -6,6 +6,7 @@ keyword arguments; a value out of range is a ConfigError that names the configur
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import attrgetter
 
 from engine.errors import ConfigError, NotDefined
@@ -95,6 +96,10 @@ class BaseAllocator:
     def drain_copies(self) -> list[BlockCopy]:
         """No copies."""
         return []
+
+    def cached_blocks(self) -> Iterable[int]:
+        """No prefix cache: no blocks."""
+        return ()
 
     def clear_cache(self) -> None:
         """No prefix cache: nothing to forget."""

@@ -17,6 +17,7 @@ head); a hit takes it out of the middle in O(1).
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from itertools import count
 
 from allocators.base import refuse_window
@@ -169,6 +170,10 @@ class PrefixCachingAllocator(PagedAllocator):
     def match_prefix(self, req: Request) -> int:
         """Tokens of `req` in published blocks. Remembers the path, which changes no answer."""
         return len(self._match(req)) * self.block_size
+
+    def cached_blocks(self) -> Iterable[int]:
+        """Published blocks that no request owns."""
+        return self._cached
 
     def clear_cache(self) -> None:
         """Forget every cached block that no request owns, so that a measured run starts cold."""

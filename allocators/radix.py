@@ -12,6 +12,8 @@ of a live request lies on its locked path.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from allocators.base import refuse_window
 from allocators.paged import PagedAllocator
 from allocators.radix_tree import RadixNode, RadixTree
@@ -79,6 +81,10 @@ class RadixAllocator(PagedAllocator):
     def match_prefix(self, req: Request) -> int:
         """Tokens of `req` in the tree."""
         return self._tree.walk(req, (req.num_tokens - 1) // self.block_size)[1] * self.block_size
+
+    def cached_blocks(self) -> Iterable[int]:
+        """Blocks of the tree's unlocked nodes."""
+        return self._tree.evictable_blocks()
 
     def clear_cache(self) -> None:
         """Forget every block that no request owns, so that a measured run starts cold."""

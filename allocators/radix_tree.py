@@ -13,6 +13,7 @@ the tree, and its parent may become a leaf.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from itertools import count
 
@@ -211,6 +212,15 @@ class RadixTree:
             self._push_leaf(node)
 
     # ------------------------------------------------------------ eviction
+
+    def evictable_blocks(self) -> Iterator[int]:
+        """All blocks of unlocked nodes; visits the whole tree."""
+        stack = list(self.root.children.values())
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            if not node.num_locks:
+                yield from node.blocks
 
     def evict(self, num_blocks: int) -> list[int]:
         """Remove `num_blocks` <= num_evictable blocks, least recently used leaves and their tails first."""

@@ -10,7 +10,7 @@ dropped. Overlap never changes tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.clock import Clock
@@ -78,6 +78,8 @@ class Engine:
         clock: the only source of time.
         overlap: plan step N+1 while step N runs.
         ledger: accounts for every slot of every step, and fails the run if a step does not add up.
+        on_launch: told of every step while its slots are allocated and none is freed; `result` and `finished` are not
+            known yet.
     """
 
     scheduler: SchedulerProtocol
@@ -86,6 +88,7 @@ class Engine:
     clock: Clock
     overlap: bool = False
     ledger: MemoryLedger | None = None
+    on_launch: Callable[[StepOutput], None] | None = None
     num_steps: int = 0
     _in_flight: _InFlight | None = field(default=None, repr=False)
     _constraints_seen: bool = field(default=False, repr=False)
@@ -151,6 +154,8 @@ class Engine:
             end_time=start,
         )
         self.num_steps += 1
+        if self.on_launch is not None:
+            self.on_launch(output)
         try:
             pending = self.runner.execute(plan, self.allocator)
         except Exception as error:

@@ -13,7 +13,7 @@ hands out ids 1..num_blocks. A contiguous region is a block table of consecutive
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -169,6 +169,10 @@ class KVAllocator(Protocol):
 
     def block_table(self, req: Request) -> Sequence[int]:
         """Block ids by block index. May be longer than needed; slid-out entries are the null block."""
+        ...
+
+    def cached_blocks(self) -> Iterable[int]:
+        """Blocks of the prefix cache that no request uses, for pictures of the pool."""
         ...
 
     def drain_copies(self) -> list[BlockCopy]:

@@ -18,7 +18,8 @@ from engine.models import ModelSpec
 from experiments.build import Setup, build
 from experiments.compose import NAMING_GROUPS
 from experiments.driver import drive
-from experiments.files import ERROR_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.files import ERROR_FILE, KV_MAP_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.kv_map import KVMapRecorder
 from experiments.output import Progress, print_result
 from experiments.provenance import git_state, machine, peak_rss_bytes, versions
 from experiments.record import RunRecorder
@@ -72,6 +73,8 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
     if setup.driver.warmup and setup.parts.simulator is None:
         warmup_time = warm_up(cfg, setup.parts, [next(iter(setup.requests)).sampling])
     recorder = RunRecorder(tokens=setup.driver.record == "full")
+    kv_map = KVMapRecorder(setup.parts.engine.allocator, recorder.row) if cfg.report.kv_map else None
+    setup.parts.engine.on_launch = None if kv_map is None else kv_map.on_launch
     simulator = setup.parts.simulator
     progress = Progress(name, len(setup.requests), bool(cfg.report.progress))
     # A simulated run may have a million requests; in one that computes nothing is made while it is measured.
@@ -90,6 +93,8 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
         progress.close()
     recorder.write_requests(run_dir / REQUESTS_FILE)
     recorder.write_steps(run_dir / STEPS_FILE, setup.parts.ledger)
+    if kv_map is not None:
+        kv_map.write(run_dir / KV_MAP_FILE)
     manifest = _manifest(cfg, setup, name, choices) | {
         "run": {
             "wall_time": recorder.wall_time,

@@ -141,6 +141,10 @@ class RunRecorder:
         """End of the last step, in seconds since the run's start."""
         return self._steps["end_time"][-1] if self.num_steps else 0.0
 
+    def row(self, req: Request) -> int:
+        """The row that a request which has not ended will have in requests.parquet."""
+        return self._log.rows[req]
+
     def request_rows(self) -> list[dict[str, Any]]:
         """One row per request, by REQUEST_COLUMNS, in order of submission; times that never came are None."""
         rows = []

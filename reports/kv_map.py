@@ -60,13 +60,21 @@ def read_kv_map(run: RunFiles) -> KVMap | None:
     path = run.path / FILE
     if not path.exists():
         return None
-    table = read_table(path, ("time", "owner", "filled"))
+    table = read_table(path, ("time", "owner", "filled", "stride"))
     times = table.column("time").to_numpy()
     owner, filled = (Ragged.of(table.column(name), path, name) for name in ("owner", "filled"))
     widths = np.diff(owner.offsets)
-    if not len(times) or not widths.all() or len(set(widths)) != 1 or not np.array_equal(owner.offsets, filled.offsets):
+    strides = table.column("stride").to_pylist()
+    if (
+        not len(times)
+        or None in strides
+        or len(set(strides)) != 1
+        or not widths.all()
+        or len(set(widths)) != 1
+        or not np.array_equal(owner.offsets, filled.offsets)
+    ):
         raise ReportError(f"{path}: snapshots must be of one pool, with an owner and a fill for every block; {REMEDY}")
-    num_blocks = int(widths[0])
+    num_blocks, stride = int(widths[0]), int(strides[0])
     end = float(max(run.steps["end_time"].max() if run.num_steps else 0.0, times[-1], 1e-9))
     columns = np.linspace(0, end, min(MAX_COLUMNS, 4 * len(times)), endpoint=False)
     snapshots = np.searchsorted(times, columns, side="right") - 1
@@ -77,7 +85,7 @@ def read_kv_map(run: RunFiles) -> KVMap | None:
         raise ReportError(f"{path}: an owner is no row of requests.parquet; {REMEDY}")
     grid_owner[:, snapshots < 0] = FREE
     block_size = int(run.manifest["pool"]["block_size"])
-    return KVMap(grid_owner, np.clip(grid_filled / block_size, 0, 1), end, num_blocks)
+    return KVMap(grid_owner, np.clip(grid_filled / block_size, 0, 1), end, num_blocks * stride)
 
 
 def choose_shades(kv_map: KVMap) -> dict[int, int]:

@@ -52,7 +52,13 @@ STEP_SCHEMA = pa.schema(
 )
 
 KV_MAP_SCHEMA = pa.schema(
-    [("step", INT32), ("time", pa.float64()), ("owner", pa.list_(INT32)), ("filled", pa.list_(pa.int16()))]
+    [
+        ("step", INT32),
+        ("time", pa.float64()),
+        ("owner", pa.list_(INT32)),
+        ("filled", pa.list_(pa.int16())),
+        ("stride", INT32),
+    ]
 )
 
 
@@ -134,7 +140,8 @@ def _snapshot(step, live_requests, num_blocks, block_size) -> dict:
         for position, block in enumerate(live.blocks):
             owner[block] = live.index
             filled[block] = min(block_size, max(0, live.computed - position * block_size))
-    return {"step": step["step"], "time": step["start_time"], "owner": owner.tolist(), "filled": filled.tolist()}
+    return {"step": step["step"], "time": step["start_time"], "owner": owner.tolist(), "filled": filled.tolist(),
+            "stride": 1}  # fmt: skip
 
 
 def _request_row(index: int, prompt: int, target: int, arrival: float, seed: int) -> dict:

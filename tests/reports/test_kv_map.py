@@ -77,11 +77,11 @@ def test_empty_slots_are_paler():
 def test_large_pools_are_thinned(tmp_path):
     run_dir = fake_run(tmp_path / "run", num_requests=6)
     owner = np.repeat(np.arange(6), 5000)
-    row = {"step": 0, "time": 0.0, "owner": owner.tolist(), "filled": [16] * 30000}
+    row = {"step": 0, "time": 0.0, "owner": owner.tolist(), "filled": [16] * 30000, "stride": 2}
     pq.write_table(pa.Table.from_pylist([row], KV_MAP_SCHEMA), run_dir / "kv_map.parquet")
     kv_map = read_kv_map(read_run(run_dir))
     assert kv_map.owner.shape[0] == 1024
-    assert kv_map.num_blocks == 30000
+    assert kv_map.num_blocks == 60000
     assert np.unique(kv_map.owner).tolist() == [0, 1, 2, 3, 4, 5]
 
 

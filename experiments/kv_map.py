@@ -1,0 +1,111 @@
+"""Records who owns each block over time, for the report's KV map (kv_map.parquet; schema: docs/files.md).
+
+How long a run lasts is not known before: every k-th step is kept, and when there are too many snapshots every second
+one is dropped and k doubled. So memory is bounded, and the snapshots are even over the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.core import StepOutput
+from engine.plan import KVAllocator
+from engine.request import Request
+
+MAX_SNAPSHOTS = 400
+MAX_CELLS = 4096
+SHARED, CACHED, FREE = -3, -2, -1  # owners that are no request
+
+
+class _Snapshot(NamedTuple):
+    """One step's map; see docs/files.md."""
+
+    step: int
+    time: float
+    owner: np.ndarray
+    filled: np.ndarray
+
+
+class KVMapRecorder:
+    """Looks at the allocator in some steps; changes nothing.
+
+    Args:
+        allocator: whose blocks.
+        row_of: a live request's row in requests.parquet.
+        max_snapshots: more are never kept.
+        max_cells: of a snapshot; in larger pools every few blocks one is looked at.
+    """
+
+    def __init__(
+        self,
+        allocator: KVAllocator,
+        row_of: Callable[[Request], int],
+        max_snapshots: int = MAX_SNAPSHOTS,
+        max_cells: int = MAX_CELLS,
+    ) -> None:
+        self._allocator = allocator
+        self._row_of = row_of
+        self._max_snapshots = max_snapshots
+        self._stride = -(-allocator.num_virtual_blocks // max_cells)
+        self._every = 1
+        self._snapshots: list[_Snapshot] = []
+        self._live: dict[Request, int] = {}  # requests that may own blocks, and their rows
+
+    def on_launch(self, step: StepOutput) -> None:
+        """Take a step in, while its slots are allocated."""
+        # Who decodes has been seen before.
+        for req, _, _ in step.plan.scheduled[step.plan.num_decodes :]:
+            if req not in self._live:
+                self._live[req] = self._row_of(req)
+        if step.index % self._every:
+            return
+        if len(self._snapshots) == self._max_snapshots:
+            self._snapshots = self._snapshots[::2]
+            self._every *= 2
+            if step.index % self._every:
+                return
+        self._snapshots.append(self._look(step))
+
+    def _look(self, step: StepOutput) -> _Snapshot:
+        block_size = self._allocator.block_size
+        # Index 0 is the null block.
+        owner = np.full(self._allocator.num_virtual_blocks + 1, FREE, dtype=np.int32)
+        filled = np.zeros(len(owner), dtype=np.int16)
+        owner[np.fromiter(self._allocator.cached_blocks(), dtype=np.int64)] = CACHED
+        filled[owner == CACHED] = block_size
+        # A static batch holds the blocks of requests that have ended.
+        for req in [req for req in self._live if req.is_finished and not req.num_slots]:
+            del self._live[req]
+        for req, row in self._live.items():
+            blocks = np.asarray(self._allocator.block_table(req), dtype=np.int64)
+            tokens = np.clip(req.num_computed_tokens - block_size * np.arange(len(blocks)), 0, block_size)
+            is_owned = (owner[blocks] != FREE) & (owner[blocks] != CACHED)
+            owner[blocks] = np.where(is_owned, SHARED, row)
+            filled[blocks] = np.maximum(filled[blocks], tokens)
+        cells = slice(1, None, self._stride)
+        return _Snapshot(step.index, step.start_time, owner[cells], filled[cells])
+
+    def write(self, path: Path) -> None:
+        """Write kv_map.parquet."""
+        # Imported late: a machine that only measures need not have pyarrow.
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = pa.schema(
+            [
+                ("step", pa.int32()),
+                ("time", pa.float64()),
+                ("owner", pa.list_(pa.int32())),
+                ("filled", pa.list_(pa.int16())),
+                ("stride", pa.int32()),
+            ]
+        )
+        columns: dict[str, list] = {name: [] for name in schema.names}
+        for snapshot in self._snapshots:
+            for name, value in zip(schema.names, (*snapshot, self._stride), strict=True):
+                columns[name].append(value)
+        pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")
