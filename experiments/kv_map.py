@@ -81,6 +81,8 @@ class KVMapRecorder:
         for req in [req for req in self._live if req.is_finished and not req.num_slots]:
             del self._live[req]
         for req, row in self._live.items():
+            if not req.num_slots:  # preempted
+                continue
             blocks = np.asarray(self._allocator.block_table(req), dtype=np.int64)
             tokens = np.clip(req.num_computed_tokens - block_size * np.arange(len(blocks)), 0, block_size)
             is_owned = (owner[blocks] != FREE) & (owner[blocks] != CACHED)

@@ -82,3 +82,11 @@ def test_a_region_is_one_run_and_memory_is_bounded(tmp_path):
     assert len(owner) == 12
     assert (np.diff(np.flatnonzero(owner == 1)) == 1).all()
     assert (owner == 1).sum() == 4  # every second of 8 blocks
+
+
+def test_preempted_requests_own_nothing(tmp_path):
+    allocator = PagedAllocator(num_blocks=8, block_size=BLOCK_SIZE, max_model_len=32)
+    snapshots = read(run(allocator, 2, 20), tmp_path / "kv_map.parquet")
+    owners = [set(snapshot["owner"]) - {FREE} for snapshot in snapshots]
+    assert {1} in owners  # alone after the other had to go
+    assert owners[-1] == {0}
