@@ -21,7 +21,7 @@ from engine.server.completions import ChoicePrompt, CompletionRenderer, read_pro
 from engine.server.config import ServerConfig
 from engine.server.constraints import Constraints
 from engine.server.dashboard import PoolFeed
-from engine.server.errors import ApiError, bad_request, unavailable
+from engine.server.errors import ApiError, bad_request, beyond_context, unavailable
 from engine.server.groups import Choice, EngineGone, EngineInfo, Group, Refused
 from engine.server.http import read_json
 from engine.server.media import check_parts, find_parts, policy_of
@@ -347,7 +347,7 @@ class Service:
             return unavailable(f"The server is overloaded: {refused}. Try again later.", "queue_full")
         if refused.reason in ("max_model_len", "max_request_tokens"):
             self.row.inc("vllm:admission_rejections", refused.reason)
-            return bad_request(str(refused), "prompt", "context_length_exceeded")
+            return beyond_context(str(refused), "prompt")
         return bad_request(str(refused))
 
     async def _answer(self, request: Request, job: Job, stream: bool) -> Response:
