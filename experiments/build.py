@@ -28,9 +28,9 @@ from engine.kv_pool import KVPool, blocks_for_budget
 from engine.ledger import MemoryLedger
 from engine.models import LoadedModel, load_model
 from engine.plan import KVAllocator
-from engine.request import Request, SamplingParams
+from engine.request import Request, SamplingParams, expand
 from engine.runner.profile import available_kv_bytes
-from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SLOConfig
+from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig
 from experiments.driver import ClosedLoop
 from experiments.gpu_runner import make_runner
 from experiments.parts import EngineParts, check_window, make_strategy, pool_facts, resolve_max_model_len
@@ -59,7 +59,6 @@ def build(cfg: DictConfig) -> Setup:
         TraceError: the workload's file is malformed.
     """
     driver = DriverConfig.from_config(cfg.driver)
-    SLOConfig.from_config(cfg.slo)  # the report reads it: a mistake must not show after the run
     # The workload is built before the model where it can fail: a typing error in a path must not wait for weights.
     parts = build_simulated_engine(cfg) if cfg.runner.kind == "simulated" else build_engine(cfg)
     spec = parts.spec
@@ -70,6 +69,10 @@ def build(cfg: DictConfig) -> Setup:
     items = list(workload.items_iter(with_token_ids=not blank))
     times = arrival.times(items, cfg.workload.seed)
     requests = RequestStream(items, times, sampling_params(cfg.sampling), frozenset(spec.eos_token_ids))
+    if times is None and cfg.sampling.n > 1:
+        raise ConfigError(
+            f"sampling.n={cfg.sampling.n} with users who wait is not defined; use another arrival than closed_loop"
+        )
     closed_loop = None if times is not None else ClosedLoop(requests, arrival.num_users, arrival.think_time)
     return Setup(parts, requests, closed_loop, driver, workload.description)
 
@@ -170,6 +173,8 @@ def sampling_params(section: DictConfig) -> SamplingParams:
 class RequestStream:
     """A workload's requests, made as they are asked for: the same for every strategy, and fresh on each pass.
 
+    With `sampling.n` above 1 each item gives that many requests, which share its prompt and its arrival.
+
     Args:
         items: the workload, in order of arrival.
         times: arrival times in seconds, or None when users wait for answers.
@@ -187,16 +192,17 @@ class RequestStream:
         self._items = items
         self._times = times
         self._eos_token_ids = eos_token_ids
+        self._num_samples = sampling.n
         self._sampling = {
             length: replace(sampling, max_tokens=length) for length in {item.output_len for item in items}
         }
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._items) * self._num_samples
 
     def __iter__(self) -> Iterator[Request]:
         for i, item in enumerate(self._items):
-            yield Request(
+            req = Request(
                 request_id=item.request_id or f"request-{i}",
                 prompt_token_ids=item.prompt_token_ids,
                 sampling=self._sampling[item.output_len],
@@ -206,6 +212,7 @@ class RequestStream:
                 eos_token_ids=self._eos_token_ids,
                 oracle_output_len=item.output_len,
             )
+            yield from expand(req)
 
 
 def _device(name: str) -> str:

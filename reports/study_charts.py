@@ -15,6 +15,7 @@ from reports.style import CLASS_LOOKS, INK, SERIES, Look, drawing, export, grid,
 
 BAND_ALPHA = 0.18
 MAX_LEGEND_COLUMNS = 6
+MAX_POINT_TICKS = 12
 LEAST_LABELLED = 3.0  # percent; a narrower segment holds no number
 
 
@@ -44,12 +45,25 @@ def chart_figure(chart: dict[str, Any]) -> Figure:
     axes.set_ylabel(chart["y_label"])
     if chart["log_x"]:
         axes.set_xscale("log")
+        _name_points(axes, chart)
     if chart["log_y"]:
         axes.set_yscale("log")
+    if chart.get("y_mark") is not None:
+        axes.axhline(chart["y_mark"], color=INK, linewidth=0.9, linestyle=":", zorder=1)
+    if chart.get("y_limit") is not None:
+        axes.set_ylim(top=chart["y_limit"])
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), MAX_LEGEND_COLUMNS))
     return figure
+
+
+def _name_points(axes: Axes, chart: dict[str, Any]) -> None:
+    """Ticks at a few measured points in place of powers of ten."""
+    points = sorted({x for series in chart["series"] for x in series["x"]})
+    if chart["kind"] == "lines" and len(points) <= MAX_POINT_TICKS:
+        axes.set_xticks(points, [f"{point:,g}" for point in points])
+        axes.set_xticks([], minor=True)
 
 
 def _look(index: int, name: str) -> Look:

@@ -69,6 +69,26 @@ def at_most(quantity: str, unit: str, stated: float, ours: float, **more: Any) -
     return Claim(quantity, unit, stated, ours, f"at most {stated:g} {unit or ''}".strip(), verdict, **more)
 
 
+def near(quantity: str, unit: str, stated: float, ours: float, share: float, **more: Any) -> Claim:
+    """A claim that holds when `ours` lies within `share` of `stated`."""
+    verdict = Verdict.HOLDS if abs(ours - stated) <= share * stated else Verdict.DIFFERS
+    return Claim(quantity, unit, stated, ours, f"within {share:.0%}", verdict, **more)
+
+
+def between(quantity: str, unit: str, least: float, most: float, ours: float | None, **more: Any) -> Claim:
+    """A claim that holds when `ours` lies in [least, most]; one that was not measured is not comparable.
+
+    `stated` is the end of the range that is nearer to `ours`.
+    """
+    unit_text = f" {unit}" if unit else ""
+    tolerance = f"from {least:g} to {most:g}{unit_text}"
+    if ours is None:
+        return Claim(quantity, unit, None, None, tolerance, Verdict.NOT_COMPARABLE, **more)
+    stated = least if ours - least <= most - ours else most
+    verdict = Verdict.HOLDS if least <= ours <= most else Verdict.DIFFERS
+    return Claim(quantity, unit, stated, ours, tolerance, verdict, **more)
+
+
 @dataclass(frozen=True)
 class Series:
     """One line, or one group of bars.
@@ -99,6 +119,8 @@ class Chart:
         caption: what it shows.
         series: what is drawn.
         log_x, log_y: logarithmic axes.
+        y_limit: top of the y axis; None fits the data.
+        y_mark: a dotted line across, such as a limit or a bound.
     """
 
     name: str
@@ -109,6 +131,8 @@ class Chart:
     series: Sequence[Series]
     log_x: bool = False
     log_y: bool = False
+    y_limit: float | None = None
+    y_mark: float | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from reports.files import RunFiles, read_run
 from reports.memory import step_spans
 
 SYSTEMS = {"Orca (Max)": "orca_max", "Orca (Pow2)": "orca_pow2", "Orca (Oracle)": "orca_oracle", "vLLM": "paged"}
+FASTER_TRANSFORMER = "FasterTransformer"
 DIFFERENCES = (
     "Step times are simulated, from the A100's public figures (docs/simulator.md); memory, allocator and scheduler "
     "decisions are real.",
@@ -53,10 +54,18 @@ class Load(NamedTuple):
         return f"{self.workload}-{self.rate:g}"
 
 
-def run_system(cells: CellRunner, system: str, load: Load, *overrides: str) -> dict[str, Any]:
-    """Run one system under one load; returns the cell's summary. Its folder is `cells.folders[-1]`."""
-    allocator = SYSTEMS[system]
-    return cells.run(f"{load.label}-{allocator}", [f"allocator={allocator}", *load.overrides, *overrides])
+def run_system(cells: CellRunner, system: str, load: Load, *overrides: str, label: str = "") -> dict[str, Any]:
+    """Run one system under one load; returns the cell's summary. Its folder is `cells.folders[-1]`.
+
+    Args:
+        overrides: further ones.
+        label: ends the folder's name, where `overrides` tell cells apart.
+    """
+    static = system == FASTER_TRANSFORMER
+    allocator = "orca_max" if static else SYSTEMS[system]
+    scheduler = "static" if static else "continuous"
+    name = "-".join(part for part in (load.label, allocator, "static" if static else "", label) if part)
+    return cells.run(name, [f"allocator={allocator}", f"scheduler={scheduler}", *load.overrides, *overrides])
 
 
 def steady(run: RunFiles) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.studies.base import Chart, Claim, Findings, Series, Verdict
+from experiments.studies.base import Chart, Claim, Findings, Series, Verdict, near
 from experiments.studies.cells import CellRunner
 from experiments.studies.memory_use import Mean
 from experiments.studies.orca import DIFFERENCES, SYSTEMS, Load, mean_batch, run_system
@@ -54,11 +54,8 @@ class PaperFig13Study:
 
 
 def _claim(workload: str, system: str, stated: float, batch: Mean) -> Claim:
-    holds = abs(batch.value - stated) <= TOLERANCE * stated
-    return Claim(
-        f"{workload}, {system}: mean batch", "", stated, batch.value, f"within {TOLERANCE:.0%}",
-        Verdict.HOLDS if holds else Verdict.DIFFERS, low=batch.low, high=batch.high,
-    )  # fmt: skip
+    quantity = f"{workload}, {system}: mean batch"
+    return near(quantity, "", stated, batch.value, TOLERANCE, low=batch.low, high=batch.high)
 
 
 def _chart(workload: str, rate: float, stated: dict[str, float], batches: dict[str, Mean]) -> Chart:

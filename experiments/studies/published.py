@@ -10,5 +10,20 @@ FIGURE_13 = {
 FIGURE_13_SOURCE = "PagedAttention (Kwon et al., SOSP 2023), Figure 13: OPT-13B on one A100 with 40 GB"
 
 # The same paper, section 6.2, ShareGPT: how much more load vLLM sustains at similar latency, as (least, most).
-SUSTAINED_RATIOS = {"Orca (Oracle)": (1.7, 2.7), "Orca (Max)": (2.7, 8.0)}
+# FasterTransformer's is "up to 22x".
+SUSTAINED_RATIOS = {"Orca (Oracle)": (1.7, 2.7), "Orca (Max)": (2.7, 8.0), "FasterTransformer": (1.0, 22.0)}
 FIGURE_12_SOURCE = "PagedAttention (Kwon et al., SOSP 2023), Figure 12 and section 6.2: OPT-13B, ShareGPT"
+
+# The same paper, section 7.2 and Figure 18: block sizes (least, most) with the best end-to-end latency.
+GOOD_BLOCK_SIZES = {"sharegpt": (16, 128), "alpaca": (16, 32)}
+BLOCK_SIZE_SOURCE = "PagedAttention (Kwon et al., SOSP 2023), section 7.2 and Figure 18"
+
+# The same paper, section 6.3 and Figure 15: share of memory saved in percent, by number of parallel samples or beam
+# width. ShareGPT's are given as ranges over 2 to 6: read as the values at the two ends.
+SAMPLING_SAVED = {"alpaca": {2: 6.09, 4: 8.53, 6: 9.79}, "sharegpt": {2: 16.2, 6: 30.5}}
+BEAM_SAVED = {"alpaca": {2: 37.56, 4: 53.13, 6: 55.16}, "sharegpt": {2: 44.3, 6: 66.3}}
+FIGURE_15_SOURCE = "PagedAttention (Kwon et al., SOSP 2023), section 6.3 and Figure 15: OPT-13B, Alpaca and ShareGPT"
+
+# Sarathi-Serve (Agrawal et al., OSDI'24): capacity against vLLM, Mistral-7B on one A100; "up to".
+SARATHI_CAPACITY = 2.6
+SARATHI_SOURCE = "Sarathi-Serve (Agrawal et al., OSDI 2024): up to 2.6 times vLLM's capacity, Mistral-7B on one A100"
