@@ -30,7 +30,7 @@ from engine.models import LoadedModel, load_model
 from engine.plan import KVAllocator
 from engine.request import Request, SamplingParams, expand
 from engine.runner.profile import available_kv_bytes
-from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig
+from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SLOConfig
 from experiments.driver import ClosedLoop
 from experiments.gpu_runner import make_runner
 from experiments.parts import EngineParts, check_window, make_strategy, pool_facts, resolve_max_model_len
@@ -59,6 +59,7 @@ def build(cfg: DictConfig) -> Setup:
         TraceError: the workload's file is malformed.
     """
     driver = DriverConfig.from_config(cfg.driver)
+    SLOConfig.from_config(cfg.slo)  # the report reads it: a mistake must not show after the run
     # The workload is built before the model where it can fail: a typing error in a path must not wait for weights.
     parts = build_simulated_engine(cfg) if cfg.runner.kind == "simulated" else build_engine(cfg)
     spec = parts.spec

@@ -1,7 +1,7 @@
 """The settings that the driver itself reads, validated where they are made.
 
 Strategies, workloads and arrivals validate their own options; these are the sections `engine`, `kv_cache`,
-`sampling`, `driver` and `report` of conf/config.yaml.
+`sampling`, `driver`, `slo` and `report` of conf/config.yaml.
 """
 
 from __future__ import annotations
@@ -108,6 +108,30 @@ class DriverConfig(_Section):
         _check(isinstance(self.warmup, bool), "driver.warmup", self.warmup, "true or false")
         late = self.max_lateness
         _check(_is_number(late) and late > 0, "driver.max_lateness", late, "above 0 (seconds)")
+
+
+@dataclass(frozen=True)
+class SLOConfig(_Section):
+    """Section `slo`: limits in seconds that a good request keeps, and the share of requests that must be good."""
+
+    ttft: float | None
+    tpot: float | None
+    e2e: float | None
+    attainment: float
+
+    def __post_init__(self) -> None:
+        for key in ("ttft", "tpot", "e2e"):
+            value = getattr(self, key)
+            _check(
+                value is None or (_is_number(value) and value > 0), f"slo.{key}", value, "above 0 (seconds), or null"
+            )
+        share = self.attainment
+        _check(_is_number(share) and 0 < share <= 1, "slo.attainment", share, "in (0, 1]")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, in seconds."""
+        return {key: value for key in ("ttft", "tpot", "e2e") if (value := getattr(self, key)) is not None}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from engine.errors import ConfigError, ModelError
+from engine.errors import ConfigError, KvarenaError, ModelError
 from engine.server.config import ServerConfig
 from engine.server.front import ModelFiles
 from engine.server.served import ServedEngine
@@ -57,7 +57,23 @@ def build_served_engine(values: dict[str, Any]) -> ServedEngine:
 
     Args:
         values: the resolved config.
+
+    Raises:
+        KvarenaError: a setting or the model is wrong.
     """
+    from experiments.entry import explain
+
+    try:
+        return _build(values)
+    except Exception as error:
+        # Hydra wraps what a component's own check says; anything that is not the user's doing keeps its trace.
+        reason = explain(error)
+        if reason is None or isinstance(error, KvarenaError):
+            raise
+        raise ConfigError(reason) from error
+
+
+def _build(values: dict[str, Any]) -> ServedEngine:
     import torch
 
     from engine.models.tokenizer import load_tokenizer

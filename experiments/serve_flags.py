@@ -60,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-num-queued-requests", "--max-num-queued-reqs", type=int, metavar="N", help="beyond it: 503")
     add("--shutdown-timeout", type=float, metavar="S", help="seconds that open requests get after SIGTERM (30)")
     add("--allowed-origins", type=json.loads, metavar="JSON", help="CORS origins, a JSON list")
+    add("--allowed-media-domains", nargs="+", metavar="HOST", help="hosts from which images may be fetched (none)")
+    add("--allowed-local-media-path", metavar="DIR", help="folder from which images may be read (none)")
     add("--chat-template", metavar="FILE", help="a jinja file")
     add("--tool-call-parser", choices=("auto", "hermes", "llama", "none"))
     add("--generation-config", choices=("auto", "vllm"), help="vllm: ignore the model's generation_config.json")
@@ -138,6 +140,8 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
         "server.max_num_queued_requests": flags.max_num_queued_requests,
         "server.shutdown_timeout": flags.shutdown_timeout,
         "server.cors_origins": flags.allowed_origins,
+        "server.allowed_media_domains": flags.allowed_media_domains,
+        "server.allowed_local_media_path": flags.allowed_local_media_path,
         "server.chat_template": flags.chat_template,
         "server.tool_call_parser": flags.tool_call_parser,
         "server.generation_config": None if flags.generation_config is None else flags.generation_config == "auto",

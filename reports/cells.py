@@ -19,7 +19,7 @@ GROUPS = {
     "workload": ("workload", "name"),
     "arrival": ("arrival", "name"),
 }
-IGNORED = ("hydra", "report", "name")  # settings that cannot change what ran
+IGNORED = ("hydra", "report", "name", "slo")  # settings that cannot change what ran
 
 
 @dataclass(slots=True)

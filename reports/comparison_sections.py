@@ -16,6 +16,7 @@ from reports.paired import LEVEL, NUM_RESAMPLES
 from reports.paper import FIGURE_2_SOURCE
 from reports.repeats import repeat_section
 from reports.run_sections import LEDGER_MEANING, commit, definitions, facts
+from reports.slo import limits_text
 from reports.style import CLASS_LOOKS
 from reports.windows import ROOM, WINDOWS, telling
 
@@ -102,6 +103,11 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         ("token states", [_token_states(cell) for cell in cells], percent, None),
         ("preempted", [cell["num_preemptions"] for cell in cells], count, None),
     ]  # fmt: skip
+    if any(cell["slo"] for cell in cells):
+        columns += [
+            ("good requests", [_slo(cell, "attainment") for cell in cells], percent, True),
+            ("goodput req/s", [_slo(cell, "good_requests_per_second") for cell in cells], rate, True),
+        ]
     rows, strong = [], set()
     for index, cell in enumerate(cells):
         names = [_text(cell["settings"].get(key)) for key in settings]
@@ -130,6 +136,8 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         f"Ratio: output throughput / the baseline's ({summary['baseline']}). Token states: mean share of the KV pool "
         "while requests wait for room (marked * where none did: of all steps)."
     ]
+    goals = {limits_text(cell["slo"]["limits"]) for cell in cells if cell["slo"]}
+    notes += [f"Good requests: share of all requests with {goal}; goodput: these / duration." for goal in sorted(goals)]
     notes += [f"{cell.get('name', DASH)} is not defined: {cell.get('error', DASH)}." for cell in summary["not_defined"]]
     if invalid:
         notes.append(f"Invalid, because the driver fell behind its bound: {', '.join(invalid)}.")
@@ -137,6 +145,10 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         if telling(cell)[0] is not ROOM:
             rows[index][len(settings) + 7] += " *"
     return Section("The grid", [], [picture], [table], notes)
+
+
+def _slo(cell: dict[str, Any], key: str) -> float | None:
+    return cell["slo"]["whole_run"][key] if cell["slo"] else None
 
 
 def _token_states(cell: dict[str, Any]) -> float | None:

@@ -9,6 +9,8 @@ from reports.document import Document, Picture, Section, Table
 from reports.format import DASH, count, percent, rate, seconds, size_bytes
 from reports.latency import DEFINITIONS, PERCENTILES
 from reports.paper import FIGURE_2_SOURCE
+from reports.slo import slo_section
+from reports.steady import steady_section
 from reports.style import CLASS_LOOKS
 from reports.windows import ALL, DEFINITION, WINDOWS, telling
 
@@ -40,6 +42,8 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
         sections=[
             memory_section(summary, svg),
             latency_section(summary, svg),
+            *([slo_section(summary)] if summary["slo"] else []),
+            steady_section(summary),
             load_section(summary, svg),
             requests_section(summary, svg),
         ],

@@ -11,6 +11,8 @@ from reports.files import CLASSES, RunFiles
 from reports.format import count, percent, rate, seconds
 from reports.latency import TokenGaps, describe, request_latencies, token_gaps
 from reports.memory import Spans, mean_shares, step_spans, weighted_mean
+from reports.slo import summarize_slo
+from reports.steady import steady_window, summarize_steady
 from reports.windows import telling, window_masks
 
 SCHEMA_VERSION = 1
@@ -56,6 +58,9 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
     bound = run.manifest["run"].get("lateness_bound")
     summary["lateness_bound_seconds"] = bound
     summary["valid"] = bound is None or not run.num_requests or bool(np.nanmax(lateness) <= bound)
+    window = steady_window(run)
+    summary["steady"] = summarize_steady(run, window)
+    summary["slo"] = summarize_slo(run, summary["duration_seconds"], window)
     summary |= _load(run, spans)
     summary |= _memory(run, spans)
     summary["headline"] = headline(summary)

@@ -38,6 +38,12 @@ class ServerConfig:
         max_n: most choices per request.
         max_logprobs: largest `logprobs` / `top_logprobs` / `prompt_logprobs`.
         max_prompts: most prompts in one completions request.
+        allowed_media_domains: hosts whose http(s) URLs may be fetched for images; empty: none.
+        allowed_local_media_path: folder whose files may be read for images; None: none.
+        max_images: most images in a request's messages.
+        max_media_mib: most bytes of a request's images together.
+        max_image_pixels: most pixels of an image.
+        media_timeout: how long fetching a request's images may take.
         max_stream_lag: tokens that a slow reader may lag behind before its request is ended.
         chat_template: path of a jinja file that replaces the tokenizer's template.
         tool_call_parser: how a model writes tool calls.
@@ -67,6 +73,12 @@ class ServerConfig:
     max_n: int = 128
     max_logprobs: int = 20
     max_prompts: int = 1024
+    allowed_media_domains: tuple[str, ...] = ()
+    allowed_local_media_path: str | None = None
+    max_images: int = 16
+    max_media_mib: float = 32.0
+    max_image_pixels: int = 1 << 26
+    media_timeout: float = 5.0
     max_stream_lag: int = 4096
     chat_template: str | None = None
     tool_call_parser: str = "auto"
@@ -86,9 +98,25 @@ class ServerConfig:
                 raise ConfigError(f"server.{key}={getattr(self, key)!r} must be {must}")
 
         check(isinstance(self.port, int) and 0 <= self.port <= 65535, "port", "between 0 and 65535")
-        for key in ("num_fronts", "max_num_queued_requests", "max_n", "max_prompts", "max_stream_lag"):
+        for key in (
+            "num_fronts",
+            "max_num_queued_requests",
+            "max_n",
+            "max_prompts",
+            "max_images",
+            "max_image_pixels",
+            "max_stream_lag",
+        ):
             check(isinstance(getattr(self, key), int) and getattr(self, key) >= 1, key, "an integer of at least 1")
-        for key in ("heartbeat_timeout", "stall_timeout", "step_timeout", "max_body_mib", "body_timeout"):
+        for key in (
+            "heartbeat_timeout",
+            "stall_timeout",
+            "step_timeout",
+            "max_body_mib",
+            "body_timeout",
+            "max_media_mib",
+            "media_timeout",
+        ):
             check(getattr(self, key) > 0, key, "above 0")
         check(self.shutdown_timeout >= 0, "shutdown_timeout", "at least 0")
         check(0 <= self.max_logprobs <= 1000, "max_logprobs", "between 0 and 1000")
@@ -100,6 +128,13 @@ class ServerConfig:
         for key in ("chat_template", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
             path = getattr(self, key)
             check(path is None or Path(path).is_file(), key, "a file that exists")
+        folder = self.allowed_local_media_path
+        check(folder is None or Path(folder).is_dir(), "allowed_local_media_path", "a folder that exists")
+        check(
+            not any("/" in domain or "*" in domain for domain in self.allowed_media_domains),
+            "allowed_media_domains",
+            "host names, such as images.example.com, without scheme, path or *",
+        )
         if self.otlp_endpoint is not None and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
             raise ConfigError("server.otlp_endpoint needs the tracing extra: pip install 'kvarena[tracing]'")
 

@@ -75,4 +75,13 @@ def context_overflow(limit: int, num_prompt: int, max_tokens: int | None, what: 
             f"completion). Please reduce the length of the {what} or completion."
         )
     message = f"This model's maximum context length is {limit} tokens. However, {detail}"
-    return bad_request(message, param=what, code="context_length_exceeded")
+    return beyond_context(message, what)
+
+
+def beyond_context(message: str, param: str) -> ApiError:
+    """400 with the code by which clients recognise a prompt that is too long.
+
+    The message ends with the code, too: LangChain looks for it in the exception's text, which newer openai clients
+    make from the message alone.
+    """
+    return bad_request(f"{message} (context_length_exceeded)", param, "context_length_exceeded")

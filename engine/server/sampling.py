@@ -8,7 +8,7 @@ from typing import Any
 from engine.errors import RequestError
 from engine.request import SamplingParams
 from engine.server.config import ServerConfig
-from engine.server.errors import bad_request, context_overflow
+from engine.server.errors import bad_request, beyond_context, context_overflow
 from engine.server.protocol import SamplingFields
 
 MAX_STOP_STRINGS = 64
@@ -101,11 +101,10 @@ def fit_max_tokens(requested: int | None, default: int | None, num_prompt: int, 
     room = min(limit, limits.max_request_tokens) - num_prompt
     if room < (requested if requested is not None else 1):
         need = num_prompt + (requested or 1)
-        raise bad_request(
+        raise beyond_context(
             f"This request needs KV memory for {need} tokens, but the server's whole KV pool holds "
             f"{limits.max_request_tokens}. Please reduce the length of the {what} or completion.",
-            param=what,
-            code="context_length_exceeded",
+            what,
         )
     if requested is not None:
         return requested

@@ -21,10 +21,10 @@ from engine.server.completions import ChoicePrompt, CompletionRenderer, read_pro
 from engine.server.config import ServerConfig
 from engine.server.constraints import Constraints
 from engine.server.dashboard import PoolFeed
-from engine.server.errors import ApiError, bad_request, unavailable
+from engine.server.errors import ApiError, bad_request, beyond_context, unavailable
 from engine.server.groups import Choice, EngineGone, EngineInfo, Group, Refused
 from engine.server.http import read_json
-from engine.server.media import check_parts
+from engine.server.media import check_parts, find_parts, policy_of
 from engine.server.metrics import Row, health
 from engine.server.protocol import (
     ChatCompletionRequest,
@@ -81,6 +81,7 @@ class Service:
         self.config, self.client, self.tokenizer = config, client, tokenizer
         self.row, self.engine_row = row, engine_row
         self.model_names, self.model_root, self._defaults = model_names, model_root, defaults
+        self._media = policy_of(config)
         self._constraints = Constraints(client, tokenizer, config.tool_call_parser)
         self.created = int(time.time())
         self.draining = False
@@ -218,7 +219,7 @@ class Service:
         self.check_open()
         check_unsupported(req, self.config)
         _check_chat(req)
-        check_parts(req.messages)
+        await self._refuse_images(req)
         prompt = self._truncate(await self.chat_prompt(req), req)
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
         max_tokens = fit_max_tokens(requested, None, len(prompt), self.limits, "messages")
@@ -237,6 +238,12 @@ class Service:
         )
         job = await self._submit(request, req, [prompt], [max_tokens], logprobs, constraint, arrival, renderer)
         return await self._answer(request, job, bool(req.stream))
+
+    async def _refuse_images(self, req: ChatCompletionRequest) -> None:
+        parts = find_parts(req.messages, self._media)
+        if parts:
+            await asyncio.to_thread(check_parts, parts, self._media)
+            raise bad_request(f"{parts[0].place} holds an image; this model reads text only", "messages")
 
     async def chat_prompt(self, req: Any) -> list[int]:
         """Token ids of a chat. Raises ApiError."""
@@ -340,7 +347,7 @@ class Service:
             return unavailable(f"The server is overloaded: {refused}. Try again later.", "queue_full")
         if refused.reason in ("max_model_len", "max_request_tokens"):
             self.row.inc("vllm:admission_rejections", refused.reason)
-            return bad_request(str(refused), "prompt", "context_length_exceeded")
+            return beyond_context(str(refused), "prompt")
         return bad_request(str(refused))
 
     async def _answer(self, request: Request, job: Job, stream: bool) -> Response:

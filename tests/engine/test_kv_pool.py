@@ -94,6 +94,11 @@ def test_a_pool_too_small_for_one_block_says_what_to_raise(size, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_block_without_slots_is_refused():
+    with pytest.raises(ConfigError, match="block_size=0 must be at least 1"):
+        blocks_for_budget(0, 100, num_slots=100)
+
+
 def test_the_memory_gib_that_the_error_names_is_enough():
     with pytest.raises(ConfigError) as error:
         blocks_for_budget(16, 2048, memory_gib=1e-6)

@@ -83,23 +83,24 @@ def test_langchain_structured_output_and_tools(langchain):
 
 
 def test_langchain_recognises_an_overflow(langchain):
-    import openai
+    from langchain_core.exceptions import ContextOverflowError
 
-    with pytest.raises(openai.BadRequestError) as caught:
+    with pytest.raises(ContextOverflowError):
         langchain().invoke("word " * 600)
-    assert "context_length_exceeded" in str(caught.value)
-    assert type(caught.value).__name__ in ("OpenAIContextOverflowError", "BadRequestError")
 
 
-def test_schemathesis_finds_no_500_and_no_undocumented_answer(server):
+@pytest.mark.parametrize(
+    ("phases", "examples"), (("fuzzing", 12), pytest.param("examples,coverage,fuzzing", 100, marks=pytest.mark.slow))
+)
+def test_schemathesis_finds_no_500_and_no_undocumented_answer(server, phases, examples):
     pytest.importorskip("schemathesis")
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = [
         sys.executable, "-c", "from schemathesis.cli import schemathesis as st; st()", "run",
         f"{server.url}/openapi.json", "-H", "Authorization: Bearer test-key", "--checks", checks,
-        "--max-examples", "25", "--seed", "7",
+        "--phases", phases, "--max-examples", str(examples), "--seed", "7",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     server.assert_alive()
 

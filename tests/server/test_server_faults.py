@@ -6,8 +6,10 @@ on command.
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ import time
 import httpx
 import psutil
 import pytest
+import torch
 from server_harness import ROOT, RunningServer
 
 FAIL, HANG = 777, 778
@@ -54,8 +57,16 @@ class Reader(threading.Thread):
 
 
 def _health(server: RunningServer) -> int:
+    return _status(f"{server.url}/health")
+
+
+def _is_spawned(process: psutil.Process) -> bool:
+    return "spawn_main" in " ".join(process.cmdline())
+
+
+def _status(url: str) -> int:
     try:
-        return httpx.get(f"{server.url}/health", timeout=1).status_code
+        return httpx.get(url, timeout=1).status_code
     except httpx.TransportError:
         return 0
 
@@ -215,6 +226,13 @@ def test_36_a_full_queue_answers_503_and_recovers():
         (["models/demo", "--quantization", "awq"], "quantization"),
         (["models/demo", "--gpu-memory-utilization", "1.5"], "gpu_memory_utilization"),
         (["models/demo", "--port", "70000"], "server.port"),
+        (["models/demo", "--ssl-certfile", "pyproject.toml"], "ssl_keyfile"),
+        (["models/demo", "--ssl_keyfile", "/nonexistent"], "ssl_"),
+        (["models/demo", "--dtype", "int4"], "dtype"),
+        (["models/demo", "--max-model-len", "many"], "max-model-len"),
+        (["models/demo", "--max-num-seqs", "0"], "max_num_seqs"),
+        (["models/demo", "--enable-prefix-caching", "--allocator", "paged"], "enable-prefix-caching"),
+        (["models/demo", "--set", "server.no_such_key=1"], "no_such_key"),
         (["models/demo", "--scheduler", "nope"], "nope"),
         (["models/demo", "--no-such-flag"], "no-such-flag"),
         (["models/demo", "--chat-template", "/nonexistent"], "chat_template"),
@@ -237,3 +255,61 @@ def test_47_a_port_in_use_is_one_line(server):
     assert f"{server.port}" in done.stderr
     assert "choose another --port" in done.stderr
     server.assert_alive()
+
+
+def test_49_a_full_disk_for_the_log_stops_nothing():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [sys.executable, "-m", "experiments.stub_engine", "serve", "models/demo", "--port", str(port)]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=full, stderr=full)
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        while _status(f"{url}/health") != 200:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        for prompt, status in (([20], 200), ([], 400), ([20], 200)):
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 2})
+            assert answer.status_code == status
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_50_the_death_of_any_other_process_ends_the_server_too():
+    """There are no tensor-parallel ranks yet; a front is the one other process whose death must not go unseen."""
+    server = _stub("--fronts", "2")
+    pids = [process.pid for process in server.children()]
+    engine = server.engine_pid()
+    front = next(process for process in server.children() if _is_spawned(process) and process.pid != engine)
+    front.kill()
+    assert server.process.wait(15) == 1
+    assert _gone(pids)
+    assert "has ended" in server.log
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_51_a_second_server_on_one_gpu_fails_in_one_line_and_the_first_goes_on():
+    first = RunningServer("--gpu-memory-utilization", "0.85")
+    try:
+        command = [sys.executable, "-m", "experiments.cli", "serve", "--port", "0", "--gpu-memory-utilization", "0.85"]
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert second.returncode == 2
+        assert len([line for line in second.stderr.splitlines() if line.startswith("error: ")]) == 1
+        first.assert_alive()
+    finally:
+        first.stop()
+
+
+def test_52_timeouts_do_not_read_the_wall_clock():
+    """A step of the wall clock must not end or prolong a wait: only the answers' `created` is wall time."""
+    calls = {}
+    for path in sorted((ROOT / "engine").rglob("*.py")):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+        names = [ast.unparse(node) for node in nodes]
+        if count := sum(name in ("time.time", "datetime.now", "datetime.datetime.now") for name in names):
+            calls[path.relative_to(ROOT / "engine").as_posix()] = count
+    assert set(calls) <= {"server/service.py", "server/tracing.py"}, calls
