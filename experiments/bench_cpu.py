@@ -39,7 +39,7 @@ def main() -> None:
         f"workload.num_requests={args.num_requests}",
         f"workload.max_output_len={args.max_output_len}",
     ]
-    requests = list(build(load_config(overrides)).requests)
+    requests = list(build(load_config(overrides)).load.requests)
     useful = sum(req.sampling.max_tokens for req in requests)
     contestants = _contestants(overrides, args.batch_size)
     for run in contestants.values():  # warm up: lazy initialisation, thread pools

@@ -26,7 +26,7 @@ from engine.core import Engine
 from engine.errors import ConfigError, NotDefined, RequestError
 from engine.kv_pool import KVPool, blocks_for_budget
 from engine.ledger import MemoryLedger
-from engine.models import LoadedModel, load_model
+from engine.models import LoadedModel, ModelSpec, load_model
 from engine.plan import KVAllocator
 from engine.request import Request, SamplingParams, expand
 from engine.runner.profile import available_kv_bytes
@@ -40,14 +40,37 @@ from experiments.workloads.base import WorkloadItem
 
 
 @dataclass
+class Load:
+    """What is asked of an engine, and when.
+
+    Attributes:
+        requests: with their arrival times.
+        closed_loop: where the requests come from when users wait for answers.
+        description: the workload's, one line.
+        seed: the workload's.
+        cache: whether the prefix cache has seen the prompts before: cold or warm.
+    """
+
+    requests: RequestStream
+    closed_loop: ClosedLoop | None
+    description: str
+    seed: int
+    cache: str
+
+    def manifest(self) -> dict[str, Any]:
+        """What the manifest says of the workload, but for its name."""
+        count = len(self.requests)
+        workload = {"seed": self.seed, "num_requests": count, "description": self.description}
+        return {"workload": workload, "cache": self.cache}
+
+
+@dataclass
 class Setup:
     """One cell, ready to run."""
 
     parts: EngineParts
-    requests: RequestStream
-    closed_loop: ClosedLoop | None
+    load: Load
     driver: DriverConfig
-    workload_description: str
 
 
 def build(cfg: DictConfig) -> Setup:
@@ -62,11 +85,26 @@ def build(cfg: DictConfig) -> Setup:
     SLOConfig.from_config(cfg.slo)  # the report reads it: a mistake must not show after the run
     # The workload is built before the model where it can fail: a typing error in a path must not wait for weights.
     parts = build_simulated_engine(cfg) if cfg.runner.kind == "simulated" else build_engine(cfg)
-    spec = parts.spec
-    workload = instantiate(cfg.workload, vocab_size=spec.vocab_size, reserved_token_ids=list(parts.special_token_ids))
-    arrival = instantiate(cfg.arrival)
     # Nobody reads what is in a prompt where nothing is computed, no prefix is looked for and no token recorded.
     blank = parts.simulator is not None and driver.record == "summary" and not parts.engine.allocator.reads_tokens
+    load = build_load(cfg, parts.spec, parts.special_token_ids, driver, blank=blank)
+    return Setup(parts, load, driver)
+
+
+def build_load(
+    cfg: DictConfig, spec: ModelSpec, special_token_ids: frozenset[int], driver: DriverConfig, *, blank: bool = False
+) -> Load:
+    """The workload and its arrivals.
+
+    Args:
+        cfg: the resolved config.
+        spec: sizes of the model that will answer.
+        special_token_ids: never drawn into a prompt.
+        driver: section `driver`.
+        blank: requests of equal length may share a prompt of blank tokens.
+    """
+    workload = instantiate(cfg.workload, vocab_size=spec.vocab_size, reserved_token_ids=list(special_token_ids))
+    arrival = instantiate(cfg.arrival)
     items = list(workload.items_iter(with_token_ids=not blank))
     times = arrival.times(items, cfg.workload.seed)
     requests = RequestStream(items, times, sampling_params(cfg.sampling), frozenset(spec.eos_token_ids))
@@ -75,7 +113,7 @@ def build(cfg: DictConfig) -> Setup:
             f"sampling.n={cfg.sampling.n} with users who wait is not defined; use another arrival than closed_loop"
         )
     closed_loop = None if times is not None else ClosedLoop(requests, arrival.num_users, arrival.think_time)
-    return Setup(parts, requests, closed_loop, driver, workload.description)
+    return Load(requests, closed_loop, workload.description, cfg.workload.seed, driver.cache)
 
 
 def build_engine(cfg: DictConfig) -> EngineParts:

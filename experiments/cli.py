@@ -15,7 +15,7 @@ USAGE = """usage: kvarena COMMAND ...
 commands:
   serve MODEL [flags]     serve a model directory over the OpenAI API (kvarena serve --help)
   bench [key=value ...]   run one cell, or a sweep with -m: the same as python run.py
-  report DIR              make a run's or a sweep's report again from its files
+  report DIR [DIR ...]    make a run's or a sweep's report again from its files; several runs: compare them
 """
 USER_ERROR = 2
 

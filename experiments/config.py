@@ -1,12 +1,13 @@
 """The settings that the driver itself reads, validated where they are made.
 
 Strategies, workloads and arrivals validate their own options; these are the sections `engine`, `kv_cache`,
-`sampling`, `driver`, `slo` and `report` of conf/config.yaml.
+`sampling`, `driver`, `http`, `slo` and `report` of conf/config.yaml.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +19,7 @@ DEVICES = ("auto", "cpu", "cuda")
 ATTENTION = ("auto", "reference", "triton")
 LAYOUTS = ("paged", "contiguous")
 RECORDS = ("full", "summary")
+CACHES = ("cold", "warm")
 
 
 def _check(ok: bool, key: str, value: object, must: str) -> None:
@@ -102,12 +104,40 @@ class DriverConfig(_Section):
     warmup: bool
     max_lateness: float
     record: str
+    cache: str
 
     def __post_init__(self) -> None:
+        _check(self.cache in CACHES, "driver.cache", self.cache, f"one of {', '.join(CACHES)}")
         _check(self.record in RECORDS, "driver.record", self.record, f"one of {', '.join(RECORDS)}")
         _check(isinstance(self.warmup, bool), "driver.warmup", self.warmup, "true or false")
         late = self.max_lateness
         _check(_is_number(late) and late > 0, "driver.max_lateness", late, "above 0 (seconds)")
+
+
+@dataclass(frozen=True)
+class HttpConfig(_Section):
+    """Section `http`: how a server that `target` names is asked."""
+
+    name: str | None
+    model: str | None
+    api_key_file: str | None
+    timeout: float
+
+    def __post_init__(self) -> None:
+        for key in ("name", "model", "api_key_file"):
+            value = getattr(self, key)
+            _check(value is None or (isinstance(value, str) and bool(value)), f"http.{key}", value, "text, or null")
+        _check(_is_number(self.timeout) and self.timeout > 0, "http.timeout", self.timeout, "above 0 (seconds)")
+
+    def authorization(self) -> dict[str, str]:
+        """The header with the key, which is read here and kept nowhere. Raises ConfigError."""
+        if self.api_key_file is None:
+            return {}
+        try:
+            key = Path(self.api_key_file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"http.api_key_file={self.api_key_file} cannot be read: {error}") from error
+        return {"Authorization": f"Bearer {key}"}
 
 
 @dataclass(frozen=True)

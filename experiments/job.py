@@ -15,15 +15,16 @@ from rich.console import Console
 import reports.run_report
 import reports.terminal
 from engine.models import ModelSpec
-from experiments.build import Setup, build
+from experiments.build import build
 from experiments.compose import NAMING_GROUPS
 from experiments.driver import drive
 from experiments.files import ERROR_FILE, KV_MAP_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.http_job import run_http
 from experiments.kv_map import KVMapRecorder
-from experiments.output import Progress, print_result
+from experiments.output import HttpProgress, Progress, print_result
 from experiments.provenance import git_state, machine, peak_rss_bytes, versions
 from experiments.record import RunRecorder
-from experiments.warm_up import warm_up
+from experiments.warm_up import warm_cache, warm_up
 
 SCHEMA_VERSION = 1
 
@@ -68,24 +69,39 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
         name: how the cell is called in reports.
         choices: the config groups' chosen options (`allocator`, `scheduler`, `workload`, `arrival`).
     """
+    if cfg.target is None:
+        facts = _run_here(cfg, run_dir, name)
+    else:
+        facts = run_http(cfg, run_dir, lambda count: HttpProgress(name, count, bool(cfg.report.progress)))
+    manifest = _manifest(cfg, name, choices) | facts
+    manifest["workload"] = {"name": choices["workload"]} | manifest["workload"]
+    (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
+    write = reports.run_report.write_run_report if cfg.report.pages else reports.run_report.write_summary
+    return write(run_dir)
+
+
+def _run_here(cfg: DictConfig, run_dir: Path, name: str) -> dict[str, Any]:
+    """Run the cell on this process's engine; write its Parquet files and return what the manifest says of it."""
     setup = build(cfg)
     warmup_time = 0.0
     if setup.driver.warmup and setup.parts.simulator is None:
-        warmup_time = warm_up(cfg, setup.parts, [next(iter(setup.requests)).sampling])
+        warmup_time = warm_up(cfg, setup.parts, [next(iter(setup.load.requests)).sampling])
+    if setup.driver.cache == "warm":
+        warmup_time += warm_cache(setup.parts, setup.load.requests)
     recorder = RunRecorder(tokens=setup.driver.record == "full")
     kv_map = KVMapRecorder(setup.parts.engine.allocator, recorder.row) if cfg.report.kv_map else None
     setup.parts.engine.on_launch = None if kv_map is None else kv_map.on_launch
     simulator = setup.parts.simulator
-    progress = Progress(name, len(setup.requests), bool(cfg.report.progress))
+    progress = Progress(name, len(setup.load.requests), bool(cfg.report.progress))
     # A simulated run may have a million requests; in one that computes nothing is made while it is measured.
-    requests = list(setup.requests) if simulator is None else setup.requests
+    requests = list(setup.load.requests) if simulator is None else setup.load.requests
     # The host's garbage collector would show as pauses of single steps: collect now, then only by reference counts.
     gc.collect()
     gc.freeze()
     try:
         setup.parts.clock.reset()
         drive(
-            setup.parts.engine, requests, recorder, closed_loop=setup.closed_loop, on_progress=progress,
+            setup.parts.engine, requests, recorder, closed_loop=setup.load.closed_loop, on_progress=progress,
             after_step=None if simulator is None else simulator.after_step,
         )  # fmt: skip
     finally:
@@ -95,7 +111,10 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
     recorder.write_steps(run_dir / STEPS_FILE, setup.parts.ledger)
     if kv_map is not None:
         kv_map.write(run_dir / KV_MAP_FILE)
-    manifest = _manifest(cfg, setup, name, choices) | {
+    return setup.load.manifest() | {
+        "model": _model_facts(setup.parts.spec),
+        "pool": setup.parts.pool_facts,
+        "simulation": setup.parts.simulation_facts,
         "run": {
             "wall_time": recorder.wall_time,
             "num_steps": recorder.num_steps,
@@ -104,14 +123,11 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
             # A virtual clock waits for its driver: nothing is late.
             "lateness_bound": setup.driver.max_lateness if simulator is None else None,
             "warmup_time": warmup_time,
-        }
+        },
     }
-    (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
-    write = reports.run_report.write_run_report if cfg.report.pages else reports.run_report.write_summary
-    return write(run_dir)
 
 
-def _manifest(cfg: DictConfig, setup: Setup, name: str, choices: dict[str, str]) -> dict[str, Any]:
+def _manifest(cfg: DictConfig, name: str, choices: dict[str, str]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "name": name,
@@ -126,15 +142,6 @@ def _manifest(cfg: DictConfig, setup: Setup, name: str, choices: dict[str, str])
         "git": git_state(),
         "machine": machine(),
         "versions": versions(),
-        "model": _model_facts(setup.parts.spec),
-        "pool": setup.parts.pool_facts,
-        "simulation": setup.parts.simulation_facts,
-        "workload": {
-            "name": choices["workload"],
-            "seed": cfg.workload.seed,
-            "num_requests": len(setup.requests),
-            "description": setup.workload_description,
-        },
     }
 
 

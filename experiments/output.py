@@ -32,6 +32,21 @@ class Progress:
         self._bar.close()
 
 
+class HttpProgress:
+    """A progress bar over answered requests."""
+
+    def __init__(self, name: str, num_requests: int, enabled: bool) -> None:
+        self._bar = tqdm(
+            total=num_requests, desc=name, unit="req", file=sys.stderr, disable=not enabled, dynamic_ncols=True
+        )
+
+    def __call__(self, num_ended: int) -> None:
+        """Show how many requests have ended; the last one closes the bar."""
+        self._bar.update(num_ended - self._bar.n)
+        if num_ended == self._bar.total:
+            self._bar.close()
+
+
 def _finite(value: Any) -> Any:
     """`value` with NaN and infinities as None, which JSON can carry."""
     if isinstance(value, float) and not math.isfinite(value):

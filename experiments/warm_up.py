@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from omegaconf import DictConfig
 
 from engine.clock import WallClock
 from engine.core import Engine, run_to_completion
+from engine.errors import RequestRejected
 from engine.request import Request, SamplingParams
 from engine.runner.fused_runner import FusedRunner
 from experiments.build import EngineParts
@@ -49,3 +51,28 @@ def warm_up(cfg: DictConfig, parts: EngineParts, samplings: Sequence[SamplingPar
     ]
     run_to_completion(engine, requests)
     return clock.now()
+
+
+def warm_cache(parts: EngineParts, requests: Iterable[Request]) -> float:
+    """Run each prompt once, for one token, with the engine's own allocator; returns the seconds it took.
+
+    The prefix cache then holds what it can of the workload (`driver.cache=warm`). Prompts that the engine rejects are
+    left out. Nothing of it is in the ledger or the recorded steps.
+
+    Args:
+        parts: an idle engine.
+        requests: the workload; the requests that are run are copies.
+    """
+    start = parts.clock.now()
+    owner = parts.engine
+    engine = Engine(owner.scheduler, owner.allocator, owner.runner, parts.clock, overlap=owner.overlap)
+    for req in requests:
+        copy = Request(
+            f"warm-cache-{req.request_id}", req.prompt_token_ids, replace(req.sampling, max_tokens=1, min_tokens=0),
+            client_id=req.client_id, cache_salt=req.cache_salt, oracle_output_len=1,
+        )  # fmt: skip
+        # A prompt that this engine cannot run is rejected in the measured run too, and recorded there.
+        with contextlib.suppress(RequestRejected):
+            engine.add(copy)
+    run_to_completion(engine, ())
+    return parts.clock.now() - start

@@ -19,7 +19,8 @@ GROUPS = {
     "workload": ("workload", "name"),
     "arrival": ("arrival", "name"),
 }
-IGNORED = ("hydra", "report", "name", "slo")  # settings that cannot change what ran
+# Settings that cannot change what ran, and those of a server, which stands in the place of a strategy's name.
+IGNORED = ("hydra", "report", "name", "slo", "target", "http")
 
 
 @dataclass(slots=True)
@@ -109,6 +110,8 @@ def differing_settings(manifests: Sequence[dict[str, Any]]) -> list[dict[str, An
             continue
         values: dict[Any, set[str]] = {}
         for index, flat in enumerate(flats):
+            if manifests[index].get("target") and key not in flat:
+                continue  # a server's engine has settings of its own, which nobody here knows
             choice = str(choices[group][index]) if group in choices else ""
             values.setdefault(choice, set()).add(repr(flat.get(key)))
         if any(len(seen) > 1 for seen in values.values()):

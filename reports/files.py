@@ -118,6 +118,12 @@ class RunFiles:
             start = stop
         return Ragged.concatenate(pieces).take(np.argsort(np.argsort(rows, kind="stable"), kind="stable"))
 
+    def list_lengths(self, column: str) -> np.ndarray:
+        """Entries of each list of one of the list columns; null lists have none. Read piece by piece."""
+        path = self.path / "requests.parquet"
+        pieces = [np.diff(Ragged.of(batch, path, column).offsets) for batch in _batches(path, column)]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+
     def digest(self, column: str) -> bytes:
         """A hash of one of the list columns, read piece by piece: compares runs without holding them."""
         path = self.path / "requests.parquet"

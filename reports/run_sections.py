@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from reports.document import Document, Picture, Section, Table
+from reports.engines import cache_state, simulated, target
 from reports.format import DASH, count, percent, rate, seconds, size_bytes
 from reports.latency import DEFINITIONS, PERCENTILES
 from reports.paper import FIGURE_2_SOURCE
@@ -84,16 +85,8 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("Software", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
         ("Commit", commit(summary)),
         *([("Simulated", simulated(summary["simulation"]))] if summary["simulation"] else []),
+        *([("Target", target(summary["target"]))] if summary["target"] else []),
     ]  # fmt: skip
-
-
-def simulated(simulation: dict[str, Any]) -> str:
-    """What stood in for the device."""
-    source = (simulation.get("figures") or simulation).get("source", DASH)
-    return (
-        f"no device computed this run: all times are a virtual clock's, by the {simulation['kind']} profile "
-        f"{simulation['profile']} ({source})"
-    )
 
 
 def _pairs(options: dict[str, Any]) -> list[str]:
@@ -135,7 +128,12 @@ def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     """KV memory: over time, its mean split, and the numbers."""
     window, split = telling(summary)
     waste = percent(summary[f"waste_beyond_token_states{window.suffix}"])
-    if split is None:
+    if summary["target"]:
+        text = (
+            f"The engine is another process, {summary['target']['url']}: its steps and its KV memory are not seen from "
+            "here, so this run has no ledger."
+        )
+    elif split is None:
         text = "No step ran."
     elif window is ALL:
         text = f"No request ever waited for room, so empty memory cost nothing: {waste} of the pool held no tokens."
@@ -236,7 +234,7 @@ def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
          f"{size_bytes(summary['swapped_out_bytes'])} out, {size_bytes(summary['swapped_in_bytes'])} in; "
          f"all {count(summary['num_block_copies'])} block copies took {seconds(summary['block_copy_seconds'])}"],
         ["prompt tokens from cache", count(summary["num_cached_tokens"]),
-         f"{percent(summary['cached_prompt_share'])} of the prompt tokens"],
+         f"{percent(summary['cached_prompt_share'])} of the prompt tokens; {cache_state(summary)}"],
         ["peak memory", size_bytes(summary["peak_rss_bytes"]),
          f"resident, of the whole process; the KV pool has {size_bytes(summary['kv_pool_bytes'])}"],
     ]  # fmt: skip

@@ -11,7 +11,8 @@ from reports.paired import match_requests
 
 
 def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
-    """Compare `output_token_ids` by request id, over the requests that finished by themselves in both runs.
+    """Compare `output_token_ids` by request id, over the requests that finished by themselves in both runs
+    and whose tokens both runs recorded.
 
     Returns:
         `num_compared`, `num_tokens_compared`, `num_different`; `first_divergence` (None when all agree): request id,
@@ -22,6 +23,7 @@ def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
     rejected = run.requests["finish_reason"][rows] == "rejected"
     reference_rejected = reference.requests["finish_reason"][reference_rows] == "rejected"
     both = run.finished[rows] & reference.finished[reference_rows]
+    both &= _shown(run)[rows] & _shown(reference)[reference_rows]
     rows, reference_rows = rows[both], reference_rows[both]
     result: dict[str, Any] = {
         "num_compared": len(rows),
@@ -53,6 +55,11 @@ def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
             "reference_token_id": _token(theirs[index], position),
         }
     return result
+
+
+def _shown(run: RunFiles) -> np.ndarray:
+    """Bool per request: its output tokens are in the files (a summary has none, and not every server shows them)."""
+    return (run.list_lengths("output_token_ids") > 0) | (run.requests["num_output_tokens"] == 0)
 
 
 def _divergence(ours: np.ndarray, theirs: np.ndarray) -> int | None:

@@ -10,7 +10,9 @@ from engine.ledger import MemoryLedger
 from engine.plan import KVAllocator, StepPlan
 from engine.request import FinishReason, Request, SamplingParams
 from engine.runner.base import ReadyTokens, StepResult
+from experiments.compose import load_config
 from experiments.driver import ClosedLoop, drive
+from experiments.job import execute
 from experiments.record import RunRecorder
 from schedulers.continuous import ContinuousScheduler
 from schedulers.static import StaticScheduler
@@ -125,3 +127,27 @@ def test_overlap_gives_the_same_tokens_and_counts():
     assert all(len(row["token_times"]) == row["num_output_tokens"] for r in recorders for row in rows(r))
     assert recorders[1].num_steps == overlapped.ledger.num_steps
     assert {row["finish_reason"] for row in rows(recorders[1])} == {FinishReason.LENGTH.value}
+
+
+def test_a_warm_cache_serves_the_prompts_and_leaves_no_trace(tmp_path):
+    summaries = {}
+    for cache in ("cold", "warm"):
+        folder = tmp_path / cache
+        folder.mkdir()
+        cfg = load_config([
+            "runner=simulated", "runner.profile=a100-40gb", "model=opt-13b-shape", "engine.dtype=auto",
+            f"driver.cache={cache}", "allocator=paged_prefix", "workload=uniform", "workload.num_requests=6",
+            "workload.prompt_len={min:100,max:200}", "report.pages=false", "report.progress=false",
+        ])  # fmt: skip
+        choices = {
+            "allocator": "paged_prefix",
+            "scheduler": "continuous",
+            "workload": "uniform",
+            "arrival": "all_at_once",
+        }
+        summaries[cache] = execute(cfg, folder, cache, choices)
+    cold, warm = summaries["cold"], summaries["warm"]
+    assert (cold["cache"], cold["cached_prompt_share"]) == ("cold", 0)
+    assert warm["cached_prompt_share"] > 0.8  # all but each prompt's last block
+    assert warm["num_requests"] == cold["num_requests"] == 6
+    assert warm["computed_new_tokens"] == cold["computed_new_tokens"] - warm["num_cached_tokens"]

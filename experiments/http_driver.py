@@ -1,0 +1,105 @@
+"""Drives a server over HTTP: each request is sent when it is due, whatever the server does with those before.
+
+One event loop sends and reads. What it cannot keep up with shows as lateness (`submit_time` - `arrival_time`), and a
+run that was later than `driver.max_lateness` is marked invalid, as in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from engine.request import Request
+from experiments.driver import ClosedLoop
+from experiments.http_client import Answer, HttpServer
+from experiments.request_log import LISTS, REQUEST_COLUMNS
+
+FINISH_REASONS = ("stop", "length", "abort")
+
+
+class HttpDriver:
+    """Sends requests and keeps one row each (docs/files.md).
+
+    Args:
+        server: where they go.
+        tokens: keep token ids and the time of each chunk.
+        on_progress: called with the number of ended requests.
+    """
+
+    def __init__(self, server: HttpServer, tokens: bool, on_progress: Callable[[int], None]) -> None:
+        self._server, self._tokens, self._on_progress = server, tokens, on_progress
+        self._origin = 0.0
+        self.rows: list[dict[str, Any]] = []
+        self.max_lateness = 0.0
+        self.wall_time = 0.0
+        self.num_other_prompt_lens = 0
+        self._num_ended = 0
+
+    async def run(self, requests: Iterable[Request], closed_loop: ClosedLoop | None) -> None:
+        """Send `requests` at their arrival times, or those of `closed_loop`, and wait for every answer."""
+        self._origin = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            if closed_loop is not None:
+                for req in closed_loop.first:
+                    group.create_task(self._user(req, closed_loop))
+                return
+            for req in requests:
+                await self._until(req.arrival_time)
+                group.create_task(self._send(req))
+
+    async def _until(self, when: float) -> None:
+        delay = self._origin + when - time.perf_counter()
+        if delay > 0:
+            await asyncio.sleep(delay)
+
+    async def _user(self, req: Request | None, closed_loop: ClosedLoop) -> None:
+        while req is not None:
+            await self._until(req.arrival_time)
+            await self._send(req)
+            req = closed_loop.on_end(time.perf_counter() - self._origin)
+
+    async def _send(self, req: Request) -> None:
+        submit = time.perf_counter() - self._origin
+        row: dict[str, Any] = dict.fromkeys(REQUEST_COLUMNS)
+        self.rows.append(row)
+        answer = await self._server.complete(req.prompt_token_ids, req.sampling)
+        row |= self._row(req, submit, answer)
+        self.max_lateness = max(self.max_lateness, submit - req.arrival_time)
+        self.wall_time = max(self.wall_time, float(row["finish_time"]))
+        counted = answer.usage.get("prompt_tokens")
+        self.num_other_prompt_lens += counted is not None and counted != req.num_prompt_tokens
+        self._num_ended += 1
+        self._on_progress(self._num_ended)
+
+    def _row(self, req: Request, submit: float, answer: Answer) -> dict[str, Any]:
+        details = answer.usage.get("prompt_tokens_details") or {}
+        times = [when - self._origin for when in answer.chunk_times]
+        row = {
+            "request_id": req.request_id,
+            "client_id": req.client_id,
+            "prompt_token_ids": req.prompt_token_ids,
+            "output_token_ids": answer.token_ids,
+            "num_prompt_tokens": req.num_prompt_tokens,
+            "num_output_tokens": answer.num_tokens,
+            "max_tokens": req.sampling.max_tokens,
+            "arrival_time": req.arrival_time,
+            "submit_time": submit,
+            "first_token_time": times[0] if times else None,
+            "finish_time": answer.end - self._origin,
+            "token_times": times,
+            "finish_reason": _finish_reason(answer),
+            "priority": req.priority,
+            "num_cached_tokens": int(details.get("cached_tokens") or 0),
+            "num_preemptions": 0,
+            "num_recomputed_tokens": 0,
+            "error": answer.error,
+        }
+        return row if self._tokens else row | dict.fromkeys(LISTS)
+
+
+def _finish_reason(answer: Answer) -> str:
+    if answer.error:
+        return "rejected" if answer.refused else "error"
+    return answer.finish_reason if answer.finish_reason in FINISH_REASONS else "stop"

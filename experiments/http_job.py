@@ -1,0 +1,134 @@
+"""Runs one cell against a server: `target=http://host:port` in place of this process's engine.
+
+    the same workload, arrivals and seeds --> HttpDriver --> requests.parquet, no steps --> the same report
+
+The server's steps and KV memory are not seen from outside, so the run has no ledger; the report says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+from omegaconf import DictConfig, OmegaConf
+
+from engine.errors import ConfigError
+from engine.ledger import MemoryLedger
+from engine.models.sizes import ModelSizes, model_sizes
+from engine.request import Request
+from experiments.build import Load, build_load
+from experiments.config import DriverConfig, HttpConfig
+from experiments.files import REQUESTS_FILE, STEPS_FILE
+from experiments.http_client import HttpServer
+from experiments.http_driver import HttpDriver
+from experiments.record import RunRecorder, write_requests, write_steps
+
+EXTENSIONS = ("top_k", "min_p", "ignore_eos")  # of section `sampling`, beyond OpenAI's API
+ENGINE_SECTIONS = ("allocator", "scheduler", "engine", "kv_cache", "runner", "server", "mode", "study")
+
+
+def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[[int], None]]) -> dict[str, Any]:
+    """Drive the server that `cfg.target` names; writes requests.parquet and steps.parquet.
+
+    Args:
+        cfg: the resolved config. `model` says which vocabulary the prompts are drawn from.
+        run_dir: an existing folder.
+        progress: given the number of requests, what is to be told how many have ended.
+
+    Returns:
+        What the manifest says of the run.
+
+    Raises:
+        ConfigError: a bad setting.
+        EngineError: the server cannot be reached, or cannot answer at all.
+    """
+    config, driver_config = HttpConfig.from_config(cfg.http), DriverConfig.from_config(cfg.driver)
+    target = httpx.URL(str(cfg.target))
+    if target.scheme not in ("http", "https") or not target.host:
+        raise ConfigError(f"target={cfg.target} must be http://host:port or https://host:port, or null")
+    sizes = _vocabulary(cfg)
+    load = build_load(cfg, sizes.spec, sizes.special_token_ids, driver_config)
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | config.authorization()
+    extensions = {key: cfg.sampling[key] for key in EXTENSIONS} | {"return_token_ids": True}
+    driver, server, warmup_time = asyncio.run(
+        _drive(load, driver_config, config, target, headers, extensions, progress(len(load.requests)))
+    )
+    write_requests(run_dir / REQUESTS_FILE, driver.rows)
+    write_steps(run_dir / STEPS_FILE, RunRecorder().step_columns() | MemoryLedger().settle())
+    name = config.name or f"{target.host}:{target.port or target.scheme}"
+    return {
+        "name": f"{name} over HTTP",
+        "strategy": {"allocator": name, "scheduler": "HTTP", "details": {}},
+        "config": _settings(cfg),
+        "model": {"name": sizes.spec.name, "num_parameters": sizes.spec.num_parameters, "kv_bytes_per_token": None,
+                  "max_model_len": None, "dtype": "as served"},
+        "pool": {"num_blocks": None, "block_size": None, "num_slots": None, "bytes": None},
+        "simulation": None,
+        "target": {
+            "url": str(target),
+            "model": server.model,
+            "extensions": sorted(server.extensions),
+            "extensions_refused": sorted(extensions.keys() - server.extensions.keys()),
+            "num_other_prompt_lens": driver.num_other_prompt_lens,
+        },
+        "run": {
+            "wall_time": driver.wall_time,
+            "num_steps": 0,
+            "peak_rss_bytes": None,
+            "max_lateness": driver.max_lateness,
+            "lateness_bound": driver_config.max_lateness,
+            "warmup_time": warmup_time,
+        },
+    } | load.manifest()  # fmt: skip
+
+
+async def _drive(
+    load: Load,
+    driver_config: DriverConfig,
+    config: HttpConfig,
+    target: httpx.URL,
+    headers: dict[str, str],
+    extensions: dict[str, Any],
+    on_progress: Callable[[int], None],
+) -> tuple[HttpDriver, HttpServer, float]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    timeout = httpx.Timeout(config.timeout, pool=None)
+    async with httpx.AsyncClient(base_url=target, headers=headers, limits=limits, timeout=timeout) as client:
+        start = time.perf_counter()
+        requests = list(load.requests)
+        server = await HttpServer.connect(client, config.model, extensions, [1] * 8)
+        if driver_config.cache == "warm":
+            await _send_prompts(server, requests)
+        warmup_time = time.perf_counter() - start
+        driver = HttpDriver(server, driver_config.record == "full", on_progress)
+        await driver.run(requests, load.closed_loop)
+        return driver, server, warmup_time
+
+
+async def _send_prompts(server: HttpServer, requests: list[Request]) -> None:
+    """Each prompt once, one after the other, so that the server's prefix cache has seen it."""
+    for req in requests:
+        await server.complete(req.prompt_token_ids, replace(req.sampling, max_tokens=1))
+
+
+def _vocabulary(cfg: DictConfig) -> ModelSizes:
+    """The sizes of the model that the server is said to serve: prompts are token ids of its vocabulary."""
+    shape = cfg.model.shape and OmegaConf.to_container(cfg.model.shape, resolve=True)
+    return model_sizes(
+        path=cfg.model.path,
+        shape=cast(dict[str, Any] | None, shape),
+        dtype=cfg.engine.dtype,
+        trust_remote_code=cfg.model.trust_remote_code,
+        name=cfg.model.name,
+    )
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """The config without what only this process's engine would read."""
+    values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    return {key: value for key, value in values.items() if key not in ENGINE_SECTIONS}

@@ -1,0 +1,203 @@
+"""`target=http://...`: the same workload against any OpenAI-compatible server, every failure on record."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+
+import pytest
+import uvicorn
+from server_harness import KEY
+
+from engine.errors import ConfigError, EngineError
+from experiments.compose import load_config
+from experiments.job import execute
+from reports.comparison import compare
+from reports.files import read_run
+
+CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "uniform", "arrival": "poisson"}
+LOAD = [
+    "workload=uniform", "workload.num_requests=12", "arrival=poisson", "arrival.rate=20", "report.progress=false",
+    "workload.prompt_len={min:4,max:40}", "workload.output_len={min:2,max:12}", "engine.max_model_len=512",
+    "report.kv_map=false",
+]  # fmt: skip
+
+
+class ForeignServer:
+    """A small OpenAI-compatible server that knows no extension, shows no token ids, and fails as it is told.
+
+    Each prompt is answered with its own length of chunks after `delay` seconds. Prompts of a length in `failures` get
+    that status; 0 breaks the stream off.
+    """
+
+    def __init__(self, delay: float = 0.0, failures: dict[int, int] | None = None) -> None:
+        self.delay, self.failures = delay, failures or {}
+        self.bodies: list[dict] = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        config = uvicorn.Config(self, port=self.port, log_level="error", lifespan="off")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def __enter__(self) -> str:
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        return f"http://127.0.0.1:{self.port}"
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["path"] == "/v1/models":
+            await self._answer(send, 200, {"data": [{"id": "foreign"}]})
+            return
+        text, more = b"", True
+        while more:
+            message = await receive()
+            text, more = text + message["body"], message.get("more_body", False)
+        body = json.loads(text)
+        if "ignore_eos" in body:
+            await self._answer(send, 400, {"error": {"message": "unknown parameter: ignore_eos"}})
+            return
+        self.bodies.append(body)
+        status = self.failures.get(len(body["prompt"]), 200)
+        if status not in (0, 200):
+            await self._answer(send, status, {"error": {"message": "told to fail"}})
+            return
+        await asyncio.sleep(self.delay)
+        await self._stream(send, body["max_tokens"], len(body["prompt"]), whole=bool(status))
+
+    async def _stream(self, send, count: int, num_prompt: int, whole: bool) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        events = [{"choices": [{"text": "x", "finish_reason": None}]} for _ in range(count if whole else 1)]
+        if whole:
+            events.append({"choices": [{"text": "", "finish_reason": "length"}]})
+            events.append({"choices": [], "usage": {"prompt_tokens": num_prompt, "completion_tokens": count}})
+        for event in events:
+            # The other line ending that server-sent events allow, and a pause between chunks.
+            data = b"data: " + json.dumps(event).encode() + b"\r\n\r\n"
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        end = b"data: [DONE]\r\n\r\n" if whole else b""
+        await send({"type": "http.response.body", "body": end})
+
+    async def _answer(self, send, status: int, body: dict) -> None:
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+
+
+def run(tmp_path, url, *overrides, name="http"):
+    folder = tmp_path / name
+    folder.mkdir()
+    # An arrival without a rate takes no rate.
+    load = [one for one in LOAD if "arrival=closed_loop" not in overrides or not one.startswith("arrival")]
+    cfg = load_config([*load, *([f"target={url}"] if url else []), *overrides])
+    return execute(cfg, folder, name, CHOICES), read_run(folder)
+
+
+def test_our_server_beside_our_engine(server, tmp_path):
+    key = tmp_path / "key"
+    key.write_text(KEY + "\n")
+    served, files = run(tmp_path, server.url, f"http.api_key_file={key}", "http.name=kvarena-serve")
+    local, _ = run(tmp_path, None, name="here")
+    assert served["num_finished"] == local["num_finished"] == 12
+    assert served["num_output_tokens"] == local["num_output_tokens"]
+    assert served["name"] == "kvarena-serve over HTTP"
+    assert served["target"]["extensions_refused"] == []
+    assert served["target"]["num_other_prompt_lens"] == 0
+    assert served["itl_seconds"]["count"] > 12
+    assert served["valid"]
+    text = (tmp_path / "http/report.md").read_text()
+    assert "no ledger" in text
+    assert KEY not in (tmp_path / "http/manifest.json").read_text()
+    summary = compare([("here", tmp_path / "here"), ("http", tmp_path / "http")], tmp_path / "both")
+    assert summary["same_tokens"]["verdict"] == "same"
+    assert summary["cells"][1]["paired"]["e2e_seconds"]["count"] == 12
+    assert summary["cells"][1]["label"] == "kvarena-serve × HTTP"
+    assert len(files.lists("output_token_ids").values) == served["num_output_tokens"]
+
+
+def test_a_foreign_server_gets_openai_fields_only(tmp_path):
+    foreign = ForeignServer()
+    with foreign as url:
+        summary, files = run(tmp_path, url)
+    assert summary["num_finished"] == 12
+    assert summary["target"]["model"] == "foreign"
+    assert summary["target"]["extensions_refused"] == ["ignore_eos", "min_p", "return_token_ids", "top_k"]
+    assert all(isinstance(body["prompt"][0], int) and body["stream"] for body in foreign.bodies)
+    assert (files.requests["num_output_tokens"] == files.requests["max_tokens"]).all()
+    assert (files.list_lengths("token_times") == files.requests["num_output_tokens"]).all()
+    assert not len(files.lists("output_token_ids").values)
+    compared = compare([("a", tmp_path / "http"), ("b", tmp_path / "http")], tmp_path / "both")
+    assert compared["same_tokens"]["verdict"] == "not compared"
+
+
+def test_requests_go_out_on_time_whatever_the_server_does(tmp_path):
+    with ForeignServer(delay=0.5) as url:
+        summary, files = run(tmp_path, url, "arrival.rate=100")
+    req = files.requests
+    # All are sent before the first is answered, and TTFT counts from the scheduled arrival.
+    assert req["submit_time"].max() < req["first_token_time"].min()
+    assert summary["ttft_seconds"]["min"] >= 0.5
+    assert (req["submit_time"] >= req["arrival_time"]).all()
+
+
+def test_failures_are_recorded_one_by_one(tmp_path):
+    cfg = load_config(LOAD)
+    lengths = run(tmp_path, None, name="here")[1].requests["num_prompt_tokens"]
+    assert cfg.workload.num_requests == len(lengths)
+    chosen = sorted({int(n) for n in lengths if n != 8})[:3]  # 8 is the probe's length
+    failures = dict(zip(chosen, (500, 429, 0), strict=True))
+    with ForeignServer(failures=failures) as url:
+        summary, files = run(tmp_path, url)
+    expected = [{500: "error", 429: "rejected", 0: "error"}.get(failures.get(int(n), 200), "length")
+                for n in files.requests["num_prompt_tokens"]]  # fmt: skip
+    assert files.requests["finish_reason"].tolist() == expected
+    errors = {reason: text for reason, text in zip(expected, files.requests["error"], strict=True) if text}
+    assert "status 429" in errors["rejected"]
+    assert summary["num_finished"] == expected.count("length") < 12
+
+
+def test_a_server_that_dies_in_the_run_leaves_errors(tmp_path):
+    foreign = ForeignServer()
+    with foreign as url:
+        threading.Timer(0.5, lambda: setattr(foreign, "delay", 60.0)).start()
+        summary, _ = run(tmp_path, url, "http.timeout=1", "arrival.rate=8", "workload.num_requests=16")
+    assert 0 < summary["num_failed"] < 16
+    assert summary["num_failed"] + summary["num_finished"] == 16
+    assert "Timeout" in summary["rejections"][0]["example"]
+
+
+def test_a_closed_loop_keeps_its_users(tmp_path):
+    with ForeignServer(delay=0.05) as url:
+        _, files = run(tmp_path, url, "arrival=closed_loop", "arrival.num_users=3")
+    events = [(t, 1) for t in files.requests["submit_time"]] + [(t, -1) for t in files.requests["finish_time"]]
+    assert max(sum(step for when, step in events if when <= t) for t, _ in events) == 3
+
+
+def test_a_warm_cache_sends_every_prompt_before_the_clock_starts(tmp_path):
+    foreign = ForeignServer()
+    with foreign as url:
+        summary, _ = run(tmp_path, url, "driver.cache=warm")
+    prompts = [body["prompt"] for body in foreign.bodies[1:]]
+    assert prompts[:12] == prompts[12:] or sorted(prompts[:12]) == sorted(prompts[12:])
+    assert {body["max_tokens"] for body in foreign.bodies[1:13]} == {1}
+    assert summary["cache"] == "warm"
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("target=ftp://x", ConfigError, "target=ftp://x must be http"),
+        ("target=http://127.0.0.1:9", EngineError, "does not answer /v1/models"),
+        ("http.api_key_file=/nowhere", ConfigError, "http.api_key_file=/nowhere cannot be read"),
+        ("http.timeout=0", ConfigError, "http.timeout=0 must be above 0"),
+    ],
+)
+def test_bad_targets_are_one_line(tmp_path, override, error, message):
+    with pytest.raises(error, match=message):
+        run(tmp_path, "http://127.0.0.1:9" if not override.startswith("target") else None, override)
