@@ -210,7 +210,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         if (req.prompt is None) == (req.messages is None):
             raise bad_request("give either prompt or messages", "prompt")
         if req.messages is not None:
-            ids = await service.chat_prompt(req)
+            ids = await service.prompts.of_chat(req)
         else:
             # The point is to count: texts beyond the context are tokenized too.
             ids = await service.tokenizer.encode(req.prompt or "", req.add_special_tokens is not False, 1 << 40)

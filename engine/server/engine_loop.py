@@ -20,14 +20,13 @@ from engine.core import StepFailed, StepOutput
 from engine.errors import EngineError, KvarenaError, RequestRejected
 from engine.request import FinishReason, Request, SamplingParams, expand
 from engine.server import metrics
+from engine.server.gauges import Gauges
 from engine.server.ipc import AddFrame, Finish, Link, ToEngine, ToFront, unpack_ids
-from engine.server.pool_view import PoolView
 from engine.server.served import Outgoing, Route, ServedEngine
 
 logger = logging.getLogger("kvarena.engine")
 
 HEARTBEAT_SECONDS = 0.2
-GAUGE_SECONDS = 0.25
 MAX_FAILED_STEPS = 3
 _IDLE_WAIT = 0.5
 
@@ -60,8 +59,7 @@ class EngineLoop:
         self._row = metrics.Row(page, 0)
         self._max_queued = max_num_queued_requests
         self._num_failed_in_a_row = 0
-        self._next_gauges = 0.0
-        self._view = PoolView(served.engine.allocator)
+        self._gauges = Gauges(served.engine, self._row)
         self._selector = selectors.DefaultSelector()
         control.setblocking(False)
         self._selector.register(control, selectors.EVENT_READ, None)
@@ -80,7 +78,7 @@ class EngineLoop:
                 if self._engine.has_work:
                     self._step()
                 self._send()
-                self._update_gauges()
+                self._gauges.update(self._links, self._out, self._routes)
         except BaseException:
             self._row.set("state", metrics.FAILED)
             raise
@@ -297,47 +295,7 @@ class EngineLoop:
                 link.flush()
         self._row.set("has_work", float(self._engine.has_work))
 
-    def _update_gauges(self) -> None:
-        now = time.monotonic()
-        if now < self._next_gauges and self._engine.has_work:
-            return
-        self._next_gauges = now + GAUGE_SECONDS
-        scheduler, row = self._engine.scheduler, self._row
-        row.set("vllm:num_requests_running", scheduler.num_running)
-        row.set("vllm:num_requests_waiting", scheduler.num_waiting)
-        row.set("vllm:num_requests_waiting_by_reason", scheduler.num_waiting, "capacity")
-        usage = self._engine.allocator.usage(scheduler.head())
-        classes = self._view.classes(usage, self._routes)
-        for name, slots in classes.items():
-            row.set("kvarena:kv_slots", slots, name)
-        row.set("kvarena:kv_slots_shared_saved", usage.shared_saved)
-        row.set("vllm:kv_cache_usage_perc", usage.owned / usage.total if usage.total else 0.0)
-        watchers = [link for link, out in zip(self._links, self._out, strict=True) if out.watching]
-        if watchers:
-            snapshot = self._view.snapshot(classes, scheduler, self._routes)
-            queries = row.get("vllm:prefix_cache_queries")
-            snapshot |= {
-                "generated": row.get("vllm:generation_tokens"),
-                "steps": row.get("kvarena:steps"),
-                "shared_saved": usage.shared_saved,
-                "hit_rate": row.get("vllm:prefix_cache_hits") / queries if queries else 0.0,
-            }
-            for link in watchers:
-                link.send([ToFront.POOL_MAP, snapshot])
-
     def announce(self) -> None:
         """Tell the fronts what they serve: the first frame that they get."""
-        served = self._served
-        info = {
-            "max_model_len": served.max_model_len,
-            "max_request_tokens": served.engine.allocator.max_request_tokens,
-            "vocab_size": served.vocab_size,
-            "eos_token_ids": sorted(served.eos_token_ids),
-            "num_blocks": served.engine.allocator.num_blocks,
-            "block_size": served.engine.allocator.block_size,
-            "constraints": served.constraint_factory is not None,
-            "prompt_logprobs": served.prompt_logprobs,
-            "facts": served.facts,
-        }
         for link in self._links:
-            link.send([ToFront.READY, info])
+            link.send([ToFront.READY, self._served.info()])

@@ -12,15 +12,18 @@ import re
 import time
 import uuid
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.server.config import ServerConfig
 from engine.server.errors import ApiError, bad_request
 from engine.server.metrics import HANDLERS, Row
+
+Body = TypeVar("Body", bound=BaseModel)
 
 access_log = logging.getLogger("kvarena.access")
 
@@ -187,3 +190,24 @@ async def read_json(request: Request, config: ServerConfig) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise bad_request("The body must be a JSON object.", code="invalid_json")
     return body
+
+
+def validated(body: dict[str, Any], kind: type[Body]) -> Body:
+    """The body as `kind`. Raises a 400 that names the first parameters at fault."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise _validation_error(error) from None
+    except RecursionError:
+        raise bad_request("The body is nested too deeply.", code="invalid_json") from None
+
+
+def _validation_error(error: ValidationError) -> ApiError:
+    """A 400 that names the first parameters at fault; what the caller sent is not repeated."""
+    parts = []
+    first: str | None = None
+    for entry in error.errors(include_url=False, include_input=False, include_context=False)[:5]:
+        where = ".".join(str(part) for part in entry["loc"])[:100]
+        first = first or (str(entry["loc"][0])[:100] if entry["loc"] else None)
+        parts.append(f"{where}: {entry['msg']}" if where else entry["msg"])
+    return bad_request("; ".join(parts), first, "invalid_parameter")

@@ -18,6 +18,15 @@ MAX_STOP_TOKENS = 1024
 COMPLETIONS_MAX_TOKENS = 16
 # Below this a temperature is greedy: logits divided by it overflow float16.
 _MIN_TEMPERATURE = 0.01
+# Names that other parameters took over. Clients that still send them must not believe that they were honoured.
+REPLACED = {
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "functions": "tools",
+    "function_call": "tool_choice",
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,11 @@ def check_unsupported(req: SamplingFields, config: ServerConfig) -> None:
     for name in ("use_beam_search", "bad_words", "allowed_token_ids"):
         if getattr(req, name):
             raise bad_request(f"{name} is not supported by this server", name)
+    for name, instead in REPLACED.items():
+        if (req.model_extra or {}).get(name) is not None:
+            raise bad_request(f"{name} is not supported by this server; use {instead}", name)
+    if req.stream_options is not None and req.stream_options.continuous_usage_stats:
+        raise bad_request("continuous_usage_stats is not supported; use include_usage", "stream_options")
     if req.stream_options is not None and not req.stream:
         raise bad_request("stream_options is only allowed with stream=true", "stream_options")
     if req.spaces_between_special_tokens is False:

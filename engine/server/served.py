@@ -33,6 +33,21 @@ class ServedEngine:
     prompt_logprobs: bool = False
     facts: dict[str, str] = field(default_factory=dict)
 
+    def info(self) -> dict[str, Any]:
+        """What the fronts are told: the fields of `EngineInfo`."""
+        allocator = self.engine.allocator
+        return {
+            "max_model_len": self.max_model_len,
+            "max_request_tokens": allocator.max_request_tokens,
+            "vocab_size": self.vocab_size,
+            "eos_token_ids": sorted(self.eos_token_ids),
+            "num_blocks": allocator.num_blocks,
+            "block_size": allocator.block_size,
+            "constraints": self.constraint_factory is not None,
+            "prompt_logprobs": self.prompt_logprobs,
+            "facts": self.facts,
+        }
+
 
 @dataclass(slots=True)
 class Route:

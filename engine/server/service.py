@@ -6,9 +6,8 @@ import asyncio
 import functools
 import time
 import uuid
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,13 +22,13 @@ from engine.server.constraints import Constraints
 from engine.server.dashboard import PoolFeed
 from engine.server.errors import ApiError, bad_request, beyond_context, unavailable
 from engine.server.groups import Choice, EngineGone, EngineInfo, Group, Refused
-from engine.server.http import read_json
+from engine.server.http import Body, read_json, validated
 from engine.server.media import check_parts, find_parts, policy_of
 from engine.server.metrics import Row, health
+from engine.server.prompts import Prompts, check_chat
 from engine.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
-    NamedToolChoice,
     SamplingFields,
 )
 from engine.server.sampling import (
@@ -40,12 +39,10 @@ from engine.server.sampling import (
     sampling_params,
     stop_strings,
 )
-from engine.server.tokenization import TokenizerService, template_messages
+from engine.server.tokenization import TokenizerService
 from engine.server.tracing import Tracer
 
 _REQUESTS_PER_ROUND = 4
-
-Body = TypeVar("Body", bound=BaseModel)
 
 
 class Service:
@@ -111,16 +108,16 @@ class Service:
             self.row.inc("vllm:admission_rejections", "engine_dead")
             raise unavailable(f"The engine is gone: {self.client.gone or state.reason}.", "engine_dead", retry_after=5)
 
+    @functools.cached_property
+    def prompts(self) -> Prompts:
+        """Makes token ids of requests."""
+        return Prompts(self.tokenizer, self.limits.max_model_len)
+
     async def read(self, request: Request, kind: type[Body]) -> Body:
         """The body as `kind`. Raises ApiError."""
         body = await read_json(request, self.config)
         await self._turn()
-        try:
-            return kind.model_validate(body)
-        except ValidationError as error:
-            raise validation_error(error) from None
-        except RecursionError:
-            raise bad_request("The body is nested too deeply.", code="invalid_json") from None
+        return validated(body, kind)
 
     async def _turn(self) -> None:
         """Let few requests per round of the event loop begin: in a crowd, `/health` and open streams go on."""
@@ -156,15 +153,15 @@ class Service:
         if req.echo and req.logprobs is not None:
             req.prompt_logprobs = max(req.logprobs, req.prompt_logprobs or 0)
         prompts = [
-            await self._prompt(one, req)
+            await self.prompts.of_completion(one, req)
             for one in read_prompts(req.prompt, self.config.max_prompts, self.limits.vocab_size)
         ]
         default = COMPLETIONS_MAX_TOKENS
         lengths = [fit_max_tokens(req.max_tokens, default, len(ids), self.limits, "prompt") for ids in prompts]
         n = req.n or 1
         shown = [
-            self._choice_prompt(ids, one, req)
-            for ids, one in zip(prompts, self._texts(req), strict=True)
+            self.prompts.shown(ids, one, req)
+            for ids, one in zip(prompts, self.prompts.given(req), strict=True)
             for _ in range(n)
         ]
         renderer = CompletionRenderer(
@@ -182,35 +179,6 @@ class Service:
         job = await self._submit(request, req, prompts, lengths, req.logprobs, constraint, arrival, renderer)
         return await self._answer(request, job, bool(req.stream))
 
-    def _texts(self, req: CompletionRequest) -> list[Any]:
-        prompt = req.prompt
-        return [prompt] if isinstance(prompt, str) or type(prompt[0]) is int else prompt
-
-    def _choice_prompt(self, ids: list[int], given: Any, req: CompletionRequest) -> ChoicePrompt:
-        text = ""
-        if req.echo:
-            text = given if isinstance(given, str) else self.tokenizer.detokenizer.text(ids)
-        return ChoicePrompt(text, ids)
-
-    async def _prompt(self, prompt: str | list[int], req: SamplingFields) -> list[int]:
-        if isinstance(prompt, str):
-            special = req.add_special_tokens is not False
-            prompt = await self.tokenizer.encode(prompt, special, self.limits.max_model_len)
-            if not prompt:
-                raise bad_request("prompt is empty after tokenization", "prompt")
-        return self._truncate(prompt, req)
-
-    def _truncate(self, ids: list[int], req: SamplingFields) -> list[int]:
-        keep = req.truncate_prompt_tokens
-        if keep is None:
-            return ids
-        if keep == 0:
-            raise bad_request(
-                "truncate_prompt_tokens must be at least 1, or -1 for the context", "truncate_prompt_tokens"
-            )
-        keep = self.limits.max_model_len - (req.max_tokens or 1) if keep == -1 else keep
-        return ids[-keep:] if keep > 0 else ids
-
     async def chat(self, request: Request) -> Response:
         """`/v1/chat/completions`."""
         arrival = time.monotonic()
@@ -218,9 +186,9 @@ class Service:
         model = self.check_model(req.model)
         self.check_open()
         check_unsupported(req, self.config)
-        _check_chat(req)
+        check_chat(req)
         await self._refuse_images(req)
-        prompt = self._truncate(await self.chat_prompt(req), req)
+        prompt = self.prompts.truncate(await self.prompts.of_chat(req), req)
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
         max_tokens = fit_max_tokens(requested, None, len(prompt), self.limits, "messages")
         constraint, parser, forced = await self._constraints.of_chat(req)
@@ -244,27 +212,6 @@ class Service:
         if parts:
             await asyncio.to_thread(check_parts, parts, self._media)
             raise bad_request(f"{parts[0].place} holds an image; this model reads text only", "messages")
-
-    async def chat_prompt(self, req: Any) -> list[int]:
-        """Token ids of a chat. Raises ApiError."""
-        tools = None
-        if req.tools and getattr(req, "tool_choice", None) != "none":
-            tools = [tool.model_dump(exclude_none=True) for tool in req.tools]
-        flags = dict(req.chat_template_kwargs or {})
-        for key in ("tokenize", "return_dict", "return_tensors", "chat_template", "tools", "conversation"):
-            if key in flags:
-                raise bad_request(f"chat_template_kwargs may not hold {key!r}", "chat_template_kwargs")
-        going_on = bool(req.continue_final_message)
-        flags["add_generation_prompt"] = (
-            not going_on if req.add_generation_prompt is None else req.add_generation_prompt
-        )
-        flags["continue_final_message"] = going_on
-        text = self.tokenizer.render_chat(template_messages(req.messages), tools, **flags)
-        special = bool(getattr(req, "add_special_tokens", None))
-        ids = await self.tokenizer.encode(text, special, self.limits.max_model_len, "messages")
-        if not ids:
-            raise bad_request("the messages are empty after the chat template", "messages")
-        return ids
 
     def _head(self, prefix: str, model: str) -> dict[str, Any]:
         return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
@@ -357,31 +304,3 @@ class Service:
             except Disconnected:
                 return Response(status_code=499)
         return EventStream(job, {"x-request-id": request.scope["kvarena"].request_id})
-
-
-def _check_chat(req: ChatCompletionRequest) -> None:
-    """400 for combinations that make no sense."""
-    if req.top_logprobs is not None and not req.logprobs:
-        raise bad_request("top_logprobs needs logprobs=true", "top_logprobs")
-    if req.chat_template is not None:
-        raise bad_request("a chat_template in the request is not allowed on this server", "chat_template")
-    if req.max_tokens == 0 or req.max_completion_tokens == 0:
-        raise bad_request("max_tokens must be at least 1", "max_tokens")
-    forced = isinstance(req.tool_choice, NamedToolChoice) or req.tool_choice == "required"
-    if forced and not req.tools:
-        raise bad_request("tool_choice needs tools", "tool_choice")
-    if req.continue_final_message and req.add_generation_prompt:
-        raise bad_request(
-            "continue_final_message and add_generation_prompt exclude each other", "add_generation_prompt"
-        )
-
-
-def validation_error(error: ValidationError) -> ApiError:
-    """A 400 that names the first parameters at fault; what the caller sent is not repeated."""
-    parts = []
-    first: str | None = None
-    for entry in error.errors(include_url=False, include_input=False, include_context=False)[:5]:
-        where = ".".join(str(part) for part in entry["loc"])[:100]
-        first = first or (str(entry["loc"][0])[:100] if entry["loc"] else None)
-        parts.append(f"{where}: {entry['msg']}" if where else entry["msg"])
-    return bad_request("; ".join(parts), first, "invalid_parameter")

@@ -1,0 +1,58 @@
+"""The engine's gauges in the metrics page, and the dashboard's frames, a few times a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from engine.core import Engine
+from engine.request import Request
+from engine.server.ipc import Link, ToFront
+from engine.server.metrics import Row
+from engine.server.pool_view import PoolView
+from engine.server.served import Outgoing, Route
+
+GAUGE_SECONDS = 0.25
+
+
+class Gauges:
+    """Writes what holds now: queue, batch and pool.
+
+    Args:
+        engine: looked at between steps.
+        row: the engine's metrics.
+    """
+
+    def __init__(self, engine: Engine, row: Row) -> None:
+        self._engine, self._row = engine, row
+        self._view = PoolView(engine.allocator)
+        self._next = 0.0
+
+    def update(self, links: Sequence[Link], outs: Sequence[Outgoing], routes: Mapping[Request, Route]) -> None:
+        """Write the gauges when it is time, or the engine is idle; send a frame to the fronts that watch the pool."""
+        now = time.monotonic()
+        if now < self._next and self._engine.has_work:
+            return
+        self._next = now + GAUGE_SECONDS
+        scheduler, row = self._engine.scheduler, self._row
+        row.set("vllm:num_requests_running", scheduler.num_running)
+        row.set("vllm:num_requests_waiting", scheduler.num_waiting)
+        row.set("vllm:num_requests_waiting_by_reason", scheduler.num_waiting, "capacity")
+        usage = self._engine.allocator.usage(scheduler.head())
+        classes = self._view.classes(usage, routes)
+        for name, slots in classes.items():
+            row.set("kvarena:kv_slots", slots, name)
+        row.set("kvarena:kv_slots_shared_saved", usage.shared_saved)
+        row.set("vllm:kv_cache_usage_perc", usage.owned / usage.total if usage.total else 0.0)
+        watchers = [link for link, out in zip(links, outs, strict=True) if out.watching]
+        if not watchers:
+            return
+        queries = row.get("vllm:prefix_cache_queries")
+        frame = self._view.snapshot(classes, scheduler, routes) | {
+            "generated": row.get("vllm:generation_tokens"),
+            "steps": row.get("kvarena:steps"),
+            "shared_saved": usage.shared_saved,
+            "hit_rate": row.get("vllm:prefix_cache_hits") / queries if queries else 0.0,
+        }
+        for link in watchers:
+            link.send([ToFront.POOL_MAP, frame])

@@ -1,0 +1,93 @@
+"""From a request to the token ids that the engine gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.server.completions import ChoicePrompt
+from engine.server.errors import bad_request
+from engine.server.protocol import ChatCompletionRequest, CompletionRequest, NamedToolChoice, SamplingFields
+from engine.server.tokenization import TokenizerService, template_messages
+
+
+class Prompts:
+    """Tokenizes prompts and chats.
+
+    Args:
+        tokenizer: the model's.
+        max_model_len: longest prompt + output, in tokens.
+    """
+
+    def __init__(self, tokenizer: TokenizerService, max_model_len: int) -> None:
+        self._tokenizer, self._max_model_len = tokenizer, max_model_len
+
+    def given(self, req: CompletionRequest) -> list[Any]:
+        """A completion's prompts as the caller wrote them."""
+        prompt = req.prompt
+        return [prompt] if isinstance(prompt, str) or type(prompt[0]) is int else prompt
+
+    def shown(self, ids: list[int], given: Any, req: CompletionRequest) -> ChoicePrompt:
+        """What an answer shows of a prompt."""
+        text = ""
+        if req.echo:
+            text = given if isinstance(given, str) else self._tokenizer.detokenizer.text(ids)
+        return ChoicePrompt(text, ids)
+
+    async def of_completion(self, prompt: str | list[int], req: SamplingFields) -> list[int]:
+        """Token ids of one prompt of a completion. Raises ApiError."""
+        if isinstance(prompt, str):
+            special = req.add_special_tokens is not False
+            prompt = await self._tokenizer.encode(prompt, special, self._max_model_len)
+            if not prompt:
+                raise bad_request("prompt is empty after tokenization", "prompt")
+        return self.truncate(prompt, req)
+
+    def truncate(self, ids: list[int], req: SamplingFields) -> list[int]:
+        """The last `truncate_prompt_tokens` of a prompt. Raises ApiError."""
+        keep = req.truncate_prompt_tokens
+        if keep is None:
+            return ids
+        if keep == 0:
+            raise bad_request(
+                "truncate_prompt_tokens must be at least 1, or -1 for the context", "truncate_prompt_tokens"
+            )
+        keep = self._max_model_len - (req.max_tokens or 1) if keep == -1 else keep
+        return ids[-keep:] if keep > 0 else ids
+
+    async def of_chat(self, req: Any) -> list[int]:
+        """Token ids of a chat. Raises ApiError."""
+        tools = None
+        if req.tools and getattr(req, "tool_choice", None) != "none":
+            tools = [tool.model_dump(exclude_none=True) for tool in req.tools]
+        flags = dict(req.chat_template_kwargs or {})
+        for key in ("tokenize", "return_dict", "return_tensors", "chat_template", "tools", "conversation"):
+            if key in flags:
+                raise bad_request(f"chat_template_kwargs may not hold {key!r}", "chat_template_kwargs")
+        going_on = bool(req.continue_final_message)
+        flags["add_generation_prompt"] = (
+            not going_on if req.add_generation_prompt is None else req.add_generation_prompt
+        )
+        flags["continue_final_message"] = going_on
+        text = self._tokenizer.render_chat(template_messages(req.messages), tools, **flags)
+        special = bool(getattr(req, "add_special_tokens", None))
+        ids = await self._tokenizer.encode(text, special, self._max_model_len, "messages")
+        if not ids:
+            raise bad_request("the messages are empty after the chat template", "messages")
+        return ids
+
+
+def check_chat(req: ChatCompletionRequest) -> None:
+    """400 for combinations that make no sense."""
+    if req.top_logprobs is not None and not req.logprobs:
+        raise bad_request("top_logprobs needs logprobs=true", "top_logprobs")
+    if req.chat_template is not None:
+        raise bad_request("a chat_template in the request is not allowed on this server", "chat_template")
+    if req.max_tokens == 0 or req.max_completion_tokens == 0:
+        raise bad_request("max_tokens must be at least 1", "max_tokens")
+    forced = isinstance(req.tool_choice, NamedToolChoice) or req.tool_choice == "required"
+    if forced and not req.tools:
+        raise bad_request("tool_choice needs tools", "tool_choice")
+    if req.continue_final_message and req.add_generation_prompt:
+        raise bad_request(
+            "continue_final_message and add_generation_prompt exclude each other", "add_generation_prompt"
+        )
