@@ -137,12 +137,17 @@ def _ratio(claim: dict[str, Any]) -> float | None:
 
 
 def _value(value: float | None, unit: str) -> str:
-    return DASH if value is None else f"{value:,.4g} {unit}".strip()
+    return DASH if value is None else f"{_digits(value)} {unit}".strip()
+
+
+def _digits(value: float) -> str:
+    """Four digits; whole numbers from 10,000 on."""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.4g}"
 
 
 def _interval(claim: dict[str, Any]) -> str:
     text = _value(claim["ours"], claim["unit"])
-    return text if claim["low"] is None else f"{text} [{claim['low']:,.4g}, {claim['high']:,.4g}]"
+    return text if claim["low"] is None else f"{text} [{_digits(claim['low'])}, {_digits(claim['high'])}]"
 
 
 def _machine(machine: dict[str, Any]) -> str:

@@ -16,6 +16,8 @@ from reports.style import CLASS_LOOKS, INK, SERIES, Look, drawing, export, grid,
 BAND_ALPHA = 0.18
 MAX_LEGEND_COLUMNS = 6
 MAX_POINT_TICKS = 12
+MAX_MARKED = 60  # points of a line that are marked
+MARKERS = "o^sDvP*X"
 LEAST_LABELLED = 3.0  # percent; a narrower segment holds no number
 
 
@@ -48,6 +50,7 @@ def chart_figure(chart: dict[str, Any]) -> Figure:
         _name_points(axes, chart)
     if chart["log_y"]:
         axes.set_yscale("log")
+        thousands(axes)
     if chart.get("y_mark") is not None:
         axes.axhline(chart["y_mark"], color=INK, linewidth=0.9, linestyle=":", zorder=1)
     if chart.get("y_limit") is not None:
@@ -80,7 +83,10 @@ def _lines(axes: Axes, chart: dict[str, Any]) -> None:
     for index, series in enumerate(chart["series"]):
         look = _look(index, series["name"])
         y = np.array([np.nan if value is None else value for value in series["y"]], dtype=float)
-        axes.plot(series["x"], y, color=look.color, linestyle=look.dash, marker="o", markersize=4, label=series["name"])
+        marker = MARKERS[index % len(MARKERS)] if len(y) <= MAX_MARKED else None
+        axes.plot(
+            series["x"], y, color=look.color, linestyle=look.dash, marker=marker, markersize=4, label=series["name"]
+        )
         if series["low"]:
             axes.fill_between(series["x"], series["low"], series["high"], color=look.color, alpha=BAND_ALPHA, lw=0)
     grid(axes)
@@ -131,12 +137,11 @@ def _stacked(axes: Axes, chart: dict[str, Any]) -> None:
 
 
 def _parity(axes: Axes, chart: dict[str, Any]) -> None:
-    markers = "o^sDvP*X"
     ends = [np.inf, 0.0]
     for index, series in enumerate(chart["series"]):
         look = _look(index, series["name"])
         axes.plot(
-            series["x"], series["y"], linestyle="", marker=markers[index % len(markers)], markersize=3, alpha=0.55,
+            series["x"], series["y"], linestyle="", marker=MARKERS[index % len(MARKERS)], markersize=3, alpha=0.55,
             color=look.color, label=series["name"], markeredgewidth=0,
         )  # fmt: skip
         ends = [min(ends[0], *series["x"], *series["y"]), max(ends[1], *series["x"], *series["y"])]

@@ -27,3 +27,14 @@ FIGURE_15_SOURCE = "PagedAttention (Kwon et al., SOSP 2023), section 6.3 and Fig
 # Sarathi-Serve (Agrawal et al., OSDI'24): capacity against vLLM, Mistral-7B on one A100; "up to".
 SARATHI_CAPACITY = 2.6
 SARATHI_SOURCE = "Sarathi-Serve (Agrawal et al., OSDI 2024): up to 2.6 times vLLM's capacity, Mistral-7B on one A100"
+
+# Mooncake's traces (FAST'25): percent of blocks that a cache without end finds, counted from the files' hash ids by an
+# independent script; the paper itself does not state them for these files.
+ENDLESS_HITS = {"mooncake_conversation_trace.jsonl": 36.6, "mooncake_synthetic_trace.jsonl": 64.0}
+ENDLESS_SOURCE = "Mooncake traces (Qin et al., FAST 2025); RadixAttention (Zheng et al., SGLang)"
+
+VTC_SOURCE = "Fairness in Serving Large Language Models (Sheng et al., OSDI 2024), theorem 4.4"
+
+# vAttention (Prabhu et al., ASPLOS'25), abstract: throughput over paged kernels, "up to".
+VATTENTION_SPEEDUP = 1.23
+VATTENTION_SOURCE = "vAttention (Prabhu et al., ASPLOS 2025): pages of 64 KiB to 2 MiB"

@@ -113,7 +113,7 @@ class SarathiStallsStudy:
         what = "the limit of a sustained rate" if name == "tbt_p99" else "what a full step of chunks takes"
         series = [Series(LABELS[policy], self.rates, of) for policy, of in values.items()]
         caption = f"{label.removesuffix(' (ms)').capitalize()} against load. The dotted line is {what}."
-        return Chart(name, "lines", "request rate (requests/s)", label, caption, series, y_mark=mark)
+        return Chart(name, "lines", "request rate (requests/s)", label, caption, series, log_y=True, y_mark=mark)
 
     def _first_token_chart(self, found: dict[str, list[dict[str, Any]]]) -> Chart:
         series = [

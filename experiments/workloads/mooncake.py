@@ -108,6 +108,29 @@ class MooncakeWorkload(TraceWorkload):
             seen.update(self._hash_ids[row])
         return hits, total
 
+    def token_hits(self, block_size: int) -> tuple[int, int]:
+        """(prompt tokens found, all prompt tokens) of one pass in a cache without end, made of full engine blocks.
+
+        A prompt is there for the next one at once; at least one token of a prompt is computed, and hits are whole
+        blocks. So no cache of `block_size` finds more, in whatever order the requests run that keeps theirs.
+
+        Args:
+            block_size: of the engine, in tokens.
+        """
+        known: dict[int, int] = {}  # hash id -> most tokens of its block seen so far
+        hits = total = 0
+        for row in range(min(len(self.table), self._rows_per_pass)):
+            length, found, whole = int(self.table.prompt_lens[row]), 0, True
+            for index, hash_id in enumerate(self._hash_ids[row]):
+                own = min(self.hash_block_size, length - index * self.hash_block_size)
+                if whole:
+                    found += min(known.get(hash_id, 0), own)
+                    whole = known.get(hash_id, 0) >= self.hash_block_size
+                known[hash_id] = max(known.get(hash_id, 0), own)
+            hits += min(found, length - 1) // block_size * block_size
+            total += length
+        return hits, total
+
     def _make_block(self, hash_id: int, epoch: int) -> list[int]:
         return self._tokens.take(hash_id, self.hash_block_size, epoch=epoch)
 
