@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import reports.run_report
 import reports.terminal
 from engine.models import ModelSpec
 from experiments.build import build
+from experiments.cell_state import cell_key, is_finished, mark_finished
 from experiments.compose import NAMING_GROUPS
 from experiments.driver import drive
 from experiments.files import ERROR_FILE, KV_MAP_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
@@ -61,7 +63,7 @@ def record_failure(message: str, *, not_defined: bool) -> None:
 
 
 def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) -> dict[str, Any]:
-    """Run one cell into `run_dir` and return its report's summary.
+    """Run one cell into `run_dir`, unless it is finished there, and return its report's summary.
 
     Args:
         cfg: the resolved config, without the hydra node.
@@ -69,6 +71,10 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
         name: how the cell is called in reports.
         choices: the config groups' chosen options (`allocator`, `scheduler`, `workload`, `arrival`).
     """
+    key = cell_key(cfg, choices)
+    if is_finished(run_dir, key, allow_mixed=bool(cfg.sweep.allow_mixed)):
+        print(f"{name}: finished before, in {run_dir}", file=sys.stderr)
+        return reports.run_report.read_summary(run_dir)
     if cfg.target is None:
         facts = _run_here(cfg, run_dir, name)
     else:
@@ -77,7 +83,9 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
     manifest["workload"] = {"name": choices["workload"]} | manifest["workload"]
     (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
     write = reports.run_report.write_run_report if cfg.report.pages else reports.run_report.write_summary
-    return write(run_dir)
+    summary = write(run_dir)
+    mark_finished(run_dir, key)
+    return summary
 
 
 def _run_here(cfg: DictConfig, run_dir: Path, name: str) -> dict[str, Any]:

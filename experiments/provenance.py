@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -20,17 +21,27 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "pandas", "hydra-core")
 def git_state() -> dict[str, Any]:
     """Commit of the project's checkout and whether tracked files differ from it; None where there is no checkout."""
 
-    def git(*args: str) -> str | None:
-        command = ["git", "-C", str(PROJECT_ROOT), *args]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None  # no git here: the manifest then says null, which is the truth
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    status = git("status", "--porcelain", "--untracked-files=no")
+    commit = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain", "--untracked-files=no")
     return {"commit": commit, "dirty": bool(status) if commit else None}
+
+
+def code_state() -> str:
+    """The commit, with a digest of what tracked files differ by; the version where there is no checkout."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return f"kvarena {importlib.metadata.version('kvarena')}"
+    changes = _git("diff", "HEAD")
+    return commit if not changes else f"{commit} + {hashlib.blake2b(changes.encode(), digest_size=12).hexdigest()}"
+
+
+def _git(*args: str) -> str | None:
+    command = ["git", "-C", str(PROJECT_ROOT), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # no git here: the manifest then says null, which is the truth
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cpu_name() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.files import ERROR_FILE, MANIFEST_FILE, OVERRIDES_FILE, SWEEP_FILE
+from experiments.files import CELL_FILE, ERROR_FILE, OVERRIDES_FILE, SWEEP_FILE
 
 
 def collect(sweep_dir: Path, baseline: str | None) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def collect(sweep_dir: Path, baseline: str | None) -> dict[str, Any]:
         varying = [override for override in entry["overrides"] if not all(override in cell for cell in overrides)]
         entry["name"] = ", ".join(varying or entry["overrides"])
     sweep = {
-        "runs": [d.name for d in folders if (d / MANIFEST_FILE).exists()],
+        "runs": [d.name for d in folders if (d / CELL_FILE).exists()],
         "baseline": baseline,
         "not_defined": [entry for entry in ended if entry["not_defined"]],
         "failed": [entry for entry in ended if not entry["not_defined"]],

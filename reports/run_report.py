@@ -55,6 +55,16 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
     return _write_summary(run, token_gaps(run))
 
 
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """What summary.json of a finished run holds. Raises ReportError."""
+    path = run_dir / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"cannot read {path} ({error}); remove {run_dir} to measure it again") from None
+    return summary
+
+
 def _write_summary(run: RunFiles, gaps: TokenGaps) -> dict[str, Any]:
     summary = summarize(run, gaps)
     write_text(run.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

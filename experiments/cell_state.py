@@ -1,0 +1,75 @@
+"""Which cells of a sweep are done, so that a sweep that was cut off goes on where it stopped.
+
+A cell's last file, cell.json, says what it ran: a hash of its config, the code and the machine. It is renamed into
+place when all others are written, so a folder without it is not finished, whatever else lies there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from engine.errors import ConfigError
+from experiments.files import CELL_FILE, ERROR_FILE
+from experiments.provenance import code_state, machine
+
+# Sections that change neither what is measured nor how.
+UNMEASURED = ("report", "sweep", "study", "server", "tracking")
+
+
+def cell_key(cfg: DictConfig, choices: dict[str, str]) -> dict[str, str]:
+    """What a cell's result depends on: hashes of its config, the code and the machine.
+
+    Args:
+        cfg: the cell's resolved config.
+        choices: the config groups that name it.
+    """
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    measured = {str(key): value for key, value in config.items() if key not in UNMEASURED}
+    return {
+        "config": _digest({"config": measured, "choices": choices}),
+        "code": code_state(),
+        "machine": _digest({key: value for key, value in machine().items() if key != "memory_bytes"}),
+    }
+
+
+def is_finished(run_dir: Path, key: dict[str, str], *, allow_mixed: bool) -> bool:
+    """Whether `run_dir` holds the finished result of `key`; what an unfinished one left of errors is removed.
+
+    Raises:
+        ConfigError: it holds another cell's result, or one of other code or another machine and `allow_mixed` is not
+            set.
+    """
+    path = run_dir / CELL_FILE
+    if not path.exists():
+        (run_dir / ERROR_FILE).unlink(missing_ok=True)
+        return False
+    found: dict[str, Any] = json.loads(path.read_text())
+    if found["config"] != key["config"]:
+        raise ConfigError(
+            f"{run_dir} holds the result of another config; sweep into a folder of its own (hydra.sweep.dir=DIR), or "
+            "remove that one"
+        )
+    differs = [name for name in ("code", "machine") if found[name] != key[name]]
+    if differs and not allow_mixed:
+        raise ConfigError(
+            f"{run_dir} was measured with other {' and another '.join(differs)}; remove it to measure it again, or "
+            "set sweep.allow_mixed=true to keep it"
+        )
+    return True
+
+
+def mark_finished(run_dir: Path, key: dict[str, str]) -> None:
+    """Write cell.json; call when all other files are there."""
+    partial = run_dir / f"{CELL_FILE}.partial"
+    partial.write_text(json.dumps(key, indent=2) + "\n")
+    partial.rename(run_dir / CELL_FILE)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()

@@ -1,0 +1,90 @@
+"""A sweep that was cut off goes on where it stopped, and ends in the report of an unbroken one."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.errors import ConfigError
+from experiments.cell_state import cell_key, is_finished, mark_finished
+from experiments.compose import compose_cell
+
+ROOT = Path(__file__).resolve().parents[2]
+SWEEP = [
+    "-m", "allocator=contiguous,paged", "scheduler=static,continuous", "runner=simulated", "runner.profile=h100",
+    "engine.dtype=bfloat16", "workload=uniform", "workload.num_requests=60", "kv_cache.num_slots=6000",
+    "report.progress=false", "report.pages=false",
+]  # fmt: skip
+
+
+def start(out: Path) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "run.py"), *SWEEP, f"hydra.sweep.dir={out}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(out: Path) -> str:
+    process = start(out)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def findings(out: Path) -> dict:
+    """summary.json without what the machine's memory says."""
+    text = (out / "summary.json").read_text().replace(str(out), "DIR")
+    return json.loads(text, object_hook=lambda node: {k: v for k, v in node.items() if k != "peak_rss_bytes"})
+
+
+def test_a_killed_sweep_resumes_and_ends_in_the_same_report(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(whole)
+    process = start(broken)
+    while not (broken / "1" / "cell.json").exists():
+        assert process.poll() is None, "the sweep ended before it was killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = sorted(path.parent.name for path in broken.glob("*/cell.json"))
+    assert "1" in done
+    assert "3" not in done
+    times = {name: (broken / name / "requests.parquet").stat().st_mtime_ns for name in done}
+    errors = finish(broken)
+    assert errors.count("finished before") == len(done)
+    assert times == {name: (broken / name / "requests.parquet").stat().st_mtime_ns for name in done}
+    assert findings(broken) == findings(whole)
+    assert (broken / "report.md").read_text() == (whole / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def cell():
+    return compose_cell(["workload=fixed"])
+
+
+def test_a_folder_is_finished_only_with_its_last_file(cell, tmp_path):
+    key = cell_key(*cell)
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "error.json").write_text("{}")
+    assert not is_finished(tmp_path, key, allow_mixed=False)
+    assert not (tmp_path / "error.json").exists()
+    mark_finished(tmp_path, key)
+    assert is_finished(tmp_path, key, allow_mixed=False)
+    assert [path.name for path in tmp_path.glob("cell*")] == ["cell.json"]
+
+
+def test_other_results_are_not_mixed_in(cell, tmp_path):
+    key = cell_key(*cell)
+    mark_finished(tmp_path, key)
+    with pytest.raises(ConfigError, match="another config"):
+        is_finished(tmp_path, cell_key(*compose_cell(["workload=fixed", "workload.seed=1"])), allow_mixed=True)
+    newer = key | {"code": "another commit"}
+    with pytest.raises(ConfigError, match=r"other code; remove it .* or set sweep.allow_mixed=true"):
+        is_finished(tmp_path, newer, allow_mixed=False)
+    assert is_finished(tmp_path, newer, allow_mixed=True)
+    shutil.rmtree(tmp_path)
+    # What is printed is no result.
+    assert cell_key(*compose_cell(["workload=fixed", "report.progress=false"])) == key
