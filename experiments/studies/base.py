@@ -9,7 +9,7 @@ the report is made from study.json alone (`reports.study`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -87,6 +87,12 @@ def between(quantity: str, unit: str, least: float, most: float, ours: float | N
     stated = least if ours - least <= most - ours else most
     verdict = Verdict.HOLDS if least <= ours <= most else Verdict.DIFFERS
     return Claim(quantity, unit, stated, ours, tolerance, verdict, **more)
+
+
+def up_to(quantity: str, unit: str, most: float, ours: float | None, **more: Any) -> Claim:
+    """A gain stated as "up to `most` times": holds when `ours` is above 1 and at most that."""
+    claim = between(quantity, unit, 1.0, most, ours, **more)
+    return replace(claim, stated=most, tolerance=f"above 1, up to {most:g}")
 
 
 @dataclass(frozen=True)

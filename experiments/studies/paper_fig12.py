@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.errors import ConfigError
-from experiments.studies.base import Chart, Claim, Findings, Series, between
+from experiments.studies.base import Chart, Claim, Findings, Series, between, up_to
 from experiments.studies.cells import CellRunner
 from experiments.studies.curves import Curve, highest_below
 from experiments.studies.orca import DIFFERENCES, FASTER_TRANSFORMER, SYSTEMS, Load, run_system
@@ -91,7 +91,10 @@ class PaperFig12Study:
         ratio = ours / theirs if ours and theirs else None
         stated = f"paper: {least:g} to {most:g} times" if least > 1 else f"paper: up to {most:g} times"
         note = f"{stated}; {_load(ours)} against {_load(theirs)} requests/s"
-        return between(f"load that vLLM sustains, against {system}", "", least, most, ratio, note=note)
+        quantity = f"load that vLLM sustains, against {system}"
+        if least == 1:
+            return up_to(quantity, "", most, ratio, note=note)
+        return between(quantity, "", least, most, ratio, note=note)
 
     def _sensitivity(self, curves: dict[str, Curve]) -> str:
         parts = []

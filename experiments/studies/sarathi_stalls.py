@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.studies.base import Chart, Claim, Findings, Series, at_least, at_most, between
+from experiments.studies.base import Chart, Claim, Findings, Series, at_least, at_most, up_to
 from experiments.studies.cells import CellRunner
 from experiments.studies.curves import Curve, highest_below
 from experiments.studies.published import SARATHI_CAPACITY, SARATHI_SOURCE
@@ -103,7 +103,7 @@ class SarathiStallsStudy:
         told = {name: "not bracketed by the rates" if rate is None else f"{rate:.2f}" for name, rate in rates.items()}
         note = f"paper: up to {SARATHI_CAPACITY:g}; {told['chunked']} against {told['prefill_first']} requests/s"
         ratio = ours / theirs if ours and theirs else None
-        return between("load that chunks sustain, against prefill first", "", 1.0, SARATHI_CAPACITY, ratio, note=note)
+        return up_to("load that chunks sustain, against prefill first", "", SARATHI_CAPACITY, ratio, note=note)
 
     def _strain(self, cell: dict[str, Any]) -> float:
         """Above 1 where a limit is broken."""

@@ -7,7 +7,7 @@ from study_run import run_study
 from engine.errors import ConfigError
 from experiments.compose import compose_cell
 from experiments.studies import orca
-from experiments.studies.base import Verdict, between, near
+from experiments.studies.base import Verdict, between, near, up_to
 from experiments.studies.curves import Curve, highest_below
 
 FIGURE_12 = (
@@ -55,6 +55,8 @@ def test_ranges_and_shares_are_judged():
     assert between("x", "", 1.7, 2.7, 2.8).verdict is Verdict.DIFFERS
     assert between("x", "", 1.7, 2.7, 2.8).stated == 2.7
     assert between("x", "", 1.7, 2.7, None).verdict is Verdict.NOT_COMPARABLE
+    assert up_to("x", "", 22.0, 8.2).verdict is Verdict.HOLDS and up_to("x", "", 22.0, 8.2).stated == 22.0
+    assert up_to("x", "", 2.6, 0.9).verdict is Verdict.DIFFERS
     assert near("x", "", 10.0, 12.6, 0.25).verdict is Verdict.DIFFERS
 
 
