@@ -13,8 +13,9 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Shorter prompts cost little attention.
-MIN_LENGTH = 256
+# Shorter prompts cost little attention: below it a plan saves less than a millisecond a step of an 8B model, and takes
+# the host 5 to 15 ms, again for every length of a real workload.
+MIN_LENGTH = 2048
 MAX_SHAPES = 1024
 
 
