@@ -237,6 +237,35 @@ class Service:
         ]
         if len(prompts) * (req.n or 1) > self.config.max_prompts:
             raise bad_request(f"more than {self.config.max_prompts} choices in one request", "n")
+        choices = await self._admit(request, req, group, prompts, samplings, constraint)
+        self.row.observe("vllm:request_params_n", req.n or 1)
+        for most in max_tokens:
+            self.row.observe("vllm:request_params_max_tokens", most)
+        options = TextOptions(
+            stops=stops,
+            include_stop=bool(req.include_stop_str_in_output),
+            skip_special_tokens=req.skip_special_tokens is not False,
+            min_tokens=req.min_tokens or 0,
+        )
+        texts = [ChoiceText.start(choice, self.client, self.tokenizer, options) for choice in choices]
+        include_usage = req.stream_options is not None and bool(req.stream_options.include_usage)
+        job = Job(group, texts, renderer, self.client, sum(map(len, prompts)), include_usage)
+        if self.tracer is not None:
+            job.on_end = functools.partial(
+                self.tracer.record, job, request.scope["kvarena"].request_id, request.headers
+            )
+        return job
+
+    async def _admit(
+        self,
+        request: Request,
+        req: SamplingFields,
+        group: Group,
+        prompts: list[list[int]],
+        samplings: list[dict[str, Any]],
+        constraint: structured.Constraint | None,
+    ) -> list[Choice]:
+        """Wait until the engine has queued all prompts; a disconnect ends them. Raises ApiError, Disconnected."""
         choices: list[Choice] = []
         submit = asyncio.gather(
             *(
@@ -270,23 +299,7 @@ class Service:
             raise
         finally:
             watcher.cancel()
-        self.row.observe("vllm:request_params_n", req.n or 1)
-        for most in max_tokens:
-            self.row.observe("vllm:request_params_max_tokens", most)
-        options = TextOptions(
-            stops=stops,
-            include_stop=bool(req.include_stop_str_in_output),
-            skip_special_tokens=req.skip_special_tokens is not False,
-            min_tokens=req.min_tokens or 0,
-        )
-        texts = [ChoiceText.start(choice, self.client, self.tokenizer, options) for choice in choices]
-        include_usage = req.stream_options is not None and bool(req.stream_options.include_usage)
-        job = Job(group, texts, renderer, self.client, sum(map(len, prompts)), include_usage)
-        if self.tracer is not None:
-            job.on_end = functools.partial(
-                self.tracer.record, job, request.scope["kvarena"].request_id, request.headers
-            )
-        return job
+        return choices
 
     def _refusal(self, refused: Refused) -> ApiError:
         if refused.reason == "queue_full":
