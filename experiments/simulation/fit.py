@@ -6,8 +6,9 @@
 The device's time of a step is `end - max(launch, end of the step before)`: without overlap that is all that follows the
 launch, preparing on the host included; with it, what the step added to the queue of the device. Steps that only decode
 and steps with prompts are fitted apart. A step's weight is one over its time, so that relative errors count; steps far
-off the fit (a pause of the machine) lose weight in turns (Huber), and at last the function is scaled so that all steps
-together take what they took: their mean is what throughput depends on.
+off the fit lose weight in turns (Huber), and at last the function is scaled so that all steps together take what they
+took, pauses of the machine left out (a step of twice the fit: code compiled at its first use, other work): their mean
+is what throughput depends on.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ KNOTS = np.array(
 )
 MIN_STEPS = 20  # to fit a phase, and to keep a knot
 HUBER = 3.0  # robust standard deviations
+PAUSE = 2.0  # times the fit: what takes longer was a pause of the machine
 ROUNDS = 10
 
 
@@ -209,8 +211,10 @@ def _non_negative(columns: FloatArray, seconds: FloatArray) -> FloatArray:
         residual = np.abs(columns @ found - seconds) * relative
         spread = 1.4826 * np.median(residual) + 1e-9
         weight = np.minimum(1.0, HUBER * spread / np.maximum(residual, 1e-12))
-    total = float((columns @ found).sum())
-    return np.asarray(found * (seconds.sum() / total) if total > 0 else found)
+    fitted = columns @ found
+    steady = seconds <= PAUSE * fitted
+    total = float(fitted[steady].sum())
+    return np.asarray(found * (seconds[steady].sum() / total) if total > 0 else found)
 
 
 def _source(runs: Sequence[RecordedRun]) -> str:
