@@ -90,7 +90,7 @@ def prefill_launches(
     """One launch per layer of the pool, and the output that they share."""
     shape = batch.shape
     queries = config.rows // (shape.num_heads // shape.num_kv_heads)
-    plan = Shape(decode_config(shape.head_dim, 2), queries, 1)
+    plan = Shape(decode_config(shape.head_dim, 2, 1), queries, 1)
     words, capacity = plan_step(batch.query_start_loc, batch.seq_lens, plan)
     items = torch.from_numpy(words).cuda()
     loc, lens = torch.from_numpy(batch.query_start_loc).cuda(), torch.from_numpy(batch.seq_lens.astype(np.int32)).cuda()
@@ -143,7 +143,7 @@ def measure(
 def bench_decode(tune: Callable[[], bool]) -> Iterator[tuple[Line, Batch]]:
     """Paged decode over cases, block sizes, the contiguous switch, and while `tune` says so tiles and splits."""
     for (case, rows), shape in product(DECODE_CASES.items(), (LLAMA_8B, QWEN3_06B)):
-        default = decode_config(shape.head_dim, 2)
+        default = decode_config(shape.head_dim, 2, len(rows))
         line: Line = {"kernel": "decode", "shape": shape.name, "case": case}
         batch = make_batch(shape, rows)
         tiles = DECODE_TILES if shape == LLAMA_8B else DECODE_TILES[:NUM_COMMON_TILES]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class _Plan:
         prefill: int32 [PREFILL_FIELDS * capacity.prefill].
         buffer: both in one.
         scratch: for the decode kernel. A captured graph uses it for as long as the plan lives.
+        shape: how the step was cut; its decode configuration is the kernel's.
         is_reserved: True when a graph relies on the buffer's address and the capacity.
         dense: (rows, length) of a step that the library may do.
         fresh: a layer and its new keys and values, as `keep_kv` got them.
@@ -45,6 +47,7 @@ class _Plan:
     prefill: Tensor
     buffer: Tensor
     scratch: DecodeScratch
+    shape: Shape
     is_reserved: bool
     dense: tuple[int, int] | None = None
     fresh: tuple[int, Tensor, Tensor] | None = None
@@ -73,18 +76,18 @@ class TritonBackend:
         self.pool = pool
         self.num_heads = num_heads
         self.contiguous = contiguous
-        group = num_heads // pool.num_kv_heads
-        element_size = pool.dtype.itemsize
-        self._decode_config = decode_config(pool.head_dim, element_size)
-        self._prefill_config = prefill_config(pool.head_dim, element_size, group)
-        programs = self._decode_config.programs_per_sm * _num_multiprocessors(pool.device)
-        self.shape = Shape(
-            decode=self._decode_config,
-            queries=self._prefill_config.rows // group,
-            slots_per_head=max(1, programs // pool.num_kv_heads),
-        )
+        self._prefill_config = prefill_config(pool.head_dim, pool.dtype.itemsize, num_heads // pool.num_kv_heads)
+        self._num_multiprocessors = _num_multiprocessors(pool.device)
         self._scratch = self._new_scratch(0, 0)
         self._dense = DensePrompts(library_backend(pool.device, pool.dtype, pool.head_dim) if use_library else None)
+
+    def shape(self, num_rows: int) -> Shape:
+        """How steps of `num_rows` decode rows are cut."""
+        pool = self.pool
+        config = decode_config(pool.head_dim, pool.dtype.itemsize, num_rows)
+        programs = config.programs_per_sm * self._num_multiprocessors
+        queries = self._prefill_config.rows * pool.num_kv_heads // self.num_heads
+        return Shape(config, queries, slots_per_head=max(1, programs // pool.num_kv_heads))
 
     def reserve(self, meta: AttentionMetadata, num_rows: int, num_prefill_tokens: int = 0) -> None:
         """Give `meta` a plan of fixed size and address, for a CUDA graph; `prepare` then refills it.
@@ -94,23 +97,30 @@ class TritonBackend:
             num_rows: most rows of a step.
             num_prefill_tokens: most new tokens of rows with more than one; 0 for a graph of decode rows alone.
         """
-        prefill = self.shape.prefill_capacity(num_rows, num_prefill_tokens) if num_prefill_tokens else 0
-        capacity = Capacity(self.shape.decode_capacity(num_rows), prefill)
+        shape = self.shape(num_rows)
+        prefill = shape.prefill_capacity(num_rows, num_prefill_tokens) if num_prefill_tokens else 0
+        capacity = Capacity(shape.decode_capacity(num_rows), prefill)
         buffer = torch.full((capacity.num_words,), -1, dtype=torch.int32, device=self.pool.device)
-        meta.prepared = _views(buffer, capacity, self._scratch_for(capacity.decode, num_rows), is_reserved=True)
+        scratch = self._scratch_for(capacity.decode, num_rows)
+        meta.prepared = _views(buffer, capacity, scratch, shape, is_reserved=True)
 
     def prepare(self, meta: AttentionMetadata) -> None:
         """Cut the step into work items and send them to the device."""
         reserved = meta.prepared if isinstance(meta.prepared, _Plan) and meta.prepared.is_reserved else None
+        if reserved is not None:
+            # The kernel's configuration is part of the graph.
+            shape = reserved.shape
+        else:
+            shape = self.shape(int((np.diff(meta.host_query_start_loc) == 1).sum()))
         words, capacity = plan_step(
-            meta.host_query_start_loc, meta.host_seq_lens, self.shape, reserved.capacity if reserved else None
+            meta.host_query_start_loc, meta.host_seq_lens, shape, reserved.capacity if reserved else None
         )
         sent = to_device(words, self.pool.device)
         if reserved is not None:
             reserved.buffer.copy_(sent, non_blocking=True)
             return
         scratch = self._scratch_for(capacity.decode, len(meta.host_seq_lens))
-        plan = _views(sent, capacity, scratch, is_reserved=False)
+        plan = _views(sent, capacity, scratch, shape, is_reserved=False)
         plan.dense = self._dense.shape(meta.host_query_start_loc, meta.host_seq_lens)
         meta.prepared = plan
 
@@ -176,7 +186,7 @@ class TritonBackend:
                 softcap=softcap,
                 sinks=sinks,
                 contiguous=self.contiguous,
-                config=self._decode_config,
+                config=plan.shape.decode,
             )
         if plan.capacity.prefill:
             prefill_attention(
@@ -221,9 +231,9 @@ class TritonBackend:
         return DecodeScratch(num_items, num_rows, self.num_heads, pool.num_kv_heads, pool.head_dim, pool.device)
 
 
-def _views(buffer: Tensor, capacity: Capacity, scratch: DecodeScratch, *, is_reserved: bool) -> _Plan:
+def _views(buffer: Tensor, capacity: Capacity, scratch: DecodeScratch, shape: Shape, *, is_reserved: bool) -> _Plan:
     end = DECODE_FIELDS * capacity.decode
-    return _Plan(capacity, buffer[:end], buffer[end:], buffer, scratch, is_reserved)
+    return _Plan(capacity, buffer[:end], buffer[end:], buffer, scratch, shape, is_reserved)
 
 
 def _num_multiprocessors(device: torch.device) -> int:

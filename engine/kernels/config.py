@@ -51,10 +51,24 @@ class PrefillConfig(NamedTuple):
     max_registers: int | None = None
 
 
-def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
-    """The decode kernel's shape for a head size and the pool's element size in bytes."""
+# Batches of at most so many rows; larger ones fill the card by themselves.
+FEW_ROWS, SOME_ROWS, MANY_ROWS = 8, 16, 64
+
+
+def decode_config(head_dim: int, element_size: int, num_rows: int) -> DecodeConfig:
+    """The decode kernel's shape for a head size, the pool's element size in bytes, and a batch's rows.
+
+    Few rows are cut into as many parts as there are multiprocessors, and no more: the merge reads all parts of a row.
+    Some tens of rows leave one or two programs to a multiprocessor, which need more bytes in flight each.
+    """
     row_bytes = max(16, next_power_of_2(head_dim)) * element_size
     tile = min(128, max(16, 16384 // row_bytes))
+    if element_size <= 2 and num_rows <= SOME_ROWS:
+        few = DecodeConfig(tile, num_warps=2, num_stages=3, programs_per_sm=1, min_chunk=tile)
+        return few if num_rows <= FEW_ROWS else few._replace(num_warps=4, max_registers=168)
+    if element_size <= 2 and num_rows <= MANY_ROWS:
+        wide = min(128, 2 * tile)
+        return DecodeConfig(wide, num_warps=4, num_stages=2, programs_per_sm=2, min_chunk=max(128, wide))
     return DecodeConfig(tile, num_warps=4, num_stages=3, programs_per_sm=2, min_chunk=max(128, tile), max_registers=168)
 
 

@@ -33,7 +33,7 @@ from engine.kernels.common import (
     tile_blocks,
     tile_slots,
 )
-from engine.kernels.config import DecodeConfig, decode_config
+from engine.kernels.config import DecodeConfig
 
 
 @triton.jit(**VARYING)
@@ -82,13 +82,14 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(0)
     num_kv_heads = tl.num_programs(0)
     item = tl.program_id(1)
+    # All before the branch: one wait for memory, not two.
     row = tl.load(items_ptr + item)
-    if row < 0:
-        return
     begin = tl.load(items_ptr + capacity + item)
     end = tl.load(items_ptr + 2 * capacity + item)
     chunk = tl.load(items_ptr + 3 * capacity + item)
     num_chunks = tl.load(items_ptr + 4 * capacity + item)
+    if row < 0:
+        return
     first_seen = 0
     if WINDOW > 0:
         first_seen = tl.maximum(tl.load(seq_lens_ptr + row) - WINDOW, 0)
@@ -278,7 +279,7 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     contiguous: bool = False,
-    config: DecodeConfig | None = None,
+    config: DecodeConfig,
     overlap: bool | None = None,
 ) -> None:
     """Attention of the rows that `items` name, one query each, into `out`.
@@ -293,13 +294,12 @@ def decode_attention(
         scratch: with room for the items and rows.
         scale, sliding_window, softcap, sinks: see `AttentionBackend.attend`; the scale is positive.
         contiguous: every block table is a run of consecutive ids; only its first entry is read.
-        config: tile, warps and stages; by default what `decode_config` says.
+        config: tile, warps and stages, see `decode_config`; the items were cut for it.
         overlap: see `launch_options`.
     """
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = keys.shape[1]
     group = num_heads // num_kv_heads
-    config = config or decode_config(head_dim, keys.element_size())
     dim_pad = max(16, next_power_of_2(head_dim))
     group_pad = next_power_of_2(group)
     decode_kernel[(num_kv_heads, num_items)](

@@ -86,11 +86,26 @@ def test_slots_of_large_pools_are_wide(contiguous, monkeypatch):
 def test_any_split_gives_the_same(slots, options):
     case = make_case([(400, 1), (15, 1), (0, 1), (130, 1)], device=DEVICE)
     backend = TritonBackend(case.pool, 4)
-    backend._decode_config = DecodeConfig(32, 4, 2, 4, min_chunk=32)
-    backend.shape = backend.shape._replace(decode=backend._decode_config, slots_per_head=slots)
+    shape = backend.shape(4)._replace(decode=DecodeConfig(32, 4, 2, 4, min_chunk=32), slots_per_head=slots)
+    backend.shape = lambda num_rows: shape
     for _ in range(2):  # the second run relies on what the first left behind
         got = run_backend(backend, case, scale=0.3, **options)
         assert (got.double().cpu() - dense_attention(case, scale=0.3, **options)).abs().max() < 2e-5
+
+
+def test_a_graph_of_many_rows_keeps_its_kernel_when_few_are_left():
+    case = make_case([(300, 1), (7, 1)], dtype=torch.bfloat16, device=DEVICE)
+    backend = TritonBackend(case.pool, 4)
+    few, many = backend.shape(2), backend.shape(200)
+    assert few.decode != many.decode != backend.shape(32).decode
+    for rows, shape in ((200, many), (2, few)):
+        backend.reserve(case.meta, num_rows=rows)
+        got = run_backend(backend, case, scale=0.3)
+        assert case.meta.prepared.shape == shape
+        assert (got.double().cpu() - dense_attention(case, scale=0.3)).abs().max() < 2e-2
+    case.meta.prepared = None
+    backend.prepare(case.meta)
+    assert case.meta.prepared.shape == few
 
 
 def test_a_reserved_plan_is_refilled_in_place():

@@ -26,7 +26,7 @@ def test_bytes_are_keys_values_queries_and_results():
 
 @pytest.mark.parametrize("batch_size", [1, 8, 32, 64, 256])
 def test_variants_begin_with_the_default_and_repeat_none(batch_size):
-    default = decode_config(128, 2)
+    default = decode_config(128, 2, 256)
     variants = decode_variants(default, batch_size, DECODE_TILES)
     assert variants[0] == default and len(variants) == len(set(variants)) > 5
 

@@ -35,6 +35,9 @@ ATTENTION = {
     "gpt-oss": (64, 8, 256, {"WINDOW": 128, "SINKS": True}),
     "phi": (80, 1, 16, {}),
 }
+# One of each configuration that `decode_config` knows; for the most common heads and the largest.
+DECODE_ROWS = (1, 16, 32, 256)
+EVERY_CONFIG = ("llama-8b", "gemma2")
 MEMORY_ACCESS = re.compile(r"\b(ld\.global|st\.global|cp\.async|atom\.)")
 INTEGERS = {"items_ptr", "query_loc_ptr", "seq_lens_ptr", "table_ptr", "counters_ptr"}
 FLOATS = {"partial_ptr", "stats_ptr", "cos_ptr", "sin_ptr"}
@@ -104,15 +107,17 @@ def attention_resources():
             "CONTIGUOUS": False,
             "UPCAST": False,
         } | options
-        decode = decode_config(head_dim, 2)
-        own = {
-            "GROUP_PAD": group_pad,
-            "ROWS": max(16, group_pad),
-            "TILE": decode.tile,
-            "MERGE": merge_width(group_pad, dim_pad, decode.num_warps),
-            "STAGES": decode.num_stages,
-        }
-        yield f"decode {name}", resources(decode_kernel, shared | own, *launch(decode))
+        for num_rows in DECODE_ROWS if name in EVERY_CONFIG else DECODE_ROWS[-1:]:
+            decode = decode_config(head_dim, 2, num_rows)
+            own = {
+                "GROUP_PAD": group_pad,
+                "ROWS": max(16, group_pad),
+                "TILE": decode.tile,
+                "MERGE": merge_width(group_pad, dim_pad, decode.num_warps),
+                "STAGES": decode.num_stages,
+            }
+            needs = resources(decode_kernel, shared | own, *launch(decode))
+            yield f"decode {name} x {num_rows}", needs | {"threads": 32 * decode.num_warps}
         prefill = prefill_config(head_dim, 2, group)
         own = {
             "QUERIES": prefill.rows // group,

@@ -11,6 +11,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("compile_sm90.py")
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = 227 * 1024
+REGISTERS = 65536
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def resources():
 
 
 def test_nothing_spills(resources):
-    assert len(resources) == 16
+    assert len(resources) == 22
     spilled = {name: r for name, r in resources.items() if r["stack"] or r["local"] or r["reg"] > 255}
     assert not spilled
 
@@ -31,8 +32,10 @@ def test_shared_memory_fits(resources):
     assert {name: r["shared"] for name, r in resources.items() if r["shared"] > SHARED_MEMORY} == {}
     for name, r in resources.items():
         if name.startswith("decode"):
-            # Three programs of 128 threads on a multiprocessor keep enough loads in flight.
-            assert r["shared"] <= SHARED_MEMORY // 3 and r["reg"] <= 168, (name, r)
+            # Many rows: three programs on a multiprocessor keep enough loads in flight. Fewer rows give it no third.
+            programs = 3 if name.endswith("x 256") else 2
+            assert r["shared"] <= SHARED_MEMORY // programs, (name, r)
+            assert r["reg"] * r["threads"] <= REGISTERS // programs, (name, r)
 
 
 def test_attention_uses_tensor_cores_and_asynchronous_copies(resources):
