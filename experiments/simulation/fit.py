@@ -7,7 +7,7 @@ The device's time of a step is `end - max(launch, end of the step before)`: with
 launch, preparing on the host included; with it, what the step added to the queue of the device. Steps that only decode
 and steps with prompts are fitted apart. A step's weight is one over its time, so that relative errors count; steps far
 off the fit lose weight in turns (Huber), and at last the function is scaled so that all steps together take what they
-took, pauses of the machine left out (a step of twice the fit: code compiled at its first use, other work): their mean
+took, pauses of the machine left out (a step of eight times the fit: code compiled at its first use, other work): their mean
 is what throughput depends on.
 """
 
@@ -35,7 +35,7 @@ KNOTS = np.array(
 )
 MIN_STEPS = 20  # to fit a phase, and to keep a knot
 HUBER = 3.0  # robust standard deviations
-PAUSE = 2.0  # times the fit: what takes longer was a pause of the machine
+PAUSE = 8.0  # times the fit: what takes longer was a pause of the machine
 ROUNDS = 10
 
 
@@ -137,13 +137,15 @@ def fit_profile(runs: Sequence[RecordedRun]) -> Fit:
     [(name, kv_bytes, overlap)] = model
     steps = pooled([samples(run) for run in runs])
     prefill = steps.features[:, 5] > 0
+    # With overlap a step's share of the queue varies widely: a long one need not be a pause.
+    pause = np.inf if overlap else PAUSE
     profile = MeasuredProfile(
         source=_source(runs),
         model=name,
         kv_bytes_per_token=kv_bytes,
         overlap=overlap,
-        decode=_fit_table(steps.take(~prefill), "only decode", name),
-        prefill=_fit_table(steps.take(prefill), "have prompts", name),
+        decode=_fit_table(steps.take(~prefill), "only decode", name, pause),
+        prefill=_fit_table(steps.take(prefill), "have prompts", name, pause),
         host=_fit_host(steps),
     )
     error = np.abs(predict(profile, steps) / steps.device - 1)
@@ -155,7 +157,7 @@ def predict(profile: MeasuredProfile, steps: Samples) -> FloatArray:
     return np.array([profile.device(features) for features in steps.rows()])
 
 
-def _fit_table(steps: Samples, what: str, model: str) -> TableStepTime:
+def _fit_table(steps: Samples, what: str, model: str, pause: float) -> TableStepTime:
     if len(steps.device) < MIN_STEPS:
         raise ConfigError(
             f"the runs of {model} to fit have {len(steps.device)} steps that {what}, and {MIN_STEPS} are needed; give "
@@ -173,7 +175,7 @@ def _fit_table(steps: Samples, what: str, model: str) -> TableStepTime:
         steps.features[:, 3],
         steps.features[:, 4],
     ]
-    found = _non_negative(np.stack([np.ones(len(tokens)), *rises, *others], axis=1), steps.device)
+    found = _non_negative(np.stack([np.ones(len(tokens)), *rises, *others], axis=1), steps.device, pause)
     seconds = np.cumsum(found[: len(knots)])
     per_request, per_kv_token, per_pair, per_copy = found[len(knots) :].tolist()
     return TableStepTime(knots, seconds.tolist(), per_request, per_kv_token, per_pair, per_copy)
@@ -198,7 +200,7 @@ def _fit_host(steps: Samples) -> HostTime:
     return HostTime(*before.tolist(), *after.tolist())
 
 
-def _non_negative(columns: FloatArray, seconds: FloatArray) -> FloatArray:
+def _non_negative(columns: FloatArray, seconds: FloatArray, pause: float = np.inf) -> FloatArray:
     """Coefficients of at least 0 with `columns @ coefficients` near `seconds`: relative, robust, equal in sum."""
     # Far below a microsecond nothing is measured: such times must not get all the weight.
     relative = 1 / np.maximum(seconds, 1e-6)
@@ -212,7 +214,7 @@ def _non_negative(columns: FloatArray, seconds: FloatArray) -> FloatArray:
         spread = 1.4826 * np.median(residual) + 1e-9
         weight = np.minimum(1.0, HUBER * spread / np.maximum(residual, 1e-12))
     fitted = columns @ found
-    steady = seconds <= PAUSE * fitted
+    steady = seconds <= pause * fitted
     total = float(fitted[steady].sum())
     return np.asarray(found * (seconds[steady].sum() / total) if total > 0 else found)
 
