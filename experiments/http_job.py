@@ -51,6 +51,8 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
     target = httpx.URL(str(cfg.target))
     if target.scheme not in ("http", "https") or not target.host:
         raise ConfigError(f"target={cfg.target} must be http://host:port or https://host:port, or null")
+    if cfg.sampling.n != 1:
+        raise ConfigError(f"sampling.n={cfg.sampling.n} needs this process's engine; set it to 1 with target")
     sizes = _vocabulary(cfg)
     load = build_load(cfg, sizes.spec, sizes.special_token_ids, driver_config)
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | config.authorization()

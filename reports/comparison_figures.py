@@ -79,10 +79,11 @@ def overview_figure(cells: list[Cell]) -> Figure:
         (row[0], "output_tokens_per_second", "Output throughput (tokens/s)"),
         (row[1], "batch_size_mean", "Mean batch (requests)"),
     ):
-        values = [cell.summary[key] or 0.0 for cell in cells]
-        for position, value, look in zip(positions, values, looks_of(cells, cells), strict=True):
+        known = [cell.summary[key] for cell in cells]  # None where a run has none: a server's batches are not seen
+        values = [value or 0.0 for value in known]
+        for position, value, text, look in zip(positions, values, known, looks_of(cells, cells), strict=True):
             axes.barh(position, value, 0.66, **hatch_kwargs(look))
-            axes.annotate(rate(value), (value, position), xytext=(4, 0), textcoords="offset points", va="center",
+            axes.annotate(rate(text), (value, position), xytext=(4, 0), textcoords="offset points", va="center",
                           fontsize=8.5)  # fmt: skip
         axes.set_xlim(0, max([*values, 1e-9]) * 1.22)
         axes.set_title(title)
@@ -143,6 +144,8 @@ def memory_panels(cells: list[Cell]) -> Figure:
         bins = make_bins(span, max(8, round(NUM_PANEL_BINS * last / end)), end=last)
         draw_memory(axes, cell.run, span, bins, share=True)
         axes.set_xlim(0, end)
+        if not cell.run.num_steps:
+            axes.annotate("not recorded", (0.5, 0.5), xycoords="axes fraction", ha="center", color=MUTED)
         axes.set_title(f"{cell.label}: {seconds(cell.summary['duration_seconds'])}", fontsize=8.5)
         axes.set_ylabel("% of the pool" if index % num_columns == 0 else "")
         if index + num_columns >= len(cells):

@@ -71,7 +71,7 @@ def study_document(study: dict[str, Any], claims: list[dict[str, Any]], svg: dic
         svg: name -> inline SVG of every chart.
     """
     holding = sum(claim["verdict"] == "holds" for claim in claims)
-    judged = sum(claim["verdict"] != "not comparable" for claim in claims)
+    judged = sum(claim["verdict"] in ("holds", "differs") for claim in claims)
     pictures = [Picture(c["name"], svg[c["name"]], c["caption"], c["caption"]) for c in study["charts"]]
     sections = [Section("What was claimed, and what we found", tables=[claims_table(claims)], pictures=pictures)]
     if study["differences"]:
@@ -83,7 +83,7 @@ def study_document(study: dict[str, Any], claims: list[dict[str, Any]], svg: dic
         kicker="kvarena · report of an experiment",
         title=study["title"],
         headline=study["headline"],
-        verdict=(f"{holding} of {judged} claims hold.", holding == judged),
+        verdict=(f"{holding} of {judged} claims hold.", holding == judged) if judged else None,
         facts=[
             ("source", study["source"]),
             ("command", " ".join(study["command"])),

@@ -22,6 +22,11 @@ class Verdict(StrEnum):
     HOLDS = "holds"
     DIFFERS = "differs"
     NOT_COMPARABLE = "not comparable"
+    # Of numbers that nobody stated: measured, or compared with another of ours.
+    MEASURED = "measured"
+    HIGHER = "higher"
+    LOWER = "lower"
+    SAME = "no significant difference"
 
 
 @dataclass(frozen=True)

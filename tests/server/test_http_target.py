@@ -118,6 +118,7 @@ def test_our_server_beside_our_engine(server, tmp_path):
     assert summary["same_tokens"]["verdict"] == "same"
     assert summary["cells"][1]["paired"]["e2e_seconds"]["count"] == 12
     assert summary["cells"][1]["label"] == "kvarena-serve × HTTP"
+    assert summary["cells"][1]["batch_size_mean"] is None  # not 0: nobody saw its batches
     assert len(files.lists("output_token_ids").values) == served["num_output_tokens"]
 
 
@@ -195,6 +196,7 @@ def test_a_warm_cache_sends_every_prompt_before_the_clock_starts(tmp_path):
         ("target=ftp://x", ConfigError, "target=ftp://x must be http"),
         ("target=http://127.0.0.1:9", EngineError, "does not answer /v1/models"),
         ("http.api_key_file=/nowhere", ConfigError, "http.api_key_file=/nowhere cannot be read"),
+        ("sampling.n=2", ConfigError, "sampling.n=2 needs this process"),
         ("http.timeout=0", ConfigError, "http.timeout=0 must be above 0"),
     ],
 )
