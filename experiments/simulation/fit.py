@@ -7,8 +7,8 @@ The device's time of a step is `end - max(launch, end of the step before)`: with
 launch, preparing on the host included; with it, what the step added to the queue of the device. Steps that only decode
 and steps with prompts are fitted apart. A step's weight is one over its time, so that relative errors count; steps far
 off the fit lose weight in turns (Huber), and at last the function is scaled so that all steps together take what they
-took, pauses of the machine left out (a step of eight times the fit: code compiled at its first use, other work): their mean
-is what throughput depends on.
+took: their mean is what throughput depends on. Without overlap, pauses of the machine are left out of that (a step of
+eight times the fit: code compiled at its first use, other work).
 """
 
 from __future__ import annotations
