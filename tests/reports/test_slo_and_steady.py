@@ -119,7 +119,7 @@ def test_reports_show_attainment_and_what_they_count(tmp_path):
 
 def test_every_preset_is_valid():
     presets = sorted(path.stem for path in (CONF_DIR / "slo").glob("*.yaml"))
-    assert len(presets) == 12
+    assert len(presets) == 13
     for name in presets:
         limits = SLOConfig.from_config(load_config([f"slo={name}"]).slo).limits
         assert bool(limits) == (name != "none")

@@ -82,6 +82,11 @@ def test_bad_settings_are_refused(bad):
     assert isinstance(error.value.__cause__ or error.value, ConfigError)
 
 
+def test_a_preset_replaces_the_limits():
+    slo = compose_cell(["experiment=capacity", "slo=mlperf_llama3_1_8b_interactive"])[0].slo
+    assert (slo.ttft, slo.tpot, slo.attainment) == (0.5, 0.03, 0.99)
+
+
 def test_capacity_needs_a_limit(tmp_path):
     with pytest.raises(ConfigError, match="needs a limit"):
         run_study(tmp_path, *SMALL, "slo.ttft=null", "slo.tpot=null")
