@@ -43,18 +43,30 @@ class Browser:
         self._socket = connect(page["webSocketDebuggerUrl"], max_size=None)
         self._ids = itertools.count(1)
         self.problems: list[str] = []
+        self.requests: list[str] = []  # URLs that the page asked for
         self.call("Runtime.enable")
         self.call("Log.enable")
+        self.call("Network.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         number = next(self._ids)
         self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
         while True:
             message = json.loads(self._socket.recv(timeout=30))
-            if message.get("method") == "Runtime.exceptionThrown":
-                self.problems.append(json.dumps(message["params"])[:500])
+            self._take(message)
             if message.get("id") == number:
                 return message.get("result", {})
+
+    def _take(self, message: dict[str, Any]) -> None:
+        method, params = message.get("method"), message.get("params", {})
+        console_error = method == "Runtime.consoleAPICalled" and params["type"] == "error"
+        # What the network answers is in `requests`; a page may well expect a 401.
+        entry = params.get("entry", {})
+        log_error = method == "Log.entryAdded" and entry["level"] == "error" and entry["source"] != "network"
+        if method == "Runtime.exceptionThrown" or console_error or log_error:
+            self.problems.append(json.dumps(params)[:500])
+        elif method == "Network.requestWillBeSent":
+            self.requests.append(params["request"]["url"])
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
