@@ -7,7 +7,7 @@ import triton.language as tl
 from attention_cases import dense_attention, make_case, make_contiguous, run_backend
 from torch.nn.attention import SDPBackend
 
-from engine.attention.dense import DensePrompts
+from engine.attention.dense import MIN_LENGTH, DensePrompts
 from engine.attention.reference import ReferenceBackend
 from engine.attention.triton_backend import TritonBackend
 from engine.errors import ConfigError, EngineError
@@ -175,7 +175,8 @@ def test_equal_prompts_that_come_again_go_to_the_library(is_kept, window):
 @pytest.mark.parametrize("is_kept", [True, False])
 @pytest.mark.parametrize("count", [1, 3])
 def test_equal_prompts_through_cudnn(count, is_kept):
-    case = make_case([(0, 700)] * count, num_heads=8, num_kv_heads=2, head_dim=128, dtype=torch.bfloat16, device=DEVICE)
+    prompts = [(0, MIN_LENGTH)] * count
+    case = make_case(prompts, num_heads=8, num_kv_heads=2, head_dim=128, dtype=torch.bfloat16, device=DEVICE)
     # Views into one packed projection, as the fused layers have them.
     case.q, case.k, case.v = torch.cat([case.q, case.k, case.v], dim=1).split([8, 2, 2], dim=1)
     backend = TritonBackend(case.pool, 8)
