@@ -47,6 +47,7 @@ class MemoryLedger:
         # The stays that are open, by request: (step, slots) pairs; from that step on it owned so many slots.
         self._growth: dict[Request, list[tuple[int, int]]] = {}
         self._slots: dict[Request, int] = {}  # what each of them owned when it was last seen
+        self._filled: dict[Request, int] = {}  # and how many of those slots its last step filled
         self._waste_delta: dict[int, int] = {}
         self.num_steps = 0
 
@@ -57,11 +58,12 @@ class MemoryLedger:
             EngineError: `usage` does not add up.
         """
         check_usage(usage)
-        step, slots = self.num_steps, self._slots
+        step, slots, filled = self.num_steps, self._slots, self._filled
         self._close(step, plan.preempted)
-        for req, start, _ in plan.scheduled:
+        for req, start, num_new_tokens in plan.scheduled:
             if slots.get(req) != req.num_slots:
                 self._grow(req, start, step)
+            filled[req] = start + num_new_tokens
         for name, value in zip(KVUsage._fields, usage, strict=True):
             self._columns[name].append(value)
         finished = RequestStatus.FINISHED
@@ -82,14 +84,14 @@ class MemoryLedger:
         """Settle the stays that ended before `step`."""
         for req in preempted:
             if req in self._slots:
-                self._settle(req, req.num_dropped_tokens, step)
+                self._settle(req, step)
         for req in [req for req in self._slots if req.num_slots == 0]:
-            lost = req.status in (RequestStatus.WAITING, RequestStatus.SWAPPED)
-            self._settle(req, req.num_dropped_tokens if lost else req.num_computed_tokens, step)
+            self._settle(req, step)
 
-    def _settle(self, req: Request, num_filled: int, end: int) -> None:
+    def _settle(self, req: Request, end: int) -> None:
         """End the stay of `req`: book what it owned and never filled, over the steps [its growth, end)."""
         del self._slots[req]
+        num_filled = self._filled.pop(req)
         growth = self._growth.pop(req)
         steps = [step for step, _ in growth[1:]] + [end]
         for (begin, slots), until in zip(growth, steps, strict=True):
@@ -110,7 +112,7 @@ class MemoryLedger:
             EngineError: the classes do not add up.
         """
         for req in list(self._slots):
-            self._settle(req, req.num_computed_tokens, self.num_steps)
+            self._settle(req, self.num_steps)
         delta = np.zeros(self.num_steps + 1, dtype=np.int64)
         for step, wasted in self._waste_delta.items():
             delta[step] += wasted

@@ -158,7 +158,6 @@ class Request:
         num_cached_tokens: prompt tokens served from the prefix cache at first admission.
         num_recomputed_tokens: tokens computed again because a preemption dropped them.
         num_preemptions: how often it was preempted.
-        num_dropped_tokens: positions that were computed when its slots were last taken away.
         error: why it was rejected or failed, one line; empty otherwise.
     """
 
@@ -181,7 +180,6 @@ class Request:
     num_cached_tokens: int = 0
     num_recomputed_tokens: int = 0
     num_preemptions: int = 0
-    num_dropped_tokens: int = 0
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     error: str = ""

@@ -183,7 +183,6 @@ class Lifecycle:
         self._remove_running(req)
         plan.preempted.append(req)
         req.num_preemptions += 1
-        req.num_dropped_tokens = req.num_computed_tokens
         if self.preemption == "swap" and req.num_computed_tokens and self.allocator.swap_out(req):
             req.status = RequestStatus.SWAPPED
         else:
@@ -215,8 +214,6 @@ class Lifecycle:
     def _drop(self, req: Request) -> None:
         """The KV of `req` is gone: it computes from scratch, or from what the prefix cache still holds."""
         self._num_lost[req] = max(self._num_lost.get(req, 0), req.num_computed_tokens)
-        if req.status is RequestStatus.RUNNING:
-            req.num_dropped_tokens = req.num_computed_tokens
         req.num_computed_tokens = 0
         req.status = RequestStatus.WAITING
 

@@ -60,21 +60,27 @@ def test_a_preempted_stay_is_settled_by_what_it_had_filled():
     req.num_slots = 8
     ledger.observe(StepPlan([scheduled(req, 0, 3)], [True]), usage(8, 3, 8))
     ledger.observe(StepPlan([scheduled(req, 3, 1)], [True]), usage(8, 4, 8))
-    req.num_dropped_tokens = 4
     # Preempted and admitted again in the same plan: a new stay, which fills everything.
     ledger.observe(StepPlan([scheduled(req, 0, 8)], [True], preempted=[req]), usage(8, 8, 8))
     end(req)
     assert ledger.settle()["internal"].tolist() == [4, 4, 0]
 
 
-@pytest.mark.parametrize("status", [RequestStatus.WAITING, RequestStatus.SWAPPED, RequestStatus.FINISHED])
-def test_a_stay_that_ended_while_the_request_waits_again(status: RequestStatus):
+@pytest.mark.parametrize(
+    ("status", "num_computed"),
+    [
+        (RequestStatus.WAITING, 0),
+        (RequestStatus.SWAPPED, 3),
+        (RequestStatus.FINISHED, 3),
+        (RequestStatus.FINISHED, 0),
+    ],
+)
+def test_a_stay_that_ended_is_settled_by_what_it_had_filled(status: RequestStatus, num_computed: int):
     ledger, req = MemoryLedger(), make_request()
     req.num_slots = 8
     ledger.observe(StepPlan([scheduled(req, 0, 3)], [True]), usage(8, 3, 8))
-    # What was computed is counted from 0 again, unless it was swapped out or the request has ended.
-    req.status, req.num_slots, req.num_dropped_tokens = status, 0, 3
-    req.num_computed_tokens = 0 if status is RequestStatus.WAITING else 3
+    # A request that was preempted and then aborted has ended, and its count is 0 all the same.
+    req.status, req.num_slots, req.num_computed_tokens = status, 0, num_computed
     ledger.observe(StepPlan(), usage(8, 0, 0))
     assert ledger.settle()["internal"].tolist() == [5, 0]
 
