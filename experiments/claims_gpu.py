@@ -116,7 +116,7 @@ def main() -> None:
     measuring.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     reporting = commands.add_parser("report", help="make run folders and the comparison of measured cells")
     reporting.add_argument("folder", type=Path)
-    reporting.add_argument("--commit", help="of the measured checkout, where it had no git")
+    reporting.add_argument("--commit", help="that was measured, where the machine had a copy without its history")
     args = parser.parse_args()
     try:
         if args.command == "measure":

@@ -148,11 +148,11 @@ def write_run_folder(cell: dict[str, Any], run_dir: Path, commit: str | None = N
     Args:
         cell: its values.
         run_dir: made if need be.
-        commit: of the checkout that was measured, where it was a copy without git.
+        commit: that was measured, in place of what the machine's copy said; None keeps that.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     manifest = cell["manifest"]
-    if commit is not None and manifest["git"]["commit"] is None:
+    if commit is not None:
         manifest["git"] = {"commit": commit, "dirty": False}
     write_requests(run_dir / REQUESTS_FILE, cell["requests"])
     steps = {name: np.array(column["values"], dtype=column["dtype"]) for name, column in cell["steps"].items()}

@@ -159,7 +159,7 @@ def main() -> None:
     measuring.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     making = commands.add_parser("folders", help="make run folders of recorded cells")
     making.add_argument("folder", type=Path)
-    making.add_argument("--commit", help="of the measured checkout, where it had no git")
+    making.add_argument("--commit", help="that was measured, where the machine had a copy without its history")
     args = parser.parse_args()
     try:
         if args.command == "measure":

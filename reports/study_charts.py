@@ -14,7 +14,9 @@ from reports.errors import ReportError
 from reports.style import CLASS_LOOKS, INK, SERIES, Look, drawing, export, grid, hatch_kwargs, new_figure, thousands
 
 BAND_ALPHA = 0.18
-MAX_LEGEND_COLUMNS = 6
+LEGEND_CHARACTERS = 110  # of a row of the legend; a label's handle takes as much room as some of them
+HANDLE_CHARACTERS = 7
+MANY_BARS = 16
 MAX_POINT_TICKS = 12
 MAX_MARKED = 60  # points of a line that are marked
 MARKERS = "o^sDvP*X"
@@ -57,7 +59,7 @@ def chart_figure(chart: dict[str, Any]) -> Figure:
         axes.set_ylim(top=chart["y_limit"])
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), MAX_LEGEND_COLUMNS))
+        figure.legend(handles, labels, loc="outside upper left", ncols=_columns(labels))
     return figure
 
 
@@ -75,8 +77,15 @@ def _look(index: int, name: str) -> Look:
     return known or SERIES[index % len(SERIES)]
 
 
+def _columns(labels: list[str]) -> int:
+    """As many columns as fit a row: all have the width of the longest label."""
+    return min(len(labels), max(1, LEGEND_CHARACTERS // (max(map(len, labels)) + HANDLE_CHARACTERS)))
+
+
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
 
 
 def _lines(axes: Axes, chart: dict[str, Any]) -> None:
@@ -98,6 +107,7 @@ def _lines(axes: Axes, chart: dict[str, Any]) -> None:
 def _bars(axes: Axes, chart: dict[str, Any]) -> None:
     groups = chart["series"][0]["x"]
     width = 0.8 / len(chart["series"])
+    size = 8 if len(groups) * len(chart["series"]) <= MANY_BARS else 6.5
     positions = np.arange(len(groups))
     for index, series in enumerate(chart["series"]):
         look = _look(index, series["name"])
@@ -112,7 +122,7 @@ def _bars(axes: Axes, chart: dict[str, Any]) -> None:
             if value == value:
                 up = value >= 0
                 axes.annotate(_number(value), (place, end), xytext=(0, 2 if up else -2), textcoords="offset points",
-                              ha="center", va="bottom" if up else "top", fontsize=8)  # fmt: skip
+                              ha="center", va="bottom" if up else "top", fontsize=size)  # fmt: skip
     axes.set_xticks(positions, groups)
     grid(axes)
     thousands(axes)
