@@ -10,7 +10,7 @@ SIMULATED = ("runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16",
 
 
 def test_each_prompt_gives_n_requests_that_share_it():
-    requests = build(load_config([*SIMULATED, "workload.num_requests=2", "sampling.n=3"])).requests
+    requests = build(load_config([*SIMULATED, "workload.num_requests=2", "sampling.n=3"])).load.requests
     group = list(requests)
     assert len(requests) == len(group) == 6
     assert [req.request_id for req in group[:3]] == ["fixed-0-0", "fixed-0-1", "fixed-0-2"]

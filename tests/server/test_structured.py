@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from engine.server import structured
 from engine.server.structured import ConstraintFactory
+
+
+@pytest.fixture(autouse=True)
+def _logging(monkeypatch):
+    """A Hydra job in the same process switches the loggers off that it finds."""
+    monkeypatch.setattr(structured.logger, "disabled", False)
 
 
 def _word_level() -> PreTrainedTokenizerFast:
