@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -12,9 +14,10 @@ from engine.server.structured import ConstraintFactory
 
 
 @pytest.fixture(autouse=True)
-def _logging(monkeypatch):
-    """A Hydra job in the same process switches the loggers off that it finds."""
+def _logging(monkeypatch, caplog):
+    """A Hydra job in the same process switches the loggers off that it finds, and raises the root's level."""
     monkeypatch.setattr(structured.logger, "disabled", False)
+    caplog.set_level(logging.WARNING, logger=structured.logger.name)
 
 
 def _word_level() -> PreTrainedTokenizerFast:
