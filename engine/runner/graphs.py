@@ -138,11 +138,6 @@ class DecodeGraphs:
         # The largest first: what the backend reserves for it serves the others, and never moves.
         self._meta(self.buckets[-1])
 
-    @property
-    def num_graphs(self) -> int:
-        """Graphs captured so far."""
-        return len(self._graphs)
-
     def bucket(self, count: int) -> int:
         """The smallest bucket that holds `count` requests."""
         return self.buckets[bisect_left(self.buckets, count)]

@@ -119,11 +119,6 @@ class MixedGraphs:
         self._metas: dict[tuple[int, int], AttentionMetadata] = {}
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
-    @property
-    def num_graphs(self) -> int:
-        """Graphs captured so far."""
-        return len(self._graphs)
-
     def takes(self, plan: StepPlan) -> bool:
         """Whether `plan` is small enough and asks for nothing but sampled tokens."""
         return (
