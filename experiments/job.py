@@ -95,7 +95,7 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str) -> dict[str, Any]:
     if setup.driver.warmup and setup.parts.simulator is None:
         warmup_time = warm_up(cfg, setup.parts, [next(iter(setup.load.requests)).sampling])
     if setup.driver.cache == "warm":
-        warmup_time += warm_cache(setup.parts, setup.load.requests)
+        warmup_time += warm_cache(cfg, setup.parts, setup.load.requests)
     recorder = RunRecorder(tokens=setup.driver.record == "full")
     kv_map = KVMapRecorder(setup.parts.engine.allocator, recorder.row) if cfg.report.kv_map else None
     setup.parts.engine.on_launch = None if kv_map is None else kv_map.on_launch

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from engine.clock import WallClock
@@ -53,19 +54,21 @@ def warm_up(cfg: DictConfig, parts: EngineParts, samplings: Sequence[SamplingPar
     return clock.now()
 
 
-def warm_cache(parts: EngineParts, requests: Iterable[Request]) -> float:
+def warm_cache(cfg: DictConfig, parts: EngineParts, requests: Iterable[Request]) -> float:
     """Run each prompt once, for one token, with the engine's own allocator; returns the seconds it took.
 
     The prefix cache then holds what it can of the workload (`driver.cache=warm`). Prompts that the engine rejects are
-    left out. Nothing of it is in the ledger or the recorded steps.
+    left out. Nothing of it is in the ledger, the recorded steps, or the scheduler (what it has served to whom).
 
     Args:
+        cfg: what `parts` was built from.
         parts: an idle engine.
         requests: the workload; the requests that are run are copies.
     """
     start = parts.clock.now()
     owner = parts.engine
-    engine = Engine(owner.scheduler, owner.allocator, owner.runner, parts.clock, overlap=owner.overlap)
+    scheduler = instantiate(cfg.scheduler, allocator=owner.allocator, max_model_len=parts.max_model_len)
+    engine = Engine(scheduler, owner.allocator, owner.runner, parts.clock, overlap=owner.overlap)
     for req in requests:
         copy = Request(
             f"warm-cache-{req.request_id}", req.prompt_token_ids, replace(req.sampling, max_tokens=1, min_tokens=0),

@@ -10,10 +10,12 @@ from engine.ledger import MemoryLedger
 from engine.plan import KVAllocator, StepPlan
 from engine.request import FinishReason, Request, SamplingParams
 from engine.runner.base import ReadyTokens, StepResult
+from experiments.build import build
 from experiments.compose import load_config
 from experiments.driver import ClosedLoop, drive
 from experiments.job import execute
 from experiments.record import RunRecorder
+from experiments.warm_up import warm_cache
 from schedulers.continuous import ContinuousScheduler
 from schedulers.static import StaticScheduler
 
@@ -151,3 +153,15 @@ def test_a_warm_cache_serves_the_prompts_and_leaves_no_trace(tmp_path):
     assert warm["cached_prompt_share"] > 0.8  # all but each prompt's last block
     assert warm["num_requests"] == cold["num_requests"] == 6
     assert warm["computed_new_tokens"] == cold["computed_new_tokens"] - warm["num_cached_tokens"]
+
+
+def test_a_warm_cache_charges_nobody():
+    """What clients were served while the cache warmed up is no debt in the measured run."""
+    cfg = load_config([
+        "runner=simulated", "runner.profile=a100-40gb", "model=opt-13b-shape", "engine.dtype=auto", "scheduler=fair",
+        "allocator=paged_prefix", "workload=fixed", "workload.num_requests=3",
+    ])  # fmt: skip
+    setup = build(cfg)
+    warm_cache(cfg, setup.parts, setup.load.requests)
+    assert setup.parts.engine.allocator.usage().cached > 0
+    assert setup.parts.engine.scheduler.counters == {}
