@@ -17,7 +17,7 @@ from typing import Any, cast
 import httpx
 from omegaconf import DictConfig, OmegaConf
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError
 from engine.ledger import MemoryLedger
 from engine.models.sizes import ModelSizes, model_sizes
 from engine.request import Request
@@ -113,9 +113,15 @@ async def _drive(
 
 
 async def _send_prompts(server: HttpServer, requests: list[Request]) -> None:
-    """Each prompt once, one after the other, so that the server's prefix cache has seen it."""
+    """Each prompt once, one after the other, so that the server's prefix cache has seen it.
+
+    Raises:
+        EngineError: a prompt that the server took broke off. One that it refuses is refused and recorded later too.
+    """
     for req in requests:
-        await server.complete(req.prompt_token_ids, replace(req.sampling, max_tokens=1))
+        answer = await server.complete(req.prompt_token_ids, replace(req.sampling, max_tokens=1))
+        if answer.error and not answer.refused:
+            raise EngineError(f"driver.cache=warm: the prompt of {req.request_id!r} failed: {answer.error}")
 
 
 def _vocabulary(cfg: DictConfig) -> ModelSizes:

@@ -190,6 +190,11 @@ def test_a_warm_cache_sends_every_prompt_before_the_clock_starts(tmp_path):
     assert summary["cache"] == "warm"
 
 
+def test_a_prompt_that_breaks_off_while_the_cache_warms_up_is_an_error(tmp_path):
+    with ForeignServer(failures={9: 0}) as url, pytest.raises(EngineError, match=r"the prompt of '.*' failed"):
+        run(tmp_path, url, "driver.cache=warm", "workload.prompt_len={min:9,max:9}", "workload.num_requests=2")
+
+
 @pytest.mark.parametrize(
     ("override", "error", "message"),
     [
