@@ -156,7 +156,10 @@ def same_tokens(cells: list[Cell]) -> dict[str, Any]:
     different = [entry for entry in compared if entry["num_different"]]
     usable = [entry for entry in compared if entry["num_compared"]]
     verdict = "different" if different else "same" if usable else "not compared"
-    return {"verdict": verdict, "line": _tokens_line(compared, different, usable), "cells": compared}
+    line = _tokens_line(compared, different, usable)
+    if verdict == "not compared" and any(cell.run.manifest.get("simulation") for cell in cells):
+        line = "Tokens were not compared: simulated runs compute none."
+    return {"verdict": verdict, "line": line, "cells": compared}
 
 
 def _tokens_line(compared: list[dict[str, Any]], different: list[dict[str, Any]], usable: list[dict[str, Any]]) -> str:
