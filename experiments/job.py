@@ -74,6 +74,8 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
     key = cell_key(cfg, choices)
     if is_finished(run_dir, key, allow_mixed=bool(cfg.sweep.allow_mixed)):
         print(f"{name}: finished before, in {run_dir}", file=sys.stderr)
+        if cfg.report.pages and not (run_dir / "report.html").exists():  # it ran without pages
+            return reports.run_report.write_run_report(run_dir)
         return reports.run_report.read_summary(run_dir)
     if cfg.target is None:
         facts = _run_here(cfg, run_dir, name)

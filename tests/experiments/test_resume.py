@@ -13,8 +13,10 @@ import pytest
 from engine.errors import ConfigError
 from experiments.cell_state import cell_key, is_finished, mark_finished
 from experiments.compose import compose_cell
+from experiments.job import execute
 
 ROOT = Path(__file__).resolve().parents[2]
+CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "fixed", "arrival": "all_at_once"}
 SWEEP = [
     "-m", "allocator=contiguous,paged", "scheduler=static,continuous", "runner=simulated", "runner.profile=h100",
     "engine.dtype=bfloat16", "workload=uniform", "workload.num_requests=60", "kv_cache.num_slots=6000",
@@ -57,6 +59,7 @@ def test_a_killed_sweep_resumes_and_ends_in_the_same_report(tmp_path):
     assert errors.count("finished before") == len(done)
     assert times == {name: (broken / name / "requests.parquet").stat().st_mtime_ns for name in done}
     assert findings(broken) == findings(whole)
+    assert findings(whole)["same_tokens"]["line"] == "Tokens were not compared: simulated runs compute none."
     assert (broken / "report.md").read_text() == (whole / "report.md").read_text()
 
 
@@ -88,3 +91,12 @@ def test_other_results_are_not_mixed_in(cell, tmp_path):
     shutil.rmtree(tmp_path)
     # What is printed is no result.
     assert cell_key(*compose_cell(["workload=fixed", "report.progress=false"])) == key
+
+
+def test_a_finished_cell_gets_its_pages_when_they_are_asked_for(tmp_path):
+    options = ["runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16", "workload=fixed",
+               "workload.num_requests=3", "report.progress=false"]  # fmt: skip
+    plain = execute(compose_cell([*options, "report.pages=false"])[0], tmp_path, "cell", CHOICES)
+    assert not (tmp_path / "report.html").exists()
+    assert execute(compose_cell(options)[0], tmp_path, "cell", CHOICES) == plain
+    assert (tmp_path / "report.html").exists()
