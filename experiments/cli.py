@@ -46,7 +46,8 @@ def _serve(args: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from experiments.entry import CONF_DIR, explain
+    from experiments.compose import CONF_DIR
+    from experiments.explain import explain
     from experiments.serve_flags import overrides_of, parse_flags
 
     overrides = overrides_of(parse_flags(args))

@@ -6,20 +6,19 @@ the config or its values becomes one line on stderr and exit code 2; a bug keeps
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.errors import ConfigError, KvarenaError, NotDefined
-from experiments.compose import CONF_DIR, load_config
+from experiments.compose import CONF_DIR
+from experiments.explain import explain, own_error
 
 USER_ERROR = 2
 
@@ -54,7 +53,7 @@ def main() -> int:
             message = explain(error)
             if message is None:
                 raise
-            not_defined = isinstance(_own_error(error), NotDefined)
+            not_defined = isinstance(own_error(error), NotDefined)
             record_failure(message, not_defined=not_defined)
             (undefined if not_defined else failures).append(message)
         else:
@@ -85,59 +84,3 @@ def _serve(cfg: DictConfig) -> int:
     from experiments.serve import serve
 
     return serve(cfg)
-
-
-def explain(error: BaseException) -> str | None:
-    """One line for a person, or None when `error` is not the user's doing but a bug."""
-    own = _own_error(error)
-    if own is not None:
-        return str(own)
-    if isinstance(error, InstantiationException):
-        return _explain_instantiation(error, _causes(error))
-    if not isinstance(error, (HydraException, OmegaConfBaseException)):
-        return None
-    text = " ".join(str(error).split())
-    key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    if key:
-        return f"unknown config key {key[1]!r}{_suggestion(key[1])}"
-    return text
-
-
-def _own_error(error: BaseException) -> KvarenaError | None:
-    """The error that kvarena raised, if there is one behind `error`."""
-    return next((cause for cause in _causes(error) if isinstance(cause, KvarenaError)), None)
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return chain
-
-
-def _explain_instantiation(error: InstantiationException, chain: list[BaseException]) -> str | None:
-    """A constructor refused its arguments: a wrong type in the config, else a bug."""
-    section = re.search(r"full_key: (\S+)", str(error))
-    where = f"config section {section[1]!r}: " if section else ""
-    cause = chain[-1]
-    return f"{where}{cause}" if isinstance(cause, (TypeError, ValueError)) else None
-
-
-def _suggestion(key: str) -> str:
-    """The config keys most like `key`, for the error line."""
-    known: list[str] = []
-
-    def walk(node: object, prefix: str) -> None:
-        if isinstance(node, dict):
-            for name, child in node.items():
-                known.append(f"{prefix}{name}")
-                walk(child, f"{prefix}{name}.")
-
-    walk(OmegaConf.to_container(load_config()), "")
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    if not near:
-        section = key.rsplit(".", 1)[0]
-        near = [name for name in known if name.startswith(f"{section}.")] or [n for n in known if "." not in n]
-        return f"; known: {', '.join(near)}"
-    return f"; did you mean {' or '.join(near)}?"

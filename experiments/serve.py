@@ -18,6 +18,7 @@ from engine.server.config import ServerConfig
 from engine.server.front import ModelFiles
 from engine.server.served import ServedEngine
 from engine.server.supervisor import serve as run_server
+from experiments.explain import explain
 
 logger = logging.getLogger("kvarena.engine")
 
@@ -61,8 +62,6 @@ def build_served_engine(values: dict[str, Any]) -> ServedEngine:
     Raises:
         KvarenaError: a setting or the model is wrong.
     """
-    from experiments.entry import explain
-
     try:
         return _build(values)
     except Exception as error:

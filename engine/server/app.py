@@ -76,7 +76,7 @@ def create_app(service: Service, rows: list[metrics.Row]) -> ASGIApp:
     _add_status_routes(app, service, rows)
     _add_model_routes(app, service)
     if service.config.enable_dashboard:
-        add_dashboard(app, service)
+        add_dashboard(app, service.feed)
     _add_schemas(app)
     inner: ASGIApp = app
     if service.config.cors_origins:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
@@ -13,9 +13,6 @@ from starlette.types import Receive, Scope, Send
 
 from engine.server.client import EngineClient
 from engine.server.ipc import unpack_ids
-
-if TYPE_CHECKING:
-    from engine.server.service import Service
 
 MAX_WATCHERS = 16
 
@@ -91,8 +88,8 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def add_dashboard(app: FastAPI, service: Service) -> None:
-    """Add the page and its feed."""
+def add_dashboard(app: FastAPI, feed: PoolFeed) -> None:
+    """Add the page and its events."""
     page = files("engine.server").joinpath("static/dashboard.html").read_text()
 
     @app.get("/dashboard", include_in_schema=False)
@@ -101,6 +98,6 @@ def add_dashboard(app: FastAPI, service: Service) -> None:
 
     @app.get("/dashboard/events", include_in_schema=False)
     async def events(_: Request) -> Response:
-        if service.feed.num_watchers >= MAX_WATCHERS:
+        if feed.num_watchers >= MAX_WATCHERS:
             return Response(status_code=503)
-        return _FeedResponse(service.feed)
+        return _FeedResponse(feed)
