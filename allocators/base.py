@@ -29,15 +29,6 @@ def check_int(name: str, value: int, low: int, high: int | None = None) -> int:
     return value
 
 
-def refuse_window(sliding_window: int | None, why: str) -> None:
-    """Raise NotDefined when a window is asked of an allocator that cannot give slid-out blocks back."""
-    if sliding_window is not None:
-        raise NotDefined(
-            f"allocator.sliding_window={sliding_window} cannot be combined with this allocator: {why}; "
-            "use allocator=paged"
-        )
-
-
 class BaseAllocator:
     """Base of all allocators.
 
@@ -46,8 +37,10 @@ class BaseAllocator:
         block_size: slots per block, 1 to 256.
         max_model_len: most tokens that a request may have.
         kv_bytes_per_token: bytes of one token's KV in every layer; 0 where there are none (tests, simulation).
+        sliding_window: positions that a token attends to, itself included; older blocks are given back. None: all.
 
     Attributes:
+        no_window: why this allocator takes no sliding window; None where it does.
         num_virtual_blocks: the largest block id; more than num_blocks only where ids are virtual.
         num_host_blocks: blocks of host memory for swapped requests, ids 0..num_host_blocks - 1.
         commits: whether `commit` does anything; without, nobody need call it.
@@ -55,13 +48,31 @@ class BaseAllocator:
 
     Raises:
         ConfigError: a value out of range.
+        NotDefined: a window is asked of an allocator that cannot give slid-out blocks back.
     """
 
     contiguous: bool = False
+    no_window: str | None = None
     commits: bool = False
     reads_tokens: bool = False
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_model_len: int, kv_bytes_per_token: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        kv_bytes_per_token: int = 0,
+        sliding_window: int | None = None,
+    ) -> None:
+        if sliding_window is not None:
+            check_int("allocator.sliding_window", sliding_window, 1)
+            if self.no_window is not None:
+                raise NotDefined(
+                    f"allocator.sliding_window={sliding_window} cannot be combined with this allocator: "
+                    f"{self.no_window}; use allocator=paged"
+                )
+        self.sliding_window = sliding_window
         self.block_size = check_int("allocator.block_size", block_size, 1, 256)
         if isinstance(num_blocks, int) and num_blocks < 1:
             raise ConfigError(

@@ -11,9 +11,9 @@ with buddy placement and blocks of one token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from allocators.base import BaseAllocator, num_computed_of, refuse_window
+from allocators.base import BaseAllocator, num_computed_of
 from allocators.placement import PLACEMENTS
 from engine.errors import ConfigError
 from engine.plan import KVUsage, cdiv
@@ -61,41 +61,25 @@ class ContiguousAllocator(BaseAllocator):
     """One region of consecutive blocks per request, reserved at admission.
 
     Args:
-        num_blocks, block_size, max_model_len, kv_bytes_per_token: see BaseAllocator.
         reservation: `max` reserves max_model_len tokens; `pow2` the prompt and the next power of two of the output
             length; `oracle` the prompt and the output length; `prompt` the tokens known now. The output length is
             `oracle_output_len`, or `max_tokens` where the workload does not know it. A reservation is at most
             max_model_len and the largest region of an empty pool, and at least what is asked for.
         placement: `first_fit`, `best_fit` or `buddy` (regions are rounded up to a power of two).
-        sliding_window: refused; only paged blocks can be given back one by one.
+        pool: see BaseAllocator.
     """
 
     contiguous = True
+    no_window = "the head of a region cannot be given back while its tail is in use"
 
-    def __init__(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        max_model_len: int,
-        kv_bytes_per_token: int = 0,
-        reservation: str = "max",
-        placement: str = "first_fit",
-        sliding_window: int | None = None,
-    ) -> None:
-        refuse_window(sliding_window, "the head of a region cannot be given back while its tail is in use")
-        super().__init__(
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_model_len=max_model_len,
-            kv_bytes_per_token=kv_bytes_per_token,
-        )
+    def __init__(self, *, reservation: str = "max", placement: str = "first_fit", **pool: Any) -> None:
+        super().__init__(**pool)
         if reservation not in RESERVATIONS:
             raise ConfigError(f"allocator.reservation={reservation!r} must be one of {', '.join(RESERVATIONS)}")
         if placement not in PLACEMENTS:
             raise ConfigError(f"allocator.placement={placement!r} must be one of {', '.join(PLACEMENTS)}")
         self._reserve = RESERVATIONS[reservation]
-        self._placement = PLACEMENTS[placement](num_blocks)
+        self._placement = PLACEMENTS[placement](self.num_blocks)
         self._regions: dict[Request, Region] = {}
         self._num_owned = 0
 

@@ -15,8 +15,9 @@ one gets a copy of its own first, in `allocate`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from allocators.base import BaseAllocator, check_int, num_computed_of
+from allocators.base import BaseAllocator, num_computed_of
 from allocators.blocks import BlockPool
 from allocators.swap import CopyQueue, HostPool, host_blocks
 from engine.plan import NULL_BLOCK, BlockCopy, CopyKind, KVUsage, cdiv
@@ -27,41 +28,21 @@ class PagedAllocator(BaseAllocator):
     """Blocks on demand, with copy-on-write forks, host swap and a sliding window.
 
     Args:
-        num_blocks, block_size, max_model_len, kv_bytes_per_token: see BaseAllocator.
         swap_gib: host memory for the KV of preempted requests, in GiB; 0 has them recomputed.
         swap_blocks: the same in blocks, in place of `swap_gib`.
-        sliding_window: positions that a token attends to, itself included; older blocks become the null block and
-            are freed. None keeps all.
+        pool: see BaseAllocator; blocks that slid out of the window become the null block in the table.
 
     Attributes:
         num_host_blocks: blocks of host memory; ids are 0..num_host_blocks - 1.
     """
 
-    def __init__(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        max_model_len: int,
-        kv_bytes_per_token: int = 0,
-        swap_gib: float = 0.0,
-        swap_blocks: int | None = None,
-        sliding_window: int | None = None,
-    ) -> None:
-        super().__init__(
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_model_len=max_model_len,
-            kv_bytes_per_token=kv_bytes_per_token,
-        )
-        if sliding_window is not None:
-            check_int("allocator.sliding_window", sliding_window, 1)
-        self.sliding_window = sliding_window
-        self.commits = self.reads_tokens or sliding_window is not None
-        self.num_host_blocks = host_blocks(swap_gib, swap_blocks, block_size, kv_bytes_per_token)
+    def __init__(self, *, swap_gib: float = 0.0, swap_blocks: int | None = None, **pool: Any) -> None:
+        super().__init__(**pool)
+        self.commits = self.reads_tokens or self.sliding_window is not None
+        self.num_host_blocks = host_blocks(swap_gib, swap_blocks, self.block_size, self.kv_bytes_per_token)
         self._host = HostPool(self.num_host_blocks)
         self._copies = CopyQueue()
-        self._pool = BlockPool(1, num_blocks)
+        self._pool = BlockPool(1, self.num_blocks)
         self._tables: dict[Request, list[int]] = {}
         self._extra_refs: dict[int, int] = {}  # shared block -> its references beyond the first
         self._num_extra_refs = 0

@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import count
+from typing import Any
 
-from allocators.base import refuse_window
 from allocators.paged import PagedAllocator
 from engine.errors import EngineError
 from engine.plan import NULL_BLOCK, KVUsage, cdiv
@@ -128,33 +128,15 @@ class PrefixCachingAllocator(PagedAllocator):
     one copy each; only the first is published.
 
     Args:
-        num_blocks, block_size, max_model_len, kv_bytes_per_token, swap_gib, swap_blocks: see PagedAllocator.
-        sliding_window: refused; a prefix without its first tokens is of no use to another request.
+        options: see PagedAllocator.
     """
 
     reads_tokens = True
+    no_window = "a cached prefix must hold all of its tokens, and a window drops the first ones"
 
-    def __init__(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        max_model_len: int,
-        kv_bytes_per_token: int = 0,
-        swap_gib: float = 0.0,
-        swap_blocks: int | None = None,
-        sliding_window: int | None = None,
-    ) -> None:
-        refuse_window(sliding_window, "a cached prefix must hold all of its tokens, and a window drops the first ones")
-        super().__init__(
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_model_len=max_model_len,
-            kv_bytes_per_token=kv_bytes_per_token,
-            swap_gib=swap_gib,
-            swap_blocks=swap_blocks,
-        )
-        self._index = PrefixIndex(block_size)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._index = PrefixIndex(self.block_size)
         self._published: dict[int, _Link] = {}  # block -> its link
         self._cached: OrderedDict[int, None] = OrderedDict()  # published blocks that no request owns, oldest first
         self._chains: dict[Request, _Chain] = {}

@@ -13,8 +13,8 @@ of a live request lies on its locked path.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from allocators.base import refuse_window
 from allocators.paged import PagedAllocator
 from allocators.radix_tree import RadixNode, RadixTree
 from engine.errors import EngineError
@@ -43,33 +43,15 @@ class RadixAllocator(PagedAllocator):
     recency belongs to whole edges.
 
     Args:
-        num_blocks, block_size, max_model_len, kv_bytes_per_token, swap_gib, swap_blocks: see PagedAllocator.
-        sliding_window: refused; a prefix without its first tokens is of no use to another request.
+        options: see PagedAllocator.
     """
 
     reads_tokens = True
+    no_window = "a cached prefix must hold all of its tokens, and a window drops the first ones"
 
-    def __init__(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        max_model_len: int,
-        kv_bytes_per_token: int = 0,
-        swap_gib: float = 0.0,
-        swap_blocks: int | None = None,
-        sliding_window: int | None = None,
-    ) -> None:
-        refuse_window(sliding_window, "a cached prefix must hold all of its tokens, and a window drops the first ones")
-        super().__init__(
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_model_len=max_model_len,
-            kv_bytes_per_token=kv_bytes_per_token,
-            swap_gib=swap_gib,
-            swap_blocks=swap_blocks,
-        )
-        self._tree = RadixTree(block_size)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._tree = RadixTree(self.block_size)
         self._stands: dict[Request, _Stand] = {}
         self._hits: dict[Request, int] = {}  # hits whose tokens `num_computed_tokens` does not count yet
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from allocators.base import BaseAllocator, check_int, num_computed_of, refuse_window
+from allocators.base import BaseAllocator, check_int, num_computed_of
 from allocators.blocks import BlockPool
 from engine.errors import ConfigError
 from engine.plan import KVUsage, cdiv
@@ -43,14 +43,13 @@ class VirtualAllocator(BaseAllocator):
     external fragmentation, and so is every free page while no region is free.
 
     Args:
-        num_blocks, block_size, max_model_len, kv_bytes_per_token: see BaseAllocator; num_blocks is physical.
         page_bytes: size of a physical page, 64 KiB to 2 MiB. (CUDA maps 2 MiB; the paper's driver also less.)
         kv_tensors: tensors that a token's KV is spread over, each mapped by pages of its own: 2 for K and V with all
             layers side by side (the paper's tensor slicing), 2 * num_layers for tensors per layer.
         page_tokens: tokens in a page, in place of the above. None: computed, or one block where
             `kv_bytes_per_token` is 0.
         max_regions: requests that can own a region at the same time.
-        sliding_window: refused; only paged blocks can be given back one by one.
+        pool: see BaseAllocator; num_blocks is physical.
 
     Attributes:
         num_virtual_blocks: the largest block id.
@@ -60,27 +59,19 @@ class VirtualAllocator(BaseAllocator):
     """
 
     contiguous = True
+    no_window = "pages are mapped from the front of a region, and stay until it is given back"
 
     def __init__(
         self,
         *,
-        num_blocks: int,
-        block_size: int,
-        max_model_len: int,
-        kv_bytes_per_token: int = 0,
         page_bytes: int = 2048 * KIB,
         kv_tensors: int = 2,
         page_tokens: int | None = None,
         max_regions: int = 256,
-        sliding_window: int | None = None,
+        **pool: Any,
     ) -> None:
-        refuse_window(sliding_window, "pages are mapped from the front of a region, and stay until it is given back")
-        super().__init__(
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_model_len=max_model_len,
-            kv_bytes_per_token=kv_bytes_per_token,
-        )
+        super().__init__(**pool)
+        num_blocks, block_size = self.num_blocks, self.block_size
         self.page_bytes = None if page_tokens is not None else page_bytes
         self.kv_tensors = None if page_tokens is not None else kv_tensors
         # Tokens per page as a fraction: `_page_size / _slot_size`.
@@ -96,7 +87,7 @@ class VirtualAllocator(BaseAllocator):
         check_int("allocator.max_regions", max_regions, 1)
         # Regions begin at a whole number of blocks and of pages; the null block has such a unit to itself.
         unit = math.lcm(block_size, self._page_size // math.gcd(self._page_size, self._slot_size))
-        self._region_tokens = cdiv(max_model_len, unit) * unit
+        self._region_tokens = cdiv(self.max_model_len, unit) * unit
         self._first_block = unit // block_size
         self.num_virtual_blocks = self._first_block - 1 + max_regions * self._region_tokens // block_size
         self._num_free_pages = self.num_pages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from engine.plan import KVAllocator, StepPlan
 from engine.request import Request
@@ -23,14 +24,9 @@ class FairScheduler(ChunkedScheduler):
 
     Args:
         allocator: who owns which slots.
-        max_model_len: most tokens of one request, prompt and output.
-        max_num_seqs: most requests that run at once.
-        max_num_batched_tokens: most new tokens in one step.
-        watermark: see `Scheduler`.
-        preemption: see `Scheduler`.
-        victim: see `Scheduler`.
         input_weight: cost of a prompt token, above 0.
         output_weight: cost of an output token, above 0; the paper's example is 1 and 2.
+        options: see `Scheduler`.
 
     Attributes:
         counters: service received, by client.
@@ -43,24 +39,11 @@ class FairScheduler(ChunkedScheduler):
         self,
         allocator: KVAllocator,
         *,
-        max_model_len: int,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
-        watermark: float = 0.01,
-        preemption: str = "recompute",
-        victim: str = "last_arrived",
         input_weight: float = 1.0,
         output_weight: float = 2.0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            allocator,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            watermark=watermark,
-            preemption=preemption,
-            victim=victim,
-        )
+        super().__init__(allocator, **options)
         require(input_weight > 0, "scheduler.input_weight", input_weight, "above 0")
         require(output_weight > 0, "scheduler.output_weight", output_weight, "above 0")
         self.input_weight = input_weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 from engine.plan import KVAllocator
 from engine.request import Request
@@ -37,16 +38,11 @@ class SJFScheduler(ChunkedScheduler):
 
     Args:
         allocator: who owns which slots.
-        max_model_len: most tokens of one request, prompt and output.
-        max_num_seqs: most requests that run at once.
-        max_num_batched_tokens: most new tokens in one step.
-        watermark: see `Scheduler`.
-        preemption: see `Scheduler`.
-        victim: see `Scheduler`.
         predictor: `oracle` (the true length) or `lognormal` (the true length times a lognormal error).
         sigma: standard deviation of the logarithm of the error; 0.5 is off by a factor of 1.65 either way.
         seed: of the errors.
         ageing: tokens per second of waiting, above 0.
+        options: see `Scheduler`.
 
     Raises:
         ConfigError: an option out of range.
@@ -56,26 +52,13 @@ class SJFScheduler(ChunkedScheduler):
         self,
         allocator: KVAllocator,
         *,
-        max_model_len: int,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
-        watermark: float = 0.01,
-        preemption: str = "recompute",
-        victim: str = "last_arrived",
         predictor: str = "oracle",
         sigma: float = 0.5,
         seed: int = 0,
         ageing: float = 1.0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            allocator,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            watermark=watermark,
-            preemption=preemption,
-            victim=victim,
-        )
+        super().__init__(allocator, **options)
         require(predictor in PREDICTORS, "scheduler.predictor", predictor, f"one of {', '.join(PREDICTORS)}")
         require(0 <= sigma < math.inf, "scheduler.sigma", sigma, "a number of at least 0")
         require(0 < ageing < math.inf, "scheduler.ageing", ageing, "above 0, or long requests could starve")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from engine.plan import KVAllocator, StepPlan
 from engine.request import FinishReason, Request
 from schedulers.base import Scheduler
@@ -20,13 +22,12 @@ class StaticScheduler(Scheduler):
 
     Args:
         allocator: who owns which slots.
-        max_model_len: most tokens of one request, prompt and output.
         max_num_seqs: most requests in a batch.
-        max_num_batched_tokens: most new tokens in one step.
         retire: what the literature leaves open. `hold`: a finished request keeps its slots until its batch has
             ended; `free`: it gives them back at once. Either way nobody is admitted before the batch has ended.
         batch_size: requests that start a batch without a wait; None: `max_num_seqs`.
         max_wait: seconds after which a smaller batch starts; 0 starts with whatever waits.
+        options: `max_model_len` and `max_num_batched_tokens`, see `Scheduler`.
 
     Raises:
         ConfigError: an option out of range.
@@ -38,21 +39,13 @@ class StaticScheduler(Scheduler):
         self,
         allocator: KVAllocator,
         *,
-        max_model_len: int,
         max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
         retire: str = "hold",
         batch_size: int | None = None,
         max_wait: float = 0.05,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            allocator,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            watermark=0.0,
-            preemption="none",
-        )
+        super().__init__(allocator, max_num_seqs=max_num_seqs, watermark=0.0, preemption="none", **options)
         require(retire in RETIRE, "scheduler.retire", retire, f"one of {', '.join(RETIRE)}")
         require(
             batch_size is None or 1 <= batch_size <= max_num_seqs,
