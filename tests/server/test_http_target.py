@@ -37,7 +37,8 @@ class ForeignServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        config = uvicorn.Config(self, port=self.port, log_level="error", lifespan="off")
+        options = {"log_level": "error", "lifespan": "off", "timeout_graceful_shutdown": 1}
+        config = uvicorn.Config(self, port=self.port, **options)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
