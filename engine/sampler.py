@@ -17,12 +17,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.sampling.batch import Rows, SamplerState, SamplingBatch, check_sampling
-from engine.sampling.output import HostTokens, LogprobTensors, SampledTokens
+from engine.sampling.batch import Rows, SamplingBatch
+from engine.sampling.output import LogprobTensors, SampledTokens
 from engine.sampling.streams import log_exponentials
 from engine.sampling.transforms import keep_min_p, keep_top_k, keep_top_p, penalize
-
-__all__ = ["HostTokens", "SampledTokens", "Sampler", "SamplerState", "SamplingBatch", "check_sampling"]
 
 
 class Sampler:

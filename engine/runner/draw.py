@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.sample import DrawScratch, draw_tokens
-from engine.sampler import HostTokens, SampledTokens
+from engine.sampling.output import HostTokens, SampledTokens
 
 # Steps whose tokens may be on their way at once, and some more.
 _NUM_RESULTS = 4

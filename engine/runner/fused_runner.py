@@ -33,7 +33,7 @@ from engine.runner.inputs import StepInputs
 from engine.runner.mixed_graphs import MixedGraphs, MixedStep
 from engine.runner.request_rows import RequestRows
 from engine.runner.torch_runner import StepTokens, TorchRunner
-from engine.sampler import HostTokens, SampledTokens
+from engine.sampling.output import HostTokens, SampledTokens
 from engine.sampling.transfer import to_device
 
 

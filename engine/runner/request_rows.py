@@ -9,7 +9,7 @@ import numpy as np
 from engine.errors import EngineError
 from engine.request import Request, SamplingParams
 from engine.runner.inputs import BlockTables
-from engine.sampling.batch import check_sampling
+from engine.sampling.state import check_sampling
 from engine.sampling.streams import as_seed64, derive_seed, stream_keys
 
 

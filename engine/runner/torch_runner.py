@@ -25,7 +25,9 @@ from engine.runner.base import PendingTokens, ReadyTokens, StepResult, TokenLogp
 from engine.runner.constraints import allowed_tokens
 from engine.runner.inputs import BlockTables, StepInputs, build_inputs
 from engine.runner.prompt_logprobs import PromptLogprobs
-from engine.sampler import HostTokens, SampledTokens, Sampler, SamplerState
+from engine.sampler import Sampler
+from engine.sampling.output import HostTokens, SampledTokens
+from engine.sampling.state import SamplerState
 from engine.sampling.transfer import to_device
 
 

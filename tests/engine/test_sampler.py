@@ -6,7 +6,8 @@ import torch
 
 from engine.errors import EngineError, RequestError
 from engine.request import Request, SamplingParams
-from engine.sampler import Sampler, SamplerState, SamplingBatch, check_sampling
+from engine.sampler import Sampler
+from engine.sampling.state import SamplerState, check_sampling
 
 V = 64
 SAMPLE = Sampler()
@@ -18,8 +19,9 @@ def request(name="r", *, prompt=(1, 2, 3), output=(), eos=(), **sampling):
     return req
 
 
-def sample(logits, requests, **kwargs):
-    return SAMPLE(logits, SamplingBatch.build(requests, logits.shape[1], "cpu", **kwargs)).tolist()
+def sample(logits, requests, engine_seed=0, **kwargs):
+    state = SamplerState(logits.shape[1], "cpu", engine_seed)
+    return SAMPLE(logits, state.batch(requests, **kwargs)).tolist()
 
 
 def random_logits(rows, vocab=V, seed=0, scale=2.0):
@@ -52,7 +54,7 @@ def test_greedy_rows_are_not_disturbed_by_random_ones():
 
 
 def test_a_greedy_batch_builds_no_tensors():
-    batch = SamplingBatch.build([request("a"), request("b", top_k=3, top_p=0.5)], V, "cpu")
+    batch = SamplerState(V, "cpu").batch([request("a"), request("b", top_k=3, top_p=0.5)])
     tensors = (batch.keys, batch.temperature, batch.top_k, batch.penalties, batch.bias, batch.barred)
     assert all(tensor is None for tensor in tensors) and not batch.edits_logits and not batch.num_top
 
@@ -147,7 +149,7 @@ def test_unusable_logits_name_the_request(value, temperature):
     logits = random_logits(3)
     logits[1, 5] = value
     requests = [request(name, temperature=temperature) for name in ("first", "second", "third")]
-    sampled = SAMPLE(logits, SamplingBatch.build(requests, V, "cpu"))
+    sampled = SAMPLE(logits, SamplerState(V, "cpu").batch(requests))
     assert ((sampled.token_ids >= 0) & (sampled.token_ids < V)).all()
     with pytest.raises(EngineError, match=r"'second'") as error:
         sampled.tolist()

@@ -7,7 +7,8 @@ from scipy import stats
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from engine.request import Request, SamplingParams
-from engine.sampler import Sampler, SamplingBatch
+from engine.sampler import Sampler
+from engine.sampling.state import SamplerState
 from engine.sampling.streams import log_exponentials, stream_keys
 from engine.sampling.transforms import keep_min_p, keep_top_k, keep_top_p
 
@@ -46,7 +47,7 @@ def test_min_p_matches_transformers(p):
 def draws(logits, num_draws, seed=11, **sampling):
     params = SamplingParams(seed=seed, max_tokens=num_draws, **sampling)
     requests = [Request(str(i), [0], params) for i in range(num_draws)]
-    batch = SamplingBatch.build(requests, len(logits), "cpu", num_outputs=range(num_draws))
+    batch = SamplerState(len(logits), "cpu").batch(requests, num_outputs=range(num_draws))
     return torch.tensor(Sampler()(logits.expand(num_draws, -1), batch).tolist())
 
 

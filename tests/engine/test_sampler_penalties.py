@@ -6,7 +6,8 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from engine.errors import EngineError
 from engine.request import Request, SamplingParams
-from engine.sampler import Sampler, SamplerState, SamplingBatch
+from engine.sampler import Sampler
+from engine.sampling.state import SamplerState
 
 V = 32
 SAMPLE = Sampler()
@@ -21,7 +22,7 @@ def request(name, prompt=(1, 2), output=(), **sampling):
 
 def edited(logits, requests, **kwargs):
     """The logits after bias and penalties, read from the full list of log-probabilities up to a constant per row."""
-    batch = SamplingBatch.build(requests, V, "cpu", **kwargs)
+    batch = SamplerState(V, "cpu").batch(requests, **kwargs)
     return SAMPLE._edit(logits.clone(), batch)
 
 
@@ -108,9 +109,9 @@ def test_a_token_that_the_host_has_not_seen_counts_once():
 def test_unseen_tokens_must_be_passed_on():
     req = request("a", frequency_penalty=1.0)
     with pytest.raises(EngineError, match="not passed on"):
-        SamplingBatch.build([req], V, "cpu", num_outputs=[1])
+        SamplerState(V, "cpu").batch([req], num_outputs=[1])
     with pytest.raises(EngineError, match="'a'"):
-        SamplingBatch.build([req], V, "cpu", num_outputs=[2], pending_token_ids=torch.tensor([3]))
+        SamplerState(V, "cpu").batch([req], num_outputs=[2], pending_token_ids=torch.tensor([3]))
 
 
 def test_counts_start_over_when_the_output_shrinks():
