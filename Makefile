@@ -1,17 +1,25 @@
 # make run    the main job on its embedded default, in a virtual environment made here
 # make test   lint, types and tests in the same environment
 # make test-all  the long runs too (10,000 random strategy traces)
+# make test-clients  litellm, in a small environment of its own, against a server of this one (a part of make test)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.installed
 
-.PHONY: run test test-all lint clean
+.PHONY: run test test-all test-clients lint clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tracing]'
 	touch $(STAMP)
+
+$(CLIENTS_STAMP): tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	touch $(CLIENTS_STAMP)
 
 run: $(STAMP)
 	$(BIN)/python run.py
@@ -21,12 +29,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint $(CLIENTS_STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-clients: $(STAMP) $(CLIENTS_STAMP)
+	$(BIN)/python -m pytest tests/server/test_other_clients.py -k litellm
 
 test-all: test
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m experiments.fuzz --traces 10000 --seed 0
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(CLIENTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -15,4 +15,8 @@ FLAGS = ("--max-model-len", "512", "--num-gpu-blocks-override", "128", "--max-nu
 def server() -> Iterator[RunningServer]:
     running = RunningServer(*FLAGS)
     yield running
-    running.stop()
+    # After all that the tests did to it: it answers, nobody owns a slot, and the pool adds up.
+    running.assert_alive()
+    slots = running.slots()
+    assert slots["free"] + slots["cached"] + slots["external"] == sum(slots.values())
+    assert running.stop() == 0

@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
-
-LONG = [{"role": "user", "content": "word " * 600}]
-HELLO = [{"role": "user", "content": "Hello!"}]
+from server_harness import KEY, ROOT
 
 
-@pytest.fixture
-def litellm(server, monkeypatch):
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    module = pytest.importorskip("litellm")
-    module.suppress_debug_info = True
-    return module
-
-
-def _litellm_args(server, **more):
-    return {"model": "openai/demo", "api_base": f"{server.url}/v1", "api_key": "test-key", "max_retries": 0} | more
-
-
-def test_litellm_chat_and_stream(litellm, server):
-    args = _litellm_args(server, messages=HELLO, temperature=0)
-    whole = litellm.completion(**args)
-    assert whole.choices[0].finish_reason == "stop"
-    chunks = list(litellm.completion(**args, stream=True, stream_options={"include_usage": True}))
-    rebuilt = litellm.stream_chunk_builder(chunks, messages=HELLO)
-    assert rebuilt.choices[0].message.content == whole.choices[0].message.content
-    assert rebuilt.choices[0].finish_reason == "stop"
-
-
-def test_litellm_maps_errors(litellm, server):
-    with pytest.raises(litellm.ContextWindowExceededError):
-        litellm.completion(**_litellm_args(server, messages=LONG))
-    with pytest.raises(litellm.BadRequestError):
-        litellm.completion(**_litellm_args(server, messages=HELLO, temperature=-1))
-    with pytest.raises(litellm.NotFoundError):
-        litellm.completion(**_litellm_args(server, messages=HELLO) | {"model": "openai/nope"})
-    with pytest.raises(litellm.AuthenticationError):
-        litellm.completion(**_litellm_args(server, messages=HELLO) | {"api_key": "wrong"})
+def test_litellm_in_an_environment_of_its_own(server):
+    """`make test` and `make test-clients` build the environment; nothing of it moves the server's."""
+    python = ROOT / ".venv-clients" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("make test-clients builds the environment of this test")
+    command = [
+        python, "-m", "pytest", "-q", "--noconftest", "-W", "ignore", "-p", "no:cacheprovider",
+        "-c", os.devnull, "--rootdir", ROOT / "tests" / "clients", ROOT / "tests" / "clients" / "check_litellm.py",
+    ]  # fmt: skip
+    # With the map of prices that it brings along, litellm fetches nothing from the internet.
+    env = {"KVARENA_URL": server.url, "KVARENA_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=kept | env)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    server.assert_alive()
 
 
 @pytest.fixture

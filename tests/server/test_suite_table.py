@@ -6,7 +6,14 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SHORT = {"BR": "bad_requests", "RC": "rough_clients", "SF": "server_faults", "OB": "observability", "ME": "media"}
+SHORT = {
+    "BR": "bad_requests",
+    "RC": "rough_clients",
+    "SF": "server_faults",
+    "OB": "observability",
+    "ME": "media",
+    "EN": "endurance",
+}
 
 
 def _rows() -> list[tuple[str, str]]:
