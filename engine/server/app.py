@@ -213,7 +213,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             ids = await service.prompts.of_chat(req)
         else:
             # The point is to count: texts beyond the context are tokenized too.
-            ids = await service.tokenizer.encode(req.prompt or "", req.add_special_tokens is not False, 1 << 40)
+            ids = await service.tokenizer.encode_any(req.prompt or "", req.add_special_tokens is not False)
         body: dict[str, Any] = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": None}
         if req.return_token_strs:
             body["token_strs"] = [service.tokenizer.token_text(token) for token in ids]
@@ -231,8 +231,9 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         bad = next((token for token in req.tokens if token >= service.limits.vocab_size), None)
         if bad is not None:
             raise bad_request(f"tokens holds {bad}, which is outside the vocabulary", "tokens")
-        text = service.tokenizer.detokenizer.text(req.tokens, skip_special_tokens=False)
-        return Response(orjson.dumps({"prompt": text}), media_type="application/json")
+        return Response(
+            orjson.dumps({"prompt": await service.tokenizer.decode(req.tokens)}), media_type="application/json"
+        )
 
 
 def _add_schemas(app: FastAPI) -> None:

@@ -6,11 +6,14 @@ A plain ASGI layer: it costs a few microseconds per request and nothing per even
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import hmac
 import logging
 import re
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -184,7 +187,8 @@ async def read_json(request: Request, config: ServerConfig) -> dict[str, Any]:
     except TimeoutError:
         raise ApiError(408, "The request's body did not arrive in time.", code="request_timeout") from None
     try:
-        body = orjson.loads(b"".join(chunks))
+        with _without_collection():
+            body = orjson.loads(b"".join(chunks))
     except orjson.JSONDecodeError as error:
         raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
@@ -192,10 +196,25 @@ async def read_json(request: Request, config: ServerConfig) -> dict[str, Any]:
     return body
 
 
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """No passes of the garbage collector: for a body of millions of lists they take ten times as long as its parsing,
+    and find nothing.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def validated(body: dict[str, Any], kind: type[Body]) -> Body:
     """The body as `kind`. Raises a 400 that names the first parameters at fault."""
     try:
-        return kind.model_validate(body)
+        with _without_collection():
+            return kind.model_validate(body)
     except ValidationError as error:
         raise _validation_error(error) from None
     except RecursionError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
-from engine.server.completions import ChoicePrompt
+from engine.server.completions import ChoicePrompt, read_prompts
 from engine.server.errors import bad_request
 from engine.server.protocol import ChatCompletionRequest, CompletionRequest, NamedToolChoice, SamplingFields
-from engine.server.tokenization import TokenizerService, template_messages
+from engine.server.tokenization import TokenizerService, template_messages, template_tools
 
 
 class Prompts:
@@ -33,32 +34,44 @@ class Prompts:
             text = given if isinstance(given, str) else self._tokenizer.detokenizer.text(ids)
         return ChoicePrompt(text, ids)
 
-    async def of_completion(self, prompt: str | list[int], req: SamplingFields) -> list[int]:
-        """Token ids of one prompt of a completion. Raises ApiError."""
-        if isinstance(prompt, str):
-            special = req.add_special_tokens is not False
-            prompt = await self._tokenizer.encode(prompt, special, self._max_model_len)
-            if not prompt:
+    async def of_completion(self, req: CompletionRequest, vocab_size: int, max_prompts: int) -> list[list[int]]:
+        """Token ids of a completion's prompts. Raises ApiError."""
+        made = []
+        for prompt in read_prompts(req.prompt, max_prompts, vocab_size):
+            ids = (
+                await self._encode(prompt, req.add_special_tokens is not False, req)
+                if isinstance(prompt, str)
+                else prompt
+            )
+            if not ids:
                 raise bad_request("prompt is empty after tokenization", "prompt")
-        return self.truncate(prompt, req)
+            made.append(self._truncate(ids, req))
+            await asyncio.sleep(0)  # hundreds of prompts: open streams and `/health` go on between two
+        return made
 
-    def truncate(self, ids: list[int], req: SamplingFields) -> list[int]:
+    async def _encode(self, text: str, special: bool, req: SamplingFields, what: str = "prompt") -> list[int]:
+        if getattr(req, "truncate_prompt_tokens", None) is not None:
+            return await self._tokenizer.encode_any(text, special)
+        return await self._tokenizer.encode(text, special, self._max_model_len, what)
+
+    def _truncate(self, ids: list[int], req: Any) -> list[int]:
         """The last `truncate_prompt_tokens` of a prompt. Raises ApiError."""
-        keep = req.truncate_prompt_tokens
+        keep = getattr(req, "truncate_prompt_tokens", None)
         if keep is None:
             return ids
         if keep == 0:
             raise bad_request(
                 "truncate_prompt_tokens must be at least 1, or -1 for the context", "truncate_prompt_tokens"
             )
-        keep = self._max_model_len - (req.max_tokens or 1) if keep == -1 else keep
-        return ids[-keep:] if keep > 0 else ids
+        if keep == -1:
+            keep = max(1, self._max_model_len - (getattr(req, "max_completion_tokens", None) or req.max_tokens or 1))
+        return ids[-keep:]
 
     async def of_chat(self, req: Any) -> list[int]:
         """Token ids of a chat. Raises ApiError."""
         tools = None
         if req.tools and getattr(req, "tool_choice", None) != "none":
-            tools = [tool.model_dump(exclude_none=True) for tool in req.tools]
+            tools = template_tools(req.tools)
         flags = dict(req.chat_template_kwargs or {})
         for key in ("tokenize", "return_dict", "return_tensors", "chat_template", "tools", "conversation"):
             if key in flags:
@@ -69,11 +82,10 @@ class Prompts:
         )
         flags["continue_final_message"] = going_on
         text = self._tokenizer.render_chat(template_messages(req.messages), tools, **flags)
-        special = bool(getattr(req, "add_special_tokens", None))
-        ids = await self._tokenizer.encode(text, special, self._max_model_len, "messages")
+        ids = await self._encode(text, bool(req.add_special_tokens), req, "messages")
         if not ids:
             raise bad_request("the messages are empty after the chat template", "messages")
-        return ids
+        return self._truncate(ids, req)
 
 
 def check_chat(req: ChatCompletionRequest) -> None:

@@ -5,11 +5,29 @@ Unknown keys are accepted. A known parameter that cannot be honoured is a 400, n
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+MAX_MESSAGES = 16384  # and parts of a message
+MAX_TOOLS = 1024
+MAX_LOGIT_BIAS = 4096
+MAX_DETOKENIZED = 1 << 20
+
+Item = TypeVar("Item")
+# The first wrong item is the error: a body of millions of them must not hold the event loop up.
+Items = Annotated[list[Item], Field(fail_fast=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _few(value: Any) -> Any:
+    """Refuses a large object before its values are looked at: each wrong one would be an error of its own."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"at most {MAX_LOGIT_BIAS} tokens are allowed, not {len(value)}")
+    return value
+
+
+LogitBias = Annotated[dict[str, Finite], BeforeValidator(_few)]
 TokenId = Annotated[int, Field(ge=0)]
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPT_SCHEMA = {
@@ -40,7 +58,7 @@ class StructuredOutputs(Open):
 
     json_: Any = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -76,15 +94,15 @@ class SamplingFields(Open):
     n: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=0)
     min_tokens: int | None = Field(default=None, ge=0)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: str | Items[str] | None = None
+    stop_token_ids: Items[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    logit_bias: dict[str, Finite] | None = None
-    allowed_token_ids: list[TokenId] | None = None
-    bad_words: list[str] | None = None
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: Items[TokenId] | None = None
+    bad_words: Items[str] | None = None
     prompt_logprobs: int | None = Field(default=None, ge=-1)
     best_of: int | None = None
     use_beam_search: bool | None = None
@@ -142,20 +160,20 @@ class Message(Open):
     """A chat message; `content` is a string or a list of parts."""
 
     role: str
-    content: str | list[dict[str, Any] | str] | None = None
+    content: str | Annotated[Items[dict[str, Any] | str], Field(max_length=MAX_MESSAGES)] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Items[dict[str, Any]] | None = None
     tool_call_id: str | None = None
 
 
 class ChatCompletionRequest(SamplingFields):
     """`/v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0)
-    tools: list[Tool] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
@@ -169,20 +187,20 @@ class TokenizeRequest(Open):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[Items[Message], Field(max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
 
 class DetokenizeRequest(Open):
     """`/detokenize`."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Items[TokenId] = Field(max_length=MAX_DETOKENIZED)
 
 
 # Answers: written by hand on the hot path (completions.py, chat.py); these describe them in the OpenAPI document.

@@ -13,7 +13,6 @@ from engine.server.protocol import SamplingFields
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
-MAX_LOGIT_BIAS = 4096
 MAX_STOP_TOKENS = 1024
 COMPLETIONS_MAX_TOKENS = 16
 # Below this a temperature is greedy: logits divided by it overflow float16.
@@ -82,8 +81,6 @@ def check_unsupported(req: SamplingFields, config: ServerConfig) -> None:
 def logit_bias(req: SamplingFields, vocab_size: int) -> dict[int, float]:
     """The request's logit_bias with integer keys inside the vocabulary and values in [-100, 100]."""
     given = req.logit_bias or {}
-    if len(given) > MAX_LOGIT_BIAS:
-        raise bad_request(f"logit_bias holds {len(given)} tokens; at most {MAX_LOGIT_BIAS} are allowed", "logit_bias")
     made = {}
     for key, value in given.items():
         if not (key.isascii() and key.isdigit() and len(key) < 12 and int(key) < vocab_size):

@@ -16,7 +16,7 @@ from engine.server.answers import Disconnected, EventStream, Job, as_api_error, 
 from engine.server.chat import ChatRenderer
 from engine.server.choice_text import ChoiceText, TextOptions
 from engine.server.client import EngineClient
-from engine.server.completions import ChoicePrompt, CompletionRenderer, read_prompts
+from engine.server.completions import ChoicePrompt, CompletionRenderer
 from engine.server.config import ServerConfig
 from engine.server.constraints import Constraints
 from engine.server.dashboard import PoolFeed
@@ -152,10 +152,7 @@ class Service:
             raise bad_request("max_tokens must be at least 1 (0 is allowed with echo, without stream)", "max_tokens")
         if req.echo and req.logprobs is not None:
             req.prompt_logprobs = max(req.logprobs, req.prompt_logprobs or 0)
-        prompts = [
-            await self.prompts.of_completion(one, req)
-            for one in read_prompts(req.prompt, self.config.max_prompts, self.limits.vocab_size)
-        ]
+        prompts = await self.prompts.of_completion(req, self.limits.vocab_size, self.config.max_prompts)
         default = COMPLETIONS_MAX_TOKENS
         lengths = [fit_max_tokens(req.max_tokens, default, len(ids), self.limits, "prompt") for ids in prompts]
         n = req.n or 1
@@ -188,7 +185,7 @@ class Service:
         check_unsupported(req, self.config)
         check_chat(req)
         await self._refuse_images(req)
-        prompt = self.prompts.truncate(await self.prompts.of_chat(req), req)
+        prompt = await self.prompts.of_chat(req)
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
         max_tokens = fit_max_tokens(requested, None, len(prompt), self.limits, "messages")
         constraint, parser, forced = await self._constraints.of_chat(req)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import orjson
 
 from engine.errors import ModelError
 from engine.server.detokenizer import Detokenizer
 from engine.server.errors import ApiError, bad_request, context_overflow
 
-# Longer texts are tokenized on a thread: the library lets go of the interpreter meanwhile.
+# Longer texts are tokenized on a thread, in the one call of the library that lets go of the interpreter meanwhile.
 _INLINE_CHARS = 8192
+# Of a text that need not fit the context: one that is only counted, or of which only the end is kept.
+MAX_CHARS = 1 << 22
+MAX_TOOLS_BYTES = 1 << 20
+Made = TypeVar("Made")
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -48,31 +55,51 @@ class TokenizerService:
         self._backend = getattr(self.tokenizer, "backend_tokenizer", None)
         self._longest_piece = max(map(len, self.tokenizer.get_vocab()), default=1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        # Apart: prompts do not wait for texts that are only counted.
+        self._counting_thread = ThreadPoolExecutor(1, thread_name_prefix="count")
 
     async def encode(self, text: str, add_special_tokens: bool, max_tokens: int, what: str = "prompt") -> list[int]:
-        """Token ids of `text`.
+        """Token ids of a prompt.
 
         Args:
             text: what to tokenize.
             add_special_tokens: as the tokenizer's own flag (a leading BOS and the like).
             max_tokens: the context; a text that cannot fit whatever its tokens are is refused untokenized.
             what: `prompt` or `messages`, for the error.
+
+        Raises:
+            ApiError: it cannot fit, or cannot be tokenized.
         """
         at_least = len(text) // self._longest_piece
         if at_least > max_tokens:
             raise context_overflow(max_tokens, at_least, None, what)
         if len(text) <= _INLINE_CHARS:
             return self._encode(text, add_special_tokens)
-        return await self.off_loop(lambda: self._encode(text, add_special_tokens))
+        return await self._off_loop(self._thread, lambda: self._encode(text, add_special_tokens))
 
-    async def off_loop(self, work: Callable[[], list[int]]) -> list[int]:
-        """Run `work` on the tokenizer's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    async def encode_any(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text that may be longer than the context. Raises ApiError above MAX_CHARS."""
+        if len(text) > MAX_CHARS:
+            raise bad_request(f"the text is longer than {MAX_CHARS} characters", "prompt")
+        if len(text) <= _INLINE_CHARS:
+            return self._encode(text, add_special_tokens)
+        return await self._off_loop(self._counting_thread, lambda: self._encode(text, add_special_tokens))
+
+    async def decode(self, tokens: list[int]) -> str:
+        """The text of tokens, special ones included."""
+        work = functools.partial(self.detokenizer.text, tokens, skip_special_tokens=False)
+        return work() if len(tokens) <= _INLINE_CHARS else await self._off_loop(self._counting_thread, work)
+
+    async def _off_loop(self, thread: ThreadPoolExecutor, work: Callable[[], Made]) -> Made:
+        return await asyncio.get_running_loop().run_in_executor(thread, work)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
             if self._backend is not None:
-                # The raw tokenizer changes no state, so the event loop and the thread may use it at once.
+                # The raw tokenizer changes no state, so the event loop and the threads may use it at once. `encode`
+                # keeps the interpreter's lock: every stream would wait for a long text.
+                if len(text) > _INLINE_CHARS:
+                    return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
                 return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, ValueError, UnicodeError) as error:
@@ -113,6 +140,19 @@ def generation_defaults(path: str) -> dict[str, float]:
     return {key: values[key] for key in _SAMPLING_KEYS if isinstance(values.get(key), (int, float))}
 
 
+def shallow(model: Any) -> dict[str, Any]:
+    """A model's fields and unknown keys as they were given, without those that are None."""
+    return {name: value for name, value in model if value is not None}
+
+
+def template_tools(tools: list[Any]) -> list[dict[str, Any]]:
+    """Tools as templates expect them. Raises a 400 when they are too large together."""
+    made = [shallow(tool) | {"function": shallow(tool.function)} for tool in tools]
+    if len(orjson.dumps(made)) > MAX_TOOLS_BYTES:
+        raise bad_request(f"tools are larger than {MAX_TOOLS_BYTES} bytes together", "tools")
+    return made
+
+
 def template_messages(messages: list[Any], tools_model: bool = True) -> list[dict[str, Any]]:
     """Messages as templates expect them: text parts joined, past tool calls' arguments as objects.
 
@@ -121,7 +161,7 @@ def template_messages(messages: list[Any], tools_model: bool = True) -> list[dic
     """
     made = []
     for i, message in enumerate(messages):
-        entry = message.model_dump(exclude_none=True)
+        entry = shallow(message)
         content = message.content
         if isinstance(content, list):
             entry["content"] = "\n".join(_part_text(part, i) for part in content)

@@ -13,6 +13,7 @@ SHORT = {
     "OB": "observability",
     "ME": "media",
     "EN": "endurance",
+    "LB": "large_bodies",
 }
 
 
