@@ -37,7 +37,7 @@ class EngineClient(asyncio.Protocol):
         self._row, self._max_lag, self._on_pool_map = row, max_stream_lag, on_pool_map
         self._decoder = FrameDecoder()
         self._choices: dict[int, Choice] = {}
-        self._admissions: dict[int, asyncio.Future[None]] = {}
+        self._admissions: dict[int, tuple[asyncio.Future[None], list[Choice]]] = {}
         self._next_handle = 1
         self._transport: asyncio.Transport | None = None
         self._itl = Histogram(row, "vllm:inter_token_latency_seconds")
@@ -97,7 +97,7 @@ class EngineClient(asyncio.Protocol):
             self._choices[handle + i] = choice
             choices.append(choice)
         admission = asyncio.get_running_loop().create_future()
-        self._admissions[handle] = admission
+        self._admissions[handle] = (admission, choices)
         ignore_cache = sampling.get("prompt_logprobs") is not None
         frame = AddFrame(
             handle, request_id, pack_ids(prompt), sampling, group.arrival, priority, client_id, cache_salt,
@@ -141,7 +141,7 @@ class EngineClient(asyncio.Protocol):
         if not self.ready.done():
             self.ready.set_exception(error)
             self.ready.exception()
-        for admission in self._admissions.values():
+        for admission, _ in self._admissions.values():
             if not admission.done():
                 admission.set_exception(error)
         for choice in self._choices.values():
@@ -228,18 +228,17 @@ class EngineClient(asyncio.Protocol):
             self.abort([choice], "abort")
 
     def _on_admission(self, handle: int, reason: str, text: str) -> None:
-        admission = self._admissions.get(handle)
+        admission, choices = self._admissions.get(handle, (None, []))
         if admission is None or admission.done():
             return
         if not reason:
             admission.set_result(None)
             return
-        choice = self._choices.get(handle)
-        if choice is not None:
-            for other in choice.group.choices:
-                if self._choices.pop(other.handle, None) is not None:
-                    other.is_open = False
-                    other.group.num_open -= 1
+        # The engine has none of this prompt's choices; of the request's other prompts it may have.
+        for choice in choices:
+            if self._choices.pop(choice.handle, None) is not None:
+                choice.is_open = False
+                choice.group.num_open -= 1
         admission.set_exception(Refused(reason, text))
 
     def _on_finish(self, finish: Finish, now: float) -> None:
@@ -262,9 +261,10 @@ class EngineClient(asyncio.Protocol):
         row.observe("vllm:e2e_request_latency_seconds", now - choice.group.arrival)
         row.observe("vllm:request_prompt_tokens", choice.num_prompt_tokens)
         row.observe("vllm:request_generation_tokens", count)
-        if finish is None or not count:
+        if reason not in ("stop", "length") or not count:
             return
-        row.observe("vllm:request_num_preemptions", finish.num_preemptions)
+        if finish is not None:  # a stop string is found here, where preemptions are not known
+            row.observe("vllm:request_num_preemptions", finish.num_preemptions)
         row.observe("vllm:request_prefill_kv_computed_tokens", choice.num_prompt_tokens - choice.num_cached_tokens)
         row.observe("vllm:request_queue_time_seconds", max(0.0, choice.scheduled - choice.group.arrival))
         row.observe("vllm:request_inference_time_seconds", now - choice.scheduled)

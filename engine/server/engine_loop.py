@@ -243,6 +243,7 @@ class EngineLoop:
             if not route.scheduled:
                 route.scheduled = time.monotonic() - (self._engine.clock.now() - output.start_time)
                 outs[route.front].started.append((route.handle, route.scheduled, req.num_cached_tokens))
+                self._count_prompt(req)
             if prompt_logprobs is not None and (entries := prompt_logprobs[i]) is not None:
                 outs[route.front].prompt_logprobs.append((route.handle, start + 1, entries))
             if token is None:
@@ -274,6 +275,9 @@ class EngineLoop:
         self._out[route.front].finished.append(
             Finish(route.handle, reason.value, stop_token, req.num_preemptions, req.error)
         )
+
+    def _count_prompt(self, req: Request) -> None:
+        """Count a prompt once, in its first step: a request that a stop string or its client ends counts too."""
         row = self._row
         row.inc("vllm:prompt_tokens", by=req.num_prompt_tokens)
         row.inc("vllm:prefix_cache_queries", by=req.num_prompt_tokens)

@@ -232,12 +232,14 @@ class Service:
         samplings = [
             sampling_params(req, self.config, self.limits, max_tokens=most, logprobs=logprobs) for most in max_tokens
         ]
-        if len(prompts) * (req.n or 1) > self.config.max_prompts:
-            raise bad_request(f"more than {self.config.max_prompts} choices in one request", "n")
+        # What the queue can never hold is the request's fault: a 503 would be tried again for ever.
+        most = min(self.config.max_prompts, self.config.max_num_queued_requests)
+        if len(prompts) * (req.n or 1) > most:
+            raise bad_request(f"more than {most} choices in one request", "n")
         choices = await self._admit(request, req, group, prompts, samplings, constraint)
         self.row.observe("vllm:request_params_n", req.n or 1)
-        for most in max_tokens:
-            self.row.observe("vllm:request_params_max_tokens", most)
+        for num_tokens in max_tokens:
+            self.row.observe("vllm:request_params_max_tokens", num_tokens)
         options = TextOptions(
             stops=stops,
             include_stop=bool(req.include_stop_str_in_output),

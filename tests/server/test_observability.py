@@ -72,6 +72,22 @@ def test_counts_agree_with_what_was_asked(server):
     assert grown("http_requests_total{/v1/completions,POST,2xx}") == 4
 
 
+def test_a_stop_string_is_an_end_like_any_other(server):
+    """The front finds it, and the engine only hears of an abort: prompts and times must count all the same."""
+    free = server.complete([60] * 10, max_tokens=12, ignore_eos=True).json()["choices"][0]["text"]
+    server.wait_idle()
+    before = server.metrics()
+    answer = server.complete([60] * 10, max_tokens=400, stop=free[-3:], ignore_eos=True).json()
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    server.wait_idle()
+    after = server.metrics()
+    assert after["vllm:prompt_tokens_total"] == before["vllm:prompt_tokens_total"] + 10
+    assert after["vllm:request_success_total{stop}"] == before["vllm:request_success_total{stop}"] + 1
+    for name in ("queue", "inference", "prefill", "decode"):
+        key = f"vllm:request_{name}_time_seconds_count"
+        assert after[key] == before[key] + 1, name
+
+
 def test_the_ledger_adds_up_to_the_pool(server):
     slots = server.slots()
     assert set(slots) == {"token_states", "reservation", "internal", "external", "cached", "free"}

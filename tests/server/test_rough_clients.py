@@ -192,23 +192,6 @@ def test_33_slow_bodies_hold_nobody_up(server):
         sock.close()
 
 
-def test_20_larger_than_the_pool_is_refused_at_once_and_blocks_nobody():
-    server = RunningServer("--num-blocks", "10", module="experiments.stub_engine")
-    try:
-        start = time.monotonic()
-        refused = server.post("/v1/completions", {"prompt": [20] * 200, "max_tokens": 4})
-        assert refused.status_code == 400
-        assert "160" in refused.json()["error"]["message"]
-        assert time.monotonic() - start < 2
-        assert server.complete([20]).status_code == 200
-        # A chat without max_tokens gets what fits.
-        chat = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})
-        assert chat.status_code == 200
-        assert chat.json()["usage"]["total_tokens"] <= 160
-    finally:
-        server.stop()
-
-
 def test_32_a_client_that_never_reads_is_ended():
     server = RunningServer("--step-time", "0.002", "--set", "max_stream_lag=64", module="experiments.stub_engine")
     try:

@@ -187,34 +187,6 @@ def test_the_supervisors_death_leaves_no_orphans():
     assert _gone(pids)
 
 
-@pytest.mark.slow
-def test_36_a_full_queue_answers_503_and_recovers():
-    server = _stub("--set", "max_num_queued_requests=4", "--num-blocks", "40")
-    try:
-        readers = [Reader(server, max_tokens=600) for _ in range(1)]
-        results: list[httpx.Response] = []
-
-        def ask() -> None:
-            body = {"prompt": [20] * 300, "max_tokens": 200, "ignore_eos": True}
-            results.append(httpx.post(f"{server.url}/v1/completions", json=body, headers=server.headers, timeout=60))
-
-        threads = [threading.Thread(target=ask) for _ in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        codes = sorted(response.status_code for response in results)
-        assert set(codes) == {200, 503}
-        refused = next(response for response in results if response.status_code == 503)
-        assert refused.headers["retry-after"]
-        assert refused.json()["error"]["code"] == "queue_full"
-        readers[0].join(30)
-        server.wait_idle()
-        assert server.complete([20]).status_code == 200
-    finally:
-        server.stop()
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     (

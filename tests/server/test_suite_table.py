@@ -12,6 +12,7 @@ SHORT = {
     "SF": "server_faults",
     "OB": "observability",
     "ME": "media",
+    "AD": "admission",
     "EN": "endurance",
     "LB": "large_bodies",
 }

@@ -1,0 +1,90 @@
+"""What the engine takes in: a full queue says so and recovers, and what can never fit is refused at once.
+
+The numbers are the items of the reliability suite (docs/serving.md).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import httpx
+from server_harness import RunningServer
+from test_rough_clients import _running, _send, _wait_running
+from test_server_faults import Reader
+
+
+def _small_queue() -> RunningServer:
+    """Two prompts of 300 tokens fill the pool, and four requests the queue."""
+    settings = ("--step-time", "0.01", "--num-blocks", "40", "--set", "max_num_queued_requests=4")
+    return RunningServer(*settings, module="experiments.stub_engine")
+
+
+def test_20_larger_than_the_pool_is_refused_at_once_and_blocks_nobody():
+    server = RunningServer("--num-blocks", "10", module="experiments.stub_engine")
+    try:
+        start = time.monotonic()
+        refused = server.post("/v1/completions", {"prompt": [20] * 200, "max_tokens": 4})
+        assert refused.status_code == 400
+        assert "160" in refused.json()["error"]["message"]
+        assert time.monotonic() - start < 2
+        assert server.complete([20]).status_code == 200
+        # A chat without max_tokens gets what fits.
+        chat = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})
+        assert chat.status_code == 200
+        assert chat.json()["usage"]["total_tokens"] <= 160
+    finally:
+        server.stop()
+
+
+def test_36_a_full_queue_answers_503_and_recovers():
+    server = _small_queue()
+    try:
+        readers = [Reader(server, max_tokens=200) for _ in range(1)]
+        results: list[httpx.Response] = []
+
+        def ask() -> None:
+            body = {"prompt": [20] * 300, "max_tokens": 60, "ignore_eos": True}
+            results.append(httpx.post(f"{server.url}/v1/completions", json=body, headers=server.headers, timeout=60))
+
+        threads = [threading.Thread(target=ask) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        codes = sorted(response.status_code for response in results)
+        assert set(codes) == {200, 503}
+        refused = next(response for response in results if response.status_code == 503)
+        assert refused.headers["retry-after"]
+        assert refused.json()["error"]["code"] == "queue_full"
+        readers[0].join(30)
+        server.wait_idle()
+        assert server.complete([20]).status_code == 200
+    finally:
+        server.stop()
+
+
+def test_36_a_request_whose_second_prompt_is_refused_leaves_nothing_of_its_first():
+    server = _small_queue()
+    body = {"prompt": [20] * 300, "max_tokens": 300, "ignore_eos": True}
+    try:
+        socks = [_send(server, body) for _ in range(5)]
+        _wait_running(server, 5)
+        together = server.post("/v1/completions", body | {"prompt": [[20] * 300] * 3})
+        assert together.status_code == 503
+        assert together.json()["error"]["code"] == "queue_full"
+        time.sleep(0.5)  # the gauges are written four times a second
+        assert _running(server) == 5
+        for sock in socks:
+            sock.close()
+        server.wait_idle(3)
+        assert server.complete([20]).status_code == 200
+    finally:
+        server.stop()
+
+
+def test_36_more_choices_than_the_queue_holds_are_the_requests_fault(server):
+    answer = server.complete(["x"] * 101, n=3, temperature=1.0)
+    assert answer.status_code == 400  # a client would try a 503 again
+    assert "more than 300 choices" in answer.json()["error"]["message"]
+    assert server.complete(["x"] * 75, n=4, temperature=1.0, max_tokens=1).status_code == 200
