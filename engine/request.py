@@ -43,6 +43,11 @@ class FinishReason(enum.Enum):
 class TokenConstraint(Protocol):
     """Which tokens may come next (structured output). One per request; it follows the request's tokens."""
 
+    @property
+    def failure(self) -> str:
+        """Why the output is not what was asked for, or an empty string. The request then ends with an error."""
+        ...
+
     def fill(self, bitmask: Any) -> None:
         """Set bit `t % 32` of `bitmask[t // 32]` for every token t that may come next.
 

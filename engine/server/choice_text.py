@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.server.client import EngineClient
+from engine.server.errors import bad_request
 from engine.server.groups import Choice
+from engine.server.ipc import BAD_CONSTRAINT
 from engine.server.stops import StopMatcher
 from engine.server.tokenization import TokenizerService
 
@@ -67,6 +69,7 @@ class ChoiceText:
 
         Raises:
             ChoiceFailed: the engine gave it up.
+            ApiError: its structured output turned out to be impossible.
         """
         choice = self.choice
         tokens, logprobs = choice.take()
@@ -102,6 +105,8 @@ class ChoiceText:
         return text, num_tokens
 
     def _end(self, finish: Any) -> str:
+        if finish.reason == BAD_CONSTRAINT:
+            raise bad_request(finish.error, "structured_outputs", "constraint_failed")
         if finish.reason not in ("stop", "length"):
             raise ChoiceFailed(finish.error or "the engine ended this request")
         self.finish_reason = finish.reason

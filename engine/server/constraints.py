@@ -19,13 +19,18 @@ class Constraints:
     """Reads and checks them.
 
     Args:
-        client: knows whether the engine can constrain tokens.
+        client: knows whether the engine can constrain tokens; must be ready.
         tokenizer: its chat template tells the tool calls' form.
         parser_kind: how the model writes tool calls, as in `ServerConfig.tool_call_parser`.
     """
 
     def __init__(self, client: EngineClient, tokenizer: TokenizerService, parser_kind: str) -> None:
-        self._client, self._tokenizer, self._parser_kind = client, tokenizer, parser_kind
+        self._tokenizer, self._parser_kind = tokenizer, parser_kind
+        info = client.info
+        self._factory: structured.ConstraintFactory | None = None
+        if info is not None and info.constraints:
+            eos = frozenset(info.eos_token_ids)
+            self._factory = structured.ConstraintFactory.make(tokenizer.tokenizer, info.vocab_size, eos)
 
     async def of_chat(
         self, req: ChatCompletionRequest
@@ -71,12 +76,12 @@ class Constraints:
         return constraint
 
     async def _check(self, constraint: structured.Constraint, param: str, req: SamplingFields) -> None:
-        if not (self._client.info and self._client.info.constraints):
+        if self._factory is None:
             raise bad_request("structured output is not available with this model", param)
         if req.min_tokens:
             # A complete text may only end, and min_tokens would bar its end: no token would be left.
             raise bad_request("min_tokens cannot be combined with structured output", "min_tokens")
         try:
-            await asyncio.to_thread(structured.check, constraint, param)
+            await asyncio.to_thread(self._factory.check, constraint, param)
         except RequestError as error:
             raise bad_request(str(error), error.param) from error

@@ -21,7 +21,7 @@ from engine.errors import EngineError, KvarenaError, RequestRejected
 from engine.request import FinishReason, Request, SamplingParams, expand
 from engine.server import metrics
 from engine.server.gauges import Gauges
-from engine.server.ipc import AddFrame, Finish, Link, ToEngine, ToFront, unpack_ids
+from engine.server.ipc import BAD_CONSTRAINT, AddFrame, Finish, Link, ToEngine, ToFront, unpack_ids
 from engine.server.served import Outgoing, Route, ServedEngine
 
 logger = logging.getLogger("kvarena.engine")
@@ -269,12 +269,12 @@ class EngineLoop:
         if route is None:
             return
         self._by_handle.pop((route.front, route.handle), None)
-        reason = req.finish_reason or FinishReason.ERROR
+        reason = (req.finish_reason or FinishReason.ERROR).value
+        if req.constraint is not None and req.constraint.failure:
+            reason, req.error = BAD_CONSTRAINT, req.constraint.failure
         last = req.output_token_ids[-1] if req.output_token_ids else None
-        stop_token = last if reason is FinishReason.STOP else None
-        self._out[route.front].finished.append(
-            Finish(route.handle, reason.value, stop_token, req.num_preemptions, req.error)
-        )
+        stop_token = last if reason == FinishReason.STOP.value else None
+        self._out[route.front].finished.append(Finish(route.handle, reason, stop_token, req.num_preemptions, req.error))
 
     def _count_prompt(self, req: Request) -> None:
         """Count a prompt once, in its first step: a request that a stop string or its client ends counts too."""

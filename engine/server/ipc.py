@@ -20,6 +20,7 @@ from engine.errors import EngineError
 
 _LENGTH = struct.Struct(">I")
 MAX_FRAME_BYTES = 1 << 28
+BAD_CONSTRAINT = "bad_constraint"  # a `Finish.reason`: the structured output turned out to be impossible
 OUTBOX_LIMIT_BYTES = 64 << 20
 _RECV_BYTES = 1 << 18
 

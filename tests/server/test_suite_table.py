@@ -15,6 +15,7 @@ SHORT = {
     "AD": "admission",
     "EN": "endurance",
     "LB": "large_bodies",
+    "SA": "structured_answers",
 }
 
 
