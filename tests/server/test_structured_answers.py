@@ -18,9 +18,8 @@ LATE = 'start: "ab" rest\nrest: rest'  # nothing can follow "ab"
     "spec",
     (
         {"regex": "x{99999999}"}, {"regex": "(x{1000}){1000}"}, {"regex": ".*" * 2000},
-        {"regex": "(.{0,1000}){1,1000}"},
         {"regex": "[^\\x00-\\x{10FFFF}]"}, {"grammar": "start: start"}, {"grammar": "start: a\na: b\nb: a"},
-        {"json": {"$ref": "#"}}, {"json": {"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"}},
+        {"json": {"$ref": "#"}},
         {"json": {"allOf": [{"anyOf": [{"properties": {f"a{i}{j}": {}}, "required": [f"a{i}{j}"]} for j in range(6)]}
                             for i in range(12)]}},
     ),
