@@ -26,8 +26,6 @@ class ChatRenderer(Renderer):
         prompts: by choice index.
         make_parser: gives a tool parser per choice, or None when the answer is text only.
         forced_call: a named function was forced: its finish reason stays `stop`.
-        role: of the answer.
-        echo: text that the answer continues (`continue_final_message` with echo), shown first.
         logprobs, prompt_logprobs, return_token_ids: what to show beside the text.
         streams: events are shown as they come; False: only the whole answer is.
     """
@@ -96,12 +94,15 @@ class ChatRenderer(Renderer):
             parsed = parser.add(delta.text)
             if text.finish_reason is not None:
                 rest = parser.end()
-                parsed = Parsed(parsed.text + rest.text, parsed.calls + rest.calls)
+                parsed = Parsed(parsed.text + rest.text, parsed.calls + rest.calls, parsed.arguments + rest.arguments)
         entries = []
         if self._logprobs:
             entries = [self._logprob_entry(entry) for entry in delta.logprobs]
         first_call = len(self._calls[index])
         self._calls[index] += parsed.calls
+        if parsed.arguments:
+            last = self._calls[index].pop()
+            self._calls[index].append(last._replace(arguments=last.arguments + parsed.arguments))
         self._contents[index].append(parsed.text)
         self._ids[index] += delta.token_ids
         if not self._streams:
@@ -120,22 +121,27 @@ class ChatRenderer(Renderer):
             events += event(self._head | {"choices": [choice]})
         for number, call in enumerate(parsed.calls, start=first_call):
             events += self._call_events(index, number, call)
+        if parsed.arguments:
+            events += self._arguments_event(index, len(self._calls[index]) - 1, parsed.arguments)
         return events
 
     def _call_events(self, index: int, number: int, call: ToolCall) -> bytes:
-        """A call's name, then its arguments."""
+        """A call's name, then its arguments as far as they are known."""
         head = {
             "index": number,
             "id": call.call_id,
             "type": "function",
             "function": {"name": call.name, "arguments": ""},
         }
-        body = {"index": number, "function": {"arguments": call.arguments}}
-        events = b""
-        for part in (head, body):
-            choice = {"index": index, "delta": {"tool_calls": [part]}, "logprobs": None, "finish_reason": None}
-            events += event(self._head | {"choices": [choice]})
-        return events
+        events = self._tool_event(index, head)
+        return events + self._arguments_event(index, number, call.arguments) if call.arguments else events
+
+    def _arguments_event(self, index: int, number: int, arguments: str) -> bytes:
+        return self._tool_event(index, {"index": number, "function": {"arguments": arguments}})
+
+    def _tool_event(self, index: int, part: dict[str, Any]) -> bytes:
+        choice = {"index": index, "delta": {"tool_calls": [part]}, "logprobs": None, "finish_reason": None}
+        return event(self._head | {"choices": [choice]})
 
     def _logprob_entry(self, entry: Any) -> dict[str, Any]:
         token, logprob, _, top = entry

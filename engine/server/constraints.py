@@ -38,6 +38,7 @@ class Constraints:
         """The constraint that tools and formats ask for, a parser per choice, and whether a function was named."""
         choice = req.tool_choice
         tools = {tool.function.name: tool.function.parameters for tool in req.tools or ()}
+        parallel = req.parallel_tool_calls is not False
         forced: structured.Constraint | None = None
         parser: Callable[[], ToolParser | None] = lambda: None  # noqa: E731
         if isinstance(choice, NamedToolChoice):
@@ -47,13 +48,12 @@ class Constraints:
             forced = ("json", structured.schema_text(named_schema(tools[name]), "tools"))
             parser = functools.partial(NamedParser, name)
         elif choice == "required":
-            parallel = req.parallel_tool_calls is not False
             schema = required_schema(list(tools.items()), parallel)
             forced = ("json", structured.schema_text(schema, "tools"))
             parser = ListParser
         elif tools and choice != "none":
             template = getattr(self._tokenizer.tokenizer, "chat_template", None)
-            parser = functools.partial(make_parser, self._parser_kind, template)
+            parser = functools.partial(make_parser, self._parser_kind, template, parallel)
         if forced is None:
             return await self.of(req), parser, False
         if req.response_format is not None and req.response_format.type != "text":

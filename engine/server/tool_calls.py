@@ -29,10 +29,11 @@ class ToolCall(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """What a piece of text turned out to be."""
+    """What a piece of text turned out to be: text, new calls, or more of the last call's arguments."""
 
     text: str
     calls: list[ToolCall]
+    arguments: str = ""
 
 
 def make_call(name: str, arguments: Any) -> ToolCall:
@@ -149,50 +150,94 @@ class NamedParser(ToolParser):
     """The whole answer is the arguments of a function that the caller named (the grammar sees to that)."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._held = name, ""
+        self._name, self._has_begun = name, False
 
     @override
     def add(self, text: str) -> Parsed:
-        self._held += text
-        return Parsed("", [])
+        if not text:
+            return Parsed("", [])
+        return Parsed("", self._begin(), text)
+
+    def _begin(self) -> list[ToolCall]:
+        calls = [] if self._has_begun else [make_call(self._name, "")]
+        self._has_begun = True
+        return calls
 
     @override
     def end(self) -> Parsed:
-        return Parsed("", [make_call(self._name, self._held)])
+        return Parsed("", self._begin())
 
 
 class ListParser(ToolParser):
-    """The whole answer is a JSON list of calls (`tool_choice="required"`; the grammar sees to that)."""
+    """The whole answer is a JSON list of calls (`tool_choice="required"`; the grammar sees to that).
+
+    Each call is given as soon as it is complete. Of one that `max_tokens` cut nothing is shown; a list without any
+    complete call is shown as text.
+    """
+
+    _BETWEEN = " \n\r\t[,]"
 
     def __init__(self) -> None:
-        self._held = ""
+        self._held, self._text, self._has_calls = "", "", False
 
     @override
     def add(self, text: str) -> Parsed:
+        self._text += "" if self._has_calls else text
         self._held += text
-        return Parsed("", [])
+        calls: list[ToolCall] = []
+        while "}" in text and (call := self._next()) is not None:
+            calls.append(call)
+        self._has_calls = self._has_calls or bool(calls)
+        return Parsed("", calls)
+
+    def _next(self) -> ToolCall | None:
+        """The next call, if it is complete."""
+        body = self._held.lstrip(self._BETWEEN)
+        try:
+            value, end = json.JSONDecoder().raw_decode(body)
+        except (ValueError, RecursionError):
+            return None
+        self._held = body[end:]
+        return _as_call(value, ("parameters",))
 
     @override
     def end(self) -> Parsed:
-        try:
-            values = json.loads(self._held)
-        except (ValueError, RecursionError):
-            return Parsed(self._held, [])  # cut by max_tokens
-        calls = [_as_call(value, ("parameters",)) for value in values]
-        return Parsed("", [call for call in calls if call is not None])
+        return Parsed("" if self._has_calls else self._text, [])
 
 
-def make_parser(kind: str, chat_template: str | None) -> ToolParser | None:
+class FirstCallParser(ToolParser):
+    """At most one call of another parser's (`parallel_tool_calls=false`)."""
+
+    def __init__(self, parser: ToolParser) -> None:
+        self._parser, self._has_call = parser, False
+
+    @override
+    def add(self, text: str) -> Parsed:
+        return self._first(self._parser.add(text))
+
+    @override
+    def end(self) -> Parsed:
+        return self._first(self._parser.end())
+
+    def _first(self, parsed: Parsed) -> Parsed:
+        calls = [] if self._has_call else parsed.calls[:1]
+        self._has_call = self._has_call or bool(calls)
+        return Parsed(parsed.text, calls)
+
+
+def make_parser(kind: str, chat_template: str | None, parallel: bool = True) -> ToolParser | None:
     """The parser for `tool_choice="auto"`.
 
     Args:
         kind: `hermes`, `llama`, `none`, or `auto` to tell from the template.
         chat_template: the model's template, or None.
+        parallel: more than one call may be given.
     """
     if kind == "auto":
         template = chat_template or ""
         kind = "llama" if "<|python_tag|>" in template or '"parameters"' in template else "hermes"
-    return {"hermes": HermesParser, "llama": LlamaParser, "none": lambda: None}[kind]()
+    parser: ToolParser | None = {"hermes": HermesParser, "llama": LlamaParser, "none": lambda: None}[kind]()
+    return parser if parser is None or parallel else FirstCallParser(parser)
 
 
 def named_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:

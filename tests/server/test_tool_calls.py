@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from engine.server.tool_calls import HermesParser, ListParser, LlamaParser, make_parser, required_schema
+from engine.server.tool_calls import HermesParser, ListParser, LlamaParser, NamedParser, make_parser, required_schema
 
 HERMES = (
     'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n'
@@ -65,6 +65,34 @@ def test_required_calls():
     assert {call["properties"]["name"]["const"] for call in schema["items"]["anyOf"]} == {"f", "g"}
     _, calls = _run(ListParser(), '[{"name": "f", "parameters": {"x": 1}}]')
     assert (calls[0].name, calls[0].arguments) == ("f", '{"x": 1}')
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_required_calls_are_given_one_by_one_and_a_cut_one_is_not_shown(seed):
+    text = '[ {"name": "f", "parameters": {"x": "a}, {"}} ,\n{"name": "g", "parameters": {}}, {"name": "f", "para'
+    shown, calls = _run(ListParser(), text, seed)
+    assert shown == ""
+    assert [(call.name, call.arguments) for call in calls] == [("f", '{"x": "a}, {"}'), ("g", "{}")]
+    parser = ListParser()
+    assert not parser.add('[{"name": "f", "parameters": {}').calls
+    assert parser.add("}").calls[0].name == "f"  # the list goes on
+    assert _run(ListParser(), '[{"name": "f", "par', seed) == ('[{"name": "f", "par', [])
+
+
+def test_the_arguments_of_a_named_function_come_as_they_are_written():
+    parser = NamedParser("f")
+    first, second, last = parser.add('{"x"'), parser.add(": 1}"), parser.end()
+    assert [call.name for call in first.calls] == ["f"]
+    assert (first.arguments, second, last.calls) == ('{"x"', ("", [], ": 1}"), [])
+    assert NamedParser("f").end().calls[0].arguments == ""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_call_when_no_parallel_ones_are_wanted(seed):
+    _, calls = _run(make_parser("hermes", None, parallel=False), HERMES, seed)
+    assert [call.name for call in calls] == ["f"]
+    text = '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}'
+    assert len(_run(make_parser("llama", None, parallel=False), text, seed)[1]) == 1
 
 
 def test_the_template_decides_the_parser():
