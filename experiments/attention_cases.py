@@ -24,6 +24,7 @@ class AttentionShape:
 
 LLAMA_8B = AttentionShape("llama-3.1-8b", 32, 8, 128)
 QWEN3_06B = AttentionShape("qwen3-0.6b", 16, 8, 128)
+OPT_13B = AttentionShape("opt-13b", 40, 40, 128)
 
 
 @dataclass

@@ -39,6 +39,10 @@ PREFILL_CASES: dict[str, Rows] = {
     "2048 after 6144": [(6144, 2048)],
     "4 x 512 after 1536": [(1536, 512)] * 4,
 }
+# PagedAttention's Figure 18(a): batch size and context length.
+FIGURE_18_CASES: dict[str, Rows] = {
+    f"{batch} x {context}": [(context - 1, 1)] * batch for batch in (8, 32) for context in (64, 128, 256)
+}
 # Other block sizes and the contiguous switch: (block size, contiguous).
 POOLS = ((1, False), (64, False), (256, False), (16, True))
 

@@ -1,6 +1,7 @@
 """The Triton kernels on a GPU, against copied bytes and a large matrix product, as JSON lines.
 
     python -m experiments.bench_kernels --only decode,prefill,fused --tune
+    python -m experiments.bench_kernels --only figure18
 
 Every line has `us` (median of graph replays over memory several times the L2 cache), `tbps` and `share_of_copy`
 (bytes that must move, over time, over what a copy moves) or `tflops` and `share_of_matmul`, and for attention
@@ -27,10 +28,11 @@ from engine.kernels.config import DecodeConfig, PrefillConfig, decode_config, pr
 from engine.kernels.decode import DecodeScratch, decode_attention
 from engine.kernels.plan import Capacity, Shape, plan_step
 from engine.kernels.prefill import prefill_attention
-from experiments.attention_cases import LLAMA_8B, QWEN3_06B, Batch, make_batch, relative_error
+from experiments.attention_cases import LLAMA_8B, OPT_13B, QWEN3_06B, Batch, make_batch, relative_error
 from experiments.attention_variants import (
     DECODE_CASES,
     DECODE_TILES,
+    FIGURE_18_CASES,
     NUM_COMMON_TILES,
     POOLS,
     PREFILL_CASES,
@@ -160,6 +162,16 @@ def bench_decode(tune: Callable[[], bool]) -> Iterator[tuple[Line, Batch]]:
                 del other
 
 
+def bench_figure18() -> Iterator[tuple[Line, Batch]]:
+    """Decode with OPT-13B's heads through a block table and without one, over PagedAttention's cases."""
+    for case, rows in FIGURE_18_CASES.items():
+        for contiguous in (False, True):
+            batch = make_batch(OPT_13B, rows, contiguous=contiguous)
+            line: Line = {"kernel": "decode", "shape": OPT_13B.name, "case": case}
+            yield measure(line, batch, decode_config(OPT_13B.head_dim, 2, len(rows)), contiguous=contiguous), batch
+            del batch
+
+
 def bench_prefill(tune: Callable[[], bool]) -> Iterator[tuple[Line, Batch]]:
     """Paged prefill over cases, and PyTorch's own kernels where there is no cached prefix."""
     for (case, rows), shape in product(PREFILL_CASES.items(), (LLAMA_8B, QWEN3_06B)):
@@ -220,7 +232,7 @@ def _first_line(failure: Exception) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the chosen sections."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="decode,prefill,fused", help="sections, separated by commas")
+    parser.add_argument("--only", default="decode,prefill,fused", help="sections, separated by commas; also figure18")
     parser.add_argument("--tune", action="store_true", help="measure other tile shapes and splits too")
     parser.add_argument("--seconds", type=float, default=250.0, help="after so long `--tune` tries no more variants")
     args = parser.parse_args(argv)
@@ -258,6 +270,9 @@ def main(argv: list[str] | None = None) -> None:
     sections = args.only.split(",")
     if "decode" in sections:
         for line, batch in bench_decode(tune):
+            report(line, batch.num_bytes)
+    if "figure18" in sections:
+        for line, batch in bench_figure18():
             report(line, batch.num_bytes)
     if "prefill" in sections:
         for line, batch in bench_prefill(tune):
