@@ -11,14 +11,13 @@ import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from engine.errors import ConfigError, KvarenaError, NotDefined
+from engine.errors import ConfigError, NotDefined
 from experiments.compose import CONF_DIR
 from experiments.explain import explain, own_error
+from experiments.sweep import ENDED_SWEEP
 
 USER_ERROR = 2
 
@@ -31,6 +30,7 @@ def main() -> int:
     undefined: list[str] = []
     finished: list[bool] = []
     exit_codes: list[int] = []
+    ENDED_SWEEP.set(None)
 
     # Errors are taken in here where they can be: one that leaves the job makes Hydra print lines of its own.
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
@@ -61,7 +61,7 @@ def main() -> int:
 
     try:
         job()
-    except (KvarenaError, HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
         message = explain(error)
         if message is None:
             raise
@@ -69,6 +69,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+    # A sweep's cells may have run in other processes: what they came to is in its folder.
+    if (sweep := ENDED_SWEEP.get()) is not None:
+        failures = [entry["error"] for entry in sweep["failed"]]
+        undefined = [entry["error"] for entry in sweep["not_defined"]]
+        finished = [True for _ in sweep["runs"]]
     # A grid may cross settings that mean nothing together: its comparison says so. To run nothing at all is an error.
     if not finished:
         failures += undefined

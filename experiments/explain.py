@@ -20,6 +20,8 @@ def explain(error: BaseException) -> str | None:
         return str(own)
     if isinstance(error, InstantiationException):
         return _explain_instantiation(error, _causes(error))
+    if _raised_in(error) == "submitit":
+        return f"hydra/launcher: {error}"
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     text = " ".join(str(error).split())
@@ -27,6 +29,14 @@ def explain(error: BaseException) -> str | None:
     if key:
         return f"unknown config key {key[1]!r}{_suggestion(key[1])}"
     return text
+
+
+def _raised_in(error: BaseException) -> str:
+    """The package whose code raised `error`."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def own_error(error: BaseException) -> KvarenaError | None:

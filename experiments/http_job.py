@@ -26,6 +26,7 @@ from experiments.config import DriverConfig, HttpConfig
 from experiments.files import REQUESTS_FILE, STEPS_FILE
 from experiments.http_client import HttpServer
 from experiments.http_driver import HttpDriver
+from experiments.provenance import utc_now
 from experiments.record import RunRecorder, write_requests, write_steps
 
 EXTENSIONS = ("top_k", "min_p", "ignore_eos")  # of section `sampling`, beyond OpenAI's API
@@ -60,6 +61,7 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
     driver, server, warmup_time = asyncio.run(
         _drive(load, driver_config, config, target, headers, extensions, progress(len(load.requests)))
     )
+    ended = utc_now()
     write_requests(run_dir / REQUESTS_FILE, driver.rows)
     write_steps(run_dir / STEPS_FILE, RunRecorder().step_columns() | MemoryLedger().settle())
     name = config.name or f"{target.host}:{target.port or target.scheme}"
@@ -79,6 +81,7 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
             "num_other_prompt_lens": driver.num_other_prompt_lens,
         },
         "run": {
+            "ended": ended,
             "wall_time": driver.wall_time,
             "num_steps": 0,
             "peak_rss_bytes": None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 import json
 import sys
@@ -24,7 +23,7 @@ from experiments.files import ERROR_FILE, KV_MAP_FILE, MANIFEST_FILE, REQUESTS_F
 from experiments.http_job import run_http
 from experiments.kv_map import KVMapRecorder
 from experiments.output import HttpProgress, Progress, print_result
-from experiments.provenance import git_state, machine, peak_rss_bytes, versions
+from experiments.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
 from experiments.record import RunRecorder
 from experiments.warm_up import warm_cache, warm_up
 
@@ -117,6 +116,7 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str) -> dict[str, Any]:
     finally:
         gc.unfreeze()
         progress.close()
+    ended = utc_now()
     recorder.write_requests(run_dir / REQUESTS_FILE)
     recorder.write_steps(run_dir / STEPS_FILE, setup.parts.ledger)
     if kv_map is not None:
@@ -126,6 +126,7 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str) -> dict[str, Any]:
         "pool": setup.parts.pool_facts,
         "simulation": setup.parts.simulation_facts,
         "run": {
+            "ended": ended,
             "wall_time": recorder.wall_time,
             "num_steps": recorder.num_steps,
             "peak_rss_bytes": peak_rss_bytes(),
@@ -141,7 +142,7 @@ def _manifest(cfg: DictConfig, name: str, choices: dict[str, str]) -> dict[str, 
     return {
         "schema_version": SCHEMA_VERSION,
         "name": name,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created": utc_now("seconds"),
         "strategy": {
             "allocator": choices["allocator"],
             "scheduler": choices["scheduler"],

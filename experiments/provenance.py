@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.metadata
 import os
@@ -83,3 +84,8 @@ def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def utc_now(precision: str = "milliseconds") -> str:
+    """The wall clock's time as ISO 8601; for people and files, never for durations."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec=precision)

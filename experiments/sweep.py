@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.files import CELL_FILE, ERROR_FILE, OVERRIDES_FILE, SWEEP_FILE
+
+# What `collect` said of the sweep that ended. Hydra makes its callbacks itself and drops what a multirun returns, so
+# there is no other way to hand it to the command line's exit code.
+ENDED_SWEEP: ContextVar[dict[str, Any] | None] = ContextVar("ENDED_SWEEP", default=None)
 
 
 def collect(sweep_dir: Path, baseline: str | None) -> dict[str, Any]:
@@ -51,6 +56,7 @@ class ComparisonCallback(Callback):
 
         sweep_dir = Path(config.hydra.sweep.dir)
         sweep = collect(sweep_dir, config.report.baseline)
+        ENDED_SWEEP.set(sweep)
         result: dict[str, Any] = {"sweep_dir": str(sweep_dir)} | {key: sweep[key] for key in ("not_defined", "failed")}
         if sweep["runs"]:
             summary = reports.comparison.write_comparison(sweep_dir)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from datetime import datetime
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,7 @@ def summarize_comparison(
         "baseline": base.label,
         "settings": list(cells[0].settings),
         "same_tokens": same_tokens(cells),
+        "measured_together": measured_together(cells),
         "cells": [_cell_summary(cell) for cell in cells],
         "failed": failed,
         "not_defined": list(not_defined),
@@ -182,6 +185,22 @@ def _tokens_line(compared: list[dict[str, Any]], different: list[dict[str, Any]]
     requests, tokens = (max(entry[key] for entry in usable) for key in ("num_compared", "num_tokens_compared"))
     cells = len(compared) + len({entry["reference"] for entry in compared})
     return f"All {cells} cells gave the same tokens ({requests:,} requests, {tokens:,} output tokens).{apart}"
+
+
+def measured_together(cells: list[Cell]) -> list[str]:
+    """Labels of cells that were measured while another one was, on the same machine; a virtual clock does not mind."""
+    spans = []
+    for cell in cells:
+        run = cell.run.manifest["run"]
+        if run.get("ended") and not cell.run.manifest.get("simulation"):
+            end = datetime.fromisoformat(run["ended"]).timestamp()
+            spans.append((cell, end - run["wall_time"], end))
+    together = {
+        one.label
+        for (one, start, end), (other, other_start, other_end) in permutations(spans, 2)
+        if start < other_end and other_start < end and one.run.manifest["machine"] == other.run.manifest["machine"]
+    }
+    return [cell.label for cell in cells if cell.label in together]
 
 
 def headline(summary: dict[str, Any]) -> str:

@@ -141,6 +141,11 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     notes += [f"{cell.get('name', DASH)} is not defined: {cell.get('error', DASH)}." for cell in summary["not_defined"]]
     if invalid:
         notes.append(f"Invalid, because the driver fell behind its bound: {', '.join(invalid)}.")
+    if summary["measured_together"]:
+        notes.append(
+            "Measured at the same time on one machine, so that each slowed the others down: "
+            f"{', '.join(summary['measured_together'])}."
+        )
     for index, cell in enumerate(cells):
         if telling(cell)[0] is not ROOM:
             rows[index][len(settings) + 7] += " *"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("allocators", "schedulers", "engine", "experiments", "reports")
+PACKAGES = ("allocators", "schedulers", "engine", "experiments", "reports", "hydra_plugins")
 CONTRACT = {"engine.errors", "engine.plan", "engine.request"}
 
 

@@ -287,3 +287,20 @@ def test_any_two_runs(tmp_path):
     summary = compare([("a", tmp_path / "a"), ("b", tmp_path / "b")], tmp_path / "out" / "ab")
     assert (tmp_path / "out" / "ab" / "report.html").exists()
     assert summary["cells"][1]["baseline"] == "paged × continuous"
+
+
+def test_runs_measured_at_the_same_time_are_named(tmp_path):
+    """Two of three overlap; a run that only touches another's end, or is simulated, does not count."""
+    ends = {"paged": "2026-11-24T10:00:00.000+00:00", "contiguous": "2026-11-24T10:00:10.000+00:00",
+            "radix": "2026-11-24T10:00:30.100+00:00", "virtual": "2026-11-24T10:00:05.000+00:00"}  # fmt: skip
+    for allocator, ended in ends.items():
+        path = fake_run(tmp_path / allocator, allocator, num_requests=12) / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["run"]["ended"] = ended  # each took 20.1 s
+        manifest["simulation"] = {"profile": "h200", "kind": "card"} if allocator == "virtual" else None
+        path.write_text(json.dumps(manifest))
+    names = list(ends)
+    summary = compare([(name, tmp_path / name) for name in names], tmp_path / "out")
+    assert summary["measured_together"] == ["paged × continuous", "contiguous × continuous"]
+    line = "so that each slowed the others down: paged × continuous, contiguous × continuous."
+    assert line in (tmp_path / "out" / "report.md").read_text()

@@ -1,0 +1,1 @@
+"""`hydra/launcher=ray`. Hydra takes plugins from this package name alone."""

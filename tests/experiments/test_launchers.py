@@ -1,0 +1,117 @@
+"""A sweep's cells on cores, through submitit and on a real local Ray: the same cells, the same report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from engine.errors import ConfigError
+from experiments.files import ERROR_FILE
+from experiments.provenance import code_state
+from experiments.ray_cells import RayOptions, _check_node, _gather, _Sweep, run_cells
+
+ROOT = Path(__file__).resolve().parents[2]
+# The second allocator's block size is refused: one cell of the four fails, one is a pair that means nothing.
+SWEEP = [
+    "-m", "allocator=contiguous,paged", "allocator.block_size=16,0", "runner=simulated", "runner.profile=h100",
+    "engine.dtype=bfloat16", "workload=uniform", "workload.num_requests=20", "kv_cache.num_slots=6000",
+    "report.progress=false", "report.pages=false",
+]  # fmt: skip
+
+
+def sweep(out: Path, launcher: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "run.py"), *SWEEP, f"hydra.sweep.dir={out}", f"hydra/launcher={launcher}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory):
+    out = tmp_path_factory.mktemp("basic")
+    done = sweep(out, "basic")
+    assert done.returncode == 2
+    return out, done
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
+def test_every_launcher_gives_the_same_report_and_the_same_errors(launcher, one_by_one, tmp_path):
+    out, expected = one_by_one
+    done = sweep(tmp_path, launcher)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == [line for line in expected.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2
+    assert (tmp_path / "report.md").read_text() == (out / "report.md").read_text()
+    written = {cell: (tmp_path / cell / "requests.parquet").stat().st_mtime_ns for cell in ("0", "2")}
+    if launcher == "ray":  # goes on where it stopped: what is finished is not run again
+        assert sweep(tmp_path, launcher).returncode == 2
+        assert written == {cell: (tmp_path / cell / "requests.parquet").stat().st_mtime_ns for cell in written}
+        assert not list(tmp_path.glob(".ray-*"))
+
+
+@pytest.fixture
+def cluster():
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error")
+    yield ray
+    ray.shutdown()
+
+
+def test_a_cell_whose_worker_dies_is_an_error_of_its_own(cluster, tmp_path):
+    @cluster.remote(max_retries=0)
+    def task(index, overrides, sweep):
+        if index == 5:
+            os._exit(1)
+        return overrides
+
+    progress = SimpleNamespace(report=SimpleNamespace(progress=False))
+    state = SimpleNamespace(config=progress, folder=str(tmp_path))
+    returns = _gather(cluster, task.remote, state, [["a=1"], ["a=2"], ["a=3"]], 4)
+    assert returns[0] == ["a=1"]
+    assert returns[2] == ["a=3"]
+    left = json.loads((tmp_path / "5" / ERROR_FILE).read_text())
+    assert left["overrides"] == ["a=2"]
+    assert left["error"].startswith("its Ray worker ended: ")
+    assert "\n" not in left["error"]
+
+
+def test_a_node_must_see_the_folder_and_have_the_same_code(tmp_path):
+    def node(witness, code):
+        return _Sweep(None, None, None, {}, "/", str(tmp_path), str(witness), code)
+
+    there = tmp_path / "witness"
+    there.touch()
+    _check_node(node(there, code_state()))
+    with pytest.raises(ConfigError, match=r"does not see the sweep's folder .*hydra\.sweep\.dir"):
+        _check_node(node(tmp_path / "nowhere", code_state()))
+    with pytest.raises(ConfigError, match="has other code of kvarena than the driver"):
+        _check_node(node(there, "other"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("local", 0, 0), r"num_cpus=0 must be above 0"),
+        (("local", 1, -1), r"num_gpus=-1 must be at least 0"),
+        (("127.0.0.1:9", 1, 0), r"address=127.0.0.1:9: no Ray cluster answers there \(.*refused\); start one"),
+        (("nonsense", 1, 0), r"no Ray cluster answers there \(Invalid address format: nonsense\)"),
+        (("local", 1, 99), r"no node of the Ray cluster has 1 CPUs and 99 GPUs for a cell"),
+    ],
+)
+def test_what_ray_cannot_do_is_one_line(options, message, tmp_path):
+    config = SimpleNamespace(hydra=SimpleNamespace(sweep=SimpleNamespace(dir=str(tmp_path))))
+    with pytest.raises(ConfigError, match=message):
+        run_cells(RayOptions(*options), config, None, None, [["a=1"]], 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_slurm_where_there_is_none_is_one_line(tmp_path):
+    done = sweep(tmp_path, "submitit_slurm")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        'error: hydra/launcher: Could not detect "srun", are you indeed on a slurm cluster?'
+    ]
