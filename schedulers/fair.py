@@ -11,6 +11,8 @@ from schedulers.chunked import ChunkedScheduler
 from schedulers.lifecycle import require
 from schedulers.queue import RequestQueue
 
+FORGET_ABOVE = 1024  # counters: a server's clients have no end
+
 
 class FairScheduler(ChunkedScheduler):
     """Serves the waiting client that has received least; decodes and chunks as chunked prefill does.
@@ -49,14 +51,28 @@ class FairScheduler(ChunkedScheduler):
         self.input_weight = input_weight
         self.output_weight = output_weight
         self.counters: dict[str, float] = {}
+        self._num_kept = 0  # counters that the last `_forget` left
         self._queues: dict[str, RequestQueue] = {}  # of the clients that wait
         self._last_to_leave: str | None = None  # the client whose request left the queue last
 
     def add(self, req: Request) -> None:
         """Queue a request and lift its client's counter if the client was not waiting. Raises as `Scheduler.add`."""
-        floor = self._floor(req.client_id)
+        floor = 0.0 if req.client_id in self._queues else self._floor()
         super().add(req)
         self.counters[req.client_id] = max(self.counters.get(req.client_id, 0.0), floor)
+        if len(self.counters) > FORGET_ABOVE + 2 * self._num_kept:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop absent clients whose counter no floor will be below again: they would be lifted anyway."""
+        present = {req.client_id for req in self.requests.values()}
+        least = min(self.counters[client] for client in present)
+        self.counters = {
+            client: counter
+            for client, counter in self.counters.items()
+            if counter > least or client in present or client == self._last_to_leave
+        }
+        self._num_kept = len(self.counters)
 
     def next_waiting(self) -> Request | None:
         """The first request of the waiting client with the smallest counter."""
@@ -91,14 +107,13 @@ class FairScheduler(ChunkedScheduler):
         """Charge the sampled tokens, then take them in."""
         counters, weight = self.counters, self.output_weight
         for entry, token in zip(plan.scheduled, sampled, strict=True):
-            if token is not None:
-                counters[entry.req.client_id] += weight
+            client = entry.req.client_id
+            if token is not None and client in counters:  # aborted in flight, and forgotten
+                counters[client] += weight
         return super().update(plan, sampled)
 
-    def _floor(self, client: str) -> float:
-        """The least counter with which `client` may (re)join the queue."""
-        if client in self._queues:
-            return 0.0
+    def _floor(self) -> float:
+        """The least counter with which a client that was away (re)joins the queue."""
         if self._queues:
             return min(self.counters[other] for other in self._queues)
         return self.counters[self._last_to_leave] if self._last_to_leave is not None else 0.0

@@ -69,6 +69,12 @@ class Prompts:
 
     async def of_chat(self, req: Any) -> list[int]:
         """Token ids of a chat. Raises ApiError."""
+        if getattr(req, "chat_template", None) is not None:
+            raise bad_request("a chat_template in the request is not allowed on this server", "chat_template")
+        if req.continue_final_message and req.add_generation_prompt:
+            raise bad_request(
+                "continue_final_message and add_generation_prompt exclude each other", "add_generation_prompt"
+            )
         tools = None
         if req.tools and getattr(req, "tool_choice", None) != "none":
             tools = template_tools(req.tools)
@@ -92,14 +98,8 @@ def check_chat(req: ChatCompletionRequest) -> None:
     """400 for combinations that make no sense."""
     if req.top_logprobs is not None and not req.logprobs:
         raise bad_request("top_logprobs needs logprobs=true", "top_logprobs")
-    if req.chat_template is not None:
-        raise bad_request("a chat_template in the request is not allowed on this server", "chat_template")
     if req.max_tokens == 0 or req.max_completion_tokens == 0:
         raise bad_request("max_tokens must be at least 1", "max_tokens")
     forced = isinstance(req.tool_choice, NamedToolChoice) or req.tool_choice == "required"
     if forced and not req.tools:
         raise bad_request("tool_choice needs tools", "tool_choice")
-    if req.continue_final_message and req.add_generation_prompt:
-        raise bad_request(
-            "continue_final_message and add_generation_prompt exclude each other", "add_generation_prompt"
-        )

@@ -113,7 +113,7 @@ class SamplingFields(Open):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: int | None = Field(default=None, ge=-(2**31), le=2**31 - 1)
-    user: str | None = None
+    user: str | None = Field(default=None, max_length=1024)
     cache_salt: str | None = Field(default=None, max_length=1024)
     add_special_tokens: bool | None = None
 

@@ -26,6 +26,25 @@ REPLACED = {
     "functions": "tools",
     "function_call": "tool_choice",
 }
+# Other servers' parameters that would change an answer, and the values that change nothing.
+_FOREIGN: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "documents": (),
+    "early_stopping": (),
+    "echo": (),  # of a chat
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": (),
+    "media_io_kwargs": (),
+    "mm_processor_kwargs": (),
+    "modalities": (["text"],),
+    "prompt_embeds": (),
+    "repetition_detection": (),
+    "return_tokens_as_token_ids": (),
+    "thinking_token_budget": (),
+    "truncation_side": ("left",),
+    "web_search_options": (),
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,9 @@ def check_unsupported(req: SamplingFields, config: ServerConfig) -> None:
     for name, instead in REPLACED.items():
         if (req.model_extra or {}).get(name) is not None:
             raise bad_request(f"{name} is not supported by this server; use {instead}", name)
+    for name, harmless in _FOREIGN.items():
+        if (req.model_extra or {}).get(name) not in (None, False, "", [], {}, *harmless):
+            raise bad_request(f"{name} is not supported by this server", name)
     if req.stream_options is not None and req.stream_options.continuous_usage_stats:
         raise bad_request("continuous_usage_stats is not supported; use include_usage", "stream_options")
     if req.stream_options is not None and not req.stream:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -277,4 +278,7 @@ def serve(config: ServerConfig, model: ModelFiles, factory: EngineFactory) -> in
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stdout)
     logger.info("starting: process %d, %d front(s)", os.getpid(), config.num_fronts)
+    # A connection is a file, and shells commonly allow 1,024 of them.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return Supervisor(config, model, factory).run()

@@ -154,6 +154,27 @@ def test_fair_does_not_let_a_client_claim_the_time_it_was_away():
     assert after[:20].count("b") == pytest.approx(10, abs=1)
 
 
+def test_fair_forgets_clients_that_are_gone_and_decides_the_same(monkeypatch):
+    def run() -> tuple[list[str], int]:
+        rng = random.Random(4)
+        clients = [f"c{i}" for i in range(300)]
+        load = []
+        for i in range(600):
+            client = rng.choice(clients[i // 3 : i // 3 + 40])
+            load.append(
+                request(f"r{i}", rng.randint(1, 12), rng.randint(1, 12), client_id=client, arrival_time=i * 0.11)
+            )
+        made = simulate("fair", num_blocks=NUM_BLOCKS, max_num_seqs=4, max_num_batched_tokens=16).run(load)
+        return made.order, len(made.engine.scheduler.counters)
+
+    every_order, every_count = run()
+    monkeypatch.setattr("schedulers.fair.FORGET_ABOVE", 8)
+    order, count = run()
+    assert order == every_order
+    assert every_count > 200
+    assert count < 60
+
+
 # ---- sjf: short requests first, and nobody starves
 
 AGEING = 4.0

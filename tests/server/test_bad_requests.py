@@ -143,6 +143,12 @@ CASES = [
     ("guided_json", COMPLETIONS, P | {"guided_json": {"type": "integer"}}, 400),
     ("guided_regex", COMPLETIONS, P | {"guided_regex": "a+"}, 400),
     ("functions", CHAT, _chat(functions=[{"name": "f"}]), 400),
+    ("user of 2,000 characters", COMPLETIONS, P | {"user": "u" * 2000}, 400),
+    ("prompt_embeds", COMPLETIONS, P | {"prompt_embeds": "AAAA"}, 400),
+    ("length_penalty", COMPLETIONS, P | {"length_penalty": 0.5}, 400),
+    ("a chat's echo", CHAT, _chat(echo=True), 400),
+    ("audio answers", CHAT, _chat(modalities=["text", "audio"], audio={"voice": "x", "format": "wav"}), 400),
+    ("a template for tokens", "/tokenize", {"messages": [{"role": "user", "content": "x"}], "chat_template": "x"}, 400),
     ("bad_words", COMPLETIONS, P | {"bad_words": ["x"]}, 400),
     ("stop token outside the vocabulary", COMPLETIONS, P | {"stop_token_ids": [4096]}, 400),
     ("tokenize nothing", "/tokenize", {}, 400),
@@ -163,6 +169,12 @@ def assert_error(response: httpx.Response, status: int) -> dict:
 @pytest.mark.parametrize(("path", "body", "status"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_case(server, path, body, status):
     assert_error(server.post(path, body), status)
+
+
+def test_what_changes_nothing_is_accepted(server):
+    same = {"length_penalty": 1.0, "early_stopping": False, "truncation_side": "left", "prompt_embeds": None}
+    assert server.post(COMPLETIONS, P | same | {"never_heard_of": [1]}).status_code == 200
+    assert server.post(CHAT, _chat(modalities=["text"], store=False, metadata={}, echo=False)).status_code == 200
 
 
 def test_and_then_a_normal_request_is_served(server):

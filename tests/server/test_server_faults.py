@@ -7,6 +7,7 @@ on command.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -177,6 +178,27 @@ def test_46_what_cannot_finish_ends_with_an_error_event(way):
     assert '"error"' in reader.lines[-2]
     server.client.close()
     assert server.process.wait(15) == 0
+
+
+def test_a_shells_limit_on_open_files_is_lifted():
+    limit = f"import resource; resource.setrlimit({resource.RLIMIT_NOFILE}, (64, 4096)); "
+    run = "import sys; from experiments.stub_engine import main; sys.exit(main())"
+    command = [sys.executable, "-c", limit + run, "serve", "models/demo", "--port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        log = ""
+        while "Uvicorn running on" not in log:
+            line = process.stdout.readline()
+            assert line, log
+            log += line
+        port = int(log.rsplit(":", 1)[1].split()[0])
+        socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+        for sock in socks:
+            sock.close()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
 
 
 def test_the_supervisors_death_leaves_no_orphans():
