@@ -36,6 +36,7 @@ class Card:
         attention_efficiency: share of `flops` that prompt attention reaches, in (0, 1].
         layer_gap: seconds lost between the kernels of a layer, for each layer and step.
         copy_bandwidth: of swapped blocks between GPU and host, in bytes per second.
+        copy_gap: seconds that a block's transfer takes beside its bytes.
         host: seconds of the host around a step.
 
     Raises:
@@ -51,6 +52,7 @@ class Card:
     attention_efficiency: float
     layer_gap: float
     copy_bandwidth: float
+    copy_gap: float
     host: HostTime
 
     def __post_init__(self) -> None:
@@ -59,7 +61,8 @@ class Card:
         for name in ("bandwidth_efficiency", "flops_efficiency", "attention_efficiency"):
             if check_number(f"profile.{name}", getattr(self, name), above=True) > 1:
                 raise ConfigError(f"profile.{name}={getattr(self, name)} must be at most 1")
-        check_number("profile.layer_gap", self.layer_gap)
+        for name in ("layer_gap", "copy_gap"):
+            check_number(f"profile.{name}", getattr(self, name))
 
     def step_time(self, sizes: ModelSizes, block_size: int) -> RooflineStepTime:
         """Weights once, operations per token, KV bytes per context token, at the rates that kernels reach.
@@ -89,7 +92,7 @@ class Card:
             per_request=2 * sizes.num_head_weights / multiply,
             per_kv_token=spec.kv_bytes_per_token / read,
             per_attention_pair=pair_operations / (self.flops * self.attention_efficiency),
-            per_copied_block=block_size * spec.kv_bytes_per_token / self.copy_bandwidth,
+            per_copied_block=self.copy_gap + block_size * spec.kv_bytes_per_token / self.copy_bandwidth,
         )
 
     def check_overlap(self, overlap: bool) -> None:

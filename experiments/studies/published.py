@@ -14,9 +14,17 @@ FIGURE_13_SOURCE = "PagedAttention (Kwon et al., SOSP 2023), Figure 13: OPT-13B 
 SUSTAINED_RATIOS = {"Orca (Oracle)": (1.7, 2.7), "Orca (Max)": (2.7, 8.0), "FasterTransformer": (1.0, 22.0)}
 FIGURE_12_SOURCE = "PagedAttention (Kwon et al., SOSP 2023), Figure 12 and section 6.2: OPT-13B, ShareGPT"
 
-# The same paper, section 7.2 and Figure 18: block sizes (least, most) with the best end-to-end latency.
+# The same paper, sections 7.1 and 7.2 and Figure 18: (a) percent by which its attention kernel is slower than
+# FasterTransformer's, as (least, most); (b) block sizes (least, most) with the best end-to-end latency.
+TABLE_COST = (20.0, 26.0)
 GOOD_BLOCK_SIZES = {"sharegpt": (16, 128), "alpaca": (16, 32)}
-BLOCK_SIZE_SOURCE = "PagedAttention (Kwon et al., SOSP 2023), section 7.2 and Figure 18"
+FIGURE_18_SOURCE = "PagedAttention (Kwon et al., SOSP 2023), sections 7.1 and 7.2, Figure 18"
+
+# The same paper, section 7.3 and Figure 19: recomputation costs the same for all block sizes and never takes more than
+# so many times a swap; end to end the two are comparable for these block sizes (least, most).
+RECOMPUTE_OVER_SWAP = 1.2
+COMPARABLE_BLOCK_SIZES = (16, 64)
+FIGURE_19_SOURCE = "PagedAttention (Kwon et al., SOSP 2023), section 7.3 and Figure 19"
 
 # The same paper, section 6.3 and Figure 15: share of memory saved in percent, by number of parallel samples or beam
 # width. ShareGPT's are given as ranges over 2 to 6: read as the values at the two ends.

@@ -62,12 +62,12 @@ def test_ranges_and_shares_are_judged():
 
 def test_large_blocks_cost_alpaca_and_not_sharegpt(tmp_path):
     small = ("study.block_sizes=[16,256]", "study.num_requests={sharegpt:150,alpaca:900}")
-    findings, _ = run_study(tmp_path, "experiment=paper_block_size", *small, "study.rates={sharegpt:2,alpaca:60}")
+    findings, _ = run_study(tmp_path, "experiment=paper_fig18", *small, "study.rates={sharegpt:2,alpaca:60}")
     found = verdicts(findings)
-    assert found["alpaca, block size 256: latency against the best"] is Verdict.HOLDS
-    assert found["alpaca, block size 16: latency against the best"] is Verdict.HOLDS
-    easy, _ = run_study(tmp_path / "easy", "experiment=paper_block_size", *small, "study.rates={sharegpt:1,alpaca:5}")
-    assert verdicts(easy)["alpaca, block size 256: latency against the best"] is Verdict.DIFFERS
+    assert found["(b) alpaca, block size 256: latency against the best"] is Verdict.HOLDS
+    assert found["(b) alpaca, block size 16: latency against the best"] is Verdict.HOLDS
+    easy, _ = run_study(tmp_path / "easy", "experiment=paper_fig18", *small, "study.rates={sharegpt:1,alpaca:5}")
+    assert verdicts(easy)["(b) alpaca, block size 256: latency against the best"] is Verdict.DIFFERS
 
 
 def test_samples_save_memory_only_where_blocks_are_shared(tmp_path, monkeypatch):

@@ -1,0 +1,79 @@
+"""Figures 18(a) and 19: recorded lines are read and judged, and swapping is held against recomputation."""
+
+import json
+
+import pytest
+from study_run import run_study
+
+from engine.errors import ConfigError
+from experiments.studies import recorded
+from experiments.studies.base import Verdict
+from experiments.studies.paper_fig18 import kernel_times, table_charts, table_claim
+from experiments.studies.paper_fig19 import Cost, _cost_claims, swap_times
+
+SMALL = ("experiment=paper_fig19", "study.block_sizes=[16,256]", "study.num_requests=250", "study.rate=3")
+
+
+def kernel_lines(paged: float, contiguous: float) -> list[dict]:
+    lines = [{"device": "card"}, {"kernel": "decode, launches apart", "case": "8 x 64", "contiguous": False, "us": 1.0}]
+    for case in ("8 x 64", "32 x 256"):
+        for without_table, us in ((False, paged), (True, contiguous)):
+            lines.append({"kernel": "decode", "case": case, "contiguous": without_table, "us": us})
+    return [*lines, {"kernel": "decode", "case": "1 x 8192", "contiguous": False, "us": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("paged", "verdict"), [(12.3, Verdict.HOLDS), (10.1, Verdict.DIFFERS), (14.0, Verdict.DIFFERS)]
+)
+def test_a_table_is_judged_by_cases_that_have_both_kernels(paged, verdict):
+    measured = kernel_times(kernel_lines(paged, 10.0))
+    assert set(measured[1]) == {"8 x 64", "32 x 256"}
+    claim = table_claim(measured)
+    assert claim.ours == pytest.approx(10 * paged - 100) and claim.verdict is verdict and "card" in claim.note
+    assert len(table_charts(measured)) == 1
+
+
+def test_without_lines_nothing_is_claimed():
+    claim = table_claim(kernel_times([]))
+    assert claim.ours is None and claim.verdict is Verdict.NOT_COMPARABLE and "not measured" in claim.note
+    assert table_charts(kernel_times([])) == []
+
+
+def test_recorded_lines_are_there_and_a_bad_file_is_an_error(tmp_path):
+    assert len(kernel_times(recorded.read_lines(None, recorded.KERNEL_LINES))[1]) == 6
+    assert len(swap_times(recorded.read_lines(None, recorded.SWAP_LINES), 512)) == 9
+    assert recorded.read_lines(None, tmp_path / "none.jsonl") == []
+    bad = tmp_path / "bad.jsonl"
+    for text in ("{", "[1]"):
+        bad.write_text(text)
+        with pytest.raises(ConfigError, match=r"bad\.jsonl"):
+            recorded.read_lines(str(bad), recorded.KERNEL_LINES)
+    with pytest.raises(ConfigError, match="none"):
+        recorded.read_lines(str(tmp_path / "none"), recorded.KERNEL_LINES)
+
+
+def test_figure_19_times_swaps_by_the_profile(tmp_path):
+    findings, cells = run_study(tmp_path, *SMALL)
+    claims = {claim.quantity: claim for claim in findings.claims}
+    assert claims["(b) block size 16: latency, swapping over recomputation"].verdict is Verdict.HOLDS
+    assert claims["(a) recomputation: most over least of all block sizes"].ours == 1.0
+    cost = findings.charts[0]
+    blocks, gap, bandwidth, kv_bytes = 512 / 16, 3.2e-6, 2.4e10, 819_200
+    assert cost.series[1].y[0] == pytest.approx(2e3 * (blocks * gap + 512 * kv_bytes / bandwidth))
+    swapped = json.loads((cells.folders[1] / "summary.json").read_text())
+    assert swapped["swapped_out_bytes"] > 0 and swapped["swapped_out_bytes"] == swapped["swapped_in_bytes"]
+    assert json.loads((cells.folders[0] / "summary.json").read_text())["swapped_out_bytes"] == 0
+
+
+def test_recomputation_that_costs_too_much_or_varies_is_not_the_papers():
+    flat, over = _cost_claims({1: Cost(1.0, 1.0), 256: Cost(1.0, 0.9)})
+    assert flat.verdict is over.verdict is Verdict.HOLDS
+    flat, over = _cost_claims({1: Cost(1.0, 1.0), 256: Cost(1.2, 0.9)})
+    assert flat.verdict is over.verdict is Verdict.DIFFERS
+
+
+@pytest.mark.parametrize("bad", ["study.block_sizes=[16]", "study.block_sizes=[32,16]", "study.swap_gib=0"])
+def test_bad_settings_are_refused(tmp_path, bad):
+    with pytest.raises(Exception, match=bad.split("=", maxsplit=1)[0]) as error:
+        run_study(tmp_path, "experiment=paper_fig19", bad)
+    assert isinstance(error.value.__cause__ or error.value, ConfigError)
