@@ -34,7 +34,7 @@ class ServerConfig:
         stall_timeout: no step finished for so long while work is queued: `/health` answers 503.
         step_timeout: the same, and the server gives up.
         max_body_mib: largest request body.
-        body_timeout: how long a client may take to send its body.
+        body_timeout: how long a client may take to send its headers, and its body.
         max_n: most choices per request.
         max_logprobs: largest `logprobs` / `top_logprobs` / `prompt_logprobs`.
         max_prompts: most prompts in one completions request.

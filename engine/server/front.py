@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -21,6 +22,7 @@ from engine.server import metrics
 from engine.server.app import create_app
 from engine.server.client import EngineClient
 from engine.server.config import ServerConfig
+from engine.server.connection import BoundedConnection
 from engine.server.dashboard import PoolFeed
 from engine.server.groups import EngineGone
 from engine.server.service import Service
@@ -150,6 +152,7 @@ class Front:
         config = self._config
         return uvicorn.Config(
             app,  # type: ignore[arg-type]
+            http=functools.partial(BoundedConnection, head_timeout=config.body_timeout),  # type: ignore[arg-type]
             log_config=None,
             log_level="warning",
             access_log=False,

@@ -13,6 +13,7 @@ SHORT = {
     "OB": "observability",
     "ME": "media",
     "AD": "admission",
+    "CO": "connections",
     "EN": "endurance",
     "LB": "large_bodies",
     "SA": "structured_answers",
