@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from scipy import stats
 
 from experiments.studies.cells import CellRunner
 
@@ -98,6 +101,31 @@ def up_to(quantity: str, unit: str, most: float, ours: float | None, **more: Any
     """A gain stated as "up to `most` times": holds when `ours` is above 1 and at most that."""
     claim = between(quantity, unit, 1.0, most, ours, **more)
     return replace(claim, stated=most, tolerance=f"above 1, up to {most:g}")
+
+
+class Mean(NamedTuple):
+    """A mean over seeds and its 95 % interval by Student's t; of one seed the interval is None."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Mean of one value per seed."""
+        value = float(np.mean(values))
+        if len(values) < 2:
+            return cls(value, None, None)
+        error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+        half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+        return cls(value, value - half, value + half)
+
+
+def compared(ratio: Mean) -> Verdict:
+    """What a ratio to another strategy came to: significant where its interval leaves out 1."""
+    if ratio.low is None or ratio.high is None:
+        return Verdict.MEASURED
+    return Verdict.HIGHER if ratio.low > 1 else Verdict.LOWER if ratio.high < 1 else Verdict.SAME
 
 
 @dataclass(frozen=True)

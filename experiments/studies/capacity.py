@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from engine.errors import ConfigError, EngineError
-from experiments.studies.base import Chart, Claim, Findings, Series, Verdict
+from experiments.studies.base import Chart, Claim, Findings, Mean, Series, Verdict, compared
 from experiments.studies.cells import CellRunner
 from reports.files import read_run
 from reports.latency import request_latencies
@@ -45,24 +44,6 @@ class Trial(NamedTuple):
     attainment: float
     latency: float
     sustained: bool
-
-
-class Mean(NamedTuple):
-    """A mean over seeds and its 95 % interval by Student's t; of one seed the interval is None."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        """Mean of one value per seed."""
-        value = float(np.mean(values))
-        if len(values) < 2:
-            return cls(value, None, None)
-        error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-        half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-        return cls(value, value - half, value + half)
 
 
 def bisect_capacity(attempt: Callable[[float], bool], start: float, tolerance: float) -> float:
@@ -192,19 +173,13 @@ class CapacityStudy:
         for name in others:
             ratios = [ours / theirs for ours, theirs in zip(capacities[name], capacities[base], strict=True)]
             mean = Mean.of(ratios)
-            claims.append(Claim(f"{name} / {base}", "", None, mean.value, "", _verdict(mean), mean.low, mean.high))
+            claims.append(Claim(f"{name} / {base}", "", None, mean.value, "", compared(mean), mean.low, mean.high))
         return claims
 
 
 def _measured(entry: tuple[str, Mean]) -> Claim:
     name, mean = entry
     return Claim(name, "requests/s", None, mean.value, "", Verdict.MEASURED, mean.low, mean.high)
-
-
-def _verdict(ratio: Mean) -> Verdict:
-    if ratio.low is None or ratio.high is None:
-        return Verdict.MEASURED
-    return Verdict.HIGHER if ratio.low > 1 else Verdict.LOWER if ratio.high < 1 else Verdict.SAME
 
 
 def _charts(every: dict[str, dict[float, list[Trial]]], target: float, num_seeds: int) -> list[Chart]:
