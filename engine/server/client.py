@@ -90,8 +90,10 @@ class EngineClient(asyncio.Protocol):
         handle = self._next_handle
         self._next_handle = handle + num_choices if handle < MAX_HANDLE else 1
         choices = []
+        # One for all: the engine may compute a prompt for one choice only, and let the others share its KV.
+        prompt_logprobs: dict[int, Any] = {}
         for i in range(num_choices):
-            choice = Choice(group, len(group.choices), handle + i, len(prompt))
+            choice = Choice(group, len(group.choices), handle + i, len(prompt), prompt_logprobs=prompt_logprobs)
             group.choices.append(choice)
             group.num_open += 1
             self._choices[handle + i] = choice

@@ -48,7 +48,7 @@ class Choice:
     Attributes:
         tokens: arrived and not yet taken.
         logprobs: beside `tokens`, when asked for: (token id, logprob, rank, top).
-        prompt_logprobs: by prompt position, when asked for.
+        prompt_logprobs: by prompt position, when asked for; the choices of one prompt share it.
         scheduled: when its first step began, on the monotonic clock, or 0.
         num_cached_tokens: prompt tokens served from the prefix cache.
         finish: how it ended, once all tokens are here.
