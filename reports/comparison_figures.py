@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from reports.cells import Cell
 from reports.curves import curve_figure
@@ -17,12 +18,26 @@ from reports.format import rate, scaled_seconds, seconds
 from reports.latency import DEFINITIONS, request_latencies, token_gaps
 from reports.memory import make_bins, step_spans
 from reports.run_figures import draw_memory, latency_figure, split_figure
-from reports.style import CLASS_LOOKS, INK, MUTED, PAPER, SERIES, Look, drawing, export, grid, hatch_kwargs, new_figure
+from reports.style import (
+    CLASS_LOOKS,
+    INK,
+    MUTED,
+    PAPER,
+    SERIES,
+    Look,
+    drawing,
+    export,
+    grid,
+    hatch_kwargs,
+    log_scale,
+    new_figure,
+)
 from reports.windows import ROOM, telling
 
 MAX_CURVES = len(SERIES)
 MAX_PANELS = 12
 NUM_PANEL_BINS = 160
+TITLE_CHARACTERS = 110  # of all panels in a row
 
 
 def draw_comparison(cells: list[Cell], summary: dict[str, Any], out_dir: Path) -> dict[str, str]:
@@ -123,19 +138,19 @@ def log_axis(axes: Axes, low: float, high: float) -> None:
     if low <= 0 or high / low < 3:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         return
-    axes.set_xscale("log")
-    decades = math.log10(high / low)
-    subs = (1, 1.5, 2, 3, 5, 7) if decades < 0.8 else (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 3 else (1,)
-    axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    log_scale(axes, "x", low, high)
 
 
 def memory_panels(cells: list[Cell]) -> Figure:
     """KV memory over time, one panel a cell, on one time axis: a shorter picture is a faster run."""
     num_columns = 1 if len(cells) == 1 else 2 if len(cells) <= 4 else 3
     num_rows = math.ceil(len(cells) / num_columns)
-    figure = new_figure(0.7 + 1.85 * num_rows)
+    titles = [
+        fill(f"{cell.label}: {seconds(cell.summary['duration_seconds'])}", TITLE_CHARACTERS // num_columns)
+        for cell in cells
+    ]
+    lines = max(title.count("\n") for title in titles)
+    figure = new_figure(0.7 + (1.85 + 0.16 * lines) * num_rows)
     grid_axes = np.atleast_1d(figure.subplots(num_rows, num_columns, sharex=True, squeeze=False)).ravel()
     spans = [step_spans(cell.run.steps) for cell in cells]
     end = max((float(span.end[-1]) for span in spans if len(span.end)), default=1.0)
@@ -146,7 +161,7 @@ def memory_panels(cells: list[Cell]) -> Figure:
         axes.set_xlim(0, end)
         if not cell.run.num_steps:
             axes.annotate("not recorded", (0.5, 0.5), xycoords="axes fraction", ha="center", color=MUTED)
-        axes.set_title(f"{cell.label}: {seconds(cell.summary['duration_seconds'])}", fontsize=8.5)
+        axes.set_title(titles[index], fontsize=8.5)
         axes.set_ylabel("% of the pool" if index % num_columns == 0 else "")
         if index + num_columns >= len(cells):
             axes.set_xlabel("time (s)")

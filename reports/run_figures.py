@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.text import Annotation
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from reports.files import CLASSES, RunFiles
 from reports.format import scaled_seconds, seconds
@@ -24,6 +24,7 @@ from reports.style import (
     Look,
     grid,
     hatch_kwargs,
+    log_scale,
     new_figure,
     thousands,
 )
@@ -222,11 +223,7 @@ def draw_cdf(axes: Axes, metric: str, curves: list[tuple[str, np.ndarray]], look
     least, most = min((v[0] for v in known), default=0.0), max((v[-1] for v in known), default=0.0)
     factor, unit = scaled_seconds(high)
     if least > 0 and most / low > 30:
-        axes.set_xscale("log")
-        decades = np.log10(most / low)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        log_scale(axes, "x", low, most)
     for (name, values), look in zip(curves, looks, strict=True):
         shares = np.linspace(0, 100, min(400, len(values) + 1)) if len(values) else np.empty(0)
         points = [_quantile(values, share) * factor for share in shares]

@@ -11,7 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.errors import ReportError
-from reports.style import CLASS_LOOKS, INK, SERIES, Look, drawing, export, grid, hatch_kwargs, new_figure, thousands
+from reports.style import (
+    CLASS_LOOKS,
+    INK,
+    SERIES,
+    Look,
+    drawing,
+    export,
+    grid,
+    hatch_kwargs,
+    log_scale,
+    new_figure,
+    thousands,
+)
 
 BAND_ALPHA = 0.18
 LEGEND_CHARACTERS = 110  # of a row of the legend; a label's handle takes as much room as some of them
@@ -48,11 +60,10 @@ def chart_figure(chart: dict[str, Any]) -> Figure:
     axes.set_xlabel(chart["x_label"])
     axes.set_ylabel(chart["y_label"])
     if chart["log_x"]:
-        axes.set_xscale("log")
+        log_scale(axes, "x", *axes.dataLim.intervalx)
         _name_points(axes, chart)
     if chart["log_y"]:
-        axes.set_yscale("log")
-        thousands(axes)
+        log_scale(axes, "y", *axes.dataLim.intervaly)
     if chart.get("y_mark") is not None:
         axes.axhline(chart["y_mark"], color=INK, linewidth=0.9, linestyle=":", zorder=1)
     if chart.get("y_limit") is not None:

@@ -8,6 +8,7 @@ SVG, so that one figure serves a light and a dark page.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from reports.errors import ReportError
 
@@ -129,6 +130,23 @@ def thousands(axes: Axes, axis: str = "y") -> None:
     """Tick labels such as 12,000."""
     target = axes.yaxis if axis == "y" else axes.xaxis
     target.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value == int(value) else f"{value:g}"))
+
+
+def log_scale(axes: Axes, axis: str, low: float, high: float) -> None:
+    """A logarithmic axis with plain numbers, some of them between powers of ten where the range is short.
+
+    Args:
+        axes: what is drawn on.
+        axis: "x" or "y".
+        low, high: ends of what is shown, both above 0.
+    """
+    axes.set_xscale("log") if axis == "x" else axes.set_yscale("log")
+    target = axes.xaxis if axis == "x" else axes.yaxis
+    decades = math.log10(high / low)
+    subs = (1, 1.5, 2, 3, 5, 7) if decades < 0.8 else (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.5 else (1,)
+    target.set_major_locator(LogLocator(subs=subs))
+    target.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    target.set_minor_formatter(NullFormatter())
 
 
 def hatch_kwargs(look: Look) -> dict:

@@ -119,7 +119,7 @@ class RadixHitsStudy:
         series = [Series(ALLOCATORS[name], sizes, of) for name, of in rates.items()]
         caption = (
             f"Prompt tokens found in the cache, first {self.num_requests:,} requests. The dotted line is a cache "
-            "without end."
+            "without end; where one line shows, both caches find the same."
         )
         x, y = "KV pool (millions of tokens)", "hit rate (% of prompt tokens)"
         return Chart("hit_rate", "lines", x, y, caption, series, log_x=True, y_mark=endless)

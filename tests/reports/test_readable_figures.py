@@ -1,0 +1,40 @@
+"""Figures that can be read: numbers on logarithmic axes, titles of panels that stay in their columns."""
+
+from fake_runs import fake_run
+
+from reports.cells import Cell
+from reports.comparison_figures import memory_panels
+from reports.files import read_run
+from reports.study_charts import chart_figure
+from reports.style import drawing
+from reports.summary import summarize
+
+
+def test_a_short_logarithmic_axis_has_several_numbers():
+    line = {"name": "a", "x": [1.0, 2.0, 3.0], "y": [38.0, 60.0, 140.0], "low": [], "high": []}
+    chart = {"name": "c", "kind": "lines", "x_label": "", "y_label": "ms", "log_x": False, "log_y": True}
+    with drawing():
+        figure = chart_figure(chart | {"series": [line]})
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        low, high = axes.get_ylim()
+        shown = [
+            label.get_text() for at, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+            if low <= at <= high
+        ]  # fmt: skip
+    assert {"50", "100"} <= set(shown)
+
+
+def test_titles_of_panels_do_not_meet(tmp_path):
+    fake_run(tmp_path / "run", "paged", "continuous", num_requests=8)
+    run = read_run(tmp_path / "run")
+    label = "contiguous × continuous, layout=contiguous, seed={}"
+    cells = [Cell(str(i), run, summarize(run), label=label.format(i)) for i in range(6)]
+    with drawing():
+        figure = memory_panels(cells)
+        figure.draw_without_rendering()
+        boxes = [axes._left_title.get_window_extent() for axes in figure.axes if axes._left_title.get_text()]
+        boxes = [box for box in boxes if box.width > 1]
+    assert len(boxes) == 6
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+    assert all(box.x1 <= figure.bbox.x1 for box in boxes)
