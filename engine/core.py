@@ -35,6 +35,7 @@ class StepOutput:
         num_waiting: requests waiting during the step.
         start_time: when scheduling began.
         launch_time: when the plan was ready.
+        launched_time: when the runner's call had returned: the device has all of the step.
         end_time: when its tokens were on the host.
     """
 
@@ -47,6 +48,7 @@ class StepOutput:
     num_waiting: int
     start_time: float
     launch_time: float
+    launched_time: float
     end_time: float
 
 
@@ -151,6 +153,7 @@ class Engine:
             num_waiting=self.scheduler.num_waiting,
             start_time=start,
             launch_time=self.clock.now(),
+            launched_time=start,
             end_time=start,
         )
         self.num_steps += 1
@@ -160,6 +163,7 @@ class Engine:
             pending = self.runner.execute(plan, self.allocator)
         except Exception as error:
             raise StepFailed(plan, error) from error
+        output.launched_time = self.clock.now()
         constrained = self._constraints_seen and any(req.constraint is not None for req, _, _ in plan.scheduled)
         return _InFlight(output, pending, constrained)
 

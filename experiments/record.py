@@ -20,7 +20,7 @@ from experiments.request_log import LISTS, REQUEST_COLUMNS, TIMES, RequestLog
 if TYPE_CHECKING:
     import pyarrow as pa
 
-STEP_TIMES = ("start_time", "launch_time", "end_time", "copy_time")
+STEP_TIMES = ("start_time", "launch_time", "launched_time", "end_time", "copy_time")
 STEP_COUNTS = (
     "num_running",
     "num_waiting",
@@ -83,7 +83,7 @@ class RunRecorder:
         self.num_output_tokens += num_sampled
         features = step_features(plan)
         num_swapped_out, num_swapped_in = _num_swapped(plan)
-        times = (step.start_time, step.launch_time, step.end_time, step.result.copy_time)
+        times = (step.start_time, step.launch_time, step.launched_time, step.end_time, step.result.copy_time)
         counts = (
             step.num_running,
             step.num_waiting,

@@ -5,7 +5,9 @@
 
 Per shape (dummy weights, bf16, fused runner with graphs), without and with overlap, and per seed (0: to fit, 1: held
 out) three loads: `saturated` (all requests at once), `busy` (Poisson arrivals at 70 % of what saturated served) and
-`light` (25 %). ShareGPT-like lengths. `measure` imports torch, transformers, Triton and numpy and nothing else.
+`light` (25 %). ShareGPT-like lengths. Both seeds of a load follow each other, so that a machine that drifts does not
+tell them apart, and first every length of a step that is launched kernel by kernel runs once: a library looks for its
+kernels at the first use. `measure` imports torch, transformers, Triton and numpy and nothing else.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from typing import Any, NamedTuple
 from allocators.paged import PagedAllocator
 from engine.errors import KvarenaError
 from engine.runner.base import ModelRunner
+from engine.runner.mixed_graphs import graph_tokens
 from experiments.arrivals import PoissonArrival
 from experiments.engine_setup import Bed, Levers
 from experiments.gpu_cells import GpuCell, Strategy, make_runner, requests_from, run_cell, write_run_folder
+from experiments.workloads.base import WorkloadItem
 from experiments.workloads.published import ShareGPTWorkload
 from schedulers.chunked import ChunkedScheduler
 from schedulers.continuous import ContinuousScheduler
@@ -36,7 +40,7 @@ MAX_MODEL_LEN = 2048
 MAX_OUTPUT_LEN = 512
 MAX_NUM_SEQS = 256
 PROBE_REQUESTS = 128
-NUM_REQUESTS = range(24, 2000)  # of a cell
+NUM_REQUESTS = range(250, 2000)  # of a cell: a 99th percentile of fewer is one request
 SUFFIX = ".json.gz"
 
 
@@ -68,10 +72,7 @@ def make_cell(
     )  # fmt: skip
     items = source.items()
     times = None if rate is None else PoissonArrival(rate).times(items, seed)
-    strategy = Strategy(
-        "paged", PagedAllocator, options.scheduler, SCHEDULERS[options.scheduler],
-        scheduler_options={"max_num_seqs": options.max_num_seqs, "max_num_batched_tokens": 2048},
-    )  # fmt: skip
+    strategy = _strategy(options, options.max_num_seqs)
     return GpuCell(
         name=f"{strategy.name}, {load}",
         strategy=strategy,
@@ -80,6 +81,23 @@ def make_cell(
         workload={"name": "sharegpt", "seed": seed, "description": source.description},
         arrival={"name": "all_at_once"} if rate is None else {"name": "poisson", "rate": rate},
     )
+
+
+def warm_up_cell(options: Options, num_parameters: int) -> GpuCell | None:
+    """Prompts of every length that no graph serves, one at a time; None where graphs serve all."""
+    lengths = range(graph_tokens(num_parameters) + 1, MAX_MODEL_LEN)
+    if not lengths:
+        return None
+    requests = requests_from([WorkloadItem([1] * length, output_len=1, arrival_time=None) for length in lengths])
+    strategy = _strategy(options, max_num_seqs=1)
+    return GpuCell("warm-up", strategy, MAX_MODEL_LEN, requests, {"name": "fixed", "seed": 0}, {"name": "all_at_once"})
+
+
+def _strategy(options: Options, max_num_seqs: int) -> Strategy:
+    return Strategy(
+        "paged", PagedAllocator, options.scheduler, SCHEDULERS[options.scheduler],
+        scheduler_options={"max_num_seqs": max_num_seqs, "max_num_batched_tokens": MAX_MODEL_LEN},
+    )  # fmt: skip
 
 
 def record_loop(
@@ -92,8 +110,8 @@ def record_loop(
     for _ in range(2):
         probe = make_cell(options, "probe", 2, PROBE_REQUESTS, None, vocab_size)
         served = PROBE_REQUESTS / run_cell(probe, bed, runner, levers)["manifest"]["run"]["wall_time"]
-    for seed in SEEDS:
-        for load, share in LOADS.items():
+    for load, share in LOADS.items():
+        for seed in SEEDS:
             if time.monotonic() > until:
                 print(json.dumps({"skipped": load, "seed": seed, "overlap": levers.overlap}), flush=True)
                 continue
@@ -120,6 +138,9 @@ def measure(out: Path, shapes: list[str], options: Options, limit: float) -> Non
         bed, runner, levers = make_runner(
             shape, options.num_slots, options.max_num_seqs, options.device, Levers(overlap=False)
         )
+        warm_up = warm_up_cell(options, bed.model.spec.num_parameters)
+        if warm_up is not None:
+            run_cell(warm_up, bed, runner, levers)
         for overlap in (False, True):
             cells = list(record_loop(options, bed, runner, levers._replace(overlap=overlap), until))
             for cell in cells:

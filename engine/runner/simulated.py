@@ -34,11 +34,12 @@ class SimulatedRunner:
         self._free_at = 0.0  # when the device has run all that was launched
 
     def execute(self, plan: StepPlan, allocator: KVAllocator) -> SimulatedStep:  # noqa: ARG002 - part of the protocol
-        """Launch a step, after the host's part before it."""
-        host = self._host
-        self._clock.advance(host.before + host.before_per_request * len(plan.scheduled))
-        begin = max(self._clock.now(), self._free_at)
-        self._free_at = begin + self._step_time(step_features(plan))
+        """Launch a step, after the host's part before it; the device begins with the first kernel."""
+        host, clock, features = self._host, self._clock, step_features(plan)
+        clock.advance(host.before + host.before_per_request * len(plan.scheduled))
+        begin = max(clock.now(), self._free_at)
+        clock.advance(host.launch(features))
+        self._free_at = max(begin + self._step_time(features), clock.now())
         token_id = self._token_id
         return SimulatedStep([token_id if sample else None for sample in plan.samples], self._free_at, self._clock)
 

@@ -1,10 +1,12 @@
 """How long a step takes, as a function of what it computes: the models that drive the simulated runner.
 
     |<- host, before ->|<-------------- device --------------->|<- host, after ->|
-      schedule, prepare   base + max(weights, GEMMs) + KV + ...   update, record
+         schedule      |  base + max(weights, GEMMs) + KV + ...   update, record
+                       |<- host, launch ->|
 
 Without overlap a step takes the sum. With it the host works on the neighbouring steps while the device computes, so
-the host's part shows only where it is longer than the device's. Free of torch.
+the host's part shows only where it is longer than the device's: before all, it cannot take in the tokens of the step
+before until it has launched this one. Free of torch.
 """
 
 from __future__ import annotations
@@ -239,6 +241,10 @@ class HostTime:
         before_per_request: the same, for each request in the batch.
         after: to take the tokens in and record them, from the end of a step to the start of the next one.
         after_per_request: the same, for each request in the batch.
+        launch_decode: to launch a step that only decodes, while the device computes already.
+        launch_prefill: the same, of a step with prompts of up to `max_launch_tokens` tokens.
+        launch_eager: the same, of a longer step: its kernels are launched one by one, where others replay a graph.
+        max_launch_tokens: where that begins.
 
     Raises:
         ConfigError: a negative value.
@@ -248,6 +254,16 @@ class HostTime:
     before_per_request: float = 0.0
     after: float = 0.0
     after_per_request: float = 0.0
+    launch_decode: float = 0.0
+    launch_prefill: float = 0.0
+    launch_eager: float = 0.0
+    max_launch_tokens: float = 0.0
 
     def __post_init__(self) -> None:
         check_seconds(self, "host")
+
+    def launch(self, features: StepFeatures) -> float:
+        """Seconds to launch a step with these features."""
+        if not features.num_prefill_requests:
+            return self.launch_decode
+        return self.launch_prefill if features.num_tokens <= self.max_launch_tokens else self.launch_eager

@@ -1,14 +1,17 @@
 """Fits a profile to recorded runs: device and host seconds per step, by non-negative least squares.
 
-    recorded     start ---- launch ------------------------ end ........ next start
+    recorded     start ---- launch -------- launched ------ end ........ next start
                  |  before  |   device (after the one before)  |  after   |
 
 The device's time of a step is `end - max(launch, end of the step before)`: without overlap that is all that follows the
-launch, preparing on the host included; with it, what the step added to the queue of the device. Steps that only decode
-and steps with prompts are fitted apart. A step's weight is one over its time, so that relative errors count; steps far
-off the fit lose weight in turns (Huber), and at last the function is scaled so that all steps together take what they
-took: their mean is what throughput depends on. Without overlap, pauses of the machine are left out of that (a step of
-eight times the fit: code compiled at its first use, other work).
+launch, preparing on the host included; with it, what the step added to the queue of the device. With overlap the end
+of a step is seen late where the host was still launching the next one: such steps are left out, and what follows a
+decode step that was seen late begins when the fitted function says that it ended.
+
+Steps that only decode and steps with prompts are fitted apart. A step's weight is one over its time, so that relative
+errors count; steps far off the fit lose weight in turns (Huber), and at last the function is scaled so that all steps
+together take what they took: their mean is what throughput depends on. Pauses of the machine are left out of that (a
+step of eight times the fit: code compiled at its first use, other work).
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ KNOTS = np.array(
 MIN_STEPS = 20  # to fit a phase, and to keep a knot
 HUBER = 3.0  # robust standard deviations
 PAUSE = 8.0  # times the fit: what takes longer was a pause of the machine
+LATE = 2e-4  # seconds after a launch: tokens that come sooner had been waiting for the host
 ROUNDS = 10
 
 
@@ -44,13 +48,15 @@ class Samples(NamedTuple):
 
     Attributes:
         features: as of StepFeatures, in its order; float64 [steps, 6].
-        device: seconds.
+        device: seconds; NaN where the host saw the beginning or the end too late.
+        launch: seconds from the launch until it was done.
         before: seconds from scheduling to launch.
         after: seconds from the end of the step to the start of the next one; NaN where the engine had no work.
     """
 
     features: FloatArray
     device: FloatArray
+    launch: FloatArray
     before: FloatArray
     after: FloatArray
 
@@ -63,6 +69,15 @@ class Samples(NamedTuple):
     def num_requests(self) -> FloatArray:
         """Requests in the batch."""
         return self.features[:, 1] + self.features[:, 5]
+
+    @property
+    def only_decode(self) -> NDArray[np.bool_]:
+        """Whether no request computes a prompt."""
+        return self.features[:, 5] == 0
+
+    def timed(self) -> Samples:
+        """The steps whose device time is known."""
+        return self.take(~np.isnan(self.device))
 
     def rows(self) -> list[StepFeatures]:
         """The features of every step."""
@@ -88,8 +103,14 @@ class Fit:
     error: tuple[float, float]
 
 
-def samples(run: RecordedRun) -> Samples:
-    """The steps of one run."""
+def samples(run: RecordedRun, decode: TableStepTime | None = None) -> Samples:
+    """The steps of one run.
+
+    Args:
+        run: the recording.
+        decode: of steps that only decode. With it the device time is also known of steps that follow one of those whose
+            end was seen late.
+    """
     steps = run.steps
     num_decodes = steps["num_scheduled"] - steps["num_prefill_requests"]
     features = np.stack(
@@ -103,14 +124,32 @@ def samples(run: RecordedRun) -> Samples:
         ],
         axis=1,
     ).astype(np.float64)
-    start, launch, end = steps["start_time"], steps["launch_time"], steps["end_time"]
-    device = end - np.maximum(launch, np.concatenate([[-np.inf], end[:-1]]))
+    start, launch, launched = steps["start_time"], steps["launch_time"], steps["launched_time"]
+    end = steps["end_time"]
+    late = _seen_late(launched, end) if run.overlap else np.zeros(len(end), dtype=np.bool_)
+    free = np.concatenate([[-np.inf], np.where(late, np.nan, end)[:-1]])
+    if decode is not None:
+        for i in np.flatnonzero(late[:-1] & (features[:-1, 5] == 0)).tolist():
+            # A beginning that is not known makes the end NaN too.
+            expected = np.maximum(launch[i], free[i]) + decode(StepFeatures(*features[i].tolist()))
+            free[i + 1] = np.minimum(end[i], expected)
+    device = np.where(late, np.nan, end - np.maximum(launch, free))
     # With overlap the call that plans step N + 2 follows the one that ended step N.
     lag = 2 if run.overlap else 1
     after = np.full(len(end), np.nan)
     after[:-lag] = start[lag:] - end[:-lag]
     after[~(_has_work(run, end) & (after >= 0))] = np.nan
-    return Samples(features, device, launch - start, after)
+    return Samples(features, device, launched - launch, launch - start, after)
+
+
+def _seen_late(launched: FloatArray, ends: FloatArray) -> NDArray[np.bool_]:
+    """Whether each step's tokens were there before the next step had been launched, and so the host came late.
+
+    A host that mostly comes late sets the pace, and its time is what a step takes.
+    """
+    late = np.zeros(len(ends), dtype=np.bool_)
+    late[:-1] = (launched[1:] <= ends[:-1]) & (ends[:-1] < launched[1:] + LATE)
+    return late & (late.mean() < 0.5)
 
 
 def _has_work(run: RecordedRun, ends: FloatArray) -> NDArray[np.bool_]:
@@ -136,19 +175,19 @@ def fit_profile(runs: Sequence[RecordedRun]) -> Fit:
         raise ConfigError(f"runs of one model, with or without overlap, make one profile; these are of {sorted(model)}")
     [(name, kv_bytes, overlap)] = model
     steps = pooled([samples(run) for run in runs])
-    prefill = steps.features[:, 5] > 0
-    # With overlap a step's share of the queue varies widely: a long one need not be a pause.
-    pause = np.inf if overlap else PAUSE
+    decode = _fit_table(steps.take(steps.only_decode).timed(), "only decode", name)
+    steps = pooled([samples(run, decode) for run in runs])
     profile = MeasuredProfile(
         source=_source(runs),
         model=name,
         kv_bytes_per_token=kv_bytes,
         overlap=overlap,
-        decode=_fit_table(steps.take(~prefill), "only decode", name, pause),
-        prefill=_fit_table(steps.take(prefill), "have prompts", name, pause),
-        host=_fit_host(steps),
+        decode=decode,
+        prefill=_fit_table(steps.take(~steps.only_decode).timed(), "have prompts", name),
+        host=_fit_host(steps, overlap),
     )
-    error = np.abs(predict(profile, steps) / steps.device - 1)
+    timed = steps.timed()
+    error = np.abs(predict(profile, timed) / timed.device - 1)
     return Fit(profile, len(error), (float(np.median(error)), float(np.percentile(error, 90))))
 
 
@@ -157,7 +196,7 @@ def predict(profile: MeasuredProfile, steps: Samples) -> FloatArray:
     return np.array([profile.device(features) for features in steps.rows()])
 
 
-def _fit_table(steps: Samples, what: str, model: str, pause: float) -> TableStepTime:
+def _fit_table(steps: Samples, what: str, model: str) -> TableStepTime:
     if len(steps.device) < MIN_STEPS:
         raise ConfigError(
             f"the runs of {model} to fit have {len(steps.device)} steps that {what}, and {MIN_STEPS} are needed; give "
@@ -167,15 +206,14 @@ def _fit_table(steps: Samples, what: str, model: str, pause: float) -> TableStep
     knots = _knots(tokens)
     # A table that never falls is its first entry plus rises between entries, each at least 0.
     rises = [np.clip((tokens - a) / (b - a), 0, None if b == knots[-1] else 1) for a, b in pairwise(knots)]
-    decodes_only = not steps.features[:, 5].any()
     others = [
         # Of steps that only decode, requests and tokens are the same number.
-        np.zeros(len(tokens)) if decodes_only else steps.num_requests,
+        np.where(steps.only_decode, 0.0, steps.num_requests),
         steps.features[:, 2],
         steps.features[:, 3],
         steps.features[:, 4],
     ]
-    found = _non_negative(np.stack([np.ones(len(tokens)), *rises, *others], axis=1), steps.device, pause)
+    found = _non_negative(np.stack([np.ones(len(tokens)), *rises, *others], axis=1), steps.device)
     seconds = np.cumsum(found[: len(knots)])
     per_request, per_kv_token, per_pair, per_copy = found[len(knots) :].tolist()
     return TableStepTime(knots, seconds.tolist(), per_request, per_kv_token, per_pair, per_copy)
@@ -191,16 +229,35 @@ def _knots(tokens: FloatArray) -> list[float]:
     return [*knots, high]
 
 
-def _fit_host(steps: Samples) -> HostTime:
-    """Host time before and after a step, each as base + share per request."""
+def _fit_host(steps: Samples, overlap: bool) -> HostTime:
+    """Host time before and after a step, each as base + share per request; with overlap also that of launches."""
     requests = np.stack([np.ones(len(steps.device)), steps.num_requests], axis=1)
     known = ~np.isnan(steps.after)
     before = _non_negative(requests, steps.before)
     after = _non_negative(requests[known], steps.after[known]) if known.sum() >= MIN_STEPS else np.zeros(2)
-    return HostTime(*before.tolist(), *after.tolist())
+    return HostTime(*before.tolist(), *after.tolist(), *(_fit_launch(steps) if overlap else ()))
 
 
-def _non_negative(columns: FloatArray, seconds: FloatArray, pause: float = np.inf) -> FloatArray:
+def _fit_launch(steps: Samples) -> tuple[float, float, float, float]:
+    """Medians of launches by kind, and the tokens up to which prompts are of the first kind.
+
+    Kinds of steps with prompts are told apart where the logarithms of their launch times have the largest variance
+    between the two groups.
+    """
+    prompts = steps.take(~steps.only_decode)
+    order = np.argsort(prompts.num_tokens, kind="stable")
+    tokens, seconds = prompts.num_tokens[order], np.maximum(prompts.launch[order], 1e-6)
+    log = np.log(seconds)
+    left = np.arange(1, len(log))
+    between = (np.cumsum(log)[:-1] - left * log.mean()) ** 2 / (left * (len(log) - left))
+    split = int(np.argmax(np.where(tokens[:-1] < tokens[1:], between, -1.0))) + 1
+    decode, first, second = (
+        float(np.median(part)) for part in (steps.launch[steps.only_decode], seconds[:split], seconds[split:])
+    )
+    return decode, first, second, float(tokens[split - 1])
+
+
+def _non_negative(columns: FloatArray, seconds: FloatArray) -> FloatArray:
     """Coefficients of at least 0 with `columns @ coefficients` near `seconds`: relative, robust, equal in sum."""
     # Far below a microsecond nothing is measured: such times must not get all the weight.
     relative = 1 / np.maximum(seconds, 1e-6)
@@ -214,7 +271,7 @@ def _non_negative(columns: FloatArray, seconds: FloatArray, pause: float = np.in
         spread = 1.4826 * np.median(residual) + 1e-9
         weight = np.minimum(1.0, HUBER * spread / np.maximum(residual, 1e-12))
     fitted = columns @ found
-    steady = seconds <= pause * fitted
+    steady = seconds <= PAUSE * fitted
     total = float(fitted[steady].sum())
     return np.asarray(found * (seconds[steady].sum() / total) if total > 0 else found)
 

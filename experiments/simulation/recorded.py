@@ -20,7 +20,7 @@ from experiments.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from reports.errors import ReportError
 from reports.files import read_json
 
-NEEDED_STEPS = ("num_kv_tokens", "num_attention_pairs", "num_prefill_requests", "decision_hash")
+NEEDED_STEPS = ("launched_time", "num_kv_tokens", "num_attention_pairs", "num_prefill_requests", "decision_hash")
 
 
 @dataclass(frozen=True)

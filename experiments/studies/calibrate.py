@@ -130,7 +130,7 @@ class CalibrateStudy:
         simulate_again(run, fit.profile, f"profiles/{group}.yaml", folder)
         simulated, measured = write_run_report(folder), summarize(read_run(run.path))
         values = [[metric.of(summary) for metric in METRICS] for summary in (measured, simulated)]
-        steps = samples(run)
+        steps = samples(run, fit.profile.decode).timed()
         return Cell(
             label=_label(run),
             overlap=run.overlap,

@@ -84,3 +84,28 @@ def test_the_host_is_hidden_behind_a_step_in_flight():
     assert clock.now() == pytest.approx(2.5)
     second.result()
     assert clock.now() == pytest.approx(4.5)
+
+
+def test_tokens_wait_for_the_launch_of_the_next_step():
+    clock = VirtualClock()
+    host = HostTime(launch_decode=0.5, launch_prefill=1.0, launch_eager=10.0, max_launch_tokens=4)
+    runner = SimulatedRunner(LinearStepTime(6.0), clock, host=host)
+    decode = runner.execute(plan((3, 1)), allocator=None)
+    assert clock.now() == 0.5
+    prompt = runner.execute(plan((0, 5)), allocator=None)
+    # The device began with the prompt when it had ended the decode, at 6.0; the host came back after the launch.
+    decode.result()
+    assert clock.now() == 10.5
+    short = runner.execute(plan((0, 4)), allocator=None)
+    assert clock.now() == 11.5
+    prompt.result()
+    assert clock.now() == 12.0
+    short.result()
+    assert clock.now() == 18.0
+
+
+def test_a_step_ends_no_sooner_than_its_launch():
+    clock = VirtualClock()
+    runner = SimulatedRunner(LinearStepTime(2.0), clock, host=HostTime(before=1.0, launch_eager=10.0))
+    runner.execute(plan((0, 5)), allocator=None).result()
+    assert clock.now() == 11.0

@@ -36,3 +36,10 @@ def test_no_cell_starts_after_the_limit(tmp_path: Path, monkeypatch: pytest.Monk
     record_gpu.measure(tmp_path, ["tiny"], OPTIONS, limit=0.0)
     assert capsys.readouterr().out.count('"skipped"') == 12
     assert record_gpu.folders(tmp_path, None) == []
+
+
+def test_the_warm_up_has_every_step_that_no_graph_serves():
+    cell = record_gpu.warm_up_cell(OPTIONS, num_parameters=8_000_000_000)
+    assert [req.num_prompt_tokens for req in cell.requests] == list(range(376, 2048))
+    assert cell.strategy.scheduler_options["max_num_seqs"] == 1
+    assert record_gpu.warm_up_cell(OPTIONS, num_parameters=600_000_000) is None

@@ -108,7 +108,7 @@ def test_a_folder_without_the_columns_is_refused(recorded: RecordedRun, tmp_path
     for name in ("manifest.json", "requests.parquet"):
         (tmp_path / name).write_bytes((recorded.path / name).read_bytes())
     pq.write_table(pa.table({"step": [0]}), tmp_path / "steps.parquet")
-    with pytest.raises(ConfigError, match="lacks num_kv_tokens"):
+    with pytest.raises(ConfigError, match="lacks launched_time, num_kv_tokens"):
         RecordedRun.read(tmp_path)
     with pytest.raises(ConfigError, match="not a run folder"):
         RecordedRun.read(tmp_path / "nothing")

@@ -89,6 +89,43 @@ def test_pauses_do_not_move_the_fit(recorded: dict[int, list[str]]):
     assert predict(profile, decodes).mean() == pytest.approx(decodes.device.mean(), rel=0.01)
 
 
+OVERLAPPED = """
+kind: measured
+source: a law to be found again
+model: llama-3.1-8b-shape
+kv_bytes_per_token: 131072
+overlap: true
+decode: {tokens: [1, 60], seconds: [5.0e-3, 6.0e-3]}
+prefill: {tokens: [1, 1000], seconds: [5.0e-3, 20.0e-3]}
+host:
+  {after: 2.0e-4, launch_decode: 5.0e-4, launch_prefill: 8.0e-4, launch_eager: 9.0e-3,
+   max_launch_tokens: 373}
+"""
+
+
+def test_launches_that_the_device_does_not_hide_are_found_again(tmp_path: Path):
+    law = tmp_path / "law.yaml"
+    law.write_text(OVERLAPPED)
+    # Prompts of up to 600 tokens: a launch takes less than a decode step for most, and more for some.
+    cell = ["engine.overlap=true", f"runner.profile={law}", "workload.prompt_len.max=600", "kv_cache.num_slots=65536"]
+    runs = {
+        seed: [record(tmp_path / f"{name}-{seed}", seed, *cell, *load) for name, load in LOADS.items()]
+        for seed in (0, 1)
+    }
+    found = CalibrateStudy(runs[0], runs[1]).run(CellRunner([], tmp_path / "study"))
+    assert max(claim.ours for claim in found.claims) < 2.0
+    fitted = load_profile(str(tmp_path / "study" / "profiles" / "llama-3.1-8b-shape-overlap.yaml"))
+    truth = load_profile(str(law))
+    for name in ("after", "launch_decode", "launch_prefill", "launch_eager"):
+        assert getattr(fitted.host, name) == pytest.approx(getattr(truth.host, name), rel=0.01), name
+    assert 300 < fitted.host.max_launch_tokens <= 373
+    # As long as it takes, also where the end of the step before was seen late.
+    steps = [samples(RecordedRun.read(folder)) for folder in runs[0]]
+    assert sum(np.isnan(part.device).sum() for part in steps) > 20
+    for step in (StepFeatures(0, 8, 4000, 0, 0, 0), StepFeatures(500, 4, 2000, 125_000, 0, 1)):
+        assert fitted.device(step) == pytest.approx(truth.device(step), rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [([], [0], "study.train is empty"), ([0], [], "study.test is empty"), ([0], [0], "cannot judge its own fit")],
