@@ -1,0 +1,77 @@
+"""Commands that the docs print: settings of run.py compose to a config, modules and their flags exist.
+
+Nothing runs here: that a command does what its line says is seen by running it.
+"""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from experiments.compose import compose_cell
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+HISTORY = ("LOG.md",)  # commands of their time
+OF_READERS = ("allocator=paged,mine", "experiment=NAME")  # what a reader is to add, or to choose
+PROGRAM = re.compile(r"(python (?:run\.py|-m [\w.]+)[^`\n]*)")
+
+
+def commands(start: str) -> list[str]:
+    """Every printed command that begins with `start`, continued lines joined."""
+    found = []
+    for page in PAGES:
+        if page.name not in HISTORY:
+            text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+            found += [line for line in PROGRAM.findall(text) if line.startswith(start)]
+    return list(dict.fromkeys(found))
+
+
+RUN_COMMANDS = [line for line in commands("python run.py") if not any(of in line for of in OF_READERS)]
+MODULE_COMMANDS = commands("python -m ")
+
+
+def cell_overrides(command: str) -> list[str]:
+    """The first cell's overrides of a printed command."""
+    words = [word for word in shlex.split(command.split(";", maxsplit=1)[0], comments=True)[2:] if word != "..."]
+    options = [word for word in words if not word.startswith("-")]
+    if "--cfg" in words:
+        options.remove("job")
+    parsed = OverridesParser.create().parse_overrides(options)
+    return [
+        f"{of.get_key_element()}={next(of.sweep_string_iterator())}" if of.is_sweep_override() else text
+        for of, text in zip(parsed, options, strict=True)
+    ]
+
+
+def test_there_are_commands():
+    assert len(RUN_COMMANDS) > 12 and len(MODULE_COMMANDS) > 12
+
+
+@pytest.mark.parametrize("command", RUN_COMMANDS)
+def test_settings_of_a_printed_command_exist(command):
+    compose_cell(cell_overrides(command))
+
+
+@pytest.mark.parametrize("command", MODULE_COMMANDS)
+def test_modules_and_flags_of_a_printed_command_exist(command):
+    words = shlex.split(command.split(";")[0], comments=True)
+    spec = importlib.util.find_spec(words[2])
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin)
+    if source.name == "__init__.py":
+        source = source.with_name("__main__.py")
+    if not source.is_relative_to(ROOT):
+        return  # pytest and its like
+    text = source.read_text(encoding="utf-8")
+    own = words[3 : words.index("--")] if "--" in words else words[3:]
+    for flag in (word.split("=")[0] for word in own if word.startswith("--")):
+        assert f'"{flag}"' in text, f"{source.name} knows no {flag}"
+
+
+def test_a_setting_that_is_gone_is_noticed():
+    with pytest.raises(Exception, match="no_such_key"):
+        compose_cell(cell_overrides("python run.py -m allocator=paged,contiguous no_such_key=1  # comment"))
