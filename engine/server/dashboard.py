@@ -23,6 +23,7 @@ class PoolFeed:
     def __init__(self) -> None:
         self._client: EngineClient | None = None
         self._watchers: set[asyncio.Queue[bytes]] = set()
+        self.closed = asyncio.Event()  # the server leaves
 
     def attach(self, client: EngineClient) -> None:
         """Tell where snapshots come from."""
@@ -68,18 +69,20 @@ class _FeedResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         headers = [(key, value) for key, value in self.raw_headers if key != b"content-length"]
         queue = self._feed.enter()
-        gone = asyncio.create_task(_disconnected(receive))
+        ends = (asyncio.create_task(_disconnected(receive)), asyncio.create_task(self._feed.closed.wait()))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            while not gone.done():
+            while True:
                 event = asyncio.create_task(queue.get())
-                await asyncio.wait((event, gone), return_when=asyncio.FIRST_COMPLETED)
-                if not event.done():
+                await asyncio.wait((event, *ends), return_when=asyncio.FIRST_COMPLETED)
+                if any(end.done() for end in ends):
                     event.cancel()
                     break
                 await send({"type": "http.response.body", "body": event.result(), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            gone.cancel()
+            for end in ends:
+                end.cancel()
             self._feed.leave(queue)
 
 

@@ -183,7 +183,7 @@ class Front:
             if not words or EXIT in words:
                 service.client.fail_all("the server has shut down")
                 await asyncio.sleep(0.2)  # the streams' last events
-                server.should_exit = True
+                self._leave(service, server)
                 return
 
     async def _exit_when_idle(self, service: Service, server: uvicorn.Server) -> None:
@@ -191,6 +191,10 @@ class Front:
         await asyncio.sleep(0.5)
         while service.client.num_open:
             await asyncio.sleep(0.05)
+        self._leave(service, server)
+
+    def _leave(self, service: Service, server: uvicorn.Server) -> None:
+        service.feed.closed.set()
         server.should_exit = True
 
     async def _watch(self, service: Service) -> None:

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.server.config import ServerConfig
-from engine.server.errors import ApiError, bad_request
+from engine.server.errors import ApiError, bad_request, unavailable
 from engine.server.metrics import HANDLERS, Row
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -94,6 +94,12 @@ class Gate:
                 await error_response(error)(scope, receive, send_with_id)
             else:
                 await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # The server leaves, or the client reads no more. Who has no answer yet gets one; a stream just ends.
+            if not state.status:
+                await error_response(unavailable("The server is shutting down.", "draining", retry_after=5))(
+                    scope, receive, send_with_id
+                )
         finally:
             self._row.inc("kvarena:open_requests", by=-1)
             self._count(scope, state, time.monotonic() - start)

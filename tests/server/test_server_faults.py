@@ -180,6 +180,31 @@ def test_46_what_cannot_finish_ends_with_an_error_event(way):
     assert server.process.wait(15) == 0
 
 
+def test_46_who_has_no_answer_yet_gets_one():
+    """A body that is still on its way, and a browser on the dashboard, when the server leaves."""
+    server = _stub("--set", "shutdown_timeout=0")
+    half, page = (socket.create_connection(("127.0.0.1", server.port), timeout=15) for _ in range(2))
+    key = b"Host: x\r\nAuthorization: Bearer test-key\r\n"
+    half.sendall(b"POST /v1/completions HTTP/1.1\r\n" + key + b"Content-Length: 1000\r\n\r\n{")
+    page.sendall(b"GET /dashboard/events HTTP/1.1\r\n" + key + b"\r\n")
+    assert b" 200 " in page.recv(1 << 16)
+    reader = Reader(server)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(15) == 0
+    reader.join(10)
+    assert '"error"' in reader.lines[-2]
+    answer = b""
+    while chunk := half.recv(1 << 16):
+        answer += chunk
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b'"code":"draining"' in answer
+    events = b""
+    while chunk := page.recv(1 << 16):
+        events += chunk
+    assert events.endswith(b"0\r\n\r\n")  # the end of a whole answer
+    assert "Traceback" not in server.log
+
+
 def test_a_shells_limit_on_open_files_is_lifted():
     limit = f"import resource; resource.setrlimit({resource.RLIMIT_NOFILE}, (64, 4096)); "
     run = "import sys; from experiments.stub_engine import main; sys.exit(main())"
