@@ -194,7 +194,7 @@ def sections(args: argparse.Namespace) -> Iterator[Line]:
 
 
 def _timed(args: argparse.Namespace, bed: Bed, ceilings: Ceilings, wanted: list[str]) -> Iterator[Line]:
-    levers = Levers(skinny=args.skinny, pdl=args.pdl)
+    levers = Levers(skinny=args.skinny)
     label = {"shape": bed.name}
     if "logits" in wanted:
         yield attempt("logits", lambda: check_logits(bed, levers), **label)
@@ -235,7 +235,6 @@ def main() -> None:
     parser.add_argument("--chunked", action="store_true", help="the offline workload under the chunked scheduler")
     parser.add_argument("--gemm", type=Path, help="a table of bench_gemm")
     parser.add_argument("--skinny", type=int, default=Levers().skinny, help="most rows for the skinny GEMM; 0: none")
-    parser.add_argument("--pdl", action="store_true")
     parser.add_argument(
         "--levers", action="append", choices=sorted(ABLATIONS), help="of sections ablate (default: each) and offline"
     )

@@ -42,20 +42,17 @@ class Levers(NamedTuple):
         mixed: with `graphs`, graphs of small steps with prompts too.
         overlap: plan a step while the one before runs.
         skinny: most rows for which the skinny GEMM is asked; 0 sends every product to the library.
-        pdl: start a skinny GEMM before the kernel before it has ended.
     """
 
     fusions: bool = True
     graphs: bool = True
     overlap: bool = True
     skinny: int = 128
-    pdl: bool = False
     mixed: bool = True
 
 
 ABLATIONS: dict[str, Levers] = {
     "all": Levers(),
-    "pdl": Levers(pdl=True),
     "no skinny": Levers(skinny=0),
     "no overlap": Levers(overlap=False),
     "no mixed graphs": Levers(mixed=False),
@@ -100,9 +97,9 @@ class Bed:
             if levers.skinny and self.pool.dtype.itemsize == 2:
                 processors = torch.cuda.get_device_properties(device).multi_processor_count
                 if self.gemm is None:
-                    table = GemmTable(levers.skinny, processors, pdl=levers.pdl)
+                    table = GemmTable(levers.skinny, processors)
                 else:
-                    table = GemmTable.from_json(self.gemm, levers.skinny, processors, pdl=levers.pdl)
+                    table = GemmTable.from_json(self.gemm, levers.skinny, processors)
             ops = TritonOps(device, table)
         if self._fused is None:
             self._fused = fuse(self.model, ops, MAX_MODEL_LEN)

@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.errors import EngineError
+from engine.kernels.common import launch_options
 
 MAX_ROWS = 128
 _WORKSPACE_BYTES = 64 * 2**20
@@ -39,7 +40,6 @@ class GemmConfig(NamedTuple):
         num_warps, num_stages: of the compiler.
         use_dot: tensor cores; False multiplies and adds (one row of x only).
         fuse_norm: where a norm comes before, take it into the launch.
-        pdl: start while the kernel before still runs, and fetch weights into L2 until it has ended.
     """
 
     block_n: int
@@ -49,18 +49,6 @@ class GemmConfig(NamedTuple):
     num_stages: int = 4
     use_dot: bool = True
     fuse_norm: bool = False
-    pdl: bool = False
-
-
-# Columns of w that a PDL launch fetches into L2 while it waits for the kernel before.
-PREFETCH = 512
-
-
-@triton.jit
-def _prefetch_l2(pointers):  # type: ignore[no-untyped-def]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -92,8 +80,7 @@ def skinny_gemm_kernel(  # type: ignore[no-untyped-def]
     stride_res, eps,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IS_SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RES: tl.constexpr, GLU: tl.constexpr,
-    USE_DOT: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, UPCAST: tl.constexpr,
-    STAGES: tl.constexpr,
+    USE_DOT: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One tile of y, or one part of its sum. The grid is (tiles of BN columns of y, parts of K)."""
     pid = tl.program_id(0)
@@ -109,13 +96,7 @@ def skinny_gemm_kernel(  # type: ignore[no-untyped-def]
     w_rows = tl.minimum(cols, N - 1).to(tl.int64) * stride_w
     w_tile = w_ptr + w_rows[:, None] + ks[None, :]
     up_offset = N.to(tl.int64) * stride_w
-    if PDL:
-        gdc_launch_dependents()
-        lines = tl.minimum(begin + tl.arange(0, PREFETCH // 64) * 64, K - 1)
-        ahead = w_ptr + w_rows[:, None] + lines[None, :]
-        _prefetch_l2(ahead)
-        if GLU:
-            _prefetch_l2(ahead + up_offset)
+    if OVERLAP:
         gdc_wait()
     if USE_DOT:
         acc = tl.zeros((BN, BM), tl.float32)
@@ -166,6 +147,9 @@ def skinny_gemm_kernel(  # type: ignore[no-untyped-def]
             acc += w.to(tl.float32) * row[None, :]
             if GLU:
                 acc_up += up.to(tl.float32) * row[None, :]
+    if OVERLAP:
+        # Not before: the next kernel's programs would take room from this one's.
+        gdc_launch_dependents()
     square = tl.sum(squares, 1)
     if not USE_DOT:
         acc = tl.sum(acc, 1)[:, None]
@@ -266,7 +250,6 @@ class SkinnyGemm:
             out = torch.empty(num_rows, num_cols, dtype=x.dtype, device=x.device)
         split_k = config.split_k
         grid = (triton.cdiv(num_cols, config.block_n), split_k)
-        extra = {"launch_pdl": True} if config.pdl else {}
         skinny_gemm_kernel[grid](
             x, weight, out, out if bias is None else bias, out if norm is None else norm,
             out if residual is None else residual, self._workspace, self._locks, num_rows, num_cols, depth,
@@ -274,8 +257,8 @@ class SkinnyGemm:
             BM=block_m(num_rows, config), BN=config.block_n, BK=config.block_k, IS_SPLIT=split_k > 1,
             EVEN_K=depth % (split_k * config.block_k) == 0,
             HAS_BIAS=bias is not None, HAS_NORM=norm is not None, HAS_RES=residual is not None, GLU=glu,
-            USE_DOT=config.use_dot, PDL=config.pdl, PREFETCH=PREFETCH, UPCAST=self._upcast, STAGES=config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages, **extra,
+            USE_DOT=config.use_dot, UPCAST=self._upcast, STAGES=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(),
         )  # fmt: skip
         return out
 

@@ -1,7 +1,7 @@
 """Which launches of the skinny GEMM serve which product: a fixed table, so that no start-up waits for a search.
 
-`MEASURED` holds what a search on one H200 found (`python -m experiments.bench_gemm`); other shapes go by rules of
-thumb drawn from it, and to the library beyond 32 rows.
+`MEASURED` holds what a search on one H100 found (`python -m experiments.bench_gemm`, 128 rows of the large shape: one
+H200); other shapes go by rules of thumb drawn from it, and to the library beyond 32 rows.
 """
 
 from __future__ import annotations
@@ -27,46 +27,46 @@ class Product(NamedTuple):
 
 # None: the library was as fast, with the norm or the gate as a launch of its own.
 MEASURED: dict[Product, GemmConfig | None] = {
-    Product(1, 28672, 4096, True): GemmConfig(16, 256, num_warps=4, num_stages=4, use_dot=False, fuse_norm=True),
+    Product(1, 28672, 4096, True): GemmConfig(4, 1024, num_warps=4, num_stages=3, use_dot=False, fuse_norm=True),
     Product(1, 4096, 14336, False): GemmConfig(8, 512, num_warps=4, num_stages=3, use_dot=False),
     Product(1, 6144, 4096, False): GemmConfig(16, 256, num_warps=4, num_stages=4, use_dot=False, fuse_norm=True),
     Product(1, 4096, 4096, False): GemmConfig(8, 512, num_warps=4, num_stages=3, use_dot=False),
-    Product(1, 128256, 4096, False): GemmConfig(128, 128, num_warps=8, num_stages=3, fuse_norm=True),
+    Product(1, 128256, 4096, False): GemmConfig(4, 1024, num_warps=4, num_stages=3, use_dot=False, fuse_norm=True),
     Product(1, 6144, 1024, True): GemmConfig(8, 512, num_warps=4, num_stages=1, use_dot=False, fuse_norm=True),
     Product(1, 1024, 3072, False): GemmConfig(4, 1024, num_warps=4, num_stages=3, use_dot=False),
     Product(1, 4096, 1024, False): GemmConfig(4, 512, num_warps=4, num_stages=1, use_dot=False, fuse_norm=True),
     Product(1, 1024, 2048, False): GemmConfig(4, 1024, num_warps=4, num_stages=3, use_dot=False),
-    Product(1, 151936, 1024, False): GemmConfig(16, 256, num_warps=4, num_stages=4, use_dot=False, fuse_norm=True),
-    Product(32, 28672, 4096, True): GemmConfig(128, 128, num_warps=8, num_stages=3, fuse_norm=True),
+    Product(1, 151936, 1024, False): GemmConfig(8, 512, num_warps=4, num_stages=3, use_dot=False, fuse_norm=True),
+    Product(32, 28672, 4096, True): GemmConfig(64, 128, num_warps=4, num_stages=4),
     Product(32, 4096, 14336, False): GemmConfig(64, 256, split_k=2, num_warps=4, num_stages=3),
-    Product(32, 6144, 4096, False): None,
-    Product(32, 4096, 4096, False): GemmConfig(64, 256, split_k=2, num_warps=4, num_stages=3),
-    Product(32, 128256, 4096, False): GemmConfig(64, 128, num_warps=4, num_stages=4),
+    Product(32, 6144, 4096, False): GemmConfig(32, 128, num_warps=4, num_stages=4),
+    Product(32, 4096, 4096, False): None,
+    Product(32, 128256, 4096, False): GemmConfig(128, 128, num_warps=8, num_stages=3),
     Product(32, 6144, 1024, True): None,
     Product(32, 1024, 3072, False): GemmConfig(64, 256, split_k=4, num_warps=4, num_stages=3),
-    Product(32, 4096, 1024, False): None,
+    Product(32, 4096, 1024, False): GemmConfig(64, 256, split_k=2, num_warps=4, num_stages=3, fuse_norm=True),
     Product(32, 1024, 2048, False): None,
-    Product(32, 151936, 1024, False): GemmConfig(64, 128, num_warps=4, num_stages=4),
-    Product(16, 28672, 4096, True): GemmConfig(128, 128, num_warps=8, num_stages=3, fuse_norm=True),
-    Product(16, 4096, 14336, False): None,
-    Product(16, 6144, 4096, False): GemmConfig(64, 64, split_k=2, num_warps=4, num_stages=6, fuse_norm=True),
-    Product(16, 4096, 4096, False): GemmConfig(64, 128, split_k=2, num_warps=4, num_stages=4),
-    Product(16, 128256, 4096, False): GemmConfig(128, 128, num_warps=8, num_stages=3, fuse_norm=True),
+    Product(32, 151936, 1024, False): GemmConfig(128, 128, num_warps=8, num_stages=3),
+    Product(16, 28672, 4096, True): GemmConfig(64, 256, num_warps=4, num_stages=3, fuse_norm=True),
+    Product(16, 4096, 14336, False): GemmConfig(64, 256, split_k=2, num_warps=4, num_stages=3),
+    Product(16, 6144, 4096, False): GemmConfig(32, 128, num_warps=4, num_stages=4),
+    Product(16, 4096, 4096, False): GemmConfig(64, 256, split_k=2, num_warps=4, num_stages=3),
+    Product(16, 128256, 4096, False): GemmConfig(128, 128, num_warps=8, num_stages=3),
     Product(16, 6144, 1024, True): GemmConfig(64, 64, split_k=4, num_warps=4, num_stages=6, fuse_norm=True),
-    Product(16, 1024, 3072, False): GemmConfig(32, 128, split_k=4, num_warps=4, num_stages=4),
-    Product(16, 4096, 1024, False): None,
-    Product(16, 1024, 2048, False): GemmConfig(32, 128, split_k=4, num_warps=4, num_stages=4),
-    Product(16, 151936, 1024, False): GemmConfig(128, 64, num_warps=4, num_stages=4, fuse_norm=True),
-    Product(64, 28672, 4096, True): GemmConfig(128, 64, num_warps=4, num_stages=4),
+    Product(16, 1024, 3072, False): GemmConfig(64, 256, split_k=4, num_warps=4, num_stages=3),
+    Product(16, 4096, 1024, False): GemmConfig(64, 256, split_k=2, num_warps=4, num_stages=3, fuse_norm=True),
+    Product(16, 1024, 2048, False): GemmConfig(64, 256, split_k=8, num_warps=4, num_stages=3),
+    Product(16, 151936, 1024, False): GemmConfig(128, 128, num_warps=8, num_stages=3, fuse_norm=True),
+    Product(64, 28672, 4096, True): GemmConfig(64, 128, num_warps=4, num_stages=3),
     Product(64, 4096, 14336, False): None,
     Product(64, 6144, 4096, False): None,
     Product(64, 4096, 4096, False): None,
-    Product(64, 128256, 4096, False): GemmConfig(128, 64, num_warps=8, num_stages=4),
+    Product(64, 128256, 4096, False): GemmConfig(128, 128, num_warps=8, num_stages=3),
     Product(64, 6144, 1024, True): None,
     Product(64, 1024, 3072, False): None,
     Product(64, 4096, 1024, False): None,
     Product(64, 1024, 2048, False): None,
-    Product(64, 151936, 1024, False): None,
+    Product(64, 151936, 1024, False): GemmConfig(64, 128, num_warps=4, num_stages=3),
     Product(128, 28672, 4096, True): GemmConfig(128, 64, num_warps=8, num_stages=4),
     Product(128, 4096, 14336, False): None,
     Product(128, 6144, 4096, False): None,
@@ -76,7 +76,7 @@ MEASURED: dict[Product, GemmConfig | None] = {
     Product(128, 1024, 3072, False): None,
     Product(128, 4096, 1024, False): None,
     Product(128, 1024, 2048, False): None,
-    Product(128, 151936, 1024, False): None,
+    Product(128, 151936, 1024, False): GemmConfig(128, 128, num_warps=8, num_stages=3),
 }
 
 
@@ -87,7 +87,6 @@ class GemmTable:
         max_rows: most rows of x.
         num_multiprocessors: of the device; launches should fill them.
         measured: known products; None there sends a product to the library.
-        pdl: overlap each launch's start with the kernel before.
     """
 
     def __init__(
@@ -95,22 +94,17 @@ class GemmTable:
         max_rows: int = 64,
         num_multiprocessors: int = 132,
         measured: Mapping[Product, GemmConfig | None] = MEASURED,
-        *,
-        pdl: bool = False,
     ) -> None:
         self._max_rows = max_rows
         self._num_multiprocessors = num_multiprocessors
         self._measured = measured
-        self._pdl = pdl
         self._found: dict[Product, GemmConfig | None] = {}
 
     @classmethod
-    def from_json(
-        cls, text: str, max_rows: int = ROW_BUCKETS[-1], num_multiprocessors: int = 132, *, pdl: bool = False
-    ) -> GemmTable:
+    def from_json(cls, text: str, max_rows: int = ROW_BUCKETS[-1], num_multiprocessors: int = 132) -> GemmTable:
         """A table of the products that `dump_table` wrote, on top of the measured ones."""
         found = {Product(*key): None if value is None else GemmConfig(*value) for key, value in json.loads(text)}
-        return cls(max_rows, num_multiprocessors, {**MEASURED, **found}, pdl=pdl)
+        return cls(max_rows, num_multiprocessors, {**MEASURED, **found})
 
     def find(self, num_rows: int, num_cols: int, depth: int, *, glu: bool = False) -> GemmConfig | None:
         """The launch for x [num_rows, depth] by w [num_cols, depth]; None: use the library."""
@@ -121,10 +115,8 @@ class GemmTable:
             return None
         product = Product(bucket, num_cols, depth, glu)
         if product not in self._found:
-            config = self._measured[product] if product in self._measured else self._guess(product)
-            if config is not None and self._pdl:
-                config = config._replace(pdl=True)
-            self._found[product] = config
+            measured = self._measured
+            self._found[product] = measured[product] if product in measured else self._guess(product)
         return self._found[product]
 
     def _guess(self, product: Product) -> GemmConfig | None:

@@ -19,26 +19,23 @@ TYPES = {
 }  # fmt: skip
 
 
-PRODUCTS = ((1, 6144, 4096, False), (1, 28672, 4096, True), (16, 4096, 14336, False), (32, 28672, 4096, True))
+PRODUCTS = ((1, 6144, 4096, False), (1, 28672, 4096, True), (32, 4096, 14336, False), (32, 28672, 4096, True))
 
 
 def gemm_resources():
-    for pdl in (False, True):
-        table = GemmTable(max_rows=64, pdl=pdl)
-        for rows, cols, depth, glu in PRODUCTS:
-            config = table.find(rows, cols, depth, glu=glu)
-            if config is None:
-                continue
-            constants = {
-                "BM": gemm.block_m(rows, config), "BN": config.block_n, "BK": config.block_k,
-                "IS_SPLIT": config.split_k > 1, "EVEN_K": True, "HAS_BIAS": False, "HAS_NORM": config.fuse_norm,
-                "HAS_RES": not glu, "GLU": glu, "USE_DOT": config.use_dot, "PDL": config.pdl,
-                "PREFETCH": gemm.PREFETCH, "UPCAST": False, "STAGES": config.num_stages,
-            }  # fmt: skip
-            yield (
-                f"gemm {rows} x {cols} x {depth} pdl={pdl}",
-                resources(gemm.skinny_gemm_kernel, constants, config.num_warps, config.num_stages),
-            )
+    table = GemmTable(max_rows=64)
+    for rows, cols, depth, glu in PRODUCTS:
+        config = table.find(rows, cols, depth, glu=glu)
+        assert config is not None
+        constants = {
+            "BM": gemm.block_m(rows, config), "BN": config.block_n, "BK": config.block_k,
+            "IS_SPLIT": config.split_k > 1, "EVEN_K": True, "HAS_BIAS": False, "HAS_NORM": config.fuse_norm,
+            "HAS_RES": not glu, "GLU": glu, "USE_DOT": config.use_dot, "UPCAST": False, "STAGES": config.num_stages,
+        }  # fmt: skip
+        yield (
+            f"gemm {rows} x {cols} x {depth}",
+            resources(gemm.skinny_gemm_kernel, constants, config.num_warps, config.num_stages),
+        )
 
 
 def main():
