@@ -16,6 +16,7 @@ from reports.errors import ReportError
 from reports.format import DASH
 from reports.study_charts import draw_charts
 
+MANY_CELLS = 30
 CLAIM_COLUMNS = ("quantity", "unit", "stated", "ours", "low", "high", "ratio", "tolerance", "verdict", "note")
 
 
@@ -89,7 +90,7 @@ def study_document(study: dict[str, Any], claims: list[dict[str, Any]], svg: dic
             ("command", " ".join(study["command"])),
             ("machine", _machine(study["machine"])),
             ("commit", f"{git['commit'] or DASH}{' with local changes' if git['dirty'] else ''}"),
-            ("cells", ", ".join(study["cells"]) or DASH),
+            ("cells", _cells(study["cells"])),
         ],
         sections=sections,
         footer=f"Made on {study['created']} from study.json.",
@@ -148,6 +149,11 @@ def _digits(value: float) -> str:
 def _interval(claim: dict[str, Any]) -> str:
     text = _value(claim["ours"], claim["unit"])
     return text if claim["low"] is None else f"{text} [{_digits(claim['low'])}, {_digits(claim['high'])}]"
+
+
+def _cells(names: list[str]) -> str:
+    """The cells' folders by name; of very many the number (study.json has the names)."""
+    return ", ".join(names) or DASH if len(names) <= MANY_CELLS else f"{len(names)}, listed in study.json"
 
 
 def _machine(machine: dict[str, Any]) -> str:

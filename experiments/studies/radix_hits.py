@@ -24,6 +24,7 @@ class RadixHitsStudy:
     num_requests: how many of its requests run, from the start.
     num_slots: sizes of the pool in tokens, rising.
     block_size: in tokens; hits are whole blocks.
+    max_total_len: prompt + output in tokens; a longer request is left out, as in the cells.
     near: the largest cache must come so close to the endless one, in percentage points.
 
     Raises:
@@ -34,6 +35,7 @@ class RadixHitsStudy:
     num_requests: int
     num_slots: Sequence[int]
     block_size: int
+    max_total_len: int
     near: float
 
     def __post_init__(self) -> None:
@@ -46,7 +48,7 @@ class RadixHitsStudy:
         """See `Study.run`."""
         assert self.path
         whole = self._block_hits()
-        hits, total = self._trace(self.num_requests).token_hits(self.block_size)
+        hits, total = self._trace(self.num_requests, self.max_total_len).token_hits(self.block_size)
         endless = 100 * hits / total
         rates = {name: [self._rate(cells, name, size) for size in self.num_slots] for name in ALLOCATORS}
         last = ", ".join(f"{name} {of[-1]:.1f} %" for name, of in rates.items())
@@ -69,16 +71,19 @@ class RadixHitsStudy:
                 "The pool also holds what runs, so the cache is what is left of it.",
                 "Requests arrive at the trace's times and run first come first served. Prompts share tokens exactly "
                 "where the trace's hash ids agree; generated tokens are in the cache too, and nobody asks for them.",
+                f"A request of more than {self.max_total_len:,} tokens is left out of both, and the next one is taken.",
                 "The endless cache knows a prompt as soon as it arrives; a real one when it is computed. So two "
                 "requests that run side by side find less.",
             ],
         )
 
-    def _trace(self, num_requests: int | None) -> MooncakeWorkload:
-        return MooncakeWorkload(path=self.path, num_requests=num_requests, seed=0, vocab_size=VOCAB_SIZE)
+    def _trace(self, num_requests: int | None, max_total_len: int | None) -> MooncakeWorkload:
+        return MooncakeWorkload(
+            path=self.path, num_requests=num_requests, max_total_len=max_total_len, seed=0, vocab_size=VOCAB_SIZE
+        )
 
     def _block_hits(self) -> float:
-        hits, total = self._trace(None).block_hits()
+        hits, total = self._trace(None, None).block_hits()
         return 100 * hits / total
 
     def _rate(self, cells: CellRunner, allocator: str, num_slots: int) -> float:
@@ -90,6 +95,7 @@ class RadixHitsStudy:
                 f"kv_cache.num_slots={num_slots}",
                 f"workload.path={Path(self.path or '').resolve()}",
                 f"workload.num_requests={self.num_requests}",
+                f"workload.max_total_len={self.max_total_len}",
             ],
         )
         return 100 * float(summary["cached_prompt_share"])

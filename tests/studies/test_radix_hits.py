@@ -67,3 +67,12 @@ def test_a_path_is_needed(tmp_path):
     with pytest.raises(Exception, match="is empty; give a Mooncake trace") as error:
         run_study(tmp_path, "experiment=radix_hits")
     assert isinstance(error.value.__cause__ or error.value, ConfigError)
+
+
+def test_requests_that_are_too_long_are_left_out_of_the_endless_cache_too(tmp_path, trace):
+    lines = trace.read_text().splitlines()
+    long = {"timestamp": 0, "input_length": 140_000, "output_length": 8, "hash_ids": list(range(10**6, 10**6 + 274))}
+    trace.write_text("\n".join([json.dumps(long), json.dumps(long), *lines]) + "\n")
+    small = (f"study.path={trace}", "study.num_requests=60", "study.block_size=16", "study.num_slots=[8000,200000]")
+    findings, _ = run_study(tmp_path / "long", "experiment=radix_hits", *small)
+    assert [claim.verdict for claim in findings.claims] == [Verdict.NOT_COMPARABLE, *[Verdict.HOLDS] * 6]
