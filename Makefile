@@ -13,7 +13,7 @@ CLIENTS_STAMP := $(CLIENTS)/.installed
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tracing,sweep,ray]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tracing,sweep,ray,tracking]'
 	touch $(STAMP)
 
 $(CLIENTS_STAMP): tests/clients/requirements.txt

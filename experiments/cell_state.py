@@ -18,7 +18,7 @@ from experiments.files import CELL_FILE, ERROR_FILE
 from experiments.provenance import code_state, machine
 
 # Sections that change neither what is measured nor how.
-UNMEASURED = ("report", "sweep", "study", "server")
+UNMEASURED = ("report", "sweep", "study", "server", "tracking")
 
 
 def cell_key(cfg: DictConfig, choices: dict[str, str]) -> dict[str, str]:

@@ -77,3 +77,8 @@ def _suggestion(key: str) -> str:
         near = [name for name in known if name.startswith(f"{section}.")] or [n for n in known if "." not in n]
         return f"; known: {', '.join(near)}"
     return f"; did you mean {' or '.join(near)}?"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -19,12 +21,14 @@ from experiments.build import build
 from experiments.cell_state import cell_key, is_finished, mark_finished
 from experiments.compose import NAMING_GROUPS
 from experiments.driver import drive
+from experiments.explain import first_line
 from experiments.files import ERROR_FILE, KV_MAP_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from experiments.http_job import run_http
 from experiments.kv_map import KVMapRecorder
 from experiments.output import HttpProgress, Progress, print_result
 from experiments.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
 from experiments.record import RunRecorder
+from experiments.tracking import TrackedRun, Tracker, tracked_run
 from experiments.warm_up import warm_cache, warm_up
 
 SCHEMA_VERSION = 1
@@ -39,7 +43,8 @@ def run_job(cfg: DictConfig) -> None:
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
     choices = {group: hydra.runtime.choices[group] for group in NAMING_GROUPS}
-    summary = execute(cfg, run_dir, f"{choices['allocator']} x {choices['scheduler']}", choices)
+    group = str(run_dir.parent) if hydra.mode is RunMode.MULTIRUN else None
+    summary = execute(cfg, run_dir, f"{choices['allocator']} x {choices['scheduler']}", choices, group)
     report = run_dir / "report.html" if cfg.report.pages else None
     console = Console()
     console.print(reports.terminal.run_table(summary))
@@ -61,7 +66,9 @@ def record_failure(message: str, *, not_defined: bool) -> None:
     path.write_text(json.dumps({"overrides": overrides, "error": message, "not_defined": not_defined}) + "\n")
 
 
-def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) -> dict[str, Any]:
+def execute(
+    cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str], group: str | None = None
+) -> dict[str, Any]:
     """Run one cell into `run_dir`, unless it is finished there, and return its report's summary.
 
     Args:
@@ -69,7 +76,9 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
         run_dir: an existing folder.
         name: how the cell is called in reports.
         choices: the config groups' chosen options (`allocator`, `scheduler`, `workload`, `arrival`).
+        group: the sweep or experiment that the cell belongs to, for a tracker.
     """
+    tracker: Tracker | None = instantiate(cfg.tracking)
     key = cell_key(cfg, choices)
     if is_finished(run_dir, key, allow_mixed=bool(cfg.sweep.allow_mixed)):
         print(f"{name}: finished before, in {run_dir}", file=sys.stderr)
@@ -86,7 +95,18 @@ def execute(cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str]) 
     write = reports.run_report.write_run_report if cfg.report.pages else reports.run_report.write_summary
     summary = write(run_dir)
     mark_finished(run_dir, key)
+    if tracker is not None:
+        _track(tracker, tracked_run(name, group, manifest["config"], summary, run_dir), run_dir)
     return summary
+
+
+def _track(tracker: Tracker, run: TrackedRun, run_dir: Path) -> None:
+    """Tell the tracker; whatever it raises, the run's own files are complete."""
+    try:
+        tracker.log(run, run_dir)
+    except Exception as error:
+        reason = f"the tracker did not take the run ({first_line(error)})"
+        print(f"warning: {reason}; its files are in {run_dir}", file=sys.stderr)
 
 
 def _run_here(cfg: DictConfig, run_dir: Path, name: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from engine.errors import ConfigError
+from experiments.explain import first_line
 from experiments.files import ERROR_FILE, OVERRIDES_FILE
 from experiments.provenance import code_state
 
@@ -131,7 +132,7 @@ def _connect(ray: Any, address: str) -> None:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"hydra.launcher.address={address}: no Ray cluster answers there ({_first_line(error)}); start one with "
+            f"hydra.launcher.address={address}: no Ray cluster answers there ({first_line(error)}); start one with "
             "`ray start --head`, or say hydra.launcher.address=local"
         ) from error
 
@@ -203,12 +204,8 @@ def _broken_off(sweep: _Sweep, index: int, overrides: Sequence[str], error: Exce
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError), path.open("x") as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(own)))
-    entry = {"overrides": own, "error": f"its Ray worker ended: {_first_line(error)}", "not_defined": False}
+    entry = {"overrides": own, "error": f"its Ray worker ended: {first_line(error)}", "not_defined": False}
     (folder / ERROR_FILE).write_text(json.dumps(entry) + "\n")
     ended = JobReturn(overrides=own, status=JobStatus.COMPLETED)
     ended.return_value = None
     return ended
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -37,4 +37,4 @@ class CellRunner:
         folder = self.out_dir / "cells" / name
         folder.mkdir(parents=True, exist_ok=True)
         self.folders.append(folder)
-        return execute(cfg, folder, name, choices)
+        return execute(cfg, folder, name, choices, str(self.out_dir))
