@@ -26,6 +26,7 @@ from engine.server.connection import BoundedConnection
 from engine.server.dashboard import PoolFeed
 from engine.server.groups import EngineGone
 from engine.server.service import Service
+from engine.server.suspicion import Suspicion
 from engine.server.tokenization import TokenizerService, generation_defaults
 from engine.server.tracing import Tracer
 
@@ -199,9 +200,9 @@ class Front:
 
     async def _watch(self, service: Service) -> None:
         """End all streams when the engine's heart has stopped."""
-        config = self._config
+        config, suspicion = self._config, Suspicion()
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             state = metrics.health(self._rows[0], config.heartbeat_timeout, config.step_timeout)
-            if not state.alive or state.reason:
+            if suspicion.confirmed(state.reason):
                 service.client.fail_all(state.reason)

@@ -29,6 +29,7 @@ from engine.server.engine_loop import EngineLoop
 from engine.server.front import DRAIN, EXIT, ModelFiles, end_process, freeze_heap, run_front
 from engine.server.ipc import socket_pair
 from engine.server.served import ServedEngine
+from engine.server.suspicion import Suspicion
 
 logger = logging.getLogger("kvarena.supervisor")
 
@@ -114,6 +115,7 @@ class Supervisor:
     def __init__(self, config: ServerConfig, model: ModelFiles, factory: EngineFactory) -> None:
         self._config, self._model, self._factory = config, model, factory
         self._signals = 0
+        self._suspicion = Suspicion()
         self._context = multiprocessing.get_context("spawn")
         self._processes: list[BaseProcess] = []
         self._controls: list[socket.socket] = []
@@ -202,7 +204,7 @@ class Supervisor:
         if not self._engine.is_alive():
             return f"the engine process has ended with code {self._engine.exitcode}"
         state = metrics.health(self._row, self._config.heartbeat_timeout, self._config.step_timeout)
-        if state.reason:
+        if self._suspicion.confirmed(state.reason):
             return state.reason
         for process in self._processes[1:]:
             if not process.is_alive():

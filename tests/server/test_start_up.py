@@ -1,0 +1,129 @@
+"""Starting a server: a wrong setting is one line, and what surrounds it (shell, disk, GPU) cannot hurt it.
+
+The numbers are the items of the reliability suite (docs/serving.md).
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+import torch
+from server_harness import ROOT, RunningServer
+from test_server_faults import _health, _status
+
+
+def test_a_shells_limit_on_open_files_is_lifted():
+    limit = f"import resource; resource.setrlimit({resource.RLIMIT_NOFILE}, (64, 4096)); "
+    run = "import sys; from experiments.stub_engine import main; sys.exit(main())"
+    command = [sys.executable, "-c", limit + run, "serve", "models/demo", "--port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        log = ""
+        while "Uvicorn running on" not in log:
+            line = process.stdout.readline()
+            assert line, log
+            log += line
+        port = int(log.rsplit(":", 1)[1].split()[0])
+        socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+        for sock in socks:
+            sock.close()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    (
+        (["/nonexistent"], "no model directory"),
+        (["models/demo", "--max-model-len", "100000"], "max_model_len"),
+        (["models/demo", "--num-gpu-blocks-override", "0"], "num_blocks"),
+        (["models/demo", "--tensor-parallel-size", "2"], "tensor-parallel-size"),
+        (["models/demo", "--pipeline-parallel-size", "2"], "pipeline-parallel-size"),
+        (["models/demo", "--quantization", "awq"], "quantization"),
+        (["models/demo", "--gpu-memory-utilization", "1.5"], "gpu_memory_utilization"),
+        (["models/demo", "--port", "70000"], "server.port"),
+        (["models/demo", "--ssl-certfile", "pyproject.toml"], "ssl_keyfile"),
+        (["models/demo", "--ssl_keyfile", "/nonexistent"], "ssl_"),
+        (["models/demo", "--dtype", "int4"], "dtype"),
+        (["models/demo", "--max-model-len", "many"], "max-model-len"),
+        (["models/demo", "--max-num-seqs", "0"], "max_num_seqs"),
+        (["models/demo", "--enable-prefix-caching", "--allocator", "paged"], "enable-prefix-caching"),
+        (["models/demo", "--set", "server.no_such_key=1"], "no_such_key"),
+        (["models/demo", "--scheduler", "nope"], "nope"),
+        (["models/demo", "--no-such-flag"], "no-such-flag"),
+        (["models/demo", "--chat-template", "/nonexistent"], "chat_template"),
+    ),
+)
+def test_47_a_wrong_setting_is_one_line(flags, words):
+    command = [sys.executable, "-m", "experiments.cli", "serve", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_47_a_port_in_use_is_one_line(server):
+    command = [sys.executable, "-m", "experiments.cli", "serve", "--port", str(server.port)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert f"{server.port}" in done.stderr
+    assert "choose another --port" in done.stderr
+    server.assert_alive()
+
+
+def test_49_a_full_disk_for_the_log_stops_nothing():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [sys.executable, "-m", "experiments.stub_engine", "serve", "models/demo", "--port", str(port)]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=full, stderr=full)
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        while _status(f"{url}/health") != 200:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        for prompt, status in (([20], 200), ([], 400), ([20], 200)):
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 2})
+            assert answer.status_code == status
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_51_a_second_server_on_one_gpu_fails_in_one_line_and_the_first_goes_on():
+    flags = ("--gpu-memory-utilization", "0.55", "--max-model-len", "512", "--max-num-seqs", "8")
+    first = RunningServer(*flags)
+    try:
+        before = first.slots()
+        assert first.complete("The", max_tokens=16).status_code == 200
+        command = [sys.executable, "-m", "experiments.cli", "serve", "--port", "0", *flags]
+        second = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while second.poll() is None:
+            answer = first.complete("The", max_tokens=200, ignore_eos=True).json()
+            assert answer["usage"]["completion_tokens"] == 200
+            assert _health(first) == 200
+        _, errors = second.communicate(timeout=60)
+        assert second.returncode == 2, errors
+        assert len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1, errors
+        assert "gpu_memory_utilization" in errors
+        assert "Traceback" not in errors
+        first.assert_alive()
+        assert sum(first.slots().values()) == sum(before.values())
+    finally:
+        assert first.stop() == 0
