@@ -122,12 +122,16 @@ class HttpConfig(_Section):
     model: str | None
     api_key_file: str | None
     timeout: float
+    metrics: str | None
+    metrics_interval: float
 
     def __post_init__(self) -> None:
-        for key in ("name", "model", "api_key_file"):
+        for key in ("name", "model", "api_key_file", "metrics"):
             value = getattr(self, key)
             _check(value is None or (isinstance(value, str) and bool(value)), f"http.{key}", value, "text, or null")
-        _check(_is_number(self.timeout) and self.timeout > 0, "http.timeout", self.timeout, "above 0 (seconds)")
+        for key in ("timeout", "metrics_interval"):
+            value = getattr(self, key)
+            _check(_is_number(value) and value > 0, f"http.{key}", value, "above 0 (seconds)")
 
     def authorization(self) -> dict[str, str]:
         """The header with the key, which is read here and kept nowhere. Raises ConfigError."""

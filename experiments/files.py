@@ -3,6 +3,7 @@
 MANIFEST_FILE = "manifest.json"
 REQUESTS_FILE = "requests.parquet"
 STEPS_FILE = "steps.parquet"
+GAUGES_FILE = "gauges.parquet"
 KV_MAP_FILE = "kv_map.parquet"
 ERROR_FILE = "error.json"
 CELL_FILE = "cell.json"

@@ -8,6 +8,7 @@ The server's steps and KV memory are not seen from outside, so the run has no le
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from experiments.config import DriverConfig, HttpConfig
 from experiments.files import REQUESTS_FILE, STEPS_FILE
 from experiments.http_client import HttpServer
 from experiments.http_driver import HttpDriver
+from experiments.http_metrics import GaugeReader
 from experiments.provenance import utc_now
 from experiments.record import RunRecorder, write_requests, write_steps
 
@@ -58,11 +60,12 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
     load = build_load(cfg, sizes.spec, sizes.special_token_ids, driver_config)
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | config.authorization()
     extensions = {key: cfg.sampling[key] for key in EXTENSIONS} | {"return_token_ids": True}
-    driver, server, warmup_time = asyncio.run(
+    driver, server, gauges, warmup_time = asyncio.run(
         _drive(load, driver_config, config, target, headers, extensions, progress(len(load.requests)))
     )
     ended = utc_now()
     write_requests(run_dir / REQUESTS_FILE, driver.rows)
+    gauges.write(run_dir)
     write_steps(run_dir / STEPS_FILE, RunRecorder().step_columns() | MemoryLedger().settle())
     name = config.name or f"{target.host}:{target.port or target.scheme}"
     return {
@@ -79,6 +82,7 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
             "extensions": sorted(server.extensions),
             "extensions_refused": sorted(extensions.keys() - server.extensions.keys()),
             "num_other_prompt_lens": driver.num_other_prompt_lens,
+            "gauges": {"url": config.metrics, "num_failed": gauges.num_failed, "error": gauges.error or None},
         },
         "run": {
             "ended": ended,
@@ -100,7 +104,7 @@ async def _drive(
     headers: dict[str, str],
     extensions: dict[str, Any],
     on_progress: Callable[[int], None],
-) -> tuple[HttpDriver, HttpServer, float]:
+) -> tuple[HttpDriver, HttpServer, GaugeReader, float]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx.Timeout(config.timeout, pool=None)
     async with httpx.AsyncClient(base_url=target, headers=headers, limits=limits, timeout=timeout) as client:
@@ -111,8 +115,14 @@ async def _drive(
             await _send_prompts(server, requests)
         warmup_time = time.perf_counter() - start
         driver = HttpDriver(server, driver_config.record == "full", on_progress)
+        gauges = GaugeReader(client, config.metrics or "", config.metrics_interval)
+        reading = asyncio.create_task(gauges.run()) if config.metrics else None
         await driver.run(requests, load.closed_loop)
-        return driver, server, warmup_time
+        if reading is not None:
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reading
+        return driver, server, gauges, warmup_time
 
 
 async def _send_prompts(server: HttpServer, requests: list[Request]) -> None:

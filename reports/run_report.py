@@ -15,6 +15,7 @@ from pyarrow import csv
 from reports.document import render_html, render_markdown, write_text
 from reports.errors import ReportError
 from reports.files import REQUEST_COLUMNS, RunFiles, read_run
+from reports.gauges import gauges_figure, read_gauges
 from reports.kv_map import kv_map_figure, kv_map_markup, read_kv_map
 from reports.latency import DEFINITIONS, TokenGaps, request_latencies, token_gaps
 from reports.memory import Spans, step_spans
@@ -100,6 +101,9 @@ def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any], gaps: TokenGa
             "latency": latency_figure(panels, list(SERIES[:1])),
             "timeline": timeline_figure(run),
         }
+        gauges = read_gauges(run)
+        if gauges is not None:
+            figures["gauges"] = gauges_figure(gauges)
         markup = {name: export(figure, run.path, name) for name, figure in figures.items()}
         if kv_map is not None:
             export(kv_map_figure(kv_map), run.path, "kv_map")

@@ -8,6 +8,7 @@ from typing import Any
 from reports.document import Document, Picture, Section, Table
 from reports.engines import cache_state, simulated, target
 from reports.format import DASH, count, percent, rate, seconds, size_bytes
+from reports.gauges import gauges_section
 from reports.latency import DEFINITIONS, PERCENTILES
 from reports.paper import FIGURE_2_SOURCE
 from reports.slo import slo_section
@@ -42,6 +43,7 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
         tiles=tiles(summary),
         sections=[
             memory_section(summary, svg),
+            *([gauges_section(summary, svg)] if summary["gauges"] else []),
             latency_section(summary, svg),
             *([slo_section(summary)] if summary["slo"] else []),
             steady_section(summary),
@@ -130,8 +132,13 @@ def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     waste = percent(summary[f"waste_beyond_token_states{window.suffix}"])
     if summary["target"]:
         text = (
-            f"The engine is another process, {summary['target']['url']}: its steps and its KV memory are not seen from "
-            "here, so this run has no ledger."
+            f"The engine is another process, {summary['target']['url']}: its steps are not seen from here, so this run "
+            "has no ledger. "
+            + (
+                "What the server says of itself is in the next section."
+                if summary["gauges"]
+                else "It showed no gauges."
+            )
         )
     elif split is None:
         text = "No step ran."

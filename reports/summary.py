@@ -9,6 +9,7 @@ import numpy as np
 
 from reports.files import CLASSES, RunFiles
 from reports.format import count, percent, rate, seconds
+from reports.gauges import read_gauges, summarize_gauges
 from reports.latency import TokenGaps, describe, request_latencies, token_gaps
 from reports.memory import Spans, mean_shares, step_spans, weighted_mean
 from reports.slo import summarize_slo
@@ -65,6 +66,7 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
     summary["slo"] = summarize_slo(run, summary["duration_seconds"], window)
     summary |= _load(run, spans)
     summary |= _memory(run, spans)
+    summary["gauges"] = summarize_gauges(read_gauges(run))
     summary["headline"] = headline(summary)
     return summary
 

@@ -6,15 +6,17 @@ import socket
 import threading
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import uvicorn
 from server_harness import KEY
 
 from engine.errors import ConfigError, EngineError
 from experiments.compose import load_config
+from experiments.http_metrics import read_gauges
 from experiments.job import execute
 from reports.comparison import compare
-from reports.files import read_run
+from reports.files import CLASSES, read_run
 
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "uniform", "arrival": "poisson"}
 LOAD = [
@@ -55,6 +57,9 @@ class ForeignServer:
     async def __call__(self, scope, receive, send) -> None:
         if scope["path"] == "/v1/models":
             await self._answer(send, 200, {"data": [{"id": "foreign"}]})
+            return
+        if scope["path"] != "/v1/completions":
+            await self._answer(send, 404, {"error": {"message": "no such path"}})
             return
         text, more = b"", True
         while more:
@@ -209,3 +214,68 @@ def test_a_prompt_that_breaks_off_while_the_cache_warms_up_is_an_error(tmp_path)
 def test_bad_targets_are_one_line(tmp_path, override, error, message):
     with pytest.raises(error, match=message):
         run(tmp_path, "http://127.0.0.1:9" if not override.startswith("target") else None, override)
+
+
+VLLM_METRICS = """\
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 4.0
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.5
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.7
+# TYPE vllm:num_preemptions counter
+vllm:num_preemptions_total{engine="0",model_name="m"} 9.0
+# TYPE vllm:prefix_cache_queries counter
+vllm:prefix_cache_queries_total{engine="0",model_name="m"} 100.0
+# TYPE vllm:prefix_cache_hits counter
+vllm:prefix_cache_hits_total{engine="0",model_name="m"} 25.0
+"""
+
+
+def test_names_of_other_servers_are_known():
+    values = read_gauges(VLLM_METRICS)
+    expected = {
+        "num_running": 7,
+        "num_waiting": 2,
+        "kv_usage": 0.6,
+        "num_preemptions": 9,
+        "prefix_queries": 100,
+        "prefix_hits": 25,
+    }
+    assert values == pytest.approx(expected)
+    assert read_gauges("# TYPE sglang:token_usage gauge\nsglang:token_usage 0.25\n") == {"kv_usage": 0.25}
+    assert read_gauges("# TYPE python_info gauge\npython_info 1.0\n") == {}
+
+
+def test_our_servers_gauges_and_ledger_are_read_during_the_run(server, tmp_path):
+    key = tmp_path / "key"
+    key.write_text(KEY + "\n")
+    summary, files = run(
+        tmp_path,
+        server.url,
+        f"http.api_key_file={key}",
+        "http.metrics_interval=0.05",
+        "workload.output_len={min:40,max:80}",
+    )
+    gauges = summary["gauges"]
+    assert gauges["num_readings"] > 5
+    assert gauges["num_running"]["max"] >= 1
+    assert 0 < gauges["kv_usage"]["max"] <= 1
+    assert summary["target"]["gauges"] == {"url": "/metrics", "num_failed": 0, "error": None}
+    columns = pq.read_table(files.path / "gauges.parquet").to_pydict()
+    total = {sum(slots) for slots in zip(*(columns[name] for name in CLASSES), strict=True)}
+    assert len(total) == 1  # the ledger's classes add up to the pool in every reading
+    assert (files.path / "figures" / "gauges.png").exists()
+    assert "The server's own gauges" in (files.path / "report.md").read_text()
+
+
+def test_a_server_without_gauges_is_asked_once_and_said_to_have_none(tmp_path):
+    foreign = ForeignServer()
+    with foreign as url:
+        summary, files = run(tmp_path, url, "http.metrics_interval=0.01")
+    assert summary["gauges"] is None
+    assert summary["target"]["gauges"]["num_failed"] == 1
+    assert "404" in summary["target"]["gauges"]["error"]
+    assert "It showed no gauges." in (files.path / "report.md").read_text()
