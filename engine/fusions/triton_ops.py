@@ -9,6 +9,8 @@ from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, apply_lin
 from engine.kernels.activation import gated
 from engine.kernels.gemm import SkinnyGemm
 from engine.kernels.gemm_table import GemmTable
+from engine.kernels.glu import gated_product
+from engine.kernels.library_gemm import load_library_gemm
 from engine.kernels.norm import rms_norm
 from engine.kernels.rope import rope_store
 
@@ -24,7 +26,9 @@ class TritonOps:
 
     def __init__(self, device: torch.device | str, table: GemmTable | None = None, *, upcast: bool = False) -> None:
         self._table = table
+        self._upcast = upcast
         self._gemm = None if table is None else SkinnyGemm(device, upcast=upcast)
+        self._library = None if table is None else load_library_gemm(device)
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         """See `Ops.norm`."""
@@ -33,20 +37,28 @@ class TritonOps:
     def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
         """See `Ops.norm_linear`."""
         y = self._skinny(residual, linear, norm=norm, out=out)
-        return apply_linear(self.norm(residual, norm), linear, out) if y is None else y
+        return self._linear(self.norm(residual, norm), linear, out) if y is None else y
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
         if self._skinny(x, linear, residual=residual, out=residual) is not None:
             return residual
         # Added by the product itself: one rounding less, and no pass of its own.
-        residual.addmm_(x, linear.weight.t())
+        if self._library is None or self._library(x, linear.weight, residual, accumulate=True) is None:
+            residual.addmm_(x, linear.weight.t())
         return residual if linear.bias is None else residual.add_(linear.bias)
 
     def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
         """See `Ops.norm_glu`."""
+        tile = (
+            None
+            if self._table is None or gate_up.bias is not None
+            else self._table.find_glu(len(residual), *gate_up.weight.shape)
+        )
+        if tile is not None:
+            return gated_product(self.norm(residual, norm), gate_up.weight, tile, upcast=self._upcast)
         out = self._skinny(residual, gate_up, norm=norm, glu=True)
-        return gated(apply_linear(self.norm(residual, norm), gate_up)) if out is None else out
+        return gated(self._linear(self.norm(residual, norm), gate_up)) if out is None else out
 
     def rope_store(
         self,
@@ -75,6 +87,14 @@ class TritonOps:
             epsilon=0.0 if norms is None else norms.q.eps,
         )
         return q
+
+    def _linear(self, x: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
+        """The product by the library, into `out` if given."""
+        if self._library is not None and linear.bias is None:
+            y = self._library(x, linear.weight, out)
+            if y is not None:
+                return y
+        return apply_linear(x, linear, out)
 
     def _skinny(
         self,

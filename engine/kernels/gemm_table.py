@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from engine.kernels.gemm import GemmConfig
+from engine.kernels.glu import GluTile, glu_tile
 
 # Row counts are looked up by the smallest bucket that holds them.
 ROW_BUCKETS = (1, 16, 32, 64, 128)
@@ -67,7 +68,7 @@ MEASURED: dict[Product, GemmConfig | None] = {
     Product(64, 4096, 1024, False): None,
     Product(64, 1024, 2048, False): None,
     Product(64, 151936, 1024, False): GemmConfig(64, 128, num_warps=4, num_stages=3),
-    Product(128, 28672, 4096, True): GemmConfig(128, 64, num_warps=8, num_stages=4),
+    Product(128, 28672, 4096, True): None,
     Product(128, 4096, 14336, False): None,
     Product(128, 6144, 4096, False): None,
     Product(128, 4096, 4096, False): None,
@@ -118,6 +119,10 @@ class GemmTable:
             measured = self._measured
             self._found[product] = measured[product] if product in measured else self._guess(product)
         return self._found[product]
+
+    def find_glu(self, num_rows: int, num_cols: int, depth: int) -> GluTile | None:
+        """The launch of `gated_product` for x [num_rows, depth] by w [num_cols, depth]; None: see `find`."""
+        return glu_tile(num_rows, num_cols, depth, self._num_multiprocessors)
 
     def _guess(self, product: Product) -> GemmConfig | None:
         num_rows, num_cols, depth, glu = product

@@ -8,7 +8,7 @@ import json
 import compile_sm90
 from compile_sm90 import resources
 
-from engine.kernels import INTERPRET, gemm, sample, step
+from engine.kernels import INTERPRET, gemm, glu, sample, step
 from engine.kernels.gemm_table import GemmTable
 
 TYPES = {
@@ -24,13 +24,14 @@ PRODUCTS = ((1, 6144, 4096, False), (1, 28672, 4096, True), (32, 4096, 14336, Fa
 
 def gemm_resources():
     table = GemmTable(max_rows=64)
-    for rows, cols, depth, glu in PRODUCTS:
-        config = table.find(rows, cols, depth, glu=glu)
+    for rows, cols, depth, is_glu in PRODUCTS:
+        config = table.find(rows, cols, depth, glu=is_glu)
         assert config is not None
         constants = {
             "BM": gemm.block_m(rows, config), "BN": config.block_n, "BK": config.block_k,
             "IS_SPLIT": config.split_k > 1, "EVEN_K": True, "HAS_BIAS": False, "HAS_NORM": config.fuse_norm,
-            "HAS_RES": not glu, "GLU": glu, "USE_DOT": config.use_dot, "UPCAST": False, "STAGES": config.num_stages,
+            "HAS_RES": not is_glu, "GLU": is_glu, "USE_DOT": config.use_dot, "UPCAST": False,
+            "STAGES": config.num_stages,
         }  # fmt: skip
         yield (
             f"gemm {rows} x {cols} x {depth}",
@@ -38,12 +39,24 @@ def gemm_resources():
         )
 
 
+def glu_resources():
+    for num_rows in (32, 128, 192, 256):
+        tile = glu.glu_tile(num_rows, 6144, 1024, 132)
+        constants = {
+            "STEPS": 1024 // tile.depth, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "PAIRED": 8,
+            "UPCAST": False, "STAGES": tile.num_stages,
+        }  # fmt: skip
+        TYPES["x_desc"] = f"tensordesc<bf16[{tile.rows},{tile.depth}]>"
+        TYPES["w_desc"] = f"tensordesc<bf16[{tile.cols // 16},2,8,{tile.depth}]>"
+        yield f"glu {num_rows}", resources(glu.glu_kernel, constants, tile.num_warps, tile.num_stages)
+
+
 def main():
     if INTERPRET:
         raise SystemExit("run with TRITON_INTERPRET=0")
     attention_type = compile_sm90.argument_type
     compile_sm90.argument_type = lambda name: TYPES.get(name) or attention_type(name)
-    found = dict(gemm_resources())
+    found = dict(gemm_resources()) | dict(glu_resources())
     found["draw"] = resources(sample.draw_kernel, {"TILE": 1024, "PARTS": 128, "FAST": True}, 4, 3)
     found["expand"] = resources(step.expand_kernel, {"BLOCK_SIZE": 16, "CHUNK": 512}, 2, 3)
     found["expand tokens"] = resources(step.expand_tokens_kernel, {"BLOCK_SIZE": 16, "BLOCK": 128}, 4, 3)

@@ -10,6 +10,7 @@ from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps
 from engine.fusions.triton_ops import TritonOps
 from engine.kernels.gemm import GemmConfig, SkinnyGemm
 from engine.kernels.gemm_table import GemmTable, Product
+from engine.kernels.glu import GluTile, gated_product, glu_tile
 
 EPS = 1e-5
 
@@ -87,13 +88,13 @@ def test_guessed_launches_are_possible(gemm, num_rows, cols, depth, glu):
     assert depth // config.split_k >= config.block_k
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 70])
+@pytest.mark.parametrize("num_rows", [1, 3, 20, 70])
 @pytest.mark.parametrize("with_table", [False, True])
 def test_ops_equal_torch(num_rows, with_table):
     torch.manual_seed(3)
     table = GemmTable(max_rows=64, measured={}) if with_table else None
     fused, plain = TritonOps("cpu", table, upcast=True), TorchOps()
-    hidden, inner, heads = 64, 128, Heads(4, 2, 16)
+    hidden, inner, heads = 128, 128, Heads(4, 2, 16)  # with a table, 9 rows and more take the gated product
     norm = Norm(torch.randn(hidden), EPS)
     qkv = Linear(torch.randn(8 * 16, hidden), torch.randn(8 * 16))
     gate_up, down = (
@@ -115,3 +116,26 @@ def test_ops_equal_torch(num_rows, with_table):
         results.append((q.clone(), keys, values, act, ops.linear_residual(act, down, stream)))
     for got, expected in zip(*results, strict=True):
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("num_rows", "dtype"), [(9, torch.float32), (40, torch.float32), (40, torch.bfloat16)])
+def test_gated_product(num_rows, dtype):
+    torch.manual_seed(4)
+    x, weight = torch.randn(num_rows, 80).to(dtype), torch.randn(2 * 40, 80).to(dtype)  # 40 columns: a tile and a half
+    got = gated_product(x, weight, GluTile(32, 64, 16, num_warps=4, num_stages=2), upcast=True)
+    expected = reference(x, weight, None, None, None, True)
+    assert got.dtype == dtype
+    assert (got - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
+
+
+def test_gated_products_of_one_wave_have_a_tile():
+    small, large = (6144, 1024), (28672, 4096)
+    for num_rows, programs_per_sm in ((9, 1), (64, 1), (65, 1), (129, 2), (256, 2)):
+        tile = glu_tile(num_rows, *small, 132)
+        assert tile.programs_per_sm == programs_per_sm
+        assert -(-small[0] // tile.cols) * -(-num_rows // tile.rows) <= 132 * programs_per_sm
+        assert glu_tile(num_rows, *large, 132) is None, "more than a wave"
+    assert glu_tile(8, *small, 132) is None
+    assert glu_tile(257, *small, 132) is None
+    assert glu_tile(32, 6144, 1000, 132) is None, "a depth that is no multiple of the loop's step"
+    assert glu_tile(32, 6152, 1024, 132) is None, "gate rows that do not come in eights"
