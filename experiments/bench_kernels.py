@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from engine.errors import KvarenaError
+from engine.kernels.attention import AttentionCall
 from engine.kernels.config import DecodeConfig, PrefillConfig, decode_config, prefill_config
 from engine.kernels.decode import DecodeScratch, decode_attention
 from engine.kernels.plan import Capacity, Shape, plan_step
@@ -61,29 +62,11 @@ def decode_launches(
     scratch = DecodeScratch(
         capacity.decode, len(batch.seq_lens), shape.num_heads, shape.num_kv_heads, shape.head_dim, batch.q.device
     )
-    loc, lens = torch.from_numpy(batch.query_start_loc).cuda(), torch.from_numpy(batch.seq_lens.astype(np.int32)).cuda()
-    out = torch.full_like(batch.q, torch.nan)
-
-    def launch(layer: int) -> None:
-        decode_attention(
-            batch.q,
-            batch.keys[layer],
-            batch.values[layer],
-            out,
-            items=items,
-            num_items=capacity.decode,
-            query_start_loc=loc,
-            seq_lens=lens,
-            block_table=batch.block_table,
-            block_size=batch.block_size,
-            scratch=scratch,
-            scale=shape.head_dim**-0.5,
-            contiguous=contiguous,
-            config=config,
-            overlap=overlap,
-        )
-
-    return [partial(launch, layer) for layer in range(len(batch.keys))], out
+    calls, out = _calls(batch, contiguous=contiguous)
+    launch = partial(
+        decode_attention, items=items, num_items=capacity.decode, scratch=scratch, config=config, overlap=overlap
+    )
+    return [partial(launch, call) for call in calls], out
 
 
 def prefill_launches(
@@ -95,27 +78,22 @@ def prefill_launches(
     plan = Shape(decode_config(shape.head_dim, 2, 1), queries, 1)
     words, capacity = plan_step(batch.query_start_loc, batch.seq_lens, plan)
     items = torch.from_numpy(words).cuda()
+    calls, out = _calls(batch, contiguous=contiguous)
+    launch = partial(prefill_attention, items=items, num_items=capacity.prefill, config=config)
+    return [partial(launch, call) for call in calls], out
+
+
+def _calls(batch: Batch, *, contiguous: bool) -> tuple[list[AttentionCall], torch.Tensor]:
+    """One per layer of the pool, and the output that they share."""
     loc, lens = torch.from_numpy(batch.query_start_loc).cuda(), torch.from_numpy(batch.seq_lens.astype(np.int32)).cuda()
     out = torch.full_like(batch.q, torch.nan)
-
-    def launch(layer: int) -> None:
-        prefill_attention(
-            batch.q,
-            batch.keys[layer],
-            batch.values[layer],
-            out,
-            items=items,
-            num_items=capacity.prefill,
-            query_start_loc=loc,
-            seq_lens=lens,
-            block_table=batch.block_table,
-            block_size=batch.block_size,
-            scale=shape.head_dim**-0.5,
-            contiguous=contiguous,
-            config=config,
+    scale = batch.shape.head_dim**-0.5
+    return [
+        AttentionCall(
+            batch.q, keys, values, out, loc, lens, batch.block_table, batch.block_size, scale, contiguous=contiguous
         )
-
-    return [partial(launch, layer) for layer in range(len(batch.keys))], out
+        for keys, values in zip(batch.keys, batch.values, strict=True)
+    ], out
 
 
 def measure(

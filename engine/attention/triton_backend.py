@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.attention.base import AttentionMetadata
 from engine.attention.dense import DensePrompts, library_backend
 from engine.errors import ConfigError, EngineError
+from engine.kernels.attention import AttentionCall
 from engine.kernels.config import decode_config, prefill_config
 from engine.kernels.decode import DecodeScratch, decode_attention
 from engine.kernels.plan import DECODE_FIELDS, Capacity, Shape, plan_step
@@ -168,45 +169,15 @@ class TritonBackend:
         if q.stride(2) != 1:
             q = q.contiguous()
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        if plan.capacity.decode:
-            decode_attention(
-                q,
-                keys,
-                values,
-                out,
-                items=plan.decode,
-                num_items=plan.capacity.decode,
-                query_start_loc=meta.query_start_loc,
-                seq_lens=meta.seq_lens,
-                block_table=meta.block_table,
-                block_size=meta.block_size,
-                scratch=plan.scratch,
-                scale=scale,
-                sliding_window=sliding_window,
-                softcap=softcap,
-                sinks=sinks,
-                contiguous=self.contiguous,
-                config=plan.shape.decode,
-            )
-        if plan.capacity.prefill:
-            prefill_attention(
-                q,
-                keys,
-                values,
-                out,
-                items=plan.prefill,
-                num_items=plan.capacity.prefill,
-                query_start_loc=meta.query_start_loc,
-                seq_lens=meta.seq_lens,
-                block_table=meta.block_table,
-                block_size=meta.block_size,
-                scale=scale,
-                sliding_window=sliding_window,
-                softcap=softcap,
-                sinks=sinks,
-                contiguous=self.contiguous,
-                config=self._prefill_config,
-            )
+        call = AttentionCall(
+            q, keys, values, out, meta.query_start_loc, meta.seq_lens, meta.block_table, meta.block_size, scale,
+            sliding_window, softcap, sinks, self.contiguous,
+        )  # fmt: skip
+        decode, prefill = plan.capacity
+        if decode:
+            decode_attention(call, items=plan.decode, num_items=decode, scratch=plan.scratch, config=plan.shape.decode)
+        if prefill:
+            prefill_attention(call, items=plan.prefill, num_items=prefill, config=self._prefill_config)
         return out
 
     def _fresh_kv(self, plan: _Plan, layer: int, meta: AttentionMetadata) -> tuple[Tensor, Tensor]:

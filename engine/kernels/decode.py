@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels import INTERPRET
+from engine.kernels.attention import AttentionCall
 from engine.kernels.common import (
     VARYING,
     await_previous,
@@ -29,7 +29,6 @@ from engine.kernels.common import (
     load_tile,
     next_power_of_2,
     region_start,
-    slot_type,
     tile_blocks,
     tile_slots,
 )
@@ -262,86 +261,32 @@ class DecodeScratch:
 
 
 def decode_attention(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    out: Tensor,
+    call: AttentionCall,
     *,
     items: Tensor,
     num_items: int,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    block_size: int,
     scratch: DecodeScratch,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    contiguous: bool = False,
     config: DecodeConfig,
     overlap: bool | None = None,
 ) -> None:
-    """Attention of the rows that `items` name, one query each, into `out`.
+    """Attention of the rows that `items` name, one query each.
 
     Args:
-        q, out: [T, num_heads, head_dim]; a row's query lies at `query_start_loc[row]`.
-        keys, values: a layer of the pool by slot, [num_slots, num_kv_heads, head_dim].
+        call: what is read and written; a row's query lies at `query_start_loc[row]`.
         items: int32 [5 * num_items], see `engine.kernels.plan`; chunks begin at whole tiles of `config.tile`.
         num_items: the grid's second dimension; padding items have row -1.
-        query_start_loc, seq_lens, block_table: see `AttentionMetadata`.
-        block_size: slots per block.
         scratch: with room for the items and rows.
-        scale, sliding_window, softcap, sinks: see `AttentionBackend.attend`; the scale is positive.
-        contiguous: every block table is a run of consecutive ids; only its first entry is read.
         config: tile, warps and stages, see `decode_config`; the items were cut for it.
         overlap: see `launch_options`.
     """
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads = keys.shape[1]
-    group = num_heads // num_kv_heads
-    dim_pad = max(16, next_power_of_2(head_dim))
-    group_pad = next_power_of_2(group)
-    decode_kernel[(num_kv_heads, num_items)](
-        q,
-        keys,
-        values,
-        out,
-        items,
-        query_start_loc,
-        seq_lens,
-        block_table,
-        q if sinks is None else sinks,
-        scratch.partial,
-        scratch.stats,
-        scratch.counters,
-        num_items,
-        scale,
-        0.0 if softcap is None else softcap,
-        q.stride(0),
-        q.stride(1),
-        out.stride(0),
-        out.stride(1),
-        keys.stride(1),
-        block_table.stride(0),
-        GROUP=group,
+    group_pad = next_power_of_2(call.group)
+    decode_kernel[(call.num_kv_heads, num_items)](
+        **call.arguments(items, num_items, config),
+        partial_ptr=scratch.partial,
+        stats_ptr=scratch.stats,
+        counters_ptr=scratch.counters,
         GROUP_PAD=group_pad,
         ROWS=max(16, group_pad),
-        HEAD_DIM=head_dim,
-        DIM_PAD=dim_pad,
-        SLOT=slot_type(keys),
-        STRIDE_SLOT=keys.stride(0),
-        BLOCK_SIZE=block_size,
-        TILE=config.tile,
-        MERGE=merge_width(group_pad, dim_pad, config.num_warps),
-        WINDOW=sliding_window or 0,
-        SOFTCAP=softcap is not None,
-        SINKS=sinks is not None,
-        CONTIGUOUS=contiguous,
-        UPCAST=INTERPRET,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.max_registers,
+        MERGE=merge_width(group_pad, call.dim_pad, config.num_warps),
         **launch_options(overlap),
     )

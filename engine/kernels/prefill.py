@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels import INTERPRET
+from engine.kernels.attention import AttentionCall
 from engine.kernels.common import (
     VARYING,
     await_previous,
@@ -25,13 +25,11 @@ from engine.kernels.common import (
     exponent_scale,
     launch_options,
     load_tile,
-    next_power_of_2,
     region_start,
-    slot_type,
     tile_blocks,
     tile_slots,
 )
-from engine.kernels.config import PrefillConfig, prefill_config
+from engine.kernels.config import PrefillConfig
 
 
 @triton.jit(**VARYING)
@@ -158,78 +156,18 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     )
 
 
-def prefill_attention(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    out: Tensor,
-    *,
-    items: Tensor,
-    num_items: int,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    block_size: int,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    contiguous: bool = False,
-    config: PrefillConfig | None = None,
-) -> None:
-    """Causal attention of the queries that `items` name over their contexts, into `out`.
+def prefill_attention(call: AttentionCall, *, items: Tensor, num_items: int, config: PrefillConfig) -> None:
+    """Causal attention of the queries that `items` name over their contexts.
 
     Args:
-        q, out: [T, num_heads, head_dim].
-        keys, values: a layer of the pool by slot, [num_slots, num_kv_heads, head_dim].
+        call: what is read and written.
         items: int32 [2 * num_items], see `engine.kernels.plan`; blocks of `config.rows // group` queries.
         num_items: the grid's second dimension; padding items have row -1.
-        query_start_loc, seq_lens, block_table: see `AttentionMetadata`.
-        block_size: slots per block.
-        scale, sliding_window, softcap, sinks: see `AttentionBackend.attend`; the scale is positive.
-        contiguous: every block table is a run of consecutive ids; only its first entry is read.
-        config: rows, tile, warps and stages; by default what `prefill_config` says.
+        config: rows, tile, warps and stages, see `prefill_config`.
     """
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads = keys.shape[1]
-    group = num_heads // num_kv_heads
-    config = config or prefill_config(head_dim, keys.element_size(), group)
-    prefill_kernel[(num_kv_heads, num_items)](
-        q,
-        keys,
-        values,
-        out,
-        items,
-        query_start_loc,
-        seq_lens,
-        block_table,
-        q if sinks is None else sinks,
-        num_items,
-        scale,
-        0.0 if softcap is None else softcap,
-        q.stride(0),
-        q.stride(1),
-        out.stride(0),
-        out.stride(1),
-        keys.stride(1),
-        block_table.stride(0),
-        GROUP=group,
-        QUERIES=config.rows // group,
+    prefill_kernel[(call.num_kv_heads, num_items)](
+        **call.arguments(items, num_items, config),
+        QUERIES=config.rows // call.group,
         ROWS=config.rows,
-        HEAD_DIM=head_dim,
-        DIM_PAD=max(16, next_power_of_2(head_dim)),
-        SLOT=slot_type(keys),
-        STRIDE_SLOT=keys.stride(0),
-        BLOCK_SIZE=block_size,
-        TILE=config.tile,
-        WINDOW=sliding_window or 0,
-        SOFTCAP=softcap is not None,
-        SINKS=sinks is not None,
-        CONTIGUOUS=contiguous,
-        UPCAST=INTERPRET,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.max_registers,
         **launch_options(),
     )

@@ -11,7 +11,7 @@ from engine.attention.dense import MIN_LENGTH, DensePrompts
 from engine.attention.reference import ReferenceBackend
 from engine.attention.triton_backend import TritonBackend
 from engine.errors import ConfigError, EngineError
-from engine.kernels import decode, prefill
+from engine.kernels import attention
 from engine.kernels.common import slot_type
 from engine.kernels.config import DecodeConfig
 
@@ -72,8 +72,7 @@ def test_slots_of_large_pools_are_wide(contiguous, monkeypatch):
     assert slot_type(torch.empty(2**20 - 1, 8, 256, device="meta")) == tl.int32
     assert slot_type(torch.empty(2**20 - 1, 9, 256, device="meta")[:, :8]) == tl.int64
     assert slot_type(torch.empty(2**18, 4, 8, 256, device="meta")[:, 1]) == tl.int64  # one of four layers side by side
-    for module in (decode, prefill):
-        monkeypatch.setattr(module, "slot_type", lambda keys: tl.int64)
+    monkeypatch.setattr(attention, "slot_type", lambda keys: tl.int64)
     case = make_case([(20, 1), (0, 9)], device=DEVICE)
     if contiguous:
         make_contiguous(case, 16)
