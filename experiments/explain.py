@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from engine.errors import KvarenaError
 from experiments.compose import load_config
+from reports.errors import ReportError
 
 
 def explain(error: BaseException) -> str | None:
@@ -18,6 +19,8 @@ def explain(error: BaseException) -> str | None:
     own = own_error(error)
     if own is not None:
         return str(own)
+    if isinstance(error, ReportError):
+        return str(error)
     if isinstance(error, InstantiationException):
         return _explain_instantiation(error, _causes(error))
     if _raised_in(error) == "submitit":

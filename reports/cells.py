@@ -23,7 +23,7 @@ GROUPS = {
 IGNORED = ("hydra", "report", "name", "slo", "target", "http")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # of two runs alike, each is still its own
 class Cell:
     """One run of a comparison.
 

@@ -31,6 +31,7 @@ from reports.style import (
     hatch_kwargs,
     log_scale,
     new_figure,
+    row_names,
 )
 from reports.windows import ROOM, telling
 
@@ -87,7 +88,8 @@ def curve_cells(cells: list[Cell]) -> list[Cell]:
 
 def overview_figure(cells: list[Cell]) -> Figure:
     """Throughput, mean batch and TTFT of every cell, side by side."""
-    figure = new_figure(0.85 + 0.34 * len(cells))
+    names, extra = row_names([cell.label for cell in cells])
+    figure = new_figure(0.85 + 0.34 * len(cells) + extra)
     row = figure.subplots(1, 3, sharey=True, width_ratios=[1.25, 1, 1.25])
     positions = np.arange(len(cells))
     for axes, key, title in (
@@ -105,7 +107,7 @@ def overview_figure(cells: list[Cell]) -> Figure:
         axes.set_xticks([])
         axes.spines[["bottom"]].set_visible(False)
     _draw_ttft(row[2], cells)
-    row[0].set_yticks(positions, [cell.label for cell in cells])
+    row[0].set_yticks(positions, names)
     row[0].tick_params(axis="y", labelcolor=INK)
     row[0].set_ylim(len(cells) - 0.4, -0.6)
     for axes in row:
@@ -194,7 +196,8 @@ def latency_curves(cells: list[Cell], every: list[Cell]) -> Figure:
 def ratio_figure(cells: list[dict[str, Any]]) -> Figure:
     """Median paired ratios with their intervals; left of the line is faster than the baseline."""
     metrics = list(cells[0]["paired"])
-    figure = new_figure(1.0 + 0.34 * len(cells))
+    names, extra = row_names([cell["label"] for cell in cells])
+    figure = new_figure(1.0 + 0.34 * len(cells) + extra)
     row = np.atleast_1d(figure.subplots(1, len(metrics), sharey=True))
     for axes, metric in zip(row, metrics, strict=True):
         bounds = [1.0]
@@ -215,7 +218,7 @@ def ratio_figure(cells: list[dict[str, Any]]) -> Figure:
         axes.set_title(DEFINITIONS[metric][0])
         axes.set_xlabel("ratio to the baseline")
         grid(axes, "x")
-    row[0].set_yticks(range(len(cells)), [cell["label"] for cell in cells])
+    row[0].set_yticks(range(len(cells)), names)
     row[0].tick_params(axis="y", labelcolor=INK)
     row[0].set_ylim(len(cells) - 0.5, -0.5)
     return figure

@@ -52,7 +52,7 @@ class KVMap:
 
 
 def read_kv_map(run: RunFiles) -> KVMap | None:
-    """Read and thin the snapshots; None when the run recorded none.
+    """Read and thin the snapshots; None when the run recorded none, or had no step.
 
     Raises:
         ReportError: the file is broken.
@@ -62,6 +62,8 @@ def read_kv_map(run: RunFiles) -> KVMap | None:
         return None
     table = read_table(path, ("time", "owner", "filled", "stride"))
     times = table.column("time").to_numpy()
+    if not len(times) and not run.num_steps:
+        return None
     owner, filled = (Ragged.of(table.column(name), path, name) for name in ("owner", "filled"))
     widths = np.diff(owner.offsets)
     strides = table.column("stride").to_pylist()

@@ -26,6 +26,7 @@ from reports.style import (
     hatch_kwargs,
     log_scale,
     new_figure,
+    row_names,
     thousands,
 )
 
@@ -114,7 +115,8 @@ def split_figure(rows: list[tuple[str, dict[str, float] | None]], paper: bool = 
         positions += [gap + index for index in range(len(reference))]
         labels += [name for name, _ in reference]
         bars += reference
-    figure = new_figure(0.75 + 0.36 * (len(bars) + 1.2 * paper))
+    names, extra = row_names(labels)
+    figure = new_figure(0.75 + 0.36 * (len(bars) + 1.2 * paper) + extra)
     axes = figure.subplots()
     for position, (_, split) in zip(positions, bars, strict=True):
         draw_split(axes, position, split)
@@ -122,7 +124,7 @@ def split_figure(rows: list[tuple[str, dict[str, float] | None]], paper: bool = 
         axes.annotate("PagedAttention, Figure 2", (0, len(rows) - 0.02), xytext=(-6, 0), textcoords="offset points",
                       ha="right", va="center", color=MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
         axes.axhline(len(rows) - 0.02, color=GRID, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
-    axes.set_yticks(positions, labels)
+    axes.set_yticks(positions, names)
     axes.tick_params(axis="y", labelcolor=INK)
     axes.set_ylim(max(positions) + 0.55, -0.55)
     axes.set_xlim(0, 100)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -27,6 +28,8 @@ INK, MUTED, GRID, PAPER, EMPTY = "#1b1f27", "#5c6470", "#dfe3e8", "#fffffe", "#e
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)", EMPTY: "var(--empty)"}
 WIDTH = 9.6  # inches; the page's text column
 PNG_DPI = 150
+ROW_CHARACTERS = 40  # of a line of a row's name
+EXTRA_LINE = 0.15  # inches
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,3 +192,9 @@ def export(figure: Figure, folder: Path, name: str) -> str:
     figure.set_layout_engine("none")  # the layout is solved once, not for every format
     save_png(figure, folder / "figures" / f"{name}.png")
     return to_svg(figure, name)
+
+
+def row_names(labels: list[str]) -> tuple[list[str], float]:
+    """Names of a figure's rows over several lines where they are long, and the height in inches that those add."""
+    names = [fill(label, ROW_CHARACTERS) for label in labels]
+    return names, sum(EXTRA_LINE * name.count("\n") for name in names)

@@ -165,3 +165,14 @@ def test_a_warm_cache_charges_nobody():
     warm_cache(cfg, setup.parts, setup.load.requests)
     assert setup.parts.engine.allocator.usage().cached > 0
     assert setup.parts.engine.scheduler.counters == {}
+
+
+def test_a_run_of_nothing_but_rejected_requests_has_a_report(tmp_path):
+    cfg = load_config([
+        "runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16", "workload=fixed", "workload.num_requests=3",
+        "workload.prompt_len=3000", "report.progress=false",
+    ])  # fmt: skip
+    choices = {"allocator": "paged", "scheduler": "continuous", "workload": "fixed", "arrival": "all_at_once"}
+    summary = execute(cfg, tmp_path, "nothing", choices)
+    assert summary["num_rejected"] == 3
+    assert "3 rejected" in (tmp_path / "report.md").read_text()

@@ -304,3 +304,10 @@ def test_runs_measured_at_the_same_time_are_named(tmp_path):
     assert summary["measured_together"] == ["paged × continuous", "contiguous × continuous"]
     line = "so that each slowed the others down: paged × continuous, contiguous × continuous."
     assert line in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_run_beside_itself(tmp_path):
+    run = fake_run(tmp_path / "run", num_requests=12)
+    summary = compare([("run", run), ("run", run)], tmp_path / "out")
+    assert summary["same_tokens"]["verdict"] == "same"
+    assert [cell["output_tokens_per_second_ratio"] for cell in summary["cells"]] == [1, 1]
