@@ -3,11 +3,11 @@
     python -m experiments.record_gpu measure --out DIR             # on the GPU machine: one file per shape and loop
     python -m experiments.record_gpu folders DIR --commit HASH     # anywhere: run folders, DIR/runs/...
 
-Per shape (dummy weights, bf16, fused runner with graphs), without and with overlap, and per seed (0: to fit, 1: held
-out) three loads: `saturated` (all requests at once), `busy` (Poisson arrivals at 70 % of what saturated served) and
-`light` (25 %). ShareGPT-like lengths. Both seeds of a load follow each other, so that a machine that drifts does not
-tell them apart, and first every length of a step that is launched kernel by kernel runs once: a library looks for its
-kernels at the first use. `measure` imports torch, transformers, Triton and numpy and nothing else.
+Per shape (dummy weights, bf16, fused runner with graphs), without and with overlap, and per seed (the first to fit,
+the others held out) three loads: `saturated` (all requests at once), `busy` (Poisson arrivals at 70 % of what saturated
+served) and `light` (25 %). ShareGPT-like lengths. The seeds of a load follow each other, so that a machine that drifts
+does not tell them apart, and first every length of a step that is launched kernel by kernel runs once: a library looks
+for its kernels at the first use. `measure` imports torch, transformers, Triton and numpy and nothing else.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from schedulers.chunked import ChunkedScheduler
 from schedulers.continuous import ContinuousScheduler
 
 SCHEDULERS: dict[str, type[Any]] = {"continuous": ContinuousScheduler, "chunked": ChunkedScheduler}
-SEEDS = (0, 1)
+LOOPS = ("plain", "overlap")
 LOADS = {"saturated": None, "busy": 0.7, "light": 0.25}  # share of the saturated rate
 MAX_MODEL_LEN = 2048
 MAX_OUTPUT_LEN = 512
 MAX_NUM_SEQS = 256
 PROBE_REQUESTS = 128
-NUM_REQUESTS = range(250, 2000)  # of a cell: a 99th percentile of fewer is one request
+MAX_REQUESTS = 2000  # of a cell
 SUFFIX = ".json.gz"
 
 
@@ -53,6 +53,9 @@ class Options(NamedTuple):
         max_num_seqs: most requests at once.
         seconds: for which requests arrive in a cell.
         device: cuda, or cpu to try the command out.
+        loops: of LOOPS.
+        seeds: of the workload.
+        min_requests: of a cell, where `seconds` gives fewer. Of 250 requests the 99th percentile lies between two.
     """
 
     scheduler: str
@@ -60,6 +63,9 @@ class Options(NamedTuple):
     max_num_seqs: int
     seconds: float
     device: str
+    loops: tuple[str, ...] = LOOPS
+    seeds: tuple[int, ...] = (0, 1)
+    min_requests: int = 250
 
 
 def make_cell(
@@ -108,19 +114,19 @@ def record_loop(
     served = 0.0  # requests per second
     # The first compiles what prompts need, the second says how many requests fill the time.
     for _ in range(2):
-        probe = make_cell(options, "probe", 2, PROBE_REQUESTS, None, vocab_size)
+        probe = make_cell(options, "probe", max(options.seeds) + 1, PROBE_REQUESTS, None, vocab_size)
         served = PROBE_REQUESTS / run_cell(probe, bed, runner, levers)["manifest"]["run"]["wall_time"]
     for load, share in LOADS.items():
-        for seed in SEEDS:
+        for seed in options.seeds:
             if time.monotonic() > until:
                 print(json.dumps({"skipped": load, "seed": seed, "overlap": levers.overlap}), flush=True)
                 continue
             rate = None if share is None else share * served
             wanted = round(options.seconds * (rate or served))
-            num_requests = min(max(wanted, NUM_REQUESTS.start), NUM_REQUESTS.stop)
+            num_requests = min(max(wanted, options.min_requests), MAX_REQUESTS)
             cell = run_cell(make_cell(options, load, seed, num_requests, rate, vocab_size), bed, runner, levers)
             run = cell["manifest"]["run"]
-            if rate is None and seed == SEEDS[0]:
+            if rate is None and seed == options.seeds[0]:
                 served = num_requests / run["wall_time"]
             cell["folder"] = f"{bed.name}-{'overlap' if levers.overlap else 'plain'}-{load}-seed{seed}"
             tokens = sum(row["num_output_tokens"] for row in cell["requests"])
@@ -141,12 +147,12 @@ def measure(out: Path, shapes: list[str], options: Options, limit: float) -> Non
         warm_up = warm_up_cell(options, bed.model.spec.num_parameters)
         if warm_up is not None:
             run_cell(warm_up, bed, runner, levers)
-        for overlap in (False, True):
-            cells = list(record_loop(options, bed, runner, levers._replace(overlap=overlap), until))
+        for loop in options.loops:
+            cells = list(record_loop(options, bed, runner, levers._replace(overlap=loop == "overlap"), until))
             for cell in cells:
                 for row in cell["requests"]:
                     row["token_times"] = [round(when, 7) for when in row["token_times"]]
-            with gzip.open(out / f"{shape}-{'overlap' if overlap else 'plain'}{SUFFIX}", "wt") as file:
+            with gzip.open(out / f"{shape}-{loop}{SUFFIX}", "wt") as file:
                 json.dump(cells, file)
         del bed, runner  # the next shape needs the memory
         gc.collect()
@@ -176,6 +182,9 @@ def main() -> None:
     measuring.add_argument("--slots", type=int, default=262_144, help="of the KV pool")
     measuring.add_argument("--max-num-seqs", type=int, default=MAX_NUM_SEQS)
     measuring.add_argument("--seconds", type=float, default=10.0, help="for which requests arrive in a cell")
+    measuring.add_argument("--loops", nargs="+", choices=LOOPS, default=list(LOOPS))
+    measuring.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="the first to fit, the others held out")
+    measuring.add_argument("--min-requests", type=int, default=250, help="of a cell")
     measuring.add_argument("--limit", type=float, default=420.0, help="no cell starts after so many seconds")
     measuring.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     making = commands.add_parser("folders", help="make run folders of recorded cells")
@@ -184,7 +193,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.command == "measure":
-            options = Options(args.scheduler, args.slots, args.max_num_seqs, args.seconds, args.device)
+            options = Options(
+                args.scheduler, args.slots, args.max_num_seqs, args.seconds, args.device, tuple(args.loops),
+                tuple(args.seeds), args.min_requests,
+            )  # fmt: skip
             measure(args.out, args.shapes, options, args.limit)
         else:
             for run_dir in folders(args.folder, args.commit):

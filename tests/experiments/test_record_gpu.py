@@ -9,15 +9,14 @@ from experiments.simulation.recorded import RecordedRun
 from experiments.simulation.replay import replay
 from reports.run_report import write_run_report
 
-OPTIONS = record_gpu.Options("chunked", num_slots=4096, max_num_seqs=8, seconds=0.1, device="cpu")
+OPTIONS = record_gpu.Options("chunked", num_slots=4096, max_num_seqs=8, seconds=0.1, device="cpu", min_requests=3)
 
 
 def test_every_cell_becomes_a_run_folder_that_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(record_gpu, "PROBE_REQUESTS", 2)
-    monkeypatch.setattr(record_gpu, "NUM_REQUESTS", range(3, 4))
+    monkeypatch.setattr(record_gpu, "MAX_REQUESTS", 4)
     monkeypatch.setattr(record_gpu, "MAX_OUTPUT_LEN", 16)
-    monkeypatch.setattr(record_gpu, "SEEDS", (1,))
-    record_gpu.measure(tmp_path, ["tiny"], OPTIONS, limit=60.0)
+    record_gpu.measure(tmp_path, ["tiny"], OPTIONS._replace(seeds=(1,)), limit=60.0)
     assert len(list(tmp_path.glob("*.json.gz"))) == 2
     made = record_gpu.folders(tmp_path, "0" * 40)
     assert len(made) == 6
@@ -43,3 +42,13 @@ def test_the_warm_up_has_every_step_that_no_graph_serves():
     assert [req.num_prompt_tokens for req in cell.requests] == list(range(376, 2048))
     assert cell.strategy.scheduler_options["max_num_seqs"] == 1
     assert record_gpu.warm_up_cell(OPTIONS, num_parameters=600_000_000) is None
+
+
+def test_one_loop_and_other_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(record_gpu, "PROBE_REQUESTS", 2)
+    monkeypatch.setattr(record_gpu, "MAX_OUTPUT_LEN", 4)
+    options = OPTIONS._replace(loops=("overlap",), seeds=(5, 7))
+    record_gpu.measure(tmp_path, ["tiny"], options, limit=60.0)
+    assert [path.name for path in tmp_path.glob("*.gz")] == ["tiny-overlap.json.gz"]
+    made = [folder.name for folder in record_gpu.folders(tmp_path, None)]
+    assert made == [f"tiny-overlap-{load}-seed{seed}" for load in record_gpu.LOADS for seed in (5, 7)]
