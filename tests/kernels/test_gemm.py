@@ -139,3 +139,18 @@ def test_gated_products_of_one_wave_have_a_tile():
     assert glu_tile(257, *small, 132) is None
     assert glu_tile(32, 6144, 1000, 132) is None, "a depth that is no multiple of the loop's step"
     assert glu_tile(32, 6152, 1024, 132) is None, "gate rows that do not come in eights"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tensor cores and the tensor memory accelerator are a GPU's")
+@pytest.mark.parametrize("num_rows", [9, 40, 64, 65, 128, 150, 192, 200, 256])
+def test_gated_product_on_a_gpu(num_rows):
+    torch.manual_seed(5)
+    x = torch.randn(num_rows, 1024, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(6144, 1024, device="cuda", dtype=torch.bfloat16) / 32
+    tile = glu_tile(num_rows, 6144, 1024, torch.cuda.get_device_properties(0).multi_processor_count)
+    if tile is None:
+        pytest.skip("not one wave on this GPU")
+    expected = reference(x, weight, None, None, None, True)
+    got = gated_product(x, weight, tile)
+    assert (got - expected).norm() <= 5e-3 * expected.norm()
