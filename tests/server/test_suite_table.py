@@ -13,7 +13,7 @@ SHORT = {
     "SU": "start_up",
     "OB": "observability",
     "ME": "media",
-    "AD": "admission",
+    "AD": "queue_limits",
     "CO": "connections",
     "EN": "endurance",
     "LB": "large_bodies",
