@@ -1,11 +1,12 @@
 # make run    the main job on its embedded default, in a virtual environment made here
-# make test   lint, types and tests in the same environment
+# make test   lint, types and tests in the same environment, with what they need
 # make test-all  the long runs too (10,000 random strategy traces)
 # make test-clients  litellm, in a small environment of its own, against a server of this one (a part of make test)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 CLIENTS := .venv-clients
 CLIENTS_STAMP := $(CLIENTS)/.installed
 
@@ -13,8 +14,12 @@ CLIENTS_STAMP := $(CLIENTS)/.installed
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tracing,sweep,ray,tracking]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $(STAMP)
+
+$(DEV_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tracing,sweep,ray,tracking]'
+	touch $(DEV_STAMP)
 
 $(CLIENTS_STAMP): tests/clients/requirements.txt
 	$(PYTHON) -m venv $(CLIENTS)
@@ -24,7 +29,7 @@ $(CLIENTS_STAMP): tests/clients/requirements.txt
 run: $(STAMP)
 	$(BIN)/python run.py
 
-lint: $(STAMP)
+lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -32,7 +37,7 @@ lint: $(STAMP)
 test: lint $(CLIENTS_STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
-test-clients: $(STAMP) $(CLIENTS_STAMP)
+test-clients: $(DEV_STAMP) $(CLIENTS_STAMP)
 	$(BIN)/python -m pytest tests/server/test_other_clients.py -k litellm
 
 test-all: test
