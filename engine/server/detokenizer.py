@@ -21,6 +21,7 @@ class Tokenizer(Protocol):
     """What is used of a `transformers` tokenizer."""
 
     all_special_ids: list[int]
+    added_tokens_decoder: dict[int, Any]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str:
         """Text of tokens."""
@@ -50,7 +51,9 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
+        # `all_special_ids` names only tokens with a role (end, padding); `decode` also leaves out those marked special.
+        marked = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = frozenset(marked | set(tokenizer.all_special_ids))
         self._pieces: list[bytes] | None = None
         self._strip_first_space = False
         for strip in (False, True):
