@@ -25,6 +25,8 @@ from typing import Any
 
 import psutil
 
+from reports.style import SERIES, drawing, grid, new_figure, save_png, thousands
+
 MEMORY_BOUND = 0.02
 DRAIN_SECONDS = 20.0
 
@@ -141,28 +143,31 @@ def growth(rows: list[dict[str, Any]]) -> float:
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Memory, load and pool over time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Memory by process, load, pool, files and threads over time, one below the other."""
     at = [row["seconds"] for row in rows]
-    figure, axes = plt.subplots(3, 1, figsize=(8, 7), sharex=True)
-    axes[0].plot(at, [row["rss_bytes"] / 2**20 for row in rows])
-    axes[0].set_ylabel("resident memory\nall processes, MiB")
-    axes[0].set_ylim(bottom=0)
-    axes[1].plot(at, [row["running"] for row in rows], label="running")
-    axes[1].plot(at, [row["waiting"] for row in rows], label="waiting")
-    axes[1].set_ylabel("requests")
-    axes[1].legend()
-    axes[2].plot(at, [100 * row["kv_usage"] for row in rows])
-    axes[2].set_ylabel("KV pool owned, %")
-    axes[2].set_xlabel("seconds")
-    axes[0].set_title(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    names = ("supervisor", "engine", *(f"front {i}" for i in range(sum(key.startswith("rss_") for key in rows[0]) - 3)))
+    panels: tuple[tuple[str, list[tuple[str, list[float]]]], ...] = (
+        ("MiB resident", [(name, [row[f"rss_{i}"] / 2**20 for row in rows]) for i, name in enumerate(names)]),
+        ("requests", [(key, [row[key] for row in rows]) for key in ("running", "waiting")]),
+        ("% of the KV pool owned", [("", [100 * row["kv_usage"] for row in rows])]),
+        ("of all processes", [(label, [row[key] for row in rows]) for key, label in
+                              (("num_fds", "open files"), ("num_threads", "threads"))]),
+    )  # fmt: skip
+    with drawing():
+        figure = new_figure(7.6)
+        all_axes = figure.subplots(len(panels), 1, sharex=True)
+        for axes, (unit, lines) in zip(all_axes, panels, strict=True):
+            for look, (label, values) in zip(SERIES, lines, strict=False):
+                axes.plot(at, values, color=look.color, linestyle=look.dash, label=label)
+            axes.set_ylabel(unit)
+            axes.set_ylim(bottom=0)
+            grid(axes)
+            thousands(axes)
+            if len(lines) > 1:
+                axes.legend(ncols=len(lines), loc="lower right", bbox_to_anchor=(1, 1))
+        all_axes[0].set_title(title)
+        all_axes[-1].set_xlabel("seconds")
+        save_png(figure, path)
 
 
 async def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -186,6 +191,7 @@ async def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[s
         "memory_growth": round(growth(rows), 5),
         "rss_mib_last": round(rows[-1]["rss_bytes"] / 2**20),
         "fds_first_last": [rows[len(rows) // 4]["num_fds"], rows[-1]["num_fds"]],
+        "threads_first_last": [rows[len(rows) // 4]["num_threads"], rows[-1]["num_threads"]],
     }
     summary["ok"] = not counts.errors and not gauges["owned_slots"] and summary["memory_growth"] < MEMORY_BOUND
     return summary, rows

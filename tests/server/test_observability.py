@@ -141,7 +141,7 @@ def special(tmp_path_factory):
     ]
     (folder / "template.jinja").write_text(
         "{% if messages[0].role == 'tool' %}{{ raise_exception('a chat cannot begin with a tool') }}{% endif %}"
-        "{{ messages[0].content + messages[1].content }}"
+        "{{ messages[0].content + messages[1].content }}{{ ' and more' if more is defined }}"
     )
     server = RunningServer("--fronts", "2", "--set", *settings, module="experiments.stub_engine")
     context = ssl.create_default_context(cafile=str(folder / "cert.pem"))
@@ -180,6 +180,16 @@ def test_22_a_template_that_refuses_is_a_400(special):
     assert ask(user).status_code == 400  # messages[1] is undefined: the template raises
 
 
+def test_template_kwargs_reach_the_template(special):
+    server, _ = special
+    body = {"messages": [{"role": "user", "content": "Hi"}] * 2, "max_tokens": 1}
+    plain = server.post("/v1/chat/completions", body).json()["usage"]["prompt_tokens"]
+    more = server.post("/v1/chat/completions", body | {"chat_template_kwargs": {"more": True}}).json()
+    assert more["usage"]["prompt_tokens"] > plain
+    counted = server.post("/tokenize", body | {"chat_template_kwargs": {"more": True}}).json()["count"]
+    assert counted == more["usage"]["prompt_tokens"]
+
+
 def test_all_fronts_count_into_one_page_and_spans_leave(special):
     server, bodies = special
     before = server.metrics().get("vllm:request_success_total{length}", 0)
@@ -187,8 +197,11 @@ def test_all_fronts_count_into_one_page_and_spans_leave(special):
         with httpx.Client(base_url=server.url, headers=server.headers, verify=False) as client:
             client.post("/v1/completions", json={"prompt": [20], "max_tokens": 3}, headers={"X-Request-Id": "traced-7"})
     assert server.metrics()["vllm:request_success_total{length}"] == before + 8
+    parent = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
+    assert server.client.post("/v1/completions", json={"prompt": [20], "max_tokens": 3}, headers=parent).is_success
     assert server.stop() == 0
     data = b"".join(bodies)
     assert b"llm_request" in data
     assert b"traced-7" in data
     assert b"gen_ai.usage.completion_tokens" in data
+    assert bytes.fromhex("ab" * 16) in data  # the caller's trace goes on
