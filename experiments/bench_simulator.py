@@ -20,7 +20,7 @@ from pathlib import Path
 from engine.errors import KvarenaError
 from experiments.compose import compose_cell
 from experiments.job import execute
-from experiments.provenance import git_state, machine, peak_rss_bytes
+from experiments.recording.provenance import git_state, machine, peak_rss_bytes
 
 CELL = (
     "runner=simulated",

@@ -20,8 +20,8 @@ from allocators.contiguous import ContiguousAllocator
 from allocators.paged import PagedAllocator
 from engine.errors import KvarenaError
 from experiments.engine_setup import Levers
-from experiments.files import SWEEP_FILE
 from experiments.gpu_cells import GpuCell, Strategy, make_runner, requests_from, run_cell, write_run_folder
+from experiments.recording.files import SWEEP_FILE
 from experiments.workloads.published import ShareGPTWorkload
 from schedulers.continuous import ContinuousScheduler
 from schedulers.static import StaticScheduler

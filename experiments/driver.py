@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from engine.core import Engine, StepOutput
 from engine.errors import EngineError, RequestRejected
 from engine.request import Request
-from experiments.record import RunRecorder
+from experiments.recording.record import RunRecorder
 
 
 class _Arrivals:

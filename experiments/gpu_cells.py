@@ -26,9 +26,9 @@ from engine.runner.base import ModelRunner
 from engine.runner.torch_runner import TorchRunner
 from experiments.driver import drive
 from experiments.engine_setup import BLOCK_SIZE, Bed, Levers, make_bed
-from experiments.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
-from experiments.provenance import git_state, machine, peak_rss_bytes, versions
-from experiments.record import RunRecorder, write_requests, write_steps
+from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.recording.provenance import git_state, machine, peak_rss_bytes, versions
+from experiments.recording.record import RunRecorder, write_requests, write_steps
 from experiments.workloads.base import WorkloadItem
 from schedulers.base import Scheduler
 

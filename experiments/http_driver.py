@@ -14,7 +14,7 @@ from typing import Any
 from engine.request import Request
 from experiments.driver import ClosedLoop
 from experiments.http_client import Answer, HttpServer
-from experiments.request_log import LISTS, REQUEST_COLUMNS
+from experiments.recording.request_log import LISTS, REQUEST_COLUMNS
 
 FINISH_REASONS = ("stop", "length", "abort")
 

@@ -24,12 +24,12 @@ from engine.models.sizes import ModelSizes, model_sizes
 from engine.request import Request
 from experiments.build import Load, build_load
 from experiments.config import DriverConfig, HttpConfig
-from experiments.files import REQUESTS_FILE, STEPS_FILE
 from experiments.http_client import HttpServer
 from experiments.http_driver import HttpDriver
 from experiments.http_metrics import GaugeReader
-from experiments.provenance import utc_now
-from experiments.record import RunRecorder, write_requests, write_steps
+from experiments.recording.files import REQUESTS_FILE, STEPS_FILE
+from experiments.recording.provenance import utc_now
+from experiments.recording.record import RunRecorder, write_requests, write_steps
 
 EXTENSIONS = ("top_k", "min_p", "ignore_eos")  # of section `sampling`, beyond OpenAI's API
 ENGINE_SECTIONS = ("allocator", "scheduler", "engine", "kv_cache", "runner", "server", "mode", "study")

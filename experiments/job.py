@@ -18,17 +18,17 @@ import reports.run_report
 import reports.terminal
 from engine.models import ModelSpec
 from experiments.build import build
-from experiments.cell_state import cell_key, is_finished, mark_finished
 from experiments.compose import NAMING_GROUPS
 from experiments.driver import drive
 from experiments.explain import first_line
-from experiments.files import ERROR_FILE, KV_MAP_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from experiments.http_job import run_http
-from experiments.kv_map import KVMapRecorder
 from experiments.output import HttpProgress, Progress, print_result
-from experiments.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
-from experiments.record import RunRecorder
-from experiments.tracking import TrackedRun, Tracker, tracked_run
+from experiments.recording.cell_state import cell_key, is_finished, mark_finished
+from experiments.recording.files import ERROR_FILE, KV_MAP_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.recording.kv_map import KVMapRecorder
+from experiments.recording.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
+from experiments.recording.record import RunRecorder
+from experiments.recording.tracking import TrackedRun, Tracker, tracked_run
 from experiments.warm_up import warm_cache, warm_up
 
 SCHEMA_VERSION = 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.record import RunRecorder
+from experiments.recording.record import RunRecorder
 
 
 class Progress:

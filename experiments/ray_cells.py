@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from engine.errors import ConfigError
 from experiments.explain import first_line
-from experiments.files import ERROR_FILE, OVERRIDES_FILE
-from experiments.provenance import code_state
+from experiments.recording.files import ERROR_FILE, OVERRIDES_FILE
+from experiments.recording.provenance import code_state
 
 CONNECT_TIMEOUT = 5.0  # seconds
 

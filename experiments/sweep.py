@@ -10,7 +10,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.files import CELL_FILE, ERROR_FILE, OVERRIDES_FILE, SWEEP_FILE
+from experiments.recording.files import CELL_FILE, ERROR_FILE, OVERRIDES_FILE, SWEEP_FILE
 
 # What `collect` said of the sweep that ended. Hydra makes its callbacks itself and drops what a multirun returns, so
 # there is no other way to hand it to the command line's exit code.

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from engine.errors import ConfigError, KvarenaError
 from engine.models.directory import resolve_directory
 from engine.request import Request, SamplingParams
-from experiments.files import MANIFEST_FILE, REQUESTS_FILE
+from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE
 from experiments.reference import generate_static, load_reference
 
 COLUMNS = ["request_id", "prompt_token_ids", "output_token_ids", "max_tokens", "finish_reason"]

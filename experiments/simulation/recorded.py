@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from engine.errors import ConfigError
 from engine.plan import KVAllocator, SchedulerProtocol
 from engine.request import Request, SamplingParams
-from experiments.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from reports.errors import ReportError
 from reports.files import read_json
 

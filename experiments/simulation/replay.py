@@ -2,7 +2,7 @@
 
 Nothing is computed and nothing is estimated: steps take the times that were recorded, requests are handed over before
 the step before which they were handed over, and samples get the recorded tokens. What is compared is the decision hash
-of every step (`experiments.decisions`).
+of every step (`experiments.recording.decisions`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from engine.errors import RequestRejected
 from engine.plan import KVAllocator, StepPlan
 from engine.request import Request
 from engine.runner.simulated import SimulatedStep
-from experiments.record import RunRecorder
+from experiments.recording.record import RunRecorder
 from experiments.simulation.recorded import RecordedRun
 
 

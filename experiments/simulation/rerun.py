@@ -12,8 +12,8 @@ from engine.ledger import MemoryLedger
 from engine.request import Request
 from engine.runner.simulated import SimulatedRunner
 from experiments.driver import ClosedLoop, drive
-from experiments.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
-from experiments.record import RunRecorder
+from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.recording.record import RunRecorder
 from experiments.simulation.profiles import MeasuredProfile
 from experiments.simulation.recorded import RecordedRun
 

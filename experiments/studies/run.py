@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 import reports.study
-from experiments.files import STUDY_FILE
 from experiments.output import print_result
-from experiments.provenance import git_state, machine, versions
+from experiments.recording.files import STUDY_FILE
+from experiments.recording.provenance import git_state, machine, versions
 from experiments.studies.base import Study
 from experiments.studies.cells import CellRunner
 

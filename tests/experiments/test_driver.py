@@ -14,7 +14,7 @@ from experiments.build import build
 from experiments.compose import load_config
 from experiments.driver import ClosedLoop, drive
 from experiments.job import execute
-from experiments.record import RunRecorder
+from experiments.recording.record import RunRecorder
 from experiments.warm_up import warm_cache
 from schedulers.continuous import ContinuousScheduler
 from schedulers.static import StaticScheduler

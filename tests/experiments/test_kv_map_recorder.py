@@ -14,7 +14,7 @@ from engine.clock import VirtualClock
 from engine.core import Engine, run_to_completion
 from engine.request import Request, SamplingParams
 from engine.runner.simulated import SimulatedRunner
-from experiments.kv_map import CACHED, FREE, SHARED, KVMapRecorder
+from experiments.recording.kv_map import CACHED, FREE, SHARED, KVMapRecorder
 from schedulers.continuous import ContinuousScheduler
 
 BLOCK_SIZE, NUM_BLOCKS = 4, 24

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from engine.errors import ConfigError
-from experiments.files import ERROR_FILE
-from experiments.provenance import code_state
 from experiments.ray_cells import RayOptions, _check_node, _gather, _Sweep, run_cells
+from experiments.recording.files import ERROR_FILE
+from experiments.recording.provenance import code_state
 
 ROOT = Path(__file__).resolve().parents[2]
 # The last block size is refused.

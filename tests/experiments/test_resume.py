@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ConfigError
-from experiments.cell_state import cell_key, is_finished, mark_finished
 from experiments.compose import compose_cell
 from experiments.job import execute
+from experiments.recording.cell_state import cell_key, is_finished, mark_finished
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "fixed", "arrival": "all_at_once"}

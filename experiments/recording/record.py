@@ -14,8 +14,8 @@ from engine.ledger import MemoryLedger
 from engine.plan import CopyKind, StepPlan
 from engine.request import FinishReason, Request
 from engine.runner.step_time import step_features
-from experiments.decisions import decision_hash
-from experiments.request_log import LISTS, REQUEST_COLUMNS, TIMES, RequestLog
+from experiments.recording.decisions import decision_hash
+from experiments.recording.request_log import LISTS, REQUEST_COLUMNS, TIMES, RequestLog
 
 if TYPE_CHECKING:
     import pyarrow as pa

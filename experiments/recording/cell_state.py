@@ -14,8 +14,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from engine.errors import ConfigError
-from experiments.files import CELL_FILE, ERROR_FILE
-from experiments.provenance import code_state, machine
+from experiments.recording.files import CELL_FILE, ERROR_FILE
+from experiments.recording.provenance import code_state, machine
 
 # Sections that change neither what is measured nor how.
 UNMEASURED = ("report", "sweep", "study", "server", "tracking")
