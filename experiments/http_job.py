@@ -24,9 +24,9 @@ from engine.models.sizes import ModelSizes, model_sizes
 from engine.request import Request
 from experiments.build import Load, build_load
 from experiments.config import DriverConfig, HttpConfig
-from experiments.http_client import HttpServer
-from experiments.http_driver import HttpDriver
-from experiments.http_metrics import GaugeReader
+from experiments.load.http_client import HttpServer
+from experiments.load.http_driver import HttpDriver
+from experiments.load.http_metrics import GaugeReader
 from experiments.recording.files import REQUESTS_FILE, STEPS_FILE
 from experiments.recording.provenance import utc_now
 from experiments.recording.record import RunRecorder, write_requests, write_steps

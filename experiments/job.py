@@ -19,9 +19,9 @@ import reports.terminal
 from engine.models import ModelSpec
 from experiments.build import build
 from experiments.compose import NAMING_GROUPS
-from experiments.driver import drive
 from experiments.explain import first_line
 from experiments.http_job import run_http
+from experiments.load.driver import drive
 from experiments.output import HttpProgress, Progress, print_result
 from experiments.recording.cell_state import cell_key, is_finished, mark_finished
 from experiments.recording.files import ERROR_FILE, KV_MAP_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE

@@ -25,9 +25,9 @@ from allocators.paged import PagedAllocator
 from engine.errors import KvarenaError
 from engine.runner.base import ModelRunner
 from engine.runner.mixed_graphs import graph_tokens
-from experiments.arrivals import PoissonArrival
 from experiments.engine_setup import Bed, Levers
 from experiments.gpu_cells import GpuCell, Strategy, make_runner, requests_from, run_cell, write_run_folder
+from experiments.load.arrivals import PoissonArrival
 from experiments.workloads.base import WorkloadItem
 from experiments.workloads.published import ShareGPTWorkload
 from schedulers.chunked import ChunkedScheduler

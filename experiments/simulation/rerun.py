@@ -11,7 +11,7 @@ from engine.core import Engine
 from engine.ledger import MemoryLedger
 from engine.request import Request
 from engine.runner.simulated import SimulatedRunner
-from experiments.driver import ClosedLoop, drive
+from experiments.load.driver import ClosedLoop, drive
 from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from experiments.recording.record import RunRecorder
 from experiments.simulation.profiles import MeasuredProfile

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.errors import ConfigError
-from experiments.arrivals import (
+from experiments.load.arrivals import (
     AllAtOnceArrival,
     ClosedLoopArrival,
     ConstantArrival,

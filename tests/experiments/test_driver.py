@@ -12,8 +12,8 @@ from engine.request import FinishReason, Request, SamplingParams
 from engine.runner.base import ReadyTokens, StepResult
 from experiments.build import build
 from experiments.compose import load_config
-from experiments.driver import ClosedLoop, drive
 from experiments.job import execute
+from experiments.load.driver import ClosedLoop, drive
 from experiments.recording.record import RunRecorder
 from experiments.warm_up import warm_cache
 from schedulers.continuous import ContinuousScheduler

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from experiments.arrivals import Arrival
+from experiments.load.arrivals import Arrival
 from experiments.workloads import Workload
 from experiments.workloads.__main__ import main
 

@@ -13,8 +13,8 @@ from server_harness import KEY
 
 from engine.errors import ConfigError, EngineError
 from experiments.compose import load_config
-from experiments.http_metrics import read_gauges
 from experiments.job import execute
+from experiments.load.http_metrics import read_gauges
 from reports.comparison import compare
 from reports.files import CLASSES, read_run
 

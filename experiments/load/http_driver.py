@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from engine.request import Request
-from experiments.driver import ClosedLoop
-from experiments.http_client import Answer, HttpServer
+from experiments.load.driver import ClosedLoop
+from experiments.load.http_client import Answer, HttpServer
 from experiments.recording.request_log import LISTS, REQUEST_COLUMNS
 
 FINISH_REASONS = ("stop", "length", "abort")
