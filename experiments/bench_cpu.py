@@ -18,7 +18,7 @@ import torch
 from engine.core import run_to_completion
 from engine.errors import KvarenaError
 from engine.request import Request
-from experiments.build import build
+from experiments.building.build import build
 from experiments.compose import load_config
 from experiments.reference import generate_continuous, generate_static, load_reference
 

@@ -22,7 +22,7 @@ from engine.errors import ConfigError, EngineError
 from engine.ledger import MemoryLedger
 from engine.models.sizes import ModelSizes, model_sizes
 from engine.request import Request
-from experiments.build import Load, build_load
+from experiments.building.build import Load, build_load
 from experiments.config import DriverConfig, HttpConfig
 from experiments.load.http_client import HttpServer
 from experiments.load.http_driver import HttpDriver

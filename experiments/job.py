@@ -17,7 +17,8 @@ from rich.console import Console
 import reports.run_report
 import reports.terminal
 from engine.models import ModelSpec
-from experiments.build import build
+from experiments.building.build import build
+from experiments.building.warm_up import warm_cache, warm_up
 from experiments.compose import NAMING_GROUPS
 from experiments.explain import first_line
 from experiments.http_job import run_http
@@ -29,7 +30,6 @@ from experiments.recording.kv_map import KVMapRecorder
 from experiments.recording.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
 from experiments.recording.record import RunRecorder
 from experiments.recording.tracking import TrackedRun, Tracker, tracked_run
-from experiments.warm_up import warm_cache, warm_up
 
 SCHEMA_VERSION = 1
 

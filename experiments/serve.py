@@ -77,8 +77,8 @@ def _build(values: dict[str, Any]) -> ServedEngine:
 
     from engine.models.tokenizer import load_tokenizer
     from engine.server.structured import ConstraintFactory
-    from experiments.build import build_engine
-    from experiments.warm_up import SERVED, warm_up
+    from experiments.building.build import build_engine
+    from experiments.building.warm_up import SERVED, warm_up
 
     cfg = OmegaConf.create(values)
     if all(size is None for size in values["kv_cache"].values()) and not torch.cuda.is_available():

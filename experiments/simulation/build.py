@@ -13,8 +13,8 @@ from engine.kv_pool import blocks_for_budget
 from engine.ledger import MemoryLedger
 from engine.models.sizes import ModelSizes, model_sizes
 from engine.runner.simulated import SimulatedRunner
+from experiments.building.parts import EngineParts, check_window, make_strategy, pool_facts, resolve_max_model_len
 from experiments.config import EngineConfig, KVCacheConfig, SimulatedRunnerConfig
-from experiments.parts import EngineParts, check_window, make_strategy, pool_facts, resolve_max_model_len
 from experiments.simulation.profiles import Card, Profile, load_profile
 
 

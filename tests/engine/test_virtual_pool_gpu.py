@@ -196,7 +196,7 @@ def test_more_pages_than_the_gpu_has_is_one_line(bindings, model):
 
 def test_the_main_job_builds_it(bindings):
     pytest.importorskip("hydra")
-    from experiments.build import build_engine
+    from experiments.building.build import build_engine
     from experiments.compose import load_config
 
     parts = build_engine(

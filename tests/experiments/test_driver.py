@@ -10,12 +10,12 @@ from engine.ledger import MemoryLedger
 from engine.plan import KVAllocator, StepPlan
 from engine.request import FinishReason, Request, SamplingParams
 from engine.runner.base import ReadyTokens, StepResult
-from experiments.build import build
+from experiments.building.build import build
+from experiments.building.warm_up import warm_cache
 from experiments.compose import load_config
 from experiments.job import execute
 from experiments.load.driver import ClosedLoop, drive
 from experiments.recording.record import RunRecorder
-from experiments.warm_up import warm_cache
 from schedulers.continuous import ContinuousScheduler
 from schedulers.static import StaticScheduler
 

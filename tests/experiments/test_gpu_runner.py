@@ -10,9 +10,9 @@ from engine.errors import ConfigError
 from engine.kv_pool import KVPool
 from engine.models import load_model
 from engine.runner.fused_runner import FusedRunner
+from experiments.building.runners import make_runner
 from experiments.config import RunnerConfig
 from experiments.engine_shapes import SHAPES
-from experiments.gpu_runner import make_runner
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 64}
 

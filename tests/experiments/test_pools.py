@@ -13,9 +13,9 @@ from allocators.virtual import VirtualAllocator
 from engine.errors import ConfigError
 from engine.kv_pool import KVPool
 from engine.models import ModelSpec
+from experiments.building.pools import make_pool
 from experiments.compose import load_config
 from experiments.config import RunnerConfig
-from experiments.pools import make_pool
 
 SPEC = ModelSpec("small", 2, 2, 64, 8, 64, torch.float32, frozenset(), None, 0)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.errors import ConfigError
-from experiments.build import build
+from experiments.building.build import build
 from experiments.compose import load_config
 
 SIMULATED = ("runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16", "workload=fixed")

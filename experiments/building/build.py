@@ -30,11 +30,11 @@ from engine.models import LoadedModel, ModelSpec, load_model
 from engine.plan import KVAllocator
 from engine.request import Request, SamplingParams, expand
 from engine.runner.profile import available_kv_bytes
+from experiments.building.parts import EngineParts, check_window, make_strategy, pool_facts, resolve_max_model_len
+from experiments.building.pools import make_pool
+from experiments.building.runners import make_runner
 from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SLOConfig
-from experiments.gpu_runner import make_runner
 from experiments.load.driver import ClosedLoop
-from experiments.parts import EngineParts, check_window, make_strategy, pool_facts, resolve_max_model_len
-from experiments.pools import make_pool
 from experiments.simulation.build import build_simulated_engine
 from experiments.workloads.base import WorkloadItem
 

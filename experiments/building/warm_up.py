@@ -14,8 +14,8 @@ from engine.core import Engine, run_to_completion
 from engine.errors import RequestRejected
 from engine.request import Request, SamplingParams
 from engine.runner.fused_runner import FusedRunner
-from experiments.build import EngineParts
-from experiments.parts import make_strategy
+from experiments.building.build import EngineParts
+from experiments.building.parts import make_strategy
 
 NUM_REQUESTS = 8
 PROMPT_TOKENS = 24
