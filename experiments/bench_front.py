@@ -3,11 +3,11 @@
     python -m experiments.bench_front --fronts 1 --clients 64
 
 Both stream tokens of an engine of unlimited speed to the same load (raw sockets, so that the clients cost little).
-`kvarena` is the real server around experiments/stub_engine.py. `plain` is what one writes first: FastAPI, one asyncio
-queue per request, a pydantic model and `json` per token, tokens straight from a loop in the same process. CPU seconds
-are read from the server's processes: events per second and core do not depend on what else the machine does. With
-an engine of unlimited speed the front merges tokens that arrive while it writes, so its events are fewer than tokens;
-`--step-time` slows the engine until each token is an event.
+`kvarena` is the real server around experiments/serving/stub_engine.py. `plain` is what one writes first: FastAPI, one
+asyncio queue per request, a pydantic model and `json` per token, tokens straight from a loop in the same process. CPU
+seconds are read from the server's processes: events per second and core do not depend on what else the machine does.
+With an engine of unlimited speed the front merges tokens that arrive while it writes, so its events are fewer than
+tokens; `--step-time` slows the engine until each token is an event.
 The last line of stdout is JSON.
 """
 
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.plain_server:
         serve_plain(options.port)
         return 0
-    stub = [sys.executable, "-m", "experiments.stub_engine", "serve", str(Path(options.model)), "--port"]
+    stub = [sys.executable, "-m", "experiments.serving.stub_engine", "serve", str(Path(options.model)), "--port"]
     ours = [*stub, str(options.port), "--fronts", str(options.fronts)]
     ours += ["--step-time", str(options.step_time)]
     plain = [sys.executable, "-m", "experiments.bench_front", "--plain-server", "--port", str(options.port + 1)]

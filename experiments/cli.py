@@ -48,7 +48,7 @@ def _serve(args: list[str]) -> int:
 
     from experiments.compose import CONF_DIR
     from experiments.explain import explain
-    from experiments.serve_flags import overrides_of, parse_flags
+    from experiments.serving.flags import overrides_of, parse_flags
 
     overrides = overrides_of(parse_flags(args))
     try:
@@ -56,7 +56,7 @@ def _serve(args: list[str]) -> int:
             cfg = compose("config", overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error) or str(error)) from error
-    from experiments.serve import serve
+    from experiments.serving.serve import serve
 
     return serve(cfg)
 

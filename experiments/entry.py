@@ -86,6 +86,6 @@ def _serve(cfg: DictConfig) -> int:
     """Serve until the process is told to stop; returns its exit code."""
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         raise ConfigError("mode=serve serves one strategy; leave -m out")
-    from experiments.serve import serve
+    from experiments.serving.serve import serve
 
     return serve(cfg)

@@ -50,7 +50,7 @@ def _answer(sock: socket.socket, seconds: float) -> bytes:
 
 
 def test_33_a_head_that_does_not_arrive_is_given_up():
-    server = RunningServer("--step-time", "0.02", "--set", "body_timeout=1", module="experiments.stub_engine")
+    server = RunningServer("--step-time", "0.02", "--set", "body_timeout=1", module="experiments.serving.stub_engine")
     body = json.dumps({"prompt": [20], "max_tokens": 80, "ignore_eos": True, "stream": True}).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer test-key\r\nContent-Length: {len(body)}\r\n"

@@ -143,7 +143,7 @@ def special(tmp_path_factory):
         "{% if messages[0].role == 'tool' %}{{ raise_exception('a chat cannot begin with a tool') }}{% endif %}"
         "{{ messages[0].content + messages[1].content }}{{ ' and more' if more is defined }}"
     )
-    server = RunningServer("--fronts", "2", "--set", *settings, module="experiments.stub_engine")
+    server = RunningServer("--fronts", "2", "--set", *settings, module="experiments.serving.stub_engine")
     context = ssl.create_default_context(cafile=str(folder / "cert.pem"))
     server.client = httpx.Client(base_url=server.url, headers=server.headers, verify=context, timeout=30)
     yield server, handler.bodies

@@ -1,7 +1,7 @@
 """Faults of the processes: each ends as promised, within its time, and leaves nothing behind.
 
-Most run the real fronts around an engine that computes nothing (experiments/stub_engine.py): it starts fast, and fails
-on command.
+Most run the real fronts around an engine that computes nothing (experiments/serving/stub_engine.py): it starts fast,
+and fails on command.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STREAM = {"prompt": [20] * 8, "max_tokens": 8000, "ignore_eos": True, "stream": 
 
 
 def _stub(*flags: str) -> RunningServer:
-    return RunningServer("--step-time", "0.01", *flags, module="experiments.stub_engine")
+    return RunningServer("--step-time", "0.01", *flags, module="experiments.serving.stub_engine")
 
 
 class Reader(threading.Thread):

@@ -21,7 +21,7 @@ from test_server_faults import _health, _status
 
 def test_a_shells_limit_on_open_files_is_lifted():
     limit = f"import resource; resource.setrlimit({resource.RLIMIT_NOFILE}, (64, 4096)); "
-    run = "import sys; from experiments.stub_engine import main; sys.exit(main())"
+    run = "import sys; from experiments.serving.stub_engine import main; sys.exit(main())"
     command = [sys.executable, "-c", limit + run, "serve", "models/demo", "--port", "0"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -86,7 +86,7 @@ def test_49_a_full_disk_for_the_log_stops_nothing():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.stub_engine", "serve", "models/demo", "--port", str(port)]
+    command = [sys.executable, "-m", "experiments.serving.stub_engine", "serve", "models/demo", "--port", str(port)]
     with open("/dev/full", "w") as full:
         process = subprocess.Popen(command, cwd=ROOT, stdout=full, stderr=full)
     try:

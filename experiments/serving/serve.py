@@ -22,7 +22,7 @@ from experiments.explain import explain
 
 logger = logging.getLogger("kvarena.engine")
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is
 
 

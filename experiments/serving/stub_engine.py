@@ -1,6 +1,6 @@
 """A server whose engine computes nothing: real fronts, scheduler and allocator, and a runner that makes up tokens.
 
-    python -m experiments.stub_engine serve models/demo --port 8000 --fronts 2
+    python -m experiments.serving.stub_engine serve models/demo --port 8000 --fronts 2
 
 It shows what the web front costs by itself (experiments/bench_front.py), and lets tests inject faults: a step that
 holds `--fail-token` in a prompt fails, one that holds `--hang-token` never ends.
