@@ -20,7 +20,7 @@ from engine.errors import KvarenaError
 from engine.request import Request
 from experiments.building.build import build
 from experiments.compose import load_config
-from experiments.reference import generate_continuous, generate_static, load_reference
+from experiments.correctness.reference import generate_continuous, generate_static, load_reference
 
 Tokens = list[list[int]]
 

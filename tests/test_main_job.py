@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import verify
+from experiments.correctness import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKLOAD = [

@@ -14,8 +14,8 @@ from allocators.placement import Buddy
 from allocators.prefix import PrefixCachingAllocator
 from engine.errors import EngineError
 from engine.plan import CopyKind
-from experiments import fuzz
-from experiments.matrix import (
+from experiments.correctness import fuzz
+from experiments.correctness.matrix import (
     PATHS,
     WINDOW,
     Cell,
@@ -25,7 +25,7 @@ from experiments.matrix import (
     cells_of_round,
     run_cell,
 )
-from experiments.random_traces import make_trace
+from experiments.correctness.random_traces import make_trace
 from experiments.strategies import strategy_names
 from schedulers.base import Scheduler
 

@@ -9,8 +9,8 @@ from engine.core import Engine, StepFailed
 from engine.errors import RequestRejected
 from engine.request import FinishReason
 from engine.runner.oracle import OracleRunner
-from experiments.matrix import build_cell, cells_of_round
-from experiments.random_traces import VOCAB_SIZE, make_trace
+from experiments.correctness.matrix import build_cell, cells_of_round
+from experiments.correctness.random_traces import VOCAB_SIZE, make_trace
 
 
 class DeviceError(Exception):

@@ -17,7 +17,7 @@ from engine.ledger import MemoryLedger
 from engine.plan import NULL_BLOCK, CopyKind, KVAllocator, KVUsage, StepPlan
 from engine.request import FinishReason, Request, RequestStatus
 from engine.runner.oracle import OracleRunner
-from experiments.random_traces import MAX_MODEL_LEN, VOCAB_SIZE, Trace
+from experiments.correctness.random_traces import MAX_MODEL_LEN, VOCAB_SIZE, Trace
 from experiments.strategies import build_allocator, build_scheduler, strategy_names, strategy_options
 from schedulers.base import Scheduler
 

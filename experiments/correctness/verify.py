@@ -1,4 +1,6 @@
-"""Checks a run's tokens against transformers' own `generate`: python -m experiments.verify RUN_DIR [RUN_DIR ...]
+"""Checks a run's tokens against transformers' own `generate`.
+
+    python -m experiments.correctness.verify RUN_DIR [RUN_DIR ...]
 
 Greedy runs in fp32 of a local model directory. The reference is computed once, in left-padded batches, for the first
 run's requests; all runs must hold the same requests. Prints one JSON line per run; exit code 1 when tokens differ.
@@ -17,8 +19,8 @@ import pyarrow.parquet as pq
 from engine.errors import ConfigError, KvarenaError
 from engine.models.directory import resolve_directory
 from engine.request import Request, SamplingParams
+from experiments.correctness.reference import generate_static, load_reference
 from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE
-from experiments.reference import generate_static, load_reference
 
 COLUMNS = ["request_id", "prompt_token_ids", "output_token_ids", "max_tokens", "finish_reason"]
 

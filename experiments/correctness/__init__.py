@@ -1,0 +1,1 @@
+"""Strategies against the oracle on random traces, and a run's tokens against transformers' own generation."""
