@@ -36,9 +36,9 @@ from engine.errors import EngineError, KvarenaError
 from engine.request import Request, SamplingParams
 from experiments.bench_front import cpu_seconds
 from experiments.compose import CONF_DIR, load_config
+from experiments.models.shape import make_model_dir
 from experiments.serving.flags import overrides_of, parse_flags
 from experiments.serving.serve import build_served_engine
-from experiments.shape_model import make_model_dir
 from experiments.stream_load import TEMPERATURE, WARM_UP, Level, Row, Shape, line_of
 
 Line = dict[str, Any]

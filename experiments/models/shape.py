@@ -1,6 +1,6 @@
 """A model directory of a real shape without weights: a config and a word-level tokenizer, for `--load-format dummy`.
 
-python -m experiments.shape_model conf/model/qwen3-0.6b-shape.yaml DIR
+python -m experiments.models.shape conf/model/qwen3-0.6b-shape.yaml DIR
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Makes model directories: the embedded demo model, trained, and real shapes without weights."""
