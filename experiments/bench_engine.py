@@ -31,9 +31,9 @@ from engine.errors import EngineError, KvarenaError
 from engine.request import Request, SamplingParams
 from experiments.engine_checks import check_logits, check_tokens
 from experiments.engine_profile import profile_steps
-from experiments.engine_setup import ABLATIONS, Bed, Levers, StepTimes, attempt, drive, make_bed
-from experiments.engine_shapes import MAX_MODEL_LEN, SHAPES, fixed_batch, floor_of, offline_workload
-from experiments.gpu_timing import copy_bandwidth, matmul_flops, require_cuda
+from experiments.gpu.engines import ABLATIONS, Bed, Levers, StepTimes, attempt, drive, make_bed
+from experiments.gpu.shapes import MAX_MODEL_LEN, SHAPES, fixed_batch, floor_of, offline_workload
+from experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda
 
 Line = dict[str, Any]
 SECTIONS = ("correct", "logits", "decode", "ablate", "prefill", "offline", "profile", "startup")

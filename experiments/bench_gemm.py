@@ -28,8 +28,8 @@ from engine.kernels.activation import gated
 from engine.kernels.gemm import GemmConfig, SkinnyGemm
 from engine.kernels.gemm_table import ROW_BUCKETS, GemmTable, Product, dump_table
 from engine.kernels.norm import rms_norm
-from experiments.engine_shapes import SHAPES
-from experiments.gpu_timing import copy_bandwidth, require_cuda, time_launches
+from experiments.gpu.shapes import SHAPES
+from experiments.gpu.timing import copy_bandwidth, require_cuda, time_launches
 
 RING_BYTES = 400 * 2**20
 EPS = 1e-5

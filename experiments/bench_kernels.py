@@ -43,7 +43,7 @@ from experiments.attention_variants import (
     library_calls,
 )
 from experiments.fused_cases import bench_fused
-from experiments.gpu_timing import copy_bandwidth, matmul_flops, require_cuda, time_launches
+from experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda, time_launches
 
 Line = dict[str, Any]
 

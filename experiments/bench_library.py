@@ -24,7 +24,7 @@ import torch
 from engine.errors import KvarenaError
 from engine.kernels.library_gemm import ATTRIBUTES, Algorithm, Result, load_library_gemm
 from experiments.bench_gemm import RING_BYTES
-from experiments.gpu_timing import require_cuda, time_launches
+from experiments.gpu.timing import require_cuda, time_launches
 
 PRODUCTS = tuple(
     (rows, cols, depth, added)

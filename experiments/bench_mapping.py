@@ -21,7 +21,7 @@ import torch
 
 from engine.cuda_memory import CudaDriver
 from engine.virtual_memory import PageMap
-from experiments.gpu_timing import require_cuda
+from experiments.gpu.timing import require_cuda
 
 SIDE_BY_SIDE = 8
 

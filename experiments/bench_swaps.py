@@ -23,7 +23,7 @@ import torch
 from engine.errors import KvarenaError
 from engine.kv_pool import KVPool
 from engine.plan import BlockCopy, CopyKind
-from experiments.gpu_timing import require_cuda
+from experiments.gpu.timing import require_cuda
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 OPT_13B = {"num_layers": 40, "num_kv_heads": 40, "head_dim": 128}

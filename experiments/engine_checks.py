@@ -16,8 +16,8 @@ from engine.models import LoadedModel, load_model
 from engine.request import Request, SamplingParams
 from engine.runner.fused_runner import FusedForward, ModuleForward
 from engine.runner.graphs import Forward
-from experiments.engine_setup import ABLATIONS, BLOCK_SIZE, Bed, Levers, drive, make_bed
-from experiments.engine_shapes import SHAPES
+from experiments.gpu.engines import ABLATIONS, BLOCK_SIZE, Bed, Levers, drive, make_bed
+from experiments.gpu.shapes import SHAPES
 
 NUM_TOKENS = 48
 

@@ -19,7 +19,7 @@ def test_same_tokens_whatever_the_levers():
 
 def test_bfloat16_logits_follow_the_modules():
     from experiments.engine_checks import check_logits
-    from experiments.engine_setup import Levers, make_bed
+    from experiments.gpu.engines import Levers, make_bed
 
     line = check_logits(make_bed("tiny", 4096, None), Levers())
     assert "error" not in line, line

@@ -12,7 +12,7 @@ from engine.models import load_model
 from engine.runner.fused_runner import FusedRunner
 from experiments.building.runners import make_runner
 from experiments.config import RunnerConfig
-from experiments.engine_shapes import SHAPES
+from experiments.gpu.shapes import SHAPES
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 64}
 

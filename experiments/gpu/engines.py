@@ -25,7 +25,7 @@ from engine.models import LoadedModel, load_model
 from engine.request import Request
 from engine.runner.fused_runner import FusedRunner
 from engine.runner.mixed_graphs import graph_tokens
-from experiments.engine_shapes import MAX_MODEL_LEN, SHAPES
+from experiments.gpu.shapes import MAX_MODEL_LEN, SHAPES
 from schedulers.base import Scheduler
 from schedulers.chunked import ChunkedScheduler
 from schedulers.continuous import ContinuousScheduler

@@ -24,7 +24,7 @@ from engine.plan import KVAllocator
 from engine.request import Request, SamplingParams
 from engine.runner.base import ModelRunner
 from engine.runner.torch_runner import TorchRunner
-from experiments.engine_setup import BLOCK_SIZE, Bed, Levers, make_bed
+from experiments.gpu.engines import BLOCK_SIZE, Bed, Levers, make_bed
 from experiments.load.driver import drive
 from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from experiments.recording.provenance import git_state, machine, peak_rss_bytes, versions

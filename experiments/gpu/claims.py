@@ -1,7 +1,7 @@
 """The founding claim on a GPU: {contiguous/max, paged} x {static, continuous} on one model, one pool, one runner.
 
-    python -m experiments.claims_gpu measure --out DIR       # on the GPU machine: one file per cell
-    python -m experiments.claims_gpu report DIR              # anywhere: run folders and the comparison
+    python -m experiments.gpu.claims measure --out DIR       # on the GPU machine: one file per cell
+    python -m experiments.gpu.claims report DIR              # anywhere: run folders and the comparison
 
 The pool is cut to 16,384 slots, so that memory is what binds, as in PagedAttention (SOSP'23), section 6.2; all requests
 are there at once. The cells share the model, the fused forward, the graphs, overlap and the pool's memory; allocator
@@ -19,8 +19,8 @@ from typing import Any
 from allocators.contiguous import ContiguousAllocator
 from allocators.paged import PagedAllocator
 from engine.errors import KvarenaError
-from experiments.engine_setup import Levers
-from experiments.gpu_cells import GpuCell, Strategy, make_runner, requests_from, run_cell, write_run_folder
+from experiments.gpu.cells import GpuCell, Strategy, make_runner, requests_from, run_cell, write_run_folder
+from experiments.gpu.engines import Levers
 from experiments.recording.files import SWEEP_FILE
 from experiments.workloads.published import ShareGPTWorkload
 from schedulers.continuous import ContinuousScheduler

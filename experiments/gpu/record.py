@@ -1,7 +1,7 @@
 """Records runs on a GPU that the simulator is calibrated from and judged by (docs/simulator.md):
 
-    python -m experiments.record_gpu measure --out DIR             # on the GPU machine: one file per shape and loop
-    python -m experiments.record_gpu folders DIR --commit HASH     # anywhere: run folders, DIR/runs/...
+    python -m experiments.gpu.record measure --out DIR             # on the GPU machine: one file per shape and loop
+    python -m experiments.gpu.record folders DIR --commit HASH     # anywhere: run folders, DIR/runs/...
 
 Per shape (dummy weights, bf16, fused runner with graphs), without and with overlap, and per seed (the first to fit,
 the others held out) three loads: `saturated` (all requests at once), `busy` (Poisson arrivals at 70 % of what saturated
@@ -25,8 +25,8 @@ from allocators.paged import PagedAllocator
 from engine.errors import KvarenaError
 from engine.runner.base import ModelRunner
 from engine.runner.mixed_graphs import graph_tokens
-from experiments.engine_setup import Bed, Levers
-from experiments.gpu_cells import GpuCell, Strategy, make_runner, requests_from, run_cell, write_run_folder
+from experiments.gpu.cells import GpuCell, Strategy, make_runner, requests_from, run_cell, write_run_folder
+from experiments.gpu.engines import Bed, Levers
 from experiments.load.arrivals import PoissonArrival
 from experiments.workloads.base import WorkloadItem
 from experiments.workloads.published import ShareGPTWorkload
