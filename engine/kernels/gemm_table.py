@@ -1,7 +1,7 @@
 """Which launches of the skinny GEMM serve which product: a fixed table, so that no start-up waits for a search.
 
-`MEASURED` holds what a search on one H100 found (`python -m experiments.bench_gemm`, 128 rows of the large shape: one
-H200); other shapes go by rules of thumb drawn from it, and to the library beyond 32 rows.
+`MEASURED` holds what a search on one H100 found (`python -m experiments.benchmarks.gemm`, 128 rows of the large shape:
+one H200); other shapes go by rules of thumb drawn from it, and to the library beyond 32 rows.
 """
 
 from __future__ import annotations

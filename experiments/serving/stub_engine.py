@@ -2,7 +2,7 @@
 
     python -m experiments.serving.stub_engine serve models/demo --port 8000 --fronts 2
 
-It shows what the web front costs by itself (experiments/bench_front.py), and lets tests inject faults: a step that
+It shows what the web front costs by itself (experiments/benchmarks/front.py), and lets tests inject faults: a step that
 holds `--fail-token` in a prompt fails, one that holds `--hang-token` never ends.
 """
 

@@ -24,7 +24,7 @@ class PaperFig18Study:
     rates: workload -> requests per second, at which memory is scarce.
     num_requests: workload -> how many arrive.
     near: a block size is as good as the best if its latency is at most so many times the best's.
-    kernels: lines of `bench_kernels --only figure18`; None takes those recorded on one H100.
+    kernels: lines of `experiments.benchmarks.kernels --only figure18`; None takes those recorded on one H100.
     """
 
     block_sizes: Sequence[int]
@@ -76,7 +76,8 @@ class PaperFig18Study:
                 "Latency is the mean of (end - scheduled arrival) / output length over all requests, as in the paper's "
                 f"figures. “As good as the best”: at most {self.near:g} times the least mean (our reading).",
                 "(a) Decode attention of one layer with OPT-13B's 40 heads of 128 in bf16, median of CUDA-graph "
-                "replays over memory larger than the L2 cache (`python -m experiments.bench_kernels --only figure18`). "
+                "replays over memory larger than the L2 cache "
+                "(`python -m experiments.benchmarks.kernels --only figure18`). "
                 "The claim's value is the mean over batches, contexts and repeats of (paged / contiguous - 1).",
             ],
         )  # fmt: skip

@@ -43,7 +43,7 @@ class PaperFig19Study:
     num_requests: how many arrive.
     swap_gib: host memory for KV, in GiB.
     near: latencies are comparable if they differ by at most this share.
-    swaps: lines of `bench_swaps`; None takes those recorded on one H100.
+    swaps: lines of `experiments.benchmarks.swaps`; None takes those recorded on one H100.
 
     Raises:
         ConfigError: a number out of range, or block sizes that do not rise.

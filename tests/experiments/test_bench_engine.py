@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.engine_checks import check_logits, check_tokens, compare_logits
+from experiments.benchmarks.engine_checks import check_logits, check_tokens, compare_logits
 from experiments.gpu.engines import Levers, PrefilledAllocator, attempt, drive, make_bed
 from experiments.gpu.shapes import SHAPES, fixed_batch, floor_of, offline_workload
 from schedulers.continuous import ContinuousScheduler

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from engine.kernels.config import decode_config
-from experiments import bench_kernels
-from experiments.attention_cases import LLAMA_8B, Batch, visible_pairs
-from experiments.attention_variants import DECODE_TILES, decode_variants
+from experiments.benchmarks import kernels
+from experiments.benchmarks.attention_cases import LLAMA_8B, Batch, visible_pairs
+from experiments.benchmarks.attention_variants import DECODE_TILES, decode_variants
 
 
 @pytest.mark.parametrize("rows", [[(0, 5)], [(7, 1), (3, 4)], [(100, 1)] * 3])
@@ -34,5 +34,5 @@ def test_variants_begin_with_the_default_and_repeat_none(batch_size):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures on this machine")
 def test_without_a_gpu_it_says_so_in_one_line(capsys):
     with pytest.raises(SystemExit, match="run it on a CUDA machine"):
-        bench_kernels.main([])
+        kernels.main([])
     assert capsys.readouterr().out == ""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from experiments import bench_mapping
+from experiments.benchmarks import mapping
 
 
 class FreeDriver:
@@ -25,11 +25,11 @@ class Waited:
 
 
 def test_every_call_is_timed(monkeypatch, capsys):
-    monkeypatch.setattr(bench_mapping, "gpu_load", lambda busy: contextlib.nullcontext())
+    monkeypatch.setattr(mapping, "gpu_load", lambda busy: contextlib.nullcontext())
     driver = FreeDriver()
     driver.fence = Waited
-    bench_mapping.bench_calls(driver, 20, busy=False)
-    bench_mapping.bench_pool(driver, 20, busy=False)
+    mapping.bench_calls(driver, 20, busy=False)
+    mapping.bench_pool(driver, 20, busy=False)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {line["call"]: line["n"] for line in lines} == {
         "create": 20,
@@ -48,4 +48,4 @@ def test_every_call_is_timed(monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_so():
     with pytest.raises(ConfigError, match="run it on a CUDA machine"):
-        bench_mapping.main([])
+        mapping.main([])

@@ -2,7 +2,7 @@
 
 import json
 
-from experiments import bench_scheduler as bench
+from experiments.benchmarks import scheduler as bench
 
 
 def test_steps_of_both_engines_are_timed():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from server_harness import RunningServer
 
-from experiments.soak import processes
+from experiments.benchmarks.soak import processes
 
 MEMORY_BOUND = 0.02
 # asyncio starts the threads of a front's pool when they are first needed at once, and keeps them.

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from server_harness import RunningServer, stream_events
 
-from experiments.soak import processes
+from experiments.benchmarks.soak import processes
 
 LONG = {"prompt": [20] * 16, "max_tokens": 400, "ignore_eos": True}
 

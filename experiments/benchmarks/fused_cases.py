@@ -14,7 +14,7 @@ from engine.kernels.activation import gated
 from engine.kernels.norm import rms_norm
 from engine.kernels.rope import rope_store
 from engine.kernels.store import gather_kv, store_kv
-from experiments.attention_cases import LLAMA_8B, QWEN3_06B, ROTATED_BYTES, AttentionShape
+from experiments.benchmarks.attention_cases import LLAMA_8B, QWEN3_06B, ROTATED_BYTES, AttentionShape
 from experiments.gpu.timing import time_launches
 
 # Heads, hidden size, intermediate size, whether heads are normed.

@@ -1,6 +1,6 @@
 """What scheduling costs on the host, as JSON lines:
 
-    python -m experiments.bench_scheduler
+    python -m experiments.benchmarks.scheduler
 
 `step`: `schedule()` + `update()` and the allocator calls in them, every request decoding. `allocate_free`: one request
 of 16 blocks, by the size of the pool. `match_prefix`: a prompt of 32k tokens that the cache holds. In the same run,
@@ -160,7 +160,9 @@ def _step(policy: Scheduler) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all benchmarks; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench_scheduler", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.scheduler", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--repeats", type=int, default=300, help="steps or calls per line")
     args = parser.parse_args(argv)
     repeats = args.repeats

@@ -1,6 +1,6 @@
 """What it costs on this GPU to move a request's KV to the host and back, by block size.
 
-    python -m experiments.bench_swaps --tokens 512
+    python -m experiments.benchmarks.swaps --tokens 512
 
 The engine's own copies (`engine/host_blocks.py`): blocks are gathered, and each moves with all its layers in one
 transfer. Every line is JSON: medians of wall microseconds, waited for, of both ways for so many tokens of the model

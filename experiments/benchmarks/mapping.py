@@ -1,6 +1,6 @@
 """What CUDA's virtual memory calls cost on this GPU: what a step pays when requests of `allocator=virtual` grow.
 
-    python -m experiments.bench_mapping --pages 512
+    python -m experiments.benchmarks.mapping --pages 512
 
 Each line is JSON: median and 99th percentile of host microseconds for one page, for each call, for pages that lie side
 by side and are made accessible by one call, and for what the pool does with them (two planes; `grow` maps, `regrow`

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engine.attention.dense import DensePrompts
 from engine.kernels.config import DecodeConfig, PrefillConfig
 from engine.kernels.store import gather_kv
-from experiments.attention_cases import AttentionShape, Batch
+from experiments.benchmarks.attention_cases import AttentionShape, Batch
 
 Rows = list[tuple[int, int]]
 

@@ -1,12 +1,12 @@
 """What serving costs: the same requests in-process and over HTTP, by the same engine under the same flags.
 
-    python -m experiments.bench_served --out bench_served.jsonl
+    python -m experiments.benchmarks.served --out served.jsonl
 
-makes a directory of the Qwen3-0.6B shape with random weights, runs every level of `experiments.stream_load` in-process
-(the same prompts, the same closed loop, no web front), then starts `kvarena serve` and runs the levels over HTTP, and
-prints JSON lines: one per part and level, then per level the served share. `--load-script FILE` uses another load
-program with stream_load's flags and lines. Flags after `--` go to `kvarena serve`, and to the in-process engine. A run
-fails when a request does; a bar that is missed is printed and does not fail it.
+makes a directory of the Qwen3-0.6B shape with random weights, runs every level of `experiments.benchmarks.stream_load`
+in-process (the same prompts, the same closed loop, no web front), then starts `kvarena serve` and runs the levels over
+HTTP, and prints JSON lines: one per part and level, then per level the served share. `--load-script FILE` uses another
+load program with stream_load's flags and lines. Flags after `--` go to `kvarena serve`, and to the in-process engine. A
+run fails when a request does; a bar that is missed is printed and does not fail it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from omegaconf import OmegaConf
 from engine.core import Engine
 from engine.errors import EngineError, KvarenaError
 from engine.request import Request, SamplingParams
-from experiments.bench_front import cpu_seconds
+from experiments.benchmarks.front import cpu_seconds
+from experiments.benchmarks.stream_load import TEMPERATURE, WARM_UP, Level, Row, Shape, line_of
 from experiments.compose import CONF_DIR, load_config
 from experiments.models.shape import make_model_dir
 from experiments.serving.flags import overrides_of, parse_flags
 from experiments.serving.serve import build_served_engine
-from experiments.stream_load import TEMPERATURE, WARM_UP, Level, Row, Shape, line_of
 
 Line = dict[str, Any]
 
@@ -212,7 +212,7 @@ def run_served(options: argparse.Namespace, log: Path) -> Iterator[Line]:
 
 
 def _load(options: argparse.Namespace, url: str, level: Level) -> list[Line]:
-    program = [str(options.load_script)] if options.load_script else ["-m", "experiments.stream_load"]
+    program = [str(options.load_script)] if options.load_script else ["-m", "experiments.benchmarks.stream_load"]
     command = [sys.executable, *program, "--url", url, "--model", "m", "--key", "k", "--procs", str(options.procs)]
     command += ["--n-in", str(options.n_in), "--n-out", str(options.n_out)]
     command += ["--levels", f"{level.num_clients}:{level.num_requests}"]
@@ -251,7 +251,7 @@ def shares(lines: list[Line]) -> Iterator[Line]:
 
 def _parts(options: argparse.Namespace, folder: Path) -> Iterator[Line]:
     """All lines. The in-process part has a process of its own, so that its memory is free when the server starts."""
-    own = [sys.executable, "-m", "experiments.bench_served", *options.given, "--part", "in-process"]
+    own = [sys.executable, "-m", "experiments.benchmarks.served", *options.given, "--part", "in-process"]
     own += ["--directory", str(options.directory), "--", *options.flags]
     lines: list[Line] = []
     with subprocess.Popen(own, stdout=subprocess.PIPE, text=True) as process:

@@ -1,4 +1,4 @@
-"""Useful tokens per second of this engine beside transformers' own generation: python -m experiments.bench_cpu
+"""Useful tokens per second of this engine beside transformers' own generation: python -m experiments.benchmarks.cpu
 
 One model, one list of requests, one process. The contestants take turns, round after round, so that a busy machine
 slows all of them alike; a ratio is the median over rounds of the ratio within a round. Useful tokens are those that
@@ -70,7 +70,7 @@ def _contestants(overrides: list[str], batch_size: int) -> dict[str, Callable[[l
     setup = build(cfg)
     model = setup.parts.model
     if model is None:
-        raise KvarenaError("bench_cpu compares runs that compute; set runner=torch")
+        raise KvarenaError("this benchmark compares runs that compute; set runner=torch")
     padded, continuous = (load_reference(str(model.path)) for _ in range(2))
     slots = setup.parts.pool_facts["num_slots"]
 

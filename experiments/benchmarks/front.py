@@ -1,6 +1,6 @@
 """What the web front costs, beside a plain FastAPI + server-sent events loop in the same run.
 
-    python -m experiments.bench_front --fronts 1 --clients 64
+    python -m experiments.benchmarks.front --fronts 1 --clients 64
 
 Both stream tokens of an engine of unlimited speed to the same load (raw sockets, so that the clients cost little).
 `kvarena` is the real server around experiments/serving/stub_engine.py. `plain` is what one writes first: FastAPI, one
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     stub = [sys.executable, "-m", "experiments.serving.stub_engine", "serve", str(Path(options.model)), "--port"]
     ours = [*stub, str(options.port), "--fronts", str(options.fronts)]
     ours += ["--step-time", str(options.step_time)]
-    plain = [sys.executable, "-m", "experiments.bench_front", "--plain-server", "--port", str(options.port + 1)]
+    plain = [sys.executable, "-m", "experiments.benchmarks.front", "--plain-server", "--port", str(options.port + 1)]
     results = [measure("kvarena", ours, options.port, options), measure("plain", plain, options.port + 1, options)]
     rows = []
     for result in results:

@@ -1,7 +1,7 @@
 """The Triton kernels on a GPU, against copied bytes and a large matrix product, as JSON lines.
 
-    python -m experiments.bench_kernels --only decode,prefill,fused --tune
-    python -m experiments.bench_kernels --only figure18
+    python -m experiments.benchmarks.kernels --only decode,prefill,fused --tune
+    python -m experiments.benchmarks.kernels --only figure18
 
 Every line has `us` (median of graph replays over memory several times the L2 cache), `tbps` and `share_of_copy`
 (bytes that must move, over time, over what a copy moves) or `tflops` and `share_of_matmul`, and for attention
@@ -29,8 +29,8 @@ from engine.kernels.config import DecodeConfig, PrefillConfig, decode_config, pr
 from engine.kernels.decode import DecodeScratch, decode_attention
 from engine.kernels.plan import Capacity, Shape, plan_step
 from engine.kernels.prefill import prefill_attention
-from experiments.attention_cases import LLAMA_8B, OPT_13B, QWEN3_06B, Batch, make_batch, relative_error
-from experiments.attention_variants import (
+from experiments.benchmarks.attention_cases import LLAMA_8B, OPT_13B, QWEN3_06B, Batch, make_batch, relative_error
+from experiments.benchmarks.attention_variants import (
     DECODE_CASES,
     DECODE_TILES,
     FIGURE_18_CASES,
@@ -42,7 +42,7 @@ from experiments.attention_variants import (
     dense_call,
     library_calls,
 )
-from experiments.fused_cases import bench_fused
+from experiments.benchmarks.fused_cases import bench_fused
 from experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda, time_launches
 
 Line = dict[str, Any]
