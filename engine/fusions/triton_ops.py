@@ -1,4 +1,4 @@
-"""The operations of a fused layer on a GPU: Triton kernels, and the library's GEMM where tokens are many."""
+"""The operations of a fused layer on a GPU: Triton and CUDA kernels, and the library's GEMM where tokens are many."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from engine.kernels.activation import gated
 from engine.kernels.gemm import SkinnyGemm
 from engine.kernels.gemm_table import GemmTable
 from engine.kernels.glu import gated_product
+from engine.kernels.hopper import load_hopper_kernels
 from engine.kernels.library_gemm import load_library_gemm
 from engine.kernels.norm import rms_norm
 from engine.kernels.rope import rope_store
+from engine.kernels.stream_gemm import StreamGemm, stream_tile
+from engine.kernels.wide_gemm import WideGemm, wide_tile
 
 
 class TritonOps:
@@ -22,11 +25,23 @@ class TritonOps:
         device: the GPU.
         table: which projections go to the skinny GEMM, and in which shape; None sends all to the library.
         upcast: see `SkinnyGemm`.
+        hopper: with a table, use the CUDA kernels for Hopper where there is one.
     """
 
-    def __init__(self, device: torch.device | str, table: GemmTable | None = None, *, upcast: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device | str,
+        table: GemmTable | None = None,
+        *,
+        upcast: bool = False,
+        hopper: bool = True,
+    ) -> None:
         self._table = table
         self._upcast = upcast
+        kernels = None if table is None or not hopper else load_hopper_kernels(device)
+        self._stream = None if kernels is None else StreamGemm(kernels)
+        self._wide = None if kernels is None else WideGemm(kernels)
+        self._num_multiprocessors = 0 if kernels is None else kernels.num_multiprocessors
         self._gemm = None if table is None else SkinnyGemm(device, upcast=upcast)
         self._library = None if table is None else load_library_gemm(device)
 
@@ -36,11 +51,15 @@ class TritonOps:
 
     def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
         """See `Ops.norm_linear`."""
-        y = self._skinny(residual, linear, norm=norm, out=out)
+        y = self._streamed(residual, linear, norm=norm, out=out)
+        if y is None:
+            y = self._skinny(residual, linear, norm=norm, out=out)
         return self._linear(self.norm(residual, norm), linear, out) if y is None else y
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
+        if self._streamed(x, linear, residual=residual, out=residual) is not None:
+            return residual
         if self._skinny(x, linear, residual=residual, out=residual) is not None:
             return residual
         # Added by the product itself: one rounding less, and no pass of its own.
@@ -50,6 +69,11 @@ class TritonOps:
 
     def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
         """See `Ops.norm_glu`."""
+        y = self._streamed(residual, gate_up, norm=norm, glu=True)
+        if y is None:
+            y = self._widened(residual, norm, gate_up)
+        if y is not None:
+            return y
         tile = (
             None
             if self._table is None or gate_up.bias is not None
@@ -88,6 +112,36 @@ class TritonOps:
         )
         return q
 
+    def _streamed(
+        self,
+        x: Tensor,
+        linear: Linear,
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        glu: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor | None:
+        """The product by `StreamGemm`, into `out` if given; None where another kernel does it."""
+        if self._stream is None or not _is_plain_bf16(x, linear, norm):
+            return None
+        num_cols, depth = linear.weight.shape
+        tile = stream_tile(len(x), num_cols, depth, self._num_multiprocessors, norm=norm is not None, glu=glu)
+        if tile is None:
+            return None
+        if norm is not None and not tile.fuse_norm:
+            x, norm = self.norm(x, norm), None
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return self._stream(x, linear.weight, tile, norm=weight, eps=eps, residual=residual, glu=glu, out=out)
+
+    def _widened(self, x: Tensor, norm: Norm, linear: Linear) -> Tensor | None:
+        """The gated product by `WideGemm`; None where another kernel does it."""
+        if self._wide is None or not _is_plain_bf16(x, linear, norm):
+            return None
+        num_cols, depth = linear.weight.shape
+        tile = wide_tile(len(x), num_cols, depth, self._num_multiprocessors)
+        return None if tile is None else self._wide(self.norm(x, norm), linear.weight, tile)
+
     def _linear(self, x: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
         """The product by the library, into `out` if given."""
         if self._library is not None and linear.bias is None:
@@ -125,3 +179,13 @@ class TritonOps:
             glu=glu,
             out=out,
         )
+
+
+def _is_plain_bf16(x: Tensor, linear: Linear, norm: Norm | None) -> bool:
+    """Whether the CUDA kernels take these operands."""
+    return (
+        x.dtype == linear.weight.dtype == torch.bfloat16
+        and linear.bias is None
+        and (norm is None or norm.weight.dtype == torch.bfloat16)
+        and x.stride(0) % 8 == 0
+    )

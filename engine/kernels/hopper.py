@@ -1,0 +1,235 @@
+"""CUDA C++ kernels for Hopper: compiled at load by NVRTC, launched through the driver's Python binding.
+
+For what Triton cannot say: tiles that are no power of two, fetches that other programs of a cluster share, and weights
+that are fetched before the kernel before this one has ended. Both libraries come with PyTorch's CUDA wheels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.errors import EngineError
+
+# Shared memory of a multiprocessor that its programs may have.
+SHARED_BYTES = 227 * 1024
+_ADVICE = "; set runner.fusions=false"
+
+
+def wgmma_source(cols: int) -> str:
+    """The tensor cores' instruction for 64 x `cols` x 16 as a device function: d (+)= a @ b.T, without + if not add."""
+    num_sums = cols // 2
+    registers = ", ".join(f"%{i}" for i in range(num_sums))
+    sums = ", ".join(f'"+f"(d[{i}])' for i in range(num_sums))
+    return f"""
+__device__ __forceinline__ void wgmma(float (&d)[{num_sums}], unsigned long long a, unsigned long long b, int add) {{
+  asm volatile(
+      "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{num_sums + 2}, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n{cols}k16.f32.bf16.bf16 {{{registers}}},"
+      " %{num_sums}, %{num_sums + 1}, p, 1, 1, 0, 0;\\n}}"
+      : {sums} : "l"(a), "l"(b), "r"(add));
+}}
+"""
+
+
+def kernel_source(name: str, constants: Mapping[str, object], wgmma_cols: int) -> str:
+    """The text of kernel `name` with its constants."""
+    folder = resources.files("engine.kernels")
+    head = "".join(f"#define {key} {value}\n" for key, value in constants.items())
+    texts = (folder.joinpath(file).read_text() for file in ("hopper.cu", f"{name}.cu"))
+    return head + wgmma_source(wgmma_cols) + "".join(texts)
+
+
+def compile_source(nvrtc: Any, text: str) -> tuple[bytes, str]:
+    """A cubin for Hopper, and what the assembler says of registers and spills.
+
+    Args:
+        nvrtc: `cuda.bindings.nvrtc`.
+        text: from `kernel_source`.
+
+    Raises:
+        EngineError: it does not compile; the message is the compiler's.
+    """
+
+    def call(name: str, *args: Any) -> Any:
+        error, *values = getattr(nvrtc, name)(*args)
+        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise EngineError(f"{name} failed with {error.name}{_ADVICE}")
+        return values[0] if values else None
+
+    program = call("nvrtcCreateProgram", text.encode(), b"kernel.cu", 0, [], [])
+    options = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--ptxas-options=-v"]
+    status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
+    log = b" " * call("nvrtcGetProgramLogSize", program)
+    call("nvrtcGetProgramLog", program, log)
+    said = log.decode().strip("\0 \n")
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise EngineError(f"a CUDA kernel does not compile: {said}{_ADVICE}")
+    cubin = b" " * call("nvrtcGetCUBINSize", program)
+    call("nvrtcGetCUBIN", program, cubin)
+    call("nvrtcDestroyProgram", program)
+    return cubin, said
+
+
+def nvrtc_major(nvrtc: Any) -> int:
+    """Major version of NVRTC. Raises OSError if it is not there."""
+    try:
+        return int(nvrtc.nvrtcVersion()[1])
+    except RuntimeError as error:  # how the binding says that it finds no library
+        raise OSError(f"NVRTC is not there: {error}") from error
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel.
+
+    Attributes:
+        function: the driver's handle.
+        threads: of a program.
+        shared_bytes: dynamic shared memory of a program.
+        cluster: programs of a cluster.
+        clusters_at_once: how many the device holds at a time.
+    """
+
+    function: Any
+    threads: int
+    shared_bytes: int
+    cluster: int
+    clusters_at_once: int
+
+
+class HopperKernels:
+    """Compiles, and launches on the current stream.
+
+    Args:
+        device: a Hopper GPU.
+
+    Attributes:
+        num_multiprocessors: of the device.
+
+    Raises:
+        ImportError: the binding of NVRTC or of the driver is not there.
+        OSError: NVRTC is not there, or newer than the driver can load from.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        from cuda.bindings import driver, nvrtc
+
+        compiler, driver_version = nvrtc_major(nvrtc), driver.cuDriverGetVersion()[1]
+        if compiler > driver_version // 1000:
+            raise OSError(f"NVRTC {compiler} is newer than the driver's CUDA {driver_version // 1000}")
+        self._driver, self._nvrtc, self._device = driver, nvrtc, device
+        self.num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._maps: dict[tuple[int, ...], Any] = {}
+
+    def compile(
+        self,
+        name: str,
+        constants: Mapping[str, object],
+        wgmma_cols: int,
+        *,
+        threads: int,
+        shared_bytes: int,
+        cluster: int,
+    ) -> Kernel:
+        """Kernel `name` of `engine/kernels/name.cu`. Raises EngineError if it does not compile or load."""
+        cubin, _ = compile_source(self._nvrtc, kernel_source(name, constants, wgmma_cols))
+        module = self._call("cuModuleLoadData", cubin)
+        function = self._call("cuModuleGetFunction", module, name.encode())
+        dynamic = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._call("cuFuncSetAttribute", function, dynamic, shared_bytes)
+        kernel = Kernel(function, threads, shared_bytes, cluster, self.num_multiprocessors)
+        if cluster > 1:
+            config = self._config(kernel, self.num_multiprocessors // cluster * cluster, 0, overlap=False)
+            kernel = kernel._replace(clusters_at_once=self._call("cuOccupancyMaxActiveClusters", function, config))
+        return kernel
+
+    def launch(self, kernel: Kernel, num_programs: int, *arguments: Any, overlap: bool) -> None:
+        """Launch it.
+
+        Args:
+            kernel: from `compile`.
+            num_programs: of the grid, whole clusters.
+            arguments: maps from `matrix_map`, and ctypes objects.
+            overlap: while the kernel before it runs; it must wait for that one's results itself.
+        """
+        pointers = [one.getPtr() if hasattr(one, "getPtr") else ctypes.addressof(one) for one in arguments]
+        packed = (ctypes.c_void_p * len(pointers))(*pointers)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        config = self._config(kernel, num_programs, stream, overlap=overlap)
+        self._call("cuLaunchKernelEx", config, kernel.function, ctypes.addressof(packed), 0)
+
+    def matrix_map(self, matrix: Tensor, box_rows: int, *, keep: bool = False) -> Any:
+        """How the tensor memory accelerator reads boxes of `box_rows` x 64 elements of a bf16 matrix, swizzled.
+
+        Args:
+            matrix: rows contiguous, a multiple of 16 bytes apart.
+            box_rows: at most 256. Rows of a box beyond the matrix are zeros.
+            keep: remember the map, as of weights.
+        """
+        key = (matrix.data_ptr(), *matrix.shape, matrix.stride(0), box_rows)
+        if key in self._maps:
+            return self._maps[key]
+        driver = self._driver
+        rows, cols = matrix.shape
+        made = self._call(
+            "cuTensorMapEncodeTiled",
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            matrix.data_ptr(),
+            [driver.cuuint64_t(cols), driver.cuuint64_t(rows)],
+            [driver.cuuint64_t(2 * matrix.stride(0))],
+            [driver.cuuint32_t(64), driver.cuuint32_t(box_rows)],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        if keep:
+            self._maps[key] = made
+        return made
+
+    def _config(self, kernel: Kernel, num_programs: int, stream: int, *, overlap: bool) -> Any:
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = num_programs, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
+        config.sharedMemBytes = kernel.shared_bytes
+        config.hStream = driver.CUstream(stream)
+        config.attrs = list(self._attributes(kernel.cluster, overlap=overlap))
+        config.numAttrs = len(config.attrs)
+        return config
+
+    def _attributes(self, cluster: int, *, overlap: bool) -> Iterator[Any]:
+        ids = self._driver.CUlaunchAttributeID
+        if cluster > 1:
+            shape = self._driver.CUlaunchAttribute()
+            shape.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            shape.value.clusterDim.x, shape.value.clusterDim.y, shape.value.clusterDim.z = cluster, 1, 1
+            yield shape
+        if overlap:
+            early = self._driver.CUlaunchAttribute()
+            early.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            yield early
+
+    def _call(self, name: str, *args: Any) -> Any:
+        error, *values = getattr(self._driver, name)(*args)
+        if error != self._driver.CUresult.CUDA_SUCCESS:
+            raise EngineError(f"{name} failed with {error.name}{_ADVICE}")
+        return values[0] if values else None
+
+
+def load_hopper_kernels(device: torch.device | str) -> HopperKernels | None:
+    """None where the device is no Hopper GPU, or what compiles and launches is not installed."""
+    if torch.device(device).type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        return HopperKernels(device)
+    except (ImportError, OSError):
+        return None
