@@ -42,6 +42,7 @@ class Levers(NamedTuple):
         mixed: with `graphs`, graphs of small steps with prompts too.
         overlap: plan a step while the one before runs.
         skinny: most rows for which the skinny GEMM is asked; 0 sends every product to the library.
+        hopper: the CUDA kernels for Hopper, which come before the skinny GEMM and the library.
     """
 
     fusions: bool = True
@@ -49,11 +50,13 @@ class Levers(NamedTuple):
     overlap: bool = True
     skinny: int = 128
     mixed: bool = True
+    hopper: bool = True
 
 
 ABLATIONS: dict[str, Levers] = {
     "all": Levers(),
-    "no skinny": Levers(skinny=0),
+    "no hopper": Levers(hopper=False),
+    "no skinny": Levers(skinny=0, hopper=False),
     "no overlap": Levers(overlap=False),
     "no mixed graphs": Levers(mixed=False),
     "no graphs": Levers(graphs=False),
@@ -100,7 +103,7 @@ class Bed:
                     table = GemmTable(levers.skinny, processors)
                 else:
                     table = GemmTable.from_json(self.gemm, levers.skinny, processors)
-            ops = TritonOps(device, table)
+            ops = TritonOps(device, table, hopper=levers.hopper)
         if self._fused is None:
             self._fused = fuse(self.model, ops, MAX_MODEL_LEN)
         return replace(self._fused, ops=ops)
