@@ -27,8 +27,8 @@ _THREADS, _BLOCK_ROWS, _BOX_COLS = 160, 64, 64
 _ROW_BUCKETS = (8, 16, 32, 64)
 # A norm of more rows costs every program more than a launch of its own.
 _MOST_NORM_ROWS = 32
-# One row of this much is multiplied and added as fast without the tensor cores, by the kernel of `gemm.py`.
-_MOST_BYTES_OF_ONE_ROW = 200 * 2**20
+# One row by more than this is multiplied and added as fast without the tensor cores, by the kernel of `gemm.py`.
+_MOST_BYTES_OF_ONE_ROW = 64 * 2**20
 # Of the barriers, of sums of squares, and of the alignment of the tiles.
 _RESERVED_BYTES = 4096
 _FEWEST_STAGES = 3

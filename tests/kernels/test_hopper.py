@@ -48,6 +48,8 @@ def test_stream_launches_are_one_round_and_fit_into_shared_memory():
 def test_products_that_other_kernels_do_as_fast_have_no_stream_launch():
     assert stream_tile(65, 4096, 4096, H100) is None, "too many rows"
     assert stream_tile(1, 28672, 4096, H100, norm=True, glu=True) is None, "one row, bound by memory alone"
+    assert stream_tile(1, 19456, 2560, H100, norm=True, glu=True) is None, "likewise"
+    assert stream_tile(1, 6144, 1024, H100, norm=True, glu=True) is not None
     assert stream_tile(2, 28672, 4096, H100, norm=True, glu=True) is not None
     assert stream_tile(40, 6144, 1024, H100, norm=True, glu=True) is None, "the gated product of one wave"
     assert stream_tile(8, 128256, 4096, H100, norm=True) is None, "more programs than fit at once"
