@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.fusions.hopper_products import HopperProducts
 from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, apply_linear, split_heads
 from engine.kernels.activation import gated
 from engine.kernels.gemm import SkinnyGemm
 from engine.kernels.gemm_table import GemmTable
 from engine.kernels.glu import gated_product
-from engine.kernels.hopper import load_hopper_kernels
 from engine.kernels.library_gemm import load_library_gemm
 from engine.kernels.norm import rms_norm
 from engine.kernels.rope import rope_store
-from engine.kernels.stream_gemm import StreamGemm, stream_tile
-from engine.kernels.wide_gemm import WideGemm, wide_tile
 
 
 class TritonOps:
@@ -38,10 +36,7 @@ class TritonOps:
     ) -> None:
         self._table = table
         self._upcast = upcast
-        kernels = None if table is None or not hopper else load_hopper_kernels(device)
-        self._stream = None if kernels is None else StreamGemm(kernels)
-        self._wide = None if kernels is None else WideGemm(kernels)
-        self._num_multiprocessors = 0 if kernels is None else kernels.num_multiprocessors
+        self._hopper = None if table is None or not hopper else HopperProducts(device)
         self._gemm = None if table is None else SkinnyGemm(device, upcast=upcast)
         self._library = None if table is None else load_library_gemm(device)
 
@@ -51,16 +46,12 @@ class TritonOps:
 
     def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
         """See `Ops.norm_linear`."""
-        y = self._streamed(residual, linear, norm=norm, out=out)
-        if y is None:
-            y = self._skinny(residual, linear, norm=norm, out=out)
+        y = self._product(residual, linear, norm=norm, out=out)
         return self._linear(self.norm(residual, norm), linear, out) if y is None else y
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
-        if self._streamed(x, linear, residual=residual, out=residual) is not None:
-            return residual
-        if self._skinny(x, linear, residual=residual, out=residual) is not None:
+        if self._product(x, linear, residual=residual, out=residual) is not None:
             return residual
         # Added by the product itself: one rounding less, and no pass of its own.
         if self._library is None or self._library(x, linear.weight, residual, accumulate=True) is None:
@@ -69,20 +60,8 @@ class TritonOps:
 
     def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
         """See `Ops.norm_glu`."""
-        y = self._streamed(residual, gate_up, norm=norm, glu=True)
-        if y is None:
-            y = self._widened(residual, norm, gate_up)
-        if y is not None:
-            return y
-        tile = (
-            None
-            if self._table is None or gate_up.bias is not None
-            else self._table.find_glu(len(residual), *gate_up.weight.shape)
-        )
-        if tile is not None:
-            return gated_product(self.norm(residual, norm), gate_up.weight, tile, upcast=self._upcast)
-        out = self._skinny(residual, gate_up, norm=norm, glu=True)
-        return gated(self._linear(self.norm(residual, norm), gate_up)) if out is None else out
+        y = self._product(residual, gate_up, norm=norm, glu=True)
+        return gated(self._linear(self.norm(residual, norm), gate_up)) if y is None else y
 
     def rope_store(
         self,
@@ -112,7 +91,7 @@ class TritonOps:
         )
         return q
 
-    def _streamed(
+    def _product(
         self,
         x: Tensor,
         linear: Linear,
@@ -122,25 +101,22 @@ class TritonOps:
         glu: bool = False,
         out: Tensor | None = None,
     ) -> Tensor | None:
-        """The product by `StreamGemm`, into `out` if given; None where another kernel does it."""
-        if self._stream is None or not _is_plain_bf16(x, linear, norm):
-            return None
-        num_cols, depth = linear.weight.shape
-        tile = stream_tile(len(x), num_cols, depth, self._num_multiprocessors, norm=norm is not None, glu=glu)
-        if tile is None:
-            return None
-        if norm is not None and not tile.fuse_norm:
-            x, norm = self.norm(x, norm), None
-        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        return self._stream(x, linear.weight, tile, norm=weight, eps=eps, residual=residual, glu=glu, out=out)
+        """[norm ->] the product [-> silu(gate) * up] [+ residual], into `out` if given; None: the library's."""
+        y = None
+        if self._hopper is not None:
+            y = self._hopper(x, linear, norm=norm, residual=residual, glu=glu, out=out)
+        if y is None and glu and norm is not None:
+            y = self._one_wave(x, norm, linear)
+        if y is None:
+            y = self._skinny(x, linear, norm=norm, residual=residual, glu=glu, out=out)
+        return y
 
-    def _widened(self, x: Tensor, norm: Norm, linear: Linear) -> Tensor | None:
-        """The gated product by `WideGemm`; None where another kernel does it."""
-        if self._wide is None or not _is_plain_bf16(x, linear, norm):
+    def _one_wave(self, x: Tensor, norm: Norm, gate_up: Linear) -> Tensor | None:
+        """The gated product of small models; None where its tiles do not fit into one wave."""
+        if self._table is None or gate_up.bias is not None:
             return None
-        num_cols, depth = linear.weight.shape
-        tile = wide_tile(len(x), num_cols, depth, self._num_multiprocessors)
-        return None if tile is None else self._wide(self.norm(x, norm), linear.weight, tile)
+        tile = self._table.find_glu(len(x), *gate_up.weight.shape)
+        return None if tile is None else gated_product(self.norm(x, norm), gate_up.weight, tile, upcast=self._upcast)
 
     def _linear(self, x: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
         """The product by the library, into `out` if given."""
@@ -179,13 +155,3 @@ class TritonOps:
             glu=glu,
             out=out,
         )
-
-
-def _is_plain_bf16(x: Tensor, linear: Linear, norm: Norm | None) -> bool:
-    """Whether the CUDA kernels take these operands."""
-    return (
-        x.dtype == linear.weight.dtype == torch.bfloat16
-        and linear.bias is None
-        and (norm is None or norm.weight.dtype == torch.bfloat16)
-        and x.stride(0) % 8 == 0
-    )

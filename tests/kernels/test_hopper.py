@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from engine.fusions import hopper_products
+from engine.fusions.hopper_products import HopperProducts
 from engine.fusions.ops import Linear, Norm
 from engine.fusions.triton_ops import TritonOps
 from engine.kernels.gemm_table import GemmTable
@@ -111,9 +113,7 @@ def test_every_launch_compiles_without_spills():
 
 def reference(x, weight, *, norm=None, residual=None, glu=False):
     """In float64."""
-    x = x.double()
-    if norm is not None:
-        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + norm.eps) * norm.weight.double()
+    x = x.double() if norm is None else _normed(x, norm)
     y = x @ weight.double().t()
     if glu:
         gate, up = y.chunk(2, dim=1)
@@ -121,12 +121,82 @@ def reference(x, weight, *, norm=None, residual=None, glu=False):
     return y if residual is None else y + residual.double()
 
 
-def operands(num_rows, num_cols, depth):
+def operands(num_rows, num_cols, depth, device="cuda"):
     torch.manual_seed(num_rows)
-    x = torch.randn(num_rows, depth, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(num_cols, depth, device="cuda", dtype=torch.bfloat16) / depth**0.5
-    norm = Norm(torch.rand(depth, device="cuda", dtype=torch.bfloat16) + 0.5, 1e-5)
+    x = torch.randn(num_rows, depth, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(num_cols, depth, device=device, dtype=torch.bfloat16) / depth**0.5
+    norm = Norm(torch.rand(depth, device=device, dtype=torch.bfloat16) + 0.5, 1e-5)
     return x, weight, norm
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """`HopperProducts` of an H100 whose kernels are stand-ins in float64, and which of them were called."""
+    called = []
+
+    class Stream:
+        def __init__(self, kernels):
+            pass
+
+        def __call__(self, x, weight, tile, *, norm, eps, residual, glu, out):
+            called.append(("stream", tile))
+            assert (norm is not None) <= tile.fuse_norm
+            folded = None if norm is None else Norm(norm, eps)
+            return reference(x, weight, norm=folded, residual=residual, glu=glu)
+
+    class Wide:
+        def __init__(self, kernels):
+            pass
+
+        def __call__(self, x, weight, tile):
+            called.append(("wide", tile))
+            return reference(x, weight, glu=True)
+
+    class Kernels:
+        num_multiprocessors = H100
+
+    monkeypatch.setattr(hopper_products, "load_hopper_kernels", lambda device: Kernels())
+    monkeypatch.setattr(hopper_products, "StreamGemm", Stream)
+    monkeypatch.setattr(hopper_products, "WideGemm", Wide)
+    monkeypatch.setattr(hopper_products, "rms_norm", lambda x, weight, eps: _normed(x, Norm(weight, eps)).to(x.dtype))
+    return HopperProducts("cuda"), called
+
+
+def _normed(x, norm):
+    return x.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + norm.eps) * norm.weight.double()
+
+
+def test_each_product_goes_with_its_neighbours_to_the_kernel_that_is_fastest(products):
+    find, called = products
+    for num_rows, num_cols, depth, kind, kernel in (
+        (1, 1024, 2048, "residual", "stream"), (64, 1024, 2048, "residual", "stream"),
+        (65, 1024, 2048, "residual", None), (16, 4096, 1024, "norm", "stream"), (48, 4096, 1024, "norm", "stream"),
+        (96, 4096, 1024, "norm", None), (32, 6144, 1024, "glu", "stream"), (40, 6144, 1024, "glu", None),
+        (64, 14336, 2048, "glu", "stream"), (100, 14336, 2048, "glu", None), (200, 14336, 2048, "glu", "wide"),
+        (300, 14336, 2048, "glu", None),
+    ):  # fmt: skip
+        called.clear()
+        x, weight, norm = operands(num_rows, num_cols, depth, device="cpu")
+        held = torch.randn(num_rows, num_cols, dtype=torch.bfloat16) if kind == "residual" else None
+        around = {"residual": held, "out": held} if kind == "residual" else {"norm": norm, "glu": kind == "glu"}
+        y = find(x, Linear(weight, None), **around)
+        assert [name for name, _ in called] == ([] if kernel is None else [kernel]), (num_rows, kind)
+        assert (y is None) == (kernel is None)
+        if y is not None:
+            expected = reference(x, weight, norm=around.get("norm"), residual=held, glu=kind == "glu")
+            assert (y - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_other_operands_are_left_to_other_kernels(products):
+    find, called = products
+    x, weight, norm = operands(8, 4096, 1024, device="cpu")
+    assert find(x.half(), Linear(weight.half(), None), norm=norm) is None
+    assert find(x, Linear(weight, torch.zeros(4096, dtype=torch.bfloat16)), norm=norm) is None
+    assert find(x, Linear(weight, None), norm=Norm(norm.weight.float(), norm.eps)) is None
+    assert find(torch.zeros(8, 1028, dtype=torch.bfloat16)[:, :1024], Linear(weight, None)) is None, (
+        "rows not at 16 bytes"
+    )
+    assert not called
 
 
 @pytest.mark.gpu

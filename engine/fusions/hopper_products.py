@@ -1,0 +1,74 @@
+"""Products of a fused layer by the CUDA kernels for Hopper, where these are faster than others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.fusions.ops import Linear, Norm
+from engine.kernels.hopper import load_hopper_kernels
+from engine.kernels.norm import rms_norm
+from engine.kernels.stream_gemm import StreamGemm, stream_tile
+from engine.kernels.wide_gemm import WideGemm, wide_tile
+
+
+class HopperProducts:
+    """Sends a product to `StreamGemm` or `WideGemm`, or to neither.
+
+    Args:
+        device: where the operands live. Without a Hopper GPU and what its kernels need, every product goes to neither.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        kernels = load_hopper_kernels(device)
+        self._num_multiprocessors = 0 if kernels is None else kernels.num_multiprocessors
+        self._stream = None if kernels is None else StreamGemm(kernels)
+        self._wide = None if kernels is None else WideGemm(kernels)
+
+    def __call__(
+        self,
+        x: Tensor,
+        linear: Linear,
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        glu: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor | None:
+        """[norm ->] x @ weight.T [-> silu(gate) * up] [+ residual].
+
+        Args:
+            x: [M, K], rows contiguous.
+            linear: [N, K]; with `glu` [2 * N, K], gate's rows first.
+            norm: comes before.
+            residual: [M, N], added; `out` itself. Not with `glu`.
+            glu: the activation comes after; only with a norm.
+            out: [M, N], rows contiguous; written. Allocated if None.
+
+        Returns:
+            [M, N]; None, and nothing was done, where another kernel is as fast or these operands are not for these.
+        """
+        if self._stream is None or self._wide is None or not _is_plain_bf16(x, linear, norm):
+            return None
+        shape = (len(x), linear.weight.shape[0], linear.weight.shape[1], self._num_multiprocessors)
+        tile = stream_tile(*shape, norm=norm is not None, glu=glu)
+        if tile is not None:
+            weight, eps = None, 0.0
+            if norm is not None and tile.fuse_norm:
+                weight, eps = norm.weight, norm.eps
+            elif norm is not None:
+                x = rms_norm(x, norm.weight, norm.eps)
+            return self._stream(x, linear.weight, tile, norm=weight, eps=eps, residual=residual, glu=glu, out=out)
+        if not glu or norm is None or (wide := wide_tile(*shape)) is None:
+            return None
+        return self._wide(rms_norm(x, norm.weight, norm.eps), linear.weight, wide)
+
+
+def _is_plain_bf16(x: Tensor, linear: Linear, norm: Norm | None) -> bool:
+    """Whether the kernels take these operands."""
+    return (
+        x.dtype == linear.weight.dtype == torch.bfloat16
+        and linear.bias is None
+        and (norm is None or norm.weight.dtype == torch.bfloat16)
+        and x.stride(0) % 8 == 0
+    )
