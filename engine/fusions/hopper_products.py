@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.fusions.ops import Linear, Norm
+from engine.fusions.ops import Product
 from engine.kernels.hopper import load_hopper_kernels
 from engine.kernels.norm import rms_norm
 from engine.kernels.stream_gemm import StreamGemm, stream_tile
@@ -25,31 +25,11 @@ class HopperProducts:
         self._stream = None if kernels is None else StreamGemm(kernels)
         self._wide = None if kernels is None else WideGemm(kernels)
 
-    def __call__(
-        self,
-        x: Tensor,
-        linear: Linear,
-        *,
-        norm: Norm | None = None,
-        residual: Tensor | None = None,
-        glu: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor | None:
-        """[norm ->] x @ weight.T [-> silu(gate) * up] [+ residual].
-
-        Args:
-            x: [M, K], rows contiguous.
-            linear: [N, K]; with `glu` [2 * N, K], gate's rows first.
-            norm: comes before.
-            residual: [M, N], added; `out` itself. Not with `glu`.
-            glu: the activation comes after; only with a norm.
-            out: [M, N], rows contiguous; written. Allocated if None.
-
-        Returns:
-            [M, N]; None, and nothing was done, where another kernel is as fast or these operands are not for these.
-        """
-        if self._stream is None or self._wide is None or not _is_plain_bf16(x, linear, norm):
+    def __call__(self, product: Product) -> Tensor | None:
+        """The result; None, and nothing was done, where another kernel is as fast or the operands are not for these."""
+        if self._stream is None or self._wide is None or not _is_plain_bf16(product):
             return None
+        x, linear, norm, residual, glu, out = product
         shape = (len(x), linear.weight.shape[0], linear.weight.shape[1], self._num_multiprocessors)
         tile = stream_tile(*shape, norm=norm is not None, glu=glu)
         if tile is not None:
@@ -64,8 +44,9 @@ class HopperProducts:
         return self._wide(rms_norm(x, norm.weight, norm.eps), linear.weight, wide)
 
 
-def _is_plain_bf16(x: Tensor, linear: Linear, norm: Norm | None) -> bool:
+def _is_plain_bf16(product: Product) -> bool:
     """Whether the kernels take these operands."""
+    x, linear, norm = product[:3]
     return (
         x.dtype == linear.weight.dtype == torch.bfloat16
         and linear.bias is None

@@ -33,6 +33,26 @@ class Linear(NamedTuple):
     bias: Tensor | None
 
 
+class Product(NamedTuple):
+    """A projection and what its neighbours do to it: [norm ->] x @ weight.T [-> silu(gate) * up] [+ residual].
+
+    Attributes:
+        x: [M, K], rows contiguous.
+        linear: [N, K]; with `glu` [2 * N, K], the gate's rows first.
+        norm: comes before.
+        residual: [M, N], added. Not with `glu`.
+        glu: the activation comes after.
+        out: [M, N], rows contiguous, for the result; may be `residual` itself. None: a new tensor.
+    """
+
+    x: Tensor
+    linear: Linear
+    norm: Norm | None = None
+    residual: Tensor | None = None
+    glu: bool = False
+    out: Tensor | None = None
+
+
 class HeadNorms(NamedTuple):
     """RMS norms over each head of queries and keys, before the rotation."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.fusions.hopper_products import HopperProducts
-from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, apply_linear, split_heads
+from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Product, apply_linear, split_heads
 from engine.kernels.activation import gated
 from engine.kernels.gemm import SkinnyGemm
 from engine.kernels.gemm_table import GemmTable
@@ -46,12 +46,12 @@ class TritonOps:
 
     def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
         """See `Ops.norm_linear`."""
-        y = self._product(residual, linear, norm=norm, out=out)
+        y = self._product(Product(residual, linear, norm, out=out))
         return self._linear(self.norm(residual, norm), linear, out) if y is None else y
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
-        if self._product(x, linear, residual=residual, out=residual) is not None:
+        if self._product(Product(x, linear, residual=residual, out=residual)) is not None:
             return residual
         # Added by the product itself: one rounding less, and no pass of its own.
         if self._library is None or self._library(x, linear.weight, residual, accumulate=True) is None:
@@ -60,7 +60,7 @@ class TritonOps:
 
     def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
         """See `Ops.norm_glu`."""
-        y = self._product(residual, gate_up, norm=norm, glu=True)
+        y = self._product(Product(residual, gate_up, norm, glu=True))
         return gated(self._linear(self.norm(residual, norm), gate_up)) if y is None else y
 
     def rope_store(
@@ -91,32 +91,35 @@ class TritonOps:
         )
         return q
 
-    def _product(
-        self,
-        x: Tensor,
-        linear: Linear,
-        *,
-        norm: Norm | None = None,
-        residual: Tensor | None = None,
-        glu: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor | None:
-        """[norm ->] the product [-> silu(gate) * up] [+ residual], into `out` if given; None: the library's."""
-        y = None
-        if self._hopper is not None:
-            y = self._hopper(x, linear, norm=norm, residual=residual, glu=glu, out=out)
-        if y is None and glu and norm is not None:
-            y = self._one_wave(x, norm, linear)
-        if y is None:
-            y = self._skinny(x, linear, norm=norm, residual=residual, glu=glu, out=out)
-        return y
+    def _product(self, product: Product) -> Tensor | None:
+        """By the kernel that is fastest among ours; None where that is the library's."""
+        for kernel in (self._hopper, self._one_wave, self._skinny):
+            if kernel is not None and (y := kernel(product)) is not None:
+                return y
+        return None
 
-    def _one_wave(self, x: Tensor, norm: Norm, gate_up: Linear) -> Tensor | None:
+    def _one_wave(self, product: Product) -> Tensor | None:
         """The gated product of small models; None where its tiles do not fit into one wave."""
-        if self._table is None or gate_up.bias is not None:
+        x, linear, norm = product[:3]
+        if self._table is None or not product.glu or norm is None or linear.bias is not None:
             return None
-        tile = self._table.find_glu(len(x), *gate_up.weight.shape)
-        return None if tile is None else gated_product(self.norm(x, norm), gate_up.weight, tile, upcast=self._upcast)
+        tile = self._table.find_glu(len(x), *linear.weight.shape)
+        return None if tile is None else gated_product(self.norm(x, norm), linear.weight, tile, upcast=self._upcast)
+
+    def _skinny(self, product: Product) -> Tensor | None:
+        """By the skinny GEMM; None where its table has no launch."""
+        x, linear, norm, residual, glu, out = product
+        if self._table is None or self._gemm is None:
+            return None
+        config = self._table.find(len(x), *linear.weight.shape, glu=glu)
+        if config is None:
+            return None
+        if norm is not None and not config.fuse_norm:
+            x, norm = self.norm(x, norm), None
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return self._gemm(
+            x, linear.weight, config, bias=linear.bias, norm=weight, eps=eps, residual=residual, glu=glu, out=out
+        )
 
     def _linear(self, x: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
         """The product by the library, into `out` if given."""
@@ -125,33 +128,3 @@ class TritonOps:
             if y is not None:
                 return y
         return apply_linear(x, linear, out)
-
-    def _skinny(
-        self,
-        x: Tensor,
-        linear: Linear,
-        *,
-        norm: Norm | None = None,
-        residual: Tensor | None = None,
-        glu: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor | None:
-        """The product by the skinny GEMM, into `out` if given; None where the library does it."""
-        if self._table is None or self._gemm is None:
-            return None
-        config = self._table.find(len(x), *linear.weight.shape, glu=glu)
-        if config is None:
-            return None
-        if norm is not None and not config.fuse_norm:
-            x, norm = self.norm(x, norm), None
-        return self._gemm(
-            x,
-            linear.weight,
-            config,
-            bias=linear.bias,
-            norm=None if norm is None else norm.weight,
-            eps=0.0 if norm is None else norm.eps,
-            residual=residual,
-            glu=glu,
-            out=out,
-        )

@@ -5,7 +5,7 @@ import torch
 
 from engine.fusions import hopper_products
 from engine.fusions.hopper_products import HopperProducts
-from engine.fusions.ops import Linear, Norm
+from engine.fusions.ops import Linear, Norm, Product
 from engine.fusions.triton_ops import TritonOps
 from engine.kernels.gemm_table import GemmTable
 from engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, load_hopper_kernels, nvrtc_major
@@ -179,7 +179,7 @@ def test_each_product_goes_with_its_neighbours_to_the_kernel_that_is_fastest(pro
         x, weight, norm = operands(num_rows, num_cols, depth, device="cpu")
         held = torch.randn(num_rows, num_cols, dtype=torch.bfloat16) if kind == "residual" else None
         around = {"residual": held, "out": held} if kind == "residual" else {"norm": norm, "glu": kind == "glu"}
-        y = find(x, Linear(weight, None), **around)
+        y = find(Product(x, Linear(weight, None), **around))
         assert [name for name, _ in called] == ([] if kernel is None else [kernel]), (num_rows, kind)
         assert (y is None) == (kernel is None)
         if y is not None:
@@ -190,12 +190,11 @@ def test_each_product_goes_with_its_neighbours_to_the_kernel_that_is_fastest(pro
 def test_other_operands_are_left_to_other_kernels(products):
     find, called = products
     x, weight, norm = operands(8, 4096, 1024, device="cpu")
-    assert find(x.half(), Linear(weight.half(), None), norm=norm) is None
-    assert find(x, Linear(weight, torch.zeros(4096, dtype=torch.bfloat16)), norm=norm) is None
-    assert find(x, Linear(weight, None), norm=Norm(norm.weight.float(), norm.eps)) is None
-    assert find(torch.zeros(8, 1028, dtype=torch.bfloat16)[:, :1024], Linear(weight, None)) is None, (
-        "rows not at 16 bytes"
-    )
+    assert find(Product(x.half(), Linear(weight.half(), None), norm)) is None
+    assert find(Product(x, Linear(weight, torch.zeros(4096, dtype=torch.bfloat16)), norm)) is None
+    assert find(Product(x, Linear(weight, None), Norm(norm.weight.float(), norm.eps))) is None
+    apart = torch.zeros(8, 1028, dtype=torch.bfloat16)[:, :1024]
+    assert find(Product(apart, Linear(weight, None))) is None, "rows that are no multiple of 16 bytes apart"
     assert not called
 
 
