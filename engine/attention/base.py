@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -114,5 +114,24 @@ class AttentionBackend(Protocol):
 
         Returns:
             [T, num_heads, head_dim], in q's dtype.
+        """
+        ...
+
+
+@runtime_checkable
+class KeepingBackend(AttentionBackend, Protocol):
+    """A backend that in some steps reads the new tokens' keys and values beside the pool."""
+
+    def wants_kv(self, meta: AttentionMetadata) -> bool:
+        """Whether this is such a step: `keep_kv` then saves it from reading back what was just stored."""
+        ...
+
+    def keep_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:
+        """Hand over what the caller itself has stored at `meta.slot_mapping`.
+
+        Args:
+            k, v: [T, num_kv_heads, head_dim], the keys rotated; not to be changed before `attend` of this layer.
+            layer: index of the layer in the pool.
+            meta: the step.
         """
         ...

@@ -129,19 +129,17 @@ class TritonBackend:
         """Store the new tokens' keys and values."""
         keys, values = self.pool.slots(layer)
         store_kv(k, v, keys, values, meta.slot_mapping)
-        self.keep_kv(k, v, layer, meta)
+        if self.wants_kv(meta):
+            self.keep_kv(k, v, layer, meta)
+
+    def wants_kv(self, meta: AttentionMetadata) -> bool:
+        """See `KeepingBackend.wants_kv`: in steps that the library may do."""
+        plan: _Plan = meta.prepared
+        return plan.dense is not None
 
     def keep_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:
-        """Hand over what the caller itself has stored at `meta.slot_mapping`; `attend` then need not read it back.
-
-        Args:
-            k, v: [T, num_kv_heads, head_dim], the keys rotated; not to be changed before `attend` of this layer.
-            layer: index of the layer in the pool.
-            meta: the step.
-        """
-        plan: _Plan = meta.prepared
-        if plan.dense is not None:
-            plan.fresh = (layer, k, v)
+        """See `KeepingBackend.keep_kv`."""
+        meta.prepared.fresh = (layer, k, v)
 
     def attend(
         self,

@@ -69,7 +69,7 @@ class FusedDecoder:
         Returns:
             [N, vocab] in the model's dtype.
         """
-        batch = Batch(self.angles(positions), meta, backend, pool)
+        batch = Batch.of(self.angles(positions), meta, backend, pool)
         residual = F.embedding(input_ids, self.embedding)
         for layer in self.layers[:-1]:
             residual = layer(residual, batch, self.ops)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from engine.attention.base import AttentionBackend, AttentionMetadata
-from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Ops
+from engine.attention.base import AttentionBackend, AttentionMetadata, KeepingBackend
+from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Ops, split_heads
 from engine.kv_pool import KVPool
 
 
@@ -33,12 +33,20 @@ class Batch(NamedTuple):
         meta: the step, prepared by `backend`.
         backend: attention over `pool`.
         pool: where keys and values go.
+        keeper: the backend, in a step in which it wants the new keys and values beside the pool.
     """
 
     angles: Angles
     meta: AttentionMetadata
     backend: AttentionBackend
     pool: KVPool
+    keeper: KeepingBackend | None = None
+
+    @classmethod
+    def of(cls, angles: Angles, meta: AttentionMetadata, backend: AttentionBackend, pool: KVPool) -> Batch:
+        """The inputs of a step, with the backend as keeper if it wants to be."""
+        keeper = backend if isinstance(backend, KeepingBackend) and backend.wants_kv(meta) else None
+        return cls(angles, meta, backend, pool, keeper)
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,14 @@ class FusedAttention:
         """The turned queries [T, num_heads, head_dim] of `residual`; its keys and values go to the pool."""
         qkv = ops.norm_linear(residual, self.norm, self.qkv)
         kv = batch.pool.slots(self.index)
-        return ops.rope_store(qkv, self.heads, self.head_norms, batch.angles, batch.meta.slot_mapping, kv)
+        q = ops.rope_store(
+            qkv, self.heads, self.head_norms, batch.angles, batch.meta.slot_mapping, kv,
+            turn_keys=batch.keeper is not None,
+        )  # fmt: skip
+        if batch.keeper is not None:
+            _, k, v = split_heads(qkv, self.heads)
+            batch.keeper.keep_kv(k, v, self.index, batch.meta)
+        return q
 
 
 @dataclass(frozen=True)

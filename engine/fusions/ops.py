@@ -102,6 +102,8 @@ class Ops(Protocol):
         angles: Angles,
         slots: Tensor,
         kv: tuple[Tensor, Tensor],
+        *,
+        turn_keys: bool = False,
     ) -> Tensor:
         """Norm and turn queries and keys, and store keys and values in the pool.
 
@@ -112,6 +114,7 @@ class Ops(Protocol):
             angles: the rotation.
             slots: int64 [T], where each token's keys and values go.
             kv: the layer's keys and values by slot, [num_slots, num_kv_heads, head_dim]; written.
+            turn_keys: leave the turned keys in `qkv` too.
 
         Returns:
             The turned queries [T, num_heads, head_dim], a head's elements side by side.
@@ -148,13 +151,18 @@ class TorchOps:
         angles: Angles,
         slots: Tensor,
         kv: tuple[Tensor, Tensor],
+        *,
+        turn_keys: bool = False,
     ) -> Tensor:
         """See `Ops.rope_store`."""
         q, k, v = split_heads(qkv, heads)
-        if norms is not None:
-            q, k = rms_norm(q, norms.q), rms_norm(k, norms.k)
-        kv[0].index_copy_(0, slots, rotate(k, angles))
+        turned = rotate(k if norms is None else rms_norm(k, norms.k), angles)
+        kv[0].index_copy_(0, slots, turned)
         kv[1].index_copy_(0, slots, v)
+        if turn_keys:
+            k.copy_(turned)
+        if norms is not None:
+            q = rms_norm(q, norms.q)
         return rotate(q, angles)
 
 

@@ -71,6 +71,8 @@ class TritonOps:
         angles: Angles,
         slots: Tensor,
         kv: tuple[Tensor, Tensor],
+        *,
+        turn_keys: bool = False,
     ) -> Tensor:
         """See `Ops.rope_store`. The queries are turned in place."""
         q, k, v = split_heads(qkv, heads)
@@ -88,6 +90,7 @@ class TritonOps:
             q_norm=None if norms is None else norms.q.weight,
             k_norm=None if norms is None else norms.k.weight,
             epsilon=0.0 if norms is None else norms.q.eps,
+            turn_keys=turn_keys,
         )
         return q
 

@@ -5,8 +5,12 @@ import torch
 from checkpoints import random_prompts, write_checkpoint
 from fused_helpers import LateReference, make_pool, run
 from runner_driver import make_requests
+from torch.nn.attention import SDPBackend
 
+from engine.attention import triton_backend
+from engine.attention.dense import DensePrompts
 from engine.attention.reference import ReferenceBackend
+from engine.attention.triton_backend import TritonBackend
 from engine.errors import EngineError
 from engine.fusions.detect import fuse
 from engine.fusions.ops import TorchOps
@@ -72,6 +76,23 @@ def test_rows_are_reused_and_tables_follow(model):
     with pytest.raises(EngineError, match="max_num_seqs"):
         for i in range(5):
             runner._rows.row(Request(f"extra{i}", [1]))
+
+
+def test_the_library_gets_new_keys_and_values_without_reading_them_back(model, monkeypatch):
+    plain = TorchRunner(model, make_pool(model, NUM_BLOCKS, BLOCK_SIZE))
+    prompts = random_prompts((7, 7))
+    expected = run(plain, make_requests(prompts, 3), overlap=False)
+    pool = make_pool(model, NUM_BLOCKS, BLOCK_SIZE)
+    backend = TritonBackend(pool, model.module.config.num_attention_heads)
+    backend._dense = DensePrompts(SDPBackend.MATH, min_length=7)  # cuDNN's where there is a GPU
+    runner = FusedRunner(model, pool, backend, fuse(model, TorchOps(), 128), max_num_seqs=4, max_model_len=128)
+    calls = []
+    monkeypatch.setattr(backend._dense, "attend", lambda *args, of=backend._dense.attend: calls.append(1) or of(*args))
+    monkeypatch.setattr(triton_backend, "gather_kv", lambda *args: pytest.fail("keys and values were read back"))
+    assert run(runner, make_requests(prompts, 3), overlap=False) == expected
+    assert not calls, "a shape goes to the library when it comes again"
+    assert run(runner, make_requests(prompts, 3), overlap=False) == expected
+    assert len(calls) == model.spec.num_layers
 
 
 def test_warm_up_leaves_no_trace(model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps
+from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps, split_heads
 from engine.fusions.triton_ops import TritonOps
 from engine.kernels.gemm import GemmConfig, SkinnyGemm
 from engine.kernels.gemm_table import GemmTable, Product
@@ -111,9 +111,10 @@ def test_ops_equal_torch(num_rows, with_table):
         keys, values = torch.zeros(2, 80, 2, 16)
         stream = residual.clone()
         projected = ops.norm_linear(stream, norm, qkv)
-        q = ops.rope_store(projected, heads, head_norms, angles, slots, (keys, values))
+        q = ops.rope_store(projected, heads, head_norms, angles, slots, (keys, values), turn_keys=True)
+        turned = split_heads(projected, heads)[1]
         act = ops.norm_glu(stream, norm, gate_up)
-        results.append((q.clone(), keys, values, act, ops.linear_residual(act, down, stream)))
+        results.append((q.clone(), turned.clone(), keys, values, act, ops.linear_residual(act, down, stream)))
     for got, expected in zip(*results, strict=True):
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
 
