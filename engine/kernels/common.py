@@ -46,8 +46,9 @@ def launch_options(overlap: bool | None = None) -> dict[str, bool]:
 def await_previous(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Wait for the kernel before this one, whose end this one's launch overlaps; then let the next be launched.
 
-    Comes first in a kernel, before any access to memory: what another kernel writes may only be read, and what
-    another kernel reads may only be written, after it. Saves the latency of a launch, about a microsecond.
+    What the kernel before writes may only be read, and what it reads may only be written, after it; so it comes first
+    in a kernel, but for loads of what was complete when that kernel began. Saves the latency of a launch, about a
+    microsecond.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()

@@ -77,17 +77,17 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     OVERLAP: tl.constexpr,
 ):
     """One item for one KV head; see the module's docstring and `decode_attention`."""
-    await_previous(OVERLAP)
     kv_head = tl.program_id(0)
     num_kv_heads = tl.num_programs(0)
     item = tl.program_id(1)
-    # All before the branch: one wait for memory, not two.
+    # A step's inputs were there before the layer's first kernel. All before the branch: one wait for memory, not two.
     row = tl.load(items_ptr + item)
     begin = tl.load(items_ptr + capacity + item)
     end = tl.load(items_ptr + 2 * capacity + item)
     chunk = tl.load(items_ptr + 3 * capacity + item)
     num_chunks = tl.load(items_ptr + 4 * capacity + item)
     if row < 0:
+        await_previous(OVERLAP)
         return
     first_seen = 0
     if WINDOW > 0:
@@ -97,17 +97,18 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     table_row = table_ptr + row.to(tl.int64) * stride_table
     first_slot = region_start(table_row, BLOCK_SIZE, CONTIGUOUS)
     blocks = tile_blocks(table_row, begin, end, BLOCK_SIZE, TILE, CONTIGUOUS)
+    k_base = k_ptr + kv_head * stride_head
+    v_base = v_ptr + kv_head * stride_head
+    query_row = tl.load(query_loc_ptr + row).to(tl.int64)
+    await_previous(OVERLAP)
 
     group = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM_PAD)
     heads = kv_head * GROUP + group
-    query_row = tl.load(query_loc_ptr + row).to(tl.int64)
     is_query = (group[:, None] < GROUP) & (dims[None, :] < HEAD_DIM)
     q = tl.load(
         q_ptr + query_row * stride_q_row + heads[:, None] * stride_q_head + dims[None, :], mask=is_query, other=0.0
     )
-    k_base = k_ptr + kv_head * stride_head
-    v_base = v_ptr + kv_head * stride_head
 
     factor = exponent_scale(scale, SOFTCAP)
     peak = tl.full([ROWS], float("-inf"), tl.float32)

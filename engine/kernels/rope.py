@@ -51,9 +51,10 @@ def rope_store_kernel(  # type: ignore[no-untyped-def]
     OVERLAP: tl.constexpr,
 ):
     """One token; see `rope_store`."""
-    await_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
+    # Of the step's inputs, which were there before the layer's first kernel.
     slot = tl.load(slots_ptr + token)
+    await_previous(OVERLAP)
     # Everything is loaded before anything is stored, or each load would wait for the store before it.
     heads = tl.arange(0, HEADS_PAD)
     kv_heads = tl.arange(0, KV_HEADS_PAD)

@@ -81,7 +81,8 @@ def resources(kernel, constants, num_warps, num_stages, max_registers=None):
         "shared": compiled.metadata.shared,
         "wgmma": "wgmma.mma_async" in ptx,
         "mma": "mma.sync" in ptx,
-        "waits_first": "griddepcontrol.wait" in ptx and not MEMORY_ACCESS.search(ptx.split("griddepcontrol.wait")[0]),
+        "waits": "griddepcontrol.wait" in ptx,
+        "before_wait": sorted(set(MEMORY_ACCESS.findall(ptx.split("griddepcontrol.wait")[0]))),
         "cp_async": "cp.async" in ptx,
         "wide_loads": "ld.global.v4" in ptx or "cp.async.cg.shared.global" in ptx,
     }
