@@ -18,11 +18,13 @@ from engine.attention.base import AttentionMetadata
 from engine.attention.dense import DensePrompts, library_backend
 from engine.errors import ConfigError, EngineError
 from engine.kernels.attention import AttentionCall
-from engine.kernels.config import decode_config, prefill_config
+from engine.kernels.config import MANY_ROWS, decode_config, prefill_config
 from engine.kernels.decode import DecodeScratch, decode_attention
-from engine.kernels.plan import DECODE_FIELDS, Capacity, Shape, plan_step
+from engine.kernels.hopper import load_hopper_kernels
+from engine.kernels.plan import DECODE_FIELDS, PREFILL_FIELDS, Capacity, Shape, plan_step
 from engine.kernels.prefill import prefill_attention
 from engine.kernels.store import gather_kv, store_kv
+from engine.kernels.stream_decode import FEWEST_ROWS, StreamDecode, streams
 from engine.kv_pool import KVPool
 from engine.sampling.transfer import to_device
 
@@ -34,6 +36,7 @@ class _Plan:
     Attributes:
         capacity: of the item lists.
         decode: int32 [DECODE_FIELDS * capacity.decode].
+        starts: int32 [capacity.starts].
         prefill: int32 [PREFILL_FIELDS * capacity.prefill].
         buffer: both in one.
         scratch: for the decode kernel. A captured graph uses it for as long as the plan lives.
@@ -45,6 +48,7 @@ class _Plan:
 
     capacity: Capacity
     decode: Tensor
+    starts: Tensor
     prefill: Tensor
     buffer: Tensor
     scratch: DecodeScratch
@@ -63,12 +67,25 @@ class TritonBackend:
         contiguous: the allocator hands out consecutive blocks only: kernels read the first table entry alone. A
             compile-time switch, for the comparison of contiguous and paged kernels.
         use_library: let PyTorch's attention do the steps that it does faster.
+        use_hopper: on a Hopper GPU, let the CUDA kernel do the decode rows that it does faster, if the pool's blocks
+            are for it.
+
+    Attributes:
+        decode_kernel: `cuda` or `triton`, what decode rows go to where both would do.
 
     Raises:
         ConfigError: the head counts do not fit.
     """
 
-    def __init__(self, pool: KVPool, num_heads: int, *, contiguous: bool = False, use_library: bool = True) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        num_heads: int,
+        *,
+        contiguous: bool = False,
+        use_library: bool = True,
+        use_hopper: bool = True,
+    ) -> None:
         if num_heads % pool.num_kv_heads:
             raise ConfigError(
                 f"{num_heads} query heads do not divide among {pool.num_kv_heads} KV heads; the Triton backend needs "
@@ -80,15 +97,19 @@ class TritonBackend:
         self._prefill_config = prefill_config(pool.head_dim, pool.dtype.itemsize, num_heads // pool.num_kv_heads)
         self._num_multiprocessors = _num_multiprocessors(pool.device)
         self._scratch = self._new_scratch(0, 0)
+        self._stream = _load_stream(pool, num_heads // pool.num_kv_heads) if use_hopper else None
+        self.decode_kernel = "triton" if self._stream is None else "cuda"
         self._dense = DensePrompts(library_backend(pool.device, pool.dtype, pool.head_dim) if use_library else None)
 
     def shape(self, num_rows: int) -> Shape:
         """How steps of `num_rows` decode rows are cut."""
         pool = self.pool
-        config = decode_config(pool.head_dim, pool.dtype.itemsize, num_rows)
+        stays = self._stream is not None and num_rows >= FEWEST_ROWS
+        # Of programs that stay all batches are alike; the kernel that does layers of another kind takes their items.
+        config = decode_config(pool.head_dim, pool.dtype.itemsize, max(num_rows, MANY_ROWS + 1) if stays else num_rows)
         programs = config.programs_per_sm * self._num_multiprocessors
         queries = self._prefill_config.rows * pool.num_kv_heads // self.num_heads
-        return Shape(config, queries, slots_per_head=max(1, programs // pool.num_kv_heads))
+        return Shape(config, queries, max(1, programs // pool.num_kv_heads), stays)
 
     def reserve(self, meta: AttentionMetadata, num_rows: int, num_prefill_tokens: int = 0) -> None:
         """Give `meta` a plan of fixed size and address, for a CUDA graph; `prepare` then refills it.
@@ -100,7 +121,7 @@ class TritonBackend:
         """
         shape = self.shape(num_rows)
         prefill = shape.prefill_capacity(num_rows, num_prefill_tokens) if num_prefill_tokens else 0
-        capacity = Capacity(shape.decode_capacity(num_rows), prefill)
+        capacity = Capacity(shape.decode_capacity(num_rows), prefill, shape.slots_per_head + 1 if shape.stays else 0)
         buffer = torch.full((capacity.num_words,), -1, dtype=torch.int32, device=self.pool.device)
         scratch = self._scratch_for(capacity.decode, num_rows)
         meta.prepared = _views(buffer, capacity, scratch, shape, is_reserved=True)
@@ -171,8 +192,10 @@ class TritonBackend:
             q, keys, values, out, meta.query_start_loc, meta.seq_lens, meta.block_table, meta.block_size, scale,
             sliding_window, softcap, sinks, self.contiguous,
         )  # fmt: skip
-        decode, prefill = plan.capacity
-        if decode:
+        decode, prefill, starts = plan.capacity
+        if decode and starts and self._stream is not None and self._stream.takes(call):
+            self._stream(call, items=plan.decode, num_items=decode, starts=plan.starts, scratch=plan.scratch)
+        elif decode:
             decode_attention(call, items=plan.decode, num_items=decode, scratch=plan.scratch, config=plan.shape.decode)
         if prefill:
             prefill_attention(call, items=plan.prefill, num_items=prefill, config=self._prefill_config)
@@ -201,8 +224,20 @@ class TritonBackend:
 
 
 def _views(buffer: Tensor, capacity: Capacity, scratch: DecodeScratch, shape: Shape, *, is_reserved: bool) -> _Plan:
-    end = DECODE_FIELDS * capacity.decode
-    return _Plan(capacity, buffer[:end], buffer[end:], buffer, scratch, shape, is_reserved)
+    decode, starts, prefill = buffer.split(
+        [DECODE_FIELDS * capacity.decode, capacity.starts, PREFILL_FIELDS * capacity.prefill]
+    )
+    return _Plan(capacity, decode, starts, prefill, buffer, scratch, shape, is_reserved)
+
+
+def _load_stream(pool: KVPool, group: int) -> StreamDecode | None:
+    """The CUDA kernel, where the device and the pool's shape are for it."""
+    keys, _ = pool.slots(0)
+    # Of a virtual pool a block's last tokens may not be backed by memory.
+    if not streams(pool.head_dim, group, pool.block_size, pool.dtype) or not keys.is_contiguous():
+        return None
+    kernels = load_hopper_kernels(pool.device)
+    return None if kernels is None else StreamDecode(kernels)
 
 
 def _num_multiprocessors(device: torch.device) -> int:

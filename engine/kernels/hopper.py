@@ -37,12 +37,12 @@ __device__ __forceinline__ void wgmma(float (&d)[{num_sums}], unsigned long long
 """
 
 
-def kernel_source(name: str, constants: Mapping[str, object], wgmma_cols: int) -> str:
-    """The text of kernel `name` with its constants."""
+def kernel_source(name: str, constants: Mapping[str, object], wgmma_cols: int | None = None) -> str:
+    """The text of kernel `name` with its constants, and `wgmma` of so many columns if any."""
     folder = resources.files("engine.kernels")
     head = "".join(f"#define {key} {value}\n" for key, value in constants.items())
     texts = (folder.joinpath(file).read_text() for file in ("hopper.cu", f"{name}.cu"))
-    return head + wgmma_source(wgmma_cols) + "".join(texts)
+    return head + ("" if wgmma_cols is None else wgmma_source(wgmma_cols)) + "".join(texts)
 
 
 def compile_source(nvrtc: Any, text: str) -> tuple[bytes, str]:
@@ -130,11 +130,11 @@ class HopperKernels:
         self,
         name: str,
         constants: Mapping[str, object],
-        wgmma_cols: int,
+        wgmma_cols: int | None = None,
         *,
         threads: int,
         shared_bytes: int,
-        cluster: int,
+        cluster: int = 1,
     ) -> Kernel:
         """Kernel `name` of `engine/kernels/name.cu`. Raises EngineError if it does not compile or load."""
         cubin, _ = compile_source(self._nvrtc, kernel_source(name, constants, wgmma_cols))
@@ -171,20 +171,36 @@ class HopperKernels:
             box_rows: at most 256. Rows of a box beyond the matrix are zeros.
             keep: remember the map, as of weights.
         """
-        key = (matrix.data_ptr(), *matrix.shape, matrix.stride(0), box_rows)
+        rows, cols = matrix.shape
+        return self._map(matrix.data_ptr(), (cols, rows), (matrix.stride(0),), (64, box_rows), keep=keep)
+
+    def head_map(self, heads: Tensor, box_rows: int) -> Any:
+        """How it reads boxes of `box_rows` x one head x 128 elements of bf16 [rows, heads, 128], contiguous.
+
+        A box is two matrices of `box_rows` x 64, swizzled; its second coordinate is a row, its third twice the head.
+        The map is remembered.
+        """
+        rows, num_heads, dim = heads.shape
+        sizes, strides = (64, rows, 2 * num_heads), (num_heads * dim, 64)
+        return self._map(heads.data_ptr(), sizes, strides, (64, box_rows, 2), keep=True)
+
+    def _map(
+        self, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], *, keep: bool
+    ) -> Any:
+        """Of bf16; sizes and strides in elements, the innermost first, whose stride is 1."""
+        key = (address, *sizes, *strides, *box)
         if key in self._maps:
             return self._maps[key]
         driver = self._driver
-        rows, cols = matrix.shape
         made = self._call(
             "cuTensorMapEncodeTiled",
             driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            2,
-            matrix.data_ptr(),
-            [driver.cuuint64_t(cols), driver.cuuint64_t(rows)],
-            [driver.cuuint64_t(2 * matrix.stride(0))],
-            [driver.cuuint32_t(64), driver.cuuint32_t(box_rows)],
-            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            len(sizes),
+            address,
+            [driver.cuuint64_t(size) for size in sizes],
+            [driver.cuuint64_t(2 * stride) for stride in strides],
+            [driver.cuuint32_t(size) for size in box],
+            [driver.cuuint32_t(1)] * len(sizes),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -1,8 +1,9 @@
 """How a step's attention is cut into work items: planned on the host, once per step, for all layers.
 
-    buffer (int32)   | decode: row | begin | end | chunk | chunks of the row | prefill: row | block |
+    buffer (int32)   | decode: row | begin | end | chunk | chunks of the row | starts | prefill: row | block |
                        each as long as the capacity says
 
+`starts` is there for programs that stay (`stream_decode.py`): the first item of each, and the end of the last one's.
 The capacities fix the grids, so a plan of fixed capacity can be captured in a CUDA graph and refilled before each
 replay; items beyond the step's own have row -1.
 """
@@ -20,15 +21,16 @@ DECODE_FIELDS, PREFILL_FIELDS = 5, 2
 
 
 class Capacity(NamedTuple):
-    """Room for decode and prefill items."""
+    """Room for decode and prefill items, and for the starts of programs that stay (0: none do)."""
 
     decode: int
     prefill: int
+    starts: int = 0
 
     @property
     def num_words(self) -> int:
         """Length of the buffer."""
-        return DECODE_FIELDS * self.decode + PREFILL_FIELDS * self.prefill
+        return DECODE_FIELDS * self.decode + self.starts + PREFILL_FIELDS * self.prefill
 
 
 class Shape(NamedTuple):
@@ -38,11 +40,13 @@ class Shape(NamedTuple):
         decode: the decode kernel's configuration.
         queries: queries per prefill item.
         slots_per_head: programs that the device should get per KV head; contexts are split until it does.
+        stays: these programs stay and do equal shares of the tiles, see `even_items`.
     """
 
     decode: DecodeConfig
     queries: int
     slots_per_head: int
+    stays: bool = False
 
     def decode_capacity(self, num_rows: int) -> int:
         """Enough decode items for any `num_rows` rows of any length."""
@@ -81,6 +85,33 @@ def decode_items(rows: np.ndarray, seq_lens: np.ndarray, shape: Shape) -> np.nda
     begin = chunk * length[index]
     end = np.minimum(begin + length[index], seq_lens[index])
     return np.stack([rows[index], begin, end, chunk, num_chunks[index]])
+
+
+def even_items(seq_lens: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Items of programs that stay: each gets the same number of tiles, one after the other through all rows.
+
+    Rows that fill three quarters of the programs or more, and none of which is a third above its share, stay whole: a
+    row in two parts takes two starts and a merge.
+
+    Returns:
+        Columns of the items as in `decode_items`, with indices into `seq_lens` as rows; and int64
+        [slots_per_head + 1], the first item of each program, and the end of the last one's.
+    """
+    tile, slots = shape.decode.tile, shape.slots_per_head
+    tiles = -(-seq_lens // tile)
+    ends = np.cumsum(tiles)
+    firsts, total = ends - tiles, int(ends[-1])
+    bounds = np.arange(slots + 1) * total // slots
+    num_rows = len(seq_lens)
+    if 3 * slots <= 4 * num_rows <= 4 * slots and 3 * slots * int(tiles.max()) <= 4 * total:
+        bounds = np.append(firsts, np.full(slots + 1 - num_rows, total))
+    cuts = np.union1d(firsts, bounds[:-1][bounds[:-1] < total])
+    index = np.searchsorted(ends, cuts, side="right")
+    num_chunks = np.bincount(index, minlength=num_rows)
+    chunk = np.arange(len(cuts)) - (np.cumsum(num_chunks) - num_chunks)[index]
+    begin = (cuts - firsts[index]) * tile
+    end = np.minimum((np.append(cuts[1:], total) - firsts[index]) * tile, seq_lens[index])
+    return np.stack([index, begin, end, chunk, num_chunks[index]]), np.searchsorted(cuts, bounds)
 
 
 def prefill_items(
@@ -124,9 +155,14 @@ def plan_step(
     query_lens = np.diff(query_start_loc).astype(np.int64)
     lens = seq_lens.astype(np.int64)
     decode_rows, prefill_rows = np.flatnonzero(query_lens == 1), np.flatnonzero(query_lens > 1)
-    decode = decode_items(decode_rows, lens[decode_rows], shape)
+    starts = np.zeros(0, dtype=np.int64)
+    if shape.stays and len(decode_rows):
+        decode, starts = even_items(lens[decode_rows], shape)
+        decode[0] = decode_rows[decode[0]]
+    else:
+        decode = decode_items(decode_rows, lens[decode_rows], shape)
     prefill = prefill_items(prefill_rows, query_lens[prefill_rows], lens[prefill_rows], shape.queries)
-    needed = Capacity(decode.shape[1], len(prefill[0]))
+    needed = Capacity(decode.shape[1], len(prefill[0]), len(starts))
     capacity = capacity or needed
     if needed.decode > capacity.decode or needed.prefill > capacity.prefill:
         raise EngineError(
@@ -135,7 +171,8 @@ def plan_step(
         )
     buffer = np.full(capacity.num_words, -1, dtype=np.int32)
     at = 0
-    for size, part in ((capacity.decode, decode), (capacity.prefill, prefill)):
+    parts = ((capacity.decode, decode), (capacity.starts, (starts,)), (capacity.prefill, prefill))
+    for size, part in parts:
         for column in part:
             buffer[at : at + len(column)] = column
             at += size

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU, against copied bytes and a large matrix product, as JSON lines.
+"""The attention and fused kernels on a GPU, against copied bytes and a large matrix product, as JSON lines.
 
     python -m experiments.benchmarks.kernels --only decode,prefill,fused --tune
     python -m experiments.benchmarks.kernels --only figure18
@@ -25,10 +25,12 @@ import torch
 
 from engine.errors import KvarenaError
 from engine.kernels.attention import AttentionCall
-from engine.kernels.config import DecodeConfig, PrefillConfig, decode_config, prefill_config
+from engine.kernels.config import MANY_ROWS, DecodeConfig, PrefillConfig, decode_config, prefill_config
 from engine.kernels.decode import DecodeScratch, decode_attention
+from engine.kernels.hopper import load_hopper_kernels
 from engine.kernels.plan import Capacity, Shape, plan_step
 from engine.kernels.prefill import prefill_attention
+from engine.kernels.stream_decode import StreamDecode, streams
 from experiments.benchmarks.attention_cases import LLAMA_8B, OPT_13B, QWEN3_06B, Batch, make_batch, relative_error
 from experiments.benchmarks.attention_variants import (
     DECODE_CASES,
@@ -49,23 +51,33 @@ Line = dict[str, Any]
 
 
 def decode_launches(
-    batch: Batch, config: DecodeConfig, *, contiguous: bool = False, overlap: bool | None = None
+    batch: Batch,
+    config: DecodeConfig,
+    *,
+    contiguous: bool = False,
+    overlap: bool | None = None,
+    stream: StreamDecode | None = None,
 ) -> tuple[list[Callable[[], None]], torch.Tensor]:
-    """One launch per layer of the pool, and the output that they share."""
+    """One launch per layer of the pool, by the Triton kernel or by `stream`, and the output that they share."""
     shape = batch.shape
     programs = config.programs_per_sm * torch.cuda.get_device_properties(batch.q.device).multi_processor_count
-    plan = Shape(config, 1, max(1, programs // shape.num_kv_heads))
+    slots = max(1, programs // shape.num_kv_heads)
+    plan = Shape(config, 1, slots, stays=stream is not None)
     # With room for any lengths, as a decode graph has it: the programs that find nothing to do cost time too.
-    capacity = Capacity(plan.decode_capacity(len(batch.seq_lens)), 0)
+    capacity = Capacity(plan.decode_capacity(len(batch.seq_lens)), 0, 0 if stream is None else slots + 1)
     words, _ = plan_step(batch.query_start_loc, batch.seq_lens, plan, capacity)
     items = torch.from_numpy(words).cuda()
     scratch = DecodeScratch(
         capacity.decode, len(batch.seq_lens), shape.num_heads, shape.num_kv_heads, shape.head_dim, batch.q.device
     )
     calls, out = _calls(batch, contiguous=contiguous)
-    launch = partial(
-        decode_attention, items=items, num_items=capacity.decode, scratch=scratch, config=config, overlap=overlap
-    )
+    given: dict[str, Any] = {"num_items": capacity.decode, "scratch": scratch}
+    launch: Callable[[AttentionCall], None]
+    if stream is None:
+        launch = partial(decode_attention, items=items, config=config, overlap=overlap, **given)
+    else:
+        own, starts = items.split([len(items) - capacity.starts, capacity.starts])
+        launch = partial(stream, items=own, starts=starts, overlap=overlap is not False, **given)
     return [partial(launch, call) for call in calls], out
 
 
@@ -103,13 +115,14 @@ def measure(
     *,
     contiguous: bool = False,
     overlap: bool | None = None,
+    stream: StreamDecode | None = None,
 ) -> Line:
     """Check and time one variant; a variant that the device cannot run says so in its line."""
     line |= {"block_size": batch.block_size, "contiguous": contiguous, "config": [*config]}
     is_decode = isinstance(config, DecodeConfig)
     try:
         if isinstance(config, DecodeConfig):
-            launches, out = decode_launches(batch, config, contiguous=contiguous, overlap=overlap)
+            launches, out = decode_launches(batch, config, contiguous=contiguous, overlap=overlap, stream=stream)
         else:
             launches, out = prefill_launches(batch, config, contiguous=contiguous)
         launches[0]()
@@ -122,7 +135,11 @@ def measure(
 
 def bench_decode(tune: Callable[[], bool]) -> Iterator[tuple[Line, Batch]]:
     """Paged decode over cases, block sizes, the contiguous switch, and while `tune` says so tiles and splits."""
+    kernels = load_hopper_kernels("cuda")
+    stream = None if kernels is None else StreamDecode(kernels)
     for (case, rows), shape in product(DECODE_CASES.items(), (LLAMA_8B, QWEN3_06B)):
+        group = shape.num_heads // shape.num_kv_heads
+        many = decode_config(shape.head_dim, 2, MANY_ROWS + 1)
         default = decode_config(shape.head_dim, 2, len(rows))
         line: Line = {"kernel": "decode", "shape": shape.name, "case": case}
         batch = make_batch(shape, rows)
@@ -132,11 +149,16 @@ def bench_decode(tune: Callable[[], bool]) -> Iterator[tuple[Line, Batch]]:
                 yield measure(line.copy(), batch, config), batch
         apart = line | {"kernel": "decode, launches apart"}
         yield measure(apart, batch, default, overlap=False), batch
+        if stream is not None:
+            yield measure(line | {"kernel": "stream decode"}, batch, many, stream=stream), batch
         del batch
         for block_size, contiguous in POOLS:
             if case in ("256 x 1024", "32 x 8192"):
                 other = make_batch(shape, rows, block_size=block_size, contiguous=contiguous)
                 yield measure(line.copy(), other, default, contiguous=contiguous), other
+                if stream is not None and streams(shape.head_dim, group, block_size):
+                    staying = line | {"kernel": "stream decode"}
+                    yield measure(staying, other, many, contiguous=contiguous, stream=stream), other
                 del other
 
 

@@ -189,7 +189,8 @@ def _attention_backend(config: RunnerConfig, model: LoadedModel, pool: KVPool) -
     from engine.attention.triton_backend import TritonBackend
 
     text_config = cast(PretrainedConfig, model.module.config).get_text_config()
-    return TritonBackend(pool, text_config.num_attention_heads, contiguous=contiguous)
+    use_hopper = config.attention == "auto"
+    return TritonBackend(pool, text_config.num_attention_heads, contiguous=contiguous, use_hopper=use_hopper)
 
 
 def _check_layout(config: RunnerConfig, allocator: KVAllocator) -> None:

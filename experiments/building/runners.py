@@ -53,6 +53,12 @@ def make_runner(
         raise ConfigError(f"runner.fusions=true, and {reason}; use auto or false")
     graphs, no_graphs = _graphs(config, backend, decoder) if on_gpu else (False, None)
     facts: Facts = {"fusions": decoder is not None, "graphs": graphs, "attention": type(backend).__name__}
+    if on_gpu:
+        # Imported here, as in `_ops`.
+        from engine.attention.triton_backend import TritonBackend
+
+        if isinstance(backend, TritonBackend):
+            facts["decode_kernel"] = backend.decode_kernel
     facts |= {key: why for key, why in (("no_fusions", reason), ("no_graphs", no_graphs)) if why is not None}
     if decoder is None and not on_gpu:
         return TorchRunner(model, pool, backend, seed=seed, clock=clock), facts

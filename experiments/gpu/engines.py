@@ -115,7 +115,7 @@ class Bed:
         return FusedRunner(
             self.model,
             self.pool,
-            TritonBackend(self.pool, heads),  # type: ignore[arg-type]
+            TritonBackend(self.pool, heads, use_hopper=levers.hopper),  # type: ignore[arg-type]
             self.decoder(levers),
             max_num_seqs=max_num_seqs,
             max_model_len=MAX_MODEL_LEN,

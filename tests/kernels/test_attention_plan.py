@@ -1,5 +1,7 @@
 """The plan covers every key and query exactly once, within its capacity."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.errors import EngineError
 from engine.kernels.config import DecodeConfig
-from engine.kernels.plan import Capacity, Shape, chunk_tokens, plan_step
+from engine.kernels.plan import Capacity, Shape, chunk_tokens, even_items, plan_step
 
 DECODE = DecodeConfig(tile=16, num_warps=4, num_stages=3, programs_per_sm=4, min_chunk=32)
 BATCH = st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([0, 1, 1, 1, 2, 7, 200])), min_size=1, max_size=40)
@@ -20,19 +22,23 @@ def arrays(batch):
 
 
 def parts(buffer, capacity):
-    d, p = capacity
-    return np.split(buffer, np.cumsum([d, d, d, d, d, p]))
+    d, p, s = capacity
+    return np.split(buffer, np.cumsum([d, d, d, d, d, s, p]))
 
 
-@given(BATCH, st.integers(1, 60), st.integers(1, 64), st.booleans())
-def test_items_cover_the_batch_exactly_once(batch, slots, queries, is_reserved):
-    shape = Shape(DECODE, queries, slots)
+@given(BATCH, st.integers(1, 60), st.integers(1, 64), st.booleans(), st.booleans())
+def test_items_cover_the_batch_exactly_once(batch, slots, queries, is_reserved, stays):
+    shape = Shape(DECODE, queries, slots, stays)
     loc, lens = arrays(batch)
-    most = Capacity(shape.decode_capacity(len(batch)), shape.prefill_capacity(len(batch), int(loc[-1])))
+    room = shape.decode_capacity(len(batch)), shape.prefill_capacity(len(batch), int(loc[-1]))
+    most = Capacity(*room, slots + 1 if stays else 0)
     buffer, capacity = plan_step(loc, lens, shape, most if is_reserved else None)
     assert len(buffer) == capacity.num_words
     assert capacity.decode <= most.decode and capacity.prefill <= most.prefill
-    rows, begins, ends, chunks, counts, prefill_rows, blocks = parts(buffer, capacity)
+    rows, begins, ends, chunks, counts, starts, prefill_rows, blocks = parts(buffer, capacity)
+    num_items = int((rows >= 0).sum())
+    if stays and num_items:
+        assert starts[0] == 0 and starts[-1] == num_items and (np.diff(starts) >= 0).all()
     for row, (start, new) in enumerate(batch):
         own = np.flatnonzero(rows == row)
         if new == 1:
@@ -66,6 +72,27 @@ def test_rows_that_almost_fill_the_device_stay_whole(num_rows, chunks):
     lens[0] = 9000
     _, capacity = plan_step(np.arange(num_rows + 1), lens, shape)
     assert chunks * num_rows < capacity.decode <= num_rows + 33, "a long row is cut all the same"
+
+
+@pytest.mark.parametrize("lens", [[1030] * 256, [9000, 16, 3, 500], [1], [40, 1030] * 40, [700] * 34])
+def test_programs_that_stay_get_equal_shares(lens):
+    items, starts = even_items(np.array(lens), Shape(DECODE, 16, slots_per_head=33, stays=True))
+    index, begins, ends = items[:3]
+    tiles = -(-(ends - begins) // DECODE.tile)
+    shares = [int(tiles[a:b].sum()) for a, b in itertools.pairwise(starts)]
+    assert sum(shares) == sum(-(-length // DECODE.tile) for length in lens)
+    assert max(shares) - min(shares) <= 1
+    assert (np.diff(index) >= 0).all() and len(index) <= len(lens) + 32
+
+
+def test_rows_that_almost_fill_the_programs_that_stay_are_whole():
+    shape = Shape(DECODE, 16, slots_per_head=33, stays=True)
+    for num_rows, is_whole in ((24, False), (25, True), (33, True), (34, False)):
+        items, starts = even_items(np.full(num_rows, 1030), shape)
+        assert (items.shape[1] == num_rows) == is_whole
+        assert not is_whole or np.diff(starts).tolist() == [1] * num_rows + [0] * (33 - num_rows)
+    items, _ = even_items(np.array([1030] * 29 + [1900]), shape)
+    assert items.shape[1] > 30, "one that takes longer than the others' share is cut"
 
 
 def test_a_context_is_cut_into_equal_chunks():
