@@ -28,7 +28,7 @@ from engine.kernels.decode import DecodeScratch
 from engine.kernels.hopper import HopperKernels, Kernel
 
 # Of fewer rows the merge is the longest part, and the programs of `decode.py` have more threads for it.
-FEWEST_ROWS = 4
+FEWEST_ROWS = 8
 TILE = 64
 _HEAD_DIM, _WARPS, _BLOCK_TOKENS, _STAGES = 128, 4, 16, 3
 _MOST_GROUP = 8

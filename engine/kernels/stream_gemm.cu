@@ -1,6 +1,6 @@
-// x @ w.T for 1 to 64 rows of x on Hopper, its weights fetched while the kernel before it still runs. What it computes
+// x @ w.T for up to 256 rows of x on Hopper, its weights fetched while the kernel before it still runs. What it computes
 // and how it is cut: stream_gemm.py, which puts in front of this text hopper.cu and the launch's constants: BX (rows of
-// x), RB (blocks of 64 rows of w), KS (64 columns each of a stage), STAGES, CK, MODE, NORM.
+// x a program), RB (blocks of 64 rows of w), KS (64 columns each of a stage), STAGES, CK, MODE, NORM.
 
 enum { STORE, ADD, GLU };
 
@@ -16,7 +16,8 @@ static_assert(MODE != GLU || RB == 2, "a thread needs a gate and its up value");
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32)
     stream_gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, u16* y,
-                const u16* residual, const u16* norm, int num_rows, int num_cols, int stride_y, int steps, float eps) {
+                const u16* residual, const u16* norm, int num_rows, int num_cols, int stride_y, int steps, int row_tiles,
+                float eps) {
   extern __shared__ char raw[];
   __shared__ u64 barriers[2 * STAGES];
   __shared__ float squares[CK][2 * BX];
@@ -25,8 +26,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32)
   float* sums = reinterpret_cast<float*>(after);  // of the other parts, in the first program of a cluster
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
   const u32 part = CK > 1 ? cluster_rank() : 0;
+  // Neighbours have the same rows of w.
   const int tile = blockIdx.x / CK, first_k = part * steps * KS * 64;
-  const int first_col = tile * 64 * BLOCKS;
+  const int first_col = tile / row_tiles * 64 * BLOCKS, first_row = tile % row_tiles * BX;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
@@ -56,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32)
 #pragma unroll
         for (int box = 0; box < KS; ++box) {
           fetch(tiles + stage * STAGE_BYTES + W_BYTES + box * X_BOX, x_map, full + 8 * stage,
-                first_k + (step * KS + box) * 64, 0, again);
+                first_k + (step * KS + box) * 64, first_row, again);
         }
       };
       const int early = steps < STAGES ? steps : STAGES;
@@ -96,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32)
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) {
       int block = i / (BX / 2), j = i % (BX / 2) / 4, half = i / 2 % 2, odd = i % 2;
-      int row = 8 * j + row_in_block + odd, col = first_col + 64 * block + col_in_block + 8 * half;
+      int row = first_row + 8 * j + row_in_block + odd, col = first_col + 64 * block + col_in_block + 8 * half;
       old[i] = row < num_rows && col < num_cols ? residual[static_cast<u64>(row) * stride_y + col] : 0;
     }
   }
@@ -183,14 +185,14 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32)
   for (int j = 0; j < BX / 8; ++j) {
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
-      const int row = 8 * j + row_in_block + odd;
+      const int in_tile = 8 * j + row_in_block + odd, row = first_row + in_tile;
       float factor = 1.0f;
       if (NORM) {
         float sum = 0.0f;
 #pragma unroll
         for (int from = 0; from < CK; ++from) {
-          sum += squares[from][row];
-          if (BX < 16) sum += squares[from][row + 8];
+          sum += squares[from][in_tile];
+          if (BX < 16) sum += squares[from][in_tile + 8];
         }
         factor = rsqrtf(sum / (steps * KS * 64 * CK) + eps);
       }

@@ -1,4 +1,4 @@
-"""Skinny GEMM on Hopper whose weights are on their way before its input is there: y = x @ w.T for 1 to 64 rows of x.
+"""Skinny GEMM on Hopper whose weights are on their way before its input is there: y = x @ w.T for few rows of x.
 
     w [N, K]   | 64 or 128 rows |  columns -> | -> |     a program: its rows of w over one part of K, fetched ahead into
     x [M, K]   | 8 to 64 rows   |                        as much shared memory as it may have
@@ -8,8 +8,9 @@ end of the kernel before it are most. This one is launched as soon as all progra
 and fetches weights, which depend on nothing, into all of its shared memory; only then it waits for that kernel's
 results. The weights are the tall operand of the tensor cores' product (w @ x.T), so 1 to 8 rows of x fill its narrow
 side. Parts of K are a cluster's programs, which send their sums to the first one's shared memory; it adds them in a
-fixed order. What the neighbours of a projection do is folded in, as in `gemm.py`: the norm before it (its weight is
-applied to x in shared memory, its factor to the sum), silu(gate) * up, the residual.
+fixed order. More than 64 rows of x are shared out to several programs, which is worth it for small products, of all
+whose programs the device holds at once. What the neighbours of a projection do is folded in, as in `gemm.py`: the norm
+before it (its weight is applied to x in shared memory, its factor to the sum), silu(gate) * up, the residual.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from engine.kernels.hopper import SHARED_BYTES, HopperKernels, Kernel
 
-MOST_ROWS = 64
+MOST_ROWS = 256
 _THREADS, _BLOCK_ROWS, _BOX_COLS = 160, 64, 64
 # Rows of x that a kernel is compiled for.
 _ROW_BUCKETS = (8, 16, 32, 64)
+# Beyond it only small products are worth it, whose K is short where a norm comes before.
+_ONE_TILE_ROWS, _SHORT_DEPTH = _ROW_BUCKETS[-1], 2048
 # A norm of more rows costs every program more than a launch of its own.
 _MOST_NORM_ROWS = 32
 # One row by more than this is multiplied and added as fast without the tensor cores, by the kernel of `gemm.py`.
@@ -67,8 +70,8 @@ class StreamTile(NamedTuple):
 
 
 def row_bucket(num_rows: int) -> int:
-    """The rows of x that the kernel for `num_rows` is compiled for."""
-    return next(bucket for bucket in _ROW_BUCKETS if num_rows <= bucket)
+    """The rows of x that a program of the kernel for `num_rows` takes."""
+    return next((bucket for bucket in _ROW_BUCKETS if num_rows <= bucket), _ROW_BUCKETS[-1])
 
 
 def stream_tile(
@@ -87,6 +90,8 @@ def stream_tile(
     """
     if not 1 <= num_rows <= MOST_ROWS or num_cols % 16:
         return None
+    if num_rows > _ONE_TILE_ROWS:
+        return _tile_of_many_rows(num_rows, num_cols, depth, num_multiprocessors, norm=norm, glu=glu)
     fuse_norm = norm and num_rows <= _MOST_NORM_ROWS
     columns = -(-num_cols // (2 * _BLOCK_ROWS if glu else _BLOCK_ROWS))
     if glu:
@@ -108,6 +113,22 @@ def stream_tile(
     # A step's stage is given back during the next step: a ring of one would never get there.
     fits = depth % part_cols == 0 and tile.num_stages(num_rows, depth) >= min(_FEWEST_STAGES, depth // part_cols)
     return tile if fits and programs <= num_multiprocessors * tile.per_sm else None
+
+
+def _tile_of_many_rows(
+    num_rows: int, num_cols: int, depth: int, num_multiprocessors: int, *, norm: bool, glu: bool
+) -> StreamTile | None:
+    """The launch for more rows than a program takes."""
+    if glu:
+        # Fewer rows are as fast in the gated product of one wave.
+        tile = StreamTile(2, 1, 1, 2) if num_rows > 2 * _ONE_TILE_ROWS else None
+    else:
+        tile = StreamTile(1, 1, 1, 2) if norm else StreamTile(1, 2, 2, 1)
+    if tile is None or ((norm or glu) and depth >= _SHORT_DEPTH) or depth % (_BOX_COLS * tile.boxes * tile.parts):
+        return None
+    columns = -(-num_cols // (2 * _BLOCK_ROWS if glu else _BLOCK_ROWS))
+    programs = columns * -(-num_rows // _ONE_TILE_ROWS) * tile.parts
+    return tile if programs <= num_multiprocessors * tile.per_sm else None
 
 
 class StreamGemm:
@@ -157,10 +178,12 @@ class StreamGemm:
         cols = _BLOCK_ROWS if glu else _BLOCK_ROWS * tile.blocks
         addresses = (None if t is None else t.data_ptr() for t in (out, residual, norm))
         steps = depth // (_BOX_COLS * tile.boxes * tile.parts)
+        row_tiles = -(-num_rows // row_bucket(num_rows))
         self._kernels.launch(
-            kernel, -(-num_cols // cols) * tile.parts, self._kernels.matrix_map(x, row_bucket(num_rows)),
+            kernel, -(-num_cols // cols) * row_tiles * tile.parts, self._kernels.matrix_map(x, row_bucket(num_rows)),
             self._kernels.matrix_map(weight, _BLOCK_ROWS, keep=True), *map(ctypes.c_void_p, addresses),
-            *map(ctypes.c_int, (num_rows, num_cols, out.stride(0), steps)), ctypes.c_float(eps), overlap=overlap,
+            *map(ctypes.c_int, (num_rows, num_cols, out.stride(0), steps, row_tiles)), ctypes.c_float(eps),
+            overlap=overlap,
         )  # fmt: skip
         return out
 

@@ -72,9 +72,11 @@ class Product:
         glu, normed = self.kind == "glu", self.kind != "residual"
         for tile in map(StreamTile._make, itertools.product((1, 2), (1, 2), (1, 2, 4), (1, 2), (False, True))):
             cols = 128 if glu else 64 * tile.blocks
-            programs = -(-self.num_cols // cols) * tile.parts
+            row_tiles = -(-self.num_rows // row_bucket(self.num_rows))
+            programs = -(-self.num_cols // cols) * row_tiles * tile.parts
             part_cols = 64 * tile.boxes * tile.parts
-            if (glu and tile.blocks == 1) or (tile.fuse_norm and not normed) or self.depth % part_cols:
+            few = self.num_rows <= row_bucket(self.num_rows)
+            if (glu and tile.blocks == 1) or (tile.fuse_norm and not (normed and few)) or self.depth % part_cols:
                 continue
             stages = tile.num_stages(row_bucket(self.num_rows), self.depth)
             if programs > processors * tile.per_sm or stages < min(3, self.depth // part_cols):

@@ -9,7 +9,7 @@ from engine.fusions.ops import Linear, Norm, Product
 from engine.fusions.triton_ops import TritonOps
 from engine.kernels.gemm_table import GemmTable
 from engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, load_hopper_kernels, nvrtc_major
-from engine.kernels.stream_gemm import StreamGemm, StreamTile, stream_tile
+from engine.kernels.stream_gemm import StreamGemm, StreamTile, row_bucket, stream_tile
 from engine.kernels.wide_gemm import WideGemm, WideTile, wide_tile
 
 H100 = 132
@@ -18,7 +18,7 @@ PRODUCTS = (
     (6144, 4096, False), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False),
     (4096, 1024, False), (1024, 2048, False), (6144, 1024, True), (1024, 3072, False),
 )  # fmt: skip
-ROWS = (1, 5, 8, 16, 31, 32, 33, 64)
+ROWS = (1, 5, 8, 16, 31, 32, 33, 64, 65, 100, 128, 130, 200, 256)
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="wgmma is Hopper's"
 )
@@ -38,7 +38,8 @@ def test_stream_launches_are_one_round_and_fit_into_shared_memory():
     found = list(tiles())
     assert len(found) > 80
     for num_rows, num_cols, depth, glu, norm, tile in found:
-        programs = -(-num_cols // (128 if glu else 64 * tile.blocks)) * tile.parts
+        row_tiles = -(-num_rows // 64)
+        programs = -(-num_cols // (128 if glu else 64 * tile.blocks)) * row_tiles * tile.parts
         assert programs <= H100 * tile.per_sm
         stages = tile.num_stages(num_rows, depth)
         assert stages >= min(3, depth // (64 * tile.boxes * tile.parts))
@@ -48,7 +49,11 @@ def test_stream_launches_are_one_round_and_fit_into_shared_memory():
 
 
 def test_products_that_other_kernels_do_as_fast_have_no_stream_launch():
-    assert stream_tile(65, 4096, 4096, H100) is None, "too many rows"
+    assert stream_tile(65, 4096, 4096, H100) is None, "more programs than fit at once"
+    assert stream_tile(257, 1024, 2048, H100) is None, "too many rows"
+    assert stream_tile(100, 2048, 4096, H100, norm=True) is None, "a long K, many rows and a norm"
+    assert stream_tile(100, 6144, 1024, H100, norm=True, glu=True) is None, "the gated product of one wave"
+    assert stream_tile(200, 6144, 1024, H100, norm=True, glu=True) is not None
     assert stream_tile(1, 28672, 4096, H100, norm=True, glu=True) is None, "one row, bound by memory alone"
     assert stream_tile(1, 19456, 2560, H100, norm=True, glu=True) is None, "likewise"
     assert stream_tile(1, 6144, 1024, H100, norm=True, glu=True) is not None
@@ -84,7 +89,7 @@ def sources():
         yield "wide_gemm", constants, tile.cols
     seen = set()
     for num_rows, _, depth, glu, norm, tile in tiles():
-        rows = next(rows for rows in (8, 16, 32, 64) if num_rows <= rows)
+        rows = row_bucket(num_rows)
         mode = "GLU" if glu else "STORE" if norm else "ADD"
         constants = {
             "BX": rows, "RB": tile.blocks, "KS": tile.boxes, "CK": tile.parts,
@@ -170,8 +175,10 @@ def test_each_product_goes_with_its_neighbours_to_the_kernel_that_is_fastest(pro
     find, called = products
     for num_rows, num_cols, depth, kind, kernel in (
         (1, 1024, 2048, "residual", "stream"), (64, 1024, 2048, "residual", "stream"),
-        (65, 1024, 2048, "residual", None), (16, 4096, 1024, "norm", "stream"), (48, 4096, 1024, "norm", "stream"),
-        (96, 4096, 1024, "norm", None), (32, 6144, 1024, "glu", "stream"), (40, 6144, 1024, "glu", None),
+        (65, 1024, 2048, "residual", "stream"), (256, 1024, 2048, "residual", "stream"),
+        (257, 1024, 2048, "residual", None), (16, 4096, 1024, "norm", "stream"), (48, 4096, 1024, "norm", "stream"),
+        (96, 4096, 1024, "norm", "stream"), (96, 6144, 4096, "norm", None),
+        (32, 6144, 1024, "glu", "stream"), (40, 6144, 1024, "glu", None), (200, 6144, 1024, "glu", "stream"),
         (64, 14336, 2048, "glu", "stream"), (100, 14336, 2048, "glu", None), (200, 14336, 2048, "glu", "wide"),
         (300, 14336, 2048, "glu", None),
     ):  # fmt: skip
