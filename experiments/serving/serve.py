@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine.errors import ConfigError, KvarenaError, ModelError
 from engine.server.config import ServerConfig
-from engine.server.front import ModelFiles
+from engine.server.process import ModelFiles
 from engine.server.served import ServedEngine
 from engine.server.supervisor import serve as run_server
 from experiments.explain import explain
