@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, KvarenaError
+from engine.importing import importing
 from engine.server import metrics
 from engine.server.config import ServerConfig
 from engine.server.engine_loop import EngineLoop
@@ -72,8 +73,8 @@ def run_engine(
 
 def _run_front(*args: Any) -> None:
     """A front process's main function. The web framework is imported there alone: the engine starts without it."""
-    from engine.server.front import run_front
-
+    with importing():
+        from engine.server.front import run_front
     run_front(*args)
 
 
