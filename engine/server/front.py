@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gc
 import logging
-import os
 import signal
 import socket
 import ssl
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
@@ -25,6 +22,7 @@ from engine.server.config import ServerConfig
 from engine.server.connection import BoundedConnection
 from engine.server.dashboard import PoolFeed
 from engine.server.groups import EngineGone
+from engine.server.process import DRAIN, EXIT, READY, ModelFiles, end_process, freeze_heap
 from engine.server.service import Service
 from engine.server.suspicion import Suspicion
 from engine.server.tokenization import TokenizerService, generation_defaults
@@ -32,22 +30,7 @@ from engine.server.tracing import Tracer
 
 logger = logging.getLogger("kvarena.front")
 
-# Words between the supervisor and a front.
-READY, DRAIN, EXIT = b"R", b"D", b"X"
 _WATCH_SECONDS = 0.25
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """Where the fronts find the model's tokenizer.
-
-    Attributes:
-        path: the model directory.
-        trust_remote_code: allow tokenizer code that ships with it.
-    """
-
-    path: str
-    trust_remote_code: bool = False
 
 
 def run_front(
@@ -77,21 +60,6 @@ def run_front(
     except EngineGone:
         sys.exit(1)  # the engine has said why
     end_process()
-
-
-def freeze_heap() -> None:
-    """Set aside what the process holds by now: a pass of the garbage collector over the libraries' objects takes up to
-    0.3 s, as long as dozens of steps. Collections then look at what was made since.
-    """
-    gc.collect()
-    gc.freeze()
-
-
-def end_process() -> None:
-    """Leave at once: all is said and done, and taking the libraries' modules apart takes seconds."""
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 class _Server(uvicorn.Server):

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llguidance
 import numpy as np
 
 from engine.errors import RequestError
-from engine.server.protocol import ResponseFormat, StructuredOutputs
+
+if TYPE_CHECKING:  # pydantic: the engine's process uses the factory below and nothing of it
+    from engine.server.protocol import ResponseFormat, StructuredOutputs
 
 logger = logging.getLogger("kvarena.engine")
 

@@ -21,13 +21,15 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from engine.errors import ConfigError, KvarenaError
+from engine.importing import importing
 from engine.server import metrics
 from engine.server.config import ServerConfig
 from engine.server.engine_loop import EngineLoop
-from engine.server.front import DRAIN, EXIT, ModelFiles, end_process, freeze_heap, run_front
 from engine.server.ipc import socket_pair
+from engine.server.process import DRAIN, EXIT, ModelFiles, end_process, freeze_heap
 from engine.server.served import ServedEngine
 from engine.server.suspicion import Suspicion
 
@@ -67,6 +69,13 @@ def run_engine(
         logger.error("the engine has failed: %s", error)
         sys.exit(ENGINE_FAILED)
     end_process()
+
+
+def _run_front(*args: Any) -> None:
+    """A front process's main function. The web framework is imported there alone: the engine starts without it."""
+    with importing():
+        from engine.server.front import run_front
+    run_front(*args)
 
 
 def open_listeners(host: str, port: int, count: int) -> list[socket.socket]:
@@ -144,7 +153,7 @@ class Supervisor:
             control, theirs = socket_pair()
             self._controls.append(control)
             front_args = (index, self._config, self._model, listener, pair[1], theirs, page)
-            self._spawn(f"kvarena-front-{index}", run_front, front_args)
+            self._spawn(f"kvarena-front-{index}", _run_front, front_args)
             theirs.close()
         # Only the two ends may hold these, or neither learns of the other's death.
         for pair in pairs:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import orjson
 
 from engine.errors import ModelError
+from engine.importing import importing
 from engine.server.detokenizer import Detokenizer
 from engine.server.errors import ApiError, bad_request, context_overflow
 
@@ -38,12 +39,14 @@ class TokenizerService:
     """
 
     def __init__(self, path: str, trust_remote_code: bool = False, chat_template: str | None = None) -> None:
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=trust_remote_code
-            )
+            # Most of what the tokenizer needs is imported by from_pretrained.
+            with importing():
+                from transformers import AutoTokenizer
+
+                tokenizer: Any = AutoTokenizer.from_pretrained(
+                    path, local_files_only=True, trust_remote_code=trust_remote_code
+                )
         except Exception as error:
             raise ModelError(
                 f"no tokenizer could be loaded from {path}: {' '.join(str(error).split())[:300]}"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -31,8 +30,9 @@ from engine.errors import EngineError, KvarenaError
 from engine.request import Request, SamplingParams
 from experiments.benchmarks.engine_checks import check_logits, check_tokens
 from experiments.benchmarks.engine_profile import profile_steps
+from experiments.benchmarks.first_token import NUM_SLOTS
 from experiments.gpu.engines import ABLATIONS, Bed, Levers, StepTimes, attempt, drive, make_bed
-from experiments.gpu.shapes import MAX_MODEL_LEN, SHAPES, fixed_batch, floor_of, offline_workload
+from experiments.gpu.shapes import SHAPES, fixed_batch, floor_of, offline_workload
 from experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda
 
 Line = dict[str, Any]
@@ -141,36 +141,13 @@ def prefill(bed: Bed, levers: Levers, ceilings: Ceilings, num_prompts: int, leng
 
 def startup(args: argparse.Namespace) -> Line:
     """Seconds from a fresh process to its first token, with the kernel cache as the sections before left it."""
-    command = [sys.executable, "-m", "experiments.benchmarks.engine", "--shape", args.shape, "--first-token"]
+    command = [sys.executable, "-m", "experiments.benchmarks.first_token", "--shape", args.shape]
     command += ["--gemm", str(args.gemm)] if args.gemm else []
     start = time.perf_counter()
     child = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     if child.returncode:
         raise RuntimeError(child.stderr[-600:])
     return {"to_exit": round(time.perf_counter() - start, 2), **json.loads(child.stdout.splitlines()[-1])}
-
-
-def first_token(args: argparse.Namespace) -> Line:
-    """Be that process."""
-    began = time.perf_counter()
-    bed = make_bed(args.shape, args.slots, args.gemm)
-    loaded = time.perf_counter()
-    runner = bed.runner(Levers(), max_num_seqs=256)
-    ready = time.perf_counter()
-    engine = bed.engine(runner, overlap=True, max_num_seqs=256)
-    drive(engine, fixed_batch(1, 64, 1, vocab_size=bed.model.spec.vocab_size))
-    done = time.perf_counter()
-    return {
-        "since_process_start": round(time.time() - _process_start(), 2), "load": round(loaded - began, 2),
-        "fuse": round(ready - loaded, 2), "token": round(done - ready, 2),
-    }  # fmt: skip
-
-
-def _process_start() -> float:
-    """Unix time at which this process started."""
-    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
-    return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def sections(args: argparse.Namespace) -> Iterator[Line]:
@@ -229,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
     parser.add_argument("--sections", default=",".join(SECTIONS))
-    parser.add_argument("--slots", type=int, default=320 * MAX_MODEL_LEN // 8, help="of the KV pool")
+    parser.add_argument("--slots", type=int, default=NUM_SLOTS, help="of the KV pool")
     parser.add_argument("--requests", type=int, default=256, help="of the offline workload")
     parser.add_argument("--budget", type=int, action="append", help="tokens per step of the offline workload; 8192")
     parser.add_argument("--chunked", action="store_true", help="the offline workload under the chunked scheduler")
@@ -239,16 +216,12 @@ def main() -> None:
         "--levers", action="append", choices=sorted(ABLATIONS), help="of sections ablate (default: each) and offline"
     )
     parser.add_argument("--out", type=Path, help="a file that gets every line, too")
-    parser.add_argument("--first-token", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     unknown = set(args.sections.split(",")) - set(SECTIONS)
     if unknown:
         parser.error(f"--sections: no section {sorted(unknown)[0]!r}; there are {', '.join(SECTIONS)}")
     try:
         require_cuda()
-        if args.first_token:
-            print(json.dumps(first_token(args)))
-            return
         failed = 0
         for line in sections(args):
             failed += "error" in line

@@ -14,8 +14,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from engine.errors import ConfigError, KvarenaError, ModelError
+from engine.importing import importing
 from engine.server.config import ServerConfig
-from engine.server.front import ModelFiles
+from engine.server.process import ModelFiles
 from engine.server.served import ServedEngine
 from engine.server.supervisor import serve as run_server
 from experiments.explain import explain
@@ -73,12 +74,13 @@ def build_served_engine(values: dict[str, Any]) -> ServedEngine:
 
 
 def _build(values: dict[str, Any]) -> ServedEngine:
-    import torch
+    with importing():
+        import torch
 
-    from engine.models.tokenizer import load_tokenizer
-    from engine.server.structured import ConstraintFactory
-    from experiments.building.build import build_engine
-    from experiments.building.warm_up import SERVED, warm_up
+        from engine.models.tokenizer import load_tokenizer
+        from engine.server.structured import ConstraintFactory
+        from experiments.building.build import build_engine
+        from experiments.building.warm_up import SERVED, warm_up
 
     cfg = OmegaConf.create(values)
     if all(size is None for size in values["kv_cache"].values()) and not torch.cuda.is_available():

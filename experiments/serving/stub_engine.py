@@ -23,7 +23,7 @@ from engine.errors import KvarenaError
 from engine.plan import KVAllocator, StepPlan
 from engine.runner.base import ReadyTokens, StepResult
 from engine.server.config import ServerConfig
-from engine.server.front import ModelFiles
+from engine.server.process import ModelFiles
 from engine.server.served import ServedEngine
 from engine.server.supervisor import serve
 from schedulers.chunked import ChunkedScheduler

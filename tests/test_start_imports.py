@@ -1,0 +1,61 @@
+"""What a start must not import before it is over: seconds of a user's time, on a machine with a slow disk many."""
+
+import subprocess
+import sys
+
+import pytest
+from test_import_rule import ROOT
+
+WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "httpcore", "opentelemetry"}
+REPORTS = {"pandas", "pyarrow", "matplotlib", "jinja2", "rich"}
+SUPERVISOR = "import experiments.cli, experiments.serving.flags, experiments.serving.serve"
+ENGINE = """
+from omegaconf import OmegaConf
+from experiments.compose import load_config
+from experiments.serving.flags import overrides_of, parse_flags
+from experiments.serving.serve import build_served_engine
+build_served_engine(OmegaConf.to_container(load_config(overrides_of(parse_flags(["models/demo"]))), resolve=True))
+"""
+FIRST_TOKEN = """
+from experiments.benchmarks.first_token import first_token
+first_token("tiny", 8192, None, "cpu")
+"""
+# Collections of everything, by the number of modules at that time.
+COLLECTIONS = """
+import gc, sys
+collections = []
+gc.callbacks.append(lambda phase, info: info["generation"] == 2 and collections.append(len(sys.modules)))
+"""
+
+
+def imported_by(code: str) -> set[str]:
+    """Top-level packages that a fresh interpreter holds after `code`."""
+    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(run.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("code", "unwanted"),
+    [
+        pytest.param(SUPERVISOR, WEB | REPORTS | {"torch", "transformers", "llguidance"}, id="supervisor"),
+        # transformers brings along httpcore, jinja2 and rich.
+        pytest.param(ENGINE, (WEB | REPORTS) - {"httpcore", "jinja2", "rich"}, id="the server's engine"),
+        pytest.param(
+            FIRST_TOKEN,
+            (WEB | REPORTS | {"hydra", "omegaconf"}) - {"httpcore", "jinja2", "rich"},
+            id="the benchmark's engine",
+        ),
+    ],
+)
+def test_a_process_that_starts_leaves_alone_what_others_need(code, unwanted):
+    assert not imported_by(code) & unwanted
+
+
+@pytest.mark.parametrize("code", [ENGINE, FIRST_TOKEN], ids=["the server's engine", "the benchmark's engine"])
+def test_imports_are_not_looked_through_for_garbage(code):
+    """All of it was, again and again: a fifth of the time that they took."""
+    code = f"{COLLECTIONS}{code}\nprint(len(sys.modules), *collections)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    num_modules, *collections = map(int, run.stdout.splitlines()[-1].split())
+    assert not [at for at in collections if 700 < at < 0.9 * num_modules], collections
