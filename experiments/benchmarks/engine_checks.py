@@ -65,6 +65,8 @@ def check_tokens(
 # The fused forward rounds less often than the modules and elsewhere; its distance from the exact result may exceed
 # theirs by so much and no more.
 MOST_EXCESS = 1.2
+# Tokens of the logits check's prompts: as many that the kernels for tens of decode rows take part.
+LENGTHS = (200, 57, 130, 90, 33, 250, 16, 47, 111, 64, 180, 5)
 
 
 def check_logits(bed: Bed, levers: Levers) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def check_logits(bed: Bed, levers: Levers) -> dict[str, Any]:
     measure: the fused error may be at most `MOST_EXCESS` times as large. The exact ones come from the same weights in
     float32, on transformers' modules and plain torch attention.
     """
-    runner = bed.runner(levers, max_num_seqs=8)
+    runner = bed.runner(levers, max_num_seqs=len(LENGTHS))
     decoder = bed.decoder(levers)
     if decoder is None:
         raise ConfigError("the logits check compares the fused forward; it needs levers with fusions")
@@ -85,7 +87,7 @@ def check_logits(bed: Bed, levers: Levers) -> dict[str, Any]:
         "modules": (ModuleForward(bed.model, runner.backend), runner.backend),
         "exact": (ModuleForward(exact, reference := ReferenceBackend(pool)), reference),
     }
-    steps = (("prefill", [200, 57, 130, 90], None), ("decode", [201, 58, 131, 91], 1))
+    steps = (("prefill", list(LENGTHS), None), ("decode", [length + 1 for length in LENGTHS], 1))
     results: dict[str, dict[str, torch.Tensor]] = {name: {} for name, _, _ in steps}
     for kind, (forward, backend) in beds.items():
         for name, lens, num_new in steps:
@@ -129,7 +131,7 @@ def _in_float32(model: LoadedModel) -> LoadedModel:
 def _small_pool(model: LoadedModel) -> KVPool:
     spec = model.spec
     return KVPool(
-        num_blocks=4 * -(-256 // BLOCK_SIZE),
+        num_blocks=len(LENGTHS) * -(-(max(LENGTHS) + 1) // BLOCK_SIZE),
         block_size=BLOCK_SIZE,
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
