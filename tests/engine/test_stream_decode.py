@@ -5,6 +5,7 @@ import pytest
 import torch
 from attention_cases import dense_attention, make_case, make_contiguous, run_backend
 
+from engine.attention import triton_backend
 from engine.attention.triton_backend import TritonBackend
 from engine.kernels.attention import AttentionCall
 from engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, nvrtc_major
@@ -24,6 +25,12 @@ BATCHES = {
     "many": [(int(n), 1) for n in np.random.default_rng(0).integers(0, 900, 150)],
     "a long one": [(31, 1)] * 40 + [(9000, 1)],
 }
+
+
+@pytest.fixture
+def any_rows(monkeypatch):
+    """Small batches go to the kernel too, which the other one does faster."""
+    monkeypatch.setattr(triton_backend, "FEWEST_ROWS", 1)
 
 
 def test_pools_that_it_takes():
@@ -100,6 +107,7 @@ def error(case, **options):
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.usefixtures("any_rows")
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8])
 @pytest.mark.parametrize("batch", list(BATCHES))
 def test_equals_dense_attention(batch, group):
@@ -108,6 +116,7 @@ def test_equals_dense_attention(batch, group):
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.usefixtures("any_rows")
 @pytest.mark.parametrize("block_size", [32, 48, 256])
 def test_block_sizes(block_size):
     assert error(hopper_case(BATCHES["many"], block_size=block_size)) < 0.02
@@ -115,6 +124,7 @@ def test_block_sizes(block_size):
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.usefixtures("any_rows")
 @pytest.mark.parametrize("heads", [1, 8, 40])
 def test_heads(heads):
     assert error(hopper_case(BATCHES["mixed"], heads=heads, group=2)) < 0.02
@@ -122,6 +132,7 @@ def test_heads(heads):
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.usefixtures("any_rows")
 def test_contiguous_regions_are_read_without_their_table():
     case = hopper_case(BATCHES["many"])
     make_contiguous(case, 16)
@@ -130,6 +141,7 @@ def test_contiguous_regions_are_read_without_their_table():
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.usefixtures("any_rows")
 def test_the_other_kernel_takes_its_items():
     case = hopper_case(BATCHES["a long one"])
     backend = TritonBackend(case.pool, case.q.shape[1])
@@ -141,6 +153,7 @@ def test_the_other_kernel_takes_its_items():
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.usefixtures("any_rows")
 def test_launched_early_it_sees_what_the_kernel_before_it_stores():
     """A graph of many stores and attentions, each on the results of the one before, against launches one by one."""
     case = hopper_case([(int(n), 1) for n in np.random.default_rng(1).integers(0, 300, 64)], heads=8)
@@ -170,3 +183,14 @@ def test_launched_early_it_sees_what_the_kernel_before_it_stores():
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_few_rows_stay_with_the_other_kernel():
+    pool = hopper_case([(1, 1)]).pool
+    backend = TritonBackend(pool, 8)
+    assert backend.decode_kernel == "cuda"
+    assert backend.shape(triton_backend.FEWEST_ROWS).stays and not backend.shape(triton_backend.FEWEST_ROWS - 1).stays
+    alone = TritonBackend(pool, 8, use_hopper=False)
+    assert alone.decode_kernel == "triton" and not alone.shape(64).stays
