@@ -12,7 +12,7 @@ from reports.curves import curve_section
 from reports.document import Document, Picture, Section, Table
 from reports.format import DASH, count, percent, rate, ratio, seconds
 from reports.latency import DEFINITIONS
-from reports.paired import LEVEL, NUM_RESAMPLES
+from reports.paired import LEVEL
 from reports.paper import FIGURE_2_SOURCE
 from reports.repeats import repeat_section
 from reports.run_sections import LEDGER_MEANING, commit, definitions, facts
@@ -48,9 +48,9 @@ def comparison_document(summary: dict[str, Any], cells: list[Cell], svg: dict[st
             (
                 "Paired ratio",
                 "a request's latency in a cell / the same request's in the baseline; the median over requests that "
-                f"finished in both, with the {LEVEL:.0%} percentile-bootstrap interval over requests "
-                f"({NUM_RESAMPLES:,} resamples). It covers the choice of requests, not run-to-run noise. “No "
-                "significant difference”: the interval contains 1. Verdicts are not corrected for the number of "
+                f"finished in both, with the {LEVEL:.0%} interval over requests that the sign test gives: two of the "
+                "ratios themselves. It covers the choice of requests, not run-to-run noise. “No significant "
+                "difference”: the interval contains 1. Verdicts are not corrected for the number of "
                 "comparisons.",
             ),
             *definitions(),
@@ -180,7 +180,7 @@ def paired_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     picture = Picture(
         "paired",
         svg["paired"],
-        "Median paired ratio of each latency to the baseline's, with 95 % bootstrap intervals over requests; filled: "
+        "Median paired ratio of each latency to the baseline's, with 95 % intervals over requests; filled: "
         "significant, hollow: not. Left of the line is faster.",
         "forest plot of paired latency ratios",
     )
