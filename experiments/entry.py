@@ -70,10 +70,16 @@ def main() -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     # A sweep's cells may have run in other processes: what they came to is in its folder.
-    if (sweep := ENDED_SWEEP.get()) is not None:
-        failures = [entry["error"] for entry in sweep["failed"]]
-        undefined = [entry["error"] for entry in sweep["not_defined"]]
-        finished = [True for _ in sweep["runs"]]
+    if (ended := ENDED_SWEEP.get()) is not None:
+        if ended.record:
+            failures = [entry["error"] for entry in ended.record["failed"]]
+            undefined = [entry["error"] for entry in ended.record["not_defined"]]
+            finished = [True for _ in ended.record["runs"]]
+        if ended.error is not None:
+            message = explain(ended.error)
+            if message is None:
+                raise ended.error
+            failures.append(f"no comparison: {message}")
     # A grid may cross settings that mean nothing together: its comparison says so. To run nothing at all is an error.
     if not finished:
         failures += undefined

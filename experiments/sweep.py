@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,23 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.recording.files import CELL_FILE, ERROR_FILE, OVERRIDES_FILE, SWEEP_FILE
 
-# What `collect` said of the sweep that ended. Hydra makes its callbacks itself and drops what a multirun returns, so
-# there is no other way to hand it to the command line's exit code.
-ENDED_SWEEP: ContextVar[dict[str, Any] | None] = ContextVar("ENDED_SWEEP", default=None)
+
+@dataclass
+class EndedSweep:
+    """What became of a sweep.
+
+    Attributes:
+        record: what sweep.json holds; empty when the sweep's folder could not be read.
+        error: why there is no comparison; None where there is one, or no cell to compare.
+    """
+
+    record: dict[str, Any] = field(default_factory=dict)
+    error: Exception | None = None
+
+
+# Hydra makes its callbacks itself, drops what a multirun returns and turns a callback's error into a warning, so there
+# is no other way to hand the sweep to the command line's exit code.
+ENDED_SWEEP: ContextVar[EndedSweep | None] = ContextVar("ENDED_SWEEP", default=None)
 
 
 def collect(sweep_dir: Path, baseline: str | None) -> dict[str, Any]:
@@ -47,19 +62,26 @@ class ComparisonCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Compare the runs that finished; say which are not defined, and which failed."""
-        # Hydra makes its callbacks before it checks the command line: a typing error must not wait for these.
-        from rich.console import Console
+        ended = EndedSweep()
+        ENDED_SWEEP.set(ended)
+        try:
+            _compare(Path(config.hydra.sweep.dir), config.report.baseline, ended)
+        except Exception as error:
+            ended.error = error
 
-        import reports.comparison
-        import reports.terminal
-        from experiments.output import print_result
 
-        sweep_dir = Path(config.hydra.sweep.dir)
-        sweep = collect(sweep_dir, config.report.baseline)
-        ENDED_SWEEP.set(sweep)
-        result: dict[str, Any] = {"sweep_dir": str(sweep_dir)} | {key: sweep[key] for key in ("not_defined", "failed")}
-        if sweep["runs"]:
-            summary = reports.comparison.write_comparison(sweep_dir)
-            Console().print(reports.terminal.comparison_table(summary))
-            result |= {"report": str(sweep_dir / "report.html"), "summary": summary}
-        print_result(result)
+def _compare(sweep_dir: Path, baseline: str | None, ended: EndedSweep) -> None:
+    # Hydra makes its callbacks before it checks the command line: a typing error must not wait for these.
+    from rich.console import Console
+
+    import reports.comparison
+    import reports.terminal
+    from experiments.output import print_result
+
+    sweep = ended.record = collect(sweep_dir, baseline)
+    result: dict[str, Any] = {"sweep_dir": str(sweep_dir)} | {key: sweep[key] for key in ("not_defined", "failed")}
+    if sweep["runs"]:
+        summary = reports.comparison.write_comparison(sweep_dir)
+        Console().print(reports.terminal.comparison_table(summary))
+        result |= {"report": str(sweep_dir / "report.html"), "summary": summary}
+    print_result(result)

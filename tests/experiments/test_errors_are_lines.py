@@ -109,6 +109,16 @@ def test_a_cell_that_means_nothing_is_left_out_of_a_sweep(tmp_path: Path, run):
     assert [entry["factor"] for entry in last["summary"]["costs"]] == ["capacity", "the kernel"]
 
 
+def test_a_sweep_without_its_comparison_is_an_error(tmp_path: Path, run):
+    """Hydra turns a callback's error into a warning: the sweep ended with exit code 0 and no report."""
+    common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
+    done = run("-m", "allocator=contiguous,paged", "report.baseline=nope", f"hydra.sweep.dir={tmp_path}/s", *common)
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("error: no comparison: there is no run called 'nope' to compare with; the runs are ")
+    assert "baseline" in json.loads((tmp_path / "s" / "sweep.json").read_text())
+
+
 def test_nothing_but_cells_that_mean_nothing_is_an_error(run):
     for mode in ([], ["-m"]):
         done = run(*mode, "allocator=paged", "runner.layout=contiguous")
