@@ -11,6 +11,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.recording.cell_state import only_writer
 from experiments.recording.files import CELL_FILE, ERROR_FILE, OVERRIDES_FILE, SWEEP_FILE
 
 
@@ -78,10 +79,11 @@ def _compare(sweep_dir: Path, baseline: str | None, ended: EndedSweep) -> None:
     import reports.terminal
     from experiments.output import print_result
 
-    sweep = ended.record = collect(sweep_dir, baseline)
+    with only_writer(sweep_dir):
+        sweep = ended.record = collect(sweep_dir, baseline)
+        summary = reports.comparison.write_comparison(sweep_dir) if sweep["runs"] else None
     result: dict[str, Any] = {"sweep_dir": str(sweep_dir)} | {key: sweep[key] for key in ("not_defined", "failed")}
-    if sweep["runs"]:
-        summary = reports.comparison.write_comparison(sweep_dir)
+    if summary is not None:
         Console().print(reports.terminal.comparison_table(summary))
         result |= {"report": str(sweep_dir / "report.html"), "summary": summary}
     print_result(result)
