@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from experiments.recording.cell_state import only_writer
 from experiments.recording.files import CELL_FILE, ERROR_FILE, OVERRIDES_FILE, SWEEP_FILE
+
+LEFT_OUT = {"overrides": ["text"], "error": "text", "not_defined": "true or false"}  # error.json of a cell
 
 
 @dataclass
@@ -39,12 +41,19 @@ def collect(sweep_dir: Path, baseline: str | None) -> dict[str, Any]:
     Args:
         sweep_dir: holds one folder per job, named by its number.
         baseline: name of the cell that the others are compared with; None takes the first.
+
+    Raises:
+        ReportError: an error.json is broken.
     """
+    from reports.files import read_json  # imported here: see `_compare`
+
     folders = sorted((d for d in sweep_dir.iterdir() if d.is_dir() and d.name.isdigit()), key=lambda d: int(d.name))
     errors = [folder / ERROR_FILE for folder in folders]
-    ended = [json.loads(path.read_text()) for path in errors if path.exists()]
+    ended = [
+        read_json(path, LEFT_OUT, f"remove {path.parent} to run its cell again") for path in errors if path.exists()
+    ]
     # Overrides that all cells share say nothing about one of them.
-    overrides = [list(OmegaConf.load(folder / OVERRIDES_FILE)) for folder in folders]
+    overrides = [_overrides(folder) for folder in folders]
     for entry in ended:
         varying = [override for override in entry["overrides"] if not all(override in cell for cell in overrides)]
         entry["name"] = ", ".join(varying or entry["overrides"])
@@ -56,6 +65,15 @@ def collect(sweep_dir: Path, baseline: str | None) -> dict[str, Any]:
     }
     (sweep_dir / SWEEP_FILE).write_text(json.dumps(sweep, indent=2) + "\n")
     return sweep
+
+
+def _overrides(folder: Path) -> list[str]:
+    """What Hydra says that the cell's command line said; nothing of a folder without."""
+    try:
+        overrides = OmegaConf.load(folder / OVERRIDES_FILE)
+    except (OSError, yaml.YAMLError):
+        return []
+    return [str(item) for item in overrides] if isinstance(overrides, ListConfig) else []
 
 
 class ComparisonCallback(Callback):
@@ -78,6 +96,7 @@ def _compare(sweep_dir: Path, baseline: str | None, ended: EndedSweep) -> None:
     import reports.comparison
     import reports.terminal
     from experiments.output import print_result
+    from experiments.recording.cell_state import only_writer
 
     with only_writer(sweep_dir):
         sweep = ended.record = collect(sweep_dir, baseline)

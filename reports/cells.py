@@ -49,9 +49,9 @@ class Cell:
         return self.baseline is self
 
     @property
-    def strategy(self) -> tuple[Any, ...]:
-        """The settings that make the strategy: allocator, scheduler, and their options that differ."""
-        return tuple(value for key, value in self.settings.items() if key.split(".")[0] in STRATEGY)
+    def strategy(self) -> tuple[str, ...]:
+        """The settings that make the strategy, as text: allocator, scheduler, and their options that differ."""
+        return tuple(repr(value) for key, value in self.settings.items() if key.split(".")[0] in STRATEGY)
 
     @property
     def conditions(self) -> dict[str, Any]:

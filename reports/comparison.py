@@ -26,6 +26,7 @@ from reports.format import percent
 from reports.latency import request_latencies
 from reports.paired import match_requests, paired_ratio, same_prompts
 from reports.repeats import repeat_groups, summarize_repeats
+from reports.shapes import SWEEP
 from reports.summary import SCHEMA_VERSION, summarize
 from reports.tokens import compare_tokens
 from reports.windows import ROOM, WINDOWS, telling
@@ -59,10 +60,8 @@ def write_comparison(sweep_dir: Path, baseline: str | None = None, out_dir: Path
         ReportError: sweep.json or a run is missing or broken, no run finished, or the baseline is unknown.
     """
     sweep_dir = Path(sweep_dir)
-    sweep = read_json(sweep_dir / "sweep.json")
-    if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), list):
-        raise ReportError(f"{sweep_dir / 'sweep.json'} names no runs; run the sweep again")
-    folders = [(str(name), sweep_dir / str(name)) for name in sweep["runs"]]
+    sweep = read_json(sweep_dir / "sweep.json", SWEEP, "run the sweep again")
+    folders = [(name, sweep_dir / name) for name in sweep["runs"]]
     left_out = {key: sweep.get(key) or [] for key in ("failed", "not_defined")}
     return compare(folders, out_dir or sweep_dir, baseline or sweep.get("baseline"), **left_out)
 
@@ -192,7 +191,7 @@ def measured_together(cells: list[Cell]) -> list[str]:
     spans = []
     for cell in cells:
         run = cell.run.manifest["run"]
-        if run.get("ended") and not cell.run.manifest.get("simulation"):
+        if run.get("ended") and run.get("wall_time") is not None and not cell.run.manifest.get("simulation"):
             end = datetime.fromisoformat(run["ended"]).timestamp()
             spans.append((cell, end - run["wall_time"], end))
     together = {

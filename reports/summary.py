@@ -151,7 +151,7 @@ def _preemption_cost(run: RunFiles, step_time: np.ndarray) -> dict[str, Any]:
     A step's time is shared over its new tokens alike, so recomputed tokens are charged their part of it.
     """
     steps, pool = run.steps, run.manifest["pool"]
-    block_bytes = (run.manifest["model"].get("kv_bytes_per_token") or 0) * (pool["block_size"] or 0)
+    block_bytes = (run.manifest["model"].get("kv_bytes_per_token") or 0) * (pool.get("block_size") or 0)
     share = steps["num_recomputed_tokens"] / np.maximum(steps["num_new_tokens"], 1)
     return {
         "recompute_seconds": float((share * step_time).sum()),

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from engine.errors import ConfigError
 from experiments.recording.files import CELL_FILE, ERROR_FILE, LOCK_FILE
 from experiments.recording.provenance import code_state, machine
+from reports.files import read_json
 
 # Sections that change neither what is measured nor how.
 UNMEASURED = ("report", "sweep", "study", "server", "tracking")
@@ -77,12 +78,13 @@ def is_finished(run_dir: Path, key: dict[str, str], *, allow_mixed: bool) -> boo
     Raises:
         ConfigError: it holds another cell's result, or one of other code or another machine and `allow_mixed` is not
             set.
+        ReportError: its cell.json is broken.
     """
     path = run_dir / CELL_FILE
     if not path.exists():
         (run_dir / ERROR_FILE).unlink(missing_ok=True)
         return False
-    found: dict[str, Any] = json.loads(path.read_text())
+    found = read_json(path, dict.fromkeys(key, "text"), f"remove {run_dir} to measure it again")
     if found["config"] != key["config"]:
         raise ConfigError(
             f"{run_dir} holds the result of another config; sweep into a folder of its own (hydra.sweep.dir=DIR), or "

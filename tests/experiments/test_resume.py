@@ -15,6 +15,8 @@ from engine.errors import ConfigError
 from experiments.compose import compose_cell
 from experiments.job import execute
 from experiments.recording.cell_state import cell_key, is_finished, mark_finished, only_writer
+from experiments.sweep import collect
+from reports.errors import ReportError
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "fixed", "arrival": "all_at_once"}
@@ -132,6 +134,26 @@ def test_other_results_are_not_mixed_in(cell, tmp_path):
     shutil.rmtree(tmp_path)
     # What is printed is no result.
     assert cell_key(*compose_cell(["workload=fixed", "report.progress=false"])) == key
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"config": ', "[]", "null", '{"config": "x"}', '{"config": 1, "code": 2, "machine": 3}']
+)
+def test_a_broken_cell_json_is_one_line(text, cell, tmp_path):
+    (tmp_path / "cell.json").write_text(text)
+    with pytest.raises(ReportError, match=f"cell.json.*; remove {tmp_path} to measure it again") as caught:
+        is_finished(tmp_path, cell_key(*cell), allow_mixed=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"error": "e"}', '{"overrides": [1], "error": "e", "not_defined": false}'])
+def test_a_broken_error_json_is_one_line(text, tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "error.json").write_text(text)
+    with pytest.raises(ReportError, match=f"error.json.*; remove {tmp_path / '0'} to run its cell again"):
+        collect(tmp_path, None)
+    (tmp_path / "0" / "error.json").write_text('{"overrides": ["a=1"], "error": "e", "not_defined": false}')
+    assert collect(tmp_path, None)["failed"][0]["name"] == "a=1"  # a cell without Hydra's own files
 
 
 def test_a_finished_cell_gets_its_pages_when_they_are_asked_for(tmp_path):
