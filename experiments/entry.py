@@ -30,11 +30,13 @@ def main() -> int:
     undefined: list[str] = []
     finished: list[bool] = []
     exit_codes: list[int] = []
+    started: list[bool] = []
     ENDED_SWEEP.set(None)
 
     # Errors are taken in here where they can be: one that leaves the job makes Hydra print lines of its own.
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
     def job(cfg: DictConfig) -> None:
+        started.append(True)
         # Imported here: a typing error in the command line is answered without loading torch.
         from experiments.job import record_failure, run_job
 
@@ -63,6 +65,11 @@ def main() -> int:
         job()
     except Exception as error:
         message = explain(error)
+        if message is None and isinstance(error, OSError) and not started:  # Hydra makes the folder before the job
+            message = (
+                f"cannot make the run's folder {error.filename} ({error.strerror}); set hydra.run.dir, or "
+                "hydra.sweep.dir with -m, to one that can be made"
+            )
         if message is None:
             raise
         failures.append(message)

@@ -20,6 +20,7 @@ from engine.models import ModelSpec
 from experiments.building.build import build
 from experiments.building.warm_up import warm_cache, warm_up
 from experiments.compose import NAMING_GROUPS
+from experiments.config import ReportConfig, SweepConfig, check_values
 from experiments.explain import first_line
 from experiments.http_job import run_http
 from experiments.load.driver import drive
@@ -80,22 +81,24 @@ def execute(
         choices: the config groups' chosen options (`allocator`, `scheduler`, `workload`, `arrival`).
         group: the sweep or experiment that the cell belongs to, for a tracker.
     """
+    check_values(cfg)
+    report, sweep = ReportConfig.from_config(cfg.report), SweepConfig.from_config(cfg.sweep)
     tracker: Tracker | None = instantiate(cfg.tracking)
     key = cell_key(cfg, choices)
     with only_writer(run_dir):
-        if is_finished(run_dir, key, allow_mixed=bool(cfg.sweep.allow_mixed)):
+        if is_finished(run_dir, key, allow_mixed=sweep.allow_mixed):
             print(f"{name}: finished before, in {run_dir}", file=sys.stderr)
-            if cfg.report.pages and not (run_dir / "report.html").exists():  # it ran without pages
+            if report.pages and not (run_dir / "report.html").exists():  # it ran without pages
                 return reports.run_report.write_run_report(run_dir)
             return reports.run_report.read_summary(run_dir)
         if cfg.target is None:
             facts = _run_here(cfg, run_dir, name)
         else:
-            facts = run_http(cfg, run_dir, lambda count: HttpProgress(name, count, bool(cfg.report.progress)))
+            facts = run_http(cfg, run_dir, lambda count: HttpProgress(name, count, report.progress))
         manifest = _manifest(cfg, name, choices) | facts
         manifest["workload"] = {"name": choices["workload"]} | manifest["workload"]
         (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
-        write = reports.run_report.write_run_report if cfg.report.pages else reports.run_report.write_summary
+        write = reports.run_report.write_run_report if report.pages else reports.run_report.write_summary
         summary = write(run_dir)
         mark_finished(run_dir, key)
     if tracker is not None:

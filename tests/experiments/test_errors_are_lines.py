@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from experiments.entry import main
+from experiments.explain import explain
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +55,30 @@ CASES = {
     "two sizes": (["kv_cache.num_blocks=4", "kv_cache.memory_gib=1"], "give one of them"),
     "missing trace": (["workload=azure_trace", "workload.path=/nowhere.csv"], "/nowhere.csv"),
     "zero requests": (["workload.num_requests=0"], "num_requests"),
+    "a port that is none": (["target=http://localhost:abc"], "target=http://localhost:abc is no address"),
+    "a port too large": (["target=http://localhost:99999"], "give one from 1 to 65535"),
+    "an address cut off": (["target='http://[::1'"], "target=http://[::1 is no address"),
+    "a pool without end": (["kv_cache.num_slots=inf"], "kv_cache.num_slots=inf must be"),
+    "a pool beyond 64 bits": (["kv_cache.num_slots=99999999999999999999999"], "must be at most 281474976710656"),
+    "a pool of all memory": (["kv_cache.num_slots=99999999999"], "lower kv_cache.num_blocks, num_slots or memory_gib"),
+    "memory without end": (["kv_cache.memory_gib=inf"], "kv_cache.memory_gib=inf must be a finite number"),
+    "more memory than there is": (["kv_cache.memory_gib=1e300"], "must be at most 1073741824"),
+    "blocks of null": (["allocator.block_size=null"], "allocator.block_size=None must be an integer"),
+    "blocks of text": (["allocator.block_size=abc"], "allocator.block_size=abc must be an integer"),
+    "sequences without end": (["scheduler.max_num_seqs=inf"], "scheduler.max_num_seqs=inf must be a finite number"),
+    "no number of sequences": (["scheduler.max_num_seqs=null"], "scheduler.max_num_seqs=None must be an integer"),
+    "a budget of text": (["scheduler.max_num_batched_tokens=x"], "max_num_batched_tokens='x' must be an integer"),
+    "a limit without end": (["slo.ttft=inf"], "slo.ttft=inf must be a finite number"),
+    "no temperature": (["sampling.temperature=null"], "sampling.temperature=None must be a number"),
+    "no top_k": (["sampling.top_k=null"], "sampling.top_k=None must be an integer"),
+    "no section": (["engine=null"], "engine=None must be a section of settings"),
+    "no pool": (["kv_cache=null"], "kv_cache=None must be a section of settings"),
+    "no strategy": (["allocator=null"], "the command line cannot be read: "),
+    "a maybe": (["report.kv_map=7"], "report.kv_map=7 must be true or false"),
+    "mixed, maybe": (["sweep.allow_mixed=maybe"], "sweep.allow_mixed=maybe must be true or false"),
+    "arrivals in no lifetime": (["arrival=poisson", "arrival.rate=1e-300"], "raise the rate of section arrival"),
+    "a folder in no folder": (["hydra.run.dir=/proc/nope"], "cannot make the run's folder /proc/nope"),
+    "a sweep in no folder": (["-m", "hydra.sweep.dir=/proc/nope"], "hydra.sweep.dir with -m"),
 }
 
 
@@ -65,6 +90,14 @@ def test_bad_settings(name: str, run):
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1, done.stderr
     assert expected in lines[0]
+
+
+def test_memory_that_runs_out_is_one_line():
+    error = MemoryError("Unable to allocate 23.3 GiB")
+    assert explain(error) == (
+        "this machine's memory is not enough (Unable to allocate 23.3 GiB); lower kv_cache.num_slots or "
+        "workload.num_requests"
+    )
 
 
 def test_a_broken_model_directory(tmp_path: Path, run):
