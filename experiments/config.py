@@ -163,7 +163,7 @@ class SweepConfig(_Section):
 class ReportConfig(_Section):
     """Section `report`."""
 
-    baseline: str | None
+    baseline: str | int | None
     progress: bool
     kv_map: bool
     pages: bool

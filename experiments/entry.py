@@ -12,7 +12,7 @@ import sys
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from engine.errors import ConfigError, NotDefined
 from experiments.compose import CONF_DIR
@@ -41,6 +41,7 @@ def main() -> int:
         from experiments.job import record_failure, run_job
 
         try:
+            _check_baseline(cfg)
             if cfg.mode == "serve":
                 exit_codes.append(_serve(cfg))
             elif cfg.mode == "run" and cfg.study is not None:
@@ -93,6 +94,16 @@ def main() -> int:
     for message in failures:
         print(f"error: {message}", file=sys.stderr)
     return USER_ERROR if failures else max(exit_codes, default=0)
+
+
+def _check_baseline(cfg: DictConfig) -> None:
+    """Only a sweep has other cells to compare with."""
+    baseline = OmegaConf.select(cfg, "report.baseline")
+    if baseline is not None and HydraConfig.get().mode is not RunMode.MULTIRUN:
+        raise ConfigError(
+            f"report.baseline={baseline} names a cell of a sweep, and this is none; leave it out, sweep with -m, or "
+            "compare finished runs with kvarena report DIR DIR --baseline NAME"
+        )
 
 
 def _serve(cfg: DictConfig) -> int:

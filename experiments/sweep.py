@@ -35,12 +35,13 @@ class EndedSweep:
 ENDED_SWEEP: ContextVar[EndedSweep | None] = ContextVar("ENDED_SWEEP", default=None)
 
 
-def collect(sweep_dir: Path, baseline: str | None) -> dict[str, Any]:
+def collect(sweep_dir: Path, baseline: str | int | None) -> dict[str, Any]:
     """Write sweep.json: the finished runs under `sweep_dir` in job order, those not defined, and those that failed.
 
     Args:
         sweep_dir: holds one folder per job, named by its number.
-        baseline: name of the cell that the others are compared with; None takes the first.
+        baseline: folder or name of the cell that the others are compared with (Hydra reads `1` as a number); None
+            takes the first.
 
     Raises:
         ReportError: an error.json is broken.
@@ -59,7 +60,7 @@ def collect(sweep_dir: Path, baseline: str | None) -> dict[str, Any]:
         entry["name"] = ", ".join(varying or entry["overrides"])
     sweep = {
         "runs": [d.name for d in folders if (d / CELL_FILE).exists()],
-        "baseline": baseline,
+        "baseline": None if baseline is None else str(baseline),
         "not_defined": [entry for entry in ended if entry["not_defined"]],
         "failed": [entry for entry in ended if not entry["not_defined"]],
     }
@@ -89,7 +90,7 @@ class ComparisonCallback(Callback):
             ended.error = error
 
 
-def _compare(sweep_dir: Path, baseline: str | None, ended: EndedSweep) -> None:
+def _compare(sweep_dir: Path, baseline: str | int | None, ended: EndedSweep) -> None:
     # Hydra makes its callbacks before it checks the command line: a typing error must not wait for these.
     from rich.console import Console
 

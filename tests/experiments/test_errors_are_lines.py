@@ -54,6 +54,11 @@ CASES = {
     "memory too small": (["kv_cache.memory_gib=0.0000001"], "kv_cache.memory_gib"),
     "two sizes": (["kv_cache.num_blocks=4", "kv_cache.memory_gib=1"], "give one of them"),
     "missing trace": (["workload=azure_trace", "workload.path=/nowhere.csv"], "/nowhere.csv"),
+    "a baseline of nothing": (
+        ["report.baseline=nope"],
+        "report.baseline=nope names a cell of a sweep, and this is none",
+    ),
+    "a baseline of a study": (["experiment=paper_fig2", "report.baseline=nope"], "report.baseline=nope names a cell"),
     "zero requests": (["workload.num_requests=0"], "num_requests"),
     "a port that is none": (["target=http://localhost:abc"], "target=http://localhost:abc is no address"),
     "a port too large": (["target=http://localhost:99999"], "give one from 1 to 65535"),
@@ -140,6 +145,14 @@ def test_a_cell_that_means_nothing_is_left_out_of_a_sweep(tmp_path: Path, run):
     assert "allocator=paged, runner.layout=contiguous is not defined: " + left_out["error"] in text
     assert last["summary"]["same_tokens"]["verdict"] == "same"
     assert [entry["factor"] for entry in last["summary"]["costs"]] == ["capacity", "the kernel"]
+
+
+def test_a_baseline_may_be_named_by_its_folder(run):
+    """Hydra reads 1 as a number, which no name was equal to."""
+    common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
+    done = run("-m", "allocator=contiguous,paged", "report.baseline=1", *common)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["summary"]["baseline"] == "paged × continuous"
 
 
 def test_a_sweep_without_its_comparison_is_an_error(tmp_path: Path, run):
