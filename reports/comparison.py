@@ -14,7 +14,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from reports.cells import Cell, make_cells
+from reports.cells import Cell, make_cells, same_runs
 from reports.comparison_figures import draw_comparison
 from reports.comparison_sections import comparison_document
 from reports.costs import costs
@@ -112,6 +112,8 @@ def summarize_comparison(
         "settings": list(cells[0].settings),
         "same_tokens": same_tokens(cells),
         "measured_together": measured_together(cells),
+        "same_runs": same_runs(cells),
+        "two_clocks": two_clocks(cells),
         "cells": [_cell_summary(cell) for cell in cells],
         "failed": failed,
         "not_defined": list(not_defined),
@@ -129,6 +131,7 @@ def _cell_summary(cell: Cell) -> dict[str, Any]:
     result |= {name: cell.summary[name] for name in CELL_METRICS}
     base = cell.baseline
     result["baseline"] = base.label if base else None
+    result["unpaired"] = cell.unpaired
     ours, theirs = cell.summary["output_tokens_per_second"], base.summary["output_tokens_per_second"] if base else None
     result["output_tokens_per_second_ratio"] = ours / theirs if ours is not None and theirs else None
     result["paired"] = paired(cell, base) if base and base is not cell else None
@@ -200,6 +203,11 @@ def measured_together(cells: list[Cell]) -> list[str]:
         if start < other_end and other_start < end and one.run.manifest["machine"] == other.run.manifest["machine"]
     }
     return [cell.label for cell in cells if cell.label in together]
+
+
+def two_clocks(cells: list[Cell]) -> list[str]:
+    """Labels of the cells that are compared with one of the other kind: simulated with measured, or the reverse."""
+    return [cell.label for cell in cells if cell.baseline and cell.is_simulated != cell.baseline.is_simulated]
 
 
 def headline(summary: dict[str, Any]) -> str:

@@ -141,6 +141,7 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     notes += [f"{cell.get('name', DASH)} is not defined: {cell.get('error', DASH)}." for cell in summary["not_defined"]]
     if invalid:
         notes.append(f"Invalid, because the driver fell behind its bound: {', '.join(invalid)}.")
+    notes += pairing_notes(summary)
     if summary["measured_together"]:
         notes.append(
             "Measured at the same time on one machine, so that each slowed the others down: "
@@ -184,10 +185,22 @@ def paired_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         "significant, hollow: not. Left of the line is faster.",
         "forest plot of paired latency ratios",
     )
-    alone = [cell["label"] for cell in summary["cells"] if cell["baseline"] is None]
-    notes = [f"Not paired, because no baseline cell has the same prompts: {', '.join(alone)}."] if alone else []
     table = Table(header, grouped(rows), text_columns=frozenset({1, 2, 6}))
-    return Section("Request by request", [], [picture], [table], notes)
+    return Section("Request by request", [], [picture], [table])
+
+
+def pairing_notes(summary: dict[str, Any]) -> list[str]:
+    """Which cells are not paired and why, and which pairs say less than they seem to."""
+    notes = [f"{cell['label']} is not paired: {cell['unpaired']}." for cell in summary["cells"] if cell["unpaired"]]
+    notes += [
+        f"{one} and {other} are one run: beside itself it differs in nothing." for one, other in summary["same_runs"]
+    ]
+    if summary["two_clocks"]:
+        notes.append(
+            "Simulated beside measured, so that a ratio is also the simulator's distance from the machine: "
+            f"{', '.join(summary['two_clocks'])}."
+        )
+    return notes
 
 
 def memory_section(summary: dict[str, Any], cells: list[Cell], svg: dict[str, str]) -> Section:

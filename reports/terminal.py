@@ -7,10 +7,12 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from reports.comparison_sections import pairing_notes
 from reports.costs import cost_lines
 from reports.format import DASH, count, percent, rate, ratio, seconds, size_bytes
 from reports.windows import telling
 
+MAX_NOTES = 4
 MAX_COST_LINES = 6  # a large grid's are in its report
 
 
@@ -62,7 +64,10 @@ def comparison_table(summary: dict[str, Any]) -> Table:
     (reports/windows.py); the last column is the median paired ratio of E2E to the baseline's, marked ≈ where the
     difference is not significant.
     """
-    lines = [summary["same_tokens"]["line"]]
+    notes = pairing_notes(summary)
+    lines = [summary["same_tokens"]["line"], *notes[:MAX_NOTES]]
+    if len(notes) > MAX_NOTES:
+        lines.append(f"{len(notes) - MAX_NOTES} more such notes are in the report.")
     if len(summary["costs"]) <= MAX_COST_LINES:
         lines += cost_lines(summary["costs"])
     table = Table(caption=escape("\n".join(lines)), caption_justify="left", box=None, pad_edge=False)
