@@ -101,6 +101,10 @@ def execute(
         write = reports.run_report.write_run_report if report.pages else reports.run_report.write_summary
         summary = write(run_dir)
         mark_finished(run_dir, key)
+    if summary["num_failed"]:
+        example = next(kind["example"] for kind in summary["rejections"] if kind["finish_reason"] == "error")
+        failed = f"{summary['num_failed']} of {summary['num_requests']} requests failed"
+        print(f"warning: {name}: {failed}, such as by: {example}", file=sys.stderr)
     if tracker is not None:
         _track(tracker, tracked_run(name, group, manifest["config"], summary, run_dir), run_dir)
     return summary

@@ -197,10 +197,12 @@ def headline(summary: dict[str, Any]) -> str:
     if not asked:
         return f"{name} was given no request."
     if not done:
-        why = f": {summary['num_rejected']} were rejected" if summary["num_rejected"] else ""
-        return f"{name} finished none of {count(asked)} requests{why}."
+        lost = _lost(summary)
+        return f"{name} finished none of {count(asked)} requests{': ' + lost if lost else ''}."
     parts = [f"{name} served {count(done)} of {count(asked)} requests at "
              f"{rate(summary['output_tokens_per_second'])} output tokens/s"]  # fmt: skip
+    if lost := _lost(summary):
+        parts.append(lost)
     window, split = telling(summary)
     if split:
         parts.append(f"token states filled {percent(split['token_states'])} of the KV pool {window.phrase}")
@@ -208,3 +210,9 @@ def headline(summary: dict[str, Any]) -> str:
     if ttft["count"]:
         parts.append(f"the first token came after {seconds(ttft['p50'])} (median; p99 {seconds(ttft['p99'])})")
     return "; ".join(parts) + "."
+
+
+def _lost(summary: dict[str, Any]) -> str:
+    """How many requests were rejected and failed, and nothing of those that were not."""
+    kinds = ((summary["num_rejected"], "rejected"), (summary["num_failed"], "failed"))
+    return ", ".join(f"{count(number)} {kind}" for number, kind in kinds if number)

@@ -31,7 +31,8 @@ def run_table(summary: dict[str, Any]) -> Table:
     table.add_row(
         "requests",
         f"{count(summary['num_finished'])} of {count(summary['num_requests'])}",
-        f"{count(summary['num_rejected'])} rejected, {count(summary['num_preemptions'])} preemptions",
+        f"{count(summary['num_rejected'])} rejected, {_failed(summary['num_failed'])}, "
+        f"{count(summary['num_preemptions'])} preemptions",
     )
     table.add_row(
         "output throughput",
@@ -54,6 +55,10 @@ def run_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def _failed(number: int) -> str:
+    return f"[red]{count(number)} failed[/red]" if number else "0 failed"
+
+
 def comparison_table(summary: dict[str, Any]) -> Table:
     """A comparison's grid, one row per cell.
 
@@ -64,7 +69,12 @@ def comparison_table(summary: dict[str, Any]) -> Table:
     (reports/windows.py); the last column is the median paired ratio of E2E to the baseline's, marked ≈ where the
     difference is not significant.
     """
-    notes = pairing_notes(summary)
+    notes = [
+        f"{cell['label']}: {count(cell['num_failed'])} of {count(cell['num_requests'])} requests failed."
+        for cell in summary["cells"]
+        if cell["num_failed"]
+    ]
+    notes += pairing_notes(summary)
     lines = [summary["same_tokens"]["line"], *notes[:MAX_NOTES]]
     if len(notes) > MAX_NOTES:
         lines.append(f"{len(notes) - MAX_NOTES} more such notes are in the report.")
