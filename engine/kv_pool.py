@@ -180,6 +180,8 @@ def blocks_for_budget(
             "give exactly one of kv_cache.num_blocks, kv_cache.num_slots and kv_cache.memory_gib "
             "(none of them only on a GPU, where engine.gpu_memory_utilization decides)"
         )
+    if isinstance(block_size, bool) or not isinstance(block_size, int):
+        raise ConfigError(f"allocator.block_size={block_size} must be an integer")
     if block_size < 1:
         raise ConfigError(f"allocator.block_size={block_size} must be at least 1")
     block_bytes = block_size * kv_bytes_per_token

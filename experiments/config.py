@@ -1,11 +1,13 @@
 """The settings that the driver itself reads, validated where they are made.
 
 Strategies, workloads and arrivals validate their own options; these are the sections `engine`, `kv_cache`,
-`sampling`, `driver`, `http`, `slo` and `report` of conf/config.yaml.
+`sampling`, `sweep`, `driver`, `http`, `slo`, `runner` and `report` of conf/config.yaml.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +22,10 @@ ATTENTION = ("auto", "reference", "triton")
 LAYOUTS = ("paged", "contiguous")
 RECORDS = ("full", "summary")
 CACHES = ("cold", "warm")
+SECTIONS = ("engine", "kv_cache", "sampling", "driver", "sweep", "report", "http", "slo", "allocator", "scheduler",
+            "model", "runner", "workload", "arrival")  # fmt: skip
+MOST_SLOTS = 2**48  # what no memory holds; the product with a block's size is still an integer of 64 bits
+MOST_GIB = 2**30
 
 
 def _check(ok: bool, key: str, value: object, must: str) -> None:
@@ -29,6 +35,31 @@ def _check(ok: bool, key: str, value: object, must: str) -> None:
 
 def _is_int(value: object, at_least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def check_values(cfg: DictConfig) -> None:
+    """What holds of every setting: a section is none, and a number is finite.
+
+    Raises:
+        ConfigError: one that is not; the message names it.
+    """
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    for section in SECTIONS:
+        if not isinstance(values.get(section), dict):
+            raise ConfigError(f"{section}={values.get(section)} must be a section of settings; set those inside it")
+    for key, value in _leaves(values, ""):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value} must be a finite number")
+
+
+def _leaves(node: object, name: str) -> Iterator[tuple[str, object]]:
+    if isinstance(node, (dict, list)):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, inner in items:
+            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, node
 
 
 def _is_number(value: object) -> bool:
@@ -83,8 +114,10 @@ class KVCacheConfig(_Section):
         for key in ("num_slots", "num_blocks"):
             value = getattr(self, key)
             _check(value is None or _is_int(value, 1), f"kv_cache.{key}", value, "an integer of at least 1, or null")
+            _check(value is None or value <= MOST_SLOTS, f"kv_cache.{key}", value, f"at most {MOST_SLOTS}")
         gib = self.memory_gib
         _check(gib is None or (_is_number(gib) and gib > 0), "kv_cache.memory_gib", gib, "above 0, or null")
+        _check(gib is None or gib <= MOST_GIB, "kv_cache.memory_gib", gib, f"at most {MOST_GIB}")
 
     @classmethod
     def from_config(cls, section: DictConfig) -> Self:
@@ -95,6 +128,53 @@ class KVCacheConfig(_Section):
         if config.num_blocks is not None or config.memory_gib is not None:
             return cls(num_slots=None, num_blocks=config.num_blocks, memory_gib=config.memory_gib)
         return config
+
+
+@dataclass(frozen=True)
+class SamplingConfig(_Section):
+    """Types of section `sampling`; `engine.request.SamplingParams` checks its ranges."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    n: int
+    ignore_eos: bool
+
+    def __post_init__(self) -> None:
+        for key in ("temperature", "top_p", "min_p"):
+            _check(_is_number(getattr(self, key)), f"sampling.{key}", getattr(self, key), "a number")
+        _check(_is_int(self.top_k, 0), "sampling.top_k", self.top_k, "an integer of at least 0 (0 keeps all tokens)")
+        _check(_is_int(self.n, 1), "sampling.n", self.n, "an integer of at least 1")
+        _check(isinstance(self.ignore_eos, bool), "sampling.ignore_eos", self.ignore_eos, "true or false")
+
+
+@dataclass(frozen=True)
+class SweepConfig(_Section):
+    """Section `sweep`."""
+
+    allow_mixed: bool
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.allow_mixed, bool), "sweep.allow_mixed", self.allow_mixed, "true or false")
+
+
+@dataclass(frozen=True)
+class ReportConfig(_Section):
+    """Section `report`."""
+
+    baseline: str | int | None
+    progress: bool
+    kv_map: bool
+    pages: bool
+
+    def __post_init__(self) -> None:
+        # Hydra reads the folder's name 0 as a number.
+        name = self.baseline
+        _check(name is None or _is_int(name, 0) or (isinstance(name, str) and bool(name)), "report.baseline", name,
+               "a name, or null")  # fmt: skip
+        for key in ("progress", "kv_map", "pages"):
+            _check(isinstance(getattr(self, key), bool), f"report.{key}", getattr(self, key), "true or false")
 
 
 @dataclass(frozen=True)

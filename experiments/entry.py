@@ -12,7 +12,7 @@ import sys
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from engine.errors import ConfigError, NotDefined
 from experiments.compose import CONF_DIR
@@ -30,15 +30,18 @@ def main() -> int:
     undefined: list[str] = []
     finished: list[bool] = []
     exit_codes: list[int] = []
+    started: list[bool] = []
     ENDED_SWEEP.set(None)
 
     # Errors are taken in here where they can be: one that leaves the job makes Hydra print lines of its own.
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
     def job(cfg: DictConfig) -> None:
+        started.append(True)
         # Imported here: a typing error in the command line is answered without loading torch.
         from experiments.job import record_failure, run_job
 
         try:
+            _check_baseline(cfg)
             if cfg.mode == "serve":
                 exit_codes.append(_serve(cfg))
             elif cfg.mode == "run" and cfg.study is not None:
@@ -63,6 +66,11 @@ def main() -> int:
         job()
     except Exception as error:
         message = explain(error)
+        if message is None and isinstance(error, OSError) and not started:  # Hydra makes the folder before the job
+            message = (
+                f"cannot make the run's folder {error.filename} ({error.strerror}); set hydra.run.dir, or "
+                "hydra.sweep.dir with -m, to one that can be made"
+            )
         if message is None:
             raise
         failures.append(message)
@@ -70,16 +78,32 @@ def main() -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     # A sweep's cells may have run in other processes: what they came to is in its folder.
-    if (sweep := ENDED_SWEEP.get()) is not None:
-        failures = [entry["error"] for entry in sweep["failed"]]
-        undefined = [entry["error"] for entry in sweep["not_defined"]]
-        finished = [True for _ in sweep["runs"]]
+    if (ended := ENDED_SWEEP.get()) is not None:
+        if ended.record:
+            failures = [entry["error"] for entry in ended.record["failed"]]
+            undefined = [entry["error"] for entry in ended.record["not_defined"]]
+            finished = [True for _ in ended.record["runs"]]
+        if ended.error is not None:
+            message = explain(ended.error)
+            if message is None:
+                raise ended.error
+            failures.append(f"no comparison: {message}")
     # A grid may cross settings that mean nothing together: its comparison says so. To run nothing at all is an error.
     if not finished:
         failures += undefined
     for message in failures:
         print(f"error: {message}", file=sys.stderr)
     return USER_ERROR if failures else max(exit_codes, default=0)
+
+
+def _check_baseline(cfg: DictConfig) -> None:
+    """Only a sweep has other cells to compare with."""
+    baseline = OmegaConf.select(cfg, "report.baseline")
+    if baseline is not None and HydraConfig.get().mode is not RunMode.MULTIRUN:
+        raise ConfigError(
+            f"report.baseline={baseline} names a cell of a sweep, and this is none; leave it out, sweep with -m, or "
+            "compare finished runs with kvarena report DIR DIR --baseline NAME"
+        )
 
 
 def _serve(cfg: DictConfig) -> int:

@@ -21,10 +21,15 @@ def explain(error: BaseException) -> str | None:
         return str(own)
     if isinstance(error, ReportError):
         return str(error)
+    if isinstance(error, MemoryError):
+        what = f" ({first_line(error)})" if str(error) else ""
+        return f"this machine's memory is not enough{what}; lower kv_cache.num_slots or workload.num_requests"
     if isinstance(error, InstantiationException):
         return _explain_instantiation(error, _causes(error))
     if _raised_in(error) == "submitit":
         return f"hydra/launcher: {error}"
+    if isinstance(error, ValueError) and _raised_in(error) == "hydra":
+        return f"the command line cannot be read: {first_line(error)}"
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     text = " ".join(str(error).split())
@@ -60,6 +65,8 @@ def _explain_instantiation(error: InstantiationException, chain: list[BaseExcept
     section = re.search(r"full_key: (\S+)", str(error))
     where = f"config section {section[1]!r}: " if section else ""
     cause = chain[-1]
+    if isinstance(cause, MemoryError):
+        return f"{where}{explain(cause)}"
     return f"{where}{cause}" if isinstance(cause, (TypeError, ValueError)) else None
 
 

@@ -51,9 +51,7 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
         EngineError: the server cannot be reached, or cannot answer at all.
     """
     config, driver_config = HttpConfig.from_config(cfg.http), DriverConfig.from_config(cfg.driver)
-    target = httpx.URL(str(cfg.target))
-    if target.scheme not in ("http", "https") or not target.host:
-        raise ConfigError(f"target={cfg.target} must be http://host:port or https://host:port, or null")
+    target = _target(str(cfg.target))
     if cfg.sampling.n != 1:
         raise ConfigError(f"sampling.n={cfg.sampling.n} needs this process's engine; set it to 1 with target")
     sizes = _vocabulary(cfg)
@@ -94,6 +92,19 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
             "warmup_time": warmup_time,
         },
     } | load.manifest()  # fmt: skip
+
+
+def _target(text: str) -> httpx.URL:
+    """The server's address. Raises ConfigError."""
+    try:
+        target = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"target={text} is no address ({error}); give http://host:port, or null") from error
+    if target.scheme not in ("http", "https") or not target.host:
+        raise ConfigError(f"target={text} must be http://host:port or https://host:port, or null")
+    if target.port is not None and not 0 < target.port < 2**16:
+        raise ConfigError(f"target={text} has port {target.port}; give one from 1 to 65535")
+    return target
 
 
 async def _drive(

@@ -20,11 +20,12 @@ from engine.models import ModelSpec
 from experiments.building.build import build
 from experiments.building.warm_up import warm_cache, warm_up
 from experiments.compose import NAMING_GROUPS
+from experiments.config import ReportConfig, SweepConfig, check_values
 from experiments.explain import first_line
 from experiments.http_job import run_http
 from experiments.load.driver import drive
 from experiments.output import HttpProgress, Progress, print_result
-from experiments.recording.cell_state import cell_key, is_finished, mark_finished
+from experiments.recording.cell_state import cell_key, is_finished, mark_finished, only_writer
 from experiments.recording.files import ERROR_FILE, KV_MAP_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from experiments.recording.kv_map import KVMapRecorder
 from experiments.recording.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
@@ -71,6 +72,8 @@ def execute(
 ) -> dict[str, Any]:
     """Run one cell into `run_dir`, unless it is finished there, and return its report's summary.
 
+    Waits while another process runs a cell there.
+
     Args:
         cfg: the resolved config, without the hydra node.
         run_dir: an existing folder.
@@ -78,23 +81,30 @@ def execute(
         choices: the config groups' chosen options (`allocator`, `scheduler`, `workload`, `arrival`).
         group: the sweep or experiment that the cell belongs to, for a tracker.
     """
+    check_values(cfg)
+    report, sweep = ReportConfig.from_config(cfg.report), SweepConfig.from_config(cfg.sweep)
     tracker: Tracker | None = instantiate(cfg.tracking)
     key = cell_key(cfg, choices)
-    if is_finished(run_dir, key, allow_mixed=bool(cfg.sweep.allow_mixed)):
-        print(f"{name}: finished before, in {run_dir}", file=sys.stderr)
-        if cfg.report.pages and not (run_dir / "report.html").exists():  # it ran without pages
-            return reports.run_report.write_run_report(run_dir)
-        return reports.run_report.read_summary(run_dir)
-    if cfg.target is None:
-        facts = _run_here(cfg, run_dir, name)
-    else:
-        facts = run_http(cfg, run_dir, lambda count: HttpProgress(name, count, bool(cfg.report.progress)))
-    manifest = _manifest(cfg, name, choices) | facts
-    manifest["workload"] = {"name": choices["workload"]} | manifest["workload"]
-    (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
-    write = reports.run_report.write_run_report if cfg.report.pages else reports.run_report.write_summary
-    summary = write(run_dir)
-    mark_finished(run_dir, key)
+    with only_writer(run_dir):
+        if is_finished(run_dir, key, allow_mixed=sweep.allow_mixed):
+            print(f"{name}: finished before, in {run_dir}", file=sys.stderr)
+            if report.pages and not (run_dir / "report.html").exists():  # it ran without pages
+                return reports.run_report.write_run_report(run_dir)
+            return reports.run_report.read_summary(run_dir)
+        if cfg.target is None:
+            facts = _run_here(cfg, run_dir, name)
+        else:
+            facts = run_http(cfg, run_dir, lambda count: HttpProgress(name, count, report.progress))
+        manifest = _manifest(cfg, name, choices) | facts
+        manifest["workload"] = {"name": choices["workload"]} | manifest["workload"]
+        (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
+        write = reports.run_report.write_run_report if report.pages else reports.run_report.write_summary
+        summary = write(run_dir)
+        mark_finished(run_dir, key)
+    if summary["num_failed"]:
+        example = next(kind["example"] for kind in summary["rejections"] if kind["finish_reason"] == "error")
+        failed = f"{summary['num_failed']} of {summary['num_requests']} requests failed"
+        print(f"warning: {name}: {failed}, such as by: {example}", file=sys.stderr)
     if tracker is not None:
         _track(tracker, tracked_run(name, group, manifest["config"], summary, run_dir), run_dir)
     return summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ GROUPS = {
 # Settings that cannot change what ran, and those of a server, which stands in the place of a strategy's name.
 IGNORED = ("hydra", "report", "name", "slo", "target", "http")
 
+MAX_REASONS = 3  # settings that say why a cell is not paired
+
 
 @dataclass(slots=True, eq=False)  # of two runs alike, each is still its own
 class Cell:
@@ -34,6 +37,7 @@ class Cell:
         settings: the settings that differ between the cells, and allocator and scheduler always.
         label: how figures and tables call it.
         baseline: the cell it is compared with; None when there is none with the same workload, itself for the baseline.
+        unpaired: why there is none; None where there is one.
     """
 
     folder: str
@@ -42,6 +46,12 @@ class Cell:
     settings: dict[str, Any] = field(default_factory=dict)
     label: str = ""
     baseline: Cell | None = None
+    unpaired: str | None = None
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether its times are a virtual clock's."""
+        return bool(self.run.manifest.get("simulation"))
 
     @property
     def is_baseline(self) -> bool:
@@ -49,9 +59,9 @@ class Cell:
         return self.baseline is self
 
     @property
-    def strategy(self) -> tuple[Any, ...]:
-        """The settings that make the strategy: allocator, scheduler, and their options that differ."""
-        return tuple(value for key, value in self.settings.items() if key.split(".")[0] in STRATEGY)
+    def strategy(self) -> tuple[str, ...]:
+        """The settings that make the strategy, as text: allocator, scheduler, and their options that differ."""
+        return tuple(repr(value) for key, value in self.settings.items() if key.split(".")[0] in STRATEGY)
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -83,7 +93,7 @@ def make_cells(runs: Sequence[tuple[str, RunFiles, dict[str, Any]]], baseline: s
     _label(cells)
     base = _find(cells, baseline)
     for cell in cells:
-        cell.baseline = _baseline_of(cell, base, cells)
+        cell.baseline, cell.unpaired = _baseline_of(cell, base, cells)
     return cells
 
 
@@ -142,6 +152,10 @@ def _label(cells: list[Cell]) -> None:
     for cell in cells:
         if labels.count(cell.label) > 1:
             cell.label = f"{cell.label} [{cell.folder}]"
+    given = [cell.label for cell in cells]
+    for index, cell in enumerate(cells):
+        if earlier := given[:index].count(cell.label):  # one folder given again
+            cell.label = f"{cell.label} ({earlier + 1})"
 
 
 def _plain(name: str) -> str:
@@ -159,17 +173,57 @@ def _find(cells: list[Cell], baseline: str | None) -> Cell:
     raise ReportError(f"there is no run called {baseline!r} to compare with; the runs are {known}")
 
 
-def _baseline_of(cell: Cell, base: Cell, cells: list[Cell]) -> Cell | None:
-    """The baseline's strategy under the cell's conditions; the baseline itself where only conditions differ."""
+def _baseline_of(cell: Cell, base: Cell, cells: list[Cell]) -> tuple[Cell | None, str | None]:
+    """The baseline's strategy under the cell's conditions; the baseline itself where only conditions differ.
+
+    Where there is none, or none with the same prompts, the second says why.
+    """
     if len({other.strategy for other in cells}) == 1:
         candidates = [base]
     else:
-        candidates = [
-            other for other in cells if other.strategy == base.strategy and other.conditions == cell.conditions
-        ]
+        rivals = [other for other in cells if other.strategy == base.strategy]
+        candidates = [other for other in rivals if other.conditions == cell.conditions]
         if cell in candidates:
-            return cell
+            return cell, None
+        if not candidates:
+            return None, _no_rival(cell, rivals)
     for candidate in candidates:
         if candidate is cell or same_prompts(cell.run, candidate.run):
-            return candidate
-    return None
+            return candidate, None
+    return None, f"{_other_prompts(cell, candidates[0])}{_two_clocks(cell, candidates[0])}"
+
+
+def _no_rival(cell: Cell, rivals: list[Cell]) -> str:
+    """Why no run of the baseline's strategy is like the cell: where the nearest one differs."""
+
+    def differing(other: Cell) -> list[str]:
+        return [key for key, value in cell.conditions.items() if other.conditions[key] != value]
+
+    nearest = min(rivals, key=lambda other: len(differing(other)))
+    keys = differing(nearest)
+    where = ", ".join(f"{key}={nearest.conditions[key]} and not {cell.conditions[key]}" for key in keys[:MAX_REASONS])
+    more = f" and {len(keys) - MAX_REASONS} more settings" if len(keys) > MAX_REASONS else ""
+    reason = f"no run of the baseline's strategy has its settings ({nearest.label} has {where}{more})"
+    return reason + _two_clocks(cell, nearest)
+
+
+def _two_clocks(cell: Cell, other: Cell) -> str:
+    return "" if cell.is_simulated == other.is_simulated else "; one of them is simulated, the other is measured"
+
+
+def _other_prompts(cell: Cell, other: Cell) -> str:
+    for one in (cell, other):
+        if one.run.num_requests and not one.run.list_lengths("prompt_token_ids").any():
+            return f"{'it' if one is cell else one.label} recorded no prompts (driver.record=summary)"
+    return f"its requests are not those of {other.label}"
+
+
+def same_runs(cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """Labels of cells that are one run, each with the first such: the same folder, or a copy."""
+    first: dict[tuple[str, bytes], Cell] = {}
+    pairs = []
+    for cell in cells:
+        key = (json.dumps(cell.run.manifest, sort_keys=True), cell.run.steps["end_time"].tobytes())
+        if first.setdefault(key, cell) is not cell:
+            pairs.append((first[key].label, cell.label))
+    return pairs

@@ -14,7 +14,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from reports.cells import Cell, make_cells
+from reports.cells import Cell, make_cells, same_runs
 from reports.comparison_figures import draw_comparison
 from reports.comparison_sections import comparison_document
 from reports.costs import costs
@@ -26,6 +26,7 @@ from reports.format import percent
 from reports.latency import request_latencies
 from reports.paired import match_requests, paired_ratio, same_prompts
 from reports.repeats import repeat_groups, summarize_repeats
+from reports.shapes import SWEEP
 from reports.summary import SCHEMA_VERSION, summarize
 from reports.tokens import compare_tokens
 from reports.windows import ROOM, WINDOWS, telling
@@ -59,10 +60,8 @@ def write_comparison(sweep_dir: Path, baseline: str | None = None, out_dir: Path
         ReportError: sweep.json or a run is missing or broken, no run finished, or the baseline is unknown.
     """
     sweep_dir = Path(sweep_dir)
-    sweep = read_json(sweep_dir / "sweep.json")
-    if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), list):
-        raise ReportError(f"{sweep_dir / 'sweep.json'} names no runs; run the sweep again")
-    folders = [(str(name), sweep_dir / str(name)) for name in sweep["runs"]]
+    sweep = read_json(sweep_dir / "sweep.json", SWEEP, "run the sweep again")
+    folders = [(name, sweep_dir / name) for name in sweep["runs"]]
     left_out = {key: sweep.get(key) or [] for key in ("failed", "not_defined")}
     return compare(folders, out_dir or sweep_dir, baseline or sweep.get("baseline"), **left_out)
 
@@ -113,6 +112,8 @@ def summarize_comparison(
         "settings": list(cells[0].settings),
         "same_tokens": same_tokens(cells),
         "measured_together": measured_together(cells),
+        "same_runs": same_runs(cells),
+        "two_clocks": two_clocks(cells),
         "cells": [_cell_summary(cell) for cell in cells],
         "failed": failed,
         "not_defined": list(not_defined),
@@ -130,6 +131,7 @@ def _cell_summary(cell: Cell) -> dict[str, Any]:
     result |= {name: cell.summary[name] for name in CELL_METRICS}
     base = cell.baseline
     result["baseline"] = base.label if base else None
+    result["unpaired"] = cell.unpaired
     ours, theirs = cell.summary["output_tokens_per_second"], base.summary["output_tokens_per_second"] if base else None
     result["output_tokens_per_second_ratio"] = ours / theirs if ours is not None and theirs else None
     result["paired"] = paired(cell, base) if base and base is not cell else None
@@ -192,7 +194,7 @@ def measured_together(cells: list[Cell]) -> list[str]:
     spans = []
     for cell in cells:
         run = cell.run.manifest["run"]
-        if run.get("ended") and not cell.run.manifest.get("simulation"):
+        if run.get("ended") and run.get("wall_time") is not None and not cell.run.manifest.get("simulation"):
             end = datetime.fromisoformat(run["ended"]).timestamp()
             spans.append((cell, end - run["wall_time"], end))
     together = {
@@ -201,6 +203,11 @@ def measured_together(cells: list[Cell]) -> list[str]:
         if start < other_end and other_start < end and one.run.manifest["machine"] == other.run.manifest["machine"]
     }
     return [cell.label for cell in cells if cell.label in together]
+
+
+def two_clocks(cells: list[Cell]) -> list[str]:
+    """Labels of the cells that are compared with one of the other kind: simulated with measured, or the reverse."""
+    return [cell.label for cell in cells if cell.baseline and cell.is_simulated != cell.baseline.is_simulated]
 
 
 def headline(summary: dict[str, Any]) -> str:

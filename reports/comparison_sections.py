@@ -12,7 +12,7 @@ from reports.curves import curve_section
 from reports.document import Document, Picture, Section, Table
 from reports.format import DASH, count, percent, rate, ratio, seconds
 from reports.latency import DEFINITIONS
-from reports.paired import LEVEL, NUM_RESAMPLES
+from reports.paired import LEVEL
 from reports.paper import FIGURE_2_SOURCE
 from reports.repeats import repeat_section
 from reports.run_sections import LEDGER_MEANING, commit, definitions, facts
@@ -48,9 +48,9 @@ def comparison_document(summary: dict[str, Any], cells: list[Cell], svg: dict[st
             (
                 "Paired ratio",
                 "a request's latency in a cell / the same request's in the baseline; the median over requests that "
-                f"finished in both, with the {LEVEL:.0%} percentile-bootstrap interval over requests "
-                f"({NUM_RESAMPLES:,} resamples). It covers the choice of requests, not run-to-run noise. “No "
-                "significant difference”: the interval contains 1. Verdicts are not corrected for the number of "
+                f"finished in both, with the {LEVEL:.0%} interval over requests that the sign test gives: two of the "
+                "ratios themselves. It covers the choice of requests, not run-to-run noise. “No significant "
+                "difference”: the interval contains 1. Verdicts are not corrected for the number of "
                 "comparisons.",
             ),
             *definitions(),
@@ -141,6 +141,7 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     notes += [f"{cell.get('name', DASH)} is not defined: {cell.get('error', DASH)}." for cell in summary["not_defined"]]
     if invalid:
         notes.append(f"Invalid, because the driver fell behind its bound: {', '.join(invalid)}.")
+    notes += pairing_notes(summary)
     if summary["measured_together"]:
         notes.append(
             "Measured at the same time on one machine, so that each slowed the others down: "
@@ -180,14 +181,26 @@ def paired_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     picture = Picture(
         "paired",
         svg["paired"],
-        "Median paired ratio of each latency to the baseline's, with 95 % bootstrap intervals over requests; filled: "
+        "Median paired ratio of each latency to the baseline's, with 95 % intervals over requests; filled: "
         "significant, hollow: not. Left of the line is faster.",
         "forest plot of paired latency ratios",
     )
-    alone = [cell["label"] for cell in summary["cells"] if cell["baseline"] is None]
-    notes = [f"Not paired, because no baseline cell has the same prompts: {', '.join(alone)}."] if alone else []
     table = Table(header, grouped(rows), text_columns=frozenset({1, 2, 6}))
-    return Section("Request by request", [], [picture], [table], notes)
+    return Section("Request by request", [], [picture], [table])
+
+
+def pairing_notes(summary: dict[str, Any]) -> list[str]:
+    """Which cells are not paired and why, and which pairs say less than they seem to."""
+    notes = [f"{cell['label']} is not paired: {cell['unpaired']}." for cell in summary["cells"] if cell["unpaired"]]
+    notes += [
+        f"{one} and {other} are one run: beside itself it differs in nothing." for one, other in summary["same_runs"]
+    ]
+    if summary["two_clocks"]:
+        notes.append(
+            "Simulated beside measured, so that a ratio is also the simulator's distance from the machine: "
+            f"{', '.join(summary['two_clocks'])}."
+        )
+    return notes
 
 
 def memory_section(summary: dict[str, Any], cells: list[Cell], svg: dict[str, str]) -> Section:

@@ -12,7 +12,7 @@ from reports.document import Section, Table
 from reports.format import DASH, count, ratio
 from reports.latency import DEFINITIONS
 from reports.paired import paired_ratio
-from reports.repeats import paired_latencies, request_ratios, two_level_ratio
+from reports.repeats import paired_latencies, ratio_over_repeats, request_ratios
 
 LAYOUT = "runner.layout"
 METRICS = ("tpot_seconds", "e2e_seconds")
@@ -86,7 +86,7 @@ def _paired(repeats: list[tuple[Cell, Cell]], metric: str) -> dict[str, Any]:
     if len(repeats) == 1:
         [(cell, other)] = repeats
         return paired_ratio(*paired_latencies(cell, other, metric))
-    return two_level_ratio([ratios for cell, other in repeats if len(ratios := request_ratios(cell, other, metric))])
+    return ratio_over_repeats([ratios for cell, other in repeats if len(ratios := request_ratios(cell, other, metric))])
 
 
 def cost_lines(entries: Sequence[dict[str, Any]]) -> list[str]:
@@ -122,8 +122,9 @@ def cost_section(entries: Sequence[dict[str, Any]]) -> Section:
         for entry in entries
     ]
     notes = [
-        "Ratios; the latencies' are medians over requests that finished in both runs, with bootstrap intervals. With "
-        "repeats over seeds the intervals hold run-to-run noise too."
+        "Ratios; the latencies' are medians over requests that finished in both runs, with intervals from the sign "
+        "test. With repeats over seeds they are the means of the repeats' medians with Student's intervals, which hold "
+        "run-to-run noise too."
     ]
     table = Table([*header, "repeats"], rows, text_columns=frozenset({1, 2, 3, 6, 8}))
     return Section("Capacity and kernel", [], [], [table], notes)

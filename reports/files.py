@@ -7,6 +7,7 @@ requests fits in memory.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reports.errors import ReportError
+from reports.shapes import MANIFEST, mismatch
 
 CLASSES = ("token_states", "reservation", "internal", "external", "cached", "free")
 
@@ -62,7 +64,6 @@ STEP_COLUMNS = (
     "shared_saved",
     "held",
 )
-MANIFEST_KEYS = ("name", "strategy", "config", "git", "machine", "versions", "model", "pool", "workload", "run")
 ROWS_AT_ONCE = 8192
 REMEDY = "run the job again, or point at a run folder that is whole"
 
@@ -179,14 +180,34 @@ class Ragged:
         return np.array_equal(self.offsets, other.offsets) and np.array_equal(self.values, other.values)
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises ReportError when it is missing or broken."""
+def read_json(path: Path, shape: Any = None, remedy: str = REMEDY) -> Any:
+    """Parse a JSON file.
+
+    Args:
+        path: the file.
+        shape: what it must hold (reports/shapes.py); None: anything.
+        remedy: what to do about a file that is none.
+
+    Raises:
+        ReportError: it is missing, broken, of another shape, or holds a number that is not finite.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError:
-        raise ReportError(f"{path} is missing; {REMEDY}") from None
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path} cannot be read ({one_line(error)}); {REMEDY}") from None
+        raise ReportError(f"{path} is missing; {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ReportError(f"{path} cannot be read ({one_line(error)}); {remedy}") from None
+    wrong = None if shape is None else mismatch(value, shape)
+    if wrong is not None:
+        raise ReportError(f"{path}: {wrong} (docs/files.md); {remedy}")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def one_line(error: Exception) -> str:
@@ -260,12 +281,7 @@ def read_run(run_dir: Path) -> RunFiles:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ReportError(f"{run_dir} is not a folder; give the folder of a run")
-    manifest = read_json(run_dir / "manifest.json")
-    if not isinstance(manifest, dict):
-        raise ReportError(f"{run_dir / 'manifest.json'} is not a JSON object; {REMEDY}")
-    missing = [key for key in MANIFEST_KEYS if key not in manifest]
-    if missing:
-        raise ReportError(f"{run_dir / 'manifest.json'} lacks {', '.join(missing)} (docs/files.md); {REMEDY}")
+    manifest = read_json(run_dir / "manifest.json", MANIFEST)
     steps = _arrays(run_dir / "steps.parquet", STEP_COLUMNS)
     _check_ledger(run_dir / "steps.parquet", steps)
     return RunFiles(run_dir, manifest, _arrays(run_dir / "requests.parquet", REQUEST_COLUMNS), steps)

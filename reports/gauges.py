@@ -90,7 +90,7 @@ def gauges_figure(gauges: dict[str, np.ndarray]) -> Figure:
 
 def gauges_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     """What the target said of itself."""
-    gauges, facts = summary["gauges"], summary["target"].get("gauges") or {}
+    gauges, facts = summary["gauges"], (summary["target"] or {}).get("gauges") or {}
     rows = [
         [label, rate_of(entry["mean"]), rate_of(entry["max"])]
         for label, key, rate_of in (
@@ -102,7 +102,11 @@ def gauges_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     ]
     text = [
         f"The server's own gauges, {count(gauges['num_readings'])} readings of {facts.get('url', 'its metrics')}"
-        + (f"; {count(facts['num_failed'])} more brought nothing ({facts['error']})" if facts.get("num_failed") else "")
+        + (
+            f"; {count(facts['num_failed'])} more brought nothing ({facts.get('error')})"
+            if facts.get("num_failed")
+            else ""
+        )
         + "."
     ]
     if gauges["num_preemptions"] is not None:

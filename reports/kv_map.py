@@ -86,7 +86,9 @@ def read_kv_map(run: RunFiles) -> KVMap | None:
     if grid_owner.size and not SHARED <= grid_owner.min() <= grid_owner.max() < run.num_requests:
         raise ReportError(f"{path}: an owner is no row of requests.parquet; {REMEDY}")
     grid_owner[:, snapshots < 0] = FREE
-    block_size = int(run.manifest["pool"]["block_size"])
+    block_size = run.manifest["pool"].get("block_size") or 0
+    if block_size < 1:
+        raise ReportError(f"{path}: manifest.json gives its blocks no size (pool.block_size); {REMEDY}")
     return KVMap(grid_owner, np.clip(grid_filled / block_size, 0, 1), end, num_blocks * stride)
 
 

@@ -1,4 +1,4 @@
-"""Per-request paired ratios between two runs of one workload, with a bootstrap confidence interval.
+"""Per-request paired ratios between two runs of one workload, with a confidence interval of their median.
 
 Each request is its own control: ratio = its latency in one run / its latency in the other. The interval covers the
 choice of requests within this one pair of runs. It does not cover run-to-run noise; repeats do that.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.special import bdtrik
 
 from reports.files import RunFiles
 
@@ -19,25 +20,29 @@ MIN_PAIRS = 6  # below, the extremes of the sample do not bracket the median wit
 SAME, LOWER, HIGHER, TOO_FEW = "no significant difference", "lower", "higher", "too few requests"
 
 
-def bootstrap_median(values: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = SEED) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the median. O(n log n + resamples).
+def median_interval(values: np.ndarray) -> tuple[float, float]:
+    """The interval between two order statistics that holds the median with at least 95 %, whatever the distribution.
 
-    A resample of n values with replacement is n uniform draws looked up in the sorted sample, so its middle order
-    statistics are those of n uniforms, which follow a beta distribution. Drawing these directly gives the bootstrap
-    distribution itself, without building a resample.
+    The sign test inverted (Conover, Practical Nonparametric Statistics, section 3.2): of n independent values, the
+    number below the median is binomial (n, 1/2), so ranks r and n + 1 - r bracket it but for 2 P(X < r). A bootstrap's
+    interval is too narrow here: of 7 values it misses the median in 13 %, and of 30 in 8 %.
+
+    Args:
+        values: at least MIN_PAIRS.
     """
-    ordered = np.sort(values)
-    count = len(ordered)
-    rng = np.random.default_rng(seed)
-    lower_rank = (count + 1) // 2
-    low = rng.beta(lower_rank, count + 1 - lower_rank, num_resamples)
-    high = low if count % 2 else low + (1 - low) * rng.beta(1, count - lower_rank, num_resamples)
-    ranks = np.minimum((np.stack([low, high]) * count).astype(np.int64), count - 1)
-    return _interval(ordered[ranks].mean(axis=0))
+    count = len(values)
+    rank = int(bdtrik((1 - LEVEL) / 2, count, 0.5)) + 1  # the largest r with P(X < r) of at most 2.5 %
+    ordered = np.partition(values, (rank - 1, count - rank))
+    return float(ordered[rank - 1]), float(ordered[count - rank])
 
 
 def bootstrap_quantile(values: np.ndarray, quantile: float) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of a quantile, the order statistic of rank ceil(q n), as for the median."""
+    """95 % percentile-bootstrap interval of a quantile, the order statistic of rank ceil(q n).
+
+    A resample of n values with replacement is n uniform draws looked up in the sorted sample, so its order statistics
+    are those of n uniforms, which follow a beta distribution. Drawing these directly gives the bootstrap distribution
+    itself, without building a resample.
+    """
     ordered = np.sort(values)
     count = len(ordered)
     rank = min(max(int(np.ceil(quantile * count)), 1), count)
@@ -83,7 +88,7 @@ def paired_ratio(values: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
     result: dict[str, Any] = {"count": len(ratios), "median_ratio": float(np.median(ratios)) if len(ratios) else None}
     if len(ratios) < MIN_PAIRS:
         return result | {"ci95_low": None, "ci95_high": None, "verdict": TOO_FEW}
-    low, high = bootstrap_median(ratios)
+    low, high = median_interval(ratios)
     return result | {"ci95_low": low, "ci95_high": high, "verdict": verdict_of(low, high)}
 
 

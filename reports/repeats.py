@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from reports.cells import Cell, is_seed
 from reports.document import Section, Table
 from reports.format import DASH, count, rate, ratio
 from reports.latency import DEFINITIONS, request_latencies
-from reports.paired import LEVEL, SEED, match_requests, verdict_of
+from reports.paired import LEVEL, match_requests, verdict_of
 
 METRICS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
-MAX_RESAMPLES, MIN_RESAMPLES, MAX_DRAWS = 2000, 200, 20_000_000
 
 
 def repeat_groups(cells: list[Cell]) -> dict[str, list[Cell]]:
@@ -28,14 +28,14 @@ def repeat_groups(cells: list[Cell]) -> dict[str, list[Cell]]:
 
 
 def summarize_repeats(groups: dict[str, list[Cell]]) -> list[dict[str, Any]]:
-    """Per group: throughput over repeats, and paired latency ratios to the baseline with a two-level bootstrap."""
+    """Per group: throughput over repeats, and paired latency ratios to the baseline."""
     return [
         {
             "name": name,
             "num_repeats": len(group),
             "output_tokens_per_second": _over_repeats([cell.summary["output_tokens_per_second"] for cell in group]),
             "output_tokens_per_second_ratio": _over_repeats([_throughput_ratio(cell) for cell in group]),
-            "paired": {metric: two_level_ratio(_ratios(group, metric)) for metric in METRICS},
+            "paired": {metric: ratio_over_repeats(_ratios(group, metric)) for metric in METRICS},
         }
         for name, group in groups.items()
     ]
@@ -82,26 +82,22 @@ def request_ratios(cell: Cell, base: Cell, metric: str) -> np.ndarray:
     return ours[both] / theirs[both]
 
 
-def two_level_ratio(repeats: list[np.ndarray], seed: int = SEED) -> dict[str, Any]:
-    """Median paired ratio over all repeats, with a bootstrap that resamples repeats, and requests within each.
+def ratio_over_repeats(repeats: list[np.ndarray]) -> dict[str, Any]:
+    """Geometric mean over repeats of each one's median paired ratio, with Student's interval over repeats.
+
+    A repeat counts once, however many requests it has: those of one run share its noise. Resampling a handful of
+    repeats instead finds a difference between equals far too often (2 repeats: 35 %, 3: 19 %, 5: 14 %).
 
     Args:
         repeats: paired ratios, one array per repeat.
-        seed: of the resampling.
     """
-    total = sum(map(len, repeats))
-    result: dict[str, Any] = {"num_repeats": len(repeats), "count": total}
-    result["median_ratio"] = float(np.median(np.concatenate(repeats))) if total else None
+    logs = np.log([float(np.median(ratios)) for ratios in repeats])
+    result: dict[str, Any] = {"num_repeats": len(repeats), "count": sum(map(len, repeats))}
+    result["median_ratio"] = float(np.exp(logs.mean())) if len(repeats) else None
     if len(repeats) < 2:
         return result | {"ci95_low": None, "ci95_high": None, "verdict": "too few repeats"}
-    rng = np.random.default_rng(seed)
-    num_resamples = int(np.clip(MAX_DRAWS // total, MIN_RESAMPLES, MAX_RESAMPLES))
-    medians = np.empty(num_resamples)
-    for index in range(num_resamples):
-        chosen = rng.integers(0, len(repeats), len(repeats))
-        medians[index] = np.median(np.concatenate([rng.choice(repeats[i], len(repeats[i])) for i in chosen]))
-    tail = 50 * (1 - LEVEL)
-    low, high = (float(bound) for bound in np.percentile(medians, [tail, 100 - tail], method="linear"))
+    half = stdtrit(len(repeats) - 1, (1 + LEVEL) / 2) * logs.std(ddof=1) / len(repeats) ** 0.5
+    low, high = (float(np.exp(logs.mean() + side * half)) for side in (-1, 1))
     return result | {"ci95_low": low, "ci95_high": high, "verdict": verdict_of(low, high)}
 
 
@@ -128,7 +124,8 @@ def repeat_section(repeats: list[dict[str, Any]]) -> Section:
         header = ["against the baseline", "latency", "median ratio", "95 % interval", "repeats", "requests", "verdict"]
         tables.append(Table(header, paired_rows, text_columns=frozenset({1, 6})))
     note = (
-        "Each repeat is paired with the baseline's run of the same seed. Intervals: bootstrap that resamples repeats, "
-        "and requests within each, so they hold run-to-run noise too. Ranges: smallest and largest repeat."
+        "Each repeat is paired with the baseline's run of the same seed. Median ratio: the geometric mean over repeats "
+        "of each one's median. Intervals: Student's t over repeats, so they hold run-to-run noise too, and are wide "
+        "where repeats are few. Ranges: smallest and largest repeat."
     )
     return Section("Repeats", [], [], tables, [note])

@@ -14,7 +14,7 @@ from pyarrow import csv
 
 from reports.document import render_html, render_markdown, write_text
 from reports.errors import ReportError
-from reports.files import REQUEST_COLUMNS, RunFiles, read_run
+from reports.files import REQUEST_COLUMNS, RunFiles, read_json, read_run
 from reports.gauges import gauges_figure, read_gauges
 from reports.kv_map import kv_map_figure, kv_map_markup, read_kv_map
 from reports.latency import DEFINITIONS, TokenGaps, request_latencies, token_gaps
@@ -58,11 +58,8 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """What summary.json of a finished run holds. Raises ReportError."""
-    path = run_dir / "summary.json"
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(f"cannot read {path} ({error}); remove {run_dir} to measure it again") from None
+    shape = {"kind": "text"}
+    summary: dict[str, Any] = read_json(run_dir / "summary.json", shape, f"remove {run_dir} to measure it again")
     return summary
 
 

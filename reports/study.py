@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table as TerminalTable
 
 from reports.document import Document, Picture, Section, Table, render_html, render_markdown, write_text
-from reports.errors import ReportError
+from reports.files import read_json
 from reports.format import DASH
+from reports.shapes import STUDY
 from reports.study_charts import draw_charts
 
 MANY_CELLS = 30
@@ -33,7 +34,7 @@ def write_study_report(study_dir: Path) -> dict[str, Any]:
     claims = [claim | {"ratio": _ratio(claim)} for claim in study["claims"]]
     summary = {
         "title": study["title"],
-        "experiment": study["experiment"],
+        "experiment": study.get("experiment"),
         "headline": study["headline"],
         "num_claims": len(claims),
         "num_holding": sum(claim["verdict"] == "holds" for claim in claims),
@@ -46,7 +47,7 @@ def write_study_report(study_dir: Path) -> dict[str, Any]:
     write_text(study_dir / "report.md", render_markdown(document))
     write_text(study_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     rows = io.StringIO()
-    writer = csv.DictWriter(rows, CLAIM_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(rows, CLAIM_COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(claims)
     write_text(study_dir / "claims.csv", rows.getvalue())
@@ -55,11 +56,7 @@ def write_study_report(study_dir: Path) -> dict[str, Any]:
 
 def read_study(study_dir: Path) -> dict[str, Any]:
     """study.json. Raises ReportError."""
-    path = study_dir / "study.json"
-    try:
-        study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(f"cannot read {path} ({error}); run the experiment again") from None
+    study: dict[str, Any] = read_json(study_dir / "study.json", STUDY, "run the experiment again")
     return study
 
 
@@ -89,7 +86,7 @@ def study_document(study: dict[str, Any], claims: list[dict[str, Any]], svg: dic
             ("source", study["source"]),
             ("command", " ".join(study["command"])),
             ("machine", _machine(study["machine"])),
-            ("commit", f"{git['commit'] or DASH}{' with local changes' if git['dirty'] else ''}"),
+            ("commit", f"{git.get('commit') or DASH}{' with local changes' if git.get('dirty') else ''}"),
             ("cells", _cells(study["cells"])),
         ],
         sections=sections,
@@ -148,7 +145,9 @@ def _digits(value: float) -> str:
 
 def _interval(claim: dict[str, Any]) -> str:
     text = _value(claim["ours"], claim["unit"])
-    return text if claim["low"] is None else f"{text} [{_digits(claim['low'])}, {_digits(claim['high'])}]"
+    return (
+        text if None in (claim["low"], claim["high"]) else f"{text} [{_digits(claim['low'])}, {_digits(claim['high'])}]"
+    )
 
 
 def _cells(names: list[str]) -> str:
@@ -157,5 +156,5 @@ def _cells(names: list[str]) -> str:
 
 
 def _machine(machine: dict[str, Any]) -> str:
-    gpu = machine["gpu"]
-    return f"{gpu['count']} x {gpu['name']}" if gpu else f"{machine['cores']} cores of {machine['cpu']}"
+    gpu = machine.get("gpu")
+    return f"{gpu['count']} x {gpu['name']}" if gpu else f"{machine.get('cores')} cores of {machine.get('cpu')}"

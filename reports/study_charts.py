@@ -42,17 +42,20 @@ def draw_charts(charts: list[dict[str, Any]], out_dir: Path) -> dict[str, str]:
         charts: as study.json holds them (experiments.studies.base.Chart).
 
     Raises:
-        ReportError: a chart of unknown kind.
+        ReportError: a chart of unknown kind, or whose series do not fit together.
     """
     with drawing():
         return {chart["name"]: export(chart_figure(chart), out_dir, chart["name"]) for chart in charts}
 
 
 def chart_figure(chart: dict[str, Any]) -> Figure:
-    """One chart as a figure. Raises ReportError for an unknown kind."""
+    """One chart as a figure. Raises ReportError for an unknown kind, or series that do not fit together."""
     draw = KINDS.get(chart["kind"])
     if draw is None:
         raise ReportError(f"chart {chart['name']!r}: kind {chart['kind']!r} must be one of {', '.join(KINDS)}")
+    wrong = _mismatch(chart)
+    if wrong is not None:
+        raise ReportError(f"study.json: chart {chart['name']!r} {wrong}; run the experiment again")
     horizontal = chart["kind"] == "stacked"
     figure = new_figure(0.9 + 0.36 * len(chart["series"][0]["x"]) if horizontal else 3.6)
     axes = figure.subplots()
@@ -72,6 +75,33 @@ def chart_figure(chart: dict[str, Any]) -> Figure:
     if len(labels) > 1:
         figure.legend(handles, labels, loc="outside upper left", ncols=_columns(labels))
     return figure
+
+
+def _mismatch(chart: dict[str, Any]) -> str | None:
+    """What does not fit together in the chart's series, whose types are checked (reports/shapes.py)."""
+    if not chart["series"]:
+        return "has no series"
+    if Path(chart["name"]).name != chart["name"]:
+        return "must have a plain file name"
+    points = len(chart["series"][0]["x"])
+    for series in chart["series"]:
+        x, y, low, high = (series[key] for key in ("x", "y", "low", "high"))
+        name = f"has a series {series['name']!r}"
+        if len(x) != len(y) or {len(low), len(high)} not in ({0}, {len(y)}):
+            return f"{name} of {len(x)} x, {len(y)} y, {len(low)} low and {len(high)} high"
+        if chart["kind"] in ("bars", "stacked"):
+            if len(x) != points or not all(isinstance(value, (str, int, float)) for value in x):
+                return f"{name} whose x are not {points} names"
+            if chart["log_x" if chart["kind"] == "bars" else "log_y"]:
+                return f"{name} with names on a logarithmic axis"
+        elif not all(isinstance(value, (int, float)) for value in x):
+            return f"{name} whose x are not all numbers"
+        if None in low or None in high or (chart["kind"] == "parity" and None in y):
+            return f"{name} with an empty value where none may be"
+        on_logs = [*(x if chart["log_x"] else ()), *(y if chart["log_y"] else ())]
+        if any(isinstance(value, (int, float)) and value < 0 for value in on_logs):
+            return f"{name} with a value below 0 on a logarithmic axis"
+    return None
 
 
 def _name_points(axes: Axes, chart: dict[str, Any]) -> None:

@@ -151,7 +151,7 @@ def _preemption_cost(run: RunFiles, step_time: np.ndarray) -> dict[str, Any]:
     A step's time is shared over its new tokens alike, so recomputed tokens are charged their part of it.
     """
     steps, pool = run.steps, run.manifest["pool"]
-    block_bytes = (run.manifest["model"].get("kv_bytes_per_token") or 0) * (pool["block_size"] or 0)
+    block_bytes = (run.manifest["model"].get("kv_bytes_per_token") or 0) * (pool.get("block_size") or 0)
     share = steps["num_recomputed_tokens"] / np.maximum(steps["num_new_tokens"], 1)
     return {
         "recompute_seconds": float((share * step_time).sum()),
@@ -197,10 +197,12 @@ def headline(summary: dict[str, Any]) -> str:
     if not asked:
         return f"{name} was given no request."
     if not done:
-        why = f": {summary['num_rejected']} were rejected" if summary["num_rejected"] else ""
-        return f"{name} finished none of {count(asked)} requests{why}."
+        lost = _lost(summary)
+        return f"{name} finished none of {count(asked)} requests{': ' + lost if lost else ''}."
     parts = [f"{name} served {count(done)} of {count(asked)} requests at "
              f"{rate(summary['output_tokens_per_second'])} output tokens/s"]  # fmt: skip
+    if lost := _lost(summary):
+        parts.append(lost)
     window, split = telling(summary)
     if split:
         parts.append(f"token states filled {percent(split['token_states'])} of the KV pool {window.phrase}")
@@ -208,3 +210,9 @@ def headline(summary: dict[str, Any]) -> str:
     if ttft["count"]:
         parts.append(f"the first token came after {seconds(ttft['p50'])} (median; p99 {seconds(ttft['p99'])})")
     return "; ".join(parts) + "."
+
+
+def _lost(summary: dict[str, Any]) -> str:
+    """How many requests were rejected and failed, and nothing of those that were not."""
+    kinds = ((summary["num_rejected"], "rejected"), (summary["num_failed"], "failed"))
+    return ", ".join(f"{count(number)} {kind}" for number, kind in kinds if number)

@@ -7,10 +7,12 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from reports.comparison_sections import pairing_notes
 from reports.costs import cost_lines
 from reports.format import DASH, count, percent, rate, ratio, seconds, size_bytes
 from reports.windows import telling
 
+MAX_NOTES = 4
 MAX_COST_LINES = 6  # a large grid's are in its report
 
 
@@ -29,7 +31,8 @@ def run_table(summary: dict[str, Any]) -> Table:
     table.add_row(
         "requests",
         f"{count(summary['num_finished'])} of {count(summary['num_requests'])}",
-        f"{count(summary['num_rejected'])} rejected, {count(summary['num_preemptions'])} preemptions",
+        f"{count(summary['num_rejected'])} rejected, {_failed(summary['num_failed'])}, "
+        f"{count(summary['num_preemptions'])} preemptions",
     )
     table.add_row(
         "output throughput",
@@ -52,6 +55,10 @@ def run_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def _failed(number: int) -> str:
+    return f"[red]{count(number)} failed[/red]" if number else "0 failed"
+
+
 def comparison_table(summary: dict[str, Any]) -> Table:
     """A comparison's grid, one row per cell.
 
@@ -62,7 +69,15 @@ def comparison_table(summary: dict[str, Any]) -> Table:
     (reports/windows.py); the last column is the median paired ratio of E2E to the baseline's, marked ≈ where the
     difference is not significant.
     """
-    lines = [summary["same_tokens"]["line"]]
+    notes = [
+        f"{cell['label']}: {count(cell['num_failed'])} of {count(cell['num_requests'])} requests failed."
+        for cell in summary["cells"]
+        if cell["num_failed"]
+    ]
+    notes += pairing_notes(summary)
+    lines = [summary["same_tokens"]["line"], *notes[:MAX_NOTES]]
+    if len(notes) > MAX_NOTES:
+        lines.append(f"{len(notes) - MAX_NOTES} more such notes are in the report.")
     if len(summary["costs"]) <= MAX_COST_LINES:
         lines += cost_lines(summary["costs"])
     table = Table(caption=escape("\n".join(lines)), caption_justify="left", box=None, pad_edge=False)

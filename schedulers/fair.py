@@ -8,7 +8,7 @@ from typing import Any
 from engine.plan import KVAllocator, StepPlan
 from engine.request import Request
 from schedulers.chunked import ChunkedScheduler
-from schedulers.lifecycle import require
+from schedulers.lifecycle import is_number, require
 from schedulers.queue import RequestQueue
 
 FORGET_ABOVE = 1024  # counters: a server's clients have no end
@@ -46,8 +46,8 @@ class FairScheduler(ChunkedScheduler):
         **options: Any,
     ) -> None:
         super().__init__(allocator, **options)
-        require(input_weight > 0, "scheduler.input_weight", input_weight, "above 0")
-        require(output_weight > 0, "scheduler.output_weight", output_weight, "above 0")
+        require(is_number(input_weight) and input_weight > 0, "scheduler.input_weight", input_weight, "above 0")
+        require(is_number(output_weight) and output_weight > 0, "scheduler.output_weight", output_weight, "above 0")
         self.input_weight = input_weight
         self.output_weight = output_weight
         self.counters: dict[str, float] = {}

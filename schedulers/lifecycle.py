@@ -8,7 +8,7 @@ enqueue -> waiting -> admit -> prefilling -> decoding -> finish
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 from engine.errors import ConfigError
 from engine.plan import KVAllocator, StepPlan
@@ -34,9 +34,14 @@ class Lifecycle:
         victim: str = "last_arrived",
     ) -> None:
         require(max_model_len >= 2, "engine.max_model_len", max_model_len, "at least 2 (one prompt, one output token)")
-        require(max_num_seqs >= 1, "scheduler.max_num_seqs", max_num_seqs, "at least 1")
-        require(max_num_batched_tokens >= 1, "scheduler.max_num_batched_tokens", max_num_batched_tokens, "at least 1")
-        require(0 <= watermark < 1, "scheduler.watermark", watermark, "in [0, 1)")
+        require(is_whole(max_num_seqs, 1), "scheduler.max_num_seqs", max_num_seqs, "an integer of at least 1")
+        require(
+            is_whole(max_num_batched_tokens, 1),
+            "scheduler.max_num_batched_tokens",
+            max_num_batched_tokens,
+            "an integer of at least 1",
+        )
+        require(is_number(watermark) and 0 <= watermark < 1, "scheduler.watermark", watermark, "in [0, 1)")
         require(preemption in PREEMPTIONS, "scheduler.preemption", preemption, f"one of {', '.join(PREEMPTIONS)}")
         require(victim in VICTIMS, "scheduler.victim", victim, f"one of {', '.join(VICTIMS)}")
         self.allocator = allocator
@@ -252,6 +257,16 @@ class Lifecycle:
             f"request {req.request_id!r} needs slots for {self.num_slots_to_admit(req)} tokens, which the empty KV "
             "pool cannot give; raise kv_cache.num_blocks or shorten the request"
         )
+
+
+def is_whole(value: object, at_least: int) -> bool:
+    """Whether `value` is an integer of at least that."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def require(ok: bool, name: str, value: object, must: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from engine.plan import KVAllocator
 from engine.request import Request
 from schedulers.chunked import ChunkedScheduler
-from schedulers.lifecycle import require
+from schedulers.lifecycle import is_number, require
 
 PREDICTORS = ("oracle", "lognormal")
 
@@ -60,8 +60,13 @@ class SJFScheduler(ChunkedScheduler):
     ) -> None:
         super().__init__(allocator, **options)
         require(predictor in PREDICTORS, "scheduler.predictor", predictor, f"one of {', '.join(PREDICTORS)}")
-        require(0 <= sigma < math.inf, "scheduler.sigma", sigma, "a number of at least 0")
-        require(0 < ageing < math.inf, "scheduler.ageing", ageing, "above 0, or long requests could starve")
+        require(is_number(sigma) and 0 <= sigma < math.inf, "scheduler.sigma", sigma, "a number of at least 0")
+        require(
+            is_number(ageing) and 0 < ageing < math.inf,
+            "scheduler.ageing",
+            ageing,
+            "above 0, or long requests could starve",
+        )
         self.ageing = ageing
         self.predict = oracle_length if predictor == "oracle" else lognormal_length(seed, sigma)
 

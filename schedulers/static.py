@@ -7,7 +7,7 @@ from typing import Any
 from engine.plan import KVAllocator, StepPlan
 from engine.request import FinishReason, Request
 from schedulers.base import Scheduler
-from schedulers.lifecycle import require
+from schedulers.lifecycle import is_number, is_whole, require
 
 RETIRE = ("hold", "free")
 
@@ -48,12 +48,12 @@ class StaticScheduler(Scheduler):
         super().__init__(allocator, max_num_seqs=max_num_seqs, watermark=0.0, preemption="none", **options)
         require(retire in RETIRE, "scheduler.retire", retire, f"one of {', '.join(RETIRE)}")
         require(
-            batch_size is None or 1 <= batch_size <= max_num_seqs,
+            batch_size is None or (is_whole(batch_size, 1) and batch_size <= max_num_seqs),
             "scheduler.batch_size",
             batch_size,
             f"null, or between 1 and scheduler.max_num_seqs={max_num_seqs}",
         )
-        require(max_wait >= 0, "scheduler.max_wait", max_wait, "at least 0 seconds")
+        require(is_number(max_wait) and max_wait >= 0, "scheduler.max_wait", max_wait, "at least 0 seconds")
         self.batch_size = min(self.max_num_seqs, batch_size or max_num_seqs)
         self.max_wait = max_wait
         self._hold = retire == "hold"

@@ -33,10 +33,12 @@ from engine.runner.profile import available_kv_bytes
 from experiments.building.parts import EngineParts, check_window, make_strategy, pool_facts, resolve_max_model_len
 from experiments.building.pools import make_pool
 from experiments.building.runners import make_runner
-from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SLOConfig
+from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SamplingConfig, SLOConfig
 from experiments.load.driver import ClosedLoop
 from experiments.simulation.build import build_simulated_engine
 from experiments.workloads.base import WorkloadItem
+
+LAST_ARRIVAL = 1e9  # s, 30 years
 
 
 @dataclass
@@ -107,6 +109,11 @@ def build_load(
     arrival = instantiate(cfg.arrival)
     items = list(workload.items_iter(with_token_ids=not blank))
     times = arrival.times(items, cfg.workload.seed)
+    if times is not None and len(times) and not times[-1] <= LAST_ARRIVAL:
+        raise ConfigError(
+            f"the last request would arrive after {times[-1]:.3g} s, and a run may last {LAST_ARRIVAL:.0g} s; raise "
+            "the rate of section arrival, or lower workload.num_requests"
+        )
     requests = RequestStream(items, times, sampling_params(cfg.sampling), frozenset(spec.eos_token_ids))
     if times is None and cfg.sampling.n > 1:
         raise ConfigError(
@@ -203,9 +210,8 @@ def _check_layout(config: RunnerConfig, allocator: KVAllocator) -> None:
 
 def sampling_params(section: DictConfig) -> SamplingParams:
     """Section `sampling` as sampling parameters. Raises ConfigError."""
-    options: dict[str, Any] = OmegaConf.to_container(section, resolve=True)  # type: ignore[assignment]
     try:
-        return SamplingParams(**options)
+        return SamplingParams(**vars(SamplingConfig.from_config(section)))
     except RequestError as error:
         raise ConfigError(f"sampling.{error}") from error
 

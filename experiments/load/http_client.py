@@ -58,15 +58,21 @@ class Answer:
         return len(self.chunk_times if self.token_ids is None else self.token_ids)
 
     def take(self, event: dict[str, Any], now: float) -> None:
-        """Take one event of the stream in, which arrived at `now`."""
+        """Take one event of the stream in, which arrived at `now`.
+
+        Raises:
+            TypeError, ValueError, AttributeError: the event is no completion.
+        """
         if event.get("error"):
             self.error = _short(event["error"])
         if event.get("usage"):
-            self.usage = event["usage"]
+            self.usage = dict(event["usage"])
+            int(self.usage.get("completion_tokens") or 0)
+            dict(self.usage.get("prompt_tokens_details") or {})
         for choice in event.get("choices") or ():
             ids = choice.get("token_ids")
             if ids:
-                self.token_ids = (self.token_ids or []) + ids
+                self.token_ids = (self.token_ids or []) + [int(token) for token in ids]
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
             # A last chunk may bring the reason alone; one without a reason is a token, even if its text is not whole.
             if choice.get("text") or ids or not choice.get("finish_reason"):
@@ -132,7 +138,8 @@ class HttpServer:
                     await _read(response, answer)
                 else:
                     answer.error = f"status {response.status_code}: {_short((await response.aread()).decode())}"
-        except (httpx.HTTPError, orjson.JSONDecodeError, UnicodeDecodeError) as error:
+        # StreamError, InvalidURL (of a redirect) and OSError are no HTTPErrors, and would end the other requests too.
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, ValueError) as error:
             answer.error = f"{type(error).__name__}: {_short(error)}"
         answer.end = time.perf_counter()
         return answer
@@ -145,7 +152,12 @@ async def _read(response: httpx.Response, answer: Answer) -> None:
         if data == b"[DONE]":
             done = True
         else:
-            answer.take(orjson.loads(data), now)
+            try:
+                answer.take(orjson.loads(data), now)
+            except (TypeError, ValueError, AttributeError) as error:
+                answer.usage = {}
+                answer.error = f"an event of the stream is no completion ({type(error).__name__}: {_short(error)})"
+                return
     if not answer.error and not (done and answer.finish_reason):
         answer.error = "the stream ended without a finish_reason and [DONE]"
 

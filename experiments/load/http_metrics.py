@@ -68,7 +68,7 @@ class GaugeReader:
             response = await self._client.get(self._path, timeout=TIMEOUT)
             response.raise_for_status()
             values = read_gauges(response.text)
-        except (httpx.HTTPError, ValueError) as error:
+        except Exception as error:  # whatever a page of gauges holds, the run's own requests are not lost for it
             self.num_failed += 1
             self.error = self.error or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             return

@@ -72,11 +72,13 @@ class KVMapRecorder:
 
     def _look(self, step: StepOutput) -> _Snapshot:
         block_size = self._allocator.block_size
-        # Index 0 is the null block.
-        owner = np.full(self._allocator.num_virtual_blocks + 1, FREE, dtype=np.int32)
-        filled = np.zeros(len(owner), dtype=np.int16)
-        owner[np.fromiter(self._allocator.cached_blocks(), dtype=np.int64)] = CACHED
-        filled[owner == CACHED] = block_size
+        # A pool may have more blocks than memory has room for: only those that are looked at have a cell.
+        num_cells = -(-self._allocator.num_virtual_blocks // self._stride)
+        owner = np.full(num_cells, FREE, dtype=np.int32)
+        filled = np.zeros(num_cells, dtype=np.int16)
+        cached, _ = self._cells(np.fromiter(self._allocator.cached_blocks(), dtype=np.int64))
+        owner[cached] = CACHED
+        filled[cached] = block_size
         # A static batch holds the blocks of requests that have ended.
         for req in [req for req in self._live if req.is_finished and not req.num_slots]:
             del self._live[req]
@@ -84,12 +86,17 @@ class KVMapRecorder:
             if not req.num_slots:  # preempted
                 continue
             blocks = np.asarray(self._allocator.block_table(req), dtype=np.int64)
-            tokens = np.clip(req.num_computed_tokens - block_size * np.arange(len(blocks)), 0, block_size)
-            is_owned = (owner[blocks] != FREE) & (owner[blocks] != CACHED)
-            owner[blocks] = np.where(is_owned, SHARED, row)
-            filled[blocks] = np.maximum(filled[blocks], tokens)
-        cells = slice(1, None, self._stride)
-        return _Snapshot(step.index, step.start_time, owner[cells], filled[cells])
+            cells, seen = self._cells(blocks)
+            tokens = np.clip(req.num_computed_tokens - block_size * np.arange(len(blocks)), 0, block_size)[seen]
+            is_owned = (owner[cells] != FREE) & (owner[cells] != CACHED)
+            owner[cells] = np.where(is_owned, SHARED, row)
+            filled[cells] = np.maximum(filled[cells], tokens)
+        return _Snapshot(step.index, step.start_time, owner, filled)
+
+    def _cells(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The cells of those blocks that are looked at, and which of the blocks these are; block 0 is nobody's."""
+        seen = (blocks > 0) & ((blocks - 1) % self._stride == 0)
+        return (blocks[seen] - 1) // self._stride, seen
 
     def write(self, path: Path) -> None:
         """Write kv_map.parquet."""
@@ -103,7 +110,7 @@ class KVMapRecorder:
                 ("time", pa.float64()),
                 ("owner", pa.list_(pa.int32())),
                 ("filled", pa.list_(pa.int16())),
-                ("stride", pa.int32()),
+                ("stride", pa.int64()),
             ]
         )
         columns: dict[str, list] = {name: [] for name in schema.names}

@@ -19,7 +19,18 @@ from engine.request import Request, SamplingParams
 from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from reports.errors import ReportError
 from reports.files import read_json
+from reports.shapes import MANIFEST, MAYBE_INTEGER
 
+# What a replay reads of the manifest, beside what a report does.
+SHAPE = MANIFEST | {
+    "model": {"name": "text", "max_model_len": MAYBE_INTEGER, "kv_bytes_per_token": "integer"},
+    "pool": {"num_blocks": "integer"},
+    "config": {
+        "engine": {"overlap": "true or false", "max_model_len": MAYBE_INTEGER},
+        "allocator": "an object",
+        "scheduler": "an object",
+    },
+}
 NEEDED_STEPS = ("launched_time", "num_kv_tokens", "num_attention_pairs", "num_prefill_requests", "decision_hash")
 
 
@@ -44,7 +55,7 @@ class RecordedRun:
         """
         folder = Path(path)
         try:
-            manifest = read_json(folder / MANIFEST_FILE)
+            manifest = read_json(folder / MANIFEST_FILE, SHAPE)
             missing = [name for name in NEEDED_STEPS if name not in pq.read_schema(folder / STEPS_FILE).names]
         except (ReportError, OSError, pa.ArrowException) as error:
             raise ConfigError(f"{folder} is not a run folder: {error}") from error

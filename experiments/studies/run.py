@@ -13,6 +13,7 @@ from rich.console import Console
 
 import reports.study
 from experiments.output import print_result
+from experiments.recording.cell_state import only_writer
 from experiments.recording.files import STUDY_FILE
 from experiments.recording.provenance import git_state, machine, versions
 from experiments.studies.base import Study
@@ -42,8 +43,9 @@ def run_study(cfg: DictConfig) -> None:
         "command": ["python", "run.py", *hydra.overrides.task],
         "cells": [str(folder.relative_to(out_dir)) for folder in cells.folders],
     }
-    (out_dir / STUDY_FILE).write_text(json.dumps(record, indent=2, default=str) + "\n")
-    summary = reports.study.write_study_report(out_dir)
+    with only_writer(out_dir):
+        (out_dir / STUDY_FILE).write_text(json.dumps(record, indent=2, default=str) + "\n")
+        summary = reports.study.write_study_report(out_dir)
     Console().print(reports.study.study_table(summary))
     report = out_dir / "report.html"
     print(f"report: {report}")

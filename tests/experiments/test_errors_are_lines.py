@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from experiments.entry import main
+from experiments.explain import explain
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,7 +54,36 @@ CASES = {
     "memory too small": (["kv_cache.memory_gib=0.0000001"], "kv_cache.memory_gib"),
     "two sizes": (["kv_cache.num_blocks=4", "kv_cache.memory_gib=1"], "give one of them"),
     "missing trace": (["workload=azure_trace", "workload.path=/nowhere.csv"], "/nowhere.csv"),
+    "a baseline of nothing": (
+        ["report.baseline=nope"],
+        "report.baseline=nope names a cell of a sweep, and this is none",
+    ),
+    "a baseline of a study": (["experiment=paper_fig2", "report.baseline=nope"], "report.baseline=nope names a cell"),
     "zero requests": (["workload.num_requests=0"], "num_requests"),
+    "a port that is none": (["target=http://localhost:abc"], "target=http://localhost:abc is no address"),
+    "a port too large": (["target=http://localhost:99999"], "give one from 1 to 65535"),
+    "an address cut off": (["target='http://[::1'"], "target=http://[::1 is no address"),
+    "a pool without end": (["kv_cache.num_slots=inf"], "kv_cache.num_slots=inf must be"),
+    "a pool beyond 64 bits": (["kv_cache.num_slots=99999999999999999999999"], "must be at most 281474976710656"),
+    "a pool of all memory": (["kv_cache.num_slots=99999999999"], "lower kv_cache.num_blocks, num_slots or memory_gib"),
+    "memory without end": (["kv_cache.memory_gib=inf"], "kv_cache.memory_gib=inf must be a finite number"),
+    "more memory than there is": (["kv_cache.memory_gib=1e300"], "must be at most 1073741824"),
+    "blocks of null": (["allocator.block_size=null"], "allocator.block_size=None must be an integer"),
+    "blocks of text": (["allocator.block_size=abc"], "allocator.block_size=abc must be an integer"),
+    "sequences without end": (["scheduler.max_num_seqs=inf"], "scheduler.max_num_seqs=inf must be a finite number"),
+    "no number of sequences": (["scheduler.max_num_seqs=null"], "scheduler.max_num_seqs=None must be an integer"),
+    "a budget of text": (["scheduler.max_num_batched_tokens=x"], "max_num_batched_tokens='x' must be an integer"),
+    "a limit without end": (["slo.ttft=inf"], "slo.ttft=inf must be a finite number"),
+    "no temperature": (["sampling.temperature=null"], "sampling.temperature=None must be a number"),
+    "no top_k": (["sampling.top_k=null"], "sampling.top_k=None must be an integer"),
+    "no section": (["engine=null"], "engine=None must be a section of settings"),
+    "no pool": (["kv_cache=null"], "kv_cache=None must be a section of settings"),
+    "no strategy": (["allocator=null"], "the command line cannot be read: "),
+    "a maybe": (["report.kv_map=7"], "report.kv_map=7 must be true or false"),
+    "mixed, maybe": (["sweep.allow_mixed=maybe"], "sweep.allow_mixed=maybe must be true or false"),
+    "arrivals in no lifetime": (["arrival=poisson", "arrival.rate=1e-300"], "raise the rate of section arrival"),
+    "a folder in no folder": (["hydra.run.dir=/proc/nope"], "cannot make the run's folder /proc/nope"),
+    "a sweep in no folder": (["-m", "hydra.sweep.dir=/proc/nope"], "hydra.sweep.dir with -m"),
 }
 
 
@@ -65,6 +95,14 @@ def test_bad_settings(name: str, run):
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1, done.stderr
     assert expected in lines[0]
+
+
+def test_memory_that_runs_out_is_one_line():
+    error = MemoryError("Unable to allocate 23.3 GiB")
+    assert explain(error) == (
+        "this machine's memory is not enough (Unable to allocate 23.3 GiB); lower kv_cache.num_slots or "
+        "workload.num_requests"
+    )
 
 
 def test_a_broken_model_directory(tmp_path: Path, run):
@@ -107,6 +145,24 @@ def test_a_cell_that_means_nothing_is_left_out_of_a_sweep(tmp_path: Path, run):
     assert "allocator=paged, runner.layout=contiguous is not defined: " + left_out["error"] in text
     assert last["summary"]["same_tokens"]["verdict"] == "same"
     assert [entry["factor"] for entry in last["summary"]["costs"]] == ["capacity", "the kernel"]
+
+
+def test_a_baseline_may_be_named_by_its_folder(run):
+    """Hydra reads 1 as a number, which no name was equal to."""
+    common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
+    done = run("-m", "allocator=contiguous,paged", "report.baseline=1", *common)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["summary"]["baseline"] == "paged × continuous"
+
+
+def test_a_sweep_without_its_comparison_is_an_error(tmp_path: Path, run):
+    """Hydra turns a callback's error into a warning: the sweep ended with exit code 0 and no report."""
+    common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
+    done = run("-m", "allocator=contiguous,paged", "report.baseline=nope", f"hydra.sweep.dir={tmp_path}/s", *common)
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("error: no comparison: there is no run called 'nope' to compare with; the runs are ")
+    assert "baseline" in json.loads((tmp_path / "s" / "sweep.json").read_text())
 
 
 def test_nothing_but_cells_that_mean_nothing_is_an_error(run):

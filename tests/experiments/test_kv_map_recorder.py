@@ -90,3 +90,13 @@ def test_preempted_requests_own_nothing(tmp_path):
     owners = [set(snapshot["owner"]) - {FREE} for snapshot in snapshots]
     assert {1} in owners  # alone after the other had to go
     assert owners[-1] == {0}
+
+
+def test_a_pool_of_any_size_costs_a_snapshot_its_cells_alone(tmp_path):
+    """A snapshot held an entry for every block of the pool, which no memory has room for."""
+    allocator = PagedAllocator(num_blocks=10**12, block_size=BLOCK_SIZE, max_model_len=64)
+    recorder = run(allocator, 3, 4, max_cells=8)
+    first = read(recorder, tmp_path / "kv_map.parquet")[0]
+    assert first["stride"] == 10**12 // 8
+    assert first["owner"] == [2, *[FREE] * 7]
+    assert first["filled"] == [BLOCK_SIZE, *[0] * 7]

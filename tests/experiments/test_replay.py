@@ -114,6 +114,29 @@ def test_a_folder_without_the_columns_is_refused(recorded: RecordedRun, tmp_path
         RecordedRun.read(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ((), "it is a list, not an object"),
+        (("config",), "config is a list, not an object"),
+        (("config", "engine"), "config.engine is a list"),
+        (("config", "allocator"), "config.allocator is a list"),
+        (("pool", "num_blocks"), "pool.num_blocks is a list, not integer"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(path: tuple[str, ...], message: str, recorded: RecordedRun, tmp_path: Path):
+    run = changed(recorded, tmp_path / "run")
+    whole = {"manifest": json.loads(json.dumps(run.manifest))}
+    node = whole
+    for outer, inner in zip(("manifest", *path), path, strict=False):
+        node = node[outer]
+        assert inner in node
+    node[("manifest", *path)[-1]] = []
+    (run.path / "manifest.json").write_text(json.dumps(whole["manifest"]))
+    with pytest.raises(ConfigError, match=message):
+        RecordedRun.read(run.path)
+
+
 def test_a_manifest_without_classes_is_refused(recorded: RecordedRun, tmp_path: Path):
     run = changed(recorded, tmp_path / "run")
     manifest = json.loads(json.dumps(run.manifest))

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 from engine.errors import ConfigError
 from experiments.compose import compose_cell
 from experiments.job import execute
-from experiments.recording.cell_state import cell_key, is_finished, mark_finished
+from experiments.recording.cell_state import cell_key, is_finished, mark_finished, only_writer
+from experiments.sweep import collect
+from reports.errors import ReportError
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "fixed", "arrival": "all_at_once"}
@@ -63,6 +66,46 @@ def test_a_killed_sweep_resumes_and_ends_in_the_same_report(tmp_path):
     assert (broken / "report.md").read_text() == (whole / "report.md").read_text()
 
 
+def test_two_processes_at_one_sweep_share_its_cells(tmp_path):
+    """Both ran every cell and wrote the same files at the same time."""
+    processes = [start(tmp_path), start(tmp_path)]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert "".join(errors).count("finished before") == 4
+    assert "another process is writing it; waiting until it is done" in "".join(errors)
+    assert json.loads((tmp_path / "sweep.json").read_text())["runs"] == ["0", "1", "2", "3"]
+
+
+def test_the_lock_ends_with_its_process(tmp_path, capfd):
+    hold = (
+        "import sys, time; from pathlib import Path; from experiments.recording.cell_state import only_writer\n"
+        "with only_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    entered = threading.Event()
+
+    def enter():
+        with only_writer(tmp_path):
+            entered.set()
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    assert not entered.wait(0.3)
+    holder.kill()
+    holder.communicate()
+    thread.join(10)
+    assert entered.is_set()
+    assert capfd.readouterr().err == f"{tmp_path}: another process is writing it; waiting until it is done\n"
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    line = r"cannot write into .* \(Is a directory\); choose another folder"
+    with pytest.raises(ConfigError, match=line), only_writer(tmp_path):
+        pass
+
+
 @pytest.fixture(scope="module")
 def cell():
     return compose_cell(["workload=fixed"])
@@ -91,6 +134,26 @@ def test_other_results_are_not_mixed_in(cell, tmp_path):
     shutil.rmtree(tmp_path)
     # What is printed is no result.
     assert cell_key(*compose_cell(["workload=fixed", "report.progress=false"])) == key
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"config": ', "[]", "null", '{"config": "x"}', '{"config": 1, "code": 2, "machine": 3}']
+)
+def test_a_broken_cell_json_is_one_line(text, cell, tmp_path):
+    (tmp_path / "cell.json").write_text(text)
+    with pytest.raises(ReportError, match=f"cell.json.*; remove {tmp_path} to measure it again") as caught:
+        is_finished(tmp_path, cell_key(*cell), allow_mixed=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"error": "e"}', '{"overrides": [1], "error": "e", "not_defined": false}'])
+def test_a_broken_error_json_is_one_line(text, tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "error.json").write_text(text)
+    with pytest.raises(ReportError, match=f"error.json.*; remove {tmp_path / '0'} to run its cell again"):
+        collect(tmp_path, None)
+    (tmp_path / "0" / "error.json").write_text('{"overrides": ["a=1"], "error": "e", "not_defined": false}')
+    assert collect(tmp_path, None)["failed"][0]["name"] == "a=1"  # a cell without Hydra's own files
 
 
 def test_a_finished_cell_gets_its_pages_when_they_are_asked_for(tmp_path):

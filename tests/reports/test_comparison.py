@@ -5,6 +5,7 @@ import io
 import json
 import re
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_runs import REQUEST_SCHEMA, STEP_SCHEMA, fake_run, write_run
@@ -308,6 +309,70 @@ def test_runs_measured_at_the_same_time_are_named(tmp_path):
 
 def test_a_run_beside_itself(tmp_path):
     run = fake_run(tmp_path / "run", num_requests=12)
-    summary = compare([("run", run), ("run", run)], tmp_path / "out")
+    summary = compare([("run", run), ("run", run), ("run", run)], tmp_path / "out")
     assert summary["same_tokens"]["verdict"] == "same"
-    assert [cell["output_tokens_per_second_ratio"] for cell in summary["cells"]] == [1, 1]
+    labels = [f"paged × continuous [run]{again}" for again in ("", " (2)", " (3)")]
+    assert [cell["label"] for cell in summary["cells"]] == labels
+    assert summary["same_runs"] == [(labels[0], labels[1]), (labels[0], labels[2])]
+    line = f"{labels[0]} and {labels[1]} are one run: beside itself it differs in nothing."
+    assert line in (tmp_path / "out" / "report.md").read_text()
+    assert line in _printed(summary)
+    assert [cell["output_tokens_per_second_ratio"] for cell in summary["cells"]] == [1, 1, 1]
+
+
+def _printed(summary):
+    console = Console(file=io.StringIO(), width=400)
+    console.print(comparison_table(summary))
+    return " ".join(console.file.getvalue().split())
+
+
+def _simulated(run_dir):
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    manifest["simulation"] = {"kind": "card", "profile": "h100"}
+    manifest["config"]["runner"] = {"kind": "simulated", "profile": "h100"}
+    (run_dir / "manifest.json").write_text(json.dumps(manifest))
+    return run_dir
+
+
+def test_a_cell_that_is_not_paired_says_why(tmp_path):
+    """With no pair at all the report had no word of it."""
+    one = fake_run(tmp_path / "one", num_requests=8, config={"arrival": {"rate": 2}})
+    rate = fake_run(tmp_path / "rate", "contiguous", num_requests=8, config={"arrival": {"rate": 4}})
+    prompts = fake_run(tmp_path / "prompts", "contiguous", num_requests=8, seed=1, config={"arrival": {"rate": 2}})
+    manifest = json.loads((prompts / "manifest.json").read_text())
+    manifest["config"]["workload"]["seed"] = 0
+    (prompts / "manifest.json").write_text(json.dumps(manifest))
+    summary = compare([("one", one), ("rate", rate), ("prompts", prompts)], tmp_path / "out")
+    base, rate_label, prompts_label = (cell["label"] for cell in summary["cells"])
+    assert [cell["baseline"] for cell in summary["cells"]] == [base, None, None]
+    lines = [
+        f"{rate_label} is not paired: no run of the baseline's strategy has its settings "
+        f"({base} has arrival.rate=2 and not 4).",
+        f"{prompts_label} is not paired: its requests are not those of {base}.",
+    ]
+    text = (tmp_path / "out" / "report.md").read_text()
+    for line in lines:
+        assert line in text
+        assert line in _printed(summary)
+
+
+def test_simulated_beside_measured_is_named(tmp_path):
+    measured = fake_run(tmp_path / "measured", num_requests=8)
+    same = _simulated(fake_run(tmp_path / "same", num_requests=8))
+    summary = _summarize(measured, same)
+    assert summary["cells"][1]["paired"]
+    assert summary["two_clocks"] == [summary["cells"][1]["label"]]
+    assert "Simulated beside measured" in _printed(summary)
+    other = _simulated(fake_run(tmp_path / "other", "contiguous", num_requests=8))
+    reason = _summarize(measured, other)["cells"][1]["unpaired"]
+    assert reason.startswith("no run of the baseline's strategy has its settings (")
+    assert reason.endswith("; one of them is simulated, the other is measured")
+
+
+def test_runs_without_prompts_say_so(tmp_path):
+    one, other = (fake_run(tmp_path / name, num_requests=8) for name in "ab")
+    table = pq.read_table(other / "requests.parquet")
+    column = table.schema.get_field_index("prompt_token_ids")
+    nulls = pa.nulls(len(table), table.schema.field(column).type)
+    pq.write_table(table.set_column(column, "prompt_token_ids", nulls), other / "requests.parquet")
+    assert _summarize(one, other)["cells"][1]["unpaired"] == "it recorded no prompts (driver.record=summary)"

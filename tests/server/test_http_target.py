@@ -1,6 +1,7 @@
 """`target=http://...`: the same workload against any OpenAI-compatible server, every failure on record."""
 
 import asyncio
+import io
 import json
 import socket
 import threading
@@ -9,6 +10,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 import uvicorn
+from rich.console import Console
 from server_harness import KEY
 
 from engine.errors import ConfigError, EngineError
@@ -17,6 +19,7 @@ from experiments.job import execute
 from experiments.load.http_metrics import read_gauges
 from reports.comparison import compare
 from reports.files import CLASSES, read_run
+from reports.terminal import run_table
 
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "uniform", "arrival": "poisson"}
 LOAD = [
@@ -30,11 +33,13 @@ class ForeignServer:
     """A small OpenAI-compatible server that knows no extension, shows no token ids, and fails as it is told.
 
     Each prompt is answered with its own length of chunks after `delay` seconds. Prompts of a length in `failures` get
-    that status; 0 breaks the stream off.
+    that status; 0 breaks the stream off. Those of a length in `events` get that event in the stream.
     """
 
-    def __init__(self, delay: float = 0.0, failures: dict[int, int] | None = None) -> None:
-        self.delay, self.failures = delay, failures or {}
+    def __init__(
+        self, delay: float = 0.0, failures: dict[int, int] | None = None, events: dict[int, bytes] | None = None
+    ) -> None:
+        self.delay, self.failures, self.events = delay, failures or {}, events or {}
         self.bodies: list[dict] = []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -83,6 +88,8 @@ class ForeignServer:
         if whole:
             events.append({"choices": [{"text": "", "finish_reason": "length"}]})
             events.append({"choices": [], "usage": {"prompt_tokens": num_prompt, "completion_tokens": count}})
+        if num_prompt in self.events:
+            await send({"type": "http.response.body", "body": self.events[num_prompt], "more_body": True})
         for event in events:
             # The other line ending that server-sent events allow, and a pause between chunks.
             data = b"data: " + json.dumps(event).encode() + b"\r\n\r\n"
@@ -177,6 +184,41 @@ def test_a_server_that_dies_in_the_run_leaves_errors(tmp_path):
     assert 0 < summary["num_failed"] < 16
     assert summary["num_failed"] + summary["num_finished"] == 16
     assert "Timeout" in summary["rejections"][0]["example"]
+
+
+BAD_EVENTS = (
+    b"[1, 2]", b'"text"', b'{"choices": [5]}', b'{"choices": 7}', b'{"usage": "many"}', b'{"choices": [', b"\xff\xfe",
+    b'{"choices": [{"token_ids": 3}]}', b'{"usage": {"completion_tokens": "x"}}',
+    b'{"usage": {"prompt_tokens_details": 1}}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("event", BAD_EVENTS)
+def test_an_answer_of_another_shape_is_a_failed_request_among_others(event, tmp_path, capfd):
+    """One such answer ended the run, and all answers with it."""
+    lengths = [int(n) for n in run(tmp_path, None, name="here")[1].requests["num_prompt_tokens"]]
+    chosen = next(n for n in lengths if n != 8)  # 8 is the probe's length
+    with ForeignServer(events={chosen: b"data: " + event + b"\r\n\r\n"}) as url:
+        summary, _ = run(tmp_path, url)
+    assert summary["num_failed"] == lengths.count(chosen)
+    assert summary["num_finished"] == 12 - lengths.count(chosen)
+    [kind] = summary["rejections"]
+    assert kind["example"].startswith("an event of the stream is no completion (")
+    assert f"{summary['num_failed']} failed" in summary["headline"]
+    warning = f"warning: http: {summary['num_failed']} of 12 requests failed, such as by: {kind['example']}"
+    assert warning in capfd.readouterr().err
+    console = Console(file=io.StringIO(), width=200)
+    console.print(run_table(summary))
+    assert f"{summary['num_failed']} failed" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("metrics", ["http://[::1", "http://localhost:abc/metrics"])
+def test_gauges_that_cannot_be_read_do_not_cost_the_run(metrics, tmp_path):
+    """The reader's error came up when all requests had been answered, and no file was written."""
+    with ForeignServer() as url:
+        summary, _ = run(tmp_path, url, f"http.metrics='{metrics}'")
+    assert summary["num_finished"] == 12
+    assert "InvalidURL" in summary["target"]["gauges"]["error"]
 
 
 def test_a_closed_loop_keeps_its_users(tmp_path):
