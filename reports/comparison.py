@@ -114,6 +114,7 @@ def summarize_comparison(
         "measured_together": measured_together(cells),
         "same_runs": same_runs(cells),
         "two_clocks": two_clocks(cells),
+        "decode_kernels": decode_kernels(cells),
         "cells": [_cell_summary(cell) for cell in cells],
         "failed": failed,
         "not_defined": list(not_defined),
@@ -208,6 +209,16 @@ def measured_together(cells: list[Cell]) -> list[str]:
 def two_clocks(cells: list[Cell]) -> list[str]:
     """Labels of the cells that are compared with one of the other kind: simulated with measured, or the reverse."""
     return [cell.label for cell in cells if cell.baseline and cell.is_simulated != cell.baseline.is_simulated]
+
+
+def decode_kernels(cells: list[Cell]) -> dict[str, list[str]]:
+    """Labels by the kernel that their decode attention ran in; empty if it was the same for all that name one."""
+    found: dict[str, list[str]] = {}
+    for cell in cells:
+        runner = (cell.run.manifest.get("pool") or {}).get("runner")
+        if isinstance(runner, dict) and "decode_kernel" in runner:
+            found.setdefault(str(runner["decode_kernel"]), []).append(cell.label)
+    return found if len(found) > 1 else {}
 
 
 def headline(summary: dict[str, Any]) -> str:

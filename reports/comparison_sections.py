@@ -200,6 +200,12 @@ def pairing_notes(summary: dict[str, Any]) -> list[str]:
             "Simulated beside measured, so that a ratio is also the simulator's distance from the machine: "
             f"{', '.join(summary['two_clocks'])}."
         )
+    if summary["decode_kernels"]:
+        ran = "; ".join(f"{kernel}: {', '.join(labels)}" for kernel, labels in summary["decode_kernels"].items())
+        notes.append(
+            f"Decode attention ran in different kernels ({ran}), so part of a difference may be theirs; "
+            "runner.attention=triton gives all cells the same one."
+        )
     return notes
 
 
