@@ -26,6 +26,7 @@ SECTIONS = ("engine", "kv_cache", "sampling", "driver", "sweep", "report", "http
             "model", "runner", "workload", "arrival")  # fmt: skip
 MOST_SLOTS = 2**48  # what no memory holds; the product with a block's size is still an integer of 64 bits
 MOST_GIB = 2**30
+MOST_SAMPLES = 2**16
 
 
 def _check(ok: bool, key: str, value: object, must: str) -> None:
@@ -145,7 +146,9 @@ class SamplingConfig(_Section):
         for key in ("temperature", "top_p", "min_p"):
             _check(_is_number(getattr(self, key)), f"sampling.{key}", getattr(self, key), "a number")
         _check(_is_int(self.top_k, 0), "sampling.top_k", self.top_k, "an integer of at least 0 (0 keeps all tokens)")
-        _check(_is_int(self.n, 1), "sampling.n", self.n, "an integer of at least 1")
+        _check(
+            _is_int(self.n, 1) and self.n <= MOST_SAMPLES, "sampling.n", self.n, f"an integer in [1, {MOST_SAMPLES}]"
+        )
         _check(isinstance(self.ignore_eos, bool), "sampling.ignore_eos", self.ignore_eos, "true or false")
 
 

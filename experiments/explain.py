@@ -28,7 +28,7 @@ def explain(error: BaseException) -> str | None:
         return _explain_instantiation(error, _causes(error))
     if _raised_in(error) == "submitit":
         return f"hydra/launcher: {error}"
-    if isinstance(error, ValueError) and _raised_in(error) == "hydra":
+    if isinstance(error, (TypeError, ValueError)) and _raised_in(error) == "hydra":
         return f"the command line cannot be read: {first_line(error)}"
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
@@ -67,7 +67,7 @@ def _explain_instantiation(error: InstantiationException, chain: list[BaseExcept
     cause = chain[-1]
     if isinstance(cause, MemoryError):
         return f"{where}{explain(cause)}"
-    return f"{where}{cause}" if isinstance(cause, (TypeError, ValueError)) else None
+    return f"{where}{cause}" if isinstance(cause, (TypeError, ValueError, OverflowError)) else None
 
 
 def _suggestion(key: str) -> str:
