@@ -154,7 +154,8 @@ def write_run_folder(cell: dict[str, Any], run_dir: Path, commit: str | None = N
     manifest = cell["manifest"]
     if commit is not None:
         manifest["git"] = {"commit": commit, "dirty": False}
-    write_requests(run_dir / REQUESTS_FILE, cell["requests"])
+    # Cells of before 2026-11-25 say no priority: all had the same.
+    write_requests(run_dir / REQUESTS_FILE, [{"priority": 0} | row for row in cell["requests"]])
     steps = {name: np.array(column["values"], dtype=column["dtype"]) for name, column in cell["steps"].items()}
     write_steps(run_dir / STEPS_FILE, steps)
     (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")

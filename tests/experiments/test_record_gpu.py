@@ -1,10 +1,11 @@
 """The recording for the calibration, tried out on a CPU: its files become run folders that replay step for step."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from experiments.gpu import record
+from experiments.gpu import claims, record
 from experiments.simulation.recorded import RecordedRun
 from experiments.simulation.replay import replay
 from reports.run_report import write_run_report
@@ -27,6 +28,15 @@ def test_every_cell_becomes_a_run_folder_that_replays(tmp_path: Path, monkeypatc
         assert {row["num_output_tokens"] - row["max_tokens"] for row in run.requests} == {0}
         assert replay(run).identical
     write_run_report(made[0])
+
+
+def test_kept_cells_of_the_founding_claim_still_make_their_report(tmp_path: Path):
+    kept = Path(__file__).parents[2] / "docs/results/h200-claim"
+    for name in ("pagedxcontinuous", "contiguousxstatic"):
+        shutil.copy(kept / f"{name}.json.gz", tmp_path)
+    claims.report(tmp_path, "0" * 40)
+    text = (tmp_path / "report.md").read_text()
+    assert "paged × continuous is the fastest of 2 cells with 3,894 output tokens/s" in text
 
 
 def test_no_cell_starts_after_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
