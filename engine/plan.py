@@ -107,6 +107,9 @@ class KVUsage(NamedTuple):
 class KVAllocator(Protocol):
     """Who owns which slots. Knows blocks, never tensors.
 
+    What a step writes becomes another request's context with `commit`, after that step was launched, and not before: a
+    request that computes one token may read its context before the step's other writes are done.
+
     Attributes:
         block_size: slots per block.
         num_blocks: blocks in the pool, the null block left out; ids are 1..num_blocks.

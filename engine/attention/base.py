@@ -103,6 +103,9 @@ class AttentionBackend(Protocol):
     ) -> Tensor:
         """Causal attention of the new tokens over their contexts; their own KV has been written.
 
+        Of a request with one new token, the rest of its context must have been complete before this step: a kernel may
+        read it while this step's keys and values are being stored.
+
         Args:
             q: [T, num_heads, head_dim]; query head h reads KV head h // (num_heads / num_kv_heads).
             layer: index of the layer in the pool.

@@ -90,7 +90,7 @@ class OracleRunner:
             self._write(entry, allocator.block_size, written)
         token_ids: list[int | None] = []
         for entry, samples in zip(entries, plan.samples, strict=True):
-            token = self._attend(entry, allocator.block_size)
+            token = self._attend(entry, allocator.block_size, written)
             token_ids.append(token if samples else None)
             if samples:
                 self._last[entry.req.request_id] = (entry.end, token)
@@ -156,12 +156,21 @@ class OracleRunner:
             state = mix(state, self._token(req, pos))
             self._device[slot] = state
 
-    def _attend(self, entry: _Entry, block_size: int) -> int:
-        """Read all that the queries of [start, end) attend to, check it, and derive the next token."""
+    def _attend(self, entry: _Entry, block_size: int, written: set[int]) -> int:
+        """Read all that the queries of [start, end) attend to, check it, and derive the next token.
+
+        A kernel for one query may fetch its context before this step's keys and values are there, but for its own.
+        """
         req, start, end, table = entry
         window = self.window or end
         first = max(0, start - window + 1)  # what the first query sees
         slots = [table[pos // block_size] * block_size + pos % block_size for pos in range(first, end)]
+        if end - start == 1 and not written.isdisjoint(slots[:-1]):
+            pos = next(pos for pos, slot in enumerate(slots, first) if slot in written)
+            raise OracleFault(
+                f"request {req.request_id!r} computes position {start} alone and reads position {pos}, which another "
+                "request writes in the same step"
+            )
         got = list(map(self._device.get, slots))
         want = self._prefix[req.request_id][first:end]
         if got != want:

@@ -63,6 +63,11 @@ def test_the_seed_changes_the_tokens():
         ({"a": [3, 0]}, [[("a", 0, 6)]], "to the null block"),
         ({"a": [3, 3]}, [[("a", 0, 6)]], "slot 12 .position 4 of request 'a'. is written twice"),
         ({"a": [3, 7], "b": [5, 7]}, [[("a", 0, 6), ("b", 0, 6)]], "slot 28 .*'b'. is written twice"),
+        (
+            {"a": [3, 7], "b": [3, 9]},
+            [[("a", 0, 4), ("b", 4, 1)]],
+            "'b' computes position 4 alone and reads position 0, which another request writes in the same step",
+        ),
         ({"a": [3, 7]}, [[("a", 2, 0)]], r"positions \[2, 2\)"),
         ({"a": [3, 7]}, [[("a", 0, 6)], [("a", 7, 1)]], "position 7 before its token was sampled"),
     ],
