@@ -85,6 +85,7 @@ def _describe(module: nn.Module, text: PretrainedConfig, name: str, directory: P
         bos_token_id=text.bos_token_id,
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
         sliding_window=geometry.sliding_window,
+        has_plain_layers=geometry.has_plain_layers,
     )
     slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
     return LoadedModel(module, spec, directory, special, slices_logits)

@@ -40,6 +40,7 @@ class AttentionGeometry(NamedTuple):
         num_kv_heads, head_dim: of every layer.
         sliding_window: the widest layer's window; None when a layer has none.
         vocab_size: width of the logits.
+        has_plain_layers: some layer sees the whole context, without a soft cap or sinks.
     """
 
     num_layers: int
@@ -47,6 +48,7 @@ class AttentionGeometry(NamedTuple):
     head_dim: int
     sliding_window: int | None
     vocab_size: int
+    has_plain_layers: bool
 
 
 class _Recorder(NullBackend):
@@ -55,6 +57,7 @@ class _Recorder(NullBackend):
     def __init__(self) -> None:
         self.calls: list[tuple[int, int, int]] = []
         self.windows: list[int | None] = []
+        self.has_plain_layers = False
 
     def write_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:  # noqa: ARG002
         """Note the layer and its heads."""
@@ -71,8 +74,9 @@ class _Recorder(NullBackend):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Note the window."""
+        """Note the window, and whether there is nothing of the kind."""
         self.windows.append(sliding_window)
+        self.has_plain_layers |= sliding_window is None and softcap is None and sinks is None
         return super().attend(q, layer, meta, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks)
 
 
@@ -155,6 +159,7 @@ def _geometry(recorder: _Recorder, num_layers: int, heads: tuple[int, int], voca
         head_dim=heads[1],
         sliding_window=max(windows) if len(windows) == num_layers else None,
         vocab_size=vocab_size,
+        has_plain_layers=recorder.has_plain_layers,
     )
 
 

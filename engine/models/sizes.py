@@ -89,6 +89,7 @@ def model_sizes(
             bos_token_id=text.bos_token_id,
             num_parameters=num_parameters,
             sliding_window=geometry.sliding_window,
+            has_plain_layers=geometry.has_plain_layers,
         ),
         special_token_ids=special,
         num_heads=text.num_attention_heads,

@@ -25,6 +25,7 @@ class ModelSpec:
         bos_token_id: the beginning-of-sequence token, or None.
         num_parameters: weights, shared ones once.
         sliding_window: tokens that the widest layer sees; None when some layer sees the whole context.
+        has_plain_layers: some layer's attention sees the whole context, without a soft cap or sinks.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ModelSpec:
     bos_token_id: int | None
     num_parameters: int
     sliding_window: int | None = None
+    has_plain_layers: bool = True
 
     @property
     def kv_bytes_per_token(self) -> int:

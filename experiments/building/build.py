@@ -196,7 +196,8 @@ def _attention_backend(config: RunnerConfig, model: LoadedModel, pool: KVPool) -
     from engine.attention.triton_backend import TritonBackend
 
     text_config = cast(PretrainedConfig, model.module.config).get_text_config()
-    use_hopper = config.attention == "auto"
+    # The CUDA kernel does plain layers; where there is none, contexts are better cut for the other one.
+    use_hopper = config.attention == "auto" and model.spec.has_plain_layers
     return TritonBackend(pool, text_config.num_attention_heads, contiguous=contiguous, use_hopper=use_hopper)
 
 

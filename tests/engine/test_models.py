@@ -69,10 +69,19 @@ def test_auto_dtype_is_the_checkpoints(copy):
 
 
 @pytest.mark.parametrize(
-    ("family", "window"), [("mistral", 8), ("gemma2", None), ("phi3", 8), ("qwen2", None), ("llama", None)]
+    ("family", "window", "has_plain_layers"),
+    [
+        ("mistral", 8, False),
+        ("gemma2", None, False),  # soft-capped
+        ("gpt_oss", None, False),  # with sinks
+        ("phi3", 8, False),
+        ("qwen2", None, True),
+        ("llama", None, True),
+    ],
 )
-def test_sliding_window_is_the_widest_layers(family, window, tmp_path):
-    assert load_model(write_checkpoint(tmp_path, family)).spec.sliding_window == window
+def test_sliding_window_is_the_widest_layers(family, window, has_plain_layers, tmp_path):
+    spec = load_model(write_checkpoint(tmp_path, family)).spec
+    assert (spec.sliding_window, spec.has_plain_layers) == (window, has_plain_layers)
 
 
 def test_relative_paths_also_start_at_the_project_root(tmp_path, monkeypatch):
