@@ -18,7 +18,7 @@ from engine.errors import EngineError
 
 # Shared memory of a multiprocessor that its programs may have.
 SHARED_BYTES = 227 * 1024
-_ADVICE = "; set runner.fusions=false"
+_ADVICE = "; runner.fusions=false with runner.attention=triton does without CUDA kernels"
 
 
 def wgmma_source(cols: int) -> str:

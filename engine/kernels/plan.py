@@ -93,6 +93,10 @@ def even_items(seq_lens: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarr
     Rows that fill three quarters of the programs or more, and none of which is a third above its share, stay whole: a
     row in two parts takes two starts and a merge.
 
+    Args:
+        seq_lens: int [n], at least one.
+        shape: how to cut.
+
     Returns:
         Columns of the items as in `decode_items`, with indices into `seq_lens` as rows; and int64
         [slots_per_head + 1], the first item of each program, and the end of the last one's.
@@ -164,6 +168,10 @@ def plan_step(
     prefill = prefill_items(prefill_rows, query_lens[prefill_rows], lens[prefill_rows], shape.queries)
     needed = Capacity(decode.shape[1], len(prefill[0]), len(starts))
     capacity = capacity or needed
+    if needed.starts not in (0, capacity.starts):
+        raise EngineError(
+            f"a plan with {needed.starts} starts does not fit into buffers with room for {capacity.starts}"
+        )
     if needed.decode > capacity.decode or needed.prefill > capacity.prefill:
         raise EngineError(
             f"attention needs {needed.decode} decode and {needed.prefill} prefill items, and this step's buffers hold "

@@ -65,7 +65,14 @@ class StreamDecode:
         """Whether it can do this layer: plain attention over a pool whose layers are contiguous."""
         plain = call.sliding_window is None and call.softcap is None and call.sinks is None
         shape = streams(call.q.shape[2], call.group, call.block_size, call.keys.dtype)
-        return plain and shape and call.q.dtype == torch.bfloat16 and call.keys.is_contiguous()
+        q = call.q
+        # Queries are read two at a time.
+        pairs = (
+            q.dtype == torch.bfloat16
+            and q.stride(2) == 1
+            and not (q.data_ptr() % 4 or q.stride(0) % 2 or q.stride(1) % 2)
+        )
+        return plain and shape and pairs and call.keys.is_contiguous() and call.values.is_contiguous()
 
     def __call__(
         self,

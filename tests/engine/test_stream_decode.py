@@ -51,7 +51,13 @@ def test_layers_that_it_takes():
     assert not stream.takes(plain._replace(softcap=5.0))
     assert not stream.takes(plain._replace(sinks=q))
     assert not stream.takes(plain._replace(keys=pool[:, 0])), "layers of a virtual pool, between which nothing may be"
+    assert not stream.takes(plain._replace(values=pool[:, 1]))
     assert not stream.takes(plain._replace(q=q.float()))
+    assert not stream.takes(plain._replace(q=torch.zeros(2, 8, 130, dtype=torch.bfloat16)[:, :, 1:129])), (
+        "at odd addresses"
+    )
+    apart = torch.zeros(2, 8 * 128 + 1, dtype=torch.bfloat16)[:, 1:].view(2, 8, 128)
+    assert not stream.takes(plain._replace(q=apart)), "rows an odd number of elements apart"
 
 
 def test_it_compiles_without_spills_and_fits_twice():

@@ -113,3 +113,5 @@ def test_a_step_beyond_the_reserved_capacity_is_refused():
     loc, lens = arrays([(10, 1)] * 5)
     with pytest.raises(EngineError, match="more rows or tokens than were reserved"):
         plan_step(loc, lens, Shape(DECODE, 16, 4), Capacity(4, 0))
+    with pytest.raises(EngineError, match="starts does not fit"):
+        plan_step(loc, lens, Shape(DECODE, 16, 4, stays=True), Capacity(40, 20))
