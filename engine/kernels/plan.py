@@ -66,9 +66,14 @@ def chunk_tokens(seq_lens: np.ndarray, shape: Shape) -> int:
     """
     tile, slots = shape.decode.tile, shape.slots_per_head
     share = -(-int(seq_lens.sum()) // slots)
-    if shape.decode.programs_per_sm > 1 and 3 * slots <= 4 * len(seq_lens) <= 4 * slots:
+    if shape.decode.programs_per_sm > 1 and _almost_fill(len(seq_lens), slots):
         share *= 2
     return -(-max(share, shape.decode.min_chunk) // tile) * tile
+
+
+def _almost_fill(num_rows: int, slots: int) -> bool:
+    """Whether whole rows leave at most a quarter of the programs without work."""
+    return 3 * slots <= 4 * num_rows <= 4 * slots
 
 
 def decode_items(rows: np.ndarray, seq_lens: np.ndarray, shape: Shape) -> np.ndarray:
@@ -107,7 +112,7 @@ def even_items(seq_lens: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarr
     firsts, total = ends - tiles, int(ends[-1])
     bounds = np.arange(slots + 1) * total // slots
     num_rows = len(seq_lens)
-    if 3 * slots <= 4 * num_rows <= 4 * slots and 3 * slots * int(tiles.max()) <= 4 * total:
+    if _almost_fill(num_rows, slots) and 3 * slots * int(tiles.max()) <= 4 * total:
         bounds = np.append(firsts, np.full(slots + 1 - num_rows, total))
     cuts = np.union1d(firsts, bounds[:-1][bounds[:-1] < total])
     index = np.searchsorted(ends, cuts, side="right")

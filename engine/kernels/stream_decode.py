@@ -29,7 +29,6 @@ from engine.kernels.hopper import HopperKernels, Kernel
 
 # Of fewer rows the merge is the longest part, and the programs of `decode.py` have more threads for it.
 FEWEST_ROWS = 8
-TILE = 64
 _HEAD_DIM, _WARPS, _BLOCK_TOKENS, _STAGES = 128, 4, 16, 3
 _MOST_GROUP = 8
 _BLOCK_BYTES = 2 * 2 * _BLOCK_TOKENS * _HEAD_DIM
@@ -88,7 +87,7 @@ class StreamDecode:
 
         Args:
             call: what is read and written, which `takes` agreed to.
-            items: int32 [5 * num_items], see `engine.kernels.plan`; chunks begin at whole tiles of `TILE`.
+            items: int32 [5 * num_items], see `engine.kernels.plan`; chunks begin at multiples of 16 tokens.
             num_items: how many there is room for.
             starts: int32 [slots + 1], the first item of each slot and the end of the last one's.
             scratch: with room for the items and rows.
