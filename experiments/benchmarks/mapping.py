@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from engine.cuda_memory import CudaDriver
+from engine.errors import KvarenaError
 from engine.virtual_memory import PageMap
 from experiments.gpu.timing import require_cuda
 
@@ -101,10 +102,18 @@ def bench_pool(driver: CudaDriver, num_pages: int, busy: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run all of it. Raises ConfigError without a GPU."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pages", type=int, default=512, help="pages of each measurement")
     num_pages = parser.parse_args(argv).pages
+    try:
+        run(num_pages)
+    except KvarenaError as error:
+        raise SystemExit(str(error)) from error
+
+
+def run(num_pages: int) -> None:
+    """Run all of it. Raises ConfigError without a GPU."""
     driver = CudaDriver(require_cuda())
     print(json.dumps({"device": torch.cuda.get_device_name(), "page_bytes": driver.granularity}))
     for busy in (False, True):
