@@ -25,6 +25,7 @@ from engine.request import Request, SamplingParams
 from engine.runner.base import ModelRunner
 from engine.runner.torch_runner import TorchRunner
 from experiments.gpu.engines import BLOCK_SIZE, Bed, Levers, make_bed
+from experiments.gpu.timing import require_cuda
 from experiments.load.driver import drive
 from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from experiments.recording.provenance import git_state, machine, peak_rss_bytes, versions
@@ -112,8 +113,11 @@ def make_runner(
 ) -> tuple[Bed, ModelRunner, Levers]:
     """A model of dummy weights, its pool, and a runner ready to decode.
 
-    On a CPU it is the plain runner in fp32, to try a command out; the levers returned say so.
+    On a CPU it is the plain runner in fp32, to try a command out; the levers returned say so. Raises ConfigError for a
+    GPU that is not there.
     """
+    if device == "cuda":
+        require_cuda()
     bed = make_bed(shape, num_slots, None, dtype="bfloat16" if device == "cuda" else "float32", device=device)
     if device != "cuda":
         return bed, TorchRunner(bed.model, bed.pool), levers._replace(fusions=False, graphs=False)

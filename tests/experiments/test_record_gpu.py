@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine.errors import ConfigError
 from experiments.gpu import claims, record
 from experiments.simulation.recorded import RecordedRun
 from experiments.simulation.replay import replay
@@ -37,6 +39,14 @@ def test_kept_cells_of_the_founding_claim_still_make_their_report(tmp_path: Path
     claims.report(tmp_path, "0" * 40)
     text = (tmp_path / "report.md").read_text()
     assert "paged × continuous is the fastest of 2 cells with 3,894 output tokens/s" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_they_say_so(tmp_path: Path):
+    with pytest.raises(ConfigError, match="run it on a CUDA machine"):
+        claims.measure(tmp_path, "tiny", 1, 64, "cuda")
+    with pytest.raises(ConfigError, match="run it on a CUDA machine"):
+        record.measure(tmp_path, ["tiny"], OPTIONS._replace(device="cuda"), limit=60.0)
 
 
 def test_no_cell_starts_after_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
