@@ -41,6 +41,7 @@ def comparison_document(summary: dict[str, Any], cells: list[Cell], svg: dict[st
         kicker="kvarena · comparison",
         title=title(summary, cells),
         headline=summary["headline"],
+        notices=summary["notices"],
         verdict=(same["line"], same["verdict"] != "different"),
         facts=shared_facts(cells),
         sections=sections,
@@ -131,7 +132,6 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         "Output throughput, mean batch over step time, and time to first token of every cell.",
         "bars of throughput and batch size, and TTFT ranges, one row per cell",
     )
-    invalid = [cell["label"] for cell in cells if not cell["valid"]]
     notes = [
         f"Ratio: output throughput / the baseline's ({summary['baseline']}). Token states: mean share of the KV pool "
         "while requests wait for room (marked * where none did: of all steps)."
@@ -139,14 +139,7 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     goals = {limits_text(cell["slo"]["limits"]) for cell in cells if cell["slo"]}
     notes += [f"Good requests: share of all requests with {goal}; goodput: these / duration." for goal in sorted(goals)]
     notes += [f"{cell.get('name', DASH)} is not defined: {cell.get('error', DASH)}." for cell in summary["not_defined"]]
-    if invalid:
-        notes.append(f"Invalid, because the driver fell behind its bound: {', '.join(invalid)}.")
     notes += pairing_notes(summary)
-    if summary["measured_together"]:
-        notes.append(
-            "Measured at the same time on one machine, so that each slowed the others down: "
-            f"{', '.join(summary['measured_together'])}."
-        )
     for index, cell in enumerate(cells):
         if telling(cell)[0] is not ROOM:
             rows[index][len(settings) + 7] += " *"
@@ -190,23 +183,11 @@ def paired_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
 
 
 def pairing_notes(summary: dict[str, Any]) -> list[str]:
-    """Which cells are not paired and why, and which pairs say less than they seem to."""
+    """Which cells are not paired and why, and which pairs are one run."""
     notes = [f"{cell['label']} is not paired: {cell['unpaired']}." for cell in summary["cells"] if cell["unpaired"]]
-    notes += [
+    return notes + [
         f"{one} and {other} are one run: beside itself it differs in nothing." for one, other in summary["same_runs"]
     ]
-    if summary["two_clocks"]:
-        notes.append(
-            "Simulated beside measured, so that a ratio is also the simulator's distance from the machine: "
-            f"{', '.join(summary['two_clocks'])}."
-        )
-    if summary["decode_kernels"]:
-        ran = "; ".join(f"{kernel}: {', '.join(labels)}" for kernel, labels in summary["decode_kernels"].items())
-        notes.append(
-            f"Decode attention ran in different kernels ({ran}), so part of a difference may be theirs; "
-            "runner.attention=triton gives all cells the same one."
-        )
-    return notes
 
 
 def memory_section(summary: dict[str, Any], cells: list[Cell], svg: dict[str, str]) -> Section:

@@ -70,6 +70,7 @@ class Document:
         kicker: what kind of report it is.
         title: its name.
         headline: the result in one sentence.
+        notices: what a reader must know before believing the headline, right below it.
         verdict: a line that must not be overlooked, and whether it is good news; None for none.
         facts: (name, value) of what ran.
         tiles: (name, value, remark) of the few numbers to see first.
@@ -82,6 +83,7 @@ class Document:
     kicker: str
     title: str
     headline: str
+    notices: list[str] = field(default_factory=list)
     verdict: tuple[str, bool] | None = None
     facts: list[tuple[str, str]] = field(default_factory=list)
     tiles: list[tuple[str, str, str]] = field(default_factory=list)

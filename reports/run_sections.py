@@ -38,7 +38,7 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
         kicker=f"kvarena · report of a {'simulated ' if summary['simulation'] else ''}run",
         title=str(summary["name"]).replace(" x ", " × "),
         headline=summary["headline"].replace(" x ", " × "),
-        verdict=None if summary["valid"] else (invalid(summary), False),
+        notices=summary["notices"],
         facts=facts(summary),
         tiles=tiles(summary),
         sections=[
@@ -53,14 +53,6 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
         definitions=definitions(),
         config=json.dumps(config, indent=2, ensure_ascii=False),
         footer=footer(summary),
-    )
-
-
-def invalid(summary: dict[str, Any]) -> str:
-    """Why the run's latencies must not be trusted."""
-    return (
-        f"Invalid run: the driver handed a request over {seconds(summary['lateness_seconds']['max'])} after its "
-        f"scheduled arrival, more than driver.max_lateness={summary['lateness_bound_seconds']:g} s allows."
     )
 
 

@@ -12,6 +12,7 @@ from reports.format import count, percent, rate, seconds
 from reports.gauges import read_gauges, summarize_gauges
 from reports.latency import TokenGaps, describe, request_latencies, token_gaps
 from reports.memory import Spans, mean_shares, step_spans, weighted_mean
+from reports.notices import run_notices
 from reports.slo import summarize_slo
 from reports.steady import steady_window, summarize_steady
 from reports.windows import telling, window_masks
@@ -67,6 +68,7 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
     summary |= _load(run, spans)
     summary |= _memory(run, spans)
     summary["gauges"] = summarize_gauges(read_gauges(run))
+    summary["notices"] = run_notices(summary)
     summary["headline"] = headline(summary)
     return summary
 

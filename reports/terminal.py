@@ -22,9 +22,8 @@ def run_table(summary: dict[str, Any]) -> Table:
     Args:
         summary: what `write_run_report` returned.
     """
-    table = Table(
-        title=escape(str(summary["name"]).replace(" x ", " × ")), title_justify="left", show_header=False, box=None
-    )
+    title = headed(str(summary["name"]).replace(" x ", " × "), summary["notices"])
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
     table.add_column(style="dim")
     table.add_column(justify="right")
     table.add_column(style="dim")
@@ -50,9 +49,12 @@ def run_table(summary: dict[str, Any]) -> Table:
     )
     table.add_row("mean batch", rate(summary["batch_size_mean"]), f"largest {count(summary['batch_size_max'])}")
     table.add_row("peak memory", size_bytes(summary["peak_rss_bytes"]), "")
-    if not summary["valid"]:
-        table.add_row("[red]invalid[/red]", seconds(summary["lateness_seconds"]["max"]), "the driver was too late")
     return table
+
+
+def headed(headline: str, notices: list[str]) -> str:
+    """A headline with its notices below, as the title of a table."""
+    return "\n".join([escape(headline), *(f"[yellow]note: {escape(line)}[/yellow]" for line in notices)])
 
 
 def _failed(number: int) -> str:
@@ -80,7 +82,10 @@ def comparison_table(summary: dict[str, Any]) -> Table:
         lines.append(f"{len(notes) - MAX_NOTES} more such notes are in the report.")
     if len(summary["costs"]) <= MAX_COST_LINES:
         lines += cost_lines(summary["costs"])
-    table = Table(caption=escape("\n".join(lines)), caption_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=headed(summary["headline"], summary["notices"]), title_justify="left",
+        caption=escape("\n".join(lines)), caption_justify="left", box=None, pad_edge=False,
+    )  # fmt: skip
     table.add_column("cell", overflow="fold")
     for name in ("tok/s", "ratio", "TTFT", "KV", "E2E ratio, 95 % CI"):
         table.add_column(name, justify="right", no_wrap=True)
