@@ -31,6 +31,7 @@ class StepFeatures(NamedTuple):
         num_attention_pairs: (query, key) pairs of the prefill tokens.
         num_copied_blocks: blocks copied before the forward.
         num_prefill_requests: requests that compute more than one token.
+        longest_prefill: most tokens that a query of these may attend to: the longest of their contexts.
     """
 
     num_prefill_tokens: int
@@ -39,6 +40,7 @@ class StepFeatures(NamedTuple):
     num_attention_pairs: int
     num_copied_blocks: int
     num_prefill_requests: int
+    longest_prefill: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -54,15 +56,16 @@ class StepFeatures(NamedTuple):
 def step_features(plan: StepPlan) -> StepFeatures:
     """The features of `plan`."""
     scheduled = plan.scheduled
-    prefill = pairs = num_prefills = 0
+    prefill = pairs = num_prefills = longest = 0
     for _, start, num_new in scheduled[plan.num_decodes :]:
         if num_new > 1:
             num_prefills += 1
             prefill += num_new
             pairs += num_new * start + num_new * (num_new + 1) // 2
+            longest = max(longest, start + num_new)
     num_decodes = len(scheduled) - num_prefills
     kv = sum([start for _, start, _ in scheduled]) + prefill + num_decodes
-    return StepFeatures(prefill, num_decodes, kv, pairs, len(plan.copies), num_prefills)
+    return StepFeatures(prefill, num_decodes, kv, pairs, len(plan.copies), num_prefills, longest)
 
 
 class StepTime(Protocol):

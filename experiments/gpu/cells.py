@@ -19,12 +19,14 @@ import numpy as np
 
 from engine.clock import WallClock
 from engine.core import Engine
+from engine.kv_pool import KVPool
 from engine.ledger import MemoryLedger
 from engine.plan import KVAllocator
 from engine.request import Request, SamplingParams
 from engine.runner.base import ModelRunner
 from engine.runner.torch_runner import TorchRunner
 from experiments.gpu.engines import BLOCK_SIZE, Bed, Levers, make_bed
+from experiments.gpu.shapes import MAX_MODEL_LEN
 from experiments.gpu.timing import require_cuda
 from experiments.load.driver import drive
 from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
@@ -84,6 +86,7 @@ class GpuCell:
         requests: fresh ones.
         workload: section `workload` of the manifest (name, seed, description).
         arrival: section `arrival` of the manifest.
+        num_slots: of the pool that it may use; None: all.
     """
 
     name: str
@@ -92,6 +95,11 @@ class GpuCell:
     requests: Sequence[Request]
     workload: dict[str, Any]
     arrival: dict[str, Any]
+    num_slots: int | None = None
+
+    def num_blocks(self, pool: KVPool) -> int:
+        """Blocks of `pool` that it uses."""
+        return pool.num_blocks if self.num_slots is None else min(pool.num_blocks, self.num_slots // BLOCK_SIZE)
 
 
 def requests_from(items: Sequence[WorkloadItem], times: Sequence[float] | None = None) -> list[Request]:
@@ -109,7 +117,7 @@ def requests_from(items: Sequence[WorkloadItem], times: Sequence[float] | None =
 
 
 def make_runner(
-    shape: str, num_slots: int, max_num_seqs: int, device: str, levers: Levers
+    shape: str, num_slots: int, max_num_seqs: int, device: str, levers: Levers, max_model_len: int = MAX_MODEL_LEN
 ) -> tuple[Bed, ModelRunner, Levers]:
     """A model of dummy weights, its pool, and a runner ready to decode.
 
@@ -118,7 +126,8 @@ def make_runner(
     """
     if device == "cuda":
         require_cuda()
-    bed = make_bed(shape, num_slots, None, dtype="bfloat16" if device == "cuda" else "float32", device=device)
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    bed = make_bed(shape, num_slots, None, dtype=dtype, device=device, max_model_len=max_model_len)
     if device != "cuda":
         return bed, TorchRunner(bed.model, bed.pool), levers._replace(fusions=False, graphs=False)
     runner = bed.runner(levers, max_num_seqs)
@@ -128,7 +137,7 @@ def make_runner(
 
 def run_cell(cell: GpuCell, bed: Bed, runner: ModelRunner, levers: Levers) -> dict[str, Any]:
     """Run one cell: its manifest, request rows and step columns as plain values."""
-    allocator, scheduler = cell.strategy.build(bed.pool.num_blocks, cell.max_model_len)
+    allocator, scheduler = cell.strategy.build(cell.num_blocks(bed.pool), cell.max_model_len)
     clock, ledger, recorder = WallClock(), MemoryLedger(), RunRecorder()
     engine = Engine(scheduler, allocator, runner, clock, overlap=levers.overlap, ledger=ledger)
     gc.collect()
@@ -172,7 +181,7 @@ def _path(kind: type) -> str:
 def _manifest(cell: GpuCell, bed: Bed, levers: Levers, recorder: RunRecorder) -> dict[str, Any]:
     spec, strategy = bed.model.spec, cell.strategy
     dtype = str(spec.dtype).removeprefix("torch.")
-    num_requests = len(cell.requests)
+    num_requests, num_slots = len(cell.requests), cell.num_blocks(bed.pool) * BLOCK_SIZE
     return {
         "schema_version": 1,
         "name": cell.name,
@@ -189,7 +198,7 @@ def _manifest(cell: GpuCell, bed: Bed, levers: Levers, recorder: RunRecorder) ->
                 "overlap": levers.overlap,
             },
             "runner": {"kind": "torch", "fusions": levers.fusions, "graphs": levers.graphs},
-            "kv_cache": {"num_slots": bed.pool.num_slots},
+            "kv_cache": {"num_slots": num_slots},
             "workload": {"name": cell.workload["name"], "num_requests": num_requests, "seed": cell.workload["seed"]},
             "arrival": cell.arrival,
             "sampling": SAMPLING,
@@ -202,8 +211,8 @@ def _manifest(cell: GpuCell, bed: Bed, levers: Levers, recorder: RunRecorder) ->
             "max_model_len": spec.max_model_len, "dtype": dtype,
         },
         "pool": {
-            "num_blocks": bed.pool.num_blocks, "block_size": BLOCK_SIZE, "num_slots": bed.pool.num_slots,
-            "bytes": bed.pool.num_slots * spec.kv_bytes_per_token,
+            "num_blocks": num_slots // BLOCK_SIZE, "block_size": BLOCK_SIZE, "num_slots": num_slots,
+            "bytes": num_slots * spec.kv_bytes_per_token,
         },
         "workload": cell.workload | {"num_requests": num_requests},
         "run": {

@@ -81,12 +81,14 @@ class Bed:
         model: dummy weights.
         pool: keys and values, random to begin with (zeros would be faster than real ones).
         gemm: text of a `GemmTable`, or None for the built-in one.
+        max_model_len: longest context of its runners.
     """
 
     name: str
     model: LoadedModel
     pool: KVPool
     gemm: str | None
+    max_model_len: int = MAX_MODEL_LEN
     _fused: FusedDecoder | None = field(default=None, repr=False)
 
     def decoder(self, levers: Levers) -> FusedDecoder | None:
@@ -105,7 +107,7 @@ class Bed:
                     table = GemmTable.from_json(self.gemm, levers.skinny, processors)
             ops = TritonOps(device, table, hopper=levers.hopper)
         if self._fused is None:
-            self._fused = fuse(self.model, ops, MAX_MODEL_LEN)
+            self._fused = fuse(self.model, ops, self.max_model_len)
         return replace(self._fused, ops=ops)
 
     def runner(self, levers: Levers, max_num_seqs: int) -> FusedRunner:
@@ -118,7 +120,7 @@ class Bed:
             TritonBackend(self.pool, heads, use_hopper=levers.hopper),  # type: ignore[arg-type]
             self.decoder(levers),
             max_num_seqs=max_num_seqs,
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=self.max_model_len,
             graphs=graphs,
             mixed_tokens=graph_tokens(self.model.spec.num_parameters) if graphs and levers.mixed else 0,
         )
@@ -146,9 +148,18 @@ class Bed:
         return Engine(scheduler, allocator, runner, WallClock(), overlap=overlap)
 
 
-def make_bed(name: str, num_slots: int, gemm: Path | None, *, dtype: str = "bfloat16", device: str = "cuda") -> Bed:
+def make_bed(
+    name: str,
+    num_slots: int,
+    gemm: Path | None,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cuda",
+    max_model_len: int = MAX_MODEL_LEN,
+) -> Bed:
     """Load a shape with dummy weights, and fill a pool with random keys and values."""
-    model = load_model(shape=SHAPES[name], dtype=dtype, device=device, load_format="dummy", name=name)
+    shape = SHAPES[name] | {"max_position_embeddings": max_model_len}
+    model = load_model(shape=shape, dtype=dtype, device=device, load_format="dummy", name=name)
     spec = model.spec
     pool = KVPool(
         num_blocks=num_slots // BLOCK_SIZE,
@@ -161,7 +172,7 @@ def make_bed(name: str, num_slots: int, gemm: Path | None, *, dtype: str = "bflo
     )
     for layer in range(spec.num_layers):
         pool.data[:, layer].normal_()
-    return Bed(name, model, pool, None if gemm is None else gemm.read_text())
+    return Bed(name, model, pool, None if gemm is None else gemm.read_text(), max_model_len)
 
 
 class StepTimes(NamedTuple):

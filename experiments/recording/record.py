@@ -35,6 +35,7 @@ STEP_COUNTS = (
     "num_swapped_out",
     "num_swapped_in",
     "num_prefill_requests",
+    "longest_prefill",
 )
 STEP_SUMS = ("num_kv_tokens", "num_attention_pairs", "decision_hash")  # 64 bits wide
 ROWS_AT_ONCE = 16384  # requests of a row group
@@ -98,6 +99,7 @@ class RunRecorder:
             num_swapped_out,
             num_swapped_in,
             features.num_prefill_requests,
+            features.longest_prefill,
         )
         sums = (features.num_kv_tokens, features.num_attention_pairs, decision_hash(step, log.rows.__getitem__))
         for column, value in zip(self._steps.values(), times + counts + sums, strict=True):

@@ -108,19 +108,28 @@ class RecordedRun:
     def make_requests(self, *, as_long_as_recorded: bool = False) -> list[Request]:
         """Fresh requests, in order of submission: the same prompts, limits and arrivals.
 
+        A recording without tokens (`driver.record=summary`, `experiments.gpu.record`) has prompts of the same lengths:
+        enough for every strategy but prefix caches.
+
         Args:
             as_long_as_recorded: for a run whose samples are not the recorded tokens: a request that a stop token
                 ended may have as many tokens as it had. Otherwise it gets that token, and no other, as stop token.
+
+        Raises:
+            ConfigError: a stop token ended a request, and it was not recorded.
         """
         return [self._request(row, as_long_as_recorded) for row in self.requests]
 
     def _request(self, row: dict[str, Any], as_long_as_recorded: bool) -> Request:
         stopped, outputs = row["finish_reason"] == "stop", row["output_token_ids"]
+        if stopped and outputs is None and not as_long_as_recorded:
+            raise ConfigError(f"{self.path / REQUESTS_FILE} has no tokens, and a stop token ended {row['request_id']}")
+        prompt = row["prompt_token_ids"]
         return Request(
             request_id=row["request_id"],
-            prompt_token_ids=row["prompt_token_ids"],
+            prompt_token_ids=[0] * row["num_prompt_tokens"] if prompt is None else prompt,
             sampling=SamplingParams(
-                max_tokens=len(outputs) if stopped and as_long_as_recorded else row["max_tokens"],
+                max_tokens=row["num_output_tokens"] if stopped and as_long_as_recorded else row["max_tokens"],
                 stop_token_ids=(outputs[-1],) if stopped and not as_long_as_recorded else (),
             ),
             arrival_time=row["arrival_time"],

@@ -70,10 +70,10 @@ class ReplayRunner:
         """Nothing to forget."""
 
     def _token(self, req: Request, position: int) -> int:
-        """The token at `position`; one that overlap sampled past the end was dropped, so any will do."""
+        """The token at `position`; any, where none was recorded or overlap sampled past the end and dropped it."""
         outputs = self._outputs[req.request_id]
         index = position - req.num_prompt_tokens
-        return int(outputs[index]) if index < len(outputs) else 0
+        return int(outputs[index]) if outputs is not None and index < len(outputs) else 0
 
 
 def replay(run: RecordedRun) -> ReplayResult:

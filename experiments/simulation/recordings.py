@@ -1,0 +1,137 @@
+"""Recorded cells in few small files: what a GPU machine hands back, and what is kept in the repository.
+
+    NAME-requests.parquet    a row a request, without its tokens; in its metadata the cells' manifests
+    NAME-steps.parquet       a row a step, all columns of a run's steps.parquet; times in whole nanoseconds
+
+Both have a column `cell`, the number of the manifest. `make_folders` makes run folders of them, which the rest of the
+harness reads like any others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.errors import ConfigError
+from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.recording.record import STEP_TIMES, write_requests, write_steps
+from experiments.recording.request_log import LISTS, REQUEST_COLUMNS
+
+REQUESTS, STEPS = "-requests.parquet", "-steps.parquet"
+CELL = "cell"
+MANIFESTS = b"manifests"
+NANOSECONDS = 1e9
+
+
+def write_recording(cells: Sequence[dict[str, Any]], folder: Path, name: str, *, level: int = 3) -> list[Path]:
+    """Write cells as `experiments.gpu.cells.run_cell` gives them; returns the two files.
+
+    Args:
+        cells: each with `manifest`, `requests` and `steps`; the manifests say under `calibration` what they are for.
+        folder: must exist.
+        name: of the files.
+        level: of the compression.
+    """
+    steps = [_step_table(number, cell["steps"]) for number, cell in enumerate(cells)]
+    requests = [_request_table(number, cell["requests"]) for number, cell in enumerate(cells)]
+    paths = [folder / f"{name}{REQUESTS}", folder / f"{name}{STEPS}"]
+    manifests = {MANIFESTS: json.dumps([cell["manifest"] for cell in cells]).encode()}
+    tables = [pa.concat_tables(requests).replace_schema_metadata(manifests), pa.concat_tables(steps)]
+    for path, table in zip(paths, tables, strict=True):
+        numbers = [field.name for field in table.schema if pa.types.is_integer(field.type)]
+        pq.write_table(
+            table, path, compression="zstd", compression_level=level, use_dictionary=False,
+            column_encoding=dict.fromkeys(numbers, "DELTA_BINARY_PACKED"),
+        )  # fmt: skip
+    return paths
+
+
+def read_recording(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The cells of one recording, as they were written; their requests have no tokens.
+
+    Raises:
+        ConfigError: a file is missing or is no recording.
+    """
+    try:
+        requests, steps = (pq.read_table(folder / f"{name}{suffix}") for suffix in (REQUESTS, STEPS))
+        manifests = json.loads((requests.schema.metadata or {})[MANIFESTS])
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise ConfigError(f"{folder / name}: not a recording of experiments.gpu.record: {error}") from error
+    nothing = dict.fromkeys(LISTS)
+    rows = [row | nothing for row in requests.to_pylist()]
+    columns = {column: steps.column(column).to_numpy() for column in steps.column_names}
+    for column in STEP_TIMES:
+        columns[column] = columns[column] / NANOSECONDS
+    cells = []
+    for number, manifest in enumerate(manifests):
+        mask = columns[CELL] == number
+        cells.append(
+            {
+                "manifest": manifest,
+                "requests": [{k: v for k, v in row.items() if k != CELL} for row in rows if row[CELL] == number],
+                "steps": {column: values[mask] for column, values in columns.items() if column != CELL},
+            }
+        )
+    return cells
+
+
+def recording_names(folder: Path) -> list[str]:
+    """The recordings of a folder. Raises ConfigError when there is none."""
+    names = sorted(path.name.removesuffix(REQUESTS) for path in folder.glob(f"*{REQUESTS}"))
+    if not names:
+        raise ConfigError(f"{folder} holds no recordings (*{REQUESTS}); make them with experiments.gpu.record measure")
+    return names
+
+
+def make_folders(source: Path, target: Path) -> list[Path]:
+    """Make a run folder of every cell of every recording in `source`: TARGET/NAME-CELL; returns them."""
+    made = []
+    for name in recording_names(source):
+        for cell in read_recording(source, name):
+            folder = target / f"{name}-{cell['manifest']['name']}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_requests(folder / REQUESTS_FILE, cell["requests"])
+            write_steps(folder / STEPS_FILE, cell["steps"])
+            (folder / MANIFEST_FILE).write_text(json.dumps(cell["manifest"], indent=2) + "\n")
+            made.append(folder)
+    return made
+
+
+def keep(source: Path, target: Path, commit: str) -> list[Path]:
+    """Copy recordings to where they are kept, packed tightly, with the commit that was measured in every manifest."""
+    target.mkdir(parents=True, exist_ok=True)
+    kept = []
+    for name in recording_names(source):
+        cells = read_recording(source, name)
+        for cell in cells:
+            cell["manifest"]["git"] = {"commit": commit, "dirty": False}
+        kept += write_recording(cells, target, name, level=19)
+    return kept
+
+
+def _step_table(number: int, columns: dict[str, Any]) -> pa.Table:
+    """Of columns as arrays, or as `run_cell` gives them (values and dtype)."""
+    arrays = {
+        name: np.array(column["values"], dtype=column["dtype"]) if isinstance(column, dict) else column
+        for name, column in columns.items()
+    }
+    for name in STEP_TIMES:
+        arrays[name] = np.round(arrays[name] * NANOSECONDS).astype(np.int64)
+    return pa.table({CELL: np.full(len(arrays["step"]), number, dtype=np.int32), **arrays})
+
+
+def _request_table(number: int, rows: Sequence[dict[str, Any]]) -> pa.Table:
+    kept = [{CELL: number} | {key: value for key, value in row.items() if key not in LISTS} for row in rows]
+    return pa.Table.from_pylist(kept, schema=_request_schema())
+
+
+def _request_schema() -> pa.Schema:
+    columns = {name: kind for name, kind in REQUEST_COLUMNS.items() if name not in LISTS}
+    types = [pa.float64() if kind == "double" else pa.type_for_alias(kind) for kind in columns.values()]
+    return pa.schema([(CELL, pa.int32()), *zip(columns, types, strict=True)])
