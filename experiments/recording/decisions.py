@@ -22,7 +22,8 @@ def decision_hash(step: StepOutput, row_of: Callable[[Request], int]) -> int:
     Returns:
         A signed integer of 64 bits: BLAKE2b of the rows of the scheduled requests in the plan's order, of their starts
         and of their numbers of new tokens; of the rows preempted and refused; and of the slots that were computed,
-        owned, cached and free during the step, as little-endian int64.
+        owned and cached during the step, as little-endian int64. What is left of the pool is free, whatever class the
+        ledger puts it into.
     """
     plan, usage = step.plan, step.usage
     numbers = array("q")
@@ -34,5 +35,5 @@ def decision_hash(step: StepOutput, row_of: Callable[[Request], int]) -> int:
     for others in (plan.preempted, plan.rejected):
         numbers.append(END)
         numbers.extend(map(row_of, others))
-    numbers.extend((END, usage.computed, usage.owned, usage.cached, usage.free))
+    numbers.extend((END, usage.computed, usage.owned, usage.cached))
     return int.from_bytes(blake2b(numbers, digest_size=8).digest(), "little", signed=True)
