@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 
 from engine.errors import ConfigError, NotDefined
-from engine.plan import BlockCopy
+from engine.plan import BlockCopy, KVUsage, QueueHead, cdiv
 from engine.request import Request
 
 num_computed_of = attrgetter("num_computed_tokens")
@@ -114,3 +114,32 @@ class BaseAllocator:
 
     def clear_cache(self) -> None:
         """No prefix cache: nothing to forget."""
+
+    # ------------------------------------------------------------ ledger
+
+    def usage(self, head: QueueHead | None = None) -> KVUsage:
+        """Raw counts. The one place that says what free slots are to the head of the queue.
+
+        A cached block serves the head too, as a hit or evicted for it: only a need beyond both is a shortage. What a
+        policy holds back (a watermark, a full batch) is no property of the slots: they are free.
+        """
+        usage = self.count()
+        if head is None or not usage.free:
+            return usage
+        if self.slots_to_admit(head) > usage.free + usage.cached:
+            return usage._replace(shortage=usage.free, free=0)
+        if not self.has_hole(head):
+            return usage._replace(external=usage.external + usage.free, free=0)
+        return usage
+
+    def count(self) -> KVUsage:
+        """Raw counts with nobody in the queue: what no request can ever own is external, the rest is free."""
+        raise NotImplementedError
+
+    def slots_to_admit(self, head: QueueHead) -> int:
+        """Slots that admitting `head` takes from the free and the cached ones: whole blocks."""
+        return cdiv(head.num_tokens, self.block_size) * self.block_size
+
+    def has_hole(self, head: QueueHead) -> bool:  # noqa: ARG002
+        """Whether enough slots lie as `head` needs them. Here any free block serves anyone."""
+        return True

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from allocators.base import BaseAllocator, num_computed_of
 from allocators.placement import PLACEMENTS
 from engine.errors import ConfigError
-from engine.plan import KVUsage, cdiv
+from engine.plan import KVUsage, QueueHead, cdiv
 from engine.request import Request
 
 
@@ -124,16 +124,23 @@ class ContiguousAllocator(BaseAllocator):
         start, num_blocks = self._regions[req]
         return range(start, start + num_blocks)
 
-    def usage(self, head: Request | None = None) -> KVUsage:
-        """Raw counts. External: holes too small for the head's reservation, and what a buddy region rounds up."""
+    def slots_to_admit(self, head: QueueHead) -> int:
+        """The head's reservation; what a buddy rounds it up by is no need of the request's."""
+        return self.reservation_blocks(head.req, head.num_tokens) * self.block_size
+
+    def has_hole(self, head: QueueHead) -> bool:
+        """Whether a hole is large enough for the head's region."""
+        return self._placement.fits(self.reservation_blocks(head.req, head.num_tokens))
+
+    def count(self) -> KVUsage:
+        """Raw counts. External: what buddy regions round up."""
         unused = self._placement.num_free
-        stranded = self._placement.stranded(self.reservation_blocks(head, head.num_tokens)) if head else 0
-        rounded_up = self.num_blocks - unused - self._num_owned
         return KVUsage(
             total=self.num_blocks * self.block_size,
             computed=sum(map(num_computed_of, self._regions)),
             owned=self._num_owned * self.block_size,
-            external=(stranded + rounded_up) * self.block_size,
+            external=(self.num_blocks - unused - self._num_owned) * self.block_size,
+            shortage=0,
             cached=0,
-            free=(unused - stranded) * self.block_size,
+            free=unused * self.block_size,
         )

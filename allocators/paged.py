@@ -20,7 +20,7 @@ from typing import Any
 from allocators.base import BaseAllocator, num_computed_of
 from allocators.blocks import BlockPool
 from allocators.swap import CopyQueue, HostPool, host_blocks
-from engine.plan import NULL_BLOCK, BlockCopy, CopyKind, KVUsage, cdiv
+from engine.plan import NULL_BLOCK, BlockCopy, CopyKind, KVUsage, QueueHead, cdiv
 from engine.request import Request
 
 
@@ -151,11 +151,8 @@ class PagedAllocator(BaseAllocator):
         in which `child` is first scheduled. `child` has the same prompt and owns nothing. False when `req` has not
         computed its prompt, holds no full token to share, or has slid past it.
         """
-        table = self._tables.get(req)
         num_shared = req.num_prompt_tokens - 1
-        if table is None or num_shared < 1 or req.num_computed_tokens < num_shared:
-            return False
-        if self._slid.get(req, 0) > self._num_slid_at(num_shared) or not self._share_table(req, child, num_shared):
+        if not self._can_fork(req) or not self._share_table(req, child, num_shared):
             return False
         child.num_computed_tokens = num_shared
         # Below the last full shared block nobody writes; from there on, `allocate` is asked and copies.
@@ -164,6 +161,13 @@ class PagedAllocator(BaseAllocator):
             req.num_slots = min(req.num_slots, child.num_slots)
             self._forked |= {req, child}
         return True
+
+    def _can_fork(self, req: Request) -> bool:
+        """Whether `req` holds the KV of its prompt less the last token, for a child to share."""
+        num_shared = req.num_prompt_tokens - 1
+        if req not in self._tables or num_shared < 1 or req.num_computed_tokens < num_shared:
+            return False
+        return self._slid.get(req, 0) <= self._num_slid_at(num_shared)
 
     def _share_table(self, req: Request, child: Request, num_tokens: int) -> bool:
         """Give `child` a table over the blocks of `req`'s first `num_tokens` tokens. False: no room to."""
@@ -264,11 +268,27 @@ class PagedAllocator(BaseAllocator):
 
     # ------------------------------------------------------------ ledger
 
-    def usage(self, head: Request | None = None) -> KVUsage:  # noqa: ARG002
-        """Raw counts. External is 0: any free block serves any request."""
-        return self._usage(num_cached=0, num_saved=self._num_extra_refs, hits={})
+    def slots_to_admit(self, head: QueueHead) -> int:
+        """Whole blocks, less those that the head brings along (slid out, swapped) or shares (its parent's, hits)."""
+        num_blocks = cdiv(head.num_tokens, self.block_size)
+        swapped = self._host.lookup(head.req)
+        if swapped is not None:
+            num_blocks -= swapped.num_blocks - len(swapped.indices)
+        elif head.parent is not None and self._can_fork(head.parent):
+            num_blocks -= (head.parent.num_prompt_tokens - 1) // self.block_size
+        else:
+            num_blocks -= self._num_shared_hits(head.req)
+        return num_blocks * self.block_size
 
-    def _usage(self, num_cached: int, num_saved: int, hits: dict[Request, int]) -> KVUsage:
+    def _num_shared_hits(self, req: Request) -> int:  # noqa: ARG002
+        """Blocks that admission would find in a prefix cache and share with running requests."""
+        return 0
+
+    def count(self) -> KVUsage:
+        """Raw counts. External is 0: any free block serves any request."""
+        return self._count(num_cached=0, num_saved=self._num_extra_refs, hits={})
+
+    def _count(self, num_cached: int, num_saved: int, hits: dict[Request, int]) -> KVUsage:
         """Raw counts.
 
         Args:
@@ -290,6 +310,7 @@ class PagedAllocator(BaseAllocator):
             computed=computed,
             owned=num_owned * block_size,
             external=0,
+            shortage=0,
             cached=num_cached * block_size,
             free=self._pool.num_free * block_size,
             shared_saved=num_saved * block_size,

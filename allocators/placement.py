@@ -40,8 +40,8 @@ class Placement:
         """Take back the region of `num_blocks` at `start`."""
         raise NotImplementedError
 
-    def stranded(self, num_blocks: int) -> int:
-        """Free blocks in holes that are too small for a region of `num_blocks`."""
+    def fits(self, num_blocks: int) -> bool:
+        """Whether a hole is large enough for a region of `num_blocks`. Changes nothing."""
         raise NotImplementedError
 
 
@@ -83,9 +83,9 @@ class Holes(Placement):
             start = left
         self._open(start, size)
 
-    def stranded(self, num_blocks: int) -> int:
-        """Blocks in holes smaller than `num_blocks`. Linear in the number of holes."""
-        return sum(size for size in self._size_at.values() if size < num_blocks)
+    def fits(self, num_blocks: int) -> bool:
+        """Whether `take` would find a hole."""
+        return self._find(num_blocks) is not None
 
     def _open(self, start: int, size: int) -> None:
         self._size_at[start] = size
@@ -233,10 +233,10 @@ class Buddy(Placement):
             offset, size = min(offset, buddy), size * 2
         self._free[size][offset] = None
 
-    def stranded(self, num_blocks: int) -> int:
-        """Blocks in free regions smaller than the rounded-up size."""
+    def fits(self, num_blocks: int) -> bool:
+        """Whether a free region has at least the rounded-up size."""
         extent = self.extent(num_blocks)
-        return sum(size * len(offsets) for size, offsets in self._free.items() if size < extent)
+        return any(offsets for size, offsets in self._free.items() if size >= extent)
 
     @staticmethod
     def _buddy(offset: int, size: int) -> int:

@@ -293,6 +293,9 @@ class PrefixCachingAllocator(PagedAllocator):
 
     # ------------------------------------------------------------ ledger
 
-    def usage(self, head: Request | None = None) -> KVUsage:  # noqa: ARG002
+    def _num_shared_hits(self, req: Request) -> int:
+        return sum(link.block not in self._cached for link in self._match(req))
+
+    def count(self) -> KVUsage:
         """Raw counts; cached are the published blocks that no request owns."""
-        return self._usage(len(self._cached), self._num_extra_refs, self._hits)
+        return self._count(len(self._cached), self._num_extra_refs, self._hits)

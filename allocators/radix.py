@@ -145,6 +145,16 @@ class RadixAllocator(PagedAllocator):
         super()._drop(req, table[stand.num_blocks :], cancel_copies)
         self._tree.unlock(stand.node)
 
-    def usage(self, head: Request | None = None) -> KVUsage:  # noqa: ARG002
+    def _num_shared_hits(self, req: Request) -> int:
+        path, num_left = self._tree.walk(req, (req.num_tokens - 1) // self.block_size)
+        num_shared = 0
+        for node in path:
+            if not node.num_locks:  # nor has anything below it
+                break
+            num_shared += min(num_left, len(node.blocks))
+            num_left -= len(node.blocks)
+        return num_shared
+
+    def count(self) -> KVUsage:
         """Raw counts; cached are the blocks of unlocked nodes."""
-        return self._usage(self._tree.num_evictable, self._tree.num_saved, self._hits)
+        return self._count(self._tree.num_evictable, self._tree.num_saved, self._hits)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from allocators.base import BaseAllocator, check_int, num_computed_of
 from allocators.blocks import BlockPool
 from engine.errors import ConfigError
-from engine.plan import KVUsage, cdiv
+from engine.plan import KVUsage, QueueHead, cdiv
 from engine.request import Request
 
 KIB = 1024
@@ -40,7 +40,7 @@ class VirtualAllocator(BaseAllocator):
     A page holds page_bytes * kv_tensors / kv_bytes_per_token tokens. That need not be a whole number: a token may lie
     across two pages. The empty rest of a request's last page is internal fragmentation, as in the last block of a paged
     one. What never holds a whole token (the pool beyond its last page, the rest of a page that holds a part of one) is
-    external fragmentation, and so is every free page while no region is free.
+    external fragmentation; so are all free pages while they would do for the head of the queue and no region is free.
 
     Args:
         page_bytes: size of a physical page, 64 KiB to 2 MiB. (CUDA maps 2 MiB; the paper's driver also less.)
@@ -158,18 +158,24 @@ class VirtualAllocator(BaseAllocator):
         start = self._first_block + self._regions[req].number * (self._region_tokens // self.block_size)
         return range(start, start + cdiv(req.num_slots, self.block_size))
 
-    def usage(self, head: Request | None = None) -> KVUsage:
-        """Raw counts, in physical memory."""
+    def slots_to_admit(self, head: QueueHead) -> int:
+        """The head's tokens: the free pages hold them if, and only if, they have as many slots."""
+        return head.num_tokens
+
+    def has_hole(self, head: QueueHead) -> bool:  # noqa: ARG002
+        """Whether a region is free: pages lie anywhere."""
+        return self._free_regions.num_free > 0
+
+    def count(self) -> KVUsage:
+        """Raw counts, in physical memory. External: what never holds a whole token."""
         total = self.num_blocks * self.block_size
         unused = self._num_slots_in(self._num_free_pages)
-        external = total - self._num_owned - unused
-        if head is not None and not self._free_regions.num_free:
-            external, unused = external + unused, 0
         return KVUsage(
             total=total,
             computed=sum(map(num_computed_of, self._regions)),
             owned=self._num_owned,
-            external=external,
+            external=total - self._num_owned - unused,
+            shortage=0,
             cached=0,
             free=unused,
         )

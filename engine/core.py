@@ -140,7 +140,7 @@ class Engine:
         return self._finish(previous) if previous else None
 
     def _launch(self, plan: StepPlan, start: float) -> _InFlight:
-        usage = self.allocator.usage(self.scheduler.head())
+        usage = self.allocator.usage(self.scheduler.queue_head())
         if self.ledger is not None:
             self.ledger.observe(plan, usage)
         output = StepOutput(

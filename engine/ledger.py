@@ -1,13 +1,17 @@
 """The memory ledger: every step, every slot of the pool is in exactly one class.
 
-    |<--------------------------------- pool --------------------------------->|
-    | token states | reservation | internal | external | cached |     free      |
+    |<---------------------------------- pool ---------------------------------->|
+    | token states | reservation | internal | external | shortage | cached | free |
     |<------------- owned ----------------->|
 
-An owned, empty slot is *reservation* if the request fills it later in this residency (from admission until its
-slots are given back), and *internal fragmentation* if it never does. That is known only when the residency ends,
-so the ledger keeps each residency's growth and settles it then: a residency that owned `s` slots from some step on
-and filled `f` in the end wasted max(0, s - f) of them in each of those steps.
+A residency lasts from admission (not from the first step that computes something) until the slots are given back. An
+owned, empty slot is *reservation* if the request fills it later in this residency, and *internal fragmentation* if it
+never does. That is known only when the residency ends, so the ledger keeps each residency's growth and settles it
+then: a residency that owned `s` slots from some step on and filled `f` in the end wasted max(0, s - f) of them in
+each of those steps. A step that was launched counts as computed, whatever became of it.
+
+What nobody owns is, by the request at the head of the queue, *shortage*, *external fragmentation* or *free*: see
+`KVUsage`; the allocators count it.
 
 Source of the classes: PagedAttention (Kwon et al., SOSP'23), section 3.1 and Figure 2.
 """
@@ -19,32 +23,30 @@ from array import array
 import numpy as np
 
 from engine.errors import EngineError
-from engine.plan import KVUsage, StepPlan
+from engine.plan import CLASSES, KVUsage, StepPlan
 from engine.request import Request, RequestStatus
-
-CLASSES = ("token_states", "reservation", "internal", "external", "cached", "free")
 
 
 def check_usage(usage: KVUsage) -> None:
     """Raise EngineError unless the raw counts are non-negative and add up to the pool."""
-    parts = usage.owned + usage.external + usage.cached + usage.free
+    parts = usage.owned + usage.external + usage.shortage + usage.cached + usage.free
     if parts != usage.total or min(usage) < 0 or usage.computed > usage.owned:
         raise EngineError(
-            f"the KV ledger does not add up: owned {usage.owned} + external {usage.external} + cached "
-            f"{usage.cached} + free {usage.free} = {parts} of {usage.total} slots, {usage.computed} computed; "
-            "this is a bug of the allocator"
+            f"the KV ledger does not add up: owned {usage.owned} + external {usage.external} + shortage "
+            f"{usage.shortage} + cached {usage.cached} + free {usage.free} = {parts} of {usage.total} slots, "
+            f"{usage.computed} computed; this is a bug of the allocator"
         )
 
 
 class MemoryLedger:
-    """Observes steps and splits the pool into the six classes, in slots.
+    """Observes steps and splits the pool into the `CLASSES` of `engine.plan`, in slots.
 
     Memory: a few integers per step and per live request.
     """
 
     def __init__(self) -> None:
         self._columns = {name: array("q") for name in (*KVUsage._fields, "held")}
-        # The stays that are open, by request: (step, slots) pairs; from that step on it owned so many slots.
+        # The residencies that are open, by request: (step, slots) pairs; from that step on it owned so many slots.
         self._growth: dict[Request, list[tuple[int, int]]] = {}
         self._slots: dict[Request, int] = {}  # what each of them owned when it was last seen
         self._filled: dict[Request, int] = {}  # and how many of those slots its last step filled
@@ -59,7 +61,10 @@ class MemoryLedger:
         """
         check_usage(usage)
         step, slots, filled = self.num_steps, self._slots, self._filled
-        self._close(step, plan.preempted)
+        self._close(step, plan)
+        for req in plan.admitted:
+            filled[req] = req.num_computed_tokens
+            self._grow(req, 0, step)
         for req, start, num_new_tokens in plan.scheduled:
             if slots.get(req) != req.num_slots:
                 self._grow(req, start, step)
@@ -80,16 +85,16 @@ class MemoryLedger:
             # What is filled already cannot be wasted: earlier growth below `start` is settled.
             self._growth[req] = [*(entry for entry in growth if entry[1] > start), (step, req.num_slots)]
 
-    def _close(self, step: int, preempted: list[Request]) -> None:
-        """Settle the stays that ended before `step`."""
-        for req in preempted:
+    def _close(self, step: int, plan: StepPlan) -> None:
+        """Settle the residencies that ended before `step`; whoever is admitted had ended an earlier one."""
+        for req in (*plan.preempted, *plan.admitted):
             if req in self._slots:
                 self._settle(req, step)
         for req in [req for req in self._slots if req.num_slots == 0]:
             self._settle(req, step)
 
     def _settle(self, req: Request, end: int) -> None:
-        """End the stay of `req`: book what it owned and never filled, over the steps [its growth, end)."""
+        """End the residency of `req`: book what it owned and never filled, over the steps [its growth, end)."""
         del self._slots[req]
         num_filled = self._filled.pop(req)
         growth = self._growth.pop(req)
@@ -104,7 +109,7 @@ class MemoryLedger:
         """Close the books: per step, the slots of each class.
 
         Returns:
-            int64 arrays of length `num_steps`: the six `CLASSES`, which add up to `total`; and beside them `total`,
+            int64 arrays of length `num_steps`: the `CLASSES`, which add up to `total`; and beside them `total`,
             `shared_saved` (slots that sharing saved) and `held` (part of the owned slots: those that finished
             requests still hold, see the static scheduler).
 
@@ -118,14 +123,12 @@ class MemoryLedger:
             delta[step] += wasted
         raw = {name: np.array(column, dtype=np.int64) for name, column in self._columns.items()}
         internal = np.cumsum(delta)[: self.num_steps]
-        split = {
+        owned = {
             "token_states": raw["computed"],
             "reservation": raw["owned"] - raw["computed"] - internal,
             "internal": internal,
-            "external": raw["external"],
-            "cached": raw["cached"],
-            "free": raw["free"],
         }
+        split = owned | {name: raw[name] for name in CLASSES if name not in owned}
         total = np.sum(list(split.values()), axis=0)
         if any((column < 0).any() for column in split.values()) or not np.array_equal(total, raw["total"]):
             raise EngineError("the settled KV ledger does not add up to the pool; this is a bug of the ledger")

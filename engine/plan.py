@@ -21,6 +21,8 @@ from typing import NamedTuple, Protocol
 from engine.request import Request
 
 NULL_BLOCK = 0
+# The ledger's classes, in the order in which they are drawn and stored; engine/ledger.py says what they mean.
+CLASSES = ("token_states", "reservation", "internal", "external", "shortage", "cached", "free")
 
 
 def cdiv(a: int, b: int) -> int:
@@ -62,7 +64,9 @@ class StepPlan:
     Attributes:
         scheduled: at most `max_num_seqs` entries, in total at most `max_num_batched_tokens` new tokens.
         samples: for each entry, whether the step reaches the request's last token and so samples one.
-        preempted: requests that lost their slots in this `schedule()`.
+        admitted: requests whose stay in the pool began in this `schedule()` (admission, swap-in, fork), in order. Some
+            are first scheduled in a later step: they own their slots all the same.
+        preempted: requests that lost their slots in this `schedule()`; one that is admitted again is in both lists.
         copies: block copies that the runner applies before the forward.
         rejected: requests that ended in this `schedule()` with a typed error (they outgrew the pool alone).
         num_decodes: so many leading entries are known to compute one token each, past the prompt, of requests that ran
@@ -71,6 +75,7 @@ class StepPlan:
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
+    admitted: list[Request] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
     rejected: list[Request] = field(default_factory=list)
@@ -82,14 +87,33 @@ class StepPlan:
         return sum(entry.num_new_tokens for entry in self.scheduled)
 
 
+class QueueHead(NamedTuple):
+    """What the request that would be admitted next asks of the pool.
+
+    Attributes:
+        req: the request.
+        num_tokens: positions that it must own to be admitted.
+        parent: the running request whose prompt it would share (parallel sampling); None: it shares none.
+    """
+
+    req: Request
+    num_tokens: int
+    parent: Request | None = None
+
+
 class KVUsage(NamedTuple):
-    """The ledger's raw counts, in slots. `owned + external + cached + free == total`.
+    """The ledger's raw counts, in slots. `owned + external + shortage + cached + free == total`.
+
+    What nobody owns is of one class per step, by the head of the queue: `shortage` if it needs more than all free and
+    cached slots together, `external` if they would do and no hole is large enough, `free` otherwise and with no head.
 
     Attributes:
         total: slots of the pool, the null block left out.
         computed: slots that hold KV of computed tokens, each once however many requests share it.
         owned: slots that requests own, `computed` among them.
-        external: free, but of no use to the request at the head of the queue; buddy remainders.
+        external: free and enough in all for the head of the queue, but in no hole that is large enough; and what no
+            request can ever own: buddy remainders, memory beyond the last page.
+        shortage: free, but the head of the queue needs more than all free and cached slots together.
         cached: slots of prefix-cache blocks that no request uses: evictable.
         free: the rest.
         shared_saved: slots that sharing saved (the sum over requests of their slots, less `owned`).
@@ -99,6 +123,7 @@ class KVUsage(NamedTuple):
     computed: int
     owned: int
     external: int
+    shortage: int
     cached: int
     free: int
     shared_saved: int = 0
@@ -182,8 +207,12 @@ class KVAllocator(Protocol):
         """Copies ordered since the last call; the runner applies them before the next forward."""
         ...
 
-    def usage(self, head: Request | None = None) -> KVUsage:
-        """Raw counts of the ledger. `head` is the request at the head of the queue, for external fragmentation."""
+    def slots_to_admit(self, head: QueueHead) -> int:
+        """Slots that admitting `head` takes from the free and the cached ones. Changes nothing."""
+        ...
+
+    def usage(self, head: QueueHead | None = None) -> KVUsage:
+        """Raw counts of the ledger. `head` is the head of the queue: it decides what free slots are (`KVUsage`)."""
         ...
 
 
@@ -230,6 +259,10 @@ class SchedulerProtocol(Protocol):
 
     def head(self) -> Request | None:
         """The request that would be admitted next, or None."""
+        ...
+
+    def queue_head(self) -> QueueHead | None:
+        """The same request with what it asks of the pool, or None."""
         ...
 
     def wake_time(self, now: float) -> float | None:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from reports.errors import ReportError
 from reports.shapes import MANIFEST, mismatch
 
-CLASSES = ("token_states", "reservation", "internal", "external", "cached", "free")
+CLASSES = ("token_states", "reservation", "internal", "external", "shortage", "cached", "free")
 
 REQUEST_COLUMNS = (
     "request_id",
@@ -64,6 +64,7 @@ STEP_COLUMNS = (
     "shared_saved",
     "held",
 )
+ADDED_LATER = ("shortage",)  # columns that older run folders lack; there they are 0
 ROWS_AT_ONCE = 8192
 REMEDY = "run the job again, or point at a run folder that is whole"
 
@@ -217,13 +218,22 @@ def one_line(error: Exception) -> str:
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
-    """Those columns of a Parquet file; a missing file or column, or a broken file, is a ReportError."""
+    """Those columns of a Parquet file; a missing file or column, or a broken file, is a ReportError.
+
+    A column that older run folders lack is 0 in each row.
+    """
     try:
         with pq.ParquetFile(path) as file:
-            missing = [name for name in columns if name not in file.schema_arrow.names]
-            if missing:
+            names = file.schema_arrow.names
+            missing = [name for name in columns if name not in names]
+            late = [name for name in missing if name in ADDED_LATER]
+            if len(late) < len(missing):
+                missing = [name for name in missing if name not in late]
                 raise ReportError(f"{path} lacks column(s) {', '.join(missing)} (docs/files.md lists them); {REMEDY}")
-            return file.read(columns=list(columns))
+            table = file.read(columns=[name for name in columns if name not in late])
+            for name in late:
+                table = table.append_column(name, pa.array(np.zeros(table.num_rows, dtype=np.int64)))
+            return table
     except FileNotFoundError:
         raise ReportError(f"{path} is missing; {REMEDY}") from None
     except (OSError, pa.ArrowException) as error:
@@ -261,7 +271,7 @@ def _arrays(path: Path, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def _check_ledger(path: Path, steps: dict[str, np.ndarray]) -> None:
-    """The six classes add up to the pool in every step, or the report would draw a picture of nothing."""
+    """The classes add up to the pool in every step, or the report would draw a picture of nothing."""
     wrong = np.flatnonzero(sum(steps[name] for name in CLASSES) != steps["total"])
     if len(wrong):
         step = int(wrong[0])

@@ -18,9 +18,11 @@ from reports.windows import ALL, DEFINITION, WINDOWS, telling
 
 LEDGER_MEANING = {
     "token_states": "slots that hold the KV of computed tokens",
-    "reservation": "owned and empty, filled later in the request's stay",
+    "reservation": "owned and empty, filled later in the request's residency (from admission on)",
     "internal": "owned, and never filled",
-    "external": "not owned, but of no use to the request at the head of the queue",
+    "external": "free and enough in all for the request at the head of the queue, but no hole is large enough; "
+    "buddy remainders",
+    "shortage": "free, but less in all (with the cached blocks) than the request at the head of the queue needs",
     "cached": "prefix-cache blocks that no request uses: evictable",
     "free": "the rest",
 }

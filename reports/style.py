@@ -56,6 +56,7 @@ CLASS_LOOKS = {
     "reservation": Look("reservation", "#E69F00", "////", text="#1a1300"),
     "internal": Look("internal fragmentation", "#D55E00", "xxxx"),
     "external": Look("external fragmentation", "#CC79A7", "----", text="#240718"),
+    "shortage": Look("shortage", "#56B4E9", "....", text="#06202e"),
     "cached": Look("cached prefixes", "#009E73", "\\\\\\\\"),
     "free": Look("free", EMPTY, text=INK),
 }

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 from engine.errors import RequestError, RequestRejected
-from engine.plan import ScheduledRequest, StepPlan
+from engine.plan import QueueHead, ScheduledRequest, StepPlan
 from engine.request import FinishReason, Request, RequestStatus
 from schedulers.lifecycle import Lifecycle
 
@@ -66,6 +66,14 @@ class Scheduler(Lifecycle, ABC):
     def head(self) -> Request | None:
         """The request that would be admitted next, or None."""
         return self.next_waiting()
+
+    def queue_head(self) -> QueueHead | None:
+        """The same request with what it asks of the pool, or None."""
+        req = self.next_waiting()
+        if req is None:
+            return None
+        parent = req.parent if self.shares_prompts and req.parent in self.decoding else None
+        return QueueHead(req, self.num_slots_to_admit(req), parent)
 
     def wake_time(self, now: float) -> float | None:  # noqa: ARG002 - part of the protocol
         """When an empty plan may turn into work without a new arrival; None: never."""
@@ -141,6 +149,7 @@ class Scheduler(Lifecycle, ABC):
             # The last one that ran gave its slots back: the pool is empty, and somebody can be admitted at once.
             first, plan = plan, StepPlan()
             self.build_plan(plan, now)
+            plan.admitted[:0] = first.admitted
             plan.preempted[:0] = first.preempted
             plan.rejected[:0] = first.rejected
         plan.copies = self.allocator.drain_copies()
@@ -148,6 +157,8 @@ class Scheduler(Lifecycle, ABC):
             preempted = list(dict.fromkeys(self._unreported + plan.preempted))
             launched = plan.scheduled or plan.copies or plan.rejected
             plan.preempted, self._unreported = (preempted, []) if launched else ([], preempted)
+            # Whoever was admitted and lost its slots again in this very step owns nothing in it.
+            plan.admitted = [req for req in dict.fromkeys(plan.admitted) if req.status is RequestStatus.RUNNING]
         return plan
 
     def update(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:

@@ -119,6 +119,7 @@ class Lifecycle:
         self.dequeue(req)
         req.status = RequestStatus.RUNNING
         self.prefilling[req] = None
+        plan.admitted.append(req)
         return True
 
     def num_slots_to_admit(self, req: Request) -> int:
@@ -165,7 +166,7 @@ class Lifecycle:
         if self._watermark_slots == 0 or self.num_running == 0:
             return True
         usage = self.allocator.usage()
-        return usage.free + usage.cached + usage.external - num_new_slots >= self._watermark_slots
+        return usage.total - usage.owned - num_new_slots >= self._watermark_slots
 
     # ---- growth and preemption
 

@@ -58,5 +58,5 @@ class PriorityScheduler(ChunkedScheduler):
     def _would_fit(self, head: Request, victims: list[Request]) -> bool:
         """Whether the slots of `victims` and the free ones hold `head`: nobody is preempted in vain."""
         usage = self.allocator.usage()
-        free = usage.free + usage.cached + usage.external
+        free = usage.total - usage.owned
         return free + sum(req.num_slots for req in victims) >= self.num_slots_to_admit(head)

@@ -51,7 +51,7 @@ def test_a_run_folder_holds_what_its_docs_say(sweep: Path):
         for name in ("report.html", "report.md", "summary.json", "requests.parquet", "steps.parquet", "manifest.json"):
             assert (sweep / cell / name).stat().st_size > 0
         steps = pd.read_parquet(sweep / cell / "steps.parquet")
-        classes = steps[["token_states", "reservation", "internal", "external", "cached", "free"]]
+        classes = steps[["token_states", "reservation", "internal", "external", "shortage", "cached", "free"]]
         assert (classes.sum(axis=1) == steps["total"]).all()
         assert (classes >= 0).all().all()
 

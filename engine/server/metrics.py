@@ -21,6 +21,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from engine.plan import CLASSES
+
 LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TTFT = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
@@ -33,7 +35,6 @@ PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 HTTP_SECONDS = (0.1, 0.5, 1)
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
-KV_CLASSES = ("token_states", "reservation", "internal", "external", "cached", "free")
 HANDLERS = (
     "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model_id}", "/tokenize", "/detokenize",
     "/docs", "/openapi.json", "/dashboard", "/dashboard/events", "none",
@@ -120,7 +121,7 @@ METRICS: tuple[Metric, ...] = (
         {"reason": ("queue_full", "max_model_len", "max_request_tokens", "draining", "engine_dead")},
     ),
     *(Metric(f"vllm:{n}", "histogram", h, {}, b) for n, (h, b) in (_REQUEST_SECONDS | _REQUEST_COUNTS).items()),
-    Metric("kvarena:kv_slots", "gauge", "Slots of the KV pool; the classes add up to it.", {"class": KV_CLASSES}),
+    Metric("kvarena:kv_slots", "gauge", "Slots of the KV pool; the classes add up to it.", {"class": CLASSES}),
     Metric("kvarena:kv_slots_shared_saved", "gauge", "Slots that sharing saves."),
     Metric("kvarena:steps", "counter", "Engine steps."),
     Metric("kvarena:failed_steps", "counter", "Engine steps that failed; their requests ended with an error."),

@@ -31,6 +31,7 @@ class PoolView:
             "reservation": usage.owned - usage.computed - internal,
             "internal": internal,
             "external": usage.external,
+            "shortage": usage.shortage,
             "cached": usage.cached,
             "free": usage.free,
         }

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.plan import CLASSES
 from experiments.recording.files import GAUGES_FILE
 
 TIMEOUT = 5.0  # seconds
@@ -30,7 +31,6 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 SHARES = ("kv_usage",)  # of several engines behind one address these are averaged, the others added
 SLOTS = "kvarena:kv_slots"
-CLASSES = ("token_states", "reservation", "internal", "external", "cached", "free")
 
 
 class GaugeReader:
@@ -100,4 +100,5 @@ def read_gauges(text: str) -> dict[str, float]:
         known = next((found[name] for name in names if name in found), None)
         if known is not None:
             values[column] = sum(known) / (len(known) if column in SHARES else 1)
-    return values | {name: slots[name] for name in CLASSES if name in slots}
+    # An older server of ours has not every class.
+    return values | ({name: slots.get(name, 0.0) for name in CLASSES} if slots else {})

@@ -46,7 +46,7 @@ class PaperFig2Study:
                 *DIFFERENCES,
                 "Which segment is which follows the figure's stacking order; the paper draws what is neither token "
                 "state, reservation nor internal fragmentation as “external fragmentation & others”: ours is external "
-                "fragmentation and what is free while a request waits.",
+                "fragmentation, shortage and what is free while a request waits.",
                 "Pow2's external part depends on which lengths meet: a buddy region is the prompt and the output's "
                 "next power of two, rounded up to a power of two again. With the paper's mean lengths and a lognormal "
                 "spread fewer slots are stranded than with its traces.",
@@ -65,7 +65,7 @@ def _claims(system: str, use: MemoryUse) -> list[Claim]:
     for name, stated in FIGURE_2[system].items():
         ours = use.shares[name]
         if name == "external":
-            ours += use.shares["free"]
+            ours += use.shares["shortage"] + use.shares["free"]
         interval = {}
         if name == "token_states":
             interval = {"low": use.token_states.low, "high": use.token_states.high}

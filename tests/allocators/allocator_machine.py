@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.ledger import check_usage
-from engine.plan import NULL_BLOCK, CopyKind, KVAllocator, cdiv
+from engine.plan import NULL_BLOCK, CopyKind, KVAllocator, QueueHead, cdiv
 from engine.request import Request, SamplingParams
 
 SETTINGS = settings(
@@ -229,7 +229,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             return
         alloc, block_size = self.alloc, self.alloc.block_size
         head = next(iter(self.waiting.values()), None)
-        usage = alloc.usage(head)
+        usage = alloc.usage(QueueHead(head, head.num_tokens) if head else None)
         check_usage(usage)
         assert usage.total == alloc.num_blocks * block_size
         refs: Counter[int] = Counter()

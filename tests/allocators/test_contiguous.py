@@ -1,4 +1,4 @@
-"""Contiguous regions: what each reservation reserves, and what the ledger calls external."""
+"""Contiguous regions: what each reservation reserves, and what the ledger calls external and shortage."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from allocator_machine import make_request
 
 from allocators.contiguous import ContiguousAllocator
 from engine.errors import ConfigError
+from engine.plan import QueueHead
 
 
 def make(reservation: str = "max", placement: str = "first_fit", num_blocks: int = 100, block_size: int = 1):
@@ -57,17 +58,30 @@ def test_a_region_does_not_grow() -> None:
     assert req.num_slots == 12 and list(alloc.block_table(req)) == [1, 2, 3]
 
 
-def test_external_counts_holes_too_small_for_the_head() -> None:
-    alloc = make("oracle")
+def head_of(prompt: int, oracle: int) -> QueueHead:
+    return QueueHead(make_request("h", [1] * prompt, max_tokens=99, oracle=oracle), prompt)
+
+
+@pytest.mark.parametrize("placement", ["first_fit", "best_fit"])
+def test_all_free_slots_are_of_one_class_by_the_head_of_the_queue(placement: str) -> None:
+    alloc = make("oracle", placement)
     a, b, c = (make_request(name, [1] * 10, oracle=20) for name in "abc")
     for req in (a, b, c):
         assert alloc.allocate(req, 10)
     alloc.free(b)  # holes of 30 and 10
-    head = make_request("h", [1] * 10, oracle=15)
-    usage = alloc.usage(head)
-    assert (usage.owned, usage.external, usage.free) == (60, 10, 30)
-    assert alloc.usage().external == 0
-    assert alloc.usage(make_request("h", [1] * 10, max_tokens=99, oracle=40)).external == 40
+    assert alloc.usage().free == 40  # nobody waits
+    for oracle, want in ((20, (0, 0, 40)), (21, (40, 0, 0)), (30, (40, 0, 0)), (31, (0, 40, 0))):
+        usage = alloc.usage(head_of(10, oracle))
+        assert usage.owned == 60 and (usage.external, usage.shortage, usage.free) == want
+
+
+def test_the_need_is_what_admission_asks_for() -> None:
+    """A static batch and `preemption=none` ask for prompt + max_tokens, whatever the reservation says."""
+    alloc = make("prompt", num_blocks=40)
+    assert alloc.allocate(make_request("a", [1] * 20), 20)
+    head = make_request("h", [1] * 10, max_tokens=20)
+    assert alloc.usage(QueueHead(head, 10)).free == 20
+    assert alloc.usage(QueueHead(head, 30)).shortage == 20
 
 
 def test_external_counts_what_a_buddy_rounds_up() -> None:
@@ -76,10 +90,16 @@ def test_external_counts_what_a_buddy_rounds_up() -> None:
     assert alloc.allocate(a, 10)
     usage = alloc.usage()
     assert (usage.owned, usage.external, usage.free) == (20, 12, 32)
-    head = make_request("h", [1] * 10, oracle=30)  # 40 round up to 64
-    assert alloc.usage(head).external == 12 + 32
+    # 18 round up to 32, which is there; 33 are more than all that is free, whatever they round up to.
+    for oracle, want in ((8, (12, 0, 32)), (22, (12, 0, 32)), (23, (12, 32, 0))):
+        usage = alloc.usage(head_of(10, oracle))
+        assert (usage.external, usage.shortage, usage.free) == want
+    b = make_request("b", [1] * 4, oracle=4)
+    assert alloc.allocate(b, 4)  # 8 of the 32: 24 are left, the largest hole is 16
+    assert alloc.usage(head_of(10, 10)).external == 12 + 24
     alloc.free(a)
-    assert alloc.usage(head).free == 64
+    alloc.free(b)
+    assert alloc.usage(head_of(10, 30)).free == 64
 
 
 def test_seven_orca_max_requests_fit_the_papers_pool() -> None:
@@ -88,9 +108,9 @@ def test_seven_orca_max_requests_fit_the_papers_pool() -> None:
         num_blocks=15_700, block_size=1, max_model_len=2048, reservation="max", placement="buddy"
     )
     admitted = sum(alloc.allocate(make_request(str(i), [1] * 100), 100) for i in range(20))
-    usage = alloc.usage(make_request("head", [1]))
+    usage = alloc.usage(QueueHead(make_request("head", [1]), 1))
     assert admitted == 7
-    assert 0.085 < usage.external / usage.total < 0.09
+    assert 0.085 < usage.shortage / usage.total < 0.09 and usage.external == usage.free == 0
 
 
 def test_bad_options_name_the_choices() -> None:

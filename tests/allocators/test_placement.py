@@ -37,7 +37,7 @@ def test_a_hole_merges_with_the_holes_on_both_sides() -> None:
         placement.give(a, 4)
         placement.give(c, 4)
         assert holes(placement) == {1: 4, 9: 4} and placement.take(5) is None
-        assert placement.stranded(5) == 8 and placement.stranded(4) == 0
+        assert not placement.fits(5) and placement.fits(4)
         placement.give(b, 4)
         assert holes(placement) == {1: 12} and placement.num_free == 12
 
@@ -48,7 +48,7 @@ def test_buddies_merge_only_with_their_own_buddy() -> None:
     assert sorted((a, b, c, d)) == [1, 5, 9, 13]
     placement.give(5, 4)
     placement.give(9, 4)  # adjacent, but no buddies: 4..7 belongs to 0..7, 8..11 to 8..15
-    assert placement.take(8) is None and placement.stranded(8) == 8
+    assert placement.take(8) is None and not placement.fits(8) and placement.fits(3)
     placement.give(1, 4)
     assert placement.take(8) == 1
 

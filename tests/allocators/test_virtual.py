@@ -11,6 +11,7 @@ from allocator_machine import make_request
 from allocators.contiguous import ContiguousAllocator
 from allocators.virtual import VirtualAllocator
 from engine.errors import ConfigError
+from engine.plan import QueueHead
 
 KIB = 1024
 
@@ -83,8 +84,10 @@ def test_all_or_nothing_when_pages_or_regions_run_out() -> None:
     a, b, c = (make_request(name, [1] * 20) for name in "abc")
     assert alloc.allocate(a, 9) and not alloc.allocate(b, 17)
     assert alloc.allocate(b, 8) and not alloc.allocate(c, 1)  # one page is free, no region is
-    usage = alloc.usage(c)
-    assert (usage.owned, usage.external, usage.free) == (24, 8, 0)
+    usage = alloc.usage(QueueHead(c, 8))
+    assert (usage.owned, usage.external, usage.shortage, usage.free) == (24, 8, 0, 0)
+    usage = alloc.usage(QueueHead(c, 9))
+    assert (usage.owned, usage.external, usage.shortage, usage.free) == (24, 0, 8, 0)
     assert alloc.usage().free == 8
     assert not alloc.allocate(a, 65) and a.num_slots == 16
     alloc.free(b)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from engine.errors import EngineError
-from engine.ledger import CLASSES, MemoryLedger
-from engine.plan import KVUsage, ScheduledRequest, StepPlan
+from engine.ledger import MemoryLedger
+from engine.plan import CLASSES, KVUsage, ScheduledRequest, StepPlan
 from engine.request import FinishReason, Request, RequestStatus
 
 
@@ -14,7 +14,7 @@ def make_request(name: str = "r") -> Request:
 
 
 def usage(total: int, computed: int, owned: int, external: int = 0, cached: int = 0) -> KVUsage:
-    return KVUsage(total, computed, owned, external, cached, total - owned - external - cached)
+    return KVUsage(total, computed, owned, external, 0, cached, total - owned - external - cached)
 
 
 def scheduled(req: Request, start: int, num_new_tokens: int) -> ScheduledRequest:
@@ -66,6 +66,38 @@ def test_a_preempted_stay_is_settled_by_what_it_had_filled():
     assert ledger.settle()["internal"].tolist() == [4, 4, 0]
 
 
+def test_a_residency_begins_with_admission_not_with_the_first_step():
+    """Two requests of a static batch, prompts 8 + 1, regions of 20, a budget of 4: each fills 8 and 8 of its 20."""
+    ledger, a, b = MemoryLedger(), Request("a", [1] * 8), Request("b", [1])
+    a.num_slots = b.num_slots = 20
+    for start, admitted in ((0, [a, b]), (4, [])):
+        ledger.observe(StepPlan([scheduled(a, start, 4)], [False], admitted=admitted), usage(40, start + 4, 40))
+    for start in range(8):
+        ledger.observe(StepPlan([scheduled(b, start, 1)], [True]), usage(40, 9 + start, 40))
+    end(a)
+    end(b)
+    assert ledger.settle()["internal"].tolist() == [24] * 10
+
+
+def test_who_is_admitted_again_before_the_next_step_has_begun_a_new_residency():
+    """As after a failed step, whose requests lose their slots without a preemption."""
+    ledger, req = MemoryLedger(), make_request()
+    req.num_slots = 8
+    ledger.observe(StepPlan([scheduled(req, 0, 3)], [True], admitted=[req]), usage(8, 3, 8))
+    ledger.observe(StepPlan([scheduled(req, 0, 8)], [True], admitted=[req]), usage(8, 8, 8))
+    end(req)
+    assert ledger.settle()["internal"].tolist() == [5, 0]
+
+
+def test_the_cached_prefix_of_a_request_that_never_ran_is_not_wasted():
+    ledger, req = MemoryLedger(), make_request()
+    req.num_slots, req.num_computed_tokens = 8, 4  # admitted with a hit, aborted before its first step
+    ledger.observe(StepPlan(admitted=[req]), usage(8, 4, 8))
+    end(req)
+    ledger.observe(StepPlan(), usage(8, 0, 0))
+    assert ledger.settle()["internal"].tolist() == [4, 0]
+
+
 @pytest.mark.parametrize(
     ("status", "num_computed"),
     [
@@ -101,9 +133,10 @@ def test_slots_held_for_finished_requests_are_counted_beside_the_classes():
 @pytest.mark.parametrize(
     "bad",
     [
-        KVUsage(10, 2, 4, 0, 0, 5),
-        KVUsage(10, 5, 4, 0, 0, 6),
-        KVUsage(10, 0, 11, 0, 0, -1),
+        KVUsage(10, 2, 4, 0, 0, 0, 5),
+        KVUsage(10, 5, 4, 0, 0, 0, 6),
+        KVUsage(10, 0, 11, 0, 0, 0, -1),
+        KVUsage(10, 0, 4, 0, 2, 0, 6),
     ],
 )
 def test_counts_that_do_not_add_up_fail_the_step(bad: KVUsage):

@@ -41,7 +41,7 @@ def test_mlflow_keeps_settings_figures_ledger_and_report(tmp_path, monkeypatch):
     points = client.get_metric_history(kept.info.run_id, "ledger/token_states")
     assert 2 < len(points) <= 200
     shares = [client.get_metric_history(kept.info.run_id, f"ledger/{name}")[3].value for name in
-              ("token_states", "reservation", "internal", "external", "cached", "free")]  # fmt: skip
+              ("token_states", "reservation", "internal", "external", "shortage", "cached", "free")]  # fmt: skip
     assert math.isclose(sum(shares), 1)
     assert {file.path for file in client.list_artifacts(kept.info.run_id)} == {"summary.json", "report.html"}
     # A finished cell is not logged again; the next one joins the same experiment.

@@ -37,7 +37,7 @@ REQUEST_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-LEDGER = ("token_states", "reservation", "internal", "external", "cached", "free")
+LEDGER = ("token_states", "reservation", "internal", "external", "shortage", "cached", "free")
 COUNTS = ("running", "waiting", "scheduled", "new_tokens", "prefill_tokens", "decode_tokens", "sampled", "preempted")
 STEP_SCHEMA = pa.schema(
     [
@@ -227,7 +227,7 @@ def _simulate(waiting, rows, allocator, scheduler, total, max_len, block_size, s
             split["internal"] += max(0, live.slots - max(final, live.computed))
         left = total - sum(split.values())
         stuck = bool(step["num_waiting"]) and left < (max_len if allocator == "contiguous" else 0)
-        step |= split | {"external": left if stuck else 0, "free": 0 if stuck else left}
+        step |= split | {"external": 0, "shortage": left if stuck else 0, "free": 0 if stuck else left}
         steps.append(step)
         for live in running:
             _place(live, done, running, block_size, total)

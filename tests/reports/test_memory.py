@@ -1,6 +1,8 @@
 """Time weights and bins of the KV ledger."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_runs import fake_run
 
@@ -28,7 +30,7 @@ def test_idle_time_counts_nowhere():
 def test_mean_shares_weigh_by_time_and_add_up():
     zeros = [0, 0]
     steps = _steps([0, 1], [1, 4], token_states=[10, 30], reservation=[30, 10], internal=zeros, external=zeros,
-                   cached=zeros, free=zeros, total=[40, 40], num_waiting=[0, 2])  # fmt: skip
+                   shortage=zeros, cached=zeros, free=zeros, total=[40, 40], num_waiting=[0, 2])  # fmt: skip
     spans = step_spans(steps)
     shares = mean_shares(steps, spans)
     assert shares["token_states"] == pytest.approx((0.25 * 1 + 0.75 * 3) / 4)
@@ -83,3 +85,16 @@ def test_waiting_for_the_token_budget_says_nothing_about_memory():
     assert telling(summary) == (ALL, {"free": 0.5})
     summary["kv_share_mean_while_waiting_for_room"] = {"free": 0.1}
     assert telling(summary) == (ROOM, {"free": 0.1})
+
+
+def test_a_run_folder_from_before_a_shortage_was_a_class_has_none(tmp_path):
+    run_dir = fake_run(tmp_path / "run", "contiguous", num_requests=24)
+    path = run_dir / "steps.parquet"
+    table = pq.read_table(path)
+    shortage = table.column("shortage").to_numpy()
+    assert shortage.any()
+    old = table.drop(["shortage"])
+    external = pa.array(table.column("external").to_numpy() + shortage)
+    pq.write_table(old.set_column(old.column_names.index("external"), "external", external), path)
+    steps = read_run(run_dir).steps
+    assert not steps["shortage"].any() and steps["external"].tolist() == external.to_pylist()
