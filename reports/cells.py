@@ -103,7 +103,7 @@ def differing_settings(manifests: Sequence[dict[str, Any]]) -> list[dict[str, An
     An option of a config group (`allocator.block_size`) counts only if it differs between runs of the same choice of
     that group: that paged has a block size and contiguous has a reservation is no difference beside their names.
     """
-    flats = [_flatten(manifest.get("config") or {}) for manifest in manifests]
+    flats = [flatten(manifest.get("config") or {}) for manifest in manifests]
     choices = {
         group: [(manifest.get(part) or {}).get(name) for manifest in manifests]
         for group, (part, name) in GROUPS.items()
@@ -130,12 +130,13 @@ def differing_settings(manifests: Sequence[dict[str, Any]]) -> list[dict[str, An
     return result
 
 
-def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping by keys with dots."""
     if not isinstance(config, dict):
         return {prefix: config}
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 

@@ -124,7 +124,7 @@ def summarize_comparison(
     axis = curve_axis(cells)
     summary["curves"] = {"axis": axis, "lines": curves(cells, axis)} if axis else None
     summary["repeats"] = summarize_repeats(repeat_groups(cells))
-    summary["notices"] = comparison_notices(summary)
+    summary["notices"] = comparison_notices(cells, summary)
     summary["headline"] = headline(summary)
     return summary
 

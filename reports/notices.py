@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from reports.cells import Cell
+from reports.differences import hidden_differences
 from reports.format import seconds
 
 
@@ -27,10 +30,11 @@ def _invalid(summary: dict[str, Any]) -> str:
     )
 
 
-def comparison_notices(summary: dict[str, Any]) -> list[str]:
+def comparison_notices(cells: Sequence[Cell], summary: dict[str, Any]) -> list[str]:
     """The notices of a comparison.
 
     Args:
+        cells: its cells, labelled.
         summary: of the comparison, all but its headline and notices.
     """
     notices = []
@@ -53,4 +57,4 @@ def comparison_notices(summary: dict[str, Any]) -> list[str]:
             f"Decode attention ran in different kernels ({ran}), so part of a difference may be theirs; "
             "runner.attention=triton gives all cells the same one."
         )
-    return notices
+    return notices + hidden_differences(cells)

@@ -92,6 +92,7 @@ MANIFEST = {
         "scheduler": Maybe("an object"),
     },
     "git": GIT,
+    "sources": Maybe({"hash": "text", "packages": Maybe("an object"), "strategy": Maybe("an object")}),
     "machine": MACHINE,
     "versions": "an object",
     "model": {

@@ -27,7 +27,8 @@ class StaticScheduler(Scheduler):
             ended; `free`: it gives them back at once. Either way nobody is admitted before the batch has ended.
         batch_size: requests that start a batch without a wait; None: `max_num_seqs`.
         max_wait: seconds after which a smaller batch starts; 0 starts with whatever waits.
-        options: `max_model_len` and `max_num_batched_tokens`, see `Scheduler`.
+        options: `max_model_len`, `max_num_batched_tokens` and `watermark`, see `Scheduler`. The watermark keeps the
+            same share of the pool free as under the others; no request of this scheduler ever grows.
 
     Raises:
         ConfigError: an option out of range.
@@ -45,7 +46,7 @@ class StaticScheduler(Scheduler):
         max_wait: float = 0.05,
         **options: Any,
     ) -> None:
-        super().__init__(allocator, max_num_seqs=max_num_seqs, watermark=0.0, preemption="none", **options)
+        super().__init__(allocator, max_num_seqs=max_num_seqs, preemption="none", **options)
         require(retire in RETIRE, "scheduler.retire", retire, f"one of {', '.join(RETIRE)}")
         require(
             batch_size is None or (is_whole(batch_size, 1) and batch_size <= max_num_seqs),

@@ -266,8 +266,8 @@ def write_run(run_dir, rows, steps, allocator, scheduler, total, block_size, con
             "details": details | {"retire": "hold" if scheduler == "static" else None},
         },
         "config": {
-            "allocator": {"name": allocator} | details,
-            "scheduler": {"name": scheduler, "max_num_seqs": 64},
+            "allocator": {"_target_": allocator} | details,
+            "scheduler": {"_target_": scheduler, "max_num_seqs": 64},
             "workload": {"name": "sharegpt", "seed": seed, "num_requests": len(rows)},
             "engine": {"dtype": "float32", "max_model_len": 1024},
         }

@@ -1,0 +1,43 @@
+"""An option that schedulers share has one default, so that a sweep over them compares policies and not budgets."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from hydra.utils import get_class
+from scheduler_simulation import request, simulate
+
+from experiments.serving.flags import overrides_of, parse_flags
+from experiments.strategies import strategy_names, strategy_options
+from schedulers.lifecycle import Lifecycle
+
+SHARED = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "watermark": 0.01}
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Lifecycle).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}
+
+
+@pytest.mark.parametrize("scheduler", strategy_names("scheduler"))
+def test_conf_and_class_state_the_same_defaults(scheduler):
+    """`chunked` had a token budget of 512 beside 2,048 of `continuous`: half of a sweep's ratio was the budget's."""
+    options = strategy_options("scheduler", scheduler)
+    own = inspect.signature(get_class(options.pop("_target_"))).parameters
+    assert {name: options[name] for name in SHARED} == SHARED
+    for name, value in options.items():
+        default = own[name].default if name in own else DEFAULTS[name]
+        assert value == default, f"conf/scheduler/{scheduler}.yaml: {name}={value}, and the class has {default}"
+
+
+def test_the_server_starts_with_the_same_budget():
+    assert "scheduler.max_num_batched_tokens=2048" in overrides_of(parse_flags(["some/model"]))
+    assert not any(made.startswith("scheduler.max_num_seqs") for made in overrides_of(parse_flags(["some/model"])))
+
+
+@pytest.mark.parametrize(("watermark", "most_owned"), [(0.1, 40), (0.0, 60)])
+def test_static_keeps_the_watermark_free_as_the_others_do(watermark, most_owned):
+    load = [request(f"r{i}", 10, 10) for i in range(8)]  # 5 blocks of 4 each, for life: three leave 4 of 64 slots
+    run = simulate("static", num_blocks=16, watermark=watermark, max_wait=0.0).run(load)
+    assert max(step.usage.owned for step in run.steps) == most_owned
