@@ -22,6 +22,7 @@ ATTENTION = ("auto", "reference", "triton")
 LAYOUTS = ("paged", "contiguous")
 RECORDS = ("full", "summary")
 CACHES = ("cold", "warm")
+SLO_RULES = ("per_request", "percentiles")
 SECTIONS = ("engine", "kv_cache", "sampling", "driver", "sweep", "report", "http", "slo", "allocator", "scheduler",
             "model", "runner", "workload", "arrival")  # fmt: skip
 MOST_SLOTS = 2**48  # what no memory holds; the product with a block's size is still an integer of 64 bits
@@ -229,12 +230,17 @@ class HttpConfig(_Section):
 
 @dataclass(frozen=True)
 class SLOConfig(_Section):
-    """Section `slo`: limits in seconds that a good request keeps, and the share of requests that must be good."""
+    """Section `slo`: limits in seconds that a good request keeps, and by which rule they are an objective that is met.
+
+    `rule=per_request`: the share `attainment` of the requests keeps all limits at once; `percentiles`: each limit
+    apart is kept by that percentile of the requests (reports/slo.py).
+    """
 
     ttft: float | None
     tpot: float | None
     e2e: float | None
     attainment: float
+    rule: str
 
     def __post_init__(self) -> None:
         for key in ("ttft", "tpot", "e2e"):
@@ -244,6 +250,7 @@ class SLOConfig(_Section):
             )
         share = self.attainment
         _check(_is_number(share) and 0 < share <= 1, "slo.attainment", share, "in (0, 1]")
+        _check(self.rule in SLO_RULES, "slo.rule", self.rule, f"one of {', '.join(SLO_RULES)}")
 
     @property
     def limits(self) -> dict[str, float]:

@@ -108,6 +108,7 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         columns += [
             ("good requests", [_slo(cell, "attainment") for cell in cells], percent, True),
             ("goodput req/s", [_slo(cell, "good_requests_per_second") for cell in cells], rate, True),
+            ("objective", [_slo(cell, "met") for cell in cells], _met, None),
         ]
     rows, strong = [], set()
     for index, cell in enumerate(cells):
@@ -136,14 +137,21 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         f"Ratio: output throughput / the baseline's ({summary['baseline']}). Token states: mean share of the KV pool "
         "while requests wait for room (marked * where none did: of all steps)."
     ]
-    goals = {limits_text(cell["slo"]["limits"]) for cell in cells if cell["slo"]}
-    notes += [f"Good requests: share of all requests with {goal}; goodput: these / duration." for goal in sorted(goals)]
+    goals = {(limits_text(cell["slo"]["limits"]), cell["slo"]["goal"]) for cell in cells if cell["slo"]}
+    notes += [
+        f"Good requests: share of all requests with {limits}; goodput: these / duration. The objective: {goal}."
+        for limits, goal in sorted(goals)
+    ]
     notes += [f"{cell.get('name', DASH)} is not defined: {cell.get('error', DASH)}." for cell in summary["not_defined"]]
     notes += pairing_notes(summary)
     for index, cell in enumerate(cells):
         if telling(cell)[0] is not ROOM:
             rows[index][len(settings) + 7] += " *"
     return Section("The grid", [], [picture], [table], notes)
+
+
+def _met(value: float | None) -> str:
+    return DASH if value is None else "met" if value else "missed"
 
 
 def _slo(cell: dict[str, Any], key: str) -> float | None:

@@ -88,7 +88,9 @@ MANIFEST = {
     "created": MAYBE_TEXT,
     "strategy": {"allocator": "text", "scheduler": "text", "details": Maybe("an object")},
     "config": {
-        "slo": Maybe({**dict.fromkeys(("ttft", "tpot", "e2e"), MAYBE_NUMBER), "attainment": "number"}),
+        "slo": Maybe({
+            **dict.fromkeys(("ttft", "tpot", "e2e"), MAYBE_NUMBER), "attainment": "number", "rule": MAYBE_TEXT,
+        }),
         "scheduler": Maybe("an object"),
     },
     "git": GIT,

@@ -1,4 +1,9 @@
-"""Goodput: requests that kept every limit of a service-level objective (section `slo` of the config).
+"""Service-level objectives and goodput (section `slo` of the config).
+
+Whether an objective is met has two rules (`slo.rule`). `per_request`: the share `slo.attainment` of the requests keeps
+every limit at once. `percentiles`, MLPerf's: each limit apart is kept by that percentile of the requests, so that up to
+1 % may miss the one and another 1 % the other. Of n sorted latencies the percentile q is the one at index floor(q n),
+counted from 0, as in MLPerf's LoadGen (loadgen/results.cc); a request that did not finish is slower than any limit.
 
 A request is good when it finished by itself and its TTFT, TPOT and E2E keep every limit that is set; a request with one
 output token has no TPOT and keeps its limit (as in vLLM's `bench serve`). Rejected, failed and aborted requests are not
@@ -18,6 +23,7 @@ from reports.format import DASH, count, percent, rate, seconds
 from reports.latency import request_latencies
 from reports.steady import SteadyWindow, in_window
 
+PER_REQUEST, PERCENTILES = "per_request", "percentiles"
 KEYS = {"ttft": "ttft_seconds", "tpot": "tpot_seconds", "e2e": "e2e_seconds"}
 
 
@@ -27,13 +33,53 @@ def slo_limits(manifest: dict[str, Any]) -> dict[str, float]:
     return {key: float(section[key]) for key in KEYS if section.get(key) is not None}
 
 
+def slo_rule(manifest: dict[str, Any]) -> str:
+    """`per_request` or `percentiles`; runs of before there was a choice had the first."""
+    return str(((manifest.get("config") or {}).get("slo") or {}).get("rule") or PER_REQUEST)
+
+
+def kept_limits(run: RunFiles, limits: dict[str, float]) -> dict[str, np.ndarray]:
+    """By limit, bool per request: it finished by itself and kept that one."""
+    latencies = request_latencies(run)
+    # NaN: one output token, which has no TPOT.
+    return {key: run.finished & ~(latencies[KEYS[key]] > limit) for key, limit in limits.items()}
+
+
 def good_requests(run: RunFiles, limits: dict[str, float]) -> np.ndarray:
     """Bool per request: it finished by itself and kept every limit."""
-    latencies = request_latencies(run)
-    good = run.finished.copy()
-    for key, limit in limits.items():
-        good &= ~(latencies[KEYS[key]] > limit)  # NaN: one output token, which has no TPOT
-    return good
+    return np.logical_and.reduce([run.finished, *kept_limits(run, limits).values()])
+
+
+def is_met(kept: dict[str, np.ndarray], target: float, rule: str) -> bool | None:
+    """Whether an objective is met; None where there is no request.
+
+    Args:
+        kept: by limit, bool per request (`kept_limits`).
+        target: share of the requests, in (0, 1]; under `percentiles` the percentile.
+        rule: `per_request` or `percentiles`.
+    """
+    count = len(next(iter(kept.values())))
+    if not count:
+        return None
+    if rule == PER_REQUEST:
+        return bool(np.logical_and.reduce(list(kept.values())).mean() >= target)
+    needed = min(count, int(count * target) + 1)  # so that the latency at index floor(q n) is within
+    return all(int(one.sum()) >= needed for one in kept.values())
+
+
+def deciding_share(kept: dict[str, np.ndarray], rule: str) -> float:
+    """The share of requests that the rule holds against its target: of all limits at once, or of the worst one."""
+    if rule == PER_REQUEST:
+        return float(np.logical_and.reduce(list(kept.values())).mean())
+    return min(float(one.mean()) for one in kept.values())
+
+
+def goal_text(manifest: dict[str, Any]) -> str:
+    """The objective in words."""
+    limits, target = slo_limits(manifest), float(manifest["config"]["slo"]["attainment"])
+    if slo_rule(manifest) == PERCENTILES:
+        return " and ".join(f"p{100 * target:g} of {limits_text({key: limit})}" for key, limit in limits.items())
+    return f"{target:.0%} of the requests with {limits_text(limits)}"
 
 
 def summarize_slo(run: RunFiles, duration: float, steady: SteadyWindow) -> dict[str, Any] | None:
@@ -48,17 +94,21 @@ def summarize_slo(run: RunFiles, duration: float, steady: SteadyWindow) -> dict[
     if not limits:
         return None
     target = float(run.manifest["config"]["slo"]["attainment"])
-    good = good_requests(run, limits)
+    kept, rule = kept_limits(run, limits), slo_rule(run.manifest)
     arrived, _ = in_window(run, steady)
+    inside = {key: one[arrived] for key, one in kept.items()}
     return {
         "limits": limits,
+        "rule": rule,
+        "goal": goal_text(run.manifest),
         "attainment_target": target,
-        "whole_run": _attainment(good, duration, target),
-        "steady": _attainment(good[arrived], steady.end - steady.start, target) if steady.found else None,
+        "whole_run": _attainment(kept, duration, target, rule),
+        "steady": _attainment(inside, steady.end - steady.start, target, rule) if steady.found else None,
     }
 
 
-def _attainment(good: np.ndarray, duration: float, target: float) -> dict[str, Any]:
+def _attainment(kept: dict[str, np.ndarray], duration: float, target: float, rule: str) -> dict[str, Any]:
+    good = np.logical_and.reduce(list(kept.values()))
     share = float(good.mean()) if len(good) else None
     low, high = wilson(int(good.sum()), len(good)) if len(good) else (None, None)
     return {
@@ -68,7 +118,8 @@ def _attainment(good: np.ndarray, duration: float, target: float) -> dict[str, A
         "attainment_ci95_low": low,
         "attainment_ci95_high": high,
         "good_requests_per_second": float(good.sum()) / duration if duration > 0 else None,
-        "met": None if share is None else share >= target,
+        "shares_within": {key: float(one.mean()) if len(one) else None for key, one in kept.items()},
+        "met": is_met(kept, target, rule),
     }
 
 
@@ -94,18 +145,22 @@ def slo_section(summary: dict[str, Any]) -> Section:
         if part is not None:
             rows.append([label, f"{count(part['num_good'])} of {count(part['num_requests'])}",
                          percent(part["attainment"]), _interval(part), rate(part["good_requests_per_second"]),
+                         *(percent(part["shares_within"][key]) for key in slo["limits"]),
                          DASH if part["met"] is None else "met" if part["met"] else "missed"])  # fmt: skip
-    target = percent(slo["attainment_target"])
-    table = Table(
-        ["", "good requests", "attainment", "95 % interval", "goodput (requests/s)", f"{target} of requests"], rows,
-        text_columns=frozenset({5}),
-    )  # fmt: skip
+    limits = [f"within {limits_text({key: limit})}" for key, limit in slo["limits"].items()]
+    header = ["", "good requests", "attainment", "95 % interval", "goodput (requests/s)", *limits, "objective"]
+    table = Table(header, rows, text_columns=frozenset({len(header) - 1}))
     note = (
         f"Good: finished by itself with {limits_text(slo['limits'])}. Denominator: every request that arrived in the "
         "window, rejected and failed ones too. Goodput: good requests / the window's length (whole run: the duration). "
+        f"Objective: {slo['goal']}{_rule_text(slo['rule'])}. "
         "Intervals: Wilson's, over requests."
     )
     return Section("Service-level objective", [], [], [table], [note])
+
+
+def _rule_text(rule: str) -> str:
+    return ", each limit apart, as MLPerf judges" if rule == PERCENTILES else ", all limits at once"
 
 
 def _interval(part: dict[str, Any]) -> str:

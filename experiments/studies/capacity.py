@@ -4,7 +4,7 @@
     bisect:  try the geometric middle, until high / low <= 1 + tolerance; the capacity is low
     repeat:  once per seed, the same seeds for every strategy, so that capacities are compared seed by seed
 
-A rate is sustained when the share of good requests (reports/slo.py) reaches `slo.attainment`. Requests that arrive in
+A rate is sustained when the objective is met by its rule, `slo.rule` (reports/slo.py). Requests that arrive in
 the first quarter of the arrivals' time are not counted: an overloaded engine looks well while its queue is short.
 """
 
@@ -22,7 +22,7 @@ from experiments.studies.base import Chart, Claim, Findings, Mean, Series, Verdi
 from experiments.studies.cells import CellRunner
 from reports.files import read_run
 from reports.latency import request_latencies
-from reports.slo import good_requests, limits_text, slo_limits
+from reports.slo import deciding_share, goal_text, is_met, kept_limits, slo_limits, slo_rule
 
 RAMP = 0.25  # of the arrivals' time
 MAX_DOUBLINGS = 12
@@ -35,9 +35,10 @@ class Trial(NamedTuple):
 
     Attributes:
         rate: requests per second.
-        attainment: share of good requests, in [0, 1].
+        attainment: share of requests that the rule holds against its target, in [0, 1]: of good ones, or under
+            `slo.rule=percentiles` of those within the worst limit.
         latency: mean normalised latency in seconds per token; NaN when no request finished.
-        sustained: whether the attainment reaches its target.
+        sustained: whether the objective is met.
     """
 
     rate: float
@@ -123,7 +124,7 @@ class CapacityStudy:
                     self._try(cells, name, middle * factor, seed, found)
         manifest = read_run(cells.folders[-1]).manifest
         target = float(manifest["config"]["slo"]["attainment"])
-        goal = f"{target:.0%} of the requests with {limits_text(slo_limits(manifest))}"
+        goal = goal_text(manifest)
         means = {name: Mean.of(values) for name, values in capacities.items()}
         rates = ", ".join(f"{name} {mean.value:.3g}" for name, mean in means.items())
         return Findings(
@@ -161,9 +162,10 @@ class CapacityStudy:
         counted = arrival >= RAMP * arrival.max()
         latency = request_latencies(run)[LATENCY][counted]
         finished = latency[~np.isnan(latency)]
-        share = float(good_requests(run, limits)[counted].mean())
+        rule, target = slo_rule(run.manifest), float(run.manifest["config"]["slo"]["attainment"])
+        kept = {key: one[counted] for key, one in kept_limits(run, limits).items()}
         mean = float(finished.mean()) if len(finished) else float("nan")
-        trial = Trial(rate, share, mean, share >= float(run.manifest["config"]["slo"]["attainment"]))
+        trial = Trial(rate, deciding_share(kept, rule), mean, bool(is_met(kept, target, rule)))
         found.setdefault(rate, []).append(trial)
         return trial
 
@@ -190,9 +192,9 @@ def _charts(every: dict[str, dict[float, list[Trial]]], target: float, num_seeds
     good = [_series(name, found, lambda trial: 100 * trial.attainment) for name, found in trials.items()]
     slow = [_series(name, found, lambda trial: 1e3 * trial.latency) for name, found in trials.items()]
     return [
-        Chart("attainment", "lines", "rate (requests/s)", "good requests (%)",
-              f"Share of good requests against the rate; dotted: the target of {target:.0%}. A strategy's capacity is "
-              "where its line falls below it.", good, y_mark=100 * target),
+        Chart("attainment", "lines", "rate (requests/s)", "requests within the limits (%)",
+              "Share of the requests that the objective counts (slo.rule) against the rate; dotted: the target of "
+              f"{target:.0%}. A strategy's capacity is where its line falls below it.", good, y_mark=100 * target),
         Chart("latency", "lines", "rate (requests/s)", "mean normalised latency (ms/token)",
               "Latency against the rate: the knee is where a line leaves its floor.", slow, log_y=True),
     ]  # fmt: skip

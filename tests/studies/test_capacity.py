@@ -82,9 +82,9 @@ def test_bad_settings_are_refused(bad):
     assert isinstance(error.value.__cause__ or error.value, ConfigError)
 
 
-def test_a_preset_replaces_the_limits():
+def test_a_preset_replaces_the_limits_and_the_rule():
     slo = compose_cell(["experiment=capacity", "slo=mlperf_llama3_1_8b_interactive"])[0].slo
-    assert (slo.ttft, slo.tpot, slo.attainment) == (0.5, 0.03, 0.99)
+    assert (slo.ttft, slo.tpot, slo.attainment, slo.rule) == (0.5, 0.03, 0.99, "percentiles")
 
 
 def test_capacity_needs_a_limit(tmp_path):
