@@ -24,7 +24,7 @@ from reports.errors import ReportError
 from reports.files import RunFiles, read_json, read_run
 from reports.format import percent
 from reports.latency import request_latencies
-from reports.notices import comparison_notices
+from reports.notices import comparison_notices, simulated_prefix
 from reports.paired import match_requests, paired_ratio, same_prompts
 from reports.repeats import repeat_groups, summarize_repeats
 from reports.shapes import SWEEP
@@ -125,7 +125,7 @@ def summarize_comparison(
     summary["curves"] = {"axis": axis, "lines": curves(cells, axis)} if axis else None
     summary["repeats"] = summarize_repeats(repeat_groups(cells))
     summary["notices"] = comparison_notices(cells, summary)
-    summary["headline"] = headline(summary)
+    summary["headline"] = simulated_prefix(cells) + headline(summary)
     return summary
 
 

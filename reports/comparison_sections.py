@@ -38,7 +38,7 @@ def comparison_document(summary: dict[str, Any], cells: list[Cell], svg: dict[st
     if summary["failed"]:
         sections.append(failed_section(summary))
     return Document(
-        kicker="kvarena · comparison",
+        kicker=f"kvarena · comparison{' of simulated runs' if all(cell.is_simulated for cell in cells) else ''}",
         title=title(summary, cells),
         headline=summary["headline"],
         notices=summary["notices"],
@@ -66,15 +66,18 @@ def title(summary: dict[str, Any], cells: list[Cell]) -> str:
     """What varies."""
     varied = [key for key in summary["settings"] if len({repr(cell.settings.get(key)) for cell in cells}) > 1]
     names = [key.rsplit(".", 1)[-1].replace("_", " ") for key in varied]
-    return f"{len(cells)} runs: {' × '.join(names)}" if names else f"{len(cells)} runs of one configuration"
+    text = f"{len(cells)} runs: {' × '.join(names)}" if names else f"{len(cells)} runs of one configuration"
+    number = sum(cell.is_simulated for cell in cells)
+    return text + ("" if not number else ", simulated" if number == len(cells) else f", {number} of them simulated")
 
 
 def shared_facts(cells: list[Cell]) -> list[tuple[str, str]]:
     """Facts that all cells share; one that differs says so."""
     tables = [dict(facts(cell.summary)) for cell in cells]
     result = []
-    for name in SHARED_FACTS:
-        values = {table[name] for table in tables}
+    shown = [*SHARED_FACTS, *(["Simulated"] if any("Simulated" in table for table in tables) else [])]
+    for name in shown:
+        values = {table.get(name, "measured") for table in tables}
         result.append((name, values.pop() if len(values) == 1 else "differs between the runs"))
     return result
 

@@ -7,13 +7,30 @@ from typing import Any
 from reports.format import DASH, count
 
 
+def profile_name(simulation: dict[str, Any]) -> str:
+    """`card profile h200`: figures of a card, or coefficients that were measured."""
+    return f"{'card' if simulation['kind'] == 'analytic' else simulation['kind']} profile {simulation['profile']}"
+
+
 def simulated(simulation: dict[str, Any]) -> str:
-    """What stood in for the device."""
-    source = (simulation.get("figures") or simulation).get("source", DASH)
+    """What stood in for the device, and how far it is from one."""
+    figures = simulation.get("figures") or simulation
     return (
-        f"no device computed this run: all times are a virtual clock's, by the {simulation['kind']} profile "
-        f"{simulation['profile']} ({source})"
+        f"no device computed this; all times are a virtual clock's, by the {profile_name(simulation)} "
+        f"({figures.get('source') or DASH}); {profile_error(simulation)}"
     )
+
+
+def profile_error(simulation: dict[str, Any]) -> str:
+    """What the profile says of its own error."""
+    error = (simulation.get("figures") or simulation).get("error")
+    return f"its error: {str(error).rstrip('.')}" if error else "it states no error of its times"
+
+
+def simulated_machine(simulation: dict[str, Any], computer: str) -> str:
+    """The machine that the times are of, and the one that worked them out."""
+    figures = simulation.get("figures") or simulation
+    return f"{figures.get('source') or simulation['profile']}; simulated on {computer}"
 
 
 def target(facts: dict[str, Any]) -> str:

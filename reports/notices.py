@@ -10,6 +10,7 @@ from typing import Any
 
 from reports.cells import Cell
 from reports.differences import hidden_differences
+from reports.engines import simulated
 from reports.format import seconds
 
 
@@ -19,7 +20,8 @@ def run_notices(summary: dict[str, Any]) -> list[str]:
     Args:
         summary: of the run, all but its headline and notices.
     """
-    return [] if summary["valid"] else [_invalid(summary)]
+    notices = [f"Simulated: {simulated(summary['simulation'])}."] if summary["simulation"] else []
+    return notices if summary["valid"] else [_invalid(summary), *notices]
 
 
 def _invalid(summary: dict[str, Any]) -> str:
@@ -37,7 +39,7 @@ def comparison_notices(cells: Sequence[Cell], summary: dict[str, Any]) -> list[s
         cells: its cells, labelled.
         summary: of the comparison, all but its headline and notices.
     """
-    notices = []
+    notices = _simulated(cells)
     invalid = [cell["label"] for cell in summary["cells"] if not cell["valid"]]
     if invalid:
         notices.append(f"Invalid, because the driver fell behind its bound: {', '.join(invalid)}.")
@@ -46,11 +48,6 @@ def comparison_notices(cells: Sequence[Cell], summary: dict[str, Any]) -> list[s
             "Measured at the same time on one machine, so that each slowed the others down: "
             f"{', '.join(summary['measured_together'])}."
         )
-    if summary["two_clocks"]:
-        notices.append(
-            "Simulated beside measured, so that a ratio is also the simulator's distance from the machine: "
-            f"{', '.join(summary['two_clocks'])}."
-        )
     if summary["decode_kernels"]:
         ran = "; ".join(f"{kernel}: {', '.join(labels)}" for kernel, labels in summary["decode_kernels"].items())
         notices.append(
@@ -58,3 +55,30 @@ def comparison_notices(cells: Sequence[Cell], summary: dict[str, Any]) -> list[s
             "runner.attention=triton gives all cells the same one."
         )
     return notices + hidden_differences(cells)
+
+
+def simulated_prefix(cells: Sequence[Cell]) -> str:
+    """How a comparison's headline begins where cells were simulated; empty where none was."""
+    number = sum(cell.is_simulated for cell in cells)
+    if not number:
+        return ""
+    return "Simulated: " if number == len(cells) else f"{number} of {len(cells)} cells simulated: "
+
+
+def _simulated(cells: Sequence[Cell]) -> list[str]:
+    """By what profile cells were simulated, and which ones where others were measured."""
+    by_profile: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.is_simulated:
+            by_profile.setdefault(simulated(cell.run.manifest["simulation"]), []).append(cell.label)
+    notices = []
+    for words, labels in by_profile.items():
+        who = "" if len(labels) == len(cells) else f" ({', '.join(labels)})"
+        notices.append(f"Simulated{who}: {words}.")
+    number = sum(map(len, by_profile.values()))
+    if 0 < number < len(cells):
+        notices.append(
+            "Simulated beside measured, so that a ratio between the two is also the simulator's distance from the "
+            "machine."
+        )
+    return notices

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from reports.document import Document, Picture, Section, Table
-from reports.engines import cache_state, simulated, target
+from reports.engines import cache_state, simulated, simulated_machine, target
 from reports.format import DASH, count, percent, rate, seconds, size_bytes
 from reports.gauges import gauges_section
 from reports.latency import DEFINITIONS, PERCENTILES
@@ -38,7 +38,7 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
     """
     return Document(
         kicker=f"kvarena · report of a {'simulated ' if summary['simulation'] else ''}run",
-        title=str(summary["name"]).replace(" x ", " × "),
+        title=run_title(summary),
         headline=summary["headline"].replace(" x ", " × "),
         notices=summary["notices"],
         facts=facts(summary),
@@ -58,6 +58,11 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
     )
 
 
+def run_title(summary: dict[str, Any]) -> str:
+    """The run's name, and whether it was simulated."""
+    return str(summary["name"]).replace(" x ", " × ") + (", simulated" if summary["simulation"] else "")
+
+
 def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """What ran, on what."""
     strategy, model, pool, machine = (summary[key] or {} for key in ("strategy", "model", "pool", "machine"))
@@ -65,6 +70,7 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     arrival = dict(summary["arrival"] or {})
     workload = summary["workload"] or {}
     versions = summary["versions"] or {}
+    computer = f"{_processor(machine)}, {machine.get('cores', DASH)} cores, {size_bytes(machine.get('memory_bytes'))}"
     return [
         ("Allocator", str(strategy.get("allocator", DASH))),
         ("Scheduler", str(strategy.get("scheduler", DASH))),
@@ -76,8 +82,7 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("Workload", f"{workload.get('name', DASH)}, {count(summary['num_requests'])} requests, "
                      f"seed {workload.get('seed', DASH)}"),
         ("Arrivals", ", ".join(str(value) for value in [arrival.pop("name", DASH), *_pairs(arrival)])),
-        ("Machine", f"{_processor(machine)}, {machine.get('cores', DASH)} cores, "
-                    f"{size_bytes(machine.get('memory_bytes'))}"),
+        ("Machine", simulated_machine(summary["simulation"], computer) if summary["simulation"] else computer),
         ("Software", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
         ("Commit", commit(summary)),
         *([("Simulated", simulated(summary["simulation"]))] if summary["simulation"] else []),

@@ -109,7 +109,9 @@ MANIFEST = {
         **dict.fromkeys(("wall_time", "warmup_time", "peak_rss_bytes", "peak_gpu_bytes", "lateness_bound"),
                         MAYBE_NUMBER),
     },
-    "simulation": Maybe({"kind": "text", "profile": "text", "figures": Maybe("an object"), "source": MAYBE_TEXT}),
+    "simulation": Maybe({
+        "kind": "text", "profile": "text", "figures": Maybe("an object"), "source": MAYBE_TEXT, "error": MAYBE_TEXT,
+    }),
     "target": Maybe({
         "url": "text", "model": "text", "extensions_refused": ["text"], "num_other_prompt_lens": "integer",
         "gauges": Maybe({"url": MAYBE_TEXT, "num_failed": MAYBE_INTEGER, "error": MAYBE_TEXT}),

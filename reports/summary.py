@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from reports.engines import profile_name
 from reports.files import CLASSES, RunFiles
 from reports.format import count, percent, rate, seconds
 from reports.gauges import read_gauges, summarize_gauges
@@ -69,7 +70,9 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
     summary |= _memory(run, spans)
     summary["gauges"] = summarize_gauges(read_gauges(run))
     summary["notices"] = run_notices(summary)
-    summary["headline"] = headline(summary)
+    simulation = summary["simulation"]
+    prefix = f"Simulated by the {profile_name(simulation)}: " if simulation else ""
+    summary["headline"] = prefix + headline(summary)
     return summary
 
 

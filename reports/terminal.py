@@ -10,6 +10,7 @@ from rich.table import Table
 from reports.comparison_sections import pairing_notes
 from reports.costs import cost_lines
 from reports.format import DASH, count, percent, rate, ratio, seconds, size_bytes
+from reports.run_sections import run_title
 from reports.windows import telling
 
 MAX_NOTES = 4
@@ -22,7 +23,7 @@ def run_table(summary: dict[str, Any]) -> Table:
     Args:
         summary: what `write_run_report` returned.
     """
-    title = headed(str(summary["name"]).replace(" x ", " × "), summary["notices"])
+    title = headed(run_title(summary), summary["notices"])
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     table.add_column(style="dim")
     table.add_column(justify="right")

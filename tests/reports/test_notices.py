@@ -166,3 +166,56 @@ def test_code_is_compared_by_its_content_where_the_manifests_hold_it(tmp_path):
     assert found == (
         "The code differs: 0, sources paged    (paged × continuous), 1, sources contiguo (contiguous × continuous)."
     )
+
+
+CARD = {"kind": "analytic", "profile": "h200", "figures": {"source": "NVIDIA H200 141 GB", "error": "4 % of TPOT."}}
+MEASURED = {"kind": "measured", "profile": "h100-qwen", "source": "NVIDIA H100 80GB, commit 3f0e0e8"}
+
+
+def simulated_run(folder, allocator="paged", simulation=CARD):
+    run_dir = fake_run(folder, allocator, num_requests=8)
+    return edit_manifest(run_dir, lambda manifest: manifest.update(simulation=simulation))
+
+
+@pytest.mark.parametrize(
+    ("simulation", "profile", "notice"),
+    [
+        (CARD, "card profile h200", "card profile h200 (NVIDIA H200 141 GB); its error: 4 % of TPOT."),
+        (MEASURED, "measured profile h100-qwen",
+         "measured profile h100-qwen (NVIDIA H100 80GB, commit 3f0e0e8); it states no error of its times."),
+    ],
+)  # fmt: skip
+def test_a_simulated_run_says_so_in_title_headline_facts_and_terminal(tmp_path, simulation, profile, notice):
+    """It showed the laptop's processor as its machine."""
+    run_dir = simulated_run(tmp_path / "run", simulation=simulation)
+    summary = write_run_report(run_dir)
+    assert summary["headline"].startswith(f"Simulated by the {profile}: paged x continuous served 6 of 8 requests")
+    (line,) = summary["notices"]
+    assert line == f"Simulated: no device computed this; all times are a virtual clock's, by the {notice}"
+    text = (run_dir / "report.md").read_text()
+    assert text.startswith("# paged × continuous, simulated\n")
+    source = (simulation.get("figures") or simulation)["source"]
+    assert f"| Machine | {source}; simulated on Intel Xeon Processor, 2 cores, 24.0 GiB |" in text
+    assert printed(run_table(summary)).startswith(f"paged × continuous, simulated note: {line}")
+
+
+def test_a_comparison_of_simulated_runs_says_so(tmp_path):
+    runs = [(name, simulated_run(tmp_path / name, name)) for name in ("paged", "contiguous")]
+    summary = compare(runs, tmp_path / "out")
+    assert summary["headline"].startswith("Simulated: ")
+    (notice,) = summary["notices"]
+    assert "card profile h200 (NVIDIA H200 141 GB)" in notice
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# 2 runs: allocator, simulated\n")
+    assert "| Machine | NVIDIA H200 141 GB; simulated on Intel Xeon Processor, 2 cores, 24.0 GiB |" in text
+    assert printed(comparison_table(summary)).startswith(f"{summary['headline']} note: {notice}")
+
+
+def test_simulated_cells_among_measured_ones_are_named(tmp_path):
+    runs = [("paged", fake_run(tmp_path / "paged", num_requests=8)),
+            ("contiguous", simulated_run(tmp_path / "contiguous", "contiguous"))]  # fmt: skip
+    summary = compare(runs, tmp_path / "out")
+    assert summary["headline"].startswith("1 of 2 cells simulated: ")
+    assert summary["notices"][0].startswith("Simulated (contiguous × continuous): ")
+    assert summary["notices"][1].startswith("Simulated beside measured")
+    assert (tmp_path / "out" / "report.md").read_text().startswith("# 2 runs: allocator, 1 of them simulated\n")
