@@ -7,13 +7,15 @@ import json
 
 import pytest
 
+from allocators.base import BaseAllocator
 from allocators.blocks import BlockPool
 from allocators.contiguous import ContiguousAllocator
 from allocators.paged import PagedAllocator
 from allocators.placement import Buddy
 from allocators.prefix import PrefixCachingAllocator
+from allocators.radix import RadixAllocator
 from engine.errors import EngineError
-from engine.plan import CopyKind
+from engine.plan import CopyKind, QueueHead
 from experiments.correctness import fuzz
 from experiments.correctness.matrix import (
     PATHS,
@@ -26,6 +28,7 @@ from experiments.correctness.matrix import (
     run_cell,
 )
 from experiments.correctness.random_traces import make_trace
+from experiments.correctness.recount import Recount
 from experiments.strategies import strategy_names
 from schedulers.base import Scheduler
 
@@ -75,6 +78,14 @@ def first_failure(allocator: str, window: int | None = None) -> str:
     return pytest.fail("the fault was not caught")
 
 
+@pytest.fixture
+def no_recount(monkeypatch):
+    """The oracle alone: the recount of the ledger would see the fault a step earlier."""
+    monkeypatch.setattr(Recount, "observe", lambda self, step: None)
+    monkeypatch.setattr(Recount, "check", lambda self, settled: None)
+
+
+@pytest.mark.usefixtures("no_recount")
 def test_a_stale_hash_on_reuse_is_caught(monkeypatch):
     monkeypatch.setattr(PrefixCachingAllocator, "_withdraw", lambda self, block: self._published.pop(block))
     assert "holds the KV of other tokens" in first_failure("paged_prefix")
@@ -85,6 +96,7 @@ def test_a_wrong_buddy_merge_is_caught(monkeypatch):
     assert first_failure("orca_oracle")
 
 
+@pytest.mark.usefixtures("no_recount")
 def test_a_leaked_block_is_caught(monkeypatch):
     give = BlockPool.give
     monkeypatch.setattr(BlockPool, "give", lambda self, blocks: give(self, list(blocks)[:-1] or blocks))
@@ -115,6 +127,7 @@ def test_a_window_off_by_one_is_caught(monkeypatch):
     assert "holds nothing" in first_failure("paged", WINDOW)
 
 
+@pytest.mark.usefixtures("no_recount")
 def test_a_region_in_two_pieces_is_caught(monkeypatch):
     def torn(self, req):
         start, num_blocks = self._regions[req]
@@ -159,6 +172,58 @@ def test_a_token_of_a_request_that_ended_is_not_taken_in_twice(monkeypatch):
 
     monkeypatch.setattr(Scheduler, "update", update_all)
     assert "overlap" in first_failure("paged")
+
+
+# ---- what the recount of the ledger must catch
+
+
+def test_a_residency_that_begins_with_its_first_step_is_caught(monkeypatch):
+    schedule = Scheduler.schedule
+
+    def forget(self, now):
+        plan = schedule(self, now)
+        plan.admitted = []
+        return plan
+
+    monkeypatch.setattr(Scheduler, "schedule", forget)
+    assert "slots of " in first_failure("contiguous")
+
+
+def test_every_small_hole_called_external_is_caught(monkeypatch):
+    def count(self):
+        usage = counted(self)
+        return usage._replace(external=usage.external + usage.free, free=0)
+
+    counted = ContiguousAllocator.count
+    monkeypatch.setattr(ContiguousAllocator, "count", count)
+    assert "slots of external" in first_failure("orca_oracle")
+
+
+@pytest.mark.parametrize("allocator", ["contiguous", "orca_oracle", "paged", "paged_prefix", "radix", "virtual"])
+def test_a_shortage_called_free_is_caught(monkeypatch, allocator):
+    monkeypatch.setattr(BaseAllocator, "usage", lambda self, head=None: self.count())
+    assert "slots of " in first_failure(allocator)
+
+
+@pytest.mark.parametrize("allocator", ["paged_prefix", "radix"])
+def test_a_need_that_forgets_what_the_head_would_share_is_caught(monkeypatch, allocator):
+    for kind in (PagedAllocator, PrefixCachingAllocator, RadixAllocator):
+        monkeypatch.setattr(kind, "_num_shared_hits", lambda self, req: 0)
+    assert "slots of shortage" in first_failure(allocator)
+
+
+def test_a_need_that_forgets_the_parents_prompt_is_caught(monkeypatch):
+    monkeypatch.setattr(PagedAllocator, "_can_fork", lambda self, req: False)
+    assert "slots of shortage" in first_failure("paged")
+
+
+def test_a_head_that_asks_for_less_than_its_admission_takes_is_caught(monkeypatch):
+    def head(self):
+        req = self.next_waiting()
+        return None if req is None else QueueHead(req, req.num_tokens)
+
+    monkeypatch.setattr(Scheduler, "queue_head", head)
+    assert "slots of shortage" in first_failure("paged")
 
 
 # ---- the long version

@@ -1,14 +1,16 @@
 """Strategies against the oracle: a random trace through one allocator and one scheduler, every access checked.
 
-A cell passes when the pool is whole at the end and each request got the tokens that a run without any pool would
-give it. Pools are tiny, so that preemption, eviction, swap, growth and fragmentation happen all the time; `Coverage`
-counts them, since a test that never reaches a path says nothing about it.
+A cell passes when the pool is whole at the end, each request got the tokens that a run without any pool would give
+it, and an independent recount (`recount.py`) finds every class of the memory ledger in every step as the ledger has
+it. Pools are tiny, so that preemption, eviction, swap, growth and fragmentation happen all the time; `Coverage` counts
+them, since a test that never reaches a path says nothing about it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.clock import VirtualClock
 from engine.core import Engine, StepOutput
@@ -18,6 +20,7 @@ from engine.plan import NULL_BLOCK, CopyKind, KVAllocator, KVUsage, StepPlan
 from engine.request import FinishReason, Request, RequestStatus
 from engine.runner.oracle import OracleRunner
 from experiments.correctness.random_traces import MAX_MODEL_LEN, VOCAB_SIZE, Trace
+from experiments.correctness.recount import Recount
 from experiments.strategies import build_allocator, build_scheduler, strategy_names, strategy_options
 from schedulers.base import Scheduler
 
@@ -26,7 +29,7 @@ WINDOW = 8
 Coverage = Counter[str]
 PATHS = (
     *("preempted", "recomputed", "swap_out", "swap_in", "grown", "chunked", "fragmented", "cached", "evicted"),
-    *("shared", "device", "slid", "aborted", "rejected"),
+    *("short", "waiting_inside", "shared", "device", "slid", "aborted", "rejected"),
 )
 
 
@@ -97,32 +100,40 @@ def run_cell(trace: Trace, cell: Cell) -> CellRun:
     """
     try:
         allocator, scheduler = build_cell(trace, cell)
-        return drive(trace, allocator, scheduler, OracleRunner(VOCAB_SIZE, cell.window), cell.overlap)
+        recount = Recount(allocator, scheduler, allocator_options(trace, cell))
+        return drive(trace, allocator, scheduler, OracleRunner(VOCAB_SIZE, cell.window), recount, cell.overlap)
     except EngineError as error:
         raise MatrixFailure(f"trace {trace.seed}, {cell}: {error}") from error
 
 
+def allocator_options(trace: Trace, cell: Cell) -> dict[str, Any]:
+    """All options of the cell's allocator: its own, the trace's, the window."""
+    options = strategy_options("allocator", cell.allocator)
+    options |= {key: value for key, value in trace.allocator_options.items() if key in options}
+    return options if cell.window is None else options | {"sliding_window": cell.window}
+
+
 def build_cell(trace: Trace, cell: Cell) -> tuple[KVAllocator, Scheduler]:
     """The strategy of `cell` with the trace's sizes and options, as far as it has them."""
-    known = strategy_options("allocator", cell.allocator)
-    options = {key: value for key, value in trace.allocator_options.items() if key in known}
-    if cell.window is not None:
-        options["sliding_window"] = cell.window
-    block_size = options["block_size"]
-    allocator = build_allocator(
-        cell.allocator, num_blocks=trace.num_slots // block_size, max_model_len=MAX_MODEL_LEN, **options
-    )
+    options = allocator_options(trace, cell)
+    num_blocks = trace.num_slots // options["block_size"]
+    allocator = build_allocator(cell.allocator, num_blocks=num_blocks, max_model_len=MAX_MODEL_LEN, **options)
     known = strategy_options("scheduler", cell.scheduler)
     options = {key: value for key, value in trace.scheduler_options.items() if key in known}
     return allocator, build_scheduler(cell.scheduler, allocator, max_model_len=MAX_MODEL_LEN, **options)
 
 
 def drive(
-    trace: Trace, allocator: KVAllocator, scheduler: Scheduler, runner: OracleRunner, overlap: bool = False
+    trace: Trace,
+    allocator: KVAllocator,
+    scheduler: Scheduler,
+    runner: OracleRunner,
+    recount: Recount,
+    overlap: bool = False,
 ) -> CellRun:
     """Run `trace` on given objects; one step per simulated second. Raises EngineError when anything is wrong."""
     clock, ledger = VirtualClock(), MemoryLedger()
-    engine = Engine(scheduler, allocator, runner, clock, overlap=overlap, ledger=ledger)
+    engine = Engine(scheduler, allocator, runner, clock, overlap=overlap, ledger=ledger, on_launch=recount.observe)
     run, before = CellRun(trace.requests(), Counter()), allocator.usage()
     num_slots: dict[Request, int] = {}
     todo, aborts = run.requests[::-1], trace.aborts[::-1]
@@ -130,7 +141,9 @@ def drive(
     while todo or engine.has_work:
         now = clock.now()
         while todo and todo[-1].arrival_time <= now:
-            _submit(engine, todo.pop(), run)
+            req = todo.pop()
+            recount.add(req)
+            _submit(engine, req, run)
         while aborts and aborts[-1][0] <= now:
             run.coverage["aborted"] += engine.abort(aborts.pop()[1]) is not None
         output = engine.step()
@@ -148,7 +161,7 @@ def drive(
         if now > limit:
             raise EngineError(f"{scheduler.num_waiting} wait and {scheduler.num_running} run after {now} steps")
         clock.advance(1.0)
-    ledger.settle()
+    recount.check(ledger.settle())
     _check_pool(before, allocator.usage())
     _check_end(run, trace.expected(runner.window))
     _count(run, runner)
@@ -199,6 +212,8 @@ def _count(run: CellRun, runner: OracleRunner) -> None:
     for output in run.outputs:
         usage = output.usage
         count["fragmented"] += usage.external > 0 and output.num_waiting > 0
+        count["short"] += usage.shortage > 0
+        count["waiting_inside"] += not {entry.req for entry in output.plan.scheduled}.issuperset(output.plan.admitted)
         count["shared"] += usage.shared_saved > 0
         if previous is not None:
             before = {entry.req for entry in previous.plan.scheduled}
