@@ -27,6 +27,7 @@ from reports.latency import request_latencies
 from reports.notices import comparison_notices, simulated_prefix
 from reports.paired import match_requests, paired_ratio, same_prompts
 from reports.repeats import repeat_groups, summarize_repeats
+from reports.same_work import compare_same_work, same_work_sentences
 from reports.shapes import SWEEP
 from reports.summary import SCHEMA_VERSION, summarize
 from reports.tokens import compare_tokens
@@ -120,12 +121,15 @@ def summarize_comparison(
         "failed": failed,
         "not_defined": list(not_defined),
         "costs": costs(cells),
+        "same_work": compare_same_work(cells),
     }
     axis = curve_axis(cells)
     summary["curves"] = {"axis": axis, "lines": curves(cells, axis)} if axis else None
     summary["repeats"] = summarize_repeats(repeat_groups(cells))
     summary["notices"] = comparison_notices(cells, summary)
-    summary["headline"] = simulated_prefix(cells) + headline(summary)
+    fastest = max(cells, key=lambda cell: cell.summary["output_tokens_per_second"] or 0.0)
+    apart = same_work_sentences(summary["same_work"], fastest.label)
+    summary["headline"] = simulated_prefix(cells) + headline(summary) + apart
     return summary
 
 

@@ -16,6 +16,7 @@ from reports.paired import LEVEL
 from reports.paper import FIGURE_2_SOURCE
 from reports.repeats import repeat_section
 from reports.run_sections import LEDGER_MEANING, commit, definitions, facts
+from reports.same_work import same_work_section
 from reports.slo import limits_text
 from reports.style import CLASS_LOOKS
 from reports.windows import ROOM, WINDOWS, telling
@@ -35,6 +36,8 @@ def comparison_document(summary: dict[str, Any], cells: list[Cell], svg: dict[st
         sections.insert(1, curve_section(summary["curves"]["lines"], summary["curves"]["axis"], svg["curves"]))
     if summary["costs"]:
         sections.insert(1, cost_section(summary["costs"]))
+    if summary["same_work"]:
+        sections.insert(1, same_work_section(summary["same_work"]))
     if summary["failed"]:
         sections.append(failed_section(summary))
     return Document(
