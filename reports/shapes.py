@@ -121,7 +121,11 @@ MANIFEST = {
 CLAIM = {
     **dict.fromkeys(("quantity", "unit", "tolerance", "verdict", "note"), "text"),
     **dict.fromkeys(("stated", "ours", "low", "high"), Maybe("number", required=True)),
+    **dict.fromkeys(("stated_least", "stated_most", "beside", "beside_low", "beside_high"), MAYBE_NUMBER),
+    "kind": MAYBE_TEXT,
 }
+PROFILE = {"name": "text", "source": MAYBE_TEXT, "error": MAYBE_TEXT}
+CONDITIONS = {"simulated": "true or false", "profiles": [PROFILE], "seeds": ["integer"]}
 SERIES = {"name": "text", "x": "a list", "y": [MAYBE_NUMBER], "low": [MAYBE_NUMBER], "high": [MAYBE_NUMBER]}
 CHART = {
     **dict.fromkeys(("name", "kind", "x_label", "y_label", "caption"), "text"),
@@ -136,6 +140,9 @@ STUDY = {
     **{key: ["text"] for key in ("differences", "notes", "command", "cells")},
     "git": GIT,
     "machine": MACHINE,
+    "beside": MAYBE_TEXT,
+    "versions": Maybe("an object"),
+    "conditions": Maybe(CONDITIONS),
 }
 
 LEFT_OUT = Maybe([{"name": MAYBE_TEXT, "error": MAYBE_TEXT}])

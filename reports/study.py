@@ -8,39 +8,49 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table as TerminalTable
 
-from reports.document import Document, Picture, Section, Table, render_html, render_markdown, write_text
+from reports.document import Document, Picture, Section, render_html, render_markdown, write_text
 from reports.files import read_json
 from reports.format import DASH
 from reports.shapes import STUDY
 from reports.study_charts import draw_charts
+from reports.study_claims import claims_sections, kind_of, ratio_of, tally, terminal_table, verdict_line
 
 MANY_CELLS = 30
-CLAIM_COLUMNS = ("quantity", "unit", "stated", "ours", "low", "high", "ratio", "tolerance", "verdict", "note")
+SIMULATED = "Simulated: "
+NOT_KNOWN = "not known (docs/simulator.md, Fidelity)"
+CLAIM_COLUMNS = (
+    "quantity", "kind", "unit", "stated", "stated_least", "stated_most", "ours", "low", "high", "beside", "beside_low",
+    "beside_high", "ratio", "tolerance", "verdict", "note",
+)  # fmt: skip
 
 
 def write_study_report(study_dir: Path) -> dict[str, Any]:
     """Write report.html, report.md, claims.csv, figures and summary.json beside study.json.
 
     Returns:
-        What summary.json holds: the claims with ratios, and how many of them hold.
+        What summary.json holds: the claims with kinds and ratios, and how many of them hold.
 
     Raises:
         ReportError: study.json is missing or broken, or the folder cannot be written.
     """
     study = read_study(study_dir)
-    claims = [claim | {"ratio": _ratio(claim)} for claim in study["claims"]]
+    claims = [claim | {"kind": kind_of(claim), "ratio": ratio_of(claim)} for claim in study["claims"]]
+    conditions = study.get("conditions") or {}
     summary = {
-        "title": study["title"],
+        "title": _title(study),
         "experiment": study.get("experiment"),
-        "headline": study["headline"],
+        "headline": _headline(study),
+        "notices": _notices(study),
         "num_claims": len(claims),
-        "num_holding": sum(claim["verdict"] == "holds" for claim in claims),
+        **tally(claims),
         "claims": claims,
+        **{key: conditions.get(key) for key in ("simulated", "profiles", "seeds")},
         "cells": study["cells"],
         "git": study["git"],
+        "versions": study.get("versions"),
+        "command": study["command"],
     }
     document = study_document(study, claims, draw_charts(study["charts"], study_dir))
     write_text(study_dir / "report.html", render_html(document))
@@ -68,86 +78,71 @@ def study_document(study: dict[str, Any], claims: list[dict[str, Any]], svg: dic
         claims: its claims, with `ratio`.
         svg: name -> inline SVG of every chart.
     """
-    holding = sum(claim["verdict"] == "holds" for claim in claims)
-    judged = sum(claim["verdict"] in ("holds", "differs") for claim in claims)
     pictures = [Picture(c["name"], svg[c["name"]], c["caption"], c["caption"]) for c in study["charts"]]
-    sections = [Section("What was claimed, and what we found", tables=[claims_table(claims)], pictures=pictures)]
+    sections = claims_sections(claims, study.get("beside") or "")
+    if pictures:
+        sections = [*sections[:1], Section("Figures", pictures=pictures), *sections[1:]]
     if study["differences"]:
         sections.append(Section("What differs from the source", text=[f"- {line}" for line in study["differences"]]))
     if study["notes"]:
         sections.append(Section("How it was measured", text=list(study["notes"])))
-    git = study["git"]
     return Document(
         kicker="kvarena · report of an experiment",
-        title=study["title"],
-        headline=study["headline"],
-        verdict=(f"{holding} of {judged} claims hold.", holding == judged) if judged else None,
-        facts=[
-            ("source", study["source"]),
-            ("command", " ".join(study["command"])),
-            ("machine", _machine(study["machine"])),
-            ("commit", f"{git.get('commit') or DASH}{' with local changes' if git.get('dirty') else ''}"),
-            ("cells", _cells(study["cells"])),
-        ],
+        title=_title(study),
+        headline=_headline(study),
+        notices=_notices(study),
+        verdict=verdict_line(claims),
+        facts=_facts(study),
         sections=sections,
         footer=f"Made on {study['created']} from study.json.",
     )
 
 
-def claims_table(claims: list[dict[str, Any]]) -> Table:
-    """Stated, ours, ratio, verdict; one row a claim."""
-    header = ["claim", "stated", "ours", "ratio", "holds when", "verdict", "remark"]
-    rows = [
-        [
-            claim["quantity"],
-            _value(claim["stated"], claim["unit"]),
-            _interval(claim),
-            DASH if claim["ratio"] is None else f"{claim['ratio']:.2f}",
-            claim["tolerance"],
-            claim["verdict"],
-            claim["note"],
-        ]
-        for claim in claims
-    ]
-    return Table(header, rows, text_columns=frozenset({4, 5, 6}))
-
-
 def study_table(summary: dict[str, Any]) -> TerminalTable:
     """The claims for the terminal."""
-    table = TerminalTable(title=escape(summary["title"]), caption=escape(summary["headline"]), box=None)
-    table.add_column("claim", overflow="fold")
-    for name in ("stated", "ours", "ratio"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict")
-    for claim in summary["claims"]:
-        table.add_row(
-            escape(claim["quantity"]),
-            _value(claim["stated"], claim["unit"]),
-            escape(_interval(claim)),
-            DASH if claim["ratio"] is None else f"{claim['ratio']:.2f}",
-            claim["verdict"] if claim["verdict"] == "holds" else f"[yellow]{claim['verdict']}[/yellow]",
-        )
-    return table
+    return terminal_table(summary)
 
 
-def _ratio(claim: dict[str, Any]) -> float | None:
-    return claim["ours"] / claim["stated"] if claim["stated"] and claim["ours"] is not None else None
+def _title(study: dict[str, Any]) -> str:
+    simulated = (study.get("conditions") or {}).get("simulated")
+    return f"{study['title']} (simulated)" if simulated else str(study["title"])
 
 
-def _value(value: float | None, unit: str) -> str:
-    return DASH if value is None else f"{_digits(value)} {unit}".strip()
+def _headline(study: dict[str, Any]) -> str:
+    simulated = (study.get("conditions") or {}).get("simulated")
+    return f"{SIMULATED}{study['headline']}" if simulated else str(study["headline"])
 
 
-def _digits(value: float) -> str:
-    """Four digits; whole numbers from 10,000 on."""
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.4g}"
+def _notices(study: dict[str, Any]) -> list[str]:
+    """What a reader must know before believing the headline: under which step times it was simulated."""
+    profiles = (study.get("conditions") or {}).get("profiles") or []
+    if not profiles:
+        return []
+    names = ", ".join(profile["name"] for profile in profiles)
+    errors: dict[str, list[str]] = {}
+    for profile in profiles:
+        errors.setdefault(profile.get("error") or NOT_KNOWN, []).append(profile["name"])
+    told = "; ".join(f"{', '.join(of)}: {error}" for error, of in errors.items())
+    return [f"No device computed these cells; step times are by profile ({names}). What is known of its error: {told}."]
 
 
-def _interval(claim: dict[str, Any]) -> str:
-    text = _value(claim["ours"], claim["unit"])
-    return (
-        text if None in (claim["low"], claim["high"]) else f"{text} [{_digits(claim['low'])}, {_digits(claim['high'])}]"
-    )
+def _facts(study: dict[str, Any]) -> list[tuple[str, str]]:
+    """What ran, and under which conditions; what an older study.json does not hold is not listed."""
+    conditions, git = study.get("conditions") or {}, study["git"]
+    simulated = bool(conditions.get("simulated"))
+    facts = [("source", study["source"]), ("command", " ".join(study["command"]))]
+    if "seeds" in conditions:
+        facts.append(("seeds of the workload", ", ".join(map(str, conditions["seeds"])) or DASH))
+    sources: dict[str, list[str]] = {}
+    for profile in conditions.get("profiles") or []:
+        sources.setdefault(profile.get("source") or DASH, []).append(profile["name"])
+    facts += [("simulated under the profile", f"{', '.join(of)}: {source}") for source, of in sources.items()]
+    facts.append(("simulator ran on" if simulated else "machine", _machine(study["machine"])))
+    if study.get("versions"):
+        facts.append(("versions", ", ".join(f"{name} {number}" for name, number in study["versions"].items())))
+    facts.append(("commit", f"{git.get('commit') or DASH}{' with local changes' if git.get('dirty') else ''}"))
+    facts.append(("cells", _cells(study["cells"])))
+    return facts
 
 
 def _cells(names: list[str]) -> str:

@@ -113,8 +113,8 @@ def _name_points(axes: Axes, chart: dict[str, Any]) -> None:
 
 
 def _look(index: int, name: str) -> Look:
-    """A series' look: a ledger class's own colour where it is one."""
-    known = next((look for look in CLASS_LOOKS.values() if look.label == name), None)
+    """A series' look: a ledger class's own colour where it is one, or begins with one ("free while nobody waits")."""
+    known = next((look for look in CLASS_LOOKS.values() if f"{name} ".startswith(f"{look.label} ")), None)
     return known or SERIES[index % len(SERIES)]
 
 

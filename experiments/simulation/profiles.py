@@ -38,6 +38,7 @@ class Card:
         copy_bandwidth: of swapped blocks between GPU and host, in bytes per second.
         copy_gap: seconds that a block's transfer takes beside its bytes.
         host: seconds of the host around a step.
+        error: what is known of its error, in words; reports print it.
 
     Raises:
         ConfigError: a figure out of range.
@@ -54,6 +55,7 @@ class Card:
     copy_bandwidth: float
     copy_gap: float
     host: HostTime
+    error: str = ""
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "bandwidth", "flops", "copy_bandwidth"):

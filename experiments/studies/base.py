@@ -9,123 +9,11 @@ the report is made from study.json alone (`reports.study`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
-from scipy import stats
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 from experiments.studies.cells import CellRunner
-
-
-class Verdict(StrEnum):
-    """What a claim came to."""
-
-    HOLDS = "holds"
-    DIFFERS = "differs"
-    NOT_COMPARABLE = "not comparable"
-    # Of numbers that nobody stated: measured, or compared with another of ours.
-    MEASURED = "measured"
-    HIGHER = "higher"
-    LOWER = "lower"
-    SAME = "no significant difference"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One published or promised number beside ours.
-
-    Attributes:
-        quantity: what is measured, in words.
-        unit: of `stated` and `ours`; "" for a pure number.
-        stated: the source's value; None where it states none.
-        ours: what the cells gave; None where they could not.
-        tolerance: when the claim holds, in words.
-        verdict: whether it does.
-        low, high: 95 % confidence interval of `ours`; None without one.
-        note: why it differs, or what is compared; may be empty.
-    """
-
-    quantity: str
-    unit: str
-    stated: float | None
-    ours: float | None
-    tolerance: str
-    verdict: Verdict
-    low: float | None = None
-    high: float | None = None
-    note: str = ""
-
-
-def within(quantity: str, unit: str, stated: float, ours: float, tolerance: float, **more: Any) -> Claim:
-    """A claim that holds when `ours` lies within `tolerance` (same unit) of `stated`."""
-    verdict = Verdict.HOLDS if abs(ours - stated) <= tolerance else Verdict.DIFFERS
-    of = "points" if unit == "%" else unit
-    return Claim(quantity, unit, stated, ours, f"within {tolerance:g} {of}".strip(), verdict, **more)
-
-
-def at_least(quantity: str, unit: str, stated: float, ours: float, **more: Any) -> Claim:
-    """A claim that holds when `ours` is at least `stated`."""
-    verdict = Verdict.HOLDS if ours >= stated else Verdict.DIFFERS
-    return Claim(quantity, unit, stated, ours, f"at least {stated:g} {unit or ''}".strip(), verdict, **more)
-
-
-def at_most(quantity: str, unit: str, stated: float, ours: float, **more: Any) -> Claim:
-    """A claim that holds when `ours` is at most `stated`."""
-    verdict = Verdict.HOLDS if ours <= stated else Verdict.DIFFERS
-    return Claim(quantity, unit, stated, ours, f"at most {stated:g} {unit or ''}".strip(), verdict, **more)
-
-
-def near(quantity: str, unit: str, stated: float, ours: float, share: float, **more: Any) -> Claim:
-    """A claim that holds when `ours` lies within `share` of `stated`."""
-    verdict = Verdict.HOLDS if abs(ours - stated) <= share * stated else Verdict.DIFFERS
-    return Claim(quantity, unit, stated, ours, f"within {share:.0%}", verdict, **more)
-
-
-def between(quantity: str, unit: str, least: float, most: float, ours: float | None, **more: Any) -> Claim:
-    """A claim that holds when `ours` lies in [least, most]; one that was not measured is not comparable.
-
-    `stated` is the end of the range that is nearer to `ours`.
-    """
-    unit_text = f" {unit}" if unit else ""
-    tolerance = f"from {least:g} to {most:g}{unit_text}"
-    if ours is None:
-        return Claim(quantity, unit, None, None, tolerance, Verdict.NOT_COMPARABLE, **more)
-    stated = least if ours - least <= most - ours else most
-    verdict = Verdict.HOLDS if least <= ours <= most else Verdict.DIFFERS
-    return Claim(quantity, unit, stated, ours, tolerance, verdict, **more)
-
-
-def up_to(quantity: str, unit: str, most: float, ours: float | None, **more: Any) -> Claim:
-    """A gain stated as "up to `most` times": holds when `ours` is above 1 and at most that."""
-    claim = between(quantity, unit, 1.0, most, ours, **more)
-    return replace(claim, stated=most, tolerance=f"above 1, up to {most:g}")
-
-
-class Mean(NamedTuple):
-    """A mean over seeds and its 95 % interval by Student's t; of one seed the interval is None."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        """Mean of one value per seed."""
-        value = float(np.mean(values))
-        if len(values) < 2:
-            return cls(value, None, None)
-        error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-        half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-        return cls(value, value - half, value + half)
-
-
-def compared(ratio: Mean) -> Verdict:
-    """What a ratio to another strategy came to: significant where its interval leaves out 1."""
-    if ratio.low is None or ratio.high is None:
-        return Verdict.MEASURED
-    return Verdict.HIGHER if ratio.low > 1 else Verdict.LOWER if ratio.high < 1 else Verdict.SAME
+from experiments.studies.claims import Claim, Mean
 
 
 @dataclass(frozen=True)
@@ -144,6 +32,23 @@ class Series:
     y: Sequence[float | None]
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+
+
+def mean_series(
+    name: str, x: Sequence[float] | Sequence[str], means: Sequence[Mean], *, on_log: bool = False
+) -> Series:  # fmt: skip
+    """Means with their intervals as a series; without error bars where one of them has no interval.
+
+    Args:
+        on_log: for a logarithmic axis: no interval reaches below a tenth of its mean.
+    """
+    low = [mean.low for mean in means if mean.low is not None]
+    high = [mean.high for mean in means if mean.high is not None]
+    if len(low) < len(means):
+        low, high = [], []
+    if on_log:
+        low = [max(end, mean.value / 10) for end, mean in zip(low, means, strict=False)]
+    return Series(name, x, [mean.value for mean in means], low, high)
 
 
 @dataclass(frozen=True)
@@ -186,6 +91,7 @@ class Findings:
         charts: figures.
         differences: what differs from the source's setting, one sentence each.
         notes: how it was measured, definitions.
+        beside: name of what `Claim.beside` was measured under; "" where nothing was.
     """
 
     title: str
@@ -195,6 +101,7 @@ class Findings:
     charts: Sequence[Chart] = ()
     differences: Sequence[str] = ()
     notes: Sequence[str] = field(default_factory=tuple)
+    beside: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As study.json holds it."""

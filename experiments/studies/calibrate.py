@@ -22,8 +22,9 @@ from experiments.simulation.profiles import write_profile
 from experiments.simulation.recorded import RecordedRun
 from experiments.simulation.replay import ReplayResult, replay
 from experiments.simulation.rerun import simulate_again
-from experiments.studies.base import Chart, Claim, Findings, Series, Verdict, at_most
+from experiments.studies.base import Chart, Findings, Series
 from experiments.studies.cells import CellRunner
+from experiments.studies.claims import Claim, Verdict, at_most, check
 from reports.files import read_run
 from reports.run_report import write_run_report
 from reports.summary import summarize
@@ -156,7 +157,7 @@ def _label(run: RecordedRun) -> str:
 
 def _findings(cells: Sequence[Cell], fits: dict[str, Fit]) -> Findings:
     claims = [claim for cell in cells for claim in _claims(cell)]
-    held = sum(claim.verdict is Verdict.HOLDS for claim in claims)
+    held = sum(claim.verdict is Verdict.PASSES for claim in claims)
     identical = sum(cell.decisions.num_identical for cell in cells)
     total = sum(cell.decisions.num_steps for cell in cells)
     worst = [max(abs(cell.errors[i]) for cell in cells) for i in range(len(METRICS))]
@@ -201,7 +202,8 @@ def _claims(cell: Cell) -> list[Claim]:
     ]
     result = cell.decisions
     share = 100 * (1 - result.num_identical / result.num_steps)
-    return [*claims, at_most(f"{cell.label}: steps that decide otherwise", "%", 0.0, share, note=str(result))]
+    claims.append(at_most(f"{cell.label}: steps that decide otherwise", "%", 0.0, share, note=str(result)))
+    return [check(claim) for claim in claims]  # the bars are the project's own
 
 
 def _charts(cells: Sequence[Cell]) -> list[Chart]:

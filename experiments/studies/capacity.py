@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.errors import ConfigError, EngineError
-from experiments.studies.base import Chart, Claim, Findings, Mean, Series, Verdict, compared
+from experiments.studies.base import Chart, Findings, Series
 from experiments.studies.cells import CellRunner
+from experiments.studies.claims import Claim, Mean, compared, measured
 from reports.files import read_run
 from reports.latency import request_latencies
 from reports.slo import deciding_share, goal_text, is_met, kept_limits, slo_limits, slo_rule
@@ -131,7 +132,10 @@ class CapacityStudy:
             title="Capacity: the load that each strategy sustains",
             headline=f"Requests per second with {goal}: {rates}.",
             source="this project's own measurement; DistServe (OSDI'24) calls this quantity goodput",
-            claims=[*map(_measured, means.items()), *self._compared(capacities)],
+            claims=[
+                *(measured(name, "requests/s", mean) for name, mean in means.items()),
+                *self._compared(capacities),
+            ],
             charts=_charts(trials, target, len(self.seeds)),
             notes=[
                 f"Capacity: the highest Poisson rate found to be sustained, by bisection down to a bracket of "
@@ -174,14 +178,8 @@ class CapacityStudy:
         claims = []
         for name in others:
             ratios = [ours / theirs for ours, theirs in zip(capacities[name], capacities[base], strict=True)]
-            mean = Mean.of(ratios)
-            claims.append(Claim(f"{name} / {base}", "", None, mean.value, "", compared(mean), mean.low, mean.high))
+            claims.append(compared(f"{name} / {base}", Mean.of(ratios)))
         return claims
-
-
-def _measured(entry: tuple[str, Mean]) -> Claim:
-    name, mean = entry
-    return Claim(name, "requests/s", None, mean.value, "", Verdict.MEASURED, mean.low, mean.high)
 
 
 def _charts(every: dict[str, dict[float, list[Trial]]], target: float, num_seeds: int) -> list[Chart]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -14,12 +16,13 @@ from rich.console import Console
 import reports.study
 from experiments.output import print_result
 from experiments.recording.cell_state import only_writer
-from experiments.recording.files import STUDY_FILE
+from experiments.recording.files import MANIFEST_FILE, STUDY_FILE
 from experiments.recording.provenance import git_state, machine, versions
 from experiments.studies.base import Study
 from experiments.studies.cells import CellRunner
+from reports.files import read_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def run_study(cfg: DictConfig) -> None:
@@ -41,6 +44,7 @@ def run_study(cfg: DictConfig) -> None:
         "machine": machine(),
         "versions": versions(),
         "command": ["python", "run.py", *hydra.overrides.task],
+        "conditions": conditions(cells.folders),
         "cells": [str(folder.relative_to(out_dir)) for folder in cells.folders],
     }
     with only_writer(out_dir):
@@ -50,3 +54,25 @@ def run_study(cfg: DictConfig) -> None:
     report = out_dir / "report.html"
     print(f"report: {report}")
     print_result({"study_dir": str(out_dir), "report": str(report), "summary": summary})
+
+
+def conditions(folders: Sequence[Path]) -> dict[str, Any]:
+    """Under which conditions the cells ran, as their manifests tell.
+
+    Returns:
+        `simulated`: whether a cell was; `profiles`: name, source and error of every profile that timed one; `seeds`: of
+        the cells' workloads, each once.
+    """
+    profiles: dict[str, dict[str, Any]] = {}
+    seeds: set[int] = set()
+    for folder in folders:
+        manifest = read_json(folder / MANIFEST_FILE)
+        simulation = manifest.get("simulation")
+        if simulation:
+            figures = simulation.get("figures") or simulation
+            name = Path(simulation["profile"]).name  # a profile may be a file of this machine
+            profiles[name] = {"name": name, "source": figures.get("source"), "error": figures.get("error")}
+        seed = manifest["config"]["workload"].get("seed")
+        if seed is not None:
+            seeds.add(int(seed))
+    return {"simulated": bool(profiles), "profiles": list(profiles.values()), "seeds": sorted(seeds)}

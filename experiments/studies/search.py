@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ConfigError, KvarenaError
-from experiments.studies.base import Chart, Claim, Findings, Mean, Series, Verdict, compared
+from experiments.studies.base import Chart, Findings, Series
 from experiments.studies.cells import CellRunner
+from experiments.studies.claims import Claim, Mean, compared, measured
 
 if TYPE_CHECKING:
     import optuna
@@ -182,13 +183,10 @@ class SearchStudy:
         settings = " ".join(self._overrides(best.params))
         ratio = Mean.of([one / other for one, other in zip(ours, default, strict=True)]) if all(default) else None
         means = {"best settings": Mean.of(ours), "the config's own settings": Mean.of(default)}
-        claims = [
-            Claim(name, "", None, mean.value, "", Verdict.MEASURED, mean.low, mean.high) for name, mean in means.items()
-        ]
-        if ratio is not None:
-            claims.append(
-                Claim("best / own", "", None, ratio.value, "", compared(ratio), ratio.low, ratio.high, "fresh seeds")
-            )
+        claims: list[Claim] = [measured(name, "", mean) for name, mean in means.items()]
+        gain = compared("best / own", ratio, note="fresh seeds") if ratio is not None else None
+        if gain is not None:
+            claims.append(gain)
         notes = [
             f"A trial's value is the mean of {self.objective} over workload seeds {', '.join(map(str, self.seeds))}; "
             f"{self.num_trials} trials by Optuna's TPE sampler (Bergstra et al., 2011), seed {self.sampler_seed}; all "
@@ -202,7 +200,7 @@ class SearchStudy:
             notes.append(f"{len(refused)} trials could not run, the first of them ({number}): {error}")
         return Findings(
             title="Search: the settings that suit this load best",
-            headline=f"{self.direction} {self.objective}: {settings}",
+            headline=f"{self.direction} {self.objective}: {settings}. {_gain(gain)}",
             source="this project's own measurement",
             claims=claims,
             charts=self._charts(search),
@@ -230,6 +228,14 @@ class SearchStudy:
                       "et al., 2023).", [bars])
             )  # fmt: skip
         return charts
+
+
+def _gain(claim: Claim | None) -> str:
+    """What the winner gained on fresh seeds, as its table says."""
+    if claim is None or claim.ours is None:
+        return "The config's own settings give 0, so there is no ratio to them."
+    interval = "" if claim.low is None or claim.high is None else f" [{claim.low:.3f}, {claim.high:.3f}]"
+    return f"On fresh seeds that is {claim.ours:.3f}{interval} times the config's own settings: {claim.verdict}."
 
 
 def _number_at(summary: Mapping[str, Any], path: str) -> float | None:

@@ -123,7 +123,10 @@ CHARTS = [chart("lines", [1, 2], log_x=True), chart("bars", ["u", "v"]), chart("
 STUDY = {
     "title": "t", "headline": "h", "source": "s", "created": "c", "experiment": "e",
     "claims": [{"quantity": "q", "unit": "%", "stated": 1.0, "ours": 1.1, "tolerance": "t", "verdict": "holds",
-                "low": 1.0, "high": 1.2, "note": "n"}],
+                "low": 1.0, "high": 1.2, "note": "n", "kind": "range", "stated_least": 1.0, "stated_most": 2.0,
+                "beside": 1.5, "beside_low": 1.4, "beside_high": 1.6}],
+    "beside": "ideal card", "versions": {"python": "3"},
+    "conditions": {"simulated": True, "seeds": [0], "profiles": [{"name": "p", "source": "s", "error": "e"}]},
     "charts": [], "differences": ["d"], "notes": ["n"], "command": ["python"], "cells": ["cells/a"],
     "git": {"commit": "abc", "dirty": False}, "machine": {"cpu": "x", "cores": 2, "memory_bytes": 1, "gpu": None},
 }  # fmt: skip

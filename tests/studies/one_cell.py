@@ -1,7 +1,8 @@
-"""The smallest study: one cell, one claim."""
+"""The smallest study: two cells, one published number, one of ours, one check (that fails)."""
 
-from experiments.studies.base import Chart, Findings, Series, at_least
+from experiments.studies.base import Chart, Findings, Series
 from experiments.studies.cells import CellRunner
+from experiments.studies.claims import at_least, at_most, check, measured
 
 
 class OneCell:
@@ -16,7 +17,11 @@ class OneCell:
             title="One cell",
             headline=f"{summary['num_finished']} requests finish.",
             source="this test",
-            claims=[at_least("requests that finish", "", self.stated, summary["num_finished"])],
+            claims=[
+                at_least("requests that finish", "", self.stated, summary["num_finished"]),
+                measured("requests", "", summary["num_requests"]),
+                check(at_most("requests that finish, of those that came", "", 1.0, 2.0)),
+            ],
             charts=[Chart("rates", "bars", "allocator", "requests", "Finished.", [Series("run", ["a", "b"], rates)])],
             differences=["nothing"],
         )

@@ -6,8 +6,8 @@ from study_run import run_study
 
 from engine.errors import ConfigError, EngineError
 from experiments.compose import compose_cell
-from experiments.studies.base import Mean, Verdict
 from experiments.studies.capacity import Trial, _charts, bisect_capacity
+from experiments.studies.claims import Mean, Verdict
 
 SMALL = (
     "experiment=capacity", "study.duration=10", "study.tolerance=0.5", "study.curve=[0.5]",

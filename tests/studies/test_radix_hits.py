@@ -7,7 +7,7 @@ import pytest
 from study_run import run_study
 
 from engine.errors import ConfigError
-from experiments.studies.base import Verdict
+from experiments.studies.claims import Kind, Verdict
 from experiments.workloads.mooncake import MooncakeWorkload
 
 
@@ -55,12 +55,19 @@ def test_the_endless_cache_counts_whole_blocks_of_a_prefix(tmp_path):
 
 def test_hits_grow_with_the_cache_to_the_endless_one(tmp_path, trace):
     small = (f"study.path={trace}", "study.num_requests=60", "study.block_size=16")
-    findings, _ = run_study(tmp_path / "right", "experiment=radix_hits", *small, "study.num_slots=[8000,200000]")
-    assert [claim.verdict for claim in findings.claims] == [Verdict.NOT_COMPARABLE, *[Verdict.HOLDS] * 6]
+    findings, _ = run_study(
+        tmp_path / "right", "experiment=radix_hits", *small, "study.num_slots=[8000]", "study.beyond_slots=[200000]"
+    )
+    assert {claim.kind for claim in findings.claims} == {Kind.OURS, Kind.CHECK}  # nothing here is a published number
+    assert [claim.verdict for claim in findings.claims] == [*[Verdict.MEASURED] * 5, *[Verdict.PASSES] * 6]
+    assert "the card holds (8,000 tokens, 1 GB)" in findings.headline
+    assert findings.claims[2].note.endswith("more than the card holds")
     for series in findings.charts[0].series:
         assert series.y[0] < series.y[1] - 5
-    wrong, _ = run_study(tmp_path / "wrong", "experiment=radix_hits", *small, "study.num_slots=[5000,8000]")
-    assert wrong.claims[1].verdict is Verdict.DIFFERS
+    wrong, _ = run_study(
+        tmp_path / "wrong", "experiment=radix_hits", *small, "study.num_slots=[5000]", "study.beyond_slots=[8000]"
+    )
+    assert wrong.claims[5].verdict is Verdict.FAILS
 
 
 def test_a_path_is_needed(tmp_path):
@@ -73,6 +80,12 @@ def test_requests_that_are_too_long_are_left_out_of_the_endless_cache_too(tmp_pa
     lines = trace.read_text().splitlines()
     long = {"timestamp": 0, "input_length": 140_000, "output_length": 8, "hash_ids": list(range(10**6, 10**6 + 274))}
     trace.write_text("\n".join([json.dumps(long), json.dumps(long), *lines]) + "\n")
-    small = (f"study.path={trace}", "study.num_requests=60", "study.block_size=16", "study.num_slots=[8000,200000]")
+    small = (
+        f"study.path={trace}",
+        "study.num_requests=60",
+        "study.block_size=16",
+        "study.num_slots=[8000]",
+        "study.beyond_slots=[200000]",
+    )
     findings, _ = run_study(tmp_path / "long", "experiment=radix_hits", *small)
-    assert [claim.verdict for claim in findings.claims] == [Verdict.NOT_COMPARABLE, *[Verdict.HOLDS] * 6]
+    assert [claim.verdict for claim in findings.claims if claim.kind is Kind.CHECK] == [Verdict.PASSES] * 6

@@ -6,7 +6,7 @@ import pytest
 from study_run import run_study
 
 from engine.errors import ConfigError, NotDefined
-from experiments.studies.base import Verdict
+from experiments.studies.claims import Verdict
 from experiments.studies.search import TRIALS_FILE, SearchStudy
 
 OPTIONS = {
@@ -36,7 +36,7 @@ def test_a_known_optimum_is_found_and_confirmed_on_fresh_seeds(tmp_path):
     cells = KnownCells(tmp_path)
     findings = SearchStudy(**OPTIONS).run(cells)
     best, own, ratio = findings.claims
-    assert findings.headline.endswith("b=y")
+    assert "b=y. On fresh seeds that is" in findings.headline and findings.headline.endswith("higher.")
     assert own.ours == pytest.approx(103)  # a=20, b=x over seeds 2, 3, 4
     assert best.ours > 110
     assert ratio.verdict is Verdict.HIGHER
@@ -59,7 +59,9 @@ def test_a_gain_that_is_not_there_is_not_found(tmp_path):
     """Of settings that change nothing, one is always the best trial; on fresh seeds it is no better."""
     cells = KnownCells(tmp_path, gain=0.0)
     options = OPTIONS | {"space": [{"key": "b", "choices": ["x", "y"]}], "num_trials": 4}
-    assert SearchStudy(**options).run(cells).claims[2].verdict is Verdict.SAME
+    findings = SearchStudy(**options).run(cells)
+    assert findings.claims[2].verdict is Verdict.SAME
+    assert "no significant difference" in findings.headline
 
 
 def test_the_same_seed_asks_the_same(tmp_path):

@@ -1,0 +1,43 @@
+"""The profile of PagedAttention's engine: two step times fix two host times, and the file says what it is."""
+
+import json
+
+import numpy as np
+import pytest
+from study_run import run_study
+
+from engine.errors import ConfigError, EngineError
+from experiments.simulation.profiles import load_profile
+from experiments.studies.claims import Kind
+from experiments.studies.paper_profile import implied_step_times, solve_host
+
+SMALL = ("experiment=paper_profile", "study.num_requests={sharegpt:60,alpaca:300}", "study.seeds=[0]")
+
+
+def test_the_aims_are_littles_law_on_the_papers_bars():
+    times = implied_step_times()
+    assert times["sharegpt"] == pytest.approx(30.42 / (2 * 337.99))
+    assert times["alpaca"] == pytest.approx(0.0755, abs=5e-5)
+
+
+def test_two_step_times_have_one_solution():
+    base, each = solve_host(np.array([0.011, 0.041]), np.array([30.0, 130.0]))
+    assert (base + 30 * each, base + 130 * each) == pytest.approx((0.011, 0.041))
+
+
+def test_the_fit_meets_both_step_times_and_proves_nothing(tmp_path):
+    findings, cells = run_study(tmp_path, *SMALL, "study.close=0.05", "study.max_rounds=30")
+    assert {claim.kind for claim in findings.claims} == {Kind.FITTED, Kind.OURS}
+    fitted = [claim for claim in findings.claims if claim.kind is Kind.FITTED]
+    assert [claim.ours for claim in fitted] == pytest.approx([claim.stated for claim in fitted], rel=0.05)
+    profile = load_profile(str(tmp_path / "fitted.yaml"))
+    last = json.loads((cells.folders[-1] / "manifest.json").read_text())
+    assert last["simulation"]["figures"]["host"]["before"] == profile.host.before
+
+
+def test_a_fit_that_does_not_close_is_one_line(tmp_path):
+    with pytest.raises(EngineError, match="not met within 1e-09 in 1 rounds"):
+        run_study(tmp_path, *SMALL, "study.close=1e-9", "study.max_rounds=1")
+    with pytest.raises(Exception, match="must be a card's profile") as error:
+        run_study(tmp_path, *SMALL, "study.card=h100-qwen3-0.6b")
+    assert isinstance(error.value.__cause__ or error.value, ConfigError)
