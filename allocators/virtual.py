@@ -25,6 +25,8 @@ from engine.plan import KVUsage, QueueHead, cdiv
 from engine.request import Request
 
 KIB = 1024
+LARGEST_PAGE, SMALLEST_PAGE = 2048 * KIB, 64 * KIB
+MIN_PAGES = 128  # of a pool whose page size is not given
 
 
 class Region(NamedTuple):
@@ -43,10 +45,11 @@ class VirtualAllocator(BaseAllocator):
     external fragmentation; so are all free pages while they would do for the head of the queue and no region is free.
 
     Args:
-        page_bytes: size of a physical page, 64 KiB to 2 MiB. (CUDA maps 2 MiB; the paper's driver also less.)
+        page_bytes: size of a physical page, 64 KiB to 2 MiB. (CUDA maps 2 MiB; the paper's driver also less.) None: the
+            largest of 2 MiB, 1 MiB, ... 64 KiB of which the pool has at least 128; where it has not, one block.
         kv_tensors: tensors that a token's KV is spread over, each mapped by pages of its own: 2 for K and V with all
             layers side by side (the paper's tensor slicing), 2 * num_layers for tensors per layer.
-        page_tokens: tokens in a page, in place of the above. None: computed, or one block where
+        page_tokens: tokens in a page, in place of the above. None: by `page_bytes`, or one block where
             `kv_bytes_per_token` is 0.
         max_regions: requests that can own a region at the same time.
         pool: see BaseAllocator; num_blocks is physical.
@@ -55,7 +58,9 @@ class VirtualAllocator(BaseAllocator):
         num_virtual_blocks: the largest block id.
         num_pages: pages of the pool, each of `page_bytes` in each of `kv_tensors` tensors.
         page_tokens: whole tokens in a page.
-        page_bytes, kv_tensors: as given; None where `page_tokens` is given in their place.
+        page_bytes: as given or chosen; None where pages are counted in tokens.
+        kv_tensors: as given; None where `page_tokens` is given in its place.
+        page_chosen: neither size was given, and the pool decided.
     """
 
     contiguous = True
@@ -64,7 +69,7 @@ class VirtualAllocator(BaseAllocator):
     def __init__(
         self,
         *,
-        page_bytes: int = 2048 * KIB,
+        page_bytes: int | None = None,
         kv_tensors: int = 2,
         page_tokens: int | None = None,
         max_regions: int = 256,
@@ -72,8 +77,13 @@ class VirtualAllocator(BaseAllocator):
     ) -> None:
         super().__init__(**pool)
         num_blocks, block_size = self.num_blocks, self.block_size
-        self.page_bytes = None if page_tokens is not None else page_bytes
+        check_int("allocator.kv_tensors", kv_tensors, 1)
         self.kv_tensors = None if page_tokens is not None else kv_tensors
+        self.page_chosen = page_tokens is None and page_bytes is None
+        if self.page_chosen:
+            page_bytes = self._largest_page(kv_tensors)
+            page_tokens = block_size if page_bytes is None else None
+        self.page_bytes = None if page_tokens is not None else page_bytes
         # Tokens per page as a fraction: `_page_size / _slot_size`.
         self._page_size, self._slot_size = self._sizes(page_bytes, kv_tensors, page_tokens)
         self.page_tokens = self._num_slots_in(1)
@@ -95,12 +105,21 @@ class VirtualAllocator(BaseAllocator):
         self._free_regions = BlockPool(0, max_regions)
         self._regions: dict[Request, Region] = {}
 
-    def _sizes(self, page_bytes: int, kv_tensors: int, page_tokens: int | None) -> tuple[int, int]:
-        """A page and a token in the same unit."""
-        if page_tokens is not None:
-            return check_int("allocator.page_tokens", page_tokens, 1), 1
-        check_int("allocator.page_bytes", page_bytes, 64 * KIB, 2048 * KIB)
-        check_int("allocator.kv_tensors", kv_tensors, 1)
+    def _largest_page(self, kv_tensors: int) -> int | None:
+        """Bytes of the largest page that leaves the pool `MIN_PAGES`; None when the smallest is too large for that."""
+        pool_bytes = self.num_blocks * self.block_size * self.kv_bytes_per_token
+        page_bytes = LARGEST_PAGE
+        while page_bytes >= SMALLEST_PAGE:
+            if self.kv_bytes_per_token <= page_bytes * kv_tensors <= pool_bytes // MIN_PAGES:
+                return page_bytes
+            page_bytes //= 2
+        return None
+
+    def _sizes(self, page_bytes: int | None, kv_tensors: int, page_tokens: int | None) -> tuple[int, int]:
+        """A page and a token in the same unit; one of the page's two sizes is given."""
+        if page_bytes is None or page_tokens is not None:
+            return check_int("allocator.page_tokens", self.block_size if page_tokens is None else page_tokens, 1), 1
+        check_int("allocator.page_bytes", page_bytes, SMALLEST_PAGE, LARGEST_PAGE)
         if not self.kv_bytes_per_token:
             return self.block_size, 1
         if page_bytes * kv_tensors < self.kv_bytes_per_token:

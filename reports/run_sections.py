@@ -78,7 +78,7 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("Model", f"{model.get('name', DASH)}, {count(model.get('num_parameters'))} parameters, "
                   f"{model.get('dtype', DASH)}"),
         ("KV pool", f"{count(pool.get('num_slots'))} slots, {size_bytes(pool.get('bytes'))}, "
-                    f"blocks of {pool.get('block_size', DASH)}"),
+                    f"blocks of {pool.get('block_size', DASH)}{_pages(pool.get('pages'))}"),
         ("Workload", f"{workload.get('name', DASH)}, {count(summary['num_requests'])} requests, "
                      f"seed {workload.get('seed', DASH)}"),
         ("Arrivals", ", ".join(str(value) for value in [arrival.pop("name", DASH), *_pairs(arrival)])),
@@ -88,6 +88,14 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         *([("Simulated", simulated(summary["simulation"]))] if summary["simulation"] else []),
         *([("Target", target(summary["target"]))] if summary["target"] else []),
     ]  # fmt: skip
+
+
+def _pages(pages: dict[str, Any] | None) -> str:
+    """Of virtual regions; says so where the pool's size, and not the config, decided."""
+    if not pages:
+        return ""
+    chosen = " (chosen to fit the pool)" if pages.get("page_chosen") else ""
+    return f", {count(pages.get('num_pages'))} pages of {count(pages.get('page_tokens'))} tokens{chosen}"
 
 
 def _pairs(options: dict[str, Any]) -> list[str]:

@@ -30,7 +30,14 @@ from engine.models import LoadedModel, ModelSpec, load_model
 from engine.plan import KVAllocator
 from engine.request import Request, SamplingParams, expand
 from engine.runner.profile import available_kv_bytes
-from experiments.building.parts import EngineParts, check_window, make_strategy, pool_facts, resolve_max_model_len
+from experiments.building.parts import (
+    EngineParts,
+    check_window,
+    make_strategy,
+    pool_facts,
+    resolve_max_model_len,
+    say_chosen_pages,
+)
 from experiments.building.pools import make_pool
 from experiments.building.runners import make_runner
 from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SamplingConfig, SLOConfig
@@ -143,7 +150,8 @@ def build_engine(cfg: DictConfig) -> EngineParts:
     spec = model.spec
     max_model_len = resolve_max_model_len(config, spec)
     num_blocks = _num_blocks(cfg, config, model)
-    allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, spec)
+    allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, spec, device)
+    say_chosen_pages(allocator)
     check_window(allocator, spec)
     _check_layout(runner_config, allocator)
     pool = make_pool(runner_config, allocator, spec, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from engine.models import LoadedModel, ModelSpec
 from engine.plan import KVAllocator, SchedulerProtocol
 from engine.runner.simulated import SimulatedRunner
 from experiments.config import EngineConfig
+
+CUDA_PAGE_BYTES = 2 * 2**20
 
 
 @dataclass
@@ -50,7 +53,11 @@ class EngineParts:
 def pool_facts(allocator: KVAllocator, spec: ModelSpec, runner_facts: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says of the pool."""
     slots = allocator.num_blocks * allocator.block_size
-    return {
+    pages = {}
+    if hasattr(allocator, "num_pages"):
+        names = ("num_pages", "page_tokens", "page_bytes", "kv_tensors", "page_chosen")
+        pages = {"pages": {name: getattr(allocator, name) for name in names}}
+    return pages | {
         "num_blocks": allocator.num_blocks,
         "block_size": allocator.block_size,
         "num_slots": slots,
@@ -59,15 +66,34 @@ def pool_facts(allocator: KVAllocator, spec: ModelSpec, runner_facts: dict[str, 
     }
 
 
+def say_chosen_pages(allocator: KVAllocator) -> None:
+    """A line on stderr where the pool's size, and not the config, decided how large a page is."""
+    if getattr(allocator, "page_chosen", False):
+        size, tokens, count = (getattr(allocator, name) for name in ("page_bytes", "page_tokens", "num_pages"))
+        pages = "one block" if size is None else f"{size // 1024:,} KiB"
+        print(
+            f"allocator.page_bytes=null: {count:,} pages of {pages} ({tokens:,} tokens), to fit the pool; a GPU maps "
+            f"{CUDA_PAGE_BYTES // 1024:,} KiB",
+            file=sys.stderr,
+        )
+
+
 def make_strategy(
-    cfg: DictConfig, num_blocks: int, max_model_len: int, spec: ModelSpec
+    cfg: DictConfig, num_blocks: int, max_model_len: int, spec: ModelSpec, device: str = "cpu"
 ) -> tuple[KVAllocator, SchedulerProtocol]:
-    """A fresh allocator over an empty pool, and the scheduler on top of it."""
+    """A fresh allocator over an empty pool, and the scheduler on top of it.
+
+    Pages whose size the config leaves open are chosen by the allocator, but on a GPU, which maps one size.
+    """
+    options: dict[str, Any] = {}
+    if device == "cuda" and "page_bytes" in cfg.allocator and cfg.allocator.page_bytes is None:
+        options["page_bytes"] = CUDA_PAGE_BYTES
     allocator = instantiate(
         cfg.allocator,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
         kv_bytes_per_token=spec.kv_bytes_per_token,
+        **options,
     )
     return allocator, instantiate(cfg.scheduler, allocator=allocator, max_model_len=max_model_len)
 

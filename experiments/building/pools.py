@@ -8,9 +8,9 @@ from engine.errors import ConfigError
 from engine.kv_pool import KVPool
 from engine.models import ModelSpec
 from engine.plan import KVAllocator
+from experiments.building.parts import CUDA_PAGE_BYTES
 from experiments.config import RunnerConfig
 
-CUDA_PAGE_BYTES = 2 * 2**20
 KV_TENSORS = 2
 
 

@@ -41,7 +41,13 @@ def warm_up(cfg: DictConfig, parts: EngineParts, samplings: Sequence[SamplingPar
     if isinstance(parts.engine.runner, FusedRunner):
         parts.engine.runner.warm_up(cfg.scheduler.max_num_seqs)
         longest = cfg.scheduler.max_num_batched_tokens
-    allocator, scheduler = make_strategy(cfg, parts.pool_facts["num_blocks"], parts.max_model_len, parts.spec)
+    allocator, scheduler = make_strategy(
+        cfg,
+        parts.pool_facts["num_blocks"],
+        parts.max_model_len,
+        parts.spec,
+        "cpu" if parts.model is None else parts.model.device.type,
+    )
     engine = Engine(scheduler, allocator, parts.engine.runner, clock, overlap=parts.config.overlap)
     room = min(parts.max_model_len, allocator.max_request_tokens) - OUTPUT_TOKENS
     prompt_lens = [min(length, room) for length in [*[PROMPT_TOKENS] * (NUM_REQUESTS - 1), longest]]

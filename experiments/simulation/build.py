@@ -13,7 +13,14 @@ from engine.kv_pool import blocks_for_budget
 from engine.ledger import MemoryLedger
 from engine.models.sizes import ModelSizes, model_sizes
 from engine.runner.simulated import SimulatedRunner
-from experiments.building.parts import EngineParts, check_window, make_strategy, pool_facts, resolve_max_model_len
+from experiments.building.parts import (
+    EngineParts,
+    check_window,
+    make_strategy,
+    pool_facts,
+    resolve_max_model_len,
+    say_chosen_pages,
+)
 from experiments.config import EngineConfig, KVCacheConfig, SimulatedRunnerConfig
 from experiments.simulation.profiles import Card, Profile, load_profile
 
@@ -40,6 +47,7 @@ def build_simulated_engine(cfg: DictConfig) -> EngineParts:
     max_model_len = resolve_max_model_len(config, spec)
     num_blocks = _num_blocks(cfg, config, sizes, profile)
     allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, spec)
+    say_chosen_pages(allocator)
     check_window(allocator, spec)
     clock, ledger = VirtualClock(), MemoryLedger()
     runner = SimulatedRunner(profile.step_time(sizes, block_size), clock, _harmless_token(sizes), host=profile.host)

@@ -35,9 +35,30 @@ def test_page_tokens_depend_on_the_model(page_bytes: int, kv_tensors: int, want:
     assert alloc.num_pages == 4000 // want
 
 
+@pytest.mark.parametrize(
+    ("num_blocks", "token_bytes", "page_bytes", "num_pages"),
+    [
+        (1024, 2 * KIB, 128 * KIB, 128),  # the demo model in its default pool: 2 MiB would be 8 pages
+        (1023, 2 * KIB, 64 * KIB, 255),
+        (512, 2 * KIB, 64 * KIB, 128),
+        (511, 2 * KIB, None, 511),  # not 128 of the smallest: one block each
+        (100_000, 128 * KIB, 2048 * KIB, 50_000),
+        (64, 256 * KIB, 1024 * KIB, 128),
+        (64, 0, None, 64),
+    ],
+)
+def test_pages_are_chosen_to_fit_the_pool(
+    num_blocks: int, token_bytes: int, page_bytes: int | None, num_pages: int
+) -> None:
+    alloc = make(num_blocks=num_blocks, block_size=16, kv_bytes_per_token=token_bytes)
+    assert (alloc.page_bytes, alloc.num_pages) == (page_bytes, num_pages) and alloc.page_chosen
+    given = make(num_blocks=num_blocks, block_size=16, kv_bytes_per_token=token_bytes, page_tokens=16)
+    assert not given.page_chosen
+
+
 def test_a_token_may_lie_across_two_pages() -> None:
     # Qwen3-0.6B in 16 bits: 56 KiB a token in each tensor, 36 4/7 tokens in a page of 2 MiB.
-    alloc = make(num_blocks=64, block_size=4, kv_bytes_per_token=112 * KIB)
+    alloc = make(num_blocks=64, block_size=4, kv_bytes_per_token=112 * KIB, page_bytes=2048 * KIB)
     assert (alloc.page_tokens, alloc.num_pages) == (36, 7)
     req, other = (make_request(name, [1] * 60) for name in "ab")
     sizes = []
