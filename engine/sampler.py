@@ -19,12 +19,20 @@ from torch import Tensor
 
 from engine.sampling.batch import Rows, SamplingBatch
 from engine.sampling.output import LogprobTensors, SampledTokens
+from engine.sampling.scores import ScoreTensors, best_scores
 from engine.sampling.streams import log_exponentials
 from engine.sampling.transforms import keep_min_p, keep_top_k, keep_top_p, penalize
 
 
 class Sampler:
-    """Stateless: all state is in the batch."""
+    """Stateless: all state is in the batch.
+
+    Args:
+        num_scores: give the scores of so many best tokens of each row beside the tokens; 0: none.
+    """
+
+    def __init__(self, num_scores: int = 0) -> None:
+        self._num_scores = num_scores
 
     def __call__(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
         """Sample one token per row.
@@ -42,12 +50,15 @@ class Sampler:
         # Rounding to float32 keeps the order, so a greedy batch is never upcast. max gives the first of equal values.
         best = logits.max(dim=-1)
         token_ids = best.indices
+        scores = best_scores(logits, self._num_scores) if self._num_scores else None
         if batch.keys is not None:
-            drawn = self._draw(_take(logits, batch.random).float(), _take(best.values, batch.random).float(), batch)
-            index = batch.random.index
-            token_ids = drawn if index is None else token_ids.index_copy(0, index, drawn)
+            peaks = _take(best.values, batch.random).float()
+            race = self._race(_take(logits, batch.random).float(), peaks, batch)
+            token_ids = _put(token_ids, batch.random, race.argmax(dim=-1))
+            if scores is not None:
+                scores = self._race_scores(scores, race, peaks, batch)
         logprobs = self._logprobs(logits, token_ids, batch) if batch.num_top else None
-        return SampledTokens(token_ids, best.values.isfinite(), logprobs, batch.request_ids)
+        return SampledTokens(token_ids, best.values.isfinite(), logprobs, batch.request_ids, scores)
 
     def _edit(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """Bars, bias and penalties, in place."""
@@ -69,8 +80,8 @@ class Sampler:
             )
         return logits
 
-    def _draw(self, logits: Tensor, best: Tensor, batch: SamplingBatch) -> Tensor:
-        """One draw per random row. `logits` float32 [R, V] and their maxima `best` [R]."""
+    def _race(self, logits: Tensor, best: Tensor, batch: SamplingBatch) -> Tensor:
+        """What each random row's draw is the argmax of, [R, V]. `logits` float32 [R, V] and their maxima `best` [R]."""
         assert batch.keys is not None
         assert batch.temperature is not None
         # The maximum is taken off first: then no temperature, however small, overflows.
@@ -81,7 +92,16 @@ class Sampler:
             logits = _apply(logits, top_p.rows, lambda rows: keep_top_p(rows, top_p.values))
         if (min_p := batch.min_p) is not None:
             logits = _apply(logits, min_p.rows, lambda rows: keep_min_p(rows, min_p.values))
-        return (logits - log_exponentials(batch.keys, logits.shape[-1])).argmax(dim=-1)
+        return logits - log_exponentials(batch.keys, logits.shape[-1])
+
+    def _race_scores(self, scores: ScoreTensors, race: Tensor, peaks: Tensor, batch: SamplingBatch) -> ScoreTensors:
+        """`scores` with those of the random rows, to which the maximum that was taken off comes back."""
+        assert batch.temperature is not None
+        drawn = best_scores(race, self._num_scores)
+        values = drawn.values + (peaks.double() / batch.temperature.double())[:, None]
+        return ScoreTensors(
+            _put(scores.token_ids, batch.random, drawn.token_ids), _put(scores.values, batch.random, values)
+        )
 
     def _logprobs(self, logits: Tensor, token_ids: Tensor, batch: SamplingBatch) -> LogprobTensors:
         values = _take(logits, batch.logprobs).float().log_softmax(-1)
@@ -93,6 +113,11 @@ class Sampler:
 
 def _take(tensor: Tensor, rows: Rows) -> Tensor:
     return tensor if rows.index is None else tensor[rows.index]
+
+
+def _put(tensor: Tensor, rows: Rows, values: Tensor) -> Tensor:
+    """`tensor` with `values` in those rows."""
+    return values if rows.index is None else tensor.index_copy(0, rows.index, values)
 
 
 def _apply(logits: Tensor, rows: Rows, transform: Callable[[Tensor], Tensor]) -> Tensor:

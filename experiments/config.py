@@ -28,6 +28,7 @@ SECTIONS = ("engine", "kv_cache", "sampling", "driver", "sweep", "report", "http
 MOST_SLOTS = 2**48  # what no memory holds; the product with a block's size is still an integer of 64 bits
 MOST_GIB = 2**30
 MOST_SAMPLES = 2**16
+MOST_SCORES = 1024
 
 
 def _check(ok: bool, key: str, value: object, must: str) -> None:
@@ -189,6 +190,7 @@ class DriverConfig(_Section):
     max_lateness: float
     record: str
     cache: str
+    scores: int
 
     def __post_init__(self) -> None:
         _check(self.cache in CACHES, "driver.cache", self.cache, f"one of {', '.join(CACHES)}")
@@ -196,6 +198,17 @@ class DriverConfig(_Section):
         _check(isinstance(self.warmup, bool), "driver.warmup", self.warmup, "true or false")
         late = self.max_lateness
         _check(_is_number(late) and late > 0, "driver.max_lateness", late, "above 0 (seconds)")
+        scores = self.scores
+        _check(
+            _is_int(scores, 0) and scores <= MOST_SCORES, "driver.scores", scores, f"an integer in [0, {MOST_SCORES}]"
+        )
+        if scores and self.record != "full":
+            raise ConfigError(f"driver.scores={scores} needs the tokens, and driver.record={self.record} keeps none")
+
+    def check_scores(self, place: str) -> None:
+        """Raise ConfigError where scores are asked for and `place` has none."""
+        if self.scores:
+            raise ConfigError(f"driver.scores={self.scores} needs an engine of this process that computes; {place}")
 
 
 @dataclass(frozen=True)

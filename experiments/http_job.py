@@ -51,6 +51,7 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
         EngineError: the server cannot be reached, or cannot answer at all.
     """
     config, driver_config = HttpConfig.from_config(cfg.http), DriverConfig.from_config(cfg.driver)
+    driver_config.check_scores("a server shows none")
     target = _target(str(cfg.target))
     if cfg.sampling.n != 1:
         raise ConfigError(f"sampling.n={cfg.sampling.n} needs this process's engine; set it to 1 with target")

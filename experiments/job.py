@@ -18,6 +18,7 @@ import reports.run_report
 import reports.terminal
 from engine.models import ModelSpec
 from experiments.building.build import build
+from experiments.building.shared import SharedParts
 from experiments.building.warm_up import warm_cache, warm_up
 from experiments.compose import NAMING_GROUPS
 from experiments.config import ReportConfig, SweepConfig, check_values
@@ -26,10 +27,18 @@ from experiments.http_job import run_http
 from experiments.load.driver import drive
 from experiments.output import HttpProgress, Progress, print_result
 from experiments.recording.cell_state import cell_key, is_finished, mark_finished, only_writer
-from experiments.recording.files import ERROR_FILE, KV_MAP_FILE, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.recording.files import (
+    ERROR_FILE,
+    KV_MAP_FILE,
+    MANIFEST_FILE,
+    REQUESTS_FILE,
+    SCORES_FILE,
+    STEPS_FILE,
+)
 from experiments.recording.kv_map import KVMapRecorder
 from experiments.recording.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
 from experiments.recording.record import RunRecorder
+from experiments.recording.scores import ScoreLog
 from experiments.recording.tracking import TrackedRun, Tracker, tracked_run
 
 SCHEMA_VERSION = 1
@@ -68,7 +77,12 @@ def record_failure(message: str, *, not_defined: bool) -> None:
 
 
 def execute(
-    cfg: DictConfig, run_dir: Path, name: str, choices: dict[str, str], group: str | None = None
+    cfg: DictConfig,
+    run_dir: Path,
+    name: str,
+    choices: dict[str, str],
+    group: str | None = None,
+    shared: SharedParts | None = None,
 ) -> dict[str, Any]:
     """Run one cell into `run_dir`, unless it is finished there, and return its report's summary.
 
@@ -80,6 +94,7 @@ def execute(
         name: how the cell is called in reports.
         choices: the config groups' chosen options (`allocator`, `scheduler`, `workload`, `arrival`).
         group: the sweep or experiment that the cell belongs to, for a tracker.
+        shared: model and runner of the cells that run in this process, one after the other; None: its own.
     """
     check_values(cfg)
     report, sweep = ReportConfig.from_config(cfg.report), SweepConfig.from_config(cfg.sweep)
@@ -92,7 +107,7 @@ def execute(
                 return reports.run_report.write_run_report(run_dir)
             return reports.run_report.read_summary(run_dir)
         if cfg.target is None:
-            facts = _run_here(cfg, run_dir, name)
+            facts = _run_here(cfg, run_dir, name, shared)
         else:
             facts = run_http(cfg, run_dir, lambda count: HttpProgress(name, count, report.progress))
         manifest = _manifest(cfg, name, choices) | facts
@@ -119,9 +134,9 @@ def _track(tracker: Tracker, run: TrackedRun, run_dir: Path) -> None:
         print(f"warning: {reason}; its files are in {run_dir}", file=sys.stderr)
 
 
-def _run_here(cfg: DictConfig, run_dir: Path, name: str) -> dict[str, Any]:
+def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | None) -> dict[str, Any]:
     """Run the cell on this process's engine; write its Parquet files and return what the manifest says of it."""
-    setup = build(cfg)
+    setup = build(cfg, shared)
     warmup_time = 0.0
     if setup.driver.warmup and setup.parts.simulator is None:
         warmup_time = warm_up(cfg, setup.parts, [next(iter(setup.load.requests)).sampling])
@@ -131,6 +146,8 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str) -> dict[str, Any]:
     kv_map = KVMapRecorder(setup.parts.engine.allocator, recorder.row) if cfg.report.kv_map else None
     setup.parts.engine.on_launch = None if kv_map is None else kv_map.on_launch
     simulator = setup.parts.simulator
+    scores = ScoreLog() if setup.driver.scores else None
+    after_step = scores.on_step if scores is not None else None if simulator is None else simulator.after_step
     progress = Progress(name, len(setup.load.requests), bool(cfg.report.progress))
     # A simulated run may have a million requests; in one that computes nothing is made while it is measured.
     requests = list(setup.load.requests) if simulator is None else setup.load.requests
@@ -141,7 +158,7 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str) -> dict[str, Any]:
         setup.parts.clock.reset()
         drive(
             setup.parts.engine, requests, recorder, closed_loop=setup.load.closed_loop, on_progress=progress,
-            after_step=None if simulator is None else simulator.after_step,
+            after_step=after_step,
         )  # fmt: skip
     finally:
         gc.unfreeze()
@@ -151,6 +168,8 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str) -> dict[str, Any]:
     recorder.write_steps(run_dir / STEPS_FILE, setup.parts.ledger)
     if kv_map is not None:
         kv_map.write(run_dir / KV_MAP_FILE)
+    if scores is not None:
+        scores.write(run_dir / SCORES_FILE)
     return setup.load.manifest() | {
         "model": _model_facts(setup.parts.spec),
         "pool": setup.parts.pool_facts,

@@ -56,6 +56,23 @@ def draw_tokens(
     )  # fmt: skip
 
 
+def draw_scores(logits: Tensor, params: Tensor) -> Tensor:
+    """What `draw_tokens` takes the largest of, for whoever wants to see by how much it won.
+
+    Args:
+        logits, params: as of `draw_tokens`.
+
+    Returns:
+        float32 [N, V].
+    """
+    num_rows, vocab_size = logits.shape
+    out = torch.empty(num_rows, vocab_size, dtype=torch.float32, device=logits.device)
+    score_kernel[(num_rows, triton.cdiv(vocab_size, _TILE))](
+        logits, params, out, vocab_size, logits.stride(0), params.stride(0), TILE=_TILE, FAST=not INTERPRET
+    )
+    return out
+
+
 @triton.jit
 def _mix32(x):  # type: ignore[no-untyped-def]
     x ^= x >> 16
@@ -87,6 +104,38 @@ def _log_exponential(tokens, low, high, FAST: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
+def _row_params(params_ptr, stride_params, row):  # type: ignore[no-untyped-def]
+    """Whether a row is greedy, 1 / temperature, and the halves of its key."""
+    temperature = tl.load(params_ptr + stride_params + row).to(tl.float32, bitcast=True)
+    low = tl.load(params_ptr + 2 * stride_params + row).to(tl.uint32, bitcast=True)
+    high = tl.load(params_ptr + 3 * stride_params + row).to(tl.uint32, bitcast=True)
+    greedy = temperature < 1e-6
+    return greedy, 1.0 / tl.where(greedy, 1.0, temperature), low, high
+
+
+@triton.jit
+def _score(logit, tokens, greedy, inverse, low, high, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    score = logit
+    if not greedy:
+        score = logit * inverse - _log_exponential(tokens, low, high, FAST)
+    return score
+
+
+@triton.jit
+def score_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr, params_ptr, out_ptr, vocab_size, stride_logits, stride_params, TILE: tl.constexpr, FAST: tl.constexpr
+):
+    """One tile of one row's vocabulary; the grid is (rows, tiles)."""
+    row = tl.program_id(0)
+    greedy, inverse, low, high = _row_params(params_ptr, stride_params, row)
+    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = tokens < vocab_size
+    logit = tl.load(logits_ptr + row.to(tl.int64) * stride_logits + tokens, mask=inside, other=0.0).to(tl.float32)
+    score = _score(logit, tokens, greedy, inverse, low, high, FAST)
+    tl.store(out_ptr + row.to(tl.int64) * vocab_size + tokens, score, mask=inside)
+
+
+@triton.jit
 def draw_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, params_ptr, last_ptr, out_ptr, scores_ptr, tokens_ptr, arrived_ptr, vocab_size, stride_logits,
     stride_params, TILE: tl.constexpr, PARTS: tl.constexpr, FAST: tl.constexpr,
@@ -95,11 +144,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     part = tl.program_id(1)
     num_parts = tl.num_programs(1)
-    temperature = tl.load(params_ptr + stride_params + row).to(tl.float32, bitcast=True)
-    low = tl.load(params_ptr + 2 * stride_params + row).to(tl.uint32, bitcast=True)
-    high = tl.load(params_ptr + 3 * stride_params + row).to(tl.uint32, bitcast=True)
-    greedy = temperature < 1e-6
-    inverse = 1.0 / tl.where(greedy, 1.0, temperature)
+    greedy, inverse, low, high = _row_params(params_ptr, stride_params, row)
     base = logits_ptr + row.to(tl.int64) * stride_logits
     best = tl.full([TILE], float("-inf"), tl.float32)
     best_token = tl.full([TILE], 0x7FFFFFFF, tl.int32)
@@ -108,9 +153,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
         tokens = start + tl.arange(0, TILE)
         logit = tl.load(base + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
         broken |= ((logit != logit) | (logit == float("inf"))).to(tl.int32)
-        score = logit
-        if not greedy:
-            score = logit * inverse - _log_exponential(tokens, low, high, FAST)
+        score = _score(logit, tokens, greedy, inverse, low, high, FAST)
         better = score > best
         best = tl.where(better, score, best)
         best_token = tl.where(better, tokens, best_token)

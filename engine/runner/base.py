@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from engine.plan import KVAllocator, StepPlan
 
 
@@ -23,6 +25,18 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
+class TokenScores(NamedTuple):
+    """The best scores at S sampled positions, best first (`engine.sampling.scores`), for whoever judges differences.
+
+    Attributes:
+        token_ids: int32 [S, K].
+        values: float64 [S, K].
+    """
+
+    token_ids: np.ndarray
+    values: np.ndarray
+
+
 class StepResult(NamedTuple):
     """What a step produced, aligned with `plan.scheduled`.
 
@@ -33,12 +47,14 @@ class StepResult(NamedTuple):
             [start + 1, min(start + num_new_tokens + 1, num_prompt_tokens)): the token at position p is predicted by
             position p - 1, so the step that computes p - 1 answers for p. None when no request of the step did.
         copy_time: seconds that the step spent on `plan.copies` (swaps, copy-on-write).
+        scores: of the entries that sampled, in order; None unless the runner was made to keep them.
     """
 
     token_ids: list[int | None]
     logprobs: list[TokenLogprobs | None] | None = None
     prompt_logprobs: list[list[TokenLogprobs] | None] | None = None
     copy_time: float = 0.0
+    scores: TokenScores | None = None
 
 
 class PendingTokens(Protocol):

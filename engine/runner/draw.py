@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels.sample import DrawScratch, draw_tokens
-from engine.sampling.output import HostTokens, SampledTokens
+from engine.kernels.sample import DrawScratch, draw_scores, draw_tokens
+from engine.sampling.output import HostTokens, SampledTokens, copy_scores
+from engine.sampling.scores import ScoreTensors, best_scores
 
 # Steps whose tokens may be on their way at once, and some more.
 _NUM_RESULTS = 4
@@ -18,9 +19,11 @@ class Draw:
     Args:
         max_rows: most rows of a step.
         device: a GPU.
+        num_scores: as of `Sampler`.
     """
 
-    def __init__(self, max_rows: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, device: torch.device, num_scores: int = 0) -> None:
+        self._num_scores = num_scores
         self._scratch = DrawScratch(max_rows, device)
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._num_programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -42,11 +45,16 @@ class Draw:
         draw_tokens(logits, params, last_tokens, tokens, self._scratch, self._num_programs)
         return tokens
 
-    def start_copy(self, tokens: Tensor, request_ids: list[str]) -> HostTokens:
+    def scores(self, logits: Tensor, params: Tensor) -> ScoreTensors | None:
+        """What `__call__` picks the tokens of the same logits by; None unless scores are kept."""
+        return best_scores(draw_scores(logits, params), self._num_scores) if self._num_scores else None
+
+    def start_copy(self, tokens: Tensor, request_ids: list[str], scores: ScoreTensors | None = None) -> HostTokens:
         """Start the copy of drawn tokens to the host. At most `_NUM_RESULTS` copies may be unread."""
         self._turn = (self._turn + 1) % _NUM_RESULTS
         result = self._results[self._turn][: len(tokens)]
         result.copy_(tokens, non_blocking=True)
+        copied = copy_scores(scores)
         done = torch.cuda.Event()
         done.record()
-        return HostTokens(SampledTokens(tokens, tokens, None, request_ids), [result], done)
+        return HostTokens(SampledTokens(tokens, tokens, None, request_ids), [result], done, copied)

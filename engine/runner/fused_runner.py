@@ -34,6 +34,7 @@ from engine.runner.mixed_graphs import MixedGraphs, MixedStep
 from engine.runner.request_rows import RequestRows
 from engine.runner.torch_runner import StepTokens, TorchRunner
 from engine.sampling.output import HostTokens, SampledTokens
+from engine.sampling.scores import choose_rows
 from engine.sampling.transfer import to_device
 
 
@@ -93,7 +94,7 @@ class FusedRunner(TorchRunner):
         max_model_len: longest context.
         graphs: capture forwards in CUDA graphs.
         mixed_tokens: most new tokens of a step with prompts that is padded to a bucket, for a graph; 0: none.
-        clock: see `TorchRunner`.
+        clock, num_scores: see `TorchRunner`.
     """
 
     def __init__(
@@ -109,8 +110,9 @@ class FusedRunner(TorchRunner):
         graphs: bool = False,
         mixed_tokens: int = 0,
         clock: Clock | None = None,
+        num_scores: int = 0,
     ) -> None:
-        super().__init__(model, pool, backend, seed=seed, clock=clock)
+        super().__init__(model, pool, backend, seed=seed, clock=clock, num_scores=num_scores)
         self._model_forward: Forward = (
             ModuleForward(model, backend) if decoder is None else FusedForward(decoder, backend, pool)
         )
@@ -120,7 +122,7 @@ class FusedRunner(TorchRunner):
         # Never grown later, because graphs hold its address: `BlockTables` makes rows up to the next power of two.
         room = max(2 * num_rows, self._tables.num_rows)
         self._last_tokens = torch.zeros(room, dtype=torch.int64, device=self._device)
-        self._draw = Draw(max_num_seqs, self._device) if self._device.type == "cuda" else None
+        self._draw = Draw(max_num_seqs, self._device, num_scores) if self._device.type == "cuda" else None
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         if isinstance(backend, ReservingBackend):
@@ -194,8 +196,10 @@ class FusedRunner(TorchRunner):
         logits = graphs.run(seq_lens)[:count]
         if self._draw is not None and self._rows.is_plain[rows].all():
             self._rows.sampled_to[rows] = starts + 1
-            drawn = self._draw(logits, self._sender.fields[2:], self._last_tokens)
-            host_tokens = self._draw.start_copy(drawn, [entry.req.request_id for entry in scheduled])
+            params = self._sender.fields[2:]
+            drawn = self._draw(logits, params, self._last_tokens)
+            request_ids = [entry.req.request_id for entry in scheduled]
+            host_tokens = self._draw.start_copy(drawn, request_ids, self._draw.scores(logits, params))
         else:
             host_tokens = self._sample(plan, rows, logits, has_pending)
         return StepTokens(host_tokens, plan.samples, None)
@@ -268,7 +272,8 @@ class FusedRunner(TorchRunner):
         request_ids = [entry.req.request_id for entry in entries]
         params = to_device(self._rows.draw_params(at, stops), self._device)
         if is_plain.all():
-            return draw.start_copy(draw(logits, params, self._last_tokens), request_ids)
+            drawn = draw(logits, params, self._last_tokens)
+            return draw.start_copy(drawn, request_ids, draw.scores(logits, params))
         on_device = to_device(at, self._device)
         sampled = self._pick(plan, on_device, logits, has_pending)
         if is_plain.any():
@@ -276,7 +281,8 @@ class FusedRunner(TorchRunner):
             mask = to_device(is_plain, self._device)
             token_ids = torch.where(mask, drawn.clamp_min(0), sampled.token_ids)
             is_valid = torch.where(mask, drawn >= 0, sampled.is_valid)
-            sampled = SampledTokens(token_ids, is_valid, sampled.logprobs, request_ids)
+            scores = choose_rows(mask, draw.scores(logits, params), sampled.scores)
+            sampled = SampledTokens(token_ids, is_valid, sampled.logprobs, request_ids, scores)
         self._last_tokens[on_device] = sampled.token_ids
         return sampled.start_copy()
 

@@ -43,16 +43,17 @@ class StepTokens:
         """Wait for the step. Raises EngineError when the device failed or a token could not be sampled."""
         try:
             token_ids, logprobs = ([], None) if self._tokens is None else self._tokens.result()
+            scores = None if self._tokens is None else self._tokens.scores()
             prompt = None if self._prompt is None else self._prompt.result(len(self._samples))
         except RuntimeError as error:  # how torch reports what the device did after the launch
             raise EngineError(f"the device failed in a step: {one_line(error)}") from error
         drawn = iter(token_ids)
         spread = [next(drawn) if sampled else None for sampled in self._samples]
         if logprobs is None:
-            return StepResult(spread, prompt_logprobs=prompt)
+            return StepResult(spread, prompt_logprobs=prompt, scores=scores)
         entries = iter(logprobs)
         rows: list[TokenLogprobs | None] = [next(entries) if sampled else None for sampled in self._samples]
-        return StepResult(spread, rows, prompt)
+        return StepResult(spread, rows, prompt, scores=scores)
 
 
 class _CopyTimer:
@@ -100,6 +101,7 @@ class TorchRunner:
         backend: attention over `pool`; None takes the torch reference.
         seed: random streams of requests without a seed of their own derive from it.
         clock: times the block copies on a CPU; None makes one.
+        num_scores: keep the scores of so many best tokens of every sampled position (`StepResult.scores`); 0: none.
     """
 
     def __init__(
@@ -110,13 +112,14 @@ class TorchRunner:
         *,
         seed: int = 0,
         clock: Clock | None = None,
+        num_scores: int = 0,
     ) -> None:
         self.model = model
         self.pool = pool
         self.backend: AttentionBackend = ReferenceBackend(pool) if backend is None else backend
         self._device = pool.device
         self._clock = WallClock() if clock is None else clock
-        self._sampler = Sampler()
+        self._sampler = Sampler(num_scores)
         self._sampler_state = SamplerState(model.spec.vocab_size, self._device, seed)
         self._tables = BlockTables()
         # Each row's last sampled token: the next step's input where the host has not seen it yet.

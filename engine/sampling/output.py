@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import EngineError
-from engine.runner.base import TokenLogprobs
+from engine.runner.base import TokenLogprobs, TokenScores
+from engine.sampling.scores import ScoreTensors
 
 
 class LogprobTensors(NamedTuple):
@@ -41,12 +42,14 @@ class SampledTokens:
         is_valid: bool [N] on the device; False where the logits were unusable.
         logprobs: None unless a row asked for them.
         request_ids: whose row is whose.
+        scores: what they were picked by; None unless the sampler was made to keep it.
     """
 
     token_ids: Tensor
     is_valid: Tensor
     logprobs: LogprobTensors | None
     request_ids: list[str]
+    scores: ScoreTensors | None = None
 
     def start_copy(self) -> HostTokens:
         """Start the copy to the host without waiting for it."""
@@ -54,11 +57,12 @@ class SampledTokens:
         if self.logprobs is not None:
             tensors += self.logprobs[2:]
         if self.token_ids.device.type != "cuda":
-            return HostTokens(self, [tensor.cpu() for tensor in tensors], None)
-        pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+            return HostTokens(self, [tensor.cpu() for tensor in tensors], None, copy_scores(self.scores))
+        pinned = [to_pinned(tensor) for tensor in tensors]
+        scores = copy_scores(self.scores)
         done = torch.cuda.Event()
         done.record()
-        return HostTokens(self, pinned, done)
+        return HostTokens(self, pinned, done, scores)
 
     def tolist(self) -> list[int]:
         """The tokens on the host; waits for the device.
@@ -76,6 +80,15 @@ class HostTokens:
     _sampled: SampledTokens
     _tensors: list[Tensor]
     _done: torch.cuda.Event | None
+    _scores: ScoreTensors | None = None
+
+    def scores(self) -> TokenScores | None:
+        """What the tokens were picked by, where that was kept; waits for the device."""
+        if self._scores is None:
+            return None
+        if self._done is not None:
+            self._done.synchronize()
+        return TokenScores(self._scores.token_ids.numpy(), self._scores.values.numpy())
 
     def result(self) -> tuple[list[int], list[TokenLogprobs | None] | None]:
         """Wait, then return the tokens and, when a row asked for them, one `TokenLogprobs` or None per row.
@@ -107,3 +120,15 @@ class HostTokens:
             best = tuple((token, value) for token, value in top if value != float("-inf"))
             rows[row] = TokenLogprobs(token_ids[row], logprob[i], rank[i], best)
         return rows
+
+
+def to_pinned(tensor: Tensor) -> Tensor:
+    """Start a copy from a GPU to pinned memory of the host."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def copy_scores(scores: ScoreTensors | None) -> ScoreTensors | None:
+    """Start the scores' copy to the host, as a step's tokens go."""
+    if scores is None or scores.values.device.type != "cuda":
+        return scores
+    return ScoreTensors(to_pinned(scores.token_ids), to_pinned(scores.values))

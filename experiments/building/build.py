@@ -40,6 +40,7 @@ from experiments.building.parts import (
 )
 from experiments.building.pools import make_pool
 from experiments.building.runners import make_runner
+from experiments.building.shared import PreparedRunner, SharedParts
 from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SamplingConfig, SLOConfig
 from experiments.load.driver import ClosedLoop
 from experiments.simulation.build import build_simulated_engine
@@ -82,8 +83,12 @@ class Setup:
     driver: DriverConfig
 
 
-def build(cfg: DictConfig) -> Setup:
+def build(cfg: DictConfig, shared: SharedParts | None = None) -> Setup:
     """Build the cell that `cfg` describes.
+
+    Args:
+        cfg: the resolved config.
+        shared: of the cells that run one after the other in this process; None: the cell has everything to itself.
 
     Raises:
         ConfigError: a setting is out of range or does not fit another one.
@@ -93,7 +98,11 @@ def build(cfg: DictConfig) -> Setup:
     driver = DriverConfig.from_config(cfg.driver)
     SLOConfig.from_config(cfg.slo)  # the report reads it: a mistake must not show after the run
     # The workload is built before the model where it can fail: a typing error in a path must not wait for weights.
-    parts = build_simulated_engine(cfg) if cfg.runner.kind == "simulated" else build_engine(cfg)
+    if cfg.runner.kind == "simulated":
+        driver.check_scores("runner=simulated computes no tokens")
+        parts = build_simulated_engine(cfg)
+    else:
+        parts = build_engine(cfg, shared)
     # Nobody reads what is in a prompt where nothing is computed, no prefix is looked for and no token recorded.
     blank = parts.simulator is not None and driver.record == "summary" and not parts.engine.allocator.reads_tokens
     load = build_load(cfg, parts.spec, parts.special_token_ids, driver, blank=blank)
@@ -130,46 +139,66 @@ def build_load(
     return Load(requests, closed_loop, workload.description, cfg.workload.seed, driver.cache)
 
 
-def build_engine(cfg: DictConfig) -> EngineParts:
-    """Build an engine that computes, without a workload."""
+def build_engine(cfg: DictConfig, shared: SharedParts | None = None) -> EngineParts:
+    """Build an engine that computes, without a workload. `shared`: see `build`."""
     if cfg.runner.kind == "simulated":
         raise ConfigError("runner=simulated computes no tokens and cannot serve; set runner=torch")
     config = EngineConfig.from_config(cfg.engine)
     runner_config = RunnerConfig.from_config(cfg.runner)
-    device = _device(config.device)
-    model = load_model(
+    shared = SharedParts() if shared is None else shared
+    model = shared.model(cfg, lambda: _load(cfg, config))
+    spec = model.spec
+    max_model_len = resolve_max_model_len(config, spec)
+    prepared = shared.runner(cfg)
+    num_blocks = _num_blocks(cfg, config, model) if prepared is None else prepared.num_blocks
+    allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, spec, _device(config.device))
+    say_chosen_pages(allocator)
+    check_window(allocator, spec)
+    _check_layout(runner_config, allocator)
+    if prepared is not None and not prepared.fits(allocator):
+        shared.drop_runner()
+        prepared = None
+    if prepared is None:
+        prepared = _prepare_runner(cfg, config, model, allocator, max_model_len)
+        shared.keep(cfg, prepared)
+    clock, ledger = prepared.clock, MemoryLedger()
+    engine = Engine(scheduler, allocator, prepared.runner, clock, overlap=config.overlap, ledger=ledger)
+    facts = pool_facts(allocator, spec, prepared.facts)
+    return EngineParts(engine, clock, ledger, spec, model.special_token_ids, model, max_model_len, facts, config)
+
+
+def _load(cfg: DictConfig, config: EngineConfig) -> LoadedModel:
+    return load_model(
         path=cfg.model.path,
         shape=cast(dict[str, Any] | None, cfg.model.shape and OmegaConf.to_container(cfg.model.shape, resolve=True)),
         dtype=config.dtype,
-        device=device,
+        device=_device(config.device),
         load_format=cfg.model.load_format,
         trust_remote_code=cfg.model.trust_remote_code,
         seed=config.seed,
         name=cfg.model.name,
     )
-    spec = model.spec
-    max_model_len = resolve_max_model_len(config, spec)
-    num_blocks = _num_blocks(cfg, config, model)
-    allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, spec, device)
-    say_chosen_pages(allocator)
-    check_window(allocator, spec)
-    _check_layout(runner_config, allocator)
-    pool = make_pool(runner_config, allocator, spec, device)
-    backend = _attention_backend(runner_config, model, pool)
-    clock, ledger = WallClock(), MemoryLedger()
-    runner, runner_facts = make_runner(
+
+
+def _prepare_runner(
+    cfg: DictConfig, config: EngineConfig, model: LoadedModel, allocator: KVAllocator, max_model_len: int
+) -> PreparedRunner:
+    """Pool and runner for `allocator`."""
+    runner_config = RunnerConfig.from_config(cfg.runner)
+    pool = make_pool(runner_config, allocator, model.spec, _device(config.device))
+    clock = WallClock()
+    runner, facts = make_runner(
         runner_config,
         model,
         pool,
-        backend,
+        _attention_backend(runner_config, model, pool),
         seed=config.seed,
         clock=clock,
         max_num_seqs=cfg.scheduler.max_num_seqs,
         max_model_len=max_model_len,
+        num_scores=DriverConfig.from_config(cfg.driver).scores,
     )
-    engine = Engine(scheduler, allocator, runner, clock, overlap=config.overlap, ledger=ledger)
-    facts = pool_facts(allocator, spec, runner_facts)
-    return EngineParts(engine, clock, ledger, spec, model.special_token_ids, model, max_model_len, facts, config)
+    return PreparedRunner(runner, facts, pool, clock, allocator.num_blocks)
 
 
 def _num_blocks(cfg: DictConfig, config: EngineConfig, model: LoadedModel) -> int:

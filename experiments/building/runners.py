@@ -36,6 +36,7 @@ def make_runner(
     clock: Clock,
     max_num_seqs: int,
     max_model_len: int,
+    num_scores: int = 0,
 ) -> tuple[TorchRunner, Facts]:
     """The runner that section `runner` asks for, and what the manifest says of it.
 
@@ -61,10 +62,11 @@ def make_runner(
             facts["decode_kernel"] = backend.decode_kernel
     facts |= {key: why for key, why in (("no_fusions", reason), ("no_graphs", no_graphs)) if why is not None}
     if decoder is None and not on_gpu:
-        return TorchRunner(model, pool, backend, seed=seed, clock=clock), facts
+        return TorchRunner(model, pool, backend, seed=seed, clock=clock, num_scores=num_scores), facts
     runner = FusedRunner(
         model, pool, backend, decoder, seed=seed, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
         graphs=graphs, mixed_tokens=graph_tokens(model.spec.num_parameters) if graphs else 0, clock=clock,
+        num_scores=num_scores,
     )  # fmt: skip
     return runner, facts
 

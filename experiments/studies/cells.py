@@ -1,4 +1,8 @@
-"""Runs a study's cells: the study's own config with overrides per cell, each into a run folder of its own."""
+"""Runs a study's cells: the study's own config with overrides per cell, each into a run folder of its own.
+
+Cells that follow one another share the model, and the runner where nothing of it differs
+(experiments/building/shared.py).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.building.shared import SharedParts
 from experiments.compose import compose_cell
 from experiments.job import execute
 
@@ -22,6 +27,7 @@ class CellRunner:
         self._overrides = list(overrides)
         self.out_dir = out_dir
         self.folders: list[Path] = []
+        self._shared = SharedParts()
 
     def run(self, name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         """Run one cell and return its report's summary.
@@ -37,4 +43,8 @@ class CellRunner:
         folder = self.out_dir / "cells" / name
         folder.mkdir(parents=True, exist_ok=True)
         self.folders.append(folder)
-        return execute(cfg, folder, name, choices, str(self.out_dir))
+        try:
+            return execute(cfg, folder, name, choices, str(self.out_dir), self._shared)
+        except BaseException:
+            self._shared.clear()  # its runner may hold what the cell left undone
+            raise

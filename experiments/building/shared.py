@@ -1,0 +1,113 @@
+"""What the cells of one study share: the model, and the runner with its pool and graphs, while nothing of them differs.
+
+    cell 1   load model | size pool | make pool, runner | warm up: compile, capture | run
+    cell 2                                                warm up: replay           | run        same settings
+    cell 3                size pool | make pool, runner | warm up: capture          | run        another pool
+
+Allocator, scheduler and their state are every cell's own. A runner keeps nothing of requests that ended, and the slots
+that it left full are nobody's until a request writes them; so a cell measures the same as in a process of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from engine.clock import WallClock
+from engine.kv_pool import KVPool
+from engine.models import LoadedModel
+from engine.plan import KVAllocator
+from engine.runner.torch_runner import TorchRunner
+
+
+@dataclass
+class PreparedRunner:
+    """A runner and what it was made of.
+
+    Attributes:
+        runner: idle.
+        facts: what the manifest says of it.
+        pool: its keys and values.
+        clock: its clock.
+        num_blocks: usable blocks that the pool was sized to.
+    """
+
+    runner: TorchRunner
+    facts: dict[str, Any]
+    pool: KVPool
+    clock: WallClock
+    num_blocks: int
+
+    def fits(self, allocator: KVAllocator) -> bool:
+        """Whether the pool is the one that `allocator` needs."""
+        plain = allocator.num_virtual_blocks == allocator.num_blocks == self.num_blocks
+        return plain and allocator.num_host_blocks == self.pool.num_swap_blocks
+
+
+class SharedParts:
+    """Keeps the last model and the last runner; asked for others, it lets go of them first, so that both fit."""
+
+    def __init__(self) -> None:
+        self._model: tuple[str, LoadedModel] | None = None
+        self._runner: tuple[str, PreparedRunner] | None = None
+
+    def model(self, cfg: DictConfig, load: Callable[[], LoadedModel]) -> LoadedModel:
+        """The model that `cfg` describes, loaded where it is not the last one."""
+        engine = {key: cfg.engine[key] for key in ("dtype", "device", "seed")}
+        key = _text({"model": _plain(cfg.model), "engine": engine})
+        if self._model is None or self._model[0] != key:
+            self.clear()
+            self._model = (key, load())
+        return self._model[1]
+
+    def runner(self, cfg: DictConfig) -> PreparedRunner | None:
+        """The last runner where it was made for `cfg`; else None, and the last one is gone."""
+        if self._runner is not None and self._runner[0] == _runner_key(cfg):
+            return self._runner[1]
+        self.drop_runner()
+        return None
+
+    def keep(self, cfg: DictConfig, runner: PreparedRunner) -> None:
+        """Keep `runner` for the next cell. One of a pool that belongs to its allocator alone is not kept."""
+        self._runner = (_runner_key(cfg), runner)
+
+    def drop_runner(self) -> None:
+        """Let go of the runner and its pool."""
+        if self._runner is not None:
+            self._runner = None
+            _give_memory_back()
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        if self._model is not None:
+            self._model = self._runner = None
+            _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    gc.collect()  # modules and graphs refer to one another
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _runner_key(cfg: DictConfig) -> str:
+    """All settings that a runner is made from, but for the strategy's own."""
+    return _text(
+        {name: _plain(cfg[name]) for name in ("model", "engine", "runner", "kv_cache")}
+        | {"block_size": cfg.allocator.block_size, "scores": cfg.driver.scores}
+        | {name: cfg.scheduler[name] for name in ("max_num_seqs", "max_num_batched_tokens")}
+    )
+
+
+def _plain(section: DictConfig) -> Any:
+    return OmegaConf.to_container(section, resolve=True)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
