@@ -25,12 +25,12 @@ from reports.files import RunFiles, read_json, read_run
 from reports.format import percent
 from reports.latency import request_latencies
 from reports.notices import comparison_notices, simulated_prefix
-from reports.paired import match_requests, paired_ratio, same_prompts
+from reports.paired import match_requests, paired_ratio
 from reports.repeats import repeat_groups, summarize_repeats
 from reports.same_work import compare_same_work, same_work_sentences
 from reports.shapes import SWEEP
 from reports.summary import SCHEMA_VERSION, summarize
-from reports.tokens import compare_tokens
+from reports.tokens import same_tokens
 from reports.windows import ROOM, WINDOWS, telling
 
 PAIRED_METRICS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
@@ -150,50 +150,6 @@ def paired(cell: Cell, base: Cell) -> dict[str, Any]:
     rows, base_rows = match_requests(cell.run, base.run)
     latencies, base_latencies = request_latencies(cell.run), request_latencies(base.run)
     return {name: paired_ratio(latencies[name][rows], base_latencies[name][base_rows]) for name in PAIRED_METRICS}
-
-
-def same_tokens(cells: list[Cell]) -> dict[str, Any]:
-    """Whether all cells of one workload gave the same tokens, and one line that says so.
-
-    Cells are compared with the first cell of the same prompts; cells whose prompts nobody shares are not compared.
-    """
-    compared: list[dict[str, Any]] = []
-    references: list[Cell] = []
-    for cell in cells:
-        reference = next((other for other in references if same_prompts(cell.run, other.run)), None)
-        if reference is None:
-            references.append(cell)
-            continue
-        compared.append({"label": cell.label, "reference": reference.label} | compare_tokens(cell.run, reference.run))
-    different = [entry for entry in compared if entry["num_different"]]
-    usable = [entry for entry in compared if entry["num_compared"]]
-    verdict = "different" if different else "same" if usable else "not compared"
-    line = _tokens_line(compared, different, usable)
-    if verdict == "not compared" and any(cell.run.manifest.get("simulation") for cell in cells):
-        line = "Tokens were not compared: simulated runs compute none."
-    return {"verdict": verdict, "line": line, "cells": compared}
-
-
-def _tokens_line(compared: list[dict[str, Any]], different: list[dict[str, Any]], usable: list[dict[str, Any]]) -> str:
-    rejected = sum(1 for entry in compared if entry["num_rejected_in_one"])
-    apart = (
-        f" Requests that one cell rejected and another served ({rejected} cell(s)) are left out." if rejected else ""
-    )
-    if different:
-        worst = min(different, key=lambda entry: entry["first_divergence"]["position"])
-        where = worst["first_divergence"]
-        total = max(entry["num_different"] for entry in different)
-        return (
-            f"Tokens differ in {len(different)} of {len(compared)} comparisons: up to {total} of "
-            f"{worst['num_compared']} requests. First divergence: {worst['label']} against {worst['reference']}, "
-            f"request {where['request_id']}, output token {where['position']} ({where['token_id']} instead of "
-            f"{where['reference_token_id']}).{apart}"
-        )
-    if not usable:
-        return "Tokens were not compared: no two cells finished the same request."
-    requests, tokens = (max(entry[key] for entry in usable) for key in ("num_compared", "num_tokens_compared"))
-    cells = len(compared) + len({entry["reference"] for entry in compared})
-    return f"All {cells} cells gave the same tokens ({requests:,} requests, {tokens:,} output tokens).{apart}"
 
 
 def measured_together(cells: list[Cell]) -> list[str]:

@@ -19,6 +19,7 @@ from reports.run_sections import LEDGER_MEANING, commit, definitions, facts
 from reports.same_work import same_work_section
 from reports.slo import limits_text
 from reports.style import CLASS_LOOKS
+from reports.tokens import GOOD
 from reports.windows import ROOM, WINDOWS, telling
 
 SHARED_FACTS = ("Model", "KV pool", "Workload", "Arrivals", "Machine", "Software", "Commit")
@@ -45,7 +46,7 @@ def comparison_document(summary: dict[str, Any], cells: list[Cell], svg: dict[st
         title=title(summary, cells),
         headline=summary["headline"],
         notices=summary["notices"],
-        verdict=(same["line"], same["verdict"] != "different"),
+        verdict=(same["line"], same["verdict"] in GOOD),
         facts=shared_facts(cells),
         sections=sections,
         definitions=[

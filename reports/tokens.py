@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from reports.cells import Cell
 from reports.files import RunFiles
-from reports.paired import match_requests
+from reports.paired import match_requests, same_prompts
+from reports.rounding import ERROR, NOT_RECORDED, ROUNDING, Judgement, coarser_epsilon, judge, read_scores
+
+COUNTS = {ROUNDING: "num_rounding", ERROR: "num_errors", NOT_RECORDED: "num_not_recorded"}
+SAME, DIFFERENT, UNDECIDED, NOT_COMPARED = "same", "different", "not decided", "not compared"
+GOOD = (SAME, ROUNDING, NOT_COMPARED)  # verdicts that are no warning
+REMEDY = "driver.scores=8 records it"
 
 
 def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
@@ -15,9 +24,12 @@ def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
     and whose tokens both runs recorded.
 
     Returns:
-        `num_compared`, `num_tokens_compared`, `num_different`; `first_divergence` (None when all agree): request id,
-        output position, and the two tokens there (None where one output is shorter); `num_rejected_in_one`: requests
-        that exactly one of the two runs rejected, which are not compared.
+        `num_compared`, `num_tokens_compared`, `num_different`; of these `num_rounding`, `num_errors` and
+        `num_not_recorded`, as each request's first differing token was judged (reports/rounding.py; in float32 every
+        difference is an error); `largest_gap` and `largest_difference` of those judged, in units of the scores;
+        `first_divergence` (None when all agree): request id, output position, and the two tokens there (None where one
+        output is shorter); `num_rejected_in_one`: requests that exactly one of the two runs rejected, which are not
+        compared.
     """
     rows, reference_rows = match_requests(run, reference)
     rejected = run.requests["finish_reason"][rows] == "rejected"
@@ -29,6 +41,9 @@ def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
         "num_compared": len(rows),
         "num_tokens_compared": int(reference.requests["num_output_tokens"][reference_rows].sum()),
         "num_different": 0,
+        **dict.fromkeys(COUNTS.values(), 0),
+        "largest_gap": None,
+        "largest_difference": None,
         "first_divergence": None,
         "num_rejected_in_one": int((rejected != reference_rejected).sum()),
     }
@@ -38,23 +53,137 @@ def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
     theirs = reference.lists("output_token_ids", reference_rows)
     if ours.same(theirs):
         return result
-    first: tuple[int, int] | None = None  # (position, index)
-    for index in range(len(rows)):
+    found = []
+    for index, row in enumerate(rows):
         position = _divergence(ours[index], theirs[index])
-        if position is None:
-            continue
-        result["num_different"] += 1
-        if first is None or position < first[0]:
-            first = (position, index)
-    if first is not None:
-        position, index = first
-        result["first_divergence"] = {
-            "request_id": str(run.requests["request_id"][rows[index]]),
+        if position is not None:
+            tokens = _token(ours[index], position), _token(theirs[index], position)
+            found.append((position, str(run.requests["request_id"][row]), *tokens))
+    return result | _judged(run, reference, found)
+
+
+def _judged(
+    run: RunFiles, reference: RunFiles, found: Sequence[tuple[int, str, int | None, int | None]]
+) -> dict[str, Any]:
+    """The counts of the first differing tokens `found`: position, request id, and the two tokens."""
+    epsilon = coarser_epsilon(run, reference)
+    scores, others = (read_scores(run), read_scores(reference)) if epsilon else (None, None)
+    judgements = []
+    for position, request_id, token, other in found:
+        if token is None or other is None or epsilon == 0.0:  # rounding never ends an output
+            judgements.append(Judgement(ERROR))
+        elif scores is None or others is None or epsilon is None:
+            judgements.append(Judgement(NOT_RECORDED))
+        else:
+            candidates = scores.at(request_id, position), others.at(request_id, position)
+            judgements.append(judge(*candidates, token, other, epsilon))
+    counts = Counter(judgement.verdict for judgement in judgements)
+    position, request_id, token, other = min(found, key=lambda entry: entry[0])
+    return {
+        "num_different": len(found),
+        **{name: counts[verdict] for verdict, name in COUNTS.items()},
+        "largest_gap": max((entry.gap for entry in judgements if entry.gap is not None), default=None),
+        "largest_difference": max(
+            (entry.difference for entry in judgements if entry.difference is not None), default=None
+        ),
+        "first_divergence": {
+            "request_id": request_id,
             "position": position,
-            "token_id": _token(ours[index], position),
-            "reference_token_id": _token(theirs[index], position),
-        }
-    return result
+            "token_id": token,
+            "reference_token_id": other,
+        },
+    }
+
+
+def same_tokens(cells: Sequence[Cell]) -> dict[str, Any]:
+    """Whether all cells of one workload gave the same tokens, and one line that says so.
+
+    Cells are compared with the first cell that was asked the same (`asked_the_same`); cells without one are not.
+
+    Returns:
+        `verdict`: `same`; `rounding`, where all that differ do by rounding; `different`, where one is an error;
+        `not decided`, where what would tell was not recorded; or `not compared`. `line`. `rounding`, `errors` and
+        `not_recorded`: requests over all comparisons. `cells`: what `compare_tokens` gave.
+    """
+    compared: list[dict[str, Any]] = []
+    references: list[Cell] = []
+    for cell in cells:
+        reference = next((other for other in references if asked_the_same(cell.run, other.run)), None)
+        if reference is None:
+            references.append(cell)
+            continue
+        compared.append({"label": cell.label, "reference": reference.label} | compare_tokens(cell.run, reference.run))
+    totals = {name: sum(entry[name] for entry in compared) for name in ("num_compared", *COUNTS.values())}
+    if totals["num_errors"]:
+        verdict = DIFFERENT
+    elif totals["num_not_recorded"]:
+        verdict = UNDECIDED
+    elif totals["num_rounding"]:
+        verdict = ROUNDING
+    else:
+        verdict = SAME if totals["num_compared"] else NOT_COMPARED
+    line = tokens_line(compared)
+    if verdict == NOT_COMPARED and any(cell.is_simulated for cell in cells):
+        line = "Tokens were not compared: simulated runs compute none."
+    return {
+        "verdict": verdict,
+        "line": line,
+        "rounding": totals["num_rounding"],
+        "errors": totals["num_errors"],
+        "not_recorded": totals["num_not_recorded"],
+        "cells": compared,
+    }
+
+
+def asked_the_same(run: RunFiles, other: RunFiles) -> bool:
+    """Whether two runs should give the same tokens: the same prompts, model, sampling and random streams.
+
+    What one of them does not say (a server's engine has settings of its own) is not held against it.
+    """
+    for section, keys in (("sampling", None), ("model", ("path", "shape", "load_format")), ("engine", ("seed",))):
+        one, another = (run.manifest["config"].get(section), other.manifest["config"].get(section))
+        if one and another:
+            names = (one.keys() & another.keys()) if keys is None else keys
+            if any(one.get(name) != another.get(name) for name in names):
+                return False
+    return same_prompts(run, other)
+
+
+def tokens_line(compared: Sequence[dict[str, Any]]) -> str:
+    """One line for what `compare_tokens` found, with the labels of the two cells in each entry."""
+    usable = [entry for entry in compared if entry["num_compared"]]
+    different = [entry for entry in compared if entry["num_different"]]
+    rejected = sum(1 for entry in compared if entry["num_rejected_in_one"])
+    apart = (
+        f" Requests that one cell rejected and another served ({rejected} cell(s)) are left out." if rejected else ""
+    )
+    if different:
+        return f"{_difference_line(usable, different)}{apart}"
+    if not usable:
+        return "Tokens were not compared: no two cells finished the same request."
+    requests, tokens = (max(entry[key] for entry in usable) for key in ("num_compared", "num_tokens_compared"))
+    cells = len(compared) + len({entry["reference"] for entry in compared})
+    return f"All {cells} cells gave the same tokens ({requests:,} requests, {tokens:,} output tokens).{apart}"
+
+
+def _difference_line(usable: Sequence[dict[str, Any]], different: Sequence[dict[str, Any]]) -> str:
+    names = ("num_different", "num_compared", *COUNTS.values())
+    differ, total, rounding, errors, missing = (sum(entry[name] for entry in usable) for name in names)
+    where = f" over {len(usable)} comparisons" if len(usable) > 1 else ""
+    text = f"Tokens differ in {differ:,} of {total:,} requests{where}"
+    if missing == differ:
+        text += f"; whether by rounding was not recorded: {REMEDY}."
+    else:
+        text += f", judged at each one's first differing token: {rounding:,} by rounding, {errors:,} by errors"
+        text += f", {missing:,} not recorded ({REMEDY})." if missing else "."
+    if not errors and not missing:
+        return text
+    worst = min(different, key=lambda entry: (not entry["num_errors"], entry["first_divergence"]["position"]))
+    first = worst["first_divergence"]
+    return (
+        f"{text} First divergence: {worst['label']} against {worst['reference']}, request {first['request_id']}, "
+        f"output token {first['position']} ({first['token_id']} instead of {first['reference_token_id']})."
+    )
 
 
 def _shown(run: RunFiles) -> np.ndarray:
