@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.kernels import step
-from engine.kernels.sample import DrawScratch, draw_tokens
+from engine.kernels.sample import DrawScratch, draw_scores, draw_tokens
 from engine.sampling.streams import log_exponentials, stream_keys
 
 VOCAB = 3000
@@ -101,3 +101,17 @@ def test_expand_tokens_kernel_equals_torch():
     )
     assert (expected[0][tokens < 0] == rows[tokens < 0] * 10).all()
     assert torch.equal(got, expected)
+
+
+def test_the_scores_are_what_the_draw_takes_the_largest_of():
+    torch.manual_seed(2)
+    logits = 3 * torch.randn(4, VOCAB)
+    temperatures = [0.0, 0.6, 1.0, 0.2]
+    params, keys = make_params(temperatures, [1, 2, 3, 4], [0, 5, 6, 7])
+    scores = draw_scores(logits, params)
+    out = torch.zeros(4, dtype=torch.int64)
+    draw_tokens(logits, params, torch.zeros(4, dtype=torch.int64), out, DrawScratch(4, "cpu"), 100)
+    assert scores.argmax(-1).tolist() == out.tolist()
+    assert torch.equal(scores[0], logits[0])
+    raced = logits[1:] / torch.tensor([[0.6], [1.0], [0.2]]) - log_exponentials(keys[1:], VOCAB)
+    torch.testing.assert_close(scores[1:], raced, atol=1e-4, rtol=1e-5)
