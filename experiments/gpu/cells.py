@@ -1,21 +1,15 @@
-"""One cell measured on a GPU machine that has neither Hydra nor pyarrow, and made a run folder elsewhere.
+"""One cell measured on a GPU machine that has neither Hydra nor pyarrow, as plain values.
 
-    there: run_cell --> plain values --> JSON        here: JSON --> write_run_folder --> run folder and report
-
-Imports torch, transformers, Triton and numpy; what makes run folders imports pyarrow when it is called.
+Imports torch, transformers, Triton and numpy. `experiments.simulation.recordings` makes run folders of the values.
 """
 
 from __future__ import annotations
 
 import datetime
 import gc
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from engine.clock import WallClock
 from engine.core import Engine
@@ -29,9 +23,8 @@ from experiments.gpu.engines import BLOCK_SIZE, Bed, Levers, make_bed
 from experiments.gpu.shapes import MAX_MODEL_LEN
 from experiments.gpu.timing import require_cuda
 from experiments.load.driver import drive
-from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from experiments.recording.provenance import git_state, machine, peak_rss_bytes, versions
-from experiments.recording.record import RunRecorder, write_requests, write_steps
+from experiments.recording.record import RunRecorder
 from experiments.workloads.base import WorkloadItem
 from schedulers.base import Scheduler
 
@@ -153,25 +146,6 @@ def run_cell(cell: GpuCell, bed: Bed, runner: ModelRunner, levers: Levers) -> di
         "requests": recorder.request_rows(),
         "steps": {name: {"dtype": str(column.dtype), "values": column.tolist()} for name, column in columns.items()},
     }
-
-
-def write_run_folder(cell: dict[str, Any], run_dir: Path, commit: str | None = None) -> None:
-    """Make a run folder of what `run_cell` gave; `reports.run_report` then makes its report.
-
-    Args:
-        cell: its values.
-        run_dir: made if need be.
-        commit: that was measured, in place of what the machine's copy said; None keeps that.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    manifest = cell["manifest"]
-    if commit is not None:
-        manifest["git"] = {"commit": commit, "dirty": False}
-    # Cells of before 2026-11-25 say no priority: all had the same.
-    write_requests(run_dir / REQUESTS_FILE, [{"priority": 0} | row for row in cell["requests"]])
-    steps = {name: np.array(column["values"], dtype=column["dtype"]) for name, column in cell["steps"].items()}
-    write_steps(run_dir / STEPS_FILE, steps)
-    (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def _path(kind: type) -> str:
