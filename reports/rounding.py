@@ -9,6 +9,7 @@ minus the draw's log E (engine/sampling/scores.py). The draw of a request and po
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +22,11 @@ COLUMNS = ("request_id", "num_candidates", "token_ids", "values")
 EXACT = "float32"  # in which nothing may differ
 # One unit in the last place of numbers from 1 to 2.
 EPSILONS = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
-MOST_UNITS = 4
+# The scores of equal prefixes differ by rounding alone. A difference at a first differing token may be so many times
+# their median (of a normal distribution: 8 standard deviations), and never more than so many units in the last place.
+MOST_MEDIANS = 12
+MOST_UNITS = 32
+LEAST_VALUES = 100  # for a median; with fewer the units alone decide
 ROUNDING, ERROR, NOT_RECORDED = "rounding", "error", "not recorded"
 
 
@@ -56,6 +61,17 @@ class Scores:
         token_ids, values = self.token_ids[row], self.values[row]
         return Candidates(token_ids[start:stop], values[start:stop]) if stop <= len(values) else None
 
+    def before(self, request_id: str, position: int) -> Candidates | None:
+        """Those of all output tokens before it, both [position, K]; None where they are not all there."""
+        row = self.rows.get(request_id)
+        if row is None:
+            return None
+        count = int(self.num_candidates[row])
+        token_ids, values = (column[row][: position * count] for column in (self.token_ids, self.values))
+        if len(values) < position * count:
+            return None
+        return Candidates(token_ids.reshape(position, count), values.reshape(position, count))
+
 
 def read_scores(run: RunFiles) -> Scores | None:
     """A run's recorded scores, or None. Raises ReportError when the file is broken."""
@@ -86,19 +102,49 @@ class Judgement(NamedTuple):
     bounded: bool = False
 
 
-def judge(ours: Candidates | None, theirs: Candidates | None, token: int, other: int, epsilon: float) -> Judgement:
+def typical_difference(ours: Scores, theirs: Scores, lengths: Mapping[str, int]) -> float | None:
+    """By how much rounding moves a score: the median over tokens with equal prefixes, of those that moved at all.
+
+    Args:
+        ours, theirs: of the two runs.
+        lengths: of each request that both have, how many tokens the outputs have in common at their start.
+
+    Returns:
+        None where fewer than LEAST_VALUES scores that both runs recorded moved.
+    """
+    moved = []
+    for request_id, length in lengths.items():
+        one, other = ours.before(request_id, length), theirs.before(request_id, length)
+        if one is None or other is None:
+            continue
+        same = one.token_ids[:, :, None] == other.token_ids[:, None, :]
+        both = (one.values[:, :, None] - other.values[:, None, :])[same]
+        moved.append(np.abs(both[np.isfinite(both) & (both != 0)]))
+    found = np.concatenate(moved) if moved else np.empty(0)
+    return float(np.median(found)) if len(found) >= LEAST_VALUES else None
+
+
+def judge(
+    ours: Candidates | None,
+    theirs: Candidates | None,
+    token: int,
+    other: int,
+    epsilon: float,
+    typical: float | None = None,
+) -> Judgement:
     """Judge one first differing token.
 
     It is rounding when the gap between the two tokens, in either run, is at most twice the largest difference between
     the runs' scores of them. Picks that are the largest of what was recorded keep that by arithmetic (the two gaps add
     up to at most twice the difference), so it catches draws and samplers that did not pick the largest; a forward that
-    went wrong has a large difference. So the difference must be of a rounding's size, too: at most MOST_UNITS units in
-    the last place, of the runs' dtype, of the largest score there.
+    went wrong has a large difference. So the difference must be of a rounding's size, too: at most MOST_MEDIANS times
+    the typical one, and at most MOST_UNITS units in the last place, of the runs' dtype, of the largest score there.
 
     Args:
         ours, theirs: recorded at that position; None where they were not.
         token, other: what either run picked.
         epsilon: one unit in the last place of 1, in the coarser run's dtype.
+        typical: what `typical_difference` gave.
     """
     if ours is None or theirs is None:
         return Judgement(NOT_RECORDED)
@@ -114,6 +160,8 @@ def judge(ours: Candidates | None, theirs: Candidates | None, token: int, other:
     gap = float(np.abs(values[:, 0] - values[:, 1]).max())
     difference = float(np.abs(values[0] - values[1]).max())
     limit = MOST_UNITS * epsilon * max(1.0, float(np.abs(values).max()))
+    if typical is not None:
+        limit = min(limit, MOST_MEDIANS * typical)
     within = gap <= 2 * difference and difference <= limit
     return Judgement(ROUNDING if within else ERROR, gap, difference, limit, bounded)
 

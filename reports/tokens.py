@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,16 @@ import numpy as np
 from reports.cells import Cell
 from reports.files import RunFiles
 from reports.paired import match_requests, same_prompts
-from reports.rounding import ERROR, NOT_RECORDED, ROUNDING, Judgement, coarser_epsilon, judge, read_scores
+from reports.rounding import (
+    ERROR,
+    NOT_RECORDED,
+    ROUNDING,
+    Judgement,
+    coarser_epsilon,
+    judge,
+    read_scores,
+    typical_difference,
+)
 
 COUNTS = {ROUNDING: "num_rounding", ERROR: "num_errors", NOT_RECORDED: "num_not_recorded"}
 SAME, DIFFERENT, UNDECIDED, NOT_COMPARED = "same", "different", "not decided", "not compared"
@@ -26,7 +35,8 @@ def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
     Returns:
         `num_compared`, `num_tokens_compared`, `num_different`; of these `num_rounding`, `num_errors` and
         `num_not_recorded`, as each request's first differing token was judged (reports/rounding.py; in float32 every
-        difference is an error); `largest_gap` and `largest_difference` of those judged, in units of the scores;
+        difference is an error); `largest_gap` and `largest_difference` of those judged, in units of the scores, and the
+        `typical_difference` of scores with equal prefixes;
         `first_divergence` (None when all agree): request id, output position, and the two tokens there (None where one
         output is shorter); `num_rejected_in_one`: requests that exactly one of the two runs rejected, which are not
         compared.
@@ -44,6 +54,7 @@ def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
         **dict.fromkeys(COUNTS.values(), 0),
         "largest_gap": None,
         "largest_difference": None,
+        "typical_difference": None,
         "first_divergence": None,
         "num_rejected_in_one": int((rejected != reference_rejected).sum()),
     }
@@ -53,21 +64,33 @@ def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
     theirs = reference.lists("output_token_ids", reference_rows)
     if ours.same(theirs):
         return result
-    found = []
+    found, lengths = [], {}
     for index, row in enumerate(rows):
+        request_id = str(run.requests["request_id"][row])
         position = _divergence(ours[index], theirs[index])
+        lengths[request_id] = len(ours[index]) if position is None else position
         if position is not None:
             tokens = _token(ours[index], position), _token(theirs[index], position)
-            found.append((position, str(run.requests["request_id"][row]), *tokens))
-    return result | _judged(run, reference, found)
+            found.append((position, request_id, *tokens))
+    return result | _judged(run, reference, found, lengths)
 
 
 def _judged(
-    run: RunFiles, reference: RunFiles, found: Sequence[tuple[int, str, int | None, int | None]]
+    run: RunFiles,
+    reference: RunFiles,
+    found: Sequence[tuple[int, str, int | None, int | None]],
+    lengths: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The counts of the first differing tokens `found`: position, request id, and the two tokens."""
+    """The counts of the first differing tokens.
+
+    Args:
+        run, reference: the two runs.
+        found: of each request that differs the position, its id, and the two tokens.
+        lengths: of each request that was compared, the tokens that the outputs have in common at their start.
+    """
     epsilon = coarser_epsilon(run, reference)
     scores, others = (read_scores(run), read_scores(reference)) if epsilon else (None, None)
+    typical = None if scores is None or others is None else typical_difference(scores, others, lengths)
     judgements = []
     for position, request_id, token, other in found:
         if token is None or other is None or epsilon == 0.0:  # rounding never ends an output
@@ -76,7 +99,7 @@ def _judged(
             judgements.append(Judgement(NOT_RECORDED))
         else:
             candidates = scores.at(request_id, position), others.at(request_id, position)
-            judgements.append(judge(*candidates, token, other, epsilon))
+            judgements.append(judge(*candidates, token, other, epsilon, typical))
     counts = Counter(judgement.verdict for judgement in judgements)
     position, request_id, token, other = min(found, key=lambda entry: entry[0])
     return {
@@ -86,6 +109,7 @@ def _judged(
         "largest_difference": max(
             (entry.difference for entry in judgements if entry.difference is not None), default=None
         ),
+        "typical_difference": typical,
         "first_divergence": {
             "request_id": request_id,
             "position": position,

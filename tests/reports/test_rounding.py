@@ -9,7 +9,8 @@ import pytest
 from fake_runs import fake_run
 
 from reports.comparison import compare
-from reports.rounding import ERROR, NOT_RECORDED, ROUNDING, Candidates, judge
+from reports.files import Ragged
+from reports.rounding import ERROR, NOT_RECORDED, ROUNDING, Candidates, Scores, judge, typical_difference
 from reports.terminal import comparison_table
 
 BF16 = 2.0**-7
@@ -116,3 +117,31 @@ def test_runs_with_other_random_streams_are_not_compared(tmp_path):
         fake_run(tmp_path / str(seed), num_requests=8, wrong_token=seed or None, config=config)
     same = compare([(name, tmp_path / name) for name in "01"], tmp_path / "out")["same_tokens"]
     assert same["verdict"] == "not compared"
+
+
+def _scores(values):
+    """One request, two candidates a token."""
+    flat = np.asarray(values, dtype=float).reshape(-1)
+    token_ids = np.tile([7, 8], len(flat) // 2)
+    offsets = np.array([0, len(flat)])
+    return Scores({"r": 0}, np.array([2]), Ragged(token_ids, offsets), Ragged(flat, offsets))
+
+
+def test_the_typical_difference_is_that_of_equal_prefixes():
+    rng = np.random.default_rng(0)
+    values = rng.normal(8, 1, (200, 2))
+    noise = rng.normal(0, 0.01, (200, 2))
+    noise[150:] = 5.0  # behind the first differing token
+    ours, theirs = _scores(values), _scores(values + noise)
+    typical = typical_difference(ours, theirs, {"r": 150, "unknown": 3})
+    assert typical == pytest.approx(0.01 * 0.6745, rel=0.15)
+    assert typical_difference(ours, theirs, {"r": 20}) is None  # 40 values
+    assert typical_difference(ours, ours, {"r": 150}) is None  # nothing moved
+
+
+def test_where_rounding_is_small_a_small_difference_is_an_error():
+    """0.2 of 9 is within 32 units of bfloat16, and far from what these two runs round."""
+    ours, theirs = candidates(t1=9.0, t2=8.8), candidates(t1=8.8, t2=9.0)
+    assert judge(ours, theirs, 1, 2, BF16).verdict == ROUNDING
+    assert judge(ours, theirs, 1, 2, BF16, typical=0.03).verdict == ROUNDING
+    assert judge(ours, theirs, 1, 2, BF16, typical=0.001).verdict == ERROR
