@@ -1,0 +1,72 @@
+"""`driver.scores` in the main job: strategies in 16 bits differ by rounding, and one that reads wrong KV by errors."""
+
+import pyarrow.parquet as pq
+import pytest
+
+from allocators.paged import PagedAllocator
+from engine.errors import ConfigError
+from experiments.compose import compose_cell
+from experiments.config import DriverConfig
+from experiments.http_job import run_http
+from experiments.studies.cells import CellRunner
+from reports.comparison import compare
+
+SETTINGS = (
+    "engine.dtype=bfloat16", "workload.num_requests=10", "workload.max_total_len=160", "kv_cache.num_slots=1024",
+    "engine.max_model_len=256", "report.progress=false", "report.pages=false", "report.kv_map=false",
+)  # fmt: skip
+
+
+def run_pair(tmp_path, *overrides, broken=None):
+    """Contiguous and paged, of which the second may be `broken`; what the comparison says of their tokens."""
+    cells = CellRunner([*SETTINGS, *overrides], tmp_path)
+    cells.run("contiguous", ["allocator=contiguous"])
+    if broken is not None:
+        broken.setattr(PagedAllocator, "block_table", _turned(PagedAllocator.block_table))
+    cells.run("paged", ["allocator=paged"])
+    folders = [(folder.name, folder) for folder in cells.folders]
+    return compare(folders, tmp_path / "out")["same_tokens"], cells.folders
+
+
+def _turned(block_table):
+    """A request's first two blocks change places once it has a few tokens: they are read as other positions."""
+
+    def turned(self, req):
+        table = list(block_table(self, req))
+        return [table[1], table[0], *table[2:]] if len(req.output_token_ids) > 4 and len(table) > 1 else table
+
+    return turned
+
+
+@pytest.mark.parametrize(
+    "sampling", [(), ("sampling.temperature=0.7",), ("sampling.temperature=0.7", "sampling.top_k=20")]
+)
+def test_strategies_differ_by_rounding_alone(tmp_path, sampling):
+    same, folders = run_pair(tmp_path, "driver.scores=8", "engine.overlap=true", *sampling)
+    assert (same["errors"], same["not_recorded"]) == (0, 0), same
+    assert same["verdict"] in ("same", "rounding")
+    requests = pq.read_table(folders[1] / "requests.parquet").to_pylist()
+    scores = {row["request_id"]: row for row in pq.read_table(folders[1] / "scores.parquet").to_pylist()}
+    for row in requests:
+        found = scores[row["request_id"]]
+        assert found["num_candidates"] == 8
+        assert len(found["values"]) == len(found["token_ids"]) == 8 * row["num_output_tokens"]
+        assert found["token_ids"][::8] == row["output_token_ids"]  # the pick is the best
+
+
+def test_wrong_kv_is_an_error(tmp_path, monkeypatch):
+    same, _ = run_pair(tmp_path, "driver.scores=8", broken=monkeypatch)
+    assert same["verdict"] == "different" and same["errors"] >= 5, same
+
+
+def test_where_there_are_no_scores_the_setting_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"driver\.scores=8 .* runner=simulated computes no tokens"):
+        CellRunner(SETTINGS, tmp_path).run("simulated", ["driver.scores=8", "runner=simulated"])
+    cfg, _ = compose_cell([*SETTINGS, "driver.scores=8", "target=http://127.0.0.1:1"])
+    with pytest.raises(ConfigError, match=r"driver\.scores=8 .* a server shows none"):
+        run_http(cfg, tmp_path, lambda count: lambda ended: None)
+    for value, reason in ((-1, "an integer in"), ("many", "an integer in")):
+        with pytest.raises(ConfigError, match=rf"driver\.scores={value} must be {reason}"):
+            DriverConfig.from_config(compose_cell([f"driver.scores={value}"])[0].driver)
+    with pytest.raises(ConfigError, match=r"driver\.record=summary keeps none"):
+        DriverConfig.from_config(compose_cell(["driver.scores=8", "driver.record=summary"])[0].driver)
