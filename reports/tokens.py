@@ -25,7 +25,8 @@ from reports.rounding import (
 COUNTS = {ROUNDING: "num_rounding", ERROR: "num_errors", NOT_RECORDED: "num_not_recorded"}
 SAME, DIFFERENT, UNDECIDED, NOT_COMPARED = "same", "different", "not decided", "not compared"
 GOOD = (SAME, ROUNDING, NOT_COMPARED)  # verdicts that are no warning
-REMEDY = "driver.scores=8 records it"
+REMEDY = "was not recorded: driver.scores=8 records it"
+NO_REMEDY = "is not known: a server shows no scores"
 
 
 def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
@@ -38,8 +39,8 @@ def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
         difference is an error); `largest_gap` and `largest_difference` of those judged, in units of the scores, and the
         `typical_difference` of scores with equal prefixes;
         `first_divergence` (None when all agree): request id, output position, and the two tokens there (None where one
-        output is shorter); `num_rejected_in_one`: requests that exactly one of the two runs rejected, which are not
-        compared.
+        output is shorter); `over_http`: one of them is a server's; `num_rejected_in_one`: requests that exactly one of
+        the two runs rejected, which are not compared.
     """
     rows, reference_rows = match_requests(run, reference)
     rejected = run.requests["finish_reason"][rows] == "rejected"
@@ -56,6 +57,7 @@ def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
         "largest_difference": None,
         "typical_difference": None,
         "first_divergence": None,
+        "over_http": bool(run.manifest.get("target") or reference.manifest.get("target")),
         "num_rejected_in_one": int((rejected != reference_rejected).sum()),
     }
     if np.array_equal(rows, reference_rows) and run.digest("output_token_ids") == reference.digest("output_token_ids"):
@@ -195,11 +197,12 @@ def _difference_line(usable: Sequence[dict[str, Any]], different: Sequence[dict[
     differ, total, rounding, errors, missing = (sum(entry[name] for entry in usable) for name in names)
     where = f" over {len(usable)} comparisons" if len(usable) > 1 else ""
     text = f"Tokens differ in {differ:,} of {total:,} requests{where}"
+    remedy = NO_REMEDY if all(entry["over_http"] for entry in different if entry["num_not_recorded"]) else REMEDY
     if missing == differ:
-        text += f"; whether by rounding was not recorded: {REMEDY}."
+        text += f"; whether by rounding {remedy}."
     else:
         text += f", judged at each one's first differing token: {rounding:,} by rounding, {errors:,} by errors"
-        text += f", {missing:,} not recorded ({REMEDY})." if missing else "."
+        text += f"; of {missing:,} it {remedy}." if missing else "."
     if not errors and not missing:
         return text
     worst = min(different, key=lambda entry: (not entry["num_errors"], entry["first_divergence"]["position"]))

@@ -259,6 +259,10 @@ def _times(answer: Answer) -> str:
     return text if answer.is_decided else f"{text} ({answer.verdict})"
 
 
+def _factor(answer: Answer) -> str:
+    return _times(answer).replace(" times", "", 1)
+
+
 def _headline(runs: Mapping[str, _Runs], answers: Mapping[str, Answer], rounds: int) -> str:
     summary = runs[BEST].summaries[0]
     median, tail = (answers[name] for name in PRICES)
@@ -270,7 +274,7 @@ def _headline(runs: Mapping[str, _Runs], answers: Mapping[str, Answer], rounds: 
         f"as under {WORST}: {_times(answers[SCHEDULER])} by the scheduler with equal memory, {_times(answers[MEMORY])} "
         f"by memory under the same scheduler. The price: the time per output token becomes {_times(median)} as long, "
         f"its p99 {_times(tail)}, with {preemptions:.0f} preemptions a run. Over all steps token states fill {shares}. "
-        f"In the card's own pool the factor is {_times(answers[IN_CARD])}. {rounds} rounds."
+        f"In the card's own pool the factor is {_factor(answers[IN_CARD])}. {rounds} rounds."
     )
 
 

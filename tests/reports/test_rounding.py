@@ -145,3 +145,15 @@ def test_where_rounding_is_small_a_small_difference_is_an_error():
     assert judge(ours, theirs, 1, 2, BF16).verdict == ROUNDING
     assert judge(ours, theirs, 1, 2, BF16, typical=0.03).verdict == ROUNDING
     assert judge(ours, theirs, 1, 2, BF16, typical=0.001).verdict == ERROR
+
+
+def test_over_http_no_remedy_is_promised(tmp_path):
+    """A server shows no scores and says no dtype."""
+    _pair(tmp_path, dtype="as served")
+    path = tmp_path / "b" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    target = {"url": "http://x", "model": "m", "extensions_refused": [], "num_other_prompt_lens": 0, "gauges": None}
+    path.write_text(json.dumps(manifest | {"target": target}))
+    same = compare([(name, tmp_path / name) for name in ("a", "b")], tmp_path / "out2")["same_tokens"]
+    assert same["verdict"] == "not decided"
+    assert "whether by rounding is not known: a server shows no scores." in same["line"]
