@@ -26,7 +26,7 @@ EPSILONS = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 # their median (of a normal distribution: 8 standard deviations), and never more than so many units in the last place.
 MOST_MEDIANS = 12
 MOST_UNITS = 32
-LEAST_VALUES = 100  # for a median; with fewer the units alone decide
+LEAST_VALUES = 100  # to know what is typical; with fewer the units alone decide
 ROUNDING, ERROR, NOT_RECORDED = "rounding", "error", "not recorded"
 
 
@@ -110,18 +110,22 @@ def typical_difference(ours: Scores, theirs: Scores, lengths: Mapping[str, int])
         lengths: of each request that both have, how many tokens the outputs have in common at their start.
 
     Returns:
-        None where fewer than LEAST_VALUES scores that both runs recorded moved.
+        0 where none moved: then nothing rounds. None where both runs recorded fewer than LEAST_VALUES such scores.
     """
-    moved = []
+    differences = []
     for request_id, length in lengths.items():
         one, other = ours.before(request_id, length), theirs.before(request_id, length)
         if one is None or other is None:
             continue
         same = one.token_ids[:, :, None] == other.token_ids[:, None, :]
-        both = (one.values[:, :, None] - other.values[:, None, :])[same]
-        moved.append(np.abs(both[np.isfinite(both) & (both != 0)]))
-    found = np.concatenate(moved) if moved else np.empty(0)
-    return float(np.median(found)) if len(found) >= LEAST_VALUES else None
+        with np.errstate(invalid="ignore"):  # of what a filter dropped
+            both = (one.values[:, :, None] - other.values[:, None, :])[same]
+        differences.append(np.abs(both[np.isfinite(both)]))
+    found = np.concatenate(differences) if differences else np.empty(0)
+    if len(found) < LEAST_VALUES:
+        return None
+    moved = found[found > 0]
+    return float(np.median(moved)) if len(moved) else 0.0
 
 
 def judge(

@@ -80,7 +80,7 @@ def _write_scores(folder, gap):
 
 
 def test_rounding_is_counted_and_no_warning(tmp_path):
-    same = _pair(tmp_path, {"a": 0.02, "b": 0.02})["same_tokens"]
+    same = _pair(tmp_path, {"a": 0.02, "b": 0.03})["same_tokens"]
     assert (same["verdict"], same["rounding"], same["errors"], same["not_recorded"]) == ("rounding", 1, 0, 0)
     assert same["line"] == (
         "Tokens differ in 1 of 10 requests, judged at each one's first differing token: 1 by rounding, 0 by errors."
@@ -136,7 +136,7 @@ def test_the_typical_difference_is_that_of_equal_prefixes():
     typical = typical_difference(ours, theirs, {"r": 150, "unknown": 3})
     assert typical == pytest.approx(0.01 * 0.6745, rel=0.15)
     assert typical_difference(ours, theirs, {"r": 20}) is None  # 40 values
-    assert typical_difference(ours, ours, {"r": 150}) is None  # nothing moved
+    assert typical_difference(ours, ours, {"r": 150}) == 0  # nothing moved, so nothing rounds
 
 
 def test_where_rounding_is_small_a_small_difference_is_an_error():
@@ -145,6 +145,7 @@ def test_where_rounding_is_small_a_small_difference_is_an_error():
     assert judge(ours, theirs, 1, 2, BF16).verdict == ROUNDING
     assert judge(ours, theirs, 1, 2, BF16, typical=0.03).verdict == ROUNDING
     assert judge(ours, theirs, 1, 2, BF16, typical=0.001).verdict == ERROR
+    assert judge(ours, theirs, 1, 2, BF16, typical=0.0).verdict == ERROR
 
 
 def test_over_http_no_remedy_is_promised(tmp_path):
