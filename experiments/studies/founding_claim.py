@@ -22,12 +22,13 @@ import numpy as np
 from engine.errors import ConfigError
 from experiments.recording.files import MANIFEST_FILE
 from experiments.run_order import order
-from experiments.studies.base import Chart, Claim, Findings, Mean, Series, Verdict, at_most
+from experiments.studies.base import Chart, Findings, Series, mean_series
 from experiments.studies.cells import CellRunner
+from experiments.studies.claims import Claim, Mean, Verdict, at_most, check, measured
 from reports.files import read_json, read_run
 from reports.style import CLASS_LOOKS
 from reports.tokens import compare_tokens, tokens_line
-from reports.verdicts import HIGHER, LOWER, THROUGHPUT, Question, Ratios, decide
+from reports.verdicts import HIGHER, LOWER, SAME, THROUGHPUT, Question, Ratios, decide
 from reports.verdicts import Verdict as Answer
 from reports.windows import ALL, DEFINITION, ROOM, Window
 
@@ -58,6 +59,7 @@ QUESTIONS = {
     "both, with the card's own pool": (THROUGHPUT, BEST + CARD, WORST + CARD),
 }
 PRICES = ("price: median time per output token", "price: p99 time per output token")
+VERDICTS = {HIGHER: Verdict.HIGHER, LOWER: Verdict.LOWER, SAME: Verdict.SAME}
 IN_CARD = "both, with the card's own pool"
 
 
@@ -135,10 +137,10 @@ class FoundingClaimStudy:
             source=SOURCE,
             claims=[
                 *(_claim(name, answer) for name, answer in answers.items()),
-                _measured("preemptions of a run, paged × continuous", "", _preemptions(runs[BEST])),
+                measured("preemptions of a run, paged × continuous", "", Mean.of(_preemptions(runs[BEST]))),
                 *_share_claims(runs),
-                at_most("requests whose first differing token is an error", "", 0, tokens["num_errors"],
-                        note=tokens_line([tokens])),
+                check(at_most("requests whose first differing token is an error", "", 0, tokens["num_errors"],
+                              note=tokens_line([tokens]))),
             ],
             charts=[_split_chart(runs), _rate_chart(runs)],
             differences=[
@@ -217,17 +219,12 @@ def _metric(summary: dict[str, Any], metric: str) -> float | None:
 def _claim(name: str, answer: Answer) -> Claim:
     """A ratio as a row of the report; nobody stated it."""
     metric, cell, other = QUESTIONS[name]
-    verdict = {HIGHER: Verdict.HIGHER, LOWER: Verdict.LOWER}.get(answer.verdict, Verdict.MEASURED)
+    verdict = VERDICTS.get(answer.verdict, Verdict.MEASURED if answer.interval is None else Verdict.NOT_DECIDED)
     low, high = answer.interval or (None, None)
     note = f"{METRICS[metric]}, {cell} over {other}"
-    if verdict is Verdict.MEASURED:
+    if not answer.is_decided:
         note += f"; {answer.verdict}"
     return Claim(name, "times", None, answer.ratio, "", verdict, low, high, note)
-
-
-def _measured(quantity: str, unit: str, values: Sequence[float], note: str = "") -> Claim:
-    mean = Mean.of(values)
-    return Claim(quantity, unit, None, mean.value, "", Verdict.MEASURED, mean.low, mean.high, note)
 
 
 def _preemptions(runs: _Runs) -> list[float]:
@@ -247,7 +244,9 @@ def _share_claims(runs: Mapping[str, _Runs]) -> list[Claim]:
                 continue
             covered = float(np.mean(runs[name].covered(window)))
             note = f"{covered:.1f} % of the run's step time"
-            claims.append(_measured(f"KV pool in token states, {name}, {window.phrase}", "%", shares, note))
+            claims.append(
+                measured(f"KV pool in token states, {name}, {window.phrase}", "%", Mean.of(shares), note=note)
+            )
     return claims
 
 
@@ -292,8 +291,6 @@ def _split_chart(runs: Mapping[str, _Runs]) -> Chart:
 def _rate_chart(runs: Mapping[str, _Runs]) -> Chart:
     names = [*GRID, WORST + CARD, BEST + CARD]
     means = [Mean.of(list(runs[name].values(THROUGHPUT))) for name in names]
-    low = [mean.low for mean in means if mean.low is not None]
-    high = [mean.high for mean in means if mean.high is not None]
-    series = [Series("output tokens/s", names, [mean.value for mean in means], low, high)]
+    series = [mean_series("output tokens/s", names, means)]
     caption = "Output throughput of the same requests, with 95 % intervals over rounds."
     return Chart("throughput", "bars", "", "output tokens per second", caption, series)

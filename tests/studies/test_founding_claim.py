@@ -13,9 +13,9 @@ from experiments.studies.founding_claim import BEST, FoundingClaimStudy
 from reports.study import write_study_report
 
 SETTINGS = (
-    "experiment=founding_claim", "model=demo", "engine.dtype=bfloat16", "workload.num_requests=8",
-    "workload.max_total_len=96", "engine.max_model_len=128", "kv_cache.num_slots=256", "study.card_slots=4096",
-    "study.rounds=2",
+    "experiment=founding_claim", "model=demo", "engine.dtype=bfloat16", "workload.num_requests=4",
+    "workload.max_prompt_len=32", "workload.max_output_len=8", "workload.on_exceed=clip", "engine.max_model_len=64",
+    "kv_cache.num_slots=128", "study.card_slots=1024", "study.rounds=2",
 )  # fmt: skip
 
 
@@ -54,14 +54,15 @@ def test_the_parts_of_the_gain_multiply_to_the_whole(study):
 
 def test_it_states_pool_price_and_shares_with_what_they_cover(study):
     findings = study[0]
-    assert "a pool cut to 256 slots (the card's own holds 4,096)" in findings.headline
+    assert "a pool cut to 128 slots (the card's own holds 1,024)" in findings.headline
     for word in ("by the scheduler with equal memory", "by memory under the same scheduler", "The price:", "p99",
                  "preemptions", "Over all steps", "In the card's own pool the factor is"):  # fmt: skip
         assert word in findings.headline
     shares = [claim for claim in findings.claims if claim.quantity.startswith("KV pool in token states")]
     assert {claim.quantity.rsplit(", ", 1)[1] for claim in shares} == {
-        "over all steps", "while requests waited for room",
-    }  # fmt: skip
+        "over all steps",
+        "while requests waited for room",
+    }
     assert all(claim.note.endswith("% of the run's step time") for claim in shares)
 
 
