@@ -49,7 +49,7 @@ class MemoryLedger:
         # The residencies that are open, by request: (step, slots) pairs; from that step on it owned so many slots.
         self._growth: dict[Request, list[tuple[int, int]]] = {}
         self._slots: dict[Request, int] = {}  # what each of them owned when it was last seen
-        self._filled: dict[Request, int] = {}  # and how many of those slots its last step filled
+        self._computed: list[int] = []  # and, in the same order, its computed tokens after the last step
         self._waste_delta: dict[int, int] = {}
         self.num_steps = 0
 
@@ -60,43 +60,61 @@ class MemoryLedger:
             EngineError: `usage` does not add up.
         """
         check_usage(usage)
-        step, slots, filled = self.num_steps, self._slots, self._filled
-        self._close(step, plan)
-        for req in plan.admitted:
-            filled[req] = req.num_computed_tokens
-            self._grow(req, 0, step)
-        for req, start, num_new_tokens in plan.scheduled:
-            if slots.get(req) != req.num_slots:
+        step, slots = self.num_steps, self._slots
+        # Whole lists are read and compared at once: most steps change no request's slots, and whoever runs hundreds of
+        # requests must not wait for a loop over them.
+        before, now = list(slots.values()), [req.num_slots for req in slots]
+        if plan.admitted or plan.preempted or now != before:
+            seen = zip(slots, before, now, self._computed, strict=True)
+            self._follow(step, plan, [(req, count, computed) for req, was, count, computed in seen if count != was])
+        for req, start, _ in plan.scheduled[plan.num_decodes :]:
+            if req not in slots:  # of a scheduler that tells nobody whom it admits
                 self._grow(req, start, step)
-            filled[req] = start + num_new_tokens
         for name, value in zip(KVUsage._fields, usage, strict=True):
             self._columns[name].append(value)
-        finished = RequestStatus.FINISHED
-        self._columns["held"].append(sum([req.num_slots for req in slots if req.status is finished]))
+        held, finished = 0, RequestStatus.FINISHED
+        if len(plan.scheduled) < len(slots):  # else all of them run
+            held = sum([req.num_slots for req in slots if req.status is finished])
+        self._columns["held"].append(held)
+        self._computed = [req.num_computed_tokens for req in slots]
         self.num_steps += 1
 
-    def _grow(self, req: Request, start: int, step: int) -> None:
-        """`req` owns another number of slots from `step` on, in which it computes from position `start`."""
+    def _follow(self, step: int, plan: StepPlan, changed: list[tuple[Request, int, int]]) -> None:
+        """Open, grow and settle residencies. Whoever is admitted had ended an earlier one.
+
+        Args:
+            step: number of this step.
+            plan: what it computes.
+            changed: those whose slots changed, with their slots now and the tokens that they had computed before.
+        """
+        slots = self._slots
+        ended = [req for req in dict.fromkeys((*plan.preempted, *plan.admitted)) if req in slots]
+        if ended:
+            computed_of = dict(zip(slots, self._computed, strict=True))
+            for req in ended:
+                self._settle(req, step, computed_of[req])
+        for req, count, computed in changed:
+            if req in slots:
+                if count:
+                    self._grow(req, computed, step)
+                else:
+                    self._settle(req, step, computed)
+        for req in plan.admitted:
+            self._grow(req, 0, step)
+
+    def _grow(self, req: Request, computed: int, step: int) -> None:
+        """`req` owns another number of slots from `step` on; it had `computed` tokens before."""
         self._slots[req] = req.num_slots
         growth = self._growth.get(req)
         if growth is None:
             self._growth[req] = [(step, req.num_slots)]
         elif req.num_slots > growth[-1][1]:
-            # What is filled already cannot be wasted: earlier growth below `start` is settled.
-            self._growth[req] = [*(entry for entry in growth if entry[1] > start), (step, req.num_slots)]
+            # What is filled already cannot be wasted: earlier growth below that is settled.
+            self._growth[req] = [entry for entry in growth if entry[1] > computed] + [(step, req.num_slots)]
 
-    def _close(self, step: int, plan: StepPlan) -> None:
-        """Settle the residencies that ended before `step`; whoever is admitted had ended an earlier one."""
-        for req in (*plan.preempted, *plan.admitted):
-            if req in self._slots:
-                self._settle(req, step)
-        for req in [req for req in self._slots if req.num_slots == 0]:
-            self._settle(req, step)
-
-    def _settle(self, req: Request, end: int) -> None:
+    def _settle(self, req: Request, end: int, num_filled: int) -> None:
         """End the residency of `req`: book what it owned and never filled, over the steps [its growth, end)."""
         del self._slots[req]
-        num_filled = self._filled.pop(req)
         growth = self._growth.pop(req)
         steps = [step for step, _ in growth[1:]] + [end]
         for (begin, slots), until in zip(growth, steps, strict=True):
@@ -116,8 +134,8 @@ class MemoryLedger:
         Raises:
             EngineError: the classes do not add up.
         """
-        for req in list(self._slots):
-            self._settle(req, self.num_steps)
+        for req, computed in zip(list(self._slots), self._computed, strict=True):
+            self._settle(req, self.num_steps, computed)
         delta = np.zeros(self.num_steps + 1, dtype=np.int64)
         for step, wasted in self._waste_delta.items():
             delta[step] += wasted

@@ -16,6 +16,7 @@ from rich.console import Console
 
 import reports.run_report
 import reports.terminal
+from engine.gpu_memory import NO_GPU
 from engine.models import ModelSpec
 from experiments.building.build import build
 from experiments.building.shared import SharedParts
@@ -27,18 +28,9 @@ from experiments.http_job import run_http
 from experiments.load.driver import drive
 from experiments.output import HttpProgress, Progress, print_result
 from experiments.recording.cell_state import cell_key, is_finished, mark_finished, only_writer
-from experiments.recording.files import (
-    ERROR_FILE,
-    KV_MAP_FILE,
-    MANIFEST_FILE,
-    REQUESTS_FILE,
-    SCORES_FILE,
-    STEPS_FILE,
-)
-from experiments.recording.kv_map import KVMapRecorder
+from experiments.recording.files import ERROR_FILE, MANIFEST_FILE
 from experiments.recording.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
-from experiments.recording.record import RunRecorder
-from experiments.recording.scores import ScoreLog
+from experiments.recording.recording import Recording, recording_warning
 from experiments.recording.tracking import TrackedRun, Tracker, tracked_run
 
 SCHEMA_VERSION = 1
@@ -142,44 +134,44 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | N
         warmup_time = warm_up(cfg, setup.parts, [next(iter(setup.load.requests)).sampling])
     if setup.driver.cache == "warm":
         warmup_time += warm_cache(cfg, setup.parts, setup.load.requests)
-    recorder = RunRecorder(tokens=setup.driver.record == "full")
-    kv_map = KVMapRecorder(setup.parts.engine.allocator, recorder.row) if cfg.report.kv_map else None
-    setup.parts.engine.on_launch = None if kv_map is None else kv_map.on_launch
     simulator = setup.parts.simulator
-    scores = ScoreLog() if setup.driver.scores else None
-    after_step = scores.on_step if scores is not None else None if simulator is None else simulator.after_step
     progress = Progress(name, len(setup.load.requests), bool(cfg.report.progress))
     # A simulated run may have a million requests; in one that computes nothing is made while it is measured.
     requests = list(setup.load.requests) if simulator is None else setup.load.requests
+    recording = Recording(
+        setup.parts.engine, level=setup.driver.record, kv_map=bool(cfg.report.kv_map),
+        scores=setup.driver.scores > 0, measured=simulator is None,
+    )  # fmt: skip
+    gpu, model = setup.parts.gpu_memory, setup.parts.model
+    if gpu is not None and model is not None:
+        gpu.begin(model.module)
     # The host's garbage collector would show as pauses of single steps: collect now, then only by reference counts.
     gc.collect()
     gc.freeze()
     try:
         setup.parts.clock.reset()
-        drive(
-            setup.parts.engine, requests, recorder, closed_loop=setup.load.closed_loop, on_progress=progress,
-            after_step=after_step,
-        )  # fmt: skip
+        with recording:
+            drive(
+                setup.parts.engine, requests, recording, closed_loop=setup.load.closed_loop, on_progress=progress,
+                after_step=None if simulator is None else simulator.after_step,
+            )  # fmt: skip
     finally:
         gc.unfreeze()
-        progress.close()
+        progress.finish(recording)
     ended = utc_now()
-    recorder.write_requests(run_dir / REQUESTS_FILE)
-    recorder.write_steps(run_dir / STEPS_FILE, setup.parts.ledger)
-    if kv_map is not None:
-        kv_map.write(run_dir / KV_MAP_FILE)
-    if scores is not None:
-        scores.write(run_dir / SCORES_FILE)
+    recording.write(run_dir)
+    run = recording.facts()
+    if simulator is None and (slow := recording_warning(run)) is not None:
+        print(f"warning: {name}: {slow}", file=sys.stderr)
     return setup.load.manifest() | {
         "model": _model_facts(setup.parts.spec),
         "pool": setup.parts.pool_facts,
         "simulation": setup.parts.simulation_facts,
-        "run": {
+        "memory": NO_GPU if gpu is None else gpu.parts(),
+        "run": run
+        | {
             "ended": ended,
-            "wall_time": recorder.wall_time,
-            "num_steps": recorder.num_steps,
             "peak_rss_bytes": peak_rss_bytes(),
-            "max_lateness": recorder.max_lateness,
             # A virtual clock waits for its driver: nothing is late.
             "lateness_bound": setup.driver.max_lateness if simulator is None else None,
             "warmup_time": warmup_time,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
 
-from experiments.recording.record import RunRecorder
+from experiments.load.driver import Recorder
+
+REFRESH = 0.1  # s; to write a number that nobody can read yet would take longer than the step itself may
 
 
 class Progress:
@@ -19,17 +22,26 @@ class Progress:
         self._bar = tqdm(
             total=num_requests, desc=name, unit="req", file=sys.stderr, disable=not enabled, dynamic_ncols=True
         )
+        self._due = 0.0 if enabled else math.inf
 
-    def __call__(self, recorder: RunRecorder) -> None:
-        """Show where the run is."""
+    def __call__(self, recorder: Recorder) -> None:
+        """Show where the run is, now and then."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + REFRESH
+        self._show(recorder)
+
+    def finish(self, recorder: Recorder) -> None:
+        """Show where the run ended, and leave the bar as it stands."""
+        self._show(recorder)
+        self._bar.close()
+
+    def _show(self, recorder: Recorder) -> None:
         self._bar.update(recorder.num_finished - self._bar.n)
         if recorder.wall_time > 0:
             rate = recorder.num_output_tokens / recorder.wall_time
             self._bar.set_postfix_str(f"{rate:,.0f} tok/s", refresh=False)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self._bar.close()
 
 
 class HttpProgress:

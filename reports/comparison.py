@@ -22,7 +22,7 @@ from reports.curves import curve_axis, curves
 from reports.document import render_html, render_markdown, write_text
 from reports.errors import ReportError
 from reports.files import RunFiles, read_json, read_run
-from reports.format import percent
+from reports.format import percent, rate
 from reports.latency import request_latencies
 from reports.notices import comparison_notices, simulated_prefix
 from reports.paired import match_requests, paired_ratio
@@ -39,7 +39,7 @@ CELL_METRICS = (
     "output_tokens_per_second", "total_tokens_per_second", "requests_per_second", "ttft_seconds", "tpot_seconds",
     "itl_seconds", "e2e_seconds", "queue_time_seconds", "normalized_latency_seconds_per_token", "batch_size_mean",
     "batch_size_max", "queue_mean", "num_steps", "num_preemptions", "num_recomputed_tokens", "cached_prompt_share",
-    "peak_rss_bytes", "peak_gpu_bytes", "valid", "slo", "steady",
+    "peak_rss_bytes", "peak_gpu_bytes", "memory", "recording", "valid", "slo", "steady",
     *(f"{name}{window.suffix}" for window in WINDOWS
       for name in ("kv_share_mean", "waste_beyond_token_states", "held_share_mean", "step_time_share")),
 )  # fmt: skip
@@ -85,11 +85,25 @@ def compare(
         not_defined: the same of cells whose settings mean nothing together.
     """
     runs: list[tuple[str, RunFiles, dict[str, Any]]] = []
+    unrecorded: list[str] = []
     for name, path in folders:
         run = read_run(path)
-        runs.append((name, run, summarize(run)))
+        ran = summarize(run)
+        if run.is_unrecorded:
+            unrecorded.append(f"{name} ({ran['name']}): {rate(ran['output_tokens_per_second'])} output tokens/s")
+        else:
+            runs.append((name, run, ran))
+    if unrecorded and not runs:
+        raise ReportError(
+            "no run recorded anything (driver.record=none), so there is nothing to compare but their throughput: "
+            + "; ".join(unrecorded)
+        )
     cells = make_cells(runs, baseline)
     summary = summarize_comparison(cells, list(failed), list(not_defined))
+    if unrecorded:
+        summary["notices"].append(
+            f"Left out, because they recorded nothing (driver.record=none): {'; '.join(unrecorded)}."
+        )
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reports.errors import ReportError
-from reports.shapes import MANIFEST, mismatch
+from reports.shapes import MANIFEST, TOTALS, mismatch
 
 CLASSES = ("token_states", "reservation", "internal", "external", "shortage", "cached", "free")
 
@@ -66,6 +66,8 @@ STEP_COLUMNS = (
 )
 ADDED_LATER = ("shortage",)  # columns that older run folders lack; there they are 0
 ROWS_AT_ONCE = 8192
+TEXT_COLUMNS = ("request_id", "client_id", "finish_reason", "error")
+UNRECORDED = "none"  # manifest.json's run.recorded of a run that left no Parquet files
 REMEDY = "run the job again, or point at a run folder that is whole"
 
 
@@ -96,6 +98,11 @@ class RunFiles:
         return len(self.steps["step"])
 
     @property
+    def is_unrecorded(self) -> bool:
+        """Whether nothing was recorded but totals (`driver.record=none`): there are no rows then."""
+        return self.manifest["run"].get("recorded") == UNRECORDED
+
+    @property
     def finished(self) -> np.ndarray:
         """Bool per request: it ended by itself (`stop` or `length`)."""
         return np.isin(self.requests["finish_reason"], ("stop", "length"))
@@ -108,6 +115,8 @@ class RunFiles:
             rows: the requests that are wanted, in that order; None takes all. The file is then read piece by piece, so
                 memory holds what is wanted and no more.
         """
+        if self.is_unrecorded:
+            return Ragged.concatenate([])
         path = self.path / "requests.parquet"
         if rows is None:
             return Ragged.of(read_table(path, (column,)).column(column), path, column)
@@ -122,6 +131,8 @@ class RunFiles:
 
     def list_lengths(self, column: str) -> np.ndarray:
         """Entries of each list of one of the list columns; null lists have none. Read piece by piece."""
+        if self.is_unrecorded:
+            return np.empty(0, dtype=np.int64)
         path = self.path / "requests.parquet"
         pieces = [np.diff(Ragged.of(batch, path, column).offsets) for batch in _batches(path, column)]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
@@ -270,6 +281,10 @@ def _arrays(path: Path, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _no_rows(columns: tuple[str, ...]) -> dict[str, np.ndarray]:
+    return {name: np.empty(0, dtype=object if name in TEXT_COLUMNS else np.float64) for name in columns}
+
+
 def _check_ledger(path: Path, steps: dict[str, np.ndarray]) -> None:
     """The classes add up to the pool in every step, or the report would draw a picture of nothing."""
     wrong = np.flatnonzero(sum(steps[name] for name in CLASSES) != steps["total"])
@@ -292,6 +307,11 @@ def read_run(run_dir: Path) -> RunFiles:
     if not run_dir.is_dir():
         raise ReportError(f"{run_dir} is not a folder; give the folder of a run")
     manifest = read_json(run_dir / "manifest.json", MANIFEST)
+    if manifest["run"].get("recorded") == UNRECORDED:
+        wrong = mismatch(manifest["run"].get("totals"), TOTALS, "run.totals")
+        if wrong is not None:
+            raise ReportError(f"{run_dir / 'manifest.json'}: {wrong} (docs/files.md); {REMEDY}")
+        return RunFiles(run_dir, manifest, _no_rows(REQUEST_COLUMNS), _no_rows(STEP_COLUMNS))
     steps = _arrays(run_dir / "steps.parquet", STEP_COLUMNS)
     _check_ledger(run_dir / "steps.parquet", steps)
     return RunFiles(run_dir, manifest, _arrays(run_dir / "requests.parquet", REQUEST_COLUMNS), steps)

@@ -11,7 +11,9 @@ from typing import Any
 from reports.cells import Cell
 from reports.differences import hidden_differences
 from reports.engines import simulated
-from reports.format import seconds
+from reports.format import percent, seconds
+
+RECORDING_SHARE = 0.01  # of wall time; above it a measured run says so
 
 
 def run_notices(summary: dict[str, Any]) -> list[str]:
@@ -20,8 +22,21 @@ def run_notices(summary: dict[str, Any]) -> list[str]:
     Args:
         summary: of the run, all but its headline and notices.
     """
-    notices = [f"Simulated: {simulated(summary['simulation'])}."] if summary["simulation"] else []
-    return notices if summary["valid"] else [_invalid(summary), *notices]
+    notices = [] if summary["valid"] else [_invalid(summary)]
+    if summary["simulation"]:
+        notices.append(f"Simulated: {simulated(summary['simulation'])}.")
+    if summary["recorded"] == "none":
+        notices.append(
+            "Nothing was recorded (driver.record=none): this run has no latencies, tokens, steps or KV ledger, and its "
+            "throughput is all that can be compared."
+        )
+    share = (summary["recording"] or {}).get("share")
+    if share is not None and share > RECORDING_SHARE and not summary["simulation"]:
+        notices.append(
+            f"Recording took {percent(share)} of the run's wall time, more than {percent(RECORDING_SHARE)}: without it "
+            "the run may be faster; driver.record=summary records less."
+        )
+    return notices
 
 
 def _invalid(summary: dict[str, Any]) -> str:

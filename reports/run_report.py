@@ -24,6 +24,7 @@ from reports.run_sections import run_document
 from reports.style import SERIES, drawing, export
 from reports.summary import summarize
 from reports.timeline import timeline_figure
+from reports.unrecorded import unrecorded_document
 from reports.windows import WINDOWS
 
 
@@ -31,7 +32,8 @@ def write_run_report(run_dir: Path) -> dict[str, Any]:
     """Write the report of one run into its folder.
 
     Args:
-        run_dir: holds manifest.json, requests.parquet and steps.parquet (docs/files.md).
+        run_dir: holds manifest.json, requests.parquet and steps.parquet (docs/files.md), or the first
+            alone where nothing was recorded.
 
     Returns:
         What summary.json holds.
@@ -43,8 +45,11 @@ def write_run_report(run_dir: Path) -> dict[str, Any]:
     spans = step_spans(run.steps)
     gaps = token_gaps(run)
     summary = _write_summary(run, gaps)
-    document = run_document(summary, run.manifest["config"], draw_run(run, spans, summary, gaps))
-    write_requests_csv(run)
+    if run.is_unrecorded:
+        document = unrecorded_document(summary, run.manifest["config"])
+    else:
+        document = run_document(summary, run.manifest["config"], draw_run(run, spans, summary, gaps))
+        write_requests_csv(run)
     write_text(run.path / "report.md", render_markdown(document))
     write_text(run.path / "report.html", render_html(document))
     return summary

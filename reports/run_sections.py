@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from reports.device_memory import device_memory_table
 from reports.document import Document, Picture, Section, Table
 from reports.engines import cache_state, simulated, simulated_machine, target
 from reports.format import DASH, count, percent, rate, seconds, size_bytes
@@ -192,7 +193,8 @@ def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
                     "pale: owned and empty; grey: free. Requests that never meet may share a colour.",
                     "map of the KV pool over time, coloured by owning request")
         )  # fmt: skip
-    return Section("KV memory", [text], pictures, [table])
+    tables = [table, device_memory_table(summary)] if summary["peak_gpu_bytes"] else [table]
+    return Section("KV memory", [text], pictures, tables)
 
 
 def _share(split: dict[str, float] | None, name: str) -> str:
@@ -249,8 +251,12 @@ def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
          f"all {count(summary['num_block_copies'])} block copies took {seconds(summary['block_copy_seconds'])}"],
         ["prompt tokens from cache", count(summary["num_cached_tokens"]),
          f"{percent(summary['cached_prompt_share'])} of the prompt tokens; {cache_state(summary)}"],
-        ["peak memory", size_bytes(summary["peak_rss_bytes"]),
-         f"resident, of the whole process; the KV pool has {size_bytes(summary['kv_pool_bytes'])}"],
+        ["peak host memory", size_bytes(summary["peak_rss_bytes"]),
+         f"resident, of the whole process; the KV pool has {size_bytes(summary['kv_pool_bytes'])}"
+         + (" on the GPU" if summary["peak_gpu_bytes"] else "")],
+        ["recording", percent((summary["recording"] or {}).get("share")),
+         f"{seconds((summary['recording'] or {}).get('seconds'))}, share of "
+         + ("the processor time of the simulation" if summary["simulation"] else "wall time")],
     ]  # fmt: skip
     picture = Picture(
         "load",

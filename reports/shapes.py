@@ -83,6 +83,13 @@ GIT = {"commit": MAYBE_TEXT, "dirty": Maybe("true or false")}
 GPU = {"name": "text", "memory_bytes": "number", "count": "integer"}
 MACHINE = {"cpu": MAYBE_TEXT, "cores": MAYBE_INTEGER, "memory_bytes": MAYBE_NUMBER, "gpu": Maybe(GPU)}
 
+TOTALS = {
+    **dict.fromkeys(
+        ("num_requests", "num_finished", "num_rejected", "num_aborted", "num_failed", "num_prompt_tokens",
+         "num_output_tokens", "num_finished_prompt_tokens", "num_finished_output_tokens"), "integer"),
+    "duration": "number",
+}  # fmt: skip
+
 MANIFEST = {
     "name": "text",
     "created": MAYBE_TEXT,
@@ -106,9 +113,14 @@ MANIFEST = {
     "cache": MAYBE_TEXT,
     "run": {
         "ended": Maybe(MOMENT),
-        **dict.fromkeys(("wall_time", "warmup_time", "peak_rss_bytes", "peak_gpu_bytes", "lateness_bound"),
+        **dict.fromkeys(("wall_time", "warmup_time", "peak_rss_bytes", "lateness_bound", "processor_seconds"),
                         MAYBE_NUMBER),
+        "recorded": MAYBE_TEXT,
+        "recording": Maybe({"seconds": "number", "share": "number"}),
     },
+    "memory": Maybe(dict.fromkeys(
+        ("weights_bytes", "pool_bytes", "workspace_bytes", "graphs_bytes", "activations_bytes", "context_bytes",
+         "other_bytes", "peak_gpu_bytes"), MAYBE_INTEGER)),
     "simulation": Maybe({
         "kind": "text", "profile": "text", "figures": Maybe("an object"), "source": MAYBE_TEXT, "error": MAYBE_TEXT,
     }),

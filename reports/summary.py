@@ -16,6 +16,7 @@ from reports.memory import Spans, mean_shares, step_spans, weighted_mean
 from reports.notices import run_notices
 from reports.slo import summarize_slo
 from reports.steady import steady_window, summarize_steady
+from reports.unrecorded import summarize_unrecorded
 from reports.windows import telling, window_masks
 
 SCHEMA_VERSION = 1
@@ -30,6 +31,8 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
         gaps: what `token_gaps` answers for the run, where it is known already.
 
     KV memory is averaged over three windows of steps (reports/windows.py), weighted by step time (reports/memory.py).
+
+    A run that recorded nothing has every key, and null where nothing is known (reports/unrecorded.py).
 
     Duration: from the first scheduled arrival to the last finish. Throughput counts requests that finished by
     themselves (`stop`, `length`) and their tokens; recomputed tokens are not counted again.
@@ -69,6 +72,8 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
     summary |= _load(run, spans)
     summary |= _memory(run, spans)
     summary["gauges"] = summarize_gauges(read_gauges(run))
+    if run.is_unrecorded:
+        return summarize_unrecorded(run, summary)
     summary["notices"] = run_notices(summary)
     simulation = summary["simulation"]
     prefix = f"Simulated by the {profile_name(simulation)}: " if simulation else ""
@@ -117,6 +122,7 @@ def _throughput(run: RunFiles, spans: Spans, counts: dict[str, Any]) -> dict[str
     ends = req["finish_time"][~np.isnan(req["finish_time"]) & (req["finish_reason"] != "rejected")]
     duration = float(ends.max() - req["arrival_time"].min()) if len(ends) else 0.0
     info = run.manifest["run"]
+    memory = run.manifest.get("memory") or {}
     busy = float(spans.weight.sum())
     output, prompt = counts["num_finished_output_tokens"], counts["num_finished_prompt_tokens"]
 
@@ -132,8 +138,12 @@ def _throughput(run: RunFiles, spans: Spans, counts: dict[str, Any]) -> dict[str
         "output_tokens_per_second": per_second(output),
         "total_tokens_per_second": per_second(output + prompt),
         "requests_per_second": per_second(counts["num_finished"]),
+        "processor_seconds": info.get("processor_seconds"),
+        "recorded": info.get("recorded"),
+        "recording": info.get("recording"),
         "peak_rss_bytes": info.get("peak_rss_bytes"),
-        "peak_gpu_bytes": info.get("peak_gpu_bytes"),
+        "peak_gpu_bytes": memory.get("peak_gpu_bytes"),
+        "memory": memory or None,
     }
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from reports.comparison_sections import pairing_notes
 from reports.costs import cost_lines
+from reports.device_memory import device_memory_line
 from reports.format import DASH, count, percent, rate, ratio, seconds, size_bytes
 from reports.run_sections import run_title
 from reports.windows import telling
@@ -31,14 +32,23 @@ def run_table(summary: dict[str, Any]) -> Table:
     table.add_row(
         "requests",
         f"{count(summary['num_finished'])} of {count(summary['num_requests'])}",
-        f"{count(summary['num_rejected'])} rejected, {_failed(summary['num_failed'])}, "
-        f"{count(summary['num_preemptions'])} preemptions",
+        f"{count(summary['num_rejected'])} rejected, {_failed(summary['num_failed'])}"
+        + ("" if summary["num_preemptions"] is None else f", {count(summary['num_preemptions'])} preemptions"),
     )
     table.add_row(
         "output throughput",
         f"{rate(summary['output_tokens_per_second'])} tok/s",
         f"{count(summary['num_finished_output_tokens'])} tokens in {seconds(summary['duration_seconds'])}",
     )
+    if summary["recorded"] != "none":
+        _add_recorded(table, summary)
+    if summary["peak_gpu_bytes"]:
+        table.add_row("peak GPU memory", size_bytes(summary["peak_gpu_bytes"]), device_memory_line(summary))
+    table.add_row("peak host memory", size_bytes(summary["peak_rss_bytes"]), "")
+    return table
+
+
+def _add_recorded(table: Table, summary: dict[str, Any]) -> None:
     for key, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E")):
         stats = summary[f"{key}_seconds"]
         table.add_row(f"{label} median", seconds(stats["p50"]), f"p99 {seconds(stats['p99'])}")
@@ -49,8 +59,6 @@ def run_table(summary: dict[str, Any]) -> Table:
         f"of the pool, {window.phrase}",
     )
     table.add_row("mean batch", rate(summary["batch_size_mean"]), f"largest {count(summary['batch_size_max'])}")
-    table.add_row("peak memory", size_bytes(summary["peak_rss_bytes"]), "")
-    return table
 
 
 def headed(headline: str, notices: list[str]) -> str:

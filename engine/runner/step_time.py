@@ -53,8 +53,8 @@ class StepFeatures(NamedTuple):
         return self.num_prefill_requests + self.num_decode_requests
 
 
-def step_features(plan: StepPlan) -> StepFeatures:
-    """The features of `plan`."""
+def step_features(plan: StepPlan, sum_of_starts: int | None = None) -> StepFeatures:
+    """The features of `plan`. Who has added up the starts of its entries already may say so."""
     scheduled = plan.scheduled
     prefill = pairs = num_prefills = longest = 0
     for _, start, num_new in scheduled[plan.num_decodes :]:
@@ -64,7 +64,9 @@ def step_features(plan: StepPlan) -> StepFeatures:
             pairs += num_new * start + num_new * (num_new + 1) // 2
             longest = max(longest, start + num_new)
     num_decodes = len(scheduled) - num_prefills
-    kv = sum([start for _, start, _ in scheduled]) + prefill + num_decodes
+    if sum_of_starts is None:
+        sum_of_starts = sum([start for _, start, _ in scheduled])
+    kv = sum_of_starts + prefill + num_decodes
     return StepFeatures(prefill, num_decodes, kv, pairs, len(plan.copies), num_prefills, longest)
 
 

@@ -24,6 +24,7 @@ from engine.attention.reference import ReferenceBackend
 from engine.clock import WallClock
 from engine.core import Engine
 from engine.errors import ConfigError, NotDefined, RequestError
+from engine.gpu_memory import GpuMemory
 from engine.kv_pool import KVPool, blocks_for_budget
 from engine.ledger import MemoryLedger
 from engine.models import LoadedModel, ModelSpec, load_model
@@ -104,7 +105,7 @@ def build(cfg: DictConfig, shared: SharedParts | None = None) -> Setup:
     else:
         parts = build_engine(cfg, shared)
     # Nobody reads what is in a prompt where nothing is computed, no prefix is looked for and no token recorded.
-    blank = parts.simulator is not None and driver.record == "summary" and not parts.engine.allocator.reads_tokens
+    blank = parts.simulator is not None and driver.record != "full" and not parts.engine.allocator.reads_tokens
     load = build_load(cfg, parts.spec, parts.special_token_ids, driver, blank=blank)
     return Setup(parts, load, driver)
 
@@ -146,6 +147,10 @@ def build_engine(cfg: DictConfig, shared: SharedParts | None = None) -> EnginePa
     config = EngineConfig.from_config(cfg.engine)
     runner_config = RunnerConfig.from_config(cfg.runner)
     shared = SharedParts() if shared is None else shared
+    memory = None
+    if _device(config.device) == "cuda":
+        memory = GpuMemory(torch.device("cuda"), shared.context_bytes)
+        shared.context_bytes = memory.context
     model = shared.model(cfg, lambda: _load(cfg, config))
     spec = model.spec
     max_model_len = resolve_max_model_len(config, spec)
@@ -164,7 +169,11 @@ def build_engine(cfg: DictConfig, shared: SharedParts | None = None) -> EnginePa
     clock, ledger = prepared.clock, MemoryLedger()
     engine = Engine(scheduler, allocator, prepared.runner, clock, overlap=config.overlap, ledger=ledger)
     facts = pool_facts(allocator, spec, prepared.facts)
-    return EngineParts(engine, clock, ledger, spec, model.special_token_ids, model, max_model_len, facts, config)
+    if memory is not None:
+        memory.set_pool(prepared.pool, prepared.pool_in_torch)
+    return EngineParts(
+        engine, clock, ledger, spec, model.special_token_ids, model, max_model_len, facts, config, gpu_memory=memory
+    )
 
 
 def _load(cfg: DictConfig, config: EngineConfig) -> LoadedModel:
@@ -185,7 +194,10 @@ def _prepare_runner(
 ) -> PreparedRunner:
     """Pool and runner for `allocator`."""
     runner_config = RunnerConfig.from_config(cfg.runner)
-    pool = make_pool(runner_config, allocator, model.spec, _device(config.device))
+    device = _device(config.device)
+    allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
+    pool = make_pool(runner_config, allocator, model.spec, device)
+    pool_in_torch = torch.cuda.memory_allocated() - allocated if device == "cuda" else 0
     clock = WallClock()
     runner, facts = make_runner(
         runner_config,
@@ -198,7 +210,7 @@ def _prepare_runner(
         max_model_len=max_model_len,
         num_scores=DriverConfig.from_config(cfg.driver).scores,
     )
-    return PreparedRunner(runner, facts, pool, clock, allocator.num_blocks)
+    return PreparedRunner(runner, facts, pool, clock, allocator.num_blocks, pool_in_torch)
 
 
 def _num_blocks(cfg: DictConfig, config: EngineConfig, model: LoadedModel) -> int:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from engine.clock import Clock
 from engine.core import Engine
 from engine.errors import ConfigError
+from engine.gpu_memory import GpuMemory
 from engine.ledger import MemoryLedger
 from engine.models import LoadedModel, ModelSpec
 from engine.plan import KVAllocator, SchedulerProtocol
@@ -35,6 +36,7 @@ class EngineParts:
         config: section `engine`.
         simulator: the runner of a simulation; None when steps are computed.
         simulation_facts: the profile of a simulation, for the manifest.
+        gpu_memory: follows the GPU's memory; None where there is no GPU.
     """
 
     engine: Engine
@@ -48,6 +50,7 @@ class EngineParts:
     config: EngineConfig
     simulator: SimulatedRunner | None = None
     simulation_facts: dict[str, Any] | None = None
+    gpu_memory: GpuMemory | None = None
 
 
 def pool_facts(allocator: KVAllocator, spec: ModelSpec, runner_facts: dict[str, Any]) -> dict[str, Any]:

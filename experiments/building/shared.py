@@ -36,6 +36,7 @@ class PreparedRunner:
         pool: its keys and values.
         clock: its clock.
         num_blocks: usable blocks that the pool was sized to.
+        pool_in_torch: bytes of the pool that torch's allocator on a GPU gave.
     """
 
     runner: TorchRunner
@@ -43,6 +44,7 @@ class PreparedRunner:
     pool: KVPool
     clock: WallClock
     num_blocks: int
+    pool_in_torch: int = 0
 
     def fits(self, allocator: KVAllocator) -> bool:
         """Whether the pool is the one that `allocator` needs."""
@@ -51,9 +53,14 @@ class PreparedRunner:
 
 
 class SharedParts:
-    """Keeps the last model and the last runner; asked for others, it lets go of them first, so that both fit."""
+    """Keeps the last model and the last runner; asked for others, it lets go of them first, so that both fit.
+
+    Attributes:
+        context_bytes: of the GPU's memory, in use before the first model was loaded; None: not known yet.
+    """
 
     def __init__(self) -> None:
+        self.context_bytes: int | None = None
         self._model: tuple[str, LoadedModel] | None = None
         self._runner: tuple[str, PreparedRunner] | None = None
 

@@ -10,11 +10,42 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from engine.core import Engine, StepOutput
 from engine.errors import EngineError, RequestRejected
 from engine.request import Request
-from experiments.recording.record import RunRecorder
+
+
+class Recorder(Protocol):
+    """Who is told what happens in a run.
+
+    Attributes:
+        num_finished: requests that ended, for whatever reason.
+        num_output_tokens: tokens so far.
+        wall_time: end of the last step, in seconds since the run's start.
+    """
+
+    @property
+    def num_finished(self) -> int: ...  # noqa: D102
+
+    @property
+    def num_output_tokens(self) -> int: ...  # noqa: D102
+
+    @property
+    def wall_time(self) -> float: ...  # noqa: D102
+
+    def on_submit(self, req: Request, now: float) -> None:
+        """`req` was handed to the engine at `now`."""
+        ...
+
+    def on_rejected(self, req: Request, now: float, error: str) -> None:
+        """The engine refused `req`, which was handed over at `now`."""
+        ...
+
+    def on_step(self, step: StepOutput) -> None:
+        """A step has ended."""
+        ...
 
 
 class _Arrivals:
@@ -68,10 +99,10 @@ class ClosedLoop:
 def drive(
     engine: Engine,
     requests: Iterable[Request],
-    recorder: RunRecorder,
+    recorder: Recorder,
     *,
     closed_loop: ClosedLoop | None = None,
-    on_progress: Callable[[RunRecorder], None] | None = None,
+    on_progress: Callable[[Recorder], None] | None = None,
     after_step: Callable[[StepOutput], None] | None = None,
 ) -> None:
     """Run `requests` to their end.

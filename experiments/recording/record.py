@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from engine.request import FinishReason, Request
 from engine.runner.step_time import step_features
 from experiments.recording.decisions import decision_hash
 from experiments.recording.request_log import LISTS, REQUEST_COLUMNS, TIMES, RequestLog
+from experiments.recording.token_times import TokenTimes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,15 +46,25 @@ ROWS_AT_ONCE = 16384  # requests of a row group
 class RunRecorder:
     """Collects the times of every request and the counts of every step.
 
+    What it does in a step must not show in the step: most steps compute the requests of the step before, and then
+    nothing is done request by request in Python.
+
     Args:
         tokens: keep token ids and the time of every token; False leaves those columns empty, for runs of many requests.
     """
 
     def __init__(self, tokens: bool = True) -> None:
         self._log = RequestLog(tokens)
+        self._token_times = TokenTimes() if tokens else None
         self._steps: dict[str, array[Any]] = {name: array("d") for name in STEP_TIMES}
         self._steps |= {name: array("i") for name in STEP_COUNTS} | {name: array("q") for name in STEP_SUMS}
+        self._columns = list(self._steps.values())
         self._num_recomputed: dict[Request, int] = {}  # of requests that computed something again
+        # The last step's requests with their rows, and numbers of new tokens: the next step's are mostly the same.
+        self._requests: tuple[Request, ...] = ()
+        self._rows: array[int] = array("q")
+        self._new: tuple[int, ...] = ()
+        self._counts: array[int] = array("q")
         self.num_finished = 0
         self.num_output_tokens = 0
         self.max_lateness = 0.0
@@ -70,39 +82,53 @@ class RunRecorder:
 
     def on_step(self, step: StepOutput) -> None:
         """Take one finished step in."""
-        plan, log = step.plan, self._log
-        if log.tokens:
-            sampled = (entry for entry, sample in zip(plan.scheduled, plan.samples, strict=True) if sample)
-            log.take_tokens(sampled, step.end_time)
+        plan, log, row_of = step.plan, self._log, self._log.rows.__getitem__
+        requests, starts, new = zip(*plan.scheduled, strict=True) if plan.scheduled else ((), (), ())
+        # Tuples of the same objects compare without a look into them.
+        if requests != self._requests:
+            self._requests, self._rows = requests, array("q", list(map(row_of, requests)))
+        if new != self._new:
+            self._new, self._counts = new, array("q", new)
+        num_sampled = plan.samples.count(True)
+        if num_sampled and self._token_times is not None:
+            all_sample = num_sampled == len(requests)
+            rows = self._rows if all_sample else array("q", compress(self._rows, plan.samples))
+            self._token_times.add(rows, step.end_time)
         num_decodes, recomputed = self._take_others(step)
         num_known = log.num_leaving
         for req in step.finished:
             self._end(req, step.end_time)
         for req in plan.rejected:
             self._end(req, step.start_time)
-        num_sampled = sum(plan.samples)
         self.num_output_tokens += num_sampled
-        features = step_features(plan)
+        features = step_features(plan, sum(starts))
         num_swapped_out, num_swapped_in = _num_swapped(plan)
-        times = (step.start_time, step.launch_time, step.launched_time, step.end_time, step.result.copy_time)
-        counts = (
+        preempted, rejected = (list(map(row_of, others)) for others in (plan.preempted, plan.rejected))
+        values = (
+            step.start_time,
+            step.launch_time,
+            step.launched_time,
+            step.end_time,
+            step.result.copy_time,
             step.num_running,
             step.num_waiting,
-            len(plan.scheduled),
+            len(requests),
             features.num_tokens,
             features.num_tokens - num_decodes,
             num_decodes,
             num_sampled,
-            len(plan.preempted),
+            len(preempted),
             recomputed,
             len(plan.copies),
             num_swapped_out,
             num_swapped_in,
             features.num_prefill_requests,
             features.longest_prefill,
+            features.num_kv_tokens,
+            features.num_attention_pairs,
+            decision_hash(self._rows, array("q", starts), self._counts, preempted, rejected, step.usage),
         )
-        sums = (features.num_kv_tokens, features.num_attention_pairs, decision_hash(step, log.rows.__getitem__))
-        for column, value in zip(self._steps.values(), times + counts + sums, strict=True):
+        for column, value in zip(self._columns, values, strict=True):
             column.append(value)
         # With overlap a request that ended with this step may be in the next one, and in none after that.
         log.forget_ended(keep=log.num_leaving - num_known)
@@ -150,7 +176,7 @@ class RunRecorder:
     def request_rows(self) -> list[dict[str, Any]]:
         """One row per request, by REQUEST_COLUMNS, in order of submission; times that never came are None."""
         rows = []
-        for columns in self._log.chunks(ROWS_AT_ONCE):
+        for columns in self._chunks():
             values = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
             rows += [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
         for row in rows:
@@ -158,9 +184,13 @@ class RunRecorder:
             row |= {name: [] if row[name] is None else list(row[name]) for name in LISTS}
         return rows
 
+    def _chunks(self) -> Iterator[dict[str, Any]]:
+        times = None if self._token_times is None else self._token_times.lists(len(self._log))
+        return self._log.chunks(ROWS_AT_ONCE, times)
+
     def write_requests(self, path: Path) -> None:
         """Write requests.parquet."""
-        _write_requests(path, self._log.chunks(ROWS_AT_ONCE))
+        _write_requests(path, self._chunks())
 
     def step_columns(self) -> dict[str, np.ndarray]:
         """The steps as columns, without the ledger."""

@@ -6,15 +6,15 @@ A million requests take about a hundred MiB without their tokens. With them, the
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from engine.plan import ScheduledRequest
 from engine.request import Request
 
 NAN = float("nan")
+TokenTimesOf = Callable[[int], np.ndarray]
 TIMES = ("arrival_time", "submit_time", "admission_time", "first_token_time", "finish_time")  # seconds; NaN: not yet
 COUNTS = (
     "num_prompt_tokens",
@@ -54,7 +54,7 @@ class RequestLog:
     """Columns with one row per request, in order of submission.
 
     Args:
-        tokens: keep prompt and output tokens and the time of each output token.
+        tokens: keep prompt and output tokens.
 
     Attributes:
         rows: the row of every request that may still show up in a step.
@@ -70,7 +70,7 @@ class RequestLog:
         self._client_ids: list[str] = []
         self._finish_reasons: list[str | None] = []
         self._errors: dict[int, str] = {}
-        self._lists: list[tuple[list[int], list[int], array[float]]] = []
+        self._lists: list[tuple[list[int], list[int]]] = []
         self._leaving: list[Request] = []
 
     def __len__(self) -> int:
@@ -87,15 +87,7 @@ class RequestLog:
         self._client_ids.append(req.client_id)
         self._finish_reasons.append(None)
         if self.tokens:
-            self._lists.append((req.prompt_token_ids, req.output_token_ids, array("d")))
-
-    def take_tokens(self, scheduled: Iterable[ScheduledRequest], when: float) -> None:
-        """A step sampled for each of `scheduled` at `when`; a token past the end was dropped and has no time."""
-        rows, lists = self.rows, self._lists
-        for req, _, _ in scheduled:
-            token_times = lists[rows[req]][2]
-            if len(token_times) < len(req.output_token_ids):
-                token_times.append(when)
+            self._lists.append((req.prompt_token_ids, req.output_token_ids))
 
     def end(self, req: Request, when: float) -> None:
         """`req` ended at `when`."""
@@ -128,8 +120,14 @@ class RequestLog:
         if req.error:
             self._errors[row] = req.error
 
-    def chunks(self, size: int) -> Iterator[dict[str, Any]]:
-        """The rows in pieces of `size`, as columns by REQUEST_COLUMNS; without tokens the lists are None."""
+    def chunks(self, size: int, token_times: TokenTimesOf | None) -> Iterator[dict[str, Any]]:
+        """The rows in pieces of `size`, as columns by REQUEST_COLUMNS.
+
+        Args:
+            size: rows of a piece.
+            token_times: of a row, when its tokens came; the last of them may belong to a token past the request's end,
+                which was dropped. None without tokens: the lists are None then.
+        """
         for req, row in self.rows.items():
             self._fill(req, row)
         for start in range(0, len(self), size):
@@ -141,6 +139,10 @@ class RequestLog:
                 "error": [self._errors.get(row, "") for row in range(start, min(start + size, len(self)))],
             }
             columns |= {name: np.array(column[rows]) for name, column in (self.times | self._counts).items()}
-            lists = self._lists[rows] if self.tokens else [(None, None, None)] * len(columns["request_id"])
-            columns |= dict(zip(LISTS, zip(*lists, strict=True), strict=True))
+            if token_times is None:
+                columns |= {name: [None] * len(columns["request_id"]) for name in LISTS}
+            else:
+                prompts, outputs = zip(*self._lists[rows], strict=True)
+                times = [token_times(start + i)[: len(output)] for i, output in enumerate(outputs)]
+                columns |= dict(zip(LISTS, (prompts, outputs, times), strict=True))
             yield {name: columns[name] for name in REQUEST_COLUMNS}

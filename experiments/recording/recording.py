@@ -1,0 +1,154 @@
+"""Everything that a run of the main job records, and how long that takes.
+
+    driver --on_submit, on_step--> Recording --> requests, steps
+    engine --on_launch----------->           --> ledger, KV map        while the step's slots are allocated
+
+All of it runs on the step's thread. What it costs is measured where it is called, with two readings of a clock for
+each call, and stands in the manifest (`run.recording`): a reader need not believe that it is little.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from engine.core import Engine, StepOutput
+from engine.ledger import MemoryLedger
+from engine.request import Request
+from experiments.recording.files import KV_MAP_FILE, REQUESTS_FILE, SCORES_FILE, STEPS_FILE
+from experiments.recording.kv_map import MEASURED_SHARE, KVMapRecorder
+from experiments.recording.record import RunRecorder
+from experiments.recording.scores import ScoreLog
+from experiments.recording.totals import RunTotals
+
+WARN_ABOVE = 0.01  # of a measured run's wall time
+
+
+class Recording:
+    """What is recorded of one run. A context around the measured part, and the driver's recorder in it.
+
+    Args:
+        engine: whose run; the recording takes its ledger over, so that the ledger's time counts as well.
+        level: `full`; `summary`: without token ids, the time of each token and the KV map; `none`: totals alone.
+        kv_map: whether a full recording holds the KV map.
+        scores: whether the scores of sampled tokens are kept.
+        measured: times are a wall clock's; False where a virtual clock moves while the host works.
+    """
+
+    def __init__(self, engine: Engine, *, level: str, kv_map: bool, measured: bool, scores: bool = False) -> None:
+        self._level = level
+        self._measured = measured
+        self._ledger: MemoryLedger | None = None if level == "none" else engine.ledger
+        self._rows = None if level == "none" else RunRecorder(tokens=level == "full")
+        self._kv_map: KVMapRecorder | None = None
+        if level == "full" and kv_map:
+            assert self._rows is not None
+            share = MEASURED_SHARE if measured else None
+            self._kv_map = KVMapRecorder(engine.allocator, self._rows.row, max_share=share)
+        self._scores = ScoreLog() if scores else None
+        self._run: RunRecorder | RunTotals = self._rows or RunTotals()
+        engine.ledger = None
+        engine.on_launch = None if level == "none" else self.on_launch
+        self._seconds = 0.0  # of a wall clock
+        self._began = self._ended = (0.0, 0.0)  # a wall clock, and the process's time on all processors
+
+    def __enter__(self) -> Self:
+        self._began = _clocks()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._ended = _clocks()
+
+    # ---- the driver's recorder
+
+    def on_submit(self, req: Request, now: float) -> None:
+        """`req` was handed to the engine at `now`."""
+        start = time.perf_counter()
+        self._run.on_submit(req, now)
+        self._seconds += time.perf_counter() - start
+
+    def on_rejected(self, req: Request, now: float, error: str) -> None:
+        """The engine refused `req`, which was handed over at `now`."""
+        self._run.on_rejected(req, now, error)
+
+    def on_launch(self, step: StepOutput) -> None:
+        """A step is about to be launched. Raises EngineError when the ledger does not add up."""
+        start = time.perf_counter()
+        if self._ledger is not None:
+            self._ledger.observe(step.plan, step.usage)
+        if self._kv_map is not None:
+            self._kv_map.on_launch(step)
+        self._seconds += time.perf_counter() - start
+
+    def on_step(self, step: StepOutput) -> None:
+        """Take one finished step in."""
+        start = time.perf_counter()
+        self._run.on_step(step)
+        if self._scores is not None:
+            self._scores.on_step(step)
+        self._seconds += time.perf_counter() - start
+
+    @property
+    def num_finished(self) -> int:
+        """Requests that ended, for whatever reason."""
+        return self._run.num_finished
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled; under `none` of the requests that ended."""
+        return self._run.num_output_tokens
+
+    @property
+    def wall_time(self) -> float:
+        """End of the last step, in seconds since the run's start."""
+        return self._run.wall_time
+
+    # ---- after the run
+
+    def write(self, run_dir: Path) -> None:
+        """Write the Parquet files; none under `none`."""
+        if self._rows is None:
+            return
+        assert self._ledger is not None
+        self._rows.write_requests(run_dir / REQUESTS_FILE)
+        self._rows.write_steps(run_dir / STEPS_FILE, self._ledger)
+        if self._kv_map is not None:
+            self._kv_map.write(run_dir / KV_MAP_FILE)
+        if self._scores is not None:
+            self._scores.write(run_dir / SCORES_FILE)
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest's section `run` says of it (docs/files.md)."""
+        wall, processor = (end - begin for begin, end in zip(self._began, self._ended, strict=True))
+        seconds = 0.0 if self._level == "none" else self._seconds
+        share = seconds / wall if wall > 0 else 0.0
+        facts: dict[str, Any] = {
+            "recorded": self._level,
+            "wall_time": self._run.wall_time,
+            "num_steps": self._run.num_steps,
+            "processor_seconds": processor,
+            "max_lateness": self._run.max_lateness,
+            # A simulation's wall time depends on what else the machine does, its processor time does not.
+            "recording": {"seconds": seconds if self._measured else share * processor, "share": share},
+        }
+        if isinstance(self._run, RunTotals):
+            facts["totals"] = self._run.facts()
+        return facts
+
+
+def recording_warning(facts: dict[str, Any]) -> str | None:
+    """What to say of a measured run that its recording slowed down; None of the others.
+
+    Args:
+        facts: of `Recording.facts`.
+    """
+    share = facts["recording"]["share"]
+    if share <= WARN_ABOVE:
+        return None
+    return f"recording took {100 * share:.1f} % of the run's wall time; driver.record=summary records less"
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
