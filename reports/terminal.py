@@ -40,7 +40,7 @@ def run_table(summary: dict[str, Any]) -> Table:
         f"{rate(summary['output_tokens_per_second'])} tok/s",
         f"{count(summary['num_finished_output_tokens'])} tokens in {seconds(summary['duration_seconds'])}",
     )
-    if summary["recorded"] != "none":
+    if summary.get("recorded") != "none":  # a summary of before has no such key
         _add_recorded(table, summary)
     if summary["peak_gpu_bytes"]:
         table.add_row("peak GPU memory", size_bytes(summary["peak_gpu_bytes"]), device_memory_line(summary))

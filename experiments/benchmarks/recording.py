@@ -107,7 +107,7 @@ class Bench:
     def _driven(self, mode: str, engine: Engine, requests: list[Request]) -> Line:
         recording = Recording(engine, level="full" if mode == "all" else "none", kv_map=True, measured=True)
         progress = Progress(mode, len(requests), enabled=True)
-        engine.clock.reset()  # type: ignore[attr-defined]
+        engine.clock.reset()
         wall, processor = time.perf_counter(), time.process_time()
         with recording:
             drive(engine, requests, recording, on_progress=progress)
@@ -141,7 +141,7 @@ def on_gpu(shape: str, num_slots: int) -> tuple[Bench, GpuMemory, torch.nn.Modul
     memory.set_pool(bed.pool, bed.pool.num_bytes)
     runner = bed.runner(Levers(), max_num_seqs=256)
     runner.warm_up(256)
-    return Bench(runner, bed.pool.num_blocks, offline_workload, True, 8192), memory, bed.model.module  # type: ignore[return-value]
+    return Bench(runner, bed.pool.num_blocks, offline_workload, True, 8192), memory, bed.model.module
 
 
 def on_cpu(shape: str) -> Bench:
