@@ -158,9 +158,15 @@ class SamplingConfig(_Section):
 class SweepConfig(_Section):
     """Section `sweep`."""
 
+    rounds: int
     allow_mixed: bool
+    round: int | None
 
     def __post_init__(self) -> None:
+        _check(_is_int(self.rounds, 1), "sweep.rounds", self.rounds, "an integer of at least 1")
+        _check(
+            self.round is None or _is_int(self.round, 0), "sweep.round", self.round, "an integer of at least 0, or null"
+        )
         _check(isinstance(self.allow_mixed, bool), "sweep.allow_mixed", self.allow_mixed, "true or false")
 
 
@@ -191,11 +197,13 @@ class DriverConfig(_Section):
     record: str
     cache: str
     scores: int
+    probe: bool
 
     def __post_init__(self) -> None:
         _check(self.cache in CACHES, "driver.cache", self.cache, f"one of {', '.join(CACHES)}")
         _check(self.record in RECORDS, "driver.record", self.record, f"one of {', '.join(RECORDS)}")
-        _check(isinstance(self.warmup, bool), "driver.warmup", self.warmup, "true or false")
+        for key in ("warmup", "probe"):
+            _check(isinstance(getattr(self, key), bool), f"driver.{key}", getattr(self, key), "true or false")
         late = self.max_lateness
         _check(_is_number(late) and late > 0, "driver.max_lateness", late, "above 0 (seconds)")
         scores = self.scores

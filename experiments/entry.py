@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from engine.errors import ConfigError, NotDefined
 from experiments.compose import CONF_DIR
 from experiments.explain import explain, own_error
-from experiments.sweep import ENDED_SWEEP
+from experiments.sweep import ENDED_SWEEP, outcome
+from experiments.unserved import Unserved
 
 USER_ERROR = 2
 
@@ -35,11 +38,12 @@ def main() -> int:
 
     # Errors are taken in here where they can be: one that leaves the job makes Hydra print lines of its own.
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
-    def job(cfg: DictConfig) -> None:
+    def job(cfg: DictConfig) -> dict[str, Any]:
         started.append(True)
         # Imported here: a typing error in the command line is answered without loading torch.
         from experiments.job import record_failure, run_job
 
+        folder = Path(HydraConfig.get().runtime.output_dir)
         try:
             _check_baseline(cfg)
             if cfg.mode == "serve":
@@ -49,9 +53,12 @@ def main() -> int:
 
                 run_study(cfg)
             elif cfg.mode == "run":
-                run_job(cfg)
+                folder = run_job(cfg)
             else:
                 raise ConfigError(f"mode={cfg.mode} must be run or serve")
+        except Unserved as error:
+            failures.append(str(error))
+            return outcome(error.folder, unserved=str(error))
         except Exception as error:
             message = explain(error)
             if message is None:
@@ -59,8 +66,9 @@ def main() -> int:
             not_defined = isinstance(own_error(error), NotDefined)
             record_failure(message, not_defined=not_defined)
             (undefined if not_defined else failures).append(message)
-        else:
-            finished.append(True)
+            return outcome(folder, message, not_defined=not_defined)
+        finished.append(True)
+        return outcome(folder)
 
     try:
         job()
@@ -80,7 +88,7 @@ def main() -> int:
     # A sweep's cells may have run in other processes: what they came to is in its folder.
     if (ended := ENDED_SWEEP.get()) is not None:
         if ended.record:
-            failures = [entry["error"] for entry in ended.record["failed"]]
+            failures = [entry["error"] for entry in (*ended.record["failed"], *ended.record["unserved"])]
             undefined = [entry["error"] for entry in ended.record["not_defined"]]
             finished = [True for _ in ended.record["runs"]]
         if ended.error is not None:

@@ -27,6 +27,7 @@ from experiments.config import DriverConfig, HttpConfig
 from experiments.load.http_client import HttpServer
 from experiments.load.http_driver import HttpDriver
 from experiments.load.http_metrics import GaugeReader
+from experiments.recording.contention import Contention
 from experiments.recording.files import REQUESTS_FILE, STEPS_FILE
 from experiments.recording.provenance import utc_now
 from experiments.recording.record import RunRecorder, write_requests, write_steps
@@ -59,8 +60,10 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
     load = build_load(cfg, sizes.spec, sizes.special_token_ids, driver_config)
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | config.authorization()
     extensions = {key: cfg.sampling[key] for key in EXTENSIONS} | {"return_token_ids": True}
+    contention = Contention(driver_config.probe, cuda=False)
+    contention.before()
     driver, server, gauges, warmup_time = asyncio.run(
-        _drive(load, driver_config, config, target, headers, extensions, progress(len(load.requests)))
+        _drive(load, driver_config, config, target, headers, extensions, progress(len(load.requests)), contention)
     )
     ended = utc_now()
     write_requests(run_dir / REQUESTS_FILE, driver.rows)
@@ -75,6 +78,7 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
                   "max_model_len": None, "dtype": "as served"},
         "pool": {"num_blocks": None, "block_size": None, "num_slots": None, "bytes": None},
         "simulation": None,
+        "contention": contention.after(),
         "target": {
             "url": str(target),
             "model": server.model,
@@ -116,6 +120,7 @@ async def _drive(
     headers: dict[str, str],
     extensions: dict[str, Any],
     on_progress: Callable[[int], None],
+    contention: Contention,
 ) -> tuple[HttpDriver, HttpServer, GaugeReader, float]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx.Timeout(config.timeout, pool=None)
@@ -129,7 +134,8 @@ async def _drive(
         driver = HttpDriver(server, driver_config.record == "full", on_progress)
         gauges = GaugeReader(client, config.metrics or "", config.metrics_interval)
         reading = asyncio.create_task(gauges.run()) if config.metrics else None
-        await driver.run(requests, load.closed_loop)
+        with contention:
+            await driver.run(requests, load.closed_loop)
         if reading is not None:
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -16,6 +18,7 @@ from rich.console import Console
 
 import reports.run_report
 import reports.terminal
+from engine.errors import ConfigError
 from engine.gpu_memory import NO_GPU
 from engine.models import ModelSpec
 from experiments.building.build import build
@@ -27,25 +30,41 @@ from experiments.explain import first_line
 from experiments.http_job import run_http
 from experiments.load.driver import drive
 from experiments.output import HttpProgress, Progress, print_result
-from experiments.recording.cell_state import cell_key, is_finished, mark_finished, only_writer
+from experiments.recording.cell_folders import CellFolders, owner_of, result_in, result_of, whole_key
+from experiments.recording.cell_state import cell_key, finished_key, mark_finished, measured_config, only_writer
+from experiments.recording.contention import Contention
 from experiments.recording.files import ERROR_FILE, MANIFEST_FILE
 from experiments.recording.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
 from experiments.recording.recording import Recording, recording_warning
+from experiments.recording.sources import sources_of
 from experiments.recording.tracking import TrackedRun, Tracker, tracked_run
+from experiments.unserved import Unserved, why_unserved
 
 SCHEMA_VERSION = 1
 
 
-def run_job(cfg: DictConfig) -> None:
+def run_job(cfg: DictConfig) -> Path:
     """Run one cell and print where its report is.
 
+    Returns:
+        The cell's folder: a sweep's cell that its launcher placed on another machine has one of its own.
+
     Raises:
+        Unserved: none of its requests finished; its folder is complete.
         KvarenaError: a bad setting or a failed run.
     """
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
     choices = {group: hydra.runtime.choices[group] for group in NAMING_GROUPS}
-    group = str(run_dir.parent) if hydra.mode is RunMode.MULTIRUN else None
+    sweep, in_sweep = SweepConfig.from_config(cfg.sweep), hydra.mode is RunMode.MULTIRUN
+    if in_sweep:
+        run_dir = _own_folder(cfg, run_dir, choices)
+    elif sweep.rounds != 1:
+        raise ConfigError(
+            f"sweep.rounds={sweep.rounds} repeats the cells of a sweep, and this is none; leave it out, or sweep "
+            "with -m"
+        )
+    group = str(run_dir.parent) if in_sweep else None
     summary = execute(cfg, run_dir, f"{choices['allocator']} x {choices['scheduler']}", choices, group)
     report = run_dir / "report.html" if cfg.report.pages else None
     console = Console()
@@ -53,10 +72,21 @@ def run_job(cfg: DictConfig) -> None:
     if report is not None:
         console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
     print_result({"run_dir": str(run_dir), "report": report and str(report), "summary": summary})
+    if (reason := why_unserved(summary)) is not None:
+        raise Unserved(reason, run_dir)
+    return run_dir
+
+
+def _own_folder(cfg: DictConfig, run_dir: Path, choices: dict[str, str]) -> Path:
+    """The cell's folder: `run_dir` where that is this cell's, as this machine and its code see it."""
+    sweep, key = SweepConfig.from_config(cfg.sweep), cell_key(cfg, choices)
+    if owner_of(run_dir) in (None, whole_key(key)) or (sweep.allow_mixed and result_in(run_dir) == result_of(key)):
+        return run_dir
+    return CellFolders(run_dir.parent).claim(run_dir.name, key, allow_mixed=sweep.allow_mixed)
 
 
 def record_failure(message: str, *, not_defined: bool) -> None:
-    """Leave `message` in the cell's folder, where a sweep's comparison finds it.
+    """Leave `message` in the cell's folder.
 
     Args:
         message: why the cell did not run.
@@ -93,11 +123,10 @@ def execute(
     tracker: Tracker | None = instantiate(cfg.tracking)
     key = cell_key(cfg, choices)
     with only_writer(run_dir):
-        if is_finished(run_dir, key, allow_mixed=sweep.allow_mixed):
+        found = finished_key(run_dir, key, allow_mixed=sweep.allow_mixed)
+        if found is not None:
             print(f"{name}: finished before, in {run_dir}", file=sys.stderr)
-            if report.pages and not (run_dir / "report.html").exists():  # it ran without pages
-                return reports.run_report.write_run_report(run_dir)
-            return reports.run_report.read_summary(run_dir)
+            return _report_again(run_dir, found, key, pages=report.pages)
         if cfg.target is None:
             facts = _run_here(cfg, run_dir, name, shared)
         else:
@@ -114,6 +143,17 @@ def execute(
         print(f"warning: {name}: {failed}, such as by: {example}", file=sys.stderr)
     if tracker is not None:
         _track(tracker, tracked_run(name, group, manifest["config"], summary, run_dir), run_dir)
+    return summary
+
+
+def _report_again(run_dir: Path, found: dict[str, Any], key: dict[str, Any], *, pages: bool) -> dict[str, Any]:
+    """The summary of a finished cell; its report is made again where other code made it, or where it has none."""
+    has_pages = (run_dir / "report.html").exists()
+    if found.get("reports") == key["reports"] and (has_pages or not pages):
+        return reports.run_report.read_summary(run_dir)
+    write = reports.run_report.write_run_report if pages or has_pages else reports.run_report.write_summary
+    summary = write(run_dir)
+    mark_finished(run_dir, found | {"reports": key["reports"]})
     return summary
 
 
@@ -134,6 +174,9 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | N
         warmup_time = warm_up(cfg, setup.parts, [next(iter(setup.load.requests)).sampling])
     if setup.driver.cache == "warm":
         warmup_time += warm_cache(cfg, setup.parts, setup.load.requests)
+    contention = None if setup.parts.simulator is not None else Contention(setup.driver.probe, _on_gpu(cfg))
+    if contention is not None:
+        contention.before()
     simulator = setup.parts.simulator
     progress = Progress(name, len(setup.load.requests), bool(cfg.report.progress))
     # A simulated run may have a million requests; in one that computes nothing is made while it is measured.
@@ -150,7 +193,7 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | N
     gc.freeze()
     try:
         setup.parts.clock.reset()
-        with recording:
+        with contention or nullcontext(), recording:
             drive(
                 setup.parts.engine, requests, recording, closed_loop=setup.load.closed_loop, on_progress=progress,
                 after_step=None if simulator is None else simulator.after_step,
@@ -168,6 +211,7 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | N
         "pool": setup.parts.pool_facts,
         "simulation": setup.parts.simulation_facts,
         "memory": NO_GPU if gpu is None else gpu.parts(),
+        "contention": None if contention is None else contention.after(),
         "run": run
         | {
             "ended": ended,
@@ -191,10 +235,16 @@ def _manifest(cfg: DictConfig, name: str, choices: dict[str, str]) -> dict[str, 
         },
         "arrival": {"name": choices["arrival"]} | _options(cfg.arrival),
         "config": OmegaConf.to_container(cfg, resolve=True),
+        "round": cfg.sweep.round,
         "git": git_state(),
+        "sources": sources_of(measured_config(cfg)) | git_state(),
         "machine": machine(),
         "versions": versions(),
     }
+
+
+def _on_gpu(cfg: DictConfig) -> bool:
+    return cfg.engine.device != "cpu" and torch.cuda.is_available()
 
 
 def _model_facts(spec: ModelSpec) -> dict[str, Any]:

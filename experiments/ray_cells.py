@@ -8,12 +8,10 @@ Every node needs this project, installed from the same code, and the sweep's fol
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
 from engine.errors import ConfigError
 from experiments.explain import first_line
-from experiments.recording.files import ERROR_FILE, OVERRIDES_FILE
-from experiments.recording.provenance import code_state
+from experiments.recording.sources import code_hash
+from experiments.sweep import outcome
 
 CONNECT_TIMEOUT = 5.0  # seconds
 
@@ -79,7 +77,7 @@ def run_cells(
     job_overrides: Sequence[Sequence[str]],
     first: int,
 ) -> list[JobReturn]:
-    """Run a sweep's cells; one whose worker died leaves its error in its folder, and the others go on.
+    """Run a sweep's cells; one whose worker died returns its error, and the others go on.
 
     Args:
         options: which cluster, and what a cell asks it for.
@@ -109,7 +107,7 @@ def run_cells(
         os.getcwd(),
         str(folder),
         str(witness),
-        code_state(),
+        code_hash(),
     )
     _connect(ray, options.address)
     try:
@@ -163,7 +161,7 @@ def _gather(
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except ray.exceptions.RayError as error:
-                returns[at] = _broken_off(sweep, first + at, job_overrides[at], error)
+                returns[at] = _broken_off(sweep, job_overrides[at], error)
             bar.update()
     return [returns[at] for at in sorted(returns)]
 
@@ -192,20 +190,13 @@ def _check_node(sweep: _Sweep) -> None:
             f"node {host} does not see the sweep's folder {sweep.folder}; sweep into one that all nodes share under "
             "the same path (hydra.sweep.dir=DIR)"
         )
-    if code_state() != sweep.code:
+    if code_hash() != sweep.code:
         raise ConfigError(f"node {host} has other code of kvarena than the driver; install the same commit there")
 
 
-def _broken_off(sweep: _Sweep, index: int, overrides: Sequence[str], error: Exception) -> JobReturn:
-    """Leave a dead worker's cell the files by which the comparison says so."""
-    folder = Path(sweep.folder) / str(index)
-    own = list(filter_overrides(overrides))
-    path = folder / OVERRIDES_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError), path.open("x") as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.create(own)))
-    entry = {"overrides": own, "error": f"its Ray worker ended: {first_line(error)}", "not_defined": False}
-    (folder / ERROR_FILE).write_text(json.dumps(entry) + "\n")
-    ended = JobReturn(overrides=own, status=JobStatus.COMPLETED)
-    ended.return_value = None
+def _broken_off(sweep: _Sweep, overrides: Sequence[str], error: Exception) -> JobReturn:
+    """What a cell whose worker died came to."""
+    subdir = next(item.partition("=")[2] for item in overrides if item.startswith("hydra.sweep.subdir="))
+    ended = JobReturn(overrides=list(filter_overrides(overrides)), status=JobStatus.COMPLETED)
+    ended.return_value = outcome(Path(sweep.folder) / subdir, f"its Ray worker ended: {first_line(error)}")
     return ended

@@ -1,20 +1,26 @@
-"""Sweeps: after `run.py -m`, one comparison report over all cells."""
+"""Sweeps: `run.py -m` plans its cells, runs them in rounds and ends in one comparison report over them."""
 
 from __future__ import annotations
 
 import json
+import sys
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf
 
-from experiments.recording.files import CELL_FILE, ERROR_FILE, OVERRIDES_FILE, SWEEP_FILE
+from experiments.recording.files import CELL_FILE, SWEEP_FILE
 
-LEFT_OUT = {"overrides": ["text"], "error": "text", "not_defined": "true or false"}  # error.json of a cell
+if TYPE_CHECKING:
+    from experiments.sweep_plan import Job, Plan
+
+BROKEN_OFF = "its process ended without a word"
 
 
 @dataclass
@@ -22,7 +28,7 @@ class EndedSweep:
     """What became of a sweep.
 
     Attributes:
-        record: what sweep.json holds; empty when the sweep's folder could not be read.
+        record: what sweep.json holds; empty until the cells have run.
         error: why there is no comparison; None where there is one, or no cell to compare.
     """
 
@@ -30,68 +36,131 @@ class EndedSweep:
     error: Exception | None = None
 
 
-# Hydra makes its callbacks itself, drops what a multirun returns and turns a callback's error into a warning, so there
-# is no other way to hand the sweep to the command line's exit code.
+# Hydra drops what a multirun returns, so there is no other way to hand the sweep to the command line's exit code.
 ENDED_SWEEP: ContextVar[EndedSweep | None] = ContextVar("ENDED_SWEEP", default=None)
 
 
-def collect(sweep_dir: Path, baseline: str | int | None) -> dict[str, Any]:
-    """Write sweep.json: the finished runs under `sweep_dir` in job order, those not defined, and those that failed.
+def outcome(
+    folder: Path, error: str | None = None, *, not_defined: bool = False, unserved: str | None = None
+) -> dict[str, Any]:
+    """What a job returns through its launcher, as plain values.
 
     Args:
-        sweep_dir: holds one folder per job, named by its number.
-        baseline: folder or name of the cell that the others are compared with (Hydra reads `1` as a number); None
-            takes the first.
+        folder: where its files are.
+        error: why it did not run; None where it did.
+        not_defined: its settings mean nothing together.
+        unserved: why none of its requests finished; None where one did.
+    """
+    return {"folder": str(folder), "error": error, "not_defined": not_defined, "unserved": unserved}
+
+
+def run_sweep(config: DictConfig, loader: ConfigLoader, launcher: Launcher, overrides: list[Override]) -> None:
+    """Run a sweep's cells, write sweep.json and the comparison, and leave both in ENDED_SWEEP.
+
+    Args:
+        config: the sweep's own config, with its hydra node.
+        loader: composes a cell's config.
+        launcher: runs cells.
+        overrides: of the command line.
 
     Raises:
-        ReportError: an error.json is broken.
+        ConfigError: as `make_plan` and the launcher.
+        OSError: the sweep's folder cannot be made.
     """
-    from reports.files import read_json  # imported here: see `_compare`
+    from experiments.sweep_plan import make_plan  # late: a typing error must not wait for what it imports
 
-    folders = sorted((d for d in sweep_dir.iterdir() if d.is_dir() and d.name.isdigit()), key=lambda d: int(d.name))
-    errors = [folder / ERROR_FILE for folder in folders]
-    ended = [
-        read_json(path, LEFT_OUT, f"remove {path.parent} to run its cell again") for path in errors if path.exists()
-    ]
-    # Overrides that all cells share say nothing about one of them.
-    overrides = [_overrides(folder) for folder in folders]
-    for entry in ended:
-        varying = [override for override in entry["overrides"] if not all(override in cell for cell in overrides)]
-        entry["name"] = ", ".join(varying or entry["overrides"])
+    sweep_dir = Path(config.hydra.sweep.dir)
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    plan = make_plan(config, loader, overrides)
+    OmegaConf.save(config, sweep_dir / "multirun.yaml")
+    _say_how(plan, str(OmegaConf.select(config, "hydra.launcher._target_")))
+    number = 0
+    for batch in plan.batches:
+        returns = launcher.launch([job.command() for job in batch], initial_job_idx=number)
+        number += len(batch)
+        for job, returned in zip(batch, returns, strict=True):
+            job.outcome = _outcome_of(job, returned)
+    ended = EndedSweep()
+    ENDED_SWEEP.set(ended)
+    try:
+        _compare(sweep_dir, plan, config.report.baseline, ended)
+    except Exception as error:
+        ended.error = error
+
+
+def _say_how(plan: Plan, launcher: str) -> None:
+    """What a person might not expect of a sweep with rounds."""
+    if plan.num_single:
+        print(
+            f"sweep.rounds={plan.rounds}: simulated cells run once, since a repeat is the same to the digit; other "
+            "seeds repeat them (workload.seed=0,1,2)",
+            file=sys.stderr,
+        )
+    if len(plan.batches) > 1 and not launcher.endswith("BasicLauncher"):
+        print(
+            f"sweep.rounds={plan.rounds}: one round ends before the next begins, but hydra/launcher may run the cells "
+            "of a round at the same time; the basic one runs them one by one",
+            file=sys.stderr,
+        )
+
+
+def _outcome_of(job: Job, returned: JobReturn) -> dict[str, Any]:
+    """What a launcher says of a job; raises the error of one that failed by a bug."""
+    value = returned.return_value
+    return value if isinstance(value, dict) else outcome(job.folder, BROKEN_OFF)
+
+
+def collect(sweep_dir: Path, plan: Plan, baseline: str | int | None) -> dict[str, Any]:
+    """Write sweep.json: this call's cells in the grid's order, whatever else lies in the sweep's folder.
+
+    Args:
+        sweep_dir: the sweep's folder.
+        plan: its jobs, which have run.
+        baseline: folder or name of the cell that the others are compared with; None takes the first.
+
+    Returns:
+        What sweep.json holds: `runs` (folders), `baseline`, `rounds`, and name, folder and error of the cells that
+        `failed`, those that are `not_defined`, and those that ran and served nothing (`unserved`; also in `runs`).
+    """
+    runs, left_out, unserved = [], [], []
+    for job in plan.jobs:
+        folder = Path(job.outcome["folder"]).name
+        entry = {"name": job.name + ("" if job.round is None else f", round {job.round}"), "folder": folder}
+        if job.outcome["error"] is not None:
+            left_out.append(entry | {"error": job.outcome["error"], "not_defined": job.outcome["not_defined"]})
+        elif (sweep_dir / folder / CELL_FILE).exists():  # an experiment leaves none: it has a report of its own
+            runs.append(folder)
+        if job.outcome["unserved"] is not None:
+            unserved.append(entry | {"error": job.outcome["unserved"]})
     sweep = {
-        "runs": [d.name for d in folders if (d / CELL_FILE).exists()],
-        "baseline": None if baseline is None else str(baseline),
-        "not_defined": [entry for entry in ended if entry["not_defined"]],
-        "failed": [entry for entry in ended if not entry["not_defined"]],
+        "runs": runs,
+        "baseline": None if baseline is None else _baseline(plan, str(baseline)),
+        "rounds": plan.rounds,
+        "not_defined": [entry for entry in left_out if entry["not_defined"]],
+        "failed": [entry for entry in left_out if not entry["not_defined"]],
+        "unserved": unserved,
     }
-    (sweep_dir / SWEEP_FILE).write_text(json.dumps(sweep, indent=2) + "\n")
+    partial = sweep_dir / f"{SWEEP_FILE}.partial"
+    partial.write_text(json.dumps(sweep, indent=2) + "\n")
+    partial.rename(sweep_dir / SWEEP_FILE)
     return sweep
 
 
-def _overrides(folder: Path) -> list[str]:
-    """What Hydra says that the cell's command line said; nothing of a folder without."""
-    try:
-        overrides = OmegaConf.load(folder / OVERRIDES_FILE)
-    except (OSError, yaml.YAMLError):
-        return []
-    return [str(item) for item in overrides] if isinstance(overrides, ListConfig) else []
+def _baseline(plan: Plan, given: str) -> str:
+    """The folder that a baseline names, by its whole name, without digits or round, or by the swept settings.
+
+    Anything else may be a cell's name or label, which the comparison knows.
+    """
+
+    def names(job: Job) -> tuple[str, ...]:
+        folder = Path(job.outcome["folder"]).name
+        return folder, folder.rpartition("-r")[0], job.stem, job.name
+
+    found = next((job for job in plan.jobs if given in names(job)), None)
+    return given if found is None else Path(found.outcome["folder"]).name
 
 
-class ComparisonCallback(Callback):
-    """Hydra callback: writes and prints the comparison when a multirun ends."""
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Compare the runs that finished; say which are not defined, and which failed."""
-        ended = EndedSweep()
-        ENDED_SWEEP.set(ended)
-        try:
-            _compare(Path(config.hydra.sweep.dir), config.report.baseline, ended)
-        except Exception as error:
-            ended.error = error
-
-
-def _compare(sweep_dir: Path, baseline: str | int | None, ended: EndedSweep) -> None:
-    # Hydra makes its callbacks before it checks the command line: a typing error must not wait for these.
+def _compare(sweep_dir: Path, plan: Plan, baseline: str | int | None, ended: EndedSweep) -> None:
     from rich.console import Console
 
     import reports.comparison
@@ -100,9 +169,10 @@ def _compare(sweep_dir: Path, baseline: str | int | None, ended: EndedSweep) -> 
     from experiments.recording.cell_state import only_writer
 
     with only_writer(sweep_dir):
-        sweep = ended.record = collect(sweep_dir, baseline)
+        sweep = ended.record = collect(sweep_dir, plan, baseline)
         summary = reports.comparison.write_comparison(sweep_dir) if sweep["runs"] else None
-    result: dict[str, Any] = {"sweep_dir": str(sweep_dir)} | {key: sweep[key] for key in ("not_defined", "failed")}
+    result: dict[str, Any] = {"sweep_dir": str(sweep_dir)}
+    result |= {key: sweep[key] for key in ("runs", "not_defined", "failed", "unserved")}
     if summary is not None:
         Console().print(reports.terminal.comparison_table(summary))
         result |= {"report": str(sweep_dir / "report.html"), "summary": summary}

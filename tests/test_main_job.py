@@ -20,6 +20,7 @@ WORKLOAD = [
     "engine.max_model_len=128",
     "kv_cache.num_slots=512",
     "report.progress=false",
+    "driver.probe=false",
 ]
 
 
@@ -28,6 +29,11 @@ def run(*args: str, cwd: Path) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def cells(sweep: Path) -> list[Path]:
+    """The sweep's run folders, in the grid's order."""
+    return [sweep / name for name in json.loads((sweep / "sweep.json").read_text())["runs"]]
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +53,24 @@ def test_the_sweep_ends_in_one_comparison(sweep: Path):
 
 
 def test_a_run_folder_holds_what_its_docs_say(sweep: Path):
-    for cell in map(str, range(4)):
+    for cell in cells(sweep):
         for name in ("report.html", "report.md", "summary.json", "requests.parquet", "steps.parquet", "manifest.json"):
-            assert (sweep / cell / name).stat().st_size > 0
-        steps = pd.read_parquet(sweep / cell / "steps.parquet")
+            assert (cell / name).stat().st_size > 0
+        steps = pd.read_parquet(cell / "steps.parquet")
         classes = steps[["token_states", "reservation", "internal", "external", "shortage", "cached", "free"]]
         assert (classes.sum(axis=1) == steps["total"]).all()
         assert (classes >= 0).all().all()
 
 
 def test_every_cell_gives_the_tokens_of_transformers_generate(sweep: Path, capsys: pytest.CaptureFixture[str]):
-    cells = [str(sweep / cell) for cell in map(str, range(4))]
-    assert verify.main([*cells, "--batch-size", "1"]) == 0
+    assert verify.main([*map(str, cells(sweep)), "--batch-size", "1"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["requests"], line["differing"]) for line in lines] == [(10, [])] * 4
     assert "same tokens" in (sweep / "report.md").read_text()
 
 
 def test_a_wrong_token_is_found(sweep: Path, tmp_path: Path):
-    shutil.copytree(sweep / "3", tmp_path / "run")
+    shutil.copytree(cells(sweep)[3], tmp_path / "run")
     table = pd.read_parquet(tmp_path / "run" / "requests.parquet")
     table["output_token_ids"] = [ids + (row == 4) for row, ids in enumerate(table["output_token_ids"])]
     table.to_parquet(tmp_path / "run" / "requests.parquet")
@@ -76,7 +81,7 @@ def test_the_same_seed_gives_the_same_requests_and_another_seed_others(sweep: Pa
     again = run("scheduler=continuous", *WORKLOAD, "workload.seed=1", cwd=tmp_path)
     prompts = [
         [ids.tolist() for ids in pd.read_parquet(folder / "requests.parquet")["prompt_token_ids"]]
-        for folder in (sweep / "0", sweep / "3", tmp_path / again["run_dir"])
+        for folder in (cells(sweep)[0], cells(sweep)[3], tmp_path / again["run_dir"])
     ]
     assert prompts[0] == prompts[1]
     assert prompts[0] != prompts[2]
@@ -84,6 +89,8 @@ def test_the_same_seed_gives_the_same_requests_and_another_seed_others(sweep: Pa
 
 def test_overlap_never_changes_tokens(sweep: Path, tmp_path: Path):
     result = run(*WORKLOAD, "engine.overlap=true", cwd=tmp_path)
-    tables = [pd.read_parquet(folder / "requests.parquet") for folder in (sweep / "3", tmp_path / result["run_dir"])]
+    tables = [
+        pd.read_parquet(folder / "requests.parquet") for folder in (cells(sweep)[3], tmp_path / result["run_dir"])
+    ]
     outputs = [[ids.tolist() for ids in table["output_token_ids"]] for table in tables]
     assert outputs[0] == outputs[1]

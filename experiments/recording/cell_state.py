@@ -1,14 +1,13 @@
 """Which cells of a sweep are done, so that a sweep that was cut off goes on where it stopped.
 
-A cell's last file, cell.json, says what it ran: a hash of its config, the code and the machine. It is renamed into
-place when all others are written, so a folder without it is not finished, whatever else lies there. One process at a
-time works in a folder; the others wait for it.
+A cell's last file, cell.json, says what it ran: hashes of its config, the code and the machine, and its round. It is
+renamed into place when all others are written, so a folder without it is not finished, whatever else lies there. One
+process at a time works in a folder; the others wait for it.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -20,11 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine.errors import ConfigError
 from experiments.recording.files import CELL_FILE, ERROR_FILE, LOCK_FILE
-from experiments.recording.provenance import code_state, machine
+from experiments.recording.provenance import machine
+from experiments.recording.sources import REPORTS_PACKAGE, UNMEASURED, digest, inputs_of, package_digest, sources_of
 from reports.files import read_json
+from reports.shapes import MAYBE_INTEGER, MAYBE_TEXT
 
-# Sections that change neither what is measured nor how.
-UNMEASURED = ("report", "sweep", "study", "server", "tracking")
+CELL = {"config": "text", "code": "text", "machine": "text", "round": MAYBE_INTEGER, "reports": MAYBE_TEXT}
 
 
 @contextmanager
@@ -55,56 +55,64 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def cell_key(cfg: DictConfig, choices: dict[str, str]) -> dict[str, str]:
-    """What a cell's result depends on: hashes of its config, the code and the machine.
-
-    Args:
-        cfg: the cell's resolved config.
-        choices: the config groups that name it.
-    """
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
-    measured = {str(key): value for key, value in config.items() if key not in UNMEASURED}
+def measured_config(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved sections of a config that say what is measured."""
+    sections = {str(key): cfg[key] for key in cfg if key not in UNMEASURED}
     return {
-        "config": _digest({"config": measured, "choices": choices}),
-        "code": code_state(),
-        "machine": _digest({key: value for key, value in machine().items() if key != "memory_bytes"}),
+        key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for key, value in sections.items()
     }
 
 
-def is_finished(run_dir: Path, key: dict[str, str], *, allow_mixed: bool) -> bool:
-    """Whether `run_dir` holds the finished result of `key`; what an unfinished one left of errors is removed.
+def cell_key(cfg: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
+    """What a cell's result depends on: hashes of its config, the code and the machine, and its round.
+
+    Args:
+        cfg: the cell's config, without the hydra node.
+        choices: the config groups that name it.
+
+    Returns:
+        `config` (with the content of the files that it names), `code` (`manifest.sources`, the hash), `machine`,
+        `round`, and `reports`: the code that made its report, which is made again where that has changed.
+    """
+    config = measured_config(cfg)
+    return {
+        "config": digest({"config": config, "choices": choices, "inputs": inputs_of(config)}),
+        "code": sources_of(config)["hash"],
+        "machine": digest({key: value for key, value in machine().items() if key != "memory_bytes"}),
+        "round": cfg.sweep.round,
+        "reports": package_digest(REPORTS_PACKAGE),
+    }
+
+
+def finished_key(run_dir: Path, key: dict[str, Any], *, allow_mixed: bool) -> dict[str, Any] | None:
+    """What cell.json of `run_dir` says, where it holds the finished result of `key`; None where it holds none.
+
+    What an earlier try left of errors is removed.
 
     Raises:
         ConfigError: it holds another cell's result, or one of other code or another machine and `allow_mixed` is not
             set.
         ReportError: its cell.json is broken.
     """
+    (run_dir / ERROR_FILE).unlink(missing_ok=True)
     path = run_dir / CELL_FILE
     if not path.exists():
-        (run_dir / ERROR_FILE).unlink(missing_ok=True)
-        return False
-    found = read_json(path, dict.fromkeys(key, "text"), f"remove {run_dir} to measure it again")
-    if found["config"] != key["config"]:
-        raise ConfigError(
-            f"{run_dir} holds the result of another config; sweep into a folder of its own (hydra.sweep.dir=DIR), or "
-            "remove that one"
-        )
+        return None
+    found: dict[str, Any] = read_json(path, CELL, f"remove {run_dir} to measure it again")
+    if found["config"] != key["config"] or found.get("round") != key["round"]:
+        raise ConfigError(f"{run_dir} holds the result of another config; give a folder of its own, or remove that one")
     differs = [name for name in ("code", "machine") if found[name] != key[name]]
     if differs and not allow_mixed:
         raise ConfigError(
-            f"{run_dir} was measured with other {' and another '.join(differs)}; remove it to measure it again, or "
-            "set sweep.allow_mixed=true to keep it"
+            f"{run_dir} was measured with other {' and another '.join(differs)}; give a folder of its own, remove that "
+            "one to measure it again, or set sweep.allow_mixed=true to keep it"
         )
-    return True
+    return found
 
 
-def mark_finished(run_dir: Path, key: dict[str, str]) -> None:
+def mark_finished(run_dir: Path, key: dict[str, Any]) -> None:
     """Write cell.json; call when all other files are there."""
     partial = run_dir / f"{CELL_FILE}.partial"
     partial.write_text(json.dumps(key, indent=2) + "\n")
     partial.rename(run_dir / CELL_FILE)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -15,25 +15,25 @@ from typing import Any
 
 import torch
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+from experiments.recording.sources import PROJECT_ROOT, REPORTS_PACKAGE, SHARED_PACKAGES, STRATEGY_PACKAGES
+
+# What of the checkout a result may depend on.
+CODE = (*SHARED_PACKAGES, *STRATEGY_PACKAGES, REPORTS_PACKAGE, "conf", "run.py")
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pandas", "hydra-core")
 
 
+@functools.cache
 def git_state() -> dict[str, Any]:
-    """Commit of the project's checkout and whether tracked files differ from it; None where there is no checkout."""
+    """Commit of the project's checkout, and whether its code differs from that; None where there is no checkout.
 
-    commit = _git("rev-parse", "HEAD")
-    status = _git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": bool(status) if commit else None}
-
-
-def code_state() -> str:
-    """The commit, with a digest of what tracked files differ by; the version where there is no checkout."""
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
-        return f"kvarena {importlib.metadata.version('kvarena')}"
-    changes = _git("diff", "HEAD")
-    return commit if not changes else f"{commit} + {hashlib.blake2b(changes.encode(), digest_size=12).hexdigest()}"
+    A new file that git does not know counts, where it lies in a package or in conf.
+    """
+    found = _git("rev-parse", "HEAD", "--show-toplevel")
+    commit, _, top = (found or "").partition("\n")
+    if not commit or Path(top).resolve() != PROJECT_ROOT:  # another project's checkout may hold our installation
+        return {"commit": None, "dirty": None}
+    changed = _git("status", "--porcelain", "--untracked-files=all", "--", *CODE)
+    return {"commit": commit, "dirty": bool(changed)}
 
 
 def _git(*args: str) -> str | None:

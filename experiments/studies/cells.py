@@ -10,9 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from experiments.building.shared import SharedParts
 from experiments.compose import compose_cell
+from experiments.config import SweepConfig
 from experiments.job import execute
+from experiments.recording.cell_folders import CellFolders, result_in, result_of
+from experiments.recording.cell_state import cell_key
+from experiments.recording.sources import digest
+from experiments.unserved import Unserved, why_unserved
 
 
 class CellRunner:
@@ -20,7 +27,8 @@ class CellRunner:
 
     Args:
         overrides: what the command line said, `experiment=...` included; the base of every cell.
-        out_dir: the study's folder; a cell's run folder is `out_dir/cells/NAME`.
+        out_dir: the study's folder; a cell's run folder is `out_dir/cells/NAME`, or has digits behind the name where
+            that holds the result of other settings, other code or another machine.
     """
 
     def __init__(self, overrides: Sequence[str], out_dir: Path) -> None:
@@ -28,6 +36,7 @@ class CellRunner:
         self.out_dir = out_dir
         self.folders: list[Path] = []
         self._shared = SharedParts()
+        self._places: CellFolders | None = None
 
     def run(self, name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         """Run one cell and return its report's summary.
@@ -37,14 +46,25 @@ class CellRunner:
             overrides: on top of the study's, as on run.py's command line (`allocator=orca_max`).
 
         Raises:
-            KvarenaError: the cell is badly set or failed.
+            KvarenaError: the cell is badly set, failed, or finished no request.
         """
         cfg, choices = compose_cell([*self._overrides, *overrides])
-        folder = self.out_dir / "cells" / name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self._folder(name, cfg, choices)
         self.folders.append(folder)
         try:
-            return execute(cfg, folder, name, choices, str(self.out_dir), self._shared)
+            summary = execute(cfg, folder, name, choices, str(self.out_dir), self._shared)
         except BaseException:
             self._shared.clear()  # its runner may hold what the cell left undone
             raise
+        if (reason := why_unserved(summary)) is not None:
+            raise Unserved(reason, folder)
+        return summary
+
+    def _folder(self, name: str, cfg: DictConfig, choices: dict[str, str]) -> Path:
+        key, plain = cell_key(cfg, choices), self.out_dir / "cells" / name
+        if SweepConfig.from_config(cfg.sweep).allow_mixed and result_in(plain) == result_of(key):
+            return plain
+        if self._places is None:
+            self._places = CellFolders(plain.parent)
+        # Cells of two names may have the same settings, and are two runs all the same.
+        return self._places.claim(name, key | {"config": digest([name, key["config"]])}, plain=True)

@@ -27,7 +27,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     def call(*args: str) -> Done:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it; put it back afterwards
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *args, "report.progress=false"])
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *args, "report.progress=false", "driver.probe=false"])
         code = main()
         return Done(code, *capfd.readouterr())
 
@@ -84,6 +84,13 @@ CASES = {
     "no pool": (["kv_cache=null"], "kv_cache=None must be a section of settings"),
     "no strategy": (["allocator=null"], "the command line cannot be read: "),
     "a maybe": (["report.kv_map=7"], "report.kv_map=7 must be true or false"),
+    "a probe, maybe": (["driver.probe=maybe"], "driver.probe=maybe must be true or false"),
+    "no round": (["sweep.rounds=0"], "sweep.rounds=0 must be an integer of at least 1"),
+    "rounds of one run": (["sweep.rounds=2"], "sweep.rounds=2 repeats the cells of a sweep, and this is none"),
+    "rounds of an experiment": (["-m", "experiment=paper_fig2", "sweep.rounds=2"], "repeats cells, not experiments"),
+    "several numbers of rounds": (["-m", "sweep.rounds=1,2"], "sweep.rounds holds for a whole sweep"),
+    "a round of one's own": (["-m", "sweep.round=1"], "sweep.round is what a sweep sets"),
+    "a name for all cells": (["-m", "hydra.sweep.subdir=x"], "hydra.sweep.subdir is what a sweep sets"),
     "mixed, maybe": (["sweep.allow_mixed=maybe"], "sweep.allow_mixed=maybe must be true or false"),
     "arrivals in no lifetime": (["arrival=poisson", "arrival.rate=1e-300"], "raise the rate of section arrival"),
     "a folder in no folder": (["hydra.run.dir=/proc/nope"], "cannot make the run's folder /proc/nope"),
@@ -152,9 +159,9 @@ def test_a_cell_that_means_nothing_is_left_out_of_a_sweep(tmp_path: Path, run):
 
 
 def test_a_baseline_may_be_named_by_its_folder(run):
-    """Hydra reads 1 as a number, which no name was equal to."""
+    """By its name without the digits, which nobody knows beforehand."""
     common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
-    done = run("-m", "allocator=contiguous,paged", "report.baseline=1", *common)
+    done = run("-m", "allocator=contiguous,paged", "report.baseline=paged-continuous", *common)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1])["summary"]["baseline"] == "paged × continuous"
 

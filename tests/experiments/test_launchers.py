@@ -1,6 +1,5 @@
 """A sweep's cells on cores, through submitit and on a real local Ray: the same cells, the same report."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,8 +10,7 @@ import pytest
 
 from engine.errors import ConfigError
 from experiments.ray_cells import RayOptions, _check_node, _gather, _Sweep, run_cells
-from experiments.recording.files import ERROR_FILE
-from experiments.recording.provenance import code_state
+from experiments.recording.sources import code_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 # The last block size is refused.
@@ -66,11 +64,12 @@ def test_a_cell_whose_worker_dies_is_an_error_of_its_own(cluster, tmp_path):
 
     progress = SimpleNamespace(report=SimpleNamespace(progress=False))
     state = SimpleNamespace(config=progress, folder=str(tmp_path))
-    returns = _gather(cluster, task.remote, state, [["a=1"], ["a=2"], ["a=3"]], 4)
-    assert returns[0] == ["a=1"]
-    assert returns[2] == ["a=3"]
-    left = json.loads((tmp_path / "5" / ERROR_FILE).read_text())
-    assert left["overrides"] == ["a=2"]
+    jobs = [["a=1", "hydra.sweep.subdir=x"], ["a=2", "hydra.sweep.subdir=y"], ["a=3", "hydra.sweep.subdir=z"]]
+    returns = _gather(cluster, task.remote, state, jobs, 4)
+    assert returns[0] == jobs[0]
+    assert returns[2] == jobs[2]
+    left = returns[1].return_value
+    assert left["folder"] == str(tmp_path / "y")
     assert left["error"].startswith("its Ray worker ended: ")
     assert "\n" not in left["error"]
 
@@ -81,9 +80,9 @@ def test_a_node_must_see_the_folder_and_have_the_same_code(tmp_path):
 
     there = tmp_path / "witness"
     there.touch()
-    _check_node(node(there, code_state()))
+    _check_node(node(there, code_hash()))
     with pytest.raises(ConfigError, match=r"does not see the sweep's folder .*hydra\.sweep\.dir"):
-        _check_node(node(tmp_path / "nowhere", code_state()))
+        _check_node(node(tmp_path / "nowhere", code_hash()))
     with pytest.raises(ConfigError, match="has other code of kvarena than the driver"):
         _check_node(node(there, "other"))
 

@@ -14,8 +14,7 @@ import pytest
 from engine.errors import ConfigError
 from experiments.compose import compose_cell
 from experiments.job import execute
-from experiments.recording.cell_state import cell_key, is_finished, mark_finished, only_writer
-from experiments.sweep import collect
+from experiments.recording.cell_state import cell_key, finished_key, mark_finished, only_writer
 from reports.errors import ReportError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,14 +48,13 @@ def test_a_killed_sweep_resumes_and_ends_in_the_same_report(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(whole)
     process = start(broken)
-    while not (broken / "1" / "cell.json").exists():
+    while len(list(broken.glob("*/cell.json"))) < 2:
         assert process.poll() is None, "the sweep ended before it was killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     done = sorted(path.parent.name for path in broken.glob("*/cell.json"))
-    assert "1" in done
-    assert "3" not in done
+    assert len(done) in (2, 3)
     times = {name: (broken / name / "requests.parquet").stat().st_mtime_ns for name in done}
     errors = finish(broken)
     assert errors.count("finished before") == len(done)
@@ -73,7 +71,8 @@ def test_two_processes_at_one_sweep_share_its_cells(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], errors
     assert "".join(errors).count("finished before") == 4
     assert "another process is writing it; waiting until it is done" in "".join(errors)
-    assert json.loads((tmp_path / "sweep.json").read_text())["runs"] == ["0", "1", "2", "3"]
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["runs"]) == 4
+    assert len(list(tmp_path.glob("*/cell.json"))) == 4
 
 
 def test_the_lock_ends_with_its_process(tmp_path, capfd):
@@ -115,10 +114,10 @@ def test_a_folder_is_finished_only_with_its_last_file(cell, tmp_path):
     key = cell_key(*cell)
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "error.json").write_text("{}")
-    assert not is_finished(tmp_path, key, allow_mixed=False)
+    assert finished_key(tmp_path, key, allow_mixed=False) is None
     assert not (tmp_path / "error.json").exists()
     mark_finished(tmp_path, key)
-    assert is_finished(tmp_path, key, allow_mixed=False)
+    assert finished_key(tmp_path, key, allow_mixed=False) == key
     assert [path.name for path in tmp_path.glob("cell*")] == ["cell.json"]
 
 
@@ -126,11 +125,11 @@ def test_other_results_are_not_mixed_in(cell, tmp_path):
     key = cell_key(*cell)
     mark_finished(tmp_path, key)
     with pytest.raises(ConfigError, match="another config"):
-        is_finished(tmp_path, cell_key(*compose_cell(["workload=fixed", "workload.seed=1"])), allow_mixed=True)
+        finished_key(tmp_path, cell_key(*compose_cell(["workload=fixed", "workload.seed=1"])), allow_mixed=True)
     newer = key | {"code": "another commit"}
-    with pytest.raises(ConfigError, match=r"other code; remove it .* or set sweep.allow_mixed=true"):
-        is_finished(tmp_path, newer, allow_mixed=False)
-    assert is_finished(tmp_path, newer, allow_mixed=True)
+    with pytest.raises(ConfigError, match=r"other code; give a folder .* or set sweep.allow_mixed=true"):
+        finished_key(tmp_path, newer, allow_mixed=False)
+    assert finished_key(tmp_path, newer, allow_mixed=True) == key
     shutil.rmtree(tmp_path)
     # What is printed is no result.
     assert cell_key(*compose_cell(["workload=fixed", "report.progress=false"])) == key
@@ -142,18 +141,8 @@ def test_other_results_are_not_mixed_in(cell, tmp_path):
 def test_a_broken_cell_json_is_one_line(text, cell, tmp_path):
     (tmp_path / "cell.json").write_text(text)
     with pytest.raises(ReportError, match=f"cell.json.*; remove {tmp_path} to measure it again") as caught:
-        is_finished(tmp_path, cell_key(*cell), allow_mixed=False)
+        finished_key(tmp_path, cell_key(*cell), allow_mixed=False)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"error": "e"}', '{"overrides": [1], "error": "e", "not_defined": false}'])
-def test_a_broken_error_json_is_one_line(text, tmp_path):
-    (tmp_path / "0").mkdir()
-    (tmp_path / "0" / "error.json").write_text(text)
-    with pytest.raises(ReportError, match=f"error.json.*; remove {tmp_path / '0'} to run its cell again"):
-        collect(tmp_path, None)
-    (tmp_path / "0" / "error.json").write_text('{"overrides": ["a=1"], "error": "e", "not_defined": false}')
-    assert collect(tmp_path, None)["failed"][0]["name"] == "a=1"  # a cell without Hydra's own files
 
 
 def test_a_finished_cell_gets_its_pages_when_they_are_asked_for(tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import socket
+import sys
 import threading
 import time
 
@@ -15,6 +16,7 @@ from server_harness import KEY
 
 from engine.errors import ConfigError, EngineError
 from experiments.compose import load_config
+from experiments.entry import main
 from experiments.job import execute
 from experiments.load.http_metrics import read_gauges
 from reports.comparison import compare
@@ -25,7 +27,7 @@ CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "uniform
 LOAD = [
     "workload=uniform", "workload.num_requests=12", "arrival=poisson", "arrival.rate=20", "report.progress=false",
     "workload.prompt_len={min:4,max:40}", "workload.output_len={min:2,max:12}", "engine.max_model_len=512",
-    "report.kv_map=false",
+    "report.kv_map=false", "driver.probe=false",
 ]  # fmt: skip
 
 
@@ -321,3 +323,26 @@ def test_a_server_without_gauges_is_asked_once_and_said_to_have_none(tmp_path):
     assert summary["target"]["gauges"]["num_failed"] == 1
     assert "404" in summary["target"]["gauges"]["error"]
     assert "It showed no gauges." in (files.path / "report.md").read_text()
+
+
+def test_a_server_that_serves_nothing_ends_the_command_with_an_error(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with ForeignServer(failures={9: 500, 10: 500}) as url:
+        options = [
+            *LOAD,
+            "arrival.rate=1000",
+            "workload.prompt_len={min:9,max:10}",
+            f"target={url}",
+            "report.pages=false",
+        ]
+        monkeypatch.setattr(sys, "argv", ["run.py", *options, f"hydra.run.dir={tmp_path}/run"])
+        assert main() == 2
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "finished none of 12 requests: " in line
+    assert "told to fail" in line
+    assert line.endswith("To serve any: look into the server's log")
+    assert (tmp_path / "run" / "cell.json").exists()
+    contention = json.loads((tmp_path / "run" / "manifest.json").read_text())["contention"]
+    assert contention["processor_share"] > 0
+    assert contention["probe"] is None

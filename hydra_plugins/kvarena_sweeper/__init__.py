@@ -1,0 +1,1 @@
+"""`hydra/sweeper=kvarena`. Hydra takes plugins from this package name alone."""
