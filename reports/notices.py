@@ -12,6 +12,7 @@ from reports.cells import Cell
 from reports.differences import hidden_differences
 from reports.engines import simulated
 from reports.format import percent, seconds
+from reports.shared_machine import cells_had_company, run_had_company
 
 RECORDING_SHARE = 0.01  # of wall time; above it a measured run says so
 
@@ -36,7 +37,7 @@ def run_notices(summary: dict[str, Any]) -> list[str]:
             f"Recording took {percent(share)} of the run's wall time, more than {percent(RECORDING_SHARE)}: without it "
             "the run may be faster; driver.record=summary records less."
         )
-    return notices
+    return notices + run_had_company(summary)
 
 
 def _invalid(summary: dict[str, Any]) -> str:
@@ -69,7 +70,7 @@ def comparison_notices(cells: Sequence[Cell], summary: dict[str, Any]) -> list[s
             f"Decode attention ran in different kernels ({ran}), so part of a difference may be theirs; "
             "runner.attention=triton gives all cells the same one."
         )
-    return notices + hidden_differences(cells)
+    return notices + hidden_differences(cells) + cells_had_company(cells)
 
 
 def simulated_prefix(cells: Sequence[Cell]) -> str:

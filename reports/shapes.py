@@ -82,6 +82,11 @@ MAYBE_TEXT, MAYBE_NUMBER, MAYBE_INTEGER = Maybe("text"), Maybe("number"), Maybe(
 GIT = {"commit": MAYBE_TEXT, "dirty": Maybe("true or false")}
 GPU = {"name": "text", "memory_bytes": "number", "count": "integer"}
 MACHINE = {"cpu": MAYBE_TEXT, "cores": MAYBE_INTEGER, "memory_bytes": MAYBE_NUMBER, "gpu": Maybe(GPU)}
+CONTENTION = {
+    "processor_share": MAYBE_NUMBER, "steal_share": MAYBE_NUMBER, "load_average": [MAYBE_NUMBER],
+    "gpu_clock_mhz": Maybe({"before": "number", "after": "number"}),
+    "probe": Maybe({"before": "number", "after": "number"}),
+}  # fmt: skip
 
 TOTALS = {
     **dict.fromkeys(
@@ -111,6 +116,8 @@ MANIFEST = {
     "workload": {"name": MAYBE_TEXT, "description": MAYBE_TEXT},
     "arrival": Maybe({"name": MAYBE_TEXT}),
     "cache": MAYBE_TEXT,
+    "round": MAYBE_INTEGER,
+    "contention": Maybe(CONTENTION),
     "run": {
         "ended": Maybe(MOMENT),
         **dict.fromkeys(("wall_time", "warmup_time", "peak_rss_bytes", "lateness_bound", "processor_seconds"),
@@ -158,4 +165,7 @@ STUDY = {
 }
 
 LEFT_OUT = Maybe([{"name": MAYBE_TEXT, "error": MAYBE_TEXT}])
-SWEEP = {"runs": ["text"], "baseline": MAYBE_TEXT, "failed": LEFT_OUT, "not_defined": LEFT_OUT}
+SWEEP = {
+    "runs": ["text"], "baseline": MAYBE_TEXT, "rounds": MAYBE_INTEGER,
+    **dict.fromkeys(("failed", "not_defined", "unserved"), LEFT_OUT),
+}  # fmt: skip

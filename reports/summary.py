@@ -53,6 +53,8 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
         "simulation",
         "target",
         "cache",
+        "round",
+        "contention",
     ):
         summary[key] = run.manifest.get(key)
     summary |= _requests(run)
