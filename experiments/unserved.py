@@ -46,9 +46,10 @@ def why_unserved(summary: dict[str, Any]) -> str | None:
         way = COUNTED_AS[kind["finish_reason"]]
         kinds.append(f"{kind['count']} {way} ({_one_line(kind['example'])})")
         ways.append(way)
-    if summary["num_aborted"]:
-        kinds.append(f"{summary['num_aborted']} aborted")
-        ways.append("aborted")
+    for way in REMEDIES:  # of aborted ones, and of a run that recorded nothing, there is no example
+        if way not in ways and summary[f"num_{way}"]:
+            kinds.append(f"{summary[f'num_{way}']} {way}")
+            ways.append(way)
     remedies = SERVER_REMEDIES if summary.get("target") else REMEDIES
     advice = "; ".join(remedies[way] for way in dict.fromkeys(ways))
     asked = f"{summary['name']} finished none of {summary['num_requests']} requests"

@@ -65,10 +65,13 @@ def test_every_kind_has_its_example_and_its_remedy():
         {"count": 2, "finish_reason": "rejected", "example": "too\nlong"},
         {"count": 1, "finish_reason": "error", "example": "it broke"},
     ]
-    summary = {"name": "x", "num_requests": 7, "num_finished": 0, "num_aborted": 4, "rejections": rejections}
+    counts = {"num_requests": 7, "num_finished": 0, "num_rejected": 2, "num_failed": 1, "num_aborted": 4}
+    summary = {"name": "x", "rejections": rejections} | counts
     here = why_unserved(summary)
     assert here.startswith("x finished none of 7 requests: 2 rejected (too long), 1 failed (it broke), 4 aborted. To ")
     assert here.count("; ") == 2
     assert "look into the server's log" in why_unserved(summary | {"target": {"url": "http://x"}})
     assert why_unserved(summary | {"num_finished": 1}) is None
+    unrecorded = why_unserved(summary | {"rejections": []})
+    assert unrecorded.startswith("x finished none of 7 requests: 2 rejected, 1 failed, 4 aborted. To serve any: make")
     assert "was given no request" in why_unserved(summary | {"num_requests": 0})
