@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 import reports.study
+from engine.errors import ConfigError
 from experiments.output import print_result
 from experiments.recording.cell_state import only_writer
 from experiments.recording.files import MANIFEST_FILE, STUDY_FILE
@@ -33,6 +34,8 @@ def run_study(cfg: DictConfig) -> None:
     """
     hydra = HydraConfig.get()
     out_dir = Path(hydra.runtime.output_dir)
+    if cfg.driver.record == "none":
+        raise ConfigError("driver.record=none records nothing that an experiment could look at; use full or summary")
     study: Study = instantiate(cfg.study)
     cells = CellRunner(hydra.overrides.task, out_dir)
     findings = study.run(cells)
