@@ -31,7 +31,7 @@ from reports.same_work import compare_same_work, same_work_sentences
 from reports.shapes import SWEEP
 from reports.summary import SCHEMA_VERSION, summarize
 from reports.tokens import same_tokens
-from reports.windows import ROOM, WINDOWS, telling
+from reports.windows import WINDOWS, kv_use, kv_use_text, room_text
 
 PAIRED_METRICS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
 CELL_METRICS = (
@@ -210,15 +210,11 @@ def headline(summary: dict[str, Any]) -> str:
     ratio = best["output_tokens_per_second_ratio"]
     if best["baseline"] and best["baseline"] != best["label"] and ratio:
         text += f", {ratio:.2f} times {best['baseline']}"
-    window, split = telling(best)
-    if window is not ROOM:
-        text += "; none of its requests waited for room in the KV pool"
-    elif split:
-        text += f"; token states filled {percent(split['token_states'])} of its KV pool {window.phrase}"
+    if used := kv_use_text(best):
+        text += f"; {used}"
         base = next((cell for cell in cells if cell["label"] == best["baseline"] != best["label"]), None)
-        base_window, base_split = telling(base) if base else (window, None)
-        if base_split and base_window is ROOM:
-            text += f", and {percent(base_split['token_states'])} of the other's"
+        if base and kv_use(base) is not None:
+            text += f"; {percent(kv_use(base))} of the other's over all steps, {room_text(base)}"
     return text + "."
 
 

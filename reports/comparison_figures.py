@@ -33,7 +33,6 @@ from reports.style import (
     new_figure,
     row_names,
 )
-from reports.windows import ROOM, telling
 
 MAX_CURVES = len(SERIES)
 MAX_PANELS = 12
@@ -46,7 +45,7 @@ def draw_comparison(cells: list[Cell], summary: dict[str, Any], out_dir: Path) -
     with drawing():
         figures: dict[str, Figure] = {
             "overview": overview_figure(cells),
-            "kv_split": split_figure([_split_row(cell) for cell in cells]),
+            "kv_split": split_figure([(cell.label, cell.summary["kv_share_mean"]) for cell in cells]),
             "kv_memory": memory_panels(cells[:MAX_PANELS]),
             "latency": latency_curves(curve_cells(cells), cells),
         }
@@ -56,12 +55,6 @@ def draw_comparison(cells: list[Cell], summary: dict[str, Any], out_dir: Path) -
         if ratios:
             figures["paired"] = ratio_figure(ratios)
         return {name: export(figure, out_dir, name) for name, figure in figures.items()}
-
-
-def _split_row(cell: Cell) -> tuple[str, dict[str, float] | None]:
-    """A cell's label and its mean split over its most telling window, which is named unless it is the usual one."""
-    window, split = telling(cell.summary)
-    return (cell.label if window is ROOM else f"{cell.label} ({window.label})"), split
 
 
 def looks_of(cells: list[Cell], every: list[Cell]) -> list[Look]:

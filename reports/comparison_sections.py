@@ -20,7 +20,7 @@ from reports.same_work import same_work_section
 from reports.slo import limits_text
 from reports.style import CLASS_LOOKS
 from reports.tokens import GOOD
-from reports.windows import ROOM, WINDOWS, telling
+from reports.windows import WINDOWS, kv_use
 
 SHARED_FACTS = ("Model", "KV pool", "Workload", "Arrivals", "Machine", "Software", "Commit")
 
@@ -108,7 +108,9 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         ("TPOT p50", [cell["tpot_seconds"]["p50"] for cell in cells], seconds, False),
         ("E2E p50", [cell["e2e_seconds"]["p50"] for cell in cells], seconds, False),
         ("batch", [cell["batch_size_mean"] for cell in cells], rate, True),
-        ("token states", [_token_states(cell) for cell in cells], percent, None),
+        ("KV: token states", [kv_use(cell) for cell in cells], percent, None),
+        *([("KV: + cached", [kv_use(cell, "cached") for cell in cells], percent, None)]
+          if any(kv_use(cell, "cached") for cell in cells) else []),
         ("preempted", [cell["num_preemptions"] for cell in cells], count, None),
     ]  # fmt: skip
     if any(cell["slo"] for cell in cells):
@@ -125,8 +127,6 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     for position, (_, values, _, largest) in enumerate(columns):
         if largest is not None:
             strong |= {(index, len(settings) + position) for index in _best(values, largest)}
-    scarce = [_token_states(cell) if telling(cell)[0] is ROOM else None for cell in cells]
-    strong |= {(index, len(settings) + 7) for index in _best(scarce, largest=True)}
     header = [key if key in STRATEGY else key.rsplit(".", 1)[-1] for key in settings]
     table = Table(
         [*header, *(name for name, *_ in columns), "finished"],
@@ -141,8 +141,9 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         "bars of throughput and batch size, and TTFT ranges, one row per cell",
     )
     notes = [
-        f"Ratio: output throughput / the baseline's ({summary['baseline']}). Token states: mean share of the KV pool "
-        "while requests wait for room (marked * where none did: of all steps)."
+        f"Ratio: output throughput / the baseline's ({summary['baseline']}). KV: mean share of the pool over all "
+        "steps, in token states and beside them in cached prefixes; the section KV memory has the windows in which "
+        "requests wait, with how much of each run they cover."
     ]
     goals = {(limits_text(cell["slo"]["limits"]), cell["slo"]["goal"]) for cell in cells if cell["slo"]}
     notes += [
@@ -151,9 +152,6 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     ]
     notes += [f"{cell.get('name', DASH)} is not defined: {cell.get('error', DASH)}." for cell in summary["not_defined"]]
     notes += pairing_notes(summary)
-    for index, cell in enumerate(cells):
-        if telling(cell)[0] is not ROOM:
-            rows[index][len(settings) + 7] += " *"
     return Section("The grid", [], [picture], [table], notes)
 
 
@@ -163,11 +161,6 @@ def _met(value: float | None) -> str:
 
 def _slo(cell: dict[str, Any], key: str) -> float | None:
     return cell["slo"]["whole_run"][key] if cell["slo"] else None
-
-
-def _token_states(cell: dict[str, Any]) -> float | None:
-    split = telling(cell)[1]
-    return split["token_states"] if split else None
 
 
 def _text(value: Any) -> str:
@@ -218,8 +211,8 @@ def memory_section(summary: dict[str, Any], cells: list[Cell], svg: dict[str, st
     header = ["window", "cell", *(_short(name) for name in LEDGER_MEANING), "waste", "held", "of step time"]
     pictures = [
         Picture("kv_split", svg["kv_split"],
-                "Mean split of KV memory while requests wait for room, weighted by step time; a cell in which none did "
-                f"shows the window named beside it. Below: {FIGURE_2_SOURCE}; its “external & others” holds what is "
+                f"Mean split of KV memory over all steps, weighted by step time. "
+                f"Below: {FIGURE_2_SOURCE}; its “external & others” holds what is "
                 "neither token state, reservation nor internal fragmentation, and the split of vLLM's last 3.7 % is "
                 "not given (outlined).",
                 "bars of the mean share of each ledger class per cell, with the paper's four bars"),

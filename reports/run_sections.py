@@ -15,7 +15,7 @@ from reports.paper import FIGURE_2_SOURCE
 from reports.slo import slo_section
 from reports.steady import steady_section
 from reports.style import CLASS_LOOKS
-from reports.windows import ALL, DEFINITION, WINDOWS, telling
+from reports.windows import ALL, DEFINITION, ROOM, WINDOWS, kv_use, room_text
 
 LEDGER_MEANING = {
     "token_states": "slots that hold the KV of computed tokens",
@@ -121,12 +121,11 @@ def footer(summary: dict[str, Any]) -> str:
 
 def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The numbers to see first."""
-    window, split = telling(summary)
     ttft, tpot, e2e = (summary[f"{name}_seconds"] for name in ("ttft", "tpot", "e2e"))
     return [
         ("Output throughput", f"{rate(summary['output_tokens_per_second'])} tok/s",
          f"{rate(summary['requests_per_second'])} requests/s"),
-        ("KV pool in token states", percent(split["token_states"] if split else None), window.phrase),
+        ("KV pool in token states", percent(kv_use(summary)), f"{ALL.phrase}; {room_text(summary)}"),
         ("TTFT, median", seconds(ttft["p50"]), f"p99 {seconds(ttft['p99'])}"),
         ("TPOT, median", seconds(tpot["p50"]), f"p99 {seconds(tpot['p99'])}"),
         ("E2E, median", seconds(e2e["p50"]), f"p99 {seconds(e2e['p99'])}"),
@@ -136,8 +135,6 @@ def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     """KV memory: over time, its mean split, and the numbers."""
-    window, split = telling(summary)
-    waste = percent(summary[f"waste_beyond_token_states{window.suffix}"])
     if summary["target"]:
         text = (
             f"The engine is another process, {summary['target']['url']}: its steps are not seen from here, so this run "
@@ -148,16 +145,10 @@ def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
                 else "It showed no gauges."
             )
         )
-    elif split is None:
+    elif kv_use(summary) is None:
         text = "No step ran."
-    elif window is ALL:
-        text = f"No request ever waited for room, so empty memory cost nothing: {waste} of the pool held no tokens."
     else:
-        text = (
-            f"{window.phrase.capitalize()} ({count(summary[f'num_steps{window.suffix}'])} of "
-            f"{count(summary['num_steps'])} steps, {percent(summary[f'step_time_share{window.suffix}'])} of the step "
-            f"time), {waste} of the pool held neither tokens nor cached prefixes."
-        )
+        text = _waste_text(summary)
     rows = [
         [CLASS_LOOKS[name].label, *(_share(summary[f"kv_share_mean{window.suffix}"], name) for window in WINDOWS),
          percent(summary["kv_peak_share"][name]), meaning]
@@ -170,6 +161,8 @@ def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         if summary[f"{key}_share_mean"]:
             shares = [percent(summary[f"{key}_share_mean{window.suffix}"]) for window in WINDOWS]
             rows.append([label, *shares, DASH, meaning])
+    covered = [percent(summary[f"step_time_share{window.suffix}"]) for window in WINDOWS]
+    rows.insert(0, ["of the step time", *covered, DASH, "how much of the run the window covers"])
     table = Table(
         ["share of the pool", *(window.label for window in WINDOWS), "own peak", "meaning"],
         rows,
@@ -195,6 +188,21 @@ def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         )  # fmt: skip
     tables = [table, device_memory_table(summary)] if summary["peak_gpu_bytes"] else [table]
     return Section("KV memory", [text], pictures, tables)
+
+
+def _waste_text(summary: dict[str, Any]) -> str:
+    """What of the pool held nothing, over all steps and while requests waited for room."""
+    text = (
+        f"{ALL.phrase.capitalize()}, {percent(summary[f'waste_beyond_token_states{ALL.suffix}'])} of the pool held "
+        "neither tokens nor cached prefixes"
+    )
+    if summary[f"kv_share_mean{ROOM.suffix}"] is None:
+        return f"{text}; no request ever waited for room, so that this cost nothing."
+    return (
+        f"{text}; {ROOM.phrase} ({count(summary[f'num_steps{ROOM.suffix}'])} of {count(summary['num_steps'])} steps, "
+        f"{percent(summary[f'step_time_share{ROOM.suffix}'])} of the step time) "
+        f"{percent(summary[f'waste_beyond_token_states{ROOM.suffix}'])}."
+    )
 
 
 def _share(split: dict[str, float] | None, name: str) -> str:

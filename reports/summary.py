@@ -9,7 +9,7 @@ import numpy as np
 
 from reports.engines import profile_name
 from reports.files import CLASSES, RunFiles
-from reports.format import count, percent, rate, seconds
+from reports.format import count, rate, seconds
 from reports.gauges import read_gauges, summarize_gauges
 from reports.latency import TokenGaps, describe, request_latencies, token_gaps
 from reports.memory import Spans, mean_shares, step_spans, weighted_mean
@@ -17,7 +17,7 @@ from reports.notices import run_notices
 from reports.slo import summarize_slo
 from reports.steady import steady_window, summarize_steady
 from reports.unrecorded import summarize_unrecorded
-from reports.windows import telling, window_masks
+from reports.windows import kv_use_text, window_masks
 
 SCHEMA_VERSION = 1
 NUM_REJECTION_KINDS = 8
@@ -220,9 +220,8 @@ def headline(summary: dict[str, Any]) -> str:
              f"{rate(summary['output_tokens_per_second'])} output tokens/s"]  # fmt: skip
     if lost := _lost(summary):
         parts.append(lost)
-    window, split = telling(summary)
-    if split:
-        parts.append(f"token states filled {percent(split['token_states'])} of the KV pool {window.phrase}")
+    if used := kv_use_text(summary):
+        parts.append(used)
     ttft = summary["ttft_seconds"]
     if ttft["count"]:
         parts.append(f"the first token came after {seconds(ttft['p50'])} (median; p99 {seconds(ttft['p99'])})")

@@ -12,7 +12,7 @@ from reports.costs import cost_lines
 from reports.device_memory import device_memory_line
 from reports.format import DASH, count, percent, rate, ratio, seconds, size_bytes
 from reports.run_sections import run_title
-from reports.windows import telling
+from reports.windows import kv_use, room_text
 
 MAX_NOTES = 4
 MAX_COST_LINES = 6  # a large grid's are in its report
@@ -52,12 +52,9 @@ def _add_recorded(table: Table, summary: dict[str, Any]) -> None:
     for key, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E")):
         stats = summary[f"{key}_seconds"]
         table.add_row(f"{label} median", seconds(stats["p50"]), f"p99 {seconds(stats['p99'])}")
-    window, split = telling(summary)
-    table.add_row(
-        "KV in token states",
-        percent(split["token_states"] if split else None),
-        f"of the pool, {window.phrase}",
-    )
+    table.add_row("KV in token states", percent(kv_use(summary)), f"of the pool over all steps; {room_text(summary)}")
+    if cached := kv_use(summary, "cached"):
+        table.add_row("KV in cached prefixes", percent(cached), "of the pool over all steps")
     table.add_row("mean batch", rate(summary["batch_size_mean"]), f"largest {count(summary['batch_size_max'])}")
 
 
@@ -76,8 +73,8 @@ def comparison_table(summary: dict[str, Any]) -> Table:
     Args:
         summary: what `write_comparison` returned.
 
-    TTFT is the median; KV is the mean share of the pool in token states, over the most telling window
-    (reports/windows.py); the last column is the median paired ratio of E2E to the baseline's, marked ≈ where the
+    TTFT is the median; KV is the mean share of the pool in token states over all steps, and beside it, where there are
+    any, in cached prefixes; the last column is the median paired ratio of E2E to the baseline's, marked ≈ where the
     difference is not significant.
     """
     notes = [
@@ -96,16 +93,18 @@ def comparison_table(summary: dict[str, Any]) -> Table:
         caption=escape("\n".join(lines)), caption_justify="left", box=None, pad_edge=False,
     )  # fmt: skip
     table.add_column("cell", overflow="fold")
-    for name in ("tok/s", "ratio", "TTFT", "KV", "E2E ratio, 95 % CI"):
+    cached = any(kv_use(cell, "cached") for cell in summary["cells"])
+    kv_columns = ["KV, all steps", *(["+ cached"] if cached else [])]
+    for name in ("tok/s", "ratio", "TTFT", *kv_columns, "E2E ratio, 95 % CI"):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in summary["cells"]:
-        split = telling(cell)[1]
         table.add_row(
             escape(cell["label"]),
             rate(cell["output_tokens_per_second"]),
             ratio(cell["output_tokens_per_second_ratio"]),
             seconds(cell["ttft_seconds"]["p50"]),
-            percent(split["token_states"] if split else None),
+            percent(kv_use(cell)),
+            *([percent(kv_use(cell, "cached"))] if cached else []),
             _paired(cell),
         )
     for left_out in summary["not_defined"]:

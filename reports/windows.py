@@ -1,7 +1,9 @@
 """Over which steps KV memory is averaged.
 
-Empty memory costs something only while a request wants it. So beside all steps there are two windows of steps in
-which requests wait, and each report names the one that a number comes from.
+Headlines, tiles, grids and the terminal take all steps, the one window that every run has. Empty memory costs something
+only while a request wants it, so beside it there are two windows of steps in which requests wait. But a pool that
+wastes nothing is full by construction while requests wait for room: such a share never stands alone, and with it stands
+how much of the step time its window covers.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reports.files import RunFiles
+from reports.format import percent
 
 
 class Window(NamedTuple):
@@ -30,12 +33,13 @@ class Window(NamedTuple):
 ROOM = Window("_while_waiting_for_room", "waiting for room", "while requests waited for room")
 WAITING = Window("_while_waiting", "any waiting", "while any request waited")
 ALL = Window("", "all steps", "over all steps")
-WINDOWS = (ROOM, WAITING, ALL)
+WINDOWS = (ALL, WAITING, ROOM)
 
 DEFINITION = (
     "“all steps”: every step of the run. “any waiting”: at least one request is in the queue. “waiting for room”: of "
     "these, the steps with token budget and sequences to spare, so that only memory (or a static batch that is not "
-    "over) kept the queue out. Means over steps are weighted by step time; idle time is in no window."
+    "over) kept the queue out; an allocator that wastes nothing is full in those steps by construction, whatever it "
+    "does in the others. Means over steps are weighted by step time; idle time is in no window."
 )
 
 
@@ -58,10 +62,32 @@ def _limit(manifest: dict[str, Any], name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def telling(summary: dict[str, Any]) -> tuple[Window, dict[str, float] | None]:
-    """The window in which memory was scarce and its mean split; all steps when it never was.
+def kv_use(summary: dict[str, Any], name: str = "token_states") -> float | None:
+    """Mean share of the pool in a ledger class over all steps: the one window that every run has.
 
-    Requests that wait for the token budget say nothing about memory, so that window is never the answer.
+    Args:
+        summary: of a run, or of a comparison's cell.
+        name: of the class.
     """
+    split = summary[f"kv_share_mean{ALL.suffix}"]
+    return split[name] if split else None
+
+
+def kv_use_text(summary: dict[str, Any]) -> str:
+    """What filled the pool, in which windows and how much of the run these cover; empty where no step ran."""
+    tokens, cached = kv_use(summary), kv_use(summary, "cached")
+    if tokens is None:
+        return ""
+    text = f"token states filled {percent(tokens)} of the KV pool {ALL.phrase}"
+    if cached:
+        text += f" and cached prefixes {percent(cached)}"
+    return f"{text}, {room_text(summary)}"
+
+
+def room_text(summary: dict[str, Any]) -> str:
+    """The share of token states while requests waited for room, with what that window covers."""
     split = summary[f"kv_share_mean{ROOM.suffix}"]
-    return (ROOM, split) if split is not None else (ALL, summary[f"kv_share_mean{ALL.suffix}"])
+    if split is None:
+        return "and no request waited for room"
+    covered = percent(summary[f"step_time_share{ROOM.suffix}"])
+    return f"{percent(split['token_states'])} {ROOM.phrase} ({covered} of the step time)"

@@ -1,14 +1,21 @@
-"""Time weights and bins of the KV ledger."""
+"""Time weights and bins of the KV ledger, and over which steps its shares are stated."""
+
+import io
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_runs import fake_run
+from rich.console import Console
 
+from reports.comparison import compare
 from reports.files import read_run
+from reports.format import percent
 from reports.memory import Spans, binned_mean, binned_rate, make_bins, mean_shares, step_spans
-from reports.windows import ALL, ROOM, WAITING, telling, window_masks
+from reports.run_report import write_run_report
+from reports.terminal import comparison_table, run_table
+from reports.windows import ALL, ROOM, WAITING, kv_use, kv_use_text, window_masks
 
 
 def _steps(start, end, **columns):
@@ -78,13 +85,59 @@ def test_windows(tmp_path):
     assert (steps["num_new_tokens"][window_masks(run)[ROOM.suffix]] < 8).all()
 
 
-def test_waiting_for_the_token_budget_says_nothing_about_memory():
-    summary = {f"kv_share_mean{window.suffix}": None for window in (ROOM, WAITING, ALL)}
-    assert telling(summary) == (ALL, None)
-    summary["kv_share_mean"], summary["kv_share_mean_while_waiting"] = {"free": 0.5}, {"free": 0.9}
-    assert telling(summary) == (ALL, {"free": 0.5})
-    summary["kv_share_mean_while_waiting_for_room"] = {"free": 0.1}
-    assert telling(summary) == (ROOM, {"free": 0.1})
+def shares(over_all, for_room=None, covered=None):
+    """What a summary says of KV memory, of two windows."""
+    return {"kv_share_mean": over_all, "kv_share_mean_while_waiting_for_room": for_room,
+            "step_time_share_while_waiting_for_room": covered}  # fmt: skip
+
+
+def test_a_share_of_kv_names_its_window_and_how_much_of_the_run_it_covers():
+    """97 % of the pool was 9 % of the run: while requests wait for room a paged pool is full by construction."""
+    split = {"token_states": 0.62, "cached": 0.0}
+    assert kv_use_text(shares(split, {"token_states": 0.97}, 0.09)) == (
+        "token states filled 62.0 % of the KV pool over all steps, 97.0 % while requests waited for room (9.0 % of the "
+        "step time)"
+    )
+    assert kv_use_text(shares(split)).endswith("over all steps, and no request waited for room")
+    assert kv_use_text(shares({"token_states": 0.4, "cached": 0.5})).startswith(
+        "token states filled 40.0 % of the KV pool over all steps and cached prefixes 50.0 %, "
+    )
+    assert (kv_use_text(shares(None)), kv_use(shares(None))) == ("", None)
+
+
+def test_every_place_that_prints_a_share_of_kv_says_all_steps_and_the_other_window_s_part(tmp_path):
+    names = ("contiguous", "paged")
+    folders = [fake_run(tmp_path / name, name, num_requests=60, rate=40.0, total=4096) for name in names]
+    rows = pq.read_table(folders[1] / "steps.parquet")
+    free, place = rows.column("free").to_numpy(), rows.schema.get_field_index("cached")
+    rows = rows.set_column(place, "cached", pa.array(free)).set_column(
+        rows.schema.get_field_index("free"), "free", pa.array(0 * free)
+    )
+    pq.write_table(rows, folders[1] / "steps.parquet")
+    run = write_run_report(folders[0])
+    text = (folders[0] / "report.md").read_text()
+    room, over_all = run["kv_share_mean_while_waiting_for_room"], run["kv_share_mean"]
+    part = percent(run["step_time_share_while_waiting_for_room"])
+    assert room and room["token_states"] != over_all["token_states"]
+    both = f"{percent(room['token_states'])} while requests waited for room ({part} of the step time)"
+    assert f"{percent(over_all['token_states'])} of the KV pool over all steps, {both}" in run["headline"]
+    assert f"| KV pool in token states | **{percent(over_all['token_states'])}** | over all steps; {both} |" in text
+    assert f"| of the step time | 100.0 % | {percent(run['step_time_share_while_waiting'])} | {part} |" in text
+    assert f"{percent(over_all['token_states'])} of the pool over all steps; {both}" in _printed(run_table(run))
+    compared = compare([(folder.name, folder) for folder in folders], tmp_path / "out")
+    cells = [cell["kv_share_mean"] for cell in compared["cells"]]
+    printed = _printed(comparison_table(compared))
+    assert "KV, all steps + cached" in printed
+    assert "| KV: token states | KV: + cached |" in (tmp_path / "out" / "report.md").read_text()
+    for split in cells:
+        assert f"{percent(split['token_states'])} {percent(split['cached'])}" in printed
+    assert cells[1]["cached"] > 0 and cells[0]["cached"] == 0
+
+
+def _printed(table):
+    console = Console(file=io.StringIO(), width=400)
+    console.print(table)
+    return " ".join(console.file.getvalue().split())
 
 
 def test_a_run_folder_from_before_a_shortage_was_a_class_has_none(tmp_path):
