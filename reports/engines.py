@@ -12,6 +12,11 @@ def profile_name(simulation: dict[str, Any]) -> str:
     return f"{'card' if simulation['kind'] == 'analytic' else simulation['kind']} profile {simulation['profile']}"
 
 
+def headline_prefix(simulation: dict[str, Any] | None) -> str:
+    """How the headline of a run begins: by what it was simulated, nothing if it was measured."""
+    return f"Simulated by the {profile_name(simulation)}: " if simulation else ""
+
+
 def simulated(simulation: dict[str, Any]) -> str:
     """What stood in for the device, and how far it is from one."""
     figures = simulation.get("figures") or simulation

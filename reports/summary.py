@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from reports.engines import profile_name
+from reports.engines import headline_prefix
 from reports.files import CLASSES, RunFiles
 from reports.format import count, rate, seconds
 from reports.gauges import read_gauges, summarize_gauges
@@ -77,9 +77,7 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
     if run.is_unrecorded:
         return summarize_unrecorded(run, summary)
     summary["notices"] = run_notices(summary)
-    simulation = summary["simulation"]
-    prefix = f"Simulated by the {profile_name(simulation)}: " if simulation else ""
-    summary["headline"] = prefix + headline(summary)
+    summary["headline"] = headline_prefix(summary["simulation"]) + headline(summary)
     return summary
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from reports.device_memory import device_memory_table
 from reports.document import Document, Section, Table
+from reports.engines import headline_prefix
 from reports.files import RunFiles
 from reports.format import count, rate, seconds
 from reports.notices import run_notices
-from reports.run_sections import commit, facts
+from reports.run_sections import commit, facts, run_title
 
 
 def summarize_unrecorded(run: RunFiles, empty: dict[str, Any]) -> dict[str, Any]:
@@ -45,8 +46,9 @@ def summarize_unrecorded(run: RunFiles, empty: dict[str, Any]) -> dict[str, Any]
         "lateness_seconds": blank(empty["lateness_seconds"]) | {"max": info["max_lateness"]},
         "rejections": [],
         "headline": (
-            f"{run.manifest['name']} served {count(totals['num_finished'])} of {count(totals['num_requests'])} "
-            f"requests at {rate(per_second(output))} output tokens/s; nothing else was recorded."
+            f"{headline_prefix(known['simulation'])}{run.manifest['name']} served {count(totals['num_finished'])} of "
+            f"{count(totals['num_requests'])} requests at {rate(per_second(output))} output tokens/s; "
+            "nothing else was recorded."
         ),
     }
     return summary | {"notices": run_notices(summary)}
@@ -80,7 +82,7 @@ def unrecorded_document(summary: dict[str, Any], config: Any) -> Document:
     table = Table(["", "value", "how"], rows, text_columns=frozenset({2}))
     return Document(
         kicker=f"kvarena · report of a {'simulated ' if summary['simulation'] else ''}run",
-        title=str(summary["name"]).replace(" x ", " × "),
+        title=run_title(summary),
         headline=summary["headline"].replace(" x ", " × "),
         notices=summary["notices"],
         verdict=None,
