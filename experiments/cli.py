@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from engine.errors import ConfigError, KvarenaError
 
@@ -16,6 +17,7 @@ commands:
   serve MODEL [flags]     serve a model directory over the OpenAI API (kvarena serve --help)
   bench [key=value ...]   run one cell, or a sweep with -m: the same as python run.py
   report DIR [DIR ...]    make a run's or a sweep's report again from its files; several runs: compare them
+                          --commit: of runs of a copy without git, find the commit by the hash of their sources
 """
 USER_ERROR = 2
 
@@ -76,6 +78,12 @@ def _bench(args: list[str]) -> int:
 def _report(args: list[str]) -> int:
     from reports.__main__ import main as make_report
 
+    if "--commit" in args:
+        from experiments.recording.commits import write_commit
+
+        args = [arg for arg in args if arg != "--commit"]
+        for folder in [Path(arg) for arg in args if Path(arg).is_dir()]:
+            print(f"{folder}: commit {write_commit(folder)}")
     return make_report(args)
 
 

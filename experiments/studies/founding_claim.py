@@ -168,7 +168,7 @@ class FoundingClaimStudy:
             for index in order(len(names), number):
                 name = names[index]
                 folder = f"{'-'.join(GRID[name])}{'-card' if suffix else ''}-round{number}"
-                summary = _run(cells, folder, name, [*options], total)
+                summary = _run(cells, folder, name, [*options, f"sweep.round={number}"], total)
                 runs.setdefault(name + suffix, _Runs()).add(summary, cells.folders[-1])
 
     def _compare_tokens(self, cells: CellRunner, total: int) -> dict[str, Any]:
