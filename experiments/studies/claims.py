@@ -81,6 +81,12 @@ class Mean(NamedTuple):
         high = None if self.high is None else factor * self.high
         return Mean(factor * self.value, low, high)
 
+    def clipped(self, least: float, most: float) -> Mean:
+        """With an interval that ends where the quantity does (a share's at 0 and 100 %)."""
+        low = None if self.low is None else max(self.low, least)
+        high = None if self.high is None else min(self.high, most)
+        return Mean(self.value, low, high)
+
 
 Number = Mean | float
 

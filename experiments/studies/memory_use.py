@@ -93,6 +93,11 @@ def over_seeds(uses: Sequence[MemoryUse], value: Callable[[MemoryUse], float]) -
     return Mean.of([value(use) for use in uses])
 
 
+def share_over_seeds(uses: Sequence[MemoryUse], value: Callable[[MemoryUse], float]) -> Mean:
+    """The same of a share in percent, whose interval ends at 0 and 100."""
+    return over_seeds(uses, value).clipped(0.0, 100.0)
+
+
 def covered(uses: Sequence[MemoryUse]) -> str:
     """How much of their runs the window covers, least to most of the seeds."""
     shares = [use.time_share for use in uses]

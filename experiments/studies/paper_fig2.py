@@ -10,7 +10,7 @@ from engine.errors import ConfigError, EngineError
 from experiments.studies.base import Chart, Findings, Series
 from experiments.studies.cells import CellRunner
 from experiments.studies.claims import Claim, Mean, counted, measured, within
-from experiments.studies.memory_use import OTHERS, SEGMENTS, UNWANTED, MemoryUse, covered, memory_use, over_seeds
+from experiments.studies.memory_use import OTHERS, SEGMENTS, UNWANTED, MemoryUse, covered, memory_use, share_over_seeds
 from experiments.studies.orca import DIFFERENCES, STEADY, SYSTEMS, Load, beside_name, run_system, seeds_text, steady
 from reports.paper import FIGURE_2, FIGURE_2_SOURCE
 from reports.style import CLASS_LOOKS
@@ -99,7 +99,7 @@ class PaperFig2Study:
         uses: Uses = {}
         for system in reversed(SYSTEMS):
             uses[system] = self._system(cells, system, rate)
-            waiting = over_seeds(uses[system], lambda use: use.waiting_share).value
+            waiting = share_over_seeds(uses[system], lambda use: use.waiting_share).value
             if waiting < 100 * self.saturated:
                 tried.append(f"at {rate:g} requests/s {system} has a request waiting in {waiting:.0f} % of it")
                 return None
@@ -123,7 +123,7 @@ def _segment(use: MemoryUse, name: str) -> float:
 
 
 def _mean(uses: list[MemoryUse], segment: str) -> Mean:
-    return over_seeds(uses, partial(_segment, name=segment))
+    return share_over_seeds(uses, partial(_segment, name=segment))
 
 
 def _claims(system: str, uses: list[MemoryUse], beside: list[MemoryUse] | None) -> list[Claim]:
@@ -141,8 +141,8 @@ def _context(system: str, uses: list[MemoryUse], beside: list[MemoryUse] | None)
     """What the paper does not state, and what the window is."""
 
     def row(name: str, value: Callable[[MemoryUse], float]) -> Claim:
-        second = over_seeds(beside, value) if beside else None
-        return measured(f"{system}: {name}", "%", over_seeds(uses, value), beside=second)
+        second = share_over_seeds(beside, value) if beside else None
+        return measured(f"{system}: {name}", "%", share_over_seeds(uses, value), beside=second)
 
     rows = [
         row("part of the run's step time that the window covers", lambda use: use.time_share),

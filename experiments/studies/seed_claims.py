@@ -15,7 +15,7 @@ from engine.errors import ConfigError
 from experiments.studies.base import Chart, Findings, Series, mean_series
 from experiments.studies.cells import CellRunner
 from experiments.studies.claims import Claim, Mean, at_least, at_most, check, compared, counted, measured
-from experiments.studies.memory_use import MemoryUse, covered, memory_use, over_seeds, waiting
+from experiments.studies.memory_use import MemoryUse, covered, memory_use, share_over_seeds, waiting
 from experiments.studies.orca import seeds_text
 from reports.style import CLASS_LOOKS
 from reports.windows import DEFINITION, WAITING
@@ -119,12 +119,12 @@ class SeedClaimsStudy:
 
 def _filled(uses: Sequence[MemoryUse]) -> Mean:
     """Share of the pool in token states."""
-    return over_seeds(uses, lambda use: use.shares["token_states"])
+    return share_over_seeds(uses, lambda use: use.shares["token_states"])
 
 
 def _busy(uses: Uses, name: str, lanes: int) -> Mean:
     """Share of a full batch's places that compute."""
-    return over_seeds(uses[name], lambda use: 100 * use.batch / lanes)
+    return share_over_seeds(uses[name], lambda use: 100 * use.batch / lanes)
 
 
 def _rate_claims(rates: dict[str, list[float]]) -> list[Claim]:

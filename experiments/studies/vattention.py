@@ -12,7 +12,7 @@ from engine.errors import ConfigError
 from experiments.studies.base import Chart, Findings, Series, mean_series
 from experiments.studies.cells import CellRunner
 from experiments.studies.claims import Claim, Mean, at_least, check, compared, measured, up_to, within
-from experiments.studies.memory_use import MemoryUse, covered, memory_use, over_seeds, waiting
+from experiments.studies.memory_use import MemoryUse, covered, memory_use, over_seeds, share_over_seeds, waiting
 from experiments.studies.orca import seeds_text
 from experiments.studies.published import VATTENTION_SOURCE, VATTENTION_SPEEDUP
 from reports.style import CLASS_LOOKS
@@ -58,7 +58,7 @@ class VAttentionStudy:
         pages = {name: self._page_tokens(name, token_bytes) for name in names}
         first, last = f"virtual-{self.page_kib[0]}", f"virtual-{self.page_kib[-1]}"
         labels = {name: _label(name, pages[name]) for name in names}
-        filled = {name: over_seeds(uses[name], _token_states).value for name in names}
+        filled = {name: share_over_seeds(uses[name], _token_states).value for name in names}
         return Findings(
             title="vAttention: virtual contiguity beside paged blocks",
             headline=f"By capacity alone, with pages of {self.page_kib[0]} KiB ({pages[first]:g} tokens) virtual "
@@ -114,7 +114,7 @@ class VAttentionStudy:
                 claims.append(compared(f"{label}: throughput over paged blocks", ratio, note=absolute))
             else:
                 claims.append(measured(f"{label}: throughput", "tokens/s", Mean.of(outputs[name])))
-            claims.append(measured(f"{label}: token states", "%", over_seeds(uses[name], _token_states)))
+            claims.append(measured(f"{label}: token states", "%", share_over_seeds(uses[name], _token_states)))
         return claims
 
     def _checks(
@@ -123,7 +123,7 @@ class VAttentionStudy:
         batches = {name: [use.batch for use in of] for name, of in uses.items()}
         ablation = [batches[f"virtual-{kib}"] for kib in self.page_kib]
         steps = [_over(small, large) for small, large in pairwise(ablation)]
-        waste = over_seeds(uses[last], lambda use: use.shares["internal"] + use.shares["reservation"])
+        waste = share_over_seeds(uses[last], lambda use: use.shares["internal"] + use.shares["reservation"])
         apart = Mean.of([a / b for a, b in zip(batches["sliced"], batches[first], strict=True)])
         claims = [
             at_least(f"throughput over paged blocks, pages of {self.page_kib[0]} KiB", "times", self.as_good,

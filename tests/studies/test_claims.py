@@ -85,3 +85,9 @@ def test_only_published_numbers_that_something_is_held_against_are_counted():
     assert [claim.verdict for claim in claims[-2:]] == [Verdict.PASSES, Verdict.FAILS]
     assert compared("k", seeds(1.0, 0.1)).verdict is Verdict.SAME
     assert compared("l", Mean(2.0, None, None)).verdict is Verdict.MEASURED
+
+
+def test_a_share_has_no_interval_beyond_its_ends():
+    assert Mean(93.0, 81.0, 105.0).clipped(0.0, 100.0) == (93.0, 81.0, 100.0)
+    assert Mean(0.9, -1.0, 2.7).clipped(0.0, 100.0).low == 0
+    assert Mean(0.9, None, None).clipped(0.0, 100.0) == (0.9, None, None)
