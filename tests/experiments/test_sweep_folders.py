@@ -72,7 +72,7 @@ def test_a_cell_that_failed_and_works_now_is_clean(sweep, monkeypatch):
     failing = sweep("scheduler=continuous,static", "runner.profile=nowhere,h100")
     assert failing.code == 2
     assert [entry["name"] for entry in failing.record["failed"]] == [
-        "scheduler=continuous, runner.profile=nowhere", "scheduler=static, runner.profile=nowhere"
+        "runner.profile=nowhere, scheduler=continuous", "runner.profile=nowhere, scheduler=static"
     ]  # fmt: skip
     [left] = {entry["folder"] for entry in failing.record["failed"] if "static" in entry["name"]}
     assert (failing.folder / left / "error.json").exists()
