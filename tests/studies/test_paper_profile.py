@@ -1,6 +1,7 @@
 """The profile of PagedAttention's engine: two step times fix two host times, and the file says what it is."""
 
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from study_run import run_study
 from engine.errors import ConfigError, EngineError
 from experiments.simulation.profiles import load_profile
 from experiments.studies.claims import Kind
+from experiments.studies.orca import FITTED_PROFILE
 from experiments.studies.paper_profile import implied_step_times, solve_host
 
 SMALL = ("experiment=paper_profile", "study.num_requests={sharegpt:60,alpaca:300}", "study.seeds=[0]")
@@ -41,3 +43,11 @@ def test_a_fit_that_does_not_close_is_one_line(tmp_path):
     with pytest.raises(Exception, match="must be a card's profile") as error:
         run_study(tmp_path, *SMALL, "study.card=h100-qwen3-0.6b")
     assert isinstance(error.value.__cause__ or error.value, ConfigError)
+
+
+def test_the_committed_profile_is_the_ideal_card_with_other_host_times_and_says_so():
+    fitted, ideal = load_profile(FITTED_PROFILE), load_profile("a100-40gb")
+    others = [field.name for field in fields(ideal) if field.name not in ("source", "host", "error")]
+    assert [getattr(fitted, name) for name in others] == [getattr(ideal, name) for name in others]
+    assert fitted.host.before > ideal.host.before and fitted.host.before_per_request > ideal.host.before_per_request
+    assert "fitted" in fitted.source and "fitted to" in fitted.error and "not known" in ideal.error
