@@ -62,7 +62,7 @@ class PaperFig13Study:
             charts.append(self._chart(load, stated, ours, beside))
         return Findings(
             title="PagedAttention, Figure 13: how many requests run together",
-            headline=f"{counted(claims, f'mean batches lie within {TOLERANCE:.0%} (a limit of ours)')} of the paper's.",
+            headline=f"{counted(claims, f'mean batches lie within {TOLERANCE:.0%} of the paper’s, a limit of ours')}.",
             source=FIGURE_13_SOURCE,
             claims=claims,
             charts=charts,
