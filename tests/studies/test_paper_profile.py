@@ -8,12 +8,14 @@ import pytest
 from study_run import run_study
 
 from engine.errors import ConfigError, EngineError
+from experiments.compose import CONF_DIR
 from experiments.simulation.profiles import load_profile
 from experiments.studies.claims import Kind
 from experiments.studies.orca import FITTED_PROFILE
 from experiments.studies.paper_profile import implied_step_times, solve_host
 
 SMALL = ("experiment=paper_profile", "study.num_requests={sharegpt:60,alpaca:300}", "study.seeds=[0]")
+RECORDED = CONF_DIR.parent / "docs" / "results" / "paper-profile" / "study.json"
 
 
 def test_the_aims_are_littles_law_on_the_papers_bars():
@@ -51,3 +53,11 @@ def test_the_committed_profile_is_the_ideal_card_with_other_host_times_and_says_
     assert [getattr(fitted, name) for name in others] == [getattr(ideal, name) for name in others]
     assert fitted.host.before > ideal.host.before and fitted.host.before_per_request > ideal.host.before_per_request
     assert "fitted" in fitted.source and "fitted to" in fitted.error and "not known" in ideal.error
+
+
+def test_the_committed_profile_is_the_recorded_fit():
+    claims = {claim["quantity"]: claim["ours"] for claim in json.loads(RECORDED.read_text())["claims"]}
+    host = load_profile(FITTED_PROFILE).host
+    assert 1e3 * host.before == pytest.approx(claims["host time of a step"], rel=1e-3)
+    each = claims["host time of a step, for each request in it"]
+    assert 1e3 * host.before_per_request == pytest.approx(each, rel=1e-3)
