@@ -106,7 +106,7 @@ class PaperProfileStudy:
         claims += [
             measured("host time of a step", "ms", MS * float(host[0])),
             measured("host time of a step, for each request in it", "ms", MS * float(host[1])),
-            *(measured(f"{name}: mean batch under the fit", "", batches[name], note="beside the paper's bar in experiment=paper_fig13")
+            *(measured(f"{name}: mean batch under the fit", "", batches[name], note="beside the paper's in paper_fig13")
               for name in aims),
         ]  # fmt: skip
         names = list(aims)
