@@ -22,6 +22,7 @@ from engine.errors import ConfigError
 from engine.gpu_memory import NO_GPU
 from engine.models import ModelSpec
 from experiments.building.build import build
+from experiments.building.parts import EngineParts
 from experiments.building.shared import SharedParts
 from experiments.building.warm_up import warm_cache, warm_up
 from experiments.compose import NAMING_GROUPS
@@ -209,7 +210,7 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | N
     return setup.load.manifest() | {
         "model": _model_facts(setup.parts.spec),
         "pool": setup.parts.pool_facts,
-        "simulation": setup.parts.simulation_facts,
+        "simulation": _simulation_facts(setup.parts, recording, name),
         "memory": NO_GPU if gpu is None else gpu.parts(),
         "contention": None if contention is None else contention.after(),
         "run": run
@@ -221,6 +222,17 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | N
             "warmup_time": warmup_time,
         },
     }
+
+
+def _simulation_facts(parts: EngineParts, recording: Recording, name: str) -> dict[str, Any] | None:
+    """The profile, and what of the run lies outside of what it was fitted to, which is said at once; else None."""
+    columns = recording.step_columns()
+    if parts.simulation_facts is None or parts.outside is None or columns is None:
+        return parts.simulation_facts
+    outside = parts.outside(columns)
+    for line in outside:
+        print(f"warning: {name}: {line}", file=sys.stderr)
+    return parts.simulation_facts | {"outside": outside}
 
 
 def _manifest(cfg: DictConfig, name: str, choices: dict[str, str]) -> dict[str, Any]:

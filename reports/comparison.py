@@ -153,6 +153,7 @@ def _cell_summary(cell: Cell) -> dict[str, Any]:
     base = cell.baseline
     result["baseline"] = base.label if base else None
     result["unpaired"] = cell.unpaired
+    result["outside"] = (cell.run.manifest.get("simulation") or {}).get("outside", [])
     ours, theirs = cell.summary["output_tokens_per_second"], base.summary["output_tokens_per_second"] if base else None
     result["output_tokens_per_second_ratio"] = ours / theirs if ours is not None and theirs else None
     result["paired"] = paired(cell, base) if base and base is not cell else None

@@ -25,6 +25,7 @@ def run_notices(summary: dict[str, Any]) -> list[str]:
     """
     notices = [] if summary["valid"] else [_invalid(summary)]
     if summary["simulation"]:
+        notices = [*summary["simulation"].get("outside", []), *notices]
         notices.append(f"Simulated: {simulated(summary['simulation'])}.")
     if summary["recorded"] == "none":
         notices.append(
@@ -55,7 +56,10 @@ def comparison_notices(cells: Sequence[Cell], summary: dict[str, Any]) -> list[s
         cells: its cells, labelled.
         summary: of the comparison, all but its headline and notices.
     """
-    notices = _simulated(cells)
+    notices = [
+        f"{cell['label']}: {line[:1].lower()}{line[1:]}" for cell in summary["cells"] for line in cell["outside"]
+    ]
+    notices += _simulated(cells)
     invalid = [cell["label"] for cell in summary["cells"] if not cell["valid"]]
     if invalid:
         notices.append(f"Invalid, because the driver fell behind its bound: {', '.join(invalid)}.")

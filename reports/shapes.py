@@ -130,6 +130,7 @@ MANIFEST = {
          "other_bytes", "peak_gpu_bytes"), MAYBE_INTEGER)),
     "simulation": Maybe({
         "kind": "text", "profile": "text", "figures": Maybe("an object"), "source": MAYBE_TEXT, "error": MAYBE_TEXT,
+        "outside": Maybe(["text"]),
     }),
     "target": Maybe({
         "url": "text", "model": "text", "extensions_refused": ["text"], "num_other_prompt_lens": "integer",

@@ -11,9 +11,10 @@ before until it has launched this one. Free of torch.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -175,7 +176,9 @@ class TableStepTime:
     """Seconds of a step from a table over its tokens, linear in between, and a share for what attention reads.
 
     What a GPU takes over its tokens has no simple form: it is flat while weights bind, linear where operations do, and
-    has stairs where batches are padded. Beyond the last entry the last slope goes on.
+    has stairs where batches are padded. Beyond the last entry it rises by the mean slope of the table's upper half
+    (from the last entry of at most half the tokens on), or of the whole table where that is steeper: a stair at its end
+    must not make longer steps free.
 
     Args:
         tokens: numbers of tokens, ascending, at least two.
@@ -184,6 +187,7 @@ class TableStepTime:
         per_kv_token: of each token whose KV is read.
         per_attention_pair: of each (query, key) pair of prompt tokens.
         per_copied_block: of each block copied.
+        per_longest_prefill: of each token of the longest context of a prompt: a tile of queries walks through it alone.
 
     Raises:
         ConfigError: a table that falls or is not ascending, or a negative coefficient.
@@ -195,6 +199,7 @@ class TableStepTime:
     per_kv_token: float = 0.0
     per_attention_pair: float = 0.0
     per_copied_block: float = 0.0
+    per_longest_prefill: float = 0.0
 
     def __post_init__(self) -> None:
         check_seconds(self, "step_time", leave_out=("tokens", "seconds"))
@@ -205,18 +210,29 @@ class TableStepTime:
         if not rising or tokens[0] < 0 or seconds[0] < 0:
             raise ConfigError("step_time.tokens must rise and step_time.seconds must not fall, both from at least 0")
 
+    @cached_property
+    def slope(self) -> float:
+        """Seconds a token beyond the last entry."""
+        tokens, seconds = self.tokens, self.seconds
+        half = max(0, bisect_right(tokens, tokens[-1] / 2) - 1)
+        return max((seconds[-1] - seconds[k]) / (tokens[-1] - tokens[k]) for k in (0, half))
+
     def __call__(self, features: StepFeatures) -> float:
         """Seconds of a step with these features."""
         tokens, seconds, count = self.tokens, self.seconds, features.num_tokens
-        right = min(max(bisect_left(tokens, count), 1), len(tokens) - 1)
-        share = max(0.0, (count - tokens[right - 1]) / (tokens[right] - tokens[right - 1]))
+        if count > tokens[-1]:
+            of_tokens = seconds[-1] + self.slope * (count - tokens[-1])
+        else:
+            right = max(bisect_left(tokens, count), 1)
+            share = max(0.0, (count - tokens[right - 1]) / (tokens[right] - tokens[right - 1]))
+            of_tokens = seconds[right - 1] + share * (seconds[right] - seconds[right - 1])
         return (
-            seconds[right - 1]
-            + share * (seconds[right] - seconds[right - 1])
+            of_tokens
             + self.per_request * features.num_requests
             + self.per_kv_token * features.num_kv_tokens
             + self.per_attention_pair * features.num_attention_pairs
             + self.per_copied_block * features.num_copied_blocks
+            + self.per_longest_prefill * features.longest_prefill
         )
 
 
@@ -250,6 +266,8 @@ class HostTime:
         launch_prefill: the same, of a step with prompts of up to `max_launch_tokens` tokens.
         launch_eager: the same, of a longer step: its kernels are launched one by one, where others replay a graph.
         max_launch_tokens: where that begins.
+        launch_per_request: of a launch, for each request in the batch.
+        launch_per_token: of a launch, for each new token of a prompt.
 
     Raises:
         ConfigError: a negative value.
@@ -263,6 +281,8 @@ class HostTime:
     launch_prefill: float = 0.0
     launch_eager: float = 0.0
     max_launch_tokens: float = 0.0
+    launch_per_request: float = 0.0
+    launch_per_token: float = 0.0
 
     def __post_init__(self) -> None:
         check_seconds(self, "host")
@@ -270,5 +290,11 @@ class HostTime:
     def launch(self, features: StepFeatures) -> float:
         """Seconds to launch a step with these features."""
         if not features.num_prefill_requests:
-            return self.launch_decode
-        return self.launch_prefill if features.num_tokens <= self.max_launch_tokens else self.launch_eager
+            fixed = self.launch_decode
+        else:
+            fixed = self.launch_prefill if features.num_tokens <= self.max_launch_tokens else self.launch_eager
+        return (
+            fixed
+            + self.launch_per_request * features.num_requests
+            + self.launch_per_token * features.num_prefill_tokens
+        )

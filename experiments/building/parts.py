@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -37,6 +39,8 @@ class EngineParts:
         simulator: the runner of a simulation; None when steps are computed.
         simulation_facts: the profile of a simulation, for the manifest.
         gpu_memory: follows the GPU's memory; None where there is no GPU.
+        outside: of a simulation with a measured profile: given the columns of its steps, a sentence for whatever lies
+            outside what the profile was fitted to.
     """
 
     engine: Engine
@@ -51,6 +55,7 @@ class EngineParts:
     simulator: SimulatedRunner | None = None
     simulation_facts: dict[str, Any] | None = None
     gpu_memory: GpuMemory | None = None
+    outside: Callable[[dict[str, np.ndarray]], list[str]] | None = None
 
 
 def pool_facts(allocator: KVAllocator, spec: ModelSpec, runner_facts: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from engine.core import Engine, StepOutput
 from engine.ledger import MemoryLedger
 from engine.request import Request
@@ -60,6 +62,10 @@ class Recording:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._ended = _clocks()
+
+    def step_columns(self) -> dict[str, np.ndarray] | None:
+        """The steps as columns, without the ledger; None where they were not recorded."""
+        return None if self._rows is None else self._rows.step_columns()
 
     # ---- the driver's recorder
 

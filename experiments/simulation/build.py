@@ -63,6 +63,7 @@ def build_simulated_engine(cfg: DictConfig) -> EngineParts:
         config=config,
         simulator=runner,
         simulation_facts={"profile": profile_name} | profile.facts(sizes, block_size),
+        outside=None if isinstance(profile, Card) else profile.fitted.outside,
     )
 
 

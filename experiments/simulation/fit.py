@@ -8,10 +8,11 @@ launch, preparing on the host included; with it, what the step added to the queu
 of a step is seen late where the host was still launching the next one: such steps are left out, and what follows a
 decode step that was seen late begins when the fitted function says that it ended.
 
-Steps that only decode and steps with prompts are fitted apart. A step's weight is one over its time, so that relative
-errors count; steps far off the fit lose weight in turns (Huber), and at last the function is scaled so that all steps
-together take what they took: their mean is what throughput depends on. Pauses of the machine are left out of that (a
-step of eight times the fit: code compiled at its first use, other work).
+Steps that only decode and steps with prompts run other code: each kind has a table over its tokens. All else is fitted
+to both kinds at once, with what physics ties: a token whose KV is read costs the same in both, no coefficient is
+negative, no table falls. A step's weight is one over its time, so that relative errors count. Pauses of the machine are
+left out (a step of eight times the robust fit: code compiled at its first use, other work); all other steps count in
+full, because their mean is what throughput depends on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from scipy.optimize import nnls
 
 from engine.errors import ConfigError
 from engine.runner.step_time import HostTime, StepFeatures, TableStepTime
+from experiments.simulation.fitted_range import FittedRange
 from experiments.simulation.profiles import MeasuredProfile
 from experiments.simulation.recorded import RecordedRun
 
@@ -34,7 +36,7 @@ FloatArray = NDArray[np.float64]
 
 # Where the table over tokens may bend: finer where batches are padded in steps of 8, and where decodes are.
 KNOTS = np.array(
-    [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384]
+    [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768]
 )
 MIN_STEPS = 20  # to fit a phase, and to keep a knot
 HUBER = 3.0  # robust standard deviations
@@ -47,7 +49,7 @@ class Samples(NamedTuple):
     """The steps of runs, as columns of one length.
 
     Attributes:
-        features: as of StepFeatures, in its order; float64 [steps, 6].
+        features: as of StepFeatures, in its order; float64 [steps, 7].
         device: seconds; NaN where the host saw the beginning or the end too late.
         launch: seconds from the launch until it was done.
         before: seconds from scheduling to launch.
@@ -121,6 +123,7 @@ def samples(run: RecordedRun, decode: TableStepTime | None = None) -> Samples:
             steps["num_attention_pairs"],
             steps["num_copies"],
             steps["num_prefill_requests"],
+            steps["longest_prefill"],
         ],
         axis=1,
     ).astype(np.float64)
@@ -174,16 +177,18 @@ def fit_profile(runs: Sequence[RecordedRun]) -> Fit:
     if len(model) != 1:
         raise ConfigError(f"runs of one model, with or without overlap, make one profile; these are of {sorted(model)}")
     [(name, kv_bytes, overlap)] = model
-    steps = pooled([samples(run) for run in runs])
-    decode = _fit_table(steps.take(steps.only_decode).timed(), "only decode", name)
+    decode, _ = _fit_device(pooled([samples(run) for run in runs]).timed(), name)
     steps = pooled([samples(run, decode) for run in runs])
+    decode, prefill = _fit_device(steps.timed(), name)
     profile = MeasuredProfile(
         source=_source(runs),
+        error="",
         model=name,
         kv_bytes_per_token=kv_bytes,
         overlap=overlap,
+        fitted=_range(runs),
         decode=decode,
-        prefill=_fit_table(steps.take(~steps.only_decode).timed(), "have prompts", name),
+        prefill=prefill,
         host=_fit_host(steps, overlap),
     )
     timed = steps.timed()
@@ -196,27 +201,40 @@ def predict(profile: MeasuredProfile, steps: Samples) -> FloatArray:
     return np.array([profile.device(features) for features in steps.rows()])
 
 
-def _fit_table(steps: Samples, what: str, model: str) -> TableStepTime:
-    if len(steps.device) < MIN_STEPS:
-        raise ConfigError(
-            f"the runs of {model} to fit have {len(steps.device)} steps that {what}, and {MIN_STEPS} are needed; give "
-            "more runs in study.train"
-        )
-    tokens = steps.num_tokens
-    knots = _knots(tokens)
-    # A table that never falls is its first entry plus rises between entries, each at least 0.
-    rises = [np.clip((tokens - a) / (b - a), 0, None if b == knots[-1] else 1) for a, b in pairwise(knots)]
+def _fit_device(steps: Samples, model: str) -> tuple[TableStepTime, TableStepTime]:
+    """The functions of steps that only decode, and of steps with prompts, fitted together."""
+    decodes, prompts = steps.only_decode, ~steps.only_decode
+    for mask, what in ((decodes, "only decode"), (prompts, "have prompts")):
+        if mask.sum() < MIN_STEPS:
+            raise ConfigError(
+                f"the runs of {model} to fit have {mask.sum()} steps that {what}, and {MIN_STEPS} are needed; give "
+                "more runs in study.train"
+            )
+    knots, tables = zip(*(_table(steps.num_tokens, mask) for mask in (decodes, prompts)), strict=True)
     others = [
-        # Of steps that only decode, requests and tokens are the same number.
-        np.where(steps.only_decode, 0.0, steps.num_requests),
+        np.where(prompts, steps.num_requests, 0.0),  # of steps that only decode, requests and tokens are one number
         steps.features[:, 2],
         steps.features[:, 3],
         steps.features[:, 4],
+        steps.features[:, 6],
     ]
-    found = _non_negative(np.stack([np.ones(len(tokens)), *rises, *others], axis=1), steps.device)
-    seconds = np.cumsum(found[: len(knots)])
-    per_request, per_kv_token, per_pair, per_copy = found[len(knots) :].tolist()
-    return TableStepTime(knots, seconds.tolist(), per_request, per_kv_token, per_pair, per_copy)
+    found = _non_negative(np.concatenate([*tables, np.stack(others, axis=1)], axis=1), steps.device)
+    first, second, rest = np.split(found, np.cumsum([len(entries) for entries in knots]))
+    per_request, per_kv_token, per_pair, per_copy, per_longest = rest.tolist()
+    return (
+        TableStepTime(knots[0], np.cumsum(first).tolist(), 0.0, per_kv_token, 0.0, per_copy),
+        TableStepTime(knots[1], np.cumsum(second).tolist(), per_request, per_kv_token, per_pair, per_copy, per_longest),
+    )
+
+
+def _table(tokens: FloatArray, mask: NDArray[np.bool_]) -> tuple[list[float], FloatArray]:
+    """A table's tokens, and its columns, which are 0 in steps of the other kind.
+
+    A table that never falls is its first entry plus rises between entries, each at least 0.
+    """
+    knots = _knots(tokens[mask])
+    rises = [np.clip((tokens - a) / (b - a), 0, None if b == knots[-1] else 1) for a, b in pairwise(knots)]
+    return knots, np.stack([np.ones(len(tokens)), *rises], axis=1) * mask[:, None]
 
 
 def _knots(tokens: FloatArray) -> list[float]:
@@ -238,8 +256,8 @@ def _fit_host(steps: Samples, overlap: bool) -> HostTime:
     return HostTime(*before.tolist(), *after.tolist(), *(_fit_launch(steps) if overlap else ()))
 
 
-def _fit_launch(steps: Samples) -> tuple[float, float, float, float]:
-    """Medians of launches by kind, and the tokens up to which prompts are of the first kind.
+def _fit_launch(steps: Samples) -> tuple[float, ...]:
+    """Launches by kind, where the kinds part, and what a request and a prompt's token add, as HostTime has them.
 
     Kinds of steps with prompts are told apart where the logarithms of their launch times have the largest variance
     between the two groups.
@@ -250,30 +268,43 @@ def _fit_launch(steps: Samples) -> tuple[float, float, float, float]:
     log = np.log(seconds)
     left = np.arange(1, len(log))
     between = (np.cumsum(log)[:-1] - left * log.mean()) ** 2 / (left * (len(log) - left))
-    split = int(np.argmax(np.where(tokens[:-1] < tokens[1:], between, -1.0))) + 1
-    decode, first, second = (
-        float(np.median(part)) for part in (steps.launch[steps.only_decode], seconds[:split], seconds[split:])
-    )
-    return decode, first, second, float(tokens[split - 1])
+    most = float(tokens[int(np.argmax(np.where(tokens[:-1] < tokens[1:], between, -1.0)))])
+    replayed = ~steps.only_decode & (steps.num_tokens <= most)
+    kinds = [steps.only_decode, replayed, ~(steps.only_decode | replayed)]
+    columns = np.stack([*kinds, steps.num_requests, steps.features[:, 0]], axis=1).astype(np.float64)
+    decode, first, second, per_request, per_token = _non_negative(columns, steps.launch).tolist()
+    return decode, first, second, most, per_request, per_token
 
 
 def _non_negative(columns: FloatArray, seconds: FloatArray) -> FloatArray:
-    """Coefficients of at least 0 with `columns @ coefficients` near `seconds`: relative, robust, equal in sum."""
+    """Coefficients of at least 0 with `columns @ coefficients` near `seconds`: relative errors, without pauses."""
     # Far below a microsecond nothing is measured: such times must not get all the weight.
     relative = 1 / np.maximum(seconds, 1e-6)
     scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
-    weight = np.ones(len(seconds))
-    found = np.zeros(columns.shape[1])
-    for _ in range(ROUNDS):
+
+    def solve(weight: FloatArray) -> FloatArray:
         rows = np.sqrt(weight) * relative
-        found = nnls(columns / scale * rows[:, None], seconds * rows)[0] / scale
-        residual = np.abs(columns @ found - seconds) * relative
+        return np.asarray(nnls(columns / scale * rows[:, None], seconds * rows)[0] / scale)
+
+    weight = np.ones(len(seconds))
+    for _ in range(ROUNDS):
+        residual = np.abs(columns @ solve(weight) - seconds) * relative
         spread = 1.4826 * np.median(residual) + 1e-9
         weight = np.minimum(1.0, HUBER * spread / np.maximum(residual, 1e-12))
-    fitted = columns @ found
-    steady = seconds <= PAUSE * fitted
-    total = float(fitted[steady].sum())
-    return np.asarray(found * (seconds[steady].sum() / total) if total > 0 else found)
+    fitted = columns @ solve(weight)
+    return solve((seconds <= PAUSE * fitted).astype(np.float64))
+
+
+def _range(runs: Sequence[RecordedRun]) -> FittedRange:
+    """What the runs hold."""
+    names = runs[0].steps
+    columns = {name: np.concatenate([run.steps[name] for run in runs]) for name in names}
+    strategies = {
+        (str(run.manifest["strategy"]["scheduler"]), int(run.manifest["config"]["scheduler"]["max_num_batched_tokens"]))
+        for run in runs
+    }
+    schedulers = [f"{name} {budget}" for name, budget in sorted(strategies)]
+    return FittedRange.of(columns, schedulers, sorted({str(run.manifest["workload"]["name"]) for run in runs}))
 
 
 def _source(runs: Sequence[RecordedRun]) -> str:

@@ -19,6 +19,7 @@ from engine.errors import ConfigError
 from engine.models.sizes import ModelSizes
 from engine.runner.step_time import HostTime, RooflineStepTime, StepTime, TableStepTime, TwoPhaseStepTime
 from experiments.compose import CONF_DIR
+from experiments.simulation.fitted_range import FittedRange
 from experiments.workloads.checks import check_bool, check_int, check_number
 
 
@@ -111,6 +112,8 @@ class MeasuredProfile:
 
     Args:
         source: machine, commit and runs that it comes from.
+        error: in words, how far it was off on runs that were held out; empty where none were.
+        fitted: what it was fitted to; steps beyond that are extrapolated, and a run with such steps says so.
         model: name of the model.
         kv_bytes_per_token: of that model in the dtype that was measured.
         overlap: whether the runs were overlapped: without, preparing a step is part of the device's time.
@@ -123,9 +126,11 @@ class MeasuredProfile:
     """
 
     source: str
+    error: str
     model: str
     kv_bytes_per_token: int
     overlap: bool
+    fitted: FittedRange
     decode: TableStepTime
     prefill: TableStepTime
     host: HostTime
@@ -133,6 +138,11 @@ class MeasuredProfile:
     def __post_init__(self) -> None:
         check_int("profile.kv_bytes_per_token", self.kv_bytes_per_token, 1)
         check_bool("profile.overlap", self.overlap)
+        if self.prefill.slope <= 0:
+            raise ConfigError(
+                "profile.prefill.seconds is the same for all its tokens, so that longer prompts would cost nothing; "
+                "give it entries over a range in which time rises"
+            )
 
     @property
     def device(self) -> TwoPhaseStepTime:
@@ -165,7 +175,9 @@ class MeasuredProfile:
 
 
 Profile = Card | MeasuredProfile
-PARTS: dict[str, type] = {"host": HostTime, "decode": TableStepTime, "prefill": TableStepTime}
+PARTS: dict[str, type] = {
+    "host": HostTime, "decode": TableStepTime, "prefill": TableStepTime, "fitted": FittedRange,
+}  # fmt: skip
 KINDS: dict[str, type[Profile]] = {"card": Card, "measured": MeasuredProfile}
 
 

@@ -31,7 +31,14 @@ SHAPE = MANIFEST | {
         "scheduler": "an object",
     },
 }
-NEEDED_STEPS = ("launched_time", "num_kv_tokens", "num_attention_pairs", "num_prefill_requests", "decision_hash")
+NEEDED_STEPS = (
+    "launched_time",
+    "num_kv_tokens",
+    "num_attention_pairs",
+    "num_prefill_requests",
+    "longest_prefill",
+    "decision_hash",
+)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Recorded cells in few small files: what a GPU machine hands back, and what is kept in the repository.
 
     NAME-requests.parquet    a row a request, without its tokens; in its metadata the cells' manifests
-    NAME-steps.parquet       a row a step, all columns of a run's steps.parquet; times in whole nanoseconds
+    NAME-steps.parquet       a row a step, all columns of a run's steps.parquet
 
-Both have a column `cell`, the number of the manifest. `make_folders` makes run folders of them, which the rest of the
-harness reads like any others.
+Times are in whole nanoseconds. Both have a column `cell`, the number of the manifest. `make_folders` makes run folders
+of them, which the rest of the harness reads like any others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from engine.errors import ConfigError
 from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from experiments.recording.record import STEP_TIMES, write_requests, write_steps
-from experiments.recording.request_log import LISTS, REQUEST_COLUMNS
+from experiments.recording.request_log import LISTS, REQUEST_COLUMNS, TIMES
 
 REQUESTS, STEPS = "-requests.parquet", "-steps.parquet"
 CELL = "cell"
@@ -128,6 +128,8 @@ def _step_table(number: int, columns: dict[str, Any]) -> pa.Table:
 
 def _request_table(number: int, rows: Sequence[dict[str, Any]]) -> pa.Table:
     kept = [{CELL: number} | {key: value for key, value in row.items() if key not in LISTS} for row in rows]
+    for row in kept:  # as the steps' times, so that what was before or after another still is
+        row |= {key: round(row[key] * NANOSECONDS) / NANOSECONDS for key in TIMES if row[key] is not None}
     return pa.Table.from_pylist(kept, schema=_request_schema())
 
 

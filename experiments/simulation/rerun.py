@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from engine.clock import VirtualClock
 from engine.core import Engine
 from engine.ledger import MemoryLedger
@@ -18,7 +20,9 @@ from experiments.simulation.profiles import MeasuredProfile
 from experiments.simulation.recorded import RecordedRun
 
 
-def simulate_again(run: RecordedRun, profile: MeasuredProfile, profile_name: str, run_dir: Path) -> None:
+def simulate_again(
+    run: RecordedRun, profile: MeasuredProfile, profile_name: str, run_dir: Path
+) -> dict[str, np.ndarray]:
     """Simulate the same requests on the same strategy, and leave a run folder.
 
     A request that ended by a stop token runs to the length that it had.
@@ -28,6 +32,9 @@ def simulate_again(run: RecordedRun, profile: MeasuredProfile, profile_name: str
         profile: times the steps.
         profile_name: for the manifest.
         run_dir: made if need be.
+
+    Returns:
+        The columns of its steps, without the ledger.
 
     Raises:
         ConfigError: the profile is of the other loop (with or without overlap).
@@ -42,11 +49,14 @@ def simulate_again(run: RecordedRun, profile: MeasuredProfile, profile_name: str
     run_dir.mkdir(parents=True, exist_ok=True)
     recorder.write_requests(run_dir / REQUESTS_FILE)
     recorder.write_steps(run_dir / STEPS_FILE, ledger)
+    columns = recorder.step_columns()
+    facts = {"profile": profile_name, "kind": "measured", "outside": profile.fitted.outside(columns)}
     manifest = run.manifest | {
-        "simulation": {"profile": profile_name, "kind": "measured"} | asdict(profile),
+        "simulation": facts | asdict(profile),
         "run": {"wall_time": recorder.wall_time, "num_steps": recorder.num_steps, "max_lateness": 0.0},
     }
     (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    return columns
 
 
 def _closed_loop(run: RecordedRun, requests: list[Request]) -> ClosedLoop | None:

@@ -9,7 +9,7 @@ from engine.errors import ConfigError
 from engine.plan import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from engine.request import Request
 from engine.runner.simulated import SimulatedRunner
-from engine.runner.step_time import HostTime, LinearStepTime, StepFeatures, step_features
+from engine.runner.step_time import HostTime, LinearStepTime, StepFeatures, TableStepTime, step_features
 
 
 def plan(*entries: tuple[int, int], samples: bool = True, num_copies: int = 0) -> StepPlan:
@@ -28,6 +28,7 @@ def test_features_of_a_mixed_step():
         num_attention_pairs=(1 + 2 + 3) + (5 + 6),
         num_copied_blocks=2,
         num_prefill_requests=2,
+        longest_prefill=6,
     )
 
 
@@ -109,3 +110,23 @@ def test_a_step_ends_no_sooner_than_its_launch():
     runner = SimulatedRunner(LinearStepTime(2.0), clock, host=HostTime(before=1.0, launch_eager=10.0))
     runner.execute(plan((0, 5)), allocator=None).result()
     assert clock.now() == 11.0
+
+
+@pytest.mark.parametrize("seconds", [[1.0, 2.0, 4.0, 4.0], [1.0, 1.0, 1.0, 4.0], [0.0, 4.0, 4.0, 4.0]])
+def test_beyond_its_table_a_step_is_never_free(seconds: list[float]):
+    """A table that ends in a stair: twice the tokens take at least the whole table's slope longer."""
+    table = TableStepTime([0, 256, 512, 1024], seconds)
+    assert table(StepFeatures(1024, 0, 0, 0, 0, 1)) == pytest.approx(4.0)
+    longer = table(StepFeatures(2048, 0, 0, 0, 0, 1))
+    assert longer >= 4.0 + (4.0 - seconds[0]) - 1e-9
+    assert table(StepFeatures(4096, 0, 0, 0, 0, 1)) == pytest.approx(longer + 2 * (longer - 4.0))
+
+
+def test_a_launch_grows_with_requests_and_prompt_tokens():
+    host = HostTime(
+        launch_decode=1.0, launch_prefill=2.0, launch_eager=10.0, max_launch_tokens=4, launch_per_request=0.5,
+        launch_per_token=0.25,
+    )  # fmt: skip
+    assert host.launch(StepFeatures(0, 2, 0, 0, 0, 0)) == 1.0 + 2 * 0.5
+    assert host.launch(StepFeatures(3, 1, 0, 0, 0, 1)) == 2.0 + 2 * 0.5 + 3 * 0.25
+    assert host.launch(StepFeatures(8, 0, 0, 0, 0, 1)) == 10.0 + 0.5 + 8 * 0.25

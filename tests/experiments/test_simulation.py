@@ -72,15 +72,15 @@ def test_every_profile_loads_and_states_its_source(path: Path):
     assert load_profile(str(path)) == load_profile(path.stem)
 
 
-@pytest.mark.parametrize("name", [path.stem for path in (CONF_DIR / "profile").glob("h100-*.yaml")])
+@pytest.mark.parametrize("name", [path.stem for path in (CONF_DIR / "profile").glob("h200-*.yaml")])
 def test_a_measured_profile_times_the_model_of_its_name(name: str):
     profile = load_profile(name)
-    model = name.removeprefix("h100-").removesuffix("-overlap")
+    model = name.removeprefix("h200-").removesuffix("-overlap")
     step_time = profile.step_time(sizes_of(f"{model}-shape", "bfloat16"), 16)
     profile.check_overlap(name.endswith("-overlap"))
     assert profile.model == model
     # A step cannot be faster than the card reads the weights and KV.
-    card = dataclasses.replace(load_profile("h100"), bandwidth_efficiency=1.0, layer_gap=0.0)
+    card = dataclasses.replace(load_profile("h200"), bandwidth_efficiency=1.0, layer_gap=0.0)
     decode = StepFeatures(0, 32, 32 * 500, 0, 0, 0)
     floor = card.step_time(sizes_of(f"{model}-shape", "bfloat16"), 16)(decode)
     assert floor < step_time(decode) < 3 * floor
@@ -89,11 +89,15 @@ def test_a_measured_profile_times_the_model_of_its_name(name: str):
 MEASURED = """
 kind: measured
 source: test
+error: none
+fitted:
+  {schedulers: [continuous 8], workloads: [uniform], num_steps: 9, decode_requests: 11, decode_kv_tokens: 100,
+   prefill_tokens: 4, prefill_requests: 2, prefill_decodes: 0, prefill_kv_tokens: 4, longest_prefill: 4}
 model: llama
 kv_bytes_per_token: 131072
 overlap: false
 decode: {tokens: [1, 3, 11], seconds: [0.25, 0.5, 1.5], per_kv_token: 1.0e-3}
-prefill: {tokens: [2, 4], seconds: [1.0, 1.0], per_request: 0.5}
+prefill: {tokens: [2, 4], seconds: [1.0, 1.5], per_request: 0.5}
 host: {before: 0.25}
 """
 
@@ -107,7 +111,7 @@ def test_a_measured_profile_belongs_to_its_model(tmp_path: Path):
     assert step_time(StepFeatures(0, 1, 100, 0, 0, 0)) == pytest.approx(0.25 + 0.1)
     assert step_time(StepFeatures(0, 2, 0, 0, 0, 0)) == pytest.approx(0.375)  # in the middle of two entries
     assert step_time(StepFeatures(0, 19, 0, 0, 0, 0)) == pytest.approx(2.5)  # beyond the last: its slope goes on
-    assert step_time(StepFeatures(1000, 3, 0, 0, 0, 2)) == pytest.approx(1.0 + 5 * 0.5)
+    assert step_time(StepFeatures(1000, 3, 0, 0, 0, 2)) == pytest.approx(1.5 + 999 * 0.25 + 5 * 0.5)
     with pytest.raises(ConfigError, match="131072 bytes of KV a token"):
         profile.step_time(sizes_of("qwen3-0.6b-shape"), 16)
 
@@ -121,6 +125,8 @@ def test_a_measured_profile_belongs_to_its_model(tmp_path: Path):
         ("kind: [\n", "cannot be read as YAML"),
         (MEASURED.replace("0.25, 0.5, 1.5", "0.25, 0.5, 0.4"), "must not fall"),
         (MEASURED.replace("[1, 3, 11]", "[1, 3]"), "of one length"),
+        (MEASURED.replace("[1.0, 1.5]", "[1.0, 1.0]"), "longer prompts would cost nothing"),
+        (MEASURED.replace("decode_requests: 11", "decode_requests: -1"), "decode_requests"),
         (MEASURED.replace("per_request: 0.5", "per_request: -0.5"), "per_request=-0.5"),
         (MEASURED.replace("before: 0.25", "befor: 0.25"), "unknown key 'befor'"),
         (MEASURED.replace("overlap: false", "overlap: maybe"), "overlap=maybe"),

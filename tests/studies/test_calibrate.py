@@ -1,5 +1,6 @@
 """The calibration finds again what timed its runs, and says so where it does not."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,23 @@ from engine.runner.step_time import StepFeatures
 from experiments.compose import compose_cell, load_config
 from experiments.job import execute
 from experiments.simulation.fit import fit_profile, predict, samples
-from experiments.simulation.profiles import load_profile
+from experiments.simulation.profiles import load_profile, write_profile
 from experiments.simulation.recorded import RecordedRun
+from experiments.simulation.recordings import write_recording
 from experiments.studies.base import Findings
 from experiments.studies.calibrate import METRICS, CalibrateStudy
 from experiments.studies.cells import CellRunner
+from reports.run_report import read_summary
 
 # The recorded machine is a simulated one, so its step times are known.
 MACHINE = ["model=llama-3.1-8b-shape", "engine.dtype=auto", "runner=simulated", "runner.profile=h200"]
-CELL = ["workload=uniform", "workload.num_requests=60", "kv_cache.num_slots=8192", "report.progress=false"]
+CELL = [
+    "workload=uniform",
+    "workload.num_requests=60",
+    "kv_cache.num_slots=8192",
+    "report.progress=false",
+    "report.pages=false",
+]
 LOADS = {"once": ["arrival=all_at_once"], "poisson": ["arrival=poisson", "arrival.rate=20"]}
 
 
@@ -45,7 +54,10 @@ def findings(recorded: dict[int, list[str]], tmp_path_factory: pytest.TempPathFa
 
 def test_a_known_machine_is_found_again(findings: tuple[Findings, Path]):
     found, out = findings
-    assert [claim.verdict for claim in found.claims] == ["passes"] * 2 * (len(METRICS) + 1)
+    # Where arrivals set the throughput it judges nothing.
+    paced = ["not comparable", *["passes"] * len(METRICS)]
+    assert [claim.verdict for claim in found.claims] == [*["passes"] * (len(METRICS) + 1), *paced]
+    assert found.headline.startswith("9 of 9 bars are met in 2 held-out cells")
     assert max(claim.ours for claim in found.claims) < 2.0
     profile = load_profile(str(out / "profiles" / "llama-3.1-8b-shape-plain.yaml"))
     truth = load_profile("h200")
@@ -89,17 +101,24 @@ def test_pauses_do_not_move_the_fit(recorded: dict[int, list[str]]):
     assert predict(profile, decodes).mean() == pytest.approx(decodes.device.mean(), rel=0.01)
 
 
-OVERLAPPED = """
+FITTED = """
+fitted:
+  {schedulers: [continuous 2048], workloads: [uniform], num_steps: 1, decode_requests: 256, decode_kv_tokens: 65536,
+   prefill_tokens: 2048, prefill_requests: 256, prefill_decodes: 256, prefill_kv_tokens: 65536, longest_prefill: 2048}
+"""
+OVERLAPPED = f"""
 kind: measured
 source: a law to be found again
+error: none
+{FITTED}
 model: llama-3.1-8b-shape
 kv_bytes_per_token: 131072
 overlap: true
-decode: {tokens: [1, 60], seconds: [5.0e-3, 6.0e-3]}
-prefill: {tokens: [1, 1000], seconds: [5.0e-3, 20.0e-3]}
+decode: {{tokens: [1, 60], seconds: [5.0e-3, 6.0e-3]}}
+prefill: {{tokens: [1, 1000], seconds: [5.0e-3, 20.0e-3]}}
 host:
-  {after: 2.0e-4, launch_decode: 5.0e-4, launch_prefill: 8.0e-4, launch_eager: 9.0e-3,
-   max_launch_tokens: 373}
+  {{after: 2.0e-4, launch_decode: 5.0e-4, launch_prefill: 8.0e-4, launch_eager: 9.0e-3,
+   max_launch_tokens: 373}}
 """
 
 
@@ -136,3 +155,62 @@ def test_bad_lists_are_one_line(train: list[int], test: list[int], message: str,
 
     with pytest.raises(ConfigError, match=message):
         CalibrateStudy(folders(train), folders(test))
+
+
+def test_both_lists_and_recordings_are_one_line(recorded: dict[int, list[str]], tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"study\.recordings stands for"):
+        CalibrateStudy(recorded[0], recorded[1], str(tmp_path))
+    with pytest.raises(ConfigError, match="holds no recordings"):
+        CalibrateStudy(recordings=str(tmp_path))
+
+
+def test_recordings_say_themselves_what_is_fitted_and_what_judges(
+    recorded: dict[int, list[str]], findings: tuple[Findings, Path], tmp_path: Path
+):
+    cells = []
+    for part, seed in (("fit", 0), ("held-out", 1)):
+        for folder in recorded[seed]:
+            run = RecordedRun.read(folder)
+            manifest = run.manifest | {"name": f"cell{len(cells)}", "calibration": {"part": part, "load": None}}
+            cells.append({"manifest": manifest, "requests": run.requests, "steps": run.steps})
+    write_recording(cells, tmp_path, "simulated")
+    found = CalibrateStudy(recordings=str(tmp_path)).run(CellRunner([], tmp_path / "study"))
+    # Times in whole nanoseconds: the same to many digits.
+    expected = [claim.ours for claim in findings[0].claims]
+    assert [claim.ours for claim in found.claims] == pytest.approx(expected, abs=1e-3)
+    profile = load_profile(str(tmp_path / "study" / "profiles" / "llama-3.1-8b-shape-plain.yaml"))
+    assert "over 2 held-out cells" in profile.error
+    assert profile.fitted.schedulers == ["continuous 2048"]
+
+
+def test_chunks_beside_decodes_cost_what_physics_says_after_a_fit_to_prompts_alone(
+    recorded: dict[int, list[str]], tmp_path: Path
+):
+    """Of prompts alone, tokens, KV read and context are one number: the fit once gave all of it to the KV."""
+    profile = fit_profile([RecordedRun.read(folder) for folder in recorded[0]]).profile
+    assert profile.prefill.per_kv_token == profile.decode.per_kv_token
+    write_profile(profile, tmp_path / "fitted.yaml")
+    chunked = ["scheduler=chunked", "kv_cache.num_slots=65536", "workload.num_requests=100"]
+    tpots = {}
+    for name, given in (("law", "h200"), ("fitted", tmp_path / "fitted.yaml")):
+        folder = Path(record(tmp_path / name, 3, *chunked, f"runner.profile={given}"))
+        tpots[name] = read_summary(folder)["tpot_seconds"]["mean"]
+        outside = json.loads((folder / "manifest.json").read_text())["simulation"].get("outside", [])
+        assert bool(outside) is (name == "fitted")
+    assert tpots["fitted"] == pytest.approx(tpots["law"], rel=0.05)
+
+
+def test_a_run_outside_of_what_was_fitted_says_so_first(
+    findings: tuple[Findings, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    profile = findings[1] / "profiles" / "llama-3.1-8b-shape-plain.yaml"
+    inside = Path(record(tmp_path / "inside", 0, f"runner.profile={profile}"))
+    assert read_summary(inside)["notices"] == []
+    many = ["workload.num_requests=200", "kv_cache.num_slots=65536", "scheduler=chunked", "report.pages=true"]
+    outside = Path(record(tmp_path / "outside", 0, f"runner.profile={profile}", *many))
+    [line] = read_summary(outside)["notices"]
+    assert line.startswith("Outside what its profile was fitted to: ")
+    assert "requests that decode in steps with prompts where the largest fitted step has 0" in line
+    assert f"warning: cell: {line}" in capsys.readouterr().err
+    report = (outside / "report.md").read_text()
+    assert 0 < report.index(line) < report.index("## ")
