@@ -34,18 +34,31 @@ class SimulatedRunner:
         self._free_at = 0.0  # when the device has run all that was launched
 
     def execute(self, plan: StepPlan, allocator: KVAllocator) -> SimulatedStep:  # noqa: ARG002 - part of the protocol
-        """Launch a step, after the host's part before it; the device begins with the first kernel."""
+        """Launch a step, after the host's part before it.
+
+        The device begins with the first kernel: of a graph when it is launched, else when the launch begins. Then it
+        cannot end before the last one is launched.
+        """
         host, clock, features = self._host, self._clock, step_features(plan)
-        clock.advance(host.before + host.before_per_request * len(plan.scheduled))
-        begin = max(clock.now(), self._free_at)
+        before = host.before + host.before_per_request * len(plan.scheduled)
+        clock.advance(before + (host.before_prefill if features.num_prefill_requests else 0.0))
+        first_kernel = clock.now()
         clock.advance(host.launch(features))
-        self._free_at = max(begin + self._step_time(features), clock.now())
+        launched = clock.now()
+        seconds = self._step_time(features)
+        if host.replays(features):
+            self._free_at = max(launched, self._free_at) + seconds
+        else:
+            self._free_at = max(max(first_kernel, self._free_at) + seconds, launched + host.tail)
         token_id = self._token_id
-        return SimulatedStep([token_id if sample else None for sample in plan.samples], self._free_at, self._clock)
+        tokens = [token_id if sample else None for sample in plan.samples]
+        return SimulatedStep(tokens, self._free_at, self._clock, host.take)
 
     def after_step(self, step: StepOutput) -> None:
         """The host's part after a step: what it took to update and to record."""
-        self._clock.advance(self._host.after + self._host.after_per_request * len(step.plan.scheduled))
+        host, plan = self._host, step.plan
+        prompts = host.after_prefill if len(plan.scheduled) > plan.num_decodes else 0.0
+        self._clock.advance(host.after + host.after_per_request * len(plan.scheduled) + prompts)
 
     def release(self, request_ids: list[str]) -> None:
         """Nothing to forget."""
@@ -54,14 +67,15 @@ class SimulatedRunner:
 class SimulatedStep:
     """A step on the simulated device."""
 
-    __slots__ = ("_clock", "_end_time", "_token_ids")
+    __slots__ = ("_clock", "_end_time", "_take", "_token_ids")
 
-    def __init__(self, token_ids: list[int | None], end_time: float, clock: VirtualClock) -> None:
+    def __init__(self, token_ids: list[int | None], end_time: float, clock: VirtualClock, take: float = 0.0) -> None:
         self._token_ids = token_ids
         self._end_time = end_time
         self._clock = clock
+        self._take = take
 
     def result(self) -> StepResult:
-        """Move the clock to the end of the step, unless it is past, and return the tokens."""
-        self._clock.sleep_until(self._end_time)
+        """Move the clock to the end of the step, or by what it takes to take in what waits, and return the tokens."""
+        self._clock.sleep_until(max(self._end_time, self._clock.now() + self._take))
         return StepResult(self._token_ids)

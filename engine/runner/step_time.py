@@ -262,12 +262,17 @@ class HostTime:
         before_per_request: the same, for each request in the batch.
         after: to take the tokens in and record them, from the end of a step to the start of the next one.
         after_per_request: the same, for each request in the batch.
+        before_prefill, after_prefill: the same, of a step with prompts: requests are admitted, and answered first.
         launch_decode: to launch a step that only decodes, while the device computes already.
         launch_prefill: the same, of a step with prompts of up to `max_launch_tokens` tokens.
         launch_eager: the same, of a longer step: its kernels are launched one by one, where others replay a graph.
         max_launch_tokens: where that begins.
+        launch_mixed: what a launch kernel by kernel takes longer where some of the requests decode: their attention has
+            kernels of its own.
         launch_per_request: of a launch, for each request in the batch.
         launch_per_token: of a launch, for each new token of a prompt.
+        take: to take in tokens that had been waiting for the host.
+        tail: from the end of a launch kernel by kernel until the tokens can be there, where the device waits for it.
 
     Raises:
         ConfigError: a negative value.
@@ -281,18 +286,27 @@ class HostTime:
     launch_prefill: float = 0.0
     launch_eager: float = 0.0
     max_launch_tokens: float = 0.0
+    launch_mixed: float = 0.0
     launch_per_request: float = 0.0
     launch_per_token: float = 0.0
+    tail: float = 0.0
+    take: float = 0.0
+    before_prefill: float = 0.0
+    after_prefill: float = 0.0
 
     def __post_init__(self) -> None:
         check_seconds(self, "host")
 
+    def replays(self, features: StepFeatures) -> bool:
+        """Whether a step with these features replays a graph: the device begins when all is launched."""
+        return not features.num_prefill_requests or features.num_tokens <= self.max_launch_tokens
+
     def launch(self, features: StepFeatures) -> float:
         """Seconds to launch a step with these features."""
-        if not features.num_prefill_requests:
-            fixed = self.launch_decode
+        if not self.replays(features):
+            fixed = self.launch_eager + (self.launch_mixed if features.num_decode_requests else 0.0)
         else:
-            fixed = self.launch_prefill if features.num_tokens <= self.max_launch_tokens else self.launch_eager
+            fixed = self.launch_prefill if features.num_prefill_requests else self.launch_decode
         return (
             fixed
             + self.launch_per_request * features.num_requests

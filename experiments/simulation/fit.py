@@ -3,10 +3,12 @@
     recorded     start ---- launch -------- launched ------ end ........ next start
                  |  before  |   device (after the one before)  |  after   |
 
-The device's time of a step is `end - max(launch, end of the step before)`: without overlap that is all that follows the
-launch, preparing on the host included; with it, what the step added to the queue of the device. With overlap the end
-of a step is seen late where the host was still launching the next one: such steps are left out, and what follows a
-decode step that was seen late begins when the fitted function says that it ended.
+The device's time of a step is `end - max(begin, end of the step before)`. Without overlap it begins with the launch, so
+that preparing on the host is part of it. With overlap a graph begins when it is launched, and other steps with their
+first kernel: what is left is what the step added to the queue of the device. Two kinds of steps tell nothing of it
+then and are left out: those whose end was seen late, as the host was still launching the next one, and those whose
+kernels the device had to wait for. What follows a decode that was seen late, and is no graph, begins when the fitted
+function says that the decode ended.
 
 Steps that only decode and steps with prompts run other code: each kind has a table over its tokens. All else is fitted
 to both kinds at once, with what physics ties: a token whose KV is read costs the same in both, no coefficient is
@@ -38,10 +40,12 @@ FloatArray = NDArray[np.float64]
 KNOTS = np.array(
     [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768]
 )
-MIN_STEPS = 20  # to fit a phase, and to keep a knot
+MIN_STEPS = 20  # to fit a phase
+KNOT_STEPS = 8  # to keep a knot
 HUBER = 3.0  # robust standard deviations
 PAUSE = 8.0  # times the fit: what takes longer was a pause of the machine
 LATE = 2e-4  # seconds after a launch: tokens that come sooner had been waiting for the host
+WAITED = 0.1  # of a launch kernel by kernel: tokens that come sooner after it had been waiting for it
 ROUNDS = 10
 
 
@@ -54,6 +58,8 @@ class Samples(NamedTuple):
         launch: seconds from the launch until it was done.
         before: seconds from scheduling to launch.
         after: seconds from the end of the step to the start of the next one; NaN where the engine had no work.
+        tail: seconds from when all was launched to the end of the step.
+        taken: seconds from the launch of the next step to the end of one that was seen late; NaN for others.
     """
 
     features: FloatArray
@@ -61,6 +67,8 @@ class Samples(NamedTuple):
     launch: FloatArray
     before: FloatArray
     after: FloatArray
+    tail: FloatArray
+    taken: FloatArray
 
     @property
     def num_tokens(self) -> FloatArray:
@@ -105,13 +113,14 @@ class Fit:
     error: tuple[float, float]
 
 
-def samples(run: RecordedRun, decode: TableStepTime | None = None) -> Samples:
+def samples(run: RecordedRun, max_launch_tokens: float = 0.0, decode: TableStepTime | None = None) -> Samples:
     """The steps of one run.
 
     Args:
         run: the recording.
-        decode: of steps that only decode. With it the device time is also known of steps that follow one of those whose
-            end was seen late.
+        max_launch_tokens: with overlap, up to which steps with prompts replay a graph.
+        decode: of steps that only decode. With it the device time is also known of steps without a graph that follow
+            one of those whose end was seen late.
     """
     steps = run.steps
     num_decodes = steps["num_scheduled"] - steps["num_prefill_requests"]
@@ -129,30 +138,51 @@ def samples(run: RecordedRun, decode: TableStepTime | None = None) -> Samples:
     ).astype(np.float64)
     start, launch, launched = steps["start_time"], steps["launch_time"], steps["launched_time"]
     end = steps["end_time"]
-    late = _seen_late(launched, end) if run.overlap else np.zeros(len(end), dtype=np.bool_)
-    free = np.concatenate([[-np.inf], np.where(late, np.nan, end)[:-1]])
-    if decode is not None:
-        for i in np.flatnonzero(late[:-1] & (features[:-1, 5] == 0)).tolist():
-            # A beginning that is not known makes the end NaN too.
-            expected = np.maximum(launch[i], free[i]) + decode(StepFeatures(*features[i].tolist()))
-            free[i + 1] = np.minimum(end[i], expected)
-    device = np.where(late, np.nan, end - np.maximum(launch, free))
+    take = np.full(len(end), np.nan)
+    if run.overlap:
+        late = _seen_late(launched, end)
+        take[late] = end[late] - np.roll(launched, -1)[late]
+        device = _device_under_overlap(features, launch, launched, end, max_launch_tokens, decode)
+    else:
+        device = end - np.maximum(launch, np.concatenate([[-np.inf], end[:-1]]))
     # With overlap the call that plans step N + 2 follows the one that ended step N.
     lag = 2 if run.overlap else 1
     after = np.full(len(end), np.nan)
     after[:-lag] = start[lag:] - end[:-lag]
     after[~(_has_work(run, end) & (after >= 0))] = np.nan
-    return Samples(features, device, launched - launch, launch - start, after)
+    return Samples(features, device, launched - launch, launch - start, after, end - launched, take)
 
 
-def _seen_late(launched: FloatArray, ends: FloatArray) -> NDArray[np.bool_]:
-    """Whether each step's tokens were there before the next step had been launched, and so the host came late.
+def _seen_late(launched: FloatArray, end: FloatArray) -> NDArray[np.bool_]:
+    """Whether each step's tokens were there before the next step had been launched, and so the host came late."""
+    late = np.zeros(len(end), dtype=np.bool_)
+    late[:-1] = (launched[1:] <= end[:-1]) & (end[:-1] < launched[1:] + LATE)
+    return late
 
-    A host that mostly comes late sets the pace, and its time is what a step takes.
-    """
-    late = np.zeros(len(ends), dtype=np.bool_)
-    late[:-1] = (launched[1:] <= ends[:-1]) & (ends[:-1] < launched[1:] + LATE)
-    return late & (late.mean() < 0.5)
+
+def _device_under_overlap(
+    features: FloatArray,
+    launch: FloatArray,
+    launched: FloatArray,
+    end: FloatArray,
+    max_launch_tokens: float,
+    decode: TableStepTime | None,
+) -> FloatArray:
+    """Seconds that each step added to the device's queue; NaN where that cannot be told."""
+    only_decode = features[:, 5] == 0
+    replays = only_decode | (features[:, 0] + features[:, 1] <= max_launch_tokens)
+    late = _seen_late(launched, end)
+    begin = np.where(replays, launched, launch)
+    free = np.concatenate([[-np.inf], end[:-1]])
+    after_late = np.concatenate([[False], late[:-1]])
+    # It had ended by the time that the next was launched.
+    free[after_late & replays] = -np.inf
+    for i in np.flatnonzero(after_late & ~replays).tolist():
+        known = decode is not None and only_decode[i - 1] and not after_late[i - 1]
+        before = max(begin[i - 1], free[i - 1])
+        free[i] = min(free[i], before + decode(StepFeatures(*features[i - 1].tolist()))) if known and decode else np.nan
+    waited = ~replays & (end - launched < WAITED * (launched - launch))
+    return np.where(late | waited, np.nan, end - np.maximum(begin, free))
 
 
 def _has_work(run: RecordedRun, ends: FloatArray) -> NDArray[np.bool_]:
@@ -177,8 +207,9 @@ def fit_profile(runs: Sequence[RecordedRun]) -> Fit:
     if len(model) != 1:
         raise ConfigError(f"runs of one model, with or without overlap, make one profile; these are of {sorted(model)}")
     [(name, kv_bytes, overlap)] = model
-    decode, _ = _fit_device(pooled([samples(run) for run in runs]).timed(), name)
-    steps = pooled([samples(run, decode) for run in runs])
+    most = _most_launch_tokens(pooled([samples(run) for run in runs])) if overlap else 0.0
+    decode, _ = _fit_device(pooled([samples(run, most) for run in runs]).timed(), name)
+    steps = pooled([samples(run, most, decode) for run in runs])
     decode, prefill = _fit_device(steps.timed(), name)
     profile = MeasuredProfile(
         source=_source(runs),
@@ -189,7 +220,7 @@ def fit_profile(runs: Sequence[RecordedRun]) -> Fit:
         fitted=_range(runs),
         decode=decode,
         prefill=prefill,
-        host=_fit_host(steps, overlap),
+        host=_fit_host(steps, most) if overlap else _fit_host(steps),
     )
     timed = steps.timed()
     error = np.abs(predict(profile, timed) / timed.device - 1)
@@ -242,57 +273,79 @@ def _knots(tokens: FloatArray) -> list[float]:
     low, high = float(tokens.min()), float(max(tokens.max(), tokens.min() + 1))
     knots = [low]
     for knot in KNOTS[(low < KNOTS) & (high > KNOTS)].tolist():
-        if ((tokens > knots[-1]) & (tokens <= knot)).sum() >= MIN_STEPS:
+        if ((tokens > knots[-1]) & (tokens <= knot)).sum() >= KNOT_STEPS:
             knots.append(float(knot))
     return [*knots, high]
 
 
-def _fit_host(steps: Samples, overlap: bool) -> HostTime:
+def _fit_host(steps: Samples, max_launch_tokens: float | None = None) -> HostTime:
     """Host time before and after a step, each as base + share per request; with overlap also that of launches."""
-    requests = np.stack([np.ones(len(steps.device)), steps.num_requests], axis=1)
+    parts = np.stack([np.ones(len(steps.device)), steps.num_requests, ~steps.only_decode], axis=1).astype(np.float64)
     known = ~np.isnan(steps.after)
-    before = _non_negative(requests, steps.before)
-    after = _non_negative(requests[known], steps.after[known]) if known.sum() >= MIN_STEPS else np.zeros(2)
-    return HostTime(*before.tolist(), *after.tolist(), *(_fit_launch(steps) if overlap else ()))
+    before = _non_negative(parts, steps.before).tolist()
+    after = (_non_negative(parts[known], steps.after[known]) if known.sum() >= MIN_STEPS else np.zeros(3)).tolist()
+    launch = {} if max_launch_tokens is None else _fit_launch(steps, max_launch_tokens)
+    return HostTime(*before[:2], *after[:2], before_prefill=before[2], after_prefill=after[2], **launch)
 
 
-def _fit_launch(steps: Samples) -> tuple[float, ...]:
-    """Launches by kind, where the kinds part, and what a request and a prompt's token add, as HostTime has them.
+def _most_launch_tokens(steps: Samples) -> float:
+    """The tokens up to which steps with prompts replay a graph.
 
-    Kinds of steps with prompts are told apart where the logarithms of their launch times have the largest variance
-    between the two groups.
+    They are told apart where the logarithms of their launch times have the largest variance between the two groups.
     """
     prompts = steps.take(~steps.only_decode)
     order = np.argsort(prompts.num_tokens, kind="stable")
-    tokens, seconds = prompts.num_tokens[order], np.maximum(prompts.launch[order], 1e-6)
-    log = np.log(seconds)
+    tokens, log = prompts.num_tokens[order], np.log(np.maximum(prompts.launch[order], 1e-6))
     left = np.arange(1, len(log))
     between = (np.cumsum(log)[:-1] - left * log.mean()) ** 2 / (left * (len(log) - left))
-    most = float(tokens[int(np.argmax(np.where(tokens[:-1] < tokens[1:], between, -1.0)))])
-    replayed = ~steps.only_decode & (steps.num_tokens <= most)
-    kinds = [steps.only_decode, replayed, ~(steps.only_decode | replayed)]
-    columns = np.stack([*kinds, steps.num_requests, steps.features[:, 0]], axis=1).astype(np.float64)
-    decode, first, second, per_request, per_token = _non_negative(columns, steps.launch).tolist()
-    return decode, first, second, most, per_request, per_token
+    return float(tokens[int(np.argmax(np.where(tokens[:-1] < tokens[1:], between, -1.0)))])
+
+
+def _fit_launch(steps: Samples, max_launch_tokens: float) -> dict[str, float]:
+    """Launches by kind, and what requests and the prompts' tokens add, as HostTime has them."""
+    prompts, replays = ~steps.only_decode, steps.num_tokens <= max_launch_tokens
+    eager = prompts & ~replays
+    columns = {
+        "launch_decode": steps.only_decode,
+        "launch_prefill": prompts & replays,
+        "launch_eager": eager,
+        "launch_mixed": eager & (steps.features[:, 1] > 0),
+        "launch_per_request": steps.num_requests,
+        "launch_per_token": steps.features[:, 0],
+    }
+    found = _non_negative(np.stack(list(columns.values()), axis=1).astype(np.float64), steps.launch).tolist()
+    waited = eager & np.isnan(steps.device) & (steps.tail < WAITED * steps.launch)
+    tail = float(np.median(steps.tail[waited])) if waited.any() else 0.0
+    late = ~np.isnan(steps.taken)
+    take = float(np.median(steps.taken[late])) if late.any() else 0.0
+    return dict(zip(columns, found, strict=True)) | {"max_launch_tokens": max_launch_tokens, "tail": tail, "take": take}
 
 
 def _non_negative(columns: FloatArray, seconds: FloatArray) -> FloatArray:
-    """Coefficients of at least 0 with `columns @ coefficients` near `seconds`: relative errors, without pauses."""
-    # Far below a microsecond nothing is measured: such times must not get all the weight.
-    relative = 1 / np.maximum(seconds, 1e-6)
+    """Coefficients of at least 0 with `columns @ coefficients` near `seconds`: relative errors, without pauses.
+
+    Errors are relative to what is fitted, not to what was measured: that would favour the steps that were short by
+    chance, and the mean would come out too low.
+    """
     scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
+    # Far below a microsecond nothing is measured: such times must not get all the weight.
+    expected = np.maximum(seconds, 1e-6)
 
     def solve(weight: FloatArray) -> FloatArray:
-        rows = np.sqrt(weight) * relative
+        rows = np.sqrt(weight) / expected
         return np.asarray(nnls(columns / scale * rows[:, None], seconds * rows)[0] / scale)
 
     weight = np.ones(len(seconds))
     for _ in range(ROUNDS):
-        residual = np.abs(columns @ solve(weight) - seconds) * relative
+        fitted = columns @ solve(weight)
+        expected = np.maximum(fitted, 1e-6)
+        residual = np.abs(fitted - seconds) / expected
         spread = 1.4826 * np.median(residual) + 1e-9
         weight = np.minimum(1.0, HUBER * spread / np.maximum(residual, 1e-12))
-    fitted = columns @ solve(weight)
-    return solve((seconds <= PAUSE * fitted).astype(np.float64))
+    steady = (seconds <= PAUSE * expected).astype(np.float64)
+    for _ in range(ROUNDS):
+        expected = np.maximum(columns @ solve(steady), 1e-6)
+    return solve(steady)
 
 
 def _range(runs: Sequence[RecordedRun]) -> FittedRange:
