@@ -165,7 +165,7 @@ class CalibrateStudy:
         simulated_steps = simulate_again(run, fit.profile, f"profiles/{group}.yaml", folder)
         simulated, measured = write_summary(folder), summarize(read_run(run.path))
         values = [[metric.of(summary) for metric in METRICS] for summary in (measured, simulated)]
-        steps = samples(run, fit.profile.decode).timed()
+        steps = samples(run, fit.profile.host.max_launch_tokens, fit.profile.decode).timed()
         return Cell(
             label=_label(run),
             overlap=run.overlap,

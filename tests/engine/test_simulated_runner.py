@@ -94,22 +94,34 @@ def test_tokens_wait_for_the_launch_of_the_next_step():
     decode = runner.execute(plan((3, 1)), allocator=None)
     assert clock.now() == 0.5
     prompt = runner.execute(plan((0, 5)), allocator=None)
-    # The device began with the prompt when it had ended the decode, at 6.0; the host came back after the launch.
+    # The device began with the decode's graph at 0.5, and with the prompt when it had ended that, at 6.5; the host came
+    # back after the launch.
     decode.result()
     assert clock.now() == 10.5
     short = runner.execute(plan((0, 4)), allocator=None)
     assert clock.now() == 11.5
     prompt.result()
-    assert clock.now() == 12.0
+    assert clock.now() == 12.5
     short.result()
-    assert clock.now() == 18.0
+    assert clock.now() == 18.5
 
 
 def test_a_step_ends_no_sooner_than_its_launch():
     clock = VirtualClock()
-    runner = SimulatedRunner(LinearStepTime(2.0), clock, host=HostTime(before=1.0, launch_eager=10.0))
+    runner = SimulatedRunner(LinearStepTime(2.0), clock, host=HostTime(before=1.0, launch_eager=10.0, tail=0.25))
     runner.execute(plan((0, 5)), allocator=None).result()
-    assert clock.now() == 11.0
+    assert clock.now() == 11.25
+
+
+def test_a_graph_begins_when_it_is_launched_and_tokens_that_wait_take_the_host_a_moment():
+    clock = VirtualClock()
+    runner = SimulatedRunner(LinearStepTime(2.0), clock, host=HostTime(launch_decode=3.0, take=0.5, before_prefill=9.0))
+    first = runner.execute(plan((3, 1)), allocator=None)
+    second = runner.execute(plan((4, 1)), allocator=None)
+    first.result()  # ended at 5.0, seen at 6.0
+    assert clock.now() == 6.5
+    second.result()  # begun at 6.0
+    assert clock.now() == 8.0
 
 
 @pytest.mark.parametrize("seconds", [[1.0, 2.0, 4.0, 4.0], [1.0, 1.0, 1.0, 4.0], [0.0, 4.0, 4.0, 4.0]])
