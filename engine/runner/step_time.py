@@ -187,7 +187,6 @@ class TableStepTime:
         per_kv_token: of each token whose KV is read.
         per_attention_pair: of each (query, key) pair of prompt tokens.
         per_copied_block: of each block copied.
-        per_longest_prefill: of each token of the longest context of a prompt: a tile of queries walks through it alone.
 
     Raises:
         ConfigError: a table that falls or is not ascending, or a negative coefficient.
@@ -199,7 +198,6 @@ class TableStepTime:
     per_kv_token: float = 0.0
     per_attention_pair: float = 0.0
     per_copied_block: float = 0.0
-    per_longest_prefill: float = 0.0
 
     def __post_init__(self) -> None:
         check_seconds(self, "step_time", leave_out=("tokens", "seconds"))
@@ -232,7 +230,6 @@ class TableStepTime:
             + self.per_kv_token * features.num_kv_tokens
             + self.per_attention_pair * features.num_attention_pairs
             + self.per_copied_block * features.num_copied_blocks
-            + self.per_longest_prefill * features.longest_prefill
         )
 
 

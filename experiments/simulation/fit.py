@@ -53,7 +53,7 @@ class Samples(NamedTuple):
     """The steps of runs, as columns of one length.
 
     Attributes:
-        features: as of StepFeatures, in its order; float64 [steps, 7].
+        features: as of StepFeatures, in its order; float64 [steps, 6].
         device: seconds; NaN where the host saw the beginning or the end too late.
         launch: seconds from the launch until it was done.
         before: seconds from scheduling to launch.
@@ -132,7 +132,6 @@ def samples(run: RecordedRun, max_launch_tokens: float = 0.0, decode: TableStepT
             steps["num_attention_pairs"],
             steps["num_copies"],
             steps["num_prefill_requests"],
-            steps["longest_prefill"],
         ],
         axis=1,
     ).astype(np.float64)
@@ -247,14 +246,13 @@ def _fit_device(steps: Samples, model: str) -> tuple[TableStepTime, TableStepTim
         steps.features[:, 2],
         steps.features[:, 3],
         steps.features[:, 4],
-        steps.features[:, 6],
     ]
     found = _non_negative(np.concatenate([*tables, np.stack(others, axis=1)], axis=1), steps.device)
     first, second, rest = np.split(found, np.cumsum([len(entries) for entries in knots]))
-    per_request, per_kv_token, per_pair, per_copy, per_longest = rest.tolist()
+    per_request, per_kv_token, per_pair, per_copy = rest.tolist()
     return (
         TableStepTime(knots[0], np.cumsum(first).tolist(), 0.0, per_kv_token, 0.0, per_copy),
-        TableStepTime(knots[1], np.cumsum(second).tolist(), per_request, per_kv_token, per_pair, per_copy, per_longest),
+        TableStepTime(knots[1], np.cumsum(second).tolist(), per_request, per_kv_token, per_pair, per_copy),
     )
 
 

@@ -229,7 +229,7 @@ def _findings(cells: Sequence[Cell], fits: dict[str, Fit]) -> Findings:
     held = sum(claim.verdict is Verdict.PASSES for claim in claims)
     identical = sum(cell.decisions.num_identical for cell in cells)
     total = sum(cell.decisions.num_steps for cell in cells)
-    judged = sum(claim.verdict in (Verdict.HOLDS, Verdict.DIFFERS) for claim in claims)
+    judged = sum(claim.verdict in (Verdict.PASSES, Verdict.FAILS) for claim in claims)
     same, at_once = (
         sum(cell.divergence.num_same for cell in part) / max(1, sum(cell.divergence.num_steps for cell in part))
         for part in (cells, [cell for cell in cells if cell.at_once])
