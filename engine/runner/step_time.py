@@ -187,6 +187,8 @@ class TableStepTime:
         per_kv_token: of each token whose KV is read.
         per_attention_pair: of each (query, key) pair of prompt tokens.
         per_copied_block: of each block copied.
+        fill_queries: new tokens of one prompt whose attention fills the device. Fewer take as long, because each tile
+            of queries walks through the whole context alone.
 
     Raises:
         ConfigError: a table that falls or is not ascending, or a negative coefficient.
@@ -198,6 +200,7 @@ class TableStepTime:
     per_kv_token: float = 0.0
     per_attention_pair: float = 0.0
     per_copied_block: float = 0.0
+    fill_queries: float = 0.0
 
     def __post_init__(self) -> None:
         check_seconds(self, "step_time", leave_out=("tokens", "seconds"))
@@ -228,7 +231,7 @@ class TableStepTime:
             of_tokens
             + self.per_request * features.num_requests
             + self.per_kv_token * features.num_kv_tokens
-            + self.per_attention_pair * features.num_attention_pairs
+            + self.per_attention_pair * max(features.num_attention_pairs, self.fill_queries * features.longest_prefill)
             + self.per_copied_block * features.num_copied_blocks
         )
 

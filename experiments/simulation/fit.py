@@ -43,6 +43,8 @@ KNOTS = np.array(
 MIN_STEPS = 20  # to fit a phase
 KNOT_STEPS = 8  # to keep a knot
 HUBER = 3.0  # robust standard deviations
+FILLS = (0, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # tried as `fill_queries`
+LARGEST_ERROR = 0.5  # of a step, in the choice among these: what is further off was a pause, or not of attention
 PAUSE = 8.0  # times the fit: what takes longer was a pause of the machine
 LATE = 2e-4  # seconds after a launch: tokens that come sooner had been waiting for the host
 WAITED = 0.1  # of a launch kernel by kernel: tokens that come sooner after it had been waiting for it
@@ -53,7 +55,7 @@ class Samples(NamedTuple):
     """The steps of runs, as columns of one length.
 
     Attributes:
-        features: as of StepFeatures, in its order; float64 [steps, 6].
+        features: as of StepFeatures, in its order; float64 [steps, 7].
         device: seconds; NaN where the host saw the beginning or the end too late.
         launch: seconds from the launch until it was done.
         before: seconds from scheduling to launch.
@@ -132,6 +134,7 @@ def samples(run: RecordedRun, max_launch_tokens: float = 0.0, decode: TableStepT
             steps["num_attention_pairs"],
             steps["num_copies"],
             steps["num_prefill_requests"],
+            steps["longest_prefill"],
         ],
         axis=1,
     ).astype(np.float64)
@@ -241,18 +244,27 @@ def _fit_device(steps: Samples, model: str) -> tuple[TableStepTime, TableStepTim
                 "more runs in study.train"
             )
     knots, tables = zip(*(_table(steps.num_tokens, mask) for mask in (decodes, prompts)), strict=True)
-    others = [
-        np.where(prompts, steps.num_requests, 0.0),  # of steps that only decode, requests and tokens are one number
-        steps.features[:, 2],
-        steps.features[:, 3],
-        steps.features[:, 4],
-    ]
-    found = _non_negative(np.concatenate([*tables, np.stack(others, axis=1)], axis=1), steps.device)
+    best, error = None, np.inf
+    for fill in FILLS:
+        others = [
+            np.where(prompts, steps.num_requests, 0.0),  # of steps that only decode, requests and tokens are one number
+            steps.features[:, 2],
+            np.maximum(steps.features[:, 3], fill * steps.features[:, 6]),
+            steps.features[:, 4],
+        ]
+        columns = np.concatenate([*tables, np.stack(others, axis=1)], axis=1)
+        found = _non_negative(columns, steps.device)
+        off = np.abs(steps.device / np.maximum(columns @ found, 1e-6) - 1)[prompts]
+        if (mean := float(np.minimum(off, LARGEST_ERROR).mean())) < error:
+            best, error = (fill, found), mean
+    assert best is not None  # the first has a finite error
+    fill, found = best
     first, second, rest = np.split(found, np.cumsum([len(entries) for entries in knots]))
     per_request, per_kv_token, per_pair, per_copy = rest.tolist()
+    prefill = np.cumsum(second).tolist()
     return (
         TableStepTime(knots[0], np.cumsum(first).tolist(), 0.0, per_kv_token, 0.0, per_copy),
-        TableStepTime(knots[1], np.cumsum(second).tolist(), per_request, per_kv_token, per_pair, per_copy),
+        TableStepTime(knots[1], prefill, per_request, per_kv_token, per_pair, per_copy, float(fill)),
     )
 
 

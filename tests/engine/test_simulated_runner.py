@@ -142,3 +142,10 @@ def test_a_launch_grows_with_requests_and_prompt_tokens():
     assert host.launch(StepFeatures(0, 2, 0, 0, 0, 0)) == 1.0 + 2 * 0.5
     assert host.launch(StepFeatures(3, 1, 0, 0, 0, 1)) == 2.0 + 2 * 0.5 + 3 * 0.25
     assert host.launch(StepFeatures(8, 0, 0, 0, 0, 1)) == 10.0 + 0.5 + 8 * 0.25
+
+
+def test_few_queries_of_a_long_context_do_not_fill_the_device():
+    table = TableStepTime([1, 1024], [0.0, 0.0], per_attention_pair=1.0, fill_queries=512)
+    short, long = 256, 1024
+    contexts = [StepFeatures(new, 0, 0, new * 10_000, 0, 1, longest_prefill=10_000) for new in (short, long)]
+    assert [table(features) for features in contexts] == [512 * 10_000, 1024 * 10_000]
