@@ -377,7 +377,4 @@ def _source(runs: Sequence[RecordedRun]) -> str:
     machine = gpu["name"] if gpu else f"{manifest['machine']['cores']} cores of {manifest['machine']['cpu']}"
     commit = (manifest["git"]["commit"] or "no commit")[:12]
     seeds = sorted({run.manifest["workload"]["seed"] for run in runs})
-    return (
-        f"{machine}, commit {commit}, {manifest['strategy']['allocator']} x {manifest['strategy']['scheduler']}, "
-        + (f"{len(runs)} runs of workload {manifest['workload']['name']}, seed {', '.join(map(str, seeds))}")
-    )
+    return f"{machine}, commit {commit}, {len(runs)} runs, seed {', '.join(map(str, seeds))}"

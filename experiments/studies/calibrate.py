@@ -116,7 +116,9 @@ class CalibrateStudy:
 
     def __init__(self, train: Sequence[str] = (), test: Sequence[str] = (), recordings: str | None = None) -> None:
         if recordings is not None and (train or test):
-            raise ConfigError("study.recordings stands for study.train and study.test; give it, or these two")
+            raise ConfigError(
+                "study.recordings stands for study.train and study.test; give these two with study.recordings=null"
+            )
         self._recordings = None if recordings is None else Path(recordings)
         if self._recordings is None:
             self._take(train, test)
