@@ -1,15 +1,18 @@
-"""The cells of a comparison: in which settings they differ, their names, and whom each is compared with."""
+"""The cells of a comparison, and in which settings they differ."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
 from typing import Any
 
-from reports.errors import ReportError
+import numpy as np
+
 from reports.files import RunFiles
-from reports.paired import same_prompts
+from reports.latency import request_latencies
 
 STRATEGY = ("allocator", "scheduler")
 # Config groups, and where the manifest says which option of the group ran.
@@ -21,12 +24,10 @@ GROUPS = {
     "arrival": ("arrival", "name"),
 }
 # Settings that cannot change what ran, and those of a server, which stands in the place of a strategy's name.
-IGNORED = ("hydra", "report", "name", "slo", "target", "http")
-
-MAX_REASONS = 3  # settings that say why a cell is not paired
+IGNORED = ("hydra", "report", "name", "slo", "target", "http", "sweep")
 
 
-@dataclass(slots=True, eq=False)  # of two runs alike, each is still its own
+@dataclass(eq=False)  # of two runs alike, each is still its own
 class Cell:
     """One run of a comparison.
 
@@ -35,7 +36,10 @@ class Cell:
         run: its files.
         summary: its summary.
         settings: the settings that differ between the cells, and allocator and scheduler always.
-        label: how figures and tables call it.
+        label: how figures and tables call it; its repeats have the same.
+        run_label: its own name.
+        occurrence: how many runs alike, of no round or of the same, began before it.
+        copy_of: the cell whose run it is too.
         baseline: the cell it is compared with; None when there is none with the same workload, itself for the baseline.
         unpaired: why there is none; None where there is one.
     """
@@ -45,8 +49,56 @@ class Cell:
     summary: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     label: str = ""
+    run_label: str = ""
+    occurrence: int = 0
+    copy_of: Cell | None = None
     baseline: Cell | None = None
     unpaired: str | None = None
+
+    @cached_property
+    def latencies(self) -> dict[str, np.ndarray]:
+        """What `request_latencies` answers for its run."""
+        return request_latencies(self.run)
+
+    @property
+    def round(self) -> int | None:
+        """The round of a sweep in which it ran; None outside one."""
+        return self.run.manifest.get("round")
+
+    @property
+    def seeds(self) -> tuple[tuple[str, str], ...]:
+        """The seeds that differ between the cells, as text."""
+        return tuple((key, repr(value)) for key, value in self.settings.items() if is_seed(key))
+
+    @property
+    def block(self) -> tuple[Any, ...]:
+        """What a cell and the one that it is compared with have in common: seeds, round, occurrence."""
+        return self.seeds, self.round, self.occurrence
+
+    @cached_property
+    def identity(self) -> str:
+        """What ran it: only runs of the same code on the same machine are repeats."""
+        manifest = self.run.manifest
+        code = (manifest.get("sources") or {}).get("hash") or manifest["git"]
+        clock, target = (manifest.get(key) or {} for key in ("simulation", "target"))
+        engine = [clock.get("kind"), clock.get("profile"), target.get("url"), target.get("model")]
+        return json.dumps([code, manifest["machine"], manifest["versions"], engine], sort_keys=True)
+
+    @property
+    def shared_code(self) -> str:
+        """The code that it shares with runs of other strategies."""
+        return json.dumps((self.run.manifest.get("sources") or {}).get("packages") or self.run.manifest["git"])
+
+    @cached_property
+    def start(self) -> float | None:
+        """When it began, in seconds of the clock on the wall; None if its files do not say."""
+        run, created = self.run.manifest["run"], self.run.manifest.get("created")
+        try:
+            if run.get("ended") and run.get("wall_time") is not None:
+                return datetime.fromisoformat(run["ended"]).timestamp() - run["wall_time"]
+            return datetime.fromisoformat(created).timestamp() if created else None
+        except ValueError:
+            return None
 
     @property
     def is_simulated(self) -> bool:
@@ -65,36 +117,19 @@ class Cell:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """The other settings that differ: workload, rate, pool, ..."""
+        """The other settings that differ: workload, seed, rate, pool, ..."""
         return {key: value for key, value in self.settings.items() if key.split(".")[0] not in STRATEGY}
+
+    @property
+    def contender(self) -> tuple[Any, ...]:
+        """What its repeats share: the settings but the seeds, what ran it, and that it is no copy."""
+        settings = tuple((key, repr(value)) for key, value in self.settings.items() if not is_seed(key))
+        return settings, self.identity, None if self.copy_of is None else id(self)
 
 
 def is_seed(key: str) -> bool:
     """Whether a setting is a seed: cells that differ in it alone are repeats."""
     return key.rsplit(".", 1)[-1] == "seed"
-
-
-def make_cells(runs: Sequence[tuple[str, RunFiles, dict[str, Any]]], baseline: str | None) -> list[Cell]:
-    """Name the runs of a comparison and choose each one's baseline.
-
-    Args:
-        runs: (folder, files, summary) of each.
-        baseline: folder, name or label of the run that others are compared with; None takes the first.
-
-    Raises:
-        ReportError: there is no run, or none called `baseline`.
-    """
-    if not runs:
-        raise ReportError("nothing to compare: no run of the sweep has finished")
-    cells = [Cell(folder, run, summary) for folder, run, summary in runs]
-    settings = differing_settings([cell.run.manifest for cell in cells])
-    for cell, values in zip(cells, settings, strict=True):
-        cell.settings = values
-    _label(cells)
-    base = _find(cells, baseline)
-    for cell in cells:
-        cell.baseline, cell.unpaired = _baseline_of(cell, base, cells)
-    return cells
 
 
 def differing_settings(manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,93 +173,3 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def _label(cells: list[Cell]) -> None:
-    """allocator × scheduler, then what else differs; the folder where that is not enough."""
-    for cell in cells:
-        rest = [
-            f"{key.rsplit('.', 1)[-1]}={value}"
-            for key, value in cell.settings.items()
-            if key not in STRATEGY and value is not None
-        ]
-        cell.label = ", ".join([f"{cell.settings['allocator']} × {cell.settings['scheduler']}", *rest])
-    labels = [cell.label for cell in cells]
-    for cell in cells:
-        if labels.count(cell.label) > 1:
-            cell.label = f"{cell.label} [{cell.folder}]"
-    given = [cell.label for cell in cells]
-    for index, cell in enumerate(cells):
-        if earlier := given[:index].count(cell.label):  # one folder given again
-            cell.label = f"{cell.label} ({earlier + 1})"
-
-
-def _plain(name: str) -> str:
-    return "".join(name.replace("×", "x").split()).lower()
-
-
-def _find(cells: list[Cell], baseline: str | None) -> Cell:
-    if baseline is None:
-        return cells[0]
-    for cell in cells:
-        names = (cell.folder, str(cell.run.manifest["name"]), cell.label)
-        if _plain(baseline) in map(_plain, names):
-            return cell
-    known = ", ".join(repr(cell.label) for cell in cells)
-    raise ReportError(f"there is no run called {baseline!r} to compare with; the runs are {known}")
-
-
-def _baseline_of(cell: Cell, base: Cell, cells: list[Cell]) -> tuple[Cell | None, str | None]:
-    """The baseline's strategy under the cell's conditions; the baseline itself where only conditions differ.
-
-    Where there is none, or none with the same prompts, the second says why.
-    """
-    if len({other.strategy for other in cells}) == 1:
-        candidates = [base]
-    else:
-        rivals = [other for other in cells if other.strategy == base.strategy]
-        candidates = [other for other in rivals if other.conditions == cell.conditions]
-        if cell in candidates:
-            return cell, None
-        if not candidates:
-            return None, _no_rival(cell, rivals)
-    for candidate in candidates:
-        if candidate is cell or same_prompts(cell.run, candidate.run):
-            return candidate, None
-    return None, f"{_other_prompts(cell, candidates[0])}{_two_clocks(cell, candidates[0])}"
-
-
-def _no_rival(cell: Cell, rivals: list[Cell]) -> str:
-    """Why no run of the baseline's strategy is like the cell: where the nearest one differs."""
-
-    def differing(other: Cell) -> list[str]:
-        return [key for key, value in cell.conditions.items() if other.conditions[key] != value]
-
-    nearest = min(rivals, key=lambda other: len(differing(other)))
-    keys = differing(nearest)
-    where = ", ".join(f"{key}={nearest.conditions[key]} and not {cell.conditions[key]}" for key in keys[:MAX_REASONS])
-    more = f" and {len(keys) - MAX_REASONS} more settings" if len(keys) > MAX_REASONS else ""
-    reason = f"no run of the baseline's strategy has its settings ({nearest.label} has {where}{more})"
-    return reason + _two_clocks(cell, nearest)
-
-
-def _two_clocks(cell: Cell, other: Cell) -> str:
-    return "" if cell.is_simulated == other.is_simulated else "; one of them is simulated, the other is measured"
-
-
-def _other_prompts(cell: Cell, other: Cell) -> str:
-    for one in (cell, other):
-        if one.run.num_requests and not one.run.list_lengths("prompt_token_ids").any():
-            return f"{'it' if one is cell else one.label} recorded no prompts (driver.record=summary)"
-    return f"its requests are not those of {other.label}"
-
-
-def same_runs(cells: Sequence[Cell]) -> list[tuple[str, str]]:
-    """Labels of cells that are one run, each with the first such: the same folder, or a copy."""
-    first: dict[tuple[str, bytes], Cell] = {}
-    pairs = []
-    for cell in cells:
-        key = (json.dumps(cell.run.manifest, sort_keys=True), cell.run.steps["end_time"].tobytes())
-        if first.setdefault(key, cell) is not cell:
-            pairs.append((first[key].label, cell.label))
-    return pairs

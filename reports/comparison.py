@@ -1,7 +1,7 @@
 """The comparison of runs: a sweep's cells, or any runs side by side.
 
-Writes report.html, report.md, summary.json, comparison.csv and figures/*.png. Like a run's report it depends on the
-runs' files alone.
+Writes report.html, report.md, summary.json, comparison.csv, runs.csv and figures/*.png. Like a run's report it depends
+on the runs' files alone.
 """
 
 from __future__ import annotations
@@ -14,26 +14,30 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from reports.cells import Cell, make_cells, same_runs
+from reports.cells import Cell
 from reports.comparison_figures import draw_comparison
 from reports.comparison_sections import comparison_document
-from reports.costs import costs
+from reports.contention import contention_notices, run_contention
+from reports.costs import METRICS as COST_METRICS
+from reports.costs import cost_pairs, costs
 from reports.curves import curve_axis, curves
 from reports.document import render_html, render_markdown, write_text
 from reports.errors import ReportError
 from reports.files import RunFiles, read_json, read_run
-from reports.format import percent, rate
-from reports.latency import request_latencies
+from reports.format import rate
+from reports.headline import headline
+from reports.judge import LATENCIES, Judgement, describe_requests, judge, throughput_ratio
 from reports.notices import comparison_notices, simulated_prefix
-from reports.paired import match_requests, paired_ratio
-from reports.repeats import repeat_groups, summarize_repeats
+from reports.pairing import make_cells, same_runs
+from reports.repeats import Contender, contenders, spread
 from reports.same_work import compare_same_work, same_work_sentences
 from reports.shapes import SWEEP
-from reports.summary import SCHEMA_VERSION, summarize
+from reports.summary import summarize
 from reports.tokens import same_tokens
-from reports.windows import WINDOWS, kv_use, kv_use_text, room_text
+from reports.verdicts import CONFIDENCE, LEVEL, THROUGHPUT
+from reports.windows import WINDOWS
 
-PAIRED_METRICS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
+SCHEMA_VERSION = 2  # 1 had a row per run in `cells`, and verdicts from single pairs of runs
 CELL_METRICS = (
     "num_requests", "num_finished", "num_rejected", "num_aborted", "num_failed", "duration_seconds", "busy_share",
     "output_tokens_per_second", "total_tokens_per_second", "requests_per_second", "ttft_seconds", "tpot_seconds",
@@ -110,7 +114,8 @@ def compare(
         raise ReportError(f"cannot make {out_dir} ({error.strerror}); choose another folder") from None
     document = comparison_document(summary, cells, draw_comparison(cells, summary, out_dir))
     write_text(out_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    write_csv(summary, out_dir / "comparison.csv")
+    write_csv(summary["cells"], out_dir / "comparison.csv")
+    write_csv(summary["runs"], out_dir / "runs.csv")
     write_text(out_dir / "report.md", render_markdown(document))
     write_text(out_dir / "report.html", render_html(document))
     return summary
@@ -120,51 +125,95 @@ def summarize_comparison(
     cells: list[Cell], failed: list[dict[str, Any]], not_defined: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     """summary.json of a comparison."""
-    base = next((cell for cell in cells if cell.is_baseline), cells[0])
+    rows = contenders(cells)
+    base = next((row for row in rows if row.is_baseline), rows[0])
+    pairs = cost_pairs(rows)
+    judgement = judge(rows, [(pair.one, pair.other, metric) for pair in pairs for metric in COST_METRICS])
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kind": "comparison",
         "baseline": base.label,
-        "settings": list(cells[0].settings),
+        "settings": list(rows[0].settings),
         "same_tokens": same_tokens(cells),
         "measured_together": measured_together(cells),
         "same_runs": same_runs(cells),
         "two_clocks": two_clocks(cells),
         "decode_kernels": decode_kernels(cells),
-        "cells": [_cell_summary(cell) for cell in cells],
+        "cells": [_row_summary(row, judgement) for row in rows],
+        "runs": [_run_summary(cell) for cell in cells],
+        "fastest": _fastest(judgement),
+        "verdicts": judgement.as_list(),
+        "verdict_rule": {"level": LEVEL, "correction": "Holm", "num_verdicts": judgement.num_verdicts,
+                         "interval_confidence": CONFIDENCE},
         "failed": failed,
         "not_defined": list(not_defined),
-        "costs": costs(cells),
-        "same_work": compare_same_work(cells),
-    }
+        "costs": costs(pairs, judgement),
+        "same_work": compare_same_work(_one_round(cells)),
+    }  # fmt: skip
     axis = curve_axis(cells)
     summary["curves"] = {"axis": axis, "lines": curves(cells, axis)} if axis else None
-    summary["repeats"] = summarize_repeats(repeat_groups(cells))
-    summary["notices"] = comparison_notices(cells, summary)
-    fastest = max(cells, key=lambda cell: cell.summary["output_tokens_per_second"] or 0.0)
-    apart = same_work_sentences(summary["same_work"], fastest.label)
-    summary["headline"] = simulated_prefix(cells) + headline(summary) + apart
+    firsts = [row.runs[0] for row in rows]
+    summary["notices"] = comparison_notices(firsts, summary) + contention_notices(cells)
+    apart = same_work_sentences(summary["same_work"], judgement.best.label if judgement.best else None)
+    summary["headline"] = simulated_prefix(firsts) + headline(rows, judgement) + apart
     return summary
 
 
-def _cell_summary(cell: Cell) -> dict[str, Any]:
-    result: dict[str, Any] = {"label": cell.label, "folder": cell.folder, "settings": cell.settings}
-    result |= {name: cell.summary[name] for name in CELL_METRICS}
-    base = cell.baseline
+def _one_round(cells: Sequence[Cell]) -> list[Cell]:
+    """The first run of each cell with each seed: the requests of all its rounds are the same."""
+    return list({(cell.contender, cell.seeds): cell for cell in reversed(cells)}.values())[::-1]
+
+
+def _fastest(judgement: Judgement) -> dict[str, Any] | None:
+    """The contender with the largest throughput against the next one; its verdict says whether the lead is shown."""
+    best, second = judgement.best, judgement.runner_up
+    if best is None or second is None or judgement.fastest is None:
+        return None
+    return {"cell": best.label, "against": second.label} | judgement.fastest.as_dict()
+
+
+def _row_summary(row: Contender, judgement: Judgement) -> dict[str, Any]:
+    """A contender: its numbers folded over its repeats, and how they compare with its baseline's."""
+    base = row.baseline
+    result: dict[str, Any] = {
+        "label": row.label,
+        "folder": row.folder,
+        "folders": [run.folder for run in row.runs],
+        "num_repeats": len(row.runs),
+        "settings": row.settings,
+    }
+    result |= {name: row.summary[name] for name in CELL_METRICS}
+    result["spread"] = {
+        name: spread([run.summary[name] if key is None else run.summary[name][key] for run in row.runs])
+        for name, key in ((THROUGHPUT, None), *((metric, "p50") for metric in LATENCIES))
+    }
     result["baseline"] = base.label if base else None
-    result["unpaired"] = cell.unpaired
-    result["outside"] = (cell.run.manifest.get("simulation") or {}).get("outside", [])
-    ours, theirs = cell.summary["output_tokens_per_second"], base.summary["output_tokens_per_second"] if base else None
-    result["output_tokens_per_second_ratio"] = ours / theirs if ours is not None and theirs else None
-    result["paired"] = paired(cell, base) if base and base is not cell else None
+    result["unpaired"] = row.unpaired
+    simulations = [run.run.manifest.get("simulation") or {} for run in row.runs]
+    result["outside"] = list(dict.fromkeys(line for simulation in simulations for line in simulation.get("outside", [])))
+    result["output_tokens_per_second_ratio"] = throughput_ratio(row, base) if base else None
+    result["output_tokens_per_second_verdict"] = result["paired"] = None
+    if base and base is not row:
+        result["output_tokens_per_second_verdict"] = judgement.of(row, base, THROUGHPUT).as_dict()
+        result["paired"] = {
+            metric: {"requests": describe_requests(row, base, metric)} | judgement.of(row, base, metric).as_dict()
+            for metric in LATENCIES
+        }
     return result
 
 
-def paired(cell: Cell, base: Cell) -> dict[str, Any]:
-    """Paired ratio of each latency, over the requests that finished in both runs."""
-    rows, base_rows = match_requests(cell.run, base.run)
-    latencies, base_latencies = request_latencies(cell.run), request_latencies(base.run)
-    return {name: paired_ratio(latencies[name][rows], base_latencies[name][base_rows]) for name in PAIRED_METRICS}
+def _run_summary(cell: Cell) -> dict[str, Any]:
+    """One run of a contender."""
+    result: dict[str, Any] = {
+        "label": cell.run_label,
+        "cell": cell.label,
+        "folder": cell.folder,
+        "settings": cell.settings,
+        "round": cell.round,
+        "baseline": cell.baseline.run_label if cell.baseline else None,
+        "unpaired": cell.unpaired,
+    }
+    return result | {name: cell.summary[name] for name in CELL_METRICS} | {"contention": run_contention(cell)}
 
 
 def measured_together(cells: list[Cell]) -> list[str]:
@@ -176,16 +225,17 @@ def measured_together(cells: list[Cell]) -> list[str]:
             end = datetime.fromisoformat(run["ended"]).timestamp()
             spans.append((cell, end - run["wall_time"], end))
     together = {
-        one.label
+        one
         for (one, start, end), (other, other_start, other_end) in permutations(spans, 2)
         if start < other_end and other_start < end and one.run.manifest["machine"] == other.run.manifest["machine"]
     }
-    return [cell.label for cell in cells if cell.label in together]
+    return list(dict.fromkeys(cell.label for cell in cells if cell in together))
 
 
 def two_clocks(cells: list[Cell]) -> list[str]:
     """Labels of the cells that are compared with one of the other kind: simulated with measured, or the reverse."""
-    return [cell.label for cell in cells if cell.baseline and cell.is_simulated != cell.baseline.is_simulated]
+    apart = [cell.label for cell in cells if cell.baseline and cell.is_simulated != cell.baseline.is_simulated]
+    return list(dict.fromkeys(apart))
 
 
 def decode_kernels(cells: list[Cell]) -> dict[str, list[str]]:
@@ -194,38 +244,20 @@ def decode_kernels(cells: list[Cell]) -> dict[str, list[str]]:
     for cell in cells:
         runner = (cell.run.manifest.get("pool") or {}).get("runner")
         if isinstance(runner, dict) and "decode_kernel" in runner:
-            found.setdefault(str(runner["decode_kernel"]), []).append(cell.label)
+            labels = found.setdefault(str(runner["decode_kernel"]), [])
+            if cell.label not in labels:
+                labels.append(cell.label)
     return found if len(found) > 1 else {}
 
 
-def headline(summary: dict[str, Any]) -> str:
-    """One sentence: who is fastest, and by how much."""
-    cells = [cell for cell in summary["cells"] if cell["output_tokens_per_second"]]
-    if not cells:
-        return f"None of {len(summary['cells'])} cells finished a request."
-    best = max(cells, key=lambda cell: cell["output_tokens_per_second"])
-    text = (
-        f"{best['label']} is the fastest of {len(summary['cells'])} cells with "
-        f"{best['output_tokens_per_second']:,.0f} output tokens/s"
-    )
-    ratio = best["output_tokens_per_second_ratio"]
-    if best["baseline"] and best["baseline"] != best["label"] and ratio:
-        text += f", {ratio:.2f} times {best['baseline']}"
-    if used := kv_use_text(best):
-        text += f"; {used}"
-        base = next((cell for cell in cells if cell["label"] == best["baseline"] != best["label"]), None)
-        if base and kv_use(base) is not None:
-            text += f"; {percent(kv_use(base))} of the other's over all steps, {room_text(base)}"
-    return text + "."
-
-
-def write_csv(summary: dict[str, Any], path: Path) -> None:
-    """comparison.csv: one row per cell; nested numbers become columns such as ttft_seconds_p50."""
+def write_csv(entries: Sequence[dict[str, Any]], path: Path) -> None:
+    """comparison.csv and runs.csv: one row per entry; nested numbers become columns such as ttft_seconds_p50."""
     rows = []
-    for cell in summary["cells"]:
-        flat = {"label": cell["label"], "folder": cell["folder"], "baseline": cell["baseline"]} | cell["settings"]
-        for name in (*CELL_METRICS, "output_tokens_per_second_ratio", "paired"):
-            flat |= _columns(name, cell[name])
+    for entry in entries:
+        flat = {"label": entry["label"]} | entry["settings"]
+        for name, value in entry.items():
+            if name not in ("label", "settings"):
+                flat |= _columns(name, value)
         rows.append(flat)
     names = list(dict.fromkeys(name for row in rows for name in row))
     try:
@@ -238,6 +270,10 @@ def write_csv(summary: dict[str, Any], path: Path) -> None:
 
 
 def _columns(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, list | tuple):
+        value = (
+            dict(zip(("low", "high"), value, strict=True)) if name.endswith("_interval") else " ".join(map(str, value))
+        )
     if not isinstance(value, dict):
         return {name: "" if value is None else value}
     flat: dict[str, Any] = {}

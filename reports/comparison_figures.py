@@ -15,8 +15,10 @@ from matplotlib.ticker import MaxNLocator
 from reports.cells import Cell
 from reports.curves import curve_figure
 from reports.format import rate, scaled_seconds, seconds
-from reports.latency import DEFINITIONS, request_latencies, token_gaps
+from reports.judge import LATENCIES, METRICS, ratios
+from reports.latency import DEFINITIONS, token_gaps
 from reports.memory import make_bins, step_spans
+from reports.repeats import Contender, contenders
 from reports.run_figures import draw_memory, latency_figure, split_figure
 from reports.style import (
     CLASS_LOOKS,
@@ -33,6 +35,8 @@ from reports.style import (
     new_figure,
     row_names,
 )
+from reports.verdict_sections import metric_name
+from reports.verdicts import DECIDED, THROUGHPUT
 
 MAX_CURVES = len(SERIES)
 MAX_PANELS = 12
@@ -40,8 +44,9 @@ NUM_PANEL_BINS = 160
 TITLE_CHARACTERS = 110  # of all panels in a row
 
 
-def draw_comparison(cells: list[Cell], summary: dict[str, Any], out_dir: Path) -> dict[str, str]:
+def draw_comparison(runs: list[Cell], summary: dict[str, Any], out_dir: Path) -> dict[str, str]:
     """Draw every figure into figures/*.png. Returns name -> inline SVG; a figure without data is left out."""
+    cells = contenders(runs)
     with drawing():
         figures: dict[str, Figure] = {
             "overview": overview_figure(cells),
@@ -51,13 +56,13 @@ def draw_comparison(cells: list[Cell], summary: dict[str, Any], out_dir: Path) -
         }
         if summary["curves"]:
             figures["curves"] = curve_figure(summary["curves"]["lines"], summary["curves"]["axis"])
-        ratios = [cell for cell in summary["cells"] if cell["paired"]]
-        if ratios:
-            figures["paired"] = ratio_figure(ratios)
+        compared = [cell for cell in cells if cell.baseline is not None and not cell.is_baseline]
+        if compared:
+            figures["paired"] = ratio_figure(compared, {cell["label"]: cell for cell in summary["cells"]})
         return {name: export(figure, out_dir, name) for name, figure in figures.items()}
 
 
-def looks_of(cells: list[Cell], every: list[Cell]) -> list[Look]:
+def looks_of(cells: list[Contender], every: list[Contender]) -> list[Look]:
     """A look per cell: its strategy's, or its own where all cells are of one strategy.
 
     Args:
@@ -71,7 +76,7 @@ def looks_of(cells: list[Cell], every: list[Cell]) -> list[Look]:
     return [SERIES[order.index(cell.strategy) % len(SERIES)] for cell in cells]
 
 
-def curve_cells(cells: list[Cell]) -> list[Cell]:
+def curve_cells(cells: list[Contender]) -> list[Contender]:
     """The cells whose latency curves are drawn: those under the fastest cell's conditions, at most a look each."""
     fastest = max(cells, key=lambda cell: cell.summary["output_tokens_per_second"] or 0.0)
     if len({cell.strategy for cell in cells}) == 1:
@@ -79,7 +84,7 @@ def curve_cells(cells: list[Cell]) -> list[Cell]:
     return [cell for cell in cells if cell.conditions == fastest.conditions][:MAX_CURVES]
 
 
-def overview_figure(cells: list[Cell]) -> Figure:
+def overview_figure(cells: list[Contender]) -> Figure:
     """Throughput, mean batch and TTFT of every cell, side by side."""
     names, extra = row_names([cell.label for cell in cells])
     figure = new_figure(0.85 + 0.34 * len(cells) + extra)
@@ -91,11 +96,18 @@ def overview_figure(cells: list[Cell]) -> Figure:
     ):
         known = [cell.summary[key] for cell in cells]  # None where a run has none: a server's batches are not seen
         values = [value or 0.0 for value in known]
+        ends: list[float] = []
         for position, value, text, look in zip(positions, values, known, looks_of(cells, cells), strict=True):
             axes.barh(position, value, 0.66, **hatch_kwargs(look))
-            axes.annotate(rate(text), (value, position), xytext=(4, 0), textcoords="offset points", va="center",
+            runs = [run.summary[key] for run in cells[position].runs if run.summary[key] is not None]
+            largest = max([value, *runs])
+            if len(runs) > 1:
+                axes.plot(runs, [position] * len(runs), "o", markersize=3.5, markerfacecolor=PAPER,
+                          markeredgecolor=INK, markeredgewidth=0.8, clip_on=False)  # fmt: skip
+            axes.annotate(rate(text), (largest, position), xytext=(6, 0), textcoords="offset points", va="center",
                           fontsize=8.5)  # fmt: skip
-        axes.set_xlim(0, max([*values, 1e-9]) * 1.22)
+            ends.append(largest)
+        axes.set_xlim(0, max([*ends, 1e-9]) * 1.22)
         axes.set_title(title)
         axes.set_xticks([])
         axes.spines[["bottom"]].set_visible(False)
@@ -108,7 +120,7 @@ def overview_figure(cells: list[Cell]) -> Figure:
     return figure
 
 
-def _draw_ttft(axes: Axes, cells: list[Cell]) -> None:
+def _draw_ttft(axes: Axes, cells: list[Contender]) -> None:
     """Median to 99th percentile of the time to first token, on a logarithmic axis."""
     stats = [cell.summary["ttft_seconds"] for cell in cells]
     known = [value for stat in stats for value in (stat["p50"], stat["p99"]) if value]
@@ -136,7 +148,7 @@ def log_axis(axes: Axes, low: float, high: float) -> None:
     log_scale(axes, "x", low, high)
 
 
-def memory_panels(cells: list[Cell]) -> Figure:
+def memory_panels(cells: list[Contender]) -> Figure:
     """KV memory over time, one panel a cell, on one time axis: a shorter picture is a faster run."""
     num_columns = 1 if len(cells) == 1 else 2 if len(cells) <= 4 else 3
     num_rows = math.ceil(len(cells) / num_columns)
@@ -172,46 +184,63 @@ def memory_panels(cells: list[Cell]) -> Figure:
     return figure
 
 
-def latency_curves(cells: list[Cell], every: list[Cell]) -> Figure:
+def latency_curves(cells: list[Contender], every: list[Contender]) -> Figure:
     """Cumulative latencies of `cells`, one panel a metric, in the looks that they have among `every`."""
-    latencies = [request_latencies(cell.run) for cell in cells]
     names = [cell.label for cell in cells]
     panels = []
     for key in ("ttft_seconds", "tpot_seconds", "itl_seconds", "e2e_seconds"):
         if key == "itl_seconds":
-            values = [token_gaps(cell.run).values for cell in cells]
+            values = [np.concatenate([token_gaps(run.run).values for run in cell.runs]) for cell in cells]
         else:
-            values = [latency[key] for latency in latencies]
+            values = [cell.latencies(key) for cell in cells]
         panels.append((DEFINITIONS[key][0], list(zip(names, values, strict=True))))
     return latency_figure(panels, looks_of(cells, every))
 
 
-def ratio_figure(cells: list[dict[str, Any]]) -> Figure:
-    """Median paired ratios with their intervals; left of the line is faster than the baseline."""
-    metrics = list(cells[0]["paired"])
-    names, extra = row_names([cell["label"] for cell in cells])
-    figure = new_figure(1.0 + 0.34 * len(cells) + extra)
-    row = np.atleast_1d(figure.subplots(1, len(metrics), sharey=True))
-    for axes, metric in zip(row, metrics, strict=True):
+def ratio_figure(cells: list[Contender], rows: dict[str, dict[str, Any]]) -> Figure:
+    """Ratios to the baseline's with the repeats and their interval.
+
+    Args:
+        cells: those that have a baseline.
+        rows: of summary.json, by label.
+    """
+    names, extra = row_names([cell.label for cell in cells])
+    figure = new_figure(1.15 + 0.36 * len(cells) + extra)
+    row = np.atleast_1d(figure.subplots(1, len(METRICS), sharey=True))
+    for axes, metric in zip(row, METRICS, strict=True):
         bounds = [1.0]
         for position, cell in enumerate(cells):
-            entry = cell["paired"][metric]
-            if entry["median_ratio"] is None:
-                axes.text(1.0, position, "no pairs", color=MUTED, fontsize=8, va="center", ha="center")
-                continue
-            low, high = entry["ci95_low"] or entry["median_ratio"], entry["ci95_high"] or entry["median_ratio"]
-            bounds += [low, high]
-            significant = entry["verdict"] in ("lower", "higher")
-            axes.plot([low, high], [position, position], color=INK, linewidth=1.4)
-            axes.plot(entry["median_ratio"], position, "o", markersize=6, markeredgecolor=INK,
-                      markerfacecolor=INK if significant else PAPER)  # fmt: skip
+            summary = rows[cell.label]
+            entry = summary["paired"][metric] if metric in LATENCIES else summary[f"{metric}_verdict"]
+            bounds += _draw_ratio(axes, cell, metric, entry, position)
         axes.axvline(1.0, color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)), zorder=0)
         log_axis(axes, min(bounds), max(bounds))
-        axes.margins(x=0.12)
-        axes.set_title(DEFINITIONS[metric][0])
-        axes.set_xlabel("ratio to the baseline")
+        room = (max(bounds) / min(bounds)) ** 0.08 * 1.005
+        axes.set_xlim(min(bounds) / room, max(bounds) * room)
+        axes.set_title(metric_name(metric))
+        axes.set_xlabel("more is faster" if metric == THROUGHPUT else "less is faster")
         grid(axes, "x")
     row[0].set_yticks(range(len(cells)), names)
     row[0].tick_params(axis="y", labelcolor=INK)
     row[0].set_ylim(len(cells) - 0.5, -0.5)
     return figure
+
+
+def _draw_ratio(axes: Axes, cell: Contender, metric: str, entry: dict[str, Any], position: int) -> list[float]:
+    """One ratio, its interval and its repeats; returns the values drawn."""
+    if entry["ratio"] is None or cell.baseline is None:
+        axes.text(1.0, position, "no pairs", color=MUTED, fontsize=8, va="center", ha="center")
+        return []
+    repeats = [float(value) for value in ratios(cell, cell.baseline, metric).values if value > 0]
+    drawn = [entry["ratio"], *repeats]
+    if entry["interval"]:
+        low, high = entry["interval"]
+        axes.plot([low, high], [position, position], color=INK, linewidth=1.4)
+        axes.plot(repeats, [position + 0.24] * len(repeats), ".", markersize=4, color=MUTED)
+        reach = 3 * max(max(drawn) / min(drawn), 1.02)  # two repeats may leave an interval that hides all the rest
+        drawn += [max(low, min(drawn) / reach), min(high, max(drawn) * reach)]
+    is_shown = entry["verdict"] in DECIDED
+    axes.plot(
+        entry["ratio"], position, "o", markersize=6, markeredgecolor=INK, markerfacecolor=INK if is_shown else PAPER
+    )
+    return drawn

@@ -12,33 +12,35 @@ from reports.curves import curve_section
 from reports.document import Document, Picture, Section, Table
 from reports.format import DASH, count, percent, rate, ratio, seconds
 from reports.latency import DEFINITIONS
-from reports.paired import LEVEL
 from reports.paper import FIGURE_2_SOURCE
-from reports.repeats import repeat_section
+from reports.repeats import Contender, contenders
 from reports.run_sections import LEDGER_MEANING, commit, definitions, facts
 from reports.same_work import same_work_section
 from reports.slo import limits_text
 from reports.style import CLASS_LOOKS
 from reports.tokens import GOOD
+from reports.verdict_sections import RULE, grouped, runs_section, verdict_section
+from reports.verdicts import HIGHER, LEVEL
 from reports.windows import WINDOWS, kv_use
 
 SHARED_FACTS = ("Model", "KV pool", "Workload", "Arrivals", "Machine", "Software", "Commit")
 
 
-def comparison_document(summary: dict[str, Any], cells: list[Cell], svg: dict[str, str]) -> Document:
-    """The comparison as a document."""
+def comparison_document(summary: dict[str, Any], runs: list[Cell], svg: dict[str, str]) -> Document:
+    """The comparison of these runs as a document."""
+    cells = contenders(runs)
     same = summary["same_tokens"]
     sections = [grid_section(summary, svg), memory_section(summary, cells, svg), latency_section(summary, cells, svg)]
     if "paired" in svg:
-        sections.insert(1, paired_section(summary, svg))
-    if summary["repeats"]:
-        sections.insert(1, repeat_section(summary["repeats"]))
+        sections.insert(1, verdict_section(summary, svg))
     if summary["curves"]:
         sections.insert(1, curve_section(summary["curves"]["lines"], summary["curves"]["axis"], svg["curves"]))
     if summary["costs"]:
         sections.insert(1, cost_section(summary["costs"]))
     if summary["same_work"]:
         sections.insert(1, same_work_section(summary["same_work"]))
+    if len(summary["runs"]) > len(cells):
+        sections.append(runs_section(summary))
     if summary["failed"]:
         sections.append(failed_section(summary))
     return Document(
@@ -51,31 +53,29 @@ def comparison_document(summary: dict[str, Any], cells: list[Cell], svg: dict[st
         sections=sections,
         definitions=[
             (
-                "Paired ratio",
-                "a request's latency in a cell / the same request's in the baseline; the median over requests that "
-                f"finished in both, with the {LEVEL:.0%} interval over requests that the sign test gives: two of the "
-                "ratios themselves. It covers the choice of requests, not run-to-run noise. “No significant "
-                "difference”: the interval contains 1. Verdicts are not corrected for the number of "
-                "comparisons.",
+                "Verdict",
+                RULE.format(num=summary["verdict_rule"]["num_verdicts"], level=percent(LEVEL)),
             ),
             *definitions(),
         ],
         config=json.dumps(cells[0].run.manifest["config"], indent=2, ensure_ascii=False),
-        footer=f"Made by kvarena from the files of {len(cells)} runs; the configuration shown is that of "
+        footer=f"Made by kvarena from the files of {len(summary['runs'])} runs; the configuration shown is that of "
         f"{cells[0].label}. Commit {commit(cells[0].summary)}.",
     )
 
 
-def title(summary: dict[str, Any], cells: list[Cell]) -> str:
-    """What varies."""
+def title(summary: dict[str, Any], cells: list[Contender]) -> str:
+    """What varies, over how many cells and runs, and whether they were simulated."""
     varied = [key for key in summary["settings"] if len({repr(cell.settings.get(key)) for cell in cells}) > 1]
     names = [key.rsplit(".", 1)[-1].replace("_", " ") for key in varied]
-    text = f"{len(cells)} runs: {' × '.join(names)}" if names else f"{len(cells)} runs of one configuration"
+    num_runs = len(summary["runs"])
+    size = f"{num_runs} runs" if num_runs == len(cells) else f"{len(cells)} cells, {num_runs} runs"
+    text = f"{size}: {' × '.join(names)}" if names else f"{size} of one configuration"
     number = sum(cell.is_simulated for cell in cells)
     return text + ("" if not number else ", simulated" if number == len(cells) else f", {number} of them simulated")
 
 
-def shared_facts(cells: list[Cell]) -> list[tuple[str, str]]:
+def shared_facts(cells: list[Contender]) -> list[tuple[str, str]]:
     """Facts that all cells share; one that differs says so."""
     tables = [dict(facts(cell.summary)) for cell in cells]
     result = []
@@ -86,47 +86,40 @@ def shared_facts(cells: list[Cell]) -> list[tuple[str, str]]:
     return result
 
 
-def _best(values: list[float | None], largest: bool) -> set[int]:
-    known = [value for value in values if value is not None]
-    if len(known) < 2 or min(known) == max(known):
-        return set()
-    best = max(known) if largest else min(known)
-    return {index for index, value in enumerate(values) if value == best}
-
-
 def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     """One row per cell: its settings and the numbers that decide."""
     cells = summary["cells"]
     every = summary["settings"]
     varied = [key for key in every if len({repr(cell["settings"].get(key)) for cell in cells}) > 1]
     settings = varied or every
-    columns: list[tuple[str, list[float | None], Any, bool | None]] = [
-        ("output tok/s", [cell["output_tokens_per_second"] for cell in cells], rate, True),
-        ("ratio", [cell["output_tokens_per_second_ratio"] for cell in cells], ratio, None),
-        ("TTFT p50", [cell["ttft_seconds"]["p50"] for cell in cells], seconds, False),
-        ("TTFT p99", [cell["ttft_seconds"]["p99"] for cell in cells], seconds, False),
-        ("TPOT p50", [cell["tpot_seconds"]["p50"] for cell in cells], seconds, False),
-        ("E2E p50", [cell["e2e_seconds"]["p50"] for cell in cells], seconds, False),
-        ("batch", [cell["batch_size_mean"] for cell in cells], rate, True),
-        ("KV: token states", [kv_use(cell) for cell in cells], percent, None),
-        *([("KV: + cached", [kv_use(cell, "cached") for cell in cells], percent, None)]
+    columns: list[tuple[str, list[Any], Any]] = [
+        ("output tok/s", [cell["output_tokens_per_second"] for cell in cells], rate),
+        *_repeat_columns(cells),
+        ("ratio", [cell["output_tokens_per_second_ratio"] for cell in cells], ratio),
+        ("TTFT p50", [cell["ttft_seconds"]["p50"] for cell in cells], seconds),
+        ("TTFT p99", [cell["ttft_seconds"]["p99"] for cell in cells], seconds),
+        ("TPOT p50", [cell["tpot_seconds"]["p50"] for cell in cells], seconds),
+        ("E2E p50", [cell["e2e_seconds"]["p50"] for cell in cells], seconds),
+        ("batch", [cell["batch_size_mean"] for cell in cells], rate),
+        ("KV: token states", [kv_use(cell) for cell in cells], percent),
+        *([("KV: + cached", [kv_use(cell, "cached") for cell in cells], percent)]
           if any(kv_use(cell, "cached") for cell in cells) else []),
-        ("preempted", [cell["num_preemptions"] for cell in cells], count, None),
+        ("preempted", [cell["num_preemptions"] for cell in cells], count),
     ]  # fmt: skip
     if any(cell["slo"] for cell in cells):
         columns += [
-            ("good requests", [_slo(cell, "attainment") for cell in cells], percent, True),
-            ("goodput req/s", [_slo(cell, "good_requests_per_second") for cell in cells], rate, True),
-            ("objective", [_slo(cell, "met") for cell in cells], _met, None),
+            ("good requests", [_slo(cell, "attainment") for cell in cells], percent),
+            ("goodput req/s", [_slo(cell, "good_requests_per_second") for cell in cells], rate),
+            ("objective", [_slo(cell, "met") for cell in cells], _met),
         ]
     rows, strong = [], set()
+    fastest = summary["fastest"] or {}
     for index, cell in enumerate(cells):
         names = [_text(cell["settings"].get(key)) for key in settings]
         done = f"{count(cell['num_finished'])} of {count(cell['num_requests'])}"
-        rows.append([*names, *(show(values[index]) for _, values, show, _ in columns), done])
-    for position, (_, values, _, largest) in enumerate(columns):
-        if largest is not None:
-            strong |= {(index, len(settings) + position) for index in _best(values, largest)}
+        rows.append([*names, *(show(values[index]) for _, values, show in columns), done])
+        if fastest.get("cell") == cell["label"] and fastest["verdict"] == HIGHER:
+            strong.add((index, len(settings)))
     header = [key if key in STRATEGY else key.rsplit(".", 1)[-1] for key in settings]
     table = Table(
         [*header, *(name for name, *_ in columns), "finished"],
@@ -137,7 +130,8 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     picture = Picture(
         "overview",
         svg["overview"],
-        "Output throughput, mean batch over step time, and time to first token of every cell.",
+        "Output throughput, mean batch over step time, and time to first token of every cell: means over its runs; "
+        "dots: the runs. Bold in the table: shown to be the fastest.",
         "bars of throughput and batch size, and TTFT ranges, one row per cell",
     )
     notes = [
@@ -159,35 +153,23 @@ def _met(value: float | None) -> str:
     return DASH if value is None else "met" if value else "missed"
 
 
+def _repeat_columns(cells: list[dict[str, Any]]) -> list[tuple[str, list[Any], Any]]:
+    """How often each cell ran, and its smallest and largest throughput; nothing where none was repeated."""
+    if all(cell["num_repeats"] == 1 for cell in cells):
+        return []
+    ranges = [cell["spread"]["output_tokens_per_second"] for cell in cells]
+    return [
+        ("range", [f"{rate(seen['min'])} – {rate(seen['max'])}" for seen in ranges], str),
+        ("runs", [cell["num_repeats"] for cell in cells], count),
+    ]
+
+
 def _slo(cell: dict[str, Any], key: str) -> float | None:
     return cell["slo"]["whole_run"][key] if cell["slo"] else None
 
 
 def _text(value: Any) -> str:
     return DASH if value is None else str(value)
-
-
-def paired_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
-    """Paired ratios with verdicts."""
-    rows = []
-    paired = [cell for cell in summary["cells"] if cell["paired"]]
-    for metric in paired[0]["paired"]:
-        for cell in paired:
-            entry = cell["paired"][metric]
-            bounds = [ratio(entry[key]) for key in ("ci95_low", "ci95_high")]
-            interval = " – ".join(bounds) if entry["ci95_low"] is not None else DASH
-            rows.append([DEFINITIONS[metric][0], cell["label"], cell["baseline"], ratio(entry["median_ratio"]),
-                         interval, count(entry["count"]), entry["verdict"]])  # fmt: skip
-    header = ["latency", "cell", "against", "median ratio", "95 % interval", "requests", "verdict"]
-    picture = Picture(
-        "paired",
-        svg["paired"],
-        "Median paired ratio of each latency to the baseline's, with 95 % intervals over requests; filled: "
-        "significant, hollow: not. Left of the line is faster.",
-        "forest plot of paired latency ratios",
-    )
-    table = Table(header, grouped(rows), text_columns=frozenset({1, 2, 6}))
-    return Section("Request by request", [], [picture], [table])
 
 
 def pairing_notes(summary: dict[str, Any]) -> list[str]:
@@ -198,7 +180,7 @@ def pairing_notes(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def memory_section(summary: dict[str, Any], cells: list[Cell], svg: dict[str, str]) -> Section:
+def memory_section(summary: dict[str, Any], cells: list[Contender], svg: dict[str, str]) -> Section:
     """KV memory of every cell."""
     rows = []
     for window in WINDOWS:
@@ -228,17 +210,11 @@ def memory_section(summary: dict[str, Any], cells: list[Cell], svg: dict[str, st
     return Section("KV memory", [], pictures, [Table(header, grouped(rows), text_columns=frozenset({1}))], notes)
 
 
-def grouped(rows: list[list[str]]) -> list[list[str]]:
-    """The rows with the first cell blank where it repeats the one above."""
-    before = [None, *(row[0] for row in rows)]
-    return [["" if row[0] == last else row[0], *row[1:]] for row, last in zip(rows, before, strict=False)]
-
-
 def _short(name: str) -> str:
     return CLASS_LOOKS[name].label.replace(" fragmentation", "").replace(" prefixes", "")
 
 
-def latency_section(summary: dict[str, Any], cells: list[Cell], svg: dict[str, str]) -> Section:
+def latency_section(summary: dict[str, Any], cells: list[Contender], svg: dict[str, str]) -> Section:
     """Latency percentiles of every cell."""
     rows = []
     for key in ("ttft_seconds", "tpot_seconds", "itl_seconds", "e2e_seconds", "queue_time_seconds"):

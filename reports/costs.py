@@ -5,17 +5,19 @@ allocator). Shown when the runs differ in how kernels address KV (`runner.layout
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from reports.cells import Cell, is_seed
 from reports.document import Section, Table
 from reports.format import DASH, count, ratio
+from reports.judge import Judgement, throughput_ratio
 from reports.latency import DEFINITIONS
-from reports.paired import paired_ratio
-from reports.repeats import paired_latencies, ratio_over_repeats, request_ratios
+from reports.repeats import Contender
+from reports.verdicts import DECIDED, THROUGHPUT
 
 LAYOUT = "runner.layout"
-METRICS = ("tpot_seconds", "e2e_seconds")
+LATENCIES = ("tpot_seconds", "e2e_seconds")
+METRICS = (THROUGHPUT, *LATENCIES)
+NAMES = {THROUGHPUT: "output tok/s"} | {metric: DEFINITIONS[metric][0] for metric in LATENCIES}
 Factor = tuple[str, Callable[[str], bool]]
 # What varies, as in "what ... costs", the cells of a group, and the settings that vary in it.
 FACTORS: dict[str, Factor] = {
@@ -24,107 +26,125 @@ FACTORS: dict[str, Factor] = {
 }
 
 
-def costs(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Every pair of cells that differ in the allocator alone, or in the kernel alone; empty unless kernels differ.
+class CostPair(NamedTuple):
+    """Two contenders that differ in one factor alone.
 
-    A cell is compared with the one that has the (first) baseline's allocator or kernel, else with its group's first.
-    Cells that differ in a seed as well are repeats of the pair.
+    Attributes:
+        factor: a key of FACTORS.
+        one, other: the pair; `other` has the baseline's side of the factor.
+        cell, against: their sides, in words.
+        same: what both have.
     """
-    if len({cell.settings.get(LAYOUT) for cell in cells} - {None}) < 2:
+
+    factor: str
+    one: Contender
+    other: Contender
+    cell: str
+    against: str
+    same: str
+
+
+def cost_pairs(contenders: Sequence[Contender]) -> list[CostPair]:
+    """Every pair that differs in the allocator alone, or in the kernel alone; empty unless kernels differ.
+
+    A contender is compared with the one that has the (first) baseline's allocator or kernel, else its group's first.
+    """
+    if len({one.settings.get(LAYOUT) for one in contenders} - {None}) < 2:
         return []
-    base = next((cell for cell in cells if cell.is_baseline), cells[0])
-    return [entry for factor, (_, belongs) in FACTORS.items() for entry in _entries(cells, base, factor, belongs)]
-
-
-def _entries(cells: Sequence[Cell], base: Cell, factor: str, belongs: Callable[[str], bool]) -> list[dict[str, Any]]:
-    pairs: dict[tuple[str, str, str], list[tuple[Cell, Cell]]] = {}
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        if cell.settings.get(LAYOUT) is not None:
-            groups.setdefault(_name(cell, lambda key: not belongs(key)), []).append(cell)
-    for group in groups.values():
+    base = next((one for one in contenders if one.is_baseline), contenders[0])
+    pairs = []
+    for factor, (_, belongs) in FACTORS.items():
+        groups: dict[str, list[Contender]] = {}
+        for one in contenders:
+            if one.settings.get(LAYOUT) is not None:
+                groups.setdefault(_rest(one, belongs), []).append(one)
         wanted = _name(base, belongs)
-        reference = next((cell for cell in group if _name(cell, belongs) == wanted), group[0])
-        same = _name(reference, lambda key: not belongs(key) and not is_seed(key))
-        for cell in group:
-            if cell is not reference:
-                pairs.setdefault((_name(cell, belongs), _name(reference, belongs), same), []).append((cell, reference))
-    return [
-        {
-            "factor": factor,
-            "cell": name,
-            "against": against,
-            "same": same,
-            "num_repeats": len(repeats),
-            "output_tokens_per_second_ratio": _throughput_ratio(repeats),
-            "paired": {metric: _paired(repeats, metric) for metric in METRICS},
-        }
-        for (name, against, same), repeats in pairs.items()
-    ]
+        for same, group in groups.items():
+            reference = next((one for one in group if _name(one, belongs) == wanted), group[0])
+            against = _name(reference, belongs)
+            pairs += [
+                CostPair(factor, one, reference, _name(one, belongs), against, same)
+                for one in group
+                if one is not reference
+            ]
+    return pairs
 
 
-def _name(cell: Cell, belongs: Callable[[str], bool]) -> str:
+def _rest(one: Contender, belongs: Callable[[str], bool]) -> str:
+    return _name(one, lambda key: not belongs(key))
+
+
+def _name(one: Contender, belongs: Callable[[str], bool]) -> str:
     """The settings that belong, in words."""
     named = {"allocator": "{}", "scheduler": "{}", LAYOUT: "{} kernel"}
     parts = [
         named.get(key, f"{key.rsplit('.', 1)[-1]}={{}}").format(value)
-        for key, value in cell.settings.items()
+        for key, value in one.settings.items()
         if belongs(key) and value is not None
     ]
     return ", ".join(parts)
 
 
-def _throughput_ratio(repeats: list[tuple[Cell, Cell]]) -> float | None:
-    """Of the means over repeats."""
-    ours, theirs = (
-        [cell.summary["output_tokens_per_second"] for cell in column] for column in zip(*repeats, strict=True)
-    )
-    return None if None in ours or None in theirs or not sum(theirs) else sum(ours) / sum(theirs)
-
-
-def _paired(repeats: list[tuple[Cell, Cell]], metric: str) -> dict[str, Any]:
-    if len(repeats) == 1:
-        [(cell, other)] = repeats
-        return paired_ratio(*paired_latencies(cell, other, metric))
-    return ratio_over_repeats([ratios for cell, other in repeats if len(ratios := request_ratios(cell, other, metric))])
+def costs(pairs: Sequence[CostPair], judgement: Judgement) -> list[dict[str, Any]]:
+    """`costs` of summary.json: each pair's ratios with their verdicts."""
+    return [
+        {
+            "factor": pair.factor,
+            "cell": pair.cell,
+            "against": pair.against,
+            "same": pair.same,
+            "num_repeats": len(pair.one.pairs(pair.other)),
+            "output_tokens_per_second_ratio": throughput_ratio(pair.one, pair.other),
+            "verdicts": {metric: judgement.of(pair.one, pair.other, metric).as_dict() for metric in METRICS},
+        }
+        for pair in pairs
+    ]
 
 
 def cost_lines(entries: Sequence[dict[str, Any]]) -> list[str]:
     """One line per comparison, for the terminal."""
     return [
-        f"What {entry['factor']} costs: {entry['cell']} against {entry['against']} ({entry['same']}): output tok/s "
-        + ", ".join(
-            [ratio(entry["output_tokens_per_second_ratio"])]
-            + [f"{DEFINITIONS[metric][0]} {' '.join(_interval(entry['paired'][metric]))}" for metric in METRICS]
-        )
+        f"What {entry['factor']} costs: {entry['cell']} against {entry['against']} ({entry['same']}): "
+        + ", ".join(f"{NAMES[metric]} {brief(entry['verdicts'][metric])}" for metric in METRICS)
         for entry in entries
     ]
 
 
-def _interval(paired: dict[str, Any]) -> tuple[str, str]:
-    low, high = paired["ci95_low"], paired["ci95_high"]
-    return ratio(paired["median_ratio"]), DASH if low is None else f"[{ratio(low)}, {ratio(high)}]"
+def brief(verdict: dict[str, Any]) -> str:
+    """A verdict in a line: 1.34 [1.30, 1.38] higher; ≈ where no difference is shown."""
+    text = [ratio(verdict["ratio"]), interval_text(verdict)]
+    if verdict["interval"]:
+        text.append(verdict["verdict"] if verdict["verdict"] in DECIDED else "≈" if _is_open(verdict) else "?")
+    return " ".join(part for part in text if part)
+
+
+def _is_open(verdict: dict[str, Any]) -> bool:
+    return not verdict["verdict"].startswith("not decided")
+
+
+def interval_text(verdict: dict[str, Any]) -> str:
+    """[1.30, 1.38], or nothing."""
+    return "" if not verdict["interval"] else "[{}, {}]".format(*map(ratio, verdict["interval"]))
 
 
 def cost_section(entries: Sequence[dict[str, Any]]) -> Section:
     """Both causes as one table."""
-    header = ["", "of", "against", "the same in both", "output tok/s"]
+    header = ["", "of", "against", "the same in both"]
     for metric in METRICS:
-        header += [DEFINITIONS[metric][0], "95 % interval"]
+        header += [NAMES[metric], "95 % interval", "verdict"]
     rows = [
         [
             f"What {entry['factor']} costs: {FACTORS[entry['factor']][0]}",
             *(entry[key] for key in ("cell", "against", "same")),
-            ratio(entry["output_tokens_per_second_ratio"]),
-            *(text for metric in METRICS for text in _interval(entry["paired"][metric])),
+            *(text for metric in METRICS for text in _texts(entry["verdicts"][metric])),
             count(entry["num_repeats"]),
         ]
         for entry in entries
     ]
-    notes = [
-        "Ratios; the latencies' are medians over requests that finished in both runs, with intervals from the sign "
-        "test. With repeats over seeds they are the means of the repeats' medians with Student's intervals, which hold "
-        "run-to-run noise too."
-    ]
-    table = Table([*header, "repeats"], rows, text_columns=frozenset({1, 2, 3, 6, 8}))
+    notes = ["Ratios and verdicts as in “Against the baseline”; with one run each there is no interval."]
+    table = Table([*header, "repeats"], rows, text_columns=frozenset({1, 2, 3, 5, 6, 8, 9, 11, 12}))
     return Section("Capacity and kernel", [], [], [table], notes)
+
+
+def _texts(verdict: dict[str, Any]) -> tuple[str, str, str]:
+    return ratio(verdict["ratio"]), interval_text(verdict) or DASH, verdict["verdict"]

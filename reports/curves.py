@@ -1,4 +1,4 @@
-"""Curves over a numeric setting, such as throughput and latency against the request rate, with bands and the knee."""
+"""Curves over a numeric setting, such as throughput and latency against the request rate, with the repeats' range."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from reports.cells import Cell, is_seed
 from reports.document import Picture, Section, Table
 from reports.format import DASH, rate, scaled_seconds, seconds
-from reports.latency import request_latencies
-from reports.paired import bootstrap_mean, bootstrap_quantile
+from reports.repeats import spread
 from reports.style import MUTED, SERIES, grid, new_figure
 
 MIN_POINTS = 3
@@ -53,11 +52,12 @@ def curve_axis(cells: list[Cell]) -> str | None:
 
 
 def curves(cells: list[Cell], axis: str) -> list[dict[str, Any]]:
-    """One curve per strategy and other settings; requests of repeats with other seeds are pooled.
+    """One curve per strategy and other settings.
 
-    Each point has `x`, `output_tokens_per_second` (mean over repeats), and mean normalised latency and p99 TTFT with
-    95 % bootstrap intervals over requests. `knee`: the largest x of the curve, from the left, whose normalised latency
-    stays within twice that of the smallest x; None when even the largest does, for then there is no knee.
+    Each point has `x` and, as means over its repeats with their `_min` and `_max`, `output_tokens_per_second`, mean
+    normalised latency and p99 TTFT. `knee`: the largest x of the curve, from the left, whose normalised latency stays
+    within twice that of the smallest x; None when even the largest does, for then there is no knee. `knees`: that of
+    each repeat that ran at every x.
     """
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -66,7 +66,12 @@ def curves(cells: list[Cell], axis: str) -> list[dict[str, Any]]:
     for name, members in groups.items():
         xs = sorted({cell.settings[axis] for cell in members})
         points = [_point(x, [cell for cell in members if cell.settings[axis] == x]) for x in xs]
-        result.append({"name": name, "points": points, "knee": _knee(points)})
+        repeats: dict[Any, dict[float, Cell]] = {}
+        for cell in members:
+            repeats.setdefault(cell.block, {})[cell.settings[axis]] = cell
+        whole = [[_point(x, [runs[x]]) for x in xs] for runs in repeats.values() if len(runs) == len(xs)]
+        line = {"name": name, "points": points, "knee": _knee(points), "knees": [_knee(points) for points in whole]}
+        result.append(line)
     return result
 
 
@@ -78,21 +83,17 @@ def _curve_name(cell: Cell, axis: str) -> str:
 
 
 def _point(x: float, cells: list[Cell]) -> dict[str, Any]:
-    latencies = [request_latencies(cell.run) for cell in cells]
-    normalized, ttft = (
-        np.concatenate([latency[key][~np.isnan(latency[key])] for latency in latencies])
-        for key in (LATENCY, "ttft_seconds")
-    )
-    throughput = [cell.summary["output_tokens_per_second"] or 0.0 for cell in cells]
-    point: dict[str, Any] = {"x": x, "num_runs": len(cells), "num_requests": len(normalized)}
-    point["output_tokens_per_second"] = float(np.mean(throughput))
-    for key, values, center, interval in (
-        (LATENCY, normalized, np.mean, bootstrap_mean),
-        ("ttft_p99_seconds", ttft, lambda v: np.percentile(v, 99), lambda v: bootstrap_quantile(v, 0.99)),
-    ):
-        low, high = interval(values) if len(values) > 1 else (None, None)
-        point[key] = float(center(values)) if len(values) else None
-        point[f"{key}_ci95_low"], point[f"{key}_ci95_high"] = low, high
+    """The mean over the runs at x, and their range where there are several."""
+    stats = {
+        "output_tokens_per_second": [cell.summary["output_tokens_per_second"] or 0.0 for cell in cells],
+        LATENCY: [cell.summary[LATENCY]["mean"] for cell in cells],
+        "ttft_p99_seconds": [cell.summary["ttft_seconds"]["p99"] for cell in cells],
+    }
+    point: dict[str, Any] = {"x": x, "num_runs": len(cells)}
+    for key, values in stats.items():
+        over = spread(values)
+        point[key] = over["mean"]
+        point[f"{key}_min"], point[f"{key}_max"] = (over["min"], over["max"]) if over["count"] > 1 else (None, None)
     return point
 
 
@@ -108,7 +109,7 @@ def _knee(points: list[dict[str, Any]]) -> float | None:
 
 
 def curve_figure(lines: list[dict[str, Any]], axis: str) -> Figure:
-    """Normalised latency, p99 TTFT and throughput against the setting; bands are 95 % intervals, rings are knees."""
+    """Normalised latency, p99 TTFT and throughput against the setting; bands are the repeats' ranges, rings knees."""
     figure = new_figure(3.1)
     row = figure.subplots(1, 3)
     for axes, key, title in (
@@ -134,9 +135,9 @@ def _draw_curve(axes: Any, line: dict[str, Any], key: str, factor: float, index:
     points = [point for point in line["points"] if point[key] is not None]
     x, y = [point["x"] for point in points], [point[key] * factor for point in points]
     axes.plot(x, y, marker=marker, markersize=4, color=look.color, linestyle=look.dash, label=line["name"])
-    banded = [point for point in points if point.get(f"{key}_ci95_low") is not None]
+    banded = [point for point in points if point[f"{key}_min"] is not None]
     if banded:
-        low, high = ([point[f"{key}_ci95_{side}"] * factor for point in banded] for side in ("low", "high"))
+        low, high = ([point[f"{key}_{side}"] * factor for point in banded] for side in ("min", "max"))
         axes.fill_between([point["x"] for point in banded], low, high, color=look.color, alpha=0.18, linewidth=0)
     for point in points:
         if point["x"] == line["knee"]:
@@ -150,19 +151,28 @@ def curve_section(lines: list[dict[str, Any]], axis: str, svg: str) -> Section:
     for line in lines:
         at = next((point for point in line["points"] if point["x"] == line["knee"]), None)
         rows.append(
-            [line["name"], DASH if at is None else f"{line['knee']:g}",
+            [line["name"], DASH if at is None else f"{line['knee']:g}", _knees(line["knees"]),
              seconds(at[LATENCY] if at else None), seconds(at["ttft_p99_seconds"] if at else None),
              rate(at["output_tokens_per_second"] if at else None)]
         )  # fmt: skip
-    table = Table(["curve", f"knee: {short}", "normalised latency", "TTFT p99", "output tok/s"], rows)
+    table = Table(["curve", f"knee: {short}", "of each repeat", "normalised latency", "TTFT p99", "output tok/s"], rows)
     picture = Picture(
         "curves",
         svg,
-        f"Latency and throughput against {axis}; bands: 95 % bootstrap intervals over requests; ring: the knee.",
+        f"Latency and throughput against {axis}: means over repeats; bands: from the smallest to the largest repeat, "
+        "none where each point ran once; ring: the knee.",
         f"latency and throughput curves over {axis}",
     )
     note = (
         f"Knee: the largest {short} whose mean normalised latency stays within {KNEE_FACTOR:g} times that of the "
-        "smallest one; a dash where the curve has none in the measured range."
+        "smallest one; a dash where the curve has none in the measured range. It describes these runs: it has no "
+        "interval, and of one run each nothing says how far it would move."
     )
     return Section(f"Over {short}", [], [picture], [table], [note])
+
+
+def _knees(knees: list[float | None]) -> str:
+    """The repeats' own knees; nothing of a single one."""
+    if len(knees) < 2:
+        return "one run"
+    return ", ".join(DASH if knee is None else f"{knee:g}" for knee in sorted(knees, key=lambda knee: knee or np.inf))

@@ -1,131 +1,142 @@
-"""Repeats: the same cell with other seeds. Here the intervals hold run-to-run noise too."""
+"""Repeats folded: a contender is one cell of the grid with all the runs that repeat it (other seeds, other rounds)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from reports.cells import Cell, is_seed
-from reports.document import Section, Table
-from reports.format import DASH, count, rate, ratio
-from reports.latency import DEFINITIONS, request_latencies
-from reports.paired import LEVEL, match_requests, verdict_of
+from reports.files import RunFiles
 
-METRICS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
+LARGEST, SMALLEST, COUNTS = ("max",), ("min",), ("count",)  # of what `describe` answers
 
 
-def repeat_groups(cells: list[Cell]) -> dict[str, list[Cell]]:
-    """Cells that differ in a seed alone, by their common name; empty when no cell was repeated."""
-    groups: dict[str, list[Cell]] = {}
+@dataclass(eq=False)
+class Contender:
+    """A row of every table and figure.
+
+    Attributes:
+        runs: its repeats, in the order of the sweep; at least one.
+        label: their common name.
+        settings: the settings that differ between contenders; seeds are among them only where nothing was repeated.
+        baseline: whom it is compared with; itself for the baseline; None where no run has a partner.
+        unpaired: why there is none.
+    """
+
+    runs: list[Cell]
+    label: str
+    settings: dict[str, Any]
+    baseline: Contender | None = None
+    unpaired: str | None = None
+    _partners: dict[int, list[tuple[Cell, Cell]]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What `summarize` answers, folded over its runs."""
+        return fold([run.summary for run in self.runs])
+
+    @property
+    def run(self) -> RunFiles:
+        """The first repeat's files, for what is drawn of one run alone."""
+        return self.runs[0].run
+
+    @property
+    def folder(self) -> str:
+        """The first repeat's folder."""
+        return self.runs[0].folder
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether its times are a virtual clock's."""
+        return self.runs[0].is_simulated
+
+    @property
+    def is_baseline(self) -> bool:
+        """True when it is compared with itself."""
+        return self.baseline is self
+
+    @property
+    def strategy(self) -> tuple[str, ...]:
+        """See `Cell.strategy`."""
+        return self.runs[0].strategy
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """See `Cell.conditions`; without seeds that were folded."""
+        return {key: value for key, value in self.runs[0].conditions.items() if key in self.settings}
+
+    def latencies(self, metric: str) -> np.ndarray:
+        """A latency of all requests of all repeats."""
+        return np.concatenate([run.latencies[metric] for run in self.runs])
+
+    def pairs(self, other: Contender) -> list[tuple[Cell, Cell]]:
+        """Its runs and the other's of the same seeds and round, in the order of its runs."""
+        if id(other) not in self._partners:
+            by_block = {run.block: run for run in other.runs}
+            chosen = {id(run): run.baseline for run in self.runs if run.baseline in other.runs}
+            found = [(run, chosen.get(id(run)) or by_block.get(run.block)) for run in self.runs]
+            self._partners[id(other)] = [(run, partner) for run, partner in found if partner is not None]
+        return self._partners[id(other)]
+
+
+def contenders(cells: Sequence[Cell]) -> list[Contender]:
+    """The cells folded, in the order in which each is first seen."""
+    groups: dict[Any, list[Cell]] = {}
     for cell in cells:
-        rest = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in cell.settings.items()
-                if key not in ("allocator", "scheduler") and not is_seed(key) and value is not None]  # fmt: skip
-        name = ", ".join([f"{cell.settings['allocator']} × {cell.settings['scheduler']}", *rest])
-        groups.setdefault(name, []).append(cell)
-    return groups if any(len(group) > 1 for group in groups.values()) else {}
+        groups.setdefault(cell.contender, []).append(cell)
+    is_folded = any(len(group) > 1 for group in groups.values())
+    result: list[Contender] = []
+    of_run: dict[int, Contender] = {}
+    for group in groups.values():
+        settings = {key: value for key, value in group[0].settings.items() if not (is_folded and is_seed(key))}
+        result.append(Contender(group, group[0].label, settings))
+        of_run |= {id(cell): result[-1] for cell in group}
+    for contender in result:
+        paired = next((run for run in contender.runs if run.baseline is not None), None)
+        if paired is None:
+            contender.unpaired = contender.runs[0].unpaired
+        else:
+            contender.baseline = of_run[id(paired.baseline)]
+    return result
 
 
-def summarize_repeats(groups: dict[str, list[Cell]]) -> list[dict[str, Any]]:
-    """Per group: throughput over repeats, and paired latency ratios to the baseline."""
-    return [
-        {
-            "name": name,
-            "num_repeats": len(group),
-            "output_tokens_per_second": _over_repeats([cell.summary["output_tokens_per_second"] for cell in group]),
-            "output_tokens_per_second_ratio": _over_repeats([_throughput_ratio(cell) for cell in group]),
-            "paired": {metric: ratio_over_repeats(_ratios(group, metric)) for metric in METRICS},
-        }
-        for name, group in groups.items()
-    ]
+def fold(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Summaries of repeats as one: numbers are means over the repeats that have them, `max` is the largest and `min`
+    the smallest, a `count` is the sum, what is true or false must be true in all, and text must be the same in all.
+    """
+    if len(summaries) == 1:
+        return summaries[0]
+    keys = dict.fromkeys(key for summary in summaries for key in summary)
+    return {key: _fold(key, [summary.get(key) for summary in summaries]) for key in keys}
 
 
-def _throughput_ratio(cell: Cell) -> float | None:
-    if cell.baseline is None or cell.is_baseline:
+def _fold(key: str, values: list[Any]) -> Any:
+    known = [value for value in values if value is not None]
+    if not known or "_ci95_" in key:  # an interval over the requests of one run is none over repeats
         return None
-    ours, theirs = (one.summary["output_tokens_per_second"] for one in (cell, cell.baseline))
-    return ours / theirs if ours is not None and theirs else None
+    if all(isinstance(value, dict) for value in known):
+        return fold(known)
+    if all(isinstance(value, bool) for value in known):
+        return all(known)
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in known):
+        if key in LARGEST or key.endswith("_max"):
+            return max(known)
+        if key in SMALLEST:
+            return min(known)
+        if key in COUNTS:
+            return sum(known)
+        mean = sum(known) / len(known)
+        return known[0] if len(set(known)) == 1 else mean
+    return known[0] if all(value == known[0] for value in known) else None
 
 
-def _over_repeats(values: list[float | None]) -> dict[str, Any]:
-    """Mean, smallest and largest: with a handful of repeats the range says more than an interval would."""
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Count, mean, smallest and largest of the values that there are."""
     known = [value for value in values if value is not None]
     if not known:
         return {"count": 0, "mean": None, "min": None, "max": None}
     return {"count": len(known), "mean": float(np.mean(known)), "min": min(known), "max": max(known)}
-
-
-def _ratios(group: list[Cell], metric: str) -> list[np.ndarray]:
-    """Paired ratios to the baseline, one array per repeat that has a baseline of the same seed."""
-    result = []
-    for cell in group:
-        base = cell.baseline
-        if base is None or base is cell:
-            continue
-        ratios = request_ratios(cell, base, metric)
-        if len(ratios):
-            result.append(ratios)
-    return result
-
-
-def paired_latencies(cell: Cell, base: Cell, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """A latency of the requests that both runs have, in each; NaN where a request has none."""
-    rows, base_rows = match_requests(cell.run, base.run)
-    return request_latencies(cell.run)[metric][rows], request_latencies(base.run)[metric][base_rows]
-
-
-def request_ratios(cell: Cell, base: Cell, metric: str) -> np.ndarray:
-    """Paired ratios of the requests that have the latency in both runs."""
-    ours, theirs = paired_latencies(cell, base, metric)
-    both = (ours > 0) & (theirs > 0)
-    return ours[both] / theirs[both]
-
-
-def ratio_over_repeats(repeats: list[np.ndarray]) -> dict[str, Any]:
-    """Geometric mean over repeats of each one's median paired ratio, with Student's interval over repeats.
-
-    A repeat counts once, however many requests it has: those of one run share its noise. Resampling a handful of
-    repeats instead finds a difference between equals far too often (2 repeats: 35 %, 3: 19 %, 5: 14 %).
-
-    Args:
-        repeats: paired ratios, one array per repeat.
-    """
-    logs = np.log([float(np.median(ratios)) for ratios in repeats])
-    result: dict[str, Any] = {"num_repeats": len(repeats), "count": sum(map(len, repeats))}
-    result["median_ratio"] = float(np.exp(logs.mean())) if len(repeats) else None
-    if len(repeats) < 2:
-        return result | {"ci95_low": None, "ci95_high": None, "verdict": "too few repeats"}
-    half = stdtrit(len(repeats) - 1, (1 + LEVEL) / 2) * logs.std(ddof=1) / len(repeats) ** 0.5
-    low, high = (float(np.exp(logs.mean() + side * half)) for side in (-1, 1))
-    return result | {"ci95_low": low, "ci95_high": high, "verdict": verdict_of(low, high)}
-
-
-def repeat_section(repeats: list[dict[str, Any]]) -> Section:
-    """Repeats as tables."""
-    rows, paired_rows = [], []
-    for entry in repeats:
-        speed, gain = entry["output_tokens_per_second"], entry["output_tokens_per_second_ratio"]
-        rows.append([entry["name"], count(entry["num_repeats"]), rate(speed["mean"]),
-                     f"{rate(speed['min'])} – {rate(speed['max'])}", ratio(gain["mean"]),
-                     f"{ratio(gain['min'])} – {ratio(gain['max'])}" if gain["count"] else DASH])  # fmt: skip
-        for metric, paired in entry["paired"].items():
-            if paired["count"]:
-                low, high = (ratio(paired[key]) for key in ("ci95_low", "ci95_high"))
-                interval = f"{low} – {high}" if paired["ci95_low"] is not None else DASH
-                numbers = [count(paired["num_repeats"]), count(paired["count"])]
-                middle = ratio(paired["median_ratio"])
-                paired_rows.append(
-                    [entry["name"], DEFINITIONS[metric][0], middle, interval, *numbers, paired["verdict"]]
-                )
-    header = ["over seeds", "repeats", "output tok/s", "range", "ratio", "range"]
-    tables = [Table(header, rows)]
-    if paired_rows:
-        header = ["against the baseline", "latency", "median ratio", "95 % interval", "repeats", "requests", "verdict"]
-        tables.append(Table(header, paired_rows, text_columns=frozenset({1, 6})))
-    note = (
-        "Each repeat is paired with the baseline's run of the same seed. Median ratio: the geometric mean over repeats "
-        "of each one's median. Intervals: Student's t over repeats, so they hold run-to-run noise too, and are wide "
-        "where repeats are few. Ranges: smallest and largest repeat."
-    )
-    return Section("Repeats", [], [], tables, [note])

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from reports.comparison_sections import pairing_notes
-from reports.costs import cost_lines
+from reports.costs import brief, cost_lines
 from reports.device_memory import device_memory_line
 from reports.format import DASH, count, percent, rate, ratio, seconds, size_bytes
 from reports.run_sections import run_title
@@ -74,8 +74,8 @@ def comparison_table(summary: dict[str, Any]) -> Table:
         summary: what `write_comparison` returned.
 
     TTFT is the median; KV is the mean share of the pool in token states over all steps, and beside it, where there are
-    any, in cached prefixes; the last column is the median paired ratio of E2E to the baseline's, marked ≈ where the
-    difference is not significant.
+    any, in cached prefixes; the last column is the ratio of E2E to the baseline's, with its interval and verdict
+    where there are repeats, ≈ where no difference is shown.
     """
     notes = [
         f"{cell['label']}: {count(cell['num_failed'])} of {count(cell['num_requests'])} requests failed."
@@ -95,7 +95,7 @@ def comparison_table(summary: dict[str, Any]) -> Table:
     table.add_column("cell", overflow="fold")
     cached = any(kv_use(cell, "cached") for cell in summary["cells"])
     kv_columns = ["KV, all steps", *(["+ cached"] if cached else [])]
-    for name in ("tok/s", "ratio", "TTFT", *kv_columns, "E2E ratio, 95 % CI"):
+    for name in ("tok/s", "ratio", "TTFT", *kv_columns, "E2E ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in summary["cells"]:
         table.add_row(
@@ -117,10 +117,4 @@ def comparison_table(summary: dict[str, Any]) -> Table:
 def _paired(cell: dict[str, Any]) -> str:
     if cell["baseline"] == cell["label"]:
         return "baseline"
-    if not cell["paired"]:
-        return DASH
-    entry = cell["paired"]["e2e_seconds"]
-    if entry["ci95_low"] is None:
-        return ratio(entry["median_ratio"])
-    mark = " ≈" if entry["verdict"] == "no significant difference" else ""
-    return f"{ratio(entry['median_ratio'])} \\[{ratio(entry['ci95_low'])}, {ratio(entry['ci95_high'])}]{mark}"
+    return escape(brief(cell["paired"]["e2e_seconds"])) if cell["paired"] else DASH

@@ -138,7 +138,9 @@ def same_tokens(cells: Sequence[Cell]) -> dict[str, Any]:
         if reference is None:
             references.append(cell)
             continue
-        compared.append({"label": cell.label, "reference": reference.label} | compare_tokens(cell.run, reference.run))
+        compared.append(
+            {"label": cell.run_label, "reference": reference.run_label} | compare_tokens(cell.run, reference.run)
+        )
     totals = {name: sum(entry[name] for entry in compared) for name in ("num_compared", *COUNTS.values())}
     if totals["num_errors"]:
         verdict = DIFFERENT

@@ -117,13 +117,13 @@ def decide(questions: Sequence[Question], level: float = LEVEL) -> list[Verdict]
         level: of reports of equal cells, at most this share holds a false verdict.
     """
     answers = [_alone(question) for question in questions]
-    open_ones = [answer for answer in answers if answer.p is not None]
-    adjusted = holm([answer.p for answer in open_ones], shares([answer.metric for answer in open_ones]))
-    for answer, p_holm in zip(open_ones, adjusted, strict=True):
+    open_ones = [(answer, answer.p) for answer in answers if answer.p is not None]
+    adjusted = holm([p for _, p in open_ones], shares([answer.metric for answer, _ in open_ones]))
+    for (answer, _), p_holm in zip(open_ones, adjusted, strict=True):
         answer.p_holm = p_holm
-        if answer.verdict == SAME and p_holm <= level:
+        if answer.verdict == SAME and answer.ratio is not None and p_holm <= level:
             answer.verdict = HIGHER if answer.ratio > 1 else LOWER
-        if answer.verdict in DECIDED and _machine_explains(answer):
+        if answer.verdict in DECIDED and machine_explains(answer):
             answer.verdict = MACHINE_CHANGED
         answer.is_decided = answer.verdict in DECIDED
     return answers
@@ -161,12 +161,11 @@ def _alone(question: Question) -> Verdict:
     undecided = [answer for answer in answers if answer.p is None or answer.verdict != SAME]
     if undecided:
         return undecided[0]
-    behind = [answer for answer in answers if answer.ratio <= 1]
-    if behind:
-        nearest = min(behind, key=lambda answer: answer.ratio)
+    nearest = min(answers, key=lambda answer: answer.ratio or 0.0)
+    if nearest.ratio is None or nearest.ratio <= 1:
         nearest.p = 1.0
         return nearest
-    return max(answers, key=lambda answer: answer.p)
+    return max(answers, key=lambda answer: answer.p or 0.0)
 
 
 def _pair(question: Question, rival: int) -> Verdict:
@@ -227,7 +226,7 @@ def _machine(ratios: Ratios, known: np.ndarray) -> float | None:
     return float(np.exp(np.log(speeds).mean())) if len(speeds) else None
 
 
-def _machine_explains(answer: Verdict) -> bool:
+def machine_explains(answer: Verdict) -> bool:
     """Whether the machine's own speed differed by more than the effect beside the two cells."""
     if answer.machine_ratio is None or answer.ratio is None:
         return False

@@ -13,13 +13,13 @@ import pytest
 from fake_runs import fake_run
 
 from reports.__main__ import main
-from reports.cells import make_cells
 from reports.comparison import summarize_comparison
 from reports.comparison_sections import comparison_document
 from reports.document import render_html
 from reports.errors import ReportError
 from reports.files import CLASSES, read_run
 from reports.gauges import COLUMNS
+from reports.pairing import make_cells
 from reports.run_sections import run_document
 from reports.study import read_study, study_table, write_study_report
 from reports.study_charts import chart_figure

@@ -5,6 +5,7 @@ from fake_runs import fake_run
 from reports.cells import Cell
 from reports.comparison_figures import memory_panels
 from reports.files import read_run
+from reports.repeats import Contender
 from reports.study_charts import chart_figure
 from reports.style import drawing
 from reports.summary import summarize
@@ -29,7 +30,8 @@ def test_titles_of_panels_do_not_meet(tmp_path):
     fake_run(tmp_path / "run", "paged", "continuous", num_requests=8)
     run = read_run(tmp_path / "run")
     label = "contiguous × continuous, layout=contiguous, seed={}"
-    cells = [Cell(str(i), run, summarize(run), label=label.format(i)) for i in range(6)]
+    runs = [Cell(str(i), run, summarize(run), label=label.format(i)) for i in range(6)]
+    cells = [Contender([run], run.label, {}) for run in runs]
     with drawing():
         figure = memory_panels(cells)
         figure.draw_without_rendering()

@@ -131,7 +131,7 @@ def test_our_server_beside_our_engine(server, tmp_path):
     assert KEY not in (tmp_path / "http/manifest.json").read_text()
     summary = compare([("here", tmp_path / "here"), ("http", tmp_path / "http")], tmp_path / "both")
     assert summary["same_tokens"]["verdict"] == "same"
-    assert summary["cells"][1]["paired"]["e2e_seconds"]["count"] == 12
+    assert summary["cells"][1]["paired"]["e2e_seconds"]["requests"]["count"] == 12
     assert summary["cells"][1]["label"] == "kvarena-serve × HTTP"
     assert summary["cells"][1]["batch_size_mean"] is None  # not 0: nobody saw its batches
     assert len(files.lists("output_token_ids").values) == served["num_output_tokens"]
