@@ -153,7 +153,7 @@ def summarize_comparison(
     axis = curve_axis(cells)
     summary["curves"] = {"axis": axis, "lines": curves(cells, axis)} if axis else None
     firsts = [row.runs[0] for row in rows]
-    summary["notices"] = comparison_notices(firsts, summary) + contention_notices(cells)
+    summary["notices"] = comparison_notices(cells, summary) + contention_notices(cells)
     apart = same_work_sentences(summary["same_work"], judgement.best.label if judgement.best else None)
     summary["headline"] = simulated_prefix(firsts) + headline(rows, judgement) + apart
     return summary

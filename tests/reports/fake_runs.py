@@ -301,6 +301,12 @@ def write_run(run_dir, rows, steps, allocator, scheduler, total, block_size, con
             "max_lateness": 0.001,
             "warmup_time": 0.4,
         },
-        "contention": {"processor_share": 0.99, "steal_share": 0.0, "probe": {"before": 1000.0, "after": 1000.0}},
+        "contention": {
+            "processor_share": 0.99,
+            "steal_share": 0.0,
+            "load_average": [1.0, 1.0],
+            "gpu_clock_mhz": None,
+            "probe": {"before": 1000.0, "after": 1000.0},
+        },
     }
     (run_dir / "manifest.json").write_text(json.dumps(manifest, indent=1))

@@ -43,7 +43,7 @@ def make_runs(path, cells, num_rounds=1, seeds=(0,), speeds=None, probes=None, s
             elif probes is None:
                 del manifest["contention"]
             else:
-                manifest["contention"] = {"probe": {"before": probes[index], "after": probes[index]}}
+                manifest["contention"] |= {"probe": {"before": probes[index], "after": probes[index]}}
             (folder / "manifest.json").write_text(json.dumps(manifest))
             folders.append(folder)
     return folders
@@ -141,7 +141,7 @@ def test_simulated_runs_are_repeated_by_seeds_alone(tmp_path):
     seeds = summary_of(folders)
     assert all(entry["unit"] == "seeds" and entry["repeats"] == 4 for entry in seeds["verdicts"])
     assert seeds["headline"].startswith("Simulated: paged × continuous is the fastest of 2 cells")
-    assert seeds["notices"] == []
+    assert not any("Contention" in line for line in seeds["notices"])
 
 
 def test_runs_alike_without_a_round_are_repeats_by_their_time(tmp_path):
