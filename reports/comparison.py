@@ -189,8 +189,8 @@ def _row_summary(row: Contender, judgement: Judgement) -> dict[str, Any]:
     }
     result["baseline"] = base.label if base else None
     result["unpaired"] = row.unpaired
-    simulations = [run.run.manifest.get("simulation") or {} for run in row.runs]
-    result["outside"] = list(dict.fromkeys(line for simulation in simulations for line in simulation.get("outside", [])))
+    outside = [(run.run.manifest.get("simulation") or {}).get("outside", []) for run in row.runs]
+    result["outside"] = list(dict.fromkeys(line for lines in outside for line in lines))
     result["output_tokens_per_second_ratio"] = throughput_ratio(row, base) if base else None
     result["output_tokens_per_second_verdict"] = result["paired"] = None
     if base and base is not row:

@@ -170,7 +170,7 @@ def asked_the_same(run: RunFiles, other: RunFiles) -> bool:
     """
     for section, keys in (("sampling", None), ("model", ("path", "shape", "load_format")), ("engine", ("seed",))):
         one, another = (run.manifest["config"].get(section), other.manifest["config"].get(section))
-        if one and another:
+        if isinstance(one, dict) and isinstance(another, dict):
             names = (one.keys() & another.keys()) if keys is None else keys
             if any(one.get(name) != another.get(name) for name in names):
                 return False

@@ -50,7 +50,7 @@ ALLOCATORS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "paged": (PagedAllocator, {}),
     "contiguous": (ContiguousAllocator, {"reservation": "oracle"}),
 }
-LIMITS = {"max_output_len": MAX_OUTPUT_LEN, "max_total_len": MAX_MODEL_LEN, "on_exceed": "clip"}
+LIMITS: dict[str, Any] = {"max_output_len": MAX_OUTPUT_LEN, "max_total_len": MAX_MODEL_LEN, "on_exceed": "clip"}
 LENGTHS: dict[str, Callable[..., Workload]] = {
     "sharegpt": lambda **common: ShareGPTWorkload(**LIMITS, **common),
     "azure_conv": lambda **common: AzureConvWorkload(**LIMITS, **common),

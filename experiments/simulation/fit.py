@@ -295,7 +295,11 @@ def _fit_host(steps: Samples, max_launch_tokens: float | None = None) -> HostTim
     before = _non_negative(parts, steps.before).tolist()
     after = (_non_negative(parts[known], steps.after[known]) if known.sum() >= MIN_STEPS else np.zeros(3)).tolist()
     launch = {} if max_launch_tokens is None else _fit_launch(steps, max_launch_tokens)
-    return HostTime(*before[:2], *after[:2], before_prefill=before[2], after_prefill=after[2], **launch)
+    return HostTime(
+        before=before[0], before_per_request=before[1], before_prefill=before[2],
+        after=after[0], after_per_request=after[1], after_prefill=after[2],
+        **launch,
+    )  # fmt: skip
 
 
 def _most_launch_tokens(steps: Samples) -> float:
