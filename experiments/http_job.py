@@ -66,6 +66,7 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
         _drive(load, driver_config, config, target, headers, extensions, progress(len(load.requests)), contention)
     )
     ended = utc_now()
+    found = contention.after()  # before the files, whose writing is no part of the run
     write_requests(run_dir / REQUESTS_FILE, driver.rows)
     gauges.write(run_dir)
     write_steps(run_dir / STEPS_FILE, RunRecorder().step_columns() | MemoryLedger().settle())
@@ -78,7 +79,7 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
                   "max_model_len": None, "dtype": "as served"},
         "pool": {"num_blocks": None, "block_size": None, "num_slots": None, "bytes": None},
         "simulation": None,
-        "contention": contention.after(),
+        "contention": found,
         "target": {
             "url": str(target),
             "model": server.model,

@@ -203,6 +203,9 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | N
         gc.unfreeze()
         progress.finish(recording)
     ended = utc_now()
+    memory = NO_GPU if gpu is None else gpu.parts()
+    # After the memory, for the probe has some of its own; before the files, whose writing is no part of the run.
+    found = None if contention is None else contention.after()
     recording.write(run_dir)
     run = recording.facts()
     if simulator is None and (slow := recording_warning(run)) is not None:
@@ -211,8 +214,8 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | N
         "model": _model_facts(setup.parts.spec),
         "pool": setup.parts.pool_facts,
         "simulation": _simulation_facts(setup.parts, recording, name),
-        "memory": NO_GPU if gpu is None else gpu.parts(),
-        "contention": None if contention is None else contention.after(),
+        "memory": memory,
+        "contention": found,
         "run": run
         | {
             "ended": ended,

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from reports.cells import Cell
+from reports.contention import cells_had_company, run_had_company
 from reports.differences import hidden_differences
 from reports.engines import simulated
 from reports.format import percent, seconds
-from reports.shared_machine import cells_had_company, run_had_company
 
 RECORDING_SHARE = 0.01  # of wall time; above it a measured run says so
 

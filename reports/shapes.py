@@ -85,7 +85,7 @@ MACHINE = {"cpu": MAYBE_TEXT, "cores": MAYBE_INTEGER, "memory_bytes": MAYBE_NUMB
 CONTENTION = {
     "processor_share": MAYBE_NUMBER, "steal_share": MAYBE_NUMBER, "load_average": [MAYBE_NUMBER],
     "gpu_clock_mhz": Maybe({"before": "number", "after": "number"}),
-    "probe": Maybe({"before": "number", "after": "number"}),
+    "probe": Maybe({"before": "number", "after": "number", "spread": MAYBE_NUMBER}),
 }  # fmt: skip
 
 TOTALS = {

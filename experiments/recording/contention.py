@@ -1,28 +1,45 @@
 """What else the machine did while a cell was measured: the process's share of it, stolen time, load, clocks, a probe.
 
-    probe (1 s) --> measured part --> probe (1 s)
+    probe --> measured part --> probe
 
-The probe does the same small work over and over, and says how often a second: on a quiet machine twice the same number.
-Two cells whose probes differ ran on two machines, whatever the name says.
+The probe does the same small work over and over: first until clocks and threads are awake, then for ten slices of
+0.1 s. It says how often a second, as the median of the slices, and how far apart they are. On a quiet machine it is
+twice the same number, within that spread; cells whose probes differ by more ran on two machines, whatever their names
+say.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
-PROBE_SECONDS = 1.0
-CPU_SIZE, GPU_SIZE = 192, 1024  # rows of the probe's square matrices
-LOOPS = 2000  # of plain Python beside each product
+WARM_SECONDS = 0.3  # an idle processor or GPU is slow at first
+SLICES, SLICE_SECONDS = 10, 0.1
+CPU_SIZE, GPU_SIZE = 192, 2048  # rows of the probe's square matrices
+PRODUCTS = 4  # one after the other: the first wakes the threads
+LOOPS = 2000  # of plain Python beside the products
 PROC_STAT = Path("/proc/stat")
+
+
+class Probe(NamedTuple):
+    """What a probe found.
+
+    Attributes:
+        speed: pieces of work a second, the median of the slices.
+        spread: between the slices' quartiles, over the median.
+    """
+
+    speed: float
+    spread: float
 
 
 @dataclass
@@ -36,7 +53,7 @@ class Contention:
 
     probe: bool
     cuda: bool
-    _probes: list[float] = field(default_factory=list)
+    _probes: list[Probe] = field(default_factory=list)
     _clocks: list[int | None] = field(default_factory=list)
     _loads: list[float | None] = field(default_factory=list)
     _start: tuple[float, float] = (0.0, 0.0)
@@ -69,7 +86,7 @@ class Contention:
             "steal_share": self._steal_share,
             "load_average": self._loads,
             "gpu_clock_mhz": None if None in clocks else {"before": clocks[0], "after": clocks[1]},
-            "probe": {"before": probes[0], "after": probes[1]} if self.probe else None,
+            "probe": _both(*probes) if self.probe else None,
         }
 
     def _look(self) -> None:
@@ -82,20 +99,30 @@ class Contention:
         self._clocks.append(_gpu_clock() if self.cuda else None)  # behind the probe, which has woken the GPU
 
 
-def run_probe(cuda: bool, seconds: float = PROBE_SECONDS) -> float:
-    """How often a second a fixed piece of work is done: plain Python and a product on the engine's threads.
+def run_probe(cuda: bool, slices: int = SLICES) -> Probe:
+    """How often a second a fixed piece of work is done: plain Python and products on the engine's threads.
 
     Args:
         cuda: multiply on the GPU too, and wait for it.
-        seconds: how long to try.
+        slices: of SLICE_SECONDS each.
     """
     work = _work(cuda)
-    work()
+    _rate(work, WARM_SECONDS)
+    rates = sorted(_rate(work, SLICE_SECONDS) for _ in range(slices))
+    low, speed, high = statistics.quantiles(rates, n=4, method="inclusive")
+    return Probe(speed, (high - low) / speed)
+
+
+def _rate(work: Callable[[], None], seconds: float) -> float:
     count, start = 0, time.perf_counter()
     while (now := time.perf_counter()) < start + seconds:
         work()
         count += 1
     return count / (now - start)
+
+
+def _both(before: Probe, after: Probe) -> dict[str, float]:
+    return {"before": before.speed, "after": after.speed, "spread": max(before.spread, after.spread)}
 
 
 def _work(cuda: bool) -> Callable[[], None]:
@@ -106,7 +133,8 @@ def _work(cuda: bool) -> Callable[[], None]:
         total = 0
         for number in range(LOOPS):
             total += number
-        small @ small
+        for _ in range(PRODUCTS):
+            small @ small
         if large is not None:
             large @ large
             torch.cuda.synchronize()
