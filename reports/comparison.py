@@ -260,9 +260,14 @@ def write_csv(entries: Sequence[dict[str, Any]], path: Path) -> None:
                 flat |= _columns(name, value)
         rows.append(flat)
     names = list(dict.fromkeys(name for row in rows for name in row))
+    # What only some entries have (a window, a pair) is columns of its parts in these, and nothing in the others.
+    names = [
+        name for name in names
+        if any(row.get(name, "") != "" for row in rows) or not any(other.startswith(f"{name}_") for other in names)
+    ]  # fmt: skip
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, restval="")
+            writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
     except OSError as error:

@@ -149,11 +149,11 @@ def log_axis(axes: Axes, low: float, high: float) -> None:
 
 
 def memory_panels(cells: list[Contender]) -> Figure:
-    """KV memory over time, one panel a cell, on one time axis: a shorter picture is a faster run."""
+    """KV memory over time of each cell's first run, on one time axis: a shorter picture is a faster run."""
     num_columns = 1 if len(cells) == 1 else 2 if len(cells) <= 4 else 3
     num_rows = math.ceil(len(cells) / num_columns)
     titles = [
-        fill(f"{cell.label}: {seconds(cell.summary['duration_seconds'])}", TITLE_CHARACTERS // num_columns)
+        fill(f"{cell.label}: {seconds(cell.runs[0].summary['duration_seconds'])}", TITLE_CHARACTERS // num_columns)
         for cell in cells
     ]
     lines = max(title.count("\n") for title in titles)

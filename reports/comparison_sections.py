@@ -200,6 +200,7 @@ def memory_section(summary: dict[str, Any], cells: list[Contender], svg: dict[st
                 "bars of the mean share of each ledger class per cell, with the paper's four bars"),
         Picture("kv_memory", svg["kv_memory"],
                 "KV memory over time on one time axis: a picture that ends earlier is a run that was done earlier."
+                + (" Of each cell its first run." if any(len(cell.runs) > 1 for cell in cells) else "")
                 + ("" if len(cells) <= 12 else " The first 12 cells."),
                 "stacked areas of KV slots by ledger class over time, one panel per cell"),
     ]  # fmt: skip
@@ -229,7 +230,11 @@ def latency_section(summary: dict[str, Any], cells: list[Contender], svg: dict[s
         caption += f" {len(drawn)} of {len(cells)} cells: those under the fastest one's conditions."
     alt = "cumulative distributions of TTFT, TPOT, ITL and E2E per cell"
     picture = Picture("latency", svg["latency"], caption, alt)
-    return Section("Latency", [], [picture], [Table(header, grouped(rows), text_columns=frozenset({1}))])
+    folded = "n and max are over all runs of a cell; mean and percentiles are each run's own, averaged over the runs."
+    return Section(
+        "Latency", [], [picture], [Table(header, grouped(rows), text_columns=frozenset({1}))],
+        [folded] if any(len(cell.runs) > 1 for cell in cells) else [],
+    )  # fmt: skip
 
 
 def failed_section(summary: dict[str, Any]) -> Section:

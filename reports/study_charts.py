@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from reports.errors import ReportError
 from reports.style import (
     CLASS_LOOKS,
     INK,
+    ROW_CHARACTERS,
     SERIES,
     Look,
     drawing,
@@ -22,6 +24,7 @@ from reports.style import (
     hatch_kwargs,
     log_scale,
     new_figure,
+    row_names,
     thousands,
 )
 
@@ -29,6 +32,7 @@ BAND_ALPHA = 0.18
 LEGEND_CHARACTERS = 110  # of a row of the legend; a label's handle takes as much room as some of them
 HANDLE_CHARACTERS = 7
 MANY_BARS = 16
+AXIS_CHARACTERS = 130  # of a line of all names below the bars
 MAX_POINT_TICKS = 12
 MAX_MARKED = 60  # points of a line that are marked
 MARKERS = "o^sDvP*X"
@@ -57,7 +61,8 @@ def chart_figure(chart: dict[str, Any]) -> Figure:
     if wrong is not None:
         raise ReportError(f"study.json: chart {chart['name']!r} {wrong}; run the experiment again")
     horizontal = chart["kind"] == "stacked"
-    figure = new_figure(0.9 + 0.36 * len(chart["series"][0]["x"]) if horizontal else 3.6)
+    names = [str(name) for name in chart["series"][0]["x"]]
+    figure = new_figure(0.9 + 0.36 * len(names) + row_names(names)[1] if horizontal else 3.6)
     axes = figure.subplots()
     draw(axes, chart)
     axes.set_xlabel(chart["x_label"])
@@ -164,9 +169,20 @@ def _bars(axes: Axes, chart: dict[str, Any]) -> None:
                 up = value >= 0
                 axes.annotate(_number(value), (place, end), xytext=(0, 2 if up else -2), textcoords="offset points",
                               ha="center", va="bottom" if up else "top", fontsize=size)  # fmt: skip
-    axes.set_xticks(positions, groups)
+    _name_groups(axes, [str(group) for group in groups])
     grid(axes)
     thousands(axes)
+
+
+def _name_groups(axes: Axes, groups: list[str]) -> None:
+    """Names below groups of bars: over several lines where they are long, slanting where one word is too long."""
+    room = max(1, AXIS_CHARACTERS // len(groups))
+    fits = all(len(word) <= room for group in groups for word in group.split())
+    axes.set_xticks(np.arange(len(groups)), [fill(group, room if fits else ROW_CHARACTERS) for group in groups])
+    if not fits:
+        axes.tick_params(axis="x", labelrotation=35)
+        for label in axes.get_xticklabels():
+            label.set(horizontalalignment="right", rotation_mode="anchor")
 
 
 def _stacked(axes: Axes, chart: dict[str, Any]) -> None:
@@ -182,7 +198,7 @@ def _stacked(axes: Axes, chart: dict[str, Any]) -> None:
                 axes.annotate(f"{value:.1f}", (start + value / 2, position), ha="center", va="center", color=look.text,
                               fontsize=8, bbox={"facecolor": look.color, "edgecolor": "none", "pad": 1.2})  # fmt: skip
         left = left + y
-    axes.set_yticks(positions, names)
+    axes.set_yticks(positions, row_names([str(name) for name in names])[0])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(length=0)
 

@@ -150,7 +150,8 @@ def same_tokens(cells: Sequence[Cell]) -> dict[str, Any]:
         verdict = ROUNDING
     else:
         verdict = SAME if totals["num_compared"] else NOT_COMPARED
-    line = tokens_line(compared)
+    are_repeated = len({cell.contender for cell in cells}) < len(cells)
+    line = tokens_line(compared, "runs" if are_repeated else "cells")
     if verdict == NOT_COMPARED and any(cell.is_simulated for cell in cells):
         line = "Tokens were not compared: simulated runs compute none."
     return {
@@ -177,8 +178,13 @@ def asked_the_same(run: RunFiles, other: RunFiles) -> bool:
     return same_prompts(run, other)
 
 
-def tokens_line(compared: Sequence[dict[str, Any]]) -> str:
-    """One line for what `compare_tokens` found, with the labels of the two cells in each entry."""
+def tokens_line(compared: Sequence[dict[str, Any]], noun: str = "cells") -> str:
+    """One line for what `compare_tokens` found, with the labels of the two cells in each entry.
+
+    Args:
+        compared: see above.
+        noun: what was compared: cells, or the runs that repeat them.
+    """
     usable = [entry for entry in compared if entry["num_compared"]]
     different = [entry for entry in compared if entry["num_different"]]
     rejected = sum(1 for entry in compared if entry["num_rejected_in_one"])
@@ -191,7 +197,7 @@ def tokens_line(compared: Sequence[dict[str, Any]]) -> str:
         return "Tokens were not compared: no two cells finished the same request."
     requests, tokens = (max(entry[key] for entry in usable) for key in ("num_compared", "num_tokens_compared"))
     cells = len(compared) + len({entry["reference"] for entry in compared})
-    return f"All {cells} cells gave the same tokens ({requests:,} requests, {tokens:,} output tokens).{apart}"
+    return f"All {cells} {noun} gave the same tokens ({requests:,} requests, {tokens:,} output tokens).{apart}"
 
 
 def _difference_line(usable: Sequence[dict[str, Any]], different: Sequence[dict[str, Any]]) -> str:

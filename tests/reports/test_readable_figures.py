@@ -1,5 +1,8 @@
 """Figures that can be read: numbers on logarithmic axes, titles of panels that stay in their columns."""
 
+import itertools
+
+import pytest
 from fake_runs import fake_run
 
 from reports.cells import Cell
@@ -40,3 +43,25 @@ def test_titles_of_panels_do_not_meet(tmp_path):
     assert len(boxes) == 6
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
     assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        ["contiguous × static", "contiguous × continuous", "paged × static", "paged × continuous",
+         "contiguous × static, the card's own pool", "paged × continuous, the card's own pool"],
+        [f"{allocator}_with_one_long_word_as_a_name" for allocator in "abcdefgh"],
+    ],
+)  # fmt: skip
+def test_long_names_below_bars_do_not_meet(groups):
+    bars = {"name": "a", "x": groups, "y": [1.0] * len(groups), "low": [], "high": []}
+    chart = {"name": "c", "kind": "bars", "x_label": "", "y_label": "y", "log_x": False, "log_y": False}
+    with drawing():
+        figure = chart_figure(chart | {"series": [bars]})
+        figure.draw_without_rendering()
+        labels = figure.axes[0].get_xticklabels()
+    boxes = [label.get_window_extent() for label in labels]
+    assert [label.get_text().replace("\n", " ") for label in labels] == groups
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    if not labels[0].get_rotation():
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))

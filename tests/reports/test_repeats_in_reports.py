@@ -1,5 +1,6 @@
 """What a comparison says of runs with and without repeats: headline, page, terminal, JSON and CSV."""
 
+import csv
 import io
 import json
 import re
@@ -12,8 +13,12 @@ from rich.console import Console
 
 from experiments.run_order import order
 from reports.comparison import compare, summarize_comparison
+from reports.comparison_figures import memory_panels
 from reports.files import read_run
+from reports.format import seconds
 from reports.pairing import make_cells
+from reports.repeats import contenders
+from reports.style import drawing
 from reports.summary import summarize
 from reports.terminal import comparison_table
 from reports.verdicts import MACHINE_CHANGED, NO_PAIR, ONE_ORDER, ONE_RUN, ONE_SEED, SAME
@@ -117,7 +122,7 @@ def test_a_machine_that_changed_decides_nothing(tmp_path):
 
 def test_runs_without_probes_say_so(tmp_path):
     summary = summary_of(make_runs(tmp_path, [A, B], num_rounds=2))
-    assert any(line.startswith("Contention was not measured beside these runs") for line in summary["notices"])
+    assert any(line.startswith("No probe of the machine ran beside these runs") for line in summary["notices"])
 
 
 def test_one_cell_before_the_other_every_time_is_not_decided(tmp_path):
@@ -188,3 +193,43 @@ def test_requests_with_one_token_have_no_tpot_to_compare(tmp_path):
     entry = summary["cells"][1]["paired"]["tpot_seconds"]
     assert (entry["verdict"], entry["ratio"], entry["requests"]["count"]) == (NO_PAIR, None, 0)
     printed(summary)
+
+
+def test_company_in_many_runs_is_one_sentence(tmp_path):
+    """A 2x2 of three rounds beside other work printed a paragraph with a clause for each of its twelve runs."""
+    folders = make_runs(tmp_path, [A, B], num_rounds=3, probes=[1000.0, 1000.0])
+    for number, folder in enumerate(folders):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["contention"]["steal_share"] = 0.1 + number / 100
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    [line] = [line for line in summary_of(folders)["notices"] if line.startswith("Not alone")]
+    assert line == (
+        "Not alone on the machine in 6 of 6 runs, and their times hold that too: stolen time in 6 (the worst: the "
+        "hypervisor took 15.0 % of all processors' time). runs.csv has each."
+    )
+    [line] = [line for line in summary_of(folders[:2])["notices"] if line.startswith("Not alone")]
+    assert line.count("the hypervisor took") == 2
+
+
+def test_runs_are_not_called_cells_and_a_panel_says_how_long_its_own_run_took(tmp_path):
+    folders = make_runs(tmp_path, [A, B], num_rounds=3, probes=[1000.0, 1000.0])
+    summary = compare([(folder.name, folder) for folder in folders], tmp_path / "out")
+    assert summary["same_tokens"]["line"].startswith("All 6 runs gave the same tokens")
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "Of each cell its first run." in page
+    assert "mean and percentiles are each run's own, averaged over the runs" in page
+    runs = [(folder.name, run := read_run(folder), summarize(run)) for folder in folders]
+    cells = contenders(make_cells(runs, None))
+    with drawing():
+        titles = [axes.get_title("left") for axes in memory_panels(cells).axes]
+    own = [seconds(cell.runs[0].summary["duration_seconds"]) for cell in cells]
+    assert [title.rsplit(": ", 1)[1] for title in titles] == own
+
+
+def test_a_csv_has_no_empty_column_beside_those_of_its_parts(tmp_path):
+    folders = make_runs(tmp_path, [A, B], num_rounds=2, probes=[1000.0, 1000.0])
+    compare([(folder.name, folder) for folder in folders], tmp_path / "out")
+    for name in ("comparison.csv", "runs.csv"):
+        names, *rows = csv.reader((tmp_path / "out" / name).read_text().splitlines())
+        empty = {column for index, column in enumerate(names) if not any(row[index] for row in rows)}
+        assert not [one for one in empty if any(other.startswith(f"{one}_") for other in names)], name
