@@ -21,16 +21,18 @@ from PIL import Image
 
 from reports.errors import ReportError
 from reports.files import REMEDY, Ragged, RunFiles, read_table
-from reports.style import EMPTY, INK, new_figure
+from reports.style import CLASS_LOOKS, EMPTY, INK, THEME, new_figure
 
 FILE = "kv_map.parquet"
-SHARED, CACHED, FREE = -3, -2, -1  # owners that are no request
-FIRST_CODE = 3  # owner + FIRST_CODE is not negative
+SHORTAGE, EXTERNAL, SHARED, CACHED, FREE = -5, -4, -3, -2, -1  # owners that are no request
+FIRST_CODE = 5  # owner + FIRST_CODE is not negative
 MAX_COLUMNS, MAX_ROWS = 800, 1024
 # Okabe-Ito without the greys, each in a dark and a light shade; neighbours in the list differ in lightness.
 SHADES = ("#0072B2", "#F0B84A", "#7A3B00", "#8CCDF2", "#00664A", "#E8A3CC", "#994400", "#56B4E9", "#5B2A4C", "#7FD1B6",
           "#004A75", "#F5D76E", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # fmt: skip
 CACHED_COLOR, SHARED_COLOR = "#a9b0b8", "#3a3f47"
+COLORS = {FREE: EMPTY, EXTERNAL: CLASS_LOOKS["external"].color, SHORTAGE: CLASS_LOOKS["shortage"].color,
+          CACHED: CACHED_COLOR, SHARED: SHARED_COLOR}  # fmt: skip
 TINT = 0.72  # how far an empty slot's colour is moved to white
 
 
@@ -39,16 +41,31 @@ class KVMap:
     """A picture's data, on a regular grid of time and blocks.
 
     Attributes:
-        owner: int32 [rows, columns]: row in requests.parquet, or SHARED, CACHED, FREE.
+        owner: int32 [rows, columns]: row in requests.parquet, or SHARED, CACHED, and of what nobody owns the ledger's
+            class: FREE, EXTERNAL, SHORTAGE.
         filled: float [rows, columns]: share of the block's slots that hold computed tokens.
         end: seconds at the right edge; the left one is 0.
         num_blocks: blocks of the pool, from top to bottom.
+        mapped: blocks are addresses of virtual regions: those that nobody owns are no memory, and their class is that
+            of the pool's free pages.
     """
 
     owner: np.ndarray
     filled: np.ndarray
     end: float
     num_blocks: int
+    mapped: bool = False
+
+    def names(self) -> dict[int, str]:
+        """What the owners that are no request are called."""
+        names = {SHARED: "shared by requests", CACHED: "cached prefix"}
+        if not self.mapped:
+            return names | {FREE: "free", EXTERNAL: "external fragmentation", SHORTAGE: "shortage"}
+        return names | {
+            FREE: "not mapped",
+            EXTERNAL: "not mapped; free pages: external fragmentation",
+            SHORTAGE: "not mapped; free pages: shortage",
+        }
 
 
 def read_kv_map(run: RunFiles) -> KVMap | None:
@@ -60,7 +77,7 @@ def read_kv_map(run: RunFiles) -> KVMap | None:
     path = run.path / FILE
     if not path.exists():
         return None
-    table = read_table(path, ("time", "owner", "filled", "stride"))
+    table = read_table(path, ("step", "time", "owner", "filled", "stride"))
     times = table.column("time").to_numpy()
     if not len(times) and not run.num_steps:
         return None
@@ -81,15 +98,32 @@ def read_kv_map(run: RunFiles) -> KVMap | None:
     columns = np.linspace(0, end, min(MAX_COLUMNS, 4 * len(times)), endpoint=False)
     snapshots = np.searchsorted(times, columns, side="right") - 1
     blocks = np.linspace(0, num_blocks, min(MAX_ROWS, num_blocks), endpoint=False).astype(int)
-    grid_owner = owner.values.reshape(-1, num_blocks)[np.maximum(snapshots, 0)][:, blocks].T.astype(np.int32)
-    grid_filled = filled.values.reshape(-1, num_blocks)[np.maximum(snapshots, 0)][:, blocks].T
-    if grid_owner.size and not SHARED <= grid_owner.min() <= grid_owner.max() < run.num_requests:
+    chosen = np.maximum(snapshots, 0)
+    grid_owner = owner.values.reshape(-1, num_blocks)[chosen][:, blocks].T.astype(np.int32)
+    grid_filled = filled.values.reshape(-1, num_blocks)[chosen][:, blocks].T
+    if grid_owner.size and not EXTERNAL <= grid_owner.min() <= grid_owner.max() < run.num_requests:
         raise ReportError(f"{path}: an owner is no row of requests.parquet; {REMEDY}")
+    unowned = _class_of_free(run, table.column("step").to_numpy(), path)[chosen]
+    grid_owner = np.where(grid_owner == FREE, unowned, grid_owner)
     grid_owner[:, snapshots < 0] = FREE
     block_size = run.manifest["pool"].get("block_size") or 0
     if block_size < 1:
         raise ReportError(f"{path}: manifest.json gives its blocks no size (pool.block_size); {REMEDY}")
-    return KVMap(grid_owner, np.clip(grid_filled / block_size, 0, 1), end, num_blocks * stride)
+    filled_share = np.clip(grid_filled / block_size, 0, 1)
+    return KVMap(grid_owner, filled_share, end, num_blocks * stride, "pages" in run.manifest["pool"])
+
+
+def _class_of_free(run: RunFiles, steps: np.ndarray, path: Path) -> np.ndarray:
+    """FREE, EXTERNAL or SHORTAGE for each snapshot's step: all free blocks of a step are of one class.
+
+    What rounded up regions take beside their own is external fragmentation in every step, and in the map where it
+    lies. Free blocks are it only where none is free or short.
+    """
+    row = np.searchsorted(run.steps["step"], steps)
+    if (row >= run.num_steps).any() or not np.array_equal(run.steps["step"][row], steps):
+        raise ReportError(f"{path}: a snapshot of a step that steps.parquet has not; {REMEDY}")
+    external, shortage, free = (run.steps[name][row] > 0 for name in ("external", "shortage", "free"))
+    return np.select([shortage, external & ~free], [SHORTAGE, EXTERNAL], FREE).astype(np.int32)
 
 
 def choose_shades(kv_map: KVMap) -> dict[int, int]:
@@ -121,7 +155,7 @@ def paint(kv_map: KVMap, shades_of: dict[int, int]) -> np.ndarray:
     table[list(shades_of)] = list(shades_of.values())
     colors = shades[table[np.maximum(kv_map.owner, 0)]]
     colors = 1 - (1 - colors) * (1 - TINT * (1 - kv_map.filled[..., None]))
-    for owner, color in ((SHARED, SHARED_COLOR), (CACHED, CACHED_COLOR), (FREE, EMPTY)):
+    for owner, color in COLORS.items():
         colors[kv_map.owner == owner] = to_rgb(color)
     return (255 * colors).round().astype(np.uint8)
 
@@ -136,13 +170,16 @@ def kv_map_figure(kv_map: KVMap) -> Figure:
     axes.set_ylabel("KV block")
     axes.tick_params(length=0)
     handles = [Patch(facecolor=SHADES[0], label="a request's block, full"),
-               Patch(facecolor=_tinted(SHADES[0]), label="the same, empty"),
-               Patch(facecolor=EMPTY, label="free")]  # fmt: skip
-    for owner, color, label in ((CACHED, CACHED_COLOR, "cached prefix"), (SHARED, SHARED_COLOR, "shared by requests")):
-        if (kv_map.owner == owner).any():
-            handles.append(Patch(facecolor=color, label=label))
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), labelcolor=INK)
+               Patch(facecolor=_tinted(SHADES[0]), label="the same, empty")]  # fmt: skip
+    handles += [Patch(facecolor=color, label=name) for _, name, color in _shown(kv_map)]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 4), labelcolor=INK)
     return figure
+
+
+def _shown(kv_map: KVMap) -> list[tuple[int, str, str]]:
+    """Owner, name and colour of what the map shows that is no request's."""
+    names = kv_map.names()
+    return [(owner, names[owner], color) for owner, color in COLORS.items() if (kv_map.owner == owner).any()]
 
 
 def _tinted(color: str) -> tuple[float, float, float]:
@@ -152,6 +189,7 @@ def _tinted(color: str) -> tuple[float, float, float]:
 
 def kv_map_markup(kv_map: KVMap, run: RunFiles) -> str:
     """The zoomable map as HTML: a canvas, its data, and the script that paints it."""
+    shown = _shown(kv_map)
     data = {
         "end": kv_map.end,
         "numBlocks": kv_map.num_blocks,
@@ -159,20 +197,23 @@ def kv_map_markup(kv_map: KVMap, run: RunFiles) -> str:
         "rows": kv_map.owner.shape[0],
         "columns": kv_map.owner.shape[1],
         "shades": list(SHADES),
-        "shared": SHARED_COLOR,
-        "cached": CACHED_COLOR,
+        "firstCode": FIRST_CODE,
+        "nobody": {str(owner): [name, color if color != EMPTY else "--empty"] for owner, name, color in shown},
         "tint": TINT,
         "requests": {
             str(row): [str(run.requests["request_id"][row]), shade] for row, shade in choose_shades(kv_map).items()
         },
     }
+    legend = "".join(
+        f'<span><i style="background:{THEME.get(color, color)}"></i>{name}</span>' for _, name, color in shown
+    )
     script = (Path(__file__).parent / "templates" / "kv_map.js").read_text(encoding="utf-8")
     return (
         '<div class="kvmap"><div class="bar"><button type="button" data-zoom="0.5" title="zoom in">+</button>'
         '<button type="button" data-zoom="2" title="zoom out">−</button>'
         '<button type="button" data-zoom="0" title="the whole map">reset</button>'
         "<output>Drag to move; Ctrl and wheel, or the buttons, to zoom; point at a block to see whose it is.</output>"
-        "</div>"
+        f'</div><div class="legend">{legend}</div>'
         f'<canvas tabindex="0"></canvas><img alt="" hidden src="{_encode(kv_map)}">'
         f'<script type="application/json">{_json(data)}</script></div><script>{script}</script>'
     )

@@ -183,7 +183,8 @@ def memory_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         pictures.append(
             Picture("kv_map", svg["kv_map"],
                     "The KV map: time across, blocks of the pool down, coloured by the request that owns the block; "
-                    "pale: owned and empty; grey: free. Requests that never meet may share a colour.",
+                    "pale: owned and empty. What nobody owns has the colour of its class in that step: free, external "
+                    "fragmentation or shortage. Requests that never meet may share a colour.",
                     "map of the KV pool over time, coloured by owning request")
         )  # fmt: skip
     tables = [table, device_memory_table(summary)] if summary["peak_gpu_bytes"] else [table]

@@ -2,7 +2,7 @@
 for (const root of document.querySelectorAll(".kvmap")) {
   const spec = JSON.parse(root.querySelector("script[type='application/json']").textContent);
   const canvas = root.querySelector("canvas"), output = root.querySelector("output"), image = root.querySelector("img");
-  const hint = output.textContent, left = 58, bottom = 42, top = 6, right = 8, FIRST = 3;
+  const hint = output.textContent, left = 58, bottom = 42, top = 6, right = 8;
   let owner, fill, picture, view;
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
@@ -16,14 +16,15 @@ for (const root of document.querySelectorAll(".kvmap")) {
     const data = context.getImageData(0, 0, spec.columns, 2 * spec.rows).data;
     owner = new Int32Array(cells); fill = new Uint8Array(cells);
     for (let i = 0; i < cells; i++) {
-      owner[i] = ((data[4 * i] << 16) | (data[4 * i + 1] << 8) | data[4 * i + 2]) - FIRST;
+      owner[i] = ((data[4 * i] << 16) | (data[4 * i + 1] << 8) | data[4 * i + 2]) - spec.firstCode;
       fill[i] = data[4 * (cells + i)];
     }
   }
 
   function paint() {
     const shades = spec.shades.map(rgb), dark = matchMedia("(prefers-color-scheme: dark)").matches;
-    const fixed = { "-1": rgb(css("--empty")), "-2": rgb(spec.cached), "-3": rgb(spec.shared) };
+    const fixed = {};
+    for (const [code, [, color]] of Object.entries(spec.nobody)) fixed[code] = rgb(color[0] === "#" ? color : css(color));
     const back = dark ? 20 : 255;
     picture = document.createElement("canvas"); picture.width = spec.columns; picture.height = spec.rows;
     const context = picture.getContext("2d"), pixels = context.createImageData(spec.columns, spec.rows);
@@ -86,7 +87,7 @@ for (const root of document.querySelectorAll(".kvmap")) {
     if (u < 0 || u >= 1 || v < 0 || v >= 1) { output.textContent = hint; return; }
     const row = Math.floor((y * spec.rows) / spec.numBlocks), column = Math.floor((x * spec.columns) / spec.end);
     const i = row * spec.columns + column, slots = Math.round((fill[i] / 255) * spec.blockSize);
-    const who = owner[i] === -1 ? "free" : owner[i] === -2 ? "cached prefix" : owner[i] === -3 ? "shared"
+    const who = owner[i] < 0 ? spec.nobody[owner[i]][0]
       : "request " + spec.requests[owner[i]][0] + ", " + slots + " of " + spec.blockSize + " slots filled";
     output.textContent = x.toPrecision(4) + " s, block " + (Math.floor(y) + 1) + ": " + who;
   }

@@ -10,12 +10,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_runs import KV_MAP_SCHEMA, fake_run
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from reports.errors import ReportError
 from reports.files import read_run
-from reports.kv_map import FIRST_CODE, FREE, KVMap, choose_shades, kv_map_markup, paint, read_kv_map
+from reports.kv_map import (
+    EXTERNAL,
+    FIRST_CODE,
+    FREE,
+    SHORTAGE,
+    KVMap,
+    choose_shades,
+    kv_map_figure,
+    kv_map_markup,
+    paint,
+    read_kv_map,
+)
 from reports.run_report import write_run_report
+from reports.style import CLASS_LOOKS
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +45,8 @@ def test_grid_shows_the_snapshots(run):
     for column in (num_columns // 3, num_columns - 1):
         time = kv_map.end * column / num_columns
         shown = [snapshot for snapshot in snapshots if snapshot["time"] <= time][-1]
-        assert kv_map.owner[:, column].tolist() == shown["owner"]
+        owner = kv_map.owner[:, column]
+        assert np.where(np.isin(owner, (EXTERNAL, SHORTAGE)), FREE, owner).tolist() == shown["owner"]
         assert (kv_map.filled[:, column] * 16).tolist() == shown["filled"]
     assert (kv_map.owner[:, 0] == FREE).all()  # before the first step
 
@@ -108,3 +122,47 @@ def test_a_broken_map_is_one_line(tmp_path, fault):
         path.write_bytes(b"no parquet")
     with pytest.raises(ReportError, match=r"kv_map\.parquet"):
         read_kv_map(read_run(run_dir))
+
+
+def test_what_nobody_owns_has_its_class_of_the_step(tmp_path):
+    """One free, one external, one short step; beside them a block that a rounded up region takes."""
+    run_dir = fake_run(tmp_path / "run", num_requests=6)
+    steps = pq.read_table(run_dir / "steps.parquet")
+    num_steps, size = len(steps), 16
+    classes = {name: np.zeros(num_steps, dtype=np.int64) for name in ("external", "shortage", "free")}
+    chosen = [num_steps * i // 4 for i in range(4)]
+    for begin, name in zip(chosen, ("free", "external", "shortage", "free"), strict=True):
+        for other, slots in classes.items():
+            slots[begin:] = (size if other == "external" else 0) + (2 * size if other == name else 0)
+    rest = {"token_states": 3 * size, "total": 6 * size} | dict.fromkeys(("reservation", "internal", "cached"), 0)
+    for name, values in (classes | {name: np.full(num_steps, value) for name, value in rest.items()}).items():
+        steps = steps.set_column(steps.column_names.index(name), name, pa.array(values))
+    pq.write_table(steps, run_dir / "steps.parquet")
+    starts = steps.column("start_time").to_pylist()
+    rows = [
+        {"step": step, "time": starts[step], "owner": [3, 3, 3, EXTERNAL, FREE, FREE], "filled": [16] * 3 + [0] * 3,
+         "stride": 1}
+        for step in chosen
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows, KV_MAP_SCHEMA), run_dir / "kv_map.parquet")
+    run = read_run(run_dir)
+    kv_map = read_kv_map(run)
+    seen = {tuple(column) for column in kv_map.owner.T.tolist()}
+    assert kv_map.owner[:, -1].tolist() == [3, 3, 3, EXTERNAL, FREE, FREE]
+    assert seen - {(FREE,) * 6} == {(3, 3, 3, EXTERNAL, one, one) for one in (FREE, EXTERNAL, SHORTAGE)}
+    colors = paint(kv_map, choose_shades(kv_map))
+    for owner, name in ((EXTERNAL, "external"), (SHORTAGE, "shortage")):
+        assert np.unique(colors[kv_map.owner == owner], axis=0).tolist() == [
+            [round(255 * channel) for channel in to_rgb(CLASS_LOOKS[name].color)]
+        ]
+    markup = kv_map_markup(kv_map, run)
+    spec = json.loads(re.search(r'application/json">(.*?)</script>', markup).group(1))
+    assert spec["nobody"][str(SHORTAGE)] == ["shortage", CLASS_LOOKS["shortage"].color]
+    assert ">shortage</span>" in markup and ">external fragmentation</span>" in markup
+    labels = [text.get_text() for text in kv_map_figure(kv_map).legends[0].get_texts()]
+    assert labels[2:] == ["free", "external fragmentation", "shortage"]
+
+
+def test_unmapped_addresses_are_not_called_free_memory():
+    names = KVMap(np.array([[SHORTAGE]]), np.zeros((1, 1)), 1.0, 1, mapped=True).names()
+    assert names[FREE] == "not mapped" and names[SHORTAGE].startswith("not mapped; free pages: ")
