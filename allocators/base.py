@@ -112,6 +112,10 @@ class BaseAllocator:
         """No prefix cache: no blocks."""
         return ()
 
+    def region_extent(self, num_blocks: int) -> int:
+        """Its own blocks and no more."""
+        return num_blocks
+
     def clear_cache(self) -> None:
         """No prefix cache: nothing to forget."""
 

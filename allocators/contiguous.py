@@ -124,6 +124,10 @@ class ContiguousAllocator(BaseAllocator):
         start, num_blocks = self._regions[req]
         return range(start, start + num_blocks)
 
+    def region_extent(self, num_blocks: int) -> int:
+        """What the placement rounds a region up to."""
+        return self._placement.extent(num_blocks)
+
     def slots_to_admit(self, head: QueueHead) -> int:
         """The head's reservation; what a buddy rounds it up by is no need of the request's."""
         return self.reservation_blocks(head.req, head.num_tokens) * self.block_size

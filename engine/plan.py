@@ -203,6 +203,12 @@ class KVAllocator(Protocol):
         """Blocks of the prefix cache that no request uses, for pictures of the pool."""
         ...
 
+    def region_extent(self, num_blocks: int) -> int:
+        """Consecutive blocks that a table of `num_blocks` takes from the pool, for pictures of it: those beyond the
+        table are nobody's and external fragmentation.
+        """
+        ...
+
     def drain_copies(self) -> list[BlockCopy]:
         """Copies ordered since the last call; the runner applies them before the next forward."""
         ...

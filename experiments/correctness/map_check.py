@@ -2,10 +2,14 @@
 
     python -m experiments.correctness.map_check RUN_OR_SWEEP_DIR [...]
 
-For every snapshot of kv_map.parquet, cells counted by owner are compared with the ledger of the same step in
-steps.parquet. Where every block has a cell (`stride` 1) they must be equal; where only every k-th block is looked at,
-the map must not show more than the ledger has. Prints one JSON line per run and one for all; exit code 1 when a
-snapshot differs.
+Every snapshot of kv_map.parquet is compared with the ledger of the same step in steps.parquet, exactly:
+
+    all blocks    owned and cached blocks and filled slots, which the recorder counted in the block tables of the step
+    cells         where every block has one (`stride` 1): owned, cached, rounded up and free cells and filled slots
+
+Where only every k-th block has a cell, the cells must not show more than all blocks have. A map that was recorded
+before blocks were counted has cells alone. Prints one JSON line per run, with what was compared, and one for all; exit
+code 1 when a snapshot differs.
 """
 
 from __future__ import annotations
@@ -13,80 +17,136 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.errors import ConfigError, KvarenaError
 from experiments.recording.files import KV_MAP_FILE, MANIFEST_FILE, STEPS_FILE
-from experiments.recording.kv_map import CACHED, FREE
+from experiments.recording.kv_map import CACHED, EXTERNAL, FREE, SHARED
 from reports.errors import ReportError
 from reports.files import read_run
 
 OWNED = ("token_states", "reservation", "internal")
 UNOWNED = ("external", "shortage", "free")
+COUNTS = ("owned_blocks", "filled_slots", "cached_blocks")
 
 
 class Snapshot(NamedTuple):
-    """One step's map: per cell the owner's row (or SHARED, CACHED, FREE) and the filled slots of its block."""
+    """One step's map.
+
+    Attributes:
+        step: its number.
+        owner: per cell, the owner's row, or EXTERNAL, SHARED, CACHED, FREE.
+        filled: per cell, the filled slots of its block.
+        counts: over all blocks, by name (`COUNTS`); None in a map of before.
+    """
 
     step: int
     owner: np.ndarray
     filled: np.ndarray
+    counts: Mapping[str, int] | None = None
+
+    def cells(self) -> dict[str, int]:
+        """The same counts over the cells."""
+        owned = (self.owner >= 0) | (self.owner == SHARED)
+        values = np.count_nonzero(owned), self.filled[owned].sum(), np.count_nonzero(self.owner == CACHED)
+        return dict(zip(COUNTS, map(int, values), strict=True))
 
 
-def difference(snapshot: Snapshot, ledger: Mapping[str, int], block_size: int, *, mapped: bool) -> str:
-    """What a map of all blocks and the ledger of its step disagree on; empty when they agree.
+def difference(snapshot: Snapshot, ledger: Mapping[str, int], pool: Mapping[str, Any], stride: int = 1) -> str:
+    """What a map and the ledger of its step disagree on; empty when they agree.
 
     Args:
-        snapshot: with a cell for every block.
+        snapshot: as recorded.
         ledger: the step's classes, in slots.
-        block_size: slots of a cell.
-        mapped: cells are addresses of virtual regions: a request's last block may be its own in part, and free cells
-            are no memory.
+        pool: of manifest.json. With `pages`, blocks are addresses of virtual regions: those that nobody owns are no
+            memory.
+        stride: every so many blocks one has a cell.
     """
-    owned = snapshot.owner != FREE
-    cached = snapshot.owner == CACHED
-    owned &= ~cached
-    slots = sum(ledger[name] for name in OWNED)
-    counts = {
-        "token_states": (int(snapshot.filled[owned].sum()), ledger["token_states"]),
-        "cached": (int(cached.sum()) * block_size, ledger["cached"]),
+    cells, counts = snapshot.cells(), snapshot.counts
+    wrong = []
+    if stride == 1:
+        wrong += _unequal("cells", cells, ledger, pool)
+        if "pages" not in pool:
+            wrong += _unequal_unowned(snapshot, ledger, pool["block_size"])
+    if counts is not None:
+        wrong += _unequal("blocks", counts, ledger, pool)
+    elif stride > 1:
+        size = pool["block_size"]
+        most = sum(ledger[name] for name in OWNED) // size + cells["owned_blocks"]  # last blocks owned in part
+        counts = {
+            "owned_blocks": most,
+            "filled_slots": ledger["token_states"],
+            "cached_blocks": ledger["cached"] // size,
+        }
+    if counts is not None:
+        wrong += [
+            f"{name} of cells {cells[name]}, of all {counts[name]}" for name in COUNTS if cells[name] > counts[name]
+        ]
+    return f"step {snapshot.step}: {'; '.join(wrong)}" if wrong else ""
+
+
+def _unequal(what: str, counts: Mapping[str, int], ledger: Mapping[str, int], pool: Mapping[str, Any]) -> list[str]:
+    """The counts of a map of all blocks against the ledger."""
+    size, slots = pool["block_size"], sum(ledger[name] for name in OWNED)
+    owned = counts["owned_blocks"] * size
+    pairs = {
+        "token_states": (counts["filled_slots"], ledger["token_states"]),
+        "cached": (counts["cached_blocks"] * size, ledger["cached"]),
+        "owned": (owned, slots),
     }
-    cells = int(owned.sum()) * block_size
-    if mapped:
-        num_owners = len(np.unique(snapshot.owner[owned]))
-        if not cells - num_owners * (block_size - 1) <= slots <= cells:
-            return f"step {snapshot.step}: the map has {cells} owned slots of {num_owners} requests, the ledger {slots}"
+    if not has_whole_blocks(pool) and counts["owned_blocks"] <= slots <= owned:
+        del pairs["owned"]
+    return [
+        f"{name} of {what} {ours}, of the ledger {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs
+    ]
+
+
+def _unequal_unowned(snapshot: Snapshot, ledger: Mapping[str, int], size: int) -> list[str]:
+    """What nobody owns: rounded up regions are external fragmentation, and all free blocks are of one class."""
+    lost, free = (int(np.count_nonzero(snapshot.owner == code)) * size for code in (EXTERNAL, FREE))
+    classes = {name: ledger[name] for name in UNOWNED}
+    if snapshot.counts is None:  # drawn before regions that are rounded up were
+        agrees = sum(classes.values()) == lost + free
     else:
-        counts["owned"] = cells, slots
-        counts["not owned"] = int((snapshot.owner == FREE).sum()) * block_size, sum(ledger[name] for name in UNOWNED)
-    wrong = [f"{name} {ours} and {theirs}" for name, (ours, theirs) in counts.items() if ours != theirs]
-    return f"step {snapshot.step}: map and ledger have {', '.join(wrong)}" if wrong else ""
+        rest = sorted([classes["external"] - lost, classes["shortage"], classes["free"]])
+        agrees = rest == [0, 0, free]
+    return [] if agrees else [f"cells rounded up {lost} and free {free}, of the ledger {classes}"]
 
 
-def excess(snapshot: Snapshot, ledger: Mapping[str, int], block_size: int) -> str:
-    """What a map of every k-th block shows beyond the ledger of its step; empty when nothing."""
-    owned = (snapshot.owner != FREE) & (snapshot.owner != CACHED)
-    filled, cells = int(snapshot.filled[owned].sum()), int(owned.sum())
-    num_owners = len(np.unique(snapshot.owner[owned]))
-    slots = sum(ledger[name] for name in OWNED)
-    if filled > ledger["token_states"] or cells * block_size > slots + num_owners * (block_size - 1):
-        return f"step {snapshot.step}: the map shows {filled} filled slots in {cells} owned blocks, the ledger has less"
-    return ""
+def has_whole_blocks(pool: Mapping[str, Any]) -> bool:
+    """Whether a request owns whole blocks: a page of a virtual region may end inside one."""
+    pages = pool.get("pages")
+    if pages is None:
+        return True
+    tokens, page_bytes = pages["page_tokens"], pages["page_bytes"]
+    whole = page_bytes is None or page_bytes * pages["kv_tensors"] * pool["num_slots"] == tokens * pool["bytes"]
+    return whole and tokens % pool["block_size"] == 0
 
 
 def read_snapshots(path: Path) -> tuple[int, list[Snapshot]]:
     """Stride and snapshots of a kv_map.parquet."""
-    table = pq.read_table(path, columns=["step", "owner", "filled", "stride"])
-    rows = zip(*(table.column(name).to_pylist() for name in ("step", "owner", "filled")), strict=True)
+    table = pq.read_table(path)
     strides = set(table.column("stride").to_pylist())
     if len(strides) > 1:
         raise ConfigError(f"{path}: snapshots of several strides {sorted(strides)}; record the run again")
-    return max(strides, default=1), [Snapshot(step, np.array(owner), np.array(filled)) for step, owner, filled in rows]
+    columns = [_lists(table.column(name)) for name in ("owner", "filled")]
+    has_counts = all(name in table.column_names for name in COUNTS)
+    counts = table.select(COUNTS).to_pylist() if has_counts else [None] * len(table)
+    rows = zip(table.column("step").to_pylist(), *columns, counts, strict=True)
+    return max(strides, default=1), [Snapshot(*row) for row in rows]
+
+
+def _lists(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
+    """The lists of a column, as arrays."""
+    for chunk in column.chunks:
+        for i in range(len(chunk)):
+            yield chunk[i].values.to_numpy()
 
 
 def check_run(run_dir: Path) -> dict[str, Any]:
@@ -108,15 +168,16 @@ def check_run(run_dir: Path) -> dict[str, Any]:
         if snapshot.step not in row_of:
             raise ConfigError(f"{path}: a snapshot of step {snapshot.step}, which {STEPS_FILE} has not")
         ledger = {name: int(run.steps[name][row_of[snapshot.step]]) for name in (*OWNED, *UNOWNED, "cached")}
-        if stride > 1:
-            wrong = excess(snapshot, ledger, pool["block_size"])
-        else:
-            wrong = difference(snapshot, ledger, pool["block_size"], mapped="pages" in pool)
+        wrong = difference(snapshot, ledger, pool, stride)
         differing += [wrong] if wrong else []
+    compared = ["cells"] if stride == 1 else []
+    compared += ["blocks"] if snapshots and snapshots[0].counts is not None else []
     return {
         "run": str(run_dir),
         "name": run.manifest["name"],
         "stride": stride,
+        "compared": compared,
+        "exact": bool(compared) and has_whole_blocks(pool),
         "snapshots": len(snapshots),
         "differing": len(differing),
         "first": differing[0] if differing else None,
@@ -140,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     differing = sum(run["differing"] for run in found)
-    exact = sum(run["stride"] == 1 for run in found)
+    exact = sum(run["exact"] for run in found)
     total = {"runs": len(found), "exact": exact, "snapshots": sum(run["snapshots"] for run in found)}
     print(json.dumps(total | {"differing": differing}))
     return 1 if differing else 0

@@ -28,7 +28,7 @@ from engine.request import Request
 MAX_SNAPSHOTS = 400
 MAX_CELLS = 4096
 MEASURED_SHARE = 0.003  # of a measured run's time that snapshots may take
-SHARED, CACHED, FREE = -3, -2, -1  # owners that are no request
+EXTERNAL, SHARED, CACHED, FREE = -4, -3, -2, -1  # owners that are no request
 
 
 class _Residency:
@@ -64,6 +64,7 @@ class _Snapshot(NamedTuple):
         lengths: blocks of their tables.
         computed: their computed tokens.
         cached: cells of cached blocks.
+        num_cached: cached blocks, with a cell or without.
     """
 
     step: int
@@ -73,6 +74,17 @@ class _Snapshot(NamedTuple):
     lengths: array[int]
     computed: array[int]
     cached: np.ndarray
+    num_cached: int
+
+
+class _Drawing(NamedTuple):
+    """A snapshot's columns in the file: two per cell, and three over all blocks of the pool."""
+
+    owner: np.ndarray
+    filled: np.ndarray
+    owned_blocks: int
+    filled_slots: int
+    cached_blocks: int
 
 
 class KVMapRecorder:
@@ -159,6 +171,7 @@ class KVMapRecorder:
                     residency.see(count, allocator.block_table(req))
         self._has_moved = False
         tables = [residency.blocks for residency in live.values()]
+        cached = np.fromiter(allocator.cached_blocks(), dtype=np.int64)
         return _Snapshot(
             step.index,
             step.start_time,
@@ -166,7 +179,8 @@ class KVMapRecorder:
             tables,
             array("q", list(map(len, tables))),
             array("q", [req.num_computed_tokens for req in live]),
-            self._cells(np.fromiter(allocator.cached_blocks(), dtype=np.int64))[0],
+            self._cells(cached)[0],
+            len(cached),
         )
 
     def _cells(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -174,23 +188,40 @@ class KVMapRecorder:
         seen = (blocks > 0) & ((blocks - 1) % self._stride == 0)
         return (blocks[seen] - 1) // self._stride, seen
 
-    def _draw(self, snapshot: _Snapshot) -> tuple[np.ndarray, np.ndarray]:
-        """Owner and filled slots of every cell."""
+    def _draw(self, snapshot: _Snapshot) -> _Drawing:
+        """Owner and filled slots of every cell, and how much of the pool is owned, filled and cached."""
         block_size = self._allocator.block_size
         owner = np.full(self._num_cells, FREE, dtype=np.int32)
         filled = np.zeros(self._num_cells, dtype=np.int16)
+        owner[self._cells(self._rounded_up(snapshot))[0]] = EXTERNAL
         owner[snapshot.cached] = CACHED
         filled[snapshot.cached] = block_size
         lengths = np.asarray(snapshot.lengths)
         tables = (table[:length] for table, length in zip(snapshot.tables, snapshot.lengths, strict=True))
         blocks = np.fromiter(chain.from_iterable(tables), dtype=np.int64, count=int(lengths.sum()))
+        index = np.arange(len(blocks)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        computed = np.repeat(np.asarray(snapshot.computed), lengths)
+        slots = np.clip(computed - block_size * index, 0, block_size).astype(np.int16)
         cells, seen = self._cells(blocks)
-        index = (np.arange(len(blocks)) - np.repeat(np.cumsum(lengths) - lengths, lengths))[seen]
-        computed = np.repeat(np.asarray(snapshot.computed), lengths)[seen]
         owner[cells] = np.repeat(np.array(snapshot.rows, dtype=np.int32), lengths)[seen]
         owner[np.bincount(cells, minlength=self._num_cells) > 1] = SHARED
-        np.maximum.at(filled, cells, np.clip(computed - block_size * index, 0, block_size).astype(np.int16))
-        return owner, filled
+        np.maximum.at(filled, cells, slots[seen])
+        # A block of several tables counts once; block 0 is nobody's.
+        blocks, position = np.unique(blocks, return_inverse=True)
+        fullest = np.zeros(len(blocks), dtype=np.int64)
+        np.maximum.at(fullest, position, slots)
+        own = blocks > 0
+        return _Drawing(owner, filled, int(own.sum()), int(fullest[own].sum()), snapshot.num_cached)
+
+    def _rounded_up(self, snapshot: _Snapshot) -> np.ndarray:
+        """Blocks behind the requests' own that their regions take beside them."""
+        extent = self._allocator.region_extent
+        behind = (
+            range(table[0] + length, table[0] + extent(length))
+            for table, length in zip(snapshot.tables, snapshot.lengths, strict=True)
+            if length and extent(length) > length
+        )
+        return np.fromiter(chain.from_iterable(behind), dtype=np.int64)
 
     def write(self, path: Path) -> None:
         """Write kv_map.parquet."""
@@ -205,11 +236,15 @@ class KVMapRecorder:
                 ("owner", pa.list_(pa.int32())),
                 ("filled", pa.list_(pa.int16())),
                 ("stride", pa.int64()),
+                ("owned_blocks", pa.int64()),
+                ("filled_slots", pa.int64()),
+                ("cached_blocks", pa.int64()),
             ]
         )
         columns: dict[str, list[Any]] = {name: [] for name in schema.names}
         for snapshot in self._snapshots:
-            values = (snapshot.step, snapshot.time, *self._draw(snapshot), self._stride)
+            owner, filled, *counts = self._draw(snapshot)
+            values = (snapshot.step, snapshot.time, owner, filled, self._stride, *counts)
             for name, value in zip(schema.names, values, strict=True):
                 columns[name].append(value)
         pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")

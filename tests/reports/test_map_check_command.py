@@ -36,7 +36,8 @@ def test_the_command_counts_runs_and_names_the_first_step_that_differs(tmp_path,
     pq.write_table(pa.table(columns, schema=table.schema), run_dir / "kv_map.parquet")
     assert map_check.main([str(tmp_path / "sweep")]) == 1
     line = json.loads(capsys.readouterr().out.splitlines()[0])
-    assert line["differing"] == 1 and line["first"] == "step 1: map and ledger have token_states 2 and 3"
+    assert line["differing"] == 1 and line["first"] == "step 1: token_states of cells 2, of the ledger 3"
+    assert (line["compared"], line["exact"]) == (["cells"], True)
     (run_dir / "kv_map.parquet").unlink()
     assert map_check.main([str(tmp_path / "sweep")]) == 2
     assert "report.kv_map=true" in capsys.readouterr().err
