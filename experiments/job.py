@@ -208,7 +208,8 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | N
     found = None if contention is None else contention.after()
     recording.write(run_dir)
     run = recording.facts()
-    if simulator is None and (slow := recording_warning(run)) is not None:
+    # A run that served nobody took no time of which a share would say anything.
+    if simulator is None and run["num_steps"] and (slow := recording_warning(run)) is not None:
         print(f"warning: {name}: {slow}", file=sys.stderr)
     return setup.load.manifest() | {
         "model": _model_facts(setup.parts.spec),

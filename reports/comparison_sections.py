@@ -69,7 +69,9 @@ def title(summary: dict[str, Any], cells: list[Contender]) -> str:
     varied = [key for key in summary["settings"] if len({repr(cell.settings.get(key)) for cell in cells}) > 1]
     names = [key.rsplit(".", 1)[-1].replace("_", " ") for key in varied]
     num_runs = len(summary["runs"])
-    size = f"{num_runs} runs" if num_runs == len(cells) else f"{len(cells)} cells, {num_runs} runs"
+    size = (
+        f"{num_runs} runs" if num_runs == len(cells) else f"{len(cells)} cell{'s' * (len(cells) > 1)}, {num_runs} runs"
+    )
     text = f"{size}: {' × '.join(names)}" if names else f"{size} of one configuration"
     number = sum(cell.is_simulated for cell in cells)
     return text + ("" if not number else ", simulated" if number == len(cells) else f", {number} of them simulated")

@@ -12,7 +12,7 @@ from reports.format import DASH, count, ratio
 from reports.judge import Judgement, throughput_ratio
 from reports.latency import DEFINITIONS
 from reports.repeats import Contender
-from reports.verdicts import DECIDED, THROUGHPUT
+from reports.verdicts import DECIDED, ONE_RUN, ONE_SEED, THROUGHPUT
 
 LAYOUT = "runner.layout"
 LATENCIES = ("tpot_seconds", "e2e_seconds")
@@ -106,8 +106,15 @@ def cost_lines(entries: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"What {entry['factor']} costs: {entry['cell']} against {entry['against']} ({entry['same']}): "
         + ", ".join(f"{NAMES[metric]} {brief(entry['verdicts'][metric])}" for metric in METRICS)
+        + _single(entry["verdicts"])
         for entry in entries
     ]
+
+
+def _single(verdicts: dict[str, dict[str, Any]]) -> str:
+    """That ratios without repeats decide nothing, in the words of the verdict."""
+    words = [verdict["verdict"] for verdict in verdicts.values() if verdict["verdict"] in (ONE_RUN, ONE_SEED)]
+    return f" ({words[0]})" if words else ""
 
 
 def brief(verdict: dict[str, Any]) -> str:

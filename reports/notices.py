@@ -33,7 +33,7 @@ def run_notices(summary: dict[str, Any]) -> list[str]:
             "throughput is all that can be compared."
         )
     share = (summary["recording"] or {}).get("share")
-    if share is not None and share > RECORDING_SHARE and not summary["simulation"]:
+    if share is not None and share > RECORDING_SHARE and summary["num_steps"] and not summary["simulation"]:
         notices.append(
             f"Recording took {percent(share)} of the run's wall time, more than {percent(RECORDING_SHARE)}: without it "
             "the run may be faster; driver.record=summary records less."

@@ -107,6 +107,7 @@ def contenders(cells: Sequence[Cell]) -> list[Contender]:
 def fold(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Summaries of repeats as one: numbers are means over the repeats that have them, `max` is the largest and `min`
     the smallest, a `count` is the sum, what is true or false must be true in all, and text must be the same in all.
+    Seeds and rounds are names: a list of them where they differ.
     """
     if len(summaries) == 1:
         return summaries[0]
@@ -122,6 +123,9 @@ def _fold(key: str, values: list[Any]) -> Any:
         return fold(known)
     if all(isinstance(value, bool) for value in known):
         return all(known)
+    if is_seed(key) or key == "round":
+        names = list(dict.fromkeys(known))
+        return names[0] if len(names) == 1 else names
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in known):
         if key in LARGEST or key.endswith("_max"):
             return max(known)

@@ -81,7 +81,7 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("KV pool", f"{count(pool.get('num_slots'))} slots, {size_bytes(pool.get('bytes'))}, "
                     f"blocks of {pool.get('block_size', DASH)}{_pages(pool.get('pages'))}"),
         ("Workload", f"{workload.get('name', DASH)}, {count(summary['num_requests'])} requests, "
-                     f"seed {workload.get('seed', DASH)}"),
+                     f"{_seeds(workload.get('seed'))}"),
         ("Arrivals", ", ".join(str(value) for value in [arrival.pop("name", DASH), *_pairs(arrival)])),
         ("Machine", simulated_machine(summary["simulation"], computer) if summary["simulation"] else computer),
         ("Software", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
@@ -89,6 +89,11 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         *([("Simulated", simulated(summary["simulation"]))] if summary["simulation"] else []),
         *([("Target", target(summary["target"]))] if summary["target"] else []),
     ]  # fmt: skip
+
+
+def _seeds(seed: Any) -> str:
+    """Of one run, or of the runs that repeat a cell."""
+    return f"seeds {', '.join(map(str, seed))}" if isinstance(seed, list) else f"seed {DASH if seed is None else seed}"
 
 
 def _pages(pages: dict[str, Any] | None) -> str:

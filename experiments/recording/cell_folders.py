@@ -25,7 +25,7 @@ from experiments.recording.files import CELL_FILE, CLAIM_FILE
 from experiments.recording.sources import digest
 
 FIRST_DIGITS, MORE_DIGITS = 4, 2
-MOST_TOKEN, MOST_STEM = 20, 80  # characters of one setting, and of a folder's name before its digits
+MOST_TOKEN, MOST_STEM = 32, 80  # characters of one setting, and of a folder's name before its digits
 
 
 def stem_of(names: list[str], settings: dict[str, str]) -> str:

@@ -202,6 +202,7 @@ def test_names_are_plain_whatever_the_settings():
         "quoted": "'it is'",
     }
     assert stem_of(["paged", "static"], settings) == "paged-static-seed1-rate1e-3-w-2"
+    assert stem_of(["paged"], {"scheduler.max_num_batched_tokens": "2048"}) == "paged-max_num_batched_tokens2048"
     assert stem_of(["my/own strategy", "a=b"], {}) == "my_own_strategy-a_b"
     assert len(stem_of(["p" * 500], {f"k{number}": "v" for number in range(100)})) <= 80
 

@@ -10,6 +10,7 @@ from fake_runs import fake_run
 from rich.console import Console
 
 from reports.comparison import compare
+from reports.notices import run_notices
 from reports.run_report import read_summary, write_run_report
 from reports.terminal import comparison_table, run_table
 
@@ -49,6 +50,15 @@ def test_a_runs_notices_stand_below_its_headline(tmp_path):
     headline = summary["headline"].replace(" x ", " × ")
     stands_below_the_headline(run_dir, headline, notice, {"report.html": '<dl class="facts">', "report.md": "| Model"})
     assert f"paged × continuous note: {notice} requests 6 of 8" in printed(run_table(summary))
+
+
+def test_recording_is_not_noted_of_a_run_in_which_no_step_ran(tmp_path):
+    """A run that rejected all its requests said that recording took 24.9 % of its time."""
+    summary = write_run_report(fake_run(tmp_path / "run", num_requests=8)) | {
+        "recording": {"seconds": 1e-4, "share": 0.25}
+    }
+    assert [line[:21] for line in run_notices(summary)] == ["Recording took 25.0 %"]
+    assert run_notices(summary | {"num_steps": 0}) == []
 
 
 def test_a_run_with_nothing_to_note(tmp_path):

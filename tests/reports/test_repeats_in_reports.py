@@ -233,3 +233,14 @@ def test_a_csv_has_no_empty_column_beside_those_of_its_parts(tmp_path):
         names, *rows = csv.reader((tmp_path / "out" / name).read_text().splitlines())
         empty = {column for index, column in enumerate(names) if not any(row[index] for row in rows)}
         assert not [one for one in empty if any(other.startswith(f"{one}_") for other in names)], name
+
+
+def test_seeds_are_named_and_not_averaged(tmp_path):
+    """Three seeds folded into "seed 1.0", two into "seed 0.5"."""
+    folders = make_runs(tmp_path, [A, B], seeds=(0, 1, 5), simulated=True)
+    compare([(folder.name, folder) for folder in folders], tmp_path / "out")
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert re.search(r"\| Workload \| .*, seeds 0, 1, 5 \|", page)
+    one = [folder for folder in folders if folder.name.startswith("paged")]
+    compare([(folder.name, folder) for folder in one], tmp_path / "one")
+    assert (tmp_path / "one" / "report.md").read_text().startswith("# 1 cell, 3 runs of one configuration")
