@@ -32,7 +32,14 @@ from experiments.http_job import run_http
 from experiments.load.driver import drive
 from experiments.output import HttpProgress, Progress, print_result
 from experiments.recording.cell_folders import CellFolders, owner_of, result_in, result_of, whole_key
-from experiments.recording.cell_state import cell_key, finished_key, mark_finished, measured_config, only_writer
+from experiments.recording.cell_state import (
+    cell_key,
+    differing,
+    finished_key,
+    mark_finished,
+    measured_config,
+    only_writer,
+)
 from experiments.recording.contention import Contention
 from experiments.recording.files import ERROR_FILE, MANIFEST_FILE
 from experiments.recording.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
@@ -42,6 +49,8 @@ from experiments.recording.tracking import TrackedRun, Tracker, tracked_run
 from experiments.unserved import Unserved, why_unserved
 
 SCHEMA_VERSION = 1
+
+OTHERS = {"code": "other code", "machine": "another machine"}
 
 
 def run_job(cfg: DictConfig) -> Path:
@@ -126,7 +135,9 @@ def execute(
     with only_writer(run_dir):
         found = finished_key(run_dir, key, allow_mixed=sweep.allow_mixed)
         if found is not None:
-            print(f"{name}: finished before, in {run_dir}", file=sys.stderr)
+            words = [OTHERS[part] for part in differing(found, key)]
+            how = f" with {' and '.join(words)} (kept by sweep.allow_mixed)" if words else ""
+            print(f"{name}: finished before{how}, in {run_dir}", file=sys.stderr)
             return _report_again(run_dir, found, key, pages=report.pages)
         if cfg.target is None:
             facts = _run_here(cfg, run_dir, name, shared)

@@ -62,8 +62,8 @@ class CellFolders:
         self._parent = parent
         parent.mkdir(parents=True, exist_ok=True)
         self._owned: dict[str, Path] = {}  # whole key -> folder
-        self._like: dict[str, Path] = {}  # config and round -> a folder with a result of any code
-        for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
+        self._like: dict[str, Path] = {}  # config and round -> the folder with the newest result of any code
+        for folder in sorted((path for path in parent.iterdir() if path.is_dir()), key=_age):
             with suppress(OSError):
                 self._owned.setdefault((folder / CLAIM_FILE).read_text().strip(), folder)
             if (like := result_in(folder)) is not None:
@@ -116,6 +116,14 @@ def result_in(folder: Path) -> str | None:
         return result_of(found)
     except (OSError, ValueError, KeyError, TypeError):  # whoever runs a cell there says what is wrong
         return None
+
+
+def _age(folder: Path) -> tuple[float, str]:
+    """When the folder's result was finished, oldest first; folders without one before all."""
+    try:
+        return (folder / CELL_FILE).stat().st_mtime, folder.name
+    except OSError:
+        return 0.0, folder.name
 
 
 def owner_of(folder: Path) -> str | None:

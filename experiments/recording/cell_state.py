@@ -102,13 +102,18 @@ def finished_key(run_dir: Path, key: dict[str, Any], *, allow_mixed: bool) -> di
     found: dict[str, Any] = read_json(path, CELL, f"remove {run_dir} to measure it again")
     if found["config"] != key["config"] or found.get("round") != key["round"]:
         raise ConfigError(f"{run_dir} holds the result of another config; give a folder of its own, or remove that one")
-    differs = [name for name in ("code", "machine") if found[name] != key[name]]
+    differs = differing(found, key)
     if differs and not allow_mixed:
         raise ConfigError(
             f"{run_dir} was measured with other {' and another '.join(differs)}; give a folder of its own, remove that "
             "one to measure it again, or set sweep.allow_mixed=true to keep it"
         )
     return found
+
+
+def differing(found: dict[str, Any], key: dict[str, Any]) -> list[str]:
+    """Which of code and machine are not those of `key`."""
+    return [name for name in ("code", "machine") if found[name] != key[name]]
 
 
 def mark_finished(run_dir: Path, key: dict[str, Any]) -> None:

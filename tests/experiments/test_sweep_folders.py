@@ -160,6 +160,11 @@ def test_other_code_gets_a_folder_of_its_own(sweep, monkeypatch):
     assert not set(first.runs) & set(second.runs)
     third = sweep("scheduler=continuous,static", "sweep.allow_mixed=true")
     assert third.err.count("finished before") == 2
+    monkeypatch.setattr(cell_state, "sources_of", lambda config: found(config) | {"hash": "newest"})
+    newest = sweep("scheduler=continuous,static", "sweep.allow_mixed=true")
+    assert newest.err.count("finished before with other code (kept by sweep.allow_mixed), in ") == 2
+    assert newest.runs == second.runs  # of two results the newer one, whatever the folders are called
+    assert "with other code" not in third.err
     monkeypatch.undo()
     assert sweep("scheduler=continuous,static").runs == first.runs
 
