@@ -4,11 +4,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from allocators.placement import Buddy
 from engine.core import Engine
 from experiments.correctness import matrix
 from experiments.correctness.matrix import Cell, allocator_cells, run_cell
 from experiments.correctness.random_traces import make_trace
-from experiments.recording.kv_map import CACHED, FREE, SHARED, KVMapRecorder
+from experiments.recording.kv_map import CACHED, EXTERNAL, FREE, SHARED, KVMapRecorder
 from experiments.strategies import strategy_names
 
 TRACES = [make_trace(seed) for seed in range(200, 203)]
@@ -19,6 +20,7 @@ class SlowLook:
 
     def __init__(self, allocator, row_of, stride):
         self.allocator, self.row_of, self.stride = allocator, row_of, stride
+        self.is_buddy = isinstance(getattr(allocator, "_placement", None), Buddy)
         self.residents = {}
         self.snapshots = []
 
@@ -28,6 +30,7 @@ class SlowLook:
         block_size, num_blocks = self.allocator.block_size, self.allocator.num_virtual_blocks
         owners = {block: [] for block in range(1, num_blocks + 1)}
         filled = dict.fromkeys(owners, 0)
+        rounded_up = set()
         for req, row in self.residents.items():
             if req.num_slots:
                 for index, block in enumerate(self.allocator.block_table(req)):
@@ -35,9 +38,16 @@ class SlowLook:
                         owners[block].append(row)
                         inside = max(0, min(block_size, req.num_computed_tokens - index * block_size))
                         filled[block] = max(filled[block], inside)
+                if self.is_buddy:  # sizes are powers of two
+                    table = self.allocator.block_table(req)
+                    extent = next(2**i for i in range(64) if 2**i >= len(table))
+                    rounded_up |= set(range(table[0] + len(table), table[0] + extent))
         for block in self.allocator.cached_blocks():
             assert not owners[block]
             owners[block], filled[block] = [CACHED], block_size
+        for block in rounded_up:
+            assert not owners[block]
+            owners[block] = [EXTERNAL]
         looked_at = range(1, num_blocks + 1, self.stride)
         self.snapshots.append((
             step.index,
@@ -50,7 +60,7 @@ class SlowLook:
 def watch(monkeypatch, recorders, max_cells, **options):
     """Attach a recorder and a slow look to every engine that the matrix makes."""
 
-    def make(scheduler, allocator, *args, **kwargs):
+    def make(scheduler, allocator, *args, on_launch, **kwargs):
         rows = {}
 
         def row_of(req):
@@ -60,11 +70,12 @@ def watch(monkeypatch, recorders, max_cells, **options):
         slow = SlowLook(allocator, row_of, recorder._stride)
         recorders.append((recorder, slow))
 
-        def on_launch(step):
+        def look(step):
+            on_launch(step)
             slow.on_launch(step)
             recorder.on_launch(step)
 
-        return Engine(scheduler, allocator, *args, on_launch=on_launch, **kwargs)
+        return Engine(scheduler, allocator, *args, on_launch=look, **kwargs)
 
     monkeypatch.setattr(matrix, "Engine", make)
 
