@@ -64,7 +64,7 @@ def _undecided(verdict: Verdict, judgement: Judgement, where: str) -> str:
     else:
         figures = ", ".join(map(_speed, ranked)) + (f" ({where.strip()})" if where else "")
     reasons = {ONE_RUN: "One run each: no interval", ONE_SEED: "One seed: no interval"}
-    reason = reasons.get(verdict.verdict, "Not compared: no two runs had the same requests")
+    reason = reasons.get(verdict.verdict) or f"Not compared: {_why_no_pair(judgement.scope)}"
     changed = ""
     if machine_explains(verdict):
         changed = (
@@ -72,6 +72,11 @@ def _undecided(verdict: Verdict, judgement: Judgement, where: str) -> str:
             f"beside {ranked[0].label}."
         )
     return f"{reason}. {figures}.{changed}"
+
+
+def _why_no_pair(scope: Sequence[Contender]) -> str:
+    reasons = list(dict.fromkeys(f"{one.label}: {one.unpaired}" for one in scope if one.unpaired))
+    return "; ".join(reasons[:2]) or "no two runs had the same requests"
 
 
 def _speed(one: Contender) -> str:

@@ -154,6 +154,8 @@ def same_tokens(cells: Sequence[Cell]) -> dict[str, Any]:
     line = tokens_line(compared, "runs" if are_repeated else "cells")
     if verdict == NOT_COMPARED and any(cell.is_simulated for cell in cells):
         line = "Tokens were not compared: simulated runs compute none."
+    elif verdict == NOT_COMPARED and (without := sum(not _has_tokens(cell.run) for cell in cells)):
+        line = f"Tokens were not compared: {without} of {len(cells)} runs recorded none (driver.record=summary)."
     return {
         "verdict": verdict,
         "line": line,
@@ -162,6 +164,10 @@ def same_tokens(cells: Sequence[Cell]) -> dict[str, Any]:
         "not_recorded": totals["num_not_recorded"],
         "cells": compared,
     }
+
+
+def _has_tokens(run: RunFiles) -> bool:
+    return not run.num_requests or bool(run.list_lengths("prompt_token_ids").any())
 
 
 def asked_the_same(run: RunFiles, other: RunFiles) -> bool:

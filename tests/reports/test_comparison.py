@@ -392,4 +392,10 @@ def test_runs_without_prompts_say_so(tmp_path):
     column = table.schema.get_field_index("prompt_token_ids")
     nulls = pa.nulls(len(table), table.schema.field(column).type)
     pq.write_table(table.set_column(column, "prompt_token_ids", nulls), other / "requests.parquet")
-    assert _summarize(one, other)["cells"][1]["unpaired"] == "it recorded no prompts (driver.record=summary)"
+    summary = _summarize(one, other)
+    assert summary["cells"][1]["unpaired"] == "it recorded no prompts (driver.record=summary)"
+    # Both said that the requests were others.
+    assert "it recorded no prompts (driver.record=summary)" in summary["headline"]
+    assert summary["same_tokens"]["line"] == (
+        "Tokens were not compared: 1 of 2 runs recorded none (driver.record=summary)."
+    )
