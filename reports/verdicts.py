@@ -321,4 +321,5 @@ def smallest_effect(log_ratio_sd: float, repeats: int, share: float = 1.0, power
         return float(stats.nct.sf(edge, repeats - 1, noncentrality)) - power
 
     needed = float(optimize.brentq(missing, 0.0, 20 * edge + 20))
-    return float(np.exp(needed * log_ratio_sd / repeats**0.5))
+    with np.errstate(over="ignore"):  # infinite where so much noise shows nothing
+        return float(np.exp(needed * log_ratio_sd / repeats**0.5))

@@ -33,6 +33,7 @@ LATENCIES = {"ttft_seconds": "median TTFT", "tpot_seconds": "median TPOT", "e2e_
 NAMES = {THROUGHPUT: "output tokens/s"} | LATENCIES
 FALSE_VERDICTS = "verdicts that see a difference"
 SMALLEST = "smallest difference that shows"
+LARGEST = 10.0  # a ratio; a smallest difference above it is not a number that means something
 
 
 @dataclass(frozen=True)
@@ -84,20 +85,20 @@ class AATestStudy:
             raise ConfigError(
                 "experiment=aa_test has no two rounds in which every cell finished a request; ask for less"
             )
-        shown = {name: f"{100 * (effect - 1):.1f} %" for name, effect in effects.items()}
+        effect = effects[THROUGHPUT]
+        seen = f"is {100 * (effect - 1):.1f} %" if effect <= LARGEST else f"is more than a factor of {LARGEST:g}"
         return Findings(
             title="Identical cells against each other",
             headline=(
                 f"{len(decided)} of {len(answers)} verdicts about {self.num_cells} identical cells in {self.rounds} "
-                f"rounds see a difference, which is false; the smallest difference in {NAMES[THROUGHPUT]} that this "
-                f"machine shows in so many rounds is {shown[THROUGHPUT]}."
+                f"rounds are false and see a difference; the smallest one in {NAMES[THROUGHPUT]} that this machine "
+                f"shows in so many rounds {seen}."
             ),
             source="this machine, and the rule of our comparisons (reports/verdicts.py)",
             claims=[
                 Claim(FALSE_VERDICTS, "", None, float(len(decided)), "0 are right", Verdict.MEASURED,
                       note=f"of {len(answers)}; {len(undecided)} are not decided for the machine's sake"),
-                *(Claim(f"{SMALLEST}: {NAMES[name]}", "%", None, 100 * (effect - 1), "less is better", Verdict.MEASURED,
-                        note=f"{self.rounds} rounds") for name, effect in effects.items()),
+                *(_smallest(name, effect, self.rounds) for name, effect in effects.items()),
             ],
             charts=[_chart(metrics[THROUGHPUT])],
             notes=[
@@ -151,6 +152,14 @@ def smallest_effects(metrics: dict[str, np.ndarray], answers: Sequence[Answer]) 
         variance = float((left**2).sum()) / ((num_cells - 1) * (num_rounds - 1))
         effects[name] = smallest_effect(math.sqrt(2 * variance), values.shape[1], part[name])
     return effects
+
+
+def _smallest(name: str, effect: float, rounds: int) -> Claim:
+    """A smallest difference in percent; none where it would be a factor that says nothing but that."""
+    ours, note = 100 * (effect - 1), f"{rounds} rounds"
+    if effect > LARGEST:
+        ours, note = None, f"{rounds} rounds; more than a factor of {LARGEST:g}: too few rounds, or too much noise"
+    return Claim(f"{SMALLEST}: {NAMES[name]}", "%", None, ours, "less is better", Verdict.MEASURED, note=note)
 
 
 def _chart(values: np.ndarray) -> Chart:

@@ -20,14 +20,27 @@ def test_it_runs_every_cell_once_a_round_and_says_both_numbers(tmp_path):
     findings, _ = run_study(tmp_path, *SMALL)
     claims = {claim.quantity: claim for claim in findings.claims}
     assert claims[FALSE_VERDICTS].ours >= 0
-    assert claims[f"{SMALLEST}: output tokens/s"].ours > 0
+    smallest = claims[f"{SMALLEST}: output tokens/s"]
     assert "identical cells in 2 rounds" in findings.headline
-    assert f"{claims[f'{SMALLEST}: output tokens/s'].ours:.1f} %" in findings.headline
+    shown = "is more than a factor of 10" if smallest.ours is None else f"is {smallest.ours:.1f} %"
+    assert findings.headline.endswith(f"{shown}.")
     manifests = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("cells/*/manifest.json")}
     assert {name: one["round"] for name, one in manifests.items()} == {"A-r0": 0, "A-r1": 1, "B-r0": 0, "B-r1": 1}
     ran = sorted(manifests, key=lambda name: manifests[name]["run"]["ended"])
     assert [name[-1] for name in ran] == ["0", "0", "1", "1"]
     assert ran[0][0] != ran[2][0]  # another order
+
+
+def test_noise_that_hides_everything_is_no_number_of_45_digits():
+    """Two rounds on a loaded machine gave "is 179152166612644397320610864089288180565540864.0 %"."""
+    loud = np.exp(np.random.default_rng(0).normal(0, 1.0, (3, 2)))
+    study = instantiate(compose_cell(SMALL)[0].study)
+    for values in (loud, loud**50):
+        findings = study._findings({THROUGHPUT: values}, compare_cells({THROUGHPUT: values}), np.ones((3, 2)))
+        assert findings.headline.endswith("shows in so many rounds is more than a factor of 10.")
+        claim = next(claim for claim in findings.claims if SMALLEST in claim.quantity)
+        assert claim.ours is None
+        assert "too few rounds, or too much noise" in claim.note
 
 
 def test_the_smallest_effect_is_one_that_the_rule_decides_in_nine_of_ten():
