@@ -1,4 +1,5 @@
-"""Steps that fail when they are launched (out of memory): their requests end, all others get the right tokens."""
+"""Steps that fail when they are launched (out of memory): their requests end, all others get the right tokens, and the
+memory ledger is what a recount from block tables finds."""
 
 import random
 
@@ -7,10 +8,12 @@ import pytest
 from engine.clock import VirtualClock
 from engine.core import Engine, StepFailed
 from engine.errors import RequestRejected
+from engine.ledger import MemoryLedger
 from engine.request import FinishReason
 from engine.runner.oracle import OracleRunner
-from experiments.correctness.matrix import build_cell, cells_of_round
+from experiments.correctness.matrix import allocator_options, build_cell, cells_of_round
 from experiments.correctness.random_traces import VOCAB_SIZE, make_trace
+from experiments.correctness.recount import Recount
 
 
 class DeviceError(Exception):
@@ -37,15 +40,22 @@ def run(trace, cell) -> int:
     """Returns how often the device failed."""
     allocator, scheduler = build_cell(trace, cell)
     runner = FlakyRunner(trace.seed, cell.window)
-    engine = Engine(scheduler, allocator, runner, VirtualClock(), overlap=cell.overlap)
-    requests, failed = [], set()
+    ledger, recount = MemoryLedger(), Recount(allocator, scheduler, allocator_options(trace, cell))
+    engine = Engine(
+        scheduler, allocator, runner, VirtualClock(), overlap=cell.overlap, ledger=ledger, on_launch=recount.observe
+    )
+    requests, failed, aborted = [], set(), set()
     for req in trace.requests():
+        recount.add(req)
         try:
             engine.add(req)
             requests.append(req)
         except RequestRejected:
             continue
+    leaving = requests[::5]
     while engine.has_work:
+        if leaving and (not engine.num_steps or runner.rng.random() < 0.3):  # the first one before its first step
+            aborted.add(engine.abort(leaving.pop(0).request_id))
         try:
             engine.step()
         except StepFailed as failure:
@@ -58,7 +68,9 @@ def run(trace, cell) -> int:
         want = expected[req.request_id]
         assert req.output_token_ids == want[: len(req.output_token_ids)]
         assert (req.finish_reason is FinishReason.ERROR) is (req in failed)
-        assert req in failed or req.output_token_ids == want
+        assert req in failed or req in aborted or req.output_token_ids == want
+    assert any(req in aborted and not req.num_computed_tokens for req in requests)
+    recount.check(ledger.settle())
     usage = allocator.usage()
     assert usage.owned == usage.shared_saved == 0
     return runner.num_failures
