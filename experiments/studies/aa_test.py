@@ -156,7 +156,8 @@ def smallest_effects(metrics: dict[str, np.ndarray], answers: Sequence[Answer]) 
 
 def _smallest(name: str, effect: float, rounds: int) -> Claim:
     """A smallest difference in percent; none where it would be a factor that says nothing but that."""
-    ours, note = 100 * (effect - 1), f"{rounds} rounds"
+    ours: float | None = 100 * (effect - 1)
+    note = f"{rounds} rounds"
     if effect > LARGEST:
         ours, note = None, f"{rounds} rounds; more than a factor of {LARGEST:g}: too few rounds, or too much noise"
     return Claim(f"{SMALLEST}: {NAMES[name]}", "%", None, ours, "less is better", Verdict.MEASURED, note=note)
