@@ -240,6 +240,11 @@ class SchedulerProtocol(Protocol):
         """Requests in the queue, swapped ones included."""
         ...
 
+    @property
+    def held(self) -> Sequence[Request]:
+        """Finished requests that still own their slots."""
+        ...
+
     def add(self, req: Request) -> None:
         """Queue a request. Raises RequestRejected when it can never run."""
         ...

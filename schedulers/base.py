@@ -63,6 +63,11 @@ class Scheduler(Lifecycle, ABC):
         """Requests in the queue, swapped ones and children that wait for their parent's prompt included."""
         return len(self.requests) - len(self.prefilling) - len(self.decoding)
 
+    @property
+    def held(self) -> Sequence[Request]:
+        """Finished requests that still own their slots: none."""
+        return ()
+
     def head(self) -> Request | None:
         """The request that would be admitted next, or None."""
         return self.next_waiting()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from engine.plan import KVAllocator, StepPlan
@@ -70,6 +71,11 @@ class StaticScheduler(Scheduler):
         """When the batch that is filling starts at the latest; None while one runs or nobody waits."""
         head = self.head()
         return None if self.num_running or head is None else head.arrival_time + self.max_wait
+
+    @property
+    def held(self) -> Sequence[Request]:
+        """Those that wait for the end of their batch."""
+        return self._held
 
     def retire(self, req: Request) -> None:
         """Free, or hold until the last request of the batch has ended. Aborted ones never hold."""

@@ -39,7 +39,7 @@ class Gauges:
         row.set("vllm:num_requests_waiting", scheduler.num_waiting)
         row.set("vllm:num_requests_waiting_by_reason", scheduler.num_waiting, "capacity")
         usage = self._engine.allocator.usage(scheduler.queue_head())
-        classes = self._view.classes(usage, routes)
+        classes = self._view.classes(usage, routes, scheduler.held)
         for name, slots in classes.items():
             row.set("kvarena:kv_slots", slots, name)
         row.set("kvarena:kv_slots_shared_saved", usage.shared_saved)

@@ -16,15 +16,23 @@ class PoolView:
     """Looks at an allocator a few times a second; changes nothing.
 
     Live, an owned and empty slot is *reservation* while its request may still grow into it, and *internal
-    fragmentation* once it lies beyond prompt + max_tokens. (A finished run's ledger knows the true lengths.)
+    fragmentation* once it lies beyond prompt + max_tokens, or its request has finished and is held until its batch
+    ends. (A finished run's ledger knows the true lengths.)
     """
 
     def __init__(self, allocator: KVAllocator) -> None:
         self._allocator = allocator
 
-    def classes(self, usage: KVUsage, requests: Collection[Request]) -> dict[str, int]:
-        """Slots by class; they add up to the pool."""
+    def classes(self, usage: KVUsage, requests: Collection[Request], held: Collection[Request]) -> dict[str, int]:
+        """Slots by class; they add up to the pool.
+
+        Args:
+            usage: raw counts.
+            requests: those that have not finished.
+            held: those that have, and still own slots.
+        """
         never = sum(max(0, req.num_slots - req.max_total_tokens) for req in requests)
+        never += sum(req.num_slots - req.num_computed_tokens for req in held)
         internal = min(never, usage.owned - usage.computed)
         return {
             "token_states": usage.computed,

@@ -4,6 +4,7 @@ import pytest
 from scheduler_simulation import request, simulate
 
 from engine.errors import ConfigError
+from engine.server.pool_view import PoolView
 
 
 def batches(run) -> list[list[str]]:
@@ -51,6 +52,23 @@ def test_hold_keeps_a_finished_requests_slots_and_free_gives_them_back(retire):
     assert run.engine.allocator.usage().owned == 0
     held = run.engine.ledger.settle()["held"]
     assert held.max() == (8 if retire == "hold" else 0)
+
+
+def test_empty_slots_of_held_requests_are_internal_in_the_live_gauges():
+    run = simulate("static", max_wait=0.0)
+    allocator, scheduler = run.engine.allocator, run.engine.scheduler
+    long, short = request("long", 4, 30), request("short", 4, 2)
+    view, seen = PoolView(allocator), []
+
+    def look(output):
+        classes = view.classes(allocator.usage(), [req for req in (long, short) if not req.is_finished], scheduler.held)
+        assert sum(classes.values()) == allocator.usage().total
+        if scheduler.held:
+            seen.append((list(scheduler.held), classes["internal"]))
+
+    run.run([long, short], on_step=look)
+    # Short has slots for 8 tokens and filled its prompt and the first of two; long has 36 for 34.
+    assert len(seen) > 20 and all(entry == ([short], 3 + 2) for entry in seen)
 
 
 def test_the_whole_life_is_reserved_so_nobody_is_preempted():
