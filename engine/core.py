@@ -37,6 +37,7 @@ class StepOutput:
         launch_time: when the plan was ready.
         launched_time: when the runner's call had returned: the device has all of the step.
         end_time: when its tokens were on the host.
+        wait_time: seconds that the host waited for them.
     """
 
     index: int
@@ -50,6 +51,7 @@ class StepOutput:
     launch_time: float
     launched_time: float
     end_time: float
+    wait_time: float = 0.0
 
 
 @dataclass(slots=True)
@@ -169,11 +171,13 @@ class Engine:
 
     def _finish(self, step: _InFlight) -> StepOutput:
         output = step.output
+        asked = self.clock.now()
         try:
             output.result = step.pending.result()
         except Exception as error:
             raise StepFailed(output.plan, error) from error
         output.end_time = self.clock.now()
+        output.wait_time = output.end_time - asked
         if step.constrained:
             for (req, _, _), token in zip(output.plan.scheduled, output.result.token_ids, strict=True):
                 if token is not None and req.constraint is not None and not req.is_finished:

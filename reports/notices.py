@@ -32,13 +32,20 @@ def run_notices(summary: dict[str, Any]) -> list[str]:
             "Nothing was recorded (driver.record=none): this run has no latencies, tokens, steps or KV ledger, and its "
             "throughput is all that can be compared."
         )
-    share = (summary["recording"] or {}).get("share")
-    if share is not None and share > RECORDING_SHARE and summary["num_steps"] and not summary["simulation"]:
-        notices.append(
-            f"Recording took {percent(share)} of the run's wall time, more than {percent(RECORDING_SHARE)}: without it "
-            "the run may be faster; driver.record=summary records less."
-        )
+    if summary["num_steps"] and not summary["simulation"]:
+        notices += _recording(summary["recording"] or {})
     return notices + run_had_company(summary)
+
+
+def _recording(recording: dict[str, Any]) -> list[str]:
+    """What the recording took of a measured run, where that is much; and whether it showed."""
+    share, delaying = recording.get("share"), recording.get("delaying_share")
+    if share is None or share <= RECORDING_SHARE:
+        return []
+    took = f"Recording took {percent(share)} of the run's wall time, more than {percent(RECORDING_SHARE)}"
+    if delaying is not None and delaying <= RECORDING_SHARE:
+        return [f"{took}, nearly all of it while the device computed: it held the device up for {percent(delaying)}."]
+    return [f"{took}: without it the run may be faster; driver.record=summary records less."]
 
 
 def _invalid(summary: dict[str, Any]) -> str:

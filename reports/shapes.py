@@ -123,7 +123,7 @@ MANIFEST = {
         **dict.fromkeys(("wall_time", "warmup_time", "peak_rss_bytes", "lateness_bound", "processor_seconds"),
                         MAYBE_NUMBER),
         "recorded": MAYBE_TEXT,
-        "recording": Maybe({"seconds": "number", "share": "number"}),
+        "recording": Maybe({"seconds": "number", "share": "number", "delaying_share": Maybe("number")}),
     },
     "memory": Maybe(dict.fromkeys(
         ("weights_bytes", "pool_bytes", "workspace_bytes", "graphs_bytes", "activations_bytes", "context_bytes",

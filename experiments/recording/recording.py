@@ -26,6 +26,8 @@ from experiments.recording.scores import ScoreLog
 from experiments.recording.totals import RunTotals
 
 WARN_ABOVE = 0.01  # of a measured run's wall time
+# s: a host that waits longer than this for tokens had the next step launched before the device was done.
+HAD_TO_WAIT = 5e-5
 
 
 class Recording:
@@ -54,6 +56,9 @@ class Recording:
         engine.ledger = None
         engine.on_launch = None if level == "none" else self.on_launch
         self._seconds = 0.0  # of a wall clock
+        # Of these: spent where the device stood still, as far as can be told; and those since the last wait for tokens.
+        self._delaying = self._since_wait = 0.0
+        self._overlap = engine.overlap
         self._began = self._ended = (0.0, 0.0)  # a wall clock, and the process's time on all processors
 
     def __enter__(self) -> Self:
@@ -73,7 +78,7 @@ class Recording:
         """`req` was handed to the engine at `now`."""
         start = time.perf_counter()
         self._run.on_submit(req, now)
-        self._seconds += time.perf_counter() - start
+        self._since_wait += time.perf_counter() - start
 
     def on_rejected(self, req: Request, now: float, error: str) -> None:
         """The engine refused `req`, which was handed over at `now`."""
@@ -86,15 +91,20 @@ class Recording:
             self._ledger.observe(step.plan, step.usage)
         if self._kv_map is not None:
             self._kv_map.on_launch(step)
-        self._seconds += time.perf_counter() - start
+        self._since_wait += time.perf_counter() - start
 
     def on_step(self, step: StepOutput) -> None:
         """Take one finished step in."""
         start = time.perf_counter()
+        # All that was recorded since the last wait came before this one. Where the host still had to wait, the device
+        # had work all the while, and without the recording the host would only have waited longer.
+        self._seconds += self._since_wait
+        if not self._overlap or step.wait_time < HAD_TO_WAIT:
+            self._delaying += self._since_wait
         self._run.on_step(step)
         if self._scores is not None:
             self._scores.on_step(step)
-        self._seconds += time.perf_counter() - start
+        self._since_wait = time.perf_counter() - start
 
     @property
     def num_finished(self) -> int:
@@ -128,7 +138,8 @@ class Recording:
     def facts(self) -> dict[str, Any]:
         """What the manifest's section `run` says of it (docs/files.md)."""
         wall, processor = (end - begin for begin, end in zip(self._began, self._ended, strict=True))
-        seconds = 0.0 if self._level == "none" else self._seconds
+        seconds = 0.0 if self._level == "none" else self._seconds + self._since_wait
+        delaying = 0.0 if self._level == "none" else self._delaying + self._since_wait
         share = seconds / wall if wall > 0 else 0.0
         facts: dict[str, Any] = {
             "recorded": self._level,
@@ -139,6 +150,8 @@ class Recording:
             # A simulation's wall time depends on what else the machine does, its processor time does not.
             "recording": {"seconds": seconds if self._measured else share * processor, "share": share},
         }
+        if self._measured:
+            facts["recording"]["delaying_share"] = delaying / wall if wall > 0 else 0.0
         if isinstance(self._run, RunTotals):
             facts["totals"] = self._run.facts()
         return facts
@@ -150,10 +163,13 @@ def recording_warning(facts: dict[str, Any]) -> str | None:
     Args:
         facts: of `Recording.facts`.
     """
-    share = facts["recording"]["share"]
+    share, delaying = (facts["recording"][key] for key in ("share", "delaying_share"))
     if share <= WARN_ABOVE:
         return None
-    return f"recording took {100 * share:.1f} % of the run's wall time; driver.record=summary records less"
+    took = f"recording took {100 * share:.1f} % of the run's wall time"
+    if delaying <= WARN_ABOVE:
+        return f"{took}, nearly all of it while the device computed: it held the device up for {100 * delaying:.2f} %"
+    return f"{took} and held the device up for up to {100 * delaying:.1f} %; driver.record=summary records less"
 
 
 def _clocks() -> tuple[float, float]:

@@ -3,6 +3,7 @@
 import json
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_what_was_not_recorded_is_not_compared(tmp_path):
         run(tmp_path / name, f"driver.record={record}")
     folders = [(name, tmp_path / name) for name in "abc"]
     summary = compare(folders, tmp_path / "comparison")
-    assert [cell["folder"] for cell in summary["cells"]] == ["a", "c"]
+    assert [cell["folders"] for cell in summary["cells"]] == [["a", "c"]]
     assert any("recorded nothing" in line and "b (b)" in line for line in summary["notices"])
     with pytest.raises(ReportError, match="nothing to compare but their throughput: b \\(b\\): "):
         compare(folders[1:2], tmp_path / "comparison")
@@ -83,26 +84,45 @@ def test_a_simulation_states_the_processor_time_of_its_recording(tmp_path):
     assert not any("Recording took" in line for line in summary["notices"])  # a virtual clock does not mind
 
 
-def test_a_recording_that_takes_its_time_is_charged_for_it_and_warns(monkeypatch, tmp_path):
-    """The warning is on stderr and among the notices; what is charged is what was really spent."""
+class LoopEngine:
+    """As much of an engine as a recording looks at."""
+
+    ledger = on_launch = allocator = None
+
+    def __init__(self, overlap):
+        self.overlap = overlap
+
+
+def slow_recording(monkeypatch, wait_times, *, overlap):
+    """The facts of a run that recorded 4 ms a step, after each of which the host waited so many seconds."""
     told = []
-
-    class Engine:
-        ledger = on_launch = None
-        allocator = None
-
-    recording = Recording(Engine(), level="summary", kv_map=False, measured=True)
+    recording = Recording(LoopEngine(overlap), level="summary", kv_map=False, measured=True)
     monkeypatch.setattr(recording._run, "on_step", lambda step: (told.append(step), time.sleep(0.004)))
     with recording:
-        for _ in range(5):
-            recording.on_step("step")
+        for wait_time in wait_times:
+            recording.on_step(SimpleNamespace(wait_time=wait_time))
             time.sleep(0.001)
-    facts = recording.facts()
-    assert len(told) == 5
-    assert 0.02 <= facts["recording"]["seconds"] <= recording._ended[0] - recording._began[0]
+    assert len(told) == len(wait_times)
+    assert 0.02 <= recording.facts()["recording"]["seconds"] <= recording._ended[0] - recording._began[0]
+    return recording.facts()
+
+
+@pytest.mark.parametrize(("overlap", "wait_time"), [(False, 0.01), (True, 0.0)])
+def test_a_recording_that_takes_its_time_is_charged_for_it_and_warns(monkeypatch, overlap, wait_time):
+    """The host had not to wait for the device, or the device waits for it in any case."""
+    facts = slow_recording(monkeypatch, [wait_time] * 5, overlap=overlap)
     assert facts["recording"]["share"] > 0.01
-    assert "of the run's wall time" in recording_warning(facts)
-    assert recording_warning({"recording": {"seconds": 1.0, "share": 0.01}}) is None
+    assert facts["recording"]["delaying_share"] == pytest.approx(facts["recording"]["share"])
+    assert "held the device up for up to" in recording_warning(facts)
+    assert recording_warning({"recording": {"seconds": 1.0, "share": 0.01, "delaying_share": 0.01}}) is None
+
+
+def test_a_recording_beside_a_device_that_computes_says_that_it_held_nothing_up(monkeypatch):
+    """Charged all the same; only what came after the last wait may have cost something."""
+    facts = slow_recording(monkeypatch, [0.01] * 500, overlap=True)
+    assert facts["recording"]["share"] > 0.5
+    assert facts["recording"]["delaying_share"] < 0.01
+    assert "while the device computed" in recording_warning(facts)
 
 
 class Pool:
