@@ -167,10 +167,15 @@ def _compare(sweep_dir: Path, plan: Plan, baseline: str | int | None, ended: End
     import reports.terminal
     from experiments.output import print_result
     from experiments.recording.cell_state import only_writer
+    from reports.errors import NothingRecorded
 
     with only_writer(sweep_dir):
         sweep = ended.record = collect(sweep_dir, plan, baseline)
-        summary = reports.comparison.write_comparison(sweep_dir) if sweep["runs"] else None
+        try:
+            summary = reports.comparison.write_comparison(sweep_dir) if sweep["runs"] else None
+        except NothingRecorded as nothing:  # as the command asked
+            summary = None
+            print(f"no comparison: {nothing}", file=sys.stderr)
     result: dict[str, Any] = {"sweep_dir": str(sweep_dir)}
     result |= {key: sweep[key] for key in ("runs", "not_defined", "failed", "unserved")}
     if summary is not None:

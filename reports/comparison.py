@@ -22,7 +22,7 @@ from reports.costs import METRICS as COST_METRICS
 from reports.costs import cost_pairs, costs
 from reports.curves import curve_axis, curves
 from reports.document import render_html, render_markdown, write_text
-from reports.errors import ReportError
+from reports.errors import NothingRecorded, ReportError
 from reports.files import RunFiles, read_json, read_run
 from reports.format import rate
 from reports.headline import headline
@@ -98,7 +98,7 @@ def compare(
         else:
             runs.append((name, run, ran))
     if unrecorded and not runs:
-        raise ReportError(
+        raise NothingRecorded(
             "no run recorded anything (driver.record=none), so there is nothing to compare but their throughput: "
             + "; ".join(unrecorded)
         )

@@ -14,6 +14,8 @@ from reports.latency import DEFINITIONS
 from reports.repeats import Contender
 from reports.verdicts import DECIDED, ONE_RUN, ONE_SEED, THROUGHPUT
 
+FAR_LOW, FAR_HIGH = 0.01, 100  # ends of an interval, as ratios, beyond which the digits say nothing
+
 LAYOUT = "runner.layout"
 LATENCIES = ("tpot_seconds", "e2e_seconds")
 METRICS = (THROUGHPUT, *LATENCIES)
@@ -130,8 +132,11 @@ def _is_open(verdict: dict[str, Any]) -> bool:
 
 
 def interval_text(verdict: dict[str, Any]) -> str:
-    """[1.30, 1.38], or nothing."""
-    return "" if not verdict["interval"] else "[{}, {}]".format(*map(ratio, verdict["interval"]))
+    """[1.30, 1.38], or nothing; an end that is far off is only said to be."""
+    if not verdict["interval"]:
+        return ""
+    low, high = verdict["interval"]
+    return f"[{ratio(low) if low >= FAR_LOW else f'<{FAR_LOW}'}, {ratio(high) if high <= FAR_HIGH else f'>{FAR_HIGH}'}]"
 
 
 def cost_section(entries: Sequence[dict[str, Any]]) -> Section:

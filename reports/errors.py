@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class ReportError(Exception):
     """A run's or a sweep's files are missing or broken. One line: what, where, and what to do."""
+
+
+class NothingRecorded(ReportError):
+    """All runs are whole, but recorded nothing that could be compared; the text has their throughput."""

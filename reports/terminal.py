@@ -14,6 +14,7 @@ from reports.format import DASH, count, percent, rate, ratio, seconds, size_byte
 from reports.run_sections import run_title
 from reports.windows import kv_use, room_text
 
+LEAST_NAME = 18  # characters of a cell's name in a row, however wide the numbers are
 MAX_NOTES = 4
 MAX_COST_LINES = 6  # a large grid's are in its report
 
@@ -82,6 +83,7 @@ def comparison_table(summary: dict[str, Any]) -> Table:
         for cell in summary["cells"]
         if cell["num_failed"]
     ]
+    notes += [f"{one.get('name', DASH)} is not defined: {one.get('error', DASH)}." for one in summary["not_defined"]]
     notes += pairing_notes(summary)
     lines = [summary["same_tokens"]["line"], *notes[:MAX_NOTES]]
     if len(notes) > MAX_NOTES:
@@ -92,11 +94,12 @@ def comparison_table(summary: dict[str, Any]) -> Table:
         title=headed(summary["headline"], summary["notices"]), title_justify="left",
         caption=escape("\n".join(lines)), caption_justify="left", box=None, pad_edge=False,
     )  # fmt: skip
-    table.add_column("cell", overflow="fold")
+    table.add_column("cell", overflow="fold", min_width=LEAST_NAME)
     cached = any(kv_use(cell, "cached") for cell in summary["cells"])
     kv_columns = ["KV, all steps", *(["+ cached"] if cached else [])]
-    for name in ("tok/s", "ratio", "TTFT", *kv_columns, "E2E ratio"):
+    for name in ("tok/s", "ratio", "TTFT", *kv_columns):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("E2E ratio", justify="right")
     for cell in summary["cells"]:
         table.add_row(
             escape(cell["label"]),

@@ -201,8 +201,12 @@ def tokens_line(compared: Sequence[dict[str, Any]], noun: str = "cells") -> str:
         return f"{_difference_line(usable, different)}{apart}"
     if not usable:
         return "Tokens were not compared: no two cells finished the same request."
-    requests, tokens = (max(entry[key] for entry in usable) for key in ("num_compared", "num_tokens_compared"))
-    cells = len(compared) + len({entry["reference"] for entry in compared})
+    references = dict.fromkeys(entry["reference"] for entry in compared)  # one per workload, such as a seed's
+    requests, tokens = (
+        sum(max(entry[key] for entry in compared if entry["reference"] == reference) for reference in references)
+        for key in ("num_compared", "num_tokens_compared")
+    )
+    cells = len(compared) + len(references)
     return f"All {cells} {noun} gave the same tokens ({requests:,} requests, {tokens:,} output tokens).{apart}"
 
 

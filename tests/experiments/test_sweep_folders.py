@@ -26,7 +26,8 @@ KEY = {"config": "c", "code": "a", "machine": "m", "round": None, "reports": "r"
 class Swept:
     def __init__(self, code: int, folder: Path, out: str, err: str) -> None:
         self.code, self.folder, self.err = code, folder, err
-        self.last = json.loads(out.strip().splitlines()[-1]) if out.strip().startswith(("{", " ", "cell")) else None
+        last = (out.strip().splitlines() or [""])[-1]
+        self.last = json.loads(last) if last.startswith("{") else None
         self.record = json.loads((folder / "sweep.json").read_text())
         self.runs = self.record["runs"]
 
@@ -254,3 +255,12 @@ def test_another_trace_under_the_same_name_is_another_cell(tmp_path):
     after = cell_key(*compose_cell(overrides))
     assert before["config"] != after["config"]
     assert before["code"] == after["code"]
+
+
+def test_a_sweep_that_recorded_nothing_is_no_error(sweep):
+    """It ended with 2 and without its last line, though every cell had done what the command asked."""
+    done = sweep("scheduler=continuous,static", "driver.record=none")
+    assert done.code == 0
+    assert "no comparison: no run recorded anything (driver.record=none)" in done.err
+    assert done.last["runs"] == done.runs
+    assert len(done.runs) == 2

@@ -196,7 +196,7 @@ def test_cells_that_are_not_defined_and_both_causes_are_in_the_report(tmp_path):
     assert "What capacity costs: allocators on the same kernel" in text
     assert "What the kernel costs: kernels under the same allocator" in text
     printed = " ".join(_render(comparison_table(summary), width=200).split())
-    assert "not defined" in printed
+    assert "allocator=paged, runner.layout=contiguous is not defined: blocks are scattered." in printed
     assert "What capacity costs: paged against contiguous (continuous, paged kernel): output tok/s" in printed
     assert "(one run each: no interval)" in printed
     assert "What the kernel costs: contiguous kernel against paged kernel (contiguous, continuous)" in printed

@@ -14,6 +14,7 @@ from rich.console import Console
 from experiments.run_order import order
 from reports.comparison import compare, summarize_comparison
 from reports.comparison_figures import memory_panels
+from reports.costs import interval_text
 from reports.files import read_run
 from reports.format import seconds
 from reports.pairing import make_cells
@@ -244,3 +245,22 @@ def test_seeds_are_named_and_not_averaged(tmp_path):
     one = [folder for folder in folders if folder.name.startswith("paged")]
     compare([(folder.name, folder) for folder in one], tmp_path / "one")
     assert (tmp_path / "one" / "report.md").read_text().startswith("# 1 cell, 3 runs of one configuration")
+
+
+def test_requests_with_the_same_tokens_are_counted_over_the_seeds(tmp_path):
+    """Two seeds of four requests were "the same tokens (4 requests"."""
+    one = summary_of(make_runs(tmp_path / "one", [A, B]))["same_tokens"]["line"]
+    two = summary_of(make_runs(tmp_path / "two", [A, B], seeds=(0, 1)))["same_tokens"]["line"]
+    assert one.startswith("All 2 cells gave the same tokens (10 requests, ")
+    assert two.startswith("All 4 runs gave the same tokens (20 requests, ")
+
+
+def test_a_wide_interval_leaves_room_for_the_names(tmp_path):
+    """[0.0000074, 20,268] took the terminal's width, and "paged × continuous" went down in lines of four letters."""
+    summary = summary_of(make_runs(tmp_path, [A, B], num_rounds=2))
+    summary["cells"][1]["paired"]["e2e_seconds"]["interval"] = (7.4e-6, 20268.0)
+    text = printed(summary, width=80)
+    assert "[<0.01, >100]" in text
+    assert "paged × continuous" in text
+    low_only = {"interval": (0.5, 20268.0)}
+    assert interval_text(low_only) == "[0.50, >100]"
