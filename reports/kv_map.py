@@ -27,9 +27,10 @@ FILE = "kv_map.parquet"
 SHORTAGE, EXTERNAL, SHARED, CACHED, FREE = -5, -4, -3, -2, -1  # owners that are no request
 FIRST_CODE = 5  # owner + FIRST_CODE is not negative
 MAX_COLUMNS, MAX_ROWS = 800, 1024
-# Okabe-Ito without the greys, each in a dark and a light shade; neighbours in the list differ in lightness.
-SHADES = ("#0072B2", "#F0B84A", "#7A3B00", "#8CCDF2", "#00664A", "#E8A3CC", "#994400", "#56B4E9", "#5B2A4C", "#7FD1B6",
-          "#004A75", "#F5D76E", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # fmt: skip
+# Near Okabe-Ito, without the greys and the colours of the ledger's classes below; neighbours in the list differ in
+# lightness.
+SHADES = ("#0072B2", "#F0B84A", "#7A3B00", "#8CCDF2", "#00664A", "#E8A3CC", "#994400", "#B9D989", "#5B2A4C", "#7FD1B6",
+          "#004A75", "#F5D76E", "#D55E00", "#009E73", "#C9B2E8", "#E69F00")  # fmt: skip
 CACHED_COLOR, SHARED_COLOR = "#a9b0b8", "#3a3f47"
 COLORS = {FREE: EMPTY, EXTERNAL: CLASS_LOOKS["external"].color, SHORTAGE: CLASS_LOOKS["shortage"].color,
           CACHED: CACHED_COLOR, SHARED: SHARED_COLOR}  # fmt: skip

@@ -16,9 +16,11 @@ from PIL import Image
 from reports.errors import ReportError
 from reports.files import read_run
 from reports.kv_map import (
+    COLORS,
     EXTERNAL,
     FIRST_CODE,
     FREE,
+    SHADES,
     SHORTAGE,
     KVMap,
     choose_shades,
@@ -161,6 +163,10 @@ def test_what_nobody_owns_has_its_class_of_the_step(tmp_path):
     assert ">shortage</span>" in markup and ">external fragmentation</span>" in markup
     labels = [text.get_text() for text in kv_map_figure(kv_map).legends[0].get_texts()]
     assert labels[2:] == ["free", "external fragmentation", "shortage"]
+
+
+def test_no_request_has_a_class_s_colour():
+    assert not set(SHADES) & set(COLORS.values()) and len(set(SHADES)) == len(SHADES)
 
 
 def test_unmapped_addresses_are_not_called_free_memory():
