@@ -67,6 +67,7 @@ def make_allocator(model: LoadedModel, num_slots: int, max_regions: int = 64) ->
         block_size=16,
         max_model_len=MAX_LEN,
         kv_bytes_per_token=model.spec.kv_bytes_per_token,
+        page_bytes=PAGE,
         max_regions=max_regions,
     )
 
