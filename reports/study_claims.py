@@ -16,6 +16,7 @@ from reports.format import DASH
 
 PUBLISHED = ("value", "range", "up to", "bound")
 CHECK, FITTED = "check", "fitted"
+CHECKED = ("passes", "fails")
 JUDGED = ("holds", "differs", "less than stated", "more than stated", "not decided")
 
 Claim = Mapping[str, Any]
@@ -32,7 +33,7 @@ def kind_of(claim: Claim) -> str:
 def tally(claims: Sequence[Claim]) -> dict[str, int]:
     """How many published numbers were judged and hold, and how many checks there are and pass."""
     judged = [claim["verdict"] for claim in claims if kind_of(claim) in PUBLISHED and claim["verdict"] in JUDGED]
-    checks = [claim["verdict"] for claim in claims if kind_of(claim) == CHECK]
+    checks = [claim["verdict"] for claim in claims if kind_of(claim) == CHECK and claim["verdict"] in CHECKED]
     return {
         "num_judged": len(judged),
         "num_holding": judged.count("holds"),

@@ -1,6 +1,7 @@
 """A published number holds when ours meets it, interval and all; what cannot fail is a check and is not counted."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 
@@ -22,6 +23,7 @@ from experiments.studies.claims import (
     up_to,
     within,
 )
+from reports.study_claims import verdict_line
 
 
 def seeds(value: float, half: float) -> Mean:
@@ -78,10 +80,13 @@ def test_only_published_numbers_that_something_is_held_against_are_counted():
         fitted("f", "", 132.44, seeds(132.0, 1.0)),
         measured("g", "%", 50.0),
         compared("h", seeds(2.0, 0.1)),
+        check(between("not judged", "", 1.7, 2.7, None)),
         check(at_most("i", "", 65_536, 36_018.0)),
         check(at_least("j", "", 1.0, 0.5)),
     ]
     assert counted(claims, "bars are met") == "1 of 4 bars are met (1 not decided)"
+    line, good = verdict_line([asdict(claim) for claim in claims])
+    assert (line, good) == ("1 of 4 published numbers hold, 1 not decided; 1 of 2 checks pass.", False)
     assert [claim.verdict for claim in claims[-2:]] == [Verdict.PASSES, Verdict.FAILS]
     assert compared("k", seeds(1.0, 0.1)).verdict is Verdict.SAME
     assert compared("l", Mean(2.0, None, None)).verdict is Verdict.MEASURED
