@@ -43,7 +43,7 @@ def test_a_fit_that_does_not_close_is_one_line(tmp_path):
     with pytest.raises(EngineError, match="not met within 1e-09 in 1 rounds"):
         run_study(tmp_path, *SMALL, "study.close=1e-9", "study.max_rounds=1")
     with pytest.raises(Exception, match="must be a card's profile") as error:
-        run_study(tmp_path, *SMALL, "study.card=h100-qwen3-0.6b")
+        run_study(tmp_path, *SMALL, "study.card=h200-qwen3-0.6b-overlap")
     assert isinstance(error.value.__cause__ or error.value, ConfigError)
 
 
