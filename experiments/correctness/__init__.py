@@ -1,1 +1,3 @@
-"""Strategies against the oracle on random traces, and a run's tokens against transformers' own generation."""
+"""Strategies against the oracle and the ledger against a recount on random traces, KV maps against ledgers, a run's
+tokens against transformers' own generation, and how often the rules of reports err (verdicts, the steady part).
+"""

@@ -40,7 +40,7 @@ class SeedClaimsStudy:
         least_paged: least share of the pool in token states under paged allocation, percent.
         most_contiguous: most under contiguous reservation, percent.
         least_busy: least share of the batch's places that compute under continuous batching, percent.
-    seeds: of the workload.
+        seeds: of the workload.
 
     Raises:
         ConfigError: no seed.
