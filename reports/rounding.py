@@ -23,8 +23,8 @@ EXACT = "float32"  # in which nothing may differ
 # One unit in the last place of numbers from 1 to 2.
 EPSILONS = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 # The scores of equal prefixes differ by rounding alone. A difference at a first differing token may be so many times
-# their median (of a normal distribution: 8 standard deviations), and never more than so many units in the last place.
-MOST_MEDIANS = 12
+# their median (of a normal distribution: 5.4 standard deviations), and never more than so many units in the last place.
+MOST_MEDIANS = 8
 MOST_UNITS = 32
 LEAST_VALUES = 100  # to know what is typical; with fewer the units alone decide
 ROUNDING, ERROR, NOT_RECORDED = "rounding", "error", "not recorded"

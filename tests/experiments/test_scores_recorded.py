@@ -5,6 +5,7 @@ import pytest
 
 from allocators.paged import PagedAllocator
 from engine.errors import ConfigError
+from engine.plan import NULL_BLOCK
 from experiments.compose import compose_cell
 from experiments.config import DriverConfig
 from experiments.http_job import run_http
@@ -22,20 +23,23 @@ def run_pair(tmp_path, *overrides, broken=None):
     cells = CellRunner([*SETTINGS, *overrides], tmp_path)
     cells.run("contiguous", ["allocator=contiguous"])
     if broken is not None:
-        broken.setattr(PagedAllocator, "block_table", _turned(PagedAllocator.block_table))
+        broken.setattr(PagedAllocator, "block_table", _without_its_head(PagedAllocator.block_table))
     cells.run("paged", ["allocator=paged"])
     folders = [(folder.name, folder) for folder in cells.folders]
     return compare(folders, tmp_path / "out")["same_tokens"], cells.folders
 
 
-def _turned(block_table):
-    """A request's first two blocks change places once it has a few tokens: they are read as other positions."""
+def _without_its_head(block_table):
+    """Once a request has a few tokens, the null block stands in for its first one, as if that had been given away.
 
-    def turned(self, req):
+    Two blocks that change places would not do: keys carry their positions, and attention has no order.
+    """
+
+    def headless(self, req):
         table = list(block_table(self, req))
-        return [table[1], table[0], *table[2:]] if len(req.output_token_ids) > 4 and len(table) > 1 else table
+        return [NULL_BLOCK, *table[1:]] if len(req.output_token_ids) > 4 and len(table) > 1 else table
 
-    return turned
+    return headless
 
 
 @pytest.mark.parametrize(
@@ -51,12 +55,18 @@ def test_strategies_differ_by_rounding_alone(tmp_path, sampling):
         found = scores[row["request_id"]]
         assert found["num_candidates"] == 8
         assert len(found["values"]) == len(found["token_ids"]) == 8 * row["num_output_tokens"]
-        assert found["token_ids"][::8] == row["output_token_ids"]  # the pick is the best
+        # The pick is the best; in 16 bits others may be as good.
+        for at, token in enumerate(row["output_token_ids"]):
+            place = slice(8 * at, 8 * at + 8)
+            values = dict(zip(found["token_ids"][place], found["values"][place], strict=True))
+            assert values[token] == found["values"][8 * at] == max(values.values())
 
 
 def test_wrong_kv_is_an_error(tmp_path, monkeypatch):
     same, _ = run_pair(tmp_path, "driver.scores=8", broken=monkeypatch)
-    assert same["verdict"] == "different" and same["errors"] >= 5, same
+    # Every request differs. In some of them the two tokens were so near that their scores alone do not tell why.
+    assert same["verdict"] == "different" and same["errors"] >= 2, same
+    assert same["errors"] + same["rounding"] == 10
 
 
 def test_where_there_are_no_scores_the_setting_is_refused(tmp_path):

@@ -141,7 +141,7 @@ def test_a_broken_profile_is_one_line(content: str, message: str, tmp_path: Path
 
 
 def test_an_unknown_profile_names_the_known_ones():
-    with pytest.raises(ConfigError, match=r"a100-40gb, a100-80gb, h100, .*h200"):
+    with pytest.raises(ConfigError, match=r"a100-40gb, .*a100-80gb, h100, h200"):
         load_profile("h300")
 
 
@@ -165,8 +165,7 @@ def test_a_simulated_run_leaves_a_run_s_files_and_says_what_it_is(tmp_path: Path
     assert manifest["simulation"]["kind"] == "analytic"
     assert manifest["pool"]["bytes"] == 6000 // 16 * 16 * 819_200
     report = (run_dir / "report.md").read_text()
-    assert "no device computed this run" in report
-    assert "a100-40gb" in report
+    assert report.startswith("# paged × continuous, simulated\n\nSimulated by the card profile a100-40gb: ")
     steps = pd.read_parquet(run_dir / "steps.parquet")
     assert steps["end_time"].iloc[-1] == pytest.approx(manifest["run"]["wall_time"])
     assert (np.diff(steps["start_time"]) > 0).all()
