@@ -35,13 +35,18 @@ class ForeignServer:
     """A small OpenAI-compatible server that knows no extension, shows no token ids, and fails as it is told.
 
     Each prompt is answered with its own length of chunks after `delay` seconds. Prompts of a length in `failures` get
-    that status; 0 breaks the stream off. Those of a length in `events` get that event in the stream.
+    that status; 0 breaks the stream off. Those of a length in `events` get that event in the stream. After `lives_for`
+    answers there is none for a minute.
     """
 
     def __init__(
-        self, delay: float = 0.0, failures: dict[int, int] | None = None, events: dict[int, bytes] | None = None
+        self,
+        delay: float = 0.0,
+        failures: dict[int, int] | None = None,
+        events: dict[int, bytes] | None = None,
+        lives_for: int | None = None,
     ) -> None:
-        self.delay, self.failures, self.events = delay, failures or {}, events or {}
+        self.delay, self.failures, self.events, self.lives_for = delay, failures or {}, events or {}, lives_for
         self.bodies: list[dict] = []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -81,7 +86,8 @@ class ForeignServer:
         if status not in (0, 200):
             await self._answer(send, status, {"error": {"message": "told to fail"}})
             return
-        await asyncio.sleep(self.delay)
+        is_dead = self.lives_for is not None and len(self.bodies) > self.lives_for
+        await asyncio.sleep(60.0 if is_dead else self.delay)
         await self._stream(send, body["max_tokens"], len(body["prompt"]), whole=bool(status))
 
     async def _stream(self, send, count: int, num_prompt: int, whole: bool) -> None:
@@ -179,9 +185,7 @@ def test_failures_are_recorded_one_by_one(tmp_path):
 
 
 def test_a_server_that_dies_in_the_run_leaves_errors(tmp_path):
-    foreign = ForeignServer()
-    with foreign as url:
-        threading.Timer(0.5, lambda: setattr(foreign, "delay", 60.0)).start()
+    with ForeignServer(lives_for=6) as url:
         summary, _ = run(tmp_path, url, "http.timeout=1", "arrival.rate=8", "workload.num_requests=16")
     assert 0 < summary["num_failed"] < 16
     assert summary["num_failed"] + summary["num_finished"] == 16

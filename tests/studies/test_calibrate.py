@@ -58,7 +58,8 @@ def test_a_known_machine_is_found_again(findings: tuple[Findings, Path]):
     paced = ["not comparable", *["passes"] * len(METRICS)]
     assert [claim.verdict for claim in found.claims] == [*["passes"] * (len(METRICS) + 1), *paced]
     assert found.headline.startswith("9 of 9 bars are met in 2 held-out cells")
-    assert max(claim.ours for claim in found.claims) < 2.0
+    for claim in found.claims:  # half of each bar; most of the errors are far below
+        assert claim.ours < (4.0 if "p99" in claim.quantity else 1.5), claim
     profile = load_profile(str(out / "profiles" / "llama-3.1-8b-shape-plain.yaml"))
     truth = load_profile("h200")
     assert profile.host.after == pytest.approx(truth.host.after, rel=0.01)
@@ -132,7 +133,8 @@ def test_launches_that_the_device_does_not_hide_are_found_again(tmp_path: Path):
         for seed in (0, 1)
     }
     found = CalibrateStudy(runs[0], runs[1]).run(CellRunner([], tmp_path / "study"))
-    assert max(claim.ours for claim in found.claims) < 2.0
+    for claim in found.claims:  # half of each bar; most of the errors are far below
+        assert claim.ours < (4.0 if "p99" in claim.quantity else 1.5), claim
     fitted = load_profile(str(tmp_path / "study" / "profiles" / "llama-3.1-8b-shape-overlap.yaml"))
     truth = load_profile(str(law))
     for name in ("after", "launch_decode", "launch_prefill", "launch_eager"):
@@ -205,10 +207,12 @@ def test_a_run_outside_of_what_was_fitted_says_so_first(
 ):
     profile = findings[1] / "profiles" / "llama-3.1-8b-shape-plain.yaml"
     inside = Path(record(tmp_path / "inside", 0, f"runner.profile={profile}"))
-    assert read_summary(inside)["notices"] == []
+    [simulated] = read_summary(inside)["notices"]
+    assert simulated.startswith("Simulated: ")
     many = ["workload.num_requests=200", "kv_cache.num_slots=65536", "scheduler=chunked", "report.pages=true"]
     outside = Path(record(tmp_path / "outside", 0, f"runner.profile={profile}", *many))
-    [line] = read_summary(outside)["notices"]
+    line, simulated = read_summary(outside)["notices"]
+    assert simulated.startswith("Simulated: ")
     assert line.startswith("Outside what its profile was fitted to: ")
     assert "requests that decode in steps with prompts where the largest fitted step has 0" in line
     assert f"warning: cell: {line}" in capsys.readouterr().err
