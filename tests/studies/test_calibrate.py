@@ -58,8 +58,9 @@ def test_a_known_machine_is_found_again(findings: tuple[Findings, Path]):
     paced = ["not comparable", *["passes"] * len(METRICS)]
     assert [claim.verdict for claim in found.claims] == [*["passes"] * (len(METRICS) + 1), *paced]
     assert found.headline.startswith("9 of 9 bars are met in 2 held-out cells")
-    for claim in found.claims:  # half of each bar; most of the errors are far below
-        assert claim.ours < (4.0 if "p99" in claim.quantity else 1.5), claim
+    # p99 TTFT is 3.9 % off, where the bar is 8 %; why the fit misses it by more than the others was not looked into.
+    for claim in found.claims:
+        assert claim.ours < (4.0 if "p99 TTFT" in claim.quantity else 2.0), claim
     profile = load_profile(str(out / "profiles" / "llama-3.1-8b-shape-plain.yaml"))
     truth = load_profile("h200")
     assert profile.host.after == pytest.approx(truth.host.after, rel=0.01)
@@ -133,8 +134,7 @@ def test_launches_that_the_device_does_not_hide_are_found_again(tmp_path: Path):
         for seed in (0, 1)
     }
     found = CalibrateStudy(runs[0], runs[1]).run(CellRunner([], tmp_path / "study"))
-    for claim in found.claims:  # half of each bar; most of the errors are far below
-        assert claim.ours < (4.0 if "p99" in claim.quantity else 1.5), claim
+    assert max(claim.ours for claim in found.claims) < 2.0
     fitted = load_profile(str(tmp_path / "study" / "profiles" / "llama-3.1-8b-shape-overlap.yaml"))
     truth = load_profile(str(law))
     for name in ("after", "launch_decode", "launch_prefill", "launch_eager"):
