@@ -20,6 +20,7 @@ UNWANTED = "unwanted"  # what no request owns while none waits
 SEGMENTS = (*OWNED, OTHERS, UNWANTED)
 
 WindowOf = Callable[[RunFiles], np.ndarray]  # bool per step
+SCARCE = "more requests or a smaller pool (workload.num_requests, kv_cache.num_slots) make memory scarce"
 
 
 class MemoryUse(NamedTuple):
@@ -42,27 +43,32 @@ class MemoryUse(NamedTuple):
     waiting_share: float
 
 
-def memory_use(run_dir: Path, window: WindowOf) -> MemoryUse:
+def memory_use(run_dir: Path, window: WindowOf, least_time: float = 0.0) -> MemoryUse:
     """Read a run folder.
 
     Args:
         run_dir: the folder.
         window: which of its steps count.
+        least_time: part of the run's step time that the window must cover, percent: what is seen in one step of a
+            hundred says little of a run.
 
     Raises:
         ReportError: a file is missing or broken.
-        EngineError: the window holds no step.
+        EngineError: the window holds no step, or too little of the run.
     """
     run = read_run(run_dir)
     mask = window(run)
     spans = step_spans(run.steps)
     shares = mean_shares(run.steps, spans, mask)
     if shares is None:
-        raise EngineError(
-            f"{run_dir.name}: no step lies in the window that is looked at; more requests or a smaller pool "
-            "(workload.num_requests, kv_cache.num_slots) make memory scarce"
-        )
+        raise EngineError(f"{run_dir.name}: no step lies in the window that is looked at; {SCARCE}")
     weight = spans.weight[mask]
+    time_share = float(100 * weight.sum() / spans.weight.sum())
+    if time_share < least_time:
+        raise EngineError(
+            f"{run_dir.name}: the window that is looked at covers {time_share:.1f} % of the run's step time, less than "
+            f"{least_time:g} %; {SCARCE}"
+        )
     wanted = run.steps["num_waiting"][mask] > 0
 
     def mean(values: np.ndarray) -> float:
@@ -78,7 +84,7 @@ def memory_use(run_dir: Path, window: WindowOf) -> MemoryUse:
         segments=segments,
         batch=mean(run.steps["num_scheduled"][mask].astype(float)),
         largest_batch=int(run.steps["num_scheduled"].max()),
-        time_share=float(100 * weight.sum() / spans.weight.sum()),
+        time_share=time_share,
         waiting_share=100 * mean(wanted.astype(float)),
     )
 

@@ -40,6 +40,7 @@ class SeedClaimsStudy:
         least_paged: least share of the pool in token states under paged allocation, percent.
         most_contiguous: most under contiguous reservation, percent.
         least_busy: least share of the batch's places that compute under continuous batching, percent.
+        least_window: least part of each run's step time in which a request waits, percent.
         seeds: of the workload.
 
     Raises:
@@ -49,6 +50,7 @@ class SeedClaimsStudy:
     least_paged: float
     most_contiguous: float
     least_busy: float
+    least_window: float
     seeds: Sequence[int]
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class SeedClaimsStudy:
             for name, (allocator, scheduler) in STRATEGIES.items():
                 options = [f"allocator={allocator}", f"scheduler={scheduler}", f"workload.seed={seed}"]
                 summary = cells.run(f"{name}-seed{seed}", options)
-                uses[name].append(memory_use(cells.folders[-1], waiting))
+                uses[name].append(memory_use(cells.folders[-1], waiting, self.least_window))
                 rates[name].append(summary["output_tokens_per_second"])
         lanes = max(use.largest_batch for use in uses["contiguous-continuous"])
         claims = [*self._memory_claims(uses), *self._busy_claims(uses, lanes), *_rate_claims(rates)]
@@ -82,8 +84,8 @@ class SeedClaimsStudy:
             differences=[
                 "The model has 1M parameters and runs on a CPU, so a step's time depends less on its batch than on a "
                 "GPU: the shares of memory carry over, the ratio of throughputs does not.",
-                "Lengths are drawn from ShareGPT's published distribution, cut at 2,048 tokens; all requests are there "
-                "at the start.",
+                "Lengths are drawn from ShareGPT's published distribution, without the requests that the longest "
+                "length of the engine leaves out; all requests are there at the start.",
             ],
             notes=[
                 f"Shares of memory and of places are means over step time {WAITING.phrase}: "

@@ -23,7 +23,7 @@ def verdicts(findings):
 
 
 def test_seed_claims_hold_at_small_scale(tmp_path):
-    findings, cells = run_study(tmp_path, *SEED_CLAIMS, "workload.num_requests=40", "kv_cache.num_slots=8192")
+    findings, cells = run_study(tmp_path, *SEED_CLAIMS, "workload.num_requests=40")
     judged = {claim.quantity: claim.verdict for claim in findings.claims if claim.kind in (Kind.BOUND, Kind.CHECK)}
     assert Verdict.DIFFERS not in judged.values() and Verdict.FAILS not in judged.values()
     assert len(cells.folders) == 8
@@ -35,6 +35,13 @@ def test_seed_claims_hold_at_small_scale(tmp_path):
 def test_a_pool_that_is_never_short_is_refused(tmp_path):
     with pytest.raises(EngineError, match="make memory scarce"):
         run_study(tmp_path, *SEED_CLAIMS, "workload.num_requests=4", "kv_cache.num_slots=9000")
+
+
+def test_a_window_of_a_few_steps_is_refused(tmp_path):
+    """Under one seed paged allocation queued requests in 1 % of its run, and its share was a verdict's all the same."""
+    few = ("engine.max_model_len=2048", "workload.max_total_len=2048", "workload.num_requests=36")
+    with pytest.raises(EngineError, match=r"paged-continuous-seed0: the window .* covers \S+ % of .* less than 25 %"):
+        run_study(tmp_path, *SEED_CLAIMS, *few, "kv_cache.num_slots=8192")
 
 
 def test_figure_2_has_one_window_and_no_seed_ends_it(tmp_path, monkeypatch):
