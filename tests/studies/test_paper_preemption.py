@@ -8,7 +8,7 @@ from study_run import run_study
 from engine.errors import ConfigError
 from experiments.studies import recorded
 from experiments.studies.claims import Kind, Verdict
-from experiments.studies.paper_fig18 import kernel_times, table_charts, table_claim
+from experiments.studies.paper_fig18 import Served, as_good_as_best, kernel_times, table_charts, table_claim
 from experiments.studies.paper_fig19 import Cost, _cost_claims, swap_times
 
 SMALL = (
@@ -23,6 +23,14 @@ def kernel_lines(paged: float, contiguous: float) -> list[dict]:
         for without_table, us in ((False, paged), (True, contiguous)):
             lines.append({"kernel": "decode", "case": case, "contiguous": without_table, "us": us})
     return [*lines, {"kernel": "decode", "case": "1 x 8192", "contiguous": False, "us": 1.0}]
+
+
+def test_a_block_size_that_is_not_decided_is_not_among_the_good_ones():
+    """Its mean over seeds is within the limit and its interval is not: 1.226 [1.04, 1.41] was printed as within 1.25."""
+    found = {8: Served([1.0, 1.0, 1.0], [], []), 16: Served([1.05, 1.06, 1.04], [], []),
+             32: Served([1.0, 1.4, 1.2], [], [])}  # fmt: skip
+    assert as_good_as_best(found, 1.25) == [8, 16]
+    assert as_good_as_best({size: Served(of.latency[2:], [], []) for size, of in found.items()}, 1.25) == [8, 16, 32]
 
 
 @pytest.mark.parametrize(
