@@ -1,10 +1,11 @@
 """How often identical cells are told apart on a machine that is busy on purpose: `experiment=aa_test`, many times.
 
     python -m experiments.correctness.aa_under_load --tries 20 --out DIR     # 20 tries with load, then one without
+    python -m experiments.correctness.aa_under_load --jobs 4 --processes 8   # on many cores: four tries at once
 
 Load: processes that compute for a while and pause for a while, both drawn anew each time, so that the machine's speed
-changes within runs, between them and between rounds. Prints one line of JSON for each try and one for all; exits with 1
-where more than --allowed tries hold a false verdict.
+changes within runs, between them and between rounds; tries that run at once load the machine for each other, too.
+Prints one line of JSON for each try and one for all; exits with 1 where more than --allowed tries hold a false verdict.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,9 @@ SECONDS = (0.2, 12.0)  # of work and of a pause
 
 
 def _compute(seed: int) -> None:
-    """Work and pause in turn until the process is ended."""
-    drawn = random.Random(seed)
-    while True:
+    """Work and pause in turn until the process is ended, or the one that started it is gone."""
+    drawn, parent = random.Random(seed), multiprocessing.parent_process()
+    while parent is None or parent.is_alive():
         until = time.monotonic() + drawn.uniform(*SECONDS)
         while time.monotonic() < until:
             sum(range(10_000))
@@ -84,11 +86,17 @@ def one_try(out: Path, overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _loaded(out: Path, number: int, args: argparse.Namespace) -> dict[str, Any]:
+    with load(args.processes, number):
+        return one_try(out, args.overrides)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tries; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=20, help="tries under load")
-    parser.add_argument("--processes", type=int, default=2 * (os.cpu_count() or 1), help="that make the load")
+    parser.add_argument("--processes", type=int, default=2 * (os.cpu_count() or 1), help="that make a try's load")
+    parser.add_argument("--jobs", type=int, default=1, help="tries at once")
     parser.add_argument("--allowed", type=int, default=2, help="tries that may hold a false verdict")
     parser.add_argument("--out", type=Path, help="keep the tries' folders here")
     parser.add_argument("overrides", nargs="*", help="of the experiment, such as study.rounds=4")
@@ -96,14 +104,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch)
         tries = []
-        for number in range(args.tries):
-            with load(args.processes, number):
-                tries.append(one_try(out / f"loaded-{number:02d}", args.overrides))
-            print(json.dumps({"try": number} | tries[-1]), flush=True)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            jobs = [pool.submit(_loaded, out / f"loaded-{number:02d}", number, args) for number in range(args.tries)]
+            for number, job in enumerate(jobs):
+                tries.append(job.result())
+                print(json.dumps({"try": number} | tries[-1]), flush=True)
         quiet = one_try(out / "quiet", args.overrides)
     wrong = sum(bool(one["false_verdicts"]) for one in tries)
     print(json.dumps({"tries": len(tries), "tries_with_a_false_verdict": wrong, "allowed": args.allowed,
-                      "load_processes": args.processes, "cores": os.cpu_count(), "quiet": quiet}))  # fmt: skip
+                      "load_processes": args.processes, "jobs": args.jobs, "cores": os.cpu_count(),
+                      "quiet": quiet}))  # fmt: skip
     return int(wrong > args.allowed)
 
 

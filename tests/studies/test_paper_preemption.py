@@ -26,7 +26,7 @@ def kernel_lines(paged: float, contiguous: float) -> list[dict]:
 
 
 def test_a_block_size_that_is_not_decided_is_not_among_the_good_ones():
-    """Its mean over seeds is within the limit and its interval is not: 1.226 [1.04, 1.41] was printed as within 1.25."""
+    """The mean over seeds is within the limit, the interval is not: 1.226 [1.04, 1.41] was printed as within 1.25."""
     found = {8: Served([1.0, 1.0, 1.0], [], []), 16: Served([1.05, 1.06, 1.04], [], []),
              32: Served([1.0, 1.4, 1.2], [], [])}  # fmt: skip
     assert as_good_as_best(found, 1.25) == [8, 16]
