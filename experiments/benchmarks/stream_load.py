@@ -186,6 +186,11 @@ def _process(
 
 def run_level(options: argparse.Namespace, level: Level) -> dict[str, object]:
     """Load the server with one level; its line."""
+    return line_of(level, collect_level(options, level))
+
+
+def collect_level(options: argparse.Namespace, level: Level) -> list[Row]:
+    """Load the server with one level; a row per request."""
     context = multiprocessing.get_context("spawn")
     out: SimpleQueue[list[Row]] = context.SimpleQueue()
     procs, clients, count = level.share(options.procs)
@@ -195,7 +200,7 @@ def run_level(options: argparse.Namespace, level: Level) -> dict[str, object]:
     rows = [row for _ in processes for row in out.get()]
     for process in processes:
         process.join()
-    return line_of(level, rows)
+    return rows
 
 
 def line_of(level: Level, rows: list[Row]) -> dict[str, object]:

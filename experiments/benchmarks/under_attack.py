@@ -1,0 +1,258 @@
+"""Honest streams beside requests that mean harm: the longest silence with and without them, as JSON lines.
+
+    python -m experiments.benchmarks.under_attack --attack grammars -- models/demo --max-model-len 2048
+
+What stands after `--` are the arguments of `kvarena serve`; the server is started here, on a free port. A turn has two
+parts with the same honest load (`--clients` streams at a time, `--requests` each): alone, and while the attack goes
+on. `longest_gap_s` is the longest time that an honest client heard nothing from the server: before its first token or
+between two. The last line has the median over the turns of what the attack added; the exit code is 1 when that is above
+`--bound` seconds, an honest request failed, or the server did not answer at the end.
+
+The attacks are functions in ATTACKS: each gets an HTTP client and sends requests until it is cancelled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from experiments.benchmarks.stream_load import Level, Row, collect_level
+
+START_SECONDS = 300.0
+STOP_SECONDS = 60.0
+PREFIX = "x"
+
+
+class Attack:
+    """What one attack may use: requests of any kind, counted by the status of their answer."""
+
+    def __init__(self, url: str, client: httpx.AsyncClient) -> None:
+        self.url, self.client = url, client
+        self.statuses: Counter[str] = Counter()
+
+    async def post(self, body: dict[str, Any], path: str = "/v1/completions") -> None:
+        """Send one request and count its answer; a connection that fails counts as `closed`."""
+        try:
+            response = await self.client.post(f"{self.url}{path}", json=body)
+        except httpx.HTTPError:
+            self.statuses["closed"] += 1
+            return
+        self.statuses[str(response.status_code)] += 1
+
+    async def repeat(self, num_tasks: int, send: Callable[[int], Awaitable[None]]) -> None:
+        """`num_tasks` loops that call `send` with ever new numbers, until they are cancelled."""
+        count = iter(range(1 << 60))
+
+        async def loop() -> None:
+            while True:
+                await send(next(count))
+
+        await asyncio.gather(*(loop() for _ in range(num_tasks)))
+
+
+def slow_patterns(number: int, num_patterns: int = 200) -> dict[str, Any]:
+    """A schema of 9 kB that takes half a second to compile; each `number` is another text."""
+    patterns = {f"^{PREFIX}{number}_{i}(a|b){{1,50}}$": {} for i in range(num_patterns)}
+    return {"type": "object", "patternProperties": patterns}
+
+
+def wide_schema(number: int) -> dict[str, Any]:
+    """A schema of 53 kB."""
+    names = [f"g{number}_{i}" for i in range(10)]
+    inner = {"type": "object", "properties": {n: {"type": "string", "maxLength": 40} for n in names}, "required": names}
+    return {"type": "object", "properties": {f"field_{i}": inner for i in range(95)}}
+
+
+async def grammars(attack: Attack) -> None:
+    """One schema for 200 prompts, slow to compile."""
+    structured = {"json": slow_patterns(0)}
+    body = {"prompt": [PREFIX] * 200, "max_tokens": 4, "structured_outputs": structured}
+    await attack.repeat(1, lambda _: attack.post(body))
+
+
+async def distinct_grammars(attack: Attack) -> None:
+    """Eight clients, each schema another one, half of them too slow to be taken."""
+    await attack.repeat(
+        8,
+        lambda i: attack.post(
+            {"prompt": PREFIX, "max_tokens": 4, "structured_outputs": {"json": slow_patterns(i, 200 + 200 * (i % 2))}}
+        ),
+    )
+
+
+async def choices(attack: Attack) -> None:
+    """128 choices with a schema of 53 kB, each schema another one."""
+    await attack.repeat(
+        2,
+        lambda i: attack.post(
+            {"prompt": PREFIX, "max_tokens": 32, "n": 128, "structured_outputs": {"json": wide_schema(i)}}
+        ),
+    )
+
+
+async def tools(attack: Attack) -> None:
+    """40 tools of which one must be called, 32 choices."""
+    properties = {f"p{i}": {"type": "string"} for i in range(10)}
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    made = [{"type": "function", "function": {"name": f"tool_{i}", "parameters": parameters}} for i in range(40)]
+    body = {
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "tools": made, "tool_choice": "required", "n": 32, "max_tokens": 32,
+    }  # fmt: skip
+    await attack.repeat(2, lambda _: attack.post(body, "/v1/chat/completions"))
+
+
+ATTACKS: dict[str, Callable[[Attack], Awaitable[None]]] = {
+    "grammars": grammars,
+    "distinct_grammars": distinct_grammars,
+    "choices": choices,
+    "tools": tools,
+}
+
+
+def _attack_process(name: str, url: str, key: str, stop: Any, out: SimpleQueue[dict[str, int]]) -> None:
+    async def run() -> dict[str, int]:
+        limits = httpx.Limits(max_connections=None)
+        headers = {"Authorization": f"Bearer {key}"}
+        async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers) as client:
+            attack = Attack(url, client)
+            task = asyncio.ensure_future(ATTACKS[name](attack))
+            while not stop.is_set() and not task.done():
+                await asyncio.sleep(0.05)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return dict(attack.statuses)
+
+    out.put(asyncio.run(run()))
+
+
+def longest_gap(rows: list[Row]) -> float:
+    """The longest time in seconds that a client of `rows` heard nothing."""
+    waits = [row.first - row.start if row.first else row.end - row.start for row in rows]
+    return max([*waits, *(gap for row in rows for gap in row.gaps)])
+
+
+def run_part(options: argparse.Namespace, attack: str | None) -> dict[str, Any]:
+    """The honest load, alone or beside an attack; its line."""
+    context = multiprocessing.get_context("spawn")
+    stop, out = context.Event(), context.SimpleQueue()
+    process = context.Process(target=_attack_process, args=(attack, options.url, options.key, stop, out))
+    if attack is not None:
+        process.start()
+        time.sleep(options.head_start)
+    rows = collect_level(options, Level(options.clients, options.clients * options.requests))
+    statuses = {}
+    if attack is not None:
+        stop.set()
+        statuses = out.get()
+        process.join()
+    errors = [row.error for row in rows if row.error]
+    return {
+        "part": attack or "alone", "requests": len(rows), "errors": len(errors),
+        "first_error": errors[0] if errors else None, "longest_gap_s": round(longest_gap(rows), 3),
+        "span_s": round(max(row.end for row in rows) - min(row.start for row in rows), 2), "answers": statuses,
+    }  # fmt: skip
+
+
+class Server:
+    """`kvarena serve` in its own process, on a free port."""
+
+    def __init__(self, arguments: list[str], key: str) -> None:
+        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+        command = [sys.executable, "-m", "experiments.cli", "serve", *arguments, "--port", "0", "--api-key", key]
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
+        self.url = self._wait()
+
+    def _wait(self) -> str:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            match = re.search(r"Uvicorn running on (\S+)", Path(self._log.name).read_text())
+            if match:
+                return match[1]
+            time.sleep(0.1)
+        self._process.kill()
+        raise SystemExit(f"the server did not start:\n{Path(self._log.name).read_text()[-2000:]}")
+
+    def is_alive(self, key: str) -> bool:
+        """Whether a request is answered."""
+        body = {"prompt": "The", "max_tokens": 4}
+        try:
+            answer = httpx.post(
+                f"{self.url}/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60
+            )
+        except httpx.HTTPError:
+            return False
+        return answer.status_code == 200
+
+    def stop(self) -> None:
+        """SIGTERM, and wait."""
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the turns; 1 when the bound is not kept."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    at = given.index("--") if "--" in given else len(given)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attack", choices=sorted(ATTACKS), nargs="+", default=sorted(ATTACKS))
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=32, help="honest streams at a time")
+    parser.add_argument("--requests", type=int, default=4, help="requests of each honest client in a part")
+    parser.add_argument("--n-in", type=int, default=128, help="prompt tokens of an honest request")
+    parser.add_argument("--n-out", type=int, default=128, help="its output tokens")
+    parser.add_argument("--max-token-id", type=int, default=2000, help="largest token id in a prompt")
+    parser.add_argument("--procs", type=int, default=1, help="processes of the honest clients")
+    parser.add_argument("--head-start", type=float, default=0.5, help="seconds that the attack begins earlier")
+    parser.add_argument("--bound", type=float, default=1.0, help="seconds that an attack may add to the longest gap")
+    options = parser.parse_args(given[:at])
+    options.key, options.model = "k", None
+    server = Server(given[at + 1 :], options.key)
+    options.url = server.url
+    failed = False
+    try:
+        run_part(options, None)  # warms up
+        for attack in options.attack:
+            failed |= _run_attack(options, attack, server)
+    finally:
+        server.stop()
+    return int(failed)
+
+
+def _run_attack(options: argparse.Namespace, attack: str, server: Server) -> bool:
+    """The turns of one attack; whether the bound was not kept."""
+    added, errors = [], 0
+    for turn in range(options.turns):
+        alone, beside = run_part(options, None), run_part(options, attack)
+        for line in (alone, beside):
+            errors += line["errors"]
+            print(json.dumps({"attack": attack, "turn": turn, **line}), flush=True)
+        added.append(beside["longest_gap_s"] - alone["longest_gap_s"])
+    median, alive = round(statistics.median(added), 3), server.is_alive(options.key)
+    met = median <= options.bound and not errors and alive
+    line = {"attack": attack, "added_s": median, "bound_s": options.bound, "errors": errors, "alive": alive, "met": met}
+    print(json.dumps(line), flush=True)
+    return not met
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
