@@ -14,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from engine.checkpoints.directory import check_config, one_line, resolve_directory, special_token_ids
 from engine.errors import ConfigError, ModelError
-from engine.models.directory import check_config, one_line, resolve_directory, special_token_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from engine.checkpoints.directory import check_weights, one_line
 from engine.errors import ConfigError, ModelError
 from engine.models.configs import end_and_special_tokens, quiet_transformers, read_model_config, weights_dtype
-from engine.models.directory import check_weights, one_line
 from engine.models.limits import max_model_len
 from engine.models.probe import probe_attention
 from engine.models.spec import LoadedModel, ModelSpec

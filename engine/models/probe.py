@@ -21,9 +21,9 @@ from engine.attention.base import AttentionBackend, AttentionMetadata, packed_me
 from engine.attention.hook import HOOK_NAME, attention_context, register
 from engine.attention.null import NullBackend
 from engine.attention.reference import ReferenceBackend
+from engine.checkpoints.directory import one_line
 from engine.errors import ModelError
 from engine.kv_pool import KVPool
-from engine.models.directory import one_line
 
 PROBE_LENS = (7, 5)
 BLOCK_SIZE = 4

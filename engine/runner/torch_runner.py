@@ -15,10 +15,10 @@ from torch import Tensor
 from engine.attention.base import AttentionBackend
 from engine.attention.hook import attention_context
 from engine.attention.reference import ReferenceBackend
+from engine.checkpoints.directory import one_line
 from engine.clock import Clock, WallClock
 from engine.errors import EngineError, KvarenaError
 from engine.kv_pool import KVPool
-from engine.models.directory import one_line
 from engine.models.spec import LoadedModel
 from engine.plan import KVAllocator, StepPlan
 from engine.runner.base import PendingTokens, ReadyTokens, StepResult, TokenLogprobs

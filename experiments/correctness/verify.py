@@ -16,8 +16,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from engine.checkpoints.directory import resolve_directory
 from engine.errors import ConfigError, KvarenaError
-from engine.models.directory import resolve_directory
 from engine.request import Request, SamplingParams
 from experiments.correctness.reference import generate_static, load_reference
 from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE

@@ -46,7 +46,7 @@ def serve(cfg: DictConfig) -> int:
 
 
 def _model_directory(path: str) -> Path:
-    """As `engine.models.directory.resolve_directory`, without loading torch into the supervisor."""
+    """As `engine.checkpoints.directory.resolve_directory`, without loading torch into the supervisor."""
     given = Path(path).expanduser()
     for candidate in (given, PROJECT_ROOT / given):
         if (candidate / "config.json").is_file():
@@ -77,7 +77,7 @@ def _build(values: dict[str, Any]) -> ServedEngine:
     with importing():
         import torch
 
-        from engine.models.tokenizer import load_tokenizer
+        from engine.checkpoints.tokenizer import load_tokenizer
         from engine.server.structured import ConstraintFactory
         from experiments.building.build import build_engine
         from experiments.building.warm_up import SERVED, warm_up

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from engine.checkpoints.directory import one_line, resolve_directory
 from engine.errors import ModelError
-from engine.models.directory import one_line, resolve_directory
 
 TOKENIZER_FILES = (
     "tokenizer.json",
