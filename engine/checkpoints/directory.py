@@ -105,6 +105,39 @@ def special_token_ids(directory: Path) -> frozenset[int]:
     return frozenset(found)
 
 
+def end_token(directory: Path) -> str | None:
+    """The end-of-sequence token that the directory's tokenizer files name; empty when they say that there is none.
+
+    None when they leave it to the tokenizer's class, or there is no tokenizer.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = directory / name
+        if file.is_file() and "eos_token" in (values := read_json(file)):
+            token = values["eos_token"]
+            return str(token.get("content", "") if isinstance(token, dict) else token or "")
+    return None
+
+
+def token_id(directory: Path, token: str) -> int | None:
+    """The id that the directory's tokenizer files give `token`; None when they do not hold it."""
+    file = directory / "tokenizer_config.json"
+    if file.is_file():
+        for key, added in (read_json(file).get("added_tokens_decoder") or {}).items():
+            if added.get("content") == token:
+                return int(key)
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        return None
+    values = read_json(file)
+    for added in values.get("added_tokens") or []:
+        if added.get("content") == token:
+            return int(added["id"])
+    vocab = (values.get("model") or {}).get("vocab") or {}
+    if isinstance(vocab, dict):
+        return vocab.get(token)
+    return next((i for i, entry in enumerate(vocab) if entry[0] == token), None)
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type's name."""
     text = str(error).strip()

@@ -9,12 +9,21 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import AutoConfig, PretrainedConfig
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from engine.checkpoints.directory import check_config, one_line, resolve_directory, special_token_ids
+from engine.checkpoints.directory import (
+    check_config,
+    end_token,
+    one_line,
+    resolve_directory,
+    special_token_ids,
+    token_id,
+)
+from engine.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer
 from engine.errors import ConfigError, ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,20 +61,53 @@ def read_model_config(
 
 
 def end_and_special_tokens(
-    generation_eos: int | list[int] | None, text: PretrainedConfig, directory: Path | None
+    module: nn.Module, text: PretrainedConfig, directory: Path | None, trust_remote_code: bool
 ) -> tuple[frozenset[int], frozenset[int]]:
     """Tokens that end a request, and tokens that are not text (the former among them).
 
+    A text ends at what the generation config names, or else the model config; and at the tokenizer's own end token,
+    which is the only one that says so in many chat tunes of base models.
+
     Args:
-        generation_eos: what the generation config says ends a text; it goes before the model config.
+        module: the model, for the generation config that its config implies.
         text: the config of the text model.
-        directory: with tokenizer files, or None.
+        directory: with generation config and tokenizer files, or None.
+        trust_remote_code: run the directory's own tokenizer code, where the end token is known to that alone.
+
+    Raises:
+        ModelError: the generation config or the tokenizer is broken.
     """
-    eos = _as_set(generation_eos) or _as_set(text.eos_token_id)
+    eos = _as_set(_generation_eos(module, directory)) or _as_set(text.eos_token_id)
+    if directory is not None:
+        own = _tokenizer_end(directory, trust_remote_code)
+        # One that only the tokenizer has, beyond the model's logits, is never sampled.
+        eos |= frozenset() if own is None or own >= text.vocab_size else {own}
     special = eos | _as_set(text.eos_token_id) | _as_set(text.bos_token_id) | _as_set(text.pad_token_id)
     if directory is not None:
         special |= special_token_ids(directory)
     return eos, frozenset(token for token in special if token >= 0)
+
+
+def _generation_eos(module: nn.Module, directory: Path | None) -> int | list[int] | None:
+    """What ends a text: the directory's generation config goes before the one that the model config implies."""
+    config = getattr(module, "generation_config", None)
+    if directory is not None and (directory / "generation_config.json").is_file():
+        try:
+            config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{directory}/generation_config.json cannot be read: {error}") from error
+    return getattr(config, "eos_token_id", None)
+
+
+def _tokenizer_end(directory: Path, trust_remote_code: bool) -> int | None:
+    """The end token of the directory's tokenizer, which is loaded only when its JSON files do not tell."""
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    token = end_token(directory)
+    if token == "":
+        return None
+    found = None if token is None else token_id(directory, token)
+    return load_tokenizer(directory, trust_remote_code).eos_token_id if found is None else found
 
 
 def weights_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype | str:

@@ -64,15 +64,17 @@ def load_model(
             check_weights(directory)
             module = _from_directory(directory, config, weights, device, trust_remote_code)
         module.eval().requires_grad_(False)
-        return _describe(module, config.get_text_config(), name, directory)
+        return _describe(module, config.get_text_config(), name, directory, trust_remote_code)
 
 
-def _describe(module: nn.Module, text: PretrainedConfig, name: str, directory: Path | None) -> LoadedModel:
+def _describe(
+    module: nn.Module, text: PretrainedConfig, name: str, directory: Path | None, trust_remote_code: bool
+) -> LoadedModel:
     """Probe the module and note what the engine needs to know of it."""
     # The embedding may be larger than the tokenizer; ids below its size are valid inputs.
     num_ids = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     geometry = probe_attention(module, name, text.num_hidden_layers, num_ids)
-    eos, special = end_and_special_tokens(getattr(module.generation_config, "eos_token_id", None), text, directory)
+    eos, special = end_and_special_tokens(module, text, directory, trust_remote_code)
     spec = ModelSpec(
         name=name,
         num_layers=geometry.num_layers,

@@ -13,9 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
 
-from engine.errors import ModelError
 from engine.models.configs import end_and_special_tokens, quiet_transformers, read_model_config, weights_dtype
 from engine.models.limits import max_model_len
 from engine.models.loader import build_dummy
@@ -70,7 +68,7 @@ def model_sizes(
         text = config.get_text_config()
         embedding = cast(nn.Module, module.get_input_embeddings()).weight  # type: ignore[operator]
         geometry = trace_attention(module, name, text.num_hidden_layers, cast(torch.Tensor, embedding).shape[0])
-        eos, special = end_and_special_tokens(_generation_eos(module, directory), text, directory)
+        eos, special = end_and_special_tokens(module, text, directory, trust_remote_code)
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     head = module.get_output_embeddings().weight  # type: ignore[operator]
     tables = {id(m.weight): m.weight.numel() for m in module.modules() if isinstance(m, nn.Embedding)}
@@ -97,14 +95,3 @@ def model_sizes(
         num_head_weights=head.numel(),
         num_experts=max(count for count in (1, *num_experts) if isinstance(count, int)),
     )
-
-
-def _generation_eos(module: nn.Module, directory: Path | None) -> int | list[int] | None:
-    """What ends a text: the directory's generation config goes before the one that the model config implies."""
-    config = getattr(module, "generation_config", None)
-    if directory is not None and (directory / "generation_config.json").is_file():
-        try:
-            config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{directory}/generation_config.json cannot be read: {error}") from error
-    return getattr(config, "eos_token_id", None)
