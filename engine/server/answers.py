@@ -42,11 +42,10 @@ class Renderer(ABC):
 
     @abstractmethod
     def delta(self, text: ChoiceText, delta: Delta) -> bytes:
-        """Events for what is new of a choice; empty when there is nothing to show. Called for the last tokens too."""
+        """Events for what is new of a choice; empty when there is nothing to show.
 
-    @abstractmethod
-    def finish(self, text: ChoiceText) -> bytes:
-        """The event that carries a choice's finish reason."""
+        When the choice has ended (`text.finish_reason`) it is the last call, and its last event carries the reason.
+        """
 
     @abstractmethod
     def usage(self, usage: dict[str, Any]) -> bytes:
@@ -215,9 +214,7 @@ class EventStream(Response):
                 if text.finish_reason is not None:
                     continue
                 parts.append(renderer.delta(text, text.advance()))
-                if text.finish_reason is not None:
-                    num_open -= 1
-                    parts.append(renderer.finish(text))
+                num_open -= text.finish_reason is not None
             if not num_open:
                 if job.include_usage:
                     parts.append(renderer.usage(job.usage()))

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from engine.server import metrics, protocol
 from engine.server.answers import Disconnected
+from engine.server.cache_info import cache_info
 from engine.server.dashboard import add_dashboard
 from engine.server.errors import ApiError, bad_request
 from engine.server.http import Gate, error_response
@@ -155,12 +156,7 @@ def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) 
     @app.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=page)
     async def show_metrics() -> Response:
         info = service.info
-        facts = {
-            "block_size": str(info.block_size),
-            "num_gpu_blocks": str(info.num_blocks),
-            "kv_cache_size_tokens": str(info.num_blocks * info.block_size),
-            **info.facts,
-        }
+        facts = cache_info(info.num_blocks, info.block_size, info.max_model_len, info.facts)
         data = metrics.render(rows, service.model_names[0], facts)
         return Response(data, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -216,7 +212,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             ids = await service.tokenizer.encode_any(req.prompt or "", req.add_special_tokens is not False)
         body: dict[str, Any] = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": None}
         if req.return_token_strs:
-            body["token_strs"] = [service.tokenizer.token_text(token) for token in ids]
+            body["token_strs"] = [service.tokenizer.detokenizer.vocabulary_string(token) for token in ids]
         return Response(orjson.dumps(body), media_type="application/json")
 
     @app.post(

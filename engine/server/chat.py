@@ -10,11 +10,9 @@ from typing_extensions import override
 
 from engine.server.answers import Renderer, event
 from engine.server.choice_text import ChoiceText, Delta
-from engine.server.completions import ChoicePrompt, prompt_logprobs_body
+from engine.server.completions import ChoicePrompt, finite, prompt_logprobs_body
 from engine.server.tokenization import TokenizerService
 from engine.server.tool_calls import Parsed, ToolCall, ToolParser
-
-LOWEST_LOGPROB = -9999.0
 
 
 class ChatRenderer(Renderer):
@@ -52,7 +50,7 @@ class ChatRenderer(Renderer):
         self._is_plain = not (logprobs or return_token_ids) and not any(self._parsers)
         prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
         self._prefixes = [prefix + str(i).encode() + b',"delta":{"content":' for i in range(len(prompts))]
-        self._suffix = b'},"logprobs":null,"finish_reason":null}]}\n\n'
+        self._suffix = b'},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
         self._contents: list[list[str]] = [[] for _ in prompts]
         self._calls: list[list[ToolCall]] = [[] for _ in prompts]
         self._ids: list[list[int]] = [[] for _ in prompts]
@@ -68,10 +66,10 @@ class ChatRenderer(Renderer):
                 "delta": {"role": "assistant", "content": ""},
                 "logprobs": None,
                 "finish_reason": None,
+                "token_ids": None,
             }
-            if self._return_token_ids:
-                choice["prompt_token_ids"] = prompt.token_ids
-            events.append(event(self._head | {"choices": [choice]}))
+            ids = prompt.token_ids if self._return_token_ids else None
+            events.append(event(self._head | {"choices": [choice], "prompt_token_ids": ids}))
         return b"".join(events)
 
     @override
@@ -79,12 +77,12 @@ class ChatRenderer(Renderer):
         index = text.choice.index
         self._texts[index] = text
         if self._is_plain:
-            if not delta.text:
+            if not self._streams:
+                self._contents[index].append(delta.text)
                 return b""
-            if self._streams:
-                return self._prefixes[index] + orjson.dumps(delta.text) + self._suffix
-            self._contents[index].append(delta.text)
-            return b""
+            if text.finish_reason is not None:
+                return self._text_event(index, delta.text, [], [], text)
+            return self._prefixes[index] + orjson.dumps(delta.text) + self._suffix if delta.text else b""
         return self._rich_delta(index, text, delta)
 
     def _rich_delta(self, index: int, text: ChoiceText, delta: Delta) -> bytes:
@@ -109,21 +107,33 @@ class ChatRenderer(Renderer):
             self._entries[index] += entries
             return b""
         events = b""
-        if parsed.text or entries or (self._return_token_ids and delta.token_ids):
-            choice: dict[str, Any] = {
-                "index": index,
-                "delta": {"content": parsed.text},
-                "logprobs": {"content": entries} if entries else None,
-                "finish_reason": None,
-            }
-            if self._return_token_ids:
-                choice["token_ids"] = delta.token_ids
-            events += event(self._head | {"choices": [choice]})
+        ended = text if text.finish_reason is not None else None
+        shows_text = parsed.text or entries or (self._return_token_ids and delta.token_ids)
+        has_calls = bool(parsed.calls or parsed.arguments)
+        if shows_text or (ended and not has_calls):
+            events += self._text_event(index, parsed.text, entries, delta.token_ids, None if has_calls else ended)
         for number, call in enumerate(parsed.calls, start=first_call):
             events += self._call_events(index, number, call)
         if parsed.arguments:
             events += self._arguments_event(index, len(self._calls[index]) - 1, parsed.arguments)
+        if ended and has_calls:
+            events += self._text_event(index, "", [], [], ended)
         return events
+
+    def _text_event(
+        self, index: int, text: str, entries: list[Any], token_ids: list[int], ended: ChoiceText | None
+    ) -> bytes:
+        """New text; the last one of a choice carries its finish reason."""
+        choice: dict[str, Any] = {
+            "index": index,
+            "delta": {"content": text} if text or ended is None else {},
+            "logprobs": {"content": entries} if entries else None,
+            "finish_reason": None,
+            "token_ids": token_ids if self._return_token_ids else None,
+        }
+        if ended is not None:
+            choice |= {"finish_reason": self._finish_reason(ended), "stop_reason": ended.stop_reason}
+        return event(self._head | {"choices": [choice]})
 
     def _call_events(self, index: int, number: int, call: ToolCall) -> bytes:
         """A call's name, then its arguments as far as they are known."""
@@ -148,27 +158,16 @@ class ChatRenderer(Renderer):
         return self._named(token, logprob) | {"top_logprobs": [self._named(other, value) for other, value in top]}
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self._tokenizer.detokenizer.token_bytes(token)
+        detokenizer = self._tokenizer.detokenizer
         return {
-            "token": data.decode("utf-8", "replace"),
-            "logprob": max(logprob, LOWEST_LOGPROB),
-            "bytes": list(data),
+            "token": detokenizer.token_text(token),
+            "logprob": finite(logprob),
+            "bytes": list(detokenizer.token_bytes(token)),
         }
 
     def _finish_reason(self, text: ChoiceText) -> str | None:
         called = bool(self._calls[text.choice.index])
         return "tool_calls" if called and text.finish_reason == "stop" and not self._forced_call else text.finish_reason
-
-    @override
-    def finish(self, text: ChoiceText) -> bytes:
-        choice = {
-            "index": text.choice.index,
-            "delta": {},
-            "logprobs": None,
-            "finish_reason": self._finish_reason(text),
-            "stop_reason": text.stop_reason,
-        }
-        return event(self._head | {"choices": [choice]})
 
     @override
     def usage(self, usage: dict[str, Any]) -> bytes:
@@ -177,11 +176,10 @@ class ChatRenderer(Renderer):
     @override
     def whole(self, usage: dict[str, Any]) -> bytes:
         choices = [self._whole_choice(index, self._texts[index]) for index in range(len(self._prompts))]
+        ids = self._prompts[0].token_ids
+        scores = prompt_logprobs_body(self._tokenizer, self._texts[0], ids) if self._prompt_logprobs else None
         body = {"object": "chat.completion", **self._fields, "choices": choices, "usage": usage}
-        if self._prompt_logprobs:
-            body["prompt_logprobs"] = prompt_logprobs_body(self._tokenizer, self._texts[0], self._prompts[0].token_ids)
-        if self._return_token_ids:
-            body["prompt_token_ids"] = self._prompts[0].token_ids
+        body |= {"prompt_logprobs": scores, "prompt_token_ids": ids if self._return_token_ids else None}
         return orjson.dumps(body)
 
     def _whole_choice(self, index: int, text: ChoiceText) -> dict[str, Any]:
@@ -194,13 +192,11 @@ class ChatRenderer(Renderer):
                 {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                 for call in calls
             ]
-        choice: dict[str, Any] = {
+        return {
             "index": index,
             "message": message,
             "logprobs": {"content": self._entries[index]} if self._logprobs else None,
             "finish_reason": self._finish_reason(text),
             "stop_reason": text.stop_reason,
+            "token_ids": self._ids[index] if self._return_token_ids else None,
         }
-        if self._return_token_ids:
-            choice["token_ids"] = self._ids[index]
-        return choice

@@ -10,7 +10,7 @@ from engine.server.errors import bad_request
 from engine.server.groups import Choice
 from engine.server.ipc import BAD_CONSTRAINT
 from engine.server.stops import StopMatcher
-from engine.server.tokenization import TokenizerService
+from engine.server.text_streams import TextStream
 
 
 class ChoiceFailed(Exception):
@@ -24,14 +24,14 @@ class TextOptions:
     Attributes:
         stops: stop strings.
         include_stop: keep what ended the text.
-        skip_special_tokens: leave special tokens out.
         min_tokens: stop strings count only after so many tokens.
+        ignore_eos: an end-of-sequence token that ends the text was named by the request.
     """
 
     stops: tuple[str, ...] = ()
     include_stop: bool = False
-    skip_special_tokens: bool = True
     min_tokens: int = 0
+    ignore_eos: bool = False
 
 
 @dataclass(slots=True)
@@ -50,18 +50,15 @@ class ChoiceText:
     choice: Choice
     client: EngineClient
     options: TextOptions
-    stream: Any
+    stream: TextStream
     matcher: StopMatcher
     num_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
     @classmethod
-    def start(
-        cls, choice: Choice, client: EngineClient, tokenizer: TokenizerService, options: TextOptions
-    ) -> ChoiceText:
-        """Follow `choice` from the beginning."""
-        stream = tokenizer.detokenizer.stream(options.skip_special_tokens)
+    def start(cls, choice: Choice, client: EngineClient, stream: TextStream, options: TextOptions) -> ChoiceText:
+        """Follow `choice` from the beginning. `stream` is its own, and goes on from the prompt."""
         return cls(choice, client, options, stream, StopMatcher(options.stops, options.include_stop))
 
     def advance(self) -> Delta:
@@ -100,6 +97,9 @@ class ChoiceText:
                 text += piece
                 continue
             text += self.matcher.add(piece)
+            if self.matcher.matched is None and self.matcher.would_match(held := self.stream.pending):
+                # Held because another token might change it; none will come.
+                text += self.matcher.add(held)
             if self.matcher.matched is not None:
                 return text, i + 1
         return text, num_tokens
@@ -110,7 +110,8 @@ class ChoiceText:
         if finish.reason not in ("stop", "length"):
             raise ChoiceFailed(finish.error or "the engine ended this request")
         self.finish_reason = finish.reason
-        if finish.stop_token is not None and finish.stop_token not in self.client.eos_token_ids:
+        is_eos = finish.stop_token in self.client.eos_token_ids and not self.options.ignore_eos
+        if finish.stop_token is not None and not is_eos:
             self.stop_reason = finish.stop_token
         tail = self.matcher.add(self.stream.flush())
         if self.matcher.matched is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -10,7 +11,9 @@ from typing_extensions import override
 
 from engine.server.answers import Renderer, event
 from engine.server.choice_text import ChoiceText, Delta
+from engine.server.detokenizer import Detokenizer
 from engine.server.errors import bad_request
+from engine.server.text_streams import TextStream
 from engine.server.tokenization import TokenizerService
 
 
@@ -50,55 +53,72 @@ def _checked_ids(ids: list[Any], vocab_size: int) -> list[int]:
     return ids
 
 
-@dataclass
 class CompletionLogprobs:
-    """The legacy parallel lists, which evaluation tools read."""
+    """The legacy parallel lists, which evaluation tools read.
 
-    tokenizer: TokenizerService
-    tokens: list[str] = field(default_factory=list)
-    token_logprobs: list[float | None] = field(default_factory=list)
-    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
-    text_offset: list[int] = field(default_factory=list)
-    offset: int = 0
+    A token's place in the text may be known only when later tokens are: it waits until then.
+
+    Args:
+        detokenizer: names tokens.
+        stream: the text that the offsets count in, before its first token.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stream: TextStream) -> None:
+        self._detokenizer, self._stream = detokenizer, stream
+        self._placed: list[tuple[Any, ...]] = []
+        self._waiting: deque[tuple[str, float | None, dict[str, float] | None]] = deque()
 
     def add(self, token_id: int, entry: Any) -> None:
         """Append one token; `entry` is None for the first token of a prompt."""
-        name = self.tokenizer.token_text(token_id)
-        self.tokens.append(name)
-        self.text_offset.append(self.offset)
-        self.offset += len(name)
+        at_start = self._stream.at_start
+        name = self._detokenizer.token_text(token_id, at_start)
         if entry is None:
-            self.token_logprobs.append(None)
-            self.top_logprobs.append(None)
-            return
-        _, logprob, _, top = entry
-        self.token_logprobs.append(_finite(logprob))
-        names = {self.tokenizer.token_text(other): _finite(value) for other, value in top}
-        self.top_logprobs.append({name: _finite(logprob)} | names)
+            self._waiting.append((name, None, None))
+        else:
+            _, logprob, _, top = entry
+            found: dict[str, float] = {}
+            for other, value in ({token_id: logprob} | dict(top)).items():
+                other_name = next(one for one in self._detokenizer.names(other, at_start) if one not in found)
+                found[other_name] = finite(value)
+            self._waiting.append((name, finite(logprob), found))
+        self._settle(self._stream.place(token_id))
 
-    def take(self) -> dict[str, Any]:
-        """The lists; empties them for the next event."""
-        made = {
-            "tokens": self.tokens,
-            "token_logprobs": self.token_logprobs,
-            "top_logprobs": self.top_logprobs,
-            "text_offset": self.text_offset,
-        }
-        self.tokens, self.token_logprobs, self.top_logprobs, self.text_offset = [], [], [], []
-        return made
+    def end(self) -> None:
+        """No token follows."""
+        self._settle(self._stream.place_end())
+
+    def _settle(self, places: list[int]) -> None:
+        self._placed += [(*self._waiting.popleft(), place) for place in places]
+
+    def take(self) -> dict[str, Any] | None:
+        """The lists of the tokens with a place, None without any; empties them for the next event."""
+        if not self._placed:
+            return None
+        columns = zip(*self._placed, strict=True)
+        self._placed = []
+        return dict(zip(("tokens", "token_logprobs", "top_logprobs", "text_offset"), map(list, columns), strict=True))
 
 
-def _finite(value: float) -> float:
+def finite(value: float) -> float:
     """JSON has no -inf."""
     return max(value, -9999.0)
 
 
 @dataclass
 class ChoicePrompt:
-    """What a choice's answer says about its prompt."""
+    """What a choice's answer says about its prompt, and how its text goes on.
+
+    Attributes:
+        text: for `echo`, as far as nothing that follows can change it; else empty.
+        token_ids: the prompt.
+        stream: the text behind the prompt. Each choice takes a copy.
+        echo_stream: the text from the prompt's start, for the places of `echo`.
+    """
 
     text: str
     token_ids: list[int]
+    stream: TextStream
+    echo_stream: TextStream | None = None
 
 
 class CompletionRenderer(Renderer):
@@ -137,11 +157,15 @@ class CompletionRenderer(Renderer):
         self._is_plain = not (logprobs or return_token_ids)
         prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
         self._prefixes = [prefix + str(i).encode() + b',"text":' for i in range(len(prompts))]
-        self._suffix = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]}\n\n'
+        self._suffix = (
+            b',"logprobs":null,"finish_reason":null,"stop_reason":null,"token_ids":null,"prompt_token_ids":null}]}\n\n'
+        )
         self._texts: list[list[str]] = [[] for _ in prompts]
         self._ids: list[list[int]] = [[] for _ in prompts]
         self._choice_texts: dict[int, ChoiceText] = {}
-        self._lists = [CompletionLogprobs(tokenizer) for _ in prompts] if logprobs else []
+        self._begun: set[int] = set()
+        streams_of = [prompt.echo_stream or prompt.stream for prompt in prompts] if logprobs else []
+        self._lists = [CompletionLogprobs(tokenizer.detokenizer, stream.copy()) for stream in streams_of]
 
     @override
     def begin(self) -> bytes:
@@ -152,29 +176,37 @@ class CompletionRenderer(Renderer):
     @override
     def delta(self, text: ChoiceText, delta: Delta) -> bytes:
         index = text.choice.index
-        if self._is_plain:
-            self._texts[index].append(delta.text)
-            self._choice_texts[index] = text
-            if not (delta.text and self._streams):
-                return b""
-            return self._prefixes[index] + orjson.dumps(delta.text) + self._suffix
-        return self._rich_delta(index, text, delta)
+        if not self._is_plain:
+            return self._rich_delta(index, text, delta)
+        self._texts[index].append(delta.text)
+        self._choice_texts[index] = text
+        if self._streams and text.finish_reason is not None:
+            return self._event(index, delta.text, None, ended=text)
+        if not (delta.text and self._streams):
+            return b""
+        return self._prefixes[index] + orjson.dumps(delta.text) + self._suffix
 
     def _rich_delta(self, index: int, text: ChoiceText, delta: Delta) -> bytes:
-        first = index not in self._choice_texts
+        is_first = index not in self._choice_texts
         self._choice_texts[index] = text
         self._texts[index].append(delta.text)
         self._ids[index] += delta.token_ids
-        if not (delta.token_ids or delta.text):
-            return b""
+        ended = text if text.finish_reason is not None else None
         columns = self._lists[index] if self._logprobs else None
         if columns is not None:
-            if first and self._echo:
+            if is_first and self._echo:
                 self._add_prompt(columns, index, text)
             if not self._zero:
                 for token, entry in zip(delta.token_ids, delta.logprobs, strict=True):
                     columns.add(token, entry)
-        return self._event(index, delta.text, columns, delta.token_ids, first) if self._streams else b""
+            if ended:
+                columns.end()
+        if not self._streams:
+            return b""
+        lists = None if columns is None else columns.take()
+        if not (delta.text or lists or ended or (self._return_token_ids and delta.token_ids)):
+            return b""
+        return self._event(index, delta.text, lists, delta.token_ids, ended)
 
     def _add_prompt(self, columns: CompletionLogprobs, index: int, text: ChoiceText) -> None:
         entries = text.choice.prompt_logprobs
@@ -185,31 +217,20 @@ class CompletionRenderer(Renderer):
         self,
         index: int,
         text: str,
-        columns: CompletionLogprobs | None,
+        logprobs: dict[str, Any] | None,
         token_ids: list[int] | None = None,
-        first: bool = False,
+        ended: ChoiceText | None = None,
     ) -> bytes:
+        shows_prompt = self._return_token_ids and index not in self._begun
+        self._begun.add(index)
         choice: dict[str, Any] = {
             "index": index,
             "text": text,
-            "logprobs": None if columns is None else columns.take(),
-            "finish_reason": None,
-            "stop_reason": None,
-        }
-        if self._return_token_ids and token_ids is not None:
-            choice["token_ids"] = token_ids
-            if first:
-                choice["prompt_token_ids"] = self._prompts[index].token_ids
-        return event(self._head | {"choices": [choice]})
-
-    @override
-    def finish(self, text: ChoiceText) -> bytes:
-        choice = {
-            "index": text.choice.index,
-            "text": "",
-            "logprobs": None,
-            "finish_reason": text.finish_reason,
-            "stop_reason": text.stop_reason,
+            "logprobs": logprobs,
+            "finish_reason": None if ended is None else ended.finish_reason,
+            "stop_reason": None if ended is None else ended.stop_reason,
+            "token_ids": token_ids if self._return_token_ids else None,
+            "prompt_token_ids": self._prompts[index].token_ids if shows_prompt else None,
         }
         return event(self._head | {"choices": [choice]})
 
@@ -226,31 +247,33 @@ class CompletionRenderer(Renderer):
 
     def _whole_choice(self, index: int, prompt: ChoicePrompt) -> dict[str, Any]:
         text = self._choice_texts.get(index)
-        body = "" if self._zero else "".join(self._texts[index])
-        choice: dict[str, Any] = {
+        # Without an output nothing follows the prompt, so that its own end is known.
+        body = (prompt.stream.copy().flush() if self._echo else "") if self._zero else "".join(self._texts[index])
+        shows_scores = self._prompt_logprobs and text is not None
+        return {
             "index": index,
             "text": prompt.text + body if self._echo else body,
             "logprobs": self._lists[index].take() if self._logprobs else None,
             "finish_reason": "length" if text is None or self._zero else text.finish_reason,
-            "stop_reason": None if text is None else text.stop_reason,
+            "stop_reason": None if text is None or self._zero else text.stop_reason,
+            "token_ids": ([] if self._zero else self._ids[index]) if self._return_token_ids else None,
+            "prompt_token_ids": prompt.token_ids if self._return_token_ids else None,
+            "prompt_logprobs": (
+                prompt_logprobs_body(self._tokenizer, text, prompt.token_ids) if shows_scores and text else None
+            ),
         }
-        if self._return_token_ids:
-            choice["token_ids"] = [] if self._zero else self._ids[index]
-            choice["prompt_token_ids"] = prompt.token_ids
-        if self._prompt_logprobs and text is not None:
-            choice["prompt_logprobs"] = prompt_logprobs_body(self._tokenizer, text, prompt.token_ids)
-        return choice
 
 
 def prompt_logprobs_body(tokenizer: TokenizerService, text: ChoiceText, prompt: list[int]) -> list[Any]:
     """Per prompt token (the first has none): token id -> its log-probability, rank and text."""
+    name = tokenizer.detokenizer.token_text
     rows: list[Any] = [None]
     for position in range(1, len(prompt)):
         token, logprob, rank, top = text.choice.prompt_logprobs[position]
         row = {
-            str(other): {"logprob": _finite(value), "rank": i, "decoded_token": tokenizer.token_text(other)}
+            str(other): {"logprob": finite(value), "rank": i, "decoded_token": name(other)}
             for i, (other, value) in enumerate(top, start=1)
         }
-        row[str(token)] = {"logprob": _finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token)}
+        row[str(token)] = {"logprob": finite(logprob), "rank": rank, "decoded_token": name(token)}
         rows.append(row)
     return rows

@@ -1,20 +1,29 @@
-"""From tokens to text, one token at a time, in constant time per token, never a broken character.
+"""From tokens to text and to the names of tokens.
 
-Tokens of byte-level and byte-fallback vocabularies are mapped to their bytes once, at start-up; a stream then joins
-bytes and decodes UTF-8 incrementally: an unfinished character waits for its rest, bytes that can never become one
-turn into U+FFFD at once, and the end flushes. Whether a tokenizer is of this kind is found by trial against its own
-`decode`; any other is decoded through a small window of the last tokens.
+What a stream gives is the tokenizer's own decode, in constant time for each token; see `text_streams.py`. Whether a
+decoder is of a known form is read from it and tried against the tokenizer's own `decode`; any other tokenizer is
+decoded through a window of the last tokens.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
+import functools
 import random
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
-_WINDOW_TOKENS = 6
+from engine.server.decoders import Form, read_form
+from engine.server.text_filters import CleanUpFilter, PromptFilter, StripFilter
+from engine.server.text_streams import MAX_HELD_RUN, ByteStream, PieceStream, TextStream
+from engine.server.window_stream import WindowStream
+
+_NUM_TRIALS = 80
+_SAMPLES = (
+    "Hello, world! It 's 1, 2 and 3 .",
+    " leading space, trailing space ",
+    '{"na\u00efve": "caf\u00e9 \u2615", "zh": "\u4f60\u597d"}',
+    "emoji \U0001f469\u200d\U0001f680 and tabs\tand\nlines",
+)
 
 
 class Tokenizer(Protocol):
@@ -23,7 +32,7 @@ class Tokenizer(Protocol):
     all_special_ids: list[int]
     added_tokens_decoder: dict[int, Any]
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str:
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ..., **kwargs: bool) -> str:
         """Text of tokens."""
         ...
 
@@ -31,19 +40,16 @@ class Tokenizer(Protocol):
         """Vocabulary entries."""
         ...
 
-    def __len__(self) -> int: ...
-
-
-class TextStream(Protocol):
-    """The text of one choice as it grows."""
-
-    def add(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens complete; may be empty."""
+    def get_vocab(self) -> dict[str, int]:
+        """Ids of vocabulary entries."""
         ...
 
-    def flush(self) -> str:
-        """What is held at the end: an unfinished character becomes U+FFFD."""
-        ...
+
+class Begun(NamedTuple):
+    """A text that goes on: what is settled of it, and the stream of what follows."""
+
+    text: str
+    stream: TextStream
 
 
 class Detokenizer:
@@ -51,166 +57,202 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._is_fast = backend is not None
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        self._tokens: list[str | None] = list(tokenizer.convert_ids_to_tokens(list(range(size))))
         # `all_special_ids` names only tokens with a role (end, padding); `decode` also leaves out those marked special.
         marked = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = frozenset(marked | set(tokenizer.all_special_ids))
-        self._pieces: list[bytes] | None = None
-        self._strip_first_space = False
-        for strip in (False, True):
-            pieces = _pieces(tokenizer, byte_level=not strip)
-            if pieces is not None and _agrees(tokenizer, pieces, strip, self._special):
-                self._pieces, self._strip_first_space = pieces, strip
-                break
+        self._cleans_up = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._form: Form | None = None
+        if backend is not None:
+            if type(backend.model).__name__ == "BPE":  # transformers leaves their blanks alone unless it is forced
+                name = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+                self._cleans_up = self._cleans_up and bool(getattr(tokenizer, name, False))
+            self._form = read_form(backend.decoder, self._tokens)
+            if self._form is not None and not self._agrees():
+                self._form = None
+        self._apart = self._find_apart()
 
     @property
-    def is_bytewise(self) -> bool:
-        """True when tokens map to bytes; False when the window is used."""
-        return self._pieces is not None
+    def is_exact(self) -> bool:
+        """True when the decoder's form is known; False when a window is decoded."""
+        return self._form is not None
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that a text leaves out."""
+        return self._special
 
     def stream(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> TextStream:
-        """A new stream.
+        """A stream of the text that goes on from a prompt.
+
+        It gives the decode of prompt and output less what that has in common with the decode of the prompt. So a
+        character begun in the prompt comes whole, and one that the prompt leaves broken is no part of the output.
 
         Args:
-            skip_special_tokens: leave special tokens out of the text.
-            context: the prompt's tokens, when the stream continues them: a leading space is then kept.
+            skip_special_tokens: leave special tokens out.
+            context: the prompt's tokens.
         """
-        skip = self._special if skip_special_tokens else frozenset()
-        if self._pieces is None:
-            return _WindowStream(self._tokenizer, skip_special_tokens, list(context)[-_WINDOW_TOKENS:])
-        return _ByteStream(self._pieces, skip, self._strip_first_space and not context)
+        if not context:
+            return self._new(skip_special_tokens)
+        stream = self.begin(self._tail(context, skip_special_tokens), skip_special_tokens).stream
+        ends = stream.ends()
+        if any(ends):
+            stream.filters = [*stream.filters, PromptFilter(ends)]
+        return stream
+
+    def begin(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> Begun:
+        """The text of tokens as far as nothing that follows can change it, and the stream of what follows."""
+        if self._form is None and token_ids:
+            ids = list(token_ids)
+            window = WindowStream(self._decoder(skip_special_tokens), self._filters(), ids)
+            text = self._decoder(skip_special_tokens)(ids)
+            text = text[: len(text) - len(window.rest)]
+            for one in window.filters:
+                text = one.add(text)
+            return Begun(text, window)
+        stream = self._new(skip_special_tokens)
+        return Begun(stream.add(token_ids), stream)
 
     def text(self, token_ids: Sequence[int], skip_special_tokens: bool = True, context: Sequence[int] = ()) -> str:
         """The whole text of tokens, as a stream would give it."""
         stream = self.stream(skip_special_tokens, context)
         return stream.add(token_ids) + stream.flush()
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token (the text's UTF-8 where a token has no bytes of its own)."""
-        if self._pieces is not None and 0 <= token_id < len(self._pieces):
-            return self._pieces[token_id]
-        return self._tokenizer.decode([token_id], skip_special_tokens=False).encode("utf-8", "surrogatepass")
+    def token_bytes(self, token_id: int, at_start: bool = False) -> bytes:
+        """The bytes that a token adds to a text.
 
+        Args:
+            token_id: any id; one without a token has no bytes.
+            at_start: the token begins the text, where it may lose a blank.
+        """
+        if not 0 <= token_id < len(self._tokens) or self._tokens[token_id] is None:
+            return b""
+        form = self._form
+        if form is not None and form.bytes_of and token_id in form.bytes_of:
+            byte = bytes([form.bytes_of[token_id]])
+            return self._text_of_one(token_id, at_start).encode() if at_start and byte.isascii() else byte
+        if form is not None and form.is_bytes:
+            return form.pieces[token_id] or b""  # type: ignore[return-value]
+        return self._text_of_one(token_id, at_start).encode("utf-8", "surrogatepass")
 
-class _ByteStream:
-    """Joins the bytes of tokens."""
+    def _text_of_one(self, token_id: int, at_start: bool) -> str:
+        if self._form is not None and not at_start:
+            return self._form.pieces[token_id] or ""  # type: ignore[return-value]
+        alone = self.text([token_id], skip_special_tokens=False)
+        if at_start or self._anchor is None:
+            return alone
+        before = self.text([self._anchor], skip_special_tokens=False)
+        both = self.text([self._anchor, token_id], skip_special_tokens=False)
+        return both.removeprefix(before) if both.startswith(before) else alone
 
-    __slots__ = ("_decode", "_pieces", "_skip", "_strip")
+    @functools.cached_property
+    def _anchor(self) -> int | None:
+        """A token of letters, to see what another adds behind it."""
+        found = (i for i, token in enumerate(self._tokens) if token and token.isalpha() and i not in self._special)
+        return next(found, None)
 
-    def __init__(self, pieces: list[bytes], skip: frozenset[int], strip_first_space: bool) -> None:
-        self._pieces, self._skip, self._strip = pieces, skip, strip_first_space
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    def names(self, token_id: int, at_start: bool = False) -> Iterator[str]:
+        """Names of a token, the best first: its text, its vocabulary string, its id. The last is never another's.
 
-    def add(self, token_ids: Sequence[int]) -> str:
-        pieces, skip = self._pieces, self._skip
-        if len(token_ids) == 1 and not self._strip:
-            token = token_ids[0]
-            return "" if token in skip or token >= len(pieces) else self._decode(pieces[token])
-        data = b"".join(pieces[t] for t in token_ids if t not in skip and t < len(pieces))
-        text = self._decode(data)
-        if self._strip and text:
-            self._strip = False
-            text = text.removeprefix(" ")
-        return text
+        A token that is no whole character is named `bytes:` and its bytes, as the OpenAI API does. Away from a text's
+        start the first name is no other token's, where the decoder's form is known.
+        """
+        if at_start or token_id not in self._apart:
+            yield self._plain_name(token_id, at_start)
+        if not at_start and token_id in self._apart:
+            yield self._apart[token_id]
+        elif self._tokens[token_id : token_id + 1] and self._tokens[token_id] is not None:
+            yield str(self._tokens[token_id])
+        yield f"token_id:{token_id}"
 
-    def flush(self) -> str:
-        return self._decode(b"", True)
+    def token_text(self, token_id: int, at_start: bool = False) -> str:
+        """The best of a token's names."""
+        return next(self.names(token_id, at_start))
 
+    def vocabulary_string(self, token_id: int) -> str:
+        """How the vocabulary writes a token; its id where there is none."""
+        token = self._tokens[token_id] if token_id < len(self._tokens) else None
+        return f"token_id:{token_id}" if token is None else token
 
-class _WindowStream:
-    """Decodes the last tokens again and takes what is new. For tokenizers whose text is not a join of pieces."""
-
-    __slots__ = ("_read", "_skip", "_tokenizer", "_window")
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, context: list[int]) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._window = context
-        self._read = len(context)
-
-    def add(self, token_ids: Sequence[int]) -> str:
-        text = ""
-        for token in token_ids:
-            text += self._add_one(token)
-        return text
-
-    def _add_one(self, token: int) -> str:
-        self._window.append(token)
-        text = self._new_text()
-        if text.endswith("\ufffd") and len(self._window) - self._read < 8:
-            return ""
-        self._take()
-        return text
-
-    def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._window[: self._read], skip_special_tokens=self._skip)
-        whole = self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
-        return whole[len(before) :]
-
-    def _take(self) -> None:
-        del self._window[: max(0, len(self._window) - _WINDOW_TOKENS)]
-        self._read = len(self._window)
-
-    def flush(self) -> str:
-        text = self._new_text() if self._read < len(self._window) else ""
-        self._take()
-        return text
-
-
-def _byte_of_char() -> dict[str, int]:
-    """The byte-level alphabet of GPT-2's vocabulary: printable characters stand for themselves, others are shifted."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(b): b for b in own}
-    shifted = [b for b in range(256) if b not in set(own)]
-    table.update({chr(0x100 + i): b for i, b in enumerate(shifted)})
-    return table
-
-
-def _pieces(tokenizer: Tokenizer, byte_level: bool) -> list[bytes] | None:
-    """Bytes of every token, read as byte-level, or as a vocabulary with `\u2581` for space and `<0x41>` for bytes."""
-    alphabet = _byte_of_char()
-    tokens: list[Any] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    pieces = []
-    for token_id, token in enumerate(tokens):
-        if token is None:
-            pieces.append(b"")
-        elif token_id in added:
-            pieces.append(str(added[token_id]).encode())
-        elif byte_level:
-            known = all(char in alphabet for char in token)
-            pieces.append(bytes(alphabet[char] for char in token) if known else token.encode())
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            pieces.append(bytes([int(token[3:5], 16)]))
-        else:
-            pieces.append(token.replace("\u2581", " ").encode())
-    return pieces
-
-
-def _agrees(tokenizer: Tokenizer, pieces: list[bytes], strip: bool, special: frozenset[int]) -> bool:
-    """Whether joined pieces give the tokenizer's own text, on real text and on random tokens that are valid UTF-8."""
-    rng = random.Random(0)
-    ordinary = [i for i in range(len(pieces)) if i not in special]
-    samples = [rng.choices(ordinary, k=12) for _ in range(60)]
-    encode = getattr(tokenizer, "encode", None)
-    if encode is not None:
-        samples += [encode(text, add_special_tokens=False) for text in _SAMPLES]
-    agreed = 0
-    for ids in samples:
-        data = b"".join(pieces[i] for i in ids)
+    def _plain_name(self, token_id: int, at_start: bool) -> str:
+        if token_id >= len(self._tokens) or self._tokens[token_id] is None:
+            return f"token_id:{token_id}"
+        data = self.token_bytes(token_id, at_start)
         try:
-            text = data.decode()
+            return data.decode("utf-8")
         except UnicodeDecodeError:
-            continue
-        if strip:
-            text = text.removeprefix(" ")
-        if text != tokenizer.decode(ids, skip_special_tokens=True):
-            return False
-        agreed += 1
-    return agreed >= 3
+            return "bytes:" + repr(data)[2:-1]
 
+    def _find_apart(self) -> dict[int, str]:
+        """Names of the tokens whose text is that of another: byte tokens, tokens of a template, pieces of words."""
+        if self._form is None:
+            return {}
+        added, byte_ids = self._tokenizer.added_tokens_decoder, self._form.bytes_of or {}
+        taken: set[str] = set()
+        others = []
+        for token_id in sorted(range(len(self._tokens)), key=lambda i: (i in byte_ids, i in added)):
+            name = self._plain_name(token_id, False)
+            if name in taken:
+                others.append(token_id)
+            taken.add(name)
+        made = {}
+        for token_id in others:
+            string = str(self._tokens[token_id])
+            made[token_id] = f"token_id:{token_id}" if string in taken else string
+            taken.add(made[token_id])
+        return made
 
-_SAMPLES = (
-    "Hello, world! It 's 1, 2 and 3 .",
-    " leading space, trailing space ",
-    json.dumps({"na\u00efve": "caf\u00e9 \u2615", "zh": "\u4f60\u597d"}, ensure_ascii=False),
-    "emoji \U0001f469\u200d\U0001f680 and tabs\tand\nlines",
-)
+    def _filters(self) -> list[Any]:
+        strips = [] if self._form is None else [StripFilter(strip) for strip in self._form.strips]
+        clean = [CleanUpFilter(self._tokenizer.clean_up_tokenization)] if self._cleans_up else []  # type: ignore[attr-defined]
+        return [*strips, *clean]
+
+    def _new(self, skip_special_tokens: bool) -> TextStream:
+        skip, form = self._special if skip_special_tokens else frozenset(), self._form
+        if form is None:
+            return WindowStream(self._decoder(skip_special_tokens), self._filters())
+        if form.is_bytes:
+            return ByteStream(form, skip, self._filters())
+        return PieceStream(form, self._tokens, skip, self._filters())
+
+    def _decoder(self, skip_special_tokens: bool) -> Any:
+        return functools.partial(
+            self._tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def _tail(self, context: Sequence[int], skip_special_tokens: bool) -> Sequence[int]:
+        """The end of a context from which a stream goes on as from the whole; prompts have 100,000 tokens."""
+        form = self._form
+        size = 2 * MAX_HELD_RUN
+        while form is not None and size < len(context):
+            tail = context[-size:]
+            if self._settles(tail, skip_special_tokens):
+                return tail
+            size *= 8
+        return context
+
+    def _settles(self, tail: Sequence[int], skip_special_tokens: bool) -> bool:
+        """Whether a text has certainly begun in `tail`, and a run of byte tokens not before it."""
+        assert self._form is not None
+        skip = self._special if skip_special_tokens else frozenset()
+        byte_ids = self._form.bytes_of or {}
+        whole = sum(1 for t in tail if t not in skip and t not in byte_ids and self.token_bytes(t).strip())
+        return whole > 1
+
+    def _agrees(self) -> bool:
+        """Whether streams give the tokenizer's own text, on real text and on random tokens."""
+        rng = random.Random(0)
+        ids = [i for i, token in enumerate(self._tokens) if token is not None]
+        byte_ids = list((self._form.bytes_of if self._form is not None else None) or ids)
+        samples = [rng.choices(ids if i % 2 else byte_ids, k=i % 5) + rng.choices(ids, k=8) for i in range(_NUM_TRIALS)]
+        encode = getattr(self._tokenizer, "encode", None)
+        if encode is not None:
+            samples += [encode(text, add_special_tokens=False) for text in _SAMPLES]
+        return all(
+            self.text(sample, skip) == self._tokenizer.decode(sample, skip_special_tokens=skip)
+            for sample in samples
+            for skip in (False, True)
+        )

@@ -22,17 +22,13 @@ class Prompts:
     def __init__(self, tokenizer: TokenizerService, max_model_len: int) -> None:
         self._tokenizer, self._max_model_len = tokenizer, max_model_len
 
-    def given(self, req: CompletionRequest) -> list[Any]:
-        """A completion's prompts as the caller wrote them."""
-        prompt = req.prompt
-        return [prompt] if isinstance(prompt, str) or type(prompt[0]) is int else prompt
-
-    def shown(self, ids: list[int], given: Any, req: CompletionRequest) -> ChoicePrompt:
-        """What an answer shows of a prompt."""
-        text = ""
-        if req.echo:
-            text = given if isinstance(given, str) else self._tokenizer.detokenizer.text(ids)
-        return ChoicePrompt(text, ids)
+    async def shown(self, ids: list[int], req: SamplingFields) -> ChoicePrompt:
+        """What an answer shows of a prompt, and the text that goes on from it."""
+        skips = req.skip_special_tokens is not False
+        if not (isinstance(req, CompletionRequest) and req.echo):
+            return ChoicePrompt("", ids, self._tokenizer.detokenizer.stream(skips, ids))
+        begun = await self._tokenizer.begin(ids, skips)
+        return ChoicePrompt(begun.text, ids, begun.stream, self._tokenizer.detokenizer.stream(skips))
 
     async def of_completion(self, req: CompletionRequest, vocab_size: int, max_prompts: int) -> list[list[int]]:
         """Token ids of a completion's prompts. Raises ApiError."""

@@ -64,6 +64,11 @@ class Limits:
     prompt_logprobs: bool
     defaults: dict[str, float] = field(default_factory=dict)
 
+    def default_length(self, fallback: int | None) -> int | None:
+        """Output tokens of a request that asks for no number: the model's own, else `fallback`."""
+        given = int(self.defaults.get("max_new_tokens", 0))
+        return given if given > 0 else fallback
+
 
 def stop_strings(req: SamplingFields) -> list[str]:
     """The request's stop strings, checked."""
@@ -188,7 +193,8 @@ def sampling_params(
         "top_p": given("top_p", 1.0),
         "top_k": max(0, int(given("top_k", 0))),
         "min_p": given("min_p", 0.0),
-        "seed": None if req.seed is None else req.seed % 2**63,
+        # -1 asks for another text each time, as in vLLM.
+        "seed": None if req.seed is None or req.seed == -1 else req.seed % 2**63,
         "max_tokens": max(1, max_tokens),
         "min_tokens": min(min_tokens, max(1, max_tokens)),
         "stop_token_ids": stop_tokens,

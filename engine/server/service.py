@@ -153,14 +153,9 @@ class Service:
         if req.echo and req.logprobs is not None:
             req.prompt_logprobs = max(req.logprobs, req.prompt_logprobs or 0)
         prompts = await self.prompts.of_completion(req, self.limits.vocab_size, self.config.max_prompts)
-        default = COMPLETIONS_MAX_TOKENS
+        default = self.limits.default_length(COMPLETIONS_MAX_TOKENS)
         lengths = [fit_max_tokens(req.max_tokens, default, len(ids), self.limits, "prompt") for ids in prompts]
-        n = req.n or 1
-        shown = [
-            self.prompts.shown(ids, one, req)
-            for ids, one in zip(prompts, self.prompts.given(req), strict=True)
-            for _ in range(n)
-        ]
+        shown = [one for ids in prompts for one in [await self.prompts.shown(ids, req)] * (req.n or 1)]
         renderer = CompletionRenderer(
             self._head("cmpl", model),
             self.tokenizer,
@@ -173,7 +168,7 @@ class Service:
             streams=bool(req.stream),
         )
         constraint = await self._constraints.of(req)
-        job = await self._submit(request, req, prompts, lengths, req.logprobs, constraint, arrival, renderer)
+        job = await self._submit(request, req, shown, prompts, lengths, req.logprobs, constraint, arrival, renderer)
         return await self._answer(request, job, bool(req.stream))
 
     async def chat(self, request: Request) -> Response:
@@ -187,13 +182,14 @@ class Service:
         await self._refuse_images(req)
         prompt = await self.prompts.of_chat(req)
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
-        max_tokens = fit_max_tokens(requested, None, len(prompt), self.limits, "messages")
+        max_tokens = fit_max_tokens(requested, self.limits.default_length(None), len(prompt), self.limits, "messages")
         constraint, parser, forced = await self._constraints.of_chat(req)
         logprobs = (req.top_logprobs or 0) if req.logprobs else None
+        shown = [await self.prompts.shown(prompt, req)] * (req.n or 1)
         renderer = ChatRenderer(
             self._head("chatcmpl", model),
             self.tokenizer,
-            [ChoicePrompt("", prompt)] * (req.n or 1),
+            shown,
             make_parser=parser,
             forced_call=forced,
             logprobs=logprobs is not None,
@@ -201,7 +197,7 @@ class Service:
             return_token_ids=bool(req.return_token_ids),
             streams=bool(req.stream),
         )
-        job = await self._submit(request, req, [prompt], [max_tokens], logprobs, constraint, arrival, renderer)
+        job = await self._submit(request, req, shown, [prompt], [max_tokens], logprobs, constraint, arrival, renderer)
         return await self._answer(request, job, bool(req.stream))
 
     async def _refuse_images(self, req: ChatCompletionRequest) -> None:
@@ -217,6 +213,7 @@ class Service:
         self,
         request: Request,
         req: SamplingFields,
+        shown: list[ChoicePrompt],
         prompts: list[list[int]],
         max_tokens: list[int],
         logprobs: int | None,
@@ -243,10 +240,13 @@ class Service:
         options = TextOptions(
             stops=stops,
             include_stop=bool(req.include_stop_str_in_output),
-            skip_special_tokens=req.skip_special_tokens is not False,
             min_tokens=req.min_tokens or 0,
+            ignore_eos=bool(req.ignore_eos),
         )
-        texts = [ChoiceText.start(choice, self.client, self.tokenizer, options) for choice in choices]
+        texts = [
+            ChoiceText.start(choice, self.client, prompt.stream.copy(), options)
+            for choice, prompt in zip(choices, shown, strict=True)
+        ]
         include_usage = req.stream_options is not None and bool(req.stream_options.include_usage)
         job = Job(group, texts, renderer, self.client, sum(map(len, prompts)), include_usage)
         if self.tracer is not None:

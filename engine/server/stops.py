@@ -41,6 +41,11 @@ class StopMatcher:
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
+    def would_match(self, text: str) -> bool:
+        """Whether a stop string would be complete with `text`."""
+        text = self._held + text
+        return any(stop in text for stop in self._stops)
+
     def flush(self) -> str:
         """What is held, when the text has ended by itself."""
         held, self._held = self._held, ""

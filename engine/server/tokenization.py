@@ -14,7 +14,7 @@ import orjson
 
 from engine.errors import ModelError
 from engine.importing import importing
-from engine.server.detokenizer import Detokenizer
+from engine.server.detokenizer import Begun, Detokenizer
 from engine.server.errors import ApiError, bad_request, context_overflow
 
 # Longer texts are tokenized on a thread, in the one call of the library that lets go of the interpreter meanwhile.
@@ -23,7 +23,7 @@ _INLINE_CHARS = 8192
 MAX_CHARS = 1 << 22
 MAX_TOOLS_BYTES = 1 << 20
 Made = TypeVar("Made")
-_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
 class TokenizerService:
@@ -93,6 +93,11 @@ class TokenizerService:
         work = functools.partial(self.detokenizer.text, tokens, skip_special_tokens=False)
         return work() if len(tokens) <= _INLINE_CHARS else await self._off_loop(self._counting_thread, work)
 
+    async def begin(self, tokens: list[int], skip_special_tokens: bool) -> Begun:
+        """A prompt's text and the stream of what follows."""
+        work = functools.partial(self.detokenizer.begin, tokens, skip_special_tokens)
+        return work() if len(tokens) <= _INLINE_CHARS else await self._off_loop(self._counting_thread, work)
+
     async def _off_loop(self, thread: ThreadPoolExecutor, work: Callable[[], Made]) -> Made:
         return await asyncio.get_running_loop().run_in_executor(thread, work)
 
@@ -125,10 +130,6 @@ class TokenizerService:
                 ) from error
             text = " ".join(str(error).split())[:300]
             raise bad_request(f"the model's chat template refused the messages: {text}", "messages") from error
-
-    def token_text(self, token_id: int) -> str:
-        """A token as shown in log-probabilities; bytes that are no character become U+FFFD."""
-        return self.detokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
 
 def generation_defaults(path: str) -> dict[str, float]:

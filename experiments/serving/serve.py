@@ -92,7 +92,14 @@ def _build(values: dict[str, Any]) -> ServedEngine:
     spec = parts.spec
     eos = frozenset(spec.eos_token_ids)
     tokenizer = load_tokenizer(cfg.model.path, bool(cfg.model.trust_remote_code))
-    facts = {"cache_dtype": "auto", "gpu_memory_utilization": str(cfg.engine.gpu_memory_utilization)}
+    allocator = parts.engine.allocator
+    facts = {
+        "cache_dtype": "auto",
+        "gpu_memory_utilization": str(cfg.engine.gpu_memory_utilization),
+        "enable_prefix_caching": str(allocator.reads_tokens),
+        "num_cpu_blocks": str(allocator.num_host_blocks),
+        "sliding_window": str(spec.sliding_window),
+    }
     constraints = ConstraintFactory.make(tokenizer, spec.vocab_size, eos)
     return ServedEngine(
         engine=parts.engine,
