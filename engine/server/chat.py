@@ -155,15 +155,14 @@ class ChatRenderer(Renderer):
 
     def _logprob_entry(self, entry: Any) -> dict[str, Any]:
         token, logprob, _, top = entry
-        return self._named(token, logprob) | {"top_logprobs": [self._named(other, value) for other, value in top]}
-
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
         detokenizer = self._tokenizer.detokenizer
-        return {
-            "token": detokenizer.token_text(token),
-            "logprob": finite(logprob),
-            "bytes": list(detokenizer.token_bytes(token)),
-        }
+        names = detokenizer.names_of([token, *(other for other, _ in top)])
+
+        def named(token: int, logprob: float) -> dict[str, Any]:
+            data = detokenizer.token_bytes(token)
+            return {"token": names[token], "logprob": finite(logprob), "bytes": list(data)}
+
+        return named(token, logprob) | {"top_logprobs": [named(other, value) for other, value in top]}
 
     def _finish_reason(self, text: ChoiceText) -> str | None:
         called = bool(self._calls[text.choice.index])

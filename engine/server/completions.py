@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -76,16 +77,16 @@ class CompletionLogprobs:
             self._waiting.append((name, None, None))
         else:
             _, logprob, _, top = entry
-            found: dict[str, float] = {}
-            for other, value in ({token_id: logprob} | dict(top)).items():
-                other_name = next(one for one in self._detokenizer.names(other, at_start) if one not in found)
-                found[other_name] = finite(value)
+            values = {token_id: logprob} | dict(top)
+            names = self._detokenizer.names_of(values, at_start)
+            found = {names[other]: finite(value) for other, value in values.items()}
             self._waiting.append((name, finite(logprob), found))
         self._settle(self._stream.place(token_id))
 
-    def end(self) -> None:
-        """No token follows."""
+    def end(self, num_chars: int) -> None:
+        """No token follows. Tokens that a stop string cut off begin at the text's end, after `num_chars`."""
         self._settle(self._stream.place_end())
+        self._placed = [(*entry, min(place, num_chars)) for *entry, place in self._placed]
 
     def _settle(self, places: list[int]) -> None:
         self._placed += [(*self._waiting.popleft(), place) for place in places]
@@ -200,7 +201,8 @@ class CompletionRenderer(Renderer):
                 for token, entry in zip(delta.token_ids, delta.logprobs, strict=True):
                     columns.add(token, entry)
             if ended:
-                columns.end()
+                echoed = len(self._prompts[index].text) if self._echo else 0
+                columns.end(echoed + sum(map(len, self._texts[index])) if not self._zero else sys.maxsize)
         if not self._streams:
             return b""
         lists = None if columns is None else columns.take()

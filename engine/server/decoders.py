@@ -66,7 +66,10 @@ def read_form(decoder: Any, tokens: list[str | None]) -> Form | None:
     """
     if decoder is None:
         return Form([None if token is None else " " + token for token in tokens], False, first=str)
-    stages = _flat(json.loads(decoder.__getstate__()))
+    try:
+        stages = _flat(json.loads(decoder.__getstate__()))
+    except Exception:  # one written in Python describes itself in no form; the library raises a bare Exception
+        return None
     kinds = [stage["type"] for stage in stages]
     if kinds == ["BPEDecoder"]:
         return _suffixed(stages[0]["suffix"], tokens)

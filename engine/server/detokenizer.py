@@ -8,8 +8,9 @@ decoded through a window of the last tokens.
 from __future__ import annotations
 
 import functools
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from engine.server.decoders import Form, read_form
@@ -58,7 +59,6 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._is_fast = backend is not None
         size = max(tokenizer.get_vocab().values(), default=-1) + 1
         self._tokens: list[str | None] = list(tokenizer.convert_ids_to_tokens(list(range(size))))
         # `all_special_ids` names only tokens with a role (end, padding); `decode` also leaves out those marked special.
@@ -117,7 +117,9 @@ class Detokenizer:
         return Begun(stream.add(token_ids), stream)
 
     def text(self, token_ids: Sequence[int], skip_special_tokens: bool = True, context: Sequence[int] = ()) -> str:
-        """The whole text of tokens, as a stream would give it."""
+        """The whole text of tokens."""
+        if self._form is None and not context:
+            return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         stream = self.stream(skip_special_tokens, context)
         return stream.add(token_ids) + stream.flush()
 
@@ -167,6 +169,16 @@ class Detokenizer:
         elif self._tokens[token_id : token_id + 1] and self._tokens[token_id] is not None:
             yield str(self._tokens[token_id])
         yield f"token_id:{token_id}"
+
+    def names_of(self, token_ids: Iterable[int], at_start: bool = False) -> dict[int, str]:
+        """A name for each of some tokens, no two alike; the first ones come first to theirs."""
+        made: dict[int, str] = {}
+        taken: set[str] = set()
+        for token_id in token_ids:
+            if token_id not in made:
+                made[token_id] = next(name for name in self.names(token_id, at_start) if name not in taken)
+                taken.add(made[token_id])
+        return made
 
     def token_text(self, token_id: int, at_start: bool = False) -> str:
         """The best of a token's names."""
@@ -239,8 +251,8 @@ class Detokenizer:
         assert self._form is not None
         skip = self._special if skip_special_tokens else frozenset()
         byte_ids = self._form.bytes_of or {}
-        whole = sum(1 for t in tail if t not in skip and t not in byte_ids and self.token_bytes(t).strip())
-        return whole > 1
+        whole = (t for t in reversed(tail) if t not in skip and t not in byte_ids and self.token_bytes(t).strip())
+        return len(list(itertools.islice(whole, 2))) == 2
 
     def _agrees(self) -> bool:
         """Whether streams give the tokenizer's own text, on real text and on random tokens."""

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 import orjson
 
-from engine.errors import ModelError
+from engine.checkpoints.directory import read_json
+from engine.errors import ModelError, RequestError
 from engine.importing import importing
+from engine.request import SamplingParams
 from engine.server.detokenizer import Begun, Detokenizer
 from engine.server.errors import ApiError, bad_request, context_overflow
 
@@ -133,15 +135,29 @@ class TokenizerService:
 
 
 def generation_defaults(path: str) -> dict[str, float]:
-    """Sampling parameters that the model directory's generation_config.json recommends."""
+    """Sampling parameters that the model directory's generation_config.json recommends.
+
+    Raises:
+        ModelError: the file is no JSON object, or a value is out of range.
+    """
     file = Path(path) / "generation_config.json"
     if not file.is_file():
         return {}
+    values = read_json(file)
+    made = {key: values[key] for key in _SAMPLING_KEYS if values.get(key) is not None}
+    remedy = "correct it, or start with --generation-config vllm"
+    for key, value in made.items():
+        whole = key in ("top_k", "max_new_tokens")
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            raise ModelError(f"{file}: {key}={value!r} must be a{' whole' if whole else ''} number; {remedy}")
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from error
-    return {key: values[key] for key in _SAMPLING_KEYS if isinstance(values.get(key), (int, float))}
+        checked = {key: value for key, value in made.items() if key != "max_new_tokens"}
+        SamplingParams(
+            **(checked | {"top_k": max(0, made.get("top_k", 0)), "max_tokens": made.get("max_new_tokens", 1)})
+        )
+    except RequestError as error:
+        raise ModelError(f"{file}: {str(error).replace('max_tokens', 'max_new_tokens')}; {remedy}") from error
+    return made
 
 
 def shallow(model: Any) -> dict[str, Any]:

@@ -126,6 +126,9 @@ def test_other_decoders_go_through_a_window(kind):
         begun = detokenizer.begin(ids[:cut])
         text = "".join(begun.stream.add([token]) for token in ids[cut:]) + begun.stream.flush()
         assert begun.text + text == tokenizer.decode(ids, skip_special_tokens=True)
+    names = detokenizer.names_of(range(len(tokenizer) + 3))
+    assert len(set(names.values())) == len(names) == len(tokenizer) + 3
+    assert detokenizer.text([*ids, 1, 0] * 500) == tokenizer.decode([*ids, 1, 0] * 500, skip_special_tokens=True)
 
 
 def test_a_long_prompt_is_read_from_its_end():

@@ -7,9 +7,11 @@ import json
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.errors import ModelError
 from engine.server.config import ServerConfig
 from engine.server.protocol import CompletionRequest
 from engine.server.sampling import Limits, sampling_params
+from engine.server.tokenization import generation_defaults
 from tests import tokenizer_kinds
 from tests.checkpoints import write_checkpoint
 from tests.server.server_harness import RunningServer, stream_events
@@ -141,6 +143,15 @@ def test_log_probabilities_lose_no_token_and_lie_where_the_text_is(server, token
         assert not any("\ufffd" in name for name in names)
 
 
+@pytest.mark.parametrize("echo", (False, True))
+def test_tokens_that_a_stop_string_cuts_off_begin_at_the_texts_end(server, tokenizer, echo):
+    body = forced(tokenizer, "\u2581the", max_tokens=4, stop=["e the t"], logprobs=0, echo=echo)
+    choice = whole(server, body)["choices"][0]
+    start = PROMPT if echo else ""
+    assert choice["text"] == start + " th"
+    assert choice["logprobs"]["text_offset"][-3:] == [len(start), len(start) + 3, len(start) + 3]
+
+
 def test_the_tokenizers_own_end_ends_an_answer(server, tokenizer):
     body = forced(tokenizer, "</s>")
     choice = whole(server, body)["choices"][0]
@@ -156,6 +167,30 @@ def test_the_models_default_length(server, tokenizer):
     chat = {key: value for key, value in body.items() if key != "prompt"}
     chat |= {"messages": [{"role": "user", "content": "the"}]}
     assert whole(server, chat, "/v1/chat/completions")["usage"]["completion_tokens"] == LENGTH
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    (
+        ("[1]", "must hold a JSON object"),
+        ('{"max_new_tokens": true}', "max_new_tokens=True must be a whole number"),
+        ('{"max_new_tokens": Infinity}', "max_new_tokens=inf must be a whole number"),
+        ('{"max_new_tokens": 0}', "max_new_tokens=0 must be at least 1"),
+        ('{"top_k": 2.5}', "top_k=2.5 must be a whole number"),
+        ('{"temperature": NaN}', "temperature=nan must be a finite number"),
+        ('{"top_p": 3}', "top_p=3 must be in (0, 1]"),
+    ),
+)
+def test_a_wrong_generation_config_is_one_line(tmp_path, content, says):
+    file = tmp_path / "generation_config.json"
+    file.write_text(content)
+    with pytest.raises(ModelError) as caught:
+        generation_defaults(str(tmp_path))
+    assert str(file) in str(caught.value)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    file.write_text('{"max_new_tokens": null, "top_k": -1, "temperature": 0.5}')
+    assert generation_defaults(str(tmp_path)) == {"top_k": -1, "temperature": 0.5}
 
 
 def test_a_seed_of_minus_one_is_none():
