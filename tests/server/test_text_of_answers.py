@@ -214,7 +214,8 @@ def test_shapes(server, tokenizer):
             events = streamed(server, request | extra, path)
             last = events[-1]["choices"][0]
             assert (last["finish_reason"], last["stop_reason"]) == ("length", None)
-            assert (last["text"] if "prompt" in request else last["delta"]["content"]) == "a"
+            # A front that is late merges tokens: how many chunks there are is not known.
+            assert set(last["text"] if "prompt" in request else last["delta"]["content"]) == {"a"}
             assert not any(event["choices"][0]["finish_reason"] for event in events[:-1])
             assert all("token_ids" in event["choices"][0] for event in events)
     ids = whole(server, chat | {"return_token_ids": True}, "/v1/chat/completions")["prompt_token_ids"]
