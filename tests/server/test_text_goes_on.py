@@ -68,8 +68,9 @@ def test_answers_go_on_from_their_prompts(kind):
         assert begun.text + text == whole  # echo
         alone = tokenizer.decode(prompt, skip_special_tokens=skip)
         assert alone.startswith(begun.text)
+        amid = 4 if alone.endswith("\ufffd") else 1
         # Nor is the part of a run of bytes before the character that the prompt ends amid.
-        alone_of = [tokenizer.decode(prompt[: max(0, cut - i)], skip_special_tokens=skip) for i in range(4)]
+        alone_of = [tokenizer.decode(prompt[: max(0, cut - i)], skip_special_tokens=skip) for i in range(amid)]
         expected = min((behind(one, whole) for one in alone_of), key=len)
         assert detokenizer.text(output, skip, prompt) == expected
         other = detokenizer.stream(skip, prompt)
