@@ -215,7 +215,7 @@ def fit_profile(runs: Sequence[RecordedRun]) -> Fit:
     decode, prefill = _fit_device(steps.timed(), name)
     profile = MeasuredProfile(
         source=_source(runs),
-        error="",
+        error="what the study that fitted it says of its held-out cells",
         model=name,
         kv_bytes_per_token=kv_bytes,
         overlap=overlap,

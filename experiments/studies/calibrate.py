@@ -287,23 +287,24 @@ def _charts(cells: Sequence[Cell]) -> list[Chart]:
     if not cells:
         return []
     loop = "overlap" if cells[0].overlap else "plain"
-    return [_error_chart(cells, loop), _step_chart(cells, loop)]
+    told = f"engine.overlap={str(cells[0].overlap).lower()}"
+    return [_error_chart(cells, loop, told), _step_chart(cells, loop, told)]
 
 
-def _error_chart(cells: Sequence[Cell], loop: str) -> Chart:
+def _error_chart(cells: Sequence[Cell], loop: str, told: str) -> Chart:
     labels = [cell.label.replace(", ", "\n") for cell in cells]
     return Chart(
         name=f"errors-{loop}",
         kind="bars",
         x_label="held-out cell",
         y_label="simulated against measured, %",
-        caption="Error of the simulator per held-out cell. To be met: 3 % in throughput and mean latency, 8 % in the "
-        "percentiles.",
+        caption=f"Error of the simulator per held-out cell, {told}. To be met: 3 % in throughput and mean latency, 8 % "
+        "in the percentiles.",
         series=[Series(metric.name, labels, [cell.errors[i] for cell in cells]) for i, metric in enumerate(METRICS)],
     )
 
 
-def _step_chart(cells: Sequence[Cell], loop: str) -> Chart:
+def _step_chart(cells: Sequence[Cell], loop: str, told: str) -> Chart:
     series = []
     for cell in cells:
         measured, predicted = (column * 1e3 for column in cell.steps)
@@ -314,8 +315,8 @@ def _step_chart(cells: Sequence[Cell], loop: str) -> Chart:
         kind="parity",
         x_label="measured device time of a step, ms",
         y_label="by the fitted profile, ms",
-        caption="Device time of single steps of the held-out cells: measured across, by the fitted profile up. On the "
-        "line both are equal.",
+        caption=f"Device time of single steps of the held-out cells, {told}: measured across, by the fitted profile up. "
+        "On the line both are equal.",
         series=series,
         log_x=True,
         log_y=True,
