@@ -315,8 +315,8 @@ def _step_chart(cells: Sequence[Cell], loop: str, told: str) -> Chart:
         kind="parity",
         x_label="measured device time of a step, ms",
         y_label="by the fitted profile, ms",
-        caption=f"Device time of single steps of the held-out cells, {told}: measured across, by the fitted profile up. "
-        "On the line both are equal.",
+        caption=f"Device time of single steps of the held-out cells, {told}: measured across, by the fitted profile "
+        "up. On the line both are equal.",
         series=series,
         log_x=True,
         log_y=True,
