@@ -179,14 +179,25 @@ class Engine:
         output.end_time = self.clock.now()
         output.wait_time = output.end_time - asked
         if step.constrained:
-            for (req, _, _), token in zip(output.plan.scheduled, output.result.token_ids, strict=True):
-                if token is not None and req.constraint is not None and not req.is_finished:
-                    req.constraint.accept(token)
+            self._follow_constraints(output.plan, output.result)
         output.finished = self.scheduler.update(output.plan, output.result.token_ids)
         ended = [req.request_id for req in (*output.finished, *output.plan.rejected)]
         if ended:
             self.runner.release(ended)
         return output
+
+    def _follow_constraints(self, plan: StepPlan, result: StepResult) -> None:
+        """Tell constraints their tokens; a token that was sampled without its mask is void, and sampled again."""
+        for i, ((req, _, _), token) in enumerate(zip(plan.scheduled, result.token_ids, strict=True)):
+            if token is None or req.constraint is None or req.is_finished:
+                continue
+            if not req.constraint.num_late:
+                req.constraint.accept(token)
+                continue
+            result.token_ids[i] = None
+            if result.logprobs is not None:
+                result.logprobs[i] = None
+            self.scheduler.take_back(req)
 
 
 def run_to_completion(engine: Engine, requests: Sequence[Request]) -> list[StepOutput]:

@@ -264,7 +264,15 @@ class SchedulerProtocol(Protocol):
     def update(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:
         """Take a step's tokens in: append, check stops, commit, free. Returns the finished requests.
 
-        `sampled[i]` belongs to `plan.scheduled[i]` and is None where `plan.samples[i]` is False.
+        `sampled[i]` belongs to `plan.scheduled[i]` and is None where `plan.samples[i]` is False or the token was
+        taken back.
+        """
+        ...
+
+    def take_back(self, req: Request) -> None:
+        """A running request's token of the step that is about to be taken in is void: it is sampled once more.
+
+        The step's `sampled` holds None for it. No later step may have been planned.
         """
         ...
 

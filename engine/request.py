@@ -41,7 +41,14 @@ class FinishReason(enum.Enum):
 
 
 class TokenConstraint(Protocol):
-    """Which tokens may come next (structured output). One per request; it follows the request's tokens."""
+    """Which tokens may come next (structured output). One per request; it follows the request's tokens.
+
+    Attributes:
+        num_late: steps in a row in which there was no time for `fill`. Kept by the runner: the token that such a step
+            sampled is void, and the request computes that position again.
+    """
+
+    num_late: int
 
     @property
     def failure(self) -> str:

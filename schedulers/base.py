@@ -189,6 +189,11 @@ class Scheduler(Lifecycle, ABC):
             self.finish(req, reason)
         return [req for req, _ in finished]
 
+    def take_back(self, req: Request) -> None:
+        """The token that `req` samples in the step under way is void: its last position is computed once more."""
+        req.num_pending_tokens -= 1
+        req.num_computed_tokens -= 1
+
     # ---- what plans are built from
 
     def schedule_decodes(self, plan: StepPlan) -> None:

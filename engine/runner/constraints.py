@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,15 +11,31 @@ from torch import Tensor
 
 from engine.request import Request
 
+# Processor time for the masks of one step. Whose mask is not made in it is put off to the next step, where it comes
+# first: constraints that are slow to follow wait for each other, and nobody waits for them.
+MASK_SECONDS = 0.05
 
-def allowed_tokens(requests: Sequence[Request], vocab_size: int, device: torch.device) -> Tensor | None:
-    """Which tokens each request may sample next: bool [len(requests), vocab_size]; None when none is constrained."""
+
+def allowed_tokens(
+    requests: Sequence[Request], vocab_size: int, device: torch.device, seconds: float = MASK_SECONDS
+) -> Tensor | None:
+    """Which tokens each request may sample next: bool [len(requests), vocab_size]; None when none is constrained.
+
+    At least one mask is made, and no other is begun after `seconds` of this thread's processor time. Sets `num_late`
+    of every constraint: above 0, the row's mask was not made and allows all.
+    """
     constrained = [(row, req.constraint) for row, req in enumerate(requests) if req.constraint is not None]
     if not constrained:
         return None
+    end = time.thread_time() + seconds
+    constrained.sort(key=lambda entry: -entry[1].num_late)
     mask = np.ones((len(requests), vocab_size), dtype=np.bool_)
     words = np.zeros(-(-vocab_size // 32), dtype=np.int32)
-    for row, constraint in constrained:
+    for i, (row, constraint) in enumerate(constrained):
+        if i and time.thread_time() >= end:
+            constraint.num_late += 1
+            continue
+        constraint.num_late = 0
         constraint.fill(words)
         mask[row] = np.unpackbits(words.view(np.uint8), bitorder="little", count=vocab_size)
     return torch.from_numpy(mask).to(device)

@@ -1,0 +1,99 @@
+"""Masks that there was no time for: their rows' tokens are void, are sampled again, and no token changes."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import random_prompts, write_checkpoint
+from runner_driver import make_requests, make_runner
+
+from engine.clock import WallClock
+from engine.core import Engine, run_to_completion
+from engine.ledger import MemoryLedger
+from engine.models import load_model
+from engine.runner import torch_runner
+from engine.runner.constraints import MASK_SECONDS, allowed_tokens
+from experiments.strategies import build_allocator, build_scheduler
+
+PROMPTS = random_prompts((5, 13, 1, 30, 22, 9))
+NUM_TOKENS = 10
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_model(write_checkpoint(tmp_path_factory.mktemp("llama")))
+
+
+class Window:
+    """Allows 20 token ids that change with every token; takes processor time when told to."""
+
+    def __init__(self):
+        self.num_late, self.at, self.num_fills = 0, 0, 0
+
+    failure = ""
+
+    def fill(self, bitmask):
+        self.num_fills += 1
+        bitmask[:] = 0
+        for token in range(10 + self.at % 40, 30 + self.at % 40):
+            bitmask.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
+
+    def accept(self, token_id):
+        assert 10 + self.at % 40 <= token_id < 30 + self.at % 40
+        self.at += token_id
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("scheduler", ["continuous", "chunked", "static", "fair"])
+@pytest.mark.parametrize("allocator", ["paged", "paged_prefix", "contiguous"])
+def test_masks_that_come_late_change_no_token(model, allocator, scheduler, overlap, monkeypatch):
+    """With time for one mask a step, five of six constrained requests are put off in every step, some at the end of
+    their prompt; each gets its turn and the tokens that it gets with time for all."""
+
+    def run(seconds):
+        monkeypatch.setattr(torch_runner, "allowed_tokens", functools.partial(allowed_tokens, seconds=seconds))
+        pool = build_allocator(allocator, num_blocks=40, block_size=4, max_model_len=64)
+        requests = make_requests(PROMPTS, NUM_TOKENS, temperature=1.0, seed=7, repetition_penalty=1.2, logprobs=2)
+        requests += make_requests(PROMPTS[:1], NUM_TOKENS)
+        requests[-1].request_id = "free"
+        for req in requests[:-1]:
+            req.constraint = Window()
+        policy = build_scheduler(scheduler, pool, max_model_len=64, max_num_seqs=8, max_num_batched_tokens=32)
+        engine = Engine(policy, pool, make_runner(model, 40, 4), WallClock(), overlap=overlap, ledger=MemoryLedger())
+        outputs = run_to_completion(engine, requests)
+        assert all(len(req.output_token_ids) == NUM_TOKENS for req in requests)
+        assert all(req.constraint.num_fills == NUM_TOKENS for req in requests[:-1])
+        return [req.output_token_ids for req in requests], len(outputs)
+
+    (tokens, num_steps), (late_tokens, num_late_steps) = run(60.0), run(0.0)
+    assert late_tokens == tokens
+    assert num_late_steps > 1.5 * num_steps
+
+
+class Slow(Window):
+    """Costs a fifth of what the masks of a step may cost."""
+
+    def fill(self, bitmask):
+        super().fill(bitmask)
+        end = time.thread_time() + MASK_SECONDS / 5
+        while time.thread_time() < end:
+            pass
+
+
+def test_the_masks_of_a_step_cost_a_bounded_time_and_take_turns():
+    requests = make_requests([[1]] * 20, 4)
+    for req in requests:
+        req.constraint = Slow()
+    for _ in range(5):
+        start = time.thread_time()
+        mask = allowed_tokens(requests, 128, torch.device("cpu"))
+        assert time.thread_time() - start < 0.2
+        late = [req.constraint.num_late > 0 for req in requests]
+        assert mask.all(dim=1).tolist() == late
+        assert 10 <= sum(late) < 20
+    # Whoever waits longest comes first.
+    assert all(req.constraint.num_fills >= 1 for req in requests)
