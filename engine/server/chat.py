@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -183,8 +184,11 @@ class ChatRenderer(Renderer):
 
     def _whole_choice(self, index: int, text: ChoiceText) -> dict[str, Any]:
         content = "".join(self._contents[index])
-        message: dict[str, Any] = {"role": "assistant", "content": content}
         calls = self._calls[index]
+        if self._forced_call and calls and not _is_json(calls[-1].arguments):
+            # Cut by max_tokens or a stop string: what was written is text, and no call that a client could make.
+            content, calls = content + calls[-1].arguments, calls[:-1]
+        message: dict[str, Any] = {"role": "assistant", "content": content}
         if calls:
             message["content"] = content or None
             message["tool_calls"] = [
@@ -199,3 +203,11 @@ class ChatRenderer(Renderer):
             "stop_reason": text.stop_reason,
             "token_ids": self._ids[index] if self._return_token_ids else None,
         }
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from engine.server.grammar_checks import CheckedGrammar
 from engine.server.groups import Choice, EngineGone, EngineInfo, Group, Refused, SlowReader
 from engine.server.ipc import AddFrame, Finish, FrameDecoder, ToEngine, ToFront, encode, pack_ids, unpack_ids
 from engine.server.metrics import Histogram, Row
@@ -67,7 +68,7 @@ class EngineClient(asyncio.Protocol):
         priority: int = 0,
         client_id: str = "",
         cache_salt: str = "",
-        constraint: tuple[str, str] | None = None,
+        constraint: str | None = None,
     ) -> list[Choice]:
         """Hand a prompt to the engine and wait until it has queued it.
 
@@ -77,7 +78,7 @@ class EngineClient(asyncio.Protocol):
             request_id: unique on this server.
             sampling: fields of SamplingParams.
             priority, client_id, cache_salt: as in `Request`.
-            constraint: (kind, text) of a structured output.
+            constraint: key of a grammar that `constrain` has announced.
 
         Raises:
             Refused: the engine cannot take it.
@@ -114,6 +115,11 @@ class EngineClient(asyncio.Protocol):
         finally:
             self._admissions.pop(handle, None)
         return choices
+
+    def constrain(self, grammar: CheckedGrammar) -> None:
+        """Announce a grammar that the next prompts are to follow: once for all of a request's."""
+        if self._transport is not None and not self.gone:
+            self._transport.write(encode((ToEngine.CONSTRAINT, *grammar)))
 
     def abort(self, choices: list[Choice], reason: str) -> None:
         """End choices early and free their slots; `reason` is what the metrics count."""

@@ -1,6 +1,6 @@
 """The engine process's loop: take requests in, step, send each front one frame with all its tokens.
 
-    while running:  receive frames -> engine.add / abort -> engine.step() -> one frame per front
+    while running:  receive frames -> engine.add / abort (`intake.py`) -> engine.step() -> one frame per front
 
 A step that fails ends that step's requests with an error and the loop goes on; three failed steps in a row, or a broken
 invariant, end the process. The loop never waits for a front: sockets are non-blocking and their outboxes bounded.
@@ -14,21 +14,22 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from engine.core import StepFailed, StepOutput
-from engine.errors import EngineError, KvarenaError, RequestRejected
-from engine.request import FinishReason, Request, SamplingParams, expand
+from engine.errors import EngineError
+from engine.request import FinishReason, Request
 from engine.server import metrics
 from engine.server.gauges import Gauges
-from engine.server.ipc import BAD_CONSTRAINT, AddFrame, Finish, Link, ToEngine, ToFront, unpack_ids
-from engine.server.served import Outgoing, Route, ServedEngine
+from engine.server.intake import Intake
+from engine.server.ipc import BAD_CONSTRAINT, Finish, Link, ToFront
+from engine.server.served import Outgoing, ServedEngine
 
 logger = logging.getLogger("kvarena.engine")
 
 HEARTBEAT_SECONDS = 0.2
 MAX_FAILED_STEPS = 3
 _IDLE_WAIT = 0.5
+_BELL = -1
 
 
 class EngineLoop:
@@ -52,12 +53,9 @@ class EngineLoop:
     ) -> None:
         self._served, self._engine = served, served.engine
         self._links = [Link(sock) for sock in fronts]
-        self._out = [Outgoing() for _ in fronts]
-        self._routes: dict[Request, Route] = {}
-        self._by_handle: dict[tuple[int, int], Request] = {}
+        self._intake = Intake(served, len(fronts), max_num_queued_requests)
         self._control = control
         self._row = metrics.Row(page, 0)
-        self._max_queued = max_num_queued_requests
         self._num_failed_in_a_row = 0
         self._gauges = Gauges(served.engine, self._row)
         self._selector = selectors.DefaultSelector()
@@ -65,6 +63,8 @@ class EngineLoop:
         self._selector.register(control, selectors.EVENT_READ, None)
         for index, link in enumerate(self._links):
             self._selector.register(link.sock, selectors.EVENT_READ, index)
+        if self._intake.grammars is not None:
+            self._selector.register(self._intake.grammars.bell, selectors.EVENT_READ, _BELL)
 
     def run(self) -> None:
         """Serve. Raises EngineError when the engine cannot go on."""
@@ -78,7 +78,7 @@ class EngineLoop:
                 if self._engine.has_work:
                     self._step()
                 self._send()
-                self._gauges.update(self._links, self._out, self._routes)
+                self._gauges.update(self._links, self._intake.outs, self._intake.routes)
         except BaseException:
             self._row.set("state", metrics.FAILED)
             raise
@@ -97,15 +97,24 @@ class EngineLoop:
                 if not self._control_open():
                     return False
                 continue
+            if key.data == _BELL:
+                self._intake.unpark()
+                continue
             link = self._links[key.data]
-            for message in link.receive():
-                self._handle(key.data, message)
+            self._intake.receive(key.data, link.receive())
             if link.closed:
                 self._drop_front(key.data)
+        had_work = self._engine.has_work
+        self._intake.run_round()
+        if self._engine.has_work and not had_work:
+            self._row.set("progress", time.monotonic())
+            self._row.set("has_work", 1)
         return True
 
     def _wait_seconds(self) -> float:
         engine = self._engine
+        if self._intake.has_backlog:
+            return 0.0
         if any(link.num_queued_bytes for link in self._links):
             return 0.001 if not engine.has_work else 0.0
         if not engine.has_work:
@@ -124,87 +133,11 @@ class EngineLoop:
         except OSError:
             return False
 
-    def _handle(self, front: int, message: list[Any]) -> None:
-        kind = message[0]
-        if kind == ToEngine.ADD:
-            self._add(front, AddFrame(*message[1:]))
-        elif kind == ToEngine.ABORT:
-            for handle in message[1]:
-                self._abort(front, handle)
-        elif kind == ToEngine.WATCH:
-            self._out[front].watching = bool(message[1])
-
-    def _add(self, front: int, frame: AddFrame) -> None:
-        engine, out = self._engine, self._out[front]
-        if not engine.has_work:
-            self._row.set("progress", time.monotonic())
-            self._row.set("has_work", 1)
-        try:
-            requests = self._requests(frame)
-            if engine.scheduler.num_waiting + len(requests) > self._max_queued + self._free_seats():
-                out.admitted.append(
-                    (frame.handle, "queue_full", f"{engine.scheduler.num_waiting} requests are waiting")
-                )
-                return
-            for i, req in enumerate(requests):
-                engine.add(req)
-                self._routes[req] = Route(front, frame.handle + i, req)
-                self._by_handle[front, frame.handle + i] = req
-        except RequestRejected as error:
-            self._undo_add(front, frame)
-            out.admitted.append((frame.handle, error.reason, str(error)))
-        except KvarenaError as error:
-            self._undo_add(front, frame)
-            out.admitted.append((frame.handle, "invalid", str(error)))
-        else:
-            out.admitted.append((frame.handle, "", ""))
-
-    def _free_seats(self) -> int:
-        """Waiting requests that the next step can take: an idle engine's queue is not a queue."""
-        return 1 if self._engine.scheduler.num_running == 0 else 0
-
-    def _undo_add(self, front: int, frame: AddFrame) -> None:
-        """Take back the choices of a request of which a later one was refused."""
-        for i in range(frame.sampling["n"]):
-            self._abort(front, frame.handle + i)
-
-    def _requests(self, frame: AddFrame) -> list[Request]:
-        sampling = dict(frame.sampling)
-        sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
-        now = self._engine.clock.now()
-        req = Request(
-            request_id=f"{frame.request_id}",
-            prompt_token_ids=unpack_ids(frame.prompt),
-            sampling=SamplingParams(**sampling),
-            arrival_time=now - max(0.0, time.monotonic() - frame.arrival),
-            priority=frame.priority,
-            client_id=frame.client_id,
-            # Log-probabilities of a prompt need all of it computed: nobody shares such a request's salt.
-            cache_salt=frame.request_id if frame.ignore_cache else frame.cache_salt,
-            eos_token_ids=self._served.eos_token_ids,
-        )
-        requests = expand(req)
-        if frame.constraint is not None:
-            factory = self._served.constraint_factory
-            if factory is None:
-                raise EngineError("this engine's runner cannot constrain tokens")
-            for one in requests:
-                one.constraint = factory(*frame.constraint)
-        return requests
-
-    def _abort(self, front: int, handle: int) -> None:
-        req = self._by_handle.pop((front, handle), None)
-        if req is None:
-            return
-        self._routes.pop(req, None)
-        self._engine.abort(req.request_id)
-
     def _drop_front(self, front: int) -> None:
         """A front is gone: end its requests."""
         logger.warning("front %d closed its socket; its requests end", front)
         self._selector.unregister(self._links[front].sock)
-        for owner, handle in [key for key in self._by_handle if key[0] == front]:
-            self._abort(owner, handle)
+        self._intake.drop_front(front)
 
     # Steps.
 
@@ -233,7 +166,7 @@ class EngineLoop:
             raise EngineError(f"{MAX_FAILED_STEPS} engine steps in a row failed; the last: {failure}") from failure
 
     def _dispatch(self, output: StepOutput) -> None:
-        routes, outs, plan = self._routes, self._out, output.plan
+        routes, outs, plan = self._intake.routes, self._intake.outs, output.plan
         logprobs, prompt_logprobs = output.result.logprobs, output.result.prompt_logprobs
         num_sampled = 0
         for i, ((req, start, _), token) in enumerate(zip(plan.scheduled, output.result.token_ids, strict=True)):
@@ -265,16 +198,18 @@ class EngineLoop:
         row.observe("vllm:iteration_tokens_total", plan.num_new_tokens)
 
     def _finish(self, req: Request) -> None:
-        route = self._routes.pop(req, None)
+        route = self._intake.routes.pop(req, None)
         if route is None:
             return
-        self._by_handle.pop((route.front, route.handle), None)
+        self._intake.forget(route)
         reason = (req.finish_reason or FinishReason.ERROR).value
         if req.constraint is not None and req.constraint.failure:
             reason, req.error = BAD_CONSTRAINT, req.constraint.failure
         last = req.output_token_ids[-1] if req.output_token_ids else None
         stop_token = last if reason == FinishReason.STOP.value else None
-        self._out[route.front].finished.append(Finish(route.handle, reason, stop_token, req.num_preemptions, req.error))
+        self._intake.outs[route.front].finished.append(
+            Finish(route.handle, reason, stop_token, req.num_preemptions, req.error)
+        )
 
     def _count_prompt(self, req: Request) -> None:
         """Count a prompt once, in its first step: a request that a stop string or its client ends counts too."""
@@ -289,12 +224,13 @@ class EngineLoop:
     # Out.
 
     def _send(self) -> None:
-        for index, out in enumerate(self._out):
+        outs = self._intake.outs
+        for index, out in enumerate(outs):
             link = self._links[index]
             message = out.message()
             if message is not None:
                 link.send(message)
-                self._out[index] = Outgoing(watching=out.watching)
+                outs[index] = Outgoing(watching=out.watching)
             elif link.num_queued_bytes:
                 link.flush()
         self._row.set("has_work", float(self._engine.has_work))

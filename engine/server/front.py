@@ -114,6 +114,7 @@ class Front:
         finally:
             control.cancel()
             watch.cancel()
+            service.close()
             if tracer is not None:
                 await asyncio.to_thread(tracer.close)
 

@@ -23,6 +23,7 @@ MAX_FRAME_BYTES = 1 << 28
 BAD_CONSTRAINT = "bad_constraint"  # a `Finish.reason`: the structured output turned out to be impossible
 OUTBOX_LIMIT_BYTES = 64 << 20
 _RECV_BYTES = 1 << 18
+_MAX_RECV = 8
 
 
 class ToEngine(IntEnum):
@@ -31,6 +32,7 @@ class ToEngine(IntEnum):
     ADD = 0
     ABORT = 1
     WATCH = 2
+    CONSTRAINT = 3  # key, kind, grammar, seconds: see `CheckedGrammar`; comes before the requests that name its key
 
 
 class ToFront(IntEnum):
@@ -45,7 +47,8 @@ class ToFront(IntEnum):
 class AddFrame(NamedTuple):
     """A new request with `sampling["n"]` choices, whose handles are `handle`, `handle + 1`, ...
 
-    `arrival` is on the machine's monotonic clock; `prompt` is packed int32; `constraint` is (kind, text) or None.
+    `arrival` is on the machine's monotonic clock; `prompt` is packed int32; `constraint` is the key of a grammar
+    that came before, or None.
     """
 
     handle: int
@@ -57,7 +60,7 @@ class AddFrame(NamedTuple):
     client_id: str
     cache_salt: str
     ignore_cache: bool
-    constraint: tuple[str, str] | None
+    constraint: str | None
 
 
 class Finish(NamedTuple):
@@ -126,9 +129,11 @@ class Link:
         self._outbox_bytes = 0
 
     def receive(self) -> list[Any]:
-        """All messages that have arrived; sets `closed` at the end of the stream."""
+        """Messages that have arrived, up to some megabytes; sets `closed` at the end of the stream."""
         messages: list[Any] = []
-        while not self.closed:
+        for _ in range(_MAX_RECV):
+            if self.closed:
+                break
             try:
                 data = self.sock.recv(_RECV_BYTES)
             except BlockingIOError:

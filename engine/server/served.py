@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.core import Engine
 from engine.request import Request
 from engine.server.ipc import Finish, ToFront, pack_ids
+
+if TYPE_CHECKING:  # llguidance: the supervisor imports this, too
+    from engine.server.grammars import CompiledGrammar
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class ServedEngine:
         max_model_len: longest prompt + output, in tokens.
         vocab_size: token ids are below it.
         eos_token_ids: the model's end-of-sequence tokens.
-        constraint_factory: makes a token constraint from (kind, text), or None when the runner cannot apply one.
+        compile_grammar: compiles a grammar from (kind, grammar), or None when the runner cannot constrain tokens.
         prompt_logprobs: whether the runner returns log-probabilities of prompt tokens.
         facts: names and sizes shown by `/metrics` and the dashboard.
     """
@@ -29,7 +32,7 @@ class ServedEngine:
     max_model_len: int
     vocab_size: int
     eos_token_ids: frozenset[int]
-    constraint_factory: Callable[[str, str], Any] | None = None
+    compile_grammar: Callable[[str, str], CompiledGrammar] | None = None
     prompt_logprobs: bool = False
     facts: dict[str, str] = field(default_factory=dict)
 
@@ -43,7 +46,7 @@ class ServedEngine:
             "eos_token_ids": sorted(self.eos_token_ids),
             "num_blocks": allocator.num_blocks,
             "block_size": allocator.block_size,
-            "constraints": self.constraint_factory is not None,
+            "constraints": self.compile_grammar is not None,
             "prompt_logprobs": self.prompt_logprobs,
             "facts": self.facts,
         }

@@ -6,12 +6,12 @@ import asyncio
 import functools
 import time
 import uuid
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.server import structured
 from engine.server.answers import Disconnected, EventStream, Job, as_api_error, collect, watch_disconnect
 from engine.server.chat import ChatRenderer
 from engine.server.choice_text import ChoiceText, TextOptions
@@ -21,6 +21,7 @@ from engine.server.config import ServerConfig
 from engine.server.constraints import Constraints
 from engine.server.dashboard import PoolFeed
 from engine.server.errors import ApiError, bad_request, beyond_context, unavailable
+from engine.server.grammar_checks import CheckedGrammar
 from engine.server.groups import Choice, EngineGone, EngineInfo, Group, Refused
 from engine.server.http import Body, read_json, validated
 from engine.server.media import check_parts, find_parts, policy_of
@@ -43,6 +44,7 @@ from engine.server.tokenization import TokenizerService
 from engine.server.tracing import Tracer
 
 _REQUESTS_PER_ROUND = 4
+Made = TypeVar("Made")
 
 
 class Service:
@@ -97,6 +99,10 @@ class Service:
         return Limits(
             info.max_model_len, info.max_request_tokens, info.vocab_size, info.prompt_logprobs, self._defaults
         )
+
+    def close(self) -> None:
+        """End the processes beside the front."""
+        self._constraints.close()
 
     def check_open(self) -> None:
         """503 when no request can be taken."""
@@ -167,7 +173,7 @@ class Service:
             max_tokens_zero=req.max_tokens == 0,
             streams=bool(req.stream),
         )
-        constraint = await self._constraints.of(req)
+        constraint = await self._constrained(request, self._constraints.of(req))
         job = await self._submit(request, req, shown, prompts, lengths, req.logprobs, constraint, arrival, renderer)
         return await self._answer(request, job, bool(req.stream))
 
@@ -183,7 +189,7 @@ class Service:
         prompt = await self.prompts.of_chat(req)
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
         max_tokens = fit_max_tokens(requested, self.limits.default_length(None), len(prompt), self.limits, "messages")
-        constraint, parser, forced = await self._constraints.of_chat(req)
+        constraint, parser, forced = await self._constrained(request, self._constraints.of_chat(req))
         logprobs = (req.top_logprobs or 0) if req.logprobs else None
         shown = [await self.prompts.shown(prompt, req)] * (req.n or 1)
         renderer = ChatRenderer(
@@ -199,6 +205,21 @@ class Service:
         )
         job = await self._submit(request, req, shown, [prompt], [max_tokens], logprobs, constraint, arrival, renderer)
         return await self._answer(request, job, bool(req.stream))
+
+    async def _constrained(self, request: Request, work: Coroutine[Any, Any, Made]) -> Made:
+        """What `work` gives; a client that leaves meanwhile ends it. Raises ApiError, Disconnected."""
+        group = Group(0.0)
+        task = asyncio.ensure_future(work)
+        watcher = asyncio.create_task(watch_disconnect(request.receive, group))
+        watcher.add_done_callback(lambda _: task.cancel() if group.error is not None else None)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if isinstance(group.error, Disconnected):
+                raise group.error from None
+            raise
+        finally:
+            watcher.cancel()
 
     async def _refuse_images(self, req: ChatCompletionRequest) -> None:
         parts = find_parts(req.messages, self._media)
@@ -217,7 +238,7 @@ class Service:
         prompts: list[list[int]],
         max_tokens: list[int],
         logprobs: int | None,
-        constraint: structured.Constraint | None,
+        constraint: CheckedGrammar | None,
         arrival: float,
         renderer: CompletionRenderer | ChatRenderer,
     ) -> Job:
@@ -262,10 +283,12 @@ class Service:
         group: Group,
         prompts: list[list[int]],
         samplings: list[dict[str, Any]],
-        constraint: structured.Constraint | None,
+        constraint: CheckedGrammar | None,
     ) -> list[Choice]:
         """Wait until the engine has queued all prompts; a disconnect ends them. Raises ApiError, Disconnected."""
         choices: list[Choice] = []
+        if constraint is not None:
+            self.client.constrain(constraint)
         submit = asyncio.gather(
             *(
                 self.client.submit(
@@ -276,7 +299,7 @@ class Service:
                     priority=req.priority or 0,
                     client_id=req.user or "",
                     cache_salt=req.cache_salt or "",
-                    constraint=constraint,
+                    constraint=None if constraint is None else constraint.key,
                 )
                 for prompt, sampling in zip(prompts, samplings, strict=True)
             )
@@ -307,6 +330,8 @@ class Service:
         if refused.reason in ("max_model_len", "max_request_tokens"):
             self.row.inc("vllm:admission_rejections", refused.reason)
             return beyond_context(str(refused), "prompt")
+        if refused.reason == "constraint_lost":
+            return unavailable(str(refused), "constraints_busy")
         return bad_request(str(refused))
 
     async def _answer(self, request: Request, job: Job, stream: bool) -> Response:

@@ -240,26 +240,6 @@ def make_parser(kind: str, chat_template: str | None, parallel: bool = True) -> 
     return parser if parser is None or parallel else FirstCallParser(parser)
 
 
-def named_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
-    """JSON schema of the arguments of one function."""
-    return parameters or {"type": "object"}
-
-
-def required_schema(functions: list[tuple[str, dict[str, Any] | None]], parallel: bool) -> dict[str, Any]:
-    """JSON schema of a non-empty list of calls of any of `functions`."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "parameters": named_schema(parameters)},
-            "required": ["name", "parameters"],
-            "additionalProperties": False,
-        }
-        for name, parameters in functions
-    ]
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
-    return schema if parallel else schema | {"maxItems": 1}
-
-
 def _overlap(text: str, tag: str) -> int:
     """Length of the longest end of `text` that begins `tag`."""
     for size in range(min(len(text), len(tag) - 1), 0, -1):

@@ -68,7 +68,7 @@ class Attack:
 
 def slow_patterns(number: int, num_patterns: int = 200) -> dict[str, Any]:
     """A schema of 9 kB that takes half a second to compile; each `number` is another text."""
-    patterns = {f"^{PREFIX}{number}_{i}(a|b){{1,50}}$": {} for i in range(num_patterns)}
+    patterns: dict[str, Any] = {f"^{PREFIX}{number}_{i}(a|b){{1,50}}$": {} for i in range(num_patterns)}
     return {"type": "object", "patternProperties": patterns}
 
 

@@ -78,7 +78,7 @@ def _build(values: dict[str, Any]) -> ServedEngine:
         import torch
 
         from engine.checkpoints.tokenizer import load_tokenizer
-        from engine.server.structured import ConstraintFactory
+        from engine.server.compiled import make_compiler
         from experiments.building.build import build_engine
         from experiments.building.warm_up import SERVED, warm_up
 
@@ -100,13 +100,12 @@ def _build(values: dict[str, Any]) -> ServedEngine:
         "num_cpu_blocks": str(allocator.num_host_blocks),
         "sliding_window": str(spec.sliding_window),
     }
-    constraints = ConstraintFactory.make(tokenizer, spec.vocab_size, eos)
     return ServedEngine(
         engine=parts.engine,
         max_model_len=parts.max_model_len,
         vocab_size=spec.vocab_size,
         eos_token_ids=eos,
-        constraint_factory=constraints,
+        compile_grammar=make_compiler(tokenizer, spec.vocab_size, eos),
         prompt_logprobs=True,
         facts=facts,
     )

@@ -9,15 +9,16 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.server import structured
-from engine.server.structured import ConstraintFactory
+from engine.server import compiled
+from engine.server.compiled import make_compiler
+from engine.server.grammars import to_grammar
 
 
 @pytest.fixture(autouse=True)
 def _logging(monkeypatch, caplog):
     """A Hydra job in the same process switches the loggers off that it finds, and raises the root's level."""
-    monkeypatch.setattr(structured.logger, "disabled", False)
-    caplog.set_level(logging.WARNING, logger=structured.logger.name)
+    monkeypatch.setattr(compiled.logger, "disabled", False)
+    caplog.set_level(logging.WARNING, logger=compiled.logger.name)
 
 
 def _word_level() -> PreTrainedTokenizerFast:
@@ -27,19 +28,19 @@ def _word_level() -> PreTrainedTokenizerFast:
 
 
 def test_a_tokenizer_without_bytes_means_no_structured_output_and_not_no_server(caplog):
-    assert ConstraintFactory.make(_word_level(), 4, frozenset({0})) is None
+    assert make_compiler(_word_level(), 4, frozenset({0})) is None
     assert "structured output is not available with this model" in caplog.text
 
 
 def test_a_model_without_an_end_of_sequence_cannot_end_a_grammar(caplog):
-    assert ConstraintFactory.make(AutoTokenizer.from_pretrained("models/demo"), 6144, frozenset()) is None
+    assert make_compiler(AutoTokenizer.from_pretrained("models/demo"), 6144, frozenset()) is None
     assert "no end-of-sequence token" in caplog.text
 
 
 def test_a_choice_bars_every_other_token():
     tokenizer = AutoTokenizer.from_pretrained("models/demo")
-    factory = ConstraintFactory.make(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
-    constraint = factory("regex", "b")
+    compile_grammar = make_compiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
+    constraint = compile_grammar("regex", to_grammar("regex", "b")).start()
     mask = np.zeros(-(-len(tokenizer) // 32), dtype=np.int32)
     constraint.fill(mask)
     allowed = [i for i in range(len(tokenizer)) if mask[i // 32] >> (i % 32) & 1]

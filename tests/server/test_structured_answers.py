@@ -11,6 +11,8 @@ import pytest
 from server_harness import stream_events
 from test_bad_requests import COMPLETIONS, assert_error
 
+from experiments.benchmarks.under_attack import slow_patterns
+
 LATE = 'start: "ab" rest\nrest: rest'  # nothing can follow "ab"
 
 
@@ -57,3 +59,35 @@ def test_an_empty_schema_allows_any_json(server):
     if whole.json()["choices"][0]["finish_reason"] == "stop":
         json.loads(whole.json()["choices"][0]["text"])
     assert_error(server.complete(structured_outputs={"json_object": False}), 400)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {
+    "type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "required": ["a"], "$defs": {"A": {"type": "string"}},
+}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+@pytest.mark.parametrize("cut", [{"max_tokens": 1}, {"max_tokens": 40, "stop": ['"a"']}])
+def test_a_call_that_is_cut_is_text_and_no_call(server, choice, cut):
+    messages = [{"role": "user", "content": "Hello!"}]
+    body = {"messages": messages, "tools": [TOOL], "tool_choice": choice, "temperature": 0, "seed": 1} | cut
+    answer = server.post("/v1/chat/completions", body).json()["choices"][0]
+    assert "tool_calls" not in answer["message"]
+    assert answer["message"]["content"].lstrip()[:1] in ("{", "[", "")
+    assert answer["finish_reason"] == ("length" if cut["max_tokens"] == 1 else "stop")
+
+
+def test_a_mistake_in_a_gbnf_grammar_is_a_400(server):
+    for grammar in ('root ::= "a', "root ::= [a", 'root ::= "a"{x}', "root ::= nowhere"):
+        error = assert_error(server.complete(structured_outputs={"grammar": grammar}), 400)
+        assert error["param"] == "structured_outputs"
+
+
+def test_hundreds_of_prompts_with_a_schema_that_is_slow_to_compile(server):
+    """Compiled once for all of them; one of four times the size is refused."""
+    body = {"prompt": ["x"] * 200, "max_tokens": 2, "structured_outputs": {"json": slow_patterns(0, 150)}}
+    answer = server.post(COMPLETIONS, body)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"]) == 200
+    assert_error(server.complete(structured_outputs={"json": slow_patterns(0, 600)}), 400)
+    server.assert_alive()

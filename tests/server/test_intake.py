@@ -1,0 +1,185 @@
+"""What the engine's loop takes in between two steps is bounded; grammars are compiled elsewhere, once."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import time
+
+import pytest
+from transformers import AutoTokenizer
+
+from engine.errors import RequestError
+from engine.server.compiled import make_compiler
+from engine.server.grammars import to_grammar
+from engine.server.intake import ROUND_SECONDS, Intake
+from engine.server.ipc import AddFrame, ToEngine, pack_ids
+from engine.server.process import freeze_heap
+from experiments.serving.stub_engine import StubOptions, build
+
+HANDLES = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    tokenizer = AutoTokenizer.from_pretrained("models/demo")
+    return make_compiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
+
+
+class Compiles:
+    """Counts, and waits for `go`."""
+
+    def __init__(self, compiler):
+        self.compiler, self.threads, self.go = compiler, [], threading.Event()
+        self.go.set()
+
+    def __call__(self, kind, grammar):
+        self.threads.append(threading.current_thread())
+        assert self.go.wait(60)
+        return self.compiler(kind, grammar)
+
+
+@pytest.fixture
+def compiles(compiler):
+    return Compiles(compiler)
+
+
+@pytest.fixture
+def intake(compiles):
+    served = build(StubOptions(2048))
+    object.__setattr__(served, "compile_grammar", compiles)
+    return Intake(served, 2, 100_000)
+
+
+def constraint(key="k", text="[a-z]{1,9}", seconds=0.0):
+    return [ToEngine.CONSTRAINT, key, "regex", to_grammar("regex", text), seconds]
+
+
+def add(key="k", n=1, handle=None):
+    first = next(HANDLES) * 1000 if handle is None else handle
+    sampling = {"n": n, "max_tokens": 4, "stop_token_ids": []}
+    return [
+        ToEngine.ADD,
+        *AddFrame(first, f"r{first}", pack_ids([5]), sampling, time.monotonic(), 0, "", "", False, key),
+    ]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def wait_for(intake, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        intake.grammars.bell.setblocking(True)
+        intake.grammars.bell.settimeout(120)
+        assert intake.grammars.bell.recv(1, 2)  # MSG_PEEK
+        intake.grammars.bell.setblocking(False)
+        intake.unpark()
+        intake.run_round(60)
+
+
+def test_a_grammar_is_compiled_once_for_all_prompts_and_choices_and_not_by_the_loop(intake, compiles):
+    intake.receive(0, [constraint(), *(add(n=4) for _ in range(50))])
+    intake.receive(1, [constraint(), add()])
+    intake.run_round(60)
+    wait_for(intake, lambda: len(intake.routes) == 201)
+    assert len(compiles.threads) == 1
+    assert threading.current_thread() not in compiles.threads
+    matchers = {req.constraint for req in intake.routes}
+    assert len(matchers) == 201  # each follows its own text
+    assert sum(len(out.admitted) for out in intake.outs) == 51
+    assert all(not reason for out in intake.outs for _, reason, _ in out.admitted)
+
+
+def test_a_round_costs_a_bounded_time_however_much_has_arrived(intake):
+    """1,024 prompts with 16 choices each, all at once: the loop steps between them, and a short request of the other
+    front is taken in by the first round."""
+    intake.receive(0, [constraint()])
+    intake.run_round()
+    wait_for(intake, lambda: intake.grammars.get("k") is not None)
+    intake.receive(0, [add(n=16) for _ in range(1024)])
+    intake.receive(1, [add(key=None)])
+    costs = []
+    freeze_heap()  # as the engine's process does: a pass of the garbage collector over the libraries is no round's cost
+    while intake.has_backlog:
+        start = time.thread_time()
+        intake.run_round()
+        costs.append(time.thread_time() - start)
+        assert len(intake.outs[1].admitted) == 1
+    gc.unfreeze()
+    assert len(intake.routes) == 1024 * 16 + 1
+    assert len(costs) > 5
+    assert max(costs) < 0.2
+    assert sorted(costs)[len(costs) // 2] < 2 * ROUND_SECONDS
+
+
+def test_slow_grammars_hold_up_no_quick_one(intake, compiles):
+    compiles.go.clear()
+    for i in range(6):
+        intake.receive(0, [constraint(f"slow{i}", "a" * (i + 1), 0.9), add(f"slow{i}")])
+    intake.run_round(60)
+    wait_until(lambda: compiles.threads)
+    intake.grammars._compile = compiles.compiler  # of what begins from now on: the slow one waits for `go`
+    intake.receive(1, [constraint("quick", "b", 0.001), add("quick")])
+    intake.run_round(60)
+    wait_for(intake, lambda: len(intake.outs[1].admitted) == 1)
+    assert not intake.outs[0].admitted
+    compiles.go.set()
+    wait_for(intake, lambda: len(intake.outs[0].admitted) == 6)
+
+
+def test_who_left_leaves_nothing(intake, compiles):
+    compiles.go.clear()
+    intake.receive(
+        0, [constraint("a", "a", 0.5), add("a", handle=7), constraint("b", "b", 0.5), add("b", n=2, handle=8)]
+    )
+    intake.run_round(60)
+    intake.receive(0, [[ToEngine.ABORT, [8, 9]]])
+    intake.run_round(60)
+    assert not intake.grammars.is_under_way("b")  # had not begun: the other one holds the thread
+    compiles.go.set()
+    wait_for(intake, lambda: len(intake.outs[0].admitted) == 1)
+    assert [route.handle for route in intake.routes.values()] == [7]
+    # After the grammar is there and before the request is taken in.
+    compiles.go.clear()
+    intake.receive(0, [constraint("c", "c"), add("c", handle=20)])
+    intake.run_round(60)
+    intake.receive(0, [[ToEngine.ABORT, [20]]])
+    compiles.go.set()
+    wait_for(intake, lambda: intake.grammars.get("c") is not None)
+    assert [route.handle for route in intake.routes.values()] == [7]
+    intake.drop_front(0)
+    assert not intake.routes
+    assert intake._num_parked == 0
+
+
+def test_what_cannot_be_compiled_here_ends_its_requests_alone(intake, compiles):
+    def fails(kind, grammar):
+        raise RequestError("no") if len(grammar) % 2 else SystemError("a panic")
+
+    intake.grammars._compile = fails
+    intake.receive(0, [constraint("a", "a"), add("a"), constraint("b", "bb"), add("b")])
+    intake.run_round(60)
+    wait_for(intake, lambda: len(intake.outs[0].admitted) == 2)
+    assert {reason for _, reason, _ in intake.outs[0].admitted} == {"invalid"}
+    intake.receive(0, [add("gone")])
+    intake.run_round(60)
+    assert intake.outs[0].admitted[-1][1] == "constraint_lost"
+    assert not intake.routes
+
+
+def test_an_automaton_that_failed_is_built_anew(intake, compiles):
+    intake.receive(0, [constraint(), add()])
+    intake.run_round(60)
+    wait_for(intake, lambda: len(intake.routes) == 1)
+    intake.grammars.get("k").has_failed = True
+    intake.receive(0, [constraint(), add()])
+    intake.run_round(60)
+    wait_for(intake, lambda: len(intake.routes) == 2)
+    assert len(compiles.threads) == 2
