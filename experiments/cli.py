@@ -44,23 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(args: list[str]) -> int:
-    from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from experiments.compose import CONF_DIR
+    from experiments.compose import compose_cell
     from experiments.explain import explain
     from experiments.serving.flags import overrides_of, parse_flags
 
     overrides = overrides_of(parse_flags(args))
     try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            cfg = compose("config", overrides=overrides)
+        cfg, choices = compose_cell(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error) or str(error)) from error
     from experiments.serving.serve import serve
 
-    return serve(cfg)
+    return serve(cfg, choices)
 
 
 def _bench(args: list[str]) -> int:

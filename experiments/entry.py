@@ -120,4 +120,4 @@ def _serve(cfg: DictConfig) -> int:
         raise ConfigError("mode=serve serves one strategy; leave -m out")
     from experiments.serving.serve import serve
 
-    return serve(cfg)
+    return serve(cfg, HydraConfig.get().runtime.choices)

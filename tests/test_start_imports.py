@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from experiments.compose import load_config
 from experiments.serving.flags import overrides_of, parse_flags
 from experiments.serving.serve import build_served_engine
-build_served_engine(OmegaConf.to_container(load_config(overrides_of(parse_flags(["models/demo"]))), resolve=True))
+build_served_engine(OmegaConf.to_container(load_config(overrides_of(parse_flags(["models/demo"]))), resolve=True), {})
 """
 FIRST_TOKEN = """
 from experiments.benchmarks.first_token import first_token

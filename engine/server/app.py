@@ -17,9 +17,9 @@ from starlette.types import ASGIApp
 from engine.server import metrics, protocol
 from engine.server.answers import Disconnected
 from engine.server.cache_info import cache_info
-from engine.server.dashboard import add_dashboard
 from engine.server.errors import ApiError, bad_request
 from engine.server.http import Gate, error_response
+from engine.server.pages import add_docs, add_live_pages, add_static_files
 from engine.server.service import Service
 
 logger = logging.getLogger("kvarena.front")
@@ -72,12 +72,20 @@ def create_app(service: Service, rows: list[metrics.Row]) -> ASGIApp:
         service: what answers.
         rows: all processes' metrics, the engine's first.
     """
-    app = FastAPI(title="kvarena", version=version(), description="OpenAI-compatible LLM server.", redoc_url=None)
+    app = FastAPI(
+        title="kvarena",
+        version=version(),
+        description="OpenAI-compatible LLM server.",
+        docs_url=None,  # the library's page loads its script from elsewhere
+        redoc_url=None,
+    )
     _add_error_handlers(app)
     _add_status_routes(app, service, rows)
     _add_model_routes(app, service)
+    add_static_files(app)
+    add_docs(app)
     if service.config.enable_dashboard:
-        add_dashboard(app, service.feed)
+        add_live_pages(app, service.feed)
     _add_schemas(app)
     inner: ASGIApp = app
     if service.config.cors_origins:

@@ -69,6 +69,8 @@ class EngineClient(asyncio.Protocol):
         client_id: str = "",
         cache_salt: str = "",
         constraint: str | None = None,
+        shown_id: str = "",
+        key: int = -1,
     ) -> list[Choice]:
         """Hand a prompt to the engine and wait until it has queued it.
 
@@ -79,6 +81,7 @@ class EngineClient(asyncio.Protocol):
             sampling: fields of SamplingParams.
             priority, client_id, cache_salt: as in `Request`.
             constraint: key of a grammar that `constrain` has announced.
+            shown_id, key: as in `AddFrame`.
 
         Raises:
             Refused: the engine cannot take it.
@@ -104,7 +107,7 @@ class EngineClient(asyncio.Protocol):
         ignore_cache = sampling.get("prompt_logprobs") is not None
         frame = AddFrame(
             handle, request_id, pack_ids(prompt), sampling, group.arrival, priority, client_id, cache_salt,
-            ignore_cache, constraint,
+            ignore_cache, constraint, shown_id, key,
         )  # fmt: skip
         self._transport.write(encode((ToEngine.ADD, *frame)))
         try:

@@ -94,7 +94,6 @@ class Front:
         config = self._config
         feed = PoolFeed()
         client = await EngineClient.connect(self._engine, self._row, config.max_stream_lag, feed.publish)
-        feed.attach(client)
         tokenizer = await asyncio.to_thread(
             TokenizerService, self._model.path, self._model.trust_remote_code, config.chat_template
         )
@@ -102,6 +101,7 @@ class Front:
         await client.ready
         tracer = Tracer(config.otlp_endpoint) if config.otlp_endpoint else None
         names = config.served_model_names or (Path(self._model.path).resolve().name,)
+        feed.attach(client, self._rows, names[0])
         service = Service(
             config, client, tokenizer, self._row, self._rows[0], names, self._model.path, defaults, feed, tracer
         )

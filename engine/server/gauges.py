@@ -13,6 +13,8 @@ from engine.server.pool_view import PoolView
 from engine.server.served import Outgoing, Route
 
 GAUGE_SECONDS = 0.25
+FRAME_SECONDS = 0.05  # while somebody watches: short answers, too, are seen to grow
+FRAME_SHARE = 0.02  # of the engine's time that frames may take
 
 
 class Gauges:
@@ -44,15 +46,13 @@ class Gauges:
             row.set("kvarena:kv_slots", slots, name)
         row.set("kvarena:kv_slots_shared_saved", usage.shared_saved)
         row.set("vllm:kv_cache_usage_perc", usage.owned / usage.total if usage.total else 0.0)
-        watchers = [link for link, out in zip(links, outs, strict=True) if out.watching]
+        # A front that is behind misses a frame.
+        watchers = [link for link, out in zip(links, outs, strict=True) if out.watching and not link.num_queued_bytes]
         if not watchers:
             return
-        queries = row.get("vllm:prefix_cache_queries")
-        frame = self._view.snapshot(classes, scheduler, routes) | {
-            "generated": row.get("vllm:generation_tokens"),
-            "steps": row.get("kvarena:steps"),
-            "shared_saved": usage.shared_saved,
-            "hit_rate": row.get("vllm:prefix_cache_hits") / queries if queries else 0.0,
-        }
+        frame = self._view.snapshot(classes, scheduler, routes)
+        frame |= {"time": now, "shared_saved": usage.shared_saved}
         for link in watchers:
             link.send([ToFront.POOL_MAP, frame])
+        end = time.monotonic()
+        self._next = end + max(FRAME_SECONDS, (end - now) / FRAME_SHARE)

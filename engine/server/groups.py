@@ -39,6 +39,7 @@ class EngineInfo:
     constraints: bool
     prompt_logprobs: bool
     facts: dict[str, str]
+    about: dict[str, str]
 
 
 @dataclass(eq=False, slots=True)

@@ -32,7 +32,8 @@ access_log = logging.getLogger("kvarena.access")
 
 # They tell nothing of a client's data, and orchestrators probe them without a key. The dashboard's page is empty
 # until its script has asked for the data with a key.
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/dashboard"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/", "/dashboard"})
+OPEN_PREFIX = "/static/"
 _UNCOUNTED = frozenset({"/metrics", "/health", "/ready", "/ping", "/version"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 MAX_HEADERS = 256
@@ -46,11 +47,13 @@ class RequestState:
     Attributes:
         request_id: the caller's, or a fresh one.
         direct_send: the server's own `send`; None when layers in between must see every message.
+        key: the position of the API key that it gave, or -1.
         status: of the answer; who uses `direct_send` sets it.
     """
 
     request_id: str
     direct_send: Send | None
+    key: int = -1
     status: int = 0
 
 
@@ -89,7 +92,7 @@ class Gate:
 
         self._row.inc("kvarena:open_requests")
         try:
-            error = self._refusal(scope, headers)
+            error = self._refusal(scope, headers, state)
             if error is not None:
                 await error_response(error)(scope, receive, send_with_id)
             else:
@@ -104,21 +107,28 @@ class Gate:
             self._row.inc("kvarena:open_requests", by=-1)
             self._count(scope, state, time.monotonic() - start)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], state: RequestState) -> ApiError | None:
         if len(scope["headers"]) > MAX_HEADERS or sum(len(k) + len(v) for k, v in scope["headers"]) > MAX_HEADER_BYTES:
             return ApiError(431, "The request's headers are too large.", code="headers_too_large")
-        if self._keys and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
-            given = headers.get(b"authorization", b"")
-            key = given[7:] if given[:7].lower() == b"bearer " else b""
-            # Every key is compared, each in constant time: the answer's timing tells nothing.
-            if not any([hmac.compare_digest(key, known) for known in self._keys]):  # noqa: C419
-                return ApiError(
-                    401, "Incorrect or missing API key.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
-                )
+        state.key = self._key_of(headers)
+        path = scope["path"]
+        is_open = path in OPEN_PATHS or path.startswith(OPEN_PREFIX) or scope["method"] == "OPTIONS"
+        if self._keys and not is_open and state.key < 0:
+            return ApiError(
+                401, "Incorrect or missing API key.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+            )
         length = headers.get(b"content-length")
         if length is not None and length.isdigit() and int(length) > self._max_body:
             return too_large(self._max_body)
         return None
+
+    def _key_of(self, headers: dict[bytes, bytes]) -> int:
+        """The position of the key that a request gives, or -1."""
+        given = headers.get(b"authorization", b"")
+        key = given[7:] if given[:7].lower() == b"bearer " else b""
+        # Every key is compared, each in constant time: the answer's timing tells nothing.
+        matches = [hmac.compare_digest(key, known) for known in self._keys]
+        return matches.index(True) if any(matches) else -1
 
     def _count(self, scope: Scope, state: RequestState, seconds: float) -> None:
         status = state.status

@@ -144,7 +144,7 @@ class Intake:
         try:
             for i, req in enumerate(self._requests(frame)):
                 engine.add(req)
-                self.routes[req] = Route(front, frame.handle + i, req)
+                self.routes[req] = Route(front, frame.handle + i, req, shown_id=frame.shown_id, key=frame.key)
                 self._by_handle[front, frame.handle + i] = req
         except RequestRejected as error:
             self._undo_add(front, frame)

@@ -48,7 +48,8 @@ class AddFrame(NamedTuple):
     """A new request with `sampling["n"]` choices, whose handles are `handle`, `handle + 1`, ...
 
     `arrival` is on the machine's monotonic clock; `prompt` is packed int32; `constraint` is the key of a grammar
-    that came before, or None.
+    that came before, or None. `shown_id` and `key` are the HTTP request's X-Request-Id and the position of its API
+    key, or -1.
     """
 
     handle: int
@@ -61,6 +62,8 @@ class AddFrame(NamedTuple):
     cache_salt: str
     ignore_cache: bool
     constraint: str | None
+    shown_id: str = ""
+    key: int = -1
 
 
 class Finish(NamedTuple):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import generate_latest
@@ -37,7 +37,7 @@ HTTP_SECONDS = (0.1, 0.5, 1)
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 HANDLERS = (
     "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model_id}", "/tokenize", "/detokenize",
-    "/docs", "/openapi.json", "/dashboard", "/dashboard/events", "none",
+    "/", "/docs", "/openapi.json", "/dashboard", "/dashboard/events", "/static/{name}", "none",
 )  # fmt: skip
 METHODS = ("GET", "POST", "other")
 STATUSES = ("2xx", "3xx", "4xx", "5xx")
@@ -209,6 +209,27 @@ class Histogram:
         """Count `value`."""
         self._values[self._at + bisect.bisect_left(self._buckets, value)] += 1
         self._values[self._sum_at] += value
+
+
+def total(rows: Sequence[Row], name: str, *labels: str) -> float:
+    """A counter or gauge over all processes."""
+    return sum(row.get(name, *labels) for row in rows)
+
+
+def family_total(rows: Sequence[Row], name: str, **labels: str) -> float:
+    """A counter over all processes and all of its label values but those given."""
+    metric = next(metric for metric in METRICS if metric.name == name)
+    values = [(labels[key],) if key in labels else known for key, known in metric.labels.items()]
+    return sum(total(rows, name, *one) for one in product(*values))
+
+
+def histogram(rows: Sequence[Row], name: str) -> dict[str, Any]:
+    """A histogram without labels over all processes: `bounds`, how many values are at most each (`counts`, not
+    cumulative, the last one beyond all bounds), and their `sum`.
+    """
+    bounds, at = _BUCKETS[name], _OFFSETS[(name,)]
+    counts = [sum(row.values[at + i] for row in rows) for i in range(len(bounds) + 1)]
+    return {"bounds": bounds, "counts": counts, "sum": sum(row.values[at + len(bounds) + 1] for row in rows)}
 
 
 class Health(NamedTuple):

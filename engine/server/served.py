@@ -25,7 +25,8 @@ class ServedEngine:
         eos_token_ids: the model's end-of-sequence tokens.
         compile_grammar: compiles a grammar from (kind, grammar), or None when the runner cannot constrain tokens.
         prompt_logprobs: whether the runner returns log-probabilities of prompt tokens.
-        facts: names and sizes shown by `/metrics` and the dashboard.
+        facts: labels of the cache's configuration in `/metrics`.
+        about: what the pages call this engine: `allocator`, `scheduler`, `dtype`, whichever are known.
     """
 
     engine: Engine
@@ -35,6 +36,7 @@ class ServedEngine:
     compile_grammar: Callable[[str, str], CompiledGrammar] | None = None
     prompt_logprobs: bool = False
     facts: dict[str, str] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
 
     def info(self) -> dict[str, Any]:
         """What the fronts are told: the fields of `EngineInfo`."""
@@ -49,17 +51,20 @@ class ServedEngine:
             "constraints": self.compile_grammar is not None,
             "prompt_logprobs": self.prompt_logprobs,
             "facts": self.facts,
+            "about": self.about,
         }
 
 
 @dataclass(slots=True)
 class Route:
-    """Where a request's tokens go."""
+    """Where a request's tokens go, and who asked: its X-Request-Id, and the position of its API key or -1."""
 
     front: int
     handle: int
     req: Request
     scheduled: float = 0.0
+    shown_id: str = ""
+    key: int = -1
 
 
 @dataclass(slots=True)

@@ -289,6 +289,7 @@ class Service:
         choices: list[Choice] = []
         if constraint is not None:
             self.client.constrain(constraint)
+        state = request.scope["kvarena"]
         submit = asyncio.gather(
             *(
                 self.client.submit(
@@ -300,6 +301,8 @@ class Service:
                     client_id=req.user or "",
                     cache_salt=req.cache_salt or "",
                     constraint=None if constraint is None else constraint.key,
+                    shown_id=state.request_id,
+                    key=state.key,
                 )
                 for prompt, sampling in zip(prompts, samplings, strict=True)
             )

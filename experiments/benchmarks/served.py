@@ -136,7 +136,7 @@ def run_in_process(options: argparse.Namespace) -> Iterator[Line]:
     cfg = load_config(overrides_of(parse_flags(serve_flags(options))))
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     values.pop("hydra", None)
-    served = build_served_engine(values)
+    served = build_served_engine(values, {})
     gc.collect()
     gc.freeze()
     yield {"section": "start", "part": "in_process", "seconds": round(time.perf_counter() - start, 1)}

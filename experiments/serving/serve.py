@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is
 
 
-def serve(cfg: DictConfig) -> int:
+def serve(cfg: DictConfig, choices: Mapping[str, str]) -> int:
     """Serve until told to stop; returns the exit code.
+
+    Args:
+        cfg: the composed config.
+        choices: what its groups were set to, `allocator` and `scheduler` among them.
 
     Raises:
         ConfigError: a setting is out of range. Faults of the model are found in the engine's process, which prints
@@ -39,10 +44,11 @@ def serve(cfg: DictConfig) -> int:
         raise ConfigError("mode=serve needs a tokenizer: set model.path to a model directory")
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     values.pop("hydra", None)
+    strategy = {group: choices[group] for group in ("allocator", "scheduler")}
     if not server.served_model_names and cfg.model.name:
         server = ServerConfig.from_dict({**vars(server), "served_model_names": [cfg.model.name]})
     model = ModelFiles(str(_model_directory(cfg.model.path)), bool(cfg.model.trust_remote_code))
-    return run_server(server, model, functools.partial(build_served_engine, values))
+    return run_server(server, model, functools.partial(build_served_engine, values, strategy))
 
 
 def _model_directory(path: str) -> Path:
@@ -54,17 +60,18 @@ def _model_directory(path: str) -> Path:
     raise ModelError(f"model.path={path} is no model directory: there is no {given / 'config.json'}")
 
 
-def build_served_engine(values: dict[str, Any]) -> ServedEngine:
+def build_served_engine(values: dict[str, Any], strategy: dict[str, str]) -> ServedEngine:
     """Build the engine in this process.
 
     Args:
         values: the resolved config.
+        strategy: names of the allocator and the scheduler.
 
     Raises:
         KvarenaError: a setting or the model is wrong.
     """
     try:
-        return _build(values)
+        return _build(values, strategy)
     except Exception as error:
         # Hydra wraps what a component's own check says; anything that is not the user's doing keeps its trace.
         reason = explain(error)
@@ -73,7 +80,7 @@ def build_served_engine(values: dict[str, Any]) -> ServedEngine:
         raise ConfigError(reason) from error
 
 
-def _build(values: dict[str, Any]) -> ServedEngine:
+def _build(values: dict[str, Any], strategy: dict[str, str]) -> ServedEngine:
     with importing():
         import torch
 
@@ -108,4 +115,5 @@ def _build(values: dict[str, Any]) -> ServedEngine:
         compile_grammar=make_compiler(tokenizer, spec.vocab_size, eos),
         prompt_logprobs=True,
         facts=facts,
+        about=strategy | {"dtype": str(spec.dtype).removeprefix("torch.")},
     )
