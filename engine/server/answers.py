@@ -166,11 +166,10 @@ class EventStream(Response):
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write the stream."""
+        """Write the stream, past what is between the gate and here."""
         job = self._job
         state: RequestState = scope["kvarena"]
-        if state.direct_send is not None:
-            send, state.status = state.direct_send, 200
+        send, state.status = state.direct_send, 200
         headers = [(key, value) for key, value in self.raw_headers if key != b"content-length"]
         task = asyncio.current_task()
 

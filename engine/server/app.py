@@ -87,12 +87,17 @@ def create_app(service: Service, rows: list[metrics.Row]) -> ASGIApp:
     if service.config.enable_dashboard:
         add_live_pages(app, service.feed)
     _add_schemas(app)
-    inner: ASGIApp = app
-    if service.config.cors_origins:
-        inner = CORSMiddleware(
-            app, allow_origins=service.config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
-        )
-    return Gate(inner, service.config, service.row)
+    gate = Gate(app, service.config, service.row)
+    if not service.config.cors_origins:
+        return gate
+    # Outermost: what the gate itself refuses must be readable for a browser, too.
+    return CORSMiddleware(
+        gate,
+        allow_origins=service.config.cors_origins,
+        allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -133,7 +138,8 @@ def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) 
         response_class=Response,
         responses=_responses(503),
     )
-    @app.get("/ping", include_in_schema=False)
+    @app.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.head("/health", include_in_schema=False)
     async def health() -> Response:
         state = metrics.health(rows[0], config.heartbeat_timeout, config.stall_timeout)
         if service.client.gone or state.reason:
@@ -143,6 +149,7 @@ def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) 
             )
         return Response(status_code=200)
 
+    @app.head("/ready", include_in_schema=False)
     @app.get(
         "/ready",
         summary="Does the server take new requests?",
@@ -154,6 +161,7 @@ def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) 
             return error_response(ApiError(503, "The server is shutting down.", code="draining"))
         return await health()
 
+    @app.head("/version", include_in_schema=False)
     @app.get("/version", response_model=protocol.VersionResponse, responses=_responses())
     async def show_version() -> dict[str, str]:
         return {"version": version()}
@@ -161,6 +169,7 @@ def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) 
     page: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
     page |= _responses()
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=page)
     async def show_metrics() -> Response:
         info = service.info

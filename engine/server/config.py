@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
 
+# Asked for without a key by orchestrators, boards and browsers, as of vLLM's server; `protected_paths` closes them.
+# The pages hold no data: their scripts ask for it, with a key.
+OPEN_PATHS = frozenset(
+    {"/health", "/ready", "/ping", "/metrics", "/version", "/docs", "/openapi.json", "/", "/dashboard"}
+)
 TOOL_PARSERS = ("auto", "hermes", "llama", "none")
 
 
@@ -26,6 +32,8 @@ class ServerConfig:
         host: address to listen on.
         port: TCP port; 0 takes a free one.
         api_keys: accepted bearer keys; empty: no key is asked for.
+        api_key_file: a file with accepted keys, one a line.
+        protected_paths: paths of `OPEN_PATHS` that ask for a key as well.
         served_model_names: names that requests may use; empty: the model directory's name. The first is the one shown.
         num_fronts: HTTP processes; by default as many as the cores warrant.
         max_num_queued_requests: requests waiting in the engine beyond which new ones get 503.
@@ -52,7 +60,7 @@ class ServerConfig:
         ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs: TLS.
         otlp_endpoint: OpenTelemetry collector (http), or None.
         log_requests: write an access log line per request.
-        enable_dashboard: serve `/dashboard`.
+        enable_dashboard: serve the playground at `/`, and `/dashboard`.
 
     Raises:
         ConfigError: a value out of range; the message names the key.
@@ -61,6 +69,8 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    api_key_file: str | None = None
+    protected_paths: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
     num_fronts: int = field(default_factory=default_num_fronts)
     max_num_queued_requests: int = 2048
@@ -123,9 +133,15 @@ class ServerConfig:
         check(self.tool_call_parser in TOOL_PARSERS, "tool_call_parser", f"one of {', '.join(TOOL_PARSERS)}")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise ConfigError("server.api_keys must be non-empty printable ASCII strings")
+        unknown = [path for path in self.protected_paths if path not in OPEN_PATHS]
+        if unknown:
+            raise ConfigError(
+                f"server.protected_paths: {unknown[0]!r} is none of {', '.join(sorted(OPEN_PATHS))}; all else asks "
+                "for a key anyhow"
+            )
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("server.ssl_certfile and server.ssl_keyfile go together: give both or none")
-        for key in ("chat_template", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+        for key in ("api_key_file", "chat_template", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
             path = getattr(self, key)
             check(path is None or Path(path).is_file(), key, "a file that exists")
         folder = self.allowed_local_media_path
@@ -137,6 +153,36 @@ class ServerConfig:
         )
         if self.otlp_endpoint is not None and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
             raise ConfigError("server.otlp_endpoint needs the tracing extra: pip install 'kvarena[tracing]'")
+
+    def all_protected_paths(self) -> frozenset[str]:
+        """`protected_paths`; who closes the description's page closes the description."""
+        return frozenset(self.protected_paths) | ({"/openapi.json"} if "/docs" in self.protected_paths else frozenset())
+
+    def with_keys(self, environment: Mapping[str, str]) -> ServerConfig:
+        """With the keys of `api_key_file` and of the environment's KVARENA_API_KEY among `api_keys`.
+
+        Raises:
+            ConfigError: a source of keys holds none, or paths are protected without a key.
+        """
+        keys = list(self.api_keys)
+        if self.api_key_file is not None:
+            try:
+                lines = [line.strip() for line in Path(self.api_key_file).read_text().splitlines()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"server.api_key_file={self.api_key_file} cannot be read: {error}") from None
+            found = [line for line in lines if line]
+            if not found:
+                raise ConfigError(f"server.api_key_file={self.api_key_file} holds no key; write one a line")
+            keys += found
+        if "KVARENA_API_KEY" in environment:
+            if not environment["KVARENA_API_KEY"].strip():
+                raise ConfigError("the environment variable KVARENA_API_KEY is set and empty; unset it, or give a key")
+            keys.append(environment["KVARENA_API_KEY"].strip())
+        if self.protected_paths and not keys:
+            raise ConfigError(
+                "server.protected_paths asks for a key, and there is none: give --api-key or --api-key-file"
+            )
+        return replace(self, api_keys=tuple(dict.fromkeys(keys)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ServerConfig:

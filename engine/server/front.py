@@ -128,6 +128,8 @@ class Front:
             access_log=False,
             server_header=False,
             lifespan="off",
+            # The log names who connected: X-Forwarded-For is whatever a client writes.
+            proxy_headers=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=3,
             backlog=4096,

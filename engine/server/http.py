@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.server.config import ServerConfig
+from engine.server.config import OPEN_PATHS, ServerConfig
 from engine.server.errors import ApiError, bad_request, unavailable
 from engine.server.metrics import HANDLERS, Row
 
@@ -30,10 +30,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 access_log = logging.getLogger("kvarena.access")
 
-# They tell nothing of a client's data, and orchestrators probe them without a key. The dashboard's page is empty
-# until its script has asked for the data with a key.
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/", "/dashboard"})
-OPEN_PREFIX = "/static/"
+OPEN_PREFIX = "/static/"  # the pages' scripts and styles, the same on every server
 _UNCOUNTED = frozenset({"/metrics", "/health", "/ready", "/ping", "/version"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 MAX_HEADERS = 256
@@ -46,13 +43,13 @@ class RequestState:
 
     Attributes:
         request_id: the caller's, or a fresh one.
-        direct_send: the server's own `send`; None when layers in between must see every message.
+        direct_send: what is outside of the gate; it adds nothing.
         key: the position of the API key that it gave, or -1.
         status: of the answer; who uses `direct_send` sets it.
     """
 
     request_id: str
-    direct_send: Send | None
+    direct_send: Send
     key: int = -1
     status: int = 0
 
@@ -70,7 +67,8 @@ class Gate:
         self._app, self._row = app, row
         self._keys = [key.encode() for key in config.api_keys]
         self._max_body = int(config.max_body_mib * 2**20)
-        self._log, self._cors = config.log_requests, bool(config.cors_origins)
+        self._log = config.log_requests
+        self._open = OPEN_PATHS - config.all_protected_paths()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection's request."""
@@ -80,8 +78,8 @@ class Gate:
         start = time.monotonic()
         headers = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id"))
-        # A stream writes through the server's own `send`, with no layer in between. CORS needs its layer.
-        state = RequestState(request_id, None if self._cors else send)
+        # A stream writes through `send`, with no layer of the app in between.
+        state = RequestState(request_id, send)
         scope["kvarena"] = state
 
         async def send_with_id(message: Message) -> None:
@@ -112,7 +110,7 @@ class Gate:
             return ApiError(431, "The request's headers are too large.", code="headers_too_large")
         state.key = self._key_of(headers)
         path = scope["path"]
-        is_open = path in OPEN_PATHS or path.startswith(OPEN_PREFIX) or scope["method"] == "OPTIONS"
+        is_open = path in self._open or path.startswith(OPEN_PREFIX) or scope["method"] == "OPTIONS"
         if self._keys and not is_open and state.key < 0:
             return ApiError(
                 401, "Incorrect or missing API key.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}

@@ -43,9 +43,16 @@ class NotAllowed(Exception):
     """A host has an address that is not public."""
 
 
+# Ranges that lead into a site's own network and that the library takes for public: IPv4-compatible addresses
+# (RFC 4291 2.5.5.1), translation within a site (RFC 8215), and site-local ones (RFC 3879).
+_OF_A_SITE = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b:1::/48", "fec0::/10")))
+
+
 def is_public(address: Address) -> bool:
     """Whether an address is one of the open internet, also when IPv6 wraps an IPv4 address."""
     if isinstance(address, ipaddress.IPv6Address):
+        if any(address in network for network in _OF_A_SITE):
+            return False
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
         if inner is None and address in ipaddress.ip_network("64:ff9b::/96"):
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)

@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", help="address to listen on (127.0.0.1; 0.0.0.0 for all)")
     add("--port", type=int, help="TCP port (8000)")
     add("--api-key", nargs="+", metavar="KEY", help="accepted keys; none: no key is asked for")
+    add("--api-key-file", metavar="FILE", help="accepted keys, one a line (also: the variable KVARENA_API_KEY)")
+    add("--protect", nargs="+", metavar="PATH", help="ask for a key on these too: /metrics /version /docs /health ...")
     add("--served-model-name", nargs="+", metavar="NAME", help="names that requests may use")
     add(
         "--api-server-count",
@@ -135,6 +137,8 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
         "server.host": flags.host,
         "server.port": flags.port,
         "server.api_keys": flags.api_key,
+        "server.api_key_file": flags.api_key_file,
+        "server.protected_paths": flags.protect,
         "server.served_model_names": flags.served_model_name,
         "server.num_fronts": flags.api_server_count,
         "server.max_num_queued_requests": flags.max_num_queued_requests,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def serve(cfg: DictConfig, choices: Mapping[str, str]) -> int:
     strategy = {group: choices[group] for group in ("allocator", "scheduler")}
     if not server.served_model_names and cfg.model.name:
         server = ServerConfig.from_dict({**vars(server), "served_model_names": [cfg.model.name]})
+    server = server.with_keys(os.environ)
     model = ModelFiles(str(_model_directory(cfg.model.path)), bool(cfg.model.trust_remote_code))
     return run_server(server, model, functools.partial(build_served_engine, values, strategy))
 

@@ -234,17 +234,29 @@ def test_21_odd_text_is_only_text(server):
 
 
 @pytest.mark.parametrize(
-    "path", ("/v1/models", "/metrics", "/version", "/docs", "/openapi.json", "/nope", "/dashboard/events")
+    "path",
+    ("/v1/models", "/v1/completions", "/tokenize", "/nope", "/dashboard/events", "/%2Fmetrics", "/metrics/", "/docs/x"),
 )
-def test_25_every_path_but_health_asks_for_the_key(server, path):
+def test_25_every_path_but_the_open_ones_asks_for_the_key(server, path):
     for key in (None, "wrong", "TEST-KEY", "test-key-", "test-ke", "k\xe9y"):
         headers = {} if key is None else {"Authorization": f"Bearer {key}".encode("latin-1")}
         with httpx.Client(base_url=server.url) as client:
             error = assert_error(client.get(path, headers=headers), 401)
             assert key is None or not key.strip() or key not in error["message"]
     with httpx.Client(base_url=server.url) as client:
-        for other in ("/health", "/ready"):
-            assert client.get(other).status_code == 200
+        for other in (
+            "/health",
+            "/ready",
+            "/ping",
+            "/metrics",
+            "/version",
+            "/docs",
+            "/openapi.json",
+            "/",
+            "/dashboard",
+        ):
+            for method in ("GET", *(() if other == "/openapi.json" else ("HEAD",))):
+                assert client.request(method, other).status_code == 200, (method, other)
         assert client.get("/v1/models", headers={"Authorization": "Bearer second-key"}).status_code == 200
     assert "test-key" not in server.log
 

@@ -260,7 +260,8 @@ def test_a_closed_port_and_an_unknown_host_look_the_same():
         ("0.0.0.0", False),
         ("169.254.169.254", False), ("100.64.0.1", False), ("224.0.0.1", False), ("::1", False), ("fe80::1", False),
         ("fc00::1", False), ("::ffff:127.0.0.1", False), ("::ffff:93.184.215.14", True), ("64:ff9b::7f00:1", False),
-        ("2002:7f00:1::", False), ("ff02::1", False),
+        ("2002:7f00:1::", False), ("ff02::1", False), ("::7f00:1", False), ("::5db8:d70e", False),
+        ("64:ff9b:1::5db8:d70e", False), ("fec0::1", False), ("feff::1", False), ("64:ff9b::5db8:d70e", True),
     ),
 )  # fmt: skip
 def test_24_only_addresses_of_the_open_internet_are_public(address, public):

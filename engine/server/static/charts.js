@@ -30,7 +30,7 @@ export class Chart {
     return {
       width: this.place.clientWidth, height: HEIGHT, legend: { show: false }, cursor: { drag: { x: false, y: false } },
       scales: {
-        x: { time: false, range: [-SPAN, 0] },
+        x: { time: false, range: (_, low) => [Math.min(low, -30), 0] },
         y: { distr: this.log ? 3 : 1, range: (_, low, high) => ends(low ?? 1, high ?? 1) },
       },
       axes: [

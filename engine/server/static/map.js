@@ -12,7 +12,9 @@ const COLORS = { external: "#CC79A7", shortage: "#56B4E9", cached: "#009E73" };
 const TINT = 0.28; // how much of its colour an empty slot keeps
 const AXIS = 46, GAP = 1, MAX_CELL = 40;
 
-export const shade = (number) => SHADES[number % SHADES.length];
+// A request is never of the colour of cached prefixes.
+const OWNERS = SHADES.filter((color) => color !== COLORS.cached);
+export const shade = (number) => OWNERS[number % OWNERS.length];
 export const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const count = new Intl.NumberFormat("en");
 export const plain = (value) => count.format(value);

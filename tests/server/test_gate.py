@@ -1,0 +1,85 @@
+"""Keys, open and protected paths, CORS and log fields, at the gate of one server and in the settings."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from server_harness import RunningServer
+
+from engine.errors import ConfigError
+from engine.server.config import ServerConfig
+
+ORIGIN = {"Origin": "http://page.example"}
+AUTH = {"Authorization": "Bearer from-the-file"}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("from-the-file\n\nanother\n")
+    running = RunningServer(
+        "--api-key-file", str(keys), "--protect", "/metrics", "/docs", "--allowed-origins", '["http://page.example"]',
+        "--set", "server.max_body_mib=0.001", key=None, module="experiments.cli",
+    )  # fmt: skip
+    yield running
+    assert running.stop() == 0
+
+
+def test_25_protected_paths_ask_for_the_key(guarded):
+    for path in ("/metrics", "/docs", "/openapi.json", "/v1/models"):
+        assert httpx.get(guarded.url + path).status_code == 401, path
+        assert httpx.get(guarded.url + path, headers=AUTH).status_code == 200, path
+    for path in ("/health", "/version", "/"):
+        assert httpx.get(guarded.url + path).status_code == 200, path
+    assert "from-the-file" not in guarded.log
+
+
+def test_refusals_of_the_gate_can_be_read_from_another_site(guarded):
+    url = guarded.url + "/v1/completions"
+    many = {f"x-{i}": "a" for i in range(300)}
+    answers = {
+        401: httpx.post(url, json={}, headers=ORIGIN),
+        413: httpx.post(url, content=b"x" * 4000, headers=ORIGIN | AUTH | {"Content-Type": "application/json"}),
+        431: httpx.post(url, json={}, headers=ORIGIN | AUTH | many),
+        200: httpx.post(url, json={"prompt": "a", "max_tokens": 2, "stream": True}, headers=ORIGIN | AUTH),
+    }
+    for status, answer in answers.items():
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == "http://page.example"
+        assert len(answer.headers.get_list("x-request-id")) == 1
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    assert httpx.options(url, headers=ORIGIN | asked).status_code == 200
+    assert "access-control-allow-origin" not in httpx.post(url, json={}, headers={"Origin": "http://x"}).headers
+
+
+def test_no_client_writes_the_log_s_fields(guarded):
+    forged = {"X-Forwarded-For": "6.6.6.6 status=200", "X-Forwarded-Proto": "https", "Forwarded": "for=6.6.6.6"}
+    assert httpx.get(guarded.url + "/version", headers=forged).status_code == 200
+    assert "6.6.6.6" not in guarded.log
+
+
+def test_keys_come_from_arguments_a_file_and_the_environment(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("b\n c \n")
+    config = ServerConfig(api_keys=("a",), api_key_file=str(file))
+    assert config.with_keys({"KVARENA_API_KEY": "d"}).api_keys == ("a", "b", "c", "d")
+    assert ServerConfig().with_keys({}).api_keys == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "settings", "words"),
+    [
+        ("\n \n", {}, {}, "holds no key"),
+        ("k\u00e9y", {}, {}, "printable ASCII"),
+        (None, {"KVARENA_API_KEY": ""}, {}, "set and empty"),
+        (None, {}, {"protected_paths": ("/metrics",)}, "there is none"),
+        (None, {}, {"protected_paths": ("/v1/models",), "api_keys": ("k",)}, "asks for a key anyhow"),
+        (None, {}, {"api_key_file": "/nowhere"}, "a file that exists"),
+    ],
+)
+def test_keys_that_cannot_be_are_one_line(tmp_path, text, environment, settings, words):
+    if text is not None:
+        (tmp_path / "keys").write_text(text)
+        settings = settings | {"api_key_file": str(tmp_path / "keys")}
+    with pytest.raises(ConfigError, match=words):
+        ServerConfig(**settings).with_keys(environment)
