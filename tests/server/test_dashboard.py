@@ -125,6 +125,7 @@ def test_the_pages_in_a_browser(server, tmp_path):
         )
         thread.join()
         browser.wait_for("document.querySelector('[data-name=running] .value').textContent === '0'")
+        server.complete()
         browser.wait_for("document.querySelector('[data-name=\"time to first token\"] .value').textContent !== '–'")
 
         _ready(browser, server, "/")
