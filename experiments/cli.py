@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import ConfigError, KvarenaError
+from reports.plain_text import write_any_text
 
 USAGE = """usage: kvarena COMMAND ...
 
@@ -24,6 +25,7 @@ USER_ERROR = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    write_any_text()
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")

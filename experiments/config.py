@@ -41,10 +41,10 @@ def _is_int(value: object, at_least: int) -> bool:
 
 
 def check_values(cfg: DictConfig) -> None:
-    """What holds of every setting: a section is none, and a number is finite.
+    """Check every setting that this module reads, whatever the run will need of them, before any work begins.
 
     Raises:
-        ConfigError: one that is not; the message names it.
+        ConfigError: a section is none, a number is not finite, or a value is out of range; the message names it.
     """
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
@@ -54,6 +54,14 @@ def check_values(cfg: DictConfig) -> None:
     for key, value in _leaves(values, ""):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value} must be a finite number")
+    is_simulated = values["runner"].get("kind") == "simulated"
+    runner = SimulatedRunnerConfig if is_simulated else RunnerConfig
+    kinds: dict[str, type[_Section]] = {
+        "engine": EngineConfig, "kv_cache": KVCacheConfig, "sampling": SamplingConfig, "driver": DriverConfig,
+        "sweep": SweepConfig, "report": ReportConfig, "http": HttpConfig, "slo": SLOConfig, "runner": runner,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        kind.from_config(cfg[name])
 
 
 def _leaves(node: object, name: str) -> Iterator[tuple[str, object]]:

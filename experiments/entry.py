@@ -21,12 +21,14 @@ from experiments.compose import CONF_DIR
 from experiments.explain import explain, own_error
 from experiments.sweep import ENDED_SWEEP, outcome
 from experiments.unserved import Unserved
+from reports.plain_text import write_any_text
 
 USER_ERROR = 2
 
 
 def main() -> int:
     """Run the job, or the sweep with -m, that the command line describes; returns the exit code."""
+    write_any_text()
     # Hydra then raises its errors instead of printing them and exiting (hydra/_internal/utils.py).
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[str] = []

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
+from typing import Any
 
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.errors import KvarenaError
-from experiments.compose import load_config
+from experiments.compose import CONF_DIR, load_config
 from reports.errors import ReportError
+
+EXPERIMENTS = "experiment"  # the group whose choices make section `study`
 
 
 def explain(error: BaseException) -> str | None:
@@ -80,13 +83,32 @@ def _suggestion(key: str) -> str:
                 known.append(f"{prefix}{name}")
                 walk(child, f"{prefix}{name}.")
 
+    if owners := _owners(key):
+        return f"; it is a setting of {', '.join(owners)}: choose one of these"
     walk(OmegaConf.to_container(load_config()), "")
+    known = [name for name in known if name != key]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     if not near:
         section = key.rsplit(".", 1)[0]
         near = [name for name in known if name.startswith(f"{section}.")] or [n for n in known if "." not in n]
         return f"; known: {', '.join(near)}"
     return f"; did you mean {' or '.join(near)}?"
+
+
+def _owners(key: str) -> list[str]:
+    """The choices of config groups whose own files have this setting: `arrival.rate` is one of arrival=poisson."""
+    group, _, inner = key.partition(".")
+    folder, path = (EXPERIMENTS, key) if group == "study" else (group, inner)
+    files = sorted((CONF_DIR / folder).glob("*.yaml")) if inner else []
+    return [f"{folder}={file.stem}" for file in files if _has(OmegaConf.load(file), path)]
+
+
+def _has(node: Any, path: str) -> bool:
+    for name in path.split("."):
+        if not OmegaConf.is_dict(node) or name not in node:
+            return False
+        node = node._get_node(name)
+    return True
 
 
 def first_line(error: BaseException) -> str:

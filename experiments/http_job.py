@@ -33,6 +33,7 @@ from experiments.recording.provenance import utc_now
 from experiments.recording.record import RunRecorder, write_requests, write_steps
 
 EXTENSIONS = ("top_k", "min_p", "ignore_eos")  # of section `sampling`, beyond OpenAI's API
+ENDPOINTS = ("/completions", "/chat", "/v1")  # what clients' addresses end with, in the order in which it is cut off
 ENGINE_SECTIONS = ("allocator", "scheduler", "engine", "kv_cache", "runner", "server", "mode", "study")
 
 
@@ -86,6 +87,7 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
             "extensions": sorted(server.extensions),
             "extensions_refused": sorted(extensions.keys() - server.extensions.keys()),
             "num_other_prompt_lens": driver.num_other_prompt_lens,
+            "token_counts": driver.token_counts,
             "gauges": {"url": config.metrics, "num_failed": gauges.num_failed, "error": gauges.error or None},
         },
         "run": {
@@ -101,7 +103,7 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
 
 
 def _target(text: str) -> httpx.URL:
-    """The server's address. Raises ConfigError."""
+    """The server's address, with or without the `/v1` that OpenAI's clients take. Raises ConfigError."""
     try:
         target = httpx.URL(text)
     except httpx.InvalidURL as error:
@@ -110,7 +112,12 @@ def _target(text: str) -> httpx.URL:
         raise ConfigError(f"target={text} must be http://host:port or https://host:port, or null")
     if target.port is not None and not 0 < target.port < 2**16:
         raise ConfigError(f"target={text} has port {target.port}; give one from 1 to 65535")
-    return target
+    if target.query or target.fragment:
+        raise ConfigError(f"target={text} must end with the server's address or /v1; leave out what is behind it")
+    path = target.path.rstrip("/")
+    for end in ENDPOINTS:
+        path = path.removesuffix(end)
+    return target.copy_with(path=path) if path != target.path.rstrip("/") else target
 
 
 async def _drive(

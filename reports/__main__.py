@@ -14,6 +14,7 @@ from reports.chrome_trace import write_chrome_trace
 from reports.comparison import compare, write_comparison
 from reports.errors import ReportError
 from reports.files import read_run
+from reports.plain_text import write_any_text
 from reports.run_report import write_run_report
 from reports.study import study_table, write_study_report
 from reports.terminal import comparison_table, run_table
@@ -21,6 +22,7 @@ from reports.terminal import comparison_table, run_table
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. The last line of stdout is JSON."""
+    write_any_text()
     parser = argparse.ArgumentParser(prog="python -m reports", description=__doc__)
     parser.add_argument(
         "dirs", nargs="+", type=Path, metavar="DIR", help="a run or sweep folder; several runs: compare"

@@ -40,6 +40,7 @@ REQUEST_COLUMNS = (
     "num_recomputed_tokens",
     "error",
 )
+LATER_REQUEST_COLUMNS = ("last_token_time", "num_first_tokens")  # older run folders lack them
 LIST_COLUMNS = ("prompt_token_ids", "output_token_ids", "token_times")
 STEP_COLUMNS = (
     "step",
@@ -78,7 +79,8 @@ class RunFiles:
     Attributes:
         path: the run folder.
         manifest: manifest.json.
-        requests: the scalar columns of requests.parquet, one array each; null times are NaN.
+        requests: the scalar columns of requests.parquet, one array each; null times are NaN. Those of
+            LATER_REQUEST_COLUMNS may be absent.
         steps: the columns of steps.parquet, one array each.
     """
 
@@ -251,6 +253,12 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
         raise ReportError(f"{path} cannot be read ({one_line(error)}); {REMEDY}") from None
 
 
+def _names(path: Path) -> list[str]:
+    """The columns of a Parquet file that was read before."""
+    with pq.ParquetFile(path) as file:
+        return list(file.schema_arrow.names)
+
+
 def _batches(path: Path, column: str) -> Iterator[pa.Array]:
     """A column, a few thousand rows at a time."""
     try:
@@ -314,4 +322,7 @@ def read_run(run_dir: Path) -> RunFiles:
         return RunFiles(run_dir, manifest, _no_rows(REQUEST_COLUMNS), _no_rows(STEP_COLUMNS))
     steps = _arrays(run_dir / "steps.parquet", STEP_COLUMNS)
     _check_ledger(run_dir / "steps.parquet", steps)
-    return RunFiles(run_dir, manifest, _arrays(run_dir / "requests.parquet", REQUEST_COLUMNS), steps)
+    path = run_dir / "requests.parquet"
+    requests = _arrays(path, REQUEST_COLUMNS)
+    later = tuple(name for name in LATER_REQUEST_COLUMNS if name in _names(path))
+    return RunFiles(run_dir, manifest, requests | _arrays(path, later), steps)

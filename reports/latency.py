@@ -23,8 +23,8 @@ DEFINITIONS = {
     "ttft_seconds": ("TTFT", "time to first token: first token on the host - scheduled arrival"),
     "tpot_seconds": (
         "TPOT",
-        "time per output token: (E2E - TTFT) / (output tokens - 1) of a request; requests with one output token "
-        "are left out",
+        "time per output token: (last token - first token) / (output tokens - those that came with the first one, of "
+        "an engine one) of a request; requests whose tokens came all at once are left out",
     ),
     "itl_seconds": ("ITL", "inter-token latency: every gap between consecutive tokens of a request, pooled"),
     "e2e_seconds": ("E2E", "end-to-end latency: finish - scheduled arrival"),
@@ -61,10 +61,14 @@ def request_latencies(run: RunFiles) -> dict[str, np.ndarray]:
     num_output = np.where(run.finished, req["num_output_tokens"], 0).astype(float)
     ttft = np.where(run.finished, req["first_token_time"] - req["arrival_time"], np.nan)
     e2e = np.where(run.finished, req["finish_time"] - req["arrival_time"], np.nan)
-    several, some = num_output > 1, num_output > 0
+    # Over HTTP an answer's end may come after its last token, and its first chunk may bring several.
+    last = req.get("last_token_time", req["finish_time"])
+    spread = np.where(run.finished, last - req["first_token_time"], np.nan)
+    num_later = num_output - req.get("num_first_tokens", 1)
+    later, some = num_later > 0, num_output > 0
     return {
         "ttft_seconds": ttft,
-        "tpot_seconds": np.divide(e2e - ttft, num_output - 1, out=np.full_like(e2e, np.nan), where=several),
+        "tpot_seconds": np.divide(spread, num_later, out=np.full_like(e2e, np.nan), where=later),
         "e2e_seconds": e2e,
         "queue_time_seconds": req["admission_time"] - req["arrival_time"],
         "normalized_latency_seconds_per_token": np.divide(e2e, num_output, out=np.full_like(e2e, np.nan), where=some),

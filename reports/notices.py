@@ -12,7 +12,7 @@ from reports.cells import Cell
 from reports.contention import cells_had_company, run_had_company
 from reports.differences import hidden_differences
 from reports.engines import simulated
-from reports.format import percent, seconds
+from reports.format import count, percent, seconds
 
 RECORDING_SHARE = 0.01  # of wall time; above it a measured run says so
 
@@ -32,9 +32,38 @@ def run_notices(summary: dict[str, Any]) -> list[str]:
             "Nothing was recorded (driver.record=none): this run has no latencies, tokens, steps or KV ledger, and its "
             "throughput is all that can be compared."
         )
+    notices += _answers(summary)
     if summary["num_steps"] and not summary["simulation"]:
         notices += _recording(summary["recording"] or {})
     return notices + run_had_company(summary)
+
+
+def _answers(summary: dict[str, Any]) -> list[str]:
+    """What a server's answers leave open of their tokens and their times."""
+    done, missing = summary["num_finished"], summary["num_without_first_token"]
+    counts = (summary["target"] or {}).get("token_counts") or {}
+    notices = []
+    if missing:
+        notices.append(
+            f"{count(missing)} of {count(done)} finished requests brought no token that was timed: they have no TTFT "
+            "and no TPOT, and keep no limit of an objective."
+        )
+    if number := counts.get("other_than_shown"):
+        notices.append(
+            f"In {count(number)} of {count(done)} answers the server counted (usage) another number of tokens than its "
+            "chunks showed: its count is taken for rates, the chunks for times."
+        )
+    if number := counts.get("merged"):
+        notices.append(
+            f"In {count(number)} of {count(done)} answers tokens and chunks are not one for one: ITL is the gap "
+            "between chunks, not between tokens, and an answer that came in one chunk has no TPOT."
+        )
+    if number := counts.get("not_stated"):
+        notices.append(
+            f"Of {count(number)} of {count(done)} answers the server did not count the tokens (usage): token ids are "
+            "counted, or else chunks."
+        )
+    return notices
 
 
 def _recording(recording: dict[str, Any]) -> list[str]:

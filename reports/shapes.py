@@ -134,6 +134,7 @@ MANIFEST = {
     }),
     "target": Maybe({
         "url": "text", "model": "text", "extensions_refused": ["text"], "num_other_prompt_lens": "integer",
+        "token_counts": Maybe(dict.fromkeys(("not_stated", "other_than_shown", "merged"), "integer")),
         "gauges": Maybe({"url": MAYBE_TEXT, "num_failed": MAYBE_INTEGER, "error": MAYBE_TEXT}),
     }),
 }  # fmt: skip

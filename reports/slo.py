@@ -5,10 +5,11 @@ every limit at once. `percentiles`, MLPerf's: each limit apart is kept by that p
 1 % may miss the one and another 1 % the other. Of n sorted latencies the percentile q is the one at index floor(q n),
 counted from 0, as in MLPerf's LoadGen (loadgen/results.cc); a request that did not finish is slower than any limit.
 
-A request is good when it finished by itself and its TTFT, TPOT and E2E keep every limit that is set; a request with one
-output token has no TPOT and keeps its limit (as in vLLM's `bench serve`). Rejected, failed and aborted requests are not
-good, and stand in the denominator. Goodput = good requests / duration (vLLM, AIPerf); DistServe's goodput, the
-largest rate at which a share of the requests is good, is what `experiment=capacity` finds.
+A request is good when it finished by itself, with at least one token, and its TTFT, TPOT and E2E keep every limit that
+is set. What was not measured keeps no limit; only a request with one output token has no TPOT and keeps its limit (as
+in vLLM's `bench serve`). Rejected, failed and aborted requests are not good, and stand in the denominator. Goodput =
+good requests / duration (vLLM, AIPerf); DistServe's goodput, the largest rate at which a share of the requests is good,
+is what `experiment=capacity` finds.
 """
 
 from __future__ import annotations
@@ -39,15 +40,21 @@ def slo_rule(manifest: dict[str, Any]) -> str:
 
 
 def kept_limits(run: RunFiles, limits: dict[str, float]) -> dict[str, np.ndarray]:
-    """By limit, bool per request: it finished by itself and kept that one."""
+    """By limit, bool per request: it finished by itself with a token, and was measured to keep that one."""
     latencies = request_latencies(run)
-    # NaN: one output token, which has no TPOT.
-    return {key: run.finished & ~(latencies[KEYS[key]] > limit) for key, limit in limits.items()}
+    num_output = run.requests["num_output_tokens"]
+    served = run.finished & (num_output > 0)
+    kept = {key: served & (latencies[KEYS[key]] <= limit) for key, limit in limits.items()}  # NaN compares false
+    if "tpot" in kept:
+        kept["tpot"] |= served & (num_output == 1)
+    return kept
 
 
 def good_requests(run: RunFiles, limits: dict[str, float]) -> np.ndarray:
-    """Bool per request: it finished by itself and kept every limit."""
-    return np.logical_and.reduce([run.finished, *kept_limits(run, limits).values()])
+    """Bool per request: it finished by itself with a token, and kept every limit."""
+    return np.logical_and.reduce(
+        [run.finished & (run.requests["num_output_tokens"] > 0), *kept_limits(run, limits).values()]
+    )
 
 
 def is_met(kept: dict[str, np.ndarray], target: float, rule: str) -> bool | None:
@@ -151,9 +158,9 @@ def slo_section(summary: dict[str, Any]) -> Section:
     header = ["", "good requests", "attainment", "95 % interval", "goodput (requests/s)", *limits, "objective"]
     table = Table(header, rows, text_columns=frozenset({len(header) - 1}))
     note = (
-        f"Good: finished by itself with {limits_text(slo['limits'])}. Denominator: every request that arrived in the "
-        "window, rejected and failed ones too. Goodput: good requests / the window's length (whole run: the duration). "
-        f"Objective: {slo['goal']}{_rule_text(slo['rule'])}. "
+        f"Good: finished by itself, with a token and {limits_text(slo['limits'])}. Denominator: every request that "
+        "arrived in the window, rejected and failed ones too. Goodput: good requests / the window's length (whole run: "
+        f"the duration). Objective: {slo['goal']}{_rule_text(slo['rule'])}. "
         "Intervals: Wilson's, over requests."
     )
     return Section("Service-level objective", [], [], [table], [note])

@@ -80,6 +80,7 @@ def steady_window(run: RunFiles) -> SteadyWindow:
     admitted = req["admission_time"]
     if np.isnan(admitted[run.finished]).any():  # a server does not say when it admitted a request
         admitted = req["first_token_time"]
+    admitted = np.where(np.isnan(admitted), req["finish_time"], admitted)  # whoever ended waits no longer
     if len(req["arrival_time"]) and float(np.ptp(req["arrival_time"])) == 0:
         return _nowhere("does not apply", "all requests arrived at once")
     if run.finished.sum() < MIN_REQUESTS:

@@ -92,6 +92,7 @@ def _requests(run: RunFiles) -> dict[str, Any]:
         "num_rejected": int((reason == "rejected").sum()),
         "num_aborted": int((reason == "abort").sum()),
         "num_failed": int((reason == "error").sum()),
+        "num_without_first_token": int((run.finished & np.isnan(req["first_token_time"])).sum()),
         "rejections": _rejections(req, reason),
         "num_prompt_tokens": prompt,
         "num_output_tokens": int(req["num_output_tokens"].sum()),

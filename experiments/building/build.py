@@ -42,7 +42,7 @@ from experiments.building.parts import (
 from experiments.building.pools import make_pool
 from experiments.building.runners import make_runner
 from experiments.building.shared import PreparedRunner, SharedParts
-from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SamplingConfig, SLOConfig
+from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SamplingConfig
 from experiments.load.driver import ClosedLoop
 from experiments.simulation.build import build_simulated_engine
 from experiments.workloads.base import WorkloadItem
@@ -97,7 +97,6 @@ def build(cfg: DictConfig, shared: SharedParts | None = None) -> Setup:
         TraceError: the workload's file is malformed.
     """
     driver = DriverConfig.from_config(cfg.driver)
-    SLOConfig.from_config(cfg.slo)  # the report reads it: a mistake must not show after the run
     # The workload is built before the model where it can fail: a typing error in a path must not wait for weights.
     if cfg.runner.kind == "simulated":
         driver.check_scores("runner=simulated computes no tokens")

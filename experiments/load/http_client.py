@@ -2,10 +2,16 @@
 
 Prompts go out as token ids, so nothing is tokenised again. What is not part of OpenAI's API (`ignore_eos`,
 `return_token_ids`, `top_k`, ...) is sent to servers that take it; `HttpServer.connect` finds that out.
+
+A chunk is timed where it brings tokens: token ids if the server shows them, else text. So a chunk that only says that
+somebody is there, repeats a role or brings the reason of the end is no first token; what a server does not show, such
+as a token of which no character is whole yet, is not timed either.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +26,8 @@ from engine.request import SamplingParams
 REFUSED = (400, 404, 413, 422, 429, 503)  # the server says no before it computes
 MAX_ERROR_CHARS = 300
 PROBE_TOKENS = 4
+MOST = 2**31 - 1  # what a column of requests.parquet holds
+DRAIN = 0.1  # seconds that a server has to close its answer behind [DONE], so that the connection serves again
 
 
 @dataclass(slots=True)
@@ -27,16 +35,20 @@ class Answer:
     """What came back for one request. Times are `time.perf_counter()` seconds.
 
     Attributes:
-        chunk_times: when each chunk with output arrived.
+        chunk_times: when each chunk that brought tokens arrived.
+        first_ids: how many token ids the first of these showed.
+        shows_ids: whether chunks are told by their token ids (True) or their text; None before the first one.
         token_ids: of the output; None where the server shows none.
         finish_reason: the server's; None when the stream broke off.
         usage: the server's counts, or empty.
         status: HTTP status; 0 without an answer.
         error: why there is no whole answer; empty otherwise.
-        end: when the answer was over.
+        end: when the answer was over: its last token and its reason were there, or it failed.
     """
 
     chunk_times: list[float] = field(default_factory=list)
+    first_ids: int = 0
+    shows_ids: bool | None = None
     token_ids: list[int] | None = None
     finish_reason: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
@@ -50,12 +62,38 @@ class Answer:
         return self.status in REFUSED and not self.chunk_times
 
     @property
+    def counted(self) -> int | None:
+        """Output tokens as the server counts them; None where it does not say."""
+        return self.usage.get("completion_tokens")
+
+    @property
+    def num_shown(self) -> int:
+        """Output tokens as the stream shows them: token ids, else one a chunk."""
+        return len(self.chunk_times) if self.token_ids is None else len(self.token_ids)
+
+    @property
     def num_tokens(self) -> int:
-        """Output tokens: as the server counts them, or as it shows them, or its chunks."""
-        counted = self.usage.get("completion_tokens")
-        if counted is not None:
-            return int(counted)
-        return len(self.chunk_times if self.token_ids is None else self.token_ids)
+        """Output tokens: as the server counts them, else as it shows them."""
+        return self.num_shown if self.counted is None else self.counted
+
+    @property
+    def num_first_tokens(self) -> int:
+        """Output tokens that came with the first chunk; one where that cannot be told, all where no other came."""
+        if len(self.chunk_times) == 1 and not self.shows_ids:
+            return self.num_tokens
+        return self.first_ids if self.shows_ids else min(1, len(self.chunk_times))
+
+    @property
+    def has_merged_chunks(self) -> bool:
+        """Whether a chunk brought several tokens, or some came without a chunk of their own."""
+        return self.num_tokens > len(self.chunk_times) or self.num_shown > len(self.chunk_times)
+
+    @property
+    def last_token_time(self) -> float | None:
+        """When the last token was there; the answer's end where tokens came that no chunk showed."""
+        if not self.chunk_times:
+            return None
+        return self.end if self.num_tokens > self.num_shown else self.chunk_times[-1]
 
     def take(self, event: dict[str, Any], now: float) -> None:
         """Take one event of the stream in, which arrived at `now`.
@@ -66,17 +104,37 @@ class Answer:
         if event.get("error"):
             self.error = _short(event["error"])
         if event.get("usage"):
-            self.usage = dict(event["usage"])
-            int(self.usage.get("completion_tokens") or 0)
-            dict(self.usage.get("prompt_tokens_details") or {})
+            self.usage = _usage(event["usage"])
         for choice in event.get("choices") or ():
-            ids = choice.get("token_ids")
+            ids = [_number(token) for token in choice.get("token_ids") or ()]
+            text = choice.get("text")
+            if not isinstance(text, str | None):
+                raise TypeError(f"text is {text!r}")
             if ids:
-                self.token_ids = (self.token_ids or []) + [int(token) for token in ids]
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
-            # A last chunk may bring the reason alone; one without a reason is a token, even if its text is not whole.
-            if choice.get("text") or ids or not choice.get("finish_reason"):
+                self.token_ids = (self.token_ids or []) + ids
+            if self.shows_ids is None and (ids or text):
+                self.shows_ids, self.first_ids = bool(ids), len(ids)
+            brings_tokens = bool(ids if self.shows_ids else text)
+            if brings_tokens:
                 self.chunk_times.append(now)
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            if brings_tokens or choice.get("finish_reason"):
+                self.end = now
+
+
+def _usage(value: Any) -> dict[str, Any]:
+    """What is used of a server's counts. Raises TypeError, ValueError or AttributeError where it is none."""
+    details = dict(value.get("prompt_tokens_details") or {})
+    counts = {key: value.get(key) for key in ("prompt_tokens", "completion_tokens")}
+    counts["cached_tokens"] = details.get("cached_tokens")
+    return {key: _number(count) for key, count in counts.items() if count is not None}
+
+
+def _number(value: Any) -> int:
+    number = int(value)
+    if not 0 <= number <= MOST:
+        raise ValueError(f"{value} is no number of tokens")
+    return number
 
 
 class HttpServer:
@@ -141,35 +199,44 @@ class HttpServer:
         # StreamError, InvalidURL (of a redirect) and OSError are no HTTPErrors, and would end the other requests too.
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, ValueError) as error:
             answer.error = f"{type(error).__name__}: {_short(error)}"
-        answer.end = time.perf_counter()
+        if answer.error:
+            answer.end = time.perf_counter()
         return answer
 
 
 async def _read(response: httpx.Response, answer: Answer) -> None:
     done = False
-    async for data in _events(response):
-        now = time.perf_counter()
+    pieces = response.aiter_bytes()
+    async for data, now in _events(pieces):
         if data == b"[DONE]":
             done = True
-        else:
-            try:
-                answer.take(orjson.loads(data), now)
-            except (TypeError, ValueError, AttributeError) as error:
-                answer.usage = {}
-                answer.error = f"an event of the stream is no completion ({type(error).__name__}: {_short(error)})"
-                return
+            break
+        try:
+            answer.take(orjson.loads(data), now)
+        except (TypeError, ValueError, AttributeError) as error:
+            answer.usage = {}
+            answer.error = f"an event of the stream is no completion ({type(error).__name__}: {_short(error)})"
+            return
     if not answer.error and not (done and answer.finish_reason):
         answer.error = "the stream ended without a finish_reason and [DONE]"
+    elif done:  # what a server does behind the answer's end is no part of the answer
+        with contextlib.suppress(TimeoutError, httpx.HTTPError):
+            async with asyncio.timeout(DRAIN):
+                async for _ in pieces:
+                    pass
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
-    """The payloads of the `data:` lines of a stream of server-sent events."""
-    rest = b""
-    async for piece in response.aiter_bytes():
+async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[tuple[bytes, float]]:
+    """The payloads of the `data:` lines of a stream of server-sent events, and when each was there."""
+    rest, now = b"", 0.0
+    async for piece in pieces:
+        now = time.perf_counter()
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
-                yield line[5:].strip()
+                yield line[5:].strip(), now
+    if rest.startswith(b"data:"):  # the last line may lack its end
+        yield rest[5:].strip(), now
 
 
 async def _first_model(client: httpx.AsyncClient) -> str:

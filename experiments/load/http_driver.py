@@ -17,6 +17,8 @@ from experiments.load.http_client import Answer, HttpServer
 from experiments.recording.request_log import LISTS, REQUEST_COLUMNS
 
 FINISH_REASONS = ("stop", "length", "abort")
+# In how many whole answers the count of tokens (usage) and the chunks differ (manifest, target.token_counts).
+TOKEN_COUNTS = ("not_stated", "other_than_shown", "merged")
 
 
 class HttpDriver:
@@ -35,6 +37,7 @@ class HttpDriver:
         self.max_lateness = 0.0
         self.wall_time = 0.0
         self.num_other_prompt_lens = 0
+        self.token_counts = dict.fromkeys(TOKEN_COUNTS, 0)
         self._num_ended = 0
 
     async def run(self, requests: Iterable[Request], closed_loop: ClosedLoop | None) -> None:
@@ -68,13 +71,17 @@ class HttpDriver:
         row |= self._row(req, submit, answer)
         self.max_lateness = max(self.max_lateness, submit - req.arrival_time)
         self.wall_time = max(self.wall_time, float(row["finish_time"]))
+        if not answer.error:
+            self.token_counts["not_stated"] += answer.counted is None
+            self.token_counts["other_than_shown"] += answer.num_tokens != answer.num_shown
+            self.token_counts["merged"] += answer.has_merged_chunks
         counted = answer.usage.get("prompt_tokens")
         self.num_other_prompt_lens += counted is not None and counted != req.num_prompt_tokens
         self._num_ended += 1
         self._on_progress(self._num_ended)
 
     def _row(self, req: Request, submit: float, answer: Answer) -> dict[str, Any]:
-        details = answer.usage.get("prompt_tokens_details") or {}
+        last = answer.last_token_time
         times = [when - self._origin for when in answer.chunk_times]
         row = {
             "request_id": req.request_id,
@@ -83,15 +90,17 @@ class HttpDriver:
             "output_token_ids": answer.token_ids,
             "num_prompt_tokens": req.num_prompt_tokens,
             "num_output_tokens": answer.num_tokens,
+            "num_first_tokens": answer.num_first_tokens,
             "max_tokens": req.sampling.max_tokens,
             "arrival_time": req.arrival_time,
             "submit_time": submit,
             "first_token_time": times[0] if times else None,
+            "last_token_time": None if last is None else last - self._origin,
             "finish_time": answer.end - self._origin,
             "token_times": times,
             "finish_reason": _finish_reason(answer),
             "priority": req.priority,
-            "num_cached_tokens": int(details.get("cached_tokens") or 0),
+            "num_cached_tokens": answer.usage.get("cached_tokens", 0),
             "num_preemptions": 0,
             "num_recomputed_tokens": 0,
             "error": answer.error,

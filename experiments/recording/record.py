@@ -16,7 +16,7 @@ from engine.plan import CopyKind, StepPlan
 from engine.request import FinishReason, Request
 from engine.runner.step_time import step_features
 from experiments.recording.decisions import decision_hash
-from experiments.recording.request_log import LISTS, REQUEST_COLUMNS, TIMES, RequestLog
+from experiments.recording.request_log import LISTS, REQUEST_COLUMNS, RequestLog
 from experiments.recording.token_times import TokenTimes
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class RunRecorder:
             values = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
             rows += [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
         for row in rows:
-            row |= {name: None for name in TIMES if row[name] != row[name]}
+            row |= {name: None for name, value in row.items() if isinstance(value, float) and value != value}
             row |= {name: [] if row[name] is None else list(row[name]) for name in LISTS}
         return rows
 

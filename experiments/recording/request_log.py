@@ -34,12 +34,14 @@ REQUEST_COLUMNS = {
     "output_token_ids": "list<int32>",
     "num_prompt_tokens": "int32",
     "num_output_tokens": "int32",
+    "num_first_tokens": "int32",
     "max_tokens": "int32",
     "priority": "int32",
     "arrival_time": "double",
     "submit_time": "double",
     "admission_time": "double",
     "first_token_time": "double",
+    "last_token_time": "double",
     "finish_time": "double",
     "token_times": "list<double>",
     "finish_reason": "string",
@@ -139,6 +141,9 @@ class RequestLog:
                 "error": [self._errors.get(row, "") for row in range(start, min(start + size, len(self)))],
             }
             columns |= {name: np.array(column[rows]) for name, column in (self.times | self._counts).items()}
+            # Here tokens come one by one, and the last one ends its request.
+            columns["num_first_tokens"] = np.minimum(columns["num_output_tokens"], 1)
+            columns["last_token_time"] = np.where(columns["num_output_tokens"] > 0, columns["finish_time"], NAN)
             if token_times is None:
                 columns |= {name: [None] * len(columns["request_id"]) for name in LISTS}
             else:

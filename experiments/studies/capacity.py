@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.errors import ConfigError, EngineError
+from experiments.config import SLOConfig
 from experiments.studies.base import Chart, Findings, Series
 from experiments.studies.cells import CellRunner
 from experiments.studies.claims import Claim, Mean, compared, measured
@@ -28,6 +29,7 @@ from reports.slo import deciding_share, goal_text, is_met, kept_limits, slo_limi
 RAMP = 0.25  # of the arrivals' time
 MAX_DOUBLINGS = 12
 LATENCY = "normalized_latency_seconds_per_token"
+NO_LIMIT = "experiment=capacity needs a limit: set slo.ttft, slo.tpot or slo.e2e, or slo=mlperf_..."
 CELL = ("arrival=poisson", "driver.record=summary", "report.pages=false", "report.kv_map=false")
 
 
@@ -114,6 +116,9 @@ class CapacityStudy:
 
     def run(self, cells: CellRunner) -> Findings:
         """See `Study.run`."""
+        for overrides in self.strategies.values():
+            if not SLOConfig.from_config(cells.config([*CELL, *overrides]).slo).limits:
+                raise ConfigError(NO_LIMIT)
         trials: dict[str, dict[float, list[Trial]]] = {}
         capacities: dict[str, list[float]] = {}
         for name in self.strategies:
@@ -160,8 +165,6 @@ class CapacityStudy:
         cells.run(f"{label}-{rate:.4f}-seed{seed}", [*CELL, *load, f"workload.seed={seed}", *self.strategies[name]])
         run = read_run(cells.folders[-1])
         limits = slo_limits(run.manifest)
-        if not limits:
-            raise ConfigError("experiment=capacity needs a limit: set slo.ttft, slo.tpot or slo.e2e, or slo=mlperf_...")
         arrival = run.requests["arrival_time"]
         counted = arrival >= RAMP * arrival.max()
         latency = request_latencies(run)[LATENCY][counted]

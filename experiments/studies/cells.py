@@ -38,6 +38,10 @@ class CellRunner:
         self._shared = SharedParts()
         self._places: CellFolders | None = None
 
+    def config(self, overrides: Sequence[str] = ()) -> DictConfig:
+        """The config of a cell with these overrides, before it runs. Raises as `load_config`."""
+        return compose_cell([*self._overrides, *overrides])[0]
+
     def run(self, name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         """Run one cell and return its report's summary.
 

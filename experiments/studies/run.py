@@ -15,6 +15,7 @@ from rich.console import Console
 
 import reports.study
 from engine.errors import ConfigError
+from experiments.config import check_values
 from experiments.output import print_result
 from experiments.recording.cell_state import only_writer
 from experiments.recording.files import MANIFEST_FILE, STUDY_FILE
@@ -36,6 +37,7 @@ def run_study(cfg: DictConfig) -> None:
     out_dir = Path(hydra.runtime.output_dir)
     if cfg.driver.record == "none":
         raise ConfigError("driver.record=none records nothing that an experiment could look at; use full or summary")
+    check_values(cfg)
     study: Study = instantiate(cfg.study)
     cells = CellRunner(hydra.overrides.task, out_dir)
     findings = study.run(cells)

@@ -20,6 +20,7 @@ from experiments.workloads.mooncake import MooncakeWorkload
 from experiments.workloads.sharegpt_json import ShareGPTJsonWorkload
 from experiments.workloads.statistics import table_statistics
 from experiments.workloads.vidur import VidurWorkload
+from reports.plain_text import write_any_text
 
 FORMATS: dict[str, Callable[..., Workload]] = {
     "azure": AzureTraceWorkload,
@@ -34,6 +35,7 @@ _VOCAB_SIZE = 1 << 20
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    write_any_text()
     parser = argparse.ArgumentParser(prog="python -m experiments.workloads", description="Look at workload files.")
     commands = parser.add_subparsers(dest="command", required=True)
     describe = commands.add_parser("describe", help="print a trace's statistics")

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from engine.errors import ConfigError, TraceError
+from engine.models.directory import PROJECT_ROOT
 from experiments.workloads.base import LengthTable, Workload
 from experiments.workloads.checks import check_bool, check_int
 from experiments.workloads.limits import LengthLimits
@@ -30,8 +31,8 @@ class ShareGPTJsonWorkload(Workload):
 
     Args:
         path: the JSON file; `.gz` is decompressed.
-        tokenizer: a tokenizer.json or the folder that holds one; must be the model's. Special tokens written out in a
-            text are taken as text.
+        tokenizer: a tokenizer.json or the folder that holds one, relative to the working directory, else to the
+            project's root; must be the model's. Special tokens written out in a text are taken as text.
         num_requests: conversations to take; None takes all that fit.
         shuffle: take them in an order drawn from the seed; false is the file's order.
         min_len: leave out prompts and outputs of fewer tokens.
@@ -80,11 +81,14 @@ class ShareGPTJsonWorkload(Workload):
     def _build(self) -> LengthTable:
         left_out: Counter[str] = Counter()
         pairs = []
+        num_mended = 0
         for pair in read_first_turns(self.path):
             if pair is None:
                 left_out["conversations without a question and an answer"] += 1
             else:
-                pairs.append(pair)
+                whole = _whole(pair[0]), _whole(pair[1])
+                num_mended += whole != pair
+                pairs.append(whole)
         order = np.arange(len(pairs))
         if self._shuffle:
             order = generator(self.seed, Purpose.STRUCTURE).permutation(len(pairs))
@@ -101,6 +105,8 @@ class ShareGPTJsonWorkload(Workload):
                     break
         self._check_enough(len(output_lens))
         notes = [self._limits.note(), *(f"dropped {count} {why}" for why, count in left_out.items())]
+        if num_mended:
+            notes.append(f"read {num_mended} with half a character, as U+FFFD")
         return LengthTable(
             np.array([len(prompt) for prompt in self._prompts], dtype=np.int64),
             np.array(output_lens, dtype=np.int64),
@@ -133,7 +139,9 @@ class ShareGPTJsonWorkload(Workload):
     def _load_tokenizer(self) -> Any:
         from tokenizers import Tokenizer
 
-        path = self._tokenizer_path
+        # As model.path is looked for, from which the default comes: here, else in the project's root.
+        found = [path for path in (self._tokenizer_path, PROJECT_ROOT / self._tokenizer_path) if path.exists()]
+        path = found[0] if found else self._tokenizer_path
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
             tokenizer = Tokenizer.from_file(str(file))
@@ -220,3 +228,8 @@ def _first_turn(path: Path, text: str, position: int, record: Any) -> tuple[str,
     if len(turns) < 2 or turns[0]["from"] not in _ASKERS or turns[1]["from"] in _ASKERS:
         return None
     return turns[0]["value"], turns[1]["value"]
+
+
+def _whole(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair (half an emoji, `\\ud83d`), which no tokenizer takes."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

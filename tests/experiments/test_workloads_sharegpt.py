@@ -128,3 +128,23 @@ def test_bad_options(tmp_path, tokenizer):
         build(tmp_path, tokenizer, records, vocab_size=5).items()
     with pytest.raises(ConfigError, match=r"num_requests=2, but .* gives 1 requests"):
         build(tmp_path, tokenizer, records, num_requests=2).items()
+
+
+def test_half_an_emoji_is_read_and_counted(tmp_path, tokenizer):
+    r"""`\ud83d` alone is JSON and no text: the tokenizer raised a TypeError."""
+    halves = [
+        chat(f"{text(5)} \ud83d", text(9)),
+        chat(text(5), f"\ude00 {text(4)}"),
+        chat(f"{text(5)} \U0001f600", text(9)),
+    ]
+    workload = build(tmp_path, tokenizer, json.dumps(halves))
+    assert [(len(item.prompt_token_ids), item.output_len) for item in workload.items()] == [(6, 9), (5, 5), (6, 9)]
+    assert "read 2 with half a character, as U+FFFD" in workload.description
+
+
+def test_the_default_tokenizer_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"path": "chats.json", "vocab_size": 10**6}
+    assert build(tmp_path, "models/demo", [chat("a b c d e f g h", "i j k l m n")], **options).items()
+    with pytest.raises(ConfigError, match=r"workload.tokenizer: models/nope cannot be read"):
+        build(tmp_path, "models/nope", [chat("a", "b")], **options).items()

@@ -59,6 +59,34 @@ def test_a_good_request_keeps_every_limit(any_run):
     assert good_requests(run, {"e2e": 3.0}).tolist() == [True, True, False, True, False]
 
 
+@pytest.mark.parametrize("limit", ["ttft", "tpot", "e2e"])
+@pytest.mark.parametrize(
+    ("num_output", "first", "num_first", "kept"),
+    [
+        (0, np.nan, 0, ()),  # an empty answer
+        (5, np.nan, 0, ("e2e",)),  # tokens that nobody saw come
+        (5, 0.5, 5, ("ttft", "e2e")),  # all of them at once
+        (1, 0.5, 1, ("ttft", "tpot", "e2e")),
+        (5, 0.5, 1, ("ttft", "tpot", "e2e")),
+    ],
+)
+def test_what_was_not_measured_keeps_no_limit(any_run, tmp_path, limit, num_output, first, num_first, kept):
+    """NaN is not above a limit: empty answers were good requests, and an objective was met by six of them."""
+    slo = {"ttft": None, "tpot": None, "e2e": None, "attainment": 0.9} | {limit: 1.0}
+    times = np.arange(200.0)
+    run = made_of(any_run, times, times + 0.9, num_output, first=times + first, admission=[np.nan] * 200, slo=slo)
+    run.requests["num_first_tokens"] = np.full(200, num_first)
+    share = float(limit in kept)
+    window = steady_window(run)
+    assert window.found  # a server's answer without a token has left the queue all the same
+    for rule in ("per_request", "percentiles"):
+        run.manifest["config"]["slo"]["rule"] = rule
+        found = summarize_slo(run, 200.0, window)
+        for part in (found["whole_run"], found["steady"]):
+            assert (part["attainment"], part["shares_within"][limit], part["met"]) == (share, share, bool(share))
+    assert good_requests(run, {limit: 1.0}).mean() == share
+
+
 def test_rejected_requests_stand_in_the_denominator(any_run):
     slo = {"ttft": 1.0, "tpot": None, "e2e": None, "attainment": 0.5}
     reason = ["length"] * 6 + ["rejected", "error", "length", "length"]

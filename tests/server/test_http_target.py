@@ -146,8 +146,10 @@ def test_our_server_beside_our_engine(server, tmp_path):
 def test_a_foreign_server_gets_openai_fields_only(tmp_path):
     foreign = ForeignServer()
     with foreign as url:
-        summary, files = run(tmp_path, url)
+        summary, files = run(tmp_path, f"{url}/v1/")
     assert summary["num_finished"] == 12
+    assert summary["target"]["url"] == url  # without the /v1 that it was given with
+    assert summary["target"]["token_counts"] == {"not_stated": 0, "other_than_shown": 0, "merged": 0}
     assert summary["target"]["model"] == "foreign"
     assert summary["target"]["extensions_refused"] == ["ignore_eos", "min_p", "return_token_ids", "top_k"]
     assert all(isinstance(body["prompt"][0], int) and body["stream"] for body in foreign.bodies)
