@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from engine.checkpoints.directory import PROJECT_ROOT
 from engine.errors import ConfigError, TraceError
-from engine.models.directory import PROJECT_ROOT
 from experiments.workloads.base import LengthTable, Workload
 from experiments.workloads.checks import check_bool, check_int
 from experiments.workloads.limits import LengthLimits
