@@ -6,6 +6,8 @@ every model that the loader drives has sizes, and a 13B model takes no more memo
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +60,42 @@ def model_sizes(
 ) -> ModelSizes:
     """The sizes of a model, from its config alone. Arguments: see `load_model`.
 
+    A model is traced once in a process, whose sweep may have hundreds of cells; a directory again when one of its files
+    is another one.
+
     Raises:
         ConfigError: a setting is out of range, or the settings do not fit together.
         ModelError: the directory is missing or broken, or the layers are not standard attention.
     """
+    try:
+        files = None if path is None else tuple(sorted(_stamp(file) for file in Path(path).iterdir()))
+    except OSError:  # no such directory, or a file that cannot be looked at: reading it says so
+        return _sizes(path, shape, dtype, trust_remote_code, name)
+    if trust_remote_code:  # its code may read anything
+        return _sizes(path, shape, dtype, trust_remote_code, name)
+    return _sizes_once(path, json.dumps(dict(shape)) if shape else None, dtype, name, files)
+
+
+Stamp = tuple[str, int, int]
+
+
+def _stamp(file: Path) -> Stamp:
+    stat = file.stat()
+    return file.name, stat.st_mtime_ns, stat.st_size
+
+
+@functools.lru_cache(maxsize=32)
+def _sizes_once(
+    path: str | Path | None, shape: str | None, dtype: str, name: str | None, files: tuple[Stamp, ...] | None
+) -> ModelSizes:
+    """The sizes, once for each `files` that the directory held."""
+    del files  # a part of the key alone
+    return _sizes(path, json.loads(shape) if shape else None, dtype, False, name)
+
+
+def _sizes(
+    path: str | Path | None, shape: Mapping[str, Any] | None, dtype: str, trust_remote_code: bool, name: str | None
+) -> ModelSizes:
     with quiet_transformers():
         config, directory, name = read_model_config(path, shape, name, trust_remote_code)
         module = build_dummy(config, weights_dtype(dtype, config), "meta", 0, trust_remote_code, name).eval()

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from engine.errors import ConfigError
 from engine.models import load_model
+from engine.models import sizes as sizes_module
 from engine.models.sizes import model_sizes
 from engine.runner.step_time import RooflineStepTime, StepFeatures
 from experiments.compose import CONF_DIR, load_config
@@ -28,12 +29,25 @@ def sizes_of(model: str, dtype: str = "auto"):
 
 
 def test_sizes_are_those_of_the_loaded_model():
-    sizes, model = model_sizes("models/demo"), load_model("models/demo")
-    assert sizes.spec == model.spec
-    assert sizes.special_token_ids == model.special_token_ids
+    found, model = model_sizes("models/demo"), load_model("models/demo")
+    assert found.spec == model.spec
+    assert found.special_token_ids == model.special_token_ids
     embedding = model.spec.vocab_size * 128
-    assert sizes.num_head_weights == embedding  # tied to the embedding, and multiplied all the same
-    assert sizes.num_layer_weights == model.spec.num_parameters - embedding
+    assert found.num_head_weights == embedding  # tied to the embedding, and multiplied all the same
+    assert found.num_layer_weights == model.spec.num_parameters - embedding
+
+
+def test_a_directory_is_traced_again_when_it_is_another_one(tmp_path, monkeypatch):
+    calls = []
+    trace = sizes_module.trace_attention
+    monkeypatch.setattr(sizes_module, "trace_attention", lambda *args: calls.append(args) or trace(*args))
+    for file in Path("models/demo").glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    first = model_sizes(tmp_path)
+    assert model_sizes(tmp_path) is first and len(calls) == 1
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": None}))
+    assert model_sizes(tmp_path).spec.num_layers == 1 < first.spec.num_layers
 
 
 def test_opt_13b_has_the_sizes_of_the_paper():
