@@ -9,7 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from experiments.compose import compose_cell
 from experiments.correctness import verify
+from experiments.job import execute
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKLOAD = [
@@ -29,6 +31,13 @@ def run(*args: str, cwd: Path) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def run_here(folder: Path, *args: str) -> Path:
+    """One cell in this process, which saves the imports of another one."""
+    cfg, choices = compose_cell([*args, *WORKLOAD, "report.pages=false"])
+    execute(cfg, folder, "cell", choices)
+    return folder
 
 
 def cells(sweep: Path) -> list[Path]:
@@ -78,19 +87,17 @@ def test_a_wrong_token_is_found(sweep: Path, tmp_path: Path):
 
 
 def test_the_same_seed_gives_the_same_requests_and_another_seed_others(sweep: Path, tmp_path: Path):
-    again = run("scheduler=continuous", *WORKLOAD, "workload.seed=1", cwd=tmp_path)
+    other = run_here(tmp_path, "scheduler=continuous", "workload.seed=1")
     prompts = [
         [ids.tolist() for ids in pd.read_parquet(folder / "requests.parquet")["prompt_token_ids"]]
-        for folder in (cells(sweep)[0], cells(sweep)[3], tmp_path / again["run_dir"])
+        for folder in (cells(sweep)[0], cells(sweep)[3], other)
     ]
     assert prompts[0] == prompts[1]
     assert prompts[0] != prompts[2]
 
 
 def test_overlap_never_changes_tokens(sweep: Path, tmp_path: Path):
-    result = run(*WORKLOAD, "engine.overlap=true", cwd=tmp_path)
-    tables = [
-        pd.read_parquet(folder / "requests.parquet") for folder in (cells(sweep)[3], tmp_path / result["run_dir"])
-    ]
+    overlapped = run_here(tmp_path, "engine.overlap=true")
+    tables = [pd.read_parquet(folder / "requests.parquet") for folder in (cells(sweep)[3], overlapped)]
     outputs = [[ids.tolist() for ids in table["output_token_ids"]] for table in tables]
     assert outputs[0] == outputs[1]

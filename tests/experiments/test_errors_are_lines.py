@@ -183,7 +183,7 @@ def test_a_cell_that_means_nothing_is_left_out_of_a_sweep(tmp_path: Path, run):
 def test_a_baseline_may_be_named_by_its_folder(run):
     """By its name without the digits, which nobody knows beforehand."""
     common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
-    done = run("-m", "allocator=contiguous,paged", "report.baseline=paged-continuous", *common)
+    done = run("-m", "allocator=contiguous,paged", "report.baseline=paged-continuous", "report.pages=false", *common)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1])["summary"]["baseline"] == "paged × continuous"
 

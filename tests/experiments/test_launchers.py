@@ -34,7 +34,10 @@ def one_by_one(tmp_path_factory):
     return out, done
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
+@pytest.mark.parametrize(
+    "launcher",
+    ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow), pytest.param("ray", marks=pytest.mark.slow)],
+)
 def test_every_launcher_gives_the_same_report_and_the_same_errors(launcher, one_by_one, tmp_path):
     out, expected = one_by_one
     done = sweep(tmp_path, launcher)

@@ -26,6 +26,8 @@ CELL = [
     "arrival=poisson",
     "arrival.rate=150",
     "report.progress=false",
+    "report.pages=false",
+    "driver.probe=false",
 ]
 
 
@@ -54,7 +56,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
 def test_every_strategy_decides_the_same_again(overrides: tuple[str, ...], tmp_path: Path):
     if "workload=shared_prefix" in overrides:
         cell = ["engine.max_model_len=1024", "kv_cache.num_slots=4096", "scheduler.max_num_batched_tokens=512"]
-        cfg, choices = compose_cell([*overrides, *cell, "workload.num_requests=12", "report.progress=false"])
+        cfg, choices = compose_cell([*overrides, *cell, "workload.num_requests=12", *CELL[-3:]])
         execute(cfg, tmp_path, "cell", choices)
         run = RecordedRun.read(tmp_path)
     else:

@@ -13,6 +13,7 @@ import pytest
 
 from engine.errors import ConfigError
 from experiments.compose import compose_cell
+from experiments.entry import main
 from experiments.job import execute
 from experiments.recording.cell_state import cell_key, finished_key, mark_finished, only_writer
 from reports.errors import ReportError
@@ -31,11 +32,19 @@ def start(out: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(out: Path) -> str:
-    process = start(out)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    return errors
+@pytest.fixture
+def finish(monkeypatch, capfd):
+    """Runs the sweep to its end, in this process."""
+
+    def call(out: Path) -> str:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *SWEEP, f"hydra.sweep.dir={out}"])
+        code = main()
+        errors = capfd.readouterr().err
+        assert code == 0, errors
+        return errors
+
+    return call
 
 
 MEASURED = ("peak_rss_bytes", "processor_seconds", "recording")
@@ -47,7 +56,7 @@ def findings(out: Path) -> dict:
     return json.loads(text, object_hook=lambda node: {k: v for k, v in node.items() if k not in MEASURED})
 
 
-def test_a_killed_sweep_resumes_and_ends_in_the_same_report(tmp_path):
+def test_a_killed_sweep_resumes_and_ends_in_the_same_report(finish, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(whole)
     process = start(broken)
@@ -96,7 +105,7 @@ def test_the_lock_ends_with_its_process(tmp_path, capfd):
     assert not entered.wait(0.3)
     holder.kill()
     holder.communicate()
-    thread.join(10)
+    thread.join(120)
     assert entered.is_set()
     assert capfd.readouterr().err == f"{tmp_path}: another process is writing it; waiting until it is done\n"
 

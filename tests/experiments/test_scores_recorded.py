@@ -15,6 +15,7 @@ from reports.comparison import compare
 SETTINGS = (
     "engine.dtype=bfloat16", "workload.num_requests=10", "workload.max_total_len=160", "kv_cache.num_slots=1024",
     "engine.max_model_len=256", "report.progress=false", "report.pages=false", "report.kv_map=false",
+    "driver.probe=false",
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ def run(out: Path, stated: int, *more: str) -> subprocess.CompletedProcess:
         "workload.prompt_len=8",
         "workload.output_len=4",
         "report.progress=false",
+        "driver.probe=false",
         *more,
     ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
