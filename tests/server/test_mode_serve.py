@@ -7,7 +7,7 @@ import sys
 import time
 
 import httpx
-from server_harness import ROOT, START_SECONDS
+from server_harness import PATIENCE, ROOT
 
 
 def test_run_py_serves_and_stops(tmp_path):
@@ -23,15 +23,15 @@ def test_run_py_serves_and_stops(tmp_path):
     with log.open("w") as stream:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=stream, stderr=subprocess.STDOUT)
     try:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while not (ready := re.search(r"Uvicorn running on (\S+)", log.read_text())):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         body = {"prompt": "The", "max_tokens": 4, "model": "demo"}
-        answer = httpx.post(f"{ready[1]}/v1/completions", json=body, timeout=60)
+        answer = httpx.post(f"{ready[1]}/v1/completions", json=body, timeout=PATIENCE)
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] <= 4
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
     finally:
         process.kill()

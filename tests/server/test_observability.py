@@ -10,7 +10,7 @@ import time
 
 import httpx
 import pytest
-from server_harness import RunningServer
+from server_harness import PATIENCE, RunningServer
 
 from engine.plan import CLASSES
 
@@ -99,7 +99,7 @@ def test_the_ledger_adds_up_to_the_pool(server):
 def test_the_access_log_is_one_structured_line(server):
     server.client.get("/v1/models", headers={"X-Request-Id": "look-for-me"})
     # The line is written when the answer has gone out, so it may come after the client has it.
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not (lines := [line for line in server.log.splitlines() if "look-for-me" in line]):
         assert time.monotonic() < deadline, server.log
         time.sleep(0.05)
@@ -147,7 +147,7 @@ def special(tmp_path_factory):
     )
     server = RunningServer("--fronts", "2", "--set", *settings, module="experiments.serving.stub_engine")
     context = ssl.create_default_context(cafile=str(folder / "cert.pem"))
-    server.client = httpx.Client(base_url=server.url, headers=server.headers, verify=context, timeout=30)
+    server.client = httpx.Client(base_url=server.url, headers=server.headers, verify=context, timeout=PATIENCE)
     yield server, handler.bodies
     if server.process.poll() is None:
         server.stop()

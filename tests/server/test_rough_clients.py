@@ -15,9 +15,7 @@ import time
 
 import httpx
 import pytest
-from server_harness import RunningServer, stream_events
-
-from experiments.benchmarks.soak import processes
+from server_harness import PATIENCE, RunningServer, stream_events
 
 LONG = {"prompt": [20] * 16, "max_tokens": 400, "ignore_eos": True}
 
@@ -31,7 +29,7 @@ def _send(server: RunningServer, body: dict, receive_buffer: int = 0) -> socket.
     sock = socket.socket()
     if receive_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    sock.settimeout(10)
+    sock.settimeout(PATIENCE)
     sock.connect(("127.0.0.1", server.port))
     sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
     return sock
@@ -42,8 +40,13 @@ def _running(server: RunningServer) -> float:
     return metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]
 
 
+def _num_whole(server: RunningServer) -> float:
+    """Choices that ran to their length."""
+    return server.metrics()["vllm:request_success_total{length}"]
+
+
 def _wait_running(server: RunningServer, count: int) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while _running(server) < count and time.monotonic() < deadline:
         time.sleep(0.02)
 
@@ -57,20 +60,25 @@ def test_29_a_disconnect_frees_the_slots(server, kind):
         "several prompts": {"prompt": [[20] * 9, [21] * 9], "stream": True},
         "at once": {"prompt": "word " * 400, "max_tokens": 50},
     }[kind]
+    whole = _num_whole(server)
     sock = _send(server, LONG | more)
     if kind != "at once":  # while the body is read, tokenized, or computed
         _wait_running(server, 1)
     sock.close()
-    server.wait_idle(3)
+    server.wait_idle()
+    if kind != "at once":
+        assert _num_whole(server) == whole  # ended by its client, not by its length
     server.assert_alive()
 
 
 def test_29_a_disconnect_while_queued(server):
+    before = server.metrics()["vllm:generation_tokens_total"]
     socks = [_send(server, LONG | {"stream": True, "prompt": [20] * 100, "max_tokens": 410}) for _ in range(24)]
     _wait_running(server, 20)
     for sock in socks:
         sock.close()
-    server.wait_idle(5)
+    server.wait_idle()
+    assert server.metrics()["vllm:generation_tokens_total"] - before < 20 * 410
 
 
 def test_34_reset_and_half_open_connections(server):
@@ -80,12 +88,14 @@ def test_34_reset_and_half_open_connections(server):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.close()  # RST
     half = socket.create_connection(("127.0.0.1", server.port))
-    server.wait_idle(5)
+    server.wait_idle()
     server.assert_alive()
     half.close()
 
 
 def test_30_many_that_give_up_and_then_one(server):
+    before = server.metrics()["vllm:generation_tokens_total"]
+
     async def run() -> None:
         async with httpx.AsyncClient(
             base_url=server.url, headers=server.headers, limits=httpx.Limits(max_connections=None)
@@ -98,10 +108,10 @@ def test_30_many_that_give_up_and_then_one(server):
             await asyncio.gather(*(impatient() for _ in range(200)), return_exceptions=True)
 
     asyncio.run(run())
-    start = time.monotonic()
     assert server.complete().status_code == 200
-    assert time.monotonic() - start < 5
     server.wait_idle()
+    # Nobody computed to the end what nobody waited for.
+    assert server.metrics()["vllm:generation_tokens_total"] - before < 100 * 450
 
 
 def _gaps(server: RunningServer, count: int) -> list[float]:
@@ -135,7 +145,7 @@ def test_32_slow_readers_cost_nobody_anything():
     try:
         _gaps(server, 20)
         ratios = []
-        front = max(processes(server.process.pid)[1:], key=lambda process: process.create_time())
+        front = server.front()
         for _ in range(5):
             alone = _p99(_gaps(server, 60))
             slow = {"prompt": [20], "max_tokens": 8000, "n": 8, "ignore_eos": True, "stream": True}
@@ -167,7 +177,7 @@ def test_32_slow_readers_cost_nobody_anything():
 
 def test_32_what_a_slow_reader_was_sent_is_whole(server):
     slow = [_send(server, LONG | {"stream": True, "n": 4, "temperature": 1.0}) for _ in range(8)]
-    server.wait_idle(60)  # they run to their end, merged into the sockets' buffers
+    server.wait_idle()  # they run to their end, merged into the sockets' buffers
     for sock in slow:
         data = b""
         while b"data: [DONE]" not in data:
@@ -189,6 +199,9 @@ def test_33_slow_bodies_hold_nobody_up(server):
         socks.append(sock)
     server.assert_alive()
     for sock in socks:
+        sock.setblocking(False)
+        with pytest.raises(BlockingIOError):  # not even refused yet: all of them were there meanwhile
+            sock.recv(1)
         sock.close()
 
 
@@ -199,13 +212,13 @@ def test_32_a_client_that_never_reads_is_ended():
     try:
         body = {"prompt": [20], "max_tokens": 8000, "n": 64, "ignore_eos": True, "stream": True}
         sock = _send(server, body, receive_buffer=4096)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while not server.metrics()["kvarena:slow_reader_aborts_total"]:
             assert time.monotonic() < deadline, "the slow reader was not ended"
             assert httpx.get(f"{server.url}/health").status_code == 200
             time.sleep(0.1)
-        server.wait_idle(20)
-        deadline = time.monotonic() + 15
+        server.wait_idle()
+        deadline = time.monotonic() + PATIENCE
         while server.metrics()["kvarena:open_requests"] > 1:  # the one that asks
             assert time.monotonic() < deadline, "its connection was not cut"
             time.sleep(0.2)
@@ -270,7 +283,7 @@ def test_40_two_thousand_connections():
             _send(server, {"prompt": [20], "max_tokens": 40, "ignore_eos": True, "stream": True}) for _ in range(250)
         ]
         for sock in socks:
-            sock.settimeout(120)
+            sock.settimeout(PATIENCE)
             data = b""
             while chunk := sock.recv(1 << 16):
                 data += chunk
@@ -283,9 +296,8 @@ def test_40_two_thousand_connections():
         threads = [threading.Thread(target=batch) for _ in range(8)]
         for thread in threads:
             thread.start()
-        start = time.monotonic()
         assert server.client.get("/health").status_code == 200
-        assert time.monotonic() - start < 1
+        assert len(done) < 2000
         for thread in threads:
             thread.join()
         assert len(done) == 2000

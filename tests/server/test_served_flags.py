@@ -8,7 +8,7 @@ import time
 
 import httpx
 import pytest
-from server_harness import RunningServer
+from server_harness import PATIENCE, RunningServer
 from test_bad_requests import CHAT, COMPLETIONS
 
 FLAGS = ("--max-model-len", "512", "--num-gpu-blocks-override", "64", "--max-num-seqs", "1")
@@ -20,7 +20,7 @@ def _order(server: RunningServer, requests: list[dict]) -> list[str]:
     ended: list[str] = []
 
     def ask(tag: str, body: dict) -> None:
-        answer = httpx.post(f"{server.url}{COMPLETIONS}", json=BODY | body, headers=server.headers, timeout=60)
+        answer = httpx.post(f"{server.url}{COMPLETIONS}", json=BODY | body, headers=server.headers, timeout=PATIENCE)
         assert answer.status_code == 200, answer.text
         ended.append(tag)
 

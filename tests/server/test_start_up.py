@@ -15,7 +15,7 @@ import time
 import httpx
 import pytest
 import torch
-from server_harness import ROOT, RunningServer
+from server_harness import PATIENCE, ROOT, RunningServer
 from test_server_faults import _health, _status
 
 
@@ -32,12 +32,12 @@ def test_a_shells_limit_on_open_files_is_lifted():
             log += line
         port = int(log.rsplit(":", 1)[1].split()[0])
         socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
-        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=PATIENCE).status_code == 200
         for sock in socks:
             sock.close()
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_shells_limit_on_open_files_is_lifted():
 )
 def test_47_a_wrong_setting_is_one_line(flags, words):
     command = [sys.executable, "-m", "experiments.cli", "serve", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2, done.stderr
     assert len(errors) == 1
@@ -75,7 +75,7 @@ def test_47_a_wrong_setting_is_one_line(flags, words):
 
 def test_47_a_port_in_use_is_one_line(server):
     command = [sys.executable, "-m", "experiments.cli", "serve", "--port", str(server.port)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 2
     assert f"{server.port}" in done.stderr
     assert "choose another --port" in done.stderr
@@ -100,7 +100,7 @@ def test_49_a_full_disk_for_the_log_stops_nothing():
             assert answer.status_code == status
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE) == 0
 
 
 @pytest.mark.gpu
@@ -118,7 +118,7 @@ def test_51_a_second_server_on_one_gpu_fails_in_one_line_and_the_first_goes_on()
             answer = first.complete("The", max_tokens=200, ignore_eos=True).json()
             assert answer["usage"]["completion_tokens"] == 200
             assert _health(first) == 200
-        _, errors = second.communicate(timeout=60)
+        _, errors = second.communicate(timeout=PATIENCE)
         assert second.returncode == 2, errors
         assert len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1, errors
         assert "gpu_memory_utilization" in errors
