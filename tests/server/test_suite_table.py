@@ -18,6 +18,7 @@ SHORT = {
     "EN": "endurance",
     "LB": "large_bodies",
     "SA": "structured_answers",
+    "GA": "gate",
 }
 
 
