@@ -16,7 +16,7 @@ from engine.errors import ConfigError
 OPEN_PATHS = frozenset(
     {"/health", "/ready", "/ping", "/metrics", "/version", "/docs", "/openapi.json", "/", "/dashboard"}
 )
-TOOL_PARSERS = ("auto", "hermes", "llama", "none")
+TOOL_PARSERS = ("auto", "hermes", "llama", "mistral", "xml", "none")
 
 
 def default_num_fronts() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 from engine.errors import RequestError
 from engine.server import structured
@@ -13,8 +14,25 @@ from engine.server.grammar_checks import CheckedGrammar, ChecksBusy, GrammarChec
 from engine.server.grammars import tokenizer_json
 from engine.server.protocol import ChatCompletionRequest, NamedToolChoice, SamplingFields
 from engine.server.schemas import named_schema, required_schema, schema_text
-from engine.server.tokenization import TokenizerService
-from engine.server.tool_calls import ListParser, NamedParser, ToolParser, make_parser
+from engine.server.tokenization import TokenizerService, given_tools
+from engine.server.tool_calls import ListParser, NamedParser, ToolParser
+from engine.server.tool_forms import find_form
+
+
+class ChatOutput(NamedTuple):
+    """What a chat asks of its answer.
+
+    Attributes:
+        constraint: what tools and formats ask for.
+        make_parser: gives a tool parser for a choice, or None when the answer is text only.
+        is_named: a function was named.
+        kept: special tokens that the parser must see.
+    """
+
+    constraint: CheckedGrammar | None
+    make_parser: Callable[[], ToolParser | None]
+    is_named: bool = False
+    kept: frozenset[int] = frozenset()
 
 
 class Constraints:
@@ -22,12 +40,16 @@ class Constraints:
 
     Args:
         client: knows whether the engine can constrain tokens; must be ready.
-        tokenizer: its chat template tells the tool calls' form.
+        tokenizer: its response template or chat template tells the tool calls' form.
         parser_kind: how the model writes tool calls, as in `ServerConfig.tool_call_parser`.
+
+    Raises:
+        ModelError: the tokenizer ships a response template that cannot be used.
     """
 
     def __init__(self, client: EngineClient, tokenizer: TokenizerService, parser_kind: str) -> None:
-        self._tokenizer, self._parser_kind = tokenizer, parser_kind
+        self._tokenizer = tokenizer
+        self._form = find_form(parser_kind, tokenizer.tokenizer)
         info = client.info
         self._checks: GrammarChecks | None = None
         if info is not None and info.constraints:
@@ -39,10 +61,8 @@ class Constraints:
         if self._checks is not None:
             self._checks.close()
 
-    async def of_chat(
-        self, req: ChatCompletionRequest
-    ) -> tuple[CheckedGrammar | None, Callable[[], ToolParser | None], bool]:
-        """The constraint that tools and formats ask for, a parser per choice, and whether a function was named."""
+    async def of_chat(self, req: ChatCompletionRequest, prompt: list[int]) -> ChatOutput:
+        """What tools and formats ask for; `prompt` is the chat's token ids. Raises ApiError."""
         choice = req.tool_choice
         tools = {tool.function.name: tool.function.parameters for tool in req.tools or ()}
         parallel = req.parallel_tool_calls is not False
@@ -56,15 +76,24 @@ class Constraints:
             parser = functools.partial(NamedParser, name)
         elif choice == "required":
             forced = _of_schema(lambda: required_schema(list(tools.items()), parallel))
-            parser = ListParser
+            parser = functools.partial(ListParser, tools)
         elif tools and choice != "none":
-            template = getattr(self._tokenizer.tokenizer, "chat_template", None)
-            parser = functools.partial(make_parser, self._parser_kind, template, parallel)
+            parser, kept = self._free_calls(req, prompt, parallel)
+            return ChatOutput(await self.of(req), parser, kept=kept)
         if forced is None:
-            return await self.of(req), parser, False
+            return ChatOutput(await self.of(req), parser)
         if req.response_format is not None and req.response_format.type != "text":
             raise bad_request("response_format cannot be combined with a forced tool_choice", "response_format")
-        return await self._check(forced, "tools", req), parser, isinstance(choice, NamedToolChoice)
+        return ChatOutput(await self._check(forced, "tools", req), parser, isinstance(choice, NamedToolChoice))
+
+    def _free_calls(
+        self, req: ChatCompletionRequest, prompt: list[int], parallel: bool
+    ) -> tuple[Callable[[], ToolParser | None], frozenset[int]]:
+        """A parser of the calls that the model makes of its own accord, and the special tokens that it must see."""
+        form, hides = self._form, req.skip_special_tokens is not False
+        end = form.prompt_end(prompt, self._tokenizer.detokenizer)
+        parser = functools.partial(form.parser, given_tools(req.tools or []), end, parallel=parallel, hides=hides)
+        return parser, form.kept
 
     async def of(self, req: SamplingFields) -> CheckedGrammar | None:
         """The constraint of `response_format` or `structured_outputs`, checked."""

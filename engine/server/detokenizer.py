@@ -7,6 +7,7 @@ decoded through a window of the last tokens.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import random
@@ -64,6 +65,7 @@ class Detokenizer:
         # `all_special_ids` names only tokens with a role (end, padding); `decode` also leaves out those marked special.
         marked = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = frozenset(marked | set(tokenizer.all_special_ids))
+        self._keeps = False
         self._cleans_up = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self._form: Form | None = None
         if backend is not None:
@@ -84,6 +86,14 @@ class Detokenizer:
     def special_token_ids(self) -> frozenset[int]:
         """Tokens that a text leaves out."""
         return self._special
+
+    def keeping(self, token_ids: frozenset[int]) -> Detokenizer:
+        """One that keeps these special tokens in every text."""
+        if not token_ids:
+            return self
+        made = copy.copy(self)
+        made._special, made._keeps = self._special - token_ids, True
+        return made
 
     def stream(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> TextStream:
         """A stream of the text that goes on from a prompt.
@@ -231,9 +241,13 @@ class Detokenizer:
         return PieceStream(form, self._tokens, skip, self._filters())
 
     def _decoder(self, skip_special_tokens: bool) -> Any:
-        return functools.partial(
-            self._tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        skips = skip_special_tokens and not self._keeps
+        decode = functools.partial(
+            self._tokenizer.decode, skip_special_tokens=skips, clean_up_tokenization_spaces=False
         )
+        if skips == skip_special_tokens:
+            return decode
+        return lambda token_ids: decode([token_id for token_id in token_ids if token_id not in self._special])
 
     def _tail(self, context: Sequence[int], skip_special_tokens: bool) -> Sequence[int]:
         """The end of a context from which a stream goes on as from the whole; prompts have 100,000 tokens."""

@@ -22,11 +22,11 @@ class Prompts:
     def __init__(self, tokenizer: TokenizerService, max_model_len: int) -> None:
         self._tokenizer, self._max_model_len = tokenizer, max_model_len
 
-    async def shown(self, ids: list[int], req: SamplingFields) -> ChoicePrompt:
-        """What an answer shows of a prompt, and the text that goes on from it."""
+    async def shown(self, ids: list[int], req: SamplingFields, kept: frozenset[int] = frozenset()) -> ChoicePrompt:
+        """What an answer shows of a prompt, and the text that goes on from it; `kept` special tokens stay in it."""
         skips = req.skip_special_tokens is not False
         if not (isinstance(req, CompletionRequest) and req.echo):
-            return ChoicePrompt("", ids, self._tokenizer.detokenizer.stream(skips, ids))
+            return ChoicePrompt("", ids, self._tokenizer.detokenizer.keeping(kept).stream(skips, ids))
         begun = await self._tokenizer.begin(ids, skips)
         return ChoicePrompt(begun.text, ids, begun.stream, self._tokenizer.detokenizer.stream(skips))
 

@@ -189,21 +189,23 @@ class Service:
         prompt = await self.prompts.of_chat(req)
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
         max_tokens = fit_max_tokens(requested, self.limits.default_length(None), len(prompt), self.limits, "messages")
-        constraint, parser, forced = await self._constrained(request, self._constraints.of_chat(req))
+        output = await self._constrained(request, self._constraints.of_chat(req, prompt))
         logprobs = (req.top_logprobs or 0) if req.logprobs else None
-        shown = [await self.prompts.shown(prompt, req)] * (req.n or 1)
+        shown = [await self.prompts.shown(prompt, req, output.kept)] * (req.n or 1)
         renderer = ChatRenderer(
             self._head("chatcmpl", model),
             self.tokenizer,
             shown,
-            make_parser=parser,
-            forced_call=forced,
+            make_parser=output.make_parser,
+            forced_call=output.is_named,
             logprobs=logprobs is not None,
             prompt_logprobs=req.prompt_logprobs is not None,
             return_token_ids=bool(req.return_token_ids),
             streams=bool(req.stream),
         )
-        job = await self._submit(request, req, shown, [prompt], [max_tokens], logprobs, constraint, arrival, renderer)
+        job = await self._submit(
+            request, req, shown, [prompt], [max_tokens], logprobs, output.constraint, arrival, renderer
+        )
         return await self._answer(request, job, bool(req.stream))
 
     async def _constrained(self, request: Request, work: Coroutine[Any, Any, Made]) -> Made:

@@ -165,9 +165,14 @@ def shallow(model: Any) -> dict[str, Any]:
     return {name: value for name, value in model if value is not None}
 
 
+def given_tools(tools: list[Any]) -> list[dict[str, Any]]:
+    """Tools as the caller wrote them."""
+    return [shallow(tool) | {"function": shallow(tool.function)} for tool in tools]
+
+
 def template_tools(tools: list[Any]) -> list[dict[str, Any]]:
     """Tools as templates expect them. Raises a 400 when they are too large together."""
-    made = [shallow(tool) | {"function": shallow(tool.function)} for tool in tools]
+    made = given_tools(tools)
     if len(orjson.dumps(made)) > MAX_TOOLS_BYTES:
         raise bad_request(f"tools are larger than {MAX_TOOLS_BYTES} bytes together", "tools")
     return made

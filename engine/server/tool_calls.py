@@ -1,13 +1,11 @@
-"""Tool calls in a model's text, found while it streams.
+"""Tool calls in a model's answer: what one is, and how the parsers of forced ones read them.
 
-Two ways of writing them are known:
-
-    hermes   <tool_call>{"name": "f", "arguments": {...}}</tool_call>   any number, after any text
-    llama    {"name": "f", "parameters": {...}}                          the whole answer, several joined by ;
-             with or without <|python_tag|> before it
+`tool_texts.py` reads the calls that a model writes of its own accord, `tool_templates.py` those of a checkpoint that
+says itself how to read its answers, and `tool_forms.py` finds out which of them a model needs.
 
 A parser shows text that is surely no call at once, and holds the rest. A call is shown when it is complete: its name
-in one delta, its arguments in the next. What turns out not to be a call is shown as text.
+in one delta, its arguments in the next. What turns out not to be a call is shown as text. What a parser gives in the
+end depends on the whole text alone, never on where it was cut.
 """
 
 from __future__ import annotations
@@ -15,9 +13,20 @@ from __future__ import annotations
 import json
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from typing_extensions import override
+
+# Between values: several calls are joined by these. Models write line ends in strings as they are (`strict`).
+BETWEEN = " \n\r\t;,"
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse)
 
 
 class ToolCall(NamedTuple):
@@ -54,98 +63,6 @@ class ToolParser(ABC):
         """The text has ended: show what is held."""
 
 
-class HermesParser(ToolParser):
-    """`<tool_call>` blocks (Hermes, Qwen)."""
-
-    _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._after_call = False
-
-    @override
-    def add(self, text: str) -> Parsed:
-        self._held += text
-        shown = ""
-        calls: list[ToolCall] = []
-        while True:
-            start = self._held.find(self._OPEN)
-            if start < 0:
-                keep = _overlap(self._held, self._OPEN)
-                shown += self._shown(self._held[: len(self._held) - keep])
-                self._held = self._held[len(self._held) - keep :]
-                return Parsed(shown, calls)
-            shown += self._shown(self._held[:start])
-            end = self._held.find(self._CLOSE, start)
-            self._held = self._held[start:]
-            if end < 0:
-                return Parsed(shown, calls)
-            end -= start
-            call = _read_call(self._held[len(self._OPEN) : end], ("arguments", "parameters"))
-            block, self._held = self._held[: end + len(self._CLOSE)], self._held[end + len(self._CLOSE) :]
-            if call is None:
-                shown += block
-            else:
-                calls.append(call)
-                self._after_call = True
-
-    def _shown(self, text: str) -> str:
-        """White space between two calls is no text."""
-        return "" if self._after_call and not text.strip() else text
-
-    @override
-    def end(self) -> Parsed:
-        held, self._held = self._held, ""
-        if held.startswith(self._OPEN):
-            # Models that stop right after the JSON leave the closing tag out.
-            call = _read_call(held[len(self._OPEN) :], ("arguments", "parameters"))
-            if call is not None:
-                return Parsed("", [call])
-        return Parsed(self._shown(held), [])
-
-
-class LlamaParser(ToolParser):
-    """A whole answer of JSON (Llama 3)."""
-
-    _TAG = "<|python_tag|>"
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._is_text = False
-
-    @override
-    def add(self, text: str) -> Parsed:
-        if self._is_text:
-            return Parsed(text, [])
-        self._held += text
-        seen = self._held.lstrip()
-        if not seen or seen.startswith(("{", self._TAG)) or self._TAG.startswith(seen):
-            return Parsed("", [])
-        self._is_text = True
-        held, self._held = self._held, ""
-        return Parsed(held, [])
-
-    @override
-    def end(self) -> Parsed:
-        held, self._held = self._held, ""
-        body = held.strip().removeprefix(self._TAG).strip()
-        calls: list[ToolCall] = []
-        decoder = json.JSONDecoder()
-        at = 0
-        while at < len(body):
-            try:
-                value, at = decoder.raw_decode(body, at)
-            except (ValueError, RecursionError):
-                return Parsed(held, [])
-            call = _as_call(value, ("parameters", "arguments"))
-            if call is None:
-                return Parsed(held, [])
-            calls.append(call)
-            while at < len(body) and body[at] in " \n\t;,":
-                at += 1
-        return Parsed("" if calls else held, calls)
-
-
 class NamedParser(ToolParser):
     """The whole answer is the arguments of a function that the caller named (the grammar sees to that)."""
 
@@ -177,7 +94,8 @@ class ListParser(ToolParser):
 
     _BETWEEN = " \n\r\t[,]"
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
         self._held, self._text, self._has_calls = "", "", False
 
     @override
@@ -194,11 +112,11 @@ class ListParser(ToolParser):
         """The next call, if it is complete."""
         body = self._held.lstrip(self._BETWEEN)
         try:
-            value, end = json.JSONDecoder().raw_decode(body)
+            value, end = _DECODER.raw_decode(body)
         except (ValueError, RecursionError):
             return None
         self._held = body[end:]
-        return _as_call(value, ("parameters",))
+        return as_call(value, self._names)
 
     @override
     def end(self) -> Parsed:
@@ -225,39 +143,72 @@ class FirstCallParser(ToolParser):
         return Parsed(parsed.text, calls)
 
 
-def make_parser(kind: str, chat_template: str | None, parallel: bool = True) -> ToolParser | None:
-    """The parser for `tool_choice="auto"`.
+def as_call(value: Any, names: Collection[str], needs_arguments: bool = True) -> ToolCall | None:
+    """The call that a JSON value is, or None.
 
     Args:
-        kind: `hermes`, `llama`, `none`, or `auto` to tell from the template.
-        chat_template: the model's template, or None.
-        parallel: more than one call may be given.
+        value: `{"name": ..., "arguments": {...}}`, with `parameters` in place of `arguments`, or the same under a key
+            `function`. Arguments may be JSON text; null means that there are none.
+        names: the request's tools; nothing else can be called.
+        needs_arguments: a value without arguments is no call.
     """
-    if kind == "auto":
-        template = chat_template or ""
-        kind = "llama" if "<|python_tag|>" in template or '"parameters"' in template else "hermes"
-    parser: ToolParser | None = {"hermes": HermesParser, "llama": LlamaParser, "none": lambda: None}[kind]()
-    return parser if parser is None or parallel else FirstCallParser(parser)
+    if not isinstance(value, dict):
+        return None
+    if "name" not in value and isinstance(value.get("function"), dict):
+        value = value["function"]
+    name = value.get("name")
+    if not isinstance(name, str) or name not in names:
+        return None
+    keys = [key for key in ("arguments", "parameters") if key in value]
+    if not keys:
+        return None if needs_arguments else make_call(name, {})
+    arguments = _arguments(value[keys[0]])
+    return None if arguments is None else make_call(name, arguments)
 
 
-def _overlap(text: str, tag: str) -> int:
-    """Length of the longest end of `text` that begins `tag`."""
-    for size in range(min(len(text), len(tag) - 1), 0, -1):
-        if tag.startswith(text[-size:]):
-            return size
-    return 0
+def read_calls(text: str, names: Collection[str], needs_arguments: bool) -> list[ToolCall] | None:
+    """The calls that a text consists of: JSON values or lists of them, one after the other. None when it is else."""
+    calls: list[ToolCall] = []
+    at = _next_value(text, 0)
+    while at < len(text):
+        try:
+            value, at = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return None
+        for one in value if isinstance(value, list) else [value]:
+            call = as_call(one, names, needs_arguments)
+            if call is None:
+                return None
+            calls.append(call)
+        at = _next_value(text, at)
+    return calls or None
 
 
-def _read_call(text: str, argument_keys: tuple[str, ...]) -> ToolCall | None:
+def _next_value(text: str, at: int) -> int:
+    while at < len(text) and text[at] in BETWEEN:
+        at += 1
+    return at
+
+
+def _arguments(value: Any) -> str | None:
+    """Arguments as JSON text, or None when they are no object."""
     try:
-        value = json.loads(text)
+        if isinstance(value, str):
+            value = _DECODER.decode(value) if value.strip() else {}
+        if value is None:
+            value = {}
+        if not isinstance(value, dict):
+            return None
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        # Half a surrogate pair is JSON as an escape only.
+        return text if text.isascii() or _is_unicode(text) else json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return None
-    return _as_call(value, argument_keys)
 
 
-def _as_call(value: Any, argument_keys: tuple[str, ...]) -> ToolCall | None:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    arguments: Any = next((value[key] for key in argument_keys if key in value), {})
-    return make_call(value["name"], arguments)
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -127,7 +127,8 @@ class Fuzzer:
         if kind == "completions":
             checked = await self._constraints.of(CompletionRequest.model_validate(body))
         else:
-            checked, _, _ = await self._constraints.of_chat(ChatCompletionRequest.model_validate(body))
+            output = await self._constraints.of_chat(ChatCompletionRequest.model_validate(body), [])
+            checked = output.constraint
         if checked is None:
             raise AssertionError("a body without a constraint")
         return checked

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from engine.errors import ConfigError
+from engine.server.config import TOOL_PARSERS
 
 DTYPES = {
     "auto": "auto",
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--allowed-media-domains", nargs="+", metavar="HOST", help="hosts from which images may be fetched (none)")
     add("--allowed-local-media-path", metavar="DIR", help="folder from which images may be read (none)")
     add("--chat-template", metavar="FILE", help="a jinja file")
-    add("--tool-call-parser", choices=("auto", "hermes", "llama", "none"))
+    add("--tool-call-parser", choices=TOOL_PARSERS)
     add("--generation-config", choices=("auto", "vllm"), help="vllm: ignore the model's generation_config.json")
     add("--max-logprobs", type=int, metavar="N")
     add("--otlp-traces-endpoint", metavar="URL", help="OpenTelemetry collector")
