@@ -21,7 +21,8 @@ from engine.errors import RequestError
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{0,12}"
 # Work per token that a grammar may cost: the library's defaults allow 0.7 s, these some milliseconds.
 _LEXER_FUEL, _STEP_LEXER_FUEL = 200_000, 50_000
-_MAX_ITEMS_IN_ROW, _STEP_MAX_ITEMS = 2000, 20_000
+# 300 optional properties need rows of 1,200. An ambiguous grammar's items cost up to 12 us each: 20,000 are 0.25 s.
+_MAX_ITEMS_IN_ROW, _STEP_MAX_ITEMS = 2000, 5_000
 _MAX_LEXER_STATES = 50_000
 # Of masks from one automaton, in seconds of processor time: what it has built meanwhile is given back.
 _WORN_SECONDS = 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -45,3 +46,23 @@ def test_a_choice_bars_every_other_token():
     constraint.fill(mask)
     allowed = [i for i in range(len(tokenizer)) if mask[i // 32] >> (i % 32) & 1]
     assert {tokenizer.decode([token]) for token in allowed} == {"b"}
+
+
+AMBIGUOUS = 'start: r\nr: "a"* r+ r+ | /\\s/+ | "b"'
+
+
+def test_no_mask_of_an_ambiguous_grammar_is_slow():
+    tokenizer = AutoTokenizer.from_pretrained("models/demo")
+    compile_grammar = make_compiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
+    grammar = compile_grammar("grammar", to_grammar("grammar", AMBIGUOUS))
+    mask = np.zeros(-(-len(tokenizer) // 32), dtype=np.int32)
+    for seed in range(4):
+        constraint, rng = grammar.start(), np.random.default_rng(seed)
+        for _ in range(24):
+            start = time.thread_time()
+            constraint.fill(mask)
+            assert time.thread_time() - start < 0.1
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            if constraint.failure or (token := int(rng.choice(allowed))) == tokenizer.eos_token_id:
+                break
+            constraint.accept(token)
