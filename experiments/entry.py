@@ -17,8 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from engine.errors import ConfigError, NotDefined
+from experiments.building.model_files import check_model
 from experiments.compose import CONF_DIR
 from experiments.explain import explain, own_error
+from experiments.recording.failures import record_failure
 from experiments.sweep import ENDED_SWEEP, outcome
 from experiments.unserved import Unserved
 from reports.plain_text import write_any_text
@@ -42,12 +44,11 @@ def main() -> int:
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
     def job(cfg: DictConfig) -> dict[str, Any]:
         started.append(True)
-        # Imported here: a typing error in the command line is answered without loading torch.
-        from experiments.job import record_failure, run_job
-
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
             _check_baseline(cfg)
+            if cfg.target is None:
+                check_model(cfg, tokenizer=cfg.mode == "serve")
             if cfg.mode == "serve":
                 exit_codes.append(_serve(cfg))
             elif cfg.mode == "run" and cfg.study is not None:
@@ -55,6 +56,9 @@ def main() -> int:
 
                 run_study(cfg)
             elif cfg.mode == "run":
+                # Imported here: what is wrong with the command line or the model is answered without loading torch.
+                from experiments.job import run_job
+
                 folder = run_job(cfg)
             else:
                 raise ConfigError(f"mode={cfg.mode} must be run or serve")

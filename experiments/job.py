@@ -41,7 +41,7 @@ from experiments.recording.cell_state import (
     only_writer,
 )
 from experiments.recording.contention import Contention
-from experiments.recording.files import ERROR_FILE, MANIFEST_FILE
+from experiments.recording.files import MANIFEST_FILE
 from experiments.recording.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
 from experiments.recording.recording import Recording, recording_warning
 from experiments.recording.sources import sources_of
@@ -93,19 +93,6 @@ def _own_folder(cfg: DictConfig, run_dir: Path, choices: dict[str, str]) -> Path
     if owner_of(run_dir) in (None, whole_key(key)) or (sweep.allow_mixed and result_in(run_dir) == result_of(key)):
         return run_dir
     return CellFolders(run_dir.parent).claim(run_dir.name, key, allow_mixed=sweep.allow_mixed)
-
-
-def record_failure(message: str, *, not_defined: bool) -> None:
-    """Leave `message` in the cell's folder.
-
-    Args:
-        message: why the cell did not run.
-        not_defined: its settings mean nothing together.
-    """
-    hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
-    path = Path(hydra.runtime.output_dir) / ERROR_FILE
-    path.write_text(json.dumps({"overrides": overrides, "error": message, "not_defined": not_defined}) + "\n")
 
 
 def execute(

@@ -1,4 +1,4 @@
-"""Checks of a model directory that need no weights: each fault is one line that says what is missing."""
+"""A model directory's path and its small files: each fault is one line that says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from engine.errors import ModelError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
-SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# What people have in place of a file: its address in Git LFS, or the page that a browser shows of it.
+_LFS = b"version https://git-lfs"
+_PAGES = (b"<!doctype html", b"<html")
 
 
 def resolve_directory(path: str | Path) -> Path:
@@ -25,6 +24,11 @@ def resolve_directory(path: str | Path) -> Path:
     for candidate in (given, PROJECT_ROOT / given):
         if candidate.is_dir():
             return candidate.resolve()
+    if given.suffix == ".gguf" and given.is_file():
+        raise ModelError(
+            f"model.path={path} is a GGUF file, which is not read; give the directory of the model's own checkpoint, "
+            "with config.json and model.safetensors"
+        )
     what = "is a file" if given.is_file() else "does not exist"
     raise ModelError(f"model.path={path} {what}; give a local directory that holds config.json and the weights")
 
@@ -35,61 +39,80 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ModelError: unreadable, no JSON, or not an object.
     """
+    check_content(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file} must hold a JSON object")
     return content
 
 
-def check_config(directory: Path) -> dict[str, Any]:
+def check_content(file: Path) -> None:
+    """See that `file` is what its name says, and not something that stands in for it.
+
+    Raises:
+        ModelError: a Git LFS pointer, a web page, a dangling link, or unreadable.
+    """
+    if file.is_symlink() and not file.exists():
+        raise ModelError(f"{file} is a link to {file.readlink()}, which is not there; copy the file itself")
+    try:
+        with file.open("rb") as stream:
+            begin = stream.read(64).lstrip().lower()
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+    if begin.startswith(_LFS):
+        raise ModelError(
+            f"{file} is a Git LFS pointer, not the file itself; run git lfs pull in {file.parent}, or copy the file"
+        )
+    if begin.startswith(_PAGES):
+        raise ModelError(f"{file} is a web page, not the file itself; download the file again")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory.
 
     Raises:
         ModelError: missing, broken, or without a model type.
     """
     file = directory / "config.json"
-    if not file.is_file():
-        raise ModelError(f"{directory} has no config.json; model.path must name a transformers model directory")
+    if not file.is_symlink() and not file.is_file():
+        raise ModelError(f"{directory} has no config.json; {_instead_of_config(directory)}")
     config = read_json(file)
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{file} has no model_type; it is not the config of a transformers model")
     return config
 
 
-def check_weights(directory: Path) -> None:
-    """See that the weight files are there and whole.
+def _instead_of_config(directory: Path) -> str:
+    """What a directory without config.json is, and what to give in its place."""
+    if (directory / "adapter_config.json").is_file():
+        base = _text(directory / "adapter_config.json", "base_model_name_or_path")
+        of = f" of {base}" if base else ""
+        return f"it holds an adapter{of} (peft) and no model; merge it into its base model and give that directory"
+    if (directory / "model_index.json").is_file():
+        return "it holds a diffusers pipeline, which is no language model"
+    snapshots = sorted((directory / "snapshots").glob("*/config.json"))
+    if snapshots:
+        return f"it is a folder of the Hugging Face cache; give {snapshots[-1].parent}"
+    inside = sorted(file.parent for file in directory.glob("*/config.json"))
+    if len(inside) == 1:
+        return f"give {inside[0]}, which has one"
+    if any(directory.glob("*.gguf")):
+        return "it holds GGUF weights, which are not read; give the model's own checkpoint, with model.safetensors"
+    if (directory / "params.json").is_file():
+        return "it holds its maker's own format (params.json); give the checkpoint for transformers, with config.json"
+    return "model.path must name a transformers model directory"
 
-    Raises:
-        ModelError: no weights, a shard of the index is missing, or a file is cut off.
-    """
-    for file in _safetensors_files(directory):
-        if not file.is_file():
-            raise ModelError(f"{directory} lacks {file.name}, which {SAFETENSORS_INDEX} names; copy it again")
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is truncated or broken ({one_line(error)}); copy it again") from error
 
-
-def _safetensors_files(directory: Path) -> list[Path]:
-    if (directory / SAFETENSORS).is_file():
-        return [directory / SAFETENSORS]
-    index = directory / SAFETENSORS_INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{index} has no weight_map; copy it again")
-        return [directory / name for name in sorted(set(weight_map.values()))]
-    if any((directory / name).is_file() for name in PICKLES):
-        return []
-    raise ModelError(
-        f"{directory} holds no weights: {SAFETENSORS} or {SAFETENSORS_INDEX} with its shards is missing "
-        "(model.load_format=dummy runs the shape without weights)"
-    )
+def _text(file: Path, key: str) -> str | None:
+    """A string of a JSON file that need not be whole."""
+    try:
+        value = read_json(file).get(key)
+    except ModelError:
+        return None
+    return value if isinstance(value, str) and value else None
 
 
 def special_token_ids(directory: Path) -> frozenset[int]:

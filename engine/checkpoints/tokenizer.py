@@ -2,25 +2,62 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from engine.checkpoints.directory import one_line, resolve_directory
+from engine.checkpoints.directory import check_content, one_line, read_json, resolve_directory
 from engine.errors import ModelError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tokenizer_config.json",
-)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+VOCABULARIES = (TOKENIZER_JSON, SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+                "spm.model")  # fmt: skip
+# Their tokens are bytes or characters: there is no vocabulary to read.
+WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+def check_tokenizer(directory: Path, trust_remote_code: bool = False) -> None:
+    """See that a tokenizer is there, without loading it.
+
+    Raises:
+        ModelError: there is none, or a file of it is not what its name says.
+    """
+    for name in VOCABULARIES:
+        if (directory / name).is_file():
+            check_content(directory / name)
+    if has_tokenizer(directory, trust_remote_code):
+        return
+    settings = _settings(directory)
+    if (directory / "tekken.json").is_file():
+        raise ModelError(f"{directory} holds tekken.json, which is not read; copy the model's tokenizer.json into it")
+    if "auto_map" in settings:
+        raise ModelError(
+            f"the tokenizer in {directory} is Python code of its own; copy a tokenizer.json into it, or if you trust "
+            "the code, set model.trust_remote_code=true"
+        )
+    raise ModelError(f"{directory} holds no tokenizer; copy the model's tokenizer.json (or tokenizer.model) into it")
+
+
+def has_tokenizer(directory: Path, trust_remote_code: bool = False) -> bool:
+    """Whether a tokenizer is there, its vocabulary at least. Raises ModelError on a broken tokenizer_config.json."""
+    if any((directory / name).is_file() for name in VOCABULARIES):
+        return True
+    settings = _settings(directory)
+    own_code = trust_remote_code and "auto_map" in settings
+    return own_code or settings.get("tokenizer_class") in WITHOUT_VOCABULARY
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model directory. Nothing is fetched from a hub.
+
+    A `tokenizer.model` without tokenizer.json is read as SentencePiece itself reads it, with the settings of
+    tokenizer_config.json where there is one.
 
     Args:
         path: the directory; a relative one as in `load_model`.
@@ -29,13 +66,45 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     Raises:
         ModelError: no directory, no tokenizer in it, or a broken one.
     """
+    from transformers import AutoTokenizer
+
     directory = resolve_directory(path)
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelError(
-            f"{directory} holds no tokenizer; copy the model's tokenizer.json (or tokenizer.model) into it"
-        )
+    check_tokenizer(directory, trust_remote_code)
+    own_code = trust_remote_code and "auto_map" in _settings(directory)
     try:
+        if (directory / SENTENCEPIECE).is_file() and not (directory / TOKENIZER_JSON).is_file() and not own_code:
+            return _from_sentencepiece(directory)
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
     # Anything: the tokenizer classes raise whatever their parsers do.
     except Exception as error:
         raise ModelError(f"the tokenizer in {directory} cannot be loaded: {one_line(error)}") from error
+
+
+def _settings(directory: Path) -> dict[str, object]:
+    file = directory / SETTINGS[0]
+    return read_json(file) if file.is_file() else {}
+
+
+def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerBase:
+    """transformers' classes guess what a tokenizer.model leaves open (such as the blank before a text) from the model's
+    type; the file itself says it. So it is written as a tokenizer.json, which leaves nothing open.
+    """
+    from transformers import AutoTokenizer
+
+    from engine.checkpoints.sentencepiece_model import convert
+
+    converted = convert(directory / SENTENCEPIECE, _settings(directory))
+    with tempfile.TemporaryDirectory(prefix="kvarena-tokenizer-") as folder:
+        target = Path(folder)
+        for name in SETTINGS:
+            if (directory / name).is_file():
+                shutil.copy(directory / name, target / name)
+        for templates in directory.glob("additional_chat_templates"):
+            shutil.copytree(templates, target / templates.name)
+        (target / SETTINGS[0]).write_text(json.dumps(converted.settings), encoding="utf-8")
+        (target / TOKENIZER_JSON).write_text(converted.tokenizer.to_str(), encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.name_or_path = str(directory)
+    return tokenizer

@@ -16,14 +16,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from engine.checkpoints.directory import (
-    check_config,
     end_token,
     one_line,
+    read_config,
     resolve_directory,
     special_token_ids,
     token_id,
 )
-from engine.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer
+from engine.checkpoints.kinds import check_kind
+from engine.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from engine.errors import ConfigError, ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,7 +62,7 @@ def read_model_config(
 
 
 def end_and_special_tokens(
-    module: nn.Module, text: PretrainedConfig, directory: Path | None, trust_remote_code: bool
+    module: nn.Module, text: PretrainedConfig, directory: Path | None, own_end: int | None
 ) -> tuple[frozenset[int], frozenset[int]]:
     """Tokens that end a request, and tokens that are not text (the former among them).
 
@@ -72,16 +73,15 @@ def end_and_special_tokens(
         module: the model, for the generation config that its config implies.
         text: the config of the text model.
         directory: with generation config and tokenizer files, or None.
-        trust_remote_code: run the directory's own tokenizer code, where the end token is known to that alone.
+        own_end: the tokenizer's end token (`tokenizer_end`).
 
     Raises:
-        ModelError: the generation config or the tokenizer is broken.
+        ModelError: the generation config is broken.
     """
     eos = _as_set(_generation_eos(module, directory)) or _as_set(text.eos_token_id)
-    if directory is not None:
-        own = _tokenizer_end(directory, trust_remote_code)
-        # One that only the tokenizer has, beyond the model's logits, is never sampled.
-        eos |= frozenset() if own is None or own >= text.vocab_size else {own}
+    # One that only the tokenizer has, beyond the model's logits, is never sampled.
+    if own_end is not None and own_end < text.vocab_size:
+        eos |= {own_end}
     special = eos | _as_set(text.eos_token_id) | _as_set(text.bos_token_id) | _as_set(text.pad_token_id)
     if directory is not None:
         special |= special_token_ids(directory)
@@ -99,9 +99,19 @@ def _generation_eos(module: nn.Module, directory: Path | None) -> int | list[int
     return getattr(config, "eos_token_id", None)
 
 
-def _tokenizer_end(directory: Path, trust_remote_code: bool) -> int | None:
-    """The end token of the directory's tokenizer, which is loaded only when its JSON files do not tell."""
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+def tokenizer_end(directory: Path | None, trust_remote_code: bool) -> int | None:
+    """The end token of the directory's tokenizer, which is loaded only when its JSON files do not tell.
+
+    Call it before the weights are read: a broken tokenizer must not wait for them.
+
+    Args:
+        directory: of the model; None: there is none.
+        trust_remote_code: run the directory's own tokenizer code, where the end token is known to that alone.
+
+    Raises:
+        ModelError: the tokenizer is broken.
+    """
+    if directory is None or not has_tokenizer(directory, trust_remote_code):
         return None
     token = end_token(directory)
     if token == "":
@@ -138,7 +148,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _read_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
-    raw = check_config(directory)
+    raw = read_config(directory)
+    check_kind(directory, raw, weights=False)
     if raw["model_type"] not in CONFIG_MAPPING:
         if "auto_map" not in raw:
             raise ModelError(

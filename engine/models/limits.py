@@ -21,7 +21,10 @@ def max_model_len(config: PretrainedConfig, name: str) -> int:
     - chunked attention (Llama 4) is written in the mask alone, which the hook does not get: within one chunk it is
       plain causal attention.
 
-    `yarn` stretches the stated length by its factor.
+    Two kinds stretch it:
+    - `yarn`: the original length times its factor, where that is more than what is stated.
+    - `linear`, where every layer has it: its factor times the stated length, or times the original one where the
+      config tells both apart. (Gemma 3 has it in some layers, and states the stretched length.)
 
     Raises:
         ModelError: the config states no context length.
@@ -31,7 +34,10 @@ def max_model_len(config: PretrainedConfig, name: str) -> int:
     if not lengths:
         raise ModelError(f"{name} states no context length: config.json has none of {', '.join(LENGTH_FIELDS)}")
     limit = lengths[0]
-    for rope in _rope_parameters(config):
+    ropes = _rope_parameters(config)
+    if ropes and all(rope.get("rope_type") == "linear" for rope in ropes):
+        limit = max(limit, min(_linear_length(rope, config, limit) for rope in ropes))
+    for rope in ropes:
         kind = rope.get("rope_type")
         original = rope.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
@@ -42,6 +48,11 @@ def max_model_len(config: PretrainedConfig, name: str) -> int:
             limit = min(limit, int(original))
     chunk = getattr(config, "attention_chunk_size", None)
     return min(limit, chunk) if isinstance(chunk, int) and chunk > 0 else limit
+
+
+def _linear_length(rope: dict[str, Any], config: PretrainedConfig, stated: int) -> int:
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return int((original or stated) * float(rope.get("factor") or 1.0))
 
 
 def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:

@@ -14,9 +14,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from engine.checkpoints.directory import check_weights, one_line
+from engine.checkpoints.check import check_checkpoint
+from engine.checkpoints.directory import one_line
+from engine.checkpoints.kinds import DEQUANTIZED
 from engine.errors import ConfigError, ModelError
-from engine.models.configs import end_and_special_tokens, quiet_transformers, read_model_config, weights_dtype
+from engine.models.configs import (
+    end_and_special_tokens,
+    quiet_transformers,
+    read_model_config,
+    tokenizer_end,
+    weights_dtype,
+)
 from engine.models.limits import max_model_len
 from engine.models.probe import probe_attention
 from engine.models.spec import LoadedModel, ModelSpec
@@ -58,23 +66,24 @@ def load_model(
     with quiet_transformers():
         config, directory, name = read_model_config(path, shape, name, trust_remote_code)
         weights = weights_dtype(dtype, config)
+        own_end = tokenizer_end(directory, trust_remote_code)
         if load_format == "dummy" or directory is None:
             module = build_dummy(config, weights, device, seed, trust_remote_code, name)
         else:
-            check_weights(directory)
+            check_checkpoint(directory)
             module = _from_directory(directory, config, weights, device, trust_remote_code)
         module.eval().requires_grad_(False)
-        return _describe(module, config.get_text_config(), name, directory, trust_remote_code)
+        return _describe(module, config.get_text_config(), name, directory, own_end)
 
 
 def _describe(
-    module: nn.Module, text: PretrainedConfig, name: str, directory: Path | None, trust_remote_code: bool
+    module: nn.Module, text: PretrainedConfig, name: str, directory: Path | None, own_end: int | None
 ) -> LoadedModel:
     """Probe the module and note what the engine needs to know of it."""
     # The embedding may be larger than the tokenizer; ids below its size are valid inputs.
     num_ids = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     geometry = probe_attention(module, name, text.num_hidden_layers, num_ids)
-    eos, special = end_and_special_tokens(module, text, directory, trust_remote_code)
+    eos, special = end_and_special_tokens(module, text, directory, own_end)
     spec = ModelSpec(
         name=name,
         num_layers=geometry.num_layers,
@@ -100,6 +109,10 @@ def _from_directory(
     device: str | torch.device,
     trust_remote_code: bool,
 ) -> nn.Module:
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") in DEQUANTIZED:
+        # What kernels run quantised weights, if any, depends on the device; plain weights run everywhere alike.
+        quantization["dequantize"] = True
     placement = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

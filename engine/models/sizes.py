@@ -16,7 +16,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from engine.models.configs import end_and_special_tokens, quiet_transformers, read_model_config, weights_dtype
+from engine.models.configs import (
+    end_and_special_tokens,
+    quiet_transformers,
+    read_model_config,
+    tokenizer_end,
+    weights_dtype,
+)
 from engine.models.limits import max_model_len
 from engine.models.loader import build_dummy
 from engine.models.probe import trace_attention
@@ -102,7 +108,7 @@ def _sizes(
         text = config.get_text_config()
         embedding = cast(nn.Module, module.get_input_embeddings()).weight  # type: ignore[operator]
         geometry = trace_attention(module, name, text.num_hidden_layers, cast(torch.Tensor, embedding).shape[0])
-        eos, special = end_and_special_tokens(module, text, directory, trust_remote_code)
+        eos, special = end_and_special_tokens(module, text, directory, tokenizer_end(directory, trust_remote_code))
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     head = module.get_output_embeddings().weight  # type: ignore[operator]
     tables = {id(m.weight): m.weight.numel() for m in module.modules() if isinstance(m, nn.Embedding)}

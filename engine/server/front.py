@@ -14,7 +14,7 @@ from pathlib import Path
 
 import uvicorn
 
-from engine.errors import KvarenaError
+from engine.errors import KvarenaError, ModelError
 from engine.server import metrics
 from engine.server.app import create_app
 from engine.server.client import EngineClient
@@ -94,9 +94,14 @@ class Front:
         config = self._config
         feed = PoolFeed()
         client = await EngineClient.connect(self._engine, self._row, config.max_stream_lag, feed.publish)
-        tokenizer = await asyncio.to_thread(
-            TokenizerService, self._model.path, self._model.trust_remote_code, config.chat_template
-        )
+        try:
+            tokenizer = await asyncio.to_thread(
+                TokenizerService, self._model.path, self._model.trust_remote_code, config.chat_template
+            )
+        except ModelError:
+            # The engine reads the same tokenizer before its weights, and says what is wrong with it: once is enough.
+            await client.ready
+            raise
         defaults = generation_defaults(self._model.path) if config.generation_config else {}
         await client.ready
         tracer = Tracer(config.otlp_endpoint) if config.otlp_endpoint else None

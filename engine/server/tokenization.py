@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import orjson
 
 from engine.checkpoints.directory import read_json
+from engine.checkpoints.tokenizer import load_tokenizer
 from engine.errors import ModelError, RequestError
 from engine.importing import importing
 from engine.request import SamplingParams
@@ -37,22 +38,13 @@ class TokenizerService:
         chat_template: a jinja file that replaces the tokenizer's template.
 
     Raises:
-        ModelError: there is no tokenizer in `path`.
+        ModelError: there is no tokenizer in `path`, or a broken one.
     """
 
     def __init__(self, path: str, trust_remote_code: bool = False, chat_template: str | None = None) -> None:
-        try:
-            # Most of what the tokenizer needs is imported by from_pretrained.
-            with importing():
-                from transformers import AutoTokenizer
-
-                tokenizer: Any = AutoTokenizer.from_pretrained(
-                    path, local_files_only=True, trust_remote_code=trust_remote_code
-                )
-        except Exception as error:
-            raise ModelError(
-                f"no tokenizer could be loaded from {path}: {' '.join(str(error).split())[:300]}"
-            ) from error
+        # Most of what the tokenizer needs is imported by loading it.
+        with importing():
+            tokenizer: Any = load_tokenizer(path, trust_remote_code)
         self.tokenizer = tokenizer
         if chat_template is not None:
             self.tokenizer.chat_template = Path(chat_template).read_text()

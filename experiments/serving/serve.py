@@ -10,22 +10,22 @@ import functools
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from engine.errors import ConfigError, KvarenaError, ModelError
+from engine.errors import ConfigError, KvarenaError
 from engine.importing import importing
 from engine.server.config import ServerConfig
 from engine.server.process import ModelFiles
 from engine.server.served import ServedEngine
 from engine.server.supervisor import serve as run_server
+from experiments.building.model_files import check_model
+from experiments.config import check_values
 from experiments.explain import explain
 
 logger = logging.getLogger("kvarena.engine")
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is
 
 
@@ -41,7 +41,9 @@ def serve(cfg: DictConfig, choices: Mapping[str, str]) -> int:
             one line; the exit code is then 2.
     """
     server = ServerConfig.from_dict(OmegaConf.to_container(cfg.server, resolve=True))  # type: ignore[arg-type]
-    if cfg.model.path is None:
+    check_values(cfg)
+    directory = check_model(cfg, tokenizer=True)
+    if directory is None:
         raise ConfigError("mode=serve needs a tokenizer: set model.path to a model directory")
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     values.pop("hydra", None)
@@ -49,17 +51,8 @@ def serve(cfg: DictConfig, choices: Mapping[str, str]) -> int:
     if not server.served_model_names and cfg.model.name:
         server = ServerConfig.from_dict({**vars(server), "served_model_names": [cfg.model.name]})
     server = server.with_keys(os.environ)
-    model = ModelFiles(str(_model_directory(cfg.model.path)), bool(cfg.model.trust_remote_code))
+    model = ModelFiles(str(directory), bool(cfg.model.trust_remote_code))
     return run_server(server, model, functools.partial(build_served_engine, values, strategy))
-
-
-def _model_directory(path: str) -> Path:
-    """As `engine.checkpoints.directory.resolve_directory`, without loading torch into the supervisor."""
-    given = Path(path).expanduser()
-    for candidate in (given, PROJECT_ROOT / given):
-        if (candidate / "config.json").is_file():
-            return candidate.resolve()
-    raise ModelError(f"model.path={path} is no model directory: there is no {given / 'config.json'}")
 
 
 def build_served_engine(values: dict[str, Any], strategy: dict[str, str]) -> ServedEngine:
@@ -94,13 +87,14 @@ def _build(values: dict[str, Any], strategy: dict[str, str]) -> ServedEngine:
     cfg = OmegaConf.create(values)
     if all(size is None for size in values["kv_cache"].values()) and not torch.cuda.is_available():
         cfg.kv_cache.num_slots = CPU_SLOTS
+    # Before the weights: a tokenizer that cannot be read must not wait for them.
+    tokenizer = load_tokenizer(cfg.model.path, bool(cfg.model.trust_remote_code))
     parts = build_engine(cfg)
     # A ledger keeps every step; a server runs for ever.
     parts.engine.ledger = None
     logger.info("the engine has warmed up in %.1f s", warm_up(cfg, parts, SERVED))
     spec = parts.spec
     eos = frozenset(spec.eos_token_ids)
-    tokenizer = load_tokenizer(cfg.model.path, bool(cfg.model.trust_remote_code))
     allocator = parts.engine.allocator
     facts = {
         "cache_dtype": "auto",

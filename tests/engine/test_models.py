@@ -303,6 +303,22 @@ def test_context_limits_keep_packed_sequences_independent():
     assert limit("llama4_text", attention_chunk_size=128) == 128
 
 
+def test_a_linear_scale_stretches_the_context():
+    def limit(family: str, rope: dict, **fields) -> int:
+        return max_model_len(AutoConfig.for_model(family, **(BASE | {"rope_parameters": rope} | fields)), family)
+
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    assert limit("llama", linear) == 1024
+    assert limit("llama", linear | {"factor": 1.5}) == 384
+    assert limit("llama", linear | {"factor": 0.5}) == 256
+    # The config states both: the longer one is what it says, not that times four again.
+    assert limit("llama", linear | {"original_max_position_embeddings": 64}) == 256
+    both = {"full_attention": linear, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    assert limit("gemma3_text", both) == 256
+    old = AutoConfig.for_model("llama", **(BASE | {"rope_scaling": {"type": "linear", "factor": 2.0}}))
+    assert max_model_len(old, "llama") == 512
+
+
 def test_tokenizer(tmp_path):
     tokenizer = load_tokenizer("models/demo")
     text = "a function returns a value"

@@ -43,7 +43,7 @@ def test_a_shells_limit_on_open_files_is_lifted():
 @pytest.mark.parametrize(
     ("flags", "words"),
     (
-        (["/nonexistent"], "no model directory"),
+        (["/nonexistent"], "does not exist; give a local directory"),
         (["models/demo", "--max-model-len", "100000"], "max_model_len"),
         (["models/demo", "--num-gpu-blocks-override", "0"], "num_blocks"),
         (["models/demo", "--tensor-parallel-size", "2"], "tensor-parallel-size"),

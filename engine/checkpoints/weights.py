@@ -1,0 +1,127 @@
+"""The weight files of a model directory: there, whole, and of a format that is read. Headers are read, weights not."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from engine.checkpoints.directory import check_content, one_line, read_json
+from engine.checkpoints.kinds import check_tensor_names, quantization
+from engine.errors import ModelError
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# Other formats by pattern, in the order in which a directory with several is called after one.
+FORMATS = {
+    "*.gguf": "GGUF weights",
+    "adapter_model.*": "an adapter (peft), which needs merging into its base model,",
+    "consolidated*": "its maker's own format",
+    "*.nemo": "a NeMo archive",
+    "tf_model.h5": "TensorFlow weights",
+    "flax_model*.msgpack": "Flax weights",
+    "rust_model.ot": "Rust weights",
+    "*.onnx": "an ONNX graph",
+    "*.npz": "MLX weights",
+    "*.engine": "a TensorRT engine",
+    "*.distcp": "a distributed training checkpoint",
+    "*.ckpt": "a training checkpoint",
+    "*.pt": "PyTorch weights under another name than pytorch_model.bin",
+    "*.pth": "PyTorch weights under another name than pytorch_model.bin",
+}
+
+
+def check_weights(directory: Path, config: dict[str, Any]) -> None:
+    """See that the weight files are there and whole.
+
+    Args:
+        directory: the checkpoint's.
+        config: its config.json.
+
+    Raises:
+        ModelError: no weights, of a format that is not read, a shard or the index is missing, or a file is cut off.
+    """
+    files = _files(directory)
+    for file in files:
+        check_content(file)
+        if file.suffix == ".safetensors":
+            names = _tensor_names(file)
+            if quantization(config) is None:
+                check_tensor_names(directory, names)
+        elif not _is_whole_pickle(file):
+            raise ModelError(f"{file} is truncated or broken; copy it again")
+
+
+def _tensor_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is truncated or broken ({one_line(error)}); copy it again") from error
+
+
+def _is_whole_pickle(file: Path) -> bool:
+    """torch.save writes a zip archive, whose end is its table of contents; before torch 1.6 it wrote a bare pickle."""
+    if zipfile.is_zipfile(file):
+        return True
+    with file.open("rb") as stream:
+        return stream.read(1) == b"\x80"
+
+
+def _files(directory: Path) -> list[Path]:
+    """The files that transformers would read, in its order of preference."""
+    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
+        file = directory / single
+        if file.is_file() or file.is_symlink():
+            return [file]
+        if (directory / index).is_file():
+            return _shards(directory, directory / index)
+        _check_index_is_there(directory, single, index)
+    raise ModelError(f"{directory} holds no weights: {_what_is_there(directory)}")
+
+
+def _shards(directory: Path, index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} has no weight_map; copy it again")
+    names = sorted({str(name) for name in weight_map.values()})
+    missing = [name for name in names if not (directory / name).is_file() and not (directory / name).is_symlink()]
+    if missing:
+        more = f" and {len(missing) - 1} more of {len(names)} files" if len(missing) > 1 else ""
+        raise ModelError(
+            f"{directory} lacks {missing[0]}{more}, which {index.name} names; copy {'them' if more else 'it'} again"
+        )
+    return [directory / name for name in names]
+
+
+def _check_index_is_there(directory: Path, single: str, index: str) -> None:
+    """Shards without the list of what is in which cannot be read; nor can a single file under another name."""
+    stem, _, suffix = single.rpartition(".")
+    shards = sorted(directory.glob(f"{stem}-*-of-*.{suffix}"))
+    if shards:
+        raise ModelError(
+            f"{directory} holds {len(shards)} shards such as {shards[0].name} and lacks {index}, which says what is in "
+            "which; copy it too"
+        )
+    others = [
+        file
+        for file in sorted(directory.glob(f"*.{suffix}"))
+        if suffix == "safetensors" and not file.name.startswith(("adapter", "consolidated"))
+    ]
+    if others:
+        raise ModelError(
+            f"{directory} holds {others[0].name} and no {single}; if it holds the whole model, rename it to {single}"
+        )
+
+
+def _what_is_there(directory: Path) -> str:
+    for pattern, what in FORMATS.items():
+        found = next(iter(sorted(directory.glob(pattern))), None)
+        if found is not None:
+            return f"{found.name} is {what} and is not read; give the model's checkpoint with {SAFETENSORS}"
+    return (
+        f"{SAFETENSORS} or {SAFETENSORS_INDEX} with its shards is missing (model.load_format=dummy runs the shape "
+        "without weights)"
+    )

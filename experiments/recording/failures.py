@@ -1,0 +1,23 @@
+"""Why a cell did not run, in its folder. Imports nothing heavy: most reasons are known before torch is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+
+from experiments.recording.files import ERROR_FILE
+
+
+def record_failure(message: str, *, not_defined: bool) -> None:
+    """Leave `message` in the cell's folder.
+
+    Args:
+        message: why the cell did not run.
+        not_defined: its settings mean nothing together.
+    """
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    path = Path(hydra.runtime.output_dir) / ERROR_FILE
+    path.write_text(json.dumps({"overrides": overrides, "error": message, "not_defined": not_defined}) + "\n")
