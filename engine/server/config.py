@@ -38,11 +38,11 @@ class ServerConfig:
         num_fronts: HTTP processes; by default as many as the cores warrant.
         max_num_queued_requests: requests waiting in the engine beyond which new ones get 503.
         shutdown_timeout: how long open requests may still run after SIGTERM.
-        heartbeat_timeout: an engine process silent for so long is taken for dead.
+        heartbeat_timeout: an engine or front process silent for so long is taken for frozen.
         stall_timeout: no step finished for so long while work is queued: `/health` answers 503.
         step_timeout: the same, and the server gives up.
         max_body_mib: largest request body.
-        body_timeout: how long a client may take to send its headers, and its body.
+        body_timeout: how long a client may take to send its headers, and its body; and to read what waits for it.
         max_n: most choices per request.
         max_logprobs: largest `logprobs` / `top_logprobs` / `prompt_logprobs`.
         max_prompts: most prompts in one completions request.

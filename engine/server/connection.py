@@ -1,12 +1,14 @@
-"""uvicorn's HTTP/1.1 connection with bounds on what a client may send before its request is taken in.
+"""uvicorn's HTTP/1.1 connection with bounds on what a client may send before its request is taken in, and on how long
+it may leave an answer unread.
 
 The library keeps headers and trailers, finished or not, until the last one is here, and waits for it as long as the
-client likes: without a bound, anybody without a key could fill the memory.
+client likes: without a bound, anybody without a key could fill the memory. An answer that nobody reads is kept as long.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import orjson
@@ -14,21 +16,27 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engine.server.errors import ApiError
 
+logger = logging.getLogger("kvarena.front")
+
 MAX_HEAD_BYTES = 128 * 1024
+MIN_BYTES_PER_SECOND = 256 * 1024
 
 
 class BoundedConnection(HttpToolsProtocol):
     """One client's connection.
 
     Args:
-        head_timeout: seconds that a request's first line and headers may take.
+        timeout: seconds that a request's first line and headers may take. A client that does not read has as long, be
+            it that a stream cannot go on or that a finished answer waits, and a second more for each
+            `MIN_BYTES_PER_SECOND` of a finished one.
         options: as for the base class.
     """
 
-    def __init__(self, *, head_timeout: float, **options: Any) -> None:
+    def __init__(self, *, timeout: float, **options: Any) -> None:
         super().__init__(**options)
-        self._head_timeout = head_timeout
+        self._timeout = timeout
         self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         self._num_pending = 0  # bytes that are neither body nor a finished head
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -37,8 +45,9 @@ class BoundedConnection(HttpToolsProtocol):
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._disarm()
+        self._disarm_write()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -69,9 +78,46 @@ class BoundedConnection(HttpToolsProtocol):
         self._num_pending = 0
         super().on_message_complete()
 
+    def pause_writing(self) -> None:
+        """The client does not read, or not fast enough."""
+        super().pause_writing()
+        self._arm_write(self._timeout)
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        super().resume_writing()
+        self._disarm_write()
+        if self.cycle is None or self.cycle.response_complete:
+            self._limit_rest()
+
+    def on_response_complete(self) -> None:
+        """An answer is written, as far as the application knows."""
+        self._limit_rest()
+        super().on_response_complete()
+
+    def _limit_rest(self) -> None:
+        num_left = self.transport.get_write_buffer_size()
+        if num_left:
+            self._arm_write(self._timeout + num_left / MIN_BYTES_PER_SECOND)
+
+    def _arm_write(self, seconds: float) -> None:
+        self._disarm_write()
+        self._write_timer = self.loop.call_later(seconds, self._on_unread)
+
+    def _disarm_write(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _on_unread(self) -> None:
+        self._write_timer = None
+        if self.transport.get_write_buffer_size():
+            logger.warning("a client did not read its answer in time; its connection is cut")
+            self.transport.abort()
+
     def _arm(self) -> None:
         self._disarm()
-        self._head_timer = self.loop.call_later(self._head_timeout, self._on_timeout)
+        self._head_timer = self.loop.call_later(self._timeout, self._on_timeout)
 
     def _disarm(self) -> None:
         if self._head_timer is not None:

@@ -13,7 +13,6 @@ import selectors
 import socket
 import threading
 import time
-from pathlib import Path
 
 from engine.core import StepFailed, StepOutput
 from engine.errors import EngineError
@@ -22,6 +21,7 @@ from engine.server import metrics
 from engine.server.gauges import Gauges
 from engine.server.intake import Intake
 from engine.server.ipc import BAD_CONSTRAINT, Finish, Link, ToFront
+from engine.server.page import Page
 from engine.server.served import Outgoing, ServedEngine
 
 logger = logging.getLogger("kvarena.engine")
@@ -38,7 +38,8 @@ class EngineLoop:
     Args:
         served: the engine and its facts.
         fronts: one socket per front.
-        control: the supervisor's socket; its end of stream stops the loop.
+        control: the supervisor's socket; it hands over the sockets of fronts that take another one's place, and its
+            end of stream stops the loop.
         page: the shared metrics page.
         max_num_queued_requests: waiting requests beyond which new ones are refused.
     """
@@ -48,7 +49,7 @@ class EngineLoop:
         served: ServedEngine,
         fronts: list[socket.socket],
         control: socket.socket,
-        page: Path,
+        page: Page,
         max_num_queued_requests: int,
     ) -> None:
         self._served, self._engine = served, served.engine
@@ -127,16 +128,30 @@ class EngineLoop:
 
     def _control_open(self) -> bool:
         try:
-            return bool(self._control.recv(64))
+            index, files, _, _ = socket.recv_fds(self._control, 1, 1)
         except BlockingIOError:
             return True
         except OSError:
             return False
+        if files:
+            self._take_front(index[0], socket.socket(fileno=files[0]))
+        return bool(index)
+
+    def _take_front(self, front: int, sock: socket.socket) -> None:
+        """A new front process in an old one's place."""
+        self._drop_front(front)
+        self._links[front], self._intake.outs[front] = Link(sock), Outgoing()
+        self._selector.register(sock, selectors.EVENT_READ, front)
+        self._links[front].send([ToFront.READY, self._served.info()])
 
     def _drop_front(self, front: int) -> None:
         """A front is gone: end its requests."""
-        logger.warning("front %d closed its socket; its requests end", front)
-        self._selector.unregister(self._links[front].sock)
+        link = self._links[front]
+        if link.sock.fileno() < 0:
+            return  # it has been dropped
+        logger.warning("front %d is gone; its requests end", front)
+        self._selector.unregister(link.sock)
+        link.close()
         self._intake.drop_front(front)
 
     # Steps.

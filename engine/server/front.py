@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import sys
+import time
 from pathlib import Path
 
 import uvicorn
@@ -22,7 +23,9 @@ from engine.server.config import ServerConfig
 from engine.server.connection import BoundedConnection
 from engine.server.dashboard import PoolFeed
 from engine.server.groups import EngineGone
-from engine.server.process import DRAIN, EXIT, READY, ModelFiles, end_process, freeze_heap
+from engine.server.listeners import BACKLOG
+from engine.server.page import Page
+from engine.server.process import DRAIN, EXIT, READY, ModelFiles, end_process, freeze_heap, start_log
 from engine.server.service import Service
 from engine.server.suspicion import Suspicion
 from engine.server.tokenization import TokenizerService, generation_defaults
@@ -40,10 +43,10 @@ def run_front(
     listener: socket.socket,
     engine: socket.socket,
     control: socket.socket,
-    page: Path,
+    page: Page,
 ) -> None:
     """The process's main function; does not return."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stdout)
+    start_log()
     # The supervisor decides when to stop; a Ctrl-C reaches the whole process group.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -81,7 +84,7 @@ class Front:
         listener: socket.socket,
         engine: socket.socket,
         control: socket.socket,
-        page: Path,
+        page: Page,
     ) -> None:
         self._config, self._model = config, model
         self._listener, self._engine, self._control = listener, engine, control
@@ -127,7 +130,7 @@ class Front:
         config = self._config
         return uvicorn.Config(
             app,  # type: ignore[arg-type]
-            http=functools.partial(BoundedConnection, head_timeout=config.body_timeout),  # type: ignore[arg-type]
+            http=functools.partial(BoundedConnection, timeout=config.body_timeout),  # type: ignore[arg-type]
             log_config=None,
             log_level="warning",
             access_log=False,
@@ -137,7 +140,7 @@ class Front:
             proxy_headers=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=3,
-            backlog=4096,
+            backlog=BACKLOG,
             ssl_certfile=config.ssl_certfile,
             ssl_keyfile=config.ssl_keyfile,
             ssl_keyfile_password=config.ssl_keyfile_password,
@@ -151,6 +154,7 @@ class Front:
         self._control.setblocking(False)
         while not server.started:
             await asyncio.sleep(0.01)
+        self._row.set("heartbeat", time.monotonic())
         await loop.sock_sendall(self._control, READY)
         while True:
             words = await loop.sock_recv(self._control, 64)
@@ -175,9 +179,10 @@ class Front:
         server.should_exit = True
 
     async def _watch(self, service: Service) -> None:
-        """End all streams when the engine's heart has stopped."""
+        """Tell the supervisor that this loop turns; end all streams when the engine's heart has stopped."""
         config, suspicion = self._config, Suspicion()
         while True:
+            self._row.set("heartbeat", time.monotonic())
             await asyncio.sleep(_WATCH_SECONDS)
             state = metrics.health(self._rows[0], config.heartbeat_timeout, config.step_timeout)
             if suspicion.confirmed(state.reason):

@@ -180,6 +180,13 @@ class Link:
             else:
                 self._outbox[0] = head[sent:]
 
+    def close(self) -> None:
+        """Let go of the socket and of what waits for the reader."""
+        self.closed = True
+        self.sock.close()
+        self._outbox.clear()
+        self._outbox_bytes = 0
+
     @property
     def num_queued_bytes(self) -> int:
         """Bytes that wait for the reader."""

@@ -1,6 +1,6 @@
 """Metrics in shared memory, and their exposition for Prometheus.
 
-A page file holds one row of doubles per process: row 0 is the engine's, then one per front. Each row has one writer,
+A page holds one row of doubles per process: row 0 is the engine's, then one per front. Each row has one writer,
 so there are no locks; an aligned 8-byte store is atomic on the machines that we run on. `/metrics` adds the rows up.
 Names, types, labels and buckets are vLLM's, so that its boards and autoscalers work; ours beside them start with
 `kvarena:`. The engine's heart-beat lives here too, so that `/health` needs no answer from the engine.
@@ -9,12 +9,9 @@ Names, types, labels and buckets are vLLM's, so that its boards and autoscalers 
 from __future__ import annotations
 
 import bisect
-import mmap
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
@@ -22,6 +19,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from engine.plan import CLASSES
+from engine.server.page import Page
 
 LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TTFT = (
@@ -158,23 +156,21 @@ _OFFSETS, _ROW_DOUBLES = _layout()
 _BUCKETS = {metric.name: metric.buckets for metric in METRICS if metric.kind == "histogram"}
 
 
-def create_page(path: Path, num_fronts: int) -> None:
+def create_page(num_fronts: int) -> Page:
     """Make the shared page for one engine and `num_fronts` fronts."""
-    with path.open("wb") as file:
-        os.truncate(file.fileno(), (1 + num_fronts) * _ROW_DOUBLES * 8)
+    return Page.of_size((1 + num_fronts) * _ROW_DOUBLES * 8)
 
 
 class Row:
     """One process's metrics.
 
     Args:
-        path: the page that `create_page` made.
+        page: what `create_page` made.
         index: 0 for the engine, 1 + i for front i.
     """
 
-    def __init__(self, path: Path, index: int) -> None:
-        with path.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 0)
+    def __init__(self, page: Page, index: int) -> None:
+        self._map = page.map()
         doubles = memoryview(self._map).cast("d")
         self.values = doubles[index * _ROW_DOUBLES : (index + 1) * _ROW_DOUBLES]
 

@@ -16,31 +16,34 @@ import selectors
 import signal
 import socket
 import sys
-import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError, KvarenaError
+from engine.errors import KvarenaError
 from engine.importing import importing
 from engine.server import metrics
 from engine.server.config import ServerConfig
 from engine.server.engine_loop import EngineLoop
 from engine.server.ipc import socket_pair
-from engine.server.process import DRAIN, EXIT, ModelFiles, end_process, freeze_heap
+from engine.server.listeners import open_listeners
+from engine.server.page import Page
+from engine.server.process import DRAIN, EXIT, ModelFiles, end_process, freeze_heap, start_log
 from engine.server.served import ServedEngine
 from engine.server.suspicion import Suspicion
 
 logger = logging.getLogger("kvarena.supervisor")
 
 ENGINE_FAILED, USER_ERROR = 1, 2
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 # After the engine's death the fronts stay up so long, so that clients and probes learn of it.
 _LAST_WORDS_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 _EXIT_SECONDS = 6.0
+# A front that ended or froze is replaced, but not over and over.
+_MAX_REPLACED, _REPLACED_WITHIN_SECONDS = 3, 300.0
+_MIN_SILENCE_SECONDS = 1.0
 
 EngineFactory = Callable[[], ServedEngine]
 
@@ -49,11 +52,11 @@ def run_engine(
     factory: EngineFactory,
     fronts: list[socket.socket],
     control: socket.socket,
-    page: Path,
+    page: Page,
     max_num_queued_requests: int,
 ) -> None:
     """The engine process's main function; does not return."""
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stdout)
+    start_log()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -78,40 +81,6 @@ def _run_front(*args: Any) -> None:
     run_front(*args)
 
 
-def open_listeners(host: str, port: int, count: int) -> list[socket.socket]:
-    """`count` sockets bound to one address, among which the kernel deals connections out.
-
-    Raises:
-        ConfigError: the address is taken or not ours.
-    """
-    family, _, _, _, address = _resolve(host, port)
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # Without SO_REUSEPORT: a second server on this port must fail, not share it.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
-        address = probe.getsockname()
-        if port:
-            probe.listen(1)
-    listeners = []
-    for _ in range(count):
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind(address)
-        listeners.append(sock)
-    return listeners
-
-
-def _resolve(host: str, port: int) -> tuple[int, int, int, str, tuple[str, int]]:
-    try:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]  # type: ignore[return-value]
-    except OSError as error:
-        raise ConfigError(f"cannot resolve host {host!r}: {error}") from error
-
-
 class Supervisor:
     """One server: an engine process, its fronts, and this process.
 
@@ -126,44 +95,52 @@ class Supervisor:
         self._signals = 0
         self._suspicion = Suspicion()
         self._context = multiprocessing.get_context("spawn")
+        self._suspicions = [Suspicion() for _ in range(config.num_fronts)]
+        self._is_ready = [False] * config.num_fronts
+        self._replaced: deque[float] = deque(maxlen=_MAX_REPLACED)
         self._processes: list[BaseProcess] = []
         self._controls: list[socket.socket] = []
 
     def run(self) -> int:
         """Serve; returns the exit code."""
-        listeners = open_listeners(self._config.host, self._config.port, self._config.num_fronts)
-        with tempfile.TemporaryDirectory(prefix="kvarena-") as folder, self._signal_handlers():
-            page = Path(folder) / "metrics"
-            metrics.create_page(page, self._config.num_fronts)
-            self._row = metrics.Row(page, 0)
-            self._start(listeners, page)
+        self._listeners = open_listeners(self._config.host, self._config.port, self._config.num_fronts)
+        self._page = metrics.create_page(self._config.num_fronts)
+        self._row, *self._front_rows = [metrics.Row(self._page, i) for i in range(self._config.num_fronts + 1)]
+        address = self._listeners[0].getsockname()
+        with self._signal_handlers():
+            self._start()
             try:
-                return self._supervise(listeners[0].getsockname())
+                return self._supervise(address)
             finally:
                 self._end_all()
 
-    def _start(self, listeners: list[socket.socket], page: Path) -> None:
-        pairs = [socket_pair() for _ in listeners]
+    def _start(self) -> None:
+        pairs = [socket_pair() for _ in self._listeners]
         control, theirs = socket_pair()
         self._controls.append(control)
-        args = (self._factory, [pair[0] for pair in pairs], theirs, page, self._config.max_num_queued_requests)
-        self._spawn("kvarena-engine", run_engine, args)
+        args = (self._factory, [pair[0] for pair in pairs], theirs, self._page, self._config.max_num_queued_requests)
+        self._processes.append(self._spawn("kvarena-engine", run_engine, args))
         theirs.close()
-        for index, (listener, pair) in enumerate(zip(listeners, pairs, strict=True)):
-            control, theirs = socket_pair()
+        for index, pair in enumerate(pairs):
+            process, control = self._start_front(index, pair[1])
+            self._processes.append(process)
             self._controls.append(control)
-            front_args = (index, self._config, self._model, listener, pair[1], theirs, page)
-            self._spawn(f"kvarena-front-{index}", _run_front, front_args)
-            theirs.close()
         # Only the two ends may hold these, or neither learns of the other's death.
         for pair in pairs:
             for sock in pair:
                 sock.close()
 
-    def _spawn(self, name: str, target: Callable[..., None], args: tuple[object, ...]) -> None:
+    def _start_front(self, index: int, engine: socket.socket) -> tuple[BaseProcess, socket.socket]:
+        control, theirs = socket_pair()
+        args = (index, self._config, self._model, self._listeners[index], engine, theirs, self._page)
+        process = self._spawn(f"kvarena-front-{index}", _run_front, args)
+        theirs.close()
+        return process, control
+
+    def _spawn(self, name: str, target: Callable[..., None], args: tuple[object, ...]) -> BaseProcess:
         process = self._context.Process(target=target, args=args, name=name, daemon=True)
         process.start()
-        self._processes.append(process)
+        return process
 
     @property
     def _engine(self) -> BaseProcess:
@@ -177,7 +154,7 @@ class Supervisor:
         logger.info("Uvicorn running on %s://%s:%d (Press CTRL+C to quit)", scheme, host, address[1])
         while not self._signals:
             time.sleep(_POLL_SECONDS)
-            reason = self._fault()
+            reason = self._engine_fault() or self._replace_fronts()
             if reason:
                 return self._last_words(reason)
         return self._drain()
@@ -197,6 +174,7 @@ class Supervisor:
                         return False
                     selector.unregister(control)
                     waiting.discard(control)
+        self._is_ready = [True] * self._config.num_fronts
         return True
 
     def _failed_start(self) -> int:
@@ -208,17 +186,56 @@ class Supervisor:
         codes = [process.exitcode for process in self._processes if process.exitcode]
         return USER_ERROR if USER_ERROR in codes else ENGINE_FAILED
 
-    def _fault(self) -> str:
-        """Why the server cannot go on, or an empty string."""
+    def _engine_fault(self) -> str:
+        """Why the engine cannot go on, or an empty string."""
         if not self._engine.is_alive():
             return f"the engine process has ended with code {self._engine.exitcode}"
         state = metrics.health(self._row, self._config.heartbeat_timeout, self._config.step_timeout)
-        if self._suspicion.confirmed(state.reason):
-            return state.reason
-        for process in self._processes[1:]:
-            if not process.is_alive():
-                return f"{process.name} has ended with code {process.exitcode}"
+        return state.reason if self._suspicion.confirmed(state.reason) else ""
+
+    def _front_fault(self, index: int) -> str:
+        """Why a front serves nobody any more, or an empty string. A front that is frozen is ended: its clients'
+        connections close.
+        """
+        process, control = self._processes[1 + index], self._controls[1 + index]
+        if not process.is_alive():
+            return f"{process.name} has ended with code {process.exitcode}"
+        if not self._is_ready[index]:  # one that loads its tokenizer may be silent for long
+            with contextlib.suppress(BlockingIOError):
+                self._is_ready[index] = bool(control.recv(1, socket.MSG_DONTWAIT))
+            return ""
+        silent = time.monotonic() - self._front_rows[index].get("heartbeat")
+        fault = ""
+        if silent > max(self._config.heartbeat_timeout, _MIN_SILENCE_SECONDS):
+            fault = f"{process.name} has been silent for {silent:.1f} s"
+        if not self._suspicions[index].confirmed(fault):
+            return ""
+        process.kill()
+        process.join()
+        return fault
+
+    def _replace_fronts(self) -> str:
+        """Start others in the place of fronts that ended or froze; why there will be no other, or an empty string."""
+        for index in range(self._config.num_fronts):
+            fault = self._front_fault(index)
+            if not fault:
+                continue
+            now, replaced = time.monotonic(), self._replaced
+            if len(replaced) == _MAX_REPLACED and now - replaced[0] < _REPLACED_WITHIN_SECONDS:
+                return f"{fault}, after {_MAX_REPLACED} others in {now - replaced[0]:.0f} s"
+            replaced.append(now)
+            logger.error("%s: its requests end, another one starts in its place", fault)
+            self._replace_front(index)
         return ""
+
+    def _replace_front(self, index: int) -> None:
+        self._front_rows[index].set("kvarena:open_requests", 0)
+        self._controls[1 + index].close()
+        self._suspicions[index], self._is_ready[index] = Suspicion(), False
+        ours, theirs = socket_pair()
+        with ours, theirs, contextlib.suppress(OSError):  # an engine that is gone is found next
+            socket.send_fds(self._controls[0], [bytes([index])], [ours.fileno()])
+            self._processes[1 + index], self._controls[1 + index] = self._start_front(index, theirs)
 
     def _last_words(self, reason: str) -> int:
         """The engine is gone: the fronts tell their clients, then all ends."""
@@ -238,9 +255,13 @@ class Supervisor:
         self._tell(DRAIN)
         deadline = time.monotonic() + self._config.shutdown_timeout
         while time.monotonic() < deadline and self._signals < 2:
-            if not any(process.is_alive() for process in self._processes[1:]):
+            faults = [self._front_fault(index) for index in range(self._config.num_fronts)]
+            if all(faults):
                 break
-            reason = self._fault() if all(p.is_alive() for p in self._processes[1:]) else ""
+            for listener, fault in zip(self._listeners, faults, strict=True):
+                if fault:
+                    listener.close()  # else the kernel would go on giving it connections
+            reason = self._engine_fault()
             if reason:
                 return self._last_words(reason)
             time.sleep(_POLL_SECONDS / 2)
@@ -287,7 +308,7 @@ def serve(config: ServerConfig, model: ModelFiles, factory: EngineFactory) -> in
     Raises:
         ConfigError: the address cannot be listened on.
     """
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stdout)
+    start_log()
     logger.info("starting: process %d, %d front(s)", os.getpid(), config.num_fronts)
     # A connection is a file, and shells commonly allow 1,024 of them.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

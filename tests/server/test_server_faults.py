@@ -229,34 +229,6 @@ def test_the_supervisors_death_leaves_no_orphans():
     assert _gone(pids)
 
 
-@pytest.mark.parametrize(
-    "number",
-    (
-        pytest.param(signal.SIGKILL, id="killed"),
-        pytest.param(signal.SIGSEGV, id="crashed", marks=pytest.mark.slow),
-    ),
-)
-def test_50_the_death_of_one_process_ends_the_whole_group_in_time(number):
-    """Ranks of one model do not exist (more than one is refused): here a front dies, and nothing may outlive it.
-
-    The streams of the other front end with an error event, and the group is gone.
-    """
-    server = _stub("--fronts", "2")
-    pids = [process.pid for process in server.children()]
-    engine = server.engine_pid()
-    fronts = [process for process in server.children() if _is_spawned(process) and process.pid != engine]
-    readers = [Reader(server) for _ in range(8)]  # the kernel deals them out among the fronts
-    os.kill(fronts[0].pid, number)
-    assert server.process.wait(PATIENCE) == 1
-    assert _gone(pids)
-    assert "has ended with code" in server.log
-    for reader in readers:
-        reader.join(PATIENCE)
-        assert not reader.is_alive()
-        # Its own front's death is a broken connection, which every client reports; never a silent end.
-        assert reader.error is not None or '"error"' in reader.lines[-2]
-
-
 def test_52_a_step_of_the_wall_clock_ends_no_wait_and_prolongs_none(tmp_path):
     """The clock of every process of the server jumps a day ahead, then two days back, under load."""
     file = tmp_path / "offset"

@@ -5,6 +5,7 @@ The numbers are the items of the reliability suite (docs/serving.md).
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import socket
@@ -82,25 +83,37 @@ def test_47_a_port_in_use_is_one_line(server):
     server.assert_alive()
 
 
-def test_49_a_full_disk_for_the_log_stops_nothing():
+@pytest.mark.parametrize("log", ("a full disk", "a closed pipe"))
+def test_49_a_log_that_cannot_be_written_stops_nothing(log, tmp_path):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     command = [sys.executable, "-m", "experiments.serving.stub_engine", "serve", "models/demo", "--port", str(port)]
-    with open("/dev/full", "w") as full:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=full, stderr=full)
+    if log == "a full disk":
+        file = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, file = os.pipe()
+        os.close(reader)
+    errors = tmp_path / "errors"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=stderr)
+    os.close(file)
     try:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
         while _status(f"{url}/health") != 200:
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.1)
-        for prompt, status in (([20], 200), ([], 400), ([20], 200)):
+        for prompt, status in (([20], 200), ([], 400), ([20], 200)) * 5:
             answer = httpx.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 2})
             assert answer.status_code == status
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0
+    # One line for each process that logs, whatever the number of requests.
+    lines = errors.read_text().splitlines()
+    assert 1 <= len(lines) <= 3
+    assert all("the log cannot be written" in line for line in lines)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ SHORT = {
     "BR": "bad_requests",
     "RC": "rough_clients",
     "SF": "server_faults",
+    "FR": "fronts",
     "SU": "start_up",
     "OB": "observability",
     "ME": "media",
