@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from engine.attention.base import AttentionBackend, AttentionMetadata
+from engine.attention.temperature import by_position, is_tuned
 from engine.errors import EngineError
 
 HOOK_NAME = "kvarena"
+# Set on a layer whose window is in its mask alone: the hook gets no mask.
+WINDOW_ATTRIBUTE = "kvarena_window"
 
 
 class _Context(NamedTuple):
@@ -60,7 +63,7 @@ def attention(
         key, value: [1, num_kv_heads, T, head_dim]; the value's head may be smaller.
         attention_mask: always None.
         scaling: factor on the scores.
-        sliding_window: this layer's window, or None.
+        sliding_window: this layer's window, or None; `WINDOW_ATTRIBUTE` of the layer goes before it.
         softcap: soft cap on the scores.
         s_aux: attention sinks, [num_heads].
         kwargs: what families pass on besides, such as `position_ids`.
@@ -72,6 +75,8 @@ def attention(
     if context is None:
         raise EngineError("the model was called outside of attention_context(); only the runner may call it")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if is_tuned(module):
+        query = by_position(query, module, context.meta)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if value_dim < head_dim:
         value = pad(value, (0, head_dim - value_dim))
@@ -81,11 +86,36 @@ def attention(
         layer,
         context.meta,
         scale=head_dim**-0.5 if scaling is None else scaling,
-        sliding_window=sliding_window,
+        sliding_window=module.__dict__.get(WINDOW_ATTRIBUTE, sliding_window),
         softcap=softcap,
         sinks=s_aux,
     )
     return out[None, :, :, :value_dim], None
+
+
+class TracingBackend(AttentionBackend, Protocol):
+    """A backend that wants to know what mask each layer hands on."""
+
+    def note_mask(self, module: nn.Module, mask: Tensor | None, passed_window: int | None) -> None:
+        """Called before the layer's own calls, with what it passed as mask and as `sliding_window`."""
+        ...
+
+    def note_keys(self, layer: int, keys: Tensor) -> None:
+        """Called with the very tensor of keys that the layer passed."""
+        ...
+
+
+def traced_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """`attention` of a forward with masks; the context's backend is a `TracingBackend`."""
+    context = _CONTEXT.get(None)
+    if context is None:
+        raise EngineError("the model was called outside of attention_context(); only the probe may trace it")
+    backend = cast(TracingBackend, context.backend)
+    backend.note_mask(module, attention_mask, kwargs.get("sliding_window"))
+    backend.note_keys(module.layer_idx, key)  # type: ignore[arg-type]
+    return attention(module, query, key, value, None, **kwargs)
 
 
 def register() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.attention.temperature import is_tuned
 from engine.errors import KvarenaError
 from engine.fusions.check import Recording, check_decoder, record
 from engine.fusions.decoder import FusedDecoder
@@ -111,6 +112,8 @@ def _is_glu(mlp: nn.Module) -> bool:
 def _check_shape(layer: nn.Module, index: int) -> None:
     where = f"layer {index}"
     attention = _child(layer, "self_attn", where)
+    if is_tuned(attention):
+        raise NotFusable(f"{where}.self_attn scales its queries by position")
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         _linear(_child(attention, name, f"{where}.self_attn"), f"{where}.self_attn.{name}")
     for name in ("input_layernorm", "post_attention_layernorm"):

@@ -78,11 +78,13 @@ def end_and_special_tokens(
     Raises:
         ModelError: the generation config is broken.
     """
-    eos = _as_set(_generation_eos(module, directory)) or _as_set(text.eos_token_id)
+    # A few config classes have none of these fields.
+    named = {name: _as_set(getattr(text, f"{name}_token_id", None)) for name in ("bos", "eos", "pad")}
+    eos = _as_set(_generation_eos(module, directory)) or named["eos"]
     # One that only the tokenizer has, beyond the model's logits, is never sampled.
     if own_end is not None and own_end < text.vocab_size:
         eos |= {own_end}
-    special = eos | _as_set(text.eos_token_id) | _as_set(text.bos_token_id) | _as_set(text.pad_token_id)
+    special = eos.union(*named.values())
     if directory is not None:
         special |= special_token_ids(directory)
     return eos, frozenset(token for token in special if token >= 0)

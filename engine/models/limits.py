@@ -55,6 +55,40 @@ def _linear_length(rope: dict[str, Any], config: PretrainedConfig, stated: int) 
     return int((original or stated) * float(rope.get("factor") or 1.0))
 
 
+def limited_by(config: PretrainedConfig) -> str:
+    """What keeps `max_model_len` below the positions that the config states, for messages; empty for nothing."""
+    chunk = getattr(config, "attention_chunk_size", None)
+    if isinstance(chunk, int) and chunk > 0:
+        return f"its attention is cut in chunks of {chunk} tokens, which the engine's attention is not"
+    if any(rope.get("rope_type") == "longrope" for rope in _rope_parameters(config)):
+        return "beyond them longrope takes other frequencies, for every request of a step at once"
+    return ""
+
+
+def num_decoder_layers(config: PretrainedConfig, name: str) -> int:
+    """Decoder layers of a text config.
+
+    Raises:
+        ModelError: it states no number of them.
+    """
+    found = getattr(config, "num_hidden_layers", None)
+    if not isinstance(found, int):
+        raise ModelError(
+            f"{name} ({config.model_type}) cannot be run: its config has no num_hidden_layers; it is no stack of "
+            "equal decoder layers"
+        )
+    return found
+
+
+def latent_dim(config: PretrainedConfig) -> int | None:
+    """Elements that a layer of multi-head latent attention needs of a token; None where the config states none.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1: the compressed keys and values, and the shared rotated key.
+    """
+    rank, rotated = getattr(config, "kv_lora_rank", None), getattr(config, "qk_rope_head_dim", None)
+    return rank + rotated if isinstance(rank, int) and isinstance(rotated, int) else None
+
+
 def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
     """The rotary settings: one, or one per layer type."""
     rope = getattr(config, "rope_parameters", None)

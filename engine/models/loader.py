@@ -6,6 +6,8 @@ Weights go from the safetensors files to the device one by one, so host memory h
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,16 @@ from engine.models.configs import (
     tokenizer_end,
     weights_dtype,
 )
-from engine.models.limits import max_model_len
+from engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
 from engine.models.probe import probe_attention
 from engine.models.spec import LoadedModel, ModelSpec
 
 LOAD_FORMATS = ("auto", "dummy")
+# Decoder layers, as model classes name their lists of them.
+LAYER_OF_KEY = re.compile(
+    r"^(?:model\.|transformer\.|language_model\.|decoder\.|gpt_neox\.)*(?:layers|h|blocks)\.(\d+)\."
+)
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -82,7 +89,7 @@ def _describe(
     """Probe the module and note what the engine needs to know of it."""
     # The embedding may be larger than the tokenizer; ids below its size are valid inputs.
     num_ids = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    geometry = probe_attention(module, name, text.num_hidden_layers, num_ids)
+    geometry = probe_attention(module, name, num_decoder_layers(text, name), num_ids)
     eos, special = end_and_special_tokens(module, text, directory, own_end)
     spec = ModelSpec(
         name=name,
@@ -93,9 +100,12 @@ def _describe(
         max_model_len=max_model_len(text, name),
         dtype=next(module.parameters()).dtype,
         eos_token_ids=eos,
-        bos_token_id=text.bos_token_id,
+        bos_token_id=getattr(text, "bos_token_id", None),
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
-        sliding_window=geometry.sliding_window,
+        windows=geometry.windows,
+        shared_layers=geometry.shared_layers,
+        latent_dim=latent_dim(text),
+        limited_by=limited_by(text),
         has_plain_layers=geometry.has_plain_layers,
     )
     slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
@@ -143,7 +153,31 @@ def _from_directory(
         missing = sorted(info["missing_keys"])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(f"{directory} lacks the weights {', '.join(missing[:3])}{more}; copy the model again")
+    _check_surplus(sorted(info["unexpected_keys"]), config.get_text_config(), directory)
     return module
+
+
+def _check_surplus(keys: list[str], text: PretrainedConfig, directory: Path) -> None:
+    """Weights that the model has no place for: whole layers are an error, others are named.
+
+    Layers that predict further tokens (MTP) lie behind the last one, and the model class leaves them out.
+    """
+    if not keys:
+        return
+    known = getattr(text, "num_hidden_layers", None)
+    numbers = [int(found[1]) for key in keys if (found := LAYER_OF_KEY.search(key))]
+    if isinstance(known, int) and any(number >= known + _num_mtp_layers(text) for number in numbers):
+        raise ModelError(
+            f"{directory} holds weights of {max(numbers) + 1} layers, and its config.json says num_hidden_layers="
+            f"{known}; config.json and weights do not belong together"
+        )
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    logger.warning("%s: the model has no place for the weights %s%s", directory, ", ".join(keys[:3]), more)
+
+
+def _num_mtp_layers(text: PretrainedConfig) -> int:
+    stated = [getattr(text, name, None) for name in ("num_nextn_predict_layers", "num_mtp_layers")]
+    return max((count for count in stated if isinstance(count, int)), default=0)
 
 
 def build_dummy(

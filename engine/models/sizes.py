@@ -23,7 +23,7 @@ from engine.models.configs import (
     tokenizer_end,
     weights_dtype,
 )
-from engine.models.limits import max_model_len
+from engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
 from engine.models.loader import build_dummy
 from engine.models.probe import trace_attention
 from engine.models.spec import ModelSpec
@@ -107,7 +107,7 @@ def _sizes(
         module = build_dummy(config, weights_dtype(dtype, config), "meta", 0, trust_remote_code, name).eval()
         text = config.get_text_config()
         embedding = cast(nn.Module, module.get_input_embeddings()).weight  # type: ignore[operator]
-        geometry = trace_attention(module, name, text.num_hidden_layers, cast(torch.Tensor, embedding).shape[0])
+        geometry = trace_attention(module, name, num_decoder_layers(text, name), cast(torch.Tensor, embedding).shape[0])
         eos, special = end_and_special_tokens(module, text, directory, tokenizer_end(directory, trust_remote_code))
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     head = module.get_output_embeddings().weight  # type: ignore[operator]
@@ -124,9 +124,12 @@ def _sizes(
             max_model_len=max_model_len(text, name),
             dtype=next(module.parameters()).dtype,
             eos_token_ids=eos,
-            bos_token_id=text.bos_token_id,
+            bos_token_id=getattr(text, "bos_token_id", None),
             num_parameters=num_parameters,
-            sliding_window=geometry.sliding_window,
+            windows=geometry.windows,
+            shared_layers=geometry.shared_layers,
+            latent_dim=latent_dim(text),
+            limited_by=limited_by(text),
             has_plain_layers=geometry.has_plain_layers,
         ),
         special_token_ids=special,

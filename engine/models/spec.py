@@ -24,7 +24,11 @@ class ModelSpec:
         eos_token_ids: tokens that end a request.
         bos_token_id: the beginning-of-sequence token, or None.
         num_parameters: weights, shared ones once.
-        sliding_window: tokens that the widest layer sees; None when some layer sees the whole context.
+        windows: tokens that each layer sees, None for the whole context; empty: all see all of it.
+        shared_layers: layers that attend to an earlier layer's keys and values, which the pool holds once more.
+        latent_dim: elements of a layer's compressed keys and values of a token (MLA), which the pool holds expanded;
+            None for others.
+        limited_by: why `max_model_len` is below the positions that the config states; empty where it is not.
         has_plain_layers: some layer's attention sees the whole context, without a soft cap or sinks.
     """
 
@@ -38,13 +42,48 @@ class ModelSpec:
     eos_token_ids: frozenset[int]
     bos_token_id: int | None
     num_parameters: int
-    sliding_window: int | None = None
+    windows: tuple[int | None, ...] = ()
+    shared_layers: int = 0
+    latent_dim: int | None = None
+    limited_by: str = ""
     has_plain_layers: bool = True
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens that the widest layer sees; None when some layer sees the whole context."""
+        return max((w for w in self.windows if w is not None), default=None) if None not in self.windows else None
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one slot: keys and values of one token in every layer."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def needed_kv_bytes(self, num_tokens: int) -> int:
+        """Bytes of a request's keys and values if each layer kept what it reads, in the model's own form.
+
+        Shared layers, the last ones, keep nothing; a layer with a window keeps that; latent attention its latents.
+        """
+        own = (self.windows or (None,) * self.num_layers)[: self.num_layers - self.shared_layers]
+        kept = sum(num_tokens if window is None else min(window, num_tokens) for window in own)
+        elements = 2 * self.num_kv_heads * self.head_dim if self.latent_dim is None else self.latent_dim
+        return kept * elements * self.dtype.itemsize
+
+    def kv_surplus_reasons(self, num_tokens: int) -> list[str]:
+        """Why the pool holds more than `needed_kv_bytes(num_tokens)` of a request; empty where it does not."""
+        reasons = []
+        if self.latent_dim is not None:
+            stored = 2 * self.num_kv_heads * self.head_dim
+            reasons.append(
+                f"latent attention needs {self.latent_dim} elements of a token and layer, of {stored} stored"
+            )
+        own = self.windows[: self.num_layers - self.shared_layers]
+        narrow = [window for window in own if window is not None and window < num_tokens]
+        if narrow:
+            seen = f"{min(narrow)}" if len(set(narrow)) == 1 else f"{min(narrow)} to {max(narrow)}"
+            reasons.append(f"{len(narrow)} of {self.num_layers} layers see {seen} tokens")
+        if self.shared_layers:
+            reasons.append(f"{self.shared_layers} of {self.num_layers} layers share an earlier layer's keys and values")
+        return reasons
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def test_tied_weights_are_not_missing(tmp_path):
                 "linear_key_head_dim": 16,
                 "linear_value_head_dim": 16,
             },
-            "1 of 4 layers use standard attention; layer 0 called it 0 times",
+            "1 of 4 layers use standard attention; layer 0 does not",
         ),
     ],
 )
@@ -334,11 +334,24 @@ def test_special_tokens_of_the_tokenizer_are_known():
     assert load_model("models/demo").special_token_ids == {0, 1, 2}
 
 
-def test_loading_is_quiet(copy, capfd):
+def test_loading_is_quiet_and_names_surplus_weights(copy, capfd, caplog):
     load_model(copy)
     tensors = load_file(copy / "model.safetensors")
-    tensors["extra"] = torch.zeros(3)
+    tensors |= {f"vision.{name}": torch.zeros(3) for name in "abcd"}
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     load_model(copy)
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
+    assert [record.message for record in caplog.records] == [
+        f"{copy}: the model has no place for the weights vision.a, vision.b, vision.c and 1 more"
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_config_with_fewer_layers_than_the_weights_is_refused(family, tmp_path):
+    config = json.loads((write_checkpoint(tmp_path, family) / "config.json").read_text())
+    fewer = {"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(config | fewer))
+    assert "holds weights of 3 layers, and its config.json says num_hidden_layers=2" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | fewer | {"num_nextn_predict_layers": 1}))
+    assert load_model(tmp_path).spec.num_layers == 2  # the third one predicts further tokens
