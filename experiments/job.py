@@ -20,7 +20,6 @@ import reports.run_report
 import reports.terminal
 from engine.errors import ConfigError
 from engine.gpu_memory import NO_GPU
-from engine.models import ModelSpec
 from experiments.building.build import build
 from experiments.building.parts import EngineParts
 from experiments.building.shared import SharedParts
@@ -210,7 +209,7 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | N
     if simulator is None and run["num_steps"] and (slow := recording_warning(run)) is not None:
         print(f"warning: {name}: {slow}", file=sys.stderr)
     return setup.load.manifest() | {
-        "model": _model_facts(setup.parts.spec),
+        "model": _model_facts(setup.parts),
         "pool": setup.parts.pool_facts,
         "simulation": _simulation_facts(setup.parts, recording, name),
         "memory": memory,
@@ -261,13 +260,31 @@ def _on_gpu(cfg: DictConfig) -> bool:
     return cfg.engine.device != "cpu" and torch.cuda.is_available()
 
 
-def _model_facts(spec: ModelSpec) -> dict[str, Any]:
+def _model_facts(parts: EngineParts) -> dict[str, Any]:
+    spec = parts.spec
     return {
         "name": spec.name,
         "num_parameters": spec.num_parameters,
         "kv_bytes_per_token": spec.kv_bytes_per_token,
         "max_model_len": spec.max_model_len,
         "dtype": str(spec.dtype).removeprefix("torch."),
+        "kv_needed": _kv_needed(parts),
+    }
+
+
+def _kv_needed(parts: EngineParts) -> dict[str, Any] | None:
+    """What the longest request takes of the pool and what the model needs of it; None where that is the same."""
+    spec, num_tokens = parts.spec, parts.max_model_len
+    window = getattr(parts.engine.allocator, "sliding_window", None)
+    stored = spec.kv_bytes_per_token * (num_tokens if window is None else min(window, num_tokens))
+    needed = spec.needed_kv_bytes(num_tokens)
+    if needed >= stored:
+        return None
+    return {
+        "num_tokens": num_tokens,
+        "stored_bytes": stored,
+        "bytes": needed,
+        "why": spec.kv_surplus_reasons(num_tokens),
     }
 
 

@@ -12,7 +12,7 @@ from reports.cells import Cell
 from reports.contention import cells_had_company, run_had_company
 from reports.differences import hidden_differences
 from reports.engines import simulated
-from reports.format import count, percent, seconds
+from reports.format import count, percent, seconds, size_bytes
 
 RECORDING_SHARE = 0.01  # of wall time; above it a measured run says so
 
@@ -32,10 +32,23 @@ def run_notices(summary: dict[str, Any]) -> list[str]:
             "Nothing was recorded (driver.record=none): this run has no latencies, tokens, steps or KV ledger, and its "
             "throughput is all that can be compared."
         )
+    notices += _kv_surplus([summary["model"]])
     notices += _answers(summary)
     if summary["num_steps"] and not summary["simulation"]:
         notices += _recording(summary["recording"] or {})
     return notices + run_had_company(summary)
+
+
+def _kv_surplus(models: Sequence[dict[str, Any]]) -> list[str]:
+    """By how much the pool holds more than a model needs; each model once."""
+    lines = [
+        f"KV bytes of {model['name']} are overstated: of its longest request ({count(found['num_tokens'])} tokens) the "
+        f"pool holds {size_bytes(found['stored_bytes'])}, {found['stored_bytes'] / found['bytes']:.3g} times the "
+        f"{size_bytes(found['bytes'])} that the model needs ({'; '.join(found['why'])})."
+        for model in models
+        if (found := model.get("kv_needed"))
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def _answers(summary: dict[str, Any]) -> list[str]:
@@ -96,6 +109,7 @@ def comparison_notices(cells: Sequence[Cell], summary: dict[str, Any]) -> list[s
         f"{cell['label']}: {line[:1].lower()}{line[1:]}" for cell in summary["cells"] for line in cell["outside"]
     ]
     notices += _simulated(cells)
+    notices += _kv_surplus([cell.run.manifest["model"] for cell in cells])
     invalid = [cell["label"] for cell in summary["cells"] if not cell["valid"]]
     if invalid:
         notices.append(f"Invalid, because the driver fell behind its bound: {', '.join(invalid)}.")

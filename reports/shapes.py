@@ -111,6 +111,7 @@ MANIFEST = {
     "versions": "an object",
     "model": {
         "name": MAYBE_TEXT, "num_parameters": MAYBE_INTEGER, "kv_bytes_per_token": MAYBE_INTEGER, "dtype": MAYBE_TEXT,
+        "kv_needed": Maybe({"num_tokens": "integer", "stored_bytes": "integer", "bytes": "integer", "why": ["text"]}),
     },
     "pool": {"num_slots": MAYBE_INTEGER, "bytes": MAYBE_NUMBER, "block_size": MAYBE_INTEGER},
     "workload": {"name": MAYBE_TEXT, "description": MAYBE_TEXT},

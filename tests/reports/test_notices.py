@@ -61,6 +61,20 @@ def test_recording_is_not_noted_of_a_run_in_which_no_step_ran(tmp_path):
     assert run_notices(summary | {"num_steps": 0}) == []
 
 
+def test_reports_say_by_how_much_kv_bytes_are_overstated(tmp_path):
+    """Of models whose layers keep less than the pool holds: latents, windows beside full layers, shared layers."""
+    needed = {"num_tokens": 8192, "stored_bytes": 3 * 2**20, "bytes": 2**20, "why": ["2 of 3 layers see 8 tokens"]}
+    folders = [fake_run(tmp_path / name, num_requests=8) for name in "ab"]
+    for folder in folders:
+        edit_manifest(folder, lambda manifest: manifest["model"].update(kv_needed=needed))
+    line = (
+        "KV bytes of demo are overstated: of its longest request (8,192 tokens) the pool holds 3.00 MiB, 3 times the "
+        "1.00 MiB that the model needs (2 of 3 layers see 8 tokens)."
+    )
+    assert write_run_report(folders[0])["notices"] == [line]
+    assert compare([(folder.name, folder) for folder in folders], tmp_path / "compare")["notices"].count(line) == 1
+
+
 def test_a_run_with_nothing_to_note(tmp_path):
     run_dir = fake_run(tmp_path / "run", num_requests=8)
     assert write_run_report(run_dir)["notices"] == []
