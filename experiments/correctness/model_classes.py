@@ -1,0 +1,231 @@
+"""Every causal language model class of transformers: the engine's greedy tokens are transformers' own, or it refuses.
+
+    python -m experiments.correctness.model_classes [--jobs 2] [--only llama qwen2_moe ...] [--write docs/models.md]
+
+Of each class a small random checkpoint (`small_configs.py`) is written, loaded as any other, and run in fp32 in three
+settings: `paged x continuous` in a pool that preempts, `contiguous x static`, `paged_prefix x chunked` with prompts
+that share a prefix. Prompts are longer than every window and attention chunk. A model that limits its context below the
+prompts is run once more with a chunk that reaches over them. Prints a line of JSON for each class; exit code 1 when
+tokens differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from engine.attention.reference import ReferenceBackend
+from engine.clock import VirtualClock
+from engine.core import Engine, run_to_completion
+from engine.errors import KvarenaError, ModelError, RequestRejected
+from engine.kv_pool import KVPool
+from engine.models import LoadedModel, load_model
+from engine.models.configs import quiet_transformers
+from engine.plan import cdiv
+from engine.request import Request, SamplingParams
+from engine.runner.torch_runner import TorchRunner
+from experiments.correctness.class_table import Outcome, write_table
+from experiments.correctness.small_configs import VOCAB_SIZE, class_names, small_config
+from experiments.strategies import build_allocator, build_scheduler
+
+BLOCK_SIZE, NUM_TOKENS, MAX_LEN = 4, 12, 64
+PROMPT_LENS, NUM_SHARED = (30, 13, 21, 40), 10
+STDS, LEAST_TOKENS = (0.15, 0.4, 1.0), 8  # the first whose reference has so many distinct tokens
+MOST_PARAMETERS = 60_000_000  # above it the class has sizes that no config field makes small
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A strategy and the size of its pool in tokens."""
+
+    allocator: str
+    scheduler: str
+    num_slots: int
+    max_num_batched_tokens: int = 256
+
+    def __str__(self) -> str:
+        return f"{self.allocator} x {self.scheduler}"
+
+
+SETTINGS = (
+    Setting("paged", "continuous", 72),  # two of the four requests fit at their ends
+    Setting("contiguous", "static", 4 * MAX_LEN),
+    Setting("paged_prefix", "chunked", 400, max_num_batched_tokens=16),
+)
+
+
+def check_class(model_type: str, name: str | None = None) -> Outcome:
+    """Write, load and run the small checkpoint of a model type."""
+    outcome = Outcome(name or model_type, model_type, "equal")
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            write_small(small_config(model_type), folder)
+        # Anything: config and model classes check themselves in many ways.
+        except Exception as error:
+            return replace(outcome, result="not made", why=_line(error))
+        try:
+            model = load_model(folder, name="it")
+        except KvarenaError as error:
+            return replace(outcome, result="refused", why=_line(error))
+        # Anything: what is not a line of the engine's own is a fault of it.
+        except Exception as error:
+            return replace(outcome, result="different", why=f"loading fails with {_line(error)}")
+        return _check_loaded(outcome, model, folder)
+
+
+def write_small(config: PretrainedConfig, folder: str, std: float = STDS[0]) -> None:
+    """Write a random checkpoint.
+
+    Args:
+        config: a small one.
+        folder: where to.
+        std: of matrices; so large that logits are far apart. Vectors (norms, sinks) are moved by 0.05.
+
+    Raises:
+        ModelError: it has too many parameters to be a small one.
+    """
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise ModelError(f"its config cannot be made small: {size:,} parameters")
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=std)
+        else:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    module.save_pretrained(folder)
+
+
+def _check_loaded(outcome: Outcome, model: LoadedModel, folder: str) -> Outcome:
+    config = small_config(outcome.model_type)
+    try:
+        run(model, SETTINGS[0])
+    except RequestRejected as error:
+        outcome = replace(outcome, why=f"within {model.spec.max_model_len} tokens; beyond them {_line(error)}")
+        config.get_text_config().attention_chunk_size = MAX_LEN
+    for std in STDS:
+        write_small(config, folder, std)
+        try:
+            expected = reference(folder)
+        # Anything: some classes cannot generate at all.
+        except Exception as error:
+            return replace(outcome, result="not made", why=f"transformers' own generate fails: {_line(error)}")
+        outcome = replace(outcome, num_tokens=len({token for row in expected for token in row}))
+        if outcome.num_tokens >= LEAST_TOKENS:
+            break
+    if outcome.num_tokens < LEAST_TOKENS:
+        few = f"its tokens are few: {outcome.num_tokens} distinct ones"
+        outcome = replace(outcome, why=f"{outcome.why}; {few}" if outcome.why else few)
+    model = load_model(folder, name="it")
+    for setting in SETTINGS:
+        requests = run(model, setting)
+        if setting is SETTINGS[0] and not any(req.num_preemptions for req in requests):
+            return replace(outcome, result="different", why=f"{setting}: nothing was preempted")
+        if [req.output_token_ids for req in requests] != expected:
+            return replace(outcome, result="different", why=f"{setting}: other tokens than transformers")
+    return outcome
+
+
+def run(model: LoadedModel, setting: Setting) -> list[Request]:
+    """The requests, run to their ends. Raises RequestRejected when they are longer than the model's context."""
+    spec = model.spec
+    max_len = min(spec.max_model_len, MAX_LEN)
+    num_blocks = cdiv(setting.num_slots, BLOCK_SIZE)
+    allocator = build_allocator(setting.allocator, num_blocks=num_blocks, max_model_len=max_len, block_size=BLOCK_SIZE)
+    scheduler = build_scheduler(
+        setting.scheduler, allocator, max_model_len=max_len, max_num_batched_tokens=setting.max_num_batched_tokens,
+        max_num_seqs=8,
+    )  # fmt: skip
+    pool = KVPool(
+        num_blocks=allocator.num_blocks,
+        block_size=BLOCK_SIZE,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=spec.dtype,
+        device=model.device,
+    )
+    runner = TorchRunner(model, pool, ReferenceBackend(pool, contiguous=allocator.contiguous))
+    requests = [Request(f"r{i}", row, SamplingParams(max_tokens=NUM_TOKENS)) for i, row in enumerate(prompts())]
+    run_to_completion(Engine(scheduler, allocator, runner, VirtualClock()), requests)
+    return requests
+
+
+def prompts() -> list[list[int]]:
+    """Prompts that share their first tokens."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist() for length in PROMPT_LENS]
+    return [rows[0][:NUM_SHARED] + row[NUM_SHARED:] for row in rows]
+
+
+def reference(folder: str) -> list[list[int]]:
+    """transformers' `generate`, one prompt at a time, with its eager attention."""
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    outputs = []
+    for prompt in prompts():
+        ids = torch.tensor([prompt])
+        done = module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NUM_TOKENS,
+            min_new_tokens=NUM_TOKENS,
+            do_sample=False,
+        )
+        outputs.append(done[0, len(prompt) :].tolist())
+    return outputs
+
+
+def check_classes(names: dict[str, str], jobs: int) -> list[Outcome]:
+    """Check classes (name -> model type) in so many processes; each outcome is printed as it comes."""
+    outcomes = []
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), initializer=torch.set_num_threads,
+                             initargs=(1,)) as pool:  # fmt: skip
+        for outcome in pool.map(check_class, names.values(), names.keys()):
+            print(json.dumps(asdict(outcome)), flush=True)
+            outcomes.append(outcome)
+    return outcomes
+
+
+def _line(error: BaseException) -> str:
+    """The error's first lines as one."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, KvarenaError) else f"{type(error).__name__}: {text[:160]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check and print; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--only", nargs="+", default=None, help="model types or classes")
+    parser.add_argument("--write", type=Path, default=None, help="write the table of all classes to this page")
+    args = parser.parse_args(argv)
+    names = class_names()
+    if args.only is not None:
+        known = {*names, *names.values()}
+        if unknown := sorted(set(args.only) - known):
+            parser.error(f"--only: {', '.join(unknown)} is no causal language model of transformers")
+        if args.write is not None:
+            parser.error("--write makes the table of all classes; leave out --only")
+        names = {name: kind for name, kind in names.items() if {name, kind} & set(args.only)}
+    outcomes = check_classes(names, args.jobs)
+    if args.write is not None:
+        write_table(args.write, outcomes)
+    return 1 if any(outcome.result == "different" for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
