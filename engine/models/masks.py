@@ -18,7 +18,9 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from engine.attention.hook import traced_attention
 
 MASKED_NAME = "kvarena_masks"
-MOST_POSITIONS = 2**20
+# Positions are asked about up to so many times those that the config states, which a rotation may stretch, and at most
+# so many.
+STRETCH, MOST_POSITIONS = 64, 2**20
 _SPAN = "kvarena_span"
 
 
@@ -116,7 +118,7 @@ def _spanned_mask(mask_function: Callable[..., Tensor], config: Any, device: Any
     kwargs["allow_is_bidirectional_skip"] = False  # no mask at all would tell nothing
     mask = eager_mask(mask_function=mask_function, config=config, device=device, **kwargs)
     stated = getattr(config, "max_position_embeddings", None)
-    num_positions = min(stated if isinstance(stated, int) else MOST_POSITIONS, MOST_POSITIONS)
+    num_positions = min(STRETCH * stated if isinstance(stated, int) else MOST_POSITIONS, MOST_POSITIONS)
     try:
         # On the meta device nothing has values; functions of indices alone can be asked on the CPU.
         span = find_span(mask_function, num_positions, torch.device("cpu" if mask.is_meta else mask.device))

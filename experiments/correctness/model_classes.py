@@ -78,7 +78,7 @@ def check_class(model_type: str, name: str | None = None) -> Outcome:
         try:
             model = load_model(folder, name="it")
         except KvarenaError as error:
-            return replace(outcome, result="refused", why=_line(error))
+            return replace(outcome, result="refused", why=_line(error).replace(folder, "it"))
         # Anything: what is not a line of the engine's own is a fault of it.
         except Exception as error:
             return replace(outcome, result="different", why=f"loading fails with {_line(error)}")
