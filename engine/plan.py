@@ -245,6 +245,11 @@ class SchedulerProtocol(Protocol):
         """Finished requests that still own their slots."""
         ...
 
+    @property
+    def has_priorities(self) -> bool:
+        """Whether `Request.priority` decides anything."""
+        ...
+
     def add(self, req: Request) -> None:
         """Queue a request. Raises RequestRejected when it can never run."""
         ...

@@ -49,17 +49,22 @@ class Lifecycle:
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.preemption = preemption
+        self._victim = victim
         self.requests: dict[str, Request] = {}
         self.prefilling: dict[Request, None] = {}
         self.decoding: dict[Request, None] = {}
         self.arrival: dict[Request, int] = {}  # order of `add`
         self._watermark_slots = int(watermark * allocator.num_blocks * allocator.block_size)
-        self._victim_score = VICTIMS[victim]
         self._queue = RequestQueue()
         self._children: dict[Request, list[Request]] = {}  # wait for the key's prompt
         self._num_lost: dict[Request, int] = {}  # tokens computed once and dropped by a preemption
         self._unreported: list[Request] = []  # preempted in steps that computed nothing
         self._num_added = 0
+
+    @property
+    def has_priorities(self) -> bool:
+        """Whether `Request.priority` decides anything."""
+        return self._victim == "lowest_priority" and self.preemption != "none"
 
     # ---- policy hooks
 
@@ -181,7 +186,7 @@ class Lifecycle:
 
     def worst(self, candidates: Iterable[Request]) -> Request:
         """The victim among `candidates`, by the victim policy."""
-        return max(candidates, key=lambda req: (self._victim_score(req), self.arrival[req]))
+        return max(candidates, key=lambda req: (VICTIMS[self._victim](req), self.arrival[req]))
 
     def preempt(self, req: Request, plan: StepPlan) -> None:
         """Take a running request's slots away and queue it again."""

@@ -18,6 +18,11 @@ class PriorityScheduler(ChunkedScheduler):
     `Scheduler`; the victim policy picks within the least urgent priority that runs.
     """
 
+    @property
+    def has_priorities(self) -> bool:
+        """They decide everything."""
+        return True
+
     def build_plan(self, plan: StepPlan, now: float) -> None:
         """Make room for urgent requests, then go on as chunked prefill does."""
         if self.preemption != "none":

@@ -18,6 +18,7 @@ from engine.server import metrics, protocol
 from engine.server.answers import Disconnected
 from engine.server.cache_info import cache_info
 from engine.server.errors import ApiError, bad_request
+from engine.server.foreign import check_foreign
 from engine.server.http import Gate, error_response
 from engine.server.pages import add_docs, add_live_pages, add_static_files
 from engine.server.service import Service
@@ -219,14 +220,12 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     async def tokenize(request: Request) -> Response:
         req = await service.read(request, protocol.TokenizeRequest)
         service.check_model(req.model)
+        check_foreign(req)
         limit = service.limits.max_model_len
         if (req.prompt is None) == (req.messages is None):
             raise bad_request("give either prompt or messages", "prompt")
-        if req.messages is not None:
-            ids = await service.prompts.of_chat(req)
-        else:
-            # The point is to count: texts beyond the context are tokenized too.
-            ids = await service.tokenizer.encode_any(req.prompt or "", req.add_special_tokens is not False)
+        prompts = service.prompts
+        ids = await (prompts.of_text(req) if req.messages is None else prompts.of_chat(req))
         body: dict[str, Any] = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": None}
         if req.return_token_strs:
             body["token_strs"] = [service.tokenizer.detokenizer.vocabulary_string(token) for token in ids]
@@ -241,12 +240,12 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     async def detokenize(request: Request) -> Response:
         req = await service.read(request, protocol.DetokenizeRequest)
         service.check_model(req.model)
+        check_foreign(req)
         bad = next((token for token in req.tokens if token >= service.limits.vocab_size), None)
         if bad is not None:
             raise bad_request(f"tokens holds {bad}, which is outside the vocabulary", "tokens")
-        return Response(
-            orjson.dumps({"prompt": await service.tokenizer.decode(req.tokens)}), media_type="application/json"
-        )
+        text = await service.tokenizer.decode(req.tokens, bool(req.skip_special_tokens))
+        return Response(orjson.dumps({"prompt": text}), media_type="application/json")
 
 
 def _add_schemas(app: FastAPI) -> None:

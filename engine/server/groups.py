@@ -38,6 +38,7 @@ class EngineInfo:
     block_size: int
     constraints: bool
     prompt_logprobs: bool
+    priorities: bool
     facts: dict[str, str]
     about: dict[str, str]
 

@@ -7,8 +7,21 @@ from typing import Any
 
 from engine.server.completions import ChoicePrompt, read_prompts
 from engine.server.errors import bad_request
-from engine.server.protocol import ChatCompletionRequest, CompletionRequest, NamedToolChoice, SamplingFields
+from engine.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    NamedToolChoice,
+    SamplingFields,
+    TokenizeRequest,
+)
 from engine.server.tokenization import TokenizerService, template_messages, template_tools
+
+# What `apply_chat_template` would take for itself, and what has a parameter of its own.
+_RESERVED = (
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "kwargs", "max_length",
+    "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "self", "tokenize",
+    "tokenizer_kwargs", "tools", "truncation",
+)  # fmt: skip
 
 
 class Prompts:
@@ -60,8 +73,17 @@ class Prompts:
                 "truncate_prompt_tokens must be at least 1, or -1 for the context", "truncate_prompt_tokens"
             )
         if keep == -1:
-            keep = max(1, self._max_model_len - (getattr(req, "max_completion_tokens", None) or req.max_tokens or 1))
+            asked = getattr(req, "max_completion_tokens", None) or getattr(req, "max_tokens", None)
+            keep = max(1, self._max_model_len - (asked or 1))
         return ids[-keep:]
+
+    async def of_text(self, req: TokenizeRequest) -> list[int]:
+        """Token ids of a text that is only counted: beyond the context, too. Raises ApiError."""
+        for name in ("tools", "chat_template", "chat_template_kwargs", "continue_final_message"):
+            if getattr(req, name):
+                raise bad_request(f"{name} goes with messages", name)
+        ids = await self._tokenizer.encode_any(req.prompt or "", req.add_special_tokens is not False)
+        return self._truncate(ids, req)
 
     async def of_chat(self, req: Any) -> list[int]:
         """Token ids of a chat. Raises ApiError."""
@@ -75,7 +97,7 @@ class Prompts:
         if req.tools and getattr(req, "tool_choice", None) != "none":
             tools = template_tools(req.tools)
         flags = dict(req.chat_template_kwargs or {})
-        for key in ("tokenize", "return_dict", "return_tensors", "chat_template", "tools", "conversation"):
+        for key in _RESERVED:
             if key in flags:
                 raise bad_request(f"chat_template_kwargs may not hold {key!r}", "chat_template_kwargs")
         going_on = bool(req.continue_final_message)
@@ -92,10 +114,12 @@ class Prompts:
 
 def check_chat(req: ChatCompletionRequest) -> None:
     """400 for combinations that make no sense."""
-    if req.top_logprobs is not None and not req.logprobs:
+    if req.top_logprobs and not req.logprobs:
         raise bad_request("top_logprobs needs logprobs=true", "top_logprobs")
     if req.max_tokens == 0 or req.max_completion_tokens == 0:
         raise bad_request("max_tokens must be at least 1", "max_tokens")
+    if None not in (req.max_tokens, req.max_completion_tokens) and req.max_tokens != req.max_completion_tokens:
+        raise bad_request("max_tokens and max_completion_tokens differ; leave one out", "max_completion_tokens")
     forced = isinstance(req.tool_choice, NamedToolChoice) or req.tool_choice == "required"
     if forced and not req.tools:
         raise bad_request("tool_choice needs tools", "tool_choice")

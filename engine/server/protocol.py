@@ -1,6 +1,7 @@
 """The requests and answers of the OpenAI API, as far as this server honours them.
 
-Unknown keys are accepted. A known parameter that cannot be honoured is a 400, never silence: see `sampling.py`.
+Unknown keys are accepted. A known parameter that cannot be honoured is a 400, never silence, and so is one of another
+server's that would change an answer: see `sampling.py` and `foreign.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ def _few(value: Any) -> Any:
     return value
 
 
+def _asks_nothing(value: Any) -> Any:
+    """False asks for no log-probabilities; 0 would ask for those of the chosen tokens."""
+    return None if value is False else value
+
+
+NumLogprobs = Annotated[int | None, BeforeValidator(_asks_nothing)]
 LogitBias = Annotated[dict[str, Finite], BeforeValidator(_few)]
 TokenId = Annotated[int, Field(ge=0)]
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -67,15 +74,17 @@ class JsonSchemaFormat(Open):
     """A named JSON schema."""
 
     name: str = "schema"
+    description: str | None = None
     schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
 class ResponseFormat(Open):
-    """`text`, `json_object` or `json_schema`."""
+    """`text`, `json_object` or `json_schema`; `schema` is another place for the schema of both."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
 
 
 class SamplingFields(Open):
@@ -103,7 +112,7 @@ class SamplingFields(Open):
     logit_bias: LogitBias | None = None
     allowed_token_ids: Items[TokenId] | None = None
     bad_words: Items[str] | None = None
-    prompt_logprobs: int | None = Field(default=None, ge=-1)
+    prompt_logprobs: NumLogprobs = Field(default=None, ge=-1)
     best_of: int | None = None
     use_beam_search: bool | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
@@ -124,7 +133,7 @@ class CompletionRequest(SamplingFields):
     # Checked by hand (completions.py): a union of lists is slow to validate and its errors cannot be read.
     prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
     echo: bool | None = None
-    logprobs: int | None = Field(default=None, ge=0)
+    logprobs: NumLogprobs = Field(default=None, ge=0)
     suffix: str | None = None
 
 
@@ -192,8 +201,11 @@ class TokenizeRequest(Open):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
 
 
 class DetokenizeRequest(Open):
@@ -201,6 +213,7 @@ class DetokenizeRequest(Open):
 
     model: str | None = None
     tokens: Items[TokenId] = Field(max_length=MAX_DETOKENIZED)
+    skip_special_tokens: bool | None = None
 
 
 # Answers: written by hand on the hot path (completions.py, chat.py); these describe them in the OpenAPI document.

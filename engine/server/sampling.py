@@ -9,6 +9,7 @@ from engine.errors import RequestError
 from engine.request import SamplingParams
 from engine.server.config import ServerConfig
 from engine.server.errors import bad_request, beyond_context, context_overflow
+from engine.server.foreign import check_foreign
 from engine.server.protocol import SamplingFields
 
 MAX_STOP_STRINGS = 64
@@ -17,34 +18,6 @@ MAX_STOP_TOKENS = 1024
 COMPLETIONS_MAX_TOKENS = 16
 # Below this a temperature is greedy: logits divided by it overflow float16.
 _MIN_TEMPERATURE = 0.01
-# Names that other parameters took over. Clients that still send them must not believe that they were honoured.
-REPLACED = {
-    "guided_json": "structured_outputs.json",
-    "guided_regex": "structured_outputs.regex",
-    "guided_choice": "structured_outputs.choice",
-    "guided_grammar": "structured_outputs.grammar",
-    "functions": "tools",
-    "function_call": "tool_choice",
-}
-# Other servers' parameters that would change an answer, and the values that change nothing.
-_FOREIGN: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "documents": (),
-    "early_stopping": (),
-    "echo": (),  # of a chat
-    "kv_transfer_params": (),
-    "length_penalty": (1,),
-    "logits_processors": (),
-    "media_io_kwargs": (),
-    "mm_processor_kwargs": (),
-    "modalities": (["text"],),
-    "prompt_embeds": (),
-    "repetition_detection": (),
-    "return_tokens_as_token_ids": (),
-    "thinking_token_budget": (),
-    "truncation_side": ("left",),
-    "web_search_options": (),
-}
 
 
 @dataclass(frozen=True)
@@ -82,20 +55,25 @@ def stop_strings(req: SamplingFields) -> list[str]:
     return stops
 
 
-def check_unsupported(req: SamplingFields, config: ServerConfig) -> None:
-    """400 for known parameters that this server does not honour, and for too many choices."""
+def check_unsupported(req: SamplingFields, config: ServerConfig, has_priorities: bool) -> None:
+    """400 for parameters that this server does not honour, and for too many choices.
+
+    Args:
+        req: the request.
+        config: the operator's limits.
+        has_priorities: the scheduler looks at them.
+    """
+    check_foreign(req)
+    if req.priority and not has_priorities:
+        raise bad_request(
+            "priority is not looked at by this server's scheduler (--scheduler priority does)", "priority"
+        )
     if req.n is not None and req.n > config.max_n:
         raise bad_request(f"n={req.n} is above this server's limit of {config.max_n}", "n")
     if req.best_of is not None and req.best_of != (req.n or 1):
         raise bad_request("best_of is not supported; use n", "best_of")
     for name in ("use_beam_search", "bad_words", "allowed_token_ids"):
         if getattr(req, name):
-            raise bad_request(f"{name} is not supported by this server", name)
-    for name, instead in REPLACED.items():
-        if (req.model_extra or {}).get(name) is not None:
-            raise bad_request(f"{name} is not supported by this server; use {instead}", name)
-    for name, harmless in _FOREIGN.items():
-        if (req.model_extra or {}).get(name) not in (None, False, "", [], {}, *harmless):
             raise bad_request(f"{name} is not supported by this server", name)
     if req.stream_options is not None and req.stream_options.continuous_usage_stats:
         raise bad_request("continuous_usage_stats is not supported; use include_usage", "stream_options")

@@ -50,6 +50,7 @@ class ServedEngine:
             "block_size": allocator.block_size,
             "constraints": self.compile_grammar is not None,
             "prompt_logprobs": self.prompt_logprobs,
+            "priorities": self.engine.scheduler.has_priorities,
             "facts": self.facts,
             "about": self.about,
         }

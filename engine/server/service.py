@@ -149,7 +149,7 @@ class Service:
         req = await self.read(request, CompletionRequest)
         model = self.check_model(req.model)
         self.check_open()
-        check_unsupported(req, self.config)
+        check_unsupported(req, self.config, self.info.priorities)
         if req.suffix:
             raise bad_request("suffix is not supported", "suffix")
         if req.echo and req.stream and req.logprobs is not None:
@@ -183,7 +183,7 @@ class Service:
         req = await self.read(request, ChatCompletionRequest)
         model = self.check_model(req.model)
         self.check_open()
-        check_unsupported(req, self.config)
+        check_unsupported(req, self.config, self.info.priorities)
         check_chat(req)
         await self._refuse_images(req)
         prompt = await self.prompts.of_chat(req)

@@ -20,13 +20,23 @@ Constraint = tuple[str, str]
 
 def from_response_format(fmt: ResponseFormat | None) -> Constraint | None:
     """The constraint of `response_format`. Raises RequestError."""
-    if fmt is None or fmt.type == "text":
+    if fmt is None:
         return None
-    if fmt.type == "json_object":
-        return ("json", JSON_OBJECT)
-    if fmt.json_schema is None or fmt.json_schema.schema_ is None:
+    named = None if fmt.json_schema is None else fmt.json_schema.schema_
+    if fmt.schema_ is not None and named is not None:
+        raise RequestError("response_format holds two schemas; leave one out", "response_format")
+    if fmt.type != "json_schema" and fmt.json_schema is not None:
+        raise RequestError('response_format.json_schema goes with type "json_schema"', "response_format")
+    if fmt.type == "text":
+        if fmt.schema_ is not None:
+            raise RequestError('response_format.schema goes with type "json_schema"', "response_format")
+        return None
+    schema = named if fmt.schema_ is None else fmt.schema_
+    if schema is not None:
+        return ("json", schema_text(schema, "response_format"))
+    if fmt.type == "json_schema":
         raise RequestError("response_format.json_schema.schema is missing", "response_format")
-    return ("json", schema_text(fmt.json_schema.schema_, "response_format"))
+    return ("json", JSON_OBJECT)
 
 
 def from_structured_outputs(spec: StructuredOutputs | None) -> Constraint | None:

@@ -82,9 +82,9 @@ class TokenizerService:
             return self._encode(text, add_special_tokens)
         return await self._off_loop(self._counting_thread, lambda: self._encode(text, add_special_tokens))
 
-    async def decode(self, tokens: list[int]) -> str:
-        """The text of tokens, special ones included."""
-        work = functools.partial(self.detokenizer.text, tokens, skip_special_tokens=False)
+    async def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        """The text of tokens."""
+        work = functools.partial(self.detokenizer.text, tokens, skip_special_tokens=skip_special_tokens)
         return work() if len(tokens) <= _INLINE_CHARS else await self._off_loop(self._counting_thread, work)
 
     async def begin(self, tokens: list[int], skip_special_tokens: bool) -> Begun:

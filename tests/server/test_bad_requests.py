@@ -149,6 +149,13 @@ CASES = [
     ("a chat's echo", CHAT, _chat(echo=True), 400),
     ("audio answers", CHAT, _chat(modalities=["text", "audio"], audio={"voice": "x", "format": "wav"}), 400),
     ("a template for tokens", "/tokenize", {"messages": [{"role": "user", "content": "x"}], "chat_template": "x"}, 400),
+    ("a priority that no scheduler looks at", COMPLETIONS, P | {"priority": 3}, 400),
+    ("another server's constraint", CHAT, _chat(regex="a+"), 400),
+    ("a known name spelled otherwise", COMPLETIONS, P | {"topP": 0.5}, 400),
+    ("a schema in text", CHAT, _chat(response_format={"type": "text", "json_schema": {"schema": {}}}), 400),
+    ("two lengths", CHAT, _chat(max_completion_tokens=3), 400),
+    ("tokenize a prompt with tools", "/tokenize", {"prompt": "x", "tools": [TOOL]}, 400),
+    ("tokenize a prompt cut to a word", "/tokenize", {"prompt": "x", "truncate_prompt_tokens": "x"}, 400),
     ("bad_words", COMPLETIONS, P | {"bad_words": ["x"]}, 400),
     ("stop token outside the vocabulary", COMPLETIONS, P | {"stop_token_ids": [4096]}, 400),
     ("tokenize nothing", "/tokenize", {}, 400),
@@ -174,7 +181,14 @@ def test_case(server, path, body, status):
 def test_what_changes_nothing_is_accepted(server):
     same = {"length_penalty": 1.0, "early_stopping": False, "truncation_side": "left", "prompt_embeds": None}
     assert server.post(COMPLETIONS, P | same | {"never_heard_of": [1]}).status_code == 200
-    assert server.post(CHAT, _chat(modalities=["text"], store=False, metadata={}, echo=False)).status_code == 200
+    chat = {"modalities": ["text"], "store": False, "metadata": {}, "echo": False, "logprobs": False, "top_logprobs": 0}
+    answer = server.post(CHAT, _chat(**chat))
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["logprobs"] is None
+    assert server.post(COMPLETIONS, P | {"logprobs": False}).json()["choices"][0]["logprobs"] is None
+    whole = server.post("/tokenize", {"prompt": "The function"}).json()["tokens"]
+    cut = server.post("/tokenize", {"prompt": "The function", "truncate_prompt_tokens": 1}).json()["tokens"]
+    assert cut == whole[-1:]
 
 
 def test_and_then_a_normal_request_is_served(server):

@@ -338,9 +338,9 @@ def test_async_client_with_many_streams(server):
     assert [texts[0], texts[9], texts[31]] == alone
 
 
-def test_unknown_keys_priority_and_user_are_accepted(client):
+def test_labels_and_unknown_keys_are_accepted(client):
     answer = client.completions.create(
-        model="demo", prompt="x", max_tokens=1, user="alice", extra_body={"priority": 3, "store": True, "metadata": {}}
+        model="demo", prompt="x", max_tokens=1, user="alice", extra_body={"priority": 0, "store": True, "metadata": {}}
     )
     assert answer.choices[0].finish_reason == "length"
 
