@@ -37,7 +37,7 @@ def _fronts(server) -> list[psutil.Process]:
 
 
 def test_a_front_that_freezes_or_dies_is_replaced_and_the_others_streams_go_on():
-    server = _stub("--fronts", "2", "--set", "heartbeat_timeout=1")
+    server = _stub("--fronts", "2", "--set", "heartbeat_timeout=6")  # a busy machine keeps the living ones alive
     try:
         for number in (signal.SIGSTOP, signal.SIGKILL):
             victim = _fronts(server)[0]
@@ -55,7 +55,7 @@ def test_a_front_that_freezes_or_dies_is_replaced_and_the_others_streams_go_on()
             for reader in whole:
                 assert reader.lines[-1] == "data: [DONE]"
                 assert '"finish_reason":"length"' in reader.lines[-2]
-            assert whole
+            assert whole, [(str(r.error), len(r.lines)) for r in readers]
             _wait(lambda: len(_fronts(server)) == 2, "no other front was started")
             for _ in range(12):
                 assert httpx.get(f"{server.url}/health", timeout=PATIENCE).status_code == 200
