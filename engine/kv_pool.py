@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,22 @@ from engine.host_blocks import HostBlocks
 from engine.plan import BlockCopy, CopyKind, KVAllocator, StepPlan
 
 GIB = 2**30
+
+
+class KVShape(Protocol):
+    """What a model's keys and values look like: its spec, or what a probe of it showed."""
+
+    @property
+    def num_layers(self) -> int:
+        """Attention layers."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of every layer."""
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of one head."""
 
 
 class KVPool:
@@ -43,6 +60,21 @@ class KVPool:
         ConfigError: a size below 1.
         EngineError: the memory cannot be had; the message says which setting to lower.
     """
+
+    @classmethod
+    def of_model(
+        cls, shape: KVShape, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: str | torch.device
+    ) -> KVPool:
+        """A pool for the layers and heads of `shape`; see the class."""
+        return cls(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=dtype,
+            device=device,
+        )
 
     def __init__(
         self,

@@ -6,7 +6,6 @@ equal, and a comparison of argmaxes would test rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,22 +78,3 @@ def random_prompts(lens: tuple[int, ...], vocab_size: int = 128, seed: int = 0) 
     """Prompts of the given lengths; ids 0 and 1 are left out."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(tuple(torch.randint(2, vocab_size, (n,), generator=generator).tolist()) for n in lens)
-
-
-def greedy_reference(
-    directory: Path, prompts: Sequence[Sequence[int]], num_tokens: int, dtype: torch.dtype = torch.float32
-) -> list[list[int]]:
-    """`generate` one prompt at a time, with transformers' own eager attention."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
-    outputs = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)])
-        done = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            do_sample=False,
-        )
-        outputs.append(done[0, len(prompt) :].tolist())
-    return outputs

@@ -69,12 +69,10 @@ class Recording:
 def record(model: LoadedModel, max_model_len: int) -> Recording:
     """Run the model's modules over one request of a few tokens, its positions spread over the context."""
     device, spec = model.device, model.spec
-    pool = KVPool(
+    pool = KVPool.of_model(
+        spec,
         num_blocks=1,
         block_size=NUM_TOKENS,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
         dtype=spec.dtype,
         device=device,
     )

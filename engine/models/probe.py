@@ -197,12 +197,10 @@ def _compare(module: nn.Module, geometry: AttentionGeometry, vocab_size: int, re
     module.set_attn_implementation("eager")  # type: ignore[operator]
     alone = [module(input_ids=row[None], use_cache=False).logits[0, -1] for row in ids]
     module.set_attn_implementation(HOOK_NAME)  # type: ignore[operator]
-    pool = KVPool(
+    pool = KVPool.of_model(
+        geometry,
         num_blocks=sum(-(-n // BLOCK_SIZE) for n in PROBE_LENS),
         block_size=BLOCK_SIZE,
-        num_layers=geometry.num_layers,
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
         dtype=parameter.dtype,
         device=parameter.device,
     )

@@ -130,12 +130,10 @@ def _in_float32(model: LoadedModel) -> LoadedModel:
 
 def _small_pool(model: LoadedModel) -> KVPool:
     spec = model.spec
-    return KVPool(
+    return KVPool.of_model(
+        spec,
         num_blocks=len(LENGTHS) * -(-(max(LENGTHS) + 1) // BLOCK_SIZE),
         block_size=BLOCK_SIZE,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
         dtype=spec.dtype,
         device=model.device,
     )

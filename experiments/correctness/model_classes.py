@@ -36,6 +36,7 @@ from engine.plan import cdiv
 from engine.request import Request, SamplingParams
 from engine.runner.torch_runner import TorchRunner
 from experiments.correctness.class_table import Outcome, write_table
+from experiments.correctness.reference import greedy_reference
 from experiments.correctness.small_configs import VOCAB_SIZE, class_names, small_config
 from experiments.strategies import build_allocator, build_scheduler
 
@@ -120,7 +121,7 @@ def _check_loaded(outcome: Outcome, model: LoadedModel, folder: str) -> Outcome:
     for std in STDS:
         write_small(config, folder, std)
         try:
-            expected = reference(folder)
+            expected = greedy_reference(folder, prompts(), NUM_TOKENS)
         # Anything: some classes cannot generate at all.
         except Exception as error:
             return replace(outcome, result="not made", why=f"transformers' own generate fails: {_line(error)}")
@@ -150,12 +151,10 @@ def run(model: LoadedModel, setting: Setting) -> list[Request]:
         setting.scheduler, allocator, max_model_len=max_len, max_num_batched_tokens=setting.max_num_batched_tokens,
         max_num_seqs=8,
     )  # fmt: skip
-    pool = KVPool(
+    pool = KVPool.of_model(
+        spec,
         num_blocks=allocator.num_blocks,
         block_size=BLOCK_SIZE,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
         dtype=spec.dtype,
         device=model.device,
     )
@@ -170,23 +169,6 @@ def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist() for length in PROMPT_LENS]
     return [rows[0][:NUM_SHARED] + row[NUM_SHARED:] for row in rows]
-
-
-def reference(folder: str) -> list[list[int]]:
-    """transformers' `generate`, one prompt at a time, with its eager attention."""
-    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    outputs = []
-    for prompt in prompts():
-        ids = torch.tensor([prompt])
-        done = module.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_TOKENS,
-            min_new_tokens=NUM_TOKENS,
-            do_sample=False,
-        )
-        outputs.append(done[0, len(prompt) :].tolist())
-    return outputs
 
 
 def check_classes(names: dict[str, str], jobs: int) -> list[Outcome]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,27 @@ def load_reference(path: str, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
     ).eval()
+
+
+def greedy_reference(
+    directory: Path | str, prompts: Sequence[Sequence[int]], num_tokens: int, dtype: torch.dtype = torch.float32
+) -> list[list[int]]:
+    """`generate` of one prompt at a time with transformers' eager attention; every output has `num_tokens` tokens."""
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        done = module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+        )
+        outputs.append(done[0, len(prompt) :].tolist())
+    return outputs
 
 
 def generate_static(module: Any, requests: Sequence[Request], batch_size: int) -> list[list[int]]:

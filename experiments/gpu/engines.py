@@ -161,12 +161,10 @@ def make_bed(
     shape = SHAPES[name] | {"max_position_embeddings": max_model_len}
     model = load_model(shape=shape, dtype=dtype, device=device, load_format="dummy", name=name)
     spec = model.spec
-    pool = KVPool(
+    pool = KVPool.of_model(
+        spec,
         num_blocks=num_slots // BLOCK_SIZE,
         block_size=BLOCK_SIZE,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
         dtype=spec.dtype,
         device=device,
     )

@@ -35,12 +35,10 @@ class LateReference(ReferenceBackend):
 
 def make_pool(model: LoadedModel, num_blocks: int, block_size: int) -> KVPool:
     spec = model.spec
-    return KVPool(
+    return KVPool.of_model(
+        spec,
         num_blocks=num_blocks,
         block_size=block_size,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
         dtype=spec.dtype,
         device=model.device,
     )

@@ -39,12 +39,10 @@ class ScatteredAllocator:
 
 def make_runner(model: LoadedModel, num_blocks: int, block_size: int, **options: Any) -> TorchRunner:
     spec = model.spec
-    pool = KVPool(
+    pool = KVPool.of_model(
+        spec,
         num_blocks=num_blocks,
         block_size=block_size,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
         dtype=spec.dtype,
         device=model.device,
     )

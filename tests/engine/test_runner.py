@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from checkpoints import greedy_reference, random_prompts, write_checkpoint
+from checkpoints import random_prompts, write_checkpoint
 from runner_driver import ScatteredAllocator, generate, make_plan, make_requests, make_runner, take_tokens
 
 from engine.clock import WallClock
@@ -17,6 +17,7 @@ from engine.plan import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from engine.request import Request, SamplingParams
 from engine.runner.inputs import BlockTables
 from engine.runner.profile import available_kv_bytes, run_largest_step
+from experiments.correctness.reference import greedy_reference
 
 PROMPTS = random_prompts((5, 13, 1, 30, 22, 9))
 NUM_TOKENS = 10

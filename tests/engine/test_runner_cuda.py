@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attention_cases import dense_attention, make_case, run_backend
-from checkpoints import greedy_reference, random_prompts, write_checkpoint
+from checkpoints import random_prompts, write_checkpoint
 from runner_driver import generate, make_requests
 
 from engine.attention.reference import ReferenceBackend
@@ -12,6 +12,7 @@ from engine.kv_pool import KVPool, blocks_for_budget
 from engine.models import load_model
 from engine.plan import BlockCopy, CopyKind
 from engine.runner.profile import available_kv_bytes
+from experiments.correctness.reference import greedy_reference
 
 pytestmark = [
     pytest.mark.gpu,

@@ -25,12 +25,10 @@ def section(**changes):
 def make(shape, **changes):
     model = load_model(shape=shape, dtype="float32", device="cpu", load_format="dummy", name="small")
     spec = model.spec
-    pool = KVPool(
+    pool = KVPool.of_model(
+        spec,
         num_blocks=4,
         block_size=4,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
         dtype=torch.float32,
         device="cpu",
     )
