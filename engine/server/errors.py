@@ -58,7 +58,9 @@ def unavailable(message: str, code: str, retry_after: int = 1) -> ApiError:
     return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after)})
 
 
-def context_overflow(limit: int, num_prompt: int, max_tokens: int | None, what: str) -> ApiError:
+def context_overflow(
+    limit: int, num_prompt: int, max_tokens: int | None, what: str, *, at_least: bool = False
+) -> ApiError:
     """400 in the wording by which clients recognise an overflow of the context.
 
     Args:
@@ -66,9 +68,11 @@ def context_overflow(limit: int, num_prompt: int, max_tokens: int | None, what: 
         num_prompt: tokens of the prompt.
         max_tokens: what the caller asked for, or None when the prompt alone is too long.
         what: `messages` or `prompt`.
+        at_least: `num_prompt` is a lower bound: the rest was not tokenized.
     """
     if max_tokens is None:
-        detail = f"your {what} resulted in {num_prompt} tokens. Please reduce the length of the {what}."
+        bound = "at least " if at_least else ""
+        detail = f"your {what} resulted in {bound}{num_prompt} tokens. Please reduce the length of the {what}."
     else:
         detail = (
             f"you requested {num_prompt + max_tokens} tokens ({num_prompt} in the {what}, {max_tokens} in the "

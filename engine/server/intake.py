@@ -203,12 +203,14 @@ class Intake:
         """A request has ended."""
         self._by_handle.pop((route.front, route.handle), None)
 
-    def drop_front(self, front: int) -> None:
-        """A front is gone: end its requests."""
+    def drop_front(self, front: int) -> int:
+        """A front is gone: end its requests; how many they were."""
         self._inboxes[front].clear()
-        for owner, handle in [key for key in self._by_handle if key[0] == front]:
+        running = [key for key in self._by_handle if key[0] == front]
+        for owner, handle in running:
             self._abort(owner, handle)
         parked = [entry for entries in [*self._parked.values(), self._ready] for entry in entries]
-        for owner, frame in parked:
-            if owner == front:
-                self._drop_parked(front, frame.handle)
+        handles = [frame.handle for owner, frame in parked if owner == front]
+        for handle in handles:
+            self._drop_parked(front, handle)
+        return len(running) + len(handles)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
 
 MAX_MESSAGES = 16384  # and parts of a message
 MAX_TOOLS = 1024
@@ -143,6 +143,15 @@ class FunctionDefinition(Open):
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
     parameters: dict[str, Any] | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _describe_an_object(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        # Arguments of a call are an object: no text would be a call of anything else.
+        kind = "object" if value is None else value.get("type", "object")
+        if "object" not in (kind if isinstance(kind, list) else [kind]):
+            raise ValueError("must describe an object (type: object): the arguments of a call are one")
+        return value
 
 
 class Tool(Open):

@@ -22,6 +22,10 @@ from engine.server.errors import ApiError, bad_request, context_overflow
 
 # Longer texts are tokenized on a thread, in the one call of the library that lets go of the interpreter meanwhile.
 _INLINE_CHARS = 8192
+# Of a text that may be beyond the context, so many are tokenized at a time, and others take their turn between two.
+_PIECE_CHARS = 32_768
+# A text of at most so many characters for each token of the context is tokenized as a whole: the work is bounded.
+_CHARS_PER_TOKEN = 8
 # Of a text that need not fit the context: one that is only counted, or of which only the end is kept.
 MAX_CHARS = 1 << 22
 MAX_TOOLS_BYTES = 1 << 20
@@ -50,9 +54,9 @@ class TokenizerService:
             self.tokenizer.chat_template = Path(chat_template).read_text()
         self.detokenizer = Detokenizer(self.tokenizer)
         self._backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        self._longest_piece = max(map(len, self.tokenizer.get_vocab()), default=1)
+        # Apart: nobody waits for texts that are much longer than his own, nor prompts for texts that are only counted.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-        # Apart: prompts do not wait for texts that are only counted.
+        self._long_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
         self._counting_thread = ThreadPoolExecutor(1, thread_name_prefix="count")
 
     async def encode(self, text: str, add_special_tokens: bool, max_tokens: int, what: str = "prompt") -> list[int]:
@@ -61,26 +65,42 @@ class TokenizerService:
         Args:
             text: what to tokenize.
             add_special_tokens: as the tokenizer's own flag (a leading BOS and the like).
-            max_tokens: the context; a text that cannot fit whatever its tokens are is refused untokenized.
+            max_tokens: the context. A text that is far beyond it is refused as soon as that is known: the work is
+                bounded by what could be admitted, not by what was sent.
             what: `prompt` or `messages`, for the error.
 
         Raises:
             ApiError: it cannot fit, or cannot be tokenized.
         """
-        at_least = len(text) // self._longest_piece
-        if at_least > max_tokens:
-            raise context_overflow(max_tokens, at_least, None, what)
+        if len(text) > max(_PIECE_CHARS, _CHARS_PER_TOKEN * max_tokens):
+            await self._refuse_oversize(text, max_tokens, what)
+        return await self._encode_beside(self._long_thread, text, add_special_tokens)
+
+    async def _refuse_oversize(self, text: str, max_tokens: int, what: str) -> None:
+        """Raise ApiError when the text's pieces have twice the tokens that fit.
+
+        Twice, since a cut between two pieces may change the tokens beside it. Each piece queues anew, so that texts
+        share the thread evenly.
+        """
+        num_tokens = 0
+        for start in range(0, len(text), _PIECE_CHARS):
+            piece = text[start : start + _PIECE_CHARS]
+            num_tokens += len(await self._off_loop(self._long_thread, functools.partial(self._encode, piece, False)))
+            if num_tokens > 2 * max_tokens:
+                raise context_overflow(max_tokens, max_tokens + 1, None, what, at_least=True)
+
+    async def _encode_beside(self, thread: ThreadPoolExecutor, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids, computed here for a short text, on the common thread for a longer one, else on `thread`."""
         if len(text) <= _INLINE_CHARS:
             return self._encode(text, add_special_tokens)
-        return await self._off_loop(self._thread, lambda: self._encode(text, add_special_tokens))
+        lane = self._thread if len(text) <= _PIECE_CHARS else thread
+        return await self._off_loop(lane, functools.partial(self._encode, text, add_special_tokens))
 
     async def encode_any(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text that may be longer than the context. Raises ApiError above MAX_CHARS."""
         if len(text) > MAX_CHARS:
             raise bad_request(f"the text is longer than {MAX_CHARS} characters", "prompt")
-        if len(text) <= _INLINE_CHARS:
-            return self._encode(text, add_special_tokens)
-        return await self._off_loop(self._counting_thread, lambda: self._encode(text, add_special_tokens))
+        return await self._encode_beside(self._counting_thread, text, add_special_tokens)
 
     async def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
         """The text of tokens."""

@@ -118,11 +118,19 @@ async def tools(attack: Attack) -> None:
     await attack.repeat(2, lambda _: attack.post(body, "/v1/chat/completions"))
 
 
+async def oversize(attack: Attack) -> None:
+    """Eight clients, prompts of 14 MB: far beyond any context, of short pieces of the vocabulary and of its longest."""
+    await attack.repeat(
+        8, lambda i: attack.post({"prompt": ("ab " if i % 2 else " " * 3) * 4_600_000, "max_tokens": 4})
+    )
+
+
 ATTACKS: dict[str, Callable[[Attack], Awaitable[None]]] = {
     "grammars": grammars,
     "distinct_grammars": distinct_grammars,
     "choices": choices,
     "tools": tools,
+    "oversize": oversize,
 }
 
 

@@ -116,7 +116,7 @@ class RunningServer:
         return min(spawned, key=lambda p: p.create_time()).pid
 
     def stop(self, seconds: float = PATIENCE) -> int:
-        """SIGTERM and wait; returns the exit code."""
+        """SIGTERM and wait; returns the exit code. `said` is what the server had logged then."""
         self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -125,6 +125,7 @@ class RunningServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 raise
+        self.said = self.log
         os.unlink(self._log.name)
         return self.process.returncode
 

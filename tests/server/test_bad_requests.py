@@ -46,6 +46,7 @@ def _fmt(schema: object) -> dict:
 
 P = {"prompt": "x", "max_tokens": 2}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+LIST_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}
 CASES = [
     ("4 unknown model", COMPLETIONS, P | {"model": "nope"}, 404),
     ("5 no messages", CHAT, {}, 400),
@@ -104,6 +105,7 @@ CASES = [
     ("15 two constraints", COMPLETIONS, P | {"structured_outputs": {"regex": "a", "choice": ["b"]}}, 400),
     ("16 tool_choice without tools", CHAT, _chat(tool_choice="required"), 400),
     ("16 unknown tool", CHAT, _chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}), 400),
+    ("16 a tool whose arguments are no object", CHAT, _chat(tools=[LIST_TOOL]), 400),
     ("16 tools broken", CHAT, _chat(tools=[{"type": "function"}]), 400),
     (
         "16 bad JSON in a past tool call",

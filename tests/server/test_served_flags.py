@@ -54,6 +54,7 @@ def test_the_fair_scheduler_knows_clients_by_user():
         assert 'block_size="8"' in text
     finally:
         assert server.stop() == 0
+    assert "WARNING" not in server.said and "ERROR" not in server.said, server.said  # a clean stop is none
 
 
 def test_the_priority_scheduler_and_swapping():
