@@ -1,6 +1,7 @@
 """The main job end to end: one command, a real model, all four crossings, one comparison, transformers' tokens."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.utils import configure_log
 
 from experiments.compose import compose_cell
 from experiments.correctness import verify
@@ -101,3 +104,13 @@ def test_overlap_never_changes_tokens(sweep: Path, tmp_path: Path):
     tables = [pd.read_parquet(folder / "requests.parquet") for folder in (cells(sweep)[3], overlapped)]
     outputs = [[ids.tolist() for ids in table["output_token_ids"]] for table in tables]
     assert outputs[0] == outputs[1]
+
+
+def test_a_run_lets_the_engine_warn():
+    """Hydra's `disabled` logging switches every logger off that exists: no warning of a model was ever seen."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        hydra = compose("config", return_hydra_config=True).hydra
+    for settings in (hydra.hydra_logging, hydra.job_logging):
+        configure_log(settings)
+    assert not logging.getLogger("engine.models.loader").disabled
+    assert logging.getLogger("engine.models.loader").isEnabledFor(logging.WARNING)
