@@ -171,7 +171,7 @@ def test_a_lost_connection_dims_the_numbers(server, tmp_path):
                 _signal(pid, signal.SIGSTOP)
             browser.wait_for("window.dimmed > 0", 60)
             assert browser.evaluate("document.getElementById('state').textContent") == "connection lost"
-            assert browser.evaluate("getComputedStyle(document.querySelector('.live-data')).opacity") != "1"
+            browser.wait_for("getComputedStyle(document.querySelector('.live-data')).opacity !== '1'")  # it fades
         finally:
             for pid in processes:
                 _signal(pid, signal.SIGCONT)

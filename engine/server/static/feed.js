@@ -37,9 +37,14 @@ export function watch(onFrame, mine = "") {
 
   async function connect() {
     control = new AbortController();
+    const key = sessionStorage.getItem(KEY);
     const url = "dashboard/events" + (mine ? "?mine=" + mine : "");
     const response = await fetch(url, { headers: authorization(), signal: control.signal, cache: "no-store" });
-    if (response.status === 401) { askForKey(); return false; }
+    if (response.status === 401) {
+      if (sessionStorage.getItem(KEY) !== key) return true; // another key was typed meanwhile: it has its turn
+      askForKey();
+      return false;
+    }
     if (!response.ok) {
       const body = await response.json().catch(() => null);
       throw new Error(body?.error?.message || "the server answers " + response.status);
