@@ -102,21 +102,22 @@ class ListParser(ToolParser):
     def add(self, text: str) -> Parsed:
         self._text += "" if self._has_calls else text
         self._held += text
-        calls: list[ToolCall] = []
-        while "}" in text and (call := self._next()) is not None:
-            calls.append(call)
+        calls = self._complete() if "}" in text else []
         self._has_calls = self._has_calls or bool(calls)
         return Parsed("", calls)
 
-    def _next(self) -> ToolCall | None:
-        """The next call, if it is complete."""
-        body = self._held.lstrip(self._BETWEEN)
-        try:
-            value, end = _DECODER.raw_decode(body)
-        except (ValueError, RecursionError):
-            return None
-        self._held = body[end:]
-        return as_call(value, self._names)
+    def _complete(self) -> list[ToolCall]:
+        """The calls that are complete. What a grammar allows and is no call all the same (1e999) is left out."""
+        calls = []
+        while True:
+            body = self._held.lstrip(self._BETWEEN)
+            try:
+                value, end = _DECODER.raw_decode(body)
+            except (ValueError, RecursionError):
+                return calls
+            self._held = body[end:]
+            if (call := as_call(value, self._names)) is not None:
+                calls.append(call)
 
     @override
     def end(self) -> Parsed:

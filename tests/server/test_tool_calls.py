@@ -13,6 +13,7 @@ from engine.server.tool_calls import FirstCallParser, ListParser, NamedParser
 from engine.server.tool_forms import find_form, read_form
 from engine.server.tool_templates import XML_TEMPLATE, TemplateParser, check_template
 from engine.server.tool_texts import BareParser, HiddenTokens, TaggedParser
+from experiments.correctness import fuzz_tool_texts
 from tests import tokenizer_kinds
 
 NAMES = frozenset(("f", "g"))
@@ -365,3 +366,8 @@ def test_arguments_are_json():
     rare = '<tool_call>{"name": "g", "arguments": {"big": 123456789012345678901234567890, "e": 1E5, "u": "\u00e9"}}'
     (call,) = run(tagged()(), [rare])[1]
     assert json.loads(call[1]) == {"big": 123456789012345678901234567890, "e": 1e5, "u": "\u00e9"}
+
+
+def test_what_is_found_does_not_depend_on_the_cut(capsys):
+    """Random texts; one of these forced lists holds a number that is none, and calls behind it."""
+    assert fuzz_tool_texts.main(["--seed", "900", "--texts", "30"]) == 0, capsys.readouterr().out
