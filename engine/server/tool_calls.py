@@ -108,7 +108,7 @@ class ListParser(ToolParser):
 
     def _complete(self) -> list[ToolCall]:
         """The calls that are complete. What a grammar allows and is no call all the same (1e999) is left out."""
-        calls = []
+        calls: list[ToolCall] = []
         while True:
             body = self._held.lstrip(self._BETWEEN)
             try:
