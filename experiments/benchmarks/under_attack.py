@@ -17,25 +17,19 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import re
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from multiprocessing.queues import SimpleQueue
-from pathlib import Path
 from typing import Any
 
 import httpx
 
 from experiments.benchmarks.stream_load import Level, Row, collect_level
+from experiments.serving.child import Server
 
-START_SECONDS = 300.0
-STOP_SECONDS = 60.0
 PREFIX = "x"
 
 
@@ -176,45 +170,6 @@ def run_part(options: argparse.Namespace, attack: str | None) -> dict[str, Any]:
         "first_error": errors[0] if errors else None, "longest_gap_s": round(longest_gap(rows), 3),
         "span_s": round(max(row.end for row in rows) - min(row.start for row in rows), 2), "answers": statuses,
     }  # fmt: skip
-
-
-class Server:
-    """`kvarena serve` in its own process, on a free port."""
-
-    def __init__(self, arguments: list[str], key: str) -> None:
-        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
-        command = [sys.executable, "-m", "experiments.cli", "serve", *arguments, "--port", "0", "--api-key", key]
-        self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
-        self.url = self._wait()
-
-    def _wait(self) -> str:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self._process.poll() is None:
-            match = re.search(r"Uvicorn running on (\S+)", Path(self._log.name).read_text())
-            if match:
-                return match[1]
-            time.sleep(0.1)
-        self._process.kill()
-        raise SystemExit(f"the server did not start:\n{Path(self._log.name).read_text()[-2000:]}")
-
-    def is_alive(self, key: str) -> bool:
-        """Whether a request is answered."""
-        body = {"prompt": "The", "max_tokens": 4}
-        try:
-            answer = httpx.post(
-                f"{self.url}/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60
-            )
-        except httpx.HTTPError:
-            return False
-        return answer.status_code == 200
-
-    def stop(self) -> None:
-        """SIGTERM, and wait."""
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
 
 
 def main(argv: list[str] | None = None) -> int:
