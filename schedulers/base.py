@@ -110,7 +110,8 @@ class Scheduler(Lifecycle, ABC):
         size = f"request {req.request_id!r}: prompt {req.num_prompt_tokens} + max_tokens {req.sampling.max_tokens}"
         if total > limit:
             raise RequestRejected(
-                f"{size} is over engine.max_model_len={limit}; shorten the prompt, lower max_tokens or raise it",
+                f"{size} is over engine.max_model_len={limit}; shorten the prompt, lower max_tokens, "
+                "or raise it as far as the model goes",
                 reason="max_model_len",
             )
         raise RequestRejected(
