@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EngineError
+from engine.memory_limits import asked_and_free
 
 
 class HostBlocks:
@@ -36,8 +37,9 @@ class HostBlocks:
         try:
             self.data = torch.zeros(shape, dtype=rows.dtype, pin_memory=self._on_gpu)
         except (RuntimeError, MemoryError) as error:
-            gib = torch.Size(shape).numel() * rows.dtype.itemsize / 2**30
-            raise EngineError(f"no host memory for {gib:.2f} GiB of swap space; lower allocator.swap_gib") from error
+            asked = torch.Size(shape).numel() * rows.dtype.itemsize
+            reason = asked_and_free(error, torch.device("cpu"), asked)
+            raise EngineError(f"no host memory for swapped blocks: {reason}; lower allocator.swap_gib") from error
         self._stream = torch.cuda.Stream(rows.device) if self._on_gpu else None
 
     def swap_out(self, sources: list[int], destinations: list[int]) -> None:

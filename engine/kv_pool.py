@@ -22,6 +22,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError, EngineError
 from engine.host_blocks import HostBlocks
+from engine.memory_limits import asked_and_free, size_text
 from engine.plan import BlockCopy, CopyKind, KVAllocator, StepPlan
 
 GIB = 2**30
@@ -55,6 +56,7 @@ class KVPool:
         dtype: element type of keys and values.
         device: where the pool lives.
         num_swap_blocks: blocks of host memory, with ids 0..num_swap_blocks; pinned when the pool is on a GPU.
+        sized_by: the setting that says how large the pool is, for the error.
 
     Raises:
         ConfigError: a size below 1.
@@ -87,6 +89,7 @@ class KVPool:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         num_swap_blocks: int = 0,
+        sized_by: str = "kv_cache.num_blocks, num_slots or memory_gib",
     ) -> None:
         for name, value in (("kv_cache.num_blocks", num_blocks), ("allocator.block_size", block_size)):
             if value < 1:
@@ -99,6 +102,7 @@ class KVPool:
         self.dtype = dtype
         self.device = torch.device(device)
         self.num_swap_blocks = num_swap_blocks
+        self.sized_by = sized_by
         self.data = self._make_data((2, num_layers, (num_blocks + 1) * block_size, num_kv_heads, head_dim))
         self._blocks = self.data.view(2, num_layers, num_blocks + 1, block_size, num_kv_heads, head_dim)
         self.host = HostBlocks(self._rows, num_swap_blocks) if num_swap_blocks > 0 else None
@@ -107,7 +111,7 @@ class KVPool:
 
     def _make_data(self, shape: tuple[int, ...]) -> Tensor:
         """The pool's tensor. Zeroed, because masked positions are still multiplied: 0 * NaN would not be 0."""
-        return _allocate(shape, self.dtype, self.device, "kv_cache.num_blocks, num_slots or memory_gib")
+        return _allocate(shape, self.dtype, self.device, self.sized_by)
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -242,9 +246,8 @@ def blocks_for_budget(
     fitting = available // block_bytes - 1
     if fitting < 1:
         raise ConfigError(
-            f"weights and activations leave {available / GIB:.2f} GiB for KV, and one block needs "
-            f"{2 * block_bytes / GIB:.2f} GiB; raise engine.gpu_memory_utilization or lower "
-            "scheduler.max_num_batched_tokens"
+            f"the weights leave {size_text(available)} for KV, and one block and the null block need "
+            f"{size_text(2 * block_bytes)}; raise engine.gpu_memory_utilization, or take a smaller model"
         )
     return fitting
 
@@ -254,8 +257,10 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
     try:
         return torch.zeros(shape, dtype=dtype, device=device)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        gib = math.prod(shape) * dtype.itemsize / GIB
-        raise EngineError(f"no memory on {device} for {gib:.2f} GiB of KV; lower {setting}") from error
+        asked = math.prod(shape) * dtype.itemsize
+        raise EngineError(
+            f"no memory on {device} for the KV pool: {asked_and_free(error, device, asked)}; lower {setting}"
+        ) from error
 
 
 def _check_ids(ids: list[int], limit: int, kind: CopyKind) -> None:

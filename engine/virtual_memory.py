@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.errors import ConfigError, EngineError
+from engine.memory_limits import size_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-GIB = 2**30
 Page = tuple[Any, ...]  # a handle for each plane
 
 
@@ -106,6 +106,7 @@ class PageMap:
         page_bytes: size of a page in each plane.
         plane_bytes: address range of a plane.
         num_planes: tensors that a token is spread over.
+        sized_by: the setting that says how many pages there are, for the error.
 
     Attributes:
         address: where the range starts.
@@ -118,7 +119,14 @@ class PageMap:
     """
 
     def __init__(
-        self, driver: MemoryDriver, *, num_pages: int, page_bytes: int, plane_bytes: int, num_planes: int = 2
+        self,
+        driver: MemoryDriver,
+        *,
+        num_pages: int,
+        page_bytes: int,
+        plane_bytes: int,
+        num_planes: int = 2,
+        sized_by: str = "kv_cache.num_blocks, num_slots or memory_gib",
     ) -> None:
         if page_bytes % driver.granularity:
             raise ConfigError(
@@ -142,11 +150,11 @@ class PageMap:
                     self._handles.append(driver.create(page_bytes))
                 self._free.append(tuple(self._handles[-num_planes:]))
         except EngineError as error:
+            asked, made = num_pages * num_planes * page_bytes, len(self._handles) * page_bytes
             self.close()
-            gib = num_pages * num_planes * page_bytes / GIB
             raise EngineError(
-                f"no memory for {gib:.2f} GiB of KV ({error}); lower kv_cache.num_blocks, num_slots or memory_gib, or "
-                "engine.gpu_memory_utilization"
+                f"no memory for the KV pool: {size_text(asked)} of pages were asked for and {size_text(made)} of them "
+                f"were free ({error}); lower {sized_by}"
             ) from error
 
     @property

@@ -67,6 +67,7 @@ class VirtualKVPool(KVPool):
             num_pages=self._num_pages + null_pages,
             page_bytes=self._page_bytes,
             plane_bytes=plane_bytes,
+            sized_by=self.sized_by,
         )
         self._num_bytes = 2 * (self._num_pages + null_pages) * self._page_bytes
         self.pages.grow(0, null_pages)

@@ -140,6 +140,11 @@ class KVCacheConfig(_Section):
             return cls(num_slots=None, num_blocks=config.num_blocks, memory_gib=config.memory_gib)
         return config
 
+    @property
+    def sized_by(self) -> str | None:
+        """The key that says how large the pool is; None: the device's memory does."""
+        return next((f"kv_cache.{f.name}" for f in fields(self) if getattr(self, f.name) is not None), None)
+
 
 @dataclass(frozen=True)
 class SamplingConfig(_Section):

@@ -20,6 +20,7 @@ from engine.checkpoints.check import check_checkpoint
 from engine.checkpoints.directory import one_line
 from engine.checkpoints.kinds import DEQUANTIZED
 from engine.errors import ConfigError, ModelError
+from engine.memory_limits import free_bytes, is_out_of_memory, size_text
 from engine.models.configs import (
     end_and_special_tokens,
     quiet_transformers,
@@ -123,7 +124,9 @@ def _from_directory(
     if isinstance(quantization, dict) and quantization.get("quant_method") in DEQUANTIZED:
         # What kernels run quantised weights, if any, depends on the device; plain weights run everywhere alike.
         quantization["dequantize"] = True
-    placement = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
+    target = torch.device(device)
+    placement = {} if target.type == "cpu" else {"device_map": {"": target}}
+    free = free_bytes(target)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(directory),
@@ -136,10 +139,10 @@ def _from_directory(
             output_loading_info=True,
             **placement,
         )
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"{directory} does not fit in the memory of {device}; use a smaller model or dtype") from error
     # Anything: loading runs the code of many libraries, and of the model.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise _does_not_fit(str(directory), config, dtype, target, free, trust_remote_code) from error
         raise ModelError(f"{directory} cannot be loaded: {one_line(error)}") from error
     module, info = loaded
     if info["mismatched_keys"]:
@@ -194,6 +197,7 @@ def build_dummy(
         ModelError: too large for the device, or not a config that makes a model.
     """
     target = torch.device(device)
+    free = 0 if target.type == "meta" else free_bytes(target)
     try:
         with torch.random.fork_rng([target] if target.type == "cuda" else []), target:
             torch.manual_seed(seed)
@@ -203,8 +207,29 @@ def build_dummy(
                 trust_remote_code=trust_remote_code,
                 attn_implementation="eager",
             )
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"{name} does not fit in the memory of {device}; use a smaller model or dtype") from error
     # Anything: a config may be valid field by field and still not make a model.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise _does_not_fit(name, config, dtype, target, free, trust_remote_code) from error
         raise ModelError(f"{name} cannot be built from its config: {one_line(error)}") from error
+
+
+def _does_not_fit(
+    name: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    free: int,
+    trust_remote_code: bool,
+) -> ModelError:
+    """What to say of weights for which `device` has no memory; `free`: bytes, before they were read."""
+    used = torch.float32 if isinstance(dtype, str) else dtype
+    module = build_dummy(config, used, "meta", 0, trust_remote_code, name)
+    num_weights = sum(parameter.numel() for parameter in module.parameters())
+    way = "take a smaller model, or a device with more memory free"
+    if used.itemsize == 4 and num_weights * 2 < free:
+        way = f"set engine.dtype=bfloat16, in which they take {size_text(num_weights * 2)}"
+    return ModelError(
+        f"{name} does not fit in the memory of {device}: its weights take {size_text(num_weights * used.itemsize)} in "
+        f"{str(used).removeprefix('torch.')}, and {size_text(free)} were free; {way}"
+    )

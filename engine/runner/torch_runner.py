@@ -19,6 +19,7 @@ from engine.checkpoints.directory import one_line
 from engine.clock import Clock, WallClock
 from engine.errors import EngineError, KvarenaError
 from engine.kv_pool import KVPool
+from engine.memory_limits import asked_and_free, is_out_of_memory
 from engine.models.spec import LoadedModel
 from engine.plan import KVAllocator, StepPlan
 from engine.runner.base import PendingTokens, ReadyTokens, StepResult, TokenLogprobs
@@ -143,13 +144,14 @@ class TorchRunner:
                 return _TimedStep(self._step(plan, allocator), timer)
         except KvarenaError:
             raise
-        except torch.OutOfMemoryError as error:
-            raise EngineError(
-                f"out of memory on {self._device} in a step of {plan.num_new_tokens} tokens; lower "
-                "scheduler.max_num_batched_tokens, the KV pool or engine.gpu_memory_utilization"
-            ) from error
         # Anything: model code may be foreign. The cause keeps the stack trace.
         except Exception as error:
+            if is_out_of_memory(error):
+                raise EngineError(
+                    f"out of memory on {self._device} in a step of {len(plan.scheduled)} requests and "
+                    f"{plan.num_new_tokens} tokens: {asked_and_free(error, self._device)}; lower "
+                    f"scheduler.max_num_batched_tokens, scheduler.max_num_seqs, or the KV pool ({self.pool.sized_by})"
+                ) from error
             raise EngineError(
                 f"a step of {len(plan.scheduled)} requests and {plan.num_new_tokens} tokens failed with "
                 f"{type(error).__name__}: {one_line(error)}"

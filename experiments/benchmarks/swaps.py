@@ -26,7 +26,7 @@ from engine.plan import BlockCopy, CopyKind
 from experiments.gpu.timing import require_cuda
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-OPT_13B = {"num_layers": 40, "num_kv_heads": 40, "head_dim": 128}
+OPT_13B: dict[str, Any] = {"num_layers": 40, "num_kv_heads": 40, "head_dim": 128}
 REPEATS = 15
 WARMUP = 3
 

@@ -30,7 +30,7 @@ from engine.ledger import MemoryLedger
 from engine.models import LoadedModel, ModelSpec, load_model
 from engine.plan import KVAllocator
 from engine.request import Request, SamplingParams, expand
-from engine.runner.profile import available_kv_bytes
+from engine.runner.profile import SETTING, available_kv_bytes, card_memory
 from experiments.building.parts import (
     EngineParts,
     check_window,
@@ -39,7 +39,7 @@ from experiments.building.parts import (
     resolve_max_model_len,
     say_chosen_pages,
 )
-from experiments.building.pools import make_pool
+from experiments.building.pools import make_pool, room_beside_pool
 from experiments.building.runners import make_runner
 from experiments.building.shared import PreparedRunner, SharedParts
 from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SamplingConfig
@@ -148,13 +148,16 @@ def build_engine(cfg: DictConfig, shared: SharedParts | None = None) -> EnginePa
     shared = SharedParts() if shared is None else shared
     memory = None
     if _device(config.device) == "cuda":
-        memory = GpuMemory(torch.device("cuda"), shared.context_bytes)
+        device = torch.device("cuda")
+        memory = GpuMemory(device, shared.context_bytes)
         shared.context_bytes = memory.context
+        if KVCacheConfig.from_config(cfg.kv_cache).sized_by is None:
+            card_memory(device, memory.context).check_share(config.gpu_memory_utilization)
     model = shared.model(cfg, lambda: _load(cfg, config))
     spec = model.spec
     max_model_len = resolve_max_model_len(config, spec)
     prepared = shared.runner(cfg)
-    num_blocks = _num_blocks(cfg, config, model) if prepared is None else prepared.num_blocks
+    num_blocks = _num_blocks(cfg, config, model, shared.context_bytes or 0) if prepared is None else prepared.num_blocks
     allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, spec, _device(config.device))
     say_chosen_pages(allocator)
     check_window(allocator, spec)
@@ -194,34 +197,38 @@ def _prepare_runner(
     """Pool and runner for `allocator`."""
     runner_config = RunnerConfig.from_config(cfg.runner)
     device = _device(config.device)
+    sized_by = KVCacheConfig.from_config(cfg.kv_cache).sized_by or SETTING
     allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
-    pool = make_pool(runner_config, allocator, model.spec, device)
+    pool = make_pool(runner_config, allocator, model.spec, device, sized_by)
     pool_in_torch = torch.cuda.memory_allocated() - allocated if device == "cuda" else 0
     clock = WallClock()
-    runner, facts = make_runner(
-        runner_config,
-        model,
-        pool,
-        _attention_backend(runner_config, model, pool),
-        seed=config.seed,
-        clock=clock,
-        max_num_seqs=cfg.scheduler.max_num_seqs,
-        max_model_len=max_model_len,
-        num_scores=DriverConfig.from_config(cfg.driver).scores,
-    )
+    with room_beside_pool(cfg, pool, max_model_len):
+        runner, facts = make_runner(
+            runner_config,
+            model,
+            pool,
+            _attention_backend(runner_config, model, pool),
+            seed=config.seed,
+            clock=clock,
+            max_num_seqs=cfg.scheduler.max_num_seqs,
+            max_model_len=max_model_len,
+            num_scores=DriverConfig.from_config(cfg.driver).scores,
+        )
     return PreparedRunner(runner, facts, pool, clock, allocator.num_blocks, pool_in_torch)
 
 
-def _num_blocks(cfg: DictConfig, config: EngineConfig, model: LoadedModel) -> int:
-    """Usable blocks: what the config states, or what a profiling forward leaves of the GPU's memory."""
+def _num_blocks(cfg: DictConfig, config: EngineConfig, model: LoadedModel, in_use_before: int) -> int:
+    """Usable blocks: what the config states, or what a profiling forward leaves of this engine's share of the GPU."""
     size = KVCacheConfig.from_config(cfg.kv_cache)
     available = None
-    if size == KVCacheConfig(None, None, None) and model.device.type == "cuda":
+    if size.sized_by is None and model.device.type == "cuda":
         available = available_kv_bytes(
             model,
             gpu_memory_utilization=config.gpu_memory_utilization,
             max_num_batched_tokens=cfg.scheduler.max_num_batched_tokens,
             max_num_seqs=cfg.scheduler.max_num_seqs,
+            in_use_before=in_use_before,
+            block_bytes=cfg.allocator.block_size * model.spec.kv_bytes_per_token,
         )
     return blocks_for_budget(
         cfg.allocator.block_size,

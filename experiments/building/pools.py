@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from engine.errors import ConfigError
+from omegaconf import DictConfig
+
+from engine.errors import ConfigError, EngineError
 from engine.kv_pool import KVPool
+from engine.memory_limits import asked_and_free, is_out_of_memory, size_text
 from engine.models import ModelSpec
 from engine.plan import KVAllocator
 from experiments.building.parts import CUDA_PAGE_BYTES
@@ -14,8 +19,8 @@ from experiments.config import RunnerConfig
 KV_TENSORS = 2
 
 
-def make_pool(config: RunnerConfig, allocator: KVAllocator, spec: ModelSpec, device: str) -> KVPool:
-    """Memory for all block ids of `allocator`.
+def make_pool(config: RunnerConfig, allocator: KVAllocator, spec: ModelSpec, device: str, sized_by: str) -> KVPool:
+    """Memory for all block ids of `allocator`; `sized_by`: the setting that says how large it is, for errors.
 
     Raises:
         ConfigError: a virtual allocator's pages cannot be mapped on this device, or the kernels cannot read them.
@@ -30,6 +35,7 @@ def make_pool(config: RunnerConfig, allocator: KVAllocator, spec: ModelSpec, dev
         "dtype": spec.dtype,
         "device": device,
         "num_swap_blocks": allocator.num_host_blocks,
+        "sized_by": sized_by,
     }
     if device != "cuda" or allocator.num_virtual_blocks == allocator.num_blocks:
         # On a CPU the tensor is as large as the virtual space: the system maps its pages when they are touched.
@@ -49,3 +55,22 @@ def make_pool(config: RunnerConfig, allocator: KVAllocator, spec: ModelSpec, dev
             f"allocator.kv_tensors={KV_TENSORS} and allocator.page_bytes={CUDA_PAGE_BYTES}"
         )
     return VirtualKVPool(num_pages=allocator.num_pages, page_bytes=page_bytes, **shape)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def room_beside_pool(cfg: DictConfig, pool: KVPool, max_model_len: int) -> Iterator[None]:
+    """Around what a runner makes for itself: tables, logits, CUDA graphs.
+
+    Raises:
+        EngineError: the pool has left no memory for it; says what was asked for, what was free and what to lower.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EngineError(
+            f"the KV pool of {size_text(pool.num_bytes)} leaves no room on {pool.device} for the runner's tables and "
+            f"graphs: {asked_and_free(error, pool.device)}; lower {pool.sized_by}, "
+            f"scheduler.max_num_seqs={cfg.scheduler.max_num_seqs} or engine.max_model_len={max_model_len}"
+        ) from error

@@ -16,6 +16,7 @@ from engine.request import Request, SamplingParams
 from engine.runner.fused_runner import FusedRunner
 from experiments.building.build import EngineParts
 from experiments.building.parts import make_strategy
+from experiments.building.pools import room_beside_pool
 
 NUM_REQUESTS = 8
 PROMPT_TOKENS = 24
@@ -39,7 +40,8 @@ def warm_up(cfg: DictConfig, parts: EngineParts, samplings: Sequence[SamplingPar
     clock = WallClock()
     longest = PROMPT_TOKENS
     if isinstance(parts.engine.runner, FusedRunner):
-        parts.engine.runner.warm_up(cfg.scheduler.max_num_seqs)
+        with room_beside_pool(cfg, parts.engine.runner.pool, parts.max_model_len):
+            parts.engine.runner.warm_up(cfg.scheduler.max_num_seqs)
         longest = cfg.scheduler.max_num_batched_tokens
     allocator, scheduler = make_strategy(
         cfg,

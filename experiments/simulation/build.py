@@ -71,7 +71,7 @@ def _num_blocks(cfg: DictConfig, config: EngineConfig, sizes: ModelSizes, profil
     """Usable blocks: what the config states, or what the weights leave of the profile's memory."""
     size = KVCacheConfig.from_config(cfg.kv_cache)
     available = None
-    if size == KVCacheConfig(None, None, None) and isinstance(profile, Card):
+    if size.sized_by is None and isinstance(profile, Card):
         available = int(profile.memory_bytes * config.gpu_memory_utilization) - sizes.weight_bytes
         if available <= 0:
             raise ConfigError(

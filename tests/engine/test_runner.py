@@ -253,11 +253,19 @@ def test_a_fault_in_the_forward_is_an_engine_error(model, monkeypatch):
     assert "\n" not in str(error.value)
 
     def out_of_memory(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 3.50 MiB. GPU 0 has a total capacity of 139.81 GiB of which "
+            "1.31 MiB is free. Including non-PyTorch memory, this process has 139.80 GiB memory in use."
+        )
 
     monkeypatch.setattr(type(model), "logits", out_of_memory)
-    with pytest.raises(EngineError, match=r"lower scheduler\.max_num_batched_tokens"):
+    with pytest.raises(EngineError) as error:
         runner.execute(plan, allocator)
+    assert str(error.value) == (
+        "out of memory on cpu in a step of 6 requests and 80 tokens: 3.50 MiB were asked for and 1.31 MiB were free; "
+        "lower scheduler.max_num_batched_tokens, scheduler.max_num_seqs, or the KV pool (kv_cache.num_blocks, "
+        "num_slots or memory_gib)"
+    )
 
 
 def test_the_runner_goes_on_after_a_fault(model, expected, monkeypatch):
@@ -291,7 +299,9 @@ def test_plans_that_cannot_be_right_are_engine_errors(model):
 def test_largest_step_runs_on_any_device(model):
     run_largest_step(model, num_tokens=3 * 256 + 5, max_num_seqs=4)
     with pytest.raises(ConfigError, match=r"kv_cache\.num_slots"):
-        available_kv_bytes(model, gpu_memory_utilization=0.9, max_num_batched_tokens=64, max_num_seqs=4)
+        available_kv_bytes(
+            model, gpu_memory_utilization=0.9, max_num_batched_tokens=64, max_num_seqs=4, in_use_before=0, block_bytes=1
+        )
 
 
 def test_bfloat16_end_to_end(directory):

@@ -8,7 +8,7 @@ from runner_driver import generate, make_requests
 
 from engine.attention.reference import ReferenceBackend
 from engine.errors import ConfigError, EngineError
-from engine.kv_pool import KVPool, blocks_for_budget
+from engine.kv_pool import KVPool
 from engine.models import load_model
 from engine.plan import BlockCopy, CopyKind
 from engine.runner.profile import available_kv_bytes
@@ -62,21 +62,21 @@ def test_swapped_blocks_come_back():
             assert torch.equal(torch.stack(pool.blocks(layer))[:, destination], expected)
 
 
-def test_profile_leaves_room_and_names_the_setting(model, monkeypatch):
-    options = {"max_num_batched_tokens": 2048, "max_num_seqs": 16}
-    most = available_kv_bytes(model, gpu_memory_utilization=0.9, **options)
-    half = available_kv_bytes(model, gpu_memory_utilization=0.45, **options)
-    total = torch.cuda.mem_get_info()[1]
-    assert 0 < half < most < 0.9 * total
-    assert most - half == pytest.approx(0.45 * total, rel=0.05)
-    assert blocks_for_budget(16, model.spec.kv_bytes_per_token, available_bytes=most) > 1000
-    least = available_kv_bytes(model, gpu_memory_utilization=1e-6, **options)
-    with pytest.raises(ConfigError, match=r"raise engine\.gpu_memory_utilization"):
-        blocks_for_budget(16, model.spec.kv_bytes_per_token, available_bytes=least)
+def test_a_share_is_this_engines_own(model, monkeypatch):
+    block_bytes = 16 * model.spec.kv_bytes_per_token
+    free, total = torch.cuda.mem_get_info()
+    before = total - free - torch.cuda.memory_reserved()
+    options = {"max_num_batched_tokens": 2048, "max_num_seqs": 16, "block_bytes": block_bytes, "in_use_before": before}
+    most = available_kv_bytes(model, gpu_memory_utilization=0.8, **options)
+    half = available_kv_bytes(model, gpu_memory_utilization=0.4, **options)
+    assert 0 < half < most < 0.8 * total
+    assert most - half == pytest.approx(0.4 * total, rel=0.01)
+    with pytest.raises(ConfigError, match=r"one block of KV .*; raise it to at least 0\.0"):
+        available_kv_bytes(model, gpu_memory_utilization=1e-6, **options)
 
     def does_not_fit(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("engine.runner.profile.run_largest_step", does_not_fit)
-    with pytest.raises(EngineError, match=r"lower scheduler\.max_num_batched_tokens"):
+    with pytest.raises(EngineError, match=r"2.00 GiB were asked for and .*; lower scheduler\.max_num_batched_tokens"):
         available_kv_bytes(model, gpu_memory_utilization=0.9, **options)

@@ -133,7 +133,8 @@ def test_a_refused_call_leaves_nothing_half_mapped(function):
 def test_a_device_without_room_says_what_to_lower_and_keeps_nothing():
     driver = FakeDriver(num_handles=5)
     with pytest.raises(
-        EngineError, match=r"no memory for 0\.00 GiB of KV \(.*OUT_OF_MEMORY\); lower kv_cache"
+        EngineError,
+        match=r"768\.0 KiB of pages were asked for and 320\.0 KiB of them .* \(.*OUT_OF_MEMORY\); lower kv_cache",
     ) as error:
         make(driver)
     assert "\n" not in str(error.value)

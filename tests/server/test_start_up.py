@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -119,24 +120,36 @@ def test_49_a_log_that_cannot_be_written_stops_nothing(log, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_51_a_second_server_on_one_gpu_fails_in_one_line_and_the_first_goes_on():
-    flags = ("--gpu-memory-utilization", "0.55", "--max-model-len", "512", "--max-num-seqs", "8")
-    first = RunningServer(*flags)
+def test_51_two_servers_share_a_gpu_by_their_shares():
+    """Each share is its server's own: two with 0.4 run side by side; 0.9 beside one is a line, the first goes on."""
+    flags = ("--max-model-len", "512", "--max-num-seqs", "8")
+    with ThreadPoolExecutor(2) as pool:  # at once: neither takes the other's memory for its own
+        starts = [pool.submit(RunningServer, "--gpu-memory-utilization", "0.4", *flags) for _ in range(2)]
+    servers = [start.result() for start in starts if start.exception() is None]
     try:
+        first, second = servers
         before = first.slots()
-        assert first.complete("The", max_tokens=16).status_code == 200
+        assert sum(second.slots().values()) == pytest.approx(sum(before.values()), rel=0.05)
+        for server in servers:
+            assert server.complete("The", max_tokens=16).status_code == 200
+        assert servers.pop().stop() == 0
         command = [sys.executable, "-m", "experiments.cli", "serve", "--port", "0", *flags]
-        second = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while second.poll() is None:
+        third = subprocess.Popen(
+            [*command, "--gpu-memory-utilization", "0.9"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        while third.poll() is None:
             answer = first.complete("The", max_tokens=200, ignore_eos=True).json()
             assert answer["usage"]["completion_tokens"] == 200
             assert _health(first) == 200
-        _, errors = second.communicate(timeout=PATIENCE)
-        assert second.returncode == 2, errors
-        assert len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1, errors
-        assert "gpu_memory_utilization" in errors
+        _, errors = third.communicate(timeout=60)
+        assert third.returncode == 2, errors
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, errors
+        assert "gpu-memory-utilization 0.9 asks for" in lines[0]
+        assert "lower it to at most 0.5" in lines[0]
         assert "Traceback" not in errors
         first.assert_alive()
         assert sum(first.slots().values()) == sum(before.values())
     finally:
-        assert first.stop() == 0
+        assert [server.stop() for server in servers] == [0] * len(servers)
