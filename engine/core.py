@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.clock import Clock
-from engine.errors import EngineError
+from engine.errors import EngineError, KvarenaError
 from engine.ledger import MemoryLedger
 from engine.plan import KVAllocator, KVUsage, SchedulerProtocol, StepPlan
 from engine.request import Request
@@ -67,7 +67,8 @@ class StepFailed(EngineError):
     """The runner could not execute a step. `plan` is the step; the cause is chained."""
 
     def __init__(self, plan: StepPlan, cause: Exception) -> None:
-        super().__init__(f"a step of {len(plan.scheduled)} requests failed: {type(cause).__name__}: {cause}")
+        reason = str(cause) if isinstance(cause, KvarenaError) else f"{type(cause).__name__}: {cause}"
+        super().__init__(f"a step of {len(plan.scheduled)} requests failed: {reason}")
         self.plan = plan
 
 

@@ -49,3 +49,7 @@ class RequestRejected(RequestError):
 
 class EngineError(KvarenaError):
     """The engine cannot go on: a broken invariant, or a device that failed."""
+
+
+class OutOfMemory(EngineError):
+    """A device has no memory for what was asked. The message says how much that was, what was free, and what helps."""

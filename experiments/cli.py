@@ -52,6 +52,7 @@ def _serve(args: list[str]) -> int:
     from experiments.compose import compose_cell
     from experiments.explain import explain
     from experiments.serving.flags import overrides_of, parse_flags
+    from experiments.serving.words import in_flags
 
     overrides = overrides_of(parse_flags(args))
     try:
@@ -60,7 +61,10 @@ def _serve(args: list[str]) -> int:
         raise ConfigError(explain(error) or str(error)) from error
     from experiments.serving.serve import serve
 
-    return serve(cfg, choices)
+    try:
+        return serve(cfg, choices, in_flags)
+    except KvarenaError as error:
+        raise ConfigError(in_flags(str(error))) from error
 
 
 def _bench(args: list[str]) -> int:

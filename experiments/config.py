@@ -15,7 +15,9 @@ from typing import Any, Self
 from omegaconf import DictConfig, OmegaConf
 
 from engine.errors import ConfigError
+from experiments import defaults
 
+defaults.register()  # of a config that another process composed
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION = ("auto", "reference", "triton")

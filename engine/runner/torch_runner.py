@@ -17,7 +17,7 @@ from engine.attention.hook import attention_context
 from engine.attention.reference import ReferenceBackend
 from engine.checkpoints.directory import one_line
 from engine.clock import Clock, WallClock
-from engine.errors import EngineError, KvarenaError
+from engine.errors import EngineError, KvarenaError, OutOfMemory
 from engine.kv_pool import KVPool
 from engine.memory_limits import asked_and_free, is_out_of_memory
 from engine.models.spec import LoadedModel
@@ -147,7 +147,7 @@ class TorchRunner:
         # Anything: model code may be foreign. The cause keeps the stack trace.
         except Exception as error:
             if is_out_of_memory(error):
-                raise EngineError(
+                raise OutOfMemory(
                     f"out of memory on {self._device} in a step of {len(plan.scheduled)} requests and "
                     f"{plan.num_new_tokens} tokens: {asked_and_free(error, self._device)}; lower "
                     f"scheduler.max_num_batched_tokens, scheduler.max_num_seqs, or the KV pool ({self.pool.sized_by})"

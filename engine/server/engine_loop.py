@@ -15,7 +15,7 @@ import threading
 import time
 
 from engine.core import StepFailed, StepOutput
-from engine.errors import EngineError
+from engine.errors import EngineError, OutOfMemory
 from engine.request import FinishReason, Request
 from engine.server import metrics
 from engine.server.gauges import Gauges
@@ -173,7 +173,10 @@ class EngineLoop:
 
     def _fail(self, failure: StepFailed) -> None:
         """End the requests of a failed step."""
-        logger.error("a step failed: %s", failure, exc_info=failure.__cause__)
+        reason = self._served.words(str(failure))
+        # Of a device without memory the line says all; a trace would bury it.
+        is_told = isinstance(failure.__cause__, OutOfMemory)
+        logger.error("a step failed: %s", reason, exc_info=None if is_told else failure.__cause__)
         self._row.inc("kvarena:failed_steps")
         self._num_failed_in_a_row += 1
         for req in self._engine.scheduler.fail(failure.plan):
@@ -181,7 +184,7 @@ class EngineLoop:
             req.error = req.error or "the engine step of this request failed"
             self._finish(req)
         if self._num_failed_in_a_row >= MAX_FAILED_STEPS:
-            raise EngineError(f"{MAX_FAILED_STEPS} engine steps in a row failed; the last: {failure}") from failure
+            raise EngineError(f"{MAX_FAILED_STEPS} engine steps in a row failed; the last: {reason}") from failure
 
     def _dispatch(self, output: StepOutput) -> None:
         routes, outs, plan = self._intake.routes, self._intake.outs, output.plan

@@ -58,7 +58,7 @@ def run_front(
             asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         asyncio.run(front.run())
     except KvarenaError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {model.words(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except EngineGone:
         sys.exit(1)  # the engine has said why

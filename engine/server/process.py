@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from typing_extensions import override
@@ -22,10 +23,12 @@ class ModelFiles:
     Attributes:
         path: the model directory.
         trust_remote_code: allow tokenizer code that ships with it.
+        words: turns the settings that an error names into the words of the command that was given; must pickle.
     """
 
     path: str
     trust_remote_code: bool = False
+    words: Callable[[str], str] = str
 
 
 class LogHandler(logging.StreamHandler):

@@ -26,6 +26,7 @@ class ServedEngine:
         compile_grammar: compiles a grammar from (kind, grammar), or None when the runner cannot constrain tokens.
         prompt_logprobs: whether the runner returns log-probabilities of prompt tokens.
         facts: labels of the cache's configuration in `/metrics`.
+        words: turns the settings that a message names into the words of the command that was given.
         about: what the pages call this engine: `allocator`, `scheduler`, `dtype`, whichever are known.
     """
 
@@ -37,6 +38,7 @@ class ServedEngine:
     prompt_logprobs: bool = False
     facts: dict[str, str] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
+    words: Callable[[str], str] = str
 
     def info(self) -> dict[str, Any]:
         """What the fronts are told: the fields of `EngineInfo`."""

@@ -151,7 +151,10 @@ class Supervisor:
             return self._failed_start()
         scheme = "https" if self._config.ssl_certfile else "http"
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        logger.info("Uvicorn running on %s://%s:%d (Press CTRL+C to quit)", scheme, host, address[1])
+        url = f"{scheme}://{host}:{address[1]}"
+        page = f"a page to try it: {url}/, " if self._config.enable_dashboard else ""
+        logger.info("%smetrics: %s/metrics, API: %s/v1", page, url, url)
+        logger.info("Uvicorn running on %s (Press CTRL+C to quit)", url)
         while not self._signals:
             time.sleep(_POLL_SECONDS)
             reason = self._engine_fault() or self._replace_fronts()

@@ -27,10 +27,12 @@ from engine.errors import ConfigError, NotDefined, RequestError
 from engine.gpu_memory import GpuMemory
 from engine.kv_pool import KVPool, blocks_for_budget
 from engine.ledger import MemoryLedger
+from engine.memory_limits import free_bytes
 from engine.models import LoadedModel, ModelSpec, load_model
-from engine.plan import KVAllocator
+from engine.plan import KVAllocator, cdiv
 from engine.request import Request, SamplingParams, expand
 from engine.runner.profile import SETTING, available_kv_bytes, card_memory
+from experiments.building.context import check_context_fits
 from experiments.building.parts import (
     EngineParts,
     check_window,
@@ -47,6 +49,7 @@ from experiments.load.driver import ClosedLoop
 from experiments.simulation.build import build_simulated_engine
 from experiments.workloads.base import WorkloadItem
 
+CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is
 LAST_ARRIVAL = 1e9  # s, 30 years
 
 
@@ -139,8 +142,17 @@ def build_load(
     return Load(requests, closed_loop, workload.description, cfg.workload.seed, driver.cache)
 
 
-def build_engine(cfg: DictConfig, shared: SharedParts | None = None) -> EngineParts:
-    """Build an engine that computes, without a workload. `shared`: see `build`."""
+def build_engine(cfg: DictConfig, shared: SharedParts | None = None, *, whole_context: bool = False) -> EngineParts:
+    """Build an engine that computes, without a workload.
+
+    Args:
+        cfg: the resolved config.
+        shared: see `build`.
+        whole_context: refuse a pool that cannot hold the longest request that is allowed.
+
+    Raises:
+        KvarenaError: see `build`.
+    """
     if cfg.runner.kind == "simulated":
         raise ConfigError("runner=simulated computes no tokens and cannot serve; set runner=torch")
     config = EngineConfig.from_config(cfg.engine)
@@ -157,10 +169,16 @@ def build_engine(cfg: DictConfig, shared: SharedParts | None = None) -> EnginePa
     spec = model.spec
     max_model_len = resolve_max_model_len(config, spec)
     prepared = shared.runner(cfg)
-    num_blocks = _num_blocks(cfg, config, model, shared.context_bytes or 0) if prepared is None else prepared.num_blocks
+    num_blocks = (
+        _num_blocks(cfg, config, model, shared.context_bytes or 0, max_model_len)
+        if prepared is None
+        else prepared.num_blocks
+    )
     allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, spec, _device(config.device))
     say_chosen_pages(allocator)
     check_window(allocator, spec)
+    if whole_context:
+        check_context_fits(cfg, allocator, spec, max_model_len, memory)
     _check_layout(runner_config, allocator)
     if prepared is not None and not prepared.fits(allocator):
         shared.drop_runner()
@@ -217,10 +235,16 @@ def _prepare_runner(
     return PreparedRunner(runner, facts, pool, clock, allocator.num_blocks, pool_in_torch)
 
 
-def _num_blocks(cfg: DictConfig, config: EngineConfig, model: LoadedModel, in_use_before: int) -> int:
-    """Usable blocks: what the config states, or what a profiling forward leaves of this engine's share of the GPU."""
+def _num_blocks(
+    cfg: DictConfig, config: EngineConfig, model: LoadedModel, in_use_before: int, max_model_len: int
+) -> int:
+    """Usable blocks: what the config states, or what a profiling forward leaves of this engine's share of the GPU.
+
+    On a CPU, whose memory is no one's share: `CPU_SLOTS`, or one request of `max_model_len`, as far as half of what is
+    free holds it.
+    """
     size = KVCacheConfig.from_config(cfg.kv_cache)
-    available = None
+    available, num_slots = None, size.num_slots
     if size.sized_by is None and model.device.type == "cuda":
         available = available_kv_bytes(
             model,
@@ -230,11 +254,15 @@ def _num_blocks(cfg: DictConfig, config: EngineConfig, model: LoadedModel, in_us
             in_use_before=in_use_before,
             block_bytes=cfg.allocator.block_size * model.spec.kv_bytes_per_token,
         )
+    elif size.sized_by is None:
+        room = free_bytes(model.device) // 2 // model.spec.kv_bytes_per_token
+        wanted = cdiv(max(CPU_SLOTS, max_model_len), cfg.allocator.block_size) * cfg.allocator.block_size
+        num_slots = max(min(wanted, room), cfg.allocator.block_size)
     return blocks_for_budget(
         cfg.allocator.block_size,
         model.spec.kv_bytes_per_token,
         num_blocks=size.num_blocks,
-        num_slots=size.num_slots,
+        num_slots=num_slots,
         memory_gib=size.memory_gib,
         available_bytes=available,
     )

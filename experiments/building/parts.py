@@ -124,7 +124,6 @@ def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_model_len > spec.max_model_len:
         raise ConfigError(
             f"engine.max_model_len={config.max_model_len} is over the {spec.max_model_len} positions of model "
-            f"{spec.name!r}{f' ({spec.limited_by})' if spec.limited_by else ''}; lower it, or set it to null for the "
-            "model's own"
+            f"{spec.name!r}{f' ({spec.limited_by})' if spec.limited_by else ''}; lower it to at most that"
         )
     return config.max_model_len

@@ -21,6 +21,7 @@ DTYPES = {
     "float": "float32",
     "float32": "float32",
 }
+NULL = object()  # a setting's null, where None means that no flag was given
 _SIZES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
 
 
@@ -131,7 +132,13 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
         "engine.seed": flags.seed,
         "engine.overlap": flags.async_scheduling is not False,
         "scheduler.max_num_seqs": flags.max_num_seqs,
-        "scheduler.max_num_batched_tokens": flags.max_num_batched_tokens or max(2048, flags.max_num_seqs or 0),
+        "scheduler.max_num_batched_tokens": max(2048, flags.max_num_seqs or 0)
+        if flags.max_num_batched_tokens is None
+        else flags.max_num_batched_tokens,
+        # What the model allows, and below what the memory allows, unless a flag says otherwise: for the demo, too.
+        "engine.max_model_len": NULL if flags.max_model_len is None else flags.max_model_len,
+        "kv_cache.num_slots": NULL,
+        "runner.graphs": False if flags.enforce_eager else None,
         "allocator.block_size": flags.block_size,
         "kv_cache.num_blocks": flags.num_gpu_blocks_override,
         "kv_cache.memory_gib": flags.kv_cache_memory_gib,
@@ -161,8 +168,6 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
     if flags.swap_space:
         values |= {"allocator.swap_gib": flags.swap_space, "scheduler.preemption": "swap"}
     made += [f"{key}={_literal(value)}" for key, value in values.items() if value is not None]
-    # The length that the model allows, and the pool that the memory allows, unless a flag says otherwise.
-    made += [f"engine.max_model_len={flags.max_model_len or 'null'}", "kv_cache.num_slots=null"]
     return made + flags.set
 
 
@@ -175,7 +180,8 @@ def _check(flags: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} {getattr(flags, name)} is not available: this version runs on one device; use 1")
     if flags.quantization not in (None, "none"):
         raise ConfigError(
-            f"--quantization {flags.quantization} is not available: weights run in --dtype; leave the flag out"
+            f"--quantization {flags.quantization} is not available: weights run in --dtype, and a checkpoint that is "
+            "quantised says so itself; leave the flag out"
         )
     if flags.enable_prefix_caching and flags.allocator not in (None, "paged_prefix", "radix"):
         raise ConfigError(
@@ -189,6 +195,8 @@ def _literal(value: object) -> str:
     """A value in Hydra's override grammar."""
     if isinstance(value, list):
         return "[" + ",".join(_literal(item) for item in value) + "]"
+    if value is NULL:
+        return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from engine.errors import ConfigError, KvarenaError
+from engine.errors import ConfigError
 from engine.importing import importing
 from engine.server.config import ServerConfig
 from engine.server.process import ModelFiles
@@ -24,17 +24,19 @@ from experiments.building.model_files import check_model
 from experiments.config import check_values
 from experiments.explain import explain
 
+if TYPE_CHECKING:  # torch
+    from experiments.building.parts import EngineParts
+
 logger = logging.getLogger("kvarena.engine")
 
-CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is
 
-
-def serve(cfg: DictConfig, choices: Mapping[str, str]) -> int:
+def serve(cfg: DictConfig, choices: Mapping[str, str], words: Callable[[str], str] = str) -> int:
     """Serve until told to stop; returns the exit code.
 
     Args:
         cfg: the composed config.
         choices: what its groups were set to, `allocator` and `scheduler` among them.
+        words: turns the settings that an error names into the words of the command that was given; must pickle.
 
     Raises:
         ConfigError: a setting is out of range. Faults of the model are found in the engine's process, which prints
@@ -51,45 +53,44 @@ def serve(cfg: DictConfig, choices: Mapping[str, str]) -> int:
     if not server.served_model_names and cfg.model.name:
         server = ServerConfig.from_dict({**vars(server), "served_model_names": [cfg.model.name]})
     server = server.with_keys(os.environ)
-    model = ModelFiles(str(directory), bool(cfg.model.trust_remote_code))
-    return run_server(server, model, functools.partial(build_served_engine, values, strategy))
+    model = ModelFiles(str(directory), bool(cfg.model.trust_remote_code), words)
+    return run_server(server, model, functools.partial(build_served_engine, values, strategy, words))
 
 
-def build_served_engine(values: dict[str, Any], strategy: dict[str, str]) -> ServedEngine:
+def build_served_engine(
+    values: dict[str, Any], strategy: dict[str, str], words: Callable[[str], str] = str
+) -> ServedEngine:
     """Build the engine in this process.
 
     Args:
         values: the resolved config.
         strategy: names of the allocator and the scheduler.
+        words: turns the settings that an error names into the words of the command that was given.
 
     Raises:
         KvarenaError: a setting or the model is wrong.
     """
     try:
-        return _build(values, strategy)
+        return _build(values, strategy, words)
     except Exception as error:
         # Hydra wraps what a component's own check says; anything that is not the user's doing keeps its trace.
         reason = explain(error)
-        if reason is None or isinstance(error, KvarenaError):
+        if reason is None:
             raise
-        raise ConfigError(reason) from error
+        raise ConfigError(words(reason)) from error
 
 
-def _build(values: dict[str, Any], strategy: dict[str, str]) -> ServedEngine:
+def _build(values: dict[str, Any], strategy: dict[str, str], words: Callable[[str], str]) -> ServedEngine:
     with importing():
-        import torch
-
         from engine.checkpoints.tokenizer import load_tokenizer
         from engine.server.compiled import make_compiler
         from experiments.building.build import build_engine
         from experiments.building.warm_up import SERVED, warm_up
 
     cfg = OmegaConf.create(values)
-    if all(size is None for size in values["kv_cache"].values()) and not torch.cuda.is_available():
-        cfg.kv_cache.num_slots = CPU_SLOTS
     # Before the weights: a tokenizer that cannot be read must not wait for them.
     tokenizer = load_tokenizer(cfg.model.path, bool(cfg.model.trust_remote_code))
-    parts = build_engine(cfg)
+    parts = build_engine(cfg, whole_context=True)
     # A ledger keeps every step; a server runs for ever.
     parts.engine.ledger = None
     logger.info("the engine has warmed up in %.1f s", warm_up(cfg, parts, SERVED))
@@ -103,6 +104,7 @@ def _build(values: dict[str, Any], strategy: dict[str, str]) -> ServedEngine:
         "num_cpu_blocks": str(allocator.num_host_blocks),
         "sliding_window": str(spec.sliding_window),
     }
+    logger.info("%s", serving_line(parts, strategy))
     return ServedEngine(
         engine=parts.engine,
         max_model_len=parts.max_model_len,
@@ -111,5 +113,19 @@ def _build(values: dict[str, Any], strategy: dict[str, str]) -> ServedEngine:
         compile_grammar=make_compiler(tokenizer, spec.vocab_size, eos),
         prompt_logprobs=True,
         facts=facts,
+        words=words,
         about=strategy | {"dtype": str(spec.dtype).removeprefix("torch.")},
+    )
+
+
+def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:
+    """What a server has to give, for its log: model, strategy, pool."""
+    from engine.memory_limits import size_text
+
+    spec, slots = parts.spec, parts.pool_facts["num_slots"]
+    return (
+        f"{spec.name}: {spec.num_parameters / 1e6:,.1f}M weights in {str(spec.dtype).removeprefix('torch.')} on "
+        f"{parts.config.device if parts.model is None else parts.model.device.type}, {strategy['allocator']} x "
+        f"{strategy['scheduler']}; KV pool of {slots:,} tokens ({size_text(parts.pool_facts['bytes'])}), room for "
+        f"{slots / parts.max_model_len:,.1f} requests of {parts.max_model_len:,} tokens"
     )

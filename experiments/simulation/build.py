@@ -71,6 +71,11 @@ def _num_blocks(cfg: DictConfig, config: EngineConfig, sizes: ModelSizes, profil
     """Usable blocks: what the config states, or what the weights leave of the profile's memory."""
     size = KVCacheConfig.from_config(cfg.kv_cache)
     available = None
+    if size.sized_by is None and not isinstance(profile, Card):
+        raise ConfigError(
+            f"runner.profile={cfg.runner.profile} is a measured one, which does not say how much memory its card has; "
+            "set kv_cache.num_slots"
+        )
     if size.sized_by is None and isinstance(profile, Card):
         available = int(profile.memory_bytes * config.gpu_memory_utilization) - sizes.weight_bytes
         if available <= 0:

@@ -1,0 +1,34 @@
+"""Defaults that depend on the model: small ones for the embedded demo and for shapes, a directory's own for all others.
+
+    engine.max_model_len: ${small_or:2048,null}     2048 for models/demo, null (the model's own) for model.path=DIR
+
+A resolver of OmegaConf: whoever reads the setting reads a plain value. `register` makes it known.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+DEMO = PROJECT_ROOT / "models" / "demo"
+
+
+def is_small(path: str | None) -> bool:
+    """Whether `model.path` names no directory of the user's: the embedded demo, or none at all (a shape)."""
+    if path is None:
+        return True
+    given = Path(str(path)).expanduser()
+    found = given if given.is_dir() else PROJECT_ROOT / given  # as the loader looks for it
+    return found.resolve() == DEMO
+
+
+def _small_or(small: Any, other: Any, *, _root_: DictConfig) -> Any:
+    return small if is_small(OmegaConf.select(_root_, "model.path")) else other
+
+
+def register() -> None:
+    """Make `${small_or:...}` known. Idempotent."""
+    OmegaConf.register_new_resolver("small_or", _small_or, replace=True)

@@ -1,0 +1,64 @@
+"""Messages of `kvarena serve` in the words of its command line: flags where the config has keys."""
+
+from __future__ import annotations
+
+import re
+
+_SECTIONS = ("engine", "kv_cache", "allocator", "scheduler", "server", "runner", "sampling", "driver", "workload")
+_MODEL = "path|shape|name|load_format|trust_remote_code"  # not its files: model.safetensors
+# Keys whose flag is called otherwise than its attribute of the parsed command line.
+FLAGS = {
+    "model.path": "MODEL",
+    "engine.overlap": "--async-scheduling",
+    "kv_cache.num_blocks": "--num-gpu-blocks-override",
+    "kv_cache.memory_gib": "--kv-cache-memory-gib",
+    "allocator.swap_gib": "--swap-space",
+    "server.api_keys": "--api-key",
+    "server.served_model_names": "--served-model-name",
+    "server.num_fronts": "--api-server-count",
+    "server.cors_origins": "--allowed-origins",
+    "server.otlp_endpoint": "--otlp-traces-endpoint",
+    "server.log_requests": "--disable-access-log",
+}
+SAME_NAME = (
+    "model.trust_remote_code", "model.load_format", "engine.dtype", "engine.device", "engine.gpu_memory_utilization",
+    "engine.seed", "engine.max_model_len", "scheduler.max_num_seqs", "scheduler.max_num_batched_tokens",
+    "allocator.block_size", "server.host", "server.port", "server.max_num_queued_requests", "server.shutdown_timeout",
+    "server.allowed_media_domains", "server.allowed_local_media_path", "server.chat_template",
+    "server.tool_call_parser", "server.generation_config", "server.max_logprobs", "server.ssl_certfile",
+    "server.ssl_keyfile", "server.ssl_keyfile_password", "server.ssl_ca_certs",
+)  # fmt: skip
+FLAGS |= {key: "--" + key.partition(".")[2].replace("_", "-") for key in SAME_NAME}
+# What a setting says where its flag takes no value.
+SWITCHES = {
+    "model.trust_remote_code=true": "--trust-remote-code",
+    "engine.overlap=true": "--async-scheduling",
+    "engine.overlap=false": "--no-async-scheduling",
+    "runner.graphs=false": "--enforce-eager",
+    "server.log_requests=false": "--disable-access-log",
+}
+_VALUE = r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,;:)\]]+"
+# A key in quotes is one that a person gave with --set.
+_KEY = re.compile(
+    rf"(?<![\w.'/])((?:{'|'.join(_SECTIONS)})\.(?!py\b|json\b|log\b)\w+(?:\.\w+)*|model\.(?:{_MODEL})\b)(?:=({_VALUE}))?"
+)
+_GROUP = re.compile(r"(?<![\w.'/-])(allocator|scheduler)=(\w+)")
+
+
+def in_flags(text: str) -> str:
+    """`text`, with flags in place of config keys; a key without a flag becomes `--set key=value`."""
+    return _GROUP.sub(r"--\1 \2", _KEY.sub(_spoken, text))
+
+
+def _spoken(found: re.Match[str]) -> str:
+    key, value = found.groups()
+    if value is None:
+        return FLAGS.get(key, f"--set {key}")
+    plain = value.rstrip(".")
+    end = value[len(plain) :]
+    switch = SWITCHES.get(f"{key}={plain.lower()}")
+    if switch is not None:
+        return switch + end
+    if key not in FLAGS:
+        return f"--set {key}={plain}{end}"
+    return f"{FLAGS[key]} {plain}{end}"
