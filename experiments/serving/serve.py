@@ -64,7 +64,7 @@ def build_served_engine(
 
     Args:
         values: the resolved config.
-        strategy: names of the allocator and the scheduler.
+        strategy: names of the allocator and the scheduler; empty where nobody asks for them.
         words: turns the settings that an error names into the words of the command that was given.
 
     Raises:
@@ -123,9 +123,10 @@ def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:
     from engine.memory_limits import size_text
 
     spec, slots = parts.spec, parts.pool_facts["num_slots"]
+    device = parts.config.device if parts.model is None else parts.model.device.type
+    named = f", {strategy['allocator']} x {strategy['scheduler']}" if strategy else ""
     return (
         f"{spec.name}: {spec.num_parameters / 1e6:,.1f}M weights in {str(spec.dtype).removeprefix('torch.')} on "
-        f"{parts.config.device if parts.model is None else parts.model.device.type}, {strategy['allocator']} x "
-        f"{strategy['scheduler']}; KV pool of {slots:,} tokens ({size_text(parts.pool_facts['bytes'])}), room for "
+        f"{device}{named}; KV pool of {slots:,} tokens ({size_text(parts.pool_facts['bytes'])}), room for "
         f"{slots / parts.max_model_len:,.1f} requests of {parts.max_model_len:,} tokens"
     )
