@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from experiments.building.build import build
 from experiments.building.parts import EngineParts
 from experiments.building.shared import SharedParts
 from experiments.building.warm_up import warm_cache, warm_up
+from experiments.command_line import command_of
 from experiments.compose import NAMING_GROUPS
 from experiments.config import ReportConfig, SweepConfig, check_values
 from experiments.explain import first_line
@@ -74,7 +76,8 @@ def run_job(cfg: DictConfig) -> Path:
             "with -m"
         )
     group = str(run_dir.parent) if in_sweep else None
-    summary = execute(cfg, run_dir, f"{choices['allocator']} x {choices['scheduler']}", choices, group)
+    name = f"{choices['allocator']} x {choices['scheduler']}"
+    summary = execute(cfg, run_dir, name, choices, group, command=command_of(hydra, alone=in_sweep))
     report = run_dir / "report.html" if cfg.report.pages else None
     console = Console()
     console.print(reports.terminal.run_table(summary))
@@ -101,6 +104,7 @@ def execute(
     choices: dict[str, str],
     group: str | None = None,
     shared: SharedParts | None = None,
+    command: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Run one cell into `run_dir`, unless it is finished there, and return its report's summary.
 
@@ -113,6 +117,7 @@ def execute(
         choices: the config groups' chosen options (`allocator`, `scheduler`, `workload`, `arrival`).
         group: the sweep or experiment that the cell belongs to, for a tracker.
         shared: model and runner of the cells that run in this process, one after the other; None: its own.
+        command: the words that run this cell again; None where nobody knows them.
     """
     check_values(cfg)
     report, sweep = ReportConfig.from_config(cfg.report), SweepConfig.from_config(cfg.sweep)
@@ -129,7 +134,7 @@ def execute(
             facts = _run_here(cfg, run_dir, name, shared)
         else:
             facts = run_http(cfg, run_dir, lambda count: HttpProgress(name, count, report.progress))
-        manifest = _manifest(cfg, name, choices) | facts
+        manifest = _manifest(cfg, name, choices, command) | facts
         manifest["workload"] = {"name": choices["workload"]} | manifest["workload"]
         (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
         write = reports.run_report.write_run_report if report.pages else reports.run_report.write_summary
@@ -236,7 +241,7 @@ def _simulation_facts(parts: EngineParts, recording: Recording, name: str) -> di
     return parts.simulation_facts | {"outside": outside}
 
 
-def _manifest(cfg: DictConfig, name: str, choices: dict[str, str]) -> dict[str, Any]:
+def _manifest(cfg: DictConfig, name: str, choices: dict[str, str], command: Sequence[str] | None) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "name": name,
@@ -249,6 +254,7 @@ def _manifest(cfg: DictConfig, name: str, choices: dict[str, str]) -> dict[str, 
         "arrival": {"name": choices["arrival"]} | _options(cfg.arrival),
         "config": OmegaConf.to_container(cfg, resolve=True),
         "round": cfg.sweep.round,
+        "command": None if command is None else list(command),
         "git": git_state(),
         "sources": sources_of(measured_config(cfg)) | git_state(),
         "machine": machine(),

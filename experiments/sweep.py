@@ -119,8 +119,8 @@ def collect(sweep_dir: Path, plan: Plan, baseline: str | int | None) -> dict[str
         baseline: folder or name of the cell that the others are compared with; None takes the first.
 
     Returns:
-        What sweep.json holds: `runs` (folders), `baseline`, `rounds`, and name, folder and error of the cells that
-        `failed`, those that are `not_defined`, and those that ran and served nothing (`unserved`; also in `runs`).
+        What sweep.json holds: `runs` (folders), `baseline`, `rounds`, `command`, and name, folder and error of the
+        cells that `failed`, are `not_defined`, and that ran and served nothing (`unserved`; also in `runs`).
     """
     runs, left_out, unserved = [], [], []
     for job in plan.jobs:
@@ -136,6 +136,7 @@ def collect(sweep_dir: Path, plan: Plan, baseline: str | int | None) -> dict[str
         "runs": runs,
         "baseline": None if baseline is None else _baseline(plan, str(baseline)),
         "rounds": plan.rounds,
+        "command": plan.command,
         "not_defined": [entry for entry in left_out if entry["not_defined"]],
         "failed": [entry for entry in left_out if not entry["not_defined"]],
         "unserved": unserved,

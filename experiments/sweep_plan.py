@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.errors import ConfigError
+from experiments.command_line import command_of
 from experiments.compose import NAMING_GROUPS
 from experiments.config import SweepConfig
 from experiments.recording.cell_folders import CellFolders, stem_of
@@ -65,12 +66,14 @@ class Plan:
         batches: the same jobs in the order in which they run; one batch ends before the next begins.
         rounds: how often a measured cell runs.
         num_single: simulated cells that rounds would only repeat to the digit, and that run once.
+        command: the words of the command line.
     """
 
     jobs: list[Job]
     batches: list[list[Job]]
     rounds: int
     num_single: int
+    command: list[str]
 
 
 def make_plan(config: DictConfig, loader: ConfigLoader, overrides: list[Override]) -> Plan:
@@ -113,7 +116,7 @@ def make_plan(config: DictConfig, loader: ConfigLoader, overrides: list[Override
                 continue  # the grid names this cell twice
             jobs.append(Job(repeat, list(cell), name, stem, folder))
             seeds.append(tuple(value for key, value in settings.items() if is_seed(key)))
-    return Plan(jobs, _batches(jobs, seeds, sweep.rounds), sweep.rounds, num_single)
+    return Plan(jobs, _batches(jobs, seeds, sweep.rounds), sweep.rounds, num_single, command_of(config.hydra))
 
 
 def _names(composed: DictConfig) -> list[str]:

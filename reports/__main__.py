@@ -57,6 +57,8 @@ def make_report(
         ReportError: a folder is no run, sweep or experiment, a file is broken, or an option does not fit.
     """
     console = Console()
+    words = ["kvarena", "report", *map(str, dirs), *(["--out", str(out)] if out else [])]
+    words += ["--baseline", baseline] if baseline else []
     first = dirs[0]
     if len(dirs) == 1 and (first / "study.json").exists():
         if out or baseline or trace:
@@ -73,11 +75,11 @@ def make_report(
     if trace:
         raise ReportError("--trace belongs to one run; give one run folder")
     if len(dirs) == 1:
-        summary = write_comparison(first, baseline=baseline, out_dir=out)
+        summary = write_comparison(first, baseline, out, words if out or baseline else None)
         place = out or first
     else:
         place = out or first.resolve().parent / "comparison"
-        summary = compare([(_name(path, dirs), path) for path in dirs], place, baseline)
+        summary = compare([(_name(path, dirs), path) for path in dirs], place, baseline, commands=[words])
     console.print(comparison_table(summary))
     return place / "report.html"
 

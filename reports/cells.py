@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -125,6 +128,12 @@ class Cell:
         """What its repeats share: the settings but the seeds, what ran it, and that it is no copy."""
         settings = tuple((key, repr(value)) for key, value in self.settings.items() if not is_seed(key))
         return settings, self.identity, None if self.copy_of is None else id(self)
+
+
+def page_of(folder: Path, seen_from: Path) -> str | None:
+    """Where a run's own page is, as a relative URL of a page in another folder; None where it has none."""
+    page = folder / "report.html"
+    return quote(os.path.relpath(page.resolve(), seen_from.resolve())) if page.exists() else None
 
 
 def is_seed(key: str) -> bool:

@@ -14,7 +14,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from reports.cells import Cell
+from reports.cells import Cell, page_of
 from reports.comparison_figures import draw_comparison
 from reports.comparison_sections import comparison_document
 from reports.contention import contention_notices, run_contention
@@ -49,7 +49,9 @@ CELL_METRICS = (
 )  # fmt: skip
 
 
-def write_comparison(sweep_dir: Path, baseline: str | None = None, out_dir: Path | None = None) -> dict[str, Any]:
+def write_comparison(
+    sweep_dir: Path, baseline: str | None = None, out_dir: Path | None = None, command: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Write the comparison of a sweep into its folder.
 
     Args:
@@ -58,6 +60,7 @@ def write_comparison(sweep_dir: Path, baseline: str | None = None, out_dir: Path
             nothing).
         baseline: compare with this run instead of the one that sweep.json names.
         out_dir: where the comparison goes; the sweep's folder by default.
+        command: the words that made this comparison of the sweep's cells, where the sweep itself did not.
 
     Returns:
         What summary.json holds.
@@ -69,7 +72,8 @@ def write_comparison(sweep_dir: Path, baseline: str | None = None, out_dir: Path
     sweep = read_json(sweep_dir / "sweep.json", SWEEP, "run the sweep again")
     folders = [(name, sweep_dir / name) for name in sweep["runs"]]
     left_out = {key: sweep.get(key) or [] for key in ("failed", "not_defined")}
-    return compare(folders, out_dir or sweep_dir, baseline or sweep.get("baseline"), **left_out)
+    words = [sweep.get("command"), command]
+    return compare(folders, out_dir or sweep_dir, baseline or sweep.get("baseline"), commands=words, **left_out)
 
 
 def compare(
@@ -78,6 +82,7 @@ def compare(
     baseline: str | None = None,
     failed: Sequence[dict[str, Any]] = (),
     not_defined: Sequence[dict[str, Any]] = (),
+    commands: Sequence[Sequence[str] | None] = (),
 ) -> dict[str, Any]:
     """Write the comparison of any runs into `out_dir`, which is made.
 
@@ -87,6 +92,7 @@ def compare(
         baseline: folder, name or label of the run that others are compared with; None takes the first.
         failed: name and error of runs that did not finish.
         not_defined: the same of cells whose settings mean nothing together.
+        commands: what made the runs and this comparison, each as words.
     """
     runs: list[tuple[str, RunFiles, dict[str, Any]]] = []
     unrecorded: list[str] = []
@@ -103,7 +109,7 @@ def compare(
             + "; ".join(unrecorded)
         )
     cells = make_cells(runs, baseline)
-    summary = summarize_comparison(cells, list(failed), list(not_defined))
+    summary = summarize_comparison(cells, list(failed), list(not_defined), commands)
     if unrecorded:
         summary["notices"].append(
             f"Left out, because they recorded nothing (driver.record=none): {'; '.join(unrecorded)}."
@@ -112,7 +118,8 @@ def compare(
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ReportError(f"cannot make {out_dir} ({error.strerror}); choose another folder") from None
-    document = comparison_document(summary, cells, draw_comparison(cells, summary, out_dir))
+    pages = {cell.folder: page for cell in cells if (page := page_of(cell.run.path, out_dir)) is not None}
+    document = comparison_document(summary, cells, draw_comparison(cells, summary, out_dir), pages)
     write_text(out_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     write_csv(summary["cells"], out_dir / "comparison.csv")
     write_csv(summary["runs"], out_dir / "runs.csv")
@@ -122,7 +129,10 @@ def compare(
 
 
 def summarize_comparison(
-    cells: list[Cell], failed: list[dict[str, Any]], not_defined: Sequence[dict[str, Any]] = ()
+    cells: list[Cell],
+    failed: list[dict[str, Any]],
+    not_defined: Sequence[dict[str, Any]] = (),
+    commands: Sequence[Sequence[str] | None] = (),
 ) -> dict[str, Any]:
     """summary.json of a comparison."""
     rows = contenders(cells)
@@ -145,6 +155,7 @@ def summarize_comparison(
         "verdicts": judgement.as_list(),
         "verdict_rule": {"level": LEVEL, "correction": "Holm", "num_verdicts": judgement.num_verdicts,
                          "interval_confidence": CONFIDENCE},
+        "commands": [list(words) for words in commands if words],
         "failed": failed,
         "not_defined": list(not_defined),
         "costs": costs(pairs, judgement),

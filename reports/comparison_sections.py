@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from reports.cells import STRATEGY, Cell
 from reports.comparison_figures import curve_cells
 from reports.costs import cost_section
 from reports.curves import curve_section
-from reports.document import Document, Picture, Section, Table
+from reports.document import Document, Picture, Section, Table, commands
 from reports.format import DASH, count, percent, rate, ratio, seconds
 from reports.latency import DEFINITIONS
 from reports.paper import FIGURE_2_SOURCE
@@ -26,11 +27,25 @@ from reports.windows import WINDOWS, kv_use
 SHARED_FACTS = ("Model", "KV pool", "Workload", "Arrivals", "Machine", "Software", "Commit")
 
 
-def comparison_document(summary: dict[str, Any], runs: list[Cell], svg: dict[str, str]) -> Document:
-    """The comparison of these runs as a document."""
+def comparison_document(
+    summary: dict[str, Any], runs: list[Cell], svg: dict[str, str], pages: Mapping[str, str] | None = None
+) -> Document:
+    """The comparison of these runs as a document.
+
+    Args:
+        summary: what summary.json holds.
+        runs: its cells.
+        svg: name -> markup of every figure.
+        pages: folder -> relative URL of that run's own report.
+    """
+    pages = pages or {}
     cells = contenders(runs)
     same = summary["same_tokens"]
-    sections = [grid_section(summary, svg), memory_section(summary, cells, svg), latency_section(summary, cells, svg)]
+    sections = [
+        grid_section(summary, svg, pages),
+        memory_section(summary, cells, svg),
+        latency_section(summary, cells, svg),
+    ]
     if "paired" in svg:
         sections.insert(1, verdict_section(summary, svg))
     if summary["curves"]:
@@ -40,7 +55,7 @@ def comparison_document(summary: dict[str, Any], runs: list[Cell], svg: dict[str
     if summary["same_work"]:
         sections.insert(1, same_work_section(summary["same_work"]))
     if len(summary["runs"]) > len(cells):
-        sections.append(runs_section(summary))
+        sections.append(runs_section(summary, pages))
     if summary["failed"]:
         sections.append(failed_section(summary))
     return Document(
@@ -50,6 +65,7 @@ def comparison_document(summary: dict[str, Any], runs: list[Cell], svg: dict[str
         notices=summary["notices"],
         verdict=(same["line"], same["verdict"] in GOOD),
         facts=shared_facts(cells),
+        commands=commands(*summary["commands"]),
         sections=sections,
         definitions=[
             (
@@ -88,7 +104,7 @@ def shared_facts(cells: list[Contender]) -> list[tuple[str, str]]:
     return result
 
 
-def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
+def grid_section(summary: dict[str, Any], svg: dict[str, str], pages: Mapping[str, str]) -> Section:
     """One row per cell: its settings and the numbers that decide."""
     cells = summary["cells"]
     every = summary["settings"]
@@ -127,6 +143,7 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         [*header, *(name for name, *_ in columns), "finished"],
         rows,
         strong=frozenset(strong),
+        links={(row, 0): pages[cell["folder"]] for row, cell in enumerate(cells) if cell["folder"] in pages},
         text_columns=frozenset(range(1, len(settings))),
     )
     picture = Picture(
@@ -141,6 +158,9 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         "steps, in token states and beside them in cached prefixes; the section KV memory has the windows in which "
         "requests wait, with how much of each run they cover."
     ]
+    if table.links:
+        repeated = any(cell["num_repeats"] > 1 for cell in cells)
+        notes.append(f"A row's first word leads to the report of its run{', the first of several' * repeated}.")
     goals = {(limits_text(cell["slo"]["limits"]), cell["slo"]["goal"]) for cell in cells if cell["slo"]}
     notes += [
         f"Good requests: share of all requests with {limits}; goodput: these / duration. The objective: {goal}."

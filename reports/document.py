@@ -5,12 +5,16 @@ The HTML is one file: figures are inline SVG, style is inline CSS, nothing is lo
 
 from __future__ import annotations
 
+import itertools
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from reports.errors import ReportError
 
@@ -25,6 +29,7 @@ class Table:
         caption: printed above; may be empty.
         strong: (row, column) of cells to stress.
         text_columns: columns that hold words (left-aligned), beside the first.
+        links: (row, column) -> where that cell leads, as a relative URL.
     """
 
     header: list[str]
@@ -32,6 +37,7 @@ class Table:
     caption: str = ""
     strong: frozenset[tuple[int, int]] = frozenset()
     text_columns: frozenset[int] = frozenset()
+    links: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +59,19 @@ class Picture:
 
 @dataclass(slots=True)
 class Section:
-    """A heading, and below it text, pictures and tables, in that order."""
+    """A heading, and below it text, a list, pictures, tables, notes and links, in that order.
+
+    Attributes:
+        links: (text, relative URL).
+    """
 
     title: str
     text: list[str] = field(default_factory=list)
+    items: list[str] = field(default_factory=list, kw_only=True)
     pictures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    links: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -73,6 +85,7 @@ class Document:
         notices: what a reader must know before believing the headline, right below it.
         verdict: a line that must not be overlooked, and whether it is good news; None for none.
         facts: (name, value) of what ran.
+        commands: lines for a shell that make this report again.
         tiles: (name, value, remark) of the few numbers to see first.
         sections: the body.
         definitions: (term, meaning).
@@ -86,17 +99,40 @@ class Document:
     notices: list[str] = field(default_factory=list)
     verdict: tuple[str, bool] | None = None
     facts: list[tuple[str, str]] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
     tiles: list[tuple[str, str, str]] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
     definitions: list[tuple[str, str]] = field(default_factory=list)
     config: str = ""
     footer: str = ""
 
+    @property
+    def anchors(self) -> list[str]:
+        """An anchor a section, in order: as GitHub names those of Markdown headings, so that both pages share them."""
+        found: list[str] = []
+        for section in self.sections:
+            anchor = re.sub(r"[^\w\- ]", "", section.title.lower()).replace(" ", "-")
+            names = itertools.chain([anchor], (f"{anchor}-{number}" for number in itertools.count(1)))
+            found.append(next(name for name in names if name not in found))
+        return found
+
+    @property
+    def contents(self) -> list[tuple[str, str]]:
+        """(anchor, title) of all that has a heading."""
+        named = [(anchor, section.title) for anchor, section in zip(self.anchors, self.sections, strict=True)]
+        return named + ([("definitions", "Definitions")] if self.definitions else [])
+
+
+def commands(*lines: Sequence[str] | None) -> list[str]:
+    """Commands, each as words, as lines for a shell; what is None or empty is left out."""
+    return [shlex.join(words) for words in lines if words]
+
 
 @cache
 def _environment() -> Environment:
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["breaks"] = lambda text: escape(text).replace(",", Markup(",<wbr>"))  # where a line may end
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
     return environment
 
@@ -105,7 +141,14 @@ def render_html(document: Document) -> str:
     """One self-contained HTML page."""
     template = _environment().overlay(autoescape=True).get_template("report.html.j2")
     style = Markup((Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8"))
-    return template.render(doc=document, style=style, Markup=Markup)
+    copy = Markup((Path(__file__).parent / "templates" / "copy.js").read_text(encoding="utf-8"))
+    return template.render(doc=document, style=style, copy=copy, labelled=labelled)
+
+
+def labelled(picture: Picture) -> Markup:
+    """The picture's markup; each drawing in it is an image with a name for who cannot see it."""
+    label = f'role="img" aria-label="{escape(picture.alt)}"'
+    return Markup(re.sub(r"<(svg|canvas)(?=[ >])(?![^>]* role=)", lambda tag: f"<{tag[1]} {label}", picture.markup))
 
 
 def render_markdown(document: Document) -> str:

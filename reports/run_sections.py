@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from reports.device_memory import device_memory_table
-from reports.document import Document, Picture, Section, Table
+from reports.document import Document, Picture, Section, Table, commands
 from reports.engines import cache_state, simulated, simulated_machine, target
 from reports.format import DASH, count, percent, rate, seconds, size_bytes
 from reports.gauges import gauges_section
@@ -43,6 +43,7 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
         headline=summary["headline"].replace(" x ", " × "),
         notices=summary["notices"],
         facts=facts(summary),
+        commands=commands(summary["command"]),
         tiles=tiles(summary),
         sections=[
             memory_section(summary, svg),

@@ -118,6 +118,7 @@ MANIFEST = {
     "arrival": Maybe({"name": MAYBE_TEXT}),
     "cache": MAYBE_TEXT,
     "round": MAYBE_INTEGER,
+    "command": Maybe(["text"]),
     "contention": Maybe(CONTENTION),
     "run": {
         "ended": Maybe(MOMENT),
@@ -169,6 +170,6 @@ STUDY = {
 
 LEFT_OUT = Maybe([{"name": MAYBE_TEXT, "error": MAYBE_TEXT}])
 SWEEP = {
-    "runs": ["text"], "baseline": MAYBE_TEXT, "rounds": MAYBE_INTEGER,
+    "runs": ["text"], "baseline": MAYBE_TEXT, "rounds": MAYBE_INTEGER, "command": Maybe(["text"]),
     **dict.fromkeys(("failed", "not_defined", "unserved"), LEFT_OUT),
 }  # fmt: skip

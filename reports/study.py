@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table as TerminalTable
 
-from reports.document import Document, Picture, Section, render_html, render_markdown, write_text
+from reports.cells import page_of
+from reports.document import Document, Picture, Section, commands, render_html, render_markdown, write_text
 from reports.files import read_json
 from reports.format import DASH
 from reports.shapes import STUDY
@@ -52,7 +54,7 @@ def write_study_report(study_dir: Path) -> dict[str, Any]:
         "versions": study.get("versions"),
         "command": study["command"],
     }
-    document = study_document(study, claims, draw_charts(study["charts"], study_dir))
+    document = study_document(study, claims, draw_charts(study["charts"], study_dir), _pages(study, study_dir))
     write_text(study_dir / "report.html", render_html(document))
     write_text(study_dir / "report.md", render_markdown(document))
     write_text(study_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -70,22 +72,27 @@ def read_study(study_dir: Path) -> dict[str, Any]:
     return study
 
 
-def study_document(study: dict[str, Any], claims: list[dict[str, Any]], svg: dict[str, str]) -> Document:
+def study_document(
+    study: dict[str, Any], claims: list[dict[str, Any]], svg: dict[str, str], pages: Sequence[tuple[str, str]] = ()
+) -> Document:
     """The report as a document.
 
     Args:
         study: study.json.
         claims: its claims, with `ratio`.
         svg: name -> inline SVG of every chart.
+        pages: name and relative URL of each cell's own report.
     """
     pictures = [Picture(c["name"], svg[c["name"]], c["caption"], c["caption"]) for c in study["charts"]]
     sections = claims_sections(claims, study.get("beside") or "")
     if pictures:
         sections = [*sections[:1], Section("Figures", pictures=pictures), *sections[1:]]
     if study["differences"]:
-        sections.append(Section("What differs from the source", text=[f"- {line}" for line in study["differences"]]))
+        sections.append(Section("What differs from the source", items=list(study["differences"])))
     if study["notes"]:
         sections.append(Section("How it was measured", text=list(study["notes"])))
+    if pages:
+        sections.append(Section("The cells", text=["Each cell has a report of its own."], links=list(pages)))
     return Document(
         kicker="kvarena · report of an experiment",
         title=_title(study),
@@ -93,6 +100,7 @@ def study_document(study: dict[str, Any], claims: list[dict[str, Any]], svg: dic
         notices=_notices(study),
         verdict=verdict_line(claims),
         facts=_facts(study),
+        commands=commands(study["command"]),
         sections=sections,
         footer=f"Made on {study['created']} from study.json.",
     )
@@ -130,7 +138,7 @@ def _facts(study: dict[str, Any]) -> list[tuple[str, str]]:
     """What ran, and under which conditions; what an older study.json does not hold is not listed."""
     conditions, git = study.get("conditions") or {}, study["git"]
     simulated = bool(conditions.get("simulated"))
-    facts = [("source", study["source"]), ("command", " ".join(study["command"]))]
+    facts = [("source", study["source"])]
     if "seeds" in conditions:
         facts.append(("seeds of the workload", ", ".join(map(str, conditions["seeds"])) or DASH))
     sources: dict[str, list[str]] = {}
@@ -143,6 +151,12 @@ def _facts(study: dict[str, Any]) -> list[tuple[str, str]]:
     facts.append(("commit", f"{git.get('commit') or DASH}{' with local changes' if git.get('dirty') else ''}"))
     facts.append(("cells", _cells(study["cells"])))
     return facts
+
+
+def _pages(study: dict[str, Any], study_dir: Path) -> list[tuple[str, str]]:
+    """Name and relative URL of each cell that has a page."""
+    found = [(name, page_of(study_dir / name, study_dir)) for name in study["cells"]]
+    return [(name.removeprefix("cells/"), page) for name, page in found if page is not None]
 
 
 def _cells(names: list[str]) -> str:

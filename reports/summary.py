@@ -50,6 +50,7 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
         "pool",
         "workload",
         "arrival",
+        "command",
         "simulation",
         "target",
         "cache",

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from reports.device_memory import device_memory_table
-from reports.document import Document, Section, Table
+from reports.document import Document, Section, Table, commands
 from reports.engines import headline_prefix
 from reports.files import RunFiles
 from reports.format import count, rate, seconds
@@ -57,7 +57,7 @@ def summarize_unrecorded(run: RunFiles, empty: dict[str, Any]) -> dict[str, Any]
 # What the manifest says of any run.
 KNOWN = (
     "schema_version", "kind", "name", "created", "strategy", "git", "machine", "versions", "model", "pool", "workload",
-    "arrival", "simulation", "target", "cache", "wall_time_seconds", "warmup_seconds", "processor_seconds",
+    "arrival", "command", "simulation", "target", "cache", "wall_time_seconds", "warmup_seconds", "processor_seconds",
     "peak_rss_bytes", "peak_gpu_bytes", "memory", "recorded", "recording", "kv_pool_slots", "kv_pool_bytes",
     "lateness_bound_seconds",
 )  # fmt: skip
@@ -87,6 +87,7 @@ def unrecorded_document(summary: dict[str, Any], config: Any) -> Document:
         notices=summary["notices"],
         verdict=None,
         facts=facts(summary),
+        commands=commands(summary["command"]),
         tiles=[
             ("Output throughput", f"{rate(summary['output_tokens_per_second'])} tok/s",
              f"{rate(summary['requests_per_second'])} requests/s"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from reports.document import Picture, Section, Table
@@ -59,8 +60,8 @@ def metric_name(metric: str) -> str:
     return "Output tok/s" if metric == THROUGHPUT else DEFINITIONS[metric][0]
 
 
-def runs_section(summary: dict[str, Any]) -> Section:
-    """The repeats one by one."""
+def runs_section(summary: dict[str, Any], pages: Mapping[str, str]) -> Section:
+    """The repeats one by one; `pages`: folder -> relative URL of that run's own report."""
     header = ["run", "output tok/s", "TTFT p50", "TPOT p50", "E2E p50", "finished"]
     is_measured = any(run["contention"] for run in summary["runs"])
     rows = []
@@ -83,7 +84,8 @@ def runs_section(summary: dict[str, Any]) -> Section:
             "Processor: processor time / wall time of the measured part. Stolen: time that a hypervisor gave away. "
             "Probe: speed of a fixed piece of work, geometric mean of before and after the run."
         )
-    return Section("The runs", [], [], [Table(header, rows)], notes)
+    links = {(row, 0): pages[run["folder"]] for row, run in enumerate(summary["runs"]) if run["folder"] in pages}
+    return Section("The runs", [], [], [Table(header, rows, links=links)], notes)
 
 
 def grouped(rows: list[list[str]]) -> list[list[str]]:

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments.building.shared import SharedParts
+from experiments.command_line import without_sweep
 from experiments.compose import compose_cell
 from experiments.config import SweepConfig
 from experiments.job import execute
@@ -20,6 +21,8 @@ from experiments.recording.cell_folders import CellFolders, result_in, result_of
 from experiments.recording.cell_state import cell_key
 from experiments.recording.sources import digest
 from experiments.unserved import Unserved, why_unserved
+
+ALONE = "study=null"  # an experiment's config without its study is a single run's
 
 
 class CellRunner:
@@ -29,11 +32,13 @@ class CellRunner:
         overrides: what the command line said, `experiment=...` included; the base of every cell.
         out_dir: the study's folder; a cell's run folder is `out_dir/cells/NAME`, or has digits behind the name where
             that holds the result of other settings, other code or another machine.
+        command: the words of `overrides` as a command; None where nobody knows them.
     """
 
-    def __init__(self, overrides: Sequence[str], out_dir: Path) -> None:
+    def __init__(self, overrides: Sequence[str], out_dir: Path, command: Sequence[str] | None = None) -> None:
         self._overrides = list(overrides)
         self.out_dir = out_dir
+        self._command = None if command is None else list(command)
         self.folders: list[Path] = []
         self._shared = SharedParts()
         self._places: CellFolders | None = None
@@ -56,7 +61,8 @@ class CellRunner:
         folder = self._folder(name, cfg, choices)
         self.folders.append(folder)
         try:
-            summary = execute(cfg, folder, name, choices, str(self.out_dir), self._shared)
+            command = None if self._command is None else [*self._command, ALONE, *without_sweep(overrides)]
+            summary = execute(cfg, folder, name, choices, str(self.out_dir), self._shared, command)
         except BaseException:
             self._shared.clear()  # its runner may hold what the cell left undone
             raise

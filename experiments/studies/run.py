@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
 import reports.study
 from engine.errors import ConfigError
+from experiments.command_line import command_of
 from experiments.config import check_values
 from experiments.output import print_result
 from experiments.recording.cell_state import only_writer
@@ -39,7 +41,7 @@ def run_study(cfg: DictConfig) -> None:
         raise ConfigError("driver.record=none records nothing that an experiment could look at; use full or summary")
     check_values(cfg)
     study: Study = instantiate(cfg.study)
-    cells = CellRunner(hydra.overrides.task, out_dir)
+    cells = CellRunner(hydra.overrides.task, out_dir, command_of(hydra, alone=True))
     findings = study.run(cells)
     record = findings.to_json() | {
         "schema_version": SCHEMA_VERSION,
@@ -48,7 +50,7 @@ def run_study(cfg: DictConfig) -> None:
         "git": git_state(),
         "machine": machine(),
         "versions": versions(),
-        "command": ["python", "run.py", *hydra.overrides.task],
+        "command": command_of(hydra, alone=hydra.mode is RunMode.MULTIRUN),
         "conditions": conditions(cells.folders),
         "cells": [str(folder.relative_to(out_dir)) for folder in cells.folders],
     }

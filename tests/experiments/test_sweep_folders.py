@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from experiments.compose import compose_cell
 from experiments.entry import main
 from experiments.recording import cell_folders
 from experiments.recording.cell_folders import CellFolders, stem_of
@@ -53,6 +54,15 @@ def test_a_grid_is_extended_by_what_is_missing(sweep):
     assert more.err.count("finished before") == 2
     assert more.runs[:2] == first.runs
     assert [name.rpartition("-")[0] for name in more.runs] == ["paged-continuous", "paged-static", "paged-chunked"]
+    # The pages' commands: the sweep's own words, and for a cell what composes it without the sweep.
+    assert more.record["command"][:4] == ["python", "run.py", "-m", SIMULATED[0]]
+    assert "scheduler=continuous,static,chunked" in more.record["command"]
+    assert more.record["command"][-1] == f"hydra.sweep.dir='{more.folder}'"
+    for name in more.runs:
+        command = json.loads((more.folder / name / "manifest.json").read_text())["command"]
+        assert command[:2] == ["python", "run.py"] and not any("sweep" in word for word in command)
+        key = json.loads((more.folder / name / "cell.json").read_text())
+        assert cell_key(*compose_cell(command[2:]))["config"] == key["config"]
     for name in more.runs:
         assert shlex.quote(name) == name
         [parsed] = OverridesParser.create().parse_overrides([f"report.baseline={name}"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.compose import compose_cell
 from reports.__main__ import make_report
 from reports.errors import ReportError
 from reports.study import write_study_report
@@ -42,12 +43,14 @@ def test_a_study_runs_its_cells_and_reports_its_claims(tmp_path):
     assert (tmp_path / "cells" / "orca" / "requests.parquet").exists()
     manifest = json.loads((tmp_path / "cells" / "orca" / "manifest.json").read_text())
     assert manifest["strategy"]["allocator"] == "orca_max"
+    cfg, choices = compose_cell(manifest["command"][2:])  # the cell alone
+    assert cfg.study is None and (choices["allocator"], cfg.workload.output_len) == ("orca_max", 4)
     markdown = (tmp_path / "report.md").read_text()
     assert "1 of 1 published numbers hold; 0 of 1 checks pass." in markdown
     published, others, checks = (markdown.index(f"## {title}") for title in
                                  ("Published numbers", "Not judged", "Checks"))  # fmt: skip
     assert published < others < checks
-    for fact in ("| command | python run.py", "| seeds of the workload | 0 |", "| versions | python 3", "| commit |"):
+    for fact in ("```sh\npython run.py", "| seeds of the workload | 0 |", "| versions | python 3", "| commit |"):
         assert fact in markdown
     assert "imulated" not in markdown
     before = (tmp_path / "report.html").read_text()
