@@ -6,10 +6,11 @@ that region back. Nothing here costs more in a larger pool: what counts is the n
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
 
 
-class Placement:
+class Placement(ABC):
     """Base of the placements.
 
     Args:
@@ -32,17 +33,17 @@ class Placement:
         """Blocks that a region of `num_blocks` takes from the pool: more where sizes are rounded up."""
         return num_blocks
 
+    @abstractmethod
     def take(self, num_blocks: int) -> int | None:
         """First block of a new region of `num_blocks`; None when no hole is large enough."""
-        raise NotImplementedError
 
+    @abstractmethod
     def give(self, start: int, num_blocks: int) -> None:
         """Take back the region of `num_blocks` at `start`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fits(self, num_blocks: int) -> bool:
         """Whether a hole is large enough for a region of `num_blocks`. Changes nothing."""
-        raise NotImplementedError
 
 
 class Holes(Placement):
@@ -98,67 +99,38 @@ class Holes(Placement):
         self._remove(start, size)
         return size
 
+    @abstractmethod
     def _find(self, num_blocks: int) -> int | None:
-        raise NotImplementedError
+        """Start of the hole to cut a region of `num_blocks` from; None: no hole is large enough."""
 
+    @abstractmethod
     def _insert(self, start: int, size: int) -> None:
-        raise NotImplementedError
+        """A hole came."""
 
+    @abstractmethod
     def _remove(self, start: int, size: int) -> None:
-        raise NotImplementedError
+        """A hole went."""
 
 
 class FirstFit(Holes):
-    """The lowest hole that is large enough.
-
-    Holes lie in address order in chunks of at most 2 * CHUNK; each chunk knows its largest hole, so a search skips
-    whole chunks: about sqrt(holes) steps instead of one per hole.
-    """
-
-    CHUNK = 64
+    """The lowest hole that is large enough: the holes from below, one after the other."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._chunks: list[list[int]] = []  # starts of holes
-        self._firsts: list[int] = []  # first start of each chunk
-        self._largest: list[int] = []  # largest hole of each chunk
+        self._starts: list[int] = []  # sorted
         super().__init__(num_blocks)
 
     def _find(self, num_blocks: int) -> int | None:
-        for chunk, largest in zip(self._chunks, self._largest, strict=True):
-            if largest >= num_blocks:
-                return next(start for start in chunk if self._size_at[start] >= num_blocks)
+        size_at = self._size_at
+        for start in self._starts:
+            if size_at[start] >= num_blocks:
+                return start
         return None
 
-    def _insert(self, start: int, size: int) -> None:
-        i = max(0, bisect_right(self._firsts, start) - 1)
-        if not self._chunks:
-            self._chunks, self._firsts, self._largest = [[start]], [start], [size]
-            return
-        chunk = self._chunks[i]
-        insort(chunk, start)
-        if len(chunk) > 2 * self.CHUNK:
-            self._chunks[i : i + 1] = [chunk[: self.CHUNK], chunk[self.CHUNK :]]
-            self._firsts.insert(i + 1, 0)
-            self._largest.insert(i + 1, 0)
-            self._refresh(i + 1)
-            self._refresh(i)
-        else:
-            self._firsts[i] = chunk[0]
-            self._largest[i] = max(self._largest[i], size)
+    def _insert(self, start: int, size: int) -> None:  # noqa: ARG002
+        insort(self._starts, start)
 
-    def _remove(self, start: int, size: int) -> None:
-        i = bisect_right(self._firsts, start) - 1
-        chunk = self._chunks[i]
-        del chunk[bisect_left(chunk, start)]
-        if not chunk:
-            del self._chunks[i], self._firsts[i], self._largest[i]
-        elif size == self._largest[i] or start == self._firsts[i]:
-            self._refresh(i)
-
-    def _refresh(self, i: int) -> None:
-        chunk = self._chunks[i]
-        self._firsts[i] = chunk[0]
-        self._largest[i] = max(map(self._size_at.__getitem__, chunk))
+    def _remove(self, start: int, size: int) -> None:  # noqa: ARG002
+        del self._starts[bisect_left(self._starts, start)]
 
 
 class BestFit(Holes):
