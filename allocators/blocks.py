@@ -12,11 +12,7 @@ from collections.abc import Iterable
 
 
 class BlockPool:
-    """Hands out block ids first..first + num_blocks - 1.
-
-    Attributes:
-        num_free: blocks that can be taken.
-    """
+    """Hands out block ids first..first + num_blocks - 1. `num_free` says how many can be taken."""
 
     __slots__ = ("_next", "_returned", "num_free")
 
@@ -32,8 +28,8 @@ class BlockPool:
         if len(returned) >= num_blocks:
             if num_blocks == 1:
                 return [returned.pop()]
-            blocks = returned[-num_blocks:] if num_blocks else []
-            del returned[len(returned) - num_blocks :]
+            at = len(returned) - num_blocks
+            blocks, returned[at:] = returned[at:], []
             return blocks
         start = self._next
         self._next += num_blocks - len(returned)

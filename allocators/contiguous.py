@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from allocators.base import BaseAllocator, num_computed_of
 from allocators.placement import PLACEMENTS
+from engine.contract import KVAllocator, KVUsage, QueueHead, cdiv
 from engine.errors import ConfigError
-from engine.plan import KVUsage, QueueHead, cdiv
 from engine.request import Request
 
 
@@ -57,7 +56,7 @@ class Region(NamedTuple):
     num_blocks: int
 
 
-class ContiguousAllocator(BaseAllocator):
+class ContiguousAllocator(KVAllocator):
     """One region of consecutive blocks per request, reserved at admission.
 
     Args:
@@ -66,7 +65,7 @@ class ContiguousAllocator(BaseAllocator):
             `oracle_output_len`, or `max_tokens` where the workload does not know it. A reservation is at most
             max_model_len and the largest region of an empty pool, and at least what is asked for.
         placement: `first_fit`, `best_fit` or `buddy` (regions are rounded up to a power of two).
-        pool: see BaseAllocator.
+        pool: see KVAllocator.
     """
 
     contiguous = True
@@ -141,7 +140,7 @@ class ContiguousAllocator(BaseAllocator):
         unused = self._placement.num_free
         return KVUsage(
             total=self.num_blocks * self.block_size,
-            computed=sum(map(num_computed_of, self._regions)),
+            computed=sum([req.num_computed_tokens for req in self._regions]),
             owned=self._num_owned * self.block_size,
             external=(self.num_blocks - unused - self._num_owned) * self.block_size,
             shortage=0,

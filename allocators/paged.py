@@ -17,23 +17,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from allocators.base import BaseAllocator, num_computed_of
 from allocators.blocks import BlockPool
 from allocators.swap import CopyQueue, HostPool, host_blocks
-from engine.plan import NULL_BLOCK, BlockCopy, CopyKind, KVUsage, QueueHead, cdiv
+from engine.contract import NULL_BLOCK, BlockCopy, CopyKind, KVAllocator, KVUsage, QueueHead, cdiv
 from engine.request import Request
 
 
-class PagedAllocator(BaseAllocator):
+class PagedAllocator(KVAllocator):
     """Blocks on demand, with copy-on-write forks, host swap and a sliding window.
 
     Args:
         swap_gib: host memory for the KV of preempted requests, in GiB; 0 has them recomputed.
         swap_blocks: the same in blocks, in place of `swap_gib`.
-        pool: see BaseAllocator; blocks that slid out of the window become the null block in the table.
-
-    Attributes:
-        num_host_blocks: blocks of host memory; ids are 0..num_host_blocks - 1.
+        pool: see KVAllocator; blocks that slid out of the window become the null block in the table.
     """
 
     def __init__(self, *, swap_gib: float = 0.0, swap_blocks: int | None = None, **pool: Any) -> None:
@@ -48,11 +44,9 @@ class PagedAllocator(BaseAllocator):
         self._num_extra_refs = 0
         self._forked: set[Request] = set()  # requests whose next write may hit a shared block
         self._slid: dict[Request, int] = {}  # leading null entries of the tables that have some
-        self._num_slid = 0
 
     @property
     def max_request_tokens(self) -> int:
-        """All slots of the pool."""
         return self.num_blocks * self.block_size
 
     @property
@@ -78,7 +72,6 @@ class PagedAllocator(BaseAllocator):
         return True
 
     def free(self, req: Request) -> None:
-        """Give all blocks back, host blocks too. Idempotent."""
         req.num_slots = 0
         table = self._tables.get(req)
         if table is not None:
@@ -86,17 +79,11 @@ class PagedAllocator(BaseAllocator):
         elif self.num_host_blocks:
             self._host.release(req)
 
-    def commit(self, req: Request) -> None:
-        """Drop the blocks that slid out of the window."""
-        if self.sliding_window is not None:
-            self._slide(req)
-
     def block_table(self, req: Request) -> Sequence[int]:
-        """Block ids by block index. A live list: `allocate` and `commit` change it."""
+        """A live list: `allocate` and `commit` change it."""
         return self._tables[req]
 
     def drain_copies(self) -> list[BlockCopy]:
-        """Copies ordered since the last call, in the order in which they must be made."""
         self._host.settle()
         return self._copies.drain()
 
@@ -122,7 +109,11 @@ class PagedAllocator(BaseAllocator):
         for block in blocks:
             extra = self._extra_refs.get(block)
             if extra is not None:
-                self._unshare(block, extra)
+                self._num_extra_refs -= 1
+                if extra == 1:
+                    del self._extra_refs[block]
+                else:
+                    self._extra_refs[block] = extra - 1
             elif block != NULL_BLOCK:
                 gone.append(block)
         return gone
@@ -135,8 +126,7 @@ class PagedAllocator(BaseAllocator):
         """Take a table apart, its last block first."""
         del self._tables[req]
         self._forked.discard(req)
-        if self._slid:
-            self._num_slid -= self._slid.pop(req, 0)
+        self._slid.pop(req, None)
         gone = self._release(reversed(table))
         if cancel_copies and self._copies:
             self._copies.cancel(gone)
@@ -171,26 +161,18 @@ class PagedAllocator(BaseAllocator):
 
     def _share_table(self, req: Request, child: Request, num_tokens: int) -> bool:
         """Give `child` a table over the blocks of `req`'s first `num_tokens` tokens. False: no room to."""
-        shared = self._tables[req][: cdiv(num_tokens, self.block_size)]
+        self._tables[child] = shared = self._tables[req][: cdiv(num_tokens, self.block_size)]
         num_slid = self._slid.get(req, 0)
-        for block in shared[num_slid:]:
-            self._share(block)
-        self._tables[child] = shared
         if num_slid:
             self._slid[child] = num_slid
-            self._num_slid += num_slid
+        self._share(shared[num_slid:])
         return True
 
-    def _share(self, block: int) -> None:
-        self._extra_refs[block] = self._extra_refs.get(block, 0) + 1
-        self._num_extra_refs += 1
-
-    def _unshare(self, block: int, extra: int) -> None:
-        if extra == 1:
-            del self._extra_refs[block]
-        else:
-            self._extra_refs[block] = extra - 1
-        self._num_extra_refs -= 1
+    def _share(self, blocks: Sequence[int]) -> None:
+        """Take one more reference to each block."""
+        for block in blocks:
+            self._extra_refs[block] = self._extra_refs.get(block, 0) + 1
+        self._num_extra_refs += len(blocks)
 
     def _writes_shared(self, req: Request, table: list[int]) -> bool:
         """Whether `req`'s next write goes into a block that is not its own."""
@@ -222,17 +204,13 @@ class PagedAllocator(BaseAllocator):
             return 0
         return max(0, num_computed - self.sliding_window + 1) // self.block_size
 
-    def _slide(self, req: Request) -> None:
-        num_slid = self._num_slid_at(req.num_computed_tokens)
-        before = self._slid.get(req, 0)
-        if num_slid <= before:
-            return
-        table = self._tables[req]
-        slid = table[before:num_slid]
-        table[before:num_slid] = [NULL_BLOCK] * len(slid)
-        self._slid[req] = num_slid
-        self._num_slid += num_slid - before
-        self._discard(self._release(slid))
+    def commit(self, req: Request) -> None:
+        before, num_slid = self._slid.get(req, 0), self._num_slid_at(req.num_computed_tokens)
+        if num_slid > before:
+            table = self._tables[req]
+            slid, table[before:num_slid] = table[before:num_slid], [NULL_BLOCK] * (num_slid - before)
+            self._slid[req] = num_slid
+            self._discard(self._release(slid))
 
     # ------------------------------------------------------------ swap
 
@@ -241,11 +219,11 @@ class PagedAllocator(BaseAllocator):
         table = self._tables.get(req)
         if table is None:
             return False
-        num_blocks = cdiv(req.num_computed_tokens, self.block_size)
-        indices = range(self._slid.get(req, 0), num_blocks)
-        if not indices or len(indices) > self._host.num_free:
+        num_slid = self._slid.get(req, 0)
+        blocks = table[num_slid : cdiv(req.num_computed_tokens, self.block_size)]
+        if not blocks or len(blocks) > self._host.num_free:
             return False
-        self._copies.order(CopyKind.SWAP_OUT, [table[i] for i in indices], self._host.store(req, num_blocks, indices))
+        self._copies.order(CopyKind.SWAP_OUT, blocks, self._host.store(req, num_slid, len(blocks)))
         self._drop(req, table, cancel_copies=False)
         req.num_slots = 0
         return True
@@ -253,17 +231,15 @@ class PagedAllocator(BaseAllocator):
     def swap_in(self, req: Request) -> bool:
         """Copy a swapped request's blocks back into blocks of its own. False: no room, nothing changed."""
         swapped = self._host.lookup(req)
-        if swapped is None or len(swapped.indices) > self.num_free_blocks:
+        if swapped is None or len(swapped.host_blocks) > self.num_free_blocks:
             return False
-        blocks = self._take(len(swapped.indices))
-        num_slid = swapped.num_blocks - len(blocks)
+        blocks = self._take(len(swapped.host_blocks))
         self._copies.order(CopyKind.SWAP_IN, swapped.host_blocks, blocks)
         self._host.release(req)
-        self._tables[req] = [NULL_BLOCK] * num_slid + blocks
-        if num_slid:
-            self._slid[req] = num_slid
-            self._num_slid += num_slid
-        req.num_slots = swapped.num_blocks * self.block_size
+        self._tables[req] = table = [NULL_BLOCK] * swapped.num_slid + blocks
+        if swapped.num_slid:
+            self._slid[req] = swapped.num_slid
+        req.num_slots = len(table) * self.block_size
         return True
 
     # ------------------------------------------------------------ ledger
@@ -273,7 +249,7 @@ class PagedAllocator(BaseAllocator):
         num_blocks = cdiv(head.num_tokens, self.block_size)
         swapped = self._host.lookup(head.req)
         if swapped is not None:
-            num_blocks -= swapped.num_blocks - len(swapped.indices)
+            num_blocks -= swapped.num_slid
         elif head.parent is not None and self._can_fork(head.parent):
             num_blocks -= (head.parent.num_prompt_tokens - 1) // self.block_size
         else:
@@ -285,30 +261,29 @@ class PagedAllocator(BaseAllocator):
         return 0
 
     def count(self) -> KVUsage:
-        """Raw counts. External is 0: any free block serves any request."""
-        return self._count(num_cached=0, num_saved=self._num_extra_refs, hits={})
+        """External is 0: any free block serves any request."""
+        return self._count(num_cached=0, hits={})
 
-    def _count(self, num_cached: int, num_saved: int, hits: dict[Request, int]) -> KVUsage:
+    def _count(self, num_cached: int, hits: dict[Request, int]) -> KVUsage:
         """Raw counts.
 
         Args:
             num_cached: evictable blocks.
-            num_saved: table entries that sharing saved.
             hits: requests admitted with so many cached tokens; those whose `num_computed_tokens` says so are dropped.
         """
-        block_size = self.block_size
-        num_owned = self.num_blocks - self._pool.num_free - num_cached
+        block_size, num_saved = self.block_size, self._num_extra_refs
         for req in [req for req, hit in hits.items() if req.num_computed_tokens >= hit]:
             del hits[req]
         if self._forked or hits:
             computed = self._count_computed(hits)
         else:
             # Shared blocks are full, so each extra reference counts one block of computed tokens too many.
-            computed = sum(map(num_computed_of, self._tables)) - (num_saved + self._num_slid) * block_size
+            computed = sum([req.num_computed_tokens for req in self._tables])
+            computed -= (num_saved + sum(self._slid.values())) * block_size
         return KVUsage(
             total=self.num_blocks * block_size,
             computed=computed,
-            owned=num_owned * block_size,
+            owned=(self.num_blocks - self._pool.num_free - num_cached) * block_size,
             external=0,
             shortage=0,
             cached=num_cached * block_size,

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from itertools import count
 
+from allocators.prefix_index import Hit, PrefixIndex
 from engine.request import Request
 
 
@@ -45,28 +46,49 @@ class RadixNode:
         self.last_used = 0
 
 
-class RadixTree:
-    """Full blocks of requests by their tokens.
+class RadixTree(PrefixIndex):
+    """Full blocks of requests by their tokens. The root is never locked and never evicted."""
 
-    Attributes:
-        root: the empty prefix; never locked, never evicted.
-        num_evictable: blocks of unlocked nodes.
-        num_saved: blocks that sharing saved: per block, its locks less one.
-    """
+    evicts_by_path = True
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self.root = RadixNode(None, (), [], [])
         self.num_evictable = 0
-        self.num_saved = 0
+        self._blocks: set[int] = set()
         self._num_nodes = 0
         self._ticks = count(1)
         # Unlocked leaves by last use. Entries of nodes that were locked or grew children since are stale.
         self._leaves: list[tuple[int, int, RadixNode]] = []
 
+    def __contains__(self, block: int) -> bool:
+        return block in self._blocks
+
     # ------------------------------------------------------------ finding
 
-    def walk(self, req: Request, num_blocks: int) -> tuple[list[RadixNode], int]:
+    def match(self, req: Request, num_blocks: int) -> int:
+        return self._walk(req, num_blocks)[1]
+
+    def num_in_use(self, req: Request, num_blocks: int) -> int:
+        path, num_left = self._walk(req, num_blocks)
+        num_shared = 0
+        for node in path:
+            if not node.num_locks:  # nor has anything below it
+                break
+            num_shared += min(num_left, len(node.blocks))
+            num_left -= len(node.blocks)
+        return num_shared
+
+    def find(self, req: Request, num_blocks: int) -> Hit:
+        node = self._cut(*self._walk(req, num_blocks))
+        path = self._path_to(node)
+        blocks = [block for node in path for block in node.blocks]
+        return Hit(node, blocks, [block for node in path if node.num_locks for block in node.blocks])
+
+    def above(self, node: RadixNode, depth: int, num_blocks: int) -> RadixNode:  # noqa: ARG002
+        return self._cut(self._path_to(node), num_blocks)
+
+    def _walk(self, req: Request, num_blocks: int) -> tuple[list[RadixNode], int]:
         """Nodes along `req`'s first `num_blocks` blocks, and how many of them the tree holds.
 
         The last node may be covered in part. Changes nothing.
@@ -85,7 +107,7 @@ class RadixTree:
             node = child
         return path, done
 
-    def cut(self, path: list[RadixNode], num_blocks: int) -> RadixNode:
+    def _cut(self, path: list[RadixNode], num_blocks: int) -> RadixNode:
         """The node at which the first `num_blocks` blocks of `path` end; splits an edge where they end inside."""
         node = self.root
         for child in path:
@@ -97,7 +119,7 @@ class RadixTree:
             node = child
         return node
 
-    def path_to(self, node: RadixNode) -> list[RadixNode]:
+    def _path_to(self, node: RadixNode) -> list[RadixNode]:
         """Nodes from below the root down to `node`."""
         path = []
         while node.parent is not None:
@@ -141,34 +163,32 @@ class RadixTree:
 
     # ------------------------------------------------------------ growing
 
-    def insert(
+    def publish(
         self, node: RadixNode, req: Request, table: list[int], start: int, stop: int
-    ) -> tuple[RadixNode, list[int]]:
-        """Put `req`'s full blocks [start, stop) into the tree, below `node`, on which it stands.
-
-        Where the tree holds an equal block already, the table's entry becomes the tree's block.
-
-        Returns:
-            The locked node on which `req` now stands, and the blocks that left its table.
-        """
+    ) -> tuple[RadixNode, list[int], list[int]]:
+        """Put the blocks into the tree; where it holds an equal one already, the entry becomes the tree's block."""
         replaced: list[int] = []
+        shared: list[int] = []
         while start < stop:
             key = self._key(node, req, start)
             child = node.children.get(key)
             if child is None:
-                return self._append(node, key, req, table, start, stop), replaced
+                return self._append(node, key, req, table, start, stop), replaced, shared
             num_common = self._num_common(child, req, start, stop)
             if num_common < len(child.blocks):
                 child = self._split(child, num_common)
+            if child.num_locks:
+                shared += child.blocks
             self._lock_one(child)
             replaced += table[start : start + num_common]
             table[start : start + num_common] = child.blocks
             start += num_common
             node = child
-        return node, replaced
+        return node, replaced, shared
 
     def _append(self, node: RadixNode, key: tuple, req: Request, table: list[int], start: int, stop: int) -> RadixNode:
         tokens = req.token_ids(start * self._block_size, stop * self._block_size)
+        self._blocks.update(table[start:stop])
         if node.num_locks == 1 and not node.children:  # nobody else stands here: the edge grows
             node.tokens += tokens
             node.blocks += table[start:stop]
@@ -180,23 +200,20 @@ class RadixTree:
 
     # ------------------------------------------------------------ locks
 
-    def lock(self, node: RadixNode) -> None:
-        """A request stands on `node`: nothing on the path to it can be evicted."""
+    def enter(self, node: RadixNode, hits: list[int]) -> None:  # noqa: ARG002
+        """Lock the path to `node`: nothing on it can be evicted."""
         while node.parent is not None:
             self._lock_one(node)
             node = node.parent
 
-    def unlock(self, node: RadixNode) -> None:
-        """A request leaves `node`."""
+    def leave(self, node: RadixNode) -> None:
         now = next(self._ticks)
         while node.parent is not None:
             self._unlock_one(node, now)
             node = node.parent
 
     def _lock_one(self, node: RadixNode) -> None:
-        if node.num_locks:
-            self.num_saved += len(node.blocks)
-        else:
+        if not node.num_locks:
             self.num_evictable -= len(node.blocks)
         node.num_locks += 1
         node.last_used = next(self._ticks)
@@ -205,13 +222,16 @@ class RadixTree:
         node.num_locks -= 1
         node.last_used = now
         if node.num_locks:
-            self.num_saved -= len(node.blocks)
             return
         self.num_evictable += len(node.blocks)
         if not node.children:
             self._push_leaf(node)
 
     # ------------------------------------------------------------ eviction
+
+    def keep(self, blocks: list[int]) -> list[int]:
+        """What the tree holds stays; unlocked paths say from when on it is cached."""
+        return [block for block in blocks if block not in self._blocks]
 
     def evictable_blocks(self) -> Iterator[int]:
         """All blocks of unlocked nodes; visits the whole tree."""
@@ -223,7 +243,7 @@ class RadixTree:
                 yield from node.blocks
 
     def evict(self, num_blocks: int) -> list[int]:
-        """Remove `num_blocks` <= num_evictable blocks, least recently used leaves and their tails first."""
+        """Least recently used leaves and their tails first."""
         evicted: list[int] = []
         while len(evicted) < num_blocks:
             entry = heappop(self._leaves)
@@ -239,6 +259,7 @@ class RadixTree:
             else:
                 self._remove(node)
         self.num_evictable -= num_blocks
+        self._blocks.difference_update(evicted)
         return evicted
 
     def _remove(self, node: RadixNode) -> None:

@@ -7,13 +7,12 @@ drain no host block is written for two requests.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from allocators.base import check_int
 from allocators.blocks import BlockPool
+from engine.contract import BlockCopy, CopyKind, check_int
 from engine.errors import ConfigError
-from engine.plan import BlockCopy, CopyKind
 from engine.request import Request
 
 
@@ -49,13 +48,9 @@ class CopyQueue:
 
 
 class SwappedTable(NamedTuple):
-    """The block table of a swapped request: `num_blocks` entries, host blocks at those in `indices`.
+    """The block table of a swapped request: `num_slid` null blocks (slid out of the window), and then host blocks."""
 
-    The other entries are the null block (slid out of the window).
-    """
-
-    num_blocks: int
-    indices: Sequence[int]
+    num_slid: int
     host_blocks: list[int]
 
 
@@ -63,7 +58,6 @@ class HostPool:
     """Host blocks, ids 0..num_blocks - 1, and who owns them."""
 
     def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
         self._pool = BlockPool(0, num_blocks)
         self._tables: dict[Request, SwappedTable] = {}
         self._resting: list[int] = []  # given back, but perhaps read or written by an undrained copy
@@ -73,10 +67,9 @@ class HostPool:
         """Host blocks that can be taken now."""
         return self._pool.num_free
 
-    def store(self, req: Request, num_blocks: int, indices: Sequence[int]) -> list[int]:
-        """Take a host block for each entry in `indices` of `req`'s table of `num_blocks` entries."""
-        table = SwappedTable(num_blocks, indices, self._pool.take(len(indices)))
-        self._tables[req] = table
+    def store(self, req: Request, num_slid: int, num_blocks: int) -> list[int]:
+        """Take `num_blocks` host blocks for what follows the first `num_slid` entries of `req`'s table."""
+        self._tables[req] = table = SwappedTable(num_slid, self._pool.take(num_blocks))
         return table.host_blocks
 
     def lookup(self, req: Request) -> SwappedTable | None:
@@ -85,15 +78,13 @@ class HostPool:
 
     def release(self, req: Request) -> None:
         """Give `req`'s host blocks back. Idempotent."""
-        table = self._tables.pop(req, None)
-        if table is not None:
-            self._resting += table.host_blocks
+        if req in self._tables:
+            self._resting += self._tables.pop(req).host_blocks
 
     def settle(self) -> None:
         """The copies were drained: what was given back may be handed out again."""
-        if self._resting:
-            self._pool.give(self._resting)
-            self._resting = []
+        self._pool.give(self._resting)
+        self._resting = []
 
 
 def host_blocks(swap_gib: float, swap_blocks: int | None, block_size: int, kv_bytes_per_token: int) -> int:

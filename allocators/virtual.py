@@ -18,10 +18,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from allocators.base import BaseAllocator, check_int, num_computed_of
 from allocators.blocks import BlockPool
+from engine.contract import KVAllocator, KVUsage, QueueHead, cdiv, check_int
 from engine.errors import ConfigError
-from engine.plan import KVUsage, QueueHead, cdiv
 from engine.request import Request
 
 KIB = 1024
@@ -36,7 +35,7 @@ class Region(NamedTuple):
     num_pages: int
 
 
-class VirtualAllocator(BaseAllocator):
+class VirtualAllocator(KVAllocator):
     """Contiguous virtual regions over physical pages that are mapped on demand.
 
     A page holds page_bytes * kv_tensors / kv_bytes_per_token tokens. That need not be a whole number: a token may lie
@@ -52,7 +51,7 @@ class VirtualAllocator(BaseAllocator):
         page_tokens: tokens in a page, in place of the above. None: by `page_bytes`, or one block where
             `kv_bytes_per_token` is 0.
         max_regions: requests that can own a region at the same time.
-        pool: see BaseAllocator; num_blocks is physical.
+        pool: see KVAllocator; num_blocks is physical.
 
     Attributes:
         num_virtual_blocks: the largest block id.
@@ -191,7 +190,7 @@ class VirtualAllocator(BaseAllocator):
         unused = self._num_slots_in(self._num_free_pages)
         return KVUsage(
             total=total,
-            computed=sum(map(num_computed_of, self._regions)),
+            computed=sum([req.num_computed_tokens for req in self._regions]),
             owned=self._num_owned,
             external=total - self._num_owned - unused,
             shortage=0,

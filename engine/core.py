@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.clock import Clock
+from engine.contract import KVAllocator, KVUsage, StepPlan, StepScheduler
 from engine.errors import EngineError, KvarenaError
 from engine.ledger import MemoryLedger
-from engine.plan import KVAllocator, KVUsage, SchedulerProtocol, StepPlan
 from engine.request import Request
 from engine.runner.base import ModelRunner, PendingTokens, StepResult
 
@@ -87,7 +87,7 @@ class Engine:
             known yet.
     """
 
-    scheduler: SchedulerProtocol
+    scheduler: StepScheduler
     allocator: KVAllocator
     runner: ModelRunner
     clock: Clock
@@ -121,12 +121,12 @@ class Engine:
         return req
 
     def step(self) -> StepOutput | None:
-        """Run one step. None when there was nothing to compute (see `SchedulerProtocol.wake_time`).
+        """Run one step. None when there was nothing to compute (see `StepScheduler.wake_time`).
 
         Under overlap the returned step is the one launched by the *previous* call.
 
         Raises:
-            StepFailed: the runner failed. The requests of `plan` must be ended (`SchedulerProtocol.fail`); the engine
+            StepFailed: the runner failed. The requests of `plan` must be ended (`StepScheduler.fail`); the engine
                 can then go on, unless the device is lost.
             EngineError: the ledger does not add up.
         """

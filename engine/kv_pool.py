@@ -20,10 +20,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.contract import BlockCopy, CopyKind, KVAllocator, StepPlan
 from engine.errors import ConfigError, EngineError
 from engine.host_blocks import HostBlocks
 from engine.memory_limits import asked_and_free, size_text
-from engine.plan import BlockCopy, CopyKind, KVAllocator, StepPlan
 
 GIB = 2**30
 

@@ -22,8 +22,8 @@ from array import array
 
 import numpy as np
 
+from engine.contract import CLASSES, KVUsage, StepPlan
 from engine.errors import EngineError
-from engine.plan import CLASSES, KVUsage, StepPlan
 from engine.request import Request, RequestStatus
 
 
@@ -39,7 +39,7 @@ def check_usage(usage: KVUsage) -> None:
 
 
 class MemoryLedger:
-    """Observes steps and splits the pool into the `CLASSES` of `engine.plan`, in slots.
+    """Observes steps and splits the pool into the `CLASSES` of `engine.contract`, in slots.
 
     Memory: a few integers per step and per live request.
     """

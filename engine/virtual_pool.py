@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.contract import BlockCopy, KVAllocator, StepPlan, cdiv
 from engine.cuda_memory import CudaDriver
 from engine.errors import EngineError
 from engine.kv_pool import KVPool
-from engine.plan import BlockCopy, KVAllocator, StepPlan, cdiv
 from engine.request import Request
 from engine.virtual_memory import MemoryDriver, PageMap
 

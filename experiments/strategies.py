@@ -10,8 +10,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from engine.contract import KVAllocator
 from engine.errors import ConfigError
-from engine.plan import KVAllocator
 from schedulers.base import Scheduler
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

@@ -12,17 +12,17 @@ gets on, and no two can wait for each other.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 
+from engine.contract import QueueHead, ScheduledRequest, StepPlan
 from engine.errors import RequestError, RequestRejected
-from engine.plan import QueueHead, ScheduledRequest, StepPlan
 from engine.request import FinishReason, Request, RequestStatus
 from schedulers.lifecycle import Lifecycle
 
 
-class Scheduler(Lifecycle, ABC):
-    """Base of all schedulers: the protocol, and the loops that policies build their plans from.
+class Scheduler(Lifecycle):
+    """Base of all schedulers: what the engine asks, and the loops that policies build their plans from.
 
     Args:
         allocator: who owns which slots.
@@ -51,46 +51,24 @@ class Scheduler(Lifecycle, ABC):
     def build_plan(self, plan: StepPlan, now: float) -> None:
         """Fill `plan` from `prefilling`, `decoding` and the queue, with the `schedule_*` and `admit*` methods."""
 
-    # ---- SchedulerProtocol
+    # ---- what the engine asks
 
     @property
     def has_work(self) -> bool:
-        """True while a request waits or runs."""
         return bool(self.requests)
 
     @property
     def num_waiting(self) -> int:
-        """Requests in the queue, swapped ones and children that wait for their parent's prompt included."""
         return len(self.requests) - len(self.prefilling) - len(self.decoding)
 
-    @property
-    def held(self) -> Sequence[Request]:
-        """Finished requests that still own their slots: none."""
-        return ()
-
-    def head(self) -> Request | None:
-        """The request that would be admitted next, or None."""
-        return self.next_waiting()
-
     def queue_head(self) -> QueueHead | None:
-        """The same request with what it asks of the pool, or None."""
-        req = self.next_waiting()
+        req = self.head()
         if req is None:
             return None
         parent = req.parent if self.shares_prompts and req.parent in self.decoding else None
         return QueueHead(req, self.num_slots_to_admit(req), parent)
 
-    def wake_time(self, now: float) -> float | None:  # noqa: ARG002 - part of the protocol
-        """When an empty plan may turn into work without a new arrival; None: never."""
-        return None
-
     def add(self, req: Request) -> None:
-        """Queue a request.
-
-        Raises:
-            RequestError: its id is in use.
-            RequestRejected: it can never run here.
-        """
         if req.request_id in self.requests:
             raise RequestError(f"request id {req.request_id!r} is in use; give each request its own", "request_id")
         self._check_size(req)
@@ -121,7 +99,6 @@ class Scheduler(Lifecycle, ABC):
         )
 
     def abort(self, request_id: str) -> Request | None:
-        """End a request wherever it is and free its slots; None when it is not here (any more)."""
         req = self.requests.get(request_id)
         if req is not None:
             self.finish(req, FinishReason.ABORT)
@@ -148,7 +125,6 @@ class Scheduler(Lifecycle, ABC):
         return failed
 
     def schedule(self, now: float) -> StepPlan:
-        """Plan the next step at time `now` (seconds on the engine's clock)."""
         plan = StepPlan()
         self.build_plan(plan, now)
         if plan.preempted and not plan.scheduled:
@@ -168,7 +144,6 @@ class Scheduler(Lifecycle, ABC):
         return plan
 
     def update(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:
-        """Take a step's tokens in: append, check stops, commit, free. Returns the finished requests."""
         finished: list[tuple[Request, FinishReason]] = []
         commit = self.allocator.commit if self.allocator.commits else None
         running, ended = RequestStatus.RUNNING, RequestStatus.FINISHED
@@ -191,7 +166,6 @@ class Scheduler(Lifecycle, ABC):
         return [req for req, _ in finished]
 
     def take_back(self, req: Request) -> None:
-        """The token that `req` samples in the step under way is void: its last position is computed once more."""
         req.num_pending_tokens -= 1
         req.num_computed_tokens -= 1
 
@@ -264,7 +238,7 @@ class Scheduler(Lifecycle, ABC):
         budget = self.max_num_batched_tokens - len(plan.scheduled)
         budget -= sum(req.num_tokens - req.num_computed_tokens for req in self.prefilling)
         while budget > 0 and self.num_running < self.max_num_seqs:
-            req = self.next_waiting()
+            req = self.head()
             if req is None:
                 return
             if self.admit(req, plan):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.plan import StepPlan
+from engine.contract import StepPlan
 from schedulers.base import Scheduler
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine.plan import KVAllocator, StepPlan
+from engine.contract import KVAllocator, StepPlan
 from engine.request import Request
 from schedulers.chunked import ChunkedScheduler
 from schedulers.lifecycle import is_number, require
@@ -74,7 +74,7 @@ class FairScheduler(ChunkedScheduler):
         }
         self._num_kept = len(self.counters)
 
-    def next_waiting(self) -> Request | None:
+    def head(self) -> Request | None:
         """The first request of the waiting client with the smallest counter."""
         if not self._queues:
             return None

@@ -7,20 +7,28 @@ enqueue -> waiting -> admit -> prefilling -> decoding -> finish
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
 
+from engine.contract import KVAllocator, StepPlan, StepScheduler, check_int
 from engine.errors import ConfigError
-from engine.plan import KVAllocator, StepPlan
 from engine.request import FinishReason, Request, RequestStatus
-from schedulers.preemption import PREEMPTIONS, VICTIMS
 from schedulers.queue import RequestQueue
 
+PREEMPTIONS = ("recompute", "swap", "none")
+# Who loses its slots when the pool runs dry: the highest score, and of several whoever arrived last, as in vLLM.
+VICTIMS: dict[str, Callable[[Request], int]] = {
+    "last_arrived": lambda _req: 0,  # PagedAttention, SOSP'23, section 4.5
+    "lowest_priority": lambda req: req.priority,  # whichever scheduler runs
+    "most_blocks": lambda req: req.num_slots,  # the fewest preemptions, and the longest recomputation
+}
 
-class Lifecycle:
+
+class Lifecycle(StepScheduler):
     """Who waits and who runs, and every change between the two. Arguments and attributes: see `Scheduler`."""
 
     shares_prompts = True  # children of parallel sampling wait for their parent's prompt and fork it
+    _set_by_base = "requests"
 
     def __init__(
         self,
@@ -34,13 +42,8 @@ class Lifecycle:
         victim: str = "last_arrived",
     ) -> None:
         require(max_model_len >= 2, "engine.max_model_len", max_model_len, "at least 2 (one prompt, one output token)")
-        require(is_whole(max_num_seqs, 1), "scheduler.max_num_seqs", max_num_seqs, "an integer of at least 1")
-        require(
-            is_whole(max_num_batched_tokens, 1),
-            "scheduler.max_num_batched_tokens",
-            max_num_batched_tokens,
-            "an integer of at least 1",
-        )
+        check_int("scheduler.max_num_seqs", max_num_seqs, 1)
+        check_int("scheduler.max_num_batched_tokens", max_num_batched_tokens, 1)
         require(is_number(watermark) and 0 <= watermark < 1, "scheduler.watermark", watermark, "in [0, 1)")
         require(preemption in PREEMPTIONS, "scheduler.preemption", preemption, f"one of {', '.join(PREEMPTIONS)}")
         require(victim in VICTIMS, "scheduler.victim", victim, f"one of {', '.join(VICTIMS)}")
@@ -63,7 +66,6 @@ class Lifecycle:
 
     @property
     def has_priorities(self) -> bool:
-        """Whether `Request.priority` decides anything."""
         return self._victim == "lowest_priority" and self.preemption != "none"
 
     # ---- policy hooks
@@ -89,8 +91,7 @@ class Lifecycle:
 
     # ---- the queue; a policy with a queue of its own overrides these three
 
-    def next_waiting(self) -> Request | None:
-        """The request that would be admitted next."""
+    def head(self) -> Request | None:
         return self._queue.peek()
 
     def enqueue(self, req: Request) -> None:
@@ -105,7 +106,6 @@ class Lifecycle:
 
     @property
     def num_running(self) -> int:
-        """Requests that own slots and are computing."""
         return len(self.prefilling) + len(self.decoding)
 
     def admit(self, req: Request, plan: StepPlan) -> bool:
@@ -263,11 +263,6 @@ class Lifecycle:
             f"request {req.request_id!r} needs slots for {self.num_slots_to_admit(req)} tokens, which the empty KV "
             "pool cannot give; raise kv_cache.num_blocks or shorten the request"
         )
-
-
-def is_whole(value: object, at_least: int) -> bool:
-    """Whether `value` is an integer of at least that."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
 def is_number(value: object) -> TypeGuard[float]:

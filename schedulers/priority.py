@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.plan import StepPlan
+from engine.contract import StepPlan
 from engine.request import Request
 from schedulers.chunked import ChunkedScheduler
 
@@ -49,7 +49,7 @@ class PriorityScheduler(ChunkedScheduler):
 
     def _preempt_for_urgent(self, plan: StepPlan) -> None:
         """Admit the head of the queue at the expense of less urgent requests, as long as that works."""
-        while (head := self.next_waiting()) is not None:
+        while (head := self.head()) is not None:
             victims = [req for req in (*self.decoding, *self.prefilling) if req.priority > head.priority]
             if not victims or head.num_pending_tokens:
                 return

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from engine.plan import KVAllocator
+from engine.contract import KVAllocator
 from engine.request import Request
 from schedulers.chunked import ChunkedScheduler
 from schedulers.lifecycle import is_number, require

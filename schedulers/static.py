@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine.plan import KVAllocator, StepPlan
+from engine.contract import KVAllocator, StepPlan, check_int
 from engine.request import FinishReason, Request
 from schedulers.base import Scheduler
-from schedulers.lifecycle import is_number, is_whole, require
+from schedulers.lifecycle import is_number, require
 
 RETIRE = ("hold", "free")
 
@@ -49,12 +49,8 @@ class StaticScheduler(Scheduler):
     ) -> None:
         super().__init__(allocator, max_num_seqs=max_num_seqs, preemption="none", **options)
         require(retire in RETIRE, "scheduler.retire", retire, f"one of {', '.join(RETIRE)}")
-        require(
-            batch_size is None or (is_whole(batch_size, 1) and batch_size <= max_num_seqs),
-            "scheduler.batch_size",
-            batch_size,
-            f"null, or between 1 and scheduler.max_num_seqs={max_num_seqs}",
-        )
+        if batch_size is not None:
+            check_int("scheduler.batch_size", batch_size, 1, max_num_seqs)
         require(is_number(max_wait) and max_wait >= 0, "scheduler.max_wait", max_wait, "at least 0 seconds")
         self.batch_size = min(self.max_num_seqs, batch_size or max_num_seqs)
         self.max_wait = max_wait

@@ -7,15 +7,14 @@ import json
 
 import pytest
 
-from allocators.base import BaseAllocator
 from allocators.blocks import BlockPool
 from allocators.contiguous import ContiguousAllocator
+from allocators.hash_index import HashIndex
 from allocators.paged import PagedAllocator
 from allocators.placement import Buddy
 from allocators.prefix import PrefixCachingAllocator
-from allocators.radix import RadixAllocator
+from engine.contract import CopyKind, KVAllocator, QueueHead
 from engine.errors import EngineError
-from engine.plan import CopyKind, QueueHead
 from experiments.correctness import fuzz
 from experiments.correctness.matrix import (
     PATHS,
@@ -87,7 +86,7 @@ def no_recount(monkeypatch):
 
 @pytest.mark.usefixtures("no_recount")
 def test_a_stale_hash_on_reuse_is_caught(monkeypatch):
-    monkeypatch.setattr(PrefixCachingAllocator, "_withdraw", lambda self, block: self._published.pop(block))
+    monkeypatch.setattr(HashIndex, "_withdraw", lambda self, block: self._published.pop(block))
     assert "holds the KV of other tokens" in first_failure("paged_prefix")
 
 
@@ -139,12 +138,9 @@ def test_a_region_in_two_pieces_is_caught(monkeypatch):
 
 def test_a_hit_on_the_whole_prompt_is_caught(monkeypatch):
     def whole(self, req):
-        path = []
-        self._index.extend(path, req, req.num_tokens // self.block_size)
-        self._matched = (req, path)
-        return path
+        return self._index.match(req, req.num_tokens // self.block_size) * self.block_size
 
-    monkeypatch.setattr(PrefixCachingAllocator, "_match", whole)
+    monkeypatch.setattr(PrefixCachingAllocator, "match_prefix", whole)
     assert first_failure("paged_prefix")
 
 
@@ -201,14 +197,13 @@ def test_every_small_hole_called_external_is_caught(monkeypatch):
 
 @pytest.mark.parametrize("allocator", ["contiguous", "orca_oracle", "paged", "paged_prefix", "radix", "virtual"])
 def test_a_shortage_called_free_is_caught(monkeypatch, allocator):
-    monkeypatch.setattr(BaseAllocator, "usage", lambda self, head=None: self.count())
+    monkeypatch.setattr(KVAllocator, "usage", lambda self, head=None: self.count())
     assert "slots of " in first_failure(allocator)
 
 
 @pytest.mark.parametrize("allocator", ["paged_prefix", "radix"])
 def test_a_need_that_forgets_what_the_head_would_share_is_caught(monkeypatch, allocator):
-    for kind in (PagedAllocator, PrefixCachingAllocator, RadixAllocator):
-        monkeypatch.setattr(kind, "_num_shared_hits", lambda self, req: 0)
+    monkeypatch.setattr(PrefixCachingAllocator, "_num_shared_hits", lambda self, req: 0)
     assert "slots of shortage" in first_failure(allocator)
 
 
@@ -219,7 +214,7 @@ def test_a_need_that_forgets_the_parents_prompt_is_caught(monkeypatch):
 
 def test_a_head_that_asks_for_less_than_its_admission_takes_is_caught(monkeypatch):
     def head(self):
-        req = self.next_waiting()
+        req = self.head()
         return None if req is None else QueueHead(req, req.num_tokens)
 
     monkeypatch.setattr(Scheduler, "queue_head", head)

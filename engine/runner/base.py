@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from engine.plan import KVAllocator, StepPlan
+from engine.contract import KVAllocator, StepPlan
 
 
 class TokenLogprobs(NamedTuple):

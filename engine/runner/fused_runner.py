@@ -19,11 +19,11 @@ from torch import Tensor
 from engine.attention.base import AttentionBackend, AttentionMetadata
 from engine.attention.hook import attention_context
 from engine.clock import Clock
+from engine.contract import KVAllocator, ScheduledRequest, StepPlan, cdiv
 from engine.errors import EngineError
 from engine.fusions.decoder import FusedDecoder
 from engine.kv_pool import KVPool
 from engine.models.spec import LoadedModel
-from engine.plan import KVAllocator, ScheduledRequest, StepPlan, cdiv
 from engine.request import Request
 from engine.runner.base import PendingTokens
 from engine.runner.decode_inputs import NUM_FIELDS, DecodeSender, TableMirror

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from engine.attention.base import AttentionMetadata
+from engine.contract import KVAllocator, ScheduledRequest, StepPlan, cdiv
 from engine.errors import EngineError
-from engine.plan import KVAllocator, ScheduledRequest, StepPlan, cdiv
 from engine.runner.prompt_logprobs import PromptRows, prompt_rows
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from engine.attention.base import AttentionMetadata
+from engine.contract import StepPlan
 from engine.kernels.step import expand_tokens
-from engine.plan import StepPlan
 from engine.runner.decode_inputs import TableMirror, WordSender
 from engine.runner.graphs import Forward, GraphCapture, ReservingBackend
 

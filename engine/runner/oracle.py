@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from engine.contract import NULL_BLOCK, BlockCopy, CopyKind, KVAllocator, StepPlan
 from engine.errors import EngineError
-from engine.plan import NULL_BLOCK, BlockCopy, CopyKind, KVAllocator, StepPlan
 from engine.request import Request
 from engine.runner.base import ReadyTokens, StepResult
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plan import StepPlan
+from engine.contract import StepPlan
 from engine.runner.base import TokenLogprobs
 
 # Rows of logits that are turned into fp32 probabilities at once.

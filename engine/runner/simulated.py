@@ -8,8 +8,8 @@ torch.
 from __future__ import annotations
 
 from engine.clock import VirtualClock
+from engine.contract import KVAllocator, StepPlan
 from engine.core import StepOutput
-from engine.plan import KVAllocator, StepPlan
 from engine.runner.base import StepResult
 from engine.runner.step_time import HostTime, StepTime, step_features
 

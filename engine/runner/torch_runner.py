@@ -17,11 +17,11 @@ from engine.attention.hook import attention_context
 from engine.attention.reference import ReferenceBackend
 from engine.checkpoints.directory import one_line
 from engine.clock import Clock, WallClock
+from engine.contract import KVAllocator, StepPlan
 from engine.errors import EngineError, KvarenaError, OutOfMemory
 from engine.kv_pool import KVPool
 from engine.memory_limits import asked_and_free, is_out_of_memory
 from engine.models.spec import LoadedModel
-from engine.plan import KVAllocator, StepPlan
 from engine.runner.base import PendingTokens, ReadyTokens, StepResult, TokenLogprobs
 from engine.runner.constraints import allowed_tokens
 from engine.runner.inputs import BlockTables, StepInputs, build_inputs

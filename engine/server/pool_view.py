@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.plan import KVAllocator, KVUsage, SchedulerProtocol, cdiv
+from engine.contract import KVAllocator, KVUsage, StepScheduler, cdiv
 from engine.request import Request
 from engine.server.ipc import pack_ids
 from engine.server.served import Route
@@ -57,7 +57,7 @@ class PoolView:
         }
 
     def snapshot(
-        self, classes: dict[str, int], scheduler: SchedulerProtocol, routes: Mapping[Request, Route]
+        self, classes: dict[str, int], scheduler: StepScheduler, routes: Mapping[Request, Route]
     ) -> dict[str, Any]:
         """The map: per cell a request's number or one of the owners above, and how full it is; and a row per request.
 

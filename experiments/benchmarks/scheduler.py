@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from engine.contract import KVAllocator
 from engine.errors import EngineError
-from engine.plan import KVAllocator
 from engine.request import Request, SamplingParams
 from experiments.strategies import build_allocator, build_scheduler
 from schedulers.base import Scheduler

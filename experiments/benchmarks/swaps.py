@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.contract import BlockCopy, CopyKind
 from engine.errors import KvarenaError
 from engine.kv_pool import KVPool
-from engine.plan import BlockCopy, CopyKind
 from experiments.gpu.timing import require_cuda
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

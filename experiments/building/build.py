@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from engine.attention.base import AttentionBackend
 from engine.attention.reference import ReferenceBackend
 from engine.clock import WallClock
+from engine.contract import KVAllocator, cdiv
 from engine.core import Engine
 from engine.errors import ConfigError, NotDefined, RequestError
 from engine.gpu_memory import GpuMemory
@@ -29,7 +30,6 @@ from engine.kv_pool import KVPool, blocks_for_budget
 from engine.ledger import MemoryLedger
 from engine.memory_limits import free_bytes
 from engine.models import LoadedModel, ModelSpec, load_model
-from engine.plan import KVAllocator, cdiv
 from engine.request import Request, SamplingParams, expand
 from engine.runner.profile import SETTING, available_kv_bytes, card_memory
 from experiments.building.context import check_context_fits

@@ -7,10 +7,10 @@ import math
 import torch
 from omegaconf import DictConfig
 
+from engine.contract import KVAllocator, cdiv
 from engine.errors import ConfigError
 from engine.gpu_memory import GpuMemory
 from engine.models import ModelSpec
-from engine.plan import KVAllocator, cdiv
 from engine.runner.profile import SETTING, card_memory
 from experiments.config import KVCacheConfig
 

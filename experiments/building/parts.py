@@ -12,12 +12,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from engine.clock import Clock
+from engine.contract import KVAllocator, StepScheduler
 from engine.core import Engine
 from engine.errors import ConfigError
 from engine.gpu_memory import GpuMemory
 from engine.ledger import MemoryLedger
 from engine.models import LoadedModel, ModelSpec
-from engine.plan import KVAllocator, SchedulerProtocol
 from engine.runner.simulated import SimulatedRunner
 from experiments.config import EngineConfig
 
@@ -88,7 +88,7 @@ def say_chosen_pages(allocator: KVAllocator) -> None:
 
 def make_strategy(
     cfg: DictConfig, num_blocks: int, max_model_len: int, spec: ModelSpec, device: str = "cpu"
-) -> tuple[KVAllocator, SchedulerProtocol]:
+) -> tuple[KVAllocator, StepScheduler]:
     """A fresh allocator over an empty pool, and the scheduler on top of it.
 
     Pages whose size the config leaves open are chosen by the allocator, but on a GPU, which maps one size.

@@ -8,11 +8,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from engine.contract import KVAllocator
 from engine.errors import ConfigError, EngineError
 from engine.kv_pool import KVPool
 from engine.memory_limits import asked_and_free, is_out_of_memory, size_text
 from engine.models import ModelSpec
-from engine.plan import KVAllocator
 from experiments.building.parts import CUDA_PAGE_BYTES
 from experiments.config import RunnerConfig
 

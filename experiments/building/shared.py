@@ -20,9 +20,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from engine.clock import WallClock
+from engine.contract import KVAllocator
 from engine.kv_pool import KVPool
 from engine.models import LoadedModel
-from engine.plan import KVAllocator
 from engine.runner.torch_runner import TorchRunner
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.clock import VirtualClock
+from engine.contract import NULL_BLOCK, CopyKind, KVAllocator, KVUsage, StepPlan
 from engine.core import Engine, StepOutput
 from engine.errors import EngineError, RequestRejected
 from engine.ledger import MemoryLedger
-from engine.plan import NULL_BLOCK, CopyKind, KVAllocator, KVUsage, StepPlan
 from engine.request import FinishReason, Request, RequestStatus
 from engine.runner.oracle import OracleRunner
 from experiments.correctness.random_traces import MAX_MODEL_LEN, VOCAB_SIZE, Trace

@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from engine.attention.reference import ReferenceBackend
 from engine.clock import VirtualClock
+from engine.contract import cdiv
 from engine.core import Engine, run_to_completion
 from engine.errors import KvarenaError, ModelError, RequestRejected
 from engine.kv_pool import KVPool
 from engine.models import LoadedModel, load_model
 from engine.models.configs import quiet_transformers
-from engine.plan import cdiv
 from engine.request import Request, SamplingParams
 from engine.runner.torch_runner import TorchRunner
 from experiments.correctness.class_table import Outcome, write_table

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.contract import CLASSES, NULL_BLOCK, KVAllocator
 from engine.core import StepOutput
 from engine.errors import EngineError
-from engine.plan import CLASSES, NULL_BLOCK, KVAllocator
 from engine.request import Request
 from experiments.correctness.recount_pools import Owner, Unowned, pool_of
 from schedulers.base import Scheduler

@@ -12,8 +12,8 @@ from itertools import groupby
 from math import ceil, floor
 from typing import Any, NamedTuple
 
+from engine.contract import NULL_BLOCK, KVAllocator
 from engine.errors import EngineError
-from engine.plan import NULL_BLOCK, KVAllocator
 from engine.request import Request, RequestStatus
 from schedulers.base import Scheduler
 

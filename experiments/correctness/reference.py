@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from engine.contract import cdiv
 from engine.errors import EngineError
-from engine.plan import cdiv
 from engine.request import Request
 
 PAD = 0

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.clock import WallClock
+from engine.contract import KVAllocator
 from engine.core import Engine
 from engine.kv_pool import KVPool
 from engine.ledger import MemoryLedger
-from engine.plan import KVAllocator
 from engine.request import Request, SamplingParams
 from engine.runner.base import ModelRunner
 from engine.runner.torch_runner import TorchRunner

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.plan import CLASSES
+from engine.contract import CLASSES
 from experiments.recording.files import GAUGES_FILE
 
 TIMEOUT = 5.0  # seconds

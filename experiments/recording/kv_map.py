@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.contract import KVAllocator
 from engine.core import StepOutput
-from engine.plan import KVAllocator
 from engine.request import Request
 
 MAX_SNAPSHOTS = 400

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.contract import CopyKind, StepPlan
 from engine.core import StepOutput
 from engine.ledger import MemoryLedger
-from engine.plan import CopyKind, StepPlan
 from engine.request import FinishReason, Request
 from engine.runner.step_time import step_features
 from experiments.recording.decisions import decision_hash

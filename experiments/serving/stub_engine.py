@@ -18,9 +18,9 @@ from pathlib import Path
 
 from allocators.paged import PagedAllocator
 from engine.clock import WallClock
+from engine.contract import KVAllocator, StepPlan
 from engine.core import Engine
 from engine.errors import KvarenaError
-from engine.plan import KVAllocator, StepPlan
 from engine.runner.base import ReadyTokens, StepResult
 from engine.server.config import ServerConfig
 from engine.server.process import ModelFiles

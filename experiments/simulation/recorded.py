@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from engine.contract import KVAllocator, StepScheduler
 from engine.errors import ConfigError
-from engine.plan import KVAllocator, SchedulerProtocol
 from engine.request import Request, SamplingParams
 from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from reports.errors import ReportError
@@ -92,7 +92,7 @@ class RecordedRun:
         rows: list[dict[str, Any]] = pq.read_table(self.path / REQUESTS_FILE).to_pylist()
         return rows
 
-    def strategy(self) -> tuple[KVAllocator, SchedulerProtocol]:
+    def strategy(self) -> tuple[KVAllocator, StepScheduler]:
         """A fresh allocator and scheduler as they were configured, over an empty pool of the same size.
 
         Raises:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.clock import VirtualClock
+from engine.contract import KVAllocator, StepPlan
 from engine.core import Engine, StepOutput
 from engine.errors import RequestRejected
-from engine.plan import KVAllocator, StepPlan
 from engine.request import Request
 from engine.runner.simulated import SimulatedStep
 from experiments.recording.record import RunRecorder

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.contract import NULL_BLOCK, CopyKind, KVAllocator, QueueHead, cdiv
 from engine.ledger import check_usage
-from engine.plan import NULL_BLOCK, CopyKind, KVAllocator, QueueHead, cdiv
 from engine.request import Request, SamplingParams
 
 SETTINGS = settings(

@@ -8,7 +8,7 @@ import time
 import pytest
 from allocator_machine import check_whole, make_request
 
-from engine.plan import KVAllocator, cdiv
+from engine.contract import KVAllocator, cdiv
 from experiments.strategies import build_allocator, strategy_names, strategy_options
 
 NAMES = strategy_names("allocator")

@@ -6,8 +6,8 @@ import pytest
 from allocator_machine import make_request
 
 from allocators.contiguous import ContiguousAllocator
+from engine.contract import QueueHead
 from engine.errors import ConfigError
-from engine.plan import QueueHead
 
 
 def make(reservation: str = "max", placement: str = "first_fit", num_blocks: int = 100, block_size: int = 1):

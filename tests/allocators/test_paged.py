@@ -9,9 +9,9 @@ from allocator_machine import make_request
 
 from allocators.paged import PagedAllocator
 from allocators.prefix import PrefixCachingAllocator
+from engine.contract import NULL_BLOCK, BlockCopy, CopyKind
 from engine.errors import ConfigError
 from engine.ledger import check_usage
-from engine.plan import NULL_BLOCK, BlockCopy, CopyKind
 from engine.request import Request
 
 

@@ -186,7 +186,7 @@ def test_links_of_evicted_blocks_do_not_pile_up() -> None:
     alloc = make(num_blocks=6)
     for i in range(200):
         alloc.free(compute(alloc, str(i), [i] * 8 + [i + 1] * 8))
-    assert len(alloc._index._links) <= 6 and len(alloc._published) <= 6
+    assert len(alloc._index._links) <= 6 and len(alloc._index._published) <= 6
 
 
 def test_clear_cache_leaves_a_cold_pool() -> None:

@@ -7,9 +7,9 @@ from allocator_machine import make_request
 
 from allocators.radix import RadixAllocator
 from allocators.radix_tree import RadixNode
+from engine.contract import BlockCopy, CopyKind
 from engine.errors import ConfigError, EngineError
 from engine.ledger import check_usage
-from engine.plan import BlockCopy, CopyKind
 from engine.request import Request
 
 BLOCK = 4
@@ -40,16 +40,16 @@ def shape(node: RadixNode) -> dict:
 def test_edges_split_where_requests_part() -> None:
     alloc = make()
     compute(alloc, "a", [1] * 12)
-    assert shape(alloc._tree.root) == {(3, 1, 1): {}}
+    assert shape(alloc._index.root) == {(3, 1, 1): {}}
     assert hit(alloc, [1] * 8 + [2] * 9) == 8
-    assert shape(alloc._tree.root) == {(3, 1, 1): {}}  # matching changes nothing
+    assert shape(alloc._index.root) == {(3, 1, 1): {}}  # matching changes nothing
     b = compute(alloc, "b", [1] * 8 + [2] * 8)
-    assert shape(alloc._tree.root) == {(2, 2, 1): {(1, 1, 1): {}, (2, 1, 2): {}}}
+    assert shape(alloc._index.root) == {(2, 2, 1): {(1, 1, 1): {}, (2, 1, 2): {}}}
     usage = alloc.usage()
     check_usage(usage)
     assert (usage.owned, usage.computed, usage.shared_saved) == (20, 20, 8)
     alloc.free(b)
-    assert shape(alloc._tree.root) == {(2, 1, 1): {(1, 1, 1): {}, (2, 0, 2): {}}}
+    assert shape(alloc._index.root) == {(2, 1, 1): {(1, 1, 1): {}, (2, 0, 2): {}}}
     assert alloc.usage().cached == 8 and alloc.usage().shared_saved == 0
 
 
@@ -61,7 +61,7 @@ def test_a_growing_request_lengthens_its_own_edge() -> None:
         assert alloc.allocate(a, length)
         a.num_computed_tokens = length
         alloc.commit(a)
-    assert shape(alloc._tree.root) == {(4, 1, 1): {}}
+    assert shape(alloc._index.root) == {(4, 1, 1): {}}
     assert hit(alloc, [1] * 4 + [2] * 13) == 16
 
 
@@ -73,7 +73,7 @@ def test_an_edge_that_two_stand_on_does_not_grow() -> None:
     assert alloc.allocate(a, 8)
     a.num_computed_tokens = 8
     alloc.commit(a)
-    assert shape(alloc._tree.root) == {(1, 2, 1): {(1, 1, 1): {}}}
+    assert shape(alloc._index.root) == {(1, 2, 1): {(1, 1, 1): {}}}
 
 
 def test_duplicates_merge_at_commit() -> None:
@@ -123,14 +123,14 @@ def test_a_parent_becomes_a_leaf_when_its_children_are_gone() -> None:
     alloc.free(compute(alloc, "b", [1] * 4 + [3] * 4))
     filler = make_request("f", [9] * 16)
     assert alloc.allocate(filler, 16)
-    assert shape(alloc._tree.root) == {} and alloc.usage().cached == 0
+    assert shape(alloc._index.root) == {} and alloc.usage().cached == 0
 
 
 def test_stale_entries_of_the_eviction_order_do_not_pile_up() -> None:
     alloc = make()
     for i in range(1000):
         alloc.free(compute(alloc, str(i), [1] * 5))
-    assert len(alloc._tree._leaves) < 100
+    assert len(alloc._index._leaves) < 100
 
 
 def test_fork_shares_through_the_tree_and_copies_the_half_filled_block() -> None:
@@ -167,7 +167,7 @@ def test_fork_of_less_than_a_block_and_without_room() -> None:
     parent.num_computed_tokens = 7
     bigger.commit(parent)
     assert bigger.fork(parent, child)
-    assert shape(bigger._tree.root) == {(1, 1, 1): {}}  # the child stands on the root
+    assert shape(bigger._index.root) == {(1, 1, 1): {}}  # the child stands on the root
 
 
 def test_salts_and_equal_hashes_keep_apart() -> None:
@@ -181,7 +181,7 @@ def test_salts_and_equal_hashes_keep_apart() -> None:
 
 
 def test_a_stale_answer_of_match_prefix_is_an_error() -> None:
-    with pytest.raises(EngineError, match="admitted with 8 cached tokens, but the radix tree holds 0"):
+    with pytest.raises(EngineError, match="admitted with 8 cached tokens, but the prefix cache holds 0"):
         make().allocate(make_request("a", [1] * 9), 9, 8)
 
 

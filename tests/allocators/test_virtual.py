@@ -10,8 +10,8 @@ from allocator_machine import make_request
 
 from allocators.contiguous import ContiguousAllocator
 from allocators.virtual import VirtualAllocator
+from engine.contract import QueueHead
 from engine.errors import ConfigError
-from engine.plan import QueueHead
 
 KIB = 1024
 

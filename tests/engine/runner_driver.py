@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from engine.contract import ScheduledRequest, StepPlan, cdiv
 from engine.kv_pool import KVPool
 from engine.models import LoadedModel
-from engine.plan import ScheduledRequest, StepPlan, cdiv
 from engine.request import Request, SamplingParams
 from engine.runner.base import StepResult
 from engine.runner.torch_runner import TorchRunner

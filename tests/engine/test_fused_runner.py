@@ -11,12 +11,12 @@ from engine.attention import triton_backend
 from engine.attention.dense import DensePrompts
 from engine.attention.reference import ReferenceBackend
 from engine.attention.triton_backend import TritonBackend
+from engine.contract import ScheduledRequest, StepPlan
 from engine.errors import EngineError
 from engine.fusions.detect import fuse
 from engine.fusions.ops import TorchOps
 from engine.kernels.step import DecodeBuffers
 from engine.models import load_model
-from engine.plan import ScheduledRequest, StepPlan
 from engine.request import Request, SamplingParams
 from engine.runner.fused_runner import FusedRunner
 from engine.runner.torch_runner import TorchRunner

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from engine.contract import CLASSES, KVUsage, ScheduledRequest, StepPlan
 from engine.errors import EngineError
 from engine.ledger import MemoryLedger
-from engine.plan import CLASSES, KVUsage, ScheduledRequest, StepPlan
 from engine.request import FinishReason, Request, RequestStatus
 
 

@@ -6,10 +6,10 @@ import torch
 from checkpoints import write_checkpoint
 from fused_helpers import LateReference, make_pool
 
+from engine.contract import ScheduledRequest, StepPlan
 from engine.fusions.detect import fuse
 from engine.fusions.ops import TorchOps
 from engine.models import load_model
-from engine.plan import ScheduledRequest, StepPlan
 from engine.request import Request, SamplingParams
 from engine.runner.decode_inputs import TableMirror
 from engine.runner.fused_runner import FusedForward

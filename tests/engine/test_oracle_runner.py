@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.plan import BlockCopy, CopyKind, ScheduledRequest, StepPlan
+from engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from engine.request import Request, SamplingParams
 from engine.runner.oracle import OracleFault, OracleRunner, expected_output
 

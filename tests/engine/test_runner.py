@@ -9,11 +9,11 @@ from checkpoints import random_prompts, write_checkpoint
 from runner_driver import ScatteredAllocator, generate, make_plan, make_requests, make_runner, take_tokens
 
 from engine.clock import WallClock
+from engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from engine.core import Engine, run_to_completion
 from engine.errors import ConfigError, EngineError
 from engine.ledger import MemoryLedger
 from engine.models import load_model
-from engine.plan import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from engine.request import Request, SamplingParams
 from engine.runner.inputs import BlockTables
 from engine.runner.profile import available_kv_bytes, run_largest_step

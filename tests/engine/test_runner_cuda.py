@@ -7,10 +7,10 @@ from checkpoints import random_prompts, write_checkpoint
 from runner_driver import generate, make_requests
 
 from engine.attention.reference import ReferenceBackend
+from engine.contract import BlockCopy, CopyKind
 from engine.errors import ConfigError, EngineError
 from engine.kv_pool import KVPool
 from engine.models import load_model
-from engine.plan import BlockCopy, CopyKind
 from engine.runner.profile import available_kv_bytes
 from experiments.correctness.reference import greedy_reference
 

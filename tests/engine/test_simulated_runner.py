@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from engine.clock import VirtualClock
+from engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from engine.errors import ConfigError
-from engine.plan import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from engine.request import Request
 from engine.runner.simulated import SimulatedRunner
 from engine.runner.step_time import HostTime, LinearStepTime, StepFeatures, TableStepTime, step_features

@@ -15,11 +15,11 @@ from engine.attention.base import AttentionBackend
 from engine.attention.reference import ReferenceBackend
 from engine.attention.triton_backend import TritonBackend
 from engine.clock import VirtualClock
+from engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from engine.core import Engine, run_to_completion
 from engine.errors import EngineError
 from engine.kv_pool import KVPool
 from engine.models import LoadedModel, load_model
-from engine.plan import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from engine.request import Request, SamplingParams
 from engine.runner.torch_runner import TorchRunner
 from engine.virtual_pool import VirtualKVPool

@@ -12,11 +12,11 @@ from checkpoints import random_prompts
 from allocators.virtual import VirtualAllocator
 from engine.attention.triton_backend import TritonBackend
 from engine.clock import WallClock
+from engine.contract import ScheduledRequest, StepPlan
 from engine.core import Engine, run_to_completion
 from engine.errors import EngineError
 from engine.kv_pool import KVPool
 from engine.models import LoadedModel, load_model
-from engine.plan import ScheduledRequest, StepPlan
 from engine.request import Request, SamplingParams
 from engine.runner.torch_runner import TorchRunner
 from engine.virtual_pool import VirtualKVPool

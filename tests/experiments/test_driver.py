@@ -4,10 +4,10 @@ import pytest
 
 from allocators.paged import PagedAllocator
 from engine.clock import VirtualClock
+from engine.contract import KVAllocator, StepPlan
 from engine.core import Engine
 from engine.errors import EngineError
 from engine.ledger import MemoryLedger
-from engine.plan import KVAllocator, StepPlan
 from engine.request import FinishReason, Request, SamplingParams
 from engine.runner.base import ReadyTokens, StepResult
 from experiments.building.build import build

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.contract import KVUsage, StepPlan
 from engine.core import StepOutput
-from engine.plan import KVUsage, StepPlan
 from engine.runner.base import StepResult
 from experiments.compose import compose_cell
 from experiments.job import execute

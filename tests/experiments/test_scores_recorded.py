@@ -4,8 +4,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from allocators.paged import PagedAllocator
+from engine.contract import NULL_BLOCK
 from engine.errors import ConfigError
-from engine.plan import NULL_BLOCK
 from experiments.compose import compose_cell
 from experiments.config import DriverConfig
 from experiments.http_job import run_http

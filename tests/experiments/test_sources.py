@@ -7,9 +7,9 @@ import pytest
 
 from experiments.recording.sources import PROJECT_ROOT, code_hash, inputs_of, package_digest, sources_of
 
-MINE = """from allocators.base import BaseAllocator
+MINE = """from allocators.blocks import BlockPool
 from allocators.mine_parts import helper
-class Mine(BaseAllocator): ...
+class Mine(BlockPool): ...
 """
 PAGED = {"allocator": {"_target_": "allocators.paged.PagedAllocator"}, "scheduler": {"_target_": "schedulers.sjf.X"}}
 
@@ -46,7 +46,7 @@ def test_a_strategy_counts_for_the_cells_that_use_it(checkout):
     write(checkout / "allocators/mine.py", MINE)
     paged, before = files(PAGED, checkout), files(mine, checkout)
     assert paged == files(PAGED)  # a new file that it does not import
-    assert {"allocators/mine.py", "allocators/mine_parts.py", "allocators/base.py"} <= set(before["strategy"])
+    assert {"allocators/mine.py", "allocators/mine_parts.py", "allocators/blocks.py"} <= set(before["strategy"])
     assert "allocators/paged.py" not in before["strategy"]
     write(checkout / "allocators/mine_parts.py", "helper = 2\n")
     after = files(mine, checkout)

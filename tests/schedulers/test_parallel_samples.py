@@ -4,9 +4,9 @@ import pytest
 from scheduler_simulation import simulate
 
 from engine.clock import VirtualClock
+from engine.contract import CopyKind
 from engine.core import Engine, run_to_completion
 from engine.ledger import MemoryLedger
-from engine.plan import CopyKind
 from engine.request import Request, SamplingParams, expand
 from engine.runner.oracle import OracleRunner, expected_output
 from experiments.strategies import strategy_names

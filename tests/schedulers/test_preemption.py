@@ -5,8 +5,8 @@ from scheduler_simulation import request, simulate
 
 from allocators.paged import PagedAllocator
 from engine.clock import VirtualClock
+from engine.contract import CopyKind, StepPlan
 from engine.core import Engine, StepFailed, run_to_completion
-from engine.plan import CopyKind, StepPlan
 from engine.request import FinishReason, RequestStatus
 from engine.runner.oracle import OracleRunner, expected_output
 from experiments.strategies import strategy_names

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from server_harness import PATIENCE, RunningServer
 
-from engine.plan import CLASSES
+from engine.contract import CLASSES
 
 # What the shipped Grafana boards and common autoscalers query.
 QUERIED = (

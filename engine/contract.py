@@ -13,11 +13,14 @@ hands out ids 1..num_blocks. A contiguous region is a block table of consecutive
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from engine.checked import Checked
+from engine.errors import ConfigError, NotDefined
 from engine.request import Request
 
 NULL_BLOCK = 0
@@ -129,166 +132,251 @@ class KVUsage(NamedTuple):
     shared_saved: int = 0
 
 
-class KVAllocator(Protocol):
-    """Who owns which slots. Knows blocks, never tensors.
+def check_int(name: str, value: int, low: int, high: int | None = None) -> int:
+    """Return `value` if it is an integer in [low, high]; `name` is the configuration key shown otherwise.
 
-    What a step writes becomes another request's context with `commit`, after that step was launched, and not before: a
-    request that computes one token may read its context before the step's other writes are done.
+    Raises:
+        ConfigError: not an integer, or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r} must be an integer")
+    if value < low or (high is not None and value > high):
+        raise ConfigError(f"{name}={value} must be {f'at least {low}' if high is None else f'in [{low}, {high}]'}")
+    return value
+
+
+class KVAllocator(metaclass=Checked):
+    """Base of all allocators: who owns which slots. Knows blocks, never tensors.
+
+    What is abstract here each allocator writes; the rest answers for one that cannot share, cache or swap.
+
+    Args:
+        num_blocks: blocks of the pool, the null block left out; ids are 1..num_blocks.
+        block_size: slots per block, 1 to 256.
+        max_model_len: most tokens that a request may have.
+        kv_bytes_per_token: bytes of one token's KV in every layer; 0 where there are none (tests, simulation).
+        sliding_window: positions that a token attends to, itself included; older blocks are given back. None: all.
 
     Attributes:
-        block_size: slots per block.
-        num_blocks: blocks in the pool, the null block left out; ids are 1..num_blocks.
         num_virtual_blocks: the largest id in a block table; above num_blocks only where ids are virtual.
         num_host_blocks: blocks of host memory that swapping uses, with ids 0..num_host_blocks - 1.
         contiguous: True when every block table is a run of consecutive ids.
-        max_request_tokens: the largest request that an EMPTY pool can hold.
-        commits: whether `commit` does anything.
+        no_window: why this allocator takes no sliding window; None where it does.
+        commits: whether `commit` does anything; without, nobody need call it.
         reads_tokens: whether token ids decide what a request owns (a prefix cache).
+
+    Raises:
+        ConfigError: a value out of range.
+        NotDefined: a window is asked of an allocator that cannot give slid-out blocks back.
     """
 
-    block_size: int
-    num_blocks: int
-    num_virtual_blocks: int
-    num_host_blocks: int
-    contiguous: bool
-    commits: bool
-    reads_tokens: bool
+    contiguous: bool = False
+    no_window: str | None = None
+    commits: bool = False
+    reads_tokens: bool = False
+    num_host_blocks: int = 0
+    _set_by_base = "kv_bytes_per_token"
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        kv_bytes_per_token: int = 0,
+        sliding_window: int | None = None,
+    ) -> None:
+        if sliding_window is not None:
+            check_int("allocator.sliding_window", sliding_window, 1)
+            if self.no_window is not None:
+                raise NotDefined(
+                    f"allocator.sliding_window={sliding_window} cannot be combined with this allocator: "
+                    f"{self.no_window}; use allocator=paged"
+                )
+        self.sliding_window = sliding_window
+        self.block_size = check_int("allocator.block_size", block_size, 1, 256)
+        if isinstance(num_blocks, int) and num_blocks < 1:
+            raise ConfigError(
+                f"a KV pool of {num_blocks} blocks of {block_size} tokens holds nothing; raise kv_cache.num_blocks or "
+                "kv_cache.memory_gib, or lower allocator.block_size"
+            )
+        self.num_blocks = self.num_virtual_blocks = check_int("kv_cache.num_blocks", num_blocks, 1)
+        self.max_model_len = check_int("engine.max_model_len", max_model_len, 1)
+        self.kv_bytes_per_token = check_int("kv_bytes_per_token", kv_bytes_per_token, 0)
 
     @property
+    @abstractmethod
     def max_request_tokens(self) -> int:
         """The largest request, in tokens, that an empty pool can hold."""
-        ...
 
-    def match_prefix(self, req: Request) -> int:
-        """Tokens of `req` that the prefix cache holds: block-aligned, at most num_tokens - 1. Changes nothing."""
-        ...
-
+    @abstractmethod
     def allocate(self, req: Request, num_tokens: int, num_cached: int = 0) -> bool:
         """Own slots for positions [0, num_tokens) and set `req.num_slots`; all or nothing.
 
         Positions from `num_cached` (first call) or `req.num_computed_tokens` (later calls) on become writable:
         a shared block among them is copied. `num_cached` is what `match_prefix` just answered.
         """
-        ...
 
-    def commit(self, req: Request) -> None:
-        """After a step: publish full blocks to the prefix cache, drop slid-out blocks."""
-        ...
-
+    @abstractmethod
     def free(self, req: Request) -> None:
         """Give back everything that `req` owns, host blocks too, and set `req.num_slots` to 0. Idempotent."""
-        ...
 
-    def fork(self, req: Request, child: Request) -> bool:
+    @abstractmethod
+    def block_table(self, req: Request) -> Sequence[int]:
+        """Block ids by block index. May be longer than needed; slid-out entries are the null block."""
+
+    @abstractmethod
+    def count(self) -> KVUsage:
+        """Raw counts with nobody in the queue: what no request can ever own is external, the rest is free."""
+
+    def match_prefix(self, req: Request) -> int:  # noqa: ARG002
+        """Tokens of `req` that the prefix cache holds: block-aligned, at most num_tokens - 1. Changes nothing."""
+        return 0
+
+    def commit(self, req: Request) -> None:
+        """After a step was launched: drop slid-out blocks, publish full ones. Not before: a request that computes one
+        token may read its context before the step's other writes are done. `block_table(req)` then, by position:
+
+            |  slid out   |     published      |     own, filled      |  own, empty  |
+            |  null block |  shared, read only |  written by req      |  req's to write without asking
+            0             w                    p                      c              s
+
+        w: whole blocks before the sliding window (0 without one). p: full blocks of known tokens, the prefix cache's (w
+        without one; none has both). c: `num_computed_tokens`. s: `num_slots`. After a fork parent and child share the
+        blocks up to their prompt's last token, the last of them to be copied by who writes into it first.
+        """
+
+    def fork(self, req: Request, child: Request) -> bool:  # noqa: ARG002
         """Share the KV of `req`'s prompt, less its last token, with `child` (copy on write).
 
         Sets `child.num_computed_tokens`. False when the allocator cannot share: the child is then admitted like
         any other request.
         """
-        ...
+        return False
 
-    def swap_out(self, req: Request) -> bool:
+    def swap_out(self, req: Request) -> bool:  # noqa: ARG002
         """Move `req`'s KV to host memory and free its blocks. False: recompute instead."""
-        ...
+        return False
 
-    def swap_in(self, req: Request) -> bool:
+    def swap_in(self, req: Request) -> bool:  # noqa: ARG002
         """Bring a swapped request's KV back. False: no room now, nothing changed."""
-        ...
+        return False
 
-    def block_table(self, req: Request) -> Sequence[int]:
-        """Block ids by block index. May be longer than needed; slid-out entries are the null block."""
-        ...
+    def drain_copies(self) -> list[BlockCopy]:
+        """Copies ordered since the last call; the runner applies them before the next forward."""
+        return []
 
     def cached_blocks(self) -> Iterable[int]:
         """Blocks of the prefix cache that no request uses, for pictures of the pool."""
-        ...
+        return ()
+
+    def clear_cache(self) -> None:
+        """Forget every cached block that no request owns, so that a measured run starts cold."""
 
     def region_extent(self, num_blocks: int) -> int:
         """Consecutive blocks that a table of `num_blocks` takes from the pool, for pictures of it: those beyond the
         table are nobody's and external fragmentation.
         """
-        ...
-
-    def drain_copies(self) -> list[BlockCopy]:
-        """Copies ordered since the last call; the runner applies them before the next forward."""
-        ...
+        return num_blocks
 
     def slots_to_admit(self, head: QueueHead) -> int:
-        """Slots that admitting `head` takes from the free and the cached ones. Changes nothing."""
-        ...
+        """Slots that admitting `head` takes from the free and the cached ones: whole blocks. Changes nothing."""
+        return cdiv(head.num_tokens, self.block_size) * self.block_size
+
+    def has_hole(self, head: QueueHead) -> bool:  # noqa: ARG002
+        """Whether enough slots lie as `head` needs them: any free block serves anyone. Changes nothing."""
+        return True
 
     def usage(self, head: QueueHead | None = None) -> KVUsage:
-        """Raw counts of the ledger. `head` is the head of the queue: it decides what free slots are (`KVUsage`)."""
-        ...
+        """Raw counts. The one place that says what free slots are to the head of the queue.
+
+        A cached block serves the head too, as a hit or evicted for it: only a need beyond both is a shortage. What a
+        policy holds back (a watermark, a full batch) is no property of the slots: they are free.
+        """
+        usage = self.count()
+        if head is None or not usage.free:
+            return usage
+        if self.slots_to_admit(head) > usage.free + usage.cached:
+            return usage._replace(shortage=usage.free, free=0)
+        if not self.has_hole(head):
+            return usage._replace(external=usage.external + usage.free, free=0)
+        return usage
 
 
-class SchedulerProtocol(Protocol):
-    """What the engine needs of a scheduler; `schedulers.base.Scheduler` is the base of all of them."""
+class StepScheduler(metaclass=Checked):
+    """What the engine asks of a scheduler; `schedulers.base.Scheduler` is the base that policies build on."""
+
+    _set_by_base = ""
 
     @property
+    @abstractmethod
     def has_work(self) -> bool:
         """True while a request waits or runs."""
-        ...
 
     @property
+    @abstractmethod
     def num_running(self) -> int:
         """Requests that own slots and are computing."""
-        ...
 
     @property
+    @abstractmethod
     def num_waiting(self) -> int:
-        """Requests in the queue, swapped ones included."""
-        ...
+        """Requests in the queue, swapped ones and children that wait for their parent's prompt included."""
 
     @property
     def held(self) -> Sequence[Request]:
         """Finished requests that still own their slots."""
-        ...
+        return ()
 
     @property
     def has_priorities(self) -> bool:
         """Whether `Request.priority` decides anything."""
-        ...
+        return False
 
+    @abstractmethod
     def add(self, req: Request) -> None:
-        """Queue a request. Raises RequestRejected when it can never run."""
-        ...
+        """Queue a request.
 
+        Raises:
+            RequestError: its id is in use.
+            RequestRejected: it can never run here.
+        """
+
+    @abstractmethod
     def abort(self, request_id: str) -> Request | None:
         """End a request wherever it is and free its slots; None when it is not here (any more)."""
-        ...
 
+    @abstractmethod
     def fail(self, plan: StepPlan) -> list[Request]:
         """End every request of a step that the runner could not execute."""
-        ...
 
+    @abstractmethod
     def schedule(self, now: float) -> StepPlan:
         """Plan the next step at time `now` (seconds on the engine's clock)."""
-        ...
 
+    @abstractmethod
     def update(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:
         """Take a step's tokens in: append, check stops, commit, free. Returns the finished requests.
 
         `sampled[i]` belongs to `plan.scheduled[i]` and is None where `plan.samples[i]` is False or the token was
         taken back.
         """
-        ...
 
+    @abstractmethod
     def take_back(self, req: Request) -> None:
         """A running request's token of the step that is about to be taken in is void: it is sampled once more.
 
         The step's `sampled` holds None for it. No later step may have been planned.
         """
-        ...
 
+    @abstractmethod
     def head(self) -> Request | None:
         """The request that would be admitted next, or None."""
-        ...
 
+    @abstractmethod
     def queue_head(self) -> QueueHead | None:
         """The same request with what it asks of the pool, or None."""
-        ...
 
-    def wake_time(self, now: float) -> float | None:
+    def wake_time(self, now: float) -> float | None:  # noqa: ARG002
         """When an empty plan may turn into work without a new arrival (a batch that waits to fill); None: never."""
-        ...
+        return None
