@@ -20,7 +20,7 @@ class Checked(ABCMeta):
     @property
     def __signature__(cls) -> inspect.Signature:
         """The constructor's, which this type's own call would hide."""
-        made_by = inspect.signature(cls.__init__)
+        made_by = inspect.signature(inspect.getattr_static(cls, "__init__"))
         return made_by.replace(parameters=list(made_by.parameters.values())[1:])
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
