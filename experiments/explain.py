@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException, InstantiationException
@@ -70,7 +71,23 @@ def _explain_instantiation(error: InstantiationException, chain: list[BaseExcept
     cause = chain[-1]
     if isinstance(cause, MemoryError):
         return f"{where}{explain(cause)}"
+    loading = next((link.__cause__ for link in chain if str(link).startswith("Error loading '")), None)
+    if target := re.search(r"Error locating target '([^']+)'", str(error)):
+        return f"{where}_target_={target[1]} cannot be loaded: {_with_place(loading or cause)}"
     return f"{where}{cause}" if isinstance(cause, (TypeError, ValueError, OverflowError)) else None
+
+
+def _with_place(error: BaseException) -> str:
+    """What was wrong with a module that is being imported, and in which line."""
+    said = first_line(error)
+    if isinstance(error, SyntaxError):  # says it itself
+        return said
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or trace.tb_frame.f_code.co_name != "<module>":  # nothing of the module's own
+        return said
+    return f"{said} ({Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno})"
 
 
 def _suggestion(key: str) -> str:

@@ -16,7 +16,11 @@ from experiments.compose import compose_cell
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 HISTORY = ("LOG.md",)  # commands of their time
-OF_READERS = ("allocator=paged,mine", "experiment=NAME")  # what a reader is to add, or to choose
+OF_READERS = (
+    "allocator=paged,mine",
+    "scheduler=chunked,mine",
+    "experiment=NAME",
+)  # what a reader is to add, or to choose
 PROGRAM = re.compile(r"(python (?:run\.py|-m [\w.]+)[^`\n]*)")
 
 

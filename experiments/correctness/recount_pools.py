@@ -1,7 +1,9 @@
 """What nobody owns, recounted: the free blocks by their ids, and what the head of the queue can make of them.
 
 One class per geometry: blocks anywhere, regions of consecutive blocks, regions of mapped pages. Each states for
-itself, from configured options, what admission asks for, and uses neither the allocators' counters nor their code.
+itself, from configured options, what admission asks for, and uses neither the allocators' counters nor their code. Of
+an allocator with a rule of its own (a class that is not of this project and writes `slots_to_admit`, `has_hole` or
+`region_extent`) the rule is taken as said.
 """
 
 from __future__ import annotations
@@ -12,6 +14,10 @@ from itertools import groupby
 from math import ceil, floor
 from typing import Any, NamedTuple
 
+from allocators.contiguous import ContiguousAllocator
+from allocators.paged import PagedAllocator
+from allocators.prefix import PrefixCachingAllocator
+from allocators.radix import RadixAllocator
 from engine.contract import NULL_BLOCK, KVAllocator
 from engine.errors import EngineError
 from engine.request import Request, RequestStatus
@@ -53,6 +59,7 @@ class BlockPool:
         self._size = allocator.block_size
         self._ids = set(range(1, allocator.num_blocks + 1))
         self._window: int | None = options.get("sliding_window")
+        self._forks = type(allocator).fork is not KVAllocator.fork
         self._swapped: dict[Request, int] = {}  # blocks that had slid out of the window before
         self._contents: dict[int, tuple[Request, int]] = {}  # block -> whose tokens, and which of its full blocks
 
@@ -77,8 +84,10 @@ class BlockPool:
         if not taken <= self._ids or not cached <= self._ids or taken & cached:
             raise EngineError(f"blocks outside the pool, or owned and cached: {sorted(taken)}, {sorted(cached)}")
         free = len(self._ids) - len(taken) - len(cached)
-        need = self._need(cached, free + len(cached))
         size = self._size
+        if says_itself(self._allocator, "slots_to_admit", "has_hole"):
+            return split_as_said(self._allocator, self._scheduler, 0, len(cached) * size, free * size)
+        need = self._need(cached, free + len(cached))
         return split(0, len(cached) * size, free * size, None if need is None else need * size, lies_well=True)
 
     def _need(self, cached: set[int], available: int) -> int | None:
@@ -90,7 +99,7 @@ class BlockPool:
         if head.status is RequestStatus.SWAPPED:
             return need - self._swapped[head]
         parent, num_shared = head.parent, head.num_prompt_tokens - 1
-        if parent is not None and self._scheduler.shares_prompts and parent in self._scheduler.decoding:
+        if parent is not None and self._forks and self._scheduler.shares_prompts and parent in self._scheduler.decoding:
             nulls = _leading_nulls(list(self._allocator.block_table(parent)))
             needed_from = 0 if self._window is None else max(0, num_shared - self._window + 1) // self._size
             if num_shared >= 1 and nulls <= needed_from:
@@ -114,10 +123,10 @@ class RegionPool:
     """One run of consecutive blocks per request, in holes or in a buddy system."""
 
     def __init__(self, allocator: KVAllocator, scheduler: Scheduler, options: Mapping[str, Any]) -> None:
-        self._scheduler = scheduler
+        self._allocator, self._scheduler = allocator, scheduler
         self._size, self._num_blocks = allocator.block_size, allocator.num_blocks
-        self._buddy = options["placement"] == "buddy"
-        self._reservation = options["reservation"]
+        self._buddy = options.get("placement") == "buddy"
+        self._reservation = options.get("reservation", "prompt")
 
     def owner(self, req: Request, table: list[int]) -> Owner:
         """Take a table in."""
@@ -139,13 +148,17 @@ class RegionPool:
                 raise EngineError(f"the region of request {owner.req.request_id!r} is not its own: {owner.table}")
             free -= region
             lost += extent - len(owner.table)
+        size = self._size
+        if says_itself(self._allocator, "slots_to_admit", "has_hole"):
+            return split_as_said(self._allocator, self._scheduler, lost * size, 0, len(free) * size)
         head = self._scheduler.head()
         need = None if head is None else self._need(head)
         lies_well = need is None or self._fits(free, need)
-        size = self._size
         return split(lost * size, 0, len(free) * size, None if need is None else need * size, lies_well)
 
     def _extent(self, num_blocks: int) -> int:
+        if says_itself(self._allocator, "region_extent"):
+            return self._allocator.region_extent(num_blocks)
         extent = 1
         while extent < num_blocks:
             extent *= 2
@@ -227,6 +240,21 @@ def tokens_to_admit(head: Request, scheduler: Scheduler) -> int:
     if scheduler.preemption == "none":
         return head.num_prompt_tokens + head.sampling.max_tokens
     return head.num_prompt_tokens + len(head.output_token_ids)
+
+
+def says_itself(allocator: KVAllocator, *rules: str) -> bool:
+    """Whether a class that nothing here knows the rules of writes one of them."""
+    known = (KVAllocator, PagedAllocator, PrefixCachingAllocator, RadixAllocator, ContiguousAllocator)
+    owners = [next(cls for cls in type(allocator).__mro__ if rule in vars(cls)) for rule in rules]
+    return not all(owner in known for owner in owners)
+
+
+def split_as_said(allocator: KVAllocator, scheduler: Scheduler, lost: int, cached: int, free: int) -> Unowned:
+    """Split by what the allocator says of the head of the queue."""
+    head = scheduler.queue_head()
+    if head is None:
+        return split(lost, cached, free, None, lies_well=True)
+    return split(lost, cached, free, allocator.slots_to_admit(head), allocator.has_hole(head))
 
 
 def _leading_nulls(table: list[int]) -> int:

@@ -7,9 +7,13 @@ request attends to, so a block that was handed out twice, lost or left uncopied 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
+from hydra.utils import get_class
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.contract import NULL_BLOCK, CopyKind, KVAllocator, QueueHead, cdiv
 from engine.ledger import check_usage
 from engine.request import Request, SamplingParams
+from experiments.strategies import build_allocator, strategy_names, strategy_options
 
 SETTINGS = settings(
     max_examples=30, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -66,7 +71,6 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     make: staticmethod
     window: int | None = None
-    exact_tables = True  # block ids are physical, and every owned block is in a table
 
     @initialize()
     def start(self) -> None:
@@ -246,7 +250,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         filled.pop(NULL_BLOCK, None)
         assert self.window is not None or num_slid == 0
         assert usage.computed == sum(filled.values())
-        if self.exact_tables:
+        if alloc.num_virtual_blocks == alloc.num_blocks:  # ids are physical
             assert set(refs) <= set(range(1, alloc.num_blocks + 1))
             assert usage.owned == len(refs) * block_size
             assert usage.shared_saved == (refs.total() - len(refs)) * block_size
@@ -263,6 +267,20 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.alloc.free(req)
         self.alloc.drain_copies()
         check_whole(self.alloc)
+
+
+def registered_cases(known: Collection[Any]) -> dict[str, tuple[partial, dict]]:
+    """A machine's `make` and attributes for every file of conf/allocator whose class is not in `known`."""
+    cases: dict[str, tuple[partial, dict]] = {}
+    for name in strategy_names("allocator"):
+        options = strategy_options("allocator", name)
+        if get_class(options["_target_"]) in known:
+            continue
+        small = {key: value for key, value in {"block_size": 4, "swap_blocks": 9}.items() if key in options}
+        cases[name] = partial(build_allocator, name, num_blocks=17, **small), {}
+        if "sliding_window" in options:
+            cases[f"{name}-window"] = partial(cases[name][0], sliding_window=6), {"window": 6}
+    return cases
 
 
 def check_whole(alloc: KVAllocator) -> None:

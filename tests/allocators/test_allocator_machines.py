@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from allocator_machine import MAX_LEN, SETTINGS, AllocatorMachine
+from allocator_machine import MAX_LEN, SETTINGS, AllocatorMachine, registered_cases
 from hypothesis.stateful import run_state_machine_as_test
 
 from allocators.contiguous import ContiguousAllocator
@@ -26,7 +26,7 @@ def audit_pages(machine: AllocatorMachine) -> None:
     assert usage.owned + usage.free <= usage.total < alloc.page_tokens + usage.owned + usage.free + len(live) + 1
 
 
-VIRTUAL = {"audit_more": audit_pages, "exact_tables": False}
+VIRTUAL = {"audit_more": audit_pages}
 CASES: dict[str, tuple[partial, dict]] = {
     f"{reservation}-{placement}": (
         partial(ContiguousAllocator, num_blocks=27, block_size=4, reservation=reservation, placement=placement),
@@ -70,6 +70,7 @@ CASES |= {
     ),
     "prefix-1": (partial(PrefixCachingAllocator, num_blocks=60, block_size=1), {}),
 }
+CASES |= registered_cases(known={make.func for make, _ in CASES.values()})
 
 
 @pytest.mark.parametrize("name", CASES)
