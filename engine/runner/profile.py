@@ -26,6 +26,8 @@ from engine.models.spec import LoadedModel
 
 # What libraries load into a GPU beside torch's allocator, at most; another engine that starts meanwhile is none of it.
 LIBRARY_BYTES = 2**30
+# No pool takes a card's last memory: it is mapped in pages, and graphs and workspaces come after it.
+KEPT_FREE = 2**30
 SETTING = "engine.gpu_memory_utilization"
 
 
@@ -50,7 +52,7 @@ class CardMemory:
     @property
     def largest_share(self) -> float:
         """The largest share that the card could give before the model was loaded, in hundredths."""
-        return math.floor(100 * (self.total - self.in_use_before) / self.total) / 100
+        return math.floor(100 * (self.total - self.in_use_before - KEPT_FREE) / self.total) / 100
 
     def check_share(self, share: float) -> None:
         """Refuse a share that the card cannot give. The context of this process is no reason to: it is in no share.
@@ -82,12 +84,12 @@ class CardMemory:
         if left < 2 * block_bytes:
             raise ConfigError(self._too_small(share, own, block_bytes, dtype))
         free = self.total - self.in_use_now - self.peak
-        if left > free + LIBRARY_BYTES or free < 2 * block_bytes:
+        if left > free + LIBRARY_BYTES or free < 2 * block_bytes + KEPT_FREE:
             raise ConfigError(
                 f"{SETTING}={share:g} leaves {size_text(left)} for KV, and other processes have left "
                 f"{size_text(max(0, free))} of the GPU's {size_text(self.total)}; end them, or lower it"
             )
-        return min(left, free)
+        return min(left, free - KEPT_FREE)
 
     def _lower(self) -> str:
         return f"lower it to at most {self.largest_share:g}" if self.largest_share > 0 else "wait for them"
