@@ -13,6 +13,8 @@ reads and writes go there. `host` holds swapped blocks, in host memory.
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
@@ -23,9 +25,11 @@ from torch import Tensor
 from engine.contract import BlockCopy, CopyKind, KVAllocator, StepPlan
 from engine.errors import ConfigError, EngineError
 from engine.host_blocks import HostBlocks
-from engine.memory_limits import asked_and_free, size_text
+from engine.memory_limits import asked_and_free, free_bytes, size_text
 
 GIB = 2**30
+# A name of it came with Python 3.13.
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
 class KVShape(Protocol):
@@ -57,6 +61,8 @@ class KVPool:
         device: where the pool lives.
         num_swap_blocks: blocks of host memory, with ids 0..num_swap_blocks; pinned when the pool is on a GPU.
         sized_by: the setting that says how large the pool is, for the error.
+        num_backed_blocks: so many blocks are ever in use at once; None: all. On a CPU the others take no memory: the
+            system gives it to what is touched.
 
     Raises:
         ConfigError: a size below 1.
@@ -90,6 +96,7 @@ class KVPool:
         device: str | torch.device = "cpu",
         num_swap_blocks: int = 0,
         sized_by: str = "kv_cache.num_blocks, num_slots or memory_gib",
+        num_backed_blocks: int | None = None,
     ) -> None:
         for name, value in (("kv_cache.num_blocks", num_blocks), ("allocator.block_size", block_size)):
             if value < 1:
@@ -103,6 +110,7 @@ class KVPool:
         self.device = torch.device(device)
         self.num_swap_blocks = num_swap_blocks
         self.sized_by = sized_by
+        self.num_backed_blocks = num_blocks if num_backed_blocks is None else num_backed_blocks
         self.data = self._make_data((2, num_layers, (num_blocks + 1) * block_size, num_kv_heads, head_dim))
         self._blocks = self.data.view(2, num_layers, num_blocks + 1, block_size, num_kv_heads, head_dim)
         self.host = HostBlocks(self._rows, num_swap_blocks) if num_swap_blocks > 0 else None
@@ -111,6 +119,14 @@ class KVPool:
 
     def _make_data(self, shape: tuple[int, ...]) -> Tensor:
         """The pool's tensor. Zeroed, because masked positions are still multiplied: 0 * NaN would not be 0."""
+        if self.device.type == "cpu":
+            num_bytes = math.prod(shape) * self.dtype.itemsize
+            backed = num_bytes * (self.num_backed_blocks + 1) // (self.num_blocks + 1)
+            # The system would promise it, and kill the process that takes it.
+            if backed > free_bytes(self.device):
+                raise _no_room(MemoryError(), self.device, backed, self.sized_by)
+            if backed < num_bytes:
+                return _reserve(num_bytes, self.sized_by).view(self.dtype).view(shape)
         return _allocate(shape, self.dtype, self.device, self.sized_by)
 
     @cached_property
@@ -188,6 +204,14 @@ def independent_runs(copies: Sequence[BlockCopy]) -> Iterator[tuple[CopyKind, li
         yield kind, sources, destinations
 
 
+def check_block_size(block_size: object) -> None:
+    """Raise ConfigError where it is no number of slots."""
+    if isinstance(block_size, bool) or not isinstance(block_size, int):
+        raise ConfigError(f"allocator.block_size={block_size} must be an integer")
+    if block_size < 1:
+        raise ConfigError(f"allocator.block_size={block_size} must be at least 1")
+
+
 def blocks_for_budget(
     block_size: int,
     kv_bytes_per_token: int,
@@ -216,10 +240,7 @@ def blocks_for_budget(
             "give exactly one of kv_cache.num_blocks, kv_cache.num_slots and kv_cache.memory_gib "
             "(none of them only on a GPU, where engine.gpu_memory_utilization decides)"
         )
-    if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise ConfigError(f"allocator.block_size={block_size} must be an integer")
-    if block_size < 1:
-        raise ConfigError(f"allocator.block_size={block_size} must be at least 1")
+    check_block_size(block_size)
     block_bytes = block_size * kv_bytes_per_token
     if num_blocks is not None:
         if num_blocks < 1:
@@ -257,10 +278,25 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
     try:
         return torch.zeros(shape, dtype=dtype, device=device)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        asked = math.prod(shape) * dtype.itemsize
+        raise _no_room(error, device, math.prod(shape) * dtype.itemsize, setting) from error
+
+
+def _no_room(error: BaseException, device: torch.device, asked: int, setting: str) -> EngineError:
+    return EngineError(
+        f"no memory on {device} for the KV pool: {asked_and_free(error, device, asked)}; lower {setting}"
+    )
+
+
+def _reserve(num_bytes: int, setting: str) -> Tensor:
+    """Zeroed memory of the host, uint8 [num_bytes], that the system gives page by page as it is touched."""
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    except (OSError, OverflowError) as error:
         raise EngineError(
-            f"no memory on {device} for the KV pool: {asked_and_free(error, device, asked)}; lower {setting}"
+            f"no addresses for {size_text(num_bytes)} of virtual regions; lower allocator.max_regions, "
+            f"engine.max_model_len or {setting}"
         ) from error
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _check_ids(ids: list[int], limit: int, kind: CopyKind) -> None:

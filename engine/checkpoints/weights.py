@@ -54,6 +54,11 @@ def check_weights(directory: Path, config: dict[str, Any]) -> None:
             raise ModelError(f"{file} is truncated or broken; copy it again")
 
 
+def weight_bytes(directory: Path) -> int:
+    """Size of the files that hold the weights. Raises ModelError where they are not there."""
+    return sum(file.stat().st_size for file in _files(directory))
+
+
 def _tensor_names(file: Path) -> list[str]:
     try:
         with safe_open(file, framework="numpy") as opened:

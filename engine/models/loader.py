@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from engine.checkpoints.check import check_checkpoint
 from engine.checkpoints.directory import one_line
 from engine.checkpoints.kinds import DEQUANTIZED
+from engine.checkpoints.weights import weight_bytes
 from engine.errors import ConfigError, ModelError
 from engine.memory_limits import free_bytes, is_out_of_memory, size_text
 from engine.models.configs import (
@@ -127,6 +128,9 @@ def _from_directory(
     target = torch.device(device)
     placement = {} if target.type == "cpu" else {"device_map": {"": target}}
     free = free_bytes(target)
+    # No type of a file has less than a byte for what takes four at most.
+    if target.type == "cpu" and 4 * weight_bytes(directory) > free:
+        _check_host(str(directory), config, dtype, free, trust_remote_code)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(directory),
@@ -198,6 +202,8 @@ def build_dummy(
     """
     target = torch.device(device)
     free = 0 if target.type == "meta" else free_bytes(target)
+    if target.type == "cpu":
+        _check_host(name, config, dtype, free, trust_remote_code)
     try:
         with torch.random.fork_rng([target] if target.type == "cuda" else []), target:
             torch.manual_seed(seed)
@@ -214,6 +220,15 @@ def build_dummy(
         raise ModelError(f"{name} cannot be built from its config: {one_line(error)}") from error
 
 
+def _check_host(
+    name: str, config: PretrainedConfig, dtype: torch.dtype | str, free: int, trust_remote_code: bool
+) -> None:
+    """Refuse what this machine cannot hold: it would promise the memory, and kill the process that takes it."""
+    num_weights = _num_weights(name, config, dtype, trust_remote_code)
+    if num_weights * _element_type(dtype).itemsize > free:
+        raise _too_large(name, num_weights, _element_type(dtype), torch.device("cpu"), free)
+
+
 def _does_not_fit(
     name: str,
     config: PretrainedConfig,
@@ -223,13 +238,23 @@ def _does_not_fit(
     trust_remote_code: bool,
 ) -> ModelError:
     """What to say of weights for which `device` has no memory; `free`: bytes, before they were read."""
-    used = torch.float32 if isinstance(dtype, str) else dtype
-    module = build_dummy(config, used, "meta", 0, trust_remote_code, name)
-    num_weights = sum(parameter.numel() for parameter in module.parameters())
+    return _too_large(name, _num_weights(name, config, dtype, trust_remote_code), _element_type(dtype), device, free)
+
+
+def _num_weights(name: str, config: PretrainedConfig, dtype: torch.dtype | str, trust_remote_code: bool) -> int:
+    module = build_dummy(config, _element_type(dtype), "meta", 0, trust_remote_code, name)
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _element_type(dtype: torch.dtype | str) -> torch.dtype:
+    return torch.float32 if isinstance(dtype, str) else dtype
+
+
+def _too_large(name: str, num_weights: int, dtype: torch.dtype, device: torch.device, free: int) -> ModelError:
     way = "take a smaller model, or a device with more memory free"
-    if used.itemsize == 4 and num_weights * 2 < free:
+    if dtype.itemsize == 4 and num_weights * 2 < free:
         way = f"set engine.dtype=bfloat16, in which they take {size_text(num_weights * 2)}"
     return ModelError(
-        f"{name} does not fit in the memory of {device}: its weights take {size_text(num_weights * used.itemsize)} in "
-        f"{str(used).removeprefix('torch.')}, and {size_text(free)} were free; {way}"
+        f"{name} does not fit in the memory of {device}: its weights take {size_text(num_weights * dtype.itemsize)} in "
+        f"{str(dtype).removeprefix('torch.')}, and {size_text(free)} were free; {way}"
     )

@@ -26,7 +26,7 @@ from engine.contract import KVAllocator, cdiv
 from engine.core import Engine
 from engine.errors import ConfigError, NotDefined, RequestError
 from engine.gpu_memory import GpuMemory
-from engine.kv_pool import KVPool, blocks_for_budget
+from engine.kv_pool import KVPool, blocks_for_budget, check_block_size
 from engine.ledger import MemoryLedger
 from engine.memory_limits import free_bytes
 from engine.models import LoadedModel, ModelSpec, load_model
@@ -244,6 +244,7 @@ def _num_blocks(
     free holds it.
     """
     size = KVCacheConfig.from_config(cfg.kv_cache)
+    check_block_size(cfg.allocator.block_size)
     available, num_slots = None, size.num_slots
     if size.sized_by is None and model.device.type == "cuda":
         available = available_kv_bytes(

@@ -39,7 +39,7 @@ def make_pool(config: RunnerConfig, allocator: KVAllocator, spec: ModelSpec, dev
     }
     if device != "cuda" or allocator.num_virtual_blocks == allocator.num_blocks:
         # On a CPU the tensor is as large as the virtual space: the system maps its pages when they are touched.
-        return KVPool(**shape)
+        return KVPool(**shape, num_backed_blocks=allocator.num_blocks)
     # Imported here: CUDA's binding is not needed, and may not be there, without a GPU.
     from engine.virtual_pool import VirtualKVPool
 

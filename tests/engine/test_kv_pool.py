@@ -107,6 +107,5 @@ def test_the_memory_gib_that_the_error_names_is_enough():
 
 
 def test_out_of_memory_names_the_setting():
-    with pytest.raises(EngineError, match=r"lower kv_cache\.num_blocks") as error:
+    with pytest.raises(EngineError, match=r"GiB were free; lower kv_cache\.num_blocks"):
         KVPool(num_blocks=2**40, block_size=16, num_layers=2, num_kv_heads=8, head_dim=128)
-    assert isinstance(error.value.__cause__, RuntimeError)

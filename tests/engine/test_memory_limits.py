@@ -8,7 +8,7 @@ import torch
 from engine.errors import ConfigError, EngineError, ModelError
 from engine.host_blocks import HostBlocks
 from engine.kv_pool import KVPool
-from engine.memory_limits import asked_and_free, is_out_of_memory, size_text
+from engine.memory_limits import _group_rooms, asked_and_free, is_out_of_memory, size_text
 from engine.models import load_model
 from engine.models.loader import build_dummy
 from engine.runner.profile import KEPT_FREE, LIBRARY_BYTES, CardMemory
@@ -180,3 +180,57 @@ def test_random_weights_that_do_not_fit(monkeypatch):
         ModelError, match=r"llama does not fit in the memory of cpu: its weights take \d\d\d\.\d KiB in"
     ):
         load_model(shape=shape | {"num_attention_heads": 4}, load_format="dummy")
+
+
+def test_a_host_is_asked_before_its_memory_is_taken(monkeypatch):
+    """It would promise more than it has, and kill whoever takes it: no pool, no weights, read or random."""
+    pool = {"num_blocks": 100, "block_size": 16, "num_layers": 1, "num_kv_heads": 1, "head_dim": 8}
+    num_bytes = KVPool(**pool).num_bytes
+    monkeypatch.setattr("engine.kv_pool.free_bytes", lambda device: num_bytes - 1)
+    with pytest.raises(EngineError, match=r"KV pool: 101\.0 KiB were asked for .* lower kv_cache.num_blocks"):
+        KVPool(**pool, sized_by="kv_cache.num_blocks")
+    monkeypatch.setattr("engine.models.loader.free_bytes", lambda device: 10**6)
+    for load_format in ("auto", "dummy"):
+        with pytest.raises(ModelError, match=r"its weights take \d\.\d\d MiB in float32, and 976\.6 KiB were free"):
+            load_model("models/demo", load_format=load_format)
+
+
+def test_a_virtual_space_takes_what_is_touched():
+    """On a CPU: 64 TiB of regions of which 10 blocks are ever in use, each zeroed like any other."""
+    pool = KVPool(
+        num_blocks=2**36, block_size=16, num_layers=2, num_kv_heads=1, head_dim=8, dtype=torch.bfloat16,
+        num_backed_blocks=10,
+    )  # fmt: skip
+    keys, values = pool.blocks(1)
+    assert not keys[2**35].any()
+    values[2**36] = 1
+    assert values[2**36].sum() == 16 * 8
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "rooms"),
+    [
+        ("0::/\n", {}, []),
+        ("0::/\n", {"memory.max": "max", "memory.current": "5", "memory.stat": ""}, []),
+        ("0::/\n", {"memory.max": "900", "memory.current": "500", "memory.stat": "file 9\ninactive_file 30\n"}, [430]),
+        (
+            "0::/a/b\n",
+            {"a/memory.max": "900", "a/memory.current": "950", "a/memory.stat": "", "a/b/memory.max": "70",
+             "a/b/memory.current": "20", "a/b/memory.stat": ""},
+            [50, 0],
+        ),
+        (
+            "4:memory:/docker/x\n3:cpu:/\n0::/\n",
+            {"memory/memory.limit_in_bytes": "800", "memory/memory.usage_in_bytes": "300",
+             "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 2\n"},
+            [501],
+        ),
+    ],
+)  # fmt: skip
+def test_a_containers_limit_is_the_end_of_its_memory(own, files, rooms, tmp_path):
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        file = tmp_path / "groups" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert _group_rooms(tmp_path / "own", tmp_path / "groups")[1:] == rooms

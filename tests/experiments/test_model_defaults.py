@@ -126,3 +126,9 @@ def test_what_is_called_like_the_demo_is_not_the_demo(checkpoint, tmp_path, monk
     assert load_config(["model.path=models/demo"]).engine.dtype == "float32"
     monkeypatch.chdir(tmp_path)
     assert load_config(["model.path=models/demo"]).engine.dtype == "auto"
+
+
+@pytest.mark.parametrize("size", [0, -1, "null", "abc"])
+def test_a_block_of_no_size_is_a_line_where_the_memory_decides(checkpoint, size):
+    with pytest.raises(ConfigError, match=r"allocator\.block_size=.* must be"):
+        build_engine(load_config([f"model.path={checkpoint}", f"allocator.block_size={size}"]))
