@@ -10,6 +10,7 @@ runs, and `result()` waits for its own step's copy alone.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -202,7 +203,7 @@ class FusedRunner(TorchRunner):
             host_tokens = self._draw.start_copy(drawn, request_ids, self._draw.scores(logits, params))
         else:
             host_tokens = self._sample(plan, rows, logits, has_pending)
-        return StepTokens(host_tokens, plan.samples, None)
+        return StepTokens(host_tokens, plan.samples, None, functools.partial(self._no_memory, plan))
 
     def _run_mixed(self, plan: StepPlan, allocator: KVAllocator, graphs: MixedGraphs) -> PendingTokens:
         scheduled = plan.scheduled
@@ -222,7 +223,7 @@ class FusedRunner(TorchRunner):
         samples = np.fromiter(plan.samples, np.bool_, len(scheduled))
         logits = graphs.run(MixedStep(np.array(tokens, dtype=np.int32), starts, counts, rows, samples))
         host_tokens = self._sample(plan, rows, logits, has_pending) if samples.any() else None
-        return StepTokens(host_tokens, plan.samples, None)
+        return StepTokens(host_tokens, plan.samples, None, functools.partial(self._no_memory, plan))
 
     def _rows_and_starts(self, plan: StepPlan, allocator: KVAllocator) -> tuple[np.ndarray, np.ndarray]:
         """int64 [n]: each scheduled request's row, its block table brought up to date, and its first position."""

@@ -8,6 +8,9 @@ order; on a GPU the tokens reach the host when `PendingTokens.result()` is asked
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,12 +36,26 @@ from engine.sampling.transfer import to_device
 
 
 class StepTokens:
-    """A step in flight: its sampled rows, spread over the plan's entries when they are asked for."""
+    """A step in flight: its sampled rows, spread over the plan's entries when they are asked for.
 
-    def __init__(self, tokens: HostTokens | None, samples: list[bool], prompt: PromptLogprobs | None) -> None:
+    Args:
+        tokens: of the entries that sample; None where none does.
+        samples: of the plan.
+        prompt: log-probabilities of prompt tokens, where somebody wants them.
+        no_memory: makes the error of a device without memory, which may show after the launch.
+    """
+
+    def __init__(
+        self,
+        tokens: HostTokens | None,
+        samples: list[bool],
+        prompt: PromptLogprobs | None,
+        no_memory: Callable[[BaseException], OutOfMemory],
+    ) -> None:
         self._tokens = tokens
         self._samples = samples
         self._prompt = prompt
+        self._no_memory = no_memory
 
     def result(self) -> StepResult:
         """Wait for the step. Raises EngineError when the device failed or a token could not be sampled."""
@@ -46,7 +63,9 @@ class StepTokens:
             token_ids, logprobs = ([], None) if self._tokens is None else self._tokens.result()
             scores = None if self._tokens is None else self._tokens.scores()
             prompt = None if self._prompt is None else self._prompt.result(len(self._samples))
-        except RuntimeError as error:  # how torch reports what the device did after the launch
+        except (RuntimeError, MemoryError) as error:  # how torch reports what the device did after the launch
+            if is_out_of_memory(error):
+                raise self._no_memory(error) from error
             raise EngineError(f"the device failed in a step: {one_line(error)}") from error
         drawn = iter(token_ids)
         spread = [next(drawn) if sampled else None for sampled in self._samples]
@@ -147,15 +166,18 @@ class TorchRunner:
         # Anything: model code may be foreign. The cause keeps the stack trace.
         except Exception as error:
             if is_out_of_memory(error):
-                raise OutOfMemory(
-                    f"out of memory on {self._device} in a step of {len(plan.scheduled)} requests and "
-                    f"{plan.num_new_tokens} tokens: {asked_and_free(error, self._device)}; lower "
-                    f"scheduler.max_num_batched_tokens, scheduler.max_num_seqs, or the KV pool ({self.pool.sized_by})"
-                ) from error
+                raise self._no_memory(plan, error) from error
             raise EngineError(
                 f"a step of {len(plan.scheduled)} requests and {plan.num_new_tokens} tokens failed with "
                 f"{type(error).__name__}: {one_line(error)}"
             ) from error
+
+    def _no_memory(self, plan: StepPlan, error: BaseException) -> OutOfMemory:
+        return OutOfMemory(
+            f"out of memory on {self._device} in a step of {len(plan.scheduled)} requests and {plan.num_new_tokens} "
+            f"tokens: {asked_and_free(error, self._device)}; lower scheduler.max_num_batched_tokens, "
+            f"scheduler.max_num_seqs, or the KV pool ({self.pool.sized_by})"
+        )
 
     def release(self, request_ids: list[str]) -> None:
         """Forget requests that ended: their rows and the sampler's counts."""
@@ -175,7 +197,7 @@ class TorchRunner:
             tokens = self._sample(plan, inputs.rows, logits[:num_sampled], bool(inputs.pending.rows))
         rows = inputs.prompt_rows
         prompt = None if rows is None else PromptLogprobs(logits[num_sampled:], rows)
-        return StepTokens(tokens, plan.samples, prompt)
+        return StepTokens(tokens, plan.samples, prompt, functools.partial(self._no_memory, plan))
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         """Logits of the tokens `inputs.meta.logits_indices`."""

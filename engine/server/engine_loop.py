@@ -3,7 +3,8 @@
     while running:  receive frames -> engine.add / abort (`intake.py`) -> engine.step() -> one frame per front
 
 A step that fails ends that step's requests with an error and the loop goes on; three failed steps in a row, or a broken
-invariant, end the process. The loop never waits for a front: sockets are non-blocking and their outboxes bounded.
+invariant, end the process. A step for which the device has no memory is no such failure: the device works, and its
+memory may be free again. The loop never waits for a front: sockets are non-blocking and their outboxes bounded.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class EngineLoop:
         is_told = isinstance(failure.__cause__, OutOfMemory)
         logger.error("a step failed: %s", reason, exc_info=None if is_told else failure.__cause__)
         self._row.inc("kvarena:failed_steps")
-        self._num_failed_in_a_row += 1
+        self._num_failed_in_a_row += not is_told
         for req in self._engine.scheduler.fail(failure.plan):
             self._engine.runner.release([req.request_id])
             req.error = req.error or "the engine step of this request failed"
@@ -226,10 +227,11 @@ class EngineLoop:
         reason = (req.finish_reason or FinishReason.ERROR).value
         if req.constraint is not None and req.constraint.failure:
             reason, req.error = BAD_CONSTRAINT, req.constraint.failure
+        error = None if req.error is None else self._served.words(req.error)
         last = req.output_token_ids[-1] if req.output_token_ids else None
         stop_token = last if reason == FinishReason.STOP.value else None
         self._intake.outs[route.front].finished.append(
-            Finish(route.handle, reason, stop_token, req.num_preemptions, req.error)
+            Finish(route.handle, reason, stop_token, req.num_preemptions, error)
         )
 
     def _count_prompt(self, req: Request) -> None:

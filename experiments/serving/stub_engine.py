@@ -2,8 +2,8 @@
 
     python -m experiments.serving.stub_engine serve models/demo --port 8000 --fronts 2
 
-It shows what the web front costs by itself (experiments/benchmarks/front.py), and lets tests inject faults: a step that
-holds `--fail-token` in a prompt fails, one that holds `--hang-token` never ends.
+It shows what the web front costs by itself (experiments/benchmarks/front.py), and lets tests inject faults: a step with
+`--fail-token` in a prompt fails, one with `--full-token` finds no memory, one with `--hang-token` never ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from allocators.paged import PagedAllocator
 from engine.clock import WallClock
 from engine.contract import KVAllocator, StepPlan
 from engine.core import Engine
-from engine.errors import KvarenaError
+from engine.errors import KvarenaError, OutOfMemory
 from engine.runner.base import ReadyTokens, StepResult
 from engine.server.config import ServerConfig
 from engine.server.process import ModelFiles
@@ -37,6 +37,7 @@ class StubOptions:
         vocab_size: tokens are below it; ids under 10 are left out (they may be special).
         step_time: seconds per step.
         fail_token: a step that computes a prompt with this token raises.
+        full_token: a step that computes a prompt with this token finds the device's memory full.
         hang_token: a step that computes a prompt with this token sleeps for ever.
         num_blocks: pool, in blocks of 16 slots.
         max_num_seqs: requests per step.
@@ -46,6 +47,7 @@ class StubOptions:
     vocab_size: int
     step_time: float = 0.0
     fail_token: int = -1
+    full_token: int = -1
     hang_token: int = -1
     num_blocks: int = 65536
     max_num_seqs: int = 512
@@ -58,7 +60,7 @@ class StubRunner:
     def __init__(self, options: StubOptions) -> None:
         self._options = options
         self._next = 0
-        self._checks = options.fail_token >= 0 or options.hang_token >= 0
+        self._checks = max(options.fail_token, options.full_token, options.hang_token) >= 0
 
     def execute(self, plan: StepPlan, allocator: KVAllocator) -> ReadyTokens:  # noqa: ARG002
         """A token for each entry that samples."""
@@ -76,6 +78,8 @@ class StubRunner:
         for req, _, _ in plan.scheduled:
             if self._options.fail_token in req.prompt_token_ids:
                 raise RuntimeError("an injected fault")
+            if self._options.full_token in req.prompt_token_ids:
+                raise OutOfMemory("out of memory on a stub: 2.00 GiB were asked for and 1.00 GiB were free")
             if self._options.hang_token in req.prompt_token_ids:
                 time.sleep(3600)
 
@@ -105,11 +109,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--api-key", nargs="*", default=[])
     parser.add_argument("--fronts", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="keys of the server's config")
-    for name, kind in (("step-time", float), ("fail-token", int), ("hang-token", int), ("num-blocks", int)):
+    for name, kind in (
+        ("step-time", float),
+        ("fail-token", int),
+        ("full-token", int),
+        ("hang-token", int),
+        ("num-blocks", int),
+    ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(StubOptions, name.replace("-", "_")))
     flags = parser.parse_args(argv)
     vocab_size = json.loads((Path(flags.model) / "config.json").read_text())["vocab_size"]
-    options = StubOptions(vocab_size, flags.step_time, flags.fail_token, flags.hang_token, flags.num_blocks)
+    options = StubOptions(
+        vocab_size, flags.step_time, flags.fail_token, flags.full_token, flags.hang_token, flags.num_blocks
+    )
     values = {"port": flags.port, "api_keys": flags.api_key, "num_fronts": flags.fronts, "served_model_names": ["m"]}
     values |= {key: json.loads(value) for key, value in (item.split("=", 1) for item in flags.set)}
     try:

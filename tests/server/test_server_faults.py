@@ -155,6 +155,19 @@ def test_44_a_failed_step_fails_its_requests_only():
         assert server.stop() == 0
 
 
+def test_44_steps_without_memory_end_their_requests_and_never_the_server():
+    """Whoever took the memory may give it back; a trace of it would tell nobody more than the line does."""
+    server = _stub("--full-token", str(FAIL))
+    try:
+        answers = [server.post("/v1/completions", {"prompt": [FAIL], "max_tokens": 4}) for _ in range(5)]
+        assert [answer.status_code for answer in answers] == [500] * 5
+        assert server.complete([20]).status_code == 200
+        assert server.log.count("2.00 GiB were asked for and 1.00 GiB were free") == 5
+        assert "Traceback" not in server.log
+    finally:
+        assert server.stop() == 0
+
+
 def test_45_a_device_that_keeps_failing_ends_the_server():
     server = _stub("--fail-token", str(FAIL))
     for _ in range(3):
