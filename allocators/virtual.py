@@ -101,6 +101,7 @@ class VirtualAllocator(KVAllocator):
         self.num_virtual_blocks = self._first_block - 1 + max_regions * self._region_tokens // block_size
         self._num_free_pages = self.num_pages
         self._num_owned = 0
+        self._num_regions = max_regions
         self._free_regions = BlockPool(0, max_regions)
         self._regions: dict[Request, Region] = {}
 
@@ -136,6 +137,10 @@ class VirtualAllocator(KVAllocator):
     def max_request_tokens(self) -> int:
         """All pages, or a whole region if that is less."""
         return min(self._num_slots_in(self.num_pages), self._region_tokens)
+
+    def max_requests(self, num_tokens: int) -> int:
+        """Whole pages each, and a region."""
+        return min(self._num_regions, self.num_pages // cdiv(num_tokens * self._slot_size, self._page_size))
 
     @property
     def num_free_blocks(self) -> int:

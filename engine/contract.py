@@ -209,6 +209,13 @@ class KVAllocator(metaclass=Checked):
     def max_request_tokens(self) -> int:
         """The largest request, in tokens, that an empty pool can hold."""
 
+    def max_requests(self, num_tokens: int) -> int:
+        """Requests of so many tokens each, sharing nothing, that an empty pool holds at once.
+
+        Whole blocks, or regions with what they are rounded up by.
+        """
+        return self.num_blocks // self.region_extent(cdiv(num_tokens, self.block_size))
+
     @abstractmethod
     def allocate(self, req: Request, num_tokens: int, num_cached: int = 0) -> bool:
         """Own slots for positions [0, num_tokens) and set `req.num_slots`; all or nothing.

@@ -128,5 +128,5 @@ def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:
     return (
         f"{spec.name}: {spec.num_parameters / 1e6:,.1f}M weights in {str(spec.dtype).removeprefix('torch.')} on "
         f"{device}{named}; KV pool of {slots:,} tokens ({size_text(parts.pool_facts['bytes'])}), room for "
-        f"{slots / parts.max_model_len:,.1f} requests of {parts.max_model_len:,} tokens"
+        f"{parts.engine.allocator.max_requests(parts.max_model_len):,} requests of {parts.max_model_len:,} tokens"
     )

@@ -30,7 +30,7 @@ def test_run_py_serves_and_stops(tmp_path):
         # What there is to be had stands above it: model, dtype, strategy, pool, room, and where to look.
         said = log.read_text()
         assert "demo: 1.0M weights in float32 on cpu, paged x chunked; KV pool of 16,384 tokens (32.0 MiB), " in said
-        assert "room for 8.0 requests of 2,048 tokens" in said
+        assert "room for 8 requests of 2,048 tokens" in said
         assert f"a page to try it: {ready[1]}/, metrics: {ready[1]}/metrics, API: {ready[1]}/v1" in said
         body = {"prompt": "The", "max_tokens": 4, "model": "demo"}
         answer = httpx.post(f"{ready[1]}/v1/completions", json=body, timeout=PATIENCE)
