@@ -24,6 +24,14 @@ def default_num_fronts() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 
+# What a value of a field must be, by the field's type.
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+}
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """How to serve. Sizes in the unit that the name says, times in seconds.
@@ -107,6 +115,10 @@ class ServerConfig:
             if not ok:
                 raise ConfigError(f"server.{key}={getattr(self, key)!r} must be {must}")
 
+        for one in fields(self):
+            kinds, must = _KINDS.get(str(one.type), (object, ""))
+            value = getattr(self, one.name)
+            check(isinstance(value, kinds) and (one.type == "bool" or not isinstance(value, bool)), one.name, must)
         check(isinstance(self.port, int) and 0 <= self.port <= 65535, "port", "between 0 and 65535")
         for key in (
             "num_fronts",
@@ -141,6 +153,9 @@ class ServerConfig:
             )
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("server.ssl_certfile and server.ssl_keyfile go together: give both or none")
+        for key in ("ssl_keyfile_password", "ssl_ca_certs"):
+            if getattr(self, key) is not None and self.ssl_certfile is None:
+                raise ConfigError(f"server.{key} is for TLS: give server.ssl_certfile and server.ssl_keyfile too")
         for key in ("api_key_file", "chat_template", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
             path = getattr(self, key)
             check(path is None or Path(path).is_file(), key, "a file that exists")

@@ -148,10 +148,10 @@ class Intake:
                 self._by_handle[front, frame.handle + i] = req
         except RequestRejected as error:
             self._undo_add(front, frame)
-            out.admitted.append((frame.handle, error.reason, str(error)))
+            out.admitted.append((frame.handle, error.reason, self._served.words(str(error))))
         except KvarenaError as error:
             self._undo_add(front, frame)
-            out.admitted.append((frame.handle, "invalid", str(error)))
+            out.admitted.append((frame.handle, "invalid", self._served.words(str(error))))
         else:
             out.admitted.append((frame.handle, "", ""))
 

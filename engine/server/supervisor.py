@@ -187,14 +187,27 @@ class Supervisor:
         for process in self._processes:
             process.join(1.0)
         codes = [process.exitcode for process in self._processes if process.exitcode]
+        for process in self._processes:
+            if (process.exitcode or 0) < 0:  # it could say nothing itself
+                text = f"{process.name} has ended with code {process.exitcode} while it started"
+                print(f"error: {text}{self._why_killed(process)}", file=sys.stderr, flush=True)
         return USER_ERROR if USER_ERROR in codes else ENGINE_FAILED
 
     def _engine_fault(self) -> str:
         """Why the engine cannot go on, or an empty string."""
         if not self._engine.is_alive():
-            return f"the engine process has ended with code {self._engine.exitcode}"
+            return f"the engine process has ended with code {self._engine.exitcode}{self._why_killed(self._engine)}"
         state = metrics.health(self._row, self._config.heartbeat_timeout, self._config.step_timeout)
         return state.reason if self._suspicion.confirmed(state.reason) else ""
+
+    def _why_killed(self, process: BaseProcess) -> str:
+        """What most often is behind a SIGKILL that nobody here has sent: the process itself could say nothing."""
+        if process.exitcode != -signal.SIGKILL:
+            return ""
+        return self._model.words(
+            ": killed, as a system does that is out of memory; if so, lower kv_cache.memory_gib or "
+            "engine.max_model_len, or take a smaller model"
+        )
 
     def _front_fault(self, index: int) -> str:
         """Why a front serves nobody any more, or an empty string. A front that is frozen is ended: its clients'

@@ -21,6 +21,9 @@ DTYPES = {
     "float": "float32",
     "float32": "float32",
 }
+# They own regions, which are not swapped, and never take a request's slots away.
+ALLOCATORS_WITHOUT_SWAP = ("contiguous", "orca_max", "orca_oracle", "orca_pow2", "virtual")
+SCHEDULERS_WITHOUT_SWAP = ("static",)
 NULL = object()  # a setting's null, where None means that no flag was given
 _SIZES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
 
@@ -183,6 +186,10 @@ def _check(flags: argparse.Namespace) -> None:
             f"--quantization {flags.quantization} is not available: weights run in --dtype, and a checkpoint that is "
             "quantised says so itself; leave the flag out"
         )
+    for kind, without in (("allocator", ALLOCATORS_WITHOUT_SWAP), ("scheduler", SCHEDULERS_WITHOUT_SWAP)):
+        name = getattr(flags, kind)
+        if flags.swap_space and name in without:
+            raise ConfigError(f"--swap-space is nothing that --{kind} {name} can use; leave one out")
     if flags.enable_prefix_caching and flags.allocator not in (None, "paged_prefix", "radix"):
         raise ConfigError(
             f"--enable-prefix-caching needs --allocator paged_prefix or radix, not {flags.allocator}; leave one out"

@@ -16,6 +16,7 @@ FLAGS = {
     "server.api_keys": "--api-key",
     "server.served_model_names": "--served-model-name",
     "server.num_fronts": "--api-server-count",
+    "server.protected_paths": "--protect",
     "server.cors_origins": "--allowed-origins",
     "server.otlp_endpoint": "--otlp-traces-endpoint",
     "server.log_requests": "--disable-access-log",
@@ -24,7 +25,7 @@ SAME_NAME = (
     "model.trust_remote_code", "model.load_format", "engine.dtype", "engine.device", "engine.gpu_memory_utilization",
     "engine.seed", "engine.max_model_len", "scheduler.max_num_seqs", "scheduler.max_num_batched_tokens",
     "allocator.block_size", "server.host", "server.port", "server.max_num_queued_requests", "server.shutdown_timeout",
-    "server.allowed_media_domains", "server.allowed_local_media_path", "server.chat_template",
+    "server.api_key_file", "server.allowed_media_domains", "server.allowed_local_media_path", "server.chat_template",
     "server.tool_call_parser", "server.generation_config", "server.max_logprobs", "server.ssl_certfile",
     "server.ssl_keyfile", "server.ssl_keyfile_password", "server.ssl_ca_certs",
 )  # fmt: skip
@@ -38,9 +39,10 @@ SWITCHES = {
     "server.log_requests=false": "--disable-access-log",
 }
 _VALUE = r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,;:)\]]+"
-# A key in quotes is one that a person gave with --set.
+# A key in quotes, and one behind --set, is one that a person gave with --set.
 _KEY = re.compile(
-    rf"(?<![\w.'/])((?:{'|'.join(_SECTIONS)})\.(?!py\b|json\b|log\b)\w+(?:\.\w+)*|model\.(?:{_MODEL})\b)(?:=({_VALUE}))?"
+    rf"(?<!--set )(?<![\w.'/])"
+    rf"((?:{'|'.join(_SECTIONS)})\.(?!py\b|json\b|log\b)\w+(?:\.\w+)*|model\.(?:{_MODEL})\b)(?:=({_VALUE}))?"
 )
 _GROUP = re.compile(r"(?<![\w.'/-])(allocator|scheduler)=(\w+)")
 

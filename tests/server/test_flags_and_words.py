@@ -1,11 +1,15 @@
 """`kvarena serve` speaks of its flags, and every flag has an effect."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from engine.errors import ConfigError
-from experiments.compose import load_config
+from engine.server.config import ServerConfig
+from engine.server.process import ModelFiles
+from engine.server.supervisor import ENGINE_FAILED, Supervisor
+from experiments.compose import CONF_DIR, load_config
 from experiments.serving import flags as serving_flags
 from experiments.serving.flags import overrides_of, parse_flags
 from experiments.serving.words import FLAGS, in_flags
@@ -95,6 +99,70 @@ def test_messages_in_flags(text, said):
     assert in_flags(text) == said
 
 
+def test_every_key_that_a_flag_sets_is_spoken_of_as_that_flag():
+    """But for what a flag sets beside its own: a wrong value of it cannot come from the command."""
+    usual = overrides_of(parse_flags([]))
+    beside = {"scheduler.preemption", "runner.graphs", "driver.probe"}
+    for flag, value in VALUES.items():
+        made = {one.split("=")[0] for one in overrides_of(parse_flags([flag, value])) if one not in usual}
+        assert {key for key in made if "." in key} - beside <= set(FLAGS), flag
+
+
+@pytest.mark.parametrize("text", ["kv_cache.num_slots=3 is too small", "lower engine.max_model_len or runner.graphs"])
+def test_what_speaks_flags_stays(text):
+    assert in_flags(in_flags(text)) == in_flags(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--swap-space", "1", "--allocator", "virtual"], "--swap-space is nothing that --allocator virtual can use"),
+        (["--swap-space", "1", "--scheduler", "static"], "--swap-space is nothing that --scheduler static can use"),
+    ],
+)
+def test_flags_that_exclude_each_other(flags, line):
+    with pytest.raises(ConfigError, match=line):
+        overrides_of(parse_flags(flags))
+
+
+def test_the_lists_of_strategies_without_swap_are_theirs():
+    for kind, key, without in (
+        ("allocator", "swap_gib", serving_flags.ALLOCATORS_WITHOUT_SWAP),
+        ("scheduler", "preemption", serving_flags.SCHEDULERS_WITHOUT_SWAP),
+    ):
+        names = [file.stem for file in (CONF_DIR / kind).glob("*.yaml")]
+        assert {name for name in names if key not in load_config([f"{kind}={name}"])[kind]} == set(without)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "must"),
+    [
+        ("log_requests", "maybe", "true or false"), ("enable_dashboard", 1, "true or false"),
+        ("heartbeat_timeout", "abc", "a number"), ("max_logprobs", 1.5, "an integer"), ("max_n", True, "an integer"),
+        ("shutdown_timeout", None, "a number"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_refused(key, value, must):
+    with pytest.raises(ConfigError, match=f"server.{key}={value!r} must be {must}"):
+        ServerConfig.from_dict({key: value})
+
+
+def test_a_setting_of_tls_without_tls_is_refused():
+    for key in ("ssl_keyfile_password", "ssl_ca_certs"):
+        with pytest.raises(ConfigError, match=f"server.{key} is for TLS"):
+            ServerConfig.from_dict({key: "README.md"})
+
+
 def test_words_name_no_key_that_has_a_flag():
     for key, flag in FLAGS.items():
         assert not re.search(rf"\b{re.escape(key)}\b", in_flags(f"lower {key}=3 or {key}.")), flag
+
+
+def test_a_process_that_was_killed_while_it_started_ends_with_a_line(capsys):
+    """The system kills who takes memory that is not there, and that process can say nothing itself."""
+    supervisor = Supervisor(ServerConfig.from_dict({}), ModelFiles("m", words=in_flags), lambda: None)
+    supervisor._processes = [SimpleNamespace(name="kvarena-engine", exitcode=-9, join=lambda seconds: None)]
+    assert supervisor._failed_start() == ENGINE_FAILED
+    said = capsys.readouterr().err
+    assert said.startswith("error: kvarena-engine has ended with code -9 while it started: killed, as a system does")
+    assert "lower --kv-cache-memory-gib or --max-model-len" in said

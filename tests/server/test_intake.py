@@ -16,6 +16,7 @@ from engine.server.intake import ROUND_SECONDS, Intake
 from engine.server.ipc import AddFrame, ToEngine, pack_ids
 from engine.server.process import freeze_heap
 from experiments.serving.stub_engine import StubOptions, build
+from experiments.serving.words import in_flags
 
 HANDLES = itertools.count(1)
 
@@ -181,3 +182,15 @@ def test_an_automaton_that_failed_is_built_anew(intake, compiles):
     intake.run_round(60)
     wait_for(intake, lambda: len(intake.routes) == 2)
     assert len(compiles.threads) == 2
+
+
+def test_a_refusal_speaks_the_words_of_the_command(intake):
+    """What the scheduler says names keys; whoever started the server with flags reads flags."""
+    object.__setattr__(intake._served, "words", in_flags)
+    message = add(key=None)
+    prompt = pack_ids([5] * 8192)
+    intake.receive(0, [[*message[:3], prompt, *message[4:]]])
+    intake.run_round()
+    [(_, reason, text)] = intake.outs[0].admitted
+    assert reason == "max_model_len"
+    assert "is over --max-model-len 8192" in text
