@@ -93,10 +93,8 @@ def host_blocks(swap_gib: float, swap_blocks: int | None, block_size: int, kv_by
     Raises:
         ConfigError: negative, both given, or GiB of KV of unknown size.
     """
-    if isinstance(swap_gib, bool) or not isinstance(swap_gib, (int, float)):
-        raise ConfigError(f"allocator.swap_gib={swap_gib!r} must be a number")
-    if swap_gib < 0:
-        raise ConfigError(f"allocator.swap_gib={swap_gib} must be at least 0 (0 recomputes instead of swapping)")
+    if isinstance(swap_gib, bool) or not isinstance(swap_gib, (int, float)) or swap_gib < 0:
+        raise ConfigError(f"allocator.swap_gib={swap_gib!r} must be at least 0 (GiB; 0 recomputes instead of swapping)")
     if swap_blocks is not None:
         if swap_gib:
             raise ConfigError("allocator.swap_gib and allocator.swap_blocks both size the host space; set one of them")

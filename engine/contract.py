@@ -262,7 +262,7 @@ class KVAllocator(metaclass=Checked):
         return False
 
     def swap_out(self, req: Request) -> bool:  # noqa: ARG002
-        """Move `req`'s KV to host memory and free its blocks. False: recompute instead."""
+        """Move `req`'s computed KV to host memory and free its blocks. False: no room there, or nothing to move."""
         return False
 
     def swap_in(self, req: Request) -> bool:  # noqa: ARG002

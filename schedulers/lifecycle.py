@@ -194,7 +194,7 @@ class Lifecycle(StepScheduler):
         self._remove_running(req)
         plan.preempted.append(req)
         req.num_preemptions += 1
-        if self.preemption == "swap" and req.num_computed_tokens and self.allocator.swap_out(req):
+        if self.preemption == "swap" and self.allocator.swap_out(req):
             req.status = RequestStatus.SWAPPED
         else:
             self.allocator.free(req)
@@ -245,10 +245,7 @@ class Lifecycle(StepScheduler):
                 return
 
     def _remove_running(self, req: Request) -> None:
-        if req in self.decoding:
-            del self.decoding[req]
-        else:
-            del self.prefilling[req]
+        del (self.decoding if req in self.decoding else self.prefilling)[req]
 
     def _waits_for(self, parent: Request) -> bool:
         """Whether `parent` still has to compute the prompt that its children may share."""

@@ -54,7 +54,7 @@ class PriorityScheduler(ChunkedScheduler):
             if not victims or head.num_pending_tokens:
                 return
             full = self.num_running >= self.max_num_seqs
-            if (not full and self.admit(head, plan)) or head.is_finished:
+            if not full and self.admit(head, plan):
                 continue
             if not full and not self._would_fit(head, victims):
                 return

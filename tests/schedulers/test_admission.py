@@ -71,6 +71,15 @@ def test_the_watermark_keeps_blocks_for_growth_but_never_blocks_an_idle_engine(s
     assert run.token_times["small"][0] < run.token_times["big"][-1]
 
 
+@pytest.mark.parametrize(("num_prompt", "admitted"), [(16, True), (17, False)])
+def test_the_watermark_itself_is_kept_and_no_more(num_prompt, admitted):
+    first, second = request("first", 32, 8), request("second", num_prompt, 4)
+    policy = simulate("continuous", num_blocks=20, watermark=0.4).engine.scheduler  # 32 of 80 slots
+    for req in (first, second):
+        policy.add(req)
+    assert policy.schedule(0.0).admitted == ([first, second] if admitted else [first])
+
+
 @pytest.mark.parametrize("scheduler", strategy_names("scheduler"))
 def test_what_can_never_run_is_rejected_with_a_reason(scheduler):
     policy = simulate(scheduler, num_blocks=10, max_model_len=64).engine.scheduler
@@ -85,6 +94,12 @@ def test_what_can_never_run_is_rejected_with_a_reason(scheduler):
     assert policy.num_waiting == 1
     with pytest.raises(RequestError, match="'fits' is in use"):
         policy.add(request("fits"))
+
+
+def test_the_smallest_context_is_one_prompt_token_and_one_output_token():
+    req = request("r", 1, 1)
+    simulate("continuous", max_model_len=2).run([req])
+    assert req.finish_reason is FinishReason.LENGTH
 
 
 class OptimisticAllocator(PagedAllocator):
@@ -115,6 +130,8 @@ def test_a_request_that_outgrows_the_pool_alone_ends_with_an_error_and_the_other
         ({"max_num_seqs": 0}, "scheduler.max_num_seqs"),
         ({"max_num_batched_tokens": 0}, "scheduler.max_num_batched_tokens"),
         ({"watermark": 1.0}, "scheduler.watermark"),
+        ({"watermark": True}, "scheduler.watermark"),
+        ({"watermark": "half"}, "scheduler.watermark"),
         ({"preemption": "kill"}, "scheduler.preemption"),
         ({"victim": "nobody"}, "scheduler.victim"),
         ({"max_model_len": 1}, "engine.max_model_len"),

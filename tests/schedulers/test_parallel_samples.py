@@ -104,3 +104,49 @@ def test_children_fit_into_a_pool_that_could_not_hold_their_prompts_apart():
     group = samples(n=4, num_prompt=33, max_tokens=3)  # 9 blocks each; forked: 8 shared and one each
     _, _, outputs = run_group("chunked", group, num_blocks=14, watermark=0.0)
     assert max(output.num_running for output in outputs) == 4
+
+
+# ---- forks at the limits: what is asked of the pool is what a child takes beside the shared blocks
+
+
+def forked(num_blocks: int, watermark: float, num_prompt: int = 33):
+    """A parent that decodes, and the plan in which its child was first considered; blocks of 4."""
+    engine = simulate("continuous", num_blocks=num_blocks, watermark=watermark).engine
+    parent, child = samples(n=2, num_prompt=num_prompt, max_tokens=3)
+    engine.add(parent)
+    engine.step()
+    engine.add(child)
+    plan = engine.scheduler.schedule(0.0)
+    return engine, plan, parent, child
+
+
+def test_a_child_that_was_added_after_its_parents_prompt_is_admitted_at_once():
+    _, plan, _, child = forked(num_blocks=20, watermark=0.0)
+    assert plan.admitted == [child] and (child, 32, 1) in plan.scheduled
+
+
+def test_a_child_of_a_parent_that_has_ended_computes_its_prompt():
+    engine = simulate("continuous").engine
+    parent, child = samples(n=2)
+    engine.add(parent)
+    while engine.has_work:
+        engine.step()
+    engine.add(child)
+    plan = engine.scheduler.schedule(0.0)
+    assert plan.admitted == [child] and plan.scheduled[0].start == 0
+
+
+# The parent has 9 of 20 blocks, 36 of 80 slots; the child shares 8 and asks for one slot more.
+@pytest.mark.parametrize(("num_blocks", "watermark", "admitted"), [(20, 0.54, True), (20, 0.55, False)])
+def test_a_child_leaves_the_watermark_free_beside_the_blocks_that_it_shares(num_blocks, watermark, admitted):
+    engine, plan, _, child = forked(num_blocks, watermark)
+    assert plan.admitted == ([child] if admitted else [])
+    assert engine.allocator.usage().owned == 4 * (10 if admitted else 9)
+
+
+def test_a_child_without_room_for_its_own_block_waits_and_preempts_nobody():
+    engine, plan, parent, child = forked(num_blocks=9, watermark=0.0)
+    assert plan.admitted == plan.preempted == []
+    assert (child.num_computed_tokens, child.num_slots) == (0, 0)
+    assert [entry.req for entry in plan.scheduled] == [parent]
+    assert engine.allocator.usage().shared_saved == 0

@@ -94,3 +94,15 @@ def test_a_full_batch_gives_a_place_to_the_more_urgent():
     scheduler.add(head)
     plan = scheduler.schedule(0.0)
     assert plan.preempted == [load[1]] and plan.admitted == [head] and scheduler.num_running == 2
+
+
+def test_nobody_is_preempted_for_a_request_whose_last_token_is_still_on_its_way():
+    """It cannot be admitted before the step in flight ends, whatever comes free."""
+    urgent, low = request("urgent", 7, 8, priority=0), request("low", 7, 8, priority=5)
+    scheduler = running(paged(10), urgent, low)
+    in_flight = scheduler.schedule(0.0)
+    scheduler.preempt(urgent, plan := scheduler.schedule(0.0))
+    assert urgent.num_pending_tokens and scheduler.head() is urgent
+    plan = scheduler.schedule(0.0)
+    assert low not in plan.preempted and low.num_preemptions == 0
+    scheduler.update(in_flight, [1, 1])
