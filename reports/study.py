@@ -45,7 +45,6 @@ def write_study_report(study_dir: Path) -> dict[str, Any]:
         "experiment": study.get("experiment"),
         "headline": _headline(study),
         "notices": _notices(study),
-        "num_claims": len(claims),
         **tally(claims),
         "claims": claims,
         **{key: conditions.get(key) for key in ("simulated", "profiles", "seeds")},

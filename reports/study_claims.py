@@ -1,6 +1,7 @@
 """A study's claims as tables: published numbers, checks, and numbers that nobody stated, each apart.
 
-Only published numbers that something was held against are counted ("N of M hold").
+Only published numbers that something was held against are judged ("N of M hold"). One that nothing could be held
+against is not comparable: it neither holds nor fails, and is counted by itself. The same goes for checks.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from reports.format import DASH
 
 PUBLISHED = ("value", "range", "up to", "bound")
 CHECK, FITTED = "check", "fitted"
-CHECKED = ("passes", "fails")
-JUDGED = ("holds", "differs", "less than stated", "more than stated", "not decided")
+HOLDS, PASSES, FAILS = "holds", "passes", "fails"
+NOT_DECIDED, NOT_COMPARABLE = "not decided", "not comparable"
+DIFFERING = ("differs", "less than stated", "more than stated")
+JUDGED = (HOLDS, *DIFFERING, NOT_DECIDED)
 
 Claim = Mapping[str, Any]
 
@@ -27,19 +30,31 @@ def kind_of(claim: Claim) -> str:
     kind = claim.get("kind")
     if kind is not None:
         return str(kind)
-    return "value" if claim["verdict"] in (*JUDGED, "not comparable") else "ours"
+    return "value" if claim["verdict"] in (*JUDGED, NOT_COMPARABLE) else "ours"
 
 
 def tally(claims: Sequence[Claim]) -> dict[str, int]:
-    """How many published numbers were judged and hold, and how many checks there are and pass."""
-    judged = [claim["verdict"] for claim in claims if kind_of(claim) in PUBLISHED and claim["verdict"] in JUDGED]
-    checks = [claim["verdict"] for claim in claims if kind_of(claim) == CHECK and claim["verdict"] in CHECKED]
+    """How many claims there are of each sort, and what they came to; each claim is counted once below its sort.
+
+    Published numbers: judged = holding + differing + not decided, and apart from these the not comparable ones. Checks:
+    those that were made = passing + failing, and apart from these the undecided and the not comparable ones. The rest
+    was measured, or fitted to.
+    """
+    published = [claim["verdict"] for claim in claims if kind_of(claim) in PUBLISHED]
+    checks = [claim["verdict"] for claim in claims if kind_of(claim) == CHECK]
     return {
-        "num_judged": len(judged),
-        "num_holding": judged.count("holds"),
-        "num_not_decided": judged.count("not decided"),
-        "num_checks": len(checks),
-        "num_passing": checks.count("passes"),
+        "num_claims": len(claims),
+        "num_judged": sum(map(published.count, JUDGED)),
+        "num_holding": published.count(HOLDS),
+        "num_differing": sum(map(published.count, DIFFERING)),
+        "num_not_decided": published.count(NOT_DECIDED),
+        "num_not_comparable": published.count(NOT_COMPARABLE),
+        "num_checks": checks.count(PASSES) + checks.count(FAILS),
+        "num_passing": checks.count(PASSES),
+        "num_failing": checks.count(FAILS),
+        "num_checks_not_decided": checks.count(NOT_DECIDED),
+        "num_checks_not_comparable": checks.count(NOT_COMPARABLE),
+        "num_not_judged": len(claims) - len(published) - len(checks),
     }
 
 
@@ -48,16 +63,24 @@ def verdict_line(claims: Sequence[Claim]) -> tuple[str, bool] | None:
     counts = tally(claims)
     parts = []
     if counts["num_judged"]:
-        text = f"{counts['num_holding']} of {counts['num_judged']} published numbers hold"
-        if counts["num_not_decided"]:
-            text += f", {counts['num_not_decided']} not decided"
-        parts.append(text)
+        parts.append(f"{counts['num_holding']} of {counts['num_judged']} published numbers hold{apart(counts)}")
+    elif counts["num_not_comparable"]:
+        parts.append(f"no published number is judged{apart(counts)}")
     if counts["num_checks"]:
-        parts.append(f"{counts['num_passing']} of {counts['num_checks']} checks pass")
+        parts.append(f"{counts['num_passing']} of {counts['num_checks']} checks pass{apart(counts, 'checks_')}")
+    elif undecided := apart(counts, "checks_"):
+        parts.append(f"no check is decided{undecided}")
     if not parts:
         return None
-    good = (counts["num_holding"], counts["num_passing"]) == (counts["num_judged"], counts["num_checks"])
-    return "; ".join(parts) + ".", good
+    good = not (counts["num_differing"] or counts["num_not_decided"] or counts["num_failing"])
+    line = "; ".join(parts) + "."
+    return line[0].upper() + line[1:], good
+
+
+def apart(counts: Mapping[str, int], of: str = "") -> str:
+    """What of the published numbers (or of the `checks_`) neither holds nor fails: ", 1 not decided, 2 not ..."."""
+    kinds = ((counts[f"num_{of}not_decided"], NOT_DECIDED), (counts[f"num_{of}not_comparable"], NOT_COMPARABLE))
+    return "".join(f", {number} {kind}" for number, kind in kinds if number)
 
 
 def claims_sections(claims: Sequence[Claim], beside: str) -> list[Section]:
@@ -116,7 +139,7 @@ def terminal_table(summary: Mapping[str, Any]) -> TerminalTable:
     table.add_column("verdict")
     order = {name: place for place, name in enumerate((*PUBLISHED, "ours", FITTED, CHECK))}
     for claim in sorted(summary["claims"], key=lambda one: order.get(kind_of(one), 0) >= len(PUBLISHED)):
-        good = claim["verdict"] in ("holds", "passes", "measured")
+        good = claim["verdict"] in (HOLDS, PASSES, "measured")
         table.add_row(
             escape(claim["quantity"]),
             kind_of(claim),

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from reports.study_claims import tally
+from reports.study_claims import apart, tally
 
 
 class Kind(StrEnum):
@@ -184,7 +184,8 @@ def up_to(quantity: str, unit: str, most: float, ours: Number | None, share: flo
 
 def check(claim: Claim) -> Claim:
     """The same as a check: what must come out so, or is held against a limit of our own."""
-    verdicts = {Verdict.HOLDS: Verdict.PASSES, Verdict.DIFFERS: Verdict.FAILS}
+    differing = dict.fromkeys((Verdict.DIFFERS, Verdict.LESS, Verdict.MORE), Verdict.FAILS)
+    verdicts = {Verdict.HOLDS: Verdict.PASSES} | differing
     return replace(claim, kind=Kind.CHECK, verdict=verdicts.get(claim.verdict, claim.verdict))
 
 
@@ -211,10 +212,14 @@ def compared(quantity: str, ratio: Mean, **more: Any) -> Claim:
 
 
 def counted(claims: Sequence[Claim], what: str) -> str:
-    """How many published numbers hold, for a headline: "12 of 13 {what}, 1 not decided"."""
+    """How many published numbers hold, for a headline: "12 of 15 {what} (1 not decided, 2 not comparable)".
+
+    Those that are not comparable are not among the 15.
+    """
     counts = tally([asdict(claim) for claim in claims])
     text = f"{counts['num_holding']} of {counts['num_judged']} {what}"
-    return f"{text} ({counts['num_not_decided']} not decided)" if counts["num_not_decided"] else text
+    others = apart(counts).removeprefix(", ")
+    return f"{text} ({others})" if others else text
 
 
 def not_run(quantity: str, unit: str, stated: float, why: str) -> Claim:

@@ -25,8 +25,9 @@ from experiments.recording.provenance import git_state, machine, versions
 from experiments.studies.base import Study
 from experiments.studies.cells import CellRunner
 from reports.files import read_json
+from reports.study_claims import tally
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3  # 2 had no counts of the claims
 
 
 def run_study(cfg: DictConfig) -> None:
@@ -43,8 +44,10 @@ def run_study(cfg: DictConfig) -> None:
     study: Study = instantiate(cfg.study)
     cells = CellRunner(hydra.overrides.task, out_dir, command_of(hydra, alone=True))
     findings = study.run(cells)
-    record = findings.to_json() | {
+    content = findings.to_json()
+    record = content | {
         "schema_version": SCHEMA_VERSION,
+        **tally(content["claims"]),
         "experiment": hydra.runtime.choices.get("experiment"),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git": git_state(),

@@ -1,7 +1,7 @@
 """A published number holds when ours meets it, interval and all; what cannot fail is a check and is not counted."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -23,7 +23,7 @@ from experiments.studies.claims import (
     up_to,
     within,
 )
-from reports.study_claims import verdict_line
+from reports.study_claims import tally, verdict_line
 
 
 def seeds(value: float, half: float) -> Mean:
@@ -84,12 +84,41 @@ def test_only_published_numbers_that_something_is_held_against_are_counted():
         check(at_most("i", "", 65_536, 36_018.0)),
         check(at_least("j", "", 1.0, 0.5)),
     ]
-    assert counted(claims, "bars are met") == "1 of 4 bars are met (1 not decided)"
+    assert counted(claims, "bars are met") == "1 of 4 bars are met (1 not decided, 1 not comparable)"
     line, good = verdict_line([asdict(claim) for claim in claims])
-    assert (line, good) == ("1 of 4 published numbers hold, 1 not decided; 1 of 2 checks pass.", False)
+    assert (line, good) == (
+        "1 of 4 published numbers hold, 1 not decided, 1 not comparable; 1 of 2 checks pass, 1 not comparable.",
+        False,
+    )
+    counts = tally([asdict(claim) for claim in claims])
+    assert counts == {
+        "num_claims": 11, "num_judged": 4, "num_holding": 1, "num_differing": 2, "num_not_decided": 1,
+        "num_not_comparable": 1, "num_checks": 2, "num_passing": 1, "num_failing": 1, "num_checks_not_decided": 0,
+        "num_checks_not_comparable": 1, "num_not_judged": 3,
+    }  # fmt: skip
     assert [claim.verdict for claim in claims[-2:]] == [Verdict.PASSES, Verdict.FAILS]
     assert compared("k", seeds(1.0, 0.1)).verdict is Verdict.SAME
     assert compared("l", Mean(2.0, None, None)).verdict is Verdict.MEASURED
+
+
+def test_what_is_not_comparable_neither_holds_nor_fails():
+    held, lost = within("a", "%", 20.0, 20.0, 5.0), not_run("b", "%", 44.3, "not offered")
+    unmade = check(between("c", "", 1.7, 2.7, None))
+
+    def said(*claims):
+        return verdict_line([asdict(claim) for claim in claims])
+
+    assert said(held, lost) == ("1 of 1 published numbers hold, 1 not comparable.", True)
+    assert said(lost) == ("No published number is judged, 1 not comparable.", True)
+    assert said(unmade) == ("No check is decided, 1 not comparable.", True)
+    assert said(measured("d", "", 1.0)) is None
+    parts = ("num_judged", "num_not_comparable", "num_checks", "num_checks_not_decided", "num_checks_not_comparable")
+    for verdict in list(Verdict)[:6]:  # of a comparison: none is lost, and none is counted twice
+        for claim in (replace(held, verdict=verdict), check(replace(held, verdict=verdict))):
+            counts = tally([asdict(claim)])
+            assert sum(counts[part] for part in parts) == 1
+            assert counts["num_judged"] == sum(counts[f"num_{of}"] for of in ("holding", "differing", "not_decided"))
+            assert counts["num_checks"] == counts["num_passing"] + counts["num_failing"]
 
 
 def test_a_share_has_no_interval_beyond_its_ends():

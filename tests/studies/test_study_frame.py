@@ -36,9 +36,10 @@ def test_a_study_runs_its_cells_and_reports_its_claims(tmp_path):
     done = run(tmp_path, stated=3)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert {key: result["summary"][key] for key in ("num_judged", "num_holding", "num_checks", "num_passing")} == {
-        "num_judged": 1, "num_holding": 1, "num_checks": 1, "num_passing": 0,
-    }  # fmt: skip
+    counts = {"num_claims": 4, "num_judged": 1, "num_holding": 1, "num_not_comparable": 1, "num_checks": 1,
+              "num_passing": 0}  # fmt: skip
+    for told in (result["summary"], json.loads((tmp_path / "study.json").read_text())):
+        assert {key: told[key] for key in counts} == counts
     assert result["summary"]["claims"][0]["ratio"] == 1.0
     assert (tmp_path / "cells" / "orca" / "requests.parquet").exists()
     manifest = json.loads((tmp_path / "cells" / "orca" / "manifest.json").read_text())
@@ -46,7 +47,7 @@ def test_a_study_runs_its_cells_and_reports_its_claims(tmp_path):
     cfg, choices = compose_cell(manifest["command"][2:])  # the cell alone
     assert cfg.study is None and (choices["allocator"], cfg.workload.output_len) == ("orca_max", 4)
     markdown = (tmp_path / "report.md").read_text()
-    assert "1 of 1 published numbers hold; 0 of 1 checks pass." in markdown
+    assert "1 of 1 published numbers hold, 1 not comparable; 0 of 1 checks pass." in markdown
     published, others, checks = (markdown.index(f"## {title}") for title in
                                  ("Published numbers", "Not judged", "Checks"))  # fmt: skip
     assert published < others < checks
