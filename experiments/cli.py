@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import ConfigError, KvarenaError
+from experiments.near import did_you_mean
+from reports.packages import missing_package
 from reports.plain_text import write_any_text
 
 USAGE = """usage: kvarena COMMAND ...
@@ -20,13 +22,14 @@ commands:
   report DIR [DIR ...]    make a run's or a sweep's report again from its files; several runs: compare them
                           --commit: of runs of a copy without git, find the commit by the hash of their sources
 """
+COMMANDS = ("serve", "bench", "report")
 USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    write_any_text()
     args = list(sys.argv[1:] if argv is None else argv)
+    write_any_text(logs=args[:1] == ["serve"] and not {"-h", "--help"} & set(args))
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if args else USER_ERROR
@@ -38,10 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _bench(rest)
         if command == "report":
             return _report(rest)
-    except KvarenaError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (KvarenaError, ModuleNotFoundError) as error:
+        reason = missing_package(error) if isinstance(error, ModuleNotFoundError) else str(error)
+        if reason is None:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
         return USER_ERROR
-    print(f"error: unknown command {command!r}; known: serve, bench, report", file=sys.stderr)
+    print(f"error: unknown command {command!r}{did_you_mean(command, COMMANDS)}", file=sys.stderr)
     return USER_ERROR
 
 
@@ -58,7 +64,7 @@ def _serve(args: list[str]) -> int:
     try:
         cfg, choices = compose_cell(overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error) or str(error)) from error
+        raise ConfigError(explain(error, overrides) or str(error)) from error
     from experiments.serving.serve import serve
 
     try:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from omegaconf import DictConfig, OmegaConf
 
 from engine.errors import ConfigError
+from engine.server.config import ServerConfig
 from experiments import defaults
+from experiments.near import did_you_mean
 
 defaults.register()  # of a config that another process composed
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -24,9 +26,12 @@ ATTENTION = ("auto", "reference", "triton")
 LAYOUTS = ("paged", "contiguous")
 RECORDS = ("full", "summary", "none")
 CACHES = ("cold", "warm")
+JSONS = ("short", "full")
 SLO_RULES = ("per_request", "percentiles")
 SECTIONS = ("engine", "kv_cache", "sampling", "driver", "sweep", "report", "http", "slo", "allocator", "scheduler",
             "model", "runner", "workload", "arrival")  # fmt: skip
+KEYS = (*SECTIONS, "server", "tracking", "study", "mode", "target")
+MODEL_KEYS = ("name", "path", "shape", "load_format", "trust_remote_code")
 MOST_SLOTS = 2**48  # what no memory holds; the product with a block's size is still an integer of 64 bits
 MOST_GIB = 2**30
 MOST_SAMPLES = 2**16
@@ -53,6 +58,14 @@ def check_values(cfg: DictConfig) -> None:
     for section in SECTIONS:
         if not isinstance(values.get(section), dict):
             raise ConfigError(f"{section}={values.get(section)} must be a section of settings; set those inside it")
+    for name in map(str, values):
+        if name not in KEYS:
+            raise ConfigError(f"unknown config key {name!r}{did_you_mean(name, KEYS)}")
+    server = [one.name for one in fields(ServerConfig)]
+    for name, inner in (("model", MODEL_KEYS), ("server", server)):
+        for key in values.get(name) or {}:
+            if key not in inner:
+                raise ConfigError(f"unknown config key '{name}.{key}'{did_you_mean(key, inner)}")
     for key, value in _leaves(values, ""):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value} must be a finite number")
@@ -89,7 +102,11 @@ class _Section:
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         for key in values:
             if key not in known:
-                raise ConfigError(f"unknown key {key!r}; known here: {', '.join(sorted(known))}")
+                raise ConfigError(
+                    f"unknown key {key!r} of section {section._key()!r}{did_you_mean(key, sorted(known))}"
+                )
+        if missing := sorted(known - values.keys() - {one.name for one in fields(cls) if one.default is not MISSING}):  # type: ignore[arg-type]
+            raise ConfigError(f"{section._key()}.{missing[0]} is needed: leave ~{section._key()}.{missing[0]} out")
         return cls(**values)
 
 
@@ -193,6 +210,7 @@ class ReportConfig(_Section):
     progress: bool
     kv_map: bool
     pages: bool
+    json: str
 
     def __post_init__(self) -> None:
         # Hydra reads the folder's name 0 as a number.
@@ -201,6 +219,7 @@ class ReportConfig(_Section):
                "a name, or null")  # fmt: skip
         for key in ("progress", "kv_map", "pages"):
             _check(isinstance(getattr(self, key), bool), f"report.{key}", getattr(self, key), "true or false")
+        _check(self.json in JSONS, "report.json", self.json, f"one of {', '.join(JSONS)}")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from engine.errors import ConfigError, NotDefined
 from experiments.building.model_files import check_model
 from experiments.compose import CONF_DIR
 from experiments.explain import explain, own_error
+from experiments.loading import say_loading
 from experiments.recording.failures import record_failure
 from experiments.sweep import ENDED_SWEEP, outcome
 from experiments.unserved import Unserved
@@ -45,6 +47,8 @@ def main() -> int:
     def job(cfg: DictConfig) -> dict[str, Any]:
         started.append(True)
         folder = Path(HydraConfig.get().runtime.output_dir)
+        say = _announcer(cfg)
+        say("")
         try:
             _check_baseline(cfg)
             if cfg.target is None:
@@ -52,11 +56,13 @@ def main() -> int:
             if cfg.mode == "serve":
                 exit_codes.append(_serve(cfg))
             elif cfg.mode == "run" and cfg.study is not None:
+                say_loading(enabled=cfg.report.progress is True)
                 from experiments.studies.run import run_study
 
                 run_study(cfg)
             elif cfg.mode == "run":
                 # Imported here: what is wrong with the command line or the model is answered without loading torch.
+                say_loading(enabled=cfg.report.progress is True)
                 from experiments.job import run_job
 
                 folder = run_job(cfg)
@@ -71,6 +77,7 @@ def main() -> int:
                 raise
             not_defined = isinstance(own_error(error), NotDefined)
             record_failure(message, not_defined=not_defined)
+            say(f": {'not defined' if not_defined else 'failed'}: {message}")
             (undefined if not_defined else failures).append(message)
             return outcome(folder, message, not_defined=not_defined)
         finished.append(True)
@@ -79,7 +86,7 @@ def main() -> int:
     try:
         job()
     except Exception as error:
-        message = explain(error)
+        message = explain(error, sys.argv[1:])
         if message is None and isinstance(error, OSError) and not started:  # Hydra makes the folder before the job
             message = (
                 f"cannot make the run's folder {error.filename} ({error.strerror}); set hydra.run.dir, or "
@@ -108,6 +115,20 @@ def main() -> int:
     for message in failures:
         print(f"error: {message}", file=sys.stderr)
     return USER_ERROR if failures else max(exit_codes, default=0)
+
+
+def _announcer(cfg: DictConfig) -> Callable[[str], None]:
+    """What says on stderr which cell of a sweep begins (`[3/12] allocator=paged workload.seed=2`), and what became of
+    it; outside of a sweep, and without report.progress, it says nothing.
+    """
+    hydra = HydraConfig.get()
+    wanted = hydra.mode is RunMode.MULTIRUN and OmegaConf.select(cfg, "report.progress") is True
+
+    def say(text: str) -> None:
+        if wanted:
+            print(f"{hydra.job.name}{text}", file=sys.stderr, flush=True)
+
+    return say
 
 
 def _check_baseline(cfg: DictConfig) -> None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import OmegaConf
+from hydra.utils import get_object
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.errors import KvarenaError
-from experiments.compose import CONF_DIR, load_config
+from experiments.near import near
+from experiments.suggest import explain_composition
 from reports.errors import ReportError
+from reports.packages import missing_package
 
-EXPERIMENTS = "experiment"  # the group whose choices make section `study`
 
+def explain(error: BaseException, overrides: Sequence[str] = ()) -> str | None:
+    """One line for a person, or None when `error` is not the user's doing but a bug.
 
-def explain(error: BaseException) -> str | None:
-    """One line for a person, or None when `error` is not the user's doing but a bug."""
+    Args:
+        error: what was raised.
+        overrides: the command line, where that may be at fault.
+    """
+    if (package := missing_package(error)) is not None:
+        return package
     own = own_error(error)
     if own is not None:
         return str(own)
@@ -36,11 +43,7 @@ def explain(error: BaseException) -> str | None:
         return f"the command line cannot be read: {first_line(error)}"
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
-    text = " ".join(str(error).split())
-    key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    if key:
-        return f"unknown config key {key[1]!r}{_suggestion(key[1])}"
-    return text
+    return explain_composition(error, overrides) or " ".join(str(error).split())
 
 
 def _raised_in(error: BaseException) -> str:
@@ -74,6 +77,11 @@ def _explain_instantiation(error: InstantiationException, chain: list[BaseExcept
     loading = next((link.__cause__ for link in chain if str(link).startswith("Error loading '")), None)
     if target := re.search(r"Error locating target '([^']+)'", str(error)):
         return f"{where}_target_={target[1]} cannot be loaded: {_with_place(loading or cause)}"
+    if unexpected := re.search(r"unexpected keyword argument '([^']+)'", str(cause)):
+        known = [name for name in _arguments(str(error)) if name != unexpected[1]]
+        found = near(unexpected[1], known)
+        meant = f"; did you mean {' or '.join(found)}?" if found else ""
+        return f"{where}there is no setting {unexpected[1]!r}{meant} ({cause})"
     return f"{where}{cause}" if isinstance(cause, (TypeError, ValueError, OverflowError)) else None
 
 
@@ -90,42 +98,19 @@ def _with_place(error: BaseException) -> str:
     return f"{said} ({Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno})"
 
 
-def _suggestion(key: str) -> str:
-    """The config keys most like `key`, for the error line."""
-    known: list[str] = []
-
-    def walk(node: object, prefix: str) -> None:
-        if isinstance(node, dict):
-            for name, child in node.items():
-                known.append(f"{prefix}{name}")
-                walk(child, f"{prefix}{name}.")
-
-    if owners := _owners(key):
-        return f"; it is a setting of {', '.join(owners)}: choose one of these"
-    walk(OmegaConf.to_container(load_config()), "")
-    known = [name for name in known if name != key]
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    if not near:
-        section = key.rsplit(".", 1)[0]
-        near = [name for name in known if name.startswith(f"{section}.")] or [n for n in known if "." not in n]
-        return f"; known: {', '.join(near)}"
-    return f"; did you mean {' or '.join(near)}?"
-
-
-def _owners(key: str) -> list[str]:
-    """The choices of config groups whose own files have this setting: `arrival.rate` is one of arrival=poisson."""
-    group, _, inner = key.partition(".")
-    folder, path = (EXPERIMENTS, key) if group == "study" else (group, inner)
-    files = sorted((CONF_DIR / folder).glob("*.yaml")) if inner else []
-    return [f"{folder}={file.stem}" for file in files if _has(OmegaConf.load(file), path)]
-
-
-def _has(node: Any, path: str) -> bool:
-    for name in path.split("."):
-        if not OmegaConf.is_dict(node) or name not in node:
-            return False
-        node = node._get_node(name)
-    return True
+def _arguments(text: str) -> list[str]:
+    """What the class takes whose construction Hydra says has failed."""
+    name = re.search(r"Error in call to target '([^']+)'", text)
+    try:
+        kind = get_object(name[1]) if name else object
+        return [
+            parameter.name
+            for one in kind.__mro__
+            for parameter in inspect.signature(one).parameters.values()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        ]
+    except (HydraException, ImportError, ValueError, TypeError, AttributeError):
+        return []
 
 
 def first_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+import reports.ending
 import reports.run_report
 import reports.terminal
 from engine.errors import ConfigError
@@ -31,7 +32,7 @@ from experiments.config import ReportConfig, SweepConfig, check_values
 from experiments.explain import first_line
 from experiments.http_job import run_http
 from experiments.load.driver import drive
-from experiments.output import HttpProgress, Progress, print_result
+from experiments.output import HttpProgress, Progress
 from experiments.recording.cell_folders import CellFolders, owner_of, result_in, result_of, whole_key
 from experiments.recording.cell_state import (
     cell_key,
@@ -55,7 +56,7 @@ OTHERS = {"code": "other code", "machine": "another machine"}
 
 
 def run_job(cfg: DictConfig) -> Path:
-    """Run one cell and print where its report is.
+    """Run one cell and print what it came to; a sweep's cells print nothing, for the sweep does.
 
     Returns:
         The cell's folder: a sweep's cell that its launcher placed on another machine has one of its own.
@@ -78,12 +79,9 @@ def run_job(cfg: DictConfig) -> Path:
     group = str(run_dir.parent) if in_sweep else None
     name = f"{choices['allocator']} x {choices['scheduler']}"
     summary = execute(cfg, run_dir, name, choices, group, command=command_of(hydra, alone=in_sweep))
-    report = run_dir / "report.html" if cfg.report.pages else None
-    console = Console()
-    console.print(reports.terminal.run_table(summary))
-    if report is not None:
-        console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
-    print_result({"run_dir": str(run_dir), "report": report and str(report), "summary": summary})
+    if not in_sweep:
+        Console().print(reports.terminal.run_table(summary))
+        reports.ending.print_ending(reports.ending.run_ending(run_dir, summary), full=cfg.report.json == "full")
     if (reason := why_unserved(summary)) is not None:
         raise Unserved(reason, run_dir)
     return run_dir

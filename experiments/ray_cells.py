@@ -12,6 +12,7 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
-from tqdm import tqdm
 
 from engine.errors import ConfigError
 from experiments.explain import first_line
+from experiments.output import progress_bar
 from experiments.recording.sources import code_hash
 from experiments.sweep import outcome
 
@@ -152,7 +153,7 @@ def _gather(
     shared = ray.put(sweep)
     pending = {task(first + at, list(overrides), shared): at for at, overrides in enumerate(job_overrides)}
     returns: dict[int, JobReturn] = {}
-    with tqdm(total=len(pending), desc="cells", unit="cell", disable=not sweep.config.report.progress) as bar:
+    with closing(progress_bar("cells", len(pending), "cells", enabled=sweep.config.report.progress)) as bar:
         while pending:
             (ended,), _ = ray.wait(list(pending), num_returns=1)
             at = pending.pop(ended)

@@ -67,6 +67,9 @@ def run_sweep(config: DictConfig, loader: ConfigLoader, launcher: Launcher, over
         ConfigError: as `make_plan` and the launcher.
         OSError: the sweep's folder cannot be made.
     """
+    from experiments.loading import say_loading
+
+    say_loading(enabled=OmegaConf.select(config, "report.progress") is True)
     from experiments.sweep_plan import make_plan  # late: a typing error must not wait for what it imports
 
     sweep_dir = Path(config.hydra.sweep.dir)
@@ -83,7 +86,7 @@ def run_sweep(config: DictConfig, loader: ConfigLoader, launcher: Launcher, over
     ended = EndedSweep()
     ENDED_SWEEP.set(ended)
     try:
-        _compare(sweep_dir, plan, config.report.baseline, ended)
+        _compare(sweep_dir, plan, config.report, ended)
     except Exception as error:
         ended.error = error
 
@@ -161,25 +164,23 @@ def _baseline(plan: Plan, given: str) -> str:
     return given if found is None else Path(found.outcome["folder"]).name
 
 
-def _compare(sweep_dir: Path, plan: Plan, baseline: str | int | None, ended: EndedSweep) -> None:
+def _compare(sweep_dir: Path, plan: Plan, report: DictConfig, ended: EndedSweep) -> None:
     from rich.console import Console
 
     import reports.comparison
     import reports.terminal
-    from experiments.output import print_result
     from experiments.recording.cell_state import only_writer
+    from reports.ending import LISTS, print_ending, sweep_ending
     from reports.errors import NothingRecorded
 
     with only_writer(sweep_dir):
-        sweep = ended.record = collect(sweep_dir, plan, baseline)
+        sweep = ended.record = collect(sweep_dir, plan, report.baseline)
         try:
             summary = reports.comparison.write_comparison(sweep_dir) if sweep["runs"] else None
         except NothingRecorded as nothing:  # as the command asked
             summary = None
             print(f"no comparison: {nothing}", file=sys.stderr)
-    result: dict[str, Any] = {"sweep_dir": str(sweep_dir)}
-    result |= {key: sweep[key] for key in ("runs", "not_defined", "failed", "unserved")}
     if summary is not None:
         Console().print(reports.terminal.comparison_table(summary))
-        result |= {"report": str(sweep_dir / "report.html"), "summary": summary}
-    print_result(result)
+    left_out = {name: sweep[name] for name in LISTS}
+    print_ending(sweep_ending(sweep_dir, summary, left_out, runs=sweep["runs"]), full=report.json == "full")

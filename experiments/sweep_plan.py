@@ -14,7 +14,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,6 +28,7 @@ from experiments.recording.sources import digest
 from experiments.run_order import order
 from reports.cells import STRATEGY, is_seed
 
+MOST_TITLE = 300  # characters
 OURS = ("hydra.sweep.subdir", "sweep.round")  # what a sweep sets for each of its cells
 
 
@@ -41,6 +42,7 @@ class Job:
         name: the swept settings, as a person gave them.
         stem: its folder's name without digits and round.
         folder: where it runs.
+        title: what is said when it begins: `[3/12] allocator=paged workload.seed=2`, by its place in the order.
         outcome: what it came to, once it has run.
     """
 
@@ -49,12 +51,14 @@ class Job:
     name: str
     stem: str
     folder: Path
+    title: str = ""
     outcome: dict[str, Any] = field(default_factory=dict)
 
     def command(self) -> list[str]:
         """The overrides that make a launcher run it."""
         repeat = [] if self.round is None else [f"sweep.round={self.round}"]
-        return [*self.overrides, *repeat, f"hydra.sweep.subdir={self.folder.name}"]
+        title = QuotedString(self.title.replace("${", "$ {"), Quote.single).with_quotes()
+        return [*self.overrides, *repeat, f"hydra.sweep.subdir={self.folder.name}", f"hydra.job.name={title}"]
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,20 @@ def make_plan(config: DictConfig, loader: ConfigLoader, overrides: list[Override
             folder = folders.claim(stem, key, allow_mixed=sweep.allow_mixed)
             if any(job.folder == folder for job in jobs):
                 continue  # the grid names this cell twice
-            jobs.append(Job(repeat, list(cell), name, stem, folder))
+            words = [f"{key}={value}" for key, value in settings.items()] or [name]
+            jobs.append(Job(repeat, list(cell), name, stem, folder, " ".join(words)))
             seeds.append(tuple(value for key, value in settings.items() if is_seed(key)))
-    return Plan(jobs, _batches(jobs, seeds, sweep.rounds), sweep.rounds, num_single, command_of(config.hydra))
+    batches = _batches(jobs, seeds, sweep.rounds)
+    _number(batches)
+    return Plan(jobs, batches, sweep.rounds, num_single, command_of(config.hydra))
+
+
+def _number(batches: Sequence[Sequence[Job]]) -> None:
+    """Put the place of each job in the order before its title, and its round behind it."""
+    jobs = [job for batch in batches for job in batch]
+    for place, job in enumerate(jobs, 1):
+        repeat = "" if job.round is None else f" round {job.round}"
+        job.title = f"[{place}/{len(jobs)}] {job.title[:MOST_TITLE]}{repeat}"
 
 
 def _names(composed: DictConfig) -> list[str]:

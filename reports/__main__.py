@@ -8,20 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from reports.chrome_trace import write_chrome_trace
-from reports.comparison import compare, write_comparison
 from reports.errors import ReportError
-from reports.files import read_run
+from reports.packages import missing_package
 from reports.plain_text import write_any_text
-from reports.run_report import write_run_report
-from reports.study import study_table, write_study_report
-from reports.terminal import comparison_table, run_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code. The last line of stdout is JSON."""
+    """Run the command; returns the exit code. The last line of stdout is JSON, on a terminal a sentence."""
     write_any_text()
     parser = argparse.ArgumentParser(prog="python -m reports", description=__doc__)
     parser.add_argument(
@@ -35,10 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         report = make_report(options.dirs, options.out, options.baseline, options.trace)
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ReportError, ModuleNotFoundError) as error:
+        reason = missing_package(error) if isinstance(error, ModuleNotFoundError) else str(error)
+        if reason is None:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
         return 2
-    print(json.dumps({"report": str(report)}))
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    print(f"report: {report}" if on_terminal else json.dumps({"report": str(report)}))
     return 0
 
 
@@ -56,6 +53,18 @@ def make_report(
     Raises:
         ReportError: a folder is no run, sweep or experiment, a file is broken, or an option does not fit.
     """
+    if sys.stderr is not None and sys.stderr.isatty():
+        print("loading pandas, scipy and matplotlib ...", file=sys.stderr)
+    # Here, for it takes a second or two, and on a slow disk many: what the command line gets wrong is told at once.
+    from rich.console import Console
+
+    from reports.chrome_trace import write_chrome_trace
+    from reports.comparison import compare, write_comparison
+    from reports.files import read_run
+    from reports.run_report import write_run_report
+    from reports.study import study_table, write_study_report
+    from reports.terminal import comparison_table, run_table
+
     console = Console()
     words = ["kvarena", "report", *map(str, dirs), *(["--out", str(out)] if out else [])]
     words += ["--baseline", baseline] if baseline else []

@@ -8,6 +8,13 @@ from test_import_rule import ROOT
 
 WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "httpcore", "opentelemetry"}
 REPORTS = {"pandas", "pyarrow", "matplotlib", "jinja2", "rich"}
+HELP = """
+import contextlib, io, sys
+import experiments.cli, experiments.entry
+for argv in (["--help"], ["serve", "--help"], ["report", "--help"], ["bench", "--help"]):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        experiments.cli.main(argv)
+"""
 SUPERVISOR = "import experiments.cli, experiments.serving.flags, experiments.serving.serve"
 ENGINE = """
 from omegaconf import OmegaConf
@@ -38,6 +45,7 @@ def imported_by(code: str) -> set[str]:
 @pytest.mark.parametrize(
     ("code", "unwanted"),
     [
+        pytest.param(HELP, WEB | REPORTS | {"torch", "transformers", "scipy", "numpy"}, id="help"),
         pytest.param(SUPERVISOR, WEB | REPORTS | {"torch", "transformers", "llguidance"}, id="supervisor"),
         # transformers brings along httpcore, jinja2 and rich.
         pytest.param(ENGINE, (WEB | REPORTS) - {"httpcore", "jinja2", "rich"}, id="the server's engine"),

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, num_runs, num_traces = time.perf_counter(), 0, 0
     coverage, failures = Coverage(), list[str]()
     seeds = range(args.seed, args.seed + args.traces)
-    for num_cells, happened, failed in tqdm(_run_all(seeds, args.jobs), total=args.traces, unit="trace"):
+    for num_cells, happened, failed in tqdm(_run_all(seeds, args.jobs), total=args.traces, unit="trace", disable=None):
         num_traces, num_runs = num_traces + 1, num_runs + num_cells
         coverage += happened
         failures += failed

@@ -123,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     repetitions = options.repetitions
     jobs = [(setting, repetitions, options.seed) for setting in equal_settings(seeds=options.num_seeds)]
     with multiprocessing.Pool(options.jobs) as pool:
-        results = list(tqdm(pool.imap_unordered(_false, jobs, chunksize=4), total=len(jobs), unit="setting"))
+        found = pool.imap_unordered(_false, jobs, chunksize=4)
+        results = list(tqdm(found, total=len(jobs), unit="setting", disable=None))  # a bar on a terminal alone
     results.sort(key=lambda result: (-result[1], repr(result[0])))
     for setting, number in results[:10]:
         print(f"{number:4d} of {repetitions} reports of equal cells hold a false verdict: {setting}")

@@ -14,11 +14,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
+import reports.ending
 import reports.study
 from engine.errors import ConfigError
 from experiments.command_line import command_of
 from experiments.config import check_values
-from experiments.output import print_result
 from experiments.recording.cell_state import only_writer
 from experiments.recording.files import MANIFEST_FILE, STUDY_FILE
 from experiments.recording.provenance import git_state, machine, versions
@@ -31,7 +31,7 @@ SCHEMA_VERSION = 3  # 2 had no counts of the claims
 
 
 def run_study(cfg: DictConfig) -> None:
-    """Run section `study` of the config and print where its report is.
+    """Run section `study` of the config and print what it came to.
 
     Raises:
         KvarenaError: a bad setting or a failed cell.
@@ -61,9 +61,8 @@ def run_study(cfg: DictConfig) -> None:
         (out_dir / STUDY_FILE).write_text(json.dumps(record, indent=2, default=str) + "\n")
         summary = reports.study.write_study_report(out_dir)
     Console().print(reports.study.study_table(summary))
-    report = out_dir / "report.html"
-    print(f"report: {report}")
-    print_result({"study_dir": str(out_dir), "report": str(report), "summary": summary})
+    if hydra.mode is not RunMode.MULTIRUN:  # a sweep has a last line of its own
+        reports.ending.print_ending(reports.ending.study_ending(out_dir, summary), full=cfg.report.json == "full")
 
 
 def conditions(folders: Sequence[Path]) -> dict[str, Any]:

@@ -46,6 +46,34 @@ CASES = {
     "unknown key": (["allocator.blok_size=8"], "allocator.block_size"),
     "unknown section": (["nonsense=1"], "nonsense"),
     "unknown strategy": (["allocator=nonsense"], "Available options in 'allocator'"),
+    "a misspelt strategy": (["allocator=pagd"], "allocator=pagd: there is no such choice; did you mean paged?"),
+    "a misspelt strategy of a sweep": (["-m", "scheduler=fair,Statik"], "did you mean static?"),
+    "a misspelt experiment": (["experiment=paper_fgi2"], "did you mean paper_fig2"),
+    "an experiment with a plus": (["+experiment=paper_fig2"], "type experiment=paper_fig2, without the +"),
+    "a strategy with a plus": (["+allocator=radix"], "type allocator=radix, without the +"),
+    "objectives with a plus": (["+slo=chat"], "type slo=chat, without the +"),
+    "a misspelt launcher": (
+        ["-m", "hydra/launcher=jobblib"],
+        "hydra/launcher=jobblib: there is no such choice; did you",
+    ),
+    "a directory as a choice": (["model=/tmp"], "a directory is given as model.path=/tmp"),
+    "a misspelt group": (["alocator=paged"], "did you mean allocator?"),
+    "a misspelt key of an experiment": (["experiment=paper_fig2", "study.sedds=[1]"], "did you mean study.seeds"),
+    "a key without its section": (["seed=3"], "did you mean engine.seed or workload.seed?"),
+    "a misspelt key of another choice": (
+        ["allocator.placemnt=buddy"],
+        "allocator.placement (of allocator=contiguous)?",
+    ),
+    "a misspelt key of Hydra's": (["hydra.run.dirr=x"], "did you mean hydra.run.dir"),
+    "a new section": (["+nonsense=1"], "unknown config key 'nonsense'"),
+    "a new key of the model": (["+model.pth=x"], "unknown config key 'model.pth'; did you mean path?"),
+    "a new key of the server": (["+server.prt=1"], "unknown config key 'server.prt'; did you mean port?"),
+    "a new key of a section": (["+engine.dtyp=x"], "unknown key 'dtyp' of section 'engine'; did you mean dtype?"),
+    "a new key of a strategy": (["+allocator.block_sise=8"], "no setting 'block_sise'; did you mean block_size"),
+    "a key that is taken out": (["~engine.dtype"], "engine.dtype is needed: leave ~engine.dtype out"),
+    "a key without a value": (["allocator.block_size"], "settings are key=value, such as allocator.block_size=..."),
+    "a class that is not there": (["allocator._target_=nowhere.Mine"], "_target_=nowhere.Mine cannot be loaded"),
+    "neither short nor full": (["report.json=all"], "report.json=all must be one of short, full"),
     "not a number": (["engine.max_model_len=long"], "engine.max_model_len"),
     "unknown mode": (["mode=nonsense"], "run or serve"),
     "a sweep of servers": (["-m", "mode=serve"], "leave -m out"),
@@ -168,7 +196,7 @@ def test_a_failed_cell_does_not_stop_a_sweep(tmp_path: Path, run):
 
 def test_a_cell_that_means_nothing_is_left_out_of_a_sweep(tmp_path: Path, run):
     common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
-    done = run("-m", "allocator=contiguous,paged", "runner.layout=paged,contiguous", *common)
+    done = run("-m", "allocator=contiguous,paged", "runner.layout=paged,contiguous", "report.json=full", *common)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert last["failed"] == []
@@ -185,7 +213,7 @@ def test_a_baseline_may_be_named_by_its_folder(run):
     common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
     done = run("-m", "allocator=contiguous,paged", "report.baseline=paged-continuous", "report.pages=false", *common)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip().splitlines()[-1])["summary"]["baseline"] == "paged × continuous"
+    assert json.loads(done.stdout.strip().splitlines()[-1])["baseline"] == "paged × continuous"
 
 
 def test_a_sweep_without_its_comparison_is_an_error(tmp_path: Path, run):

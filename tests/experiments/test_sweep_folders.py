@@ -26,7 +26,7 @@ KEY = {"config": "c", "code": "a", "machine": "m", "round": None, "reports": "r"
 
 class Swept:
     def __init__(self, code: int, folder: Path, out: str, err: str) -> None:
-        self.code, self.folder, self.err = code, folder, err
+        self.code, self.folder, self.out, self.err = code, folder, out, err
         last = (out.strip().splitlines() or [""])[-1]
         self.last = json.loads(last) if last.startswith("{") else None
         self.record = json.loads((folder / "sweep.json").read_text())
@@ -146,6 +146,23 @@ def test_rounds_of_simulated_cells_are_one(sweep):
     assert len(done.runs) == 2
 
 
+def test_each_cell_says_its_place_and_one_table_ends_the_sweep(sweep):
+    """Every cell printed a table and 7 kB of JSON, and a log got bars of carriage returns."""
+    done = sweep("scheduler=static,fair", "workload.seed=0,1", "kv_cache.num_slots=1,512", "report.progress=true")
+    assert done.code == 2
+    places = [line for line in done.err.splitlines() if line.startswith("[")]
+    began = [line for line in places if "failed: " not in line]
+    assert [line.partition(" ")[0] for line in began] == [f"[{place}/8]" for place in range(1, 9)]
+    assert all(" scheduler=" in line and " kv_cache.num_slots=" in line and " workload.seed=" in line for line in began)
+    assert "workload.seed=0" in began[0] and "workload.seed=1" in began[-1]  # seeds are outermost
+    assert len(places) - len(began) == 4 == len(done.record["failed"])
+    assert done.err.count("3 of 3 requests") == 4
+    assert "\r" not in done.out + done.err
+    assert sum(line.startswith("{") for line in done.out.splitlines()) == 1
+    assert done.out.count("TTFT") == 1
+    assert (done.last["num_cells"], done.last["num_failed_cells"]) == (2, 4)
+
+
 def test_a_grid_that_names_a_cell_twice_has_it_once(sweep):
     done = sweep("scheduler=static,static,continuous")
     assert [name.rpartition("-")[0] for name in done.runs] == ["paged-static", "paged-continuous"]
@@ -192,7 +209,7 @@ def test_an_edited_strategy_runs_again_and_the_others_do_not(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
                               env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"})  # fmt: skip
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])["runs"], done.stderr.count("finished before")
+        return json.loads((tmp_path / "D" / "sweep.json").read_text())["runs"], done.stderr.count("finished before")
 
     first, _ = run()
     assert run() == (first, 4)

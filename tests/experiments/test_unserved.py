@@ -42,17 +42,20 @@ def test_a_run_that_rejects_everything(kind, run, tmp_path):
         assert line.startswith("error: paged x continuous finished none of 3 requests: 3 rejected (")
         assert reason in line
         assert "To serve any: make the workload's requests shorter, or raise engine.max_model_len" in line
-        assert last["summary"]["num_rejected"] == 3
+        assert (last["num_rejected"], last["num_finished"]) == (3, 0)
 
 
 def test_a_cell_of_a_sweep_that_serves_nothing_keeps_its_row_and_costs_the_exit_code(run, tmp_path):
     code, [line], last = run("-m", "kv_cache.num_slots=64,4096", f"hydra.sweep.dir={tmp_path}/D")
     assert code == 2
     assert "finished none of 3 requests" in line
-    assert [cell["num_finished"] for cell in last["summary"]["cells"]] == [0, 3]
+    summary = json.loads(Path(last["summary"]).read_text())
+    assert [cell["num_finished"] for cell in summary["cells"]] == [0, 3]
     assert last["failed"] == []
     assert [entry["name"] for entry in last["unserved"]] == ["kv_cache.num_slots=64"]
-    assert json.loads((tmp_path / "D" / "sweep.json").read_text())["unserved"] == last["unserved"]
+    [told], [kept] = last["unserved"], json.loads((tmp_path / "D" / "sweep.json").read_text())["unserved"]
+    assert (told["folder"], last["num_unserved_cells"]) == (kept["folder"], 1)
+    assert kept["error"].startswith(told["error"].removesuffix("..."))
 
 
 def test_a_cell_of_an_experiment_that_serves_nothing_ends_it(tmp_path):

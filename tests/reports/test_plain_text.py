@@ -1,9 +1,17 @@
 """A terminal that cannot write a character gets a plain spelling, never an error."""
 
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+
+from reports.packages import missing_package
 from reports.plain_text import write_any_text
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_any_text_is_written_in_any_encoding(monkeypatch):
@@ -16,3 +24,43 @@ def test_any_text_is_written_in_any_encoding(monkeypatch):
         write_any_text()
         print("p99 ≤ 2.0 s – 3.0 s × \udcff 語", end="", flush=True)
         assert stream.buffer.getvalue().decode(encoding) == expected
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["run.py", "--help"], ["run.py", "--hydra-help"], ["-m", "experiments.cli", "--help"],
+     ["-m", "experiments.cli", "serve", "--help"], ["-m", "experiments.cli", "report", "--help"]],
+    ids=" ".join,
+)  # fmt: skip
+@pytest.mark.parametrize("output", ["a reader that left", "a full disk"])
+def test_output_that_nobody_takes_is_no_stack_trace(command, output):
+    """`run.py --help | head`."""
+    if output == "a full disk":
+        file = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, file = os.pipe()
+        os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        os.close(file)
+    said = ["warning: the output cannot be written (No space left on device); it is dropped"]
+    assert done.stderr.splitlines() == (said if output == "a full disk" else [])
+    assert done.returncode == 0
+
+
+def test_a_package_that_is_not_installed_is_one_line():
+    done = subprocess.run([sys.executable, "-S", "run.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: {sys.executable} has no package ") and "type `make run`" in line
+    assert missing_package(ModuleNotFoundError("no", name="engine.nowhere")) is None  # a bug keeps its trace
+    assert missing_package(ImportError("cannot import name")) is None

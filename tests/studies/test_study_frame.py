@@ -36,11 +36,16 @@ def test_a_study_runs_its_cells_and_reports_its_claims(tmp_path):
     done = run(tmp_path, stated=3)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["study_dir"], result["report"]) == (str(tmp_path), str(tmp_path / "report.html"))
     counts = {"num_claims": 4, "num_judged": 1, "num_holding": 1, "num_not_comparable": 1, "num_checks": 1,
               "num_passing": 0}  # fmt: skip
-    for told in (result["summary"], json.loads((tmp_path / "study.json").read_text())):
+    for told in (
+        result,
+        json.loads(Path(result["summary"]).read_text()),
+        json.loads((tmp_path / "study.json").read_text()),
+    ):
         assert {key: told[key] for key in counts} == counts
-    assert result["summary"]["claims"][0]["ratio"] == 1.0
+    assert len(done.stdout.splitlines()[-1]) < 2000
     assert (tmp_path / "cells" / "orca" / "requests.parquet").exists()
     manifest = json.loads((tmp_path / "cells" / "orca" / "manifest.json").read_text())
     assert manifest["strategy"]["allocator"] == "orca_max"
@@ -73,7 +78,7 @@ def test_simulated_cells_are_named_in_title_headline_facts_and_on_the_terminal(t
     assert "| simulated under the profile | a100-40gb-vllm-2023: a100-40gb, with host times fitted" in facts
     assert "| simulator ran on |" in facts and "| machine |" not in facts
     assert "| seeds of the workload | 7 |" in facts
-    terminal = " ".join(done.stdout.partition("report: ")[0].split())
+    terminal = " ".join(done.stdout.split())
     assert "One cell (simulated)" in terminal and "No device computed these cells" in terminal
     assert json.loads((tmp_path / "study.json").read_text())["conditions"]["simulated"] is True
 
