@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from engine.contract import KVAllocator
 from engine.errors import ConfigError
@@ -27,14 +28,30 @@ def strategy_options(group: str, name: str) -> dict[str, Any]:
     return dict(_load(CONF / group / f"{name}.yaml"))
 
 
-def _instantiate(config: dict[str, Any], **arguments: Any) -> Any:
-    """Hydra's `instantiate`, with the class's own error in place of the one that Hydra wraps it in."""
+def make_part(kind: type, config: Mapping[str, Any] | DictConfig, **arguments: Any) -> Any:
+    """What `config` names by `_target_`, which must be a `kind`; its own error in place of the one around it.
+
+    Raises:
+        ConfigError: options out of range, or a class that is no `kind`.
+    """
     try:
-        return instantiate(config, **arguments)
+        made = instantiate(config, **arguments)
     except InstantiationException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
+        if not str(error).startswith("Error locating target"):
+            _check_kind(kind, config["_target_"], get_object(config["_target_"]))
         raise
+    _check_kind(kind, config["_target_"], type(made))
+    return made
+
+
+def _check_kind(kind: type, target: str, made_by: Any) -> None:
+    if isinstance(made_by, type) and not issubclass(made_by, kind):
+        raise ConfigError(
+            f"_target_={target} makes no {kind.__name__}; derive the class from {kind.__module__}.{kind.__name__}, "
+            "which says what to write"
+        )
 
 
 @cache
@@ -52,7 +69,7 @@ def build_allocator(name: str, *, num_blocks: int, max_model_len: int, **options
         ConfigError: options out of range.
     """
     config = strategy_options("allocator", name) | options
-    return _instantiate(config, num_blocks=num_blocks, max_model_len=max_model_len)
+    return make_part(KVAllocator, config, num_blocks=num_blocks, max_model_len=max_model_len)
 
 
 def build_scheduler(name: str, allocator: KVAllocator, *, max_model_len: int, **options: Any) -> Scheduler:
@@ -62,4 +79,4 @@ def build_scheduler(name: str, allocator: KVAllocator, *, max_model_len: int, **
         ConfigError: options out of range.
     """
     config = strategy_options("scheduler", name) | options
-    return _instantiate(config, allocator=allocator, max_model_len=max_model_len)
+    return make_part(Scheduler, config, allocator=allocator, max_model_len=max_model_len)

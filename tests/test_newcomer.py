@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 import allocators
 import schedulers
+from engine.contract import KVAllocator, StepScheduler
+from engine.errors import ConfigError
 from experiments import strategies
 from experiments.correctness.matrix import Cell, MatrixFailure, allocator_cells, run_cell
 from experiments.correctness.random_traces import make_trace
 from experiments.explain import explain
-from experiments.strategies import build_allocator, build_scheduler, strategy_names, strategy_options
+from experiments.strategies import build_allocator, build_scheduler, make_part, strategy_names, strategy_options
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```(?:python|yaml)\n(# ([\w/.]+):? ?[^\n]*\n.*?)```", re.S)
@@ -134,6 +135,12 @@ def test_regions_of_a_rule_of_ones_own_are_recounted_by_it(add):
         (ALLOCATOR[0], "    @property\n", "", "MineAllocator.max_request_tokens must be a property; write `@property"),
         (ALLOCATOR[0], ", num_cached: int = 0", "", "MineAllocator.allocate is called with other arguments"),
         (ALLOCATOR[0], "        super().__init__(**pool)\n", "", "'num_blocks'; call super().__init__(...) first"),
+        (
+            ALLOCATOR[0],
+            "Allocator(KVAllocator)",
+            "Allocator(dict)",
+            "MineAllocator makes no KVAllocator; derive the c",
+        ),
         (ALLOCATOR[0], "(self, **pool: Any)", "(self)", "got an unexpected keyword argument"),
         (ALLOCATOR[1], "block_size: 16", "blok_size: 16", "got an unexpected keyword argument 'blok_size'"),
         (
@@ -165,8 +172,9 @@ def test_each_error_on_the_way_is_a_line(add, path, old, new, words):
         if group == "allocator"
         else {"allocator": build_allocator("paged", num_blocks=8, max_model_len=16)}
     )
-    with pytest.raises(InstantiationException) as caught:
-        instantiate(strategy_options(group, "mine"), **given, max_model_len=16)
+    kind = KVAllocator if group == "allocator" else StepScheduler
+    with pytest.raises((InstantiationException, ConfigError)) as caught:
+        make_part(kind, strategy_options(group, "mine"), **given, max_model_len=16)
     said = explain(caught.value)
     assert said is not None and words in said and "\n" not in said
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from engine.clock import Clock
@@ -20,6 +19,7 @@ from engine.ledger import MemoryLedger
 from engine.models import LoadedModel, ModelSpec
 from engine.runner.simulated import SimulatedRunner
 from experiments.config import EngineConfig
+from experiments.strategies import make_part
 
 CUDA_PAGE_BYTES = 2 * 2**20
 
@@ -96,14 +96,15 @@ def make_strategy(
     options: dict[str, Any] = {}
     if device == "cuda" and "page_bytes" in cfg.allocator and cfg.allocator.page_bytes is None:
         options["page_bytes"] = CUDA_PAGE_BYTES
-    allocator = instantiate(
+    allocator = make_part(
+        KVAllocator,
         cfg.allocator,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
         kv_bytes_per_token=spec.kv_bytes_per_token,
         **options,
     )
-    return allocator, instantiate(cfg.scheduler, allocator=allocator, max_model_len=max_model_len)
+    return allocator, make_part(StepScheduler, cfg.scheduler, allocator=allocator, max_model_len=max_model_len)
 
 
 def check_window(allocator: KVAllocator, spec: ModelSpec) -> None:

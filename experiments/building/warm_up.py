@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from engine.clock import WallClock
+from engine.contract import StepScheduler
 from engine.core import Engine, run_to_completion
 from engine.errors import RequestRejected
 from engine.request import Request, SamplingParams
@@ -17,6 +17,7 @@ from engine.runner.fused_runner import FusedRunner
 from experiments.building.build import EngineParts
 from experiments.building.parts import make_strategy
 from experiments.building.pools import room_beside_pool
+from experiments.strategies import make_part
 
 NUM_REQUESTS = 8
 PROMPT_TOKENS = 24
@@ -75,7 +76,7 @@ def warm_cache(cfg: DictConfig, parts: EngineParts, requests: Iterable[Request])
     """
     start = parts.clock.now()
     owner = parts.engine
-    scheduler = instantiate(cfg.scheduler, allocator=owner.allocator, max_model_len=parts.max_model_len)
+    scheduler = make_part(StepScheduler, cfg.scheduler, allocator=owner.allocator, max_model_len=parts.max_model_len)
     engine = Engine(scheduler, owner.allocator, owner.runner, parts.clock, overlap=owner.overlap)
     for req in requests:
         copy = Request(

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from engine.contract import KVAllocator, StepScheduler
 from engine.errors import ConfigError
 from engine.request import Request, SamplingParams
 from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from experiments.strategies import make_part
 from reports.errors import ReportError
 from reports.files import read_json
 from reports.shapes import MANIFEST, MAYBE_INTEGER
@@ -103,14 +103,15 @@ class RecordedRun:
             if "_target_" not in config[section]:
                 raise ConfigError(f"{self.path / MANIFEST_FILE}: config.{section} names no class; record the run again")
         max_model_len = config["engine"]["max_model_len"] or self.manifest["model"]["max_model_len"]
-        allocator = instantiate(
+        allocator = make_part(
+            KVAllocator,
             OmegaConf.create(config["allocator"]),
             num_blocks=self.manifest["pool"]["num_blocks"],
             max_model_len=max_model_len,
             kv_bytes_per_token=self.manifest["model"]["kv_bytes_per_token"],
         )
-        scheduler = instantiate(OmegaConf.create(config["scheduler"]), allocator=allocator, max_model_len=max_model_len)
-        return allocator, scheduler
+        options = OmegaConf.create(config["scheduler"])
+        return allocator, make_part(StepScheduler, options, allocator=allocator, max_model_len=max_model_len)
 
     def make_requests(self, *, as_long_as_recorded: bool = False) -> list[Request]:
         """Fresh requests, in order of submission: the same prompts, limits and arrivals.
