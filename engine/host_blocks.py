@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EngineError
-from engine.memory_limits import asked_and_free
+from engine.memory_limits import asked_and_free, free_bytes
 
 
 class HostBlocks:
@@ -34,12 +34,14 @@ class HostBlocks:
         self._on_gpu = rows.device.type == "cuda"
         # A block is contiguous here, so that it moves in one transfer.
         shape = (num_blocks + 1, rows.shape[0], rows.shape[2])
+        asked = torch.Size(shape).numel() * rows.dtype.itemsize
+        # The system would promise it, and kill the process that takes it.
+        if asked > free_bytes(torch.device("cpu")):
+            raise _no_room(MemoryError(), asked)
         try:
             self.data = torch.zeros(shape, dtype=rows.dtype, pin_memory=self._on_gpu)
         except (RuntimeError, MemoryError) as error:
-            asked = torch.Size(shape).numel() * rows.dtype.itemsize
-            reason = asked_and_free(error, torch.device("cpu"), asked)
-            raise EngineError(f"no host memory for swapped blocks: {reason}; lower allocator.swap_gib") from error
+            raise _no_room(error, asked) from error
         self._stream = torch.cuda.Stream(rows.device) if self._on_gpu else None
 
     def swap_out(self, sources: list[int], destinations: list[int]) -> None:
@@ -71,3 +73,8 @@ class HostBlocks:
 
     def _index(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, device=self._rows.device)
+
+
+def _no_room(error: BaseException, asked: int) -> EngineError:
+    reason = asked_and_free(error, torch.device("cpu"), asked)
+    return EngineError(f"no host memory for swapped blocks: {reason}; lower allocator.swap_gib")

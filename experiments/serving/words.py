@@ -61,6 +61,7 @@ def _spoken(found: re.Match[str]) -> str:
     switch = SWITCHES.get(f"{key}={plain.lower()}")
     if switch is not None:
         return switch + end
-    if key not in FLAGS:
+    # A switch takes no value: another one came by --set.
+    if key not in FLAGS or any(one.startswith(f"{key}=") for one in SWITCHES):
         return f"--set {key}={plain}{end}"
     return f"{FLAGS[key]} {plain}{end}"

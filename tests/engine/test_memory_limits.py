@@ -183,7 +183,11 @@ def test_random_weights_that_do_not_fit(monkeypatch):
 
 
 def test_a_host_is_asked_before_its_memory_is_taken(monkeypatch):
-    """It would promise more than it has, and kill whoever takes it: no pool, no weights, read or random."""
+    """It would promise more than it has, and kill whoever takes it: pools, swap space, weights, read or random."""
+    with monkeypatch.context() as patch, pytest.raises(EngineError, match=r"8\.00 KiB were asked for and 6\.00 KiB"):
+        patch.setattr("engine.host_blocks.free_bytes", lambda device: 6143)
+        patch.setattr("engine.memory_limits.free_bytes", lambda device: 6143)
+        HostBlocks(torch.zeros(2, 3, 2**8), 3)
     pool = {"num_blocks": 100, "block_size": 16, "num_layers": 1, "num_kv_heads": 1, "head_dim": 8}
     num_bytes = KVPool(**pool).num_bytes
     monkeypatch.setattr("engine.kv_pool.free_bytes", lambda device: num_bytes - 1)
