@@ -155,5 +155,6 @@ def _sleep(engine: Engine, next_arrival: float | None) -> None:
         engine.clock.sleep_until(min(times))
     elif engine.has_work:
         raise EngineError(
-            f"{engine.scheduler.num_waiting} requests wait and none can ever run: a scheduler or allocator bug"
+            f"the scheduler plans nothing while {engine.scheduler.num_waiting} requests wait and "
+            f"{engine.scheduler.num_running} run: its build_plan leaves them out, or the allocator has no room"
         )
