@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -16,6 +18,7 @@ from reports.cells import Cell
 from reports.curves import curve_figure
 from reports.format import rate, scaled_seconds, seconds
 from reports.judge import LATENCIES, METRICS, ratios
+from reports.kv_maps import kv_maps_figure, kv_maps_markup, read_kv_maps
 from reports.latency import DEFINITIONS, token_gaps
 from reports.memory import make_bins, step_spans
 from reports.repeats import Contender, contenders
@@ -23,17 +26,23 @@ from reports.run_figures import draw_memory, latency_figure, split_figure
 from reports.style import (
     CLASS_LOOKS,
     INK,
+    LINEAR,
+    LOG,
     MUTED,
     PAPER,
     SERIES,
+    WIDE,
     Look,
+    Sheet,
     drawing,
     export,
     grid,
     hatch_kwargs,
+    legend_above,
     log_scale,
     new_figure,
     row_names,
+    save_png,
 )
 from reports.verdict_sections import metric_name
 from reports.verdicts import DECIDED, THROUGHPUT
@@ -41,25 +50,31 @@ from reports.verdicts import DECIDED, THROUGHPUT
 MAX_CURVES = len(SERIES)
 MAX_PANELS = 12
 NUM_PANEL_BINS = 160
-TITLE_CHARACTERS = 110  # of all panels in a row
 
 
 def draw_comparison(runs: list[Cell], summary: dict[str, Any], out_dir: Path) -> dict[str, str]:
     """Draw every figure into figures/*.png. Returns name -> inline SVG; a figure without data is left out."""
     cells = contenders(runs)
     with drawing():
-        figures: dict[str, Figure] = {
-            "overview": overview_figure(cells),
-            "kv_split": split_figure([(cell.label, cell.summary["kv_share_mean"]) for cell in cells]),
-            "kv_memory": memory_panels(cells[:MAX_PANELS]),
-            "latency": latency_curves(curve_cells(cells), cells),
+        split = [(cell.label, cell.summary["kv_share_mean"]) for cell in cells]
+        figures: dict[str, Callable[[Sheet], Figure]] = {
+            "overview": partial(overview_figure, cells),
+            "kv_split": partial(split_figure, split),
+            "kv_memory": partial(memory_panels, cells[:MAX_PANELS]),
+            "latency": partial(latency_curves, curve_cells(cells), cells),
         }
         if summary["curves"]:
-            figures["curves"] = curve_figure(summary["curves"]["lines"], summary["curves"]["axis"])
+            figures["curves"] = partial(curve_figure, summary["curves"]["lines"], summary["curves"]["axis"])
         compared = [cell for cell in cells if cell.baseline is not None and not cell.is_baseline]
         if compared:
-            figures["paired"] = ratio_figure(compared, {cell["label"]: cell for cell in summary["cells"]})
-        return {name: export(figure, out_dir, name) for name, figure in figures.items()}
+            rows = {cell["label"]: cell for cell in summary["cells"]}
+            figures["paired"] = partial(ratio_figure, compared, rows)
+        markup = {name: export(draw, out_dir, name) for name, draw in figures.items()}
+        maps = read_kv_maps(cells[:MAX_PANELS])
+        if maps:
+            save_png(kv_maps_figure(maps), out_dir / "figures" / "kv_maps.png")
+            markup["kv_maps"] = kv_maps_markup(maps)
+        return markup
 
 
 def looks_of(cells: list[Contender], every: list[Contender]) -> list[Look]:
@@ -84,11 +99,12 @@ def curve_cells(cells: list[Contender]) -> list[Contender]:
     return [cell for cell in cells if cell.conditions == fastest.conditions][:MAX_CURVES]
 
 
-def overview_figure(cells: list[Contender]) -> Figure:
+def overview_figure(cells: list[Contender], sheet: Sheet = WIDE) -> Figure:
     """Throughput, mean batch and TTFT of every cell, side by side."""
-    names, extra = row_names([cell.label for cell in cells])
-    figure = new_figure(0.85 + 0.34 * len(cells) + extra)
-    row = figure.subplots(1, 3, sharey=True, width_ratios=[1.25, 1, 1.25])
+    names, extra = row_names([cell.label for cell in cells], sheet)
+    height = 0.85 + 0.34 * len(cells) + extra
+    figure = new_figure(3 * height if sheet.is_narrow else height, sheet)
+    row = sheet.panels(figure, 3, sharey=True, width_ratios=[1.25, 1, 1.25])
     positions = np.arange(len(cells))
     for axes, key, title in (
         (row[0], "output_tokens_per_second", "Output throughput (tokens/s)"),
@@ -140,24 +156,26 @@ def _draw_ttft(axes: Axes, cells: list[Contender]) -> None:
 
 
 def log_axis(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic x axis with plain numbers; a linear one where the values are close together."""
+    """A logarithmic x axis with plain numbers; a linear one where the values are close together. Its label says so."""
     axes.tick_params(axis="x", which="both", length=0)
-    if low <= 0 or high / low < 3:
+    is_linear = low <= 0 or high / low < 3
+    if is_linear:
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        return
-    log_scale(axes, "x", low, high)
+    else:
+        log_scale(axes, "x", low, high)
+    axes.set_xlabel((axes.get_xlabel() + (LINEAR if is_linear else LOG)).removeprefix(", "))
 
 
-def memory_panels(cells: list[Contender]) -> Figure:
+def memory_panels(cells: list[Contender], sheet: Sheet = WIDE) -> Figure:
     """KV memory over time of each cell's first run, on one time axis: a shorter picture is a faster run."""
-    num_columns = 1 if len(cells) == 1 else 2 if len(cells) <= 4 else 3
+    num_columns = 1 if len(cells) == 1 or sheet.is_narrow else 2 if len(cells) <= 4 else 3
     num_rows = math.ceil(len(cells) / num_columns)
     titles = [
-        fill(f"{cell.label}: {seconds(cell.runs[0].summary['duration_seconds'])}", TITLE_CHARACTERS // num_columns)
+        fill(f"{cell.label}: {seconds(cell.runs[0].summary['duration_seconds'])}", sheet.line_characters // num_columns)
         for cell in cells
     ]
     lines = max(title.count("\n") for title in titles)
-    figure = new_figure(0.7 + (1.85 + 0.16 * lines) * num_rows)
+    figure = new_figure(0.7 + (1.85 + 0.16 * lines) * num_rows, sheet)
     grid_axes = np.atleast_1d(figure.subplots(num_rows, num_columns, sharex=True, squeeze=False)).ravel()
     spans = [step_spans(cell.run.steps) for cell in cells]
     end = max((float(span.end[-1]) for span in spans if len(span.end)), default=1.0)
@@ -180,11 +198,11 @@ def memory_panels(cells: list[Contender]) -> Figure:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             by_label.setdefault(label, handle)
     order = [look.label for look in CLASS_LOOKS.values() if look.label in by_label]
-    figure.legend([by_label[label] for label in order], order, loc="outside upper left", ncols=max(1, len(order)))
+    legend_above(figure, [by_label[label] for label in order], order, sheet)
     return figure
 
 
-def latency_curves(cells: list[Contender], every: list[Contender]) -> Figure:
+def latency_curves(cells: list[Contender], every: list[Contender], sheet: Sheet = WIDE) -> Figure:
     """Cumulative latencies of `cells`, one panel a metric, in the looks that they have among `every`."""
     names = [cell.label for cell in cells]
     panels = []
@@ -194,19 +212,21 @@ def latency_curves(cells: list[Contender], every: list[Contender]) -> Figure:
         else:
             values = [cell.latencies(key) for cell in cells]
         panels.append((DEFINITIONS[key][0], list(zip(names, values, strict=True))))
-    return latency_figure(panels, looks_of(cells, every))
+    return latency_figure(panels, looks_of(cells, every), sheet)
 
 
-def ratio_figure(cells: list[Contender], rows: dict[str, dict[str, Any]]) -> Figure:
+def ratio_figure(cells: list[Contender], rows: dict[str, dict[str, Any]], sheet: Sheet = WIDE) -> Figure:
     """Ratios to the baseline's with the repeats and their interval.
 
     Args:
         cells: those that have a baseline.
         rows: of summary.json, by label.
+        sheet: what it is drawn for.
     """
-    names, extra = row_names([cell.label for cell in cells])
-    figure = new_figure(1.15 + 0.36 * len(cells) + extra)
-    row = np.atleast_1d(figure.subplots(1, len(METRICS), sharey=True))
+    names, extra = row_names([cell.label for cell in cells], sheet)
+    height = 1.15 + 0.36 * len(cells) + extra
+    figure = new_figure(len(METRICS) * height if sheet.is_narrow else height, sheet)
+    row = sheet.panels(figure, len(METRICS), sharey=True)
     for axes, metric in zip(row, METRICS, strict=True):
         bounds = [1.0]
         for position, cell in enumerate(cells):
@@ -214,15 +234,17 @@ def ratio_figure(cells: list[Contender], rows: dict[str, dict[str, Any]]) -> Fig
             entry = summary["paired"][metric] if metric in LATENCIES else summary[f"{metric}_verdict"]
             bounds += _draw_ratio(axes, cell, metric, entry, position)
         axes.axvline(1.0, color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)), zorder=0)
+        axes.annotate("baseline", (1.0, 1), xycoords=("data", "axes fraction"), xytext=(0, -1), fontsize=7.5,
+                      textcoords="offset points", ha="center", va="top", color=MUTED)  # fmt: skip
+        axes.set_xlabel("more is faster" if metric == THROUGHPUT else "less is faster")
         log_axis(axes, min(bounds), max(bounds))
         room = (max(bounds) / min(bounds)) ** 0.08 * 1.005
         axes.set_xlim(min(bounds) / room, max(bounds) * room)
         axes.set_title(metric_name(metric))
-        axes.set_xlabel("more is faster" if metric == THROUGHPUT else "less is faster")
         grid(axes, "x")
     row[0].set_yticks(range(len(cells)), names)
     row[0].tick_params(axis="y", labelcolor=INK)
-    row[0].set_ylim(len(cells) - 0.5, -0.5)
+    row[0].set_ylim(len(cells) - 0.5, -0.8)
     return figure
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reports.cells import STRATEGY, Cell
-from reports.comparison_figures import curve_cells
+from reports.comparison_figures import MAX_PANELS, curve_cells
 from reports.costs import cost_section
 from reports.curves import curve_section
 from reports.document import Document, Picture, Section, Table, commands
@@ -223,14 +223,30 @@ def memory_section(summary: dict[str, Any], cells: list[Contender], svg: dict[st
         Picture("kv_memory", svg["kv_memory"],
                 "KV memory over time on one time axis: a picture that ends earlier is a run that was done earlier."
                 + (" Of each cell its first run." if any(len(cell.runs) > 1 for cell in cells) else "")
-                + ("" if len(cells) <= 12 else " The first 12 cells."),
+                + ("" if len(cells) <= MAX_PANELS else f" The first {MAX_PANELS} cells."),
                 "stacked areas of KV slots by ledger class over time, one panel per cell"),
     ]  # fmt: skip
+    if "kv_maps" in svg:
+        pictures.append(Picture("kv_maps", svg["kv_maps"], maps_caption(cells), "maps of the KV pool, one per cell"))
     notes = [
         "Shares of the pool. Waste: what is neither token state nor cached prefix. Held: owned by finished requests "
         "of a static batch; part of the classes before it. Of step time: how much of it the window covers."
     ]
     return Section("KV memory", [], pictures, [Table(header, grouped(rows), text_columns=frozenset({1}))], notes)
+
+
+def maps_caption(cells: list[Contender]) -> str:
+    """What the maps show, and of which cells there are none."""
+    text = (
+        "Who owns the pool, on one scale of time and slots for all cells (addresses of virtual regions have a scale of "
+        "their own): time across, slots down, a colour a request, pale where its blocks are still empty. Requests that "
+        "never meet may share a colour."
+    )
+    if any(len(cell.runs) > 1 for cell in cells):
+        text += " Of each cell its first run."
+    missing = [cell.label for cell in cells[:MAX_PANELS] if not (cell.run.path / "kv_map.parquet").exists()]
+    text += f" Recorded none: {', '.join(missing)}." if missing else ""
+    return text + (f" The first {MAX_PANELS} cells." if len(cells) > MAX_PANELS else "")
 
 
 def _short(name: str) -> str:

@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from reports.cells import Cell, is_seed
 from reports.document import Picture, Section, Table
 from reports.format import DASH, rate, scaled_seconds, seconds
 from reports.repeats import spread
-from reports.style import MUTED, SERIES, grid, new_figure
+from reports.style import MUTED, SERIES, WIDE, Sheet, grid, legend_above, new_figure, thousands, whole
 
 MIN_POINTS = 3
 KNEE_FACTOR = 2.0
 MARKERS = "osD^vPX"
+KNEE: dict[str, Any] = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "color": MUTED}
 LATENCY = "normalized_latency_seconds_per_token"
 
 
@@ -108,10 +110,11 @@ def _knee(points: list[dict[str, Any]]) -> float | None:
     return None
 
 
-def curve_figure(lines: list[dict[str, Any]], axis: str) -> Figure:
+def curve_figure(lines: list[dict[str, Any]], axis: str, sheet: Sheet = WIDE) -> Figure:
     """Normalised latency, p99 TTFT and throughput against the setting; bands are the repeats' ranges, rings knees."""
-    figure = new_figure(3.1)
-    row = figure.subplots(1, 3)
+    figure = new_figure(6.6 if sheet.is_narrow else 3.1, sheet)
+    row = sheet.panels(figure, 3)
+    counts = all(float(point["x"]).is_integer() for line in lines for point in line["points"])
     for axes, key, title in (
         (row[0], LATENCY, "Mean normalised latency ({}/token)"),
         (row[1], "ttft_p99_seconds", "TTFT, p99 ({})"),
@@ -125,8 +128,13 @@ def curve_figure(lines: list[dict[str, Any]], axis: str) -> Figure:
         axes.set_xlabel(f"{axis} ({unit_of(axis)})" if unit_of(axis) else axis)
         axes.set_ylim(bottom=0)
         grid(axes, "both")
+        thousands(axes)
+        if counts:
+            whole(axes, "x")
     handles, labels = row[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(3, len(labels)))
+    if any(line["knee"] is not None for line in lines):
+        handles, labels = [*handles, Line2D([], [], linestyle="", **KNEE)], [*labels, "knee"]
+    legend_above(figure, handles, labels, sheet)
     return figure
 
 
@@ -141,7 +149,7 @@ def _draw_curve(axes: Any, line: dict[str, Any], key: str, factor: float, index:
         axes.fill_between([point["x"] for point in banded], low, high, color=look.color, alpha=0.18, linewidth=0)
     for point in points:
         if point["x"] == line["knee"]:
-            axes.plot(point["x"], point[key] * factor, "o", markersize=10, markerfacecolor="none", color=MUTED)
+            axes.plot(point["x"], point[key] * factor, **KNEE)
 
 
 def curve_section(lines: list[dict[str, Any]], axis: str, svg: str) -> Section:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from reports.document import Picture, Section, Table
 from reports.files import CLASSES, RunFiles, read_table
 from reports.format import count, percent, rate
-from reports.style import BLUE, CLASS_LOOKS, RED, grid, hatch_kwargs, new_figure, thousands
+from reports.style import BLUE, CLASS_LOOKS, RED, WIDE, Sheet, grid, hatch_kwargs, legend_above, new_figure, whole
 
 GAUGES_FILE = "gauges.parquet"
 COLUMNS = ("time", "num_running", "num_waiting", "kv_usage", "num_preemptions", "prefix_queries", "prefix_hits")
@@ -50,9 +50,9 @@ def _growth(values: np.ndarray) -> float | None:
     return float(known[-1] - known[0]) if len(known) else None
 
 
-def gauges_figure(gauges: dict[str, np.ndarray]) -> Figure:
+def gauges_figure(gauges: dict[str, np.ndarray], sheet: Sheet = WIDE) -> Figure:
     """How full the pool was, by ledger class where the server tells; below it the requests that ran and waited."""
-    figure = new_figure(4.2)
+    figure = new_figure(4.2, sheet)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1.2])
     time = gauges["time"]
     total = np.sum([gauges[name] for name in CLASSES], axis=0)
@@ -65,7 +65,7 @@ def gauges_figure(gauges: dict[str, np.ndarray]) -> Figure:
                 top.fill_between(time, base, base + share, label=look.label, step="post", **hatch_kwargs(look))
             base = base + share
         handles, labels = top.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+        legend_above(figure, handles, labels, sheet)
         top.set_ylabel("share of the KV pool (%)")
     else:
         top.set_ylabel("KV pool in use (%)")
@@ -79,7 +79,7 @@ def gauges_figure(gauges: dict[str, np.ndarray]) -> Figure:
         bottom.plot(time, gauges[column], color=color, linestyle=dash, label=label, drawstyle="steps-post")
     bottom.set_ylabel("requests")
     bottom.set_ylim(bottom=0)
-    thousands(bottom)
+    whole(bottom)
     grid(bottom)
     bottom.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     bottom.set_xlabel("time since the start of the run (s)")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from PIL import Image
 
 from reports.errors import ReportError
 from reports.files import REMEDY, Ragged, RunFiles, read_table
-from reports.style import CLASS_LOOKS, EMPTY, INK, THEME, new_figure
+from reports.style import CLASS_LOOKS, EMPTY, INK, THEME, new_figure, whole
 
 FILE = "kv_map.parquet"
 SHORTAGE, EXTERNAL, SHARED, CACHED, FREE = -5, -4, -3, -2, -1  # owners that are no request
@@ -69,7 +71,7 @@ class KVMap:
         }
 
 
-def read_kv_map(run: RunFiles) -> KVMap | None:
+def read_kv_map(run: RunFiles, most_columns: int = MAX_COLUMNS, most_rows: int = MAX_ROWS) -> KVMap | None:
     """Read and thin the snapshots; None when the run recorded none, or had no step.
 
     Raises:
@@ -96,9 +98,9 @@ def read_kv_map(run: RunFiles) -> KVMap | None:
         raise ReportError(f"{path}: snapshots must be of one pool, with an owner and a fill for every block; {REMEDY}")
     num_blocks, stride = int(widths[0]), int(strides[0])
     end = float(max(run.steps["end_time"].max() if run.num_steps else 0.0, times[-1], 1e-9))
-    columns = np.linspace(0, end, min(MAX_COLUMNS, 4 * len(times)), endpoint=False)
+    columns = np.linspace(0, end, min(most_columns, 4 * len(times)), endpoint=False)
     snapshots = np.searchsorted(times, columns, side="right") - 1
-    blocks = np.linspace(0, num_blocks, min(MAX_ROWS, num_blocks), endpoint=False).astype(int)
+    blocks = np.linspace(0, num_blocks, min(most_rows, num_blocks), endpoint=False).astype(int)
     chosen = np.maximum(snapshots, 0)
     grid_owner = owner.values.reshape(-1, num_blocks)[chosen][:, blocks].T.astype(np.int32)
     grid_filled = filled.values.reshape(-1, num_blocks)[chosen][:, blocks].T
@@ -169,15 +171,22 @@ def kv_map_figure(kv_map: KVMap) -> Figure:
     axes.imshow(paint(kv_map, choose_shades(kv_map)), extent=extent, aspect="auto", interpolation="nearest")
     axes.set_xlabel("time since the start of the run (s)")
     axes.set_ylabel("KV block")
+    whole(axes)
     axes.tick_params(length=0)
-    handles = [Patch(facecolor=SHADES[0], label="a request's block, full"),
-               Patch(facecolor=_tinted(SHADES[0]), label="the same, empty")]  # fmt: skip
-    handles += [Patch(facecolor=color, label=name) for _, name, color in _shown(kv_map)]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 4), labelcolor=INK)
+    map_legend(figure, [kv_map])
     return figure
 
 
-def _shown(kv_map: KVMap) -> list[tuple[int, str, str]]:
+def map_legend(figure: Figure, maps: Sequence[KVMap]) -> None:
+    """What the colours of these maps mean, above them."""
+    others = {name: color for kv_map in maps for _, name, color in shown(kv_map)}
+    handles = [Patch(facecolor=SHADES[0], label="a request's block, full"),
+               Patch(facecolor=_tinted(SHADES[0]), label="the same, empty")]  # fmt: skip
+    handles += [Patch(facecolor=color, label=name) for name, color in others.items()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 4), labelcolor=INK)
+
+
+def shown(kv_map: KVMap) -> list[tuple[int, str, str]]:
     """Owner, name and colour of what the map shows that is no request's."""
     names = kv_map.names()
     return [(owner, names[owner], color) for owner, color in COLORS.items() if (kv_map.owner == owner).any()]
@@ -190,33 +199,73 @@ def _tinted(color: str) -> tuple[float, float, float]:
 
 def kv_map_markup(kv_map: KVMap, run: RunFiles) -> str:
     """The zoomable map as HTML: a canvas, its data, and the script that paints it."""
-    shown = _shown(kv_map)
+    bar = (
+        '<div class="bar"><button type="button" data-zoom="0.5" title="zoom in">+</button>'
+        '<button type="button" data-zoom="2" title="zoom out">−</button>'
+        '<button type="button" data-zoom="0" title="the whole map">reset</button>'
+        "<output>Drag to move; Ctrl and wheel, or the buttons, to zoom; point at a block to see whose it is.</output>"
+        f"</div>{legend_markup([kv_map])}"
+    )
+    canvas = canvas_markup(kv_map, run, Axis(kv_map.end, kv_map.num_blocks, "KV block", 1))
+    return f'<div class="kvmap">{bar}{canvas}</div>{script_markup()}'
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """What a map's canvas shows.
+
+    Attributes:
+        end: seconds at the right edge.
+        length: of the axis down, in units.
+        label: of that axis.
+        unit: units of a block: 1 for blocks, its slots for slots.
+    """
+
+    end: float
+    length: float
+    label: str
+    unit: int
+
+
+def legend_markup(maps: Sequence[KVMap]) -> str:
+    """What the colours of these maps that are no request's mean."""
+    others = {name: color for kv_map in maps for _, name, color in shown(kv_map)}
+    items = (
+        f'<span><i style="background:{THEME.get(color, color)}"></i>{name}</span>' for name, color in others.items()
+    )
+    return f'<div class="legend">{"".join(items)}</div>'
+
+
+def script_markup() -> str:
+    """The script that paints all maps of a page; stands behind them."""
+    script = (Path(__file__).parent / "templates" / "kv_map.js").read_text(encoding="utf-8")
+    return f"<script>{script}</script>"
+
+
+def canvas_markup(kv_map: KVMap, run: RunFiles, axis: Axis, label: str = "") -> str:
+    """A map's canvas and its data; `label`: for who cannot see it, where that is not the figure's."""
     data = {
         "end": kv_map.end,
+        "axisEnd": axis.end,
+        "axisLength": axis.length,
+        "axisLabel": axis.label,
+        "unit": axis.unit,
         "numBlocks": kv_map.num_blocks,
         "blockSize": int(run.manifest["pool"]["block_size"]),
         "rows": kv_map.owner.shape[0],
         "columns": kv_map.owner.shape[1],
         "shades": list(SHADES),
         "firstCode": FIRST_CODE,
-        "nobody": {str(owner): [name, color if color != EMPTY else "--empty"] for owner, name, color in shown},
+        "nobody": {str(owner): [name, color if color != EMPTY else "--empty"] for owner, name, color in shown(kv_map)},
         "tint": TINT,
         "requests": {
             str(row): [str(run.requests["request_id"][row]), shade] for row, shade in choose_shades(kv_map).items()
         },
     }
-    legend = "".join(
-        f'<span><i style="background:{THEME.get(color, color)}"></i>{name}</span>' for _, name, color in shown
-    )
-    script = (Path(__file__).parent / "templates" / "kv_map.js").read_text(encoding="utf-8")
+    name = f' role="img" aria-label="{escape(label)}"' if label else ""
     return (
-        '<div class="kvmap"><div class="bar"><button type="button" data-zoom="0.5" title="zoom in">+</button>'
-        '<button type="button" data-zoom="2" title="zoom out">−</button>'
-        '<button type="button" data-zoom="0" title="the whole map">reset</button>'
-        "<output>Drag to move; Ctrl and wheel, or the buttons, to zoom; point at a block to see whose it is.</output>"
-        f'</div><div class="legend">{legend}</div>'
-        f'<canvas tabindex="0"></canvas><img alt="" hidden src="{_encode(kv_map)}">'
-        f'<script type="application/json">{_json(data)}</script></div><script>{script}</script>'
+        f'<canvas{name} tabindex="0"></canvas><img alt="" hidden src="{_encode(kv_map)}">'
+        f'<script type="application/json">{_json(data)}</script>'
     )
 
 

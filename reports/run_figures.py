@@ -7,7 +7,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.text import Annotation
-from matplotlib.ticker import MaxNLocator
 
 from reports.files import CLASSES, RunFiles
 from reports.format import scaled_seconds, seconds
@@ -18,16 +17,21 @@ from reports.style import (
     CLASS_LOOKS,
     GRID,
     INK,
+    LINEAR,
+    LOG,
     MUTED,
     ORANGE,
     RED,
+    WIDE,
     Look,
+    Sheet,
     grid,
     hatch_kwargs,
+    legend_above,
     log_scale,
     new_figure,
     row_names,
-    thousands,
+    whole,
 )
 
 NUM_BINS = 420
@@ -39,15 +43,15 @@ def staircase(values: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.repeat(edges, 2)[1:-1], np.repeat(values, 2)
 
 
-def memory_figure(run: RunFiles, spans: Spans) -> Figure:
+def memory_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
     """KV memory over time by ledger class; below it what finished requests hold (if any do), and the queue."""
     held = bool(run.steps["held"].any())
-    figure = new_figure(4.3 + 0.8 * held)
+    figure = new_figure(4.3 + 0.8 * held, sheet)
     rows = figure.subplots(2 + held, 1, sharex=True, height_ratios=[4.2, *([1] * (1 + held))])
     bins = make_bins(spans, NUM_BINS)
     draw_memory(rows[0], run, spans, bins)
     handles, labels = rows[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+    legend_above(figure, handles, labels, sheet)
     if held:
         share = 100 * run.steps["held"] / np.maximum(run.steps["total"], 1)
         _slim_panel(rows[1], "% held by\nfinished", binned_mean(share, spans, bins), bins)
@@ -64,8 +68,7 @@ def _slim_panel(axes: Axes, label: str, values: np.ndarray, bins: Bins) -> None:
     axes.fill_between(x, 0, y, facecolor=MUTED, linewidth=0)
     axes.set_ylabel(label)
     axes.set_ylim(0, max(1.0, y.max(initial=0) * 1.1))
-    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
-    thousands(axes)
+    whole(axes, most=3)
     grid(axes)
 
 
@@ -88,7 +91,7 @@ def draw_memory(axes: Axes, run: RunFiles, spans: Spans, bins: Bins, share: bool
         axes.set_yticks([0, 50, 100])
         return
     axes.set_ylabel("KV slots (one token each)")
-    thousands(axes)
+    whole(axes)
     to_percent, to_slots = 100 / total, total / 100
     right = axes.secondary_yaxis(
         "right", functions=(lambda y: np.asarray(y) * to_percent, lambda p: np.asarray(p) * to_slots)
@@ -99,11 +102,12 @@ def draw_memory(axes: Axes, run: RunFiles, spans: Spans, bins: Bins, share: bool
     right.spines["right"].set_visible(False)
 
 
-def split_figure(rows: list[tuple[str, dict[str, float] | None]], paper: bool = True) -> Figure:
+def split_figure(rows: list[tuple[str, dict[str, float] | None]], sheet: Sheet = WIDE, paper: bool = True) -> Figure:
     """Mean split of KV memory as bars, and the paper's four bars below.
 
     Args:
         rows: (label, class -> share in [0, 1] or None when the window is empty).
+        sheet: what it is drawn for.
         paper: draw PagedAttention's Figure 2 below.
     """
     bars: list[tuple[str, dict[str, float] | None]] = list(rows)
@@ -115,11 +119,11 @@ def split_figure(rows: list[tuple[str, dict[str, float] | None]], paper: bool = 
         positions += [gap + index for index in range(len(reference))]
         labels += [name for name, _ in reference]
         bars += reference
-    names, extra = row_names(labels)
-    figure = new_figure(0.75 + 0.36 * (len(bars) + 1.2 * paper) + extra)
+    names, extra = row_names(labels, sheet)
+    figure = new_figure(0.75 + 0.36 * (len(bars) + 1.2 * paper) + extra, sheet)
     axes = figure.subplots()
     for position, (_, split) in zip(positions, bars, strict=True):
-        draw_split(axes, position, split)
+        draw_split(axes, position, split, least_labelled=sheet.share(4))
     if paper:
         axes.annotate("PagedAttention, Figure 2", (0, len(rows) - 0.02), xytext=(-6, 0), textcoords="offset points",
                       ha="right", va="center", color=MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
@@ -133,7 +137,7 @@ def split_figure(rows: list[tuple[str, dict[str, float] | None]], paper: bool = 
     axes.tick_params(length=0)
     seen = [name for name in CLASSES if any(split and split.get(name, 0) > 0 for _, split in bars)]
     handles = [_patch(CLASS_LOOKS[name]) for name in seen]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+    legend_above(figure, handles, [str(handle.get_label()) for handle in handles], sheet)
     return figure
 
 
@@ -141,8 +145,11 @@ def _patch(look: Look) -> Patch:
     return Patch(label=look.label, **hatch_kwargs(look))
 
 
-def draw_split(axes: Axes, position: float, split: dict[str, float] | None) -> None:
-    """One horizontal bar. What `split` leaves of 1 is drawn as an outline: the source does not say what it is."""
+def draw_split(axes: Axes, position: float, split: dict[str, float] | None, least_labelled: float = 4) -> None:
+    """One horizontal bar. What `split` leaves of 1 is drawn as an outline: the source does not say what it is.
+
+    A share of fewer percents than `least_labelled` has no room for its number.
+    """
     if split is None:
         axes.text(0.6, position, "no such step in this run", va="center", color=MUTED, fontsize=8.5)
         return
@@ -152,7 +159,7 @@ def draw_split(axes: Axes, position: float, split: dict[str, float] | None) -> N
         look = CLASS_LOOKS[name]
         if share > 0:
             axes.barh(position, share, 0.72, left=left, **hatch_kwargs(look))
-        if share >= 4:
+        if share >= least_labelled:
             axes.text(left + share / 2, position, f"{share:.1f}", ha="center", va="center", fontsize=8.5,
                       color=look.text, bbox={"facecolor": look.color, "edgecolor": "none", "pad": 1.2,
                                              "boxstyle": "round,pad=0.15"} if look.hatch else None)  # fmt: skip
@@ -161,10 +168,10 @@ def draw_split(axes: Axes, position: float, split: dict[str, float] | None) -> N
         axes.barh(position, 100 - left, 0.72, left=left, facecolor="none", edgecolor=MUTED, linewidth=0.7)
 
 
-def load_figure(run: RunFiles, spans: Spans) -> Figure:
+def load_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
     """Batch size and queue, tokens computed per second, and preemptions over time."""
     preempted = bool(run.steps["num_preempted"].any())
-    figure = new_figure(4.6 + 0.8 * preempted)
+    figure = new_figure(4.6 + 0.8 * preempted, sheet)
     rows = figure.subplots(3 + preempted, 1, sharex=True, height_ratios=[1.6, 1, 1, 0.8][: 3 + preempted])
     bins = make_bins(spans, NUM_BINS)
     for column, label, color, dash in (
@@ -189,8 +196,7 @@ def load_figure(run: RunFiles, spans: Spans) -> Figure:
         rows[3].set_ylabel("preemptions\nso far")
     for axes in rows:
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-        thousands(axes)
+        whole(axes, most=4)
         grid(axes)
     rows[-1].set_xlim(bins.edges[0], bins.edges[-1])
     rows[-1].set_xlabel("time since the start of the run (s)")
@@ -198,21 +204,25 @@ def load_figure(run: RunFiles, spans: Spans) -> Figure:
     return figure
 
 
-def latency_figure(panels: list[tuple[str, list[tuple[str, np.ndarray]]]], looks: list[Look]) -> Figure:
+def latency_figure(
+    panels: list[tuple[str, list[tuple[str, np.ndarray]]]], looks: list[Look], sheet: Sheet = WIDE
+) -> Figure:
     """Cumulative distributions, one panel a metric, one curve a series.
 
     Args:
         panels: (name of the metric, [(series name, values in seconds)]).
         looks: a look per series.
+        sheet: what it is drawn for.
     """
-    figure = new_figure(2.55)
-    row = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    figure = new_figure(1.85 * len(panels) if sheet.is_narrow else 2.55, sheet)
+    row = sheet.panels(figure, len(panels), sharey=True)
     for axes, (metric, curves) in zip(row, panels, strict=True):
         draw_cdf(axes, metric, curves, looks)
-    row[0].set_ylabel("share of requests (%)")
+    for axes in row if sheet.is_narrow else row[:1]:
+        axes.set_ylabel("share (%)" if sheet.is_narrow else "share of requests (%)")
     if len(looks) > 1:
         handles, labels = row[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)))
+        legend_above(figure, handles, labels, sheet)
     return figure
 
 
@@ -235,7 +245,7 @@ def draw_cdf(axes: Axes, metric: str, curves: list[tuple[str, np.ndarray]], look
     if not known:
         axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color=MUTED)
     axes.set_title(metric)
-    axes.set_xlabel(unit)
+    axes.set_xlabel(unit + (LOG if axes.get_xscale() == "log" else LINEAR))
     axes.set_ylim(0, 112)
     axes.set_yticks([0, 25, 50, 75, 100])
     if axes.get_xscale() == "linear":

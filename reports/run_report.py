@@ -6,10 +6,13 @@ Depends on nothing but the files, so `python -m reports DIR` makes the same repo
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from matplotlib.figure import Figure
 from pyarrow import csv
 
 from reports.document import render_html, render_markdown, write_text
@@ -21,7 +24,7 @@ from reports.latency import DEFINITIONS, TokenGaps, request_latencies, token_gap
 from reports.memory import Spans, step_spans
 from reports.run_figures import latency_figure, load_figure, memory_figure, split_figure
 from reports.run_sections import run_document
-from reports.style import SERIES, drawing, export
+from reports.style import SERIES, Sheet, drawing, export, save_png
 from reports.summary import summarize
 from reports.timeline import timeline_figure
 from reports.unrecorded import unrecorded_document
@@ -96,18 +99,18 @@ def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any], gaps: TokenGa
     bars = [(f"this run, {window.label}", summary[f"kv_share_mean{window.suffix}"]) for window in WINDOWS]
     kv_map = read_kv_map(run)
     with drawing():
-        figures = {
-            "kv_memory": memory_figure(run, spans),
-            "kv_split": split_figure(bars),
-            "load": load_figure(run, spans),
-            "latency": latency_figure(panels, list(SERIES[:1])),
-            "timeline": timeline_figure(run),
+        figures: dict[str, Callable[[Sheet], Figure]] = {
+            "kv_memory": partial(memory_figure, run, spans),
+            "kv_split": partial(split_figure, bars),
+            "load": partial(load_figure, run, spans),
+            "latency": partial(latency_figure, panels, list(SERIES[:1])),
+            "timeline": partial(timeline_figure, run),
         }
         gauges = read_gauges(run)
         if gauges is not None:
-            figures["gauges"] = gauges_figure(gauges)
-        markup = {name: export(figure, run.path, name) for name, figure in figures.items()}
+            figures["gauges"] = partial(gauges_figure, gauges)
+        markup = {name: export(draw, run.path, name) for name, draw in figures.items()}
         if kv_map is not None:
-            export(kv_map_figure(kv_map), run.path, "kv_map")
+            save_png(kv_map_figure(kv_map), run.path / "figures" / "kv_map.png")
             markup["kv_map"] = kv_map_markup(kv_map, run)
         return markup

@@ -154,6 +154,7 @@ CHART = {
     **dict.fromkeys(("name", "kind", "x_label", "y_label", "caption"), "text"),
     "series": [SERIES],
     "log_x": "true or false", "log_y": "true or false", "y_limit": MAYBE_NUMBER, "y_mark": MAYBE_NUMBER,
+    "y_mark_name": MAYBE_TEXT,
 }  # fmt: skip
 STUDY = {
     **dict.fromkeys(("title", "headline", "source", "created"), "text"),

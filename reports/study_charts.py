@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -15,24 +16,29 @@ from reports.errors import ReportError
 from reports.style import (
     CLASS_LOOKS,
     INK,
-    ROW_CHARACTERS,
+    LINEAR,
+    LOG,
     SERIES,
+    WIDE,
     Look,
+    Sheet,
     drawing,
     export,
     grid,
     hatch_kwargs,
+    legend_above,
     log_scale,
+    mark_line,
     new_figure,
     row_names,
     thousands,
+    whole,
 )
 
 BAND_ALPHA = 0.18
-LEGEND_CHARACTERS = 110  # of a row of the legend; a label's handle takes as much room as some of them
-HANDLE_CHARACTERS = 7
 MANY_BARS = 16
-AXIS_CHARACTERS = 130  # of a line of all names below the bars
+AXIS_CHARACTERS = 1.2  # of a line of all names below the bars, for each that a line across the figure has
+CHARACTERS_UP = 46  # of a line of a label beside the axis
 MAX_POINT_TICKS = 12
 MAX_MARKED = 60  # points of a line that are marked
 MARKERS = "o^sDvP*X"
@@ -49,10 +55,10 @@ def draw_charts(charts: list[dict[str, Any]], out_dir: Path) -> dict[str, str]:
         ReportError: a chart of unknown kind, or whose series do not fit together.
     """
     with drawing():
-        return {chart["name"]: export(chart_figure(chart), out_dir, chart["name"]) for chart in charts}
+        return {chart["name"]: export(partial(chart_figure, chart), out_dir, chart["name"]) for chart in charts}
 
 
-def chart_figure(chart: dict[str, Any]) -> Figure:
+def chart_figure(chart: dict[str, Any], sheet: Sheet = WIDE) -> Figure:
     """One chart as a figure. Raises ReportError for an unknown kind, or series that do not fit together."""
     draw = KINDS.get(chart["kind"])
     if draw is None:
@@ -62,24 +68,42 @@ def chart_figure(chart: dict[str, Any]) -> Figure:
         raise ReportError(f"study.json: chart {chart['name']!r} {wrong}; run the experiment again")
     horizontal = chart["kind"] == "stacked"
     names = [str(name) for name in chart["series"][0]["x"]]
-    figure = new_figure(0.9 + 0.36 * len(names) + row_names(names)[1] if horizontal else 3.6)
+    figure = new_figure(0.9 + 0.36 * len(names) + row_names(names, sheet)[1] if horizontal else 3.6, sheet)
     axes = figure.subplots()
-    draw(axes, chart)
-    axes.set_xlabel(chart["x_label"])
-    axes.set_ylabel(chart["y_label"])
+    draw(axes, chart, sheet)
+    axes.set_xlabel(fill(_axis_label(chart, "x"), sheet.line_characters))
+    axes.set_ylabel(fill(_axis_label(chart, "y"), CHARACTERS_UP))
     if chart["log_x"]:
-        log_scale(axes, "x", *axes.dataLim.intervalx)
+        log_scale(axes, "x", *axes.dataLim.intervalx, counts=_are_counts(chart, "x"))
         _name_points(axes, chart)
+    elif chart["kind"] == "lines" and _are_counts(chart, "x"):
+        whole(axes, "x", most=8)
     if chart["log_y"]:
-        log_scale(axes, "y", *axes.dataLim.intervaly)
+        log_scale(axes, "y", *axes.dataLim.intervaly, counts=_are_counts(chart, "y"))
+    elif chart["kind"] in ("lines", "bars") and _are_counts(chart, "y"):
+        whole(axes)
     if chart.get("y_mark") is not None:
-        axes.axhline(chart["y_mark"], color=INK, linewidth=0.9, linestyle=":", zorder=1)
+        mark_line(axes, chart["y_mark"], chart.get("y_mark_name") or f"{chart['y_mark']:,g}")
     if chart.get("y_limit") is not None:
         axes.set_ylim(top=chart["y_limit"])
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside upper left", ncols=_columns(labels))
+        legend_above(figure, handles, labels, sheet)
     return figure
+
+
+def _axis_label(chart: dict[str, Any], axis: str) -> str:
+    """The chart's own; where one of its axes is logarithmic, both say what they are."""
+    label = str(chart[f"{axis}_label"])
+    if not (chart["log_x"] or chart["log_y"]) or (axis == "x" and chart["kind"] == "bars"):
+        return label
+    return (label + (LOG if chart[f"log_{axis}"] else LINEAR)).removeprefix(", ")
+
+
+def _are_counts(chart: dict[str, Any], axis: str) -> bool:
+    """Whether all that is drawn along an axis are whole numbers."""
+    values = [value for series in chart["series"] for value in series[axis] if value is not None]
+    return all(isinstance(value, int | float) and float(value).is_integer() for value in values)
 
 
 def _mismatch(chart: dict[str, Any]) -> str | None:
@@ -123,18 +147,13 @@ def _look(index: int, name: str) -> Look:
     return known or SERIES[index % len(SERIES)]
 
 
-def _columns(labels: list[str]) -> int:
-    """As many columns as fit a row: all have the width of the longest label."""
-    return min(len(labels), max(1, LEGEND_CHARACTERS // (max(map(len, labels)) + HANDLE_CHARACTERS)))
-
-
 def _number(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
 
 
-def _lines(axes: Axes, chart: dict[str, Any]) -> None:
+def _lines(axes: Axes, chart: dict[str, Any], _: Sheet) -> None:
     for index, series in enumerate(chart["series"]):
         look = _look(index, series["name"])
         y = np.array([np.nan if value is None else value for value in series["y"]], dtype=float)
@@ -150,10 +169,12 @@ def _lines(axes: Axes, chart: dict[str, Any]) -> None:
         thousands(axes)
 
 
-def _bars(axes: Axes, chart: dict[str, Any]) -> None:
+def _bars(axes: Axes, chart: dict[str, Any], sheet: Sheet) -> None:
     groups = chart["series"][0]["x"]
     width = 0.8 / len(chart["series"])
-    size = 8 if len(groups) * len(chart["series"]) <= MANY_BARS else 6.5
+    number = len(groups) * len(chart["series"])
+    size = 8 if number <= MANY_BARS else 6.5
+    upright = sheet.is_narrow and number > MANY_BARS / 2  # numbers side by side would meet
     positions = np.arange(len(groups))
     for index, series in enumerate(chart["series"]):
         look = _look(index, series["name"])
@@ -168,24 +189,25 @@ def _bars(axes: Axes, chart: dict[str, Any]) -> None:
             if value == value:
                 up = value >= 0
                 axes.annotate(_number(value), (place, end), xytext=(0, 2 if up else -2), textcoords="offset points",
-                              ha="center", va="bottom" if up else "top", fontsize=size)  # fmt: skip
-    _name_groups(axes, [str(group) for group in groups])
+                              ha="center", va="bottom" if up else "top", fontsize=size,
+                              rotation=90 if upright else 0)  # fmt: skip
+    _name_groups(axes, [str(group) for group in groups], sheet)
     grid(axes)
     thousands(axes)
 
 
-def _name_groups(axes: Axes, groups: list[str]) -> None:
+def _name_groups(axes: Axes, groups: list[str], sheet: Sheet) -> None:
     """Names below groups of bars: over several lines where they are long, slanting where one word is too long."""
-    room = max(1, AXIS_CHARACTERS // len(groups))
+    room = max(1, int(AXIS_CHARACTERS * sheet.line_characters) // len(groups))
     fits = all(len(word) <= room for group in groups for word in group.split())
-    axes.set_xticks(np.arange(len(groups)), [fill(group, room if fits else ROW_CHARACTERS) for group in groups])
+    axes.set_xticks(np.arange(len(groups)), [fill(group, room if fits else sheet.row_characters) for group in groups])
     if not fits:
         axes.tick_params(axis="x", labelrotation=35)
         for label in axes.get_xticklabels():
             label.set(horizontalalignment="right", rotation_mode="anchor")
 
 
-def _stacked(axes: Axes, chart: dict[str, Any]) -> None:
+def _stacked(axes: Axes, chart: dict[str, Any], sheet: Sheet) -> None:
     names = chart["series"][0]["x"]
     positions = np.arange(len(names))
     left = np.zeros(len(names))
@@ -194,16 +216,16 @@ def _stacked(axes: Axes, chart: dict[str, Any]) -> None:
         y = np.array(series["y"], dtype=float)
         axes.barh(positions, y, 0.66, left=left, label=series["name"], **hatch_kwargs(look))
         for position, value, start in zip(positions, y, left, strict=True):
-            if value >= LEAST_LABELLED:
+            if value >= sheet.share(LEAST_LABELLED):
                 axes.annotate(f"{value:.1f}", (start + value / 2, position), ha="center", va="center", color=look.text,
                               fontsize=8, bbox={"facecolor": look.color, "edgecolor": "none", "pad": 1.2})  # fmt: skip
         left = left + y
-    axes.set_yticks(positions, row_names([str(name) for name in names])[0])
+    axes.set_yticks(positions, row_names([str(name) for name in names], sheet)[0])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(length=0)
 
 
-def _parity(axes: Axes, chart: dict[str, Any]) -> None:
+def _parity(axes: Axes, chart: dict[str, Any], _: Sheet) -> None:
     ends = [np.inf, 0.0]
     for index, series in enumerate(chart["series"]):
         look = _look(index, series["name"])
@@ -212,10 +234,12 @@ def _parity(axes: Axes, chart: dict[str, Any]) -> None:
             color=look.color, label=series["name"], markeredgewidth=0,
         )  # fmt: skip
         ends = [min(ends[0], *series["x"], *series["y"]), max(ends[1], *series["x"], *series["y"])]
-    axes.plot(ends, ends, color="black", linewidth=0.8, zorder=0)
+    axes.plot(ends, ends, color=INK, linewidth=0.8, zorder=0)
+    axes.annotate("equal", (ends[1], ends[1]), xytext=(-9, 0), textcoords="offset points", ha="right", va="center",
+                  fontsize=8)  # fmt: skip
     grid(axes)
 
 
-KINDS: dict[str, Callable[[Axes, dict[str, Any]], None]] = {
+KINDS: dict[str, Callable[[Axes, dict[str, Any], Sheet], None]] = {
     "lines": _lines, "bars": _bars, "stacked": _stacked, "parity": _parity,
 }  # fmt: skip

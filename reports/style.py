@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +18,52 @@ from textwrap import fill
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from reports.errors import ReportError
 
 INK, MUTED, GRID, PAPER, EMPTY = "#1b1f27", "#5c6470", "#dfe3e8", "#fffffe", "#e4e7eb"
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)", EMPTY: "var(--empty)"}
-WIDTH = 9.6  # inches; the page's text column
 PNG_DPI = 150
-ROW_CHARACTERS = 40  # of a line of a row's name
 EXTRA_LINE = 0.15  # inches
+HANDLE_CHARACTERS = 8  # the room that a legend's handle takes
+LEGEND_LINE = 1.37  # a legend's letters are smaller than a title's
+LOG, LINEAR = ", log scale", ", linear scale"  # behind the label of an axis
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """What a figure is drawn for.
+
+    Attributes:
+        width: of a figure, in inches.
+        row_characters: of a line of a row's name.
+        line_characters: of a line across the figure: a legend's row, a title.
+        is_narrow: panels that would stand side by side stand one below the other.
+    """
+
+    width: float
+    row_characters: int
+    line_characters: int
+    is_narrow: bool
+
+    def panels(self, figure: Figure, number: int, **options: Any) -> list[Axes]:
+        """Panels that share what their rows are called. `options`: as of a single row of subplots."""
+        if not self.is_narrow:
+            return list(np.atleast_1d(figure.subplots(1, number, **options)))
+        options.pop("width_ratios", None)
+        return list(np.atleast_1d(figure.subplots(number, 1, **options)))
+
+    def share(self, percent: float) -> float:
+        """The percents that take as much room here as `percent` on a wide page."""
+        return percent * 2.8 if self.is_narrow else percent
+
+
+WIDE = Sheet(9.6, 40, 110, is_narrow=False)  # the page's text column, and the PNG files
+NARROW = Sheet(4.4, 17, 44, is_narrow=True)  # a phone of 390 px, at about the same size of letters
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +153,25 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
+def new_figure(height: float, sheet: Sheet = WIDE) -> Figure:
     """An empty figure, in inches. No pyplot: nothing global keeps it alive."""
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(sheet.width, height), layout="constrained")
+
+
+def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str], sheet: Sheet) -> None:
+    """One legend for all panels, in as many columns as fit a line."""
+    if not labels:
+        return
+    columns = next(number for number in range(len(labels), 0, -1) if number == 1 or _fits(labels, number, sheet))
+    figure.set_figheight(figure.get_figheight() + EXTRA_LINE * (math.ceil(len(labels) / columns) - 1))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+
+
+def _fits(labels: Sequence[str], columns: int, sheet: Sheet) -> bool:
+    """Whether a legend's columns, filled one after the other and each as wide as its longest label, fit a line."""
+    rows = math.ceil(len(labels) / columns)
+    widths = [max(map(len, labels[start : start + rows])) for start in range(0, len(labels), rows)]
+    return sum(widths) + HANDLE_CHARACTERS * len(widths) <= LEGEND_LINE * sheet.line_characters
 
 
 def grid(axes: Axes, axis: str = "y") -> None:
@@ -136,20 +186,37 @@ def thousands(axes: Axes, axis: str = "y") -> None:
     target.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value == int(value) else f"{value:g}"))
 
 
-def log_scale(axes: Axes, axis: str, low: float, high: float) -> None:
+def whole(axes: Axes, axis: str = "y", most: int = 5) -> None:
+    """Ticks of what is counted: whole numbers, such as 12,000."""
+    target = axes.yaxis if axis == "y" else axes.xaxis
+    target.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
+    thousands(axes, axis)
+
+
+def mark_line(axes: Axes, value: float, name: str) -> None:
+    """A dotted line across at `value` of the y axis, and its name upon it."""
+    axes.axhline(value, color=INK, linewidth=0.9, linestyle=":", zorder=1)
+    axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
+                  ha="right", va="bottom", fontsize=8, color=INK)  # fmt: skip
+
+
+def log_scale(axes: Axes, axis: str, low: float, high: float, *, counts: bool = False) -> None:
     """A logarithmic axis with plain numbers, some of them between powers of ten where the range is short.
 
     Args:
         axes: what is drawn on.
         axis: "x" or "y".
         low, high: ends of what is shown, both above 0.
+        counts: whether only whole numbers are of use.
     """
     axes.set_xscale("log") if axis == "x" else axes.set_yscale("log")
     target = axes.xaxis if axis == "x" else axes.yaxis
     decades = math.log10(high / low)
     subs = (1, 1.5, 2, 3, 5, 7) if decades < 0.8 else (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.5 else (1,)
     target.set_major_locator(LogLocator(subs=subs))
-    target.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    target.set_major_formatter(
+        FuncFormatter(lambda value, _: "" if counts and value != round(value) else f"{value:,.10g}")
+    )
     target.set_minor_formatter(NullFormatter())
 
 
@@ -187,15 +254,17 @@ def save_png(figure: Figure, path: Path) -> None:
         raise ReportError(f"cannot write {path} ({error.strerror}); make the folder writable") from None
 
 
-def export(figure: Figure, folder: Path, name: str) -> str:
-    """Write figures/NAME.png below `folder`; return the inline SVG. The figure's layout is fixed from then on."""
-    figure.draw_without_rendering()
+def export(draw: Callable[[Sheet], Figure], folder: Path, name: str) -> str:
+    """Draw a figure for both sheets: figures/NAME.png below `folder`, and as inline SVG, of which a page shows one."""
+    figure = draw(WIDE)
+    wide = to_svg(figure, name)
     figure.set_layout_engine("none")  # the layout is solved once, not for every format
     save_png(figure, folder / "figures" / f"{name}.png")
-    return to_svg(figure, name)
+    narrow = to_svg(draw(NARROW), f"{name}-narrow")
+    return f'<div class="wide">\n{wide}\n</div>\n<div class="narrow">\n{narrow}\n</div>'
 
 
-def row_names(labels: list[str]) -> tuple[list[str], float]:
+def row_names(labels: list[str], sheet: Sheet = WIDE) -> tuple[list[str], float]:
     """Names of a figure's rows over several lines where they are long, and the height in inches that those add."""
-    names = [fill(label, ROW_CHARACTERS) for label in labels]
+    names = [fill(label, sheet.row_characters) for label in labels]
     return names, sum(EXTRA_LINE * name.count("\n") for name in names)

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from reports.files import RunFiles
-from reports.style import EMPTY, INK, Look, grid, hatch_kwargs, new_figure
+from reports.style import EMPTY, INK, WIDE, Look, Sheet, grid, hatch_kwargs, legend_above, new_figure
 
 MAX_ROWS = 96
 PHASES = {
@@ -74,11 +74,11 @@ def timeline_rows(run: RunFiles) -> np.ndarray:
     return order[np.linspace(0, len(order) - 1, MAX_ROWS).round().astype(int)]
 
 
-def timeline_figure(run: RunFiles) -> Figure:
+def timeline_figure(run: RunFiles, sheet: Sheet = WIDE) -> Figure:
     """A Gantt chart: one line per request, by arrival."""
     rows = timeline_rows(run)
     place = {int(row): position for position, row in enumerate(rows)}
-    figure = new_figure(min(6.2, 1.3 + 0.055 * max(len(rows), 12)))
+    figure = new_figure(min(6.2, 1.3 + 0.055 * max(len(rows), 12)), sheet)
     axes = figure.subplots()
     phases = request_phases(run, rows)
     for name, look in PHASES.items():
@@ -87,7 +87,7 @@ def timeline_figure(run: RunFiles) -> Figure:
             axes.add_collection(PolyCollection(boxes, **hatch_kwargs(look)))
     seen = [name for name in PHASES if any(phase.name == name for phase in phases)]
     handles = [Patch(label=PHASES[name].label, **hatch_kwargs(PHASES[name])) for name in seen]
-    figure.legend(handles=handles, loc="outside upper left", ncols=max(1, len(handles)))
+    legend_above(figure, handles, [PHASES[name].label for name in seen], sheet)
     start = min((phase.start for phase in phases), default=0.0)
     axes.set_xlim(min(0.0, start), max((phase.end for phase in phases), default=1.0))
     axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)

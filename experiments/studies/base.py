@@ -65,6 +65,7 @@ class Chart:
         log_x, log_y: logarithmic axes.
         y_limit: top of the y axis; None fits the data.
         y_mark: a dotted line across, such as a limit or a bound.
+        y_mark_name: what stands upon it; "" for its value alone.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Chart:
     log_y: bool = False
     y_limit: float | None = None
     y_mark: float | None = None
+    y_mark_name: str = ""
 
 
 @dataclass(frozen=True)

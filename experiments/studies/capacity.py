@@ -195,7 +195,8 @@ def _charts(every: dict[str, dict[float, list[Trial]]], target: float, num_seeds
     return [
         Chart("attainment", "lines", "rate (requests/s)", "requests within the limits (%)",
               "Share of the requests that the objective counts (slo.rule) against the rate; dotted: the target of "
-              f"{target:.0%}. A strategy's capacity is where its line falls below it.", good, y_mark=100 * target),
+              f"{target:.0%}. A strategy's capacity is where its line falls below it.", good,
+              y_mark=100 * target, y_mark_name="target"),
         Chart("latency", "lines", "rate (requests/s)", "mean normalised latency (ms/token)",
               "Latency against the rate: the knee is where a line leaves its floor.", slow, log_y=True),
     ]  # fmt: skip

@@ -186,6 +186,7 @@ class PaperFig12Study:
             series=[_series(system, of.curves) for system, of in tried.items()],
             y_limit=self._highest_limit * 2,
             y_mark=self.limit,
+            y_mark_name="limit",
         )
 
 

@@ -165,4 +165,5 @@ class RadixHitsStudy:
             "shows, both caches find the same."
         )
         x, y = "KV pool (millions of tokens)", "hit rate (% of prompt tokens)"
-        return Chart("hit_rate", "lines", x, y, caption, series, log_x=True, y_mark=endless)
+        mark = "a cache without end"
+        return Chart("hit_rate", "lines", x, y, caption, series, log_x=True, y_mark=endless, y_mark_name=mark)

@@ -147,7 +147,10 @@ class SarathiStallsStudy:
             mean_series(LABELS[policy], self.rates, [*map(value, of)], on_log=True) for policy, of in found.items()
         ]
         text = f"{label.removesuffix(' (ms)').capitalize()} against load; bands: 95 % over seeds. {caption}"
-        return Chart(name, "lines", "request rate (requests/s)", label, text, series, log_y=True, y_mark=mark)
+        return Chart(
+            name, "lines", "request rate (requests/s)", label, text, series, log_y=True, y_mark=mark,
+            y_mark_name="limit of a sustained rate",
+        )  # fmt: skip
 
 
 def _p99(cell: Cell) -> float:

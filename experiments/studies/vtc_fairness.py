@@ -175,7 +175,9 @@ class VtcFairnessStudy:
             "Difference of the service that two clients received, while both wait. The dotted line is VTC's bound."
         )
         x, y = "time (s)", "difference of service (weighted tokens)"
-        return Chart("service_gap", "lines", x, y, caption, series, y_mark=gaps["fair"].bound)
+        return Chart(
+            "service_gap", "lines", x, y, caption, series, y_mark=gaps["fair"].bound, y_mark_name="VTC's bound"
+        )
 
 
 def _wait_chart(waits: dict[str, list[dict[str, float]]]) -> Chart:

@@ -2,11 +2,13 @@
 for (const root of document.querySelectorAll(".kvmap")) {
   const spec = JSON.parse(root.querySelector("script[type='application/json']").textContent);
   const canvas = root.querySelector("canvas"), output = root.querySelector("output"), image = root.querySelector("img");
-  const hint = output.textContent, left = 58, bottom = 42, top = 6, right = 8;
+  const hint = output.textContent, left = 62, bottom = 42, top = 6, right = 12;
   let owner, fill, picture, view;
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
-  const whole = () => ({ x0: 0, x1: spec.end, y0: 0, y1: spec.numBlocks });
+  // Maps that are compared have axes of one scale: what a shorter run or a smaller pool leaves stays blank.
+  const length = spec.numBlocks * spec.unit;  // of the map itself, in units of the axis down
+  const whole = () => ({ x0: 0, x1: spec.axisEnd, y0: 0, y1: spec.axisLength });
 
   function decode() {
     const scratch = document.createElement("canvas"), cells = spec.rows * spec.columns;
@@ -37,8 +39,8 @@ for (const root of document.querySelectorAll(".kvmap")) {
     context.putImageData(pixels, 0, 0);
   }
 
-  function ticks(low, high, most) {
-    let step = Math.pow(10, Math.floor(Math.log10((high - low) / most)));
+  function ticks(low, high, most, least) {
+    let step = Math.max(least, Math.pow(10, Math.floor(Math.log10((high - low) / most))));
     for (const factor of [1, 2, 5, 10]) if ((high - low) / (step * factor) <= most) { step *= factor; break; }
     const result = [];
     for (let v = Math.ceil(low / step) * step; v <= high + 1e-9 * step; v += step) result.push(+v.toPrecision(12));
@@ -51,16 +53,16 @@ for (const root of document.querySelectorAll(".kvmap")) {
     const context = canvas.getContext("2d"), w = width - left - right, h = height - top - bottom;
     context.scale(ratio, ratio);
     context.imageSmoothingEnabled = false;
-    const sx = spec.columns / spec.end, sy = spec.rows / spec.numBlocks;
+    const sx = spec.columns / spec.end, sy = spec.rows / length;
     context.drawImage(picture, view.x0 * sx, view.y0 * sy, (view.x1 - view.x0) * sx, (view.y1 - view.y0) * sy, left, top, w, h);
     context.fillStyle = css("--muted"); context.font = "12px " + getComputedStyle(root).fontFamily;
     context.textAlign = "center"; context.textBaseline = "top";
-    for (const t of ticks(view.x0, view.x1, 8)) context.fillText(t, left + (w * (t - view.x0)) / (view.x1 - view.x0), top + h + 6);
-    context.fillText("time since the start of the run (s)", left + w / 2, top + h + 24);
+    for (const t of ticks(view.x0, view.x1, Math.min(8, w / 48), 0)) context.fillText(t, left + (w * (t - view.x0)) / (view.x1 - view.x0), top + h + 6);
+    context.fillText(w < 240 ? "time (s)" : "time since the start of the run (s)", left + w / 2, top + h + 24);
     context.textAlign = "right"; context.textBaseline = "middle";
-    for (const b of ticks(view.y0, view.y1, 8)) context.fillText(b.toLocaleString("en"), left - 8, top + (h * (b - view.y0)) / (view.y1 - view.y0));
+    for (const b of ticks(view.y0, view.y1, Math.min(8, h / 24), 1)) context.fillText(b.toLocaleString("en"), left - 8, top + (h * (b - view.y0)) / (view.y1 - view.y0));
     context.save(); context.translate(11, top + h / 2); context.rotate(-Math.PI / 2);
-    context.textAlign = "center"; context.fillText("KV block", 0, 0); context.restore();
+    context.textAlign = "center"; context.fillText(spec.axisLabel, 0, 0); context.restore();
   }
 
   function clamp(low, high, most) {
@@ -68,7 +70,7 @@ for (const root of document.querySelectorAll(".kvmap")) {
     return [start, start + size];
   }
   function show(x0, x1, y0, y1) {
-    [x0, x1] = clamp(x0, x1, spec.end); [y0, y1] = clamp(y0, y1, spec.numBlocks);
+    [x0, x1] = clamp(x0, x1, spec.axisEnd); [y0, y1] = clamp(y0, y1, spec.axisLength);
     view = { x0, x1, y0, y1 }; draw();
   }
   function at(event) {
@@ -78,18 +80,18 @@ for (const root of document.querySelectorAll(".kvmap")) {
     return { u, v, x: view.x0 + u * (view.x1 - view.x0), y: view.y0 + v * (view.y1 - view.y0) };
   }
   function zoom(factor, u, v) {
-    const w = Math.max((view.x1 - view.x0) * factor, spec.end / 500), h = Math.max((view.y1 - view.y0) * factor, 4);
+    const w = Math.max((view.x1 - view.x0) * factor, spec.axisEnd / 500), h = Math.max((view.y1 - view.y0) * factor, 4 * spec.unit);
     const x = view.x0 + u * (view.x1 - view.x0), y = view.y0 + v * (view.y1 - view.y0);
     show(x - u * w, x - u * w + w, y - v * h, y - v * h + h);
   }
   function point(event) {
     const { u, v, x, y } = at(event);
-    if (u < 0 || u >= 1 || v < 0 || v >= 1) { output.textContent = hint; return; }
-    const row = Math.floor((y * spec.rows) / spec.numBlocks), column = Math.floor((x * spec.columns) / spec.end);
+    if (u < 0 || u >= 1 || v < 0 || v >= 1 || x >= spec.end || y >= length) { output.textContent = hint; return; }
+    const row = Math.floor((y * spec.rows) / length), column = Math.floor((x * spec.columns) / spec.end);
     const i = row * spec.columns + column, slots = Math.round((fill[i] / 255) * spec.blockSize);
     const who = owner[i] < 0 ? spec.nobody[owner[i]][0]
       : "request " + spec.requests[owner[i]][0] + ", " + slots + " of " + spec.blockSize + " slots filled";
-    output.textContent = x.toPrecision(4) + " s, block " + (Math.floor(y) + 1) + ": " + who;
+    output.textContent = x.toPrecision(4) + " s, block " + (Math.floor(y / spec.unit) + 1) + ": " + who;
   }
 
   let drag = null;
@@ -111,10 +113,10 @@ for (const root of document.querySelectorAll(".kvmap")) {
     const { u, v } = at(event);
     zoom(event.deltaY < 0 ? 0.8 : 1.25, Math.min(Math.max(u, 0), 1), Math.min(Math.max(v, 0), 1));
   }, { passive: false });
-  canvas.addEventListener("dblclick", () => show(0, spec.end, 0, spec.numBlocks));
+  canvas.addEventListener("dblclick", () => show(0, spec.axisEnd, 0, spec.axisLength));
   for (const button of root.querySelectorAll("button")) {
     const factor = Number(button.dataset.zoom);
-    button.addEventListener("click", () => (factor ? zoom(factor, 0.5, 0.5) : show(0, spec.end, 0, spec.numBlocks)));
+    button.addEventListener("click", () => (factor ? zoom(factor, 0.5, 0.5) : show(0, spec.axisEnd, 0, spec.axisLength)));
   }
   const start = () => { decode(); paint(); view = whole(); draw(); new ResizeObserver(draw).observe(canvas); };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { paint(); draw(); });

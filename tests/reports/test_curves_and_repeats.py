@@ -84,9 +84,10 @@ def test_seeds_fold_away(cells, tmp_path):
     spread = entry["spread"]["output_tokens_per_second"]
     assert (spread["min"], spread["max"]) == (min(speeds), max(speeds))
     page = render_html(comparison_document(summary, cells, draw_comparison(cells, summary, tmp_path)))
-    assert "<h2>Against the baseline</h2>" in page and "<h2>The runs</h2>" in page and "<h2>Over rate</h2>" in page
+    for anchor in ("against-the-baseline", "the-runs", "over-rate"):
+        assert f'<h2 id="{anchor}">' in page
     assert "seed=" not in summary["headline"]
-    assert page.index("seed=1") > page.index("<h2>The runs</h2>")
+    assert page.index("seed=1") > page.index('<h2 id="the-runs">')
     assert len(page) < 3_000_000
 
 

@@ -44,14 +44,49 @@ def pages(tmp_path_factory):
             "study": root / "study" / "report.html"}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["run", "comparison", "study"])
-def test_a_report_asks_for_nothing_and_has_no_error(kind, pages, tmp_path):
+# What a reader of a narrow page would miss: what sticks out of the window, unless its own box scrolls, and letters that
+# leave their drawing, meet its edge or are too small.
+AMISS = """(() => {
+    const width = document.documentElement.clientWidth, found = [];
+    if (document.documentElement.scrollWidth > width) found.push("the page scrolls sideways");
+    for (const one of document.querySelectorAll("main *")) {
+        const box = one.getBoundingClientRect();
+        if (!box.width || one.closest(".scroll table, svg")) continue;
+        if (box.left < -0.5 || box.right > width + 0.5) found.push(one.outerHTML.slice(0, 80));
+    }
+    for (const svg of document.querySelectorAll("svg")) {
+        const frame = svg.getBoundingClientRect();
+        if (!frame.width) continue;
+        for (const text of svg.querySelectorAll("text")) {
+            const box = text.getBoundingClientRect();
+            const size = parseFloat(getComputedStyle(text).fontSize) * frame.width / svg.viewBox.baseVal.width;
+            if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1
+                || box.bottom > frame.bottom + 1) found.push("cut: " + text.textContent);
+            if (size < 7) found.push("small: " + text.textContent);
+        }
+    }
+    return found;
+})()"""
+
+
+def test_reports_ask_for_nothing_have_no_error_and_fit_a_phone(pages, tmp_path):
     with Browser(tmp_path / "profile") as browser:
-        browser.open(pages[kind].as_uri())
-        browser.wait_for("document.readyState === 'complete' && document.querySelectorAll('svg').length")
-        if kind == "run":
-            assert browser.wait_for(f"{COLORS} > 8")
-        assert browser.evaluate("document.querySelectorAll('img[src^=http]').length") == 0
+        for kind, page in pages.items():
+            for width in (1400, 390):
+                browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
+                             mobile=width < 600)  # fmt: skip
+                browser.open(page.as_uri())
+                browser.wait_for(f"document.readyState === 'complete' && location.href === '{page.as_uri()}' && "
+                                 "document.querySelectorAll('svg').length")  # fmt: skip
+                assert browser.evaluate(AMISS) == [], (kind, width)
+                drawn = browser.evaluate("[...document.querySelectorAll('svg')].filter((s) => s.clientWidth).length")
+                assert drawn == browser.evaluate("document.querySelectorAll('figure:has(svg)').length")
+                if kind != "study":
+                    assert browser.wait_for(f"{COLORS} > 8")
+            assert browser.evaluate("document.querySelectorAll('img[src^=http]').length") == 0
+        maps = "document.querySelectorAll('.maps canvas').length"
+        browser.open(pages["comparison"].as_uri())
+        assert browser.wait_for(maps) == 2
         assert browser.problems == []
         asked = [url for url in browser.requests if not url.startswith(("file:", "data:", "about:", "blob:"))]
         assert asked == []

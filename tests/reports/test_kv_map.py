@@ -13,6 +13,7 @@ from fake_runs import KV_MAP_SCHEMA, fake_run
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from reports.comparison import compare
 from reports.errors import ReportError
 from reports.files import read_run
 from reports.kv_map import (
@@ -29,6 +30,7 @@ from reports.kv_map import (
     paint,
     read_kv_map,
 )
+from reports.kv_maps import ADDRESSES, SLOTS, CellMap, kv_maps_figure, kv_maps_markup, shared_axes
 from reports.run_report import write_run_report
 from reports.style import CLASS_LOOKS
 
@@ -172,3 +174,37 @@ def test_no_request_has_a_class_s_colour():
 def test_unmapped_addresses_are_not_called_free_memory():
     names = KVMap(np.array([[SHORTAGE]]), np.zeros((1, 1)), 1.0, 1, mapped=True).names()
     assert names[FREE] == "not mapped" and names[SHORTAGE].startswith("not mapped; free pages: ")
+
+
+def _specs(markup):
+    return [json.loads(text) for text in re.findall(r'application/json">(.*?)</script>', markup)]
+
+
+def test_maps_of_a_comparison_have_one_scale_of_time_and_of_slots(run, tmp_path):
+    """A pool of half the size with blocks of half the size, a run of half the time, and addresses of a region."""
+    other = read_run(fake_run(tmp_path / "run", num_requests=24, total=3840, block_size=8))
+    whole = read_kv_map(run, 100, 60)
+    assert whole.owner.shape == (60, 100)
+    halved = KVMap(whole.owner, whole.filled, whole.end / 2, 480)
+    virtual = KVMap(whole.owner, whole.filled, whole.end / 4, 9000, mapped=True)
+    maps = [CellMap("a & b", run, whole), CellMap("small", other, halved), CellMap("virtual", run, virtual)]
+    assert [(axis.end, axis.length, axis.label) for axis in shared_axes(maps)] == [
+        (whole.end, 7680, SLOTS), (whole.end, 7680, SLOTS), (whole.end, 144000, ADDRESSES),
+    ]  # fmt: skip
+    markup = kv_maps_markup(maps)
+    specs = _specs(markup)
+    assert len({(spec["axisEnd"], spec["axisLength"]) for spec in specs[:2]}) == 1
+    assert [spec["numBlocks"] * spec["unit"] for spec in specs] == [7680, 3840, 144000]
+    assert markup.count('<canvas role="img" aria-label="KV map of ') == 3
+    assert "a &amp; b: " in markup and markup.count('querySelectorAll(".kvmap")') == 1
+    panels = [axes for axes in kv_maps_figure(maps).axes if axes.get_visible()]
+    assert [axes.get_ylim() for axes in panels] == [(7680, 0), (7680, 0), (144000, 0)]
+    assert len({axes.get_xlim() for axes in panels}) == 1
+
+
+def test_a_comparison_shows_the_maps_that_there_are_and_names_the_others(run, tmp_path):
+    other = fake_run(tmp_path / "other", "paged", num_requests=24)
+    compare([("one", run.path), ("other", other)], tmp_path / "comparison")
+    page = (tmp_path / "comparison" / "report.html").read_text()
+    assert len(_specs(page)) == 1 and "Recorded none: paged × continuous." in page
+    assert (tmp_path / "comparison" / "figures" / "kv_maps.png").exists()

@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 from fake_runs import fake_run
+from matplotlib.patches import Patch
 
 from reports.cells import Cell
 from reports.comparison_figures import memory_panels
 from reports.files import read_run
 from reports.repeats import Contender
 from reports.study_charts import chart_figure
-from reports.style import drawing
+from reports.style import NARROW, WIDE, drawing, legend_above, new_figure
 from reports.summary import summarize
 
 
@@ -65,3 +66,54 @@ def test_long_names_below_bars_do_not_meet(groups):
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
     if not labels[0].get_rotation():
         assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def _chart(kind="lines", x=(1.0, 2.0, 4.0), y=(1.0, 2.0, 3.0), **more):
+    series = {"name": "a", "x": list(x), "y": list(y), "low": [], "high": []}
+    return {"name": "c", "kind": kind, "x_label": "x", "y_label": "y", "caption": "", "log_x": False, "log_y": False,
+            "series": [series]} | more  # fmt: skip
+
+
+def _drawn(chart, sheet=WIDE):
+    with drawing():
+        figure = chart_figure(chart, sheet)
+        figure.draw_without_rendering()
+    return figure
+
+
+@pytest.mark.parametrize("logs", [{"log_x": True}, {"log_y": True}, {"log_x": True, "log_y": True}, {}])
+def test_axes_say_whether_they_are_logarithmic(logs):
+    (axes,) = _drawn(_chart(**logs)).axes
+    for axis, label in (("x", axes.get_xlabel()), ("y", axes.get_ylabel())):
+        kind = "log" if logs.get(f"log_{axis}") else "linear"
+        assert label == (f"{axis}, {kind} scale" if logs else axis)
+
+
+@pytest.mark.parametrize("given, words", [({"y_mark_name": "the bound"}, "the bound"), ({}, "2.5")])
+def test_a_line_of_reference_has_its_name_upon_it(given, words):
+    (axes,) = _drawn(_chart(y_mark=2.5, **given)).axes
+    [text] = axes.texts
+    assert (text.get_text(), text.xy[1]) == (words, 2.5)
+    assert [line.get_text() for line in _drawn(_chart("parity")).axes[0].texts] == ["equal"]
+
+
+@pytest.mark.parametrize("sheet", [WIDE, NARROW])
+@pytest.mark.parametrize("logs", [{}, {"log_x": True}, {"log_y": True}])
+def test_counts_have_whole_ticks(sheet, logs):
+    (axes,) = _drawn(_chart(**logs), sheet).axes
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        shown = [label.get_text().replace(",", "") for label in labels if label.get_text()]
+        assert shown and all(float(text).is_integer() for text in shown)
+
+
+@pytest.mark.parametrize("sheet", [WIDE, NARROW])
+def test_a_legend_fits_its_sheet(sheet):
+    labels = ["token states", "reservation", "internal fragmentation", "external fragmentation", "shortage", "free"]
+    with drawing():
+        figure = new_figure(3, sheet)
+        figure.subplots()
+        legend_above(figure, [Patch() for _ in labels], labels, sheet)
+        figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+    assert figure.legends[0]._ncols == (len(labels) if sheet is WIDE else 2)
