@@ -46,7 +46,9 @@ def test_every_launcher_gives_the_same_report_and_the_same_errors(launcher, one_
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines == [line for line in expected.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert (tmp_path / "report.md").read_text() == (out / "report.md").read_text()
+    page = (tmp_path / "report.md").read_text()  # its command names folder and launcher
+    page = page.replace(str(tmp_path), str(out)).replace(f"hydra/launcher={launcher}", "hydra/launcher=basic")
+    assert page == (out / "report.md").read_text()
     assert not list(tmp_path.glob(".ray-*"))
 
 
