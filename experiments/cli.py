@@ -64,7 +64,7 @@ def _serve(args: list[str]) -> int:
     try:
         cfg, choices = compose_cell(overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, overrides) or str(error)) from error
+        raise ConfigError(in_flags(explain(error, overrides) or str(error))) from error
     from experiments.serving.serve import serve
 
     try:

@@ -66,7 +66,7 @@ def test_a_shells_limit_on_open_files_is_lifted():
         (["models/demo", "--max-num-seqs", "0"], "--max-num-seqs 0"),
         (["models/demo", "--enable-prefix-caching", "--allocator", "paged"], "--enable-prefix-caching"),
         (["models/demo", "--set", "server.no_such_key=1"], "'server.no_such_key'"),
-        (["models/demo", "--scheduler", "nope"], "nope"),
+        (["models/demo", "--scheduler", "chunkd"], "--scheduler chunkd: there is no such choice; did you mean chunked"),
         (["models/demo", "--no-such-flag"], "--no-such-flag"),
         (["models/demo", "--chat-template", "/nonexistent"], "--chat-template '/nonexistent' must be a file"),
     ),
