@@ -138,7 +138,11 @@ def differences(old: Path, new: Path) -> list[str]:
         found += [f"steps.parquet: {name}" for name in names if not steps[0][name].equals(steps[1][name])]
     if simulated:
         summaries = [json.loads((folder / "summary.json").read_text()) for folder in (old, new)]
-        found += [f"summary.json: {line}" for line in _unequal(*summaries, "") if line.split(".")[1] not in OF_THE_RUN]
+        found += [
+            f"summary.json: {line}"
+            for line in _unequal(summaries[0], summaries[1], "")
+            if line.split(".")[1] not in OF_THE_RUN
+        ]
     return found
 
 
@@ -155,7 +159,7 @@ def _unequal(old: Any, new: Any, path: str) -> Iterator[str]:
             yield from _unequal(old.get(key), new.get(key), f"{path}.{key}")
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for number, pair in enumerate(zip(old, new, strict=True)):
-            yield from _unequal(*pair, f"{path}.{number}")
+            yield from _unequal(pair[0], pair[1], f"{path}.{number}")
     elif isinstance(old, float) and isinstance(new, float):
         if not math.isclose(old, new, rel_tol=TOLERANCE, abs_tol=1e-12):
             yield f"{path} {old} {new}"
