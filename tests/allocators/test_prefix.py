@@ -214,3 +214,19 @@ def test_preempted_output_is_found_again() -> None:
 def test_a_window_is_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="a cached prefix must hold all of its tokens"):
         PrefixCachingAllocator(num_blocks=20, block_size=4, max_model_len=64, sliding_window=8)
+
+
+def test_a_child_goes_on_in_the_chain_where_its_prompt_ends() -> None:
+    alloc = make()
+    parent = compute(alloc, "parent", list(range(9)))
+    parent.output_token_ids += [50] * 4
+    assert alloc.allocate(parent, 13)
+    parent.num_computed_tokens = 13
+    alloc.commit(parent)  # three blocks deep, and the child branches off at two
+    child = make_request("child", parent.prompt_token_ids)
+    assert alloc.fork(parent, child)
+    child.output_token_ids += [60] * 3
+    assert alloc.allocate(child, 12)
+    child.num_computed_tokens = 12
+    alloc.commit(child)
+    assert hit(alloc, [*range(9), 60, 60, 60, 1]) == hit(alloc, [*range(9), 50, 50, 50, 1]) == 12
