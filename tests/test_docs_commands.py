@@ -21,6 +21,7 @@ OF_READERS = (
     "scheduler=chunked,mine",
     "experiment=NAME",
 )  # what a reader is to add, or to choose
+SHELL = re.compile(r" (?:\||2?>) ?")  # what follows is other programs' or a file's
 PROGRAM = re.compile(r"(python (?:run\.py|-m [\w.]+)[^`\n]*)")
 
 
@@ -30,7 +31,7 @@ def commands(start: str) -> list[str]:
     for page in PAGES:
         if page.name not in HISTORY:
             text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
-            found += [line for line in PROGRAM.findall(text) if line.startswith(start)]
+            found += [SHELL.split(line)[0] for line in PROGRAM.findall(text) if line.startswith(start)]
     return list(dict.fromkeys(found))
 
 
