@@ -1,5 +1,6 @@
 """What a start must not import before it is over: seconds of a user's time, on a machine with a slow disk many."""
 
+import functools
 import subprocess
 import sys
 
@@ -35,11 +36,14 @@ gc.callbacks.append(lambda phase, info: info["generation"] == 2 and collections.
 """
 
 
-def imported_by(code: str) -> set[str]:
-    """Top-level packages that a fresh interpreter holds after `code`."""
-    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+@functools.cache
+def imports_of(code: str) -> tuple[list[int], set[str]]:
+    """Of a fresh interpreter: the number of its modules at each collection and at the end; its top-level packages."""
+    code = f"{COLLECTIONS}{code}\nprint(*collections, len(sys.modules))"
+    code += "\nprint(*{name.partition('.')[0] for name in sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(run.stdout.splitlines()[-1].split())
+    *_, counts, names = run.stdout.splitlines()
+    return [int(count) for count in counts.split()], set(names.split())
 
 
 @pytest.mark.parametrize(
@@ -57,13 +61,11 @@ def imported_by(code: str) -> set[str]:
     ],
 )
 def test_a_process_that_starts_leaves_alone_what_others_need(code, unwanted):
-    assert not imported_by(code) & unwanted
+    assert not imports_of(code)[1] & unwanted
 
 
 @pytest.mark.parametrize("code", [ENGINE, FIRST_TOKEN], ids=["the server's engine", "the benchmark's engine"])
 def test_imports_are_not_looked_through_for_garbage(code):
     """All of it was, again and again: a fifth of the time that they took."""
-    code = f"{COLLECTIONS}{code}\nprint(len(sys.modules), *collections)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    num_modules, *collections = map(int, run.stdout.splitlines()[-1].split())
+    *collections, num_modules = imports_of(code)[0]
     assert not [at for at in collections if 700 < at < 0.9 * num_modules], collections

@@ -42,6 +42,8 @@ def broken_checkpoint(tmp_path: Path) -> Path:
     return directory
 
 
+SMALL = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4",
+         "driver.warmup=false", "report.pages=false", "report.kv_map=false"]  # fmt: skip
 CASES = {
     "unknown key": (["allocator.blok_size=8"], "allocator.block_size"),
     "unknown section": (["nonsense=1"], "nonsense"),
@@ -125,7 +127,7 @@ CASES = {
     "an experiment's setting": (["study.start_rate=4"], "'study.start_rate'; it is a setting of experiment=capacity"),
     "a target's query": (["target='http://127.0.0.1:9/v1?a=1'"], "leave out what is behind it"),
     "samples without end": (["sampling.n=99999999999999999999"], "must be an integer in [1, 65536]"),
-    "no swap space": (["allocator.swap_gib=null"], "allocator.swap_gib=None must be a number"),
+    "no swap space": (["allocator.swap_gib=null"], "allocator.swap_gib=None must be at least 0"),
     "a list of strategies": (["allocator=[1]"], "the command line cannot be read: "),
     "a spread beyond floats": (["workload=lognormal", "workload.output_len.sigma=1e30"], "config section 'workload': "),
     "no temperature": (["sampling.temperature=null"], "sampling.temperature=None must be a number"),
@@ -184,8 +186,7 @@ def test_a_negative_length_in_a_trace_names_file_line_and_column(tmp_path: Path,
 
 
 def test_a_failed_cell_does_not_stop_a_sweep(tmp_path: Path, run):
-    common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
-    done = run("-m", "kv_cache.num_slots=1,512", *common)
+    done = run("-m", "kv_cache.num_slots=1,512", *SMALL)
     assert done.returncode == 2
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert len(last["failed"]) == 1
@@ -195,8 +196,7 @@ def test_a_failed_cell_does_not_stop_a_sweep(tmp_path: Path, run):
 
 
 def test_a_cell_that_means_nothing_is_left_out_of_a_sweep(tmp_path: Path, run):
-    common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
-    done = run("-m", "allocator=contiguous,paged", "runner.layout=paged,contiguous", "report.json=full", *common)
+    done = run("-m", "allocator=contiguous,paged", "runner.layout=paged,contiguous", "report.json=full", *SMALL)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert last["failed"] == []
@@ -210,16 +210,14 @@ def test_a_cell_that_means_nothing_is_left_out_of_a_sweep(tmp_path: Path, run):
 
 def test_a_baseline_may_be_named_by_its_folder(run):
     """By its name without the digits, which nobody knows beforehand."""
-    common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
-    done = run("-m", "allocator=contiguous,paged", "report.baseline=paged-continuous", "report.pages=false", *common)
+    done = run("-m", "allocator=contiguous,paged", "report.baseline=paged-continuous", *SMALL)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1])["baseline"] == "paged × continuous"
 
 
 def test_a_sweep_without_its_comparison_is_an_error(tmp_path: Path, run):
     """Hydra turns a callback's error into a warning: the sweep ended with exit code 0 and no report."""
-    common = ["workload=fixed", "workload.num_requests=4", "workload.prompt_len=8", "workload.output_len=4"]
-    done = run("-m", "allocator=contiguous,paged", "report.baseline=nope", f"hydra.sweep.dir={tmp_path}/s", *common)
+    done = run("-m", "allocator=contiguous,paged", "report.baseline=nope", f"hydra.sweep.dir={tmp_path}/s", *SMALL)
     assert done.returncode == 2
     [line] = [line for line in done.stderr.strip().splitlines() if not line.startswith("warning: ")]
     assert line.startswith("error: no comparison: there is no run called 'nope' to compare with; the runs are ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -13,10 +14,11 @@ from allocators.virtual import VirtualAllocator
 from engine.errors import ConfigError
 from engine.kv_pool import KVPool
 from engine.models import ModelSpec
-from experiments.building.pools import make_pool
+from experiments.building import pools
 from experiments.compose import load_config
 from experiments.config import RunnerConfig
 
+make_pool = functools.partial(pools.make_pool, sized_by="kv_cache.num_blocks")
 SPEC = ModelSpec("small", 2, 2, 64, 8, 64, torch.float32, frozenset(), None, 0)
 
 

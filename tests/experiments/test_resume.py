@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 
 from engine.errors import ConfigError
 from experiments.compose import compose_cell
@@ -27,9 +28,8 @@ SWEEP = [
 ]  # fmt: skip
 
 
-def start(out: Path) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "run.py"), *SWEEP, f"hydra.sweep.dir={out}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(out: Path, errors: Path):
+    return warm.start([str(ROOT / "run.py"), *SWEEP, f"hydra.sweep.dir={out}"], ROOT, errors, errors)
 
 
 @pytest.fixture
@@ -59,12 +59,12 @@ def findings(out: Path) -> dict:
 def test_a_killed_sweep_resumes_and_ends_in_the_same_report(finish, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(whole)
-    process = start(broken)
+    process = start(broken, tmp_path / "errors")
     while len(list(broken.glob("*/cell.json"))) < 2:
         assert process.poll() is None, "the sweep ended before it was killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     done = sorted(path.parent.name for path in broken.glob("*/cell.json"))
     assert len(done) in (2, 3)
     times = {name: (broken / name / "requests.parquet").stat().st_mtime_ns for name in done}
@@ -79,9 +79,10 @@ def test_a_killed_sweep_resumes_and_ends_in_the_same_report(finish, tmp_path):
 
 def test_two_processes_at_one_sweep_share_its_cells(tmp_path):
     """Both ran every cell and wrote the same files at the same time."""
-    processes = [start(tmp_path), start(tmp_path)]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    processes = [start(tmp_path, tmp_path / f"errors{number}") for number in (0, 1)]
+    codes = [process.wait(240) for process in processes]
+    errors = [(tmp_path / f"errors{number}").read_text() for number in (0, 1)]
+    assert codes == [0, 0], errors
     assert "".join(errors).count("finished before") == 4
     assert "another process is writing it; waiting until it is done" in "".join(errors)
     assert len(json.loads((tmp_path / "sweep.json").read_text())["runs"]) == 4

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from warm import PARTS, start
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "test-key"
@@ -29,15 +30,27 @@ class RunningServer:
         flags: of `kvarena serve`, after the model.
         model: a model directory.
         module: what to run in place of the command (stub engines).
+        is_fresh: the process and its parts are started from nothing, not warm (tests/warm.py).
     """
 
-    def __init__(self, *flags: str, model: str = "models/demo", module: str = "experiments.cli", key: str | None = KEY):
+    def __init__(
+        self,
+        *flags: str,
+        model: str = "models/demo",
+        module: str = "experiments.cli",
+        key: str | None = KEY,
+        is_fresh: bool = False,
+    ):
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)  # noqa: SIM115
-        command = [sys.executable, "-m", module, "serve", model, "--port", "0", *flags]
+        command = ["-m", module, "serve", model, "--port", "0", *flags]
         if key is not None:
             command += ["--api-key", key, "second-key"]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT, env=env)
+        if is_fresh:
+            command = [sys.executable, *command]
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT, env=env)
+        else:
+            self.process = start(command, ROOT, Path(self._log.name), Path(self._log.name), env)
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url = self._wait()
         self.client = httpx.Client(base_url=self.url, headers=self.headers, timeout=PATIENCE)
@@ -107,13 +120,15 @@ class RunningServer:
 
     def front(self) -> psutil.Process:
         """The front that was started last."""
-        spawned = [p for p in self.children() if "spawn_main" in " ".join(p.cmdline())]
-        return max(spawned, key=lambda p: p.create_time())
+        return self.parts()[-1]
 
     def engine_pid(self) -> int:
         """The engine is the first process that the supervisor starts."""
-        spawned = [p for p in self.children() if "spawn_main" in " ".join(p.cmdline())]
-        return min(spawned, key=lambda p: p.create_time()).pid
+        return self.parts()[0].pid
+
+    def parts(self) -> list[psutil.Process]:
+        """The engine and the fronts, in the order in which they were started."""
+        return sorted((one for one in self.children() if is_part(one)), key=lambda one: (one.create_time(), one.pid))
 
     def stop(self, seconds: float = PATIENCE) -> int:
         """SIGTERM and wait; returns the exit code. `said` is what the server had logged then."""
@@ -128,6 +143,12 @@ class RunningServer:
         self.said = self.log
         os.unlink(self._log.name)
         return self.process.returncode
+
+
+def is_part(process: psutil.Process) -> bool:
+    """Whether it is an engine or a front."""
+    line = " ".join(process.cmdline())
+    return any(part in line for part in PARTS)
 
 
 def stream_events(response: httpx.Response) -> list[str]:

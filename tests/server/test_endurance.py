@@ -61,7 +61,7 @@ def _hang_ups(server: RunningServer, count: int, seed: int, at_once: int = 24) -
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("count", (900, pytest.param(10_000, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("count", (600, pytest.param(10_000, marks=pytest.mark.slow)))
 def test_31_hang_ups_by_the_thousand_leave_nothing(server, count):
     _hang_ups(server, count // 3, seed=1)
     server.wait_idle()
@@ -128,7 +128,7 @@ def _mix(server: RunningServer, seconds: float, seed: int) -> Counter[str]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seconds", (10, pytest.param(600, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("seconds", (6, pytest.param(600, marks=pytest.mark.slow)))
 def test_41_a_long_mix_leaves_nothing(server, seconds):
     _mix(server, seconds / 3, seed=100)
     server.wait_idle()

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from server_harness import PATIENCE, ROOT
-from test_server_faults import Reader, _gone, _is_spawned, _stub
+from server_harness import PATIENCE, ROOT, is_part
+from test_server_faults import Reader, _gone, _stub
 
 from engine.errors import ConfigError
 from engine.server.listeners import open_listeners
@@ -31,9 +31,7 @@ def _wait(condition, what: str) -> None:
 
 def _fronts(server) -> list[psutil.Process]:
     engine = server.engine_pid()
-    return sorted(
-        (one for one in server.children() if _is_spawned(one) and one.pid != engine), key=lambda one: one.create_time()
-    )
+    return [one for one in server.parts() if one.pid != engine]
 
 
 def test_a_front_that_freezes_or_dies_is_replaced_and_the_others_streams_go_on():
@@ -88,7 +86,7 @@ def test_fronts_that_never_last_end_the_server():
         # As soon as they are there; what has ended already is nobody's loss.
         with contextlib.suppress(psutil.NoSuchProcess):
             for one in server.children():
-                if one.pid != engine and _is_spawned(one):
+                if one.pid != engine and is_part(one):
                     one.kill()
         time.sleep(0.05)
     assert server.process.wait(PATIENCE) == 1

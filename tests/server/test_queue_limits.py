@@ -21,11 +21,15 @@ def _small_queue() -> RunningServer:
 
 
 def test_20_larger_than_the_pool_is_refused_at_once_and_blocks_nobody():
-    server = RunningServer("--num-blocks", "10", module="experiments.serving.stub_engine")
+    server = RunningServer("--num-blocks", "10", "--step-time", "0.02", module="experiments.serving.stub_engine")
     try:
+        reader = Reader(server, max_tokens=100)  # 100 steps
         refused = server.post("/v1/completions", {"prompt": [20] * 200, "max_tokens": 4})
         assert refused.status_code == 400
         assert "160" in refused.json()["error"]["message"]
+        assert reader.is_alive()  # it waits for none of what runs
+        reader.join(PATIENCE)
+        assert '"finish_reason":"length"' in reader.lines[-2]
         assert server.complete([20]).status_code == 200
         # A chat without max_tokens gets what fits.
         chat = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})

@@ -15,6 +15,7 @@ import time
 
 import httpx
 import pytest
+from server_footprint import loop_is_not_held_up
 from server_harness import PATIENCE, RunningServer, stream_events
 
 LONG = {"prompt": [20] * 16, "max_tokens": 400, "ignore_eos": True}
@@ -176,7 +177,7 @@ def test_32_slow_readers_cost_nobody_anything():
 
 
 def test_32_what_a_slow_reader_was_sent_is_whole(server):
-    slow = [_send(server, LONG | {"stream": True, "n": 4, "temperature": 1.0}) for _ in range(8)]
+    slow = [_send(server, LONG | {"stream": True, "n": 4, "temperature": 1.0}) for _ in range(3)]
     server.wait_idle()  # they run to their end, merged into the sockets' buffers
     for sock in slow:
         data = b""
@@ -294,12 +295,11 @@ def test_40_two_thousand_connections():
 
     try:
         threads = [threading.Thread(target=batch) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        assert server.client.get("/health").status_code == 200
-        assert len(done) < 2000
-        for thread in threads:
-            thread.join()
+        with loop_is_not_held_up(server, 1.0):
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
         assert len(done) == 2000
         assert all(b"[DONE]" in end for end in done)
         server.wait_idle()

@@ -12,7 +12,7 @@ from server_harness import PATIENCE, RunningServer
 from test_bad_requests import CHAT, COMPLETIONS
 
 FLAGS = ("--max-model-len", "512", "--num-gpu-blocks-override", "64", "--max-num-seqs", "1")
-BODY = {"prompt": [20] * 8, "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+BODY = {"prompt": [20] * 8, "max_tokens": 80, "ignore_eos": True, "temperature": 0}
 
 
 def _order(server: RunningServer, requests: list[dict]) -> list[str]:

@@ -57,10 +57,6 @@ def _health(server: RunningServer) -> int:
     return _status(f"{server.url}/health")
 
 
-def _is_spawned(process: psutil.Process) -> bool:
-    return "spawn_main" in " ".join(process.cmdline())
-
-
 def _status(url: str) -> int:
     try:
         return httpx.get(url, timeout=PATIENCE).status_code
@@ -245,7 +241,9 @@ def test_the_supervisors_death_leaves_no_orphans():
 def test_52_a_step_of_the_wall_clock_ends_no_wait_and_prolongs_none(tmp_path):
     """The clock of every process of the server jumps a day ahead, then two days back, under load."""
     file = tmp_path / "offset"
-    server = RunningServer("--step-time", "0.01", "--clock", str(file), module="tests.server.stepped_clock")
+    server = RunningServer(
+        "--step-time", "0.01", "--clock", str(file), module="tests.server.stepped_clock", is_fresh=True
+    )
     pids = [process.pid for process in server.children()]
     made = []
     for offset in (0, 86_400, -172_800):

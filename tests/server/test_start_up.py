@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 import torch
+import warm
 from server_harness import PATIENCE, ROOT, RunningServer
 from test_server_faults import _health, _status
 
@@ -72,8 +74,7 @@ def test_a_shells_limit_on_open_files_is_lifted():
     ),
 )
 def test_47_a_wrong_setting_is_one_line(flags, words):
-    command = [sys.executable, "-m", "experiments.cli", "serve", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = warm.run(["-m", "experiments.cli", "serve", *flags], ROOT)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2, done.stderr
     assert len(errors) == 1
@@ -82,8 +83,7 @@ def test_47_a_wrong_setting_is_one_line(flags, words):
 
 
 def test_47_a_port_in_use_is_one_line(server):
-    command = [sys.executable, "-m", "experiments.cli", "serve", "--port", str(server.port)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = warm.run(["-m", "experiments.cli", "serve", "--port", str(server.port)], ROOT)
     assert done.returncode == 2
     assert f"{server.port}" in done.stderr
     assert "choose another --port" in done.stderr
@@ -95,16 +95,16 @@ def test_49_a_log_that_cannot_be_written_stops_nothing(log, tmp_path):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.serving.stub_engine", "serve", "models/demo", "--port", str(port)]
+    command = ["-m", "experiments.serving.stub_engine", "serve", "models/demo", "--port", str(port)]
+    errors = tmp_path / "errors"
     if log == "a full disk":
-        file = os.open("/dev/full", os.O_WRONLY)
+        process = warm.start(command, ROOT, Path("/dev/full"), errors)
     else:
         reader, file = os.pipe()
         os.close(reader)
-    errors = tmp_path / "errors"
-    with errors.open("w") as stderr:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=stderr)
-    os.close(file)
+        with errors.open("w") as stderr:
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=stderr)
+        os.close(file)
     try:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
         while _status(f"{url}/health") != 200:

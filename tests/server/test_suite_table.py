@@ -20,6 +20,7 @@ SHORT = {
     "LB": "large_bodies",
     "SA": "structured_answers",
     "GA": "gate",
+    "PS": "promised_seconds",
 }
 
 

@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from experiments.compose import compose_cell
 from reports.__main__ import make_report
@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(out: Path, stated: int, *more: str) -> subprocess.CompletedProcess:
     command = [
-        sys.executable,
         "run.py",
         f"hydra.run.dir={out}",
         f"study={{_target_: tests.studies.one_cell.OneCell, stated: {stated}}}",
@@ -29,7 +28,7 @@ def run(out: Path, stated: int, *more: str) -> subprocess.CompletedProcess:
         "driver.probe=false",
         *more,
     ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    return warm.run(command, ROOT)
 
 
 def test_a_study_runs_its_cells_and_reports_its_claims(tmp_path):
