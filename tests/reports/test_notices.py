@@ -15,6 +15,20 @@ from reports.run_report import read_summary, write_run_report
 from reports.terminal import comparison_table, run_table
 
 
+class NoFigures(dict):
+    """They take longer than all else."""
+
+    def __missing__(self, name: str) -> str:
+        return "<svg/>"
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """No notice is in one."""
+    monkeypatch.setattr("reports.comparison.draw_comparison", lambda *_: NoFigures())
+    monkeypatch.setattr("reports.run_report.draw_run", lambda *_: NoFigures())
+
+
 def edit_manifest(run_dir, change):
     path = run_dir / "manifest.json"
     manifest = json.loads(path.read_text())
