@@ -7,8 +7,11 @@ the config or its values becomes one line on stderr and exit code 2; a bug keeps
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,18 @@ from engine.errors import ConfigError, NotDefined
 from experiments.building.model_files import check_model
 from experiments.compose import CONF_DIR
 from experiments.explain import explain, own_error
+from experiments.interruption import Interrupted, Signals
 from experiments.loading import say_loading
+from experiments.outcomes import outcome
 from experiments.recording.failures import record_failure
-from experiments.sweep import ENDED_SWEEP, outcome
+from experiments.recording.place import EXPERIMENT, RUN
+from experiments.sweep import ENDED_SWEEP
 from experiments.unserved import Unserved
 from reports.plain_text import write_any_text
 
 USER_ERROR = 2
+# Of a launcher's process: what ended the cell that it ran before. There is no other way from one cell to the next.
+ENDED_BY: ContextVar[int | None] = ContextVar("ENDED_BY", default=None)
 
 
 def main() -> int:
@@ -41,12 +49,27 @@ def main() -> int:
     exit_codes: list[int] = []
     started: list[bool] = []
     ENDED_SWEEP.set(None)
+    process = os.getpid()
+    signals = Signals()
 
     # Errors are taken in here where they can be: one that leaves the job makes Hydra print lines of its own.
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
     def job(cfg: DictConfig) -> dict[str, Any]:
         started.append(True)
         folder = Path(HydraConfig.get().runtime.output_dir)
+        if os.getpid() == process:
+            return run(cfg, folder)
+        # A launcher's process runs one cell after another, and a signal to it is meant for all of them.
+        if (number := ENDED_BY.get()) is not None:
+            return outcome(folder, interrupted=number)
+        try:
+            with Signals():
+                return run(cfg, folder)
+        except Interrupted as stopped:
+            ENDED_BY.set(stopped.number)
+            return outcome(folder, interrupted=stopped.number)
+
+    def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         say = _announcer(cfg)
         say("")
         try:
@@ -54,7 +77,8 @@ def main() -> int:
             if cfg.target is None:
                 check_model(cfg, tokenizer=cfg.mode == "serve")
             if cfg.mode == "serve":
-                exit_codes.append(_serve(cfg))
+                with signals.released():
+                    exit_codes.append(_serve(cfg))
             elif cfg.mode == "run" and cfg.study is not None:
                 say_loading(enabled=cfg.report.progress is True)
                 from experiments.studies.run import run_study
@@ -68,6 +92,10 @@ def main() -> int:
                 folder = run_job(cfg)
             else:
                 raise ConfigError(f"mode={cfg.mode} must be run or serve")
+        except Interrupted as stopped:
+            if HydraConfig.get().mode is RunMode.RUN:
+                stopped.setting, stopped.folder = "hydra.run.dir", folder
+            raise
         except Unserved as error:
             failures.append(str(error))
             return outcome(error.folder, unserved=str(error))
@@ -76,7 +104,7 @@ def main() -> int:
             if message is None:
                 raise
             not_defined = isinstance(own_error(error), NotDefined)
-            record_failure(message, not_defined=not_defined)
+            record_failure(message, RUN if cfg.study is None else EXPERIMENT, not_defined=not_defined)
             say(f": {'not defined' if not_defined else 'failed'}: {message}")
             (undefined if not_defined else failures).append(message)
             return outcome(folder, message, not_defined=not_defined)
@@ -84,20 +112,25 @@ def main() -> int:
         return outcome(folder)
 
     try:
-        job()
+        with signals:
+            job()
     except Exception as error:
-        message = explain(error, sys.argv[1:])
-        if message is None and isinstance(error, OSError) and not started:  # Hydra makes the folder before the job
-            message = (
+        # Hydra makes the folder before the job.
+        if isinstance(error, OSError) and error.errno is not None and not started:
+            message: str | None = (
                 f"cannot make the run's folder {error.filename} ({error.strerror}); set hydra.run.dir, or "
                 "hydra.sweep.dir with -m, to one that can be made"
             )
+        else:
+            message = explain(error, sys.argv[1:])
         if message is None:
             raise
         failures.append(message)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+        with suppress(OSError):  # of SIGHUP the terminal may be gone
+            print(f"error: {stopped.line()}", file=sys.stderr)
+        return 128 + stopped.number
     # A sweep's cells may have run in other processes: what they came to is in its folder.
     if (ended := ENDED_SWEEP.get()) is not None:
         if ended.record:

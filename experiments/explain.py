@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import re
 from collections.abc import Sequence
@@ -16,6 +17,11 @@ from experiments.near import near
 from experiments.suggest import explain_composition
 from reports.errors import ReportError
 from reports.packages import missing_package
+from reports.writing import cannot_write
+
+# What keeps a file from being written, and is never a bug of ours.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR,
+        errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)  # fmt: skip
 
 
 def explain(error: BaseException, overrides: Sequence[str] = ()) -> str | None:
@@ -35,6 +41,8 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str | None:
     if isinstance(error, MemoryError):
         what = f" ({first_line(error)})" if str(error) else ""
         return f"this machine's memory is not enough{what}; lower kv_cache.num_slots or workload.num_requests"
+    if isinstance(error, OSError) and error.errno in DISK:
+        return cannot_write(error.filename or "a file", error)
     if isinstance(error, InstantiationException):
         return _explain_instantiation(error, _causes(error))
     if _raised_in(error) == "submitit":
@@ -113,6 +121,6 @@ def _arguments(text: str) -> list[str]:
         return []
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | None) -> str:
     """The first line of what `error` says, or its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,6 +24,7 @@ from engine.models.sizes import ModelSizes, model_sizes
 from engine.request import Request
 from experiments.building.build import Load, build_load
 from experiments.config import DriverConfig, HttpConfig
+from experiments.interruption import Signals, name_of
 from experiments.load.http_client import HttpServer
 from experiments.load.http_driver import HttpDriver
 from experiments.load.http_metrics import GaugeReader
@@ -31,22 +32,20 @@ from experiments.recording.contention import Contention
 from experiments.recording.files import REQUESTS_FILE, STEPS_FILE
 from experiments.recording.provenance import utc_now
 from experiments.recording.record import RunRecorder, write_requests, write_steps
+from experiments.recording.run_folder import Measured
 
 EXTENSIONS = ("top_k", "min_p", "ignore_eos")  # of section `sampling`, beyond OpenAI's API
 ENDPOINTS = ("/completions", "/chat", "/v1")  # what clients' addresses end with, in the order in which it is cut off
 ENGINE_SECTIONS = ("allocator", "scheduler", "engine", "kv_cache", "runner", "server", "mode", "study")
 
 
-def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[[int], None]]) -> dict[str, Any]:
-    """Drive the server that `cfg.target` names; writes requests.parquet and steps.parquet.
+def run_http(cfg: DictConfig, progress: Callable[[int], Callable[[int], None]], signals: Signals) -> Measured:
+    """Drive the server that `cfg.target` names, until all requests have ended or a signal comes.
 
     Args:
         cfg: the resolved config. `model` says which vocabulary the prompts are drawn from.
-        run_dir: an existing folder.
         progress: given the number of requests, what is to be told how many have ended.
-
-    Returns:
-        What the manifest says of the run.
+        signals: end the load; the answers that are not whole then are aborted.
 
     Raises:
         ConfigError: a bad setting.
@@ -64,15 +63,19 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
     contention = Contention(driver_config.probe, cuda=False)
     contention.before()
     driver, server, gauges, warmup_time = asyncio.run(
-        _drive(load, driver_config, config, target, headers, extensions, progress(len(load.requests)), contention)
+        _drive(
+            load, driver_config, config, target, headers, extensions, progress(len(load.requests)), contention, signals
+        )
     )
     ended = utc_now()
-    found = contention.after()  # before the files, whose writing is no part of the run
-    write_requests(run_dir / REQUESTS_FILE, driver.rows)
-    gauges.write(run_dir)
-    write_steps(run_dir / STEPS_FILE, RunRecorder().step_columns() | MemoryLedger().settle())
+    interrupted = None
+    if signals.number is not None and driver.num_ended < len(load.requests):
+        interrupted = {"by": name_of(signals.number), "num_requests": len(load.requests),
+                       "num_submitted": len(driver.rows), "num_ended": driver.num_ended}  # fmt: skip
+    # Before the files, whose writing is no part of the run.
+    found = contention.after() if interrupted is None else None
     name = config.name or f"{target.host}:{target.port or target.scheme}"
-    return {
+    facts = {
         "name": f"{name} over HTTP",
         "strategy": {"allocator": name, "scheduler": "HTTP", "details": {}},
         "config": _settings(cfg),
@@ -98,8 +101,16 @@ def run_http(cfg: DictConfig, run_dir: Path, progress: Callable[[int], Callable[
             "max_lateness": driver.max_lateness,
             "lateness_bound": driver_config.max_lateness,
             "warmup_time": warmup_time,
+            "interrupted": interrupted,
         },
     } | load.manifest()  # fmt: skip
+
+    def write(folder: Path) -> None:
+        write_requests(folder / REQUESTS_FILE, driver.rows)
+        gauges.write(folder)
+        write_steps(folder / STEPS_FILE, RunRecorder().step_columns() | MemoryLedger().settle())
+
+    return Measured(facts, write)
 
 
 def _target(text: str) -> httpx.URL:
@@ -129,6 +140,7 @@ async def _drive(
     extensions: dict[str, Any],
     on_progress: Callable[[int], None],
     contention: Contention,
+    signals: Signals,
 ) -> tuple[HttpDriver, HttpServer, GaugeReader, float]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx.Timeout(config.timeout, pool=None)
@@ -142,8 +154,10 @@ async def _drive(
         driver = HttpDriver(server, driver_config.record == "full", on_progress)
         gauges = GaugeReader(client, config.metrics or "", config.metrics_interval)
         reading = asyncio.create_task(gauges.run()) if config.metrics else None
+        signals.hold()  # until the files are written: nothing of what is measured from here on is to be lost
         with contention:
-            await driver.run(requests, load.closed_loop)
+            await driver.run(requests, load.closed_loop, signals)
+        signals.hold(sealed=True)
         if reading is not None:
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -31,24 +31,21 @@ from experiments.compose import NAMING_GROUPS
 from experiments.config import ReportConfig, SweepConfig, check_values
 from experiments.explain import first_line
 from experiments.http_job import run_http
+from experiments.interruption import Interrupted, Signals, name_of, shown
 from experiments.load.driver import drive
 from experiments.output import HttpProgress, Progress
 from experiments.recording.cell_folders import CellFolders, owner_of, result_in, result_of, whole_key
-from experiments.recording.cell_state import (
-    cell_key,
-    differing,
-    finished_key,
-    mark_finished,
-    measured_config,
-    only_writer,
-)
+from experiments.recording.cell_state import cell_key, differing, finished_key, mark_finished, measured_config
 from experiments.recording.contention import Contention
-from experiments.recording.files import MANIFEST_FILE
+from experiments.recording.lock import only_writer
+from experiments.recording.place import RUN, check_place
 from experiments.recording.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
 from experiments.recording.recording import Recording, recording_warning
+from experiments.recording.run_folder import Measured, write_hydra, write_run
 from experiments.recording.sources import sources_of
 from experiments.recording.tracking import TrackedRun, Tracker, tracked_run
 from experiments.unserved import Unserved, why_unserved
+from reports.errors import NotWritten
 
 SCHEMA_VERSION = 1
 
@@ -76,9 +73,14 @@ def run_job(cfg: DictConfig) -> Path:
             f"sweep.rounds={sweep.rounds} repeats the cells of a sweep, and this is none; leave it out, or sweep "
             "with -m"
         )
+    else:
+        _check_owner(cfg, run_dir, choices)
     group = str(run_dir.parent) if in_sweep else None
     name = f"{choices['allocator']} x {choices['scheduler']}"
-    summary = execute(cfg, run_dir, name, choices, group, command=command_of(hydra, alone=in_sweep))
+    summary = execute(
+        cfg, run_dir, name, choices, group,
+        command=command_of(hydra, alone=in_sweep), on_start=lambda folder: write_hydra(folder, cfg),
+    )  # fmt: skip
     if not in_sweep:
         Console().print(reports.terminal.run_table(summary))
         reports.ending.print_ending(reports.ending.run_ending(run_dir, summary), full=cfg.report.json == "full")
@@ -95,6 +97,16 @@ def _own_folder(cfg: DictConfig, run_dir: Path, choices: dict[str, str]) -> Path
     return CellFolders(run_dir.parent).claim(run_dir.name, key, allow_mixed=sweep.allow_mixed)
 
 
+def _check_owner(cfg: DictConfig, run_dir: Path, choices: dict[str, str]) -> None:
+    """A run by itself must not sit down in the folder that a sweep or an experiment keeps for one of its cells."""
+    owner = owner_of(run_dir)
+    if owner is not None and result_in(run_dir) is None and owner != whole_key(cell_key(cfg, choices)):
+        raise ConfigError(
+            f"{run_dir} belongs to a cell of a sweep or an experiment; give this run a folder of its own "
+            "(hydra.run.dir=DIR)"
+        )
+
+
 def execute(
     cfg: DictConfig,
     run_dir: Path,
@@ -103,10 +115,12 @@ def execute(
     group: str | None = None,
     shared: SharedParts | None = None,
     command: Sequence[str] | None = None,
+    on_start: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Run one cell into `run_dir`, unless it is finished there, and return its report's summary.
 
-    Waits while another process runs a cell there.
+    Waits while another process runs a cell there. A cell that is refused writes nothing; one whose report cannot be
+    made is finished all the same, and the next call makes the report.
 
     Args:
         cfg: the resolved config, without the hydra node.
@@ -116,27 +130,42 @@ def execute(
         group: the sweep or experiment that the cell belongs to, for a tracker.
         shared: model and runner of the cells that run in this process, one after the other; None: its own.
         command: the words that run this cell again; None where nobody knows them.
+        on_start: called with `run_dir` before the first file of a cell that is not finished there.
+
+    Raises:
+        KvarenaError: a bad setting, a folder that belongs to something else, or a failed run.
+        NotWritten: a file cannot be written.
     """
     check_values(cfg)
     report, sweep = ReportConfig.from_config(cfg.report), SweepConfig.from_config(cfg.sweep)
     tracker: Tracker | None = instantiate(cfg.tracking)
     key = cell_key(cfg, choices)
-    with only_writer(run_dir):
-        found = finished_key(run_dir, key, allow_mixed=sweep.allow_mixed)
-        if found is not None:
-            words = [OTHERS[part] for part in differing(found, key)]
-            how = f" with {' and '.join(words)} (kept by sweep.allow_mixed)" if words else ""
-            print(f"{name}: finished before{how}, in {run_dir}", file=sys.stderr)
-            return _report_again(run_dir, found, key, pages=report.pages)
+    if (found := _found(run_dir, key, sweep)) is not None and not _lacks_report(run_dir, found, key, report):
+        _say_kept(name, run_dir, found, key)
+        return reports.run_report.read_summary(run_dir)
+    with Signals() as signals, only_writer(run_dir):
+        if (found := _found(run_dir, key, sweep)) is not None:
+            _say_kept(name, run_dir, found, key)
+            return _report_again(run_dir, found, key, report)
+        if on_start is not None:
+            on_start(run_dir)
         if cfg.target is None:
-            facts = _run_here(cfg, run_dir, name, shared)
+            measured = _run_here(cfg, name, shared, signals)
         else:
-            facts = run_http(cfg, run_dir, lambda count: HttpProgress(name, count, report.progress))
-        manifest = _manifest(cfg, name, choices, command) | facts
+            measured = run_http(cfg, lambda count: HttpProgress(name, count, report.progress), signals)
+        manifest = _manifest(cfg, name, choices, command) | measured.facts
         manifest["workload"] = {"name": choices["workload"]} | manifest["workload"]
-        (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
-        write = reports.run_report.write_run_report if report.pages else reports.run_report.write_summary
-        summary = write(run_dir)
+        if (came := manifest["run"].get("interrupted")) is not None:
+            _keep_part(run_dir, manifest, measured, came, signals)
+        write_run(run_dir, manifest, measured.write)
+        mark_finished(run_dir, key | {"reports": None})
+        try:
+            signals.let_go()
+            signals.check()
+            summary = _write_report(run_dir, pages=report.pages)
+        except Interrupted as stopped:
+            whole = f"all requests had ended and are in {shown(run_dir)}, without a report (kvarena report makes it)"
+            raise Interrupted(stopped.number, whole) from None
         mark_finished(run_dir, key)
     if summary["num_failed"]:
         example = next(kind["example"] for kind in summary["rejections"] if kind["finish_reason"] == "error")
@@ -147,15 +176,60 @@ def execute(
     return summary
 
 
-def _report_again(run_dir: Path, found: dict[str, Any], key: dict[str, Any], *, pages: bool) -> dict[str, Any]:
+def _keep_part(
+    run_dir: Path, manifest: dict[str, Any], measured: Measured, came: dict[str, Any], signals: Signals
+) -> NoReturn:
+    """Write the files of a run that did not come to its end, and raise what ended it."""
+    error = measured.error
+    try:
+        write_run(run_dir, manifest, measured.write)
+    except Exception as why:
+        if error is None or isinstance(why, NotWritten):
+            raise
+        print(f"warning: what had been measured cannot be kept ({first_line(why)})", file=sys.stderr)
+        raise error from None
+    kept = f"{came['num_ended']} of {came['num_requests']} requests had ended and are kept in {shown(run_dir)}"
+    if error is not None and not isinstance(error, Interrupted):
+        print(f"warning: {kept}", file=sys.stderr)
+        raise error
+    assert signals.number is not None
+    raise Interrupted(signals.number, f"{kept} (kvarena report {shlex.quote(shown(run_dir))})")
+
+
+def _found(run_dir: Path, key: dict[str, Any], sweep: SweepConfig) -> dict[str, Any] | None:
+    """cell.json of the cell that is finished in `run_dir`; None where none is. Raises as the two that look."""
+    check_place(run_dir, RUN)
+    return finished_key(run_dir, key, allow_mixed=sweep.allow_mixed)
+
+
+def _say_kept(name: str, run_dir: Path, found: dict[str, Any], key: dict[str, Any]) -> None:
+    words = [OTHERS[part] for part in differing(found, key)]
+    how = f" with {' and '.join(words)} (kept by sweep.allow_mixed)" if words else ""
+    print(f"{name}: finished before{how}, in {run_dir}", file=sys.stderr)
+
+
+def _lacks_report(run_dir: Path, found: dict[str, Any], key: dict[str, Any], report: ReportConfig) -> bool:
+    """Whether other code made the report of a finished cell, or none has."""
+    return found.get("reports") != key["reports"] or (report.pages and not (run_dir / "report.html").exists())
+
+
+def _report_again(run_dir: Path, found: dict[str, Any], key: dict[str, Any], report: ReportConfig) -> dict[str, Any]:
     """The summary of a finished cell; its report is made again where other code made it, or where it has none."""
-    has_pages = (run_dir / "report.html").exists()
-    if found.get("reports") == key["reports"] and (has_pages or not pages):
+    if not _lacks_report(run_dir, found, key, report):
         return reports.run_report.read_summary(run_dir)
-    write = reports.run_report.write_run_report if pages or has_pages else reports.run_report.write_summary
-    summary = write(run_dir)
-    mark_finished(run_dir, found | {"reports": key["reports"]})
+    try:
+        summary = _write_report(run_dir, pages=report.pages or (run_dir / "report.html").exists())
+        mark_finished(run_dir, found | {"reports": key["reports"]})
+    except NotWritten as error:
+        if not (run_dir / "summary.json").exists():
+            raise
+        print(f"warning: its report stays as it was: {error}", file=sys.stderr)
+        return reports.run_report.read_summary(run_dir)
     return summary
+
+
+def _write_report(run_dir: Path, *, pages: bool) -> dict[str, Any]:
+    return (reports.run_report.write_run_report if pages else reports.run_report.write_summary)(run_dir)
 
 
 def _track(tracker: Tracker, run: TrackedRun, run_dir: Path) -> None:
@@ -167,8 +241,8 @@ def _track(tracker: Tracker, run: TrackedRun, run_dir: Path) -> None:
         print(f"warning: {reason}; its files are in {run_dir}", file=sys.stderr)
 
 
-def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | None) -> dict[str, Any]:
-    """Run the cell on this process's engine; write its Parquet files and return what the manifest says of it."""
+def _run_here(cfg: DictConfig, name: str, shared: SharedParts | None, signals: Signals) -> Measured:
+    """Run the cell on this process's engine."""
     setup = build(cfg, shared)
     warmup_time = 0.0
     if setup.driver.warmup and setup.parts.simulator is None:
@@ -192,26 +266,33 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | N
     # The host's garbage collector would show as pauses of single steps: collect now, then only by reference counts.
     gc.collect()
     gc.freeze()
+    error: BaseException | None = None
     try:
         setup.parts.clock.reset()
+        signals.hold()  # until the files are written: nothing of what is measured from here on is to be lost
         with contention or nullcontext(), recording:
             drive(
                 setup.parts.engine, requests, recording, closed_loop=setup.load.closed_loop, on_progress=progress,
-                after_step=None if simulator is None else simulator.after_step,
+                after_step=None if simulator is None else simulator.after_step, signals=signals,
             )  # fmt: skip
+    except (Exception, Interrupted) as broken:
+        if not recording.num_finished:
+            raise
+        error = broken
     finally:
+        signals.hold(sealed=True)
         gc.unfreeze()
         progress.finish(recording)
     ended = utc_now()
-    memory = NO_GPU if gpu is None else gpu.parts()
+    interrupted = _interrupted(recording, len(setup.load.requests), signals, error)
+    memory = NO_GPU if gpu is None or error is not None else gpu.parts()
     # After the memory, for the probe has some of its own; before the files, whose writing is no part of the run.
-    found = None if contention is None else contention.after()
-    recording.write(run_dir)
+    found = None if contention is None or interrupted is not None else contention.after()
     run = recording.facts()
     # A run that served nobody took no time of which a share would say anything.
     if simulator is None and run["num_steps"] and (slow := recording_warning(run)) is not None:
         print(f"warning: {name}: {slow}", file=sys.stderr)
-    return setup.load.manifest() | {
+    facts = setup.load.manifest() | {
         "model": _model_facts(setup.parts),
         "pool": setup.parts.pool_facts,
         "simulation": _simulation_facts(setup.parts, recording, name),
@@ -224,8 +305,20 @@ def _run_here(cfg: DictConfig, run_dir: Path, name: str, shared: SharedParts | N
             # A virtual clock waits for its driver: nothing is late.
             "lateness_bound": setup.driver.max_lateness if simulator is None else None,
             "warmup_time": warmup_time,
+            "interrupted": interrupted,
         },
     }
+    return Measured(facts, recording.write, error)
+
+
+def _interrupted(
+    recording: Recording, num_requests: int, signals: Signals, error: BaseException | None
+) -> dict[str, Any] | None:  # fmt: skip
+    """How far a run came that did not come to its end; None of one that did, with or without a signal."""
+    if error is None and (signals.number is None or recording.num_finished == num_requests):
+        return None
+    by = name_of(signals.number) if signals.number is not None else f"{type(error).__name__}: {first_line(error)}"
+    return recording.interrupt(by, num_requests)
 
 
 def _simulation_facts(parts: EngineParts, recording: Recording, name: str) -> dict[str, Any] | None:

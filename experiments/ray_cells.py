@@ -25,11 +25,12 @@ from omegaconf import DictConfig, open_dict
 
 from engine.errors import ConfigError
 from experiments.explain import first_line
+from experiments.outcomes import outcome
 from experiments.output import progress_bar
 from experiments.recording.sources import code_hash
-from experiments.sweep import outcome
 
 CONNECT_TIMEOUT = 5.0  # seconds
+STOP_TIMEOUT = 120.0  # seconds for the step and the files of cells that are cancelled
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,11 @@ def _gather(
     returns: dict[int, JobReturn] = {}
     with closing(progress_bar("cells", len(pending), "cells", enabled=sweep.config.report.progress)) as bar:
         while pending:
-            (ended,), _ = ray.wait(list(pending), num_returns=1)
+            try:
+                (ended,), _ = ray.wait(list(pending), num_returns=1)
+            except KeyboardInterrupt:
+                _stop(ray, list(pending))
+                raise
             at = pending.pop(ended)
             try:
                 returns[at] = ray.get(ended)
@@ -165,6 +170,13 @@ def _gather(
                 returns[at] = _broken_off(sweep, job_overrides[at], error)
             bar.update()
     return [returns[at] for at in sorted(returns)]
+
+
+def _stop(ray: Any, pending: list[Any]) -> None:
+    """End the cells that run, each with its step, and wait until they have written what they measured."""
+    for task in pending:
+        ray.cancel(task)
+    ray.wait(pending, num_returns=len(pending), timeout=STOP_TIMEOUT)
 
 
 def _run_cell(index: int, overrides: list[str], sweep: _Sweep) -> JobReturn:

@@ -22,11 +22,13 @@ from engine.errors import ConfigError
 from experiments.command_line import command_of
 from experiments.compose import NAMING_GROUPS
 from experiments.config import SweepConfig
-from experiments.recording.cell_folders import CellFolders, stem_of
+from experiments.outcomes import outcome
+from experiments.recording.cell_folders import CellFolders, stem_of, whole_key
 from experiments.recording.cell_state import cell_key
 from experiments.recording.sources import digest
 from experiments.run_order import order
 from reports.cells import STRATEGY, is_seed
+from reports.errors import NotWritten
 
 MOST_TITLE = 300  # characters
 OURS = ("hydra.sweep.subdir", "sweep.round")  # what a sweep sets for each of its cells
@@ -43,7 +45,7 @@ class Job:
         stem: its folder's name without digits and round.
         folder: where it runs.
         title: what is said when it begins: `[3/12] allocator=paged workload.seed=2`, by its place in the order.
-        outcome: what it came to, once it has run.
+        outcome: what it came to, once it has run; at once where its folder cannot be made.
     """
 
     round: int | None
@@ -115,11 +117,11 @@ def make_plan(config: DictConfig, loader: ConfigLoader, overrides: list[Override
         stem = stem_of(_names(composed), {key: value for key, value in settings.items() if key not in STRATEGY})
         for repeat in [None] if single else range(sweep.rounds):
             key = _key(composed, number, repeat, cell)
-            folder = folders.claim(stem, key, allow_mixed=sweep.allow_mixed)
+            folder, refused = _claim(folders, stem, key, sweep)
             if any(job.folder == folder for job in jobs):
                 continue  # the grid names this cell twice
             words = [f"{key}={value}" for key, value in settings.items()] or [name]
-            jobs.append(Job(repeat, list(cell), name, stem, folder, " ".join(words)))
+            jobs.append(Job(repeat, list(cell), name, stem, folder, " ".join(words), refused))
             seeds.append(tuple(value for key, value in settings.items() if is_seed(key)))
     batches = _batches(jobs, seeds, sweep.rounds)
     _number(batches)
@@ -132,6 +134,17 @@ def _number(batches: Sequence[Sequence[Job]]) -> None:
     for place, job in enumerate(jobs, 1):
         repeat = "" if job.round is None else f" round {job.round}"
         job.title = f"[{place}/{len(jobs)}] {job.title[:MOST_TITLE]}{repeat}"
+
+
+def _claim(
+    folders: CellFolders, stem: str, key: dict[str, Any], sweep: SweepConfig
+) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+    """The cell's folder; where it cannot be made, the one that it would have, and what the cell came to."""
+    try:
+        return folders.claim(stem, key, allow_mixed=sweep.allow_mixed), {}
+    except NotWritten as error:
+        folder = folders.parent / f"{stem}-{whole_key(key)}"
+        return folder, outcome(folder, str(error))
 
 
 def _names(composed: DictConfig) -> list[str]:
@@ -182,7 +195,7 @@ def _batches(jobs: list[Job], seeds: list[tuple[str, ...]], rounds: int) -> list
     for seed in dict.fromkeys(seeds):
         ours = [job for job, own in zip(jobs, seeds, strict=True) if own == seed]
         for repeat in range(rounds):
-            now = [job for job in ours if (job.round or 0) == repeat]
+            now = [job for job in ours if (job.round or 0) == repeat and not job.outcome]
             batches.append([now[place] for place in order(len(now), step)])
             step += 1
     batches = [batch for batch in batches if batch]

@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {reason}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; every file is as it was or made anew", file=sys.stderr)
+        return 130
     on_terminal = sys.stdout is not None and sys.stdout.isatty()
     print(f"report: {report}" if on_terminal else json.dumps({"report": str(report)}))
     return 0
@@ -59,7 +62,7 @@ def make_report(
     from rich.console import Console
 
     from reports.chrome_trace import write_chrome_trace
-    from reports.comparison import compare, write_comparison
+    from reports.comparison import compare, compare_whole, whole_cells, write_comparison
     from reports.files import read_run
     from reports.run_report import write_run_report
     from reports.study import study_table, write_study_report
@@ -74,6 +77,12 @@ def make_report(
             raise ReportError("--out, --baseline and --trace do not go with an experiment's folder; leave them out")
         console.print(study_table(write_study_report(first)))
         return first / "report.html"
+    is_named = any((first / name).exists() for name in ("sweep.json", "manifest.json"))
+    if len(dirs) == 1 and not is_named and whole_cells(first):
+        if trace:
+            raise ReportError("--trace belongs to one run; give one run folder")
+        console.print(comparison_table(compare_whole(first, baseline, out, words)))
+        return (out or first) / "report.html"
     if len(dirs) == 1 and not (first / "sweep.json").exists():
         if out or baseline:
             raise ReportError("--out and --baseline belong to comparisons; give two or more run folders")
@@ -88,6 +97,8 @@ def make_report(
         place = out or first
     else:
         place = out or first.resolve().parent / "comparison"
+        if (place / "sweep.json").exists():
+            raise ReportError(f"{place} holds a sweep, whose report this would replace; choose another one")
         summary = compare([(_name(path, dirs), path) for path in dirs], place, baseline, commands=[words])
     console.print(comparison_table(summary))
     return place / "report.html"

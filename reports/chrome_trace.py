@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from reports.errors import ReportError
 from reports.files import CLASSES, RunFiles
 from reports.timeline import request_phases
+from reports.writing import replacing
 
 ENGINE, REQUESTS = 1, 2
 MICROSECONDS = 1e6
@@ -26,18 +26,15 @@ def write_chrome_trace(run: RunFiles, path: Path) -> None:
     """Write the trace, one event a line, without holding it in memory.
 
     Raises:
-        ReportError: the file cannot be written.
+        NotWritten: the file cannot be written.
     """
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            file.write('{"displayTimeUnit": "ms", "traceEvents": [')
-            separator = "\n"
-            for event in trace_events(run):
-                file.write(separator + json.dumps(event, separators=(",", ":")))
-                separator = ",\n"
-            file.write("\n]}\n")
-    except OSError as error:
-        raise ReportError(f"cannot write {path} ({error.strerror}); choose another place") from None
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+        separator = "\n"
+        for event in trace_events(run):
+            file.write(separator + json.dumps(event, separators=(",", ":")))
+            separator = ",\n"
+        file.write("\n]}\n")
 
 
 def trace_events(run: RunFiles) -> Iterator[dict[str, Any]]:

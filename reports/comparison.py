@@ -21,7 +21,7 @@ from reports.contention import contention_notices, run_contention
 from reports.costs import METRICS as COST_METRICS
 from reports.costs import cost_pairs, costs
 from reports.curves import curve_axis, curves
-from reports.document import render_html, render_markdown, write_text
+from reports.document import render_html, render_markdown
 from reports.errors import NothingRecorded, ReportError
 from reports.files import RunFiles, read_json, read_run
 from reports.format import rate
@@ -36,6 +36,7 @@ from reports.summary import summarize
 from reports.tokens import same_tokens
 from reports.verdicts import CONFIDENCE, LEVEL, THROUGHPUT
 from reports.windows import WINDOWS
+from reports.writing import replacing, write_text
 
 SCHEMA_VERSION = 2  # 1 had a row per run in `cells`, and verdicts from single pairs of runs
 CELL_METRICS = (
@@ -70,10 +71,45 @@ def write_comparison(
     """
     sweep_dir = Path(sweep_dir)
     sweep = read_json(sweep_dir / "sweep.json", SWEEP, "run the sweep again")
+    return compare_sweep(sweep_dir, sweep, baseline, out_dir, command)
+
+
+def compare_sweep(
+    sweep_dir: Path,
+    sweep: dict[str, Any],
+    baseline: str | None = None,
+    out_dir: Path | None = None,
+    command: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The same of what sweep.json holds, or will hold. Other arguments as of `write_comparison`."""
     folders = [(name, sweep_dir / name) for name in sweep["runs"]]
     left_out = {key: sweep.get(key) or [] for key in ("failed", "not_defined")}
+    notices = []
+    if stopped := sweep.get("interrupted"):
+        notices = [f"The sweep was interrupted ({stopped['by']}); not in it: {', '.join(stopped['left'])}."]
     words = [sweep.get("command"), command]
-    return compare(folders, out_dir or sweep_dir, baseline or sweep.get("baseline"), commands=words, **left_out)
+    place, base = out_dir or sweep_dir, baseline or sweep.get("baseline")
+    return compare(folders, place, base, commands=words, notices=notices, **left_out)
+
+
+def whole_cells(folder: Path) -> list[tuple[str, Path]]:
+    """Name and folder of the cells that are whole in a sweep or an experiment that left no record of its own."""
+    found = sorted(folder.glob("*/cell.json")) or sorted(folder.glob("cells/*/cell.json"))
+    return [(path.parent.name, path.parent) for path in found]
+
+
+def compare_whole(
+    folder: Path, baseline: str | None = None, out_dir: Path | None = None, command: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Compare the whole cells of a sweep or an experiment that broke off. Arguments as of `write_comparison`."""
+    cells = whole_cells(folder)
+    named = [] if (folder / "cells").is_dir() else sorted(folder.glob("*/error.json"))
+    entries = [{"name": path.parent.name} | read_json(path, {"error": "text"}) for path in named]
+    left = {key: [entry for entry in entries if bool(entry.get("not_defined")) is wanted]
+            for key, wanted in (("failed", False), ("not_defined", True))}  # fmt: skip
+    word = "1 cell is" if len(cells) == 1 else f"{len(cells)} cells are"
+    notice = f"{folder} did not come to its end; {word} whole and compared here."
+    return compare(cells, out_dir or folder, baseline, commands=[command], notices=[notice], **left)
 
 
 def compare(
@@ -83,21 +119,31 @@ def compare(
     failed: Sequence[dict[str, Any]] = (),
     not_defined: Sequence[dict[str, Any]] = (),
     commands: Sequence[Sequence[str] | None] = (),
+    notices: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the comparison of any runs into `out_dir`, which is made.
 
     Args:
         folders: (name, path) of each run.
-        out_dir: where the report goes.
+        out_dir: where the report goes; no run's or experiment's own folder.
         baseline: folder, name or label of the run that others are compared with; None takes the first.
         failed: name and error of runs that did not finish.
         not_defined: the same of cells whose settings mean nothing together.
         commands: what made the runs and this comparison, each as words.
+        notices: what a reader must know first.
     """
+    if any((out_dir / name).exists() for name in ("manifest.json", "study.json")):
+        raise ReportError(
+            f"{out_dir} holds a run or an experiment, whose report this would replace; choose another one"
+        )
     runs: list[tuple[str, RunFiles, dict[str, Any]]] = []
     unrecorded: list[str] = []
+    broken: dict[str, str] = {}
     for name, path in folders:
         run = read_run(path)
+        if came := run.manifest["run"].get("interrupted"):
+            broken[name] = f"{name} ({came['num_ended']} of {came['num_requests']} requests, {came['by']})"
+            continue
         ran = summarize(run)
         if run.is_unrecorded:
             unrecorded.append(f"{name} ({ran['name']}): {rate(ran['output_tokens_per_second'])} output tokens/s")
@@ -108,8 +154,16 @@ def compare(
             "no run recorded anything (driver.record=none), so there is nothing to compare but their throughput: "
             + "; ".join(unrecorded)
         )
+    if broken and (not runs or baseline in broken):
+        what = "the baseline is not whole" if runs else "nothing to compare: no run is whole"
+        raise ReportError(
+            f"{what}: interrupted: {'; '.join(broken.values())}; run the same command again to make them whole"
+        )
     cells = make_cells(runs, baseline)
     summary = summarize_comparison(cells, list(failed), list(not_defined), commands)
+    if broken:
+        summary["notices"].insert(0, f"Left out, because they were interrupted: {'; '.join(broken.values())}.")
+    summary["notices"] = [*notices, *summary["notices"]]
     if unrecorded:
         summary["notices"].append(
             f"Left out, because they recorded nothing (driver.record=none): {'; '.join(unrecorded)}."
@@ -276,13 +330,10 @@ def write_csv(entries: Sequence[dict[str, Any]], path: Path) -> None:
         name for name in names
         if any(row.get(name, "") != "" for row in rows) or not any(other.startswith(f"{name}_") for other in names)
     ]  # fmt: skip
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise ReportError(f"cannot write {path} ({error.strerror}); make the folder writable") from None
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _columns(name: str, value: Any) -> dict[str, Any]:

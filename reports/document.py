@@ -16,8 +16,6 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from reports.errors import ReportError
-
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -154,11 +152,3 @@ def labelled(picture: Picture) -> Markup:
 def render_markdown(document: Document) -> str:
     """The same report as Markdown; figures are links to figures/*.png."""
     return _environment().get_template("report.md.j2").render(doc=document)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file; a folder that cannot be written is a ReportError."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ReportError(f"cannot write {path} ({error.strerror}); make the folder writable") from None

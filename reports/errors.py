@@ -9,3 +9,7 @@ class ReportError(Exception):
 
 class NothingRecorded(ReportError):
     """All runs are whole, but recorded nothing that could be compared; the text has their throughput."""
+
+
+class NotWritten(ReportError):
+    """A file cannot be written: no room, no right, a folder in its place. What was there is as it was."""

@@ -24,6 +24,8 @@ def run_notices(summary: dict[str, Any]) -> list[str]:
         summary: of the run, all but its headline and notices.
     """
     notices = [] if summary["valid"] else [_invalid(summary)]
+    if summary.get("interrupted"):
+        notices = [_interrupted(summary["interrupted"]), *notices]
     if summary["simulation"]:
         notices = [*summary["simulation"].get("outside", []), *notices]
         notices.append(f"Simulated: {simulated(summary['simulation'])}.")
@@ -37,6 +39,14 @@ def run_notices(summary: dict[str, Any]) -> list[str]:
     if summary["num_steps"] and not summary["simulation"]:
         notices += _recording(summary["recording"] or {})
     return notices + run_had_company(summary)
+
+
+def _interrupted(came: dict[str, Any]) -> str:
+    """How far a run came that did not come to its end."""
+    return (
+        f"Not a whole run: interrupted ({came['by']}) when {count(came['num_ended'])} of its "
+        f"{count(came['num_requests'])} requests had ended. Its numbers are of those; comparisons leave it out."
+    )
 
 
 def _kv_surplus(models: Sequence[dict[str, Any]]) -> list[str]:

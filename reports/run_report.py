@@ -15,8 +15,7 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 from pyarrow import csv
 
-from reports.document import render_html, render_markdown, write_text
-from reports.errors import ReportError
+from reports.document import render_html, render_markdown
 from reports.files import REQUEST_COLUMNS, RunFiles, read_json, read_run
 from reports.gauges import gauges_figure, read_gauges
 from reports.kv_map import kv_map_figure, kv_map_markup, read_kv_map
@@ -29,6 +28,7 @@ from reports.summary import summarize
 from reports.timeline import timeline_figure
 from reports.unrecorded import unrecorded_document
 from reports.windows import WINDOWS
+from reports.writing import replacing, write_text
 
 
 def write_run_report(run_dir: Path) -> dict[str, Any]:
@@ -84,10 +84,8 @@ def write_requests_csv(run: RunFiles) -> None:
     columns += [pa.array(values, from_pandas=True) for values in latencies.values()]
     table = pa.Table.from_arrays(columns, names=[*REQUEST_COLUMNS, *latencies])
     path = run.path / "requests.csv"
-    try:
-        csv.write_csv(table, path)
-    except OSError as error:
-        raise ReportError(f"cannot write {path} ({error}); make the folder writable") from None
+    with replacing(path) as partial:
+        csv.write_csv(table, partial)
 
 
 def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any], gaps: TokenGaps) -> dict[str, str]:

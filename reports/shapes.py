@@ -125,6 +125,9 @@ MANIFEST = {
         **dict.fromkeys(("wall_time", "warmup_time", "peak_rss_bytes", "lateness_bound", "processor_seconds"),
                         MAYBE_NUMBER),
         "recorded": MAYBE_TEXT,
+        "interrupted": Maybe({
+            "by": "text", **dict.fromkeys(("num_requests", "num_submitted", "num_ended"), "integer"),
+        }),
         "recording": Maybe({"seconds": "number", "share": "number", "delaying_share": Maybe("number")}),
     },
     "memory": Maybe(dict.fromkeys(
@@ -173,4 +176,5 @@ LEFT_OUT = Maybe([{"name": MAYBE_TEXT, "error": MAYBE_TEXT}])
 SWEEP = {
     "runs": ["text"], "baseline": MAYBE_TEXT, "rounds": MAYBE_INTEGER, "command": Maybe(["text"]),
     **dict.fromkeys(("failed", "not_defined", "unserved"), LEFT_OUT),
+    "interrupted": Maybe({"by": "text", "left": ["text"]}),
 }  # fmt: skip

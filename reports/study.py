@@ -12,12 +12,13 @@ from typing import Any
 from rich.table import Table as TerminalTable
 
 from reports.cells import page_of
-from reports.document import Document, Picture, Section, commands, render_html, render_markdown, write_text
+from reports.document import Document, Picture, Section, commands, render_html, render_markdown
 from reports.files import read_json
 from reports.format import DASH
 from reports.shapes import STUDY
 from reports.study_charts import draw_charts
 from reports.study_claims import claims_sections, kind_of, ratio_of, tally, terminal_table, verdict_line
+from reports.writing import write_text
 
 MANY_CELLS = 30
 SIMULATED = "Simulated: "

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from reports.errors import ReportError
+from reports.writing import replacing
 
 INK, MUTED, GRID, PAPER, EMPTY = "#1b1f27", "#5c6470", "#dfe3e8", "#fffffe", "#e4e7eb"
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)", EMPTY: "var(--empty)"}
@@ -247,11 +247,8 @@ def to_svg(figure: Figure, prefix: str) -> str:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write the figure on white paper."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=PNG_DPI, facecolor="white")
-    except OSError as error:
-        raise ReportError(f"cannot write {path} ({error.strerror}); make the folder writable") from None
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=PNG_DPI, facecolor="white")
 
 
 def export(draw: Callable[[Sheet], Figure], folder: Path, name: str) -> str:

@@ -58,6 +58,7 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
         "contention",
     ):
         summary[key] = run.manifest.get(key)
+    summary["interrupted"] = run.manifest["run"].get("interrupted")
     summary |= _requests(run)
     summary |= _throughput(run, spans, summary)
     summary |= {name: describe(values) for name, values in request_latencies(run).items()}

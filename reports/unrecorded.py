@@ -59,7 +59,7 @@ KNOWN = (
     "schema_version", "kind", "name", "created", "strategy", "git", "machine", "versions", "model", "pool", "workload",
     "arrival", "command", "simulation", "target", "cache", "wall_time_seconds", "warmup_seconds", "processor_seconds",
     "peak_rss_bytes", "peak_gpu_bytes", "memory", "recorded", "recording", "kv_pool_slots", "kv_pool_bytes",
-    "lateness_bound_seconds",
+    "lateness_bound_seconds", "interrupted",
 )  # fmt: skip
 
 

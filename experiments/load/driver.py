@@ -15,6 +15,7 @@ from typing import Protocol
 from engine.core import Engine, StepOutput
 from engine.errors import EngineError, RequestRejected
 from engine.request import Request
+from experiments.interruption import Signals
 
 
 class Recorder(Protocol):
@@ -104,8 +105,9 @@ def drive(
     closed_loop: ClosedLoop | None = None,
     on_progress: Callable[[Recorder], None] | None = None,
     after_step: Callable[[StepOutput], None] | None = None,
+    signals: Signals | None = None,
 ) -> None:
-    """Run `requests` to their end.
+    """Run `requests` to their end, or until a signal comes: then the step that runs is the last one.
 
     Args:
         engine: steps the requests; its clock starts at 0.
@@ -114,6 +116,7 @@ def drive(
         closed_loop: where the requests come from when users wait for answers.
         on_progress: called after every step.
         after_step: called with every step after it was recorded (a simulation's host works then).
+        signals: looked at after every step; they end a wait for the next arrival.
 
     Raises:
         EngineError: requests wait and nothing can ever run, or the device failed.
@@ -126,7 +129,7 @@ def drive(
             if req is not None:
                 arrivals.push(req)
 
-    while arrivals.next_time() is not None or engine.has_work:
+    while (arrivals.next_time() is not None or engine.has_work) and not (signals is not None and signals.came):
         now = engine.clock.now()
         for req in arrivals.pop_due(now):
             recorder.on_submit(req, now)
@@ -144,14 +147,16 @@ def drive(
             if after_step is not None:
                 after_step(step)
         elif not engine.in_flight:
-            _sleep(engine, arrivals.next_time())
+            _sleep(engine, arrivals.next_time(), signals)
 
 
-def _sleep(engine: Engine, next_arrival: float | None) -> None:
+def _sleep(engine: Engine, next_arrival: float | None, signals: Signals | None) -> None:
     """Nothing to compute: wait for the next arrival or for a batch to form."""
     wake = engine.scheduler.wake_time(engine.clock.now()) if engine.has_work else None
     times = [when for when in (wake, next_arrival) if when is not None]
-    if times:
+    if times and signals is not None:
+        signals.wait(lambda: engine.clock.sleep_until(min(times)))
+    elif times:
         engine.clock.sleep_until(min(times))
     elif engine.has_work:
         raise EngineError(

@@ -185,9 +185,15 @@ class HttpServer:
             | self.extensions
         )
 
-    async def complete(self, prompt: list[int], sampling: SamplingParams) -> Answer:
-        """Send one request and read its stream to the end. A failure is in the answer, never raised."""
-        answer = Answer()
+    async def complete(self, prompt: list[int], sampling: SamplingParams, answer: Answer | None = None) -> Answer:
+        """Send one request and read its stream to the end. A failure is in the answer, never raised.
+
+        Args:
+            prompt: token ids.
+            sampling: of the request.
+            answer: filled in while it comes, and returned; None makes one.
+        """
+        answer = Answer() if answer is None else answer
         try:
             body = self.body(prompt, sampling)
             async with self.client.stream("POST", "/v1/completions", content=body) as response:

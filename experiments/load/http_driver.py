@@ -7,15 +7,19 @@ run that was later than `driver.max_lateness` is marked invalid, as in this proc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from engine.request import Request
+from experiments.interruption import Signals
 from experiments.load.driver import ClosedLoop
 from experiments.load.http_client import Answer, HttpServer
 from experiments.recording.request_log import LISTS, REQUEST_COLUMNS
 
+LOOK = 0.05  # seconds between looks for a signal
+INTERRUPTED = "the run was interrupted"
 FINISH_REASONS = ("stop", "length", "abort")
 # In how many whole answers the count of tokens (usage) and the chunks differ (manifest, target.token_counts).
 TOKEN_COUNTS = ("not_stated", "other_than_shown", "merged")
@@ -38,10 +42,23 @@ class HttpDriver:
         self.wall_time = 0.0
         self.num_other_prompt_lens = 0
         self.token_counts = dict.fromkeys(TOKEN_COUNTS, 0)
-        self._num_ended = 0
+        self.num_ended = 0
 
-    async def run(self, requests: Iterable[Request], closed_loop: ClosedLoop | None) -> None:
-        """Send `requests` at their arrival times, or those of `closed_loop`, and wait for every answer."""
+    async def run(
+        self, requests: Iterable[Request], closed_loop: ClosedLoop | None, signals: Signals | None = None
+    ) -> None:
+        """Send `requests` at their arrival times, or those of `closed_loop`, and wait for every answer.
+
+        A signal, of which `signals` are told, ends that: answers that are not whole are rows with what had come.
+        """
+        load = asyncio.create_task(self._load(requests, closed_loop))
+        while not load.done() and not (signals is not None and signals.came):
+            await asyncio.wait([load], timeout=None if signals is None else LOOK)
+        load.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await load
+
+    async def _load(self, requests: Iterable[Request], closed_loop: ClosedLoop | None) -> None:
         self._origin = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             if closed_loop is not None:
@@ -67,7 +84,14 @@ class HttpDriver:
         submit = time.perf_counter() - self._origin
         row: dict[str, Any] = dict.fromkeys(REQUEST_COLUMNS)
         self.rows.append(row)
-        answer = await self._server.complete(req.prompt_token_ids, req.sampling)
+        answer = Answer()
+        try:
+            await self._server.complete(req.prompt_token_ids, req.sampling, answer)
+        except asyncio.CancelledError:
+            answer.error, answer.end = INTERRUPTED, time.perf_counter()
+            row |= self._row(req, submit, answer) | {"finish_reason": "abort"}
+            self.wall_time = max(self.wall_time, float(row["finish_time"]))
+            raise
         row |= self._row(req, submit, answer)
         self.max_lateness = max(self.max_lateness, submit - req.arrival_time)
         self.wall_time = max(self.wall_time, float(row["finish_time"]))
@@ -77,8 +101,8 @@ class HttpDriver:
             self.token_counts["merged"] += answer.has_merged_chunks
         counted = answer.usage.get("prompt_tokens")
         self.num_other_prompt_lens += counted is not None and counted != req.num_prompt_tokens
-        self._num_ended += 1
-        self._on_progress(self._num_ended)
+        self.num_ended += 1
+        self._on_progress(self.num_ended)
 
     def _row(self, req: Request, submit: float, answer: Answer) -> dict[str, Any]:
         last = answer.last_token_time

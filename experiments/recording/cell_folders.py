@@ -23,6 +23,7 @@ from typing import Any
 from engine.errors import ConfigError
 from experiments.recording.files import CELL_FILE, CLAIM_FILE
 from experiments.recording.sources import digest
+from reports.writing import writing
 
 FIRST_DIGITS, MORE_DIGITS = 4, 2
 MOST_TOKEN, MOST_STEM = 32, 80  # characters of one setting, and of a folder's name before its digits
@@ -59,7 +60,7 @@ class CellFolders:
     """
 
     def __init__(self, parent: Path) -> None:
-        self._parent = parent
+        self.parent = parent
         parent.mkdir(parents=True, exist_ok=True)
         self._owned: dict[str, Path] = {}  # whole key -> folder
         self._like: dict[str, Path] = {}  # config and round -> the folder with the newest result of any code
@@ -79,7 +80,8 @@ class CellFolders:
             plain: call a new one by the stem alone, where that is free.
 
         Raises:
-            ConfigError: the folder cannot be made.
+            ConfigError: there is no free name.
+            NotWritten: the folder cannot be made.
         """
         whole = whole_key(key)
         if (folder := self._owned.get(whole)) is not None:
@@ -90,13 +92,11 @@ class CellFolders:
         end = "" if key["round"] is None else f"-r{key['round']}"
         names = [f"{stem}-{short[:count]}{end}" for count in range(FIRST_DIGITS, len(short) + 1, MORE_DIGITS)]
         for name in [stem, *names] if plain else names:
-            folder = self._parent / name
+            folder = self.parent / name
             if _take(folder, whole):
                 self._owned[whole] = folder
                 return folder
-        raise ConfigError(
-            f"{self._parent} has no free name for {stem}; sweep into another folder (hydra.sweep.dir=DIR)"
-        )
+        raise ConfigError(f"{self.parent} has no free name for {stem}; sweep into another folder (hydra.sweep.dir=DIR)")
 
 
 def whole_key(key: dict[str, Any]) -> str:
@@ -136,18 +136,16 @@ def owner_of(folder: Path) -> str | None:
 
 def _take(folder: Path, whole: str) -> bool:
     """Whether `folder` is now the cell's; of two processes that want it at once, one is told no."""
-    if owner_of(folder) is None and (folder / CELL_FILE).exists():
-        return False  # a result from before folders had owners
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if owner_of(folder) is None and any(not path.name.startswith(".") for path in folder.iterdir()):
+            return False  # somebody else's, or a result from before folders had owners
         written = folder / f".{uuid.uuid4().hex}"
-        written.write_text(f"{whole}\n")
         try:
+            written.write_text(f"{whole}\n")
             os.link(written, folder / CLAIM_FILE)  # with its content, or not at all
         except FileExistsError:
             pass
         finally:
-            written.unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot make the cell's folder {folder} ({error.strerror}); choose another one") from error
+            written.unlink(missing_ok=True)
     return owner_of(folder) == whole

@@ -1,58 +1,27 @@
 """Which cells of a sweep are done, so that a sweep that was cut off goes on where it stopped.
 
-A cell's last file, cell.json, says what it ran: hashes of its config, the code and the machine, and its round. It is
-renamed into place when all others are written, so a folder without it is not finished, whatever else lies there. One
-process at a time works in a folder; the others wait for it.
+A cell's cell.json says what it ran: hashes of its config, the code and the machine, and its round. It is renamed into
+place when all that was measured is written, so a folder without it is not finished, whatever else lies there. One
+process at a time works in a folder; the others wait for it (experiments/recording/lock.py).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from engine.errors import ConfigError
-from experiments.recording.files import CELL_FILE, ERROR_FILE, LOCK_FILE
+from experiments.recording.files import CELL_FILE, ERROR_FILE
 from experiments.recording.provenance import machine
 from experiments.recording.sources import REPORTS_PACKAGE, UNMEASURED, digest, inputs_of, package_digest, sources_of
 from reports.files import read_json
 from reports.shapes import MAYBE_INTEGER, MAYBE_TEXT
+from reports.writing import write_text, writing
 
 CELL = {"config": "text", "code": "text", "machine": "text", "round": MAYBE_INTEGER, "reports": MAYBE_TEXT}
-
-
-@contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; waits, and says so, while another one has it.
-
-    The lock is the kernel's and ends with its process, however that ends; the file that carries it stays.
-
-    Raises:
-        ConfigError: the folder cannot be written.
-    """
-    try:
-        carrier = (folder / LOCK_FILE).open("a")
-    except OSError as error:
-        raise ConfigError(f"cannot write into {folder} ({error.strerror}); choose another folder") from error
-    with carrier as file:
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{folder}: another process is writing it; waiting until it is done", file=sys.stderr, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            print(
-                f"warning: {folder} cannot be locked ({error.strerror}); let no second process run into it",
-                file=sys.stderr,
-            )
-        yield
 
 
 def measured_config(cfg: DictConfig) -> dict[str, Any]:
@@ -88,14 +57,11 @@ def cell_key(cfg: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
 def finished_key(run_dir: Path, key: dict[str, Any], *, allow_mixed: bool) -> dict[str, Any] | None:
     """What cell.json of `run_dir` says, where it holds the finished result of `key`; None where it holds none.
 
-    What an earlier try left of errors is removed.
-
     Raises:
         ConfigError: it holds another cell's result, or one of other code or another machine and `allow_mixed` is not
             set.
         ReportError: its cell.json is broken.
     """
-    (run_dir / ERROR_FILE).unlink(missing_ok=True)
     path = run_dir / CELL_FILE
     if not path.exists():
         return None
@@ -117,7 +83,15 @@ def differing(found: dict[str, Any], key: dict[str, Any]) -> list[str]:
 
 
 def mark_finished(run_dir: Path, key: dict[str, Any]) -> None:
-    """Write cell.json; call when all other files are there."""
-    partial = run_dir / f"{CELL_FILE}.partial"
-    partial.write_text(json.dumps(key, indent=2) + "\n")
-    partial.rename(run_dir / CELL_FILE)
+    """Write cell.json, and remove what an earlier try left of an error.
+
+    Args:
+        run_dir: holds all that was measured.
+        key: of the cell; `reports` is None where its report is still to be made.
+
+    Raises:
+        NotWritten: the folder cannot be written.
+    """
+    write_text(run_dir / CELL_FILE, json.dumps(key, indent=2) + "\n")
+    with writing(run_dir):
+        (run_dir / ERROR_FILE).unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from engine.errors import ConfigError
 from experiments.recording.files import MANIFEST_FILE, STUDY_FILE
 from experiments.recording.sources import PROJECT_ROOT, SHARED_PACKAGES, STRATEGY_PACKAGES, UNMEASURED, sources_of
 from reports.files import read_json
+from reports.writing import write_text
 
 MOST_COMMITS = 300
 
@@ -72,7 +73,7 @@ def _write(folder: Path, manifests: dict[Path, dict[str, Any]], commit: str) -> 
         files[study] = read_json(study)
     for path, content in files.items():
         content["git"] = found
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _commits(root: Path) -> Iterator[str]:

@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
+from engine.errors import ConfigError
 from experiments.recording.files import ERROR_FILE
+from experiments.recording.lock import is_held
+from experiments.recording.place import check_place, is_finished, is_ours
+from reports.errors import NotWritten
+from reports.writing import write_text
 
 
-def record_failure(message: str, *, not_defined: bool) -> None:
-    """Leave `message` in the cell's folder.
+def record_failure(message: str, kind: str, *, not_defined: bool) -> None:
+    """Leave `message` in the cell's folder, but not in one that is another's, finished, or being written.
 
     Args:
         message: why the cell did not run.
+        kind: of the cell: RUN or EXPERIMENT.
         not_defined: its settings mean nothing together.
     """
     hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
-    path = Path(hydra.runtime.output_dir) / ERROR_FILE
-    path.write_text(json.dumps({"overrides": overrides, "error": message, "not_defined": not_defined}) + "\n")
+    folder = Path(hydra.runtime.output_dir)
+    if not _may_write(folder, kind):
+        return
+    record = {"overrides": list(hydra.overrides.task), "error": message, "not_defined": not_defined}
+    try:
+        write_text(folder / ERROR_FILE, json.dumps(record) + "\n")
+    except NotWritten as error:  # the message itself is on stderr
+        print(f"warning: {error}", file=sys.stderr)
+
+
+def _may_write(folder: Path, kind: str) -> bool:
+    if is_finished(folder) or is_held(folder):
+        return False
+    try:
+        check_place(folder, kind)
+    except ConfigError:
+        return False
+    # Beside files of which none is ours a note would be litter; an empty folder was made for this cell.
+    return is_ours(folder) or not any(folder.iterdir())

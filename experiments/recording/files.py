@@ -12,3 +12,5 @@ CLAIM_FILE = ".cell"
 LOCK_FILE = ".lock"
 STUDY_FILE = "study.json"
 SWEEP_FILE = "sweep.json"
+DATA_FILES = (REQUESTS_FILE, STEPS_FILE, GAUGES_FILE, SCORES_FILE, KV_MAP_FILE)
+REPORT_FILES = ("report.html", "report.md", "summary.json", "requests.csv", "figures")

@@ -223,8 +223,8 @@ class KVMapRecorder:
         )
         return np.fromiter(chain.from_iterable(behind), dtype=np.int64)
 
-    def write(self, path: Path) -> None:
-        """Write kv_map.parquet."""
+    def write(self, path: Path, num_steps: int | None = None) -> None:
+        """Write kv_map.parquet; of an interrupted run the snapshots of the first `num_steps` steps, which ended."""
         # Imported late: a machine that only measures need not have pyarrow.
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -242,7 +242,7 @@ class KVMapRecorder:
             ]
         )
         columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-        for snapshot in self._snapshots:
+        for snapshot in (taken for taken in self._snapshots if num_steps is None or taken.step < num_steps):
             owner, filled, *counts = self._draw(snapshot)
             values = (snapshot.step, snapshot.time, owner, filled, self._stride, *counts)
             for name, value in zip(schema.names, values, strict=True):

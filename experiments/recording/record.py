@@ -154,6 +154,17 @@ class RunRecorder:
             num_decodes += num_new_tokens == 1 and start >= req.num_prompt_tokens
         return num_decodes, recomputed
 
+    def interrupt(self, error: str) -> None:
+        """Nothing comes any more: the requests that have not ended are aborted at the end of the last step."""
+        for req in [req for req in self._log.rows if req.finish_reason is None]:
+            req.error, req.finish_reason = error, FinishReason.ABORT
+            self._log.end(req, self.wall_time)
+
+    @property
+    def num_submitted(self) -> int:
+        """Requests that were handed over."""
+        return len(self._log)
+
     def _end(self, req: Request, when: float) -> None:
         self._log.end(req, when)
         self._num_recomputed.pop(req, None)

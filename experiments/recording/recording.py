@@ -21,7 +21,7 @@ from engine.ledger import MemoryLedger
 from engine.request import Request
 from experiments.recording.files import KV_MAP_FILE, REQUESTS_FILE, SCORES_FILE, STEPS_FILE
 from experiments.recording.kv_map import MEASURED_SHARE, KVMapRecorder
-from experiments.recording.record import RunRecorder
+from experiments.recording.record import RunRecorder, write_steps
 from experiments.recording.scores import ScoreLog
 from experiments.recording.totals import RunTotals
 
@@ -52,6 +52,7 @@ class Recording:
             share = MEASURED_SHARE if measured else None
             self._kv_map = KVMapRecorder(engine.allocator, self._rows.row, max_share=share)
         self._scores = ScoreLog() if scores else None
+        self._settled: dict[str, np.ndarray] | None = None
         self._run: RunRecorder | RunTotals = self._rows or RunTotals()
         engine.ledger = None
         engine.on_launch = None if level == "none" else self.on_launch
@@ -123,15 +124,34 @@ class Recording:
 
     # ---- after the run
 
+    def interrupt(self, by: str, num_requests: int) -> dict[str, Any]:
+        """The run ended before its requests had.
+
+        Args:
+            by: a signal's name, or what went wrong.
+            num_requests: of the workload.
+
+        Returns:
+            How far it came, for the manifest (`run.interrupted`).
+        """
+        run = self._run
+        came = {"num_requests": num_requests, "num_submitted": run.num_submitted, "num_ended": run.num_finished}
+        run.interrupt(f"the run was interrupted ({by})")
+        return {"by": by} | came
+
     def write(self, run_dir: Path) -> None:
-        """Write the Parquet files; none under `none`."""
+        """Write the Parquet files; none under `none`. May be called again for another folder."""
         if self._rows is None:
             return
         assert self._ledger is not None
         self._rows.write_requests(run_dir / REQUESTS_FILE)
-        self._rows.write_steps(run_dir / STEPS_FILE, self._ledger)
+        if self._settled is None:  # the books close once, and another folder may have to take the files
+            # A step that was launched and never ended is in the ledger alone.
+            settled = self._ledger.settle().items()
+            self._settled = {name: column[: self._rows.num_steps] for name, column in settled}
+        write_steps(run_dir / STEPS_FILE, self._rows.step_columns() | self._settled)
         if self._kv_map is not None:
-            self._kv_map.write(run_dir / KV_MAP_FILE)
+            self._kv_map.write(run_dir / KV_MAP_FILE, self._rows.num_steps)
         if self._scores is not None:
             self._scores.write(run_dir / SCORES_FILE)
 

@@ -58,6 +58,15 @@ class RunTotals:
             self._end(req)
             self._last_finish = step.start_time
 
+    def interrupt(self, error: str) -> None:  # noqa: ARG002 - as a RunRecorder's
+        """Nothing comes any more: the requests that have not ended are aborted."""
+        self._ended[FinishReason.ABORT] += self.num_submitted - self.num_finished
+
+    @property
+    def num_submitted(self) -> int:
+        """Requests that were handed over."""
+        return self._num_requests
+
     def _end(self, req: Request) -> None:
         reason = req.finish_reason
         assert reason is not None

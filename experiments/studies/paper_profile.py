@@ -26,6 +26,7 @@ from experiments.studies.orca import Load, run_system, steady
 from experiments.studies.published import FIGURE_13, FIGURE_13_SOURCE, MEAN_OUTPUTS
 from reports.files import read_run
 from reports.memory import step_spans
+from reports.writing import write_text
 
 MS = 1e3
 BATCHES = np.array([bars["vLLM"] for bars in FIGURE_13.values()])
@@ -80,8 +81,7 @@ class PaperProfileStudy:
         assert isinstance(card, Card)
         # Which part passes before a step and which after it is not known; it makes no difference without overlap.
         card = replace(card, host=HostTime(before=float(host[0]), before_per_request=float(host[1])))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(OmegaConf.to_yaml({"kind": "card"} | asdict(card)))
+        write_text(path, OmegaConf.to_yaml({"kind": "card"} | asdict(card)))
         return path
 
     def _round(self, cells: CellRunner, profile: Path, number: int) -> tuple[dict[str, Mean], dict[str, Mean]]:

@@ -19,13 +19,17 @@ import reports.study
 from engine.errors import ConfigError
 from experiments.command_line import command_of
 from experiments.config import check_values
-from experiments.recording.cell_state import only_writer
-from experiments.recording.files import MANIFEST_FILE, STUDY_FILE
+from experiments.interruption import Interrupted, Signals, shown, whole_cells
+from experiments.recording.files import CELL_FILE, MANIFEST_FILE, STUDY_FILE
+from experiments.recording.lock import only_writer
+from experiments.recording.place import EXPERIMENT, check_place, is_finished
 from experiments.recording.provenance import git_state, machine, versions
+from experiments.recording.run_folder import write_hydra
 from experiments.studies.base import Study
 from experiments.studies.cells import CellRunner
 from reports.files import read_json
 from reports.study_claims import tally
+from reports.writing import write_text
 
 SCHEMA_VERSION = 3  # 2 had no counts of the claims
 
@@ -41,14 +45,23 @@ def run_study(cfg: DictConfig) -> None:
     if cfg.driver.record == "none":
         raise ConfigError("driver.record=none records nothing that an experiment could look at; use full or summary")
     check_values(cfg)
+    experiment = hydra.runtime.choices.get("experiment")
+    check_place(out_dir, EXPERIMENT, experiment)
     study: Study = instantiate(cfg.study)
+    if not is_finished(out_dir):
+        with only_writer(out_dir):
+            write_hydra(out_dir, cfg)
     cells = CellRunner(hydra.overrides.task, out_dir, command_of(hydra, alone=True))
-    findings = study.run(cells)
+    with Signals():
+        try:
+            findings = study.run(cells)
+        except Interrupted as stopped:
+            raise Interrupted(stopped.number, _kept(cells, stopped)) from None
     content = findings.to_json()
     record = content | {
         "schema_version": SCHEMA_VERSION,
         **tally(content["claims"]),
-        "experiment": hydra.runtime.choices.get("experiment"),
+        "experiment": experiment,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git": git_state(),
         "machine": machine(),
@@ -58,11 +71,19 @@ def run_study(cfg: DictConfig) -> None:
         "cells": [str(folder.relative_to(out_dir)) for folder in cells.folders],
     }
     with only_writer(out_dir):
-        (out_dir / STUDY_FILE).write_text(json.dumps(record, indent=2, default=str) + "\n")
+        write_hydra(out_dir, cfg)
+        write_text(out_dir / STUDY_FILE, json.dumps(record, indent=2, default=str) + "\n")
         summary = reports.study.write_study_report(out_dir)
     Console().print(reports.study.study_table(summary))
     if hydra.mode is not RunMode.MULTIRUN:  # a sweep has a last line of its own
         reports.ending.print_ending(reports.ending.study_ending(out_dir, summary), full=cfg.report.json == "full")
+
+
+def _kept(cells: CellRunner, stopped: Interrupted) -> str:
+    """What an experiment that a signal ended leaves."""
+    folder = shown(cells.out_dir)
+    whole = len({cell for cell in cells.folders if (cell / CELL_FILE).exists()})
+    return f"{whole_cells(whole, folder)}; of the cell that ran {stopped.kept}"
 
 
 def conditions(folders: Sequence[Path]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from engine.errors import ConfigError, KvarenaError
 from experiments.studies.base import Chart, Findings, Series
 from experiments.studies.cells import CellRunner
 from experiments.studies.claims import Claim, Mean, compared, measured
+from reports.writing import replacing
 
 if TYPE_CHECKING:
     import optuna
@@ -169,7 +170,7 @@ class SearchStudy:
 
     def _write_trials(self, search: optuna.Study, refused: dict[int, str], path: Path) -> None:
         keys = [setting.key for setting in self._settings()]
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["trial", *keys, self.objective, "error"])
             for trial in search.trials:

@@ -16,8 +16,9 @@ from engine.errors import ConfigError
 from experiments.compose import compose_cell
 from experiments.entry import main
 from experiments.job import execute
-from experiments.recording.cell_state import cell_key, finished_key, mark_finished, only_writer
-from reports.errors import ReportError
+from experiments.recording.cell_state import cell_key, finished_key, mark_finished
+from experiments.recording.lock import only_writer
+from reports.errors import NotWritten, ReportError
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "fixed", "arrival": "all_at_once"}
@@ -91,7 +92,7 @@ def test_two_processes_at_one_sweep_share_its_cells(tmp_path):
 
 def test_the_lock_ends_with_its_process(tmp_path, capfd):
     hold = (
-        "import sys, time; from pathlib import Path; from experiments.recording.cell_state import only_writer\n"
+        "import sys, time; from pathlib import Path; from experiments.recording.lock import only_writer\n"
         "with only_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -114,8 +115,8 @@ def test_the_lock_ends_with_its_process(tmp_path, capfd):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / ".lock").mkdir()
-    line = r"cannot write into .* \(Is a directory\); choose another folder"
-    with pytest.raises(ConfigError, match=line), only_writer(tmp_path):
+    line = r"cannot write .* \(Is a directory\); choose another folder"
+    with pytest.raises(NotWritten, match=line), only_writer(tmp_path):
         pass
 
 
@@ -129,8 +130,8 @@ def test_a_folder_is_finished_only_with_its_last_file(cell, tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "error.json").write_text("{}")
     assert finished_key(tmp_path, key, allow_mixed=False) is None
-    assert not (tmp_path / "error.json").exists()
     mark_finished(tmp_path, key)
+    assert not (tmp_path / "error.json").exists()
     assert finished_key(tmp_path, key, allow_mixed=False) == key
     assert [path.name for path in tmp_path.glob("cell*")] == ["cell.json"]
 

@@ -9,6 +9,7 @@ from engine.errors import ConfigError
 from experiments.compose import compose_cell
 from experiments.config import DriverConfig
 from experiments.http_job import run_http
+from experiments.interruption import Signals
 from experiments.studies.cells import CellRunner
 from reports.comparison import compare
 
@@ -75,7 +76,7 @@ def test_where_there_are_no_scores_the_setting_is_refused(tmp_path):
         CellRunner(SETTINGS, tmp_path).run("simulated", ["driver.scores=8", "runner=simulated"])
     cfg, _ = compose_cell([*SETTINGS, "driver.scores=8", "target=http://127.0.0.1:1"])
     with pytest.raises(ConfigError, match=r"driver\.scores=8 .* a server shows none"):
-        run_http(cfg, tmp_path, lambda count: lambda ended: None)
+        run_http(cfg, lambda count: lambda ended: None, Signals())
     for value, reason in ((-1, "an integer in"), ("many", "an integer in")):
         with pytest.raises(ConfigError, match=rf"driver\.scores={value} must be {reason}"):
             DriverConfig.from_config(compose_cell([f"driver.scores={value}"])[0].driver)

@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import os
+import signal
 import socket
 import sys
 import threading
@@ -17,8 +19,10 @@ from server_harness import KEY
 from engine.errors import ConfigError, EngineError
 from experiments.compose import load_config
 from experiments.entry import main
+from experiments.interruption import Interrupted
 from experiments.job import execute
 from experiments.load.http_metrics import read_gauges
+from experiments.output import HttpProgress
 from reports.comparison import compare
 from reports.files import CLASSES, read_run
 from reports.terminal import run_table
@@ -190,6 +194,20 @@ def test_failures_are_recorded_one_by_one(tmp_path, lengths):
     errors = {reason: text for reason, text in zip(expected, files.requests["error"], strict=True) if text}
     assert "status 429" in errors["rejected"]
     assert summary["num_finished"] == expected.count("length") < 12
+
+
+def test_an_interrupted_load_keeps_its_answers(tmp_path, monkeypatch):
+    """The server is silent from then on; what it had not answered is aborted."""
+    signalled = lambda _, count: count == 6 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    monkeypatch.setattr(HttpProgress, "__call__", signalled)
+    with ForeignServer(lives_for=7) as url, pytest.raises(Interrupted, match="6 of 12 requests had ended and are kept"):
+        run(tmp_path, url, "arrival.rate=1000")  # one more was the connection's
+    files = read_run(tmp_path / "http")
+    assert files.manifest["run"]["interrupted"]["num_ended"] == 6
+    reasons = files.requests["finish_reason"].tolist()
+    assert (reasons.count("length"), reasons.count("abort")) == (6, len(reasons) - 6)
+    assert not (tmp_path / "http" / "cell.json").exists()
+    assert set(files.requests["error"][files.requests["finish_reason"] == "abort"]) == {"the run was interrupted"}
 
 
 def test_a_server_that_dies_in_the_run_leaves_errors(tmp_path):
