@@ -19,7 +19,8 @@ from experiments.job import execute
 from experiments.simulation.profiles import load_profile
 
 OPT = ["model=opt-13b-shape", "engine.dtype=auto", "runner=simulated", "runner.profile=a100-40gb"]
-CELL = ["workload=uniform", "workload.num_requests=20", "report.progress=false", "kv_cache.num_slots=6000"]
+CELL = ["workload=uniform", "workload.num_requests=20", "report.progress=false", "report.pages=false",
+        "kv_cache.num_slots=6000"]  # fmt: skip
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "uniform", "arrival": "poisson"}
 
 
@@ -171,7 +172,7 @@ def simulate(tmp_path: Path, *overrides: str) -> tuple[dict, Path]:
 
 
 def test_a_simulated_run_leaves_a_run_s_files_and_says_what_it_is(tmp_path: Path):
-    summary, run_dir = simulate(tmp_path, "arrival=poisson")
+    summary, run_dir = simulate(tmp_path, "arrival=poisson", "report.pages=true")
     assert summary["num_finished"] == 20
     assert summary["valid"]
     manifest = json.loads((run_dir / "manifest.json").read_text())
@@ -229,8 +230,6 @@ def test_a_summary_has_the_same_numbers_and_no_tokens(tmp_path: Path):
 
 
 def test_a_prefix_cache_sees_the_prompts_also_in_a_summary(tmp_path: Path):
-    cfg = load_config(
-        [*OPT, "report.progress=false", "allocator=radix", "workload=shared_prefix", "driver.record=summary"]
-    )
+    cfg = load_config([*OPT, *CELL[2:4], "allocator=radix", "workload=shared_prefix", "driver.record=summary"])
     summary = execute(cfg, tmp_path, "radix", CHOICES)
     assert 0 < summary["num_cached_tokens"] < summary["num_prompt_tokens"]

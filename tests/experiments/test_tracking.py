@@ -53,7 +53,7 @@ def test_mlflow_keeps_settings_figures_ledger_and_report(tmp_path, monkeypatch):
 
 def test_wandb_offline_leaves_the_record_in_the_run_folder(tmp_path):
     pytest.importorskip("wandb")
-    summary = run(tmp_path / "run", "tracking=wandb", group="g")
+    summary = run(tmp_path / "run", "tracking=wandb", "report.pages=false", group="g")
     (record,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     raw = record.read_bytes()
     for text in (b"paged x continuous", b"allocator.block_size", b"ledger/token_states", b"output_tokens_per_second"):
@@ -68,7 +68,7 @@ def test_a_tracker_that_fails_in_the_end_costs_a_warning(tmp_path, capsys, monke
         raise OSError("no space left\nat all")
 
     monkeypatch.setattr("wandb.init", broken)
-    run(tmp_path / "run", "tracking=wandb")
+    run(tmp_path / "run", "tracking=wandb", "report.pages=false")
     expected = f"warning: the tracker did not take the run (no space left); its files are in {tmp_path / 'run'}\n"
     assert capsys.readouterr().err == expected
     assert (tmp_path / "run" / "cell.json").exists()

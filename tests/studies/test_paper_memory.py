@@ -101,7 +101,7 @@ def test_figure_13_has_a_bar_for_every_system_and_load(tmp_path):
         assert paper.x == ours.x == ideal.x
     # Under another profile nothing was fitted, so vLLM's bars are judged as well.
     other, _ = run_study(
-        tmp_path / "other", "experiment=paper_fig13", *small, "study.seeds=[0]", "runner.profile=a100-40gb",
-        "study.ideal=null",
+        tmp_path / "other", "experiment=paper_fig13", "study.num_requests={sharegpt:20,alpaca:20}", "study.seeds=[0]",
+        "runner.profile=a100-40gb", "study.ideal=null",
     )  # fmt: skip
     assert all(claim.kind is Kind.VALUE for claim in other.claims)
