@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError, EngineError
+from kvarena.engine.errors import ConfigError, EngineError
 
 HINTS = {
     "CUDA_ERROR_OUT_OF_MEMORY": "the device has no memory left",

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from engine.kv_pool import KVPool
+from kvarena.engine.kv_pool import KVPool
 
 PARTS = (
     "weights_bytes", "pool_bytes", "workspace_bytes", "graphs_bytes", "activations_bytes", "context_bytes",

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.errors import EngineError
-from engine.memory_limits import asked_and_free, free_bytes
+from kvarena.engine.errors import EngineError
+from kvarena.engine.memory_limits import asked_and_free, free_bytes
 
 
 class HostBlocks:

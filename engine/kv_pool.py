@@ -22,10 +22,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.contract import BlockCopy, CopyKind, KVAllocator, StepPlan
-from engine.errors import ConfigError, EngineError
-from engine.host_blocks import HostBlocks
-from engine.memory_limits import asked_and_free, free_bytes, size_text
+from kvarena.engine.contract import BlockCopy, CopyKind, KVAllocator, StepPlan
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.host_blocks import HostBlocks
+from kvarena.engine.memory_limits import asked_and_free, free_bytes, size_text
 
 GIB = 2**30
 # A name of it came with Python 3.13.

@@ -17,11 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.sampling.batch import Rows, SamplingBatch
-from engine.sampling.output import LogprobTensors, SampledTokens
-from engine.sampling.scores import ScoreTensors, best_scores
-from engine.sampling.streams import log_exponentials
-from engine.sampling.transforms import keep_min_p, keep_top_k, keep_top_p, penalize
+from kvarena.engine.sampling.batch import Rows, SamplingBatch
+from kvarena.engine.sampling.output import LogprobTensors, SampledTokens
+from kvarena.engine.sampling.scores import ScoreTensors, best_scores
+from kvarena.engine.sampling.streams import log_exponentials
+from kvarena.engine.sampling.transforms import keep_min_p, keep_top_k, keep_top_p, penalize
 
 
 class Sampler:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from engine.errors import ConfigError, EngineError
-from engine.memory_limits import size_text
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.memory_limits import size_text
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.contract import BlockCopy, KVAllocator, StepPlan, cdiv
-from engine.cuda_memory import CudaDriver
-from engine.errors import EngineError
-from engine.kv_pool import KVPool
-from engine.request import Request
-from engine.virtual_memory import MemoryDriver, PageMap
+from kvarena.engine.contract import BlockCopy, KVAllocator, StepPlan, cdiv
+from kvarena.engine.cuda_memory import CudaDriver
+from kvarena.engine.errors import EngineError
+from kvarena.engine.kv_pool import KVPool
+from kvarena.engine.request import Request
+from kvarena.engine.virtual_memory import MemoryDriver, PageMap
 
 
 @dataclass(slots=True)

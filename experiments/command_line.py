@@ -9,12 +9,12 @@ from typing import Any
 
 from hydra.types import RunMode
 
-from experiments.compose import CONF_DIR
+from kvarena.experiments.compose import CONF_DIR
 
 RUN = ("python", "run.py")
 PROGRAMS = {  # by the name of what was started; all of them read the same overrides
     "kvarena": ("kvarena", "bench"),
-    "cli.py": ("python", "-m", "experiments.cli", "bench"),
+    "cli.py": ("python", "-m", "kvarena.experiments.cli", "bench"),
 }
 MODE = "hydra.mode="  # Hydra's own word for -m
 

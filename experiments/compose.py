@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 from omegaconf import DictConfig, open_dict
 
-from experiments import defaults
+from kvarena.experiments import defaults
 
 defaults.register()
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"

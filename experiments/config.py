@@ -14,10 +14,10 @@ from typing import Any, Self
 
 from omegaconf import DictConfig, OmegaConf
 
-from engine.errors import ConfigError
-from engine.server.config import ServerConfig
-from experiments import defaults
-from experiments.near import did_you_mean
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.server.config import ServerConfig
+from kvarena.experiments import defaults
+from kvarena.experiments.near import did_you_mean
 
 defaults.register()  # of a config that another process composed
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -167,7 +167,7 @@ class KVCacheConfig(_Section):
 
 @dataclass(frozen=True)
 class SamplingConfig(_Section):
-    """Types of section `sampling`; `engine.request.SamplingParams` checks its ranges."""
+    """Types of section `sampling`; `kvarena.engine.request.SamplingParams` checks its ranges."""
 
     temperature: float
     top_p: float

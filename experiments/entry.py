@@ -17,15 +17,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from engine.errors import ConfigError, NotDefined
-from experiments.building.model_files import check_model
-from experiments.compose import CONF_DIR
-from experiments.explain import explain, own_error
-from experiments.loading import say_loading
-from experiments.recording.failures import record_failure
-from experiments.sweep import ENDED_SWEEP, outcome
-from experiments.unserved import Unserved
-from reports.plain_text import write_any_text
+from kvarena.engine.errors import ConfigError, NotDefined
+from kvarena.experiments.building.model_files import check_model
+from kvarena.experiments.compose import CONF_DIR
+from kvarena.experiments.explain import explain, own_error
+from kvarena.experiments.loading import say_loading
+from kvarena.experiments.recording.failures import record_failure
+from kvarena.experiments.sweep import ENDED_SWEEP, outcome
+from kvarena.experiments.unserved import Unserved
+from kvarena.reports.plain_text import write_any_text
 
 USER_ERROR = 2
 
@@ -57,13 +57,13 @@ def main() -> int:
                 exit_codes.append(_serve(cfg))
             elif cfg.mode == "run" and cfg.study is not None:
                 say_loading(enabled=cfg.report.progress is True)
-                from experiments.studies.run import run_study
+                from kvarena.experiments.studies.run import run_study
 
                 run_study(cfg)
             elif cfg.mode == "run":
                 # Imported here: what is wrong with the command line or the model is answered without loading torch.
                 say_loading(enabled=cfg.report.progress is True)
-                from experiments.job import run_job
+                from kvarena.experiments.job import run_job
 
                 folder = run_job(cfg)
             else:
@@ -145,6 +145,6 @@ def _serve(cfg: DictConfig) -> int:
     """Serve until the process is told to stop; returns its exit code."""
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         raise ConfigError("mode=serve serves one strategy; leave -m out")
-    from experiments.serving.serve import serve
+    from kvarena.experiments.serving.serve import serve
 
     return serve(cfg, HydraConfig.get().runtime.choices)

@@ -11,11 +11,11 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.errors import KvarenaError
-from experiments.near import near
-from experiments.suggest import explain_composition
-from reports.errors import ReportError
-from reports.packages import missing_package
+from kvarena.engine.errors import KvarenaError
+from kvarena.experiments.near import near
+from kvarena.experiments.suggest import explain_composition
+from kvarena.reports.errors import ReportError
+from kvarena.reports.packages import missing_package
 
 
 def explain(error: BaseException, overrides: Sequence[str] = ()) -> str | None:

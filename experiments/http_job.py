@@ -18,19 +18,19 @@ from typing import Any, cast
 import httpx
 from omegaconf import DictConfig, OmegaConf
 
-from engine.errors import ConfigError, EngineError
-from engine.ledger import MemoryLedger
-from engine.models.sizes import ModelSizes, model_sizes
-from engine.request import Request
-from experiments.building.build import Load, build_load
-from experiments.config import DriverConfig, HttpConfig
-from experiments.load.http_client import HttpServer
-from experiments.load.http_driver import HttpDriver
-from experiments.load.http_metrics import GaugeReader
-from experiments.recording.contention import Contention
-from experiments.recording.files import REQUESTS_FILE, STEPS_FILE
-from experiments.recording.provenance import utc_now
-from experiments.recording.record import RunRecorder, write_requests, write_steps
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.models.sizes import ModelSizes, model_sizes
+from kvarena.engine.request import Request
+from kvarena.experiments.building.build import Load, build_load
+from kvarena.experiments.config import DriverConfig, HttpConfig
+from kvarena.experiments.load.http_client import HttpServer
+from kvarena.experiments.load.http_driver import HttpDriver
+from kvarena.experiments.load.http_metrics import GaugeReader
+from kvarena.experiments.recording.contention import Contention
+from kvarena.experiments.recording.files import REQUESTS_FILE, STEPS_FILE
+from kvarena.experiments.recording.provenance import utc_now
+from kvarena.experiments.recording.record import RunRecorder, write_requests, write_steps
 
 EXTENSIONS = ("top_k", "min_p", "ignore_eos")  # of section `sampling`, beyond OpenAI's API
 ENDPOINTS = ("/completions", "/chat", "/v1")  # what clients' addresses end with, in the order in which it is cut off

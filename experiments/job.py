@@ -17,24 +17,24 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-import reports.ending
-import reports.run_report
-import reports.terminal
-from engine.errors import ConfigError
-from engine.gpu_memory import NO_GPU
-from experiments.building.build import build
-from experiments.building.parts import EngineParts
-from experiments.building.shared import SharedParts
-from experiments.building.warm_up import warm_cache, warm_up
-from experiments.command_line import command_of
-from experiments.compose import NAMING_GROUPS
-from experiments.config import ReportConfig, SweepConfig, check_values
-from experiments.explain import first_line
-from experiments.http_job import run_http
-from experiments.load.driver import drive
-from experiments.output import HttpProgress, Progress
-from experiments.recording.cell_folders import CellFolders, owner_of, result_in, result_of, whole_key
-from experiments.recording.cell_state import (
+import kvarena.reports.ending
+import kvarena.reports.run_report
+import kvarena.reports.terminal
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.gpu_memory import NO_GPU
+from kvarena.experiments.building.build import build
+from kvarena.experiments.building.parts import EngineParts
+from kvarena.experiments.building.shared import SharedParts
+from kvarena.experiments.building.warm_up import warm_cache, warm_up
+from kvarena.experiments.command_line import command_of
+from kvarena.experiments.compose import NAMING_GROUPS
+from kvarena.experiments.config import ReportConfig, SweepConfig, check_values
+from kvarena.experiments.explain import first_line
+from kvarena.experiments.http_job import run_http
+from kvarena.experiments.load.driver import drive
+from kvarena.experiments.output import HttpProgress, Progress
+from kvarena.experiments.recording.cell_folders import CellFolders, owner_of, result_in, result_of, whole_key
+from kvarena.experiments.recording.cell_state import (
     cell_key,
     differing,
     finished_key,
@@ -42,13 +42,13 @@ from experiments.recording.cell_state import (
     measured_config,
     only_writer,
 )
-from experiments.recording.contention import Contention
-from experiments.recording.files import MANIFEST_FILE
-from experiments.recording.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
-from experiments.recording.recording import Recording, recording_warning
-from experiments.recording.sources import sources_of
-from experiments.recording.tracking import TrackedRun, Tracker, tracked_run
-from experiments.unserved import Unserved, why_unserved
+from kvarena.experiments.recording.contention import Contention
+from kvarena.experiments.recording.files import MANIFEST_FILE
+from kvarena.experiments.recording.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
+from kvarena.experiments.recording.recording import Recording, recording_warning
+from kvarena.experiments.recording.sources import sources_of
+from kvarena.experiments.recording.tracking import TrackedRun, Tracker, tracked_run
+from kvarena.experiments.unserved import Unserved, why_unserved
 
 SCHEMA_VERSION = 1
 
@@ -80,8 +80,10 @@ def run_job(cfg: DictConfig) -> Path:
     name = f"{choices['allocator']} x {choices['scheduler']}"
     summary = execute(cfg, run_dir, name, choices, group, command=command_of(hydra, alone=in_sweep))
     if not in_sweep:
-        Console().print(reports.terminal.run_table(summary))
-        reports.ending.print_ending(reports.ending.run_ending(run_dir, summary), full=cfg.report.json == "full")
+        Console().print(kvarena.reports.terminal.run_table(summary))
+        kvarena.reports.ending.print_ending(
+            kvarena.reports.ending.run_ending(run_dir, summary), full=cfg.report.json == "full"
+        )
     if (reason := why_unserved(summary)) is not None:
         raise Unserved(reason, run_dir)
     return run_dir
@@ -135,7 +137,9 @@ def execute(
         manifest = _manifest(cfg, name, choices, command) | facts
         manifest["workload"] = {"name": choices["workload"]} | manifest["workload"]
         (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
-        write = reports.run_report.write_run_report if report.pages else reports.run_report.write_summary
+        write = (
+            kvarena.reports.run_report.write_run_report if report.pages else kvarena.reports.run_report.write_summary
+        )
         summary = write(run_dir)
         mark_finished(run_dir, key)
     if summary["num_failed"]:
@@ -151,8 +155,10 @@ def _report_again(run_dir: Path, found: dict[str, Any], key: dict[str, Any], *, 
     """The summary of a finished cell; its report is made again where other code made it, or where it has none."""
     has_pages = (run_dir / "report.html").exists()
     if found.get("reports") == key["reports"] and (has_pages or not pages):
-        return reports.run_report.read_summary(run_dir)
-    write = reports.run_report.write_run_report if pages or has_pages else reports.run_report.write_summary
+        return kvarena.reports.run_report.read_summary(run_dir)
+    write = (
+        kvarena.reports.run_report.write_run_report if pages or has_pages else kvarena.reports.run_report.write_summary
+    )
     summary = write(run_dir)
     mark_finished(run_dir, found | {"reports": key["reports"]})
     return summary

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from experiments.load.driver import Recorder
+from kvarena.experiments.load.driver import Recorder
 
 REFRESH = 0.1  # s; to write a number that nobody can read yet would take longer than the step itself may
 LINE_EVERY = 30.0  # s between lines

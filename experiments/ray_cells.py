@@ -23,11 +23,11 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, se
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from engine.errors import ConfigError
-from experiments.explain import first_line
-from experiments.output import progress_bar
-from experiments.recording.sources import code_hash
-from experiments.sweep import outcome
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.explain import first_line
+from kvarena.experiments.output import progress_bar
+from kvarena.experiments.recording.sources import code_hash
+from kvarena.experiments.sweep import outcome
 
 CONNECT_TIMEOUT = 5.0  # seconds
 

@@ -11,9 +11,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from engine.contract import KVAllocator
-from engine.errors import ConfigError
-from schedulers.base import Scheduler
+from kvarena.engine.contract import KVAllocator
+from kvarena.engine.errors import ConfigError
+from kvarena.schedulers.base import Scheduler
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

@@ -11,8 +11,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.compose import CONF_DIR, load_config
-from experiments.near import either, near
+from kvarena.experiments.compose import CONF_DIR, load_config
+from kvarena.experiments.near import either, near
 
 EXPERIMENTS = "experiment"  # the group whose choices make section `study`
 TWICE = r"Multiple values for (\S+?)\.|(\S+) appears more than once in the final defaults list"

@@ -15,10 +15,10 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.recording.files import CELL_FILE, SWEEP_FILE
+from kvarena.experiments.recording.files import CELL_FILE, SWEEP_FILE
 
 if TYPE_CHECKING:
-    from experiments.sweep_plan import Job, Plan
+    from kvarena.experiments.sweep_plan import Job, Plan
 
 BROKEN_OFF = "its process ended without a word"
 
@@ -67,10 +67,10 @@ def run_sweep(config: DictConfig, loader: ConfigLoader, launcher: Launcher, over
         ConfigError: as `make_plan` and the launcher.
         OSError: the sweep's folder cannot be made.
     """
-    from experiments.loading import say_loading
+    from kvarena.experiments.loading import say_loading
 
     say_loading(enabled=OmegaConf.select(config, "report.progress") is True)
-    from experiments.sweep_plan import make_plan  # late: a typing error must not wait for what it imports
+    from kvarena.experiments.sweep_plan import make_plan  # late: a typing error must not wait for what it imports
 
     sweep_dir = Path(config.hydra.sweep.dir)
     sweep_dir.mkdir(parents=True, exist_ok=True)
@@ -167,20 +167,20 @@ def _baseline(plan: Plan, given: str) -> str:
 def _compare(sweep_dir: Path, plan: Plan, report: DictConfig, ended: EndedSweep) -> None:
     from rich.console import Console
 
-    import reports.comparison
-    import reports.terminal
-    from experiments.recording.cell_state import only_writer
-    from reports.ending import LISTS, print_ending, sweep_ending
-    from reports.errors import NothingRecorded
+    import kvarena.reports.comparison
+    import kvarena.reports.terminal
+    from kvarena.experiments.recording.cell_state import only_writer
+    from kvarena.reports.ending import LISTS, print_ending, sweep_ending
+    from kvarena.reports.errors import NothingRecorded
 
     with only_writer(sweep_dir):
         sweep = ended.record = collect(sweep_dir, plan, report.baseline)
         try:
-            summary = reports.comparison.write_comparison(sweep_dir) if sweep["runs"] else None
+            summary = kvarena.reports.comparison.write_comparison(sweep_dir) if sweep["runs"] else None
         except NothingRecorded as nothing:  # as the command asked
             summary = None
             print(f"no comparison: {nothing}", file=sys.stderr)
     if summary is not None:
-        Console().print(reports.terminal.comparison_table(summary))
+        Console().print(kvarena.reports.terminal.comparison_table(summary))
     left_out = {name: sweep[name] for name in LISTS}
     print_ending(sweep_ending(sweep_dir, summary, left_out, runs=sweep["runs"]), full=report.json == "full")

@@ -18,15 +18,15 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.errors import ConfigError
-from experiments.command_line import command_of
-from experiments.compose import NAMING_GROUPS
-from experiments.config import SweepConfig
-from experiments.recording.cell_folders import CellFolders, stem_of
-from experiments.recording.cell_state import cell_key
-from experiments.recording.sources import digest
-from experiments.run_order import order
-from reports.cells import STRATEGY, is_seed
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.command_line import command_of
+from kvarena.experiments.compose import NAMING_GROUPS
+from kvarena.experiments.config import SweepConfig
+from kvarena.experiments.recording.cell_folders import CellFolders, stem_of
+from kvarena.experiments.recording.cell_state import cell_key
+from kvarena.experiments.recording.sources import digest
+from kvarena.experiments.run_order import order
+from kvarena.reports.cells import STRATEGY, is_seed
 
 MOST_TITLE = 300  # characters
 OURS = ("hydra.sweep.subdir", "sweep.round")  # what a sweep sets for each of its cells

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engine.errors import KvarenaError
+from kvarena.engine.errors import KvarenaError
 
 REMEDIES = {
     "rejected": "make the workload's requests shorter, or raise engine.max_model_len or the pool (kv_cache.num_slots)",

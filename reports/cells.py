@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from reports.files import RunFiles
-from reports.latency import request_latencies
+from kvarena.reports.files import RunFiles
+from kvarena.reports.latency import request_latencies
 
 STRATEGY = ("allocator", "scheduler")
 # Config groups, and where the manifest says which option of the group ran.

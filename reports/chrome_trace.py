@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from reports.errors import ReportError
-from reports.files import CLASSES, RunFiles
-from reports.timeline import request_phases
+from kvarena.reports.errors import ReportError
+from kvarena.reports.files import CLASSES, RunFiles
+from kvarena.reports.timeline import request_phases
 
 ENGINE, REQUESTS = 1, 2
 MICROSECONDS = 1e6

@@ -14,28 +14,28 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from reports.cells import Cell, page_of
-from reports.comparison_figures import draw_comparison
-from reports.comparison_sections import comparison_document
-from reports.contention import contention_notices, run_contention
-from reports.costs import METRICS as COST_METRICS
-from reports.costs import cost_pairs, costs
-from reports.curves import curve_axis, curves
-from reports.document import render_html, render_markdown, write_text
-from reports.errors import NothingRecorded, ReportError
-from reports.files import RunFiles, read_json, read_run
-from reports.format import rate
-from reports.headline import headline
-from reports.judge import LATENCIES, Judgement, describe_requests, judge, throughput_ratio
-from reports.notices import comparison_notices, simulated_prefix
-from reports.pairing import make_cells, same_runs
-from reports.repeats import Contender, contenders, spread
-from reports.same_work import compare_same_work, same_work_sentences
-from reports.shapes import SWEEP
-from reports.summary import summarize
-from reports.tokens import same_tokens
-from reports.verdicts import CONFIDENCE, LEVEL, THROUGHPUT
-from reports.windows import WINDOWS
+from kvarena.reports.cells import Cell, page_of
+from kvarena.reports.comparison_figures import draw_comparison
+from kvarena.reports.comparison_sections import comparison_document
+from kvarena.reports.contention import contention_notices, run_contention
+from kvarena.reports.costs import METRICS as COST_METRICS
+from kvarena.reports.costs import cost_pairs, costs
+from kvarena.reports.curves import curve_axis, curves
+from kvarena.reports.document import render_html, render_markdown, write_text
+from kvarena.reports.errors import NothingRecorded, ReportError
+from kvarena.reports.files import RunFiles, read_json, read_run
+from kvarena.reports.format import rate
+from kvarena.reports.headline import headline
+from kvarena.reports.judge import LATENCIES, Judgement, describe_requests, judge, throughput_ratio
+from kvarena.reports.notices import comparison_notices, simulated_prefix
+from kvarena.reports.pairing import make_cells, same_runs
+from kvarena.reports.repeats import Contender, contenders, spread
+from kvarena.reports.same_work import compare_same_work, same_work_sentences
+from kvarena.reports.shapes import SWEEP
+from kvarena.reports.summary import summarize
+from kvarena.reports.tokens import same_tokens
+from kvarena.reports.verdicts import CONFIDENCE, LEVEL, THROUGHPUT
+from kvarena.reports.windows import WINDOWS
 
 SCHEMA_VERSION = 2  # 1 had a row per run in `cells`, and verdicts from single pairs of runs
 CELL_METRICS = (

@@ -14,16 +14,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reports.cells import Cell
-from reports.curves import curve_figure
-from reports.format import rate, scaled_seconds, seconds
-from reports.judge import LATENCIES, METRICS, ratios
-from reports.kv_maps import kv_maps_figure, kv_maps_markup, read_kv_maps
-from reports.latency import DEFINITIONS, token_gaps
-from reports.memory import make_bins, step_spans
-from reports.repeats import Contender, contenders
-from reports.run_figures import draw_memory, latency_figure, split_figure
-from reports.style import (
+from kvarena.reports.cells import Cell
+from kvarena.reports.curves import curve_figure
+from kvarena.reports.format import rate, scaled_seconds, seconds
+from kvarena.reports.judge import LATENCIES, METRICS, ratios
+from kvarena.reports.kv_maps import kv_maps_figure, kv_maps_markup, read_kv_maps
+from kvarena.reports.latency import DEFINITIONS, token_gaps
+from kvarena.reports.memory import make_bins, step_spans
+from kvarena.reports.repeats import Contender, contenders
+from kvarena.reports.run_figures import draw_memory, latency_figure, split_figure
+from kvarena.reports.style import (
     CLASS_LOOKS,
     INK,
     LINEAR,
@@ -44,8 +44,8 @@ from reports.style import (
     row_names,
     save_png,
 )
-from reports.verdict_sections import metric_name
-from reports.verdicts import DECIDED, THROUGHPUT
+from kvarena.reports.verdict_sections import metric_name
+from kvarena.reports.verdicts import DECIDED, THROUGHPUT
 
 MAX_CURVES = len(SERIES)
 MAX_PANELS = 12

@@ -6,23 +6,23 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from reports.cells import STRATEGY, Cell
-from reports.comparison_figures import MAX_PANELS, curve_cells
-from reports.costs import cost_section
-from reports.curves import curve_section
-from reports.document import Document, Picture, Section, Table, commands
-from reports.format import DASH, count, percent, rate, ratio, seconds
-from reports.latency import DEFINITIONS
-from reports.paper import FIGURE_2_SOURCE
-from reports.repeats import Contender, contenders
-from reports.run_sections import LEDGER_MEANING, commit, definitions, facts
-from reports.same_work import same_work_section
-from reports.slo import limits_text
-from reports.style import CLASS_LOOKS
-from reports.tokens import GOOD
-from reports.verdict_sections import RULE, grouped, runs_section, verdict_section
-from reports.verdicts import HIGHER, LEVEL
-from reports.windows import WINDOWS, kv_use
+from kvarena.reports.cells import STRATEGY, Cell
+from kvarena.reports.comparison_figures import MAX_PANELS, curve_cells
+from kvarena.reports.costs import cost_section
+from kvarena.reports.curves import curve_section
+from kvarena.reports.document import Document, Picture, Section, Table, commands
+from kvarena.reports.format import DASH, count, percent, rate, ratio, seconds
+from kvarena.reports.latency import DEFINITIONS
+from kvarena.reports.paper import FIGURE_2_SOURCE
+from kvarena.reports.repeats import Contender, contenders
+from kvarena.reports.run_sections import LEDGER_MEANING, commit, definitions, facts
+from kvarena.reports.same_work import same_work_section
+from kvarena.reports.slo import limits_text
+from kvarena.reports.style import CLASS_LOOKS
+from kvarena.reports.tokens import GOOD
+from kvarena.reports.verdict_sections import RULE, grouped, runs_section, verdict_section
+from kvarena.reports.verdicts import HIGHER, LEVEL
+from kvarena.reports.windows import WINDOWS, kv_use
 
 SHARED_FACTS = ("Model", "KV pool", "Workload", "Arrivals", "Machine", "Software", "Commit")
 

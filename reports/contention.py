@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from reports.cells import Cell
-from reports.format import percent
-from reports.judge import probe_speed
+from kvarena.reports.cells import Cell
+from kvarena.reports.format import percent
+from kvarena.reports.judge import probe_speed
 
 LEAST_SHARE = 0.8  # of a processor, while the engine was busy: below, others had the rest
 MOST_STOLEN = 0.02

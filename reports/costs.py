@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from reports.document import Section, Table
-from reports.format import DASH, count, ratio
-from reports.judge import Judgement, throughput_ratio
-from reports.latency import DEFINITIONS
-from reports.repeats import Contender
-from reports.verdicts import DECIDED, ONE_RUN, ONE_SEED, THROUGHPUT
+from kvarena.reports.document import Section, Table
+from kvarena.reports.format import DASH, count, ratio
+from kvarena.reports.judge import Judgement, throughput_ratio
+from kvarena.reports.latency import DEFINITIONS
+from kvarena.reports.repeats import Contender
+from kvarena.reports.verdicts import DECIDED, ONE_RUN, ONE_SEED, THROUGHPUT
 
 FAR_LOW, FAR_HIGH = 0.01, 100  # ends of an interval, as ratios, beyond which the digits say nothing
 

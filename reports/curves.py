@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reports.cells import Cell, is_seed
-from reports.document import Picture, Section, Table
-from reports.format import DASH, rate, scaled_seconds, seconds
-from reports.repeats import spread
-from reports.style import MUTED, SERIES, WIDE, Sheet, grid, legend_above, new_figure, thousands, whole
+from kvarena.reports.cells import Cell, is_seed
+from kvarena.reports.document import Picture, Section, Table
+from kvarena.reports.format import DASH, rate, scaled_seconds, seconds
+from kvarena.reports.repeats import spread
+from kvarena.reports.style import MUTED, SERIES, WIDE, Sheet, grid, legend_above, new_figure, thousands, whole
 
 MIN_POINTS = 3
 KNEE_FACTOR = 2.0

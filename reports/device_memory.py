@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from reports.document import Table
-from reports.format import DASH, percent, size_bytes
+from kvarena.reports.document import Table
+from kvarena.reports.format import DASH, percent, size_bytes
 
 PARTS = {
     "weights_bytes": ("weights", "parameters and buffers of the model, each once"),

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from reports.cells import STRATEGY, Cell, flatten
-from reports.format import DASH, count
+from kvarena.reports.cells import STRATEGY, Cell, flatten
+from kvarena.reports.format import DASH, count
 
 # Options that make a strategy what its name says.
 DEFINING = ("_target_", "reservation", "placement", "retire")

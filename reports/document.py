@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from reports.errors import ReportError
+from kvarena.reports.errors import ReportError
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from reports.format import count, rate, seconds
+from kvarena.reports.format import count, rate, seconds
 
 MOST_BYTES = 2000  # of the JSON line, its end included
 MOST_TEXT = 160  # characters of a name, an error or a headline in it

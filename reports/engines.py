@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reports.format import DASH, count
+from kvarena.reports.format import DASH, count
 
 
 def profile_name(simulation: dict[str, Any]) -> str:

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reports.errors import ReportError
-from reports.shapes import MANIFEST, TOTALS, mismatch
+from kvarena.reports.errors import ReportError
+from kvarena.reports.shapes import MANIFEST, TOTALS, mismatch
 
 CLASSES = ("token_states", "reservation", "internal", "external", "shortage", "cached", "free")
 

@@ -7,10 +7,21 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from reports.document import Picture, Section, Table
-from reports.files import CLASSES, RunFiles, read_table
-from reports.format import count, percent, rate
-from reports.style import BLUE, CLASS_LOOKS, RED, WIDE, Sheet, grid, hatch_kwargs, legend_above, new_figure, whole
+from kvarena.reports.document import Picture, Section, Table
+from kvarena.reports.files import CLASSES, RunFiles, read_table
+from kvarena.reports.format import count, percent, rate
+from kvarena.reports.style import (
+    BLUE,
+    CLASS_LOOKS,
+    RED,
+    WIDE,
+    Sheet,
+    grid,
+    hatch_kwargs,
+    legend_above,
+    new_figure,
+    whole,
+)
 
 GAUGES_FILE = "gauges.parquet"
 COLUMNS = ("time", "num_running", "num_waiting", "kv_usage", "num_preemptions", "prefix_queries", "prefix_hits")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reports.format import rate, ratio
-from reports.judge import Judgement
-from reports.repeats import Contender
-from reports.verdicts import (
+from kvarena.reports.format import rate, ratio
+from kvarena.reports.judge import Judgement
+from kvarena.reports.repeats import Contender
+from kvarena.reports.verdicts import (
     HIGHER,
     LEVEL,
     MACHINE_CHANGED,
@@ -19,7 +19,7 @@ from reports.verdicts import (
     Verdict,
     machine_explains,
 )
-from reports.windows import kv_use_text
+from kvarena.reports.windows import kv_use_text
 
 SMALLEST_P = 1e-4  # below, a p-value says more about the normal distribution than about the machine
 

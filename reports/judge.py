@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from reports.cells import Cell
-from reports.paired import match_requests, request_ratios, same_prompts
-from reports.repeats import Contender
-from reports.verdicts import (
+from kvarena.reports.cells import Cell
+from kvarena.reports.paired import match_requests, request_ratios, same_prompts
+from kvarena.reports.repeats import Contender
+from kvarena.reports.verdicts import (
     FASTEST,
     HIGHER,
     LOWER,

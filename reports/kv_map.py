@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from reports.errors import ReportError
-from reports.files import REMEDY, Ragged, RunFiles, read_table
-from reports.style import CLASS_LOOKS, EMPTY, INK, THEME, new_figure, whole
+from kvarena.reports.errors import ReportError
+from kvarena.reports.files import REMEDY, Ragged, RunFiles, read_table
+from kvarena.reports.style import CLASS_LOOKS, EMPTY, INK, THEME, new_figure, whole
 
 FILE = "kv_map.parquet"
 SHORTAGE, EXTERNAL, SHARED, CACHED, FREE = -5, -4, -3, -2, -1  # owners that are no request

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from reports.files import RunFiles
-from reports.format import seconds
-from reports.kv_map import (
+from kvarena.reports.files import RunFiles
+from kvarena.reports.format import seconds
+from kvarena.reports.kv_map import (
     Axis,
     KVMap,
     canvas_markup,
@@ -24,8 +24,8 @@ from reports.kv_map import (
     read_kv_map,
     script_markup,
 )
-from reports.repeats import Contender
-from reports.style import WIDE, new_figure, whole
+from kvarena.reports.repeats import Contender
+from kvarena.reports.style import WIDE, new_figure, whole
 
 MOST_COLUMNS, MOST_ROWS = 400, 320  # of a small map
 SLOTS, ADDRESSES = "KV slots", "addresses (slots)"

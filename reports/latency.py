@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reports.files import Ragged, RunFiles
+from kvarena.reports.files import Ragged, RunFiles
 
 PERCENTILES = (50, 90, 95, 99)
 MAX_GAPS = 10_000_000

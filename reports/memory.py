@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reports.files import CLASSES
+from kvarena.reports.files import CLASSES
 
 
 class Spans(NamedTuple):

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from reports.cells import Cell
-from reports.contention import cells_had_company, run_had_company
-from reports.differences import hidden_differences
-from reports.engines import simulated
-from reports.format import count, percent, seconds, size_bytes
+from kvarena.reports.cells import Cell
+from kvarena.reports.contention import cells_had_company, run_had_company
+from kvarena.reports.differences import hidden_differences
+from kvarena.reports.engines import simulated
+from kvarena.reports.format import count, percent, seconds, size_bytes
 
 RECORDING_SHARE = 0.01  # of wall time; above it a measured run says so
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from reports.files import RunFiles
+from kvarena.reports.files import RunFiles
 
 
 def request_ratios(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:

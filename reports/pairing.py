@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from reports.cells import STRATEGY, Cell, differing_settings, is_seed
-from reports.errors import ReportError
-from reports.files import RunFiles
-from reports.paired import same_prompts
+from kvarena.reports.cells import STRATEGY, Cell, differing_settings, is_seed
+from kvarena.reports.errors import ReportError
+from kvarena.reports.files import RunFiles
+from kvarena.reports.paired import same_prompts
 
 MAX_REASONS = 3  # settings that say why a cell is not paired
 

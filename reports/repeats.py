@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from reports.cells import Cell, is_seed
-from reports.files import RunFiles
+from kvarena.reports.cells import Cell, is_seed
+from kvarena.reports.files import RunFiles
 
 LARGEST, SMALLEST, COUNTS = ("max",), ("min",), ("count",)  # of what `describe` answers
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reports.files import Ragged, RunFiles, read_table
+from kvarena.reports.files import Ragged, RunFiles, read_table
 
 SCORES_FILE = "scores.parquet"
 COLUMNS = ("request_id", "num_candidates", "token_ids", "values")

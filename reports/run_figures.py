@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.text import Annotation
 
-from reports.files import CLASSES, RunFiles
-from reports.format import scaled_seconds, seconds
-from reports.memory import Bins, Spans, binned_mean, binned_rate, make_bins
-from reports.paper import FIGURE_2
-from reports.style import (
+from kvarena.reports.files import CLASSES, RunFiles
+from kvarena.reports.format import scaled_seconds, seconds
+from kvarena.reports.memory import Bins, Spans, binned_mean, binned_rate, make_bins
+from kvarena.reports.paper import FIGURE_2
+from kvarena.reports.style import (
     BLUE,
     CLASS_LOOKS,
     GRID,

@@ -1,6 +1,6 @@
 """The report of one run: report.html, report.md, summary.json, requests.csv and figures/*.png from its files.
 
-Depends on nothing but the files, so `python -m reports DIR` makes the same report again.
+Depends on nothing but the files, so `python -m kvarena.reports DIR` makes the same report again.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 from pyarrow import csv
 
-from reports.document import render_html, render_markdown, write_text
-from reports.errors import ReportError
-from reports.files import REQUEST_COLUMNS, RunFiles, read_json, read_run
-from reports.gauges import gauges_figure, read_gauges
-from reports.kv_map import kv_map_figure, kv_map_markup, read_kv_map
-from reports.latency import DEFINITIONS, TokenGaps, request_latencies, token_gaps
-from reports.memory import Spans, step_spans
-from reports.run_figures import latency_figure, load_figure, memory_figure, split_figure
-from reports.run_sections import run_document
-from reports.style import SERIES, Sheet, drawing, export, save_png
-from reports.summary import summarize
-from reports.timeline import timeline_figure
-from reports.unrecorded import unrecorded_document
-from reports.windows import WINDOWS
+from kvarena.reports.document import render_html, render_markdown, write_text
+from kvarena.reports.errors import ReportError
+from kvarena.reports.files import REQUEST_COLUMNS, RunFiles, read_json, read_run
+from kvarena.reports.gauges import gauges_figure, read_gauges
+from kvarena.reports.kv_map import kv_map_figure, kv_map_markup, read_kv_map
+from kvarena.reports.latency import DEFINITIONS, TokenGaps, request_latencies, token_gaps
+from kvarena.reports.memory import Spans, step_spans
+from kvarena.reports.run_figures import latency_figure, load_figure, memory_figure, split_figure
+from kvarena.reports.run_sections import run_document
+from kvarena.reports.style import SERIES, Sheet, drawing, export, save_png
+from kvarena.reports.summary import summarize
+from kvarena.reports.timeline import timeline_figure
+from kvarena.reports.unrecorded import unrecorded_document
+from kvarena.reports.windows import WINDOWS
 
 
 def write_run_report(run_dir: Path) -> dict[str, Any]:

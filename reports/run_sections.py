@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from reports.device_memory import device_memory_table
-from reports.document import Document, Picture, Section, Table, commands
-from reports.engines import cache_state, simulated, simulated_machine, target
-from reports.format import DASH, count, percent, rate, seconds, size_bytes
-from reports.gauges import gauges_section
-from reports.latency import DEFINITIONS, PERCENTILES
-from reports.paper import FIGURE_2_SOURCE
-from reports.slo import slo_section
-from reports.steady import steady_section
-from reports.style import CLASS_LOOKS
-from reports.windows import ALL, DEFINITION, ROOM, WINDOWS, kv_use, room_text
+from kvarena.reports.device_memory import device_memory_table
+from kvarena.reports.document import Document, Picture, Section, Table, commands
+from kvarena.reports.engines import cache_state, simulated, simulated_machine, target
+from kvarena.reports.format import DASH, count, percent, rate, seconds, size_bytes
+from kvarena.reports.gauges import gauges_section
+from kvarena.reports.latency import DEFINITIONS, PERCENTILES
+from kvarena.reports.paper import FIGURE_2_SOURCE
+from kvarena.reports.slo import slo_section
+from kvarena.reports.steady import steady_section
+from kvarena.reports.style import CLASS_LOOKS
+from kvarena.reports.windows import ALL, DEFINITION, ROOM, WINDOWS, kv_use, room_text
 
 LEDGER_MEANING = {
     "token_states": "slots that hold the KV of computed tokens",

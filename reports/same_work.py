@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from reports.cells import Cell
-from reports.document import Section, Table
-from reports.format import count, rate, ratio, seconds
-from reports.latency import describe, request_latencies
+from kvarena.reports.cells import Cell
+from kvarena.reports.document import Section, Table
+from kvarena.reports.format import count, rate, ratio, seconds
+from kvarena.reports.latency import describe, request_latencies
 
 LATENCIES = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
 LOST = {"num_rejected": "rejected", "num_failed": "failed", "num_aborted": "aborted"}

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from reports.document import Section, Table
-from reports.files import RunFiles
-from reports.format import DASH, count, percent, rate, seconds
-from reports.latency import request_latencies
-from reports.steady import SteadyWindow, in_window
+from kvarena.reports.document import Section, Table
+from kvarena.reports.files import RunFiles
+from kvarena.reports.format import DASH, count, percent, rate, seconds
+from kvarena.reports.latency import request_latencies
+from kvarena.reports.steady import SteadyWindow, in_window
 
 PER_REQUEST, PERCENTILES = "per_request", "percentiles"
 KEYS = {"ttft": "ttft_seconds", "tpot": "tpot_seconds", "e2e": "e2e_seconds"}

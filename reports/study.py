@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.table import Table as TerminalTable
 
-from reports.cells import page_of
-from reports.document import Document, Picture, Section, commands, render_html, render_markdown, write_text
-from reports.files import read_json
-from reports.format import DASH
-from reports.shapes import STUDY
-from reports.study_charts import draw_charts
-from reports.study_claims import claims_sections, kind_of, ratio_of, tally, terminal_table, verdict_line
+from kvarena.reports.cells import page_of
+from kvarena.reports.document import Document, Picture, Section, commands, render_html, render_markdown, write_text
+from kvarena.reports.files import read_json
+from kvarena.reports.format import DASH
+from kvarena.reports.shapes import STUDY
+from kvarena.reports.study_charts import draw_charts
+from kvarena.reports.study_claims import claims_sections, kind_of, ratio_of, tally, terminal_table, verdict_line
 
 MANY_CELLS = 30
 SIMULATED = "Simulated: "

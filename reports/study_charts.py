@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reports.errors import ReportError
-from reports.style import (
+from kvarena.reports.errors import ReportError
+from kvarena.reports.style import (
     CLASS_LOOKS,
     INK,
     LINEAR,
@@ -49,7 +49,7 @@ def draw_charts(charts: list[dict[str, Any]], out_dir: Path) -> dict[str, str]:
     """Draw every chart into figures/NAME.png. Returns name -> inline SVG.
 
     Args:
-        charts: as study.json holds them (experiments.studies.base.Chart).
+        charts: as study.json holds them (kvarena.experiments.studies.base.Chart).
 
     Raises:
         ReportError: a chart of unknown kind, or whose series do not fit together.

@@ -12,8 +12,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table as TerminalTable
 
-from reports.document import Section, Table
-from reports.format import DASH
+from kvarena.reports.document import Section, Table
+from kvarena.reports.format import DASH
 
 PUBLISHED = ("value", "range", "up to", "bound")
 CHECK, FITTED = "check", "fitted"

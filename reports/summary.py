@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from reports.engines import headline_prefix
-from reports.files import CLASSES, RunFiles
-from reports.format import count, rate, seconds
-from reports.gauges import read_gauges, summarize_gauges
-from reports.latency import TokenGaps, describe, request_latencies, token_gaps
-from reports.memory import Spans, mean_shares, step_spans, weighted_mean
-from reports.notices import run_notices
-from reports.slo import summarize_slo
-from reports.steady import steady_window, summarize_steady
-from reports.unrecorded import summarize_unrecorded
-from reports.windows import kv_use_text, window_masks
+from kvarena.reports.engines import headline_prefix
+from kvarena.reports.files import CLASSES, RunFiles
+from kvarena.reports.format import count, rate, seconds
+from kvarena.reports.gauges import read_gauges, summarize_gauges
+from kvarena.reports.latency import TokenGaps, describe, request_latencies, token_gaps
+from kvarena.reports.memory import Spans, mean_shares, step_spans, weighted_mean
+from kvarena.reports.notices import run_notices
+from kvarena.reports.slo import summarize_slo
+from kvarena.reports.steady import steady_window, summarize_steady
+from kvarena.reports.unrecorded import summarize_unrecorded
+from kvarena.reports.windows import kv_use_text, window_masks
 
 SCHEMA_VERSION = 1
 NUM_REJECTION_KINDS = 8

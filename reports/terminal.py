@@ -7,12 +7,12 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from reports.comparison_sections import pairing_notes
-from reports.costs import brief, cost_lines
-from reports.device_memory import device_memory_line
-from reports.format import DASH, count, percent, rate, ratio, seconds, size_bytes
-from reports.run_sections import run_title
-from reports.windows import kv_use, room_text
+from kvarena.reports.comparison_sections import pairing_notes
+from kvarena.reports.costs import brief, cost_lines
+from kvarena.reports.device_memory import device_memory_line
+from kvarena.reports.format import DASH, count, percent, rate, ratio, seconds, size_bytes
+from kvarena.reports.run_sections import run_title
+from kvarena.reports.windows import kv_use, room_text
 
 LEAST_NAME = 18  # characters of a cell's name in a row, however wide the numbers are
 MAX_NOTES = 4

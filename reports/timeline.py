@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from reports.files import RunFiles
-from reports.style import EMPTY, INK, WIDE, Look, Sheet, grid, hatch_kwargs, legend_above, new_figure
+from kvarena.reports.files import RunFiles
+from kvarena.reports.style import EMPTY, INK, WIDE, Look, Sheet, grid, hatch_kwargs, legend_above, new_figure
 
 MAX_ROWS = 96
 PHASES = {

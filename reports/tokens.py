@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from reports.cells import Cell
-from reports.files import RunFiles
-from reports.paired import match_requests, same_prompts
-from reports.rounding import (
+from kvarena.reports.cells import Cell
+from kvarena.reports.files import RunFiles
+from kvarena.reports.paired import match_requests, same_prompts
+from kvarena.reports.rounding import (
     ERROR,
     NOT_RECORDED,
     ROUNDING,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from reports.device_memory import device_memory_table
-from reports.document import Document, Section, Table, commands
-from reports.engines import headline_prefix
-from reports.files import RunFiles
-from reports.format import count, rate, seconds
-from reports.notices import run_notices
-from reports.run_sections import commit, facts, run_title
+from kvarena.reports.device_memory import device_memory_table
+from kvarena.reports.document import Document, Section, Table, commands
+from kvarena.reports.engines import headline_prefix
+from kvarena.reports.files import RunFiles
+from kvarena.reports.format import count, rate, seconds
+from kvarena.reports.notices import run_notices
+from kvarena.reports.run_sections import commit, facts, run_title
 
 
 def summarize_unrecorded(run: RunFiles, empty: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from reports.document import Picture, Section, Table
-from reports.format import DASH, count, percent, rate, ratio, seconds
-from reports.headline import p_text
-from reports.latency import DEFINITIONS
-from reports.verdicts import LEVEL, THROUGHPUT
+from kvarena.reports.document import Picture, Section, Table
+from kvarena.reports.format import DASH, count, percent, rate, ratio, seconds
+from kvarena.reports.headline import p_text
+from kvarena.reports.latency import DEFINITIONS
+from kvarena.reports.verdicts import LEVEL, THROUGHPUT
 
 RULE = (
     "Ratios are taken between runs of the same seed and round, latencies as the median of the requests' ratios. The "

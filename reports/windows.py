@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reports.files import RunFiles
-from reports.format import percent
+from kvarena.reports.files import RunFiles
+from kvarena.reports.format import percent
 
 
 class Window(NamedTuple):

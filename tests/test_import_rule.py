@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("allocators", "schedulers", "engine", "experiments", "reports", "hydra_plugins")
-CONTRACT = {"engine.contract", "engine.errors", "engine.request"}
+CONTRACT = {"kvarena.engine.contract", "kvarena.engine.errors", "kvarena.engine.request"}
 
 
 def module_name(path: Path) -> str:
@@ -57,17 +57,17 @@ def test_each_module_imports_only_what_its_package_may(module):
 @pytest.mark.parametrize(
     ("module", "imported", "broken"),
     [
-        ("allocators.paged", "torch", True),
-        ("allocators.paged", "engine.core", True),
-        ("allocators.paged", "schedulers.base", True),
-        ("allocators.paged", "allocators.blocks", False),
-        ("schedulers.base", "engine.contract", False),
-        ("schedulers.base", "engine.checked", True),
-        ("schedulers.base", "allocators.paged", True),
-        ("engine.core", "schedulers.base", True),
-        ("engine.core", "torch", False),
-        ("reports.html", "engine.errors", True),
-        ("experiments.job", "engine.core", False),
+        ("kvarena.allocators.paged", "torch", True),
+        ("kvarena.allocators.paged", "kvarena.engine.core", True),
+        ("kvarena.allocators.paged", "kvarena.schedulers.base", True),
+        ("kvarena.allocators.paged", "kvarena.allocators.blocks", False),
+        ("kvarena.schedulers.base", "kvarena.engine.contract", False),
+        ("kvarena.schedulers.base", "kvarena.engine.checked", True),
+        ("kvarena.schedulers.base", "kvarena.allocators.paged", True),
+        ("kvarena.engine.core", "kvarena.schedulers.base", True),
+        ("kvarena.engine.core", "torch", False),
+        ("reports.html", "kvarena.engine.errors", True),
+        ("kvarena.experiments.job", "kvarena.engine.core", False),
     ],
 )
 def test_the_rule_itself(module, imported, broken):
@@ -113,6 +113,11 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str] | None:
 
 def test_strategies_and_their_runners_load_without_torch():
     names = [name for name in MODULES if name.split(".")[0] in ("allocators", "schedulers")]
-    names += ["engine.core", "engine.ledger", "engine.runner.oracle", "engine.runner.simulated"]
+    names += [
+        "kvarena.engine.core",
+        "kvarena.engine.ledger",
+        "kvarena.engine.runner.oracle",
+        "kvarena.engine.runner.simulated",
+    ]
     code = f"import importlib, sys; [importlib.import_module(n) for n in {names!r}]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -12,13 +12,13 @@ from hypothesis.stateful import run_state_machine_as_test
 
 import allocators
 import schedulers
-from engine.contract import KVAllocator, StepScheduler
-from engine.errors import ConfigError
-from experiments import strategies
-from experiments.correctness.matrix import Cell, MatrixFailure, allocator_cells, run_cell
-from experiments.correctness.random_traces import make_trace
-from experiments.explain import explain
-from experiments.strategies import build_allocator, build_scheduler, make_part, strategy_names, strategy_options
+from kvarena.engine.contract import KVAllocator, StepScheduler
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments import strategies
+from kvarena.experiments.correctness.matrix import Cell, MatrixFailure, allocator_cells, run_cell
+from kvarena.experiments.correctness.random_traces import make_trace
+from kvarena.experiments.explain import explain
+from kvarena.experiments.strategies import build_allocator, build_scheduler, make_part, strategy_names, strategy_options
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```(?:python|yaml)\n(# ([\w/.]+):? ?[^\n]*\n.*?)```", re.S)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelError
+from kvarena.engine.errors import ModelError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
 # What people have in place of a file: its address in Git LFS, or the page that a browser shows of it.

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from engine.kernels import INTERPRET
-from engine.kernels.common import next_power_of_2, slot_type
-from engine.kernels.config import DecodeConfig, PrefillConfig
+from kvarena.engine.kernels import INTERPRET
+from kvarena.engine.kernels.common import next_power_of_2, slot_type
+from kvarena.engine.kernels.config import DecodeConfig, PrefillConfig
 
 
 class AttentionCall(NamedTuple):
@@ -56,7 +56,7 @@ class AttentionCall(NamedTuple):
         """The arguments that both kernels have, by name.
 
         Args:
-            items: int32, see `engine.kernels.plan`.
+            items: int32, see `kvarena.engine.kernels.plan`.
             num_items: how many there is room for.
             config: tile, warps and stages.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.kernels.common import next_power_of_2
+from kvarena.engine.kernels.common import next_power_of_2
 
 
 class DecodeConfig(NamedTuple):

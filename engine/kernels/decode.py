@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.attention import AttentionCall
-from engine.kernels.common import (
+from kvarena.engine.kernels.attention import AttentionCall
+from kvarena.engine.kernels.common import (
     VARYING,
     await_previous,
     cap_scores,
@@ -32,7 +32,7 @@ from engine.kernels.common import (
     tile_blocks,
     tile_slots,
 )
-from engine.kernels.config import DecodeConfig
+from kvarena.engine.kernels.config import DecodeConfig
 
 
 @triton.jit(**VARYING)
@@ -274,7 +274,7 @@ def decode_attention(
 
     Args:
         call: what is read and written; a row's query lies at `query_start_loc[row]`.
-        items: int32 [5 * num_items], see `engine.kernels.plan`; chunks begin at whole tiles of `config.tile`.
+        items: int32 [5 * num_items], see `kvarena.engine.kernels.plan`; chunks begin at whole tiles of `config.tile`.
         num_items: the grid's second dimension; padding items have row -1.
         scratch: with room for the items and rows.
         config: tile, warps and stages, see `decode_config`; the items were cut for it.

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.errors import EngineError
-from engine.kernels.common import launch_options
+from kvarena.engine.errors import EngineError
+from kvarena.engine.kernels.common import launch_options
 
 MAX_ROWS = 128
 _WORKSPACE_BYTES = 64 * 2**20

@@ -1,7 +1,7 @@
 """Which launches of the skinny GEMM serve which product: a fixed table, so that no start-up waits for a search.
 
-`MEASURED` holds what a search on one H100 found (`python -m experiments.benchmarks.gemm`, 128 rows of the large shape:
-one H200); other shapes go by rules of thumb drawn from it, and to the library beyond 32 rows.
+`MEASURED` holds what a search on one H100 found (`python -m kvarena.experiments.benchmarks.gemm`, 128 rows of the large
+shape: one H200); other shapes go by rules of thumb drawn from it, and to the library beyond 32 rows.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from engine.kernels.gemm import GemmConfig
-from engine.kernels.glu import GluTile, glu_tile
+from kvarena.engine.kernels.gemm import GemmConfig
+from kvarena.engine.kernels.glu import GluTile, glu_tile
 
 # Row counts are looked up by the smallest bucket that holds them.
 ROW_BUCKETS = (1, 16, 32, 64, 128)

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from engine.kernels.common import launch_options
+from kvarena.engine.kernels.common import launch_options
 
 # Rows of a gate, and of its up, that lie side by side in a tile: half of what one instruction's tile has.
 _PAIRED = 8

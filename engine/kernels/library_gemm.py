@@ -1,9 +1,9 @@
 """The library's GEMM with a kernel of our choice.
 
 cuBLASLt picks its kernel by a model of the card. For some products of decode steps another of its kernels is up to 15 %
-faster; `MEASURED` names them, as `python -m experiments.benchmarks.library_gemm` found them. What a number means is
-only sure for the version it was measured with: with another one, and for all other products, PyTorch's call stays what
-it is.
+faster; `MEASURED` names them, as `python -m kvarena.experiments.benchmarks.library_gemm` found them. What a number
+means is only sure for the version it was measured with: with another one, and for all other products, PyTorch's call
+stays what it is.
 
     y [M, N] (+)= x [M, K] @ w [N, K].T       row-major; to the library, which counts by columns, y.T = w @ x.T
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.errors import EngineError
+from kvarena.engine.errors import EngineError
 
 VERSION = 130100
 # Of the library's enumerations.

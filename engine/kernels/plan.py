@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.errors import EngineError
-from engine.kernels.config import DecodeConfig
+from kvarena.engine.errors import EngineError
+from kvarena.engine.kernels.config import DecodeConfig
 
 DECODE_FIELDS, PREFILL_FIELDS = 5, 2
 

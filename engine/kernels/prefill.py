@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.attention import AttentionCall
-from engine.kernels.common import (
+from kvarena.engine.kernels.attention import AttentionCall
+from kvarena.engine.kernels.common import (
     VARYING,
     await_previous,
     cap_scores,
@@ -29,7 +29,7 @@ from engine.kernels.common import (
     tile_blocks,
     tile_slots,
 )
-from engine.kernels.config import PrefillConfig
+from kvarena.engine.kernels.config import PrefillConfig
 
 
 @triton.jit(**VARYING)
@@ -161,7 +161,7 @@ def prefill_attention(call: AttentionCall, *, items: Tensor, num_items: int, con
 
     Args:
         call: what is read and written.
-        items: int32 [2 * num_items], see `engine.kernels.plan`; blocks of `config.rows // group` queries.
+        items: int32 [2 * num_items], see `kvarena.engine.kernels.plan`; blocks of `config.rows // group` queries.
         num_items: the grid's second dimension; padding items have row -1.
         config: rows, tile, warps and stages, see `prefill_config`.
     """

@@ -23,9 +23,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from engine.kernels.attention import AttentionCall
-from engine.kernels.decode import DecodeScratch
-from engine.kernels.hopper import HopperKernels, Kernel
+from kvarena.engine.kernels.attention import AttentionCall
+from kvarena.engine.kernels.decode import DecodeScratch
+from kvarena.engine.kernels.hopper import HopperKernels, Kernel
 
 # Of fewer rows the merge is the longest part, and the programs of `decode.py` have more threads for it.
 FEWEST_ROWS = 8
@@ -87,7 +87,7 @@ class StreamDecode:
 
         Args:
             call: what is read and written, which `takes` agreed to.
-            items: int32 [5 * num_items], see `engine.kernels.plan`; chunks begin at multiples of 16 tokens.
+            items: int32 [5 * num_items], see `kvarena.engine.kernels.plan`; chunks begin at multiples of 16 tokens.
             num_items: how many there is room for.
             starts: int32 [slots + 1], the first item of each slot and the end of the last one's.
             scratch: with room for the items and rows.

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from engine.kernels.hopper import SHARED_BYTES, HopperKernels, Kernel
+from kvarena.engine.kernels.hopper import SHARED_BYTES, HopperKernels, Kernel
 
 MOST_ROWS = 256
 _THREADS, _BLOCK_ROWS, _BOX_COLS = 160, 64, 64
@@ -77,7 +77,7 @@ def row_bucket(num_rows: int) -> int:
 def stream_tile(
     num_rows: int, num_cols: int, depth: int, num_multiprocessors: int, *, norm: bool = False, glu: bool = False
 ) -> StreamTile | None:
-    """The launch for x [num_rows, depth] by w [num_cols, depth], by `python -m experiments.benchmarks.hopper`.
+    """The launch for x [num_rows, depth] by w [num_cols, depth], by `python -m kvarena.experiments.benchmarks.hopper`.
 
     Args:
         num_rows, num_cols, depth: of the product; with `glu` w holds gate and up.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from engine.kernels.hopper import SHARED_BYTES, HopperKernels, Kernel
+from kvarena.engine.kernels.hopper import SHARED_BYTES, HopperKernels, Kernel
 
 FEWEST_ROWS, MOST_ROWS = 65, 256
 _PROGRAM_ROWS, _STEP_COLS, _THREADS = 128, 64, 384

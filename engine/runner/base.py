@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from engine.contract import KVAllocator, StepPlan
+from kvarena.engine.contract import KVAllocator, StepPlan
 
 
 class TokenLogprobs(NamedTuple):
@@ -26,7 +26,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """The best scores at S sampled positions, best first (`engine.sampling.scores`), for whoever judges differences.
+    """The best scores at S sampled positions, best first (`kvarena.engine.sampling.scores`), for whoever judges differences.
 
     Attributes:
         token_ids: int32 [S, K].

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from engine.contract import NULL_BLOCK, BlockCopy, CopyKind, KVAllocator, StepPlan
-from engine.errors import EngineError
-from engine.request import Request
-from engine.runner.base import ReadyTokens, StepResult
+from kvarena.engine.contract import NULL_BLOCK, BlockCopy, CopyKind, KVAllocator, StepPlan
+from kvarena.engine.errors import EngineError
+from kvarena.engine.request import Request
+from kvarena.engine.runner.base import ReadyTokens, StepResult
 
 
 class OracleFault(EngineError):

@@ -7,11 +7,11 @@ torch.
 
 from __future__ import annotations
 
-from engine.clock import VirtualClock
-from engine.contract import KVAllocator, StepPlan
-from engine.core import StepOutput
-from engine.runner.base import StepResult
-from engine.runner.step_time import HostTime, StepTime, step_features
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.contract import KVAllocator, StepPlan
+from kvarena.engine.core import StepOutput
+from kvarena.engine.runner.base import StepResult
+from kvarena.engine.runner.step_time import HostTime, StepTime, step_features
 
 
 class SimulatedRunner:

@@ -18,8 +18,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
-from engine.contract import StepPlan
-from engine.errors import ConfigError
+from kvarena.engine.contract import StepPlan
+from kvarena.engine.errors import ConfigError
 
 
 class StepFeatures(NamedTuple):

@@ -17,11 +17,11 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.server.choice_text import ChoiceFailed, ChoiceText, Delta, usage_body
-from engine.server.client import EngineClient
-from engine.server.errors import ApiError
-from engine.server.groups import EngineGone, Group, SlowReader
-from engine.server.http import RequestState
+from kvarena.engine.server.choice_text import ChoiceFailed, ChoiceText, Delta, usage_body
+from kvarena.engine.server.client import EngineClient
+from kvarena.engine.server.errors import ApiError
+from kvarena.engine.server.groups import EngineGone, Group, SlowReader
+from kvarena.engine.server.http import RequestState
 
 logger = logging.getLogger("kvarena.front")
 

@@ -14,14 +14,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from engine.server import metrics, protocol
-from engine.server.answers import Disconnected
-from engine.server.cache_info import cache_info
-from engine.server.errors import ApiError, bad_request
-from engine.server.foreign import check_foreign
-from engine.server.http import Gate, error_response
-from engine.server.pages import add_docs, add_live_pages, add_static_files
-from engine.server.service import Service
+from kvarena.engine.server import metrics, protocol
+from kvarena.engine.server.answers import Disconnected
+from kvarena.engine.server.cache_info import cache_info
+from kvarena.engine.server.errors import ApiError, bad_request
+from kvarena.engine.server.foreign import check_foreign
+from kvarena.engine.server.http import Gate, error_response
+from kvarena.engine.server.pages import add_docs, add_live_pages, add_static_files
+from kvarena.engine.server.service import Service
 
 logger = logging.getLogger("kvarena.front")
 

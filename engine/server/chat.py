@@ -9,11 +9,11 @@ from typing import Any
 import orjson
 from typing_extensions import override
 
-from engine.server.answers import Renderer, event
-from engine.server.choice_text import ChoiceText, Delta
-from engine.server.completions import ChoicePrompt, finite, prompt_logprobs_body
-from engine.server.tokenization import TokenizerService
-from engine.server.tool_calls import Parsed, ToolCall, ToolParser
+from kvarena.engine.server.answers import Renderer, event
+from kvarena.engine.server.choice_text import ChoiceText, Delta
+from kvarena.engine.server.completions import ChoicePrompt, finite, prompt_logprobs_body
+from kvarena.engine.server.tokenization import TokenizerService
+from kvarena.engine.server.tool_calls import Parsed, ToolCall, ToolParser
 
 
 class ChatRenderer(Renderer):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engine.server.client import EngineClient
-from engine.server.errors import bad_request
-from engine.server.groups import Choice
-from engine.server.ipc import BAD_CONSTRAINT
-from engine.server.stops import StopMatcher
-from engine.server.text_streams import TextStream
+from kvarena.engine.server.client import EngineClient
+from kvarena.engine.server.errors import bad_request
+from kvarena.engine.server.groups import Choice
+from kvarena.engine.server.ipc import BAD_CONSTRAINT
+from kvarena.engine.server.stops import StopMatcher
+from kvarena.engine.server.text_streams import TextStream
 
 
 class ChoiceFailed(Exception):

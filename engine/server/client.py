@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from engine.server.grammar_checks import CheckedGrammar
-from engine.server.groups import Choice, EngineGone, EngineInfo, Group, Refused, SlowReader
-from engine.server.ipc import AddFrame, Finish, FrameDecoder, ToEngine, ToFront, encode, pack_ids, unpack_ids
-from engine.server.metrics import Histogram, Row
+from kvarena.engine.server.grammar_checks import CheckedGrammar
+from kvarena.engine.server.groups import Choice, EngineGone, EngineInfo, Group, Refused, SlowReader
+from kvarena.engine.server.ipc import AddFrame, Finish, FrameDecoder, ToEngine, ToFront, encode, pack_ids, unpack_ids
+from kvarena.engine.server.metrics import Histogram, Row
 
 MAX_HANDLE = 2**31 - 4096
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from engine.errors import RequestError
-from engine.server.grammars import CompiledGrammar, GrammarCompiler, one_line, tokenizer_json
+from kvarena.engine.errors import RequestError
+from kvarena.engine.server.grammars import CompiledGrammar, GrammarCompiler, one_line, tokenizer_json
 
 logger = logging.getLogger("kvarena.engine")
 

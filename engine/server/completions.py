@@ -10,12 +10,12 @@ from typing import Any
 import orjson
 from typing_extensions import override
 
-from engine.server.answers import Renderer, event
-from engine.server.choice_text import ChoiceText, Delta
-from engine.server.detokenizer import Detokenizer
-from engine.server.errors import bad_request
-from engine.server.text_streams import TextStream
-from engine.server.tokenization import TokenizerService
+from kvarena.engine.server.answers import Renderer, event
+from kvarena.engine.server.choice_text import ChoiceText, Delta
+from kvarena.engine.server.detokenizer import Detokenizer
+from kvarena.engine.server.errors import bad_request
+from kvarena.engine.server.text_streams import TextStream
+from kvarena.engine.server.tokenization import TokenizerService
 
 
 def read_prompts(prompt: Any, max_prompts: int, vocab_size: int) -> list[str | list[int]]:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
+from kvarena.engine.errors import ConfigError
 
 # Asked for without a key by orchestrators, boards and browsers, as of vLLM's server; `protected_paths` closes them.
 # The pages hold no data: their scripts ask for it, with a key.

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from engine.server.errors import ApiError
+from kvarena.engine.server.errors import ApiError
 
 logger = logging.getLogger("kvarena.front")
 

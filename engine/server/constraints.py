@@ -6,17 +6,17 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from engine.errors import RequestError
-from engine.server import structured
-from engine.server.client import EngineClient
-from engine.server.errors import bad_request, unavailable
-from engine.server.grammar_checks import CheckedGrammar, ChecksBusy, GrammarChecks
-from engine.server.grammars import tokenizer_json
-from engine.server.protocol import ChatCompletionRequest, NamedToolChoice, SamplingFields
-from engine.server.schemas import named_schema, required_schema, schema_text
-from engine.server.tokenization import TokenizerService, given_tools
-from engine.server.tool_calls import ListParser, NamedParser, ToolParser
-from engine.server.tool_forms import find_form
+from kvarena.engine.errors import RequestError
+from kvarena.engine.server import structured
+from kvarena.engine.server.client import EngineClient
+from kvarena.engine.server.errors import bad_request, unavailable
+from kvarena.engine.server.grammar_checks import CheckedGrammar, ChecksBusy, GrammarChecks
+from kvarena.engine.server.grammars import tokenizer_json
+from kvarena.engine.server.protocol import ChatCompletionRequest, NamedToolChoice, SamplingFields
+from kvarena.engine.server.schemas import named_schema, required_schema, schema_text
+from kvarena.engine.server.tokenization import TokenizerService, given_tools
+from kvarena.engine.server.tool_calls import ListParser, NamedParser, ToolParser
+from kvarena.engine.server.tool_forms import find_form
 
 
 class ChatOutput(NamedTuple):

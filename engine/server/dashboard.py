@@ -20,9 +20,9 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.server import metrics
-from engine.server.client import EngineClient
-from engine.server.ipc import unpack_ids
+from kvarena.engine.server import metrics
+from kvarena.engine.server.client import EngineClient
+from kvarena.engine.server.ipc import unpack_ids
 
 MAX_WATCHERS = 16
 BEAT_SECONDS = 0.5

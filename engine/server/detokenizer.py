@@ -14,10 +14,10 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from engine.server.decoders import Form, read_form
-from engine.server.text_filters import CleanUpFilter, PromptFilter, StripFilter
-from engine.server.text_streams import MAX_HELD_RUN, ByteStream, PieceStream, TextStream
-from engine.server.window_stream import WindowStream
+from kvarena.engine.server.decoders import Form, read_form
+from kvarena.engine.server.text_filters import CleanUpFilter, PromptFilter, StripFilter
+from kvarena.engine.server.text_streams import MAX_HELD_RUN, ByteStream, PieceStream, TextStream
+from kvarena.engine.server.window_stream import WindowStream
 
 _NUM_TRIALS = 80
 _SAMPLES = (

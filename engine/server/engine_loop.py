@@ -15,15 +15,15 @@ import socket
 import threading
 import time
 
-from engine.core import StepFailed, StepOutput
-from engine.errors import EngineError, OutOfMemory
-from engine.request import FinishReason, Request
-from engine.server import metrics
-from engine.server.gauges import Gauges
-from engine.server.intake import Intake
-from engine.server.ipc import BAD_CONSTRAINT, Finish, Link, ToFront
-from engine.server.page import Page
-from engine.server.served import Outgoing, ServedEngine
+from kvarena.engine.core import StepFailed, StepOutput
+from kvarena.engine.errors import EngineError, OutOfMemory
+from kvarena.engine.request import FinishReason, Request
+from kvarena.engine.server import metrics
+from kvarena.engine.server.gauges import Gauges
+from kvarena.engine.server.intake import Intake
+from kvarena.engine.server.ipc import BAD_CONSTRAINT, Finish, Link, ToFront
+from kvarena.engine.server.page import Page
+from kvarena.engine.server.served import Outgoing, ServedEngine
 
 logger = logging.getLogger("kvarena.engine")
 

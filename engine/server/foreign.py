@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from engine.server.errors import bad_request
-from engine.server.protocol import (
+from kvarena.engine.server.errors import bad_request
+from kvarena.engine.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,

@@ -15,21 +15,21 @@ from pathlib import Path
 
 import uvicorn
 
-from engine.errors import KvarenaError, ModelError
-from engine.server import metrics
-from engine.server.app import create_app
-from engine.server.client import EngineClient
-from engine.server.config import ServerConfig
-from engine.server.connection import BoundedConnection
-from engine.server.dashboard import PoolFeed
-from engine.server.groups import EngineGone
-from engine.server.listeners import BACKLOG
-from engine.server.page import Page
-from engine.server.process import DRAIN, EXIT, READY, ModelFiles, end_process, freeze_heap, start_log
-from engine.server.service import Service
-from engine.server.suspicion import Suspicion
-from engine.server.tokenization import TokenizerService, generation_defaults
-from engine.server.tracing import Tracer
+from kvarena.engine.errors import KvarenaError, ModelError
+from kvarena.engine.server import metrics
+from kvarena.engine.server.app import create_app
+from kvarena.engine.server.client import EngineClient
+from kvarena.engine.server.config import ServerConfig
+from kvarena.engine.server.connection import BoundedConnection
+from kvarena.engine.server.dashboard import PoolFeed
+from kvarena.engine.server.groups import EngineGone
+from kvarena.engine.server.listeners import BACKLOG
+from kvarena.engine.server.page import Page
+from kvarena.engine.server.process import DRAIN, EXIT, READY, ModelFiles, end_process, freeze_heap, start_log
+from kvarena.engine.server.service import Service
+from kvarena.engine.server.suspicion import Suspicion
+from kvarena.engine.server.tokenization import TokenizerService, generation_defaults
+from kvarena.engine.server.tracing import Tracer
 
 logger = logging.getLogger("kvarena.front")
 

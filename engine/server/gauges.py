@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from engine.core import Engine
-from engine.request import Request
-from engine.server.ipc import Link, ToFront
-from engine.server.metrics import Row
-from engine.server.pool_view import PoolView
-from engine.server.served import Outgoing, Route
+from kvarena.engine.core import Engine
+from kvarena.engine.request import Request
+from kvarena.engine.server.ipc import Link, ToFront
+from kvarena.engine.server.metrics import Row
+from kvarena.engine.server.pool_view import PoolView
+from kvarena.engine.server.served import Outgoing, Route
 
 GAUGE_SECONDS = 0.25
 FRAME_SECONDS = 0.05  # while somebody watches: short answers, too, are seen to grow

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.errors import KvarenaError, RequestError
-from engine.server.grammar_worker import BUSY, ToWorker
-from engine.server.ipc import FrameDecoder, encode, socket_pair
+from kvarena.engine.errors import KvarenaError, RequestError
+from kvarena.engine.server.grammar_worker import BUSY, ToWorker
+from kvarena.engine.server.ipc import FrameDecoder, encode, socket_pair
 
 MAX_JOBS = 1024
 _MAX_ANSWERS = 1024

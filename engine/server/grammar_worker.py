@@ -29,9 +29,9 @@ from pathlib import Path
 
 import msgpack
 
-from engine.errors import RequestError
-from engine.server.grammars import GrammarCompiler
-from engine.server.ipc import Link
+from kvarena.engine.errors import RequestError
+from kvarena.engine.server.grammars import GrammarCompiler
+from kvarena.engine.server.ipc import Link
 
 DEADLINE = 1.0  # processor seconds of one job
 QUICK_SECONDS = 0.1  # processor seconds after which a job is slow

@@ -15,7 +15,7 @@ from typing import Any
 import llguidance
 import numpy as np
 
-from engine.errors import RequestError
+from kvarena.engine.errors import RequestError
 
 # Between JSON tokens. Bounded: a weak model would else write blanks until max_tokens.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{0,12}"

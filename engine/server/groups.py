@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.server.ipc import Finish
+from kvarena.engine.server.ipc import Finish
 
 
 class EngineGone(Exception):

@@ -22,9 +22,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.server.config import OPEN_PATHS, ServerConfig
-from engine.server.errors import ApiError, bad_request, unavailable
-from engine.server.metrics import HANDLERS, Row
+from kvarena.engine.server.config import OPEN_PATHS, ServerConfig
+from kvarena.engine.server.errors import ApiError, bad_request, unavailable
+from kvarena.engine.server.metrics import HANDLERS, Row
 
 Body = TypeVar("Body", bound=BaseModel)
 

@@ -10,13 +10,13 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError, KvarenaError, RequestRejected
-from engine.request import Request, SamplingParams, expand
-from engine.server.ipc import AddFrame, ToEngine, unpack_ids
-from engine.server.served import Outgoing, Route, ServedEngine
+from kvarena.engine.errors import EngineError, KvarenaError, RequestRejected
+from kvarena.engine.request import Request, SamplingParams, expand
+from kvarena.engine.server.ipc import AddFrame, ToEngine, unpack_ids
+from kvarena.engine.server.served import Outgoing, Route, ServedEngine
 
 if TYPE_CHECKING:
-    from engine.server.compiled import CompiledGrammars
+    from kvarena.engine.server.compiled import CompiledGrammars
 
 # Processor time for what arrived, between two steps; a message that was begun is finished.
 ROUND_SECONDS = 0.02
@@ -49,7 +49,7 @@ class Intake:
         self.grammars: CompiledGrammars | None = None
         if served.compile_grammar is not None:
             # llguidance: the supervisor imports this module, and is to start without it.
-            from engine.server.compiled import CompiledGrammars
+            from kvarena.engine.server.compiled import CompiledGrammars
 
             self.grammars = CompiledGrammars(served.compile_grammar)
 

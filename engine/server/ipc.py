@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from engine.errors import EngineError
+from kvarena.engine.errors import EngineError
 
 _LENGTH = struct.Struct(">I")
 MAX_FRAME_BYTES = 1 << 28

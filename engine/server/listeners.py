@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from engine.errors import ConfigError
+from kvarena.engine.errors import ConfigError
 
 BACKLOG = 4096
 _TURN_SECONDS = 5.0

@@ -20,9 +20,9 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
-from engine.server.config import ServerConfig
-from engine.server.errors import ApiError, bad_request
-from engine.server.protocol import Message
+from kvarena.engine.server.config import ServerConfig
+from kvarena.engine.server.errors import ApiError, bad_request
+from kvarena.engine.server.protocol import Message
 
 OTHER_MEDIA = ("video_url", "audio_url", "input_audio", "file")
 IMAGES = ("image_url", "image", "input_image")

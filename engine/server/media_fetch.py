@@ -18,8 +18,8 @@ from urllib.parse import urljoin
 import httpcore
 from PIL import Image
 
-from engine.server.errors import ApiError, bad_request
-from engine.server.media import (
+from kvarena.engine.server.errors import ApiError, bad_request
+from kvarena.engine.server.media import (
     DataSource,
     FileSource,
     ImagePart,

@@ -14,10 +14,10 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from engine.server.dashboard import MAX_WATCHERS, OWN_PREFIX, FeedResponse, PoolFeed
-from engine.server.errors import bad_request, unavailable
+from kvarena.engine.server.dashboard import MAX_WATCHERS, OWN_PREFIX, FeedResponse, PoolFeed
+from kvarena.engine.server.errors import bad_request, unavailable
 
-_ROOT = files("engine.server").joinpath("static")
+_ROOT = files("kvarena.engine.server").joinpath("static")
 _VENDOR = ("uPlot.iife.min.js", "uPlot.min.css", "swagger-ui-bundle.js", "swagger-ui.css")
 _OWN = (
     "pages.css",

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.contract import KVAllocator, KVUsage, StepScheduler, cdiv
-from engine.request import Request
-from engine.server.ipc import pack_ids
-from engine.server.served import Route
+from kvarena.engine.contract import KVAllocator, KVUsage, StepScheduler, cdiv
+from kvarena.engine.request import Request
+from kvarena.engine.server.ipc import pack_ids
+from kvarena.engine.server.served import Route
 
 MAX_CELLS = 8192
 MAX_ROWS = 1024
@@ -81,7 +81,7 @@ class PoolView:
         }
 
     def _row(self, req: Request, route: Route | None) -> list[Any]:
-        """What `engine.server.dashboard.ROW` names. One without a route has finished, and its batch has not."""
+        """What `kvarena.engine.server.dashboard.ROW` names. One without a route has finished, and its batch has not."""
         state = "held" if route is None else "running" if req.num_slots else "waiting"
         shown_id, key = (route.shown_id, route.key) if route is not None else ("", -1)
         lengths = (req.num_prompt_tokens, len(req.output_token_ids), req.num_computed_tokens, req.num_slots)

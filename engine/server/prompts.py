@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from engine.server.completions import ChoicePrompt, read_prompts
-from engine.server.errors import bad_request
-from engine.server.protocol import (
+from kvarena.engine.server.completions import ChoicePrompt, read_prompts
+from kvarena.engine.server.errors import bad_request
+from kvarena.engine.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     NamedToolChoice,
     SamplingFields,
     TokenizeRequest,
 )
-from engine.server.tokenization import TokenizerService, template_messages, template_tools
+from kvarena.engine.server.tokenization import TokenizerService, template_messages, template_tools
 
 # What `apply_chat_template` would take for itself, and what has a parameter of its own.
 _RESERVED = (

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.errors import RequestError
-from engine.request import SamplingParams
-from engine.server.config import ServerConfig
-from engine.server.errors import bad_request, beyond_context, context_overflow
-from engine.server.foreign import check_foreign
-from engine.server.protocol import SamplingFields
+from kvarena.engine.errors import RequestError
+from kvarena.engine.request import SamplingParams
+from kvarena.engine.server.config import ServerConfig
+from kvarena.engine.server.errors import bad_request, beyond_context, context_overflow
+from kvarena.engine.server.foreign import check_foreign
+from kvarena.engine.server.protocol import SamplingFields
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024

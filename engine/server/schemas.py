@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from engine.errors import RequestError
+from kvarena.engine.errors import RequestError
 
 MAX_SCHEMA_CHARS = 1 << 18  # of what shapes an answer
 MAX_SCHEMA_TEXT = 1 << 20  # of a schema that is given as text

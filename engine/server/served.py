@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from engine.core import Engine
-from engine.request import Request
-from engine.server.ipc import Finish, ToFront, pack_ids
+from kvarena.engine.core import Engine
+from kvarena.engine.request import Request
+from kvarena.engine.server.ipc import Finish, ToFront, pack_ids
 
 if TYPE_CHECKING:  # llguidance: the supervisor imports this, too
-    from engine.server.grammars import CompiledGrammar
+    from kvarena.engine.server.grammars import CompiledGrammar
 
 
 @dataclass(frozen=True)

@@ -12,27 +12,27 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.server.answers import Disconnected, EventStream, Job, as_api_error, collect, watch_disconnect
-from engine.server.chat import ChatRenderer
-from engine.server.choice_text import ChoiceText, TextOptions
-from engine.server.client import EngineClient
-from engine.server.completions import ChoicePrompt, CompletionRenderer
-from engine.server.config import ServerConfig
-from engine.server.constraints import Constraints
-from engine.server.dashboard import PoolFeed
-from engine.server.errors import ApiError, bad_request, beyond_context, unavailable
-from engine.server.grammar_checks import CheckedGrammar
-from engine.server.groups import Choice, EngineGone, EngineInfo, Group, Refused
-from engine.server.http import Body, read_json, validated
-from engine.server.media import check_parts, find_parts, policy_of
-from engine.server.metrics import Row, health
-from engine.server.prompts import Prompts, check_chat
-from engine.server.protocol import (
+from kvarena.engine.server.answers import Disconnected, EventStream, Job, as_api_error, collect, watch_disconnect
+from kvarena.engine.server.chat import ChatRenderer
+from kvarena.engine.server.choice_text import ChoiceText, TextOptions
+from kvarena.engine.server.client import EngineClient
+from kvarena.engine.server.completions import ChoicePrompt, CompletionRenderer
+from kvarena.engine.server.config import ServerConfig
+from kvarena.engine.server.constraints import Constraints
+from kvarena.engine.server.dashboard import PoolFeed
+from kvarena.engine.server.errors import ApiError, bad_request, beyond_context, unavailable
+from kvarena.engine.server.grammar_checks import CheckedGrammar
+from kvarena.engine.server.groups import Choice, EngineGone, EngineInfo, Group, Refused
+from kvarena.engine.server.http import Body, read_json, validated
+from kvarena.engine.server.media import check_parts, find_parts, policy_of
+from kvarena.engine.server.metrics import Row, health
+from kvarena.engine.server.prompts import Prompts, check_chat
+from kvarena.engine.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     SamplingFields,
 )
-from engine.server.sampling import (
+from kvarena.engine.server.sampling import (
     COMPLETIONS_MAX_TOKENS,
     Limits,
     check_unsupported,
@@ -40,8 +40,8 @@ from engine.server.sampling import (
     sampling_params,
     stop_strings,
 )
-from engine.server.tokenization import TokenizerService
-from engine.server.tracing import Tracer
+from kvarena.engine.server.tokenization import TokenizerService
+from kvarena.engine.server.tracing import Tracer
 
 _REQUESTS_PER_ROUND = 4
 Made = TypeVar("Made")

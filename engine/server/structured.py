@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 
-from engine.errors import RequestError
-from engine.server.protocol import ResponseFormat, StructuredOutputs
-from engine.server.schemas import schema_text
+from kvarena.engine.errors import RequestError
+from kvarena.engine.server.protocol import ResponseFormat, StructuredOutputs
+from kvarena.engine.server.schemas import schema_text
 
 MAX_SPEC_CHARS = 65536
 MAX_CHOICES = 4096

@@ -22,17 +22,17 @@ from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from engine.errors import KvarenaError
-from engine.importing import importing
-from engine.server import metrics
-from engine.server.config import ServerConfig
-from engine.server.engine_loop import EngineLoop
-from engine.server.ipc import socket_pair
-from engine.server.listeners import open_listeners
-from engine.server.page import Page
-from engine.server.process import DRAIN, EXIT, ModelFiles, end_process, freeze_heap, start_log
-from engine.server.served import ServedEngine
-from engine.server.suspicion import Suspicion
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.importing import importing
+from kvarena.engine.server import metrics
+from kvarena.engine.server.config import ServerConfig
+from kvarena.engine.server.engine_loop import EngineLoop
+from kvarena.engine.server.ipc import socket_pair
+from kvarena.engine.server.listeners import open_listeners
+from kvarena.engine.server.page import Page
+from kvarena.engine.server.process import DRAIN, EXIT, ModelFiles, end_process, freeze_heap, start_log
+from kvarena.engine.server.served import ServedEngine
+from kvarena.engine.server.suspicion import Suspicion
 
 logger = logging.getLogger("kvarena.supervisor")
 
@@ -77,7 +77,7 @@ def run_engine(
 def _run_front(*args: Any) -> None:
     """A front process's main function. The web framework is imported there alone: the engine starts without it."""
     with importing():
-        from engine.server.front import run_front
+        from kvarena.engine.server.front import run_front
     run_front(*args)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from engine.server.decoders import Strip
+from kvarena.engine.server.decoders import Strip
 
 # What `clean_up_tokenization` looks for begins with a blank and goes on with these.
 _OPEN_END = re.compile(r" [ 'nvr]*\Z")

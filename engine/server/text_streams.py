@@ -16,7 +16,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from engine.server.decoders import Form
+from kvarena.engine.server.decoders import Form
 
 BROKEN = "\ufffd"
 # A longer run of byte tokens is shown as it comes: a script that the vocabulary lacks altogether must not wait for the

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 import orjson
 
-from engine.checkpoints.directory import read_json
-from engine.checkpoints.tokenizer import load_tokenizer
-from engine.errors import ModelError, RequestError
-from engine.importing import importing
-from engine.request import SamplingParams
-from engine.server.detokenizer import Begun, Detokenizer
-from engine.server.errors import ApiError, bad_request, context_overflow
+from kvarena.engine.checkpoints.directory import read_json
+from kvarena.engine.checkpoints.tokenizer import load_tokenizer
+from kvarena.engine.errors import ModelError, RequestError
+from kvarena.engine.importing import importing
+from kvarena.engine.request import SamplingParams
+from kvarena.engine.server.detokenizer import Begun, Detokenizer
+from kvarena.engine.server.errors import ApiError, bad_request, context_overflow
 
 # Longer texts are tokenized on a thread, in the one call of the library that lets go of the interpreter meanwhile.
 _INLINE_CHARS = 8192

@@ -14,8 +14,8 @@ from transformers.utils.chat_parsing import ResponseParser
 from transformers.utils.chat_parsing.response_templates import load_response_template
 from typing_extensions import override
 
-from engine.errors import ModelError
-from engine.server.tool_calls import Parsed, ToolCall, ToolParser, as_call
+from kvarena.engine.errors import ModelError
+from kvarena.engine.server.tool_calls import Parsed, ToolCall, ToolParser, as_call
 
 CALLS = "tool_calls"
 # Qwen3-Coder's and Qwen3.5's own: their checkpoints ship none.

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 
 from typing_extensions import override
 
-from engine.server.tool_calls import BETWEEN, Parsed, ToolCall, ToolParser, read_calls
+from kvarena.engine.server.tool_calls import BETWEEN, Parsed, ToolCall, ToolParser, read_calls
 
 _JSON_BEGINS = ("{", "[")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.server.answers import Job
+    from kvarena.engine.server.answers import Job
 
 _CLOSE_MILLISECONDS = 2000
 

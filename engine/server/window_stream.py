@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from engine.server.text_streams import BROKEN, TextStream
+from kvarena.engine.server.text_streams import BROKEN, TextStream
 
 _WINDOW_TOKENS = 32
 _MAX_HELD_TOKENS = 16

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.attention.dense import DensePrompts
-from engine.kernels.config import DecodeConfig, PrefillConfig
-from engine.kernels.store import gather_kv
-from experiments.benchmarks.attention_cases import AttentionShape, Batch
+from kvarena.engine.attention.dense import DensePrompts
+from kvarena.engine.kernels.config import DecodeConfig, PrefillConfig
+from kvarena.engine.kernels.store import gather_kv
+from kvarena.experiments.benchmarks.attention_cases import AttentionShape, Batch
 
 Rows = list[tuple[int, int]]
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels.activation import gated
-from engine.kernels.norm import rms_norm
-from engine.kernels.rope import rope_store
-from engine.kernels.store import gather_kv, store_kv
-from experiments.benchmarks.attention_cases import LLAMA_8B, QWEN3_06B, ROTATED_BYTES, AttentionShape
-from experiments.gpu.timing import time_launches
+from kvarena.engine.kernels.activation import gated
+from kvarena.engine.kernels.norm import rms_norm
+from kvarena.engine.kernels.rope import rope_store
+from kvarena.engine.kernels.store import gather_kv, store_kv
+from kvarena.experiments.benchmarks.attention_cases import LLAMA_8B, QWEN3_06B, ROTATED_BYTES, AttentionShape
+from kvarena.experiments.gpu.timing import time_launches
 
 # Heads, hidden size, intermediate size, whether heads are normed.
 MODELS = ((LLAMA_8B, 4096, 14336, False), (QWEN3_06B, 1024, 3072, True))

@@ -1,6 +1,6 @@
 """Searches launches of the skinny GEMM on a GPU, against the library's GEMM and the copy's bandwidth.
 
-    python -m experiments.benchmarks.gemm --out gemm.json [--shape llama-3.1-8b --shape qwen3-0.6b] [--seconds 150]
+    python -m kvarena.experiments.benchmarks.gemm --out gemm.json [--shape llama-3.1-8b --shape qwen3-0.6b] [--seconds 150]
 
 Every product of a decode forward is timed with what is folded into it (norm, residual, silu(gate) * up), over enough
 copies of the weights that the L2 cache holds none. The library's time includes the kernels that the fold replaces.
@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.errors import KvarenaError
-from engine.kernels.activation import gated
-from engine.kernels.gemm import GemmConfig, SkinnyGemm
-from engine.kernels.gemm_table import ROW_BUCKETS, GemmTable, Product, dump_table
-from engine.kernels.norm import rms_norm
-from experiments.gpu.shapes import SHAPES
-from experiments.gpu.timing import copy_bandwidth, require_cuda, time_launches
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.kernels.activation import gated
+from kvarena.engine.kernels.gemm import GemmConfig, SkinnyGemm
+from kvarena.engine.kernels.gemm_table import ROW_BUCKETS, GemmTable, Product, dump_table
+from kvarena.engine.kernels.norm import rms_norm
+from kvarena.experiments.gpu.shapes import SHAPES
+from kvarena.experiments.gpu.timing import copy_bandwidth, require_cuda, time_launches
 
 RING_BYTES = 400 * 2**20
 EPS = 1e-5

@@ -1,6 +1,6 @@
 """The CUDA kernels for Hopper beside those they replace, for `engine/kernels/stream_gemm.py` and `wide_gemm.py`.
 
-    python -m experiments.benchmarks.hopper [--rows 1,16,32,64] [--product 6144,4096,norm ...] [--search]
+    python -m kvarena.experiments.benchmarks.hopper [--rows 1,16,32,64] [--product 6144,4096,norm ...] [--search]
 
 A product is rows of w, columns of w, and what is around it: `norm` before it, a `residual` added, or `glu`, a norm
 before and silu(gate) * up after. One JSON line per product and number of rows of x: microseconds of the operation as
@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import KvarenaError
-from engine.fusions.ops import Linear, Norm
-from engine.fusions.triton_ops import TritonOps
-from engine.kernels.gemm_table import GemmTable
-from engine.kernels.hopper import HopperKernels
-from engine.kernels.stream_gemm import MOST_ROWS, StreamGemm, StreamTile, row_bucket
-from experiments.benchmarks.gemm import RING_BYTES
-from experiments.gpu.timing import require_cuda, time_launches
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.fusions.ops import Linear, Norm
+from kvarena.engine.fusions.triton_ops import TritonOps
+from kvarena.engine.kernels.gemm_table import GemmTable
+from kvarena.engine.kernels.hopper import HopperKernels
+from kvarena.engine.kernels.stream_gemm import MOST_ROWS, StreamGemm, StreamTile, row_bucket
+from kvarena.experiments.benchmarks.gemm import RING_BYTES
+from kvarena.experiments.gpu.timing import require_cuda, time_launches
 
 # Llama-3.1-8B's layer, Qwen3-0.6B's, and the gated products of Qwen2.5-7B, Qwen3-8B and Qwen3-4B.
 PRODUCTS = (

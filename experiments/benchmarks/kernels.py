@@ -1,7 +1,7 @@
 """The attention and fused kernels on a GPU, against copied bytes and a large matrix product, as JSON lines.
 
-    python -m experiments.benchmarks.kernels --only decode,prefill,fused --tune
-    python -m experiments.benchmarks.kernels --only figure18
+    python -m kvarena.experiments.benchmarks.kernels --only decode,prefill,fused --tune
+    python -m kvarena.experiments.benchmarks.kernels --only figure18
 
 Every line has `us` (median of graph replays over memory several times the L2 cache), `tbps` and `share_of_copy`
 (bytes that must move, over time, over what a copy moves) or `tflops` and `share_of_matmul`, and for attention
@@ -23,16 +23,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.errors import KvarenaError
-from engine.kernels.attention import AttentionCall
-from engine.kernels.config import MANY_ROWS, DecodeConfig, PrefillConfig, decode_config, prefill_config
-from engine.kernels.decode import DecodeScratch, decode_attention
-from engine.kernels.hopper import load_hopper_kernels
-from engine.kernels.plan import Capacity, Shape, plan_step
-from engine.kernels.prefill import prefill_attention
-from engine.kernels.stream_decode import StreamDecode, streams
-from experiments.benchmarks.attention_cases import LLAMA_8B, OPT_13B, QWEN3_06B, Batch, make_batch, relative_error
-from experiments.benchmarks.attention_variants import (
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.kernels.attention import AttentionCall
+from kvarena.engine.kernels.config import MANY_ROWS, DecodeConfig, PrefillConfig, decode_config, prefill_config
+from kvarena.engine.kernels.decode import DecodeScratch, decode_attention
+from kvarena.engine.kernels.hopper import load_hopper_kernels
+from kvarena.engine.kernels.plan import Capacity, Shape, plan_step
+from kvarena.engine.kernels.prefill import prefill_attention
+from kvarena.engine.kernels.stream_decode import StreamDecode, streams
+from kvarena.experiments.benchmarks.attention_cases import (
+    LLAMA_8B,
+    OPT_13B,
+    QWEN3_06B,
+    Batch,
+    make_batch,
+    relative_error,
+)
+from kvarena.experiments.benchmarks.attention_variants import (
     DECODE_CASES,
     DECODE_TILES,
     FIGURE_18_CASES,
@@ -44,8 +51,8 @@ from experiments.benchmarks.attention_variants import (
     dense_call,
     library_calls,
 )
-from experiments.benchmarks.fused_cases import bench_fused
-from experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda, time_launches
+from kvarena.experiments.benchmarks.fused_cases import bench_fused
+from kvarena.experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda, time_launches
 
 Line = dict[str, Any]
 

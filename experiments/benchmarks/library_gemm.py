@@ -1,6 +1,6 @@
 """Searches the library's GEMM kernels on a GPU, for `engine/kernels/library_gemm.py`.
 
-    python -m experiments.benchmarks.library_gemm [--product 256,4096,14336,1 ...] [--seconds 15]
+    python -m kvarena.experiments.benchmarks.library_gemm [--product 256,4096,14336,1 ...] [--seconds 15]
 
 For each product (rows of x, rows and columns of w, 1 if added to what y holds): PyTorch's own call with both of its
 libraries, then cuBLASLt's suggestions; from the best of those every tile it has, and from the best three then every
@@ -21,10 +21,10 @@ from ctypes import byref, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 
 import torch
 
-from engine.errors import KvarenaError
-from engine.kernels.library_gemm import ATTRIBUTES, Algorithm, Result, load_library_gemm
-from experiments.benchmarks.gemm import RING_BYTES
-from experiments.gpu.timing import require_cuda, time_launches
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.kernels.library_gemm import ATTRIBUTES, Algorithm, Result, load_library_gemm
+from kvarena.experiments.benchmarks.gemm import RING_BYTES
+from kvarena.experiments.gpu.timing import require_cuda, time_launches
 
 PRODUCTS = tuple(
     (rows, cols, depth, added)
@@ -148,7 +148,7 @@ def main() -> None:
             if args.one:
                 print(json.dumps(Search(rows, cols, depth, bool(added), args.seconds).run()), flush=True)
                 continue
-            command = [sys.executable, "-m", "experiments.benchmarks.library_gemm", "--one"]
+            command = [sys.executable, "-m", "kvarena.experiments.benchmarks.library_gemm", "--one"]
             command += ["--seconds", str(args.seconds), "--product", f"{rows},{cols},{depth},{added}"]
             child = subprocess.run(command, capture_output=True, text=True, check=False)
             failed = json.dumps({"product": (rows, cols, depth, added), "error": child.stderr[-300:]})

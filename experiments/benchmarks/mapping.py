@@ -1,6 +1,6 @@
 """What CUDA's virtual memory calls cost on this GPU: what a step pays when requests of `allocator=virtual` grow.
 
-    python -m experiments.benchmarks.mapping --pages 512
+    python -m kvarena.experiments.benchmarks.mapping --pages 512
 
 Each line is JSON: median and 99th percentile of host microseconds for one page, for each call, for pages that lie side
 by side and are made accessible by one call, and for what the pool does with them (two planes; `grow` maps, `regrow`
@@ -19,10 +19,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from engine.cuda_memory import CudaDriver
-from engine.errors import KvarenaError
-from engine.virtual_memory import PageMap
-from experiments.gpu.timing import require_cuda
+from kvarena.engine.cuda_memory import CudaDriver
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.virtual_memory import PageMap
+from kvarena.experiments.gpu.timing import require_cuda
 
 SIDE_BY_SIDE = 8
 

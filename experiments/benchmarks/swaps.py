@@ -1,6 +1,6 @@
 """What it costs on this GPU to move a request's KV to the host and back, by block size.
 
-    python -m experiments.benchmarks.swaps --tokens 512
+    python -m kvarena.experiments.benchmarks.swaps --tokens 512
 
 The engine's own copies (`engine/host_blocks.py`): blocks are gathered, and each moves with all its layers in one
 transfer. Every line is JSON: medians of wall microseconds, waited for, of both ways for so many tokens of the model
@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.contract import BlockCopy, CopyKind
-from engine.errors import KvarenaError
-from engine.kv_pool import KVPool
-from experiments.gpu.timing import require_cuda
+from kvarena.engine.contract import BlockCopy, CopyKind
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.kv_pool import KVPool
+from kvarena.experiments.gpu.timing import require_cuda
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 OPT_13B: dict[str, Any] = {"num_layers": 40, "num_kv_heads": 40, "head_dim": 128}

@@ -1,6 +1,6 @@
 """Many random traces through the registered strategies, against the oracle:
 
-    python -m experiments.correctness.fuzz --traces 10000 --seed 0
+    python -m kvarena.experiments.correctness.fuzz --traces 10000 --seed 0
 
 Each trace goes through every allocator, with the scheduler and overlap changing from trace to trace. Failures name
 the trace and the pair; the last line of stdout is JSON. Exit code 1 when anything failed.
@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from experiments.correctness.matrix import PATHS, Coverage, MatrixFailure, cells_of_round, run_cell
-from experiments.correctness.random_traces import make_trace
+from kvarena.experiments.correctness.matrix import PATHS, Coverage, MatrixFailure, cells_of_round, run_cell
+from kvarena.experiments.correctness.random_traces import make_trace
 
 
 def fuzz_trace(seed: int) -> tuple[int, Coverage, list[str]]:
@@ -44,7 +44,7 @@ def _run_all(seeds: Sequence[int], jobs: int) -> Iterator[tuple[int, Coverage, l
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the traces; see the module's docstring."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.correctness.fuzz", description="random traces against the oracle"
+        prog="python -m kvarena.experiments.correctness.fuzz", description="random traces against the oracle"
     )
     parser.add_argument("--traces", type=int, default=1000, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="of the first; trace i has seed SEED + i")

@@ -1,6 +1,6 @@
 """Random request bodies against a server: no answer is a 500, no connection is cut, and no stack trace is logged.
 
-    python -m experiments.correctness.fuzz_bodies --seconds 1200 --seed 0 -- models/demo --max-model-len 512
+    python -m kvarena.experiments.correctness.fuzz_bodies --seconds 1200 --seed 0 -- models/demo --max-model-len 512
 
 A body is a valid one of some endpoint with keys added, changed and taken away, at the top and inside: the endpoints'
 own keys, those of other servers, and none of anybody's, with values of every kind and size. What stands after `--` are
@@ -22,8 +22,8 @@ from typing import Any
 import httpx
 import psutil
 
-from engine.server import foreign, protocol
-from experiments.serving.child import Server
+from kvarena.engine.server import foreign, protocol
+from kvarena.experiments.serving.child import Server
 
 KEY = "k"
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}

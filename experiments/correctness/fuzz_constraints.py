@@ -1,6 +1,6 @@
 """Random constraints through the way that a request's takes, from its body to the masks of a step:
 
-    python -m experiments.correctness.fuzz_constraints --seconds 1200 --seed 0 --jobs 2
+    python -m kvarena.experiments.correctness.fuzz_constraints --seconds 1200 --seed 0 --jobs 2
 
 A body is read as the server reads it, its constraint is tried out in the server's own worker, compiled, and followed
 by several choices that sample at random. Two things are failures: an answer that would be a 500, and a step of which
@@ -28,17 +28,17 @@ import psutil
 import torch
 from pydantic import ValidationError
 
-from engine.errors import KvarenaError
-from engine.request import Request
-from engine.runner.constraints import allowed_tokens
-from engine.server.compiled import make_compiler
-from engine.server.constraints import Constraints
-from engine.server.errors import ApiError
-from engine.server.grammar_checks import CheckedGrammar
-from engine.server.grammars import GrammarCompiler
-from engine.server.protocol import ChatCompletionRequest, CompletionRequest
-from engine.server.tokenization import TokenizerService
-from experiments.correctness.random_constraints import random_body
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.request import Request
+from kvarena.engine.runner.constraints import allowed_tokens
+from kvarena.engine.server.compiled import make_compiler
+from kvarena.engine.server.constraints import Constraints
+from kvarena.engine.server.errors import ApiError
+from kvarena.engine.server.grammar_checks import CheckedGrammar
+from kvarena.engine.server.grammars import GrammarCompiler
+from kvarena.engine.server.protocol import ChatCompletionRequest, CompletionRequest
+from kvarena.engine.server.tokenization import TokenizerService
+from kvarena.experiments.correctness.random_constraints import random_body
 
 STEP_BOUND = 0.2
 _KEPT_FAILURES = 20

@@ -1,6 +1,6 @@
 """Random answers with tool calls, cut at every position: what a parser finds must not depend on the cut.
 
-    python -m experiments.correctness.fuzz_tool_texts --seconds 1200 --seed 0
+    python -m kvarena.experiments.correctness.fuzz_tool_texts --seconds 1200 --seed 0
 
 Each text is made of what such answers are made of (tags whole and cut, calls, broken JSON, quotes, escapes, blanks,
 prose) and read by every parser of texts: at once, cut in two at every position, and character by character. Text and
@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from engine.server.tool_calls import FirstCallParser, ListParser, ToolParser
-from engine.server.tool_texts import BareParser, HiddenTokens, TaggedParser
+from kvarena.engine.server.tool_calls import FirstCallParser, ListParser, ToolParser
+from kvarena.engine.server.tool_texts import BareParser, HiddenTokens, TaggedParser
 
 NAMES = ("f", "get_weather")
 CALL = '{"name": "f", "arguments": {"x": "y"}}'

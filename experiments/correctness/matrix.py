@@ -12,17 +12,17 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.clock import VirtualClock
-from engine.contract import NULL_BLOCK, CopyKind, KVAllocator, KVUsage, StepPlan
-from engine.core import Engine, StepOutput
-from engine.errors import EngineError, RequestRejected
-from engine.ledger import MemoryLedger
-from engine.request import FinishReason, Request, RequestStatus
-from engine.runner.oracle import OracleRunner
-from experiments.correctness.random_traces import MAX_MODEL_LEN, VOCAB_SIZE, Trace
-from experiments.correctness.recount import Recount
-from experiments.strategies import build_allocator, build_scheduler, strategy_names, strategy_options
-from schedulers.base import Scheduler
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.contract import NULL_BLOCK, CopyKind, KVAllocator, KVUsage, StepPlan
+from kvarena.engine.core import Engine, StepOutput
+from kvarena.engine.errors import EngineError, RequestRejected
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.request import FinishReason, Request, RequestStatus
+from kvarena.engine.runner.oracle import OracleRunner
+from kvarena.experiments.correctness.random_traces import MAX_MODEL_LEN, VOCAB_SIZE, Trace
+from kvarena.experiments.correctness.recount import Recount
+from kvarena.experiments.strategies import build_allocator, build_scheduler, strategy_names, strategy_options
+from kvarena.schedulers.base import Scheduler
 
 WINDOW = 8
 

@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.request import Request, SamplingParams, expand
-from engine.runner.oracle import expected_output
+from kvarena.engine.request import Request, SamplingParams, expand
+from kvarena.engine.runner.oracle import expected_output
 
 MAX_MODEL_LEN = 48
 VOCAB_SIZE = 97

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.contract import CLASSES, NULL_BLOCK, KVAllocator
-from engine.core import StepOutput
-from engine.errors import EngineError
-from engine.request import Request
-from experiments.correctness.recount_pools import Owner, Unowned, pool_of
-from schedulers.base import Scheduler
+from kvarena.engine.contract import CLASSES, NULL_BLOCK, KVAllocator
+from kvarena.engine.core import StepOutput
+from kvarena.engine.errors import EngineError
+from kvarena.engine.request import Request
+from kvarena.experiments.correctness.recount_pools import Owner, Unowned, pool_of
+from kvarena.schedulers.base import Scheduler
 
 COLUMNS = (*CLASSES, "total", "shared_saved", "held")
 

@@ -14,14 +14,14 @@ from itertools import groupby
 from math import ceil, floor
 from typing import Any, NamedTuple
 
-from allocators.contiguous import ContiguousAllocator
-from allocators.paged import PagedAllocator
-from allocators.prefix import PrefixCachingAllocator
-from allocators.radix import RadixAllocator
-from engine.contract import NULL_BLOCK, KVAllocator
-from engine.errors import EngineError
-from engine.request import Request, RequestStatus
-from schedulers.base import Scheduler
+from kvarena.allocators.contiguous import ContiguousAllocator
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.allocators.prefix import PrefixCachingAllocator
+from kvarena.allocators.radix import RadixAllocator
+from kvarena.engine.contract import NULL_BLOCK, KVAllocator
+from kvarena.engine.errors import EngineError
+from kvarena.engine.request import Request, RequestStatus
+from kvarena.schedulers.base import Scheduler
 
 
 class Owner(NamedTuple):

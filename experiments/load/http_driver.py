@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from engine.request import Request
-from experiments.load.driver import ClosedLoop
-from experiments.load.http_client import Answer, HttpServer
-from experiments.recording.request_log import LISTS, REQUEST_COLUMNS
+from kvarena.engine.request import Request
+from kvarena.experiments.load.driver import ClosedLoop
+from kvarena.experiments.load.http_client import Answer, HttpServer
+from kvarena.experiments.recording.request_log import LISTS, REQUEST_COLUMNS
 
 FINISH_REASONS = ("stop", "length", "abort")
 # In how many whole answers the count of tokens (usage) and the chunks differ (manifest, target.token_counts).

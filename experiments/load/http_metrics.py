@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.contract import CLASSES
-from experiments.recording.files import GAUGES_FILE
+from kvarena.engine.contract import CLASSES
+from kvarena.experiments.recording.files import GAUGES_FILE
 
 TIMEOUT = 5.0  # seconds
 # Column -> names that servers give it; the first that is there counts.

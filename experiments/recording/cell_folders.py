@@ -20,9 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
-from experiments.recording.files import CELL_FILE, CLAIM_FILE
-from experiments.recording.sources import digest
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.recording.files import CELL_FILE, CLAIM_FILE
+from kvarena.experiments.recording.sources import digest
 
 FIRST_DIGITS, MORE_DIGITS = 4, 2
 MOST_TOKEN, MOST_STEM = 32, 80  # characters of one setting, and of a folder's name before its digits

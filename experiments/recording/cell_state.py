@@ -17,12 +17,19 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from engine.errors import ConfigError
-from experiments.recording.files import CELL_FILE, ERROR_FILE, LOCK_FILE
-from experiments.recording.provenance import machine
-from experiments.recording.sources import REPORTS_PACKAGE, UNMEASURED, digest, inputs_of, package_digest, sources_of
-from reports.files import read_json
-from reports.shapes import MAYBE_INTEGER, MAYBE_TEXT
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.recording.files import CELL_FILE, ERROR_FILE, LOCK_FILE
+from kvarena.experiments.recording.provenance import machine
+from kvarena.experiments.recording.sources import (
+    REPORTS_PACKAGE,
+    UNMEASURED,
+    digest,
+    inputs_of,
+    package_digest,
+    sources_of,
+)
+from kvarena.reports.files import read_json
+from kvarena.reports.shapes import MAYBE_INTEGER, MAYBE_TEXT
 
 CELL = {"config": "text", "code": "text", "machine": "text", "round": MAYBE_INTEGER, "reports": MAYBE_TEXT}
 

@@ -17,10 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
-from experiments.recording.files import MANIFEST_FILE, STUDY_FILE
-from experiments.recording.sources import PROJECT_ROOT, SHARED_PACKAGES, STRATEGY_PACKAGES, UNMEASURED, sources_of
-from reports.files import read_json
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.recording.files import MANIFEST_FILE, STUDY_FILE
+from kvarena.experiments.recording.sources import (
+    PROJECT_ROOT,
+    SHARED_PACKAGES,
+    STRATEGY_PACKAGES,
+    UNMEASURED,
+    sources_of,
+)
+from kvarena.reports.files import read_json
 
 MOST_COMMITS = 300
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
-from experiments.recording.files import ERROR_FILE
+from kvarena.experiments.recording.files import ERROR_FILE
 
 
 def record_failure(message: str, *, not_defined: bool) -> None:

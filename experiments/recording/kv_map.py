@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.contract import KVAllocator
-from engine.core import StepOutput
-from engine.request import Request
+from kvarena.engine.contract import KVAllocator
+from kvarena.engine.core import StepOutput
+from kvarena.engine.request import Request
 
 MAX_SNAPSHOTS = 400
 MAX_CELLS = 4096

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from experiments.recording.sources import PROJECT_ROOT, REPORTS_PACKAGE, SHARED_PACKAGES, STRATEGY_PACKAGES
+from kvarena.experiments.recording.sources import PROJECT_ROOT, REPORTS_PACKAGE, SHARED_PACKAGES, STRATEGY_PACKAGES
 
 # What of the checkout a result may depend on.
 CODE = (*SHARED_PACKAGES, *STRATEGY_PACKAGES, REPORTS_PACKAGE, "conf", "run.py")

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.contract import CopyKind, StepPlan
-from engine.core import StepOutput
-from engine.ledger import MemoryLedger
-from engine.request import FinishReason, Request
-from engine.runner.step_time import step_features
-from experiments.recording.decisions import decision_hash
-from experiments.recording.request_log import LISTS, REQUEST_COLUMNS, RequestLog
-from experiments.recording.token_times import TokenTimes
+from kvarena.engine.contract import CopyKind, StepPlan
+from kvarena.engine.core import StepOutput
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.request import FinishReason, Request
+from kvarena.engine.runner.step_time import step_features
+from kvarena.experiments.recording.decisions import decision_hash
+from kvarena.experiments.recording.request_log import LISTS, REQUEST_COLUMNS, RequestLog
+from kvarena.experiments.recording.token_times import TokenTimes
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.core import StepOutput
-from engine.request import Request
+from kvarena.engine.core import StepOutput
+from kvarena.engine.request import Request
 
 
 class ScoreLog:

@@ -6,14 +6,14 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from engine.clock import VirtualClock
-from engine.core import Engine
-from engine.errors import ConfigError
-from engine.kv_pool import blocks_for_budget
-from engine.ledger import MemoryLedger
-from engine.models.sizes import ModelSizes, model_sizes
-from engine.runner.simulated import SimulatedRunner
-from experiments.building.parts import (
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.core import Engine
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.kv_pool import blocks_for_budget
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.models.sizes import ModelSizes, model_sizes
+from kvarena.engine.runner.simulated import SimulatedRunner
+from kvarena.experiments.building.parts import (
     EngineParts,
     check_window,
     make_strategy,
@@ -21,8 +21,8 @@ from experiments.building.parts import (
     resolve_max_model_len,
     say_chosen_pages,
 )
-from experiments.config import EngineConfig, KVCacheConfig, SimulatedRunnerConfig
-from experiments.simulation.profiles import Card, Profile, load_profile
+from kvarena.experiments.config import EngineConfig, KVCacheConfig, SimulatedRunnerConfig
+from kvarena.experiments.simulation.profiles import Card, Profile, load_profile
 
 
 def build_simulated_engine(cfg: DictConfig) -> EngineParts:

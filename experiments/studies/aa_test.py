@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import ConfigError
-from experiments.recording.files import MANIFEST_FILE
-from experiments.run_order import order
-from experiments.studies.base import Chart, Findings, Series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Verdict
-from reports.verdicts import LEVEL, POWER, THROUGHPUT, compare_cells, shares, smallest_effect
-from reports.verdicts import Verdict as Answer
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.recording.files import MANIFEST_FILE
+from kvarena.experiments.run_order import order
+from kvarena.experiments.studies.base import Chart, Findings, Series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Verdict
+from kvarena.reports.verdicts import LEVEL, POWER, THROUGHPUT, compare_cells, shares, smallest_effect
+from kvarena.reports.verdicts import Verdict as Answer
 
 LATENCIES = {"ttft_seconds": "median TTFT", "tpot_seconds": "median TPOT", "e2e_seconds": "median E2E latency"}
 NAMES = {THROUGHPUT: "output tokens/s"} | LATENCIES

@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.errors import ConfigError, EngineError
-from experiments.config import SLOConfig
-from experiments.studies.base import Chart, Findings, Series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, compared, measured
-from reports.files import read_run
-from reports.latency import request_latencies
-from reports.slo import deciding_share, goal_text, is_met, kept_limits, slo_limits, slo_rule
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.experiments.config import SLOConfig
+from kvarena.experiments.studies.base import Chart, Findings, Series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, compared, measured
+from kvarena.reports.files import read_run
+from kvarena.reports.latency import request_latencies
+from kvarena.reports.slo import deciding_share, goal_text, is_met, kept_limits, slo_limits, slo_rule
 
 RAMP = 0.25  # of the arrivals' time
 MAX_DOUBLINGS = 12

@@ -12,15 +12,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments.building.shared import SharedParts
-from experiments.command_line import without_sweep
-from experiments.compose import compose_cell
-from experiments.config import SweepConfig
-from experiments.job import execute
-from experiments.recording.cell_folders import CellFolders, result_in, result_of
-from experiments.recording.cell_state import cell_key
-from experiments.recording.sources import digest
-from experiments.unserved import Unserved, why_unserved
+from kvarena.experiments.building.shared import SharedParts
+from kvarena.experiments.command_line import without_sweep
+from kvarena.experiments.compose import compose_cell
+from kvarena.experiments.config import SweepConfig
+from kvarena.experiments.job import execute
+from kvarena.experiments.recording.cell_folders import CellFolders, result_in, result_of
+from kvarena.experiments.recording.cell_state import cell_key
+from kvarena.experiments.recording.sources import digest
+from kvarena.experiments.unserved import Unserved, why_unserved
 
 ALONE = "study=null"  # an experiment's config without its study is a single run's
 

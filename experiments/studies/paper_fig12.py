@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.errors import ConfigError, EngineError
-from experiments.studies.base import Chart, Findings, Series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, between, counted, near, up_to
-from experiments.studies.curves import Curve, highest_below
-from experiments.studies.orca import (
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.experiments.studies.base import Chart, Findings, Series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, between, counted, near, up_to
+from kvarena.experiments.studies.curves import Curve, highest_below
+from kvarena.experiments.studies.orca import (
     DIFFERENCES,
     FASTER_TRANSFORMER,
     SYSTEMS,
@@ -22,7 +22,7 @@ from experiments.studies.orca import (
     run_system,
     seeds_text,
 )
-from experiments.studies.published import FIGURE_12_KNEES, FIGURE_12_SOURCE, SUSTAINED_RATIOS
+from kvarena.experiments.studies.published import FIGURE_12_KNEES, FIGURE_12_SOURCE, SUSTAINED_RATIOS
 
 METRIC = "normalized_latency_seconds_per_token"
 NEAR = 0.25  # of the paper's value: our limit

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.errors import ConfigError
-from experiments.studies.base import Chart, Findings, Series, mean_series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, counted, fitted, near
-from experiments.studies.orca import (
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, counted, fitted, near
+from kvarena.experiments.studies.orca import (
     DIFFERENCES,
     FITTED_PROFILE,
     STEADY,
@@ -20,8 +20,8 @@ from experiments.studies.orca import (
     run_system,
     seeds_text,
 )
-from experiments.studies.published import FIGURE_13, FIGURE_13_SOURCE
-from reports.files import read_run
+from kvarena.experiments.studies.published import FIGURE_13, FIGURE_13_SOURCE
+from kvarena.reports.files import read_run
 
 TOLERANCE = 0.25  # of the paper's value: our limit, the paper states none
 Batches = Mapping[str, Mean]

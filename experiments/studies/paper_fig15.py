@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.errors import ConfigError
-from experiments.studies.base import Chart, Findings, Series, mean_series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, between, counted, measured, near, not_run
-from experiments.studies.orca import DIFFERENCES, STEADY, Load, run_system, seeds_text, steady
-from experiments.studies.published import BEAM_SAVED, FIGURE_15_SOURCE, SAMPLING_SAVED
-from reports.files import read_run
-from reports.memory import step_spans, weighted_mean
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, between, counted, measured, near, not_run
+from kvarena.experiments.studies.orca import DIFFERENCES, STEADY, Load, run_system, seeds_text, steady
+from kvarena.experiments.studies.published import BEAM_SAVED, FIGURE_15_SOURCE, SAMPLING_SAVED
+from kvarena.reports.files import read_run
+from kvarena.reports.memory import step_spans, weighted_mean
 
 NEAR = 0.25  # of the paper's value: our limit, the paper states none
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any, NamedTuple
 
-from engine.errors import ConfigError
-from experiments.studies.base import Chart, Findings, Series, mean_series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, at_least, at_most, between, counted, measured
-from experiments.studies.orca import DIFFERENCES, Load, beside_name, run_system, seeds_text
-from experiments.studies.published import FIGURE_18_AXIS, FIGURE_18_SOURCE, GOOD_BLOCK_SIZES, TABLE_COST
-from experiments.studies.recorded import KERNEL_LINES, device_of, read_lines
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, at_least, at_most, between, counted, measured
+from kvarena.experiments.studies.orca import DIFFERENCES, Load, beside_name, run_system, seeds_text
+from kvarena.experiments.studies.published import FIGURE_18_AXIS, FIGURE_18_SOURCE, GOOD_BLOCK_SIZES, TABLE_COST
+from kvarena.experiments.studies.recorded import KERNEL_LINES, device_of, read_lines
 
 KernelTimes = dict[str, dict[bool, list[float]]]  # case -> without a table? -> microseconds of each repeat
 METRIC = "normalized_latency_seconds_per_token"
@@ -46,7 +46,7 @@ class PaperFig18Study:
     seeds: of the workload.
     ideal: profile that is run beside the config's; null: none.
     ideal_seeds: of the workload, under it.
-    kernels: lines of `experiments.benchmarks.kernels --only figure18`; None takes those recorded on one H100.
+    kernels: lines of `kvarena.experiments.benchmarks.kernels --only figure18`; None takes those recorded on one H100.
 
     Raises:
         ConfigError: no seed, or a workload without a rate or a duration.
@@ -109,7 +109,7 @@ class PaperFig18Study:
                 f"mean, seed by seed (our reading). {seeds_text(self.seeds)}",
                 "(a) Decode attention of one layer with OPT-13B's 40 heads of 128 in bf16, median of CUDA-graph "
                 "replays over memory larger than the L2 cache "
-                "(`python -m experiments.benchmarks.kernels --only figure18`). The claim's value is the mean of "
+                "(`python -m kvarena.experiments.benchmarks.kernels --only figure18`). The claim's value is the mean of "
                 "(paged / contiguous - 1) over combinations of batch and context, each a mean of repeats; interval: "
                 "95 %, Student's t over these.",
             ],

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any, NamedTuple
 
-from engine.errors import ConfigError
-from engine.runner.step_time import RooflineStepTime, StepFeatures
-from experiments.studies.base import Chart, Findings, Series, mean_series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, at_least, at_most, check, counted, measured, near
-from experiments.studies.orca import DIFFERENCES, Load, beside_name, run_system, seeds_text
-from experiments.studies.published import (
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.runner.step_time import RooflineStepTime, StepFeatures
+from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, at_least, at_most, check, counted, measured, near
+from kvarena.experiments.studies.orca import DIFFERENCES, Load, beside_name, run_system, seeds_text
+from kvarena.experiments.studies.published import (
     COMPARABLE_BLOCK_SIZES,
     FIGURE_19_AXIS,
     FIGURE_19_SOURCE,
     RECOMPUTE_OVER_SWAP,
 )
-from experiments.studies.recorded import SWAP_LINES, device_of, read_lines
-from reports.files import read_run
+from kvarena.experiments.studies.recorded import SWAP_LINES, device_of, read_lines
+from kvarena.reports.files import read_run
 
 METRIC = "normalized_latency_seconds_per_token"
 MODES = {"recompute": "recomputation", "swap": "swapping"}
@@ -67,7 +67,7 @@ class PaperFig19Study:
     seeds: of the workload.
     ideal: profile that is run beside the config's; null: none.
     ideal_seeds: of the workload, under it.
-    swaps: lines of `experiments.benchmarks.swaps`; None takes those recorded on one H100.
+    swaps: lines of `kvarena.experiments.benchmarks.swaps`; None takes those recorded on one H100.
 
     Raises:
         ConfigError: a number out of range, or block sizes that do not rise.

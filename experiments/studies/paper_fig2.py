@@ -6,14 +6,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from engine.errors import ConfigError, EngineError
-from experiments.studies.base import Chart, Findings, Series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, counted, measured, within
-from experiments.studies.memory_use import OTHERS, SEGMENTS, UNWANTED, MemoryUse, covered, memory_use, share_over_seeds
-from experiments.studies.orca import DIFFERENCES, STEADY, SYSTEMS, Load, beside_name, run_system, seeds_text, steady
-from reports.paper import FIGURE_2, FIGURE_2_SOURCE
-from reports.style import CLASS_LOOKS
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.experiments.studies.base import Chart, Findings, Series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, counted, measured, within
+from kvarena.experiments.studies.memory_use import (
+    OTHERS,
+    SEGMENTS,
+    UNWANTED,
+    MemoryUse,
+    covered,
+    memory_use,
+    share_over_seeds,
+)
+from kvarena.experiments.studies.orca import (
+    DIFFERENCES,
+    STEADY,
+    SYSTEMS,
+    Load,
+    beside_name,
+    run_system,
+    seeds_text,
+    steady,
+)
+from kvarena.reports.paper import FIGURE_2, FIGURE_2_SOURCE
+from kvarena.reports.style import CLASS_LOOKS
 
 TOLERANCE = 5.0  # points
 LABELS = {

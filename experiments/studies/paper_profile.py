@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 from omegaconf import OmegaConf
 
-from engine.errors import ConfigError, EngineError
-from engine.runner.step_time import HostTime
-from experiments.simulation.profiles import Card, load_profile
-from experiments.studies.base import Chart, Findings, Series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, fitted, measured
-from experiments.studies.orca import Load, run_system, steady
-from experiments.studies.published import FIGURE_13, FIGURE_13_SOURCE, MEAN_OUTPUTS
-from reports.files import read_run
-from reports.memory import step_spans
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.runner.step_time import HostTime
+from kvarena.experiments.simulation.profiles import Card, load_profile
+from kvarena.experiments.studies.base import Chart, Findings, Series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, fitted, measured
+from kvarena.experiments.studies.orca import Load, run_system, steady
+from kvarena.experiments.studies.published import FIGURE_13, FIGURE_13_SOURCE, MEAN_OUTPUTS
+from kvarena.reports.files import read_run
+from kvarena.reports.memory import step_spans
 
 MS = 1e3
 BATCHES = np.array([bars["vLLM"] for bars in FIGURE_13.values()])

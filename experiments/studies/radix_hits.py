@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from engine.errors import ConfigError
-from experiments.studies.base import Chart, Findings, Series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, at_least, at_most, check, measured, within
-from experiments.studies.published import ENDLESS_HITS, ENDLESS_SOURCE
-from experiments.workloads.mooncake import MooncakeWorkload
-from reports.files import read_run
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.studies.base import Chart, Findings, Series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, at_least, at_most, check, measured, within
+from kvarena.experiments.studies.published import ENDLESS_HITS, ENDLESS_SOURCE
+from kvarena.experiments.workloads.mooncake import MooncakeWorkload
+from kvarena.reports.files import read_run
 
 ALLOCATORS = {"paged_prefix": "paged_prefix (hash chain)", "radix": "radix (tree)"}
 VOCAB_SIZE = 1000  # of the workload that only counts hash ids

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
-from experiments.compose import CONF_DIR
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.compose import CONF_DIR
 
 RECORDED = CONF_DIR.parent / "docs" / "results" / "h100-figure18"
 KERNEL_LINES = RECORDED / "kernels.jsonl"

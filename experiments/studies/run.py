@@ -14,18 +14,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
-import reports.ending
-import reports.study
-from engine.errors import ConfigError
-from experiments.command_line import command_of
-from experiments.config import check_values
-from experiments.recording.cell_state import only_writer
-from experiments.recording.files import MANIFEST_FILE, STUDY_FILE
-from experiments.recording.provenance import git_state, machine, versions
-from experiments.studies.base import Study
-from experiments.studies.cells import CellRunner
-from reports.files import read_json
-from reports.study_claims import tally
+import kvarena.reports.ending
+import kvarena.reports.study
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.command_line import command_of
+from kvarena.experiments.config import check_values
+from kvarena.experiments.recording.cell_state import only_writer
+from kvarena.experiments.recording.files import MANIFEST_FILE, STUDY_FILE
+from kvarena.experiments.recording.provenance import git_state, machine, versions
+from kvarena.experiments.studies.base import Study
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.reports.files import read_json
+from kvarena.reports.study_claims import tally
 
 SCHEMA_VERSION = 3  # 2 had no counts of the claims
 
@@ -59,10 +59,12 @@ def run_study(cfg: DictConfig) -> None:
     }
     with only_writer(out_dir):
         (out_dir / STUDY_FILE).write_text(json.dumps(record, indent=2, default=str) + "\n")
-        summary = reports.study.write_study_report(out_dir)
-    Console().print(reports.study.study_table(summary))
+        summary = kvarena.reports.study.write_study_report(out_dir)
+    Console().print(kvarena.reports.study.study_table(summary))
     if hydra.mode is not RunMode.MULTIRUN:  # a sweep has a last line of its own
-        reports.ending.print_ending(reports.ending.study_ending(out_dir, summary), full=cfg.report.json == "full")
+        kvarena.reports.ending.print_ending(
+            kvarena.reports.ending.study_ending(out_dir, summary), full=cfg.report.json == "full"
+        )
 
 
 def conditions(folders: Sequence[Path]) -> dict[str, Any]:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import ConfigError, EngineError
-from experiments.studies.base import Chart, Findings, mean_series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, at_least, at_most, check, compared, near
-from experiments.studies.curves import Curve, highest_below
-from experiments.studies.orca import seeds_text
-from experiments.studies.published import SARATHI_CAPACITY, SARATHI_SOURCE
-from reports.files import read_json
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.experiments.studies.base import Chart, Findings, mean_series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, at_least, at_most, check, compared, near
+from kvarena.experiments.studies.curves import Curve, highest_below
+from kvarena.experiments.studies.orca import seeds_text
+from kvarena.experiments.studies.published import SARATHI_CAPACITY, SARATHI_SOURCE
+from kvarena.reports.files import read_json
 
 LABELS = {"prefill_first": "prefill first", "chunked": "chunked"}
 MS = 1000.0

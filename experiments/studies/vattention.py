@@ -8,15 +8,15 @@ from itertools import pairwise
 
 import numpy as np
 
-from engine.errors import ConfigError
-from experiments.studies.base import Chart, Findings, Series, mean_series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, at_least, check, compared, measured, up_to, within
-from experiments.studies.memory_use import MemoryUse, covered, memory_use, over_seeds, share_over_seeds, waiting
-from experiments.studies.orca import seeds_text
-from experiments.studies.published import VATTENTION_SOURCE, VATTENTION_SPEEDUP
-from reports.style import CLASS_LOOKS
-from reports.windows import WAITING
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, at_least, check, compared, measured, up_to, within
+from kvarena.experiments.studies.memory_use import MemoryUse, covered, memory_use, over_seeds, share_over_seeds, waiting
+from kvarena.experiments.studies.orca import seeds_text
+from kvarena.experiments.studies.published import VATTENTION_SOURCE, VATTENTION_SPEEDUP
+from kvarena.reports.style import CLASS_LOOKS
+from kvarena.reports.windows import WAITING
 
 KIB = 1024
 NEAR = 0.25  # of an “up to”: our limit

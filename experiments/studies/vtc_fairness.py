@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.errors import ConfigError, EngineError
-from experiments.studies.base import Chart, Findings, Series, mean_series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, at_least, at_most, check, compared, measured
-from experiments.studies.orca import seeds_text
-from experiments.studies.published import VTC_SOURCE
-from reports.files import RunFiles, read_run
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, at_least, at_most, check, compared, measured
+from kvarena.experiments.studies.orca import seeds_text
+from kvarena.experiments.studies.published import VTC_SOURCE
+from kvarena.reports.files import RunFiles, read_run
 
 POLICIES = {"fair": "VTC (fair)", "chunked": "first come first served"}
 CLIENTS = ("chat", "code")

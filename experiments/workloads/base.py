@@ -16,9 +16,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.workloads.checks import MAX_REQUESTS, check_int
-from experiments.workloads.seeds import Purpose
-from experiments.workloads.tokens import TokenSource
+from kvarena.experiments.workloads.checks import MAX_REQUESTS, check_int
+from kvarena.experiments.workloads.seeds import Purpose
+from kvarena.experiments.workloads.tokens import TokenSource
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from engine.errors import ConfigError
+from kvarena.engine.errors import ConfigError
 
 # Longer than any context in use; above it a length is a typing error, and its prompt would not fit in memory.
 MAX_LENGTH = 10_000_000

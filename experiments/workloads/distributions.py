@@ -9,8 +9,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import ConfigError
-from experiments.workloads.checks import MAX_LENGTH, check_int, check_keys, check_number
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.workloads.checks import MAX_LENGTH, check_int, check_keys, check_number
 
 _MIN_ACCEPTANCE = 1e-3
 

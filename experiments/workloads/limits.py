@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.workloads.checks import MAX_LENGTH, check_choice, check_int
+from kvarena.experiments.workloads.checks import MAX_LENGTH, check_choice, check_int
 
 
 class LengthLimits:

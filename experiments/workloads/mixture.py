@@ -10,11 +10,11 @@ import hydra.utils
 import numpy as np
 from hydra.errors import InstantiationException
 
-from engine.errors import ConfigError, KvarenaError
-from experiments.workloads.base import FloatArray, IntArray, LengthTable, Workload
-from experiments.workloads.checks import check_int, check_keys, check_number, is_int
-from experiments.workloads.seeds import Purpose, generator, seed_sequence
-from experiments.workloads.synthetic import required_num_requests
+from kvarena.engine.errors import ConfigError, KvarenaError
+from kvarena.experiments.workloads.base import FloatArray, IntArray, LengthTable, Workload
+from kvarena.experiments.workloads.checks import check_int, check_keys, check_number, is_int
+from kvarena.experiments.workloads.seeds import Purpose, generator, seed_sequence
+from kvarena.experiments.workloads.synthetic import required_num_requests
 
 
 class MixtureWorkload(Workload):

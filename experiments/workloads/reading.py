@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
-from engine.errors import ConfigError, TraceError
-from experiments.workloads.checks import MAX_LENGTH
+from kvarena.engine.errors import ConfigError, TraceError
+from kvarena.experiments.workloads.checks import MAX_LENGTH
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _READ_ERRORS = (OSError, EOFError, zlib.error)

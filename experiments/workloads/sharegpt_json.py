@@ -14,13 +14,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from engine.checkpoints.directory import PROJECT_ROOT
-from engine.errors import ConfigError, TraceError
-from experiments.workloads.base import LengthTable, Workload
-from experiments.workloads.checks import check_bool, check_int
-from experiments.workloads.limits import LengthLimits
-from experiments.workloads.reading import fail, open_trace, trace_path
-from experiments.workloads.seeds import Purpose, generator
+from kvarena.engine.checkpoints.directory import PROJECT_ROOT
+from kvarena.engine.errors import ConfigError, TraceError
+from kvarena.experiments.workloads.base import LengthTable, Workload
+from kvarena.experiments.workloads.checks import check_bool, check_int
+from kvarena.experiments.workloads.limits import LengthLimits
+from kvarena.experiments.workloads.reading import fail, open_trace, trace_path
+from kvarena.experiments.workloads.seeds import Purpose, generator
 
 _CHUNK = 256
 _ASKERS = ("human", "user")

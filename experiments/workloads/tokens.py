@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.errors import ConfigError
-from experiments.workloads.checks import MAX_LENGTH, check_int
-from experiments.workloads.seeds import Purpose, seed_sequence
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.workloads.checks import MAX_LENGTH, check_int
+from kvarena.experiments.workloads.seeds import Purpose, seed_sequence
 
 
 class TokenSource:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.errors import ConfigError, TraceError
-from experiments.workloads.base import FloatArray, LengthTable, Workload
-from experiments.workloads.checks import check_bool, check_int
-from experiments.workloads.limits import LengthLimits
-from experiments.workloads.reading import trace_path
+from kvarena.engine.errors import ConfigError, TraceError
+from kvarena.experiments.workloads.base import FloatArray, LengthTable, Workload
+from kvarena.experiments.workloads.checks import check_bool, check_int
+from kvarena.experiments.workloads.limits import LengthLimits
+from kvarena.experiments.workloads.reading import trace_path
 
 
 class TraceRow(NamedTuple):

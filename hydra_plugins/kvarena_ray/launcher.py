@@ -1,4 +1,4 @@
-"""A sweep's cells as tasks of a Ray cluster; `experiments.ray_cells` does the work.
+"""A sweep's cells as tasks of a Ray cluster; `kvarena.experiments.ray_cells` does the work.
 
 Hydra loads every plugin at each start, before it has read the command line: nothing is imported here that takes time.
 """
@@ -33,8 +33,8 @@ class RayLauncher(Launcher):
         self._setup = config, hydra_context, task_function
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run every cell. Raises as `experiments.ray_cells.run_cells`."""
-        from experiments.ray_cells import RayOptions, run_cells
+        """Run every cell. Raises as `kvarena.experiments.ray_cells.run_cells`."""
+        from kvarena.experiments.ray_cells import RayOptions, run_cells
 
         assert self._setup is not None
         config, hydra_context, task_function = self._setup

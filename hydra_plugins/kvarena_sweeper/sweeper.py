@@ -1,4 +1,4 @@
-"""A sweep: cells in folders of their own names, in rounds, and one comparison; `experiments.sweep` does the work.
+"""A sweep: cells in folders of their own names, in rounds, and one comparison; `kvarena.experiments.sweep` does the work.
 
 Hydra loads every plugin at each start, before it has read the command line: nothing is imported here that takes time.
 """
@@ -37,8 +37,8 @@ class KvarenaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run every cell and compare them. Raises as `experiments.sweep.run_sweep`."""
-        from experiments.sweep import run_sweep
+        """Run every cell and compare them. Raises as `kvarena.experiments.sweep.run_sweep`."""
+        from kvarena.experiments.sweep import run_sweep
 
         assert self.hydra_context is not None
         assert self.config is not None

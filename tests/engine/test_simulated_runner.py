@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.clock import VirtualClock
-from engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
-from engine.errors import ConfigError
-from engine.request import Request
-from engine.runner.simulated import SimulatedRunner
-from engine.runner.step_time import HostTime, LinearStepTime, StepFeatures, TableStepTime, step_features
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.request import Request
+from kvarena.engine.runner.simulated import SimulatedRunner
+from kvarena.engine.runner.step_time import HostTime, LinearStepTime, StepFeatures, TableStepTime, step_features
 
 
 def plan(*entries: tuple[int, int], samples: bool = True, num_copies: int = 0) -> StepPlan:

@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from engine.errors import ConfigError
-from experiments.recording.commits import write_commit
-from experiments.recording.sources import sources_of
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.recording.commits import write_commit
+from kvarena.experiments.recording.sources import sources_of
 
 CONFIG = {"allocator": {"_target_": "allocators.mine.Mine"}, "engine": {"seed": 0}}
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from allocators.paged import PagedAllocator
-from allocators.virtual import VirtualAllocator
-from engine.errors import ConfigError
-from engine.kv_pool import KVPool
-from engine.models import ModelSpec
-from experiments.building.pools import make_pool
-from experiments.compose import load_config
-from experiments.config import RunnerConfig
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.allocators.virtual import VirtualAllocator
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.kv_pool import KVPool
+from kvarena.engine.models import ModelSpec
+from kvarena.experiments.building.pools import make_pool
+from kvarena.experiments.compose import load_config
+from kvarena.experiments.config import RunnerConfig
 
 SPEC = ModelSpec("small", 2, 2, 64, 8, 64, torch.float32, frozenset(), None, 0)
 

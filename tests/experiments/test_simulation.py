@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from engine.errors import ConfigError
-from engine.models import load_model
-from engine.models import sizes as sizes_module
-from engine.models.sizes import model_sizes
-from engine.runner.step_time import RooflineStepTime, StepFeatures
-from experiments.compose import CONF_DIR, load_config
-from experiments.job import execute
-from experiments.simulation.profiles import load_profile
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.models import load_model
+from kvarena.engine.models import sizes as sizes_module
+from kvarena.engine.models.sizes import model_sizes
+from kvarena.engine.runner.step_time import RooflineStepTime, StepFeatures
+from kvarena.experiments.compose import CONF_DIR, load_config
+from kvarena.experiments.job import execute
+from kvarena.experiments.simulation.profiles import load_profile
 
 OPT = ["model=opt-13b-shape", "engine.dtype=auto", "runner=simulated", "runner.profile=a100-40gb"]
 CELL = ["workload=uniform", "workload.num_requests=20", "report.progress=false", "kv_cache.num_slots=6000"]

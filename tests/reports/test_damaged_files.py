@@ -12,19 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 from fake_runs import fake_run
 
-from reports.__main__ import main
-from reports.comparison import summarize_comparison
-from reports.comparison_sections import comparison_document
-from reports.document import render_html
-from reports.errors import ReportError
-from reports.files import CLASSES, read_run
-from reports.gauges import COLUMNS
-from reports.pairing import make_cells
-from reports.run_sections import run_document
-from reports.study import read_study, study_table, write_study_report
-from reports.study_charts import chart_figure
-from reports.summary import summarize
-from reports.terminal import comparison_table, run_table
+from kvarena.reports.__main__ import main
+from kvarena.reports.comparison import summarize_comparison
+from kvarena.reports.comparison_sections import comparison_document
+from kvarena.reports.document import render_html
+from kvarena.reports.errors import ReportError
+from kvarena.reports.files import CLASSES, read_run
+from kvarena.reports.gauges import COLUMNS
+from kvarena.reports.pairing import make_cells
+from kvarena.reports.run_sections import run_document
+from kvarena.reports.study import read_study, study_table, write_study_report
+from kvarena.reports.study_charts import chart_figure
+from kvarena.reports.summary import summarize
+from kvarena.reports.terminal import comparison_table, run_table
 
 OTHERS: tuple[Any, ...] = (None, True, -0.5, "text", [], {}, ["x"])
 LOST = object()

@@ -9,13 +9,13 @@ import pytest
 from fake_runs import fake_run
 from rich.console import Console
 
-from reports.comparison import compare
-from reports.files import read_run
-from reports.format import percent
-from reports.memory import Spans, binned_mean, binned_rate, make_bins, mean_shares, step_spans
-from reports.run_report import write_run_report
-from reports.terminal import comparison_table, run_table
-from reports.windows import ALL, ROOM, WAITING, kv_use, kv_use_text, window_masks
+from kvarena.reports.comparison import compare
+from kvarena.reports.files import read_run
+from kvarena.reports.format import percent
+from kvarena.reports.memory import Spans, binned_mean, binned_rate, make_bins, mean_shares, step_spans
+from kvarena.reports.run_report import write_run_report
+from kvarena.reports.terminal import comparison_table, run_table
+from kvarena.reports.windows import ALL, ROOM, WAITING, kv_use, kv_use_text, window_masks
 
 
 def _steps(start, end, **columns):

@@ -6,13 +6,13 @@ import pytest
 from fake_runs import fake_run
 from matplotlib.patches import Patch
 
-from reports.cells import Cell
-from reports.comparison_figures import memory_panels
-from reports.files import read_run
-from reports.repeats import Contender
-from reports.study_charts import chart_figure
-from reports.style import NARROW, WIDE, drawing, legend_above, new_figure
-from reports.summary import summarize
+from kvarena.reports.cells import Cell
+from kvarena.reports.comparison_figures import memory_panels
+from kvarena.reports.files import read_run
+from kvarena.reports.repeats import Contender
+from kvarena.reports.study_charts import chart_figure
+from kvarena.reports.style import NARROW, WIDE, drawing, legend_above, new_figure
+from kvarena.reports.summary import summarize
 
 
 def test_a_short_logarithmic_axis_has_several_numbers():

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from fake_runs import fake_run
 
-from reports.comparison import compare
-from reports.files import Ragged
-from reports.rounding import ERROR, NOT_RECORDED, ROUNDING, Candidates, Scores, judge, typical_difference
-from reports.terminal import comparison_table
+from kvarena.reports.comparison import compare
+from kvarena.reports.files import Ragged
+from kvarena.reports.rounding import ERROR, NOT_RECORDED, ROUNDING, Candidates, Scores, judge, typical_difference
+from kvarena.reports.terminal import comparison_table
 
 BF16 = 2.0**-7
 

@@ -11,9 +11,9 @@ import pytest
 from fake_runs import fake_run
 from rich.console import Console
 
-from reports.comparison import compare
-from reports.files import read_run
-from reports.terminal import comparison_table
+from kvarena.reports.comparison import compare
+from kvarena.reports.files import read_run
+from kvarena.reports.terminal import comparison_table
 
 
 def edit_requests(run_dir, change):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from server_harness import PATIENCE, RunningServer
 
-from experiments.benchmarks.soak import processes
+from kvarena.experiments.benchmarks.soak import processes
 
 MEMORY_BOUND = 0.02
 # asyncio starts the threads of a front's pool when they are first needed at once, and keeps them.

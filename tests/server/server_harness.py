@@ -31,7 +31,9 @@ class RunningServer:
         module: what to run in place of the command (stub engines).
     """
 
-    def __init__(self, *flags: str, model: str = "models/demo", module: str = "experiments.cli", key: str | None = KEY):
+    def __init__(
+        self, *flags: str, model: str = "models/demo", module: str = "kvarena.experiments.cli", key: str | None = KEY
+    ):
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)  # noqa: SIM115
         command = [sys.executable, "-m", module, "serve", model, "--port", "0", *flags]
         if key is not None:

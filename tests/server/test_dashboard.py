@@ -13,8 +13,8 @@ import pytest
 from browser import BROWSER, Browser
 from server_harness import ROOT, RunningServer
 
-from reports.kv_map import SHADES
-from reports.style import CLASS_LOOKS
+from kvarena.reports.kv_map import SHADES
+from kvarena.reports.style import CLASS_LOOKS
 
 STATIC = ROOT / "engine/server/static"
 NOBODY = {-4, -3, -2, -1}

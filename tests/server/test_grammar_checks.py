@@ -11,12 +11,12 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from engine.errors import RequestError
-from engine.server import grammar_worker
-from engine.server.grammar_checks import ChecksBusy, GrammarChecks
-from engine.server.grammars import tokenizer_json
-from experiments.benchmarks.under_attack import slow_patterns
-from experiments.correctness.random_constraints import GBNF
+from kvarena.engine.errors import RequestError
+from kvarena.engine.server import grammar_worker
+from kvarena.engine.server.grammar_checks import ChecksBusy, GrammarChecks
+from kvarena.engine.server.grammars import tokenizer_json
+from kvarena.experiments.benchmarks.under_attack import slow_patterns
+from kvarena.experiments.correctness.random_constraints import GBNF
 
 
 @pytest.fixture(scope="module")

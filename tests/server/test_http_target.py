@@ -14,14 +14,14 @@ import uvicorn
 from rich.console import Console
 from server_harness import KEY
 
-from engine.errors import ConfigError, EngineError
-from experiments.compose import load_config
-from experiments.entry import main
-from experiments.job import execute
-from experiments.load.http_metrics import read_gauges
-from reports.comparison import compare
-from reports.files import CLASSES, read_run
-from reports.terminal import run_table
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.experiments.compose import load_config
+from kvarena.experiments.entry import main
+from kvarena.experiments.job import execute
+from kvarena.experiments.load.http_metrics import read_gauges
+from kvarena.reports.comparison import compare
+from kvarena.reports.files import CLASSES, read_run
+from kvarena.reports.terminal import run_table
 
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "uniform", "arrival": "poisson"}
 LOAD = [

@@ -8,10 +8,10 @@ import pytest
 from pydantic import BaseModel, Field
 from transformers import AutoTokenizer
 
-from engine.errors import RequestError
-from engine.server.compiled import make_compiler
-from engine.server.grammars import to_grammar
-from engine.server.schemas import required_schema, schema_text, without_notes
+from kvarena.engine.errors import RequestError
+from kvarena.engine.server.compiled import make_compiler
+from kvarena.engine.server.grammars import to_grammar
+from kvarena.engine.server.schemas import required_schema, schema_text, without_notes
 
 
 class Address(BaseModel):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.compose import compose_cell
-from reports.__main__ import make_report
-from reports.errors import ReportError
-from reports.study import write_study_report
+from kvarena.experiments.compose import compose_cell
+from kvarena.reports.__main__ import make_report
+from kvarena.reports.errors import ReportError
+from kvarena.reports.study import write_study_report
 
 ROOT = Path(__file__).resolve().parents[2]
 
