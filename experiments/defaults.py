@@ -7,22 +7,20 @@ A resolver of OmegaConf: whoever reads the setting reads a plain value. `registe
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
-DEMO = PROJECT_ROOT / "models" / "demo"
+from kvarena.engine.checkpoints.directory import PACKAGE_ROOT, located
+
+DEMO = PACKAGE_ROOT / "experiments" / "models" / "demo"
 
 
 def is_small(path: str | None) -> bool:
     """Whether `model.path` names no directory of the user's: the embedded demo, or none at all (a shape)."""
     if path is None:
         return True
-    given = Path(str(path)).expanduser()
-    found = given if given.is_dir() else PROJECT_ROOT / given  # as the loader looks for it
-    return found.resolve() == DEMO
+    return located(path).resolve() == DEMO
 
 
 def _small_or(small: Any, other: Any, *, _root_: DictConfig) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,8 +23,10 @@ from kvarena.experiments.building.model_files import check_model
 from kvarena.experiments.compose import CONF_DIR
 from kvarena.experiments.explain import explain, own_error
 from kvarena.experiments.loading import say_loading
+from kvarena.experiments.ray_launcher import RayLauncher
 from kvarena.experiments.recording.failures import record_failure
 from kvarena.experiments.sweep import ENDED_SWEEP, outcome
+from kvarena.experiments.sweeper import KvarenaSweeper
 from kvarena.experiments.unserved import Unserved
 from kvarena.reports.plain_text import write_any_text
 
@@ -41,6 +44,8 @@ def main() -> int:
     exit_codes: list[int] = []
     started: list[bool] = []
     ENDED_SWEEP.set(None)
+    for plugin in (KvarenaSweeper, RayLauncher):
+        Plugins.instance().register(plugin)
 
     # Errors are taken in here where they can be: one that leaves the job makes Hydra print lines of its own.
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -48,6 +47,7 @@ from kvarena.experiments.recording.provenance import git_state, machine, peak_rs
 from kvarena.experiments.recording.recording import Recording, recording_warning
 from kvarena.experiments.recording.sources import sources_of
 from kvarena.experiments.recording.tracking import TrackedRun, Tracker, tracked_run
+from kvarena.experiments.targets import instantiate
 from kvarena.experiments.unserved import Unserved, why_unserved
 
 SCHEMA_VERSION = 1

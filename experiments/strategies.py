@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.errors import ConfigError
+from kvarena.experiments.targets import full_name, instantiate
 from kvarena.schedulers.base import Scheduler
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -40,7 +41,7 @@ def make_part(kind: type, config: Mapping[str, Any] | DictConfig, **arguments: A
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         if not str(error).startswith("Error locating target"):
-            _check_kind(kind, config["_target_"], get_object(config["_target_"]))
+            _check_kind(kind, config["_target_"], get_object(full_name(config["_target_"])))
         raise
     _check_kind(kind, config["_target_"], type(made))
     return made

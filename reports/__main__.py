@@ -1,4 +1,4 @@
-"""`python -m kvarena.reports DIR [DIR ...]`: make the report of a run, a sweep or an experiment again, or compare any runs."""
+"""`python -m kvarena.reports DIR [DIR ...]`: make a run's, sweep's or experiment's report again, or compare runs."""
 
 from __future__ import annotations
 

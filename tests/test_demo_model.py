@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvarena.experiments.models import train_demo
 
-DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
+DEMO = Path(__file__).resolve().parents[1] / "experiments" / "models" / "demo"
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """The best scores at S sampled positions, best first (`kvarena.engine.sampling.scores`), for whoever judges differences.
+    """The best scores at S sampled positions, best first (`engine/sampling/scores.py`), for whoever judges differences.
 
     Attributes:
         token_ids: int32 [S, K].

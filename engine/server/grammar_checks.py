@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import kvarena
 from kvarena.engine.errors import KvarenaError, RequestError
 from kvarena.engine.server.grammar_worker import BUSY, ToWorker
 from kvarena.engine.server.ipc import FrameDecoder, encode, socket_pair
@@ -21,7 +22,7 @@ MAX_JOBS = 1024
 _MAX_ANSWERS = 1024
 _MAX_ANSWER_CHARS = 16 << 20
 _WORKER = ToWorker.__module__
-_ROOT = str(Path(__file__).resolve().parents[_WORKER.count(".")])
+_ROOT = str(Path(kvarena.__file__).parent.parent)
 
 
 class ChecksBusy(KvarenaError):

@@ -1,4 +1,6 @@
-"""Useful tokens per second of this engine beside transformers' own generation: python -m kvarena.experiments.benchmarks.cpu
+"""Useful tokens per second of this engine beside transformers' own generation.
+
+    python -m kvarena.experiments.benchmarks.cpu
 
 One model, one list of requests, one process. The contestants take turns, round after round, so that a busy machine
 slows all of them alike; a ratio is the median over rounds of the ratio within a round. Useful tokens are those that

@@ -1,6 +1,6 @@
 """The engine on a GPU: throughput, decode steps, prefill, start-up, ablations, correctness. One JSON line per result.
 
-    python -m kvarena.experiments.benchmarks.engine --shape llama-3.1-8b --sections decode,offline --gemm gemm.json --out DIR
+    python -m kvarena.experiments.benchmarks.engine --shape llama-3.1-8b --sections decode,offline --out DIR
 
 Sections: `correct` (greedy tokens in float32 with every lever on and off), `logits` (bf16, against the modules),
 `offline` (a: 256 requests, output tokens/s), `decode` (b: (T(161) - T(33)) / 128 at batch 1, 32, 256), `ablate` (the

@@ -1,6 +1,6 @@
 """Searches launches of the skinny GEMM on a GPU, against the library's GEMM and the copy's bandwidth.
 
-    python -m kvarena.experiments.benchmarks.gemm --out gemm.json [--shape llama-3.1-8b --shape qwen3-0.6b] [--seconds 150]
+    python -m kvarena.experiments.benchmarks.gemm --out gemm.json [--shape llama-3.1-8b --shape qwen3-0.6b]
 
 Every product of a decode forward is timed with what is folded into it (norm, residual, silu(gate) * up), over enough
 copies of the weights that the L2 cache holds none. The library's time includes the kernels that the fold replaces.

@@ -43,7 +43,7 @@ from kvarena.experiments.gpu.shapes import SHAPES, offline_workload
 from kvarena.experiments.gpu.timing import require_cuda
 from kvarena.experiments.load.driver import drive
 from kvarena.experiments.output import Progress
-from kvarena.experiments.recording.provenance import PROJECT_ROOT, git_state, machine
+from kvarena.experiments.recording.provenance import git_state, machine
 from kvarena.experiments.recording.recording import Recording
 from kvarena.schedulers.continuous import ContinuousScheduler
 
@@ -146,7 +146,7 @@ def on_gpu(shape: str, num_slots: int) -> tuple[Bench, GpuMemory, torch.nn.Modul
 
 def on_cpu(shape: str) -> Bench:
     """The plain runner in float32 on the demo model or a small shape."""
-    source = {"path": str(PROJECT_ROOT / "models/demo")} if shape == "demo" else {"shape": SHAPES[shape]}
+    source = {"path": "models/demo"} if shape == "demo" else {"shape": SHAPES[shape]}
     model = load_model(**source, dtype="float32", device="cpu", load_format="auto" if shape == "demo" else "dummy")
     spec = model.spec
     num_blocks = 256 * 12

@@ -6,7 +6,8 @@ makes a directory of the Qwen3-0.6B shape with random weights, runs every level 
 `kvarena.experiments.benchmarks.stream_load` in-process (the same prompts, the same closed loop, no web front), then
 starts `kvarena serve` and runs the levels over HTTP, and prints JSON lines: one per part and level, then per level the
 served share. `--load-script FILE` uses another load program with stream_load's flags and lines. Flags after `--` go to
-`kvarena serve`, and to the in-process engine. A run fails when a request does; a bar that is missed is printed and does not fail it.
+`kvarena serve`, and to the in-process engine. A run fails when a request does; a bar that is missed is printed and does
+not fail it.
 """
 
 from __future__ import annotations

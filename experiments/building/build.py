@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig
 
@@ -47,6 +46,7 @@ from kvarena.experiments.building.shared import PreparedRunner, SharedParts
 from kvarena.experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SamplingConfig
 from kvarena.experiments.load.driver import ClosedLoop
 from kvarena.experiments.simulation.build import build_simulated_engine
+from kvarena.experiments.targets import instantiate
 from kvarena.experiments.workloads.base import WorkloadItem
 
 CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is

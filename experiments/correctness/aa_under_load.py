@@ -1,6 +1,6 @@
 """How often identical cells are told apart on a machine that is busy on purpose: `experiment=aa_test`, many times.
 
-    python -m kvarena.experiments.correctness.aa_under_load --tries 20 --out DIR     # 20 tries with load, then one without
+    python -m kvarena.experiments.correctness.aa_under_load --tries 20 --out DIR  # 20 tries with load, then one without
     python -m kvarena.experiments.correctness.aa_under_load --jobs 4 --processes 8   # on many cores: four tries at once
 
 Load: processes that compute for a while and pause for a while, both drawn anew each time, so that the machine's speed

@@ -1,6 +1,6 @@
 """Every causal language model class of transformers: the engine's greedy tokens are transformers' own, or it refuses.
 
-    python -m kvarena.experiments.correctness.model_classes [--jobs 2] [--only llama qwen2_moe ...] [--write docs/models.md]
+    python -m kvarena.experiments.correctness.model_classes [--jobs 2] [--only llama ...] [--write docs/models.md]
 
 Of each class a small random checkpoint (`small_configs.py`) is written, loaded as any other, and run in fp32 in three
 settings: `paged x continuous` in a pool that preempts, `contiguous x static`, `paged_prefix x chunked` with prompts

@@ -1,6 +1,6 @@
 """Do two versions of this code decide, compute and report the same? Twenty cells, recorded and compared.
 
-    python -m kvarena.experiments.correctness.same_results record OLD --root CHECKOUT   # of another version, by its own run.py
+    python -m kvarena.experiments.correctness.same_results record OLD --root CHECKOUT  # of another version
     python -m kvarena.experiments.correctness.same_results record NEW
     python -m kvarena.experiments.correctness.same_results compare OLD NEW
 

@@ -1,6 +1,6 @@
 """One cell measured on a GPU machine that has neither Hydra nor pyarrow, as plain values.
 
-Imports torch, transformers, Triton and numpy. `kvarena.experiments.simulation.recordings` makes run folders of the values.
+Imports torch, transformers, Triton and numpy. `simulation/recordings.py` makes run folders of the values.
 """
 
 from __future__ import annotations

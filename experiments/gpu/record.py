@@ -1,7 +1,7 @@
 """Records runs on a GPU that the simulator is calibrated from and judged by (docs/simulator.md):
 
     python -m kvarena.experiments.gpu.record measure --out DIR                 # on the GPU machine: two files per shape
-    python -m kvarena.experiments.gpu.record keep DIR TARGET --commit HASH     # packed tightly, as the repository keeps them
+    python -m kvarena.experiments.gpu.record keep DIR TARGET --commit HASH     # packed, as the repository keeps them
     python -m kvarena.experiments.gpu.record folders TARGET RUNS               # run folders of their cells
 
 The cells are those of `kvarena.experiments.gpu.calibration_cells`, per shape (dummy weights, bf16, fused runner with

@@ -3,7 +3,7 @@
 Git does not answer that: a new file is untracked, a class may lie outside the checkout, a wheel has no history. So the
 sources themselves are hashed, as this process found them when it first asked.
 
-    engine, experiments, hydra_plugins   all of it, for every cell
+    engine, experiments                  all of it, for every cell
     allocators, schedulers               the files that the cell's own strategy imports, one by another
     any other `_target_` of the config   its file, and what it imports from beside it
     reports                              apart: it changes what is printed, not what was measured
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-SHARED_PACKAGES = ("engine", "experiments", "hydra_plugins")
+PACKAGE = "kvarena"
+SHARED_PACKAGES = ("engine", "experiments")
 STRATEGY_PACKAGES = ("allocators", "schedulers")
 REPORTS_PACKAGE = "reports"
 SUFFIXES = (".py", ".cu")
@@ -83,7 +84,7 @@ def _input_path(key: str, value: str) -> Path | None:
     if not value or "\0" in value or (key.rsplit(".", 1)[-1] not in INPUT_KEYS and "/" not in value):
         return None
     given = Path(value)
-    candidates = [given, PROJECT_ROOT / given]
+    candidates = [given, PROJECT_ROOT / given, PROJECT_ROOT / "experiments" / given]
     if key == "runner.profile":
         candidates.append(PROJECT_ROOT / "conf" / "profile" / f"{value}.yaml")
     for path in candidates:
@@ -172,7 +173,7 @@ def _find(target: str, root: Path) -> tuple[Path, tuple[Path, ...]] | None:
 
 def _module_file(name: str, root: Path) -> Path | None:
     """The file of the module that a dotted name lies in: its longest prefix that is one."""
-    parts = name.split(".")
+    parts = name.removeprefix(f"{PACKAGE}.").split(".")
     for count in range(len(parts), 0, -1):
         base = root.joinpath(*parts[:count])
         for path in (base.with_name(f"{base.name}.py"), base / "__init__.py"):

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.compose import CONF_DIR
 
-RECORDED = CONF_DIR.parent / "docs" / "results" / "h100-figure18"
+RECORDED = Path(__file__).parent / "h100_figure18"
 KERNEL_LINES = RECORDED / "kernels.jsonl"
 SWAP_LINES = RECORDED / "swaps.jsonl"
 
@@ -19,13 +18,11 @@ def read_lines(path: str | None, recorded: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file.
 
     Args:
-        path: a user's own; None takes `recorded`, and nothing where that is not there (an installation without docs).
+        path: a user's own; None takes `recorded`.
 
     Raises:
         ConfigError: `path` cannot be read, or a line is not a JSON object.
     """
-    if path is None and not recorded.is_file():
-        return []
     source = Path(path) if path is not None else recorded
     try:
         lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]

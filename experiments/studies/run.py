@@ -10,7 +10,6 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -24,6 +23,7 @@ from kvarena.experiments.recording.files import MANIFEST_FILE, STUDY_FILE
 from kvarena.experiments.recording.provenance import git_state, machine, versions
 from kvarena.experiments.studies.base import Study
 from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.targets import instantiate
 from kvarena.reports.files import read_json
 from kvarena.reports.study_claims import tally
 

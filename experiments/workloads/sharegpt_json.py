@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from kvarena.engine.checkpoints.directory import PROJECT_ROOT
+from kvarena.engine.checkpoints.directory import PACKAGE_ROOT
 from kvarena.engine.errors import ConfigError, TraceError
 from kvarena.experiments.workloads.base import LengthTable, Workload
 from kvarena.experiments.workloads.checks import check_bool, check_int
@@ -140,7 +140,11 @@ class ShareGPTJsonWorkload(Workload):
         from tokenizers import Tokenizer
 
         # As model.path is looked for, from which the default comes: here, else in the project's root.
-        found = [path for path in (self._tokenizer_path, PROJECT_ROOT / self._tokenizer_path) if path.exists()]
+        found = [
+            path
+            for path in (self._tokenizer_path, PACKAGE_ROOT / "experiments" / self._tokenizer_path)
+            if path.exists()
+        ]
         path = found[0] if found else self._tokenizer_path
         file = path / "tokenizer.json" if path.is_dir() else path
         try:

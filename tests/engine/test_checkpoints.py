@@ -34,7 +34,7 @@ ALPHABET = "abcdefg the of  ABC.,<>\n\té漢字😀\u2581"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = write_checkpoint(tmp_path_factory.mktemp("llama"))
-    shutil.copy("models/demo/tokenizer.json", directory)
+    shutil.copy("experiments/models/demo/tokenizer.json", directory)
     return directory
 
 
@@ -60,7 +60,7 @@ def configure(directory: Path, **fields) -> None:
 
 def test_a_whole_directory_is_fine(whole):
     assert check_checkpoint(whole, tokenizer=True) == whole.resolve()
-    assert check_checkpoint("models/demo", tokenizer=True) == ROOT / "models" / "demo"
+    assert check_checkpoint("models/demo", tokenizer=True) == ROOT / "experiments" / "models" / "demo"
 
 
 @pytest.mark.parametrize(

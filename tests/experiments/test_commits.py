@@ -29,7 +29,7 @@ def checkout(tmp_path):
     (root / "README.md").write_text("x\n")
     commit()
     for value in (1, 2):
-        for package in ("engine", "experiments", "hydra_plugins"):
+        for package in ("engine", "experiments"):
             (root / package).mkdir(exist_ok=True)
             (root / package / "code.py").write_text(f"VALUE = {value}\n")
         (root / "allocators" / "mine.py").write_text("class Mine: pass\n")

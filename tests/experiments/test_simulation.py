@@ -41,7 +41,7 @@ def test_a_directory_is_traced_again_when_it_is_another_one(tmp_path, monkeypatc
     calls = []
     trace = sizes_module.trace_attention
     monkeypatch.setattr(sizes_module, "trace_attention", lambda *args: calls.append(args) or trace(*args))
-    for file in Path("models/demo").glob("*.json"):
+    for file in Path("experiments/models/demo").glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     first = model_sizes(tmp_path)
     assert model_sizes(tmp_path) is first and len(calls) == 1

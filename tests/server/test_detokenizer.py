@@ -21,7 +21,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def demo():
-    return AutoTokenizer.from_pretrained("models/demo")
+    return AutoTokenizer.from_pretrained("experiments/models/demo")
 
 
 def _byte_fallback_tokenizer():

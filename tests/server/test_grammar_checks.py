@@ -21,7 +21,7 @@ from kvarena.experiments.correctness.random_constraints import GBNF
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    loaded = AutoTokenizer.from_pretrained("models/demo")
+    loaded = AutoTokenizer.from_pretrained("experiments/models/demo")
     return tokenizer_json(loaded), len(loaded), [loaded.eos_token_id]
 
 

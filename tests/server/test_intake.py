@@ -23,7 +23,7 @@ HANDLES = itertools.count(1)
 
 @pytest.fixture(scope="module")
 def compiler():
-    tokenizer = AutoTokenizer.from_pretrained("models/demo")
+    tokenizer = AutoTokenizer.from_pretrained("experiments/models/demo")
     return make_compiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
 
 

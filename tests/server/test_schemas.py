@@ -54,7 +54,7 @@ RECURSIVE = {
 
 @pytest.fixture(scope="module")
 def accepts():
-    tokenizer = AutoTokenizer.from_pretrained("models/demo")
+    tokenizer = AutoTokenizer.from_pretrained("experiments/models/demo")
     compile_grammar = make_compiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
 
     def check(schema, value):

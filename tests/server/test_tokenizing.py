@@ -15,7 +15,7 @@ CONTEXT = 512
 
 @pytest.fixture
 def service(monkeypatch):
-    made = TokenizerService(str(ROOT / "models" / "demo"))
+    made = TokenizerService(str(ROOT / "experiments" / "models" / "demo"))
     made.given = []
     encode = made._encode
 

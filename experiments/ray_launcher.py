@@ -1,6 +1,6 @@
-"""A sweep's cells as tasks of a Ray cluster; `kvarena.experiments.ray_cells` does the work.
+"""A sweep's cells as tasks of a Ray cluster; `ray_cells.py` does the work.
 
-Hydra loads every plugin at each start, before it has read the command line: nothing is imported here that takes time.
+Hydra has every plugin before it has read the command line: nothing is imported here that takes time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ class RayLauncher(Launcher):
         num_cpus: CPUs that each cell asks for, above 0.
         num_gpus: GPUs that each cell asks for, at least 0.
     """
+
+    # Hydra takes plugins of the package `hydra_plugins` alone; registered (`entry.py`), they may live anywhere.
+    __module__ = "hydra_plugins.kvarena"
 
     def __init__(self, address: str, num_cpus: float, num_gpus: float) -> None:
         super().__init__()

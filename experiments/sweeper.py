@@ -1,6 +1,6 @@
-"""A sweep: cells in folders of their own names, in rounds, and one comparison; `kvarena.experiments.sweep` does the work.
+"""A sweep: cells in folders of their own names, in rounds, and one comparison; `sweep.py` does the work.
 
-Hydra loads every plugin at each start, before it has read the command line: nothing is imported here that takes time.
+Hydra has every plugin before it has read the command line: nothing is imported here that takes time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ class KvarenaSweeper(Sweeper):
     Args:
         params: overrides that go before those of the command line, swept or not.
     """
+
+    # Hydra takes plugins of the package `hydra_plugins` alone; registered (`entry.py`), they may live anywhere.
+    __module__ = "hydra_plugins.kvarena"
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         super().__init__()
