@@ -22,13 +22,6 @@ def located(path: str | Path) -> Path:
     return shipped if shipped.exists() and not given.exists() else given
 
 
-def located(path: str | Path) -> Path:
-    """What `path` names: a file or folder of the working directory, else one that comes with the project."""
-    given = Path(path).expanduser()
-    shipped = PACKAGE_ROOT / "experiments" / given
-    return shipped if shipped.exists() and not given.exists() else given
-
-
 def resolve_directory(path: str | Path) -> Path:
     """The model directory that `path` names: relative to the working directory, else one that comes with the project.
 

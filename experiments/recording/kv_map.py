@@ -24,6 +24,8 @@ import numpy as np
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.core import StepOutput
 from kvarena.engine.request import Request
+from kvarena.experiments.recording.columns import described
+from kvarena.experiments.recording.files import KV_MAP_FILE
 
 MAX_SNAPSHOTS = 400
 MAX_CELLS = 4096
@@ -247,4 +249,4 @@ class KVMapRecorder:
             values = (snapshot.step, snapshot.time, owner, filled, self._stride, *counts)
             for name, value in zip(schema.names, values, strict=True):
                 columns[name].append(value)
-        pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")
+        pq.write_table(described(pa.table(columns, schema=schema), KV_MAP_FILE), path, compression="zstd")

@@ -15,7 +15,9 @@ from kvarena.engine.core import StepOutput
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import FinishReason, Request
 from kvarena.engine.runner.step_time import step_features
+from kvarena.experiments.recording.columns import described, described_schema
 from kvarena.experiments.recording.decisions import decision_hash
+from kvarena.experiments.recording.files import REQUESTS_FILE, STEPS_FILE
 from kvarena.experiments.recording.request_log import LISTS, REQUEST_COLUMNS, RequestLog
 from kvarena.experiments.recording.token_times import TokenTimes
 
@@ -213,7 +215,8 @@ def _write_requests(path: Path, chunks: Iterable[Mapping[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, _arrow_type(kind)) for name, kind in REQUEST_COLUMNS.items()])
+    plain = pa.schema([(name, _arrow_type(kind)) for name, kind in REQUEST_COLUMNS.items()])
+    schema = described_schema(plain, REQUESTS_FILE)
     with pq.ParquetWriter(path, schema) as writer:
         for columns in chunks:
             arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in schema]
@@ -225,7 +228,7 @@ def write_steps(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table(dict(columns)), path)
+    pq.write_table(described(pa.table(dict(columns)), STEPS_FILE), path)
 
 
 def _arrow_type(kind: str) -> pa.DataType:

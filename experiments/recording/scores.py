@@ -11,6 +11,8 @@ import numpy as np
 
 from kvarena.engine.core import StepOutput
 from kvarena.engine.request import Request
+from kvarena.experiments.recording.columns import described
+from kvarena.experiments.recording.files import SCORES_FILE
 
 
 class ScoreLog:
@@ -44,4 +46,4 @@ class ScoreLog:
             "token_ids": pa.array([np.concatenate(self._token_ids[req]) for req in requests], pa.list_(pa.int32())),
             "values": pa.array([np.concatenate(self._values[req]) for req in requests], pa.list_(pa.float64())),
         }
-        pq.write_table(pa.table(columns), path)
+        pq.write_table(described(pa.table(columns), SCORES_FILE), path)
