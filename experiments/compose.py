@@ -11,6 +11,7 @@ from hydra.core.singleton import Singleton
 from omegaconf import DictConfig, open_dict
 
 from kvarena.experiments import defaults
+from kvarena.experiments.outside import offer_installed
 
 defaults.register()
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
@@ -40,6 +41,7 @@ def compose_cell(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
 
 def _compose(overrides: Sequence[str], *, with_hydra: bool) -> DictConfig:
     # A job that runs under Hydra composes configs of its own: what Hydra keeps for that job stays as it is.
+    offer_installed(overrides)
     state = Singleton.get_state()
     GlobalHydra.instance().clear()
     try:

@@ -23,6 +23,7 @@ from kvarena.experiments.building.model_files import check_model
 from kvarena.experiments.compose import CONF_DIR
 from kvarena.experiments.explain import explain, own_error
 from kvarena.experiments.loading import say_loading
+from kvarena.experiments.outside import offer_installed
 from kvarena.experiments.ray_launcher import RayLauncher
 from kvarena.experiments.recording.failures import record_failure
 from kvarena.experiments.sweep import ENDED_SWEEP, outcome
@@ -89,6 +90,7 @@ def main() -> int:
         return outcome(folder)
 
     try:
+        offer_installed(sys.argv[1:])
         job()
     except Exception as error:
         message = explain(error, sys.argv[1:])

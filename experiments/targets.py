@@ -8,7 +8,7 @@ would be two, and an error of the one would not be an error of the other.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from os.path import realpath
 from typing import Any
@@ -19,6 +19,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 import kvarena
 from kvarena.engine.errors import ConfigError
 
+# Classes and functions of whoever runs this process, by the name that a config gives them (`outside.py`).
+CALLERS: dict[str, Callable[..., Any]] = {}
 FOLDERS = ("engine", "allocators", "schedulers", "experiments", "reports")
 
 
@@ -68,7 +70,7 @@ def _named(value: Any) -> Any:
     if isinstance(value, dict | DictConfig):
         renamed = {key: _named(inner) for key, inner in value.items()}
         if isinstance(target := renamed.get("_target_"), str):
-            renamed["_target_"] = full_name(target)
+            renamed["_target_"] = CALLERS.get(target) or full_name(target)
         return renamed
     if isinstance(value, list | ListConfig):
         return [_named(inner) for inner in value]

@@ -18,6 +18,18 @@ def record_failure(message: str, *, not_defined: bool) -> None:
         not_defined: its settings mean nothing together.
     """
     hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
-    path = Path(hydra.runtime.output_dir) / ERROR_FILE
-    path.write_text(json.dumps({"overrides": overrides, "error": message, "not_defined": not_defined}) + "\n")
+    write_failure(Path(hydra.runtime.output_dir), list(hydra.overrides.task), message, not_defined=not_defined)
+
+
+def write_failure(folder: Path, overrides: list[str], message: str, *, not_defined: bool) -> None:
+    """The same of a cell outside of a Hydra job.
+
+    Args:
+        folder: the cell's.
+        overrides: what made it.
+        message: why it did not run.
+        not_defined: its settings mean nothing together.
+    """
+    (folder / ERROR_FILE).write_text(
+        json.dumps({"overrides": overrides, "error": message, "not_defined": not_defined}) + "\n"
+    )

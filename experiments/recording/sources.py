@@ -23,6 +23,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kvarena.experiments.outside import sources_of_callers, with_bases
+
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "kvarena"
 SHARED_PACKAGES = ("engine", "experiments")
@@ -51,7 +53,9 @@ def sources_of(config: dict[str, Any], root: Path = PROJECT_ROOT) -> dict[str, A
         `hash` over all; `packages` (a digest each) and `strategy` (a digest of each file).
     """
     packages = {name: package_digest(name, root) for name in SHARED_PACKAGES}
-    strategy = dict(sorted(_strategy_files(frozenset(_targets(config)), root)))
+    targets = with_bases(_targets(config))
+    callers = {name: _hash([text.encode()]) for name, text in sources_of_callers(targets).items()}
+    strategy = dict(sorted((dict(_strategy_files(targets, root)) | callers).items()))
     return {"hash": digest([packages, strategy]), "packages": packages, "strategy": strategy}
 
 
