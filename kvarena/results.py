@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
 
 from kvarena.engine.errors import KvarenaError
 from kvarena.experiments.recording.columns import SCHEMA_VERSION, VERSION_KEY
@@ -46,6 +47,7 @@ LATENCIES = {
     "normalized_latency": "normalized_latency_seconds_per_token",
 }
 Answer = TypeVar("Answer")
+Typed = TypeVar("Typed", bound=BaseModel)
 
 
 def _reading(read: Callable[..., Answer]) -> Callable[..., Answer]:
@@ -78,6 +80,16 @@ class _Folder:
             self.folder / SUMMARY_FILE, {"headline": "text"}, f"make it again: kvarena report {self.folder}"
         )
         return summary
+
+    def _typed(self, kind: type[Typed]) -> Typed:
+        try:
+            return kind.model_validate(self._summary)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise KvarenaError(
+                f"{self.folder / SUMMARY_FILE}: {where}: {first['msg']}; make it again: kvarena report {self.folder}"
+            ) from None
 
     def _repr_html_(self) -> str:
         """The report's page, in a frame of its own; the headline where the run wrote no page."""
@@ -118,7 +130,7 @@ class Result(_Folder):
     @cached_property
     def summary(self) -> RunSummary:
         """summary.json: every number of the report."""
-        return RunSummary.model_validate(self._summary)
+        return self._typed(RunSummary)
 
     @cached_property
     def requests(self) -> pd.DataFrame:
@@ -235,7 +247,7 @@ class Comparison(_Runs):
     @cached_property
     def summary(self) -> ComparisonSummary:
         """summary.json of the comparison: cells over their repeats, verdicts, costs."""
-        return ComparisonSummary.model_validate(self._summary)
+        return self._typed(ComparisonSummary)
 
     @cached_property
     def cells(self) -> pd.DataFrame:
@@ -263,7 +275,7 @@ class Experiment(_Runs):
     @cached_property
     def summary(self) -> ExperimentSummary:
         """summary.json of the study: its claims, and how many of them hold."""
-        return ExperimentSummary.model_validate(self._summary)
+        return self._typed(ExperimentSummary)
 
 
 def load(folder: str | Path) -> Result | Comparison | Experiment:

@@ -77,8 +77,9 @@ def run(
         KvarenaError: a bad setting or a failed run, in one line.
     """
     with one_line_errors():
-        made = as_overrides({"allocator": allocator, "scheduler": scheduler, **settings})
-        cfg, choices = compose_cell([QUIET, *made, *overrides])
+        made = [*as_overrides({"allocator": allocator, "scheduler": scheduler, **settings}), *overrides]
+        check_ours(made)
+        cfg, choices = compose_cell([QUIET, *made])
         _check_one(cfg)
         return _run(cfg, choices, _place(folder, "outputs"))
 
@@ -114,9 +115,10 @@ def sweep(
     from kvarena.experiments.sweep_plan import make_plan
 
     with one_line_errors():
+        made = [*as_overrides({"allocator": allocator, "scheduler": scheduler, **settings}, swept=True), *overrides]
+        check_ours(made)
         place = _place(folder, "multirun")
-        made = as_overrides({"allocator": allocator, "scheduler": scheduler, **settings}, swept=True)
-        made = [QUIET, *made, *overrides, *as_overrides({"hydra.sweep.dir": str(place)})]
+        made = [QUIET, *made, *as_overrides({"hydra.sweep.dir": str(place)})]
         offer_installed(made)
         before = Singleton.get_state()
         GlobalHydra.instance().clear()
@@ -136,6 +138,16 @@ def sweep(
         finally:
             Singleton.set_state(before)
         return _compare(plan, config, place)
+
+
+def check_ours(overrides: Sequence[str]) -> None:
+    """See that nothing is asked of Hydra's command line, which is not there. Raises ConfigError."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
+            raise ConfigError(
+                f"{key} is the command line's (run.py); from Python give folder=..., and cells run in this process"
+            )
 
 
 def _check_one(cfg: DictConfig) -> None:
@@ -203,7 +215,7 @@ def _compare(plan: Plan, config: DictConfig, place: Path) -> Comparison:
             raise KvarenaError(f"no cell of the sweep ran: {reasons[0]}")
         write_comparison(place)
     for entry in left_out:
-        warnings.warn(f"{entry['name']}: {entry['error']}", stacklevel=4)
+        warnings.warn(f"{entry['name']}: {entry['error']}", stacklevel=3)
     return Comparison(place)
 
 

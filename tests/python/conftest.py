@@ -1,7 +1,5 @@
 """One small simulated sweep for all tests of this folder, in a folder of its own."""
 
-import os
-
 import pytest
 from strategies import OwnAllocator
 
@@ -9,7 +7,7 @@ import kvarena
 
 SIMULATED = {
     "runner": "simulated", "model": "qwen3-0.6b-shape", "engine": {"dtype": "bfloat16"}, "workload": "lognormal",
-    "workload.num_requests": 5,
+    "workload.num_requests": 5, "report": {"pages": False},
 }  # fmt: skip
 
 
@@ -21,15 +19,17 @@ def own_folder(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def simulated():
     """Settings of a cell that takes a moment."""
-    return SIMULATED | {"report": {"pages": False}}
+    return SIMULATED
 
 
 @pytest.fixture(scope="session")
 def comparison(tmp_path_factory):
     """A strategy of the caller's own beside a registered one, with two seeds."""
-    before, folder = os.getcwd(), tmp_path_factory.mktemp("sweep")
-    os.chdir(folder)
-    try:
-        yield kvarena.sweep(allocator=["paged", OwnAllocator], folder=folder, **SIMULATED | {"workload.seed": [0, 1]})
-    finally:
-        os.chdir(before)
+    folder = tmp_path_factory.mktemp("sweep")
+    return kvarena.sweep(["paged", OwnAllocator], folder=folder, **SIMULATED | {"workload.seed": [0, 1]})
+
+
+@pytest.fixture(scope="session")
+def with_page(tmp_path_factory):
+    """A run that wrote its page."""
+    return kvarena.run(folder=tmp_path_factory.mktemp("run"), **SIMULATED | {"report": {"pages": True}})

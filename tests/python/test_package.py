@@ -1,5 +1,6 @@
 """`import kvarena`: fast, with every name that it promises."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,3 +22,13 @@ def test_every_name_is_there():
     assert {"run", "sweep", "load", "LLM", "SamplingParams", "Result", "Comparison"} <= set(kvarena.__all__)
     assert all(getattr(kvarena, name) is not None for name in kvarena.__all__)
     assert set(kvarena.__all__) <= set(dir(kvarena)) and not hasattr(kvarena, "no_such_name")
+
+
+def test_nothing_below_imports_the_door():
+    """The package's own modules stand above the folders: nothing in these may need them."""
+    door = {path.stem for path in (ROOT / "kvarena").glob("*.py")} - {"__init__", "__main__"}
+    assert {"running", "results", "llm"} <= door
+    pattern = re.compile(rf"from kvarena(?:\.| import )(?:{'|'.join(door)})\b|import kvarena\.(?:{'|'.join(door)})\b")
+    folders = ("engine", "allocators", "schedulers", "experiments", "reports")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 200 and not [path for path in files if pattern.search(path.read_text())]

@@ -14,14 +14,14 @@ from kvarena.reports.study import write_study_report
 LATENCIES = {"ttft": "ttft_seconds", "tpot": "tpot_seconds", "e2e": "e2e_seconds", "queue_time": "queue_time_seconds"}
 
 
-def test_latencies_are_those_of_the_report(comparison):
-    for result in comparison.results:
+def test_latencies_are_those_of_the_report(comparison, with_page):
+    for result in (*comparison.results, with_page):
         written = json.loads((result.folder / "summary.json").read_text())
         for column, key in LATENCIES.items():
             assert np.nanpercentile(result.requests[column], 99) == written[key]["p99"]
             assert result.requests[column].mean() == pytest.approx(written[key]["mean"], rel=1e-12)
             assert getattr(result.summary, key).p99 == written[key]["p99"]
-        assert list(result.requests["e2e"]) == list(pd.read_csv(result.folder / "requests.csv")["e2e_seconds"])
+    assert list(with_page.requests["e2e"]) == list(pd.read_csv(with_page.folder / "requests.csv")["e2e_seconds"])
 
 
 def test_a_typed_summary_has_the_keys_that_are_written_and_no_other(comparison):
@@ -70,15 +70,15 @@ def test_load_gives_the_same_from_any_folder(comparison, tmp_path):
     assert experiment.summary.num_claims == 0 and "<iframe" in experiment._repr_html_()
 
 
-def test_a_notebook_shows_the_page(comparison):
-    page = comparison[0]._repr_html_()
+def test_a_notebook_shows_the_page(comparison, with_page):
+    page = with_page._repr_html_()
     assert page.startswith("<iframe srcdoc=") and "&lt;svg" in page and page.count("<") == 2
     assert "paged × continuous" in comparison._repr_html_()
     assert repr(comparison[0]).count("\n") == 0 and comparison[0].summary.headline in repr(comparison[0])
 
 
-def test_without_a_page_there_is_the_headline(simulated):
-    result = kvarena.run(**simulated)
+def test_without_a_page_there_is_the_headline(comparison):
+    result = comparison[0]
     assert result.summary.headline.split(" served")[0] in result._repr_html_()
 
 
@@ -104,6 +104,7 @@ def test_what_was_not_recorded_is_a_line(simulated, record, frames, missing):
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (lambda folder: (folder / "steps.parquet").write_bytes(b"PAR1"), "steps.parquet cannot be read"),
         (lambda folder: (folder / "summary.json").unlink(), "kvarena report"),
+        (lambda folder: (folder / "summary.json").write_text('{"headline": "x"}'), "Field required; make it again"),
     ],
 )
 def test_a_damaged_folder_is_a_line(comparison, tmp_path, damage, line):

@@ -105,6 +105,7 @@ def test_a_class_that_was_defined_anew_is_other_code(simulated, tmp_path):
         ({"experiment": "vattention"}, "python run.py experiment=NAME"),
         ({"sweep.rounds": 2}, "use kvarena.sweep"),
         ({"report.baseline": "paged"}, "use kvarena.sweep"),
+        ({"overrides": ["hydra.run.dir=x"]}, "hydra.run.dir is the command line's"),
         ({"folder": "file/in/the/way"}, "give another one"),
     ],
 )
@@ -131,13 +132,9 @@ def test_a_cell_that_fails_is_left_out_with_a_warning(simulated):
         kvarena.sweep(Broken, **simulated)
 
 
-def test_a_sweep_goes_on_where_it_was(comparison):
+def test_a_sweep_goes_on_where_it_was(comparison, simulated):
     times = [(result.folder / "cell.json").stat().st_mtime_ns for result in comparison.results]
-    again = kvarena.sweep(
-        ["paged", OwnAllocator], folder=comparison.folder, runner="simulated", model="qwen3-0.6b-shape",
-        engine={"dtype": "bfloat16"}, workload="lognormal",
-        **{"workload.num_requests": 5, "workload.seed": [0, 1]},
-    )  # fmt: skip
+    again = kvarena.sweep(["paged", OwnAllocator], folder=comparison.folder, **simulated | {"workload.seed": [0, 1]})
     assert [(result.folder / "cell.json").stat().st_mtime_ns for result in again.results] == times
 
 
@@ -145,6 +142,7 @@ def test_a_sweep_goes_on_where_it_was(comparison):
     ("settings", "line"),
     [
         ({"workload.seed": []}, "sweeps over nothing"),
+        ({"hydra/launcher": "joblib"}, "hydra/launcher is the command line's"),
         ({"sweep.rounds": [1, 2]}, "holds for a whole sweep"),
         ({"allocator": [type("Twin", (OwnAllocator,), {}), type("Twin", (OwnAllocator,), {})]}, "rename one"),
     ],
