@@ -10,11 +10,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.plugins.plugin import Plugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -45,8 +47,7 @@ def main() -> int:
     exit_codes: list[int] = []
     started: list[bool] = []
     ENDED_SWEEP.set(None)
-    for plugin in (KvarenaSweeper, RayLauncher):
-        Plugins.instance().register(plugin)
+    _register(KvarenaSweeper, RayLauncher)
 
     # Errors are taken in here where they can be: one that leaves the job makes Hydra print lines of its own.
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
@@ -136,6 +137,17 @@ def _announcer(cfg: DictConfig) -> Callable[[str], None]:
             print(f"{hydra.job.name}{text}", file=sys.stderr, flush=True)
 
     return say
+
+
+def _register(*plugins: type[Plugin]) -> None:
+    """Make our plugins known to Hydra, which looks their classes up by the names that the config gives them."""
+    module = ModuleType(KvarenaSweeper.__module__)
+    known = Plugins.instance()  # imports `hydra_plugins` where there is one
+    for plugin in plugins:
+        setattr(module, plugin.__name__, plugin)
+        known.register(plugin)
+    sys.modules.setdefault(module.__name__.partition(".")[0], ModuleType("hydra_plugins"))
+    sys.modules[module.__name__] = module
 
 
 def _check_baseline(cfg: DictConfig) -> None:

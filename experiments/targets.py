@@ -39,6 +39,11 @@ def instantiate(config: DictConfig | Mapping[str, Any] | None, **arguments: Any)
     return made
 
 
+def made_by_caller(caller: str, **options: Any) -> Any:
+    """What the class or function that CALLERS has as `caller` makes of its options."""
+    return CALLERS[caller](**options)
+
+
 def full_name(target: str) -> str:
     """`target` with the package's name in front where it names a module of ours without."""
     head, _, rest = target.partition(".")
@@ -70,7 +75,9 @@ def _named(value: Any) -> Any:
     if isinstance(value, dict | DictConfig):
         renamed = {key: _named(inner) for key, inner in value.items()}
         if isinstance(target := renamed.get("_target_"), str):
-            renamed["_target_"] = CALLERS.get(target) or full_name(target)
+            renamed["_target_"] = full_name(target)
+            if target in CALLERS:  # Hydra takes names alone, and a notebook's class is nowhere to be found by one
+                renamed |= {"_target_": f"{__name__}.made_by_caller", "caller": target}
         return renamed
     if isinstance(value, list | ListConfig):
         return [_named(inner) for inner in value]

@@ -46,7 +46,7 @@ from kvarena.experiments.config import check_values
 from kvarena.experiments.outside import offer
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
 from kvarena.experiments.serving.serve import build_served_engine
-from kvarena.running import check_ours, one_line_errors
+from kvarena.running import check_given, check_ours, one_line_errors
 from kvarena.settings import Strategy, as_overrides
 
 # Flags of `kvarena serve` that are about the engine and its texts, by their names as Python arguments.
@@ -275,6 +275,7 @@ class LLM:
             made = [*overrides_of(parse_flags(flags)), *as_overrides(settings), *overrides]
             check_ours(made)
             cfg, choices = compose_cell(made)
+            check_given(cfg)
             self._config = ServerConfig.from_dict(OmegaConf.to_container(cfg.server, resolve=True))  # type: ignore[arg-type]
             check_values(cfg)
             directory = check_model(cfg, tokenizer=True)

@@ -150,8 +150,15 @@ def check_ours(overrides: Sequence[str]) -> None:
             )
 
 
+def check_given(cfg: DictConfig) -> None:
+    """See that every option without a default was given. Raises ConfigError."""
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ConfigError(f"{missing[0]} has no default; give it a value")
+
+
 def _check_one(cfg: DictConfig) -> None:
     """See that a config is one run's."""
+    check_given(cfg)
     if cfg.mode != "run":
         raise ConfigError(
             f"mode={cfg.mode} is the command line's (kvarena serve); kvarena.LLM generates in this process"

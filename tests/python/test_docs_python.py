@@ -37,7 +37,8 @@ def test_no_paragraph_is_a_table_in_disguise():
     assert max(map(len, cells + paragraphs)) <= 400
 
 
-def test_the_notebook_runs():
+def test_the_notebook_runs(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(DOCS.parent))  # of the kernel
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": "."}}).execute()

@@ -44,7 +44,7 @@ def installed(tmp_path_factory):
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, folder / "tree" / file)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", ".", "tree"], folder)
+    run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", ".", "./tree"], folder)
     [wheel] = folder.glob("*.whl")
     run([*pip, "install", "--no-deps", "--target", "site", wheel.name], folder)
     return folder / "site"
