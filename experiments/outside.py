@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import inspect
 import re
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -47,7 +47,7 @@ def offer(group: str, strategy: Callable[..., Any]) -> str:
     Raises:
         ConfigError: it cannot be called, has no name, or one that a file of conf has.
     """
-    name = getattr(strategy, "__name__", None) or getattr(getattr(strategy, "func", None), "__name__", "")
+    name = str(getattr(strategy, "__name__", "") or getattr(getattr(strategy, "func", None), "__name__", ""))
     if not callable(strategy) or not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise ConfigError(
             f"{group}={strategy!r} must be the name of a registered {group}, a class, or a function with a name "
@@ -122,7 +122,7 @@ def options_of(group: str, strategy: Callable[..., Any]) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
-    like = OmegaConf.load(CONF / group / f"{LIKE[group]}.yaml")
+    like = dict(OmegaConf.load(CONF / group / f"{LIKE[group]}.yaml").items())
     found: dict[str, Any] = {key: like[key] for key in SHARED[group]}
     for parameter in _parameters(strategy):
         name, default = parameter.name, parameter.default
@@ -163,18 +163,8 @@ def with_bases(targets: Iterable[str]) -> frozenset[str]:
 
 
 def sources_of_callers(targets: Iterable[str]) -> dict[str, str]:
-    """The texts of the caller's own classes among `targets`, by name.
-
-    One without a text (typed at a prompt) counts as new code each time that it is asked for.
-    """
-    return {target: _text(CALLERS[target]) for target in targets if target in CALLERS}
-
-
-def _text(strategy: Any) -> str:
-    try:
-        return inspect.getsource(_innermost(strategy))
-    except (OSError, TypeError):
-        return uuid.uuid4().hex
+    """The texts of the caller's own classes and functions among `targets`, by name."""
+    return {target: _text(_innermost(CALLERS[target])) for target in targets if target in CALLERS}
 
 
 def _innermost(strategy: Any) -> Any:
@@ -182,3 +172,35 @@ def _innermost(strategy: Any) -> Any:
     while hasattr(strategy, "func"):
         strategy = strategy.func
     return strategy
+
+
+def _text(part: Any) -> str:
+    """What a class or function is by its content: the same for one that is defined again with the same words.
+
+    A class goes by its functions and plain attributes: Python finds no source for a notebook's class, but for its
+    functions; of those that were typed at a prompt there is the compiled code.
+    """
+    if inspect.isclass(part):
+        own = {name: value for name, value in vars(part).items() if name not in ("__doc__", "__firstlineno__")}
+        return f"class({', '.join(base.__qualname__ for base in part.__bases__)})\n" + "\n".join(
+            f"{name}: {_text(value)}" for name, value in own.items()
+        )
+    for inner in ("fget", "func", "__func__", "__wrapped__"):
+        if (function := getattr(part, inner, None)) is not None:
+            return f"{type(part).__name__} {_text(function)}"
+    if not inspect.isfunction(part):
+        return repr(part) if isinstance(part, bool | int | float | str | tuple) else type(part).__name__
+    try:
+        return inspect.getsource(part)
+    except (OSError, TypeError):
+        return _compiled(part.__code__)
+
+
+def _compiled(code: CodeType) -> str:
+    constants = [
+        _compiled(one) if isinstance(one, CodeType)
+        else repr(sorted(map(repr, one))) if isinstance(one, frozenset)  # whose order is each process's own
+        else repr(one)
+        for one in code.co_consts
+    ]  # fmt: skip
+    return " ".join([code.co_code.hex(), *code.co_names, *code.co_varnames, *constants])

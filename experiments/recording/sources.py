@@ -160,7 +160,9 @@ def _name(path: Path, roots: tuple[Path, ...]) -> str:
 
 def _find(target: str, root: Path) -> tuple[Path, tuple[Path, ...]] | None:
     """The file that defines `target`, and the folders in which its imports are looked for; imports nothing."""
-    if (path := _module_file(target, root)) is not None:
+    # A user's `experiments.mine` is none of ours, though we have a package of that name.
+    head = root / target.partition(".")[0] / "__init__.py"
+    if (path := _module_file(target, root)) is not None and path != head:
         return path, (root,)
     try:
         spec = importlib.util.find_spec(target.partition(".")[0])

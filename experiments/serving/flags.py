@@ -134,7 +134,6 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
         "engine.gpu_memory_utilization": flags.gpu_memory_utilization,
         "engine.seed": flags.seed,
         "engine.overlap": flags.async_scheduling is not False,
-        "runner.graphs": False if flags.enforce_eager else None,
         "scheduler.max_num_seqs": flags.max_num_seqs,
         "scheduler.max_num_batched_tokens": max(2048, flags.max_num_seqs or 0)
         if flags.max_num_batched_tokens is None

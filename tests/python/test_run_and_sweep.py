@@ -68,24 +68,29 @@ def test_options_of_a_class_are_settings(simulated):
     assert kvarena.run(made_by_a_function, **simulated).name == "made_by_a_function x continuous"
 
 
-def test_a_class_that_was_defined_anew_is_other_code(simulated, tmp_path):
-    def define(name: str, greed: int):
-        scope = {}
-        text = f"from strategies import OwnAllocator\nclass {name}(OwnAllocator):\n    greed = {greed}\n"
-        path = tmp_path / f"cell_{greed}.py"
-        path.write_text(text)
-        exec(compile(text, str(path), "exec"), scope | {"__name__": "__main__"}, scope)
-        return scope[name]
+def typed(num_blocks: int):
+    """A class as a notebook or a prompt has it: no file holds it."""
+    scope = {"__name__": "__main__"}
+    text = "from strategies import OwnAllocator\nclass Typed(OwnAllocator):\n    def allocate(self, *a, **k):\n"
+    exec(f"{text}        return self.num_free_blocks > {num_blocks} and super(Typed, self).allocate(*a, **k)\n", scope)
+    return scope["Typed"]
 
+
+def test_a_class_that_is_defined_again_is_the_same_code_if_its_words_are(simulated, tmp_path):
     folder = tmp_path / "kept"
-    first = define("Typed", 1)
-    kvarena.run(first, folder=folder, **simulated)
+    first = kvarena.run(typed(1), folder=folder, **simulated)
     finished = (folder / "cell.json").stat().st_mtime_ns
-    again = kvarena.run(define("Typed", 2), **simulated)
-    assert again.name == "Typed x continuous"
+    again = kvarena.run(typed(1), folder=folder, **simulated)
+    assert first.name == again.name == "Typed x continuous"
     with pytest.raises(kvarena.KvarenaError, match="measured with other code"):
-        kvarena.run(define("Typed", 2), folder=folder, **simulated)
+        kvarena.run(typed(2), folder=folder, **simulated)
     assert (folder / "cell.json").stat().st_mtime_ns == finished
+
+
+def test_seeds_of_a_notebooks_class_are_repeats(simulated):
+    found = kvarena.sweep(["paged", typed(1)], **simulated | {"workload.seed": [0, 1]})
+    assert list(found.cells["label"]) == ["paged × continuous", "Typed × continuous"]
+    assert list(found.cells["num_repeats"]) == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,10 @@ from experiments.mine import Mine
 settings = {"runner": "simulated", "model": "qwen3-0.6b-shape", "engine": {"dtype": "bfloat16"}, "workload": "fixed"}
 result = kvarena.run(Mine, folder="own", **settings | {"workload.num_requests": 2})
 assert result.name == "Mine x continuous" and result.summary.num_finished == 2
-assert kvarena.load("bench").steps["decision_hash"].equals(result.steps["decision_hash"])
-assert "experiments/mine.py" in result.manifest["sources"]["strategy"], result.manifest["sources"]
+bench = kvarena.load("bench")
+assert bench.steps["decision_hash"].equals(result.steps["decision_hash"])
+for one in (bench, result):
+    assert "experiments/mine.py" in one.manifest["sources"]["strategy"], one.manifest["sources"]
 assert (result.folder / "report.html").stat().st_size > 100_000
 print(kvarena.__file__)
 """
@@ -82,9 +84,7 @@ def test_the_wheel_brings_one_package(installed):
 
 def test_it_runs_beside_packages_of_the_same_names(installed, own):
     bench = [sys.executable, "-m", "kvarena", "bench", *SIMULATED, "hydra.run.dir=bench", "report.pages=false"]
-    assert '"num_finished": 2' in run(bench, own, installed)
-    module = [sys.executable, "-m", "kvarena", "bench", *SIMULATED, "hydra.run.dir=module", "report.pages=false"]
-    run([*module, "allocator._target_=experiments.mine.Mine"], own, installed)
+    assert '"num_finished": 2' in run([*bench, "allocator._target_=experiments.mine.Mine"], own, installed)
     (own / "script.py").write_text(SCRIPT)
     said = run([sys.executable, "script.py"], own, installed)
     assert Path(said.splitlines()[-1]).parent == installed / "kvarena"
