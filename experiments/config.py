@@ -15,7 +15,7 @@ from typing import Any, Self
 from omegaconf import DictConfig, OmegaConf
 
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.server.config import ServerConfig
+from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.experiments import defaults
 from kvarena.experiments.near import did_you_mean
 

@@ -22,16 +22,11 @@ from kvarena.engine.core import Engine, StepFailed, StepOutput
 from kvarena.engine.errors import ConfigError, EngineError, RequestError
 from kvarena.engine.request import FinishReason, Request, expand
 from kvarena.engine.request import SamplingParams as EngineSampling
-from kvarena.engine.server.choice_text import ChoiceFailed, ChoiceText, TextOptions
-from kvarena.engine.server.completions import ChoicePrompt
-from kvarena.engine.server.config import ServerConfig
-from kvarena.engine.server.errors import ApiError
-from kvarena.engine.server.groups import Choice, Group
-from kvarena.engine.server.http import validated
-from kvarena.engine.server.ipc import Finish
-from kvarena.engine.server.prompts import Prompts, check_chat
-from kvarena.engine.server.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
-from kvarena.engine.server.sampling import (
+from kvarena.engine.server.api.choice_text import ChoiceFailed, ChoiceText, TextOptions
+from kvarena.engine.server.api.completions import ChoicePrompt
+from kvarena.engine.server.api.prompts import Prompts, check_chat
+from kvarena.engine.server.api.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
+from kvarena.engine.server.api.sampling import (
     COMPLETIONS_MAX_TOKENS,
     Limits,
     check_unsupported,
@@ -39,7 +34,12 @@ from kvarena.engine.server.sampling import (
     sampling_params,
     stop_strings,
 )
-from kvarena.engine.server.tokenization import TokenizerService, generation_defaults
+from kvarena.engine.server.front.groups import Choice, Group
+from kvarena.engine.server.front.http import validated
+from kvarena.engine.server.shared.config import ServerConfig
+from kvarena.engine.server.shared.errors import ApiError
+from kvarena.engine.server.shared.ipc import Finish
+from kvarena.engine.server.text.tokenization import TokenizerService, generation_defaults
 from kvarena.experiments.building.model_files import check_model
 from kvarena.experiments.compose import compose_cell
 from kvarena.experiments.config import check_values
@@ -357,7 +357,7 @@ class LLM:
             [self._ask_chat(list(cast(Any, one)), more, of) for one, of in zip(conversations, params, strict=True)]
         )
 
-    # ---- before the engine: as the server's front does it (engine/server/service.py)
+    # ---- before the engine: as the server's front does it (engine/server/api/service.py)
 
     async def _ask(self, prompt: str | list[int], params: SamplingParams) -> _Asked:
         req = params.body(CompletionRequest, prompt=prompt)
@@ -410,7 +410,7 @@ class LLM:
                 self._client.abort([answer.text.choice for one in asked for answer in one.answers], "abort")
             return [self._output(one) for one in asked]
 
-    # ---- the engine: as the server's loop drives it (engine/server/engine_loop.py, intake.py)
+    # ---- the engine: as the server's loop drives it (engine/server/engine/loop.py, intake.py)
 
     def _add(self, asked: _Asked) -> None:
         asked.request_id = str(self._num_requests)

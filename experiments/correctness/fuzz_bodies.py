@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import psutil
 
-from kvarena.engine.server import foreign, protocol
+from kvarena.engine.server.api import foreign, protocol
 from kvarena.experiments.serving.child import Server
 
 KEY = "k"

@@ -31,13 +31,13 @@ from pydantic import ValidationError
 from kvarena.engine.errors import KvarenaError
 from kvarena.engine.request import Request
 from kvarena.engine.runner.constraints import allowed_tokens
-from kvarena.engine.server.compiled import make_compiler
-from kvarena.engine.server.constraints import Constraints
-from kvarena.engine.server.errors import ApiError
-from kvarena.engine.server.grammar_checks import CheckedGrammar
-from kvarena.engine.server.grammars import GrammarCompiler
-from kvarena.engine.server.protocol import ChatCompletionRequest, CompletionRequest
-from kvarena.engine.server.tokenization import TokenizerService
+from kvarena.engine.server.api.constraints import Constraints
+from kvarena.engine.server.api.protocol import ChatCompletionRequest, CompletionRequest
+from kvarena.engine.server.engine.compiled import make_compiler
+from kvarena.engine.server.engine.grammar_checks import CheckedGrammar
+from kvarena.engine.server.engine.grammars import GrammarCompiler
+from kvarena.engine.server.shared.errors import ApiError
+from kvarena.engine.server.text.tokenization import TokenizerService
 from kvarena.experiments.correctness.random_constraints import random_body
 
 STEP_BOUND = 0.2

@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from kvarena.engine.server.tool_calls import FirstCallParser, ListParser, ToolParser
-from kvarena.engine.server.tool_texts import BareParser, HiddenTokens, TaggedParser
+from kvarena.engine.server.text.tool_calls import FirstCallParser, ListParser, ToolParser
+from kvarena.engine.server.text.tool_texts import BareParser, HiddenTokens, TaggedParser
 
 NAMES = ("f", "get_weather")
 CALL = '{"name": "f", "arguments": {"x": "y"}}'

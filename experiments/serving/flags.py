@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.server.config import TOOL_PARSERS
+from kvarena.engine.server.shared.config import TOOL_PARSERS
 
 DTYPES = {
     "auto": "auto",

@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.importing import importing
-from kvarena.engine.server.config import ServerConfig
-from kvarena.engine.server.process import ModelFiles
-from kvarena.engine.server.served import ServedEngine
-from kvarena.engine.server.supervisor import serve as run_server
+from kvarena.engine.server.engine.served import ServedEngine
+from kvarena.engine.server.processes.process import ModelFiles
+from kvarena.engine.server.processes.supervisor import serve as run_server
+from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.experiments.building.model_files import check_model
 from kvarena.experiments.config import check_values
 from kvarena.experiments.explain import explain
@@ -83,7 +83,7 @@ def build_served_engine(
 def _build(values: dict[str, Any], strategy: dict[str, str], words: Callable[[str], str]) -> ServedEngine:
     with importing():
         from kvarena.engine.checkpoints.tokenizer import load_tokenizer
-        from kvarena.engine.server.compiled import make_compiler
+        from kvarena.engine.server.engine.compiled import make_compiler
         from kvarena.experiments.building.build import build_engine
         from kvarena.experiments.building.warm_up import SERVED, warm_up
 

@@ -22,10 +22,10 @@ from kvarena.engine.contract import KVAllocator, StepPlan
 from kvarena.engine.core import Engine
 from kvarena.engine.errors import KvarenaError, OutOfMemory
 from kvarena.engine.runner.base import ReadyTokens, StepResult
-from kvarena.engine.server.config import ServerConfig
-from kvarena.engine.server.process import ModelFiles
-from kvarena.engine.server.served import ServedEngine
-from kvarena.engine.server.supervisor import serve
+from kvarena.engine.server.engine.served import ServedEngine
+from kvarena.engine.server.processes.process import ModelFiles
+from kvarena.engine.server.processes.supervisor import serve
+from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.schedulers.chunked import ChunkedScheduler
 
 

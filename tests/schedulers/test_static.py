@@ -4,7 +4,7 @@ import pytest
 from scheduler_simulation import request, simulate
 
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.server.pool_view import PoolView
+from kvarena.engine.server.engine.pool_view import PoolView
 
 
 def batches(run) -> list[list[str]]:

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kvarena.engine.server.detokenizer import Detokenizer
+from kvarena.engine.server.text.detokenizer import Detokenizer
 
 TEXTS = (
     "Hello, world.",

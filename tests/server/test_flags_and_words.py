@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.server.config import ServerConfig
-from kvarena.engine.server.process import ModelFiles
-from kvarena.engine.server.supervisor import ENGINE_FAILED, Supervisor
+from kvarena.engine.server.processes.process import ModelFiles
+from kvarena.engine.server.processes.supervisor import ENGINE_FAILED, Supervisor
+from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.experiments.compose import CONF_DIR, load_config
 from kvarena.experiments.serving import flags as serving_flags
 from kvarena.experiments.serving.flags import overrides_of, parse_flags

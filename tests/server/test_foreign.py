@@ -6,11 +6,16 @@ import pytest
 
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.engine.errors import RequestError
-from kvarena.engine.server.errors import ApiError
-from kvarena.engine.server.foreign import check_foreign
-from kvarena.engine.server.http import validated
-from kvarena.engine.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from kvarena.engine.server.structured import JSON_OBJECT, from_response_format
+from kvarena.engine.server.api.foreign import check_foreign
+from kvarena.engine.server.api.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from kvarena.engine.server.api.structured import JSON_OBJECT, from_response_format
+from kvarena.engine.server.front.http import validated
+from kvarena.engine.server.shared.errors import ApiError
 from kvarena.schedulers.chunked import ChunkedScheduler
 from kvarena.schedulers.fair import FairScheduler
 from kvarena.schedulers.priority import PriorityScheduler

@@ -19,7 +19,7 @@ from server_harness import PATIENCE, ROOT
 from test_server_faults import Reader, _gone, _is_spawned, _stub
 
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.server.listeners import open_listeners
+from kvarena.engine.server.processes.listeners import open_listeners
 
 
 def _wait(condition, what: str) -> None:
@@ -117,7 +117,7 @@ def test_a_port_belongs_to_the_server_that_came_first(counts):
 def test_of_servers_that_start_at_once_one_gets_the_port():
     code = (
         "import sys; from kvarena.engine.errors import ConfigError\n"
-        "from kvarena.engine.server.listeners import open_listeners\n"
+        "from kvarena.engine.server.processes.listeners import open_listeners\n"
         "sys.stdin.readline()\n"
         "try:\n    held = open_listeners('127.0.0.1', int(sys.argv[1]), 2)\n"
         "except ConfigError as error:\n    print('error', flush=True)\n"

@@ -7,7 +7,7 @@ import pytest
 from server_harness import RunningServer
 
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.server.config import ServerConfig
+from kvarena.engine.server.shared.config import ServerConfig
 
 ORIGIN = {"Origin": "http://page.example"}
 AUTH = {"Authorization": "Bearer from-the-file"}

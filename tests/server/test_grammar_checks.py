@@ -12,9 +12,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from kvarena.engine.errors import RequestError
-from kvarena.engine.server import grammar_worker
-from kvarena.engine.server.grammar_checks import ChecksBusy, GrammarChecks
-from kvarena.engine.server.grammars import tokenizer_json
+from kvarena.engine.server.engine import grammar_worker
+from kvarena.engine.server.engine.grammar_checks import ChecksBusy, GrammarChecks
+from kvarena.engine.server.engine.grammars import tokenizer_json
 from kvarena.experiments.benchmarks.under_attack import slow_patterns
 from kvarena.experiments.correctness.random_constraints import GBNF
 

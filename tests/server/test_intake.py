@@ -10,11 +10,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from kvarena.engine.errors import RequestError
-from kvarena.engine.server.compiled import make_compiler
-from kvarena.engine.server.grammars import to_grammar
-from kvarena.engine.server.intake import ROUND_SECONDS, Intake
-from kvarena.engine.server.ipc import AddFrame, ToEngine, pack_ids
-from kvarena.engine.server.process import freeze_heap
+from kvarena.engine.server.engine.compiled import make_compiler
+from kvarena.engine.server.engine.grammars import to_grammar
+from kvarena.engine.server.engine.intake import ROUND_SECONDS, Intake
+from kvarena.engine.server.processes.process import freeze_heap
+from kvarena.engine.server.shared.ipc import AddFrame, ToEngine, pack_ids
 from kvarena.experiments.serving.stub_engine import StubOptions, build
 from kvarena.experiments.serving.words import in_flags
 

@@ -180,7 +180,7 @@ def test_any_strategy_gives_the_same_texts(llm):
 TWO_NAMES = """
 import os, sys
 import kvarena
-import kvarena.engine.server.front, kvarena.experiments.cli
+import kvarena.engine.server.processes.front, kvarena.experiments.cli
 old = {"allocator._target_": "allocators.contiguous.ContiguousAllocator"}
 kvarena.run("contiguous", workload="fixed", report={"pages": False}, driver={"probe": False, "warmup": False},
             **old | {"workload.num_requests": 1, "workload.prompt_len": 8, "workload.output_len": 2})

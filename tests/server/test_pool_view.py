@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.server.ipc import unpack_ids
-from kvarena.engine.server.pool_view import CACHED, EXTERNAL, FREE, FULL, MAX_CELLS, PoolView
-from kvarena.engine.server.served import Route
+from kvarena.engine.server.engine.pool_view import CACHED, EXTERNAL, FREE, FULL, MAX_CELLS, PoolView
+from kvarena.engine.server.engine.served import Route
+from kvarena.engine.server.shared.ipc import unpack_ids
 from kvarena.experiments.strategies import build_allocator, build_scheduler, strategy_names
 
 

@@ -9,9 +9,9 @@ from pydantic import BaseModel, Field
 from transformers import AutoTokenizer
 
 from kvarena.engine.errors import RequestError
-from kvarena.engine.server.compiled import make_compiler
-from kvarena.engine.server.grammars import to_grammar
-from kvarena.engine.server.schemas import required_schema, schema_text, without_notes
+from kvarena.engine.server.engine.compiled import make_compiler
+from kvarena.engine.server.engine.grammars import to_grammar
+from kvarena.engine.server.text.schemas import required_schema, schema_text, without_notes
 
 
 class Address(BaseModel):

@@ -3,7 +3,7 @@
 import pytest
 
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.server import config
+from kvarena.engine.server.shared import config
 
 
 def test_a_missing_tracing_package_is_one_line(monkeypatch):

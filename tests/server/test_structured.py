@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kvarena.engine.server import compiled
-from kvarena.engine.server.compiled import make_compiler
-from kvarena.engine.server.grammars import to_grammar
+from kvarena.engine.server.engine import compiled
+from kvarena.engine.server.engine.compiled import make_compiler
+from kvarena.engine.server.engine.grammars import to_grammar
 
 
 @pytest.fixture(autouse=True)

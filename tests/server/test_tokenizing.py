@@ -7,8 +7,8 @@ import threading
 import pytest
 from server_harness import PATIENCE, ROOT
 
-from kvarena.engine.server.errors import ApiError
-from kvarena.engine.server.tokenization import TokenizerService
+from kvarena.engine.server.shared.errors import ApiError
+from kvarena.engine.server.text.tokenization import TokenizerService
 
 CONTEXT = 512
 
