@@ -5,7 +5,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 (this is where it is said)
     sys.exit("error: kvarena needs Python 3.11 or newer, and this is {}.{}".format(*sys.version_info))
 
-from kvarena.reports.packages import missing_package
+from kvarena.reports.reading.packages import missing_package
 
 try:
     from kvarena.experiments.entry import main

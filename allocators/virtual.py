@@ -8,7 +8,7 @@ into it from the front as it grows. The kernel sees one contiguous row per reque
     region 2  | (no request: nothing mapped)                               |
 
 Block ids are virtual and go up to `num_virtual_blocks`; memory is accounted in physical pages. Which page backs which
-part of a region is the business of who maps them (`kvarena.engine.virtual_pool` on a GPU): it maps as many pages,
+part of a region is the business of who maps them (`kvarena.engine.pool.virtual_pool` on a GPU): it maps as many pages,
 counted from the start of a region, as hold the request's `num_slots`.
 """
 

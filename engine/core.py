@@ -17,8 +17,8 @@ from kvarena.engine.clock import Clock
 from kvarena.engine.contract import KVAllocator, KVUsage, StepPlan, StepScheduler
 from kvarena.engine.errors import EngineError, KvarenaError
 from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.model_runner import ModelRunner, PendingTokens, StepResult
 from kvarena.engine.request import Request
-from kvarena.engine.runner.base import ModelRunner, PendingTokens, StepResult
 
 
 @dataclass(slots=True)

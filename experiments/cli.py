@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvarena.engine.errors import ConfigError, KvarenaError
-from kvarena.experiments.near import did_you_mean
-from kvarena.reports.packages import missing_package
-from kvarena.reports.plain_text import write_any_text
+from kvarena.experiments.settings.near import did_you_mean
+from kvarena.reports.drawing.plain_text import write_any_text
+from kvarena.reports.reading.packages import missing_package
 
 USAGE = """usage: kvarena COMMAND ...
 
@@ -55,10 +55,10 @@ def _serve(args: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from kvarena.experiments.compose import compose_cell
-    from kvarena.experiments.explain import explain
     from kvarena.experiments.serving.flags import overrides_of, parse_flags
     from kvarena.experiments.serving.words import in_flags
+    from kvarena.experiments.settings.compose import compose_cell
+    from kvarena.experiments.settings.explain import explain
 
     overrides = overrides_of(parse_flags(args))
     try:
@@ -89,7 +89,7 @@ def _report(args: list[str]) -> int:
     from kvarena.reports.__main__ import main as make_report
 
     if "--commit" in args:
-        from kvarena.experiments.recording.commits import write_commit
+        from kvarena.experiments.folders.commits import write_commit
 
         args = [arg for arg in args if arg != "--commit"]
         for folder in [Path(arg) for arg in args if Path(arg).is_dir()]:

@@ -22,16 +22,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from kvarena.engine.errors import ConfigError, NotDefined
 from kvarena.experiments.building.model_files import check_model
-from kvarena.experiments.compose import CONF_DIR
-from kvarena.experiments.explain import explain, own_error
-from kvarena.experiments.loading import say_loading
-from kvarena.experiments.outside import offer_installed
-from kvarena.experiments.ray_launcher import RayLauncher
-from kvarena.experiments.recording.failures import record_failure
-from kvarena.experiments.sweep import ENDED_SWEEP, outcome
-from kvarena.experiments.sweeper import KvarenaSweeper
-from kvarena.experiments.unserved import Unserved
-from kvarena.reports.plain_text import write_any_text
+from kvarena.experiments.folders.failures import record_failure
+from kvarena.experiments.jobs.unserved import Unserved
+from kvarena.experiments.settings.compose import CONF_DIR
+from kvarena.experiments.settings.explain import explain, own_error
+from kvarena.experiments.settings.loading import say_loading
+from kvarena.experiments.settings.outside import offer_installed
+from kvarena.experiments.sweeps.ray_launcher import RayLauncher
+from kvarena.experiments.sweeps.sweep import ENDED_SWEEP, outcome
+from kvarena.experiments.sweeps.sweeper import KvarenaSweeper
+from kvarena.reports.drawing.plain_text import write_any_text
 
 USER_ERROR = 2
 
@@ -70,7 +70,7 @@ def main() -> int:
             elif cfg.mode == "run":
                 # Imported here: what is wrong with the command line or the model is answered without loading torch.
                 say_loading(enabled=cfg.report.progress is True)
-                from kvarena.experiments.job import run_job
+                from kvarena.experiments.jobs.job import run_job
 
                 folder = run_job(cfg)
             else:

@@ -41,11 +41,11 @@ from kvarena.engine.server.shared.errors import ApiError
 from kvarena.engine.server.shared.ipc import Finish
 from kvarena.engine.server.text.tokenization import TokenizerService, generation_defaults
 from kvarena.experiments.building.model_files import check_model
-from kvarena.experiments.compose import compose_cell
-from kvarena.experiments.config import check_values
-from kvarena.experiments.outside import offer
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
 from kvarena.experiments.serving.serve import build_served_engine
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.settings.config import check_values
+from kvarena.experiments.settings.outside import offer
 from kvarena.running import check_given, check_ours, one_line_errors
 from kvarena.settings import Strategy, as_overrides
 

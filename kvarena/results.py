@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from kvarena.engine.errors import KvarenaError
-from kvarena.experiments.recording.columns import SCHEMA_VERSION, VERSION_KEY
-from kvarena.experiments.recording.files import (
+from kvarena.experiments.folders.files import (
     KV_MAP_FILE,
     MANIFEST_FILE,
     REQUESTS_FILE,
@@ -30,11 +29,12 @@ from kvarena.experiments.recording.files import (
     STUDY_FILE,
     SWEEP_FILE,
 )
-from kvarena.reports.cells import differing_settings
-from kvarena.reports.errors import ReportError
-from kvarena.reports.files import RunFiles, read_json, read_run
-from kvarena.reports.latency import DEFINITIONS, request_latencies
-from kvarena.reports.shapes import SWEEP
+from kvarena.experiments.recording.columns import SCHEMA_VERSION, VERSION_KEY
+from kvarena.reports.analysis.latency import DEFINITIONS, request_latencies
+from kvarena.reports.comparing.cells import differing_settings
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.files import RunFiles, read_json, read_run
+from kvarena.reports.reading.shapes import SWEEP
 from kvarena.summaries import ComparisonSummary, ExperimentSummary, RunSummary
 
 PAGE_FILE, SUMMARY_FILE = "report.html", "summary.json"

@@ -22,17 +22,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kvarena.engine.errors import ConfigError, KvarenaError, NotDefined
 from kvarena.experiments.building.model_files import check_model
-from kvarena.experiments.compose import CONF_DIR, NAMING_GROUPS, compose_cell
-from kvarena.experiments.explain import explain, own_error
-from kvarena.experiments.outside import offer_installed
-from kvarena.experiments.recording.failures import write_failure
-from kvarena.experiments.sweep import outcome
-from kvarena.experiments.unserved import Unserved, why_unserved
+from kvarena.experiments.folders.failures import write_failure
+from kvarena.experiments.jobs.unserved import Unserved, why_unserved
+from kvarena.experiments.settings.compose import CONF_DIR, NAMING_GROUPS, compose_cell
+from kvarena.experiments.settings.explain import explain, own_error
+from kvarena.experiments.settings.outside import offer_installed
+from kvarena.experiments.sweeps.sweep import outcome
 from kvarena.settings import Strategy, as_overrides
 
 if TYPE_CHECKING:
     from kvarena.experiments.building.shared import SharedParts
-    from kvarena.experiments.sweep_plan import Job, Plan
+    from kvarena.experiments.sweeps.sweep_plan import Job, Plan
     from kvarena.results import Comparison, Result
 
 QUIET = "report.progress=false"  # a bar of progress is for a terminal; report={"progress": True} brings it back
@@ -112,7 +112,7 @@ def sweep(
     """
     # Here, as below: torch and pandas are loaded where they are needed.
     from kvarena.experiments.building.shared import SharedParts
-    from kvarena.experiments.sweep_plan import make_plan
+    from kvarena.experiments.sweeps.sweep_plan import make_plan
 
     with one_line_errors():
         made = [*as_overrides({"allocator": allocator, "scheduler": scheduler, **settings}, swept=True), *overrides]
@@ -172,7 +172,7 @@ def _check_one(cfg: DictConfig) -> None:
 def _run(
     cfg: DictConfig, choices: dict[str, str], place: Path, group: str | None = None, shared: SharedParts | None = None
 ) -> Result:
-    from kvarena.experiments.job import execute
+    from kvarena.experiments.jobs.job import execute
     from kvarena.results import Result
 
     name = f"{choices['allocator']} x {choices['scheduler']}"
@@ -209,9 +209,9 @@ def _outcome(job: Job, cell: DictConfig, group: str, shared: SharedParts) -> dic
 
 def _compare(plan: Plan, config: DictConfig, place: Path) -> Comparison:
     """Write the sweep's record and its comparison, and read them."""
-    from kvarena.experiments.recording.cell_state import only_writer
-    from kvarena.experiments.sweep import collect
-    from kvarena.reports.comparison import write_comparison
+    from kvarena.experiments.folders.cell_state import only_writer
+    from kvarena.experiments.sweeps.sweep import collect
+    from kvarena.reports.pages.comparison import write_comparison
     from kvarena.results import Comparison
 
     with only_writer(place):

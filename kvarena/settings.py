@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.outside import GROUPS, offer
+from kvarena.experiments.settings.outside import GROUPS, offer
 
 Strategy = str | Callable[..., Any]
 PLAIN = re.compile(r"[A-Za-z_][\w./-]*")

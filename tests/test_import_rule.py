@@ -1,6 +1,7 @@
 """The import rule: who may import whom, read from the source."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("allocators", "schedulers", "engine", "experiments", "reports")
+MOST_MODULES = 16
+# The drawing of the house: a folder a line, what it holds behind two blanks.
+FLOOR = re.compile(r"^ {4}([a-z_/]+) {2,}\S", re.M)
+HOUSE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## The house")[1].split("\n## ")[0]
+FLOORS = FLOOR.findall(HOUSE)
 CONTRACT = {"kvarena.engine.contract", "kvarena.engine.errors", "kvarena.engine.request"}
 
 
@@ -67,7 +73,7 @@ def test_each_module_imports_only_what_its_package_may(module):
         ("kvarena.engine.core", "kvarena.schedulers.base", True),
         ("kvarena.engine.core", "torch", False),
         ("kvarena.reports.html", "kvarena.engine.errors", True),
-        ("kvarena.experiments.job", "kvarena.engine.core", False),
+        ("kvarena.experiments.jobs.job", "kvarena.engine.core", False),
     ],
 )
 def test_the_rule_itself(module, imported, broken):
@@ -79,6 +85,28 @@ def test_every_import_names_a_module_that_is_there():
     files = [*MODULES.values(), *sorted((ROOT / "tests").rglob("*.py"))]
     names = {(path.name, name) for path in files for name in imported_modules(ast.parse(path.read_text()))}
     assert not {pair for pair in names if pair[1].partition(".")[0] in PACKAGES and pair[1] not in MODULES}
+
+
+def folder(module: str) -> str:
+    return MODULES[module].parent.relative_to(ROOT).as_posix()
+
+
+def test_every_folder_has_a_floor():
+    assert len(set(FLOORS)) == len(FLOORS)
+    assert {folder(module) for module in MODULES} == set(FLOORS) - {"kvarena"}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_arrows_point_down(floor):
+    own = [module for module in MODULES if folder(module) == floor]
+    up = [
+        f"{module} imports {name}"
+        for module in own
+        for name in imported_modules(ast.parse(MODULES[module].read_text())) & MODULES.keys()
+        if FLOORS.index(folder(name)) < FLOORS.index(floor)
+    ]
+    assert not up
+    assert len([module for module in own if MODULES[module].name != "__init__.py"]) <= MOST_MODULES
 
 
 def test_no_import_cycles():
@@ -116,8 +144,8 @@ def test_strategies_and_their_runners_load_without_torch():
     names += [
         "kvarena.engine.core",
         "kvarena.engine.ledger",
-        "kvarena.engine.runner.oracle",
-        "kvarena.engine.runner.simulated",
+        "kvarena.experiments.correctness.oracle",
+        "kvarena.experiments.simulation.runner",
     ]
     code = f"import importlib, sys; [importlib.import_module(n) for n in {names!r}]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

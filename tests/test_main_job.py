@@ -12,9 +12,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.utils import configure_log
 
-from kvarena.experiments.compose import compose_cell
 from kvarena.experiments.correctness import verify
-from kvarena.experiments.job import execute
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.settings.compose import compose_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKLOAD = [

@@ -14,11 +14,17 @@ import allocators
 import schedulers
 from kvarena.engine.contract import KVAllocator, StepScheduler
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments import strategies
-from kvarena.experiments.correctness.matrix import Cell, MatrixFailure, allocator_cells, run_cell
-from kvarena.experiments.correctness.random_traces import make_trace
-from kvarena.experiments.explain import explain
-from kvarena.experiments.strategies import build_allocator, build_scheduler, make_part, strategy_names, strategy_options
+from kvarena.experiments.fuzzing.matrix import Cell, MatrixFailure, allocator_cells, run_cell
+from kvarena.experiments.fuzzing.random_traces import make_trace
+from kvarena.experiments.settings import strategies
+from kvarena.experiments.settings.explain import explain
+from kvarena.experiments.settings.strategies import (
+    build_allocator,
+    build_scheduler,
+    make_part,
+    strategy_names,
+    strategy_options,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```(?:python|yaml)\n(# ([\w/.]+):? ?[^\n]*\n.*?)```", re.S)

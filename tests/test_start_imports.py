@@ -18,7 +18,7 @@ for argv in (["--help"], ["serve", "--help"], ["report", "--help"], ["bench", "-
 SUPERVISOR = "import kvarena.experiments.cli, kvarena.experiments.serving.flags, kvarena.experiments.serving.serve"
 ENGINE = """
 from omegaconf import OmegaConf
-from kvarena.experiments.compose import load_config
+from kvarena.experiments.settings.compose import load_config
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
 from kvarena.experiments.serving.serve import build_served_engine
 build_served_engine(OmegaConf.to_container(load_config(overrides_of(parse_flags(["models/demo"]))), resolve=True), {})

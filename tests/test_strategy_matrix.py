@@ -15,8 +15,8 @@ from kvarena.allocators.placement import Buddy
 from kvarena.allocators.prefix import PrefixCachingAllocator
 from kvarena.engine.contract import CopyKind, KVAllocator, QueueHead
 from kvarena.engine.errors import EngineError
-from kvarena.experiments.correctness import fuzz
-from kvarena.experiments.correctness.matrix import (
+from kvarena.experiments.fuzzing import traces as fuzz
+from kvarena.experiments.fuzzing.matrix import (
     PATHS,
     WINDOW,
     Cell,
@@ -26,9 +26,9 @@ from kvarena.experiments.correctness.matrix import (
     cells_of_round,
     run_cell,
 )
-from kvarena.experiments.correctness.random_traces import make_trace
-from kvarena.experiments.correctness.recount import Recount
-from kvarena.experiments.strategies import strategy_names
+from kvarena.experiments.fuzzing.random_traces import make_trace
+from kvarena.experiments.fuzzing.recount import Recount
+from kvarena.experiments.settings.strategies import strategy_names
 from kvarena.schedulers.base import Scheduler
 
 TRACES = [make_trace(seed) for seed in range(6)]

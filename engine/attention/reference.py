@@ -17,7 +17,7 @@ from kvarena.engine.attention.base import AttentionMetadata
 from kvarena.engine.attention.decode_tiles import DecodeTiles, attend_tiles, plan_tiles
 from kvarena.engine.attention.prefill_groups import PrefillGroup, attend_group, plan_groups
 from kvarena.engine.attention.scratch import Scratch
-from kvarena.engine.kv_pool import KVPool
+from kvarena.engine.pool.kv_pool import KVPool
 
 # One-token rows with fewer tokens of context in all are grouped: tiles take more calls, which then show.
 FEW_TOKENS = 1024

@@ -17,15 +17,15 @@ from torch import Tensor
 from kvarena.engine.attention.base import AttentionMetadata
 from kvarena.engine.attention.dense import DensePrompts, library_backend
 from kvarena.engine.errors import ConfigError, EngineError
-from kvarena.engine.kernels.attention import AttentionCall
-from kvarena.engine.kernels.config import MANY_ROWS, decode_config, prefill_config
-from kvarena.engine.kernels.decode import DecodeScratch, decode_attention
+from kvarena.engine.kernels.attention.base import AttentionCall
+from kvarena.engine.kernels.attention.config import MANY_ROWS, decode_config, prefill_config
+from kvarena.engine.kernels.attention.decode import DecodeScratch, decode_attention
+from kvarena.engine.kernels.attention.plan import DECODE_FIELDS, PREFILL_FIELDS, Capacity, Shape, plan_step
+from kvarena.engine.kernels.attention.prefill import prefill_attention
+from kvarena.engine.kernels.attention.stream_decode import FEWEST_ROWS, StreamDecode, streams
 from kvarena.engine.kernels.hopper import load_hopper_kernels
-from kvarena.engine.kernels.plan import DECODE_FIELDS, PREFILL_FIELDS, Capacity, Shape, plan_step
-from kvarena.engine.kernels.prefill import prefill_attention
 from kvarena.engine.kernels.store import gather_kv, store_kv
-from kvarena.engine.kernels.stream_decode import FEWEST_ROWS, StreamDecode, streams
-from kvarena.engine.kv_pool import KVPool
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.sampling.transfer import to_device
 
 

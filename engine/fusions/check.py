@@ -15,8 +15,8 @@ from kvarena.engine.attention.hook import attention_context
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.fusions.decoder import FusedDecoder
 from kvarena.engine.fusions.layers import Batch
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.models.spec import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
 
 NUM_TOKENS = 8
 # Largest ||fused - module|| / ||what the layer adds||, to which rounding of the residual stream itself comes on top.

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from kvarena.engine.fusions.ops import Product
+from kvarena.engine.kernels.gemm.stream import StreamGemm, stream_tile
+from kvarena.engine.kernels.gemm.wide import WideGemm, wide_tile
 from kvarena.engine.kernels.hopper import load_hopper_kernels
 from kvarena.engine.kernels.norm import rms_norm
-from kvarena.engine.kernels.stream_gemm import StreamGemm, stream_tile
-from kvarena.engine.kernels.wide_gemm import WideGemm, wide_tile
 
 
 class HopperProducts:

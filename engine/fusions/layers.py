@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata, KeepingBackend
 from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Ops, split_heads
-from kvarena.engine.kv_pool import KVPool
+from kvarena.engine.pool.kv_pool import KVPool
 
 
 class AttentionArgs(NamedTuple):

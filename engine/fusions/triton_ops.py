@@ -8,10 +8,10 @@ from torch import Tensor
 from kvarena.engine.fusions.hopper_products import HopperProducts
 from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Product, apply_linear, split_heads
 from kvarena.engine.kernels.activation import gated
-from kvarena.engine.kernels.gemm import SkinnyGemm
-from kvarena.engine.kernels.gemm_table import GemmTable
-from kvarena.engine.kernels.glu import gated_product
-from kvarena.engine.kernels.library_gemm import load_library_gemm
+from kvarena.engine.kernels.gemm.glu import gated_product
+from kvarena.engine.kernels.gemm.library import load_library_gemm
+from kvarena.engine.kernels.gemm.skinny import SkinnyGemm
+from kvarena.engine.kernels.gemm.table import GemmTable
 from kvarena.engine.kernels.norm import rms_norm
 from kvarena.engine.kernels.rope import rope_store
 

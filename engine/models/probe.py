@@ -31,9 +31,9 @@ from kvarena.engine.attention.null import NullBackend
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.checkpoints.directory import one_line
 from kvarena.engine.errors import ModelError
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.models.masks import MASKED_NAME, register_masks, span_of
 from kvarena.engine.models.spans import short_spans
+from kvarena.engine.pool.kv_pool import KVPool
 
 PROBE_LENS = (7, 5)
 BLOCK_SIZE = 4

@@ -23,10 +23,10 @@ from kvarena.engine.clock import Clock
 from kvarena.engine.contract import KVAllocator, ScheduledRequest, StepPlan, cdiv
 from kvarena.engine.errors import EngineError
 from kvarena.engine.fusions.decoder import FusedDecoder
-from kvarena.engine.kv_pool import KVPool
+from kvarena.engine.model_runner import PendingTokens
 from kvarena.engine.models.spec import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request
-from kvarena.engine.runner.base import PendingTokens
 from kvarena.engine.runner.decode_inputs import NUM_FIELDS, DecodeSender, TableMirror
 from kvarena.engine.runner.draw import Draw
 from kvarena.engine.runner.graphs import DecodeGraphs, Forward, GraphCapture, ReservingBackend

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvarena.engine.contract import StepPlan
-from kvarena.engine.runner.base import TokenLogprobs
+from kvarena.engine.model_runner import TokenLogprobs
 
 # Rows of logits that are turned into fp32 probabilities at once.
 ROWS_AT_ONCE = 256

@@ -22,15 +22,15 @@ from kvarena.engine.checkpoints.directory import one_line
 from kvarena.engine.clock import Clock, WallClock
 from kvarena.engine.contract import KVAllocator, StepPlan
 from kvarena.engine.errors import EngineError, KvarenaError, OutOfMemory
-from kvarena.engine.kv_pool import KVPool
-from kvarena.engine.memory_limits import asked_and_free, is_out_of_memory
+from kvarena.engine.model_runner import PendingTokens, ReadyTokens, StepResult, TokenLogprobs
 from kvarena.engine.models.spec import LoadedModel
-from kvarena.engine.runner.base import PendingTokens, ReadyTokens, StepResult, TokenLogprobs
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.pool.memory_limits import asked_and_free, is_out_of_memory
 from kvarena.engine.runner.constraints import allowed_tokens
 from kvarena.engine.runner.inputs import BlockTables, StepInputs, build_inputs
 from kvarena.engine.runner.prompt_logprobs import PromptLogprobs
-from kvarena.engine.sampler import Sampler
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
+from kvarena.engine.sampling.sampler import Sampler
 from kvarena.engine.sampling.state import SamplerState
 from kvarena.engine.sampling.transfer import to_device
 
@@ -113,7 +113,7 @@ class _TimedStep:
 
 
 class TorchRunner:
-    """Executes step plans on a model and a pool. Implements `kvarena.engine.runner.base.ModelRunner`.
+    """Executes step plans on a model and a pool. Implements `kvarena.engine.model_runner.ModelRunner`.
 
     Args:
         model: from `load_model`.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvarena.engine.errors import EngineError
-from kvarena.engine.runner.base import TokenLogprobs, TokenScores
+from kvarena.engine.model_runner import TokenLogprobs, TokenScores
 from kvarena.engine.sampling.scores import ScoreTensors
 
 

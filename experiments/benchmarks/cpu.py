@@ -21,8 +21,8 @@ from kvarena.engine.core import run_to_completion
 from kvarena.engine.errors import KvarenaError
 from kvarena.engine.request import Request
 from kvarena.experiments.building.build import build
-from kvarena.experiments.compose import load_config
 from kvarena.experiments.correctness.reference import generate_continuous, generate_static, load_reference
+from kvarena.experiments.settings.compose import load_config
 
 Tokens = list[list[int]]
 

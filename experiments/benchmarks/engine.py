@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256, help="of the offline workload")
     parser.add_argument("--budget", type=int, action="append", help="tokens per step of the offline workload; 8192")
     parser.add_argument("--chunked", action="store_true", help="the offline workload under the chunked scheduler")
-    parser.add_argument("--gemm", type=Path, help="a table of kvarena.experiments.benchmarks.gemm")
+    parser.add_argument("--gemm", type=Path, help="a table of kvarena.experiments.benchmarks.kernels.gemm")
     parser.add_argument("--skinny", type=int, default=Levers().skinny, help="most rows for the skinny GEMM; 0: none")
     parser.add_argument(
         "--levers", action="append", choices=sorted(ABLATIONS), help="of sections ablate (default: each) and offline"

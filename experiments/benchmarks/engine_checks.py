@@ -11,8 +11,8 @@ import torch
 from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.models import LoadedModel, load_model
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner.fused_runner import FusedForward, ModuleForward
 from kvarena.engine.runner.graphs import Forward

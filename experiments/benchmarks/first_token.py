@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
     parser.add_argument("--slots", type=int, default=NUM_SLOTS, help="of the KV pool")
-    parser.add_argument("--gemm", type=Path, help="a table of kvarena.experiments.benchmarks.gemm")
+    parser.add_argument("--gemm", type=Path, help="a table of kvarena.experiments.benchmarks.kernels.gemm")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: kernels are interpreted")
     args = parser.parse_args()
     try:

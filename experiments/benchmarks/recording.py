@@ -31,19 +31,19 @@ from kvarena.allocators.paged import PagedAllocator
 from kvarena.engine.clock import WallClock
 from kvarena.engine.core import Engine
 from kvarena.engine.errors import KvarenaError
-from kvarena.engine.gpu_memory import GpuMemory
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.model_runner import ModelRunner
 from kvarena.engine.models import load_model
+from kvarena.engine.pool.gpu_memory import GpuMemory
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.base import ModelRunner
 from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.experiments.folders.provenance import git_state, machine
 from kvarena.experiments.gpu.engines import BLOCK_SIZE, Levers, make_bed
 from kvarena.experiments.gpu.shapes import SHAPES, offline_workload
 from kvarena.experiments.gpu.timing import require_cuda
+from kvarena.experiments.jobs.output import Progress
 from kvarena.experiments.load.driver import drive
-from kvarena.experiments.output import Progress
-from kvarena.experiments.recording.provenance import git_state, machine
 from kvarena.experiments.recording.recording import Recording
 from kvarena.schedulers.continuous import ContinuousScheduler
 

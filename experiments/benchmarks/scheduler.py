@@ -23,7 +23,7 @@ from typing import Any
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.experiments.strategies import build_allocator, build_scheduler
+from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
 from kvarena.schedulers.base import Scheduler
 
 BLOCK_SIZE = 16

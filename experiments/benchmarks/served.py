@@ -37,10 +37,10 @@ from kvarena.engine.errors import EngineError, KvarenaError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.benchmarks.front import cpu_seconds
 from kvarena.experiments.benchmarks.stream_load import TEMPERATURE, WARM_UP, Level, Row, Shape, line_of
-from kvarena.experiments.compose import CONF_DIR, load_config
 from kvarena.experiments.models.shape import make_model_dir
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
 from kvarena.experiments.serving.serve import build_served_engine
+from kvarena.experiments.settings.compose import CONF_DIR, load_config
 
 Line = dict[str, Any]
 

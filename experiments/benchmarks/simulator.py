@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvarena.engine.errors import KvarenaError
-from kvarena.experiments.compose import compose_cell
-from kvarena.experiments.job import execute
-from kvarena.experiments.recording.provenance import git_state, machine, peak_rss_bytes
+from kvarena.experiments.folders.provenance import git_state, machine, peak_rss_bytes
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.settings.compose import compose_cell
 
 CELL = (
     "runner=simulated",

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from kvarena.reports.style import SERIES, drawing, grid, new_figure, save_png, thousands
+from kvarena.reports.drawing.style import SERIES, drawing, grid, new_figure, save_png, thousands
 
 MEMORY_BOUND = 0.02
 DRAIN_SECONDS = 20.0

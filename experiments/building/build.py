@@ -2,7 +2,7 @@
 
     cfg.model + cfg.engine --> LoadedModel --> pool size --> allocator --> scheduler --> Engine
     cfg.workload + cfg.arrival --> requests
-    runner=simulated: the model's sizes and a profile in place of model and pool (experiments/simulation/build.py)
+    runner=simulated: the model's sizes and a profile in place of model and pool (experiments/building/simulated.py)
 
 The strategy's classes are named by `_target_` in conf/allocator and conf/scheduler; nothing here knows them.
 """
@@ -24,11 +24,11 @@ from kvarena.engine.clock import WallClock
 from kvarena.engine.contract import KVAllocator, cdiv
 from kvarena.engine.core import Engine
 from kvarena.engine.errors import ConfigError, NotDefined, RequestError
-from kvarena.engine.gpu_memory import GpuMemory
-from kvarena.engine.kv_pool import KVPool, blocks_for_budget, check_block_size
 from kvarena.engine.ledger import MemoryLedger
-from kvarena.engine.memory_limits import free_bytes
 from kvarena.engine.models import LoadedModel, ModelSpec, load_model
+from kvarena.engine.pool.gpu_memory import GpuMemory
+from kvarena.engine.pool.kv_pool import KVPool, blocks_for_budget, check_block_size
+from kvarena.engine.pool.memory_limits import free_bytes
 from kvarena.engine.request import Request, SamplingParams, expand
 from kvarena.engine.runner.profile import SETTING, available_kv_bytes, card_memory
 from kvarena.experiments.building.context import check_context_fits
@@ -43,11 +43,11 @@ from kvarena.experiments.building.parts import (
 from kvarena.experiments.building.pools import make_pool, room_beside_pool
 from kvarena.experiments.building.runners import make_runner
 from kvarena.experiments.building.shared import PreparedRunner, SharedParts
-from kvarena.experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SamplingConfig
+from kvarena.experiments.building.simulated import build_simulated_engine
 from kvarena.experiments.load.driver import ClosedLoop
-from kvarena.experiments.simulation.build import build_simulated_engine
-from kvarena.experiments.targets import instantiate
-from kvarena.experiments.workloads.base import WorkloadItem
+from kvarena.experiments.settings.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SamplingConfig
+from kvarena.experiments.settings.targets import instantiate
+from kvarena.experiments.workloads.parts.base import WorkloadItem
 
 CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is
 LAST_ARRIVAL = 1e9  # s, 30 years

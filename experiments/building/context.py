@@ -9,10 +9,10 @@ from omegaconf import DictConfig
 
 from kvarena.engine.contract import KVAllocator, cdiv
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.gpu_memory import GpuMemory
 from kvarena.engine.models import ModelSpec
+from kvarena.engine.pool.gpu_memory import GpuMemory
 from kvarena.engine.runner.profile import SETTING, card_memory
-from kvarena.experiments.config import KVCacheConfig
+from kvarena.experiments.settings.config import KVCacheConfig
 
 
 def check_context_fits(

@@ -14,12 +14,12 @@ from kvarena.engine.clock import Clock
 from kvarena.engine.contract import KVAllocator, StepScheduler
 from kvarena.engine.core import Engine
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.gpu_memory import GpuMemory
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.models import LoadedModel, ModelSpec
-from kvarena.engine.runner.simulated import SimulatedRunner
-from kvarena.experiments.config import EngineConfig
-from kvarena.experiments.strategies import make_part
+from kvarena.engine.pool.gpu_memory import GpuMemory
+from kvarena.experiments.settings.config import EngineConfig
+from kvarena.experiments.settings.strategies import make_part
+from kvarena.experiments.simulation.runner import SimulatedRunner
 
 CUDA_PAGE_BYTES = 2 * 2**20
 

@@ -15,13 +15,13 @@ from kvarena.engine.errors import ConfigError
 from kvarena.engine.fusions.decoder import FusedDecoder
 from kvarena.engine.fusions.detect import NotFusable, fuse
 from kvarena.engine.fusions.ops import Ops, TorchOps
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.models import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.engine.runner.graphs import ReservingBackend
 from kvarena.engine.runner.mixed_graphs import graph_tokens
 from kvarena.engine.runner.torch_runner import TorchRunner
-from kvarena.experiments.config import RunnerConfig
+from kvarena.experiments.settings.config import RunnerConfig
 
 Facts = dict[str, Any]
 
@@ -86,7 +86,7 @@ def _ops(device: torch.device, dtype: torch.dtype) -> Ops:
         return TorchOps()
     # Imported here: Triton is not needed, and may not be there, without a GPU.
     from kvarena.engine.fusions.triton_ops import TritonOps
-    from kvarena.engine.kernels.gemm_table import ROW_BUCKETS, GemmTable
+    from kvarena.engine.kernels.gemm.table import ROW_BUCKETS, GemmTable
 
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return TritonOps(device, GemmTable(ROW_BUCKETS[-1], processors) if dtype.itemsize == 2 else None)

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from kvarena.engine.clock import WallClock
 from kvarena.engine.contract import KVAllocator
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.models import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.runner.torch_runner import TorchRunner
 
 

@@ -17,7 +17,7 @@ from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.experiments.building.build import EngineParts
 from kvarena.experiments.building.parts import make_strategy
 from kvarena.experiments.building.pools import room_beside_pool
-from kvarena.experiments.strategies import make_part
+from kvarena.experiments.settings.strategies import make_part
 
 NUM_REQUESTS = 8
 PROMPT_TOKENS = 24

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvarena.experiments.recording.sources import PROJECT_ROOT
+from kvarena.experiments.folders.sources import PROJECT_ROOT
 from kvarena.experiments.studies.aa_test import FALSE_VERDICTS, SMALLEST
 
 SECONDS = (0.2, 12.0)  # of work and of a pause

@@ -26,10 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvarena.engine.errors import ConfigError, KvarenaError
-from kvarena.experiments.recording.files import KV_MAP_FILE, MANIFEST_FILE, STEPS_FILE
+from kvarena.experiments.folders.files import KV_MAP_FILE, MANIFEST_FILE, STEPS_FILE
 from kvarena.experiments.recording.kv_map import CACHED, EXTERNAL, FREE, SHARED
-from kvarena.reports.errors import ReportError
-from kvarena.reports.files import read_run
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.files import read_run
 
 OWNED = ("token_states", "reservation", "internal")
 UNOWNED = ("external", "shortage", "free")

@@ -30,15 +30,15 @@ from kvarena.engine.clock import VirtualClock
 from kvarena.engine.contract import cdiv
 from kvarena.engine.core import Engine, run_to_completion
 from kvarena.engine.errors import KvarenaError, ModelError, RequestRejected
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.models import LoadedModel, load_model
 from kvarena.engine.models.configs import quiet_transformers
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.experiments.correctness.class_table import Outcome, write_table
 from kvarena.experiments.correctness.reference import greedy_reference
 from kvarena.experiments.correctness.small_configs import VOCAB_SIZE, class_names, small_config
-from kvarena.experiments.strategies import build_allocator, build_scheduler
+from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
 
 BLOCK_SIZE, NUM_TOKENS, MAX_LEN = 4, 12, 64
 PROMPT_LENS, NUM_SHARED = (30, 13, 21, 40), 10

@@ -1,4 +1,4 @@
-"""How often the rule for a run's steady part (reports/steady.py) gives each of its answers, on queues of known load:
+"""How often the rule for a run's steady part (reports/analysis/steady.py) gives each of its answers, on known load:
 
     python -m kvarena.experiments.correctness.steady_rates --runs 400 --seed 0
 
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvarena.reports.steady import find_steady
+from kvarena.reports.analysis.steady import find_steady
 
 ANSWERS = ("steady", "cannot tell", "overloaded")
 SERVICES = ("exponential", "deterministic", "lognormal", "pareto")

@@ -21,7 +21,7 @@ from kvarena.allocators.paged import PagedAllocator
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.gpu.cells import SAMPLING, GpuCell, Strategy
 from kvarena.experiments.load.arrivals import PoissonArrival
-from kvarena.experiments.workloads.base import Workload, WorkloadItem
+from kvarena.experiments.workloads.parts.base import Workload, WorkloadItem
 from kvarena.experiments.workloads.published import (
     AlpacaWorkload,
     AzureCodeWorkload,

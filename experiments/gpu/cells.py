@@ -14,18 +14,18 @@ from typing import Any
 from kvarena.engine.clock import WallClock
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.core import Engine
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.model_runner import ModelRunner
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.base import ModelRunner
 from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.experiments.folders.provenance import git_state, machine, peak_rss_bytes, versions
 from kvarena.experiments.gpu.engines import BLOCK_SIZE, Bed, Levers, make_bed
 from kvarena.experiments.gpu.shapes import MAX_MODEL_LEN
 from kvarena.experiments.gpu.timing import require_cuda
 from kvarena.experiments.load.driver import drive
-from kvarena.experiments.recording.provenance import git_state, machine, peak_rss_bytes, versions
 from kvarena.experiments.recording.record import RunRecorder
-from kvarena.experiments.workloads.base import WorkloadItem
+from kvarena.experiments.workloads.parts.base import WorkloadItem
 from kvarena.schedulers.base import Scheduler
 
 SAMPLING: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}

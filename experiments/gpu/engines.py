@@ -19,9 +19,9 @@ from kvarena.engine.fusions.decoder import FusedDecoder
 from kvarena.engine.fusions.detect import fuse
 from kvarena.engine.fusions.ops import Ops, TorchOps
 from kvarena.engine.fusions.triton_ops import TritonOps
-from kvarena.engine.kernels.gemm_table import GemmTable
-from kvarena.engine.kv_pool import KVPool
+from kvarena.engine.kernels.gemm.table import GemmTable
 from kvarena.engine.models import LoadedModel, load_model
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request
 from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.engine.runner.mixed_graphs import graph_tokens

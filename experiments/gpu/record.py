@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.engine.errors import KvarenaError
-from kvarena.engine.runner.base import ModelRunner
+from kvarena.engine.model_runner import ModelRunner
 from kvarena.engine.runner.mixed_graphs import graph_tokens
 from kvarena.experiments.gpu.calibration_cells import CELLS, MAX_MODEL_LEN, MAX_NUM_SEQS, SEEDS, CalibrationCell
 from kvarena.experiments.gpu.cells import GpuCell, Strategy, make_runner, requests_from, run_cell
 from kvarena.experiments.gpu.engines import Bed, Levers
 from kvarena.experiments.simulation.recordings import keep, make_folders, write_recording
-from kvarena.experiments.workloads.base import WorkloadItem
+from kvarena.experiments.workloads.parts.base import WorkloadItem
 from kvarena.schedulers.chunked import ChunkedScheduler
 
 NUM_SLOTS = 262_144

@@ -25,10 +25,10 @@ from typing import Any
 import httpx
 import torch
 
-from kvarena.engine.memory_limits import size_text
-from kvarena.experiments.compose import CONF_DIR
+from kvarena.engine.pool.memory_limits import size_text
 from kvarena.experiments.models.shape import make_model_dir
 from kvarena.experiments.serving.child import Server
+from kvarena.experiments.settings.compose import CONF_DIR
 
 Line = dict[str, Any]
 KEY = "k"

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvarena.engine.contract import CLASSES
+from kvarena.experiments.folders.files import GAUGES_FILE
 from kvarena.experiments.recording.columns import described
-from kvarena.experiments.recording.files import GAUGES_FILE
 
 TIMEOUT = 5.0  # seconds
 # Column -> names that servers give it; the first that is there counts.

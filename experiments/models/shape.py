@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from kvarena.experiments.compose import CONF_DIR
+from kvarena.experiments.settings.compose import CONF_DIR
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvarena.experiments.recording.files import (
+from kvarena.experiments.folders.files import (
     GAUGES_FILE,
     KV_MAP_FILE,
     REQUESTS_FILE,

@@ -24,8 +24,8 @@ import numpy as np
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.core import StepOutput
 from kvarena.engine.request import Request
+from kvarena.experiments.folders.files import KV_MAP_FILE
 from kvarena.experiments.recording.columns import described
-from kvarena.experiments.recording.files import KV_MAP_FILE
 
 MAX_SNAPSHOTS = 400
 MAX_CELLS = 4096

@@ -14,11 +14,11 @@ from kvarena.engine.contract import CopyKind, StepPlan
 from kvarena.engine.core import StepOutput
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import FinishReason, Request
-from kvarena.engine.runner.step_time import step_features
+from kvarena.experiments.folders.files import REQUESTS_FILE, STEPS_FILE
 from kvarena.experiments.recording.columns import described, described_schema
 from kvarena.experiments.recording.decisions import decision_hash
-from kvarena.experiments.recording.files import REQUESTS_FILE, STEPS_FILE
 from kvarena.experiments.recording.request_log import LISTS, REQUEST_COLUMNS, RequestLog
+from kvarena.experiments.recording.step_features import step_features
 from kvarena.experiments.recording.token_times import TokenTimes
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import numpy as np
 from kvarena.engine.core import Engine, StepOutput
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import Request
-from kvarena.experiments.recording.files import KV_MAP_FILE, REQUESTS_FILE, SCORES_FILE, STEPS_FILE
+from kvarena.experiments.folders.files import KV_MAP_FILE, REQUESTS_FILE, SCORES_FILE, STEPS_FILE
 from kvarena.experiments.recording.kv_map import MEASURED_SHARE, KVMapRecorder
 from kvarena.experiments.recording.record import RunRecorder
 from kvarena.experiments.recording.scores import ScoreLog

@@ -1,6 +1,6 @@
 """The scores of the best candidates of every sampled token, as scores.parquet (`driver.scores`). Schema: docs/files.md.
 
-Two runs that differ in a token can then be judged: by rounding, or by an error (reports/tokens.py).
+Two runs that differ in a token can then be judged: by rounding, or by an error (reports/comparing/tokens.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy as np
 
 from kvarena.engine.core import StepOutput
 from kvarena.engine.request import Request
+from kvarena.experiments.folders.files import SCORES_FILE
 from kvarena.experiments.recording.columns import described
-from kvarena.experiments.recording.files import SCORES_FILE
 
 
 class ScoreLog:

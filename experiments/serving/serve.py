@@ -21,8 +21,8 @@ from kvarena.engine.server.processes.process import ModelFiles
 from kvarena.engine.server.processes.supervisor import serve as run_server
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.experiments.building.model_files import check_model
-from kvarena.experiments.config import check_values
-from kvarena.experiments.explain import explain
+from kvarena.experiments.settings.config import check_values
+from kvarena.experiments.settings.explain import explain
 
 if TYPE_CHECKING:  # torch
     from kvarena.experiments.building.parts import EngineParts
@@ -120,7 +120,7 @@ def _build(values: dict[str, Any], strategy: dict[str, str], words: Callable[[st
 
 def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:
     """What a server has to give, for its log: model, strategy, pool."""
-    from kvarena.engine.memory_limits import size_text
+    from kvarena.engine.pool.memory_limits import size_text
 
     spec, slots = parts.spec, parts.pool_facts["num_slots"]
     device = parts.config.device if parts.model is None else parts.model.device.type

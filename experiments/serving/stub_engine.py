@@ -21,7 +21,7 @@ from kvarena.engine.clock import WallClock
 from kvarena.engine.contract import KVAllocator, StepPlan
 from kvarena.engine.core import Engine
 from kvarena.engine.errors import KvarenaError, OutOfMemory
-from kvarena.engine.runner.base import ReadyTokens, StepResult
+from kvarena.engine.model_runner import ReadyTokens, StepResult
 from kvarena.engine.server.engine.served import ServedEngine
 from kvarena.engine.server.processes.process import ModelFiles
 from kvarena.engine.server.processes.supervisor import serve

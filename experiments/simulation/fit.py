@@ -29,10 +29,11 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.runner.step_time import HostTime, StepFeatures, TableStepTime
+from kvarena.experiments.recording.step_features import StepFeatures
 from kvarena.experiments.simulation.fitted_range import FittedRange
 from kvarena.experiments.simulation.profiles import MeasuredProfile
 from kvarena.experiments.simulation.recorded import RecordedRun
+from kvarena.experiments.simulation.step_time import HostTime, TableStepTime
 
 FloatArray = NDArray[np.float64]
 

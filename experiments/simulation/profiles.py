@@ -17,10 +17,16 @@ from yaml import YAMLError
 
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.models.sizes import ModelSizes
-from kvarena.engine.runner.step_time import HostTime, RooflineStepTime, StepTime, TableStepTime, TwoPhaseStepTime
-from kvarena.experiments.compose import CONF_DIR
+from kvarena.experiments.settings.compose import CONF_DIR
 from kvarena.experiments.simulation.fitted_range import FittedRange
-from kvarena.experiments.workloads.checks import check_bool, check_int, check_number
+from kvarena.experiments.simulation.step_time import (
+    HostTime,
+    RooflineStepTime,
+    StepTime,
+    TableStepTime,
+    TwoPhaseStepTime,
+)
+from kvarena.experiments.workloads.parts.checks import check_bool, check_int, check_number
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from kvarena.experiments.folders.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from kvarena.experiments.recording.record import STEP_TIMES, write_requests, write_steps
 from kvarena.experiments.recording.request_log import LISTS, REQUEST_COLUMNS, TIMES
 

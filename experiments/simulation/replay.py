@@ -16,9 +16,9 @@ from kvarena.engine.contract import KVAllocator, StepPlan
 from kvarena.engine.core import Engine, StepOutput
 from kvarena.engine.errors import RequestRejected
 from kvarena.engine.request import Request
-from kvarena.engine.runner.simulated import SimulatedStep
 from kvarena.experiments.recording.record import RunRecorder
 from kvarena.experiments.simulation.recorded import RecordedRun
+from kvarena.experiments.simulation.runner import SimulatedStep
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     conf/experiment/NAME.yaml --> a Study --> cells (run folders) --> Findings --> study.json --> report
 
 A study says which cells it needs and what they show. Cells run like any single run
-(`kvarena.experiments.studies.cells`), and the report is made from study.json alone (`kvarena.reports.study`).
+(`kvarena.experiments.studies.cells`), and the report is made from study.json alone (`kvarena.reports.pages.study`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def mean_series(
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure as data; `kvarena.reports.study_charts` draws it.
+    """A figure as data; `kvarena.reports.drawing.study_charts` draws it.
 
     Attributes:
         name: of its file.

@@ -29,9 +29,9 @@ from kvarena.experiments.simulation.rerun import simulate_again
 from kvarena.experiments.studies.base import Chart, Findings, Series
 from kvarena.experiments.studies.cells import CellRunner
 from kvarena.experiments.studies.claims import Claim, Verdict, at_most, check
-from kvarena.reports.files import read_run
-from kvarena.reports.run_report import write_summary
-from kvarena.reports.summary import summarize
+from kvarena.reports.pages.run_report import write_summary
+from kvarena.reports.pages.summary import summarize
+from kvarena.reports.reading.files import read_run
 
 MAX_POINTS = 400  # of a cell in the figure
 HELD_OUT = "held-out"  # a recording's word for the cells that judge

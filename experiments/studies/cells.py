@@ -13,14 +13,14 @@ from typing import Any
 from omegaconf import DictConfig
 
 from kvarena.experiments.building.shared import SharedParts
-from kvarena.experiments.command_line import without_sweep
-from kvarena.experiments.compose import compose_cell
-from kvarena.experiments.config import SweepConfig
-from kvarena.experiments.job import execute
-from kvarena.experiments.recording.cell_folders import CellFolders, result_in, result_of
-from kvarena.experiments.recording.cell_state import cell_key
-from kvarena.experiments.recording.sources import digest
-from kvarena.experiments.unserved import Unserved, why_unserved
+from kvarena.experiments.folders.cell_folders import CellFolders, result_in, result_of
+from kvarena.experiments.folders.cell_state import cell_key
+from kvarena.experiments.folders.sources import digest
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.jobs.unserved import Unserved, why_unserved
+from kvarena.experiments.settings.command_line import without_sweep
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.settings.config import SweepConfig
 
 ALONE = "study=null"  # an experiment's config without its study is a single run's
 

@@ -13,19 +13,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-import kvarena.reports.ending
-import kvarena.reports.study
+import kvarena.reports.pages.ending
+import kvarena.reports.pages.study
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.command_line import command_of
-from kvarena.experiments.config import check_values
-from kvarena.experiments.recording.cell_state import only_writer
-from kvarena.experiments.recording.files import MANIFEST_FILE, STUDY_FILE
-from kvarena.experiments.recording.provenance import git_state, machine, versions
+from kvarena.experiments.folders.cell_state import only_writer
+from kvarena.experiments.folders.files import MANIFEST_FILE, STUDY_FILE
+from kvarena.experiments.folders.provenance import git_state, machine, versions
+from kvarena.experiments.settings.command_line import command_of
+from kvarena.experiments.settings.config import check_values
+from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.studies.base import Study
 from kvarena.experiments.studies.cells import CellRunner
-from kvarena.experiments.targets import instantiate
-from kvarena.reports.files import read_json
-from kvarena.reports.study_claims import tally
+from kvarena.reports.pages.study_claims import tally
+from kvarena.reports.reading.files import read_json
 
 SCHEMA_VERSION = 3  # 2 had no counts of the claims
 
@@ -59,11 +59,11 @@ def run_study(cfg: DictConfig) -> None:
     }
     with only_writer(out_dir):
         (out_dir / STUDY_FILE).write_text(json.dumps(record, indent=2, default=str) + "\n")
-        summary = kvarena.reports.study.write_study_report(out_dir)
-    Console().print(kvarena.reports.study.study_table(summary))
+        summary = kvarena.reports.pages.study.write_study_report(out_dir)
+    Console().print(kvarena.reports.pages.study.study_table(summary))
     if hydra.mode is not RunMode.MULTIRUN:  # a sweep has a last line of its own
-        kvarena.reports.ending.print_ending(
-            kvarena.reports.ending.study_ending(out_dir, summary), full=cfg.report.json == "full"
+        kvarena.reports.pages.ending.print_ending(
+            kvarena.reports.pages.ending.study_ending(out_dir, summary), full=cfg.report.json == "full"
         )
 
 

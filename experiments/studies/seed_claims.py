@@ -17,8 +17,8 @@ from kvarena.experiments.studies.cells import CellRunner
 from kvarena.experiments.studies.claims import Claim, Mean, at_least, at_most, check, compared, counted, measured
 from kvarena.experiments.studies.memory_use import MemoryUse, covered, memory_use, share_over_seeds, waiting
 from kvarena.experiments.studies.orca import seeds_text
-from kvarena.reports.style import CLASS_LOOKS
-from kvarena.reports.windows import DEFINITION, WAITING
+from kvarena.reports.analysis.windows import DEFINITION, WAITING
+from kvarena.reports.drawing.style import CLASS_LOOKS
 
 SOURCE = "a guide to serving with vLLM; PagedAttention (Kwon et al., SOSP 2023), sections 1 and 2"
 

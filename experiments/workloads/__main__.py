@@ -14,13 +14,13 @@ from typing import Any
 
 from kvarena.engine.errors import KvarenaError
 from kvarena.experiments.workloads.azure import AzureTraceWorkload
-from kvarena.experiments.workloads.base import Workload
 from kvarena.experiments.workloads.burstgpt import BurstGPTWorkload
 from kvarena.experiments.workloads.mooncake import MooncakeWorkload
+from kvarena.experiments.workloads.parts.base import Workload
 from kvarena.experiments.workloads.sharegpt_json import ShareGPTJsonWorkload
 from kvarena.experiments.workloads.statistics import table_statistics
 from kvarena.experiments.workloads.vidur import VidurWorkload
-from kvarena.reports.plain_text import write_any_text
+from kvarena.reports.drawing.plain_text import write_any_text
 
 FORMATS: dict[str, Callable[..., Workload]] = {
     "azure": AzureTraceWorkload,

@@ -10,10 +10,10 @@ import numpy as np
 from hydra.errors import InstantiationException
 
 from kvarena.engine.errors import ConfigError, KvarenaError
-from kvarena.experiments.targets import instantiate
-from kvarena.experiments.workloads.base import FloatArray, IntArray, LengthTable, Workload
-from kvarena.experiments.workloads.checks import check_int, check_keys, check_number, is_int
-from kvarena.experiments.workloads.seeds import Purpose, generator, seed_sequence
+from kvarena.experiments.settings.targets import instantiate
+from kvarena.experiments.workloads.parts.base import FloatArray, IntArray, LengthTable, Workload
+from kvarena.experiments.workloads.parts.checks import check_int, check_keys, check_number, is_int
+from kvarena.experiments.workloads.parts.seeds import Purpose, generator, seed_sequence
 from kvarena.experiments.workloads.synthetic import required_num_requests
 
 

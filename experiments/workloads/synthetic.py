@@ -7,10 +7,15 @@ from typing import Any
 import numpy as np
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.workloads.base import IntArray, LengthTable, Workload
-from kvarena.experiments.workloads.distributions import FixedLength, LengthDistribution, LognormalLength, UniformLength
-from kvarena.experiments.workloads.limits import LengthLimits
-from kvarena.experiments.workloads.seeds import Purpose, generator
+from kvarena.experiments.workloads.parts.base import IntArray, LengthTable, Workload
+from kvarena.experiments.workloads.parts.distributions import (
+    FixedLength,
+    LengthDistribution,
+    LognormalLength,
+    UniformLength,
+)
+from kvarena.experiments.workloads.parts.limits import LengthLimits
+from kvarena.experiments.workloads.parts.seeds import Purpose, generator
 
 _MAX_DRAWS_PER_REQUEST = 1000
 

@@ -9,7 +9,7 @@ import pytest
 from allocator_machine import check_whole, make_request
 
 from kvarena.engine.contract import KVAllocator, cdiv
-from kvarena.experiments.strategies import build_allocator, strategy_names, strategy_options
+from kvarena.experiments.settings.strategies import build_allocator, strategy_names, strategy_options
 
 NAMES = strategy_names("allocator")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
-from kvarena.engine.kv_pool import KVPool
+from kvarena.engine.pool.kv_pool import KVPool
 
 
 @dataclass

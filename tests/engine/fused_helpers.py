@@ -11,8 +11,8 @@ from kvarena.engine.attention.base import AttentionMetadata
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.clock import VirtualClock
 from kvarena.engine.core import Engine, run_to_completion
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.models import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.schedulers.chunked import ChunkedScheduler

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvarena.engine.contract import ScheduledRequest, StepPlan, cdiv
-from kvarena.engine.kv_pool import KVPool
+from kvarena.engine.model_runner import StepResult
 from kvarena.engine.models import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.base import StepResult
 from kvarena.engine.runner.torch_runner import TorchRunner
 
 

@@ -17,7 +17,7 @@ from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.models import load_model
 from kvarena.engine.runner import torch_runner
 from kvarena.engine.runner.constraints import MASK_SECONDS, allowed_tokens
-from kvarena.experiments.strategies import build_allocator, build_scheduler
+from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
 
 PROMPTS = random_prompts((5, 13, 1, 30, 22, 9))
 NUM_TOKENS = 10

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kvarena.engine.errors import ConfigError, EngineError, ModelError
-from kvarena.engine.host_blocks import HostBlocks
-from kvarena.engine.kv_pool import KVPool
-from kvarena.engine.memory_limits import _group_rooms, asked_and_free, is_out_of_memory, size_text
 from kvarena.engine.models import load_model
 from kvarena.engine.models.loader import build_dummy
+from kvarena.engine.pool.host_blocks import HostBlocks
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.pool.memory_limits import _group_rooms, asked_and_free, is_out_of_memory, size_text
 from kvarena.engine.runner.profile import KEPT_FREE, LIBRARY_BYTES, CardMemory
 
 GIB = 2**30
@@ -185,12 +185,12 @@ def test_random_weights_that_do_not_fit(monkeypatch):
 def test_a_host_is_asked_before_its_memory_is_taken(monkeypatch):
     """It would promise more than it has, and kill whoever takes it: pools, swap space, weights, read or random."""
     with monkeypatch.context() as patch, pytest.raises(EngineError, match=r"8\.00 KiB were asked for and 6\.00 KiB"):
-        patch.setattr("kvarena.engine.host_blocks.free_bytes", lambda device: 6143)
-        patch.setattr("kvarena.engine.memory_limits.free_bytes", lambda device: 6143)
+        patch.setattr("kvarena.engine.pool.host_blocks.free_bytes", lambda device: 6143)
+        patch.setattr("kvarena.engine.pool.memory_limits.free_bytes", lambda device: 6143)
         HostBlocks(torch.zeros(2, 3, 2**8), 3)
     pool = {"num_blocks": 100, "block_size": 16, "num_layers": 1, "num_kv_heads": 1, "head_dim": 8}
     num_bytes = KVPool(**pool).num_bytes
-    monkeypatch.setattr("kvarena.engine.kv_pool.free_bytes", lambda device: num_bytes - 1)
+    monkeypatch.setattr("kvarena.engine.pool.kv_pool.free_bytes", lambda device: num_bytes - 1)
     with pytest.raises(EngineError, match=r"KV pool: 101\.0 KiB were asked for .* lower kv_cache.num_blocks"):
         KVPool(**pool, sized_by="kv_cache.num_blocks")
     monkeypatch.setattr("kvarena.engine.models.loader.free_bytes", lambda device: 10**6)

@@ -4,7 +4,7 @@ import pytest
 
 from kvarena.engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.oracle import OracleFault, OracleRunner, expected_output
+from kvarena.experiments.correctness.oracle import OracleFault, OracleRunner, expected_output
 
 
 class Tables:

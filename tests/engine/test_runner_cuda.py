@@ -9,8 +9,8 @@ from runner_driver import generate, make_requests
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.contract import BlockCopy, CopyKind
 from kvarena.engine.errors import ConfigError, EngineError
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.models import load_model
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.runner.profile import available_kv_bytes
 from kvarena.experiments.correctness.reference import greedy_reference
 

@@ -6,7 +6,7 @@ import torch
 
 from kvarena.engine.errors import EngineError, RequestError
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.sampler import Sampler
+from kvarena.engine.sampling.sampler import Sampler
 from kvarena.engine.sampling.state import SamplerState, check_sampling
 
 V = 64

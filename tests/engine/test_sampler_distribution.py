@@ -7,7 +7,7 @@ from scipy import stats
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.sampler import Sampler
+from kvarena.engine.sampling.sampler import Sampler
 from kvarena.engine.sampling.state import SamplerState
 from kvarena.engine.sampling.streams import log_exponentials, stream_keys
 from kvarena.engine.sampling.transforms import keep_min_p, keep_top_k, keep_top_p

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.sampler import Sampler
+from kvarena.engine.sampling.sampler import Sampler
 from kvarena.engine.sampling.state import SamplerState
 
 V = 40

@@ -6,7 +6,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.sampler import Sampler
+from kvarena.engine.sampling.sampler import Sampler
 from kvarena.engine.sampling.state import SamplerState
 
 V = 32

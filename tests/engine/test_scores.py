@@ -15,7 +15,7 @@ from kvarena.engine.fusions.ops import TorchOps
 from kvarena.engine.models import load_model
 from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.engine.runner.torch_runner import TorchRunner
-from kvarena.engine.sampler import Sampler
+from kvarena.engine.sampling.sampler import Sampler
 from kvarena.engine.sampling.state import SamplerState
 from kvarena.engine.sampling.streams import log_exponentials, stream_keys
 from kvarena.experiments.recording.scores import ScoreLog

@@ -8,8 +8,9 @@ from kvarena.engine.clock import VirtualClock
 from kvarena.engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import Request
-from kvarena.engine.runner.simulated import SimulatedRunner
-from kvarena.engine.runner.step_time import HostTime, LinearStepTime, StepFeatures, TableStepTime, step_features
+from kvarena.experiments.recording.step_features import StepFeatures, step_features
+from kvarena.experiments.simulation.runner import SimulatedRunner
+from kvarena.experiments.simulation.step_time import HostTime, LinearStepTime, TableStepTime
 
 
 def plan(*entries: tuple[int, int], samples: bool = True, num_copies: int = 0) -> StepPlan:

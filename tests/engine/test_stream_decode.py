@@ -7,9 +7,9 @@ from attention_cases import dense_attention, make_case, make_contiguous, run_bac
 
 from kvarena.engine.attention import triton_backend
 from kvarena.engine.attention.triton_backend import TritonBackend
-from kvarena.engine.kernels.attention import AttentionCall
+from kvarena.engine.kernels.attention.base import AttentionCall
+from kvarena.engine.kernels.attention.stream_decode import StreamDecode, launch_constants, streams
 from kvarena.engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, nvrtc_major
-from kvarena.engine.kernels.stream_decode import StreamDecode, launch_constants, streams
 
 DEVICE = "cuda"
 needs_hopper = pytest.mark.skipif(

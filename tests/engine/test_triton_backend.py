@@ -11,9 +11,9 @@ from kvarena.engine.attention.dense import MIN_LENGTH, DensePrompts
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.attention.triton_backend import TritonBackend
 from kvarena.engine.errors import ConfigError, EngineError
-from kvarena.engine.kernels import attention
+from kvarena.engine.kernels.attention import base as attention
+from kvarena.engine.kernels.attention.config import DecodeConfig
 from kvarena.engine.kernels.common import slot_type
-from kvarena.engine.kernels.config import DecodeConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = [(99, 1), (0, 40), (12, 30), (0, 1), (650, 1), (64, 3)]

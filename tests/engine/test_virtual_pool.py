@@ -18,11 +18,11 @@ from kvarena.engine.clock import VirtualClock
 from kvarena.engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from kvarena.engine.core import Engine, run_to_completion
 from kvarena.engine.errors import EngineError
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.models import LoadedModel, load_model
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.pool.virtual_pool import VirtualKVPool
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner.torch_runner import TorchRunner
-from kvarena.engine.virtual_pool import VirtualKVPool
 from kvarena.schedulers.continuous import ContinuousScheduler
 
 PAGE = 64 * KIB

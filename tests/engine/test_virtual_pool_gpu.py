@@ -15,11 +15,11 @@ from kvarena.engine.clock import WallClock
 from kvarena.engine.contract import ScheduledRequest, StepPlan
 from kvarena.engine.core import Engine, run_to_completion
 from kvarena.engine.errors import EngineError
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.models import LoadedModel, load_model
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.pool.virtual_pool import VirtualKVPool
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner.torch_runner import TorchRunner
-from kvarena.engine.virtual_pool import VirtualKVPool
 from kvarena.schedulers.continuous import ContinuousScheduler
 
 pytestmark = [
@@ -198,7 +198,7 @@ def test_more_pages_than_the_gpu_has_is_one_line(bindings, model):
 def test_the_main_job_builds_it(bindings):
     pytest.importorskip("hydra")
     from kvarena.experiments.building.build import build_engine
-    from kvarena.experiments.compose import load_config
+    from kvarena.experiments.settings.compose import load_config
 
     parts = build_engine(
         load_config(

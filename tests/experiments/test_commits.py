@@ -6,8 +6,8 @@ import subprocess
 import pytest
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.recording.commits import write_commit
-from kvarena.experiments.recording.sources import sources_of
+from kvarena.experiments.folders.commits import write_commit
+from kvarena.experiments.folders.sources import sources_of
 
 CONFIG = {"allocator": {"_target_": "allocators.mine.Mine"}, "engine": {"seed": 0}}
 

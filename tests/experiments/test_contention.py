@@ -6,8 +6,8 @@ import time
 import pytest
 
 from kvarena.experiments.recording.contention import Contention, run_probe
-from kvarena.reports.contention import run_had_company
-from kvarena.reports.shapes import CONTENTION, mismatch
+from kvarena.reports.comparing.contention import run_had_company
+from kvarena.reports.reading.shapes import CONTENTION, mismatch
 
 
 def test_a_process_that_waits_has_no_share_and_one_that_works_has_one():

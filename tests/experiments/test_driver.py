@@ -8,14 +8,14 @@ from kvarena.engine.contract import KVAllocator, StepPlan
 from kvarena.engine.core import Engine
 from kvarena.engine.errors import EngineError
 from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.model_runner import ReadyTokens, StepResult
 from kvarena.engine.request import FinishReason, Request, SamplingParams
-from kvarena.engine.runner.base import ReadyTokens, StepResult
 from kvarena.experiments.building.build import build
 from kvarena.experiments.building.warm_up import warm_cache
-from kvarena.experiments.compose import load_config
-from kvarena.experiments.job import execute
+from kvarena.experiments.jobs.job import execute
 from kvarena.experiments.load.driver import ClosedLoop, drive
 from kvarena.experiments.recording.record import RunRecorder
+from kvarena.experiments.settings.compose import load_config
 from kvarena.schedulers.continuous import ContinuousScheduler
 from kvarena.schedulers.static import StaticScheduler
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from kvarena.experiments.entry import main
-from kvarena.experiments.explain import explain
+from kvarena.experiments.settings.explain import explain
 
 ROOT = Path(__file__).resolve().parents[2]
 

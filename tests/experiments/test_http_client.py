@@ -13,7 +13,7 @@ from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.load import http_client, http_driver
 from kvarena.experiments.load.http_client import HttpServer
 from kvarena.experiments.load.http_driver import HttpDriver
-from kvarena.reports.latency import request_latencies
+from kvarena.reports.analysis.latency import request_latencies
 
 DONE = "[DONE]"
 

@@ -6,11 +6,11 @@ import pytest
 
 from kvarena.allocators.placement import Buddy
 from kvarena.engine.core import Engine
-from kvarena.experiments.correctness import matrix
-from kvarena.experiments.correctness.matrix import Cell, allocator_cells, run_cell
-from kvarena.experiments.correctness.random_traces import make_trace
+from kvarena.experiments.fuzzing import matrix
+from kvarena.experiments.fuzzing.matrix import Cell, allocator_cells, run_cell
+from kvarena.experiments.fuzzing.random_traces import make_trace
 from kvarena.experiments.recording.kv_map import CACHED, EXTERNAL, FREE, SHARED, KVMapRecorder
-from kvarena.experiments.strategies import strategy_names
+from kvarena.experiments.settings.strategies import strategy_names
 
 TRACES = [make_trace(seed) for seed in range(200, 203)]
 

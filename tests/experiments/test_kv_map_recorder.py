@@ -13,8 +13,8 @@ from kvarena.allocators.radix import RadixAllocator
 from kvarena.engine.clock import VirtualClock
 from kvarena.engine.core import Engine, run_to_completion
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.simulated import SimulatedRunner
 from kvarena.experiments.recording.kv_map import CACHED, FREE, SHARED, KVMapRecorder
+from kvarena.experiments.simulation.runner import SimulatedRunner
 from kvarena.schedulers.continuous import ContinuousScheduler
 
 BLOCK_SIZE, NUM_BLOCKS = 4, 24

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.ray_cells import RayOptions, _check_node, _gather, _Sweep, run_cells
-from kvarena.experiments.recording.sources import code_hash
+from kvarena.experiments.folders.sources import code_hash
+from kvarena.experiments.sweeps.ray_cells import RayOptions, _check_node, _gather, _Sweep, run_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 # The last block size is refused.

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.building.build import CPU_SLOTS, build_engine
-from kvarena.experiments.compose import compose_cell, load_config
-from kvarena.experiments.job import execute
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.settings.compose import compose_cell, load_config
 
 DEMO = {"max_model_len": 2048, "dtype": "float32"}
 OWN = {"max_model_len": None, "dtype": "auto"}

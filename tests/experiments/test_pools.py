@@ -11,11 +11,11 @@ import torch
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.allocators.virtual import VirtualAllocator
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.kv_pool import KVPool
 from kvarena.engine.models import ModelSpec
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.experiments.building.pools import make_pool
-from kvarena.experiments.compose import load_config
-from kvarena.experiments.config import RunnerConfig
+from kvarena.experiments.settings.compose import load_config
+from kvarena.experiments.settings.config import RunnerConfig
 
 SPEC = ModelSpec("small", 2, 2, 64, 8, 64, torch.float32, frozenset(), None, 0)
 

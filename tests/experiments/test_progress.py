@@ -3,8 +3,8 @@
 import io
 import sys
 
-from kvarena.experiments import output
-from kvarena.experiments.output import progress_bar
+from kvarena.experiments.jobs import output
+from kvarena.experiments.jobs.output import progress_bar
 
 
 def test_a_log_gets_lines_and_no_carriage_return(monkeypatch, capsys):

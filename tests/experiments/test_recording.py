@@ -9,15 +9,15 @@ import pytest
 
 from kvarena.engine.contract import KVUsage, StepPlan
 from kvarena.engine.core import StepOutput
-from kvarena.engine.runner.base import StepResult
-from kvarena.experiments.compose import compose_cell
-from kvarena.experiments.job import execute
+from kvarena.engine.model_runner import StepResult
+from kvarena.experiments.jobs.job import execute
 from kvarena.experiments.recording.kv_map import KVMapRecorder
 from kvarena.experiments.recording.recording import Recording, recording_warning
-from kvarena.reports.comparison import compare
-from kvarena.reports.errors import ReportError
-from kvarena.reports.run_report import write_run_report
-from kvarena.reports.terminal import run_table
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.run_report import write_run_report
+from kvarena.reports.pages.terminal import run_table
+from kvarena.reports.reading.errors import ReportError
 
 SIMULATED = ("runner=simulated", "model=llama-3.1-8b-shape", "engine.dtype=auto", "workload=uniform",
              "workload.num_requests=12", "report.progress=false", "report.pages=false")  # fmt: skip

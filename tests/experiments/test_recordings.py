@@ -14,7 +14,7 @@ from kvarena.experiments.gpu.calibration_cells import CELLS, FIT, HELD_OUT, LENG
 from kvarena.experiments.simulation.recorded import RecordedRun
 from kvarena.experiments.simulation.recordings import keep, make_folders, recording_names
 from kvarena.experiments.simulation.replay import replay
-from kvarena.reports.run_report import write_run_report
+from kvarena.reports.pages.run_report import write_run_report
 
 OPTIONS = record.Options(["tiny"], num_slots=16384, device="cpu", share=0.003, limit=600.0)
 # A load that refers to another cell, a pool of its own, and the loop without overlap.

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.compose import compose_cell
-from kvarena.experiments.job import execute
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.settings.compose import compose_cell
 from kvarena.experiments.simulation.recorded import RecordedRun
 from kvarena.experiments.simulation.replay import replay
 

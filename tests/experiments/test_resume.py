@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.compose import compose_cell
 from kvarena.experiments.entry import main
-from kvarena.experiments.job import execute
-from kvarena.experiments.recording.cell_state import cell_key, finished_key, mark_finished, only_writer
-from kvarena.reports.errors import ReportError
+from kvarena.experiments.folders.cell_state import cell_key, finished_key, mark_finished, only_writer
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.reports.reading.errors import ReportError
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "fixed", "arrival": "all_at_once"}
@@ -90,7 +90,7 @@ def test_two_processes_at_one_sweep_share_its_cells(tmp_path):
 
 def test_the_lock_ends_with_its_process(tmp_path, capfd):
     hold = (
-        "import sys, time; from pathlib import Path; from kvarena.experiments.recording.cell_state import only_writer\n"
+        "import sys, time; from pathlib import Path; from kvarena.experiments.folders.cell_state import only_writer\n"
         "with only_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -4,7 +4,7 @@ import pytest
 
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.building.build import build
-from kvarena.experiments.compose import load_config
+from kvarena.experiments.settings.compose import load_config
 
 SIMULATED = ("runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16", "workload=fixed")
 

@@ -6,11 +6,11 @@ import pytest
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.engine.contract import NULL_BLOCK
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.compose import compose_cell
-from kvarena.experiments.config import DriverConfig
-from kvarena.experiments.http_job import run_http
+from kvarena.experiments.jobs.http_job import run_http
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.settings.config import DriverConfig
 from kvarena.experiments.studies.cells import CellRunner
-from kvarena.reports.comparison import compare
+from kvarena.reports.pages.comparison import compare
 
 SETTINGS = (
     "engine.dtype=bfloat16", "workload.num_requests=10", "workload.max_total_len=160", "kv_cache.num_slots=1024",

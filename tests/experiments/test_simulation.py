@@ -13,10 +13,11 @@ from kvarena.engine.errors import ConfigError
 from kvarena.engine.models import load_model
 from kvarena.engine.models import sizes as sizes_module
 from kvarena.engine.models.sizes import model_sizes
-from kvarena.engine.runner.step_time import RooflineStepTime, StepFeatures
-from kvarena.experiments.compose import CONF_DIR, load_config
-from kvarena.experiments.job import execute
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.recording.step_features import StepFeatures
+from kvarena.experiments.settings.compose import CONF_DIR, load_config
 from kvarena.experiments.simulation.profiles import load_profile
+from kvarena.experiments.simulation.step_time import RooflineStepTime
 
 OPT = ["model=opt-13b-shape", "engine.dtype=auto", "runner=simulated", "runner.profile=a100-40gb"]
 CELL = ["workload=uniform", "workload.num_requests=20", "report.progress=false", "kv_cache.num_slots=6000"]

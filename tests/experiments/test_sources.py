@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvarena.experiments.recording.sources import PROJECT_ROOT, code_hash, inputs_of, package_digest, sources_of
+from kvarena.experiments.folders.sources import PROJECT_ROOT, code_hash, inputs_of, package_digest, sources_of
 
 MINE = """from kvarena.allocators.blocks import BlockPool
 from allocators.mine_parts import helper
@@ -31,7 +31,7 @@ def files(config, root=PROJECT_ROOT):
 
 
 def write(path: Path, text: str) -> None:
-    from kvarena.experiments.recording import sources
+    from kvarena.experiments.folders import sources
 
     path.write_text(text)
     sources._strategy_files.cache_clear()
@@ -62,7 +62,7 @@ def test_a_strategy_counts_for_the_cells_that_use_it(checkout):
 
 def test_reports_change_no_measurement(checkout):
     before = files(PAGED, checkout)["hash"]
-    write(checkout / "reports/format.py", "")
+    write(checkout / "reports/drawing/format.py", "")
     assert files(PAGED, checkout)["hash"] == before
 
 

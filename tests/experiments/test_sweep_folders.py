@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kvarena.experiments.compose import compose_cell
 from kvarena.experiments.entry import main
-from kvarena.experiments.recording import cell_folders
-from kvarena.experiments.recording.cell_folders import CellFolders, stem_of
-from kvarena.experiments.recording.cell_state import cell_key, mark_finished
-from kvarena.experiments.recording.sources import digest
+from kvarena.experiments.folders import cell_folders
+from kvarena.experiments.folders.cell_folders import CellFolders, stem_of
+from kvarena.experiments.folders.cell_state import cell_key, mark_finished
+from kvarena.experiments.folders.sources import digest
+from kvarena.experiments.settings.compose import compose_cell
 
 ROOT = Path(__file__).resolve().parents[2]
 SIMULATED = ["runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16"]
@@ -95,13 +95,13 @@ def test_a_cell_that_failed_and_works_now_is_clean(sweep, monkeypatch):
 
 
 def test_a_failed_cell_that_is_run_again_leaves_no_error(sweep, monkeypatch):
-    import kvarena.experiments.job
+    import kvarena.experiments.jobs.job
 
     def broken(*_):
-        raise kvarena.experiments.job.ConfigError("not today")
+        raise kvarena.experiments.jobs.job.ConfigError("not today")
 
     with monkeypatch.context() as patched:
-        patched.setattr(kvarena.experiments.job, "_run_here", broken)
+        patched.setattr(kvarena.experiments.jobs.job, "_run_here", broken)
         first = sweep("scheduler=continuous,static")
     assert [entry["error"] for entry in first.record["failed"]] == ["not today"] * 2
     again = sweep("scheduler=continuous,static")
@@ -177,7 +177,7 @@ def test_a_baseline_is_named_without_digits(sweep, baseline):
 
 def test_other_code_gets_a_folder_of_its_own(sweep, monkeypatch):
     """Old results were taken for those of new code, or the sweep was refused."""
-    from kvarena.experiments.recording import cell_state
+    from kvarena.experiments.folders import cell_state
 
     first = sweep("scheduler=continuous,static")
     found = cell_state.sources_of
@@ -272,7 +272,7 @@ def test_a_result_without_an_owner_is_left_alone(tmp_path):
 
 
 def test_another_trace_under_the_same_name_is_another_cell(tmp_path):
-    from kvarena.experiments.compose import compose_cell
+    from kvarena.experiments.settings.compose import compose_cell
 
     profile = tmp_path / "card.yaml"
     profile.write_text((ROOT / "conf/profile/h100.yaml").read_text())

@@ -6,9 +6,9 @@ import math
 import pytest
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.compose import compose_cell
-from kvarena.experiments.job import execute
-from kvarena.experiments.recording.cell_state import cell_key
+from kvarena.experiments.folders.cell_state import cell_key
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.settings.compose import compose_cell
 from kvarena.experiments.studies.cells import CellRunner
 
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "fixed", "arrival": "all_at_once"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvarena.experiments.entry import main
+from kvarena.experiments.jobs.unserved import Unserved, why_unserved
 from kvarena.experiments.studies.cells import CellRunner
-from kvarena.experiments.unserved import Unserved, why_unserved
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD = ["workload=fixed", "workload.num_requests=3", "workload.prompt_len=40", "workload.output_len=40",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.workloads.distributions import LognormalLength
+from kvarena.experiments.workloads.parts.distributions import LognormalLength
 from kvarena.experiments.workloads.published import (
     AlpacaWorkload,
     AzureCodeWorkload,

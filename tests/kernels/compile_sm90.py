@@ -17,11 +17,11 @@ from triton.compiler import ASTSource
 
 from kvarena.engine.kernels import INTERPRET
 from kvarena.engine.kernels.activation import gated_kernel
+from kvarena.engine.kernels.attention.config import decode_config, prefill_config
+from kvarena.engine.kernels.attention.decode import decode_kernel, merge_width
+from kvarena.engine.kernels.attention.prefill import prefill_kernel
 from kvarena.engine.kernels.common import VARYING, next_power_of_2
-from kvarena.engine.kernels.config import decode_config, prefill_config
-from kvarena.engine.kernels.decode import decode_kernel, merge_width
 from kvarena.engine.kernels.norm import rms_norm_kernel
-from kvarena.engine.kernels.prefill import prefill_kernel
 from kvarena.engine.kernels.rope import rope_store_kernel
 from kvarena.engine.kernels.store import store_kv_kernel
 

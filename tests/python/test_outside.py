@@ -5,8 +5,8 @@ import sys
 import pytest
 
 import kvarena
-from kvarena.experiments import outside
 from kvarena.experiments.entry import main
+from kvarena.experiments.settings import outside
 
 MODULE = """
 from kvarena.allocators.paged import PagedAllocator

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import kvarena
-from kvarena.reports.study import write_study_report
+from kvarena.reports.pages.study import write_study_report
 
 LATENCIES = {"ttft": "ttft_seconds", "tpot": "tpot_seconds", "e2e": "e2e_seconds", "queue_time": "queue_time_seconds"}
 

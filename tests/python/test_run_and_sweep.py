@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from strategies import Broken, OwnAllocator, OwnScheduler, Strict, made_by_a_function
 
 import kvarena
-from kvarena.experiments.unserved import Unserved
+from kvarena.experiments.jobs.unserved import Unserved
 from kvarena.settings import as_overrides
 
 

@@ -13,18 +13,18 @@ import pytest
 from fake_runs import fake_run
 
 from kvarena.reports.__main__ import main
-from kvarena.reports.comparison import summarize_comparison
-from kvarena.reports.comparison_sections import comparison_document
-from kvarena.reports.document import render_html
-from kvarena.reports.errors import ReportError
-from kvarena.reports.files import CLASSES, read_run
-from kvarena.reports.gauges import COLUMNS
-from kvarena.reports.pairing import make_cells
-from kvarena.reports.run_sections import run_document
-from kvarena.reports.study import read_study, study_table, write_study_report
-from kvarena.reports.study_charts import chart_figure
-from kvarena.reports.summary import summarize
-from kvarena.reports.terminal import comparison_table, run_table
+from kvarena.reports.analysis.gauges import COLUMNS
+from kvarena.reports.comparing.pairing import make_cells
+from kvarena.reports.drawing.document import render_html
+from kvarena.reports.drawing.study_charts import chart_figure
+from kvarena.reports.pages.comparison import summarize_comparison
+from kvarena.reports.pages.comparison_sections import comparison_document
+from kvarena.reports.pages.run_sections import run_document
+from kvarena.reports.pages.study import read_study, study_table, write_study_report
+from kvarena.reports.pages.summary import summarize
+from kvarena.reports.pages.terminal import comparison_table, run_table
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.files import CLASSES, read_run
 
 OTHERS: tuple[Any, ...] = (None, True, -0.5, "text", [], {}, ["x"])
 LOST = object()

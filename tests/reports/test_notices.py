@@ -9,10 +9,10 @@ import pytest
 from fake_runs import fake_run
 from rich.console import Console
 
-from kvarena.reports.comparison import compare
-from kvarena.reports.notices import run_notices
-from kvarena.reports.run_report import read_summary, write_run_report
-from kvarena.reports.terminal import comparison_table, run_table
+from kvarena.reports.comparing.notices import run_notices
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.run_report import read_summary, write_run_report
+from kvarena.reports.pages.terminal import comparison_table, run_table
 
 
 def edit_manifest(run_dir, change):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvarena.reports.packages import missing_package
-from kvarena.reports.plain_text import write_any_text
+from kvarena.reports.drawing.plain_text import write_any_text
+from kvarena.reports.reading.packages import missing_package
 
 ROOT = Path(__file__).resolve().parents[2]
 

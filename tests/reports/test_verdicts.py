@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kvarena.experiments.correctness.verdict_rates import METRICS, Setting, count_false, count_right
-from kvarena.experiments.run_order import order
-from kvarena.reports.verdicts import (
+from kvarena.experiments.settings.run_order import order
+from kvarena.reports.comparing.verdicts import (
     FASTEST,
     HIGHER,
     LEVEL,

@@ -8,8 +8,8 @@ from kvarena.engine.clock import VirtualClock
 from kvarena.engine.core import Engine, run_to_completion
 from kvarena.engine.errors import ConfigError, RequestError, RequestRejected
 from kvarena.engine.request import FinishReason, RequestStatus
-from kvarena.engine.runner.oracle import OracleRunner
-from kvarena.experiments.strategies import strategy_names
+from kvarena.experiments.correctness.oracle import OracleRunner
+from kvarena.experiments.settings.strategies import strategy_names
 from kvarena.schedulers.continuous import ContinuousScheduler
 
 ITERATION_LEVEL = sorted(set(strategy_names("scheduler")) - {"static"})

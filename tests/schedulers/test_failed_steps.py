@@ -10,10 +10,10 @@ from kvarena.engine.core import Engine, StepFailed
 from kvarena.engine.errors import RequestRejected
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import FinishReason
-from kvarena.engine.runner.oracle import OracleRunner
-from kvarena.experiments.correctness.matrix import allocator_options, build_cell, cells_of_round
-from kvarena.experiments.correctness.random_traces import VOCAB_SIZE, make_trace
-from kvarena.experiments.correctness.recount import Recount
+from kvarena.experiments.correctness.oracle import OracleRunner
+from kvarena.experiments.fuzzing.matrix import allocator_options, build_cell, cells_of_round
+from kvarena.experiments.fuzzing.random_traces import VOCAB_SIZE, make_trace
+from kvarena.experiments.fuzzing.recount import Recount
 
 
 class DeviceError(Exception):

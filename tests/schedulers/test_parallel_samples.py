@@ -8,8 +8,8 @@ from kvarena.engine.contract import CopyKind
 from kvarena.engine.core import Engine, run_to_completion
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import Request, SamplingParams, expand
-from kvarena.engine.runner.oracle import OracleRunner, expected_output
-from kvarena.experiments.strategies import strategy_names
+from kvarena.experiments.correctness.oracle import OracleRunner, expected_output
+from kvarena.experiments.settings.strategies import strategy_names
 
 ITERATION_LEVEL = sorted(set(strategy_names("scheduler")) - {"static"})
 

@@ -4,7 +4,7 @@ import pytest
 from scheduler_simulation import request
 
 from kvarena.engine.contract import KVAllocator
-from kvarena.experiments.strategies import build_allocator, build_scheduler
+from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
 
 MAX_LEN = 64
 

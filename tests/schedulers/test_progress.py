@@ -6,7 +6,7 @@ from scheduler_simulation import simulate
 
 from kvarena.engine.errors import RequestRejected
 from kvarena.engine.request import FinishReason, Request, SamplingParams
-from kvarena.experiments.strategies import strategy_names, strategy_options
+from kvarena.experiments.settings.strategies import strategy_names, strategy_options
 
 REQUESTS = st.lists(
     st.tuples(

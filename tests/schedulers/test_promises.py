@@ -7,7 +7,7 @@ import pytest
 from scheduler_simulation import STEP_TIME, request, simulate
 
 from kvarena.engine.request import Request
-from kvarena.engine.runner.step_time import StepFeatures
+from kvarena.experiments.recording.step_features import StepFeatures
 
 # ---- chunked: the token budget bounds the time between a running request's tokens
 

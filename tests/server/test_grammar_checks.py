@@ -16,7 +16,7 @@ from kvarena.engine.server.engine import grammar_worker
 from kvarena.engine.server.engine.grammar_checks import ChecksBusy, GrammarChecks
 from kvarena.engine.server.engine.grammars import tokenizer_json
 from kvarena.experiments.benchmarks.under_attack import slow_patterns
-from kvarena.experiments.correctness.random_constraints import GBNF
+from kvarena.experiments.fuzzing.random_constraints import GBNF
 
 
 @pytest.fixture(scope="module")

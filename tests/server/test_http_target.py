@@ -15,13 +15,13 @@ from rich.console import Console
 from server_harness import KEY
 
 from kvarena.engine.errors import ConfigError, EngineError
-from kvarena.experiments.compose import load_config
 from kvarena.experiments.entry import main
-from kvarena.experiments.job import execute
+from kvarena.experiments.jobs.job import execute
 from kvarena.experiments.load.http_metrics import read_gauges
-from kvarena.reports.comparison import compare
-from kvarena.reports.files import CLASSES, read_run
-from kvarena.reports.terminal import run_table
+from kvarena.experiments.settings.compose import load_config
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.terminal import run_table
+from kvarena.reports.reading.files import CLASSES, read_run
 
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "uniform", "arrival": "poisson"}
 LOAD = [

@@ -8,7 +8,7 @@ from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.server.engine.pool_view import CACHED, EXTERNAL, FREE, FULL, MAX_CELLS, PoolView
 from kvarena.engine.server.engine.served import Route
 from kvarena.engine.server.shared.ipc import unpack_ids
-from kvarena.experiments.strategies import build_allocator, build_scheduler, strategy_names
+from kvarena.experiments.settings.strategies import build_allocator, build_scheduler, strategy_names
 
 
 def _request(number: int, prompt: int = 40) -> Request:

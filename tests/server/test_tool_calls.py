@@ -13,7 +13,7 @@ from kvarena.engine.server.text.tool_calls import FirstCallParser, ListParser, N
 from kvarena.engine.server.text.tool_forms import find_form, read_form
 from kvarena.engine.server.text.tool_templates import XML_TEMPLATE, TemplateParser, check_template
 from kvarena.engine.server.text.tool_texts import BareParser, HiddenTokens, TaggedParser
-from kvarena.experiments.correctness import fuzz_tool_texts
+from kvarena.experiments.fuzzing import tool_texts as fuzz_tool_texts
 from tests import tokenizer_kinds
 
 NAMES = frozenset(("f", "g"))

@@ -5,7 +5,7 @@ from hydra.utils import instantiate
 from study_run import run_study
 
 from kvarena.engine.errors import ConfigError, EngineError
-from kvarena.experiments.compose import compose_cell
+from kvarena.experiments.settings.compose import compose_cell
 from kvarena.experiments.studies.capacity import Trial, _charts, bisect_capacity
 from kvarena.experiments.studies.claims import Mean, Verdict
 

@@ -23,7 +23,7 @@ from kvarena.experiments.studies.claims import (
     up_to,
     within,
 )
-from kvarena.reports.study_claims import tally, verdict_line
+from kvarena.reports.pages.study_claims import tally, verdict_line
 
 
 def seeds(value: float, half: float) -> Mean:

@@ -4,9 +4,9 @@ import pytest
 from study_run import run_study
 
 from kvarena.engine.errors import EngineError
-from kvarena.experiments.studies import vtc_fairness
 from kvarena.experiments.studies.claims import Kind, Verdict
-from kvarena.experiments.studies.vtc_fairness import spread
+from kvarena.experiments.studies.papers import vtc_fairness
+from kvarena.experiments.studies.papers.vtc_fairness import spread
 
 VTC = (
     "experiment=vtc_fairness",

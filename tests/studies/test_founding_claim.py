@@ -10,7 +10,7 @@ from study_run import run_study
 import kvarena.experiments.building.build
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.studies.founding_claim import BEST, FoundingClaimStudy
-from kvarena.reports.study import write_study_report
+from kvarena.reports.pages.study import write_study_report
 
 SETTINGS = (
     "experiment=founding_claim", "model=demo", "engine.dtype=bfloat16", "workload.num_requests=4",

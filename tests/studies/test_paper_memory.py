@@ -9,8 +9,8 @@ from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.experiments.studies import orca
 from kvarena.experiments.studies.claims import Kind, Verdict
 from kvarena.experiments.studies.memory_use import SEGMENTS, memory_use, waiting
-from kvarena.experiments.studies.paper_fig2 import LABELS
-from kvarena.reports.files import CLASSES
+from kvarena.experiments.studies.papers.paper_fig2 import LABELS
+from kvarena.reports.reading.files import CLASSES
 
 SEED_CLAIMS = (
     "experiment=seed_claims", "runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16", "study.seeds=[0,1]",

@@ -81,7 +81,7 @@ class PoolView:
         }
 
     def _row(self, req: Request, route: Route | None) -> list[Any]:
-        """What `kvarena.engine.server.front.dashboard.ROW` names. One without a route has finished, and its batch has not."""
+        """What `ROW` of front/dashboard.py names. One without a route has finished, and its batch has not."""
         state = "held" if route is None else "running" if req.num_slots else "waiting"
         shown_id, key = (route.shown_id, route.key) if route is not None else ("", -1)
         lengths = (req.num_prompt_tokens, len(req.output_token_ids), req.num_computed_tokens, req.num_slots)

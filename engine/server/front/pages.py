@@ -17,7 +17,7 @@ from starlette.responses import Response
 from kvarena.engine.server.front.dashboard import MAX_WATCHERS, OWN_PREFIX, FeedResponse, PoolFeed
 from kvarena.engine.server.shared.errors import bad_request, unavailable
 
-_ROOT = files("kvarena.engine.server").joinpath("static")
+_ROOT = files("kvarena.engine.server.front").joinpath("static")
 _VENDOR = ("uPlot.iife.min.js", "uPlot.min.css", "swagger-ui-bundle.js", "swagger-ui.css")
 _OWN = (
     "pages.css",

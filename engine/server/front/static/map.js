@@ -1,4 +1,4 @@
-// The KV pool as a grid of blocks. Colours: reports/style.py and reports/kv_map.py.
+// The KV pool as a grid of blocks. Colours: reports/drawing/style.py and reports/drawing/kv_map.py.
 import { element } from "./feed.js";
 
 export const SHADES = ["#0072B2", "#F0B84A", "#7A3B00", "#8CCDF2", "#00664A", "#E8A3CC", "#994400", "#B9D989", "#5B2A4C", "#7FD1B6",
