@@ -25,7 +25,7 @@ from hydra.core.config_store import ConfigStore
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.settings.targets import CALLERS
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = {"allocator": "kvarena.allocators", "scheduler": "kvarena.schedulers"}
 # What the builder passes, which is no option; and the file whose values stand in for options without a default.
 GIVEN = {

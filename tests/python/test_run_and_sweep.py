@@ -96,7 +96,7 @@ def test_seeds_of_a_notebooks_class_are_repeats(simulated):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"allocator": "nope"}, "Could not find 'allocator/nope'"),
+        ({"allocator": "nope"}, "allocator=nope: there is no such choice"),
         ({"allocator": lambda **_: None}, "a function with a name"),
         ({"allocator": 3}, "must be the name of a registered allocator"),
         ({"allocator": type("paged", (OwnAllocator,), {})}, "a registered allocator is called so"),
