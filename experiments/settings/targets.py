@@ -34,7 +34,11 @@ def instantiate(config: DictConfig | Mapping[str, Any] | None, **arguments: Any)
     if config is None:
         return None
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
-    made = hydra.utils.instantiate(_named(plain), **arguments)
+    named = OmegaConf.create(_named(plain))
+    if isinstance(config, DictConfig) and (key := config._get_full_key(None)):
+        named._set_parent(OmegaConf.create({}))  # an error names the section by its key
+        named._set_key(key)
+    made = hydra.utils.instantiate(named, **arguments)
     check_names()
     return made
 
