@@ -6,8 +6,9 @@ from strategies import OwnAllocator
 import kvarena
 
 SIMULATED = {
-    "runner": "simulated", "model": "qwen3-0.6b-shape", "engine": {"dtype": "bfloat16"}, "workload": "lognormal",
-    "workload.num_requests": 5, "report": {"pages": False},
+    "runner": "simulated", "model": "qwen3-0.6b-shape", "engine": {"dtype": "bfloat16"}, "arrival": "poisson",
+    "workload": "fixed", "workload.num_requests": 5, "workload.prompt_len": 24, "workload.output_len": 9,
+    "report": {"pages": False},
 }  # fmt: skip
 
 
