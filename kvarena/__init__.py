@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvarena.engine.errors import KvarenaError
-    from kvarena.llm import LLM, CompletionOutput, RequestOutput, SamplingParams
+    from kvarena.llm import LLM
     from kvarena.results import Comparison, Experiment, Result, load
     from kvarena.running import run, sweep
+    from kvarena.texts import CompletionOutput, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,7 +26,8 @@ __all__ = [
 ]  # fmt: skip
 _HOMES = {
     "kvarena.engine.errors": ("KvarenaError",),
-    "kvarena.llm": ("LLM", "CompletionOutput", "RequestOutput", "SamplingParams"),
+    "kvarena.llm": ("LLM",),
+    "kvarena.texts": ("CompletionOutput", "RequestOutput", "SamplingParams"),
     "kvarena.results": ("Comparison", "Experiment", "Result", "load"),
     "kvarena.running": ("run", "sweep"),
 }

@@ -12,9 +12,9 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -22,7 +22,7 @@ from kvarena.engine.core import Engine, StepFailed, StepOutput
 from kvarena.engine.errors import ConfigError, EngineError, RequestError
 from kvarena.engine.request import FinishReason, Request, expand
 from kvarena.engine.request import SamplingParams as EngineSampling
-from kvarena.engine.server.api.choice_text import ChoiceFailed, ChoiceText, TextOptions
+from kvarena.engine.server.api.choice_text import ChoiceText, TextOptions
 from kvarena.engine.server.api.completions import ChoicePrompt
 from kvarena.engine.server.api.prompts import Prompts, check_chat
 from kvarena.engine.server.api.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
@@ -35,9 +35,7 @@ from kvarena.engine.server.api.sampling import (
     stop_strings,
 )
 from kvarena.engine.server.front.groups import Choice, Group
-from kvarena.engine.server.front.http import validated
 from kvarena.engine.server.shared.config import ServerConfig
-from kvarena.engine.server.shared.errors import ApiError
 from kvarena.engine.server.shared.ipc import Finish
 from kvarena.engine.server.text.tokenization import TokenizerService, generation_defaults
 from kvarena.experiments.building.model_files import check_model
@@ -48,6 +46,7 @@ from kvarena.experiments.settings.config import check_values
 from kvarena.experiments.settings.outside import offer
 from kvarena.running import check_given, check_ours, one_line_errors
 from kvarena.settings import Strategy, as_overrides
+from kvarena.texts import CompletionOutput, Logprob, RequestOutput, SamplingParams, request_errors
 
 # Flags of `kvarena serve` that are about the engine and its texts, by their names as Python arguments.
 OPTIONS = (
@@ -57,133 +56,6 @@ OPTIONS = (
     "enforce_eager", "seed", "chat_template", "generation_config", "max_logprobs",
 )  # fmt: skip
 BOTH_WAYS = ("enable_prefix_caching", "async_scheduling")  # these have a --no- form
-Made = TypeVar("Made")
-Body = TypeVar("Body", bound=SamplingFields)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How tokens are picked and when a text ends; None is what the server takes for a request that says nothing.
-
-    That is the model's generation_config.json, else temperature 1, all tokens, and as length 16 tokens of a prompt or
-    the rest of the context of a chat.
-
-    Attributes:
-        n: texts for each prompt.
-        temperature: 0 is greedy.
-        top_p, top_k, min_p: which of the likely tokens are drawn from.
-        seed: of the request's own random stream.
-        max_tokens, min_tokens: of the output.
-        stop: a string, or several, that end the text and are no part of it.
-        stop_token_ids: tokens that do.
-        include_stop_str_in_output: keep what ended the text.
-        ignore_eos: go on behind the model's end-of-sequence token.
-        skip_special_tokens: leave special tokens out of the text.
-        presence_penalty, frequency_penalty, repetition_penalty, logit_bias: change the tokens' logits.
-        logprobs, prompt_logprobs: how many of the most likely tokens come with each token, beside itself.
-        truncate_prompt_tokens: keep the last so many tokens of a prompt; -1: those that fit.
-
-    Raises:
-        RequestError: a value out of range; the message names it.
-    """
-
-    n: int = 1
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: Mapping[int, float] | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    truncate_prompt_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        with _request_errors():
-            self.body(CompletionRequest, prompt="x")
-            if self.max_tokens == 0:
-                raise RequestError("max_tokens=0 must be at least 1", param="max_tokens")
-
-    def body(self, kind: type[Body], **more: Any) -> Body:
-        """A request of the server's with these parameters. Raises ApiError."""
-        values = {key: value for key, value in asdict(self).items() if value is not None}
-        if self.logit_bias is not None:
-            values["logit_bias"] = {str(token): bias for token, bias in self.logit_bias.items()}
-        for key in ("stop", "stop_token_ids"):
-            if isinstance(values.get(key), tuple):
-                values[key] = list(values[key])
-        if kind is ChatCompletionRequest and self.logprobs is not None:
-            values |= {"logprobs": True, "top_logprobs": self.logprobs}
-        return validated(values | more, kind)
-
-
-@dataclass(frozen=True)
-class Logprob:
-    """A token's log-probability, its rank (1: the most likely; None where it was not asked for) and its text."""
-
-    logprob: float
-    rank: int | None
-    decoded_token: str
-
-
-@dataclass(frozen=True)
-class CompletionOutput:
-    """One text.
-
-    Attributes:
-        index: from 0 to n - 1.
-        text: without what ended it.
-        token_ids: all tokens, the one that ended it included.
-        finish_reason: `stop` or `length`.
-        stop_reason: the stop string or token that ended it; None at the end of sequence or of the length.
-        logprobs: for each token, by token id, itself and the most likely ones; None where not asked for.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    stop_reason: int | str | None
-    logprobs: list[dict[int, Logprob]] | None = None
-
-    @property
-    def cumulative_logprob(self) -> float | None:
-        """Sum of the tokens' own log-probabilities."""
-        if self.logprobs is None:
-            return None
-        return sum(of[token].logprob for token, of in zip(self.token_ids, self.logprobs, strict=True))
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """What became of one prompt.
-
-    Attributes:
-        request_id: unique in this LLM.
-        prompt: as it was given; None of token ids and of a chat.
-        prompt_token_ids: what the model read.
-        outputs: n texts.
-        num_cached_tokens: prompt tokens served from the prefix cache.
-        prompt_logprobs: for each prompt token but the first (None), by token id; None where not asked for.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    num_cached_tokens: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    finished: bool = True
 
 
 @dataclass
@@ -357,7 +229,7 @@ class LLM:
             [self._ask_chat(list(cast(Any, one)), more, of) for one, of in zip(conversations, params, strict=True)]
         )
 
-    # ---- before the engine: as the server's front does it (engine/server/api/service.py)
+    # ---- before the engine: as the server's front does it (engine/server/service.py)
 
     async def _ask(self, prompt: str | list[int], params: SamplingParams) -> _Asked:
         req = params.body(CompletionRequest, prompt=prompt)
@@ -396,7 +268,7 @@ class LLM:
         async def all_asked() -> list[_Asked]:
             return [await question for question in questions]
 
-        with self._lock, _request_errors():
+        with self._lock, request_errors():
             try:
                 asked = self._thread.submit(asyncio.run, all_asked()).result()
             finally:
@@ -410,7 +282,7 @@ class LLM:
                 self._client.abort([answer.text.choice for one in asked for answer in one.answers], "abort")
             return [self._output(one) for one in asked]
 
-    # ---- the engine: as the server's loop drives it (engine/server/engine/loop.py, intake.py)
+    # ---- the engine: as the server's loop drives it (engine/server/engine_loop.py, intake.py)
 
     def _add(self, asked: _Asked) -> None:
         asked.request_id = str(self._num_requests)
@@ -507,19 +379,6 @@ class LLM:
         name = self._tokenizer.detokenizer.token_text
         made = {other: Logprob(value, at, name(other)) for at, (other, value) in enumerate(top, start=1)}
         return made | {token: Logprob(logprob, rank, name(token))}
-
-
-class _request_errors:
-    """A refused request leaves as a RequestError: here there is no HTTP to answer with."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ApiError):
-            raise RequestError(error.message, error.param) from None
-        if isinstance(error, ChoiceFailed):
-            raise EngineError(str(error)) from None
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:

@@ -155,7 +155,12 @@ def test_regions_of_a_rule_of_ones_own_are_recounted_by_it(add):
             "mine.Main",
             "MainAllocator cannot be loaded: No module named 'kvarena.allocators.mine.",
         ),
-        (ALLOCATOR[1], "s.mine.", "s.mime.", "mime.MineAllocator cannot be loaded: No module named 'kvarena.allocators.mime'"),
+        (
+            ALLOCATOR[1],
+            "s.mine.",
+            "s.mime.",
+            "mime.MineAllocator cannot be loaded: No module named 'kvarena.allocators.mime'",
+        ),
         (ALLOCATOR[0], "import Any\n", "import Amy\n", "cannot import name 'Amy' from 'typing' "),
         (ALLOCATOR[0], "class MineAllocator(KVAllocator):", "class MineAllocator(KVAllocator)", "mine.py, line 11)"),
         (SCHEDULER[0], "(Scheduler)", "(Schedule)", "name 'Schedule' is not defined (mine.py, line 9)"),
