@@ -5,10 +5,10 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 (this is where it is said)
     sys.exit("error: kvarena needs Python 3.11 or newer, and this is {}.{}".format(*sys.version_info))
 
-from reports.packages import missing_package
+from kvarena.reports.reading.packages import missing_package
 
 try:
-    from experiments.entry import main
+    from kvarena.experiments.entry import main
 except ModuleNotFoundError as error:
     if (reason := missing_package(error)) is None:
         raise

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from allocators.placement import PLACEMENTS
-from engine.contract import KVAllocator, KVUsage, QueueHead, cdiv
-from engine.errors import ConfigError
-from engine.request import Request
+from kvarena.allocators.placement import PLACEMENTS
+from kvarena.engine.contract import KVAllocator, KVUsage, QueueHead, cdiv
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.request import Request
 
 
 def _expected_output(req: Request) -> int:

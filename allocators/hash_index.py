@@ -18,9 +18,9 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import count
 
-from allocators.prefix_index import Hit, PrefixIndex
-from engine.contract import NULL_BLOCK
-from engine.request import Request
+from kvarena.allocators.prefix_index import Hit, PrefixIndex
+from kvarena.engine.contract import NULL_BLOCK
+from kvarena.engine.request import Request
 
 
 class Link:

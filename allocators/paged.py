@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from allocators.blocks import BlockPool
-from allocators.swap import CopyQueue, HostPool, host_blocks
-from engine.contract import NULL_BLOCK, BlockCopy, CopyKind, KVAllocator, KVUsage, QueueHead, cdiv
-from engine.request import Request
+from kvarena.allocators.blocks import BlockPool
+from kvarena.allocators.swap import CopyQueue, HostPool, host_blocks
+from kvarena.engine.contract import NULL_BLOCK, BlockCopy, CopyKind, KVAllocator, KVUsage, QueueHead, cdiv
+from kvarena.engine.request import Request
 
 
 class PagedAllocator(KVAllocator):

@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from allocators.hash_index import HashIndex
-from allocators.paged import PagedAllocator
-from allocators.prefix_index import PrefixIndex
-from engine.contract import CopyKind, KVUsage, cdiv
-from engine.errors import EngineError
-from engine.request import Request
+from kvarena.allocators.hash_index import HashIndex
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.allocators.prefix_index import PrefixIndex
+from kvarena.engine.contract import CopyKind, KVUsage, cdiv
+from kvarena.engine.errors import EngineError
+from kvarena.engine.request import Request
 
 
 class _Stand:

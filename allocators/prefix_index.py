@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from engine.request import Request
+from kvarena.engine.request import Request
 
 
 class Hit(NamedTuple):

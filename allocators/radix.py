@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from allocators.prefix import PrefixCachingAllocator
-from allocators.radix_tree import RadixTree
+from kvarena.allocators.prefix import PrefixCachingAllocator
+from kvarena.allocators.radix_tree import RadixTree
 
 
 class RadixAllocator(PrefixCachingAllocator):

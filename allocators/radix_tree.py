@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from itertools import count
 
-from allocators.prefix_index import Hit, PrefixIndex
-from engine.request import Request
+from kvarena.allocators.prefix_index import Hit, PrefixIndex
+from kvarena.engine.request import Request
 
 
 class RadixNode:

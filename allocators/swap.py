@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from allocators.blocks import BlockPool
-from engine.contract import BlockCopy, CopyKind, check_int
-from engine.errors import ConfigError
-from engine.request import Request
+from kvarena.allocators.blocks import BlockPool
+from kvarena.engine.contract import BlockCopy, CopyKind, check_int
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.request import Request
 
 
 class CopyQueue:

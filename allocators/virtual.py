@@ -8,8 +8,8 @@ into it from the front as it grows. The kernel sees one contiguous row per reque
     region 2  | (no request: nothing mapped)                               |
 
 Block ids are virtual and go up to `num_virtual_blocks`; memory is accounted in physical pages. Which page backs which
-part of a region is the business of who maps them (`engine.virtual_pool` on a GPU): it maps as many pages, counted from
-the start of a region, as hold the request's `num_slots`.
+part of a region is the business of who maps them (`kvarena.engine.pool.virtual_pool` on a GPU): it maps as many pages,
+counted from the start of a region, as hold the request's `num_slots`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from allocators.blocks import BlockPool
-from engine.contract import KVAllocator, KVUsage, QueueHead, cdiv, check_int
-from engine.errors import ConfigError
-from engine.request import Request
+from kvarena.allocators.blocks import BlockPool
+from kvarena.engine.contract import KVAllocator, KVUsage, QueueHead, cdiv, check_int
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.request import Request
 
 KIB = 1024
 LARGEST_PAGE, SMALLEST_PAGE = 2048 * KIB, 64 * KIB

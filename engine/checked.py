@@ -6,7 +6,7 @@ import inspect
 from abc import ABCMeta
 from typing import Any
 
-from engine.errors import ConfigError
+from kvarena.engine.errors import ConfigError
 
 
 class Checked(ABCMeta):

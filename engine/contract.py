@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from engine.checked import Checked
-from engine.errors import ConfigError, NotDefined
-from engine.request import Request
+from kvarena.engine.checked import Checked
+from kvarena.engine.errors import ConfigError, NotDefined
+from kvarena.engine.request import Request
 
 NULL_BLOCK = 0
 # The ledger's classes, in the order in which they are drawn and stored; engine/ledger.py says what they mean.
@@ -311,7 +311,7 @@ class KVAllocator(metaclass=Checked):
 
 
 class StepScheduler(metaclass=Checked):
-    """What the engine asks of a scheduler; `schedulers.base.Scheduler` is the base that policies build on."""
+    """What the engine asks of a scheduler; `kvarena.schedulers.base.Scheduler` is the base that policies build on."""
 
     _set_by_base = ""
 

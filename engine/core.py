@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from engine.clock import Clock
-from engine.contract import KVAllocator, KVUsage, StepPlan, StepScheduler
-from engine.errors import EngineError, KvarenaError
-from engine.ledger import MemoryLedger
-from engine.request import Request
-from engine.runner.base import ModelRunner, PendingTokens, StepResult
+from kvarena.engine.clock import Clock
+from kvarena.engine.contract import KVAllocator, KVUsage, StepPlan, StepScheduler
+from kvarena.engine.errors import EngineError, KvarenaError
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.model_runner import ModelRunner, PendingTokens, StepResult
+from kvarena.engine.request import Request
 
 
 @dataclass(slots=True)

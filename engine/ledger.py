@@ -22,9 +22,9 @@ from array import array
 
 import numpy as np
 
-from engine.contract import CLASSES, KVUsage, StepPlan
-from engine.errors import EngineError
-from engine.request import Request, RequestStatus
+from kvarena.engine.contract import CLASSES, KVUsage, StepPlan
+from kvarena.engine.errors import EngineError
+from kvarena.engine.request import Request, RequestStatus
 
 
 def check_usage(usage: KVUsage) -> None:
@@ -39,7 +39,7 @@ def check_usage(usage: KVUsage) -> None:
 
 
 class MemoryLedger:
-    """Observes steps and splits the pool into the `CLASSES` of `engine.contract`, in slots.
+    """Observes steps and splits the pool into the `CLASSES` of `kvarena.engine.contract`, in slots.
 
     Memory: a few integers per step and per live request.
     """

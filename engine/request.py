@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from engine.errors import RequestError
+from kvarena.engine.errors import RequestError
 
 
 class RequestStatus(enum.Enum):

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import ConfigError, KvarenaError
-from experiments.near import did_you_mean
-from reports.packages import missing_package
-from reports.plain_text import write_any_text
+from kvarena.engine.errors import ConfigError, KvarenaError
+from kvarena.experiments.settings.near import did_you_mean
+from kvarena.reports.drawing.plain_text import write_any_text
+from kvarena.reports.reading.packages import missing_package
 
 USAGE = """usage: kvarena COMMAND ...
 
@@ -55,17 +55,17 @@ def _serve(args: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from experiments.compose import compose_cell
-    from experiments.explain import explain
-    from experiments.serving.flags import overrides_of, parse_flags
-    from experiments.serving.words import in_flags
+    from kvarena.experiments.serving.flags import overrides_of, parse_flags
+    from kvarena.experiments.serving.words import in_flags
+    from kvarena.experiments.settings.compose import compose_cell
+    from kvarena.experiments.settings.explain import explain
 
     overrides = overrides_of(parse_flags(args))
     try:
         cfg, choices = compose_cell(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(in_flags(explain(error, overrides) or str(error))) from error
-    from experiments.serving.serve import serve
+    from kvarena.experiments.serving.serve import serve
 
     try:
         return serve(cfg, choices, in_flags)
@@ -74,7 +74,7 @@ def _serve(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    from experiments.entry import main as hydra_main
+    from kvarena.experiments.entry import main as hydra_main
 
     # Hydra reads the command line; there is no other way to hand it overrides and keep its job folder and sweeps.
     before = sys.argv
@@ -86,10 +86,10 @@ def _bench(args: list[str]) -> int:
 
 
 def _report(args: list[str]) -> int:
-    from reports.__main__ import main as make_report
+    from kvarena.reports.__main__ import main as make_report
 
     if "--commit" in args:
-        from experiments.recording.commits import write_commit
+        from kvarena.experiments.folders.commits import write_commit
 
         args = [arg for arg in args if arg != "--commit"]
         for folder in [Path(arg) for arg in args if Path(arg).is_dir()]:

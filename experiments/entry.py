@@ -13,25 +13,31 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.plugins.plugin import Plugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from engine.errors import ConfigError, NotDefined
-from experiments.building.model_files import check_model
-from experiments.compose import CONF_DIR
-from experiments.explain import explain, own_error
-from experiments.interruption import Interrupted, Signals
-from experiments.loading import say_loading
-from experiments.outcomes import outcome
-from experiments.recording.failures import record_failure
-from experiments.recording.place import EXPERIMENT, RUN
-from experiments.sweep import ENDED_SWEEP
-from experiments.unserved import Unserved
-from reports.plain_text import write_any_text
+from kvarena.engine.errors import ConfigError, NotDefined
+from kvarena.experiments.building.model_files import check_model
+from kvarena.experiments.folders.failures import record_failure
+from kvarena.experiments.folders.place import EXPERIMENT, RUN
+from kvarena.experiments.jobs.outcomes import outcome
+from kvarena.experiments.jobs.unserved import Unserved
+from kvarena.experiments.recording.interruption import Interrupted, Signals
+from kvarena.experiments.settings.compose import CONF_DIR
+from kvarena.experiments.settings.explain import explain, own_error
+from kvarena.experiments.settings.loading import say_loading
+from kvarena.experiments.settings.outside import offer_installed
+from kvarena.experiments.sweeps.ray_launcher import RayLauncher
+from kvarena.experiments.sweeps.sweep import ENDED_SWEEP
+from kvarena.experiments.sweeps.sweeper import KvarenaSweeper
+from kvarena.reports.drawing.plain_text import write_any_text
 
 USER_ERROR = 2
 # Of a launcher's process: what ended the cell that it ran before. There is no other way from one cell to the next.
@@ -49,6 +55,7 @@ def main() -> int:
     exit_codes: list[int] = []
     started: list[bool] = []
     ENDED_SWEEP.set(None)
+    _register(KvarenaSweeper, RayLauncher)
     process = os.getpid()
     signals = Signals()
 
@@ -81,13 +88,13 @@ def main() -> int:
                     exit_codes.append(_serve(cfg))
             elif cfg.mode == "run" and cfg.study is not None:
                 say_loading(enabled=cfg.report.progress is True)
-                from experiments.studies.run import run_study
+                from kvarena.experiments.studies.run import run_study
 
                 run_study(cfg)
             elif cfg.mode == "run":
                 # Imported here: what is wrong with the command line or the model is answered without loading torch.
                 say_loading(enabled=cfg.report.progress is True)
-                from experiments.job import run_job
+                from kvarena.experiments.jobs.job import run_job
 
                 folder = run_job(cfg)
             else:
@@ -112,6 +119,7 @@ def main() -> int:
         return outcome(folder)
 
     try:
+        offer_installed(sys.argv[1:])
         with signals:
             job()
     except Exception as error:
@@ -164,6 +172,17 @@ def _announcer(cfg: DictConfig) -> Callable[[str], None]:
     return say
 
 
+def _register(*plugins: type[Plugin]) -> None:
+    """Make our plugins known to Hydra, which looks their classes up by the names that the config gives them."""
+    module = ModuleType(KvarenaSweeper.__module__)
+    known = Plugins.instance()  # imports `hydra_plugins` where there is one
+    for plugin in plugins:
+        setattr(module, plugin.__name__, plugin)
+        known.register(plugin)
+    sys.modules.setdefault(module.__name__.partition(".")[0], ModuleType("hydra_plugins"))
+    sys.modules[module.__name__] = module
+
+
 def _check_baseline(cfg: DictConfig) -> None:
     """Only a sweep has other cells to compare with."""
     baseline = OmegaConf.select(cfg, "report.baseline")
@@ -178,6 +197,6 @@ def _serve(cfg: DictConfig) -> int:
     """Serve until the process is told to stop; returns its exit code."""
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         raise ConfigError("mode=serve serves one strategy; leave -m out")
-    from experiments.serving.serve import serve
+    from kvarena.experiments.serving.serve import serve
 
     return serve(cfg, HydraConfig.get().runtime.choices)

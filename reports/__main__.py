@@ -1,4 +1,4 @@
-"""`python -m reports DIR [DIR ...]`: make the report of a run, a sweep or an experiment again, or compare any runs."""
+"""`python -m kvarena.reports DIR [DIR ...]`: make a run's, sweep's or experiment's report again, or compare runs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reports.errors import ReportError
-from reports.packages import missing_package
-from reports.plain_text import write_any_text
+from kvarena.reports.drawing.plain_text import write_any_text
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.packages import missing_package
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,12 +61,12 @@ def make_report(
     # Here, for it takes a second or two, and on a slow disk many: what the command line gets wrong is told at once.
     from rich.console import Console
 
-    from reports.chrome_trace import write_chrome_trace
-    from reports.comparison import compare, compare_whole, whole_cells, write_comparison
-    from reports.files import read_run
-    from reports.run_report import write_run_report
-    from reports.study import study_table, write_study_report
-    from reports.terminal import comparison_table, run_table
+    from kvarena.reports.drawing.chrome_trace import write_chrome_trace
+    from kvarena.reports.pages.comparison import compare, compare_whole, whole_cells, write_comparison
+    from kvarena.reports.pages.run_report import write_run_report
+    from kvarena.reports.pages.study import study_table, write_study_report
+    from kvarena.reports.pages.terminal import comparison_table, run_table
+    from kvarena.reports.reading.files import read_run
 
     console = Console()
     words = ["kvarena", "report", *map(str, dirs), *(["--out", str(out)] if out else [])]

@@ -15,10 +15,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 
-from engine.contract import QueueHead, ScheduledRequest, StepPlan
-from engine.errors import RequestError, RequestRejected
-from engine.request import FinishReason, Request, RequestStatus
-from schedulers.lifecycle import Lifecycle
+from kvarena.engine.contract import QueueHead, ScheduledRequest, StepPlan
+from kvarena.engine.errors import RequestError, RequestRejected
+from kvarena.engine.request import FinishReason, Request, RequestStatus
+from kvarena.schedulers.lifecycle import Lifecycle
 
 
 class Scheduler(Lifecycle):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.contract import StepPlan
-from schedulers.base import Scheduler
+from kvarena.engine.contract import StepPlan
+from kvarena.schedulers.base import Scheduler
 
 
 class ChunkedScheduler(Scheduler):

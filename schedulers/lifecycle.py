@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
 
-from engine.contract import KVAllocator, StepPlan, StepScheduler, check_int
-from engine.errors import ConfigError
-from engine.request import FinishReason, Request, RequestStatus
-from schedulers.queue import RequestQueue
+from kvarena.engine.contract import KVAllocator, StepPlan, StepScheduler, check_int
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.request import FinishReason, Request, RequestStatus
+from kvarena.schedulers.queue import RequestQueue
 
 PREEMPTIONS = ("recompute", "swap", "none")
 # Who loses its slots when the pool runs dry: the highest score, and of several whoever arrived last, as in vLLM.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.contract import StepPlan
-from engine.request import Request
-from schedulers.chunked import ChunkedScheduler
+from kvarena.engine.contract import StepPlan
+from kvarena.engine.request import Request
+from kvarena.schedulers.chunked import ChunkedScheduler
 
 
 class PriorityScheduler(ChunkedScheduler):

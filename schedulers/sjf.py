@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from engine.contract import KVAllocator
-from engine.request import Request
-from schedulers.chunked import ChunkedScheduler
-from schedulers.lifecycle import is_number, require
+from kvarena.engine.contract import KVAllocator
+from kvarena.engine.request import Request
+from kvarena.schedulers.chunked import ChunkedScheduler
+from kvarena.schedulers.lifecycle import is_number, require
 
 PREDICTORS = ("oracle", "lognormal")
 

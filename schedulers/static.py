@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine.contract import KVAllocator, StepPlan, check_int
-from engine.request import FinishReason, Request
-from schedulers.base import Scheduler
-from schedulers.lifecycle import is_number, require
+from kvarena.engine.contract import KVAllocator, StepPlan, check_int
+from kvarena.engine.request import FinishReason, Request
+from kvarena.schedulers.base import Scheduler
+from kvarena.schedulers.lifecycle import is_number, require
 
 RETIRE = ("hold", "free")
 

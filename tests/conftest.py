@@ -32,6 +32,6 @@ def pytest_runtest_setup() -> None:
     """Before it measures, a run looks for garbage and sets the rest aside, and afterwards takes all back: a quarter of
     a second for each cell, against pauses that no test measures.
     """
-    job = sys.modules.get("experiments.job")
+    job = sys.modules.get("kvarena.experiments.jobs.job")
     if job is not None:
         job.gc = _NO_COLLECTIONS

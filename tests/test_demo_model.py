@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.models import train_demo
+from kvarena.experiments.models import train_demo
 
-DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
+DEMO = Path(__file__).resolve().parents[1] / "experiments" / "models" / "demo"
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.utils import configure_log
 
-from experiments.compose import compose_cell
-from experiments.correctness import verify
-from experiments.job import execute
+from kvarena.experiments.correctness import verify
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.settings.compose import compose_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKLOAD = [
@@ -112,5 +112,5 @@ def test_a_run_lets_the_engine_warn():
         hydra = compose("config", return_hydra_config=True).hydra
     for settings in (hydra.hydra_logging, hydra.job_logging):
         configure_log(settings)
-    assert not logging.getLogger("engine.models.loader").disabled
-    assert logging.getLogger("engine.models.loader").isEnabledFor(logging.WARNING)
+    assert not logging.getLogger("kvarena.engine.models.loader").disabled
+    assert logging.getLogger("kvarena.engine.models.loader").isEnabledFor(logging.WARNING)

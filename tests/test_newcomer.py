@@ -10,15 +10,21 @@ from hydra.errors import InstantiationException
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
-import allocators
-import schedulers
-from engine.contract import KVAllocator, StepScheduler
-from engine.errors import ConfigError
-from experiments import strategies
-from experiments.correctness.matrix import Cell, MatrixFailure, allocator_cells, run_cell
-from experiments.correctness.random_traces import make_trace
-from experiments.explain import explain
-from experiments.strategies import build_allocator, build_scheduler, make_part, strategy_names, strategy_options
+import kvarena.allocators
+import kvarena.schedulers
+from kvarena.engine.contract import KVAllocator, StepScheduler
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.fuzzing.matrix import Cell, MatrixFailure, allocator_cells, run_cell
+from kvarena.experiments.fuzzing.random_traces import make_trace
+from kvarena.experiments.settings import strategies
+from kvarena.experiments.settings.explain import explain
+from kvarena.experiments.settings.strategies import (
+    build_allocator,
+    build_scheduler,
+    make_part,
+    strategy_names,
+    strategy_options,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```(?:python|yaml)\n(# ([\w/.]+):? ?[^\n]*\n.*?)```", re.S)
@@ -29,7 +35,7 @@ FILES = {path: text for text, path in BLOCK.findall(PAGE)}
 @pytest.fixture
 def add(tmp_path, monkeypatch):
     """Writes files as a newcomer does; nothing of it is left in the checkout or in this process."""
-    for package in (allocators, schedulers):
+    for package in (kvarena.allocators, kvarena.schedulers):
         folder = tmp_path / package.__name__.rpartition(".")[2]
         folder.mkdir()
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
@@ -47,7 +53,7 @@ def add(tmp_path, monkeypatch):
             (tmp_path / path).write_text(text)
 
     yield write
-    for package in (allocators, schedulers):
+    for package in (kvarena.allocators, kvarena.schedulers):
         if hasattr(package, "mine"):
             del package.mine
     for name in set(sys.modules) - before:
@@ -130,7 +136,7 @@ def test_regions_of_a_rule_of_ones_own_are_recounted_by_it(add):
             ALLOCATOR[0],
             "def count(",
             "def counts(",
-            "allocators.mine.MineAllocator lacks count; write `def count(",
+            "kvarena.allocators.mine.MineAllocator lacks count; write `def count(",
         ),
         (ALLOCATOR[0], "    @property\n", "", "MineAllocator.max_request_tokens must be a property; write `@property"),
         (ALLOCATOR[0], ", num_cached: int = 0", "", "MineAllocator.allocate is called with other arguments"),
@@ -147,9 +153,14 @@ def test_regions_of_a_rule_of_ones_own_are_recounted_by_it(add):
             ALLOCATOR[1],
             "mine.Mine",
             "mine.Main",
-            "MainAllocator cannot be loaded: No module named 'allocators.mine.",
+            "MainAllocator cannot be loaded: No module named 'kvarena.allocators.mine.",
         ),
-        (ALLOCATOR[1], "s.mine.", "s.mime.", "mime.MineAllocator cannot be loaded: No module named 'allocators.mime'"),
+        (
+            ALLOCATOR[1],
+            "s.mine.",
+            "s.mime.",
+            "mime.MineAllocator cannot be loaded: No module named 'kvarena.allocators.mime'",
+        ),
         (ALLOCATOR[0], "import Any\n", "import Amy\n", "cannot import name 'Amy' from 'typing' "),
         (ALLOCATOR[0], "class MineAllocator(KVAllocator):", "class MineAllocator(KVAllocator)", "mine.py, line 11)"),
         (SCHEDULER[0], "(Scheduler)", "(Schedule)", "name 'Schedule' is not defined (mine.py, line 9)"),
@@ -157,7 +168,7 @@ def test_regions_of_a_rule_of_ones_own_are_recounted_by_it(add):
             SCHEDULER[0],
             "def build_plan(",
             "def plan(",
-            "schedulers.mine.MineScheduler lacks build_plan; write `def ",
+            "kvarena.schedulers.mine.MineScheduler lacks build_plan; write `def ",
         ),
         (SCHEDULER[0], "(self, plan: StepPlan, now: float)", "(self, plan)", "build_plan is called with other argumen"),
         (SCHEDULER[1], "watermark: 0.01", "watermark: 2", "scheduler.watermark=2 must be in [0, 1)"),

@@ -11,21 +11,21 @@ WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "httpcore", "opentelemetry
 REPORTS = {"pandas", "pyarrow", "matplotlib", "jinja2", "rich"}
 HELP = """
 import contextlib, io, sys
-import experiments.cli, experiments.entry
+import kvarena.experiments.cli, kvarena.experiments.entry
 for argv in (["--help"], ["serve", "--help"], ["report", "--help"], ["bench", "--help"]):
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        experiments.cli.main(argv)
+        kvarena.experiments.cli.main(argv)
 """
-SUPERVISOR = "import experiments.cli, experiments.serving.flags, experiments.serving.serve"
+SUPERVISOR = "import kvarena.experiments.cli, kvarena.experiments.serving.flags, kvarena.experiments.serving.serve"
 ENGINE = """
 from omegaconf import OmegaConf
-from experiments.compose import load_config
-from experiments.serving.flags import overrides_of, parse_flags
-from experiments.serving.serve import build_served_engine
+from kvarena.experiments.settings.compose import load_config
+from kvarena.experiments.serving.flags import overrides_of, parse_flags
+from kvarena.experiments.serving.serve import build_served_engine
 build_served_engine(OmegaConf.to_container(load_config(overrides_of(parse_flags(["models/demo"]))), resolve=True), {})
 """
 FIRST_TOKEN = """
-from experiments.benchmarks.first_token import first_token
+from kvarena.experiments.benchmarks.first_token import first_token
 first_token("tiny", 8192, None, "cpu")
 """
 # Collections of everything, by the number of modules at that time.

@@ -7,16 +7,16 @@ import json
 
 import pytest
 
-from allocators.blocks import BlockPool
-from allocators.contiguous import ContiguousAllocator
-from allocators.hash_index import HashIndex
-from allocators.paged import PagedAllocator
-from allocators.placement import Buddy
-from allocators.prefix import PrefixCachingAllocator
-from engine.contract import CopyKind, KVAllocator, QueueHead
-from engine.errors import EngineError
-from experiments.correctness import fuzz
-from experiments.correctness.matrix import (
+from kvarena.allocators.blocks import BlockPool
+from kvarena.allocators.contiguous import ContiguousAllocator
+from kvarena.allocators.hash_index import HashIndex
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.allocators.placement import Buddy
+from kvarena.allocators.prefix import PrefixCachingAllocator
+from kvarena.engine.contract import CopyKind, KVAllocator, QueueHead
+from kvarena.engine.errors import EngineError
+from kvarena.experiments.fuzzing import traces as fuzz
+from kvarena.experiments.fuzzing.matrix import (
     PATHS,
     WINDOW,
     Cell,
@@ -26,10 +26,10 @@ from experiments.correctness.matrix import (
     cells_of_round,
     run_cell,
 )
-from experiments.correctness.random_traces import make_trace
-from experiments.correctness.recount import Recount
-from experiments.strategies import strategy_names
-from schedulers.base import Scheduler
+from kvarena.experiments.fuzzing.random_traces import make_trace
+from kvarena.experiments.fuzzing.recount import Recount
+from kvarena.experiments.settings.strategies import strategy_names
+from kvarena.schedulers.base import Scheduler
 
 TRACES = [make_trace(seed) for seed in range(6)]
 SCHEDULERS = strategy_names("scheduler")

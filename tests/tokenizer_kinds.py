@@ -29,7 +29,7 @@ PIECES += [
     "\u4f60",
     "\U0001f680",
 ]
-DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
+DEMO = Path(__file__).resolve().parent.parent / "experiments" / "models" / "demo"
 
 
 def _vocab(*parts: list[str]) -> dict[str, int]:

@@ -45,7 +45,7 @@ class WarmProcess:
 
     def __init__(self, command: list[str], cwd: Path, stdout: Path, stderr: Path, env: Mapping[str, str]) -> None:
         _start_forkserver()
-        module, argv = ("experiments.entry", command) if command[0] != "-m" else (command[1], command[1:])
+        module, argv = ("kvarena.experiments.entry", command) if command[0] != "-m" else (command[1], command[1:])
         self._process = multiprocessing.get_context("forkserver").Process(
             target=_run, args=(module, argv, str(cwd), str(stdout), str(stderr), dict(env))
         )
@@ -122,7 +122,7 @@ def _run(module: str, argv: list[str], cwd: str, stdout: str, stderr: str, env: 
     os.chdir(cwd)
     sys.path[:0] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.argv = argv
-    from engine.server.supervisor import Supervisor
+    from kvarena.engine.server.processes.supervisor import Supervisor
 
     Supervisor._spawn = _fork_part  # type: ignore[method-assign]
     sys.exit(importlib.import_module(module).main())

@@ -2,24 +2,24 @@
 
 import importlib
 
-from engine.importing import importing
+from kvarena.engine.importing import importing
 
 MODULES = (
-    "engine.server.compiled",
-    "engine.server.front",
-    "experiments.building.build",
-    "experiments.building.warm_up",
-    "experiments.cli",
-    "experiments.entry",
-    "experiments.job",
-    "experiments.serving.serve",
-    "experiments.serving.stub_engine",
-    "experiments.studies.run",
-    "experiments.sweep",
+    "kvarena.engine.server.engine.compiled",
+    "kvarena.engine.server.processes.front",
+    "kvarena.experiments.building.build",
+    "kvarena.experiments.building.warm_up",
+    "kvarena.experiments.cli",
+    "kvarena.experiments.entry",
+    "kvarena.experiments.jobs.job",
+    "kvarena.experiments.serving.serve",
+    "kvarena.experiments.serving.stub_engine",
+    "kvarena.experiments.studies.run",
+    "kvarena.experiments.sweeps.sweep",
 )
 
 with importing():
     for module in MODULES:
         importlib.import_module(module)
     # transformers imports a class when it is asked for.
-    importlib.import_module("engine.checkpoints.tokenizer").load_tokenizer("models/demo")
+    importlib.import_module("kvarena.engine.checkpoints.tokenizer").load_tokenizer("models/demo")

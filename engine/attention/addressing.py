@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.contract import NULL_BLOCK
+from kvarena.engine.contract import NULL_BLOCK
 
 
 def block_ids(

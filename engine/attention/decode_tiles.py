@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention.addressing import block_ids
-from engine.attention.scratch import Scratch
+from kvarena.engine.attention.addressing import block_ids
+from kvarena.engine.attention.scratch import Scratch
 
 TILE_TOKENS = 64
 HEADS_PER_PRODUCT = 4

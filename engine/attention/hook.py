@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 
-from engine.attention.base import AttentionBackend, AttentionMetadata
-from engine.attention.temperature import by_position, is_tuned
-from engine.errors import EngineError
+from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
+from kvarena.engine.attention.temperature import by_position, is_tuned
+from kvarena.engine.errors import EngineError
 
 HOOK_NAME = "kvarena"
 # Set on a layer whose window is in its mask alone: the hook gets no mask.

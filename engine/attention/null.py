@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionMetadata
+from kvarena.engine.attention.base import AttentionMetadata
 
 
 class NullBackend:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.attention.addressing import block_ids
-from engine.attention.scratch import Scratch
+from kvarena.engine.attention.addressing import block_ids
+from kvarena.engine.attention.scratch import Scratch
 
 # Query x key pairs of one group's mask.
 MASK_PAIRS = 2**20

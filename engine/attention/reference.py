@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionMetadata
-from engine.attention.decode_tiles import DecodeTiles, attend_tiles, plan_tiles
-from engine.attention.prefill_groups import PrefillGroup, attend_group, plan_groups
-from engine.attention.scratch import Scratch
-from engine.kv_pool import KVPool
+from kvarena.engine.attention.base import AttentionMetadata
+from kvarena.engine.attention.decode_tiles import DecodeTiles, attend_tiles, plan_tiles
+from kvarena.engine.attention.prefill_groups import PrefillGroup, attend_group, plan_groups
+from kvarena.engine.attention.scratch import Scratch
+from kvarena.engine.pool.kv_pool import KVPool
 
 # One-token rows with fewer tokens of context in all are grouped: tiles take more calls, which then show.
 FEW_TOKENS = 1024

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from engine.attention.base import AttentionMetadata
+from kvarena.engine.attention.base import AttentionMetadata
 
 
 def is_tuned(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 Rows with one new token go to the decode kernel, the others to the prefill kernel: at most two launches a layer. Only
 host copies of the step's metadata are read to plan it; nothing waits for the device. With `reserve`, a step's plan
 lives in buffers of fixed size and address, which a CUDA graph may capture. Steps of whole prompts of equal length may
-go to the library (`engine.attention.dense`).
+go to the library (`kvarena.engine.attention.dense`).
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionMetadata
-from engine.attention.dense import DensePrompts, library_backend
-from engine.errors import ConfigError, EngineError
-from engine.kernels.attention import AttentionCall
-from engine.kernels.config import MANY_ROWS, decode_config, prefill_config
-from engine.kernels.decode import DecodeScratch, decode_attention
-from engine.kernels.hopper import load_hopper_kernels
-from engine.kernels.plan import DECODE_FIELDS, PREFILL_FIELDS, Capacity, Shape, plan_step
-from engine.kernels.prefill import prefill_attention
-from engine.kernels.store import gather_kv, store_kv
-from engine.kernels.stream_decode import FEWEST_ROWS, StreamDecode, streams
-from engine.kv_pool import KVPool
-from engine.sampling.transfer import to_device
+from kvarena.engine.attention.base import AttentionMetadata
+from kvarena.engine.attention.dense import DensePrompts, library_backend
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.kernels.attention.base import AttentionCall
+from kvarena.engine.kernels.attention.config import MANY_ROWS, decode_config, prefill_config
+from kvarena.engine.kernels.attention.decode import DecodeScratch, decode_attention
+from kvarena.engine.kernels.attention.plan import DECODE_FIELDS, PREFILL_FIELDS, Capacity, Shape, plan_step
+from kvarena.engine.kernels.attention.prefill import prefill_attention
+from kvarena.engine.kernels.attention.stream_decode import FEWEST_ROWS, StreamDecode, streams
+from kvarena.engine.kernels.hopper import load_hopper_kernels
+from kvarena.engine.kernels.store import gather_kv, store_kv
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.sampling.transfer import to_device
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ class TritonBackend:
         if num_heads % pool.num_kv_heads:
             raise ConfigError(
                 f"{num_heads} query heads do not divide among {pool.num_kv_heads} KV heads; the Triton backend needs "
-                "equal groups: set engine.attention=reference"
+                "equal groups: set kvarena.engine.attention=reference"
             )
         self.pool = pool
         self.num_heads = num_heads

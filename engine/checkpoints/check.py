@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.checkpoints.directory import read_config, read_json, resolve_directory
-from engine.checkpoints.kinds import check_kind
-from engine.checkpoints.tokenizer import SETTINGS, check_tokenizer
-from engine.checkpoints.weights import check_weights
+from kvarena.engine.checkpoints.directory import read_config, read_json, resolve_directory
+from kvarena.engine.checkpoints.kinds import check_kind
+from kvarena.engine.checkpoints.tokenizer import SETTINGS, check_tokenizer
+from kvarena.engine.checkpoints.weights import check_weights
 
 
 def check_checkpoint(

@@ -6,24 +6,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelError
+from kvarena.engine.errors import ModelError
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
+# What holds engine, experiments, ...: a checkout, or an installation.
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent.parent
 # What people have in place of a file: its address in Git LFS, or the page that a browser shows of it.
 _LFS = b"version https://git-lfs"
 _PAGES = (b"<!doctype html", b"<html")
 
 
+def located(path: str | Path) -> Path:
+    """What `path` names: a file or folder of the working directory, else one that comes with the project."""
+    given = Path(path).expanduser()
+    shipped = PACKAGE_ROOT / "experiments" / given
+    return shipped if shipped.exists() and not given.exists() else given
+
+
 def resolve_directory(path: str | Path) -> Path:
-    """The model directory that `path` names: relative to the working directory, else to the project's root.
+    """The model directory that `path` names: relative to the working directory, else one that comes with the project.
 
     Raises:
         ModelError: there is none. A name is never looked up on a model hub.
     """
-    given = Path(path).expanduser()
-    for candidate in (given, PROJECT_ROOT / given):
-        if candidate.is_dir():
-            return candidate.resolve()
+    given, found = Path(path).expanduser(), located(path)
+    if found.is_dir():
+        return found.resolve()
     if given.suffix == ".gguf" and given.is_file():
         raise ModelError(
             f"model.path={path} is a GGUF file, which is not read; give the directory of the model's own checkpoint, "

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelError
+from kvarena.engine.errors import ModelError
 
 # transformers turns these into plain weights while it reads them.
 DEQUANTIZED = ("fp8", "mxfp4")

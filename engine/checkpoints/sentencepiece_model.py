@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelError
+from kvarena.engine.errors import ModelError
 
 BLANK = "▁"
 UNIGRAM, BPE = 1, 2

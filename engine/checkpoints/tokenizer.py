@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.checkpoints.directory import check_content, one_line, read_json, resolve_directory
-from engine.errors import ModelError
+from kvarena.engine.checkpoints.directory import check_content, one_line, read_json, resolve_directory
+from kvarena.engine.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    from engine.checkpoints.sentencepiece_model import convert
+    from kvarena.engine.checkpoints.sentencepiece_model import convert
 
     converted = convert(directory / SENTENCEPIECE, _settings(directory))
     with tempfile.TemporaryDirectory(prefix="kvarena-tokenizer-") as folder:

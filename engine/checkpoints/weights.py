@@ -8,9 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine.checkpoints.directory import check_content, one_line, read_json
-from engine.checkpoints.kinds import check_tensor_names, quantization
-from engine.errors import ModelError
+from kvarena.engine.checkpoints.directory import check_content, one_line, read_json
+from kvarena.engine.checkpoints.kinds import check_tensor_names, quantization
+from kvarena.engine.errors import ModelError
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.attention.base import AttentionMetadata
-from engine.attention.hook import attention_context
-from engine.attention.reference import ReferenceBackend
-from engine.fusions.decoder import FusedDecoder
-from engine.fusions.layers import Batch
-from engine.kv_pool import KVPool
-from engine.models.spec import LoadedModel
+from kvarena.engine.attention.base import AttentionMetadata
+from kvarena.engine.attention.hook import attention_context
+from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.fusions.decoder import FusedDecoder
+from kvarena.engine.fusions.layers import Batch
+from kvarena.engine.models.spec import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
 
 NUM_TOKENS = 8
 # Largest ||fused - module|| / ||what the layer adds||, to which rounding of the residual stream itself comes on top.

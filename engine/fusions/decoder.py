@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.attention.base import AttentionBackend, AttentionMetadata
-from engine.fusions.layers import Batch, FusedLayer, ModuleMlp
-from engine.fusions.ops import Angles, Linear, Norm, Ops
-from engine.kv_pool import KVPool
+from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
+from kvarena.engine.fusions.layers import Batch, FusedLayer, ModuleMlp
+from kvarena.engine.fusions.ops import Angles, Linear, Norm, Ops
+from kvarena.engine.pool.kv_pool import KVPool
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.attention.temperature import is_tuned
-from engine.errors import KvarenaError
-from engine.fusions.check import Recording, check_decoder, record
-from engine.fusions.decoder import FusedDecoder
-from engine.fusions.layers import AttentionArgs, FusedAttention, FusedGlu, FusedLayer, ModuleMlp
-from engine.fusions.ops import HeadNorms, Heads, Linear, Norm, Ops
-from engine.fusions.pack import pack
-from engine.models.spec import LoadedModel
+from kvarena.engine.attention.temperature import is_tuned
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.fusions.check import Recording, check_decoder, record
+from kvarena.engine.fusions.decoder import FusedDecoder
+from kvarena.engine.fusions.layers import AttentionArgs, FusedAttention, FusedGlu, FusedLayer, ModuleMlp
+from kvarena.engine.fusions.ops import HeadNorms, Heads, Linear, Norm, Ops
+from kvarena.engine.fusions.pack import pack
+from kvarena.engine.models.spec import LoadedModel
 
 
 class NotFusable(KvarenaError):

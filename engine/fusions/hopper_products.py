@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.fusions.ops import Product
-from engine.kernels.hopper import load_hopper_kernels
-from engine.kernels.norm import rms_norm
-from engine.kernels.stream_gemm import StreamGemm, stream_tile
-from engine.kernels.wide_gemm import WideGemm, wide_tile
+from kvarena.engine.fusions.ops import Product
+from kvarena.engine.kernels.gemm.stream import StreamGemm, stream_tile
+from kvarena.engine.kernels.gemm.wide import WideGemm, wide_tile
+from kvarena.engine.kernels.hopper import load_hopper_kernels
+from kvarena.engine.kernels.norm import rms_norm
 
 
 class HopperProducts:

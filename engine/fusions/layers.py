@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from engine.attention.base import AttentionBackend, AttentionMetadata, KeepingBackend
-from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Ops, split_heads
-from engine.kv_pool import KVPool
+from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata, KeepingBackend
+from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Ops, split_heads
+from kvarena.engine.pool.kv_pool import KVPool
 
 
 class AttentionArgs(NamedTuple):

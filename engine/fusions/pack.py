@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from engine.fusions.ops import Linear
+from kvarena.engine.fusions.ops import Linear
 
 
 def pack(projections: Sequence[nn.Linear]) -> Linear:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.fusions.hopper_products import HopperProducts
-from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Product, apply_linear, split_heads
-from engine.kernels.activation import gated
-from engine.kernels.gemm import SkinnyGemm
-from engine.kernels.gemm_table import GemmTable
-from engine.kernels.glu import gated_product
-from engine.kernels.library_gemm import load_library_gemm
-from engine.kernels.norm import rms_norm
-from engine.kernels.rope import rope_store
+from kvarena.engine.fusions.hopper_products import HopperProducts
+from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Product, apply_linear, split_heads
+from kvarena.engine.kernels.activation import gated
+from kvarena.engine.kernels.gemm.glu import gated_product
+from kvarena.engine.kernels.gemm.library import load_library_gemm
+from kvarena.engine.kernels.gemm.skinny import SkinnyGemm
+from kvarena.engine.kernels.gemm.table import GemmTable
+from kvarena.engine.kernels.norm import rms_norm
+from kvarena.engine.kernels.rope import rope_store
 
 
 class TritonOps:
-    """See `engine.fusions.ops.Ops`. All calls must be on one stream.
+    """See `kvarena.engine.fusions.ops.Ops`. All calls must be on one stream.
 
     Args:
         device: the GPU.

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels import INTERPRET
+from kvarena.engine.kernels import INTERPRET
 
 # What differs from step to step must not make Triton compile a kernel anew: whether these are multiples of 16.
 VARYING = {

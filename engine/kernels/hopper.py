@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.errors import EngineError
+from kvarena.engine.errors import EngineError
 
 # Shared memory of a multiprocessor that its programs may have.
 SHARED_BYTES = 227 * 1024
@@ -39,7 +39,7 @@ __device__ __forceinline__ void wgmma(float (&d)[{num_sums}], unsigned long long
 
 def kernel_source(name: str, constants: Mapping[str, object], wgmma_cols: int | None = None) -> str:
     """The text of kernel `name` with its constants, and `wgmma` of so many columns if any."""
-    folder = resources.files("engine.kernels")
+    folder = resources.files("kvarena.engine.kernels")
     head = "".join(f"#define {key} {value}\n" for key, value in constants.items())
     texts = (folder.joinpath(file).read_text() for file in ("hopper.cu", f"{name}.cu"))
     return head + ("" if wgmma_cols is None else wgmma_source(wgmma_cols)) + "".join(texts)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.common import await_previous, launch_options, next_power_of_2
+from kvarena.engine.kernels.common import await_previous, launch_options, next_power_of_2
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
-from engine.kernels import INTERPRET
+from kvarena.engine.kernels import INTERPRET
 
 _TILE = 1024
 _MAX_PARTS = 128

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from engine.checkpoints.directory import (
+from kvarena.engine.checkpoints.directory import (
     end_token,
     one_line,
     read_config,
@@ -23,9 +23,9 @@ from engine.checkpoints.directory import (
     special_token_ids,
     token_id,
 )
-from engine.checkpoints.kinds import check_kind
-from engine.checkpoints.tokenizer import has_tokenizer, load_tokenizer
-from engine.errors import ConfigError, ModelError
+from kvarena.engine.checkpoints.kinds import check_kind
+from kvarena.engine.checkpoints.tokenizer import has_tokenizer, load_tokenizer
+from kvarena.engine.errors import ConfigError, ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

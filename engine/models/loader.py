@@ -16,22 +16,22 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from engine.checkpoints.check import check_checkpoint
-from engine.checkpoints.directory import one_line
-from engine.checkpoints.kinds import DEQUANTIZED
-from engine.checkpoints.weights import weight_bytes
-from engine.errors import ConfigError, ModelError
-from engine.memory_limits import free_bytes, is_out_of_memory, size_text
-from engine.models.configs import (
+from kvarena.engine.checkpoints.check import check_checkpoint
+from kvarena.engine.checkpoints.directory import one_line
+from kvarena.engine.checkpoints.kinds import DEQUANTIZED
+from kvarena.engine.checkpoints.weights import weight_bytes
+from kvarena.engine.errors import ConfigError, ModelError
+from kvarena.engine.models.configs import (
     end_and_special_tokens,
     quiet_transformers,
     read_model_config,
     tokenizer_end,
     weights_dtype,
 )
-from engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
-from engine.models.probe import probe_attention
-from engine.models.spec import LoadedModel, ModelSpec
+from kvarena.engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
+from kvarena.engine.models.probe import probe_attention
+from kvarena.engine.models.spec import LoadedModel, ModelSpec
+from kvarena.engine.pool.memory_limits import free_bytes, is_out_of_memory, size_text
 
 LOAD_FORMATS = ("auto", "dummy")
 # Decoder layers, as model classes name their lists of them.

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from engine.attention.hook import traced_attention
+from kvarena.engine.attention.hook import traced_attention
 
 MASKED_NAME = "kvarena_masks"
 # Positions are asked about up to so many times those that the config states, which a rotation may stretch, and at most

@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.attention.base import AttentionBackend, AttentionMetadata, packed_metadata
-from engine.attention.hook import HOOK_NAME, WINDOW_ATTRIBUTE, attention_context, register
-from engine.attention.null import NullBackend
-from engine.attention.reference import ReferenceBackend
-from engine.checkpoints.directory import one_line
-from engine.errors import ModelError
-from engine.kv_pool import KVPool
-from engine.models.masks import MASKED_NAME, register_masks, span_of
-from engine.models.spans import short_spans
+from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata, packed_metadata
+from kvarena.engine.attention.hook import HOOK_NAME, WINDOW_ATTRIBUTE, attention_context, register
+from kvarena.engine.attention.null import NullBackend
+from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.checkpoints.directory import one_line
+from kvarena.engine.errors import ModelError
+from kvarena.engine.models.masks import MASKED_NAME, register_masks, span_of
+from kvarena.engine.models.spans import short_spans
+from kvarena.engine.pool.kv_pool import KVPool
 
 PROBE_LENS = (7, 5)
 BLOCK_SIZE = 4

@@ -16,17 +16,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from engine.models.configs import (
+from kvarena.engine.models.configs import (
     end_and_special_tokens,
     quiet_transformers,
     read_model_config,
     tokenizer_end,
     weights_dtype,
 )
-from engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
-from engine.models.loader import build_dummy
-from engine.models.probe import trace_attention
-from engine.models.spec import ModelSpec
+from kvarena.engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
+from kvarena.engine.models.loader import build_dummy
+from kvarena.engine.models.probe import trace_attention
+from kvarena.engine.models.spec import ModelSpec
 
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.request import Request
+from kvarena.engine.request import Request
 
 # Processor time for the masks of one step. Whose mask is not made in it is put off to the next step, where it comes
 # first: constraints that are slow to follow wait for each other, and nobody waits for them.

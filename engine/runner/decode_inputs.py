@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.step import scatter_words
+from kvarena.engine.kernels.step import scatter_words
 
 NUM_FIELDS = 6
 # Pinned buffers in turn: with one step running and one being prepared, the third is free without waiting.

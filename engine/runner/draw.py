@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels.sample import DrawScratch, draw_scores, draw_tokens
-from engine.sampling.output import HostTokens, SampledTokens, copy_scores
-from engine.sampling.scores import ScoreTensors, best_scores
+from kvarena.engine.kernels.sample import DrawScratch, draw_scores, draw_tokens
+from kvarena.engine.sampling.output import HostTokens, SampledTokens, copy_scores
+from kvarena.engine.sampling.scores import ScoreTensors, best_scores
 
 # Steps whose tokens may be on their way at once, and some more.
 _NUM_RESULTS = 4

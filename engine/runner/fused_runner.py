@@ -17,26 +17,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend, AttentionMetadata
-from engine.attention.hook import attention_context
-from engine.clock import Clock
-from engine.contract import KVAllocator, ScheduledRequest, StepPlan, cdiv
-from engine.errors import EngineError
-from engine.fusions.decoder import FusedDecoder
-from engine.kv_pool import KVPool
-from engine.models.spec import LoadedModel
-from engine.request import Request
-from engine.runner.base import PendingTokens
-from engine.runner.decode_inputs import NUM_FIELDS, DecodeSender, TableMirror
-from engine.runner.draw import Draw
-from engine.runner.graphs import DecodeGraphs, Forward, GraphCapture, ReservingBackend
-from engine.runner.inputs import StepInputs
-from engine.runner.mixed_graphs import MixedGraphs, MixedStep
-from engine.runner.request_rows import RequestRows
-from engine.runner.torch_runner import StepTokens, TorchRunner
-from engine.sampling.output import HostTokens, SampledTokens
-from engine.sampling.scores import choose_rows
-from engine.sampling.transfer import to_device
+from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
+from kvarena.engine.attention.hook import attention_context
+from kvarena.engine.clock import Clock
+from kvarena.engine.contract import KVAllocator, ScheduledRequest, StepPlan, cdiv
+from kvarena.engine.errors import EngineError
+from kvarena.engine.fusions.decoder import FusedDecoder
+from kvarena.engine.model_runner import PendingTokens
+from kvarena.engine.models.spec import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.request import Request
+from kvarena.engine.runner.decode_inputs import NUM_FIELDS, DecodeSender, TableMirror
+from kvarena.engine.runner.draw import Draw
+from kvarena.engine.runner.graphs import DecodeGraphs, Forward, GraphCapture, ReservingBackend
+from kvarena.engine.runner.inputs import StepInputs
+from kvarena.engine.runner.mixed_graphs import MixedGraphs, MixedStep
+from kvarena.engine.runner.request_rows import RequestRows
+from kvarena.engine.runner.torch_runner import StepTokens, TorchRunner
+from kvarena.engine.sampling.output import HostTokens, SampledTokens
+from kvarena.engine.sampling.scores import choose_rows
+from kvarena.engine.sampling.transfer import to_device
 
 
 @dataclass(frozen=True)

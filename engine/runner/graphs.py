@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend, AttentionMetadata
-from engine.errors import EngineError
-from engine.kernels.step import DecodeBuffers, expand_decode
+from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
+from kvarena.engine.errors import EngineError
+from kvarena.engine.kernels.step import DecodeBuffers, expand_decode
 
 
 class Forward(Protocol):

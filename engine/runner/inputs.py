@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionMetadata
-from engine.contract import KVAllocator, ScheduledRequest, StepPlan, cdiv
-from engine.errors import EngineError
-from engine.runner.prompt_logprobs import PromptRows, prompt_rows
+from kvarena.engine.attention.base import AttentionMetadata
+from kvarena.engine.contract import KVAllocator, ScheduledRequest, StepPlan, cdiv
+from kvarena.engine.errors import EngineError
+from kvarena.engine.runner.prompt_logprobs import PromptRows, prompt_rows
 
 
 class PendingInput(NamedTuple):

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionMetadata
-from engine.contract import StepPlan
-from engine.kernels.step import expand_tokens
-from engine.runner.decode_inputs import TableMirror, WordSender
-from engine.runner.graphs import Forward, GraphCapture, ReservingBackend
+from kvarena.engine.attention.base import AttentionMetadata
+from kvarena.engine.contract import StepPlan
+from kvarena.engine.kernels.step import expand_tokens
+from kvarena.engine.runner.decode_inputs import TableMirror, WordSender
+from kvarena.engine.runner.graphs import Forward, GraphCapture, ReservingBackend
 
 TOKEN_FIELDS = 3
 # Beyond that many operations the device needs longer than the host does for the launches (10 ms at 600 TFLOP/s).

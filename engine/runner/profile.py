@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.attention.base import packed_metadata
-from engine.attention.hook import attention_context
-from engine.attention.null import NullBackend
-from engine.errors import ConfigError, EngineError
-from engine.memory_limits import asked_and_free, is_out_of_memory, size_text
-from engine.models.spec import LoadedModel
+from kvarena.engine.attention.base import packed_metadata
+from kvarena.engine.attention.hook import attention_context
+from kvarena.engine.attention.null import NullBackend
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.models.spec import LoadedModel
+from kvarena.engine.pool.memory_limits import asked_and_free, is_out_of_memory, size_text
 
 # What libraries load into a GPU beside torch's allocator, at most; another engine that starts meanwhile is none of it.
 LIBRARY_BYTES = 2**30

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.contract import StepPlan
-from engine.runner.base import TokenLogprobs
+from kvarena.engine.contract import StepPlan
+from kvarena.engine.model_runner import TokenLogprobs
 
 # Rows of logits that are turned into fp32 probabilities at once.
 ROWS_AT_ONCE = 256

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from engine.errors import EngineError
-from engine.request import Request, SamplingParams
-from engine.runner.inputs import BlockTables
-from engine.sampling.state import check_sampling
-from engine.sampling.streams import as_seed64, derive_seed, stream_keys
+from kvarena.engine.errors import EngineError
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.inputs import BlockTables
+from kvarena.engine.sampling.state import check_sampling
+from kvarena.engine.sampling.streams import as_seed64, derive_seed, stream_keys
 
 
 class RequestRows:

@@ -15,24 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend
-from engine.attention.hook import attention_context
-from engine.attention.reference import ReferenceBackend
-from engine.checkpoints.directory import one_line
-from engine.clock import Clock, WallClock
-from engine.contract import KVAllocator, StepPlan
-from engine.errors import EngineError, KvarenaError, OutOfMemory
-from engine.kv_pool import KVPool
-from engine.memory_limits import asked_and_free, is_out_of_memory
-from engine.models.spec import LoadedModel
-from engine.runner.base import PendingTokens, ReadyTokens, StepResult, TokenLogprobs
-from engine.runner.constraints import allowed_tokens
-from engine.runner.inputs import BlockTables, StepInputs, build_inputs
-from engine.runner.prompt_logprobs import PromptLogprobs
-from engine.sampler import Sampler
-from engine.sampling.output import HostTokens, SampledTokens
-from engine.sampling.state import SamplerState
-from engine.sampling.transfer import to_device
+from kvarena.engine.attention.base import AttentionBackend
+from kvarena.engine.attention.hook import attention_context
+from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.checkpoints.directory import one_line
+from kvarena.engine.clock import Clock, WallClock
+from kvarena.engine.contract import KVAllocator, StepPlan
+from kvarena.engine.errors import EngineError, KvarenaError, OutOfMemory
+from kvarena.engine.model_runner import PendingTokens, ReadyTokens, StepResult, TokenLogprobs
+from kvarena.engine.models.spec import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.pool.memory_limits import asked_and_free, is_out_of_memory
+from kvarena.engine.runner.constraints import allowed_tokens
+from kvarena.engine.runner.inputs import BlockTables, StepInputs, build_inputs
+from kvarena.engine.runner.prompt_logprobs import PromptLogprobs
+from kvarena.engine.sampling.output import HostTokens, SampledTokens
+from kvarena.engine.sampling.sampler import Sampler
+from kvarena.engine.sampling.state import SamplerState
+from kvarena.engine.sampling.transfer import to_device
 
 
 class StepTokens:
@@ -113,7 +113,7 @@ class _TimedStep:
 
 
 class TorchRunner:
-    """Executes step plans on a model and a pool. Implements `engine.runner.base.ModelRunner`.
+    """Executes step plans on a model and a pool. Implements `kvarena.engine.model_runner.ModelRunner`.
 
     Args:
         model: from `load_model`.

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import EngineError
-from engine.request import Request
-from engine.sampling.transfer import to_device
+from kvarena.engine.errors import EngineError
+from kvarena.engine.request import Request
+from kvarena.engine.sampling.transfer import to_device
 
 
 class TokenCounts:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.errors import EngineError
-from engine.runner.base import TokenLogprobs, TokenScores
-from engine.sampling.scores import ScoreTensors
+from kvarena.engine.errors import EngineError
+from kvarena.engine.model_runner import TokenLogprobs, TokenScores
+from kvarena.engine.sampling.scores import ScoreTensors
 
 
 class LogprobTensors(NamedTuple):

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import EngineError, RequestError
-from engine.request import Request, SamplingParams
-from engine.sampling.batch import LogitBias, Penalties, Rows, RowValues, SamplingBatch
-from engine.sampling.counts import TokenCounts
-from engine.sampling.streams import as_seed64, derive_seed, stream_keys
-from engine.sampling.transfer import to_device
+from kvarena.engine.errors import EngineError, RequestError
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.sampling.batch import LogitBias, Penalties, Rows, RowValues, SamplingBatch
+from kvarena.engine.sampling.counts import TokenCounts
+from kvarena.engine.sampling.streams import as_seed64, derive_seed, stream_keys
+from kvarena.engine.sampling.transfer import to_device
 
 
 @dataclass(slots=True)

@@ -1,4 +1,6 @@
-"""Useful tokens per second of this engine beside transformers' own generation: python -m experiments.benchmarks.cpu
+"""Useful tokens per second of this engine beside transformers' own generation.
+
+    python -m kvarena.experiments.benchmarks.cpu
 
 One model, one list of requests, one process. The contestants take turns, round after round, so that a busy machine
 slows all of them alike; a ratio is the median over rounds of the ratio within a round. Useful tokens are those that
@@ -15,12 +17,12 @@ from collections.abc import Callable
 
 import torch
 
-from engine.core import run_to_completion
-from engine.errors import KvarenaError
-from engine.request import Request
-from experiments.building.build import build
-from experiments.compose import load_config
-from experiments.correctness.reference import generate_continuous, generate_static, load_reference
+from kvarena.engine.core import run_to_completion
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.request import Request
+from kvarena.experiments.building.build import build
+from kvarena.experiments.correctness.reference import generate_continuous, generate_static, load_reference
+from kvarena.experiments.settings.compose import load_config
 
 Tokens = list[list[int]]
 

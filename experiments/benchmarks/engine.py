@@ -1,6 +1,6 @@
 """The engine on a GPU: throughput, decode steps, prefill, start-up, ablations, correctness. One JSON line per result.
 
-    python -m experiments.benchmarks.engine --shape llama-3.1-8b --sections decode,offline --gemm gemm.json --out DIR
+    python -m kvarena.experiments.benchmarks.engine --shape llama-3.1-8b --sections decode,offline --out DIR
 
 Sections: `correct` (greedy tokens in float32 with every lever on and off), `logits` (bf16, against the modules),
 `offline` (a: 256 requests, output tokens/s), `decode` (b: (T(161) - T(33)) / 128 at batch 1, 32, 256), `ablate` (the
@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 
-from engine.errors import EngineError, KvarenaError
-from engine.request import Request, SamplingParams
-from experiments.benchmarks.engine_checks import check_logits, check_tokens
-from experiments.benchmarks.engine_profile import profile_steps
-from experiments.benchmarks.first_token import NUM_SLOTS
-from experiments.gpu.engines import ABLATIONS, Bed, Levers, StepTimes, attempt, drive, make_bed
-from experiments.gpu.shapes import SHAPES, fixed_batch, floor_of, offline_workload
-from experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda
+from kvarena.engine.errors import EngineError, KvarenaError
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.benchmarks.engine_checks import check_logits, check_tokens
+from kvarena.experiments.benchmarks.engine_profile import profile_steps
+from kvarena.experiments.benchmarks.first_token import NUM_SLOTS
+from kvarena.experiments.gpu.engines import ABLATIONS, Bed, Levers, StepTimes, attempt, drive, make_bed
+from kvarena.experiments.gpu.shapes import SHAPES, fixed_batch, floor_of, offline_workload
+from kvarena.experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda
 
 Line = dict[str, Any]
 SECTIONS = ("correct", "logits", "decode", "ablate", "prefill", "offline", "profile", "startup")
@@ -141,7 +141,7 @@ def prefill(bed: Bed, levers: Levers, ceilings: Ceilings, num_prompts: int, leng
 
 def startup(args: argparse.Namespace) -> Line:
     """Seconds from a fresh process to its first token, with the kernel cache as the sections before left it."""
-    command = [sys.executable, "-m", "experiments.benchmarks.first_token", "--shape", args.shape]
+    command = [sys.executable, "-m", "kvarena.experiments.benchmarks.first_token", "--shape", args.shape]
     command += ["--gemm", str(args.gemm)] if args.gemm else []
     start = time.perf_counter()
     child = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256, help="of the offline workload")
     parser.add_argument("--budget", type=int, action="append", help="tokens per step of the offline workload; 8192")
     parser.add_argument("--chunked", action="store_true", help="the offline workload under the chunked scheduler")
-    parser.add_argument("--gemm", type=Path, help="a table of experiments.benchmarks.gemm")
+    parser.add_argument("--gemm", type=Path, help="a table of kvarena.experiments.benchmarks.kernels.gemm")
     parser.add_argument("--skinny", type=int, default=Levers().skinny, help="most rows for the skinny GEMM; 0: none")
     parser.add_argument(
         "--levers", action="append", choices=sorted(ABLATIONS), help="of sections ablate (default: each) and offline"

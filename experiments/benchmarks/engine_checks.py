@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionMetadata
-from engine.attention.reference import ReferenceBackend
-from engine.errors import ConfigError
-from engine.kv_pool import KVPool
-from engine.models import LoadedModel, load_model
-from engine.request import Request, SamplingParams
-from engine.runner.fused_runner import FusedForward, ModuleForward
-from engine.runner.graphs import Forward
-from experiments.gpu.engines import ABLATIONS, BLOCK_SIZE, Bed, Levers, drive, make_bed
-from experiments.gpu.shapes import SHAPES
+from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
+from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.models import LoadedModel, load_model
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.fused_runner import FusedForward, ModuleForward
+from kvarena.engine.runner.graphs import Forward
+from kvarena.experiments.gpu.engines import ABLATIONS, BLOCK_SIZE, Bed, Levers, drive, make_bed
+from kvarena.experiments.gpu.shapes import SHAPES
 
 NUM_TOKENS = 48
 

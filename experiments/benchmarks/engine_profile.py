@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from experiments.gpu.engines import Bed, Levers, drive
-from experiments.gpu.shapes import fixed_batch
+from kvarena.experiments.gpu.engines import Bed, Levers, drive
+from kvarena.experiments.gpu.shapes import fixed_batch
 
 
 def profile_steps(bed: Bed, levers: Levers, batch: int, length: int, *, prefill: bool = False) -> dict[str, Any]:

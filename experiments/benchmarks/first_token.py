@@ -1,6 +1,6 @@
 """Seconds from a fresh process to its first token, and where they go. One JSON line.
 
-    python -m experiments.benchmarks.first_token --shape llama-3.1-8b
+    python -m kvarena.experiments.benchmarks.first_token --shape llama-3.1-8b
 
 `imports` end when every module is there, `load` with weights and pool, `fuse` with the fused decoder, `token` with the
 first token of a prompt of 64. `modules` were imported; without `bytecode` of torch Python compiles it at every start.
@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.errors import KvarenaError
-from engine.importing import importing
-from experiments.gpu.shapes import MAX_MODEL_LEN, SHAPES, fixed_batch
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.importing import importing
+from kvarena.experiments.gpu.shapes import MAX_MODEL_LEN, SHAPES, fixed_batch
 
 NUM_SLOTS = 320 * MAX_MODEL_LEN // 8
 PROMPT_LEN = 64
@@ -28,8 +28,8 @@ PROMPT_LEN = 64
 def first_token(shape: str, num_slots: int, gemm: Path | None, device: str) -> dict[str, Any]:
     """Start an engine, and have it make one token."""
     with importing():
-        from experiments.gpu.engines import Levers, drive, make_bed
-        from experiments.gpu.timing import require_cuda
+        from kvarena.experiments.gpu.engines import Levers, drive, make_bed
+        from kvarena.experiments.gpu.timing import require_cuda
 
         if device == "cuda":
             require_cuda()
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
     parser.add_argument("--slots", type=int, default=NUM_SLOTS, help="of the KV pool")
-    parser.add_argument("--gemm", type=Path, help="a table of experiments.benchmarks.gemm")
+    parser.add_argument("--gemm", type=Path, help="a table of kvarena.experiments.benchmarks.kernels.gemm")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: kernels are interpreted")
     args = parser.parse_args()
     try:

@@ -1,6 +1,6 @@
 """What the web front costs, beside a plain FastAPI + server-sent events loop in the same run.
 
-    python -m experiments.benchmarks.front --fronts 1 --clients 64
+    python -m kvarena.experiments.benchmarks.front --fronts 1 --clients 64
 
 Both stream tokens of an engine of unlimited speed to the same load (raw sockets, so that the clients cost little).
 `kvarena` is the real server around experiments/serving/stub_engine.py. `plain` is what one writes first: FastAPI, one
@@ -200,10 +200,24 @@ def main(argv: list[str] | None = None) -> int:
     if options.plain_server:
         serve_plain(options.port)
         return 0
-    stub = [sys.executable, "-m", "experiments.serving.stub_engine", "serve", str(Path(options.model)), "--port"]
+    stub = [
+        sys.executable,
+        "-m",
+        "kvarena.experiments.serving.stub_engine",
+        "serve",
+        str(Path(options.model)),
+        "--port",
+    ]
     ours = [*stub, str(options.port), "--fronts", str(options.fronts)]
     ours += ["--step-time", str(options.step_time)]
-    plain = [sys.executable, "-m", "experiments.benchmarks.front", "--plain-server", "--port", str(options.port + 1)]
+    plain = [
+        sys.executable,
+        "-m",
+        "kvarena.experiments.benchmarks.front",
+        "--plain-server",
+        "--port",
+        str(options.port + 1),
+    ]
     results = [measure("kvarena", ours, options.port, options), measure("plain", plain, options.port + 1, options)]
     rows = []
     for result in results:

@@ -1,6 +1,6 @@
 """How noisy the probe is that stands before and after every measured run (experiments/recording/contention.py).
 
-    python -m experiments.benchmarks.probe --device cpu --tries 20
+    python -m kvarena.experiments.benchmarks.probe --device cpu --tries 20
 
 The last line is JSON: the standard deviation of the probes over their mean, and that of a cell's geometric mean of two.
 On a quiet machine this is the difference between two cells below which "the machine changed" is the probe's own noise.
@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 
-from experiments.recording.contention import run_probe
+from kvarena.experiments.recording.contention import run_probe
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
 """What recording costs a run: alternating rounds of everything recorded, nothing recorded, and the bare engine.
 
-    python -m experiments.benchmarks.recording --device cuda --shape qwen3-0.6b       # on a GPU
-    python -m experiments.benchmarks.recording --device cpu --shape demo              # here
+    python -m kvarena.experiments.benchmarks.recording --device cuda --shape qwen3-0.6b       # on a GPU
+    python -m kvarena.experiments.benchmarks.recording --device cpu --shape demo              # here
 
 One process, one model, one pool, one runner; 256 requests that all arrive at once (workload (a) of
-experiments.gpu.shapes, shorter on a CPU). `all`: the driver with the progress bar and the recording of a run of the
-main job; `none`: the same with `driver.record=none`; `bare`: engine, scheduler and allocator stepped by a loop, with
-neither driver nor recorder. One JSON line per run, and a last one with the ratios of rounds, their mean and its 95 %
-interval by Student's t, and where the time of a step goes. Needs no Hydra.
+kvarena.experiments.gpu.shapes, shorter on a CPU). `all`: the driver with the progress bar and the recording of a run of
+the main job; `none`: the same with `driver.record=none`; `bare`: engine, scheduler and allocator stepped by a loop,
+with neither driver nor recorder. One JSON line per run, and a last one with the ratios of rounds, their mean and its 95
+% interval by Student's t, and where the time of a step goes. Needs no Hydra.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from allocators.paged import PagedAllocator
-from engine.clock import WallClock
-from engine.core import Engine
-from engine.errors import KvarenaError
-from engine.gpu_memory import GpuMemory
-from engine.kv_pool import KVPool
-from engine.ledger import MemoryLedger
-from engine.models import load_model
-from engine.request import Request, SamplingParams
-from engine.runner.base import ModelRunner
-from engine.runner.torch_runner import TorchRunner
-from experiments.gpu.engines import BLOCK_SIZE, Levers, make_bed
-from experiments.gpu.shapes import SHAPES, offline_workload
-from experiments.gpu.timing import require_cuda
-from experiments.load.driver import drive
-from experiments.output import Progress
-from experiments.recording.provenance import PROJECT_ROOT, git_state, machine
-from experiments.recording.recording import Recording
-from schedulers.continuous import ContinuousScheduler
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.engine.clock import WallClock
+from kvarena.engine.core import Engine
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.model_runner import ModelRunner
+from kvarena.engine.models import load_model
+from kvarena.engine.pool.gpu_memory import GpuMemory
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.experiments.folders.provenance import git_state, machine
+from kvarena.experiments.gpu.engines import BLOCK_SIZE, Levers, make_bed
+from kvarena.experiments.gpu.shapes import SHAPES, offline_workload
+from kvarena.experiments.gpu.timing import require_cuda
+from kvarena.experiments.jobs.output import Progress
+from kvarena.experiments.load.driver import drive
+from kvarena.experiments.recording.recording import Recording
+from kvarena.schedulers.continuous import ContinuousScheduler
 
 Line = dict[str, Any]
 MODES = ("all", "none", "bare")
@@ -134,7 +134,7 @@ def _has_pyarrow() -> bool:
 
 
 def on_gpu(shape: str, num_slots: int) -> tuple[Bench, GpuMemory, torch.nn.Module]:
-    """The GPU's engine, warm, as experiments.benchmarks.engine makes it for workload (a)."""
+    """The GPU's engine, warm, as kvarena.experiments.benchmarks.engine makes it for workload (a)."""
     device = require_cuda()
     memory = GpuMemory(device)
     bed = make_bed(shape, num_slots, None)
@@ -146,7 +146,7 @@ def on_gpu(shape: str, num_slots: int) -> tuple[Bench, GpuMemory, torch.nn.Modul
 
 def on_cpu(shape: str) -> Bench:
     """The plain runner in float32 on the demo model or a small shape."""
-    source = {"path": str(PROJECT_ROOT / "models/demo")} if shape == "demo" else {"shape": SHAPES[shape]}
+    source = {"path": "models/demo"} if shape == "demo" else {"shape": SHAPES[shape]}
     model = load_model(**source, dtype="float32", device="cpu", load_format="auto" if shape == "demo" else "dummy")
     spec = model.spec
     num_blocks = 256 * 12
@@ -205,7 +205,7 @@ def summarize(lines: Sequence[Line], steps: int) -> Line:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.recording", description=__doc__.split("\n")[0]
+        prog="python -m kvarena.experiments.benchmarks.recording", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", default="demo", choices=("demo", *sorted(SHAPES)))

@@ -1,6 +1,6 @@
 """What scheduling costs on the host, as JSON lines:
 
-    python -m experiments.benchmarks.scheduler
+    python -m kvarena.experiments.benchmarks.scheduler
 
 `step`: `schedule()` + `update()` and the allocator calls in them, every request decoding. `allocate_free`: one request
 of 16 blocks, by the size of the pool. `match_prefix`: a prompt of 32k tokens that the cache holds. In the same run,
@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.contract import KVAllocator
-from engine.errors import EngineError
-from engine.request import Request, SamplingParams
-from experiments.strategies import build_allocator, build_scheduler
-from schedulers.base import Scheduler
+from kvarena.engine.contract import KVAllocator
+from kvarena.engine.errors import EngineError
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
+from kvarena.schedulers.base import Scheduler
 
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 65536
@@ -161,7 +161,7 @@ def _step(policy: Scheduler) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all benchmarks; see the module's docstring."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.scheduler", description=__doc__.split("\n")[0]
+        prog="python -m kvarena.experiments.benchmarks.scheduler", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--repeats", type=int, default=300, help="steps or calls per line")
     args = parser.parse_args(argv)

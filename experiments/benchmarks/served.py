@@ -1,12 +1,13 @@
 """What serving costs: the same requests in-process and over HTTP, by the same engine under the same flags.
 
-    python -m experiments.benchmarks.served --out served.jsonl
+    python -m kvarena.experiments.benchmarks.served --out served.jsonl
 
-makes a directory of the Qwen3-0.6B shape with random weights, runs every level of `experiments.benchmarks.stream_load`
-in-process (the same prompts, the same closed loop, no web front), then starts `kvarena serve` and runs the levels over
-HTTP, and prints JSON lines: one per part and level, then per level the served share. `--load-script FILE` uses another
-load program with stream_load's flags and lines. Flags after `--` go to `kvarena serve`, and to the in-process engine. A
-run fails when a request does; a bar that is missed is printed and does not fail it.
+makes a directory of the Qwen3-0.6B shape with random weights, runs every level of
+`kvarena.experiments.benchmarks.stream_load` in-process (the same prompts, the same closed loop, no web front), then
+starts `kvarena serve` and runs the levels over HTTP, and prints JSON lines: one per part and level, then per level the
+served share. `--load-script FILE` uses another load program with stream_load's flags and lines. Flags after `--` go to
+`kvarena serve`, and to the in-process engine. A run fails when a request does; a bar that is missed is printed and does
+not fail it.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from typing import Any
 import psutil
 from omegaconf import OmegaConf
 
-from engine.core import Engine
-from engine.errors import EngineError, KvarenaError
-from engine.request import Request, SamplingParams
-from experiments.benchmarks.front import cpu_seconds
-from experiments.benchmarks.stream_load import TEMPERATURE, WARM_UP, Level, Row, Shape, line_of
-from experiments.compose import CONF_DIR, load_config
-from experiments.models.shape import make_model_dir
-from experiments.serving.flags import overrides_of, parse_flags
-from experiments.serving.serve import build_served_engine
+from kvarena.engine.core import Engine
+from kvarena.engine.errors import EngineError, KvarenaError
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.benchmarks.front import cpu_seconds
+from kvarena.experiments.benchmarks.stream_load import TEMPERATURE, WARM_UP, Level, Row, Shape, line_of
+from kvarena.experiments.models.shape import make_model_dir
+from kvarena.experiments.serving.flags import overrides_of, parse_flags
+from kvarena.experiments.serving.serve import build_served_engine
+from kvarena.experiments.settings.compose import CONF_DIR, load_config
 
 Line = dict[str, Any]
 
@@ -157,7 +158,7 @@ class Served:
     """`kvarena serve` in its own processes, with its log in `log`."""
 
     def __init__(self, flags: list[str], log: Path) -> None:
-        command = [sys.executable, "-m", "experiments.cli", "serve", *flags, "--port", "0"]
+        command = [sys.executable, "-m", "kvarena.experiments.cli", "serve", *flags, "--port", "0"]
         command += ["--api-key", "k", "--served-model-name", "m"]
         self._log = log
         with log.open("w") as file:
@@ -212,7 +213,9 @@ def run_served(options: argparse.Namespace, log: Path) -> Iterator[Line]:
 
 
 def _load(options: argparse.Namespace, url: str, level: Level) -> list[Line]:
-    program = [str(options.load_script)] if options.load_script else ["-m", "experiments.benchmarks.stream_load"]
+    program = (
+        [str(options.load_script)] if options.load_script else ["-m", "kvarena.experiments.benchmarks.stream_load"]
+    )
     command = [sys.executable, *program, "--url", url, "--model", "m", "--key", "k", "--procs", str(options.procs)]
     command += ["--n-in", str(options.n_in), "--n-out", str(options.n_out)]
     command += ["--levels", f"{level.num_clients}:{level.num_requests}"]
@@ -251,7 +254,7 @@ def shares(lines: list[Line]) -> Iterator[Line]:
 
 def _parts(options: argparse.Namespace, folder: Path) -> Iterator[Line]:
     """All lines. The in-process part has a process of its own, so that its memory is free when the server starts."""
-    own = [sys.executable, "-m", "experiments.benchmarks.served", *options.given, "--part", "in-process"]
+    own = [sys.executable, "-m", "kvarena.experiments.benchmarks.served", *options.given, "--part", "in-process"]
     own += ["--directory", str(options.directory), "--", *options.flags]
     lines: list[Line] = []
     with subprocess.Popen(own, stdout=subprocess.PIPE, text=True) as process:

@@ -1,6 +1,6 @@
 """How fast the simulator is, and how much memory it takes, end to end:
 
-    python -m experiments.benchmarks.simulator --trace AzureLLMInferenceTrace_conv.csv --requests 100000
+    python -m kvarena.experiments.benchmarks.simulator --trace AzureLLMInferenceTrace_conv.csv --requests 100000
 
 One cell of the main job from config to report: the trace, repeated and replayed faster, on one simulated H200 with the
 Llama-3.1-8B shape, `paged x chunked`, with a summary of each request. Prints one JSON line: seconds of a wall clock and
@@ -17,10 +17,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import KvarenaError
-from experiments.compose import compose_cell
-from experiments.job import execute
-from experiments.recording.provenance import git_state, machine, peak_rss_bytes
+from kvarena.engine.errors import KvarenaError
+from kvarena.experiments.folders.provenance import git_state, machine, peak_rss_bytes
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.settings.compose import compose_cell
 
 CELL = (
     "runner=simulated",
@@ -68,7 +68,7 @@ def measure(trace: Path, num_requests: int, speed: float, out: Path, *overrides:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.simulator", description=__doc__.split("\n")[0]
+        prog="python -m kvarena.experiments.benchmarks.simulator", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--trace", type=Path, required=True, help="an Azure LLM inference trace (CSV)")
     parser.add_argument("--requests", type=int, default=100_000)

@@ -1,6 +1,6 @@
 """A closed loop of streaming clients on `/v1/completions`, as JSON lines.
 
-    python -m experiments.benchmarks.stream_load --url http://127.0.0.1:8000 --model NAME --levels 1:4,32:128,256:768
+    python -m kvarena.experiments.benchmarks.stream_load --url http://127.0.0.1:8000 --levels 1:4,32:128,256:768
 
 `256:768` is 768 requests by 256 clients. The clients live in several processes (`--procs`), which share a level's
 clients and requests evenly; what does not divide is left out, so 256 clients in 6 processes are 252. Each client

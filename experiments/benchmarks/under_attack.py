@@ -1,6 +1,6 @@
 """Honest streams beside requests that mean harm: the longest silence with and without them, as JSON lines.
 
-    python -m experiments.benchmarks.under_attack --attack grammars -- models/demo --max-model-len 2048
+    python -m kvarena.experiments.benchmarks.under_attack --attack grammars -- models/demo --max-model-len 2048
 
 What stands after `--` are the arguments of `kvarena serve`; the server is started here, on a free port. A turn has two
 parts with the same honest load (`--clients` streams at a time, `--requests` each): alone, and while the attack goes
@@ -27,8 +27,8 @@ from typing import Any
 
 import httpx
 
-from experiments.benchmarks.stream_load import Level, Row, collect_level
-from experiments.serving.child import Server
+from kvarena.experiments.benchmarks.stream_load import Level, Row, collect_level
+from kvarena.experiments.serving.child import Server
 
 PREFIX = "x"
 

@@ -2,7 +2,7 @@
 
     cfg.model + cfg.engine --> LoadedModel --> pool size --> allocator --> scheduler --> Engine
     cfg.workload + cfg.arrival --> requests
-    runner=simulated: the model's sizes and a profile in place of model and pool (experiments/simulation/build.py)
+    runner=simulated: the model's sizes and a profile in place of model and pool (experiments/building/simulated.py)
 
 The strategy's classes are named by `_target_` in conf/allocator and conf/scheduler; nothing here knows them.
 """
@@ -15,25 +15,24 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig
 
-from engine.attention.base import AttentionBackend
-from engine.attention.reference import ReferenceBackend
-from engine.clock import WallClock
-from engine.contract import KVAllocator, cdiv
-from engine.core import Engine
-from engine.errors import ConfigError, NotDefined, RequestError
-from engine.gpu_memory import GpuMemory
-from engine.kv_pool import KVPool, blocks_for_budget, check_block_size
-from engine.ledger import MemoryLedger
-from engine.memory_limits import free_bytes
-from engine.models import LoadedModel, ModelSpec, load_model
-from engine.request import Request, SamplingParams, expand
-from engine.runner.profile import SETTING, available_kv_bytes, card_memory
-from experiments.building.context import check_context_fits
-from experiments.building.parts import (
+from kvarena.engine.attention.base import AttentionBackend
+from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.clock import WallClock
+from kvarena.engine.contract import KVAllocator, cdiv
+from kvarena.engine.core import Engine
+from kvarena.engine.errors import ConfigError, NotDefined, RequestError
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.models import LoadedModel, ModelSpec, load_model
+from kvarena.engine.pool.gpu_memory import GpuMemory
+from kvarena.engine.pool.kv_pool import KVPool, blocks_for_budget, check_block_size
+from kvarena.engine.pool.memory_limits import free_bytes
+from kvarena.engine.request import Request, SamplingParams, expand
+from kvarena.engine.runner.profile import SETTING, available_kv_bytes, card_memory
+from kvarena.experiments.building.context import check_context_fits
+from kvarena.experiments.building.parts import (
     EngineParts,
     check_window,
     make_strategy,
@@ -41,13 +40,14 @@ from experiments.building.parts import (
     resolve_max_model_len,
     say_chosen_pages,
 )
-from experiments.building.pools import make_pool, room_beside_pool
-from experiments.building.runners import make_runner
-from experiments.building.shared import PreparedRunner, SharedParts
-from experiments.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SamplingConfig
-from experiments.load.driver import ClosedLoop
-from experiments.simulation.build import build_simulated_engine
-from experiments.workloads.base import WorkloadItem
+from kvarena.experiments.building.pools import make_pool, room_beside_pool
+from kvarena.experiments.building.runners import make_runner
+from kvarena.experiments.building.shared import PreparedRunner, SharedParts
+from kvarena.experiments.building.simulated import build_simulated_engine
+from kvarena.experiments.load.driver import ClosedLoop
+from kvarena.experiments.settings.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SamplingConfig
+from kvarena.experiments.settings.targets import instantiate
+from kvarena.experiments.workloads.parts.base import WorkloadItem
 
 CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is
 LAST_ARRIVAL = 1e9  # s, 30 years
@@ -277,7 +277,7 @@ def _attention_backend(config: RunnerConfig, model: LoadedModel, pool: KVPool) -
     if config.attention == "reference" or not on_gpu:
         return ReferenceBackend(pool, contiguous=contiguous)
     # Imported here: Triton is not needed, and may not be there, without a GPU.
-    from engine.attention.triton_backend import TritonBackend
+    from kvarena.engine.attention.triton_backend import TritonBackend
 
     text_config = cast(PretrainedConfig, model.module.config).get_text_config()
     # The CUDA kernel does plain layers; where there is none, contexts are better cut for the other one.

@@ -7,12 +7,12 @@ import math
 import torch
 from omegaconf import DictConfig
 
-from engine.contract import KVAllocator, cdiv
-from engine.errors import ConfigError
-from engine.gpu_memory import GpuMemory
-from engine.models import ModelSpec
-from engine.runner.profile import SETTING, card_memory
-from experiments.config import KVCacheConfig
+from kvarena.engine.contract import KVAllocator, cdiv
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.models import ModelSpec
+from kvarena.engine.pool.gpu_memory import GpuMemory
+from kvarena.engine.runner.profile import SETTING, card_memory
+from kvarena.experiments.settings.config import KVCacheConfig
 
 
 def check_context_fits(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from engine.checkpoints.check import check_checkpoint
-from engine.errors import ConfigError
+from kvarena.engine.checkpoints.check import check_checkpoint
+from kvarena.engine.errors import ConfigError
 
 LOAD_FORMATS = ("auto", "dummy")
 

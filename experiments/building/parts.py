@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from engine.clock import Clock
-from engine.contract import KVAllocator, StepScheduler
-from engine.core import Engine
-from engine.errors import ConfigError
-from engine.gpu_memory import GpuMemory
-from engine.ledger import MemoryLedger
-from engine.models import LoadedModel, ModelSpec
-from engine.runner.simulated import SimulatedRunner
-from experiments.config import EngineConfig
-from experiments.strategies import make_part
+from kvarena.engine.clock import Clock
+from kvarena.engine.contract import KVAllocator, StepScheduler
+from kvarena.engine.core import Engine
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.models import LoadedModel, ModelSpec
+from kvarena.engine.pool.gpu_memory import GpuMemory
+from kvarena.experiments.settings.config import EngineConfig
+from kvarena.experiments.settings.strategies import make_part
+from kvarena.experiments.simulation.runner import SimulatedRunner
 
 CUDA_PAGE_BYTES = 2 * 2**20
 

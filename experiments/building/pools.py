@@ -8,13 +8,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from engine.contract import KVAllocator
-from engine.errors import ConfigError, EngineError
-from engine.kv_pool import KVPool
-from engine.memory_limits import asked_and_free, is_out_of_memory, size_text
-from engine.models import ModelSpec
-from experiments.building.parts import CUDA_PAGE_BYTES
-from experiments.config import RunnerConfig
+from kvarena.engine.contract import KVAllocator
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.models import ModelSpec
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.pool.memory_limits import asked_and_free, is_out_of_memory, size_text
+from kvarena.experiments.building.parts import CUDA_PAGE_BYTES
+from kvarena.experiments.settings.config import RunnerConfig
 
 KV_TENSORS = 2
 
@@ -41,7 +41,7 @@ def make_pool(config: RunnerConfig, allocator: KVAllocator, spec: ModelSpec, dev
         # On a CPU the tensor is as large as the virtual space: the system maps its pages when they are touched.
         return KVPool(**shape, num_backed_blocks=allocator.num_blocks)
     # Imported here: CUDA's binding is not needed, and may not be there, without a GPU.
-    from engine.virtual_pool import VirtualKVPool
+    from kvarena.engine.pool.virtual_pool import VirtualKVPool
 
     if config.attention == "reference":
         raise ConfigError(

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from engine.attention.base import AttentionBackend
-from engine.clock import Clock
-from engine.errors import ConfigError
-from engine.fusions.decoder import FusedDecoder
-from engine.fusions.detect import NotFusable, fuse
-from engine.fusions.ops import Ops, TorchOps
-from engine.kv_pool import KVPool
-from engine.models import LoadedModel
-from engine.runner.fused_runner import FusedRunner
-from engine.runner.graphs import ReservingBackend
-from engine.runner.mixed_graphs import graph_tokens
-from engine.runner.torch_runner import TorchRunner
-from experiments.config import RunnerConfig
+from kvarena.engine.attention.base import AttentionBackend
+from kvarena.engine.clock import Clock
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.fusions.decoder import FusedDecoder
+from kvarena.engine.fusions.detect import NotFusable, fuse
+from kvarena.engine.fusions.ops import Ops, TorchOps
+from kvarena.engine.models import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.runner.fused_runner import FusedRunner
+from kvarena.engine.runner.graphs import ReservingBackend
+from kvarena.engine.runner.mixed_graphs import graph_tokens
+from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.experiments.settings.config import RunnerConfig
 
 Facts = dict[str, Any]
 
@@ -56,7 +56,7 @@ def make_runner(
     facts: Facts = {"fusions": decoder is not None, "graphs": graphs, "attention": type(backend).__name__}
     if on_gpu:
         # Imported here, as in `_ops`.
-        from engine.attention.triton_backend import TritonBackend
+        from kvarena.engine.attention.triton_backend import TritonBackend
 
         if isinstance(backend, TritonBackend):
             facts["decode_kernel"] = backend.decode_kernel
@@ -85,8 +85,8 @@ def _ops(device: torch.device, dtype: torch.dtype) -> Ops:
     if device.type != "cuda":
         return TorchOps()
     # Imported here: Triton is not needed, and may not be there, without a GPU.
-    from engine.fusions.triton_ops import TritonOps
-    from engine.kernels.gemm_table import ROW_BUCKETS, GemmTable
+    from kvarena.engine.fusions.triton_ops import TritonOps
+    from kvarena.engine.kernels.gemm.table import ROW_BUCKETS, GemmTable
 
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return TritonOps(device, GemmTable(ROW_BUCKETS[-1], processors) if dtype.itemsize == 2 else None)

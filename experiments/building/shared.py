@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from engine.clock import WallClock
-from engine.contract import KVAllocator
-from engine.kv_pool import KVPool
-from engine.models import LoadedModel
-from engine.runner.torch_runner import TorchRunner
+from kvarena.engine.clock import WallClock
+from kvarena.engine.contract import KVAllocator
+from kvarena.engine.models import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.runner.torch_runner import TorchRunner
 
 
 @dataclass

@@ -8,16 +8,16 @@ from dataclasses import replace
 
 from omegaconf import DictConfig
 
-from engine.clock import WallClock
-from engine.contract import StepScheduler
-from engine.core import Engine, run_to_completion
-from engine.errors import RequestRejected
-from engine.request import Request, SamplingParams
-from engine.runner.fused_runner import FusedRunner
-from experiments.building.build import EngineParts
-from experiments.building.parts import make_strategy
-from experiments.building.pools import room_beside_pool
-from experiments.strategies import make_part
+from kvarena.engine.clock import WallClock
+from kvarena.engine.contract import StepScheduler
+from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.errors import RequestRejected
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.fused_runner import FusedRunner
+from kvarena.experiments.building.build import EngineParts
+from kvarena.experiments.building.parts import make_strategy
+from kvarena.experiments.building.pools import room_beside_pool
+from kvarena.experiments.settings.strategies import make_part
 
 NUM_REQUESTS = 8
 PROMPT_TOKENS = 24

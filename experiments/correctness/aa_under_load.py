@@ -1,7 +1,7 @@
 """How often identical cells are told apart on a machine that is busy on purpose: `experiment=aa_test`, many times.
 
-    python -m experiments.correctness.aa_under_load --tries 20 --out DIR     # 20 tries with load, then one without
-    python -m experiments.correctness.aa_under_load --jobs 4 --processes 8   # on many cores: four tries at once
+    python -m kvarena.experiments.correctness.aa_under_load --tries 20 --out DIR  # 20 tries with load, then one without
+    python -m kvarena.experiments.correctness.aa_under_load --jobs 4 --processes 8   # on many cores: four tries at once
 
 Load: processes that compute for a while and pause for a while, both drawn anew each time, so that the machine's speed
 changes within runs, between them and between rounds; tries that run at once load the machine for each other, too.
@@ -25,8 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.recording.sources import PROJECT_ROOT
-from experiments.studies.aa_test import FALSE_VERDICTS, SMALLEST
+from kvarena.experiments.folders.sources import PROJECT_ROOT
+from kvarena.experiments.studies.aa_test import FALSE_VERDICTS, SMALLEST
 
 SECONDS = (0.2, 12.0)  # of work and of a pause
 

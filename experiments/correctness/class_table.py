@@ -14,7 +14,7 @@ HEAD = """# Model classes
 Which causal language model classes of transformers {version} the engine runs, and the line with which it refuses the
 others: {counts}.
 
-    python -m experiments.correctness.model_classes --jobs 2 --write docs/models.md
+    python -m kvarena.experiments.correctness.model_classes --jobs 2 --write docs/models.md
 
 Of each class a random checkpoint (fp32, 4 layers where its config allows; windows and attention chunks of 8 tokens,
 selections of 4 keys, temperature steps of 4; prompts of 13 to 40 tokens) is run greedily in three settings, `paged x

@@ -1,6 +1,6 @@
 """Do a run's KV map and its memory ledger tell the same story?
 
-    python -m experiments.correctness.map_check RUN_OR_SWEEP_DIR [...]
+    python -m kvarena.experiments.correctness.map_check RUN_OR_SWEEP_DIR [...]
 
 Every snapshot of kv_map.parquet is compared with the ledger of the same step in steps.parquet, exactly:
 
@@ -25,11 +25,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.errors import ConfigError, KvarenaError
-from experiments.recording.files import KV_MAP_FILE, MANIFEST_FILE, STEPS_FILE
-from experiments.recording.kv_map import CACHED, EXTERNAL, FREE, SHARED
-from reports.errors import ReportError
-from reports.files import read_run
+from kvarena.engine.errors import ConfigError, KvarenaError
+from kvarena.experiments.folders.files import KV_MAP_FILE, MANIFEST_FILE, STEPS_FILE
+from kvarena.experiments.recording.kv_map import CACHED, EXTERNAL, FREE, SHARED
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.files import read_run
 
 OWNED = ("token_states", "reservation", "internal")
 UNOWNED = ("external", "shortage", "free")
@@ -186,7 +186,9 @@ def check_run(run_dir: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check and print; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.correctness.map_check", description="map and ledger")
+    parser = argparse.ArgumentParser(
+        prog="python -m kvarena.experiments.correctness.map_check", description="map and ledger"
+    )
     parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders of runs")
     args = parser.parse_args(argv)
     try:

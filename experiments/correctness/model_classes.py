@@ -1,6 +1,6 @@
 """Every causal language model class of transformers: the engine's greedy tokens are transformers' own, or it refuses.
 
-    python -m experiments.correctness.model_classes [--jobs 2] [--only llama qwen2_moe ...] [--write docs/models.md]
+    python -m kvarena.experiments.correctness.model_classes [--jobs 2] [--only llama ...] [--write docs/models.md]
 
 Of each class a small random checkpoint (`small_configs.py`) is written, loaded as any other, and run in fp32 in three
 settings: `paged x continuous` in a pool that preempts, `contiguous x static`, `paged_prefix x chunked` with prompts
@@ -25,20 +25,20 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from engine.attention.reference import ReferenceBackend
-from engine.clock import VirtualClock
-from engine.contract import cdiv
-from engine.core import Engine, run_to_completion
-from engine.errors import KvarenaError, ModelError, RequestRejected
-from engine.kv_pool import KVPool
-from engine.models import LoadedModel, load_model
-from engine.models.configs import quiet_transformers
-from engine.request import Request, SamplingParams
-from engine.runner.torch_runner import TorchRunner
-from experiments.correctness.class_table import Outcome, write_table
-from experiments.correctness.reference import greedy_reference
-from experiments.correctness.small_configs import VOCAB_SIZE, class_names, small_config
-from experiments.strategies import build_allocator, build_scheduler
+from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.contract import cdiv
+from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.errors import KvarenaError, ModelError, RequestRejected
+from kvarena.engine.models import LoadedModel, load_model
+from kvarena.engine.models.configs import quiet_transformers
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.experiments.correctness.class_table import Outcome, write_table
+from kvarena.experiments.correctness.reference import greedy_reference
+from kvarena.experiments.correctness.small_configs import VOCAB_SIZE, class_names, small_config
+from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
 
 BLOCK_SIZE, NUM_TOKENS, MAX_LEN = 4, 12, 64
 PROMPT_LENS, NUM_SHARED = (30, 13, 21, 40), 10

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from engine.contract import cdiv
-from engine.errors import EngineError
-from engine.request import Request
+from kvarena.engine.contract import cdiv
+from kvarena.engine.errors import EngineError
+from kvarena.engine.request import Request
 
 PAD = 0
 

@@ -1,8 +1,8 @@
 """Do two versions of this code decide, compute and report the same? Twenty cells, recorded and compared.
 
-    python -m experiments.correctness.same_results record OLD --root CHECKOUT   # of another version, by its own run.py
-    python -m experiments.correctness.same_results record NEW
-    python -m experiments.correctness.same_results compare OLD NEW
+    python -m kvarena.experiments.correctness.same_results record OLD --root CHECKOUT  # of another version
+    python -m kvarena.experiments.correctness.same_results record NEW
+    python -m kvarena.experiments.correctness.same_results compare OLD NEW
 
 Every allocator and every scheduler is in some cell: simulated ones (their clock and so every number is the same again),
 one of a million requests, ones that compute tokens (all requests arrive at once: decisions do not hang on the machine's

@@ -1,6 +1,6 @@
-"""How often the rule for a run's steady part (reports/steady.py) gives each of its answers, on queues of known load:
+"""How often the rule for a run's steady part (reports/analysis/steady.py) gives each of its answers, on known load:
 
-    python -m experiments.correctness.steady_rates --runs 400 --seed 0
+    python -m kvarena.experiments.correctness.steady_rates --runs 400 --seed 0
 
 Queues of 4, 16 and 64 servers, first come first served, Poisson arrivals from an empty system. Service times with mean
 load x servers between arrivals: exponential, deterministic, lognormal (squared coefficient of variation 2) and Pareto
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reports.steady import find_steady
+from kvarena.reports.analysis.steady import find_steady
 
 ANSWERS = ("steady", "cannot tell", "overloaded")
 SERVICES = ("exponential", "deterministic", "lognormal", "pareto")

@@ -1,11 +1,11 @@
-"""How often the verdicts of a report (reports/verdicts.py) are false, and how often they decide, on simulated noise:
+"""How often the verdicts of a report (reports/comparing/verdicts.py) are false, and how often they decide:
 
-    python -m experiments.correctness.verdict_rates --repetitions 200
+    python -m kvarena.experiments.correctness.verdict_rates --repetitions 200
 
-Equal cells run in the order of a sweep (experiments/run_order.py) on a machine with a noise of 1 % a run and a drift:
-linear, a step, ten times that step, or a random walk, of 0.5, 1 and 2 % a run; over 2 to 12 cells, 2 to 6 rounds, and
-one metric or four whose noise is the same by nine tenths. With seeds, each cell has an effect of its own of 3 % in
-each seed, so that rounds alone would tell equals apart. A repetition is false if its report holds any verdict of
+Equal cells run in the order of a sweep (experiments/settings/run_order.py) on a machine with a noise of 1 % a run and a
+drift: linear, a step, ten times that step, or a random walk, of 0.5, 1 and 2 % a run; over 2 to 12 cells, 2 to 6
+rounds, and one metric or four whose noise is the same by nine tenths. With seeds, each cell has an effect of its own of
+3 % in each seed, so that rounds alone would tell equals apart. A repetition is false if its report holds any verdict of
 `lower`, `higher` or `fastest`. Then two cells that differ by 5 % over five rounds: how often the report says so.
 
 Prints the worst settings, and as its last line JSON with all of them. Exit code 1 when a setting is above the bound.
@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from tqdm import tqdm
 
-from experiments.run_order import order
-from reports.verdicts import THROUGHPUT, Verdict, compare_cells
+from kvarena.experiments.settings.run_order import order
+from kvarena.reports.comparing.verdicts import THROUGHPUT, Verdict, compare_cells
 
 NOISE = 0.01  # of a run, as a standard deviation of its logarithm
 SEED_EFFECT = 0.03  # of a cell in one seed

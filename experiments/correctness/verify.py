@@ -1,6 +1,6 @@
 """Checks a run's tokens against transformers' own `generate`.
 
-    python -m experiments.correctness.verify RUN_DIR [RUN_DIR ...]
+    python -m kvarena.experiments.correctness.verify RUN_DIR [RUN_DIR ...]
 
 Greedy runs in fp32 of a local model directory. The reference is computed once, in left-padded batches, for the first
 run's requests; all runs must hold the same requests. Prints one JSON line per run; exit code 1 when tokens differ.
@@ -16,11 +16,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from engine.checkpoints.directory import resolve_directory
-from engine.errors import ConfigError, KvarenaError
-from engine.request import Request, SamplingParams
-from experiments.correctness.reference import generate_static, load_reference
-from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE
+from kvarena.engine.checkpoints.directory import resolve_directory
+from kvarena.engine.errors import ConfigError, KvarenaError
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.correctness.reference import generate_static, load_reference
+from kvarena.experiments.folders.files import MANIFEST_FILE, REQUESTS_FILE
 
 COLUMNS = ["request_id", "prompt_token_ids", "output_token_ids", "max_tokens", "finish_reason"]
 

@@ -16,20 +16,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from allocators.contiguous import ContiguousAllocator
-from allocators.paged import PagedAllocator
-from engine.request import Request, SamplingParams
-from experiments.gpu.cells import SAMPLING, GpuCell, Strategy
-from experiments.load.arrivals import PoissonArrival
-from experiments.workloads.base import Workload, WorkloadItem
-from experiments.workloads.published import AlpacaWorkload, AzureCodeWorkload, AzureConvWorkload, ShareGPTWorkload
-from experiments.workloads.synthetic import LognormalWorkload, UniformWorkload
-from schedulers.chunked import ChunkedScheduler
-from schedulers.continuous import ContinuousScheduler
-from schedulers.fair import FairScheduler
-from schedulers.priority import PriorityScheduler
-from schedulers.sjf import SJFScheduler
-from schedulers.static import StaticScheduler
+from kvarena.allocators.contiguous import ContiguousAllocator
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.gpu.cells import SAMPLING, GpuCell, Strategy
+from kvarena.experiments.load.arrivals import PoissonArrival
+from kvarena.experiments.workloads.parts.base import Workload, WorkloadItem
+from kvarena.experiments.workloads.published import (
+    AlpacaWorkload,
+    AzureCodeWorkload,
+    AzureConvWorkload,
+    ShareGPTWorkload,
+)
+from kvarena.experiments.workloads.synthetic import LognormalWorkload, UniformWorkload
+from kvarena.schedulers.chunked import ChunkedScheduler
+from kvarena.schedulers.continuous import ContinuousScheduler
+from kvarena.schedulers.fair import FairScheduler
+from kvarena.schedulers.priority import PriorityScheduler
+from kvarena.schedulers.sjf import SJFScheduler
+from kvarena.schedulers.static import StaticScheduler
 
 MAX_MODEL_LEN = 32768
 MAX_OUTPUT_LEN = 512

@@ -1,6 +1,6 @@
 """One cell measured on a GPU machine that has neither Hydra nor pyarrow, as plain values.
 
-Imports torch, transformers, Triton and numpy. `experiments.simulation.recordings` makes run folders of the values.
+Imports torch, transformers, Triton and numpy. `simulation/recordings.py` makes run folders of the values.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.clock import WallClock
-from engine.contract import KVAllocator
-from engine.core import Engine
-from engine.kv_pool import KVPool
-from engine.ledger import MemoryLedger
-from engine.request import Request, SamplingParams
-from engine.runner.base import ModelRunner
-from engine.runner.torch_runner import TorchRunner
-from experiments.gpu.engines import BLOCK_SIZE, Bed, Levers, make_bed
-from experiments.gpu.shapes import MAX_MODEL_LEN
-from experiments.gpu.timing import require_cuda
-from experiments.load.driver import drive
-from experiments.recording.provenance import git_state, machine, peak_rss_bytes, versions
-from experiments.recording.record import RunRecorder
-from experiments.workloads.base import WorkloadItem
-from schedulers.base import Scheduler
+from kvarena.engine.clock import WallClock
+from kvarena.engine.contract import KVAllocator
+from kvarena.engine.core import Engine
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.model_runner import ModelRunner
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.experiments.folders.provenance import git_state, machine, peak_rss_bytes, versions
+from kvarena.experiments.gpu.engines import BLOCK_SIZE, Bed, Levers, make_bed
+from kvarena.experiments.gpu.shapes import MAX_MODEL_LEN
+from kvarena.experiments.gpu.timing import require_cuda
+from kvarena.experiments.load.driver import drive
+from kvarena.experiments.recording.record import RunRecorder
+from kvarena.experiments.workloads.parts.base import WorkloadItem
+from kvarena.schedulers.base import Scheduler
 
 SAMPLING: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 

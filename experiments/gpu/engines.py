@@ -11,24 +11,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from allocators.paged import PagedAllocator
-from engine.attention.triton_backend import TritonBackend
-from engine.clock import WallClock
-from engine.core import Engine
-from engine.fusions.decoder import FusedDecoder
-from engine.fusions.detect import fuse
-from engine.fusions.ops import Ops, TorchOps
-from engine.fusions.triton_ops import TritonOps
-from engine.kernels.gemm_table import GemmTable
-from engine.kv_pool import KVPool
-from engine.models import LoadedModel, load_model
-from engine.request import Request
-from engine.runner.fused_runner import FusedRunner
-from engine.runner.mixed_graphs import graph_tokens
-from experiments.gpu.shapes import MAX_MODEL_LEN, SHAPES
-from schedulers.base import Scheduler
-from schedulers.chunked import ChunkedScheduler
-from schedulers.continuous import ContinuousScheduler
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.engine.attention.triton_backend import TritonBackend
+from kvarena.engine.clock import WallClock
+from kvarena.engine.core import Engine
+from kvarena.engine.fusions.decoder import FusedDecoder
+from kvarena.engine.fusions.detect import fuse
+from kvarena.engine.fusions.ops import Ops, TorchOps
+from kvarena.engine.fusions.triton_ops import TritonOps
+from kvarena.engine.kernels.gemm.table import GemmTable
+from kvarena.engine.models import LoadedModel, load_model
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.request import Request
+from kvarena.engine.runner.fused_runner import FusedRunner
+from kvarena.engine.runner.mixed_graphs import graph_tokens
+from kvarena.experiments.gpu.shapes import MAX_MODEL_LEN, SHAPES
+from kvarena.schedulers.base import Scheduler
+from kvarena.schedulers.chunked import ChunkedScheduler
+from kvarena.schedulers.continuous import ContinuousScheduler
 
 BLOCK_SIZE = 16
 

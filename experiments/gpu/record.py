@@ -1,13 +1,13 @@
 """Records runs on a GPU that the simulator is calibrated from and judged by (docs/simulator.md):
 
-    python -m experiments.gpu.record measure --out DIR                 # on the GPU machine: two files per shape
-    python -m experiments.gpu.record keep DIR TARGET --commit HASH     # packed tightly, as the repository keeps them
-    python -m experiments.gpu.record folders TARGET RUNS               # run folders of their cells
+    python -m kvarena.experiments.gpu.record measure --out DIR                 # on the GPU machine: two files per shape
+    python -m kvarena.experiments.gpu.record keep DIR TARGET --commit HASH     # packed, as the repository keeps them
+    python -m kvarena.experiments.gpu.record folders TARGET RUNS               # run folders of their cells
 
-The cells are those of `experiments.gpu.calibration_cells`, per shape (dummy weights, bf16, fused runner with graphs),
-in the order of that table. Before them, prompts of many lengths and mixed steps run once each: a library looks for its
-kernels, and Triton compiles its own, at the first use. After every cell the files are written anew, so that a run that
-is cut off leaves what it has.
+The cells are those of `kvarena.experiments.gpu.calibration_cells`, per shape (dummy weights, bf16, fused runner with
+graphs), in the order of that table. Before them, prompts of many lengths and mixed steps run once each: a library looks
+for its kernels, and Triton compiles its own, at the first use. After every cell the files are written anew, so that a
+run that is cut off leaves what it has.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from allocators.paged import PagedAllocator
-from engine.errors import KvarenaError
-from engine.runner.base import ModelRunner
-from engine.runner.mixed_graphs import graph_tokens
-from experiments.gpu.calibration_cells import CELLS, MAX_MODEL_LEN, MAX_NUM_SEQS, SEEDS, CalibrationCell
-from experiments.gpu.cells import GpuCell, Strategy, make_runner, requests_from, run_cell
-from experiments.gpu.engines import Bed, Levers
-from experiments.simulation.recordings import keep, make_folders, write_recording
-from experiments.workloads.base import WorkloadItem
-from schedulers.chunked import ChunkedScheduler
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.engine.errors import KvarenaError
+from kvarena.engine.model_runner import ModelRunner
+from kvarena.engine.runner.mixed_graphs import graph_tokens
+from kvarena.experiments.gpu.calibration_cells import CELLS, MAX_MODEL_LEN, MAX_NUM_SEQS, SEEDS, CalibrationCell
+from kvarena.experiments.gpu.cells import GpuCell, Strategy, make_runner, requests_from, run_cell
+from kvarena.experiments.gpu.engines import Bed, Levers
+from kvarena.experiments.simulation.recordings import keep, make_folders, write_recording
+from kvarena.experiments.workloads.parts.base import WorkloadItem
+from kvarena.schedulers.chunked import ChunkedScheduler
 
 NUM_SLOTS = 262_144
 # Of prompts that no graph serves: odd and whole multiples of 16, for which Triton compiles kernels of their own.
@@ -40,7 +40,7 @@ class Options(NamedTuple):
     """What the command line asks for.
 
     Attributes:
-        shapes: of `experiments.gpu.shapes`.
+        shapes: of `kvarena.experiments.gpu.shapes`.
         num_slots: of the KV pool.
         device: cuda, or cpu to try the command out.
         share: of each cell's requests, and of their lengths.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any, NamedTuple
 
-from engine.request import Request, SamplingParams
+from kvarena.engine.request import Request, SamplingParams
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {

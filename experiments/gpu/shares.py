@@ -1,6 +1,6 @@
 """Servers that share one GPU by `--gpu-memory-utilization`, and what they say where its memory runs out.
 
-    python -m experiments.gpu.shares --out shares.jsonl
+    python -m kvarena.experiments.gpu.shares --out shares.jsonl
 
 starts `kvarena serve` with random weights of the Qwen3-0.6B shape and prints one JSON line per part: what was started,
 the pools that came of it or the line that refused, and `holds`. Whatever a refusal advises is done, and must serve.
@@ -25,10 +25,10 @@ from typing import Any
 import httpx
 import torch
 
-from engine.memory_limits import size_text
-from experiments.compose import CONF_DIR
-from experiments.models.shape import make_model_dir
-from experiments.serving.child import Server
+from kvarena.engine.pool.memory_limits import size_text
+from kvarena.experiments.models.shape import make_model_dir
+from kvarena.experiments.serving.child import Server
+from kvarena.experiments.settings.compose import CONF_DIR
 
 Line = dict[str, Any]
 KEY = "k"
@@ -71,7 +71,7 @@ class Servers:
 
     def refused(self, *flags: str) -> str:
         """The line with which a start ends; empty where it serves."""
-        command = [sys.executable, "-m", "experiments.cli", "serve", *self._arguments, *flags, "--port", "0"]
+        command = [sys.executable, "-m", "kvarena.experiments.cli", "serve", *self._arguments, *flags, "--port", "0"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
             said = []

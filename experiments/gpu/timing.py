@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.errors import ConfigError
+from kvarena.engine.errors import ConfigError
 
 
 def require_cuda() -> torch.device:

@@ -12,10 +12,10 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from engine.core import Engine, StepOutput
-from engine.errors import EngineError, RequestRejected
-from engine.request import Request
-from experiments.interruption import Signals
+from kvarena.engine.core import Engine, StepOutput
+from kvarena.engine.errors import EngineError, RequestRejected
+from kvarena.engine.request import Request
+from kvarena.experiments.recording.interruption import Signals
 
 
 class Recorder(Protocol):

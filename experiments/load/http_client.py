@@ -20,8 +20,8 @@ from typing import Any
 import httpx
 import orjson
 
-from engine.errors import EngineError
-from engine.request import SamplingParams
+from kvarena.engine.errors import EngineError
+from kvarena.engine.request import SamplingParams
 
 REFUSED = (400, 404, 413, 422, 429, 503)  # the server says no before it computes
 MAX_ERROR_CHARS = 300

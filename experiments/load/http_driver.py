@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from engine.request import Request
-from experiments.interruption import Signals
-from experiments.load.driver import ClosedLoop
-from experiments.load.http_client import Answer, HttpServer
-from experiments.recording.request_log import LISTS, REQUEST_COLUMNS
+from kvarena.engine.request import Request
+from kvarena.experiments.load.driver import ClosedLoop
+from kvarena.experiments.load.http_client import Answer, HttpServer
+from kvarena.experiments.recording.interruption import Signals
+from kvarena.experiments.recording.request_log import LISTS, REQUEST_COLUMNS
 
 LOOK = 0.05  # seconds between looks for a signal
 INTERRUPTED = "the run was interrupted"

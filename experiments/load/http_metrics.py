@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.contract import CLASSES
-from experiments.recording.files import GAUGES_FILE
+from kvarena.engine.contract import CLASSES
+from kvarena.experiments.folders.files import GAUGES_FILE
+from kvarena.experiments.recording.columns import described
 
 TIMEOUT = 5.0  # seconds
 # Column -> names that servers give it; the first that is there counts.
@@ -83,7 +84,8 @@ class GaugeReader:
         (folder / GAUGES_FILE).unlink(missing_ok=True)
         if self.rows:
             schema = pa.schema([pa.field(name, pa.float64()) for name in ("time", *NAMES, *CLASSES)])
-            pq.write_table(pa.Table.from_pylist(self.rows, schema), folder / GAUGES_FILE)
+            table = described(pa.Table.from_pylist(self.rows, schema), GAUGES_FILE)
+            pq.write_table(table, folder / GAUGES_FILE)
 
 
 def read_gauges(text: str) -> dict[str, float]:

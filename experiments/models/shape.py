@@ -1,6 +1,6 @@
 """A model directory of a real shape without weights: a config and a word-level tokenizer, for `--load-format dummy`.
 
-python -m experiments.models.shape conf/model/qwen3-0.6b-shape.yaml DIR
+python -m kvarena.experiments.models.shape conf/model/qwen3-0.6b-shape.yaml DIR
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.compose import CONF_DIR
+from kvarena.experiments.settings.compose import CONF_DIR
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 

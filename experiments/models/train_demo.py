@@ -1,6 +1,6 @@
 """Make `models/demo`: a Llama-architecture model of about 1M parameters that answers in real words.
 
-    python -m experiments.models.train_demo --seconds 120 --out models/demo
+    python -m kvarena.experiments.models.train_demo --seconds 120 --out models/demo
 
 The text is on every machine: the docstrings of the running Python's standard library, and the licence texts in
 /usr/share/common-licenses where that folder exists. Part of it is put into chat form, so that an answer ends with

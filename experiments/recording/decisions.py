@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from hashlib import blake2b
 
-from engine.contract import KVUsage
+from kvarena.engine.contract import KVUsage
 
 END = -1  # no row, start or count
 

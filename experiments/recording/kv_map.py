@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.contract import KVAllocator
-from engine.core import StepOutput
-from engine.request import Request
+from kvarena.engine.contract import KVAllocator
+from kvarena.engine.core import StepOutput
+from kvarena.engine.request import Request
+from kvarena.experiments.folders.files import KV_MAP_FILE
+from kvarena.experiments.recording.columns import described
 
 MAX_SNAPSHOTS = 400
 MAX_CELLS = 4096
@@ -247,4 +249,4 @@ class KVMapRecorder:
             values = (snapshot.step, snapshot.time, owner, filled, self._stride, *counts)
             for name, value in zip(schema.names, values, strict=True):
                 columns[name].append(value)
-        pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")
+        pq.write_table(described(pa.table(columns, schema=schema), KV_MAP_FILE), path, compression="zstd")

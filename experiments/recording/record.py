@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.contract import CopyKind, StepPlan
-from engine.core import StepOutput
-from engine.ledger import MemoryLedger
-from engine.request import FinishReason, Request
-from engine.runner.step_time import step_features
-from experiments.recording.decisions import decision_hash
-from experiments.recording.request_log import LISTS, REQUEST_COLUMNS, RequestLog
-from experiments.recording.token_times import TokenTimes
+from kvarena.engine.contract import CopyKind, StepPlan
+from kvarena.engine.core import StepOutput
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.request import FinishReason, Request
+from kvarena.experiments.folders.files import REQUESTS_FILE, STEPS_FILE
+from kvarena.experiments.recording.columns import described, described_schema
+from kvarena.experiments.recording.decisions import decision_hash
+from kvarena.experiments.recording.request_log import LISTS, REQUEST_COLUMNS, RequestLog
+from kvarena.experiments.recording.step_features import step_features
+from kvarena.experiments.recording.token_times import TokenTimes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -224,7 +226,8 @@ def _write_requests(path: Path, chunks: Iterable[Mapping[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, _arrow_type(kind)) for name, kind in REQUEST_COLUMNS.items()])
+    plain = pa.schema([(name, _arrow_type(kind)) for name, kind in REQUEST_COLUMNS.items()])
+    schema = described_schema(plain, REQUESTS_FILE)
     with pq.ParquetWriter(path, schema) as writer:
         for columns in chunks:
             arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in schema]
@@ -236,7 +239,7 @@ def write_steps(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table(dict(columns)), path)
+    pq.write_table(described(pa.table(dict(columns)), STEPS_FILE), path)
 
 
 def _arrow_type(kind: str) -> pa.DataType:

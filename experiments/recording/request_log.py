@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.request import Request
+from kvarena.engine.request import Request
 
 NAN = float("nan")
 TokenTimesOf = Callable[[int], np.ndarray]

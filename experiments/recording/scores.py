@@ -1,6 +1,6 @@
 """The scores of the best candidates of every sampled token, as scores.parquet (`driver.scores`). Schema: docs/files.md.
 
-Two runs that differ in a token can then be judged: by rounding, or by an error (reports/tokens.py).
+Two runs that differ in a token can then be judged: by rounding, or by an error (reports/comparing/tokens.py).
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.core import StepOutput
-from engine.request import Request
+from kvarena.engine.core import StepOutput
+from kvarena.engine.request import Request
+from kvarena.experiments.folders.files import SCORES_FILE
+from kvarena.experiments.recording.columns import described
 
 
 class ScoreLog:
@@ -44,4 +46,4 @@ class ScoreLog:
             "token_ids": pa.array([np.concatenate(self._token_ids[req]) for req in requests], pa.list_(pa.int32())),
             "values": pa.array([np.concatenate(self._values[req]) for req in requests], pa.list_(pa.float64())),
         }
-        pq.write_table(pa.table(columns), path)
+        pq.write_table(described(pa.table(columns), SCORES_FILE), path)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.core import StepOutput
-from engine.request import FinishReason, Request
+from kvarena.engine.core import StepOutput
+from kvarena.engine.request import FinishReason, Request
 
 
 class RunTotals:

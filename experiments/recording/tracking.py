@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine.errors import ConfigError
-from experiments.explain import first_line
-from reports.files import CLASSES, read_run
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.settings.explain import first_line
+from kvarena.reports.reading.files import CLASSES, read_run
 
 MAX_POINTS = 200  # of the ledger over time
 MAX_METRICS, MAX_PARAMS = 1000, 100  # of one MLflow request

@@ -22,7 +22,17 @@ class Server:
 
     def __init__(self, arguments: list[str], key: str) -> None:
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
-        command = [sys.executable, "-m", "experiments.cli", "serve", *arguments, "--port", "0", "--api-key", key]
+        command = [
+            sys.executable,
+            "-m",
+            "kvarena.experiments.cli",
+            "serve",
+            *arguments,
+            "--port",
+            "0",
+            "--api-key",
+            key,
+        ]
         self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
         self.url = self._wait()
 

@@ -10,8 +10,8 @@ import json
 import re
 from collections.abc import Sequence
 
-from engine.errors import ConfigError
-from engine.server.config import TOOL_PARSERS
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.server.shared.config import TOOL_PARSERS
 
 DTYPES = {
     "auto": "auto",

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from engine.errors import ConfigError
-from engine.importing import importing
-from engine.server.config import ServerConfig
-from engine.server.process import ModelFiles
-from engine.server.served import ServedEngine
-from engine.server.supervisor import serve as run_server
-from experiments.building.model_files import check_model
-from experiments.config import check_values
-from experiments.explain import explain
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.importing import importing
+from kvarena.engine.server.engine.served import ServedEngine
+from kvarena.engine.server.processes.process import ModelFiles
+from kvarena.engine.server.processes.supervisor import serve as run_server
+from kvarena.engine.server.shared.config import ServerConfig
+from kvarena.experiments.building.model_files import check_model
+from kvarena.experiments.settings.config import check_values
+from kvarena.experiments.settings.explain import explain
 
 if TYPE_CHECKING:  # torch
-    from experiments.building.parts import EngineParts
+    from kvarena.experiments.building.parts import EngineParts
 
 logger = logging.getLogger("kvarena.engine")
 
@@ -82,10 +82,10 @@ def build_served_engine(
 
 def _build(values: dict[str, Any], strategy: dict[str, str], words: Callable[[str], str]) -> ServedEngine:
     with importing():
-        from engine.checkpoints.tokenizer import load_tokenizer
-        from engine.server.compiled import make_compiler
-        from experiments.building.build import build_engine
-        from experiments.building.warm_up import SERVED, warm_up
+        from kvarena.engine.checkpoints.tokenizer import load_tokenizer
+        from kvarena.engine.server.engine.compiled import make_compiler
+        from kvarena.experiments.building.build import build_engine
+        from kvarena.experiments.building.warm_up import SERVED, warm_up
 
     cfg = OmegaConf.create(values)
     # Before the weights: a tokenizer that cannot be read must not wait for them.
@@ -120,7 +120,7 @@ def _build(values: dict[str, Any], strategy: dict[str, str], words: Callable[[st
 
 def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:
     """What a server has to give, for its log: model, strategy, pool."""
-    from engine.memory_limits import size_text
+    from kvarena.engine.pool.memory_limits import size_text
 
     spec, slots = parts.spec, parts.pool_facts["num_slots"]
     device = parts.config.device if parts.model is None else parts.model.device.type

@@ -1,6 +1,6 @@
 """A server whose engine computes nothing: real fronts, scheduler and allocator, and a runner that makes up tokens.
 
-    python -m experiments.serving.stub_engine serve models/demo --port 8000 --fronts 2
+    python -m kvarena.experiments.serving.stub_engine serve models/demo --port 8000 --fronts 2
 
 It shows what the web front costs by itself (experiments/benchmarks/front.py), and lets tests inject faults: a step with
 `--fail-token` in a prompt fails, one with `--full-token` finds no memory, one with `--hang-token` never ends.
@@ -16,17 +16,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from allocators.paged import PagedAllocator
-from engine.clock import WallClock
-from engine.contract import KVAllocator, StepPlan
-from engine.core import Engine
-from engine.errors import KvarenaError, OutOfMemory
-from engine.runner.base import ReadyTokens, StepResult
-from engine.server.config import ServerConfig
-from engine.server.process import ModelFiles
-from engine.server.served import ServedEngine
-from engine.server.supervisor import serve
-from schedulers.chunked import ChunkedScheduler
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.engine.clock import WallClock
+from kvarena.engine.contract import KVAllocator, StepPlan
+from kvarena.engine.core import Engine
+from kvarena.engine.errors import KvarenaError, OutOfMemory
+from kvarena.engine.model_runner import ReadyTokens, StepResult
+from kvarena.engine.server.engine.served import ServedEngine
+from kvarena.engine.server.processes.process import ModelFiles
+from kvarena.engine.server.processes.supervisor import serve
+from kvarena.engine.server.shared.config import ServerConfig
+from kvarena.schedulers.chunked import ChunkedScheduler
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Do two runs of one workload decide the same, step for step, when each has a clock of its own?
 
-A replay gives the recorded times, and so every step can be decided the same (`experiments.simulation.replay`). Under
-the simulated clock a request that arrives a little before a step in one run arrives a little after it in the other.
-From there on the steps hold other requests: the metrics may agree all the same.
+A replay gives the recorded times, and so every step can be decided the same (`kvarena.experiments.simulation.replay`).
+Under the simulated clock a request that arrives a little before a step in one run arrives a little after it in the
+other. From there on the steps hold other requests: the metrics may agree all the same.
 """
 
 from __future__ import annotations

@@ -28,11 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from engine.errors import ConfigError
-from engine.runner.step_time import HostTime, StepFeatures, TableStepTime
-from experiments.simulation.fitted_range import FittedRange
-from experiments.simulation.profiles import MeasuredProfile
-from experiments.simulation.recorded import RecordedRun
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.recording.step_features import StepFeatures
+from kvarena.experiments.simulation.fitted_range import FittedRange
+from kvarena.experiments.simulation.profiles import MeasuredProfile
+from kvarena.experiments.simulation.recorded import RecordedRun
+from kvarena.experiments.simulation.step_time import HostTime, TableStepTime
 
 FloatArray = NDArray[np.float64]
 

@@ -15,12 +15,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from engine.errors import ConfigError
-from engine.models.sizes import ModelSizes
-from engine.runner.step_time import HostTime, RooflineStepTime, StepTime, TableStepTime, TwoPhaseStepTime
-from experiments.compose import CONF_DIR
-from experiments.simulation.fitted_range import FittedRange
-from experiments.workloads.checks import check_bool, check_int, check_number
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.models.sizes import ModelSizes
+from kvarena.experiments.settings.compose import CONF_DIR
+from kvarena.experiments.simulation.fitted_range import FittedRange
+from kvarena.experiments.simulation.step_time import (
+    HostTime,
+    RooflineStepTime,
+    StepTime,
+    TableStepTime,
+    TwoPhaseStepTime,
+)
+from kvarena.experiments.workloads.parts.checks import check_bool, check_int, check_number
 
 
 @dataclass(frozen=True)

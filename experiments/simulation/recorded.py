@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from engine.contract import KVAllocator, StepScheduler
-from engine.errors import ConfigError
-from engine.request import Request, SamplingParams
-from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
-from experiments.strategies import make_part
-from reports.errors import ReportError
-from reports.files import read_json
-from reports.shapes import MANIFEST, MAYBE_INTEGER
+from kvarena.engine.contract import KVAllocator, StepScheduler
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.folders.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from kvarena.experiments.settings.strategies import make_part
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.files import read_json
+from kvarena.reports.reading.shapes import MANIFEST, MAYBE_INTEGER
 
 # What a replay reads of the manifest, beside what a report does.
 SHAPE = MANIFEST | {
@@ -116,8 +116,8 @@ class RecordedRun:
     def make_requests(self, *, as_long_as_recorded: bool = False) -> list[Request]:
         """Fresh requests, in order of submission: the same prompts, limits and arrivals.
 
-        A recording without tokens (`driver.record=summary`, `experiments.gpu.record`) has prompts of the same lengths:
-        enough for every strategy but prefix caches.
+        A recording without tokens (`driver.record=summary`, `kvarena.experiments.gpu.record`) has prompts of the same
+        lengths: enough for every strategy but prefix caches.
 
         Args:
             as_long_as_recorded: for a run whose samples are not the recorded tokens: a request that a stop token

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.errors import ConfigError
-from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
-from experiments.recording.record import STEP_TIMES, write_requests, write_steps
-from experiments.recording.request_log import LISTS, REQUEST_COLUMNS, TIMES
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.folders.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from kvarena.experiments.recording.record import STEP_TIMES, write_requests, write_steps
+from kvarena.experiments.recording.request_log import LISTS, REQUEST_COLUMNS, TIMES
 
 REQUESTS, STEPS = "-requests.parquet", "-steps.parquet"
 CELL = "cell"
@@ -30,7 +30,7 @@ NANOSECONDS = 1e9
 
 
 def write_recording(cells: Sequence[dict[str, Any]], folder: Path, name: str, *, level: int = 3) -> list[Path]:
-    """Write cells as `experiments.gpu.cells.run_cell` gives them; returns the two files.
+    """Write cells as `kvarena.experiments.gpu.cells.run_cell` gives them; returns the two files.
 
     Args:
         cells: each with `manifest`, `requests` and `steps`; the manifests say under `calibration` what they are for.
@@ -62,7 +62,7 @@ def read_recording(folder: Path, name: str) -> list[dict[str, Any]]:
         requests, steps = (pq.read_table(folder / f"{name}{suffix}") for suffix in (REQUESTS, STEPS))
         manifests = json.loads((requests.schema.metadata or {})[MANIFESTS])
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise ConfigError(f"{folder / name}: not a recording of experiments.gpu.record: {error}") from error
+        raise ConfigError(f"{folder / name}: not a recording of kvarena.experiments.gpu.record: {error}") from error
     nothing = dict.fromkeys(LISTS)
     rows = [row | nothing for row in requests.to_pylist()]
     columns = {column: steps.column(column).to_numpy() for column in steps.column_names}
@@ -85,7 +85,9 @@ def recording_names(folder: Path) -> list[str]:
     """The recordings of a folder. Raises ConfigError when there is none."""
     names = sorted(path.name.removesuffix(REQUESTS) for path in folder.glob(f"*{REQUESTS}"))
     if not names:
-        raise ConfigError(f"{folder} holds no recordings (*{REQUESTS}); make them with experiments.gpu.record measure")
+        raise ConfigError(
+            f"{folder} holds no recordings (*{REQUESTS}); make them with kvarena.experiments.gpu.record measure"
+        )
     return names
 
 

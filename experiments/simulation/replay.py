@@ -2,7 +2,7 @@
 
 Nothing is computed and nothing is estimated: steps take the times that were recorded, requests are handed over before
 the step before which they were handed over, and samples get the recorded tokens. What is compared is the decision hash
-of every step (`experiments.recording.decisions`).
+of every step (`kvarena.experiments.recording.decisions`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.clock import VirtualClock
-from engine.contract import KVAllocator, StepPlan
-from engine.core import Engine, StepOutput
-from engine.errors import RequestRejected
-from engine.request import Request
-from engine.runner.simulated import SimulatedStep
-from experiments.recording.record import RunRecorder
-from experiments.simulation.recorded import RecordedRun
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.contract import KVAllocator, StepPlan
+from kvarena.engine.core import Engine, StepOutput
+from kvarena.engine.errors import RequestRejected
+from kvarena.engine.request import Request
+from kvarena.experiments.recording.record import RunRecorder
+from kvarena.experiments.simulation.recorded import RecordedRun
+from kvarena.experiments.simulation.runner import SimulatedStep
 
 
 @dataclass(frozen=True)

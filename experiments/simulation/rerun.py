@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.clock import VirtualClock
-from engine.core import Engine
-from engine.ledger import MemoryLedger
-from engine.request import Request
-from engine.runner.simulated import SimulatedRunner
-from experiments.load.driver import ClosedLoop, drive
-from experiments.recording.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
-from experiments.recording.record import RunRecorder
-from experiments.simulation.profiles import MeasuredProfile
-from experiments.simulation.recorded import RecordedRun
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.core import Engine
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.request import Request
+from kvarena.experiments.folders.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from kvarena.experiments.load.driver import ClosedLoop, drive
+from kvarena.experiments.recording.record import RunRecorder
+from kvarena.experiments.simulation.profiles import MeasuredProfile
+from kvarena.experiments.simulation.recorded import RecordedRun
+from kvarena.experiments.simulation.runner import SimulatedRunner
 
 
 def simulate_again(

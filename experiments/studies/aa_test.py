@@ -3,8 +3,8 @@
     every cell once a round, in the order of a sweep --> the verdicts of a comparison --> how many decide
                                                       --> the spread over rounds --> the smallest effect that shows
 
-The rate of false verdicts is the rule's promise (reports/verdicts.py), kept or not on this machine at this time. The
-smallest effect is what the machine allows: a difference below it is not shown by so many rounds.
+The rate of false verdicts is the rule's promise (reports/comparing/verdicts.py), kept or not on this machine at this
+time. The smallest effect is what the machine allows: a difference below it is not shown by so many rounds.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import ConfigError
-from experiments.recording.files import MANIFEST_FILE
-from experiments.run_order import order
-from experiments.studies.base import Chart, Findings, Series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Verdict
-from reports.verdicts import LEVEL, POWER, THROUGHPUT, compare_cells, shares, smallest_effect
-from reports.verdicts import Verdict as Answer
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.folders.files import MANIFEST_FILE
+from kvarena.experiments.settings.run_order import order
+from kvarena.experiments.studies.base import Chart, Findings, Series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Verdict
+from kvarena.reports.comparing.verdicts import LEVEL, POWER, THROUGHPUT, compare_cells, shares, smallest_effect
+from kvarena.reports.comparing.verdicts import Verdict as Answer
 
 LATENCIES = {"ttft_seconds": "median TTFT", "tpot_seconds": "median TPOT", "e2e_seconds": "median E2E latency"}
 NAMES = {THROUGHPUT: "output tokens/s"} | LATENCIES
@@ -94,7 +94,7 @@ class AATestStudy:
                 f"rounds are false and see a difference; the smallest one in {NAMES[THROUGHPUT]} that this machine "
                 f"shows in so many rounds {seen}."
             ),
-            source="this machine, and the rule of our comparisons (reports/verdicts.py)",
+            source="this machine, and the rule of our comparisons (reports/comparing/verdicts.py)",
             claims=[
                 Claim(FALSE_VERDICTS, "", None, float(len(decided)), "0 are right", Verdict.MEASURED,
                       note=f"of {len(answers)}; {len(undecided)} are not decided for the machine's sake"),

@@ -2,8 +2,8 @@
 
     conf/experiment/NAME.yaml --> a Study --> cells (run folders) --> Findings --> study.json --> report
 
-A study says which cells it needs and what they show. Cells run like any single run (`experiments.studies.cells`), and
-the report is made from study.json alone (`reports.study`).
+A study says which cells it needs and what they show. Cells run like any single run
+(`kvarena.experiments.studies.cells`), and the report is made from study.json alone (`kvarena.reports.pages.study`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def mean_series(
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure as data; `reports.study_charts` draws it.
+    """A figure as data; `kvarena.reports.drawing.study_charts` draws it.
 
     Attributes:
         name: of its file.

@@ -18,20 +18,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.errors import ConfigError
-from experiments.simulation.divergence import Divergence, compare_decisions
-from experiments.simulation.fit import Fit, fit_profile, predict, samples
-from experiments.simulation.profiles import write_profile
-from experiments.simulation.recorded import RecordedRun
-from experiments.simulation.recordings import make_folders, recording_names
-from experiments.simulation.replay import ReplayResult, replay
-from experiments.simulation.rerun import simulate_again
-from experiments.studies.base import Chart, Findings, Series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Verdict, at_most, check
-from reports.files import read_run
-from reports.run_report import write_summary
-from reports.summary import summarize
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.simulation.divergence import Divergence, compare_decisions
+from kvarena.experiments.simulation.fit import Fit, fit_profile, predict, samples
+from kvarena.experiments.simulation.profiles import write_profile
+from kvarena.experiments.simulation.recorded import RecordedRun
+from kvarena.experiments.simulation.recordings import make_folders, recording_names
+from kvarena.experiments.simulation.replay import ReplayResult, replay
+from kvarena.experiments.simulation.rerun import simulate_again
+from kvarena.experiments.studies.base import Chart, Findings, Series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Verdict, at_most, check
+from kvarena.reports.pages.run_report import write_summary
+from kvarena.reports.pages.summary import summarize
+from kvarena.reports.reading.files import read_run
 
 MAX_POINTS = 400  # of a cell in the figure
 HELD_OUT = "held-out"  # a recording's word for the cells that judge

@@ -4,7 +4,7 @@
     bisect:  try the geometric middle, until high / low <= 1 + tolerance; the capacity is low
     repeat:  once per seed, the same seeds for every strategy, so that capacities are compared seed by seed
 
-A rate is sustained when the objective is met by its rule, `slo.rule` (reports/slo.py). Requests that arrive in
+A rate is sustained when the objective is met by its rule, `slo.rule` (reports/analysis/slo.py). Requests that arrive in
 the first quarter of the arrivals' time are not counted: an overloaded engine looks well while its queue is short.
 """
 
@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.errors import ConfigError, EngineError
-from experiments.config import SLOConfig
-from experiments.studies.base import Chart, Findings, Series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, compared, measured
-from reports.files import read_run
-from reports.latency import request_latencies
-from reports.slo import deciding_share, goal_text, is_met, kept_limits, slo_limits, slo_rule
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.experiments.settings.config import SLOConfig
+from kvarena.experiments.studies.base import Chart, Findings, Series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, compared, measured
+from kvarena.reports.analysis.latency import request_latencies
+from kvarena.reports.analysis.slo import deciding_share, goal_text, is_met, kept_limits, slo_limits, slo_rule
+from kvarena.reports.reading.files import read_run
 
 RAMP = 0.25  # of the arrivals' time
 MAX_DOUBLINGS = 12

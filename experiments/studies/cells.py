@@ -12,15 +12,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments.building.shared import SharedParts
-from experiments.command_line import without_sweep
-from experiments.compose import compose_cell
-from experiments.config import SweepConfig
-from experiments.job import execute
-from experiments.recording.cell_folders import CellFolders, result_in, result_of
-from experiments.recording.cell_state import cell_key
-from experiments.recording.sources import digest
-from experiments.unserved import Unserved, why_unserved
+from kvarena.experiments.building.shared import SharedParts
+from kvarena.experiments.folders.cell_folders import CellFolders, result_in, result_of
+from kvarena.experiments.folders.cell_state import cell_key
+from kvarena.experiments.folders.sources import digest
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.jobs.unserved import Unserved, why_unserved
+from kvarena.experiments.settings.command_line import without_sweep
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.settings.config import SweepConfig
 
 ALONE = "study=null"  # an experiment's config without its study is a single run's
 

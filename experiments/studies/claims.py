@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from reports.study_claims import apart, tally
+from kvarena.reports.pages.study_claims import apart, tally
 
 
 class Kind(StrEnum):

@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import ConfigError
-from experiments.recording.files import MANIFEST_FILE
-from experiments.run_order import order
-from experiments.studies.base import Chart, Findings, Series, mean_series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, Verdict, at_most, check, measured
-from reports.files import read_json, read_run
-from reports.style import CLASS_LOOKS
-from reports.tokens import compare_tokens, tokens_line
-from reports.verdicts import HIGHER, LOWER, SAME, THROUGHPUT, Question, Ratios, decide
-from reports.verdicts import Verdict as Answer
-from reports.windows import ALL, DEFINITION, ROOM, Window
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.folders.files import MANIFEST_FILE
+from kvarena.experiments.settings.run_order import order
+from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, Verdict, at_most, check, measured
+from kvarena.reports.analysis.windows import ALL, DEFINITION, ROOM, Window
+from kvarena.reports.comparing.tokens import compare_tokens, tokens_line
+from kvarena.reports.comparing.verdicts import HIGHER, LOWER, SAME, THROUGHPUT, Question, Ratios, decide
+from kvarena.reports.comparing.verdicts import Verdict as Answer
+from kvarena.reports.drawing.style import CLASS_LOOKS
+from kvarena.reports.reading.files import read_json, read_run
 
 SOURCE = "PagedAttention (Kwon et al., SOSP 2023), section 6.2; Orca (Yu et al., OSDI 2022)"
 GRID = {

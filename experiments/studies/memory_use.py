@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.errors import EngineError
-from experiments.studies.claims import Mean
-from reports.files import CLASSES, RunFiles, read_run
-from reports.memory import mean_shares, step_spans, weighted_mean
-from reports.windows import WAITING, window_masks
+from kvarena.engine.errors import EngineError
+from kvarena.experiments.studies.claims import Mean
+from kvarena.reports.analysis.memory import mean_shares, step_spans, weighted_mean
+from kvarena.reports.analysis.windows import WAITING, window_masks
+from kvarena.reports.reading.files import CLASSES, RunFiles, read_run
 
 OWNED = ("token_states", "reservation", "internal")
 OTHERS = "others"  # what no request owns while one waits: the paper's “external fragmentation & others”

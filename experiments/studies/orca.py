@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.studies.cells import CellRunner
-from reports.files import RunFiles, read_run
-from reports.memory import step_spans, weighted_mean
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.reports.analysis.memory import step_spans, weighted_mean
+from kvarena.reports.reading.files import RunFiles, read_run
 
 SYSTEMS = {"Orca (Max)": "orca_max", "Orca (Pow2)": "orca_pow2", "Orca (Oracle)": "orca_oracle", "vLLM": "paged"}
 FASTER_TRANSFORMER = "FasterTransformer"

@@ -10,26 +10,26 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
-import reports.ending
-import reports.study
-from engine.errors import ConfigError
-from experiments.command_line import command_of
-from experiments.config import check_values
-from experiments.interruption import Interrupted, Signals, shown, whole_cells
-from experiments.recording.files import CELL_FILE, MANIFEST_FILE, STUDY_FILE
-from experiments.recording.lock import only_writer
-from experiments.recording.place import EXPERIMENT, check_place, is_finished
-from experiments.recording.provenance import git_state, machine, versions
-from experiments.recording.run_folder import write_hydra
-from experiments.studies.base import Study
-from experiments.studies.cells import CellRunner
-from reports.files import read_json
-from reports.study_claims import tally
-from reports.writing import write_text
+import kvarena.reports.pages.ending
+import kvarena.reports.pages.study
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.folders.files import CELL_FILE, MANIFEST_FILE, STUDY_FILE
+from kvarena.experiments.folders.lock import only_writer
+from kvarena.experiments.folders.place import EXPERIMENT, check_place, is_finished
+from kvarena.experiments.folders.provenance import git_state, machine, versions
+from kvarena.experiments.folders.run_folder import write_hydra
+from kvarena.experiments.recording.interruption import Interrupted, Signals, shown, whole_cells
+from kvarena.experiments.settings.command_line import command_of
+from kvarena.experiments.settings.config import check_values
+from kvarena.experiments.settings.targets import instantiate
+from kvarena.experiments.studies.base import Study
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.reports.pages.study_claims import tally
+from kvarena.reports.reading.files import read_json
+from kvarena.reports.reading.writing import write_text
 
 SCHEMA_VERSION = 3  # 2 had no counts of the claims
 
@@ -73,10 +73,12 @@ def run_study(cfg: DictConfig) -> None:
     with only_writer(out_dir):
         write_hydra(out_dir, cfg)
         write_text(out_dir / STUDY_FILE, json.dumps(record, indent=2, default=str) + "\n")
-        summary = reports.study.write_study_report(out_dir)
-    Console().print(reports.study.study_table(summary))
+        summary = kvarena.reports.pages.study.write_study_report(out_dir)
+    Console().print(kvarena.reports.pages.study.study_table(summary))
     if hydra.mode is not RunMode.MULTIRUN:  # a sweep has a last line of its own
-        reports.ending.print_ending(reports.ending.study_ending(out_dir, summary), full=cfg.report.json == "full")
+        kvarena.reports.pages.ending.print_ending(
+            kvarena.reports.pages.ending.study_ending(out_dir, summary), full=cfg.report.json == "full"
+        )
 
 
 def _kept(cells: CellRunner, stopped: Interrupted) -> str:

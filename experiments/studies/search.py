@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.errors import ConfigError, KvarenaError
-from experiments.studies.base import Chart, Findings, Series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, compared, measured
-from reports.writing import replacing
+from kvarena.engine.errors import ConfigError, KvarenaError
+from kvarena.experiments.studies.base import Chart, Findings, Series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, compared, measured
+from kvarena.reports.reading.writing import replacing
 
 if TYPE_CHECKING:
     import optuna

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.errors import ConfigError
-from experiments.studies.base import Chart, Findings, Series, mean_series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import Claim, Mean, at_least, at_most, check, compared, counted, measured
-from experiments.studies.memory_use import MemoryUse, covered, memory_use, share_over_seeds, waiting
-from experiments.studies.orca import seeds_text
-from reports.style import CLASS_LOOKS
-from reports.windows import DEFINITION, WAITING
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import Claim, Mean, at_least, at_most, check, compared, counted, measured
+from kvarena.experiments.studies.memory_use import MemoryUse, covered, memory_use, share_over_seeds, waiting
+from kvarena.experiments.studies.orca import seeds_text
+from kvarena.reports.analysis.windows import DEFINITION, WAITING
+from kvarena.reports.drawing.style import CLASS_LOOKS
 
 SOURCE = "a guide to serving with vLLM; PagedAttention (Kwon et al., SOSP 2023), sections 1 and 2"
 

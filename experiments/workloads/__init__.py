@@ -4,6 +4,6 @@ A workload is made by Hydra from conf/workload/NAME.yaml and yields `WorkloadIte
 so every strategy gets the same prompts, output lengths and arrival times.
 """
 
-from experiments.workloads.base import LengthTable, Workload, WorkloadItem
+from kvarena.experiments.workloads.parts.base import LengthTable, Workload, WorkloadItem
 
 __all__ = ["LengthTable", "Workload", "WorkloadItem"]

@@ -1,4 +1,4 @@
-"""Describe a trace file: python -m experiments.workloads describe FILE --format azure.
+"""Describe a trace file: python -m kvarena.experiments.workloads describe FILE --format azure.
 
 Prints a table of its statistics, and the same as JSON on the last line. A malformed file is one line on stderr and exit
 code 1.
@@ -12,15 +12,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.errors import KvarenaError
-from experiments.workloads.azure import AzureTraceWorkload
-from experiments.workloads.base import Workload
-from experiments.workloads.burstgpt import BurstGPTWorkload
-from experiments.workloads.mooncake import MooncakeWorkload
-from experiments.workloads.sharegpt_json import ShareGPTJsonWorkload
-from experiments.workloads.statistics import table_statistics
-from experiments.workloads.vidur import VidurWorkload
-from reports.plain_text import write_any_text
+from kvarena.engine.errors import KvarenaError
+from kvarena.experiments.workloads.azure import AzureTraceWorkload
+from kvarena.experiments.workloads.burstgpt import BurstGPTWorkload
+from kvarena.experiments.workloads.mooncake import MooncakeWorkload
+from kvarena.experiments.workloads.parts.base import Workload
+from kvarena.experiments.workloads.sharegpt_json import ShareGPTJsonWorkload
+from kvarena.experiments.workloads.statistics import table_statistics
+from kvarena.experiments.workloads.vidur import VidurWorkload
+from kvarena.reports.drawing.plain_text import write_any_text
 
 FORMATS: dict[str, Callable[..., Workload]] = {
     "azure": AzureTraceWorkload,
@@ -36,7 +36,9 @@ _VOCAB_SIZE = 1 << 20
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     write_any_text()
-    parser = argparse.ArgumentParser(prog="python -m experiments.workloads", description="Look at workload files.")
+    parser = argparse.ArgumentParser(
+        prog="python -m kvarena.experiments.workloads", description="Look at workload files."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     describe = commands.add_parser("describe", help="print a trace's statistics")
     describe.add_argument("file")

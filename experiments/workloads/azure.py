@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.workloads.checks import MAX_LENGTH, check_bool, check_int
-from experiments.workloads.reading import CsvReader, length_problem
-from experiments.workloads.trace import TraceRow, TraceWorkload
+from kvarena.experiments.workloads.parts.checks import MAX_LENGTH, check_bool, check_int
+from kvarena.experiments.workloads.parts.reading import CsvReader, length_problem
+from kvarena.experiments.workloads.parts.trace import TraceRow, TraceWorkload
 
 _TIME = re.compile(
     r"(\d{4}-\d{2}-\d{2})[ T](\d{2}):(\d{2}):(\d{2})(?:\.(\d{1,9}))?(?:Z|([+-])(\d{2}):(\d{2}))?", re.ASCII

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.workloads.reading import CsvReader
-from experiments.workloads.trace import TraceRow, TraceWorkload
+from kvarena.experiments.workloads.parts.reading import CsvReader
+from kvarena.experiments.workloads.parts.trace import TraceRow, TraceWorkload
 
 _REQUIRED = ("Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type")
 _OPTIONAL = ("Session ID", "Elapsed time")

@@ -6,15 +6,15 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import hydra.utils
 import numpy as np
 from hydra.errors import InstantiationException
 
-from engine.errors import ConfigError, KvarenaError
-from experiments.workloads.base import FloatArray, IntArray, LengthTable, Workload
-from experiments.workloads.checks import check_int, check_keys, check_number, is_int
-from experiments.workloads.seeds import Purpose, generator, seed_sequence
-from experiments.workloads.synthetic import required_num_requests
+from kvarena.engine.errors import ConfigError, KvarenaError
+from kvarena.experiments.settings.targets import instantiate
+from kvarena.experiments.workloads.parts.base import FloatArray, IntArray, LengthTable, Workload
+from kvarena.experiments.workloads.parts.checks import check_int, check_keys, check_number, is_int
+from kvarena.experiments.workloads.parts.seeds import Purpose, generator, seed_sequence
+from kvarena.experiments.workloads.synthetic import required_num_requests
 
 
 class MixtureWorkload(Workload):
@@ -93,7 +93,7 @@ class MixtureWorkload(Workload):
             "reserved_token_ids": self.reserved_token_ids,
         }
         try:
-            part = hydra.utils.instantiate({**config} | options)
+            part = instantiate({**config} | options)
         except InstantiationException as error:
             if isinstance(error.__cause__, KvarenaError):
                 raise type(error.__cause__)(f"{key}: {error.__cause__}") from error

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.workloads.base import FloatArray
-from experiments.workloads.checks import MAX_LENGTH, check_bool, check_int, is_int
-from experiments.workloads.reading import fail, json_lines, length_problem
-from experiments.workloads.seeds import Purpose, generator
-from experiments.workloads.trace import TraceRow, TraceWorkload
+from kvarena.experiments.workloads.parts.base import FloatArray
+from kvarena.experiments.workloads.parts.checks import MAX_LENGTH, check_bool, check_int, is_int
+from kvarena.experiments.workloads.parts.reading import fail, json_lines, length_problem
+from kvarena.experiments.workloads.parts.seeds import Purpose, generator
+from kvarena.experiments.workloads.parts.trace import TraceRow, TraceWorkload
 
 _KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
 _MAX_INT = 2**63

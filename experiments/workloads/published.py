@@ -6,8 +6,8 @@ Use `sharegpt_json` or `azure_trace` for the data themselves.
 
 from __future__ import annotations
 
-from experiments.workloads.distributions import LognormalLength, QuantileLength
-from experiments.workloads.synthetic import PublishedWorkload
+from kvarena.experiments.workloads.parts.distributions import LognormalLength, QuantileLength
+from kvarena.experiments.workloads.synthetic import PublishedWorkload
 
 # Shares of the quantile tables below, finer in the tail.
 _SHARES = (

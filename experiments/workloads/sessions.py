@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import ConfigError
-from experiments.workloads.base import FloatArray, IntArray, LengthTable, Workload
-from experiments.workloads.checks import MAX_LENGTH, check_int, check_number
-from experiments.workloads.distributions import LengthDistribution, LognormalLength, UniformLength
-from experiments.workloads.seeds import Purpose, generator
-from experiments.workloads.synthetic import required_num_requests
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.workloads.parts.base import FloatArray, IntArray, LengthTable, Workload
+from kvarena.experiments.workloads.parts.checks import MAX_LENGTH, check_int, check_number
+from kvarena.experiments.workloads.parts.distributions import LengthDistribution, LognormalLength, UniformLength
+from kvarena.experiments.workloads.parts.seeds import Purpose, generator
+from kvarena.experiments.workloads.synthetic import required_num_requests
 
 _MAX_SESSIONS_PER_REQUEST = 1000
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.workloads.base import IntArray, LengthTable, Workload
-from experiments.workloads.checks import MAX_LENGTH, check_int, check_number
-from experiments.workloads.distributions import UniformLength
-from experiments.workloads.seeds import Purpose, generator
-from experiments.workloads.synthetic import required_num_requests
+from kvarena.experiments.workloads.parts.base import IntArray, LengthTable, Workload
+from kvarena.experiments.workloads.parts.checks import MAX_LENGTH, check_int, check_number
+from kvarena.experiments.workloads.parts.distributions import UniformLength
+from kvarena.experiments.workloads.parts.seeds import Purpose, generator
+from kvarena.experiments.workloads.synthetic import required_num_requests
 
 
 class SharedPrefixWorkload(Workload):

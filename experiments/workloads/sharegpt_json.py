@@ -14,13 +14,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from engine.checkpoints.directory import PROJECT_ROOT
-from engine.errors import ConfigError, TraceError
-from experiments.workloads.base import LengthTable, Workload
-from experiments.workloads.checks import check_bool, check_int
-from experiments.workloads.limits import LengthLimits
-from experiments.workloads.reading import fail, open_trace, trace_path
-from experiments.workloads.seeds import Purpose, generator
+from kvarena.engine.checkpoints.directory import PACKAGE_ROOT
+from kvarena.engine.errors import ConfigError, TraceError
+from kvarena.experiments.workloads.parts.base import LengthTable, Workload
+from kvarena.experiments.workloads.parts.checks import check_bool, check_int
+from kvarena.experiments.workloads.parts.limits import LengthLimits
+from kvarena.experiments.workloads.parts.reading import fail, open_trace, trace_path
+from kvarena.experiments.workloads.parts.seeds import Purpose, generator
 
 _CHUNK = 256
 _ASKERS = ("human", "user")
@@ -140,7 +140,11 @@ class ShareGPTJsonWorkload(Workload):
         from tokenizers import Tokenizer
 
         # As model.path is looked for, from which the default comes: here, else in the project's root.
-        found = [path for path in (self._tokenizer_path, PROJECT_ROOT / self._tokenizer_path) if path.exists()]
+        found = [
+            path
+            for path in (self._tokenizer_path, PACKAGE_ROOT / "experiments" / self._tokenizer_path)
+            if path.exists()
+        ]
         path = found[0] if found else self._tokenizer_path
         file = path / "tokenizer.json" if path.is_dir() else path
         try:

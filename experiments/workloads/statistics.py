@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.workloads.base import FloatArray, IntArray, LengthTable
+from kvarena.experiments.workloads.parts.base import FloatArray, IntArray, LengthTable
 
 _WINDOW = 1.0
 

@@ -6,11 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import ConfigError
-from experiments.workloads.base import IntArray, LengthTable, Workload
-from experiments.workloads.distributions import FixedLength, LengthDistribution, LognormalLength, UniformLength
-from experiments.workloads.limits import LengthLimits
-from experiments.workloads.seeds import Purpose, generator
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.workloads.parts.base import IntArray, LengthTable, Workload
+from kvarena.experiments.workloads.parts.distributions import (
+    FixedLength,
+    LengthDistribution,
+    LognormalLength,
+    UniformLength,
+)
+from kvarena.experiments.workloads.parts.limits import LengthLimits
+from kvarena.experiments.workloads.parts.seeds import Purpose, generator
 
 _MAX_DRAWS_PER_REQUEST = 1000
 

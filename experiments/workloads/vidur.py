@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from experiments.workloads.reading import CsvReader
-from experiments.workloads.trace import TraceRow, TraceWorkload
+from kvarena.experiments.workloads.parts.reading import CsvReader
+from kvarena.experiments.workloads.parts.trace import TraceRow, TraceWorkload
 
 
 class VidurWorkload(TraceWorkload):

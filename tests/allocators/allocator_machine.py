@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.contract import NULL_BLOCK, CopyKind, KVAllocator, QueueHead, cdiv
-from engine.ledger import check_usage
-from engine.request import Request, SamplingParams
-from experiments.strategies import build_allocator, strategy_names, strategy_options
+from kvarena.engine.contract import NULL_BLOCK, CopyKind, KVAllocator, QueueHead, cdiv
+from kvarena.engine.ledger import check_usage
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.settings.strategies import build_allocator, strategy_names, strategy_options
 
 SETTINGS = settings(
     max_examples=30, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]

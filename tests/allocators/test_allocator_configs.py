@@ -8,8 +8,8 @@ import time
 import pytest
 from allocator_machine import check_whole, make_request
 
-from engine.contract import KVAllocator, cdiv
-from experiments.strategies import build_allocator, strategy_names, strategy_options
+from kvarena.engine.contract import KVAllocator, cdiv
+from kvarena.experiments.settings.strategies import build_allocator, strategy_names, strategy_options
 
 NAMES = strategy_names("allocator")
 

@@ -8,11 +8,11 @@ import pytest
 from allocator_machine import MAX_LEN, SETTINGS, AllocatorMachine, registered_cases
 from hypothesis.stateful import run_state_machine_as_test
 
-from allocators.contiguous import ContiguousAllocator
-from allocators.paged import PagedAllocator
-from allocators.prefix import PrefixCachingAllocator
-from allocators.radix import RadixAllocator
-from allocators.virtual import VirtualAllocator
+from kvarena.allocators.contiguous import ContiguousAllocator
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.allocators.prefix import PrefixCachingAllocator
+from kvarena.allocators.radix import RadixAllocator
+from kvarena.allocators.virtual import VirtualAllocator
 
 
 def audit_pages(machine: AllocatorMachine) -> None:

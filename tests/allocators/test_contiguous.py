@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from allocator_machine import make_request
 
-from allocators.contiguous import ContiguousAllocator
-from engine.contract import QueueHead
-from engine.errors import ConfigError
+from kvarena.allocators.contiguous import ContiguousAllocator
+from kvarena.engine.contract import QueueHead
+from kvarena.engine.errors import ConfigError
 
 
 def make(reservation: str = "max", placement: str = "first_fit", num_blocks: int = 100, block_size: int = 1):

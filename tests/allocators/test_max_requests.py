@@ -4,7 +4,7 @@ import pytest
 from allocator_machine import make_request
 from hydra.utils import instantiate
 
-from experiments.compose import load_config
+from kvarena.experiments.settings.compose import load_config
 
 
 @pytest.mark.parametrize("allocator", ["paged", "paged_prefix", "radix", "contiguous", "orca_pow2", "virtual"])

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from allocator_machine import make_request
 
-from allocators.paged import PagedAllocator
-from allocators.prefix import PrefixCachingAllocator
-from engine.contract import NULL_BLOCK, BlockCopy, CopyKind
-from engine.errors import ConfigError
-from engine.ledger import check_usage
-from engine.request import Request
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.allocators.prefix import PrefixCachingAllocator
+from kvarena.engine.contract import NULL_BLOCK, BlockCopy, CopyKind
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.ledger import check_usage
+from kvarena.engine.request import Request
 
 
 def make(num_blocks: int = 20, block_size: int = 4, **options: Any) -> PagedAllocator:

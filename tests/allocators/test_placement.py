@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from allocators.placement import PLACEMENTS, BestFit, Buddy, FirstFit, Placement
+from kvarena.allocators.placement import PLACEMENTS, BestFit, Buddy, FirstFit, Placement
 
 
 def holes(placement: Placement) -> dict[int, int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from allocator_machine import make_request
 
-from allocators.prefix import PrefixCachingAllocator
-from engine.errors import ConfigError, EngineError
-from engine.ledger import check_usage
-from engine.request import Request
+from kvarena.allocators.prefix import PrefixCachingAllocator
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.ledger import check_usage
+from kvarena.engine.request import Request
 
 BLOCK = 4
 # Python hashes integers modulo 2**61 - 1, so these two tokens, and tuples of them, have equal hashes.

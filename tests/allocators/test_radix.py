@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from allocator_machine import make_request
 
-from allocators.radix import RadixAllocator
-from allocators.radix_tree import RadixNode
-from engine.contract import BlockCopy, CopyKind
-from engine.errors import ConfigError, EngineError
-from engine.ledger import check_usage
-from engine.request import Request
+from kvarena.allocators.radix import RadixAllocator
+from kvarena.allocators.radix_tree import RadixNode
+from kvarena.engine.contract import BlockCopy, CopyKind
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.ledger import check_usage
+from kvarena.engine.request import Request
 
 BLOCK = 4
 

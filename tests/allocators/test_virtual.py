@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from allocator_machine import make_request
 
-from allocators.contiguous import ContiguousAllocator
-from allocators.virtual import VirtualAllocator
-from engine.contract import QueueHead
-from engine.errors import ConfigError
+from kvarena.allocators.contiguous import ContiguousAllocator
+from kvarena.allocators.virtual import VirtualAllocator
+from kvarena.engine.contract import QueueHead
+from kvarena.engine.errors import ConfigError
 
 KIB = 1024
 

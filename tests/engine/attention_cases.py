@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend, AttentionMetadata
-from engine.kv_pool import KVPool
+from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
+from kvarena.engine.pool.kv_pool import KVPool
 
 
 @dataclass

@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from allocators.paged import PagedAllocator
-from engine.attention.base import AttentionMetadata
-from engine.attention.reference import ReferenceBackend
-from engine.clock import VirtualClock
-from engine.core import Engine, run_to_completion
-from engine.kv_pool import KVPool
-from engine.models import LoadedModel
-from engine.request import Request
-from engine.runner.torch_runner import TorchRunner
-from schedulers.chunked import ChunkedScheduler
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.engine.attention.base import AttentionMetadata
+from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.models import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.request import Request
+from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.schedulers.chunked import ChunkedScheduler
 
 
 class LateReference(ReferenceBackend):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.errors import EngineError
+from kvarena.engine.errors import EngineError
 
 KIB = 1024
 

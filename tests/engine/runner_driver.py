@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from engine.contract import ScheduledRequest, StepPlan, cdiv
-from engine.kv_pool import KVPool
-from engine.models import LoadedModel
-from engine.request import Request, SamplingParams
-from engine.runner.base import StepResult
-from engine.runner.torch_runner import TorchRunner
+from kvarena.engine.contract import ScheduledRequest, StepPlan, cdiv
+from kvarena.engine.model_runner import StepResult
+from kvarena.engine.models import LoadedModel
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.torch_runner import TorchRunner
 
 
 class ScatteredAllocator:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from attention_cases import dense_attention, make_case, make_contiguous, run_backend
 
-from engine.attention import decode_tiles, prefill_groups, reference
-from engine.attention.reference import ReferenceBackend
+from kvarena.engine.attention import decode_tiles, prefill_groups, reference
+from kvarena.engine.attention.reference import ReferenceBackend
 
 DECODE = [(99, 1), (0, 1), (16, 1), (15, 1), (300, 1), (63, 1), (64, 1)]
 PREFILL = [(0, 5), (0, 70), (0, 2), (0, 33)]
@@ -109,6 +109,6 @@ def test_plans_are_made_once_per_step_not_per_layer(monkeypatch):
     backend = ReferenceBackend(case.pool)
     run_backend(backend, case, scale=1.0)
     monkeypatch.setattr(decode_tiles, "plan_tiles", None)
-    monkeypatch.setattr("engine.attention.reference.plan_tiles", None)
-    monkeypatch.setattr("engine.attention.reference.plan_groups", None)
+    monkeypatch.setattr("kvarena.engine.attention.reference.plan_tiles", None)
+    monkeypatch.setattr("kvarena.engine.attention.reference.plan_groups", None)
     backend.attend(case.q, 0, case.meta, scale=1.0)

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from engine.checkpoints.check import check_checkpoint
-from engine.checkpoints.kinds import DEQUANTIZED, WITH_TEXT_MODEL
-from engine.checkpoints.tokenizer import load_tokenizer
-from engine.errors import ModelError
-from engine.models import load_model
+from kvarena.engine.checkpoints.check import check_checkpoint
+from kvarena.engine.checkpoints.kinds import DEQUANTIZED, WITH_TEXT_MODEL
+from kvarena.engine.checkpoints.tokenizer import load_tokenizer
+from kvarena.engine.errors import ModelError
+from kvarena.engine.models import load_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 ADVISED_IN_VAIN = ("--quantization", "device_map", "pip install", "git+https", "dtype=int")
@@ -34,7 +34,7 @@ ALPHABET = "abcdefg the of  ABC.,<>\n\té漢字😀\u2581"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = write_checkpoint(tmp_path_factory.mktemp("llama"))
-    shutil.copy("models/demo/tokenizer.json", directory)
+    shutil.copy("experiments/models/demo/tokenizer.json", directory)
     return directory
 
 
@@ -60,7 +60,7 @@ def configure(directory: Path, **fields) -> None:
 
 def test_a_whole_directory_is_fine(whole):
     assert check_checkpoint(whole, tokenizer=True) == whole.resolve()
-    assert check_checkpoint("models/demo", tokenizer=True) == ROOT / "models" / "demo"
+    assert check_checkpoint("models/demo", tokenizer=True) == ROOT / "experiments" / "models" / "demo"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,9 @@ def test_a_quantised_shape_runs_with_random_weights(copy):
 
 def test_the_tokenizer_is_read_before_the_weights(copy, monkeypatch):
     (copy / "tokenizer.json").write_text("{")
-    monkeypatch.setattr("engine.models.loader._from_directory", lambda *args: pytest.fail("the weights were read"))
+    monkeypatch.setattr(
+        "kvarena.engine.models.loader._from_directory", lambda *args: pytest.fail("the weights were read")
+    )
     with pytest.raises(ModelError, match="the tokenizer in"):
         load_model(copy)
 
@@ -297,13 +299,13 @@ def test_what_is_called_tokenizer_model_and_is_none(tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("command", [["run.py", "model.path="], ["-m", "experiments.cli", "serve", ""]])
+@pytest.mark.parametrize("command", [["run.py", "model.path="], ["-m", "kvarena.experiments.cli", "serve", ""]])
 def test_a_checkpoint_is_refused_before_torch_is_loaded(copy, command, tmp_path):
     """By the number of modules: an import of torch alone makes over a thousand."""
     configure(copy, quantization_config={"quant_method": "awq"})
     *before, last = command
     count = "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); "
-    run = "import runpy; runpy." + ("run_module('experiments.cli'" if "-m" in before else "run_path('run.py'")
+    run = "import runpy; runpy." + ("run_module('kvarena.experiments.cli'" if "-m" in before else "run_path('run.py'")
     code = f"{count}sys.argv[1:] = {[*before[(before[0] == '-m' and 2) or 1 :], last + str(copy)]!r}; "
     code += f"{run}, run_name='__main__')"
     done = subprocess.run(

@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 
-from engine.contract import KVAllocator, KVUsage, StepScheduler
-from engine.errors import ConfigError
-from schedulers.base import Scheduler
+from kvarena.engine.contract import KVAllocator, KVUsage, StepScheduler
+from kvarena.engine.errors import ConfigError
+from kvarena.schedulers.base import Scheduler
 
 POOL = {"num_blocks": 4, "block_size": 4, "max_model_len": 16}
 OPTIONS = {"max_model_len": 16}
@@ -49,7 +49,7 @@ def test_an_allocator_without_a_member_is_told_what_to_write(name):
     function = getattr(KVAllocator, name)
     function = function.fget if isinstance(function, property) else function
     assert f".Mine lacks {name}; write `" in said and f"def {name}(self" in said
-    assert function.__doc__.strip().splitlines()[0] in said and "(KVAllocator in engine.contract)" in said
+    assert function.__doc__.strip().splitlines()[0] in said and "(KVAllocator in kvarena.engine.contract)" in said
 
 
 def test_all_that_is_missing_is_named_at_once():
@@ -60,7 +60,7 @@ def test_all_that_is_missing_is_named_at_once():
 def test_a_scheduler_without_a_policy_is_told_too():
     said = line(lambda: type("Mine", (Scheduler,), {})(Whole(**POOL), **OPTIONS))
     assert "Mine lacks build_plan; write `def build_plan(self, plan: StepPlan, now: float) -> None`" in said
-    assert "(Scheduler in schedulers.base)" in said
+    assert "(Scheduler in kvarena.schedulers.base)" in said
     said = line(lambda: type("Mine", (StepScheduler,), {})())
     assert "has_work, head, num_running, num_waiting, queue_head, schedule, take_back, update; write `@property" in said
 

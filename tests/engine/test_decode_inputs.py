@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.runner import decode_inputs
-from engine.runner.decode_inputs import NUM_FIELDS, DecodeSender, TableMirror
-from engine.runner.graphs import batch_buckets
+from kvarena.engine.runner import decode_inputs
+from kvarena.engine.runner.decode_inputs import NUM_FIELDS, DecodeSender, TableMirror
+from kvarena.engine.runner.graphs import batch_buckets
 
 
 def apply(mirror, device):

@@ -8,8 +8,8 @@ import shutil
 import pytest
 from checkpoints import write_checkpoint
 
-from engine.models import load_model
-from engine.models.sizes import model_sizes
+from kvarena.engine.models import load_model
+from kvarena.engine.models.sizes import model_sizes
 from tests import tokenizer_kinds
 
 END = "<|turn|>"

@@ -7,19 +7,19 @@ from fused_helpers import LateReference, make_pool, run
 from runner_driver import make_requests
 from torch.nn.attention import SDPBackend
 
-from engine.attention import triton_backend
-from engine.attention.dense import DensePrompts
-from engine.attention.reference import ReferenceBackend
-from engine.attention.triton_backend import TritonBackend
-from engine.contract import ScheduledRequest, StepPlan
-from engine.errors import EngineError
-from engine.fusions.detect import fuse
-from engine.fusions.ops import TorchOps
-from engine.kernels.step import DecodeBuffers
-from engine.models import load_model
-from engine.request import Request, SamplingParams
-from engine.runner.fused_runner import FusedRunner
-from engine.runner.torch_runner import TorchRunner
+from kvarena.engine.attention import triton_backend
+from kvarena.engine.attention.dense import DensePrompts
+from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.attention.triton_backend import TritonBackend
+from kvarena.engine.contract import ScheduledRequest, StepPlan
+from kvarena.engine.errors import EngineError
+from kvarena.engine.fusions.detect import fuse
+from kvarena.engine.fusions.ops import TorchOps
+from kvarena.engine.kernels.step import DecodeBuffers
+from kvarena.engine.models import load_model
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.fused_runner import FusedRunner
+from kvarena.engine.runner.torch_runner import TorchRunner
 
 PROMPTS = random_prompts((5, 13, 1, 30, 17, 8))
 NUM_TOKENS = 14

@@ -6,12 +6,12 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from engine.fusions.check import check_decoder, record
-from engine.fusions.detect import NotFusable, fuse
-from engine.fusions.layers import FusedGlu, ModuleMlp
-from engine.fusions.ops import TorchOps
-from engine.fusions.pack import pack
-from engine.models import load_model
+from kvarena.engine.fusions.check import check_decoder, record
+from kvarena.engine.fusions.detect import NotFusable, fuse
+from kvarena.engine.fusions.layers import FusedGlu, ModuleMlp
+from kvarena.engine.fusions.ops import TorchOps
+from kvarena.engine.fusions.pack import pack
+from kvarena.engine.models import load_model
 
 FUSABLE = {
     "llama": {},

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.gpu_memory import PARTS, Reading, is_private, memory_parts, storage_bytes
+from kvarena.engine.pool.gpu_memory import PARTS, Reading, is_private, memory_parts, storage_bytes
 
 GIB = 2**30
 # 1 of weights, a pool of 4, workspace of 1/2; half a GiB of graphs in place, 1/4 reserved and unused.
@@ -70,8 +70,8 @@ def test_a_pool_of_a_graph_is_told_from_the_common_one():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("allocator", ["paged", "virtual"])
 def test_a_run_on_a_gpu(allocator, tmp_path):
-    from experiments.compose import compose_cell
-    from experiments.job import execute
+    from kvarena.experiments.jobs.job import execute
+    from kvarena.experiments.settings.compose import compose_cell
 
     cfg, choices = compose_cell([
         f"allocator={allocator}", "model=qwen3-0.6b-shape", "engine.dtype=bfloat16", "workload=uniform",

@@ -10,7 +10,7 @@ pytestmark = [
 
 
 def test_same_tokens_whatever_the_levers():
-    from experiments.benchmarks.engine_checks import check_tokens
+    from kvarena.experiments.benchmarks.engine_checks import check_tokens
 
     line = check_tokens()
     assert all(line["same"].values()), line["same"]
@@ -18,8 +18,8 @@ def test_same_tokens_whatever_the_levers():
 
 
 def test_bfloat16_logits_follow_the_modules():
-    from experiments.benchmarks.engine_checks import check_logits
-    from experiments.gpu.engines import Levers, make_bed
+    from kvarena.experiments.benchmarks.engine_checks import check_logits
+    from kvarena.experiments.gpu.engines import Levers, make_bed
 
     line = check_logits(make_bed("tiny", 4096, None), Levers())
     assert "error" not in line, line

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from engine.importing import importing
+from kvarena.engine.importing import importing
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engine.contract import BlockCopy, CopyKind
-from engine.errors import ConfigError, EngineError
-from engine.kv_pool import GIB, KVPool, blocks_for_budget, independent_runs
+from kvarena.engine.contract import BlockCopy, CopyKind
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.pool.kv_pool import GIB, KVPool, blocks_for_budget, independent_runs
 
 DEVICE, OUT, IN = CopyKind.DEVICE, CopyKind.SWAP_OUT, CopyKind.SWAP_IN
 

@@ -11,13 +11,13 @@ import torch
 from checkpoints import random_prompts, write_checkpoint
 from runner_driver import make_requests, make_runner
 
-from engine.clock import WallClock
-from engine.core import Engine, run_to_completion
-from engine.ledger import MemoryLedger
-from engine.models import load_model
-from engine.runner import torch_runner
-from engine.runner.constraints import MASK_SECONDS, allowed_tokens
-from experiments.strategies import build_allocator, build_scheduler
+from kvarena.engine.clock import WallClock
+from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.models import load_model
+from kvarena.engine.runner import torch_runner
+from kvarena.engine.runner.constraints import MASK_SECONDS, allowed_tokens
+from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
 
 PROMPTS = random_prompts((5, 13, 1, 30, 22, 9))
 NUM_TOKENS = 10

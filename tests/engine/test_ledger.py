@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from engine.contract import CLASSES, KVUsage, ScheduledRequest, StepPlan
-from engine.errors import EngineError
-from engine.ledger import MemoryLedger
-from engine.request import FinishReason, Request, RequestStatus
+from kvarena.engine.contract import CLASSES, KVUsage, ScheduledRequest, StepPlan
+from kvarena.engine.errors import EngineError
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.request import FinishReason, Request, RequestStatus
 
 
 def make_request(name: str = "r") -> Request:

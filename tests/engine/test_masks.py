@@ -13,12 +13,12 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from engine.attention import hook
-from engine.errors import ModelError
-from engine.models import load_model
-from engine.models.masks import Span, find_span
-from engine.models.sizes import model_sizes
-from engine.models.spans import short_spans
+from kvarena.engine.attention import hook
+from kvarena.engine.errors import ModelError
+from kvarena.engine.models import load_model
+from kvarena.engine.models.masks import Span, find_span
+from kvarena.engine.models.sizes import model_sizes
+from kvarena.engine.models.spans import short_spans
 
 CPU = torch.device("cpu")
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,

@@ -5,13 +5,13 @@ import re
 import pytest
 import torch
 
-from engine.errors import ConfigError, EngineError, ModelError
-from engine.host_blocks import HostBlocks
-from engine.kv_pool import KVPool
-from engine.memory_limits import _group_rooms, asked_and_free, is_out_of_memory, size_text
-from engine.models import load_model
-from engine.models.loader import build_dummy
-from engine.runner.profile import KEPT_FREE, LIBRARY_BYTES, CardMemory
+from kvarena.engine.errors import ConfigError, EngineError, ModelError
+from kvarena.engine.models import load_model
+from kvarena.engine.models.loader import build_dummy
+from kvarena.engine.pool.host_blocks import HostBlocks
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.pool.memory_limits import _group_rooms, asked_and_free, is_out_of_memory, size_text
+from kvarena.engine.runner.profile import KEPT_FREE, LIBRARY_BYTES, CardMemory
 
 GIB = 2**30
 TOTAL = 80 * GIB
@@ -150,9 +150,9 @@ def test_weights_that_do_not_fit(dtype, free, way, monkeypatch):
 
     name = str(dtype).removeprefix("torch.")
     num_weights = load_model("models/demo").spec.num_parameters
-    monkeypatch.setattr("engine.models.loader.free_bytes", lambda device: free)
+    monkeypatch.setattr("kvarena.engine.models.loader.free_bytes", lambda device: free)
     with monkeypatch.context() as patch, pytest.raises(ModelError) as caught:
-        patch.setattr("engine.models.loader.AutoModelForCausalLM.from_pretrained", fail)
+        patch.setattr("kvarena.engine.models.loader.AutoModelForCausalLM.from_pretrained", fail)
         load_model("models/demo", dtype=name)
     size = size_text(num_weights * dtype.itemsize)
     assert f"its weights take {size} in {name}, and {size_text(free)} were free; {way}" in str(caught.value)
@@ -172,10 +172,10 @@ def test_random_weights_that_do_not_fit(monkeypatch):
         if str(device) == "meta":
             return made(config, dtype, device, *args)
         with monkeypatch.context() as patch:
-            patch.setattr("engine.models.loader.torch.manual_seed", lambda seed: torch.empty(2**50))
+            patch.setattr("kvarena.engine.models.loader.torch.manual_seed", lambda seed: torch.empty(2**50))
             return made(config, dtype, device, *args)
 
-    monkeypatch.setattr("engine.models.loader.build_dummy", fail)
+    monkeypatch.setattr("kvarena.engine.models.loader.build_dummy", fail)
     with pytest.raises(
         ModelError, match=r"llama does not fit in the memory of cpu: its weights take \d\d\d\.\d KiB in"
     ):
@@ -185,15 +185,15 @@ def test_random_weights_that_do_not_fit(monkeypatch):
 def test_a_host_is_asked_before_its_memory_is_taken(monkeypatch):
     """It would promise more than it has, and kill whoever takes it: pools, swap space, weights, read or random."""
     with monkeypatch.context() as patch, pytest.raises(EngineError, match=r"8\.00 KiB were asked for and 6\.00 KiB"):
-        patch.setattr("engine.host_blocks.free_bytes", lambda device: 6143)
-        patch.setattr("engine.memory_limits.free_bytes", lambda device: 6143)
+        patch.setattr("kvarena.engine.pool.host_blocks.free_bytes", lambda device: 6143)
+        patch.setattr("kvarena.engine.pool.memory_limits.free_bytes", lambda device: 6143)
         HostBlocks(torch.zeros(2, 3, 2**8), 3)
     pool = {"num_blocks": 100, "block_size": 16, "num_layers": 1, "num_kv_heads": 1, "head_dim": 8}
     num_bytes = KVPool(**pool).num_bytes
-    monkeypatch.setattr("engine.kv_pool.free_bytes", lambda device: num_bytes - 1)
+    monkeypatch.setattr("kvarena.engine.pool.kv_pool.free_bytes", lambda device: num_bytes - 1)
     with pytest.raises(EngineError, match=r"KV pool: 101\.0 KiB were asked for .* lower kv_cache.num_blocks"):
         KVPool(**pool, sized_by="kv_cache.num_blocks")
-    monkeypatch.setattr("engine.models.loader.free_bytes", lambda device: 10**6)
+    monkeypatch.setattr("kvarena.engine.models.loader.free_bytes", lambda device: 10**6)
     for load_format in ("auto", "dummy"):
         with pytest.raises(ModelError, match=r"its weights take \d\.\d\d MiB in float32, and 976\.6 KiB were free"):
             load_model("models/demo", load_format=load_format)

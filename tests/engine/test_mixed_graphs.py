@@ -6,14 +6,14 @@ import torch
 from checkpoints import write_checkpoint
 from fused_helpers import LateReference, make_pool
 
-from engine.contract import ScheduledRequest, StepPlan
-from engine.fusions.detect import fuse
-from engine.fusions.ops import TorchOps
-from engine.models import load_model
-from engine.request import Request, SamplingParams
-from engine.runner.decode_inputs import TableMirror
-from engine.runner.fused_runner import FusedForward
-from engine.runner.mixed_graphs import MixedGraphs, MixedStep, graph_tokens, row_buckets, token_buckets
+from kvarena.engine.contract import ScheduledRequest, StepPlan
+from kvarena.engine.fusions.detect import fuse
+from kvarena.engine.fusions.ops import TorchOps
+from kvarena.engine.models import load_model
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.decode_inputs import TableMirror
+from kvarena.engine.runner.fused_runner import FusedForward
+from kvarena.engine.runner.mixed_graphs import MixedGraphs, MixedStep, graph_tokens, row_buckets, token_buckets
 
 NULL_ROW = 6
 

@@ -11,9 +11,9 @@ from checkpoints import BASE, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.errors import ConfigError, ModelError
-from engine.models import load_model, load_tokenizer
-from engine.models.limits import max_model_len
+from kvarena.engine.errors import ConfigError, ModelError
+from kvarena.engine.models import load_model, load_tokenizer
+from kvarena.engine.models.limits import max_model_len
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
 SHAPE = {"model_type": "llama"} | BASE

@@ -2,9 +2,9 @@
 
 import pytest
 
-from engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
-from engine.request import Request, SamplingParams
-from engine.runner.oracle import OracleFault, OracleRunner, expected_output
+from kvarena.engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.correctness.oracle import OracleFault, OracleRunner, expected_output
 
 
 class Tables:

@@ -8,16 +8,16 @@ import torch
 from checkpoints import random_prompts, write_checkpoint
 from runner_driver import ScatteredAllocator, generate, make_plan, make_requests, make_runner, take_tokens
 
-from engine.clock import WallClock
-from engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
-from engine.core import Engine, run_to_completion
-from engine.errors import ConfigError, EngineError
-from engine.ledger import MemoryLedger
-from engine.models import load_model
-from engine.request import Request, SamplingParams
-from engine.runner.inputs import BlockTables
-from engine.runner.profile import available_kv_bytes, run_largest_step
-from experiments.correctness.reference import greedy_reference
+from kvarena.engine.clock import WallClock
+from kvarena.engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
+from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.models import load_model
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.inputs import BlockTables
+from kvarena.engine.runner.profile import available_kv_bytes, run_largest_step
+from kvarena.experiments.correctness.reference import greedy_reference
 
 PROMPTS = random_prompts((5, 13, 1, 30, 22, 9))
 NUM_TOKENS = 10
@@ -54,8 +54,8 @@ def test_random_batches_with_and_without_overlap(model, expected, seed):
 
 def test_real_strategies_with_preemption(model, expected):
     """A pool that cannot hold all requests: some are preempted and computed again."""
-    from allocators.paged import PagedAllocator
-    from schedulers.continuous import ContinuousScheduler
+    from kvarena.allocators.paged import PagedAllocator
+    from kvarena.schedulers.continuous import ContinuousScheduler
 
     for overlap in (False, True):
         requests = make_requests(PROMPTS, NUM_TOKENS)

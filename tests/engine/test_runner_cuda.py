@@ -6,13 +6,13 @@ from attention_cases import dense_attention, make_case, run_backend
 from checkpoints import random_prompts, write_checkpoint
 from runner_driver import generate, make_requests
 
-from engine.attention.reference import ReferenceBackend
-from engine.contract import BlockCopy, CopyKind
-from engine.errors import ConfigError, EngineError
-from engine.kv_pool import KVPool
-from engine.models import load_model
-from engine.runner.profile import available_kv_bytes
-from experiments.correctness.reference import greedy_reference
+from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.contract import BlockCopy, CopyKind
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.models import load_model
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.runner.profile import available_kv_bytes
+from kvarena.experiments.correctness.reference import greedy_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,6 +77,6 @@ def test_a_share_is_this_engines_own(model, monkeypatch):
     def does_not_fit(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("engine.runner.profile.run_largest_step", does_not_fit)
+    monkeypatch.setattr("kvarena.engine.runner.profile.run_largest_step", does_not_fit)
     with pytest.raises(EngineError, match=r"2.00 GiB were asked for and .*; lower scheduler\.max_num_batched_tokens"):
         available_kv_bytes(model, gpu_memory_utilization=0.9, **options)

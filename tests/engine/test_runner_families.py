@@ -5,9 +5,9 @@ import torch
 from checkpoints import FAMILIES, random_prompts, write_checkpoint
 from runner_driver import generate, make_requests
 
-from engine.attention import reference
-from engine.models import load_model
-from experiments.correctness.reference import greedy_reference
+from kvarena.engine.attention import reference
+from kvarena.engine.models import load_model
+from kvarena.experiments.correctness.reference import greedy_reference
 
 PROMPTS = random_prompts((5, 13, 1, 30))
 NUM_TOKENS = 12

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import EngineError, RequestError
-from engine.request import Request, SamplingParams
-from engine.sampler import Sampler
-from engine.sampling.state import SamplerState, check_sampling
+from kvarena.engine.errors import EngineError, RequestError
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.sampling.sampler import Sampler
+from kvarena.engine.sampling.state import SamplerState, check_sampling
 
 V = 64
 SAMPLE = Sampler()

@@ -6,11 +6,11 @@ import torch
 from scipy import stats
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from engine.request import Request, SamplingParams
-from engine.sampler import Sampler
-from engine.sampling.state import SamplerState
-from engine.sampling.streams import log_exponentials, stream_keys
-from engine.sampling.transforms import keep_min_p, keep_top_k, keep_top_p
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.sampling.sampler import Sampler
+from kvarena.engine.sampling.state import SamplerState
+from kvarena.engine.sampling.streams import log_exponentials, stream_keys
+from kvarena.engine.sampling.transforms import keep_min_p, keep_top_k, keep_top_p
 
 V = 200
 LOGITS = torch.randn(5, V, generator=torch.Generator().manual_seed(1)) * 2

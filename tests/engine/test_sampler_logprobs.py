@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engine.request import Request, SamplingParams
-from engine.sampler import Sampler
-from engine.sampling.state import SamplerState
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.sampling.sampler import Sampler
+from kvarena.engine.sampling.state import SamplerState
 
 V = 40
 LOGITS = torch.randn(3, V, generator=torch.Generator().manual_seed(5))

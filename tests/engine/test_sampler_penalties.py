@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from engine.errors import EngineError
-from engine.request import Request, SamplingParams
-from engine.sampler import Sampler
-from engine.sampling.state import SamplerState
+from kvarena.engine.errors import EngineError
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.sampling.sampler import Sampler
+from kvarena.engine.sampling.state import SamplerState
 
 V = 32
 SAMPLE = Sampler()

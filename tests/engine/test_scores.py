@@ -7,19 +7,19 @@ from checkpoints import random_prompts, write_checkpoint
 from fused_helpers import LateReference, make_pool
 from runner_driver import make_requests
 
-from allocators.paged import PagedAllocator
-from engine.clock import VirtualClock
-from engine.core import Engine, run_to_completion
-from engine.fusions.detect import fuse
-from engine.fusions.ops import TorchOps
-from engine.models import load_model
-from engine.runner.fused_runner import FusedRunner
-from engine.runner.torch_runner import TorchRunner
-from engine.sampler import Sampler
-from engine.sampling.state import SamplerState
-from engine.sampling.streams import log_exponentials, stream_keys
-from experiments.recording.scores import ScoreLog
-from schedulers.chunked import ChunkedScheduler
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.fusions.detect import fuse
+from kvarena.engine.fusions.ops import TorchOps
+from kvarena.engine.models import load_model
+from kvarena.engine.runner.fused_runner import FusedRunner
+from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.engine.sampling.sampler import Sampler
+from kvarena.engine.sampling.state import SamplerState
+from kvarena.engine.sampling.streams import log_exponentials, stream_keys
+from kvarena.experiments.recording.scores import ScoreLog
+from kvarena.schedulers.chunked import ChunkedScheduler
 
 PROMPTS = random_prompts((5, 13, 1, 30, 17, 8))
 NUM_BLOCKS, BLOCK_SIZE = 18, 4  # some requests are preempted

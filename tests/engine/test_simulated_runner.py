@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.clock import VirtualClock
-from engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
-from engine.errors import ConfigError
-from engine.request import Request
-from engine.runner.simulated import SimulatedRunner
-from engine.runner.step_time import HostTime, LinearStepTime, StepFeatures, TableStepTime, step_features
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.request import Request
+from kvarena.experiments.recording.step_features import StepFeatures, step_features
+from kvarena.experiments.simulation.runner import SimulatedRunner
+from kvarena.experiments.simulation.step_time import HostTime, LinearStepTime, TableStepTime
 
 
 def plan(*entries: tuple[int, int], samples: bool = True, num_copies: int = 0) -> StepPlan:

@@ -5,11 +5,11 @@ import pytest
 import torch
 from attention_cases import dense_attention, make_case, make_contiguous, run_backend
 
-from engine.attention import triton_backend
-from engine.attention.triton_backend import TritonBackend
-from engine.kernels.attention import AttentionCall
-from engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, nvrtc_major
-from engine.kernels.stream_decode import StreamDecode, launch_constants, streams
+from kvarena.engine.attention import triton_backend
+from kvarena.engine.attention.triton_backend import TritonBackend
+from kvarena.engine.kernels.attention.base import AttentionCall
+from kvarena.engine.kernels.attention.stream_decode import StreamDecode, launch_constants, streams
+from kvarena.engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, nvrtc_major
 
 DEVICE = "cuda"
 needs_hopper = pytest.mark.skipif(

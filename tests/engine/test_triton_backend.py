@@ -7,13 +7,13 @@ import triton.language as tl
 from attention_cases import dense_attention, make_case, make_contiguous, run_backend
 from torch.nn.attention import SDPBackend
 
-from engine.attention.dense import MIN_LENGTH, DensePrompts
-from engine.attention.reference import ReferenceBackend
-from engine.attention.triton_backend import TritonBackend
-from engine.errors import ConfigError, EngineError
-from engine.kernels import attention
-from engine.kernels.common import slot_type
-from engine.kernels.config import DecodeConfig
+from kvarena.engine.attention.dense import MIN_LENGTH, DensePrompts
+from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.attention.triton_backend import TritonBackend
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.kernels.attention import base as attention
+from kvarena.engine.kernels.attention.config import DecodeConfig
+from kvarena.engine.kernels.common import slot_type
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = [(99, 1), (0, 40), (12, 30), (0, 1), (650, 1), (64, 3)]

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from memory_drivers import KIB, FakeDriver
 
-from engine.cuda_memory import call
-from engine.errors import ConfigError, EngineError
-from engine.virtual_memory import PageMap
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.pool.cuda_memory import call
+from kvarena.engine.pool.virtual_memory import PageMap
 
 PAGE = 64 * KIB
 REGION = 8  # pages of address range

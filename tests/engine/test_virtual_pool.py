@@ -10,20 +10,20 @@ import torch
 from checkpoints import random_prompts, write_checkpoint
 from memory_drivers import KIB, FakeDriver, HostDriver
 
-from allocators.virtual import VirtualAllocator
-from engine.attention.base import AttentionBackend
-from engine.attention.reference import ReferenceBackend
-from engine.attention.triton_backend import TritonBackend
-from engine.clock import VirtualClock
-from engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
-from engine.core import Engine, run_to_completion
-from engine.errors import EngineError
-from engine.kv_pool import KVPool
-from engine.models import LoadedModel, load_model
-from engine.request import Request, SamplingParams
-from engine.runner.torch_runner import TorchRunner
-from engine.virtual_pool import VirtualKVPool
-from schedulers.continuous import ContinuousScheduler
+from kvarena.allocators.virtual import VirtualAllocator
+from kvarena.engine.attention.base import AttentionBackend
+from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.attention.triton_backend import TritonBackend
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
+from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.errors import EngineError
+from kvarena.engine.models import LoadedModel, load_model
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.pool.virtual_pool import VirtualKVPool
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.schedulers.continuous import ContinuousScheduler
 
 PAGE = 64 * KIB
 BLOCK = 4

@@ -9,18 +9,18 @@ import pytest
 import torch
 from checkpoints import random_prompts
 
-from allocators.virtual import VirtualAllocator
-from engine.attention.triton_backend import TritonBackend
-from engine.clock import WallClock
-from engine.contract import ScheduledRequest, StepPlan
-from engine.core import Engine, run_to_completion
-from engine.errors import EngineError
-from engine.kv_pool import KVPool
-from engine.models import LoadedModel, load_model
-from engine.request import Request, SamplingParams
-from engine.runner.torch_runner import TorchRunner
-from engine.virtual_pool import VirtualKVPool
-from schedulers.continuous import ContinuousScheduler
+from kvarena.allocators.virtual import VirtualAllocator
+from kvarena.engine.attention.triton_backend import TritonBackend
+from kvarena.engine.clock import WallClock
+from kvarena.engine.contract import ScheduledRequest, StepPlan
+from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.errors import EngineError
+from kvarena.engine.models import LoadedModel, load_model
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.pool.virtual_pool import VirtualKVPool
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.schedulers.continuous import ContinuousScheduler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -197,8 +197,8 @@ def test_more_pages_than_the_gpu_has_is_one_line(bindings, model):
 
 def test_the_main_job_builds_it(bindings):
     pytest.importorskip("hydra")
-    from experiments.building.build import build_engine
-    from experiments.compose import load_config
+    from kvarena.experiments.building.build import build_engine
+    from kvarena.experiments.settings.compose import load_config
 
     parts = build_engine(
         load_config(

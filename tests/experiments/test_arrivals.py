@@ -8,8 +8,8 @@ The bounds are 4 standard errors of the statistic under the true process, with f
 import numpy as np
 import pytest
 
-from engine.errors import ConfigError
-from experiments.load.arrivals import (
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.load.arrivals import (
     AllAtOnceArrival,
     ClosedLoopArrival,
     ConstantArrival,
@@ -19,7 +19,7 @@ from experiments.load.arrivals import (
     RampArrival,
     TraceArrival,
 )
-from experiments.workloads import WorkloadItem
+from kvarena.experiments.workloads import WorkloadItem
 
 NUM = 40_000
 

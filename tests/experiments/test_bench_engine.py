@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from experiments.benchmarks.engine_checks import check_logits, check_tokens, compare_logits
-from experiments.gpu.engines import Levers, PrefilledAllocator, attempt, drive, make_bed
-from experiments.gpu.shapes import SHAPES, fixed_batch, floor_of, offline_workload
-from schedulers.continuous import ContinuousScheduler
+from kvarena.experiments.benchmarks.engine_checks import check_logits, check_tokens, compare_logits
+from kvarena.experiments.gpu.engines import Levers, PrefilledAllocator, attempt, drive, make_bed
+from kvarena.experiments.gpu.shapes import SHAPES, fixed_batch, floor_of, offline_workload
+from kvarena.schedulers.continuous import ContinuousScheduler
 
 
 def test_workload_a_is_the_published_one():

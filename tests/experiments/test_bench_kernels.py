@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels.config import decode_config
-from experiments.benchmarks import kernels
-from experiments.benchmarks.attention_cases import LLAMA_8B, Batch, visible_pairs
-from experiments.benchmarks.attention_variants import DECODE_TILES, decode_variants
+from kvarena.engine.kernels.attention.config import decode_config
+from kvarena.experiments.benchmarks import kernels
+from kvarena.experiments.benchmarks.kernels.attention_cases import LLAMA_8B, Batch, visible_pairs
+from kvarena.experiments.benchmarks.kernels.attention_variants import DECODE_TILES, decode_variants
 
 
 @pytest.mark.parametrize("rows", [[(0, 5)], [(7, 1), (3, 4)], [(100, 1)] * 3])

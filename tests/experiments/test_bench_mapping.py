@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from experiments.benchmarks import mapping
+from kvarena.experiments.benchmarks.kernels import mapping
 
 
 class FreeDriver:

@@ -2,7 +2,7 @@
 
 import json
 
-from experiments.benchmarks import scheduler as bench
+from kvarena.experiments.benchmarks import scheduler as bench
 
 
 def test_steps_of_both_engines_are_timed():

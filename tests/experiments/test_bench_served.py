@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import EngineError
-from experiments.benchmarks.served import ClosedLoop, serve_flags, shares
-from experiments.benchmarks.stream_load import Level, Row, Shape, line_of
-from experiments.compose import CONF_DIR
-from experiments.models.shape import make_model_dir
-from experiments.serving.stub_engine import StubOptions, build
+from kvarena.engine.errors import EngineError
+from kvarena.experiments.benchmarks.served import ClosedLoop, serve_flags, shares
+from kvarena.experiments.benchmarks.stream_load import Level, Row, Shape, line_of
+from kvarena.experiments.models.shape import make_model_dir
+from kvarena.experiments.serving.stub_engine import StubOptions, build
+from kvarena.experiments.settings.compose import CONF_DIR
 
 SHAPE = Shape(num_prompt_tokens=20, num_output_tokens=5, max_token_id=90)
 

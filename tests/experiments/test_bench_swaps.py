@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.benchmarks import swaps
+from kvarena.experiments.benchmarks.kernels import swaps
 
 
 def test_the_fit_finds_the_cost_of_a_transfer_and_of_a_byte():

@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from engine.errors import ConfigError
-from experiments.recording.commits import write_commit
-from experiments.recording.sources import sources_of
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.folders.commits import write_commit
+from kvarena.experiments.folders.sources import sources_of
 
 CONFIG = {"allocator": {"_target_": "allocators.mine.Mine"}, "engine": {"seed": 0}}
 
@@ -29,7 +29,7 @@ def checkout(tmp_path):
     (root / "README.md").write_text("x\n")
     commit()
     for value in (1, 2):
-        for package in ("engine", "experiments", "hydra_plugins"):
+        for package in ("engine", "experiments"):
             (root / package).mkdir(exist_ok=True)
             (root / package / "code.py").write_text(f"VALUE = {value}\n")
         (root / "allocators" / "mine.py").write_text("class Mine: pass\n")

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from experiments.recording.contention import Contention, run_probe
-from reports.contention import run_had_company
-from reports.shapes import CONTENTION, mismatch
+from kvarena.experiments.recording.contention import Contention, run_probe
+from kvarena.reports.comparing.contention import run_had_company
+from kvarena.reports.reading.shapes import CONTENTION, mismatch
 
 
 def test_a_process_that_waits_has_no_share_and_one_that_works_has_one():
@@ -86,7 +86,7 @@ def test_a_change_within_the_probes_own_noise_is_not_said():
 
 def test_one_interrupted_slice_does_not_move_the_probe(monkeypatch):
     rates = iter([1.0, *[1000.0] * 4, 200.0, *[1000.0] * 5])  # the first is the warm-up's
-    monkeypatch.setattr("experiments.recording.contention._rate", lambda *_: next(rates))
+    monkeypatch.setattr("kvarena.experiments.recording.contention._rate", lambda *_: next(rates))
     assert run_probe(cuda=False) == (1000.0, 0.0)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.simulation.divergence import COUNTS, compare_decisions
+from kvarena.experiments.simulation.divergence import COUNTS, compare_decisions
 
 
 def steps(hashes: list[int], **columns: list[int]) -> dict[str, np.ndarray]:

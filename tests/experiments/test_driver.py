@@ -2,22 +2,22 @@
 
 import pytest
 
-from allocators.paged import PagedAllocator
-from engine.clock import VirtualClock
-from engine.contract import KVAllocator, StepPlan
-from engine.core import Engine
-from engine.errors import EngineError
-from engine.ledger import MemoryLedger
-from engine.request import FinishReason, Request, SamplingParams
-from engine.runner.base import ReadyTokens, StepResult
-from experiments.building.build import build
-from experiments.building.warm_up import warm_cache
-from experiments.compose import load_config
-from experiments.job import execute
-from experiments.load.driver import ClosedLoop, drive
-from experiments.recording.record import RunRecorder
-from schedulers.continuous import ContinuousScheduler
-from schedulers.static import StaticScheduler
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.contract import KVAllocator, StepPlan
+from kvarena.engine.core import Engine
+from kvarena.engine.errors import EngineError
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.model_runner import ReadyTokens, StepResult
+from kvarena.engine.request import FinishReason, Request, SamplingParams
+from kvarena.experiments.building.build import build
+from kvarena.experiments.building.warm_up import warm_cache
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.load.driver import ClosedLoop, drive
+from kvarena.experiments.recording.record import RunRecorder
+from kvarena.experiments.settings.compose import load_config
+from kvarena.schedulers.continuous import ContinuousScheduler
+from kvarena.schedulers.static import StaticScheduler
 
 STEP_TIME = 0.5
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from experiments.entry import main
-from experiments.explain import explain
+from kvarena.experiments.entry import main
+from kvarena.experiments.settings.explain import explain
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import pytest
 
-import experiments.job
-import reports.comparison
-import reports.run_report
-from experiments.entry import main
-from reports.__main__ import main as report
-from reports.errors import NotWritten
-from reports.writing import replacing, write_text
+import kvarena.experiments.jobs.job
+import kvarena.reports.pages.comparison
+import kvarena.reports.pages.run_report
+from kvarena.experiments.entry import main
+from kvarena.reports.__main__ import main as report
+from kvarena.reports.reading.errors import NotWritten
+from kvarena.reports.reading.writing import replacing, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16", "workload=fixed",
@@ -147,14 +147,14 @@ def files_of_at_most(size: int):
 def test_a_file_that_cannot_be_written_is_one_line_and_later_cells_run(run, tmp_path, monkeypatch):
     folder = tmp_path / "D"
     args = ["-m", *SMALL, "workload.num_requests=1000,3", "report.pages=false", f"hydra.sweep.dir={folder}"]
-    written = experiments.job.write_run
+    written = kvarena.experiments.jobs.job.write_run
 
     def write_run(*args):
         with files_of_at_most(100 if args[1]["workload"]["num_requests"] == 1000 else 1_000_000):
             written(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(experiments.job, "write_run", write_run)
+        patched.setattr(kvarena.experiments.jobs.job, "write_run", write_run)
         done = run(*args)
     assert done.code == 2
     [line] = errors(done)
@@ -210,7 +210,7 @@ def test_a_report_that_cannot_be_drawn_loses_no_measurement(run, tmp_path, monke
         raise NotWritten("cannot write report.html (No space left on device); make room there")
 
     with monkeypatch.context() as patched:
-        patched.setattr(reports.run_report, "write_run_report", full)
+        patched.setattr(kvarena.reports.pages.run_report, "write_run_report", full)
         done = run(*SMALL, f"hydra.run.dir={folder}")
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert json.loads((folder / "cell.json").read_text())["reports"] is None
@@ -223,14 +223,14 @@ def test_a_report_that_cannot_be_drawn_loses_no_measurement(run, tmp_path, monke
 
 
 def test_a_bug_in_one_cell_keeps_the_others_and_its_stack_trace(run, tmp_path, monkeypatch):
-    ran = experiments.job._run_here
+    ran = kvarena.experiments.jobs.job._run_here
 
     def broken(cfg, name, *rest):
         if "static" in name:
             raise ZeroDivisionError("a bug")
         return ran(cfg, name, *rest)
 
-    monkeypatch.setattr(experiments.job, "_run_here", broken)
+    monkeypatch.setattr(kvarena.experiments.jobs.job, "_run_here", broken)
     with pytest.raises(ZeroDivisionError):
         run("-m", "scheduler=static,continuous", "report.pages=false", *SMALL, f"hydra.sweep.dir={tmp_path}/D")
     record = json.loads((tmp_path / "D/sweep.json").read_text())
@@ -261,14 +261,14 @@ def test_a_file_takes_its_place_as_a_whole_or_not_at_all(tmp_path):
 
 def test_a_second_run_of_a_folder_that_is_written_leaves_no_note_there(tmp_path):
     """Two processes: the one that comes second is refused while the first one works."""
-    hold = ("import sys; from pathlib import Path; from experiments.recording.lock import only_writer\n"
+    hold = ("import sys; from pathlib import Path; from kvarena.experiments.folders.lock import only_writer\n"
             "with only_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()")  # fmt: skip
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert holder.stdout.readline() == "held\n"
-    from experiments.recording.failures import _may_write
-    from experiments.recording.place import RUN
+    from kvarena.experiments.folders.failures import _may_write
+    from kvarena.experiments.folders.place import RUN
 
     assert not _may_write(tmp_path, RUN)
     holder.communicate("")

@@ -4,15 +4,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from engine.attention.reference import ReferenceBackend
-from engine.clock import VirtualClock
-from engine.errors import ConfigError
-from engine.kv_pool import KVPool
-from engine.models import load_model
-from engine.runner.fused_runner import FusedRunner
-from experiments.building.runners import make_runner
-from experiments.config import RunnerConfig
-from experiments.gpu.shapes import SHAPES
+from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.models import load_model
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.runner.fused_runner import FusedRunner
+from kvarena.experiments.building.runners import make_runner
+from kvarena.experiments.gpu.shapes import SHAPES
+from kvarena.experiments.settings.config import RunnerConfig
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 64}
 

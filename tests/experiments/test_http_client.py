@@ -9,11 +9,11 @@ import httpx
 import numpy as np
 import pytest
 
-from engine.request import Request, SamplingParams
-from experiments.load import http_client, http_driver
-from experiments.load.http_client import HttpServer
-from experiments.load.http_driver import HttpDriver
-from reports.latency import request_latencies
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.load import http_client, http_driver
+from kvarena.experiments.load.http_client import HttpServer
+from kvarena.experiments.load.http_driver import HttpDriver
+from kvarena.reports.analysis.latency import request_latencies
 
 DONE = "[DONE]"
 

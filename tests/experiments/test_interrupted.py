@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-import experiments.job
-import reports.run_report
-from engine.errors import EngineError
-from experiments.entry import main
-from experiments.interruption import Interrupted, Signals
-from reports.__main__ import main as report
-from reports.files import read_run
-from reports.summary import summarize
+import kvarena.experiments.jobs.job
+import kvarena.reports.pages.run_report
+from kvarena.engine.errors import EngineError
+from kvarena.experiments.entry import main
+from kvarena.experiments.recording.interruption import Interrupted, Signals
+from kvarena.reports.__main__ import main as report
+from kvarena.reports.pages.summary import summarize
+from kvarena.reports.reading.files import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD = ["workload=fixed", "workload.num_requests=6", "workload.prompt_len=8", "workload.output_len=12",
@@ -63,7 +63,7 @@ def run(tmp_path, monkeypatch, capfd):
 @pytest.fixture
 def at(monkeypatch):
     """Something happens once, as soon as so many requests of a run have ended."""
-    driven = experiments.job.drive
+    driven = kvarena.experiments.jobs.job.drive
 
     def call(num_ended: int, what, in_cell: int = 0) -> None:
         cells, done = [], []
@@ -79,7 +79,7 @@ def at(monkeypatch):
 
             driven(engine, requests, recorder, on_progress=look, **rest)
 
-        monkeypatch.setattr(experiments.job, "drive", drive)
+        monkeypatch.setattr(kvarena.experiments.jobs.job, "drive", drive)
 
     return call
 
@@ -137,7 +137,7 @@ def test_the_line_names_a_default_folder_too(run, at):
 
 
 def test_before_anything_is_measured_it_ends_at_once(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments.job, "build", lambda *_: kill(signal.SIGTERM)())
+    monkeypatch.setattr(kvarena.experiments.jobs.job, "build", lambda *_: kill(signal.SIGTERM)())
     done = run(*LOAD, *SIMULATED, f"hydra.run.dir={tmp_path}/one")
     assert done.code == 143
     assert "interrupted by SIGTERM: nothing had been measured; go on with: " in done.line
@@ -147,7 +147,7 @@ def test_before_anything_is_measured_it_ends_at_once(run, tmp_path, monkeypatch)
 def test_a_run_whose_report_is_being_drawn_is_whole(run, tmp_path, monkeypatch):
     folder = tmp_path / "one"
     with monkeypatch.context() as patched:
-        patched.setattr(reports.run_report, "render_html", lambda _: kill(signal.SIGTERM)())
+        patched.setattr(kvarena.reports.pages.run_report, "render_html", lambda _: kill(signal.SIGTERM)())
         done = run(*LOAD, *SIMULATED, f"hydra.run.dir={folder}", "report.pages=true")
     assert done.code == 143
     assert "all requests had ended and are in one, without a report" in done.line

@@ -4,13 +4,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from allocators.placement import Buddy
-from engine.core import Engine
-from experiments.correctness import matrix
-from experiments.correctness.matrix import Cell, allocator_cells, run_cell
-from experiments.correctness.random_traces import make_trace
-from experiments.recording.kv_map import CACHED, EXTERNAL, FREE, SHARED, KVMapRecorder
-from experiments.strategies import strategy_names
+from kvarena.allocators.placement import Buddy
+from kvarena.engine.core import Engine
+from kvarena.experiments.fuzzing import matrix
+from kvarena.experiments.fuzzing.matrix import Cell, allocator_cells, run_cell
+from kvarena.experiments.fuzzing.random_traces import make_trace
+from kvarena.experiments.recording.kv_map import CACHED, EXTERNAL, FREE, SHARED, KVMapRecorder
+from kvarena.experiments.settings.strategies import strategy_names
 
 TRACES = [make_trace(seed) for seed in range(200, 203)]
 

@@ -6,16 +6,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from allocators.contiguous import ContiguousAllocator
-from allocators.paged import PagedAllocator
-from allocators.prefix import PrefixCachingAllocator
-from allocators.radix import RadixAllocator
-from engine.clock import VirtualClock
-from engine.core import Engine, run_to_completion
-from engine.request import Request, SamplingParams
-from engine.runner.simulated import SimulatedRunner
-from experiments.recording.kv_map import CACHED, FREE, SHARED, KVMapRecorder
-from schedulers.continuous import ContinuousScheduler
+from kvarena.allocators.contiguous import ContiguousAllocator
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.allocators.prefix import PrefixCachingAllocator
+from kvarena.allocators.radix import RadixAllocator
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.recording.kv_map import CACHED, FREE, SHARED, KVMapRecorder
+from kvarena.experiments.simulation.runner import SimulatedRunner
+from kvarena.schedulers.continuous import ContinuousScheduler
 
 BLOCK_SIZE, NUM_BLOCKS = 4, 24
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import warm
 
-from engine.errors import ConfigError
-from experiments.ray_cells import RayOptions, _check_node, _gather, _Sweep, run_cells
-from experiments.recording.sources import code_hash
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.folders.sources import code_hash
+from kvarena.experiments.sweeps.ray_cells import RayOptions, _check_node, _gather, _Sweep, run_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 # The last block size is refused.

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.runner.oracle import OracleRunner
-from experiments.correctness import map_check
-from experiments.correctness.map_check import COUNTS, Snapshot, difference, has_whole_blocks
-from experiments.correctness.matrix import Cell, allocator_cells, allocator_options, build_cell, drive
-from experiments.correctness.random_traces import VOCAB_SIZE, make_trace
-from experiments.correctness.recount import Recount
-from experiments.recording.kv_map import CACHED, EXTERNAL, FREE, KVMapRecorder
-from experiments.strategies import strategy_names
+from kvarena.experiments.correctness import map_check
+from kvarena.experiments.correctness.map_check import COUNTS, Snapshot, difference, has_whole_blocks
+from kvarena.experiments.correctness.oracle import OracleRunner
+from kvarena.experiments.fuzzing.matrix import Cell, allocator_cells, allocator_options, build_cell, drive
+from kvarena.experiments.fuzzing.random_traces import VOCAB_SIZE, make_trace
+from kvarena.experiments.fuzzing.recount import Recount
+from kvarena.experiments.recording.kv_map import CACHED, EXTERNAL, FREE, KVMapRecorder
+from kvarena.experiments.settings.strategies import strategy_names
 
 BLOCK = 4
 LEDGER = {"token_states": 6, "reservation": 1, "internal": 1, "external": 0, "shortage": 4, "free": 0, "cached": 4}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.correctness.class_table import Outcome, write_table
-from experiments.correctness.model_classes import check_class, main
-from experiments.correctness.small_configs import class_names
+from kvarena.experiments.correctness.class_table import Outcome, write_table
+from kvarena.experiments.correctness.model_classes import check_class, main
+from kvarena.experiments.correctness.small_configs import class_names
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 ROW = re.compile(r"^\| (\w+) \| `([\w.-]+)` \| (equal|refused|not made|different) \| (.*) \|$", re.MULTILINE)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from allocators.paged import PagedAllocator
-from allocators.virtual import VirtualAllocator
-from engine.errors import ConfigError
-from engine.kv_pool import KVPool
-from engine.models import ModelSpec
-from experiments.building import pools
-from experiments.compose import load_config
-from experiments.config import RunnerConfig
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.allocators.virtual import VirtualAllocator
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.models import ModelSpec
+from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.experiments.building import pools
+from kvarena.experiments.settings.compose import load_config
+from kvarena.experiments.settings.config import RunnerConfig
 
 make_pool = functools.partial(pools.make_pool, sized_by="kv_cache.num_blocks")
 SPEC = ModelSpec("small", 2, 2, 64, 8, 64, torch.float32, frozenset(), None, 0)

@@ -7,17 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.contract import KVUsage, StepPlan
-from engine.core import StepOutput
-from engine.runner.base import StepResult
-from experiments.compose import compose_cell
-from experiments.job import execute
-from experiments.recording.kv_map import KVMapRecorder
-from experiments.recording.recording import Recording, recording_warning
-from reports.comparison import compare
-from reports.errors import ReportError
-from reports.run_report import write_run_report
-from reports.terminal import run_table
+from kvarena.engine.contract import KVUsage, StepPlan
+from kvarena.engine.core import StepOutput
+from kvarena.engine.model_runner import StepResult
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.recording.kv_map import KVMapRecorder
+from kvarena.experiments.recording.recording import Recording, recording_warning
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.run_report import write_run_report
+from kvarena.reports.pages.terminal import run_table
+from kvarena.reports.reading.errors import ReportError
 
 SIMULATED = ("runner=simulated", "model=llama-3.1-8b-shape", "engine.dtype=auto", "workload=uniform",
              "workload.num_requests=12", "report.progress=false", "report.pages=false")  # fmt: skip
@@ -155,7 +155,7 @@ def test_snapshots_are_even_over_the_run(num_steps):
 def test_snapshots_cost_no_more_than_their_share(monkeypatch):
     """By a clock of its own: every look takes 1 ms of steps of 10 ms, and may take 2 %."""
     now = [0.0]
-    monkeypatch.setattr("experiments.recording.kv_map.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("kvarena.experiments.recording.kv_map.time.perf_counter", lambda: now[0])
     recorder = KVMapRecorder(Pool(), lambda req: 0, max_share=0.02)
     look = recorder._look
 

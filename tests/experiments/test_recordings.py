@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from engine.errors import ConfigError
-from experiments.gpu import calibration_cells, record
-from experiments.gpu.calibration_cells import CELLS, FIT, HELD_OUT, LENGTHS
-from experiments.simulation.recorded import RecordedRun
-from experiments.simulation.recordings import keep, make_folders, recording_names
-from experiments.simulation.replay import replay
-from reports.run_report import write_run_report
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.gpu import calibration_cells, record
+from kvarena.experiments.gpu.calibration_cells import CELLS, FIT, HELD_OUT, LENGTHS
+from kvarena.experiments.simulation.recorded import RecordedRun
+from kvarena.experiments.simulation.recordings import keep, make_folders, recording_names
+from kvarena.experiments.simulation.replay import replay
+from kvarena.reports.pages.run_report import write_run_report
 
 OPTIONS = record.Options(["tiny"], num_slots=16384, device="cpu", share=0.003, limit=600.0)
 # A load that refers to another cell, a pool of its own, and the loop without overlap.

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.errors import ConfigError
-from experiments.compose import compose_cell
-from experiments.job import execute
-from experiments.simulation.recorded import RecordedRun
-from experiments.simulation.replay import replay
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.simulation.recorded import RecordedRun
+from kvarena.experiments.simulation.replay import replay
 
 # Small enough for preemptions, and slow enough on the wall clock for requests to arrive in the middle of steps.
 CELL = [

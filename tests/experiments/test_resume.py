@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import warm
 
-from engine.errors import ConfigError
-from experiments.compose import compose_cell
-from experiments.entry import main
-from experiments.job import execute
-from experiments.recording.cell_state import cell_key, finished_key, mark_finished
-from experiments.recording.lock import only_writer
-from reports.errors import NotWritten, ReportError
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.entry import main
+from kvarena.experiments.folders.cell_state import cell_key, finished_key, mark_finished
+from kvarena.experiments.folders.lock import only_writer
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.reports.reading.errors import NotWritten, ReportError
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "fixed", "arrival": "all_at_once"}
@@ -92,7 +92,7 @@ def test_two_processes_at_one_sweep_share_its_cells(tmp_path):
 
 def test_the_lock_ends_with_its_process(tmp_path, capfd):
     hold = (
-        "import sys, time; from pathlib import Path; from experiments.recording.lock import only_writer\n"
+        "import sys, time; from pathlib import Path; from kvarena.experiments.folders.lock import only_writer\n"
         "with only_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from engine.errors import ConfigError
-from experiments.building.build import build
-from experiments.compose import load_config
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.building.build import build
+from kvarena.experiments.settings.compose import load_config
 
 SIMULATED = ("runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16", "workload=fixed")
 

@@ -3,15 +3,15 @@
 import pyarrow.parquet as pq
 import pytest
 
-from allocators.paged import PagedAllocator
-from engine.contract import NULL_BLOCK
-from engine.errors import ConfigError
-from experiments.compose import compose_cell
-from experiments.config import DriverConfig
-from experiments.http_job import run_http
-from experiments.interruption import Signals
-from experiments.studies.cells import CellRunner
-from reports.comparison import compare
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.engine.contract import NULL_BLOCK
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.jobs.http_job import run_http
+from kvarena.experiments.recording.interruption import Signals
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.settings.config import DriverConfig
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.reports.pages.comparison import compare
 
 SETTINGS = (
     "engine.dtype=bfloat16", "workload.num_requests=6", "workload.max_total_len=160", "kv_cache.num_slots=1024",

@@ -9,14 +9,15 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from engine.errors import ConfigError
-from engine.models import load_model
-from engine.models import sizes as sizes_module
-from engine.models.sizes import model_sizes
-from engine.runner.step_time import RooflineStepTime, StepFeatures
-from experiments.compose import CONF_DIR, load_config
-from experiments.job import execute
-from experiments.simulation.profiles import load_profile
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.models import load_model
+from kvarena.engine.models import sizes as sizes_module
+from kvarena.engine.models.sizes import model_sizes
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.recording.step_features import StepFeatures
+from kvarena.experiments.settings.compose import CONF_DIR, load_config
+from kvarena.experiments.simulation.profiles import load_profile
+from kvarena.experiments.simulation.step_time import RooflineStepTime
 
 OPT = ["model=opt-13b-shape", "engine.dtype=auto", "runner=simulated", "runner.profile=a100-40gb"]
 CELL = ["workload=uniform", "workload.num_requests=20", "report.progress=false", "report.pages=false",
@@ -42,7 +43,7 @@ def test_a_directory_is_traced_again_when_it_is_another_one(tmp_path, monkeypatc
     calls = []
     trace = sizes_module.trace_attention
     monkeypatch.setattr(sizes_module, "trace_attention", lambda *args: calls.append(args) or trace(*args))
-    for file in Path("models/demo").glob("*.json"):
+    for file in Path("experiments/models/demo").glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     first = model_sizes(tmp_path)
     assert model_sizes(tmp_path) is first and len(calls) == 1

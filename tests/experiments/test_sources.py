@@ -5,19 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from experiments.recording.sources import PROJECT_ROOT, code_hash, inputs_of, package_digest, sources_of
+from kvarena.experiments.folders.sources import PROJECT_ROOT, code_hash, inputs_of, package_digest, sources_of
 
-MINE = """from allocators.blocks import BlockPool
+MINE = """from kvarena.allocators.blocks import BlockPool
 from allocators.mine_parts import helper
 class Mine(BlockPool): ...
 """
-PAGED = {"allocator": {"_target_": "allocators.paged.PagedAllocator"}, "scheduler": {"_target_": "schedulers.sjf.X"}}
+PAGED = {
+    "allocator": {"_target_": "kvarena.allocators.paged.PagedAllocator"},
+    "scheduler": {"_target_": "kvarena.schedulers.sjf.X"},
+}
 
 
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of the packages without git, as a wheel's installation is."""
-    for name in ("engine", "experiments", "hydra_plugins", "allocators", "schedulers", "reports"):
+    for name in ("engine", "experiments", "allocators", "schedulers", "reports"):
         shutil.copytree(PROJECT_ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.css"))
     return tmp_path
 
@@ -28,7 +31,7 @@ def files(config, root=PROJECT_ROOT):
 
 
 def write(path: Path, text: str) -> None:
-    from experiments.recording import sources
+    from kvarena.experiments.folders import sources
 
     path.write_text(text)
     sources._strategy_files.cache_clear()
@@ -41,7 +44,7 @@ def test_a_wheel_and_a_checkout_of_the_same_code_have_the_same_hash(checkout):
 
 
 def test_a_strategy_counts_for_the_cells_that_use_it(checkout):
-    mine = {"allocator": {"_target_": "allocators.mine.Mine"}, "scheduler": {"_target_": "schedulers.sjf.X"}}
+    mine = {"allocator": {"_target_": "allocators.mine.Mine"}, "scheduler": {"_target_": "kvarena.schedulers.sjf.X"}}
     write(checkout / "allocators/mine_parts.py", "helper = 1\n")
     write(checkout / "allocators/mine.py", MINE)
     paged, before = files(PAGED, checkout), files(mine, checkout)
@@ -59,7 +62,7 @@ def test_a_strategy_counts_for_the_cells_that_use_it(checkout):
 
 def test_reports_change_no_measurement(checkout):
     before = files(PAGED, checkout)["hash"]
-    write(checkout / "reports/format.py", "")
+    write(checkout / "reports/drawing/format.py", "")
     assert files(PAGED, checkout)["hash"] == before
 
 
@@ -68,7 +71,7 @@ def test_a_class_outside_the_checkout_counts_with_what_lies_beside_it(tmp_path, 
     package.mkdir()
     write(package / "__init__.py", "")
     write(package / "parts.py", "x = 1\n")
-    write(package / "policy.py", "from schedulers.chunked import ChunkedScheduler\nfrom . import parts\n")
+    write(package / "policy.py", "from kvarena.schedulers.chunked import ChunkedScheduler\nfrom . import parts\n")
     monkeypatch.syspath_prepend(tmp_path)
     config = {"scheduler": {"_target_": "far_away.policy.Policy"}}
     before = files(config)

@@ -10,12 +10,12 @@ import pytest
 import warm
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from experiments.compose import compose_cell
-from experiments.entry import main
-from experiments.recording import cell_folders
-from experiments.recording.cell_folders import CellFolders, stem_of
-from experiments.recording.cell_state import cell_key, mark_finished
-from experiments.recording.sources import digest
+from kvarena.experiments.entry import main
+from kvarena.experiments.folders import cell_folders
+from kvarena.experiments.folders.cell_folders import CellFolders, stem_of
+from kvarena.experiments.folders.cell_state import cell_key, mark_finished
+from kvarena.experiments.folders.sources import digest
+from kvarena.experiments.settings.compose import compose_cell
 
 ROOT = Path(__file__).resolve().parents[2]
 SIMULATED = ["runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16"]
@@ -45,7 +45,7 @@ def sweep(tmp_path, monkeypatch, capfd):
     def call(*args: str, folder: str = "D", options: list[str] = SIMULATED) -> Swept:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        monkeypatch.setattr("reports.comparison.draw_comparison", lambda *_: NoFigures())
+        monkeypatch.setattr("kvarena.reports.pages.comparison.draw_comparison", lambda *_: NoFigures())
         path = tmp_path / folder
         command = ["-m", *options, *SMALL, *args, f"hydra.sweep.dir='{path}'"]
         monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *command])
@@ -103,13 +103,13 @@ def test_a_cell_that_failed_and_works_now_is_clean(sweep, monkeypatch):
 
 
 def test_a_failed_cell_that_is_run_again_leaves_no_error(sweep, monkeypatch):
-    import experiments.job
+    import kvarena.experiments.jobs.job
 
     def broken(*_):
-        raise experiments.job.ConfigError("not today")
+        raise kvarena.experiments.jobs.job.ConfigError("not today")
 
     with monkeypatch.context() as patched:
-        patched.setattr(experiments.job, "_run_here", broken)
+        patched.setattr(kvarena.experiments.jobs.job, "_run_here", broken)
         first = sweep("scheduler=continuous,static")
     assert [entry["error"] for entry in first.record["failed"]] == ["not today"] * 2
     again = sweep("scheduler=continuous,static")
@@ -187,7 +187,7 @@ def test_a_baseline_is_named_without_digits(sweep):
 
 def test_other_code_gets_a_folder_of_its_own(sweep, monkeypatch):
     """Old results were taken for those of new code, or the sweep was refused."""
-    from experiments.recording import cell_state
+    from kvarena.experiments.folders import cell_state
 
     first = sweep("scheduler=continuous,static")
     found = cell_state.sources_of
@@ -209,10 +209,10 @@ def test_other_code_gets_a_folder_of_its_own(sweep, monkeypatch):
 
 def test_an_edited_strategy_runs_again_and_the_others_do_not(tmp_path):
     """A new file that git does not know, outside the checkout, is code like any other."""
-    mine = "from allocators.paged import PagedAllocator\nclass Mine(PagedAllocator):\n    x = 0\n"
+    mine = "from kvarena.allocators.paged import PagedAllocator\nclass Mine(PagedAllocator):\n    x = 0\n"
     (tmp_path / "mine.py").write_text(mine)
     command = [str(ROOT / "run.py"), "-m", "scheduler=continuous,static", *SIMULATED, *SMALL,
-               "allocator._target_=allocators.paged.PagedAllocator,mine.Mine",
+               "allocator._target_=kvarena.allocators.paged.PagedAllocator,mine.Mine",
                f"hydra.sweep.dir={tmp_path}/D"]  # fmt: skip
 
     def run() -> tuple[list[str], int]:
@@ -223,7 +223,7 @@ def test_an_edited_strategy_runs_again_and_the_others_do_not(tmp_path):
     first, _ = run()
     assert run() == (first, 4)
     (tmp_path / "mine.py").write_text(
-        "from allocators.paged import PagedAllocator\nclass Mine(PagedAllocator): x = 1\n"
+        "from kvarena.allocators.paged import PagedAllocator\nclass Mine(PagedAllocator): x = 1\n"
     )
     second, num_before = run()
     assert num_before == 2
@@ -281,7 +281,7 @@ def test_a_result_without_an_owner_is_left_alone(tmp_path):
 
 
 def test_another_trace_under_the_same_name_is_another_cell(tmp_path):
-    from experiments.compose import compose_cell
+    from kvarena.experiments.settings.compose import compose_cell
 
     profile = tmp_path / "card.yaml"
     profile.write_text((ROOT / "conf/profile/h100.yaml").read_text())

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.errors import ConfigError, TraceError
-from experiments.workloads.azure import AzureTraceWorkload, parse_time
-from experiments.workloads.burstgpt import BurstGPTWorkload
-from experiments.workloads.mooncake import MooncakeWorkload
-from experiments.workloads.vidur import VidurWorkload
+from kvarena.engine.errors import ConfigError, TraceError
+from kvarena.experiments.workloads.azure import AzureTraceWorkload, parse_time
+from kvarena.experiments.workloads.burstgpt import BurstGPTWorkload
+from kvarena.experiments.workloads.mooncake import MooncakeWorkload
+from kvarena.experiments.workloads.vidur import VidurWorkload
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 COMMON = {"seed": 0, "vocab_size": 1000}

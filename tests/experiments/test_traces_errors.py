@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from engine.errors import ConfigError, TraceError
-from experiments.workloads.azure import AzureTraceWorkload
-from experiments.workloads.burstgpt import BurstGPTWorkload
-from experiments.workloads.mooncake import MooncakeWorkload
-from experiments.workloads.vidur import VidurWorkload
+from kvarena.engine.errors import ConfigError, TraceError
+from kvarena.experiments.workloads.azure import AzureTraceWorkload
+from kvarena.experiments.workloads.burstgpt import BurstGPTWorkload
+from kvarena.experiments.workloads.mooncake import MooncakeWorkload
+from kvarena.experiments.workloads.vidur import VidurWorkload
 
 COMMON = {"seed": 0, "vocab_size": 1000}
 HEAD = b"TIMESTAMP,ContextTokens,GeneratedTokens\r\n"

@@ -5,11 +5,11 @@ import math
 
 import pytest
 
-from engine.errors import ConfigError
-from experiments.compose import compose_cell
-from experiments.job import execute
-from experiments.recording.cell_state import cell_key
-from experiments.studies.cells import CellRunner
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.folders.cell_state import cell_key
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.studies.cells import CellRunner
 
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "fixed", "arrival": "all_at_once"}
 RUN = [
@@ -96,7 +96,7 @@ def test_what_cannot_be_tracked_is_known_before_the_run(overrides, message, tmp_
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
 def test_a_missing_package_is_one_line(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.recording.tracking.find_spec", lambda _: None)
+    monkeypatch.setattr("kvarena.experiments.recording.tracking.find_spec", lambda _: None)
     with pytest.raises(Exception, match=rf"tracking={name} needs {name}: pip install 'kvarena\[tracking\]'") as caught:
         run(tmp_path / "run", f"tracking={name}")
     assert isinstance(caught.value.__cause__, ConfigError)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.entry import main
-from experiments.studies.cells import CellRunner
-from experiments.unserved import Unserved, why_unserved
+from kvarena.experiments.entry import main
+from kvarena.experiments.jobs.unserved import Unserved, why_unserved
+from kvarena.experiments.studies.cells import CellRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD = ["workload=fixed", "workload.num_requests=3", "workload.prompt_len=40", "workload.output_len=40",

@@ -8,9 +8,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from experiments.load.arrivals import Arrival
-from experiments.workloads import Workload
-from experiments.workloads.__main__ import main
+from kvarena.experiments.load.arrivals import Arrival
+from kvarena.experiments.workloads import Workload
+from kvarena.experiments.workloads.__main__ import main
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 TRACES = {

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from engine.errors import ConfigError, TraceError
-from experiments.workloads.mixture import MixtureWorkload
-from experiments.workloads.sessions import AgentLoopWorkload, MultiTurnWorkload
-from experiments.workloads.shared_prefix import SharedPrefixWorkload
+from kvarena.engine.errors import ConfigError, TraceError
+from kvarena.experiments.workloads.mixture import MixtureWorkload
+from kvarena.experiments.workloads.sessions import AgentLoopWorkload, MultiTurnWorkload
+from kvarena.experiments.workloads.shared_prefix import SharedPrefixWorkload
 
 COMMON = {"seed": 0, "vocab_size": 5000}
 RANGE = {"min": 5, "max": 50}
@@ -133,7 +133,7 @@ def test_agent_context_grows():
 
 
 def part(kind, **options):
-    return {"_target_": f"experiments.workloads.{kind}", "num_requests": None, "seed": 0, **options}
+    return {"_target_": f"kvarena.experiments.workloads.{kind}", "num_requests": None, "seed": 0, **options}
 
 
 FIXED = part("synthetic.FixedWorkload", prompt_len=10, output_len=3)

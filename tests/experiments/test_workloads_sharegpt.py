@@ -6,8 +6,8 @@ import json
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from engine.errors import ConfigError, TraceError
-from experiments.workloads.sharegpt_json import ShareGPTJsonWorkload
+from kvarena.engine.errors import ConfigError, TraceError
+from kvarena.experiments.workloads.sharegpt_json import ShareGPTJsonWorkload
 
 WORDS = [f"w{i}" for i in range(60)]
 

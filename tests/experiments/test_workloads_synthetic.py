@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from engine.errors import ConfigError
-from experiments.workloads.distributions import LognormalLength
-from experiments.workloads.published import (
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.workloads.parts.distributions import LognormalLength
+from kvarena.experiments.workloads.published import (
     AlpacaWorkload,
     AzureCodeWorkload,
     AzureConvWorkload,
     PublishedWorkload,
     ShareGPTWorkload,
 )
-from experiments.workloads.synthetic import FixedWorkload, LognormalWorkload, UniformWorkload
+from kvarena.experiments.workloads.synthetic import FixedWorkload, LognormalWorkload, UniformWorkload
 
 RANGE = {"min": 8, "max": 64}
 

@@ -8,8 +8,10 @@ import json
 import compile_sm90
 from compile_sm90 import resources
 
-from engine.kernels import INTERPRET, gemm, glu, sample, step
-from engine.kernels.gemm_table import GemmTable
+from kvarena.engine.kernels import INTERPRET, sample, step
+from kvarena.engine.kernels.gemm import glu
+from kvarena.engine.kernels.gemm import skinny as gemm
+from kvarena.engine.kernels.gemm.table import GemmTable
 
 TYPES = {
     "ws_ptr": "*fp32", "lock_ptr": "*i32", "eps": "fp32", "scores_ptr": "*fp32", "tokens_ptr": "*i32",

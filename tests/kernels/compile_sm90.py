@@ -15,15 +15,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import INTERPRET
-from engine.kernels.activation import gated_kernel
-from engine.kernels.common import VARYING, next_power_of_2
-from engine.kernels.config import decode_config, prefill_config
-from engine.kernels.decode import decode_kernel, merge_width
-from engine.kernels.norm import rms_norm_kernel
-from engine.kernels.prefill import prefill_kernel
-from engine.kernels.rope import rope_store_kernel
-from engine.kernels.store import store_kv_kernel
+from kvarena.engine.kernels import INTERPRET
+from kvarena.engine.kernels.activation import gated_kernel
+from kvarena.engine.kernels.attention.config import decode_config, prefill_config
+from kvarena.engine.kernels.attention.decode import decode_kernel, merge_width
+from kvarena.engine.kernels.attention.prefill import prefill_kernel
+from kvarena.engine.kernels.common import VARYING, next_power_of_2
+from kvarena.engine.kernels.norm import rms_norm_kernel
+from kvarena.engine.kernels.rope import rope_store_kernel
+from kvarena.engine.kernels.store import store_kv_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Head size, query heads per KV head, block size, and what else: one line per family of models.

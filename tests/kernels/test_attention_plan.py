@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import EngineError
-from engine.kernels.config import DecodeConfig
-from engine.kernels.plan import Capacity, Shape, chunk_tokens, even_items, plan_step
+from kvarena.engine.errors import EngineError
+from kvarena.engine.kernels.attention.config import DecodeConfig
+from kvarena.engine.kernels.attention.plan import Capacity, Shape, chunk_tokens, even_items, plan_step
 
 DECODE = DecodeConfig(tile=16, num_warps=4, num_stages=3, programs_per_sm=4, min_chunk=32)
 BATCH = st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([0, 1, 1, 1, 2, 7, 200])), min_size=1, max_size=40)

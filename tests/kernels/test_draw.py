@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels import step
-from engine.kernels.sample import DrawScratch, draw_scores, draw_tokens
-from engine.sampling.streams import log_exponentials, stream_keys
+from kvarena.engine.kernels import step
+from kvarena.engine.kernels.sample import DrawScratch, draw_scores, draw_tokens
+from kvarena.engine.sampling.streams import log_exponentials, stream_keys
 
 VOCAB = 3000
 

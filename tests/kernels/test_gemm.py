@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps, split_heads
-from engine.fusions.triton_ops import TritonOps
-from engine.kernels.gemm import GemmConfig, SkinnyGemm
-from engine.kernels.gemm_table import GemmTable, Product
-from engine.kernels.glu import GluTile, gated_product, glu_tile
+from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps, split_heads
+from kvarena.engine.fusions.triton_ops import TritonOps
+from kvarena.engine.kernels.gemm.glu import GluTile, gated_product, glu_tile
+from kvarena.engine.kernels.gemm.skinny import GemmConfig, SkinnyGemm
+from kvarena.engine.kernels.gemm.table import GemmTable, Product
 
 EPS = 1e-5
 

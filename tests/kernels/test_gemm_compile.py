@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.kernels.glu import glu_tile
+from kvarena.engine.kernels.gemm.glu import glu_tile
 
 SCRIPT = Path(__file__).with_name("compile_gemm_sm90.py")
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from engine.fusions import hopper_products
-from engine.fusions.hopper_products import HopperProducts
-from engine.fusions.ops import Linear, Norm, Product
-from engine.fusions.triton_ops import TritonOps
-from engine.kernels.gemm_table import GemmTable
-from engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, load_hopper_kernels, nvrtc_major
-from engine.kernels.stream_gemm import StreamGemm, StreamTile, row_bucket, stream_tile
-from engine.kernels.wide_gemm import WideGemm, WideTile, wide_tile
+from kvarena.engine.fusions import hopper_products
+from kvarena.engine.fusions.hopper_products import HopperProducts
+from kvarena.engine.fusions.ops import Linear, Norm, Product
+from kvarena.engine.fusions.triton_ops import TritonOps
+from kvarena.engine.kernels.gemm.stream import StreamGemm, StreamTile, row_bucket, stream_tile
+from kvarena.engine.kernels.gemm.table import GemmTable
+from kvarena.engine.kernels.gemm.wide import WideGemm, WideTile, wide_tile
+from kvarena.engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, load_hopper_kernels, nvrtc_major
 
 H100 = 132
 # Columns (of gate and up together), depth, gated; Llama-3.1-8B's and Qwen3-0.6B's.

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from engine.kernels.activation import gated
-from engine.kernels.norm import rms_norm
-from engine.kernels.rope import rope_store
-from engine.kernels.store import gather_kv, store_kv
+from kvarena.engine.kernels.activation import gated
+from kvarena.engine.kernels.norm import rms_norm
+from kvarena.engine.kernels.rope import rope_store
+from kvarena.engine.kernels.store import gather_kv, store_kv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Two units in the last place: norms round twice, and the interpreter truncates where the GPU rounds.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engine.kernels import library_gemm
-from engine.kernels.library_gemm import MEASURED, find, load_library_gemm
+from kvarena.engine.kernels.gemm import library as library_gemm
+from kvarena.engine.kernels.gemm.library import MEASURED, find, load_library_gemm
 
 
 def test_rows_between_the_buckets_take_the_larger_one():

@@ -11,13 +11,13 @@ import pytest
 from fake_runs import REQUEST_SCHEMA, STEP_SCHEMA, fake_run, write_run
 from rich.console import Console
 
-from reports.cells import differing_settings
-from reports.comparison import compare, summarize_comparison, write_comparison
-from reports.errors import ReportError
-from reports.files import read_run
-from reports.pairing import make_cells
-from reports.summary import summarize
-from reports.terminal import comparison_table, run_table
+from kvarena.reports.comparing.cells import differing_settings
+from kvarena.reports.comparing.pairing import make_cells
+from kvarena.reports.pages.comparison import compare, summarize_comparison, write_comparison
+from kvarena.reports.pages.summary import summarize
+from kvarena.reports.pages.terminal import comparison_table, run_table
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.files import read_run
 
 GRID = [(a, s) for a in ("contiguous", "paged") for s in ("static", "continuous")]
 

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from fake_runs import fake_run
 
-from reports.comparison import summarize_comparison
-from reports.comparison_figures import draw_comparison
-from reports.comparison_sections import comparison_document
-from reports.curves import curve_axis, curves
-from reports.document import render_html
-from reports.files import read_run
-from reports.pairing import make_cells
-from reports.repeats import fold
-from reports.summary import summarize
+from kvarena.reports.comparing.pairing import make_cells
+from kvarena.reports.comparing.repeats import fold
+from kvarena.reports.drawing.document import render_html
+from kvarena.reports.pages.comparison import summarize_comparison
+from kvarena.reports.pages.comparison_figures import draw_comparison
+from kvarena.reports.pages.comparison_sections import comparison_document
+from kvarena.reports.pages.curves import curve_axis, curves
+from kvarena.reports.pages.summary import summarize
+from kvarena.reports.reading.files import read_run
 
 RATES, SEEDS = (2, 8, 24), (0, 1)
 

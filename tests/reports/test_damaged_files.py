@@ -13,19 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 from fake_runs import fake_run
 
-from reports.__main__ import main
-from reports.comparison import summarize_comparison
-from reports.comparison_sections import comparison_document
-from reports.document import render_html
-from reports.errors import ReportError
-from reports.files import CLASSES, read_run
-from reports.gauges import COLUMNS
-from reports.pairing import make_cells
-from reports.run_sections import run_document
-from reports.study import read_study, study_table, write_study_report
-from reports.study_charts import chart_figure
-from reports.summary import summarize
-from reports.terminal import comparison_table, run_table
+from kvarena.reports.__main__ import main
+from kvarena.reports.analysis.gauges import COLUMNS
+from kvarena.reports.comparing.pairing import make_cells
+from kvarena.reports.drawing.document import render_html
+from kvarena.reports.drawing.study_charts import chart_figure
+from kvarena.reports.pages.comparison import summarize_comparison
+from kvarena.reports.pages.comparison_sections import comparison_document
+from kvarena.reports.pages.run_sections import run_document
+from kvarena.reports.pages.study import read_study, study_table, write_study_report
+from kvarena.reports.pages.summary import summarize
+from kvarena.reports.pages.terminal import comparison_table, run_table
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.files import CLASSES, read_run
 
 OTHERS: tuple[Any, ...] = (None, True, -0.5, "text", [], {}, ["x"])
 LOST = object()

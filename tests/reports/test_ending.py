@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from fake_runs import fake_run
 
-from reports.comparison import compare
-from reports.ending import MOST_BYTES, print_ending, run_ending, study_ending, sweep_ending
-from reports.run_report import write_summary
-from reports.study_claims import tally
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.ending import MOST_BYTES, print_ending, run_ending, study_ending, sweep_ending
+from kvarena.reports.pages.run_report import write_summary
+from kvarena.reports.pages.study_claims import tally
 
 
 class Terminal(io.StringIO):

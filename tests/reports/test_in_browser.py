@@ -6,9 +6,9 @@ import pytest
 from browser import BROWSER, Browser
 from fake_runs import fake_run
 
-from reports.comparison import compare
-from reports.run_report import write_run_report
-from reports.study import write_study_report
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.run_report import write_run_report
+from kvarena.reports.pages.study import write_study_report
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium here")
 

@@ -13,10 +13,8 @@ from fake_runs import KV_MAP_SCHEMA, fake_run
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from reports.comparison import compare
-from reports.errors import ReportError
-from reports.files import read_run
-from reports.kv_map import (
+from kvarena.reports.comparing.kv_maps import ADDRESSES, SLOTS, CellMap, kv_maps_figure, kv_maps_markup, shared_axes
+from kvarena.reports.drawing.kv_map import (
     COLORS,
     EXTERNAL,
     FIRST_CODE,
@@ -30,9 +28,11 @@ from reports.kv_map import (
     paint,
     read_kv_map,
 )
-from reports.kv_maps import ADDRESSES, SLOTS, CellMap, kv_maps_figure, kv_maps_markup, shared_axes
-from reports.run_report import write_run_report
-from reports.style import CLASS_LOOKS
+from kvarena.reports.drawing.style import CLASS_LOOKS
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.run_report import write_run_report
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.files import read_run
 
 
 @pytest.fixture(scope="module")

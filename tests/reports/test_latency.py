@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from fake_runs import fake_run
 
-from reports.files import Ragged, read_run
-from reports.latency import describe, gaps_within, request_latencies, token_gaps
+from kvarena.reports.analysis.latency import describe, gaps_within, request_latencies, token_gaps
+from kvarena.reports.reading.files import Ragged, read_run
 
 
 def test_describe_uses_linear_percentiles_and_leaves_nan_out():
@@ -46,7 +46,7 @@ def test_gaps_of_a_run_and_of_every_third_request(tmp_path):
 
 
 def test_lists_of_some_rows_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("reports.files.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("kvarena.reports.reading.files.ROWS_AT_ONCE", 4)
     run = read_run(fake_run(tmp_path / "run", num_requests=14))
     everything = run.lists("output_token_ids")
     rows = np.array([9, 2, 13, 3, 4])
@@ -82,5 +82,5 @@ def test_digest_tells_lists_apart(tmp_path, monkeypatch):
     other = read_run(fake_run(tmp_path / "c", num_requests=9, wrong_token=1))
     assert run.digest("output_token_ids") == same.digest("output_token_ids") != other.digest("output_token_ids")
     before = run.digest("output_token_ids")
-    monkeypatch.setattr("reports.files.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("kvarena.reports.reading.files.ROWS_AT_ONCE", 2)
     assert run.digest("output_token_ids") == before

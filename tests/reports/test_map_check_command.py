@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fake_runs import fake_run
 
-from experiments.correctness import map_check
-from experiments.recording.kv_map import FREE
+from kvarena.experiments.correctness import map_check
+from kvarena.experiments.recording.kv_map import FREE
 
 
 def test_the_command_counts_runs_and_names_the_first_step_that_differs(tmp_path, capsys):

@@ -9,13 +9,13 @@ import pytest
 from fake_runs import fake_run
 from rich.console import Console
 
-from reports.comparison import compare
-from reports.files import read_run
-from reports.format import percent
-from reports.memory import Spans, binned_mean, binned_rate, make_bins, mean_shares, step_spans
-from reports.run_report import write_run_report
-from reports.terminal import comparison_table, run_table
-from reports.windows import ALL, ROOM, WAITING, kv_use, kv_use_text, window_masks
+from kvarena.reports.analysis.memory import Spans, binned_mean, binned_rate, make_bins, mean_shares, step_spans
+from kvarena.reports.analysis.windows import ALL, ROOM, WAITING, kv_use, kv_use_text, window_masks
+from kvarena.reports.drawing.format import percent
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.run_report import write_run_report
+from kvarena.reports.pages.terminal import comparison_table, run_table
+from kvarena.reports.reading.files import read_run
 
 
 def _steps(start, end, **columns):

@@ -9,10 +9,10 @@ import pytest
 from fake_runs import fake_run
 from rich.console import Console
 
-from reports.comparison import compare
-from reports.notices import run_notices
-from reports.run_report import read_summary, write_run_report
-from reports.terminal import comparison_table, run_table
+from kvarena.reports.comparing.notices import run_notices
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.run_report import read_summary, write_run_report
+from kvarena.reports.pages.terminal import comparison_table, run_table
 
 
 class NoFigures(dict):
@@ -25,8 +25,8 @@ class NoFigures(dict):
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """No notice is in one."""
-    monkeypatch.setattr("reports.comparison.draw_comparison", lambda *_: NoFigures())
-    monkeypatch.setattr("reports.run_report.draw_run", lambda *_: NoFigures())
+    monkeypatch.setattr("kvarena.reports.pages.comparison.draw_comparison", lambda *_: NoFigures())
+    monkeypatch.setattr("kvarena.reports.pages.run_report.draw_run", lambda *_: NoFigures())
 
 
 def edit_manifest(run_dir, change):

@@ -9,11 +9,11 @@ from urllib.parse import unquote
 import pytest
 from fake_runs import fake_run
 
-from reports.__main__ import main
-from reports.comparison import write_comparison
-from reports.document import Document, Section
-from reports.run_report import write_run_report
-from reports.study import write_study_report
+from kvarena.reports.__main__ import main
+from kvarena.reports.drawing.document import Document, Section
+from kvarena.reports.pages.comparison import write_comparison
+from kvarena.reports.pages.run_report import write_run_report
+from kvarena.reports.pages.study import write_study_report
 
 WORDS = ["python", "run.py", "-m", "allocator=contiguous,paged", "model.path=/a b/it's", "x={a: 1}", "n=$HOME", "~y"]
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from reports.paired import request_ratios
+from kvarena.reports.comparing.paired import request_ratios
 
 
 def test_requests_without_a_value_are_left_out():

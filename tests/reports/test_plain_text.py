@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from reports.packages import missing_package
-from reports.plain_text import write_any_text
+from kvarena.reports.drawing.plain_text import write_any_text
+from kvarena.reports.reading.packages import missing_package
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,8 +28,8 @@ def test_any_text_is_written_in_any_encoding(monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    [["run.py", "--help"], ["run.py", "--hydra-help"], ["-m", "experiments.cli", "--help"],
-     ["-m", "experiments.cli", "serve", "--help"], ["-m", "experiments.cli", "report", "--help"]],
+    [["run.py", "--help"], ["run.py", "--hydra-help"], ["-m", "kvarena.experiments.cli", "--help"],
+     ["-m", "kvarena.experiments.cli", "serve", "--help"], ["-m", "kvarena.experiments.cli", "report", "--help"]],
     ids=" ".join,
 )  # fmt: skip
 @pytest.mark.parametrize("output", ["a reader that left", "a full disk"])

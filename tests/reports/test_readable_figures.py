@@ -6,13 +6,13 @@ import pytest
 from fake_runs import fake_run
 from matplotlib.patches import Patch
 
-from reports.cells import Cell
-from reports.comparison_figures import memory_panels
-from reports.files import read_run
-from reports.repeats import Contender
-from reports.study_charts import chart_figure
-from reports.style import NARROW, WIDE, drawing, legend_above, new_figure
-from reports.summary import summarize
+from kvarena.reports.comparing.cells import Cell
+from kvarena.reports.comparing.repeats import Contender
+from kvarena.reports.drawing.study_charts import chart_figure
+from kvarena.reports.drawing.style import NARROW, WIDE, drawing, legend_above, new_figure
+from kvarena.reports.pages.comparison_figures import memory_panels
+from kvarena.reports.pages.summary import summarize
+from kvarena.reports.reading.files import read_run
 
 
 def test_a_short_logarithmic_axis_has_several_numbers():

@@ -11,18 +11,18 @@ import pytest
 from fake_runs import fake_run
 from rich.console import Console
 
-from experiments.run_order import order
-from reports.comparison import compare, summarize_comparison
-from reports.comparison_figures import memory_panels
-from reports.costs import interval_text
-from reports.files import read_run
-from reports.format import seconds
-from reports.pairing import make_cells
-from reports.repeats import contenders
-from reports.style import drawing
-from reports.summary import summarize
-from reports.terminal import comparison_table
-from reports.verdicts import MACHINE_CHANGED, NO_PAIR, ONE_ORDER, ONE_RUN, ONE_SEED, SAME
+from kvarena.experiments.settings.run_order import order
+from kvarena.reports.comparing.costs import interval_text
+from kvarena.reports.comparing.pairing import make_cells
+from kvarena.reports.comparing.repeats import contenders
+from kvarena.reports.comparing.verdicts import MACHINE_CHANGED, NO_PAIR, ONE_ORDER, ONE_RUN, ONE_SEED, SAME
+from kvarena.reports.drawing.format import seconds
+from kvarena.reports.drawing.style import drawing
+from kvarena.reports.pages.comparison import compare, summarize_comparison
+from kvarena.reports.pages.comparison_figures import memory_panels
+from kvarena.reports.pages.summary import summarize
+from kvarena.reports.pages.terminal import comparison_table
+from kvarena.reports.reading.files import read_run
 
 A, B, C = ("contiguous", "continuous"), ("paged", "continuous"), ("radix", "continuous")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from fake_runs import fake_run
 
-from reports.__main__ import main
+from kvarena.reports.__main__ import main
 
 
 def _last(capsys):

@@ -8,10 +8,18 @@ import pyarrow.parquet as pq
 import pytest
 from fake_runs import fake_run
 
-from reports.comparison import compare
-from reports.files import Ragged
-from reports.rounding import ERROR, NOT_RECORDED, ROUNDING, Candidates, Scores, judge, typical_difference
-from reports.terminal import comparison_table
+from kvarena.reports.comparing.rounding import (
+    ERROR,
+    NOT_RECORDED,
+    ROUNDING,
+    Candidates,
+    Scores,
+    judge,
+    typical_difference,
+)
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.terminal import comparison_table
+from kvarena.reports.reading.files import Ragged
 
 BF16 = 2.0**-7
 

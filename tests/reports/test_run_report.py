@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from fake_runs import REQUEST_SCHEMA, STEP_SCHEMA, fake_run, write_run
 
-from reports.document import render_html, render_markdown
-from reports.errors import ReportError
-from reports.files import CLASSES, read_run
-from reports.run_report import write_run_report
-from reports.run_sections import run_document
-from reports.summary import summarize
+from kvarena.reports.drawing.document import render_html, render_markdown
+from kvarena.reports.pages.run_report import write_run_report
+from kvarena.reports.pages.run_sections import run_document
+from kvarena.reports.pages.summary import summarize
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.files import CLASSES, read_run
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import pytest
 from fake_runs import fake_run
 from rich.console import Console
 
-from reports.comparison import compare
-from reports.files import read_run
-from reports.terminal import comparison_table
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.terminal import comparison_table
+from kvarena.reports.reading.files import read_run
 
 
 def edit_requests(run_dir, change):

@@ -8,16 +8,16 @@ import pytest
 from fake_runs import fake_run
 from hydra.utils import instantiate
 
-from experiments.compose import CONF_DIR, compose_cell, load_config
-from experiments.config import SLOConfig
-from experiments.correctness.steady_rates import answers
-from experiments.studies.capacity import RAMP
-from reports.comparison import compare
-from reports.files import RunFiles, read_run
-from reports.latency import request_latencies
-from reports.run_report import write_run_report
-from reports.slo import good_requests, is_met, kept_limits, summarize_slo, wilson
-from reports.steady import SteadyWindow, mser, steady_window
+from kvarena.experiments.correctness.steady_rates import answers
+from kvarena.experiments.settings.compose import CONF_DIR, compose_cell, load_config
+from kvarena.experiments.settings.config import SLOConfig
+from kvarena.experiments.studies.capacity import RAMP
+from kvarena.reports.analysis.latency import request_latencies
+from kvarena.reports.analysis.slo import good_requests, is_met, kept_limits, summarize_slo, wilson
+from kvarena.reports.analysis.steady import SteadyWindow, mser, steady_window
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.run_report import write_run_report
+from kvarena.reports.reading.files import RunFiles, read_run
 
 
 def made_of(

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from fake_runs import fake_run
 
-from reports.chrome_trace import write_chrome_trace
-from reports.errors import ReportError
-from reports.files import read_run
-from reports.style import drawing
-from reports.timeline import MAX_ROWS, request_phases, timeline_figure, timeline_rows
+from kvarena.reports.drawing.chrome_trace import write_chrome_trace
+from kvarena.reports.drawing.style import drawing
+from kvarena.reports.drawing.timeline import MAX_ROWS, request_phases, timeline_figure, timeline_rows
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.files import read_run
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from experiments.correctness.verdict_rates import METRICS, Setting, count_false, count_right
-from experiments.run_order import order
-from reports.verdicts import (
+from kvarena.experiments.correctness.verdict_rates import METRICS, Setting, count_false, count_right
+from kvarena.experiments.settings.run_order import order
+from kvarena.reports.comparing.verdicts import (
     FASTEST,
     HIGHER,
     LEVEL,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.clock import VirtualClock
-from engine.core import Engine, StepOutput
-from engine.ledger import MemoryLedger
-from engine.request import Request, SamplingParams
-from engine.runner.simulated import SimulatedRunner
-from engine.runner.step_time import LinearStepTime
-from experiments.strategies import build_allocator, build_scheduler
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.core import Engine, StepOutput
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
+from kvarena.experiments.simulation.runner import SimulatedRunner
+from kvarena.experiments.simulation.step_time import LinearStepTime
 
 STEP_TIME = LinearStepTime(base=0.01, per_prefill_token=0.001, per_decode_request=0.0005)
 

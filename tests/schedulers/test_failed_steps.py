@@ -5,15 +5,15 @@ import random
 
 import pytest
 
-from engine.clock import VirtualClock
-from engine.core import Engine, StepFailed
-from engine.errors import RequestRejected
-from engine.ledger import MemoryLedger
-from engine.request import FinishReason
-from engine.runner.oracle import OracleRunner
-from experiments.correctness.matrix import allocator_options, build_cell, cells_of_round
-from experiments.correctness.random_traces import VOCAB_SIZE, make_trace
-from experiments.correctness.recount import Recount
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.core import Engine, StepFailed
+from kvarena.engine.errors import RequestRejected
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.request import FinishReason
+from kvarena.experiments.correctness.oracle import OracleRunner
+from kvarena.experiments.fuzzing.matrix import allocator_options, build_cell, cells_of_round
+from kvarena.experiments.fuzzing.random_traces import VOCAB_SIZE, make_trace
+from kvarena.experiments.fuzzing.recount import Recount
 
 
 class DeviceError(Exception):

@@ -3,13 +3,13 @@
 import pytest
 from scheduler_simulation import simulate
 
-from engine.clock import VirtualClock
-from engine.contract import CopyKind
-from engine.core import Engine, run_to_completion
-from engine.ledger import MemoryLedger
-from engine.request import Request, SamplingParams, expand
-from engine.runner.oracle import OracleRunner, expected_output
-from experiments.strategies import strategy_names
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.contract import CopyKind
+from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.request import Request, SamplingParams, expand
+from kvarena.experiments.correctness.oracle import OracleRunner, expected_output
+from kvarena.experiments.settings.strategies import strategy_names
 
 ITERATION_LEVEL = sorted(set(strategy_names("scheduler")) - {"static"})
 

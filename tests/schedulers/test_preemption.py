@@ -3,14 +3,14 @@
 import pytest
 from scheduler_simulation import request, simulate
 
-from allocators.paged import PagedAllocator
-from engine.clock import VirtualClock
-from engine.contract import CopyKind, StepPlan
-from engine.core import Engine, StepFailed, run_to_completion
-from engine.request import FinishReason, RequestStatus
-from engine.runner.oracle import OracleRunner, expected_output
-from experiments.strategies import strategy_names
-from schedulers.continuous import ContinuousScheduler
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.contract import CopyKind, StepPlan
+from kvarena.engine.core import Engine, StepFailed, run_to_completion
+from kvarena.engine.request import FinishReason, RequestStatus
+from kvarena.experiments.correctness.oracle import OracleRunner, expected_output
+from kvarena.experiments.settings.strategies import strategy_names
+from kvarena.schedulers.continuous import ContinuousScheduler
 
 ITERATION_LEVEL = sorted(set(strategy_names("scheduler")) - {"static"})
 

@@ -3,8 +3,8 @@
 import pytest
 from scheduler_simulation import request
 
-from engine.contract import KVAllocator
-from experiments.strategies import build_allocator, build_scheduler
+from kvarena.engine.contract import KVAllocator
+from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
 
 MAX_LEN = 64
 

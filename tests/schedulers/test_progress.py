@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_simulation import simulate
 
-from engine.errors import RequestRejected
-from engine.request import FinishReason, Request, SamplingParams
-from experiments.strategies import strategy_names, strategy_options
+from kvarena.engine.errors import RequestRejected
+from kvarena.engine.request import FinishReason, Request, SamplingParams
+from kvarena.experiments.settings.strategies import strategy_names, strategy_options
 
 REQUESTS = st.lists(
     st.tuples(

@@ -6,8 +6,8 @@ import random
 import pytest
 from scheduler_simulation import STEP_TIME, request, simulate
 
-from engine.request import Request
-from engine.runner.step_time import StepFeatures
+from kvarena.engine.request import Request
+from kvarena.experiments.recording.step_features import StepFeatures
 
 # ---- chunked: the token budget bounds the time between a running request's tokens
 
@@ -168,7 +168,7 @@ def test_fair_forgets_clients_that_are_gone_and_decides_the_same(monkeypatch):
         return made.order, len(made.engine.scheduler.counters)
 
     every_order, every_count = run()
-    monkeypatch.setattr("schedulers.fair.FORGET_ABOVE", 8)
+    monkeypatch.setattr("kvarena.schedulers.fair.FORGET_ABOVE", 8)
     order, count = run()
     assert order == every_order
     assert every_count > 200

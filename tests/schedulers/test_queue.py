@@ -1,7 +1,7 @@
 """The waiting queue."""
 
-from engine.request import Request
-from schedulers.queue import RequestQueue
+from kvarena.engine.request import Request
+from kvarena.schedulers.queue import RequestQueue
 
 
 def make(name: str) -> Request:

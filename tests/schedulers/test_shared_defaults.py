@@ -8,9 +8,9 @@ import pytest
 from hydra.utils import get_class
 from scheduler_simulation import request, simulate
 
-from experiments.serving.flags import overrides_of, parse_flags
-from experiments.strategies import strategy_names, strategy_options
-from schedulers.lifecycle import Lifecycle
+from kvarena.experiments.serving.flags import overrides_of, parse_flags
+from kvarena.experiments.settings.strategies import strategy_names, strategy_options
+from kvarena.schedulers.lifecycle import Lifecycle
 
 SHARED = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "watermark": 0.01}
 DEFAULTS = {

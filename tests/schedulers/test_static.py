@@ -3,8 +3,8 @@
 import pytest
 from scheduler_simulation import request, simulate
 
-from engine.errors import ConfigError
-from engine.server.pool_view import PoolView
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.server.engine.pool_view import PoolView
 
 
 def batches(run) -> list[list[str]]:

@@ -36,7 +36,7 @@ if __name__ in ("__main__", "__mp_main__"):
     _install(Path(sys.argv[at + 1]))
 
 if __name__ == "__main__":
-    from experiments.serving.stub_engine import main
+    from kvarena.experiments.serving.stub_engine import main
 
     # The children see the whole command line.
     sys.exit(main(sys.argv[1:at] + sys.argv[at + 2 :]))

@@ -55,7 +55,9 @@ def _answer(sock: socket.socket, seconds: float) -> bytes:
 @pytest.fixture(scope="module")
 def strict() -> Iterator[RunningServer]:
     """One that gives its clients a second."""
-    server = RunningServer("--step-time", "0.02", "--set", "body_timeout=1", module="experiments.serving.stub_engine")
+    server = RunningServer(
+        "--step-time", "0.02", "--set", "body_timeout=1", module="kvarena.experiments.serving.stub_engine"
+    )
     yield server
     assert server.stop() == 0
 

@@ -13,10 +13,10 @@ import pytest
 from browser import BROWSER, Browser
 from server_harness import ROOT, RunningServer
 
-from reports.kv_map import SHADES
-from reports.style import CLASS_LOOKS
+from kvarena.reports.drawing.kv_map import SHADES
+from kvarena.reports.drawing.style import CLASS_LOOKS
 
-STATIC = ROOT / "engine/server/static"
+STATIC = ROOT / "engine/server/front/static"
 NOBODY = {-4, -3, -2, -1}
 
 

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.server.detokenizer import Detokenizer
+from kvarena.engine.server.text.detokenizer import Detokenizer
 
 TEXTS = (
     "Hello, world.",
@@ -21,7 +21,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def demo():
-    return AutoTokenizer.from_pretrained("models/demo")
+    return AutoTokenizer.from_pretrained("experiments/models/demo")
 
 
 def _byte_fallback_tokenizer():

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.errors import ConfigError
-from engine.server.config import ServerConfig
-from engine.server.process import ModelFiles
-from engine.server.supervisor import ENGINE_FAILED, Supervisor
-from experiments.compose import CONF_DIR, load_config
-from experiments.serving import flags as serving_flags
-from experiments.serving.flags import overrides_of, parse_flags
-from experiments.serving.words import FLAGS, SWITCHES, in_flags
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.server.processes.process import ModelFiles
+from kvarena.engine.server.processes.supervisor import ENGINE_FAILED, Supervisor
+from kvarena.engine.server.shared.config import ServerConfig
+from kvarena.experiments.serving import flags as serving_flags
+from kvarena.experiments.serving.flags import overrides_of, parse_flags
+from kvarena.experiments.serving.words import FLAGS, SWITCHES, in_flags
+from kvarena.experiments.settings.compose import CONF_DIR, load_config
 
 # A value for each flag that takes one.
 VALUES = {

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from allocators.paged import PagedAllocator
-from engine.errors import RequestError
-from engine.server.errors import ApiError
-from engine.server.foreign import check_foreign
-from engine.server.http import validated
-from engine.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from engine.server.structured import JSON_OBJECT, from_response_format
-from schedulers.chunked import ChunkedScheduler
-from schedulers.fair import FairScheduler
-from schedulers.priority import PriorityScheduler
+from kvarena.allocators.paged import PagedAllocator
+from kvarena.engine.errors import RequestError
+from kvarena.engine.server.api.foreign import check_foreign
+from kvarena.engine.server.api.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from kvarena.engine.server.api.structured import JSON_OBJECT, from_response_format
+from kvarena.engine.server.front.http import validated
+from kvarena.engine.server.shared.errors import ApiError
+from kvarena.schedulers.chunked import ChunkedScheduler
+from kvarena.schedulers.fair import FairScheduler
+from kvarena.schedulers.priority import PriorityScheduler
 
 MESSAGE = {"role": "user", "content": "x"}
 BODIES = {

@@ -18,8 +18,8 @@ import pytest
 from server_harness import PATIENCE, ROOT, is_part
 from test_server_faults import Reader, _gone, _stub
 
-from engine.errors import ConfigError
-from engine.server.listeners import open_listeners
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.server.processes.listeners import open_listeners
 
 
 def _wait(condition, what: str) -> None:
@@ -114,7 +114,8 @@ def test_a_port_belongs_to_the_server_that_came_first(counts):
 
 def test_of_servers_that_start_at_once_one_gets_the_port():
     code = (
-        "import sys; from engine.errors import ConfigError; from engine.server.listeners import open_listeners\n"
+        "import sys; from kvarena.engine.errors import ConfigError\n"
+        "from kvarena.engine.server.processes.listeners import open_listeners\n"
         "sys.stdin.readline()\n"
         "try:\n    held = open_listeners('127.0.0.1', int(sys.argv[1]), 2)\n"
         "except ConfigError as error:\n    print('error', flush=True)\n"
@@ -137,7 +138,7 @@ def test_of_servers_that_start_at_once_one_gets_the_port():
 
 
 def test_nothing_is_left_of_a_server_whose_supervisor_was_killed(tmp_path):
-    command = [sys.executable, "-m", "experiments.serving.stub_engine", "serve", "models/demo", "--port", "0"]
+    command = [sys.executable, "-m", "kvarena.experiments.serving.stub_engine", "serve", "models/demo", "--port", "0"]
     with tempfile.TemporaryFile("w+") as log:
         env = os.environ | {"TMPDIR": str(tmp_path)}
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=env)

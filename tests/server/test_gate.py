@@ -6,8 +6,8 @@ import httpx
 import pytest
 from server_harness import RunningServer
 
-from engine.errors import ConfigError
-from engine.server.config import ServerConfig
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.server.shared.config import ServerConfig
 
 ORIGIN = {"Origin": "http://page.example"}
 AUTH = {"Authorization": "Bearer from-the-file"}
@@ -19,7 +19,7 @@ def guarded(tmp_path_factory):
     keys.write_text("from-the-file\n\nanother\n")
     running = RunningServer(
         "--api-key-file", str(keys), "--protect", "/metrics", "/docs", "--allowed-origins", '["http://page.example"]',
-        "--set", "server.max_body_mib=0.001", key=None, module="experiments.cli",
+        "--set", "server.max_body_mib=0.001", key=None, module="kvarena.experiments.cli",
     )  # fmt: skip
     yield running
     assert running.stop() == 0

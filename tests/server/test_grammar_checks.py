@@ -11,17 +11,17 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from engine.errors import RequestError
-from engine.server import grammar_worker
-from engine.server.grammar_checks import ChecksBusy, GrammarChecks
-from engine.server.grammars import tokenizer_json
-from experiments.benchmarks.under_attack import slow_patterns
-from experiments.correctness.random_constraints import GBNF
+from kvarena.engine.errors import RequestError
+from kvarena.engine.server.engine import grammar_worker
+from kvarena.engine.server.engine.grammar_checks import ChecksBusy, GrammarChecks
+from kvarena.engine.server.engine.grammars import tokenizer_json
+from kvarena.experiments.benchmarks.under_attack import slow_patterns
+from kvarena.experiments.fuzzing.random_constraints import GBNF
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    loaded = AutoTokenizer.from_pretrained("models/demo")
+    loaded = AutoTokenizer.from_pretrained("experiments/models/demo")
     return tokenizer_json(loaded), len(loaded), [loaded.eos_token_id]
 
 

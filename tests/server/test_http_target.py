@@ -16,16 +16,16 @@ import uvicorn
 from rich.console import Console
 from server_harness import KEY
 
-from engine.errors import ConfigError, EngineError
-from experiments.compose import load_config
-from experiments.entry import main
-from experiments.interruption import Interrupted
-from experiments.job import execute
-from experiments.load.http_metrics import read_gauges
-from experiments.output import HttpProgress
-from reports.comparison import compare
-from reports.files import CLASSES, read_run
-from reports.terminal import run_table
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.experiments.entry import main
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.jobs.output import HttpProgress
+from kvarena.experiments.load.http_metrics import read_gauges
+from kvarena.experiments.recording.interruption import Interrupted
+from kvarena.experiments.settings.compose import load_config
+from kvarena.reports.pages.comparison import compare
+from kvarena.reports.pages.terminal import run_table
+from kvarena.reports.reading.files import CLASSES, read_run
 
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "uniform", "arrival": "poisson"}
 LOAD = [

@@ -9,21 +9,21 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from engine.errors import RequestError
-from engine.server.compiled import make_compiler
-from engine.server.grammars import to_grammar
-from engine.server.intake import ROUND_SECONDS, Intake
-from engine.server.ipc import AddFrame, ToEngine, pack_ids
-from engine.server.process import freeze_heap
-from experiments.serving.stub_engine import StubOptions, build
-from experiments.serving.words import in_flags
+from kvarena.engine.errors import RequestError
+from kvarena.engine.server.engine.compiled import make_compiler
+from kvarena.engine.server.engine.grammars import to_grammar
+from kvarena.engine.server.engine.intake import ROUND_SECONDS, Intake
+from kvarena.engine.server.processes.process import freeze_heap
+from kvarena.engine.server.shared.ipc import AddFrame, ToEngine, pack_ids
+from kvarena.experiments.serving.stub_engine import StubOptions, build
+from kvarena.experiments.serving.words import in_flags
 
 HANDLES = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
 def compiler():
-    tokenizer = AutoTokenizer.from_pretrained("models/demo")
+    tokenizer = AutoTokenizer.from_pretrained("experiments/models/demo")
     return make_compiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
 
 

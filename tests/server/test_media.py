@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engine.errors import ConfigError
-from engine.server.config import ServerConfig
-from engine.server.errors import ApiError
-from engine.server.media import ImagePart, MediaPolicy, check_parts, find_parts, policy_of
-from engine.server.media_fetch import ImageLoader, is_public
-from engine.server.protocol import Message
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.server.api.media import ImagePart, MediaPolicy, check_parts, find_parts, policy_of
+from kvarena.engine.server.api.media_fetch import ImageLoader, is_public
+from kvarena.engine.server.api.protocol import Message
+from kvarena.engine.server.shared.config import ServerConfig
+from kvarena.engine.server.shared.errors import ApiError
 
 
 def _image(fmt: str = "PNG", size: tuple[int, int] = (3, 2), frames: int = 1) -> bytes:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from server_harness import PATIENCE, RunningServer
 
-from engine.contract import CLASSES
+from kvarena.engine.contract import CLASSES
 
 # What the shipped Grafana boards and common autoscalers query.
 QUERIED = (
@@ -145,7 +145,7 @@ def special(tmp_path_factory):
         "{% if messages[0].role == 'tool' %}{{ raise_exception('a chat cannot begin with a tool') }}{% endif %}"
         "{{ messages[0].content + messages[1].content }}{{ ' and more' if more is defined }}"
     )
-    server = RunningServer("--fronts", "2", "--set", *settings, module="experiments.serving.stub_engine")
+    server = RunningServer("--fronts", "2", "--set", *settings, module="kvarena.experiments.serving.stub_engine")
     context = ssl.create_default_context(cafile=str(folder / "cert.pem"))
     server.client = httpx.Client(base_url=server.url, headers=server.headers, verify=context, timeout=PATIENCE)
     yield server, handler.bodies

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from engine.request import Request, SamplingParams
-from engine.server.ipc import unpack_ids
-from engine.server.pool_view import CACHED, EXTERNAL, FREE, FULL, MAX_CELLS, PoolView
-from engine.server.served import Route
-from experiments.strategies import build_allocator, build_scheduler, strategy_names
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.server.engine.pool_view import CACHED, EXTERNAL, FREE, FULL, MAX_CELLS, PoolView
+from kvarena.engine.server.engine.served import Route
+from kvarena.engine.server.shared.ipc import unpack_ids
+from kvarena.experiments.settings.strategies import build_allocator, build_scheduler, strategy_names
 
 
 def _request(number: int, prompt: int = 40) -> Request:

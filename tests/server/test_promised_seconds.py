@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.server import engine_loop, metrics, supervisor, suspicion
-from engine.server.config import ServerConfig
-from engine.server.process import EXIT, READY, ModelFiles
+from kvarena.engine.server.engine import loop as engine_loop
+from kvarena.engine.server.processes import supervisor, suspicion
+from kvarena.engine.server.processes.process import EXIT, READY, ModelFiles
+from kvarena.engine.server.shared import metrics
+from kvarena.engine.server.shared.config import ServerConfig
 
 UNHEALTHY_SECONDS, GONE_SECONDS = 5.0, 10.0
 

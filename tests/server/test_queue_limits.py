@@ -17,11 +17,13 @@ from test_server_faults import Reader
 def _small_queue() -> RunningServer:
     """Two prompts of 300 tokens fill the pool, and four requests the queue."""
     settings = ("--step-time", "0.01", "--num-blocks", "40", "--set", "max_num_queued_requests=4")
-    return RunningServer(*settings, module="experiments.serving.stub_engine")
+    return RunningServer(*settings, module="kvarena.experiments.serving.stub_engine")
 
 
 def test_20_larger_than_the_pool_is_refused_at_once_and_blocks_nobody():
-    server = RunningServer("--num-blocks", "10", "--step-time", "0.02", module="experiments.serving.stub_engine")
+    server = RunningServer(
+        "--num-blocks", "10", "--step-time", "0.02", module="kvarena.experiments.serving.stub_engine"
+    )
     try:
         reader = Reader(server, max_tokens=100)  # 100 steps
         refused = server.post("/v1/completions", {"prompt": [20] * 200, "max_tokens": 4})

@@ -140,7 +140,7 @@ def test_32_slow_readers_cost_nobody_anything():
     The stub's steps take the same time whatever the batch, so only waiting for readers could stretch the gaps. A busy
     machine stretches them too, but not in every round.
     """
-    server = RunningServer("--step-time", "0.02", module="experiments.serving.stub_engine")
+    server = RunningServer("--step-time", "0.02", module="kvarena.experiments.serving.stub_engine")
     done = threading.Event()
     socks: list[socket.socket] = []
     try:
@@ -208,7 +208,7 @@ def test_33_slow_bodies_hold_nobody_up(server):
 
 def test_32_a_client_that_never_reads_is_ended():
     server = RunningServer(
-        "--step-time", "0.002", "--set", "max_stream_lag=64", module="experiments.serving.stub_engine"
+        "--step-time", "0.002", "--set", "max_stream_lag=64", module="kvarena.experiments.serving.stub_engine"
     )
     try:
         body = {"prompt": [20], "max_tokens": 8000, "n": 64, "ignore_eos": True, "stream": True}
@@ -276,7 +276,7 @@ def test_36_40_a_crowd_of_300_streams_loses_nothing(server):
 
 @pytest.mark.slow
 def test_40_two_thousand_connections():
-    server = RunningServer("--step-time", "0.05", module="experiments.serving.stub_engine")
+    server = RunningServer("--step-time", "0.05", module="kvarena.experiments.serving.stub_engine")
     done: list[bytes] = []
 
     def batch() -> None:

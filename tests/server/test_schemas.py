@@ -8,10 +8,10 @@ import pytest
 from pydantic import BaseModel, Field
 from transformers import AutoTokenizer
 
-from engine.errors import RequestError
-from engine.server.compiled import make_compiler
-from engine.server.grammars import to_grammar
-from engine.server.schemas import required_schema, schema_text, without_notes
+from kvarena.engine.errors import RequestError
+from kvarena.engine.server.engine.compiled import make_compiler
+from kvarena.engine.server.engine.grammars import to_grammar
+from kvarena.engine.server.text.schemas import required_schema, schema_text, without_notes
 
 
 class Address(BaseModel):
@@ -54,7 +54,7 @@ RECURSIVE = {
 
 @pytest.fixture(scope="module")
 def accepts():
-    tokenizer = AutoTokenizer.from_pretrained("models/demo")
+    tokenizer = AutoTokenizer.from_pretrained("experiments/models/demo")
     compile_grammar = make_compiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
 
     def check(schema, value):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from engine.errors import ConfigError
-from engine.server import config
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.server.shared import config
 
 
 def test_a_missing_tracing_package_is_one_line(monkeypatch):

@@ -23,7 +23,7 @@ STREAM = {"prompt": [20] * 8, "max_tokens": 8000, "ignore_eos": True, "stream": 
 
 
 def _stub(*flags: str) -> RunningServer:
-    return RunningServer("--step-time", "0.01", *flags, module="experiments.serving.stub_engine")
+    return RunningServer("--step-time", "0.01", *flags, module="kvarena.experiments.serving.stub_engine")
 
 
 class Reader(threading.Thread):

@@ -25,7 +25,7 @@ from test_server_faults import _health, _status
 
 def test_a_shells_limit_on_open_files_is_lifted():
     limit = f"import resource; resource.setrlimit({resource.RLIMIT_NOFILE}, (64, 4096)); "
-    run = "import sys; from experiments.serving.stub_engine import main; sys.exit(main())"
+    run = "import sys; from kvarena.experiments.serving.stub_engine import main; sys.exit(main())"
     command = [sys.executable, "-c", limit + run, "serve", "models/demo", "--port", "0"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -74,7 +74,7 @@ def test_a_shells_limit_on_open_files_is_lifted():
     ),
 )
 def test_47_a_wrong_setting_is_one_line(flags, words):
-    done = warm.run(["-m", "experiments.cli", "serve", *flags], ROOT)
+    done = warm.run(["-m", "kvarena.experiments.cli", "serve", *flags], ROOT)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2, done.stderr
     assert len(errors) == 1
@@ -83,7 +83,7 @@ def test_47_a_wrong_setting_is_one_line(flags, words):
 
 
 def test_47_a_port_in_use_is_one_line(server):
-    done = warm.run(["-m", "experiments.cli", "serve", "--port", str(server.port)], ROOT)
+    done = warm.run(["-m", "kvarena.experiments.cli", "serve", "--port", str(server.port)], ROOT)
     assert done.returncode == 2
     assert f"{server.port}" in done.stderr
     assert "choose another --port" in done.stderr
@@ -95,7 +95,7 @@ def test_49_a_log_that_cannot_be_written_stops_nothing(log, tmp_path):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = ["-m", "experiments.serving.stub_engine", "serve", "models/demo", "--port", str(port)]
+    command = ["-m", "kvarena.experiments.serving.stub_engine", "serve", "models/demo", "--port", str(port)]
     errors = tmp_path / "errors"
     if log == "a full disk":
         process = warm.start(command, ROOT, Path("/dev/full"), errors)
@@ -139,7 +139,7 @@ def test_51_two_servers_share_a_gpu_by_their_shares():
         for server in servers:
             assert server.complete("The", max_tokens=16).status_code == 200
         assert servers.pop().stop() == 0
-        command = [sys.executable, "-m", "experiments.cli", "serve", "--port", "0", *flags]
+        command = [sys.executable, "-m", "kvarena.experiments.cli", "serve", "--port", "0", *flags]
         third = subprocess.Popen(
             [*command, "--gpu-memory-utilization", "0.9"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True,

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from engine.server.stops import StopMatcher
+from kvarena.engine.server.text.stops import StopMatcher
 
 
 def _feed(stops, pieces, include=False):

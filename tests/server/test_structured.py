@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.server import compiled
-from engine.server.compiled import make_compiler
-from engine.server.grammars import to_grammar
+from kvarena.engine.server.engine import compiled
+from kvarena.engine.server.engine.compiled import make_compiler
+from kvarena.engine.server.engine.grammars import to_grammar
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +34,12 @@ def test_a_tokenizer_without_bytes_means_no_structured_output_and_not_no_server(
 
 
 def test_a_model_without_an_end_of_sequence_cannot_end_a_grammar(caplog):
-    assert make_compiler(AutoTokenizer.from_pretrained("models/demo"), 6144, frozenset()) is None
+    assert make_compiler(AutoTokenizer.from_pretrained("experiments/models/demo"), 6144, frozenset()) is None
     assert "no end-of-sequence token" in caplog.text
 
 
 def test_a_choice_bars_every_other_token():
-    tokenizer = AutoTokenizer.from_pretrained("models/demo")
+    tokenizer = AutoTokenizer.from_pretrained("experiments/models/demo")
     compile_grammar = make_compiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
     constraint = compile_grammar("regex", to_grammar("regex", "b")).start()
     mask = np.zeros(-(-len(tokenizer) // 32), dtype=np.int32)
@@ -52,7 +52,7 @@ AMBIGUOUS = 'start: r\nr: "a"* r+ r+ | /\\s/+ | "b"'
 
 
 def test_no_mask_of_an_ambiguous_grammar_is_slow():
-    tokenizer = AutoTokenizer.from_pretrained("models/demo")
+    tokenizer = AutoTokenizer.from_pretrained("experiments/models/demo")
     compile_grammar = make_compiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
     grammar = compile_grammar("grammar", to_grammar("grammar", AMBIGUOUS))
     mask = np.zeros(-(-len(tokenizer) // 32), dtype=np.int32)

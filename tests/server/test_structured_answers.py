@@ -11,7 +11,7 @@ import pytest
 from server_harness import stream_events
 from test_bad_requests import COMPLETIONS, assert_error
 
-from experiments.benchmarks.under_attack import slow_patterns
+from kvarena.experiments.benchmarks.under_attack import slow_patterns
 
 LATE = 'start: "ab" rest\nrest: rest'  # nothing can follow "ab"
 

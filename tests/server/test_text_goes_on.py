@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.server.detokenizer import Detokenizer
-from engine.server.text_streams import MAX_HELD_RUN
+from kvarena.engine.server.text.detokenizer import Detokenizer
+from kvarena.engine.server.text.streams import MAX_HELD_RUN
 from tests import tokenizer_kinds
 
 NUM_EXAMPLES = 40

@@ -7,11 +7,11 @@ import json
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.errors import ModelError
-from engine.server.config import ServerConfig
-from engine.server.protocol import CompletionRequest
-from engine.server.sampling import Limits, sampling_params
-from engine.server.tokenization import generation_defaults
+from kvarena.engine.errors import ModelError
+from kvarena.engine.server.api.protocol import CompletionRequest
+from kvarena.engine.server.api.sampling import Limits, sampling_params
+from kvarena.engine.server.shared.config import ServerConfig
+from kvarena.engine.server.text.tokenization import generation_defaults
 from tests import tokenizer_kinds
 from tests.checkpoints import write_checkpoint
 from tests.server.server_harness import RunningServer, stream_events

@@ -7,15 +7,15 @@ import threading
 import pytest
 from server_harness import PATIENCE, ROOT
 
-from engine.server.errors import ApiError
-from engine.server.tokenization import TokenizerService
+from kvarena.engine.server.shared.errors import ApiError
+from kvarena.engine.server.text.tokenization import TokenizerService
 
 CONTEXT = 512
 
 
 @pytest.fixture
 def service(monkeypatch):
-    made = TokenizerService(str(ROOT / "models" / "demo"))
+    made = TokenizerService(str(ROOT / "experiments" / "models" / "demo"))
     made.given = []
     encode = made._encode
 

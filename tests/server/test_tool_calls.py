@@ -7,13 +7,13 @@ import json
 
 import pytest
 
-from engine.errors import ModelError
-from engine.server.detokenizer import Detokenizer
-from engine.server.tool_calls import FirstCallParser, ListParser, NamedParser
-from engine.server.tool_forms import find_form, read_form
-from engine.server.tool_templates import XML_TEMPLATE, TemplateParser, check_template
-from engine.server.tool_texts import BareParser, HiddenTokens, TaggedParser
-from experiments.correctness import fuzz_tool_texts
+from kvarena.engine.errors import ModelError
+from kvarena.engine.server.text.detokenizer import Detokenizer
+from kvarena.engine.server.text.tool_calls import FirstCallParser, ListParser, NamedParser
+from kvarena.engine.server.text.tool_forms import find_form, read_form
+from kvarena.engine.server.text.tool_templates import XML_TEMPLATE, TemplateParser, check_template
+from kvarena.engine.server.text.tool_texts import BareParser, HiddenTokens, TaggedParser
+from kvarena.experiments.fuzzing import tool_texts as fuzz_tool_texts
 from tests import tokenizer_kinds
 
 NAMES = frozenset(("f", "g"))

@@ -1,8 +1,8 @@
 """The smallest study: two cells, two published numbers (one is not comparable), one of ours, one check (that fails)."""
 
-from experiments.studies.base import Chart, Findings, Series
-from experiments.studies.cells import CellRunner
-from experiments.studies.claims import at_least, at_most, check, measured, not_run
+from kvarena.experiments.studies.base import Chart, Findings, Series
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.experiments.studies.claims import at_least, at_most, check, measured, not_run
 
 
 class OneCell:

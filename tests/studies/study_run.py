@@ -4,9 +4,9 @@ from pathlib import Path
 
 from hydra.utils import instantiate
 
-from experiments.compose import compose_cell
-from experiments.studies.base import Findings
-from experiments.studies.cells import CellRunner
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.studies.base import Findings
+from kvarena.experiments.studies.cells import CellRunner
 
 
 def run_study(out_dir: Path, *overrides: str) -> tuple[Findings, CellRunner]:

@@ -7,10 +7,10 @@ import pytest
 from hydra.utils import instantiate
 from study_run import run_study
 
-from engine.errors import ConfigError
-from experiments.compose import compose_cell
-from experiments.studies.aa_test import FALSE_VERDICTS, SMALLEST, smallest_effects
-from reports.verdicts import THROUGHPUT, compare_cells
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.studies.aa_test import FALSE_VERDICTS, SMALLEST, smallest_effects
+from kvarena.reports.comparing.verdicts import THROUGHPUT, compare_cells
 
 SMALL = ("experiment=aa_test", "study.num_cells=2", "study.rounds=2", "workload.num_requests=4",
          "workload.output_len={min:4,max:8}", "driver.probe=false")  # fmt: skip

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from engine.errors import ConfigError
-from engine.models.sizes import model_sizes
-from engine.runner.step_time import StepFeatures
-from experiments.compose import compose_cell, load_config
-from experiments.job import execute
-from experiments.simulation.fit import fit_profile, predict, samples
-from experiments.simulation.profiles import load_profile, write_profile
-from experiments.simulation.recorded import RecordedRun
-from experiments.simulation.recordings import write_recording
-from experiments.studies.base import Findings
-from experiments.studies.calibrate import METRICS, CalibrateStudy
-from experiments.studies.cells import CellRunner
-from reports.run_report import read_summary
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.models.sizes import model_sizes
+from kvarena.experiments.jobs.job import execute
+from kvarena.experiments.recording.step_features import StepFeatures
+from kvarena.experiments.settings.compose import compose_cell, load_config
+from kvarena.experiments.simulation.fit import fit_profile, predict, samples
+from kvarena.experiments.simulation.profiles import load_profile, write_profile
+from kvarena.experiments.simulation.recorded import RecordedRun
+from kvarena.experiments.simulation.recordings import write_recording
+from kvarena.experiments.studies.base import Findings
+from kvarena.experiments.studies.calibrate import METRICS, CalibrateStudy
+from kvarena.experiments.studies.cells import CellRunner
+from kvarena.reports.pages.run_report import read_summary
 
 # The recorded machine is a simulated one, so its step times are known.
 MACHINE = ["model=llama-3.1-8b-shape", "engine.dtype=auto", "runner=simulated", "runner.profile=h200"]

@@ -4,10 +4,10 @@ import pytest
 from hydra.utils import instantiate
 from study_run import run_study
 
-from engine.errors import ConfigError, EngineError
-from experiments.compose import compose_cell
-from experiments.studies.capacity import Trial, _charts, bisect_capacity
-from experiments.studies.claims import Mean, Verdict
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.studies.capacity import Trial, _charts, bisect_capacity
+from kvarena.experiments.studies.claims import Mean, Verdict
 
 SMALL = (
     "experiment=capacity", "study.duration=10", "study.tolerance=0.5", "study.curve=[0.5]",

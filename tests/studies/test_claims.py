@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from experiments.studies.claims import (
+from kvarena.experiments.studies.claims import (
     Kind,
     Mean,
     Verdict,
@@ -23,7 +23,7 @@ from experiments.studies.claims import (
     up_to,
     within,
 )
-from reports.study_claims import tally, verdict_line
+from kvarena.reports.pages.study_claims import tally, verdict_line
 
 
 def seeds(value: float, half: float) -> Mean:

@@ -3,10 +3,10 @@
 import pytest
 from study_run import run_study
 
-from engine.errors import EngineError
-from experiments.studies import vtc_fairness
-from experiments.studies.claims import Kind, Verdict
-from experiments.studies.vtc_fairness import spread
+from kvarena.engine.errors import EngineError
+from kvarena.experiments.studies.claims import Kind, Verdict
+from kvarena.experiments.studies.papers import vtc_fairness
+from kvarena.experiments.studies.papers.vtc_fairness import spread
 
 VTC = (
     "experiment=vtc_fairness",

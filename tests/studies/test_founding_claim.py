@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from study_run import run_study
 
-import experiments.building.build
-from engine.errors import ConfigError
-from experiments.studies.founding_claim import BEST, FoundingClaimStudy
-from reports.study import write_study_report
+import kvarena.experiments.building.build
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.studies.founding_claim import BEST, FoundingClaimStudy
+from kvarena.reports.pages.study import write_study_report
 
 SETTINGS = (
     "experiment=founding_claim", "model=demo", "engine.dtype=bfloat16", "workload.num_requests=4",
@@ -25,13 +25,13 @@ def study(tmp_path_factory):
     made = {"load_model": 0, "make_runner": 0}
     patch = pytest.MonkeyPatch()
     for name in made:
-        original = getattr(experiments.building.build, name)
+        original = getattr(kvarena.experiments.building.build, name)
 
         def counted(*args, _name=name, _original=original, **kwargs):
             made[_name] += 1
             return _original(*args, **kwargs)
 
-        patch.setattr(experiments.building.build, name, counted)
+        patch.setattr(kvarena.experiments.building.build, name, counted)
     folder = tmp_path_factory.mktemp("claim")
     yield *run_study(folder, *SETTINGS), made, folder
     patch.undo()

@@ -4,13 +4,13 @@ import pytest
 from hydra.utils import instantiate
 from study_run import run_study
 
-from engine.errors import ConfigError
-from experiments.compose import compose_cell
-from experiments.studies import orca
-from experiments.studies.claims import Kind, Verdict
-from experiments.studies.curves import Curve, highest_below
-from experiments.studies.paper_fig12 import EVERY, KEYS, Tried
-from experiments.studies.published import FIGURE_12_KNEES, SUSTAINED_RATIOS
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.studies import orca
+from kvarena.experiments.studies.claims import Kind, Verdict
+from kvarena.experiments.studies.curves import Curve, highest_below
+from kvarena.experiments.studies.papers.paper_fig12 import EVERY, KEYS, Tried
+from kvarena.experiments.studies.papers.published import FIGURE_12_KNEES, SUSTAINED_RATIOS
 
 RATES = ",".join(f"{key}:[0.2,6]" for key in KEYS.values())
 FIGURE_12 = (

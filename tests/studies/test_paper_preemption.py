@@ -5,11 +5,17 @@ import json
 import pytest
 from study_run import run_study
 
-from engine.errors import ConfigError
-from experiments.studies import recorded
-from experiments.studies.claims import Kind, Verdict
-from experiments.studies.paper_fig18 import Served, as_good_as_best, kernel_times, table_charts, table_claim
-from experiments.studies.paper_fig19 import Cost, _cost_claims, swap_times
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.studies.claims import Kind, Verdict
+from kvarena.experiments.studies.papers import recorded
+from kvarena.experiments.studies.papers.paper_fig18 import (
+    Served,
+    as_good_as_best,
+    kernel_times,
+    table_charts,
+    table_claim,
+)
+from kvarena.experiments.studies.papers.paper_fig19 import Cost, _cost_claims, swap_times
 
 SMALL = (
     "experiment=paper_fig19", "study.block_sizes=[16,256]", "study.duration=60", "study.rate=3", "study.seeds=[0,1]",

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from study_run import run_study
 
-from engine.errors import ConfigError, EngineError
-from experiments.compose import CONF_DIR
-from experiments.simulation.profiles import load_profile
-from experiments.studies.claims import Kind
-from experiments.studies.orca import FITTED_PROFILE
-from experiments.studies.paper_profile import implied_step_times, solve_host
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.experiments.settings.compose import CONF_DIR
+from kvarena.experiments.simulation.profiles import load_profile
+from kvarena.experiments.studies.claims import Kind
+from kvarena.experiments.studies.orca import FITTED_PROFILE
+from kvarena.experiments.studies.papers.paper_profile import implied_step_times, solve_host
 
 SMALL = ("experiment=paper_profile", "study.num_requests={sharegpt:60,alpaca:300}", "study.seeds=[0]")
 RECORDED = CONF_DIR.parent / "docs" / "results" / "paper-profile" / "study.json"

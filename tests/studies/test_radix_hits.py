@@ -6,9 +6,9 @@ import random
 import pytest
 from study_run import run_study
 
-from engine.errors import ConfigError
-from experiments.studies.claims import Kind, Verdict
-from experiments.workloads.mooncake import MooncakeWorkload
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.studies.claims import Kind, Verdict
+from kvarena.experiments.workloads.mooncake import MooncakeWorkload
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import csv
 import pytest
 from study_run import run_study
 
-from engine.errors import ConfigError, NotDefined
-from experiments.studies.claims import Verdict
-from experiments.studies.search import TRIALS_FILE, SearchStudy
+from kvarena.engine.errors import ConfigError, NotDefined
+from kvarena.experiments.studies.claims import Verdict
+from kvarena.experiments.studies.search import TRIALS_FILE, SearchStudy
 
 OPTIONS = {
     "space": [{"key": "a", "low": 1, "high": 100, "log": True}, {"key": "b", "choices": ["x", "y"]}],

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import warm
 
-from experiments.compose import compose_cell
-from reports.__main__ import make_report
-from reports.errors import ReportError
-from reports.study import write_study_report
+from kvarena.experiments.settings.compose import compose_cell
+from kvarena.reports.__main__ import make_report
+from kvarena.reports.pages.study import write_study_report
+from kvarena.reports.reading.errors import ReportError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,83 @@
+"""Tile shapes, warps and pipeline stages of the attention kernels, by head size and element size.
+
+Chosen for Hopper: a decode tile's keys and values are 16 KiB each, so that two tiles in flight times three programs
+fill a multiprocessor's 227 KiB of shared memory and cover the latency of its device memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvarena.engine.kernels.common import next_power_of_2
+
+
+class DecodeConfig(NamedTuple):
+    """How the decode kernel runs.
+
+    Attributes:
+        tile: tokens per step of the inner loop; a power of two.
+        num_warps: warps per program.
+        num_stages: depth of the load pipeline.
+        programs_per_sm: programs that a multiprocessor should get; contexts are split until it does.
+        min_chunk: fewest tokens of a part.
+        max_registers: per thread; None: as the compiler likes, which may spill some for a fourth program that finds no
+            shared memory.
+    """
+
+    tile: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    min_chunk: int
+    max_registers: int | None = None
+
+
+class PrefillConfig(NamedTuple):
+    """How the prefill kernel runs.
+
+    Attributes:
+        rows: rows of the score matrix per program: queries times the query heads of a KV head.
+        tile: tokens per step of the inner loop.
+        num_warps: warps per program.
+        num_stages: depth of the load pipeline.
+        max_registers: per thread; None: as many as the compiler likes. 128 let two programs of 8 warps share a
+            multiprocessor: one's softmax then runs beside the other's products.
+    """
+
+    rows: int
+    tile: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+# Batches of at most so many rows; larger ones fill the card by themselves.
+FEW_ROWS, SOME_ROWS, MANY_ROWS = 8, 16, 64
+
+
+def decode_config(head_dim: int, element_size: int, num_rows: int) -> DecodeConfig:
+    """The decode kernel's shape for a head size, the pool's element size in bytes, and a batch's rows.
+
+    Few rows are cut into as many parts as there are multiprocessors, and no more: the merge reads all parts of a row.
+    Some tens of rows leave one or two programs to a multiprocessor, which need more bytes in flight each.
+    """
+    row_bytes = max(16, next_power_of_2(head_dim)) * element_size
+    tile = min(128, max(16, 16384 // row_bytes))
+    if element_size <= 2 and num_rows <= SOME_ROWS:
+        few = DecodeConfig(tile, num_warps=2, num_stages=3, programs_per_sm=1, min_chunk=tile)
+        return few if num_rows <= FEW_ROWS else few._replace(num_warps=4, max_registers=168)
+    if element_size <= 2 and num_rows <= MANY_ROWS:
+        wide = min(128, 2 * tile)
+        return DecodeConfig(wide, num_warps=4, num_stages=2, programs_per_sm=2, min_chunk=max(128, wide))
+    return DecodeConfig(tile, num_warps=4, num_stages=3, programs_per_sm=2, min_chunk=max(128, tile), max_registers=168)
+
+
+def prefill_config(head_dim: int, element_size: int, group: int) -> PrefillConfig:
+    """The prefill kernel's shape for a head size, the pool's element size in bytes and the query heads per KV head."""
+    if element_size > 2:
+        # float32 products run on the plain units: small tiles, or registers spill.
+        return PrefillConfig(rows=max(32, next_power_of_2(group)), tile=32, num_warps=4, num_stages=2)
+    dim_pad = max(16, next_power_of_2(head_dim))
+    rows = max(128, next_power_of_2(group))
+    # Above 128 elements per head the accumulators fill the registers: smaller tiles, or they spill.
+    return PrefillConfig(rows, tile=64 if dim_pad <= 128 else 32, num_warps=8, num_stages=3 if dim_pad <= 128 else 2)

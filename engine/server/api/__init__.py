@@ -1,0 +1,1 @@
+"""What HTTP means: bodies become requests, and what comes of them becomes answers."""

@@ -1,0 +1,192 @@
+"""From a request's parameters to the engine's: defaults, limits, and a 400 for what cannot be honoured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvarena.engine.errors import RequestError
+from kvarena.engine.request import SamplingParams
+from kvarena.engine.server.api.foreign import check_foreign
+from kvarena.engine.server.api.protocol import SamplingFields
+from kvarena.engine.server.shared.config import ServerConfig
+from kvarena.engine.server.shared.errors import bad_request, beyond_context, context_overflow
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKENS = 1024
+COMPLETIONS_MAX_TOKENS = 16
+# Below this a temperature is greedy: logits divided by it overflow float16.
+_MIN_TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine and the operator allow.
+
+    Attributes:
+        max_model_len: prompt + output, in tokens.
+        max_request_tokens: what an empty KV pool holds.
+        vocab_size: token ids are below it.
+        defaults: sampling parameters of the model's generation_config.json.
+    """
+
+    max_model_len: int
+    max_request_tokens: int
+    vocab_size: int
+    prompt_logprobs: bool
+    defaults: dict[str, float] = field(default_factory=dict)
+
+    def default_length(self, fallback: int | None) -> int | None:
+        """Output tokens of a request that asks for no number: the model's own, else `fallback`."""
+        given = int(self.defaults.get("max_new_tokens", 0))
+        return given if given > 0 else fallback
+
+
+def stop_strings(req: SamplingFields) -> list[str]:
+    """The request's stop strings, checked."""
+    stops = [req.stop] if isinstance(req.stop, str) else list(req.stop or ())
+    if len(stops) > MAX_STOP_STRINGS:
+        raise bad_request(f"stop holds {len(stops)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+    if any(not stop for stop in stops):
+        raise bad_request("stop holds an empty string; leave it out", "stop")
+    if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+        raise bad_request(f"a stop string may have at most {MAX_STOP_CHARS} characters", "stop")
+    return stops
+
+
+def check_unsupported(req: SamplingFields, config: ServerConfig, has_priorities: bool) -> None:
+    """400 for parameters that this server does not honour, and for too many choices.
+
+    Args:
+        req: the request.
+        config: the operator's limits.
+        has_priorities: the scheduler looks at them.
+    """
+    check_foreign(req)
+    if req.priority and not has_priorities:
+        raise bad_request(
+            "priority is not looked at by this server's scheduler (--scheduler priority does)", "priority"
+        )
+    if req.n is not None and req.n > config.max_n:
+        raise bad_request(f"n={req.n} is above this server's limit of {config.max_n}", "n")
+    if req.best_of is not None and req.best_of != (req.n or 1):
+        raise bad_request("best_of is not supported; use n", "best_of")
+    for name in ("use_beam_search", "bad_words", "allowed_token_ids"):
+        if getattr(req, name):
+            raise bad_request(f"{name} is not supported by this server", name)
+    if req.stream_options is not None and req.stream_options.continuous_usage_stats:
+        raise bad_request("continuous_usage_stats is not supported; use include_usage", "stream_options")
+    if req.stream_options is not None and not req.stream:
+        raise bad_request("stream_options is only allowed with stream=true", "stream_options")
+    if req.spaces_between_special_tokens is False:
+        raise bad_request("spaces_between_special_tokens=false is not supported", "spaces_between_special_tokens")
+
+
+def logit_bias(req: SamplingFields, vocab_size: int) -> dict[int, float]:
+    """The request's logit_bias with integer keys inside the vocabulary and values in [-100, 100]."""
+    given = req.logit_bias or {}
+    made = {}
+    for key, value in given.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 12 and int(key) < vocab_size):
+            raise bad_request(f"logit_bias key {key[:50]!r} is not a token id from 0 to {vocab_size - 1}", "logit_bias")
+        if not -100 <= value <= 100:
+            raise bad_request(f"logit_bias value {value} is not between -100 and 100", "logit_bias")
+        made[int(key)] = value
+    return made
+
+
+def fit_max_tokens(requested: int | None, default: int | None, num_prompt: int, limits: Limits, what: str) -> int:
+    """Output tokens that a prompt may get.
+
+    Args:
+        requested: what the caller asked for, or None.
+        default: what is given without a request, or None for the rest of the context.
+        num_prompt: tokens of the prompt.
+        limits: the engine's.
+        what: `prompt` or `messages`, for the error.
+
+    Raises:
+        ApiError: prompt + output is beyond the context, or beyond what the KV pool can ever hold.
+    """
+    limit = limits.max_model_len
+    if num_prompt >= limit:
+        raise context_overflow(limit, num_prompt, None, what)
+    if requested is not None and num_prompt + requested > limit:
+        raise context_overflow(limit, num_prompt, requested, what)
+    room = min(limit, limits.max_request_tokens) - num_prompt
+    if room < (requested if requested is not None else 1):
+        need = num_prompt + (requested or 1)
+        raise beyond_context(
+            f"This request needs KV memory for {need} tokens, but the server's whole KV pool holds "
+            f"{limits.max_request_tokens}. Please reduce the length of the {what} or completion.",
+            what,
+        )
+    if requested is not None:
+        return requested
+    return room if default is None else min(default, room)
+
+
+def sampling_params(
+    req: SamplingFields, config: ServerConfig, limits: Limits, *, max_tokens: int, logprobs: int | None
+) -> dict[str, Any]:
+    """The fields of SamplingParams for a request.
+
+    Args:
+        req: the request.
+        config: the operator's limits.
+        limits: the engine's.
+        max_tokens: output tokens, from `fit_max_tokens`; 0 (echo only) samples one that is dropped.
+        logprobs: alternatives per token, or None.
+
+    Raises:
+        ApiError: a parameter out of range.
+    """
+    if logprobs is not None and logprobs > min(config.max_logprobs, limits.vocab_size):
+        raise bad_request(f"logprobs={logprobs} is above this server's limit of {config.max_logprobs}", "logprobs")
+    prompt_logprobs = req.prompt_logprobs
+    if prompt_logprobs is not None:
+        if prompt_logprobs < 0 or prompt_logprobs > config.max_logprobs:
+            raise bad_request(
+                f"prompt_logprobs={prompt_logprobs} must be between 0 and {config.max_logprobs}", "prompt_logprobs"
+            )
+        if req.stream:
+            raise bad_request("prompt_logprobs is not available with stream=true", "prompt_logprobs")
+    stop_tokens = req.stop_token_ids or []
+    if len(stop_tokens) > MAX_STOP_TOKENS or any(token >= limits.vocab_size for token in stop_tokens):
+        raise bad_request(
+            f"stop_token_ids must be at most {MAX_STOP_TOKENS} ids from 0 to {limits.vocab_size - 1}", "stop_token_ids"
+        )
+    min_tokens = req.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise bad_request(f"min_tokens={min_tokens} is above max_tokens={max_tokens}", "min_tokens")
+
+    def given(name: str, fallback: float) -> float:
+        value = getattr(req, name)
+        return limits.defaults.get(name, fallback) if value is None else value
+
+    temperature = given("temperature", 1.0)
+    values: dict[str, Any] = {
+        "temperature": 0.0 if temperature < _MIN_TEMPERATURE else temperature,
+        "top_p": given("top_p", 1.0),
+        "top_k": max(0, int(given("top_k", 0))),
+        "min_p": given("min_p", 0.0),
+        # -1 asks for another text each time, as in vLLM.
+        "seed": None if req.seed is None or req.seed == -1 else req.seed % 2**63,
+        "max_tokens": max(1, max_tokens),
+        "min_tokens": min(min_tokens, max(1, max_tokens)),
+        "stop_token_ids": stop_tokens,
+        "ignore_eos": bool(req.ignore_eos),
+        "presence_penalty": req.presence_penalty or 0.0,
+        "frequency_penalty": req.frequency_penalty or 0.0,
+        "repetition_penalty": given("repetition_penalty", 1.0),
+        "logit_bias": logit_bias(req, limits.vocab_size),
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "n": req.n or 1,
+    }
+    try:
+        SamplingParams(**(values | {"stop_token_ids": tuple(stop_tokens)}))
+    except RequestError as error:
+        raise bad_request(str(error), error.param) from error
+    return values

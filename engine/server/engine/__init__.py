@@ -1,0 +1,1 @@
+"""The engine's side: the step loop, what it takes in, and grammars."""

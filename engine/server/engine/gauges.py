@@ -1,0 +1,58 @@
+"""The engine's gauges in the metrics page, and the dashboard's frames, a few times a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from kvarena.engine.core import Engine
+from kvarena.engine.request import Request
+from kvarena.engine.server.engine.pool_view import PoolView
+from kvarena.engine.server.engine.served import Outgoing, Route
+from kvarena.engine.server.shared.ipc import Link, ToFront
+from kvarena.engine.server.shared.metrics import Row
+
+GAUGE_SECONDS = 0.25
+FRAME_SECONDS = 0.05  # while somebody watches: short answers, too, are seen to grow
+FRAME_SHARE = 0.02  # of the engine's time that frames may take
+
+
+class Gauges:
+    """Writes what holds now: queue, batch and pool.
+
+    Args:
+        engine: looked at between steps.
+        row: the engine's metrics.
+    """
+
+    def __init__(self, engine: Engine, row: Row) -> None:
+        self._engine, self._row = engine, row
+        self._view = PoolView(engine.allocator)
+        self._next = 0.0
+
+    def update(self, links: Sequence[Link], outs: Sequence[Outgoing], routes: Mapping[Request, Route]) -> None:
+        """Write the gauges when it is time, or the engine is idle; send a frame to the fronts that watch the pool."""
+        now = time.monotonic()
+        if now < self._next and self._engine.has_work:
+            return
+        self._next = now + GAUGE_SECONDS
+        scheduler, row = self._engine.scheduler, self._row
+        row.set("vllm:num_requests_running", scheduler.num_running)
+        row.set("vllm:num_requests_waiting", scheduler.num_waiting)
+        row.set("vllm:num_requests_waiting_by_reason", scheduler.num_waiting, "capacity")
+        usage = self._engine.allocator.usage(scheduler.queue_head())
+        classes = self._view.classes(usage, routes, scheduler.held)
+        for name, slots in classes.items():
+            row.set("kvarena:kv_slots", slots, name)
+        row.set("kvarena:kv_slots_shared_saved", usage.shared_saved)
+        row.set("vllm:kv_cache_usage_perc", usage.owned / usage.total if usage.total else 0.0)
+        # A front that is behind misses a frame.
+        watchers = [link for link, out in zip(links, outs, strict=True) if out.watching and not link.num_queued_bytes]
+        if not watchers:
+            return
+        frame = self._view.snapshot(classes, scheduler, routes)
+        frame |= {"time": now, "shared_saved": usage.shared_saved}
+        for link in watchers:
+            link.send([ToFront.POOL_MAP, frame])
+        end = time.monotonic()
+        self._next = end + max(FRAME_SECONDS, (end - now) / FRAME_SHARE)

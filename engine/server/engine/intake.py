@@ -1,0 +1,216 @@
+"""How the engine's loop takes requests in: a bounded amount of work between two steps, fair to the fronts.
+
+sockets -> inbox per front -> engine.add
+                '-> parked, while the request's grammar is compiled on a thread
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from kvarena.engine.errors import EngineError, KvarenaError, RequestRejected
+from kvarena.engine.request import Request, SamplingParams, expand
+from kvarena.engine.server.engine.served import Outgoing, Route, ServedEngine
+from kvarena.engine.server.shared.ipc import AddFrame, ToEngine, unpack_ids
+
+if TYPE_CHECKING:
+    from kvarena.engine.server.engine.compiled import CompiledGrammars
+
+# Processor time for what arrived, between two steps; a message that was begun is finished.
+ROUND_SECONDS = 0.02
+
+
+class Intake:
+    """The requests that fronts sent, until they have ended.
+
+    Args:
+        served: the engine and its facts.
+        num_fronts: how many fronts there are.
+        max_num_queued_requests: waiting requests beyond which new ones are refused.
+
+    Attributes:
+        routes: where each request's tokens go.
+        outs: each front's share of what is told next; the loop replaces them.
+        grammars: what constraints are compiled in, or None when the runner cannot apply any.
+    """
+
+    def __init__(self, served: ServedEngine, num_fronts: int, max_num_queued_requests: int) -> None:
+        self._served, self._engine = served, served.engine
+        self._max_queued = max_num_queued_requests
+        self._inboxes: list[deque[list[Any]]] = [deque() for _ in range(num_fronts)]
+        self._by_handle: dict[tuple[int, int], Request] = {}
+        self._parked: dict[str, list[tuple[int, AddFrame]]] = {}  # by the key of their grammar
+        self._ready: deque[tuple[int, AddFrame]] = deque()  # were parked, and need not wait any more
+        self._num_parked = 0  # choices in both
+        self.routes: dict[Request, Route] = {}
+        self.outs = [Outgoing() for _ in range(num_fronts)]
+        self.grammars: CompiledGrammars | None = None
+        if served.compile_grammar is not None:
+            # llguidance: the supervisor imports this module, and is to start without it.
+            from kvarena.engine.server.engine.compiled import CompiledGrammars
+
+            self.grammars = CompiledGrammars(served.compile_grammar)
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether messages wait for the next round."""
+        return bool(self._ready) or any(self._inboxes)
+
+    def receive(self, front: int, messages: list[list[Any]]) -> None:
+        """Queue what a front sent."""
+        self._inboxes[front].extend(messages)
+
+    def run_round(self, seconds: float = ROUND_SECONDS) -> None:
+        """Handle queued messages, one of each front in turn, for so many seconds of processor time at most."""
+        end = time.thread_time() + seconds
+        while self.has_backlog:
+            if self._ready:
+                owner, frame = self._ready.popleft()
+                self._num_parked -= frame.sampling["n"]
+                self._add(owner, frame)
+            for front, inbox in enumerate(self._inboxes):
+                if inbox:
+                    self._handle(front, inbox.popleft())
+            if time.thread_time() >= end:
+                return
+
+    def _handle(self, front: int, message: list[Any]) -> None:
+        kind = message[0]
+        if kind == ToEngine.ADD:
+            self._add(front, AddFrame(*message[1:]))
+        elif kind == ToEngine.ABORT:
+            for handle in message[1]:
+                self._abort(front, handle)
+        elif kind == ToEngine.WATCH:
+            self.outs[front].watching = bool(message[1])
+        elif kind == ToEngine.CONSTRAINT and self.grammars is not None:
+            self.grammars.want(*message[1:])
+
+    # Constraints.
+
+    def unpark(self) -> None:
+        """Requests whose grammars are compiled now are for the next round."""
+        assert self.grammars is not None
+        for key, error in self.grammars.take_done():
+            entries = self._parked.pop(key, [])
+            if not error:
+                self._ready.extend(entries)
+                continue
+            for front, frame in entries:
+                self._num_parked -= frame.sampling["n"]
+                self.outs[front].admitted.append((frame.handle, "invalid", error))
+
+    def _is_parked(self, front: int, frame: AddFrame) -> bool:
+        """Put a request off until its grammar is compiled; False when there is nothing to wait for."""
+        key = frame.constraint
+        if key is None or self.grammars is None or not self.grammars.is_under_way(key):
+            return False
+        self._parked.setdefault(key, []).append((front, frame))
+        self._num_parked += frame.sampling["n"]
+        return True
+
+    def _drop_parked(self, front: int, handle: int) -> None:
+        """A client left while its request was put off."""
+
+        def is_meant(entry: tuple[int, AddFrame]) -> bool:
+            owner, frame = entry
+            return owner == front and frame.handle <= handle < frame.handle + frame.sampling["n"]
+
+        for key, entries in [*self._parked.items(), (None, self._ready)]:
+            found = next(filter(is_meant, entries), None)
+            if found is None:
+                continue
+            entries.remove(found)
+            self._num_parked -= found[1].sampling["n"]
+            if key is not None and not entries:
+                del self._parked[key]
+                assert self.grammars is not None
+                self.grammars.drop(key)
+            return
+
+    # Requests.
+
+    def _add(self, front: int, frame: AddFrame) -> None:
+        engine, out = self._engine, self.outs[front]
+        num_new = frame.sampling["n"]
+        num_waiting = engine.scheduler.num_waiting + self._num_parked
+        if num_waiting + num_new > self._max_queued + self._free_seats():
+            out.admitted.append((frame.handle, "queue_full", f"{num_waiting} requests are waiting"))
+            return
+        if self._is_parked(front, frame):
+            return
+        try:
+            for i, req in enumerate(self._requests(frame)):
+                engine.add(req)
+                self.routes[req] = Route(front, frame.handle + i, req, shown_id=frame.shown_id, key=frame.key)
+                self._by_handle[front, frame.handle + i] = req
+        except RequestRejected as error:
+            self._undo_add(front, frame)
+            out.admitted.append((frame.handle, error.reason, self._served.words(str(error))))
+        except KvarenaError as error:
+            self._undo_add(front, frame)
+            out.admitted.append((frame.handle, "invalid", self._served.words(str(error))))
+        else:
+            out.admitted.append((frame.handle, "", ""))
+
+    def _free_seats(self) -> int:
+        """Waiting requests that the next step can take: an idle engine's queue is not a queue."""
+        return 1 if self._engine.scheduler.num_running == 0 else 0
+
+    def _undo_add(self, front: int, frame: AddFrame) -> None:
+        """Take back the choices of a request of which a later one was refused."""
+        for i in range(frame.sampling["n"]):
+            self._abort(front, frame.handle + i)
+
+    def _requests(self, frame: AddFrame) -> list[Request]:
+        sampling = dict(frame.sampling)
+        sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+        now = self._engine.clock.now()
+        req = Request(
+            request_id=f"{frame.request_id}",
+            prompt_token_ids=unpack_ids(frame.prompt),
+            sampling=SamplingParams(**sampling),
+            arrival_time=now - max(0.0, time.monotonic() - frame.arrival),
+            priority=frame.priority,
+            client_id=frame.client_id,
+            # Log-probabilities of a prompt need all of it computed: nobody shares such a request's salt.
+            cache_salt=frame.request_id if frame.ignore_cache else frame.cache_salt,
+            eos_token_ids=self._served.eos_token_ids,
+        )
+        requests = expand(req)
+        if frame.constraint is not None:
+            if self.grammars is None:
+                raise EngineError("this engine's runner cannot constrain tokens")
+            grammar = self.grammars.get(frame.constraint)
+            if grammar is None:
+                raise RequestRejected("the grammar had to make room for others; try again", "constraint_lost")
+            for one in requests:
+                one.constraint = grammar.start()
+        return requests
+
+    def _abort(self, front: int, handle: int) -> None:
+        req = self._by_handle.pop((front, handle), None)
+        if req is None:
+            if self._num_parked:
+                self._drop_parked(front, handle)
+            return
+        self.routes.pop(req, None)
+        self._engine.abort(req.request_id)
+
+    def forget(self, route: Route) -> None:
+        """A request has ended."""
+        self._by_handle.pop((route.front, route.handle), None)
+
+    def drop_front(self, front: int) -> int:
+        """A front is gone: end its requests; how many they were."""
+        self._inboxes[front].clear()
+        running = [key for key in self._by_handle if key[0] == front]
+        for owner, handle in running:
+            self._abort(owner, handle)
+        parked = [entry for entries in [*self._parked.values(), self._ready] for entry in entries]
+        handles = [frame.handle for owner, frame in parked if owner == front]
+        for handle in handles:
+            self._drop_parked(front, handle)
+        return len(running) + len(handles)

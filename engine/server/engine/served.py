@@ -1,0 +1,93 @@
+"""What the engine process keeps beside the engine: its facts, where tokens go, and what a step sends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvarena.engine.core import Engine
+from kvarena.engine.request import Request
+from kvarena.engine.server.shared.ipc import Finish, ToFront, pack_ids
+
+if TYPE_CHECKING:  # llguidance: the supervisor imports this, too
+    from kvarena.engine.server.engine.grammars import CompiledGrammar
+
+
+@dataclass(frozen=True)
+class ServedEngine:
+    """An engine and what the fronts must know about it.
+
+    Attributes:
+        engine: on a wall clock, without a ledger (a server's history would grow without end).
+        max_model_len: longest prompt + output, in tokens.
+        vocab_size: token ids are below it.
+        eos_token_ids: the model's end-of-sequence tokens.
+        compile_grammar: compiles a grammar from (kind, grammar), or None when the runner cannot constrain tokens.
+        prompt_logprobs: whether the runner returns log-probabilities of prompt tokens.
+        facts: labels of the cache's configuration in `/metrics`.
+        words: turns the settings that a message names into the words of the command that was given.
+        about: what the pages call this engine: `allocator`, `scheduler`, `dtype`, whichever are known.
+    """
+
+    engine: Engine
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    compile_grammar: Callable[[str, str], CompiledGrammar] | None = None
+    prompt_logprobs: bool = False
+    facts: dict[str, str] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
+    words: Callable[[str], str] = str
+
+    def info(self) -> dict[str, Any]:
+        """What the fronts are told: the fields of `EngineInfo`."""
+        allocator = self.engine.allocator
+        return {
+            "max_model_len": self.max_model_len,
+            "max_request_tokens": allocator.max_request_tokens,
+            "vocab_size": self.vocab_size,
+            "eos_token_ids": sorted(self.eos_token_ids),
+            "num_blocks": allocator.num_blocks,
+            "block_size": allocator.block_size,
+            "constraints": self.compile_grammar is not None,
+            "prompt_logprobs": self.prompt_logprobs,
+            "priorities": self.engine.scheduler.has_priorities,
+            "facts": self.facts,
+            "about": self.about,
+        }
+
+
+@dataclass(slots=True)
+class Route:
+    """Where a request's tokens go, and who asked: its X-Request-Id, and the position of its API key or -1."""
+
+    front: int
+    handle: int
+    req: Request
+    scheduled: float = 0.0
+    shown_id: str = ""
+    key: int = -1
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """One front's share of a step."""
+
+    handles: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[tuple[int, Any]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[int, int, Any]] = field(default_factory=list)
+    finished: list[Finish] = field(default_factory=list)
+    admitted: list[tuple[int, str, str]] = field(default_factory=list)
+    started: list[tuple[int, float, int]] = field(default_factory=list)
+    watching: bool = False
+
+    def message(self) -> list[Any] | None:
+        """The frame, or None when there is nothing to tell."""
+        if not (self.handles or self.finished or self.admitted or self.started):
+            return None
+        return [
+            ToFront.STEP, self.admitted, self.started, pack_ids(self.handles), pack_ids(self.tokens),
+            self.logprobs, self.prompt_logprobs, self.finished,
+        ]  # fmt: skip

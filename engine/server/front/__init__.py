@@ -1,0 +1,1 @@
+"""How it is carried: connections, pages, and the way to the engine's process."""

@@ -1,0 +1,296 @@
+"""A front's connection to the engine: requests out, tokens in, bounded for slow readers.
+
+A *group* is what one HTTP connection waits for: one or several choices. All that a step brings for a group arrives in
+one frame, and wakes its task once: one write per step and connection. Nothing waits for a slow reader: its tokens
+pile up as integers, are merged when it reads again, and beyond `max_stream_lag` of them its request ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvarena.engine.server.engine.grammar_checks import CheckedGrammar
+from kvarena.engine.server.front.groups import Choice, EngineGone, EngineInfo, Group, Refused, SlowReader
+from kvarena.engine.server.shared.ipc import (
+    AddFrame,
+    Finish,
+    FrameDecoder,
+    ToEngine,
+    ToFront,
+    encode,
+    pack_ids,
+    unpack_ids,
+)
+from kvarena.engine.server.shared.metrics import Histogram, Row
+
+MAX_HANDLE = 2**31 - 4096
+
+
+class EngineClient(asyncio.Protocol):
+    """Speaks to the engine process. All methods run on the event loop.
+
+    Args:
+        row: this front's metrics.
+        max_stream_lag: tokens that a choice's reader may lag behind.
+        on_pool_map: called with each dashboard frame.
+    """
+
+    def __init__(self, row: Row, max_stream_lag: int, on_pool_map: Callable[[dict[str, Any]], None]) -> None:
+        self.info: EngineInfo | None = None
+        self.eos_token_ids: frozenset[int] = frozenset()
+        self.ready = asyncio.get_running_loop().create_future()
+        self.gone: str = ""
+        self._row, self._max_lag, self._on_pool_map = row, max_stream_lag, on_pool_map
+        self._decoder = FrameDecoder()
+        self._choices: dict[int, Choice] = {}
+        self._admissions: dict[int, tuple[asyncio.Future[None], list[Choice]]] = {}
+        self._next_handle = 1
+        self._transport: asyncio.Transport | None = None
+        self._itl = Histogram(row, "vllm:inter_token_latency_seconds")
+        self._ttft = Histogram(row, "vllm:time_to_first_token_seconds")
+
+    @classmethod
+    async def connect(
+        cls, sock: socket.socket, row: Row, max_stream_lag: int, on_pool_map: Callable[[dict[str, Any]], None]
+    ) -> EngineClient:
+        """Attach to the engine's socket."""
+        loop = asyncio.get_running_loop()
+        _, client = await loop.create_unix_connection(lambda: cls(row, max_stream_lag, on_pool_map), sock=sock)
+        return client
+
+    @property
+    def num_open(self) -> int:
+        """Choices that have not ended."""
+        return len(self._choices)
+
+    async def submit(
+        self,
+        group: Group,
+        prompt: list[int],
+        *,
+        request_id: str,
+        sampling: dict[str, Any],
+        priority: int = 0,
+        client_id: str = "",
+        cache_salt: str = "",
+        constraint: str | None = None,
+        shown_id: str = "",
+        key: int = -1,
+    ) -> list[Choice]:
+        """Hand a prompt to the engine and wait until it has queued it.
+
+        Args:
+            group: where the tokens go; `sampling["n"]` choices are added to it.
+            prompt: token ids.
+            request_id: unique on this server.
+            sampling: fields of SamplingParams.
+            priority, client_id, cache_salt: as in `Request`.
+            constraint: key of a grammar that `constrain` has announced.
+            shown_id, key: as in `AddFrame`.
+
+        Raises:
+            Refused: the engine cannot take it.
+            EngineGone: there is no engine.
+        """
+        if self.gone:
+            raise EngineGone(self.gone)
+        assert self._transport is not None
+        num_choices = sampling["n"]
+        handle = self._next_handle
+        self._next_handle = handle + num_choices if handle < MAX_HANDLE else 1
+        choices = []
+        # One for all: the engine may compute a prompt for one choice only, and let the others share its KV.
+        prompt_logprobs: dict[int, Any] = {}
+        for i in range(num_choices):
+            choice = Choice(group, len(group.choices), handle + i, len(prompt), prompt_logprobs=prompt_logprobs)
+            group.choices.append(choice)
+            group.num_open += 1
+            self._choices[handle + i] = choice
+            choices.append(choice)
+        admission = asyncio.get_running_loop().create_future()
+        self._admissions[handle] = (admission, choices)
+        ignore_cache = sampling.get("prompt_logprobs") is not None
+        frame = AddFrame(
+            handle, request_id, pack_ids(prompt), sampling, group.arrival, priority, client_id, cache_salt,
+            ignore_cache, constraint, shown_id, key,
+        )  # fmt: skip
+        self._transport.write(encode((ToEngine.ADD, *frame)))
+        try:
+            await admission
+        except asyncio.CancelledError:
+            self.abort(choices, "abort")
+            raise
+        finally:
+            self._admissions.pop(handle, None)
+        return choices
+
+    def constrain(self, grammar: CheckedGrammar) -> None:
+        """Announce a grammar that the next prompts are to follow: once for all of a request's."""
+        if self._transport is not None and not self.gone:
+            self._transport.write(encode((ToEngine.CONSTRAINT, *grammar)))
+
+    def abort(self, choices: list[Choice], reason: str) -> None:
+        """End choices early and free their slots; `reason` is what the metrics count."""
+        handles = []
+        for choice in choices:
+            if self._choices.pop(choice.handle, None) is not None:
+                handles.append(choice.handle)
+                self._close(choice, reason, time.monotonic(), None)
+        if handles and self._transport is not None and not self.gone:
+            self._transport.write(encode((ToEngine.ABORT, handles)))
+
+    def count_answer(self, num_tokens: int) -> None:
+        """Count an answer whose longest choice has `num_tokens`."""
+        self._row.observe("vllm:request_max_num_generation_tokens", num_tokens)
+
+    def watch(self, on: bool) -> None:
+        """Ask for dashboard frames, or stop them."""
+        if self._transport is not None and not self.gone:
+            self._transport.write(encode((ToEngine.WATCH, on)))
+
+    def fail_all(self, reason: str) -> None:
+        """The engine is gone: end every open stream with an error, refuse new ones."""
+        if self.gone:
+            return
+        self.gone = reason
+        error = EngineGone(reason)
+        if not self.ready.done():
+            self.ready.set_exception(error)
+            self.ready.exception()
+        for admission, _ in self._admissions.values():
+            if not admission.done():
+                admission.set_exception(error)
+        for choice in self._choices.values():
+            self._row.inc("vllm:request_success", "error")
+            choice.group.fail(error)
+        self._choices.clear()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self._transport = transport  # type: ignore[assignment]
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol's signature
+        """The engine process has ended."""
+        self.fail_all("the engine process has ended")
+
+    def data_received(self, data: bytes) -> None:
+        """Deal frames out."""
+        for message in self._decoder.feed(data):
+            kind = message[0]
+            if kind == ToFront.STEP:
+                self._on_step(*message[1:])
+            elif kind == ToFront.POOL_MAP:
+                self._on_pool_map(message[1])
+            elif kind == ToFront.READY:
+                self.info = EngineInfo(**message[1])
+                self.eos_token_ids = frozenset(self.info.eos_token_ids)
+                if not self.ready.done():
+                    self.ready.set_result(None)
+
+    def _on_step(
+        self,
+        admitted: list[tuple[int, str, str]],
+        started: list[tuple[int, float, int]],
+        packed_handles: bytes,
+        packed_tokens: bytes,
+        logprobs: list[tuple[int, Any]],
+        prompt_logprobs: list[tuple[int, int, Any]],
+        finished: list[list[Any]],
+    ) -> None:
+        for handle, reason, text in admitted:
+            self._on_admission(handle, reason, text)
+        for handle, scheduled, num_cached in started:
+            choice = self._choices.get(handle)
+            if choice is not None:
+                choice.scheduled, choice.num_cached_tokens = scheduled, num_cached
+        handles, tokens = unpack_ids(packed_handles), unpack_ids(packed_tokens)
+        for at, entry in logprobs:
+            choice = self._choices.get(handles[at])
+            if choice is not None:
+                choice.logprobs.append(entry)
+        for handle, first, entries in prompt_logprobs:
+            choice = self._choices.get(handle)
+            if choice is not None:
+                choice.prompt_logprobs.update(enumerate(entries, start=first))
+        now = time.monotonic()
+        choices, max_lag, itl = self._choices, self._max_lag, self._itl
+        lagging = []
+        for handle, token in zip(handles, tokens, strict=True):
+            choice = choices.get(handle)
+            if choice is None:
+                continue
+            choice.tokens.append(token)
+            choice.num_tokens += 1
+            if choice.last_time:
+                itl.observe(now - choice.last_time)
+            else:
+                choice.first_time = now
+                self._ttft.observe(now - choice.group.arrival)
+            choice.last_time = now
+            if not choice.is_dirty:
+                choice.is_dirty = True
+                choice.group.dirty.append(choice)
+            elif len(choice.tokens) > max_lag and choice.group.is_writing:
+                lagging.append(choice)
+                continue
+            choice.group.wake()
+        for row in finished:
+            self._on_finish(Finish(*row), now)
+        for choice in lagging:
+            self._row.inc("kvarena:slow_reader_aborts")
+            choice.group.fail(SlowReader(f"the client did not read for {max_lag} tokens"))
+            self.abort([choice], "abort")
+
+    def _on_admission(self, handle: int, reason: str, text: str) -> None:
+        admission, choices = self._admissions.get(handle, (None, []))
+        if admission is None or admission.done():
+            return
+        if not reason:
+            admission.set_result(None)
+            return
+        # The engine has none of this prompt's choices; of the request's other prompts it may have.
+        for choice in choices:
+            if self._choices.pop(choice.handle, None) is not None:
+                choice.is_open = False
+                choice.group.num_open -= 1
+        admission.set_exception(Refused(reason, text))
+
+    def _on_finish(self, finish: Finish, now: float) -> None:
+        choice = self._choices.pop(finish.handle, None)
+        if choice is None:
+            return
+        choice.finish = finish
+        self._close(choice, finish.reason, now, finish)
+        if not choice.is_dirty:
+            choice.is_dirty = True
+            choice.group.dirty.append(choice)
+        choice.group.wake()
+
+    def _close(self, choice: Choice, reason: str, now: float, finish: Finish | None) -> None:
+        """Count an ended choice."""
+        choice.is_open = False
+        choice.group.num_open -= 1
+        row, count = self._row, choice.num_tokens
+        row.inc("vllm:request_success", reason if reason in ("stop", "length", "abort") else "error")
+        row.observe("vllm:e2e_request_latency_seconds", now - choice.group.arrival)
+        row.observe("vllm:request_prompt_tokens", choice.num_prompt_tokens)
+        row.observe("vllm:request_generation_tokens", count)
+        if reason not in ("stop", "length") or not count:
+            return
+        if finish is not None:  # a stop string is found here, where preemptions are not known
+            row.observe("vllm:request_num_preemptions", finish.num_preemptions)
+        row.observe("vllm:request_prefill_kv_computed_tokens", choice.num_prompt_tokens - choice.num_cached_tokens)
+        row.observe("vllm:request_queue_time_seconds", max(0.0, choice.scheduled - choice.group.arrival))
+        row.observe("vllm:request_inference_time_seconds", now - choice.scheduled)
+        row.observe("vllm:request_prefill_time_seconds", max(0.0, choice.first_time - choice.scheduled))
+        row.observe("vllm:request_decode_time_seconds", choice.last_time - choice.first_time)
+        if count > 1:
+            row.observe(
+                "vllm:request_time_per_output_token_seconds", (choice.last_time - choice.first_time) / (count - 1)
+            )

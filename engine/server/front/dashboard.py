@@ -1,0 +1,177 @@
+"""The pages' data: the KV pool's map and what the server does, as server-sent events.
+
+    engine --4 frames a second, while somebody watches--> front: PoolFeed --an event each--> browsers
+
+Everybody who may watch sees the pool, the counts and a row for each request. Names are for fewer: a request's id and
+user are shown to who gave the API key that the request was sent with, and on a server without keys to nobody. Others
+see that request under a number, and its user under a pseudonym of this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from kvarena.engine.server.front.client import EngineClient
+from kvarena.engine.server.shared import metrics
+from kvarena.engine.server.shared.ipc import unpack_ids
+
+MAX_WATCHERS = 16
+BEAT_SECONDS = 0.5
+# The engine's row of a request; `PoolView._row` makes it.
+ROW = ("number", "state", "prompt", "output", "computed", "slots", "id", "user", "key")
+# A page that sends requests may pick out its own among all: their ids start with a name that nobody can guess.
+OWN_PREFIX = re.compile(r"[0-9a-f]{32}")
+_LATENCIES = {
+    "ttft": "vllm:time_to_first_token_seconds",
+    "tpot": "vllm:request_time_per_output_token_seconds",
+    "itl": "vllm:inter_token_latency_seconds",
+}
+_COUNTERS = {
+    "steps": "kvarena:steps",
+    "failed_steps": "kvarena:failed_steps",
+    "generated": "vllm:generation_tokens",
+    "prompt": "vllm:prompt_tokens",
+    "queries": "vllm:prefix_cache_queries",
+    "hits": "vllm:prefix_cache_hits",
+    "preemptions": "vllm:num_preemptions",
+    "slow_readers": "kvarena:slow_reader_aborts",
+}
+
+
+class Watcher(NamedTuple):
+    """Who watches: the position of its API key or -1, what its own requests' ids start with, and its events."""
+
+    key: int
+    own_prefix: str
+    queue: asyncio.Queue[bytes]
+
+
+class PoolFeed:
+    """Hands the engine's snapshots to the browsers that watch. The engine makes none while nobody does."""
+
+    def __init__(self) -> None:
+        self._client: EngineClient | None = None
+        self._rows: Sequence[metrics.Row] = ()
+        self._model = ""
+        self._watchers: set[Watcher] = set()
+        self._salt = secrets.token_bytes(16)
+        self.closed = asyncio.Event()  # the server leaves
+
+    def attach(self, client: EngineClient, rows: Sequence[metrics.Row], model: str) -> None:
+        """Tell where snapshots and metrics come from, and the model's name."""
+        self._client, self._rows, self._model = client, rows, model
+
+    def publish(self, snapshot: dict[str, Any]) -> None:
+        """A snapshot arrived. A browser that is behind misses it."""
+        assert self._client is not None
+        snapshot["cells"] = unpack_ids(snapshot["cells"])
+        snapshot["filled"] = list(snapshot["filled"])
+        rows = [dict(zip(ROW, row, strict=True)) for row in snapshot.pop("requests")]
+        info = self._client.info
+        snapshot["about"] = {"model": self._model} | (info.about if info is not None else {})
+        snapshot |= self._measured()
+        # The large part is made once for all.
+        common = orjson.dumps(snapshot)[:-1] + b',"requests":'
+        made: dict[tuple[int, str], bytes] = {}
+        for watcher in self._watchers:
+            if watcher.queue.full():
+                continue
+            who = watcher[:2]
+            if who not in made:
+                shown = orjson.dumps([self._shown(row, *who) for row in rows])
+                made[who] = b"data: " + common + shown + b"}\n\n"
+            watcher.queue.put_nowait(made[who])
+
+    def _shown(self, row: dict[str, Any], key: int, own_prefix: str) -> dict[str, Any]:
+        """A request as this watcher may see it."""
+        shown = {name: value for name, value in row.items() if name != "key"}
+        shown["mine"] = bool(own_prefix) and row["id"].startswith(own_prefix + "-")
+        if not (shown["mine"] or row["key"] == key >= 0):
+            shown["id"] = ""
+            shown["user"] = self._pseudonym(row["user"])
+        return shown
+
+    def _pseudonym(self, user: str) -> str:
+        """The same for the same user while this process lives; tells nothing of the name."""
+        if not user:
+            return ""
+        return "user " + hashlib.blake2b(user.encode(), key=self._salt, digest_size=2).hexdigest()
+
+    def _measured(self) -> dict[str, Any]:
+        """Counters since the start: who watches takes differences."""
+        rows = self._rows
+        counters = {name: metrics.total(rows, metric) for name, metric in _COUNTERS.items()}
+        ended = {reason: metrics.total(rows, "vllm:request_success", reason) for reason in metrics.FINISH_REASONS}
+        counters["finished"] = ended["stop"] + ended["length"]
+        counters["failed"] = ended["error"] + ended["repetition"]
+        counters["aborted"] = ended["abort"]
+        counters["refused"] = metrics.family_total(rows, "vllm:admission_rejections")
+        for status in ("4xx", "5xx"):
+            counters["http_" + status] = metrics.family_total(rows, "http_requests", status=status)
+        latency = {name: metrics.histogram(rows, metric) for name, metric in _LATENCIES.items()}
+        return {"counters": counters, "latency": latency}
+
+    @property
+    def num_watchers(self) -> int:
+        """Browsers that watch."""
+        return len(self._watchers)
+
+    def enter(self, key: int, own_prefix: str) -> Watcher:
+        """A new watcher."""
+        watcher = Watcher(key, own_prefix, asyncio.Queue(2))
+        self._watchers.add(watcher)
+        if self._client is not None and len(self._watchers) == 1:
+            self._client.watch(True)
+        return watcher
+
+    def leave(self, watcher: Watcher) -> None:
+        """A watcher has gone."""
+        self._watchers.discard(watcher)
+        if self._client is not None and not self._watchers:
+            self._client.watch(False)
+
+
+class FeedResponse(Response):
+    """Streams snapshots until the browser leaves, and a sign of life where there are none."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, feed: PoolFeed, key: int, own_prefix: str) -> None:
+        super().__init__(headers={"cache-control": "no-cache"})
+        self._feed, self._key, self._own_prefix = feed, key, own_prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Answer."""
+        headers = [(key, value) for key, value in self.raw_headers if key != b"content-length"]
+        watcher = self._feed.enter(self._key, self._own_prefix)
+        ends = (asyncio.create_task(_disconnected(receive)), asyncio.create_task(self._feed.closed.wait()))
+        event = asyncio.create_task(watcher.queue.get())
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            while True:
+                await asyncio.wait((event, *ends), timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if any(end.done() for end in ends):
+                    break
+                body = b": alive\n\n"
+                if event.done():
+                    body, event = event.result(), asyncio.create_task(watcher.queue.get())
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            for task in (event, *ends):
+                task.cancel()
+            self._feed.leave(watcher)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,1 @@
+"""What is started, watched and drained: the supervisor and its fronts."""

@@ -1,0 +1,1 @@
+"""What every process of a server knows: settings, errors, messages, metrics."""

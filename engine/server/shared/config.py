@@ -1,0 +1,227 @@
+"""The server's settings (config group `server`), validated where they are made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kvarena.engine.errors import ConfigError
+
+# Asked for without a key by orchestrators, boards and browsers, as of vLLM's server; `protected_paths` closes them.
+# The pages hold no data: their scripts ask for it, with a key.
+OPEN_PATHS = frozenset(
+    {"/health", "/ready", "/ping", "/metrics", "/version", "/docs", "/openapi.json", "/", "/dashboard"}
+)
+TOOL_PARSERS = ("auto", "hermes", "llama", "mistral", "xml", "none")
+
+
+def default_num_fronts() -> int:
+    """HTTP processes for this machine: one per four cores that this process may use, from 1 to 4."""
+    return max(1, min(4, len(os.sched_getaffinity(0)) // 4))
+
+
+# What a value of a field must be, by the field's type.
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+}
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How to serve. Sizes in the unit that the name says, times in seconds.
+
+    Attributes:
+        host: address to listen on.
+        port: TCP port; 0 takes a free one.
+        api_keys: accepted bearer keys; empty: no key is asked for.
+        api_key_file: a file with accepted keys, one a line.
+        protected_paths: paths of `OPEN_PATHS` that ask for a key as well.
+        served_model_names: names that requests may use; empty: the model directory's name. The first is the one shown.
+        num_fronts: HTTP processes; by default as many as the cores warrant.
+        max_num_queued_requests: requests waiting in the engine beyond which new ones get 503.
+        shutdown_timeout: how long open requests may still run after SIGTERM.
+        heartbeat_timeout: an engine or front process silent for so long is taken for frozen.
+        stall_timeout: no step finished for so long while work is queued: `/health` answers 503.
+        step_timeout: the same, and the server gives up.
+        max_body_mib: largest request body.
+        body_timeout: how long a client may take to send its headers, and its body; and to read what waits for it.
+        max_n: most choices per request.
+        max_logprobs: largest `logprobs` / `top_logprobs` / `prompt_logprobs`.
+        max_prompts: most prompts in one completions request.
+        allowed_media_domains: hosts whose http(s) URLs may be fetched for images; empty: none.
+        allowed_local_media_path: folder whose files may be read for images; None: none.
+        max_images: most images in a request's messages.
+        max_media_mib: most bytes of a request's images together.
+        max_image_pixels: most pixels of an image.
+        media_timeout: how long fetching a request's images may take.
+        max_stream_lag: tokens that a slow reader may lag behind before its request is ended.
+        chat_template: path of a jinja file that replaces the tokenizer's template.
+        tool_call_parser: how a model writes tool calls.
+        generation_config: take default sampling parameters from the model's generation_config.json.
+        cors_origins: origins that browsers may call from; empty: CORS is off.
+        ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs: TLS.
+        otlp_endpoint: OpenTelemetry collector (http), or None.
+        log_requests: write an access log line per request.
+        enable_dashboard: serve the playground at `/`, and `/dashboard`.
+
+    Raises:
+        ConfigError: a value out of range; the message names the key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    api_key_file: str | None = None
+    protected_paths: tuple[str, ...] = ()
+    served_model_names: tuple[str, ...] = ()
+    num_fronts: int = field(default_factory=default_num_fronts)
+    max_num_queued_requests: int = 2048
+    shutdown_timeout: float = 30.0
+    heartbeat_timeout: float = 3.0
+    stall_timeout: float = 4.0
+    step_timeout: float = 120.0
+    max_body_mib: float = 16.0
+    body_timeout: float = 60.0
+    max_n: int = 128
+    max_logprobs: int = 20
+    max_prompts: int = 1024
+    allowed_media_domains: tuple[str, ...] = ()
+    allowed_local_media_path: str | None = None
+    max_images: int = 16
+    max_media_mib: float = 32.0
+    max_image_pixels: int = 1 << 26
+    media_timeout: float = 5.0
+    max_stream_lag: int = 4096
+    chat_template: str | None = None
+    tool_call_parser: str = "auto"
+    generation_config: bool = True
+    cors_origins: tuple[str, ...] = ()
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None
+    otlp_endpoint: str | None = None
+    log_requests: bool = True
+    enable_dashboard: bool = True
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, key: str, must: str) -> None:
+            if not ok:
+                raise ConfigError(f"server.{key}={getattr(self, key)!r} must be {must}")
+
+        for one in fields(self):
+            kinds, must = _KINDS.get(str(one.type), (object, ""))
+            value = getattr(self, one.name)
+            check(isinstance(value, kinds) and (one.type == "bool" or not isinstance(value, bool)), one.name, must)
+        check(isinstance(self.port, int) and 0 <= self.port <= 65535, "port", "between 0 and 65535")
+        for key in (
+            "num_fronts",
+            "max_num_queued_requests",
+            "max_n",
+            "max_prompts",
+            "max_images",
+            "max_image_pixels",
+            "max_stream_lag",
+        ):
+            check(isinstance(getattr(self, key), int) and getattr(self, key) >= 1, key, "an integer of at least 1")
+        for key in (
+            "heartbeat_timeout",
+            "stall_timeout",
+            "step_timeout",
+            "max_body_mib",
+            "body_timeout",
+            "max_media_mib",
+            "media_timeout",
+        ):
+            check(getattr(self, key) > 0, key, "above 0")
+        check(self.shutdown_timeout >= 0, "shutdown_timeout", "at least 0")
+        check(0 <= self.max_logprobs <= 1000, "max_logprobs", "between 0 and 1000")
+        check(self.tool_call_parser in TOOL_PARSERS, "tool_call_parser", f"one of {', '.join(TOOL_PARSERS)}")
+        if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
+            raise ConfigError("server.api_keys must be non-empty printable ASCII strings")
+        unknown = [path for path in self.protected_paths if path not in OPEN_PATHS]
+        if unknown:
+            raise ConfigError(
+                f"server.protected_paths: {unknown[0]!r} is none of {', '.join(sorted(OPEN_PATHS))}; all else asks "
+                "for a key anyhow"
+            )
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("server.ssl_certfile and server.ssl_keyfile go together: give both or none")
+        for key in ("ssl_keyfile_password", "ssl_ca_certs"):
+            if getattr(self, key) is not None and self.ssl_certfile is None:
+                raise ConfigError(f"server.{key} is for TLS: give server.ssl_certfile and server.ssl_keyfile too")
+        for key in ("api_key_file", "chat_template", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+            path = getattr(self, key)
+            check(path is None or Path(path).is_file(), key, "a file that exists")
+        folder = self.allowed_local_media_path
+        check(folder is None or Path(folder).is_dir(), "allowed_local_media_path", "a folder that exists")
+        check(
+            not any("/" in domain or "*" in domain for domain in self.allowed_media_domains),
+            "allowed_media_domains",
+            "host names, such as images.example.com, without scheme, path or *",
+        )
+        if self.otlp_endpoint is not None and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
+            raise ConfigError("server.otlp_endpoint needs the tracing extra: pip install 'kvarena[tracing]'")
+
+    def all_protected_paths(self) -> frozenset[str]:
+        """`protected_paths`; who closes the description's page closes the description."""
+        return frozenset(self.protected_paths) | ({"/openapi.json"} if "/docs" in self.protected_paths else frozenset())
+
+    def with_keys(self, environment: Mapping[str, str]) -> ServerConfig:
+        """With the keys of `api_key_file` and of the environment's KVARENA_API_KEY among `api_keys`.
+
+        Raises:
+            ConfigError: a source of keys holds none, or paths are protected without a key.
+        """
+        keys = list(self.api_keys)
+        if self.api_key_file is not None:
+            try:
+                lines = [line.strip() for line in Path(self.api_key_file).read_text().splitlines()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"server.api_key_file={self.api_key_file} cannot be read: {error}") from None
+            found = [line for line in lines if line]
+            if not found:
+                raise ConfigError(f"server.api_key_file={self.api_key_file} holds no key; write one a line")
+            keys += found
+        if "KVARENA_API_KEY" in environment:
+            if not environment["KVARENA_API_KEY"].strip():
+                raise ConfigError("the environment variable KVARENA_API_KEY is set and empty; unset it, or give a key")
+            keys.append(environment["KVARENA_API_KEY"].strip())
+        if self.protected_paths and not keys:
+            raise ConfigError(
+                "server.protected_paths asks for a key, and there is none: give --api-key or --api-key-file"
+            )
+        return replace(self, api_keys=tuple(dict.fromkeys(keys)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ServerConfig:
+        """Build from a resolved config section; a string stands for a list of one. Raises ConfigError."""
+        known = {one.name: one.type for one in fields(cls)}
+        made: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in known:
+                raise ConfigError(f"unknown key 'server.{key}'; known: {', '.join(sorted(known))}")
+            if str(known[key]).startswith("tuple"):
+                value = () if value is None else (str(value),) if not isinstance(value, (list, tuple)) else value
+                value = tuple(str(item) for item in value)
+            if key == "num_fronts" and value is None:
+                continue
+            made[key] = value
+        try:
+            return cls(**made)
+        except TypeError as error:
+            raise ConfigError(f"config section 'server': {error}") from error
+
+
+def _is_installed(module: str) -> bool:
+    """Whether `module` can be imported, without importing it."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # one of its parents is missing
+        return False

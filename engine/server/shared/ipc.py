@@ -1,0 +1,202 @@
+"""Frames between fronts and engine: a 4-byte big-endian length, then msgpack.
+
+Token ids and stream handles travel as packed int32 arrays: a step of 256 requests is one frame of a few kilobytes.
+A *handle* is an integer that the front picks for each choice of each request; it is unique per front.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import msgpack
+
+from kvarena.engine.errors import EngineError
+
+_LENGTH = struct.Struct(">I")
+MAX_FRAME_BYTES = 1 << 28
+BAD_CONSTRAINT = "bad_constraint"  # a `Finish.reason`: the structured output turned out to be impossible
+OUTBOX_LIMIT_BYTES = 64 << 20
+_RECV_BYTES = 1 << 18
+_MAX_RECV = 8
+
+
+class ToEngine(IntEnum):
+    """Kinds of frames that fronts send."""
+
+    ADD = 0
+    ABORT = 1
+    WATCH = 2
+    CONSTRAINT = 3  # key, kind, grammar, seconds: see `CheckedGrammar`; comes before the requests that name its key
+
+
+class ToFront(IntEnum):
+    """Kinds of frames that the engine sends."""
+
+    READY = 0
+    ADMITTED = 1
+    STEP = 2
+    POOL_MAP = 3
+
+
+class AddFrame(NamedTuple):
+    """A new request with `sampling["n"]` choices, whose handles are `handle`, `handle + 1`, ...
+
+    `arrival` is on the machine's monotonic clock; `prompt` is packed int32; `constraint` is the key of a grammar
+    that came before, or None. `shown_id` and `key` are the HTTP request's X-Request-Id and the position of its API
+    key, or -1.
+    """
+
+    handle: int
+    request_id: str
+    prompt: bytes
+    sampling: dict[str, Any]
+    arrival: float
+    priority: int
+    client_id: str
+    cache_salt: str
+    ignore_cache: bool
+    constraint: str | None
+    shown_id: str = ""
+    key: int = -1
+
+
+class Finish(NamedTuple):
+    """How a choice ended. `stop_token` is the token that ended it, if one did."""
+
+    handle: int
+    reason: str
+    stop_token: int | None
+    num_preemptions: int
+    error: str
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
+    """Pack integers below 2**31 as int32."""
+    return array("i", ids).tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """The inverse of `pack_ids`."""
+    ids = array("i")
+    ids.frombytes(data)
+    return ids.tolist()
+
+
+def encode(message: Sequence[Any]) -> bytes:
+    """One frame, its length in front."""
+    body = msgpack.packb(message, use_bin_type=True)
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameDecoder:
+    """Cuts a byte stream into messages."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Any]:
+        """Take bytes in; return the messages that are complete. Raises EngineError on a frame above the limit."""
+        buffer = self._buffer
+        buffer += data
+        messages = []
+        start = 0
+        while len(buffer) - start >= 4:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise EngineError(f"a frame of {length} bytes between server processes; this is a bug")
+            end = start + 4 + length
+            if len(buffer) < end:
+                break
+            messages.append(msgpack.unpackb(memoryview(buffer)[start + 4 : end], raw=False, strict_map_key=False))
+            start = end
+        if start:
+            del buffer[:start]
+        return messages
+
+
+class Link:
+    """The engine's end of a socket: never blocks, in neither direction."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.closed = False
+        self._decoder = FrameDecoder()
+        self._outbox: deque[memoryview] = deque()
+        self._outbox_bytes = 0
+
+    def receive(self) -> list[Any]:
+        """Messages that have arrived, up to some megabytes; sets `closed` at the end of the stream."""
+        messages: list[Any] = []
+        for _ in range(_MAX_RECV):
+            if self.closed:
+                break
+            try:
+                data = self.sock.recv(_RECV_BYTES)
+            except BlockingIOError:
+                break
+            except OSError:
+                self.closed = True
+                break
+            if not data:
+                self.closed = True
+                break
+            messages += self._decoder.feed(data)
+            if len(data) < _RECV_BYTES:
+                break
+        return messages
+
+    def send(self, message: Sequence[Any]) -> None:
+        """Queue a message and send what the socket takes. A reader that never reads is cut off (`closed`)."""
+        if self.closed:
+            return
+        data = encode(message)
+        self._outbox.append(memoryview(data))
+        self._outbox_bytes += len(data)
+        self.flush()
+        if self._outbox_bytes > OUTBOX_LIMIT_BYTES:
+            self.closed = True
+
+    def flush(self) -> None:
+        """Send queued bytes as far as the socket takes them."""
+        while self._outbox and not self.closed:
+            head = self._outbox[0]
+            try:
+                sent = self.sock.send(head)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.closed = True
+                return
+            self._outbox_bytes -= sent
+            if sent == len(head):
+                self._outbox.popleft()
+            else:
+                self._outbox[0] = head[sent:]
+
+    def close(self) -> None:
+        """Let go of the socket and of what waits for the reader."""
+        self.closed = True
+        self.sock.close()
+        self._outbox.clear()
+        self._outbox_bytes = 0
+
+    @property
+    def num_queued_bytes(self) -> int:
+        """Bytes that wait for the reader."""
+        return self._outbox_bytes
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """A connected pair with large buffers."""
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    for sock in pair:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
+    return pair

@@ -1,0 +1,313 @@
+"""Metrics in shared memory, and their exposition for Prometheus.
+
+A page holds one row of doubles per process: row 0 is the engine's, then one per front. Each row has one writer,
+so there are no locks; an aligned 8-byte store is atomic on the machines that we run on. `/metrics` adds the rows up.
+Names, types, labels and buckets are vLLM's, so that its boards and autoscalers work; ours beside them start with
+`kvarena:`. The engine's heart-beat lives here too, so that `/health` needs no answer from the engine.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from kvarena.engine.contract import CLASSES
+from kvarena.engine.server.shared.page import Page
+
+LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+TTFT = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+TOKENS = tuple(m * 10**e for e in range(7) for m in (1, 2, 5))
+NUM_CHOICES = (1, 2, 5, 10, 20)
+PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+HTTP_SECONDS = (0.1, 0.5, 1)
+
+FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
+HANDLERS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model_id}", "/tokenize", "/detokenize",
+    "/", "/docs", "/openapi.json", "/dashboard", "/dashboard/events", "/static/{name}", "none",
+)  # fmt: skip
+METHODS = ("GET", "POST", "other")
+STATUSES = ("2xx", "3xx", "4xx", "5xx")
+
+LOADING, READY, DRAINING, FAILED = range(4)
+
+
+class Metric(NamedTuple):
+    """One metric: kind is gauge, counter, histogram or internal (not exported)."""
+
+    name: str
+    kind: str
+    help: str
+    labels: Mapping[str, Sequence[str]] = {}
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Doubles per label combination: a histogram has its buckets, +Inf and the sum."""
+        return len(self.buckets) + 2 if self.kind == "histogram" else 1
+
+
+_REQUEST_SECONDS = {
+    "time_to_first_token_seconds": ("Time from arrival to the first token.", TTFT),
+    "inter_token_latency_seconds": ("Time between tokens of one request.", ITL),
+    "request_time_per_output_token_seconds": ("Mean time per output token of a request.", ITL),
+    "e2e_request_latency_seconds": ("Time from arrival to the last token.", LATENCY),
+    "request_queue_time_seconds": ("Time in the queue.", LATENCY),
+    "request_inference_time_seconds": ("Time from the first step to the last token.", LATENCY),
+    "request_prefill_time_seconds": ("Time from the first step to the first token.", LATENCY),
+    "request_decode_time_seconds": ("Time from the first to the last token.", LATENCY),
+}
+_REQUEST_COUNTS = {
+    "request_prompt_tokens": ("Prompt tokens of a request.", TOKENS),
+    "request_generation_tokens": ("Output tokens of a request.", TOKENS),
+    "request_max_num_generation_tokens": ("Most output tokens over a request's choices.", TOKENS),
+    "request_params_n": ("Parameter n of requests.", NUM_CHOICES),
+    "request_params_max_tokens": ("Parameter max_tokens of requests.", TOKENS),
+    "request_num_preemptions": ("Preemptions of a request.", PREEMPTIONS),
+    "request_prefill_kv_computed_tokens": ("Prompt tokens computed, cached ones left out.", TOKENS),
+    "iteration_tokens_total": ("Tokens computed in one engine step.", STEP_TOKENS),
+}
+
+METRICS: tuple[Metric, ...] = (
+    Metric("heartbeat", "internal", "Monotonic time of the last sign of life."),
+    Metric("progress", "internal", "Monotonic time of the last finished step, or of new work on an idle engine."),
+    Metric("has_work", "internal", "1 while requests are in the engine."),
+    Metric("state", "internal", "LOADING, READY, DRAINING or FAILED."),
+    Metric("vllm:num_requests_running", "gauge", "Requests in the running batch."),
+    Metric("vllm:num_requests_waiting", "gauge", "Requests waiting in the queue."),
+    Metric(
+        "vllm:num_requests_waiting_by_reason",
+        "gauge",
+        "Requests waiting in the queue, by reason.",
+        {"reason": ("capacity", "deferred")},
+    ),
+    Metric("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that requests own; 1 is full."),
+    Metric(
+        "vllm:engine_sleep_state",
+        "gauge",
+        "Sleep state.",
+        {"sleep_state": ("awake", "weights_offloaded", "discard_all")},
+    ),
+    Metric("vllm:num_preemptions", "counter", "Preemptions."),
+    Metric("vllm:prompt_tokens", "counter", "Prompt tokens taken in."),
+    Metric("vllm:generation_tokens", "counter", "Tokens generated."),
+    Metric(
+        "vllm:prompt_tokens_by_source",
+        "counter",
+        "Prompt tokens, by where their KV came from.",
+        {"source": ("local_compute", "local_cache_hit", "external_kv_transfer")},
+    ),
+    Metric("vllm:prompt_tokens_cached", "counter", "Prompt tokens served from the prefix cache."),
+    Metric("vllm:prefix_cache_queries", "counter", "Prompt tokens looked up in the prefix cache."),
+    Metric("vllm:prefix_cache_hits", "counter", "Prompt tokens found in the prefix cache."),
+    Metric("vllm:request_success", "counter", "Requests that ended.", {"finished_reason": FINISH_REASONS}),
+    Metric(
+        "vllm:admission_rejections",
+        "counter",
+        "Requests refused on arrival.",
+        {"reason": ("queue_full", "max_model_len", "max_request_tokens", "draining", "engine_dead")},
+    ),
+    *(Metric(f"vllm:{n}", "histogram", h, {}, b) for n, (h, b) in (_REQUEST_SECONDS | _REQUEST_COUNTS).items()),
+    Metric("kvarena:kv_slots", "gauge", "Slots of the KV pool; the classes add up to it.", {"class": CLASSES}),
+    Metric("kvarena:kv_slots_shared_saved", "gauge", "Slots that sharing saves."),
+    Metric("kvarena:steps", "counter", "Engine steps."),
+    Metric("kvarena:failed_steps", "counter", "Engine steps that failed; their requests ended with an error."),
+    Metric("kvarena:slow_reader_aborts", "counter", "Requests ended because their client did not read."),
+    Metric("kvarena:open_requests", "gauge", "HTTP requests being served."),
+    Metric(
+        "http_requests",
+        "counter",
+        "HTTP requests.",
+        {"handler": HANDLERS, "method": METHODS, "status": STATUSES},
+    ),
+    Metric(
+        "http_request_duration_seconds",
+        "histogram",
+        "HTTP latency.",
+        {"handler": HANDLERS, "method": METHODS},
+        HTTP_SECONDS,
+    ),
+)
+
+
+def _layout() -> tuple[dict[tuple[str, ...], int], int]:
+    """Offsets of (name, *label values) in a row, and the row's length."""
+    offsets: dict[tuple[str, ...], int] = {}
+    size = 0
+    for metric in METRICS:
+        for values in product(*metric.labels.values()):
+            offsets[(metric.name, *values)] = size
+            size += metric.width
+    return offsets, size
+
+
+_OFFSETS, _ROW_DOUBLES = _layout()
+_BUCKETS = {metric.name: metric.buckets for metric in METRICS if metric.kind == "histogram"}
+
+
+def create_page(num_fronts: int) -> Page:
+    """Make the shared page for one engine and `num_fronts` fronts."""
+    return Page.of_size((1 + num_fronts) * _ROW_DOUBLES * 8)
+
+
+class Row:
+    """One process's metrics.
+
+    Args:
+        page: what `create_page` made.
+        index: 0 for the engine, 1 + i for front i.
+    """
+
+    def __init__(self, page: Page, index: int) -> None:
+        self._map = page.map()
+        doubles = memoryview(self._map).cast("d")
+        self.values = doubles[index * _ROW_DOUBLES : (index + 1) * _ROW_DOUBLES]
+
+    def inc(self, name: str, *labels: str, by: float = 1.0) -> None:
+        """Add to a counter or gauge."""
+        self.values[_OFFSETS[(name, *labels)]] += by
+
+    def set(self, name: str, value: float, *labels: str) -> None:
+        """Set a gauge."""
+        self.values[_OFFSETS[(name, *labels)]] = value
+
+    def get(self, name: str, *labels: str) -> float:
+        """Read a counter or gauge."""
+        return self.values[_OFFSETS[(name, *labels)]]
+
+    def observe(self, name: str, value: float, *labels: str) -> None:
+        """Count `value` in a histogram."""
+        buckets = _BUCKETS[name]
+        at = _OFFSETS[(name, *labels)]
+        self.values[at + bisect.bisect_left(buckets, value)] += 1
+        self.values[at + len(buckets) + 1] += value
+
+
+class Histogram:
+    """A histogram of one row with its offset looked up: for values observed per token."""
+
+    def __init__(self, row: Row, name: str) -> None:
+        self._values, self._buckets, self._at = row.values, _BUCKETS[name], _OFFSETS[(name,)]
+        self._sum_at = self._at + len(self._buckets) + 1
+
+    def observe(self, value: float) -> None:
+        """Count `value`."""
+        self._values[self._at + bisect.bisect_left(self._buckets, value)] += 1
+        self._values[self._sum_at] += value
+
+
+def total(rows: Sequence[Row], name: str, *labels: str) -> float:
+    """A counter or gauge over all processes."""
+    return sum(row.get(name, *labels) for row in rows)
+
+
+def family_total(rows: Sequence[Row], name: str, **labels: str) -> float:
+    """A counter over all processes and all of its label values but those given."""
+    metric = next(metric for metric in METRICS if metric.name == name)
+    values = [(labels[key],) if key in labels else known for key, known in metric.labels.items()]
+    return sum(total(rows, name, *one) for one in product(*values))
+
+
+def histogram(rows: Sequence[Row], name: str) -> dict[str, Any]:
+    """A histogram without labels over all processes: `bounds`, how many values are at most each (`counts`, not
+    cumulative, the last one beyond all bounds), and their `sum`.
+    """
+    bounds, at = _BUCKETS[name], _OFFSETS[(name,)]
+    counts = [sum(row.values[at + i] for row in rows) for i in range(len(bounds) + 1)]
+    return {"bounds": bounds, "counts": counts, "sum": sum(row.values[at + len(bounds) + 1] for row in rows)}
+
+
+class Health(NamedTuple):
+    """The engine's state as the page tells it. `reason` is empty when all is well."""
+
+    alive: bool
+    reason: str
+
+
+def health(row: Row, heartbeat_timeout: float, stall_timeout: float) -> Health:
+    """Judge the engine by its row.
+
+    Args:
+        row: the engine's row.
+        heartbeat_timeout: seconds of silence after which the process counts as dead or frozen.
+        stall_timeout: seconds without a finished step while work is queued.
+    """
+    now = time.monotonic()
+    state = int(row.get("state"))
+    if state == LOADING:
+        return Health(True, "the engine is loading")
+    if state == FAILED:
+        return Health(False, "the engine has failed")
+    silent = now - row.get("heartbeat")
+    if silent > heartbeat_timeout:
+        return Health(False, f"the engine process has been silent for {silent:.1f} s")
+    stalled = now - row.get("progress")
+    if row.get("has_work") and stalled > stall_timeout:
+        return Health(True, f"the engine has finished no step for {stalled:.1f} s while work is queued")
+    return Health(True, "")
+
+
+class _PageCollector(Collector):
+    """Adds the rows of a page up."""
+
+    def __init__(self, rows: list[Row], model_name: str, cache_config: Mapping[str, str]) -> None:
+        self._rows, self._model_name, self._cache_config = rows, model_name, cache_config
+
+    def _sum(self, offset: int) -> float:
+        return sum(row.values[offset] for row in self._rows)
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily | InfoMetricFamily]:
+        for metric in METRICS:
+            if metric.kind == "internal":
+                continue
+            own = [] if metric.name.startswith("http_") else ["model_name", "engine"]
+            base = [] if metric.name.startswith("http_") else [self._model_name, "0"]
+            names = [*own, *metric.labels]
+            family: GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily
+            if metric.kind == "histogram":
+                family = HistogramMetricFamily(metric.name, metric.help, labels=names)
+            elif metric.kind == "counter":
+                family = CounterMetricFamily(metric.name, metric.help, labels=names)
+            else:
+                family = GaugeMetricFamily(metric.name, metric.help, labels=names)
+            for values in product(*metric.labels.values()):
+                at = _OFFSETS[(metric.name, *values)]
+                labels = [*base, *values]
+                if isinstance(family, HistogramMetricFamily):
+                    self._add_histogram(family, metric, labels, at)
+                else:
+                    family.add_metric(labels, self._sum(at))
+            yield family
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info", "The cache's configuration.", labels=["engine", *self._cache_config]
+        )
+        info.add_metric(["0", *self._cache_config.values()], 1.0)
+        yield info
+
+    def _add_histogram(self, family: HistogramMetricFamily, metric: Metric, labels: list[str], at: int) -> None:
+        total = 0.0
+        buckets: list[tuple[str, float]] = []
+        for i, bound in enumerate((*metric.buckets, float("inf"))):
+            total += self._sum(at + i)
+            buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), total))
+        if total == 0 and metric.labels:
+            return
+        family.add_metric(labels, buckets=buckets, sum_value=self._sum(at + len(metric.buckets) + 1))
+
+
+def render(rows: list[Row], model_name: str, cache_config: Mapping[str, str]) -> bytes:
+    """The page in Prometheus' text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_PageCollector(rows, model_name, cache_config))
+    return generate_latest(registry)

@@ -1,0 +1,1 @@
+"""Kernels timed one by one against the memory's bandwidth."""

@@ -1,0 +1,1 @@
+"""Run folders: whose they are, whether they are finished, and by which code."""

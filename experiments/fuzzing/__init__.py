@@ -1,0 +1,1 @@
+"""Random traces, bodies, constraints and answers, checked against what must hold."""

@@ -1,0 +1,110 @@
+"""Random workloads for tiny pools: what a strategy must survive, from one seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvarena.engine.request import Request, SamplingParams, expand
+from kvarena.experiments.correctness.oracle import expected_output
+
+MAX_MODEL_LEN = 48
+VOCAB_SIZE = 97
+
+
+@dataclass
+class Trace:
+    """A random workload and the random sizes under which strategies run it.
+
+    Attributes:
+        seed: what it was made from.
+        specs: arguments of `Request`.
+        aborts: (time, request id), by time.
+        num_slots: size of the pool.
+        allocator_options: by option name; applied where an allocator has the option.
+        scheduler_options: likewise.
+    """
+
+    seed: int
+    specs: list[dict[str, Any]]
+    aborts: list[tuple[float, str]]
+    num_slots: int
+    allocator_options: dict[str, Any]
+    scheduler_options: dict[str, Any]
+    _expected: dict[int | None, dict[str, list[int]]] = field(default_factory=dict)
+
+    def expected(self, window: int | None) -> dict[str, list[int]]:
+        """The right output of each request under a window, by id."""
+        if window not in self._expected:
+            requests = [req for spec in self.specs for req in expand(Request(**spec))]
+            self._expected[window] = {req.request_id: expected_output(req, VOCAB_SIZE, window) for req in requests}
+        return self._expected[window]
+
+    def requests(self) -> list[Request]:
+        """New requests by arrival, parallel samples expanded; some know their true output length, some a wrong one."""
+        rng = random.Random(self.seed)
+        requests = [req for spec in self.specs for req in expand(Request(**spec))]
+        for req in requests:
+            length = len(self.expected(None)[req.request_id])
+            req.oracle_output_len = rng.choice([None, length, length, length, (length + 1) // 2])
+        return requests
+
+
+def make_trace(seed: int, num_requests: int = 20) -> Trace:
+    """A random trace: shared, identical and block-aligned prompts, stop tokens, n > 1, priorities, clients, aborts."""
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 2, 4, 4, 8])
+    shared = [rng.randrange(VOCAB_SIZE) for _ in range(24)]
+    specs: list[dict[str, Any]] = []
+    stop_token_ids = frozenset(rng.sample(range(VOCAB_SIZE), rng.choice([0, 6])))
+    for i in range(num_requests):
+        prompt = shared[: rng.choice([0, 0, 8, 16, 24])]
+        if not prompt or rng.random() < 0.7:  # else: identical to others, and a whole number of blocks
+            prompt = prompt + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 10))]
+        max_tokens = rng.randint(1, 14 if rng.random() < 0.9 else 40)
+        specs.append(
+            {
+                "request_id": f"r{i}",
+                "prompt_token_ids": prompt,
+                "sampling": SamplingParams(
+                    max_tokens=max_tokens,
+                    min_tokens=rng.choice([0, min(3, max_tokens)]),
+                    seed=rng.choice([None, i]),
+                    n=rng.choice([1, 1, 1, 1, 2, 3]),
+                ),
+                "arrival_time": float(rng.randint(0, 2 * num_requests)),
+                "priority": rng.randint(0, 2),
+                "client_id": rng.choice("abc"),
+                "cache_salt": rng.choice(["", "", "", "salt"]),
+                "eos_token_ids": stop_token_ids,
+            }
+        )
+    specs.sort(key=lambda spec: spec["arrival_time"])
+    ids = [req.request_id for spec in specs for req in expand(Request(**spec))]
+    aborts = [(float(rng.randint(1, 5 * num_requests)), rid) for rid in rng.sample(ids, rng.randint(0, 4))]
+    max_num_seqs = rng.choice([3, 6, 12])
+    swap_blocks = rng.choice([0, 6, 60])
+    return Trace(
+        seed=seed,
+        specs=specs,
+        aborts=sorted(aborts),
+        num_slots=rng.choice([40, 64, 80, 100, 128]),
+        allocator_options={
+            "block_size": block_size,
+            "swap_blocks": swap_blocks,
+            "page_tokens": rng.choice([None, 3, 8, 16]),
+            "max_regions": rng.choice([2, 64]),
+        },
+        scheduler_options={
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_seqs + rng.choice([-1, 0, 5, 20, 100]),
+            "watermark": rng.choice([0.0, 0.01, 0.1]),
+            "preemption": rng.choice(["recompute", "recompute", "none"] if swap_blocks == 0 else ["swap"]),
+            "victim": rng.choice(["last_arrived", "lowest_priority", "most_blocks"]),
+            "retire": rng.choice(["hold", "free"]),
+            "max_wait": rng.choice([0.0, 3.5]),
+            "predictor": rng.choice(["oracle", "lognormal"]),
+            "ageing": rng.choice([0.1, 1.0]),
+        },
+    )

@@ -1,0 +1,128 @@
+"""Random answers with tool calls, cut at every position: what a parser finds must not depend on the cut.
+
+    python -m kvarena.experiments.fuzzing.tool_texts --seconds 1200 --seed 0
+
+Each text is made of what such answers are made of (tags whole and cut, calls, broken JSON, quotes, escapes, blanks,
+prose) and read by every parser of texts: at once, cut in two at every position, and character by character. Text and
+calls must be the same, no parser may raise, and every character is shown or belongs to a call. A failure prints its
+seed (`--seed N --texts 1` makes it again). The last line of stdout is JSON; exit code 1 when anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from kvarena.engine.server.text.tool_calls import FirstCallParser, ListParser, ToolParser
+from kvarena.engine.server.text.tool_texts import BareParser, HiddenTokens, TaggedParser
+
+NAMES = ("f", "get_weather")
+CALL = '{"name": "f", "arguments": {"x": "y"}}'
+PIECES = (
+    "<tool_call>", "</tool_call>", "<tool_", "call>", "</tool_call", "[TOOL_CALLS]", "[TOOL", "<|python_tag|>",
+    "<|im_end|>", CALL, '{"name": "f", "parameters": {"s": "</tool_call>"}}', '{"name": "f", "arguments": null}',
+    '{"name": "f", "arguments": "{\\"a\\": 1}"}', '{"name": "f"}', '{"name": "Bob", "age": 3}', '{"name": ["f"]}',
+    '{"name": "get_weather", "arguments": {"s": "a\nb \\" } ] \\u00e9"}}', f"[{CALL}, {CALL}]", f"[{CALL}", "[]", "{}",
+    '{"name": "f", "arguments": {"x": NaN}}', '{"name": "f", "arguments": {"x": "\\ud800"}}', '{"a": {"b": [', '"',
+    "\\", "{", "}", "[", "]", ":", ";", ",", " ", "\n", "\t", "I would ", 'it is 5" wide', "é🙂", "null", "1e999", "<",
+)  # fmt: skip
+OBJECTS = (
+    CALL, '{"name": "get_weather", "parameters": {"s": "a } ] \\" b"}}', '{"name": "f", "parameters": {"x": 1e999}}',
+    '{"name": "f", "parameters": {"x": {"y": [1, {}]}}}', '{"name":"f","parameters":{}}',
+)  # fmt: skip
+Found = tuple[str, list[tuple[str, str]]]
+PARSERS: dict[str, Callable[[], ToolParser]] = {
+    "tagged": partial(TaggedParser, NAMES),
+    "tagged without an end": partial(TaggedParser, NAMES, "[TOOL_CALLS]", ""),
+    "bare": partial(BareParser, NAMES),
+    "hidden": lambda: HiddenTokens(TaggedParser(NAMES), ["<|im_end|>"]),
+    "forced": partial(ListParser, NAMES),  # its texts are those that a grammar makes
+    "forced, one": lambda: FirstCallParser(TaggedParser(NAMES)),
+}
+
+
+def random_text(seed: int) -> str:
+    """An answer of up to twelve pieces, some of which lack a part or have a part twice."""
+    drawn = random.Random(seed)
+    made = []
+    for _ in range(drawn.randint(1, 12)):
+        piece = drawn.choice(PIECES)
+        if drawn.random() < 0.15:
+            at = drawn.randrange(len(piece) + 1)
+            piece = piece[:at] + drawn.choice(("", "", piece)) + piece[at + drawn.randint(0, 2) :]
+        made.append(piece)
+    return "".join(made)
+
+
+def random_list(seed: int) -> str:
+    """What a grammar makes of a forced call: a list of objects, cut at random."""
+    drawn = random.Random(seed)
+    values = [drawn.choice((*OBJECTS, *OBJECTS[:2])) for _ in range(drawn.randint(1, 4))]
+    text = "[" + drawn.choice((",", ", ", ",\n ")).join(values) + "]"
+    return text if drawn.random() < 0.5 else text[: drawn.randrange(1, len(text) + 1)]
+
+
+def read(parser: ToolParser, parts: Iterable[str]) -> Found:
+    """The text that is shown, and the name and arguments of each call."""
+    shown, calls = "", []
+    for parsed in (*(parser.add(part) for part in parts), parser.end()):
+        shown += parsed.text
+        calls += [[call.name, call.arguments] for call in parsed.calls]
+        if parsed.arguments:
+            calls[-1][1] += parsed.arguments
+    return shown, [(name, arguments) for name, arguments in calls]
+
+
+def cuts(text: str) -> Iterable[list[str]]:
+    """The text in two, at every position, and character by character."""
+    for at in range(1, len(text)):
+        yield [text[:at], text[at:]]
+    yield list(text)
+
+
+def check(name: str, text: str) -> str | None:
+    """What is wrong with how a parser reads a text, or None."""
+    make = PARSERS[name]
+    try:
+        whole = read(make(), [text])
+        for parts in cuts(text):
+            found = read(make(), parts)
+            if found != whole:
+                return f"cut into {[len(part) for part in parts][:3]}: {found} and not {whole}"
+    except Exception as error:  # whatever it is, an answer would have been a 500
+        return f"{type(error).__name__}: {error}"
+    for call, arguments in whole[1]:
+        if call not in NAMES or not isinstance(json.loads(arguments), dict):
+            return f"no call of a tool: {call} {arguments}"
+    if not whole[1] and name in ("tagged", "tagged without an end", "bare") and whole[0] != text:
+        return f"text is lost: {whole[0]!r}"
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the fuzzer; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of processor time")
+    parser.add_argument("--seed", type=int, default=None, help="of the first text; default: drawn, and printed")
+    parser.add_argument("--texts", type=int, default=1 << 60, help="most texts")
+    args = parser.parse_args(argv)
+    first = random.randrange(1 << 30) if args.seed is None else args.seed
+    failures, count, until = 0, 0, time.process_time() + args.seconds
+    while count < args.texts and time.process_time() < until:
+        for name in PARSERS:
+            text = random_list(first + count) if name == "forced" else random_text(first + count)
+            if (wrong := check(name, text)) is not None:
+                failures += 1
+                print(json.dumps({"seed": first + count, "parser": name, "text": text, "wrong": wrong}), flush=True)
+        count += 1
+    print(json.dumps({"first_seed": first, "texts": count, "parsers": len(PARSERS), "failures": failures}))
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One cell, here or over HTTP, from a config to its files."""

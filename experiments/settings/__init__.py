@@ -1,0 +1,1 @@
+"""The config: composed, checked, explained; the classes that it names."""

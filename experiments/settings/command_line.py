@@ -1,0 +1,49 @@
+"""The command that makes a run, a sweep or an experiment again, as words, for its manifest and its report's page."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.types import RunMode
+
+from kvarena.experiments.settings.compose import CONF_DIR
+
+RUN = ("python", "run.py")
+PROGRAMS = {  # by the name of what was started; all of them read the same overrides
+    "kvarena": ("kvarena", "bench"),
+    "cli.py": ("python", "-m", "kvarena.experiments.cli", "bench"),
+}
+MODE = "hydra.mode="  # Hydra's own word for -m
+
+
+def command_of(hydra: Any, *, alone: bool = False) -> list[str]:
+    """The words of the command that runs a job or a sweep, without a shell's quotes.
+
+    Args:
+        hydra: the node of that name, of the job or the sweep.
+        alone: of a sweep's cell: what runs it without the sweep, into a folder of its own.
+    """
+    words = [*PROGRAMS.get(Path(sys.argv[0]).name, RUN), *_config_options(hydra)]
+    task, own = list(hydra.overrides.task), list(hydra.overrides.hydra)
+    if alone:
+        return [*words, *without_sweep(task)]
+    if hydra.mode is RunMode.MULTIRUN:
+        words.append("-m")
+    return [*words, *task, *(word for word in own if not word.startswith(MODE))]
+
+
+def without_sweep(overrides: Sequence[str]) -> list[str]:
+    """The overrides that say what a cell runs, not how its sweep goes about it."""
+    return [word for word in overrides if not word.lstrip("+~").startswith("sweep.")]
+
+
+def _config_options(hydra: Any) -> list[str]:
+    """Hydra's options for a config of another name or place."""
+    sources = {source.provider: source.path for source in hydra.runtime.config_sources}
+    main, name = sources.get("main"), str(hydra.job.config_name)
+    words = [] if main is None or Path(main) == Path(CONF_DIR) else ["--config-path", main]
+    words += ["--config-dir", sources["command-line"]] if "command-line" in sources else []
+    return words + ([] if name.removesuffix(".yaml") == "config" else ["--config-name", name])

@@ -1,0 +1,51 @@
+"""The config as an object, for benchmarks, tests and the console command: what run.py would be given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.singleton import Singleton
+from omegaconf import DictConfig, open_dict
+
+from kvarena.experiments.settings import defaults
+from kvarena.experiments.settings.outside import offer_installed
+
+defaults.register()
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+
+
+# The config groups whose chosen options name a cell in reports.
+NAMING_GROUPS = ("allocator", "scheduler", "workload", "arrival")
+
+
+def load_config(overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose conf/config.yaml with `overrides`, each as on run.py's command line.
+
+    Raises:
+        hydra.errors.HydraException: an unknown key or group option.
+    """
+    return _compose(overrides, with_hydra=False)
+
+
+def compose_cell(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
+    """A cell's config, and what the groups that name it were set to. Raises as `load_config`."""
+    cfg = _compose(overrides, with_hydra=True)
+    choices = {group: str(cfg.hydra.runtime.choices[group]) for group in NAMING_GROUPS}
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, choices
+
+
+def _compose(overrides: Sequence[str], *, with_hydra: bool) -> DictConfig:
+    # A job that runs under Hydra composes configs of its own: what Hydra keeps for that job stays as it is.
+    offer_installed(overrides)
+    state = Singleton.get_state()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
+    finally:
+        Singleton.set_state(state)

@@ -1,0 +1,32 @@
+"""Defaults that depend on the model: small ones for the embedded demo and for shapes, a directory's own for all others.
+
+    engine.max_model_len: ${small_or:2048,null}     2048 for models/demo, null (the model's own) for model.path=DIR
+
+A resolver of OmegaConf: whoever reads the setting reads a plain value. `register` makes it known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from kvarena.engine.checkpoints.directory import PACKAGE_ROOT, located
+
+DEMO = PACKAGE_ROOT / "experiments" / "models" / "demo"
+
+
+def is_small(path: str | None) -> bool:
+    """Whether `model.path` names no directory of the user's: the embedded demo, or none at all (a shape)."""
+    if path is None:
+        return True
+    return located(path).resolve() == DEMO
+
+
+def _small_or(small: Any, other: Any, *, _root_: DictConfig) -> Any:
+    return small if is_small(OmegaConf.select(_root_, "model.path")) else other
+
+
+def register() -> None:
+    """Make `${small_or:...}` known. Idempotent."""
+    OmegaConf.register_new_resolver("small_or", _small_or, replace=True)

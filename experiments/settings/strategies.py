@@ -1,0 +1,83 @@
+"""The registered strategies: every file of conf/allocator and conf/scheduler, built as the main job builds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from kvarena.engine.contract import KVAllocator
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.settings.targets import full_name, instantiate
+from kvarena.schedulers.base import Scheduler
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def strategy_names(group: str) -> list[str]:
+    """Names of the registered strategies of `group` (`allocator` or `scheduler`), sorted."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def strategy_options(group: str, name: str) -> dict[str, Any]:
+    """The options of a strategy and their defaults, `_target_` included."""
+    return dict(_load(CONF / group / f"{name}.yaml"))
+
+
+def make_part(kind: type, config: Mapping[str, Any] | DictConfig, **arguments: Any) -> Any:
+    """What `config` names by `_target_`, which must be a `kind`; its own error in place of the one around it.
+
+    Raises:
+        ConfigError: options out of range, or a class that is no `kind`.
+    """
+    try:
+        made = instantiate(config, **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        if not str(error).startswith("Error locating target"):
+            _check_kind(kind, config["_target_"], get_object(full_name(config["_target_"])))
+        raise
+    _check_kind(kind, config["_target_"], type(made))
+    return made
+
+
+def _check_kind(kind: type, target: str, made_by: Any) -> None:
+    if isinstance(made_by, type) and not issubclass(made_by, kind):
+        raise ConfigError(
+            f"_target_={target} makes no {kind.__name__}; derive the class from {kind.__module__}.{kind.__name__}, "
+            "which says what to write"
+        )
+
+
+@cache
+def _load(path: Path) -> dict[str, Any]:
+    options = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    if not isinstance(options, dict):
+        raise ConfigError(f"{path} must be a mapping of options with a _target_")
+    return {str(key): value for key, value in options.items()}
+
+
+def build_allocator(name: str, *, num_blocks: int, max_model_len: int, **options: Any) -> KVAllocator:
+    """The allocator of conf/allocator/NAME.yaml with some options replaced or added.
+
+    Raises:
+        ConfigError: options out of range.
+    """
+    config = strategy_options("allocator", name) | options
+    return make_part(KVAllocator, config, num_blocks=num_blocks, max_model_len=max_model_len)
+
+
+def build_scheduler(name: str, allocator: KVAllocator, *, max_model_len: int, **options: Any) -> Scheduler:
+    """The scheduler of conf/scheduler/NAME.yaml with some options replaced.
+
+    Raises:
+        ConfigError: options out of range.
+    """
+    config = strategy_options("scheduler", name) | options
+    return make_part(Scheduler, config, allocator=allocator, max_model_len=max_model_len)

@@ -1,0 +1,82 @@
+"""A runner without a device: a step-time model says how long each step takes, and a virtual clock moves on.
+
+Schedulers and allocators are the real objects and cannot tell the difference. Steps follow each other on one
+simulated device: under overlap a step that is launched while another one runs begins when that one ends. Free of
+torch.
+"""
+
+from __future__ import annotations
+
+from kvarena.engine.clock import VirtualClock
+from kvarena.engine.contract import KVAllocator, StepPlan
+from kvarena.engine.core import StepOutput
+from kvarena.engine.model_runner import StepResult
+from kvarena.experiments.recording.step_features import step_features
+from kvarena.experiments.simulation.step_time import HostTime, StepTime
+
+
+class SimulatedRunner:
+    """Answers every step with `token_id`, at the time that the step-time model gives.
+
+    Args:
+        step_time: seconds of the device for a step, from its features.
+        clock: the engine's; only this runner and the driver move it.
+        token_id: the token that every sample gets; must not end requests that are to run to their length.
+        host: seconds of the host around a step. The part after a step passes when the driver calls `after_step`.
+    """
+
+    def __init__(
+        self, step_time: StepTime, clock: VirtualClock, token_id: int = 0, host: HostTime | None = None
+    ) -> None:
+        self._step_time = step_time
+        self._clock = clock
+        self._token_id = token_id
+        self._host = host or HostTime()
+        self._free_at = 0.0  # when the device has run all that was launched
+
+    def execute(self, plan: StepPlan, allocator: KVAllocator) -> SimulatedStep:  # noqa: ARG002 - part of the protocol
+        """Launch a step, after the host's part before it.
+
+        The device begins with the first kernel: of a graph when it is launched, else when the launch begins. Then it
+        cannot end before the last one is launched.
+        """
+        host, clock, features = self._host, self._clock, step_features(plan)
+        before = host.before + host.before_per_request * len(plan.scheduled)
+        clock.advance(before + (host.before_prefill if features.num_prefill_requests else 0.0))
+        first_kernel = clock.now()
+        clock.advance(host.launch(features))
+        launched = clock.now()
+        seconds = self._step_time(features)
+        if host.replays(features):
+            self._free_at = max(launched, self._free_at) + seconds
+        else:
+            self._free_at = max(max(first_kernel, self._free_at) + seconds, launched + host.tail)
+        token_id = self._token_id
+        tokens = [token_id if sample else None for sample in plan.samples]
+        return SimulatedStep(tokens, self._free_at, self._clock, host.take)
+
+    def after_step(self, step: StepOutput) -> None:
+        """The host's part after a step: what it took to update and to record."""
+        host, plan = self._host, step.plan
+        prompts = host.after_prefill if len(plan.scheduled) > plan.num_decodes else 0.0
+        self._clock.advance(host.after + host.after_per_request * len(plan.scheduled) + prompts)
+
+    def release(self, request_ids: list[str]) -> None:
+        """Nothing to forget."""
+
+
+class SimulatedStep:
+    """A step on the simulated device."""
+
+    __slots__ = ("_clock", "_end_time", "_take", "_token_ids")
+
+    def __init__(self, token_ids: list[int | None], end_time: float, clock: VirtualClock, take: float = 0.0) -> None:
+        self._token_ids = token_ids
+        self._end_time = end_time
+        self._clock = clock
+        self._take = take
+
+    def result(self) -> StepResult:
+        """Move the clock to the end of the step, or by what it takes to take in what waits, and return the tokens."""
+        self._clock.sleep_until(max(self._end_time, self._clock.now() + self._take))
+        return StepResult(self._token_ids)

@@ -1,0 +1,1 @@
+"""Many cells: planned, run in rounds, one by one or on a cluster."""

@@ -1,0 +1,215 @@
+"""Cells as tasks of a Ray cluster, through Ray's own API (`hydra/launcher=ray`).
+
+    driver: sweep folder, code hash --+--> task: same code? folder seen? --> run the cell into its folder --> JobReturn
+                                      +--> task ...
+
+Every node needs this project, installed from the same code, and the sweep's folder under the same path.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from kvarena.engine.errors import ConfigError
+from kvarena.experiments.folders.sources import code_hash
+from kvarena.experiments.jobs.outcomes import outcome
+from kvarena.experiments.jobs.output import progress_bar
+from kvarena.experiments.settings.explain import first_line
+
+CONNECT_TIMEOUT = 5.0  # seconds
+STOP_TIMEOUT = 120.0  # seconds for the step and the files of cells that are cancelled
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Which cluster, and what each cell asks it for.
+
+    Args:
+        address: `local`, `auto` or host:port.
+        num_cpus: above 0.
+        num_gpus: at least 0.
+
+    Raises:
+        ConfigError: out of range.
+    """
+
+    address: str
+    num_cpus: float
+    num_gpus: float
+
+    def __post_init__(self) -> None:
+        if not self.num_cpus > 0:
+            raise ConfigError(f"hydra.launcher.num_cpus={self.num_cpus} must be above 0")
+        if not self.num_gpus >= 0:
+            raise ConfigError(f"hydra.launcher.num_gpus={self.num_gpus} must be at least 0")
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What all tasks of a sweep get."""
+
+    config: DictConfig
+    hydra_context: HydraContext
+    task_function: TaskFunction
+    singletons: dict[Any, Any]
+    cwd: str
+    folder: str
+    witness: str  # a file of the driver's in `folder`
+    code: str
+
+
+def run_cells(
+    options: RayOptions,
+    config: DictConfig,
+    hydra_context: HydraContext,
+    task_function: TaskFunction,
+    job_overrides: Sequence[Sequence[str]],
+    first: int,
+) -> list[JobReturn]:
+    """Run a sweep's cells; one whose worker died returns its error, and the others go on.
+
+    Args:
+        options: which cluster, and what a cell asks it for.
+        config: the sweep's config, with its hydra node.
+        hydra_context: Hydra's config loader and callbacks.
+        task_function: runs one cell.
+        job_overrides: the cells' overrides.
+        first: number of the first cell.
+
+    Raises:
+        ConfigError: Ray is missing, its cluster cannot be reached or holds no such cell, a node has other code or does
+            not see the sweep's folder.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("hydra/launcher=ray needs Ray: pip install 'kvarena[ray]'") from None
+    setup_globals()
+    folder = Path(str(config.hydra.sweep.dir)).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    witness = folder / f".ray-{uuid.uuid4().hex}"
+    sweep = _Sweep(
+        config,
+        hydra_context,
+        task_function,
+        Singleton.get_state(),
+        os.getcwd(),
+        str(folder),
+        str(witness),
+        code_hash(),
+    )
+    _connect(ray, options.address)
+    try:
+        _check_room(ray, options)
+        witness.touch()
+        # A cell that broke off is not tried again behind the user's back: its folder says what it was.
+        remote = ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_retries=0)
+        return _gather(ray, remote(_run_cell).remote, sweep, job_overrides, first)
+    finally:
+        ray.shutdown()
+        witness.unlink(missing_ok=True)
+
+
+def _connect(ray: Any, address: str) -> None:
+    try:
+        if ":" in address and "://" not in address:  # Ray itself waits for minutes where nobody listens
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT).close()
+        # What cells print goes to Ray's logs: of several at once it is no text that a person can read.
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"hydra.launcher.address={address}: no Ray cluster answers there ({first_line(error)}); start one with "
+            "`ray start --head`, or say hydra.launcher.address=local"
+        ) from error
+
+
+def _check_room(ray: Any, options: RayOptions) -> None:
+    """A task that no node can ever hold would wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= options.num_cpus and node.get("GPU", 0) >= options.num_gpus for node in nodes):
+        raise ConfigError(
+            f"no node of the Ray cluster has {options.num_cpus:g} CPUs and {options.num_gpus:g} GPUs for a cell; lower "
+            "hydra.launcher.num_cpus or hydra.launcher.num_gpus"
+        )
+
+
+def _gather(
+    ray: Any, task: Callable[..., Any], sweep: _Sweep, job_overrides: Sequence[Sequence[str]], first: int
+) -> list[JobReturn]:
+    """Start all cells, and return what they returned, in their order."""
+    shared = ray.put(sweep)
+    pending = {task(first + at, list(overrides), shared): at for at, overrides in enumerate(job_overrides)}
+    returns: dict[int, JobReturn] = {}
+    with closing(progress_bar("cells", len(pending), "cells", enabled=sweep.config.report.progress)) as bar:
+        while pending:
+            try:
+                (ended,), _ = ray.wait(list(pending), num_returns=1)
+            except KeyboardInterrupt:
+                _stop(ray, list(pending))
+                raise
+            at = pending.pop(ended)
+            try:
+                returns[at] = ray.get(ended)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                returns[at] = _broken_off(sweep, job_overrides[at], error)
+            bar.update()
+    return [returns[at] for at in sorted(returns)]
+
+
+def _stop(ray: Any, pending: list[Any]) -> None:
+    """End the cells that run, each with its step, and wait until they have written what they measured."""
+    for task in pending:
+        ray.cancel(task)
+    ray.wait(pending, num_returns=len(pending), timeout=STOP_TIMEOUT)
+
+
+def _run_cell(index: int, overrides: list[str], sweep: _Sweep) -> JobReturn:
+    """One cell, in a process of the cluster."""
+    _check_node(sweep)
+    os.chdir(sweep.cwd)
+    setup_globals()
+    Singleton.set_state(sweep.singletons)
+    config = sweep.hydra_context.config_loader.load_sweep_config(sweep.config, overrides)
+    with open_dict(config):
+        config.hydra.job.id = index
+        config.hydra.job.num = index
+    HydraConfig.instance().set_config(config)
+    return run_job(
+        hydra_context=sweep.hydra_context, task_function=sweep.task_function, config=config,
+        job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir",
+    )  # fmt: skip
+
+
+def _check_node(sweep: _Sweep) -> None:
+    host = os.uname().nodename
+    if not Path(sweep.witness).exists():
+        raise ConfigError(
+            f"node {host} does not see the sweep's folder {sweep.folder}; sweep into one that all nodes share under "
+            "the same path (hydra.sweep.dir=DIR)"
+        )
+    if code_hash() != sweep.code:
+        raise ConfigError(f"node {host} has other code of kvarena than the driver; install the same commit there")
+
+
+def _broken_off(sweep: _Sweep, overrides: Sequence[str], error: Exception) -> JobReturn:
+    """What a cell whose worker died came to."""
+    subdir = next(item.partition("=")[2] for item in overrides if item.startswith("hydra.sweep.subdir="))
+    ended = JobReturn(overrides=list(filter_overrides(overrides)), status=JobStatus.COMPLETED)
+    ended.return_value = outcome(Path(sweep.folder) / subdir, f"its Ray worker ended: {first_line(error)}")
+    return ended

@@ -1,0 +1,1 @@
+"""What workloads are made of: requests, lengths, seeds, readers of traces."""

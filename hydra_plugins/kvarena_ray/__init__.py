@@ -1,1 +1,0 @@
-"""`hydra/launcher=ray`. Hydra takes plugins from this package name alone."""

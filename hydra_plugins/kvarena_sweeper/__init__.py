@@ -1,1 +1,0 @@
-"""`hydra/sweeper=kvarena`. Hydra takes plugins from this package name alone."""

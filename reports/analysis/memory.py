@@ -1,0 +1,106 @@
+"""The KV ledger over time: weights, means, and time bins.
+
+A step's ledger holds while the step runs. Its weight is the time in which it was the last step to end,
+
+    weight = end - max(start, end of the previous step)
+
+so that overlapped steps are not counted twice, and idle time (no step runs) is counted nowhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kvarena.reports.reading.files import CLASSES
+
+
+class Spans(NamedTuple):
+    """When each step counts: [start, end) in seconds, in order, without overlap."""
+
+    start: np.ndarray
+    end: np.ndarray
+
+    @property
+    def weight(self) -> np.ndarray:
+        """Seconds per step."""
+        return self.end - self.start
+
+
+def step_spans(steps: dict[str, np.ndarray]) -> Spans:
+    """The exclusive time of every step."""
+    end = np.maximum.accumulate(steps["end_time"]) if len(steps["end_time"]) else steps["end_time"]
+    before = np.concatenate([[-np.inf], end[:-1]]) if len(end) else end
+    return Spans(np.minimum(np.maximum(steps["start_time"], before), end), end)
+
+
+def weighted_mean(values: np.ndarray, weight: np.ndarray) -> float | None:
+    """Time-weighted mean; the plain mean when no time passed; None without steps."""
+    if not len(values):
+        return None
+    total = weight.sum()
+    return float((values * weight).sum() / total) if total > 0 else float(values.mean())
+
+
+def mean_shares(steps: dict[str, np.ndarray], spans: Spans, window: np.ndarray | None = None) -> dict | None:
+    """Mean share of the pool of each ledger class.
+
+    Args:
+        steps: the step columns.
+        spans: their exclusive times.
+        window: bool per step: which ones count; None counts all.
+
+    Returns:
+        class -> share in [0, 1], adding up to 1; None when the window holds no step.
+    """
+    window = np.ones(len(spans.start), dtype=bool) if window is None else window
+    if not window.any():
+        return None
+    total, weight = steps["total"][window].astype(float), spans.weight[window]
+    return {name: weighted_mean(steps[name][window] / total, weight) for name in CLASSES}
+
+
+class Bins(NamedTuple):
+    """Time bins for a figure.
+
+    Attributes:
+        edges: bin edges in seconds, [num_bins + 1].
+        busy: seconds of step time in each bin, [num_bins].
+    """
+
+    edges: np.ndarray
+    busy: np.ndarray
+
+
+def make_bins(spans: Spans, num_bins: int, start: float = 0.0, end: float | None = None) -> Bins:
+    """Equal bins from `start` to `end` (by default the end of the last step)."""
+    last = float(spans.end[-1]) if len(spans.end) else start
+    stop = max(last if end is None else end, start + 1e-9)
+    edges = np.linspace(start, stop, num_bins + 1)
+    return Bins(edges, _integral(np.ones(len(spans.start)), spans, edges))
+
+
+def binned_mean(values: np.ndarray, spans: Spans, bins: Bins) -> np.ndarray:
+    """Time-weighted mean of a per-step value in each bin; NaN where no step ran. O(steps + bins)."""
+    integral = _integral(values, spans, bins.edges)
+    # A sliver of a step in a bin is noise of the rounding, not a value.
+    busy = bins.busy > 1e-6 * (bins.edges[1] - bins.edges[0])
+    return np.divide(integral, bins.busy, out=np.full(len(integral), np.nan), where=busy)
+
+
+def binned_rate(values: np.ndarray, spans: Spans, bins: Bins) -> np.ndarray:
+    """Per-step counts as a rate per second of wall time in each bin, each count spread evenly over its step."""
+    weight = spans.weight
+    per_second = np.divide(values, weight, out=np.zeros(len(weight)), where=weight > 0)
+    return _integral(per_second, spans, bins.edges) / np.diff(bins.edges)
+
+
+def _integral(values: np.ndarray, spans: Spans, edges: np.ndarray) -> np.ndarray:
+    """Integral over each bin of a function that is `values[i]` in span i and 0 elsewhere."""
+    if not len(values):
+        return np.zeros(len(edges) - 1)
+    times = np.stack([spans.start, spans.end], axis=1).ravel()
+    area = np.cumsum(values * spans.weight)
+    cumulative = np.stack([np.concatenate([[0.0], area[:-1]]), area], axis=1).ravel()
+    return np.diff(np.interp(edges, times, cumulative, left=0.0))

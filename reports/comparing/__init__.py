@@ -1,0 +1,1 @@
+"""What several runs' numbers say beside each other."""

@@ -1,0 +1,283 @@
+"""The figures of one run. Each takes the run's data and returns a Figure; time is binned, so a long run draws fast."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.text import Annotation
+
+from kvarena.reports.analysis.memory import Bins, Spans, binned_mean, binned_rate, make_bins
+from kvarena.reports.drawing.format import scaled_seconds, seconds
+from kvarena.reports.drawing.paper import FIGURE_2
+from kvarena.reports.drawing.style import (
+    BLUE,
+    CLASS_LOOKS,
+    GRID,
+    INK,
+    LINEAR,
+    LOG,
+    MUTED,
+    ORANGE,
+    RED,
+    WIDE,
+    Look,
+    Sheet,
+    grid,
+    hatch_kwargs,
+    legend_above,
+    log_scale,
+    new_figure,
+    row_names,
+    whole,
+)
+from kvarena.reports.reading.files import CLASSES, RunFiles
+
+NUM_BINS = 420
+NUM_RATE_BINS = 120
+
+
+def staircase(values: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of a step curve that is `values[i]` from edge i to edge i + 1."""
+    return np.repeat(edges, 2)[1:-1], np.repeat(values, 2)
+
+
+def memory_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
+    """KV memory over time by ledger class; below it what finished requests hold (if any do), and the queue."""
+    held = bool(run.steps["held"].any())
+    figure = new_figure(4.3 + 0.8 * held, sheet)
+    rows = figure.subplots(2 + held, 1, sharex=True, height_ratios=[4.2, *([1] * (1 + held))])
+    bins = make_bins(spans, NUM_BINS)
+    draw_memory(rows[0], run, spans, bins)
+    handles, labels = rows[0].get_legend_handles_labels()
+    legend_above(figure, handles, labels, sheet)
+    if held:
+        share = 100 * run.steps["held"] / np.maximum(run.steps["total"], 1)
+        _slim_panel(rows[1], "% held by\nfinished", binned_mean(share, spans, bins), bins)
+        rows[1].set_ylim(0, 100)
+        rows[1].set_yticks([0, 50, 100])
+    _slim_panel(rows[-1], "requests\nwaiting", binned_mean(run.steps["num_waiting"], spans, bins), bins)
+    rows[-1].set_xlabel("time since the start of the run (s)")
+    figure.align_ylabels()
+    return figure
+
+
+def _slim_panel(axes: Axes, label: str, values: np.ndarray, bins: Bins) -> None:
+    x, y = staircase(np.nan_to_num(values), bins.edges)
+    axes.fill_between(x, 0, y, facecolor=MUTED, linewidth=0)
+    axes.set_ylabel(label)
+    axes.set_ylim(0, max(1.0, y.max(initial=0) * 1.1))
+    whole(axes, most=3)
+    grid(axes)
+
+
+def draw_memory(axes: Axes, run: RunFiles, spans: Spans, bins: Bins, share: bool = False) -> None:
+    """The stacked area of the ledger: in slots with percents at the right, or in percents of the pool alone."""
+    total = float(run.steps["total"].max()) if run.num_steps else 1.0
+    scale = 100 / total if share else 1.0
+    base = np.zeros(2 * (len(bins.edges) - 1))
+    for name in CLASSES:
+        look = CLASS_LOOKS[name]
+        if run.num_steps and not run.steps[name].any():
+            continue
+        x, y = staircase(binned_mean(run.steps[name] * scale, spans, bins), bins.edges)
+        axes.fill_between(x, base, base + y, label=look.label, **hatch_kwargs(look))
+        base = base + y
+    axes.set_ylim(0, total * scale)
+    axes.set_xlim(bins.edges[0], bins.edges[-1])
+    axes.tick_params(length=0)
+    if share:
+        axes.set_yticks([0, 50, 100])
+        return
+    axes.set_ylabel("KV slots (one token each)")
+    whole(axes)
+    to_percent, to_slots = 100 / total, total / 100
+    right = axes.secondary_yaxis(
+        "right", functions=(lambda y: np.asarray(y) * to_percent, lambda p: np.asarray(p) * to_slots)
+    )
+    right.set_ylabel("% of the pool")
+    right.set_yticks([0, 20, 40, 60, 80, 100])
+    right.tick_params(length=0)
+    right.spines["right"].set_visible(False)
+
+
+def split_figure(rows: list[tuple[str, dict[str, float] | None]], sheet: Sheet = WIDE, paper: bool = True) -> Figure:
+    """Mean split of KV memory as bars, and the paper's four bars below.
+
+    Args:
+        rows: (label, class -> share in [0, 1] or None when the window is empty).
+        sheet: what it is drawn for.
+        paper: draw PagedAttention's Figure 2 below.
+    """
+    bars: list[tuple[str, dict[str, float] | None]] = list(rows)
+    reference = [(name, {key: value / 100 for key, value in split.items()}) for name, split in FIGURE_2.items()]
+    labels = [label for label, _ in bars]
+    positions = [float(index) for index in range(len(bars))]
+    if paper:
+        gap = len(bars) + 0.75
+        positions += [gap + index for index in range(len(reference))]
+        labels += [name for name, _ in reference]
+        bars += reference
+    names, extra = row_names(labels, sheet)
+    figure = new_figure(0.75 + 0.36 * (len(bars) + 1.2 * paper) + extra, sheet)
+    axes = figure.subplots()
+    for position, (_, split) in zip(positions, bars, strict=True):
+        draw_split(axes, position, split, least_labelled=sheet.share(4))
+    if paper:
+        axes.annotate("PagedAttention, Figure 2", (0, len(rows) - 0.02), xytext=(-6, 0), textcoords="offset points",
+                      ha="right", va="center", color=MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
+        axes.axhline(len(rows) - 0.02, color=GRID, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+    axes.set_yticks(positions, names)
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.set_ylim(max(positions) + 0.55, -0.55)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("mean share of the KV pool (%)")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(length=0)
+    seen = [name for name in CLASSES if any(split and split.get(name, 0) > 0 for _, split in bars)]
+    handles = [_patch(CLASS_LOOKS[name]) for name in seen]
+    legend_above(figure, handles, [str(handle.get_label()) for handle in handles], sheet)
+    return figure
+
+
+def _patch(look: Look) -> Patch:
+    return Patch(label=look.label, **hatch_kwargs(look))
+
+
+def draw_split(axes: Axes, position: float, split: dict[str, float] | None, least_labelled: float = 4) -> None:
+    """One horizontal bar. What `split` leaves of 1 is drawn as an outline: the source does not say what it is.
+
+    A share of fewer percents than `least_labelled` has no room for its number.
+    """
+    if split is None:
+        axes.text(0.6, position, "no such step in this run", va="center", color=MUTED, fontsize=8.5)
+        return
+    left = 0.0
+    for name in CLASSES:
+        share = 100 * split.get(name, 0.0)
+        look = CLASS_LOOKS[name]
+        if share > 0:
+            axes.barh(position, share, 0.72, left=left, **hatch_kwargs(look))
+        if share >= least_labelled:
+            axes.text(left + share / 2, position, f"{share:.1f}", ha="center", va="center", fontsize=8.5,
+                      color=look.text, bbox={"facecolor": look.color, "edgecolor": "none", "pad": 1.2,
+                                             "boxstyle": "round,pad=0.15"} if look.hatch else None)  # fmt: skip
+        left += share
+    if left < 99.5:
+        axes.barh(position, 100 - left, 0.72, left=left, facecolor="none", edgecolor=MUTED, linewidth=0.7)
+
+
+def load_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
+    """Batch size and queue, tokens computed per second, and preemptions over time."""
+    preempted = bool(run.steps["num_preempted"].any())
+    figure = new_figure(4.6 + 0.8 * preempted, sheet)
+    rows = figure.subplots(3 + preempted, 1, sharex=True, height_ratios=[1.6, 1, 1, 0.8][: 3 + preempted])
+    bins = make_bins(spans, NUM_BINS)
+    for column, label, color, dash in (
+        ("num_scheduled", "in the step's batch", BLUE, "-"),
+        ("num_waiting", "waiting", RED, (0, (3, 1.2))),
+    ):
+        x, y = staircase(binned_mean(run.steps[column], spans, bins), bins.edges)
+        rows[0].plot(x, y, color=color, linestyle=dash, label=label, linewidth=1.3)
+    rows[0].set_ylabel("requests")
+    rows[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+    coarse = make_bins(spans, NUM_RATE_BINS)
+    for axes, column, label, look in (
+        (rows[1], "num_decode_tokens", "decode\ntokens/s", Look("", BLUE)),
+        (rows[2], "num_prefill_tokens", "prefill\ntokens/s", Look("", ORANGE)),
+    ):
+        x, y = staircase(binned_rate(run.steps[column], spans, coarse), coarse.edges)
+        axes.fill_between(x, 0, y, **hatch_kwargs(look))
+        axes.set_ylabel(label)
+    if preempted:
+        counts = binned_rate(run.steps["num_preempted"], spans, bins) * np.diff(bins.edges)
+        rows[3].plot(bins.edges, np.concatenate([[0.0], np.cumsum(counts)]), color=INK, linewidth=1.3)
+        rows[3].set_ylabel("preemptions\nso far")
+    for axes in rows:
+        axes.set_ylim(bottom=0)
+        whole(axes, most=4)
+        grid(axes)
+    rows[-1].set_xlim(bins.edges[0], bins.edges[-1])
+    rows[-1].set_xlabel("time since the start of the run (s)")
+    figure.align_ylabels()
+    return figure
+
+
+def latency_figure(
+    panels: list[tuple[str, list[tuple[str, np.ndarray]]]], looks: list[Look], sheet: Sheet = WIDE
+) -> Figure:
+    """Cumulative distributions, one panel a metric, one curve a series.
+
+    Args:
+        panels: (name of the metric, [(series name, values in seconds)]).
+        looks: a look per series.
+        sheet: what it is drawn for.
+    """
+    figure = new_figure(1.85 * len(panels) if sheet.is_narrow else 2.55, sheet)
+    row = sheet.panels(figure, len(panels), sharey=True)
+    for axes, (metric, curves) in zip(row, panels, strict=True):
+        draw_cdf(axes, metric, curves, looks)
+    for axes in row if sheet.is_narrow else row[:1]:
+        axes.set_ylabel("share (%)" if sheet.is_narrow else "share of requests (%)")
+    if len(looks) > 1:
+        handles, labels = row[0].get_legend_handles_labels()
+        legend_above(figure, handles, labels, sheet)
+    return figure
+
+
+def draw_cdf(axes: Axes, metric: str, curves: list[tuple[str, np.ndarray]], looks: list[Look]) -> None:
+    """One panel: on a logarithmic axis when the values spread over more than a factor 30."""
+    curves = [(name, np.sort(values[~np.isnan(values)])) for name, values in curves]
+    known = [values for _, values in curves if len(values)]
+    low = min((_quantile(values, 1) for values in known), default=0.0)
+    high = max((_quantile(values, 99) for values in known), default=1.0)
+    least, most = min((v[0] for v in known), default=0.0), max((v[-1] for v in known), default=0.0)
+    factor, unit = scaled_seconds(high)
+    if least > 0 and most / low > 30:
+        log_scale(axes, "x", low, most)
+    for (name, values), look in zip(curves, looks, strict=True):
+        shares = np.linspace(0, 100, min(400, len(values) + 1)) if len(values) else np.empty(0)
+        points = [_quantile(values, share) * factor for share in shares]
+        axes.plot(points, shares, color=look.color, linestyle=look.dash, label=name, linewidth=1.5)
+        if len(curves) == 1 and len(values):
+            _mark_percentiles(axes, values, factor, look)
+    if not known:
+        axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color=MUTED)
+    axes.set_title(metric)
+    axes.set_xlabel(unit + (LOG if axes.get_xscale() == "log" else LINEAR))
+    axes.set_ylim(0, 112)
+    axes.set_yticks([0, 25, 50, 75, 100])
+    if axes.get_xscale() == "linear":
+        axes.set_xlim(0, float(most) * factor * 1.06 if most > 0 else 1.0)
+    if len(curves) == 1:
+        _place_labels(axes)
+    grid(axes, "both")
+
+
+def _quantile(ordered: np.ndarray, percent: float) -> float:
+    """Percentile of sorted values, linear between order statistics; np.percentile would look for the order again."""
+    place = percent / 100 * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return float(ordered[below] + (place - below) * (ordered[above] - ordered[below]))
+
+
+def _mark_percentiles(axes: Axes, values: np.ndarray, factor: float, look: Look) -> None:
+    for share, marker in ((50, "o"), (99, "D")):
+        value = _quantile(values, share)
+        axes.plot(value * factor, share, marker, color=look.color, markersize=4.5)
+        label = axes.annotate(f"p{share} {seconds(value)}", (value * factor, share), xytext=(-6, 0),
+                              textcoords="offset points", ha="right", va="center", fontsize=8, color=INK)  # fmt: skip
+        label.set_in_layout(False)
+
+
+def _place_labels(axes: Axes) -> None:
+    """Percentile labels stand on the side of their marker that has more room; the upper one stands above the curve."""
+    for label in axes.texts:
+        if not isinstance(label, Annotation):
+            continue
+        x = float(axes.transLimits.transform(axes.transScale.transform(label.xy))[0])
+        to_right = x < 0.5
+        label.set_horizontalalignment("left" if to_right else "right")
+        label.set_position((6 if to_right else -6, 0 if label.xy[1] < 90 else 7))

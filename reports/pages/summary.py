@@ -1,0 +1,235 @@
+"""summary.json of one run: every number that the report shows, under stable keys with units in their names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from kvarena.reports.analysis.engines import headline_prefix
+from kvarena.reports.analysis.gauges import read_gauges, summarize_gauges
+from kvarena.reports.analysis.latency import TokenGaps, describe, request_latencies, token_gaps
+from kvarena.reports.analysis.memory import Spans, mean_shares, step_spans, weighted_mean
+from kvarena.reports.analysis.slo import summarize_slo
+from kvarena.reports.analysis.steady import steady_window, summarize_steady
+from kvarena.reports.analysis.windows import kv_use_text, window_masks
+from kvarena.reports.comparing.notices import run_notices
+from kvarena.reports.drawing.format import count, rate, seconds
+from kvarena.reports.pages.unrecorded import summarize_unrecorded
+from kvarena.reports.reading.files import CLASSES, RunFiles
+
+SCHEMA_VERSION = 1
+NUM_REJECTION_KINDS = 8
+
+
+def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
+    """The summary of a run.
+
+    Args:
+        run: its files.
+        gaps: what `token_gaps` answers for the run, where it is known already.
+
+    KV memory is averaged over three windows of steps (analysis/windows.py), weighted by step time (analysis/memory.py).
+
+    A run that recorded nothing has every key, and null where nothing is known (reports/pages/unrecorded.py).
+
+    Duration: from the first scheduled arrival to the last finish. Throughput counts requests that finished by
+    themselves (`stop`, `length`) and their tokens; recomputed tokens are not counted again.
+    """
+    spans = step_spans(run.steps)
+    summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "kind": "run"}
+    for key in (
+        "name",
+        "created",
+        "strategy",
+        "git",
+        "machine",
+        "versions",
+        "model",
+        "pool",
+        "workload",
+        "arrival",
+        "command",
+        "simulation",
+        "target",
+        "cache",
+        "round",
+        "contention",
+    ):
+        summary[key] = run.manifest.get(key)
+    summary["interrupted"] = run.manifest["run"].get("interrupted")
+    summary |= _requests(run)
+    summary |= _throughput(run, spans, summary)
+    summary |= {name: describe(values) for name, values in request_latencies(run).items()}
+    gaps = gaps or token_gaps(run)
+    summary["itl_seconds"] = describe(gaps.values)
+    summary["itl_request_stride"] = gaps.stride
+    lateness = run.requests["submit_time"] - run.requests["arrival_time"]
+    summary["lateness_seconds"] = describe(lateness)
+    bound = run.manifest["run"].get("lateness_bound")
+    summary["lateness_bound_seconds"] = bound
+    summary["valid"] = bound is None or not run.num_requests or bool(np.nanmax(lateness) <= bound)
+    window = steady_window(run)
+    summary["steady"] = summarize_steady(run, window)
+    summary["slo"] = summarize_slo(run, summary["duration_seconds"], window)
+    summary |= _load(run, spans)
+    summary |= _memory(run, spans)
+    summary["gauges"] = summarize_gauges(read_gauges(run))
+    if run.is_unrecorded:
+        return summarize_unrecorded(run, summary)
+    summary["notices"] = run_notices(summary)
+    summary["headline"] = headline_prefix(summary["simulation"]) + headline(summary)
+    return summary
+
+
+def _requests(run: RunFiles) -> dict[str, Any]:
+    req, reason = run.requests, run.requests["finish_reason"]
+    prompt = int(req["num_prompt_tokens"].sum())
+    computed = run.finished | (req["num_output_tokens"] > 0)
+    cached, seen = int(req["num_cached_tokens"].sum()), int(req["num_prompt_tokens"][computed].sum())
+    return {
+        "num_requests": run.num_requests,
+        "num_finished": int(run.finished.sum()),
+        "num_rejected": int((reason == "rejected").sum()),
+        "num_aborted": int((reason == "abort").sum()),
+        "num_failed": int((reason == "error").sum()),
+        "num_without_first_token": int((run.finished & np.isnan(req["first_token_time"])).sum()),
+        "rejections": _rejections(req, reason),
+        "num_prompt_tokens": prompt,
+        "num_output_tokens": int(req["num_output_tokens"].sum()),
+        "num_finished_prompt_tokens": int(req["num_prompt_tokens"][run.finished].sum()),
+        "num_finished_output_tokens": int(req["num_output_tokens"][run.finished].sum()),
+        "num_preemptions": int(req["num_preemptions"].sum()),
+        "num_preempted_requests": int((req["num_preemptions"] > 0).sum()),
+        "num_recomputed_tokens": int(req["num_recomputed_tokens"].sum()),
+        "num_cached_tokens": cached,
+        "cached_prompt_share": cached / seen if seen else None,
+    }
+
+
+def _rejections(req: dict[str, np.ndarray], reason: np.ndarray) -> list[dict[str, Any]]:
+    """Rejected and failed requests by kind: messages that differ only in numbers and quoted names are one kind."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for index in np.flatnonzero(np.isin(reason, ("rejected", "error"))):
+        message = req["error"][index] or f"no message ({reason[index]})"
+        kind = re.sub(r"\d+", "#", re.sub(r"'[^']*'|\"[^\"]*\"", "'…'", message))
+        entry = kinds.setdefault(kind, {"count": 0, "finish_reason": str(reason[index]), "example": message})
+        entry["count"] += 1
+        entry.setdefault("example_request_id", str(req["request_id"][index]))
+    return sorted(kinds.values(), key=lambda entry: -entry["count"])[:NUM_REJECTION_KINDS]
+
+
+def _throughput(run: RunFiles, spans: Spans, counts: dict[str, Any]) -> dict[str, Any]:
+    req = run.requests
+    ends = req["finish_time"][~np.isnan(req["finish_time"]) & (req["finish_reason"] != "rejected")]
+    duration = float(ends.max() - req["arrival_time"].min()) if len(ends) else 0.0
+    info = run.manifest["run"]
+    memory = run.manifest.get("memory") or {}
+    busy = float(spans.weight.sum())
+    output, prompt = counts["num_finished_output_tokens"], counts["num_finished_prompt_tokens"]
+
+    def per_second(number: float) -> float | None:
+        return number / duration if duration > 0 else None
+
+    return {
+        "duration_seconds": duration,
+        "wall_time_seconds": info.get("wall_time"),
+        "warmup_seconds": info.get("warmup_time"),
+        "busy_seconds": busy,
+        "busy_share": min(1.0, busy / duration) if duration > 0 else None,
+        "output_tokens_per_second": per_second(output),
+        "total_tokens_per_second": per_second(output + prompt),
+        "requests_per_second": per_second(counts["num_finished"]),
+        "processor_seconds": info.get("processor_seconds"),
+        "recorded": info.get("recorded"),
+        "recording": info.get("recording"),
+        "peak_rss_bytes": info.get("peak_rss_bytes"),
+        "peak_gpu_bytes": memory.get("peak_gpu_bytes"),
+        "memory": memory or None,
+    }
+
+
+def _load(run: RunFiles, spans: Spans) -> dict[str, Any]:
+    steps, weight = run.steps, spans.weight
+    result: dict[str, Any] = {"num_steps": run.num_steps}
+    for key, column in (("batch_size", "num_scheduled"), ("num_running", "num_running"), ("queue", "num_waiting")):
+        result[f"{key}_mean"] = weighted_mean(steps[column], weight)
+        result[f"{key}_max"] = int(steps[column].max()) if run.num_steps else None
+    result["step_seconds"] = describe(steps["end_time"] - steps["start_time"])
+    result["scheduling_seconds"] = describe(steps["launch_time"] - steps["start_time"])
+    for column in ("num_new_tokens", "num_prefill_tokens", "num_decode_tokens"):
+        result[f"computed_{column.removeprefix('num_')}"] = int(steps[column].sum())
+    return result | _preemption_cost(run, weight)
+
+
+def _preemption_cost(run: RunFiles, step_time: np.ndarray) -> dict[str, Any]:
+    """What preemptions cost: tokens computed again and bytes swapped, each with its time.
+
+    A step's time is shared over its new tokens alike, so recomputed tokens are charged their part of it.
+    """
+    steps, pool = run.steps, run.manifest["pool"]
+    block_bytes = (run.manifest["model"].get("kv_bytes_per_token") or 0) * (pool.get("block_size") or 0)
+    share = steps["num_recomputed_tokens"] / np.maximum(steps["num_new_tokens"], 1)
+    return {
+        "recompute_seconds": float((share * step_time).sum()),
+        "swapped_out_bytes": int(steps["num_swapped_out"].sum()) * block_bytes,
+        "swapped_in_bytes": int(steps["num_swapped_in"].sum()) * block_bytes,
+        "num_block_copies": int(steps["num_copies"].sum()),
+        "block_copy_seconds": float(steps["copy_time"].sum()),
+    }
+
+
+def _memory(run: RunFiles, spans: Spans) -> dict[str, Any]:
+    """Shares of the pool. Waste is what holds neither a running request's tokens nor a reusable cached prefix."""
+    steps, pool = run.steps, run.manifest["pool"]
+    masks = window_masks(run)
+    busy = spans.weight.sum()
+    total = np.maximum(steps["total"], 1).astype(float)
+    result: dict[str, Any] = {
+        "kv_pool_slots": int(steps["total"].max()) if run.num_steps else pool.get("num_slots"),
+        "kv_pool_bytes": pool.get("bytes"),
+    }
+    for suffix, mask in masks.items():
+        shares = mean_shares(steps, spans, mask)
+        result[f"num_steps{suffix}"] = int(mask.sum())
+        result[f"step_time_share{suffix}"] = float(spans.weight[mask].sum() / busy) if busy > 0 else None
+        result[f"kv_share_mean{suffix}"] = shares
+        result[f"waste_beyond_token_states{suffix}"] = (
+            None if shares is None else max(0.0, 1.0 - shares["token_states"] - shares["cached"])
+        )
+        for name in ("held", "shared_saved"):
+            share = weighted_mean((steps[name] / total)[mask], spans.weight[mask])
+            result[f"{name}_share_mean{suffix}"] = share
+    owned = sum(steps[name] for name in ("token_states", "reservation", "internal"))
+    result["kv_peak_owned_slots"] = int(np.max(owned)) if run.num_steps else 0
+    result["kv_peak_share"] = {
+        name: float((steps[name] / total).max()) if run.num_steps else None for name in CLASSES
+    }  # each class at its own peak: these do not add up to 1
+    return result
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """One sentence that says what came out."""
+    name, done, asked = summary["name"], summary["num_finished"], summary["num_requests"]
+    if not asked:
+        return f"{name} was given no request."
+    if not done:
+        lost = _lost(summary)
+        return f"{name} finished none of {count(asked)} requests{': ' + lost if lost else ''}."
+    parts = [f"{name} served {count(done)} of {count(asked)} requests at "
+             f"{rate(summary['output_tokens_per_second'])} output tokens/s"]  # fmt: skip
+    if lost := _lost(summary):
+        parts.append(lost)
+    if used := kv_use_text(summary):
+        parts.append(used)
+    ttft = summary["ttft_seconds"]
+    if ttft["count"]:
+        parts.append(f"the first token came after {seconds(ttft['p50'])} (median; p99 {seconds(ttft['p99'])})")
+    return "; ".join(parts) + "."
+
+
+def _lost(summary: dict[str, Any]) -> str:
+    """How many requests were rejected and failed, and nothing of those that were not."""
+    kinds = ((summary["num_rejected"], "rejected"), (summary["num_failed"], "failed"))
+    return ", ".join(f"{count(number)} {kind}" for number, kind in kinds if number)
