@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import socket
 import statistics
 import sys
 import time
@@ -38,6 +39,7 @@ class Attack:
 
     def __init__(self, url: str, client: httpx.AsyncClient) -> None:
         self.url, self.client = url, client
+        self.authorization = f"Authorization: {client.headers['Authorization']}"
         self.statuses: Counter[str] = Counter()
 
     async def post(self, body: dict[str, Any], path: str = "/v1/completions") -> None:
@@ -119,12 +121,40 @@ async def oversize(attack: Attack) -> None:
     )
 
 
+async def slow_readers(attack: Attack) -> None:
+    """64 connections that take a byte a second of long answers, half of them streams; a new one when one is cut."""
+    loop, host = asyncio.get_running_loop(), httpx.URL(attack.url)
+
+    async def read(number: int) -> None:
+        body = {"prompt": PREFIX, "max_tokens": 400, "ignore_eos": True, "logprobs": 5, "stream": bool(number % 2)}
+        text = json.dumps(body)
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: {host.host}\r\nContent-Type: application/json\r\n"
+            f"{attack.authorization}\r\nContent-Length: {len(text)}\r\n\r\n"
+        )
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)  # before it connects: the window stays small
+            sock.setblocking(False)
+            await loop.sock_connect(sock, (host.host, host.port))
+            await loop.sock_sendall(sock, (head + text).encode())
+            attack.statuses["opened"] += 1
+            try:
+                while await loop.sock_recv(sock, 1):
+                    await asyncio.sleep(1)
+            except OSError:
+                pass
+            attack.statuses["closed"] += 1
+
+    await attack.repeat(64, read)
+
+
 ATTACKS: dict[str, Callable[[Attack], Awaitable[None]]] = {
     "grammars": grammars,
     "distinct_grammars": distinct_grammars,
     "choices": choices,
     "tools": tools,
     "oversize": oversize,
+    "slow_readers": slow_readers,
 }
 
 
