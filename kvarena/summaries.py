@@ -52,6 +52,8 @@ class RunSummary(_Written):
     valid: bool
     # What ran.
     created: str | None = None
+    command: list[str] | None = None
+    interrupted: dict[str, Any] | None = None
     strategy: dict[str, Any]
     git: dict[str, Any]
     machine: dict[str, Any]

@@ -14,9 +14,9 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvarena.allocators.paged import PagedAllocator
+from kvarena.engine.checkpoints.directory import resolve_directory
 from kvarena.engine.clock import WallClock
 from kvarena.engine.contract import KVAllocator, StepPlan
 from kvarena.engine.core import Engine
@@ -118,14 +118,15 @@ def main(argv: list[str] | None = None) -> int:
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(StubOptions, name.replace("-", "_")))
     flags = parser.parse_args(argv)
-    vocab_size = json.loads((Path(flags.model) / "config.json").read_text())["vocab_size"]
+    directory = resolve_directory(flags.model)
+    vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
     options = StubOptions(
         vocab_size, flags.step_time, flags.fail_token, flags.full_token, flags.hang_token, flags.num_blocks
     )
     values = {"port": flags.port, "api_keys": flags.api_key, "num_fronts": flags.fronts, "served_model_names": ["m"]}
     values |= {key: json.loads(value) for key, value in (item.split("=", 1) for item in flags.set)}
     try:
-        return serve(ServerConfig.from_dict(values), ModelFiles(flags.model), functools.partial(build, options))
+        return serve(ServerConfig.from_dict(values), ModelFiles(str(directory)), functools.partial(build, options))
     except KvarenaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -58,4 +58,4 @@ def test_a_pool_of_ten_million_blocks_costs_nothing_to_make(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_explains_its_options(name: str) -> None:
     options = strategy_options("allocator", name)
-    assert options["_target_"].startswith("allocators.") and "block_size" in options
+    assert options["_target_"].startswith("kvarena.allocators.") and "block_size" in options

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kvarena.engine.kernels.attention.config import decode_config
-from kvarena.experiments.benchmarks import kernels
+from kvarena.experiments.benchmarks.kernels import __main__ as kernels
 from kvarena.experiments.benchmarks.kernels.attention_cases import LLAMA_8B, Batch, visible_pairs
 from kvarena.experiments.benchmarks.kernels.attention_variants import DECODE_TILES, decode_variants
 

@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory):
     [
         ([], DEMO, 16384),
         (["model.path=models/demo"], DEMO, 16384),
-        ([f"model.path={Path('models/demo').resolve()}"], DEMO, 16384),
+        ([f"model.path={Path('experiments/models/demo').resolve()}"], DEMO, 16384),
         (["model=qwen3-0.6b-shape"], DEMO, 16384),
         (["model.path=elsewhere"], OWN, None),
         (["model=path", "model.path=elsewhere"], OWN, None),

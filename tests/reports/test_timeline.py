@@ -71,5 +71,6 @@ def test_chrome_trace(run, tmp_path):
 
 
 def test_a_trace_that_cannot_be_written_is_one_line(run, tmp_path):
+    (tmp_path / "a file").write_text("")
     with pytest.raises(ReportError, match="cannot write"):
-        write_chrome_trace(run, tmp_path / "no" / "such" / "trace.json")
+        write_chrome_trace(run, tmp_path / "a file" / "trace.json")

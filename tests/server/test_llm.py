@@ -132,7 +132,7 @@ def test_what_the_server_refuses_is_an_error_with_its_words(server, llm, body, p
         (lambda: LLM(dtype="int3"), "dtype"),
         (lambda: LLM(tensor_parallel_size=2), "runs on one device"),
         (lambda: LLM(max_modle_len=3), "max_modle_len"),
-        (lambda: LLM(allocator="nope"), "allocator/nope"),
+        (lambda: LLM(allocator="nope"), "allocator=nope: there is no such choice"),
         (lambda: LLM(runner="simulated"), "computes no tokens"),
     ],
 )
