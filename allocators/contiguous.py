@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from kvarena.allocators.placement import PLACEMENTS
-from kvarena.engine.contract import KVAllocator, KVUsage, QueueHead, cdiv
-from kvarena.engine.errors import ConfigError
+from kvarena.engine.contract import KVAllocator, KVUsage, QueueHead, cdiv, check_choice
 from kvarena.engine.request import Request
 
 
@@ -73,10 +72,8 @@ class ContiguousAllocator(KVAllocator):
 
     def __init__(self, *, reservation: str = "max", placement: str = "first_fit", **pool: Any) -> None:
         super().__init__(**pool)
-        if reservation not in RESERVATIONS:
-            raise ConfigError(f"allocator.reservation={reservation!r} must be one of {', '.join(RESERVATIONS)}")
-        if placement not in PLACEMENTS:
-            raise ConfigError(f"allocator.placement={placement!r} must be one of {', '.join(PLACEMENTS)}")
+        check_choice("allocator.reservation", reservation, RESERVATIONS)
+        check_choice("allocator.placement", placement, PLACEMENTS)
         self._reserve = RESERVATIONS[reservation]
         self._placement = PLACEMENTS[placement](self.num_blocks)
         self._regions: dict[Request, Region] = {}

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from kvarena.allocators.blocks import BlockPool
-from kvarena.engine.contract import BlockCopy, CopyKind, check_int
+from kvarena.engine.contract import BlockCopy, CopyKind, check_int, is_number, require
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import Request
 
@@ -93,8 +93,8 @@ def host_blocks(swap_gib: float, swap_blocks: int | None, block_size: int, kv_by
     Raises:
         ConfigError: negative, both given, or GiB of KV of unknown size.
     """
-    if isinstance(swap_gib, bool) or not isinstance(swap_gib, (int, float)) or swap_gib < 0:
-        raise ConfigError(f"allocator.swap_gib={swap_gib!r} must be at least 0 (GiB; 0 recomputes instead of swapping)")
+    is_size = is_number(swap_gib) and swap_gib >= 0
+    require(is_size, "allocator.swap_gib", swap_gib, "at least 0 (GiB; 0 recomputes instead of swapping)")
     if swap_blocks is not None:
         if swap_gib:
             raise ConfigError("allocator.swap_gib and allocator.swap_blocks both size the host space; set one of them")

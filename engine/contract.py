@@ -19,9 +19,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from kvarena.engine import checks
 from kvarena.engine.checked import Checked
 from kvarena.engine.errors import ConfigError, NotDefined
 from kvarena.engine.request import Request
+
+# How allocators and schedulers check their options; they see no other module of the engine's.
+check_choice = checks.check_choice
+check_int = checks.check_int
+check_number = checks.check_number
+is_number = checks.is_number
+require = checks.require
 
 NULL_BLOCK = 0
 # The ledger's classes, in the order in which they are drawn and stored; engine/ledger.py says what they mean.
@@ -130,19 +138,6 @@ class KVUsage(NamedTuple):
     cached: int
     free: int
     shared_saved: int = 0
-
-
-def check_int(name: str, value: int, low: int, high: int | None = None) -> int:
-    """Return `value` if it is an integer in [low, high]; `name` is the configuration key shown otherwise.
-
-    Raises:
-        ConfigError: not an integer, or out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name}={value!r} must be an integer")
-    if value < low or (high is not None and value > high):
-        raise ConfigError(f"{name}={value} must be {f'at least {low}' if high is None else f'in [{low}, {high}]'}")
-    return value
 
 
 class KVAllocator(metaclass=Checked):

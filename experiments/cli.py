@@ -62,13 +62,13 @@ def _serve(args: list[str]) -> int:
 
     overrides = overrides_of(parse_flags(args))
     try:
-        cfg, choices = compose_cell(overrides)
+        config, choices = compose_cell(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(in_flags(explain(error, overrides) or str(error))) from error
     from kvarena.experiments.serving.serve import serve
 
     try:
-        return serve(cfg, choices, in_flags)
+        return serve(config, choices, in_flags)
     except KvarenaError as error:
         raise ConfigError(in_flags(str(error))) from error
 

@@ -6,6 +6,7 @@ the config or its values becomes one line on stderr and exit code 2; a bug keeps
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ from kvarena.experiments.jobs.outcomes import outcome
 from kvarena.experiments.jobs.unserved import Unserved
 from kvarena.experiments.recording.interruption import Interrupted, Signals
 from kvarena.experiments.settings.compose import CONF_DIR
+from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.explain import explain, own_error
 from kvarena.experiments.settings.loading import say_loading
 from kvarena.experiments.settings.outside import offer_installed
@@ -80,25 +82,27 @@ def main() -> int:
         say = _announcer(cfg)
         say("")
         try:
-            _check_baseline(cfg)
-            if cfg.target is None:
-                check_model(cfg, tokenizer=cfg.mode == "serve")
-            if cfg.mode == "serve":
+            config = RunConfig.of(cfg)
+            _check_baseline(config)
+            if config.target is None:
+                check_model(config, tokenizer=config.mode == "serve")
+            if config.mode == "serve":
                 with signals.released():
-                    exit_codes.append(_serve(cfg))
-            elif cfg.mode == "run" and cfg.study is not None:
-                say_loading(enabled=cfg.report.progress is True)
-                from kvarena.experiments.studies.run import run_study
-
-                run_study(cfg)
-            elif cfg.mode == "run":
-                # Imported here: what is wrong with the command line or the model is answered without loading torch.
-                say_loading(enabled=cfg.report.progress is True)
-                from kvarena.experiments.jobs.job import run_job
-
-                folder = run_job(cfg)
+                    exit_codes.append(_serve(config))
             else:
-                raise ConfigError(f"mode={cfg.mode} must be run or serve")
+                # Imported here: what is wrong with the command line or the model is answered without loading torch.
+                say_loading(enabled=config.report.progress)
+                from kvarena.experiments.folders.run_folder import write_hydra
+
+                on_start = functools.partial(write_hydra, cfg=cfg)
+                if config.study is not None:
+                    from kvarena.experiments.studies.run import run_study
+
+                    run_study(config, on_start)
+                else:
+                    from kvarena.experiments.jobs.job import run_job
+
+                    folder = run_job(config, on_start)
         except Interrupted as stopped:
             if HydraConfig.get().mode is RunMode.RUN:
                 stopped.setting, stopped.folder = "hydra.run.dir", folder
@@ -183,9 +187,9 @@ def _register(*plugins: type[Plugin]) -> None:
     sys.modules[module.__name__] = module
 
 
-def _check_baseline(cfg: DictConfig) -> None:
+def _check_baseline(config: RunConfig) -> None:
     """Only a sweep has other cells to compare with."""
-    baseline = OmegaConf.select(cfg, "report.baseline")
+    baseline = config.report.baseline
     if baseline is not None and HydraConfig.get().mode is not RunMode.MULTIRUN:
         raise ConfigError(
             f"report.baseline={baseline} names a cell of a sweep, and this is none; leave it out, sweep with -m, or "
@@ -193,10 +197,10 @@ def _check_baseline(cfg: DictConfig) -> None:
         )
 
 
-def _serve(cfg: DictConfig) -> int:
+def _serve(config: RunConfig) -> int:
     """Serve until the process is told to stop; returns its exit code."""
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         raise ConfigError("mode=serve serves one strategy; leave -m out")
     from kvarena.experiments.serving.serve import serve
 
-    return serve(cfg, HydraConfig.get().runtime.choices)
+    return serve(config, HydraConfig.get().runtime.choices)

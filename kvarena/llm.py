@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import OmegaConf
-
 from kvarena.engine.core import Engine, StepFailed, StepOutput
 from kvarena.engine.errors import ConfigError, EngineError, RequestError
 from kvarena.engine.request import FinishReason, Request, expand
@@ -35,16 +33,14 @@ from kvarena.engine.server.api.sampling import (
     stop_strings,
 )
 from kvarena.engine.server.front.groups import Choice, Group
-from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.ipc import Finish
 from kvarena.engine.server.text.tokenization import TokenizerService, generation_defaults
 from kvarena.experiments.building.model_files import check_model
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
 from kvarena.experiments.serving.serve import build_served_engine
 from kvarena.experiments.settings.compose import compose_cell
-from kvarena.experiments.settings.config import check_values
 from kvarena.experiments.settings.outside import offer
-from kvarena.running import check_given, check_ours, one_line_errors
+from kvarena.running import check_ours, one_line_errors
 from kvarena.settings import Strategy, as_overrides
 from kvarena.texts import CompletionOutput, Logprob, RequestOutput, SamplingParams, request_errors
 
@@ -146,20 +142,19 @@ class LLM:
             flags += _flags({key: value for key, value in options.items() if key in OPTIONS})
             made = [*overrides_of(parse_flags(flags)), *as_overrides(settings), *overrides]
             check_ours(made)
-            cfg, choices = compose_cell(made)
-            check_given(cfg)
-            self._config = ServerConfig.from_dict(OmegaConf.to_container(cfg.server, resolve=True))  # type: ignore[arg-type]
-            check_values(cfg)
-            directory = check_model(cfg, tokenizer=True)
+            config, choices = compose_cell(made)
+            if config.server is None:
+                raise ConfigError("mode=run is the command line's; leave mode out")
+            self._config = config.server
+            directory = check_model(config, tokenizer=True)
             if directory is None:
                 raise ConfigError("kvarena.LLM needs a tokenizer: give a model directory")
-            values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
             strategy_names = {group: choices[group] for group in ("allocator", "scheduler")}
             self._tokenizer = TokenizerService(
-                str(directory), bool(cfg.model.trust_remote_code), self._config.chat_template
+                str(directory), config.model.trust_remote_code, self._config.chat_template
             )
             defaults = generation_defaults(str(directory)) if self._config.generation_config else {}
-            served = build_served_engine(values, strategy_names)
+            served = build_served_engine(config, strategy_names)
         self._engine, self._eos_token_ids = served.engine, served.eos_token_ids
         self._client = _Client(served.engine, served.eos_token_ids)
         self._has_priorities = served.engine.scheduler.has_priorities

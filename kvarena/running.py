@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.singleton import Singleton
 from hydra.initialize import initialize_config_dir
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from kvarena.engine.errors import ConfigError, KvarenaError, NotDefined
 from kvarena.experiments.building.model_files import check_model
@@ -27,6 +27,7 @@ from kvarena.experiments.folders.place import RUN, SWEEP, check_place
 from kvarena.experiments.jobs.outcomes import outcome
 from kvarena.experiments.jobs.unserved import Unserved, why_unserved
 from kvarena.experiments.settings.compose import CONF_DIR, NAMING_GROUPS, compose_cell
+from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.explain import explain, own_error
 from kvarena.experiments.settings.outside import offer_installed
 from kvarena.settings import Strategy, as_overrides
@@ -80,9 +81,9 @@ def run(
     with one_line_errors():
         made = [*as_overrides({"allocator": allocator, "scheduler": scheduler, **settings}), *overrides]
         check_ours(made)
-        cfg, choices = compose_cell([QUIET, *made])
-        _check_one(cfg)
-        return _run(cfg, choices, _place(folder, "outputs"))
+        config, choices = compose_cell([QUIET, *made])
+        _check_one(config)
+        return _run(config, choices, _place(folder, "outputs"))
 
 
 def sweep(
@@ -151,37 +152,30 @@ def check_ours(overrides: Sequence[str]) -> None:
             )
 
 
-def check_given(cfg: DictConfig) -> None:
-    """See that every option without a default was given. Raises ConfigError."""
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise ConfigError(f"{missing[0]} has no default; give it a value")
-
-
-def _check_one(cfg: DictConfig) -> None:
+def _check_one(config: RunConfig) -> None:
     """See that a config is one run's."""
-    check_given(cfg)
-    if cfg.mode != "run":
+    if config.mode != "run":
         raise ConfigError(
-            f"mode={cfg.mode} is the command line's (kvarena serve); kvarena.LLM generates in this process"
+            f"mode={config.mode} is the command line's (kvarena serve); kvarena.LLM generates in this process"
         )
-    if cfg.study is not None:
+    if config.study is not None:
         raise ConfigError("experiment=NAME runs several cells: python run.py experiment=NAME, then kvarena.load(DIR)")
-    if cfg.target is None:
-        check_model(cfg)
+    if config.target is None:
+        check_model(config)
 
 
 def _run(
-    cfg: DictConfig, choices: dict[str, str], place: Path, group: str | None = None, shared: SharedParts | None = None
+    config: RunConfig, choices: dict[str, str], place: Path, group: str | None = None, shared: SharedParts | None = None
 ) -> Result:
     from kvarena.experiments.jobs.job import execute
     from kvarena.results import Result
 
     name = f"{choices['allocator']} x {choices['scheduler']}"
-    if group is None and cfg.sweep.rounds != 1:
-        raise ConfigError(f"sweep.rounds={cfg.sweep.rounds} repeats the cells of a sweep; use kvarena.sweep")
-    if group is None and cfg.report.baseline is not None:
-        raise ConfigError(f"report.baseline={cfg.report.baseline} names a cell of a sweep; use kvarena.sweep")
-    summary = execute(cfg, place, name, choices, group, shared)
+    if group is None and config.sweep.rounds != 1:
+        raise ConfigError(f"sweep.rounds={config.sweep.rounds} repeats the cells of a sweep; use kvarena.sweep")
+    if group is None and config.report.baseline is not None:
+        raise ConfigError(f"report.baseline={config.report.baseline} names a cell of a sweep; use kvarena.sweep")
+    summary = execute(config, place, name, choices, group, shared)
     if (reason := why_unserved(summary)) is not None:
         raise Unserved(reason, place)
     return Result(place)
@@ -193,8 +187,9 @@ def _outcome(job: Job, cell: DictConfig, group: str, shared: SharedParts) -> dic
     with open_dict(cell):
         del cell["hydra"]
     try:
-        _check_one(cell)
-        _run(cell, choices, job.folder, group, shared)
+        config = RunConfig.of(cell)
+        _check_one(config)
+        _run(config, choices, job.folder, group, shared)
     except Unserved as error:
         return outcome(job.folder, unserved=str(error))
     except Exception as error:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvarena.engine.contract import KVAllocator, StepPlan
+from kvarena.engine.contract import KVAllocator, StepPlan, is_number, require
 from kvarena.engine.request import Request
 from kvarena.schedulers.chunked import ChunkedScheduler
-from kvarena.schedulers.lifecycle import is_number, require
 from kvarena.schedulers.queue import RequestQueue
 
 FORGET_ABOVE = 1024  # counters: a server's clients have no end

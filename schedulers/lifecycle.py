@@ -8,10 +8,17 @@ enqueue -> waiting -> admit -> prefilling -> decoding -> finish
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeGuard
+from typing import Any
 
-from kvarena.engine.contract import KVAllocator, StepPlan, StepScheduler, check_int
-from kvarena.engine.errors import ConfigError
+from kvarena.engine.contract import (
+    KVAllocator,
+    StepPlan,
+    StepScheduler,
+    check_choice,
+    check_int,
+    is_number,
+    require,
+)
 from kvarena.engine.request import FinishReason, Request, RequestStatus
 from kvarena.schedulers.queue import RequestQueue
 
@@ -45,8 +52,8 @@ class Lifecycle(StepScheduler):
         check_int("scheduler.max_num_seqs", max_num_seqs, 1)
         check_int("scheduler.max_num_batched_tokens", max_num_batched_tokens, 1)
         require(is_number(watermark) and 0 <= watermark < 1, "scheduler.watermark", watermark, "in [0, 1)")
-        require(preemption in PREEMPTIONS, "scheduler.preemption", preemption, f"one of {', '.join(PREEMPTIONS)}")
-        require(victim in VICTIMS, "scheduler.victim", victim, f"one of {', '.join(VICTIMS)}")
+        check_choice("scheduler.preemption", preemption, PREEMPTIONS)
+        check_choice("scheduler.victim", victim, VICTIMS)
         self.allocator = allocator
         self.max_model_len = max_model_len
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
@@ -260,14 +267,3 @@ class Lifecycle(StepScheduler):
             f"request {req.request_id!r} needs slots for {self.num_slots_to_admit(req)} tokens, which the empty KV "
             "pool cannot give; raise kv_cache.num_blocks or shorten the request"
         )
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def require(ok: bool, name: str, value: object, must: str) -> None:
-    """Raise ConfigError unless `ok`; `name` is the setting as the user spells it."""
-    if not ok:
-        raise ConfigError(f"{name}={value!r} must be {must}")

@@ -7,10 +7,9 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from kvarena.engine.contract import KVAllocator
+from kvarena.engine.contract import KVAllocator, check_choice, check_number, is_number, require
 from kvarena.engine.request import Request
 from kvarena.schedulers.chunked import ChunkedScheduler
-from kvarena.schedulers.lifecycle import is_number, require
 
 PREDICTORS = ("oracle", "lognormal")
 
@@ -59,8 +58,8 @@ class SJFScheduler(ChunkedScheduler):
         **options: Any,
     ) -> None:
         super().__init__(allocator, **options)
-        require(predictor in PREDICTORS, "scheduler.predictor", predictor, f"one of {', '.join(PREDICTORS)}")
-        require(is_number(sigma) and 0 <= sigma < math.inf, "scheduler.sigma", sigma, "a number of at least 0")
+        check_choice("scheduler.predictor", predictor, PREDICTORS)
+        check_number("scheduler.sigma", sigma)
         require(
             is_number(ageing) and 0 < ageing < math.inf,
             "scheduler.ageing",

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvarena.engine.contract import KVAllocator, StepPlan, check_int
+from kvarena.engine.contract import KVAllocator, StepPlan, check_choice, check_int, is_number, require
 from kvarena.engine.request import FinishReason, Request
 from kvarena.schedulers.base import Scheduler
-from kvarena.schedulers.lifecycle import is_number, require
 
 RETIRE = ("hold", "free")
 
@@ -48,7 +47,7 @@ class StaticScheduler(Scheduler):
         **options: Any,
     ) -> None:
         super().__init__(allocator, max_num_seqs=max_num_seqs, preemption="none", **options)
-        require(retire in RETIRE, "scheduler.retire", retire, f"one of {', '.join(RETIRE)}")
+        check_choice("scheduler.retire", retire, RETIRE)
         if batch_size is not None:
             check_int("scheduler.batch_size", batch_size, 1, max_num_seqs)
         require(is_number(max_wait) and max_wait >= 0, "scheduler.max_wait", max_wait, "at least 0 seconds")

@@ -25,6 +25,7 @@ from kvarena.experiments.settings.strategies import (
     strategy_names,
     strategy_options,
 )
+from kvarena.experiments.settings.targets import Part
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```(?:python|yaml)\n(# ([\w/.]+):? ?[^\n]*\n.*?)```", re.S)
@@ -185,7 +186,7 @@ def test_each_error_on_the_way_is_a_line(add, path, old, new, words):
     )
     kind = KVAllocator if group == "allocator" else StepScheduler
     with pytest.raises((InstantiationException, ConfigError)) as caught:
-        make_part(kind, strategy_options(group, "mine"), **given, max_model_len=16)
+        make_part(kind, Part(group, strategy_options(group, "mine")), **given, max_model_len=16)
     said = explain(caught.value)
     assert said is not None and words in said and "\n" not in said
 

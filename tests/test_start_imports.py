@@ -18,11 +18,10 @@ for argv in (["--help"], ["serve", "--help"], ["report", "--help"], ["bench", "-
 """
 SUPERVISOR = "import kvarena.experiments.cli, kvarena.experiments.serving.flags, kvarena.experiments.serving.serve"
 ENGINE = """
-from omegaconf import OmegaConf
-from kvarena.experiments.settings.compose import load_config
+from kvarena.experiments.settings.compose import load_run
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
 from kvarena.experiments.serving.serve import build_served_engine
-build_served_engine(OmegaConf.to_container(load_config(overrides_of(parse_flags(["models/demo"]))), resolve=True), {})
+build_served_engine(load_run(overrides_of(parse_flags(["models/demo"]))), {})
 """
 FIRST_TOKEN = """
 from kvarena.experiments.benchmarks.first_token import first_token

@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvarena.engine.checks import check_int
 from kvarena.engine.contract import BlockCopy, CopyKind, KVAllocator, StepPlan
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.pool.host_blocks import HostBlocks
@@ -98,9 +99,8 @@ class KVPool:
         sized_by: str = "kv_cache.num_blocks, num_slots or memory_gib",
         num_backed_blocks: int | None = None,
     ) -> None:
-        for name, value in (("kv_cache.num_blocks", num_blocks), ("allocator.block_size", block_size)):
-            if value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
+        check_int("kv_cache.num_blocks", num_blocks, 1)
+        check_int("allocator.block_size", block_size, 1)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_layers = num_layers
@@ -204,14 +204,6 @@ def independent_runs(copies: Sequence[BlockCopy]) -> Iterator[tuple[CopyKind, li
         yield kind, sources, destinations
 
 
-def check_block_size(block_size: object) -> None:
-    """Raise ConfigError where it is no number of slots."""
-    if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise ConfigError(f"allocator.block_size={block_size} must be an integer")
-    if block_size < 1:
-        raise ConfigError(f"allocator.block_size={block_size} must be at least 1")
-
-
 def blocks_for_budget(
     block_size: int,
     kv_bytes_per_token: int,
@@ -240,7 +232,7 @@ def blocks_for_budget(
             "give exactly one of kv_cache.num_blocks, kv_cache.num_slots and kv_cache.memory_gib "
             "(none of them only on a GPU, where engine.gpu_memory_utilization decides)"
         )
-    check_block_size(block_size)
+    check_int("allocator.block_size", block_size, 1)
     block_bytes = block_size * kv_bytes_per_token
     if num_blocks is not None:
         if num_blocks < 1:

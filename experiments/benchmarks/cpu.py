@@ -22,7 +22,7 @@ from kvarena.engine.errors import KvarenaError
 from kvarena.engine.request import Request
 from kvarena.experiments.building.build import build
 from kvarena.experiments.correctness.reference import generate_continuous, generate_static, load_reference
-from kvarena.experiments.settings.compose import load_config
+from kvarena.experiments.settings.compose import load_run
 
 Tokens = list[list[int]]
 
@@ -41,7 +41,7 @@ def main() -> None:
         f"workload.num_requests={args.num_requests}",
         f"workload.max_output_len={args.max_output_len}",
     ]
-    requests = list(build(load_config(overrides)).load.requests)
+    requests = list(build(load_run(overrides)).load.requests)
     useful = sum(req.sampling.max_tokens for req in requests)
     contestants = _contestants(overrides, args.batch_size)
     for run in contestants.values():  # warm up: lazy initialisation, thread pools
@@ -68,8 +68,8 @@ def main() -> None:
 
 def _contestants(overrides: list[str], batch_size: int) -> dict[str, Callable[[list[Request]], Tokens]]:
     """By name, what generates the tokens of a list of requests."""
-    cfg = load_config(overrides)
-    setup = build(cfg)
+    config = load_run(overrides)
+    setup = build(config)
     model = setup.parts.model
     if model is None:
         raise KvarenaError("this benchmark compares runs that compute; set runner=torch")
@@ -85,7 +85,7 @@ def _contestants(overrides: list[str], batch_size: int) -> dict[str, Callable[[l
         return generate_static(padded, batch, batch_size)
 
     def transformers_continuous(batch: list[Request]) -> Tokens:
-        return generate_continuous(continuous, batch, slots, cfg.scheduler.max_num_batched_tokens)
+        return generate_continuous(continuous, batch, slots, config.scheduler.need("max_num_batched_tokens"))
 
     torch.set_grad_enabled(False)
     return {"kvarena": kvarena, "generate": transformers_static, "generate_batch": transformers_continuous}

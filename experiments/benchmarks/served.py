@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from omegaconf import OmegaConf
 
 from kvarena.engine.core import Engine
 from kvarena.engine.errors import EngineError, KvarenaError
@@ -40,7 +39,7 @@ from kvarena.experiments.benchmarks.stream_load import TEMPERATURE, WARM_UP, Lev
 from kvarena.experiments.models.shape import make_model_dir
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
 from kvarena.experiments.serving.serve import build_served_engine
-from kvarena.experiments.settings.compose import CONF_DIR, load_config
+from kvarena.experiments.settings.compose import CONF_DIR, load_run
 
 Line = dict[str, Any]
 
@@ -134,10 +133,7 @@ class ClosedLoop:
 def run_in_process(options: argparse.Namespace) -> Iterator[Line]:
     """The levels without a web front, on the engine that the server would build."""
     start = time.perf_counter()
-    cfg = load_config(overrides_of(parse_flags(serve_flags(options))))
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    values.pop("hydra", None)
-    served = build_served_engine(values, {})
+    served = build_served_engine(load_run(overrides_of(parse_flags(serve_flags(options)))), {})
     gc.collect()
     gc.freeze()
     yield {"section": "start", "part": "in_process", "seconds": round(time.perf_counter() - start, 1)}

@@ -42,10 +42,10 @@ CELL = (
 def measure(trace: Path, num_requests: int, speed: float, out: Path, *overrides: str) -> dict[str, object]:
     """Run the cell into `out`; what the benchmark prints."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
-    cfg, choices = compose_cell(
+    config, choices = compose_cell(
         [*CELL, f"workload.path={trace}", f"workload.num_requests={num_requests}", f"arrival.speed={speed}", *overrides]
     )
-    summary = execute(cfg, out, "paged x chunked", choices)
+    summary = execute(config, out, "paged x chunked", choices)
     cpu = time.process_time()
     return {
         "bench": "simulator",

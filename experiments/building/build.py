@@ -1,7 +1,7 @@
 """Builds what a config describes: model, pool, strategy, engine and requests.
 
-    cfg.model + cfg.engine --> LoadedModel --> pool size --> allocator --> scheduler --> Engine
-    cfg.workload + cfg.arrival --> requests
+    model + engine --> LoadedModel --> pool size --> allocator --> scheduler --> Engine
+    workload + arrival --> requests
     runner=simulated: the model's sizes and a profile in place of model and pool (experiments/building/simulated.py)
 
 The strategy's classes are named by `_target_` in conf/allocator and conf/scheduler; nothing here knows them.
@@ -15,19 +15,19 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig
 
 from kvarena.engine.attention.base import AttentionBackend
 from kvarena.engine.attention.reference import ReferenceBackend
+from kvarena.engine.checks import check_int
 from kvarena.engine.clock import WallClock
 from kvarena.engine.contract import KVAllocator, cdiv
 from kvarena.engine.core import Engine
-from kvarena.engine.errors import ConfigError, NotDefined, RequestError
+from kvarena.engine.errors import ConfigError, NotDefined
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.models import LoadedModel, ModelSpec, load_model
 from kvarena.engine.pool.gpu_memory import GpuMemory
-from kvarena.engine.pool.kv_pool import KVPool, blocks_for_budget, check_block_size
+from kvarena.engine.pool.kv_pool import KVPool, blocks_for_budget
 from kvarena.engine.pool.memory_limits import free_bytes
 from kvarena.engine.request import Request, SamplingParams, expand
 from kvarena.engine.runner.profile import SETTING, available_kv_bytes, card_memory
@@ -45,7 +45,7 @@ from kvarena.experiments.building.runners import make_runner
 from kvarena.experiments.building.shared import PreparedRunner, SharedParts
 from kvarena.experiments.building.simulated import build_simulated_engine
 from kvarena.experiments.load.driver import ClosedLoop
-from kvarena.experiments.settings.config import DriverConfig, EngineConfig, KVCacheConfig, RunnerConfig, SamplingConfig
+from kvarena.experiments.settings.config import DriverConfig, RunConfig, RunnerConfig
 from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.workloads.parts.base import WorkloadItem
 
@@ -87,11 +87,11 @@ class Setup:
     driver: DriverConfig
 
 
-def build(cfg: DictConfig, shared: SharedParts | None = None) -> Setup:
-    """Build the cell that `cfg` describes.
+def build(config: RunConfig, shared: SharedParts | None = None) -> Setup:
+    """Build the cell that `config` describes.
 
     Args:
-        cfg: the resolved config.
+        config: of the run.
         shared: of the cells that run one after the other in this process; None: the cell has everything to itself.
 
     Raises:
@@ -99,169 +99,173 @@ def build(cfg: DictConfig, shared: SharedParts | None = None) -> Setup:
         ModelError: the model directory is missing, broken, or cannot be driven.
         TraceError: the workload's file is malformed.
     """
-    driver = DriverConfig.from_config(cfg.driver)
+    driver = config.driver
     # The workload is built before the model where it can fail: a typing error in a path must not wait for weights.
-    if cfg.runner.kind == "simulated":
+    if config.runner.kind == "simulated":
         driver.check_scores("runner=simulated computes no tokens")
-        parts = build_simulated_engine(cfg)
+        parts = build_simulated_engine(config)
     else:
-        parts = build_engine(cfg, shared)
+        parts = build_engine(config, shared)
     # Nobody reads what is in a prompt where nothing is computed, no prefix is looked for and no token recorded.
     blank = parts.simulator is not None and driver.record != "full" and not parts.engine.allocator.reads_tokens
-    load = build_load(cfg, parts.spec, parts.special_token_ids, driver, blank=blank)
+    load = build_load(config, parts.spec, parts.special_token_ids, blank=blank)
     return Setup(parts, load, driver)
 
 
-def build_load(
-    cfg: DictConfig, spec: ModelSpec, special_token_ids: frozenset[int], driver: DriverConfig, *, blank: bool = False
-) -> Load:
+def build_load(config: RunConfig, spec: ModelSpec, special_token_ids: frozenset[int], *, blank: bool = False) -> Load:
     """The workload and its arrivals.
 
     Args:
-        cfg: the resolved config.
+        config: of the run.
         spec: sizes of the model that will answer.
         special_token_ids: never drawn into a prompt.
-        driver: section `driver`.
         blank: requests of equal length may share a prompt of blank tokens.
     """
-    workload = instantiate(cfg.workload, vocab_size=spec.vocab_size, reserved_token_ids=list(special_token_ids))
-    arrival = instantiate(cfg.arrival)
+    seed, sampling = config.workload.need("seed"), config.sampling
+    workload = instantiate(config.workload, vocab_size=spec.vocab_size, reserved_token_ids=list(special_token_ids))
+    arrival = instantiate(config.arrival)
     items = list(workload.items_iter(with_token_ids=not blank))
-    times = arrival.times(items, cfg.workload.seed)
+    times = arrival.times(items, seed)
     if times is not None and len(times) and not times[-1] <= LAST_ARRIVAL:
         raise ConfigError(
             f"the last request would arrive after {times[-1]:.3g} s, and a run may last {LAST_ARRIVAL:.0g} s; raise "
             "the rate of section arrival, or lower workload.num_requests"
         )
-    requests = RequestStream(items, times, sampling_params(cfg.sampling), frozenset(spec.eos_token_ids))
-    if times is None and cfg.sampling.n > 1:
+    requests = RequestStream(items, times, sampling, frozenset(spec.eos_token_ids))
+    if times is None and sampling.n > 1:
         raise ConfigError(
-            f"sampling.n={cfg.sampling.n} with users who wait is not defined; use another arrival than closed_loop"
+            f"sampling.n={sampling.n} with users who wait is not defined; use another arrival than closed_loop"
         )
     closed_loop = None if times is not None else ClosedLoop(requests, arrival.num_users, arrival.think_time)
-    return Load(requests, closed_loop, workload.description, cfg.workload.seed, driver.cache)
+    return Load(requests, closed_loop, workload.description, seed, config.driver.cache)
 
 
-def build_engine(cfg: DictConfig, shared: SharedParts | None = None, *, whole_context: bool = False) -> EngineParts:
+def build_engine(config: RunConfig, shared: SharedParts | None = None, *, whole_context: bool = False) -> EngineParts:
     """Build an engine that computes, without a workload.
 
     Args:
-        cfg: the resolved config.
+        config: of the run.
         shared: see `build`.
         whole_context: refuse a pool that cannot hold the longest request that is allowed.
 
     Raises:
         KvarenaError: see `build`.
     """
-    if cfg.runner.kind == "simulated":
+    runner_config, engine_config, device_name = config.runner, config.engine, _device(config.engine.device)
+    if not isinstance(runner_config, RunnerConfig):
         raise ConfigError("runner=simulated computes no tokens and cannot serve; set runner=torch")
-    config = EngineConfig.from_config(cfg.engine)
-    runner_config = RunnerConfig.from_config(cfg.runner)
     shared = SharedParts() if shared is None else shared
     memory = None
-    if _device(config.device) == "cuda":
+    if device_name == "cuda":
         device = torch.device("cuda")
         memory = GpuMemory(device, shared.context_bytes)
         shared.context_bytes = memory.context
-        if KVCacheConfig.from_config(cfg.kv_cache).sized_by is None:
-            card_memory(device, memory.context).check_share(config.gpu_memory_utilization)
-    model = shared.model(cfg, lambda: _load(cfg, config))
+        if config.kv_cache.sized_by is None:
+            card_memory(device, memory.context).check_share(engine_config.gpu_memory_utilization)
+    model = shared.model(config, lambda: _load(config))
     spec = model.spec
-    max_model_len = resolve_max_model_len(config, spec)
-    prepared = shared.runner(cfg)
+    max_model_len = resolve_max_model_len(engine_config, spec)
+    prepared = shared.runner(config)
     num_blocks = (
-        _num_blocks(cfg, config, model, shared.context_bytes or 0, max_model_len)
+        _num_blocks(config, model, shared.context_bytes or 0, max_model_len)
         if prepared is None
         else prepared.num_blocks
     )
-    allocator, scheduler = make_strategy(cfg, num_blocks, max_model_len, spec, _device(config.device))
+    allocator, scheduler = make_strategy(config, num_blocks, max_model_len, spec, device_name)
     say_chosen_pages(allocator)
     check_window(allocator, spec)
     if whole_context:
-        check_context_fits(cfg, allocator, spec, max_model_len, memory)
+        check_context_fits(engine_config, config.kv_cache, allocator, spec, max_model_len, memory)
     _check_layout(runner_config, allocator)
     if prepared is not None and not prepared.fits(allocator):
         shared.drop_runner()
         prepared = None
     if prepared is None:
-        prepared = _prepare_runner(cfg, config, model, allocator, max_model_len)
-        shared.keep(cfg, prepared)
+        prepared = _prepare_runner(config, runner_config, model, allocator, max_model_len)
+        shared.keep(config, prepared)
     clock, ledger = prepared.clock, MemoryLedger()
-    engine = Engine(scheduler, allocator, prepared.runner, clock, overlap=config.overlap, ledger=ledger)
+    engine = Engine(scheduler, allocator, prepared.runner, clock, overlap=engine_config.overlap, ledger=ledger)
     facts = pool_facts(allocator, spec, prepared.facts)
     if memory is not None:
         memory.set_pool(prepared.pool, prepared.pool_in_torch)
     return EngineParts(
-        engine, clock, ledger, spec, model.special_token_ids, model, max_model_len, facts, config, gpu_memory=memory
+        engine,
+        clock,
+        ledger,
+        spec,
+        model.special_token_ids,
+        model,
+        max_model_len,
+        facts,
+        engine_config,
+        gpu_memory=memory,
     )
 
 
-def _load(cfg: DictConfig, config: EngineConfig) -> LoadedModel:
+def _load(config: RunConfig) -> LoadedModel:
+    model, engine = config.model, config.engine
     return load_model(
-        path=cfg.model.path,
-        shape=cast(dict[str, Any] | None, cfg.model.shape and OmegaConf.to_container(cfg.model.shape, resolve=True)),
-        dtype=config.dtype,
-        device=_device(config.device),
-        load_format=cfg.model.load_format,
-        trust_remote_code=cfg.model.trust_remote_code,
-        seed=config.seed,
-        name=cfg.model.name,
+        path=model.path,
+        shape=model.shape,
+        dtype=engine.dtype,
+        device=_device(engine.device),
+        load_format=model.load_format,
+        trust_remote_code=model.trust_remote_code,
+        seed=engine.seed,
+        name=cast(str | None, model.name),
     )
 
 
 def _prepare_runner(
-    cfg: DictConfig, config: EngineConfig, model: LoadedModel, allocator: KVAllocator, max_model_len: int
+    config: RunConfig, runner_config: RunnerConfig, model: LoadedModel, allocator: KVAllocator, max_model_len: int
 ) -> PreparedRunner:
     """Pool and runner for `allocator`."""
-    runner_config = RunnerConfig.from_config(cfg.runner)
-    device = _device(config.device)
-    sized_by = KVCacheConfig.from_config(cfg.kv_cache).sized_by or SETTING
+    device, max_num_seqs = _device(config.engine.device), config.scheduler.need("max_num_seqs")
+    sized_by = config.kv_cache.sized_by or SETTING
     allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
     pool = make_pool(runner_config, allocator, model.spec, device, sized_by)
     pool_in_torch = torch.cuda.memory_allocated() - allocated if device == "cuda" else 0
     clock = WallClock()
-    with room_beside_pool(cfg, pool, max_model_len):
+    with room_beside_pool(max_num_seqs, pool, max_model_len):
         runner, facts = make_runner(
             runner_config,
             model,
             pool,
             _attention_backend(runner_config, model, pool),
-            seed=config.seed,
+            seed=config.engine.seed,
             clock=clock,
-            max_num_seqs=cfg.scheduler.max_num_seqs,
+            max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
-            num_scores=DriverConfig.from_config(cfg.driver).scores,
+            num_scores=config.driver.scores,
         )
     return PreparedRunner(runner, facts, pool, clock, allocator.num_blocks, pool_in_torch)
 
 
-def _num_blocks(
-    cfg: DictConfig, config: EngineConfig, model: LoadedModel, in_use_before: int, max_model_len: int
-) -> int:
+def _num_blocks(config: RunConfig, model: LoadedModel, in_use_before: int, max_model_len: int) -> int:
     """Usable blocks: what the config states, or what a profiling forward leaves of this engine's share of the GPU.
 
     On a CPU, whose memory is no one's share: `CPU_SLOTS`, or one request of `max_model_len`, as far as half of what is
     free holds it.
     """
-    size = KVCacheConfig.from_config(cfg.kv_cache)
-    check_block_size(cfg.allocator.block_size)
+    size, token_bytes = config.kv_cache, model.spec.kv_bytes_per_token
+    block_size = check_int("allocator.block_size", config.allocator.need("block_size"), 1)
     available, num_slots = None, size.num_slots
     if size.sized_by is None and model.device.type == "cuda":
         available = available_kv_bytes(
             model,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            max_num_batched_tokens=cfg.scheduler.max_num_batched_tokens,
-            max_num_seqs=cfg.scheduler.max_num_seqs,
+            gpu_memory_utilization=config.engine.gpu_memory_utilization,
+            max_num_batched_tokens=config.scheduler.need("max_num_batched_tokens"),
+            max_num_seqs=config.scheduler.need("max_num_seqs"),
             in_use_before=in_use_before,
-            block_bytes=cfg.allocator.block_size * model.spec.kv_bytes_per_token,
+            block_bytes=block_size * token_bytes,
         )
     elif size.sized_by is None:
-        room = free_bytes(model.device) // 2 // model.spec.kv_bytes_per_token
-        wanted = cdiv(max(CPU_SLOTS, max_model_len), cfg.allocator.block_size) * cfg.allocator.block_size
-        num_slots = max(min(wanted, room), cfg.allocator.block_size)
+        room = free_bytes(model.device) // 2 // token_bytes
+        wanted = cdiv(max(CPU_SLOTS, max_model_len), block_size) * block_size
+        num_slots = max(min(wanted, room), block_size)
     return blocks_for_budget(
-        cfg.allocator.block_size,
-        model.spec.kv_bytes_per_token,
+        block_size,
+        token_bytes,
         num_blocks=size.num_blocks,
         num_slots=num_slots,
         memory_gib=size.memory_gib,
@@ -291,14 +295,6 @@ def _check_layout(config: RunnerConfig, allocator: KVAllocator) -> None:
             "runner.layout=contiguous addresses a region by its start, and this allocator scatters blocks; use "
             "runner.layout=paged, or a contiguous allocator"
         )
-
-
-def sampling_params(section: DictConfig) -> SamplingParams:
-    """Section `sampling` as sampling parameters. Raises ConfigError."""
-    try:
-        return SamplingParams(**vars(SamplingConfig.from_config(section)))
-    except RequestError as error:
-        raise ConfigError(f"sampling.{error}") from error
 
 
 class RequestStream:

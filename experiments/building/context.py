@@ -5,23 +5,28 @@ from __future__ import annotations
 import math
 
 import torch
-from omegaconf import DictConfig
 
 from kvarena.engine.contract import KVAllocator, cdiv
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.models import ModelSpec
 from kvarena.engine.pool.gpu_memory import GpuMemory
 from kvarena.engine.runner.profile import SETTING, card_memory
-from kvarena.experiments.settings.config import KVCacheConfig
+from kvarena.experiments.settings.config import EngineConfig, KVCacheConfig
 
 
 def check_context_fits(
-    cfg: DictConfig, allocator: KVAllocator, spec: ModelSpec, max_model_len: int, memory: GpuMemory | None
+    engine: EngineConfig,
+    size: KVCacheConfig,
+    allocator: KVAllocator,
+    spec: ModelSpec,
+    max_model_len: int,
+    memory: GpuMemory | None,
 ) -> None:
     """See that an empty pool holds a request of `max_model_len` tokens.
 
     Args:
-        cfg: the resolved config.
+        engine: section `engine`.
+        size: section `kv_cache`.
         allocator: over the empty pool.
         spec: the model's.
         max_model_len: longest prompt + output.
@@ -33,10 +38,10 @@ def check_context_fits(
     fits = allocator.max_request_tokens
     if fits >= max_model_len:
         return
-    by = KVCacheConfig.from_config(cfg.kv_cache).sized_by
+    by = size.sized_by
     named = by or (SETTING if memory is not None else "this machine's memory")
     ways = [f"set engine.max_model_len={fits}"] if fits > 1 else []
-    larger = _larger_pool(cfg, allocator, spec, max_model_len, memory)
+    larger = _larger_pool(engine, by, allocator, spec, max_model_len, memory)
     if larger is not None:
         ways.append(f"raise the pool to {larger}")
     if spec.dtype is torch.float32 and 2 * fits >= max_model_len and by in (None, "kv_cache.memory_gib"):
@@ -48,9 +53,14 @@ def check_context_fits(
 
 
 def _larger_pool(
-    cfg: DictConfig, allocator: KVAllocator, spec: ModelSpec, max_model_len: int, memory: GpuMemory | None
+    engine: EngineConfig,
+    by: str | None,
+    allocator: KVAllocator,
+    spec: ModelSpec,
+    max_model_len: int,
+    memory: GpuMemory | None,
 ) -> str | None:
-    """The setting of a pool that is large enough; None where there may be none."""
+    """The setting of a pool that is large enough, now sized `by`; None where there may be none."""
     block_size = allocator.block_size
     num_blocks = cdiv(max_model_len, block_size)
     if allocator.max_request_tokens < allocator.num_blocks * block_size:
@@ -58,7 +68,6 @@ def _larger_pool(
         num_blocks = cdiv(allocator.num_blocks * max_model_len, max(1, allocator.max_request_tokens))
         num_blocks = 1 << (num_blocks - 1).bit_length()
     block_bytes = block_size * spec.kv_bytes_per_token
-    by = KVCacheConfig.from_config(cfg.kv_cache).sized_by
     if by == "kv_cache.num_blocks":
         return f"{by}={num_blocks}"
     if by == "kv_cache.num_slots":
@@ -69,5 +78,5 @@ def _larger_pool(
         return None
     card = card_memory(torch.device("cuda"), memory.context)
     missing = (num_blocks - allocator.num_blocks + 1) * block_bytes
-    needed = math.ceil(100 * (cfg.engine.gpu_memory_utilization + missing / card.total)) / 100
+    needed = math.ceil(100 * (engine.gpu_memory_utilization + missing / card.total)) / 100
     return f"{SETTING}={needed:g}" if needed <= card.largest_share else None

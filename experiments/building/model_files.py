@@ -4,35 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from kvarena.engine.checkpoints.check import check_checkpoint
-from kvarena.engine.errors import ConfigError
-
-LOAD_FORMATS = ("auto", "dummy")
+from kvarena.experiments.settings.config import RunConfig
 
 
-def check_model(cfg: DictConfig, *, tokenizer: bool = False) -> Path | None:
+def check_model(config: RunConfig, *, tokenizer: bool = False) -> Path | None:
     """See that `model.path` holds what the run will read of it.
 
     Args:
-        cfg: the resolved config.
+        config: of the run.
         tokenizer: whether the model's tokenizer will be read.
 
     Returns:
         The directory; None where the config names none.
 
     Raises:
-        ConfigError: an unknown `model.load_format`.
         ModelError: one line that says what is wrong and what to do.
     """
-    if cfg.model.load_format not in LOAD_FORMATS:
-        raise ConfigError(f"model.load_format={cfg.model.load_format} must be one of {', '.join(LOAD_FORMATS)}")
-    if cfg.model.path is None:
+    model = config.model
+    if model.path is None:
         return None
     return check_checkpoint(
-        cfg.model.path,
-        weights=cfg.model.load_format == "auto" and cfg.runner.kind == "torch",
+        model.path,
+        weights=model.load_format == "auto" and config.runner.kind == "torch",
         tokenizer=tokenizer,
-        trust_remote_code=bool(cfg.model.trust_remote_code),
+        trust_remote_code=model.trust_remote_code,
     )

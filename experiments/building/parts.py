@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from omegaconf import DictConfig
 
 from kvarena.engine.clock import Clock
 from kvarena.engine.contract import KVAllocator, StepScheduler
@@ -16,8 +15,9 @@ from kvarena.engine.core import Engine
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.models import LoadedModel, ModelSpec
+from kvarena.engine.models.sizes import ModelSizes, model_sizes
 from kvarena.engine.pool.gpu_memory import GpuMemory
-from kvarena.experiments.settings.config import EngineConfig
+from kvarena.experiments.settings.config import EngineConfig, RunConfig
 from kvarena.experiments.settings.strategies import make_part
 from kvarena.experiments.simulation.runner import SimulatedRunner
 
@@ -87,24 +87,24 @@ def say_chosen_pages(allocator: KVAllocator) -> None:
 
 
 def make_strategy(
-    cfg: DictConfig, num_blocks: int, max_model_len: int, spec: ModelSpec, device: str = "cpu"
+    config: RunConfig, num_blocks: int, max_model_len: int, spec: ModelSpec, device: str = "cpu"
 ) -> tuple[KVAllocator, StepScheduler]:
     """A fresh allocator over an empty pool, and the scheduler on top of it.
 
     Pages whose size the config leaves open are chosen by the allocator, but on a GPU, which maps one size.
     """
     options: dict[str, Any] = {}
-    if device == "cuda" and "page_bytes" in cfg.allocator and cfg.allocator.page_bytes is None:
+    if device == "cuda" and config.allocator.options.get("page_bytes", 0) is None:
         options["page_bytes"] = CUDA_PAGE_BYTES
     allocator = make_part(
         KVAllocator,
-        cfg.allocator,
+        config.allocator,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
         kv_bytes_per_token=spec.kv_bytes_per_token,
         **options,
     )
-    return allocator, make_part(StepScheduler, cfg.scheduler, allocator=allocator, max_model_len=max_model_len)
+    return allocator, make_part(StepScheduler, config.scheduler, allocator=allocator, max_model_len=max_model_len)
 
 
 def check_window(allocator: KVAllocator, spec: ModelSpec) -> None:
@@ -116,6 +116,18 @@ def check_window(allocator: KVAllocator, spec: ModelSpec) -> None:
             f"allocator.sliding_window={window} frees KV that model {spec.name!r} still reads: it {needs}; set it to "
             f"{'null' if spec.sliding_window is None else f'at least {spec.sliding_window}'}"
         )
+
+
+def sizes_of(config: RunConfig) -> ModelSizes:
+    """The sizes of the model that `config` names, from its config.json alone. Raises ModelError."""
+    model = config.model
+    return model_sizes(
+        path=model.path,
+        shape=model.shape,
+        dtype=config.engine.dtype,
+        trust_remote_code=model.trust_remote_code,
+        name=cast(str | None, model.name),
+    )
 
 
 def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

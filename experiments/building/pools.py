@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from omegaconf import DictConfig
-
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.models import ModelSpec
@@ -58,7 +56,7 @@ def make_pool(config: RunnerConfig, allocator: KVAllocator, spec: ModelSpec, dev
 
 
 @contextmanager
-def room_beside_pool(cfg: DictConfig, pool: KVPool, max_model_len: int) -> Iterator[None]:
+def room_beside_pool(max_num_seqs: int, pool: KVPool, max_model_len: int) -> Iterator[None]:
     """Around what a runner makes for itself: tables, logits, CUDA graphs.
 
     Raises:
@@ -72,5 +70,5 @@ def room_beside_pool(cfg: DictConfig, pool: KVPool, max_model_len: int) -> Itera
         raise EngineError(
             f"the KV pool of {size_text(pool.num_bytes)} leaves no room on {pool.device} for the runner's tables and "
             f"graphs: {asked_and_free(error, pool.device)}; lower {pool.sized_by}, "
-            f"scheduler.max_num_seqs={cfg.scheduler.max_num_seqs} or engine.max_model_len={max_model_len}"
+            f"scheduler.max_num_seqs={max_num_seqs} or engine.max_model_len={max_model_len}"
         ) from error

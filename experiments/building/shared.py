@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from kvarena.engine.clock import WallClock
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.models import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.experiments.settings.config import RunConfig
 
 
 @dataclass
@@ -64,25 +64,25 @@ class SharedParts:
         self._model: tuple[str, LoadedModel] | None = None
         self._runner: tuple[str, PreparedRunner] | None = None
 
-    def model(self, cfg: DictConfig, load: Callable[[], LoadedModel]) -> LoadedModel:
-        """The model that `cfg` describes, loaded where it is not the last one."""
-        engine = {key: cfg.engine[key] for key in ("dtype", "device", "seed")}
-        key = _text({"model": _plain(cfg.model), "engine": engine})
+    def model(self, config: RunConfig, load: Callable[[], LoadedModel]) -> LoadedModel:
+        """The model that `config` describes, loaded where it is not the last one."""
+        engine = {key: config.values["engine"][key] for key in ("dtype", "device", "seed")}
+        key = _text({"model": config.values["model"], "engine": engine})
         if self._model is None or self._model[0] != key:
             self.clear()
             self._model = (key, load())
         return self._model[1]
 
-    def runner(self, cfg: DictConfig) -> PreparedRunner | None:
-        """The last runner where it was made for `cfg`; else None, and the last one is gone."""
-        if self._runner is not None and self._runner[0] == _runner_key(cfg):
+    def runner(self, config: RunConfig) -> PreparedRunner | None:
+        """The last runner where it was made for `config`; else None, and the last one is gone."""
+        if self._runner is not None and self._runner[0] == _runner_key(config):
             return self._runner[1]
         self.drop_runner()
         return None
 
-    def keep(self, cfg: DictConfig, runner: PreparedRunner) -> None:
+    def keep(self, config: RunConfig, runner: PreparedRunner) -> None:
         """Keep `runner` for the next cell. One of a pool that belongs to its allocator alone is not kept."""
-        self._runner = (_runner_key(cfg), runner)
+        self._runner = (_runner_key(config), runner)
 
     def drop_runner(self) -> None:
         """Let go of the runner and its pool."""
@@ -103,17 +103,13 @@ def _give_memory_back() -> None:
         torch.cuda.empty_cache()
 
 
-def _runner_key(cfg: DictConfig) -> str:
+def _runner_key(config: RunConfig) -> str:
     """All settings that a runner is made from, but for the strategy's own."""
     return _text(
-        {name: _plain(cfg[name]) for name in ("model", "engine", "runner", "kv_cache")}
-        | {"block_size": cfg.allocator.block_size, "scores": cfg.driver.scores}
-        | {name: cfg.scheduler[name] for name in ("max_num_seqs", "max_num_batched_tokens")}
+        {name: config.values[name] for name in ("model", "engine", "runner", "kv_cache")}
+        | {"block_size": config.allocator.need("block_size"), "scores": config.driver.scores}
+        | {name: config.scheduler.need(name) for name in ("max_num_seqs", "max_num_batched_tokens")}
     )
-
-
-def _plain(section: DictConfig) -> Any:
-    return OmegaConf.to_container(section, resolve=True)
 
 
 def _text(value: Any) -> str:

@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from omegaconf import DictConfig
-
 from kvarena.engine.clock import WallClock
 from kvarena.engine.contract import StepScheduler
 from kvarena.engine.core import Engine, run_to_completion
@@ -17,6 +15,7 @@ from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.experiments.building.build import EngineParts
 from kvarena.experiments.building.parts import make_strategy
 from kvarena.experiments.building.pools import room_beside_pool
+from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.strategies import make_part
 
 NUM_REQUESTS = 8
@@ -26,7 +25,7 @@ OUTPUT_TOKENS = 8
 SERVED = (SamplingParams(), SamplingParams(temperature=0.7), SamplingParams(temperature=0.7, top_p=0.9))
 
 
-def warm_up(cfg: DictConfig, parts: EngineParts, samplings: Sequence[SamplingParams]) -> float:
+def warm_up(config: RunConfig, parts: EngineParts, samplings: Sequence[SamplingParams]) -> float:
     """Run a few requests on a strategy of their own, with the same runner and pool; returns the seconds it took.
 
     On a GPU kernels are compiled, decode graphs captured (a graph is otherwise captured when its batch size first comes
@@ -34,18 +33,19 @@ def warm_up(cfg: DictConfig, parts: EngineParts, samplings: Sequence[SamplingPar
     engine's own allocator knows nothing of it, so its prefix cache stays cold.
 
     Args:
-        cfg: what `parts` was built from.
+        config: what `parts` was built from.
         parts: an idle engine.
         samplings: how the requests pick their tokens, in turn; their lengths are set here.
     """
     clock = WallClock()
     longest = PROMPT_TOKENS
     if isinstance(parts.engine.runner, FusedRunner):
-        with room_beside_pool(cfg, parts.engine.runner.pool, parts.max_model_len):
-            parts.engine.runner.warm_up(cfg.scheduler.max_num_seqs)
-        longest = cfg.scheduler.max_num_batched_tokens
+        max_num_seqs = config.scheduler.need("max_num_seqs")
+        with room_beside_pool(max_num_seqs, parts.engine.runner.pool, parts.max_model_len):
+            parts.engine.runner.warm_up(max_num_seqs)
+        longest = config.scheduler.need("max_num_batched_tokens")
     allocator, scheduler = make_strategy(
-        cfg,
+        config,
         parts.pool_facts["num_blocks"],
         parts.max_model_len,
         parts.spec,
@@ -63,20 +63,20 @@ def warm_up(cfg: DictConfig, parts: EngineParts, samplings: Sequence[SamplingPar
     return clock.now()
 
 
-def warm_cache(cfg: DictConfig, parts: EngineParts, requests: Iterable[Request]) -> float:
+def warm_cache(config: RunConfig, parts: EngineParts, requests: Iterable[Request]) -> float:
     """Run each prompt once, for one token, with the engine's own allocator; returns the seconds it took.
 
     The prefix cache then holds what it can of the workload (`driver.cache=warm`). Prompts that the engine rejects are
     left out. Nothing of it is in the ledger, the recorded steps, or the scheduler (what it has served to whom).
 
     Args:
-        cfg: what `parts` was built from.
+        config: what `parts` was built from.
         parts: an idle engine.
         requests: the workload; the requests that are run are copies.
     """
     start = parts.clock.now()
     owner = parts.engine
-    scheduler = make_part(StepScheduler, cfg.scheduler, allocator=owner.allocator, max_model_len=parts.max_model_len)
+    scheduler = make_part(StepScheduler, config.scheduler, allocator=owner.allocator, max_model_len=parts.max_model_len)
     engine = Engine(scheduler, owner.allocator, owner.runner, parts.clock, overlap=owner.overlap)
     for req in requests:
         copy = Request(

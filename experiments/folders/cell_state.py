@@ -11,8 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.folders.files import CELL_FILE, ERROR_FILE
 from kvarena.experiments.folders.provenance import machine
@@ -24,6 +22,7 @@ from kvarena.experiments.folders.sources import (
     package_digest,
     sources_of,
 )
+from kvarena.experiments.settings.config import RunConfig
 from kvarena.reports.reading.files import read_json
 from kvarena.reports.reading.shapes import MAYBE_INTEGER, MAYBE_TEXT
 from kvarena.reports.reading.writing import write_text, writing
@@ -31,32 +30,33 @@ from kvarena.reports.reading.writing import write_text, writing
 CELL = {"config": "text", "code": "text", "machine": "text", "round": MAYBE_INTEGER, "reports": MAYBE_TEXT}
 
 
-def measured_config(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved sections of a config that say what is measured."""
-    sections = {str(key): cfg[key] for key in cfg if key not in UNMEASURED}
-    return {
-        key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        for key, value in sections.items()
-    }
+def measured_config(values: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a resolved config that say what is measured."""
+    return {key: value for key, value in values.items() if key not in UNMEASURED}
 
 
-def cell_key(cfg: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
+def cell_key(config: RunConfig, choices: dict[str, str]) -> dict[str, Any]:
+    """The key of a cell; see `key_of`."""
+    return key_of(config.values, choices)
+
+
+def key_of(values: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:
     """What a cell's result depends on: hashes of its config, the code and the machine, and its round.
 
     Args:
-        cfg: the cell's config, without the hydra node.
+        values: the cell's config, resolved.
         choices: the config groups that name it.
 
     Returns:
         `config` (with the content of the files that it names), `code` (`manifest.sources`, the hash), `machine`,
         `round`, and `reports`: the code that made its report, which is made again where that has changed.
     """
-    config = measured_config(cfg)
+    config = measured_config(values)
     return {
         "config": digest({"config": config, "choices": choices, "inputs": inputs_of(config)}),
         "code": sources_of(config)["hash"],
         "machine": digest({key: value for key, value in machine().items() if key != "memory_bytes"}),
-        "round": cfg.sweep.round,
+        "round": values["sweep"]["round"],
         "reports": package_digest(REPORTS_PACKAGE),
     }
 

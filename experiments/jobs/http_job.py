@@ -13,16 +13,15 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
-from omegaconf import DictConfig, OmegaConf
 
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.ledger import MemoryLedger
-from kvarena.engine.models.sizes import ModelSizes, model_sizes
 from kvarena.engine.request import Request
 from kvarena.experiments.building.build import Load, build_load
+from kvarena.experiments.building.parts import sizes_of
 from kvarena.experiments.folders.files import REQUESTS_FILE, STEPS_FILE
 from kvarena.experiments.folders.provenance import utc_now
 from kvarena.experiments.folders.run_folder import Measured
@@ -32,18 +31,18 @@ from kvarena.experiments.load.http_metrics import GaugeReader
 from kvarena.experiments.recording.contention import Contention
 from kvarena.experiments.recording.interruption import Signals, name_of
 from kvarena.experiments.recording.record import RunRecorder, write_requests, write_steps
-from kvarena.experiments.settings.config import DriverConfig, HttpConfig
+from kvarena.experiments.settings.config import DriverConfig, HttpConfig, RunConfig
 
 EXTENSIONS = ("top_k", "min_p", "ignore_eos")  # of section `sampling`, beyond OpenAI's API
 ENDPOINTS = ("/completions", "/chat", "/v1")  # what clients' addresses end with, in the order in which it is cut off
 ENGINE_SECTIONS = ("allocator", "scheduler", "engine", "kv_cache", "runner", "server", "mode", "study")
 
 
-def run_http(cfg: DictConfig, progress: Callable[[int], Callable[[int], None]], signals: Signals) -> Measured:
-    """Drive the server that `cfg.target` names, until all requests have ended or a signal comes.
+def run_http(run: RunConfig, progress: Callable[[int], Callable[[int], None]], signals: Signals) -> Measured:
+    """Drive the server that `run.target` names, until all requests have ended or a signal comes.
 
     Args:
-        cfg: the resolved config. `model` says which vocabulary the prompts are drawn from.
+        run: what to run. `model` says which vocabulary the prompts are drawn from.
         progress: given the number of requests, what is to be told how many have ended.
         signals: end the load; the answers that are not whole then are aborted.
 
@@ -51,15 +50,15 @@ def run_http(cfg: DictConfig, progress: Callable[[int], Callable[[int], None]], 
         ConfigError: a bad setting.
         EngineError: the server cannot be reached, or cannot answer at all.
     """
-    config, driver_config = HttpConfig.from_config(cfg.http), DriverConfig.from_config(cfg.driver)
+    config, driver_config = run.http, run.driver
     driver_config.check_scores("a server shows none")
-    target = _target(str(cfg.target))
-    if cfg.sampling.n != 1:
-        raise ConfigError(f"sampling.n={cfg.sampling.n} needs this process's engine; set it to 1 with target")
-    sizes = _vocabulary(cfg)
-    load = build_load(cfg, sizes.spec, sizes.special_token_ids, driver_config)
+    target = _target(str(run.target))
+    if run.sampling.n != 1:
+        raise ConfigError(f"sampling.n={run.sampling.n} needs this process's engine; set it to 1 with target")
+    sizes = sizes_of(run)  # of the model that the server is said to serve: prompts are ids of its vocabulary
+    load = build_load(run, sizes.spec, sizes.special_token_ids)
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | config.authorization()
-    extensions = {key: cfg.sampling[key] for key in EXTENSIONS} | {"return_token_ids": True}
+    extensions = {key: run.values["sampling"][key] for key in EXTENSIONS} | {"return_token_ids": True}
     contention = Contention(driver_config.probe, cuda=False)
     contention.before()
     driver, server, gauges, warmup_time = asyncio.run(
@@ -78,7 +77,8 @@ def run_http(cfg: DictConfig, progress: Callable[[int], Callable[[int], None]], 
     facts = {
         "name": f"{name} over HTTP",
         "strategy": {"allocator": name, "scheduler": "HTTP", "details": {}},
-        "config": _settings(cfg),
+        # Without what only this process's engine would read.
+        "config": {key: value for key, value in run.values.items() if key not in ENGINE_SECTIONS},
         "model": {"name": sizes.spec.name, "num_parameters": sizes.spec.num_parameters, "kv_bytes_per_token": None,
                   "max_model_len": None, "dtype": "as served"},
         "pool": {"num_blocks": None, "block_size": None, "num_slots": None, "bytes": None},
@@ -175,21 +175,3 @@ async def _send_prompts(server: HttpServer, requests: list[Request]) -> None:
         answer = await server.complete(req.prompt_token_ids, replace(req.sampling, max_tokens=1))
         if answer.error and not answer.refused:
             raise EngineError(f"driver.cache=warm: the prompt of {req.request_id!r} failed: {answer.error}")
-
-
-def _vocabulary(cfg: DictConfig) -> ModelSizes:
-    """The sizes of the model that the server is said to serve: prompts are token ids of its vocabulary."""
-    shape = cfg.model.shape and OmegaConf.to_container(cfg.model.shape, resolve=True)
-    return model_sizes(
-        path=cfg.model.path,
-        shape=cast(dict[str, Any] | None, shape),
-        dtype=cfg.engine.dtype,
-        trust_remote_code=cfg.model.trust_remote_code,
-        name=cfg.model.name,
-    )
-
-
-def _settings(cfg: DictConfig) -> dict[str, Any]:
-    """The config without what only this process's engine would read."""
-    values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    return {key: value for key, value in values.items() if key not in ENGINE_SECTIONS}

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import kvarena.reports.pages.ending
@@ -30,7 +29,7 @@ from kvarena.experiments.folders.cell_state import cell_key, differing, finished
 from kvarena.experiments.folders.lock import only_writer
 from kvarena.experiments.folders.place import RUN, check_place
 from kvarena.experiments.folders.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
-from kvarena.experiments.folders.run_folder import Measured, write_hydra, write_run
+from kvarena.experiments.folders.run_folder import Measured, write_run
 from kvarena.experiments.folders.sources import sources_of
 from kvarena.experiments.jobs.http_job import run_http
 from kvarena.experiments.jobs.output import HttpProgress, Progress
@@ -42,7 +41,7 @@ from kvarena.experiments.recording.recording import Recording, recording_warning
 from kvarena.experiments.recording.tracking import TrackedRun, Tracker, tracked_run
 from kvarena.experiments.settings.command_line import command_of
 from kvarena.experiments.settings.compose import NAMING_GROUPS
-from kvarena.experiments.settings.config import ReportConfig, SweepConfig, check_values
+from kvarena.experiments.settings.config import ReportConfig, RunConfig, SweepConfig
 from kvarena.experiments.settings.explain import first_line
 from kvarena.experiments.settings.targets import instantiate
 from kvarena.reports.reading.errors import NotWritten
@@ -52,8 +51,12 @@ SCHEMA_VERSION = 1
 OTHERS = {"code": "other code", "machine": "another machine"}
 
 
-def run_job(cfg: DictConfig) -> Path:
+def run_job(config: RunConfig, on_start: Callable[[Path], None]) -> Path:
     """Run one cell and print what it came to; a sweep's cells print nothing, for the sweep does.
+
+    Args:
+        config: of the cell.
+        on_start: see `execute`.
 
     Returns:
         The cell's folder: a sweep's cell that its launcher placed on another machine has one of its own.
@@ -65,44 +68,43 @@ def run_job(cfg: DictConfig) -> Path:
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
     choices = {group: hydra.runtime.choices[group] for group in NAMING_GROUPS}
-    sweep, in_sweep = SweepConfig.from_config(cfg.sweep), hydra.mode is RunMode.MULTIRUN
+    sweep, in_sweep = config.sweep, hydra.mode is RunMode.MULTIRUN
     if in_sweep:
-        run_dir = _own_folder(cfg, run_dir, choices)
+        run_dir = _own_folder(config, run_dir, choices)
     elif sweep.rounds != 1:
         raise ConfigError(
             f"sweep.rounds={sweep.rounds} repeats the cells of a sweep, and this is none; leave it out, or sweep "
             "with -m"
         )
     else:
-        _check_owner(cfg, run_dir, choices)
+        _check_owner(config, run_dir, choices)
     group = str(run_dir.parent) if in_sweep else None
     name = f"{choices['allocator']} x {choices['scheduler']}"
     summary = execute(
-        cfg, run_dir, name, choices, group,
-        command=command_of(hydra, alone=in_sweep), on_start=lambda folder: write_hydra(folder, cfg),
+        config, run_dir, name, choices, group, command=command_of(hydra, alone=in_sweep), on_start=on_start,
     )  # fmt: skip
     if not in_sweep:
         Console().print(kvarena.reports.pages.terminal.run_table(summary))
         kvarena.reports.pages.ending.print_ending(
-            kvarena.reports.pages.ending.run_ending(run_dir, summary), full=cfg.report.json == "full"
+            kvarena.reports.pages.ending.run_ending(run_dir, summary), full=config.report.json == "full"
         )
     if (reason := why_unserved(summary)) is not None:
         raise Unserved(reason, run_dir)
     return run_dir
 
 
-def _own_folder(cfg: DictConfig, run_dir: Path, choices: dict[str, str]) -> Path:
+def _own_folder(config: RunConfig, run_dir: Path, choices: dict[str, str]) -> Path:
     """The cell's folder: `run_dir` where that is this cell's, as this machine and its code see it."""
-    sweep, key = SweepConfig.from_config(cfg.sweep), cell_key(cfg, choices)
+    sweep, key = config.sweep, cell_key(config, choices)
     if owner_of(run_dir) in (None, whole_key(key)) or (sweep.allow_mixed and result_in(run_dir) == result_of(key)):
         return run_dir
     return CellFolders(run_dir.parent).claim(run_dir.name, key, allow_mixed=sweep.allow_mixed)
 
 
-def _check_owner(cfg: DictConfig, run_dir: Path, choices: dict[str, str]) -> None:
+def _check_owner(config: RunConfig, run_dir: Path, choices: dict[str, str]) -> None:
     """A run by itself must not sit down in the folder that a sweep or an experiment keeps for one of its cells."""
     owner = owner_of(run_dir)
-    if owner is not None and result_in(run_dir) is None and owner != whole_key(cell_key(cfg, choices)):
+    if owner is not None and result_in(run_dir) is None and owner != whole_key(cell_key(config, choices)):
         raise ConfigError(
             f"{run_dir} belongs to a cell of a sweep or an experiment; give this run a folder of its own "
             "(hydra.run.dir=DIR)"
@@ -110,7 +112,7 @@ def _check_owner(cfg: DictConfig, run_dir: Path, choices: dict[str, str]) -> Non
 
 
 def execute(
-    cfg: DictConfig,
+    config: RunConfig,
     run_dir: Path,
     name: str,
     choices: dict[str, str],
@@ -125,7 +127,7 @@ def execute(
     made is finished all the same, and the next call makes the report.
 
     Args:
-        cfg: the resolved config, without the hydra node.
+        config: of the cell.
         run_dir: an existing folder.
         name: how the cell is called in reports.
         choices: the config groups' chosen options (`allocator`, `scheduler`, `workload`, `arrival`).
@@ -138,10 +140,9 @@ def execute(
         KvarenaError: a bad setting, a folder that belongs to something else, or a failed run.
         NotWritten: a file cannot be written.
     """
-    check_values(cfg)
-    report, sweep = ReportConfig.from_config(cfg.report), SweepConfig.from_config(cfg.sweep)
-    tracker: Tracker | None = instantiate(cfg.tracking)
-    key = cell_key(cfg, choices)
+    report, sweep = config.report, config.sweep
+    tracker: Tracker | None = instantiate(config.tracking)
+    key = cell_key(config, choices)
     if (found := _found(run_dir, key, sweep)) is not None and not _lacks_report(run_dir, found, key, report):
         _say_kept(name, run_dir, found, key)
         return kvarena.reports.pages.run_report.read_summary(run_dir)
@@ -151,11 +152,11 @@ def execute(
             return _report_again(run_dir, found, key, report)
         if on_start is not None:
             on_start(run_dir)
-        if cfg.target is None:
-            measured = _run_here(cfg, name, shared, signals)
+        if config.target is None:
+            measured = _run_here(config, name, shared, signals)
         else:
-            measured = run_http(cfg, lambda count: HttpProgress(name, count, report.progress), signals)
-        manifest = _manifest(cfg, name, choices, command) | measured.facts
+            measured = run_http(config, lambda count: HttpProgress(name, count, report.progress), signals)
+        manifest = _manifest(config, name, choices, command) | measured.facts
         manifest["workload"] = {"name": choices["workload"]} | manifest["workload"]
         if (came := manifest["run"].get("interrupted")) is not None:
             _keep_part(run_dir, manifest, measured, came, signals)
@@ -245,23 +246,23 @@ def _track(tracker: Tracker, run: TrackedRun, run_dir: Path) -> None:
         print(f"warning: {reason}; its files are in {run_dir}", file=sys.stderr)
 
 
-def _run_here(cfg: DictConfig, name: str, shared: SharedParts | None, signals: Signals) -> Measured:
+def _run_here(config: RunConfig, name: str, shared: SharedParts | None, signals: Signals) -> Measured:
     """Run the cell on this process's engine."""
-    setup = build(cfg, shared)
+    setup = build(config, shared)
     warmup_time = 0.0
     if setup.driver.warmup and setup.parts.simulator is None:
-        warmup_time = warm_up(cfg, setup.parts, [next(iter(setup.load.requests)).sampling])
+        warmup_time = warm_up(config, setup.parts, [next(iter(setup.load.requests)).sampling])
     if setup.driver.cache == "warm":
-        warmup_time += warm_cache(cfg, setup.parts, setup.load.requests)
-    contention = None if setup.parts.simulator is not None else Contention(setup.driver.probe, _on_gpu(cfg))
+        warmup_time += warm_cache(config, setup.parts, setup.load.requests)
+    contention = None if setup.parts.simulator is not None else Contention(setup.driver.probe, _on_gpu(config))
     if contention is not None:
         contention.before()
     simulator = setup.parts.simulator
-    progress = Progress(name, len(setup.load.requests), bool(cfg.report.progress))
+    progress = Progress(name, len(setup.load.requests), config.report.progress)
     # A simulated run may have a million requests; in one that computes nothing is made while it is measured.
     requests = list(setup.load.requests) if simulator is None else setup.load.requests
     recording = Recording(
-        setup.parts.engine, level=setup.driver.record, kv_map=bool(cfg.report.kv_map),
+        setup.parts.engine, level=setup.driver.record, kv_map=config.report.kv_map,
         scores=setup.driver.scores > 0, measured=simulator is None,
     )  # fmt: skip
     gpu, model = setup.parts.gpu_memory, setup.parts.model
@@ -336,7 +337,7 @@ def _simulation_facts(parts: EngineParts, recording: Recording, name: str) -> di
     return parts.simulation_facts | {"outside": outside}
 
 
-def _manifest(cfg: DictConfig, name: str, choices: dict[str, str], command: Sequence[str] | None) -> dict[str, Any]:
+def _manifest(config: RunConfig, name: str, choices: dict[str, str], command: Sequence[str] | None) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "name": name,
@@ -344,21 +345,21 @@ def _manifest(cfg: DictConfig, name: str, choices: dict[str, str], command: Sequ
         "strategy": {
             "allocator": choices["allocator"],
             "scheduler": choices["scheduler"],
-            "details": _options(cfg.allocator) | _options(cfg.scheduler),
+            "details": config.allocator.settings | config.scheduler.settings,
         },
-        "arrival": {"name": choices["arrival"]} | _options(cfg.arrival),
-        "config": OmegaConf.to_container(cfg, resolve=True),
-        "round": cfg.sweep.round,
+        "arrival": {"name": choices["arrival"]} | config.arrival.settings,
+        "config": config.values,
+        "round": config.sweep.round,
         "command": None if command is None else list(command),
         "git": git_state(),
-        "sources": sources_of(measured_config(cfg)) | git_state(),
+        "sources": sources_of(measured_config(config.values)) | git_state(),
         "machine": machine(),
         "versions": versions(),
     }
 
 
-def _on_gpu(cfg: DictConfig) -> bool:
-    return cfg.engine.device != "cpu" and torch.cuda.is_available()
+def _on_gpu(config: RunConfig) -> bool:
+    return config.engine.device != "cpu" and torch.cuda.is_available()
 
 
 def _model_facts(parts: EngineParts) -> dict[str, Any]:
@@ -387,9 +388,3 @@ def _kv_needed(parts: EngineParts) -> dict[str, Any] | None:
         "bytes": needed,
         "why": spec.kv_surplus_reasons(num_tokens),
     }
-
-
-def _options(section: DictConfig) -> dict[str, Any]:
-    """A strategy's options as plain values."""
-    options: dict[str, Any] = OmegaConf.to_container(section, resolve=True)  # type: ignore[assignment]
-    return {key: value for key, value in options.items() if key != "_target_"}

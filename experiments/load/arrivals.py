@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarena.engine.checks import check_choice, check_int, check_number
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.workloads.parts.base import WorkloadItem
-from kvarena.experiments.workloads.parts.checks import check_choice, check_int, check_number
 from kvarena.experiments.workloads.parts.seeds import Purpose, generator
 
 FloatArray = NDArray[np.float64]

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kvarena.engine.checks import check_choice
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.settings.explain import first_line
 from kvarena.reports.reading.files import CLASSES, read_run
@@ -121,8 +122,7 @@ class WandbTracker:
 
     def __init__(self, project: str, mode: str) -> None:
         _require("wandb", "wandb")
-        if mode not in ("offline", "online"):
-            raise ConfigError(f"tracking.mode={mode} must be offline or online")
+        check_choice("tracking.mode", mode, ("offline", "online"))
         import wandb
 
         if mode == "online" and not wandb.login(prompt=False):

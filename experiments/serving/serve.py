@@ -1,7 +1,7 @@
 """Serves what a config describes: `python run.py mode=serve allocator=paged scheduler=chunked model.path=DIR`.
 
 The same config builds the same engine as in a benchmark; only the web front is added. The engine is built in its own
-process, from the config as plain values.
+process, from the same config.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
-
-from omegaconf import DictConfig, OmegaConf
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.importing import importing
 from kvarena.engine.server.engine.served import ServedEngine
 from kvarena.engine.server.processes.process import ModelFiles
 from kvarena.engine.server.processes.supervisor import serve as run_server
-from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.experiments.building.model_files import check_model
-from kvarena.experiments.settings.config import check_values
+from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.explain import explain
 
 if TYPE_CHECKING:  # torch
@@ -30,40 +28,36 @@ if TYPE_CHECKING:  # torch
 logger = logging.getLogger("kvarena.engine")
 
 
-def serve(cfg: DictConfig, choices: Mapping[str, str], words: Callable[[str], str] = str) -> int:
+def serve(config: RunConfig, choices: Mapping[str, str], words: Callable[[str], str] = str) -> int:
     """Serve until told to stop; returns the exit code.
 
     Args:
-        cfg: the composed config.
+        config: with mode=serve.
         choices: what its groups were set to, `allocator` and `scheduler` among them.
         words: turns the settings that an error names into the words of the command that was given; must pickle.
 
     Raises:
-        ConfigError: a setting is out of range. Faults of the model are found in the engine's process, which prints
+        ConfigError: a setting does not do. Faults of the model are found in the engine's process, which prints
             one line; the exit code is then 2.
     """
-    server = ServerConfig.from_dict(OmegaConf.to_container(cfg.server, resolve=True))  # type: ignore[arg-type]
-    check_values(cfg)
-    directory = check_model(cfg, tokenizer=True)
+    server = config.server
+    assert server is not None
+    directory = check_model(config, tokenizer=True)
     if directory is None:
         raise ConfigError("mode=serve needs a tokenizer: set model.path to a model directory")
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    values.pop("hydra", None)
     strategy = {group: choices[group] for group in ("allocator", "scheduler")}
-    if not server.served_model_names and cfg.model.name:
-        server = ServerConfig.from_dict({**vars(server), "served_model_names": [cfg.model.name]})
+    if not server.served_model_names and config.model.name:
+        server = replace(server, served_model_names=(str(config.model.name),))
     server = server.with_keys(os.environ)
-    model = ModelFiles(str(directory), bool(cfg.model.trust_remote_code), words)
-    return run_server(server, model, functools.partial(build_served_engine, values, strategy, words))
+    model = ModelFiles(str(directory), config.model.trust_remote_code, words)
+    return run_server(server, model, functools.partial(build_served_engine, config, strategy, words))
 
 
-def build_served_engine(
-    values: dict[str, Any], strategy: dict[str, str], words: Callable[[str], str] = str
-) -> ServedEngine:
+def build_served_engine(config: RunConfig, strategy: dict[str, str], words: Callable[[str], str] = str) -> ServedEngine:
     """Build the engine in this process.
 
     Args:
-        values: the resolved config.
+        config: of the server.
         strategy: names of the allocator and the scheduler; empty where nobody asks for them.
         words: turns the settings that an error names into the words of the command that was given.
 
@@ -71,7 +65,7 @@ def build_served_engine(
         KvarenaError: a setting or the model is wrong.
     """
     try:
-        return _build(values, strategy, words)
+        return _build(config, strategy, words)
     except Exception as error:
         # Hydra wraps what a component's own check says; anything that is not the user's doing keeps its trace.
         reason = explain(error)
@@ -80,26 +74,25 @@ def build_served_engine(
         raise ConfigError(words(reason)) from error
 
 
-def _build(values: dict[str, Any], strategy: dict[str, str], words: Callable[[str], str]) -> ServedEngine:
+def _build(config: RunConfig, strategy: dict[str, str], words: Callable[[str], str]) -> ServedEngine:
     with importing():
         from kvarena.engine.checkpoints.tokenizer import load_tokenizer
         from kvarena.engine.server.engine.compiled import make_compiler
         from kvarena.experiments.building.build import build_engine
         from kvarena.experiments.building.warm_up import SERVED, warm_up
 
-    cfg = OmegaConf.create(values)
     # Before the weights: a tokenizer that cannot be read must not wait for them.
-    tokenizer = load_tokenizer(cfg.model.path, bool(cfg.model.trust_remote_code))
-    parts = build_engine(cfg, whole_context=True)
+    tokenizer = load_tokenizer(str(config.model.path), config.model.trust_remote_code)
+    parts = build_engine(config, whole_context=True)
     # A ledger keeps every step; a server runs for ever.
     parts.engine.ledger = None
-    logger.info("the engine has warmed up in %.1f s", warm_up(cfg, parts, SERVED))
+    logger.info("the engine has warmed up in %.1f s", warm_up(config, parts, SERVED))
     spec = parts.spec
     eos = frozenset(spec.eos_token_ids)
     allocator = parts.engine.allocator
     facts = {
         "cache_dtype": "auto",
-        "gpu_memory_utilization": str(cfg.engine.gpu_memory_utilization),
+        "gpu_memory_utilization": str(config.engine.gpu_memory_utilization),
         "enable_prefix_caching": str(allocator.reads_tokens),
         "num_cpu_blocks": str(allocator.num_host_blocks),
         "sliding_window": str(spec.sliding_window),

@@ -11,6 +11,7 @@ from hydra.core.singleton import Singleton
 from omegaconf import DictConfig, open_dict
 
 from kvarena.experiments.settings import defaults
+from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.outside import offer_installed
 
 defaults.register()
@@ -30,13 +31,18 @@ def load_config(overrides: Sequence[str] = ()) -> DictConfig:
     return _compose(overrides, with_hydra=False)
 
 
-def compose_cell(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
-    """A cell's config, and what the groups that name it were set to. Raises as `load_config`."""
+def load_run(overrides: Sequence[str] = ()) -> RunConfig:
+    """The same, typed. Raises ConfigError where a value is out of range."""
+    return RunConfig.of(load_config(overrides))
+
+
+def compose_cell(overrides: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
+    """A cell's config, and what the groups that name it were set to. Raises as `load_run`."""
     cfg = _compose(overrides, with_hydra=True)
     choices = {group: str(cfg.hydra.runtime.choices[group]) for group in NAMING_GROUPS}
     with open_dict(cfg):
         del cfg["hydra"]
-    return cfg, choices
+    return RunConfig.of(cfg), choices
 
 
 def _compose(overrides: Sequence[str], *, with_hydra: bool) -> DictConfig:

@@ -1,251 +1,137 @@
-"""The settings that the driver itself reads, validated where they are made.
+"""The config, typed at the door: `RunConfig` is made once, and whoever is behind it gets a section of it.
 
-Strategies, workloads and arrivals validate their own options; these are the sections `engine`, `kv_cache`,
-`sampling`, `sweep`, `driver`, `http`, `slo`, `runner` and `report` of conf/config.yaml.
+    DictConfig (Hydra's, interpolations and all) --RunConfig.of--> typed sections, and `values` for manifests
+
+Strategies, workloads and arrivals check their own options where they are made; these are the sections that the driver
+itself reads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from kvarena.engine.errors import ConfigError
+from kvarena.engine.checks import (
+    NUMBER,
+    SECONDS,
+    SHARE,
+    TEXT,
+    TRUTH,
+    Must,
+    Section,
+    integer,
+    one_of,
+    require,
+)
+from kvarena.engine.errors import ConfigError, RequestError
+from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.experiments.settings import defaults
 from kvarena.experiments.settings.near import did_you_mean
+from kvarena.experiments.settings.targets import Part
 
 defaults.register()  # of a config that another process composed
-DTYPES = ("float32", "bfloat16", "float16", "auto")
-DEVICES = ("auto", "cpu", "cuda")
-ATTENTION = ("auto", "reference", "triton")
-LAYOUTS = ("paged", "contiguous")
-RECORDS = ("full", "summary", "none")
-CACHES = ("cold", "warm")
-JSONS = ("short", "full")
-SLO_RULES = ("per_request", "percentiles")
-SECTIONS = ("engine", "kv_cache", "sampling", "driver", "sweep", "report", "http", "slo", "allocator", "scheduler",
-            "model", "runner", "workload", "arrival")  # fmt: skip
-KEYS = (*SECTIONS, "server", "tracking", "study", "mode", "target")
-MODEL_KEYS = ("name", "path", "shape", "load_format", "trust_remote_code")
-MOST_SLOTS = 2**48  # what no memory holds; the product with a block's size is still an integer of 64 bits
-MOST_GIB = 2**30
-MOST_SAMPLES = 2**16
-MOST_SCORES = 1024
 
-
-def _check(ok: bool, key: str, value: object, must: str) -> None:
-    if not ok:
-        raise ConfigError(f"{key}={value} must be {must}")
-
-
-def _is_int(value: object, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-
-
-def check_values(cfg: DictConfig) -> None:
-    """Check every setting that this module reads, whatever the run will need of them, before any work begins.
-
-    Raises:
-        ConfigError: a section is none, a number is not finite, or a value is out of range; the message names it.
-    """
-    values = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(values, dict)
-    for section in SECTIONS:
-        if not isinstance(values.get(section), dict):
-            raise ConfigError(f"{section}={values.get(section)} must be a section of settings; set those inside it")
-    for name in map(str, values):
-        if name not in KEYS:
-            raise ConfigError(f"unknown config key {name!r}{did_you_mean(name, KEYS)}")
-    server = [one.name for one in fields(ServerConfig)]
-    for name, inner in (("model", MODEL_KEYS), ("server", server)):
-        for key in values.get(name) or {}:
-            if key not in inner:
-                raise ConfigError(f"unknown config key '{name}.{key}'{did_you_mean(key, inner)}")
-    for key, value in _leaves(values, ""):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{key}={value} must be a finite number")
-    is_simulated = values["runner"].get("kind") == "simulated"
-    runner = SimulatedRunnerConfig if is_simulated else RunnerConfig
-    kinds: dict[str, type[_Section]] = {
-        "engine": EngineConfig, "kv_cache": KVCacheConfig, "sampling": SamplingConfig, "driver": DriverConfig,
-        "sweep": SweepConfig, "report": ReportConfig, "http": HttpConfig, "slo": SLOConfig, "runner": runner,
-    }  # fmt: skip
-    for name, kind in kinds.items():
-        kind.from_config(cfg[name])
-
-
-def _leaves(node: object, name: str) -> Iterator[tuple[str, object]]:
-    if isinstance(node, (dict, list)):
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        for key, inner in items:
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, node
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-class _Section:
-    """Reads a frozen dataclass from the config section of the same field names."""
-
-    @classmethod
-    def from_config(cls, section: DictConfig) -> Self:
-        """Build from a config section. Raises ConfigError on an unknown key or a value out of range."""
-        values: dict[str, Any] = OmegaConf.to_container(section, resolve=True)  # type: ignore[assignment]
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        for key in values:
-            if key not in known:
-                raise ConfigError(
-                    f"unknown key {key!r} of section {section._key()!r}{did_you_mean(key, sorted(known))}"
-                )
-        if missing := sorted(known - values.keys() - {one.name for one in fields(cls) if one.default is not MISSING}):  # type: ignore[arg-type]
-            raise ConfigError(f"{section._key()}.{missing[0]} is needed: leave ~{section._key()}.{missing[0]} out")
-        return cls(**values)
+# What no memory holds; the product with a block's size is still an integer of 64 bits.
+MOST_SLOTS, MOST_GIB = 2**48, 2**30
+SLOTS = Must(f"at most {MOST_SLOTS}", lambda value: value is None or value <= MOST_SLOTS)
+GIB = Must(f"at most {MOST_GIB}", lambda value: value is None or value <= MOST_GIB)
+AUTO = Must("auto, true or false", lambda value: value == "auto" or isinstance(value, bool))
+# Hydra reads a name such as 0 as a number.
+NAME = Must("a name", lambda value: TEXT.holds(value) or integer(0).holds(value)).or_null
 
 
 @dataclass(frozen=True)
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """Section `engine`."""
 
-    max_model_len: int | None
-    dtype: str
-    device: str
-    overlap: bool
-    seed: int
-    gpu_memory_utilization: float
-
-    def __post_init__(self) -> None:
-        length = self.max_model_len
-        _check(length is None or _is_int(length, 2), "engine.max_model_len", length, "an integer above 1, or null")
-        _check(self.dtype in DTYPES, "engine.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        _check(self.device in DEVICES, "engine.device", self.device, f"one of {', '.join(DEVICES)}")
-        _check(isinstance(self.overlap, bool), "engine.overlap", self.overlap, "true or false")
-        _check(_is_int(self.seed, 0), "engine.seed", self.seed, "an integer of at least 0")
-        share = self.gpu_memory_utilization
-        _check(_is_number(share) and 0 < share <= 1, "engine.gpu_memory_utilization", share, "in (0, 1]")
+    section = "engine"
+    max_model_len: Annotated[int | None, integer(2).or_null]
+    dtype: Annotated[str, one_of("float32", "bfloat16", "float16", "auto")]
+    device: Annotated[str, one_of("auto", "cpu", "cuda")]
+    overlap: Annotated[bool, TRUTH]
+    seed: Annotated[int, integer(0)]
+    gpu_memory_utilization: Annotated[float, SHARE]
 
 
 @dataclass(frozen=True)
-class KVCacheConfig(_Section):
+class KVCacheConfig(Section):
     """Section `kv_cache`: at most one of the three says how large the pool is."""
 
-    num_slots: int | None
-    num_blocks: int | None
-    memory_gib: float | None
+    section = "kv_cache"
+    num_slots: Annotated[int | None, integer(1).or_null, SLOTS]
+    num_blocks: Annotated[int | None, integer(1).or_null, SLOTS]
+    memory_gib: Annotated[float | None, Must("above 0", SECONDS.holds).or_null, GIB]
 
     def __post_init__(self) -> None:
-        for key in ("num_slots", "num_blocks"):
-            value = getattr(self, key)
-            _check(value is None or _is_int(value, 1), f"kv_cache.{key}", value, "an integer of at least 1, or null")
-            _check(value is None or value <= MOST_SLOTS, f"kv_cache.{key}", value, f"at most {MOST_SLOTS}")
-        gib = self.memory_gib
-        _check(gib is None or (_is_number(gib) and gib > 0), "kv_cache.memory_gib", gib, "above 0, or null")
-        _check(gib is None or gib <= MOST_GIB, "kv_cache.memory_gib", gib, f"at most {MOST_GIB}")
-
-    @classmethod
-    def from_config(cls, section: DictConfig) -> Self:
-        """Build from the section; `num_blocks` or `memory_gib`, when given, replaces the default `num_slots`."""
-        config = super().from_config(section)
-        if config.num_blocks is not None and config.memory_gib is not None:
+        super().__post_init__()
+        if self.num_blocks is not None and self.memory_gib is not None:
             raise ConfigError("kv_cache.num_blocks and kv_cache.memory_gib both set the pool's size; give one of them")
-        if config.num_blocks is not None or config.memory_gib is not None:
-            return cls(num_slots=None, num_blocks=config.num_blocks, memory_gib=config.memory_gib)
-        return config
 
     @property
     def sized_by(self) -> str | None:
         """The key that says how large the pool is; None: the device's memory does."""
-        return next((f"kv_cache.{f.name}" for f in fields(self) if getattr(self, f.name) is not None), None)
+        return next((f"kv_cache.{key}" for key in vars(self) if getattr(self, key) is not None), None)
 
 
 @dataclass(frozen=True)
-class SamplingConfig(_Section):
+class SamplingConfig(Section):
     """Types of section `sampling`; `kvarena.engine.request.SamplingParams` checks its ranges."""
 
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    n: int
-    ignore_eos: bool
-
-    def __post_init__(self) -> None:
-        for key in ("temperature", "top_p", "min_p"):
-            _check(_is_number(getattr(self, key)), f"sampling.{key}", getattr(self, key), "a number")
-        _check(_is_int(self.top_k, 0), "sampling.top_k", self.top_k, "an integer of at least 0 (0 keeps all tokens)")
-        _check(
-            _is_int(self.n, 1) and self.n <= MOST_SAMPLES, "sampling.n", self.n, f"an integer in [1, {MOST_SAMPLES}]"
-        )
-        _check(isinstance(self.ignore_eos, bool), "sampling.ignore_eos", self.ignore_eos, "true or false")
+    section = "sampling"
+    temperature: Annotated[float, NUMBER]
+    top_p: Annotated[float, NUMBER]
+    top_k: Annotated[int, Must("an integer of at least 0 (0 keeps all tokens)", integer(0).holds)]
+    min_p: Annotated[float, NUMBER]
+    n: Annotated[int, integer(1, 2**16)]
+    ignore_eos: Annotated[bool, TRUTH]
 
 
 @dataclass(frozen=True)
-class SweepConfig(_Section):
+class SweepConfig(Section):
     """Section `sweep`."""
 
-    rounds: int
-    allow_mixed: bool
-    round: int | None
-
-    def __post_init__(self) -> None:
-        _check(_is_int(self.rounds, 1), "sweep.rounds", self.rounds, "an integer of at least 1")
-        _check(
-            self.round is None or _is_int(self.round, 0), "sweep.round", self.round, "an integer of at least 0, or null"
-        )
-        _check(isinstance(self.allow_mixed, bool), "sweep.allow_mixed", self.allow_mixed, "true or false")
+    section = "sweep"
+    rounds: Annotated[int, integer(1)]
+    allow_mixed: Annotated[bool, TRUTH]
+    round: Annotated[int | None, integer(0).or_null]
 
 
 @dataclass(frozen=True)
-class ReportConfig(_Section):
+class ReportConfig(Section):
     """Section `report`."""
 
-    baseline: str | int | None
-    progress: bool
-    kv_map: bool
-    pages: bool
-    json: str
-
-    def __post_init__(self) -> None:
-        # Hydra reads the folder's name 0 as a number.
-        name = self.baseline
-        _check(name is None or _is_int(name, 0) or (isinstance(name, str) and bool(name)), "report.baseline", name,
-               "a name, or null")  # fmt: skip
-        for key in ("progress", "kv_map", "pages"):
-            _check(isinstance(getattr(self, key), bool), f"report.{key}", getattr(self, key), "true or false")
-        _check(self.json in JSONS, "report.json", self.json, f"one of {', '.join(JSONS)}")
+    section = "report"
+    baseline: Annotated[str | int | None, NAME]
+    progress: Annotated[bool, TRUTH]
+    kv_map: Annotated[bool, TRUTH]
+    pages: Annotated[bool, TRUTH]
+    json: Annotated[str, one_of("short", "full")]
 
 
 @dataclass(frozen=True)
-class DriverConfig(_Section):
+class DriverConfig(Section):
     """Section `driver`."""
 
-    warmup: bool
-    max_lateness: float
-    record: str
-    cache: str
-    scores: int
-    probe: bool
+    section = "driver"
+    warmup: Annotated[bool, TRUTH]
+    max_lateness: Annotated[float, SECONDS]
+    record: Annotated[str, one_of("full", "summary", "none")]
+    cache: Annotated[str, one_of("cold", "warm")]
+    scores: Annotated[int, integer(0, 1024)]
+    probe: Annotated[bool, TRUTH]
 
     def __post_init__(self) -> None:
-        _check(self.cache in CACHES, "driver.cache", self.cache, f"one of {', '.join(CACHES)}")
-        _check(self.record in RECORDS, "driver.record", self.record, f"one of {', '.join(RECORDS)}")
-        for key in ("warmup", "probe"):
-            _check(isinstance(getattr(self, key), bool), f"driver.{key}", getattr(self, key), "true or false")
-        late = self.max_lateness
-        _check(_is_number(late) and late > 0, "driver.max_lateness", late, "above 0 (seconds)")
-        scores = self.scores
-        _check(
-            _is_int(scores, 0) and scores <= MOST_SCORES, "driver.scores", scores, f"an integer in [0, {MOST_SCORES}]"
-        )
-        if scores and self.record != "full":
-            raise ConfigError(f"driver.scores={scores} needs the tokens, and driver.record={self.record} keeps none")
+        super().__post_init__()
+        if self.scores and self.record != "full":
+            raise ConfigError(
+                f"driver.scores={self.scores} needs the tokens, and driver.record={self.record} keeps none"
+            )
 
     def check_scores(self, place: str) -> None:
         """Raise ConfigError where scores are asked for and `place` has none."""
@@ -254,23 +140,16 @@ class DriverConfig(_Section):
 
 
 @dataclass(frozen=True)
-class HttpConfig(_Section):
+class HttpConfig(Section):
     """Section `http`: how a server that `target` names is asked."""
 
-    name: str | None
-    model: str | None
-    api_key_file: str | None
-    timeout: float
-    metrics: str | None
-    metrics_interval: float
-
-    def __post_init__(self) -> None:
-        for key in ("name", "model", "api_key_file", "metrics"):
-            value = getattr(self, key)
-            _check(value is None or (isinstance(value, str) and bool(value)), f"http.{key}", value, "text, or null")
-        for key in ("timeout", "metrics_interval"):
-            value = getattr(self, key)
-            _check(_is_number(value) and value > 0, f"http.{key}", value, "above 0 (seconds)")
+    section = "http"
+    name: Annotated[str | None, TEXT.or_null]
+    model: Annotated[str | None, TEXT.or_null]
+    api_key_file: Annotated[str | None, TEXT.or_null]
+    timeout: Annotated[float, SECONDS]
+    metrics: Annotated[str | None, TEXT.or_null]
+    metrics_interval: Annotated[float, SECONDS]
 
     def authorization(self) -> dict[str, str]:
         """The header with the key, which is read here and kept nowhere. Raises ConfigError."""
@@ -284,28 +163,19 @@ class HttpConfig(_Section):
 
 
 @dataclass(frozen=True)
-class SLOConfig(_Section):
+class SLOConfig(Section):
     """Section `slo`: limits in seconds that a good request keeps, and by which rule they are an objective that is met.
 
     `rule=per_request`: the share `attainment` of the requests keeps all limits at once; `percentiles`: each limit
     apart is kept by that percentile of the requests (reports/analysis/slo.py).
     """
 
-    ttft: float | None
-    tpot: float | None
-    e2e: float | None
-    attainment: float
-    rule: str
-
-    def __post_init__(self) -> None:
-        for key in ("ttft", "tpot", "e2e"):
-            value = getattr(self, key)
-            _check(
-                value is None or (_is_number(value) and value > 0), f"slo.{key}", value, "above 0 (seconds), or null"
-            )
-        share = self.attainment
-        _check(_is_number(share) and 0 < share <= 1, "slo.attainment", share, "in (0, 1]")
-        _check(self.rule in SLO_RULES, "slo.rule", self.rule, f"one of {', '.join(SLO_RULES)}")
+    section = "slo"
+    ttft: Annotated[float | None, SECONDS.or_null]
+    tpot: Annotated[float | None, SECONDS.or_null]
+    e2e: Annotated[float | None, SECONDS.or_null]
+    attainment: Annotated[float, SHARE]
+    rule: Annotated[str, one_of("per_request", "percentiles")]
 
     @property
     def limits(self) -> dict[str, float]:
@@ -314,32 +184,171 @@ class SLOConfig(_Section):
 
 
 @dataclass(frozen=True)
-class RunnerConfig(_Section):
+class RunnerConfig(Section):
     """Section `runner`."""
 
-    attention: str
-    layout: str
-    fusions: bool | str
-    graphs: bool | str
-    kind: str = "torch"
-
-    def __post_init__(self) -> None:
-        _check(self.kind == "torch", "runner.kind", self.kind, "torch, to compute on a device")
-        _check(self.attention in ATTENTION, "runner.attention", self.attention, f"one of {', '.join(ATTENTION)}")
-        _check(self.layout in LAYOUTS, "runner.layout", self.layout, f"one of {', '.join(LAYOUTS)}")
-        for key in ("fusions", "graphs"):
-            value = getattr(self, key)
-            _check(isinstance(value, bool) or value == "auto", f"runner.{key}", value, "auto, true or false")
+    section = "runner"
+    attention: Annotated[str, one_of("auto", "reference", "triton")]
+    layout: Annotated[str, one_of("paged", "contiguous")]
+    fusions: Annotated[bool | str, AUTO]
+    graphs: Annotated[bool | str, AUTO]
+    kind: Annotated[str, Must("torch, to compute on a device", one_of("torch").holds)] = "torch"
 
 
 @dataclass(frozen=True)
-class SimulatedRunnerConfig(_Section):
+class SimulatedRunnerConfig(Section):
     """Section `runner` of a simulated run."""
 
-    kind: str
-    profile: str
+    section = "runner"
+    kind: Annotated[str, Must("simulated", one_of("simulated").holds)]
+    profile: Annotated[str, Must("a name or a YAML file", TEXT.holds)]
 
-    def __post_init__(self) -> None:
-        _check(self.kind == "simulated", "runner.kind", self.kind, "simulated")
-        name = self.profile
-        _check(isinstance(name, str) and bool(name), "runner.profile", name, "a name or a YAML file")
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """Section `model`: a directory, or a shape (the content of a config.json) with random weights."""
+
+    section = "model"
+    name: Annotated[str | int | None, NAME]
+    path: Annotated[str | None, TEXT.or_null]
+    shape: Annotated[dict[str, Any] | None, Must("the content of a config.json", lambda v: isinstance(v, dict)).or_null]
+    load_format: Annotated[str, one_of("auto", "dummy")]
+    trust_remote_code: Annotated[bool, TRUTH]
+
+
+S = TypeVar("S", bound=Section)
+
+
+def read(kind: type[S], values: Mapping[str, Any]) -> S:
+    """A section from its resolved values. Raises ConfigError: a key unknown or left out, or a value out of range."""
+    known = {one.name: one.default is MISSING for one in fields(kind)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} of section {kind.section!r}{did_you_mean(key, sorted(known))}")
+    for key, is_needed in known.items():
+        if is_needed and key not in values:
+            raise ConfigError(f"{kind.section}.{key} is needed: leave ~{kind.section}.{key} out")
+    return kind(**values)
+
+
+def plain_values(cfg: DictConfig) -> dict[str, Any]:
+    """A config as manifests hold it: resolved, as plain values, without Hydra's node."""
+    sections = {str(key): cfg[key] for key in cfg if key != "hydra"}
+    return {key: OmegaConf.to_container(one, resolve=True) if OmegaConf.is_config(one) else one
+            for key, one in sections.items()}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run is told: every section of the config, checked.
+
+    Attributes:
+        values: the whole config, resolved, as manifests hold it and keys of cells are made from it. Never changed.
+        sampling: how tokens are picked; `max_tokens` comes from each request.
+        server: of mode=serve; None in other runs, which read nothing of it.
+        study: of an experiment, which says what is run in place of one cell.
+        target: the address of an OpenAI-compatible server; None: the engine of this process.
+    """
+
+    values: dict[str, Any]
+    engine: EngineConfig
+    kv_cache: KVCacheConfig
+    sampling: SamplingParams
+    driver: DriverConfig
+    sweep: SweepConfig
+    report: ReportConfig
+    http: HttpConfig
+    slo: SLOConfig
+    runner: RunnerConfig | SimulatedRunnerConfig
+    model: ModelConfig
+    allocator: Part
+    scheduler: Part
+    workload: Part
+    arrival: Part
+    tracking: Part | None
+    study: Part | None
+    server: ServerConfig | None
+    mode: str
+    target: str | None
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> RunConfig:
+        """Check every section, whatever the run will need of it, before any work begins.
+
+        Raises:
+            ConfigError: a section is none, a key is unknown or has no value, a number is not finite, or a value is out
+                of range; the message names it.
+        """
+        values = plain_values(cfg)
+        _check_keys(values)
+        if values["study"] is None and (missing := sorted(OmegaConf.missing_keys(cfg))):
+            raise ConfigError(f"{missing[0]} has no default; give it a value")
+        for key, value in _leaves(values, ""):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{key}={value} must be a finite number")
+        mode, target, server = values["mode"], values["target"], values["server"]
+        require(mode in ("run", "serve"), "mode", mode, "run or serve")
+        typed: dict[str, Any] = {name: read(kind, values[name]) for name, kind in KINDS.items()}
+        is_simulated = values["runner"].get("kind") == "simulated"
+        kind: type[Section] = SimulatedRunnerConfig if is_simulated else RunnerConfig
+        return cls(
+            values=values,
+            sampling=_sampling(read(SamplingConfig, values["sampling"])),
+            kv_cache=_kv_cache(read(KVCacheConfig, values["kv_cache"])),
+            runner=read(kind, values["runner"]),  # type: ignore[arg-type]
+            server=ServerConfig.from_dict(server) if mode == "serve" else None,
+            mode=mode,
+            target=None if target is None else str(target),
+            **typed,
+            **{name: None if values[name] is None else Part(name, values[name]) for name in PARTS},  # type: ignore[arg-type]
+        )
+
+
+KINDS: dict[str, type[Section]] = {
+    "engine": EngineConfig, "driver": DriverConfig, "sweep": SweepConfig, "report": ReportConfig, "http": HttpConfig,
+    "slo": SLOConfig, "model": ModelConfig,
+}  # fmt: skip
+PARTS = ("allocator", "scheduler", "workload", "arrival", "tracking", "study")
+MAY_BE_NULL = ("tracking", "study", "mode", "target", "server")
+
+
+def _check_keys(values: dict[str, Any]) -> None:
+    known = [one.name for one in fields(RunConfig) if one.name != "values"]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown config key {name!r}{did_you_mean(name, known)}")
+    for name in known:
+        if name not in MAY_BE_NULL and not isinstance(values.get(name), dict):
+            raise ConfigError(f"{name}={values.get(name)} must be a section of settings; set those inside it")
+        if name not in values:
+            raise ConfigError(f"{name} is needed: leave ~{name} out")
+        if name in ("tracking", "study") and not isinstance(values[name], dict | None):
+            raise ConfigError(f"{name}={values[name]} must be a section of settings, or null")
+    for name, kind in (("model", ModelConfig), ("server", ServerConfig)):
+        inner = [one.name for one in fields(kind)]
+        for key in values[name] or {}:
+            if key not in inner:
+                raise ConfigError(f"unknown config key '{name}.{key}'{did_you_mean(key, inner)}")
+
+
+def _leaves(node: object, name: str) -> Iterator[tuple[str, object]]:
+    if isinstance(node, (dict, list)):
+        items: Iterable[tuple[Any, Any]] = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, inner in items:
+            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, node
+
+
+def _kv_cache(config: KVCacheConfig) -> KVCacheConfig:
+    """`num_blocks` or `memory_gib`, when given, replaces the default `num_slots`."""
+    if config.num_blocks is None and config.memory_gib is None:
+        return config
+    return KVCacheConfig(num_slots=None, num_blocks=config.num_blocks, memory_gib=config.memory_gib)
+
+
+def _sampling(config: SamplingConfig) -> SamplingParams:
+    try:
+        return SamplingParams(**vars(config))
+    except RequestError as error:
+        raise ConfigError(f"sampling.{error}") from error

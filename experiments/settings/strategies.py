@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.settings.targets import full_name, instantiate
+from kvarena.experiments.settings.targets import Part, full_name, instantiate
 from kvarena.schedulers.base import Scheduler
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -29,21 +28,21 @@ def strategy_options(group: str, name: str) -> dict[str, Any]:
     return dict(_load(CONF / group / f"{name}.yaml"))
 
 
-def make_part(kind: type, config: Mapping[str, Any] | DictConfig, **arguments: Any) -> Any:
-    """What `config` names by `_target_`, which must be a `kind`; its own error in place of the one around it.
+def make_part(kind: type, part: Part, **arguments: Any) -> Any:
+    """What `part` names by `_target_`, which must be a `kind`; its own error in place of the one around it.
 
     Raises:
         ConfigError: options out of range, or a class that is no `kind`.
     """
     try:
-        made = instantiate(config, **arguments)
+        made = instantiate(part, **arguments)
     except InstantiationException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         if not str(error).startswith("Error locating target"):
-            _check_kind(kind, config["_target_"], get_object(full_name(config["_target_"])))
+            _check_kind(kind, part.need("_target_"), get_object(full_name(part.need("_target_"))))
         raise
-    _check_kind(kind, config["_target_"], type(made))
+    _check_kind(kind, part.need("_target_"), type(made))
     return made
 
 
@@ -70,7 +69,7 @@ def build_allocator(name: str, *, num_blocks: int, max_model_len: int, **options
         ConfigError: options out of range.
     """
     config = strategy_options("allocator", name) | options
-    return make_part(KVAllocator, config, num_blocks=num_blocks, max_model_len=max_model_len)
+    return make_part(KVAllocator, Part("allocator", config), num_blocks=num_blocks, max_model_len=max_model_len)
 
 
 def build_scheduler(name: str, allocator: KVAllocator, *, max_model_len: int, **options: Any) -> Scheduler:
@@ -80,4 +79,4 @@ def build_scheduler(name: str, allocator: KVAllocator, *, max_model_len: int, **
         ConfigError: options out of range.
     """
     config = strategy_options("scheduler", name) | options
-    return make_part(Scheduler, config, allocator=allocator, max_model_len=max_model_len)
+    return make_part(Scheduler, Part("scheduler", config), allocator=allocator, max_model_len=max_model_len)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from os.path import realpath
 from typing import Any
 
 import hydra.utils
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 import kvarena
 from kvarena.engine.errors import ConfigError
@@ -24,20 +25,42 @@ CALLERS: dict[str, Callable[..., Any]] = {}
 FOLDERS = ("engine", "allocators", "schedulers", "experiments", "reports")
 
 
-def instantiate(config: DictConfig | Mapping[str, Any] | None, **arguments: Any) -> Any:
+@dataclass(frozen=True)
+class Part:
+    """A section that names a class by `_target_`, and the options that the class takes and checks.
+
+    Attributes:
+        key: the section's, for errors.
+        options: plain values, `_target_` among them.
+    """
+
+    key: str
+    options: Mapping[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options without the class."""
+        return {key: value for key, value in self.options.items() if key != "_target_"}
+
+    def need(self, name: str) -> Any:
+        """An option that is read by others than the class. Raises ConfigError where there is none."""
+        if name not in self.options:
+            raise ConfigError(f"{self.key}.{name} is needed: leave ~{self.key}.{name} out, or add +{self.key}.{name}=")
+        return self.options[name]
+
+
+def instantiate(part: Part | None, **arguments: Any) -> Any:
     """Hydra's `instantiate`; names of ours are taken with and without the package's. None of None.
 
     Raises:
         ConfigError: what the config names imports one of our modules under a second name.
         hydra.errors.InstantiationException: as Hydra does.
     """
-    if config is None:
+    if part is None:
         return None
-    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
-    named = OmegaConf.create(_named(plain))
-    if isinstance(config, DictConfig) and (key := config._get_full_key(None)):
-        named._set_parent(OmegaConf.create({}))  # an error names the section by its key
-        named._set_key(key)
+    named = OmegaConf.create(_named(part.options))
+    named._set_parent(OmegaConf.create({}))  # an error names the section by its key
+    named._set_key(part.key)
     made = hydra.utils.instantiate(named, **arguments)
     check_names()
     return made
@@ -76,7 +99,7 @@ def _place(module: Any) -> str | None:
 
 
 def _named(value: Any) -> Any:
-    if isinstance(value, dict | DictConfig):
+    if isinstance(value, Mapping):
         renamed = {key: _named(inner) for key, inner in value.items()}
         if isinstance(target := renamed.get("_target_"), str):
             renamed["_target_"] = full_name(target)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarena.experiments.workloads.parts.checks import check_int
+from kvarena.engine.checks import check_int
 
 MARGIN = 1.1  # a tenth beyond what was seen is still called inside
 

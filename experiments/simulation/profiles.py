@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from kvarena.engine.checks import SHARE, check_bool, check_int, check_number, require
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.models.sizes import ModelSizes
 from kvarena.experiments.settings.compose import CONF_DIR
@@ -26,7 +27,6 @@ from kvarena.experiments.simulation.step_time import (
     TableStepTime,
     TwoPhaseStepTime,
 )
-from kvarena.experiments.workloads.parts.checks import check_bool, check_int, check_number
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ class Card:
         for name in ("memory_bytes", "bandwidth", "flops", "copy_bandwidth"):
             check_number(f"profile.{name}", getattr(self, name), above=True)
         for name in ("bandwidth_efficiency", "flops_efficiency", "attention_efficiency"):
-            if check_number(f"profile.{name}", getattr(self, name), above=True) > 1:
-                raise ConfigError(f"profile.{name}={getattr(self, name)} must be at most 1")
+            require(SHARE.holds(getattr(self, name)), f"profile.{name}", getattr(self, name), SHARE.words)
         for name in ("layer_gap", "copy_gap"):
             check_number(f"profile.{name}", getattr(self, name))
 

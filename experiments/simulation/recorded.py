@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from omegaconf import OmegaConf
 
 from kvarena.engine.contract import KVAllocator, StepScheduler
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.folders.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from kvarena.experiments.settings.strategies import make_part
+from kvarena.experiments.settings.targets import Part
 from kvarena.reports.reading.errors import ReportError
 from kvarena.reports.reading.files import read_json
 from kvarena.reports.reading.shapes import MANIFEST, MAYBE_INTEGER
@@ -105,12 +105,12 @@ class RecordedRun:
         max_model_len = config["engine"]["max_model_len"] or self.manifest["model"]["max_model_len"]
         allocator = make_part(
             KVAllocator,
-            OmegaConf.create(config["allocator"]),
+            Part("allocator", config["allocator"]),
             num_blocks=self.manifest["pool"]["num_blocks"],
             max_model_len=max_model_len,
             kv_bytes_per_token=self.manifest["model"]["kv_bytes_per_token"],
         )
-        options = OmegaConf.create(config["scheduler"])
+        options = Part("scheduler", config["scheduler"])
         return allocator, make_part(StepScheduler, options, allocator=allocator, max_model_len=max_model_len)
 
     def make_requests(self, *, as_long_as_recorded: bool = False) -> list[Request]:

@@ -18,6 +18,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
+from kvarena.engine.checks import check_number
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.recording.step_features import StepFeatures
 
@@ -31,14 +32,10 @@ class StepTime(Protocol):
 
 
 def check_seconds(owner: object, prefix: str, leave_out: Collection[str] = ()) -> None:
-    """Raise ConfigError unless every field of the dataclass `owner` is a number of at least 0."""
+    """Raise ConfigError unless every field of the dataclass `owner` is a finite number of at least 0."""
     for field in fields(owner):  # type: ignore[arg-type]
-        if field.name in leave_out:
-            continue
-        value = getattr(owner, field.name)
-        # Written so that NaN fails as well.
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-            raise ConfigError(f"{prefix}.{field.name}={value!r} must be a number of at least 0")
+        if field.name not in leave_out:
+            check_number(f"{prefix}.{field.name}", getattr(owner, field.name))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from kvarena.engine.checks import check_int, require
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.folders.files import MANIFEST_FILE
 from kvarena.experiments.settings.run_order import order
@@ -52,10 +53,8 @@ class AATestStudy:
     rounds: int
 
     def __post_init__(self) -> None:
-        if not 2 <= self.num_cells <= len(string.ascii_uppercase):
-            raise ConfigError(f"study.num_cells={self.num_cells} must be from 2 to {len(string.ascii_uppercase)}")
-        if self.rounds < 2:
-            raise ConfigError(f"study.rounds={self.rounds} must be at least 2: one run each has no interval")
+        check_int("study.num_cells", self.num_cells, 2, len(string.ascii_uppercase))
+        require(self.rounds >= 2, "study.rounds", self.rounds, "at least 2: one run each has no interval")
 
     def run(self, cells: CellRunner) -> Findings:
         """See `Study.run`."""

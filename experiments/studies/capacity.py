@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvarena.engine.checks import check_number
 from kvarena.engine.errors import ConfigError, EngineError
-from kvarena.experiments.settings.config import SLOConfig
 from kvarena.experiments.studies.base import Chart, Findings, Series
 from kvarena.experiments.studies.cells import CellRunner
 from kvarena.experiments.studies.claims import Claim, Mean, compared, measured
@@ -109,15 +109,14 @@ class CapacityStudy:
         if not self.strategies or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError("study.strategies and study.seeds must name at least one each, and no seed twice")
         for key in ("duration", "start_rate", "tolerance"):
-            if not getattr(self, key) > 0:
-                raise ConfigError(f"study.{key}={getattr(self, key)} must be above 0")
-        if any(factor <= 0 for factor in self.curve):
-            raise ConfigError(f"study.curve={list(self.curve)} must be above 0")
+            check_number(f"study.{key}", getattr(self, key), above=True)
+        for place, factor in enumerate(self.curve):
+            check_number(f"study.curve[{place}]", factor, above=True)
 
     def run(self, cells: CellRunner) -> Findings:
         """See `Study.run`."""
         for overrides in self.strategies.values():
-            if not SLOConfig.from_config(cells.config([*CELL, *overrides]).slo).limits:
+            if not cells.config([*CELL, *overrides]).slo.limits:
                 raise ConfigError(NO_LIMIT)
         trials: dict[str, dict[float, list[Trial]]] = {}
         capacities: dict[str, list[float]] = {}

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from kvarena.experiments.building.shared import SharedParts
 from kvarena.experiments.folders.cell_folders import CellFolders, result_in, result_of
 from kvarena.experiments.folders.cell_state import cell_key
@@ -20,7 +18,7 @@ from kvarena.experiments.jobs.job import execute
 from kvarena.experiments.jobs.unserved import Unserved, why_unserved
 from kvarena.experiments.settings.command_line import without_sweep
 from kvarena.experiments.settings.compose import compose_cell
-from kvarena.experiments.settings.config import SweepConfig
+from kvarena.experiments.settings.config import RunConfig
 
 ALONE = "study=null"  # an experiment's config without its study is a single run's
 
@@ -43,8 +41,8 @@ class CellRunner:
         self._shared = SharedParts()
         self._places: CellFolders | None = None
 
-    def config(self, overrides: Sequence[str] = ()) -> DictConfig:
-        """The config of a cell with these overrides, before it runs. Raises as `load_config`."""
+    def config(self, overrides: Sequence[str] = ()) -> RunConfig:
+        """The config of a cell with these overrides, before it runs. Raises as `compose_cell`."""
         return compose_cell([*self._overrides, *overrides])[0]
 
     def run(self, name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -57,12 +55,12 @@ class CellRunner:
         Raises:
             KvarenaError: the cell is badly set, failed, or finished no request.
         """
-        cfg, choices = compose_cell([*self._overrides, *overrides])
-        folder = self._folder(name, cfg, choices)
+        config, choices = compose_cell([*self._overrides, *overrides])
+        folder = self._folder(name, config, choices)
         self.folders.append(folder)
         try:
             command = None if self._command is None else [*self._command, ALONE, *without_sweep(overrides)]
-            summary = execute(cfg, folder, name, choices, str(self.out_dir), self._shared, command)
+            summary = execute(config, folder, name, choices, str(self.out_dir), self._shared, command)
         except BaseException:
             self._shared.clear()  # its runner may hold what the cell left undone
             raise
@@ -70,9 +68,9 @@ class CellRunner:
             raise Unserved(reason, folder)
         return summary
 
-    def _folder(self, name: str, cfg: DictConfig, choices: dict[str, str]) -> Path:
-        key, plain = cell_key(cfg, choices), self.out_dir / "cells" / name
-        if SweepConfig.from_config(cfg.sweep).allow_mixed and result_in(plain) == result_of(key):
+    def _folder(self, name: str, config: RunConfig, choices: dict[str, str]) -> Path:
+        key, plain = cell_key(config, choices), self.out_dir / "cells" / name
+        if config.sweep.allow_mixed and result_in(plain) == result_of(key):
             return plain
         if self._places is None:
             self._places = CellFolders(plain.parent)

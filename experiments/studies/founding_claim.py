@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from kvarena.engine.errors import ConfigError
+from kvarena.engine.checks import check_int
 from kvarena.experiments.folders.files import MANIFEST_FILE
 from kvarena.experiments.settings.run_order import order
 from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
@@ -119,8 +119,7 @@ class FoundingClaimStudy:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "scores"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"study.{name}={getattr(self, name)} must be at least 1")
+            check_int(f"study.{name}", getattr(self, name), 1)
 
     def run(self, cells: CellRunner) -> Findings:
         """See `Study.run`."""

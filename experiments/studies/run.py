@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
 from rich.console import Console
 
 import kvarena.reports.pages.ending
@@ -20,10 +19,9 @@ from kvarena.experiments.folders.files import CELL_FILE, MANIFEST_FILE, STUDY_FI
 from kvarena.experiments.folders.lock import only_writer
 from kvarena.experiments.folders.place import EXPERIMENT, check_place, is_finished
 from kvarena.experiments.folders.provenance import git_state, machine, versions
-from kvarena.experiments.folders.run_folder import write_hydra
 from kvarena.experiments.recording.interruption import Interrupted, Signals, shown, whole_cells
 from kvarena.experiments.settings.command_line import command_of
-from kvarena.experiments.settings.config import check_values
+from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.studies.base import Study
 from kvarena.experiments.studies.cells import CellRunner
@@ -34,23 +32,26 @@ from kvarena.reports.reading.writing import write_text
 SCHEMA_VERSION = 3  # 2 had no counts of the claims
 
 
-def run_study(cfg: DictConfig) -> None:
+def run_study(config: RunConfig, on_start: Callable[[Path], None]) -> None:
     """Run section `study` of the config and print what it came to.
+
+    Args:
+        config: of the experiment.
+        on_start: called with the experiment's folder where this run is to be the one that is in it.
 
     Raises:
         KvarenaError: a bad setting or a failed cell.
     """
     hydra = HydraConfig.get()
     out_dir = Path(hydra.runtime.output_dir)
-    if cfg.driver.record == "none":
+    if config.driver.record == "none":
         raise ConfigError("driver.record=none records nothing that an experiment could look at; use full or summary")
-    check_values(cfg)
     experiment = hydra.runtime.choices.get("experiment")
     check_place(out_dir, EXPERIMENT, experiment)
-    study: Study = instantiate(cfg.study)
+    study: Study = instantiate(config.study)
     if not is_finished(out_dir):
         with only_writer(out_dir):
-            write_hydra(out_dir, cfg)
+            on_start(out_dir)
     cells = CellRunner(hydra.overrides.task, out_dir, command_of(hydra, alone=True))
     with Signals():
         try:
@@ -71,13 +72,13 @@ def run_study(cfg: DictConfig) -> None:
         "cells": [str(folder.relative_to(out_dir)) for folder in cells.folders],
     }
     with only_writer(out_dir):
-        write_hydra(out_dir, cfg)
+        on_start(out_dir)
         write_text(out_dir / STUDY_FILE, json.dumps(record, indent=2, default=str) + "\n")
         summary = kvarena.reports.pages.study.write_study_report(out_dir)
     Console().print(kvarena.reports.pages.study.study_table(summary))
     if hydra.mode is not RunMode.MULTIRUN:  # a sweep has a last line of its own
         kvarena.reports.pages.ending.print_ending(
-            kvarena.reports.pages.ending.study_ending(out_dir, summary), full=cfg.report.json == "full"
+            kvarena.reports.pages.ending.study_ending(out_dir, summary), full=config.report.json == "full"
         )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvarena.engine.checks import check_choice, check_int
 from kvarena.engine.errors import ConfigError, KvarenaError
 from kvarena.experiments.studies.base import Chart, Findings, Series
 from kvarena.experiments.studies.cells import CellRunner
@@ -101,10 +102,8 @@ class SearchStudy:
             import optuna  # noqa: F401
         except ImportError:
             raise ConfigError("experiment=search needs Optuna: pip install 'kvarena[sweep]'") from None
-        if self.direction not in DIRECTIONS:
-            raise ConfigError(f"study.direction={self.direction} must be one of {', '.join(DIRECTIONS)}")
-        if self.num_trials < 1:
-            raise ConfigError(f"study.num_trials={self.num_trials} must be at least 1")
+        check_choice("study.direction", self.direction, DIRECTIONS)
+        check_int("study.num_trials", self.num_trials, 1)
         every = [*self.seeds, *self.confirm_seeds]
         if not self.seeds or not self.confirm_seeds or len(set(every)) < len(every):
             raise ConfigError("study.seeds and study.confirm_seeds must name at least one seed each, and none twice")

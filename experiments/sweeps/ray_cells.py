@@ -23,6 +23,7 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, se
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from kvarena.engine.checks import check_number
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.folders.sources import code_hash
 from kvarena.experiments.jobs.outcomes import outcome
@@ -51,10 +52,8 @@ class RayOptions:
     num_gpus: float
 
     def __post_init__(self) -> None:
-        if not self.num_cpus > 0:
-            raise ConfigError(f"hydra.launcher.num_cpus={self.num_cpus} must be above 0")
-        if not self.num_gpus >= 0:
-            raise ConfigError(f"hydra.launcher.num_gpus={self.num_gpus} must be at least 0")
+        check_number("hydra.launcher.num_cpus", self.num_cpus, above=True)
+        check_number("hydra.launcher.num_gpus", self.num_gpus)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.folders.cell_folders import CellFolders, stem_of, whole_key
-from kvarena.experiments.folders.cell_state import cell_key
+from kvarena.experiments.folders.cell_state import key_of
 from kvarena.experiments.folders.sources import digest
 from kvarena.experiments.jobs.outcomes import outcome
 from kvarena.experiments.settings.command_line import command_of
 from kvarena.experiments.settings.compose import NAMING_GROUPS
-from kvarena.experiments.settings.config import SweepConfig
+from kvarena.experiments.settings.config import SweepConfig, plain_values, read
 from kvarena.experiments.settings.run_order import order
 from kvarena.reports.comparing.cells import STRATEGY, is_seed
 from kvarena.reports.reading.errors import NotWritten
@@ -94,7 +94,7 @@ def make_plan(config: DictConfig, loader: ConfigLoader, overrides: list[Override
         ConfigError: a setting of section `sweep` is out of range or swept, or the folders cannot be made.
         hydra.errors.HydraException: a cell cannot be composed.
     """
-    sweep = SweepConfig.from_config(config.sweep)
+    sweep = read(SweepConfig, plain_values(config.sweep))
     last = {override.get_key_element(): override.is_sweep_override() for override in overrides}
     swept = [key for key, is_swept in last.items() if is_swept]
     for name in swept:
@@ -176,8 +176,8 @@ def _key(composed: DictConfig, number: int, repeat: int | None, cell: Sequence[s
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(whole)
     try:
-        key = cell_key(cfg, choices)
-        study = OmegaConf.to_container(cfg.study, resolve=True) if cfg.study is not None else None
+        values = plain_values(cfg)
+        key, study = key_of(values, choices), values["study"]
     except OmegaConfBaseException:  # the job says what cannot be resolved
         return {"config": digest(list(cell)), "code": None, "machine": None, "round": repeat}
     finally:

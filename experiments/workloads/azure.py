@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from kvarena.experiments.workloads.parts.checks import MAX_LENGTH, check_bool, check_int
+from kvarena.engine.checks import check_bool, check_int
+from kvarena.experiments.workloads.parts.limits import MAX_LENGTH
 from kvarena.experiments.workloads.parts.reading import CsvReader, length_problem
 from kvarena.experiments.workloads.parts.trace import TraceRow, TraceWorkload
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from hydra.errors import InstantiationException
 
+from kvarena.engine.checks import check_int, check_keys, check_number, is_int, require
 from kvarena.engine.errors import ConfigError, KvarenaError
-from kvarena.experiments.settings.targets import instantiate
+from kvarena.experiments.settings.targets import Part, instantiate
 from kvarena.experiments.workloads.parts.base import FloatArray, IntArray, LengthTable, Workload
-from kvarena.experiments.workloads.parts.checks import check_int, check_keys, check_number, is_int
 from kvarena.experiments.workloads.parts.seeds import Purpose, generator, seed_sequence
 from kvarena.experiments.workloads.synthetic import required_num_requests
 
@@ -46,8 +46,7 @@ class MixtureWorkload(Workload):
         self._weights = [check_number(f"workload.weights.{n}", shares[n], above=True) for n in self._configs]
         self._priorities = check_keys("workload.priorities", priorities or {}, (), tuple(self._configs))
         for name, value in self._priorities.items():
-            if not is_int(value):
-                raise ConfigError(f"workload.priorities.{name}={value} must be an integer; lower runs first")
+            require(is_int(value), f"workload.priorities.{name}", value, "an integer; lower runs first")
         self._parts: list[Workload] = []
         self._part: IntArray = np.empty(0, dtype=np.int64)
         self._row: IntArray = np.empty(0, dtype=np.int64)
@@ -93,7 +92,7 @@ class MixtureWorkload(Workload):
             "reserved_token_ids": self.reserved_token_ids,
         }
         try:
-            part = instantiate({**config} | options)
+            part = instantiate(Part(key, {**config} | options))
         except InstantiationException as error:
             if isinstance(error.__cause__, KvarenaError):
                 raise type(error.__cause__)(f"{key}: {error.__cause__}") from error

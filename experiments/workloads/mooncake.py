@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from kvarena.engine.checks import check_bool, check_int, is_int
 from kvarena.experiments.workloads.parts.base import FloatArray
-from kvarena.experiments.workloads.parts.checks import MAX_LENGTH, check_bool, check_int, is_int
+from kvarena.experiments.workloads.parts.limits import MAX_LENGTH
 from kvarena.experiments.workloads.parts.reading import fail, json_lines, length_problem
 from kvarena.experiments.workloads.parts.seeds import Purpose, generator
 from kvarena.experiments.workloads.parts.trace import TraceRow, TraceWorkload

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from kvarena.engine.checks import check_int, check_number
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.workloads.parts.base import FloatArray, IntArray, LengthTable, Workload
-from kvarena.experiments.workloads.parts.checks import MAX_LENGTH, check_int, check_number
 from kvarena.experiments.workloads.parts.distributions import LengthDistribution, LognormalLength, UniformLength
+from kvarena.experiments.workloads.parts.limits import MAX_LENGTH
 from kvarena.experiments.workloads.parts.seeds import Purpose, generator
 from kvarena.experiments.workloads.synthetic import required_num_requests
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from kvarena.engine.checks import check_int, check_number
 from kvarena.experiments.workloads.parts.base import IntArray, LengthTable, Workload
-from kvarena.experiments.workloads.parts.checks import MAX_LENGTH, check_int, check_number
 from kvarena.experiments.workloads.parts.distributions import UniformLength
+from kvarena.experiments.workloads.parts.limits import MAX_LENGTH
 from kvarena.experiments.workloads.parts.seeds import Purpose, generator
 from kvarena.experiments.workloads.synthetic import required_num_requests
 

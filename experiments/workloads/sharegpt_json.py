@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from kvarena.engine.checkpoints.directory import PACKAGE_ROOT
+from kvarena.engine.checks import check_bool, check_int
 from kvarena.engine.errors import ConfigError, TraceError
 from kvarena.experiments.workloads.parts.base import LengthTable, Workload
-from kvarena.experiments.workloads.parts.checks import check_bool, check_int
 from kvarena.experiments.workloads.parts.limits import LengthLimits
 from kvarena.experiments.workloads.parts.reading import fail, open_trace, trace_path
 from kvarena.experiments.workloads.parts.seeds import Purpose, generator

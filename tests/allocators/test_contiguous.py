@@ -114,7 +114,7 @@ def test_seven_orca_max_requests_fit_the_papers_pool() -> None:
 
 
 def test_bad_options_name_the_choices() -> None:
-    with pytest.raises(ConfigError, match=r"allocator\.reservation='half' must be one of max, pow2, oracle, prompt"):
+    with pytest.raises(ConfigError, match=r"allocator\.reservation=half must be one of max, pow2, oracle, prompt"):
         make("half")
-    with pytest.raises(ConfigError, match=r"allocator\.placement='worst_fit' must be one of first_fit"):
+    with pytest.raises(ConfigError, match=r"allocator\.placement=worst_fit must be one of first_fit"):
         make(placement="worst_fit")

@@ -281,11 +281,11 @@ def test_a_parent_that_slid_past_its_prompt_cannot_be_forked() -> None:
     ("options", "message"),
     [
         ({"num_blocks": 0}, r"a KV pool of 0 blocks of 4 tokens holds nothing; raise kv_cache\.num_blocks"),
-        ({"block_size": 0}, r"allocator\.block_size=0 must be in \[1, 256\]"),
-        ({"block_size": 257}, r"allocator\.block_size=257 must be in \[1, 256\]"),
+        ({"block_size": 0}, r"allocator\.block_size=0 must be an integer in \[1, 256\]"),
+        ({"block_size": 257}, r"allocator\.block_size=257 must be an integer in \[1, 256\]"),
         ({"block_size": 1.5}, r"allocator\.block_size=1\.5 must be an integer"),
-        ({"sliding_window": 0}, r"allocator\.sliding_window=0 must be at least 1"),
-        ({"swap_blocks": -1}, r"allocator\.swap_blocks=-1 must be at least 0"),
+        ({"sliding_window": 0}, r"allocator\.sliding_window=0 must be an integer of at least 1"),
+        ({"swap_blocks": -1}, r"allocator\.swap_blocks=-1 must be an integer of at least 0"),
     ],
 )
 def test_bad_sizes(options: dict, message: str) -> None:

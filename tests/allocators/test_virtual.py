@@ -126,9 +126,9 @@ def test_slots_beyond_the_last_whole_page_are_external() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"page_bytes": 4096}, r"allocator\.page_bytes=4096 must be in \[65536, 2097152\]"),
-        ({"page_tokens": 0}, r"allocator\.page_tokens=0 must be at least 1"),
-        ({"max_regions": 0}, r"allocator\.max_regions=0 must be at least 1"),
+        ({"page_bytes": 4096}, r"allocator\.page_bytes=4096 must be an integer in \[65536, 2097152\]"),
+        ({"page_tokens": 0}, r"allocator\.page_tokens=0 must be an integer of at least 1"),
+        ({"max_regions": 0}, r"allocator\.max_regions=0 must be an integer of at least 1"),
         ({"page_tokens": 129}, "a KV pool of 128 tokens is smaller than one page of 129"),
         ({"page_bytes": 65536, "kv_bytes_per_token": 2**20}, "too small for one token of 1048576 bytes in 2 tensors"),
         ({"sliding_window": 8}, "pages are mapped from the front of a region"),

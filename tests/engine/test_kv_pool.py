@@ -95,7 +95,7 @@ def test_a_pool_too_small_for_one_block_says_what_to_raise(size, message):
 
 
 def test_a_block_without_slots_is_refused():
-    with pytest.raises(ConfigError, match="block_size=0 must be at least 1"):
+    with pytest.raises(ConfigError, match="block_size=0 must be an integer of at least 1"):
         blocks_for_budget(0, 100, num_slots=100)
 
 

@@ -198,10 +198,10 @@ def test_more_pages_than_the_gpu_has_is_one_line(bindings, model):
 def test_the_main_job_builds_it(bindings):
     pytest.importorskip("hydra")
     from kvarena.experiments.building.build import build_engine
-    from kvarena.experiments.settings.compose import load_config
+    from kvarena.experiments.settings.compose import load_run
 
     parts = build_engine(
-        load_config(
+        load_run(
             [
                 "allocator=virtual",
                 "model=qwen3-0.6b-shape",

@@ -15,7 +15,7 @@ from kvarena.experiments.building.warm_up import warm_cache
 from kvarena.experiments.jobs.job import execute
 from kvarena.experiments.load.driver import ClosedLoop, drive
 from kvarena.experiments.recording.record import RunRecorder
-from kvarena.experiments.settings.compose import load_config
+from kvarena.experiments.settings.compose import load_run
 from kvarena.schedulers.continuous import ContinuousScheduler
 from kvarena.schedulers.static import StaticScheduler
 
@@ -136,7 +136,7 @@ def test_a_warm_cache_serves_the_prompts_and_leaves_no_trace(tmp_path):
     for cache in ("cold", "warm"):
         folder = tmp_path / cache
         folder.mkdir()
-        cfg = load_config([
+        cfg = load_run([
             "runner=simulated", "runner.profile=a100-40gb", "model=opt-13b-shape", "engine.dtype=auto",
             f"driver.cache={cache}", "allocator=paged_prefix", "workload=uniform", "workload.num_requests=6",
             "workload.prompt_len={min:100,max:200}", "report.pages=false", "report.progress=false",
@@ -157,7 +157,7 @@ def test_a_warm_cache_serves_the_prompts_and_leaves_no_trace(tmp_path):
 
 def test_a_warm_cache_charges_nobody():
     """What clients were served while the cache warmed up is no debt in the measured run."""
-    cfg = load_config([
+    cfg = load_run([
         "runner=simulated", "runner.profile=a100-40gb", "model=opt-13b-shape", "engine.dtype=auto", "scheduler=fair",
         "allocator=paged_prefix", "workload=fixed", "workload.num_requests=3",
     ])  # fmt: skip
@@ -168,7 +168,7 @@ def test_a_warm_cache_charges_nobody():
 
 
 def test_a_run_of_nothing_but_rejected_requests_has_a_report(tmp_path):
-    cfg = load_config([
+    cfg = load_run([
         "runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16", "workload=fixed", "workload.num_requests=3",
         "workload.prompt_len=3000", "report.progress=false",
     ])  # fmt: skip

@@ -103,7 +103,7 @@ CASES = {
     "blocks of text": (["allocator.block_size=abc"], "allocator.block_size=abc must be an integer"),
     "sequences without end": (["scheduler.max_num_seqs=inf"], "scheduler.max_num_seqs=inf must be a finite number"),
     "no number of sequences": (["scheduler.max_num_seqs=null"], "scheduler.max_num_seqs=None must be an integer"),
-    "a budget of text": (["scheduler.max_num_batched_tokens=x"], "max_num_batched_tokens='x' must be an integer"),
+    "a budget of text": (["scheduler.max_num_batched_tokens=x"], "max_num_batched_tokens=x must be an integer"),
     "a limit without end": (["slo.ttft=inf"], "slo.ttft=inf must be a finite number"),
     "a limit of text, of a target": (["target=http://127.0.0.1:9", "slo.ttft=abc"], "slo.ttft=abc must be above 0"),
     "too much attained, of a target": (

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.clock import VirtualClock
@@ -19,7 +18,7 @@ GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_si
 
 def section(**changes):
     options = {"attention": "auto", "layout": "paged", "fusions": "auto", "graphs": "auto"} | changes
-    return RunnerConfig.from_config(OmegaConf.create(options))
+    return RunnerConfig(**options)
 
 
 def make(shape, **changes):

@@ -102,8 +102,8 @@ def test_a_node_must_see_the_folder_and_have_the_same_code(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("local", 0, 0), r"num_cpus=0 must be above 0"),
-        (("local", 1, -1), r"num_gpus=-1 must be at least 0"),
+        (("local", 0, 0), r"num_cpus=0 must be a finite number above 0"),
+        (("local", 1, -1), r"num_gpus=-1 must be a finite number of at least 0"),
         (("127.0.0.1:9", 1, 0), r"address=127.0.0.1:9: no Ray cluster answers there \(.*refused\); start one"),
         (("nonsense", 1, 0), r"no Ray cluster answers there \(Invalid address format: nonsense\)"),
         (("local", 1, 99), r"no node of the Ray cluster has 1 CPUs and 99 GPUs for a cell"),

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.building.build import CPU_SLOTS, build_engine
 from kvarena.experiments.jobs.job import execute
-from kvarena.experiments.settings.compose import compose_cell, load_config
+from kvarena.experiments.settings.compose import compose_cell, load_config, load_run
 
 DEMO = {"max_model_len": 2048, "dtype": "float32"}
 OWN = {"max_model_len": None, "dtype": "auto"}
@@ -66,10 +66,10 @@ def test_a_run_takes_a_checkpoint_as_it_is(checkpoint, tmp_path):
 def test_a_pool_on_a_cpu_keeps_to_what_is_free(checkpoint, monkeypatch):
     """Half of it: 3 layers of 2 heads of 16 elements in bfloat16 are 384 bytes a token."""
     monkeypatch.setattr("kvarena.experiments.building.build.free_bytes", lambda device: 2 * 384 * 1000)
-    parts = build_engine(load_config([f"model.path={checkpoint}"]))
+    parts = build_engine(load_run([f"model.path={checkpoint}"]))
     assert parts.pool_facts["num_slots"] == 1000 // 16 * 16
     with pytest.raises(ConfigError) as caught:
-        build_engine(load_config([f"model.path={checkpoint}"]), whole_context=True)
+        build_engine(load_run([f"model.path={checkpoint}"]), whole_context=True)
     assert str(caught.value) == (
         "the KV pool, sized by this machine's memory, holds requests of at most 992 tokens, and "
         f"{checkpoint.name} would be served with 40000; set engine.max_model_len=992"
@@ -93,7 +93,7 @@ def test_each_way_to_hold_the_context_does_when_tried(checkpoint, allocator, set
     limit = "engine.max_model_len=1500"
 
     def build(*overrides: str) -> int:
-        parts = build_engine(load_config([*given, *overrides]), whole_context=True)
+        parts = build_engine(load_run([*given, *overrides]), whole_context=True)
         assert parts.engine.allocator.max_request_tokens >= parts.max_model_len
         return parts.max_model_len
 
@@ -110,13 +110,11 @@ def test_a_smaller_dtype_is_advised_only_where_it_does(checkpoint):
     gib = 800 * 768 / 2**30  # 800 tokens in float32, of 768 bytes
     given = [f"model.path={checkpoint}", f"kv_cache.memory_gib={gib}"]
     with pytest.raises(ConfigError, match="or set engine"):
-        build_engine(load_config([*given, "engine.max_model_len=1500", "engine.dtype=float32"]), whole_context=True)
-    parts = build_engine(
-        load_config([*given, "engine.max_model_len=1500", "engine.dtype=bfloat16"]), whole_context=True
-    )
+        build_engine(load_run([*given, "engine.max_model_len=1500", "engine.dtype=float32"]), whole_context=True)
+    parts = build_engine(load_run([*given, "engine.max_model_len=1500", "engine.dtype=bfloat16"]), whole_context=True)
     assert parts.spec.dtype == torch.bfloat16
     with pytest.raises(ConfigError) as caught:
-        build_engine(load_config([*given, "engine.max_model_len=2500", "engine.dtype=float32"]), whole_context=True)
+        build_engine(load_run([*given, "engine.max_model_len=2500", "engine.dtype=float32"]), whole_context=True)
     assert "dtype" not in str(caught.value)
 
 
@@ -131,4 +129,4 @@ def test_what_is_called_like_the_demo_is_not_the_demo(checkpoint, tmp_path, monk
 @pytest.mark.parametrize("size", [0, -1, "null", "abc"])
 def test_a_block_of_no_size_is_a_line_where_the_memory_decides(checkpoint, size):
     with pytest.raises(ConfigError, match=r"allocator\.block_size=.* must be"):
-        build_engine(load_config([f"model.path={checkpoint}", f"allocator.block_size={size}"]))
+        build_engine(load_run([f"model.path={checkpoint}", f"allocator.block_size={size}"]))

@@ -15,7 +15,7 @@ from kvarena.engine.errors import ConfigError
 from kvarena.engine.models import ModelSpec
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.experiments.building import pools
-from kvarena.experiments.settings.compose import load_config
+from kvarena.experiments.settings.compose import load_run
 from kvarena.experiments.settings.config import RunnerConfig
 
 make_pool = functools.partial(pools.make_pool, sized_by="kv_cache.num_blocks")
@@ -23,7 +23,7 @@ SPEC = ModelSpec("small", 2, 2, 64, 8, 64, torch.float32, frozenset(), None, 0)
 
 
 def config(*overrides: str) -> RunnerConfig:
-    return RunnerConfig.from_config(load_config(overrides).runner)
+    return load_run(overrides).runner
 
 
 def virtual(**options: Any) -> VirtualAllocator:

@@ -9,7 +9,6 @@ from kvarena.engine.errors import ConfigError
 from kvarena.experiments.jobs.http_job import run_http
 from kvarena.experiments.recording.interruption import Signals
 from kvarena.experiments.settings.compose import compose_cell
-from kvarena.experiments.settings.config import DriverConfig
 from kvarena.experiments.studies.cells import CellRunner
 from kvarena.reports.pages.comparison import compare
 
@@ -79,6 +78,6 @@ def test_where_there_are_no_scores_the_setting_is_refused(tmp_path):
         run_http(cfg, lambda count: lambda ended: None, Signals())
     for value, reason in ((-1, "an integer in"), ("many", "an integer in")):
         with pytest.raises(ConfigError, match=rf"driver\.scores={value} must be {reason}"):
-            DriverConfig.from_config(compose_cell([f"driver.scores={value}"])[0].driver)
+            compose_cell([f"driver.scores={value}"])
     with pytest.raises(ConfigError, match=r"driver\.record=summary keeps none"):
-        DriverConfig.from_config(compose_cell(["driver.scores=8", "driver.record=summary"])[0].driver)
+        compose_cell(["driver.scores=8", "driver.record=summary"])

@@ -15,7 +15,7 @@ from kvarena.engine.models import sizes as sizes_module
 from kvarena.engine.models.sizes import model_sizes
 from kvarena.experiments.jobs.job import execute
 from kvarena.experiments.recording.step_features import StepFeatures
-from kvarena.experiments.settings.compose import CONF_DIR, load_config
+from kvarena.experiments.settings.compose import CONF_DIR, load_config, load_run
 from kvarena.experiments.simulation.profiles import load_profile
 from kvarena.experiments.simulation.step_time import RooflineStepTime
 
@@ -169,7 +169,7 @@ def test_a_card_refuses_what_it_has_no_rates_for():
 def simulate(tmp_path: Path, *overrides: str) -> tuple[dict, Path]:
     run_dir = tmp_path / str(len(list(tmp_path.iterdir())))
     run_dir.mkdir()
-    return execute(load_config([*OPT, *CELL, *overrides]), run_dir, "paged x continuous", CHOICES), run_dir
+    return execute(load_run([*OPT, *CELL, *overrides]), run_dir, "paged x continuous", CHOICES), run_dir
 
 
 def test_a_simulated_run_leaves_a_run_s_files_and_says_what_it_is(tmp_path: Path):
@@ -231,6 +231,6 @@ def test_a_summary_has_the_same_numbers_and_no_tokens(tmp_path: Path):
 
 
 def test_a_prefix_cache_sees_the_prompts_also_in_a_summary(tmp_path: Path):
-    cfg = load_config([*OPT, *CELL[2:4], "allocator=radix", "workload=shared_prefix", "driver.record=summary"])
+    cfg = load_run([*OPT, *CELL[2:4], "allocator=radix", "workload=shared_prefix", "driver.record=summary"])
     summary = execute(cfg, tmp_path, "radix", CHOICES)
     assert 0 < summary["num_cached_tokens"] < summary["num_prompt_tokens"]

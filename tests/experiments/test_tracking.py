@@ -82,7 +82,7 @@ def test_a_tracker_that_fails_in_the_end_costs_a_warning(tmp_path, capsys, monke
             "tracking_uri=http://127.0.0.1:9 cannot be used",
         ),
         (["tracking=mlflow", "tracking.tracking_uri=nonsense://x"], "tracking_uri=nonsense://x cannot be used"),
-        (["tracking=wandb", "tracking.mode=sometimes"], "tracking.mode=sometimes must be offline or online"),
+        (["tracking=wandb", "tracking.mode=sometimes"], "tracking.mode=sometimes must be one of offline, online"),
     ],
 )
 def test_what_cannot_be_tracked_is_known_before_the_run(overrides, message, tmp_path, monkeypatch):

@@ -6,11 +6,10 @@ import json
 import numpy as np
 import pytest
 from fake_runs import fake_run
-from hydra.utils import instantiate
 
 from kvarena.experiments.correctness.steady_rates import answers
-from kvarena.experiments.settings.compose import CONF_DIR, compose_cell, load_config
-from kvarena.experiments.settings.config import SLOConfig
+from kvarena.experiments.settings.compose import CONF_DIR, compose_cell, load_run
+from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.studies.capacity import RAMP
 from kvarena.reports.analysis.latency import request_latencies
 from kvarena.reports.analysis.slo import good_requests, is_met, kept_limits, summarize_slo, wilson
@@ -261,16 +260,16 @@ def test_every_preset_is_valid():
     presets = sorted(path.stem for path in (CONF_DIR / "slo").glob("*.yaml"))
     assert len(presets) == 13
     for name in presets:
-        limits = SLOConfig.from_config(load_config([f"slo={name}"]).slo).limits
+        limits = load_run([f"slo={name}"]).slo.limits
         assert bool(limits) == (name != "none")
-        section = load_config([f"slo={name}"]).slo
+        section = load_run([f"slo={name}"]).slo
         assert (section.rule, section.attainment) == (
             ("percentiles", 0.99) if "mlperf" in name else ("per_request", 0.9)
         )
-    assert SLOConfig.from_config(load_config(["slo=mlperf_llama2_70b_server"]).slo).limits == {"ttft": 2, "tpot": 0.2}
+    assert load_run(["slo=mlperf_llama2_70b_server"]).slo.limits == {"ttft": 2, "tpot": 0.2}
 
 
 @pytest.mark.parametrize("bad", ["slo.ttft=0", "slo.tpot=fast", "slo.attainment=1.5", "slo.rule=mlperf"])
 def test_bad_limits_are_refused(bad):
     with pytest.raises(Exception, match=bad.split("=")[0]):
-        SLOConfig.from_config(load_config([bad]).slo)
+        load_run([bad])

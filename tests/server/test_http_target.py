@@ -22,7 +22,7 @@ from kvarena.experiments.jobs.job import execute
 from kvarena.experiments.jobs.output import HttpProgress
 from kvarena.experiments.load.http_metrics import read_gauges
 from kvarena.experiments.recording.interruption import Interrupted
-from kvarena.experiments.settings.compose import load_config
+from kvarena.experiments.settings.compose import load_run
 from kvarena.reports.pages.comparison import compare
 from kvarena.reports.pages.terminal import run_table
 from kvarena.reports.reading.files import CLASSES, read_run
@@ -120,7 +120,7 @@ def run(tmp_path, url, *overrides, name="http"):
     folder.mkdir()
     # An arrival without a rate takes no rate.
     load = [one for one in LOAD if "arrival=closed_loop" not in overrides or not one.startswith("arrival")]
-    cfg = load_config([*load, *([f"target={url}"] if url else []), *overrides])
+    cfg = load_run([*load, *([f"target={url}"] if url else []), *overrides])
     return execute(cfg, folder, name, CHOICES), read_run(folder)
 
 
@@ -182,8 +182,7 @@ def test_requests_go_out_on_time_whatever_the_server_does(tmp_path):
 
 
 def test_failures_are_recorded_one_by_one(tmp_path, lengths):
-    cfg = load_config(LOAD)
-    assert cfg.workload.num_requests == len(lengths)
+    assert load_run(LOAD).workload.need("num_requests") == len(lengths)
     chosen = sorted({n for n in lengths if n != 8})[:3]  # 8 is the probe's length
     failures = dict(zip(chosen, (500, 429, 0), strict=True))
     with ForeignServer(failures=failures) as url:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from hydra.utils import instantiate
-
 from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.studies.base import Findings
 from kvarena.experiments.studies.cells import CellRunner
 

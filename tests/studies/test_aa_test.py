@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from hydra.utils import instantiate
 from study_run import run_study
 
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.studies.aa_test import FALSE_VERDICTS, SMALLEST, smallest_effects
 from kvarena.reports.comparing.verdicts import THROUGHPUT, compare_cells
 
@@ -61,7 +61,7 @@ def test_the_smallest_effect_is_one_that_the_rule_decides_in_nine_of_ten():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("study.num_cells=1", r"study.num_cells=1 must be from 2 to 26"),
+        ("study.num_cells=1", r"study.num_cells=1 must be an integer in \[2, 26\]"),
         ("study.rounds=1", r"study.rounds=1 must be at least 2"),
     ],
 )

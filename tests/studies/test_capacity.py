@@ -1,11 +1,11 @@
 """Bisection finds the rate where a strategy stops keeping its limits, and equal strategies do not differ."""
 
 import pytest
-from hydra.utils import instantiate
 from study_run import run_study
 
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.studies.capacity import Trial, _charts, bisect_capacity
 from kvarena.experiments.studies.claims import Mean, Verdict
 

@@ -108,5 +108,5 @@ def test_its_report_is_made_from_study_json(study, tmp_path: Path):
 
 
 def test_a_round_at_least():
-    with pytest.raises(ConfigError, match=r"study\.rounds=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"study\.rounds=0 must be an integer of at least 1"):
         FoundingClaimStudy(rounds=0)

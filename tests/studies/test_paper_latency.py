@@ -1,11 +1,11 @@
 """PagedAttention's latency, block-size and sharing studies at small scale, and the verdicts that they must not give."""
 
 import pytest
-from hydra.utils import instantiate
 from study_run import run_study
 
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.studies import orca
 from kvarena.experiments.studies.claims import Kind, Verdict
 from kvarena.experiments.studies.curves import Curve, highest_below

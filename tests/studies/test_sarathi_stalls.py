@@ -1,11 +1,11 @@
 """Stalls by whole prompts, at small scale."""
 
 import pytest
-from hydra.utils import instantiate
 from study_run import run_study
 
 from kvarena.engine.errors import EngineError
 from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.studies.claims import Kind, Verdict
 
 SMALL = ("experiment=sarathi_stalls", "study.rates=[2,7,16]", "study.duration=15", "study.seeds=[0,1]")

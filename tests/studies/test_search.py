@@ -86,7 +86,7 @@ def test_groups_come_before_their_options(tmp_path):
         ({"space": [{"key": "a", "lowest": 0}]}, "study.space: got an unexpected keyword argument 'lowest'"),
         ({"space": []}, "study.space must hold at least one setting"),
         ({"direction": "up"}, "study.direction=up must be one of maximize, minimize"),
-        ({"num_trials": 0}, "study.num_trials=0 must be at least 1"),
+        ({"num_trials": 0}, "study.num_trials=0 must be an integer of at least 1"),
         ({"confirm_seeds": [1]}, "none twice"),
         ({"objective": "deep.none"}, "study.objective=deep.none is no number of the cell"),
     ],

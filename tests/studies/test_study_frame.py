@@ -49,7 +49,7 @@ def test_a_study_runs_its_cells_and_reports_its_claims(tmp_path):
     manifest = json.loads((tmp_path / "cells" / "orca" / "manifest.json").read_text())
     assert manifest["strategy"]["allocator"] == "orca_max"
     cfg, choices = compose_cell(manifest["command"][2:])  # the cell alone
-    assert cfg.study is None and (choices["allocator"], cfg.workload.output_len) == ("orca_max", 4)
+    assert cfg.study is None and (choices["allocator"], cfg.workload.need("output_len")) == ("orca_max", 4)
     markdown = (tmp_path / "report.md").read_text()
     assert "1 of 1 published numbers hold, 1 not comparable; 0 of 1 checks pass." in markdown
     published, others, checks = (markdown.index(f"## {title}") for title in

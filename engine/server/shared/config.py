@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from kvarena.engine.checks import TEXT, TRUTH, Must, Section, integer, is_number, number, one_of
 from kvarena.engine.errors import ConfigError
 
 # Asked for without a key by orchestrators, boards and browsers, as of vLLM's server; `protected_paths` closes them.
@@ -24,16 +25,18 @@ def default_num_fronts() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 
-# What a value of a field must be, by the field's type.
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "int": (int, "an integer"),
-    "float": ((int, float), "a number"),
-    "bool": (bool, "true or false"),
-}
+COUNT = integer(1)
+POSITIVE = Must("a number above 0", lambda value: is_number(value) and value > 0)
+FILE = Must("a file that exists", lambda value: TEXT.holds(value) and Path(value).is_file()).or_null
+FOLDER = Must("a folder that exists", lambda value: TEXT.holds(value) and Path(value).is_dir()).or_null
+HOSTS = Must(
+    "host names, such as images.example.com, without scheme, path or *",
+    lambda domains: isinstance(domains, tuple) and not any("/" in domain or "*" in domain for domain in domains),
+)
 
 
 @dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(Section):
     """How to serve. Sizes in the unit that the name says, times in seconds.
 
     Attributes:
@@ -74,75 +77,45 @@ class ServerConfig:
         ConfigError: a value out of range; the message names the key.
     """
 
+    section = "server"
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, integer(0, 65535)] = 8000
     api_keys: tuple[str, ...] = ()
-    api_key_file: str | None = None
+    api_key_file: Annotated[str | None, FILE] = None
     protected_paths: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
-    num_fronts: int = field(default_factory=default_num_fronts)
-    max_num_queued_requests: int = 2048
-    shutdown_timeout: float = 30.0
-    heartbeat_timeout: float = 3.0
-    stall_timeout: float = 4.0
-    step_timeout: float = 120.0
-    max_body_mib: float = 16.0
-    body_timeout: float = 60.0
-    max_n: int = 128
-    max_logprobs: int = 20
-    max_prompts: int = 1024
-    allowed_media_domains: tuple[str, ...] = ()
-    allowed_local_media_path: str | None = None
-    max_images: int = 16
-    max_media_mib: float = 32.0
-    max_image_pixels: int = 1 << 26
-    media_timeout: float = 5.0
-    max_stream_lag: int = 4096
-    chat_template: str | None = None
-    tool_call_parser: str = "auto"
-    generation_config: bool = True
+    num_fronts: Annotated[int, COUNT] = field(default_factory=default_num_fronts)
+    max_num_queued_requests: Annotated[int, COUNT] = 2048
+    shutdown_timeout: Annotated[float, Must("a number of at least 0", number(0).holds)] = 30.0
+    heartbeat_timeout: Annotated[float, POSITIVE] = 3.0
+    stall_timeout: Annotated[float, POSITIVE] = 4.0
+    step_timeout: Annotated[float, POSITIVE] = 120.0
+    max_body_mib: Annotated[float, POSITIVE] = 16.0
+    body_timeout: Annotated[float, POSITIVE] = 60.0
+    max_n: Annotated[int, COUNT] = 128
+    max_logprobs: Annotated[int, integer(0, 1000)] = 20
+    max_prompts: Annotated[int, COUNT] = 1024
+    allowed_media_domains: Annotated[tuple[str, ...], HOSTS] = ()
+    allowed_local_media_path: Annotated[str | None, FOLDER] = None
+    max_images: Annotated[int, COUNT] = 16
+    max_media_mib: Annotated[float, POSITIVE] = 32.0
+    max_image_pixels: Annotated[int, COUNT] = 1 << 26
+    media_timeout: Annotated[float, POSITIVE] = 5.0
+    max_stream_lag: Annotated[int, COUNT] = 4096
+    chat_template: Annotated[str | None, FILE] = None
+    tool_call_parser: Annotated[str, one_of(*TOOL_PARSERS)] = "auto"
+    generation_config: Annotated[bool, TRUTH] = True
     cors_origins: tuple[str, ...] = ()
-    ssl_certfile: str | None = None
-    ssl_keyfile: str | None = None
+    ssl_certfile: Annotated[str | None, FILE] = None
+    ssl_keyfile: Annotated[str | None, FILE] = None
     ssl_keyfile_password: str | None = None
-    ssl_ca_certs: str | None = None
+    ssl_ca_certs: Annotated[str | None, FILE] = None
     otlp_endpoint: str | None = None
-    log_requests: bool = True
-    enable_dashboard: bool = True
+    log_requests: Annotated[bool, TRUTH] = True
+    enable_dashboard: Annotated[bool, TRUTH] = True
 
     def __post_init__(self) -> None:
-        def check(ok: bool, key: str, must: str) -> None:
-            if not ok:
-                raise ConfigError(f"server.{key}={getattr(self, key)!r} must be {must}")
-
-        for one in fields(self):
-            kinds, must = _KINDS.get(str(one.type), (object, ""))
-            value = getattr(self, one.name)
-            check(isinstance(value, kinds) and (one.type == "bool" or not isinstance(value, bool)), one.name, must)
-        check(isinstance(self.port, int) and 0 <= self.port <= 65535, "port", "between 0 and 65535")
-        for key in (
-            "num_fronts",
-            "max_num_queued_requests",
-            "max_n",
-            "max_prompts",
-            "max_images",
-            "max_image_pixels",
-            "max_stream_lag",
-        ):
-            check(isinstance(getattr(self, key), int) and getattr(self, key) >= 1, key, "an integer of at least 1")
-        for key in (
-            "heartbeat_timeout",
-            "stall_timeout",
-            "step_timeout",
-            "max_body_mib",
-            "body_timeout",
-            "max_media_mib",
-            "media_timeout",
-        ):
-            check(getattr(self, key) > 0, key, "above 0")
-        check(self.shutdown_timeout >= 0, "shutdown_timeout", "at least 0")
-        check(0 <= self.max_logprobs <= 1000, "max_logprobs", "between 0 and 1000")
-        check(self.tool_call_parser in TOOL_PARSERS, "tool_call_parser", f"one of {', '.join(TOOL_PARSERS)}")
+        super().__post_init__()
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise ConfigError("server.api_keys must be non-empty printable ASCII strings")
         unknown = [path for path in self.protected_paths if path not in OPEN_PATHS]
@@ -156,16 +129,6 @@ class ServerConfig:
         for key in ("ssl_keyfile_password", "ssl_ca_certs"):
             if getattr(self, key) is not None and self.ssl_certfile is None:
                 raise ConfigError(f"server.{key} is for TLS: give server.ssl_certfile and server.ssl_keyfile too")
-        for key in ("api_key_file", "chat_template", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
-            path = getattr(self, key)
-            check(path is None or Path(path).is_file(), key, "a file that exists")
-        folder = self.allowed_local_media_path
-        check(folder is None or Path(folder).is_dir(), "allowed_local_media_path", "a folder that exists")
-        check(
-            not any("/" in domain or "*" in domain for domain in self.allowed_media_domains),
-            "allowed_media_domains",
-            "host names, such as images.example.com, without scheme, path or *",
-        )
         if self.otlp_endpoint is not None and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
             raise ConfigError("server.otlp_endpoint needs the tracing extra: pip install 'kvarena[tracing]'")
 
@@ -207,16 +170,13 @@ class ServerConfig:
         for key, value in values.items():
             if key not in known:
                 raise ConfigError(f"unknown key 'server.{key}'; known: {', '.join(sorted(known))}")
-            if str(known[key]).startswith("tuple"):
+            if "tuple" in str(known[key]):
                 value = () if value is None else (str(value),) if not isinstance(value, (list, tuple)) else value
                 value = tuple(str(item) for item in value)
             if key == "num_fronts" and value is None:
                 continue
             made[key] = value
-        try:
-            return cls(**made)
-        except TypeError as error:
-            raise ConfigError(f"config section 'server': {error}") from error
+        return cls(**made)
 
 
 def _is_installed(module: str) -> bool:

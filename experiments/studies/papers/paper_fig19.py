@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any, NamedTuple
 
+from kvarena.engine.checks import check_number
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.recording.step_features import StepFeatures
 from kvarena.experiments.simulation.step_time import RooflineStepTime
@@ -87,8 +88,7 @@ class PaperFig19Study:
 
     def __post_init__(self) -> None:
         for key in ("num_tokens", "rate", "duration", "swap_gib", "near"):
-            if not getattr(self, key) > 0:
-                raise ConfigError(f"study.{key}={getattr(self, key)} must be above 0")
+            check_number(f"study.{key}", getattr(self, key), above=True)
         sizes = list(self.block_sizes)
         if len(sizes) < 2 or sizes != sorted(set(sizes)):
             raise ConfigError(f"study.block_sizes={sizes} must be at least two sizes that rise")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from kvarena.engine.checks import SHARE, require
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.experiments.studies.base import Chart, Findings, Series
 from kvarena.experiments.studies.cells import CellRunner
@@ -68,8 +69,7 @@ class PaperFig2Study:
         rates = list(self.rates)
         if not rates or rates != sorted(set(rates)) or rates[0] <= 0 or not self.duration > 0 or not self.seeds:
             raise ConfigError(f"study.rates={rates} must rise from above 0, with study.duration above 0 and a seed")
-        if not 0 < self.saturated <= 1:
-            raise ConfigError(f"study.saturated={self.saturated} must be above 0 and at most 1")
+        require(SHARE.holds(self.saturated), "study.saturated", self.saturated, SHARE.words)
 
     def run(self, cells: CellRunner) -> Findings:
         """See `Study.run`."""

@@ -16,7 +16,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarena.experiments.workloads.parts.checks import MAX_REQUESTS, check_int
+from kvarena.engine.checks import check_int
+from kvarena.experiments.workloads.parts.limits import MAX_REQUESTS
 from kvarena.experiments.workloads.parts.seeds import Purpose
 from kvarena.experiments.workloads.parts.tokens import TokenSource
 

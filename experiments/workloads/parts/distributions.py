@@ -9,8 +9,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarena.engine.checks import check_int, check_keys, check_number
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.workloads.parts.checks import MAX_LENGTH, check_int, check_keys, check_number
+from kvarena.experiments.workloads.parts.limits import MAX_LENGTH
 
 _MIN_ACCEPTANCE = 1e-3
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from kvarena.experiments.workloads.parts.checks import MAX_LENGTH, check_choice, check_int
+from kvarena.engine.checks import check_choice, check_int
+
+# Longer than any context in use; above it a length is a typing error, and its prompt would not fit in memory.
+MAX_LENGTH = 10_000_000
+MAX_REQUESTS = 100_000_000
 
 
 class LengthLimits:

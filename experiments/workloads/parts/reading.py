@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
 from kvarena.engine.errors import ConfigError, TraceError
-from kvarena.experiments.workloads.parts.checks import MAX_LENGTH
+from kvarena.experiments.workloads.parts.limits import MAX_LENGTH
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _READ_ERRORS = (OSError, EOFError, zlib.error)

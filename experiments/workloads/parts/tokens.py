@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvarena.engine.checks import check_int
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.workloads.parts.checks import MAX_LENGTH, check_int
+from kvarena.experiments.workloads.parts.limits import MAX_LENGTH
 from kvarena.experiments.workloads.parts.seeds import Purpose, seed_sequence
 
 

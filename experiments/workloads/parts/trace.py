@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvarena.engine.checks import check_bool, check_int
 from kvarena.engine.errors import ConfigError, TraceError
 from kvarena.experiments.workloads.parts.base import FloatArray, LengthTable, Workload
-from kvarena.experiments.workloads.parts.checks import check_bool, check_int
 from kvarena.experiments.workloads.parts.limits import LengthLimits
 from kvarena.experiments.workloads.parts.reading import trace_path
 
