@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, TypeGuard, get_type_hints
+from typing import Any, ClassVar, TypeGuard, cast, get_type_hints
 
 from kvarena.engine.errors import ConfigError
 
@@ -122,13 +122,13 @@ class Section:
     section: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for name, must in _musts(type(self)):
+        for name, must in _musts(cast(Any, type(self))):
             if not must.holds(value := getattr(self, name)):
                 require(False, f"{self.section}.{name}", value, must.words)
 
 
 @cache
-def _musts(kind: Any) -> list[tuple[str, Must]]:
+def _musts(kind: type[Section]) -> list[tuple[str, Must]]:
     """What each field must be, in their order."""
     hints = get_type_hints(kind, include_extras=True)
     return [(name, must) for name, hint in hints.items() for must in getattr(hint, "__metadata__", ())]

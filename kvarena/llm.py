@@ -12,7 +12,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,6 @@ from kvarena.engine.server.api.prompts import Prompts, check_chat
 from kvarena.engine.server.api.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
 from kvarena.engine.server.api.sampling import (
     COMPLETIONS_MAX_TOKENS,
-    Limits,
     check_unsupported,
     fit_max_tokens,
     sampling_params,
@@ -157,11 +156,7 @@ class LLM:
             served = build_served_engine(config, strategy_names)
         self._engine, self._eos_token_ids = served.engine, served.eos_token_ids
         self._client = _Client(served.engine, served.eos_token_ids)
-        self._has_priorities = served.engine.scheduler.has_priorities
-        self._limits = Limits(
-            served.max_model_len, served.engine.allocator.max_request_tokens, served.vocab_size,
-            served.prompt_logprobs, defaults,
-        )  # fmt: skip
+        self._limits = replace(served.info(), defaults=defaults)
         self._prompts = Prompts(self._tokenizer, served.max_model_len)
         self._lock = threading.Lock()
         # Tokenizing is written for an event loop, and a notebook's own is busy: ours runs on a thread.
@@ -228,7 +223,7 @@ class LLM:
 
     async def _ask(self, prompt: str | list[int], params: SamplingParams) -> _Asked:
         req = params.body(CompletionRequest, prompt=prompt)
-        check_unsupported(req, self._config, self._has_priorities)
+        check_unsupported(req, self._config, self._limits.priorities)
         [ids] = await self._prompts.of_completion(req, self._limits.vocab_size, 1)
         default = self._limits.default_length(COMPLETIONS_MAX_TOKENS)
         max_tokens = fit_max_tokens(params.max_tokens, default, len(ids), self._limits, "prompt")
@@ -236,7 +231,7 @@ class LLM:
 
     async def _ask_chat(self, messages: list[Any], more: dict[str, Any], params: SamplingParams) -> _Asked:
         req = params.body(ChatCompletionRequest, messages=messages, **more)
-        check_unsupported(req, self._config, self._has_priorities)
+        check_unsupported(req, self._config, self._limits.priorities)
         check_chat(req)
         ids = await self._prompts.of_chat(req)
         default = self._limits.default_length(None)
@@ -249,15 +244,14 @@ class LLM:
         if req.prompt_logprobs is not None and not self._limits.prompt_logprobs:
             raise RequestError("log-probabilities of the prompt are not available with this runner", "prompt_logprobs")
         stops = tuple(stop_strings(req))
-        values = sampling_params(req, self._config, self._limits, max_tokens=max_tokens, logprobs=params.logprobs)
-        values["stop_token_ids"] = tuple(values["stop_token_ids"])
+        sampling = sampling_params(req, self._config, self._limits, max_tokens=max_tokens, logprobs=params.logprobs)
         options = TextOptions(
             stops=stops,
             include_stop=bool(req.include_stop_str_in_output),
             min_tokens=req.min_tokens or 0,
             ignore_eos=bool(req.ignore_eos),
         )
-        return _Asked(await self._prompts.shown(ids, req), EngineSampling(**values), options, prompt)
+        return _Asked(await self._prompts.shown(ids, req), sampling, options, prompt)
 
     def _answer(self, questions: list[Coroutine[Any, Any, _Asked]]) -> list[RequestOutput]:
         async def all_asked() -> list[_Asked]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from dataclasses import fields
 
 import pytest
 from transformers import AutoTokenizer
 
 from kvarena.engine.errors import RequestError
+from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.engine.compiled import make_compiler
 from kvarena.engine.server.engine.grammars import to_grammar
 from kvarena.engine.server.engine.intake import ROUND_SECONDS, Intake
 from kvarena.engine.server.processes.process import freeze_heap
-from kvarena.engine.server.shared.ipc import AddFrame, ToEngine, pack_ids
+from kvarena.engine.server.shared.ipc import AddFrame, EngineInfo, FrameDecoder, ToEngine, encode, pack_ids
 from kvarena.experiments.serving.stub_engine import StubOptions, build
 from kvarena.experiments.serving.words import in_flags
 
@@ -58,7 +60,7 @@ def constraint(key="k", text="[a-z]{1,9}", seconds=0.0):
 
 def add(key="k", n=1, handle=None):
     first = next(HANDLES) * 1000 if handle is None else handle
-    sampling = {"n": n, "max_tokens": 4, "stop_token_ids": []}
+    sampling = SamplingParams(n=n, max_tokens=4)
     return [
         ToEngine.ADD,
         *AddFrame(first, f"r{first}", pack_ids([5]), sampling, time.monotonic(), 0, "", "", False, key),
@@ -194,3 +196,20 @@ def test_a_refusal_speaks_the_words_of_the_command(intake):
     [(_, reason, text)] = intake.outs[0].admitted
     assert reason == "max_model_len"
     assert "is over --max-model-len 8192" in text
+
+
+def test_sampling_parameters_arrive_as_they_were_made(monkeypatch):
+    """Checked where they are made, not again where they arrive; every field, in its own type."""
+    made = SamplingParams(
+        temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, seed=2**63 - 1, max_tokens=9, min_tokens=2,
+        stop_token_ids=(5, 7), ignore_eos=True, presence_penalty=1.0, frequency_penalty=-1.0, repetition_penalty=1.5,
+        logit_bias={3: -100.0, 11: 2.5}, logprobs=4, prompt_logprobs=0, n=6,
+    )  # fmt: skip
+    assert all(getattr(made, one.name) != getattr(SamplingParams(), one.name) for one in fields(SamplingParams))
+    info = EngineInfo(64, 32, 10, (1, 2), facts={"a": "b"}, defaults={"top_p": 0.5})
+    data = encode((ToEngine.ADD, *AddFrame(1, "r", pack_ids([5]), made, 0.0, 0, "", "", False, None))) + encode([info])
+    monkeypatch.setattr(SamplingParams, "__post_init__", None)
+    message, [told] = FrameDecoder().feed(data)
+    arrived = AddFrame(*message[1:])
+    assert arrived.sampling == made and type(arrived.sampling.stop_token_ids) is tuple
+    assert told == info and type(told.eos_token_ids) is tuple

@@ -9,8 +9,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvarena.engine.errors import ModelError
 from kvarena.engine.server.api.protocol import CompletionRequest
-from kvarena.engine.server.api.sampling import Limits, sampling_params
+from kvarena.engine.server.api.sampling import sampling_params
 from kvarena.engine.server.shared.config import ServerConfig
+from kvarena.engine.server.shared.ipc import EngineInfo
 from kvarena.engine.server.text.tokenization import generation_defaults
 from tests import tokenizer_kinds
 from tests.checkpoints import write_checkpoint
@@ -194,10 +195,10 @@ def test_a_wrong_generation_config_is_one_line(tmp_path, content, says):
 
 
 def test_a_seed_of_minus_one_is_none():
-    limits = Limits(64, 64, 10, True)
+    limits = EngineInfo(64, 64, 10, prompt_logprobs=True)
     for given, expected in ((-1, None), (None, None), (0, 0), (-2, 2**63 - 2)):
         req = CompletionRequest(prompt="a", seed=given)
-        assert sampling_params(req, ServerConfig(), limits, max_tokens=4, logprobs=None)["seed"] == expected
+        assert sampling_params(req, ServerConfig(), limits, max_tokens=4, logprobs=None).seed == expected
 
 
 def test_shapes(server, tokenizer):

@@ -183,7 +183,7 @@ def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) 
 def _add_model_routes(app: FastAPI, service: Service) -> None:
     def card(name: str) -> dict[str, Any]:
         return protocol.ModelCard(
-            id=name, created=service.created, root=service.model_root, max_model_len=service.limits.max_model_len
+            id=name, created=service.created, root=service.model_root, max_model_len=service.info.max_model_len
         ).model_dump()
 
     @app.get("/v1/models", response_model=protocol.ModelList, responses=_responses())
@@ -222,7 +222,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         req = await service.read(request, protocol.TokenizeRequest)
         service.check_model(req.model)
         check_foreign(req)
-        limit = service.limits.max_model_len
+        limit = service.info.max_model_len
         if (req.prompt is None) == (req.messages is None):
             raise bad_request("give either prompt or messages", "prompt")
         prompts = service.prompts
@@ -242,7 +242,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         req = await service.read(request, protocol.DetokenizeRequest)
         service.check_model(req.model)
         check_foreign(req)
-        bad = next((token for token in req.tokens if token >= service.limits.vocab_size), None)
+        bad = next((token for token in req.tokens if token >= service.info.vocab_size), None)
         if bad is not None:
             raise bad_request(f"tokens holds {bad}, which is outside the vocabulary", "tokens")
         text = await service.tokenizer.decode(req.tokens, bool(req.skip_special_tokens))

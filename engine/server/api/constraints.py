@@ -54,7 +54,7 @@ class Constraints:
         self._checks: GrammarChecks | None = None
         if info is not None and info.constraints:
             text = tokenizer_json(tokenizer.tokenizer)
-            self._checks = GrammarChecks(text, info.vocab_size, info.eos_token_ids)
+            self._checks = GrammarChecks(text, info.vocab_size, list(info.eos_token_ids))
 
     def close(self) -> None:
         """End what they are tried out in."""

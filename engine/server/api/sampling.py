@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 from kvarena.engine.errors import RequestError
 from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.api.foreign import check_foreign
 from kvarena.engine.server.api.protocol import SamplingFields
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.errors import bad_request, beyond_context, context_overflow
+from kvarena.engine.server.shared.ipc import EngineInfo
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
@@ -18,29 +16,6 @@ MAX_STOP_TOKENS = 1024
 COMPLETIONS_MAX_TOKENS = 16
 # Below this a temperature is greedy: logits divided by it overflow float16.
 _MIN_TEMPERATURE = 0.01
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the engine and the operator allow.
-
-    Attributes:
-        max_model_len: prompt + output, in tokens.
-        max_request_tokens: what an empty KV pool holds.
-        vocab_size: token ids are below it.
-        defaults: sampling parameters of the model's generation_config.json.
-    """
-
-    max_model_len: int
-    max_request_tokens: int
-    vocab_size: int
-    prompt_logprobs: bool
-    defaults: dict[str, float] = field(default_factory=dict)
-
-    def default_length(self, fallback: int | None) -> int | None:
-        """Output tokens of a request that asks for no number: the model's own, else `fallback`."""
-        given = int(self.defaults.get("max_new_tokens", 0))
-        return given if given > 0 else fallback
 
 
 def stop_strings(req: SamplingFields) -> list[str]:
@@ -96,7 +71,7 @@ def logit_bias(req: SamplingFields, vocab_size: int) -> dict[int, float]:
     return made
 
 
-def fit_max_tokens(requested: int | None, default: int | None, num_prompt: int, limits: Limits, what: str) -> int:
+def fit_max_tokens(requested: int | None, default: int | None, num_prompt: int, limits: EngineInfo, what: str) -> int:
     """Output tokens that a prompt may get.
 
     Args:
@@ -128,9 +103,9 @@ def fit_max_tokens(requested: int | None, default: int | None, num_prompt: int, 
 
 
 def sampling_params(
-    req: SamplingFields, config: ServerConfig, limits: Limits, *, max_tokens: int, logprobs: int | None
-) -> dict[str, Any]:
-    """The fields of SamplingParams for a request.
+    req: SamplingFields, config: ServerConfig, limits: EngineInfo, *, max_tokens: int, logprobs: int | None
+) -> SamplingParams:
+    """How a request's tokens are picked.
 
     Args:
         req: the request.
@@ -166,27 +141,26 @@ def sampling_params(
         return limits.defaults.get(name, fallback) if value is None else value
 
     temperature = given("temperature", 1.0)
-    values: dict[str, Any] = {
-        "temperature": 0.0 if temperature < _MIN_TEMPERATURE else temperature,
-        "top_p": given("top_p", 1.0),
-        "top_k": max(0, int(given("top_k", 0))),
-        "min_p": given("min_p", 0.0),
-        # -1 asks for another text each time, as in vLLM.
-        "seed": None if req.seed is None or req.seed == -1 else req.seed % 2**63,
-        "max_tokens": max(1, max_tokens),
-        "min_tokens": min(min_tokens, max(1, max_tokens)),
-        "stop_token_ids": stop_tokens,
-        "ignore_eos": bool(req.ignore_eos),
-        "presence_penalty": req.presence_penalty or 0.0,
-        "frequency_penalty": req.frequency_penalty or 0.0,
-        "repetition_penalty": given("repetition_penalty", 1.0),
-        "logit_bias": logit_bias(req, limits.vocab_size),
-        "logprobs": logprobs,
-        "prompt_logprobs": prompt_logprobs,
-        "n": req.n or 1,
-    }
+    bias = logit_bias(req, limits.vocab_size)
     try:
-        SamplingParams(**(values | {"stop_token_ids": tuple(stop_tokens)}))
+        return SamplingParams(
+            temperature=0.0 if temperature < _MIN_TEMPERATURE else temperature,
+            top_p=given("top_p", 1.0),
+            top_k=max(0, int(given("top_k", 0))),
+            min_p=given("min_p", 0.0),
+            # -1 asks for another text each time, as in vLLM.
+            seed=None if req.seed is None or req.seed == -1 else req.seed % 2**63,
+            max_tokens=max(1, max_tokens),
+            min_tokens=min(min_tokens, max(1, max_tokens)),
+            stop_token_ids=tuple(stop_tokens),
+            ignore_eos=bool(req.ignore_eos),
+            presence_penalty=req.presence_penalty or 0.0,
+            frequency_penalty=req.frequency_penalty or 0.0,
+            repetition_penalty=given("repetition_penalty", 1.0),
+            logit_bias=bias,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            n=req.n or 1,
+        )
     except RequestError as error:
         raise bad_request(str(error), error.param) from error
-    return values

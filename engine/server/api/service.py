@@ -7,11 +7,13 @@ import functools
 import time
 import uuid
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.api.answers import Disconnected, EventStream, Job, as_api_error, collect, watch_disconnect
 from kvarena.engine.server.api.chat import ChatRenderer
 from kvarena.engine.server.api.choice_text import ChoiceText, TextOptions
@@ -26,7 +28,6 @@ from kvarena.engine.server.api.protocol import (
 )
 from kvarena.engine.server.api.sampling import (
     COMPLETIONS_MAX_TOKENS,
-    Limits,
     check_unsupported,
     fit_max_tokens,
     sampling_params,
@@ -36,10 +37,11 @@ from kvarena.engine.server.api.tracing import Tracer
 from kvarena.engine.server.engine.grammar_checks import CheckedGrammar
 from kvarena.engine.server.front.client import EngineClient
 from kvarena.engine.server.front.dashboard import PoolFeed
-from kvarena.engine.server.front.groups import Choice, EngineGone, EngineInfo, Group, Refused
+from kvarena.engine.server.front.groups import Choice, EngineGone, Group, Refused
 from kvarena.engine.server.front.http import Body, read_json, validated
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.errors import ApiError, bad_request, beyond_context, unavailable
+from kvarena.engine.server.shared.ipc import EngineInfo
 from kvarena.engine.server.shared.metrics import Row, health
 from kvarena.engine.server.text.tokenization import TokenizerService
 
@@ -86,19 +88,11 @@ class Service:
         self.draining = False
         self._turns = asyncio.Semaphore(_REQUESTS_PER_ROUND)
 
-    @property
-    def info(self) -> EngineInfo:
-        """What the engine told of itself."""
-        assert self.client.info is not None
-        return self.client.info
-
     @functools.cached_property
-    def limits(self) -> Limits:
-        """What requests must keep to."""
-        info = self.info
-        return Limits(
-            info.max_model_len, info.max_request_tokens, info.vocab_size, info.prompt_logprobs, self._defaults
-        )
+    def info(self) -> EngineInfo:
+        """What the engine told of itself, with the model's defaults."""
+        assert self.client.info is not None
+        return replace(self.client.info, defaults=self._defaults)
 
     def close(self) -> None:
         """End the processes beside the front."""
@@ -117,7 +111,7 @@ class Service:
     @functools.cached_property
     def prompts(self) -> Prompts:
         """Makes token ids of requests."""
-        return Prompts(self.tokenizer, self.limits.max_model_len)
+        return Prompts(self.tokenizer, self.info.max_model_len)
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
         """The body as `kind`. Raises ApiError."""
@@ -158,9 +152,9 @@ class Service:
             raise bad_request("max_tokens must be at least 1 (0 is allowed with echo, without stream)", "max_tokens")
         if req.echo and req.logprobs is not None:
             req.prompt_logprobs = max(req.logprobs, req.prompt_logprobs or 0)
-        prompts = await self.prompts.of_completion(req, self.limits.vocab_size, self.config.max_prompts)
-        default = self.limits.default_length(COMPLETIONS_MAX_TOKENS)
-        lengths = [fit_max_tokens(req.max_tokens, default, len(ids), self.limits, "prompt") for ids in prompts]
+        prompts = await self.prompts.of_completion(req, self.info.vocab_size, self.config.max_prompts)
+        default = self.info.default_length(COMPLETIONS_MAX_TOKENS)
+        lengths = [fit_max_tokens(req.max_tokens, default, len(ids), self.info, "prompt") for ids in prompts]
         shown = [one for ids in prompts for one in [await self.prompts.shown(ids, req)] * (req.n or 1)]
         renderer = CompletionRenderer(
             self._head("cmpl", model),
@@ -188,7 +182,7 @@ class Service:
         await self._refuse_images(req)
         prompt = await self.prompts.of_chat(req)
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
-        max_tokens = fit_max_tokens(requested, self.limits.default_length(None), len(prompt), self.limits, "messages")
+        max_tokens = fit_max_tokens(requested, self.info.default_length(None), len(prompt), self.info, "messages")
         output = await self._constrained(request, self._constraints.of_chat(req, prompt))
         logprobs = (req.top_logprobs or 0) if req.logprobs else None
         shown = [await self.prompts.shown(prompt, req, output.kept)] * (req.n or 1)
@@ -250,7 +244,7 @@ class Service:
         group = Group(arrival)
         stops = tuple(stop_strings(req))
         samplings = [
-            sampling_params(req, self.config, self.limits, max_tokens=most, logprobs=logprobs) for most in max_tokens
+            sampling_params(req, self.config, self.info, max_tokens=most, logprobs=logprobs) for most in max_tokens
         ]
         # What the queue can never hold is the request's fault: a 503 would be tried again for ever.
         most = min(self.config.max_prompts, self.config.max_num_queued_requests)
@@ -284,7 +278,7 @@ class Service:
         req: SamplingFields,
         group: Group,
         prompts: list[list[int]],
-        samplings: list[dict[str, Any]],
+        samplings: list[SamplingParams],
         constraint: CheckedGrammar | None,
     ) -> list[Choice]:
         """Wait until the engine has queued all prompts; a disconnect ends them. Raises ApiError, Disconnected."""

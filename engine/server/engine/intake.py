@@ -11,7 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from kvarena.engine.errors import EngineError, KvarenaError, RequestRejected
-from kvarena.engine.request import Request, SamplingParams, expand
+from kvarena.engine.request import Request, expand
 from kvarena.engine.server.engine.served import Outgoing, Route, ServedEngine
 from kvarena.engine.server.shared.ipc import AddFrame, ToEngine, unpack_ids
 
@@ -68,7 +68,7 @@ class Intake:
         while self.has_backlog:
             if self._ready:
                 owner, frame = self._ready.popleft()
-                self._num_parked -= frame.sampling["n"]
+                self._num_parked -= frame.sampling.n
                 self._add(owner, frame)
             for front, inbox in enumerate(self._inboxes):
                 if inbox:
@@ -99,7 +99,7 @@ class Intake:
                 self._ready.extend(entries)
                 continue
             for front, frame in entries:
-                self._num_parked -= frame.sampling["n"]
+                self._num_parked -= frame.sampling.n
                 self.outs[front].admitted.append((frame.handle, "invalid", error))
 
     def _is_parked(self, front: int, frame: AddFrame) -> bool:
@@ -108,7 +108,7 @@ class Intake:
         if key is None or self.grammars is None or not self.grammars.is_under_way(key):
             return False
         self._parked.setdefault(key, []).append((front, frame))
-        self._num_parked += frame.sampling["n"]
+        self._num_parked += frame.sampling.n
         return True
 
     def _drop_parked(self, front: int, handle: int) -> None:
@@ -116,14 +116,14 @@ class Intake:
 
         def is_meant(entry: tuple[int, AddFrame]) -> bool:
             owner, frame = entry
-            return owner == front and frame.handle <= handle < frame.handle + frame.sampling["n"]
+            return owner == front and frame.handle <= handle < frame.handle + frame.sampling.n
 
         for key, entries in [*self._parked.items(), (None, self._ready)]:
             found = next(filter(is_meant, entries), None)
             if found is None:
                 continue
             entries.remove(found)
-            self._num_parked -= found[1].sampling["n"]
+            self._num_parked -= found[1].sampling.n
             if key is not None and not entries:
                 del self._parked[key]
                 assert self.grammars is not None
@@ -134,7 +134,7 @@ class Intake:
 
     def _add(self, front: int, frame: AddFrame) -> None:
         engine, out = self._engine, self.outs[front]
-        num_new = frame.sampling["n"]
+        num_new = frame.sampling.n
         num_waiting = engine.scheduler.num_waiting + self._num_parked
         if num_waiting + num_new > self._max_queued + self._free_seats():
             out.admitted.append((frame.handle, "queue_full", f"{num_waiting} requests are waiting"))
@@ -161,17 +161,15 @@ class Intake:
 
     def _undo_add(self, front: int, frame: AddFrame) -> None:
         """Take back the choices of a request of which a later one was refused."""
-        for i in range(frame.sampling["n"]):
+        for i in range(frame.sampling.n):
             self._abort(front, frame.handle + i)
 
     def _requests(self, frame: AddFrame) -> list[Request]:
-        sampling = dict(frame.sampling)
-        sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
         now = self._engine.clock.now()
         req = Request(
             request_id=f"{frame.request_id}",
             prompt_token_ids=unpack_ids(frame.prompt),
-            sampling=SamplingParams(**sampling),
+            sampling=frame.sampling,
             arrival_time=now - max(0.0, time.monotonic() - frame.arrival),
             priority=frame.priority,
             client_id=frame.client_id,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvarena.engine.core import Engine
 from kvarena.engine.request import Request
-from kvarena.engine.server.shared.ipc import Finish, ToFront, pack_ids
+from kvarena.engine.server.shared.ipc import EngineInfo, Finish, ToFront, pack_ids
 
 if TYPE_CHECKING:  # llguidance: the supervisor imports this, too
     from kvarena.engine.server.engine.grammars import CompiledGrammar
@@ -40,22 +40,22 @@ class ServedEngine:
     about: dict[str, str] = field(default_factory=dict)
     words: Callable[[str], str] = str
 
-    def info(self) -> dict[str, Any]:
-        """What the fronts are told: the fields of `EngineInfo`."""
+    def info(self) -> EngineInfo:
+        """What the fronts are told."""
         allocator = self.engine.allocator
-        return {
-            "max_model_len": self.max_model_len,
-            "max_request_tokens": allocator.max_request_tokens,
-            "vocab_size": self.vocab_size,
-            "eos_token_ids": sorted(self.eos_token_ids),
-            "num_blocks": allocator.num_blocks,
-            "block_size": allocator.block_size,
-            "constraints": self.compile_grammar is not None,
-            "prompt_logprobs": self.prompt_logprobs,
-            "priorities": self.engine.scheduler.has_priorities,
-            "facts": self.facts,
-            "about": self.about,
-        }
+        return EngineInfo(
+            max_model_len=self.max_model_len,
+            max_request_tokens=allocator.max_request_tokens,
+            vocab_size=self.vocab_size,
+            eos_token_ids=tuple(sorted(self.eos_token_ids)),
+            num_blocks=allocator.num_blocks,
+            block_size=allocator.block_size,
+            constraints=self.compile_grammar is not None,
+            prompt_logprobs=self.prompt_logprobs,
+            priorities=self.engine.scheduler.has_priorities,
+            facts=self.facts,
+            about=self.about,
+        )
 
 
 @dataclass(slots=True)

@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.engine.grammar_checks import CheckedGrammar
-from kvarena.engine.server.front.groups import Choice, EngineGone, EngineInfo, Group, Refused, SlowReader
+from kvarena.engine.server.front.groups import Choice, EngineGone, Group, Refused, SlowReader
 from kvarena.engine.server.shared.ipc import (
     AddFrame,
+    EngineInfo,
     Finish,
     FrameDecoder,
     ToEngine,
@@ -73,7 +75,7 @@ class EngineClient(asyncio.Protocol):
         prompt: list[int],
         *,
         request_id: str,
-        sampling: dict[str, Any],
+        sampling: SamplingParams,
         priority: int = 0,
         client_id: str = "",
         cache_salt: str = "",
@@ -84,10 +86,10 @@ class EngineClient(asyncio.Protocol):
         """Hand a prompt to the engine and wait until it has queued it.
 
         Args:
-            group: where the tokens go; `sampling["n"]` choices are added to it.
+            group: where the tokens go; `sampling.n` choices are added to it.
             prompt: token ids.
             request_id: unique on this server.
-            sampling: fields of SamplingParams.
+            sampling: how its tokens are picked.
             priority, client_id, cache_salt: as in `Request`.
             constraint: key of a grammar that `constrain` has announced.
             shown_id, key: as in `AddFrame`.
@@ -99,7 +101,7 @@ class EngineClient(asyncio.Protocol):
         if self.gone:
             raise EngineGone(self.gone)
         assert self._transport is not None
-        num_choices = sampling["n"]
+        num_choices = sampling.n
         handle = self._next_handle
         self._next_handle = handle + num_choices if handle < MAX_HANDLE else 1
         choices = []
@@ -113,7 +115,7 @@ class EngineClient(asyncio.Protocol):
             choices.append(choice)
         admission = asyncio.get_running_loop().create_future()
         self._admissions[handle] = (admission, choices)
-        ignore_cache = sampling.get("prompt_logprobs") is not None
+        ignore_cache = sampling.prompt_logprobs is not None
         frame = AddFrame(
             handle, request_id, pack_ids(prompt), sampling, group.arrival, priority, client_id, cache_salt,
             ignore_cache, constraint, shown_id, key,
@@ -188,8 +190,8 @@ class EngineClient(asyncio.Protocol):
             elif kind == ToFront.POOL_MAP:
                 self._on_pool_map(message[1])
             elif kind == ToFront.READY:
-                self.info = EngineInfo(**message[1])
-                self.eos_token_ids = frozenset(self.info.eos_token_ids)
+                self.info = message[1]
+                self.eos_token_ids = frozenset(message[1].eos_token_ids)
                 if not self.ready.done():
                     self.ready.set_result(None)
 

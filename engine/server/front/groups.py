@@ -26,23 +26,6 @@ class SlowReader(Exception):
     """The client of a stream reads too slowly."""
 
 
-@dataclass(frozen=True)
-class EngineInfo:
-    """What the engine said when it was ready; see `EngineLoop.announce`."""
-
-    max_model_len: int
-    max_request_tokens: int
-    vocab_size: int
-    eos_token_ids: list[int]
-    num_blocks: int
-    block_size: int
-    constraints: bool
-    prompt_logprobs: bool
-    priorities: bool
-    facts: dict[str, str]
-    about: dict[str, str]
-
-
 @dataclass(eq=False, slots=True)
 class Choice:
     """One sequence of tokens that the engine makes.

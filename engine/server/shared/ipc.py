@@ -1,6 +1,7 @@
 """Frames between fronts and engine: a 4-byte big-endian length, then msgpack.
 
 Token ids and stream handles travel as packed int32 arrays: a step of 256 requests is one frame of a few kilobytes.
+What is checked where it is made (`SamplingParams`, `EngineInfo`) arrives as the same object, and is not checked again.
 A *handle* is an integer that the front picks for each choice of each request; it is unique per front.
 """
 
@@ -11,12 +12,14 @@ import struct
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 import msgpack
 
 from kvarena.engine.errors import EngineError
+from kvarena.engine.request import SamplingParams
 
 _LENGTH = struct.Struct(">I")
 MAX_FRAME_BYTES = 1 << 28
@@ -44,8 +47,45 @@ class ToFront(IntEnum):
     POOL_MAP = 3
 
 
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine can do, as it tells the fronts when it is ready, and what requests must keep to.
+
+    Attributes:
+        max_model_len: prompt + output, in tokens.
+        max_request_tokens: what an empty KV pool holds.
+        vocab_size: token ids are below it.
+        eos_token_ids: the model's end-of-sequence tokens.
+        num_blocks, block_size: the pool's.
+        constraints: whether tokens can be constrained.
+        prompt_logprobs: whether log-probabilities of prompt tokens are returned.
+        priorities: whether the scheduler looks at them.
+        facts: labels of the cache's configuration in `/metrics`.
+        about: what the pages call this engine.
+        defaults: sampling parameters of the model's generation_config.json; the front's own, where they are read.
+    """
+
+    max_model_len: int
+    max_request_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    num_blocks: int = 0
+    block_size: int = 0
+    constraints: bool = False
+    prompt_logprobs: bool = False
+    priorities: bool = False
+    facts: dict[str, str] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, float] = field(default_factory=dict)
+
+    def default_length(self, fallback: int | None) -> int | None:
+        """Output tokens of a request that asks for no number: the model's own, else `fallback`."""
+        given = int(self.defaults.get("max_new_tokens", 0))
+        return given if given > 0 else fallback
+
+
 class AddFrame(NamedTuple):
-    """A new request with `sampling["n"]` choices, whose handles are `handle`, `handle + 1`, ...
+    """A new request with `sampling.n` choices, whose handles are `handle`, `handle + 1`, ...
 
     `arrival` is on the machine's monotonic clock; `prompt` is packed int32; `constraint` is the key of a grammar
     that came before, or None. `shown_id` and `key` are the HTTP request's X-Request-Id and the position of its API
@@ -55,7 +95,7 @@ class AddFrame(NamedTuple):
     handle: int
     request_id: str
     prompt: bytes
-    sampling: dict[str, Any]
+    sampling: SamplingParams
     arrival: float
     priority: int
     client_id: str
@@ -88,9 +128,22 @@ def unpack_ids(data: bytes) -> list[int]:
     return ids.tolist()
 
 
+_ITEMS: tuple[type[Any], ...] = (SamplingParams, EngineInfo)  # travel as themselves, by their place here
+
+
+def _pack(item: Any) -> msgpack.ExtType:
+    return msgpack.ExtType(_ITEMS.index(type(item)), msgpack.packb(item.__getstate__(), use_bin_type=True))
+
+
+def _unpack(place: int, data: bytes) -> Any:
+    item = object.__new__(_ITEMS[place])
+    item.__setstate__(msgpack.unpackb(data, raw=False, use_list=False, strict_map_key=False))
+    return item
+
+
 def encode(message: Sequence[Any]) -> bytes:
     """One frame, its length in front."""
-    body = msgpack.packb(message, use_bin_type=True)
+    body = msgpack.packb(message, use_bin_type=True, default=_pack)
     return _LENGTH.pack(len(body)) + body
 
 
@@ -113,7 +166,8 @@ class FrameDecoder:
             end = start + 4 + length
             if len(buffer) < end:
                 break
-            messages.append(msgpack.unpackb(memoryview(buffer)[start + 4 : end], raw=False, strict_map_key=False))
+            with memoryview(buffer)[start + 4 : end] as body:
+                messages.append(msgpack.unpackb(body, raw=False, strict_map_key=False, ext_hook=_unpack))
             start = end
         if start:
             del buffer[:start]
