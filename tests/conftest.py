@@ -8,6 +8,8 @@ from types import SimpleNamespace
 # Two workers and their servers share the cores; threads of one product would wait for one another. Before torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
+import sparing
 import torch
 import yaml
 
@@ -28,10 +30,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_runtest_setup() -> None:
-    """Before it measures, a run looks for garbage and sets the rest aside, and afterwards takes all back: a quarter of
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Figures and probes only where a test looks at them (sparing.py).
+
+    Before it measures, a run looks for garbage and sets the rest aside, and afterwards takes all back: a quarter of
     a second for each cell, against pauses that no test measures.
     """
+    sparing.set_for_test(
+        is_drawn=item.get_closest_marker("drawn") is not None, is_probed=item.get_closest_marker("probed") is not None
+    )
     job = sys.modules.get("kvarena.experiments.jobs.job")
     if job is not None:
         job.gc = _NO_COLLECTIONS

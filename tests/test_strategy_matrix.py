@@ -35,10 +35,12 @@ TRACES = [make_trace(seed) for seed in range(6)]
 SCHEDULERS = strategy_names("scheduler")
 
 
+@pytest.mark.parametrize("traces", [TRACES[:2], pytest.param(TRACES, marks=pytest.mark.slow)], ids=["two", "all"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize(("allocator", "window"), allocator_cells())
-def test_tokens_plans_ledger_and_pool_are_right(allocator, window, scheduler):
-    for trace in TRACES:
+def test_tokens_plans_ledger_and_pool_are_right(allocator, window, scheduler, traces):
+    """Two traces here; six, and the 10,000 of the fuzzer, in `make test-all`."""
+    for trace in traces:
         for overlap in (False, True):
             run_cell(trace, Cell(allocator, scheduler, overlap, window))
 

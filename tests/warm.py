@@ -24,6 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import sparing
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,8 @@ class WarmProcess:
         _start_forkserver()
         module, argv = ("kvarena.experiments.entry", command) if command[0] != "-m" else (command[1], command[1:])
         self._process = multiprocessing.get_context("forkserver").Process(
-            target=_run, args=(module, argv, str(cwd), str(stdout), str(stderr), dict(env))
+            target=_run,
+            args=(module, argv, str(cwd), str(stdout), str(stderr), dict(env), sparing.drawn, sparing.probed),
         )
         self._process.start()
         self.pid: int = self._process.pid  # type: ignore[assignment]
@@ -109,7 +111,9 @@ def _start_forkserver() -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def _run(module: str, argv: list[str], cwd: str, stdout: str, stderr: str, env: dict[str, str]) -> None:
+def _run(
+    module: str, argv: list[str], cwd: str, stdout: str, stderr: str, env: dict[str, str], drawn: bool, probed: bool
+) -> None:
     """The process's main function."""
     gc.freeze()  # the libraries' objects are no garbage, and collections would copy their pages
     for number, path in ((1, stdout), (2, stderr)):
@@ -119,6 +123,7 @@ def _run(module: str, argv: list[str], cwd: str, stdout: str, stderr: str, env: 
     os.environ.clear()
     os.environ.update(env)
     time.tzset()
+    sparing.set_for_test(is_drawn=drawn, is_probed=probed)
     os.chdir(cwd)
     sys.path[:0] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.argv = argv

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.singleton import Singleton
+from hydra.core.utils import JobRuntime
 from omegaconf import DictConfig, open_dict
 
 from kvarena.experiments.settings import defaults
@@ -48,10 +48,12 @@ def compose_cell(overrides: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
 def _compose(overrides: Sequence[str], *, with_hydra: bool) -> DictConfig:
     # A job that runs under Hydra composes configs of its own: what Hydra keeps for that job stays as it is.
     offer_installed(overrides)
-    state = Singleton.get_state()
-    GlobalHydra.instance().clear()
+    current = GlobalHydra.instance()
+    kept, job = current.hydra, JobRuntime.instance().get("name")
+    current.clear()
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
     finally:
-        Singleton.set_state(state)
+        GlobalHydra.instance().hydra = kept
+        JobRuntime.instance().set("name", job)

@@ -60,13 +60,14 @@ def test_layers_that_it_takes():
     assert not stream.takes(plain._replace(q=apart)), "rows an odd number of elements apart"
 
 
-def test_it_compiles_without_spills_and_fits_twice():
+@pytest.mark.parametrize("groups", [(4, 7), pytest.param(range(1, 9), marks=pytest.mark.slow)], ids=["two", "all"])
+def test_it_compiles_without_spills_and_fits_twice(groups):
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'kvarena[gpu]'")
     try:
         nvrtc_major(nvrtc)
     except OSError as error:
         pytest.skip(str(error))
-    for group in range(1, 9):
+    for group in groups:
         constants, shared_bytes = launch_constants(group, 16, contiguous=group % 2 == 0)
         cubin, said = compile_source(nvrtc, kernel_source("stream_decode", constants))
         assert cubin.startswith(b"\x7fELF")

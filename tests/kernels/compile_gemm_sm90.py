@@ -4,6 +4,7 @@ Run by test_gemm_compile.py in a process of its own, because there the interpret
 """
 
 import json
+import sys
 
 import compile_sm90
 from compile_sm90 import resources
@@ -24,9 +25,9 @@ TYPES = {
 PRODUCTS = ((1, 6144, 4096, False), (1, 28672, 4096, True), (32, 4096, 14336, False), (32, 28672, 4096, True))
 
 
-def gemm_resources():
+def gemm_resources(few):
     table = GemmTable(max_rows=64)
-    for rows, cols, depth, is_glu in PRODUCTS:
+    for rows, cols, depth, is_glu in PRODUCTS[::3] if few else PRODUCTS:
         config = table.find(rows, cols, depth, glu=is_glu)
         assert config is not None
         constants = {
@@ -41,8 +42,8 @@ def gemm_resources():
         )
 
 
-def glu_resources():
-    for num_rows in (32, 128, 192, 256):
+def glu_resources(few):
+    for num_rows in (32, 256) if few else (32, 128, 192, 256):
         tile = glu.glu_tile(num_rows, 6144, 1024, 132)
         constants = {
             "STEPS": 1024 // tile.depth, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "PAIRED": 8,
@@ -58,7 +59,8 @@ def main():
         raise SystemExit("run with TRITON_INTERPRET=0")
     attention_type = compile_sm90.argument_type
     compile_sm90.argument_type = lambda name: TYPES.get(name) or attention_type(name)
-    found = dict(gemm_resources()) | dict(glu_resources())
+    few = "--few" in sys.argv
+    found = dict(gemm_resources(few)) | dict(glu_resources(few))
     found["draw"] = resources(sample.draw_kernel, {"TILE": 1024, "PARTS": 128, "FAST": True}, 4, 3)
     found["expand"] = resources(step.expand_kernel, {"BLOCK_SIZE": 16, "CHUNK": 512}, 2, 3)
     found["expand tokens"] = resources(step.expand_tokens_kernel, {"BLOCK_SIZE": 16, "BLOCK": 128}, 4, 3)

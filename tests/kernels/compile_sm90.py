@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -38,6 +39,7 @@ ATTENTION = {
 # One of each configuration that `decode_config` knows; for the most common heads and the largest.
 DECODE_ROWS = (1, 16, 32, 256)
 EVERY_CONFIG = ("llama-8b", "gemma2")
+FEW = ("llama-8b", "gpt-oss")  # with --few: every configuration of one, and what the other adds
 MEMORY_ACCESS = re.compile(r"\b(ld\.global|st\.global|cp\.async|atom\.)")
 INTEGERS = {"items_ptr", "query_loc_ptr", "seq_lens_ptr", "table_ptr", "counters_ptr"}
 FLOATS = {"partial_ptr", "stats_ptr", "cos_ptr", "sin_ptr"}
@@ -92,8 +94,10 @@ def launch(config):
     return config.num_warps, config.num_stages, config.max_registers
 
 
-def attention_resources():
+def attention_resources(few):
     for name, (head_dim, group, block_size, options) in ATTENTION.items():
+        if few and name not in FEW:
+            continue
         group_pad, dim_pad = next_power_of_2(group), max(16, next_power_of_2(head_dim))
         shared = {
             "GROUP": group,
@@ -144,4 +148,4 @@ if __name__ == "__main__":
         raise SystemExit("set TRITON_INTERPRET=0")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        print(json.dumps(dict(attention_resources()) | dict(fused_resources())))
+        print(json.dumps(dict(attention_resources("--few" in sys.argv)) | dict(fused_resources())))

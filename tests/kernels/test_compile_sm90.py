@@ -14,16 +14,19 @@ SHARED_MEMORY = 227 * 1024
 REGISTERS = 65536
 
 
-@pytest.fixture(scope="module")
-def resources():
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def resources(request):
+    """Of two families' kernels; of all of them in `make test-all`."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, SCRIPT, *(["--few"] if request.param == "few" else [])]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert len(found) == {"few": 11, "all": 22}[request.param]
+    return found
 
 
 def test_nothing_spills(resources):
-    assert len(resources) == 22
     spilled = {name: r for name, r in resources.items() if r["stack"] or r["local"] or r["reg"] > 255}
     assert not spilled
 

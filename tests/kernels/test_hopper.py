@@ -1,5 +1,7 @@
 """The CUDA kernels for Hopper: which launch serves what, that they compile without spills, and their products."""
 
+from itertools import islice
+
 import pytest
 import torch
 
@@ -100,20 +102,21 @@ def sources():
             yield "stream_gemm", constants, rows
 
 
-def test_every_launch_compiles_without_spills():
+@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)], ids=["a sixth", "all"])
+def test_every_launch_compiles_without_spills(step):
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'kvarena[gpu]'")
     try:
         nvrtc_major(nvrtc)
     except OSError as error:
         pytest.skip(str(error))
     count = 0
-    for name, constants, cols in sources():
+    for name, constants, cols in islice(sources(), None, None, step):
         cubin, said = compile_source(nvrtc, kernel_source(name, constants, cols))
         assert cubin.startswith(b"\x7fELF")
         assert " 0 bytes spill stores, 0 bytes spill loads" in said, (constants, said)
         assert "warning" not in said, (constants, said)
         count += 1
-    assert count > 20
+    assert count > 20 // step
 
 
 def reference(x, weight, *, norm=None, residual=None, glu=False):

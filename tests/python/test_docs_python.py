@@ -37,6 +37,18 @@ def test_no_paragraph_is_a_table_in_disguise():
     assert max(map(len, cells + paragraphs)) <= 400
 
 
+def test_the_notebook_s_code_runs(monkeypatch):
+    """In this process and without its pictures; in a kernel of its own, with them, in `make test-all`."""
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    scope: dict = {"__name__": "__main__"}
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        code = "".join(line for line in cell["source"] if not line.startswith("%"))
+        exec(compile(code, NOTEBOOK.name, "exec"), scope)
+    assert "Frugal × continuous" in list(scope["comparison"].cells["label"])
+
+
+@pytest.mark.slow
 def test_the_notebook_runs(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(DOCS.parent))  # of the kernel
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")

@@ -1,4 +1,7 @@
-"""The wheel, installed beside a user's own packages called as our folders are."""
+"""The wheel, installed beside a user's own packages called as our folders are.
+
+What is in it is looked at in `make test`; that it runs, in four interpreters of their own, in `make test-all`.
+"""
 
 import os
 import shutil
@@ -82,6 +85,7 @@ def test_the_wheel_brings_one_package(installed):
     assert (installed / f"kvarena-{version}.dist-info").is_dir()
 
 
+@pytest.mark.slow
 def test_it_runs_beside_packages_of_the_same_names(installed, own):
     bench = [sys.executable, "-m", "kvarena", "bench", *SIMULATED, "hydra.run.dir=bench", "report.pages=false"]
     assert '"num_finished": 2' in run([*bench, "allocator._target_=experiments.mine.Mine"], own, installed)

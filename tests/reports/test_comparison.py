@@ -8,6 +8,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sparing
 from fake_runs import REQUEST_SCHEMA, STEP_SCHEMA, fake_run, write_run
 from rich.console import Console
 
@@ -41,7 +42,8 @@ def sweep(tmp_path_factory):
         fake_run(path / str(index), allocator, scheduler, num_requests=24)
     failed = [{"name": "buddy x static", "error": "the pool is too small for one block"}]
     _sweep(path, list("0123"), failed=failed)
-    return path, write_comparison(path)
+    with sparing.nothing_spared():
+        return path, write_comparison(path)
 
 
 def test_writes_every_file(sweep):
@@ -49,6 +51,8 @@ def test_writes_every_file(sweep):
     assert json.loads((path / "summary.json").read_text()) == summary
     page = (path / "report.html").read_text()
     assert len(page) < 3_000_000
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids)) > 100, "ids of different figures clash"
     assert "the pool is too small for one block" in page
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:)[^"']*""", page)
     markdown = (path / "report.md").read_text()

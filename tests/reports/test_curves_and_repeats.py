@@ -66,6 +66,7 @@ def test_every_cell_is_paired_with_the_baseline_of_its_seed_and_rate(cells):
         assert cell.baseline.conditions == cell.conditions
 
 
+@pytest.mark.drawn
 def test_seeds_fold_away(cells, tmp_path):
     """A row per strategy and rate; the runs themselves in an appendix."""
     summary = summarize_comparison(cells, [])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import sparing
 from browser import BROWSER, Browser
 from fake_runs import fake_run
 
@@ -22,7 +23,12 @@ COLORS = """(() => {
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """report.html of a run, a comparison and an experiment."""
+    """report.html of a run, a comparison and an experiment, with all that they draw."""
+    with sparing.nothing_spared():
+        return written(tmp_path_factory)
+
+
+def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     runs = [fake_run(root / name, name, num_requests=24, kv_map=True) for name in ("contiguous", "paged")]
     write_run_report(runs[0])

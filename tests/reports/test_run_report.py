@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sparing
 from fake_runs import REQUEST_SCHEMA, STEP_SCHEMA, fake_run, write_run
 
 from kvarena.reports.drawing.document import render_html, render_markdown
@@ -24,7 +25,8 @@ from kvarena.reports.reading.files import CLASSES, read_run
 def made(tmp_path_factory):
     """A static contiguous run, its report and its summary."""
     run_dir = fake_run(tmp_path_factory.mktemp("runs") / "run", "contiguous", "static", num_requests=24)
-    return run_dir, write_run_report(run_dir)
+    with sparing.nothing_spared():
+        return run_dir, write_run_report(run_dir)
 
 
 def test_writes_every_file(made):
@@ -93,6 +95,7 @@ def test_requests_csv_has_a_row_per_request(made):
     assert rows[0]["ttft_seconds"] == "" and float(rows[5]["ttft_seconds"]) > 0
 
 
+@pytest.mark.drawn
 def test_the_same_files_give_the_same_report(made, tmp_path):
     run_dir = made[0]
     other = tmp_path / "copy"
@@ -111,10 +114,19 @@ def _rows(run_dir, name, schema):
     return pq.read_table(run_dir / name, schema=schema).to_pylist()
 
 
+EDGES = ("all_rejected", "none_finished", "one_step", "one_token", "no_token_times", "nothing")
+
+
 @pytest.mark.parametrize(
-    "case", ["all_rejected", "none_finished", "one_step", "one_token", "no_token_times", "nothing"]
+    ("case", "is_drawn"),
+    [
+        *((case, False) for case in EDGES),
+        *(pytest.param(case, True, marks=[pytest.mark.drawn, pytest.mark.slow]) for case in EDGES[1:]),
+        pytest.param(EDGES[0], True, marks=pytest.mark.drawn),
+    ],
 )
-def test_edges(tmp_path, case):
+def test_edges(tmp_path, case, is_drawn):
+    """One of them with its figures drawn to the end; all of them in `make test-all`."""
     run_dir = fake_run(tmp_path / "run", num_requests=8, one_token=case == "one_token")
     rows = _rows(run_dir, "requests.parquet", REQUEST_SCHEMA)
     steps = _rows(run_dir, "steps.parquet", STEP_SCHEMA)

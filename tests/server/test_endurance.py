@@ -61,7 +61,7 @@ def _hang_ups(server: RunningServer, count: int, seed: int, at_once: int = 24) -
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("count", (600, pytest.param(10_000, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("count", (150, pytest.param(10_000, marks=pytest.mark.slow)))
 def test_31_hang_ups_by_the_thousand_leave_nothing(server, count):
     _hang_ups(server, count // 3, seed=1)
     server.wait_idle()
@@ -128,7 +128,7 @@ def _mix(server: RunningServer, seconds: float, seed: int) -> Counter[str]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seconds", (6, pytest.param(600, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("seconds", (3, pytest.param(600, marks=pytest.mark.slow)))
 def test_41_a_long_mix_leaves_nothing(server, seconds):
     _mix(server, seconds / 3, seed=100)
     server.wait_idle()
@@ -163,12 +163,13 @@ def _whole_suite(server: RunningServer) -> None:
         test(server)
 
 
-def test_after_the_whole_suite_the_server_is_as_before(server):
-    for _ in range(2):
+@pytest.mark.parametrize("times", (1, pytest.param(4, marks=pytest.mark.slow)))
+def test_after_the_whole_suite_the_server_is_as_before(server, times):
+    for _ in range(times):
         _whole_suite(server)
     server.wait_idle()
     before = Footprint.of(server)
-    for _ in range(2):
+    for _ in range(times):
         _whole_suite(server)
     assert_flat(server, before)
     slots = server.slots()

@@ -209,7 +209,13 @@ def test_a_run_outside_of_what_was_fitted_says_so_first(
     inside = Path(record(tmp_path / "inside", 0, f"runner.profile={profile}"))
     [simulated] = read_summary(inside)["notices"]
     assert simulated.startswith("Simulated: ")
-    many = ["workload.num_requests=200", "kv_cache.num_slots=65536", "scheduler=chunked", "report.pages=true"]
+    many = [
+        "workload.num_requests=200",
+        "kv_cache.num_slots=65536",
+        "scheduler=chunked",
+        "report.pages=true",
+        "report.kv_map=false",
+    ]
     outside = Path(record(tmp_path / "outside", 0, f"runner.profile={profile}", *many))
     line, simulated = read_summary(outside)["notices"]
     assert simulated.startswith("Simulated: ")

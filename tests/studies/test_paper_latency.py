@@ -24,12 +24,16 @@ FIGURE_12 = (
 )
 
 
+SIZES = pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one", "seeds"])
+
+
 def verdicts(findings):
     return {claim.quantity: claim.verdict for claim in findings.claims}
 
 
-def test_figure_12_orders_the_systems_and_notices_equal_ones(tmp_path):
-    findings, _ = run_study(tmp_path, *FIGURE_12)
+@SIZES
+def test_figure_12_orders_the_systems_and_notices_equal_ones(tmp_path, thorough):
+    findings, _ = run_study(tmp_path, *FIGURE_12, *(() if thorough else ("study.seeds=[0]",)))
     found = {claim.quantity: claim for claim in findings.claims}
     ratios = {name: found[f"load that vLLM sustains, over {name}"].ours for name in SUSTAINED_RATIOS}
     assert 1 < ratios["Orca (Oracle)"] < ratios["Orca (Max)"] < ratios["FasterTransformer"]
@@ -38,7 +42,7 @@ def test_figure_12_orders_the_systems_and_notices_equal_ones(tmp_path):
     assert loads["vLLM"].stated == 1.9 and loads["vLLM"].kind is Kind.VALUE
     (chart,) = findings.charts
     assert [series.name for series in chart.series] == [*orca.SYSTEMS, orca.FASTER_TRANSFORMER]
-    assert all(len(series.low) == len(series.y) for series in chart.series)
+    assert not thorough or all(len(series.low) == len(series.y) for series in chart.series)  # one seed has no interval
     study = instantiate(compose_cell(list(FIGURE_12))[0].study)
     curve = Curve([0.2, 6], [0.05, 1.0])
     equal = {claim.quantity: claim.verdict for claim in study._claims(dict.fromkeys(EVERY, Tried([curve, curve])), {})}
@@ -71,25 +75,28 @@ def test_where_a_curve_crosses_a_limit():
     assert highest_below(Curve([1, 2], [0.1, 0.2]), 0.3) is None
 
 
-def test_large_blocks_cost_alpaca_and_not_sharegpt(tmp_path):
-    small = (
-        "experiment=paper_fig18", "study.block_sizes=[16,256]", "study.duration={sharegpt:60,alpaca:20}",
-        "study.seeds=[0,1]",
-    )  # fmt: skip
+@SIZES
+def test_large_blocks_cost_alpaca_and_not_sharegpt(tmp_path, thorough):
+    size = ("study.duration={sharegpt:60,alpaca:20}", "study.seeds=[0,1]")
+    if not thorough:
+        size = ("study.duration={sharegpt:10,alpaca:12}", "study.seeds=[0]")
+    small = ("experiment=paper_fig18", "study.block_sizes=[16,256]", *size)
     findings, _ = run_study(tmp_path / "right", *small, "study.rates={sharegpt:2,alpaca:60}", "study.ideal=null")
     found = {claim.quantity: claim for claim in findings.claims}
     large, good = (found[f"(b) alpaca, block size {size}: latency against the best"] for size in (256, 16))
-    assert large.ours > 2 and good.ours == 1 and good.verdict is Verdict.HOLDS
+    assert large.ours > 2 and good.ours == 1
+    assert good.verdict is (Verdict.HOLDS if thorough else Verdict.NOT_DECIDED)
     assert found["(b) alpaca, largest latency, at block size 256"].ours > 0.5
     easy, _ = run_study(tmp_path / "easy", *small, "study.rates={sharegpt:1,alpaca:2}", "study.ideal_seeds=[0]")
     claim = {claim.quantity: claim for claim in easy.claims}["(b) alpaca, block size 256: latency against the best"]
-    assert claim.verdict is Verdict.DIFFERS and claim.beside is not None and claim.beside_low is None
+    assert claim.verdict is (Verdict.DIFFERS if thorough else Verdict.NOT_DECIDED)
+    assert claim.ours < 1.5 and claim.beside is not None and claim.beside_low is None
     assert easy.beside == "ideal card (a100-40gb, seed 0)"
 
 
 def test_samples_save_memory_only_where_blocks_are_shared(tmp_path, monkeypatch):
     small = (
-        "experiment=paper_fig15", "study.num_samples=[6]", "study.num_requests={sharegpt:50,alpaca:150}",
+        "experiment=paper_fig15", "study.num_samples=[6]", "study.num_requests={sharegpt:16,alpaca:50}",
         "study.seeds=[0,1]",
     )  # fmt: skip
     findings, _ = run_study(tmp_path / "right", *small)

@@ -8,11 +8,13 @@ from kvarena.experiments.settings.compose import compose_cell
 from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.studies.claims import Kind, Verdict
 
-SMALL = ("experiment=sarathi_stalls", "study.rates=[2,7,16]", "study.duration=15", "study.seeds=[0,1]")
+SMALL = ("experiment=sarathi_stalls", "study.rates=[2,7,16]", "study.duration=15")
+SEEDS = pytest.mark.parametrize("seeds", ["[0]", pytest.param("[0,1]", marks=pytest.mark.slow)])
 
 
-def test_chunks_bound_the_gap_and_whole_prompts_do_not(tmp_path):
-    findings, _ = run_study(tmp_path, *SMALL)
+@SEEDS
+def test_chunks_bound_the_gap_and_whole_prompts_do_not(tmp_path, seeds):
+    findings, _ = run_study(tmp_path, *SMALL, f"study.seeds={seeds}")
     capacity, *ratios, bounded, unbounded = findings.claims
     assert capacity.kind is Kind.VALUE and capacity.stated == 2.6 and capacity.ours > 1
     assert {claim.kind for claim in ratios} == {Kind.OURS} and ratios[1].ours > 1
@@ -20,8 +22,9 @@ def test_chunks_bound_the_gap_and_whole_prompts_do_not(tmp_path):
     assert bounded.verdict is unbounded.verdict is Verdict.PASSES
 
 
-def test_chunks_as_long_as_prompts_gain_nothing(tmp_path):
-    findings, _ = run_study(tmp_path, *SMALL, "study.token_budget=8192")
+@SEEDS
+def test_chunks_as_long_as_prompts_gain_nothing(tmp_path, seeds):
+    findings, _ = run_study(tmp_path, *SMALL, f"study.seeds={seeds}", "study.token_budget=8192")
     assert findings.claims[0].ours < 1.5
 
 

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import sparing
 import warm
 
 from kvarena.experiments.settings.compose import compose_cell
@@ -31,6 +32,7 @@ def run(out: Path, stated: int, *more: str) -> subprocess.CompletedProcess:
     return warm.run(command, ROOT)
 
 
+@pytest.mark.drawn
 def test_a_study_runs_its_cells_and_reports_its_claims(tmp_path):
     done = run(tmp_path, stated=3)
     assert done.returncode == 0, done.stderr
@@ -58,6 +60,7 @@ def test_a_study_runs_its_cells_and_reports_its_claims(tmp_path):
     for fact in ("```sh\npython run.py", "| seeds of the workload | 0 |", "| versions | python 3", "| commit |"):
         assert fact in markdown
     assert "imulated" not in markdown
+    assert (tmp_path / "figures" / "rates.png").stat().st_size > 5000
     before = (tmp_path / "report.html").read_text()
     (tmp_path / "report.html").unlink()
     assert make_report([tmp_path]) == tmp_path / "report.html"
@@ -68,6 +71,7 @@ def test_simulated_cells_are_named_in_title_headline_facts_and_on_the_terminal(t
     profile = ("model=opt-13b-shape", "engine.dtype=auto", "workload.seed=7")
     done = run(tmp_path, 3, "runner=simulated", "runner.profile=a100-40gb-vllm-2023", *profile)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "figures" / "rates.png").read_bytes() == sparing.PIXEL  # nobody looks at it
     title, _, headline, *rest = (tmp_path / "report.md").read_text().splitlines()
     assert title == "# One cell (simulated)"
     assert headline == "Simulated: 3 requests finish."
