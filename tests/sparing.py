@@ -1,5 +1,8 @@
 """What tests are spared unless they look at it: 3 s of processor time for a page's figures, 1.3 s for a cell's probe.
 
+A command's config is composed once, not first to look for `hydra.mode` in it, which no file of ours sets, and the same
+command's of later tests is a copy: 0.1 s each time.
+
 Figures are made as ever, from the same data; what an own page shows of them is an empty picture. A test that looks at
 pictures has the marker `drawn`, one that looks at the probe `probed`. Both hold for the processes of warm.py, too.
 """
@@ -8,6 +11,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +22,10 @@ PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 )
 EMPTY = '<svg width="1pt" height="1pt" viewBox="0 0 1 1" xmlns="http://www.w3.org/2000/svg"></svg>'
+ROOT = Path(__file__).resolve().parents[1]
 drawn = probed = False  # by the test that runs
 _originals: dict[str, Any] = {}
+_composed: dict[tuple[Any, ...], Any] = {}
 
 
 def set_for_test(*, is_drawn: bool, is_probed: bool) -> None:
@@ -28,6 +35,8 @@ def set_for_test(*, is_drawn: bool, is_probed: bool) -> None:
     # Only what is loaded: a test that draws nothing does not pay for the import.
     _replace("matplotlib.figure", "Figure.savefig", _save_nothing, not drawn)
     _replace("kvarena.experiments.recording.contention", "run_probe", _quiet_machine, not probed)
+    _replace("hydra._internal.config_loader_impl", "ConfigLoaderImpl.load_configuration", _compose_once, True)
+    _replace("hydra._internal.hydra", "Hydra.get_mode", _mode, True)
 
 
 @contextlib.contextmanager
@@ -57,6 +66,52 @@ def _save_nothing(self: Any, file: str | Path | IO[str], *, format: str, **_: An
         file.write(EMPTY)  # type: ignore[union-attr]
     else:
         Path(file).write_bytes(PIXEL)  # type: ignore[arg-type]
+
+
+def _compose_once(
+    self: Any,
+    config_name: str | None,
+    overrides: list[str],
+    run_mode: Any,
+    from_shell: bool = True,
+    validate_sweep_overrides: bool = True,
+) -> Any:
+    """Of commands alone, whose configs hang on nothing but what is in the key and our own conf/."""
+
+    def compose() -> Any:
+        original = _originals["ConfigLoaderImpl.load_configuration"]
+        return original(self, config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+
+    paths = tuple(element.path for element in self.config_search_path.get_path())
+    if not from_shell or any("searchpath" in one for one in overrides) or not _is_ours(paths):
+        return compose()
+    from hydra.core.config_store import ConfigStore
+
+    nodes = tuple(_leaves(ConfigStore.instance().repo))  # an installed strategy is another one
+    key = (paths, config_name, *overrides, run_mode, validate_sweep_overrides, os.getcwd(), *map(id, nodes))
+    if key not in _composed:
+        if len(_composed) > 100:
+            _composed.clear()
+        _composed[key] = copy.deepcopy(compose()), nodes  # while they live no other one has their ids
+    return copy.deepcopy(_composed[key][0])
+
+
+def _mode(self: Any, config_name: str | None, overrides: list[str]) -> Any:
+    said = any("hydra.mode" in one for one in overrides)
+    return _originals["Hydra.get_mode"](self, config_name, overrides) if said else None
+
+
+def _is_ours(paths: tuple[str, ...]) -> bool:
+    files = [Path(path.removeprefix("file://")) for path in paths if path.startswith(("file:", "/"))]
+    return [path.resolve() for path in files] == [ROOT / "conf"]
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    for branch in tree.values():
+        if isinstance(branch, dict):
+            yield from _leaves(branch)
+        else:
+            yield branch
 
 
 def _quiet_machine(*_: Any, **__: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import warm
 from hydra import compose, initialize_config_dir
 from hydra.core.utils import configure_log
 
@@ -29,9 +30,13 @@ WORKLOAD = [
 ]
 
 
-def run(*args: str, cwd: Path) -> dict:
-    command = [sys.executable, str(ROOT / "run.py"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=250, check=False)
+def run(*args: str, cwd: Path, is_fresh: bool) -> dict:
+    command = [str(ROOT / "run.py"), *args]
+    if is_fresh:
+        command = [sys.executable, *command]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=250, check=False)
+    else:
+        done = warm.run(command, cwd)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -48,10 +53,12 @@ def cells(sweep: Path) -> list[Path]:
     return [sweep / name for name in json.loads((sweep / "sweep.json").read_text())["runs"]]
 
 
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["warm", pytest.param("fresh", marks=pytest.mark.slow)])
+def sweep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In a warm process that draws nothing; in an interpreter of its own, with all figures, in `make test-all`."""
     cwd = tmp_path_factory.mktemp("sweep")
-    result = run("-m", "allocator=contiguous,paged", "scheduler=static,continuous", *WORKLOAD, cwd=cwd)
+    result = run("-m", "allocator=contiguous,paged", "scheduler=static,continuous", *WORKLOAD, cwd=cwd,
+                 is_fresh=request.param == "fresh")  # fmt: skip
     assert result["failed"] == []
     return cwd / result["sweep_dir"]
 

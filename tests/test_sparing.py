@@ -1,4 +1,4 @@
-"""What tests are spared is there for one that looks at it (tests/studies/test_study_frame.py: in warm processes too)."""
+"""What tests are spared is there for one that looks at it (in warm processes: tests/studies/test_study_frame.py)."""
 
 import pytest
 import sparing

@@ -28,7 +28,9 @@ def test_a_process_that_waits_has_no_share_and_one_that_works_has_one():
 
 
 @pytest.mark.probed
-def test_the_probe_is_run_before_and_after():
+def test_the_probe_is_run_before_and_after(monkeypatch):
+    for name in ("WARM_SECONDS", "SLICE_SECONDS"):
+        monkeypatch.setattr(f"kvarena.experiments.recording.contention.{name}", 0.01)
     contention = Contention(probe=True, cuda=False)
     contention.before()
     with contention:

@@ -44,7 +44,12 @@ def _without_its_head(block_table):
 
 
 @pytest.mark.parametrize(
-    "sampling", [(), ("sampling.temperature=0.7",), ("sampling.temperature=0.7", "sampling.top_k=20")]
+    "sampling",
+    [
+        pytest.param((), marks=pytest.mark.slow),  # in make test: with wrong KV, below
+        pytest.param(("sampling.temperature=0.7",), marks=pytest.mark.slow),
+        ("sampling.temperature=0.7", "sampling.top_k=20"),
+    ],
 )
 def test_strategies_differ_by_rounding_alone(tmp_path, sampling):
     same, folders = run_pair(tmp_path, "driver.scores=8", "engine.overlap=true", *sampling)
