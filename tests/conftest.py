@@ -28,6 +28,7 @@ def pytest_collection_finish() -> None:
     """The libraries' objects are no garbage: a collection looked through all of them, 0.3 s each time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

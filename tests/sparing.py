@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 )
 EMPTY = '<svg width="1pt" height="1pt" viewBox="0 0 1 1" xmlns="http://www.w3.org/2000/svg"></svg>'
+gc.disable()  # while imports alone run, which make no garbage: 1.4 s for each worker (on again in conftest.py)
+
 ROOT = Path(__file__).resolve().parents[1]
 drawn = probed = False  # by the test that runs
 _originals: dict[str, Any] = {}

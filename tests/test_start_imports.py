@@ -56,6 +56,7 @@ def imports_of(code: str) -> tuple[list[int], set[str]]:
             FIRST_TOKEN,
             (WEB | REPORTS | {"hydra", "omegaconf"}) - {"httpcore", "jinja2", "rich"},
             id="the benchmark's engine",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -63,7 +64,9 @@ def test_a_process_that_starts_leaves_alone_what_others_need(code, unwanted):
     assert not imports_of(code)[1] & unwanted
 
 
-@pytest.mark.parametrize("code", [ENGINE, FIRST_TOKEN], ids=["the server's engine", "the benchmark's engine"])
+@pytest.mark.parametrize(
+    "code", [ENGINE, pytest.param(FIRST_TOKEN, marks=pytest.mark.slow)], ids=["server", "benchmark"]
+)
 def test_imports_are_not_looked_through_for_garbage(code):
     """All of it was, again and again: a fifth of the time that they took."""
     *collections, num_modules = imports_of(code)[0]

@@ -67,6 +67,7 @@ def cluster():
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_cell_whose_worker_dies_is_an_error_of_its_own(cluster, tmp_path):
     @cluster.remote(max_retries=0)
     def task(index, overrides, sweep):
