@@ -116,6 +116,7 @@ def _run(
 ) -> None:
     """The process's main function."""
     gc.freeze()  # the libraries' objects are no garbage, and collections would copy their pages
+    gc.enable()  # sparing.py had switched it off for a worker's imports
     for number, path in ((1, stdout), (2, stderr)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, number)
