@@ -31,9 +31,17 @@ def verdicts(findings):
     return {claim.quantity: claim.verdict for claim in findings.claims}
 
 
+@pytest.fixture(scope="module")
+def one_seed(tmp_path_factory):
+    """Curves whose given rates are all below the limit, or nearly."""
+    rates = FIGURE_12[2].replace("[0.2,6]", "[0.1,0.4]")
+    small = (*FIGURE_12, rates, "study.seeds=[0]", "study.step=16")
+    return run_study(tmp_path_factory.mktemp("figure-12"), *small)[0]
+
+
 @SIZES
-def test_figure_12_orders_the_systems_and_notices_equal_ones(tmp_path, thorough):
-    findings, _ = run_study(tmp_path, *FIGURE_12, *(() if thorough else ("study.seeds=[0]",)))
+def test_figure_12_orders_the_systems_and_notices_equal_ones(request, tmp_path, thorough):
+    findings = run_study(tmp_path, *FIGURE_12)[0] if thorough else request.getfixturevalue("one_seed")
     found = {claim.quantity: claim for claim in findings.claims}
     ratios = {name: found[f"load that vLLM sustains, over {name}"].ours for name in SUSTAINED_RATIOS}
     assert 1 < ratios["Orca (Oracle)"] < ratios["Orca (Max)"] < ratios["FasterTransformer"]
@@ -50,13 +58,11 @@ def test_figure_12_orders_the_systems_and_notices_equal_ones(tmp_path, thorough)
     assert equal["load that vLLM sustains, over FasterTransformer"] is Verdict.LESS
 
 
-def test_a_curve_goes_on_until_it_is_above_every_limit(tmp_path):
-    rates = FIGURE_12[2].replace("[0.2,6]", "[0.1,0.4]")
-    findings, _ = run_study(tmp_path, *FIGURE_12, rates, "study.seeds=[0]", "study.step=16")
-    for series in findings.charts[0].series:
+def test_a_curve_goes_on_until_it_is_above_every_limit(one_seed):
+    for series in one_seed.charts[0].series:
         assert series.y[-1] > 0.2 >= series.y[-2] and series.x[-1] >= 6.4
     # One seed has no interval, so nothing is decided by it.
-    judged = {claim.verdict for claim in findings.claims}
+    judged = {claim.verdict for claim in one_seed.claims}
     assert judged == {Verdict.NOT_DECIDED}
 
 
