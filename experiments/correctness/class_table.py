@@ -16,10 +16,20 @@ others: {counts}.
 
     python -m kvarena.experiments.correctness.model_classes --jobs 2 --write docs/models.md
 
-Of each class a random checkpoint (fp32, 4 layers where its config allows; windows and attention chunks of 8 tokens,
-selections of 4 keys, temperature steps of 4; prompts of 13 to 40 tokens) is run greedily in three settings, `paged x
-continuous` in a pool that preempts, `contiguous x static` and `paged_prefix x chunked` with shared prefixes, and its
-tokens are compared with transformers' own `generate`.
+Of each class a random checkpoint is run greedily in three settings, `paged x continuous` in a pool that preempts,
+`contiguous x static` and `paged_prefix x chunked` with shared prefixes, and its tokens are compared with transformers'
+own `generate`.
+
+It is fp32, has 4 layers where its config allows, windows and attention chunks of 8 tokens, selections
+of 4 keys and temperature steps of 4; prompts have 13 to 40 tokens.
+
+## Limits
+
+- Random weights of a few layers: that a class is equal says nothing of a checkpoint's quality, nor of 16 bits.
+- Text alone: towers for pictures or sound are not tried.
+- One version of transformers; another one may add classes, or change them.
+
+## Classes
 
 - **equal**: the same tokens in all three. A limit on the context stands beside it.
 - **refused**: the line comes at load, before any request.
