@@ -1,4 +1,4 @@
-"""docs/python.md and the notebook, as they are written."""
+"""docs/python.md, the README and the notebook, as they are written."""
 
 import json
 import re
@@ -21,6 +21,17 @@ def test_the_page_runs_as_written(capsys):
     assert len(BLOCKS) == 5
     said = capsys.readouterr().out
     assert "paged x continuous served 4 of 4 requests" in said and "The engine keeps" in said
+
+
+def test_the_readme_runs_as_written(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "openai" not in block]
+    scope: dict = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    assert len(blocks) == 2 and scope["result"].summary.num_finished == 4
+    assert "tpot" in capsys.readouterr().out
 
 
 def test_the_page_names_everything_that_there_is():

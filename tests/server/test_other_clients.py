@@ -1,9 +1,10 @@
-"""litellm, langchain-openai and schemathesis, unmodified. Each is skipped where it is not installed."""
+"""litellm, langchain-openai, schemathesis, unmodified; the README's client. Each is skipped where it is not installed."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -26,6 +27,17 @@ def test_litellm_in_an_environment_of_its_own(server):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=kept | env)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     server.assert_alive()
+
+
+def test_the_readmes_client(server, capsys):
+    pytest.importorskip("openai")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [block] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "openai" in block]
+    for written, here in (("http://127.0.0.1:8000", server.url), ('"none"', repr(KEY))):
+        assert written in block
+        block = block.replace(written, here)
+    exec(compile(block, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out) > 10
 
 
 @pytest.fixture
