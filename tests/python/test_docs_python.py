@@ -23,8 +23,7 @@ def test_the_page_runs_as_written(capsys):
     assert "paged x continuous served 4 of 4 requests" in said and "The engine keeps" in said
 
 
-def test_the_readme_runs_as_written(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_the_readme_runs_as_written(capsys):
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "openai" not in block]
     scope: dict = {"__name__": "__main__"}

@@ -1,4 +1,4 @@
-"""litellm, langchain-openai, schemathesis, unmodified; the README's client. Each is skipped where it is not installed."""
+"""litellm, langchain-openai, schemathesis, unmodified, and the README's client. One that is not there is skipped."""
 
 from __future__ import annotations
 
