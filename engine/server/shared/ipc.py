@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import msgpack
@@ -129,15 +130,20 @@ def unpack_ids(data: bytes) -> list[int]:
 
 
 _ITEMS: tuple[type[Any], ...] = (SamplingParams, EngineInfo)  # travel as themselves, by their place here
+_READ = [attrgetter(*kind.__slots__) for kind in _ITEMS]
+_WRITE = [[getattr(kind, name).__set__ for name in kind.__slots__] for kind in _ITEMS]  # past frozen's own
 
 
 def _pack(item: Any) -> msgpack.ExtType:
-    return msgpack.ExtType(_ITEMS.index(type(item)), msgpack.packb(item.__getstate__(), use_bin_type=True))
+    place = _ITEMS.index(type(item))
+    return msgpack.ExtType(place, msgpack.packb(_READ[place](item), use_bin_type=True))
 
 
 def _unpack(place: int, data: bytes) -> Any:
     item = object.__new__(_ITEMS[place])
-    item.__setstate__(msgpack.unpackb(data, raw=False, use_list=False, strict_map_key=False))
+    values = msgpack.unpackb(data, raw=False, use_list=False, strict_map_key=False)
+    for put, value in zip(_WRITE[place], values, strict=True):
+        put(item, value)
     return item
 
 
