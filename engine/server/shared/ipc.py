@@ -132,11 +132,12 @@ def unpack_ids(data: bytes) -> list[int]:
 _ITEMS: tuple[type[Any], ...] = (SamplingParams, EngineInfo)  # travel as themselves, by their place here
 _READ = [attrgetter(*kind.__slots__) for kind in _ITEMS]
 _WRITE = [[getattr(kind, name).__set__ for name in kind.__slots__] for kind in _ITEMS]  # past frozen's own
+_packer = msgpack.Packer(use_bin_type=True)  # a new one costs more than what it packs
 
 
 def _pack(item: Any) -> msgpack.ExtType:
     place = _ITEMS.index(type(item))
-    return msgpack.ExtType(place, msgpack.packb(_READ[place](item), use_bin_type=True))
+    return msgpack.ExtType(place, _packer.pack(_READ[place](item)))
 
 
 def _unpack(place: int, data: bytes) -> Any:
