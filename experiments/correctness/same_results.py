@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 TOLERANCE = 1e-7
 # Of a summary: where and when it was made, and what the host's own clock said.
 OF_THE_RUN = (
-    "created", "git", "machine", "versions", "processor_seconds", "recording", "peak_rss_bytes", "headline", "notices",
+    "command", "created", "git", "machine", "versions", "processor_seconds", "recording", "peak_rss_bytes", "headline",
+    "notices",
 )  # fmt: skip
 STEP_COLUMNS = (
     "decision_hash", "num_running", "num_waiting", "num_new_tokens", "num_preempted", "num_copies", "token_states",
@@ -141,7 +142,7 @@ def differences(old: Path, new: Path) -> list[str]:
         found += [
             f"summary.json: {line}"
             for line in _unequal(summaries[0], summaries[1], "")
-            if line.split(".")[1] not in OF_THE_RUN
+            if line.split()[0].split(".")[1] not in OF_THE_RUN
         ]
     return found
 
