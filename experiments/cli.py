@@ -65,6 +65,8 @@ def _serve(args: list[str]) -> int:
         config, choices = compose_cell(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(in_flags(explain(error, overrides) or str(error))) from error
+    except KvarenaError as error:
+        raise ConfigError(in_flags(str(error))) from error
     from kvarena.experiments.serving.serve import serve
 
     try:

@@ -21,8 +21,8 @@ def job(monkeypatch):
 
 def test_a_job_of_hydra_s_stays_as_it_is(job):
     assert load_config(["allocator=radix"]).allocator.block_size == 16
-    cfg, choices = compose_cell(["scheduler=static"])
-    assert choices["scheduler"] == "static" and "hydra" not in cfg
+    config, choices = compose_cell(["scheduler=static"])
+    assert choices["scheduler"] == "static" and "hydra" not in config.values
     with pytest.raises(HydraException):
         load_config(["allocator=nonsense"])
     assert GlobalHydra.instance().hydra is job
