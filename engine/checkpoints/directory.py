@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ _PAGES = (b"<!doctype html", b"<html")
 
 
 def located(path: str | Path) -> Path:
-    """What `path` names: a file or folder of the working directory, else one that comes with the project."""
-    given = Path(path).expanduser()
+    """What `path` names: a file or folder of the working directory, else one that comes with the project.
+
+    An empty folder hides nothing: a checkout that moved leaves such ones behind.
+    """
+    given = Path(path)
+    with suppress(RuntimeError):  # ~NAME of nobody here: a path like any other
+        given = given.expanduser()
     shipped = PACKAGE_ROOT / "experiments" / given
-    return shipped if shipped.exists() and not given.exists() else given
+    is_there = any(given.iterdir()) if given.is_dir() else given.exists()
+    return shipped if shipped.exists() and not is_there else given
 
 
 def resolve_directory(path: str | Path) -> Path:
@@ -28,9 +35,9 @@ def resolve_directory(path: str | Path) -> Path:
     Raises:
         ModelError: there is none. A name is never looked up on a model hub.
     """
-    given, found = Path(path).expanduser(), located(path)
-    if found.is_dir():
-        return found.resolve()
+    given = located(path)
+    if given.is_dir():
+        return given.resolve()
     if given.suffix == ".gguf" and given.is_file():
         raise ModelError(
             f"model.path={path} is a GGUF file, which is not read; give the directory of the model's own checkpoint, "

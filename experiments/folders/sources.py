@@ -88,12 +88,12 @@ def _input_path(key: str, value: str) -> Path | None:
     if not value or "\0" in value or (key.rsplit(".", 1)[-1] not in INPUT_KEYS and "/" not in value):
         return None
     given = Path(value)
-    candidates = [given, PROJECT_ROOT / given, PROJECT_ROOT / "experiments" / given]
+    candidates = [given, PROJECT_ROOT / given, PROJECT_ROOT / "experiments" / given]  # as the loader looks for it
     if key == "runner.profile":
         candidates.append(PROJECT_ROOT / "conf" / "profile" / f"{value}.yaml")
     for path in candidates:
         try:
-            if path.is_file() or path.is_dir():
+            if path.is_file() or (path.is_dir() and any(path.iterdir())):
                 return path
         except OSError:  # a name that no file system takes
             return None

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from kvarena.engine.checkpoints.directory import PACKAGE_ROOT
+from kvarena.engine.checkpoints.directory import located
 from kvarena.engine.checks import check_bool, check_int
 from kvarena.engine.errors import ConfigError, TraceError
 from kvarena.experiments.workloads.parts.base import LengthTable, Workload
@@ -139,13 +139,7 @@ class ShareGPTJsonWorkload(Workload):
     def _load_tokenizer(self) -> Any:
         from tokenizers import Tokenizer
 
-        # As model.path is looked for, from which the default comes: here, else in the project's root.
-        found = [
-            path
-            for path in (self._tokenizer_path, PACKAGE_ROOT / "experiments" / self._tokenizer_path)
-            if path.exists()
-        ]
-        path = found[0] if found else self._tokenizer_path
+        path = located(self._tokenizer_path)  # as model.path is looked for, from which the default comes
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
             tokenizer = Tokenizer.from_file(str(file))

@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvarena.engine.checkpoints.check import check_checkpoint
+from kvarena.engine.checkpoints.directory import resolve_directory
 from kvarena.engine.checkpoints.kinds import DEQUANTIZED, WITH_TEXT_MODEL
 from kvarena.engine.checkpoints.tokenizer import load_tokenizer
 from kvarena.engine.errors import ModelError
@@ -317,3 +318,16 @@ def test_a_checkpoint_is_refused_before_torch_is_loaded(copy, command, tmp_path)
     assert "quantised with AWQ" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_an_empty_folder_does_not_hide_the_demo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "demo").mkdir(parents=True)
+    assert resolve_directory("models/demo") == ROOT / "experiments" / "models" / "demo"
+    (tmp_path / "models" / "demo" / "notes.txt").write_text("")
+    assert resolve_directory("models/demo") == tmp_path / "models" / "demo"
+
+
+def test_the_home_of_nobody_is_one_line():
+    with pytest.raises(ModelError, match=r"model.path=~nobody-here/x does not exist"):
+        resolve_directory("~nobody-here/x")
