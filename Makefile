@@ -42,7 +42,7 @@ test-clients: $(DEV_STAMP) $(CLIENTS_STAMP)
 
 test-all: test
 	$(BIN)/python -m pytest -m slow
-	$(BIN)/python -m kvarena.experiments.fuzzing.traces --traces 10000 --seed 0
+	$(BIN)/kvarena check traces --traces 10000 --seed 0
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

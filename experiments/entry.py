@@ -34,7 +34,7 @@ from kvarena.experiments.recording.interruption import Interrupted, Signals
 from kvarena.experiments.settings.compose import CONF_DIR
 from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.explain import explain, own_error
-from kvarena.experiments.settings.loading import say_loading
+from kvarena.experiments.settings.loading import need_extra, say_loading
 from kvarena.experiments.settings.outside import offer_installed
 from kvarena.experiments.sweeps.ray_launcher import RayLauncher
 from kvarena.experiments.sweeps.sweep import ENDED_SWEEP
@@ -201,6 +201,7 @@ def _serve(config: RunConfig) -> int:
     """Serve until the process is told to stop; returns its exit code."""
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         raise ConfigError("mode=serve serves one strategy; leave -m out")
+    need_extra("serve")
     from kvarena.experiments.serving.serve import serve
 
     return serve(config, HydraConfig.get().runtime.choices)

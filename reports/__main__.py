@@ -1,8 +1,7 @@
-"""`python -m kvarena.reports DIR [DIR ...]`: make a run's, sweep's or experiment's report again, or compare runs."""
+"""`kvarena report DIR [DIR ...]`: make a run's, sweep's or experiment's report again, or compare runs."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -10,13 +9,14 @@ from pathlib import Path
 
 from kvarena.reports.drawing.plain_text import write_any_text
 from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.options import Options
 from kvarena.reports.reading.packages import missing_package
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. The last line of stdout is JSON, on a terminal a sentence."""
     write_any_text()
-    parser = argparse.ArgumentParser(prog="python -m reports", description=__doc__)
+    parser = Options(prog="kvarena report", description=__doc__)
     parser.add_argument(
         "dirs", nargs="+", type=Path, metavar="DIR", help="a run or sweep folder; several runs: compare"
     )

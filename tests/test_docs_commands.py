@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from kvarena.experiments.cli import COMMANDS
+from kvarena.experiments.serving import flags
 from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.tools import TOOLS
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -22,7 +25,7 @@ OF_READERS = (
     "experiment=NAME",
 )  # what a reader is to add, or to choose
 SHELL = re.compile(r" (?:\||2?>) ?")  # what follows is other programs' or a file's
-PROGRAM = re.compile(r"(python (?:run\.py|-m [\w.]+)[^`\n]*)")
+PROGRAM = re.compile(rf"((?:python (?:run\.py|-m [\w.]+)|kvarena (?:{'|'.join(COMMANDS)})\b)[^`\n|]*)")
 
 
 def commands(start: str) -> list[str]:
@@ -37,6 +40,8 @@ def commands(start: str) -> list[str]:
 
 RUN_COMMANDS = [line for line in commands("python run.py") if not any(of in line for of in OF_READERS)]
 MODULE_COMMANDS = commands("python -m ")
+OWN_COMMANDS = commands("kvarena ")
+OF_SERVE = {name for action in flags._parser()._actions for name in action.option_strings}
 
 
 def cell_overrides(command: str) -> list[str]:
@@ -53,7 +58,7 @@ def cell_overrides(command: str) -> list[str]:
 
 
 def test_there_are_commands():
-    assert len(RUN_COMMANDS) > 12 and len(MODULE_COMMANDS) > 12
+    assert len(RUN_COMMANDS) > 12 and len(OWN_COMMANDS) > 30 and MODULE_COMMANDS
 
 
 @pytest.mark.parametrize("command", RUN_COMMANDS)
@@ -63,16 +68,39 @@ def test_settings_of_a_printed_command_exist(command):
 
 @pytest.mark.parametrize("command", MODULE_COMMANDS)
 def test_modules_and_flags_of_a_printed_command_exist(command):
-    words = shlex.split(command.split(";")[0], comments=True)
+    words = words_of(command)
     spec = importlib.util.find_spec(words[2])
     assert spec is not None and spec.origin is not None
     source = Path(spec.origin)
     if source.name == "__init__.py":
         source = source.with_name("__main__.py")
-    if not source.is_relative_to(ROOT):
-        return  # pytest and its like
+    if source.is_relative_to(ROOT):  # else pytest and its like
+        assert_flags_exist(words[3:], source)
+
+
+@pytest.mark.parametrize("command", OWN_COMMANDS)
+def test_tools_and_flags_of_a_printed_command_exist(command):
+    _, name, *rest = words_of(command)
+    if name in TOOLS:
+        if rest and rest[0].islower():  # NAME is the reader's
+            source = importlib.util.find_spec(TOOLS[name][rest[0]].module).origin
+            assert_flags_exist(rest[1:], Path(source))
+    elif name == "serve":
+        assert {word.split("=")[0] for word in rest if word.startswith("--")} <= OF_SERVE
+    elif name == "report":
+        assert_flags_exist([word for word in rest if word != "--commit"], ROOT / "reports/__main__.py")
+    elif name == "describe":
+        assert_flags_exist(rest, ROOT / "experiments/workloads/describe.py")
+
+
+def words_of(command: str) -> list[str]:
+    """A shell's words, up to the end of the command; brackets are around what may be left out."""
+    return [word.strip("[]()") for word in shlex.split(re.split(r"[;&]", command)[0], comments=True)]
+
+
+def assert_flags_exist(words: list[str], source: Path) -> None:
     text = source.read_text(encoding="utf-8")
-    own = words[3 : words.index("--")] if "--" in words else words[3:]
+    own = words[: words.index("--")] if "--" in words else words
     for flag in (word.split("=")[0] for word in own if word.startswith("--")):
         assert f'"{flag}"' in text, f"{source.name} knows no {flag}"
 

@@ -12,9 +12,15 @@ REPORTS = {"pandas", "pyarrow", "matplotlib", "jinja2", "rich"}
 HELP = """
 import contextlib, io, sys
 import kvarena.experiments.cli, kvarena.experiments.entry
-for argv in (["--help"], ["serve", "--help"], ["report", "--help"], ["bench", "--help"]):
+for argv in (["--help"], ["serve", "--help"], ["report", "--help"], ["run", "--help"], ["list"]):
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         kvarena.experiments.cli.main(argv)
+"""
+FIRST_HELP = """
+import contextlib, io
+from kvarena.experiments.cli import main
+with contextlib.redirect_stdout(io.StringIO()):
+    main(["--help"]), main(["--version"]), main(["benchmark", "--help"])
 """
 SUPERVISOR = "import kvarena.experiments.cli, kvarena.experiments.serving.flags, kvarena.experiments.serving.serve"
 ENGINE = """
@@ -48,6 +54,9 @@ def imports_of(code: str) -> tuple[list[int], set[str]]:
 @pytest.mark.parametrize(
     ("code", "unwanted"),
     [
+        pytest.param(
+            FIRST_HELP, WEB | REPORTS | {"torch", "numpy", "hydra", "omegaconf", "yaml"}, id="help of the command"
+        ),
         pytest.param(HELP, WEB | REPORTS | {"torch", "transformers", "scipy", "numpy"}, id="help"),
         pytest.param(SUPERVISOR, WEB | REPORTS | {"torch", "transformers", "llguidance"}, id="supervisor"),
         # transformers brings along httpcore, jinja2 and rich.

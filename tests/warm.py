@@ -47,6 +47,7 @@ class WarmProcess:
     def __init__(self, command: list[str], cwd: Path, stdout: Path, stderr: Path, env: Mapping[str, str]) -> None:
         _start_forkserver()
         module, argv = ("kvarena.experiments.entry", command) if command[0] != "-m" else (command[1], command[1:])
+        module = "kvarena.experiments.cli" if module == "kvarena" else module
         self._process = multiprocessing.get_context("forkserver").Process(
             target=_run,
             args=(module, argv, str(cwd), str(stdout), str(stderr), dict(env), sparing.drawn, sparing.probed),

@@ -1,4 +1,4 @@
-"""Speed, one question a module, each a command (`python -m kvarena.experiments.benchmarks.NAME`):
+"""Speed, one question a module, each a command (`kvarena benchmark NAME`):
 
     engine, kernels, gemm, library_gemm    the GPU: a whole engine, its kernels, launches for the tables of products
     hopper                                 the GPU: the CUDA kernels for Hopper beside what they replace

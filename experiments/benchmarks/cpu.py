@@ -1,6 +1,6 @@
 """Useful tokens per second of this engine beside transformers' own generation.
 
-    python -m kvarena.experiments.benchmarks.cpu
+    kvarena benchmark cpu
 
 One model, one list of requests, one process. The contestants take turns, round after round, so that a busy machine
 slows all of them alike; a ratio is the median over rounds of the ratio within a round. Useful tokens are those that
@@ -9,11 +9,10 @@ requests asked for: what a padded batch computes beyond them does not count. Pri
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,18 +22,19 @@ from kvarena.engine.request import Request
 from kvarena.experiments.building.build import build
 from kvarena.experiments.correctness.reference import generate_continuous, generate_static, load_reference
 from kvarena.experiments.settings.compose import load_run
+from kvarena.experiments.tools import tool_parser
 
 Tokens = list[list[int]]
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """Run the contestants and print one line for each round and one for the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-requests", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = tool_parser(__name__, __doc__)
+    parser.add_argument("--num-requests", type=int, default=48, help="of the workload")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
     parser.add_argument("--batch-size", type=int, default=16, help="of the padded static batches")
     parser.add_argument("--max-output-len", type=int, default=256, help="longer outputs of the workload are clipped")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     overrides = [
         "workload=sharegpt",
@@ -64,6 +64,7 @@ def main() -> None:
     }
     same = {name: sum(a == b for a, b in zip(tokens["kvarena"], other, strict=True)) for name, other in tokens.items()}
     print(json.dumps({"ratio_to": ratios, "requests_with_the_same_tokens": same, "num_requests": len(requests)}))
+    return 0
 
 
 def _contestants(overrides: list[str], batch_size: int) -> dict[str, Callable[[list[Request]], Tokens]]:
@@ -89,7 +90,3 @@ def _contestants(overrides: list[str], batch_size: int) -> dict[str, Callable[[l
 
     torch.set_grad_enabled(False)
     return {"kvarena": kvarena, "generate": transformers_static, "generate_batch": transformers_continuous}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The engine on a GPU: throughput, decode steps, prefill, start-up, ablations, correctness. One JSON line per result.
 
-    python -m kvarena.experiments.benchmarks.engine --shape llama-3.1-8b --sections decode,offline --out DIR
+    kvarena benchmark engine --shape llama-3.1-8b --sections decode,offline --out DIR
 
 Sections: `correct` (greedy tokens in float32 with every lever on and off), `logits` (bf16, against the modules),
 `offline` (a: 256 requests, output tokens/s), `decode` (b: (T(161) - T(33)) / 128 at batch 1, 32, 256), `ablate` (the
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from kvarena.engine.errors import EngineError, KvarenaError
+from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.benchmarks.engine_checks import check_logits, check_tokens
 from kvarena.experiments.benchmarks.engine_profile import profile_steps
@@ -34,6 +34,7 @@ from kvarena.experiments.benchmarks.first_token import NUM_SLOTS
 from kvarena.experiments.gpu.engines import ABLATIONS, Bed, Levers, StepTimes, attempt, drive, make_bed
 from kvarena.experiments.gpu.shapes import SHAPES, fixed_batch, floor_of, offline_workload
 from kvarena.experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda
+from kvarena.experiments.tools import tool_parser
 
 Line = dict[str, Any]
 SECTIONS = ("correct", "logits", "decode", "ablate", "prefill", "offline", "profile", "startup")
@@ -141,7 +142,7 @@ def prefill(bed: Bed, levers: Levers, ceilings: Ceilings, num_prompts: int, leng
 
 def startup(args: argparse.Namespace) -> Line:
     """Seconds from a fresh process to its first token, with the kernel cache as the sections before left it."""
-    command = [sys.executable, "-m", "kvarena.experiments.benchmarks.first_token", "--shape", args.shape]
+    command = [sys.executable, "-m", "kvarena", "benchmark", "first_token", "--shape", args.shape]
     command += ["--gemm", str(args.gemm)] if args.gemm else []
     start = time.perf_counter()
     child = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
@@ -201,38 +202,31 @@ def _timed(args: argparse.Namespace, bed: Bed, ceilings: Ceilings, wanted: list[
         yield attempt("profile", lambda: profile_steps(bed, levers, 4, 4096, prefill=True), **label, batch="prefill")
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
-    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser = tool_parser(__name__, __doc__)
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES), help="of the model")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, separated by commas")
     parser.add_argument("--slots", type=int, default=NUM_SLOTS, help="of the KV pool")
     parser.add_argument("--requests", type=int, default=256, help="of the offline workload")
     parser.add_argument("--budget", type=int, action="append", help="tokens per step of the offline workload; 8192")
     parser.add_argument("--chunked", action="store_true", help="the offline workload under the chunked scheduler")
-    parser.add_argument("--gemm", type=Path, help="a table of kvarena.experiments.benchmarks.kernels.gemm")
+    parser.add_argument("--gemm", type=Path, help="a table that kvarena benchmark gemm made")
     parser.add_argument("--skinny", type=int, default=Levers().skinny, help="most rows for the skinny GEMM; 0: none")
     parser.add_argument(
         "--levers", action="append", choices=sorted(ABLATIONS), help="of sections ablate (default: each) and offline"
     )
     parser.add_argument("--out", type=Path, help="a file that gets every line, too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = set(args.sections.split(",")) - set(SECTIONS)
     if unknown:
         parser.error(f"--sections: no section {sorted(unknown)[0]!r}; there are {', '.join(SECTIONS)}")
-    try:
-        require_cuda()
-        failed = 0
-        for line in sections(args):
-            failed += "error" in line
-            print(json.dumps(line), flush=True)
-            if args.out:
-                with args.out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-    except KvarenaError as error:
-        raise SystemExit(str(error)) from error
-    raise SystemExit(1 if failed else 0)
-
-
-if __name__ == "__main__":
-    main()
+    require_cuda()
+    failed = 0
+    for line in sections(args):
+        failed += "error" in line
+        print(json.dumps(line), flush=True)
+        if args.out:
+            with args.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    return 1 if failed else 0

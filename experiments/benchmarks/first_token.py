@@ -1,6 +1,6 @@
 """Seconds from a fresh process to its first token, and where they go. One JSON line.
 
-    python -m kvarena.experiments.benchmarks.first_token --shape llama-3.1-8b
+    kvarena benchmark first_token --shape llama-3.1-8b
 
 `imports` end when every module is there, `load` with weights and pool, `fuse` with the fused decoder, `token` with the
 first token of a prompt of 64. `modules` were imported; without `bytecode` of torch Python compiles it at every start.
@@ -8,18 +8,18 @@ first token of a prompt of 64. `modules` were imported; without `bytecode` of to
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvarena.engine.errors import KvarenaError
 from kvarena.engine.importing import importing
 from kvarena.experiments.gpu.shapes import MAX_MODEL_LEN, SHAPES, fixed_batch
+from kvarena.experiments.tools import tool_parser
 
 NUM_SLOTS = 320 * MAX_MODEL_LEN // 8
 PROMPT_LEN = 64
@@ -62,19 +62,13 @@ def _has_bytecode(package: str) -> bool:
     return Path(importlib.util.cache_from_source(str(sys.modules[package].__file__))).is_file()
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
+    parser = tool_parser(__name__, __doc__)
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES), help="of the model")
     parser.add_argument("--slots", type=int, default=NUM_SLOTS, help="of the KV pool")
-    parser.add_argument("--gemm", type=Path, help="a table of kvarena.experiments.benchmarks.kernels.gemm")
+    parser.add_argument("--gemm", type=Path, help="a table that kvarena benchmark gemm made")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: kernels are interpreted")
-    args = parser.parse_args()
-    try:
-        print(json.dumps(first_token(args.shape, args.slots, args.gemm, args.device)))
-    except KvarenaError as error:
-        raise SystemExit(str(error)) from error
-
-
-if __name__ == "__main__":
-    main()
+    args = parser.parse_args(argv)
+    print(json.dumps(first_token(args.shape, args.slots, args.gemm, args.device)))
+    return 0

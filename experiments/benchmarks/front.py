@@ -1,6 +1,6 @@
 """What the web front costs, beside a plain FastAPI + server-sent events loop in the same run.
 
-    python -m kvarena.experiments.benchmarks.front --fronts 1 --clients 64
+    kvarena benchmark front --fronts 1 --clients 64
 
 Both stream tokens of an engine of unlimited speed to the same load (raw sockets, so that the clients cost little).
 `kvarena` is the real server around experiments/serving/stub_engine.py. `plain` is what one writes first: FastAPI, one
@@ -19,12 +19,15 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
 import psutil
 from pydantic import BaseModel
+
+from kvarena.experiments.tools import tool_parser
 
 START_SECONDS = 60.0
 
@@ -185,16 +188,16 @@ def serve_plain(port: int) -> None:
     uvicorn.run(app, port=port, log_level="warning")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Measure both; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--model", default="models/demo", help="whose tokenizer to use")
-    parser.add_argument("--fronts", type=int, default=1)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--fronts", type=int, default=1, help="HTTP processes")
+    parser.add_argument("--clients", type=int, default=64, help="streams at a time")
+    parser.add_argument("--requests", type=int, default=256, help="in all")
+    parser.add_argument("--tokens", type=int, default=256, help="of each answer")
     parser.add_argument("--step-time", type=float, default=0.0, help="seconds per step of the stub engine")
-    parser.add_argument("--port", type=int, default=18300)
+    parser.add_argument("--port", type=int, default=18300, help="of our server; the plain one's is one more")
     parser.add_argument("--plain-server", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.plain_server:
@@ -213,7 +216,9 @@ def main(argv: list[str] | None = None) -> int:
     plain = [
         sys.executable,
         "-m",
-        "kvarena.experiments.benchmarks.front",
+        "kvarena",
+        "benchmark",
+        "front",
         "--plain-server",
         "--port",
         str(options.port + 1),
@@ -231,7 +236,3 @@ def main(argv: list[str] | None = None) -> int:
     ratio = results[0].events_per_core_second / results[1].events_per_core_second
     print(json.dumps({"clients": options.clients, "fronts": options.fronts, "results": rows, "ratio": round(ratio, 2)}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """What recording costs a run: alternating rounds of everything recorded, nothing recorded, and the bare engine.
 
-    python -m kvarena.experiments.benchmarks.recording --device cuda --shape qwen3-0.6b       # on a GPU
-    python -m kvarena.experiments.benchmarks.recording --device cpu --shape demo              # here
+    kvarena benchmark recording --device cuda --shape qwen3-0.6b       # on a GPU
+    kvarena benchmark recording --device cpu --shape demo              # here
 
 One process, one model, one pool, one runner; 256 requests that all arrive at once (workload (a) of
 kvarena.experiments.gpu.shapes, shorter on a CPU). `all`: the driver with the progress bar and the recording of a run of
@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +29,6 @@ import torch
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.engine.clock import WallClock
 from kvarena.engine.core import Engine
-from kvarena.engine.errors import KvarenaError
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.model_runner import ModelRunner
 from kvarena.engine.models import load_model
@@ -45,6 +43,7 @@ from kvarena.experiments.gpu.timing import require_cuda
 from kvarena.experiments.jobs.output import Progress
 from kvarena.experiments.load.driver import drive
 from kvarena.experiments.recording.recording import Recording
+from kvarena.experiments.tools import tool_parser
 from kvarena.schedulers.continuous import ContinuousScheduler
 
 Line = dict[str, Any]
@@ -202,22 +201,16 @@ def summarize(lines: Sequence[Line], steps: int) -> Line:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kvarena.experiments.benchmarks.recording", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shape", default="demo", choices=("demo", *sorted(SHAPES)))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = tool_parser(__name__, __doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what runs")
+    parser.add_argument("--shape", default="demo", choices=("demo", *sorted(SHAPES)), help="of the model")
+    parser.add_argument("--rounds", type=int, default=5, help="of the three kinds of run")
     parser.add_argument("--slots", type=int, default=327_680, help="of the KV pool on a GPU")
     parser.add_argument("--out", type=Path, help="a file that gets every line, too")
     args = parser.parse_args(argv)
-    try:
-        lines = list(_measure(args))
-    except KvarenaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    lines = list(_measure(args))
     if args.out:
         args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return 0
@@ -248,7 +241,3 @@ def _measure(args: argparse.Namespace) -> list[Line]:
     runs = [line for line in found if line["section"] == "run"]
     say(summarize(runs, next(line["steps"] for line in runs if line["mode"] == "none")))
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

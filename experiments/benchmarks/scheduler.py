@@ -1,6 +1,6 @@
 """What scheduling costs on the host, as JSON lines:
 
-    python -m kvarena.experiments.benchmarks.scheduler
+    kvarena benchmark scheduler
 
 `step`: `schedule()` + `update()` and the allocator calls in them, every request decoding. `allocate_free`: one request
 of 16 blocks, by the size of the pool. `match_prefix`: a prompt of 32k tokens that the cache holds. In the same run,
@@ -11,11 +11,9 @@ Times are in milliseconds, the median and the minimum over the repeats.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +22,7 @@ from kvarena.engine.contract import KVAllocator
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
+from kvarena.experiments.tools import tool_parser
 from kvarena.schedulers.base import Scheduler
 
 BLOCK_SIZE = 16
@@ -158,11 +157,9 @@ def _step(policy: Scheduler) -> None:
     policy.update(plan, [7 if sample else None for sample in plan.samples])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run all benchmarks; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kvarena.experiments.benchmarks.scheduler", description=__doc__.split("\n")[0]
-    )
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--repeats", type=int, default=300, help="steps or calls per line")
     args = parser.parse_args(argv)
     repeats = args.repeats
@@ -191,7 +188,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = bench_match_prefix(allocator, 32768, max(1, repeats // 10))
         line("match_prefix", result, allocator=allocator, num_tokens=32768)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,9 @@
 """What serving costs: the same requests in-process and over HTTP, by the same engine under the same flags.
 
-    python -m kvarena.experiments.benchmarks.served --out served.jsonl
+    kvarena benchmark served --out served.jsonl
 
 makes a directory of the Qwen3-0.6B shape with random weights, runs every level of
-`kvarena.experiments.benchmarks.stream_load` in-process (the same prompts, the same closed loop, no web front), then
+the load of `kvarena benchmark stream_load` in-process (the same prompts, the same closed loop, no web front), then
 starts `kvarena serve` and runs the levels over HTTP, and prints JSON lines: one per part and level, then per level the
 served share. `--load-script FILE` uses another load program with stream_load's flags and lines. Flags after `--` go to
 `kvarena serve`, and to the in-process engine. A run fails when a request does; a bar that is missed is printed and does
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from typing import Any
 import psutil
 
 from kvarena.engine.core import Engine
-from kvarena.engine.errors import EngineError, KvarenaError
+from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.benchmarks.front import cpu_seconds
 from kvarena.experiments.benchmarks.stream_load import TEMPERATURE, WARM_UP, Level, Row, Shape, line_of
@@ -40,6 +40,7 @@ from kvarena.experiments.models.shape import make_model_dir
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
 from kvarena.experiments.serving.serve import build_served_engine
 from kvarena.experiments.settings.compose import CONF_DIR, load_run
+from kvarena.experiments.tools import tool_parser
 
 Line = dict[str, Any]
 
@@ -154,7 +155,7 @@ class Served:
     """`kvarena serve` in its own processes, with its log in `log`."""
 
     def __init__(self, flags: list[str], log: Path) -> None:
-        command = [sys.executable, "-m", "kvarena.experiments.cli", "serve", *flags, "--port", "0"]
+        command = [sys.executable, "-m", "kvarena", "serve", *flags, "--port", "0"]
         command += ["--api-key", "k", "--served-model-name", "m"]
         self._log = log
         with log.open("w") as file:
@@ -209,9 +210,7 @@ def run_served(options: argparse.Namespace, log: Path) -> Iterator[Line]:
 
 
 def _load(options: argparse.Namespace, url: str, level: Level) -> list[Line]:
-    program = (
-        [str(options.load_script)] if options.load_script else ["-m", "kvarena.experiments.benchmarks.stream_load"]
-    )
+    program = [str(options.load_script)] if options.load_script else ["-m", "kvarena", "benchmark", "stream_load"]
     command = [sys.executable, *program, "--url", url, "--model", "m", "--key", "k", "--procs", str(options.procs)]
     command += ["--n-in", str(options.n_in), "--n-out", str(options.n_out)]
     command += ["--levels", f"{level.num_clients}:{level.num_requests}"]
@@ -250,7 +249,7 @@ def shares(lines: list[Line]) -> Iterator[Line]:
 
 def _parts(options: argparse.Namespace, folder: Path) -> Iterator[Line]:
     """All lines. The in-process part has a process of its own, so that its memory is free when the server starts."""
-    own = [sys.executable, "-m", "kvarena.experiments.benchmarks.served", *options.given, "--part", "in-process"]
+    own = [sys.executable, "-m", "kvarena", "benchmark", "served", *options.given, "--part", "in-process"]
     own += ["--directory", str(options.directory), "--", *options.flags]
     lines: list[Line] = []
     with subprocess.Popen(own, stdout=subprocess.PIPE, text=True) as process:
@@ -267,14 +266,21 @@ def _parts(options: argparse.Namespace, folder: Path) -> Iterator[Line]:
     yield from shares(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the parts; returns the exit code."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = list(argv)
     given, flags = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=Path, default=CONF_DIR / "model" / "qwen3-0.6b-shape.yaml")
+    parser = tool_parser(__name__, __doc__)
+    parser.add_argument(
+        "--shape",
+        type=Path,
+        default=CONF_DIR / "model" / "qwen3-0.6b-shape.yaml",
+        help="a file of conf/model with a shape",
+    )
     parser.add_argument("--model", type=Path, help="a model directory in place of the shape")
-    parser.add_argument("--levels", type=Level.parse, default="1:4,32:128,256:768,256:768")
+    parser.add_argument(
+        "--levels", type=Level.parse, default="1:4,32:128,256:768,256:768", help="CLIENTS:REQUESTS, separated by commas"
+    )
     parser.add_argument("--n-in", type=int, default=512, help="prompt tokens")
     parser.add_argument("--n-out", type=int, default=256, help="output tokens")
     parser.add_argument("--max-token-id", type=int, default=10000, help="largest token id in a prompt")
@@ -285,16 +291,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=("in-process",), help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     options.flags = flags
-    try:
-        if options.part:
-            return _print(run_in_process(options), None)
-        with tempfile.TemporaryDirectory(prefix="kvarena-served-") as folder:
-            options.directory = options.model or make_model_dir(options.shape, Path(folder) / "model")
-            options.given = given
-            return _print(_parts(options, Path(folder)), options.out)
-    except KvarenaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if options.part:
+        return _print(run_in_process(options), None)
+    with tempfile.TemporaryDirectory(prefix="kvarena-served-") as folder:
+        options.directory = options.model or make_model_dir(options.shape, Path(folder) / "model")
+        options.given = given
+        return _print(_parts(options, Path(folder)), options.out)
 
 
 def _print(lines: Iterator[Line], out: Path | None) -> int:
@@ -307,7 +309,3 @@ def _print(lines: Iterator[Line], out: Path | None) -> int:
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
     return int(failed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """How fast the simulator is, and how much memory it takes, end to end:
 
-    python -m kvarena.experiments.benchmarks.simulator --trace AzureLLMInferenceTrace_conv.csv --requests 100000
+    kvarena benchmark simulator --trace AzureLLMInferenceTrace_conv.csv --requests 100000
 
 One cell of the main job from config to report: the trace, repeated and replayed faster, on one simulated H200 with the
 Llama-3.1-8B shape, `paged x chunked`, with a summary of each request. Prints one JSON line: seconds of a wall clock and
@@ -9,18 +9,16 @@ of processors (all threads, imports included), requests per minute of one core, 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvarena.engine.errors import KvarenaError
 from kvarena.experiments.folders.provenance import git_state, machine, peak_rss_bytes
 from kvarena.experiments.jobs.job import execute
 from kvarena.experiments.settings.compose import compose_cell
+from kvarena.experiments.tools import tool_parser
 
 CELL = (
     "runner=simulated",
@@ -65,27 +63,17 @@ def measure(trace: Path, num_requests: int, speed: float, out: Path, *overrides:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kvarena.experiments.benchmarks.simulator", description=__doc__.split("\n")[0]
-    )
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--trace", type=Path, required=True, help="an Azure LLM inference trace (CSV)")
-    parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--requests", type=int, default=100_000, help="how many")
     parser.add_argument("--speed", type=float, default=3.5, help="replay so many times as fast as recorded")
     parser.add_argument("--out", type=Path, help="keep the run folder here")
     parser.add_argument("overrides", nargs="*", help="further settings, as of run.py")
     args = parser.parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            out = args.out or Path(folder)
-            out.mkdir(parents=True, exist_ok=True)
-            print(json.dumps(measure(args.trace, args.requests, args.speed, out, *args.overrides)), flush=True)
-    except KvarenaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        out = args.out or Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(measure(args.trace, args.requests, args.speed, out, *args.overrides)), flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

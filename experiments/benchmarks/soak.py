@@ -1,7 +1,8 @@
 """A soak of a running server: a closed loop of streaming clients of which some hang up, and what leaks meanwhile.
 
     kvarena serve models/demo --port 8000 --disable-access-log &
-    python -m kvarena.experiments.benchmarks.soak --url http://127.0.0.1:8000 --pid $! --out soak
+    kvarena benchmark soak --url http://127.0.0.1:8000 --pid $! --out soak
+    kvarena benchmark soak --url http://127.0.0.1:8000 --pid $! --out soak
 
 Each client streams one request after the other; every tenth is dropped somewhere in its stream. Once a second the
 resident memory of every server process, open files, the gauges and the ledger are written to `soak.csv`. At the end the
@@ -17,14 +18,15 @@ import csv
 import json
 import random
 import re
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from kvarena.experiments.tools import tool_parser
 from kvarena.reports.drawing.style import SERIES, drawing, grid, new_figure, save_png, thousands
 
 MEMORY_BOUND = 0.02
@@ -197,15 +199,15 @@ async def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[s
     return summary, rows
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Soak a server; 1 when it failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser = tool_parser(__name__, __doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
     parser.add_argument("--pid", type=int, required=True, help="of the server's supervisor")
-    parser.add_argument("--clients", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--abort-share", type=float, default=0.1)
-    parser.add_argument("--out", type=Path, default=Path("soak"))
+    parser.add_argument("--clients", type=int, default=256, help="streams at a time")
+    parser.add_argument("--seconds", type=float, default=600.0, help="how long")
+    parser.add_argument("--abort-share", type=float, default=0.1, help="share of requests that are hung up on")
+    parser.add_argument("--out", type=Path, default=Path("soak"), help="folder of soak.csv, soak.json and soak.png")
     options = parser.parse_args(argv)
     summary, rows = asyncio.run(soak(options))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -218,7 +220,3 @@ def main(argv: list[str] | None = None) -> int:
     (options.out / "soak.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary))
     return 0 if summary["ok"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

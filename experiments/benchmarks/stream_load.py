@@ -1,6 +1,6 @@
 """A closed loop of streaming clients on `/v1/completions`, as JSON lines.
 
-    python -m kvarena.experiments.benchmarks.stream_load --url http://127.0.0.1:8000 --levels 1:4,32:128,256:768
+    kvarena benchmark stream_load --url http://127.0.0.1:8000 --levels 1:4,32:128,256:768
 
 `256:768` is 768 requests by 256 clients. The clients live in several processes (`--procs`), which share a level's
 clients and requests evenly; what does not divide is left out, so 256 clients in 6 processes are 252. Each client
@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
 from typing import NamedTuple
@@ -24,6 +25,8 @@ from urllib.parse import urlsplit
 import httptools
 import httpx
 import orjson
+
+from kvarena.experiments.tools import tool_parser
 
 WARM_UP = (8, 16)
 REQUEST_TIMEOUT = 600.0
@@ -237,16 +240,22 @@ def _wait(url: str, key: str, seconds: float) -> None:
     raise SystemExit(f"no answer from {url} in {seconds:g} s")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the levels; 1 when a request failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--model", default="m")
-    parser.add_argument("--key", default="k")
+    parser = tool_parser(__name__, __doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
+    parser.add_argument("--model", default="m", help="the name that the server knows")
+    parser.add_argument("--key", default="k", help="API key")
     parser.add_argument("--n-in", type=int, default=512, help="prompt tokens")
     parser.add_argument("--n-out", type=int, default=256, help="output tokens")
     parser.add_argument("--max-token-id", type=int, default=10000, help="largest token id in a prompt")
-    parser.add_argument("--levels", type=Level.parse, default="1:4,32:128,256:768", metavar="CLIENTS:REQUESTS,...")
+    parser.add_argument(
+        "--levels",
+        type=Level.parse,
+        default="1:4,32:128,256:768",
+        metavar="CLIENTS:REQUESTS,...",
+        help="one after the other",
+    )
     parser.add_argument("--procs", type=int, default=6, help="client processes")
     parser.add_argument("--wait", type=float, default=200.0, help="seconds to wait for the server")
     options = parser.parse_args(argv)
@@ -257,7 +266,3 @@ def main(argv: list[str] | None = None) -> int:
         failed |= bool(line["errors"])
         print(json.dumps(line), flush=True)
     return int(failed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Honest streams beside requests that mean harm: the longest silence with and without them, as JSON lines.
 
-    python -m kvarena.experiments.benchmarks.under_attack --attack grammars -- models/demo --max-model-len 2048
+    kvarena benchmark under_attack --attack grammars -- models/demo --max-model-len 2048
 
 What stands after `--` are the arguments of `kvarena serve`; the server is started here, on a free port. A turn has two
 parts with the same honest load (`--clients` streams at a time, `--requests` each): alone, and while the attack goes
@@ -19,10 +19,9 @@ import json
 import multiprocessing
 import socket
 import statistics
-import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
@@ -30,6 +29,7 @@ import httpx
 
 from kvarena.experiments.benchmarks.stream_load import Level, Row, collect_level
 from kvarena.experiments.serving.child import Server
+from kvarena.experiments.tools import tool_parser
 
 PREFIX = "x"
 
@@ -202,13 +202,13 @@ def run_part(options: argparse.Namespace, attack: str | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the turns; 1 when the bound is not kept."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = list(argv)
     at = given.index("--") if "--" in given else len(given)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attack", choices=sorted(ATTACKS), nargs="+", default=sorted(ATTACKS))
-    parser.add_argument("--turns", type=int, default=3)
+    parser = tool_parser(__name__, __doc__)
+    parser.add_argument("--attack", choices=sorted(ATTACKS), nargs="+", default=sorted(ATTACKS), help="some of them")
+    parser.add_argument("--turns", type=int, default=3, help="of each attack")
     parser.add_argument("--clients", type=int, default=32, help="honest streams at a time")
     parser.add_argument("--requests", type=int, default=4, help="requests of each honest client in a part")
     parser.add_argument("--n-in", type=int, default=128, help="prompt tokens of an honest request")
@@ -245,7 +245,3 @@ def _run_attack(options: argparse.Namespace, attack: str, server: Server) -> boo
     line = {"attack": attack, "added_s": median, "bound_s": options.bound, "errors": errors, "alive": alive, "met": met}
     print(json.dumps(line), flush=True)
     return not met
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """How often identical cells are told apart on a machine that is busy on purpose: `experiment=aa_test`, many times.
 
-    python -m kvarena.experiments.correctness.aa_under_load --tries 20 --out DIR  # 20 tries with load, then one without
-    python -m kvarena.experiments.correctness.aa_under_load --jobs 4 --processes 8   # on many cores: four tries at once
+    kvarena check aa_under_load --tries 20 --out DIR  # 20 tries with load, then one without
+    kvarena check aa_under_load --jobs 4 --processes 8   # on many cores: four tries at once
 
 Load: processes that compute for a while and pause for a while, both drawn anew each time, so that the machine's speed
 changes within runs, between them and between rounds; tries that run at once load the machine for each other, too.
@@ -27,6 +27,7 @@ from typing import Any
 
 from kvarena.experiments.folders.sources import PROJECT_ROOT
 from kvarena.experiments.studies.aa_test import FALSE_VERDICTS, SMALLEST
+from kvarena.experiments.tools import tool_parser
 
 SECONDS = (0.2, 12.0)  # of work and of a pause
 
@@ -91,9 +92,9 @@ def _loaded(out: Path, number: int, args: argparse.Namespace) -> dict[str, Any]:
         return one_try(out, args.overrides)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the tries; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--tries", type=int, default=20, help="tries under load")
     parser.add_argument("--processes", type=int, default=2 * (os.cpu_count() or 1), help="that make a try's load")
     parser.add_argument("--jobs", type=int, default=1, help="tries at once")
@@ -115,7 +116,3 @@ def main(argv: Sequence[str] | None = None) -> int:
                       "load_processes": args.processes, "jobs": args.jobs, "cores": os.cpu_count(),
                       "quiet": quiet}))  # fmt: skip
     return int(wrong > args.allowed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

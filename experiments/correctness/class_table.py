@@ -14,7 +14,7 @@ HEAD = """# Model classes
 Which causal language model classes of transformers {version} the engine runs, and the line with which it refuses the
 others: {counts}.
 
-    python -m kvarena.experiments.correctness.model_classes --jobs 2 --write docs/models.md
+    kvarena check model_classes --jobs 2 --write docs/models.md
 
 Of each class a random checkpoint is run greedily in three settings, `paged x continuous` in a pool that preempts,
 `contiguous x static` and `paged_prefix x chunked` with shared prefixes, and its tokens are compared with transformers'

@@ -1,6 +1,6 @@
 """Do a run's KV map and its memory ledger tell the same story?
 
-    python -m kvarena.experiments.correctness.map_check RUN_OR_SWEEP_DIR [...]
+    kvarena check map_check RUN_OR_SWEEP_DIR [...]
 
 Every snapshot of kv_map.parquet is compared with the ledger of the same step in steps.parquet, exactly:
 
@@ -14,9 +14,7 @@ code 1 when a snapshot differs.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +23,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvarena.engine.errors import ConfigError, KvarenaError
+from kvarena.engine.errors import ConfigError
 from kvarena.experiments.folders.files import KV_MAP_FILE, MANIFEST_FILE, STEPS_FILE
 from kvarena.experiments.recording.kv_map import CACHED, EXTERNAL, FREE, SHARED
-from kvarena.reports.reading.errors import ReportError
+from kvarena.experiments.tools import tool_parser
 from kvarena.reports.reading.files import read_run
 
 OWNED = ("token_states", "reservation", "internal")
@@ -184,30 +182,20 @@ def check_run(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Check and print; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kvarena.experiments.correctness.map_check", description="map and ledger"
-    )
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders of runs")
     args = parser.parse_args(argv)
-    try:
-        runs = sorted({path.parent for folder in args.folders for path in folder.rglob(MANIFEST_FILE)})
-        if not runs:
-            raise ConfigError(f"no run in {', '.join(map(str, args.folders))}: no {MANIFEST_FILE}")
-        found = []
-        for run_dir in runs:
-            found.append(check_run(run_dir))
-            print(json.dumps(found[-1]), flush=True)
-    except (KvarenaError, ReportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs = sorted({path.parent for folder in args.folders for path in folder.rglob(MANIFEST_FILE)})
+    if not runs:
+        raise ConfigError(f"no run in {', '.join(map(str, args.folders))}: no {MANIFEST_FILE}")
+    found = []
+    for run_dir in runs:
+        found.append(check_run(run_dir))
+        print(json.dumps(found[-1]), flush=True)
     differing = sum(run["differing"] for run in found)
     exact = sum(run["exact"] for run in found)
     total = {"runs": len(found), "exact": exact, "snapshots": sum(run["snapshots"] for run in found)}
     print(json.dumps(total | {"differing": differing}))
     return 1 if differing else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Every causal language model class of transformers: the engine's greedy tokens are transformers' own, or it refuses.
 
-    python -m kvarena.experiments.correctness.model_classes [--jobs 2] [--only llama ...] [--write docs/models.md]
+    kvarena check model_classes [--jobs 2] [--only llama ...] [--write docs/models.md]
 
 Of each class a small random checkpoint (`small_configs.py`) is written, loaded as any other, and run in fp32 in three
 settings: `paged x continuous` in a pool that preempts, `contiguous x static`, `paged_prefix x chunked` with prompts
@@ -11,10 +11,8 @@ tokens differ.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
-import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -39,6 +37,7 @@ from kvarena.experiments.correctness.class_table import Outcome, write_table
 from kvarena.experiments.correctness.reference import greedy_reference
 from kvarena.experiments.correctness.small_configs import VOCAB_SIZE, class_names, small_config
 from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
+from kvarena.experiments.tools import tool_parser
 
 BLOCK_SIZE, NUM_TOKENS, MAX_LEN = 4, 12, 64
 PROMPT_LENS, NUM_SHARED = (30, 13, 21, 40), 10
@@ -188,9 +187,9 @@ def _line(error: BaseException) -> str:
     return text if isinstance(error, KvarenaError) else f"{type(error).__name__}: {text[:160]}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Check and print; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--only", nargs="+", default=None, help="model types or classes")
     parser.add_argument("--write", type=Path, default=None, help="write the table of all classes to this page")
@@ -207,7 +206,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.write is not None:
         write_table(args.write, outcomes)
     return 1 if any(outcome.result == "different" for outcome in outcomes) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """Do two versions of this code decide, compute and report the same? Twenty cells, recorded and compared.
 
-    python -m kvarena.experiments.correctness.same_results record OLD --root CHECKOUT  # of another version
-    python -m kvarena.experiments.correctness.same_results record NEW
-    python -m kvarena.experiments.correctness.same_results compare OLD NEW
+    kvarena check same_results record OLD --root CHECKOUT  # of another version
+    kvarena check same_results record NEW
+    kvarena check same_results compare OLD NEW
 
 Every allocator and every scheduler is in some cell: simulated ones (their clock and so every number is the same again),
 one of a million requests, ones that compute tokens (all requests arrive at once: decisions do not hang on the machine's
@@ -13,7 +13,6 @@ are kept, so a recording can go on. Exit code 1 when anything differs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
@@ -25,6 +24,8 @@ from typing import Any
 
 import httpx
 import pyarrow.parquet as pq
+
+from kvarena.experiments.tools import tool_parser
 
 TOLERANCE = 1e-7
 # Of a summary: where and when it was made, and what the host's own clock said.
@@ -168,16 +169,16 @@ def _unequal(old: Any, new: Any, path: str) -> Iterator[str]:
         yield f"{path} {old!r} {new!r}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Record or compare; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__name__, __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record", help="run the cells")
-    recording.add_argument("folder", type=Path)
+    recording.add_argument("folder", type=Path, help="where the recording goes")
     recording.add_argument("--root", type=Path, default=Path.cwd(), help="the checkout whose run.py is run")
     comparing = commands.add_parser("compare", help="compare two recordings")
-    comparing.add_argument("old", type=Path)
-    comparing.add_argument("new", type=Path)
+    comparing.add_argument("old", type=Path, help="a recording")
+    comparing.add_argument("new", type=Path, help="another one")
     options = parser.parse_args(argv)
     if options.command == "record":
         record(options.folder, options.root)
@@ -189,7 +190,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({"cell": name, "differs": found}))
     print(json.dumps({"cells": len(list(cells())), "differ": bad}))
     return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

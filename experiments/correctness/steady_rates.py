@@ -1,6 +1,6 @@
 """How often the rule for a run's steady part (reports/analysis/steady.py) gives each of its answers, on known load:
 
-    python -m kvarena.experiments.correctness.steady_rates --runs 400 --seed 0
+    kvarena check steady_rates --runs 400 --seed 0
 
 Queues of 4, 16 and 64 servers, first come first served, Poisson arrivals from an empty system. Service times with mean
 load x servers between arrivals: exponential, deterministic, lognormal (squared coefficient of variation 2) and Pareto
@@ -11,15 +11,14 @@ a bar is missed: of 16 servers with exponential service, a steady part in 95 % o
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from kvarena.experiments.tools import tool_parser
 from kvarena.reports.analysis.steady import find_steady
 
 ANSWERS = ("steady", "cannot tell", "overloaded")
@@ -72,11 +71,11 @@ def answers(
     return {answer: found[answer] / num_runs for answer in ANSWERS}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Print a table of rates; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--runs", type=int, default=400, help="of each queue")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the queues")
     options = parser.parse_args(arguments)
     print("| servers | service | load | requests | steady | cannot tell | overloaded |\n|---|---|---|---|---|---|---|")
     missed, lines = [], []
@@ -92,7 +91,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     missed.append(lines[-1])
     print(json.dumps({"runs": options.runs, "seed": options.seed, "missed": missed, "rates": lines}))
     return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

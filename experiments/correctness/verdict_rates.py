@@ -1,6 +1,6 @@
 """How often the verdicts of a report (reports/comparing/verdicts.py) are false, and how often they decide:
 
-    python -m kvarena.experiments.correctness.verdict_rates --repetitions 200
+    kvarena check verdict_rates --repetitions 200
 
 Equal cells run in the order of a sweep (experiments/settings/run_order.py) on a machine with a noise of 1 % a run and a
 drift: linear, a step, ten times that step, or a random walk, of 0.5, 1 and 2 % a run; over 2 to 12 cells, 2 to 6
@@ -13,11 +13,9 @@ Prints the worst settings, and as its last line JSON with all of them. Exit code
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import multiprocessing
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -25,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kvarena.experiments.settings.run_order import order
+from kvarena.experiments.tools import tool_parser
 from kvarena.reports.comparing.verdicts import THROUGHPUT, Verdict, compare_cells
 
 NOISE = 0.01  # of a run, as a standard deviation of its logarithm
@@ -112,11 +111,11 @@ def _false(job: tuple[Setting, int, int]) -> tuple[Setting, int]:
     return job[0], count_false(*job)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--repetitions", type=int, default=200, help="reports per setting")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--num-seeds", type=int, nargs="+", default=[1, 3], help="workload seeds of a sweep")
     options = parser.parse_args(arguments)
@@ -145,7 +144,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(json.dumps(report))
     return 0 if passed else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Checks a run's tokens against transformers' own `generate`.
 
-    python -m kvarena.experiments.correctness.verify RUN_DIR [RUN_DIR ...]
+    kvarena check verify RUN_DIR [RUN_DIR ...]
 
 Greedy runs in fp32 of a local model directory. The reference is computed once, in left-padded batches, for the first
 run's requests; all runs must hold the same requests. Prints one JSON line per run; exit code 1 when tokens differ.
@@ -8,35 +8,31 @@ run's requests; all runs must hold the same requests. Prints one JSON line per r
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from kvarena.engine.checkpoints.directory import resolve_directory
-from kvarena.engine.errors import ConfigError, KvarenaError
+from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.correctness.reference import generate_static, load_reference
 from kvarena.experiments.folders.files import MANIFEST_FILE, REQUESTS_FILE
+from kvarena.experiments.tools import tool_parser
 
 COLUMNS = ["request_id", "prompt_token_ids", "output_token_ids", "max_tokens", "finish_reason"]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Compare and print; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dirs", nargs="+", type=Path)
+    parser = tool_parser(__name__, __doc__)
+    parser.add_argument("run_dirs", nargs="+", type=Path, help="run folders with the same requests")
     parser.add_argument("--batch-size", type=int, default=16, help="of the padded reference batches")
     parser.add_argument("--num-requests", type=int, default=None, help="only the first so many")
     args = parser.parse_args(argv)
-    try:
-        return _verify(args.run_dirs, args.batch_size, args.num_requests)
-    except (KvarenaError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return _verify(args.run_dirs, args.batch_size, args.num_requests)
 
 
 def _verify(run_dirs: list[Path], batch_size: int, limit: int | None) -> int:
@@ -71,7 +67,3 @@ def _rows(run_dir: Path, limit: int | None) -> list[dict[str, Any]]:
     """The finished requests of a run, in order of submission."""
     rows = pq.read_table(run_dir / REQUESTS_FILE, columns=COLUMNS).to_pylist()
     return [row for row in rows if row["finish_reason"] == "length"][:limit]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

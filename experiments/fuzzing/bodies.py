@@ -1,6 +1,6 @@
 """Random request bodies against a server: no answer is a 500, no connection is cut, and no stack trace is logged.
 
-    python -m kvarena.experiments.fuzzing.bodies --seconds 1200 --seed 0 -- models/demo --max-model-len 512
+    kvarena check bodies --seconds 1200 --seed 0 -- models/demo --max-model-len 512
 
 A body is a valid one of some endpoint with keys added, changed and taken away, at the top and inside: the endpoints'
 own keys, those of other servers, and none of anybody's, with values of every kind and size. What stands after `--` are
@@ -10,11 +10,9 @@ is JSON; exit code 1 when anything failed.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +22,7 @@ import psutil
 
 from kvarena.engine.server.api import foreign, protocol
 from kvarena.experiments.serving.child import Server
+from kvarena.experiments.tools import tool_parser
 
 KEY = "k"
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
@@ -95,11 +94,11 @@ def _change(place: Any, drawn: random.Random) -> None:
         place[drawn.choice(keys)] = value
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the fuzzer; returns the exit code."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = list(argv)
     at = given.index("--") if "--" in given else len(given)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="of processor time, server and this process")
     parser.add_argument("--seed", type=int, default=None, help="of the first body; default: drawn, and printed")
     parser.add_argument("--bodies", type=int, default=1 << 60, help="most bodies")
@@ -144,7 +143,3 @@ def _run(server: Server, first: int, most: int, seconds: float) -> tuple[Counter
 
 def _processor_seconds(processes: Sequence[psutil.Process]) -> float:
     return sum(sum(one.cpu_times()[:4]) for one in processes if one.is_running())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

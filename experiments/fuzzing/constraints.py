@@ -1,6 +1,6 @@
 """Random constraints through the way that a request's takes, from its body to the masks of a step:
 
-    python -m kvarena.experiments.fuzzing.constraints --seconds 1200 --seed 0 --jobs 2
+    kvarena check constraints --seconds 1200 --seed 0 --jobs 2
 
 A body is read as the server reads it, its constraint is tried out in the server's own worker, compiled, and followed
 by several choices that sample at random. Two things are failures: an answer that would be a 500, and a step of which
@@ -39,6 +39,7 @@ from kvarena.engine.server.engine.grammars import GrammarCompiler
 from kvarena.engine.server.shared.errors import ApiError
 from kvarena.engine.server.text.tokenization import TokenizerService
 from kvarena.experiments.fuzzing.random_constraints import random_body
+from kvarena.experiments.tools import tool_parser
 
 STEP_BOUND = 0.2
 _KEPT_FAILURES = 20
@@ -195,9 +196,9 @@ def _run(options: argparse.Namespace, job: int) -> Findings:
     return fuzzer.findings
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="processor time, of all processes together")
     parser.add_argument("--seed", type=int, default=None, help="of the first body; default: drawn, and printed")
     parser.add_argument("--bodies", type=int, default=10**7, help="most bodies of a process")
@@ -226,7 +227,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         "longest_compile_seed": found.longest_compile[1], "processor_seconds": round(found.processor_seconds, 1),
     }))  # fmt: skip
     return 1 if found.failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Random answers with tool calls, cut at every position: what a parser finds must not depend on the cut.
 
-    python -m kvarena.experiments.fuzzing.tool_texts --seconds 1200 --seed 0
+    kvarena check tool_texts --seconds 1200 --seed 0
 
 Each text is made of what such answers are made of (tags whole and cut, calls, broken JSON, quotes, escapes, blanks,
 prose) and read by every parser of texts: at once, cut in two at every position, and character by character. Text and
@@ -10,16 +10,15 @@ seed (`--seed N --texts 1` makes it again). The last line of stdout is JSON; exi
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from kvarena.engine.server.text.tool_calls import FirstCallParser, ListParser, ToolParser
 from kvarena.engine.server.text.tool_texts import BareParser, HiddenTokens, TaggedParser
+from kvarena.experiments.tools import tool_parser
 
 NAMES = ("f", "get_weather")
 CALL = '{"name": "f", "arguments": {"x": "y"}}'
@@ -104,9 +103,9 @@ def check(name: str, text: str) -> str | None:
     return None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the fuzzer; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="of processor time")
     parser.add_argument("--seed", type=int, default=None, help="of the first text; default: drawn, and printed")
     parser.add_argument("--texts", type=int, default=1 << 60, help="most texts")
@@ -122,7 +121,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         count += 1
     print(json.dumps({"first_seed": first, "texts": count, "parsers": len(PARSERS), "failures": failures}))
     return int(failures > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

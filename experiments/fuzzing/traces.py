@@ -1,6 +1,6 @@
 """Many random traces through the registered strategies, against the oracle:
 
-    python -m kvarena.experiments.fuzzing.traces --traces 10000 --seed 0
+    kvarena check traces --traces 10000 --seed 0
 
 Each trace goes through every allocator, with the scheduler and overlap changing from trace to trace. Failures name
 the trace and the pair; the last line of stdout is JSON. Exit code 1 when anything failed.
@@ -8,7 +8,6 @@ the trace and the pair; the last line of stdout is JSON. Exit code 1 when anythi
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import sys
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from kvarena.experiments.fuzzing.matrix import PATHS, Coverage, MatrixFailure, cells_of_round, run_cell
 from kvarena.experiments.fuzzing.random_traces import make_trace
+from kvarena.experiments.tools import tool_parser
 
 
 def fuzz_trace(seed: int) -> tuple[int, Coverage, list[str]]:
@@ -41,11 +41,9 @@ def _run_all(seeds: Sequence[int], jobs: int) -> Iterator[tuple[int, Coverage, l
         yield from pool.imap_unordered(fuzz_trace, seeds, chunksize=8)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the traces; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kvarena.experiments.fuzzing.traces", description="random traces against the oracle"
-    )
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--traces", type=int, default=1000, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="of the first; trace i has seed SEED + i")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
@@ -78,7 +76,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     )
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

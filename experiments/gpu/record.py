@@ -1,8 +1,8 @@
 """Records runs on a GPU that the simulator is calibrated from and judged by (docs/simulator.md):
 
-    python -m kvarena.experiments.gpu.record measure --out DIR                 # on the GPU machine: two files per shape
-    python -m kvarena.experiments.gpu.record keep DIR TARGET --commit HASH     # packed, as the repository keeps them
-    python -m kvarena.experiments.gpu.record folders TARGET RUNS               # run folders of their cells
+    kvarena make record measure --out DIR                 # on the GPU machine: two files per shape
+    kvarena make record keep DIR TARGET --commit HASH     # packed, as the repository keeps them
+    kvarena make record folders TARGET RUNS               # run folders of their cells
 
 The cells are those of `kvarena.experiments.gpu.calibration_cells`, per shape (dummy weights, bf16, fused runner with
 graphs), in the order of that table. Before them, prompts of many lengths and mixed steps run once each: a library looks
@@ -12,7 +12,6 @@ run that is cut off leaves what it has.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import time
@@ -21,13 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvarena.allocators.paged import PagedAllocator
-from kvarena.engine.errors import KvarenaError
 from kvarena.engine.model_runner import ModelRunner
 from kvarena.engine.runner.mixed_graphs import graph_tokens
 from kvarena.experiments.gpu.calibration_cells import CELLS, MAX_MODEL_LEN, MAX_NUM_SEQS, SEEDS, CalibrationCell
 from kvarena.experiments.gpu.cells import GpuCell, Strategy, make_runner, requests_from, run_cell
 from kvarena.experiments.gpu.engines import Bed, Levers
 from kvarena.experiments.simulation.recordings import keep, make_folders, write_recording
+from kvarena.experiments.tools import tool_parser
 from kvarena.experiments.workloads.parts.base import WorkloadItem
 from kvarena.schedulers.chunked import ChunkedScheduler
 
@@ -143,39 +142,33 @@ def _say(**line: Any) -> None:
     print(json.dumps(line), flush=True)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = tool_parser(__name__, __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure", help="record the cells on this machine")
-    measuring.add_argument("--out", type=Path, required=True)
-    measuring.add_argument("--shapes", nargs="+", default=["llama-3.1-8b", "qwen3-0.6b"])
+    measuring.add_argument("--out", type=Path, required=True, help="folder of the files")
+    measuring.add_argument("--shapes", nargs="+", default=["llama-3.1-8b", "qwen3-0.6b"], help="of the models")
     measuring.add_argument("--slots", type=int, default=NUM_SLOTS, help="of the KV pool")
     measuring.add_argument("--share", type=float, default=1.0, help="of requests and lengths, to try it out")
     measuring.add_argument("--limit", type=float, default=540.0, help="no cell starts after so many seconds")
-    measuring.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    measuring.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what runs")
     keeping = commands.add_parser("keep", help="pack recordings as the repository keeps them")
-    keeping.add_argument("source", type=Path)
-    keeping.add_argument("target", type=Path)
+    keeping.add_argument("source", type=Path, help="a folder of recordings")
+    keeping.add_argument("target", type=Path, help="the folder to make")
     keeping.add_argument("--commit", required=True, help="that was measured")
     making = commands.add_parser("folders", help="make run folders of recorded cells")
-    making.add_argument("source", type=Path)
-    making.add_argument("target", type=Path)
-    args = parser.parse_args()
-    try:
-        if args.command == "measure":
-            measure(args.out, Options(args.shapes, args.slots, args.device, args.share, args.limit))
-            return
-        made = (
-            keep(args.source, args.target, args.commit)
-            if args.command == "keep"
-            else make_folders(args.source, args.target)
-        )
-    except KvarenaError as error:
-        raise SystemExit(str(error)) from error
+    making.add_argument("source", type=Path, help="a folder of recordings")
+    making.add_argument("target", type=Path, help="the folder to make")
+    args = parser.parse_args(argv)
+    if args.command == "measure":
+        measure(args.out, Options(args.shapes, args.slots, args.device, args.share, args.limit))
+        return 0
+    made = (
+        keep(args.source, args.target, args.commit)
+        if args.command == "keep"
+        else make_folders(args.source, args.target)
+    )
     for path in made:
         print(path)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,6 +1,6 @@
 """Servers that share one GPU by `--gpu-memory-utilization`, and what they say where its memory runs out.
 
-    python -m kvarena.experiments.gpu.shares --out shares.jsonl
+    kvarena benchmark shares --out shares.jsonl
 
 starts `kvarena serve` with random weights of the Qwen3-0.6B shape and prints one JSON line per part: what was started,
 the pools that came of it or the line that refused, and `holds`. Whatever a refusal advises is done, and must serve.
@@ -10,14 +10,13 @@ that the script itself runs. The exit code is 1 where a part does not hold.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from kvarena.engine.pool.memory_limits import size_text
 from kvarena.experiments.models.shape import make_model_dir
 from kvarena.experiments.serving.child import Server
 from kvarena.experiments.settings.compose import CONF_DIR
+from kvarena.experiments.tools import tool_parser
 
 Line = dict[str, Any]
 KEY = "k"
@@ -71,7 +71,7 @@ class Servers:
 
     def refused(self, *flags: str) -> str:
         """The line with which a start ends; empty where it serves."""
-        command = [sys.executable, "-m", "kvarena.experiments.cli", "serve", *self._arguments, *flags, "--port", "0"]
+        command = [sys.executable, "-m", "kvarena", "serve", *self._arguments, *flags, "--port", "0"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
             said = []
@@ -242,9 +242,9 @@ def good(tried: dict[str, str]) -> bool:
 PARTS = (side_by_side, two_at_most, allocators, too_small, in_a_step)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the parts; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--model", type=Path, help="a model directory in place of the shape")
     parser.add_argument("--parts", nargs="*", default=[part.__name__ for part in PARTS], help="some of them")
     parser.add_argument("--out", type=Path, help="a file that gets every line, too")
@@ -269,7 +269,3 @@ def main(argv: list[str] | None = None) -> int:
                     with options.out.open("a") as file:
                         file.write(text + "\n")
     return int(failed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,18 +1,19 @@
 """A model directory of a real shape without weights: a config and a word-level tokenizer, for `--load-format dummy`.
 
-python -m kvarena.experiments.models.shape conf/model/qwen3-0.6b-shape.yaml DIR
+kvarena make shape conf/model/qwen3-0.6b-shape.yaml DIR
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from kvarena.experiments.settings.compose import CONF_DIR
+from kvarena.experiments.tools import tool_parser
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
@@ -39,14 +40,11 @@ def make_model_dir(shape_file: Path, directory: Path) -> Path:
     return directory
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> int:
     """Make one directory."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("shape", type=Path, help=f"a file with a shape, such as {CONF_DIR.name}/model/*-shape.yaml")
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", type=Path, help="the model directory to make")
     options = parser.parse_args(argv)
     print(make_model_dir(options.shape, options.directory))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,6 +1,6 @@
 """Make `models/demo`: a Llama-architecture model of about 1M parameters that answers in real words.
 
-    python -m kvarena.experiments.models.train_demo --seconds 120 --out models/demo
+    kvarena make train_demo --seconds 120 --out models/demo
 
 The text is on every machine: the docstrings of the running Python's standard library, and the licence texts in
 /usr/share/common-licenses where that folder exists. Part of it is put into chat form, so that an answer ends with
@@ -10,7 +10,6 @@ the number of steps is what the machine manages.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import math
@@ -18,6 +17,7 @@ import random
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kvarena.experiments.tools import tool_parser
 
 END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 2048
@@ -235,13 +237,13 @@ def train(model: LlamaForCausalLM, token_ids: Tensor, seed: int, steps: int | No
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> int:
     """Train and save; the last line of stdout is JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--out", type=Path, default=Path("models/demo"), help="directory to write")
     parser.add_argument("--seconds", type=float, default=120.0, help="training time")
     parser.add_argument("--steps", type=int, default=None, help="number of steps; overrides --seconds")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order of texts and chats")
     args = parser.parse_args(argv)
 
     rng = random.Random(args.seed)
@@ -269,7 +271,4 @@ def main(argv: list[str] | None = None) -> None:
         "out": str(args.out),
     }
     print(json.dumps(figures))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -25,7 +25,7 @@ class Server:
         command = [
             sys.executable,
             "-m",
-            "kvarena.experiments.cli",
+            "kvarena",
             "serve",
             *arguments,
             "--port",

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.server.shared.config import TOOL_PARSERS
+from kvarena.reports.reading.options import Options
 
 DTYPES = {
     "auto": "auto",
@@ -28,12 +30,12 @@ NULL = object()  # a setting's null, where None means that no flag was given
 _SIZES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing its usage: a wrong flag is one line."""
+class _Parser(Options):
+    """Raises where it cannot read a command line: what gives flags may be Python code (kvarena.LLM)."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         """A flag is unknown or its value cannot be read."""
-        raise ConfigError(f"kvarena serve: {message} (kvarena serve --help lists the flags)")
+        raise ConfigError(self.said(message))
 
 
 def _tokens(text: str) -> int:
@@ -45,63 +47,117 @@ def _tokens(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="kvarena serve", description="Serve a model over the OpenAI API.", allow_abbrev=False)
+    parser = _Parser(prog="kvarena serve", description="Serve a model over the OpenAI API.")
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="a local model directory (default: the demo model)")
     add("--model", dest="model_flag", metavar="MODEL", help=argparse.SUPPRESS)
-    web = parser.add_argument_group("web")
-    add = web.add_argument
-    add("--host", help="address to listen on (127.0.0.1; 0.0.0.0 for all)")
-    add("--port", type=int, help="TCP port (8000)")
-    add("--api-key", nargs="+", metavar="KEY", help="accepted keys; none: no key is asked for")
-    add("--api-key-file", metavar="FILE", help="accepted keys, one a line (also: the variable KVARENA_API_KEY)")
+    _add_web(parser.add_argument_group("web").add_argument)
+    _add_engine(parser.add_argument_group("engine").add_argument)
+    return parser
+
+
+def _add_web(add: Callable[..., Any]) -> None:
+    add("--host", help="address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
+    add("--port", type=int, help="TCP port; 0: a free one (default: 8000)")
+    add("--api-key", nargs="+", metavar="KEY", help="accepted keys (default: none; no key is asked for)")
+    add("--api-key-file", metavar="FILE", help="accepted keys, one a line; also: the variable KVARENA_API_KEY")
     add("--protect", nargs="+", metavar="PATH", help="ask for a key on these too: /metrics /version /docs /health ...")
-    add("--served-model-name", nargs="+", metavar="NAME", help="names that requests may use")
+    add("--served-model-name", nargs="+", metavar="NAME", help="names of the model (default: the directory's)")
     add(
         "--api-server-count",
         "--num-fronts",
         type=int,
         metavar="N",
-        help="HTTP processes (one per four cores, at most 4)",
+        help="HTTP processes (default: one per four cores, at most 4)",
     )
-    add("--max-num-queued-requests", "--max-num-queued-reqs", type=int, metavar="N", help="beyond it: 503")
-    add("--shutdown-timeout", type=float, metavar="S", help="seconds that open requests get after SIGTERM (30)")
-    add("--allowed-origins", type=json.loads, metavar="JSON", help="CORS origins, a JSON list")
-    add("--allowed-media-domains", nargs="+", metavar="HOST", help="hosts from which images may be fetched (none)")
-    add("--allowed-local-media-path", metavar="DIR", help="folder from which images may be read (none)")
-    add("--chat-template", metavar="FILE", help="a jinja file")
-    add("--tool-call-parser", choices=TOOL_PARSERS)
-    add("--generation-config", choices=("auto", "vllm"), help="vllm: ignore the model's generation_config.json")
-    add("--max-logprobs", type=int, metavar="N")
-    add("--otlp-traces-endpoint", metavar="URL", help="OpenTelemetry collector")
-    add("--disable-access-log", "--disable-log-requests", action="store_true")
-    for name in ("certfile", "keyfile", "keyfile-password", "ca-certs"):
-        add(f"--ssl-{name}", metavar="FILE" if name != "keyfile-password" else "TEXT")
-    engine = parser.add_argument_group("engine")
-    add = engine.add_argument
-    add("--allocator", metavar="NAME", help="paged_prefix; see conf/allocator")
-    add("--scheduler", metavar="NAME", help="chunked; see conf/scheduler")
-    add("--trust-remote-code", action="store_true")
-    add("--dtype", choices=tuple(DTYPES), default="auto")
-    add("--load-format", choices=("auto", "dummy"), help="dummy: random weights")
-    add("--device", choices=("auto", "cpu", "cuda"))
-    add("--gpu-memory-utilization", type=float, metavar="SHARE")
-    add("--max-model-len", type=_tokens, metavar="TOKENS")
-    add("--max-num-seqs", type=int, metavar="N")
-    add("--max-num-batched-tokens", type=_tokens, metavar="TOKENS")
-    add("--block-size", type=int, metavar="SLOTS")
-    add("--num-gpu-blocks-override", type=int, metavar="N", help="blocks of the KV pool")
-    add("--kv-cache-memory-gib", type=float, metavar="GIB", help="size of the KV pool")
-    add("--swap-space", type=float, metavar="GIB", help="host memory for preempted requests")
-    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
-    add("--async-scheduling", action=argparse.BooleanOptionalAction, help="plan a step while the last one runs (on)")
-    add("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
-    add("--pipeline-parallel-size", "-pp", type=int, default=1, metavar="N")
-    add("--quantization", "-q", metavar="NAME")
-    add("--enforce-eager", action="store_true", help="no CUDA graphs")
-    add("--seed", type=int)
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the config")
-    return parser
+    add(
+        "--max-num-queued-requests",
+        "--max-num-queued-reqs",
+        type=int,
+        metavar="N",
+        help="requests that may wait; beyond it: 503 (default: 2048)",
+    )
+    add("--shutdown-timeout", type=float, metavar="S", help="seconds for open requests after SIGTERM (default: 30.0)")
+    add("--allowed-origins", type=json.loads, metavar="JSON", help="CORS origins, a JSON list (default: none)")
+    add("--allowed-media-domains", nargs="+", metavar="HOST", help="hosts of images to fetch (default: none)")
+    add("--allowed-local-media-path", metavar="DIR", help="folder from which images may be read (default: none)")
+    add("--chat-template", metavar="FILE", help="a jinja file (default: the model's own)")
+    add(
+        "--tool-call-parser",
+        choices=TOOL_PARSERS,
+        help="how calls of tools are written in an answer (default: auto, as the chat template says)",
+    )
+    add(
+        "--generation-config",
+        choices=("auto", "vllm"),
+        help="default sampling: the model's generation_config.json, or vllm: none of it (default: auto)",
+    )
+    add("--max-logprobs", type=int, metavar="N", help="most log-probabilities of a token (default: 20)")
+    add("--otlp-traces-endpoint", metavar="URL", help="OpenTelemetry collector (default: none)")
+    add("--disable-access-log", "--disable-log-requests", action="store_true", help="log no line for each request")
+    add("--ssl-certfile", metavar="FILE", help="certificate for HTTPS (default: plain HTTP)")
+    add("--ssl-keyfile", metavar="FILE", help="its private key")
+    add("--ssl-keyfile-password", metavar="TEXT", help="of the private key")
+    add("--ssl-ca-certs", metavar="FILE", help="certificates of those who sign clients' certificates")
+
+
+def _add_engine(add: Callable[..., Any]) -> None:
+    add("--allocator", metavar="NAME", help="one of `kvarena list allocators` (default: paged_prefix)")
+    add("--scheduler", metavar="NAME", help="one of `kvarena list schedulers` (default: chunked)")
+    add("--trust-remote-code", action="store_true", help="run code that the model directory brings along")
+    add("--dtype", choices=tuple(DTYPES), default="auto", help="of weights and KV; auto: as the checkpoint says")
+    add("--load-format", choices=("auto", "dummy"), help="auto: the checkpoint; dummy: random weights (default: auto)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="auto: the GPU where there is one (default: auto)")
+    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="share of the GPU's memory (default: 0.9)")
+    add(
+        "--max-model-len",
+        type=_tokens,
+        metavar="TOKENS",
+        help="longest prompt + output; 4K is 4096 (default: what model and memory allow)",
+    )
+    add("--max-num-seqs", type=int, metavar="N", help="most requests that run at once (default: 256)")
+    add(
+        "--max-num-batched-tokens",
+        type=_tokens,
+        metavar="TOKENS",
+        help="most new tokens in one step (default: 2048, or --max-num-seqs where that is more)",
+    )
+    add("--block-size", type=int, metavar="SLOTS", help="slots per block of the KV pool, 1 to 256 (default: 16)")
+    add(
+        "--num-gpu-blocks-override",
+        type=int,
+        metavar="N",
+        help="blocks of the KV pool (default: what --gpu-memory-utilization leaves)",
+    )
+    add("--kv-cache-memory-gib", type=float, metavar="GIB", help="the same as a size")
+    add(
+        "--swap-space",
+        type=float,
+        metavar="GIB",
+        help="host memory for the KV of preempted requests (default: 0; they are recomputed)",
+    )
+    add(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="share the KV of equal beginnings (default: on, as --allocator paged_prefix does)",
+    )
+    add(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        help="plan a step while the last one runs (default: on)",
+    )
+    add("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N", help="this version runs on one device")
+    add("--pipeline-parallel-size", "-pp", type=int, default=1, metavar="N", help="this version runs on one device")
+    add("--quantization", "-q", metavar="NAME", help="none alone: a checkpoint that is quantised says so itself")
+    add("--enforce-eager", action="store_true", help="no CUDA graphs (default: graphs on a GPU)")
+    add("--seed", type=int, help="random streams of requests that have no seed of their own (default: 0)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any key of the config (kvarena run --help shows them)",
+    )
 
 
 def parse_flags(args: Sequence[str]) -> argparse.Namespace:

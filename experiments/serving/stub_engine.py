@@ -8,7 +8,6 @@ It shows what the web front costs by itself (experiments/benchmarks/front.py), a
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
@@ -26,6 +25,7 @@ from kvarena.engine.server.engine.served import ServedEngine
 from kvarena.engine.server.processes.process import ModelFiles
 from kvarena.engine.server.processes.supervisor import serve
 from kvarena.engine.server.shared.config import ServerConfig
+from kvarena.reports.reading.options import Options
 from kvarena.schedulers.chunked import ChunkedScheduler
 
 
@@ -102,21 +102,21 @@ def build(options: StubOptions) -> ServedEngine:
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until told to stop; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("serve",))
+    parser = Options(prog="python -m kvarena.experiments.serving.stub_engine", description=__doc__)
+    parser.add_argument("command", choices=("serve",), help="as of the kvarena command")
     parser.add_argument("model", help="a model directory; only its tokenizer is used")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--api-key", nargs="*", default=[])
-    parser.add_argument("--fronts", type=int, default=1)
+    parser.add_argument("--port", type=int, default=8000, help="TCP port; 0: a free one")
+    parser.add_argument("--api-key", nargs="*", default=[], help="accepted keys")
+    parser.add_argument("--fronts", type=int, default=1, help="HTTP processes")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="keys of the server's config")
-    for name, kind in (
-        ("step-time", float),
-        ("fail-token", int),
-        ("full-token", int),
-        ("hang-token", int),
-        ("num-blocks", int),
+    for name, kind, said in (
+        ("step-time", float, "seconds of a step"),
+        ("fail-token", int, "a step fails that has it in a prompt"),
+        ("full-token", int, "a step finds no memory that has it in a prompt"),
+        ("hang-token", int, "a step never ends that has it in a prompt"),
+        ("num-blocks", int, "of the KV pool"),
     ):
-        parser.add_argument(f"--{name}", type=kind, default=getattr(StubOptions, name.replace("-", "_")))
+        parser.add_argument(f"--{name}", type=kind, default=getattr(StubOptions, name.replace("-", "_")), help=said)
     flags = parser.parse_args(argv)
     directory = resolve_directory(flags.model)
     vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]

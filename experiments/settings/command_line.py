@@ -12,9 +12,9 @@ from hydra.types import RunMode
 from kvarena.experiments.settings.compose import CONF_DIR
 
 RUN = ("python", "run.py")
-PROGRAMS = {  # by the name of what was started; all of them read the same overrides
-    "kvarena": ("kvarena", "bench"),
-    "cli.py": ("python", "-m", "kvarena.experiments.cli", "bench"),
+PROGRAMS = {  # by what was started, its folder where that tells; all of them read the same overrides
+    "kvarena": ("kvarena", "run"),
+    "kvarena/__main__.py": ("python", "-m", "kvarena", "run"),
 }
 MODE = "hydra.mode="  # Hydra's own word for -m
 
@@ -26,7 +26,9 @@ def command_of(hydra: Any, *, alone: bool = False) -> list[str]:
         hydra: the node of that name, of the job or the sweep.
         alone: of a sweep's cell: what runs it without the sweep, into a folder of its own.
     """
-    words = [*PROGRAMS.get(Path(sys.argv[0]).name, RUN), *_config_options(hydra)]
+    started = Path(sys.argv[0])
+    program = next((PROGRAMS[name] for name in (started.name, "/".join(started.parts[-2:])) if name in PROGRAMS), RUN)
+    words = [*program, *_config_options(hydra)]
     task, own = list(hydra.overrides.task), list(hydra.overrides.hydra)
     if alone:
         return [*words, *without_sweep(task)]

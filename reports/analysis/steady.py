@@ -17,7 +17,7 @@ what grew is lost again, so that the statistic stays far below that of chance. T
 The drain is cut at the last scheduled arrival, the ramp by MSER-5 (White, Cobb and Spratt, "A comparison of five
 steady-state truncation heuristics for simulation", WSC 2000): of all starts in the first half, the one with which the
 mean of N over what remains has the smallest standard error. How often the rule errs on queues of known load:
-`python -m kvarena.experiments.correctness.steady_rates`.
+`kvarena check steady_rates`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ of a report are corrected together (Holm, 1979) to a level of 3 %, half of it fo
 
 Drift is within the rule without a model of it: what is slower than a block cancels in its ratio, and what is faster
 changes sign with the order of the cells (experiments/settings/run_order.py), so that it widens the interval instead of
-moving it. `python -m kvarena.experiments.correctness.verdict_rates` measures how often it errs and decides.
+moving it. `kvarena check verdict_rates` measures how often it errs and decides.
 """
 
 from __future__ import annotations

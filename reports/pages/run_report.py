@@ -1,6 +1,6 @@
 """The report of one run: report.html, report.md, summary.json, requests.csv and figures/*.png from its files.
 
-Depends on nothing but the files, so `python -m kvarena.reports DIR` makes the same report again.
+Depends on nothing but the files, so `kvarena report DIR` makes the same report again.
 """
 
 from __future__ import annotations

@@ -300,13 +300,13 @@ def test_what_is_called_tokenizer_model_and_is_none(tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("command", [["run.py", "model.path="], ["-m", "kvarena.experiments.cli", "serve", ""]])
+@pytest.mark.parametrize("command", [["run.py", "model.path="], ["-m", "kvarena", "serve", ""]])
 def test_a_checkpoint_is_refused_before_torch_is_loaded(copy, command, tmp_path):
     """By the number of modules: an import of torch alone makes over a thousand."""
     configure(copy, quantization_config={"quant_method": "awq"})
     *before, last = command
     count = "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); "
-    run = "import runpy; runpy." + ("run_module('kvarena.experiments.cli'" if "-m" in before else "run_path('run.py'")
+    run = "import runpy; runpy." + ("run_module('kvarena'" if "-m" in before else "run_path('run.py'")
     code = f"{count}sys.argv[1:] = {[*before[(before[0] == '-m' and 2) or 1 :], last + str(copy)]!r}; "
     code += f"{run}, run_name='__main__')"
     done = subprocess.run(

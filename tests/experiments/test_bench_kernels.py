@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from kvarena.engine.errors import ConfigError
 from kvarena.engine.kernels.attention.config import decode_config
-from kvarena.experiments.benchmarks.kernels import __main__ as kernels
+from kvarena.experiments.benchmarks.kernels import kernels
 from kvarena.experiments.benchmarks.kernels.attention_cases import LLAMA_8B, Batch, visible_pairs
 from kvarena.experiments.benchmarks.kernels.attention_variants import DECODE_TILES, decode_variants
 
@@ -33,6 +34,6 @@ def test_variants_begin_with_the_default_and_repeat_none(batch_size):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures on this machine")
 def test_without_a_gpu_it_says_so_in_one_line(capsys):
-    with pytest.raises(SystemExit, match="run it on a CUDA machine"):
+    with pytest.raises(ConfigError, match="run it on a CUDA machine"):
         kernels.main([])
     assert capsys.readouterr().out == ""

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from kvarena.engine.errors import ConfigError
 from kvarena.experiments.benchmarks.kernels import mapping
 
 
@@ -46,5 +47,5 @@ def test_every_call_is_timed(monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_so():
-    with pytest.raises(SystemExit, match="run it on a CUDA machine"):  # a line, no stack trace
+    with pytest.raises(ConfigError, match="run it on a CUDA machine"):  # a line, no stack trace
         mapping.main([])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kvarena.engine.errors import ConfigError
 from kvarena.experiments.benchmarks.kernels import swaps
 
 
@@ -18,6 +19,6 @@ def test_the_fit_finds_the_cost_of_a_transfer_and_of_a_byte():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures on this machine")
 def test_without_a_gpu_it_says_so_in_one_line(capsys):
-    with pytest.raises(SystemExit, match="run it on a CUDA machine"):
+    with pytest.raises(ConfigError, match="run it on a CUDA machine"):
         swaps.main([])
     assert capsys.readouterr().out == ""

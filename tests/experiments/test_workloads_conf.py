@@ -8,9 +8,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from kvarena.experiments.cli import main as kvarena_command
 from kvarena.experiments.load.arrivals import Arrival
 from kvarena.experiments.workloads import Workload
-from kvarena.experiments.workloads.__main__ import main
+from kvarena.experiments.workloads.describe import main
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 TRACES = {
@@ -87,7 +88,7 @@ def test_describe_prints_a_table_and_json(tmp_path, capsys):
         {"timestamp": 500 * i, "input_length": 600, "output_length": i + 1, "hash_ids": [0, i + 1]} for i in range(9)
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    assert main(["describe", str(path), "--format", "mooncake"]) == 0
+    assert main([str(path), "--format", "mooncake"]) == 0
     lines = capsys.readouterr().out.splitlines()
     facts = json.loads(lines[-1])
     assert facts["num_requests"] == 9
@@ -109,7 +110,7 @@ def test_describe_prints_a_table_and_json(tmp_path, capsys):
 def test_describe_of_a_broken_file_is_one_line(tmp_path, capsys):
     path = tmp_path / "t.csv"
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.5,-9,2\n")
-    assert main(["describe", str(path), "--format", "azure"]) == 1
+    assert kvarena_command(["describe", str(path), "--format", "azure"]) == 2
     out = capsys.readouterr()
     assert out.out == ""
     assert out.err.count("\n") == 1

@@ -87,7 +87,7 @@ def test_the_wheel_brings_one_package(installed):
 
 @pytest.mark.slow
 def test_it_runs_beside_packages_of_the_same_names(installed, own):
-    bench = [sys.executable, "-m", "kvarena", "bench", *SIMULATED, "hydra.run.dir=bench", "report.pages=false"]
+    bench = [sys.executable, "-m", "kvarena", "run", *SIMULATED, "hydra.run.dir=bench", "report.pages=false"]
     assert '"num_finished": 2' in run([*bench, "allocator._target_=experiments.mine.Mine"], own, installed)
     (own / "script.py").write_text(SCRIPT)
     said = run([sys.executable, "script.py"], own, installed)

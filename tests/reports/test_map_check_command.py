@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fake_runs import fake_run
 
+from kvarena.experiments.cli import main as kvarena_command
 from kvarena.experiments.correctness import map_check
 from kvarena.experiments.recording.kv_map import FREE
 
@@ -39,5 +40,5 @@ def test_the_command_counts_runs_and_names_the_first_step_that_differs(tmp_path,
     assert line["differing"] == 1 and line["first"] == "step 1: token_states of cells 2, of the ledger 3"
     assert (line["compared"], line["exact"]) == (["cells"], True)
     (run_dir / "kv_map.parquet").unlink()
-    assert map_check.main([str(tmp_path / "sweep")]) == 2
+    assert kvarena_command(["check", "map-check", str(tmp_path / "sweep")]) == 2
     assert "report.kv_map=true" in capsys.readouterr().err

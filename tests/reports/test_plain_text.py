@@ -28,8 +28,8 @@ def test_any_text_is_written_in_any_encoding(monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    [["run.py", "--help"], ["run.py", "--hydra-help"], ["-m", "kvarena.experiments.cli", "--help"],
-     ["-m", "kvarena.experiments.cli", "serve", "--help"], ["-m", "kvarena.experiments.cli", "report", "--help"]],
+    [["run.py", "--help"], ["run.py", "--hydra-help"], ["-m", "kvarena", "--help"],
+     ["-m", "kvarena", "serve", "--help"], ["-m", "kvarena", "report", "--help"]],
     ids=" ".join,
 )  # fmt: skip
 @pytest.mark.parametrize("output", ["a reader that left", "a full disk"])

@@ -1,4 +1,4 @@
-"""`python -m reports`."""
+"""`kvarena report`."""
 
 import json
 

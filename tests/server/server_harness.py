@@ -37,7 +37,7 @@ class RunningServer:
         self,
         *flags: str,
         model: str = "models/demo",
-        module: str = "kvarena.experiments.cli",
+        module: str = "kvarena",
         key: str | None = KEY,
         is_fresh: bool = False,
     ):

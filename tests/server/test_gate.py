@@ -19,7 +19,7 @@ def guarded(tmp_path_factory):
     keys.write_text("from-the-file\n\nanother\n")
     running = RunningServer(
         "--api-key-file", str(keys), "--protect", "/metrics", "/docs", "--allowed-origins", '["http://page.example"]',
-        "--set", "server.max_body_mib=0.001", key=None, module="kvarena.experiments.cli",
+        "--set", "server.max_body_mib=0.001", key=None, module="kvarena",
     )  # fmt: skip
     yield running
     assert running.stop() == 0

@@ -74,7 +74,7 @@ def test_a_shells_limit_on_open_files_is_lifted():
     ),
 )
 def test_47_a_wrong_setting_is_one_line(flags, words):
-    done = warm.run(["-m", "kvarena.experiments.cli", "serve", *flags], ROOT)
+    done = warm.run(["-m", "kvarena", "serve", *flags], ROOT)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2, done.stderr
     assert len(errors) == 1
@@ -83,7 +83,7 @@ def test_47_a_wrong_setting_is_one_line(flags, words):
 
 
 def test_47_a_port_in_use_is_one_line(server):
-    done = warm.run(["-m", "kvarena.experiments.cli", "serve", "--port", str(server.port)], ROOT)
+    done = warm.run(["-m", "kvarena", "serve", "--port", str(server.port)], ROOT)
     assert done.returncode == 2
     assert f"{server.port}" in done.stderr
     assert "choose another --port" in done.stderr
@@ -139,7 +139,7 @@ def test_51_two_servers_share_a_gpu_by_their_shares():
         for server in servers:
             assert server.complete("The", max_tokens=16).status_code == 200
         assert servers.pop().stop() == 0
-        command = [sys.executable, "-m", "kvarena.experiments.cli", "serve", "--port", "0", *flags]
+        command = [sys.executable, "-m", "kvarena", "serve", "--port", "0", *flags]
         third = subprocess.Popen(
             [*command, "--gpu-memory-utilization", "0.9"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True,

@@ -1,7 +1,7 @@
 """The library's GEMM with a kernel of our choice.
 
 cuBLASLt picks its kernel by a model of the card. For some products of decode steps another of its kernels is up to 15 %
-faster; `MEASURED` names them, as `python -m kvarena.experiments.benchmarks.kernels.library_gemm` found them. What a
+faster; `MEASURED` names them, as `kvarena benchmark library_gemm` found them. What a
 number means is only sure for the version it was measured with: with another one, and for all other products, PyTorch's
 call stays what it is.
 

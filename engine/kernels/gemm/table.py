@@ -1,6 +1,6 @@
 """Which launches of the skinny GEMM serve which product: a fixed table, so that no start-up waits for a search.
 
-`MEASURED` holds what a search on one H100 found (`python -m kvarena.experiments.benchmarks.kernels.gemm`, 128 rows of
+`MEASURED` holds what a search on one H100 found (`kvarena benchmark gemm`, 128 rows of
 the large shape: one H200); other shapes go by rules of thumb drawn from it, and to the library beyond 32 rows.
 """
 

@@ -1,6 +1,6 @@
 """Searches launches of the skinny GEMM on a GPU, against the library's GEMM and the copy's bandwidth.
 
-    python -m kvarena.experiments.benchmarks.kernels.gemm --out gemm.json [--shape llama-3.1-8b --shape qwen3-0.6b]
+    kvarena benchmark gemm --out gemm.json [--shape llama-3.1-8b --shape qwen3-0.6b]
 
 Every product of a decode forward is timed with what is folded into it (norm, residual, silu(gate) * up), over enough
 copies of the weights that the L2 cache holds none. The library's time includes the kernels that the fold replaces.
@@ -10,10 +10,9 @@ per product; those that did not fit into `--seconds` are left out and named in t
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvarena.engine.errors import KvarenaError
 from kvarena.engine.kernels.activation import gated
 from kvarena.engine.kernels.gemm.skinny import GemmConfig, SkinnyGemm
 from kvarena.engine.kernels.gemm.table import ROW_BUCKETS, GemmTable, Product, dump_table
 from kvarena.engine.kernels.norm import rms_norm
 from kvarena.experiments.gpu.shapes import SHAPES
 from kvarena.experiments.gpu.timing import copy_bandwidth, require_cuda, time_launches
+from kvarena.experiments.tools import tool_parser
 
 RING_BYTES = 400 * 2**20
 EPS = 1e-5
@@ -184,18 +183,15 @@ def search(case: Case, gemm: SkinnyGemm, workers: ThreadPoolExecutor) -> tuple[d
     return line, right[0][1] if right and right[0][0] < MARGIN * library else None
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--shape", action="append", choices=sorted(SHAPES), help="default: both real shapes")
     parser.add_argument("--rows", type=int, action="append", choices=ROW_BUCKETS, help="default: all")
-    parser.add_argument("--seconds", type=float, default=150.0)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    try:
-        device = require_cuda()
-    except KvarenaError as error:
-        raise SystemExit(str(error)) from error
+    parser.add_argument("--seconds", type=float, default=150.0, help="after so long no product is begun")
+    parser.add_argument("--out", type=Path, required=True, help="a file that gets the table")
+    args = parser.parse_args(argv)
+    device = require_cuda()
     shapes = args.shape or ["llama-3.1-8b", "qwen3-0.6b"]
     gemm = SkinnyGemm(device)
     found: dict[Product, GemmConfig | None] = {}
@@ -218,7 +214,4 @@ def main() -> None:
                 args.out.write_text(dump_table(found))
     assert GemmTable.from_json(args.out.read_text()) is not None
     print(json.dumps({"section": "gemm", "seconds": round(time.perf_counter() - start, 1), "left_out": left_out}))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,6 +1,6 @@
 """The CUDA kernels for Hopper beside those they replace, for `engine/kernels/gemm/stream.py` and `wide_gemm.py`.
 
-    python -m kvarena.experiments.benchmarks.kernels.hopper [--rows 1,16,32,64] [--product 6144,4096 ...] [--search]
+    kvarena benchmark hopper [--rows 1,16,32,64] [--product 6144,4096 ...] [--search]
 
 A product is rows of w, columns of w, and what is around it: `norm` before it, a `residual` added, or `glu`, a norm
 before and silu(gate) * up after. One JSON line per product and number of rows of x: microseconds of the operation as
@@ -10,17 +10,15 @@ and the weights' bytes over the time. `--search` also times every stream launch 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvarena.engine.errors import KvarenaError
 from kvarena.engine.fusions.ops import Linear, Norm
 from kvarena.engine.fusions.triton_ops import TritonOps
 from kvarena.engine.kernels.gemm.stream import MOST_ROWS, StreamGemm, StreamTile, row_bucket
@@ -28,6 +26,7 @@ from kvarena.engine.kernels.gemm.table import GemmTable
 from kvarena.engine.kernels.hopper import HopperKernels
 from kvarena.experiments.benchmarks.kernels.gemm import RING_BYTES
 from kvarena.experiments.gpu.timing import require_cuda, time_launches
+from kvarena.experiments.tools import tool_parser
 
 # Llama-3.1-8B's layer, Qwen3-0.6B's, and the gated products of Qwen2.5-7B, Qwen3-8B and Qwen3-4B.
 PRODUCTS = (
@@ -109,21 +108,15 @@ def lines(products: list[str], rows: list[int], *, search: bool) -> Iterator[dic
         yield line
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--rows", help=f"of x; default {','.join(map(str, ROWS))}")
     parser.add_argument("--product", action="append", help="rows of w,columns of w,norm|residual|glu")
     parser.add_argument("--search", action="store_true", help="every stream launch, too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = [int(text) for text in args.rows.split(",")] if args.rows else list(ROWS)
-    try:
-        require_cuda()
-        for line in lines(args.product or list(PRODUCTS), rows, search=args.search):
-            print(json.dumps(line), flush=True)
-    except KvarenaError as error:
-        raise SystemExit(str(error)) from error
-
-
-if __name__ == "__main__":
-    main()
+    require_cuda()
+    for line in lines(args.product or list(PRODUCTS), rows, search=args.search):
+        print(json.dumps(line), flush=True)
+    return 0

@@ -1,6 +1,6 @@
 """Searches the library's GEMM kernels on a GPU, for `engine/kernels/gemm/library.py`.
 
-    python -m kvarena.experiments.benchmarks.kernels.library_gemm [--product 256,4096,14336,1 ...] [--seconds 15]
+    kvarena benchmark library_gemm [--product 256,4096,14336,1 ...] [--seconds 15]
 
 For each product (rows of x, rows and columns of w, 1 if added to what y holds): PyTorch's own call with both of its
 libraries, then cuBLASLt's suggestions; from the best of those every tile it has, and from the best three then every
@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from ctypes import byref, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 
 import torch
@@ -25,6 +25,7 @@ from kvarena.engine.errors import KvarenaError
 from kvarena.engine.kernels.gemm.library import ATTRIBUTES, Algorithm, Result, load_library_gemm
 from kvarena.experiments.benchmarks.kernels.gemm import RING_BYTES
 from kvarena.experiments.gpu.timing import require_cuda, time_launches
+from kvarena.experiments.tools import tool_parser
 
 PRODUCTS = tuple(
     (rows, cols, depth, added)
@@ -134,28 +135,22 @@ def _neighbours(algorithms: list[Algorithm]) -> Iterator[Algorithm]:
         yield from (one._replace(cluster=cluster, swizzle=swizzle) for cluster in CLUSTERS for swizzle in SWIZZLES)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--product", action="append", help="rows,cols,depth,added; default: those of both real shapes")
     parser.add_argument("--seconds", type=float, default=15.0, help="for each product")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     products = [tuple(map(int, text.split(","))) for text in args.product or ()] or list(PRODUCTS)
-    try:
-        require_cuda()
-        for rows, cols, depth, added in products:
-            if args.one:
-                print(json.dumps(Search(rows, cols, depth, bool(added), args.seconds).run()), flush=True)
-                continue
-            command = [sys.executable, "-m", "kvarena.experiments.benchmarks.kernels.library_gemm", "--one"]
-            command += ["--seconds", str(args.seconds), "--product", f"{rows},{cols},{depth},{added}"]
-            child = subprocess.run(command, capture_output=True, text=True, check=False)
-            failed = json.dumps({"product": (rows, cols, depth, added), "error": child.stderr[-300:]})
-            print(child.stdout.strip() if child.returncode == 0 else failed, flush=True)
-    except KvarenaError as error:
-        raise SystemExit(str(error)) from error
-
-
-if __name__ == "__main__":
-    main()
+    require_cuda()
+    for rows, cols, depth, added in products:
+        if args.one:
+            print(json.dumps(Search(rows, cols, depth, bool(added), args.seconds).run()), flush=True)
+            continue
+        command = [sys.executable, "-m", "kvarena", "benchmark", "library_gemm", "--one"]
+        command += ["--seconds", str(args.seconds), "--product", f"{rows},{cols},{depth},{added}"]
+        child = subprocess.run(command, capture_output=True, text=True, check=False)
+        failed = json.dumps({"product": (rows, cols, depth, added), "error": child.stderr[-300:]})
+        print(child.stdout.strip() if child.returncode == 0 else failed, flush=True)
+    return 0

@@ -1,6 +1,6 @@
 """What CUDA's virtual memory calls cost on this GPU: what a step pays when requests of `allocator=virtual` grow.
 
-    python -m kvarena.experiments.benchmarks.kernels.mapping --pages 512
+    kvarena benchmark mapping --pages 512
 
 Each line is JSON: median and 99th percentile of host microseconds for one page, for each call, for pages that lie side
 by side and are made accessible by one call, and for what the pool does with them (two planes; `grow` maps, `regrow`
@@ -10,7 +10,6 @@ computed meanwhile.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +18,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from kvarena.engine.errors import KvarenaError
 from kvarena.engine.pool.cuda_memory import CudaDriver
 from kvarena.engine.pool.virtual_memory import PageMap
 from kvarena.experiments.gpu.timing import require_cuda
+from kvarena.experiments.tools import tool_parser
 
 SIDE_BY_SIDE = 8
 
@@ -101,15 +100,13 @@ def bench_pool(driver: CudaDriver, num_pages: int, busy: bool) -> None:
     pages.close()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--pages", type=int, default=512, help="pages of each measurement")
     num_pages = parser.parse_args(argv).pages
-    try:
-        run(num_pages)
-    except KvarenaError as error:
-        raise SystemExit(str(error)) from error
+    run(num_pages)
+    return 0
 
 
 def run(num_pages: int) -> None:
@@ -119,7 +116,3 @@ def run(num_pages: int) -> None:
     for busy in (False, True):
         bench_calls(driver, num_pages, busy)
         bench_pool(driver, num_pages, busy)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What it costs on this GPU to move a request's KV to the host and back, by block size.
 
-    python -m kvarena.experiments.benchmarks.kernels.swaps --tokens 512
+    kvarena benchmark swaps --tokens 512
 
 The engine's own copies (`engine/pool/host_blocks.py`): blocks are gathered, and each moves with all its layers in one
 transfer. Every line is JSON: medians of wall microseconds, waited for, of both ways for so many tokens of the model
@@ -9,10 +9,8 @@ with OPT-13B's KV. The last line fits `microseconds = transfers * per_transfer +
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,9 +19,9 @@ import numpy as np
 import torch
 
 from kvarena.engine.contract import BlockCopy, CopyKind
-from kvarena.engine.errors import KvarenaError
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.experiments.gpu.timing import require_cuda
+from kvarena.experiments.tools import tool_parser
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 OPT_13B: dict[str, Any] = {"num_layers": 40, "num_kv_heads": 40, "head_dim": 128}
@@ -81,24 +79,18 @@ def fit(lines: Sequence[Line]) -> Line:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> int:
     """Measure every block size."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--tokens", type=int, default=512, help="tokens whose KV moves")
     args = parser.parse_args(argv)
     if args.tokens < 1:
         parser.error("--tokens must be at least 1")
-    try:
-        require_cuda()
-        print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
-        lines = []
-        for block_size in BLOCK_SIZES:
-            lines.append(swap_line(block_size, args.tokens))
-            print(json.dumps(lines[-1]), flush=True)
-    except KvarenaError as error:
-        sys.exit(str(error))
+    require_cuda()
+    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
+    lines = []
+    for block_size in BLOCK_SIZES:
+        lines.append(swap_line(block_size, args.tokens))
+        print(json.dumps(lines[-1]), flush=True)
     print(json.dumps(fit(lines)))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -109,7 +109,7 @@ class PaperFig18Study:
                 f"mean, seed by seed (our reading). {seeds_text(self.seeds)}",
                 "(a) Decode attention of one layer with OPT-13B's 40 heads of 128 in bf16, median of CUDA-graph "
                 "replays over memory larger than the L2 cache "
-                "(`python -m kvarena.experiments.benchmarks.kernels --only figure18`). The claim's value is the mean "
+                "(`kvarena benchmark kernels --only figure18`). The claim's value is the mean "
                 "of (paged / contiguous - 1) over combinations of batch and context, each a mean of repeats; interval: "
                 "95 %, Student's t over these.",
             ],

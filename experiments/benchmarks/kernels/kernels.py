@@ -1,7 +1,7 @@
 """The attention and fused kernels on a GPU, against copied bytes and a large matrix product, as JSON lines.
 
-    python -m kvarena.experiments.benchmarks.kernels --only decode,prefill,fused --tune
-    python -m kvarena.experiments.benchmarks.kernels --only figure18
+    kvarena benchmark kernels --only decode,prefill,fused --tune
+    kvarena benchmark kernels --only figure18
 
 Every line has `us` (median of graph replays over memory several times the L2 cache), `tbps` and `share_of_copy`
 (bytes that must move, over time, over what a copy moves) or `tflops` and `share_of_matmul`, and for attention
@@ -11,10 +11,8 @@ most `--seconds`. The last line of stdout is a JSON object with the best of each
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from time import perf_counter
@@ -59,6 +57,7 @@ from kvarena.experiments.benchmarks.kernels.attention_variants import (
 )
 from kvarena.experiments.benchmarks.kernels.fused_cases import bench_fused
 from kvarena.experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda, time_launches
+from kvarena.experiments.tools import tool_parser
 
 Line = dict[str, Any]
 
@@ -242,9 +241,9 @@ def _first_line(failure: Exception) -> str:
     return (str(failure) or type(failure).__name__).splitlines()[0][:200]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run the chosen sections."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = tool_parser(__name__, __doc__)
     parser.add_argument("--only", default="decode,prefill,fused", help="sections, separated by commas; also figure18")
     parser.add_argument("--tune", action="store_true", help="measure other tile shapes and splits too")
     parser.add_argument("--seconds", type=float, default=250.0, help="after so long `--tune` tries no more variants")
@@ -254,10 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     def tune() -> bool:
         return args.tune and perf_counter() < deadline
 
-    try:
-        require_cuda()
-    except KvarenaError as error:
-        sys.exit(str(error))
+    require_cuda()
     copy, matmul = copy_bandwidth(), matmul_flops()
     ceilings = {"copy_tbps": round(copy / 1e12, 3), "matmul_tflops": round(matmul / 1e12, 1)}
     print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__} | ceilings), flush=True)
@@ -295,7 +291,4 @@ def main(argv: list[str] | None = None) -> None:
             report(line, line.pop("bytes"))
     keys = ("us", "tbps", "share_of_copy", "tflops", "share_of_matmul", "config", "error")
     print(json.dumps({name: {k: line[k] for k in keys if k in line} for name, line in best.items()}))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

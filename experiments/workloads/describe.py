@@ -1,18 +1,14 @@
-"""Describe a trace file: python -m kvarena.experiments.workloads describe FILE --format azure.
+"""Shows what is in a trace file: a table of its statistics, and as its last line the same as JSON.
 
-Prints a table of its statistics, and the same as JSON on the last line. A malformed file is one line on stderr and exit
-code 1.
+kvarena describe FILE --format azure
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvarena.engine.errors import KvarenaError
 from kvarena.experiments.workloads.azure import AzureTraceWorkload
 from kvarena.experiments.workloads.burstgpt import BurstGPTWorkload
 from kvarena.experiments.workloads.mooncake import MooncakeWorkload
@@ -20,7 +16,7 @@ from kvarena.experiments.workloads.parts.base import Workload
 from kvarena.experiments.workloads.sharegpt_json import ShareGPTJsonWorkload
 from kvarena.experiments.workloads.statistics import table_statistics
 from kvarena.experiments.workloads.vidur import VidurWorkload
-from kvarena.reports.drawing.plain_text import write_any_text
+from kvarena.reports.reading.options import Options
 
 FORMATS: dict[str, Callable[..., Workload]] = {
     "azure": AzureTraceWorkload,
@@ -33,24 +29,15 @@ FORMATS: dict[str, Callable[..., Workload]] = {
 _VOCAB_SIZE = 1 << 20
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    write_any_text()
-    parser = argparse.ArgumentParser(
-        prog="python -m kvarena.experiments.workloads", description="Look at workload files."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    describe = commands.add_parser("describe", help="print a trace's statistics")
-    describe.add_argument("file")
-    describe.add_argument("--format", required=True, choices=sorted(FORMATS))
-    describe.add_argument("--tokenizer", help="tokenizer.json or its folder (format sharegpt)")
-    describe.add_argument("--num-requests", type=int, help="rows to take from the start (default: all)")
+    parser = Options(prog="kvarena describe", description=__doc__)
+    parser.add_argument("file", metavar="FILE", help="a trace; .gz is decompressed")
+    parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="whose trace it is")
+    parser.add_argument("--tokenizer", help="tokenizer.json or its folder (format sharegpt)")
+    parser.add_argument("--num-requests", type=int, help="rows to take from the start (default: all)")
     args = parser.parse_args(argv)
-    try:
-        facts = describe_file(args.file, args.format, args.tokenizer, args.num_requests)
-    except KvarenaError as error:
-        print(error, file=sys.stderr)
-        return 1
+    facts = describe_file(args.file, args.format, args.tokenizer, args.num_requests)
     print("\n".join(format_statistics(facts)))
     print(json.dumps(facts))
     return 0
@@ -99,7 +86,3 @@ def format_statistics(facts: dict[str, Any]) -> list[str]:
 
 def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.2f}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
