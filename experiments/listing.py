@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from kvarena.engine.errors import ConfigError
@@ -109,5 +110,7 @@ def _chosen(override: str) -> str | None:
     path = CONF / group / f"{name}.yaml"
     if not path.exists():
         return f"{group}={name}: {_known(group)[name]}\n"
-    text = "".join(f"  {line}".rstrip() + "\n" for line in path.read_text(encoding="utf-8").splitlines())
+    *bases, own = [part.read_text(encoding="utf-8") for part in conf_files.with_bases(path)]
+    lines = "".join([own, *bases]).splitlines()
+    text = "".join(f"  {line}\n" for line in lines if not re.match(r"defaults:|  - ", line))
     return f"{group}={name} sets, each as {group}.KEY=VALUE:\n{text}"

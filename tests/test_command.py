@@ -4,9 +4,11 @@ import ast
 import re
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 import kvarena
 from kvarena.experiments import listing
@@ -77,6 +79,18 @@ def test_every_choice_says_in_its_first_line_what_it_is(group):
         assert line.endswith((".", ")")) and len(line) < 120, f"{group}/{name}: {line}"
 
 
+@pytest.mark.parametrize("group", ["allocator", "scheduler", "workload"])
+def test_options_that_many_choices_have_stand_once_and_are_found(group):
+    texts = [path.read_text() for path in (conf_files.CONF / group).glob("*.yaml")]
+    written = Counter(line for text in texts for line in text.splitlines() if re.match(r"\w+: ", line))
+    assert max(written.values()) < 5, written.most_common(1)
+    for name in conf_files.choices(group):
+        found = conf_files.options(conf_files.CONF / group / f"{name}.yaml")
+        composed = OmegaConf.to_container(load_config([f"{group}={name}"])[group])
+        assert found.items() <= composed.items() or name == "mixture", name
+        assert found.keys() == composed.keys(), name
+
+
 def test_list_shows_every_choice_with_its_line(capsys):
     page = said(capsys, "list")
     found = lines(page)
@@ -106,6 +120,7 @@ def test_help_of_run_has_groups_settings_and_examples(capsys):
     for group in conf_files.GROUPS:
         assert all(line in page for line in conf_files.choices(group).values())
     assert (conf_files.CONF / "allocator" / "radix.yaml").read_text().splitlines()[-1] in page
+    assert "\n  swap_gib: 0 " in page and "@_here_" not in page  # of a base
     assert "sliding_window" not in page  # paged's own: not chosen
 
 
@@ -221,8 +236,6 @@ def test_without_the_extra_serve_is_one_line_that_names_it(package, args, capsys
 )  # fmt: skip
 def test_a_manifest_names_the_command_that_was_typed(started, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", [started])
-    from omegaconf import OmegaConf
-
     hydra = OmegaConf.create({
         "runtime": {"config_sources": []}, "job": {"config_name": "config"}, "mode": "RUN",
         "overrides": {"task": ["allocator=paged"], "hydra": []},

@@ -1,9 +1,14 @@
-"""The files of conf as texts: which choices a group has, and what each file says of itself. Reads no YAML."""
+"""The files of conf: which choices a group has, what each file says of itself, and the options in it.
+
+Options that several choices have stand once, in conf/base; a file takes them in by its defaults list.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = {  # in the order in which they are shown
@@ -18,6 +23,7 @@ GROUPS = {  # in the order in which they are shown
     "slo": "limits that a good request keeps",
     "tracking": "where runs are logged too",
 }
+BASE = re.compile(r"^  - /base/(\w+)@_here_$", re.M)
 DEFAULT = re.compile(r"^  - (\w+): ([\w.-]+)", re.M)
 
 
@@ -32,6 +38,24 @@ def first_line(path: Path) -> str:
         if not line.startswith("# @package"):
             return line.removeprefix("#").strip() if line.startswith("#") else ""
     return ""
+
+
+def with_bases(path: Path) -> Iterator[Path]:
+    """A choice's file, behind those of conf/base that it takes in."""
+    for name in BASE.findall(path.read_text(encoding="utf-8")):
+        yield from with_bases(CONF / "base" / f"{name}.yaml")
+    yield path
+
+
+def options(path: Path) -> dict[str, Any]:
+    """The options that a choice's file sets, those that it takes in from conf/base among them."""
+    from omegaconf import OmegaConf
+
+    found: dict[str, Any] = {}
+    for part in with_bases(path):
+        node = OmegaConf.to_container(OmegaConf.load(part))
+        found |= {str(key): value for key, value in node.items() if key != "defaults"} if isinstance(node, dict) else {}
+    return found
 
 
 def defaults() -> dict[str, str]:

@@ -16,16 +16,15 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from types import CodeType
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
 from kvarena.engine.errors import ConfigError
+from kvarena.experiments.settings.conf_files import CONF, options
 from kvarena.experiments.settings.targets import CALLERS
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = {"allocator": "kvarena.allocators", "scheduler": "kvarena.schedulers"}
 # What the builder passes, which is no option; and the file whose values stand in for options without a default.
 GIVEN = {
@@ -120,9 +119,7 @@ def options_of(group: str, strategy: Callable[..., Any]) -> dict[str, Any]:
     Options that all strategies of the group have, and that have no default here, have that of the group; of others
     without one a run asks (`???`). A default that no config can hold stays the constructor's.
     """
-    from omegaconf import OmegaConf
-
-    like = dict(OmegaConf.load(CONF / group / f"{LIKE[group]}.yaml").items())
+    like = options(CONF / group / f"{LIKE[group]}.yaml")
     found: dict[str, Any] = {key: like[key] for key in SHARED[group]}
     for parameter in _parameters(strategy):
         name, default = parameter.name, parameter.default

@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.errors import ConfigError
+from kvarena.experiments.settings import conf_files
 from kvarena.experiments.settings.targets import Part, full_name, instantiate
 from kvarena.schedulers.base import Scheduler
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = conf_files.CONF
 
 
 def strategy_names(group: str) -> list[str]:
@@ -56,8 +57,8 @@ def _check_kind(kind: type, target: str, made_by: Any) -> None:
 
 @cache
 def _load(path: Path) -> dict[str, Any]:
-    options = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    if not isinstance(options, dict):
+    options = OmegaConf.to_container(OmegaConf.create(conf_files.options(path)), resolve=True)
+    if not isinstance(options, dict) or "_target_" not in options:
         raise ConfigError(f"{path} must be a mapping of options with a _target_")
     return {str(key): value for key, value in options.items()}
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kvarena.experiments.settings.compose import CONF_DIR, load_config
+from kvarena.experiments.settings.conf_files import options
 from kvarena.experiments.settings.near import either, near
 
 EXPERIMENTS = "experiment"  # the group whose choices make section `study`
@@ -143,11 +144,11 @@ def _keys_of_choices() -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(CONF_DIR.glob("*/*.yaml")):
         group = path.parent.name
-        if group in ("hydra", "profile"):
+        if group in ("base", "hydra", "profile"):
             continue
-        node: Any = OmegaConf.to_container(OmegaConf.load(path))
+        node = options(path)
         if group == EXPERIMENTS:
-            node = {"study": node.get("study")} if isinstance(node, dict) else {}
+            node = {"study": node.get("study")}
         names = _names(node, "" if group == EXPERIMENTS else f"{group}.")
         for name in names:
             found.setdefault(name, f"{group}={path.stem}")
@@ -159,7 +160,7 @@ def _owners(key: str) -> list[str]:
     group, _, inner = key.partition(".")
     folder, path = (EXPERIMENTS, key) if group == "study" else (group, inner)
     files = sorted((CONF_DIR / folder).glob("*.yaml")) if inner else []
-    return [f"{folder}={file.stem}" for file in files if _has(OmegaConf.load(file), path)]
+    return [f"{folder}={file.stem}" for file in files if _has(OmegaConf.create(options(file)), path)]
 
 
 def _has(node: Any, path: str) -> bool:
