@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from tqdm import tqdm
 
+from kvarena.experiments.jobs.output import tracked
 from kvarena.experiments.settings.run_order import order
 from kvarena.experiments.tools import tool_parser
 from kvarena.reports.comparing.verdicts import THROUGHPUT, Verdict, compare_cells
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     jobs = [(setting, repetitions, options.seed) for setting in equal_settings(seeds=options.num_seeds)]
     with multiprocessing.Pool(options.jobs) as pool:
         found = pool.imap_unordered(_false, jobs, chunksize=4)
-        results = list(tqdm(found, total=len(jobs), unit="setting", disable=None))  # a bar on a terminal alone
+        results = list(tracked(found, "verdict_rates", len(jobs), "settings"))
     results.sort(key=lambda result: (-result[1], repr(result[0])))
     for setting, number in results[:10]:
         print(f"{number:4d} of {repetitions} reports of equal cells hold a false verdict: {setting}")

@@ -14,10 +14,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from tqdm import tqdm
-
 from kvarena.experiments.fuzzing.matrix import PATHS, Coverage, MatrixFailure, cells_of_round, run_cell
 from kvarena.experiments.fuzzing.random_traces import make_trace
+from kvarena.experiments.jobs.output import tracked
 from kvarena.experiments.tools import tool_parser
 
 
@@ -54,12 +53,12 @@ def main(argv: Sequence[str]) -> int:
     started, num_runs, num_traces = time.perf_counter(), 0, 0
     coverage, failures = Coverage(), list[str]()
     seeds = range(args.seed, args.seed + args.traces)
-    for num_cells, happened, failed in tqdm(_run_all(seeds, args.jobs), total=args.traces, unit="trace", disable=None):
+    for num_cells, happened, failed in tracked(_run_all(seeds, args.jobs), "traces", args.traces, "traces"):
         num_traces, num_runs = num_traces + 1, num_runs + num_cells
         coverage += happened
         failures += failed
         for failure in failed:
-            tqdm.write(failure, file=sys.stderr)
+            print(failure, file=sys.stderr, flush=True)
         if len(failures) >= args.max_failures:
             break
     print(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -13,6 +14,7 @@ from kvarena.experiments.load.driver import Recorder
 
 REFRESH = 0.1  # s; to write a number that nobody can read yet would take longer than the step itself may
 LINE_EVERY = 30.0  # s between lines
+Item = TypeVar("Item")
 
 
 class Bar(Protocol):
@@ -76,6 +78,17 @@ def progress_bar(name: str, total: int, unit: str, *, enabled: bool) -> Bar:
     if enabled and not on_terminal():
         return Lines(name, total, unit)
     return tqdm(total=total, desc=name, unit=unit, file=sys.stderr, disable=not enabled, dynamic_ncols=True)
+
+
+def tracked(items: Iterable[Item], name: str, total: int, unit: str) -> Iterator[Item]:
+    """`items`, and how many of them have been done."""
+    bar = progress_bar(name, total, unit, enabled=True)
+    try:
+        for item in items:
+            yield item
+            bar.update()
+    finally:
+        bar.close()
 
 
 class Progress:
