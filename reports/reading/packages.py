@@ -7,8 +7,15 @@ from importlib.util import find_spec
 
 OURS = ("kvarena", "allocators", "engine", "experiments", "hydra_plugins", "reports", "schedulers")
 LEAST_PYTHON = (3, 11)
-# What only some commands need, by the extra that brings it along: modules by their own names.
-EXTRAS = {"serve": ("fastapi", "starlette", "uvicorn", "httptools", "prometheus_client", "llguidance")}
+# What only some commands need, by the extra of pyproject.toml that brings it along: modules by their own names.
+EXTRAS = {
+    "serve": ("fastapi", "httpcore", "httptools", "llguidance", "msgpack", "starlette", "uvicorn", "uvloop"),
+    "gpu": ("accelerate", "cuda"),
+    "sweep": ("joblib", "optuna", "submitit"),
+    "ray": ("ray",),
+    "tracking": ("alembic", "mlflow", "sqlalchemy", "wandb"),
+    "tracing": ("opentelemetry",),
+}
 
 
 def missing_package(error: BaseException) -> str | None:
@@ -35,6 +42,6 @@ def missing_extra(extra: str) -> str | None:
 
 def _line(extra: str, package: str) -> str:
     return (
-        f"{sys.executable} has no package {package}, which `kvarena {extra}` needs; install kvarena[{extra}]: "
+        f"{sys.executable} has no package {package}, which comes with the extra `{extra}`; install kvarena[{extra}]: "
         f"python -m pip install 'kvarena[{extra}]' (in a checkout: -c constraints.txt -e '.[{extra}]')"
     )
