@@ -120,13 +120,13 @@ def _serve(args: list[str]) -> int:
 def _report(args: list[str]) -> int:
     from kvarena.reports.__main__ import main as make_report
 
-    if "--commit" in args:
-        from kvarena.experiments.folders.commits import write_commit
+    return make_report(args, _find_commit)
 
-        args = [arg for arg in args if arg != "--commit"]
-        for folder in [Path(arg) for arg in args if Path(arg).is_dir()]:
-            print(f"{folder}: commit {write_commit(folder)}")
-    return make_report(args)
+
+def _find_commit(folder: Path) -> str:
+    from kvarena.experiments.folders.commits import write_commit
+
+    return write_commit(folder)
 
 
 def _list(args: list[str]) -> int:

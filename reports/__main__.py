@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvarena.reports.drawing.plain_text import write_any_text
@@ -13,8 +13,13 @@ from kvarena.reports.reading.options import Options
 from kvarena.reports.reading.packages import missing_package
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code. The last line of stdout is JSON, on a terminal a sentence."""
+def main(arguments: Sequence[str] | None = None, find_commit: Callable[[Path], str] | None = None) -> int:
+    """Run the command; returns the exit code. The last line of stdout is JSON, on a terminal a sentence.
+
+    Args:
+        arguments: the command line.
+        find_commit: what `--commit` does with a folder, and the commit that it found; None: there is no such option.
+    """
     write_any_text()
     parser = Options(prog="kvarena report", description=__doc__)
     parser.add_argument(
@@ -25,7 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--baseline", help="name or folder of the run that others are compared with (default: the first)"
     )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="also write one run's steps as a Chrome trace")
+    if find_commit is not None:
+        said = "of runs of a copy without git, find the commit by the hash of their sources, and write it down"
+        parser.add_argument("--commit", action="store_true", help=said)
     options = parser.parse_args(arguments)
+    if find_commit is not None and options.commit:
+        for folder in filter(Path.is_dir, options.dirs):
+            print(f"{folder}: commit {find_commit(folder)}")
     try:
         report = make_report(options.dirs, options.out, options.baseline, options.trace)
     except (ReportError, ModuleNotFoundError) as error:

@@ -176,6 +176,16 @@ def test_help_of_serve_says_the_defaults_of_the_config():
         assert f"{name}={default}" in served
 
 
+def test_report_finds_commits_and_says_so(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("kvarena.experiments.folders.commits.write_commit", lambda folder: f"of {folder.name}")
+    assert main(["report", "--commit", str(tmp_path)]) == 2  # no run: the report's own line
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path}: commit of {tmp_path.name}\n" and err.count("\n") == 1
+    with pytest.raises(SystemExit, match="0"):
+        main(["report", "--help"])
+    assert "--commit" in capsys.readouterr().out
+
+
 # ---- tools
 
 
