@@ -89,7 +89,8 @@ def _known(group: str) -> dict[str, str]:
     from kvarena.experiments.settings.outside import installed
 
     found = conf_files.choices(group)
-    for name, point in installed(group).items() if group in OPEN else ():
+    theirs = installed(group) if group in OPEN else {}
+    for name, point in theirs.items():
         package = point.dist.name if point.dist else "an installed package"
         found[name] = f"{point.value} of {package}."
     return found

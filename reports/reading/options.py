@@ -28,7 +28,8 @@ class Options(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"formatter_class": _Help, "allow_abbrev": False} | options)
+        usual: dict[str, Any] = {"formatter_class": _Help, "allow_abbrev": False}
+        super().__init__(**usual | options)
 
     def error(self, message: str) -> NoReturn:
         """An option is unknown, missing or cannot be read."""
