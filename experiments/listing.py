@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.settings import conf_files
@@ -51,7 +51,7 @@ def run_help(args: Sequence[str], program: str) -> str:
     for group, line in GROUPS.items():
         usual = f" (default: {default[group]})" if group in default else ""
         groups += f"  {group}: {line}{usual}\n{_table(_known(group), '    ')}\n"
-    named = "".join(f"\n{text}" for text in map(_chosen, args) if text)
+    named = "".join(f"\n{_chosen(group, name)}" for group, name in _named(args))
     settings = "\n".join(f"  {line}".rstrip() for line in conf_files.settings().splitlines())
     return PAGE.format(program=program, groups=groups, settings=settings) + named
 
@@ -101,17 +101,26 @@ def _table(lines: dict[str, str], margin: str) -> str:
     return "\n".join(f"{margin}{name:{width}}  {line}" for name, line in lines.items())
 
 
-def _chosen(override: str) -> str | None:
-    """The file of a choice that an override names."""
-    group, _, name = override.lstrip("+").partition("=")
-    if group not in GROUPS or not name:
-        return None
-    if name not in _known(group):
-        raise ConfigError(f"{group}={name}: there is no such choice{did_you_mean(name, _known(group))}")
+def _named(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The choices that a command line names, group and name; those of a search path of the user's are left out."""
+    elsewhere = any("hydra.searchpath=" in arg or arg.startswith(("--config-dir", "-cd")) for arg in args)
+    for override in args:
+        group, _, names = override.lstrip("+").partition("=")
+        for name in names.split(",") if group in GROUPS and group != "profile" else ():
+            known = _known(group)
+            if name in known:
+                yield group, name
+            elif name not in ("", "null") and not elsewhere:
+                raise ConfigError(f"{group}={name}: there is no such choice{did_you_mean(name, known)}")
+
+
+def _chosen(group: str, name: str) -> str:
+    """What the file of a choice sets."""
     path = CONF / group / f"{name}.yaml"
     if not path.exists():
         return f"{group}={name}: {_known(group)[name]}\n"
     *bases, own = [part.read_text(encoding="utf-8") for part in conf_files.with_bases(path)]
     lines = "".join([own, *bases]).splitlines()
     text = "".join(f"  {line}\n" for line in lines if not re.match(r"defaults:|  - ", line))
-    return f"{group}={name} sets, each as {group}.KEY=VALUE:\n{text}"
+    typed = "" if group == "experiment" else f", each as {group}.KEY=VALUE"  # whose keys are those of the whole config
+    return f"{group}={name} sets{typed}:\n{text}"

@@ -128,6 +128,13 @@ def test_help_of_run_has_groups_settings_and_examples(capsys):
     assert "sliding_window" not in page  # paged's own: not chosen
 
 
+def test_help_of_run_takes_what_a_run_takes(capsys):
+    page = said(capsys, "run", "-m", "scheduler=fair,sjf", "+experiment=capacity", "slo=null", "-h")
+    for named in ("scheduler=fair sets, each as", "scheduler=sjf sets, each as", "experiment=capacity sets:\n"):
+        assert named in page
+    assert "theirs" not in said(capsys, "run", "hydra.searchpath=[pkg://theirs]", "allocator=theirs", "-h")
+
+
 def examples():
     text = listing.PAGE.partition("examples:\n")[2].partition("\n\n")[0]
     return [shlex.split(line)[1:] for line in text.splitlines()]
