@@ -172,7 +172,7 @@ def test_regions_of_a_rule_of_ones_own_are_recounted_by_it(add):
             "kvarena.schedulers.mine.MineScheduler lacks build_plan; write `def ",
         ),
         (SCHEDULER[0], "(self, plan: StepPlan, now: float)", "(self, plan)", "build_plan is called with other argumen"),
-        (SCHEDULER[1], "watermark: 0.01", "watermark: 2", "scheduler.watermark=2 must be in [0, 1)"),
+        (SCHEDULER[1], "MineScheduler\n", "MineScheduler\nwatermark: 2\n", "scheduler.watermark=2 must be in [0, 1)"),
     ],
 )
 def test_each_error_on_the_way_is_a_line(add, path, old, new, words):
