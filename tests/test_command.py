@@ -144,6 +144,14 @@ def test_there_are_six_examples():
     assert len(examples()) == 6
 
 
+def test_a_simulated_run_needs_no_other_setting(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kvarena"])
+    small = ["workload.num_requests=2", "report.pages=false", "report.progress=false", f"hydra.run.dir={tmp_path}/run"]
+    said(capsys, "run", "runner=simulated", *small)
+    assert load_config(["runner=simulated", "model=llama-3.1-8b-shape"]).engine.dtype == "bfloat16"
+    assert load_config(["model=llama-3.1-8b-shape"]).engine.dtype == "float32"
+
+
 @pytest.mark.parametrize("words", examples(), ids=" ".join)
 def test_each_example_is_a_config(words):
     compose_cell([word.partition(",")[0] for word in words if word != "-m"])

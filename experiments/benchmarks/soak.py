@@ -2,7 +2,6 @@
 
     kvarena serve models/demo --port 8000 --disable-access-log &
     kvarena benchmark soak --url http://127.0.0.1:8000 --pid $! --out soak
-    kvarena benchmark soak --url http://127.0.0.1:8000 --pid $! --out soak
 
 Each client streams one request after the other; every tenth is dropped somewhere in its stream. Once a second the
 resident memory of every server process, open files, the gauges and the ledger are written to `soak.csv`. At the end the

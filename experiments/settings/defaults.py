@@ -1,8 +1,9 @@
-"""Defaults that depend on the model: small ones for the embedded demo and for shapes, a directory's own for all others.
+"""Defaults that depend on other choices: small ones for the embedded demo and for shapes, a directory's own for others.
 
     engine.max_model_len: ${small_or:2048,null}     2048 for models/demo, null (the model's own) for model.path=DIR
+    ${simulated_or:bfloat16,float32}                bfloat16 under runner=simulated, whose profiles are of 16 bit
 
-A resolver of OmegaConf: whoever reads the setting reads a plain value. `register` makes it known.
+Resolvers of OmegaConf: whoever reads the setting reads a plain value. `register` makes them known.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ def _small_or(small: Any, other: Any, *, _root_: DictConfig) -> Any:
     return small if is_small(OmegaConf.select(_root_, "model.path")) else other
 
 
+def _simulated_or(simulated: Any, other: Any, *, _root_: DictConfig) -> Any:
+    return simulated if OmegaConf.select(_root_, "runner.kind") == "simulated" else other
+
+
 def register() -> None:
-    """Make `${small_or:...}` known. Idempotent."""
+    """Make `${small_or:...}` and `${simulated_or:...}` known. Idempotent."""
+    OmegaConf.register_new_resolver("simulated_or", _simulated_or, replace=True)
     OmegaConf.register_new_resolver("small_or", _small_or, replace=True)
