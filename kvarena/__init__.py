@@ -37,10 +37,23 @@ def __getattr__(name: str) -> Any:
     """A name of `__all__`, loaded when it is first used."""
     for home, names in _HOMES.items():
         if name in names:
-            value = getattr(import_module(home), name)
+            value = getattr(_loaded(home), name)
             globals()[name] = value
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _loaded(home: str) -> Any:
+    """A module of ours. Raises KvarenaError where a package is missing: `LLM` needs those of the extra `serve`."""
+    try:
+        return import_module(home)
+    except ModuleNotFoundError as error:
+        from kvarena.engine.errors import KvarenaError
+        from kvarena.reports.reading.packages import missing_package
+
+        if (reason := missing_package(error)) is None:
+            raise
+        raise KvarenaError(reason) from None
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,7 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,11 @@ def _from_directory(
         quantization["dequantize"] = True
     target = torch.device(device)
     placement = {} if target.type == "cpu" else {"device_map": {"": target}}
+    if placement and find_spec("accelerate") is None:
+        raise ModelError(
+            f"transformers needs accelerate to load {directory} onto {target}: pip install 'kvarena[gpu]', or run "
+            "it on a CPU (engine.device=cpu)"
+        )
     free = free_bytes(target)
     # No type of a file has less than a byte for what takes four at most.
     if target.type == "cpu" and 4 * weight_bytes(directory) > free:

@@ -334,6 +334,12 @@ def test_special_tokens_of_the_tokenizer_are_known():
     assert load_model("models/demo").special_token_ids == {0, 1, 2}
 
 
+def test_a_gpu_needs_what_places_weights_there(llama, monkeypatch):
+    monkeypatch.setattr("kvarena.engine.models.loader.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"needs accelerate .* onto cuda: pip install 'kvarena\[gpu\]'"):
+        load_model(path=llama, dtype="float32", device="cuda")
+
+
 def test_loading_is_quiet_and_names_surplus_weights(copy, capfd, caplog):
     load_model(copy)
     tensors = load_file(copy / "model.safetensors")
