@@ -32,8 +32,6 @@ is_number = checks.is_number
 require = checks.require
 
 NULL_BLOCK = 0
-# The ledger's classes, in the order in which they are drawn and stored; engine/ledger.py says what they mean.
-CLASSES = ("token_states", "reservation", "internal", "external", "shortage", "cached", "free")
 
 
 def cdiv(a: int, b: int) -> int:

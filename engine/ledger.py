@@ -22,7 +22,8 @@ from array import array
 
 import numpy as np
 
-from kvarena.engine.contract import CLASSES, KVUsage, StepPlan
+from kvarena.engine.classes import CLASSES
+from kvarena.engine.contract import KVUsage, StepPlan
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, RequestStatus
 
@@ -39,7 +40,7 @@ def check_usage(usage: KVUsage) -> None:
 
 
 class MemoryLedger:
-    """Observes steps and splits the pool into the `CLASSES` of `kvarena.engine.contract`, in slots.
+    """Observes steps and splits the pool into the `CLASSES` of `kvarena.engine.classes`, in slots.
 
     Memory: a few integers per step and per live request.
     """

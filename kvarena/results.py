@@ -21,7 +21,12 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from kvarena.engine.errors import KvarenaError
-from kvarena.experiments.folders.files import (
+from kvarena.reports.analysis.latency import DEFINITIONS, request_latencies
+from kvarena.reports.comparing.cells import differing_settings
+from kvarena.reports.reading.columns import SCHEMA_VERSION, VERSION_KEY
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.files import RunFiles, read_json, read_run
+from kvarena.reports.reading.names import (
     KV_MAP_FILE,
     MANIFEST_FILE,
     REQUESTS_FILE,
@@ -29,11 +34,6 @@ from kvarena.experiments.folders.files import (
     STUDY_FILE,
     SWEEP_FILE,
 )
-from kvarena.experiments.recording.columns import SCHEMA_VERSION, VERSION_KEY
-from kvarena.reports.analysis.latency import DEFINITIONS, request_latencies
-from kvarena.reports.comparing.cells import differing_settings
-from kvarena.reports.reading.errors import ReportError
-from kvarena.reports.reading.files import RunFiles, read_json, read_run
 from kvarena.reports.reading.shapes import SWEEP
 from kvarena.summaries import ComparisonSummary, ExperimentSummary, RunSummary
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvarena.reports.drawing.plain_text import write_any_text
 from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.names import MANIFEST_FILE, STUDY_FILE, SWEEP_FILE
 from kvarena.reports.reading.options import Options
 from kvarena.reports.reading.packages import missing_package
 
@@ -83,18 +84,18 @@ def make_report(
     words = ["kvarena", "report", *map(str, dirs), *(["--out", str(out)] if out else [])]
     words += ["--baseline", baseline] if baseline else []
     first = dirs[0]
-    if len(dirs) == 1 and (first / "study.json").exists():
+    if len(dirs) == 1 and (first / STUDY_FILE).exists():
         if out or baseline or trace:
             raise ReportError("--out, --baseline and --trace do not go with an experiment's folder; leave them out")
         console.print(study_table(write_study_report(first)))
         return first / "report.html"
-    is_named = any((first / name).exists() for name in ("sweep.json", "manifest.json"))
+    is_named = any((first / name).exists() for name in (SWEEP_FILE, MANIFEST_FILE))
     if len(dirs) == 1 and not is_named and whole_cells(first):
         if trace:
             raise ReportError("--trace belongs to one run; give one run folder")
         console.print(comparison_table(compare_whole(first, baseline, out, words)))
         return (out or first) / "report.html"
-    if len(dirs) == 1 and not (first / "sweep.json").exists():
+    if len(dirs) == 1 and not (first / SWEEP_FILE).exists():
         if out or baseline:
             raise ReportError("--out and --baseline belong to comparisons; give two or more run folders")
         console.print(run_table(write_run_report(first)))
@@ -108,7 +109,7 @@ def make_report(
         place = out or first
     else:
         place = out or first.resolve().parent / "comparison"
-        if (place / "sweep.json").exists():
+        if (place / SWEEP_FILE).exists():
             raise ReportError(f"{place} holds a sweep, whose report this would replace; choose another one")
         summary = compare([(_name(path, dirs), path) for path in dirs], place, baseline, commands=[words])
     console.print(comparison_table(summary))

@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from kvarena.engine.classes import OWNED
 from kvarena.experiments.tools import tool_parser
 from kvarena.reports.drawing.style import SERIES, drawing, grid, new_figure, save_png, thousands
 
@@ -129,7 +130,7 @@ async def drained(host: str, port: int) -> dict[str, float]:
     while True:
         gauges = await get_metrics(host, port)
         busy = gauges["vllm:num_requests_running"] + gauges["vllm:num_requests_waiting"]
-        owned = sum(gauges[f"kvarena:kv_slots{{{name}}}"] for name in ("token_states", "reservation", "internal"))
+        owned = sum(gauges[f"kvarena:kv_slots{{{name}}}"] for name in OWNED)
         if not (busy or owned) or time.monotonic() > deadline:
             return gauges | {"owned_slots": owned}
         await asyncio.sleep(0.3)

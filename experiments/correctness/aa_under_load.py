@@ -28,6 +28,7 @@ from typing import Any
 from kvarena.experiments.folders.sources import PROJECT_ROOT
 from kvarena.experiments.studies.aa_test import FALSE_VERDICTS, SMALLEST
 from kvarena.experiments.tools import tool_parser
+from kvarena.reports.reading.names import STUDY_FILE
 
 SECONDS = (0.2, 12.0)  # of work and of a pause
 
@@ -75,7 +76,7 @@ def one_try(out: Path, overrides: Sequence[str]) -> dict[str, Any]:
     done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"experiment=aa_test ended with {done.returncode}: {done.stderr.strip()}")
-    study = json.loads((out / "study.json").read_text())
+    study = json.loads((out / STUDY_FILE).read_text())
     claims = {claim["quantity"]: claim for claim in study["claims"]}
     effects = {name.removeprefix(f"{SMALLEST}: "): claim["ours"] for name, claim in claims.items() if SMALLEST in name}
     return {

@@ -23,13 +23,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kvarena.engine.classes import OWNED
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.folders.files import KV_MAP_FILE, MANIFEST_FILE, STEPS_FILE
 from kvarena.experiments.recording.kv_map import CACHED, EXTERNAL, FREE, SHARED
 from kvarena.experiments.tools import tool_parser
 from kvarena.reports.reading.files import read_run
+from kvarena.reports.reading.names import KV_MAP_FILE, MANIFEST_FILE, STEPS_FILE
 
-OWNED = ("token_states", "reservation", "internal")
 UNOWNED = ("external", "shortage", "free")
 COUNTS = ("owned_blocks", "filled_slots", "cached_blocks")
 

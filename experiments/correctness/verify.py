@@ -19,8 +19,8 @@ from kvarena.engine.checkpoints.directory import resolve_directory
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.correctness.reference import generate_static, load_reference
-from kvarena.experiments.folders.files import MANIFEST_FILE, REQUESTS_FILE
 from kvarena.experiments.tools import tool_parser
+from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE
 
 COLUMNS = ["request_id", "prompt_token_ids", "output_token_ids", "max_tokens", "finish_reason"]
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.folders.files import CELL_FILE, CLAIM_FILE
 from kvarena.experiments.folders.sources import digest
+from kvarena.reports.reading.names import CELL_FILE, CLAIM_FILE
 from kvarena.reports.reading.writing import writing
 
 FIRST_DIGITS, MORE_DIGITS = 4, 2

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.folders.files import CELL_FILE, ERROR_FILE
 from kvarena.experiments.folders.provenance import machine
 from kvarena.experiments.folders.sources import (
     REPORTS_PACKAGE,
@@ -24,6 +23,7 @@ from kvarena.experiments.folders.sources import (
 )
 from kvarena.experiments.settings.config import RunConfig
 from kvarena.reports.reading.files import read_json
+from kvarena.reports.reading.names import CELL_FILE, ERROR_FILE
 from kvarena.reports.reading.shapes import MAYBE_INTEGER, MAYBE_TEXT
 from kvarena.reports.reading.writing import write_text, writing
 

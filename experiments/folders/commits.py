@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.folders.files import MANIFEST_FILE, STUDY_FILE
 from kvarena.experiments.folders.sources import (
     PROJECT_ROOT,
     SHARED_PACKAGES,
@@ -27,6 +26,7 @@ from kvarena.experiments.folders.sources import (
     sources_of,
 )
 from kvarena.reports.reading.files import read_json
+from kvarena.reports.reading.names import MANIFEST_FILE, STUDY_FILE
 from kvarena.reports.reading.writing import write_text
 
 MOST_COMMITS = 300

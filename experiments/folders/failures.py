@@ -9,10 +9,10 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.folders.files import ERROR_FILE
 from kvarena.experiments.folders.lock import is_held
 from kvarena.experiments.folders.place import check_place, is_finished, is_ours
 from kvarena.reports.reading.errors import NotWritten
+from kvarena.reports.reading.names import ERROR_FILE
 from kvarena.reports.reading.writing import write_text
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvarena.experiments.folders.files import LOCK_FILE
+from kvarena.reports.reading.names import LOCK_FILE
 from kvarena.reports.reading.writing import writing
 
 

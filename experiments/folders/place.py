@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.folders.files import (
+from kvarena.reports.reading.names import (
     CELL_FILE,
     CLAIM_FILE,
     DATA_FILES,

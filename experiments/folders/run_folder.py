@@ -17,8 +17,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from kvarena.experiments.folders.files import DATA_FILES, MANIFEST_FILE, REPORT_FILES
 from kvarena.reports.reading.errors import NotWritten
+from kvarena.reports.reading.names import DATA_FILES, MANIFEST_FILE, REPORT_FILES
 from kvarena.reports.reading.writing import writing
 
 PARTIAL = ".partial"

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvarena.engine.contract import CLASSES, NULL_BLOCK, KVAllocator
+from kvarena.engine.classes import LEDGER
+from kvarena.engine.contract import NULL_BLOCK, KVAllocator
 from kvarena.engine.core import StepOutput
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request
 from kvarena.experiments.fuzzing.recount_pools import Owner, Unowned, pool_of
 from kvarena.schedulers.base import Scheduler
-
-COLUMNS = (*CLASSES, "total", "shared_saved", "held")
 
 
 @dataclass
@@ -136,7 +135,7 @@ class Recount:
     def columns(self) -> dict[str, np.ndarray]:
         """The recount, in the columns of `MemoryLedger.settle`."""
         rows = [self._row(step) for step in self._steps]
-        return {name: np.array([row[name] for row in rows], dtype=np.int64) for name in COLUMNS}
+        return {name: np.array([row[name] for row in rows], dtype=np.int64) for name in LEDGER}
 
     def _row(self, step: _Step) -> dict[str, int]:
         reservation = internal = 0

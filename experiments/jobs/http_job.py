@@ -22,7 +22,6 @@ from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import Request
 from kvarena.experiments.building.build import Load, build_load
 from kvarena.experiments.building.parts import sizes_of
-from kvarena.experiments.folders.files import REQUESTS_FILE, STEPS_FILE
 from kvarena.experiments.folders.provenance import utc_now
 from kvarena.experiments.folders.run_folder import Measured
 from kvarena.experiments.load.http_client import HttpServer
@@ -32,6 +31,7 @@ from kvarena.experiments.recording.contention import Contention
 from kvarena.experiments.recording.interruption import Signals, name_of
 from kvarena.experiments.recording.record import RunRecorder, write_requests, write_steps
 from kvarena.experiments.settings.config import DriverConfig, HttpConfig, RunConfig
+from kvarena.reports.reading.names import REQUESTS_FILE, STEPS_FILE
 
 EXTENSIONS = ("top_k", "min_p", "ignore_eos")  # of section `sampling`, beyond OpenAI's API
 ENDPOINTS = ("/completions", "/chat", "/v1")  # what clients' addresses end with, in the order in which it is cut off

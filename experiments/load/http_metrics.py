@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvarena.engine.contract import CLASSES
-from kvarena.experiments.folders.files import GAUGES_FILE
-from kvarena.experiments.recording.columns import described
+from kvarena.engine.classes import CLASSES
+from kvarena.reports.reading.columns import schema_of
+from kvarena.reports.reading.names import GAUGES_FILE
 
 TIMEOUT = 5.0  # seconds
 # Column -> names that servers give it; the first that is there counts.
@@ -83,9 +83,7 @@ class GaugeReader:
         """gauges.parquet of a run folder; no file without a reading."""
         (folder / GAUGES_FILE).unlink(missing_ok=True)
         if self.rows:
-            schema = pa.schema([pa.field(name, pa.float64()) for name in ("time", *NAMES, *CLASSES)])
-            table = described(pa.Table.from_pylist(self.rows, schema), GAUGES_FILE)
-            pq.write_table(table, folder / GAUGES_FILE)
+            pq.write_table(pa.Table.from_pylist(self.rows, schema_of(GAUGES_FILE)), folder / GAUGES_FILE)
 
 
 def read_gauges(text: str) -> dict[str, float]:

@@ -24,8 +24,8 @@ import numpy as np
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.core import StepOutput
 from kvarena.engine.request import Request
-from kvarena.experiments.folders.files import KV_MAP_FILE
-from kvarena.experiments.recording.columns import described
+from kvarena.reports.reading.columns import schema_of
+from kvarena.reports.reading.names import KV_MAP_FILE
 
 MAX_SNAPSHOTS = 400
 MAX_CELLS = 4096
@@ -231,22 +231,11 @@ class KVMapRecorder:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = pa.schema(
-            [
-                ("step", pa.int32()),
-                ("time", pa.float64()),
-                ("owner", pa.list_(pa.int32())),
-                ("filled", pa.list_(pa.int16())),
-                ("stride", pa.int64()),
-                ("owned_blocks", pa.int64()),
-                ("filled_slots", pa.int64()),
-                ("cached_blocks", pa.int64()),
-            ]
-        )
+        schema = schema_of(KV_MAP_FILE)
         columns: dict[str, list[Any]] = {name: [] for name in schema.names}
         for snapshot in (taken for taken in self._snapshots if num_steps is None or taken.step < num_steps):
             owner, filled, *counts = self._draw(snapshot)
             values = (snapshot.step, snapshot.time, owner, filled, self._stride, *counts)
             for name, value in zip(schema.names, values, strict=True):
                 columns[name].append(value)
-        pq.write_table(described(pa.table(columns, schema=schema), KV_MAP_FILE), path, compression="zstd")
+        pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")

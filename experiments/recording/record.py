@@ -10,38 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvarena.engine.classes import LEDGER
 from kvarena.engine.contract import CopyKind, StepPlan
 from kvarena.engine.core import StepOutput
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import FinishReason, Request
-from kvarena.experiments.folders.files import REQUESTS_FILE, STEPS_FILE
-from kvarena.experiments.recording.columns import described, described_schema
 from kvarena.experiments.recording.decisions import decision_hash
 from kvarena.experiments.recording.request_log import LISTS, REQUEST_COLUMNS, RequestLog
 from kvarena.experiments.recording.step_features import step_features
 from kvarena.experiments.recording.token_times import TokenTimes
+from kvarena.reports.reading.columns import schema_of, types_of
+from kvarena.reports.reading.names import REQUESTS_FILE, STEPS_FILE
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
-STEP_TIMES = ("start_time", "launch_time", "launched_time", "end_time", "copy_time")
-STEP_COUNTS = (
-    "num_running",
-    "num_waiting",
-    "num_scheduled",
-    "num_new_tokens",
-    "num_prefill_tokens",
-    "num_decode_tokens",
-    "num_sampled",
-    "num_preempted",
-    "num_recomputed_tokens",
-    "num_copies",
-    "num_swapped_out",
-    "num_swapped_in",
-    "num_prefill_requests",
-    "longest_prefill",
-)
-STEP_SUMS = ("num_kv_tokens", "num_attention_pairs", "decision_hash")  # 64 bits wide
+# The columns of a step that are taken in as it ends, with the codes of their arrays; the ledger settles later.
+CODES = {"double": "d", "int32": "i", "int64": "q"}
+STEP_COLUMNS = {name: CODES[kind] for name, kind in types_of(STEPS_FILE).items() if name not in ("step", *LEDGER)}
 ROWS_AT_ONCE = 16384  # requests of a row group
 
 
@@ -58,8 +44,7 @@ class RunRecorder:
     def __init__(self, tokens: bool = True) -> None:
         self._log = RequestLog(tokens)
         self._token_times = TokenTimes() if tokens else None
-        self._steps: dict[str, array[Any]] = {name: array("d") for name in STEP_TIMES}
-        self._steps |= {name: array("i") for name in STEP_COUNTS} | {name: array("q") for name in STEP_SUMS}
+        self._steps: dict[str, array[Any]] = {name: array(code) for name, code in STEP_COLUMNS.items()}
         self._columns = list(self._steps.values())
         self._num_recomputed: dict[Request, int] = {}  # of requests that computed something again
         # The last step's requests with their rows, and numbers of new tokens: the next step's are mostly the same.
@@ -111,7 +96,6 @@ class RunRecorder:
             step.launch_time,
             step.launched_time,
             step.end_time,
-            step.result.copy_time,
             step.num_running,
             step.num_waiting,
             len(requests),
@@ -124,6 +108,7 @@ class RunRecorder:
             len(plan.copies),
             num_swapped_out,
             num_swapped_in,
+            step.result.copy_time,
             features.num_prefill_requests,
             features.longest_prefill,
             features.num_kv_tokens,
@@ -226,8 +211,7 @@ def _write_requests(path: Path, chunks: Iterable[Mapping[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    plain = pa.schema([(name, _arrow_type(kind)) for name, kind in REQUEST_COLUMNS.items()])
-    schema = described_schema(plain, REQUESTS_FILE)
+    schema = schema_of(REQUESTS_FILE)
     with pq.ParquetWriter(path, schema) as writer:
         for columns in chunks:
             arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in schema]
@@ -239,15 +223,7 @@ def write_steps(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(described(pa.table(dict(columns)), STEPS_FILE), path)
-
-
-def _arrow_type(kind: str) -> pa.DataType:
-    import pyarrow as pa
-
-    if kind.startswith("list<"):
-        return pa.list_(_arrow_type(kind[5:-1]))
-    return pa.float64() if kind == "double" else pa.type_for_alias(kind)
+    pq.write_table(pa.table(dict(columns), schema_of(STEPS_FILE)), path)
 
 
 def _num_swapped(plan: StepPlan) -> tuple[int, int]:

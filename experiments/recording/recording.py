@@ -19,11 +19,11 @@ import numpy as np
 from kvarena.engine.core import Engine, StepOutput
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import Request
-from kvarena.experiments.folders.files import KV_MAP_FILE, REQUESTS_FILE, SCORES_FILE, STEPS_FILE
 from kvarena.experiments.recording.kv_map import MEASURED_SHARE, KVMapRecorder
 from kvarena.experiments.recording.record import RunRecorder, write_steps
 from kvarena.experiments.recording.scores import ScoreLog
 from kvarena.experiments.recording.totals import RunTotals
+from kvarena.reports.reading.names import KV_MAP_FILE, REQUESTS_FILE, SCORES_FILE, STEPS_FILE
 
 WARN_ABOVE = 0.01  # of a measured run's wall time
 # s: a host that waits longer than this for tokens had the next step launched before the device was done.

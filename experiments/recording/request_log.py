@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from kvarena.engine.request import Request
+from kvarena.reports.reading.columns import names_of
+from kvarena.reports.reading.names import REQUESTS_FILE
 
 NAN = float("nan")
 TokenTimesOf = Callable[[int], np.ndarray]
@@ -27,29 +29,7 @@ COUNTS = (
 )
 LISTS = ("prompt_token_ids", "output_token_ids", "token_times")
 
-REQUEST_COLUMNS = {
-    "request_id": "string",
-    "client_id": "string",
-    "prompt_token_ids": "list<int32>",
-    "output_token_ids": "list<int32>",
-    "num_prompt_tokens": "int32",
-    "num_output_tokens": "int32",
-    "num_first_tokens": "int32",
-    "max_tokens": "int32",
-    "priority": "int32",
-    "arrival_time": "double",
-    "submit_time": "double",
-    "admission_time": "double",
-    "first_token_time": "double",
-    "last_token_time": "double",
-    "finish_time": "double",
-    "token_times": "list<double>",
-    "finish_reason": "string",
-    "num_cached_tokens": "int32",
-    "num_preemptions": "int32",
-    "num_recomputed_tokens": "int32",
-    "error": "string",
-}
+REQUEST_COLUMNS = names_of(REQUESTS_FILE)
 
 
 class RequestLog:

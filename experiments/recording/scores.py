@@ -11,8 +11,8 @@ import numpy as np
 
 from kvarena.engine.core import StepOutput
 from kvarena.engine.request import Request
-from kvarena.experiments.folders.files import SCORES_FILE
-from kvarena.experiments.recording.columns import described
+from kvarena.reports.reading.columns import schema_of
+from kvarena.reports.reading.names import SCORES_FILE
 
 
 class ScoreLog:
@@ -41,9 +41,9 @@ class ScoreLog:
 
         requests = [req for req, kept in self._token_ids.items() if kept]
         columns = {
-            "request_id": pa.array([req.request_id for req in requests], pa.string()),
-            "num_candidates": pa.array([len(self._token_ids[req][0]) for req in requests], pa.int32()),
-            "token_ids": pa.array([np.concatenate(self._token_ids[req]) for req in requests], pa.list_(pa.int32())),
-            "values": pa.array([np.concatenate(self._values[req]) for req in requests], pa.list_(pa.float64())),
+            "request_id": [req.request_id for req in requests],
+            "num_candidates": [len(self._token_ids[req][0]) for req in requests],
+            "token_ids": [np.concatenate(self._token_ids[req]) for req in requests],
+            "values": [np.concatenate(self._values[req]) for req in requests],
         }
-        pq.write_table(described(pa.table(columns), SCORES_FILE), path)
+        pq.write_table(pa.table(columns, schema_of(SCORES_FILE)), path)

@@ -20,9 +20,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvarena.engine.checks import check_choice
+from kvarena.engine.classes import CLASSES
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.settings.explain import first_line
-from kvarena.reports.reading.files import CLASSES, read_run
+from kvarena.reports.reading.files import read_run
 
 MAX_POINTS = 200  # of the ledger over time
 MAX_METRICS, MAX_PARAMS = 1000, 100  # of one MLflow request

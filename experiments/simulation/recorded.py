@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from kvarena.engine.contract import KVAllocator, StepScheduler
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.experiments.folders.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from kvarena.experiments.settings.strategies import make_part
 from kvarena.experiments.settings.targets import Part
 from kvarena.reports.reading.errors import ReportError
 from kvarena.reports.reading.files import read_json
+from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from kvarena.reports.reading.shapes import MANIFEST, MAYBE_INTEGER
 
 # What a replay reads of the manifest, beside what a report does.

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.folders.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from kvarena.experiments.recording.record import STEP_TIMES, write_requests, write_steps
 from kvarena.experiments.recording.request_log import LISTS, REQUEST_COLUMNS, TIMES
+from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 
 REQUESTS, STEPS = "-requests.parquet", "-steps.parquet"
 CELL = "cell"

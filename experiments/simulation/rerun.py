@@ -12,12 +12,12 @@ from kvarena.engine.clock import VirtualClock
 from kvarena.engine.core import Engine
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import Request
-from kvarena.experiments.folders.files import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from kvarena.experiments.load.driver import ClosedLoop, drive
 from kvarena.experiments.recording.record import RunRecorder
 from kvarena.experiments.simulation.profiles import MeasuredProfile
 from kvarena.experiments.simulation.recorded import RecordedRun
 from kvarena.experiments.simulation.runner import SimulatedRunner
+from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 
 
 def simulate_again(

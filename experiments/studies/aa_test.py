@@ -22,13 +22,13 @@ import numpy as np
 
 from kvarena.engine.checks import check_int, require
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.folders.files import MANIFEST_FILE
 from kvarena.experiments.settings.run_order import order
 from kvarena.experiments.studies.base import Chart, Findings, Series
 from kvarena.experiments.studies.cells import CellRunner
 from kvarena.experiments.studies.claims import Claim, Verdict
 from kvarena.reports.comparing.verdicts import LEVEL, POWER, THROUGHPUT, compare_cells, shares, smallest_effect
 from kvarena.reports.comparing.verdicts import Verdict as Answer
+from kvarena.reports.reading.names import MANIFEST_FILE
 
 LATENCIES = {"ttft_seconds": "median TTFT", "tpot_seconds": "median TPOT", "e2e_seconds": "median E2E latency"}
 NAMES = {THROUGHPUT: "output tokens/s"} | LATENCIES

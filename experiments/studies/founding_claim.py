@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from kvarena.engine.checks import check_int
-from kvarena.experiments.folders.files import MANIFEST_FILE
 from kvarena.experiments.settings.run_order import order
 from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
 from kvarena.experiments.studies.cells import CellRunner
@@ -31,6 +30,7 @@ from kvarena.reports.comparing.verdicts import HIGHER, LOWER, SAME, THROUGHPUT, 
 from kvarena.reports.comparing.verdicts import Verdict as Answer
 from kvarena.reports.drawing.style import CLASS_LOOKS
 from kvarena.reports.reading.files import read_json, read_run
+from kvarena.reports.reading.names import MANIFEST_FILE
 
 SOURCE = "PagedAttention (Kwon et al., SOSP 2023), section 6.2; Orca (Yu et al., OSDI 2022)"
 GRID = {

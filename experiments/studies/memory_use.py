@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvarena.engine.classes import CLASSES, OWNED
 from kvarena.engine.errors import EngineError
 from kvarena.experiments.studies.claims import Mean
 from kvarena.reports.analysis.memory import mean_shares, step_spans, weighted_mean
 from kvarena.reports.analysis.windows import WAITING, window_masks
-from kvarena.reports.reading.files import CLASSES, RunFiles, read_run
+from kvarena.reports.reading.files import RunFiles, read_run
 
-OWNED = ("token_states", "reservation", "internal")
 OTHERS = "others"  # what no request owns while one waits: the paper's “external fragmentation & others”
 UNWANTED = "unwanted"  # what no request owns while none waits
 SEGMENTS = (*OWNED, OTHERS, UNWANTED)

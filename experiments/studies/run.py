@@ -15,7 +15,6 @@ from rich.console import Console
 import kvarena.reports.pages.ending
 import kvarena.reports.pages.study
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.folders.files import CELL_FILE, MANIFEST_FILE, STUDY_FILE
 from kvarena.experiments.folders.lock import only_writer
 from kvarena.experiments.folders.place import EXPERIMENT, check_place, is_finished
 from kvarena.experiments.folders.provenance import git_state, machine, versions
@@ -27,6 +26,7 @@ from kvarena.experiments.studies.base import Study
 from kvarena.experiments.studies.cells import CellRunner
 from kvarena.reports.pages.study_claims import tally
 from kvarena.reports.reading.files import read_json
+from kvarena.reports.reading.names import CELL_FILE, MANIFEST_FILE, STUDY_FILE
 from kvarena.reports.reading.writing import write_text
 
 SCHEMA_VERSION = 3  # 2 had no counts of the claims

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kvarena.experiments.folders.files import LOCK_FILE
 from kvarena.experiments.recording.interruption import Signals
+from kvarena.reports.reading.names import LOCK_FILE
 
 LOOK = 0.1  # seconds between looks for a signal
 

@@ -16,13 +16,13 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
-from kvarena.experiments.folders.files import CELL_FILE, ERROR_FILE, MANIFEST_FILE, STUDY_FILE, SWEEP_FILE
 from kvarena.experiments.folders.lock import only_writer
 from kvarena.experiments.folders.place import SWEEP, check_place
 from kvarena.experiments.jobs.outcomes import outcome
 from kvarena.experiments.recording.interruption import Interrupted, Signals, name_of, shown, whole_cells
 from kvarena.experiments.settings.explain import first_line
 from kvarena.experiments.sweeps.passed_on import cells_elsewhere
+from kvarena.reports.reading.names import CELL_FILE, ERROR_FILE, MANIFEST_FILE, STUDY_FILE, SWEEP_FILE
 from kvarena.reports.reading.writing import replacing, write_text
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from kvarena.engine.classes import CLASSES
 from kvarena.reports.drawing.document import Picture, Section, Table
 from kvarena.reports.drawing.format import count, percent, rate
 from kvarena.reports.drawing.style import (
@@ -21,10 +22,9 @@ from kvarena.reports.drawing.style import (
     new_figure,
     whole,
 )
-from kvarena.reports.reading.files import CLASSES, RunFiles, read_table
-
-GAUGES_FILE = "gauges.parquet"
-COLUMNS = ("time", "num_running", "num_waiting", "kv_usage", "num_preemptions", "prefix_queries", "prefix_hits")
+from kvarena.reports.reading.columns import names_of
+from kvarena.reports.reading.files import RunFiles, read_table
+from kvarena.reports.reading.names import GAUGES_FILE
 
 
 def read_gauges(run: RunFiles) -> dict[str, np.ndarray] | None:
@@ -32,7 +32,7 @@ def read_gauges(run: RunFiles) -> dict[str, np.ndarray] | None:
     path = run.path / GAUGES_FILE
     if not path.exists():
         return None
-    table = read_table(path, (*COLUMNS, *CLASSES))
+    table = read_table(path, names_of(GAUGES_FILE))
     return {name: table.column(name).to_numpy().astype(float) for name in table.column_names}
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvarena.reports.reading.files import CLASSES
+from kvarena.engine.classes import CLASSES
 
 
 class Spans(NamedTuple):

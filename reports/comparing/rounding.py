@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvarena.reports.reading.columns import names_of
 from kvarena.reports.reading.files import Ragged, RunFiles, read_table
+from kvarena.reports.reading.names import SCORES_FILE
 
-SCORES_FILE = "scores.parquet"
-COLUMNS = ("request_id", "num_candidates", "token_ids", "values")
 EXACT = "float32"  # in which nothing may differ
 # One unit in the last place of numbers from 1 to 2.
 EPSILONS = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -78,8 +78,8 @@ def read_scores(run: RunFiles) -> Scores | None:
     path = run.path / SCORES_FILE
     if not path.exists():
         return None
-    table = read_table(path, COLUMNS)
-    lists = [Ragged.of(table.column(name), path, name) for name in COLUMNS[2:]]
+    table = read_table(path, names_of(SCORES_FILE))
+    lists = [Ragged.of(table.column(name), path, name) for name in ("token_ids", "values")]
     ids = table.column("request_id").to_pylist()
     return Scores({name: row for row, name in enumerate(ids)}, table.column("num_candidates").to_numpy(), *lists)
 

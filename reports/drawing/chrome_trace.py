@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from kvarena.engine.classes import CLASSES
 from kvarena.reports.drawing.timeline import request_phases
-from kvarena.reports.reading.files import CLASSES, RunFiles
+from kvarena.reports.reading.files import RunFiles
 from kvarena.reports.reading.writing import replacing
 
 ENGINE, REQUESTS = 1, 2

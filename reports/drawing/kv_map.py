@@ -24,8 +24,8 @@ from PIL import Image
 from kvarena.reports.drawing.style import CLASS_LOOKS, EMPTY, INK, THEME, new_figure, whole
 from kvarena.reports.reading.errors import ReportError
 from kvarena.reports.reading.files import REMEDY, Ragged, RunFiles, read_table
+from kvarena.reports.reading.names import KV_MAP_FILE
 
-FILE = "kv_map.parquet"
 SHORTAGE, EXTERNAL, SHARED, CACHED, FREE = -5, -4, -3, -2, -1  # owners that are no request
 FIRST_CODE = 5  # owner + FIRST_CODE is not negative
 MAX_COLUMNS, MAX_ROWS = 800, 1024
@@ -77,7 +77,7 @@ def read_kv_map(run: RunFiles, most_columns: int = MAX_COLUMNS, most_rows: int =
     Raises:
         ReportError: the file is broken.
     """
-    path = run.path / FILE
+    path = run.path / KV_MAP_FILE
     if not path.exists():
         return None
     table = read_table(path, ("step", "time", "owner", "filled", "stride"))

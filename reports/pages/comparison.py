@@ -35,6 +35,7 @@ from kvarena.reports.pages.curves import curve_axis, curves
 from kvarena.reports.pages.summary import summarize
 from kvarena.reports.reading.errors import NothingRecorded, ReportError
 from kvarena.reports.reading.files import RunFiles, read_json, read_run
+from kvarena.reports.reading.names import MANIFEST_FILE, STUDY_FILE, SWEEP_FILE
 from kvarena.reports.reading.shapes import SWEEP
 from kvarena.reports.reading.writing import replacing, write_text
 
@@ -70,7 +71,7 @@ def write_comparison(
         ReportError: sweep.json or a run is missing or broken, no run finished, or the baseline is unknown.
     """
     sweep_dir = Path(sweep_dir)
-    sweep = read_json(sweep_dir / "sweep.json", SWEEP, "run the sweep again")
+    sweep = read_json(sweep_dir / SWEEP_FILE, SWEEP, "run the sweep again")
     return compare_sweep(sweep_dir, sweep, baseline, out_dir, command)
 
 
@@ -132,7 +133,7 @@ def compare(
         commands: what made the runs and this comparison, each as words.
         notices: what a reader must know first.
     """
-    if any((out_dir / name).exists() for name in ("manifest.json", "study.json")):
+    if any((out_dir / name).exists() for name in (MANIFEST_FILE, STUDY_FILE)):
         raise ReportError(
             f"{out_dir} holds a run or an experiment, whose report this would replace; choose another one"
         )

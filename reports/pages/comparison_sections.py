@@ -23,6 +23,7 @@ from kvarena.reports.pages.comparison_figures import MAX_PANELS, curve_cells
 from kvarena.reports.pages.curves import curve_section
 from kvarena.reports.pages.run_sections import LEDGER_MEANING, commit, definitions, facts
 from kvarena.reports.pages.verdict_sections import RULE, grouped, runs_section, verdict_section
+from kvarena.reports.reading.names import KV_MAP_FILE
 
 SHARED_FACTS = ("Model", "KV pool", "Workload", "Arrivals", "Machine", "Software", "Commit")
 
@@ -244,7 +245,7 @@ def maps_caption(cells: list[Contender]) -> str:
     )
     if any(len(cell.runs) > 1 for cell in cells):
         text += " Of each cell its first run."
-    missing = [cell.label for cell in cells[:MAX_PANELS] if not (cell.run.path / "kv_map.parquet").exists()]
+    missing = [cell.label for cell in cells[:MAX_PANELS] if not (cell.run.path / KV_MAP_FILE).exists()]
     text += f" Recorded none: {', '.join(missing)}." if missing else ""
     return text + (f" The first {MAX_PANELS} cells." if len(cells) > MAX_PANELS else "")
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.text import Annotation
 
+from kvarena.engine.classes import CLASSES
 from kvarena.reports.analysis.memory import Bins, Spans, binned_mean, binned_rate, make_bins
 from kvarena.reports.drawing.format import scaled_seconds, seconds
 from kvarena.reports.drawing.paper import FIGURE_2
@@ -32,7 +33,7 @@ from kvarena.reports.drawing.style import (
     row_names,
     whole,
 )
-from kvarena.reports.reading.files import CLASSES, RunFiles
+from kvarena.reports.reading.files import RunFiles
 
 NUM_BINS = 420
 NUM_RATE_BINS = 120

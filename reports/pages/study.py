@@ -17,6 +17,7 @@ from kvarena.reports.drawing.format import DASH
 from kvarena.reports.drawing.study_charts import draw_charts
 from kvarena.reports.pages.study_claims import claims_sections, kind_of, ratio_of, tally, terminal_table, verdict_line
 from kvarena.reports.reading.files import read_json
+from kvarena.reports.reading.names import STUDY_FILE
 from kvarena.reports.reading.shapes import STUDY
 from kvarena.reports.reading.writing import write_text
 
@@ -68,7 +69,7 @@ def write_study_report(study_dir: Path) -> dict[str, Any]:
 
 def read_study(study_dir: Path) -> dict[str, Any]:
     """study.json. Raises ReportError."""
-    study: dict[str, Any] = read_json(study_dir / "study.json", STUDY, "run the experiment again")
+    study: dict[str, Any] = read_json(study_dir / STUDY_FILE, STUDY, "run the experiment again")
     return study
 
 

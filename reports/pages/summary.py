@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvarena.engine.classes import CLASSES, OWNED
 from kvarena.reports.analysis.engines import headline_prefix
 from kvarena.reports.analysis.gauges import read_gauges, summarize_gauges
 from kvarena.reports.analysis.latency import TokenGaps, describe, request_latencies, token_gaps
@@ -17,7 +18,7 @@ from kvarena.reports.analysis.windows import kv_use_text, window_masks
 from kvarena.reports.comparing.notices import run_notices
 from kvarena.reports.drawing.format import count, rate, seconds
 from kvarena.reports.pages.unrecorded import summarize_unrecorded
-from kvarena.reports.reading.files import CLASSES, RunFiles
+from kvarena.reports.reading.files import RunFiles
 
 SCHEMA_VERSION = 1
 NUM_REJECTION_KINDS = 8
@@ -201,7 +202,7 @@ def _memory(run: RunFiles, spans: Spans) -> dict[str, Any]:
         for name in ("held", "shared_saved"):
             share = weighted_mean((steps[name] / total)[mask], spans.weight[mask])
             result[f"{name}_share_mean{suffix}"] = share
-    owned = sum(steps[name] for name in ("token_states", "reservation", "internal"))
+    owned = sum(steps[name] for name in OWNED)
     result["kv_peak_owned_slots"] = int(np.max(owned)) if run.num_steps else 0
     result["kv_peak_share"] = {
         name: float((steps[name] / total).max()) if run.num_steps else None for name in CLASSES

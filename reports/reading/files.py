@@ -18,53 +18,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kvarena.engine.classes import CLASSES
+from kvarena.reports.reading.columns import names_of
 from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from kvarena.reports.reading.shapes import MANIFEST, TOTALS, mismatch
 
-CLASSES = ("token_states", "reservation", "internal", "external", "shortage", "cached", "free")
-
-REQUEST_COLUMNS = (
-    "request_id",
-    "client_id",
-    "num_prompt_tokens",
-    "num_output_tokens",
-    "max_tokens",
-    "arrival_time",
-    "submit_time",
-    "admission_time",
-    "first_token_time",
-    "finish_time",
-    "finish_reason",
-    "num_cached_tokens",
-    "num_preemptions",
-    "num_recomputed_tokens",
-    "error",
-)
-LATER_REQUEST_COLUMNS = ("last_token_time", "num_first_tokens")  # older run folders lack them
 LIST_COLUMNS = ("prompt_token_ids", "output_token_ids", "token_times")
-STEP_COLUMNS = (
-    "step",
-    "start_time",
-    "launch_time",
-    "end_time",
-    "num_running",
-    "num_waiting",
-    "num_scheduled",
-    "num_new_tokens",
-    "num_prefill_tokens",
-    "num_decode_tokens",
-    "num_sampled",
-    "num_preempted",
-    "num_recomputed_tokens",
-    "num_copies",
-    "num_swapped_out",
-    "num_swapped_in",
-    "copy_time",
-    *CLASSES,
-    "total",
-    "shared_saved",
-    "held",
-)
+LATER_REQUEST_COLUMNS = ("last_token_time", "num_first_tokens")  # older run folders lack them
+REQUEST_COLUMNS = names_of(REQUESTS_FILE, without=(*LIST_COLUMNS, *LATER_REQUEST_COLUMNS, "priority"))
+# What a step-time profile is fitted to is no report's.
+FEATURES = ("num_prefill_requests", "longest_prefill", "num_kv_tokens", "num_attention_pairs")
+STEP_COLUMNS = names_of(STEPS_FILE, without=("launched_time", "decision_hash", *FEATURES))
 ADDED_LATER = ("shortage",)  # columns that older run folders lack; there they are 0
 ROWS_AT_ONCE = 8192
 TEXT_COLUMNS = ("request_id", "client_id", "finish_reason", "error")
@@ -119,7 +84,7 @@ class RunFiles:
         """
         if self.is_unrecorded:
             return Ragged.concatenate([])
-        path = self.path / "requests.parquet"
+        path = self.path / REQUESTS_FILE
         if rows is None:
             return Ragged.of(read_table(path, (column,)).column(column), path, column)
         wanted = np.sort(rows)
@@ -135,13 +100,13 @@ class RunFiles:
         """Entries of each list of one of the list columns; null lists have none. Read piece by piece."""
         if self.is_unrecorded:
             return np.empty(0, dtype=np.int64)
-        path = self.path / "requests.parquet"
+        path = self.path / REQUESTS_FILE
         pieces = [np.diff(Ragged.of(batch, path, column).offsets) for batch in _batches(path, column)]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
     def digest(self, column: str) -> bytes:
         """A hash of one of the list columns, read piece by piece: compares runs without holding them."""
-        path = self.path / "requests.parquet"
+        path = self.path / REQUESTS_FILE
         lengths, values = blake2b(), blake2b()
         for batch in _batches(path, column):
             lists = Ragged.of(batch, path, column)
@@ -314,15 +279,15 @@ def read_run(run_dir: Path) -> RunFiles:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ReportError(f"{run_dir} is not a folder; give the folder of a run")
-    manifest = read_json(run_dir / "manifest.json", MANIFEST)
+    manifest = read_json(run_dir / MANIFEST_FILE, MANIFEST)
     if manifest["run"].get("recorded") == UNRECORDED:
         wrong = mismatch(manifest["run"].get("totals"), TOTALS, "run.totals")
         if wrong is not None:
             raise ReportError(f"{run_dir / 'manifest.json'}: {wrong} (docs/files.md); {REMEDY}")
         return RunFiles(run_dir, manifest, _no_rows(REQUEST_COLUMNS), _no_rows(STEP_COLUMNS))
-    steps = _arrays(run_dir / "steps.parquet", STEP_COLUMNS)
-    _check_ledger(run_dir / "steps.parquet", steps)
-    path = run_dir / "requests.parquet"
+    steps = _arrays(run_dir / STEPS_FILE, STEP_COLUMNS)
+    _check_ledger(run_dir / STEPS_FILE, steps)
+    path = run_dir / REQUESTS_FILE
     requests = _arrays(path, REQUEST_COLUMNS)
     later = tuple(name for name in LATER_REQUEST_COLUMNS if name in _names(path))
     return RunFiles(run_dir, manifest, requests | _arrays(path, later), steps)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from kvarena.engine.contract import CLASSES, KVUsage, ScheduledRequest, StepPlan
+from kvarena.engine.classes import CLASSES
+from kvarena.engine.contract import KVUsage, ScheduledRequest, StepPlan
 from kvarena.engine.errors import EngineError
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import FinishReason, Request, RequestStatus

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from kvarena.experiments.load.http_metrics import GaugeReader
-from kvarena.experiments.recording.columns import SCHEMA_VERSION, TABLES, markdown
 from kvarena.experiments.recording.scores import ScoreLog
+from kvarena.reports.reading.columns import SCHEMA_VERSION, TABLES, markdown
 
 DOCS = (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
 

@@ -14,7 +14,6 @@ import pytest
 from fake_runs import fake_run
 
 from kvarena.reports.__main__ import main
-from kvarena.reports.analysis.gauges import COLUMNS
 from kvarena.reports.comparing.pairing import make_cells
 from kvarena.reports.drawing.document import render_html
 from kvarena.reports.drawing.study_charts import chart_figure
@@ -24,8 +23,10 @@ from kvarena.reports.pages.run_sections import run_document
 from kvarena.reports.pages.study import read_study, study_table, write_study_report
 from kvarena.reports.pages.summary import summarize
 from kvarena.reports.pages.terminal import comparison_table, run_table
+from kvarena.reports.reading.columns import names_of
 from kvarena.reports.reading.errors import ReportError
-from kvarena.reports.reading.files import CLASSES, read_run
+from kvarena.reports.reading.files import read_run
+from kvarena.reports.reading.names import GAUGES_FILE
 
 OTHERS: tuple[Any, ...] = (None, True, -0.5, "text", [], {}, ["x"])
 LOST = object()
@@ -97,7 +98,7 @@ def test_no_damage_to_a_manifest_is_a_trace(kind, step, tmp_path):
     run_dir = fake_run(tmp_path / "run", num_requests=8)
     manifest = full_manifest(json.loads((run_dir / "manifest.json").read_text()), kind)
     if kind == "target":
-        columns = {name: np.arange(1.0, 4.0) for name in (*COLUMNS, *CLASSES)}
+        columns = {name: np.arange(1.0, 4.0) for name in names_of(GAUGES_FILE)}
         pq.write_table(pa.table(columns), run_dir / "gauges.parquet")
     (run_dir / "manifest.json").write_text(json.dumps(manifest))
     everything(run_dir, other)

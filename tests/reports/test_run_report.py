@@ -13,12 +13,13 @@ import pytest
 import sparing
 from fake_runs import REQUEST_SCHEMA, STEP_SCHEMA, fake_run, write_run
 
+from kvarena.engine.classes import CLASSES
 from kvarena.reports.drawing.document import render_html, render_markdown
 from kvarena.reports.pages.run_report import write_run_report
 from kvarena.reports.pages.run_sections import run_document
 from kvarena.reports.pages.summary import summarize
 from kvarena.reports.reading.errors import ReportError
-from kvarena.reports.reading.files import CLASSES, read_run
+from kvarena.reports.reading.files import read_run
 
 
 @pytest.fixture(scope="module")

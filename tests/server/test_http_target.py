@@ -16,6 +16,7 @@ import uvicorn
 from rich.console import Console
 from server_harness import KEY
 
+from kvarena.engine.classes import CLASSES
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.experiments.entry import main
 from kvarena.experiments.jobs.job import execute
@@ -25,7 +26,7 @@ from kvarena.experiments.recording.interruption import Interrupted
 from kvarena.experiments.settings.compose import load_run
 from kvarena.reports.pages.comparison import compare
 from kvarena.reports.pages.terminal import run_table
-from kvarena.reports.reading.files import CLASSES, read_run
+from kvarena.reports.reading.files import read_run
 
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "uniform", "arrival": "poisson"}
 LOAD = [

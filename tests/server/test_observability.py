@@ -12,7 +12,7 @@ import httpx
 import pytest
 from server_harness import PATIENCE, RunningServer
 
-from kvarena.engine.contract import CLASSES
+from kvarena.engine.classes import CLASSES
 
 # What the shipped Grafana boards and common autoscalers query.
 QUERIED = (

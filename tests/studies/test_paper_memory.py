@@ -5,12 +5,12 @@ import json
 import pytest
 from study_run import run_study
 
+from kvarena.engine.classes import CLASSES
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.experiments.studies import orca
 from kvarena.experiments.studies.claims import Kind, Verdict
 from kvarena.experiments.studies.memory_use import SEGMENTS, memory_use, waiting
 from kvarena.experiments.studies.papers.paper_fig2 import LABELS
-from kvarena.reports.reading.files import CLASSES
 
 SEED_CLAIMS = (
     "experiment=seed_claims", "runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16", "study.seeds=[0,1]",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvarena.engine.classes import OWNED
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
 from kvarena.experiments.studies.cells import CellRunner
@@ -74,7 +75,7 @@ class PaperFig15Study:
             run_system(cells, "vLLM", load, f"sampling.n={num_samples}", seed=seed, label=f"n{num_samples}")
             run = read_run(cells.folders[-1])
             steps, window = run.steps, steady(run)
-            owned = np.sum([steps[name] for name in ("token_states", "reservation", "internal")], axis=0)
+            owned = np.sum([steps[name] for name in OWNED], axis=0)
             without = owned + steps["shared_saved"]
             share = 100 * steps["shared_saved"] / np.maximum(without, 1)
             values.append(weighted_mean(share[window], step_spans(steps).weight[window]) or 0.0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from kvarena.engine.checks import SHARE, require
+from kvarena.engine.classes import OWNED
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.experiments.studies.base import Chart, Findings, Series
 from kvarena.experiments.studies.cells import CellRunner
@@ -35,7 +36,7 @@ from kvarena.reports.drawing.style import CLASS_LOOKS
 
 TOLERANCE = 5.0  # points
 LABELS = {
-    **{name: CLASS_LOOKS[name].label for name in ("token_states", "reservation", "internal")},
+    **{name: CLASS_LOOKS[name].label for name in OWNED},
     OTHERS: f"{CLASS_LOOKS['external'].label} & others",
     UNWANTED: f"{CLASS_LOOKS['free'].label} while nobody waits",
 }

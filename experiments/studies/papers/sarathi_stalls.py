@@ -14,6 +14,7 @@ from kvarena.experiments.studies.curves import Curve, highest_below
 from kvarena.experiments.studies.orca import seeds_text
 from kvarena.experiments.studies.papers.published import SARATHI_CAPACITY, SARATHI_SOURCE
 from kvarena.reports.reading.files import read_json
+from kvarena.reports.reading.names import MANIFEST_FILE
 
 LABELS = {"prefill_first": "prefill first", "chunked": "chunked"}
 MS = 1000.0
@@ -54,7 +55,7 @@ class SarathiStallsStudy:
             name: [[self._cell(cells, name, rate, seed) for seed in self.seeds] for rate in self.rates]
             for name in LABELS
         }
-        bound = MS * longest_step(read_json(cells.folders[-1] / "manifest.json"), self.token_budget)
+        bound = MS * longest_step(read_json(cells.folders[-1] / MANIFEST_FILE), self.token_budget)
         longest = {name: max(MS * cell["itl_seconds"]["max"] for of in rates for cell in of)
                    for name, rates in found.items()}  # fmt: skip
         capacity = self._capacity(found)

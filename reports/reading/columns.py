@@ -1,13 +1,16 @@
 """What each column of a run's Parquet files means, and in which unit: written into the files' own metadata.
 
-docs/files.md prints these tables. A reader finds `unit` and `meaning` at each column and the version at the schema.
+docs/files.md prints these tables, recorders and reports take names and types from them. A reader finds `unit` and
+`meaning` at each column and the version at the schema.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvarena.experiments.folders.files import (
+from kvarena.engine.classes import CLASSES
+from kvarena.reports.reading.names import (
     GAUGES_FILE,
     KV_MAP_FILE,
     REQUESTS_FILE,
@@ -87,7 +90,7 @@ TABLES: dict[str, tuple[Columns, ...]] = {
         _of("decision_hash", "int64", "",
             "digest of what the step decided (`experiments/recording/decisions.py`): equal columns mean equal "
             "decisions"),
-        _of("token_states reservation internal external shortage cached free", "int64", "slots",
+        _of(" ".join(CLASSES), "int64", "slots",
             "the ledger; they add up to `total`. Files without `shortage` are older: there it counts as 0"),
         _of("total shared_saved held", "int64", "slots",
             "the pool; slots that sharing saved; owned slots of finished requests that a static batch still holds"),
@@ -121,36 +124,41 @@ TABLES: dict[str, tuple[Columns, ...]] = {
         _of("num_preemptions", "double", "", "counted since the server started"),
         _of("prefix_queries prefix_hits", "double", "tokens",
             "looked up in the prefix cache and found, counted since the server started"),
-        _of("token_states reservation internal external shortage cached free", "double", "slots",
+        _of(" ".join(CLASSES), "double", "slots",
             "of a kvarena server, by the ledger's classes"),
     ),
 }  # fmt: skip
 
 
-def described(table: pa.Table, file: str) -> pa.Table:
-    """`table` with the unit and meaning of each column, and the schema's version, in its metadata.
+def types_of(file: str) -> dict[str, str]:
+    """The columns of a file and their types, in order."""
+    return {name: columns.kind.removesuffix(", null") for columns in TABLES[file] for name in columns.names}
 
-    Args:
-        table: what will be written.
-        file: its name in a run folder.
-    """
+
+def names_of(file: str, without: Iterable[str] = ()) -> tuple[str, ...]:
+    """The columns of a file but for some, in order."""
+    left_out = frozenset(without)
+    return tuple(name for name in types_of(file) if name not in left_out)
+
+
+def schema_of(file: str) -> pa.Schema:
+    """A file's columns as Arrow has them, each with its unit and meaning, and the schema's version."""
     import pyarrow as pa
 
-    return pa.Table.from_arrays(table.columns, schema=described_schema(table.schema, file))
-
-
-def described_schema(schema: pa.Schema, file: str) -> pa.Schema:
-    """The same of a schema."""
-    import pyarrow as pa
-
-    known = {name: columns for columns in TABLES[file] for name in columns.names}
     fields = []
-    for field in schema:
-        metadata = {"meaning": known[field.name].meaning}
-        if unit := known[field.name].unit:
-            metadata["unit"] = unit
-        fields.append(field.with_metadata(metadata))
+    for columns in TABLES[file]:
+        metadata = {"meaning": columns.meaning} | ({"unit": columns.unit} if columns.unit else {})
+        kind = _arrow_type(columns.kind.removesuffix(", null"))
+        fields += [pa.field(name, kind, metadata=metadata) for name in columns.names]
     return pa.schema(fields, {VERSION_KEY: str(SCHEMA_VERSION), FILE_KEY: file})
+
+
+def _arrow_type(kind: str) -> pa.DataType:
+    import pyarrow as pa
+
+    if kind.startswith("list of "):
+        return pa.list_(_arrow_type(kind.removeprefix("list of ")))
+    return pa.float64() if kind == "double" else pa.type_for_alias(kind)
 
 
 def markdown(file: str) -> str:
