@@ -30,6 +30,7 @@ from kvarena.experiments.settings.compose import CONF_DIR, NAMING_GROUPS, compos
 from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.explain import explain, own_error
 from kvarena.experiments.settings.outside import offer_installed
+from kvarena.reports.reading.names import cell_name
 from kvarena.settings import Strategy, as_overrides
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def _run(
     from kvarena.experiments.jobs.job import execute
     from kvarena.results import Result
 
-    name = f"{choices['allocator']} x {choices['scheduler']}"
+    name = cell_name(choices["allocator"], choices["scheduler"])
     if group is None and config.sweep.rounds != 1:
         raise ConfigError(f"sweep.rounds={config.sweep.rounds} repeats the cells of a sweep; use kvarena.sweep")
     if group is None and config.report.baseline is not None:

@@ -23,6 +23,7 @@ from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
 from kvarena.experiments.tools import tool_parser
+from kvarena.reports.reading.names import cell_name
 from kvarena.schedulers.base import Scheduler
 
 BLOCK_SIZE = 16
@@ -64,7 +65,7 @@ def bench_step(allocator: str, scheduler: str, num_running: int, repeats: int) -
     for request_id in list(policy.requests):
         policy.abort(request_id)
     if blocks.usage().owned:
-        raise EngineError(f"{allocator} x {scheduler} leaked slots: {blocks.usage()}")
+        raise EngineError(f"{cell_name(allocator, scheduler)} leaked slots: {blocks.usage()}")
     return result
 
 

@@ -38,6 +38,7 @@ from kvarena.experiments.correctness.reference import greedy_reference
 from kvarena.experiments.correctness.small_configs import VOCAB_SIZE, class_names, small_config
 from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
 from kvarena.experiments.tools import tool_parser
+from kvarena.reports.reading.names import cell_name
 
 BLOCK_SIZE, NUM_TOKENS, MAX_LEN = 4, 12, 64
 PROMPT_LENS, NUM_SHARED = (30, 13, 21, 40), 10
@@ -55,7 +56,7 @@ class Setting:
     max_num_batched_tokens: int = 256
 
     def __str__(self) -> str:
-        return f"{self.allocator} x {self.scheduler}"
+        return cell_name(self.allocator, self.scheduler)
 
 
 SETTINGS = (

@@ -26,6 +26,7 @@ from kvarena.experiments.gpu.timing import require_cuda
 from kvarena.experiments.load.driver import drive
 from kvarena.experiments.recording.record import RunRecorder
 from kvarena.experiments.workloads.parts.base import WorkloadItem
+from kvarena.reports.reading.names import cell_name
 from kvarena.schedulers.base import Scheduler
 
 SAMPLING: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
@@ -51,7 +52,7 @@ class Strategy:
     @property
     def name(self) -> str:
         """As reports call it."""
-        return f"{self.allocator} x {self.scheduler}"
+        return cell_name(self.allocator, self.scheduler)
 
     def build(self, num_blocks: int, max_model_len: int) -> tuple[KVAllocator, Scheduler]:
         """A fresh allocator over an empty pool, and the scheduler on top of it."""

@@ -45,6 +45,7 @@ from kvarena.experiments.settings.config import ReportConfig, RunConfig, SweepCo
 from kvarena.experiments.settings.explain import first_line
 from kvarena.experiments.settings.targets import instantiate
 from kvarena.reports.reading.errors import NotWritten
+from kvarena.reports.reading.names import cell_name
 
 SCHEMA_VERSION = 1
 
@@ -79,7 +80,7 @@ def run_job(config: RunConfig, on_start: Callable[[Path], None]) -> Path:
     else:
         _check_owner(config, run_dir, choices)
     group = str(run_dir.parent) if in_sweep else None
-    name = f"{choices['allocator']} x {choices['scheduler']}"
+    name = cell_name(choices["allocator"], choices["scheduler"])
     summary = execute(
         config, run_dir, name, choices, group, command=command_of(hydra, alone=in_sweep), on_start=on_start,
     )  # fmt: skip

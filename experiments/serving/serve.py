@@ -21,6 +21,7 @@ from kvarena.engine.server.processes.supervisor import serve as run_server
 from kvarena.experiments.building.model_files import check_model
 from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.explain import explain
+from kvarena.reports.reading.names import cell_name
 
 if TYPE_CHECKING:  # torch
     from kvarena.experiments.building.parts import EngineParts
@@ -117,7 +118,7 @@ def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:
 
     spec, slots = parts.spec, parts.pool_facts["num_slots"]
     device = parts.config.device if parts.model is None else parts.model.device.type
-    named = f", {strategy['allocator']} x {strategy['scheduler']}" if strategy else ""
+    named = ", " + cell_name(strategy["allocator"], strategy["scheduler"]) if strategy else ""
     return (
         f"{spec.name}: {spec.num_parameters / 1e6:,.1f}M weights in {str(spec.dtype).removeprefix('torch.')} on "
         f"{device}{named}; KV pool of {slots:,} tokens ({size_text(parts.pool_facts['bytes'])}), room for "

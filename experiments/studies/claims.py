@@ -22,8 +22,8 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
+from kvarena.reports.analysis.intervals import StudentMean
 from kvarena.reports.pages.study_claims import apart, tally
 
 
@@ -68,12 +68,10 @@ class Mean(NamedTuple):
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
         """Mean of one value per seed."""
-        value = float(np.mean(values))
         if len(values) < 2:
-            return cls(value, None, None)
-        error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-        half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-        return cls(value, value - half, value + half)
+            return cls(float(np.mean(values)), None, None)
+        mean = StudentMean.of(values)
+        return cls(mean.value, *mean.interval)
 
     def scaled(self, factor: float) -> Mean:
         """In another unit."""

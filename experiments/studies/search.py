@@ -22,6 +22,7 @@ from kvarena.engine.errors import ConfigError, KvarenaError
 from kvarena.experiments.studies.base import Chart, Findings, Series
 from kvarena.experiments.studies.cells import CellRunner
 from kvarena.experiments.studies.claims import Claim, Mean, compared, measured
+from kvarena.reports.drawing.format import interval
 from kvarena.reports.reading.writing import replacing
 
 if TYPE_CHECKING:
@@ -234,8 +235,8 @@ def _gain(claim: Claim | None) -> str:
     """What the winner gained on fresh seeds, as its table says."""
     if claim is None or claim.ours is None:
         return "The config's own settings give 0, so there is no ratio to them."
-    interval = "" if claim.low is None or claim.high is None else f" [{claim.low:.3f}, {claim.high:.3f}]"
-    return f"On fresh seeds that is {claim.ours:.3f}{interval} times the config's own settings: {claim.verdict}."
+    ends = "" if claim.low is None else f" {interval((claim.low, claim.high), '{:.3f}'.format)}"
+    return f"On fresh seeds that is {claim.ours:.3f}{ends} times the config's own settings: {claim.verdict}."
 
 
 def _number_at(summary: Mapping[str, Any], path: str) -> float | None:

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from kvarena.reports.analysis.intervals import wilson
 from kvarena.reports.analysis.latency import request_latencies
 from kvarena.reports.analysis.steady import SteadyWindow, in_window
 from kvarena.reports.drawing.document import Section, Table
-from kvarena.reports.drawing.format import DASH, count, percent, rate, seconds
+from kvarena.reports.drawing.format import DASH, count, interval, percent, rate, seconds
 from kvarena.reports.reading.files import RunFiles
 
 PER_REQUEST, PERCENTILES = "per_request", "percentiles"
@@ -130,15 +131,6 @@ def _attainment(kept: dict[str, np.ndarray], duration: float, target: float, rul
     }
 
 
-def wilson(num_good: int, count: int) -> tuple[float, float]:
-    """95 % score interval of a share (Wilson, 1927); unlike a bootstrap's it is no point when all are good."""
-    z2 = 1.959964**2
-    share = num_good / count
-    center = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = (z2 * (share * (1 - share) / count + z2 / (4 * count**2))) ** 0.5 / (1 + z2 / count)
-    return max(0.0, center - half), min(1.0, center + half)
-
-
 def limits_text(limits: dict[str, float]) -> str:
     """TTFT <= 2.00 s, TPOT <= 200 ms."""
     return ", ".join(f"{key.upper()} ≤ {seconds(limit)}" for key, limit in limits.items())
@@ -150,8 +142,9 @@ def slo_section(summary: dict[str, Any]) -> Section:
     rows = []
     for label, part in (("whole run", slo["whole_run"]), ("steady part", slo["steady"])):
         if part is not None:
+            ends = part["attainment_ci95_low"], part["attainment_ci95_high"]
             rows.append([label, f"{count(part['num_good'])} of {count(part['num_requests'])}",
-                         percent(part["attainment"]), _interval(part), rate(part["good_requests_per_second"]),
+                         percent(part["attainment"]), interval(ends, percent), rate(part["good_requests_per_second"]),
                          *(percent(part["shares_within"][key]) for key in slo["limits"]),
                          DASH if part["met"] is None else "met" if part["met"] else "missed"])  # fmt: skip
     limits = [f"within {limits_text({key: limit})}" for key, limit in slo["limits"].items()]
@@ -168,8 +161,3 @@ def slo_section(summary: dict[str, Any]) -> Section:
 
 def _rule_text(rule: str) -> str:
     return ", each limit apart, as MLPerf judges" if rule == PERCENTILES else ", all limits at once"
-
-
-def _interval(part: dict[str, Any]) -> str:
-    low, high = part["attainment_ci95_low"], part["attainment_ci95_high"]
-    return DASH if low is None else f"{percent(low)} – {percent(high)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -16,6 +16,7 @@ import numpy as np
 
 from kvarena.reports.analysis.latency import request_latencies
 from kvarena.reports.reading.files import RunFiles
+from kvarena.reports.reading.names import cell_name
 
 STRATEGY = ("allocator", "scheduler")
 # Config groups, and where the manifest says which option of the group ran.
@@ -122,6 +123,15 @@ class Cell:
     def conditions(self) -> dict[str, Any]:
         """The other settings that differ: workload, seed, rate, pool, ..."""
         return {key: value for key, value in self.settings.items() if key.split(".")[0] not in STRATEGY}
+
+    def named(self, wanted: Callable[[str], bool]) -> str:
+        """Its strategy, and of the settings that differ those whose keys are wanted."""
+        rest = [
+            f"{key.rsplit('.', 1)[-1]}={value}"
+            for key, value in self.settings.items()
+            if key not in STRATEGY and value is not None and wanted(key)
+        ]
+        return ", ".join([cell_name(*(self.settings[key] for key in STRATEGY), "×"), *rest])
 
     @property
     def contender(self) -> tuple[Any, ...]:

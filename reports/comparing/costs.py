@@ -12,7 +12,7 @@ from kvarena.reports.comparing.judge import Judgement, throughput_ratio
 from kvarena.reports.comparing.repeats import Contender
 from kvarena.reports.comparing.verdicts import DECIDED, ONE_RUN, ONE_SEED, THROUGHPUT
 from kvarena.reports.drawing.document import Section, Table
-from kvarena.reports.drawing.format import DASH, count, ratio
+from kvarena.reports.drawing.format import count, interval, ratio
 
 FAR_LOW, FAR_HIGH = 0.01, 100  # ends of an interval, as ratios, beyond which the digits say nothing
 
@@ -121,22 +121,20 @@ def _single(verdicts: dict[str, dict[str, Any]]) -> str:
 
 def brief(verdict: dict[str, Any]) -> str:
     """A verdict in a line: 1.34 [1.30, 1.38] higher; ≈ where no difference is shown."""
-    text = [ratio(verdict["ratio"]), interval_text(verdict)]
+    text = [ratio(verdict["ratio"])]
     if verdict["interval"]:
+        text.append(interval(verdict["interval"], end_text))
         text.append(verdict["verdict"] if verdict["verdict"] in DECIDED else "≈" if _is_open(verdict) else "?")
-    return " ".join(part for part in text if part)
+    return " ".join(text)
 
 
 def _is_open(verdict: dict[str, Any]) -> bool:
     return not verdict["verdict"].startswith("not decided")
 
 
-def interval_text(verdict: dict[str, Any]) -> str:
-    """[1.30, 1.38], or nothing; an end that is far off is only said to be."""
-    if not verdict["interval"]:
-        return ""
-    low, high = verdict["interval"]
-    return f"[{ratio(low) if low >= FAR_LOW else f'<{FAR_LOW}'}, {ratio(high) if high <= FAR_HIGH else f'>{FAR_HIGH}'}]"
+def end_text(end: float) -> str:
+    """The end of an interval; one that is far off is only said to be."""
+    return f"<{FAR_LOW}" if end < FAR_LOW else f">{FAR_HIGH}" if end > FAR_HIGH else ratio(end)
 
 
 def cost_section(entries: Sequence[dict[str, Any]]) -> Section:
@@ -159,4 +157,4 @@ def cost_section(entries: Sequence[dict[str, Any]]) -> Section:
 
 
 def _texts(verdict: dict[str, Any]) -> tuple[str, str, str]:
-    return ratio(verdict["ratio"]), interval_text(verdict) or DASH, verdict["verdict"]
+    return ratio(verdict["ratio"]), interval(verdict["interval"], end_text), verdict["verdict"]

@@ -19,7 +19,7 @@ from kvarena.reports.comparing.verdicts import (
     Verdict,
     machine_explains,
 )
-from kvarena.reports.drawing.format import rate, ratio
+from kvarena.reports.drawing.format import interval, rate, ratio
 
 SMALLEST_P = 1e-4  # below, a p-value says more about the normal distribution than about the machine
 
@@ -84,11 +84,10 @@ def _speed(one: Contender) -> str:
 
 
 def sureness(verdict: Verdict, judgement: Judgement) -> str:
-    """95 % interval 1.30 to 1.38 over 5 rounds; p = 0.0004, very sure."""
+    """95 % interval [1.30, 1.38] over 5 rounds; p = 0.0004, very sure."""
     parts = []
     if verdict.interval is not None:
-        low, high = map(ratio, verdict.interval)
-        parts.append(f"95 % interval {low} to {high} over {verdict.repeats} {verdict.unit}")
+        parts.append(f"95 % interval {interval(verdict.interval)} over {verdict.repeats} {verdict.unit}")
     if verdict.p_holm is not None:
         many = judgement.num_verdicts
         corrected = f" after Holm over {many} verdicts" if many > 1 else ""

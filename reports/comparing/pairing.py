@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from kvarena.reports.comparing.cells import STRATEGY, Cell, differing_settings, is_seed
+from kvarena.reports.comparing.cells import Cell, differing_settings, is_seed
 from kvarena.reports.comparing.paired import same_prompts
 from kvarena.reports.reading.errors import ReportError
 from kvarena.reports.reading.files import RunFiles
@@ -70,8 +70,8 @@ def _label(cells: list[Cell]) -> None:
     has_repeats = max(contenders.values()) > 1
     has_rounds = len({cell.round for cell in cells}) > 1
     for cell in cells:
-        cell.label = _name(cell, lambda key: not (has_repeats and is_seed(key)))
-        cell.run_label = _name(cell, lambda _: True) + (f", round={cell.round}" if has_rounds else "")
+        cell.label = cell.named(lambda key: not (has_repeats and is_seed(key)))
+        cell.run_label = cell.named(lambda _: True) + (f", round={cell.round}" if has_rounds else "")
     owners: dict[str, dict[tuple[Any, ...], str]] = {}  # label -> contender -> its first folder
     for cell in cells:
         owners.setdefault(cell.label, {}).setdefault(cell.contender, cell.folder)
@@ -91,15 +91,6 @@ def _label(cells: list[Cell]) -> None:
             cell.run_label = cell.label
         elif names[cell.run_label] > 1:
             cell.run_label = f"{cell.run_label} [{cell.folder}]"
-
-
-def _name(cell: Cell, wanted: Callable[[str], bool]) -> str:
-    rest = [
-        f"{key.rsplit('.', 1)[-1]}={value}"
-        for key, value in cell.settings.items()
-        if key not in STRATEGY and value is not None and wanted(key)
-    ]
-    return ", ".join([f"{cell.settings['allocator']} × {cell.settings['scheduler']}", *rest])
 
 
 def _plain(name: str) -> str:

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from scipy import optimize, special, stats
 
+from kvarena.reports.analysis.intervals import StudentMean
+
 LEVEL = 0.03  # of a report that holds any false verdict: an exact 5 % would break "16 of 200" in one setting of fifty
-CONFIDENCE = 0.95  # of an interval, for its ratio alone
 POWER = 0.9
 THROUGHPUT = "output_tokens_per_second"
 FASTEST = "fastest"
@@ -183,8 +184,9 @@ def _pair(question: Question, rival: int) -> Verdict:
     if answer.repeats < 2:
         answer.verdict = ONE_RUN if len(logs) == 1 else ONE_SEED
         return answer
-    answer.p, (low, high) = student(units)
-    answer.interval = (float(np.exp(low)), float(np.exp(high)))
+    mean = StudentMean.of(units, SMALLEST_SD)
+    low, high = mean.interval
+    answer.p, answer.interval = mean.p, (float(np.exp(low)), float(np.exp(high)))
     answer.verdict = ONE_ORDER if _always_one_order(ratios, known) else SAME
     return answer
 
@@ -202,20 +204,6 @@ def per_repeat(logs: np.ndarray, seeds: Sequence[Hashable]) -> np.ndarray:
     if len(names) < 2:
         return logs
     return np.array([logs[[seed == name for seed in seeds]].mean() for name in names])
-
-
-def student(values: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Two-sided p that the mean is 0, and the mean's interval at 95 %, by Student's t.
-
-    Args:
-        values: at least two.
-    """
-    count = len(values)
-    error = max(float(values.std(ddof=1)), SMALLEST_SD) / count**0.5
-    mean = float(values.mean())
-    half = float(special.stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
-    p = 2 * float(special.stdtr(count - 1, -abs(mean) / error))
-    return p, (mean - half, mean + half)
 
 
 def _machine(ratios: Ratios, known: np.ndarray) -> float | None:

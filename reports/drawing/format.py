@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 DASH = "–"
 
@@ -59,6 +60,14 @@ def ratio(value: float | None) -> str:
     if 0.95 < value < 1.05 and value != 1:
         return f"{value:.3f}"
     return f"{value:.2f}" if 0.1 <= abs(value) < 10 else _digits(value, 2 if abs(value) < 0.1 else 3)
+
+
+def interval(ends: Sequence[float | None] | None, text: Callable[[float], str] = ratio) -> str:
+    """[1.30, 1.38]; a dash where there is none. `text` writes an end."""
+    if ends is None:
+        return DASH
+    known = [end for end in ends if end is not None]
+    return f"[{', '.join(map(text, known))}]" if len(known) == 2 else DASH
 
 
 def scaled_seconds(maximum: float) -> tuple[float, str]:

@@ -14,6 +14,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+from kvarena.reports.analysis.intervals import CONFIDENCE
 from kvarena.reports.analysis.windows import WINDOWS
 from kvarena.reports.comparing.cells import Cell, page_of
 from kvarena.reports.comparing.contention import contention_notices, run_contention
@@ -26,7 +27,7 @@ from kvarena.reports.comparing.pairing import make_cells, same_runs
 from kvarena.reports.comparing.repeats import Contender, contenders, spread
 from kvarena.reports.comparing.same_work import compare_same_work, same_work_sentences
 from kvarena.reports.comparing.tokens import same_tokens
-from kvarena.reports.comparing.verdicts import CONFIDENCE, LEVEL, THROUGHPUT
+from kvarena.reports.comparing.verdicts import LEVEL, THROUGHPUT
 from kvarena.reports.drawing.document import render_html, render_markdown
 from kvarena.reports.drawing.format import rate
 from kvarena.reports.pages.comparison_figures import draw_comparison

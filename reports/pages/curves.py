@@ -63,7 +63,7 @@ def curves(cells: list[Cell], axis: str) -> list[dict[str, Any]]:
     """
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(_curve_name(cell, axis), []).append(cell)
+        groups.setdefault(cell.named(lambda key: key != axis and not is_seed(key)), []).append(cell)
     result = []
     for name, members in groups.items():
         xs = sorted({cell.settings[axis] for cell in members})
@@ -75,13 +75,6 @@ def curves(cells: list[Cell], axis: str) -> list[dict[str, Any]]:
         line = {"name": name, "points": points, "knee": _knee(points), "knees": [_knee(points) for points in whole]}
         result.append(line)
     return result
-
-
-def _curve_name(cell: Cell, axis: str) -> str:
-    name = f"{cell.settings['allocator']} × {cell.settings['scheduler']}"
-    rest = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in cell.settings.items()
-            if key not in ("allocator", "scheduler", axis) and not is_seed(key) and value is not None]  # fmt: skip
-    return ", ".join([name, *rest])
 
 
 def _point(x: float, cells: list[Cell]) -> dict[str, Any]:

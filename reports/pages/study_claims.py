@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table as TerminalTable
 
 from kvarena.reports.drawing.document import Section, Table
-from kvarena.reports.drawing.format import DASH
+from kvarena.reports.drawing.format import DASH, interval
 
 PUBLISHED = ("value", "range", "up to", "bound")
 CHECK, FITTED = "check", "fitted"
@@ -170,7 +170,7 @@ def interval_text(claim: Claim, key: str = "ours") -> str:
     text = _value(claim.get(key), claim["unit"])
     if claim.get(low) is None or claim.get(high) is None:
         return text
-    return f"{text} [{_digits(claim[low])}, {_digits(claim[high])}]"
+    return f"{text} {interval((claim[low], claim[high]), _digits)}"
 
 
 def ratio_text(claim: Claim) -> str:

@@ -9,7 +9,7 @@ from kvarena.reports.analysis.latency import DEFINITIONS
 from kvarena.reports.comparing.headline import p_text
 from kvarena.reports.comparing.verdicts import LEVEL, THROUGHPUT
 from kvarena.reports.drawing.document import Picture, Section, Table
-from kvarena.reports.drawing.format import DASH, count, percent, rate, ratio, seconds
+from kvarena.reports.drawing.format import DASH, count, interval, percent, rate, ratio, seconds
 
 RULE = (
     "Ratios are taken between runs of the same seed and round, latencies as the median of the requests' ratios. The "
@@ -28,10 +28,9 @@ def verdict_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         for cell in compared:
             entry = cell["output_tokens_per_second_verdict"] if metric == THROUGHPUT else cell["paired"][metric]
             name = metric_name(metric)
-            interval = " – ".join(map(ratio, entry["interval"])) if entry["interval"] else DASH
             repeats = f"{count(entry['repeats'])} {entry['unit']}" if entry["repeats"] > 1 else count(entry["repeats"])
-            rows.append([name, cell["label"], cell["baseline"], ratio(entry["ratio"]), interval, repeats,
-                         p_text(entry["p_holm"]) or DASH, entry["verdict"]])  # fmt: skip
+            rows.append([name, cell["label"], cell["baseline"], ratio(entry["ratio"]), interval(entry["interval"]),
+                         repeats, p_text(entry["p_holm"]) or DASH, entry["verdict"]])  # fmt: skip
             if metric != THROUGHPUT:
                 asked = entry["requests"]
                 described.append([name, cell["label"], count(asked["count"]),

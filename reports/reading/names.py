@@ -1,4 +1,6 @@
-"""Names of the files in a run folder and a sweep folder; docs/files.md says what they hold."""
+"""Names: of a cell, and of the files in a run folder and a sweep folder; docs/files.md says what they hold."""
+
+from __future__ import annotations
 
 MANIFEST_FILE = "manifest.json"
 REQUESTS_FILE = "requests.parquet"
@@ -14,3 +16,8 @@ STUDY_FILE = "study.json"
 SWEEP_FILE = "sweep.json"
 DATA_FILES = (REQUESTS_FILE, STEPS_FILE, GAUGES_FILE, SCORES_FILE, KV_MAP_FILE)
 REPORT_FILES = ("report.html", "report.md", "summary.json", "requests.csv", "figures")
+
+
+def cell_name(allocator: str, scheduler: str, sign: str = "x") -> str:
+    """How a strategy is called: `paged x continuous`; with the sign × in reports."""
+    return f"{allocator} {sign} {scheduler}"

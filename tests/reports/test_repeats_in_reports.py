@@ -12,11 +12,11 @@ from fake_runs import fake_run
 from rich.console import Console
 
 from kvarena.experiments.settings.run_order import order
-from kvarena.reports.comparing.costs import interval_text
+from kvarena.reports.comparing.costs import end_text
 from kvarena.reports.comparing.pairing import make_cells
 from kvarena.reports.comparing.repeats import contenders
 from kvarena.reports.comparing.verdicts import MACHINE_CHANGED, NO_PAIR, ONE_ORDER, ONE_RUN, ONE_SEED, SAME
-from kvarena.reports.drawing.format import seconds
+from kvarena.reports.drawing.format import interval, seconds
 from kvarena.reports.drawing.style import drawing
 from kvarena.reports.pages.comparison import compare, summarize_comparison
 from kvarena.reports.pages.comparison_figures import memory_panels
@@ -91,7 +91,7 @@ def test_a_difference_is_shown_over_rounds(tmp_path):
     assert len(summary["runs"]) == 10
     start = "paged × continuous is the fastest of 2 cells with "
     assert summary["headline"].startswith(start)
-    assert re.search(r"times contiguous × continuous \(95 % interval 1\.1\d to 1\.2\d over 5 rounds; (very )?sure: p",
+    assert re.search(r"times contiguous × continuous \(95 % interval \[1\.1\d, 1\.2\d\] over 5 rounds; (very )?sure: p",
                      summary["headline"])  # fmt: skip
     assert {entry["verdict"] for entry in summary["verdicts"]} <= {"higher", "lower"}
     entry = summary["cells"][1]["paired"]["tpot_seconds"]
@@ -262,5 +262,4 @@ def test_a_wide_interval_leaves_room_for_the_names(tmp_path):
     text = printed(summary, width=80)
     assert "[<0.01, >100]" in text
     assert "paged × continuous" in text
-    low_only = {"interval": (0.5, 20268.0)}
-    assert interval_text(low_only) == "[0.50, >100]"
+    assert interval((0.5, 20268.0), end_text) == "[0.50, >100]"

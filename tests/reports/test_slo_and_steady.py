@@ -11,8 +11,9 @@ from kvarena.experiments.correctness.steady_rates import answers
 from kvarena.experiments.settings.compose import CONF_DIR, compose_cell, load_run
 from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.studies.capacity import RAMP
+from kvarena.reports.analysis.intervals import wilson
 from kvarena.reports.analysis.latency import request_latencies
-from kvarena.reports.analysis.slo import good_requests, is_met, kept_limits, summarize_slo, wilson
+from kvarena.reports.analysis.slo import good_requests, is_met, kept_limits, summarize_slo
 from kvarena.reports.analysis.steady import SteadyWindow, mser, steady_window
 from kvarena.reports.pages.comparison import compare
 from kvarena.reports.pages.run_report import write_run_report
