@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from kvarena.engine.errors import KvarenaError
 from kvarena.reports.analysis.latency import DEFINITIONS, request_latencies
-from kvarena.reports.comparing.cells import differing_settings
+from kvarena.reports.comparing.cells import differing_settings, flatten
 from kvarena.reports.reading.columns import SCHEMA_VERSION, VERSION_KEY
 from kvarena.reports.reading.errors import ReportError
 from kvarena.reports.reading.files import RunFiles, read_json, read_run
@@ -77,7 +77,7 @@ class _Folder:
     @cached_property
     def _summary(self) -> dict[str, Any]:
         summary: dict[str, Any] = _reading(read_json)(
-            self.folder / SUMMARY_FILE, {"headline": "text"}, f"make it again: kvarena report {self.folder}"
+            self.folder / SUMMARY_FILE, {"headline": str}, f"make it again: kvarena report {self.folder}"
         )
         return summary
 
@@ -220,7 +220,7 @@ class _Runs(_Folder):
     @cached_property
     def runs(self) -> pd.DataFrame:
         """One row per run: its settings and every number of its summary, nested ones as `ttft_seconds_p50`."""
-        rows = [_flat(result._summary) for result in self.results]
+        rows = [flatten(result._summary, separator="_") for result in self.results]
         return pd.DataFrame([keys | row for keys, row in zip(self._keys, rows, strict=True)])
 
 
@@ -252,7 +252,10 @@ class Comparison(_Runs):
     @cached_property
     def cells(self) -> pd.DataFrame:
         """One row per cell, its repeats folded: label, settings and numbers, nested ones as `ttft_seconds_p50`."""
-        rows = [{"label": cell["label"]} | cell["settings"] | _flat(cell) for cell in self._summary["cells"]]
+        rows = [
+            {"label": cell["label"]} | cell["settings"] | flatten(cell, separator="_")
+            for cell in self._summary["cells"]
+        ]
         return pd.DataFrame(rows).drop(columns="settings", errors="ignore")
 
 
@@ -269,7 +272,7 @@ class Experiment(_Runs):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
-        study = _reading(read_json)(self.folder / STUDY_FILE, {"cells": ["text"]}, "run the experiment again")
+        study = _reading(read_json)(self.folder / STUDY_FILE, {"cells": [str]}, "run the experiment again")
         self.results = [Result(self.folder / name) for name in study["cells"]]
 
     @cached_property
@@ -300,12 +303,3 @@ def _with_keys(frame: pd.DataFrame, keys: Mapping[str, Any]) -> pd.DataFrame:
     made = pd.concat([pd.DataFrame(front, index=frame.index), frame], axis=1)
     made.attrs = frame.attrs
     return made
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested numbers under joined names; lists are left as they are."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(inner, f"{name}_") if isinstance(inner, Mapping) else {name: inner}
-    return flat

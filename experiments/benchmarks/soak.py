@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import json
 import random
 import re
@@ -28,6 +27,7 @@ import psutil
 from kvarena.engine.classes import OWNED
 from kvarena.experiments.tools import tool_parser
 from kvarena.reports.drawing.style import SERIES, drawing, grid, new_figure, save_png, thousands
+from kvarena.reports.reading.writing import write_csv
 
 MEMORY_BOUND = 0.02
 DRAIN_SECONDS = 20.0
@@ -211,10 +211,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     summary, rows = asyncio.run(soak(options))
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "soak.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.out / "soak.csv", rows, rows[0])
     title = f"{options.clients} clients, {summary['finished']:,} requests finished, {summary['aborted']:,} hung up"
     plot(rows, options.out / "soak.png", title)
     (options.out / "soak.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -27,7 +27,7 @@ from kvarena.reports.reading.names import CELL_FILE, ERROR_FILE
 from kvarena.reports.reading.shapes import MAYBE_INTEGER, MAYBE_TEXT
 from kvarena.reports.reading.writing import write_text, writing
 
-CELL = {"config": "text", "code": "text", "machine": "text", "round": MAYBE_INTEGER, "reports": MAYBE_TEXT}
+CELL = {"config": str, "code": str, "machine": str, "round": MAYBE_INTEGER, "reports": MAYBE_TEXT}
 
 
 def measured_config(values: dict[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from kvarena.reports.reading.shapes import MANIFEST, MAYBE_INTEGER
 
 # What a replay reads of the manifest, beside what a report does.
 SHAPE = MANIFEST | {
-    "model": {"name": "text", "max_model_len": MAYBE_INTEGER, "kv_bytes_per_token": "integer"},
-    "pool": {"num_blocks": "integer"},
+    "model": {"name": str, "max_model_len": MAYBE_INTEGER, "kv_bytes_per_token": int},
+    "pool": {"num_blocks": int},
     "config": {
-        "engine": {"overlap": "true or false", "max_model_len": MAYBE_INTEGER},
-        "allocator": "an object",
-        "scheduler": "an object",
+        "engine": {"overlap": bool, "max_model_len": MAYBE_INTEGER},
+        "allocator": dict,
+        "scheduler": dict,
     },
 }
 NEEDED_STEPS = (

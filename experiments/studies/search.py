@@ -8,7 +8,6 @@ The best of many noisy trials looks better than it is, so the gain is taken from
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from kvarena.experiments.studies.base import Chart, Findings, Series
 from kvarena.experiments.studies.cells import CellRunner
 from kvarena.experiments.studies.claims import Claim, Mean, compared, measured
 from kvarena.reports.drawing.format import interval
-from kvarena.reports.reading.writing import replacing
+from kvarena.reports.reading.writing import write_csv
 
 if TYPE_CHECKING:
     import optuna
@@ -170,12 +169,11 @@ class SearchStudy:
 
     def _write_trials(self, search: optuna.Study, refused: dict[int, str], path: Path) -> None:
         keys = [setting.key for setting in self._settings()]
-        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["trial", *keys, self.objective, "error"])
-            for trial in search.trials:
-                values = [trial.params.get(key, "") for key in keys]
-                writer.writerow([trial.number, *values, trial.value, refused.get(trial.number, "")])
+        rows = [
+            [trial.number, *(trial.params.get(key) for key in keys), trial.value, refused.get(trial.number)]
+            for trial in search.trials
+        ]
+        write_csv(path, rows, ["trial", *keys, self.objective, "error"])
 
     def _findings(
         self, search: optuna.Study, refused: dict[int, str], ours: list[float], default: list[float]

@@ -184,11 +184,11 @@ def differing_settings(manifests: Sequence[dict[str, Any]]) -> list[dict[str, An
     return result
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping by keys with dots."""
-    if not isinstance(config, dict):
-        return {prefix: config}
+def flatten(nested: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
+    """A nested mapping by its keys, joined; lists are left as they are."""
+    if not isinstance(nested, dict):
+        return {prefix: nested}
     flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{separator}{key}" if prefix else str(key), separator)
     return flat

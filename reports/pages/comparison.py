@@ -6,7 +6,6 @@ on the runs' files alone.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from datetime import datetime
@@ -16,7 +15,7 @@ from typing import Any
 
 from kvarena.reports.analysis.intervals import CONFIDENCE
 from kvarena.reports.analysis.windows import WINDOWS
-from kvarena.reports.comparing.cells import Cell, page_of
+from kvarena.reports.comparing.cells import Cell, flatten, page_of
 from kvarena.reports.comparing.contention import contention_notices, run_contention
 from kvarena.reports.comparing.costs import METRICS as COST_METRICS
 from kvarena.reports.comparing.costs import cost_pairs, costs
@@ -38,7 +37,7 @@ from kvarena.reports.reading.errors import NothingRecorded, ReportError
 from kvarena.reports.reading.files import RunFiles, read_json, read_run
 from kvarena.reports.reading.names import MANIFEST_FILE, STUDY_FILE, SWEEP_FILE
 from kvarena.reports.reading.shapes import SWEEP
-from kvarena.reports.reading.writing import replacing, write_text
+from kvarena.reports.reading.writing import write_csv, write_text
 
 SCHEMA_VERSION = 2  # 1 had a row per run in `cells`, and verdicts from single pairs of runs
 CELL_METRICS = (
@@ -106,7 +105,7 @@ def compare_whole(
     """Compare the whole cells of a sweep or an experiment that broke off. Arguments as of `write_comparison`."""
     cells = whole_cells(folder)
     named = [] if (folder / "cells").is_dir() else sorted(folder.glob("*/error.json"))
-    entries = [{"name": path.parent.name} | read_json(path, {"error": "text"}) for path in named]
+    entries = [{"name": path.parent.name} | read_json(path, {"error": str}) for path in named]
     left = {key: [entry for entry in entries if bool(entry.get("not_defined")) is wanted]
             for key, wanted in (("failed", False), ("not_defined", True))}  # fmt: skip
     word = "1 cell is" if len(cells) == 1 else f"{len(cells)} cells are"
@@ -177,8 +176,8 @@ def compare(
     pages = {cell.folder: page for cell in cells if (page := page_of(cell.run.path, out_dir)) is not None}
     document = comparison_document(summary, cells, draw_comparison(cells, summary, out_dir), pages)
     write_text(out_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    write_csv(summary["cells"], out_dir / "comparison.csv")
-    write_csv(summary["runs"], out_dir / "runs.csv")
+    write_cells(summary["cells"], out_dir / "comparison.csv")
+    write_cells(summary["runs"], out_dir / "runs.csv")
     write_text(out_dir / "report.md", render_markdown(document))
     write_text(out_dir / "report.html", render_html(document))
     return summary
@@ -317,35 +316,25 @@ def decode_kernels(cells: list[Cell]) -> dict[str, list[str]]:
     return found if len(found) > 1 else {}
 
 
-def write_csv(entries: Sequence[dict[str, Any]], path: Path) -> None:
+def write_cells(entries: Sequence[dict[str, Any]], path: Path) -> None:
     """comparison.csv and runs.csv: one row per entry; nested numbers become columns such as ttft_seconds_p50."""
     rows = []
     for entry in entries:
-        flat = {"label": entry["label"]} | entry["settings"]
-        for name, value in entry.items():
-            if name not in ("label", "settings"):
-                flat |= _columns(name, value)
-        rows.append(flat)
+        row = {"label": entry["label"]} | entry["settings"]
+        numbers = {name: value for name, value in entry.items() if name not in ("label", "settings")}
+        for name, value in flatten(numbers, separator="_").items():
+            if not isinstance(value, list | tuple):
+                row[name] = value
+            elif name.endswith("_interval"):
+                row[f"{name}_low"], row[f"{name}_high"] = value
+            else:
+                row[name] = " ".join(map(str, value))
+        rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row))
     # What only some entries have (a window, a pair) is columns of its parts in these, and nothing in the others.
     names = [
         name for name in names
-        if any(row.get(name, "") != "" for row in rows) or not any(other.startswith(f"{name}_") for other in names)
+        if any(row.get(name) not in (None, "") for row in rows)
+        or not any(other.startswith(f"{name}_") for other in names)
     ]  # fmt: skip
-    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _columns(name: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, list | tuple):
-        value = (
-            dict(zip(("low", "high"), value, strict=True)) if name.endswith("_interval") else " ".join(map(str, value))
-        )
-    if not isinstance(value, dict):
-        return {name: "" if value is None else value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _columns(f"{name}_{key}", inner)
-    return flat
+    write_csv(path, rows, names)

@@ -66,7 +66,7 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """What summary.json of a finished run holds. Raises ReportError."""
-    shape = {"kind": "text"}
+    shape = {"kind": str}
     summary: dict[str, Any] = read_json(run_dir / "summary.json", shape, f"remove {run_dir} to measure it again")
     return {"notices": []} | summary  # a run of before there were any
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from kvarena.reports.pages.study_claims import claims_sections, kind_of, ratio_o
 from kvarena.reports.reading.files import read_json
 from kvarena.reports.reading.names import STUDY_FILE
 from kvarena.reports.reading.shapes import STUDY
-from kvarena.reports.reading.writing import write_text
+from kvarena.reports.reading.writing import write_csv, write_text
 
 MANY_CELLS = 30
 SIMULATED = "Simulated: "
@@ -59,11 +57,7 @@ def write_study_report(study_dir: Path) -> dict[str, Any]:
     write_text(study_dir / "report.html", render_html(document))
     write_text(study_dir / "report.md", render_markdown(document))
     write_text(study_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    rows = io.StringIO()
-    writer = csv.DictWriter(rows, CLAIM_COLUMNS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(claims)
-    write_text(study_dir / "claims.csv", rows.getvalue())
+    write_csv(study_dir / "claims.csv", claims, CLAIM_COLUMNS)
     return summary
 
 

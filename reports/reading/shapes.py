@@ -1,35 +1,43 @@
 """What the JSON files that a report reads must look like (docs/files.md), so that a damaged one is one line.
 
-A shape is a description: a name of SCALARS, MOMENT, a list of one shape (a list of such), a dict (an object with these
-keys; others are let be), or `Maybe` of a shape: the key may hold null, and be missing unless it is `required`.
+A shape is a type, as pydantic checks it strictly, a list of one shape (a list of such), or a dict (an object with these
+keys; others are let be). A key of `maybe` may hold null, and be missing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
-SCALARS: dict[str, tuple[type, ...]] = {
-    "text": (str,),
-    "number": (int, float),
-    "integer": (int,),
-    "true or false": (bool,),
-    "an object": (dict,),
-    "a list": (list,),
-}
+from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
+
 WORDS = {str: "text", dict: "an object", list: "a list", type(None): "null"}
+# By pydantic's name of the error.
+EXPECTED = {
+    "string_type": "text", "float_type": "number", "int_type": "integer", "bool_type": "true or false",
+    "dict_type": "an object", "list_type": "a list", "value_error": "a date and time as of ISO 8601",
+}  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Maybe:
-    """A key that may hold null."""
+def typed(shape: Any) -> Any:
+    """A shape as a type: of an object by its keys, of a list by its one item; types are types already."""
+    if isinstance(shape, dict):
+        return TypedDict("object", {key: typed(inner) for key, inner in shape.items()})  # type: ignore[misc]
+    return list[typed(shape[0])] if isinstance(shape, list) else shape  # type: ignore[misc]
 
-    shape: Any
-    required: bool = False
+
+def maybe(shape: Any) -> Any:
+    """A key that may hold null, and be missing."""
+    return NotRequired[typed(shape) | None]
 
 
-MOMENT = object()  # a date and time as of ISO 8601
+class _Moment:
+    """A text that is a date and time."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic import AfterValidator
+
+        return AfterValidator(datetime.fromisoformat).__get_pydantic_core_schema__(source, handler)
 
 
 def mismatch(value: Any, shape: Any, where: str = "") -> str | None:
@@ -40,141 +48,131 @@ def mismatch(value: Any, shape: Any, where: str = "") -> str | None:
         shape: see the module.
         where: keys to here, with dots.
     """
-    if isinstance(shape, Maybe):
-        return None if value is None else mismatch(value, shape.shape, where)
-    if isinstance(shape, str):
-        if isinstance(value, SCALARS[shape]) and (shape == "true or false" or not isinstance(value, bool)):
-            return None
-        return f"{where or 'it'} is {_word(value)}, not {shape}"
-    if shape is MOMENT:
-        return None if _is_moment(value) else f"{where} is {_word(value)}, not a date and time as of ISO 8601"
-    if isinstance(shape, list):
-        if not isinstance(value, list):
-            return f"{where or 'it'} is {_word(value)}, not a list"
-        places = ((item, shape[0], f"{where}[{index}]") for index, item in enumerate(value))
-    elif not isinstance(value, dict):
-        return f"{where or 'it'} is {_word(value)}, not an object"
-    else:
-        missing = [key for key, inner in shape.items() if key not in value and not _may_be_missing(inner)]
-        if missing:
-            return f"{where + ' ' if where else 'it '}lacks {', '.join(missing)}"
-        places = ((value.get(key), inner, f"{where}.{key}" if where else key) for key, inner in shape.items())
-    return next((wrong for place in places if (wrong := mismatch(*place))), None)
+    from pydantic import TypeAdapter, ValidationError  # late: who only starts a process reads no file
 
-
-def _is_moment(value: Any) -> bool:
     try:
-        datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        return False
-    return True
+        TypeAdapter(typed(shape)).validate_python(value, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+    else:
+        return None
+    first = next((one for one in found if one["type"] == "missing"), found[0])
+    kind, keys, above = first["type"], first["loc"], first["loc"][:-1]
+    if kind == "missing":
+        lost = [str(one["loc"][-1]) for one in found if one["type"] == kind and one["loc"][:-1] == above]
+        return f"{_place(where, above)} lacks {', '.join(lost)}"
+    if kind in EXPECTED:
+        return f"{_place(where, keys)} is {_word(first['input'])}, not {EXPECTED[kind]}"
+    return f"{_place(where, keys)}: {first['msg']}"
 
 
-def _may_be_missing(shape: Any) -> bool:
-    return isinstance(shape, Maybe) and not shape.required
+def _place(where: str, keys: tuple[int | str, ...]) -> str:
+    path = where + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+    return path.removeprefix(".") or "it"
 
 
 def _word(value: Any) -> str:
-    return WORDS.get(type(value)) or str(value).lower()
+    return WORDS.get(type(value)) or str(value).lower()[:40]
 
 
-MAYBE_TEXT, MAYBE_NUMBER, MAYBE_INTEGER = Maybe("text"), Maybe("number"), Maybe("integer")
-GIT = {"commit": MAYBE_TEXT, "dirty": Maybe("true or false")}
-GPU = {"name": "text", "memory_bytes": "number", "count": "integer"}
-MACHINE = {"cpu": MAYBE_TEXT, "cores": MAYBE_INTEGER, "memory_bytes": MAYBE_NUMBER, "gpu": Maybe(GPU)}
+MOMENT = Annotated[str, _Moment()]
+MAYBE_TEXT, MAYBE_NUMBER, MAYBE_INTEGER = maybe(str), maybe(float), maybe(int)
+GIT = {"commit": MAYBE_TEXT, "dirty": maybe(bool)}
+GPU = {"name": str, "memory_bytes": float, "count": int}
+MACHINE = {"cpu": MAYBE_TEXT, "cores": MAYBE_INTEGER, "memory_bytes": MAYBE_NUMBER, "gpu": maybe(GPU)}
 CONTENTION = {
-    "processor_share": MAYBE_NUMBER, "steal_share": MAYBE_NUMBER, "load_average": [MAYBE_NUMBER],
-    "gpu_clock_mhz": Maybe({"before": "number", "after": "number"}),
-    "probe": Maybe({"before": "number", "after": "number", "spread": MAYBE_NUMBER}),
+    "processor_share": MAYBE_NUMBER, "steal_share": MAYBE_NUMBER, "load_average": list[float | None],
+    "gpu_clock_mhz": maybe({"before": float, "after": float}),
+    "probe": maybe({"before": float, "after": float, "spread": MAYBE_NUMBER}),
 }  # fmt: skip
 
 TOTALS = {
     **dict.fromkeys(
         ("num_requests", "num_finished", "num_rejected", "num_aborted", "num_failed", "num_prompt_tokens",
-         "num_output_tokens", "num_finished_prompt_tokens", "num_finished_output_tokens"), "integer"),
-    "duration": "number",
+         "num_output_tokens", "num_finished_prompt_tokens", "num_finished_output_tokens"), int),
+    "duration": float,
 }  # fmt: skip
 
 MANIFEST = {
-    "name": "text",
+    "name": str,
     "created": MAYBE_TEXT,
-    "strategy": {"allocator": "text", "scheduler": "text", "details": Maybe("an object")},
+    "strategy": {"allocator": str, "scheduler": str, "details": maybe(dict)},
     "config": {
-        "slo": Maybe({
-            **dict.fromkeys(("ttft", "tpot", "e2e"), MAYBE_NUMBER), "attainment": "number", "rule": MAYBE_TEXT,
+        "slo": maybe({
+            **dict.fromkeys(("ttft", "tpot", "e2e"), MAYBE_NUMBER), "attainment": float, "rule": MAYBE_TEXT,
         }),
-        "scheduler": Maybe("an object"),
+        "scheduler": maybe(dict),
     },
     "git": GIT,
-    "sources": Maybe({"hash": "text", "packages": Maybe("an object"), "strategy": Maybe("an object")}),
+    "sources": maybe({"hash": str, "packages": maybe(dict), "strategy": maybe(dict)}),
     "machine": MACHINE,
-    "versions": "an object",
+    "versions": dict,
     "model": {
         "name": MAYBE_TEXT, "num_parameters": MAYBE_INTEGER, "kv_bytes_per_token": MAYBE_INTEGER, "dtype": MAYBE_TEXT,
-        "kv_needed": Maybe({"num_tokens": "integer", "stored_bytes": "integer", "bytes": "integer", "why": ["text"]}),
+        "kv_needed": maybe({"num_tokens": int, "stored_bytes": int, "bytes": int, "why": list[str]}),
     },
     "pool": {"num_slots": MAYBE_INTEGER, "bytes": MAYBE_NUMBER, "block_size": MAYBE_INTEGER},
     "workload": {"name": MAYBE_TEXT, "description": MAYBE_TEXT},
-    "arrival": Maybe({"name": MAYBE_TEXT}),
+    "arrival": maybe({"name": MAYBE_TEXT}),
     "cache": MAYBE_TEXT,
     "round": MAYBE_INTEGER,
-    "command": Maybe(["text"]),
-    "contention": Maybe(CONTENTION),
+    "command": maybe(list[str]),
+    "contention": maybe(CONTENTION),
     "run": {
-        "ended": Maybe(MOMENT),
+        "ended": maybe(MOMENT),
         **dict.fromkeys(("wall_time", "warmup_time", "peak_rss_bytes", "lateness_bound", "processor_seconds"),
                         MAYBE_NUMBER),
         "recorded": MAYBE_TEXT,
-        "interrupted": Maybe({
-            "by": "text", **dict.fromkeys(("num_requests", "num_submitted", "num_ended"), "integer"),
+        "interrupted": maybe({
+            "by": str, **dict.fromkeys(("num_requests", "num_submitted", "num_ended"), int),
         }),
-        "recording": Maybe({"seconds": "number", "share": "number", "delaying_share": Maybe("number")}),
+        "recording": maybe({"seconds": float, "share": float, "delaying_share": maybe(float)}),
     },
-    "memory": Maybe(dict.fromkeys(
+    "memory": maybe(dict.fromkeys(
         ("weights_bytes", "pool_bytes", "workspace_bytes", "graphs_bytes", "activations_bytes", "context_bytes",
          "other_bytes", "peak_gpu_bytes"), MAYBE_INTEGER)),
-    "simulation": Maybe({
-        "kind": "text", "profile": "text", "figures": Maybe("an object"), "source": MAYBE_TEXT, "error": MAYBE_TEXT,
-        "outside": Maybe(["text"]),
+    "simulation": maybe({
+        "kind": str, "profile": str, "figures": maybe(dict), "source": MAYBE_TEXT, "error": MAYBE_TEXT,
+        "outside": maybe(list[str]),
     }),
-    "target": Maybe({
-        "url": "text", "model": "text", "extensions_refused": ["text"], "num_other_prompt_lens": "integer",
-        "token_counts": Maybe(dict.fromkeys(("not_stated", "other_than_shown", "merged"), "integer")),
-        "gauges": Maybe({"url": MAYBE_TEXT, "num_failed": MAYBE_INTEGER, "error": MAYBE_TEXT}),
+    "target": maybe({
+        "url": str, "model": str, "extensions_refused": list[str], "num_other_prompt_lens": int,
+        "token_counts": maybe(dict.fromkeys(("not_stated", "other_than_shown", "merged"), int)),
+        "gauges": maybe({"url": MAYBE_TEXT, "num_failed": MAYBE_INTEGER, "error": MAYBE_TEXT}),
     }),
 }  # fmt: skip
 
 CLAIM = {
-    **dict.fromkeys(("quantity", "unit", "tolerance", "verdict", "note"), "text"),
-    **dict.fromkeys(("stated", "ours", "low", "high"), Maybe("number", required=True)),
+    **dict.fromkeys(("quantity", "unit", "tolerance", "verdict", "note"), str),
+    **dict.fromkeys(("stated", "ours", "low", "high"), float | None),
     **dict.fromkeys(("stated_least", "stated_most", "beside", "beside_low", "beside_high"), MAYBE_NUMBER),
     "kind": MAYBE_TEXT,
 }
-PROFILE = {"name": "text", "source": MAYBE_TEXT, "error": MAYBE_TEXT}
-CONDITIONS = {"simulated": "true or false", "profiles": [PROFILE], "seeds": ["integer"]}
-SERIES = {"name": "text", "x": "a list", "y": [MAYBE_NUMBER], "low": [MAYBE_NUMBER], "high": [MAYBE_NUMBER]}
+PROFILE = {"name": str, "source": MAYBE_TEXT, "error": MAYBE_TEXT}
+CONDITIONS = {"simulated": bool, "profiles": [PROFILE], "seeds": list[int]}
+SERIES = {"name": str, "x": list, "y": list[float | None], "low": list[float | None], "high": list[float | None]}
 CHART = {
-    **dict.fromkeys(("name", "kind", "x_label", "y_label", "caption"), "text"),
+    **dict.fromkeys(("name", "kind", "x_label", "y_label", "caption"), str),
     "series": [SERIES],
-    "log_x": "true or false", "log_y": "true or false", "y_limit": MAYBE_NUMBER, "y_mark": MAYBE_NUMBER,
+    "log_x": bool, "log_y": bool, "y_limit": MAYBE_NUMBER, "y_mark": MAYBE_NUMBER,
     "y_mark_name": MAYBE_TEXT,
 }  # fmt: skip
 STUDY = {
-    **dict.fromkeys(("title", "headline", "source", "created"), "text"),
+    **dict.fromkeys(("title", "headline", "source", "created"), str),
     "experiment": MAYBE_TEXT,
     "claims": [CLAIM],
     "charts": [CHART],
-    **{key: ["text"] for key in ("differences", "notes", "command", "cells")},
+    **dict.fromkeys(("differences", "notes", "command", "cells"), list[str]),
     "git": GIT,
     "machine": MACHINE,
     "beside": MAYBE_TEXT,
-    "versions": Maybe("an object"),
-    "conditions": Maybe(CONDITIONS),
+    "versions": maybe(dict),
+    "conditions": maybe(CONDITIONS),
 }
 
-LEFT_OUT = Maybe([{"name": MAYBE_TEXT, "error": MAYBE_TEXT}])
+LEFT_OUT = maybe([{"name": MAYBE_TEXT, "error": MAYBE_TEXT}])
 SWEEP = {
-    "runs": ["text"], "baseline": MAYBE_TEXT, "rounds": MAYBE_INTEGER, "command": Maybe(["text"]),
+    "runs": list[str], "baseline": MAYBE_TEXT, "rounds": MAYBE_INTEGER, "command": maybe(list[str]),
     **dict.fromkeys(("failed", "not_defined", "unserved"), LEFT_OUT),
-    "interrupted": Maybe({"by": "text", "left": ["text"]}),
+    "interrupted": maybe({"by": str, "left": list[str]}),
 }  # fmt: skip

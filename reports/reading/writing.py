@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from kvarena.reports.reading.errors import NotWritten
 
@@ -52,6 +53,20 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file as a whole. Raises NotWritten."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Sequence[Any], columns: Iterable[str]) -> None:
+    """Write a table: rows by column or in their order; what a row has not, or is None, is an empty cell.
+
+    Raises:
+        NotWritten: it cannot be written.
+    """
+    import pandas as pd  # late: many write text alone
+
+    # As objects: a column of whole numbers stays one where some are missing.
+    frame = pd.DataFrame(rows, columns=list(columns), dtype=object)
+    with replacing(path) as partial:
+        frame.to_csv(partial, index=False)
 
 
 def cannot_write(place: Path | str, error: OSError) -> str:
