@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from kvarena.experiments.recording.step_features import step_features
 from kvarena.experiments.recording.token_times import TokenTimes
 from kvarena.reports.reading.columns import schema_of, types_of
 from kvarena.reports.reading.names import REQUESTS_FILE, STEPS_FILE
-
-if TYPE_CHECKING:
-    pass
 
 # The columns of a step that are taken in as it ends, with the codes of their arrays; the ledger settles later.
 CODES = {"double": "d", "int32": "i", "int64": "q"}
