@@ -44,7 +44,6 @@ from kvarena.experiments.jobs.output import Progress
 from kvarena.experiments.load.driver import drive
 from kvarena.experiments.recording.recording import Recording
 from kvarena.experiments.tools import tool_parser
-from kvarena.reports.analysis.intervals import StudentMean
 from kvarena.schedulers.continuous import ContinuousScheduler
 
 Line = dict[str, Any]
@@ -169,6 +168,9 @@ def ratio(lines: Sequence[Line], mode: str, base: str, key: str) -> Line:
     ratios = [ours / theirs for ours, theirs in zip(of_mode, of_base, strict=True)]
     entry: Line = {"mean": round(statistics.fmean(ratios), 4), "rounds": [round(value, 4) for value in ratios]}
     if len(ratios) > 1:
+        # Imported here: a machine that only measures need not have scipy.
+        from kvarena.reports.analysis.intervals import StudentMean
+
         entry["ci95"] = [round(end, 4) for end in StudentMean.of(ratios).interval]
     return entry
 
