@@ -20,12 +20,12 @@ class StudentMean(NamedTuple):
     Attributes:
         value: the mean.
         error: its standard error.
-        count: of the values, at least two.
+        num: of the values, at least two.
     """
 
     value: float
     error: float
-    count: int
+    num: int
 
     @classmethod
     def of(cls, values: Sequence[float] | np.ndarray, least_sd: float = 0.0) -> StudentMean:
@@ -36,13 +36,13 @@ class StudentMean(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """Of the mean, at 95 %."""
-        half = float(special.stdtrit(self.count - 1, (1 + CONFIDENCE) / 2)) * self.error
+        half = float(special.stdtrit(self.num - 1, (1 + CONFIDENCE) / 2)) * self.error
         return self.value - half, self.value + half
 
     @property
     def p(self) -> float:
         """Two-sided, that the mean is 0; the values must differ."""
-        return 2 * float(special.stdtr(self.count - 1, -abs(self.value) / self.error))
+        return 2 * float(special.stdtr(self.num - 1, -abs(self.value) / self.error))
 
 
 def wilson(num_good: int, count: int) -> tuple[float, float]:

@@ -131,7 +131,7 @@ class Cell:
             for key, value in self.settings.items()
             if key not in STRATEGY and value is not None and wanted(key)
         ]
-        return ", ".join([cell_name(*(self.settings[key] for key in STRATEGY), "×"), *rest])
+        return ", ".join([cell_name(self.settings["allocator"], self.settings["scheduler"], "×"), *rest])
 
     @property
     def contender(self) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ EXPECTED = {
 def typed(shape: Any) -> Any:
     """A shape as a type: of an object by its keys, of a list by its one item; types are types already."""
     if isinstance(shape, dict):
-        return TypedDict("object", {key: typed(inner) for key, inner in shape.items()})  # type: ignore[misc]
+        return TypedDict("object", {key: typed(inner) for key, inner in shape.items()})  # type: ignore[operator]
     return list[typed(shape[0])] if isinstance(shape, list) else shape  # type: ignore[misc]
 
 
