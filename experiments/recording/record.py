@@ -220,7 +220,9 @@ def write_steps(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table(dict(columns), schema_of(STEPS_FILE)), path)
+    schema = schema_of(STEPS_FILE)
+    there = pa.schema([field for field in schema if field.name in columns], schema.metadata)  # old recordings lack some
+    pq.write_table(pa.table(dict(columns), there), path)
 
 
 def _num_swapped(plan: StepPlan) -> tuple[int, int]:

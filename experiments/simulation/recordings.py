@@ -19,14 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.recording.record import STEP_TIMES, write_requests, write_steps
-from kvarena.experiments.recording.request_log import LISTS, REQUEST_COLUMNS, TIMES
+from kvarena.experiments.recording.record import write_requests, write_steps
+from kvarena.experiments.recording.request_log import LISTS, TIMES
+from kvarena.reports.reading.columns import schema_of, types_of
 from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 
 REQUESTS, STEPS = "-requests.parquet", "-steps.parquet"
 CELL = "cell"
 MANIFESTS = b"manifests"
 NANOSECONDS = 1e9
+STEP_TIMES = tuple(name for name, kind in types_of(STEPS_FILE).items() if kind == "double")
 
 
 def write_recording(cells: Sequence[dict[str, Any]], folder: Path, name: str, *, level: int = 3) -> list[Path]:
@@ -136,6 +138,6 @@ def _request_table(number: int, rows: Sequence[dict[str, Any]]) -> pa.Table:
 
 
 def _request_schema() -> pa.Schema:
-    columns = {name: kind for name, kind in REQUEST_COLUMNS.items() if name not in LISTS}
-    types = [pa.float64() if kind == "double" else pa.type_for_alias(kind) for kind in columns.values()]
-    return pa.schema([(CELL, pa.int32()), *zip(columns, types, strict=True)])
+    schema = schema_of(REQUESTS_FILE)
+    fields = [pa.field(name, schema.field(name).type) for name in schema.names if name not in LISTS]
+    return pa.schema([(CELL, pa.int32()), *fields])
