@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import random
 import sys
@@ -39,6 +40,7 @@ from kvarena.engine.server.engine.grammars import GrammarCompiler
 from kvarena.engine.server.shared.errors import ApiError
 from kvarena.engine.server.text.tokenization import TokenizerService
 from kvarena.experiments.fuzzing.random_constraints import random_body
+from kvarena.experiments.jobs.output import progress_bar
 from kvarena.experiments.tools import tool_parser
 
 STEP_BOUND = 0.2
@@ -95,14 +97,17 @@ class Fuzzer:
         self._compile: GrammarCompiler = made
         self.findings = Findings()
 
-    async def run(self, seeds: Sequence[int], until: float) -> None:
+    async def run(self, seeds: Sequence[int], until: float, progress: bool = False) -> None:
         """Try the bodies of `seeds` until `until` seconds of processor time are spent, the worker's included."""
-        start = _processor_seconds()
+        start = processor_seconds()
+        bar = progress_bar("constraints", math.ceil(until), "s", enabled=progress)
         for seed in seeds:
             await self._try(seed)
-            self.findings.processor_seconds = _processor_seconds() - start
+            self.findings.processor_seconds = processor_seconds() - start
+            bar.update(min(int(self.findings.processor_seconds), bar.total) - bar.n)
             if self.findings.processor_seconds >= until or len(self.findings.failures) >= _KEPT_FAILURES:
                 break
+        bar.close()
         self._constraints.close()
 
     async def _try(self, seed: int) -> None:
@@ -175,24 +180,23 @@ class Fuzzer:
         return len(req.output_token_ids) < self._num_tokens
 
 
-def _processor_seconds() -> float:
-    """Of this process, the worker and the worker's children."""
+def processor_seconds() -> float:
+    """Of this process, the worker and the worker's children, those that have ended too (a worker that hangs is killed
+    and another started: without its time the clock would go backwards)."""
     total = 0.0
     for process in [psutil.Process(), *psutil.Process().children()]:
         try:
             times = process.cpu_times()
         except psutil.NoSuchProcess:
             continue
-        total += times.user + times.system
-        if process.pid != psutil.Process().pid:
-            total += times.children_user + times.children_system
+        total += times.user + times.system + times.children_user + times.children_system
     return total
 
 
 def _run(options: argparse.Namespace, job: int) -> Findings:
     fuzzer = Fuzzer(options.model, options.choices, options.tokens)
     first = options.seed + job * options.bodies
-    asyncio.run(fuzzer.run(range(first, first + options.bodies), options.seconds / options.jobs))
+    asyncio.run(fuzzer.run(range(first, first + options.bodies), options.seconds / options.jobs, progress=job == 0))
     return fuzzer.findings
 
 
