@@ -100,11 +100,12 @@ class Fuzzer:
     async def run(self, seeds: Sequence[int], until: float, progress: bool = False) -> None:
         """Try the bodies of `seeds` until `until` seconds of processor time are spent, the worker's included."""
         start = processor_seconds()
-        bar = progress_bar("constraints", math.ceil(until), "s", enabled=progress)
+        total = math.ceil(until)
+        bar = progress_bar("constraints", total, "s", enabled=progress)
         for seed in seeds:
             await self._try(seed)
             self.findings.processor_seconds = processor_seconds() - start
-            bar.update(min(int(self.findings.processor_seconds), bar.total) - bar.n)
+            bar.update(min(int(self.findings.processor_seconds), total) - bar.n)
             if self.findings.processor_seconds >= until or len(self.findings.failures) >= _KEPT_FAILURES:
                 break
         bar.close()
