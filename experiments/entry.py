@@ -37,7 +37,7 @@ from kvarena.experiments.settings.explain import explain, own_error
 from kvarena.experiments.settings.loading import need_extra, say_loading
 from kvarena.experiments.settings.outside import offer_installed
 from kvarena.experiments.sweeps.ray_launcher import RayLauncher
-from kvarena.experiments.sweeps.sweep import ENDED_SWEEP
+from kvarena.experiments.sweeps.sweep import ENDED_SWEEP, EndedSweep
 from kvarena.experiments.sweeps.sweeper import KvarenaSweeper
 from kvarena.reports.drawing.plain_text import write_any_text
 
@@ -51,64 +51,79 @@ def main() -> int:
     write_any_text()
     # Hydra then raises its errors instead of printing them and exiting (hydra/_internal/utils.py).
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    failures: list[str] = []
-    undefined: list[str] = []
-    finished: list[bool] = []
-    exit_codes: list[int] = []
-    started: list[bool] = []
     ENDED_SWEEP.set(None)
     _register(KvarenaSweeper, RayLauncher)
-    process = os.getpid()
-    signals = Signals()
+    invocation = Invocation()
 
-    # Errors are taken in here where they can be: one that leaves the job makes Hydra print lines of its own.
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
     def job(cfg: DictConfig) -> dict[str, Any]:
-        started.append(True)
+        return invocation.job(cfg)
+
+    try:
+        offer_installed(sys.argv[1:])
+        with invocation.signals:
+            job()
+    except Exception as error:
+        message = invocation.line_of(error)
+        if message is None:
+            raise
+        invocation.failures.append(message)
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+        with suppress(OSError):  # of SIGHUP the terminal may be gone
+            print(f"error: {stopped.line()}", file=sys.stderr)
+        return 128 + stopped.number
+    if (ended := ENDED_SWEEP.get()) is not None:
+        invocation.take_over(ended)
+    return invocation.end()
+
+
+class Invocation:
+    """What one command line came to, over all jobs that Hydra makes of it.
+
+    Errors are taken in here where they can be: one that leaves a job makes Hydra print lines of its own.
+
+    Attributes:
+        signals: what ends a run after its step.
+        failures: lines of what failed.
+    """
+
+    def __init__(self) -> None:
+        self.signals = Signals()
+        self.failures: list[str] = []
+        self._undefined: list[str] = []
+        self._num_finished = 0
+        self._exit_code = 0
+        self._started = False
+        self._process = os.getpid()
+
+    def job(self, cfg: DictConfig) -> dict[str, Any]:
+        """One job of Hydra's, here or in a launcher's process; its outcome."""
+        self._started = True
         folder = Path(HydraConfig.get().runtime.output_dir)
-        if os.getpid() == process:
-            return run(cfg, folder)
+        if os.getpid() == self._process:
+            return self._run(cfg, folder)
         # A launcher's process runs one cell after another, and a signal to it is meant for all of them.
         if (number := ENDED_BY.get()) is not None:
             return outcome(folder, interrupted=number)
         try:
             with Signals():
-                return run(cfg, folder)
+                return self._run(cfg, folder)
         except Interrupted as stopped:
             ENDED_BY.set(stopped.number)
             return outcome(folder, interrupted=stopped.number)
 
-    def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    def _run(self, cfg: DictConfig, folder: Path) -> dict[str, Any]:
         say = _announcer(cfg)
         say("")
         try:
-            config = RunConfig.of(cfg)
-            _check_baseline(config)
-            if config.target is None:
-                check_model(config, tokenizer=config.mode == "serve")
-            if config.mode == "serve":
-                with signals.released():
-                    exit_codes.append(_serve(config))
-            else:
-                # Imported here: what is wrong with the command line or the model is answered without loading torch.
-                say_loading(enabled=config.report.progress)
-                from kvarena.experiments.folders.run_folder import write_hydra
-
-                on_start = functools.partial(write_hydra, cfg=cfg)
-                if config.study is not None:
-                    from kvarena.experiments.studies.run import run_study
-
-                    run_study(config, on_start)
-                else:
-                    from kvarena.experiments.jobs.job import run_job
-
-                    folder = run_job(config, on_start)
+            folder = self._carry_out(cfg, folder)
         except Interrupted as stopped:
             if HydraConfig.get().mode is RunMode.RUN:
                 stopped.setting, stopped.folder = "hydra.run.dir", folder
             raise
         except Unserved as error:
-            failures.append(str(error))
+            self.failures.append(str(error))
             return outcome(error.folder, unserved=str(error))
         except Exception as error:
             message = explain(error)
@@ -117,49 +132,64 @@ def main() -> int:
             not_defined = isinstance(own_error(error), NotDefined)
             record_failure(message, RUN if cfg.study is None else EXPERIMENT, not_defined=not_defined)
             say(f": {'not defined' if not_defined else 'failed'}: {message}")
-            (undefined if not_defined else failures).append(message)
+            (self._undefined if not_defined else self.failures).append(message)
             return outcome(folder, message, not_defined=not_defined)
-        finished.append(True)
+        self._num_finished += 1
         return outcome(folder)
 
-    try:
-        offer_installed(sys.argv[1:])
-        with signals:
-            job()
-    except Exception as error:
+    def _carry_out(self, cfg: DictConfig, folder: Path) -> Path:
+        """Serve, make an experiment or run a cell; the folder with what it left."""
+        config = RunConfig.of(cfg)
+        _check_baseline(config)
+        if config.target is None:
+            check_model(config, tokenizer=config.mode == "serve")
+        if config.mode == "serve":
+            with self.signals.released():
+                self._exit_code = max(self._exit_code, _serve(config))
+            return folder
+        # Imported here: what is wrong with the command line or the model is answered without loading torch.
+        say_loading(enabled=config.report.progress)
+        from kvarena.experiments.folders.run_folder import write_hydra
+
+        on_start = functools.partial(write_hydra, cfg=cfg)
+        if config.study is None:
+            from kvarena.experiments.jobs.job import run_job
+
+            return run_job(config, on_start)
+        from kvarena.experiments.studies.run import run_study
+
+        run_study(config, on_start)
+        return folder
+
+    def line_of(self, error: Exception) -> str | None:
+        """The line for an error that left Hydra; None for a bug."""
         # Hydra makes the folder before the job.
-        if isinstance(error, OSError) and error.errno is not None and not started:
-            message: str | None = (
+        if isinstance(error, OSError) and error.errno is not None and not self._started:
+            return (
                 f"cannot make the run's folder {error.filename} ({error.strerror}); set hydra.run.dir, or "
                 "hydra.sweep.dir with -m, to one that can be made"
             )
-        else:
-            message = explain(error, sys.argv[1:])
-        if message is None:
-            raise
-        failures.append(message)
-    except KeyboardInterrupt as error:
-        stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
-        with suppress(OSError):  # of SIGHUP the terminal may be gone
-            print(f"error: {stopped.line()}", file=sys.stderr)
-        return 128 + stopped.number
-    # A sweep's cells may have run in other processes: what they came to is in its folder.
-    if (ended := ENDED_SWEEP.get()) is not None:
+        return explain(error, sys.argv[1:])
+
+    def take_over(self, ended: EndedSweep) -> None:
+        """Count a sweep's cells by its record: they may have run in other processes."""
         if ended.record:
-            failures = [entry["error"] for entry in (*ended.record["failed"], *ended.record["unserved"])]
-            undefined = [entry["error"] for entry in ended.record["not_defined"]]
-            finished = [True for _ in ended.record["runs"]]
+            self.failures = [entry["error"] for entry in (*ended.record["failed"], *ended.record["unserved"])]
+            self._undefined = [entry["error"] for entry in ended.record["not_defined"]]
+            self._num_finished = len(ended.record["runs"])
         if ended.error is not None:
             message = explain(ended.error)
             if message is None:
                 raise ended.error
-            failures.append(f"no comparison: {message}")
-    # A grid may cross settings that mean nothing together: its comparison says so. To run nothing at all is an error.
-    if not finished:
-        failures += undefined
-    for message in failures:
-        print(f"error: {message}", file=sys.stderr)
-    return USER_ERROR if failures else max(exit_codes, default=0)
+            self.failures.append(f"no comparison: {message}")
+
+    def end(self) -> int:
+        """Say what failed; returns the exit code."""
+        # A grid may cross settings that mean nothing together: its comparison says so. To run nothing is an error.
+        failures = self.failures + (self._undefined if not self._num_finished else [])
+        for message in failures:
+            print(f"error: {message}", file=sys.stderr)
+        return USER_ERROR if failures else self._exit_code
 
 
 def _announcer(cfg: DictConfig) -> Callable[[str], None]:
