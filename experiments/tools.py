@@ -65,8 +65,7 @@ TOOLS: dict[str, dict[str, Tool]] = {
     "make": _tools("models", {
         "train_demo": "train the embedded demo model",
         "shape": "a model directory of a real shape without weights",
-    }) | _tools("gpu", {
-        "record": "GPU: record the runs that the simulator is calibrated from",
+        "recordings": "packs the cells of experiment=record, which the simulator is calibrated from, and unpacks them",
     }),
 }  # fmt: skip
 

@@ -143,6 +143,11 @@ class FusedRunner(TorchRunner):
                     pool.block_size, mixed_tokens, capture=capture,
                 )  # fmt: skip
 
+    @property
+    def forward(self) -> Forward:
+        """What computes a step's logits, in graphs or as it is."""
+        return self._model_forward
+
     def release(self, request_ids: list[str]) -> None:
         """Forget requests that ended."""
         self._rows.forget(request_ids)

@@ -1,18 +1,18 @@
 """The engine on a GPU: throughput, decode steps, prefill, start-up, ablations, correctness. One JSON line per result.
 
-    kvarena benchmark engine --shape llama-3.1-8b --sections decode,offline --out DIR
+    kvarena benchmark engine --shape llama-3.1-8b --sections decode,offline --out FILE
 
 Sections: `correct` (greedy tokens in float32 with every lever on and off), `logits` (bf16, against the modules),
 `offline` (a: 256 requests, output tokens/s), `decode` (b: (T(161) - T(33)) / 128 at batch 1, 32, 256), `ablate` (the
 same with levers off), `prefill` (c: 16 x 4,096), `profile` (device time by kernel), `startup` (e, in a process of its
 own). `floor_ms` is what bytes and operations take at the measured ceilings. A section that fails has `error` in its
-line, and the exit code is 1.
+line, and the exit code is 1. Engines are built from the main job's config, with the settings that follow the options
+(`runner.gemm_table=gemm.json`).
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import subprocess
@@ -28,11 +28,12 @@ import torch
 
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.experiments.benchmarks.engine_checks import check_logits, check_tokens
 from kvarena.experiments.benchmarks.engine_profile import profile_steps
 from kvarena.experiments.benchmarks.first_token import NUM_SLOTS
-from kvarena.experiments.gpu.engines import ABLATIONS, Bed, Levers, StepTimes, attempt, drive, make_bed
-from kvarena.experiments.gpu.shapes import SHAPES, fixed_batch, floor_of, offline_workload
+from kvarena.experiments.gpu.engines import ABLATIONS, PREFILLED, Engines, StepTimes, attempt, drive, runner_of
+from kvarena.experiments.gpu.floors import SHAPES, fixed_batch, floor_of, offline_workload, shape_of
 from kvarena.experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda
 from kvarena.experiments.tools import tool_parser
 
@@ -66,15 +67,12 @@ def rates(moved: float, flops: float, seconds: float, ceilings: Ceilings) -> Lin
     }
 
 
-def decode(bed: Bed, levers: Levers, batch: int, ceilings: Ceilings, *, prefilled: bool) -> Line:
+def decode(engines: Engines, levers: Sequence[str], batch: int, ceilings: Ceilings, *, prefilled: bool) -> Line:
     """(T(161) - T(33)) / 128 of a fixed batch."""
-    runner = bed.runner(levers, max_num_seqs=max(batch, 1))
-    vocab_size = bed.model.spec.vocab_size
 
     def run(max_tokens: int, *, prefilled: bool) -> list[float]:
-        engine = bed.engine(runner, overlap=levers.overlap, max_num_seqs=batch, prefilled=prefilled)
-        requests = fixed_batch(batch, CONTEXT, max_tokens, vocab_size=vocab_size)
-        _, steps = drive(engine, requests)
+        parts = engines.build(f"scheduler.max_num_seqs={batch}", *levers, *((PREFILLED,) if prefilled else ()))
+        _, steps = drive(parts.engine, fixed_batch(batch, CONTEXT, max_tokens, vocab_size=parts.spec.vocab_size))
         # Only the steps in which all decode: the k-th of them gives everybody's token k + 1.
         ends = [step.end_time for step in steps if step.num_scheduled == step.num_new_tokens == batch]
         return ends[-(max_tokens - 1) :]
@@ -84,25 +82,28 @@ def decode(bed: Bed, levers: Levers, batch: int, ceilings: Ceilings, *, prefille
     # ends[k] is when token k + 2 was there.
     step = (ends[LAST - 2] - ends[FIRST - 2]) / (LAST - FIRST)
     gaps = [b - a for a, b in zip(ends[FIRST - 2 :], ends[FIRST - 1 :], strict=False)]
-    moved, flops = floor_of(SHAPES[bed.name]).decode(batch, CONTEXT + (FIRST + LAST) / 2)
+    moved, flops = floor_of(shape_of(engines.name)).decode(batch, CONTEXT + (FIRST + LAST) / 2)
     line = {"ms": round(step * 1e3, 4), "median_ms": round(statistics.median(gaps) * 1e3, 4)}
     line["longest_ms"] = round(max(gaps) * 1e3, 4)
     return line | {"batch": batch, **rates(moved, flops, step, ceilings)}
 
 
-def offline(bed: Bed, levers: Levers, num_requests: int, budget: int, *, chunked: bool) -> Line:
+def offline(engines: Engines, levers: Sequence[str], num_requests: int, budget: int, *, chunked: bool) -> Line:
     """Workload (a)."""
-    runner = bed.runner(levers, max_num_seqs=256)
+    scheduler = "chunked" if chunked else "continuous"
+    settings = (
+        f"scheduler={scheduler}", "scheduler.max_num_seqs=256", f"scheduler.max_num_batched_tokens={budget}", *levers,
+    )  # fmt: skip
+
+    def run(requests: list[Request]) -> tuple[float, list[StepTimes]]:
+        return drive(engines.build(*settings).engine, requests)
+
+    runner = runner_of(engines.build(*settings))
+    assert isinstance(runner, FusedRunner)
     start = time.perf_counter()
     runner.warm_up(256)
     torch.cuda.synchronize()
     warm_up = time.perf_counter() - start
-
-    def run(requests: list[Request]) -> tuple[float, list[StepTimes]]:
-        engine = bed.engine(
-            runner, overlap=levers.overlap, max_num_seqs=256, max_num_batched_tokens=budget, chunked=chunked
-        )
-        return drive(engine, requests)
 
     # Prompts of the workload's lengths compile what the timed run needs.
     short = SamplingParams(temperature=0.6, max_tokens=3)
@@ -115,7 +116,7 @@ def offline(bed: Bed, levers: Levers, num_requests: int, budget: int, *, chunked
     mixed = [step for step in steps if step.num_new_tokens > step.num_scheduled]
     decodes = [b.end_time - a.end_time for a, b in pairwise(steps) if b.num_new_tokens == b.num_scheduled]
     return {
-        "scheduler": "chunked" if chunked else "continuous", "budget": budget, "output_tokens": tokens,
+        "scheduler": scheduler, "budget": budget, "output_tokens": tokens,
         "wall": round(seconds, 3), "output_tokens_per_s": round(tokens / seconds, 1),
         "prefill_seconds": round(mixed[-1].end_time - steps[0].start_time, 3), "steps": len(steps),
         "prefill_steps": len(mixed), "decode_seconds": round(sum(decodes), 3),
@@ -125,17 +126,15 @@ def offline(bed: Bed, levers: Levers, num_requests: int, budget: int, *, chunked
     }  # fmt: skip
 
 
-def prefill(bed: Bed, levers: Levers, ceilings: Ceilings, num_prompts: int, length: int, budget: int) -> Line:
+def prefill(engines: Engines, ceilings: Ceilings, num_prompts: int, length: int, budget: int) -> Line:
     """Workload (c)."""
-    runner = bed.runner(levers, max_num_seqs=num_prompts)
     best = float("inf")
     for turn in range(3):
-        engine = bed.engine(runner, overlap=levers.overlap, max_num_seqs=num_prompts, max_num_batched_tokens=budget)
-        name = f"c{turn}-"
-        requests = fixed_batch(num_prompts, length, 1, vocab_size=bed.model.spec.vocab_size, name=name)
-        seconds, _ = drive(engine, requests)
+        parts = engines.build(f"scheduler.max_num_seqs={num_prompts}", f"scheduler.max_num_batched_tokens={budget}")
+        requests = fixed_batch(num_prompts, length, 1, vocab_size=parts.spec.vocab_size, name=f"c{turn}-")
+        seconds, _ = drive(parts.engine, requests)
         best = min(best, seconds) if turn else best  # the first compiles
-    moved, flops = floor_of(SHAPES[bed.name]).prefill(num_prompts, length)
+    moved, flops = floor_of(shape_of(engines.name)).prefill(num_prompts, length)
     line = {"tokens_per_s": round(num_prompts * length / best, 0), "ms": round(best * 1e3, 2), "budget": budget}
     return line | rates(moved, flops, best, ceilings)
 
@@ -143,7 +142,7 @@ def prefill(bed: Bed, levers: Levers, ceilings: Ceilings, num_prompts: int, leng
 def startup(args: argparse.Namespace) -> Line:
     """Seconds from a fresh process to its first token, with the kernel cache as the sections before left it."""
     command = [sys.executable, "-m", "kvarena", "benchmark", "first_token", "--shape", args.shape]
-    command += ["--gemm", str(args.gemm)] if args.gemm else []
+    command += ["--", *args.overrides]
     start = time.perf_counter()
     child = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     if child.returncode:
@@ -161,62 +160,58 @@ def sections(args: argparse.Namespace) -> Iterator[Line]:
         ceilings = Ceilings()
         yield {"section": "ceilings", "copy_tbps": ceilings.copy / 1e12, "matmul_tflops": ceilings.matmul / 1e12}
         start = time.perf_counter()
-        bed = make_bed(args.shape, args.slots, args.gemm)
+        engines = Engines(args.shape, "engine.device=cuda", f"kv_cache.num_slots={args.slots}", *args.overrides)
+        engines.load()
         yield {"section": "load", "shape": args.shape, "seconds": round(time.perf_counter() - start, 2)}
-        yield from _timed(args, bed, ceilings, timed)
-        del bed
-        gc.collect()
-        torch.cuda.empty_cache()
+        yield from _timed(args, engines, ceilings, timed)
+        engines.shared.clear()
     if "startup" in wanted:
         yield attempt("startup", lambda: startup(args), shape=args.shape)
 
 
-def _timed(args: argparse.Namespace, bed: Bed, ceilings: Ceilings, wanted: list[str]) -> Iterator[Line]:
-    levers = Levers(skinny=args.skinny)
-    label = {"shape": bed.name}
+def _timed(args: argparse.Namespace, engines: Engines, ceilings: Ceilings, wanted: list[str]) -> Iterator[Line]:
+    label = {"shape": engines.name}
     if "logits" in wanted:
-        yield attempt("logits", lambda: check_logits(bed, levers), **label)
+        yield attempt("logits", lambda: check_logits(engines), **label)
     if "decode" in wanted:
         for batch in BATCHES:
-            yield attempt("decode", partial(decode, bed, levers, batch, ceilings, prefilled=False), **label)
+            yield attempt("decode", partial(decode, engines, (), batch, ceilings, prefilled=False), **label)
     if "ablate" in wanted:
         for name in args.levers or ABLATIONS:
             for batch in BATCHES:
                 yield attempt(
                     "ablate",
-                    partial(decode, bed, ABLATIONS[name], batch, ceilings, prefilled=True),
+                    partial(decode, engines, ABLATIONS[name], batch, ceilings, prefilled=True),
                     **label,
                     levers=name,
                 )
     if "prefill" in wanted:
         for budget in (8192, 16384):
-            yield attempt("prefill", partial(prefill, bed, levers, ceilings, 16, 4096, budget), **label)
+            yield attempt("prefill", partial(prefill, engines, ceilings, 16, 4096, budget), **label)
     if "offline" in wanted:
-        settings = {name: ABLATIONS[name] for name in args.levers} if args.levers else {"all": levers}
-        for budget, (name, setting) in product(args.budget or (8192,), settings.items()):
-            run = partial(offline, bed, setting, args.requests, budget, chunked=args.chunked)
+        for budget, name in product(args.budget or (8192,), args.levers or ("all",)):
+            run = partial(offline, engines, ABLATIONS[name], args.requests, budget, chunked=args.chunked)
             yield attempt("offline", run, **label, levers=name)
     if "profile" in wanted:
         for batch in BATCHES:
-            yield attempt("profile", partial(profile_steps, bed, levers, batch, CONTEXT), **label, batch=batch)
-        yield attempt("profile", lambda: profile_steps(bed, levers, 4, 4096, prefill=True), **label, batch="prefill")
+            yield attempt("profile", partial(profile_steps, engines, batch, CONTEXT), **label, batch=batch)
+        yield attempt("profile", lambda: profile_steps(engines, 4, 4096, prefill=True), **label, batch="prefill")
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = tool_parser(__name__, __doc__)
-    parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES), help="of the model")
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES, help="of the model")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, separated by commas")
     parser.add_argument("--slots", type=int, default=NUM_SLOTS, help="of the KV pool")
     parser.add_argument("--requests", type=int, default=256, help="of the offline workload")
     parser.add_argument("--budget", type=int, action="append", help="tokens per step of the offline workload; 8192")
     parser.add_argument("--chunked", action="store_true", help="the offline workload under the chunked scheduler")
-    parser.add_argument("--gemm", type=Path, help="a table that kvarena benchmark gemm made")
-    parser.add_argument("--skinny", type=int, default=Levers().skinny, help="most rows for the skinny GEMM; 0: none")
     parser.add_argument(
         "--levers", action="append", choices=sorted(ABLATIONS), help="of sections ablate (default: each) and offline"
     )
     parser.add_argument("--out", type=Path, help="a file that gets every line, too")
+    parser.add_argument("overrides", nargs="*", help="further settings of the engine, as of run.py")
     args = parser.parse_args(argv)
     unknown = set(args.sections.split(",")) - set(SECTIONS)
     if unknown:

@@ -11,50 +11,50 @@ import torch
 from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.models import LoadedModel, load_model
+from kvarena.engine.models import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.fused_runner import FusedForward, ModuleForward
+from kvarena.engine.runner.fused_runner import FusedRunner, ModuleForward
 from kvarena.engine.runner.graphs import Forward
-from kvarena.experiments.gpu.engines import ABLATIONS, BLOCK_SIZE, Bed, Levers, drive, make_bed
-from kvarena.experiments.gpu.shapes import SHAPES
+from kvarena.experiments.gpu.engines import ABLATIONS, HOST_LEVERS, Engines, drive, runner_of
 
 NUM_TOKENS = 48
-
-
 PROMPT_LENS = (5, 130, 1, 64, 300, 17, 33, 8, 90)
 
 
 def check_tokens(
     device: str = "cuda", num_tokens: int = NUM_TOKENS, prompt_lens: Sequence[int] = PROMPT_LENS
 ) -> dict[str, Any]:
-    """Greedy tokens of a small random model in float32, with each lever off and with all on."""
-    bed = make_bed("tiny", 4096, None, dtype="float32", device=device)
+    """Greedy tokens of a small random model in float32, with each lever off and with all on; on a CPU those it has."""
+    engines = Engines(
+        "tiny", f"engine.device={device}", "kv_cache.num_slots=4096", "scheduler.max_num_seqs=7",
+        "scheduler.max_num_batched_tokens=128",
+    )  # fmt: skip
     with torch.no_grad():
-        for parameter in bed.model.module.parameters():
+        for parameter in engines.load().module.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.15)  # so that the largest logit is not a near tie
     sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     expected: list[list[int]] | None = None
     same: dict[str, bool] = {}
-    settings = {"none": Levers(False, False, False, 0), **ABLATIONS}
-    for name, levers in settings.items():
-        for chunked in (False, True):
-            bed.pool.data.zero_()
+    nothing = ("runner.fusions=false", "runner.graphs=false", "engine.overlap=false")
+    levers = ABLATIONS
+    if device == "cpu":
+        levers = {name: ("runner.fusions=true", *ABLATIONS[name]) for name in HOST_LEVERS}
+    for name, settings in {"none": nothing, **levers}.items():
+        for scheduler in ("continuous", "chunked"):
+            parts = engines.build(f"scheduler={scheduler}", *settings)
+            runner_of(parts).pool.data.zero_()
             generator = torch.Generator().manual_seed(0)
             requests = [
                 Request(f"r{i}", torch.randint(2, 500, (n,), generator=generator).tolist(), sampling)
                 for i, n in enumerate(prompt_lens)
             ]
-            engine = bed.engine(
-                bed.runner(levers, max_num_seqs=7), overlap=levers.overlap, max_num_seqs=7,
-                max_num_batched_tokens=128, chunked=chunked,
-            )  # fmt: skip
-            drive(engine, requests)
+            drive(parts.engine, requests)
             tokens = [req.output_token_ids for req in requests]
             if expected is None:
                 expected = tokens
-            same[f"{name}, {'chunked' if chunked else 'continuous'}"] = tokens == expected
+            same[f"{name}, {scheduler}"] = tokens == expected
     assert expected is not None
     line: dict[str, Any] = {"same": same, "distinct": len({t for row in expected for t in row})}
     if not all(same.values()):
@@ -69,29 +69,29 @@ MOST_EXCESS = 1.2
 LENGTHS = (200, 57, 130, 90, 33, 250, 16, 47, 111, 64, 180, 5)
 
 
-def check_logits(bed: Bed, levers: Levers) -> dict[str, Any]:
+def check_logits(engines: Engines) -> dict[str, Any]:
     """Fused forward and modules, teacher-forced (prefill, then one decode step), against float32.
 
     How far bf16 takes the logits of a deep random model from the exact ones is the modules' own error, so that is the
     measure: the fused error may be at most `MOST_EXCESS` times as large. The exact ones come from the same weights in
     float32, on transformers' modules and plain torch attention.
     """
-    runner = bed.runner(levers, max_num_seqs=len(LENGTHS))
-    decoder = bed.decoder(levers)
-    if decoder is None:
-        raise ConfigError("the logits check compares the fused forward; it needs levers with fusions")
-    exact = _in_float32(bed.model)
-    pool = _small_pool(exact)
-    beds: dict[str, tuple[Forward, AttentionBackend]] = {
-        "fused": (FusedForward(decoder, runner.backend, bed.pool), runner.backend),
-        "modules": (ModuleForward(bed.model, runner.backend), runner.backend),
+    parts = engines.build(f"scheduler.max_num_seqs={len(LENGTHS)}")
+    runner, model = runner_of(parts), parts.model
+    if not isinstance(runner, FusedRunner) or not parts.pool_facts["runner"]["fusions"] or model is None:
+        raise ConfigError("the logits check compares the fused forward; it needs runner.fusions=true")
+    exact = _in_float32(engines, model)
+    pool = _small_pool(exact, runner.pool.block_size)
+    forwards: dict[str, tuple[Forward, AttentionBackend]] = {
+        "fused": (runner.forward, runner.backend),
+        "modules": (ModuleForward(model, runner.backend), runner.backend),
         "exact": (ModuleForward(exact, reference := ReferenceBackend(pool)), reference),
     }
     steps = (("prefill", list(LENGTHS), None), ("decode", [length + 1 for length in LENGTHS], 1))
     results: dict[str, dict[str, torch.Tensor]] = {name: {} for name, _, _ in steps}
-    for kind, (forward, backend) in beds.items():
+    for kind, (forward, backend) in forwards.items():
         for name, lens, num_new in steps:
-            ids, positions, meta = _batch(bed, lens, num_new)
+            ids, positions, meta = _batch(runner.pool, model.spec.vocab_size, lens, num_new)
             with torch.inference_mode():
                 backend.prepare(meta)
                 results[name][kind] = forward(ids, positions, meta).float()
@@ -117,10 +117,9 @@ def compare_logits(fused: torch.Tensor, modules: torch.Tensor, exact: torch.Tens
     }
 
 
-def _in_float32(model: LoadedModel) -> LoadedModel:
-    """The same weights in float32, unfused."""
-    name = model.spec.name
-    exact = load_model(shape=SHAPES[name], dtype="float32", device=str(model.device), load_format="dummy", name=name)
+def _in_float32(engines: Engines, model: LoadedModel) -> LoadedModel:
+    """The same weights in float32, unfused, beside `model`."""
+    exact = engines.another("engine.dtype=float32")
     with torch.no_grad():
         weights = dict(model.module.named_parameters())
         for key, parameter in exact.module.named_parameters():
@@ -128,21 +127,22 @@ def _in_float32(model: LoadedModel) -> LoadedModel:
     return exact
 
 
-def _small_pool(model: LoadedModel) -> KVPool:
+def _small_pool(model: LoadedModel, block_size: int) -> KVPool:
     spec = model.spec
     return KVPool.of_model(
         spec,
-        num_blocks=len(LENGTHS) * -(-(max(LENGTHS) + 1) // BLOCK_SIZE),
-        block_size=BLOCK_SIZE,
+        num_blocks=len(LENGTHS) * -(-(max(LENGTHS) + 1) // block_size),
+        block_size=block_size,
         dtype=spec.dtype,
         device=model.device,
     )
 
 
-def _batch(bed: Bed, lens: list[int], num_new: int | None) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
+def _batch(
+    pool: KVPool, vocab_size: int, lens: list[int], num_new: int | None
+) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
     """Requests of the given contexts in consecutive blocks, of which the last `num_new` (None: all) tokens are new."""
-    size = bed.pool.block_size
-    device = bed.pool.device
+    size, device = pool.block_size, pool.device
     width = -(-max(lens) // size)
     table = 1 + np.arange(len(lens) * width, dtype=np.int32).reshape(len(lens), width)
     new = np.array([n if num_new is None else num_new for n in lens])
@@ -151,7 +151,7 @@ def _batch(bed: Bed, lens: list[int], num_new: int | None) -> tuple[torch.Tensor
     rows = np.repeat(np.arange(len(lens)), new)
     slots = table[rows, positions // size].astype(np.int64) * size + positions % size
     # The token at a position is the same in prefill and decode.
-    ids = (rows * 7919 + positions * 104729) % bed.model.spec.vocab_size
+    ids = (rows * 7919 + positions * 104729) % vocab_size
     host_lens = np.array(lens, dtype=np.int32)
     send = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
     meta = AttentionMetadata(

@@ -8,26 +8,23 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from kvarena.experiments.gpu.engines import Bed, Levers, drive
-from kvarena.experiments.gpu.shapes import fixed_batch
+from kvarena.experiments.gpu.engines import PREFILLED, Engines, drive
+from kvarena.experiments.gpu.floors import fixed_batch
 
 
-def profile_steps(bed: Bed, levers: Levers, batch: int, length: int, *, prefill: bool = False) -> dict[str, Any]:
+def profile_steps(engines: Engines, batch: int, length: int, *, prefill: bool = False) -> dict[str, Any]:
     """Device time per step by kernel, of decode steps (replayed graphs) or of one prefill.
 
     Returns:
         `busy_ms`: kernels' time per step; `span_ms`: from the first kernel's start to the last one's end; `kernels`:
         the largest, as [name, calls per step, microseconds per step].
     """
-    runner = bed.runner(levers, max_num_seqs=batch)
-    vocab_size = bed.model.spec.vocab_size
     num_tokens = 1 if prefill else 9
+    settings = (f"scheduler.max_num_seqs={batch}", "scheduler.max_num_batched_tokens=16384")
 
     def run(name: str) -> None:
-        engine = bed.engine(
-            runner, overlap=levers.overlap, max_num_seqs=batch, prefilled=not prefill, max_num_batched_tokens=16384
-        )
-        drive(engine, fixed_batch(batch, length, num_tokens, vocab_size=vocab_size, name=name))
+        parts = engines.build(*settings, *(() if prefill else (PREFILLED,)))
+        drive(parts.engine, fixed_batch(batch, length, num_tokens, vocab_size=parts.spec.vocab_size, name=name))
 
     run("p")
     run("q")

@@ -2,7 +2,7 @@
 
     kvarena benchmark first_token --shape llama-3.1-8b
 
-`imports` end when every module is there, `load` with weights and pool, `fuse` with the fused decoder, `token` with the
+`imports` end when every module is there, `load` with the weights, `fuse` with pool and fused decoder, `token` with the
 first token of a prompt of 64. `modules` were imported; without `bytecode` of torch Python compiles it at every start.
 """
 
@@ -18,29 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.engine.importing import importing
-from kvarena.experiments.gpu.shapes import MAX_MODEL_LEN, SHAPES, fixed_batch
+from kvarena.experiments.gpu.floors import MAX_MODEL_LEN, SHAPES, fixed_batch
 from kvarena.experiments.tools import tool_parser
 
 NUM_SLOTS = 320 * MAX_MODEL_LEN // 8
 PROMPT_LEN = 64
 
 
-def first_token(shape: str, num_slots: int, gemm: Path | None, device: str) -> dict[str, Any]:
+def first_token(shape: str, num_slots: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Start an engine, and have it make one token."""
     with importing():
-        from kvarena.experiments.gpu.engines import Levers, drive, make_bed
-        from kvarena.experiments.gpu.timing import require_cuda
-
-        if device == "cuda":
-            require_cuda()
+        from kvarena.experiments.gpu.engines import Engines, drive
     imported = time.time()
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    bed = make_bed(shape, num_slots, gemm, dtype=dtype, device=device)
+    engines = Engines(shape, "scheduler.max_num_seqs=256", f"kv_cache.num_slots={num_slots}", *overrides)
+    engines.load()
     loaded = time.time()
-    runner = bed.runner(Levers(), max_num_seqs=256)
+    parts = engines.build()
     fused = time.time()
-    engine = bed.engine(runner, overlap=True, max_num_seqs=256)
-    drive(engine, fixed_batch(1, PROMPT_LEN, 1, vocab_size=bed.model.spec.vocab_size))
+    drive(parts.engine, fixed_batch(1, PROMPT_LEN, 1, vocab_size=parts.spec.vocab_size))
     done = time.time()
     start = _process_start()
     return {
@@ -65,10 +60,9 @@ def _has_bytecode(package: str) -> bool:
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = tool_parser(__name__, __doc__)
-    parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES), help="of the model")
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=("demo", *SHAPES), help="of the model")
     parser.add_argument("--slots", type=int, default=NUM_SLOTS, help="of the KV pool")
-    parser.add_argument("--gemm", type=Path, help="a table that kvarena benchmark gemm made")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: kernels are interpreted")
+    parser.add_argument("overrides", nargs="*", help="further settings of the engine, as of run.py")
     args = parser.parse_args(argv)
-    print(json.dumps(first_token(args.shape, args.slots, args.gemm, args.device)))
+    print(json.dumps(first_token(args.shape, args.slots, args.overrides)))
     return 0

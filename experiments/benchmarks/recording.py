@@ -1,13 +1,13 @@
 """What recording costs a run: alternating rounds of everything recorded, nothing recorded, and the bare engine.
 
-    kvarena benchmark recording --device cuda --shape qwen3-0.6b       # on a GPU
-    kvarena benchmark recording --device cpu --shape demo              # here
+    kvarena benchmark recording --shape qwen3-0.6b       # on a GPU
+    kvarena benchmark recording                          # the demo model, here
 
 One process, one model, one pool, one runner; 256 requests that all arrive at once (workload (a) of
-kvarena.experiments.gpu.shapes, shorter on a CPU). `all`: the driver with the progress bar and the recording of a run of
-the main job; `none`: the same with `driver.record=none`; `bare`: engine, scheduler and allocator stepped by a loop,
-with neither driver nor recorder. One JSON line per run, and a last one with the ratios of rounds, their mean and its 95
-% interval by Student's t, and where the time of a step goes. Needs no Hydra.
+kvarena.experiments.gpu.floors; of the demo model shorter ones). `all`: the driver with the progress bar and the
+recording of a run of the main job; `none`: the same with `driver.record=none`; `bare`: engine, scheduler and allocator
+stepped by a loop, with neither driver nor recorder. One JSON line per run, and a last one with the ratios of rounds,
+their mean and its 95 % interval by Student's t, and where the time of a step goes.
 """
 
 from __future__ import annotations
@@ -24,31 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from kvarena.allocators.paged import PagedAllocator
-from kvarena.engine.clock import WallClock
 from kvarena.engine.core import Engine
 from kvarena.engine.ledger import MemoryLedger
-from kvarena.engine.model_runner import ModelRunner
-from kvarena.engine.models import load_model
-from kvarena.engine.pool.gpu_memory import GpuMemory
-from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.engine.runner.fused_runner import FusedRunner
+from kvarena.experiments.building.parts import EngineParts
 from kvarena.experiments.folders.provenance import git_state, machine
-from kvarena.experiments.gpu.engines import BLOCK_SIZE, Levers, make_bed
-from kvarena.experiments.gpu.shapes import SHAPES, offline_workload
-from kvarena.experiments.gpu.timing import require_cuda
+from kvarena.experiments.gpu.engines import Engines, runner_of
+from kvarena.experiments.gpu.floors import SHAPES, offline_workload
 from kvarena.experiments.jobs.output import Progress
 from kvarena.experiments.load.driver import drive
 from kvarena.experiments.recording.recording import Recording
 from kvarena.experiments.tools import tool_parser
-from kvarena.schedulers.continuous import ContinuousScheduler
 
 Line = dict[str, Any]
 MODES = ("all", "none", "bare")
-MAX_MODEL_LEN = 8192
+DEMO_SLOTS = 256 * 12 * 16  # that all requests run at once
 
 
 @dataclass
@@ -56,31 +48,17 @@ class Bench:
     """What every run shares.
 
     Attributes:
-        runner: with its model and pool.
-        num_blocks: of the pool.
+        engines: of one setting, so that all have the same runner.
         requests: makes the workload anew.
-        overlap: plan a step while the one before runs.
-        budget: most tokens of a step.
     """
 
-    runner: ModelRunner
-    num_blocks: int
+    engines: Engines
     requests: Callable[[], list[Request]]
-    overlap: bool
-    budget: int
-
-    def engine(self, *, ledger: bool) -> Engine:
-        """A fresh engine over an empty pool."""
-        allocator = PagedAllocator(num_blocks=self.num_blocks, block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN)
-        scheduler = ContinuousScheduler(
-            allocator, max_model_len=MAX_MODEL_LEN, max_num_seqs=256, max_num_batched_tokens=self.budget
-        )
-        accounts = MemoryLedger() if ledger else None
-        return Engine(scheduler, allocator, self.runner, WallClock(), overlap=self.overlap, ledger=accounts)
 
     def run(self, mode: str) -> Line:
         """One run to the end of its requests."""
-        engine, requests = self.engine(ledger=mode == "all"), self.requests()
+        engine, requests = self.engines.build().engine, self.requests()
+        engine.ledger = MemoryLedger() if mode == "all" else None
         gc.collect()
         gc.freeze()
         try:
@@ -132,34 +110,20 @@ def _has_pyarrow() -> bool:
     return True
 
 
-def on_gpu(shape: str, num_slots: int) -> tuple[Bench, GpuMemory, torch.nn.Module]:
-    """The GPU's engine, warm, as kvarena.experiments.benchmarks.engine makes it for workload (a)."""
-    device = require_cuda()
-    memory = GpuMemory(device)
-    bed = make_bed(shape, num_slots, None)
-    memory.set_pool(bed.pool, bed.pool.num_bytes)
-    runner = bed.runner(Levers(), max_num_seqs=256)
-    runner.warm_up(256)
-    return Bench(runner, bed.pool.num_blocks, offline_workload, True, 8192), memory, bed.model.module
+def make_bench(shape: str, num_slots: int, overrides: Sequence[str] = ()) -> tuple[Bench, EngineParts]:
+    """The engine of this machine, warm, and the parts of it that watch a GPU's memory."""
+    settings = ("scheduler.max_num_seqs=256", f"kv_cache.num_slots={num_slots}")
+    engines = Engines(shape, *settings, *(("engine.overlap=false",) if shape == "demo" else ()), *overrides)
+    parts = engines.build()
+    if isinstance(runner := runner_of(parts), FusedRunner):
+        runner.warm_up(256)
+    return Bench(engines, short_requests if shape == "demo" else offline_workload), parts
 
 
-def on_cpu(shape: str) -> Bench:
-    """The plain runner in float32 on the demo model or a small shape."""
-    source = {"path": "models/demo"} if shape == "demo" else {"shape": SHAPES[shape]}
-    model = load_model(**source, dtype="float32", device="cpu", load_format="auto" if shape == "demo" else "dummy")
-    spec = model.spec
-    num_blocks = 256 * 12
-    pool = KVPool(
-        num_blocks=num_blocks, block_size=BLOCK_SIZE, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim, dtype=spec.dtype, device="cpu",
-    )  # fmt: skip
-
-    def requests() -> list[Request]:
-        # All run to the same length, so that 256 run all the time.
-        sampling = SamplingParams(max_tokens=96, ignore_eos=True)
-        return [Request(f"a{i}", [1 + (7 * i + j) % 200 for j in range(16 + i % 32)], sampling) for i in range(256)]
-
-    return Bench(TorchRunner(model, pool), num_blocks, requests, overlap=False, budget=8192)
+def short_requests() -> list[Request]:
+    """256 that all run to the same length, so that all run all the time."""
+    sampling = SamplingParams(max_tokens=96, ignore_eos=True)
+    return [Request(f"a{i}", [1 + (7 * i + j) % 200 for j in range(16 + i % 32)], sampling) for i in range(256)]
 
 
 def ratio(lines: Sequence[Line], mode: str, base: str, key: str) -> Line:
@@ -203,11 +167,11 @@ def summarize(lines: Sequence[Line], steps: int) -> Line:
 def main(argv: Sequence[str]) -> int:
     """The command line; see the module's docstring."""
     parser = tool_parser(__name__, __doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what runs")
-    parser.add_argument("--shape", default="demo", choices=("demo", *sorted(SHAPES)), help="of the model")
+    parser.add_argument("--shape", default="demo", choices=("demo", *SHAPES), help="of the model")
     parser.add_argument("--rounds", type=int, default=5, help="of the three kinds of run")
-    parser.add_argument("--slots", type=int, default=327_680, help="of the KV pool on a GPU")
+    parser.add_argument("--slots", type=int, default=327_680, help="of the KV pool of a shape")
     parser.add_argument("--out", type=Path, help="a file that gets every line, too")
+    parser.add_argument("overrides", nargs="*", help="further settings of the engine, as of run.py")
     args = parser.parse_args(argv)
     lines = list(_measure(args))
     if args.out:
@@ -216,21 +180,26 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _measure(args: argparse.Namespace) -> list[Line]:
-    memory = module = None
-    if args.device == "cuda":
-        bench, memory, module = on_gpu(args.shape, args.slots)
-    else:
-        bench = on_cpu(args.shape)
+    bench, parts = make_bench(args.shape, DEMO_SLOTS if args.shape == "demo" else args.slots, args.overrides)
+    memory, model = parts.gpu_memory, parts.model
     found: list[Line] = []
 
     def say(line: Line) -> None:
         found.append(line)
         print(json.dumps(line), flush=True)
 
-    say({"section": "setting", "device": args.device, "shape": args.shape, "git": git_state(), "machine": machine()})
+    say(
+        {
+            "section": "setting",
+            "device": str(runner_of(parts).pool.device),
+            "shape": args.shape,
+            "git": git_state(),
+            "machine": machine(),
+        }
+    )
     bench.run("bare")  # compiles and captures what the runs need
-    if memory is not None and module is not None:
-        memory.begin(module)
+    if memory is not None and model is not None:
+        memory.begin(model.module)
     for index in range(args.rounds):
         # In turn, and each round begins with another one: a drift of the machine falls on all alike.
         for mode in (MODES[(index + i) % len(MODES)] for i in range(len(MODES))):

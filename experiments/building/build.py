@@ -1,8 +1,11 @@
 """Builds what a config describes: model, pool, strategy, engine and requests.
 
-    model + engine --> LoadedModel --> pool size --> allocator --> scheduler --> Engine
-    workload + arrival --> requests
+    model + engine --> LoadedModel --> pool size --> allocator --> scheduler --> Engine      `build_engine`
+    workload + arrival --> requests                                                          `build_load`
     runner=simulated: the model's sizes and a profile in place of model and pool (experiments/building/simulated.py)
+
+Whatever runs an engine has it from `build_engine`: runs, sweeps and studies, the server, `kvarena.LLM`, benchmarks and
+checks. They differ in their config alone; those that build several hand over the same `SharedParts`.
 
 The strategy's classes are named by `_target_` in conf/allocator and conf/scheduler; nothing here knows them.
 """
@@ -22,23 +25,21 @@ from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.checks import check_int
 from kvarena.engine.clock import WallClock
 from kvarena.engine.contract import KVAllocator, cdiv
-from kvarena.engine.core import Engine
 from kvarena.engine.errors import ConfigError, NotDefined
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.models import LoadedModel, ModelSpec, load_model
 from kvarena.engine.pool.gpu_memory import GpuMemory
-from kvarena.engine.pool.kv_pool import KVPool, blocks_for_budget
+from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.pool.memory_limits import free_bytes
 from kvarena.engine.request import Request, SamplingParams, expand
 from kvarena.engine.runner.profile import SETTING, available_kv_bytes, card_memory
 from kvarena.experiments.building.context import check_context_fits
 from kvarena.experiments.building.parts import (
     EngineParts,
-    check_window,
-    make_strategy,
+    first_strategy,
+    pool_blocks,
     pool_facts,
     resolve_max_model_len,
-    say_chosen_pages,
 )
 from kvarena.experiments.building.pools import make_pool, room_beside_pool
 from kvarena.experiments.building.runners import make_runner
@@ -103,9 +104,7 @@ def build(config: RunConfig, shared: SharedParts | None = None) -> Setup:
     # The workload is built before the model where it can fail: a typing error in a path must not wait for weights.
     if config.runner.kind == "simulated":
         driver.check_scores("runner=simulated computes no tokens")
-        parts = build_simulated_engine(config)
-    else:
-        parts = build_engine(config, shared)
+    parts = build_engine(config, shared)
     # Nobody reads what is in a prompt where nothing is computed, no prefix is looked for and no token recorded.
     blank = parts.simulator is not None and driver.record != "full" and not parts.engine.allocator.reads_tokens
     load = build_load(config, parts.spec, parts.special_token_ids, blank=blank)
@@ -141,28 +140,23 @@ def build_load(config: RunConfig, spec: ModelSpec, special_token_ids: frozenset[
 
 
 def build_engine(config: RunConfig, shared: SharedParts | None = None, *, whole_context: bool = False) -> EngineParts:
-    """Build an engine that computes, without a workload.
+    """Build the engine that `config` describes, ready for requests; `warm_up` runs it a little.
 
     Args:
         config: of the run.
         shared: see `build`.
-        whole_context: refuse a pool that cannot hold the longest request that is allowed.
+        whole_context: refuse a pool that cannot hold the longest request that is allowed, as a server must.
 
     Raises:
         KvarenaError: see `build`.
     """
     runner_config, engine_config, device_name = config.runner, config.engine, _device(config.engine.device)
     if not isinstance(runner_config, RunnerConfig):
-        raise ConfigError("runner=simulated computes no tokens and cannot serve; set runner=torch")
+        if whole_context:
+            raise ConfigError("runner=simulated computes no tokens and cannot serve; set runner=torch")
+        return build_simulated_engine(config)
     shared = SharedParts() if shared is None else shared
-    memory = None
-    if device_name == "cuda":
-        device = torch.device("cuda")
-        memory = GpuMemory(device, shared.context_bytes)
-        shared.context_bytes = memory.context
-        if config.kv_cache.sized_by is None:
-            card_memory(device, memory.context).check_share(engine_config.gpu_memory_utilization)
-    model = shared.model(config, lambda: _load(config))
+    model, memory = load_shared(config, shared)
     spec = model.spec
     max_model_len = resolve_max_model_len(engine_config, spec)
     prepared = shared.runner(config)
@@ -171,9 +165,8 @@ def build_engine(config: RunConfig, shared: SharedParts | None = None, *, whole_
         if prepared is None
         else prepared.num_blocks
     )
-    allocator, scheduler = make_strategy(config, num_blocks, max_model_len, spec, device_name)
-    say_chosen_pages(allocator)
-    check_window(allocator, spec)
+    strategy = first_strategy(config, num_blocks, max_model_len, spec, device_name)
+    allocator = strategy.allocator
     if whole_context:
         check_context_fits(engine_config, config.kv_cache, allocator, spec, max_model_len, memory)
     _check_layout(runner_config, allocator)
@@ -184,7 +177,7 @@ def build_engine(config: RunConfig, shared: SharedParts | None = None, *, whole_
         prepared = _prepare_runner(config, runner_config, model, allocator, max_model_len)
         shared.keep(config, prepared)
     clock, ledger = prepared.clock, MemoryLedger()
-    engine = Engine(scheduler, allocator, prepared.runner, clock, overlap=engine_config.overlap, ledger=ledger)
+    engine = strategy.engine(prepared.runner, clock, overlap=engine_config.overlap, ledger=ledger)
     facts = pool_facts(allocator, spec, prepared.facts)
     if memory is not None:
         memory.set_pool(prepared.pool, prepared.pool_in_torch)
@@ -200,6 +193,22 @@ def build_engine(config: RunConfig, shared: SharedParts | None = None, *, whole_
         engine_config,
         gpu_memory=memory,
     )
+
+
+def load_shared(config: RunConfig, shared: SharedParts) -> tuple[LoadedModel, GpuMemory | None]:
+    """The model that `config` describes, as `build_engine` will find it in `shared`, and what follows the GPU's memory.
+
+    Raises:
+        KvarenaError: see `build`.
+    """
+    memory = None
+    if _device(config.engine.device) == "cuda":
+        device = torch.device("cuda")
+        memory = GpuMemory(device, shared.context_bytes)
+        shared.context_bytes = memory.context
+        if config.kv_cache.sized_by is None:
+            card_memory(device, memory.context).check_share(config.engine.gpu_memory_utilization)
+    return shared.model(config, lambda: _load(config)), memory
 
 
 def _load(config: RunConfig) -> LoadedModel:
@@ -247,30 +256,23 @@ def _num_blocks(config: RunConfig, model: LoadedModel, in_use_before: int, max_m
     On a CPU, whose memory is no one's share: `CPU_SLOTS`, or one request of `max_model_len`, as far as half of what is
     free holds it.
     """
-    size, token_bytes = config.kv_cache, model.spec.kv_bytes_per_token
+    if config.kv_cache.sized_by is not None:
+        return pool_blocks(config, model.spec)
+    token_bytes = model.spec.kv_bytes_per_token
     block_size = check_int("allocator.block_size", config.allocator.need("block_size"), 1)
-    available, num_slots = None, size.num_slots
-    if size.sized_by is None and model.device.type == "cuda":
-        available = available_kv_bytes(
-            model,
-            gpu_memory_utilization=config.engine.gpu_memory_utilization,
-            max_num_batched_tokens=config.scheduler.need("max_num_batched_tokens"),
-            max_num_seqs=config.scheduler.need("max_num_seqs"),
-            in_use_before=in_use_before,
-            block_bytes=block_size * token_bytes,
-        )
-    elif size.sized_by is None:
+    if model.device.type != "cuda":
         room = free_bytes(model.device) // 2 // token_bytes
         wanted = cdiv(max(CPU_SLOTS, max_model_len), block_size) * block_size
-        num_slots = max(min(wanted, room), block_size)
-    return blocks_for_budget(
-        block_size,
-        token_bytes,
-        num_blocks=size.num_blocks,
-        num_slots=num_slots,
-        memory_gib=size.memory_gib,
-        available_bytes=available,
+        return pool_blocks(config, model.spec, num_slots=max(min(wanted, room), block_size))
+    available = available_kv_bytes(
+        model,
+        gpu_memory_utilization=config.engine.gpu_memory_utilization,
+        max_num_batched_tokens=config.scheduler.need("max_num_batched_tokens"),
+        max_num_seqs=config.scheduler.need("max_num_seqs"),
+        in_use_before=in_use_before,
+        block_bytes=block_size * token_bytes,
     )
+    return pool_blocks(config, model.spec, available=available)
 
 
 def _attention_backend(config: RunnerConfig, model: LoadedModel, pool: KVPool) -> AttentionBackend:

@@ -9,16 +9,18 @@ from typing import Any, cast
 
 import numpy as np
 
+from kvarena.engine.checks import check_int
 from kvarena.engine.clock import Clock
-from kvarena.engine.contract import KVAllocator, StepScheduler
+from kvarena.engine.contract import KVAllocator
 from kvarena.engine.core import Engine
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.models import LoadedModel, ModelSpec
 from kvarena.engine.models.sizes import ModelSizes, model_sizes
 from kvarena.engine.pool.gpu_memory import GpuMemory
+from kvarena.engine.pool.kv_pool import blocks_for_budget
 from kvarena.experiments.settings.config import EngineConfig, RunConfig
-from kvarena.experiments.settings.strategies import make_part
+from kvarena.experiments.settings.strategies import Strategy
 from kvarena.experiments.simulation.runner import SimulatedRunner
 
 CUDA_PAGE_BYTES = 2 * 2**20
@@ -74,7 +76,26 @@ def pool_facts(allocator: KVAllocator, spec: ModelSpec, runner_facts: dict[str, 
     }
 
 
-def say_chosen_pages(allocator: KVAllocator) -> None:
+def pool_blocks(
+    config: RunConfig, spec: ModelSpec, *, num_slots: int | None = None, available: int | None = None
+) -> int:
+    """Usable blocks of the pool: what section `kv_cache` states, else `num_slots`, or `available` bytes.
+
+    Raises:
+        ConfigError: the pool cannot hold one block.
+    """
+    size = config.kv_cache
+    return blocks_for_budget(
+        check_int("allocator.block_size", config.allocator.need("block_size"), 1),
+        spec.kv_bytes_per_token,
+        num_blocks=size.num_blocks,
+        num_slots=size.num_slots if num_slots is None else num_slots,
+        memory_gib=size.memory_gib,
+        available_bytes=available,
+    )
+
+
+def _say_chosen_pages(allocator: KVAllocator) -> None:
     """A line on stderr where the pool's size, and not the config, decided how large a page is."""
     if getattr(allocator, "page_chosen", False):
         size, tokens, count = (getattr(allocator, name) for name in ("page_bytes", "page_tokens", "num_pages"))
@@ -88,26 +109,31 @@ def say_chosen_pages(allocator: KVAllocator) -> None:
 
 def make_strategy(
     config: RunConfig, num_blocks: int, max_model_len: int, spec: ModelSpec, device: str = "cpu"
-) -> tuple[KVAllocator, StepScheduler]:
-    """A fresh allocator over an empty pool, and the scheduler on top of it.
+) -> Strategy:
+    """The config's strategy, afresh.
 
     Pages whose size the config leaves open are chosen by the allocator, but on a GPU, which maps one size.
     """
     options: dict[str, Any] = {}
     if device == "cuda" and config.allocator.options.get("page_bytes", 0) is None:
         options["page_bytes"] = CUDA_PAGE_BYTES
-    allocator = make_part(
-        KVAllocator,
-        config.allocator,
-        num_blocks=num_blocks,
-        max_model_len=max_model_len,
-        kv_bytes_per_token=spec.kv_bytes_per_token,
-        **options,
-    )
-    return allocator, make_part(StepScheduler, config.scheduler, allocator=allocator, max_model_len=max_model_len)
+    return Strategy.of(
+        config.allocator, config.scheduler, num_blocks=num_blocks, max_model_len=max_model_len,
+        kv_bytes_per_token=spec.kv_bytes_per_token, **options,
+    )  # fmt: skip
 
 
-def check_window(allocator: KVAllocator, spec: ModelSpec) -> None:
+def first_strategy(
+    config: RunConfig, num_blocks: int, max_model_len: int, spec: ModelSpec, device: str = "cpu"
+) -> Strategy:
+    """The strategy of an engine that is being built; raises ConfigError where it does not fit the model."""
+    strategy = make_strategy(config, num_blocks, max_model_len, spec, device)
+    _say_chosen_pages(strategy.allocator)
+    _check_window(strategy.allocator, spec)
+    return strategy
+
+
+def _check_window(allocator: KVAllocator, spec: ModelSpec) -> None:
     """A window narrower than the model's would free KV that the model still reads."""
     window = getattr(allocator, "sliding_window", None)
     if window is not None and (spec.sliding_window is None or window < spec.sliding_window):

@@ -5,6 +5,7 @@ Every choice that `auto` makes is a fact of the run: it stands in the manifest w
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from kvarena.engine.runner.graphs import ReservingBackend
 from kvarena.engine.runner.mixed_graphs import graph_tokens
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.experiments.settings.config import RunnerConfig
+from kvarena.experiments.settings.explain import first_line
 
 Facts = dict[str, Any]
 
@@ -47,11 +49,16 @@ def make_runner(
         ConfigError: `true` cannot be had; says why.
     """
     on_gpu = pool.device.type == "cuda"
-    if config.graphs is True and not on_gpu:
-        raise ConfigError("runner.graphs=true needs a GPU; use auto or false")
+    if not on_gpu:
+        for name, value in (("graphs", config.graphs), *_gemm_settings(config).items()):
+            if value not in ("auto", False):
+                raise ConfigError(f"runner.{name}={_word(value)} needs a GPU; leave it out")
     decoder, reason = _fused(config, model, max_model_len) if config.fusions is True or on_gpu else (None, None)
     if reason is not None and config.fusions is True:
         raise ConfigError(f"runner.fusions=true, and {reason}; use auto or false")
+    if decoder is None and (stated := _gemm_settings(config)):
+        name, value = next(iter(stated.items()))
+        raise ConfigError(f"runner.{name}={value} is of the fused forward, which this run has not; leave it out")
     graphs, no_graphs = _graphs(config, backend, decoder) if on_gpu else (False, None)
     facts: Facts = {"fusions": decoder is not None, "graphs": graphs, "attention": type(backend).__name__}
     if on_gpu:
@@ -63,9 +70,10 @@ def make_runner(
     facts |= {key: why for key, why in (("no_fusions", reason), ("no_graphs", no_graphs)) if why is not None}
     if decoder is None and not on_gpu:
         return TorchRunner(model, pool, backend, seed=seed, clock=clock, num_scores=num_scores), facts
+    mixed = graphs and config.graphs != "decode"
     runner = FusedRunner(
         model, pool, backend, decoder, seed=seed, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
-        graphs=graphs, mixed_tokens=graph_tokens(model.spec.num_parameters) if graphs else 0, clock=clock,
+        graphs=graphs, mixed_tokens=graph_tokens(model.spec.num_parameters) if mixed else 0, clock=clock,
         num_scores=num_scores,
     )  # fmt: skip
     return runner, facts
@@ -76,20 +84,40 @@ def _fused(config: RunnerConfig, model: LoadedModel, max_model_len: int) -> tupl
     if config.fusions is False:
         return None, None
     try:
-        return fuse(model, _ops(model.device, model.spec.dtype), max_model_len), None
+        return fuse(model, _ops(config, model.device, model.spec.dtype), max_model_len), None
     except NotFusable as error:
         return None, f"the model runs on its modules: {error}"
 
 
-def _ops(device: torch.device, dtype: torch.dtype) -> Ops:
+def _gemm_settings(config: RunnerConfig) -> dict[str, Any]:
+    """What the config says of the products' kernels that is not the default."""
+    defaults = {"gemm": "auto", "gemm_rows": None, "gemm_table": None}
+    return {name: value for name, default in defaults.items() if (value := getattr(config, name)) != default}
+
+
+def _word(value: bool | str | int) -> str:
+    """As a command line says it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _ops(config: RunnerConfig, device: torch.device, dtype: torch.dtype) -> Ops:
     if device.type != "cuda":
         return TorchOps()
     # Imported here: Triton is not needed, and may not be there, without a GPU.
     from kvarena.engine.fusions.triton_ops import TritonOps
     from kvarena.engine.kernels.gemm.table import ROW_BUCKETS, GemmTable
 
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return TritonOps(device, GemmTable(ROW_BUCKETS[-1], processors) if dtype.itemsize == 2 else None)
+    if config.gemm == "library" or dtype.itemsize != 2:
+        return TritonOps(device, None)
+    file = config.gemm_table
+    limits = config.gemm_rows or ROW_BUCKETS[-1], torch.cuda.get_device_properties(device).multi_processor_count
+    try:
+        table = GemmTable(*limits) if file is None else GemmTable.from_json(Path(file).read_text(), *limits)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"runner.gemm_table={file} is no table of kvarena benchmark gemm ({first_line(error)}); give its --out file"
+        ) from error
+    return TritonOps(device, table, hopper=config.gemm == "auto")
 
 
 def _graphs(config: RunnerConfig, backend: AttentionBackend, decoder: FusedDecoder | None) -> tuple[bool, str | None]:
@@ -104,6 +132,6 @@ def _graphs(config: RunnerConfig, backend: AttentionBackend, decoder: FusedDecod
         reason = "graphs hold the fused forward, which this run has not"
     elif not decoder.is_capturable:
         reason = "the model's experts are transformers modules, which may wait for the device"
-    if reason is not None and config.graphs is True:
-        raise ConfigError(f"runner.graphs=true, and {reason}; use auto or false")
+    if reason is not None and config.graphs != "auto":
+        raise ConfigError(f"runner.graphs={_word(config.graphs)}, and {reason}; use auto or false")
     return reason is None, reason

@@ -105,10 +105,16 @@ def _give_memory_back() -> None:
 
 def _runner_key(config: RunConfig) -> str:
     """All settings that a runner is made from, but for the strategy's own."""
+    values = config.values
+    # A pool that the config sizes is the same whatever a step may take.
+    sizing: tuple[Any, ...] = ()
+    if config.kv_cache.sized_by is None:
+        sizing = (values["engine"]["gpu_memory_utilization"], config.scheduler.need("max_num_batched_tokens"))
     return _text(
-        {name: config.values[name] for name in ("model", "engine", "runner", "kv_cache")}
-        | {"block_size": config.allocator.need("block_size"), "scores": config.driver.scores}
-        | {name: config.scheduler.need(name) for name in ("max_num_seqs", "max_num_batched_tokens")}
+        {name: values[name] for name in ("model", "runner", "kv_cache")}
+        | {name: values["engine"][name] for name in ("dtype", "device", "seed", "max_model_len")}
+        | {"block_size": config.allocator.need("block_size"), "scores": config.driver.scores, "sizing": sizing}
+        | {"max_num_seqs": config.scheduler.need("max_num_seqs")}
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from kvarena.engine.clock import WallClock
 from kvarena.engine.contract import StepScheduler
-from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.core import run_to_completion
 from kvarena.engine.errors import RequestRejected
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner.fused_runner import FusedRunner
@@ -16,7 +16,7 @@ from kvarena.experiments.building.build import EngineParts
 from kvarena.experiments.building.parts import make_strategy
 from kvarena.experiments.building.pools import room_beside_pool
 from kvarena.experiments.settings.config import RunConfig
-from kvarena.experiments.settings.strategies import make_part
+from kvarena.experiments.settings.strategies import Strategy, make_part
 
 NUM_REQUESTS = 8
 PROMPT_TOKENS = 24
@@ -44,15 +44,15 @@ def warm_up(config: RunConfig, parts: EngineParts, samplings: Sequence[SamplingP
         with room_beside_pool(max_num_seqs, parts.engine.runner.pool, parts.max_model_len):
             parts.engine.runner.warm_up(max_num_seqs)
         longest = config.scheduler.need("max_num_batched_tokens")
-    allocator, scheduler = make_strategy(
+    strategy = make_strategy(
         config,
         parts.pool_facts["num_blocks"],
         parts.max_model_len,
         parts.spec,
         "cpu" if parts.model is None else parts.model.device.type,
     )
-    engine = Engine(scheduler, allocator, parts.engine.runner, clock, overlap=parts.config.overlap)
-    room = min(parts.max_model_len, allocator.max_request_tokens) - OUTPUT_TOKENS
+    engine = strategy.engine(parts.engine.runner, clock, overlap=parts.config.overlap)
+    room = min(parts.max_model_len, strategy.allocator.max_request_tokens) - OUTPUT_TOKENS
     prompt_lens = [min(length, room) for length in [*[PROMPT_TOKENS] * (NUM_REQUESTS - 1), longest]]
     requests = [
         Request(f"warm-up-{i}", [i + 1] * prompt_len, replace(samplings[i % len(samplings)], max_tokens=OUTPUT_TOKENS))
@@ -77,7 +77,7 @@ def warm_cache(config: RunConfig, parts: EngineParts, requests: Iterable[Request
     start = parts.clock.now()
     owner = parts.engine
     scheduler = make_part(StepScheduler, config.scheduler, allocator=owner.allocator, max_model_len=parts.max_model_len)
-    engine = Engine(scheduler, owner.allocator, owner.runner, parts.clock, overlap=owner.overlap)
+    engine = Strategy(owner.allocator, scheduler).engine(owner.runner, parts.clock, overlap=owner.overlap)
     for req in requests:
         copy = Request(
             f"warm-cache-{req.request_id}", req.prompt_token_ids, replace(req.sampling, max_tokens=1, min_tokens=0),

@@ -18,52 +18,83 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from kvarena.engine.attention.reference import ReferenceBackend
-from kvarena.engine.clock import VirtualClock
-from kvarena.engine.contract import cdiv
-from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.core import run_to_completion
 from kvarena.engine.errors import KvarenaError, ModelError, RequestRejected
-from kvarena.engine.models import LoadedModel, load_model
 from kvarena.engine.models.configs import quiet_transformers
-from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.experiments.building.build import build_engine, load_shared
+from kvarena.experiments.building.shared import SharedParts
 from kvarena.experiments.correctness.class_table import Outcome, write_table
 from kvarena.experiments.correctness.reference import greedy_reference
 from kvarena.experiments.correctness.small_configs import VOCAB_SIZE, class_names, small_config
-from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
+from kvarena.experiments.settings.compose import load_run
+from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.tools import tool_parser
 from kvarena.reports.reading.names import cell_name
 
-BLOCK_SIZE, NUM_TOKENS, MAX_LEN = 4, 12, 64
+NUM_TOKENS, MAX_LEN = 12, 64
 PROMPT_LENS, NUM_SHARED = (30, 13, 21, 40), 10
 STDS, LEAST_TOKENS = (0.15, 0.4, 1.0), 8  # the first whose reference has so many distinct tokens
 MOST_PARAMETERS = 60_000_000  # above it the class has sizes that no config field makes small
 
 
+COMMON = (
+    "model=path", "model.name=it", "engine.device=cpu", "engine.dtype=float32", "allocator.block_size=4",
+    "scheduler.max_num_seqs=8", "scheduler.max_num_batched_tokens=256",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Setting:
-    """A strategy and the size of its pool in tokens."""
+    """A strategy, and further settings; the pool's size among them."""
 
     allocator: str
     scheduler: str
-    num_slots: int
-    max_num_batched_tokens: int = 256
+    more: tuple[str, ...]
 
     def __str__(self) -> str:
         return cell_name(self.allocator, self.scheduler)
 
 
 SETTINGS = (
-    Setting("paged", "continuous", 72),  # two of the four requests fit at their ends
-    Setting("contiguous", "static", 4 * MAX_LEN),
-    Setting("paged_prefix", "chunked", 400, max_num_batched_tokens=16),
+    Setting("paged", "continuous", ("kv_cache.num_slots=72",)),  # two of the four requests fit at their ends
+    Setting("contiguous", "static", (f"kv_cache.num_slots={4 * MAX_LEN}", "runner.layout=contiguous")),
+    Setting("paged_prefix", "chunked", ("kv_cache.num_slots=400", "scheduler.max_num_batched_tokens=16")),
 )
+
+
+class Checkpoint:
+    """A small checkpoint, and the model that it held when it was first read."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._shared = SharedParts()
+        self.spec = load_shared(self._config(SETTINGS[0], None), self._shared)[0].spec
+
+    def _config(self, setting: Setting, max_len: int | None) -> RunConfig:
+        config = _composed(setting, max_len)
+        return replace(config, model=replace(config.model, path=self._folder))
+
+    def run(self, setting: Setting) -> list[Request]:
+        """The requests, run to their ends. Raises RequestRejected when they are longer than the model's context."""
+        config = self._config(setting, min(self.spec.max_model_len, MAX_LEN))
+        requests = [Request(f"r{i}", row, SamplingParams(max_tokens=NUM_TOKENS)) for i, row in enumerate(prompts())]
+        run_to_completion(build_engine(config, self._shared).engine, requests)
+        return requests
+
+
+@cache
+def _composed(setting: Setting, max_len: int | None) -> RunConfig:
+    """Of any checkpoint: to compose takes as long as to run one."""
+    length = "null" if max_len is None else max_len
+    names = (f"allocator={setting.allocator}", f"scheduler={setting.scheduler}", f"engine.max_model_len={length}")
+    return load_run([*names, *COMMON, *setting.more])
 
 
 def check_class(model_type: str, name: str | None = None) -> Outcome:
@@ -77,13 +108,13 @@ def check_class(model_type: str, name: str | None = None) -> Outcome:
         except Exception as error:
             return replace(outcome, result="not made", why=_line(error))
         try:
-            model = load_model(folder, name="it")
+            checkpoint = Checkpoint(folder)
         except KvarenaError as error:
             return replace(outcome, result="refused", why=_line(error).replace(folder, "it"))
         # Anything: what is not a line of the engine's own is a fault of it.
         except Exception as error:
             return replace(outcome, result="different", why=f"loading fails with {_line(error)}")
-        return _check_loaded(outcome, model, folder)
+        return _check_loaded(outcome, checkpoint, folder)
 
 
 def write_small(config: PretrainedConfig, folder: str, std: float = STDS[0]) -> None:
@@ -111,12 +142,12 @@ def write_small(config: PretrainedConfig, folder: str, std: float = STDS[0]) -> 
     module.save_pretrained(folder)
 
 
-def _check_loaded(outcome: Outcome, model: LoadedModel, folder: str) -> Outcome:
+def _check_loaded(outcome: Outcome, checkpoint: Checkpoint, folder: str) -> Outcome:
     config = small_config(outcome.model_type)
     try:
-        run(model, SETTINGS[0])
+        checkpoint.run(SETTINGS[0])
     except RequestRejected as error:
-        outcome = replace(outcome, why=f"within {model.spec.max_model_len} tokens; beyond them {_line(error)}")
+        outcome = replace(outcome, why=f"within {checkpoint.spec.max_model_len} tokens; beyond them {_line(error)}")
         config.get_text_config().attention_chunk_size = MAX_LEN
     for std in STDS:
         write_small(config, folder, std)
@@ -131,37 +162,14 @@ def _check_loaded(outcome: Outcome, model: LoadedModel, folder: str) -> Outcome:
     if outcome.num_tokens < LEAST_TOKENS:
         few = f"its tokens are few: {outcome.num_tokens} distinct ones"
         outcome = replace(outcome, why=f"{outcome.why}; {few}" if outcome.why else few)
-    model = load_model(folder, name="it")
+    checkpoint = Checkpoint(folder)
     for setting in SETTINGS:
-        requests = run(model, setting)
+        requests = checkpoint.run(setting)
         if setting is SETTINGS[0] and not any(req.num_preemptions for req in requests):
             return replace(outcome, result="different", why=f"{setting}: nothing was preempted")
         if [req.output_token_ids for req in requests] != expected:
             return replace(outcome, result="different", why=f"{setting}: other tokens than transformers")
     return outcome
-
-
-def run(model: LoadedModel, setting: Setting) -> list[Request]:
-    """The requests, run to their ends. Raises RequestRejected when they are longer than the model's context."""
-    spec = model.spec
-    max_len = min(spec.max_model_len, MAX_LEN)
-    num_blocks = cdiv(setting.num_slots, BLOCK_SIZE)
-    allocator = build_allocator(setting.allocator, num_blocks=num_blocks, max_model_len=max_len, block_size=BLOCK_SIZE)
-    scheduler = build_scheduler(
-        setting.scheduler, allocator, max_model_len=max_len, max_num_batched_tokens=setting.max_num_batched_tokens,
-        max_num_seqs=8,
-    )  # fmt: skip
-    pool = KVPool.of_model(
-        spec,
-        num_blocks=allocator.num_blocks,
-        block_size=BLOCK_SIZE,
-        dtype=spec.dtype,
-        device=model.device,
-    )
-    runner = TorchRunner(model, pool, ReferenceBackend(pool, contiguous=allocator.contiguous))
-    requests = [Request(f"r{i}", row, SamplingParams(max_tokens=NUM_TOKENS)) for i, row in enumerate(prompts())]
-    run_to_completion(Engine(scheduler, allocator, runner, VirtualClock()), requests)
-    return requests
 
 
 def prompts() -> list[list[int]]:

@@ -21,7 +21,13 @@ from kvarena.engine.request import FinishReason, Request, RequestStatus
 from kvarena.experiments.correctness.oracle import OracleRunner
 from kvarena.experiments.fuzzing.random_traces import MAX_MODEL_LEN, VOCAB_SIZE, Trace
 from kvarena.experiments.fuzzing.recount import Recount
-from kvarena.experiments.settings.strategies import build_allocator, build_scheduler, strategy_names, strategy_options
+from kvarena.experiments.settings.strategies import (
+    Strategy,
+    build_allocator,
+    build_scheduler,
+    strategy_names,
+    strategy_options,
+)
 from kvarena.schedulers.base import Scheduler
 
 WINDOW = 8
@@ -133,7 +139,9 @@ def drive(
 ) -> CellRun:
     """Run `trace` on given objects; one step per simulated second. Raises EngineError when anything is wrong."""
     clock, ledger = VirtualClock(), MemoryLedger()
-    engine = Engine(scheduler, allocator, runner, clock, overlap=overlap, ledger=ledger, on_launch=recount.observe)
+    engine = Strategy(allocator, scheduler).engine(
+        runner, clock, overlap=overlap, ledger=ledger, on_launch=recount.observe
+    )
     run, before = CellRun(trace.requests(), Counter()), allocator.usage()
     num_slots: dict[Request, int] = {}
     todo, aborts = run.requests[::-1], trace.aborts[::-1]

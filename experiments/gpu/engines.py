@@ -1,67 +1,42 @@
-"""Engines for the engine benchmark: one model and pool, and a runner and scheduler for every setting of the levers."""
+"""Engines for benchmarks, from the main job's config: a benchmark's settings, and on top of them those of one engine.
+
+Engines(*overrides).build(*more) -> EngineParts        model, pool and runner are kept while nothing of them differs
+"""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from kvarena.allocators.paged import PagedAllocator
-from kvarena.engine.attention.triton_backend import TritonBackend
-from kvarena.engine.clock import WallClock
 from kvarena.engine.core import Engine
-from kvarena.engine.fusions.decoder import FusedDecoder
-from kvarena.engine.fusions.detect import fuse
-from kvarena.engine.fusions.ops import Ops, TorchOps
-from kvarena.engine.fusions.triton_ops import TritonOps
-from kvarena.engine.kernels.gemm.table import GemmTable
-from kvarena.engine.models import LoadedModel, load_model
-from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.models import LoadedModel
 from kvarena.engine.request import Request
-from kvarena.engine.runner.fused_runner import FusedRunner
-from kvarena.engine.runner.mixed_graphs import graph_tokens
-from kvarena.experiments.gpu.shapes import MAX_MODEL_LEN, SHAPES
-from kvarena.schedulers.base import Scheduler
-from kvarena.schedulers.chunked import ChunkedScheduler
-from kvarena.schedulers.continuous import ContinuousScheduler
+from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.experiments.building.build import build_engine, load_shared
+from kvarena.experiments.building.parts import EngineParts
+from kvarena.experiments.building.shared import SharedParts
+from kvarena.experiments.gpu.floors import MAX_MODEL_LEN, SHAPES, model_of
+from kvarena.experiments.settings.compose import load_run
 
-BLOCK_SIZE = 16
-
-
-class Levers(NamedTuple):
-    """What can be switched.
-
-    Attributes:
-        fusions: fused layers; False runs the transformers modules.
-        graphs: CUDA graphs of decode steps.
-        mixed: with `graphs`, graphs of small steps with prompts too.
-        overlap: plan a step while the one before runs.
-        skinny: most rows for which the skinny GEMM is asked; 0 sends every product to the library.
-        hopper: the CUDA kernels for Hopper, which come before the skinny GEMM and the library.
-    """
-
-    fusions: bool = True
-    graphs: bool = True
-    overlap: bool = True
-    skinny: int = 128
-    mixed: bool = True
-    hopper: bool = True
-
-
-ABLATIONS: dict[str, Levers] = {
-    "all": Levers(),
-    "no hopper": Levers(hopper=False),
-    "no skinny": Levers(skinny=0, hopper=False),
-    "no overlap": Levers(overlap=False),
-    "no mixed graphs": Levers(mixed=False),
-    "no graphs": Levers(graphs=False),
-    "no fusions": Levers(fusions=False),
+# One lever of the engine off. Without fusions there are no graphs, which hold the fused forward.
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "all": (),
+    "no hopper": ("runner.attention=triton", "runner.gemm=triton"),
+    "no skinny": ("runner.attention=triton", "runner.gemm=library"),
+    "no overlap": ("engine.overlap=false",),
+    "no mixed graphs": ("runner.graphs=decode",),
+    "no graphs": ("runner.graphs=false",),
+    "no fusions": ("runner.fusions=false",),
 }
+# Levers that a CPU has.
+HOST_LEVERS = ("all", "no overlap", "no fusions")
+PREFILLED = f"allocator._target_={__name__}.PrefilledAllocator"
 
 
 class PrefilledAllocator(PagedAllocator):
@@ -72,105 +47,56 @@ class PrefilledAllocator(PagedAllocator):
         return (req.num_tokens - 1) // self.block_size * self.block_size
 
 
-@dataclass
-class Bed:
-    """One model and pool for all settings.
+class Engines:
+    """Engines of one model that run one after the other.
+
+    Args:
+        name: of the model, see `floors.model_of`: a real shape in bf16, the others in float32.
+        overrides: what all of them have, as on run.py's command line.
 
     Attributes:
-        name: of the shape.
-        model: dummy weights.
-        pool: keys and values, random to begin with (zeros would be faster than real ones).
-        gemm: text of a `GemmTable`, or None for the built-in one.
-        max_model_len: longest context of its runners.
+        name: see above.
+        shared: what they share.
     """
 
-    name: str
-    model: LoadedModel
-    pool: KVPool
-    gemm: str | None
-    max_model_len: int = MAX_MODEL_LEN
-    _fused: FusedDecoder | None = field(default=None, repr=False)
-
-    def decoder(self, levers: Levers) -> FusedDecoder | None:
-        """The fused decoder for a setting: one set of layers, with the operations that the setting asks for."""
-        if not levers.fusions:
-            return None
-        ops: Ops = TorchOps()
-        device = self.pool.device
-        if device.type == "cuda":
-            table = None
-            if levers.skinny and self.pool.dtype.itemsize == 2:
-                processors = torch.cuda.get_device_properties(device).multi_processor_count
-                if self.gemm is None:
-                    table = GemmTable(levers.skinny, processors)
-                else:
-                    table = GemmTable.from_json(self.gemm, levers.skinny, processors)
-            ops = TritonOps(device, table, hopper=levers.hopper)
-        if self._fused is None:
-            self._fused = fuse(self.model, ops, self.max_model_len)
-        return replace(self._fused, ops=ops)
-
-    def runner(self, levers: Levers, max_num_seqs: int) -> FusedRunner:
-        """A runner for a setting."""
-        heads = self.model.module.config.num_attention_heads  # type: ignore[union-attr]
-        graphs = levers.graphs and self.pool.device.type == "cuda"
-        return FusedRunner(
-            self.model,
-            self.pool,
-            TritonBackend(self.pool, heads, use_hopper=levers.hopper),  # type: ignore[arg-type]
-            self.decoder(levers),
-            max_num_seqs=max_num_seqs,
-            max_model_len=self.max_model_len,
-            graphs=graphs,
-            mixed_tokens=graph_tokens(self.model.spec.num_parameters) if graphs and levers.mixed else 0,
+    def __init__(self, name: str, *overrides: str) -> None:
+        self.name = name
+        self.shared = SharedParts()
+        self._overrides = (
+            *model_of(name),
+            f"engine.dtype={'bfloat16' if name in SHAPES else 'float32'}",
+            "engine.overlap=true",
+            *(() if name == "demo" else (f"engine.max_model_len={MAX_MODEL_LEN}",)),
+            "scheduler.max_num_batched_tokens=8192",
+            *overrides,
         )
+        self._filled: TorchRunner | None = None
 
-    def engine(
-        self,
-        runner: FusedRunner,
-        *,
-        overlap: bool,
-        max_num_seqs: int,
-        max_num_batched_tokens: int = 8192,
-        prefilled: bool = False,
-        chunked: bool = False,
-    ) -> Engine:
-        """A fresh engine around `runner`."""
-        make = PrefilledAllocator if prefilled else PagedAllocator
-        allocator = make(num_blocks=self.pool.num_blocks, block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN)
-        kind: type[Scheduler] = ChunkedScheduler if chunked else ContinuousScheduler
-        scheduler = kind(
-            allocator,
-            max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-        )
-        return Engine(scheduler, allocator, runner, WallClock(), overlap=overlap)
+    def load(self) -> LoadedModel:
+        """The model that they share; otherwise the first engine loads it."""
+        return load_shared(load_run(self._overrides), self.shared)[0]
+
+    def another(self, *overrides: str) -> LoadedModel:
+        """The model with other settings, beside the one that they share."""
+        return load_shared(load_run([*self._overrides, *overrides]), SharedParts())[0]
+
+    def build(self, *overrides: str) -> EngineParts:
+        """A fresh engine without a ledger; its pool is full of random keys and values, for zeros are faster."""
+        parts = build_engine(load_run([*self._overrides, *overrides]), self.shared)
+        parts.engine.ledger = None
+        runner = runner_of(parts)
+        if runner is not self._filled:
+            self._filled = runner
+            for layer in range(parts.spec.num_layers):
+                runner.pool.data[:, layer].normal_()
+        return parts
 
 
-def make_bed(
-    name: str,
-    num_slots: int,
-    gemm: Path | None,
-    *,
-    dtype: str = "bfloat16",
-    device: str = "cuda",
-    max_model_len: int = MAX_MODEL_LEN,
-) -> Bed:
-    """Load a shape with dummy weights, and fill a pool with random keys and values."""
-    shape = SHAPES[name] | {"max_position_embeddings": max_model_len}
-    model = load_model(shape=shape, dtype=dtype, device=device, load_format="dummy", name=name)
-    spec = model.spec
-    pool = KVPool.of_model(
-        spec,
-        num_blocks=num_slots // BLOCK_SIZE,
-        block_size=BLOCK_SIZE,
-        dtype=spec.dtype,
-        device=device,
-    )
-    for layer in range(spec.num_layers):
-        pool.data[:, layer].normal_()
-    return Bed(name, model, pool, None if gemm is None else gemm.read_text(), max_model_len)
+def runner_of(parts: EngineParts) -> TorchRunner:
+    """The runner of an engine that computes."""
+    runner = parts.engine.runner
+    assert isinstance(runner, TorchRunner)
+    return runner
 
 
 class StepTimes(NamedTuple):
@@ -183,7 +109,7 @@ class StepTimes(NamedTuple):
     end_time: float
 
 
-def drive(engine: Engine, requests: list[Request]) -> tuple[float, list[StepTimes]]:
+def drive(engine: Engine, requests: Sequence[Request]) -> tuple[float, list[StepTimes]]:
     """Run `requests` to their end; wall seconds from the first `add`, and the steps.
 
     What the process holds by now is collected and set aside first, as in a run of the main job: one pass of the
@@ -191,7 +117,8 @@ def drive(engine: Engine, requests: list[Request]) -> tuple[float, list[StepTime
     """
     gc.collect()
     gc.freeze()
-    synchronize(engine)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     steps: list[StepTimes] = []
     start = time.perf_counter()
     try:
@@ -205,12 +132,6 @@ def drive(engine: Engine, requests: list[Request]) -> tuple[float, list[StepTime
         return time.perf_counter() - start, steps
     finally:
         gc.unfreeze()
-
-
-def synchronize(engine: Engine) -> None:
-    """Wait for the device."""
-    if engine.runner.pool.device.type == "cuda":  # type: ignore[attr-defined]
-        torch.cuda.synchronize()
 
 
 def attempt(section: str, run: Callable[[], dict[str, Any]], **labels: Any) -> dict[str, Any]:

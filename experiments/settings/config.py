@@ -42,6 +42,7 @@ MOST_SLOTS, MOST_GIB = 2**48, 2**30
 SLOTS = Must(f"at most {MOST_SLOTS}", lambda value: value is None or value <= MOST_SLOTS)
 GIB = Must(f"at most {MOST_GIB}", lambda value: value is None or value <= MOST_GIB)
 AUTO = Must("auto, true or false", lambda value: value == "auto" or isinstance(value, bool))
+GRAPHS = Must("auto, true, false or decode", lambda value: value == "decode" or AUTO.holds(value))
 # Hydra reads a name such as 0 as a number.
 NAME = Must("a name", lambda value: TEXT.holds(value) or integer(0).holds(value)).or_null
 
@@ -191,7 +192,10 @@ class RunnerConfig(Section):
     attention: Annotated[str, one_of("auto", "reference", "triton")]
     layout: Annotated[str, one_of("paged", "contiguous")]
     fusions: Annotated[bool | str, AUTO]
-    graphs: Annotated[bool | str, AUTO]
+    graphs: Annotated[bool | str, GRAPHS]
+    gemm: Annotated[str, one_of("auto", "triton", "library")] = "auto"
+    gemm_rows: Annotated[int | None, integer(1).or_null] = None
+    gemm_table: Annotated[str | None, TEXT.or_null] = None
     kind: Annotated[str, Must("torch, to compute on a device", one_of("torch").holds)] = "torch"
 
 

@@ -1,7 +1,8 @@
-"""The registered strategies: every file of conf/allocator and conf/scheduler, built as the main job builds them."""
+"""Strategies: those of conf/allocator and conf/scheduler, built as the main job builds them, and what runs one."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,58 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from kvarena.engine.contract import KVAllocator
+from kvarena.engine.clock import Clock
+from kvarena.engine.contract import KVAllocator, StepScheduler
+from kvarena.engine.core import Engine
 from kvarena.engine.errors import ConfigError
+from kvarena.engine.model_runner import ModelRunner
 from kvarena.experiments.settings import conf_files
 from kvarena.experiments.settings.targets import Part, full_name, instantiate
 from kvarena.schedulers.base import Scheduler
 
 CONF = conf_files.CONF
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """An allocator over an empty pool, and the scheduler on top of it."""
+
+    allocator: KVAllocator
+    scheduler: StepScheduler
+
+    @classmethod
+    def of(
+        cls, allocator: Part, scheduler: Part, *, num_blocks: int, max_model_len: int, kv_bytes_per_token: int,
+        **options: Any,
+    ) -> Strategy:  # fmt: skip
+        """What two sections of a config name.
+
+        Args:
+            allocator, scheduler: the sections.
+            num_blocks: usable blocks of the pool.
+            max_model_len: longest prompt + output, in tokens.
+            kv_bytes_per_token: of the model.
+            options: of the allocator, in place of the section's.
+
+        Raises:
+            ConfigError: see `make_part`.
+        """
+        made = make_part(
+            KVAllocator, allocator, num_blocks=num_blocks, max_model_len=max_model_len,
+            kv_bytes_per_token=kv_bytes_per_token, **options,
+        )  # fmt: skip
+        return cls(made, make_part(StepScheduler, scheduler, allocator=made, max_model_len=max_model_len))
+
+    def engine(self, runner: ModelRunner, clock: Clock, *, overlap: bool = False, **watching: Any) -> Engine:
+        """An idle engine that runs it.
+
+        Args:
+            runner: executes its steps.
+            clock: the runner's.
+            overlap: plan a step while the one before runs.
+            watching: `ledger` and `on_launch`, see `Engine`.
+        """
+        return Engine(self.scheduler, self.allocator, runner, clock, overlap=overlap, **watching)
 
 
 def strategy_names(group: str) -> list[str]:

@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvarena.engine.contract import KVAllocator, StepScheduler
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.experiments.settings.strategies import make_part
+from kvarena.experiments.settings.strategies import Strategy
 from kvarena.experiments.settings.targets import Part
 from kvarena.reports.reading.errors import ReportError
 from kvarena.reports.reading.files import read_json
@@ -92,8 +91,8 @@ class RecordedRun:
         rows: list[dict[str, Any]] = pq.read_table(self.path / REQUESTS_FILE).to_pylist()
         return rows
 
-    def strategy(self) -> tuple[KVAllocator, StepScheduler]:
-        """A fresh allocator and scheduler as they were configured, over an empty pool of the same size.
+    def strategy(self) -> Strategy:
+        """The strategy as it was configured, over an empty pool of the same size.
 
         Raises:
             ConfigError: the manifest does not name their classes.
@@ -103,21 +102,19 @@ class RecordedRun:
             if "_target_" not in config[section]:
                 raise ConfigError(f"{self.path / MANIFEST_FILE}: config.{section} names no class; record the run again")
         max_model_len = config["engine"]["max_model_len"] or self.manifest["model"]["max_model_len"]
-        allocator = make_part(
-            KVAllocator,
+        return Strategy.of(
             Part("allocator", config["allocator"]),
+            Part("scheduler", config["scheduler"]),
             num_blocks=self.manifest["pool"]["num_blocks"],
             max_model_len=max_model_len,
             kv_bytes_per_token=self.manifest["model"]["kv_bytes_per_token"],
         )
-        options = Part("scheduler", config["scheduler"])
-        return allocator, make_part(StepScheduler, options, allocator=allocator, max_model_len=max_model_len)
 
     def make_requests(self, *, as_long_as_recorded: bool = False) -> list[Request]:
         """Fresh requests, in order of submission: the same prompts, limits and arrivals.
 
-        A recording without tokens (`driver.record=summary`, `kvarena.experiments.gpu.record`) has prompts of the same
-        lengths: enough for every strategy but prefix caches.
+        A recording without tokens (`driver.record=summary`) has prompts of the same lengths: enough for every strategy
+        but prefix caches.
 
         Args:
             as_long_as_recorded: for a run whose samples are not the recorded tokens: a request that a stop token

@@ -1,4 +1,4 @@
-"""Recorded cells in few small files: what a GPU machine hands back, and what is kept in the repository.
+"""Recorded cells in few small files, as the repository keeps them.
 
     NAME-requests.parquet    a row a request, without its tokens; in its metadata the cells' manifests
     NAME-steps.parquet       a row a step, all columns of a run's steps.parquet
@@ -22,6 +22,8 @@ from kvarena.engine.errors import ConfigError
 from kvarena.experiments.recording.record import write_requests, write_steps
 from kvarena.experiments.recording.request_log import LISTS, TIMES
 from kvarena.reports.reading.columns import schema_of, types_of
+from kvarena.reports.reading.errors import ReportError
+from kvarena.reports.reading.files import read_json
 from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 
 REQUESTS, STEPS = "-requests.parquet", "-steps.parquet"
@@ -31,14 +33,13 @@ NANOSECONDS = 1e9
 STEP_TIMES = tuple(name for name, kind in types_of(STEPS_FILE).items() if kind == "double")
 
 
-def write_recording(cells: Sequence[dict[str, Any]], folder: Path, name: str, *, level: int = 3) -> list[Path]:
-    """Write cells as `kvarena.experiments.gpu.cells.run_cell` gives them; returns the two files.
+def write_recording(cells: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
+    """Write cells as `read_cell` gives them; returns the two files.
 
     Args:
         cells: each with `manifest`, `requests` and `steps`; the manifests say under `calibration` what they are for.
         folder: must exist.
         name: of the files.
-        level: of the compression.
     """
     steps = [_step_table(number, cell["steps"]) for number, cell in enumerate(cells)]
     requests = [_request_table(number, cell["requests"]) for number, cell in enumerate(cells)]
@@ -48,7 +49,7 @@ def write_recording(cells: Sequence[dict[str, Any]], folder: Path, name: str, *,
     for path, table in zip(paths, tables, strict=True):
         numbers = [field.name for field in table.schema if pa.types.is_integer(field.type)]
         pq.write_table(
-            table, path, compression="zstd", compression_level=level, use_dictionary=False,
+            table, path, compression="zstd", compression_level=19, use_dictionary=False,
             column_encoding=dict.fromkeys(numbers, "DELTA_BINARY_PACKED"),
         )  # fmt: skip
     return paths
@@ -64,7 +65,7 @@ def read_recording(folder: Path, name: str) -> list[dict[str, Any]]:
         requests, steps = (pq.read_table(folder / f"{name}{suffix}") for suffix in (REQUESTS, STEPS))
         manifests = json.loads((requests.schema.metadata or {})[MANIFESTS])
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise ConfigError(f"{folder / name}: not a recording of kvarena.experiments.gpu.record: {error}") from error
+        raise ConfigError(f"{folder / name}: not a recording of kvarena make recordings: {error}") from error
     nothing = dict.fromkeys(LISTS)
     rows = [row | nothing for row in requests.to_pylist()]
     columns = {column: steps.column(column).to_numpy() for column in steps.column_names}
@@ -88,7 +89,7 @@ def recording_names(folder: Path) -> list[str]:
     names = sorted(path.name.removesuffix(REQUESTS) for path in folder.glob(f"*{REQUESTS}"))
     if not names:
         raise ConfigError(
-            f"{folder} holds no recordings (*{REQUESTS}); make them with kvarena.experiments.gpu.record measure"
+            f"{folder} holds no recordings (*{REQUESTS}); kvarena make recordings keep packs cells of experiment=record"
         )
     return names
 
@@ -107,24 +108,19 @@ def make_folders(source: Path, target: Path) -> list[Path]:
     return made
 
 
-def keep(source: Path, target: Path, commit: str) -> list[Path]:
-    """Copy recordings to where they are kept, packed tightly, with the commit that was measured in every manifest."""
-    target.mkdir(parents=True, exist_ok=True)
-    kept = []
-    for name in recording_names(source):
-        cells = read_recording(source, name)
-        for cell in cells:
-            cell["manifest"]["git"] = {"commit": commit, "dirty": False}
-        kept += write_recording(cells, target, name, level=19)
-    return kept
+def read_cell(folder: Path) -> dict[str, Any]:
+    """A run folder as `write_recording` takes it. Raises ConfigError when it is none."""
+    try:
+        manifest = read_json(folder / MANIFEST_FILE)
+        requests, steps = (pq.read_table(folder / name) for name in (REQUESTS_FILE, STEPS_FILE))
+    except (ReportError, OSError, pa.ArrowException) as error:
+        raise ConfigError(f"{folder} is not a run folder: {error}") from error
+    columns = {name: steps.column(name).to_numpy() for name in steps.column_names}
+    return {"manifest": manifest, "requests": requests.to_pylist(), "steps": columns}
 
 
 def _step_table(number: int, columns: dict[str, Any]) -> pa.Table:
-    """Of columns as arrays, or as `run_cell` gives them (values and dtype)."""
-    arrays = {
-        name: np.array(column["values"], dtype=column["dtype"]) if isinstance(column, dict) else column
-        for name, column in columns.items()
-    }
+    arrays = dict(columns)
     for name in STEP_TIMES:
         arrays[name] = np.round(arrays[name] * NANOSECONDS).astype(np.int64)
     return pa.table({CELL: np.full(len(arrays["step"]), number, dtype=np.int32), **arrays})

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvarena.engine.clock import VirtualClock
 from kvarena.engine.contract import KVAllocator, StepPlan
-from kvarena.engine.core import Engine, StepOutput
+from kvarena.engine.core import StepOutput
 from kvarena.engine.errors import RequestRejected
 from kvarena.engine.request import Request
 from kvarena.experiments.recording.record import RunRecorder
@@ -78,9 +78,8 @@ class ReplayRunner:
 
 def replay(run: RecordedRun) -> ReplayResult:
     """Make the decisions of a recorded run again, until the first that differs."""
-    allocator, scheduler = run.strategy()
     clock, recorder = VirtualClock(), RunRecorder()
-    engine = Engine(scheduler, allocator, ReplayRunner(run, clock), clock, overlap=run.overlap)
+    engine = run.strategy().engine(ReplayRunner(run, clock), clock, overlap=run.overlap)
     recorded = run.steps["decision_hash"]
     num_steps = len(recorded)
     requests = list(zip((row["submit_time"] for row in run.requests), run.make_requests(), strict=True))

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from kvarena.engine.clock import VirtualClock
-from kvarena.engine.core import Engine
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import Request
 from kvarena.experiments.load.driver import ClosedLoop, drive
@@ -40,10 +39,9 @@ def simulate_again(
         ConfigError: the profile is of the other loop (with or without overlap).
     """
     profile.check_overlap(run.overlap)
-    allocator, scheduler = run.strategy()
     clock, ledger, recorder = VirtualClock(), MemoryLedger(), RunRecorder()
     runner = SimulatedRunner(profile.device, clock, host=profile.host)
-    engine = Engine(scheduler, allocator, runner, clock, overlap=run.overlap, ledger=ledger)
+    engine = run.strategy().engine(runner, clock, overlap=run.overlap, ledger=ledger)
     requests = run.make_requests(as_long_as_recorded=True)
     drive(engine, requests, recorder, closed_loop=_closed_loop(run, requests), after_step=runner.after_step)
     run_dir.mkdir(parents=True, exist_ok=True)

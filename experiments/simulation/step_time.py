@@ -39,44 +39,6 @@ def check_seconds(owner: object, prefix: str, leave_out: Collection[str] = ()) -
 
 
 @dataclass(frozen=True)
-class LinearStepTime:
-    """Seconds of a step as a linear function of its features.
-
-    Args:
-        base: of any step: weights, launches.
-        per_prefill_token: of each new token of a prompt.
-        per_decode_request: of each request that decodes.
-        per_kv_token: of each token whose KV is read.
-        per_attention_pair: of each (query, key) pair of prompt tokens.
-        per_copied_block: of each block copied.
-
-    Raises:
-        ConfigError: a negative coefficient.
-    """
-
-    base: float
-    per_prefill_token: float = 0.0
-    per_decode_request: float = 0.0
-    per_kv_token: float = 0.0
-    per_attention_pair: float = 0.0
-    per_copied_block: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_seconds(self, "step_time")
-
-    def __call__(self, features: StepFeatures) -> float:
-        """Seconds of a step with these features."""
-        return (
-            self.base
-            + self.per_prefill_token * features.num_prefill_tokens
-            + self.per_decode_request * features.num_decode_requests
-            + self.per_kv_token * features.num_kv_tokens
-            + self.per_attention_pair * features.num_attention_pairs
-            + self.per_copied_block * features.num_copied_blocks
-        )
-
-
-@dataclass(frozen=True)
 class RooflineStepTime:
     """Seconds of a step whose weights are read once and multiplied with every token: the longer of the two counts.
 

@@ -6,7 +6,9 @@ Cells that follow one another share the model, and the runner where nothing of i
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,12 @@ class CellRunner:
         if (reason := why_unserved(summary)) is not None:
             raise Unserved(reason, folder)
         return summary
+
+    def rehearse(self, overrides: Sequence[str] = ()) -> None:
+        """Run a cell that leaves nothing but what it warms: compiled kernels, a library's choices. Raises as `run`."""
+        config, choices = compose_cell([*self._overrides, *overrides])
+        with tempfile.TemporaryDirectory(prefix="kvarena-warm-up-") as folder:
+            execute(replace(config, tracking=None), Path(folder), "warm-up", choices, shared=self._shared)
 
     def _folder(self, name: str, config: RunConfig, choices: dict[str, str]) -> Path:
         key, plain = cell_key(config, choices), self.out_dir / "cells" / name

@@ -19,7 +19,7 @@ def test_same_tokens_whatever_the_levers():
 
 def test_bfloat16_logits_follow_the_modules():
     from kvarena.experiments.benchmarks.engine_checks import check_logits
-    from kvarena.experiments.gpu.engines import Levers, make_bed
+    from kvarena.experiments.gpu.engines import Engines
 
-    line = check_logits(make_bed("tiny", 4096, None), Levers())
+    line = check_logits(Engines("tiny", "engine.dtype=bfloat16", "kv_cache.num_slots=4096"))
     assert "error" not in line, line

@@ -10,7 +10,7 @@ from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import Request
 from kvarena.experiments.recording.step_features import StepFeatures, step_features
 from kvarena.experiments.simulation.runner import SimulatedRunner
-from kvarena.experiments.simulation.step_time import HostTime, LinearStepTime, TableStepTime
+from kvarena.experiments.simulation.step_time import HostTime, RooflineStepTime, TableStepTime
 
 
 def plan(*entries: tuple[int, int], samples: bool = True, num_copies: int = 0) -> StepPlan:
@@ -33,18 +33,18 @@ def test_features_of_a_mixed_step():
     )
 
 
-def test_the_linear_model_adds_up():
-    model = LinearStepTime(1.0, 0.1, 0.01, 0.001, 0.0001, 0.00001)
-    assert model(StepFeatures(1, 2, 3, 4, 5, 1)) == pytest.approx(1.0 + 0.1 + 0.02 + 0.003 + 0.0004 + 0.00005)
+def test_a_step_s_parts_add_up():
+    model = RooflineStepTime(1.0, 0.2, 0.1, 0.01, 0.001, 0.0001, 0.00001)
+    assert model(StepFeatures(1, 2, 3, 4, 5, 1)) == pytest.approx(1.0 + 0.3 + 0.03 + 0.003 + 0.0004 + 0.00005)
     with pytest.raises(ConfigError, match="per_kv_token"):
-        LinearStepTime(1.0, per_kv_token=-1.0)
+        RooflineStepTime(1.0, 0.0, 0.0, per_kv_token=-1.0)
     with pytest.raises(ConfigError, match="base"):
-        LinearStepTime(float("nan"))
+        RooflineStepTime(float("nan"), 0.0, 0.0)
 
 
 def test_the_clock_moves_when_the_result_is_taken():
     clock = VirtualClock()
-    runner = SimulatedRunner(LinearStepTime(2.0), clock, token_id=5)
+    runner = SimulatedRunner(RooflineStepTime(2.0, 0.0, 0.0), clock, token_id=5)
     step = runner.execute(plan((0, 3), (0, 3)), allocator=None)
     assert clock.now() == 0.0
     assert step.result().token_ids == [5, 5]
@@ -54,7 +54,7 @@ def test_the_clock_moves_when_the_result_is_taken():
 
 def test_steps_in_flight_run_one_after_the_other():
     clock = VirtualClock()
-    runner = SimulatedRunner(LinearStepTime(2.0), clock)
+    runner = SimulatedRunner(RooflineStepTime(2.0, 0.0, 0.0), clock)
     first = runner.execute(plan((0, 3)), allocator=None)
     clock.advance(0.5)  # the host plans the next step meanwhile
     second = runner.execute(plan((3, 1)), allocator=None)
@@ -68,7 +68,7 @@ def test_steps_in_flight_run_one_after_the_other():
 def test_the_host_works_before_and_after_a_step():
     clock = VirtualClock()
     host = HostTime(before=0.5, before_per_request=0.1, after=0.25, after_per_request=0.05)
-    runner = SimulatedRunner(LinearStepTime(2.0), clock, host=host)
+    runner = SimulatedRunner(RooflineStepTime(2.0, 0.0, 0.0), clock, host=host)
     pending = runner.execute(plan((0, 3), (4, 1)), None)
     assert clock.now() == pytest.approx(0.7)  # the device waits for the host
     pending.result()
@@ -80,7 +80,7 @@ def test_the_host_works_before_and_after_a_step():
 
 def test_the_host_is_hidden_behind_a_step_in_flight():
     clock = VirtualClock()
-    runner = SimulatedRunner(LinearStepTime(2.0), clock, host=HostTime(before=0.5))
+    runner = SimulatedRunner(RooflineStepTime(2.0, 0.0, 0.0), clock, host=HostTime(before=0.5))
     first, second = runner.execute(plan((0, 3)), None), runner.execute(plan((3, 1)), None)
     first.result()
     assert clock.now() == pytest.approx(2.5)
@@ -91,7 +91,7 @@ def test_the_host_is_hidden_behind_a_step_in_flight():
 def test_tokens_wait_for_the_launch_of_the_next_step():
     clock = VirtualClock()
     host = HostTime(launch_decode=0.5, launch_prefill=1.0, launch_eager=10.0, max_launch_tokens=4)
-    runner = SimulatedRunner(LinearStepTime(6.0), clock, host=host)
+    runner = SimulatedRunner(RooflineStepTime(6.0, 0.0, 0.0), clock, host=host)
     decode = runner.execute(plan((3, 1)), allocator=None)
     assert clock.now() == 0.5
     prompt = runner.execute(plan((0, 5)), allocator=None)
@@ -109,14 +109,18 @@ def test_tokens_wait_for_the_launch_of_the_next_step():
 
 def test_a_step_ends_no_sooner_than_its_launch():
     clock = VirtualClock()
-    runner = SimulatedRunner(LinearStepTime(2.0), clock, host=HostTime(before=1.0, launch_eager=10.0, tail=0.25))
+    runner = SimulatedRunner(
+        RooflineStepTime(2.0, 0.0, 0.0), clock, host=HostTime(before=1.0, launch_eager=10.0, tail=0.25)
+    )
     runner.execute(plan((0, 5)), allocator=None).result()
     assert clock.now() == 11.25
 
 
 def test_a_graph_begins_when_it_is_launched_and_tokens_that_wait_take_the_host_a_moment():
     clock = VirtualClock()
-    runner = SimulatedRunner(LinearStepTime(2.0), clock, host=HostTime(launch_decode=3.0, take=0.5, before_prefill=9.0))
+    runner = SimulatedRunner(
+        RooflineStepTime(2.0, 0.0, 0.0), clock, host=HostTime(launch_decode=3.0, take=0.5, before_prefill=9.0)
+    )
     first = runner.execute(plan((3, 1)), allocator=None)
     second = runner.execute(plan((4, 1)), allocator=None)
     first.result()  # ended at 5.0, seen at 6.0

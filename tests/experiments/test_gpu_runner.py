@@ -10,9 +10,11 @@ from kvarena.engine.models import load_model
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.experiments.building.runners import make_runner
-from kvarena.experiments.gpu.shapes import SHAPES
+from kvarena.experiments.gpu.floors import model_of
+from kvarena.experiments.settings.compose import load_run
 from kvarena.experiments.settings.config import RunnerConfig
 
+TINY = load_run(model_of("tiny")).model.shape
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 64}
 
 
@@ -39,27 +41,41 @@ def make(shape, **changes):
 
 
 def test_on_a_cpu_auto_keeps_the_modules():
-    runner, facts = make(SHAPES["tiny"])
+    runner, facts = make(TINY)
     assert not isinstance(runner, FusedRunner)
     assert facts == {"fusions": False, "graphs": False, "attention": "ReferenceBackend"}
 
 
 def test_fusions_run_on_a_cpu_when_asked_for():
-    runner, facts = make(SHAPES["tiny"], fusions=True)
+    runner, facts = make(TINY, fusions=True)
     assert isinstance(runner, FusedRunner)
     assert facts["fusions"] is True
 
 
 def test_what_cannot_be_had_is_an_error():
     with pytest.raises(ConfigError, match=r"runner\.graphs=true needs a GPU"):
-        make(SHAPES["tiny"], graphs=True)
+        make(TINY, graphs=True)
     with pytest.raises(
         ConfigError, match=r"runner\.fusions=true, and the model runs on its modules: .*no module model"
     ):
         make(GPT2, fusions=True)
 
 
-@pytest.mark.parametrize("key", ["fusions", "graphs"])
-def test_other_values_are_refused(key):
-    with pytest.raises(ConfigError, match=rf"runner\.{key}=fast must be auto, true or false"):
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("fusions", "auto, true or false"),
+        ("graphs", "auto, true, false or decode"),
+        ("gemm", "one of auto, triton, library"),
+    ],
+)
+def test_other_values_are_refused(key, values):
+    with pytest.raises(ConfigError, match=rf"runner\.{key}=fast must be {values}"):
         section(**{key: "fast"})
+
+
+@pytest.mark.parametrize("setting", [{"graphs": "decode"}, {"gemm": "library"}, {"gemm_rows": 16}, {"gemm_table": "x"}])
+def test_what_only_a_gpu_has_is_refused_without_one(setting):
+    [(name, value)] = setting.items()
+    with pytest.raises(ConfigError, match=rf"runner\.{name}={value} needs a GPU"):
+        make(TINY, **setting)

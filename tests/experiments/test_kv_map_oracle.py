@@ -6,10 +6,10 @@ import pytest
 
 from kvarena.allocators.placement import Buddy
 from kvarena.engine.core import Engine
-from kvarena.experiments.fuzzing import matrix
 from kvarena.experiments.fuzzing.matrix import Cell, allocator_cells, run_cell
 from kvarena.experiments.fuzzing.random_traces import make_trace
 from kvarena.experiments.recording.kv_map import CACHED, EXTERNAL, FREE, SHARED, KVMapRecorder
+from kvarena.experiments.settings import strategies
 from kvarena.experiments.settings.strategies import strategy_names
 
 TRACES = [make_trace(seed) for seed in range(200, 203)]
@@ -77,7 +77,7 @@ def watch(monkeypatch, recorders, max_cells, **options):
 
         return Engine(scheduler, allocator, *args, on_launch=look, **kwargs)
 
-    monkeypatch.setattr(matrix, "Engine", make)
+    monkeypatch.setattr(strategies, "Engine", make)
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one trace", "every trace"])

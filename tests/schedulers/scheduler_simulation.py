@@ -8,11 +8,15 @@ from kvarena.engine.clock import VirtualClock
 from kvarena.engine.core import Engine, StepOutput
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.recording.step_features import StepFeatures
 from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
 from kvarena.experiments.simulation.runner import SimulatedRunner
-from kvarena.experiments.simulation.step_time import LinearStepTime
+from kvarena.experiments.simulation.step_time import StepTime
 
-STEP_TIME = LinearStepTime(base=0.01, per_prefill_token=0.001, per_decode_request=0.0005)
+
+def prompts_cost_most(features: StepFeatures) -> float:
+    """Seconds of a step."""
+    return 0.01 + 0.001 * features.num_prefill_tokens + 0.0005 * features.num_decode_requests
 
 
 def request(name: str, num_prompt: int = 8, max_tokens: int = 8, **fields) -> Request:
@@ -76,7 +80,7 @@ def simulate(
     max_model_len: int = 4096,
     allocator: str = "paged",
     overlap: bool = False,
-    step_time: LinearStepTime = STEP_TIME,
+    step_time: StepTime = prompts_cost_most,
     **options,
 ) -> Simulation:
     """A simulation of conf/scheduler/SCHEDULER.yaml with `options`, over a pool of num_blocks x block_size slots."""

@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from scheduler_simulation import STEP_TIME, request, simulate
+from scheduler_simulation import prompts_cost_most, request, simulate
 
 from kvarena.engine.request import Request
 from kvarena.experiments.recording.step_features import StepFeatures
@@ -26,12 +26,12 @@ def longest_gap(scheduler: str) -> float:
 
 
 def test_chunked_bounds_the_gap_between_tokens_by_the_budget():
-    longest_step = STEP_TIME(StepFeatures(BUDGET, SEQS, 0, 0, 0, 1))
+    longest_step = prompts_cost_most(StepFeatures(BUDGET, SEQS, 0, 0, 0, 1))
     assert longest_gap("chunked") <= longest_step + 1e-9
 
 
 def test_prefill_first_does_not():
-    longest_step = STEP_TIME(StepFeatures(BUDGET, SEQS, 0, 0, 0, 1))
+    longest_step = prompts_cost_most(StepFeatures(BUDGET, SEQS, 0, 0, 0, 1))
     assert longest_gap("continuous") > 3 * longest_step
 
 

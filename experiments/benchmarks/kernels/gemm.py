@@ -26,7 +26,7 @@ from kvarena.engine.kernels.activation import gated
 from kvarena.engine.kernels.gemm.skinny import GemmConfig, SkinnyGemm
 from kvarena.engine.kernels.gemm.table import ROW_BUCKETS, GemmTable, Product, dump_table
 from kvarena.engine.kernels.norm import rms_norm
-from kvarena.experiments.gpu.shapes import SHAPES
+from kvarena.experiments.gpu.floors import SHAPES, shape_of
 from kvarena.experiments.gpu.timing import copy_bandwidth, require_cuda, time_launches
 from kvarena.experiments.tools import tool_parser
 
@@ -186,13 +186,13 @@ def search(case: Case, gemm: SkinnyGemm, workers: ThreadPoolExecutor) -> tuple[d
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = tool_parser(__name__, __doc__)
-    parser.add_argument("--shape", action="append", choices=sorted(SHAPES), help="default: both real shapes")
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="default: all of them")
     parser.add_argument("--rows", type=int, action="append", choices=ROW_BUCKETS, help="default: all")
     parser.add_argument("--seconds", type=float, default=150.0, help="after so long no product is begun")
     parser.add_argument("--out", type=Path, required=True, help="a file that gets the table")
     args = parser.parse_args(argv)
     device = require_cuda()
-    shapes = args.shape or ["llama-3.1-8b", "qwen3-0.6b"]
+    shapes = args.shape or SHAPES
     gemm = SkinnyGemm(device)
     found: dict[Product, GemmConfig | None] = {}
     left_out = []
@@ -200,7 +200,7 @@ def main(argv: Sequence[str]) -> int:
     print(json.dumps({"section": "ceiling", "copy_tbps": round(copy_bandwidth() / 1e12, 3)}), flush=True)
     with ThreadPoolExecutor(8) as workers:
         for num_rows in args.rows or (1, 32, 16, 64, 128):
-            for case in (case for name in shapes for case in cases(SHAPES[name], num_rows)):
+            for case in (case for name in shapes for case in cases(shape_of(name), num_rows)):
                 if case.product in found:
                     continue
                 if time.perf_counter() - start > args.seconds:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvarena.engine.checks import check_int
+from kvarena.engine.errors import ConfigError
 from kvarena.experiments.workloads.parts.limits import MAX_REQUESTS
 from kvarena.experiments.workloads.parts.seeds import Purpose
 from kvarena.experiments.workloads.parts.tokens import TokenSource
@@ -80,6 +81,8 @@ class Workload(ABC):
         seed: the one seed of prompts, lengths and (through the arrival) times.
         vocab_size: prompts are drawn from [0, vocab_size).
         reserved_token_ids: ids that prompts never contain.
+        num_clients: requests are of so many clients in turn; 0: of none.
+        num_priorities: they have so many priorities in turn, from 0; 0: all have the same.
 
     Raises:
         ConfigError: a value out of range.
@@ -89,7 +92,14 @@ class Workload(ABC):
     source: str
 
     def __init__(
-        self, *, num_requests: int | None, seed: int, vocab_size: int, reserved_token_ids: Sequence[int] = ()
+        self,
+        *,
+        num_requests: int | None,
+        seed: int,
+        vocab_size: int,
+        reserved_token_ids: Sequence[int] = (),
+        num_clients: int = 0,
+        num_priorities: int = 0,
     ) -> None:
         if num_requests is not None:
             check_int("workload.num_requests", num_requests, 1, MAX_REQUESTS)
@@ -97,6 +107,8 @@ class Workload(ABC):
         self.seed = check_int("workload.seed", seed, 0)
         self.vocab_size = check_int("vocab_size", vocab_size, 1)
         self.reserved_token_ids = tuple(reserved_token_ids)
+        self._num_clients = check_int("workload.num_clients", num_clients, 0)
+        self._num_priorities = check_int("workload.num_priorities", num_priorities, 0)
 
     @abstractmethod
     def _build(self) -> LengthTable:
@@ -105,7 +117,15 @@ class Workload(ABC):
     @cached_property
     def table(self) -> LengthTable:
         """The workload's lengths and times. Made at first use; raises what the subclass's source raises."""
-        return self._build()
+        table = self._build()
+        for name, own in (("num_clients", table.client_ids), ("num_priorities", table.priorities)):
+            if getattr(self, f"_{name}") and own is not None:
+                raise ConfigError(f"workload.{name} is for workloads that say none themselves, as {self.name} does")
+        if clients := self._num_clients:
+            table = replace(table, client_ids=[f"c{row % clients}" for row in range(len(table))])
+        if priorities := self._num_priorities:
+            table = replace(table, priorities=[row % priorities for row in range(len(table))])
+        return table
 
     @cached_property
     def _tokens(self) -> TokenSource:

@@ -1,4 +1,4 @@
-"""Model shapes, workload (a) and floors of the engine benchmark."""
+"""Floors of a shape, and the requests of the engine benchmark (workload (a) among them)."""
 
 from __future__ import annotations
 
@@ -6,52 +6,32 @@ import random
 from typing import Any, NamedTuple
 
 from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.settings.compose import load_run
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-        "rope_theta": 500000.0,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-    },
-    "qwen3-0.6b": {
-        "model_type": "qwen3",
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 8192,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-    },
-    # For a try-out without a GPU.
-    "tiny": {
-        "model_type": "qwen3",
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 512,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-    },
-}
+# Of conf/model/NAME-shape.yaml: those of the llama kind.
+SHAPES = ("llama-3.1-8b", "qwen3-0.6b")
+# For checks: one with heads and sizes that every kernel takes.
+TINY = (
+    "model=path", "model.name=tiny", "model.load_format=dummy",
+    "model.shape={model_type:qwen3,hidden_size:64,intermediate_size:96,num_hidden_layers:2,num_attention_heads:4,"
+    "num_key_value_heads:2,head_dim:16,vocab_size:512,max_position_embeddings:8192,rms_norm_eps:1e-6,"
+    "tie_word_embeddings:true}",
+)  # fmt: skip
 MAX_MODEL_LEN = 8192
+
+
+def model_of(name: str) -> tuple[str, ...]:
+    """The settings of a model by its name on a benchmark's command line: `demo`, `tiny`, or one of SHAPES."""
+    if name == "tiny":
+        return TINY
+    return (f"model={name}" if name == "demo" else f"model={name}-shape",)
+
+
+def shape_of(name: str) -> dict[str, Any]:
+    """The content of its config.json, of one of SHAPES."""
+    shape = load_run(model_of(name)).model.shape
+    assert shape is not None
+    return shape
 
 
 class Floor(NamedTuple):
