@@ -142,7 +142,7 @@ def prefill(engines: Engines, ceilings: Ceilings, num_prompts: int, length: int,
 def startup(args: argparse.Namespace) -> Line:
     """Seconds from a fresh process to its first token, with the kernel cache as the sections before left it."""
     command = [sys.executable, "-m", "kvarena", "benchmark", "first_token", "--shape", args.shape]
-    command += ["--", *args.overrides]
+    command += args.overrides
     start = time.perf_counter()
     child = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     if child.returncode:
