@@ -167,6 +167,7 @@ def summarize(lines: Sequence[Line], steps: int) -> Line:
 def main(argv: Sequence[str]) -> int:
     """The command line; see the module's docstring."""
     parser = tool_parser(__name__, __doc__)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what runs")
     parser.add_argument("--shape", default="demo", choices=("demo", *SHAPES), help="of the model")
     parser.add_argument("--rounds", type=int, default=5, help="of the three kinds of run")
     parser.add_argument("--slots", type=int, default=327_680, help="of the KV pool of a shape")
@@ -180,7 +181,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _measure(args: argparse.Namespace) -> list[Line]:
-    bench, parts = make_bench(args.shape, DEMO_SLOTS if args.shape == "demo" else args.slots, args.overrides)
+    slots = DEMO_SLOTS if args.shape == "demo" else args.slots
+    bench, parts = make_bench(args.shape, slots, [f"engine.device={args.device}", *args.overrides])
     memory, model = parts.gpu_memory, parts.model
     found: list[Line] = []
 
