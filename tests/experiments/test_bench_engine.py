@@ -95,6 +95,7 @@ def test_engines_of_one_setting_share_a_runner_whose_pool_is_full():
     assert runner_of(engines.build("runner.fusions=true")) is not runner_of(first)
 
 
+@pytest.mark.slow
 def test_levers_leave_tokens_alone():
     line = check_tokens("cpu", 4, (5, 40, 1, 9))
     assert set(line["same"].values()) == {True}, line
