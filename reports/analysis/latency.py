@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from kvarena.reports.reading.files import Ragged, RunFiles
+from kvarena.reports.reading.files import RunFiles, flat
 
 PERCENTILES = (50, 90, 95, 99)
 MAX_GAPS = 10_000_000
@@ -92,15 +93,10 @@ def token_gaps(run: RunFiles, max_gaps: int = MAX_GAPS) -> TokenGaps:
     rows = np.flatnonzero(run.finished)
     total = int(run.requests["num_output_tokens"][rows].sum())
     stride = max(1, -(-total // max_gaps))
-    times = run.lists("token_times", rows[::stride])
-    return TokenGaps(gaps_within(times), stride)
+    return TokenGaps(gaps_within(run.lists("token_times", rows[::stride])), stride)
 
 
-def gaps_within(times: Ragged) -> np.ndarray:
+def gaps_within(times: pa.LargeListArray) -> np.ndarray:
     """Differences of neighbours in each list, end to end."""
-    if len(times.values) < 2:
-        return np.empty(0)
-    inside = np.ones(len(times.values) - 1, dtype=bool)
-    starts = times.offsets[1:-1]  # the first value of a list is no successor of the last one before it
-    inside[starts[(starts > 0) & (starts < len(times.values))] - 1] = False
-    return np.diff(times.values)[inside]
+    owner = times.value_parent_indices().to_numpy()
+    return np.diff(flat(times))[owner[1:] == owner[:-1]]

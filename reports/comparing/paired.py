@@ -43,4 +43,4 @@ def same_prompts(run: RunFiles, other: RunFiles) -> bool:
         return False
     if len(rows) == run.num_requests == other.num_requests and (rows == other_rows).all():
         return run.digest("prompt_token_ids") == other.digest("prompt_token_ids")
-    return run.lists("prompt_token_ids").take(rows).same(other.lists("prompt_token_ids").take(other_rows))
+    return bool(run.lists("prompt_token_ids", rows).equals(other.lists("prompt_token_ids", other_rows)))

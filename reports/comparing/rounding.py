@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from kvarena.reports.reading.columns import names_of
-from kvarena.reports.reading.files import Ragged, RunFiles, read_table
+from kvarena.reports.reading.files import RunFiles, as_lists, read_table
 from kvarena.reports.reading.names import SCORES_FILE
 
 EXACT = "float32"  # in which nothing may differ
@@ -48,29 +49,22 @@ class Scores:
 
     rows: dict[str, int]
     num_candidates: np.ndarray
-    token_ids: Ragged
-    values: Ragged
+    token_ids: pa.LargeListArray
+    values: pa.LargeListArray
 
     def at(self, request_id: str, position: int) -> Candidates | None:
         """The candidates of one output token, or None where they are not in the file."""
-        row = self.rows.get(request_id)
-        if row is None:
-            return None
-        start = position * int(self.num_candidates[row])
-        stop = start + int(self.num_candidates[row])
-        token_ids, values = self.token_ids[row], self.values[row]
-        return Candidates(token_ids[start:stop], values[start:stop]) if stop <= len(values) else None
+        found = self.before(request_id, position + 1)
+        return None if found is None else Candidates(found.token_ids[-1], found.values[-1])
 
     def before(self, request_id: str, position: int) -> Candidates | None:
         """Those of all output tokens before it, both [position, K]; None where they are not all there."""
         row = self.rows.get(request_id)
         if row is None:
             return None
-        count = int(self.num_candidates[row])
-        token_ids, values = (column[row][: position * count] for column in (self.token_ids, self.values))
-        if len(values) < position * count:
-            return None
-        return Candidates(token_ids.reshape(position, count), values.reshape(position, count))
+        shape = position, int(self.num_candidates[row])
+        columns = [column[row].values.to_numpy()[: shape[0] * shape[1]] for column in (self.token_ids, self.values)]
+        return None if len(columns[1]) < shape[0] * shape[1] else Candidates(*(one.reshape(shape) for one in columns))
 
 
 def read_scores(run: RunFiles) -> Scores | None:
@@ -79,7 +73,7 @@ def read_scores(run: RunFiles) -> Scores | None:
     if not path.exists():
         return None
     table = read_table(path, names_of(SCORES_FILE))
-    lists = [Ragged.of(table.column(name), path, name) for name in ("token_ids", "values")]
+    lists = [as_lists(table.column(name), path, name) for name in ("token_ids", "values")]
     ids = table.column("request_id").to_pylist()
     return Scores({name: row for row, name in enumerate(ids)}, table.column("num_candidates").to_numpy(), *lists)
 

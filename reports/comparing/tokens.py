@@ -64,16 +64,16 @@ def compare_tokens(run: RunFiles, reference: RunFiles) -> dict[str, Any]:
         return result
     ours = run.lists("output_token_ids", rows)
     theirs = reference.lists("output_token_ids", reference_rows)
-    if ours.same(theirs):
+    if ours.equals(theirs):
         return result
     found, lengths = [], {}
-    for index, row in enumerate(rows):
+    for row, *outputs in zip(rows, ours, theirs, strict=True):
+        one, other = (output.values.to_numpy() for output in outputs)
         request_id = str(run.requests["request_id"][row])
-        position = _divergence(ours[index], theirs[index])
-        lengths[request_id] = len(ours[index]) if position is None else position
+        position = _divergence(one, other)
+        lengths[request_id] = len(one) if position is None else position
         if position is not None:
-            tokens = _token(ours[index], position), _token(theirs[index], position)
-            found.append((position, request_id, *tokens))
+            found.append((position, request_id, _token(one, position), _token(other, position)))
     return result | _judged(run, reference, found, lengths)
 
 

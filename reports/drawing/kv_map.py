@@ -23,7 +23,7 @@ from PIL import Image
 
 from kvarena.reports.drawing.style import CLASS_LOOKS, EMPTY, INK, THEME, new_figure, whole
 from kvarena.reports.reading.errors import ReportError
-from kvarena.reports.reading.files import REMEDY, Ragged, RunFiles, read_table
+from kvarena.reports.reading.files import REMEDY, RunFiles, as_lists, flat, read_table
 from kvarena.reports.reading.names import KV_MAP_FILE
 
 SHORTAGE, EXTERNAL, SHARED, CACHED, FREE = -5, -4, -3, -2, -1  # owners that are no request
@@ -84,8 +84,8 @@ def read_kv_map(run: RunFiles, most_columns: int = MAX_COLUMNS, most_rows: int =
     times = table.column("time").to_numpy()
     if not len(times) and not run.num_steps:
         return None
-    owner, filled = (Ragged.of(table.column(name), path, name) for name in ("owner", "filled"))
-    widths = np.diff(owner.offsets)
+    owner, filled = (as_lists(table.column(name), path, name) for name in ("owner", "filled"))
+    widths = owner.value_lengths().to_numpy()
     strides = table.column("stride").to_pylist()
     if (
         not len(times)
@@ -93,7 +93,7 @@ def read_kv_map(run: RunFiles, most_columns: int = MAX_COLUMNS, most_rows: int =
         or len(set(strides)) != 1
         or not widths.all()
         or len(set(widths)) != 1
-        or not np.array_equal(owner.offsets, filled.offsets)
+        or not owner.value_lengths().equals(filled.value_lengths())
     ):
         raise ReportError(f"{path}: snapshots must be of one pool, with an owner and a fill for every block; {REMEDY}")
     num_blocks, stride = int(widths[0]), int(strides[0])
@@ -102,8 +102,8 @@ def read_kv_map(run: RunFiles, most_columns: int = MAX_COLUMNS, most_rows: int =
     snapshots = np.searchsorted(times, columns, side="right") - 1
     blocks = np.linspace(0, num_blocks, min(most_rows, num_blocks), endpoint=False).astype(int)
     chosen = np.maximum(snapshots, 0)
-    grid_owner = owner.values.reshape(-1, num_blocks)[chosen][:, blocks].T.astype(np.int32)
-    grid_filled = filled.values.reshape(-1, num_blocks)[chosen][:, blocks].T
+    grid_owner = flat(owner).reshape(-1, num_blocks)[chosen][:, blocks].T.astype(np.int32)
+    grid_filled = flat(filled).reshape(-1, num_blocks)[chosen][:, blocks].T
     if grid_owner.size and not EXTERNAL <= grid_owner.min() <= grid_owner.max() < run.num_requests:
         raise ReportError(f"{path}: an owner is no row of requests.parquet; {REMEDY}")
     unowned = _class_of_free(run, table.column("step").to_numpy(), path)[chosen]

@@ -38,10 +38,9 @@ def request_phases(run: RunFiles, rows: np.ndarray) -> list[Phase]:
     admitted again and recomputed, so the longest waits between its tokens, one for each preemption, are taken.
     """
     req = run.requests
-    token_times = run.lists("token_times", rows)
     end_of_run = float(run.steps["end_time"].max()) if run.num_steps else 0.0
     phases: list[Phase] = []
-    for index, row in enumerate(rows):
+    for row, token_times in zip(rows, run.lists("token_times", rows), strict=True):
         if req["finish_reason"][row] == "rejected":
             continue
         arrival, admission = req["arrival_time"][row], req["admission_time"][row]
@@ -54,7 +53,7 @@ def request_phases(run: RunFiles, rows: np.ndarray) -> list[Phase]:
         phases.append(Phase("prefill", admission, end if np.isnan(first) else first, int(row)))
         if not np.isnan(first):
             phases.append(Phase("decode", first, end, int(row)))
-        phases += _preempted(row, admission, token_times[index], int(req["num_preemptions"][row]))
+        phases += _preempted(row, admission, token_times.values.to_numpy(), int(req["num_preemptions"][row]))
     return [phase for phase in phases if phase.end > phase.start]
 
 

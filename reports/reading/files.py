@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kvarena.engine.classes import CLASSES
@@ -33,6 +35,7 @@ STEP_COLUMNS = names_of(STEPS_FILE, without=("launched_time", "decision_hash", *
 ADDED_LATER = ("shortage",)  # columns that older run folders lack; there they are 0
 ROWS_AT_ONCE = 8192
 TEXT_COLUMNS = ("request_id", "client_id", "finish_reason", "error")
+NO_LISTS = pa.array([], pa.large_list(pa.float64()))
 UNRECORDED = "none"  # manifest.json's run.recorded of a run that left no Parquet files
 REMEDY = "run the job again, or point at a run folder that is whole"
 
@@ -74,89 +77,59 @@ class RunFiles:
         """Bool per request: it ended by itself (`stop` or `length`)."""
         return np.isin(self.requests["finish_reason"], ("stop", "length"))
 
-    def lists(self, column: str, rows: np.ndarray | None = None) -> Ragged:
-        """One of the list columns, flat. Read anew on each call.
+    def lists(self, column: str, rows: np.ndarray | None = None) -> pa.LargeListArray:
+        """One of the list columns. Read anew on each call.
 
         Args:
             column: its name.
             rows: the requests that are wanted, in that order; None takes all. The file is then read piece by piece, so
                 memory holds what is wanted and no more.
         """
-        if self.is_unrecorded:
-            return Ragged.concatenate([])
-        path = self.path / REQUESTS_FILE
-        if rows is None:
-            return Ragged.of(read_table(path, (column,)).column(column), path, column)
-        wanted = np.sort(rows)
-        pieces, start = [], 0
-        for batch in _batches(path, column):
-            stop = start + len(batch)
-            inside = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, stop)]
-            pieces.append(Ragged.of(batch, path, column).take(inside - start))
-            start = stop
-        return Ragged.concatenate(pieces).take(np.argsort(np.argsort(rows, kind="stable"), kind="stable"))
+        pieces, start = [NO_LISTS] if self.is_unrecorded else [], 0
+        order = np.arange(self.num_requests) if rows is None else np.argsort(rows, kind="stable")
+        wanted = order if rows is None else rows[order]
+        for batch in self._batches(column):
+            inside = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, start + len(batch))] - start
+            pieces.append(batch.take(pa.array(inside)))
+            start += len(batch)
+        return pa.concat_arrays(pieces).take(pa.array(np.argsort(order, kind="stable")))
 
     def list_lengths(self, column: str) -> np.ndarray:
         """Entries of each list of one of the list columns; null lists have none. Read piece by piece."""
-        if self.is_unrecorded:
-            return np.empty(0, dtype=np.int64)
-        path = self.path / REQUESTS_FILE
-        pieces = [np.diff(Ragged.of(batch, path, column).offsets) for batch in _batches(path, column)]
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+        pieces = [batch.value_lengths().to_numpy() for batch in self._batches(column)]
+        return np.concatenate([np.empty(0, dtype=np.int64), *pieces])
 
     def digest(self, column: str) -> bytes:
         """A hash of one of the list columns, read piece by piece: compares runs without holding them."""
-        path = self.path / REQUESTS_FILE
         lengths, values = blake2b(), blake2b()
-        for batch in _batches(path, column):
-            lists = Ragged.of(batch, path, column)
-            lengths.update(np.diff(lists.offsets).tobytes())
-            values.update(np.ascontiguousarray(lists.values).tobytes())
+        for batch in self._batches(column):
+            lengths.update(batch.value_lengths().to_numpy().tobytes())
+            values.update(flat(batch).tobytes())
         return lengths.digest() + values.digest()
 
+    def _batches(self, column: str) -> Iterator[pa.LargeListArray]:
+        """One of the list columns, a few thousand rows at a time; at least one batch but where nothing was recorded."""
+        if self.is_unrecorded:
+            return
+        path = self.path / REQUESTS_FILE
+        with _opened(path, (column,)) as file:
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
+                yield as_lists(batch.column(0), path, column)
+            yield as_lists(file.schema_arrow.empty_table().column(column), path, column)
 
-@dataclass(frozen=True, slots=True)
-class Ragged:
-    """Lists of different lengths, end to end: list `i` is `values[offsets[i]:offsets[i + 1]]`."""
 
-    values: np.ndarray
-    offsets: np.ndarray
+def as_lists(column: pa.ChunkedArray | pa.Array, path: Path, name: str) -> pa.LargeListArray:
+    """A list column of a Parquet file; null lists are empty."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
+        raise ReportError(f"{path}: column {name!r} holds {array.type}, not lists; {REMEDY}")
+    lists = array.cast(pa.large_list(array.type.value_type))
+    return pc.coalesce(lists, pa.scalar([], lists.type)) if lists.null_count else lists
 
-    @classmethod
-    def of(cls, column: pa.ChunkedArray | pa.Array, path: Path, name: str) -> Ragged:
-        """A list column of a Parquet file; null lists are empty."""
-        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
-            raise ReportError(f"{path}: column {name!r} holds {array.type}, not lists; {REMEDY}")
-        lengths = np.asarray(array.value_lengths().fill_null(0), dtype=np.int64)
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-        return cls(array.flatten().to_numpy(zero_copy_only=False), offsets)
 
-    @classmethod
-    def concatenate(cls, pieces: list[Ragged]) -> Ragged:
-        """The lists of all pieces, in order."""
-        if not pieces:
-            return cls(np.empty(0), np.zeros(1, dtype=np.int64))
-        lengths = np.concatenate([np.diff(piece.offsets) for piece in pieces])
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-        return cls(np.concatenate([piece.values for piece in pieces]), offsets)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def take(self, rows: np.ndarray) -> Ragged:
-        """The lists of those rows, in that order."""
-        lengths = self.offsets[rows + 1] - self.offsets[rows]
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-        shift = np.repeat(self.offsets[rows] - offsets[:-1], lengths)
-        return Ragged(self.values[np.arange(offsets[-1]) + shift], offsets)
-
-    def same(self, other: Ragged) -> bool:
-        """Whether every list equals the other's."""
-        return np.array_equal(self.offsets, other.offsets) and np.array_equal(self.values, other.values)
+def flat(lists: pa.LargeListArray) -> np.ndarray:
+    """The entries of all lists, end to end."""
+    return lists.flatten().to_numpy(zero_copy_only=False)
 
 
 def read_json(path: Path, shape: Any = None, remedy: str = REMEDY) -> Any:
@@ -195,52 +168,39 @@ def one_line(error: Exception) -> str:
     return text.splitlines()[0].rstrip(".")
 
 
-def read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
-    """Those columns of a Parquet file; a missing file or column, or a broken file, is a ReportError.
-
-    A column that older run folders lack is 0 in each row.
-    """
+@contextmanager
+def _opened(path: Path, columns: Iterable[str]) -> Iterator[pq.ParquetFile]:
+    """A Parquet file; if it is missing or broken, also while it is read, or lacks a column, that is a ReportError."""
     try:
         with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            missing = [name for name in columns if name not in names]
-            late = [name for name in missing if name in ADDED_LATER]
-            if len(late) < len(missing):
-                missing = [name for name in missing if name not in late]
+            if missing := [name for name in columns if name not in file.schema_arrow.names]:
                 raise ReportError(f"{path} lacks column(s) {', '.join(missing)} (docs/files.md lists them); {REMEDY}")
-            table = file.read(columns=[name for name in columns if name not in late])
-            for name in late:
-                table = table.append_column(name, pa.array(np.zeros(table.num_rows, dtype=np.int64)))
-            return table
+            yield file
     except FileNotFoundError:
         raise ReportError(f"{path} is missing; {REMEDY}") from None
     except (OSError, pa.ArrowException) as error:
         raise ReportError(f"{path} cannot be read ({one_line(error)}); {REMEDY}") from None
 
 
-def _names(path: Path) -> list[str]:
-    """The columns of a Parquet file that was read before."""
-    with pq.ParquetFile(path) as file:
-        return list(file.schema_arrow.names)
+def read_table(path: Path, columns: tuple[str, ...], later: tuple[str, ...] = ()) -> pa.Table:
+    """Those columns of a Parquet file, and of those that older run folders lack the ones that are there.
 
-
-def _batches(path: Path, column: str) -> Iterator[pa.Array]:
-    """A column, a few thousand rows at a time."""
-    try:
-        with pq.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise ReportError(f"{path} lacks column {column} (docs/files.md lists them); {REMEDY}")
-            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
-                yield batch.column(0)
-    except (OSError, pa.ArrowException) as error:
-        raise ReportError(f"{path} cannot be read ({one_line(error)}); {REMEDY}") from None
-
-
-def _arrays(path: Path, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
-    table = read_table(path, columns)
-    arrays = {}
+    A column of ADDED_LATER is 0 in each row where it is not there. Raises ReportError: a file or column is missing, or
+    the file is broken.
+    """
+    with _opened(path, (name for name in columns if name not in ADDED_LATER)) as file:
+        names = file.schema_arrow.names
+        table = file.read(columns=[name for name in (*columns, *later) if name in names])
     for name in columns:
-        column = table.column(name)
+        if name not in names:
+            table = table.append_column(name, pa.array(np.zeros(table.num_rows, dtype=np.int64)))
+    return table
+
+
+def _arrays(path: Path, columns: tuple[str, ...], later: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    table = read_table(path, columns, later)
+    arrays = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             arrays[name] = np.array(["" if value is None else value for value in column.to_pylist()], dtype=object)
         elif pa.types.is_integer(column.type) and column.null_count:
@@ -287,7 +247,5 @@ def read_run(run_dir: Path) -> RunFiles:
         return RunFiles(run_dir, manifest, _no_rows(REQUEST_COLUMNS), _no_rows(STEP_COLUMNS))
     steps = _arrays(run_dir / STEPS_FILE, STEP_COLUMNS)
     _check_ledger(run_dir / STEPS_FILE, steps)
-    path = run_dir / REQUESTS_FILE
-    requests = _arrays(path, REQUEST_COLUMNS)
-    later = tuple(name for name in LATER_REQUEST_COLUMNS if name in _names(path))
-    return RunFiles(run_dir, manifest, requests | _arrays(path, later), steps)
+    requests = _arrays(run_dir / REQUESTS_FILE, REQUEST_COLUMNS, LATER_REQUEST_COLUMNS)
+    return RunFiles(run_dir, manifest, requests, steps)

@@ -1,11 +1,14 @@
 """Latency definitions against values worked out by hand."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fake_runs import fake_run
 
 from kvarena.reports.analysis.latency import describe, gaps_within, request_latencies, token_gaps
-from kvarena.reports.reading.files import Ragged, read_run
+from kvarena.reports.reading.files import as_lists, flat, read_run
+
+TIMES = pa.large_list(pa.float64())
 
 
 def test_describe_uses_linear_percentiles_and_leaves_nan_out():
@@ -23,26 +26,34 @@ def test_describe_nothing():
 
 
 def test_gaps_never_cross_requests():
-    times = Ragged(np.array([1.0, 1.5, 2.5, 10.0, 11.0, 12.0, 13.5]), np.array([0, 3, 3, 4, 7, 7]))
+    times = pa.array([[1.0, 1.5, 2.5], [], [10.0], [11.0, 12.0, 13.5], []], TIMES)
     assert gaps_within(times).tolist() == [0.5, 1.0, 1.0, 1.5]
 
 
-@pytest.mark.parametrize("offsets", [[0], [0, 0, 0], [0, 1], [0, 0, 1, 1]])
-def test_no_gaps(offsets):
-    assert gaps_within(Ragged(np.arange(offsets[-1], dtype=float), np.array(offsets))).tolist() == []
+@pytest.mark.parametrize("lists", [[], [[], []], [[0.0]], [[], [0.0], []]])
+def test_no_gaps(lists):
+    assert gaps_within(pa.array(lists, TIMES)).tolist() == []
+
+
+def test_null_lists_are_empty(tmp_path):
+    columns = pa.chunked_array([[[1.0, 2.0], None]], pa.list_(pa.float64()))
+    lists = as_lists(columns, tmp_path, "token_times")
+    assert lists.to_pylist() == [[1.0, 2.0], []]
+    assert flat(lists).tolist() == [1.0, 2.0]
 
 
 def test_gaps_of_a_run_and_of_every_third_request(tmp_path):
     run = read_run(fake_run(tmp_path / "run", num_requests=14))
     times = run.lists("token_times")
     rows = np.flatnonzero(run.finished)
-    every = np.concatenate([np.diff(times[row]) for row in rows])
+    gaps = [np.diff(times[int(row)].as_py()) for row in rows]
+    every = np.concatenate(gaps)
     assert token_gaps(run).stride == 1
     assert token_gaps(run).values.tolist() == every.tolist()
     total = int(run.requests["num_output_tokens"][rows].sum())
     thinned = token_gaps(run, max_gaps=total // 3 + 1)
     assert thinned.stride == 3
-    assert thinned.values.tolist() == np.concatenate([np.diff(times[row]) for row in rows[::3]]).tolist()
+    assert thinned.values.tolist() == np.concatenate(gaps[::3]).tolist()
 
 
 def test_lists_of_some_rows_keep_their_order(tmp_path, monkeypatch):
@@ -51,7 +62,7 @@ def test_lists_of_some_rows_keep_their_order(tmp_path, monkeypatch):
     everything = run.lists("output_token_ids")
     rows = np.array([9, 2, 13, 3, 4])
     some = run.lists("output_token_ids", rows)
-    assert [some[i].tolist() for i in range(5)] == [everything[row].tolist() for row in rows]
+    assert some.to_pylist() == [everything[int(row)].as_py() for row in rows]
     assert len(run.lists("output_token_ids", rows[:0])) == 0
 
 
@@ -60,7 +71,7 @@ def test_request_latencies_follow_the_definitions(tmp_path):
     latencies, times = request_latencies(run), run.lists("token_times")
     index = 5
     arrival = run.requests["arrival_time"][index]
-    tokens = times[index]
+    tokens = times[index].as_py()
     assert latencies["ttft_seconds"][index] == pytest.approx(tokens[0] - arrival)
     assert latencies["e2e_seconds"][index] == pytest.approx(tokens[-1] - arrival)
     assert latencies["tpot_seconds"][index] == pytest.approx((tokens[-1] - tokens[0]) / (len(tokens) - 1))

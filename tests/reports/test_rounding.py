@@ -19,7 +19,6 @@ from kvarena.reports.comparing.rounding import (
 )
 from kvarena.reports.pages.comparison import compare
 from kvarena.reports.pages.terminal import comparison_table
-from kvarena.reports.reading.files import Ragged
 
 BF16 = 2.0**-7
 
@@ -131,8 +130,8 @@ def _scores(values):
     """One request, two candidates a token."""
     flat = np.asarray(values, dtype=float).reshape(-1)
     token_ids = np.tile([7, 8], len(flat) // 2)
-    offsets = np.array([0, len(flat)])
-    return Scores({"r": 0}, np.array([2]), Ragged(token_ids, offsets), Ragged(flat, offsets))
+    columns = (pa.array([column], pa.large_list(pa.from_numpy_dtype(column.dtype))) for column in (token_ids, flat))
+    return Scores({"r": 0}, np.array([2]), *columns)
 
 
 def test_the_typical_difference_is_that_of_equal_prefixes():

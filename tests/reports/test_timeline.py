@@ -37,7 +37,7 @@ def test_rejected_requests_have_no_phase(run):
 def test_a_preempted_request_shows_its_longest_waits(run):
     row = int(np.argmax(run.requests["num_preemptions"]))
     preempted = [phase for phase in request_phases(run, np.array([row])) if phase.name == "preempted"]
-    gaps = np.sort(np.diff(run.lists("token_times")[row]))[::-1]
+    gaps = np.sort(np.diff(run.lists("token_times")[row].as_py()))[::-1]
     assert len(preempted) == run.requests["num_preemptions"][row] > 0
     longest = max(phase.end - phase.start for phase in preempted)
     assert longest == pytest.approx(gaps[0])

@@ -152,7 +152,7 @@ def test_our_server_beside_our_engine(server, tmp_path):
     assert summary["cells"][1]["paired"]["e2e_seconds"]["requests"]["count"] == 12
     assert summary["cells"][1]["label"] == "kvarena-serve × HTTP"
     assert summary["cells"][1]["batch_size_mean"] is None  # not 0: nobody saw its batches
-    assert len(files.lists("output_token_ids").values) == served["num_output_tokens"]
+    assert files.list_lengths("output_token_ids").sum() == served["num_output_tokens"]
 
 
 def test_a_foreign_server_gets_openai_fields_only(tmp_path):
@@ -167,7 +167,7 @@ def test_a_foreign_server_gets_openai_fields_only(tmp_path):
     assert all(isinstance(body["prompt"][0], int) and body["stream"] for body in foreign.bodies)
     assert (files.requests["num_output_tokens"] == files.requests["max_tokens"]).all()
     assert (files.list_lengths("token_times") == files.requests["num_output_tokens"]).all()
-    assert not len(files.lists("output_token_ids").values)
+    assert not files.list_lengths("output_token_ids").any()
     compared = compare([("a", tmp_path / "http"), ("b", tmp_path / "http")], tmp_path / "both")
     assert compared["same_tokens"]["verdict"] == "not compared"
 

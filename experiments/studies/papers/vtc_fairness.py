@@ -14,7 +14,7 @@ from kvarena.experiments.studies.cells import CellRunner
 from kvarena.experiments.studies.claims import Claim, Mean, at_least, at_most, check, compared, measured
 from kvarena.experiments.studies.orca import seeds_text
 from kvarena.experiments.studies.papers.published import VTC_SOURCE
-from kvarena.reports.reading.files import RunFiles, read_run
+from kvarena.reports.reading.files import RunFiles, flat, read_run
 
 POLICIES = {"fair": "VTC (fair)", "chunked": "first come first served"}
 CLIENTS = ("chat", "code")
@@ -119,10 +119,10 @@ class VtcFairnessStudy:
             raise EngineError(f"{run.path.name}: requests of one client only; raise study.num_requests")
         sign = np.where(of_code, 1.0, -1.0)
         tokens = run.lists("token_times")
-        times = np.concatenate([requests["admission_time"], tokens.values])
+        times = np.concatenate([requests["admission_time"], flat(tokens)])
         costs = np.concatenate([
             self.input_weight * requests["num_prompt_tokens"] * sign,
-            self.output_weight * np.repeat(sign, np.diff(tokens.offsets)),
+            self.output_weight * np.repeat(sign, tokens.value_lengths().to_numpy()),
         ])  # fmt: skip
         both_wait = min(requests["admission_time"][mask].max() for mask in (of_code, ~of_code))
         moments, group = np.unique(times, return_inverse=True)
