@@ -74,9 +74,10 @@ def make_report(
     from rich.console import Console
 
     from kvarena.reports.drawing.chrome_trace import write_chrome_trace
-    from kvarena.reports.pages.comparison import compare, compare_whole, whole_cells, write_comparison
+    from kvarena.reports.pages.comparison import compare, whole_cells, write_comparison
     from kvarena.reports.pages.run_report import write_run_report
-    from kvarena.reports.pages.study import study_table, write_study_report
+    from kvarena.reports.pages.study import write_study_report
+    from kvarena.reports.pages.study_claims import study_table
     from kvarena.reports.pages.terminal import comparison_table, run_table
     from kvarena.reports.reading.files import read_run
 
@@ -89,13 +90,9 @@ def make_report(
             raise ReportError("--out, --baseline and --trace do not go with an experiment's folder; leave them out")
         console.print(study_table(write_study_report(first)))
         return first / "report.html"
-    is_named = any((first / name).exists() for name in (SWEEP_FILE, MANIFEST_FILE))
-    if len(dirs) == 1 and not is_named and whole_cells(first):
-        if trace:
-            raise ReportError("--trace belongs to one run; give one run folder")
-        console.print(comparison_table(compare_whole(first, baseline, out, words)))
-        return (out or first) / "report.html"
-    if len(dirs) == 1 and not (first / SWEEP_FILE).exists():
+    has_record = (first / SWEEP_FILE).exists()
+    is_sweep = has_record or (not (first / MANIFEST_FILE).exists() and bool(whole_cells(first)))
+    if len(dirs) == 1 and not is_sweep:
         if out or baseline:
             raise ReportError("--out and --baseline belong to comparisons; give two or more run folders")
         console.print(run_table(write_run_report(first)))
@@ -105,7 +102,7 @@ def make_report(
     if trace:
         raise ReportError("--trace belongs to one run; give one run folder")
     if len(dirs) == 1:
-        summary = write_comparison(first, baseline, out, words if out or baseline else None)
+        summary = write_comparison(first, baseline, out, words if out or baseline or not has_record else None)
         place = out or first
     else:
         place = out or first.resolve().parent / "comparison"

@@ -19,11 +19,12 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kvarena.experiments.settings.outside import sources_of_callers, with_bases
+from kvarena.experiments.settings.targets import leaves
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "kvarena"
@@ -53,7 +54,8 @@ def sources_of(config: dict[str, Any], root: Path = PROJECT_ROOT) -> dict[str, A
         `hash` over all; `packages` (a digest each) and `strategy` (a digest of each file).
     """
     packages = {name: package_digest(name, root) for name in SHARED_PACKAGES}
-    targets = with_bases(_targets(config))
+    named = [value for key, value in leaves(config) if key.rpartition(".")[2] == "_target_" and isinstance(value, str)]
+    targets = with_bases(named)
     callers = {name: _hash([text.encode()]) for name, text in sources_of_callers(targets).items()}
     strategy = dict(sorted((dict(_strategy_files(targets, root)) | callers).items()))
     return {"hash": digest([packages, strategy]), "packages": packages, "strategy": strategy}
@@ -75,7 +77,7 @@ def package_digest(name: str, root: Path = PROJECT_ROOT) -> str:
 def inputs_of(config: dict[str, Any]) -> dict[str, str]:
     """Digests of the files and folders that the config names, by the setting that names them."""
     found = {}
-    for key, value in _leaves(config, ""):
+    for key, value in leaves(config):
         if not isinstance(value, str) or key.endswith("_target_") or key == "http.api_key_file":
             continue
         if (path := _input_path(key, value)) is not None:
@@ -113,18 +115,6 @@ def _content(path: Path) -> str:
 @functools.cache
 def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
     return _hash([file.read_bytes()]) if size <= MOST_HASHED else f"{size} bytes of {mtime_ns}"
-
-
-def _targets(config: Any) -> Iterator[str]:
-    """Every `_target_` below `config`."""
-    if isinstance(config, dict):
-        if isinstance(target := config.get("_target_"), str):
-            yield target
-        for value in config.values():
-            yield from _targets(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from _targets(value)
 
 
 @functools.cache
@@ -215,15 +205,6 @@ def _with_parents(name: str, root: Path) -> list[Path]:
         return []
     folders = [folder for folder in path.parents if folder.is_relative_to(root) and folder != root]
     return [path, *(init for folder in folders if (init := folder / "__init__.py").is_file())]
-
-
-def _leaves(node: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict | list):
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        for key, inner in items:
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, node
 
 
 def _hash(parts: Iterable[bytes]) -> str:

@@ -9,7 +9,7 @@ itself reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -33,7 +33,7 @@ from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.experiments.settings import defaults
 from kvarena.experiments.settings.near import did_you_mean
-from kvarena.experiments.settings.targets import Part
+from kvarena.experiments.settings.targets import Part, leaves
 
 defaults.register()  # of a config that another process composed
 
@@ -287,7 +287,7 @@ class RunConfig:
         _check_keys(values)
         if values["study"] is None and (missing := sorted(OmegaConf.missing_keys(cfg))):
             raise ConfigError(f"{missing[0]} has no default; give it a value")
-        for key, value in _leaves(values, ""):
+        for key, value in leaves(values):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{key}={value} must be a finite number")
         mode, target, server = values["mode"], values["target"], values["server"]
@@ -333,15 +333,6 @@ def _check_keys(values: dict[str, Any]) -> None:
         for key in values[name] or {}:
             if key not in inner:
                 raise ConfigError(f"unknown config key '{name}.{key}'{did_you_mean(key, inner)}")
-
-
-def _leaves(node: object, name: str) -> Iterator[tuple[str, object]]:
-    if isinstance(node, (dict, list)):
-        items: Iterable[tuple[Any, Any]] = node.items() if isinstance(node, dict) else enumerate(node)
-        for key, inner in items:
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, node
 
 
 def _kv_cache(config: KVCacheConfig) -> KVCacheConfig:

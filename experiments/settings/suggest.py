@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
@@ -89,7 +89,7 @@ def _no_such_key(key: str, overrides: Sequence[str]) -> str:
 
 def _suggestion(key: str, overrides: Sequence[str]) -> str:
     """The config keys most like `key`, for the error line."""
-    if owners := _owners(key):
+    if owners := _keys_of_choices().get(key):
         return f"; it is a setting of {', '.join(owners)}: choose one of these"
     if key.startswith(("hydra.", "hydra/")):
         return _hydra_suggestion(key)
@@ -98,7 +98,7 @@ def _suggestion(key: str, overrides: Sequence[str]) -> str:
     same = [name for name in known if "." in name and name.rpartition(".")[2] == last]
     if same and len(same) <= 3:  # seed=3 for workload.seed=3
         return f"; did you mean {either(same)}?"
-    others = _keys_of_choices()
+    others = {name: choices[0] for name, choices in _keys_of_choices().items()}
     if not same and (choices := [f"{name} (of {others[name]})" for name in others if name.rpartition(".")[2] == last]):
         return f"; did you mean {either(choices[:3])}?"
     sections = [name for name in known if "." not in name]
@@ -139,33 +139,16 @@ def _names(node: object, prefix: str) -> Iterator[str]:
                 yield from _names(child, f"{prefix}{name}.")
 
 
-def _keys_of_choices() -> dict[str, str]:
-    """Every key that a choice of some group has, with the first choice that has it."""
-    found: dict[str, str] = {}
+@cache
+def _keys_of_choices() -> dict[str, list[str]]:
+    """Every key that a choice of some group has, with those that have it: `arrival.rate` is one of arrival=poisson."""
+    found: dict[str, list[str]] = {}
     for path in sorted(CONF_DIR.glob("*/*.yaml")):
         group = path.parent.name
         if group in ("base", "hydra", "profile"):
             continue
         node = options(path)
-        if group == EXPERIMENTS:
-            node = {"study": node.get("study")}
-        names = _names(node, "" if group == EXPERIMENTS else f"{group}.")
-        for name in names:
-            found.setdefault(name, f"{group}={path.stem}")
+        section, node = ("study", node.get("study")) if group == EXPERIMENTS else (group, node)
+        for name in _names(node, f"{section}."):
+            found.setdefault(name, []).append(f"{group}={path.stem}")
     return found
-
-
-def _owners(key: str) -> list[str]:
-    """The choices of config groups whose own files have this setting: `arrival.rate` is one of arrival=poisson."""
-    group, _, inner = key.partition(".")
-    folder, path = (EXPERIMENTS, key) if group == "study" else (group, inner)
-    files = sorted((CONF_DIR / folder).glob("*.yaml")) if inner else []
-    return [f"{folder}={file.stem}" for file in files if _has(OmegaConf.create(options(file)), path)]
-
-
-def _has(node: Any, path: str) -> bool:
-    for name in path.split("."):
-        if not OmegaConf.is_dict(node) or name not in node:
-            return False
-        node = node._get_node(name)
-    return True

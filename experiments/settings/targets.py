@@ -8,7 +8,7 @@ would be two, and an error of the one would not be an error of the other.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from os.path import realpath
@@ -91,6 +91,15 @@ def check_names() -> None:
                 f"something imports {head} where it is {kvarena.__name__}.{head}: write `from {kvarena.__name__}.{head}"
                 "...` in your own modules"
             )
+
+
+def leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a resolved config by its key, with dots; entries of lists by their number."""
+    if isinstance(node, dict | list):
+        for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from leaves(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, node
 
 
 def _place(module: Any) -> str | None:

@@ -24,7 +24,7 @@ from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.studies.base import Study
 from kvarena.experiments.studies.cells import CellRunner
-from kvarena.reports.pages.study_claims import tally
+from kvarena.reports.pages.study_claims import study_table, tally
 from kvarena.reports.reading.files import read_json
 from kvarena.reports.reading.names import CELL_FILE, MANIFEST_FILE, STUDY_FILE
 from kvarena.reports.reading.writing import write_text
@@ -75,7 +75,7 @@ def run_study(config: RunConfig, on_start: Callable[[Path], None]) -> None:
         on_start(out_dir)
         write_text(out_dir / STUDY_FILE, json.dumps(record, indent=2, default=str) + "\n")
         summary = kvarena.reports.pages.study.write_study_report(out_dir)
-    Console().print(kvarena.reports.pages.study.study_table(summary))
+    Console().print(study_table(summary))
     if hydra.mode is not RunMode.MULTIRUN:  # a sweep has a last line of its own
         kvarena.reports.pages.ending.print_ending(
             kvarena.reports.pages.ending.study_ending(out_dir, summary), full=config.report.json == "full"

@@ -35,28 +35,6 @@ STOP_TIMEOUT = 120.0  # seconds for the step and the files of cells that are can
 
 
 @dataclass(frozen=True)
-class RayOptions:
-    """Which cluster, and what each cell asks it for.
-
-    Args:
-        address: `local`, `auto` or host:port.
-        num_cpus: above 0.
-        num_gpus: at least 0.
-
-    Raises:
-        ConfigError: out of range.
-    """
-
-    address: str
-    num_cpus: float
-    num_gpus: float
-
-    def __post_init__(self) -> None:
-        check_number("hydra.launcher.num_cpus", self.num_cpus, above=True)
-        check_number("hydra.launcher.num_gpus", self.num_gpus)
-
-
-@dataclass(frozen=True)
 class _Sweep:
     """What all tasks of a sweep get."""
 
@@ -71,52 +49,42 @@ class _Sweep:
 
 
 def run_cells(
-    options: RayOptions,
-    config: DictConfig,
-    hydra_context: HydraContext,
-    task_function: TaskFunction,
+    address: str,
+    needs: dict[str, float],
+    setup: tuple[DictConfig, HydraContext, TaskFunction],
     job_overrides: Sequence[Sequence[str]],
     first: int,
 ) -> list[JobReturn]:
     """Run a sweep's cells; one whose worker died returns its error, and the others go on.
 
     Args:
-        options: which cluster, and what a cell asks it for.
-        config: the sweep's config, with its hydra node.
-        hydra_context: Hydra's config loader and callbacks.
-        task_function: runs one cell.
+        address: of the cluster: `local`, `auto` or host:port.
+        needs: `num_cpus`, above 0, and `num_gpus` that a cell asks it for.
+        setup: the sweep's config with its hydra node, Hydra's config loader and callbacks, and what runs one cell.
         job_overrides: the cells' overrides.
         first: number of the first cell.
 
     Raises:
-        ConfigError: Ray is missing, its cluster cannot be reached or holds no such cell, a node has other code or does
-            not see the sweep's folder.
+        ConfigError: a number is out of range, Ray is missing, its cluster cannot be reached or holds no such cell, a
+            node has other code or does not see the sweep's folder.
     """
+    check_number("hydra.launcher.num_cpus", needs["num_cpus"], above=True)
+    check_number("hydra.launcher.num_gpus", needs["num_gpus"])
     try:
         import ray
     except ImportError:
         raise ConfigError("hydra/launcher=ray needs Ray: pip install 'kvarena[ray]'") from None
     setup_globals()
-    folder = Path(str(config.hydra.sweep.dir)).absolute()
+    folder = Path(str(setup[0].hydra.sweep.dir)).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     witness = folder / f".ray-{uuid.uuid4().hex}"
-    sweep = _Sweep(
-        config,
-        hydra_context,
-        task_function,
-        Singleton.get_state(),
-        os.getcwd(),
-        str(folder),
-        str(witness),
-        code_hash(),
-    )
-    _connect(ray, options.address)
+    sweep = _Sweep(*setup, Singleton.get_state(), os.getcwd(), str(folder), str(witness), code_hash())
+    _connect(ray, address)
     try:
-        _check_room(ray, options)
+        _check_room(ray, **needs)
         witness.touch()
         # A cell that broke off is not tried again behind the user's back: its folder says what it was.
-        remote = ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_retries=0)
-        return _gather(ray, remote(_run_cell).remote, sweep, job_overrides, first)
+        return _gather(ray, ray.remote(max_retries=0, **needs)(_run_cell).remote, sweep, job_overrides, first)
     finally:
         ray.shutdown()
         witness.unlink(missing_ok=True)
@@ -136,29 +104,31 @@ def _connect(ray: Any, address: str) -> None:
         ) from error
 
 
-def _check_room(ray: Any, options: RayOptions) -> None:
+def _check_room(ray: Any, num_cpus: float, num_gpus: float) -> None:
     """A task that no node can ever hold would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= options.num_cpus and node.get("GPU", 0) >= options.num_gpus for node in nodes):
+    if not any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in nodes):
         raise ConfigError(
-            f"no node of the Ray cluster has {options.num_cpus:g} CPUs and {options.num_gpus:g} GPUs for a cell; lower "
+            f"no node of the Ray cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs for a cell; lower "
             "hydra.launcher.num_cpus or hydra.launcher.num_gpus"
         )
 
 
 def _gather(
-    ray: Any, task: Callable[..., Any], sweep: _Sweep, job_overrides: Sequence[Sequence[str]], first: int
+    ray: Any, start: Callable[..., Any], sweep: _Sweep, job_overrides: Sequence[Sequence[str]], first: int
 ) -> list[JobReturn]:
     """Start all cells, and return what they returned, in their order."""
     shared = ray.put(sweep)
-    pending = {task(first + at, list(overrides), shared): at for at, overrides in enumerate(job_overrides)}
+    pending = {start(first + at, list(overrides), shared): at for at, overrides in enumerate(job_overrides)}
     returns: dict[int, JobReturn] = {}
     with closing(progress_bar("cells", len(pending), "cells", enabled=sweep.config.report.progress)) as bar:
         while pending:
             try:
                 (ended,), _ = ray.wait(list(pending), num_returns=1)
-            except KeyboardInterrupt:
-                _stop(ray, list(pending))
+            except KeyboardInterrupt:  # each ends with its step; until all have written what they measured
+                for task in pending:
+                    ray.cancel(task)
+                ray.wait(list(pending), num_returns=len(pending), timeout=STOP_TIMEOUT)
                 raise
             at = pending.pop(ended)
             try:
@@ -169,13 +139,6 @@ def _gather(
                 returns[at] = _broken_off(sweep, job_overrides[at], error)
             bar.update()
     return [returns[at] for at in sorted(returns)]
-
-
-def _stop(ray: Any, pending: list[Any]) -> None:
-    """End the cells that run, each with its step, and wait until they have written what they measured."""
-    for task in pending:
-        ray.cancel(task)
-    ray.wait(pending, num_returns=len(pending), timeout=STOP_TIMEOUT)
 
 
 def _run_cell(index: int, overrides: list[str], sweep: _Sweep) -> JobReturn:

@@ -28,7 +28,7 @@ class RayLauncher(Launcher):
 
     def __init__(self, address: str, num_cpus: float, num_gpus: float) -> None:
         super().__init__()
-        self._options = (str(address), num_cpus, num_gpus)
+        self._options = str(address), {"num_cpus": num_cpus, "num_gpus": num_gpus}
         self._setup: tuple[DictConfig, HydraContext, TaskFunction] | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -37,10 +37,7 @@ class RayLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run every cell. Raises as `kvarena.experiments.sweeps.ray_cells.run_cells`."""
-        from kvarena.experiments.sweeps.ray_cells import RayOptions, run_cells
+        from kvarena.experiments.sweeps.ray_cells import run_cells
 
         assert self._setup is not None
-        config, hydra_context, task_function = self._setup
-        return run_cells(
-            RayOptions(*self._options), config, hydra_context, task_function, job_overrides, initial_job_idx
-        )
+        return run_cells(*self._options, self._setup, job_overrides, initial_job_idx)

@@ -5,23 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from kvarena.engine.classes import CLASSES
 from kvarena.reports.drawing.document import Picture, Section, Table
 from kvarena.reports.drawing.format import count, percent, rate
-from kvarena.reports.drawing.style import (
-    BLUE,
-    CLASS_LOOKS,
-    RED,
-    WIDE,
-    Sheet,
-    grid,
-    hatch_kwargs,
-    legend_above,
-    new_figure,
-    whole,
-)
 from kvarena.reports.reading.columns import names_of
 from kvarena.reports.reading.files import RunFiles, read_table
 from kvarena.reports.reading.names import GAUGES_FILE
@@ -59,44 +45,6 @@ def _mean_and_peak(values: np.ndarray) -> dict[str, float] | None:
 def _growth(values: np.ndarray) -> float | None:
     known = values[~np.isnan(values)]
     return float(known[-1] - known[0]) if len(known) else None
-
-
-def gauges_figure(gauges: dict[str, np.ndarray], sheet: Sheet = WIDE) -> Figure:
-    """How full the pool was, by ledger class where the server tells; below it the requests that ran and waited."""
-    figure = new_figure(4.2, sheet)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1.2])
-    time = gauges["time"]
-    total = np.sum([gauges[name] for name in CLASSES], axis=0)
-    if np.isfinite(total).all() and (total > 0).all():
-        base = np.zeros(len(time))
-        for name in CLASSES:
-            share = 100 * gauges[name] / total
-            if share.any():
-                look = CLASS_LOOKS[name]
-                top.fill_between(time, base, base + share, label=look.label, step="post", **hatch_kwargs(look))
-            base = base + share
-        handles, labels = top.get_legend_handles_labels()
-        legend_above(figure, handles, labels, sheet)
-        top.set_ylabel("share of the KV pool (%)")
-    else:
-        top.set_ylabel("KV pool in use (%)")
-        top.plot(time, 100 * gauges["kv_usage"], color=BLUE, drawstyle="steps-post")
-        grid(top)
-    top.set_ylim(0, 100)
-    for column, label, color, dash in (
-        ("num_running", "running", BLUE, "-"),
-        ("num_waiting", "waiting", RED, (0, (3, 1.2))),
-    ):
-        bottom.plot(time, gauges[column], color=color, linestyle=dash, label=label, drawstyle="steps-post")
-    bottom.set_ylabel("requests")
-    bottom.set_ylim(bottom=0)
-    whole(bottom)
-    grid(bottom)
-    bottom.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
-    bottom.set_xlabel("time since the start of the run (s)")
-    bottom.set_xlim(time[0], max(time[-1], time[0] + 1e-3))
-    figure.align_ylabels()
-    return figure
 
 
 def gauges_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:

@@ -64,7 +64,7 @@ def _machinery(cells: Sequence[Cell]) -> list[tuple[str, str]]:
         result.append(("The model", apart([(label, _model(manifest)) for label, manifest in manifests])))
     if "runner" not in swept:
         result += _parts("The runner", [(label, _runner(manifest)) for label, manifest in measured])
-    result.append(("The machine", apart([(label, _machine(manifest)) for label, manifest in measured])))
+    result.append(("The machine", apart([(label, machine_name(manifest["machine"])) for label, manifest in measured])))
     result += _parts("The software", [(label, manifest["versions"]) for label, manifest in manifests])
     result.append(("The code", _code(manifests)))
     return result
@@ -114,8 +114,8 @@ def _runner(manifest: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in runner.items() if key != "decode_kernel"} if isinstance(runner, dict) else {}
 
 
-def _machine(manifest: dict[str, Any]) -> str:
-    machine = manifest["machine"]
+def machine_name(machine: dict[str, Any]) -> str:
+    """Its GPUs, or its processor's cores."""
     if gpu := machine.get("gpu"):
         return f"{gpu['count']} x {gpu['name']}"
     return f"{machine.get('cores') or DASH} cores of {machine.get('cpu') or DASH}"

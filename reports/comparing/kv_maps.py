@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
-from textwrap import fill
 from typing import NamedTuple
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from kvarena.reports.comparing.repeats import Contender
@@ -17,14 +14,14 @@ from kvarena.reports.drawing.kv_map import (
     Axis,
     KVMap,
     canvas_markup,
-    choose_shades,
+    draw_map,
     legend_markup,
     map_legend,
-    paint,
     read_kv_map,
     script_markup,
 )
-from kvarena.reports.drawing.style import WIDE, new_figure, whole
+from kvarena.reports.drawing.panels import grid_of_panels
+from kvarena.reports.drawing.style import WIDE
 from kvarena.reports.reading.files import RunFiles
 
 MOST_COLUMNS, MOST_ROWS = 400, 320  # of a small map
@@ -85,22 +82,9 @@ def kv_maps_markup(maps: Sequence[CellMap]) -> str:
 
 def kv_maps_figure(maps: Sequence[CellMap]) -> Figure:
     """The same as a still picture."""
-    num_columns = 1 if len(maps) == 1 else 2 if len(maps) <= 4 else 3
-    num_rows = math.ceil(len(maps) / num_columns)
-    figure = new_figure(0.7 + 2.1 * num_rows)
-    panels = np.atleast_1d(figure.subplots(num_rows, num_columns, squeeze=False)).ravel()
-    for index, (axes, cell, axis) in enumerate(zip(panels, maps, shared_axes(maps), strict=False)):
-        extent = (0.0, cell.kv_map.end, float(cell.kv_map.num_blocks * cell.block_size), 0.0)
-        image = paint(cell.kv_map, choose_shades(cell.kv_map))
-        axes.imshow(image, extent=extent, aspect="auto", interpolation="nearest")
-        axes.set_xlim(0, axis.end)
-        axes.set_ylim(axis.length, 0)
-        axes.set_title(fill(cell.title, WIDE.line_characters // num_columns), fontsize=8.5)
+    figure, panels, num_columns = grid_of_panels([cell.title for cell in maps], 2.1, WIDE)
+    for index, (axes, cell, axis) in enumerate(zip(panels, maps, shared_axes(maps), strict=True)):
+        draw_map(axes, cell.kv_map, axis)
         axes.set_ylabel(axis.label if index % num_columns == 0 or axis.label != SLOTS else "")
-        axes.set_xlabel("time (s)" if index + num_columns >= len(maps) else "")
-        whole(axes)
-        axes.tick_params(length=0)
-    for axes in panels[len(maps) :]:
-        axes.set_visible(False)
     map_legend(figure, [cell.kv_map for cell in maps])
     return figure

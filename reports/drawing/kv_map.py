@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -167,14 +168,21 @@ def kv_map_figure(kv_map: KVMap) -> Figure:
     """The map as a still picture."""
     figure = new_figure(4.6)
     axes = figure.subplots()
-    extent = (0.0, kv_map.end, float(kv_map.num_blocks), 0.0)
-    axes.imshow(paint(kv_map, choose_shades(kv_map)), extent=extent, aspect="auto", interpolation="nearest")
+    draw_map(axes, kv_map, own_axis(kv_map))
     axes.set_xlabel("time since the start of the run (s)")
     axes.set_ylabel("KV block")
-    whole(axes)
-    axes.tick_params(length=0)
     map_legend(figure, [kv_map])
     return figure
+
+
+def draw_map(axes: Axes, kv_map: KVMap, axis: Axis) -> None:
+    """A map on an axis that may be longer than it is."""
+    extent = (0.0, kv_map.end, float(kv_map.num_blocks * axis.unit), 0.0)
+    axes.imshow(paint(kv_map, choose_shades(kv_map)), extent=extent, aspect="auto", interpolation="nearest")
+    axes.set_xlim(0, axis.end)
+    axes.set_ylim(axis.length, 0)
+    whole(axes)
+    axes.tick_params(length=0)
 
 
 def map_legend(figure: Figure, maps: Sequence[KVMap]) -> None:
@@ -206,7 +214,7 @@ def kv_map_markup(kv_map: KVMap, run: RunFiles) -> str:
         "<output>Drag to move; Ctrl and wheel, or the buttons, to zoom; point at a block to see whose it is.</output>"
         f"</div>{legend_markup([kv_map])}"
     )
-    canvas = canvas_markup(kv_map, run, Axis(kv_map.end, kv_map.num_blocks, "KV block", 1))
+    canvas = canvas_markup(kv_map, run, own_axis(kv_map))
     return f'<div class="kvmap">{bar}{canvas}</div>{script_markup()}'
 
 
@@ -225,6 +233,11 @@ class Axis:
     length: float
     label: str
     unit: int
+
+
+def own_axis(kv_map: KVMap) -> Axis:
+    """The axis of a map that stands alone."""
+    return Axis(kv_map.end, kv_map.num_blocks, "KV block", 1)
 
 
 def legend_markup(maps: Sequence[KVMap]) -> str:

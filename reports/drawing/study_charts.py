@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -12,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kvarena.reports.drawing.panels import MARKERS, banded_line, name_rows, patches_above, stacked_bar
 from kvarena.reports.drawing.style import (
     CLASS_LOOKS,
     INK,
@@ -35,13 +37,11 @@ from kvarena.reports.drawing.style import (
 )
 from kvarena.reports.reading.errors import ReportError
 
-BAND_ALPHA = 0.18
 MANY_BARS = 16
 AXIS_CHARACTERS = 1.2  # of a line of all names below the bars, for each that a line across the figure has
 CHARACTERS_UP = 46  # of a line of a label beside the axis
 MAX_POINT_TICKS = 12
 MAX_MARKED = 60  # points of a line that are marked
-MARKERS = "o^sDvP*X"
 LEAST_LABELLED = 3.0  # percent; a narrower segment holds no number
 
 
@@ -156,13 +156,11 @@ def _number(value: float) -> str:
 def _lines(axes: Axes, chart: dict[str, Any], _: Sheet) -> None:
     for index, series in enumerate(chart["series"]):
         look = _look(index, series["name"])
-        y = np.array([np.nan if value is None else value for value in series["y"]], dtype=float)
-        marker = MARKERS[index % len(MARKERS)] if len(y) <= MAX_MARKED else None
-        axes.plot(
-            series["x"], y, color=look.color, linestyle=look.dash, marker=marker, markersize=4, label=series["name"]
-        )
-        if series["low"]:
-            axes.fill_between(series["x"], series["low"], series["high"], color=look.color, alpha=BAND_ALPHA, lw=0)
+        marker = MARKERS[index % len(MARKERS)] if len(series["y"]) <= MAX_MARKED else None
+        banded_line(
+            axes, series["x"], series["y"], (series["low"], series["high"]), color=look.color, linestyle=look.dash,
+            marker=marker, label=series["name"],
+        )  # fmt: skip
     grid(axes)
     if not chart["log_y"]:
         axes.set_ylim(bottom=0)
@@ -179,7 +177,7 @@ def _bars(axes: Axes, chart: dict[str, Any], sheet: Sheet) -> None:
     for index, series in enumerate(chart["series"]):
         look = _look(index, series["name"])
         x = positions + (index - (len(chart["series"]) - 1) / 2) * width
-        y = np.array([np.nan if value is None else value for value in series["y"]], dtype=float)
+        y = np.array(series["y"], dtype=float)
         errors = None
         if series["low"]:
             errors = np.abs(np.array([series["low"], series["high"]], dtype=float) - y)
@@ -208,21 +206,16 @@ def _name_groups(axes: Axes, groups: list[str], sheet: Sheet) -> None:
 
 
 def _stacked(axes: Axes, chart: dict[str, Any], sheet: Sheet) -> None:
-    names = chart["series"][0]["x"]
-    positions = np.arange(len(names))
-    left = np.zeros(len(names))
-    for index, series in enumerate(chart["series"]):
-        look = _look(index, series["name"])
-        y = np.array(series["y"], dtype=float)
-        axes.barh(positions, y, 0.66, left=left, label=series["name"], **hatch_kwargs(look))
-        for position, value, start in zip(positions, y, left, strict=True):
-            if value >= sheet.share(LEAST_LABELLED):
-                axes.annotate(f"{value:.1f}", (start + value / 2, position), ha="center", va="center", color=look.text,
-                              fontsize=8, bbox={"facecolor": look.color, "edgecolor": "none", "pad": 1.2})  # fmt: skip
-        left = left + y
-    axes.set_yticks(positions, row_names([str(name) for name in names], sheet)[0])
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    every = [series["name"] for series in chart["series"]]
+    looks = [replace(_look(index, name), label=name) for index, name in enumerate(every)]
+    names = [str(name) for name in chart["series"][0]["x"]]
+    for position in range(len(names)):
+        shares = (float(series["y"][position] or 0) for series in chart["series"])
+        stacked_bar(axes, position, zip(looks, shares, strict=True), sheet.share(LEAST_LABELLED))
+    name_rows(axes, row_names(names, sheet)[0])
     axes.tick_params(length=0)
+    if len(looks) > 1:
+        patches_above(axes.figure, looks, sheet)  # type: ignore[arg-type]
 
 
 def _parity(axes: Axes, chart: dict[str, Any], _: Sheet) -> None:

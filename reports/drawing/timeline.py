@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from kvarena.reports.drawing.style import EMPTY, INK, WIDE, Look, Sheet, grid, hatch_kwargs, legend_above, new_figure
+from kvarena.reports.drawing.panels import patches_above
+from kvarena.reports.drawing.style import EMPTY, INK, WIDE, Look, Sheet, grid, hatch_kwargs, new_figure
 from kvarena.reports.reading.files import RunFiles
 
 MAX_ROWS = 96
@@ -81,12 +80,10 @@ def timeline_figure(run: RunFiles, sheet: Sheet = WIDE) -> Figure:
     axes = figure.subplots()
     phases = request_phases(run, rows)
     for name, look in PHASES.items():
-        boxes = [_box(phase, place[phase.row]) for phase in phases if phase.name == name]
-        if boxes:
-            axes.add_collection(PolyCollection(boxes, **hatch_kwargs(look)))
-    seen = [name for name in PHASES if any(phase.name == name for phase in phases)]
-    handles = [Patch(label=PHASES[name].label, **hatch_kwargs(PHASES[name])) for name in seen]
-    legend_above(figure, handles, [PHASES[name].label for name in seen], sheet)
+        those = [phase for phase in phases if phase.name == name]
+        rights, lefts = ([getattr(phase, side) for phase in those] for side in ("end", "start"))
+        axes.barh([place[phase.row] for phase in those], np.subtract(rights, lefts), 0.76, lefts, **hatch_kwargs(look))
+    patches_above(figure, [look for name, look in PHASES.items() if any(one.name == name for one in phases)], sheet)
     start = min((phase.start for phase in phases), default=0.0)
     axes.set_xlim(min(0.0, start), max((phase.end for phase in phases), default=1.0))
     axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
@@ -96,8 +93,3 @@ def timeline_figure(run: RunFiles, sheet: Sheet = WIDE) -> Figure:
     axes.set_xlabel("time since the start of the run (s)")
     grid(axes, "x")
     return figure
-
-
-def _box(phase: Phase, position: int) -> list[tuple[float, float]]:
-    top, bottom = position - 0.38, position + 0.38
-    return [(phase.start, top), (phase.end, top), (phase.end, bottom), (phase.start, bottom)]

@@ -54,7 +54,7 @@ CELL_METRICS = (
 def write_comparison(
     sweep_dir: Path, baseline: str | None = None, out_dir: Path | None = None, command: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Write the comparison of a sweep into its folder.
+    """Write the comparison of a sweep, or of the whole cells of a sweep or an experiment that left no record.
 
     Args:
         sweep_dir: holds sweep.json: `runs` (relative folders), `baseline` (a name, or null for the first) and
@@ -71,8 +71,19 @@ def write_comparison(
         ReportError: sweep.json or a run is missing or broken, no run finished, or the baseline is unknown.
     """
     sweep_dir = Path(sweep_dir)
-    sweep = read_json(sweep_dir / SWEEP_FILE, SWEEP, "run the sweep again")
-    return compare_sweep(sweep_dir, sweep, baseline, out_dir, command)
+    cells = whole_cells(sweep_dir)
+    if (sweep_dir / SWEEP_FILE).exists() or not cells:
+        sweep, home, notices = read_json(sweep_dir / SWEEP_FILE, SWEEP, "run the sweep again"), sweep_dir, []
+    else:
+        home = cells[0].parent
+        errors = [] if home != sweep_dir else sorted(home.glob("*/error.json"))
+        left_out = [{"name": path.parent.name} | read_json(path, {"error": str}) for path in errors]
+        sweep = {"runs": [cell.name for cell in cells],
+                 "failed": [one for one in left_out if not one.get("not_defined")],
+                 "not_defined": [one for one in left_out if one.get("not_defined")]}  # fmt: skip
+        word = "1 cell is" if len(cells) == 1 else f"{len(cells)} cells are"
+        notices = [f"{sweep_dir} did not come to its end; {word} whole and compared here."]
+    return compare_sweep(home, sweep, baseline, out_dir or sweep_dir, command, notices)
 
 
 def compare_sweep(
@@ -81,36 +92,21 @@ def compare_sweep(
     baseline: str | None = None,
     out_dir: Path | None = None,
     command: Sequence[str] | None = None,
+    notices: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The same of what sweep.json holds, or will hold. Other arguments as of `write_comparison`."""
-    folders = [(name, sweep_dir / name) for name in sweep["runs"]]
+    """The same of what sweep.json holds, or will hold, with `notices` before all others."""
     left_out = {key: sweep.get(key) or [] for key in ("failed", "not_defined")}
-    notices = []
     if stopped := sweep.get("interrupted"):
         notices = [f"The sweep was interrupted ({stopped['by']}); not in it: {', '.join(stopped['left'])}."]
-    words = [sweep.get("command"), command]
-    place, base = out_dir or sweep_dir, baseline or sweep.get("baseline")
-    return compare(folders, place, base, commands=words, notices=notices, **left_out)
+    folders = [(name, sweep_dir / name) for name in sweep["runs"]]
+    base, words = baseline or sweep.get("baseline"), [sweep.get("command"), command]
+    return compare(folders, out_dir or sweep_dir, base, commands=words, notices=notices, **left_out)
 
 
-def whole_cells(folder: Path) -> list[tuple[str, Path]]:
-    """Name and folder of the cells that are whole in a sweep or an experiment that left no record of its own."""
+def whole_cells(folder: Path) -> list[Path]:
+    """The cells' folders that are whole in the folder of a sweep or an experiment."""
     found = sorted(folder.glob("*/cell.json")) or sorted(folder.glob("cells/*/cell.json"))
-    return [(path.parent.name, path.parent) for path in found]
-
-
-def compare_whole(
-    folder: Path, baseline: str | None = None, out_dir: Path | None = None, command: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """Compare the whole cells of a sweep or an experiment that broke off. Arguments as of `write_comparison`."""
-    cells = whole_cells(folder)
-    named = [] if (folder / "cells").is_dir() else sorted(folder.glob("*/error.json"))
-    entries = [{"name": path.parent.name} | read_json(path, {"error": str}) for path in named]
-    left = {key: [entry for entry in entries if bool(entry.get("not_defined")) is wanted]
-            for key, wanted in (("failed", False), ("not_defined", True))}  # fmt: skip
-    word = "1 cell is" if len(cells) == 1 else f"{len(cells)} cells are"
-    notice = f"{folder} did not come to its end; {word} whole and compared here."
-    return compare(cells, out_dir or folder, baseline, commands=[command], notices=[notice], **left)
+    return [path.parent for path in found]
 
 
 def compare(

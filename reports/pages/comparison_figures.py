@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,8 @@ from kvarena.reports.comparing.kv_maps import kv_maps_figure, kv_maps_markup, re
 from kvarena.reports.comparing.repeats import Contender, contenders
 from kvarena.reports.comparing.verdicts import DECIDED, THROUGHPUT
 from kvarena.reports.drawing.format import rate, scaled_seconds, seconds
+from kvarena.reports.drawing.panels import grid_of_panels, name_rows, patches_above
 from kvarena.reports.drawing.style import (
-    CLASS_LOOKS,
     INK,
     LINEAR,
     LOG,
@@ -37,14 +35,13 @@ from kvarena.reports.drawing.style import (
     export,
     grid,
     hatch_kwargs,
-    legend_above,
     log_scale,
     new_figure,
     row_names,
     save_png,
 )
 from kvarena.reports.pages.curves import curve_figure
-from kvarena.reports.pages.run_figures import draw_memory, latency_figure, split_figure
+from kvarena.reports.pages.run_figures import draw_memory, latency_figure, seen_classes, split_figure
 from kvarena.reports.pages.verdict_sections import metric_name
 
 MAX_CURVES = len(SERIES)
@@ -128,9 +125,7 @@ def overview_figure(cells: list[Contender], sheet: Sheet = WIDE) -> Figure:
         axes.set_xticks([])
         axes.spines[["bottom"]].set_visible(False)
     _draw_ttft(row[2], cells)
-    row[0].set_yticks(positions, names)
-    row[0].tick_params(axis="y", labelcolor=INK)
-    row[0].set_ylim(len(cells) - 0.4, -0.6)
+    name_rows(row[0], names)
     for axes in row:
         axes.tick_params(length=0)
     return figure
@@ -168,37 +163,19 @@ def log_axis(axes: Axes, low: float, high: float) -> None:
 
 def memory_panels(cells: list[Contender], sheet: Sheet = WIDE) -> Figure:
     """KV memory over time of each cell's first run, on one time axis: a shorter picture is a faster run."""
-    num_columns = 1 if len(cells) == 1 or sheet.is_narrow else 2 if len(cells) <= 4 else 3
-    num_rows = math.ceil(len(cells) / num_columns)
-    titles = [
-        fill(f"{cell.label}: {seconds(cell.runs[0].summary['duration_seconds'])}", sheet.line_characters // num_columns)
-        for cell in cells
-    ]
-    lines = max(title.count("\n") for title in titles)
-    figure = new_figure(0.7 + (1.85 + 0.16 * lines) * num_rows, sheet)
-    grid_axes = np.atleast_1d(figure.subplots(num_rows, num_columns, sharex=True, squeeze=False)).ravel()
+    titles = [f"{cell.label}: {seconds(cell.runs[0].summary['duration_seconds'])}" for cell in cells]
+    figure, panels, num_columns = grid_of_panels(titles, 1.85, sheet, sharex=True)
     spans = [step_spans(cell.run.steps) for cell in cells]
     end = max((float(span.end[-1]) for span in spans if len(span.end)), default=1.0)
-    for index, (axes, cell, span) in enumerate(zip(grid_axes, cells, spans, strict=False)):
+    for index, (axes, cell, span) in enumerate(zip(panels, cells, spans, strict=True)):
         last = float(span.end[-1]) if len(span.end) else 0.0
         bins = make_bins(span, max(8, round(NUM_PANEL_BINS * last / end)), end=last)
         draw_memory(axes, cell.run, span, bins, share=True)
         axes.set_xlim(0, end)
         if not cell.run.num_steps:
             axes.annotate("not recorded", (0.5, 0.5), xycoords="axes fraction", ha="center", color=MUTED)
-        axes.set_title(titles[index], fontsize=8.5)
         axes.set_ylabel("% of the pool" if index % num_columns == 0 else "")
-        if index + num_columns >= len(cells):
-            axes.set_xlabel("time (s)")
-            axes.tick_params(labelbottom=True)
-    for axes in grid_axes[len(cells) :]:
-        axes.set_visible(False)
-    by_label: dict[str, Any] = {}
-    for axes in grid_axes[: len(cells)]:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            by_label.setdefault(label, handle)
-    order = [look.label for look in CLASS_LOOKS.values() if look.label in by_label]
-    legend_above(figure, [by_label[label] for label in order], order, sheet)
+    patches_above(figure, seen_classes([cell.run for cell in cells]), sheet)
     return figure
 
 
@@ -242,9 +219,8 @@ def ratio_figure(cells: list[Contender], rows: dict[str, dict[str, Any]], sheet:
         axes.set_xlim(min(bounds) / room, max(bounds) * room)
         axes.set_title(metric_name(metric))
         grid(axes, "x")
-    row[0].set_yticks(range(len(cells)), names)
-    row[0].tick_params(axis="y", labelcolor=INK)
-    row[0].set_ylim(len(cells) - 0.5, -0.8)
+    name_rows(row[0], names)
+    row[0].set_ylim(top=-0.8)
     return figure
 
 

@@ -13,11 +13,11 @@ from kvarena.reports.comparing.cells import Cell, is_seed
 from kvarena.reports.comparing.repeats import spread
 from kvarena.reports.drawing.document import Picture, Section, Table
 from kvarena.reports.drawing.format import DASH, rate, scaled_seconds, seconds
+from kvarena.reports.drawing.panels import MARKERS, banded_line
 from kvarena.reports.drawing.style import MUTED, SERIES, WIDE, Sheet, grid, legend_above, new_figure, thousands, whole
 
 MIN_POINTS = 3
 KNEE_FACTOR = 2.0
-MARKERS = "osD^vPX"
 KNEE: dict[str, Any] = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "color": MUTED}
 LATENCY = "normalized_latency_seconds_per_token"
 
@@ -134,12 +134,9 @@ def curve_figure(lines: list[dict[str, Any]], axis: str, sheet: Sheet = WIDE) ->
 def _draw_curve(axes: Any, line: dict[str, Any], key: str, factor: float, index: int) -> None:
     look, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
     points = [point for point in line["points"] if point[key] is not None]
-    x, y = [point["x"] for point in points], [point[key] * factor for point in points]
-    axes.plot(x, y, marker=marker, markersize=4, color=look.color, linestyle=look.dash, label=line["name"])
-    banded = [point for point in points if point[f"{key}_min"] is not None]
-    if banded:
-        low, high = ([point[f"{key}_{side}"] * factor for point in banded] for side in ("min", "max"))
-        axes.fill_between([point["x"] for point in banded], low, high, color=look.color, alpha=0.18, linewidth=0)
+    x, y, low, high = ([point[name] for point in points] for name in ("x", key, f"{key}_min", f"{key}_max"))
+    y, low, high = (factor * np.array(values, dtype=float) for values in (y, low, high))
+    banded_line(axes, x, y, (low, high), marker=marker, color=look.color, linestyle=look.dash, label=line["name"])
     for point in points:
         if point["x"] == line["knee"]:
             axes.plot(point["x"], point[key] * factor, **KNEE)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.text import Annotation
 
 from kvarena.engine.classes import CLASSES
 from kvarena.reports.analysis.memory import Bins, Spans, binned_mean, binned_rate, make_bins
 from kvarena.reports.drawing.format import scaled_seconds, seconds
+from kvarena.reports.drawing.panels import name_rows, patches_above, requests_over_time, stacked_areas, stacked_bar
 from kvarena.reports.drawing.paper import FIGURE_2
 from kvarena.reports.drawing.style import (
     BLUE,
@@ -21,12 +24,10 @@ from kvarena.reports.drawing.style import (
     LOG,
     MUTED,
     ORANGE,
-    RED,
     WIDE,
     Look,
     Sheet,
     grid,
-    hatch_kwargs,
     legend_above,
     log_scale,
     new_figure,
@@ -39,11 +40,6 @@ NUM_BINS = 420
 NUM_RATE_BINS = 120
 
 
-def staircase(values: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of a step curve that is `values[i]` from edge i to edge i + 1."""
-    return np.repeat(edges, 2)[1:-1], np.repeat(values, 2)
-
-
 def memory_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
     """KV memory over time by ledger class; below it what finished requests hold (if any do), and the queue."""
     held = bool(run.steps["held"].any())
@@ -51,8 +47,7 @@ def memory_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
     rows = figure.subplots(2 + held, 1, sharex=True, height_ratios=[4.2, *([1] * (1 + held))])
     bins = make_bins(spans, NUM_BINS)
     draw_memory(rows[0], run, spans, bins)
-    handles, labels = rows[0].get_legend_handles_labels()
-    legend_above(figure, handles, labels, sheet)
+    patches_above(figure, seen_classes([run]), sheet)
     if held:
         share = 100 * run.steps["held"] / np.maximum(run.steps["total"], 1)
         _slim_panel(rows[1], "% held by\nfinished", binned_mean(share, spans, bins), bins)
@@ -64,11 +59,16 @@ def memory_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
     return figure
 
 
+def seen_classes(runs: Sequence[RunFiles]) -> list[Look]:
+    """The looks of the ledger's classes that any of the runs had something in."""
+    return [look for name, look in CLASS_LOOKS.items() if any(run.steps[name].any() for run in runs)]
+
+
 def _slim_panel(axes: Axes, label: str, values: np.ndarray, bins: Bins) -> None:
-    x, y = staircase(np.nan_to_num(values), bins.edges)
-    axes.fill_between(x, 0, y, facecolor=MUTED, linewidth=0)
+    known = np.nan_to_num(values)
+    axes.stairs(known, bins.edges, fill=True, facecolor=MUTED)
     axes.set_ylabel(label)
-    axes.set_ylim(0, max(1.0, y.max(initial=0) * 1.1))
+    axes.set_ylim(0, max(1.0, known.max(initial=0) * 1.1))
     whole(axes, most=3)
     grid(axes)
 
@@ -77,14 +77,7 @@ def draw_memory(axes: Axes, run: RunFiles, spans: Spans, bins: Bins, share: bool
     """The stacked area of the ledger: in slots with percents at the right, or in percents of the pool alone."""
     total = float(run.steps["total"].max()) if run.num_steps else 1.0
     scale = 100 / total if share else 1.0
-    base = np.zeros(2 * (len(bins.edges) - 1))
-    for name in CLASSES:
-        look = CLASS_LOOKS[name]
-        if run.num_steps and not run.steps[name].any():
-            continue
-        x, y = staircase(binned_mean(run.steps[name] * scale, spans, bins), bins.edges)
-        axes.fill_between(x, base, base + y, label=look.label, **hatch_kwargs(look))
-        base = base + y
+    stacked_areas(axes, bins.edges, {name: binned_mean(run.steps[name] * scale, spans, bins) for name in CLASSES})
     axes.set_ylim(0, total * scale)
     axes.set_xlim(bins.edges[0], bins.edges[-1])
     axes.tick_params(length=0)
@@ -124,49 +117,25 @@ def split_figure(rows: list[tuple[str, dict[str, float] | None]], sheet: Sheet =
     figure = new_figure(0.75 + 0.36 * (len(bars) + 1.2 * paper) + extra, sheet)
     axes = figure.subplots()
     for position, (_, split) in zip(positions, bars, strict=True):
-        draw_split(axes, position, split, least_labelled=sheet.share(4))
+        if split is None:
+            axes.text(0.6, position, "no such step in this run", va="center", color=MUTED, fontsize=8.5)
+            continue
+        parts = ((CLASS_LOOKS[name], 100 * split.get(name, 0.0)) for name in CLASSES)
+        left = stacked_bar(axes, position, parts, least_labelled=sheet.share(4))
+        if left < 99.5:  # the source does not say what it is
+            axes.barh(position, 100 - left, 0.7, left=left, facecolor="none", edgecolor=MUTED, linewidth=0.7)
     if paper:
         axes.annotate("PagedAttention, Figure 2", (0, len(rows) - 0.02), xytext=(-6, 0), textcoords="offset points",
                       ha="right", va="center", color=MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
         axes.axhline(len(rows) - 0.02, color=GRID, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
-    axes.set_yticks(positions, names)
-    axes.tick_params(axis="y", labelcolor=INK)
-    axes.set_ylim(max(positions) + 0.55, -0.55)
+    name_rows(axes, names, positions)
     axes.set_xlim(0, 100)
     axes.set_xlabel("mean share of the KV pool (%)")
     axes.spines["left"].set_visible(False)
     axes.tick_params(length=0)
     seen = [name for name in CLASSES if any(split and split.get(name, 0) > 0 for _, split in bars)]
-    handles = [_patch(CLASS_LOOKS[name]) for name in seen]
-    legend_above(figure, handles, [str(handle.get_label()) for handle in handles], sheet)
+    patches_above(figure, [CLASS_LOOKS[name] for name in seen], sheet)
     return figure
-
-
-def _patch(look: Look) -> Patch:
-    return Patch(label=look.label, **hatch_kwargs(look))
-
-
-def draw_split(axes: Axes, position: float, split: dict[str, float] | None, least_labelled: float = 4) -> None:
-    """One horizontal bar. What `split` leaves of 1 is drawn as an outline: the source does not say what it is.
-
-    A share of fewer percents than `least_labelled` has no room for its number.
-    """
-    if split is None:
-        axes.text(0.6, position, "no such step in this run", va="center", color=MUTED, fontsize=8.5)
-        return
-    left = 0.0
-    for name in CLASSES:
-        share = 100 * split.get(name, 0.0)
-        look = CLASS_LOOKS[name]
-        if share > 0:
-            axes.barh(position, share, 0.72, left=left, **hatch_kwargs(look))
-        if share >= least_labelled:
-            axes.text(left + share / 2, position, f"{share:.1f}", ha="center", va="center", fontsize=8.5,
-                      color=look.text, bbox={"facecolor": look.color, "edgecolor": "none", "pad": 1.2,
-                                             "boxstyle": "round,pad=0.15"} if look.hatch else None)  # fmt: skip
-        left += share
-    if left < 99.5:
-        axes.barh(position, 100 - left, 0.72, left=left, facecolor="none", edgecolor=MUTED, linewidth=0.7)
 
 
 def load_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
@@ -175,22 +144,15 @@ def load_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
     figure = new_figure(4.6 + 0.8 * preempted, sheet)
     rows = figure.subplots(3 + preempted, 1, sharex=True, height_ratios=[1.6, 1, 1, 0.8][: 3 + preempted])
     bins = make_bins(spans, NUM_BINS)
-    for column, label, color, dash in (
-        ("num_scheduled", "in the step's batch", BLUE, "-"),
-        ("num_waiting", "waiting", RED, (0, (3, 1.2))),
-    ):
-        x, y = staircase(binned_mean(run.steps[column], spans, bins), bins.edges)
-        rows[0].plot(x, y, color=color, linestyle=dash, label=label, linewidth=1.3)
-    rows[0].set_ylabel("requests")
-    rows[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+    means = {name: binned_mean(run.steps[name], spans, bins) for name in ("num_scheduled", "num_waiting")}
+    requests_over_time(
+        rows[0], bins.edges, {"in the step's batch": means["num_scheduled"], "waiting": means["num_waiting"]}
+    )
     coarse = make_bins(spans, NUM_RATE_BINS)
-    for axes, column, label, look in (
-        (rows[1], "num_decode_tokens", "decode\ntokens/s", Look("", BLUE)),
-        (rows[2], "num_prefill_tokens", "prefill\ntokens/s", Look("", ORANGE)),
-    ):
-        x, y = staircase(binned_rate(run.steps[column], spans, coarse), coarse.edges)
-        axes.fill_between(x, 0, y, **hatch_kwargs(look))
-        axes.set_ylabel(label)
+    for axes, kind, color in ((rows[1], "decode", BLUE), (rows[2], "prefill", ORANGE)):
+        rates = binned_rate(run.steps[f"num_{kind}_tokens"], spans, coarse)
+        axes.stairs(rates, coarse.edges, fill=True, facecolor=color)
+        axes.set_ylabel(f"{kind}\ntokens/s")
     if preempted:
         counts = binned_rate(run.steps["num_preempted"], spans, bins) * np.diff(bins.edges)
         rows[3].plot(bins.edges, np.concatenate([[0.0], np.cumsum(counts)]), color=INK, linewidth=1.3)
@@ -201,6 +163,33 @@ def load_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
         grid(axes)
     rows[-1].set_xlim(bins.edges[0], bins.edges[-1])
     rows[-1].set_xlabel("time since the start of the run (s)")
+    figure.align_ylabels()
+    return figure
+
+
+def gauges_figure(gauges: dict[str, np.ndarray], sheet: Sheet = WIDE) -> Figure:
+    """How full a server's pool was, by ledger class where it tells; below it the requests that ran and waited."""
+    figure = new_figure(4.2, sheet)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1.2])
+    # A reading holds until the next one.
+    time, between = gauges["time"], {name: values[:-1] for name, values in gauges.items()}
+    total = np.sum([gauges[name] for name in CLASSES], axis=0)
+    if np.isfinite(total).all() and (total > 0).all():
+        shares = {name: 100 * between[name] / total[:-1] for name in CLASSES}
+        stacked_areas(top, time, shares)
+        patches_above(figure, [CLASS_LOOKS[name] for name in CLASSES if shares[name].any()], sheet)
+        top.set_ylabel("share of the KV pool (%)")
+    else:
+        top.set_ylabel("KV pool in use (%)")
+        top.stairs(100 * between["kv_usage"], time, baseline=None, color=BLUE)
+        grid(top)
+    top.set_ylim(0, 100)
+    requests_over_time(bottom, time, {"running": between["num_running"], "waiting": between["num_waiting"]})
+    bottom.set_ylim(bottom=0)
+    whole(bottom)
+    grid(bottom)
+    bottom.set_xlabel("time since the start of the run (s)")
+    bottom.set_xlim(time[0], max(time[-1], time[0] + 1e-3))
     figure.align_ylabels()
     return figure
 
@@ -231,15 +220,15 @@ def draw_cdf(axes: Axes, metric: str, curves: list[tuple[str, np.ndarray]], look
     """One panel: on a logarithmic axis when the values spread over more than a factor 30."""
     curves = [(name, np.sort(values[~np.isnan(values)])) for name, values in curves]
     known = [values for _, values in curves if len(values)]
-    low = min((_quantile(values, 1) for values in known), default=0.0)
-    high = max((_quantile(values, 99) for values in known), default=1.0)
+    low = min((_quantiles(values, 1.0) for values in known), default=0.0)
+    high = max((_quantiles(values, 99.0) for values in known), default=1.0)
     least, most = min((v[0] for v in known), default=0.0), max((v[-1] for v in known), default=0.0)
-    factor, unit = scaled_seconds(high)
+    factor, unit = scaled_seconds(float(high))
     if least > 0 and most / low > 30:
         log_scale(axes, "x", low, most)
     for (name, values), look in zip(curves, looks, strict=True):
         shares = np.linspace(0, 100, min(400, len(values) + 1)) if len(values) else np.empty(0)
-        points = [_quantile(values, share) * factor for share in shares]
+        points = _quantiles(values, shares) * factor if len(values) else shares
         axes.plot(points, shares, color=look.color, linestyle=look.dash, label=name, linewidth=1.5)
         if len(curves) == 1 and len(values):
             _mark_percentiles(axes, values, factor, look)
@@ -256,17 +245,14 @@ def draw_cdf(axes: Axes, metric: str, curves: list[tuple[str, np.ndarray]], look
     grid(axes, "both")
 
 
-def _quantile(ordered: np.ndarray, percent: float) -> float:
-    """Percentile of sorted values, linear between order statistics; np.percentile would look for the order again."""
-    place = percent / 100 * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return float(ordered[below] + (place - below) * (ordered[above] - ordered[below]))
+def _quantiles(ordered: np.ndarray, percents: np.ndarray | float) -> Any:
+    """Percentiles of sorted values, linear between order statistics; np.percentile would look for the order again."""
+    return np.interp(np.asarray(percents) / 100 * (len(ordered) - 1), np.arange(len(ordered)), ordered)
 
 
 def _mark_percentiles(axes: Axes, values: np.ndarray, factor: float, look: Look) -> None:
     for share, marker in ((50, "o"), (99, "D")):
-        value = _quantile(values, share)
+        value = float(_quantiles(values, share))
         axes.plot(value * factor, share, marker, color=look.color, markersize=4.5)
         label = axes.annotate(f"p{share} {seconds(value)}", (value * factor, share), xytext=(-6, 0),
                               textcoords="offset points", ha="right", va="center", fontsize=8, color=INK)  # fmt: skip

@@ -15,7 +15,7 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 from pyarrow import csv
 
-from kvarena.reports.analysis.gauges import gauges_figure, read_gauges
+from kvarena.reports.analysis.gauges import read_gauges
 from kvarena.reports.analysis.latency import DEFINITIONS, TokenGaps, request_latencies, token_gaps
 from kvarena.reports.analysis.memory import Spans, step_spans
 from kvarena.reports.analysis.windows import WINDOWS
@@ -23,10 +23,15 @@ from kvarena.reports.drawing.document import render_html, render_markdown
 from kvarena.reports.drawing.kv_map import kv_map_figure, kv_map_markup, read_kv_map
 from kvarena.reports.drawing.style import SERIES, Sheet, drawing, export, save_png
 from kvarena.reports.drawing.timeline import timeline_figure
-from kvarena.reports.pages.run_figures import latency_figure, load_figure, memory_figure, split_figure
+from kvarena.reports.pages.run_figures import (
+    gauges_figure,
+    latency_figure,
+    load_figure,
+    memory_figure,
+    split_figure,
+)
 from kvarena.reports.pages.run_sections import run_document
 from kvarena.reports.pages.summary import summarize
-from kvarena.reports.pages.unrecorded import unrecorded_document
 from kvarena.reports.reading.files import REQUEST_COLUMNS, RunFiles, read_json, read_run
 from kvarena.reports.reading.writing import replacing, write_text
 
@@ -48,11 +53,11 @@ def write_run_report(run_dir: Path) -> dict[str, Any]:
     spans = step_spans(run.steps)
     gaps = token_gaps(run)
     summary = _write_summary(run, gaps)
-    if run.is_unrecorded:
-        document = unrecorded_document(summary, run.manifest["config"])
-    else:
-        document = run_document(summary, run.manifest["config"], draw_run(run, spans, summary, gaps))
+    svg = {}
+    if not run.is_unrecorded:
+        svg = draw_run(run, spans, summary, gaps)
         write_requests_csv(run)
+    document = run_document(summary, run.manifest["config"], svg)
     write_text(run.path / "report.md", render_markdown(document))
     write_text(run.path / "report.html", render_html(document))
     return summary

@@ -16,7 +16,9 @@ from kvarena.reports.drawing.document import Document, Picture, Section, Table, 
 from kvarena.reports.drawing.format import DASH, count, percent, rate, seconds, size_bytes
 from kvarena.reports.drawing.paper import FIGURE_2_SOURCE
 from kvarena.reports.drawing.style import CLASS_LOOKS
+from kvarena.reports.reading.files import UNRECORDED
 
+ENDS = ("finished", "rejected", "aborted", "failed")
 LEDGER_MEANING = {
     "token_states": "slots that hold the KV of computed tokens",
     "reservation": "owned and empty, filled later in the request's residency (from admission on)",
@@ -30,13 +32,14 @@ LEDGER_MEANING = {
 
 
 def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> Document:
-    """The report as a document.
+    """The report as a document; of a run that recorded nothing its throughput, for that is all there is.
 
     Args:
         summary: what `summarize` returned.
         config: the resolved configuration.
         svg: name -> inline SVG of every figure.
     """
+    recorded = summary["recorded"] != UNRECORDED
     return Document(
         kicker=f"kvarena · report of a {'simulated ' if summary['simulation'] else ''}run",
         title=run_title(summary),
@@ -44,7 +47,7 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
         notices=summary["notices"],
         facts=facts(summary),
         commands=commands(summary["command"]),
-        tiles=tiles(summary),
+        tiles=tiles(summary)[: None if recorded else 1],
         sections=[
             memory_section(summary, svg),
             *([gauges_section(summary, svg)] if summary["gauges"] else []),
@@ -53,11 +56,12 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
             steady_section(summary),
             load_section(summary, svg),
             requests_section(summary, svg),
-        ],
-        definitions=definitions(),
+        ] if recorded else unrecorded_sections(summary),
+        definitions=definitions() if recorded else [],
         config=json.dumps(config, indent=2, ensure_ascii=False),
-        footer=footer(summary),
-    )
+        footer=f"Made by kvarena from manifest.json{', requests.parquet and steps.parquet' * recorded} of the run of "
+        f"{summary['created'] or 'unknown date'}, commit {commit(summary)}.",
+    )  # fmt: skip
 
 
 def run_title(summary: dict[str, Any]) -> str:
@@ -115,14 +119,6 @@ def commit(summary: dict[str, Any]) -> str:
     if not git.get("commit"):
         return "not a git checkout"
     return str(git["commit"])[:12] + (" with local changes" if git.get("dirty") else "")
-
-
-def footer(summary: dict[str, Any]) -> str:
-    """Where the numbers come from."""
-    return (
-        f"Made by kvarena from manifest.json, requests.parquet and steps.parquet of the run of "
-        f"{summary['created'] or 'unknown date'}, commit {commit(summary)}."
-    )
 
 
 def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -245,9 +241,7 @@ def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     step, plan = summary["step_seconds"], summary["scheduling_seconds"]
     finished = count(summary["num_finished"])
     rows = [
-        ["duration", seconds(summary["duration_seconds"]), "first scheduled arrival to last finish"],
-        ["output tokens/s", rate(summary["output_tokens_per_second"]),
-         f"{count(summary['num_finished_output_tokens'])} output tokens of finished requests / duration"],
+        *_output_rows(summary),
         ["total tokens/s", rate(summary["total_tokens_per_second"]),
          "prompt and output tokens of finished requests / duration"],
         ["requests/s", rate(summary["requests_per_second"]), f"{finished} finished requests / duration"],
@@ -284,14 +278,32 @@ def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     return Section("Throughput and load", [], [picture], [table])
 
 
+def _output_rows(summary: dict[str, Any]) -> list[list[str]]:
+    return [
+        ["duration", seconds(summary["duration_seconds"]), "first scheduled arrival to last finish"],
+        ["output tokens/s", rate(summary["output_tokens_per_second"]),
+         f"{count(summary['num_finished_output_tokens'])} output tokens of finished requests / duration"],
+    ]  # fmt: skip
+
+
+def unrecorded_sections(summary: dict[str, Any]) -> list[Section]:
+    """Of a run that recorded nothing: it measures what recording costs the others."""
+    rows = [
+        *_output_rows(summary)[::-1],
+        ["processor time", seconds(summary["processor_seconds"]), "of all threads, while requests ran"],
+        ["steps", count(summary["num_steps"]), ""],
+        *([f"requests {end}", count(summary[f"num_{end}"]), ""] for end in ENDS),
+    ]
+    sections = [Section("Throughput", tables=[Table(["", "value", "how"], rows, text_columns=frozenset({2}))])]
+    if summary["peak_gpu_bytes"]:
+        sections.append(Section("Device memory", tables=[device_memory_table(summary)]))
+    return sections
+
+
 def requests_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     """How requests ended, and why some were refused."""
     workload = summary["workload"] or {}
-    ended = ", ".join(
-        f"{count(summary[f'num_{key}'])} {key}"
-        for key in ("finished", "rejected", "aborted", "failed")
-        if summary[f"num_{key}"]
-    )
+    ended = ", ".join(f"{count(summary[f'num_{end}'])} {end}" for end in ENDS if summary[f"num_{end}"])
     text = [
         f"{count(summary['num_requests'])} requests: {ended or 'none ended'}; "
         f"{count(summary['num_prompt_tokens'])} prompt tokens, {count(summary['num_output_tokens'])} output tokens."

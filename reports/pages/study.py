@@ -7,20 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table as TerminalTable
-
 from kvarena.reports.comparing.cells import page_of
+from kvarena.reports.comparing.differences import machine_name
 from kvarena.reports.drawing.document import Document, Picture, Section, commands, render_html, render_markdown
 from kvarena.reports.drawing.format import DASH
 from kvarena.reports.drawing.study_charts import draw_charts
-from kvarena.reports.pages.study_claims import claims_sections, kind_of, ratio_of, tally, terminal_table, verdict_line
+from kvarena.reports.pages.study_claims import claims_sections, kind_of, ratio_of, tally, verdict_line
 from kvarena.reports.reading.files import read_json
 from kvarena.reports.reading.names import STUDY_FILE
 from kvarena.reports.reading.shapes import STUDY
 from kvarena.reports.reading.writing import write_csv, write_text
 
 MANY_CELLS = 30
-SIMULATED = "Simulated: "
 NOT_KNOWN = "not known (docs/simulator.md, Fidelity)"
 CLAIM_COLUMNS = (
     "quantity", "kind", "unit", "stated", "stated_least", "stated_most", "ours", "low", "high", "beside", "beside_low",
@@ -39,11 +37,11 @@ def write_study_report(study_dir: Path) -> dict[str, Any]:
     """
     study = read_study(study_dir)
     claims = [claim | {"kind": kind_of(claim), "ratio": ratio_of(claim)} for claim in study["claims"]]
-    conditions = study.get("conditions") or {}
+    conditions, heads = study.get("conditions") or {}, _heads(study)
     summary = {
-        "title": _title(study),
+        "title": heads["title"],
         "experiment": study.get("experiment"),
-        "headline": _headline(study),
+        "headline": heads["headline"],
         "notices": _notices(study),
         **tally(claims),
         "claims": claims,
@@ -90,8 +88,7 @@ def study_document(
         sections.append(Section("The cells", text=["Each cell has a report of its own."], links=list(pages)))
     return Document(
         kicker="kvarena · report of an experiment",
-        title=_title(study),
-        headline=_headline(study),
+        **_heads(study),
         notices=_notices(study),
         verdict=verdict_line(claims),
         facts=_facts(study),
@@ -101,19 +98,11 @@ def study_document(
     )
 
 
-def study_table(summary: dict[str, Any]) -> TerminalTable:
-    """The claims for the terminal."""
-    return terminal_table(summary)
-
-
-def _title(study: dict[str, Any]) -> str:
-    simulated = (study.get("conditions") or {}).get("simulated")
-    return f"{study['title']} (simulated)" if simulated else str(study["title"])
-
-
-def _headline(study: dict[str, Any]) -> str:
-    simulated = (study.get("conditions") or {}).get("simulated")
-    return f"{SIMULATED}{study['headline']}" if simulated else str(study["headline"])
+def _heads(study: dict[str, Any]) -> dict[str, str]:
+    """Title and headline, which say where its cells were simulated."""
+    if (study.get("conditions") or {}).get("simulated"):
+        return {"title": f"{study['title']} (simulated)", "headline": f"Simulated: {study['headline']}"}
+    return {name: study[name] for name in ("title", "headline")}
 
 
 def _notices(study: dict[str, Any]) -> list[str]:
@@ -140,7 +129,7 @@ def _facts(study: dict[str, Any]) -> list[tuple[str, str]]:
     for profile in conditions.get("profiles") or []:
         sources.setdefault(profile.get("source") or DASH, []).append(profile["name"])
     facts += [("simulated under the profile", f"{', '.join(of)}: {source}") for source, of in sources.items()]
-    facts.append(("simulator ran on" if simulated else "machine", _machine(study["machine"])))
+    facts.append(("simulator ran on" if simulated else "machine", machine_name(study["machine"])))
     if study.get("versions"):
         facts.append(("versions", ", ".join(f"{name} {number}" for name, number in study["versions"].items())))
     facts.append(("commit", f"{git.get('commit') or DASH}{' with local changes' if git.get('dirty') else ''}"))
@@ -157,8 +146,3 @@ def _pages(study: dict[str, Any], study_dir: Path) -> list[tuple[str, str]]:
 def _cells(names: list[str]) -> str:
     """The cells' folders by name; of very many the number (study.json has the names)."""
     return ", ".join(names) or DASH if len(names) <= MANY_CELLS else f"{len(names)}, listed in study.json"
-
-
-def _machine(machine: dict[str, Any]) -> str:
-    gpu = machine.get("gpu")
-    return f"{gpu['count']} x {gpu['name']}" if gpu else f"{machine.get('cores')} cores of {machine.get('cpu')}"

@@ -128,7 +128,7 @@ def claims_table(claims: Sequence[Claim], beside: str = "") -> Table:
     return Table(header, rows, text_columns=frozenset({1, last - 2, last - 1, last}))
 
 
-def terminal_table(summary: Mapping[str, Any]) -> TerminalTable:
+def study_table(summary: Mapping[str, Any]) -> TerminalTable:
     """The claims for the terminal; published numbers first, checks last."""
     line = verdict_line(summary["claims"])
     caption = "\n".join([summary["headline"], *summary["notices"], *([line[0]] if line else [])])

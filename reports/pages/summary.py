@@ -17,11 +17,18 @@ from kvarena.reports.analysis.steady import steady_window, summarize_steady
 from kvarena.reports.analysis.windows import kv_use_text, window_masks
 from kvarena.reports.comparing.notices import run_notices
 from kvarena.reports.drawing.format import count, rate, seconds
-from kvarena.reports.pages.unrecorded import summarize_unrecorded
-from kvarena.reports.reading.files import RunFiles
+from kvarena.reports.reading.files import UNRECORDED, RunFiles
 
 SCHEMA_VERSION = 1
 NUM_REJECTION_KINDS = 8
+FACTS = ("name", "created", "strategy", "git", "machine", "versions", "model", "pool", "workload", "arrival", "command",
+         "simulation", "target", "cache", "round", "contention")  # fmt: skip
+# What the manifest says of any run.
+KNOWN = (
+    "schema_version", "kind", *FACTS, "wall_time_seconds", "warmup_seconds", "processor_seconds", "peak_rss_bytes",
+    "peak_gpu_bytes", "memory", "recorded", "recording", "kv_pool_slots", "kv_pool_bytes", "lateness_bound_seconds",
+    "interrupted",
+)  # fmt: skip
 
 
 def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
@@ -33,32 +40,15 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
 
     KV memory is averaged over three windows of steps (analysis/windows.py), weighted by step time (analysis/memory.py).
 
-    A run that recorded nothing has every key, and null where nothing is known (reports/pages/unrecorded.py).
+    A run that recorded nothing (`driver.record=none`) has every key, and null where nothing is known: its totals are
+    in its manifest.
 
     Duration: from the first scheduled arrival to the last finish. Throughput counts requests that finished by
     themselves (`stop`, `length`) and their tokens; recomputed tokens are not counted again.
     """
     spans = step_spans(run.steps)
     summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "kind": "run"}
-    for key in (
-        "name",
-        "created",
-        "strategy",
-        "git",
-        "machine",
-        "versions",
-        "model",
-        "pool",
-        "workload",
-        "arrival",
-        "command",
-        "simulation",
-        "target",
-        "cache",
-        "round",
-        "contention",
-    ):
-        summary[key] = run.manifest.get(key)
+    summary |= {key: run.manifest.get(key) for key in FACTS}
     summary["interrupted"] = run.manifest["run"].get("interrupted")
     summary |= _requests(run)
     summary |= _throughput(run, spans, summary)
@@ -78,10 +68,32 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
     summary |= _memory(run, spans)
     summary["gauges"] = summarize_gauges(read_gauges(run))
     if run.is_unrecorded:
-        return summarize_unrecorded(run, summary)
+        summary = _of_totals(summary, run.manifest["run"])
     summary["notices"] = run_notices(summary)
     summary["headline"] = headline_prefix(summary["simulation"]) + headline(summary)
     return summary
+
+
+def _of_totals(empty: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a run that recorded nothing.
+
+    Args:
+        empty: of its manifest, without requests and steps.
+        info: section `run` of the manifest.
+    """
+    totals, bound = dict(info["totals"]), info.get("lateness_bound")
+    known = {key: empty[key] for key in KNOWN} | _rates(totals, totals.pop("duration")) | totals
+    return {key: blank(value) for key, value in empty.items()} | known | {
+        "num_steps": info["num_steps"],
+        "valid": bound is None or info["max_lateness"] <= bound,
+        "lateness_seconds": blank(empty["lateness_seconds"]) | {"max": info["max_lateness"]},
+        "rejections": [],
+    }  # fmt: skip
+
+
+def blank(value: Any) -> Any:
+    """The same shape with null for every number."""
+    return {key: blank(inner) for key, inner in value.items()} if isinstance(value, dict) else None
 
 
 def _requests(run: RunFiles) -> dict[str, Any]:
@@ -128,20 +140,12 @@ def _throughput(run: RunFiles, spans: Spans, counts: dict[str, Any]) -> dict[str
     info = run.manifest["run"]
     memory = run.manifest.get("memory") or {}
     busy = float(spans.weight.sum())
-    output, prompt = counts["num_finished_output_tokens"], counts["num_finished_prompt_tokens"]
-
-    def per_second(number: float) -> float | None:
-        return number / duration if duration > 0 else None
-
     return {
-        "duration_seconds": duration,
+        **_rates(counts, duration),
         "wall_time_seconds": info.get("wall_time"),
         "warmup_seconds": info.get("warmup_time"),
         "busy_seconds": busy,
         "busy_share": min(1.0, busy / duration) if duration > 0 else None,
-        "output_tokens_per_second": per_second(output),
-        "total_tokens_per_second": per_second(output + prompt),
-        "requests_per_second": per_second(counts["num_finished"]),
         "processor_seconds": info.get("processor_seconds"),
         "recorded": info.get("recorded"),
         "recording": info.get("recording"),
@@ -149,6 +153,13 @@ def _throughput(run: RunFiles, spans: Spans, counts: dict[str, Any]) -> dict[str
         "peak_gpu_bytes": memory.get("peak_gpu_bytes"),
         "memory": memory or None,
     }
+
+
+def _rates(counts: dict[str, Any], duration: float) -> dict[str, float | None]:
+    output, prompt = counts["num_finished_output_tokens"], counts["num_finished_prompt_tokens"]
+    numbers = {"output_tokens": output, "total_tokens": output + prompt, "requests": counts["num_finished"]}
+    rates = {f"{name}_per_second": number / duration if duration > 0 else None for name, number in numbers.items()}
+    return {"duration_seconds": duration} | rates
 
 
 def _load(run: RunFiles, spans: Spans) -> dict[str, Any]:
@@ -215,11 +226,13 @@ def headline(summary: dict[str, Any]) -> str:
     name, done, asked = summary["name"], summary["num_finished"], summary["num_requests"]
     if not asked:
         return f"{name} was given no request."
-    if not done:
+    if not done and summary["recorded"] != UNRECORDED:
         lost = _lost(summary)
         return f"{name} finished none of {count(asked)} requests{': ' + lost if lost else ''}."
     parts = [f"{name} served {count(done)} of {count(asked)} requests at "
              f"{rate(summary['output_tokens_per_second'])} output tokens/s"]  # fmt: skip
+    if summary["recorded"] == UNRECORDED:
+        return f"{parts[0]}; nothing else was recorded."
     if lost := _lost(summary):
         parts.append(lost)
     if used := kv_use_text(summary):

@@ -11,7 +11,7 @@ import warm
 
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.folders.sources import code_hash
-from kvarena.experiments.sweeps.ray_cells import RayOptions, _check_node, _gather, _Sweep, run_cells
+from kvarena.experiments.sweeps.ray_cells import _check_node, _gather, _Sweep, run_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 # The last block size is refused.
@@ -113,7 +113,8 @@ def test_a_node_must_see_the_folder_and_have_the_same_code(tmp_path):
 def test_what_ray_cannot_do_is_one_line(options, message, tmp_path):
     config = SimpleNamespace(hydra=SimpleNamespace(sweep=SimpleNamespace(dir=str(tmp_path))))
     with pytest.raises(ConfigError, match=message):
-        run_cells(RayOptions(*options), config, None, None, [["a=1"]], 0)
+        address, num_cpus, num_gpus = options
+        run_cells(address, {"num_cpus": num_cpus, "num_gpus": num_gpus}, (config, None, None), [["a=1"]], 0)
     assert not list(tmp_path.iterdir())
 
 

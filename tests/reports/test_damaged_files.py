@@ -20,7 +20,8 @@ from kvarena.reports.drawing.study_charts import chart_figure
 from kvarena.reports.pages.comparison import summarize_comparison
 from kvarena.reports.pages.comparison_sections import comparison_document
 from kvarena.reports.pages.run_sections import run_document
-from kvarena.reports.pages.study import read_study, study_table, write_study_report
+from kvarena.reports.pages.study import read_study, write_study_report
+from kvarena.reports.pages.study_claims import study_table
 from kvarena.reports.pages.summary import summarize
 from kvarena.reports.pages.terminal import comparison_table, run_table
 from kvarena.reports.reading.columns import names_of
