@@ -73,11 +73,10 @@ class Bins(NamedTuple):
     busy: np.ndarray
 
 
-def make_bins(spans: Spans, num_bins: int, start: float = 0.0, end: float | None = None) -> Bins:
-    """Equal bins from `start` to `end` (by default the end of the last step)."""
-    last = float(spans.end[-1]) if len(spans.end) else start
-    stop = max(last if end is None else end, start + 1e-9)
-    edges = np.linspace(start, stop, num_bins + 1)
+def make_bins(spans: Spans, num_bins: int, end: float | None = None) -> Bins:
+    """Equal bins from 0 to `end` (by default the end of the last step)."""
+    last = float(spans.end[-1]) if len(spans.end) else 0.0
+    edges = np.linspace(0.0, max(last if end is None else end, 1e-9), num_bins + 1)
     return Bins(edges, _integral(np.ones(len(spans.start)), spans, edges))
 
 

@@ -51,13 +51,6 @@ def kept_limits(run: RunFiles, limits: dict[str, float]) -> dict[str, np.ndarray
     return kept
 
 
-def good_requests(run: RunFiles, limits: dict[str, float]) -> np.ndarray:
-    """Bool per request: it finished by itself with a token, and kept every limit."""
-    return np.logical_and.reduce(
-        [run.finished & (run.requests["num_output_tokens"] > 0), *kept_limits(run, limits).values()]
-    )
-
-
 def is_met(kept: dict[str, np.ndarray], target: float, rule: str) -> bool | None:
     """Whether an objective is met; None where there is no request.
 
@@ -146,7 +139,7 @@ def slo_section(summary: dict[str, Any]) -> Section:
             rows.append([label, f"{count(part['num_good'])} of {count(part['num_requests'])}",
                          percent(part["attainment"]), interval(ends, percent), rate(part["good_requests_per_second"]),
                          *(percent(part["shares_within"][key]) for key in slo["limits"]),
-                         DASH if part["met"] is None else "met" if part["met"] else "missed"])  # fmt: skip
+                         met_text(part["met"])])  # fmt: skip
     limits = [f"within {limits_text({key: limit})}" for key, limit in slo["limits"].items()]
     header = ["", "good requests", "attainment", "95 % interval", "goodput (requests/s)", *limits, "objective"]
     table = Table(header, rows, text_columns=frozenset({len(header) - 1}))
@@ -157,6 +150,11 @@ def slo_section(summary: dict[str, Any]) -> Section:
         "Intervals: Wilson's, over requests."
     )
     return Section("Service-level objective", [], [], [table], [note])
+
+
+def met_text(met: bool | None) -> str:
+    """Whether an objective is met, in a table."""
+    return DASH if met is None else "met" if met else "missed"
 
 
 def _rule_text(rule: str) -> str:

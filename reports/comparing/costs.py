@@ -5,13 +5,14 @@ allocator). Shown when the runs differ in how kernels address KV (`runner.layout
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from kvarena.reports.analysis.latency import DEFINITIONS
 from kvarena.reports.comparing.judge import Judgement, throughput_ratio
 from kvarena.reports.comparing.repeats import Contender
 from kvarena.reports.comparing.verdicts import DECIDED, ONE_RUN, ONE_SEED, THROUGHPUT
-from kvarena.reports.drawing.document import Section, Table
+from kvarena.reports.drawing.document import Column, Section, Table, at
 from kvarena.reports.drawing.format import count, interval, ratio
 
 FAR_LOW, FAR_HIGH = 0.01, 100  # ends of an interval, as ratios, beyond which the digits say nothing
@@ -139,22 +140,17 @@ def end_text(end: float) -> str:
 
 def cost_section(entries: Sequence[dict[str, Any]]) -> Section:
     """Both causes as one table."""
-    header = ["", "of", "against", "the same in both"]
+    columns: list[Column] = [
+        ("", lambda entry: f"What {entry['factor']} costs: {FACTORS[entry['factor']][0]}"),
+        ("of", at(str, "cell")), ("against", at(str, "against")), ("the same in both", at(str, "same")),
+    ]  # fmt: skip
     for metric in METRICS:
-        header += [NAMES[metric], "95 % interval", "verdict"]
-    rows = [
-        [
-            f"What {entry['factor']} costs: {FACTORS[entry['factor']][0]}",
-            *(entry[key] for key in ("cell", "against", "same")),
-            *(text for metric in METRICS for text in _texts(entry["verdicts"][metric])),
-            count(entry["num_repeats"]),
+        columns += [
+            (NAMES[metric], at(ratio, "verdicts", metric, "ratio")),
+            ("95 % interval", at(partial(interval, text=end_text), "verdicts", metric, "interval")),
+            ("verdict", at(str, "verdicts", metric, "verdict")),
         ]
-        for entry in entries
-    ]
+    columns.append(("repeats", at(count, "num_repeats")))
+    words = ("of", "against", "the same in both", "95 % interval", "verdict")
     notes = ["Ratios and verdicts as in “Against the baseline”; with one run each there is no interval."]
-    table = Table([*header, "repeats"], rows, text_columns=frozenset({1, 2, 3, 5, 6, 8, 9, 11, 12}))
-    return Section("Capacity and kernel", [], [], [table], notes)
-
-
-def _texts(verdict: dict[str, Any]) -> tuple[str, str, str]:
-    return ratio(verdict["ratio"]), interval(verdict["interval"], end_text), verdict["verdict"]
+    return Section("Capacity and kernel", tables=[Table.of(entries, columns, words)], notes=notes)

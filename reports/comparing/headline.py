@@ -5,20 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvarena.reports.analysis.windows import kv_use_text
+from kvarena.reports.comparing import verdicts
 from kvarena.reports.comparing.judge import Judgement
 from kvarena.reports.comparing.repeats import Contender
-from kvarena.reports.comparing.verdicts import (
-    HIGHER,
-    LEVEL,
-    MACHINE_CHANGED,
-    ONE_ORDER,
-    ONE_RUN,
-    ONE_SEED,
-    SAME,
-    THROUGHPUT,
-    Verdict,
-    machine_explains,
-)
 from kvarena.reports.drawing.format import interval, rate, ratio
 
 SMALLEST_P = 1e-4  # below, a p-value says more about the normal distribution than about the machine
@@ -32,23 +21,22 @@ def headline(contenders: Sequence[Contender], judgement: Judgement) -> str:
     if verdict is None or second is None:
         return f"{_speed(best)}; there is no cell to compare it with."
     where = _conditions(best, contenders)
-    if verdict.verdict == HIGHER:
-        text = (
-            f"{best.label} is the fastest of {len(judgement.scope)} cells{where} with {rate(best.summary[THROUGHPUT])} "
-        )
-        text += f"output tokens/s, {ratio(verdict.ratio)} times {second.label} ({sureness(verdict, judgement)})"
+    if verdict.verdict == verdicts.HIGHER:
+        speed = f"{rate(best.summary[verdicts.THROUGHPUT])} output tokens/s"
+        text = f"{best.label} is the fastest of {len(judgement.scope)} cells{where} with {speed}, "
+        text += f"{ratio(verdict.ratio)} times {second.label} ({sureness(verdict, judgement)})"
         return f"{text}{_over_baseline(best, second, judgement)}{_memory(best)}."
     pair = f"{_speed(best)} and {_speed(second)}"
-    if verdict.verdict == SAME:
+    if verdict.verdict == verdicts.SAME:
         of = f", of {len(judgement.scope)} cells{where}" if len(judgement.scope) > 2 else where
         how = f"ratio {ratio(verdict.ratio)}, {sureness(verdict, judgement)}"
         return f"No difference shown between {pair}{of} ({how})."
-    if verdict.verdict == MACHINE_CHANGED:
+    if verdict.verdict == verdicts.MACHINE_CHANGED:
         return (
             f"Not decided: the machine changed. Its probe ran {ratio(verdict.machine_ratio)} times as fast beside "
             f"{best.label} as beside {second.label}, and output tokens/s were {ratio(verdict.ratio)} times as many."
         )
-    if verdict.verdict == ONE_ORDER:
+    if verdict.verdict == verdicts.ONE_ORDER:
         return (
             f"Not decided: {best.label} and {second.label} always ran in the same order, so that a drift of the "
             f"machine looks like their difference ({pair}); sweep.rounds changes the order."
@@ -56,17 +44,17 @@ def headline(contenders: Sequence[Contender], judgement: Judgement) -> str:
     return _undecided(verdict, judgement, where)
 
 
-def _undecided(verdict: Verdict, judgement: Judgement, where: str) -> str:
+def _undecided(verdict: verdicts.Verdict, judgement: Judgement, where: str) -> str:
     """Figures without a winner."""
-    ranked = sorted(judgement.scope, key=lambda one: -one.summary[THROUGHPUT])
+    ranked = sorted(judgement.scope, key=lambda one: -one.summary[verdicts.THROUGHPUT])
     if len(ranked) > 3:
         figures = f"{len(ranked)} cells{where} from {_speed(ranked[-1])} to {_speed(ranked[0])}"
     else:
         figures = ", ".join(map(_speed, ranked)) + (f" ({where.strip()})" if where else "")
-    reasons = {ONE_RUN: "One run each: no interval", ONE_SEED: "One seed: no interval"}
+    reasons = {verdicts.ONE_RUN: "One run each: no interval", verdicts.ONE_SEED: "One seed: no interval"}
     reason = reasons.get(verdict.verdict) or f"Not compared: {_why_no_pair(judgement.scope)}"
     changed = ""
-    if machine_explains(verdict):
+    if verdicts.machine_explains(verdict):
         changed = (
             f" The machine changed by more than the effect: its probe ran {ratio(verdict.machine_ratio)} times as fast "
             f"beside {ranked[0].label}."
@@ -80,10 +68,10 @@ def _why_no_pair(scope: Sequence[Contender]) -> str:
 
 
 def _speed(one: Contender) -> str:
-    return f"{one.label}: {rate(one.summary[THROUGHPUT])} output tokens/s"
+    return f"{one.label}: {rate(one.summary[verdicts.THROUGHPUT])} output tokens/s"
 
 
-def sureness(verdict: Verdict, judgement: Judgement) -> str:
+def sureness(verdict: verdicts.Verdict, judgement: Judgement) -> str:
     """95 % interval [1.30, 1.38] over 5 rounds; p = 0.0004, very sure."""
     parts = []
     if verdict.interval is not None:
@@ -97,9 +85,9 @@ def sureness(verdict: Verdict, judgement: Judgement) -> str:
 
 def sure(p_holm: float) -> str:
     """How sure, in words."""
-    if p_holm > LEVEL:
+    if p_holm > verdicts.LEVEL:
         return "not sure"
-    return "very sure" if p_holm <= LEVEL / 30 else "sure" if p_holm <= LEVEL / 3 else "fairly sure"
+    return "very sure" if p_holm <= verdicts.LEVEL / 30 else "sure" if p_holm <= verdicts.LEVEL / 3 else "fairly sure"
 
 
 def p_text(p: float | None) -> str:
@@ -126,8 +114,8 @@ def _over_baseline(best: Contender, second: Contender, judgement: Judgement) -> 
     base = best.baseline
     if base is None or base is best or base is second:
         return ""
-    verdict = judgement.of(best, base, THROUGHPUT)
-    return f", and {ratio(verdict.ratio)} times {base.label}" if verdict.verdict == HIGHER else ""
+    verdict = judgement.of(best, base, verdicts.THROUGHPUT)
+    return f", and {ratio(verdict.ratio)} times {base.label}" if verdict.verdict == verdicts.HIGHER else ""
 
 
 def _memory(best: Contender) -> str:

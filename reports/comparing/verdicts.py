@@ -22,7 +22,7 @@ from scipy import optimize, special, stats
 from kvarena.reports.analysis.intervals import StudentMean
 
 LEVEL = 0.03  # of a report that holds any false verdict: an exact 5 % would break "16 of 200" in one setting of fifty
-POWER = 0.9
+POWER = 0.9  # the share of reports that decide, where the difference is the smallest that they are to show
 THROUGHPUT = "output_tokens_per_second"
 FASTEST = "fastest"
 SMALLEST_SD = 1e-9  # of a log ratio: below it is the rounding of floats
@@ -110,19 +110,18 @@ class Verdict:
         return {name: getattr(self, name) for name in names}
 
 
-def decide(questions: Sequence[Question], level: float = LEVEL) -> list[Verdict]:
-    """Answer all questions of one report.
+def decide(questions: Sequence[Question]) -> list[Verdict]:
+    """Answer all questions of one report: of reports of equal cells, at most LEVEL hold a false verdict.
 
     Args:
         questions: every one that the report prints a verdict about.
-        level: of reports of equal cells, at most this share holds a false verdict.
     """
     answers = [_alone(question) for question in questions]
     open_ones = [(answer, answer.p) for answer in answers if answer.p is not None]
     adjusted = holm([p for _, p in open_ones], shares([answer.metric for answer, _ in open_ones]))
     for (answer, _), p_holm in zip(open_ones, adjusted, strict=True):
         answer.p_holm = p_holm
-        if answer.verdict == SAME and answer.ratio is not None and p_holm <= level:
+        if answer.verdict == SAME and answer.ratio is not None and p_holm <= LEVEL:
             answer.verdict = HIGHER if answer.ratio > 1 else LOWER
         if answer.verdict in DECIDED and machine_explains(answer):
             answer.verdict = MACHINE_CHANGED
@@ -247,22 +246,18 @@ def compare_cells(
     seeds: Sequence[Hashable] | None = None,
     probes: np.ndarray | None = None,
     positions: np.ndarray | None = None,
-    baseline: int = 0,
-    is_simulated: bool = False,
 ) -> list[Verdict]:
-    """All verdicts about cells under the same conditions: each against the baseline, and whether the best is fastest.
+    """All verdicts about cells under the same conditions: each against the first, and whether the best is fastest.
 
     Args:
         metrics: [cells, blocks] of each metric; NaN where a cell has none. THROUGHPUT is larger for the better.
         seeds: of each block; None: all of one seed.
         probes: [cells, blocks], the machine's speed beside each run; NaN where not measured.
         positions: [cells, blocks], when each run began, in any unit; NaN where unknown.
-        baseline: index of the cell that the others are compared with.
-        is_simulated: under a virtual clock.
 
     Returns:
-        One verdict for each metric of each cell but the baseline, with the key (cell, baseline); and for three cells
-        or more one of the metric FASTEST with the key (best cell, runner-up).
+        One verdict for each metric of each cell but the first, with the key (cell, 0); and for three cells or more one
+        of the metric FASTEST with the key (best cell, runner-up).
     """
 
     def ratios(values: np.ndarray, cell: int, other: int) -> Ratios:
@@ -272,15 +267,13 @@ def compare_cells(
                 seeds,
                 None if probes is None else probes[cell] / probes[other],
                 None if positions is None else positions[cell] - positions[other],
-                is_simulated,
             )
 
     num_cells = len(next(iter(metrics.values())))
     questions = [
-        Question((cell, baseline), metric, [ratios(values, cell, baseline)])
+        Question((cell, 0), metric, [ratios(values, cell, 0)])
         for metric, values in metrics.items()
-        for cell in range(num_cells)
-        if cell != baseline
+        for cell in range(1, num_cells)
     ]
     others: list[int] = []
     if num_cells > 2 and THROUGHPUT in metrics:
@@ -294,19 +287,18 @@ def compare_cells(
     return answers
 
 
-def smallest_effect(log_ratio_sd: float, repeats: int, share: float = 1.0, power: float = POWER) -> float:
-    """The smallest difference that so many repeats show with this power, as a ratio above 1.
+def smallest_effect(log_ratio_sd: float, repeats: int, share: float = 1.0) -> float:
+    """The smallest difference that so many repeats show in POWER of all reports, as a ratio above 1.
 
     Args:
         log_ratio_sd: standard deviation of a pair's log ratio from one repeat to the next.
         repeats: at least two.
         share: of the level that the question has (`shares`).
-        power: the share of reports that decide, when the difference is this large.
     """
     edge = float(special.stdtrit(repeats - 1, 1 - LEVEL * share / 2))
 
     def missing(noncentrality: float) -> float:
-        return float(stats.nct.sf(edge, repeats - 1, noncentrality)) - power
+        return float(stats.nct.sf(edge, repeats - 1, noncentrality)) - POWER
 
     needed = float(optimize.brentq(missing, 0.0, 20 * edge + 20))
     with np.errstate(over="ignore"):  # infinite where so much noise shows nothing

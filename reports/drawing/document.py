@@ -8,13 +8,16 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+
+from kvarena.reports.reading.writing import write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,34 @@ class Table:
     strong: frozenset[tuple[int, int]] = frozenset()
     text_columns: frozenset[int] = frozenset()
     links: Mapping[tuple[int, int], str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, entries: Sequence[Any], columns: Sequence[Column], words: Sequence[str] = (), **options: Any) -> Table:
+        """A table with a row for each entry.
+
+        Args:
+            entries: what the rows are about.
+            columns: each heading, and what its cell says of an entry.
+            words: headings of the columns that hold words.
+            options: other attributes.
+        """
+        rows = [[show(entry) for _, show in columns] for entry in entries]
+        texts = frozenset(index for index, (name, _) in enumerate(columns) if name in words)
+        return cls([name for name, _ in columns], rows, text_columns=texts, **options)
+
+
+Column = tuple[str, Callable[[Any], str]]
+
+
+def at(show: Callable[[Any], str], *keys: str) -> Callable[[Any], str]:
+    """What a table's column shows: a number of a nested entry; none where a key leads to nothing."""
+
+    def cell(entry: Any) -> str:
+        for key in keys:
+            entry = None if entry is None else entry[key]
+        return show(entry)
+
+    return cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +172,12 @@ def render_html(document: Document) -> str:
     style = Markup((Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8"))
     copy = Markup((Path(__file__).parent / "templates" / "copy.js").read_text(encoding="utf-8"))
     return template.render(doc=document, style=style, copy=copy, labelled=labelled)
+
+
+def write_pages(folder: Path, document: Document) -> None:
+    """Write report.md and report.html. Raises NotWritten."""
+    write_text(folder / "report.md", render_markdown(document))
+    write_text(folder / "report.html", render_html(document))
 
 
 def labelled(picture: Picture) -> Markup:

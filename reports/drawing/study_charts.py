@@ -13,28 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kvarena.reports.drawing import style
 from kvarena.reports.drawing.panels import MARKERS, banded_line, name_rows, patches_above, stacked_bar
-from kvarena.reports.drawing.style import (
-    CLASS_LOOKS,
-    INK,
-    LINEAR,
-    LOG,
-    SERIES,
-    WIDE,
-    Look,
-    Sheet,
-    drawing,
-    export,
-    grid,
-    hatch_kwargs,
-    legend_above,
-    log_scale,
-    mark_line,
-    new_figure,
-    row_names,
-    thousands,
-    whole,
-)
 from kvarena.reports.reading.errors import ReportError
 
 MANY_BARS = 16
@@ -54,11 +34,11 @@ def draw_charts(charts: list[dict[str, Any]], out_dir: Path) -> dict[str, str]:
     Raises:
         ReportError: a chart of unknown kind, or whose series do not fit together.
     """
-    with drawing():
-        return {chart["name"]: export(partial(chart_figure, chart), out_dir, chart["name"]) for chart in charts}
+    with style.drawing():
+        return {chart["name"]: style.export(partial(chart_figure, chart), out_dir, chart["name"]) for chart in charts}
 
 
-def chart_figure(chart: dict[str, Any], sheet: Sheet = WIDE) -> Figure:
+def chart_figure(chart: dict[str, Any], sheet: style.Sheet = style.WIDE) -> Figure:
     """One chart as a figure. Raises ReportError for an unknown kind, or series that do not fit together."""
     draw = KINDS.get(chart["kind"])
     if draw is None:
@@ -68,27 +48,27 @@ def chart_figure(chart: dict[str, Any], sheet: Sheet = WIDE) -> Figure:
         raise ReportError(f"study.json: chart {chart['name']!r} {wrong}; run the experiment again")
     horizontal = chart["kind"] == "stacked"
     names = [str(name) for name in chart["series"][0]["x"]]
-    figure = new_figure(0.9 + 0.36 * len(names) + row_names(names, sheet)[1] if horizontal else 3.6, sheet)
+    figure = style.new_figure(0.9 + 0.36 * len(names) + style.row_names(names, sheet)[1] if horizontal else 3.6, sheet)
     axes = figure.subplots()
     draw(axes, chart, sheet)
     axes.set_xlabel(fill(_axis_label(chart, "x"), sheet.line_characters))
     axes.set_ylabel(fill(_axis_label(chart, "y"), CHARACTERS_UP))
     if chart["log_x"]:
-        log_scale(axes, "x", *axes.dataLim.intervalx, counts=_are_counts(chart, "x"))
+        style.log_scale(axes, "x", *axes.dataLim.intervalx, counts=_are_counts(chart, "x"))
         _name_points(axes, chart)
     elif chart["kind"] == "lines" and _are_counts(chart, "x"):
-        whole(axes, "x", most=8)
+        style.whole(axes, "x", most=8)
     if chart["log_y"]:
-        log_scale(axes, "y", *axes.dataLim.intervaly, counts=_are_counts(chart, "y"))
+        style.log_scale(axes, "y", *axes.dataLim.intervaly, counts=_are_counts(chart, "y"))
     elif chart["kind"] in ("lines", "bars") and _are_counts(chart, "y"):
-        whole(axes)
+        style.whole(axes)
     if chart.get("y_mark") is not None:
-        mark_line(axes, chart["y_mark"], chart.get("y_mark_name") or f"{chart['y_mark']:,g}")
+        style.mark_line(axes, chart["y_mark"], chart.get("y_mark_name") or f"{chart['y_mark']:,g}")
     if chart.get("y_limit") is not None:
         axes.set_ylim(top=chart["y_limit"])
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        legend_above(figure, handles, labels, sheet)
+        style.legend_above(figure, handles, labels, sheet)
     return figure
 
 
@@ -97,7 +77,7 @@ def _axis_label(chart: dict[str, Any], axis: str) -> str:
     label = str(chart[f"{axis}_label"])
     if not (chart["log_x"] or chart["log_y"]) or (axis == "x" and chart["kind"] == "bars"):
         return label
-    return (label + (LOG if chart[f"log_{axis}"] else LINEAR)).removeprefix(", ")
+    return (label + (style.LOG if chart[f"log_{axis}"] else style.LINEAR)).removeprefix(", ")
 
 
 def _are_counts(chart: dict[str, Any], axis: str) -> bool:
@@ -141,10 +121,10 @@ def _name_points(axes: Axes, chart: dict[str, Any]) -> None:
         axes.set_xticks([], minor=True)
 
 
-def _look(index: int, name: str) -> Look:
+def _look(index: int, name: str) -> style.Look:
     """A series' look: a ledger class's own colour where it is one, or begins with one ("free while nobody waits")."""
-    known = next((look for look in CLASS_LOOKS.values() if f"{name} ".startswith(f"{look.label} ")), None)
-    return known or SERIES[index % len(SERIES)]
+    known = next((look for look in style.CLASS_LOOKS.values() if f"{name} ".startswith(f"{look.label} ")), None)
+    return known or style.SERIES[index % len(style.SERIES)]
 
 
 def _number(value: float) -> str:
@@ -153,7 +133,7 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
 
 
-def _lines(axes: Axes, chart: dict[str, Any], _: Sheet) -> None:
+def _lines(axes: Axes, chart: dict[str, Any], _: style.Sheet) -> None:
     for index, series in enumerate(chart["series"]):
         look = _look(index, series["name"])
         marker = MARKERS[index % len(MARKERS)] if len(series["y"]) <= MAX_MARKED else None
@@ -161,13 +141,13 @@ def _lines(axes: Axes, chart: dict[str, Any], _: Sheet) -> None:
             axes, series["x"], series["y"], (series["low"], series["high"]), color=look.color, linestyle=look.dash,
             marker=marker, label=series["name"],
         )  # fmt: skip
-    grid(axes)
+    style.grid(axes)
     if not chart["log_y"]:
         axes.set_ylim(bottom=0)
-        thousands(axes)
+        style.thousands(axes)
 
 
-def _bars(axes: Axes, chart: dict[str, Any], sheet: Sheet) -> None:
+def _bars(axes: Axes, chart: dict[str, Any], sheet: style.Sheet) -> None:
     groups = chart["series"][0]["x"]
     width = 0.8 / len(chart["series"])
     number = len(groups) * len(chart["series"])
@@ -181,7 +161,8 @@ def _bars(axes: Axes, chart: dict[str, Any], sheet: Sheet) -> None:
         errors = None
         if series["low"]:
             errors = np.abs(np.array([series["low"], series["high"]], dtype=float) - y)
-        axes.bar(x, y, width * 0.92, yerr=errors, label=series["name"], ecolor=INK, capsize=3, **hatch_kwargs(look))
+        fill_of = style.hatch_kwargs(look)
+        axes.bar(x, y, width * 0.92, yerr=errors, label=series["name"], ecolor=style.INK, capsize=3, **fill_of)
         ends = y if errors is None else np.where(y >= 0, y + errors[1], y - errors[0])
         for place, end, value in zip(x, ends, y, strict=True):
             if value == value:
@@ -190,11 +171,11 @@ def _bars(axes: Axes, chart: dict[str, Any], sheet: Sheet) -> None:
                               ha="center", va="bottom" if up else "top", fontsize=size,
                               rotation=90 if upright else 0)  # fmt: skip
     _name_groups(axes, [str(group) for group in groups], sheet)
-    grid(axes)
-    thousands(axes)
+    style.grid(axes)
+    style.thousands(axes)
 
 
-def _name_groups(axes: Axes, groups: list[str], sheet: Sheet) -> None:
+def _name_groups(axes: Axes, groups: list[str], sheet: style.Sheet) -> None:
     """Names below groups of bars: over several lines where they are long, slanting where one word is too long."""
     room = max(1, int(AXIS_CHARACTERS * sheet.line_characters) // len(groups))
     fits = all(len(word) <= room for group in groups for word in group.split())
@@ -205,20 +186,20 @@ def _name_groups(axes: Axes, groups: list[str], sheet: Sheet) -> None:
             label.set(horizontalalignment="right", rotation_mode="anchor")
 
 
-def _stacked(axes: Axes, chart: dict[str, Any], sheet: Sheet) -> None:
+def _stacked(axes: Axes, chart: dict[str, Any], sheet: style.Sheet) -> None:
     every = [series["name"] for series in chart["series"]]
     looks = [replace(_look(index, name), label=name) for index, name in enumerate(every)]
     names = [str(name) for name in chart["series"][0]["x"]]
     for position in range(len(names)):
         shares = (float(series["y"][position] or 0) for series in chart["series"])
         stacked_bar(axes, position, zip(looks, shares, strict=True), sheet.share(LEAST_LABELLED))
-    name_rows(axes, row_names(names, sheet)[0])
+    name_rows(axes, style.row_names(names, sheet)[0])
     axes.tick_params(length=0)
     if len(looks) > 1:
         patches_above(axes.figure, looks, sheet)  # type: ignore[arg-type]
 
 
-def _parity(axes: Axes, chart: dict[str, Any], _: Sheet) -> None:
+def _parity(axes: Axes, chart: dict[str, Any], _: style.Sheet) -> None:
     ends = [np.inf, 0.0]
     for index, series in enumerate(chart["series"]):
         look = _look(index, series["name"])
@@ -227,12 +208,12 @@ def _parity(axes: Axes, chart: dict[str, Any], _: Sheet) -> None:
             color=look.color, label=series["name"], markeredgewidth=0,
         )  # fmt: skip
         ends = [min(ends[0], *series["x"], *series["y"]), max(ends[1], *series["x"], *series["y"])]
-    axes.plot(ends, ends, color=INK, linewidth=0.8, zorder=0)
+    axes.plot(ends, ends, color=style.INK, linewidth=0.8, zorder=0)
     axes.annotate("equal", (ends[1], ends[1]), xytext=(-9, 0), textcoords="offset points", ha="right", va="center",
                   fontsize=8)  # fmt: skip
-    grid(axes)
+    style.grid(axes)
 
 
-KINDS: dict[str, Callable[[Axes, dict[str, Any], Sheet], None]] = {
+KINDS: dict[str, Callable[[Axes, dict[str, Any], style.Sheet], None]] = {
     "lines": _lines, "bars": _bars, "stacked": _stacked, "parity": _parity,
 }  # fmt: skip

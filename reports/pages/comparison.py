@@ -6,7 +6,6 @@ on the runs' files alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import permutations
@@ -27,7 +26,7 @@ from kvarena.reports.comparing.repeats import Contender, contenders, spread
 from kvarena.reports.comparing.same_work import compare_same_work, same_work_sentences
 from kvarena.reports.comparing.tokens import same_tokens
 from kvarena.reports.comparing.verdicts import LEVEL, THROUGHPUT
-from kvarena.reports.drawing.document import render_html, render_markdown
+from kvarena.reports.drawing.document import write_pages
 from kvarena.reports.drawing.format import rate
 from kvarena.reports.pages.comparison_figures import draw_comparison
 from kvarena.reports.pages.comparison_sections import comparison_document
@@ -37,7 +36,7 @@ from kvarena.reports.reading.errors import NothingRecorded, ReportError
 from kvarena.reports.reading.files import RunFiles, read_json, read_run
 from kvarena.reports.reading.names import MANIFEST_FILE, STUDY_FILE, SWEEP_FILE
 from kvarena.reports.reading.shapes import SWEEP
-from kvarena.reports.reading.writing import write_csv, write_text
+from kvarena.reports.reading.writing import write_csv, write_json
 
 SCHEMA_VERSION = 2  # 1 had a row per run in `cells`, and verdicts from single pairs of runs
 CELL_METRICS = (
@@ -171,11 +170,10 @@ def compare(
         raise ReportError(f"cannot make {out_dir} ({error.strerror}); choose another folder") from None
     pages = {cell.folder: page for cell in cells if (page := page_of(cell.run.path, out_dir)) is not None}
     document = comparison_document(summary, cells, draw_comparison(cells, summary, out_dir), pages)
-    write_text(out_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(out_dir / "summary.json", summary)
     write_cells(summary["cells"], out_dir / "comparison.csv")
     write_cells(summary["runs"], out_dir / "runs.csv")
-    write_text(out_dir / "report.md", render_markdown(document))
-    write_text(out_dir / "report.html", render_html(document))
+    write_pages(out_dir, document)
     return summary
 
 

@@ -12,39 +12,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kvarena.reports.analysis.latency import DEFINITIONS, token_gaps
+from kvarena.reports.analysis.latency import token_gaps
 from kvarena.reports.analysis.memory import make_bins, step_spans
 from kvarena.reports.comparing.cells import Cell
 from kvarena.reports.comparing.judge import LATENCIES, METRICS, ratios
 from kvarena.reports.comparing.kv_maps import kv_maps_figure, kv_maps_markup, read_kv_maps
 from kvarena.reports.comparing.repeats import Contender, contenders
 from kvarena.reports.comparing.verdicts import DECIDED, THROUGHPUT
+from kvarena.reports.drawing import style
 from kvarena.reports.drawing.format import rate, scaled_seconds, seconds
 from kvarena.reports.drawing.panels import grid_of_panels, name_rows, patches_above
-from kvarena.reports.drawing.style import (
-    INK,
-    LINEAR,
-    LOG,
-    MUTED,
-    PAPER,
-    SERIES,
-    WIDE,
-    Look,
-    Sheet,
-    drawing,
-    export,
-    grid,
-    hatch_kwargs,
-    log_scale,
-    new_figure,
-    row_names,
-    save_png,
-)
 from kvarena.reports.pages.curves import curve_figure
-from kvarena.reports.pages.run_figures import draw_memory, latency_figure, seen_classes, split_figure
+from kvarena.reports.pages.run_figures import DISTRIBUTIONS, draw_memory, latency_figure, seen_classes, split_figure
 from kvarena.reports.pages.verdict_sections import metric_name
 
-MAX_CURVES = len(SERIES)
+MAX_CURVES = len(style.SERIES)
 MAX_PANELS = 12
 NUM_PANEL_BINS = 160
 
@@ -52,13 +34,13 @@ NUM_PANEL_BINS = 160
 def draw_comparison(runs: list[Cell], summary: dict[str, Any], out_dir: Path) -> dict[str, str]:
     """Draw every figure into figures/*.png. Returns name -> inline SVG; a figure without data is left out."""
     cells = contenders(runs)
-    with drawing():
+    with style.drawing():
         split = [(cell.label, cell.summary["kv_share_mean"]) for cell in cells]
-        figures: dict[str, Callable[[Sheet], Figure]] = {
+        figures: dict[str, Callable[[style.Sheet], Figure]] = {
             "overview": partial(overview_figure, cells),
             "kv_split": partial(split_figure, split),
             "kv_memory": partial(memory_panels, cells[:MAX_PANELS]),
-            "latency": partial(latency_curves, curve_cells(cells), cells),
+            "latency": partial(latency_figure, *latency_curves(curve_cells(cells), cells)),
         }
         if summary["curves"]:
             figures["curves"] = partial(curve_figure, summary["curves"]["lines"], summary["curves"]["axis"])
@@ -66,15 +48,15 @@ def draw_comparison(runs: list[Cell], summary: dict[str, Any], out_dir: Path) ->
         if compared:
             rows = {cell["label"]: cell for cell in summary["cells"]}
             figures["paired"] = partial(ratio_figure, compared, rows)
-        markup = {name: export(draw, out_dir, name) for name, draw in figures.items()}
+        markup = {name: style.export(draw, out_dir, name) for name, draw in figures.items()}
         maps = read_kv_maps(cells[:MAX_PANELS])
         if maps:
-            save_png(kv_maps_figure(maps), out_dir / "figures" / "kv_maps.png")
+            style.save_png(kv_maps_figure(maps), out_dir / "figures" / "kv_maps.png")
             markup["kv_maps"] = kv_maps_markup(maps)
         return markup
 
 
-def looks_of(cells: list[Contender], every: list[Contender]) -> list[Look]:
+def looks_of(cells: list[Contender], every: list[Contender]) -> list[style.Look]:
     """A look per cell: its strategy's, or its own where all cells are of one strategy.
 
     Args:
@@ -83,9 +65,9 @@ def looks_of(cells: list[Contender], every: list[Contender]) -> list[Look]:
     """
     names = [cell.strategy for cell in every]
     if len(set(names)) == 1:
-        return [SERIES[every.index(cell) % len(SERIES)] for cell in cells]
+        return [style.SERIES[every.index(cell) % len(style.SERIES)] for cell in cells]
     order = list(dict.fromkeys(names))
-    return [SERIES[order.index(cell.strategy) % len(SERIES)] for cell in cells]
+    return [style.SERIES[order.index(cell.strategy) % len(style.SERIES)] for cell in cells]
 
 
 def curve_cells(cells: list[Contender]) -> list[Contender]:
@@ -96,11 +78,11 @@ def curve_cells(cells: list[Contender]) -> list[Contender]:
     return [cell for cell in cells if cell.conditions == fastest.conditions][:MAX_CURVES]
 
 
-def overview_figure(cells: list[Contender], sheet: Sheet = WIDE) -> Figure:
+def overview_figure(cells: list[Contender], sheet: style.Sheet = style.WIDE) -> Figure:
     """Throughput, mean batch and TTFT of every cell, side by side."""
-    names, extra = row_names([cell.label for cell in cells], sheet)
+    names, extra = style.row_names([cell.label for cell in cells], sheet)
     height = 0.85 + 0.34 * len(cells) + extra
-    figure = new_figure(3 * height if sheet.is_narrow else height, sheet)
+    figure = style.new_figure(3 * height if sheet.is_narrow else height, sheet)
     row = sheet.panels(figure, 3, sharey=True, width_ratios=[1.25, 1, 1.25])
     positions = np.arange(len(cells))
     for axes, key, title in (
@@ -111,12 +93,12 @@ def overview_figure(cells: list[Contender], sheet: Sheet = WIDE) -> Figure:
         values = [value or 0.0 for value in known]
         ends: list[float] = []
         for position, value, text, look in zip(positions, values, known, looks_of(cells, cells), strict=True):
-            axes.barh(position, value, 0.66, **hatch_kwargs(look))
+            axes.barh(position, value, 0.66, **style.hatch_kwargs(look))
             runs = [run.summary[key] for run in cells[position].runs if run.summary[key] is not None]
             largest = max([value, *runs])
             if len(runs) > 1:
-                axes.plot(runs, [position] * len(runs), "o", markersize=3.5, markerfacecolor=PAPER,
-                          markeredgecolor=INK, markeredgewidth=0.8, clip_on=False)  # fmt: skip
+                axes.plot(runs, [position] * len(runs), "o", markersize=3.5, markerfacecolor=style.PAPER,
+                          markeredgecolor=style.INK, markeredgewidth=0.8, clip_on=False)  # fmt: skip
             axes.annotate(rate(text), (largest, position), xytext=(6, 0), textcoords="offset points", va="center",
                           fontsize=8.5)  # fmt: skip
             ends.append(largest)
@@ -147,7 +129,7 @@ def _draw_ttft(axes: Axes, cells: list[Contender]) -> None:
     if known:
         log_axis(axes, min(known) * factor, max(known) * factor)
     axes.margins(x=0.08)
-    grid(axes, "x")
+    style.grid(axes, "x")
 
 
 def log_axis(axes: Axes, low: float, high: float) -> None:
@@ -157,11 +139,11 @@ def log_axis(axes: Axes, low: float, high: float) -> None:
     if is_linear:
         axes.xaxis.set_major_locator(MaxNLocator(5))
     else:
-        log_scale(axes, "x", low, high)
-    axes.set_xlabel((axes.get_xlabel() + (LINEAR if is_linear else LOG)).removeprefix(", "))
+        style.log_scale(axes, "x", low, high)
+    axes.set_xlabel((axes.get_xlabel() + (style.LINEAR if is_linear else style.LOG)).removeprefix(", "))
 
 
-def memory_panels(cells: list[Contender], sheet: Sheet = WIDE) -> Figure:
+def memory_panels(cells: list[Contender], sheet: style.Sheet = style.WIDE) -> Figure:
     """KV memory over time of each cell's first run, on one time axis: a shorter picture is a faster run."""
     titles = [f"{cell.label}: {seconds(cell.runs[0].summary['duration_seconds'])}" for cell in cells]
     figure, panels, num_columns = grid_of_panels(titles, 1.85, sheet, sharex=True)
@@ -173,26 +155,25 @@ def memory_panels(cells: list[Contender], sheet: Sheet = WIDE) -> Figure:
         draw_memory(axes, cell.run, span, bins, share=True)
         axes.set_xlim(0, end)
         if not cell.run.num_steps:
-            axes.annotate("not recorded", (0.5, 0.5), xycoords="axes fraction", ha="center", color=MUTED)
+            axes.annotate("not recorded", (0.5, 0.5), xycoords="axes fraction", ha="center", color=style.MUTED)
         axes.set_ylabel("% of the pool" if index % num_columns == 0 else "")
     patches_above(figure, seen_classes([cell.run for cell in cells]), sheet)
     return figure
 
 
-def latency_curves(cells: list[Contender], every: list[Contender], sheet: Sheet = WIDE) -> Figure:
-    """Cumulative latencies of `cells`, one panel a metric, in the looks that they have among `every`."""
-    names = [cell.label for cell in cells]
-    panels = []
-    for key in ("ttft_seconds", "tpot_seconds", "itl_seconds", "e2e_seconds"):
-        if key == "itl_seconds":
-            values = [np.concatenate([token_gaps(run.run).values for run in cell.runs]) for cell in cells]
-        else:
-            values = [cell.latencies(key) for cell in cells]
-        panels.append((DEFINITIONS[key][0], list(zip(names, values, strict=True))))
-    return latency_figure(panels, looks_of(cells, every), sheet)
+def latency_curves(
+    cells: list[Contender], every: list[Contender]
+) -> tuple[list[tuple[str, dict[str, np.ndarray]]], list[style.Look]]:
+    """The latencies of `cells` by name, and the looks that they have among `every`."""
+    series = []
+    for cell in cells:
+        gaps = [token_gaps(run.run).values for run in cell.runs]
+        found = {key: cell.latencies(key) for key in DISTRIBUTIONS if key != "itl_seconds"}
+        series.append((cell.label, found | {"itl_seconds": np.concatenate(gaps)}))
+    return series, looks_of(cells, every)
 
 
-def ratio_figure(cells: list[Contender], rows: dict[str, dict[str, Any]], sheet: Sheet = WIDE) -> Figure:
+def ratio_figure(cells: list[Contender], rows: dict[str, dict[str, Any]], sheet: style.Sheet = style.WIDE) -> Figure:
     """Ratios to the baseline's with the repeats and their interval.
 
     Args:
@@ -200,9 +181,9 @@ def ratio_figure(cells: list[Contender], rows: dict[str, dict[str, Any]], sheet:
         rows: of summary.json, by label.
         sheet: what it is drawn for.
     """
-    names, extra = row_names([cell.label for cell in cells], sheet)
+    names, extra = style.row_names([cell.label for cell in cells], sheet)
     height = 1.15 + 0.36 * len(cells) + extra
-    figure = new_figure(len(METRICS) * height if sheet.is_narrow else height, sheet)
+    figure = style.new_figure(len(METRICS) * height if sheet.is_narrow else height, sheet)
     row = sheet.panels(figure, len(METRICS), sharey=True)
     for axes, metric in zip(row, METRICS, strict=True):
         bounds = [1.0]
@@ -210,15 +191,15 @@ def ratio_figure(cells: list[Contender], rows: dict[str, dict[str, Any]], sheet:
             summary = rows[cell.label]
             entry = summary["paired"][metric] if metric in LATENCIES else summary[f"{metric}_verdict"]
             bounds += _draw_ratio(axes, cell, metric, entry, position)
-        axes.axvline(1.0, color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)), zorder=0)
+        axes.axvline(1.0, color=style.MUTED, linewidth=0.9, linestyle=(0, (3, 2)), zorder=0)
         axes.annotate("baseline", (1.0, 1), xycoords=("data", "axes fraction"), xytext=(0, -1), fontsize=7.5,
-                      textcoords="offset points", ha="center", va="top", color=MUTED)  # fmt: skip
+                      textcoords="offset points", ha="center", va="top", color=style.MUTED)  # fmt: skip
         axes.set_xlabel("more is faster" if metric == THROUGHPUT else "less is faster")
         log_axis(axes, min(bounds), max(bounds))
         room = (max(bounds) / min(bounds)) ** 0.08 * 1.005
         axes.set_xlim(min(bounds) / room, max(bounds) * room)
         axes.set_title(metric_name(metric))
-        grid(axes, "x")
+        style.grid(axes, "x")
     name_rows(row[0], names)
     row[0].set_ylim(top=-0.8)
     return figure
@@ -227,18 +208,23 @@ def ratio_figure(cells: list[Contender], rows: dict[str, dict[str, Any]], sheet:
 def _draw_ratio(axes: Axes, cell: Contender, metric: str, entry: dict[str, Any], position: int) -> list[float]:
     """One ratio, its interval and its repeats; returns the values drawn."""
     if entry["ratio"] is None or cell.baseline is None:
-        axes.text(1.0, position, "no pairs", color=MUTED, fontsize=8, va="center", ha="center")
+        axes.text(1.0, position, "no pairs", color=style.MUTED, fontsize=8, va="center", ha="center")
         return []
     repeats = [float(value) for value in ratios(cell, cell.baseline, metric).values if value > 0]
     drawn = [entry["ratio"], *repeats]
     if entry["interval"]:
         low, high = entry["interval"]
-        axes.plot([low, high], [position, position], color=INK, linewidth=1.4)
-        axes.plot(repeats, [position + 0.24] * len(repeats), ".", markersize=4, color=MUTED)
+        axes.plot([low, high], [position, position], color=style.INK, linewidth=1.4)
+        axes.plot(repeats, [position + 0.24] * len(repeats), ".", markersize=4, color=style.MUTED)
         reach = 3 * max(max(drawn) / min(drawn), 1.02)  # two repeats may leave an interval that hides all the rest
         drawn += [max(low, min(drawn) / reach), min(high, max(drawn) * reach)]
     is_shown = entry["verdict"] in DECIDED
     axes.plot(
-        entry["ratio"], position, "o", markersize=6, markeredgecolor=INK, markerfacecolor=INK if is_shown else PAPER
+        entry["ratio"],
+        position,
+        "o",
+        markersize=6,
+        markeredgecolor=style.INK,
+        markerfacecolor=style.INK if is_shown else style.PAPER,
     )
     return drawn

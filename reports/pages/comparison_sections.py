@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from kvarena.reports.analysis.latency import DEFINITIONS
-from kvarena.reports.analysis.slo import limits_text
+from kvarena.reports.analysis.slo import limits_text, met_text
 from kvarena.reports.analysis.windows import WINDOWS, kv_use
 from kvarena.reports.comparing.cells import STRATEGY, Cell
 from kvarena.reports.comparing.costs import cost_section
 from kvarena.reports.comparing.repeats import Contender, contenders
 from kvarena.reports.comparing.same_work import same_work_section
 from kvarena.reports.comparing.tokens import GOOD
-from kvarena.reports.comparing.verdicts import HIGHER, LEVEL
-from kvarena.reports.drawing.document import Document, Picture, Section, Table, commands
+from kvarena.reports.comparing.verdicts import HIGHER, LEVEL, THROUGHPUT
+from kvarena.reports.drawing.document import Column, Document, Picture, Section, Table, at, commands
 from kvarena.reports.drawing.format import DASH, count, percent, rate, ratio, seconds
 from kvarena.reports.drawing.paper import FIGURE_2_SOURCE
 from kvarena.reports.drawing.style import CLASS_LOOKS
 from kvarena.reports.pages.comparison_figures import MAX_PANELS, curve_cells
 from kvarena.reports.pages.curves import curve_section
 from kvarena.reports.pages.run_sections import LEDGER_MEANING, commit, definitions, facts
-from kvarena.reports.pages.verdict_sections import RULE, grouped, runs_section, verdict_section
+from kvarena.reports.pages.verdict_sections import RULE, done_text, grouped, runs_section, verdict_section
 from kvarena.reports.reading.names import KV_MAP_FILE
 
 SHARED_FACTS = ("Model", "KV pool", "Workload", "Arrivals", "Machine", "Software", "Commit")
@@ -83,8 +84,8 @@ def comparison_document(
 
 def title(summary: dict[str, Any], cells: list[Contender]) -> str:
     """What varies, over how many cells and runs, and whether they were simulated."""
-    varied = [key for key in summary["settings"] if len({repr(cell.settings.get(key)) for cell in cells}) > 1]
-    names = [key.rsplit(".", 1)[-1].replace("_", " ") for key in varied]
+    keys = varied(summary["settings"], [cell.settings for cell in cells])
+    names = [key.rsplit(".", 1)[-1].replace("_", " ") for key in keys]
     num_runs = len(summary["runs"])
     size = (
         f"{num_runs} runs" if num_runs == len(cells) else f"{len(cells)} cell{'s' * (len(cells) > 1)}, {num_runs} runs"
@@ -108,45 +109,35 @@ def shared_facts(cells: list[Contender]) -> list[tuple[str, str]]:
 def grid_section(summary: dict[str, Any], svg: dict[str, str], pages: Mapping[str, str]) -> Section:
     """One row per cell: its settings and the numbers that decide."""
     cells = summary["cells"]
-    every = summary["settings"]
-    varied = [key for key in every if len({repr(cell["settings"].get(key)) for cell in cells}) > 1]
-    settings = varied or every
-    columns: list[tuple[str, list[Any], Any]] = [
-        ("output tok/s", [cell["output_tokens_per_second"] for cell in cells], rate),
-        *_repeat_columns(cells),
-        ("ratio", [cell["output_tokens_per_second_ratio"] for cell in cells], ratio),
-        ("TTFT p50", [cell["ttft_seconds"]["p50"] for cell in cells], seconds),
-        ("TTFT p99", [cell["ttft_seconds"]["p99"] for cell in cells], seconds),
-        ("TPOT p50", [cell["tpot_seconds"]["p50"] for cell in cells], seconds),
-        ("E2E p50", [cell["e2e_seconds"]["p50"] for cell in cells], seconds),
-        ("batch", [cell["batch_size_mean"] for cell in cells], rate),
-        ("KV: token states", [kv_use(cell) for cell in cells], percent),
-        *([("KV: + cached", [kv_use(cell, "cached") for cell in cells], percent)]
+    settings = varied(summary["settings"], [cell["settings"] for cell in cells]) or summary["settings"]
+    names = [key if key in STRATEGY else key.rsplit(".", 1)[-1] for key in settings]
+    columns: list[Column] = [
+        *((name, partial(_setting, key)) for name, key in zip(names, settings, strict=True)),
+        ("output tok/s", at(rate, THROUGHPUT)),
+        *([("range", _range), ("runs", at(count, "num_repeats"))]
+          if any(cell["num_repeats"] > 1 for cell in cells) else []),
+        ("ratio", at(ratio, "output_tokens_per_second_ratio")),
+        ("TTFT p50", at(seconds, "ttft_seconds", "p50")),
+        ("TTFT p99", at(seconds, "ttft_seconds", "p99")),
+        ("TPOT p50", at(seconds, "tpot_seconds", "p50")),
+        ("E2E p50", at(seconds, "e2e_seconds", "p50")),
+        ("batch", at(rate, "batch_size_mean")),
+        ("KV: token states", lambda cell: percent(kv_use(cell))),
+        *([("KV: + cached", lambda cell: percent(kv_use(cell, "cached")))]
           if any(kv_use(cell, "cached") for cell in cells) else []),
-        ("preempted", [cell["num_preemptions"] for cell in cells], count),
+        ("preempted", at(count, "num_preemptions")),
+        *([("good requests", at(percent, "slo", "whole_run", "attainment")),
+           ("goodput req/s", at(rate, "slo", "whole_run", "good_requests_per_second")),
+           ("objective", at(met_text, "slo", "whole_run", "met"))] if any(cell["slo"] for cell in cells) else []),
+        ("finished", done_text),
     ]  # fmt: skip
-    if any(cell["slo"] for cell in cells):
-        columns += [
-            ("good requests", [_slo(cell, "attainment") for cell in cells], percent),
-            ("goodput req/s", [_slo(cell, "good_requests_per_second") for cell in cells], rate),
-            ("objective", [_slo(cell, "met") for cell in cells], _met),
-        ]
-    rows, strong = [], set()
-    fastest = summary["fastest"] or {}
-    for index, cell in enumerate(cells):
-        names = [_text(cell["settings"].get(key)) for key in settings]
-        done = f"{count(cell['num_finished'])} of {count(cell['num_requests'])}"
-        rows.append([*names, *(show(values[index]) for _, values, show in columns), done])
-        if fastest.get("cell") == cell["label"] and fastest["verdict"] == HIGHER:
-            strong.add((index, len(settings)))
-    header = [key if key in STRATEGY else key.rsplit(".", 1)[-1] for key in settings]
-    table = Table(
-        [*header, *(name for name, *_ in columns), "finished"],
-        rows,
-        strong=frozenset(strong),
+    lead = summary["fastest"] or {"verdict": None}
+    best = [row for row, cell in enumerate(cells) if lead["verdict"] == HIGHER and lead["cell"] == cell["label"]]
+    table = Table.of(
+        cells, columns, names[1:],
+        strong=frozenset((row, len(settings)) for row in best),
         links={(row, 0): pages[cell["folder"]] for row, cell in enumerate(cells) if cell["folder"] in pages},
-        text_columns=frozenset(range(1, len(settings))),
-    )
+    )  # fmt: skip
     picture = Picture(
         "overview",
         svg["overview"],
@@ -172,26 +163,19 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str], pages: Mapping[st
     return Section("The grid", [], [picture], [table], notes)
 
 
-def _met(value: float | None) -> str:
-    return DASH if value is None else "met" if value else "missed"
+def varied(keys: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings that are not the same in all."""
+    return [key for key in keys if len({repr(own.get(key)) for own in settings}) > 1]
 
 
-def _repeat_columns(cells: list[dict[str, Any]]) -> list[tuple[str, list[Any], Any]]:
-    """How often each cell ran, and its smallest and largest throughput; nothing where none was repeated."""
-    if all(cell["num_repeats"] == 1 for cell in cells):
-        return []
-    ranges = [cell["spread"]["output_tokens_per_second"] for cell in cells]
-    return [
-        ("range", [f"{rate(seen['min'])} – {rate(seen['max'])}" for seen in ranges], str),
-        ("runs", [cell["num_repeats"] for cell in cells], count),
-    ]
+def _range(cell: dict[str, Any]) -> str:
+    """The smallest and the largest throughput of its repeats."""
+    seen = cell["spread"][THROUGHPUT]
+    return f"{rate(seen['min'])} – {rate(seen['max'])}"
 
 
-def _slo(cell: dict[str, Any], key: str) -> float | None:
-    return cell["slo"]["whole_run"][key] if cell["slo"] else None
-
-
-def _text(value: Any) -> str:
+def _setting(key: str, cell: dict[str, Any]) -> str:
+    value = cell["settings"].get(key)
     return DASH if value is None else str(value)
 
 
@@ -278,5 +262,5 @@ def latency_section(summary: dict[str, Any], cells: list[Contender], svg: dict[s
 
 def failed_section(summary: dict[str, Any]) -> Section:
     """Cells that did not finish, and why."""
-    rows = [[str(cell.get("name", DASH)), str(cell.get("error", DASH))] for cell in summary["failed"]]
-    return Section("Failed cells", [], [], [Table(["cell", "error"], rows, text_columns=frozenset({1}))])
+    columns = [("cell", lambda cell: str(cell.get("name", DASH))), ("error", lambda cell: str(cell.get("error", DASH)))]
+    return Section("Failed cells", tables=[Table.of(summary["failed"], columns, ["error"])])

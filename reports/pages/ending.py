@@ -36,7 +36,7 @@ class Ending:
     """What is said last.
 
     Attributes:
-        place: `run_dir`, `sweep_dir`, `study_dir` or `comparison_dir`, and the folder.
+        place: `run_dir`, `sweep_dir` or `study_dir`, and the folder.
         report: report.html; None where there is none.
         summary: what summary.json holds; None where there is none.
         figures: numbers by their names.
@@ -143,22 +143,20 @@ def sweep_ending(
     folder: Path,
     summary: Mapping[str, Any] | None,
     left_out: Mapping[str, Sequence[Mapping[str, Any]]],
-    key: str = "sweep_dir",
     runs: Sequence[str] = (),
 ) -> Ending:
-    """Of a sweep, or of a comparison of any runs.
+    """Of a sweep.
 
     Args:
         folder: where the comparison is.
         summary: of the comparison; None where there was nothing to compare.
         left_out: name and error of the cells that `failed`, are `not_defined`, and were `unserved`.
-        key: how the folder is called in the JSON.
         runs: the cells' folders.
     """
     more = {"runs": list(runs)}
     figures: dict[str, Any] = {f"num_{name}_cells": len(cells) for name, cells in left_out.items()}
     if summary is None:
-        return Ending((key, folder), None, None, figures, "No cell to compare", left_out, more)
+        return Ending(("sweep_dir", folder), None, None, figures, "No cell to compare", left_out, more)
     cells = [cell for cell in summary["cells"] if cell["output_tokens_per_second"]]
     figures = {"num_cells": len(summary["cells"]), "num_runs": len(summary["runs"])} | figures
     figures["baseline"] = summary["baseline"]
@@ -184,7 +182,7 @@ def sweep_ending(
         "num_failed_requests": sum(run["num_failed"] for run in summary["runs"]),
         "num_notices": len(summary["notices"]),
     }
-    return Ending((key, folder), _page(folder), summary, figures, said, left_out, more)
+    return Ending(("sweep_dir", folder), _page(folder), summary, figures, said, left_out, more)
 
 
 def study_ending(study_dir: Path, summary: Mapping[str, Any]) -> Ending:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,39 +11,23 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 from kvarena.engine.classes import CLASSES
+from kvarena.reports.analysis.latency import DEFINITIONS
 from kvarena.reports.analysis.memory import Bins, Spans, binned_mean, binned_rate, make_bins
+from kvarena.reports.drawing import style
 from kvarena.reports.drawing.format import scaled_seconds, seconds
 from kvarena.reports.drawing.panels import name_rows, patches_above, requests_over_time, stacked_areas, stacked_bar
 from kvarena.reports.drawing.paper import FIGURE_2
-from kvarena.reports.drawing.style import (
-    BLUE,
-    CLASS_LOOKS,
-    GRID,
-    INK,
-    LINEAR,
-    LOG,
-    MUTED,
-    ORANGE,
-    WIDE,
-    Look,
-    Sheet,
-    grid,
-    legend_above,
-    log_scale,
-    new_figure,
-    row_names,
-    whole,
-)
 from kvarena.reports.reading.files import RunFiles
 
 NUM_BINS = 420
 NUM_RATE_BINS = 120
+DISTRIBUTIONS = ("ttft_seconds", "tpot_seconds", "itl_seconds", "e2e_seconds")
 
 
-def memory_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
+def memory_figure(run: RunFiles, spans: Spans, sheet: style.Sheet = style.WIDE) -> Figure:
     """KV memory over time by ledger class; below it what finished requests hold (if any do), and the queue."""
     held = bool(run.steps["held"].any())
-    figure = new_figure(4.3 + 0.8 * held, sheet)
+    figure = style.new_figure(4.3 + 0.8 * held, sheet)
     rows = figure.subplots(2 + held, 1, sharex=True, height_ratios=[4.2, *([1] * (1 + held))])
     bins = make_bins(spans, NUM_BINS)
     draw_memory(rows[0], run, spans, bins)
@@ -59,18 +43,18 @@ def memory_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
     return figure
 
 
-def seen_classes(runs: Sequence[RunFiles]) -> list[Look]:
+def seen_classes(runs: Sequence[RunFiles]) -> list[style.Look]:
     """The looks of the ledger's classes that any of the runs had something in."""
-    return [look for name, look in CLASS_LOOKS.items() if any(run.steps[name].any() for run in runs)]
+    return [look for name, look in style.CLASS_LOOKS.items() if any(run.steps[name].any() for run in runs)]
 
 
 def _slim_panel(axes: Axes, label: str, values: np.ndarray, bins: Bins) -> None:
     known = np.nan_to_num(values)
-    axes.stairs(known, bins.edges, fill=True, facecolor=MUTED)
+    axes.stairs(known, bins.edges, fill=True, facecolor=style.MUTED)
     axes.set_ylabel(label)
     axes.set_ylim(0, max(1.0, known.max(initial=0) * 1.1))
-    whole(axes, most=3)
-    grid(axes)
+    style.whole(axes, most=3)
+    style.grid(axes)
 
 
 def draw_memory(axes: Axes, run: RunFiles, spans: Spans, bins: Bins, share: bool = False) -> None:
@@ -85,7 +69,7 @@ def draw_memory(axes: Axes, run: RunFiles, spans: Spans, bins: Bins, share: bool
         axes.set_yticks([0, 50, 100])
         return
     axes.set_ylabel("KV slots (one token each)")
-    whole(axes)
+    style.whole(axes)
     to_percent, to_slots = 100 / total, total / 100
     right = axes.secondary_yaxis(
         "right", functions=(lambda y: np.asarray(y) * to_percent, lambda p: np.asarray(p) * to_slots)
@@ -96,52 +80,44 @@ def draw_memory(axes: Axes, run: RunFiles, spans: Spans, bins: Bins, share: bool
     right.spines["right"].set_visible(False)
 
 
-def split_figure(rows: list[tuple[str, dict[str, float] | None]], sheet: Sheet = WIDE, paper: bool = True) -> Figure:
-    """Mean split of KV memory as bars, and the paper's four bars below.
+def split_figure(rows: list[tuple[str, dict[str, float] | None]], sheet: style.Sheet = style.WIDE) -> Figure:
+    """Mean split of KV memory as bars, and the four bars of PagedAttention's Figure 2 below.
 
     Args:
         rows: (label, class -> share in [0, 1] or None when the window is empty).
         sheet: what it is drawn for.
-        paper: draw PagedAttention's Figure 2 below.
     """
-    bars: list[tuple[str, dict[str, float] | None]] = list(rows)
     reference = [(name, {key: value / 100 for key, value in split.items()}) for name, split in FIGURE_2.items()]
-    labels = [label for label, _ in bars]
-    positions = [float(index) for index in range(len(bars))]
-    if paper:
-        gap = len(bars) + 0.75
-        positions += [gap + index for index in range(len(reference))]
-        labels += [name for name, _ in reference]
-        bars += reference
-    names, extra = row_names(labels, sheet)
-    figure = new_figure(0.75 + 0.36 * (len(bars) + 1.2 * paper) + extra, sheet)
+    bars = [*rows, *reference]
+    positions = [index + 0.75 * (index >= len(rows)) for index in range(len(bars))]
+    names, extra = style.row_names([label for label, _ in bars], sheet)
+    figure = style.new_figure(0.75 + 0.36 * (len(bars) + 1.2) + extra, sheet)
     axes = figure.subplots()
     for position, (_, split) in zip(positions, bars, strict=True):
         if split is None:
-            axes.text(0.6, position, "no such step in this run", va="center", color=MUTED, fontsize=8.5)
+            axes.text(0.6, position, "no such step in this run", va="center", color=style.MUTED, fontsize=8.5)
             continue
-        parts = ((CLASS_LOOKS[name], 100 * split.get(name, 0.0)) for name in CLASSES)
+        parts = ((style.CLASS_LOOKS[name], 100 * split.get(name, 0.0)) for name in CLASSES)
         left = stacked_bar(axes, position, parts, least_labelled=sheet.share(4))
         if left < 99.5:  # the source does not say what it is
-            axes.barh(position, 100 - left, 0.7, left=left, facecolor="none", edgecolor=MUTED, linewidth=0.7)
-    if paper:
-        axes.annotate("PagedAttention, Figure 2", (0, len(rows) - 0.02), xytext=(-6, 0), textcoords="offset points",
-                      ha="right", va="center", color=MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
-        axes.axhline(len(rows) - 0.02, color=GRID, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+            axes.barh(position, 100 - left, 0.7, left=left, facecolor="none", edgecolor=style.MUTED, linewidth=0.7)
+    axes.annotate("PagedAttention, Figure 2", (0, len(rows) - 0.02), xytext=(-6, 0), textcoords="offset points",
+                  ha="right", va="center", color=style.MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
+    axes.axhline(len(rows) - 0.02, color=style.GRID, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
     name_rows(axes, names, positions)
     axes.set_xlim(0, 100)
     axes.set_xlabel("mean share of the KV pool (%)")
     axes.spines["left"].set_visible(False)
     axes.tick_params(length=0)
     seen = [name for name in CLASSES if any(split and split.get(name, 0) > 0 for _, split in bars)]
-    patches_above(figure, [CLASS_LOOKS[name] for name in seen], sheet)
+    patches_above(figure, [style.CLASS_LOOKS[name] for name in seen], sheet)
     return figure
 
 
-def load_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
+def load_figure(run: RunFiles, spans: Spans, sheet: style.Sheet = style.WIDE) -> Figure:
     """Batch size and queue, tokens computed per second, and preemptions over time."""
     preempted = bool(run.steps["num_preempted"].any())
-    figure = new_figure(4.6 + 0.8 * preempted, sheet)
+    figure = style.new_figure(4.6 + 0.8 * preempted, sheet)
     rows = figure.subplots(3 + preempted, 1, sharex=True, height_ratios=[1.6, 1, 1, 0.8][: 3 + preempted])
     bins = make_bins(spans, NUM_BINS)
     means = {name: binned_mean(run.steps[name], spans, bins) for name in ("num_scheduled", "num_waiting")}
@@ -149,27 +125,27 @@ def load_figure(run: RunFiles, spans: Spans, sheet: Sheet = WIDE) -> Figure:
         rows[0], bins.edges, {"in the step's batch": means["num_scheduled"], "waiting": means["num_waiting"]}
     )
     coarse = make_bins(spans, NUM_RATE_BINS)
-    for axes, kind, color in ((rows[1], "decode", BLUE), (rows[2], "prefill", ORANGE)):
+    for axes, kind, color in ((rows[1], "decode", style.BLUE), (rows[2], "prefill", style.ORANGE)):
         rates = binned_rate(run.steps[f"num_{kind}_tokens"], spans, coarse)
         axes.stairs(rates, coarse.edges, fill=True, facecolor=color)
         axes.set_ylabel(f"{kind}\ntokens/s")
     if preempted:
         counts = binned_rate(run.steps["num_preempted"], spans, bins) * np.diff(bins.edges)
-        rows[3].plot(bins.edges, np.concatenate([[0.0], np.cumsum(counts)]), color=INK, linewidth=1.3)
+        rows[3].plot(bins.edges, np.concatenate([[0.0], np.cumsum(counts)]), color=style.INK, linewidth=1.3)
         rows[3].set_ylabel("preemptions\nso far")
     for axes in rows:
         axes.set_ylim(bottom=0)
-        whole(axes, most=4)
-        grid(axes)
+        style.whole(axes, most=4)
+        style.grid(axes)
     rows[-1].set_xlim(bins.edges[0], bins.edges[-1])
     rows[-1].set_xlabel("time since the start of the run (s)")
     figure.align_ylabels()
     return figure
 
 
-def gauges_figure(gauges: dict[str, np.ndarray], sheet: Sheet = WIDE) -> Figure:
+def gauges_figure(gauges: dict[str, np.ndarray], sheet: style.Sheet = style.WIDE) -> Figure:
     """How full a server's pool was, by ledger class where it tells; below it the requests that ran and waited."""
-    figure = new_figure(4.2, sheet)
+    figure = style.new_figure(4.2, sheet)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1.2])
     # A reading holds until the next one.
     time, between = gauges["time"], {name: values[:-1] for name, values in gauges.items()}
@@ -177,17 +153,17 @@ def gauges_figure(gauges: dict[str, np.ndarray], sheet: Sheet = WIDE) -> Figure:
     if np.isfinite(total).all() and (total > 0).all():
         shares = {name: 100 * between[name] / total[:-1] for name in CLASSES}
         stacked_areas(top, time, shares)
-        patches_above(figure, [CLASS_LOOKS[name] for name in CLASSES if shares[name].any()], sheet)
+        patches_above(figure, [style.CLASS_LOOKS[name] for name in CLASSES if shares[name].any()], sheet)
         top.set_ylabel("share of the KV pool (%)")
     else:
         top.set_ylabel("KV pool in use (%)")
-        top.stairs(100 * between["kv_usage"], time, baseline=None, color=BLUE)
-        grid(top)
+        top.stairs(100 * between["kv_usage"], time, baseline=None, color=style.BLUE, linewidth=1.3)
+        style.grid(top)
     top.set_ylim(0, 100)
     requests_over_time(bottom, time, {"running": between["num_running"], "waiting": between["num_waiting"]})
     bottom.set_ylim(bottom=0)
-    whole(bottom)
-    grid(bottom)
+    style.whole(bottom)
+    style.grid(bottom)
     bottom.set_xlabel("time since the start of the run (s)")
     bottom.set_xlim(time[0], max(time[-1], time[0] + 1e-3))
     figure.align_ylabels()
@@ -195,28 +171,28 @@ def gauges_figure(gauges: dict[str, np.ndarray], sheet: Sheet = WIDE) -> Figure:
 
 
 def latency_figure(
-    panels: list[tuple[str, list[tuple[str, np.ndarray]]]], looks: list[Look], sheet: Sheet = WIDE
+    series: Sequence[tuple[str, Mapping[str, np.ndarray]]], looks: Sequence[style.Look], sheet: style.Sheet = style.WIDE
 ) -> Figure:
-    """Cumulative distributions, one panel a metric, one curve a series.
+    """Cumulative distributions, one panel a latency, one curve a series.
 
     Args:
-        panels: (name of the metric, [(series name, values in seconds)]).
+        series: each one's name, and its values in seconds by DISTRIBUTIONS.
         looks: a look per series.
         sheet: what it is drawn for.
     """
-    figure = new_figure(1.85 * len(panels) if sheet.is_narrow else 2.55, sheet)
-    row = sheet.panels(figure, len(panels), sharey=True)
-    for axes, (metric, curves) in zip(row, panels, strict=True):
-        draw_cdf(axes, metric, curves, looks)
+    figure = style.new_figure(1.85 * len(DISTRIBUTIONS) if sheet.is_narrow else 2.55, sheet)
+    row = sheet.panels(figure, len(DISTRIBUTIONS), sharey=True)
+    for axes, key in zip(row, DISTRIBUTIONS, strict=True):
+        draw_cdf(axes, DEFINITIONS[key][0], [(name, values[key]) for name, values in series], looks)
     for axes in row if sheet.is_narrow else row[:1]:
         axes.set_ylabel("share (%)" if sheet.is_narrow else "share of requests (%)")
     if len(looks) > 1:
         handles, labels = row[0].get_legend_handles_labels()
-        legend_above(figure, handles, labels, sheet)
+        style.legend_above(figure, handles, labels, sheet)
     return figure
 
 
-def draw_cdf(axes: Axes, metric: str, curves: list[tuple[str, np.ndarray]], looks: list[Look]) -> None:
+def draw_cdf(axes: Axes, metric: str, curves: list[tuple[str, np.ndarray]], looks: Sequence[style.Look]) -> None:
     """One panel: on a logarithmic axis when the values spread over more than a factor 30."""
     curves = [(name, np.sort(values[~np.isnan(values)])) for name, values in curves]
     known = [values for _, values in curves if len(values)]
@@ -225,7 +201,7 @@ def draw_cdf(axes: Axes, metric: str, curves: list[tuple[str, np.ndarray]], look
     least, most = min((v[0] for v in known), default=0.0), max((v[-1] for v in known), default=0.0)
     factor, unit = scaled_seconds(float(high))
     if least > 0 and most / low > 30:
-        log_scale(axes, "x", low, most)
+        style.log_scale(axes, "x", low, most)
     for (name, values), look in zip(curves, looks, strict=True):
         shares = np.linspace(0, 100, min(400, len(values) + 1)) if len(values) else np.empty(0)
         points = _quantiles(values, shares) * factor if len(values) else shares
@@ -233,16 +209,16 @@ def draw_cdf(axes: Axes, metric: str, curves: list[tuple[str, np.ndarray]], look
         if len(curves) == 1 and len(values):
             _mark_percentiles(axes, values, factor, look)
     if not known:
-        axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color=style.MUTED)
     axes.set_title(metric)
-    axes.set_xlabel(unit + (LOG if axes.get_xscale() == "log" else LINEAR))
+    axes.set_xlabel(unit + (style.LOG if axes.get_xscale() == "log" else style.LINEAR))
     axes.set_ylim(0, 112)
     axes.set_yticks([0, 25, 50, 75, 100])
     if axes.get_xscale() == "linear":
         axes.set_xlim(0, float(most) * factor * 1.06 if most > 0 else 1.0)
     if len(curves) == 1:
         _place_labels(axes)
-    grid(axes, "both")
+    style.grid(axes, "both")
 
 
 def _quantiles(ordered: np.ndarray, percents: np.ndarray | float) -> Any:
@@ -250,12 +226,14 @@ def _quantiles(ordered: np.ndarray, percents: np.ndarray | float) -> Any:
     return np.interp(np.asarray(percents) / 100 * (len(ordered) - 1), np.arange(len(ordered)), ordered)
 
 
-def _mark_percentiles(axes: Axes, values: np.ndarray, factor: float, look: Look) -> None:
+def _mark_percentiles(axes: Axes, values: np.ndarray, factor: float, look: style.Look) -> None:
     for share, marker in ((50, "o"), (99, "D")):
         value = float(_quantiles(values, share))
         axes.plot(value * factor, share, marker, color=look.color, markersize=4.5)
-        label = axes.annotate(f"p{share} {seconds(value)}", (value * factor, share), xytext=(-6, 0),
-                              textcoords="offset points", ha="right", va="center", fontsize=8, color=INK)  # fmt: skip
+        label = axes.annotate(
+            f"p{share} {seconds(value)}", (value * factor, share), xytext=(-6, 0), textcoords="offset points",
+            ha="right", va="center", fontsize=8, color=style.INK,
+        )  # fmt: skip
         label.set_in_layout(False)
 
 

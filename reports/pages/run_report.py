@@ -5,7 +5,6 @@ Depends on nothing but the files, so `kvarena report DIR` makes the same report 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,10 +15,10 @@ from matplotlib.figure import Figure
 from pyarrow import csv
 
 from kvarena.reports.analysis.gauges import read_gauges
-from kvarena.reports.analysis.latency import DEFINITIONS, TokenGaps, request_latencies, token_gaps
+from kvarena.reports.analysis.latency import TokenGaps, request_latencies, token_gaps
 from kvarena.reports.analysis.memory import Spans, step_spans
 from kvarena.reports.analysis.windows import WINDOWS
-from kvarena.reports.drawing.document import render_html, render_markdown
+from kvarena.reports.drawing.document import write_pages
 from kvarena.reports.drawing.kv_map import kv_map_figure, kv_map_markup, read_kv_map
 from kvarena.reports.drawing.style import SERIES, Sheet, drawing, export, save_png
 from kvarena.reports.drawing.timeline import timeline_figure
@@ -33,7 +32,7 @@ from kvarena.reports.pages.run_figures import (
 from kvarena.reports.pages.run_sections import run_document
 from kvarena.reports.pages.summary import summarize
 from kvarena.reports.reading.files import REQUEST_COLUMNS, RunFiles, read_json, read_run
-from kvarena.reports.reading.writing import replacing, write_text
+from kvarena.reports.reading.writing import replacing, write_json
 
 
 def write_run_report(run_dir: Path) -> dict[str, Any]:
@@ -57,9 +56,7 @@ def write_run_report(run_dir: Path) -> dict[str, Any]:
     if not run.is_unrecorded:
         svg = draw_run(run, spans, summary, gaps)
         write_requests_csv(run)
-    document = run_document(summary, run.manifest["config"], svg)
-    write_text(run.path / "report.md", render_markdown(document))
-    write_text(run.path / "report.html", render_html(document))
+    write_pages(run.path, run_document(summary, run.manifest["config"], svg))
     return summary
 
 
@@ -78,7 +75,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 def _write_summary(run: RunFiles, gaps: TokenGaps) -> dict[str, Any]:
     summary = summarize(run, gaps)
-    write_text(run.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(run.path / "summary.json", summary)
     return summary
 
 
@@ -95,10 +92,7 @@ def write_requests_csv(run: RunFiles) -> None:
 
 def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any], gaps: TokenGaps) -> dict[str, str]:
     """Draw every figure of the run into figures/*.png. Returns name -> markup for the page."""
-    latencies = request_latencies(run)
-    panels = [(DEFINITIONS[key][0], [("", latencies[key])]) for key in ("ttft_seconds", "tpot_seconds")]
-    panels.append((DEFINITIONS["itl_seconds"][0], [("", gaps.values)]))
-    panels.append((DEFINITIONS["e2e_seconds"][0], [("", latencies["e2e_seconds"])]))
+    latencies = request_latencies(run) | {"itl_seconds": gaps.values}
     bars = [(f"this run, {window.label}", summary[f"kv_share_mean{window.suffix}"]) for window in WINDOWS]
     kv_map = read_kv_map(run)
     with drawing():
@@ -106,7 +100,7 @@ def draw_run(run: RunFiles, spans: Spans, summary: dict[str, Any], gaps: TokenGa
             "kv_memory": partial(memory_figure, run, spans),
             "kv_split": partial(split_figure, bars),
             "load": partial(load_figure, run, spans),
-            "latency": partial(latency_figure, panels, list(SERIES[:1])),
+            "latency": partial(latency_figure, [("", latencies)], SERIES[:1]),
             "timeline": partial(timeline_figure, run),
         }
         gauges = read_gauges(run)

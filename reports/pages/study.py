@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvarena.reports.comparing.cells import page_of
 from kvarena.reports.comparing.differences import machine_name
-from kvarena.reports.drawing.document import Document, Picture, Section, commands, render_html, render_markdown
+from kvarena.reports.drawing.document import Document, Picture, Section, commands, write_pages
 from kvarena.reports.drawing.format import DASH
 from kvarena.reports.drawing.study_charts import draw_charts
 from kvarena.reports.pages.study_claims import claims_sections, kind_of, ratio_of, tally, verdict_line
 from kvarena.reports.reading.files import read_json
 from kvarena.reports.reading.names import STUDY_FILE
 from kvarena.reports.reading.shapes import STUDY
-from kvarena.reports.reading.writing import write_csv, write_text
+from kvarena.reports.reading.writing import write_csv, write_json
 
 MANY_CELLS = 30
 NOT_KNOWN = "not known (docs/simulator.md, Fidelity)"
@@ -52,9 +51,8 @@ def write_study_report(study_dir: Path) -> dict[str, Any]:
         "command": study["command"],
     }
     document = study_document(study, claims, draw_charts(study["charts"], study_dir), _pages(study, study_dir))
-    write_text(study_dir / "report.html", render_html(document))
-    write_text(study_dir / "report.md", render_markdown(document))
-    write_text(study_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_pages(study_dir, document)
+    write_json(study_dir / "summary.json", summary)
     write_csv(study_dir / "claims.csv", claims, CLAIM_COLUMNS)
     return summary
 

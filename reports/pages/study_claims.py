@@ -12,7 +12,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table as TerminalTable
 
-from kvarena.reports.drawing.document import Section, Table
+from kvarena.reports.drawing.document import Column, Section, Table, at
 from kvarena.reports.drawing.format import DASH, interval
 
 PUBLISHED = ("value", "range", "up to", "bound")
@@ -108,24 +108,13 @@ def claims_sections(claims: Sequence[Claim], beside: str) -> list[Section]:
 def claims_table(claims: Sequence[Claim], beside: str = "") -> Table:
     """Stated, ours, ratio, verdict; one row a claim."""
     second = bool(beside) and any(claim.get("beside") is not None for claim in claims)
-    header = ["claim", "kind", "stated", "ours", *([beside] if second else []), "ours / stated", "holds when",
-              "verdict", "remark"]  # fmt: skip
-    rows = [
-        [
-            claim["quantity"],
-            kind_of(claim),
-            stated_text(claim),
-            interval_text(claim),
-            *([interval_text(claim, "beside")] if second else []),
-            ratio_text(claim),
-            claim["tolerance"],
-            claim["verdict"],
-            claim["note"],
-        ]
-        for claim in claims
-    ]
-    last = len(header) - 1
-    return Table(header, rows, text_columns=frozenset({1, last - 2, last - 1, last}))
+    columns = [
+        *COLUMNS[:4],
+        *([(beside, lambda claim: interval_text(claim, "beside"))] if second else []),
+        *COLUMNS[4:],
+        ("holds when", at(str, "tolerance")), ("verdict", at(str, "verdict")), ("remark", at(str, "note")),
+    ]  # fmt: skip
+    return Table.of(claims, columns, ("kind", "holds when", "verdict", "remark"))
 
 
 def study_table(summary: Mapping[str, Any]) -> TerminalTable:
@@ -133,21 +122,15 @@ def study_table(summary: Mapping[str, Any]) -> TerminalTable:
     line = verdict_line(summary["claims"])
     caption = "\n".join([summary["headline"], *summary["notices"], *([line[0]] if line else [])])
     table = TerminalTable(title=escape(summary["title"]), caption=escape(caption), box=None)
-    table.add_column("claim", overflow="fold")
-    for name in ("kind", "stated", "ours", "ours / stated"):
+    table.add_column(COLUMNS[0][0], overflow="fold")
+    for name, _ in COLUMNS[1:]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict")
     order = {name: place for place, name in enumerate((*PUBLISHED, "ours", FITTED, CHECK))}
     for claim in sorted(summary["claims"], key=lambda one: order.get(kind_of(one), 0) >= len(PUBLISHED)):
         good = claim["verdict"] in (HOLDS, PASSES, "measured")
-        table.add_row(
-            escape(claim["quantity"]),
-            kind_of(claim),
-            escape(stated_text(claim)),
-            escape(interval_text(claim)),
-            ratio_text(claim),
-            claim["verdict"] if good else f"[yellow]{claim['verdict']}[/yellow]",
-        )
+        verdict = claim["verdict"] if good else f"[yellow]{claim['verdict']}[/yellow]"
+        table.add_row(*(escape(show(claim)) for _, show in COLUMNS), verdict)
     return table
 
 
@@ -176,6 +159,13 @@ def interval_text(claim: Claim, key: str = "ours") -> str:
 def ratio_text(claim: Claim) -> str:
     """Ours over stated; of a range over its nearer end."""
     return DASH if claim["ratio"] is None else f"{claim['ratio']:.2f}"
+
+
+# Of a claim, on the page and in the terminal.
+COLUMNS: tuple[Column, ...] = (
+    ("claim", at(str, "quantity")), ("kind", kind_of), ("stated", stated_text), ("ours", interval_text),
+    ("ours / stated", ratio_text),
+)  # fmt: skip
 
 
 def _value(value: float | None, unit: str) -> str:

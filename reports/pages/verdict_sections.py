@@ -8,7 +8,7 @@ from typing import Any
 from kvarena.reports.analysis.latency import DEFINITIONS
 from kvarena.reports.comparing.headline import p_text
 from kvarena.reports.comparing.verdicts import LEVEL, THROUGHPUT
-from kvarena.reports.drawing.document import Picture, Section, Table
+from kvarena.reports.drawing.document import Column, Picture, Section, Table, at
 from kvarena.reports.drawing.format import DASH, count, interval, percent, rate, ratio, seconds
 
 RULE = (
@@ -61,30 +61,30 @@ def metric_name(metric: str) -> str:
 
 def runs_section(summary: dict[str, Any], pages: Mapping[str, str]) -> Section:
     """The repeats one by one; `pages`: folder -> relative URL of that run's own report."""
-    header = ["run", "output tok/s", "TTFT p50", "TPOT p50", "E2E p50", "finished"]
-    is_measured = any(run["contention"] for run in summary["runs"])
-    rows = []
-    for run in summary["runs"]:
-        row = [run["label"], rate(run[THROUGHPUT])]
-        row += [seconds(run[f"{name}_seconds"]["p50"]) for name in ("ttft", "tpot", "e2e")]
-        row.append(f"{count(run['num_finished'])} of {count(run['num_requests'])}")
-        if is_measured:
-            seen = run["contention"] or {}
-            row += [
-                percent(seen.get("processor_share")),
-                percent(seen.get("steal_share")),
-                rate(seen.get("probe_speed")),
-            ]
-        rows.append(row)
+    columns: list[Column] = [
+        ("run", at(str, "label")),
+        ("output tok/s", at(rate, THROUGHPUT)),
+        *((f"{name.upper()} p50", at(seconds, f"{name}_seconds", "p50")) for name in ("ttft", "tpot", "e2e")),
+        ("finished", done_text),
+    ]
     notes = ["Every run behind the rows above; runs.csv has all their numbers."]
-    if is_measured:
-        header += ["processor", "stolen", "probe (work/s)"]
+    if any(run["contention"] for run in summary["runs"]):
+        columns += [
+            ("processor", at(percent, "contention", "processor_share")),
+            ("stolen", at(percent, "contention", "steal_share")),
+            ("probe (work/s)", at(rate, "contention", "probe_speed")),
+        ]
         notes.append(
             "Processor: processor time / wall time of the measured part. Stolen: time that a hypervisor gave away. "
             "Probe: speed of a fixed piece of work, geometric mean of before and after the run."
         )
     links = {(row, 0): pages[run["folder"]] for row, run in enumerate(summary["runs"]) if run["folder"] in pages}
-    return Section("The runs", [], [], [Table(header, rows, links=links)], notes)
+    return Section("The runs", tables=[Table.of(summary["runs"], columns, links=links)], notes=notes)
+
+
+def done_text(entry: Mapping[str, Any]) -> str:
+    """How many of its requests a run or a cell finished."""
+    return f"{count(entry['num_finished'])} of {count(entry['num_requests'])}"
 
 
 def grouped(rows: list[list[str]]) -> list[list[str]]:

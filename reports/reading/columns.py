@@ -159,12 +159,3 @@ def _arrow_type(kind: str) -> pa.DataType:
     if kind.startswith("list of "):
         return pa.list_(_arrow_type(kind.removeprefix("list of ")))
     return pa.float64() if kind == "double" else pa.type_for_alias(kind)
-
-
-def markdown(file: str) -> str:
-    """The table of docs/files.md."""
-    rows = ["| column | type | unit | meaning |", "|---|---|---|---|"]
-    for columns in TABLES[file]:
-        names = ", ".join(f"`{name}`" for name in columns.names)
-        rows.append(f"| {names} | {columns.kind} | {columns.unit} | {columns.meaning} |")
-    return "\n".join(rows)

@@ -6,7 +6,6 @@ import sys
 from importlib.util import find_spec
 
 OURS = ("kvarena", "allocators", "engine", "experiments", "hydra_plugins", "reports", "schedulers")
-LEAST_PYTHON = (3, 11)
 # What only some commands need, by the extra of pyproject.toml that brings it along: modules by their own names.
 EXTRAS = {
     "serve": ("fastapi", "httpcore", "httptools", "llguidance", "msgpack", "starlette", "uvicorn", "uvloop"),

@@ -6,6 +6,7 @@ NAME.partial --all bytes written--> NAME        an error removes NAME.partial an
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -53,6 +54,11 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file as a whole. Raises NotWritten."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file as a whole. Raises NotWritten, and ValueError of a number that is not finite."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Any], columns: Iterable[str]) -> None:

@@ -8,9 +8,18 @@ import pytest
 
 from kvarena.experiments.load.http_metrics import GaugeReader
 from kvarena.experiments.recording.scores import ScoreLog
-from kvarena.reports.reading.columns import SCHEMA_VERSION, TABLES, markdown
+from kvarena.reports.reading.columns import SCHEMA_VERSION, TABLES
 
 DOCS = (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
+
+
+def markdown(file):
+    """The table of docs/files.md."""
+    rows = ["| column | type | unit | meaning |", "|---|---|---|---|"]
+    for columns in TABLES[file]:
+        names = ", ".join(f"`{name}`" for name in columns.names)
+        rows.append(f"| {names} | {columns.kind} | {columns.unit} | {columns.meaning} |")
+    return "\n".join(rows)
 
 
 @pytest.mark.parametrize("file", TABLES)

@@ -13,7 +13,7 @@ from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.studies.capacity import RAMP
 from kvarena.reports.analysis.intervals import wilson
 from kvarena.reports.analysis.latency import request_latencies
-from kvarena.reports.analysis.slo import good_requests, is_met, kept_limits, summarize_slo
+from kvarena.reports.analysis.slo import is_met, kept_limits, summarize_slo
 from kvarena.reports.analysis.steady import SteadyWindow, mser, steady_window
 from kvarena.reports.pages.comparison import compare
 from kvarena.reports.pages.run_report import write_run_report
@@ -35,6 +35,10 @@ def made_of(
         "finish_reason": np.broadcast_to(np.array(reason, dtype=object), count),
     }
     return dataclasses.replace(run, requests=requests, manifest=run.manifest | {"config": {"slo": slo}})
+
+
+def good_requests(run: RunFiles, limits: dict[str, float]) -> np.ndarray:
+    return np.logical_and.reduce(list(kept_limits(run, limits).values()))
 
 
 NO_STEADY_PART = SteadyWindow(0, 0, "none")
