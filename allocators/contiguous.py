@@ -140,7 +140,5 @@ class ContiguousAllocator(KVAllocator):
             computed=sum([req.num_computed_tokens for req in self._regions]),
             owned=self._num_owned * self.block_size,
             external=(self.num_blocks - unused - self._num_owned) * self.block_size,
-            shortage=0,
-            cached=0,
             free=unused * self.block_size,
         )

@@ -153,7 +153,7 @@ class HashIndex(PrefixIndex):
         self._published[block] = link
         return link
 
-    def keep(self, blocks: list[int]) -> list[int]:
+    def keep(self, blocks: Iterable[int]) -> list[int]:
         private = []
         for block in blocks:
             if block in self._published:

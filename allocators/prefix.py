@@ -17,10 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from kvarena.allocators.blocks import BlockPool
 from kvarena.allocators.hash_index import HashIndex
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.allocators.prefix_index import PrefixIndex
-from kvarena.engine.contract import CopyKind, KVUsage, cdiv
+from kvarena.engine.contract import cdiv
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request
 
@@ -37,6 +38,26 @@ class _Stand:
         self.node = node
         self.num_blocks = num_blocks
         self.due = (num_blocks + 1) * block_size  # computed tokens at which the next block is full
+
+
+class CachingPool(BlockPool):
+    """Blocks that come back free, or stay in the index until their room is needed."""
+
+    __slots__ = ("_index",)
+
+    def __init__(self, num_blocks: int, index: PrefixIndex) -> None:
+        super().__init__(1, num_blocks)
+        self._index = index
+
+    def take(self, num_blocks: int) -> list[int]:
+        """Take free blocks, and evict what is missing."""
+        if num_blocks > self.num_free:
+            super().give(self._index.evict(num_blocks - self.num_free))
+        return super().take(num_blocks)
+
+    def give(self, blocks: Iterable[int]) -> None:
+        """Keep published blocks in the cache; free the others."""
+        super().give(self._index.keep(blocks))
 
 
 class PrefixCachingAllocator(PagedAllocator):
@@ -59,8 +80,8 @@ class PrefixCachingAllocator(PagedAllocator):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._index = self.make_index(self.block_size)
+        self._pool = CachingPool(self.num_blocks, self._index)
         self._stands: dict[Request, _Stand] = {}
-        self._hits: dict[Request, int] = {}  # hits whose tokens `num_computed_tokens` does not count yet
 
     @property
     def num_free_blocks(self) -> int:
@@ -89,11 +110,14 @@ class PrefixCachingAllocator(PagedAllocator):
             node, replaced, shared = self._index.publish(stand.node, req, table, stand.num_blocks, num_blocks)
             stand.move(node, num_blocks, self.block_size)
             self._share(shared)
-            self._discard(replaced)
+            self._pool.give(replaced)
 
     # ------------------------------------------------------------ blocks in and out
 
-    def _admit(self, req: Request, num_tokens: int, num_cached: int) -> bool:
+    def allocate(self, req: Request, num_tokens: int, num_cached: int = 0) -> bool:
+        """Begin with the blocks that `match_prefix` found, and add the missing ones."""
+        if req in self._tables:
+            return super().allocate(req, num_tokens)
         num_hits = num_cached // self.block_size
         hit = self._index.find(req, num_hits)
         if len(hit.blocks) < num_hits:
@@ -101,35 +125,24 @@ class PrefixCachingAllocator(PagedAllocator):
                 f"request {req.request_id!r} was admitted with {num_cached} cached tokens, but the prefix cache holds "
                 f"{len(hit.blocks) * self.block_size}; pass what match_prefix just answered"
             )
-        need = cdiv(num_tokens, self.block_size) - num_hits
-        if need > self.num_free_blocks - (num_hits - len(hit.in_use)):
+        num_evictable = num_hits - len(hit.in_use)  # free until now
+        if cdiv(num_tokens, self.block_size) - num_hits > self.num_free_blocks - num_evictable:
             return False
         self._share(hit.in_use)
         self._stand(req, hit.node, num_hits, hit.blocks)
-        self._tables[req] = hit.blocks + self._take(need)
-        req.num_slots = (num_hits + need) * self.block_size
-        if num_hits:
-            self._hits[req] = num_cached
-        return True
+        self._tables[req] = hit.blocks
+        req.num_computed_tokens = num_cached
+        return super().allocate(req, num_tokens)
 
     def _stand(self, req: Request, node: Any, num_blocks: int, hits: list[int]) -> None:
         self._index.enter(node, hits)
         self._stands[req] = _Stand(node, num_blocks, self.block_size)
 
-    def _take(self, num_blocks: int) -> list[int]:
-        missing = num_blocks - self._pool.num_free
-        if missing > 0:
-            self._pool.give(self._index.evict(missing))
-        return self._pool.take(num_blocks)
-
-    def _discard(self, blocks: list[int]) -> None:
-        """Keep published blocks in the cache; free the others."""
-        self._pool.give(self._index.keep(blocks))
-
-    def _drop(self, req: Request, table: list[int], cancel_copies: bool) -> None:
-        super()._drop(req, table, cancel_copies)
-        self._hits.pop(req, None)
-        self._index.leave(self._stands.pop(req).node)
+    def free(self, req: Request) -> None:
+        super().free(req)
+        stand = self._stands.pop(req, None)
+        if stand is not None:
+            self._index.leave(stand.node)
 
     def swap_in(self, req: Request) -> bool:
         """Bring the KV back into blocks of its own; `commit` publishes them like new ones."""
@@ -140,37 +153,22 @@ class PrefixCachingAllocator(PagedAllocator):
 
     # ------------------------------------------------------------ sharing
 
-    def _share_table(self, req: Request, child: Request, num_tokens: int) -> bool:
-        """The child goes on where `req` stands.
-
-        An index that evicts by path shares full blocks as published ones, and of the block that is half the child's it
-        gets a copy at once: `req` will publish that block, and the path to it is not the child's to lock.
-        """
-        table, stand, num_full = self._tables[req], self._stands[req], num_tokens // self.block_size
-        if not self._index.evicts_by_path:
-            super()._share_table(req, child, num_tokens)
-        else:
-            last = table[num_full : cdiv(num_tokens, self.block_size)]
-            if len(last) > self.num_free_blocks:
-                return False
-            self._publish(req, stand, num_full)
-            own = self._take(len(last))
-            self._copies.order(CopyKind.DEVICE, last, own)
-            self._share(table[:num_full])
-            self._tables[child] = table[:num_full] + own
-        num_blocks = min(stand.num_blocks, num_full)
+    def fork(self, req: Request, child: Request) -> bool:
+        """The child goes on where `req` stands."""
+        if not super().fork(req, child):
+            return False
+        stand = self._stands[req]
+        num_blocks = min(stand.num_blocks, child.num_computed_tokens // self.block_size)
         self._stand(child, self._index.above(stand.node, stand.num_blocks, num_blocks), num_blocks, [])
         return True
 
-    def _is_shared(self, block: int) -> bool:
-        """A published block is never written: others may find it."""
-        return block in self._extra_refs or block in self._index
+    def _sealed(self, req: Request, num_blocks: int) -> list[int]:
+        """An index that evicts by path shares published blocks alone."""
+        if self._index.evicts_by_path:
+            self._publish(req, self._stands[req], num_blocks)
+        return super()._sealed(req, num_blocks)
 
     # ------------------------------------------------------------ ledger
 
     def _num_shared_hits(self, req: Request) -> int:
         return self._index.num_in_use(req, (req.num_tokens - 1) // self.block_size)
-
-    def count(self) -> KVUsage:
-        """Cached are the published blocks that no request owns."""
-        return self._count(self._index.num_evictable, self._hits)

@@ -83,7 +83,7 @@ class PrefixIndex(ABC):
         """
 
     @abstractmethod
-    def keep(self, blocks: list[int]) -> list[int]:
+    def keep(self, blocks: Iterable[int]) -> list[int]:
         """Take in those of `blocks`, which nobody owns any more, that are published; returns the others, in order."""
 
     @abstractmethod

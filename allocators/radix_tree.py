@@ -13,7 +13,7 @@ the tree, and its parent may become a leaf.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop, heappush
 from itertools import count
 
@@ -229,7 +229,7 @@ class RadixTree(PrefixIndex):
 
     # ------------------------------------------------------------ eviction
 
-    def keep(self, blocks: list[int]) -> list[int]:
+    def keep(self, blocks: Iterable[int]) -> list[int]:
         """What the tree holds stays; unlocked paths say from when on it is cached."""
         return [block for block in blocks if block not in self._blocks]
 

@@ -198,7 +198,5 @@ class VirtualAllocator(KVAllocator):
             computed=sum([req.num_computed_tokens for req in self._regions]),
             owned=self._num_owned,
             external=total - self._num_owned - unused,
-            shortage=0,
-            cached=0,
             free=unused,
         )

@@ -131,10 +131,10 @@ class KVUsage(NamedTuple):
     total: int
     computed: int
     owned: int
-    external: int
-    shortage: int
-    cached: int
-    free: int
+    external: int = 0
+    shortage: int = 0
+    cached: int = 0
+    free: int = 0
     shared_saved: int = 0
 
 
@@ -214,7 +214,7 @@ class KVAllocator(metaclass=Checked):
         """Own slots for positions [0, num_tokens) and set `req.num_slots`; all or nothing.
 
         Positions from `num_cached` (first call) or `req.num_computed_tokens` (later calls) on become writable:
-        a shared block among them is copied. `num_cached` is what `match_prefix` just answered.
+        none among them is shared. `num_cached` is what `match_prefix` just answered.
         """
 
     @abstractmethod
@@ -243,14 +243,14 @@ class KVAllocator(metaclass=Checked):
 
         w: whole blocks before the sliding window (0 without one). p: full blocks of known tokens, the prefix cache's (w
         without one; none has both). c: `num_computed_tokens`. s: `num_slots`. After a fork parent and child share the
-        blocks up to their prompt's last token, the last of them to be copied by who writes into it first.
+        full blocks before their prompt's last token.
         """
 
     def fork(self, req: Request, child: Request) -> bool:  # noqa: ARG002
-        """Share the KV of `req`'s prompt, less its last token, with `child` (copy on write).
+        """Share the KV of `req`'s prompt, less its last token, with `child`; who writes into a block has it alone.
 
-        Sets `child.num_computed_tokens`. False when the allocator cannot share: the child is then admitted like
-        any other request.
+        Sets `child.num_computed_tokens` and `child.num_slots`. False when the allocator cannot share, or has no room
+        for a copy: the child is then admitted like any other request.
         """
         return False
 

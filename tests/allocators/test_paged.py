@@ -1,4 +1,4 @@
-"""Paged blocks: forks and copy-on-write, swap copies, the sliding window."""
+"""Paged blocks: forks and their copies, swap copies, the sliding window."""
 
 from __future__ import annotations
 
@@ -51,26 +51,21 @@ def test_any_block_size(block_size: int) -> None:
 
 
 @pytest.mark.parametrize("cls", [PagedAllocator, PrefixCachingAllocator])
-def test_the_child_copies_before_it_writes_and_the_last_owner_does_not(cls: type[PagedAllocator]) -> None:
+def test_a_child_shares_full_blocks_and_gets_a_copy_of_the_one_that_it_writes(cls: type[PagedAllocator]) -> None:
     alloc = cls(num_blocks=20, block_size=4, max_model_len=64)
     parent = admit(alloc, "parent", 10)
+    before = table(alloc, parent)
     child = make_request("child", parent.prompt_token_ids)
     assert alloc.fork(parent, child)
-    assert child.num_computed_tokens == 9
-    assert child.num_slots == parent.num_slots == 8  # the third block is shared and half full
-    assert table(alloc, child) == table(alloc, parent)
+    assert child.num_computed_tokens == 9 and child.num_slots == parent.num_slots == 12
+    assert table(alloc, parent) == before and table(alloc, child)[:2] == before[:2]
+    assert alloc.drain_copies() == [BlockCopy(CopyKind.DEVICE, before[2], table(alloc, child)[2])]
+    assert table(alloc, child)[2] not in before and len(table(alloc, child)) == 3
     usage = alloc.usage()
     check_usage(usage)
-    assert (usage.owned, usage.computed, usage.shared_saved) == (12, 10, 12)
-
-    shared = table(alloc, parent)[2]
-    assert alloc.allocate(child, 10)
-    assert alloc.drain_copies() == [BlockCopy(CopyKind.DEVICE, shared, table(alloc, child)[2])]
-    assert table(alloc, child)[2] != shared and table(alloc, parent)[2] == shared
-    assert child.num_slots == 12
-    assert alloc.allocate(parent, 11)  # alone in the block now
-    assert alloc.drain_copies() == [] and table(alloc, parent)[2] == shared and parent.num_slots == 12
-    assert alloc.usage().shared_saved == 8
+    assert (usage.owned, usage.computed, usage.shared_saved) == (16, 11, 8)
+    assert alloc.allocate(child, 13) and alloc.allocate(parent, 12)
+    assert alloc.drain_copies() == [] and table(alloc, parent) == before
 
 
 def test_a_fork_of_whole_blocks_copies_nothing() -> None:
@@ -84,26 +79,30 @@ def test_a_fork_of_whole_blocks_copies_nothing() -> None:
 
 
 def test_a_shared_block_outlives_the_one_that_leaves_first() -> None:
-    alloc = make(num_blocks=4)
-    parent = admit(alloc, "parent", 10)
-    child = make_request("child", parent.prompt_token_ids)
-    assert alloc.fork(parent, child)
-    shared = table(alloc, parent)
+    alloc = make(num_blocks=6)
+    parent = admit(alloc, "parent", 9)
+    first, second = (make_request(name, parent.prompt_token_ids) for name in ("first", "second"))
+    assert alloc.fork(parent, first) and alloc.fork(parent, second)
+    shared = table(alloc, parent)[:2]
     alloc.free(parent)
-    assert alloc.num_free_blocks == 1 and table(alloc, child) == shared
-    assert alloc.allocate(child, 10) and alloc.drain_copies() == []  # nobody else reads the block
-    alloc.free(child)
-    assert alloc.num_free_blocks == 4
+    assert alloc.num_free_blocks == 4 and table(alloc, first) == table(alloc, second) == shared
+    alloc.free(second)
+    assert alloc.num_free_blocks == 4 and alloc.usage().shared_saved == 0
+    alloc.free(first)
+    assert alloc.num_free_blocks == 6
 
 
-def test_copy_on_write_counts_into_all_or_nothing() -> None:
-    alloc = make(num_blocks=3)
+@pytest.mark.parametrize("cls", [PagedAllocator, PrefixCachingAllocator])
+def test_a_fork_without_room_for_the_copy_changes_nothing(cls: type[PagedAllocator]) -> None:
+    alloc = cls(num_blocks=3, block_size=4, max_model_len=64)
     parent = admit(alloc, "parent", 10)
     child = make_request("child", parent.prompt_token_ids)
-    assert alloc.fork(parent, child)
-    before = table(alloc, child)
-    assert not alloc.allocate(child, 10)  # no block for the copy
-    assert table(alloc, child) == before and alloc.drain_copies() == [] and alloc.usage().shared_saved == 12
+    before = alloc.usage()
+    assert not alloc.fork(parent, child)
+    assert alloc.usage() == before and alloc.drain_copies() == [] and child.num_slots == child.num_computed_tokens == 0
+    alloc.free(parent)
+    whole = admit(alloc, "whole", 9)
+    assert alloc.fork(whole, make_request("its child", whole.prompt_token_ids))  # no half block, no room needed
 
 
 def test_nothing_to_fork() -> None:
@@ -113,24 +112,6 @@ def test_nothing_to_fork() -> None:
     assert not alloc.fork(admit(alloc, "half", 10, computed=8), child)
     assert not alloc.fork(admit(alloc, "one token", 1), child)
     assert child.num_slots == child.num_computed_tokens == 0
-
-
-def test_a_published_block_is_copied_even_by_its_only_user() -> None:
-    """The parent filled and published the block that the child shares in part, and is gone: the cache still has it."""
-    alloc = PrefixCachingAllocator(num_blocks=20, block_size=4, max_model_len=64)
-    parent = admit(alloc, "parent", 10)
-    parent.output_token_ids += [50, 51]
-    assert alloc.allocate(parent, 12)
-    parent.num_computed_tokens = 12
-    alloc.commit(parent)
-    child = make_request("child", parent.prompt_token_ids)
-    assert alloc.fork(parent, child)
-    published = table(alloc, parent)[2]
-    alloc.free(parent)
-    assert alloc.allocate(child, 10)
-    assert alloc.drain_copies() == [BlockCopy(CopyKind.DEVICE, published, table(alloc, child)[2])]
-    same = make_request("same", [*range(10), 50, 51, 52])
-    assert alloc.match_prefix(same) == 12
 
 
 # ---- swap
@@ -167,15 +148,15 @@ def test_swap_says_no_without_room_or_without_anything_to_save() -> None:
     assert alloc.swap_in(a)
 
 
-def test_a_host_block_rests_until_its_copies_are_drained() -> None:
+def test_a_host_block_is_handed_out_again_at_once_and_its_copies_stay_in_order() -> None:
     alloc = make(num_blocks=6, swap_blocks=2)
     a, b = admit(alloc, "a", 8), admit(alloc, "b", 8)
     assert alloc.swap_out(a)
     alloc.drain_copies()
-    assert alloc.swap_in(a)
-    assert not alloc.swap_out(b)  # its host blocks are still to be read
-    alloc.drain_copies()
-    assert alloc.swap_out(b)
+    assert alloc.swap_in(a) and alloc.swap_out(b)
+    copies = alloc.drain_copies()
+    assert [copy.kind for copy in copies] == [CopyKind.SWAP_IN] * 2 + [CopyKind.SWAP_OUT] * 2
+    assert {copy.src for copy in copies[:2]} == {copy.dst for copy in copies[2:]}  # read before they are written
 
 
 def test_free_of_a_swapped_request_gives_host_blocks_back() -> None:
@@ -226,8 +207,10 @@ def test_swap_gib_becomes_blocks() -> None:
         make(swap_gib=1.0)
     with pytest.raises(ConfigError, match="set one of them"):
         make(swap_gib=1.0, swap_blocks=3, kv_bytes_per_token=4)
-    with pytest.raises(ConfigError, match=r"allocator\.swap_gib=-1 must be at least 0"):
+    with pytest.raises(ConfigError, match=r"allocator\.swap_gib=(-1|inf) must be a finite number of at least 0"):
         make(swap_gib=-1)
+    with pytest.raises(ConfigError, match="finite"):
+        make(swap_gib=float("inf"), kv_bytes_per_token=4)
 
 
 # ---- sliding window
@@ -256,7 +239,8 @@ def test_a_window_survives_swap_and_fork() -> None:
     child = make_request("child", req.prompt_token_ids)
     assert alloc.fork(req, child) and table(alloc, child)[:2] == [NULL_BLOCK] * 2
     assert alloc.swap_out(req)
-    assert len(alloc.drain_copies()) == 2
+    kinds = [copy.kind for copy in alloc.drain_copies()]
+    assert kinds == [CopyKind.DEVICE, CopyKind.SWAP_OUT, CopyKind.SWAP_OUT]
     assert alloc.swap_in(req) and req.num_slots == 16
     assert table(alloc, req)[:2] == [NULL_BLOCK] * 2 and NULL_BLOCK not in table(alloc, req)[2:]
     alloc.free(req)
