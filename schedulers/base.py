@@ -71,20 +71,7 @@ class Scheduler(Lifecycle):
     def add(self, req: Request) -> None:
         if req.request_id in self.requests:
             raise RequestError(f"request id {req.request_id!r} is in use; give each request its own", "request_id")
-        self._check_size(req)
-        self.requests[req.request_id] = req
-        self.arrival[req] = self._num_added
-        self._num_added += 1
-        parent = req.parent
-        if self.shares_prompts and parent is not None and self._waits_for(parent):
-            self._children.setdefault(parent, []).append(req)
-        else:
-            self.enqueue(req)
-
-    def _check_size(self, req: Request) -> None:
         total, limit, room = req.max_total_tokens, self.max_model_len, self.allocator.max_request_tokens
-        if total <= limit and total <= room:
-            return
         size = f"request {req.request_id!r}: prompt {req.num_prompt_tokens} + max_tokens {req.sampling.max_tokens}"
         if total > limit:
             raise RequestRejected(
@@ -92,11 +79,19 @@ class Scheduler(Lifecycle):
                 "or raise it as far as the model goes",
                 reason="max_model_len",
             )
-        raise RequestRejected(
-            f"{size} is over the {room} tokens that the empty KV pool can hold; shorten the request or raise "
-            "kv_cache.num_blocks",
-            reason="max_request_tokens",
-        )
+        if total > room:
+            raise RequestRejected(
+                f"{size} is over the {room} tokens that the empty KV pool can hold; shorten the request or raise "
+                "kv_cache.num_blocks",
+                reason="max_request_tokens",
+            )
+        self.requests[req.request_id] = req
+        self.arrival[req] = next(self._arrivals)
+        parent = req.parent
+        if self.shares_prompts and parent and parent.request_id in self.requests and parent not in self.decoding:
+            self._children.setdefault(parent, []).append(req)
+        else:
+            self.enqueue(req)
 
     def abort(self, request_id: str) -> Request | None:
         req = self.requests.get(request_id)
@@ -115,11 +110,9 @@ class Scheduler(Lifecycle):
         if plan.copies:
             for req in plan.preempted:
                 if req.status is RequestStatus.SWAPPED:
-                    self.allocator.free(req)
                     self._drop(req)
             for req in list(self.prefilling):  # admitted, and perhaps swapped in, by this step
                 self._remove_running(req)
-                self.allocator.free(req)
                 self._drop(req)
                 self.enqueue(req)
         return failed
@@ -129,11 +122,9 @@ class Scheduler(Lifecycle):
         self.build_plan(plan, now)
         if plan.preempted and not plan.scheduled:
             # The last one that ran gave its slots back: the pool is empty, and somebody can be admitted at once.
-            first, plan = plan, StepPlan()
+            self._unreported += plan.preempted
+            plan = StepPlan(admitted=plan.admitted, rejected=plan.rejected)
             self.build_plan(plan, now)
-            plan.admitted[:0] = first.admitted
-            plan.preempted[:0] = first.preempted
-            plan.rejected[:0] = first.rejected
         plan.copies = self.allocator.drain_copies()
         if self._unreported or plan.preempted:
             preempted = list(dict.fromkeys(self._unreported + plan.preempted))

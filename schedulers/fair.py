@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvarena.engine.contract import KVAllocator, StepPlan, is_number, require
+from kvarena.engine.contract import KVAllocator, StepPlan, check_number
 from kvarena.engine.request import Request
 from kvarena.schedulers.chunked import ChunkedScheduler
 from kvarena.schedulers.queue import RequestQueue
@@ -45,10 +45,8 @@ class FairScheduler(ChunkedScheduler):
         **options: Any,
     ) -> None:
         super().__init__(allocator, **options)
-        require(is_number(input_weight) and input_weight > 0, "scheduler.input_weight", input_weight, "above 0")
-        require(is_number(output_weight) and output_weight > 0, "scheduler.output_weight", output_weight, "above 0")
-        self.input_weight = input_weight
-        self.output_weight = output_weight
+        self.input_weight = check_number("scheduler.input_weight", input_weight, above=True)
+        self.output_weight = check_number("scheduler.output_weight", output_weight, above=True)
         self.counters: dict[str, float] = {}
         self._num_kept = 0  # counters that the last `_forget` left
         self._queues: dict[str, RequestQueue] = {}  # of the clients that wait

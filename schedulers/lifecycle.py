@@ -8,17 +8,10 @@ enqueue -> waiting -> admit -> prefilling -> decoding -> finish
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any
 
-from kvarena.engine.contract import (
-    KVAllocator,
-    StepPlan,
-    StepScheduler,
-    check_choice,
-    check_int,
-    is_number,
-    require,
-)
+from kvarena.engine.contract import KVAllocator, StepPlan, StepScheduler, check_choice, check_int, is_number, require
 from kvarena.engine.request import FinishReason, Request, RequestStatus
 from kvarena.schedulers.queue import RequestQueue
 
@@ -69,7 +62,7 @@ class Lifecycle(StepScheduler):
         self._children: dict[Request, list[Request]] = {}  # wait for the key's prompt
         self._num_lost: dict[Request, int] = {}  # tokens computed once and dropped by a preemption
         self._unreported: list[Request] = []  # preempted in steps that computed nothing
-        self._num_added = 0
+        self._arrivals = count()
 
     @property
     def has_priorities(self) -> bool:
@@ -78,11 +71,11 @@ class Lifecycle(StepScheduler):
     # ---- policy hooks
 
     def order_key(self, req: Request) -> Any:
-        """Place of `req` in the queue, ascending; fixed while it waits. First come first served by default."""
-        return self.arrival[req]
+        """Place of `req` in the queue, ascending; fixed while it waits. By rank by default."""
+        return self.rank(req)
 
     def rank(self, req: Request) -> Any:
-        """Who is protected from preemption: the smallest. Must never change during a request's life."""
+        """Who is protected from preemption: the smallest. Never changes; first come first served by default."""
         return self.arrival[req]
 
     def pick_victim(self) -> Request:
@@ -125,8 +118,12 @@ class Lifecycle(StepScheduler):
             return False
         if not self._take_slots(req):
             if self.num_running == 0:
+                error = (
+                    f"request {req.request_id!r} needs slots for {self.num_slots_to_admit(req)} tokens, which the "
+                    "empty KV pool cannot give; raise kv_cache.num_blocks or shorten the request"
+                )
                 plan.rejected.append(req)
-                self.finish(req, FinishReason.ERROR, self._outgrown(req))
+                self.finish(req, FinishReason.ERROR, error)
             return False
         self.dequeue(req)
         req.status = RequestStatus.RUNNING
@@ -142,17 +139,23 @@ class Lifecycle(StepScheduler):
         """Own slots for `req`, by swapping in, forking, or from scratch; all or nothing."""
         allocator, num_slots = self.allocator, self.num_slots_to_admit(req)
         if req.status is RequestStatus.SWAPPED:
-            if not self._above_watermark(num_slots) or not allocator.swap_in(req):
-                if self.num_running:
-                    return False
-            elif allocator.allocate(req, num_slots):
-                return True
+            if self._above_watermark(num_slots) and allocator.swap_in(req):
+                if allocator.allocate(req, num_slots):
+                    return True
+            elif self.num_running:
+                return False
             # Back from the host, but no room for the next token (or no way back at all): compute it again.
-            allocator.free(req)
             self._drop(req)
         parent = req.parent
-        if parent is not None and parent in self.decoding and allocator.fork(parent, req):
-            return self._take_forked_slots(req, parent, num_slots)
+        if parent is not None and parent in self.decoding:
+            if not self._above_watermark(num_slots - (parent.num_prompt_tokens - 1)):
+                return False
+            if allocator.fork(parent, req):
+                if allocator.allocate(req, num_slots):
+                    return True
+                allocator.free(req)
+                req.num_computed_tokens = 0
+                return False
         num_cached = allocator.match_prefix(req)
         if not self._above_watermark(num_slots - num_cached) or not allocator.allocate(req, num_slots, num_cached):
             return False
@@ -160,18 +163,6 @@ class Lifecycle(StepScheduler):
             req.num_cached_tokens = num_cached
         req.num_computed_tokens = num_cached
         return True
-
-    def _take_forked_slots(self, req: Request, parent: Request, num_slots: int) -> bool:
-        """Own what `req` needs beside the blocks that it shares with `parent`, or give those back."""
-        num_new_slots = num_slots - req.num_computed_tokens
-        taken = self._above_watermark(num_new_slots) and self.allocator.allocate(req, num_slots)
-        if not taken:
-            self.allocator.free(req)
-            req.num_computed_tokens = 0
-        # The fork took the parent's right to write into its last block, and the parent may be in this step already.
-        # It has the block to itself again: the child copied it, or is gone.
-        self.allocator.allocate(parent, parent.num_computed_tokens)
-        return taken
 
     def _above_watermark(self, num_new_slots: int) -> bool:
         """Whether the pool keeps its reserve when `num_new_slots` are taken; always when nothing runs."""
@@ -197,14 +188,20 @@ class Lifecycle(StepScheduler):
 
     def preempt(self, req: Request, plan: StepPlan) -> None:
         """Take a running request's slots away and queue it again."""
-        self._unschedule(req, plan)
+        for i, (other, start, _) in enumerate(plan.scheduled):
+            if other is req:  # it was planned already
+                req.num_pending_tokens -= plan.samples[i]
+                req.num_recomputed_tokens -= self._recomputed(req, start, req.num_computed_tokens)
+                req.num_computed_tokens = start
+                del plan.scheduled[i], plan.samples[i]
+                plan.num_decodes -= i < plan.num_decodes
+                break
         self._remove_running(req)
         plan.preempted.append(req)
         req.num_preemptions += 1
         if self.preemption == "swap" and self.allocator.swap_out(req):
             req.status = RequestStatus.SWAPPED
         else:
-            self.allocator.free(req)
             self._drop(req)
         self.enqueue(req)
 
@@ -212,25 +209,24 @@ class Lifecycle(StepScheduler):
 
     def finish(self, req: Request, reason: FinishReason, error: str = "") -> None:
         """End `req` wherever it is."""
-        running = req in self.decoding or req in self.prefilling
         req.status, req.finish_reason, req.error = RequestStatus.FINISHED, reason, error
-        if running:
+        if req in self.decoding or req in self.prefilling:
             self._remove_running(req)
             self.retire(req)
         else:
-            siblings = self._children.get(req.parent) if req.parent is not None else None
-            if siblings is not None and req in siblings:
+            siblings = self._children.get(req.parent, []) if req.parent is not None else []
+            if req in siblings:
                 siblings.remove(req)
             else:
                 self.dequeue(req)
             self.allocator.free(req)
         self._release_children(req)
         self._num_lost.pop(req, None)
-        del self.arrival[req]
-        del self.requests[req.request_id]
+        del self.arrival[req], self.requests[req.request_id]
 
     def _drop(self, req: Request) -> None:
-        """The KV of `req` is gone: it computes from scratch, or from what the prefix cache still holds."""
+        """Give back what `req` owns. It computes from scratch, or from what the prefix cache still holds."""
+        self.allocator.free(req)
         self._num_lost[req] = max(self._num_lost.get(req, 0), req.num_computed_tokens)
         req.num_computed_tokens = 0
         req.status = RequestStatus.WAITING
@@ -239,31 +235,9 @@ class Lifecycle(StepScheduler):
         """How many of the positions [start, end) had been computed before."""
         return max(0, min(end, self._num_lost.get(req, 0)) - start)
 
-    def _unschedule(self, req: Request, plan: StepPlan) -> None:
-        """Take `req` out of the step that is being planned, if it is in."""
-        for i, (other, start, num_new_tokens) in enumerate(plan.scheduled):
-            if other is req:
-                if plan.samples[i]:
-                    req.num_pending_tokens -= 1
-                req.num_recomputed_tokens -= self._recomputed(req, start, start + num_new_tokens)
-                req.num_computed_tokens = start
-                del plan.scheduled[i], plan.samples[i]
-                plan.num_decodes -= i < plan.num_decodes
-                return
-
     def _remove_running(self, req: Request) -> None:
         del (self.decoding if req in self.decoding else self.prefilling)[req]
-
-    def _waits_for(self, parent: Request) -> bool:
-        """Whether `parent` still has to compute the prompt that its children may share."""
-        return parent.request_id in self.requests and parent not in self.decoding
 
     def _release_children(self, parent: Request) -> None:
         for child in self._children.pop(parent, ()):
             self.enqueue(child)
-
-    def _outgrown(self, req: Request) -> str:
-        return (
-            f"request {req.request_id!r} needs slots for {self.num_slots_to_admit(req)} tokens, which the empty KV "
-            "pool cannot give; raise kv_cache.num_blocks or shorten the request"
-        )

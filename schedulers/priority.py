@@ -29,10 +29,6 @@ class PriorityScheduler(ChunkedScheduler):
             self._preempt_for_urgent(plan)
         super().build_plan(plan, now)
 
-    def order_key(self, req: Request) -> tuple[int, int]:
-        """Priority, then arrival."""
-        return self.rank(req)
-
     def rank(self, req: Request) -> tuple[int, int]:
         """Priority, then arrival."""
         return req.priority, self.arrival[req]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from itertools import count
 from typing import Any
 
 from kvarena.engine.request import Request
@@ -17,29 +18,23 @@ class RequestQueue:
     def __init__(self) -> None:
         self._heap: list[tuple[Any, int, Request]] = []
         self._entries: dict[Request, tuple[Any, int, Request]] = {}
-        self._num_pushed = 0
+        self._pushes = count()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, req: Request) -> bool:
-        return req in self._entries
-
     def push(self, req: Request, key: Any) -> None:
         """Queue `req` under `key`; equal keys come out in the order of their pushes."""
-        entry = (key, self._num_pushed, req)
-        self._num_pushed += 1
-        self._entries[req] = entry
+        self._entries[req] = entry = (key, next(self._pushes), req)
         heapq.heappush(self._heap, entry)
 
     def peek(self) -> Request | None:
         """The request with the smallest key, or None."""
-        heap, entries = self._heap, self._entries
-        while heap:
-            entry = heap[0]
-            if entries.get(entry[2]) is entry:
+        while self._heap:
+            entry = self._heap[0]
+            if self._entries.get(entry[2]) is entry:
                 return entry[2]
-            heapq.heappop(heap)
+            heapq.heappop(self._heap)
         return None
 
     def remove(self, req: Request) -> None:

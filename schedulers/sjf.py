@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from kvarena.engine.contract import KVAllocator, check_choice, check_number, is_number, require
+from kvarena.engine.contract import KVAllocator, check_choice, check_number
 from kvarena.engine.request import Request
 from kvarena.schedulers.chunked import ChunkedScheduler
 
@@ -60,13 +60,7 @@ class SJFScheduler(ChunkedScheduler):
         super().__init__(allocator, **options)
         check_choice("scheduler.predictor", predictor, PREDICTORS)
         check_number("scheduler.sigma", sigma)
-        require(
-            is_number(ageing) and 0 < ageing < math.inf,
-            "scheduler.ageing",
-            ageing,
-            "above 0, or long requests could starve",
-        )
-        self.ageing = ageing
+        self.ageing = check_number("scheduler.ageing", ageing, above=True)  # else long requests could starve
         self.predict = oracle_length if predictor == "oracle" else lognormal_length(seed, sigma)
 
     def order_key(self, req: Request) -> float:
