@@ -11,7 +11,7 @@ with buddy placement and blocks of one token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvarena.allocators.placement import PLACEMENTS
 from kvarena.engine.contract import KVAllocator, KVUsage, QueueHead, cdiv, check_choice
@@ -48,13 +48,6 @@ RESERVATIONS: dict[str, Callable[[Request, int], int]] = {
 }
 
 
-class Region(NamedTuple):
-    """A request's blocks: [start, start + num_blocks)."""
-
-    start: int
-    num_blocks: int
-
-
 class ContiguousAllocator(KVAllocator):
     """One region of consecutive blocks per request, reserved at admission.
 
@@ -76,18 +69,12 @@ class ContiguousAllocator(KVAllocator):
         check_choice("allocator.placement", placement, PLACEMENTS)
         self._reserve = RESERVATIONS[reservation]
         self._placement = PLACEMENTS[placement](self.num_blocks)
-        self._regions: dict[Request, Region] = {}
-        self._num_owned = 0
+        self._regions: dict[Request, range] = {}
 
     @property
     def max_request_tokens(self) -> int:
         """The largest region of an empty pool."""
         return self._placement.largest * self.block_size
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks in no region; a region may need them consecutive."""
-        return self._placement.num_free
 
     def reservation_blocks(self, req: Request, num_tokens: int) -> int:
         """Blocks that admitting `req` with `num_tokens` tokens reserves."""
@@ -102,8 +89,7 @@ class ContiguousAllocator(KVAllocator):
         start = self._placement.take(num_blocks)
         if start is None:
             return False
-        self._regions[req] = Region(start, num_blocks)
-        self._num_owned += num_blocks
+        self._regions[req] = range(start, start + num_blocks)
         req.num_slots = num_blocks * self.block_size
         return True
 
@@ -112,13 +98,11 @@ class ContiguousAllocator(KVAllocator):
         req.num_slots = 0
         region = self._regions.pop(req, None)
         if region is not None:
-            self._num_owned -= region.num_blocks
-            self._placement.give(*region)
+            self._placement.give(region.start, len(region))
 
     def block_table(self, req: Request) -> Sequence[int]:
         """The region's block ids: a range."""
-        start, num_blocks = self._regions[req]
-        return range(start, start + num_blocks)
+        return self._regions[req]
 
     def region_extent(self, num_blocks: int) -> int:
         """What the placement rounds a region up to."""
@@ -134,11 +118,11 @@ class ContiguousAllocator(KVAllocator):
 
     def count(self) -> KVUsage:
         """Raw counts. External: what buddy regions round up."""
-        unused = self._placement.num_free
+        owned, unused = sum(map(len, self._regions.values())), self._placement.num_free
         return KVUsage(
             total=self.num_blocks * self.block_size,
             computed=sum([req.num_computed_tokens for req in self._regions]),
-            owned=self._num_owned * self.block_size,
-            external=(self.num_blocks - unused - self._num_owned) * self.block_size,
+            owned=owned * self.block_size,
+            external=(self.num_blocks - unused - owned) * self.block_size,
             free=unused * self.block_size,
         )

@@ -77,23 +77,19 @@ class HashIndex(PrefixIndex):
                 if link.block == NULL_BLOCK:
                     del path[i:]
                     break
-        self._extend(path, req, num_blocks)
         self._matched = (req, path)
-        return path
-
-    def _extend(self, path: list[Link], req: Request, num_blocks: int) -> None:
-        """Append to `path`, a chain of `req`'s first blocks, the published blocks up to `num_blocks`."""
         block_size, links = self._block_size, self._links
         prompt, num_prompt = req.prompt_token_ids, req.num_prompt_tokens
         parent: int | str = path[-1].serial if path else req.cache_salt
         for start in range(len(path) * block_size, num_blocks * block_size, block_size):
             stop = start + block_size
             tokens = prompt[start:stop] if stop <= num_prompt else req.token_ids(start, stop)
-            link = links.get((parent, *tokens))
-            if link is None or link.block == NULL_BLOCK:
-                return
-            path.append(link)
-            parent = link.serial
+            found = links.get((parent, *tokens))
+            if found is None or found.block == NULL_BLOCK:
+                break
+            path.append(found)
+            parent = found.serial
+        return path
 
     def match(self, req: Request, num_blocks: int) -> int:
         return min(len(self._match(req, num_blocks)), num_blocks)
@@ -166,15 +162,11 @@ class HashIndex(PrefixIndex):
         blocks = []
         for _ in range(num_blocks):
             block, _ = self._cached.popitem(last=False)
-            self._withdraw(block)
+            withdrawn = self._published.pop(block)
+            withdrawn.block = NULL_BLOCK
+            self._prune(withdrawn)
             blocks.append(block)
         return blocks
-
-    def _withdraw(self, block: int) -> None:
-        """A block that is about to be written anew must not be found any more."""
-        link = self._published.pop(block)
-        link.block = NULL_BLOCK
-        self._prune(link)
 
     def _prune(self, link: Link | None) -> None:
         """Forget links without a block that nothing stands on."""

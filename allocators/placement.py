@@ -7,7 +7,7 @@ that region back. Nothing here costs more in a larger pool: what counts is the n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
+from bisect import bisect_left
 
 
 class Placement(ABC):
@@ -50,74 +50,56 @@ class Holes(Placement):
     """Exact regions between holes. A region that comes back merges with the holes on both sides.
 
         | region | hole | region | region | hole ........ |
-                 ^start ^end
+                 ^start
 
-    Subclasses decide which hole is cut; they see every hole come (`_insert`) and go (`_remove`).
+    Subclasses decide which hole is cut.
     """
 
     def __init__(self, num_blocks: int) -> None:
         super().__init__(num_blocks)
-        self._size_at: dict[int, int] = {}  # start of a hole -> its blocks
-        self._start_by_end: dict[int, int] = {}  # block after a hole -> start of the hole
-        self._open(1, num_blocks)
+        self._starts = [1]  # of the holes, sorted
+        self._size_at = {1: num_blocks}  # start of a hole -> its blocks
+
+    @abstractmethod
+    def _find(self, num_blocks: int) -> int | None:
+        """Start of the hole to cut a region of `num_blocks` from; None: no hole is large enough."""
 
     def take(self, num_blocks: int) -> int | None:
         """Cut the region from the front of the chosen hole."""
         start = self._find(num_blocks)
         if start is None:
             return None
-        size = self._close(start)
+        i = bisect_left(self._starts, start)
+        size = self._size_at.pop(start)
         if size > num_blocks:
-            self._open(start + num_blocks, size - num_blocks)
+            self._starts[i] = start + num_blocks
+            self._size_at[start + num_blocks] = size - num_blocks
+        else:
+            del self._starts[i]
         self.num_free -= num_blocks
         return start
 
     def give(self, start: int, num_blocks: int) -> None:
         """Turn the region into a hole, one with its neighbours."""
         self.num_free += num_blocks
-        size = num_blocks
-        if start + num_blocks in self._size_at:
-            size += self._close(start + num_blocks)
-        left = self._start_by_end.get(start)
-        if left is not None:
-            size += self._close(left)
-            start = left
-        self._open(start, size)
+        i, end = bisect_left(self._starts, start), start + num_blocks
+        if end in self._size_at:
+            num_blocks += self._size_at.pop(end)
+            del self._starts[i]
+        left = self._starts[i - 1] if i else None
+        if left is not None and left + self._size_at[left] == start:
+            self._size_at[left] += num_blocks
+        else:
+            self._starts.insert(i, start)
+            self._size_at[start] = num_blocks
 
     def fits(self, num_blocks: int) -> bool:
         """Whether `take` would find a hole."""
         return self._find(num_blocks) is not None
 
-    def _open(self, start: int, size: int) -> None:
-        self._size_at[start] = size
-        self._start_by_end[start + size] = start
-        self._insert(start, size)
-
-    def _close(self, start: int) -> int:
-        size = self._size_at.pop(start)
-        del self._start_by_end[start + size]
-        self._remove(start, size)
-        return size
-
-    @abstractmethod
-    def _find(self, num_blocks: int) -> int | None:
-        """Start of the hole to cut a region of `num_blocks` from; None: no hole is large enough."""
-
-    @abstractmethod
-    def _insert(self, start: int, size: int) -> None:
-        """A hole came."""
-
-    @abstractmethod
-    def _remove(self, start: int, size: int) -> None:
-        """A hole went."""
-
 
 class FirstFit(Holes):
     """The lowest hole that is large enough: the holes from below, one after the other."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self._starts: list[int] = []  # sorted
-        super().__init__(num_blocks)
 
     def _find(self, num_blocks: int) -> int | None:
         size_at = self._size_at
@@ -126,29 +108,13 @@ class FirstFit(Holes):
                 return start
         return None
 
-    def _insert(self, start: int, size: int) -> None:  # noqa: ARG002
-        insort(self._starts, start)
-
-    def _remove(self, start: int, size: int) -> None:  # noqa: ARG002
-        del self._starts[bisect_left(self._starts, start)]
-
 
 class BestFit(Holes):
     """The smallest hole that is large enough; the lowest of several."""
 
-    def __init__(self, num_blocks: int) -> None:
-        self._by_size: list[tuple[int, int]] = []  # (size, start), sorted
-        super().__init__(num_blocks)
-
     def _find(self, num_blocks: int) -> int | None:
-        i = bisect_left(self._by_size, (num_blocks, 0))
-        return self._by_size[i][1] if i < len(self._by_size) else None
-
-    def _insert(self, start: int, size: int) -> None:
-        insort(self._by_size, (size, start))
-
-    def _remove(self, start: int, size: int) -> None:
-        del self._by_size[bisect_left(self._by_size, (size, start))]
+        fitting = [(size, start) for start, size in self._size_at.items() if size >= num_blocks]
+        return min(fitting)[1] if fitting else None
 
 
 class Buddy(Placement):
@@ -200,7 +166,7 @@ class Buddy(Placement):
         """Merge upwards while the buddy is free."""
         offset, size = start - 1, self.extent(num_blocks)
         self.num_free += size
-        while (buddy := self._buddy(offset, size)) in self._free.get(size, ()):
+        while (buddy := offset ^ size) in self._free.get(size, ()):
             del self._free[size][buddy]
             offset, size = min(offset, buddy), size * 2
         self._free[size][offset] = None
@@ -209,10 +175,6 @@ class Buddy(Placement):
         """Whether a free region has at least the rounded-up size."""
         extent = self.extent(num_blocks)
         return any(offsets for size, offsets in self._free.items() if size >= extent)
-
-    @staticmethod
-    def _buddy(offset: int, size: int) -> int:
-        return offset ^ size
 
 
 PLACEMENTS: dict[str, type[Placement]] = {"first_fit": FirstFit, "best_fit": BestFit, "buddy": Buddy}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvarena.allocators.blocks import BlockPool
 from kvarena.engine.contract import KVAllocator, KVUsage, QueueHead, cdiv, check_int
@@ -26,13 +26,6 @@ from kvarena.engine.request import Request
 KIB = 1024
 LARGEST_PAGE, SMALLEST_PAGE = 2048 * KIB, 64 * KIB
 MIN_PAGES = 128  # of a pool whose page size is not given
-
-
-class Region(NamedTuple):
-    """A request's region: its number, and how many pages are mapped into it, from the front."""
-
-    number: int
-    num_pages: int
 
 
 class VirtualAllocator(KVAllocator):
@@ -100,10 +93,9 @@ class VirtualAllocator(KVAllocator):
         self._first_block = unit // block_size
         self.num_virtual_blocks = self._first_block - 1 + max_regions * self._region_tokens // block_size
         self._num_free_pages = self.num_pages
-        self._num_owned = 0
         self._num_regions = max_regions
         self._free_regions = BlockPool(0, max_regions)
-        self._regions: dict[Request, Region] = {}
+        self._regions: dict[Request, int] = {}  # their numbers
 
     def _largest_page(self, kv_tensors: int) -> int | None:
         """Bytes of the largest page that leaves the pool `MIN_PAGES`; None when the smallest is too large for that."""
@@ -133,6 +125,10 @@ class VirtualAllocator(KVAllocator):
         """Whole tokens in so many pages side by side."""
         return num_pages * self._page_size // self._slot_size
 
+    def _num_pages_of(self, num_tokens: int) -> int:
+        """Pages side by side that hold so many tokens."""
+        return cdiv(num_tokens * self._slot_size, self._page_size)
+
     @property
     def max_request_tokens(self) -> int:
         """All pages, or a whole region if that is less."""
@@ -140,45 +136,34 @@ class VirtualAllocator(KVAllocator):
 
     def max_requests(self, num_tokens: int) -> int:
         """Whole pages each, and a region."""
-        return min(self._num_regions, self.num_pages // cdiv(num_tokens * self._slot_size, self._page_size))
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Whole blocks in unmapped pages."""
-        return self._num_slots_in(self._num_free_pages) // self.block_size
+        return min(self._num_regions, self.num_pages // self._num_pages_of(num_tokens))
 
     def allocate(self, req: Request, num_tokens: int, num_cached: int = 0) -> bool:  # noqa: ARG002
         """Take a region at the first call, and the missing pages."""
-        region = self._regions.get(req)
-        need = cdiv(num_tokens * self._slot_size, self._page_size) - (region.num_pages if region else 0)
+        num_mapped = self._num_pages_of(req.num_slots)
+        need = self._num_pages_of(num_tokens) - num_mapped
         if num_tokens > self._region_tokens or need > self._num_free_pages:
             return False
-        if region is None:
+        if req not in self._regions:
             if not self._free_regions.num_free:
                 return False
             # The one given back last: its pages may still be mapped.
-            region = Region(self._free_regions.take(1)[0], 0)
+            self._regions[req] = self._free_regions.take(1)[0]
         if need > 0:
-            region = region._replace(num_pages=region.num_pages + need)
             self._num_free_pages -= need
-            self._num_owned -= req.num_slots
-            req.num_slots = self._num_slots_in(region.num_pages)
-            self._num_owned += req.num_slots
-        self._regions[req] = region
+            req.num_slots = self._num_slots_in(num_mapped + need)
         return True
 
     def free(self, req: Request) -> None:
         """Give the region and its pages back. Idempotent."""
-        region = self._regions.pop(req, None)
-        if region is not None:
-            self._num_free_pages += region.num_pages
-            self._num_owned -= req.num_slots
-            self._free_regions.give([region.number])
+        if req in self._regions:
+            self._free_regions.give([self._regions.pop(req)])
+            self._num_free_pages += self._num_pages_of(req.num_slots)
         req.num_slots = 0
 
     def block_table(self, req: Request) -> Sequence[int]:
         """The region's block ids as far as it is mapped: a range."""
-        start = self._first_block + self._regions[req].number * (self._region_tokens // self.block_size)
+        start = self._first_block + self._regions[req] * (self._region_tokens // self.block_size)
         return range(start, start + cdiv(req.num_slots, self.block_size))
 
     def slots_to_admit(self, head: QueueHead) -> int:
@@ -192,11 +177,11 @@ class VirtualAllocator(KVAllocator):
     def count(self) -> KVUsage:
         """Raw counts, in physical memory. External: what never holds a whole token."""
         total = self.num_blocks * self.block_size
-        unused = self._num_slots_in(self._num_free_pages)
+        owned, unused = sum([req.num_slots for req in self._regions]), self._num_slots_in(self._num_free_pages)
         return KVUsage(
             total=total,
             computed=sum([req.num_computed_tokens for req in self._regions]),
-            owned=self._num_owned,
-            external=total - self._num_owned - unused,
+            owned=owned,
+            external=total - owned - unused,
             free=unused,
         )

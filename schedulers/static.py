@@ -58,12 +58,13 @@ class StaticScheduler(Scheduler):
 
     def build_plan(self, plan: StepPlan, now: float) -> None:
         """Start the next batch when the last has ended; run the batch."""
-        if self.num_running == 0 and self._batch_is_due(now):
+        due = self.wake_time(now)
+        if due is not None and (self.num_waiting >= self.batch_size or now >= due):
             self._form_batch(plan)
         self.schedule_prefill_first(plan)
 
     def wake_time(self, now: float) -> float | None:  # noqa: ARG002 - part of the protocol
-        """When the batch that is filling starts at the latest; None while one runs or nobody waits."""
+        """When the batch that is filling starts at the latest; None while one runs, or nobody waits."""
         head = self.head()
         return None if self.num_running or head is None else head.arrival_time + self.max_wait
 
@@ -83,12 +84,6 @@ class StaticScheduler(Scheduler):
             for held in self._held:
                 self.allocator.free(held)
             self._held.clear()
-
-    def _batch_is_due(self, now: float) -> bool:
-        head = self.head()
-        if head is None:
-            return False
-        return self.num_waiting >= self.batch_size or now >= head.arrival_time + self.max_wait
 
     def _form_batch(self, plan: StepPlan) -> None:
         while self.num_running < self.batch_size:
