@@ -14,6 +14,12 @@ def holes(placement: Placement) -> dict[int, int]:
     return dict(sorted(placement._size_at.items()))  # type: ignore[attr-defined]
 
 
+def runs(free: list[bool]) -> list[range]:
+    """Every hole of a map of blocks."""
+    edges = [i for i in range(1, len(free) + 1) if (i < len(free) and free[i]) != free[i - 1]]
+    return [range(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
 def fill(placement: Placement, *sizes: int) -> list[int]:
     starts = [placement.take(size) for size in sizes]
     assert None not in starts
@@ -82,6 +88,10 @@ def test_random_churn_against_a_map_of_every_block(name: str) -> None:
             if name == "first_fit":
                 fits = (s for s in range(1, 1002 - size) if all(free[s : s + size]))
                 assert got == next(fits, None)
+            if name == "best_fit":
+                assert (
+                    got == min(((len(hole), hole[0]) for hole in runs(free) if len(hole) >= size), default=(0, None))[1]
+                )
             if got is None:
                 continue
             assert all(free[got : got + extent]) and got + extent <= 1001

@@ -6,6 +6,7 @@ import pytest
 from allocator_machine import make_request
 
 from kvarena.allocators.prefix import PrefixCachingAllocator
+from kvarena.engine.contract import QueueHead
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.ledger import check_usage
 from kvarena.engine.request import Request
@@ -230,3 +231,55 @@ def test_a_child_goes_on_in_the_chain_where_its_prompt_ends() -> None:
     child.num_computed_tokens = 12
     alloc.commit(child)
     assert hit(alloc, [*range(9), 60, 60, 60, 1]) == hit(alloc, [*range(9), 50, 50, 50, 1]) == 12
+
+
+def test_each_block_is_published_as_soon_as_it_is_full() -> None:
+    alloc = make()
+    req = compute(alloc, "a", list(range(4)))
+    for num_tokens in (4, 8, 12):
+        assert hit(alloc, list(range(20))) == num_tokens
+        req.output_token_ids += range(num_tokens, num_tokens + 4)
+        assert alloc.allocate(req, num_tokens + 4)
+        req.num_computed_tokens = num_tokens + 3
+        alloc.commit(req)
+        assert hit(alloc, list(range(20))) == num_tokens
+        req.num_computed_tokens = num_tokens + 4
+        alloc.commit(req)
+
+
+@pytest.mark.parametrize("lives", [True, False])
+@pytest.mark.parametrize(("num_tokens", "fits"), [(16, True), (17, False)])
+def test_hits_that_were_evictable_are_no_room_for_the_rest(lives: bool, num_tokens: int, fits: bool) -> None:
+    """Four blocks, two of them a hit: two are left, whether somebody owns the hit or nobody does."""
+    alloc = make(num_blocks=4)
+    owner = compute(alloc, "a", list(range(8)))
+    if not lives:
+        alloc.free(owner)
+    req = make_request("b", list(range(num_tokens)))
+    before = alloc.usage()
+    assert alloc.allocate(req, num_tokens, 8) is fits
+    assert fits or (alloc.usage() == before and req.num_slots == 0)
+    if fits:
+        assert (req.num_slots, req.num_computed_tokens) == (16, 8)  # a hit counts as computed at once
+        assert alloc.usage().computed == 8 and alloc.usage().free == 0
+
+
+@pytest.mark.parametrize(("num_tokens", "slots"), [(8, 4), (9, 4), (12, 4), (13, 8)])
+def test_admission_takes_what_the_head_does_not_share(num_tokens: int, slots: int) -> None:
+    """The first two blocks are another request's; a hit never covers the last token."""
+    alloc = make()
+    compute(alloc, "a", list(range(8)))
+    head = make_request("head", list(range(num_tokens)))
+    assert alloc.slots_to_admit(QueueHead(head, num_tokens)) == slots
+
+
+def test_blocks_of_prompt_and_output_are_found_again() -> None:
+    alloc = make()
+    req = compute(alloc, "a", list(range(6)))
+    req.output_token_ids += [50, 51, 52]
+    assert alloc.allocate(req, 9)
+    req.num_computed_tokens = 8
+    alloc.commit(req)
+    alloc.free(req)
+    assert alloc.match_prefix(req) == 8  # the second block has tokens of both
+    assert hit(alloc, [*range(6), 50, 60, 61]) == 4

@@ -127,7 +127,7 @@ CASES = {
     "an experiment's setting": (["study.start_rate=4"], "'study.start_rate'; it is a setting of experiment=capacity"),
     "a target's query": (["target='http://127.0.0.1:9/v1?a=1'"], "leave out what is behind it"),
     "samples without end": (["sampling.n=99999999999999999999"], "must be an integer in [1, 65536]"),
-    "no swap space": (["allocator.swap_gib=null"], "allocator.swap_gib=None must be at least 0"),
+    "no swap space": (["allocator.swap_gib=null"], "allocator.swap_gib=None must be a finite number of at least 0"),
     "a list of strategies": (["allocator=[1]"], "the command line cannot be read: "),
     "a spread beyond floats": (["workload=lognormal", "workload.output_len.sigma=1e30"], "config section 'workload': "),
     "no temperature": (["sampling.temperature=null"], "sampling.temperature=None must be a number"),

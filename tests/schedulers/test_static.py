@@ -3,8 +3,15 @@
 import pytest
 from scheduler_simulation import request, simulate
 
+from kvarena.allocators.paged import PagedAllocator
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.server.engine.pool_view import PoolView
+
+
+class Promises(PagedAllocator):
+    """Promises room for any request."""
+
+    max_request_tokens = 10**6
 
 
 def batches(run) -> list[list[str]]:
@@ -24,6 +31,37 @@ def test_a_batch_starts_when_it_is_full():
     run = simulate("static", max_num_seqs=8, batch_size=3, max_wait=100.0).run(load[:3])
     assert batches(run) == [["r0", "r1", "r2"]]
     assert run.steps[0].start_time == pytest.approx(0.2)
+
+
+def test_a_batch_is_full_at_the_most_that_may_run_and_takes_no_more():
+    load = [request(f"r{i}", arrival_time=0.1 * i) for i in range(4)]
+    run = simulate("static", max_num_seqs=3, max_wait=100.0).run(load[:3])
+    assert run.steps[0].start_time == pytest.approx(0.2)
+    load = [request(f"r{i}") for i in range(5)]
+    run = simulate("static", max_num_seqs=8, batch_size=3, max_wait=0.5).run(load)
+    assert batches(run) == [["r0", "r1", "r2"], ["r3", "r4"]]
+
+
+def test_it_wakes_for_a_batch_that_fills_and_for_nothing_else():
+    scheduler = simulate("static", batch_size=2, max_wait=0.5).engine.scheduler
+    assert scheduler.wake_time(0.0) is None
+    scheduler.add(request("first", arrival_time=1.0))
+    assert scheduler.wake_time(1.0) == pytest.approx(1.5)
+    assert scheduler.schedule(1.49).scheduled == []
+    assert len(scheduler.schedule(1.5).scheduled) == 1  # the very moment
+    scheduler.add(request("second", arrival_time=1.6))
+    assert scheduler.wake_time(1.6) is None  # a batch runs
+
+
+def test_one_that_can_never_run_does_not_end_its_batch():
+    scheduler = simulate("static", num_blocks=10, max_wait=0.0).engine.scheduler
+    promised, scheduler.allocator = scheduler.allocator, Promises(num_blocks=10, block_size=4, max_model_len=4096)
+    assert promised.max_request_tokens == 40
+    huge, fits = request("huge", 30, 30), request("fits")
+    for req in (huge, fits):
+        scheduler.add(req)
+    plan = scheduler.schedule(1.0)
+    assert plan.rejected == [huge] and plan.admitted == [fits]
 
 
 def test_a_smaller_batch_starts_after_the_wait():
@@ -113,7 +151,12 @@ def test_an_aborted_request_does_not_hold():
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({"retire": "keep"}, "retire"), ({"batch_size": 0}, "batch_size"), ({"max_wait": -1.0}, "max_wait")],
+    [
+        ({"retire": "keep"}, "retire"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 5, "max_num_seqs": 4}, "batch_size"),
+        ({"max_wait": -1.0}, "max_wait"),
+    ],
 )
 def test_bad_options_name_themselves(options, name):
     with pytest.raises(ConfigError, match=f"scheduler.{name}"):
