@@ -17,34 +17,13 @@ from kvarena.allocators.placement import PLACEMENTS
 from kvarena.engine.contract import KVAllocator, KVUsage, QueueHead, cdiv, check_choice
 from kvarena.engine.request import Request
 
-
-def _expected_output(req: Request) -> int:
-    """The true output length where the workload knows it, else the most that was asked for."""
-    return req.sampling.max_tokens if req.oracle_output_len is None else req.oracle_output_len
-
-
-def _reserve_max(req: Request, max_model_len: int) -> int:  # noqa: ARG001
-    return max_model_len
-
-
-def _reserve_pow2(req: Request, max_model_len: int) -> int:  # noqa: ARG001
-    """Prompt + the next power of two of the output length: at most twice the true output, as in the paper."""
-    return req.num_prompt_tokens + (1 << max(0, _expected_output(req) - 1).bit_length())
-
-
-def _reserve_oracle(req: Request, max_model_len: int) -> int:  # noqa: ARG001
-    return req.num_prompt_tokens + _expected_output(req)
-
-
-def _reserve_prompt(req: Request, max_model_len: int) -> int:  # noqa: ARG001
-    return req.num_tokens
-
-
+# Tokens that a request reserves, of at most max_model_len.
 RESERVATIONS: dict[str, Callable[[Request, int], int]] = {
-    "max": _reserve_max,
-    "pow2": _reserve_pow2,
-    "oracle": _reserve_oracle,
-    "prompt": _reserve_prompt,
+    "max": lambda _req, max_model_len: max_model_len,
+    # At most twice the true output, as in the paper.
+    "pow2": lambda req, _: req.num_prompt_tokens + (1 << max(0, req.expected_output_len - 1).bit_length()),
+    "oracle": lambda req, _: req.num_prompt_tokens + req.expected_output_len,
+    "prompt": lambda req, _: req.num_tokens,
 }
 
 

@@ -32,9 +32,6 @@ class _Stand:
     __slots__ = ("due", "node", "num_blocks")
 
     def __init__(self, node: Any, num_blocks: int, block_size: int) -> None:
-        self.move(node, num_blocks, block_size)
-
-    def move(self, node: Any, num_blocks: int, block_size: int) -> None:
         self.node = node
         self.num_blocks = num_blocks
         self.due = (num_blocks + 1) * block_size  # computed tokens at which the next block is full
@@ -108,7 +105,7 @@ class PrefixCachingAllocator(PagedAllocator):
         if num_blocks > stand.num_blocks:
             table = self._tables[req]
             node, replaced, shared = self._index.publish(stand.node, req, table, stand.num_blocks, num_blocks)
-            stand.move(node, num_blocks, self.block_size)
+            self._stands[req] = _Stand(node, num_blocks, self.block_size)
             self._share(shared)
             self._pool.give(replaced)
 

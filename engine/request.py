@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -223,6 +222,11 @@ class Request:
         return len(self.prompt_token_ids) + self.sampling.max_tokens
 
     @property
+    def expected_output_len(self) -> int:
+        """The true output length where the workload knows it, else the most that was asked for."""
+        return self.sampling.max_tokens if self.oracle_output_len is None else self.oracle_output_len
+
+    @property
     def is_finished(self) -> bool:
         """True when the request has ended, for whatever reason."""
         return self.status is RequestStatus.FINISHED
@@ -244,11 +248,6 @@ class Request:
         if num_output >= self.sampling.max_tokens:
             return FinishReason.LENGTH
         return None
-
-
-def total_tokens(requests: Sequence[Request]) -> int:
-    """Sum of prompt and output tokens of `requests`."""
-    return sum(request.num_tokens for request in requests)
 
 
 def expand(req: Request) -> list[Request]:

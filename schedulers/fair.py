@@ -73,12 +73,11 @@ class FairScheduler(ChunkedScheduler):
 
     def head(self) -> Request | None:
         """The first request of the waiting client with the smallest counter."""
-        if not self._queues:
-            return None
-        heads = {client: queue.peek() for client, queue in self._queues.items()}
+        heads = [queue.peek() for queue in self._queues.values()]
         return min(
-            (req for req in heads.values() if req is not None),
+            (req for req in heads if req is not None),
             key=lambda req: (self.counters[req.client_id], self.arrival[req]),
+            default=None,
         )
 
     def enqueue(self, req: Request) -> None:

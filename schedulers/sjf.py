@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from typing import Any
 
 from kvarena.engine.contract import KVAllocator, check_choice, check_number
@@ -12,20 +11,6 @@ from kvarena.engine.request import Request
 from kvarena.schedulers.chunked import ChunkedScheduler
 
 PREDICTORS = ("oracle", "lognormal")
-
-
-def oracle_length(req: Request) -> float:
-    """The true output length where the workload knows it, else the most that it can be."""
-    return req.sampling.max_tokens if req.oracle_output_len is None else req.oracle_output_len
-
-
-def lognormal_length(seed: int, sigma: float) -> Callable[[Request], float]:
-    """A predictor that is off by a factor exp(N(0, sigma^2)), drawn once per request id from a stream of its own."""
-
-    def predict(req: Request) -> float:
-        return oracle_length(req) * math.exp(random.Random(f"{seed}:{req.request_id}").gauss(0.0, sigma))
-
-    return predict
 
 
 class SJFScheduler(ChunkedScheduler):
@@ -60,8 +45,15 @@ class SJFScheduler(ChunkedScheduler):
         super().__init__(allocator, **options)
         check_choice("scheduler.predictor", predictor, PREDICTORS)
         check_number("scheduler.sigma", sigma)
+        self._sigma = sigma if predictor == "lognormal" else 0.0
+        self._seed = seed
         self.ageing = check_number("scheduler.ageing", ageing, above=True)  # else long requests could starve
-        self.predict = oracle_length if predictor == "oracle" else lognormal_length(seed, sigma)
+
+    def predict(self, req: Request) -> float:
+        """The output's length, off by a factor exp(N(0, sigma^2)), drawn once per request id from its own stream."""
+        if not self._sigma:
+            return req.expected_output_len
+        return req.expected_output_len * math.exp(random.Random(f"{self._seed}:{req.request_id}").gauss(0, self._sigma))
 
     def order_key(self, req: Request) -> float:
         """Predicted length, less what waiting is worth."""
