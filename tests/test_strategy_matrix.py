@@ -88,12 +88,26 @@ def no_recount(monkeypatch):
 
 @pytest.mark.usefixtures("no_recount")
 def test_a_stale_hash_on_reuse_is_caught(monkeypatch):
-    monkeypatch.setattr(HashIndex, "_withdraw", lambda self, block: self._published.pop(block))
+    def evict(self, num_blocks):
+        blocks = [self._cached.popitem(last=False)[0] for _ in range(num_blocks)]
+        for block in blocks:
+            self._published.pop(block)  # and its link still says where it was
+        return blocks
+
+    monkeypatch.setattr(HashIndex, "evict", evict)
     assert "holds the KV of other tokens" in first_failure("paged_prefix")
 
 
 def test_a_wrong_buddy_merge_is_caught(monkeypatch):
-    monkeypatch.setattr(Buddy, "_buddy", staticmethod(lambda offset, size: offset + size))
+    def give(self, start, num_blocks):
+        offset, size = start - 1, self.extent(num_blocks)
+        self.num_free += size
+        while offset + size in self._free.get(size, ()):  # the next region, buddy or not
+            del self._free[size][offset + size]
+            size *= 2
+        self._free[size][offset] = None
+
+    monkeypatch.setattr(Buddy, "give", give)
     assert first_failure("orca_oracle")
 
 
@@ -109,9 +123,12 @@ def test_a_free_while_shared_is_caught(monkeypatch):
     assert first_failure("paged")
 
 
-def test_a_missing_copy_on_write_is_caught(monkeypatch):
-    monkeypatch.setattr(PagedAllocator, "_writes_shared", lambda self, req, table: False)
-    assert first_failure("paged")
+def test_a_fork_without_its_copy_is_caught(monkeypatch):
+    drain = PagedAllocator.drain_copies
+    monkeypatch.setattr(
+        PagedAllocator, "drain_copies", lambda self: [c for c in drain(self) if c.kind is not CopyKind.DEVICE]
+    )
+    assert " holds " in first_failure("paged")
 
 
 def test_a_swap_without_copy_back_is_caught(monkeypatch):
@@ -131,8 +148,8 @@ def test_a_window_off_by_one_is_caught(monkeypatch):
 @pytest.mark.usefixtures("no_recount")
 def test_a_region_in_two_pieces_is_caught(monkeypatch):
     def torn(self, req):
-        start, num_blocks = self._regions[req]
-        return [*range(start, start + num_blocks - 1), start] if num_blocks > 1 else [start]
+        region = self._regions[req]
+        return [*region[:-1], region.start]
 
     monkeypatch.setattr(ContiguousAllocator, "block_table", torn)
     assert "not contiguous" in first_failure("contiguous")
