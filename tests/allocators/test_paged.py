@@ -114,7 +114,23 @@ def test_nothing_to_fork() -> None:
     assert child.num_slots == child.num_computed_tokens == 0
 
 
+@pytest.mark.parametrize(("length", "computed"), [(2, 2), (2, 1), (10, 9)])
+def test_a_parent_needs_no_more_than_the_shared_positions(length: int, computed: int) -> None:
+    alloc = make()
+    parent = admit(alloc, "parent", length, computed)
+    child = make_request("child", parent.prompt_token_ids)
+    assert alloc.fork(parent, child) and child.num_computed_tokens == length - 1
+
+
 # ---- swap
+
+
+def test_swap_in_takes_the_last_free_blocks() -> None:
+    alloc = make(num_blocks=3, swap_blocks=2)
+    req = admit(alloc, "a", 8)
+    assert alloc.swap_out(req)
+    admit(alloc, "b", 4)
+    assert alloc.swap_in(req) and alloc.num_free_blocks == 0
 
 
 def test_swap_out_and_in_copy_the_computed_blocks_in_order() -> None:
