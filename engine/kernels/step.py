@@ -16,22 +16,24 @@ import triton.language as tl
 from torch import Tensor
 
 
-class DecodeBuffers:
-    """A decode step's inputs at fixed addresses, for up to `capacity` requests.
+class StepBuffers:
+    """A step's inputs at fixed addresses, for up to T tokens of R requests.
 
     Attributes:
-        ids, positions, slots: int64 [capacity].
-        seq_lens: int32 [capacity].
-        block_table: int32 [capacity, width].
+        ids, positions, slots: int64 [T].
+        logits_indices: int64 [R].
+        seq_lens: int32 [R].
+        block_table: int32 [R, width].
     """
 
-    def __init__(self, capacity: int, width: int, device: torch.device) -> None:
-        self.capacity = capacity
-        self.ids = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self.slots = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self.seq_lens = torch.ones(capacity, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros(capacity, width, dtype=torch.int32, device=device)
+    def __init__(self, num_tokens: int, num_rows: int, width: int, device: torch.device) -> None:
+        # Each by itself: parts of one tensor would not all be aligned for wide loads.
+        self.ids, self.positions, self.slots = (
+            torch.zeros(num_tokens, dtype=torch.int64, device=device) for _ in range(3)
+        )
+        self.logits_indices = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.seq_lens = torch.ones(num_rows, dtype=torch.int32, device=device)
+        self.block_table = torch.zeros(num_rows, width, dtype=torch.int32, device=device)
 
 
 def scatter_words(flat: Tensor, pairs: Tensor) -> None:
@@ -49,7 +51,7 @@ def scatter_words(flat: Tensor, pairs: Tensor) -> None:
 
 
 def expand_decode(
-    sent: Tensor, last_tokens: Tensor, tables: Tensor, out: DecodeBuffers, count: int, block_size: int
+    sent: Tensor, last_tokens: Tensor, tables: Tensor, out: StepBuffers, count: int, block_size: int
 ) -> None:
     """Fill the first `count` entries of `out`.
 
@@ -77,28 +79,28 @@ def expand_decode(
 
 
 def expand_tokens(
-    fields: Tensor, last_tokens: Tensor, tables: Tensor, ids: Tensor, positions: Tensor, slots: Tensor, block_size: int
+    fields: Tensor, last_tokens: Tensor, tables: Tensor, out: StepBuffers, count: int, block_size: int
 ) -> None:
-    """Fill `ids`, `positions` and `slots`, int64 [T], of a step whose requests have any number of new tokens.
+    """Fill the first `count` of `out`'s ids, positions and slots, in a step whose requests have any number of tokens.
 
     Args:
-        fields: int32 [3, T]: tokens, positions, rows; see the module.
+        fields: int32 [3, count]: tokens, positions, rows; see the module.
         last_tokens: int64 [num_rows].
         tables: int32 [num_rows, width].
-        ids, positions, slots: written.
+        out: written.
+        count: tokens.
         block_size: slots per block.
     """
-    count = len(ids)
     if fields.is_cuda:
         expand_tokens_kernel[(triton.cdiv(count, 128),)](
-            fields, last_tokens, tables, ids, positions, slots, count, fields.stride(0), tables.stride(0),
+            fields, last_tokens, tables, out.ids, out.positions, out.slots, count, fields.stride(0), tables.stride(0),
             BLOCK_SIZE=block_size, BLOCK=128, num_warps=4,
         )  # fmt: skip
         return
     tokens, at, rows = fields.long().unbind()
-    ids.copy_(torch.where(tokens < 0, last_tokens[rows], tokens))
-    positions.copy_(at)
-    slots.copy_(tables[rows, at // block_size].long() * block_size + at % block_size)
+    out.ids[:count] = torch.where(tokens < 0, last_tokens[rows], tokens)
+    out.positions[:count] = at
+    out.slots[:count] = tables[rows, at // block_size].long() * block_size + at % block_size
 
 
 @triton.jit(do_not_specialize=["count", "stride"])

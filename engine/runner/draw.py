@@ -49,8 +49,10 @@ class Draw:
         """What `__call__` picks the tokens of the same logits by; None unless scores are kept."""
         return best_scores(draw_scores(logits, params), self._num_scores) if self._num_scores else None
 
-    def start_copy(self, tokens: Tensor, request_ids: list[str], scores: ScoreTensors | None = None) -> HostTokens:
-        """Start the copy of drawn tokens to the host. At most `_NUM_RESULTS` copies may be unread."""
+    def sample(self, logits: Tensor, params: Tensor, last_tokens: Tensor, request_ids: list[str]) -> HostTokens:
+        """Draw as `__call__` does, and start the copy to the host. At most `_NUM_RESULTS` copies may be unread."""
+        tokens = self(logits, params, last_tokens)
+        scores = self.scores(logits, params)
         self._turn = (self._turn + 1) % _NUM_RESULTS
         result = self._results[self._turn][: len(tokens)]
         result.copy_(tokens, non_blocking=True)

@@ -1,7 +1,7 @@
 """The fast runner: a fused forward, and decode steps for which the host sends a few integers and replays a graph.
 
     decode step     fields --one copy--> device | graph: expand, layers, logits | draw | tokens --copy--> host
-    small steps     the same with prompts in them (engine/runner/mixed_graphs.py)
+    small steps     the same with prompts in them (engine/runner/step_graphs.py)
     other steps     as in TorchRunner, on the same fused forward
 
 Sampled tokens stay on the device as the next step's inputs, so with overlap the host prepares step N + 1 while step N
@@ -10,7 +10,6 @@ runs, and `result()` waits for its own step's copy alone.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,19 +20,17 @@ from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
 from kvarena.engine.attention.hook import attention_context
 from kvarena.engine.clock import Clock
 from kvarena.engine.contract import KVAllocator, ScheduledRequest, StepPlan, cdiv
-from kvarena.engine.errors import EngineError
 from kvarena.engine.fusions.decoder import FusedDecoder
 from kvarena.engine.model_runner import PendingTokens
 from kvarena.engine.models.spec import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request
-from kvarena.engine.runner.decode_inputs import NUM_FIELDS, DecodeSender, TableMirror
 from kvarena.engine.runner.draw import Draw
-from kvarena.engine.runner.graphs import DecodeGraphs, Forward, GraphCapture, ReservingBackend
-from kvarena.engine.runner.inputs import StepInputs
-from kvarena.engine.runner.mixed_graphs import MixedGraphs, MixedStep
+from kvarena.engine.runner.graphs import Forward, GraphCapture, ReservingBackend
+from kvarena.engine.runner.inputs import StepInputs, input_tokens, missing_token
 from kvarena.engine.runner.request_rows import RequestRows
-from kvarena.engine.runner.torch_runner import StepTokens, TorchRunner
+from kvarena.engine.runner.step_graphs import DECODE_FIELDS, MixedStep, StepGraphs
+from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
 from kvarena.engine.sampling.scores import choose_rows
 from kvarena.engine.sampling.transfer import to_device
@@ -113,197 +110,116 @@ class FusedRunner(TorchRunner):
         clock: Clock | None = None,
         num_scores: int = 0,
     ) -> None:
-        super().__init__(model, pool, backend, seed=seed, clock=clock, num_scores=num_scores)
+        # Rows are never added later, because graphs hold addresses. Twice the running requests: those that end keep
+        # their row for a step or two.
+        width = cdiv(max_model_len, pool.block_size) if isinstance(backend, ReservingBackend) else 0
+        rows = RequestRows(model.spec.vocab_size, pool.device, seed, num_rows=2 * max_num_seqs, width=width)
+        super().__init__(model, pool, backend, clock=clock, num_scores=num_scores, rows=rows)
         self._model_forward: Forward = (
             ModuleForward(model, backend) if decoder is None else FusedForward(decoder, backend, pool)
         )
-        # Twice the running requests: those that end keep their row for a step or two.
-        self._rows = RequestRows(self._tables, 2 * max_num_seqs, model.spec.vocab_size, seed)
-        num_rows = self._rows.num_rows + 1
-        # Never grown later, because graphs hold its address: `BlockTables` makes rows up to the next power of two.
-        room = max(2 * num_rows, self._tables.num_rows)
-        self._last_tokens = torch.zeros(room, dtype=torch.int64, device=self._device)
         self._draw = Draw(max_num_seqs, self._device, num_scores) if self._device.type == "cuda" else None
-        self._graphs: DecodeGraphs | None = None
-        self._mixed: MixedGraphs | None = None
+        self._graphs: StepGraphs | None = None
         if isinstance(backend, ReservingBackend):
-            width = cdiv(max_model_len, pool.block_size)
-            tables = torch.zeros(num_rows, width, dtype=torch.int32, device=self._device)
             logits = torch.zeros(max_num_seqs, model.spec.vocab_size, dtype=model.spec.dtype, device=self._device)
-            capture = GraphCapture() if graphs else None
-            self._mirror = TableMirror(num_rows, width)
-            self._sender = DecodeSender(max_num_seqs, tables)
-            self._graphs = DecodeGraphs(
-                self._model_forward, backend, self._sender.fields, self._last_tokens, tables, logits, pool.block_size,
-                capture=capture,
+            self._graphs = StepGraphs(
+                self._model_forward, backend, rows, logits, pool.block_size, mixed_tokens,
+                capture=GraphCapture() if graphs else None,
             )  # fmt: skip
-            if mixed_tokens:
-                self._mixed = MixedGraphs(
-                    self._model_forward, backend, self._mirror, self._last_tokens, tables, self._rows.num_rows, logits,
-                    pool.block_size, mixed_tokens, capture=capture,
-                )  # fmt: skip
 
     @property
     def forward(self) -> Forward:
         """What computes a step's logits, in graphs or as it is."""
         return self._model_forward
 
-    def release(self, request_ids: list[str]) -> None:
-        """Forget requests that ended."""
-        self._rows.forget(request_ids)
-        super().release(request_ids)
-
     def warm_up(self, max_batch: int) -> int:
-        """Run, and so compile and capture, every bucket of small steps and of decode steps up to `max_batch` requests.
+        """Compile and capture every shape of decode steps up to `max_batch` requests, and of small steps.
 
         Only between steps, with nothing in flight. Writes KV to the null block alone.
 
         Returns:
-            How many buckets were run.
+            How many shapes were run.
         """
-        graphs = self._graphs
-        if graphs is None:
+        if self._graphs is None:
             return 0
-        buckets = [bucket for bucket in graphs.buckets if bucket <= max_batch]
         with torch.inference_mode():
-            for bucket in reversed(buckets):
-                self._sender.send(self._padding(bucket), (), ())
-                graphs.run(np.ones(bucket, dtype=np.int32))
-            num_mixed = 0 if self._mixed is None else self._mixed.warm_up()
-        return len(buckets) + num_mixed
+            return self._graphs.warm_up(max_batch)
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         self.backend.prepare(inputs.meta)
         return self._model_forward(inputs.input_ids, inputs.positions, inputs.meta)
 
-    def _step(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
-        if plan.preempted:
-            # They start over, maybe much later: until then they need no row.
-            preempted = [req.request_id for req in plan.preempted]
-            self._rows.forget(preempted)
-            self._tables.release(preempted)
-        if self._graphs is not None and _is_decode(plan):
-            return self._decode(plan, allocator, self._graphs)
-        if self._mixed is not None and plan.scheduled and self._mixed.takes(plan):
-            return self._run_mixed(plan, allocator, self._mixed)
-        return super()._step(plan, allocator)
+    def _compute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
+        if self._graphs is not None:
+            if _is_decode(plan):
+                return self._decode(plan, allocator, self._graphs)
+            if self._graphs.takes(plan):
+                return self._mixed(plan, allocator, self._graphs)
+        return super()._compute(plan, allocator)
 
-    def _decode(self, plan: StepPlan, allocator: KVAllocator, graphs: DecodeGraphs) -> PendingTokens:
+    def _decode(self, plan: StepPlan, allocator: KVAllocator, graphs: StepGraphs) -> PendingTokens:
         scheduled = plan.scheduled
-        count = len(scheduled)
-        rows, starts = self._rows_and_starts(plan, allocator)
-        fields = self._padding(graphs.bucket(count))
-        tokens, has_pending = self._input_tokens(scheduled, self._rows.sampled_to[rows] == starts)
-        fields[0, :count], fields[1, :count] = tokens, starts
-        fields[2:, :count] = self._rows.draw_params(rows, starts + 1)
-        self._sender.send(fields, *self._mirror.take())
-        seq_lens = np.ones(fields.shape[1], dtype=np.int32)
-        seq_lens[:count] = starts + 1
-        logits = graphs.run(seq_lens)[:count]
-        if self._draw is not None and self._rows.is_plain[rows].all():
-            self._rows.sampled_to[rows] = starts + 1
-            params = self._sender.fields[2:]
-            drawn = self._draw(logits, params, self._last_tokens)
+        rows = self._rows.of_step(scheduled, allocator)
+        columns = self._rows.columns
+        starts = np.fromiter((entry.start for entry in scheduled), np.int64, len(scheduled))
+        fields = np.empty((DECODE_FIELDS, len(scheduled)), dtype=np.int32)
+        # What the device has need not be sent, whether the host knows it or not.
+        sent = np.flatnonzero(columns["sampled_to"][rows] != starts)
+        fields[0] = -1
+        fields[0, sent] = [_known_token(scheduled[i]) for i in sent.tolist()]
+        fields[1] = starts
+        fields[2:] = self._rows.draw_params(rows, starts + 1)
+        logits = graphs.decode(fields)
+        if self._draw is not None and columns["is_plain"][rows].all():
+            columns["sampled_to"][rows] = starts + 1
             request_ids = [entry.req.request_id for entry in scheduled]
-            host_tokens = self._draw.start_copy(drawn, request_ids, self._draw.scores(logits, params))
-        else:
-            host_tokens = self._sample(plan, rows, logits, has_pending)
-        return StepTokens(host_tokens, plan.samples, None, functools.partial(self._no_memory, plan))
+            tokens = self._draw.sample(logits, graphs.draw_params, self._rows.last_tokens, request_ids)
+            return self._in_flight(plan, tokens)
+        return self._in_flight(plan, self._sample(plan, rows, logits))
 
-    def _run_mixed(self, plan: StepPlan, allocator: KVAllocator, graphs: MixedGraphs) -> PendingTokens:
+    def _mixed(self, plan: StepPlan, allocator: KVAllocator, graphs: StepGraphs) -> PendingTokens:
         scheduled = plan.scheduled
-        rows, starts = self._rows_and_starts(plan, allocator)
-        on_device = self._rows.sampled_to[rows]
-        tokens: list[int] = []
-        has_pending = False
-        for (req, start, count), sampled_to in zip(scheduled, on_device.tolist(), strict=True):
-            known = req.token_ids(start, start + count)
-            tokens += known
-            if len(known) < count:
-                if len(known) + 1 < count or sampled_to != start + count - 1:
-                    raise _missing_token(req, start + count - 1)
-                tokens.append(-1)
-                has_pending = True
-        counts = np.fromiter((entry.num_new_tokens for entry in scheduled), np.int64, len(scheduled))
-        samples = np.fromiter(plan.samples, np.bool_, len(scheduled))
-        logits = graphs.run(MixedStep(np.array(tokens, dtype=np.int32), starts, counts, rows, samples))
-        host_tokens = self._sample(plan, rows, logits, has_pending) if samples.any() else None
-        return StepTokens(host_tokens, plan.samples, None, functools.partial(self._no_memory, plan))
+        rows = self._rows.of_step(scheduled, allocator)
+        step = MixedStep(
+            tokens=input_tokens(scheduled, self._rows.columns["sampled_to"][rows]),
+            starts=np.fromiter((entry.start for entry in scheduled), np.int64, len(scheduled)),
+            counts=np.fromiter((entry.num_new_tokens for entry in scheduled), np.int64, len(scheduled)),
+            rows=rows,
+            samples=np.fromiter(plan.samples, np.bool_, len(scheduled)),
+        )
+        return self._in_flight(plan, self._sample(plan, rows, graphs.mixed(step)))
 
-    def _rows_and_starts(self, plan: StepPlan, allocator: KVAllocator) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [n]: each scheduled request's row, its block table brought up to date, and its first position."""
-        rows = np.array([self._rows.row(entry.req) for entry in plan.scheduled], dtype=np.int64)
-        self._update_tables(plan.scheduled, rows.tolist(), allocator)
-        return rows, np.fromiter((entry.start for entry in plan.scheduled), np.int64, len(rows))
-
-    def _padding(self, bucket: int) -> np.ndarray:
-        """Fields of a step of padding entries: token 0 of the null row, at position 0, greedy."""
-        fields = np.zeros((NUM_FIELDS, bucket), dtype=np.int32)
-        fields[2] = self._rows.num_rows
-        return fields
-
-    def _update_tables(self, scheduled: list[ScheduledRequest], rows: list[int], allocator: KVAllocator) -> None:
-        block_size = allocator.block_size
-        for (req, start, count), row in zip(scheduled, rows, strict=True):
-            table = allocator.block_table(req)
-            if len(table) * block_size < start + count:
-                raise EngineError(
-                    f"request {req.request_id!r} computes position {start + count - 1} and its block table holds "
-                    f"{len(table) * block_size} slots; a bug of the allocator or scheduler"
-                )
-            self._mirror.update(row, table)
-
-    def _input_tokens(self, scheduled: list[ScheduledRequest], on_device: np.ndarray) -> tuple[np.ndarray, bool]:
-        """Each entry's input token, -1 where the device has it; and whether the host has not seen one of them."""
-        tokens = np.full(len(scheduled), -1, dtype=np.int32)
-        for i in np.flatnonzero(~on_device).tolist():
-            req, start, _ = scheduled[i]
-            known = req.token_ids(start, start + 1)
-            if not known:
-                raise _missing_token(req, start)
-            tokens[i] = known[0]
-        return tokens, any(entry.start >= entry.req.num_tokens for entry in scheduled)
-
-    def _sample(self, plan: StepPlan, rows: np.ndarray, logits: Tensor, has_pending: bool) -> HostTokens:
+    def _pick(self, requests: list[Request], rows: np.ndarray, stops: np.ndarray, logits: Tensor) -> HostTokens:
         """As in TorchRunner; rows that the fused draw can serve get its token, whoever shares their step."""
-        entries = [entry for entry, sampled in zip(plan.scheduled, plan.samples, strict=True) if sampled]
-        # Also gives rows to requests that are new here.
-        at = np.array([self._rows.row(entry.req) for entry in entries], dtype=np.int64)
-        stops = np.fromiter((entry.start + entry.num_new_tokens for entry in entries), np.int64, len(entries))
-        self._rows.sampled_to[at] = stops
-        draw = self._draw
+        draw, last_tokens = self._draw, self._rows.last_tokens
         if draw is None:
-            return super()._sample(plan, rows, logits, has_pending)
-        is_plain = self._rows.is_plain[at]
-        request_ids = [entry.req.request_id for entry in entries]
-        params = to_device(self._rows.draw_params(at, stops), self._device)
+            return super()._pick(requests, rows, stops, logits)
+        is_plain = self._rows.columns["is_plain"][rows]
+        request_ids = [req.request_id for req in requests]
+        params = to_device(self._rows.draw_params(rows, stops), self._device)
         if is_plain.all():
-            drawn = draw(logits, params, self._last_tokens)
-            return draw.start_copy(drawn, request_ids, draw.scores(logits, params))
-        on_device = to_device(at, self._device)
-        sampled = self._pick(plan, on_device, logits, has_pending)
+            return draw.sample(logits, params, last_tokens, request_ids)
+        at = to_device(rows, self._device)
+        sampled = self._sampled(requests, rows, at, stops, logits)
         if is_plain.any():
-            drawn = draw(logits, params, self._last_tokens)
+            drawn = draw(logits, params, last_tokens)
             mask = to_device(is_plain, self._device)
             token_ids = torch.where(mask, drawn.clamp_min(0), sampled.token_ids)
             is_valid = torch.where(mask, drawn >= 0, sampled.is_valid)
             scores = choose_rows(mask, draw.scores(logits, params), sampled.scores)
             sampled = SampledTokens(token_ids, is_valid, sampled.logprobs, request_ids, scores)
-        self._last_tokens[on_device] = sampled.token_ids
-        return sampled.start_copy()
+        return self._keep(at, sampled)
 
 
-def _missing_token(req: Request, position: int) -> EngineError:
-    return EngineError(
-        f"request {req.request_id!r} is to compute position {position}, and neither host nor device has its token; a "
-        "bug of the scheduler"
-    )
+def _known_token(entry: ScheduledRequest) -> int:
+    known = entry.req.token_ids(entry.start, entry.start + 1)
+    if not known:
+        raise missing_token(entry.req, entry.start)
+    return known[0]
 
 
 def _is_decode(plan: StepPlan) -> bool:
     """Every entry computes one token and samples one, and nobody wants prompt log-probabilities of it."""
-    return (
-        bool(plan.scheduled)
-        and all(plan.samples)
-        and all(entry.num_new_tokens == 1 and entry.req.sampling.prompt_logprobs is None for entry in plan.scheduled)
+    return all(plan.samples) and all(
+        entry.num_new_tokens == 1 and entry.req.sampling.prompt_logprobs is None for entry in plan.scheduled
     )

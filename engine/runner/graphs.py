@@ -1,26 +1,20 @@
-"""CUDA graphs of the decode forward, one per batch-size bucket, in one shared memory pool.
+"""CUDA graphs of forwards, one per shape of steps, in one shared memory pool.
 
-A step of n requests runs in the smallest bucket that holds n. Entries beyond n stand for the null row: context length
-1, their KV goes to the null block, and their logits are not looked at. A bucket's first step runs as it is, which
-compiles what it needs, and is then captured; so a server answers at once and no start-up waits for captures.
-
-    host      fields, attention plan --copy-->  device
-    graph     expand inputs -> embedding -> layers -> logits [bucket, V]
+Launched one by one, the forward's kernels cost the host about 10 ms whatever the step holds. A graph replays them all
+for the price of one launch, on tensors of fixed size and address. A shape's first steps run as they are, which compiles
+what they need, before one is captured; so a server answers at once and no start-up waits for captures.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
 from kvarena.engine.errors import EngineError
-from kvarena.engine.kernels.step import DecodeBuffers, expand_decode
 
 
 class Forward(Protocol):
@@ -52,12 +46,6 @@ class ReservingBackend(AttentionBackend, Protocol):
             num_prefill_tokens: most new tokens of requests with more than one.
         """
         ...
-
-
-def batch_buckets(max_batch: int) -> list[int]:
-    """Batch sizes that get a graph: powers of two up to 8, every 8 up to 256, every 32 beyond, and `max_batch`."""
-    sizes = [1, 2, 4, *range(8, min(max_batch, 256) + 1, 8), *range(288, max_batch + 1, 32), max_batch]
-    return sorted({size for size in sizes if size <= max_batch})
 
 
 class GraphCapture:
@@ -93,99 +81,63 @@ class GraphCapture:
         return graph
 
 
-class DecodeGraphs:
-    """Runs decode forwards at fixed addresses, captured where that is possible.
+class GraphShape(NamedTuple):
+    """What a graph is captured for.
+
+    Attributes:
+        num_tokens: new tokens of a step, padding among them.
+        num_rows: its requests, padding among them.
+        is_decode: every request has one new token and samples.
+    """
+
+    num_tokens: int
+    num_rows: int
+    is_decode: bool
+
+    def __str__(self) -> str:
+        if self.is_decode:
+            return f"the decode forward for {self.num_rows} requests"
+        return f"the forward for {self.num_tokens} new tokens of {self.num_rows} requests"
+
+
+class CapturedGraph:
+    """The forward of steps of one shape: launched kernel by kernel until it is captured, replayed from then on.
 
     Args:
-        forward: the model.
-        backend: attention, prepared here.
-        sent: int32 [fields, capacity] on the device: tokens, positions and rows in its first three rows.
-        last_tokens: int64 [num_rows], each row's last token.
-        tables: int32 [num_rows, width].
-        logits: [most requests of a step, V], written.
-        block_size: slots per block.
-        capture: captures the graphs; None runs every step without one (the same kernels, launched one by one).
+        shape: of the steps.
+        meta: their attention's metadata; its tensors stay, the host's fields change from step to step.
+        launch: launches the kernels; they read and write at fixed addresses alone.
+        num_plain: runs until one is captured.
+        capture: captures; None never does (the same kernels, launched one by one).
     """
 
     def __init__(
         self,
-        forward: Forward,
-        backend: ReservingBackend,
-        sent: Tensor,
-        last_tokens: Tensor,
-        tables: Tensor,
-        logits: Tensor,
-        block_size: int,
-        *,
+        shape: GraphShape,
+        meta: AttentionMetadata,
+        launch: Callable[[], None],
+        num_plain: int,
         capture: GraphCapture | None,
     ) -> None:
-        max_batch = len(logits)
-        self.buckets = batch_buckets(max_batch)
-        self._forward = forward
-        self._backend = backend
-        self._sent = sent
-        self._last_tokens = last_tokens
-        self._tables = tables
-        self._logits = logits
-        self._block_size = block_size
-        self._buffers = DecodeBuffers(max_batch, tables.shape[1], tables.device)
-        self._loc = torch.arange(max_batch + 1, dtype=torch.int32, device=tables.device)
-        self._host_loc = np.arange(max_batch + 1, dtype=np.int32)
-        self._indices = torch.arange(max_batch, device=tables.device)
-        self._metas: dict[int, AttentionMetadata] = {}
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.meta = meta
+        self.num_runs_to_capture = 1 if capture is None else num_plain
+        self._shape = shape
+        self._launch = launch
+        self._num_left = num_plain
         self._capture = capture
-        # The largest first: what the backend reserves for it serves the others, and never moves.
-        self._meta(self.buckets[-1])
+        self._graph: torch.cuda.CUDAGraph | None = None
 
-    def bucket(self, count: int) -> int:
-        """The smallest bucket that holds `count` requests."""
-        return self.buckets[bisect_left(self.buckets, count)]
+    def run(self) -> None:
+        """Compute a step whose inputs are at their addresses and whose `meta` is prepared.
 
-    def run(self, seq_lens: np.ndarray) -> Tensor:
-        """Run the step whose fields have been sent.
-
-        Args:
-            seq_lens: int32 [bucket], context lengths, 1 for the entries that pad the batch.
-
-        Returns:
-            [bucket, V]; overwritten by the next step.
+        Raises:
+            EngineError: it cannot be captured.
+            torch.OutOfMemoryError: no memory for the graph's buffers.
         """
-        bucket = len(seq_lens)
-        meta = self._meta(bucket)
-        meta.host_seq_lens = seq_lens
-        meta.max_seq_len = int(seq_lens.max())
-        self._backend.prepare(meta)
-        captured = self._graphs.get(bucket)
-        if captured is not None:
-            captured.replay()
-        else:
-            self._run(bucket, meta)
-            if self._capture is not None:
-                what = f"the decode forward for {bucket} requests"
-                self._graphs[bucket] = self._capture(lambda: self._run(bucket, meta), what)
-        return self._logits[:bucket]
-
-    def _run(self, bucket: int, meta: AttentionMetadata) -> None:
-        buffers = self._buffers
-        expand_decode(self._sent, self._last_tokens, self._tables, buffers, bucket, self._block_size)
-        self._forward(buffers.ids[:bucket], buffers.positions[:bucket], meta, out=self._logits[:bucket], all_rows=True)
-
-    def _meta(self, bucket: int) -> AttentionMetadata:
-        meta = self._metas.get(bucket)
-        if meta is None:
-            buffers = self._buffers
-            meta = self._metas[bucket] = AttentionMetadata(
-                query_start_loc=self._loc[: bucket + 1],
-                seq_lens=buffers.seq_lens[:bucket],
-                slot_mapping=buffers.slots[:bucket],
-                block_table=buffers.block_table[:bucket],
-                logits_indices=self._indices[:bucket],
-                max_query_len=1,
-                max_seq_len=1,
-                block_size=self._block_size,
-                host_query_start_loc=self._host_loc[: bucket + 1],
-                host_seq_lens=self._host_loc[:0],
-            )
-            self._backend.reserve(meta, bucket)
-        return meta
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        self._launch()
+        self._num_left -= 1
+        if self._capture is not None and self._num_left <= 0:
+            self._graph = self._capture(self._launch, str(self._shape))

@@ -26,12 +26,13 @@ from kvarena.engine.model_runner import PendingTokens, ReadyTokens, StepResult, 
 from kvarena.engine.models.spec import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.pool.memory_limits import asked_and_free, is_out_of_memory
+from kvarena.engine.request import Request
 from kvarena.engine.runner.constraints import allowed_tokens
-from kvarena.engine.runner.inputs import BlockTables, StepInputs, build_inputs
+from kvarena.engine.runner.inputs import StepInputs, build_inputs
 from kvarena.engine.runner.prompt_logprobs import PromptLogprobs
+from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
 from kvarena.engine.sampling.sampler import Sampler
-from kvarena.engine.sampling.state import SamplerState
 from kvarena.engine.sampling.transfer import to_device
 
 
@@ -122,6 +123,7 @@ class TorchRunner:
         seed: random streams of requests without a seed of their own derive from it.
         clock: times the block copies on a CPU; None makes one.
         num_scores: keep the scores of so many best tokens of every sampled position (`StepResult.scores`); 0: none.
+        rows: what is kept of each request; None makes rows that grow in number.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class TorchRunner:
         seed: int = 0,
         clock: Clock | None = None,
         num_scores: int = 0,
+        rows: RequestRows | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -140,10 +143,7 @@ class TorchRunner:
         self._device = pool.device
         self._clock = WallClock() if clock is None else clock
         self._sampler = Sampler(num_scores)
-        self._sampler_state = SamplerState(model.spec.vocab_size, self._device, seed)
-        self._tables = BlockTables()
-        # Each row's last sampled token: the next step's input where the host has not seen it yet.
-        self._last_tokens = torch.zeros(self._tables.num_rows, dtype=torch.int64, device=self._device)
+        self._rows = RequestRows(model.spec.vocab_size, self._device, seed) if rows is None else rows
 
     def execute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
         """Launch one step. See `ModelRunner.execute`.
@@ -180,23 +180,31 @@ class TorchRunner:
         )
 
     def release(self, request_ids: list[str]) -> None:
-        """Forget requests that ended: their rows and the sampler's counts."""
-        self._tables.release(request_ids)
-        self._sampler_state.release(request_ids)
+        """Forget requests that ended."""
+        self._rows.release(request_ids)
         self.pool.release(request_ids)
 
     def _step(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
+        if plan.preempted:
+            # They start over, maybe much later: until then they need no row.
+            self._rows.release(req.request_id for req in plan.preempted)
         if not plan.scheduled:
             return ReadyTokens(StepResult([]))
-        inputs = build_inputs(plan, allocator, self._tables, self._device)
-        self._fill_pending(inputs)
+        return self._compute(plan, allocator)
+
+    def _compute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
+        """A step with something in it."""
+        inputs = build_inputs(plan, allocator, self._rows, self._device)
+        if len(inputs.pending):
+            pending, rows = (to_device(index, self._device) for index in (inputs.pending, inputs.pending_rows))
+            inputs.input_ids[pending] = self._rows.last_tokens[rows]
         logits = self._forward(inputs)
         num_sampled = sum(plan.samples)
-        tokens = None
-        if num_sampled:
-            tokens = self._sample(plan, inputs.rows, logits[:num_sampled], bool(inputs.pending.rows))
-        rows = inputs.prompt_rows
-        prompt = None if rows is None else PromptLogprobs(logits[num_sampled:], rows)
+        tokens = self._sample(plan, inputs.rows, logits[:num_sampled])
+        prompts = inputs.prompt_rows
+        return self._in_flight(plan, tokens, None if prompts is None else PromptLogprobs(logits[num_sampled:], prompts))
+
+    def _in_flight(self, plan: StepPlan, tokens: HostTokens | None, prompt: PromptLogprobs | None = None) -> StepTokens:
         return StepTokens(tokens, plan.samples, prompt, functools.partial(self._no_memory, plan))
 
     def _forward(self, inputs: StepInputs) -> Tensor:
@@ -205,40 +213,43 @@ class TorchRunner:
             self.backend.prepare(inputs.meta)
             return self.model.logits(inputs.input_ids, inputs.positions, inputs.meta.logits_indices)
 
-    def _fill_pending(self, inputs: StepInputs) -> None:
-        """Input tokens that only the device knows."""
-        if len(self._last_tokens) < self._tables.num_rows:
-            grown = self._last_tokens.new_zeros(self._tables.num_rows)
-            grown[: len(self._last_tokens)] = self._last_tokens
-            self._last_tokens = grown
-        if inputs.pending.rows:
-            inputs.input_ids[self._index(inputs.pending.tokens)] = self._last_tokens[self._index(inputs.pending.rows)]
-
-    def _sample(self, plan: StepPlan, rows: np.ndarray, logits: Tensor, has_pending: bool) -> HostTokens:
+    def _sample(self, plan: StepPlan, rows: np.ndarray, logits: Tensor) -> HostTokens | None:
         """Sample the entries that reach their last token; keep the tokens as next inputs, and start their copy.
 
         Args:
             plan: the step.
             rows: int64, the row of each scheduled request.
             logits: [num_sampled, V].
-            has_pending: whether an input token was one that the host has not seen.
         """
-        at = to_device(rows[np.fromiter(plan.samples, np.bool_)], self._device)
-        sampled = self._pick(plan, at, logits, has_pending)
-        self._last_tokens[at] = sampled.token_ids
+        entries = [entry for entry, sampled in zip(plan.scheduled, plan.samples, strict=True) if sampled]
+        if not entries:
+            return None
+        at = rows[np.fromiter(plan.samples, np.bool_)]
+        stops = np.fromiter((entry.start + entry.num_new_tokens for entry in entries), np.int64, len(entries))
+        self._rows.columns["sampled_to"][at] = stops
+        return self._pick([entry.req for entry in entries], at, stops, logits)
+
+    def _pick(self, requests: list[Request], rows: np.ndarray, stops: np.ndarray, logits: Tensor) -> HostTokens:
+        """Pick a token for each of `requests`, at position `stops`: both int64 [num_sampled]."""
+        at = to_device(rows, self._device)
+        return self._keep(at, self._sampled(requests, rows, at, stops, logits))
+
+    def _keep(self, rows: Tensor, sampled: SampledTokens) -> HostTokens:
+        """The tokens become inputs of the next step, and start on their way to the host."""
+        self._rows.last_tokens[rows] = sampled.token_ids
         return sampled.start_copy()
 
-    def _pick(self, plan: StepPlan, rows: Tensor, logits: Tensor, has_pending: bool) -> SampledTokens:
-        """Run the sampler; `rows` int64 [num_sampled] on the device."""
-        entries = [entry for entry, sampled in zip(plan.scheduled, plan.samples, strict=True) if sampled]
-        requests = [entry.req for entry in entries]
-        batch = self._sampler_state.batch(
+    def _sampled(
+        self, requests: list[Request], rows: np.ndarray, at: Tensor, stops: np.ndarray, logits: Tensor
+    ) -> SampledTokens:
+        """Run the sampler; `at` is `rows` on the device."""
+        num_outputs: list[int] = (stops - self._rows.columns["num_prompt"][rows]).tolist()
+        unseen = any(count > len(req.output_token_ids) for req, count in zip(requests, num_outputs, strict=True))
+        batch = self._rows.batch(
             requests,
-            num_outputs=[entry.start + entry.num_new_tokens - entry.req.num_prompt_tokens for entry in entries],
-            pending_token_ids=self._last_tokens[rows] if has_pending else None,
+            rows,
+            num_outputs=num_outputs,
+            pending_token_ids=self._rows.last_tokens[at] if unseen else None,
             allowed_tokens=allowed_tokens(requests, self.model.spec.vocab_size, self._device),
         )
         return self._sampler(logits, batch)
-
-    def _index(self, values: list[int]) -> Tensor:
-        return to_device(np.array(values, dtype=np.int64), self._device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,10 +14,18 @@ from kvarena.engine.request import Request
 from kvarena.engine.sampling.transfer import to_device
 
 
-class TokenCounts:
-    """Per request: which tokens the prompt holds, and how often each occurs in the output.
+@dataclass(slots=True)
+class _Counted:
+    """Where a request's counts lie, and how many of its output tokens are in them."""
 
-    A slot of 5 bytes per vocabulary entry for each request that uses penalties; none for the others.
+    slot: int
+    num_counted: int = 0
+
+
+class TokenCounts:
+    """Per request row: which tokens the prompt holds, and how often each occurs in the output.
+
+    A slot of 5 bytes per vocabulary entry for each row that uses penalties; none for the others.
 
     Args:
         vocab_size: number of tokens V.
@@ -26,87 +35,83 @@ class TokenCounts:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
         self.counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
-        self._slots: dict[str, int] = {}
-        self._num_counted: dict[str, int] = {}
+        self._of_row: dict[int, _Counted] = {}
         self._free: list[int] = []
 
-    def release(self, request_id: str) -> None:
-        """Give a request's slot back; does nothing for one without."""
-        slot = self._slots.pop(request_id, None)
-        if slot is not None:
-            self._num_counted.pop(request_id)
-            self._free.append(slot)
+    def release(self, rows: Iterable[int]) -> None:
+        """Give the slots of request rows back; does nothing for one without."""
+        self._free += [self._of_row.pop(row).slot for row in rows if row in self._of_row]
 
     def update(
-        self, requests: Sequence[Request], rows: Sequence[int], num_outputs: Sequence[int], pending: Tensor | None
+        self,
+        requests: Sequence[Request],
+        request_rows: Sequence[int],
+        rows: Sequence[int],
+        num_outputs: Sequence[int],
+        pending: Tensor | None,
     ) -> Tensor:
-        """Bring the counts of some rows up to date.
+        """Bring the counts of some rows of a batch up to date.
 
         Args:
             requests: the batch's requests.
-            rows: the rows to update, at most one per request.
+            request_rows: where what is kept of each lies.
+            rows: the batch rows to update.
             num_outputs: per batch row, the output tokens to count.
             pending: int64 [N] on the device; a row's last output token where the host has not seen it.
 
         Returns:
             int64 [len(rows)] on the device: each row's slot in `in_prompt` and `counts`.
         """
-        self._reserve([requests[row] for row in rows], [num_outputs[row] for row in rows])
-        slots = [self._slots[requests[row].request_id] for row in rows]
+        self._reserve([(request_rows[row], requests[row], num_outputs[row]) for row in rows])
+        slots: list[int] = []
         seen_slots: list[int] = []
         seen_tokens: list[int] = []
         late_slots: list[int] = []
         late_rows: list[int] = []
-        for slot, row in zip(slots, rows, strict=True):
-            req = requests[row]
-            counted = self._num_counted[req.request_id]
-            known = min(num_outputs[row], len(req.output_token_ids))
-            if known > counted:
-                tokens = req.output_token_ids[counted:known]
-                seen_tokens += tokens
-                seen_slots += [slot] * len(tokens)
-            if num_outputs[row] > max(known, counted):
-                late_slots.append(slot)
+        for row in rows:
+            counted, output = self._of_row[request_rows[row]], requests[row].output_token_ids
+            slots.append(counted.slot)
+            tokens = output[counted.num_counted : num_outputs[row]]
+            seen_tokens += tokens
+            seen_slots += [counted.slot] * len(tokens)
+            if num_outputs[row] > max(len(output), counted.num_counted):
+                late_slots.append(counted.slot)
                 late_rows.append(row)
-            self._num_counted[req.request_id] = num_outputs[row]
+            counted.num_counted = num_outputs[row]
         if seen_tokens:
-            self._add(seen_slots, to_device(np.array(seen_tokens, dtype=np.int64), self.counts.device))
+            self._add(seen_slots, self._index(seen_tokens))
         if late_rows:
             if pending is None:
                 raise EngineError("a request has tokens that the host has not seen, and they were not passed on")
-            index = to_device(np.array(late_rows, dtype=np.int64), self.counts.device)
-            self._add(late_slots, pending[index])
-        return to_device(np.array(slots, dtype=np.int64), self.counts.device)
+            self._add(late_slots, pending[self._index(late_rows)])
+        return self._index(slots)
 
     def _add(self, slots: list[int], tokens: Tensor) -> None:
-        index = to_device(np.array(slots, dtype=np.int64), self.counts.device)
         one = torch.ones((), dtype=torch.int32, device=self.counts.device)
-        self.counts.index_put_((index, tokens), one, accumulate=True)
+        self.counts.index_put_((self._index(slots), tokens), one, accumulate=True)
 
-    def _reserve(self, requests: list[Request], num_outputs: list[int]) -> None:
-        """Give new requests a slot with their prompt in it, and start over where a count would have to shrink."""
-        fresh = []
-        for req, count in zip(requests, num_outputs, strict=True):
-            if req.request_id not in self._slots:
-                fresh.append(req)
-            elif self._num_counted[req.request_id] > count:
-                self.release(req.request_id)
-                fresh.append(req)
+    def _index(self, values: Sequence[object]) -> Tensor:
+        return to_device(np.array(values, dtype=np.int64), self.counts.device)
+
+    def _reserve(self, wanted: Sequence[tuple[int, Request, int]]) -> None:
+        """Slots for new rows, with the prompt in them; rows whose count would have to shrink start over.
+
+        `wanted`: request row, request and how many of its output tokens are to be counted.
+        """
+        self.release([row for row, _, count in wanted if row in self._of_row and self._of_row[row].num_counted > count])
+        fresh = [(row, req) for row, req, _ in wanted if row not in self._of_row]
         if not fresh:
             return
         self._grow(len(fresh))
         slots, tokens = [], []
-        for req in fresh:
-            slot = self._slots[req.request_id] = self._free.pop()
-            self._num_counted[req.request_id] = 0
-            slots += [slot] * len(req.prompt_token_ids)
+        for row, req in fresh:
+            counted = self._of_row[row] = _Counted(self._free.pop())
+            slots += [counted.slot] * len(req.prompt_token_ids)
             tokens += req.prompt_token_ids
-        device = self.counts.device
-        cleared = to_device(np.array([self._slots[req.request_id] for req in fresh], dtype=np.int64), device)
+        cleared = self._index([self._of_row[row].slot for row, _ in fresh])
         self.in_prompt[cleared] = False
         self.counts[cleared] = 0
-        pairs = to_device(np.array([slots, tokens], dtype=np.int64), device)
-        self.in_prompt[pairs[0], pairs[1]] = True
+        self.in_prompt[self._index(slots), self._index(tokens)] = True
 
     def _grow(self, num_needed: int) -> None:
         missing = num_needed - len(self._free)

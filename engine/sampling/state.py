@@ -18,7 +18,7 @@ from kvarena.engine.errors import EngineError, RequestError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.sampling.batch import LogitBias, Penalties, Rows, RowValues, SamplingBatch
 from kvarena.engine.sampling.counts import TokenCounts
-from kvarena.engine.sampling.streams import as_seed64, derive_seed, stream_keys
+from kvarena.engine.sampling.streams import stream_keys
 from kvarena.engine.sampling.transfer import to_device
 
 
@@ -59,66 +59,61 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
 
 
 class SamplerState:
-    """Builds batches, and keeps what pays to keep between them. Owned by the runner.
+    """Builds batches, and keeps what pays to keep between them, by the requests' rows.
 
     Args:
         vocab_size: width V of the logits.
         device: where the logits are.
-        engine_seed: requests without a seed draw theirs from this and their id.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device | str, engine_seed: int = 0) -> None:
+    def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
-        self.engine_seed = engine_seed
-        self._seeds: dict[str, int] = {}
         self._counts = TokenCounts(vocab_size, self.device)
         self._last: list[Request] = []
         self._static: _Static | None = None
 
-    def release(self, request_ids: Sequence[str]) -> None:
-        """Forget requests that ended."""
-        for request_id in request_ids:
-            self._seeds.pop(request_id, None)
-            self._counts.release(request_id)
-        ended = set(request_ids)
-        if any(req.request_id in ended for req in self._last):
-            self._last, self._static = [], None
+    def release(self, rows: Sequence[int]) -> None:
+        """Forget the requests of these rows."""
+        self._counts.release(rows)
+        self._last, self._static = [], None
 
     def batch(
         self,
         requests: Sequence[Request],
+        rows: Sequence[int],
+        seeds: np.ndarray,
+        num_outputs: Sequence[int],
         *,
-        num_outputs: Sequence[int] | None = None,
         pending_token_ids: Tensor | None = None,
         allowed_tokens: Tensor | None = None,
     ) -> SamplingBatch:
-        """Prepare to sample one token for each of `requests`, in row order.
+        """Prepare to sample one token for each of `requests`, in order.
 
         Args:
-            requests: the rows' requests.
-            num_outputs: per row, how many output tokens precede the one to sample: the position in its random
+            requests: whose tokens; they have passed `check_sampling`.
+            rows: where what is kept of each lies.
+            seeds: uint64, of their random streams.
+            num_outputs: of each, how many output tokens precede the one to sample: the position in its random
                 stream, and what min_tokens and penalties count. With overlap that is
                 `start + num_new_tokens - num_prompt_tokens` of the scheduled entry, and may be one more than the
-                host has seen. By default `len(output_token_ids)`.
+                host has seen.
             pending_token_ids: int64 [N] on the device: the last output token of rows where the host has not seen
                 it; other rows' values are not read. Needed when a row with penalties has such a token, so that
                 penalties count it exactly.
             allowed_tokens: bool [N, V] on the device; False bars a token (structured output).
 
         Raises:
-            RequestError: a request's token ids do not fit the vocabulary.
             EngineError: `num_outputs` runs further ahead of the host than `pending_token_ids` covers.
         """
         requests = list(requests)
         # Requests compare by identity, so this is one pass over pointers.
         if self._static is None or requests != self._last:
-            self._static, self._last = self._build_static(requests), requests
+            self._static, self._last = self._build_static(requests, seeds), requests
         static = self._static
-        positions = [len(req.output_token_ids) for req in requests] if num_outputs is None else list(num_outputs)
         keys = None
         if static.random.host:
-            at = np.array([positions[row] for row in static.random.host], dtype=np.uint64)
+            at = np.array([num_outputs[row] for row in static.random.host], dtype=np.uint64)
             keys = to_device(stream_keys(static.seeds, at), self.device)
         return SamplingBatch(
             request_ids=[req.request_id for req in requests],
@@ -128,51 +123,43 @@ class SamplerState:
             top_k=static.top_k,
             top_p=static.top_p,
             min_p=static.min_p,
-            penalties=self._penalties(requests, positions, pending_token_ids),
+            penalties=self._penalties(requests, rows, num_outputs, pending_token_ids),
             bias=static.bias,
-            barred=self._barred(requests, positions),
+            barred=self._barred(requests, num_outputs),
             allowed_tokens=allowed_tokens,
             logprobs=static.logprobs,
             num_top=static.num_top,
         )
 
-    def _penalties(self, requests: list[Request], positions: list[int], pending: Tensor | None) -> Penalties | None:
+    def _penalties(
+        self, requests: list[Request], rows: Sequence[int], num_outputs: Sequence[int], pending: Tensor | None
+    ) -> Penalties | None:
         assert self._static is not None
-        rows, factors = self._static.penalized, self._static.penalty_factors
+        penalized, factors = self._static.penalized, self._static.penalty_factors
         if factors is None:
             return None
-        for row in rows.host:
-            if positions[row] > len(requests[row].output_token_ids) + 1:
+        for row in penalized.host:
+            if num_outputs[row] > len(requests[row].output_token_ids) + 1:
                 raise EngineError(
                     f"request {requests[row].request_id!r} is more than one token ahead of the host; the sampler "
                     "counts at most one unseen token per request"
                 )
-        slots = self._counts.update(requests, rows.host, positions, pending)
+        slots = self._counts.update(requests, rows, penalized.host, num_outputs, pending)
         presence, frequency, repetition = factors.unbind()
-        return Penalties(rows, presence, frequency, repetition, self._counts.in_prompt, self._counts.counts, slots)
+        return Penalties(penalized, presence, frequency, repetition, self._counts.in_prompt, self._counts.counts, slots)
 
-    def _barred(self, requests: list[Request], positions: list[int]) -> Tensor | None:
+    def _barred(self, requests: list[Request], num_outputs: Sequence[int]) -> Tensor | None:
         assert self._static is not None
         pairs = [
             (row, token)
             for row in self._static.min_tokens
-            if positions[row] < requests[row].sampling.min_tokens
+            if num_outputs[row] < requests[row].sampling.min_tokens
             for token in requests[row].stop_ids
         ]
         return to_device(np.array(pairs, dtype=np.int64).T.copy(), self.device) if pairs else None
 
-    def _seed(self, req: Request) -> int:
-        seed = self._seeds.get(req.request_id)
-        if seed is None:
-            check_sampling(req.sampling, self.vocab_size)
-            given = req.sampling.seed
-            seed = derive_seed(self.engine_seed, req.request_id) if given is None else as_seed64(given)
-            self._seeds[req.request_id] = seed
-        return seed
-
-    def _build_static(self, requests: list[Request]) -> _Static:
+    def _build_static(self, requests: list[Request], seeds: np.ndarray) -> _Static:
         params = [req.sampling for req in requests]
-        seeds = [self._seed(req) for req in requests]
         random = [row for row, p in enumerate(params) if p.temperature > 0]
         drawn = [params[row] for row in random]
         vocab = self.vocab_size
@@ -187,7 +174,7 @@ class SamplerState:
         wants_logprobs = [row for row, p in enumerate(params) if p.logprobs is not None]
         return _Static(
             random=self._rows(random, len(params)),
-            seeds=np.array([seeds[row] for row in random], dtype=np.uint64),
+            seeds=seeds[random],
             temperature=self._floats([p.temperature for p in drawn]) if drawn else None,
             top_k=self._values([p.top_k if 0 < p.top_k < vocab else None for p in drawn], np.int64),
             top_p=self._values([p.top_p if p.top_p < 1 else None for p in drawn], np.float32),

@@ -20,7 +20,7 @@ from kvarena.engine.models import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.engine.runner.graphs import ReservingBackend
-from kvarena.engine.runner.mixed_graphs import graph_tokens
+from kvarena.engine.runner.step_graphs import graph_tokens
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.experiments.settings.config import RunnerConfig
 from kvarena.experiments.settings.explain import first_line

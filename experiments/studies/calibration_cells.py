@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvarena.engine.runner.mixed_graphs import graph_tokens
+from kvarena.engine.runner.step_graphs import graph_tokens
 
 MAX_OUTPUT_LEN = 512
 MAX_NUM_SEQS = 256

@@ -1,5 +1,6 @@
 """The fast runner gives the tokens of the plain one: every lever on and off, under preemption and mixed batches."""
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import random_prompts, write_checkpoint
@@ -15,10 +16,11 @@ from kvarena.engine.contract import ScheduledRequest, StepPlan
 from kvarena.engine.errors import EngineError
 from kvarena.engine.fusions.detect import fuse
 from kvarena.engine.fusions.ops import TorchOps
-from kvarena.engine.kernels.step import DecodeBuffers
+from kvarena.engine.kernels.step import StepBuffers
 from kvarena.engine.models import load_model
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner.fused_runner import FusedRunner
+from kvarena.engine.runner.step_graphs import DECODE_FIELDS
 from kvarena.engine.runner.torch_runner import TorchRunner
 
 PROMPTS = random_prompts((5, 13, 1, 30, 17, 8))
@@ -77,8 +79,7 @@ def test_rows_are_reused_and_tables_follow(model):
     expected = run(plain, requests[0], overlap=True, max_num_seqs=2)
     assert run(runner, requests[1], overlap=True, max_num_seqs=2) == expected
     with pytest.raises(EngineError, match="max_num_seqs"):
-        for i in range(5):
-            runner._rows.row(Request(f"extra{i}", [1]))
+        runner._rows.of(Request(f"extra{i}", [1]) for i in range(5))
 
 
 def test_the_library_gets_new_keys_and_values_without_reading_them_back(model, monkeypatch):
@@ -107,13 +108,19 @@ def test_warm_up_leaves_no_trace(model):
 
 
 def test_padding_entries_do_not_touch_the_others(model):
-    """Three requests run in a bucket of four: the fourth entry belongs to the null row."""
+    """Three requests run in a bucket of four: the fourth entry belongs to the null row, and block 0 gets its KV."""
     runner = make_fused(model)
-    before = runner._last_tokens.clone()
-    fields = runner._padding(4)
-    assert (fields[2] == runner._rows.num_rows).all()
-    assert runner._last_tokens.shape[0] > runner._rows.num_rows
-    assert torch.equal(before, runner._last_tokens)
+    rows, graphs = runner._rows, runner._graphs
+    before = rows.last_tokens.clone()
+    fields = np.zeros((DECODE_FIELDS, 3), dtype=np.int32)
+    fields[2] = 0, 1, 2
+    fields[0] = 5
+    for row in range(3):
+        rows.tables.update(row, [1 + row])
+    assert graphs.decode(fields).shape[0] == 3
+    assert graphs._sent_fields[2, :4].tolist() == [0, 1, 2, rows.num_rows]
+    assert torch.equal(before, rows.last_tokens)
+    assert runner.pool.data[:, :, 4 * BLOCK_SIZE :].abs().sum() == 0
 
 
 def test_a_missing_token_or_slot_is_an_error(model):
@@ -136,6 +143,6 @@ def test_a_step_of_copies_alone_computes_nothing(model):
     assert runner.execute(StepPlan(preempted=[Request("r", [1])]), None).result().token_ids == []
 
 
-def test_decode_buffers_start_harmless():
-    buffers = DecodeBuffers(3, 2, torch.device("cpu"))
+def test_step_buffers_start_harmless():
+    buffers = StepBuffers(5, 3, 2, torch.device("cpu"))
     assert buffers.seq_lens.tolist() == [1, 1, 1]

@@ -11,11 +11,9 @@ from kvarena.engine.fusions.detect import fuse
 from kvarena.engine.fusions.ops import TorchOps
 from kvarena.engine.models import load_model
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.decode_inputs import TableMirror
 from kvarena.engine.runner.fused_runner import FusedForward
-from kvarena.engine.runner.mixed_graphs import MixedGraphs, MixedStep, graph_tokens, row_buckets, token_buckets
-
-NULL_ROW = 6
+from kvarena.engine.runner.request_rows import RequestRows
+from kvarena.engine.runner.step_graphs import MixedStep, StepGraphs, graph_tokens, row_buckets, token_buckets
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +21,10 @@ def graphs(tmp_path_factory):
     model = load_model(write_checkpoint(tmp_path_factory.mktemp("llama"), "llama"))
     pool = make_pool(model, 16, 4)
     forward = FusedForward(fuse(model, TorchOps(), 128), LateReference(pool), pool)
-    mirror, tables = TableMirror(NULL_ROW + 1, 8), torch.zeros(NULL_ROW + 1, 8, dtype=torch.int32)
+    rows = RequestRows(model.spec.vocab_size, "cpu", num_rows=6, width=8)
+    rows.last_tokens[:] = torch.arange(7)
     logits = torch.zeros(4, model.spec.vocab_size)
-    last_tokens = torch.arange(16)
-    return MixedGraphs(
-        forward, forward.backend, mirror, last_tokens, tables, NULL_ROW, logits, 4, 32, capture=None
-    ), mirror  # fmt: skip
+    return StepGraphs(forward, forward.backend, rows, logits, 4, 32, capture=None), rows.tables
 
 
 def step_of(*entries):
@@ -45,33 +41,34 @@ def step_of(*entries):
 
 def test_a_step_gives_the_logits_of_its_requests_alone(graphs):
     """Padded or not, in company or alone, and with a token that only the device has."""
-    mixed, mirror = graphs
-    mirror.update(2, [3, 4])
-    mirror.update(5, [7, 8, 9])
-    both = mixed.run(step_of((2, 0, [11, 12, 13, 14, 15], True), (5, 0, [21, 22, 23], True))).clone()
-    alone = mixed.run(step_of((5, 0, [21, 22, 23], True))).clone()
+    graphs, tables = graphs
+    mixed = graphs.mixed
+    tables.update(2, [3, 4])
+    tables.update(5, [7, 8, 9])
+    both = mixed(step_of((2, 0, [11, 12, 13, 14, 15], True), (5, 0, [21, 22, 23], True))).clone()
+    alone = mixed(step_of((5, 0, [21, 22, 23], True))).clone()
     assert both.shape[0] == 2
     torch.testing.assert_close(both[1], alone[0], rtol=1e-5, atol=1e-5)
-    on_device = mixed.run(step_of((2, 5, [-1], True), (5, 3, [24, 25], False))).clone()
-    known = mixed.run(step_of((2, 5, [2], True))).clone()  # row 2's last token
+    on_device = mixed(step_of((2, 5, [-1], True), (5, 3, [24, 25], False))).clone()
+    known = mixed(step_of((2, 5, [2], True))).clone()  # row 2's last token
     assert on_device.shape[0] == 1
     torch.testing.assert_close(on_device[0], known[0], rtol=1e-5, atol=1e-5)
     # Chunks give what the whole prompt gives.
-    whole = mixed.run(step_of((5, 0, [21, 22, 23, 24, 25], True)))
-    chunk = mixed.run(step_of((5, 3, [24, 25], True)))
+    whole = mixed(step_of((5, 0, [21, 22, 23, 24, 25], True)))
+    chunk = mixed(step_of((5, 3, [24, 25], True)))
     torch.testing.assert_close(whole, chunk, rtol=1e-5, atol=1e-5)
 
 
 def test_steps_that_ask_for_more_go_elsewhere(graphs):
-    mixed, _ = graphs
+    graphs, _ = graphs
 
     def plan(num_tokens, **sampling):
         req = Request("r", [1] * 40, SamplingParams(**sampling))
         return StepPlan(scheduled=[ScheduledRequest(req, 0, num_tokens)], samples=[False])
 
-    assert mixed.takes(plan(32))
-    assert not mixed.takes(plan(33))
-    assert not mixed.takes(plan(8, prompt_logprobs=1))
+    assert graphs.takes(plan(32))
+    assert not graphs.takes(plan(33))
+    assert not graphs.takes(plan(8, prompt_logprobs=1))
 
 
 @pytest.mark.parametrize("most", [16, 100, 372, 2048])
@@ -83,6 +80,7 @@ def test_buckets_hold_every_step_and_pad_little(most):
         bucket = next(size for size in buckets if size >= count)
         assert bucket <= count * 1.25
     assert row_buckets(100) == [8, 64, 100]
+    assert token_buckets(0) == []
 
 
 def test_large_models_have_few_host_bound_steps():

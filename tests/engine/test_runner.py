@@ -1,7 +1,5 @@
 """The torch runner's own duties: inputs, pending tokens, copies, sampling, faults."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,6 @@ from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.models import load_model
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.inputs import BlockTables
 from kvarena.engine.runner.profile import available_kv_bytes, run_largest_step
 from kvarena.experiments.correctness.reference import greedy_reference
 
@@ -121,7 +118,7 @@ def test_requests_come_and_go(model, expected):
             allocator.free(req)
             runner.release([req.request_id])
             runner.release([req.request_id, "unknown"])
-    assert runner._tables.num_rows == 16
+    assert runner._rows.num_rows == 16
 
 
 def test_more_requests_than_rows(model):
@@ -131,37 +128,6 @@ def test_more_requests_than_rows(model):
     alone = [generate(model, make_requests([prompt], 4), block_size=16).tokens[0] for prompt in prompts]
     assert together == alone
     assert overlapped == alone
-
-
-def test_block_tables_follow_any_change():
-    rng = random.Random(0)
-    tables = BlockTables()
-    live = {f"r{i}": [rng.randint(1, 99)] for i in range(20)}
-    for _ in range(300):
-        name = rng.choice(list(live))
-        table = live[name]
-        change = rng.randint(0, 4)
-        if change == 0:
-            table += rng.sample(range(1, 99), rng.randint(1, 30))
-        elif change == 1:
-            table[rng.randrange(len(table))] = 0
-        elif change == 2:
-            live[name] = [rng.randint(1, 99) for _ in table]
-        elif change == 3:
-            del table[1:]
-        else:
-            tables.release([name])
-            live[name] = rng.choice([[5, 6], range(7, 40)]) if rng.random() < 0.5 else list(range(3))
-            live[name] = list(live[name]) if rng.random() < 0.5 else live[name]
-        rows = {name: tables.row(name) for name in live}
-        for name, table in live.items():
-            tables.update(rows[name], table)
-            if isinstance(table, range):
-                live[name] = list(table)
-        width = max(len(table) for table in live.values())
-        taken = tables.take(np.array(list(rows.values())), width)
-        for row, table in zip(taken, live.values(), strict=True):
-            assert row[: len(table)].tolist() == list(table)
 
 
 def test_a_seeded_request_is_the_same_in_any_batch(model):

@@ -6,8 +6,9 @@ import torch
 
 from kvarena.engine.errors import EngineError, RequestError
 from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.sampling.sampler import Sampler
-from kvarena.engine.sampling.state import SamplerState, check_sampling
+from kvarena.engine.sampling.state import check_sampling
 
 V = 64
 SAMPLE = Sampler()
@@ -20,7 +21,7 @@ def request(name="r", *, prompt=(1, 2, 3), output=(), eos=(), **sampling):
 
 
 def sample(logits, requests, engine_seed=0, **kwargs):
-    state = SamplerState(logits.shape[1], "cpu", engine_seed)
+    state = RequestRows(logits.shape[1], "cpu", engine_seed)
     return SAMPLE(logits, state.batch(requests, **kwargs)).tolist()
 
 
@@ -54,7 +55,7 @@ def test_greedy_rows_are_not_disturbed_by_random_ones():
 
 
 def test_a_greedy_batch_builds_no_tensors():
-    batch = SamplerState(V, "cpu").batch([request("a"), request("b", top_k=3, top_p=0.5)])
+    batch = RequestRows(V, "cpu").batch([request("a"), request("b", top_k=3, top_p=0.5)])
     tensors = (batch.keys, batch.temperature, batch.top_k, batch.penalties, batch.bias, batch.barred)
     assert all(tensor is None for tensor in tensors) and not batch.edits_logits and not batch.num_top
 
@@ -149,7 +150,7 @@ def test_unusable_logits_name_the_request(value, temperature):
     logits = random_logits(3)
     logits[1, 5] = value
     requests = [request(name, temperature=temperature) for name in ("first", "second", "third")]
-    sampled = SAMPLE(logits, SamplerState(V, "cpu").batch(requests))
+    sampled = SAMPLE(logits, RequestRows(V, "cpu").batch(requests))
     assert ((sampled.token_ids >= 0) & (sampled.token_ids < V)).all()
     with pytest.raises(EngineError, match=r"'second'") as error:
         sampled.tolist()
@@ -212,7 +213,7 @@ def test_ids_outside_the_vocabulary_are_refused(params, name):
 
 
 def test_batches_follow_the_requests_as_they_come_and_go():
-    state = SamplerState(V, "cpu")
+    state = RequestRows(V, "cpu")
     a, b, c = (request(name, temperature=1.0, seed=i, top_k=4 + i) for i, name in enumerate("abc"))
     logits = random_logits(3)
     for members in ([a, b], [a, b], [b, a], [c], [a, c, b], [b]):
@@ -223,10 +224,10 @@ def test_batches_follow_the_requests_as_they_come_and_go():
 
 
 def test_a_released_request_leaves_nothing_behind():
-    state = SamplerState(V, "cpu")
+    state = RequestRows(V, "cpu")
     logits = torch.zeros(1, V)
     state.batch([request("same", frequency_penalty=2.0, output=[0, 0])])
     state.release(["same", "never seen"])
     again = request("same", frequency_penalty=2.0, output=[5])
     assert SAMPLE(logits, state.batch([again])).tolist() == [0]
-    assert state._seeds.keys() == {"same"}
+    assert state._rows.keys() == {"same"}

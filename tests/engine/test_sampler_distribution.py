@@ -7,8 +7,8 @@ from scipy import stats
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.sampling.sampler import Sampler
-from kvarena.engine.sampling.state import SamplerState
 from kvarena.engine.sampling.streams import log_exponentials, stream_keys
 from kvarena.engine.sampling.transforms import keep_min_p, keep_top_k, keep_top_p
 
@@ -47,7 +47,7 @@ def test_min_p_matches_transformers(p):
 def draws(logits, num_draws, seed=11, **sampling):
     params = SamplingParams(seed=seed, max_tokens=num_draws, **sampling)
     requests = [Request(str(i), [0], params) for i in range(num_draws)]
-    batch = SamplerState(len(logits), "cpu").batch(requests, num_outputs=range(num_draws))
+    batch = RequestRows(len(logits), "cpu").batch(requests, num_outputs=range(num_draws))
     return torch.tensor(Sampler()(logits.expand(num_draws, -1), batch).tolist())
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.sampling.sampler import Sampler
-from kvarena.engine.sampling.state import SamplerState
 
 V = 40
 LOGITS = torch.randn(3, V, generator=torch.Generator().manual_seed(5))
@@ -13,7 +13,7 @@ LOGITS = torch.randn(3, V, generator=torch.Generator().manual_seed(5))
 
 def run(logits, *params, **kwargs):
     requests = [Request(str(i), [1, 2], p, eos_token_ids=frozenset([9])) for i, p in enumerate(params)]
-    return Sampler()(logits, SamplerState(V, "cpu").batch(requests, **kwargs)).start_copy().result()
+    return Sampler()(logits, RequestRows(V, "cpu").batch(requests, **kwargs)).start_copy().result()
 
 
 def test_none_are_returned_unless_asked_for():

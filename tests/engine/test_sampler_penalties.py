@@ -6,8 +6,8 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.sampling.sampler import Sampler
-from kvarena.engine.sampling.state import SamplerState
 
 V = 32
 SAMPLE = Sampler()
@@ -22,7 +22,7 @@ def request(name, prompt=(1, 2), output=(), **sampling):
 
 def edited(logits, requests, **kwargs):
     """The logits after bias and penalties, read from the full list of log-probabilities up to a constant per row."""
-    batch = SamplerState(V, "cpu").batch(requests, **kwargs)
+    batch = RequestRows(V, "cpu").batch(requests, **kwargs)
     return SAMPLE._edit(logits.clone(), batch)
 
 
@@ -66,7 +66,7 @@ def test_negative_penalties_raise_a_token():
 
 def test_incremental_counts_equal_counts_from_nothing():
     generator = torch.Generator().manual_seed(3)
-    state = SamplerState(V, "cpu")
+    state = RequestRows(V, "cpu")
     live = {}
     for step in range(40):
         if step % 5 == 0:
@@ -93,7 +93,7 @@ def test_incremental_counts_equal_counts_from_nothing():
 
 def test_a_token_that_the_host_has_not_seen_counts_once():
     """Under overlap a token is counted when it is on the device, and not again when the host learns of it."""
-    state = SamplerState(V, "cpu")
+    state = RequestRows(V, "cpu")
     req, other = request("a", frequency_penalty=1.0), request("b", presence_penalty=1.0, output=[3])
     truth = request("a", frequency_penalty=1.0)
     logits = LOGITS[:2]
@@ -109,13 +109,13 @@ def test_a_token_that_the_host_has_not_seen_counts_once():
 def test_unseen_tokens_must_be_passed_on():
     req = request("a", frequency_penalty=1.0)
     with pytest.raises(EngineError, match="not passed on"):
-        SamplerState(V, "cpu").batch([req], num_outputs=[1])
+        RequestRows(V, "cpu").batch([req], num_outputs=[1])
     with pytest.raises(EngineError, match="'a'"):
-        SamplerState(V, "cpu").batch([req], num_outputs=[2], pending_token_ids=torch.tensor([3]))
+        RequestRows(V, "cpu").batch([req], num_outputs=[2], pending_token_ids=torch.tensor([3]))
 
 
 def test_counts_start_over_when_the_output_shrinks():
-    state = SamplerState(V, "cpu")
+    state = RequestRows(V, "cpu")
     req = request("a", output=[5, 6, 7], frequency_penalty=1.0)
     state.batch([req])
     req.output_token_ids[:] = [5]

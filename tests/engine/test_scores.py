@@ -14,9 +14,9 @@ from kvarena.engine.fusions.detect import fuse
 from kvarena.engine.fusions.ops import TorchOps
 from kvarena.engine.models import load_model
 from kvarena.engine.runner.fused_runner import FusedRunner
+from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.engine.sampling.sampler import Sampler
-from kvarena.engine.sampling.state import SamplerState
 from kvarena.engine.sampling.streams import log_exponentials, stream_keys
 from kvarena.experiments.recording.scores import ScoreLog
 from kvarena.schedulers.chunked import ChunkedScheduler
@@ -81,7 +81,7 @@ def test_scores_are_the_logits_and_the_race_without_an_offset():
     logits = 3 * torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
     requests = make_requests([[1], [2], [3]], 4, temperature=0.5, seed=7)
     requests[1].sampling = make_requests([[2]], 4)[0].sampling  # greedy
-    batch = SamplerState(50, "cpu").batch(requests)
+    batch = RequestRows(50, "cpu").batch(requests)
     sampled = Sampler(num_scores=5)(logits, batch)
     keys = torch.from_numpy(stream_keys(np.array([7, 7], dtype=np.uint64), np.array([0, 0])))
     wanted = logits.clone()

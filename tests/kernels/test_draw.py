@@ -65,7 +65,7 @@ def test_expand_kernel_equals_torch():
     tables = torch.randint(1, 50, (6, 40), dtype=torch.int32)
     sent = torch.tensor([[-1, 4, -1, 9], [100, 0, 639, 9], [3, 0, 5, 9], [9, 9, 9, 9]], dtype=torch.int32)
     last = torch.arange(6) * 10
-    expected, got = (step.DecodeBuffers(4, 40, torch.device("cpu")) for _ in range(2))
+    expected, got = (step.StepBuffers(4, 4, 40, torch.device("cpu")) for _ in range(2))
     step.expand_decode(sent, last, tables, expected, 3, 16)
     step.expand_kernel[(3,)](
         sent, last, tables, got.ids, got.positions, got.slots, got.seq_lens, got.block_table,
@@ -94,13 +94,15 @@ def test_expand_tokens_kernel_equals_torch():
     tokens = torch.randint(-1, 90, (count,), dtype=torch.int32)
     rows = torch.randint(0, 6, (count,), dtype=torch.int32)
     fields = torch.stack([tokens, torch.randint(0, 640, (count,), dtype=torch.int32), rows])
-    expected, got = (torch.zeros(3, count, dtype=torch.int64) for _ in range(2))
-    step.expand_tokens(fields, last, tables, *expected, 16)
+    expected, got = (step.StepBuffers(count + 1, 1, 1, torch.device("cpu")) for _ in range(2))
+    step.expand_tokens(fields, last, tables, expected, count, 16)
     step.expand_tokens_kernel[(2,)](
-        fields, last, tables, *got, count, fields.stride(0), tables.stride(0), BLOCK_SIZE=16, BLOCK=128
-    )
-    assert (expected[0][tokens < 0] == rows[tokens < 0] * 10).all()
-    assert torch.equal(got, expected)
+        fields, last, tables, got.ids, got.positions, got.slots, count, fields.stride(0), tables.stride(0),
+        BLOCK_SIZE=16, BLOCK=128,
+    )  # fmt: skip
+    assert (expected.ids[:count][tokens < 0] == rows[tokens < 0] * 10).all()
+    for name in ("ids", "positions", "slots"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
 
 
 def test_the_scores_are_what_the_draw_takes_the_largest_of():

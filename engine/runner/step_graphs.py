@@ -1,0 +1,290 @@
+"""Steps of fixed shape: decode steps, and small steps with prompts in them, padded to a shape that has a graph.
+
+    decode     tokens, positions, rows, temperatures, keys [R]                   --one copy-->  device
+    mixed      tokens, positions, rows [T] | rows, lengths, sampled, starts [R]  --one copy-->  device
+    graph      expand -> embedding -> layers -> logits [R, V]
+
+Padding entries stand for the null row: context length 1, their KV goes to the null block, and nobody looks at their
+logits. Mixed steps are worth it where the host, which needs about 10 ms for the launches of any forward, would be
+slower than the device. A decode shape is captured at its first step, a mixed one at its second: most mixed shapes of a
+short run come once. A measured run has them all captured before (`warm_up`).
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_left
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvarena.engine.attention.base import AttentionMetadata
+from kvarena.engine.contract import StepPlan
+from kvarena.engine.kernels.step import StepBuffers, expand_decode, expand_tokens
+from kvarena.engine.runner.graphs import CapturedGraph, Forward, GraphCapture, GraphShape, ReservingBackend
+from kvarena.engine.runner.request_rows import RequestRows
+from kvarena.engine.runner.sender import WordSender
+
+DECODE_FIELDS = 6
+TOKEN_FIELDS = 3
+# Beyond that many operations the device needs longer than the host does for the launches (10 ms at 600 TFLOP/s).
+HOST_BOUND_OPERATIONS = 6e12
+MAX_TOKENS = 2048
+ROW_BUCKETS = (8, 64)
+
+
+def graph_tokens(num_parameters: int) -> int:
+    """Most new tokens of a mixed step that is worth a graph, for a model of that many parameters."""
+    return min(MAX_TOKENS, int(HOST_BOUND_OPERATIONS / (2 * num_parameters)))
+
+
+def decode_buckets(most: int) -> list[int]:
+    """Request counts of decode steps: powers of two up to 8, every 8 up to 256, every 32 beyond, and `most`."""
+    sizes = [1, 2, 4, *range(8, min(most, 256) + 1, 8), *range(288, most + 1, 32), most]
+    return sorted({size for size in sizes if size <= most})
+
+
+def token_buckets(most: int) -> list[int]:
+    """Token counts of mixed steps: every 16 up to 128, every 32 up to 512, every 64 beyond, and `most`; none for 0."""
+    sizes = [*range(16, 129, 16), *range(160, 513, 32), *range(576, most + 1, 64), most]
+    return sorted({size for size in sizes if 0 < size <= most})
+
+
+def row_buckets(most: int) -> list[int]:
+    """Request counts of mixed steps, `most` among them."""
+    return sorted({*(size for size in ROW_BUCKETS if size < most), most})
+
+
+class MixedStep(NamedTuple):
+    """A step as the host knows it, in batch order; n requests with T new tokens.
+
+    Attributes:
+        tokens: int [T], -1 where the device has the token.
+        starts, counts: int64 [n], position of each request's first new token, and how many there are.
+        rows: int64 [n], the requests' rows.
+        samples: bool [n].
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    rows: np.ndarray
+    samples: np.ndarray
+
+
+class StepGraphs:
+    """Runs steps of fixed shape, and keeps their graphs by shape.
+
+    Args:
+        forward: the model.
+        backend: attention, prepared here.
+        rows: the requests; block tables of a step's rows are up to date in `rows.tables`.
+        logits: [most requests of a step, V], written.
+        block_size: slots per block.
+        mixed_tokens: most new tokens of a mixed step that comes here; 0: none comes.
+        capture: captures the graphs; None runs every step without one.
+
+    Attributes:
+        draw_params: int32 [4, >= n] on the device, what the last decode step's draw needs; see `draw_tokens`.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        backend: ReservingBackend,
+        rows: RequestRows,
+        logits: Tensor,
+        block_size: int,
+        mixed_tokens: int,
+        *,
+        capture: GraphCapture | None,
+    ) -> None:
+        max_rows, device = len(logits), logits.device
+        self._decode_buckets = decode_buckets(max_rows)
+        self._token_buckets = token_buckets(mixed_tokens)
+        self._row_buckets = row_buckets(max_rows)
+        self._forward = forward
+        self._backend = backend
+        self._rows = rows
+        self._logits = logits
+        self._block_size = block_size
+        self._mixed_tokens = mixed_tokens
+        self._capture = capture
+        self._graphs: dict[GraphShape, CapturedGraph] = {}
+        self._buffers = StepBuffers(max(max_rows, mixed_tokens), max_rows, rows.device_tables.shape[1], device)
+        # A multiple of four, so that each field is aligned for wide loads.
+        self._fields = np.zeros((DECODE_FIELDS, -(-max_rows // 4) * 4), dtype=np.int32)
+        self._sender = WordSender(max(self._fields.size, TOKEN_FIELDS * mixed_tokens + 4 * max_rows + 1), rows)
+        self._sent_fields = self._sender.sent[: self._fields.size].view(*self._fields.shape)
+        self.draw_params = self._sent_fields[2:]
+        # Of decode steps: request i owns token i.
+        self._host_loc = np.arange(max_rows + 1, dtype=np.int32)
+        self._loc = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self._every_row = torch.arange(max_rows, device=device)
+        # The largest first: what the backend reserves for it serves the others, and never moves.
+        self._graph(_decode_shape(max_rows))
+
+    def takes(self, plan: StepPlan) -> bool:
+        """Whether `plan`, no decode step, is small enough for `mixed` and asks for nothing but sampled tokens."""
+        return (
+            plan.num_new_tokens <= self._mixed_tokens
+            and len(plan.scheduled) <= len(self._logits)
+            and all(entry.req.sampling.prompt_logprobs is None for entry in plan.scheduled)
+        )
+
+    def decode(self, fields: np.ndarray) -> Tensor:
+        """Run a step in which every request computes one token and samples.
+
+        Args:
+            fields: int32 [DECODE_FIELDS, n]: tokens (-1 where the device has it), positions, and `draw_params`, of
+                which the first are the rows.
+
+        Returns:
+            [n, V]; overwritten by the next step.
+        """
+        count = fields.shape[1]
+        bucket = _smallest(self._decode_buckets, count)
+        words = self._fields
+        words[:, :count] = fields
+        words[:, count:bucket] = self._padding(bucket - count)
+        self._sender.send(words.reshape(-1))
+        self._run(_decode_shape(bucket), self._host_loc[: bucket + 1], words[1, :bucket] + 1, 1)
+        return self._logits[:count]
+
+    def mixed(self, step: MixedStep) -> Tensor:
+        """Run a small step.
+
+        Returns:
+            [num_sampled, V]; overwritten by the next step.
+        """
+        num_tokens = _smallest(self._token_buckets, len(step.tokens))
+        num_rows = _smallest(self._row_buckets, len(step.rows))
+        self._run_mixed(GraphShape(num_tokens, num_rows, is_decode=False), step)
+        return self._logits[: int(step.samples.sum())]
+
+    def warm_up(self, max_rows: int) -> int:
+        """Run decode steps up to `max_rows` requests and all mixed ones, the largest first, until they are captured.
+
+        Only between steps, with nothing in flight. Writes KV to the null block alone.
+
+        Returns:
+            How many shapes there are.
+        """
+        shapes = [_decode_shape(bucket) for bucket in reversed(self._decode_buckets) if bucket <= max_rows]
+        shapes += [
+            GraphShape(tokens, rows, is_decode=False)
+            for tokens in reversed(self._token_buckets)
+            for rows in reversed(self._row_buckets)
+        ]
+        nothing = np.zeros(0, dtype=np.int64)
+        empty = MixedStep(nothing, nothing, nothing, nothing, nothing.astype(np.bool_))
+        for shape in shapes:
+            for _ in range(self._graph(shape).num_runs_to_capture):
+                if shape.is_decode:
+                    self.decode(self._padding(shape.num_rows))
+                else:
+                    self._run_mixed(shape, empty)
+        return len(shapes)
+
+    def _padding(self, count: int) -> np.ndarray:
+        """Fields of padding entries: token 0 of the null row, at position 0, greedy."""
+        fields = np.zeros((DECODE_FIELDS, count), dtype=np.int32)
+        fields[2] = self._rows.num_rows
+        return fields
+
+    def _run_mixed(self, shape: GraphShape, step: MixedStep) -> None:
+        words, loc, seq_lens = self._words(step, shape.num_tokens, shape.num_rows)
+        self._sender.send(words)
+        self._run(shape, loc, seq_lens, int(step.counts.max(initial=1)))
+
+    def _run(self, shape: GraphShape, loc: np.ndarray, seq_lens: np.ndarray, max_query_len: int) -> None:
+        """Run the step whose words have been sent; `loc` int32 [R + 1] and `seq_lens` int32 [R] as in its metadata."""
+        graph = self._graph(shape)
+        meta = graph.meta
+        meta.host_query_start_loc, meta.host_seq_lens = loc, seq_lens
+        meta.max_query_len, meta.max_seq_len = max_query_len, int(seq_lens.max())
+        self._backend.prepare(meta)
+        graph.run()
+
+    def _graph(self, shape: GraphShape) -> CapturedGraph:
+        graph = self._graphs.get(shape)
+        if graph is None:
+            meta = self._meta(shape)
+            self._backend.reserve(meta, shape.num_rows, 0 if shape.is_decode else shape.num_tokens)
+            launch = functools.partial(self._launch_decode if shape.is_decode else self._launch_mixed, shape, meta)
+            graph = CapturedGraph(shape, meta, launch, 1 if shape.is_decode else 2, self._capture)
+            self._graphs[shape] = graph
+        return graph
+
+    def _meta(self, shape: GraphShape) -> AttentionMetadata:
+        buffers, num_rows = self._buffers, shape.num_rows
+        if shape.is_decode:
+            loc, seq_lens, indices = self._loc[: num_rows + 1], buffers.seq_lens[:num_rows], self._every_row[:num_rows]
+        else:
+            _, _, seq_lens, _, loc = self._views(shape)
+            indices = buffers.logits_indices[:num_rows]
+        return AttentionMetadata(
+            query_start_loc=loc,
+            seq_lens=seq_lens,
+            slot_mapping=buffers.slots[: shape.num_tokens],
+            block_table=buffers.block_table[:num_rows],
+            logits_indices=indices,
+            max_query_len=1,
+            max_seq_len=1,
+            block_size=self._block_size,
+            host_query_start_loc=self._host_loc[: num_rows + 1],
+            host_seq_lens=self._host_loc[:0],
+        )
+
+    def _launch_decode(self, shape: GraphShape, meta: AttentionMetadata) -> None:
+        rows, buffers, count = self._rows, self._buffers, shape.num_rows
+        expand_decode(self._sent_fields, rows.last_tokens, rows.device_tables, buffers, count, self._block_size)
+        self._forward(buffers.ids[:count], buffers.positions[:count], meta, out=self._logits[:count], all_rows=True)
+
+    def _launch_mixed(self, shape: GraphShape, meta: AttentionMetadata) -> None:
+        num_tokens, num_rows, buffers = shape.num_tokens, shape.num_rows, self._buffers
+        fields, rows, _, sampled, _ = self._views(shape)
+        tables = self._rows.device_tables
+        expand_tokens(fields, self._rows.last_tokens, tables, buffers, num_tokens, self._block_size)
+        torch.index_select(tables, 0, rows, out=buffers.block_table[:num_rows])
+        buffers.logits_indices[:num_rows].copy_(sampled)
+        self._forward(buffers.ids[:num_tokens], buffers.positions[:num_tokens], meta, out=self._logits[:num_rows])
+
+    def _words(self, step: MixedStep, num_tokens: int, num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The integers to send, laid out as `_views` reads them; the requests' starts and context lengths."""
+        wanted, count = len(step.tokens), len(step.rows)
+        loc = np.full(num_rows + 1, wanted, dtype=np.int32)
+        loc[0] = 0
+        np.cumsum(step.counts, out=loc[1 : count + 1])
+        seq_lens = np.ones(num_rows, dtype=np.int32)
+        seq_lens[:count] = step.starts + step.counts
+        words = np.zeros(TOKEN_FIELDS * num_tokens + 4 * num_rows + 1, dtype=np.int32)
+        fields = words[: TOKEN_FIELDS * num_tokens].reshape(TOKEN_FIELDS, num_tokens)
+        fields[0, :wanted] = step.tokens
+        fields[1, :wanted] = np.arange(wanted) + np.repeat(step.starts - loc[:count], step.counts)
+        fields[2] = self._rows.num_rows
+        fields[2, :wanted] = np.repeat(step.rows, step.counts)
+        rows, lens, sampled, starts = np.split(words[fields.size :], [num_rows, 2 * num_rows, 3 * num_rows])
+        rows[:] = self._rows.num_rows
+        rows[:count] = step.rows
+        lens[:] = seq_lens
+        sampled[: int(step.samples.sum())] = loc[1 : count + 1][step.samples] - 1
+        starts[:] = loc
+        return words, loc, seq_lens
+
+    def _views(self, shape: GraphShape) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Token fields, and of the requests rows, context lengths, sampled tokens and starts, on the device."""
+        split, num_rows = TOKEN_FIELDS * shape.num_tokens, shape.num_rows
+        parts = self._sender.sent[split : split + 4 * num_rows + 1].split([num_rows] * 3 + [num_rows + 1])
+        return self._sender.sent[:split].view(TOKEN_FIELDS, shape.num_tokens), *parts
+
+
+def _decode_shape(num_rows: int) -> GraphShape:
+    return GraphShape(num_rows, num_rows, is_decode=True)
+
+
+def _smallest(buckets: list[int], count: int) -> int:
+    """The smallest bucket that holds `count`."""
+    return buckets[bisect_left(buckets, count)]
