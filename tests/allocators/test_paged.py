@@ -114,6 +114,15 @@ def test_nothing_to_fork() -> None:
     assert child.num_slots == child.num_computed_tokens == 0
 
 
+def test_a_copy_for_a_child_that_is_gone_is_dropped() -> None:
+    alloc = make()
+    parent = admit(alloc, "parent", 10)
+    child = make_request("child", parent.prompt_token_ids)
+    assert alloc.fork(parent, child)
+    alloc.free(child)
+    assert alloc.drain_copies() == [] and alloc.usage().owned == 12
+
+
 @pytest.mark.parametrize(("length", "computed"), [(2, 2), (2, 1), (10, 9)])
 def test_a_parent_needs_no_more_than_the_shared_positions(length: int, computed: int) -> None:
     alloc = make()
