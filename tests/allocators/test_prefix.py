@@ -283,3 +283,18 @@ def test_blocks_of_prompt_and_output_are_found_again() -> None:
     alloc.free(req)
     assert alloc.match_prefix(req) == 8  # the second block has tokens of both
     assert hit(alloc, [*range(6), 50, 60, 61]) == 4
+
+
+def test_a_fork_publishes_nothing_and_its_child_publishes_from_the_first_block() -> None:
+    """The parent's step is not taken in yet: nobody else may find its blocks."""
+    alloc = make()
+    parent = make_request("parent", list(range(9)))
+    assert alloc.allocate(parent, 9)
+    parent.num_computed_tokens = 9
+    child = make_request("child", parent.prompt_token_ids)
+    assert alloc.fork(parent, child) and hit(alloc, list(range(9))) == 0
+    child.output_token_ids += [60] * 3
+    assert alloc.allocate(child, 12)
+    child.num_computed_tokens = 12
+    alloc.commit(child)
+    assert hit(alloc, [*range(9), 60, 60, 60, 1]) == 12

@@ -27,6 +27,7 @@ def make(num_blocks: int = 32, block_size: int = 4, **options: Any) -> VirtualAl
         (2048 * KIB, 64, 1024),
         (64 * KIB, 64, 32),
         (2048 * KIB, 2, 32),
+        (64 * KIB, 2, 1),  # one token, exactly
     ],
 )
 def test_page_tokens_depend_on_the_model(page_bytes: int, kv_tensors: int, want: int) -> None:
@@ -44,6 +45,7 @@ def test_page_tokens_depend_on_the_model(page_bytes: int, kv_tensors: int, want:
         (511, 2 * KIB, None, 511),  # not 128 of the smallest: one block each
         (100_000, 128 * KIB, 2048 * KIB, 50_000),
         (64, 256 * KIB, 1024 * KIB, 128),
+        (8, 128 * KIB, 64 * KIB, 128),  # one token a page
         (64, 0, None, 64),
     ],
 )
