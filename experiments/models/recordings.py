@@ -32,8 +32,10 @@ def keep(source: Path, target: Path, commit: str | None = None) -> list[Path]:
         ConfigError: there are no such cells.
     """
     models: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    found = [read_cell(mark.parent) for mark in sorted(source.glob(f"cells/*/{CELL_FILE}"))]
-    for cell in sorted(found, key=lambda cell: CELLS.index(cell_of(cell["manifest"]))):
+    found = [read_cell(mark.parent) for mark in source.glob(f"cells/*/{CELL_FILE}")]
+    # Of a cell that ran again, by other code or with other settings, the last.
+    last = {cell["manifest"]["name"]: cell for cell in sorted(found, key=lambda cell: cell["manifest"]["created"])}
+    for cell in sorted(last.values(), key=lambda cell: CELLS.index(cell_of(cell["manifest"]))):
         manifest, known = cell["manifest"], cell_of(cell["manifest"])
         manifest |= {"name": known.name, "calibration": known.facts(rate_served(manifest))}
         if commit is not None:

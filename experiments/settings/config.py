@@ -194,9 +194,15 @@ class RunnerConfig(Section):
     fusions: Annotated[bool | str, AUTO]
     graphs: Annotated[bool | str, GRAPHS]
     gemm: Annotated[str, one_of("auto", "triton", "library")] = "auto"
-    gemm_rows: Annotated[int | None, integer(1).or_null] = None
+    gemm_rows: Annotated[int | None, integer(1, 128).or_null] = None  # as many as the table has
     gemm_table: Annotated[str | None, TEXT.or_null] = None
     kind: Annotated[str, Must("torch, to compute on a device", one_of("torch").holds)] = "torch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gemm_rows", "gemm_table"):
+            if self.gemm == "library" and getattr(self, name) is not None:
+                raise ConfigError(f"runner.gemm=library leaves nothing to runner.{name}; leave one of them out")
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,8 @@ class CellRunner:
         config, choices = compose_cell([*self._overrides, *overrides])
         folder = self._folder(name, config, choices)
         self.folders.append(folder)
-        try:
-            command = None if self._command is None else [*self._command, ALONE, *without_sweep(overrides)]
-            summary = execute(config, folder, name, choices, str(self.out_dir), self._shared, command)
-        except BaseException:
-            self._shared.clear()  # its runner may hold what the cell left undone
-            raise
+        command = None if self._command is None else [*self._command, ALONE, *without_sweep(overrides)]
+        summary = self._execute(config, folder, name, choices, str(self.out_dir), command)
         if (reason := why_unserved(summary)) is not None:
             raise Unserved(reason, folder)
         return summary
@@ -74,7 +70,17 @@ class CellRunner:
         """Run a cell that leaves nothing but what it warms: compiled kernels, a library's choices. Raises as `run`."""
         config, choices = compose_cell([*self._overrides, *overrides])
         with tempfile.TemporaryDirectory(prefix="kvarena-warm-up-") as folder:
-            execute(replace(config, tracking=None), Path(folder), "warm-up", choices, shared=self._shared)
+            self._execute(replace(config, tracking=None), Path(folder), "warm-up", choices)
+
+    def _execute(
+        self, config: RunConfig, folder: Path, name: str, choices: dict[str, str], group: str | None = None,
+        command: Sequence[str] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        try:
+            return execute(config, folder, name, choices, group, self._shared, command)
+        except BaseException:
+            self._shared.clear()  # its runner may hold what the cell left undone
+            raise
 
     def _folder(self, name: str, config: RunConfig, choices: dict[str, str]) -> Path:
         key, plain = cell_key(config, choices), self.out_dir / "cells" / name

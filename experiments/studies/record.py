@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvarena.engine.checks import check_number
+from kvarena.engine.checks import check_number, require
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.building.parts import sizes_of
 from kvarena.experiments.studies.base import Findings
@@ -57,10 +57,11 @@ class RecordStudy:
     """
 
     def __init__(self, models: Sequence[str], share: float = 1.0, limit: float = 540.0) -> None:
-        if not models:
-            raise ConfigError("study.models is empty; name options of the group model")
+        if not models or isinstance(models, str):
+            raise ConfigError(f"study.models={models} must be a list of choices of model, such as study.models=[demo]")
         self._models = list(models)
         self._share = check_number("study.share", share, above=True)
+        require(share <= 1, "study.share", share, "at most 1")
         self._limit = check_number("study.limit", limit)
 
     def run(self, cells: CellRunner) -> Findings:

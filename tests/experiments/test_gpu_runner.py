@@ -74,6 +74,12 @@ def test_other_values_are_refused(key, values):
         section(**{key: "fast"})
 
 
+@pytest.mark.parametrize("setting", [{"gemm_rows": 16}, {"gemm_table": "x"}])
+def test_products_that_all_go_to_the_library_have_no_other_setting(setting):
+    with pytest.raises(ConfigError, match=r"runner\.gemm=library leaves nothing to runner\.gemm_"):
+        section(gemm="library", **setting)
+
+
 @pytest.mark.parametrize("setting", [{"graphs": "decode"}, {"gemm": "library"}, {"gemm_rows": 16}, {"gemm_table": "x"}])
 def test_what_only_a_gpu_has_is_refused_without_one(setting):
     [(name, value)] = setting.items()

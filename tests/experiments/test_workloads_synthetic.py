@@ -1,5 +1,7 @@
 """Synthetic and built-in workloads: exact ids, stated moments, one seed, limits that are counted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,27 @@ def test_items_are_well_formed_and_reserved_ids_never_drawn():
     assert all(type(token) is int for token in items[0].prompt_token_ids)
     assert all(8 <= len(item.prompt_token_ids) <= 64 and 8 <= item.output_len <= 64 for item in items)
     assert all(item.arrival_time is None for item in items)
+
+
+def test_requests_are_of_clients_and_priorities_in_turn():
+    plain, turned = uniform(num_requests=6).items(), uniform(num_requests=6, num_clients=4, num_priorities=3).items()
+    assert [item.client_id for item in turned] == ["c0", "c1", "c2", "c3", "c0", "c1"]
+    assert [item.priority for item in turned] == [0, 1, 2, 0, 1, 2]
+    assert [item.prompt_token_ids for item in turned] == [item.prompt_token_ids for item in plain]
+    assert {(item.client_id, item.priority) for item in plain} == {("", 0)}
+    with pytest.raises(ConfigError, match=r"workload\.num_clients=-1 must be"):
+        uniform(num_clients=-1)
+
+
+def test_a_workload_that_names_its_clients_is_given_none():
+    class Named(UniformWorkload):
+        def _build(self):
+            return replace(super()._build(), client_ids=["me"] * self.num_requests)
+
+    options = {"num_requests": 2, "seed": 0, "vocab_size": 300, "prompt_len": RANGE, "output_len": RANGE}
+    assert {item.client_id for item in Named(**options).items()} == {"me"}
+    with pytest.raises(ConfigError, match=r"workload\.num_clients is for workloads that say none themselves"):
+        Named(**options, num_clients=2).items()
 
 
 def test_token_ids_are_uniform_over_the_vocabulary():

@@ -1,6 +1,7 @@
 """The recording for the calibration, on a CPU: the demo model, by the same config; its cells are packed and replay."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -90,6 +91,17 @@ def test_a_second_call_keeps_the_cells(recorded, monkeypatch, capsys):
     assert capsys.readouterr().err.count("finished before") == 2
 
 
+def test_of_a_cell_that_ran_again_the_last_is_packed(recorded, tmp_path):
+    name = f"demo-{NAMES[3]}"
+    for folder, created in ((name, "2030-01-01T00:00:00+00:00"), (f"{name}-2", "2031-01-01T00:00:00+00:00")):
+        shutil.copytree(recorded / "cells" / name, tmp_path / "cells" / folder)
+        manifest = tmp_path / "cells" / folder / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"created": created}))
+    tool.keep(tmp_path, tmp_path / "packed")
+    [folder] = make_folders(tmp_path / "packed", tmp_path / "runs")
+    assert RecordedRun.read(folder).manifest["created"].startswith("2031")
+
+
 def test_no_cell_starts_after_the_limit(tmp_path):
     findings, cells = run_study(tmp_path, *ON_A_CPU, "study.limit=0")
     assert not cells.folders
@@ -102,7 +114,12 @@ def test_no_cell_starts_after_the_limit(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"models": []}, r"study\.models is empty"), ({"models": ["demo"], "share": 0}, r"study\.share=0 must be")],
+    [
+        ({"models": []}, r"study\.models=\[\] must be a list"),
+        ({"models": "demo"}, r"study\.models=demo must be a list"),
+        ({"models": ["demo"], "share": 0}, r"study\.share=0 must be above 0"),
+        ({"models": ["demo"], "share": 2}, r"study\.share=2 must be at most 1"),
+    ],
 )
 def test_a_bad_option_is_one_line(options, said):
     with pytest.raises(ConfigError, match=said):
