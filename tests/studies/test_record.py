@@ -117,7 +117,7 @@ def test_no_cell_starts_after_the_limit(tmp_path):
     [
         ({"models": []}, r"study\.models=\[\] must be a list"),
         ({"models": "demo"}, r"study\.models=demo must be a list"),
-        ({"models": ["demo"], "share": 0}, r"study\.share=0 must be above 0"),
+        ({"models": ["demo"], "share": 0}, r"study\.share=0 must be"),
         ({"models": ["demo"], "share": 2}, r"study\.share=2 must be at most 1"),
     ],
 )
