@@ -66,3 +66,26 @@ def test_no_mask_of_an_ambiguous_grammar_is_slow():
             if constraint.failure or (token := int(rng.choice(allowed))) == tokenizer.eos_token_id:
                 break
             constraint.accept(token)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "start: r\nr: /]*/ r",  # forces ] for ever
+        'start: "a" r | "b"\nr: /]+/ r',
+        "start: r\nr: X{400}\nX: /]{4000}/",  # 1.6 million of them
+        '%llguidance {"no_forcing": false}\nstart: r\nr: /]+/ r',
+        'start: a "x"\na: %lark {\n%llguidance {"no_forcing": false}\nstart: r\nr: /]+/ r\n}',
+    ],
+)
+def test_a_text_that_is_forced_without_end_is_not_written_out(grammar):
+    tokenizer = AutoTokenizer.from_pretrained("experiments/models/demo")
+    compile_grammar = make_compiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
+    constraint = compile_grammar("grammar", to_grammar("grammar", grammar)).start()
+    mask = np.zeros(-(-len(tokenizer) // 32), dtype=np.int32)
+    for _ in range(30):
+        constraint.fill(mask)
+        assert not constraint.failure
+        token = int(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))[0])
+        constraint.accept(token)

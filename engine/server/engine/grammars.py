@@ -26,6 +26,10 @@ _MAX_ITEMS_IN_ROW, _STEP_MAX_ITEMS = 2000, 5_000
 _MAX_LEXER_STATES = 50_000
 # Of masks from one automaton, in seconds of processor time: what it has built meanwhile is given back.
 _WORN_SECONDS = 2.0
+# A grammar may force one text without end (r: /a+/ r), which the library would write out before a step goes on: it
+# counts parser items there, and no bytes. Of several such lines the last holds. Texts of schemas and regular
+# expressions end.
+_NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 # A GBNF escape of a character that stands for itself, behind an even number of backslashes.
 _ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\u((?!00[0-7])(?![dD][89a-fA-F])[0-9a-fA-F]{4})")
 _NO_MATCH = ("NoExtension", "NoExtensionBias")
@@ -57,7 +61,7 @@ def to_grammar(kind: str, text: str) -> str:
 
         # The library writes \\u00e9 back as \\ue9, which it then cannot read.
         text = any_to_lark(_ESCAPE.sub(lambda found: found[1] + chr(int(found[2], 16)), text))
-    return matcher.grammar_from_lark(text)
+    return matcher.grammar_from_lark(text + _NO_FORCING if kind == "grammar" else text)
 
 
 def tokenizer_json(tokenizer: Any) -> str:
