@@ -6,7 +6,10 @@ raises KvarenaError for what is wrong, which the command prints as a line.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from kvarena.reports.reading.options import Options
 
@@ -82,6 +85,30 @@ def tool_parser(module: str, doc: str | None) -> Options:
             if tool.module == module:
                 return Options(prog=f"kvarena {kind} {name}", description=doc)
     raise KeyError(module)
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A tool's own arguments, and those behind `--`, which are of `kvarena serve`."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return list(argv[:at]), list(argv[at + 1 :])
+
+
+def say(line: Mapping[str, Any], out: Path | None = None) -> None:
+    """Print a line of JSON; `out` gets it, too."""
+    text = json.dumps(line)
+    print(text, flush=True)
+    if out is not None:
+        with out.open("a") as file:
+            file.write(text + "\n")
+
+
+def say_all(lines: Iterable[Mapping[str, Any]], out: Path | None, failed: str) -> int:
+    """Print lines as they come; 1 when one holds something under `failed`."""
+    code = 0
+    for line in lines:
+        code |= bool(line.get(failed))
+        say(line, out)
+    return code
 
 
 def page(kind: str) -> str:

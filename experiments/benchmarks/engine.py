@@ -35,7 +35,7 @@ from kvarena.experiments.benchmarks.first_token import NUM_SLOTS
 from kvarena.experiments.gpu.engines import ABLATIONS, PREFILLED, Engines, StepTimes, attempt, drive, runner_of
 from kvarena.experiments.gpu.floors import SHAPES, fixed_batch, floor_of, offline_workload, shape_of
 from kvarena.experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda
-from kvarena.experiments.tools import tool_parser
+from kvarena.experiments.tools import say_all, tool_parser
 
 Line = dict[str, Any]
 SECTIONS = ("correct", "logits", "decode", "ablate", "prefill", "offline", "profile", "startup")
@@ -217,11 +217,4 @@ def main(argv: Sequence[str]) -> int:
     if unknown:
         parser.error(f"--sections: no section {sorted(unknown)[0]!r}; there are {', '.join(SECTIONS)}")
     require_cuda()
-    failed = 0
-    for line in sections(args):
-        failed += "error" in line
-        print(json.dumps(line), flush=True)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-    return 1 if failed else 0
+    return say_all(sections(args), args.out, "error")

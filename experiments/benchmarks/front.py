@@ -2,7 +2,7 @@
 
     kvarena benchmark front --fronts 1 --clients 64
 
-Both stream tokens of an engine of unlimited speed to the same load (raw sockets, so that the clients cost little).
+Both stream tokens of an engine of unlimited speed to the same load.
 `kvarena` is the real server around experiments/serving/stub_engine.py. `plain` is what one writes first: FastAPI, one
 asyncio queue per request, a pydantic model and `json` per token, tokens straight from a loop in the same process. CPU
 seconds are read from the server's processes: events per second and core do not depend on what else the machine does.
@@ -15,21 +15,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import httpx
-import psutil
 from pydantic import BaseModel
 
+from kvarena.engine.errors import EngineError
+from kvarena.engine.request import SamplingParams
+from kvarena.experiments.load.connection import HttpClient, in_turns, run_async
+from kvarena.experiments.load.http_client import HttpServer
+from kvarena.experiments.serving.child import Child
 from kvarena.experiments.tools import tool_parser
-
-START_SECONDS = 60.0
 
 
 class PlainBody(BaseModel):
@@ -78,77 +77,40 @@ class Result:
         return self.num_events / self.cpu_seconds["front"]
 
 
-async def one_stream(host: str, port: int, body: bytes) -> int:
-    """Read one stream; returns its number of text events. Raises ValueError when it does not end with [DONE]."""
-    reader, writer = await asyncio.open_connection(host, port, limit=1 << 20)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n" + body)
-    count, tail = 0, b""
-    while chunk := await reader.read(1 << 16):
-        data = tail + chunk
-        count += data.count(b'"text":') - tail.count(b'"text":')
-        tail = data[-64:]
-    writer.close()
-    if b"[DONE]" not in tail:
-        raise ValueError(f"a stream ended early: {tail!r}")
-    return count
+async def load(url: str, clients: int, requests: int, num_tokens: int) -> tuple[float, int]:
+    """Run the load, each request on a connection of its own; its seconds and the number of events with text.
 
+    Raises:
+        EngineError: a stream did not come to its end.
+    """
+    sampling, num_events = SamplingParams(max_tokens=num_tokens), 0
+    with contextlib.closing(HttpClient(url, {"Content-Type": "application/json"}, keeps=False)) as client:
+        server = HttpServer(client, None, {"ignore_eos": True})
 
-async def load(port: int, clients: int, requests: int, num_tokens: int) -> tuple[float, int]:
-    """Run the load; returns its seconds and the number of events."""
-    body = json.dumps({"prompt": [20] * 32, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}).encode()
-    left, num_events = requests, 0
+        async def send(_: int) -> None:
+            nonlocal num_events
+            answer = await server.complete([20] * 32, sampling)
+            if answer.error:
+                raise EngineError(f"a stream of {url} ended early: {answer.error}")
+            num_events += len(answer.chunk_times)
 
-    async def client() -> None:
-        nonlocal left, num_events
-        while left > 0:
-            left -= 1
-            count = await one_stream("127.0.0.1", port, body)
-            num_events += count
-
-    start = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
+        start = time.perf_counter()
+        await in_turns(clients, iter(range(requests)), send)
     return time.perf_counter() - start, num_events
 
 
-def measure(name: str, command: list[str], port: int, options: argparse.Namespace) -> Result:
+def measure(name: str, command: list[str], options: argparse.Namespace) -> Result:
     """Start a server, warm it up, load it, and stop it."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        try:
-            _wait(port, process)
-            asyncio.run(load(port, options.clients, options.clients, 16))
-            before = cpu_seconds(process.pid)
-            seconds, num_events = asyncio.run(load(port, options.clients, options.requests, options.tokens))
-            after = cpu_seconds(process.pid)
-        finally:
-            process.terminate()
-            process.wait(20)
+    server = Child(command)
+    try:
+        run_async(load(server.url, options.clients, options.clients, 16))
+        before = server.cpu_seconds()
+        seconds, num_events = run_async(load(server.url, options.clients, options.requests, options.tokens))
+        after = server.cpu_seconds()
+    finally:
+        server.stop()
     spent = {role: round(after[role] - before[role], 3) for role in after}
     return Result(name, options.requests * options.tokens, num_events, seconds, spent)
-
-
-def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
-    raise RuntimeError("the server did not start")
-
-
-def cpu_seconds(pid: int) -> dict[str, float]:
-    """CPU time so far by role: the engine is the supervisor's first child, fronts are the others."""
-    parent = psutil.Process(pid)
-    children = [p for p in parent.children() if "spawn_main" in " ".join(p.cmdline())]
-    children.sort(key=lambda p: p.create_time())
-    if not children:
-        return {"front": sum(parent.cpu_times()[:2])}
-    return {
-        "engine": sum(children[0].cpu_times()[:2]),
-        "front": sum(sum(child.cpu_times()[:2]) for child in children[1:]),
-    }
 
 
 def serve_plain(port: int) -> None:
@@ -159,18 +121,16 @@ def serve_plain(port: int) -> None:
 
     app = FastAPI()
 
-    @app.get("/health")
-    async def health() -> None:
-        return None
-
     @app.post("/v1/completions")
     async def completions(body: PlainBody) -> StreamingResponse:
-        queue: asyncio.Queue[str | None] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[str, str | None]] = asyncio.Queue()
         asyncio.create_task(_produce(queue, body.max_tokens))  # noqa: RUF006
 
         async def events():  # type: ignore[no-untyped-def]
-            while (text := await queue.get()) is not None:
-                choice = PlainChoice(index=0, text=text)
+            reason = None
+            while reason is None:
+                text, reason = await queue.get()
+                choice = PlainChoice(index=0, text=text, finish_reason=reason)
                 chunk = PlainChunk(
                     id="c", object="text_completion", created=int(time.time()), model="m", choices=[choice]
                 )
@@ -179,13 +139,12 @@ def serve_plain(port: int) -> None:
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    async def _produce(queue: asyncio.Queue[str | None], count: int) -> None:
+    async def _produce(queue: asyncio.Queue[tuple[str, str | None]], count: int) -> None:
         for i in range(count):
-            await queue.put(f" tok{i}")
+            await queue.put((f" tok{i}", "length" if i == count - 1 else None))
             await asyncio.sleep(0)
-        await queue.put(None)
 
-    uvicorn.run(app, port=port, log_level="warning")
+    uvicorn.run(app, port=port, access_log=False)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -203,27 +162,10 @@ def main(argv: Sequence[str]) -> int:
     if options.plain_server:
         serve_plain(options.port)
         return 0
-    stub = [
-        sys.executable,
-        "-m",
-        "kvarena.experiments.serving.stub_engine",
-        "serve",
-        str(Path(options.model)),
-        "--port",
-    ]
-    ours = [*stub, str(options.port), "--fronts", str(options.fronts)]
-    ours += ["--step-time", str(options.step_time)]
-    plain = [
-        sys.executable,
-        "-m",
-        "kvarena",
-        "benchmark",
-        "front",
-        "--plain-server",
-        "--port",
-        str(options.port + 1),
-    ]
-    results = [measure("kvarena", ours, options.port, options), measure("plain", plain, options.port + 1, options)]
+    ours = ["-m", "kvarena.experiments.serving.stub_engine", "serve", options.model, "--port", str(options.port)]
+    ours += ["--fronts", str(options.fronts), "--step-time", str(options.step_time)]
+    plain = ["-m", "kvarena", "benchmark", "front", "--plain-server", "--port", str(options.port + 1)]
+    results = [measure("kvarena", ours, options), measure("plain", plain, options)]
     rows = []
     for result in results:
         row = asdict(result) | {

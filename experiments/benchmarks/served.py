@@ -16,8 +16,6 @@ import argparse
 import gc
 import itertools
 import json
-import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,22 +23,20 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from kvarena.engine.core import Engine
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.experiments.benchmarks.front import cpu_seconds
-from kvarena.experiments.benchmarks.stream_load import TEMPERATURE, WARM_UP, Level, Row, Shape, line_of
+from kvarena.experiments.benchmarks.stream_load import TEMPERATURE, WARM_UP, Level, Shape, line_of
+from kvarena.experiments.load.http_client import Answer
 from kvarena.experiments.models.shape import make_model_dir
+from kvarena.experiments.serving.child import Server
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
 from kvarena.experiments.serving.serve import build_served_engine
 from kvarena.experiments.settings.compose import CONF_DIR, load_run
-from kvarena.experiments.tools import tool_parser
+from kvarena.experiments.tools import say_all, split_arguments, tool_parser
 
 Line = dict[str, Any]
 
@@ -48,24 +44,10 @@ SHAPE_FLAGS = (
     "--load-format", "dummy", "--dtype", "bfloat16", "--max-model-len", "8192", "--max-num-seqs", "256",
     "--no-enable-prefix-caching",
 )  # fmt: skip
-START_SECONDS = 300.0
+KEY = "k"
 LOAD_SECONDS = 400.0
-STOP_SECONDS = 60.0
 # The bar, at 256 clients of the Qwen3-0.6B shape on one H200.
 BAR_CLIENTS, BAR_TOKENS_PER_SECOND, BAR_ITL_P99_MS, BAR_SHARE = 256, 22_000, 20.0, 0.92
-
-
-@dataclass
-class _Live:
-    """A request in flight: its client's share of the level, and its times in seconds."""
-
-    group: int
-    start: float
-    first: float = 0.0
-    last: float = 0.0
-
-    def row(self, num_tokens: int, gaps: list[float]) -> Row:
-        return Row(self.start, self.first, self.last, self.last, num_tokens, gaps, "")
 
 
 class ClosedLoop:
@@ -82,13 +64,12 @@ class ClosedLoop:
         self._engine, self._shape, self._level = engine, shape, level
         groups, self._clients, count = level.share(num_procs)
         self._prompts = [deque(shape.prompts(level, group, count)) for group in range(groups)]
-        self._live: dict[Request, _Live] = {}
-        self._gaps: dict[Request, list[float]] = {}
-        self._rows: list[Row] = []
+        self._live: dict[Request, tuple[int, Answer]] = {}
+        self._answers: list[Answer] = []
         self._numbers = itertools.count()
 
-    def run(self) -> list[Row]:
-        """Run all of them. Raises EngineError when one ends before its length."""
+    def run(self) -> list[Answer]:
+        """Run all of them; what each would have heard. Raises EngineError when one ends before its length."""
         for group in range(len(self._prompts)):
             for _ in range(self._clients):
                 self._start(group)
@@ -99,10 +80,10 @@ class ClosedLoop:
             now = time.perf_counter()
             for (req, _, _), token in zip(output.plan.scheduled, output.result.token_ids, strict=True):
                 if token is not None and req in self._live:
-                    self._count(req, now)
+                    self._live[req][1].chunk_times.append(now)
             for req in output.finished:
                 self._end(req)
-        return self._rows
+        return self._answers
 
     def _start(self, group: int) -> None:
         if not self._prompts[group]:
@@ -112,23 +93,16 @@ class ClosedLoop:
             f"{self._level.num_clients}-{next(self._numbers)}", self._prompts[group].popleft(), sampling,
             arrival_time=self._engine.clock.now(),
         )  # fmt: skip
-        self._live[req], self._gaps[req] = _Live(group, time.perf_counter()), []
+        self._live[req] = group, Answer(start=time.perf_counter())
         self._engine.add(req)
 
-    def _count(self, req: Request, now: float) -> None:
-        live = self._live[req]
-        if live.first:
-            self._gaps[req].append(now - live.last)
-        else:
-            live.first = now
-        live.last = now
-
     def _end(self, req: Request) -> None:
-        live = self._live.pop(req)
+        group, answer = self._live.pop(req)
         if len(req.output_token_ids) != self._shape.num_output_tokens:
             raise EngineError(f"request {req.request_id} ended after {len(req.output_token_ids)} tokens")
-        self._rows.append(live.row(len(req.output_token_ids), self._gaps.pop(req)))
-        self._start(live.group)
+        answer.end = answer.chunk_times[-1]
+        self._answers.append(answer)
+        self._start(group)
 
 
 def run_in_process(options: argparse.Namespace) -> Iterator[Line]:
@@ -151,56 +125,16 @@ def serve_flags(options: argparse.Namespace) -> list[str]:
     return [str(options.directory), *shape_flags, *options.flags]
 
 
-class Served:
-    """`kvarena serve` in its own processes, with its log in `log`."""
-
-    def __init__(self, flags: list[str], log: Path) -> None:
-        command = [sys.executable, "-m", "kvarena", "serve", *flags, "--port", "0"]
-        command += ["--api-key", "k", "--served-model-name", "m"]
-        self._log = log
-        with log.open("w") as file:
-            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-
-    @property
-    def pid(self) -> int:
-        """Of the supervisor."""
-        return self._process.pid
-
-    def wait(self) -> str:
-        """The address, once it answers. Raises EngineError with the end of the log."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self._process.poll() is None:
-            match = re.search(r"Uvicorn running on (\S+)", self._log.read_text())
-            if match:
-                return match[1]
-            time.sleep(0.05)
-        self.stop()
-        raise EngineError(f"the server did not start; the end of its log:\n{self._log.read_text()[-2000:]}")
-
-    def stop(self) -> None:
-        """End it."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                for child in psutil.Process(self.pid).children(recursive=True):
-                    child.kill()
-                self._process.kill()
-                self._process.wait()
-
-
-def run_served(options: argparse.Namespace, log: Path) -> Iterator[Line]:
+def run_served(options: argparse.Namespace) -> Iterator[Line]:
     """The levels over HTTP, and the CPU seconds of the server's processes in each. Raises EngineError."""
     start = time.perf_counter()
-    server = Served(serve_flags(options), log)
+    server = Server([*serve_flags(options), "--served-model-name", "m"], KEY)
     try:
-        url = server.wait()
         yield {"section": "start", "part": "served", "seconds": round(time.perf_counter() - start, 1)}
         for level in options.levels:
-            before = cpu_seconds(server.pid)
-            lines = _load(options, url, level)
-            after = cpu_seconds(server.pid)
+            before = server.cpu_seconds()
+            lines = _load(options, server.url, level)
+            after = server.cpu_seconds()
             spent = {f"{role}_cpu_s": round(after[role] - before[role], 2) for role in after}
             # A load program may show its warm-up, too: the level's line is the last with its number of clients.
             line = [line for line in lines if line.get("concurrency") == level.num_clients][-1]
@@ -211,7 +145,7 @@ def run_served(options: argparse.Namespace, log: Path) -> Iterator[Line]:
 
 def _load(options: argparse.Namespace, url: str, level: Level) -> list[Line]:
     program = [str(options.load_script)] if options.load_script else ["-m", "kvarena", "benchmark", "stream_load"]
-    command = [sys.executable, *program, "--url", url, "--model", "m", "--key", "k", "--procs", str(options.procs)]
+    command = [sys.executable, *program, "--url", url, "--model", "m", "--key", KEY, "--procs", str(options.procs)]
     command += ["--n-in", str(options.n_in), "--n-out", str(options.n_out)]
     command += ["--levels", f"{level.num_clients}:{level.num_requests}"]
     if not options.load_script:
@@ -247,7 +181,7 @@ def shares(lines: list[Line]) -> Iterator[Line]:
         yield made
 
 
-def _parts(options: argparse.Namespace, folder: Path) -> Iterator[Line]:
+def _parts(options: argparse.Namespace) -> Iterator[Line]:
     """All lines. The in-process part has a process of its own, so that its memory is free when the server starts."""
     own = [sys.executable, "-m", "kvarena", "benchmark", "served", *options.given, "--part", "in-process"]
     own += ["--directory", str(options.directory), "--", *options.flags]
@@ -260,7 +194,7 @@ def _parts(options: argparse.Namespace, folder: Path) -> Iterator[Line]:
                 yield lines[-1]
     if process.returncode:
         raise EngineError(f"the in-process part ended with code {process.returncode}")
-    for line in run_served(options, folder / "server.log"):
+    for line in run_served(options):
         lines.append(line)
         yield line
     yield from shares(lines)
@@ -268,8 +202,7 @@ def _parts(options: argparse.Namespace, folder: Path) -> Iterator[Line]:
 
 def main(argv: Sequence[str]) -> int:
     """Run the parts; returns the exit code."""
-    given = list(argv)
-    given, flags = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    given, flags = split_arguments(argv)
     parser = tool_parser(__name__, __doc__)
     parser.add_argument(
         "--shape",
@@ -292,20 +225,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(given)
     options.flags = flags
     if options.part:
-        return _print(run_in_process(options), None)
+        return say_all(run_in_process(options), None, "errors")
     with tempfile.TemporaryDirectory(prefix="kvarena-served-") as folder:
         options.directory = options.model or make_model_dir(options.shape, Path(folder) / "model")
         options.given = given
-        return _print(_parts(options, Path(folder)), options.out)
-
-
-def _print(lines: Iterator[Line], out: Path | None) -> int:
-    """Print lines as they come; 1 when a request failed."""
-    failed = False
-    for line in lines:
-        failed |= bool(line.get("errors"))
-        print(json.dumps(line), flush=True)
-        if out is not None:
-            with out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-    return int(failed)
+        return say_all(_parts(options), options.out, "errors")

@@ -15,16 +15,18 @@ import argparse
 import asyncio
 import json
 import random
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from kvarena.engine.classes import OWNED
+from kvarena.engine.request import SamplingParams
+from kvarena.experiments.load.connection import HttpClient, run_async
+from kvarena.experiments.load.http_client import Answer, HttpServer
+from kvarena.experiments.load.http_metrics import ask_gauges
+from kvarena.experiments.serving.child import parts_of
 from kvarena.experiments.tools import tool_parser
 from kvarena.reports.drawing.style import SERIES, drawing, grid, new_figure, save_png, thousands
 from kvarena.reports.reading.writing import write_csv
@@ -43,76 +45,36 @@ class Counts:
     errors: list[str] = field(default_factory=list)
 
 
-async def stream(host: str, port: int, rng: random.Random, counts: Counts, abort: bool) -> None:
-    """One request; hangs up after a few events when `abort`."""
-    prompt = [rng.randint(10, 2000) for _ in range(rng.randint(4, 200))]
-    body = json.dumps(
-        {"prompt": prompt, "max_tokens": rng.randint(8, 128), "ignore_eos": True, "stream": True, "temperature": 0.8}
-    ).encode()
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n" + body)
-        hang_up_after = rng.randint(0, 4) if abort else None
-        chunks, tail = 0, b""
-        while chunk := await reader.read(1 << 16):
-            counts.tokens += chunk.count(b'"text":')
-            tail = (tail + chunk)[-400:]
-            chunks += 1
-            if hang_up_after is not None and chunks > hang_up_after:
-                counts.aborted += 1
-                return
-        if b"data: [DONE]" in tail and b'data: {"error"' not in tail:
-            counts.finished += 1
-        else:
-            counts.errors.append(tail[-200:].decode("utf-8", "replace"))
-    except OSError as error:
-        counts.errors.append(repr(error))
-    finally:
-        writer.close()
-
-
-async def client(host: str, port: int, seed: int, until: float, counts: Counts, abort_share: float) -> None:
-    """A closed loop."""
+async def client(server: HttpServer, seed: int, until: float, counts: Counts, abort_share: float) -> None:
+    """A closed loop of streams, some of which are hung up on after a few chunks."""
     rng = random.Random(seed)
     while time.monotonic() < until:
-        await stream(host, port, rng, counts, rng.random() < abort_share)
+        aborts = rng.random() < abort_share
+        prompt = [rng.randint(10, 2000) for _ in range(rng.randint(4, 200))]
+        sampling = SamplingParams(temperature=0.8, max_tokens=rng.randint(8, 128))
+        answer = await server.complete(prompt, sampling, Answer(hang_up_after=rng.randint(0, 4) if aborts else None))
+        counts.tokens += len(answer.chunk_times)
+        counts.aborted += answer.is_cut
+        if answer.error:
+            counts.errors.append(answer.error)
+        elif not answer.is_cut:
+            counts.finished += 1
 
 
-async def get_metrics(host: str, port: int) -> dict[str, float]:
-    """The gauges, by name and label value."""
-    reader, writer = await asyncio.open_connection(host, port)
-    writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    text = (await reader.read(-1)).decode()
-    writer.close()
-    made = {}
-    for name, label, value in re.findall(r'^(\S+?)\{.*?(?:class="(\w+)")?[^}]*\} (\S+)$', text, re.MULTILINE):
-        made[f"{name}{{{label}}}" if label else name] = float(value)
-    return made
-
-
-def processes(pid: int) -> list[psutil.Process]:
-    """The supervisor and its children, the resource tracker left out."""
-    parent = psutil.Process(pid)
-    return [parent, *(child for child in parent.children() if "spawn_main" in " ".join(child.cmdline()))]
-
-
-async def sample(host: str, port: int, pid: int, until: float, counts: Counts, rows: list[dict[str, Any]]) -> None:
+async def sample(http: HttpClient, pid: int, until: float, counts: Counts, rows: list[dict[str, Any]]) -> None:
     """A row per second."""
     start = time.monotonic()
-    watched = processes(pid)
+    watched = parts_of(pid)
     while time.monotonic() < until:
-        gauges = await get_metrics(host, port)
+        gauges = await ask_gauges(http)
         row: dict[str, Any] = {
             "seconds": round(time.monotonic() - start, 2),
             "rss_bytes": sum(process.memory_info().rss for process in watched),
             "num_fds": sum(process.num_fds() for process in watched),
             "num_threads": sum(process.num_threads() for process in watched),
-            "running": gauges["vllm:num_requests_running"],
-            "waiting": gauges["vllm:num_requests_waiting"],
-            "kv_usage": gauges["vllm:kv_cache_usage_perc"],
+            "running": gauges["num_running"],
+            "waiting": gauges["num_waiting"],
+            "kv_usage": gauges["kv_usage"],
             "finished": counts.finished,
             "aborted": counts.aborted,
             "tokens": counts.tokens,
@@ -124,13 +86,13 @@ async def sample(host: str, port: int, pid: int, until: float, counts: Counts, r
         await asyncio.sleep(1.0)
 
 
-async def drained(host: str, port: int) -> dict[str, float]:
+async def drained(http: HttpClient) -> dict[str, float]:
     """Wait until nothing runs; the gauges then."""
     deadline = time.monotonic() + DRAIN_SECONDS
     while True:
-        gauges = await get_metrics(host, port)
-        busy = gauges["vllm:num_requests_running"] + gauges["vllm:num_requests_waiting"]
-        owned = sum(gauges[f"kvarena:kv_slots{{{name}}}"] for name in OWNED)
+        gauges = await ask_gauges(http)
+        busy = gauges["num_running"] + gauges["num_waiting"]
+        owned = sum(gauges[name] for name in OWNED)
         if not (busy or owned) or time.monotonic() > deadline:
             return gauges | {"owned_slots": owned}
         await asyncio.sleep(0.3)
@@ -174,13 +136,14 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 async def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run it; the summary and the rows."""
-    host, port = options.url.removeprefix("http://").rstrip("/").split(":")
     counts = Counts()
     rows: list[dict[str, Any]] = []
     until = time.monotonic() + options.seconds
-    clients = [client(host, int(port), i, until, counts, options.abort_share) for i in range(options.clients)]
-    await asyncio.gather(sample(host, int(port), options.pid, until, counts, rows), *clients)
-    gauges = await drained(host, int(port))
+    http = HttpClient(options.url, {"Content-Type": "application/json"}, keeps=False)
+    server = HttpServer(http, None, {"ignore_eos": True})
+    clients = [client(server, i, until, counts, options.abort_share) for i in range(options.clients)]
+    await asyncio.gather(sample(http, options.pid, until, counts, rows), *clients)
+    gauges = await drained(http)
     summary = {
         "seconds": options.seconds,
         "clients": options.clients,
@@ -209,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--abort-share", type=float, default=0.1, help="share of requests that are hung up on")
     parser.add_argument("--out", type=Path, default=Path("soak"), help="folder of soak.csv, soak.json and soak.png")
     options = parser.parse_args(argv)
-    summary, rows = asyncio.run(soak(options))
+    summary, rows = run_async(soak(options))
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "soak.csv", rows, rows[0])
     title = f"{options.clients} clients, {summary['finished']:,} requests finished, {summary['aborted']:,} hung up"

@@ -11,7 +11,7 @@ end-of-sequence ignored. A short level that is not shown comes first. Any server
 from __future__ import annotations
 
 import argparse
-import asyncio
+import contextlib
 import json
 import multiprocessing
 import random
@@ -20,16 +20,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
-import httptools
 import httpx
-import orjson
 
+from kvarena.engine.request import SamplingParams
+from kvarena.experiments.load.connection import HttpClient, in_turns, run_async
+from kvarena.experiments.load.http_client import Answer, HttpServer
 from kvarena.experiments.tools import tool_parser
 
 WARM_UP = (8, 16)
-REQUEST_TIMEOUT = 600.0
 TEMPERATURE = 0.6
 
 
@@ -65,126 +64,26 @@ class Shape:
         return [[source.randint(first, self.max_token_id) for _ in range(self.num_prompt_tokens)] for _ in range(count)]
 
 
-class Row(NamedTuple):
-    """One request; times in seconds, on a clock that the machine shares. `error` is empty when it ended well."""
+async def _load(options: argparse.Namespace, prompts: list[list[int]], num_clients: int) -> list[Answer]:
+    """What came of each prompt, by so many clients that take turns."""
+    answers: list[Answer] = []
+    sampling = SamplingParams(temperature=TEMPERATURE, max_tokens=options.n_out)
+    headers = {"Authorization": f"Bearer {options.key}", "Content-Type": "application/json"}
+    with contextlib.closing(HttpClient(options.url, headers)) as client:
+        server = HttpServer(client, options.model, {"ignore_eos": True})
 
-    start: float
-    first: float
-    last: float
-    end: float
-    num_tokens: int
-    gaps: list[float]
-    error: str
+        async def send(prompt: list[int]) -> None:
+            answers.append(await server.complete(prompt, sampling))
 
-
-class _Connection(asyncio.Protocol):
-    """A kept HTTP connection that reads one stream of events at a time."""
-
-    def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
-        self._done: asyncio.Future[str] | None = None
-
-    def begin(self, data: bytes) -> asyncio.Future[str]:
-        """Send a request; the future gives an error text, empty when the stream ended with `[DONE]`."""
-        assert self.transport is not None
-        self._parser = httptools.HttpResponseParser(self)
-        self._rest, self.finished, self.num_tokens = b"", False, 0
-        self.first = self.last = 0.0
-        self.gaps: list[float] = []
-        self._done = asyncio.get_running_loop().create_future()
-        self.transport.write(data)
-        return self._done
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment]
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._end(f"the connection was closed: {exc!r}")
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self._end(f"malformed HTTP: {error}")
-
-    def on_body(self, body: bytes) -> None:
-        """The parser's: a part of the answer."""
-        if self._parser.get_status_code() != 200:
-            self._end(f"status {self._parser.get_status_code()}: {body[:200]!r}")
-            return
-        *events, self._rest = (self._rest + body).split(b"\n\n")
-        for event in events:
-            self._on_event(event)
-
-    def on_message_complete(self) -> None:
-        """The parser's: the answer is whole."""
-        self._end("" if self.finished else "the stream ended without [DONE]")
-
-    def _on_event(self, event: bytes) -> None:
-        if event == b"data: [DONE]":
-            self.finished = True
-            return
-        payload = orjson.loads(event.removeprefix(b"data: "))
-        now = time.perf_counter()
-        if "error" in payload:
-            self._end(str(payload["error"])[:200])
-        if usage := payload.get("usage"):
-            self.num_tokens = usage["completion_tokens"]
-        if payload.get("choices"):
-            if self.first:
-                self.gaps.append(now - self.last)
-            else:
-                self.first = now
-            self.last = now
-
-    def _end(self, error: str) -> None:
-        if self._done is not None and not self._done.done():
-            self._done.set_result(error)
-
-
-async def _client(options: argparse.Namespace, prompts: list[list[int]], rows: list[Row]) -> None:
-    """One client: takes prompts off the shared list until it is empty."""
-    address = urlsplit(options.url)
-    loop = asyncio.get_running_loop()
-    connection: _Connection | None = None
-    while prompts:
-        body = orjson.dumps({
-            "model": options.model, "prompt": prompts.pop(0), "max_tokens": options.n_out, "temperature": TEMPERATURE,
-            "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
-        })  # fmt: skip
-        head = (
-            f"POST {address.path}/v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\n"
-            f"Authorization: Bearer {options.key}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        start = time.perf_counter()
-        try:
-            if connection is None:
-                _, connection = await loop.create_connection(_Connection, address.hostname, address.port)
-            error = await asyncio.wait_for(connection.begin(head.encode() + body), REQUEST_TIMEOUT)
-        except (OSError, TimeoutError) as fault:
-            rows.append(Row(start, 0.0, 0.0, time.perf_counter(), 0, [], repr(fault)))
-            connection = None
-            continue
-        made = connection
-        rows.append(Row(start, made.first, made.last, time.perf_counter(), made.num_tokens, made.gaps, error))
-        if error:
-            assert made.transport is not None
-            made.transport.close()
-            connection = None
+        await in_turns(num_clients, iter(prompts), send)
+    return answers
 
 
 def _process(
-    options: argparse.Namespace, level: Level, process: int, clients: int, count: int, out: SimpleQueue[list[Row]]
+    options: argparse.Namespace, level: Level, process: int, clients: int, count: int, out: SimpleQueue[list[Answer]]
 ) -> None:
-    rows: list[Row] = []
     prompts = Shape(options.n_in, options.n_out, options.max_token_id).prompts(level, process, count)
-
-    async def run() -> None:
-        await asyncio.gather(*(_client(options, prompts, rows) for _ in range(clients)))
-
-    asyncio.run(run())
-    out.put(rows)
+    out.put(run_async(_load(options, prompts, clients)))
 
 
 def run_level(options: argparse.Namespace, level: Level) -> dict[str, object]:
@@ -192,30 +91,30 @@ def run_level(options: argparse.Namespace, level: Level) -> dict[str, object]:
     return line_of(level, collect_level(options, level))
 
 
-def collect_level(options: argparse.Namespace, level: Level) -> list[Row]:
-    """Load the server with one level; a row per request."""
+def collect_level(options: argparse.Namespace, level: Level) -> list[Answer]:
+    """Load the server with one level; its answers."""
     context = multiprocessing.get_context("spawn")
-    out: SimpleQueue[list[Row]] = context.SimpleQueue()
+    out: SimpleQueue[list[Answer]] = context.SimpleQueue()
     procs, clients, count = level.share(options.procs)
     processes = [context.Process(target=_process, args=(options, level, i, clients, count, out)) for i in range(procs)]
     for process in processes:
         process.start()
-    rows = [row for _ in processes for row in out.get()]
+    answers = [answer for _ in processes for answer in out.get()]
     for process in processes:
         process.join()
-    return rows
+    return answers
 
 
-def line_of(level: Level, rows: list[Row]) -> dict[str, object]:
+def line_of(level: Level, answers: list[Answer]) -> dict[str, object]:
     """A level's figures: tokens per second from the first start to the last end; latencies in ms."""
-    good = [row for row in rows if not row.error]
-    bad = [row.error for row in rows if row.error]
-    waits = [row.first - row.start for row in good if row.first]
-    gaps = [gap for row in good for gap in row.gaps]
-    tokens = sum(row.num_tokens for row in good)
-    span = max(row.end for row in good) - min(row.start for row in good) if good else 0.0
+    good = [answer for answer in answers if not answer.error]
+    bad = [answer.error for answer in answers if answer.error]
+    waits = [wait for answer in good if (wait := answer.wait) is not None]
+    gaps = [gap for answer in good for gap in answer.gaps]
+    tokens = sum(answer.num_tokens for answer in good)
+    span = max(answer.end for answer in good) - min(answer.start for answer in good) if good else 0.0
     return {
-        "concurrency": level.num_clients, "requests": len(rows), "errors": len(bad),
+        "concurrency": level.num_clients, "requests": len(answers), "errors": len(bad),
         "first_error": bad[0] if bad else None, "out_tokens": tokens,
         "out_tok_per_s": round(tokens / span, 1) if span else 0.0,
         "ttft_p50_ms": _percentile(waits, 0.5), "ttft_p99_ms": _percentile(waits, 0.99),

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import json
 import multiprocessing
 import socket
@@ -25,11 +27,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
-import httpx
-
-from kvarena.experiments.benchmarks.stream_load import Level, Row, collect_level
+from kvarena.experiments.benchmarks.stream_load import Level, collect_level
+from kvarena.experiments.load.connection import HttpClient, in_turns, run_async
+from kvarena.experiments.load.http_client import Answer
 from kvarena.experiments.serving.child import Server
-from kvarena.experiments.tools import tool_parser
+from kvarena.experiments.tools import say, split_arguments, tool_parser
 
 PREFIX = "x"
 
@@ -37,29 +39,22 @@ PREFIX = "x"
 class Attack:
     """What one attack may use: requests of any kind, counted by the status of their answer."""
 
-    def __init__(self, url: str, client: httpx.AsyncClient) -> None:
-        self.url, self.client = url, client
-        self.authorization = f"Authorization: {client.headers['Authorization']}"
+    def __init__(self, client: HttpClient) -> None:
+        self.client = client
         self.statuses: Counter[str] = Counter()
 
     async def post(self, body: dict[str, Any], path: str = "/v1/completions") -> None:
         """Send one request and count its answer; a connection that fails counts as `closed`."""
         try:
-            response = await self.client.post(f"{self.url}{path}", json=body)
-        except httpx.HTTPError:
+            reply = await self.client.request("POST", path, json.dumps(body).encode())
+        except OSError:
             self.statuses["closed"] += 1
             return
-        self.statuses[str(response.status_code)] += 1
+        self.statuses[str(reply.status)] += 1
 
     async def repeat(self, num_tasks: int, send: Callable[[int], Awaitable[None]]) -> None:
         """`num_tasks` loops that call `send` with ever new numbers, until they are cancelled."""
-        count = iter(range(1 << 60))
-
-        async def loop() -> None:
-            while True:
-                await send(next(count))
-
-        await asyncio.gather(*(loop() for _ in range(num_tasks)))
+        await in_turns(num_tasks, itertools.count(), send)
 
 
 def slow_patterns(number: int, num_patterns: int = 200) -> dict[str, Any]:
@@ -123,20 +118,16 @@ async def oversize(attack: Attack) -> None:
 
 async def slow_readers(attack: Attack) -> None:
     """64 connections that take a byte a second of long answers, half of them streams; a new one when one is cut."""
-    loop, host = asyncio.get_running_loop(), httpx.URL(attack.url)
+    loop, url = asyncio.get_running_loop(), attack.client.url
 
     async def read(number: int) -> None:
         body = {"prompt": PREFIX, "max_tokens": 400, "ignore_eos": True, "logprobs": 5, "stream": bool(number % 2)}
-        text = json.dumps(body)
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: {host.host}\r\nContent-Type: application/json\r\n"
-            f"{attack.authorization}\r\nContent-Length: {len(text)}\r\n\r\n"
-        )
+        message = attack.client.message("POST", "/v1/completions", json.dumps(body).encode())
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)  # before it connects: the window stays small
             sock.setblocking(False)
-            await loop.sock_connect(sock, (host.host, host.port))
-            await loop.sock_sendall(sock, (head + text).encode())
+            await loop.sock_connect(sock, (url.host, url.port))
+            await loop.sock_sendall(sock, message)
             attack.statuses["opened"] += 1
             try:
                 while await loop.sock_recv(sock, 1):
@@ -159,25 +150,24 @@ ATTACKS: dict[str, Callable[[Attack], Awaitable[None]]] = {
 
 
 def _attack_process(name: str, url: str, key: str, stop: Any, out: SimpleQueue[dict[str, int]]) -> None:
-    async def run() -> dict[str, int]:
-        limits = httpx.Limits(max_connections=None)
-        headers = {"Authorization": f"Bearer {key}"}
-        async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers) as client:
-            attack = Attack(url, client)
-            task = asyncio.ensure_future(ATTACKS[name](attack))
+    async def attack() -> dict[str, int]:
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        with contextlib.closing(HttpClient(url, headers)) as client:
+            made = Attack(client)
+            task = asyncio.ensure_future(ATTACKS[name](made))
             while not stop.is_set() and not task.done():
                 await asyncio.sleep(0.05)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            return dict(attack.statuses)
+            return dict(made.statuses)
 
-    out.put(asyncio.run(run()))
+    out.put(run_async(attack()))
 
 
-def longest_gap(rows: list[Row]) -> float:
-    """The longest time in seconds that a client of `rows` heard nothing."""
-    waits = [row.first - row.start if row.first else row.end - row.start for row in rows]
-    return max([*waits, *(gap for row in rows for gap in row.gaps)])
+def longest_gap(answers: list[Answer]) -> float:
+    """The longest time in seconds that a client heard nothing."""
+    waits = [answer.end - answer.start if answer.wait is None else answer.wait for answer in answers]
+    return max([*waits, *(gap for answer in answers for gap in answer.gaps)])
 
 
 def run_part(options: argparse.Namespace, attack: str | None) -> dict[str, Any]:
@@ -188,24 +178,23 @@ def run_part(options: argparse.Namespace, attack: str | None) -> dict[str, Any]:
     if attack is not None:
         process.start()
         time.sleep(options.head_start)
-    rows = collect_level(options, Level(options.clients, options.clients * options.requests))
+    answers = collect_level(options, Level(options.clients, options.clients * options.requests))
     statuses = {}
     if attack is not None:
         stop.set()
         statuses = out.get()
         process.join()
-    errors = [row.error for row in rows if row.error]
+    errors = [answer.error for answer in answers if answer.error]
     return {
-        "part": attack or "alone", "requests": len(rows), "errors": len(errors),
-        "first_error": errors[0] if errors else None, "longest_gap_s": round(longest_gap(rows), 3),
-        "span_s": round(max(row.end for row in rows) - min(row.start for row in rows), 2), "answers": statuses,
+        "part": attack or "alone", "requests": len(answers), "errors": len(errors),
+        "first_error": errors[0] if errors else None, "longest_gap_s": round(longest_gap(answers), 3),
+        "span_s": round(max(one.end for one in answers) - min(one.start for one in answers), 2), "answers": statuses,
     }  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the turns; 1 when the bound is not kept."""
-    given = list(argv)
-    at = given.index("--") if "--" in given else len(given)
+    given, arguments = split_arguments(argv)
     parser = tool_parser(__name__, __doc__)
     parser.add_argument("--attack", choices=sorted(ATTACKS), nargs="+", default=sorted(ATTACKS), help="some of them")
     parser.add_argument("--turns", type=int, default=3, help="of each attack")
@@ -217,9 +206,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--procs", type=int, default=1, help="processes of the honest clients")
     parser.add_argument("--head-start", type=float, default=0.5, help="seconds that the attack begins earlier")
     parser.add_argument("--bound", type=float, default=1.0, help="seconds that an attack may add to the longest gap")
-    options = parser.parse_args(given[:at])
+    options = parser.parse_args(given)
     options.key, options.model = "k", None
-    server = Server(given[at + 1 :], options.key)
+    server = Server(arguments, options.key)
     options.url = server.url
     failed = False
     try:
@@ -238,10 +227,9 @@ def _run_attack(options: argparse.Namespace, attack: str, server: Server) -> boo
         alone, beside = run_part(options, None), run_part(options, attack)
         for line in (alone, beside):
             errors += line["errors"]
-            print(json.dumps({"attack": attack, "turn": turn, **line}), flush=True)
+            say({"attack": attack, "turn": turn, **line})
         added.append(beside["longest_gap_s"] - alone["longest_gap_s"])
     median, alive = round(statistics.median(added), 3), server.is_alive(options.key)
     met = median <= options.bound and not errors and alive
-    line = {"attack": attack, "added_s": median, "bound_s": options.bound, "errors": errors, "alive": alive, "met": met}
-    print(json.dumps(line), flush=True)
+    say({"attack": attack, "added_s": median, "bound_s": options.bound, "errors": errors, "alive": alive, "met": met})
     return not met

@@ -22,9 +22,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pyarrow.parquet as pq
 
+from kvarena.experiments.serving.child import Child
 from kvarena.experiments.tools import tool_parser
 
 TOLERANCE = 1e-7
@@ -105,26 +105,11 @@ def _run(cell: Path, root: Path, overrides: Sequence[str]) -> None:
 
 
 def _record_served(cell: Path, root: Path, overrides: Sequence[str]) -> None:
-    port = "18417"
-    server = subprocess.Popen(
-        [sys.executable, "run.py", "mode=serve", f"server.port={port}", f"hydra.run.dir={cell}.server"],
-        cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    server = Child(["run.py", "mode=serve", "server.port=0", f"hydra.run.dir={cell}.server"], root)
     try:
-        url = f"http://127.0.0.1:{port}"
-        while server.poll() is None and not _is_up(url):
-            time.sleep(0.5)
-        _run(cell, root, [f"target={url}", *overrides])
+        _run(cell, root, [f"target={server.url}", *overrides])
     finally:
-        server.terminate()
-        server.wait()
-
-
-def _is_up(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.HTTPError:
-        return False
+        server.stop()
 
 
 def differences(old: Path, new: Path) -> list[str]:

@@ -10,6 +10,7 @@ is JSON; exit code 1 when anything failed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -17,12 +18,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
 import psutil
 
 from kvarena.engine.server.api import foreign, protocol
+from kvarena.experiments.load.connection import HttpClient, run_async
 from kvarena.experiments.serving.child import Server
-from kvarena.experiments.tools import tool_parser
+from kvarena.experiments.tools import say, split_arguments, tool_parser
 
 KEY = "k"
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
@@ -96,47 +97,44 @@ def _change(place: Any, drawn: random.Random) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the fuzzer; returns the exit code."""
-    given = list(argv)
-    at = given.index("--") if "--" in given else len(given)
+    given, arguments = split_arguments(argv)
     parser = tool_parser(__name__, __doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="of processor time, server and this process")
     parser.add_argument("--seed", type=int, default=None, help="of the first body; default: drawn, and printed")
     parser.add_argument("--bodies", type=int, default=1 << 60, help="most bodies")
-    args = parser.parse_args(given[:at])
+    args = parser.parse_args(given)
     first = random.randrange(1 << 30) if args.seed is None else args.seed
-    server = Server(given[at + 1 :], KEY)
+    server = Server(arguments, KEY)
     try:
-        statuses, failures = _run(server, first, args.bodies, args.seconds)
+        statuses, failures = run_async(_run(server, first, args.bodies, args.seconds))
         alive = server.is_alive(KEY)
         traces = server.log.count("Traceback")
     finally:
         server.stop()
     line = {"first_seed": first, "bodies": sum(statuses.values()), "answers": dict(sorted(statuses.items())),
             "failures": failures, "stack_traces": traces, "alive": alive}  # fmt: skip
-    print(json.dumps(line))
+    say(line)
     return int(failures > 0 or traces > 0 or not alive)
 
 
-def _run(server: Server, first: int, most: int, seconds: float) -> tuple[Counter[str], int]:
+async def _run(server: Server, first: int, most: int, seconds: float) -> tuple[Counter[str], int]:
     processes = [server.process, *server.process.children(recursive=True), psutil.Process()]
     began = _processor_seconds(processes)
     statuses: Counter[str] = Counter()
     failures, number = 0, 0
-    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as client:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    with contextlib.closing(HttpClient(server.url, headers, patience=120)) as client:
         while number < most and (number % 50 or _processor_seconds(processes) - began < seconds):
             path, body = random_body(first + number)
             try:
-                answer = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
-                status, told = str(answer.status_code), answer.text
-            except httpx.HTTPError as error:
+                reply = await client.request("POST", path, json.dumps(body).encode())
+                status, told = str(reply.status), reply.body.decode(errors="replace")
+            except OSError as error:
                 status, told = type(error).__name__, str(error)
             statuses[status] += 1
             if not status.isdecimal() or int(status) >= 500 or "internal_error" in told:
                 failures += 1
-                print(
-                    json.dumps({"seed": first + number, "status": status, "path": path, "answer": told[:300]}),
-                    flush=True,
-                )
+                say({"seed": first + number, "status": status, "path": path, "answer": told[:300]})
             number += 1
     return statuses, failures
 

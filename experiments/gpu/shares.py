@@ -60,7 +60,7 @@ class Servers:
         self._arguments = arguments
 
     def start(self, *flags: str) -> Server:
-        """One that serves. Raises SystemExit with the end of its log where it does not start."""
+        """One that serves. Raises EngineError with the end of its log where it does not start."""
         return Server([*self._arguments, *flags], KEY)
 
     def start_all(self, *flags_of_each: tuple[str, ...]) -> tuple[list[Server], list[str]]:

@@ -24,6 +24,7 @@ from kvarena.experiments.building.build import Load, build_load
 from kvarena.experiments.building.parts import sizes_of
 from kvarena.experiments.folders.provenance import utc_now
 from kvarena.experiments.folders.run_folder import Measured
+from kvarena.experiments.load.connection import HttpClient, run_async
 from kvarena.experiments.load.http_client import HttpServer
 from kvarena.experiments.load.http_driver import HttpDriver
 from kvarena.experiments.load.http_metrics import GaugeReader
@@ -61,7 +62,7 @@ def run_http(run: RunConfig, progress: Callable[[int], Callable[[int], None]], s
     extensions = {key: run.values["sampling"][key] for key in EXTENSIONS} | {"return_token_ids": True}
     contention = Contention(driver_config.probe, cuda=False)
     contention.before()
-    driver, server, gauges, warmup_time = asyncio.run(
+    driver, server, gauges, warmup_time = run_async(
         _drive(
             load, driver_config, config, target, headers, extensions, progress(len(load.requests)), contention, signals
         )
@@ -142,9 +143,7 @@ async def _drive(
     contention: Contention,
     signals: Signals,
 ) -> tuple[HttpDriver, HttpServer, GaugeReader, float]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    timeout = httpx.Timeout(config.timeout, pool=None)
-    async with httpx.AsyncClient(base_url=target, headers=headers, limits=limits, timeout=timeout) as client:
+    with contextlib.closing(HttpClient(target, headers, patience=config.timeout)) as client:
         start = time.perf_counter()
         requests = list(load.requests)
         server = await HttpServer.connect(client, config.model, extensions, [1] * 8)

@@ -10,24 +10,24 @@ as a token of which no character is whole yet, is not timed either.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-import httpx
-import orjson
+from orjson import dumps, loads
 
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import SamplingParams
+from kvarena.experiments.load.connection import HttpClient
 
 REFUSED = (400, 404, 413, 422, 429, 503)  # the server says no before it computes
 MAX_ERROR_CHARS = 300
 PROBE_TOKENS = 4
 MOST = 2**31 - 1  # what a column of requests.parquet holds
 DRAIN = 0.1  # seconds that a server has to close its answer behind [DONE], so that the connection serves again
+LONGEST_DONE = 32  # bytes of a line that may be "data: [DONE]"
 
 
 @dataclass(slots=True)
@@ -35,6 +35,7 @@ class Answer:
     """What came back for one request. Times are `time.perf_counter()` seconds.
 
     Attributes:
+        start: when the request was sent.
         chunk_times: when each chunk that brought tokens arrived.
         first_ids: how many token ids the first of these showed.
         shows_ids: whether chunks are told by their token ids (True) or their text; None before the first one.
@@ -44,8 +45,11 @@ class Answer:
         status: HTTP status; 0 without an answer.
         error: why there is no whole answer; empty otherwise.
         end: when the answer was over: its last token and its reason were there, or it failed.
+        hang_up_after: the client hangs up when more chunks than that have brought tokens; None: it hears all of it.
+        is_cut: whether it did.
     """
 
+    start: float = 0.0
     chunk_times: list[float] = field(default_factory=list)
     first_ids: int = 0
     shows_ids: bool | None = None
@@ -55,6 +59,20 @@ class Answer:
     status: int = 0
     error: str = ""
     end: float = 0.0
+    hang_up_after: int | None = None
+    is_cut: bool = False
+    _rest: bytes = b""  # of a line; of a refusal, all of it
+    _is_done: bool = False
+
+    @property
+    def wait(self) -> float | None:
+        """Seconds until the first tokens were there; None where none came."""
+        return self.chunk_times[0] - self.start if self.chunk_times else None
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between chunks that brought tokens."""
+        return [after - before for before, after in pairwise(self.chunk_times)]
 
     @property
     def refused(self) -> bool:
@@ -95,6 +113,31 @@ class Answer:
             return None
         return self.end if self.num_tokens > self.num_shown else self.chunk_times[-1]
 
+    def receive(self, piece: bytes, now: float) -> float | None:
+        """Take a piece of the stream; see `Receiver`. What comes behind [DONE] is no part of the answer."""
+        if self.status != 200:
+            self._rest += piece
+            return None
+        if self._is_done or self.error:
+            return None
+        lines = (self._rest + piece).split(b"\n")
+        self._rest = lines.pop()
+        try:
+            for line in lines:
+                if line[:5] == b"data:":
+                    if len(line) < LONGEST_DONE and line[5:].strip() == b"[DONE]":
+                        self._is_done = True
+                        return DRAIN
+                    self.take(loads(line[5:]), now)
+        except (TypeError, ValueError, AttributeError) as error:
+            self.usage = {}
+            self.error = f"an event of the stream is no completion ({type(error).__name__}: {_short(error)})"
+            return 0.0
+        if self.hang_up_after is None:
+            return None
+        self.is_cut = len(self.chunk_times) > self.hang_up_after
+        return 0.0 if self.is_cut else None
+
     def take(self, event: dict[str, Any], now: float) -> None:
         """Take one event of the stream in, which arrived at `now`.
 
@@ -106,20 +149,28 @@ class Answer:
         if event.get("usage"):
             self.usage = _usage(event["usage"])
         for choice in event.get("choices") or ():
-            ids = [_number(token) for token in choice.get("token_ids") or ()]
-            text = choice.get("text")
-            if not isinstance(text, str | None):
+            ids, text = choice.get("token_ids"), choice.get("text")
+            if text.__class__ is not str and text is not None:
                 raise TypeError(f"text is {text!r}")
             if ids:
-                self.token_ids = (self.token_ids or []) + ids
+                self.token_ids = (self.token_ids or []) + [_number(token) for token in ids]
             if self.shows_ids is None and (ids or text):
-                self.shows_ids, self.first_ids = bool(ids), len(ids)
-            brings_tokens = bool(ids if self.shows_ids else text)
-            if brings_tokens:
+                self.shows_ids, self.first_ids = bool(ids), len(ids or ())
+            if ids if self.shows_ids else text:
                 self.chunk_times.append(now)
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
-            if brings_tokens or choice.get("finish_reason"):
                 self.end = now
+            if choice.get("finish_reason"):
+                self.finish_reason, self.end = choice["finish_reason"], now
+
+    def finish(self) -> None:
+        """The answer has ended: say what it lacks."""
+        if self.status != 200:
+            self.error = f"status {self.status}: {_short(self._rest.decode(errors='replace'))}"
+        elif not (self.error or self.is_cut):
+            self.receive(b"\n", time.perf_counter())  # the last line may lack its end
+            if not (self.error or (self._is_done and self.finish_reason)):
+                self.error = "the stream ended without a finish_reason and [DONE]"
+        self._rest = b""
 
 
 def _usage(value: Any) -> dict[str, Any]:
@@ -141,17 +192,17 @@ class HttpServer:
     """A connected server.
 
     Args:
-        client: with the server's address and key; no limit on its connections.
-        model: the name that the server knows its model by.
+        client: with the server's address and key.
+        model: the name that the server knows its model by; None: the server has but one.
         extensions: fields beyond OpenAI's API that it takes.
     """
 
-    def __init__(self, client: httpx.AsyncClient, model: str, extensions: Mapping[str, Any]) -> None:
+    def __init__(self, client: HttpClient, model: str | None, extensions: Mapping[str, Any]) -> None:
         self.client, self.model, self.extensions = client, model, dict(extensions)
 
     @classmethod
     async def connect(
-        cls, client: httpx.AsyncClient, model: str | None, extensions: Mapping[str, Any], prompt: list[int]
+        cls, client: HttpClient, model: str | None, extensions: Mapping[str, Any], prompt: list[int]
     ) -> HttpServer:
         """Find the model's name, and whether the server takes `extensions`, with one short request.
 
@@ -167,12 +218,12 @@ class HttpServer:
             server = cls(client, model, {})
             answer = await server.complete(prompt, sampling)
         if answer.error:
-            raise EngineError(f"target {client.base_url} cannot answer /v1/completions: {answer.error}")
+            raise EngineError(f"target {client.url} cannot answer /v1/completions: {answer.error}")
         return server
 
     def body(self, prompt: list[int], sampling: SamplingParams) -> bytes:
         """The request's JSON."""
-        return orjson.dumps(
+        return dumps(
             {
                 "model": self.model,
                 "prompt": prompt,
@@ -194,65 +245,26 @@ class HttpServer:
             answer: filled in while it comes, and returned; None makes one.
         """
         answer = Answer() if answer is None else answer
+        answer.start = time.perf_counter()
         try:
-            body = self.body(prompt, sampling)
-            async with self.client.stream("POST", "/v1/completions", content=body) as response:
-                answer.status = response.status_code
-                if response.status_code == 200:
-                    await _read(response, answer)
-                else:
-                    answer.error = f"status {response.status_code}: {_short((await response.aread()).decode())}"
-        # StreamError, InvalidURL (of a redirect) and OSError are no HTTPErrors, and would end the other requests too.
-        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, ValueError) as error:
+            await self.client.send("POST", "/v1/completions", self.body(prompt, sampling), answer)
+            answer.finish()
+        except (OSError, ValueError) as error:
             answer.error = f"{type(error).__name__}: {_short(error)}"
         if answer.error:
             answer.end = time.perf_counter()
         return answer
 
 
-async def _read(response: httpx.Response, answer: Answer) -> None:
-    done = False
-    pieces = response.aiter_bytes()
-    async for data, now in _events(pieces):
-        if data == b"[DONE]":
-            done = True
-            break
-        try:
-            answer.take(orjson.loads(data), now)
-        except (TypeError, ValueError, AttributeError) as error:
-            answer.usage = {}
-            answer.error = f"an event of the stream is no completion ({type(error).__name__}: {_short(error)})"
-            return
-    if not answer.error and not (done and answer.finish_reason):
-        answer.error = "the stream ended without a finish_reason and [DONE]"
-    elif done:  # what a server does behind the answer's end is no part of the answer
-        with contextlib.suppress(TimeoutError, httpx.HTTPError):
-            async with asyncio.timeout(DRAIN):
-                async for _ in pieces:
-                    pass
-
-
-async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[tuple[bytes, float]]:
-    """The payloads of the `data:` lines of a stream of server-sent events, and when each was there."""
-    rest, now = b"", 0.0
-    async for piece in pieces:
-        now = time.perf_counter()
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip(), now
-    if rest.startswith(b"data:"):  # the last line may lack its end
-        yield rest[5:].strip(), now
-
-
-async def _first_model(client: httpx.AsyncClient) -> str:
+async def _first_model(client: HttpClient) -> str:
     try:
-        response = await client.get("/v1/models")
-        response.raise_for_status()
-        return str(response.json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        reply = await client.request("GET", "/v1/models")
+        if reply.status != 200:
+            raise ConnectionError(f"status {reply.status}")
+        return str(loads(reply.body)["data"][0]["id"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise EngineError(
-            f"target {client.base_url} does not answer /v1/models ({type(error).__name__}: {_short(error)}); start the "
+            f"target {client.url} does not answer /v1/models ({type(error).__name__}: {_short(error)}); start the "
             "server, or name its model with http.model"
         ) from error
 

@@ -70,8 +70,7 @@ class HttpDriver:
                 group.create_task(self._send(req))
 
     async def _until(self, when: float) -> None:
-        delay = self._origin + when - time.perf_counter()
-        if delay > 0:
+        while (delay := self._origin + when - time.perf_counter()) > 0:  # uvloop may wake half a millisecond early
             await asyncio.sleep(delay)
 
     async def _user(self, req: Request | None, closed_loop: ClosedLoop) -> None:

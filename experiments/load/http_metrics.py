@@ -11,12 +11,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvarena.engine.classes import CLASSES
+from kvarena.experiments.load.connection import HttpClient
 from kvarena.reports.reading.columns import schema_of
 from kvarena.reports.reading.names import GAUGES_FILE
 
@@ -39,7 +39,7 @@ class GaugeReader:
 
     Args:
         client: with the server's address and key.
-        path: of the metrics, or a URL.
+        path: of the metrics, or a whole URL.
         interval: seconds between readings.
 
     Attributes:
@@ -48,7 +48,7 @@ class GaugeReader:
         error: of the first of these; empty without one.
     """
 
-    def __init__(self, client: httpx.AsyncClient, path: str, interval: float) -> None:
+    def __init__(self, client: HttpClient, path: str, interval: float) -> None:
         self._client, self._path, self._interval = client, path, interval
         self.rows: list[dict[str, float]] = []
         self.num_failed = 0
@@ -66,9 +66,8 @@ class GaugeReader:
 
     async def _read(self, now: float) -> None:
         try:
-            response = await self._client.get(self._path, timeout=TIMEOUT)
-            response.raise_for_status()
-            values = read_gauges(response.text)
+            async with asyncio.timeout(TIMEOUT):
+                values = await ask_gauges(self._client, self._path)
         except Exception as error:  # whatever a page of gauges holds, the run's own requests are not lost for it
             self.num_failed += 1
             self.error = self.error or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -84,6 +83,14 @@ class GaugeReader:
         (folder / GAUGES_FILE).unlink(missing_ok=True)
         if self.rows:
             pq.write_table(pa.Table.from_pylist(self.rows, schema_of(GAUGES_FILE)), folder / GAUGES_FILE)
+
+
+async def ask_gauges(client: HttpClient, path: str = "/metrics") -> dict[str, float]:
+    """The known values that a server shows. Raises OSError, and ValueError when it shows no Prometheus text."""
+    reply = await client.request("GET", path)
+    if reply.status != 200:
+        raise ConnectionError(f"status {reply.status}")
+    return read_gauges(reply.body.decode())
 
 
 def read_gauges(text: str) -> dict[str, float]:

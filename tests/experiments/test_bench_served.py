@@ -9,7 +9,8 @@ import pytest
 
 from kvarena.engine.errors import EngineError
 from kvarena.experiments.benchmarks.served import ClosedLoop, serve_flags, shares
-from kvarena.experiments.benchmarks.stream_load import Level, Row, Shape, line_of
+from kvarena.experiments.benchmarks.stream_load import Level, Shape, line_of
+from kvarena.experiments.load.http_client import Answer
 from kvarena.experiments.models.shape import make_model_dir
 from kvarena.experiments.serving.stub_engine import StubOptions, build
 from kvarena.experiments.settings.compose import CONF_DIR
@@ -41,10 +42,10 @@ def test_the_closed_loop_runs_every_request_with_no_more_in_flight_than_clients(
         return step()
 
     engine.step = watched
-    rows = ClosedLoop(engine, SHAPE, level, 2).run()
+    answers = ClosedLoop(engine, SHAPE, level, 2).run()
     assert most == 4
-    assert [row.num_tokens for row in rows] == [5] * 12
-    assert all(len(row.gaps) == 4 and row.start <= row.first <= row.last == row.end for row in rows)
+    assert [answer.num_tokens for answer in answers] == [5] * 12
+    assert all(len(one.gaps) == 4 and one.wait >= 0 and one.chunk_times[-1] == one.end for one in answers)
 
 
 def test_a_request_that_ends_early_fails_the_run():
@@ -63,12 +64,12 @@ def test_a_request_that_ends_early_fails_the_run():
 
 
 def test_a_levels_figures():
-    rows = [Row(0.0, 0.5, 1.0, 1.0, 3, [0.2, 0.3], ""), Row(1.0, 1.1, 2.0, 2.0, 3, [0.4, 0.5], ""),
-            Row(0.0, 0.0, 0.0, 9.0, 0, [], "status 503")]  # fmt: skip
-    line = line_of(Level(2, 3), rows)
+    answers = [Answer(0.0, [0.5, 0.75, 1.0], end=1.0), Answer(1.0, [1.125, 1.5, 2.0], end=2.0),
+               Answer(0.0, end=9.0, error="status 503")]  # fmt: skip
+    line = line_of(Level(2, 3), answers)
     assert line["out_tok_per_s"] == 3.0
     assert (line["requests"], line["errors"], line["first_error"]) == (3, 1, "status 503")
-    assert (line["ttft_p50_ms"], line["itl_p50_ms"], line["itl_p99_ms"]) == (500.0, 400.0, 500.0)
+    assert (line["ttft_p50_ms"], line["itl_p50_ms"], line["itl_p99_ms"]) == (500.0, 375.0, 500.0)
 
 
 def test_the_share_is_of_medians_and_the_bar_is_told_apart():

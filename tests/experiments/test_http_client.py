@@ -5,13 +5,12 @@ import json
 import math
 from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import pytest
 
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.experiments.load import http_client, http_driver
-from kvarena.experiments.load.http_client import HttpServer
+from kvarena.experiments.load import http_driver
+from kvarena.experiments.load.http_client import Answer, HttpServer
 from kvarena.experiments.load.http_driver import HttpDriver
 from kvarena.reports.analysis.latency import request_latencies
 
@@ -30,36 +29,28 @@ def usage(count):
     return {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": count}}
 
 
-class Stream(httpx.AsyncByteStream):
-    """Events that each come at their second; `clock` stands there when they do."""
+class Stream:
+    """A client whose server sends events that each come at their second."""
 
-    def __init__(self, events, clock, end):
-        self.events, self.clock, self.end = events, clock, end
+    def __init__(self, events, end):
+        self.events, self.end = events, end
 
-    async def __aiter__(self):
+    async def send(self, method, path, body, answer):
+        assert (method, path) == ("POST", "/v1/completions")
+        answer.status = 200
         for when, *events in self.events:
-            self.clock.now = when
             lines = [f"data: {event if isinstance(event, str) else json.dumps(event)}" for event in events]
-            yield ("\n\n".join(lines) + self.end).encode()
+            if answer.receive(("\n\n".join(lines) + self.end).encode(), when) == 0:
+                return
 
 
 def answer_of(monkeypatch, *events, end="\n\n"):
     """The client's answer, its row, and how many tokens' times the driver found to be open."""
-    clock = SimpleNamespace(now=0.0)
-    for module in (http_client, http_driver):
-        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-
-    async def ask():
-        transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=Stream(events, clock, end)))
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            server = HttpServer(client, "m", {})
-            driver = HttpDriver(server, True, lambda _: None)
-            req = Request("r", [1, 2, 3], SamplingParams(max_tokens=4), arrival_time=0.0)
-            await driver._send(req)
-            [row] = driver.rows
-            return row, driver.token_counts
-
-    return asyncio.run(ask())
+    monkeypatch.setattr(http_driver, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    driver = HttpDriver(HttpServer(Stream(events, end), "m", {}), True, lambda _: None)
+    asyncio.run(driver._send(Request("r", [1, 2, 3], SamplingParams(max_tokens=4), arrival_time=0.0)))
+    [row] = driver.rows
+    return row, driver.token_counts
 
 
 # events -> first token, last token, finish; times of chunks; tokens, tokens of the first chunk; what is said
@@ -161,3 +152,26 @@ def test_a_count_that_no_file_holds_is_a_failed_request(event, monkeypatch):
     row, _ = answer_of(monkeypatch, (1, text("x")), (2, event), (3, text("", "stop"), DONE))
     assert "is no completion" in row["error"]
     assert row["finish_reason"] == "error"
+
+
+def test_a_client_that_hangs_up_makes_no_failed_request():
+    answer = Answer(hang_up_after=1)
+    answer.status = 200
+    event = b"data: " + json.dumps(text("x")).encode() + b"\n\n"
+    assert [answer.receive(event, float(second)) for second in (1, 2)] == [None, 0.0]
+    answer.finish()
+    assert (answer.is_cut, answer.error, answer.chunk_times) == (True, "", [1.0, 2.0])
+    assert (Answer(start=0.5, chunk_times=[1.0, 2.0, 4.0]).wait, answer.gaps) == (0.5, [1.0])
+
+
+def test_events_that_come_in_pieces_are_the_same_events():
+    stream = b"".join(
+        b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\r\n\r\n"
+        for event in (text("x"), text("é", "stop"), usage(2), b"[DONE]")
+    )
+    for size in (1, 2, 7, len(stream)):
+        answer = Answer(status=200)
+        for at in range(0, len(stream), size):
+            answer.receive(stream[at : at + size], float(at))
+        answer.finish()
+        assert (answer.error, answer.num_tokens, len(answer.chunk_times), answer.finish_reason) == ("", 2, 2, "stop")
