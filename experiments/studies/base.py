@@ -8,12 +8,13 @@ A study says which cells it needs and what they show. Cells run like any single 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from kvarena.experiments.studies.cells import CellRunner
 from kvarena.experiments.studies.claims import Claim, Mean
+from kvarena.reports.drawing.style import CLASS_LOOKS
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,20 @@ class Chart:
     y_limit: float | None = None
     y_mark: float | None = None
     y_mark_name: str = ""
+
+
+def split_chart(names: Sequence[str], shares: Callable[[str], Sequence[float]], caption: str) -> Chart:
+    """How the pool was split: a stacked bar for each of `names`; classes that none of them has are left out.
+
+    Args:
+        shares: of a class (`CLASS_LOOKS`), in percent, one for each name.
+    """
+    series = [
+        Series(look.label, names, values)
+        for key, look in CLASS_LOOKS.items()
+        if any(values := [float(value) for value in shares(key)])
+    ]
+    return Chart("kv_split", "stacked", "mean share of the KV pool (%)", "", caption, series)
 
 
 @dataclass(frozen=True)

@@ -177,11 +177,7 @@ class CapacityStudy:
 
     def _compared(self, capacities: dict[str, list[float]]) -> list[Claim]:
         base, *others = capacities
-        claims = []
-        for name in others:
-            ratios = [ours / theirs for ours, theirs in zip(capacities[name], capacities[base], strict=True)]
-            claims.append(compared(f"{name} / {base}", Mean.of(ratios)))
-        return claims
+        return [compared(f"{name} / {base}", Mean.of_ratios(capacities[name], capacities[base])) for name in others]
 
 
 def _charts(every: dict[str, dict[float, list[Trial]]], target: float, num_seeds: int) -> list[Chart]:

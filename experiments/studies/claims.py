@@ -73,6 +73,11 @@ class Mean(NamedTuple):
         mean = StudentMean.of(values)
         return cls(mean.value, *mean.interval)
 
+    @classmethod
+    def of_ratios(cls, ours: Sequence[float], theirs: Sequence[float]) -> Mean:
+        """Mean of the ratios, seed by seed."""
+        return cls.of([one / other for one, other in zip(ours, theirs, strict=True)])
+
     def scaled(self, factor: float) -> Mean:
         """In another unit."""
         low = None if self.low is None else factor * self.low

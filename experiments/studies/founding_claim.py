@@ -21,14 +21,13 @@ import numpy as np
 
 from kvarena.engine.checks import check_int
 from kvarena.experiments.settings.run_order import order
-from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
+from kvarena.experiments.studies.base import Chart, Findings, mean_series, split_chart
 from kvarena.experiments.studies.cells import CellRunner
 from kvarena.experiments.studies.claims import Claim, Mean, Verdict, at_most, check, measured
 from kvarena.reports.analysis.windows import ALL, DEFINITION, ROOM, Window
 from kvarena.reports.comparing.tokens import compare_tokens, tokens_line
 from kvarena.reports.comparing.verdicts import HIGHER, LOWER, SAME, THROUGHPUT, Question, Ratios, decide
 from kvarena.reports.comparing.verdicts import Verdict as Answer
-from kvarena.reports.drawing.style import CLASS_LOOKS
 from kvarena.reports.reading.files import read_json, read_run
 from kvarena.reports.reading.names import MANIFEST_FILE
 
@@ -277,14 +276,8 @@ def _headline(runs: Mapping[str, _Runs], answers: Mapping[str, Answer], rounds: 
 
 
 def _split_chart(runs: Mapping[str, _Runs]) -> Chart:
-    names = list(GRID)
-    series = []
-    for key, look in CLASS_LOOKS.items():
-        values = [float(np.mean(runs[name].share(ALL, key))) for name in names]
-        if any(values):
-            series.append(Series(look.label, names, values))
     caption = "Mean split of the cut KV pool over all steps, weighted by step time; means over rounds."
-    return Chart("kv_split", "stacked", "mean share of the KV pool (%)", "", caption, series)
+    return split_chart(list(GRID), lambda key: [np.mean(runs[name].share(ALL, key)) for name in GRID], caption)
 
 
 def _rate_chart(runs: Mapping[str, _Runs]) -> Chart:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,3 +108,8 @@ def covered(uses: Sequence[MemoryUse]) -> str:
     """How much of their runs the window covers, least to most of the seeds."""
     shares = [use.time_share for use in uses]
     return f"{min(shares):.0f} to {max(shares):.0f} % of the run's step time"
+
+
+def class_shares(uses: Iterable[Sequence[MemoryUse]]) -> Callable[[str], list[float]]:
+    """What `split_chart` asks for: of a class, the mean share over seeds of each of `uses`."""
+    return lambda key: [float(np.mean([use.shares[key] for use in of])) for of in uses]

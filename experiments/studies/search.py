@@ -180,7 +180,7 @@ class SearchStudy:
     ) -> Findings:
         best = search.best_trial
         settings = " ".join(self._overrides(best.params))
-        ratio = Mean.of([one / other for one, other in zip(ours, default, strict=True)]) if all(default) else None
+        ratio = Mean.of_ratios(ours, default) if all(default) else None
         means = {"best settings": Mean.of(ours), "the config's own settings": Mean.of(default)}
         claims: list[Claim] = [measured(name, "", mean) for name, mean in means.items()]
         gain = compared("best / own", ratio, note="fresh seeds") if ratio is not None else None

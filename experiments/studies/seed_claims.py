@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
+from kvarena.experiments.studies.base import Chart, Findings, mean_series, split_chart
 from kvarena.experiments.studies.cells import CellRunner
 from kvarena.experiments.studies.claims import Claim, Mean, at_least, at_most, check, compared, counted, measured
-from kvarena.experiments.studies.memory_use import MemoryUse, covered, memory_use, share_over_seeds, waiting
+from kvarena.experiments.studies.memory_use import (
+    MemoryUse,
+    class_shares,
+    covered,
+    memory_use,
+    share_over_seeds,
+    waiting,
+)
 from kvarena.experiments.studies.orca import seeds_text
 from kvarena.reports.analysis.windows import DEFINITION, WAITING
-from kvarena.reports.drawing.style import CLASS_LOOKS
 
 SOURCE = "a guide to serving with vLLM; PagedAttention (Kwon et al., SOSP 2023), sections 1 and 2"
 
@@ -130,15 +134,12 @@ def _busy(uses: Uses, name: str, lanes: int) -> Mean:
 
 
 def _rate_claims(rates: dict[str, list[float]]) -> list[Claim]:
-    def ratio(ours: str, theirs: str) -> Mean:
-        return Mean.of([one / other for one, other in zip(rates[ours], rates[theirs], strict=True)])
-
     return [
         *(measured(f"output tokens/s, {LABELS[name]}", "", Mean.of(of)) for name, of in rates.items()),
         compared("output tokens/s, continuous over static batching (contiguous)",
-                 ratio("contiguous-continuous", "contiguous-static")),
+                 Mean.of_ratios(rates["contiguous-continuous"], rates["contiguous-static"])),
         compared("output tokens/s, paged over contiguous (continuous)",
-                 ratio("paged-continuous", "contiguous-continuous")),
+                 Mean.of_ratios(rates["paged-continuous"], rates["contiguous-continuous"])),
     ]  # fmt: skip
 
 
@@ -151,14 +152,8 @@ LABELS = {
 
 
 def _split_chart(uses: Uses) -> Chart:
-    names: Sequence[str] = [LABELS[name] for name in uses]
-    series = [
-        Series(look.label, names, shares)
-        for key, look in CLASS_LOOKS.items()
-        if any(shares := [float(np.mean([use.shares[key] for use in of])) for of in uses.values()])
-    ]
-    caption = f"Mean split of KV memory {WAITING.phrase}."
-    return Chart("kv_split", "stacked", "mean share of the KV pool (%)", "", caption, series)
+    names = [LABELS[name] for name in uses]
+    return split_chart(names, class_shares(uses.values()), f"Mean split of KV memory {WAITING.phrase}.")
 
 
 def _rate_chart(rates: dict[str, list[float]]) -> Chart:

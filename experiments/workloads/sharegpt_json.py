@@ -17,8 +17,7 @@ import numpy as np
 from kvarena.engine.checkpoints.directory import located
 from kvarena.engine.checks import check_bool, check_int
 from kvarena.engine.errors import ConfigError, TraceError
-from kvarena.experiments.workloads.parts.base import LengthTable, Workload
-from kvarena.experiments.workloads.parts.limits import LengthLimits
+from kvarena.experiments.workloads.parts.base import LengthTable, LimitedWorkload
 from kvarena.experiments.workloads.parts.reading import fail, open_trace, trace_path
 from kvarena.experiments.workloads.parts.seeds import Purpose, generator
 
@@ -26,7 +25,7 @@ _CHUNK = 256
 _ASKERS = ("human", "user")
 
 
-class ShareGPTJsonWorkload(Workload):
+class ShareGPTJsonWorkload(LimitedWorkload):
     """First questions of ShareGPT conversations, as exact token ids.
 
     Args:
@@ -36,11 +35,7 @@ class ShareGPTJsonWorkload(Workload):
         num_requests: conversations to take; None takes all that fit.
         shuffle: take them in an order drawn from the seed; false is the file's order.
         min_len: leave out prompts and outputs of fewer tokens.
-        max_prompt_len: in tokens; None is no limit.
-        max_output_len: in tokens; None is no limit.
-        max_total_len: of prompt + output; None is no limit.
-        on_exceed: `clip` or `drop` what is longer.
-        common: seed, vocab_size, reserved_token_ids.
+        common: see LimitedWorkload.
 
     Raises:
         ConfigError: an option out of range, or a tokenizer that cannot be read or has ids outside the vocabulary.
@@ -57,10 +52,6 @@ class ShareGPTJsonWorkload(Workload):
         num_requests: int | None = None,
         shuffle: bool = True,
         min_len: int = 4,
-        max_prompt_len: int | None = None,
-        max_output_len: int | None = None,
-        max_total_len: int | None = None,
-        on_exceed: str = "drop",
         **common: Any,
     ) -> None:
         super().__init__(num_requests=num_requests, **common)
@@ -70,7 +61,6 @@ class ShareGPTJsonWorkload(Workload):
         self._tokenizer_path = Path(tokenizer).expanduser()
         self._shuffle = check_bool("workload.shuffle", shuffle)
         self._min_len = check_int("workload.min_len", min_len, 1)
-        self._limits = LengthLimits(max_prompt_len, max_output_len, max_total_len, on_exceed)
         self._prompts: list[list[int]] = []
 
     @property

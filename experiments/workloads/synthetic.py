@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.workloads.parts.base import IntArray, LengthTable, Workload
+from kvarena.experiments.workloads.parts.base import IntArray, LengthTable, LimitedWorkload
 from kvarena.experiments.workloads.parts.distributions import (
     FixedLength,
     LengthDistribution,
     LognormalLength,
     UniformLength,
 )
-from kvarena.experiments.workloads.parts.limits import LengthLimits
 from kvarena.experiments.workloads.parts.seeds import Purpose, generator
 
 _MAX_DRAWS_PER_REQUEST = 1000
@@ -27,24 +26,20 @@ def required_num_requests(num_requests: int | None) -> int:
     return num_requests
 
 
-class DrawnWorkload(Workload):
+class DrawnWorkload(LimitedWorkload):
     """Lengths from two distributions, each with a random stream of its own.
 
     Args:
         prompt: distribution of prompt lengths.
         output: distribution of output lengths.
-        limits: what to do with draws that are too long; a dropped draw is replaced by the next one.
-        common: num_requests, seed, vocab_size, reserved_token_ids.
+        common: see LimitedWorkload; a dropped draw is replaced by the next one.
     """
 
-    def __init__(
-        self, prompt: LengthDistribution, output: LengthDistribution, limits: LengthLimits | None = None, **common: Any
-    ) -> None:
+    def __init__(self, prompt: LengthDistribution, output: LengthDistribution, **common: Any) -> None:
         super().__init__(**common)
         self._num = required_num_requests(self.num_requests)
         self._prompt_lens = prompt
         self._output_lens = output
-        self._limits = limits or LengthLimits()
 
     def _build(self) -> LengthTable:
         prompt_lens: list[int] = []
@@ -101,26 +96,15 @@ class LognormalWorkload(DrawnWorkload):
     Args:
         prompt_len: {mean, sigma, min, max}; the mean is that of the truncated distribution.
         output_len: {mean, sigma, min, max}.
-        max_total_len: of prompt + output; None is no limit.
-        on_exceed: `clip` or `drop` what is longer.
-        common: num_requests, seed, vocab_size, reserved_token_ids.
+        common: see LimitedWorkload.
     """
 
     name = "lognormal"
     source = "synthetic, truncated lognormal lengths"
 
-    def __init__(
-        self,
-        *,
-        prompt_len: Any,
-        output_len: Any,
-        max_total_len: int | None = None,
-        on_exceed: str = "drop",
-        **common: Any,
-    ) -> None:
+    def __init__(self, *, prompt_len: Any, output_len: Any, **common: Any) -> None:
         prompt = LognormalLength.from_option("workload.prompt_len", prompt_len)
-        output = LognormalLength.from_option("workload.output_len", output_len)
-        super().__init__(prompt, output, LengthLimits(None, None, max_total_len, on_exceed), **common)
+        super().__init__(prompt, LognormalLength.from_option("workload.output_len", output_len), **common)
 
 
 class FixedWorkload(DrawnWorkload):
@@ -141,27 +125,10 @@ class FixedWorkload(DrawnWorkload):
 
 
 class PublishedWorkload(DrawnWorkload):
-    """Base of the built-in workloads: distributions fixed by the class, limits by options.
-
-    Args:
-        max_prompt_len: in tokens; None is no limit.
-        max_output_len: in tokens; None is no limit.
-        max_total_len: of prompt + output; None is no limit.
-        on_exceed: `clip` or `drop` what is longer.
-        common: num_requests, seed, vocab_size, reserved_token_ids.
-    """
+    """Base of the built-in workloads: distributions fixed by the class, limits by options (see LimitedWorkload)."""
 
     prompt_distribution: LengthDistribution
     output_distribution: LengthDistribution
 
-    def __init__(
-        self,
-        *,
-        max_prompt_len: int | None = None,
-        max_output_len: int | None = None,
-        max_total_len: int | None = None,
-        on_exceed: str = "drop",
-        **common: Any,
-    ) -> None:
-        limits = LengthLimits(max_prompt_len, max_output_len, max_total_len, on_exceed)
-        super().__init__(self.prompt_distribution, self.output_distribution, limits, **common)
+    def __init__(self, **common: Any) -> None:
+        super().__init__(self.prompt_distribution, self.output_distribution, **common)

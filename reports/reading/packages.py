@@ -8,7 +8,7 @@ from importlib.util import find_spec
 OURS = ("kvarena", "allocators", "engine", "experiments", "hydra_plugins", "reports", "schedulers")
 # What only some commands need, by the extra of pyproject.toml that brings it along: modules by their own names.
 EXTRAS = {
-    "serve": ("fastapi", "httpcore", "httptools", "llguidance", "msgpack", "starlette", "uvicorn", "uvloop"),
+    "serve": ("fastapi", "httpcore", "llguidance", "msgpack", "starlette", "uvicorn", "uvloop"),
     "gpu": ("accelerate", "cuda"),
     "sweep": ("joblib", "optuna", "submitit"),
     "ray": ("ray",),

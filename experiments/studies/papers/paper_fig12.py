@@ -192,10 +192,10 @@ class PaperFig12Study:
 
 def ratio(tried: Mapping[str, Tried], system: str, limit: float) -> Mean:
     """What vLLM sustains over what `system` does, seed by seed."""
-    pairs = zip(tried["vLLM"].curves, tried[system].curves, strict=True)
-    return Mean.of([
-        Tried([ours]).sustained(limit).value / Tried([theirs]).sustained(limit).value for ours, theirs in pairs
-    ])  # fmt: skip
+    ours, theirs = (
+        [Tried([curve]).sustained(limit).value for curve in tried[name].curves] for name in ("vLLM", system)
+    )
+    return Mean.of_ratios(ours, theirs)
 
 
 def _series(name: str, curves: Sequence[Curve]) -> Series:

@@ -172,7 +172,7 @@ class PaperFig18Study:
 def against_best(found: BySize, size: int) -> Mean:
     """Latency over that of the block size with the least mean, seed by seed."""
     best = min(found, key=lambda one: mean(found[one].latency))
-    return Mean.of([ours / theirs for ours, theirs in zip(found[size].latency, found[best].latency, strict=True)])
+    return Mean.of_ratios(found[size].latency, found[best].latency)
 
 
 def as_good_as_best(found: BySize, most: float) -> list[int]:

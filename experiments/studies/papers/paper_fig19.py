@@ -218,8 +218,7 @@ class PaperFig19Study:
 
 def over_recompute(found: Served, size: int) -> Mean:
     """Latency by swapping over that by recomputation, seed by seed."""
-    pairs = zip(found["swap"][size].latency, found["recompute"][size].latency, strict=True)
-    return Mean.of([swap / recompute for swap, recompute in pairs])
+    return Mean.of_ratios(found["swap"][size].latency, found["recompute"][size].latency)
 
 
 def swap_times(lines: Sequence[Mapping[str, Any]], num_tokens: int) -> dict[int, float]:

@@ -105,7 +105,7 @@ class SarathiStallsStudy:
     def _claims(self, found: Found, longest: Mapping[str, float], bound: float) -> list[Claim]:
         ratios = []
         for rate, slow, fast in zip(self.rates, found["prefill_first"], found["chunked"], strict=True):
-            ratio = Mean.of([_p99(ours) / _p99(theirs) for ours, theirs in zip(slow, fast, strict=True)])
+            ratio = Mean.of_ratios([*map(_p99, slow)], [*map(_p99, fast)])
             quantity = f"p99 time between tokens at {rate:g} requests/s, prefill first over chunked"
             note = f"{tail(slow).value:.0f} ms against {tail(fast).value:.0f} ms"
             ratios.append(compared(quantity, ratio, note=note))
@@ -122,7 +122,7 @@ class SarathiStallsStudy:
         """How much more load chunks sustain under both limits, seed by seed."""
         rates = {name: [self._sustained(of, place) for place in range(len(self.seeds))] for name, of in found.items()}
         ours, theirs = Mean.of(rates["chunked"]), Mean.of(rates["prefill_first"])
-        ratio = Mean.of([fast / slow for fast, slow in zip(rates["chunked"], rates["prefill_first"], strict=True)])
+        ratio = Mean.of_ratios(rates["chunked"], rates["prefill_first"])
         note = f"{ours.value:.2f} against {theirs.value:.2f} requests/s; the paper's is of Mistral-7B"
         return near("load that chunks sustain, over prefill first", "times", SARATHI_CAPACITY, ratio, NEAR, note=note)
 

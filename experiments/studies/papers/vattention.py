@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.studies.base import Chart, Findings, Series, mean_series
+from kvarena.experiments.studies.base import Chart, Findings, mean_series, split_chart
 from kvarena.experiments.studies.cells import CellRunner
 from kvarena.experiments.studies.claims import Claim, Mean, at_least, check, compared, measured, up_to, within
-from kvarena.experiments.studies.memory_use import MemoryUse, covered, memory_use, over_seeds, share_over_seeds, waiting
+from kvarena.experiments.studies.memory_use import (
+    MemoryUse,
+    class_shares,
+    covered,
+    memory_use,
+    over_seeds,
+    share_over_seeds,
+    waiting,
+)
 from kvarena.experiments.studies.orca import seeds_text
 from kvarena.experiments.studies.papers.published import VATTENTION_SOURCE, VATTENTION_SPEEDUP
 from kvarena.reports.analysis.windows import WAITING
-from kvarena.reports.drawing.style import CLASS_LOOKS
 
 KIB = 1024
 NEAR = 0.25  # of an “up to”: our limit
@@ -54,7 +59,7 @@ class VAttentionStudy:
                 outputs[name].append(summary["output_tokens_per_second"])
                 uses[name].append(memory_use(cells.folders[-1], waiting))
         token_bytes = summary["model"]["kv_bytes_per_token"]
-        rates = {name: _over(outputs[name], outputs["paged"]) for name in names}
+        rates = {name: Mean.of_ratios(outputs[name], outputs["paged"]) for name in names}
         pages = {name: self._page_tokens(name, token_bytes) for name in names}
         first, last = f"virtual-{self.page_kib[0]}", f"virtual-{self.page_kib[-1]}"
         labels = {name: _label(name, pages[name]) for name in names}
@@ -110,7 +115,7 @@ class VAttentionStudy:
         for name, label in labels.items():
             absolute = f"{Mean.of(outputs[name]).value:,.0f} tokens/s"
             if name != "paged":
-                ratio = _over(outputs[name], outputs["paged"])
+                ratio = Mean.of_ratios(outputs[name], outputs["paged"])
                 claims.append(compared(f"{label}: throughput over paged blocks", ratio, note=absolute))
             else:
                 claims.append(measured(f"{label}: throughput", "tokens/s", Mean.of(outputs[name])))
@@ -122,9 +127,9 @@ class VAttentionStudy:
     ) -> list[Claim]:
         batches = {name: [use.batch for use in of] for name, of in uses.items()}
         ablation = [batches[f"virtual-{kib}"] for kib in self.page_kib]
-        steps = [_over(small, large) for small, large in pairwise(ablation)]
+        steps = [Mean.of_ratios(small, large) for small, large in pairwise(ablation)]
         waste = share_over_seeds(uses[last], lambda use: use.shares["internal"] + use.shares["reservation"])
-        apart = Mean.of([a / b for a, b in zip(batches["sliced"], batches[first], strict=True)])
+        apart = Mean.of_ratios(batches["sliced"], batches[first])
         claims = [
             at_least(f"throughput over paged blocks, pages of {self.page_kib[0]} KiB", "times", self.as_good,
                      rates[first], note="capacity is no loss where pages are small"),
@@ -138,11 +143,6 @@ class VAttentionStudy:
         return [check(claim) for claim in claims]
 
 
-def _over(ours: Sequence[float], theirs: Sequence[float]) -> Mean:
-    """Ratios seed by seed."""
-    return Mean.of([one / other for one, other in zip(ours, theirs, strict=True)])
-
-
 def _token_states(use: MemoryUse) -> float:
     return use.shares["token_states"]
 
@@ -153,13 +153,8 @@ def _label(name: str, tokens: float) -> str:
 
 
 def _split_chart(uses: dict[str, list[MemoryUse]], labels: dict[str, str]) -> Chart:
-    series = [
-        Series(look.label, list(labels.values()), shares)
-        for key, look in CLASS_LOOKS.items()
-        if any(shares := [float(np.mean([use.shares[key] for use in of])) for of in uses.values()])
-    ]
-    caption = f"Mean split of KV memory {WAITING.phrase}."
-    return Chart("kv_split", "stacked", "mean share of the KV pool (%)", "", caption, series)
+    names = list(labels.values())
+    return split_chart(names, class_shares(uses.values()), f"Mean split of KV memory {WAITING.phrase}.")
 
 
 def _batch_chart(uses: dict[str, list[MemoryUse]], labels: dict[str, str]) -> Chart:

@@ -153,7 +153,7 @@ class VtcFairnessStudy:
         parts = {policy: [spread(gap.values) / gap.bound for gap in of] for policy, of in gaps.items()}
         spreads = {policy: Mean.of([spread(gap.values) for gap in of]) for policy, of in gaps.items()}
         times = {policy: [wait["chat"] for wait in of] for policy, of in waits.items()}
-        ratio = Mean.of([slow / fast for slow, fast in zip(times["chunked"], times["fair"], strict=True)])
+        ratio = Mean.of_ratios(times["chunked"], times["fair"])
         note = f"{np.mean(times['chunked']):.2f} s against {np.mean(times['fair']):.2f} s"
         quantity = "largest difference of service while both clients wait"
         return [

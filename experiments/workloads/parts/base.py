@@ -12,13 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvarena.engine.checks import check_int
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.workloads.parts.limits import MAX_REQUESTS
+from kvarena.experiments.workloads.parts.limits import MAX_REQUESTS, LengthLimits
 from kvarena.experiments.workloads.parts.seeds import Purpose
 from kvarena.experiments.workloads.parts.tokens import TokenSource
 
@@ -178,3 +179,27 @@ class Workload(ABC):
             mean = float(lens.mean())
             parts.append(f"{label} mean {mean:.1f} CV {float(lens.std()) / mean:.2f} max {int(lens.max())}")
         return "; ".join([", ".join(parts), *table.notes, f"seed {self.seed}", self.source])
+
+
+class LimitedWorkload(Workload):
+    """A workload some of whose requests may be longer than wanted.
+
+    Args:
+        max_prompt_len: in tokens; None is no limit.
+        max_output_len: in tokens; None is no limit.
+        max_total_len: of prompt + output; None is no limit.
+        on_exceed: `clip` or `drop` what is longer; what is dropped does not count towards `num_requests`.
+        common: see Workload.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_prompt_len: int | None = None,
+        max_output_len: int | None = None,
+        max_total_len: int | None = None,
+        on_exceed: str = "drop",
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self._limits = LengthLimits(max_prompt_len, max_output_len, max_total_len, on_exceed)

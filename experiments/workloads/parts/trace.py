@@ -12,8 +12,7 @@ import numpy as np
 
 from kvarena.engine.checks import check_bool, check_int
 from kvarena.engine.errors import ConfigError, TraceError
-from kvarena.experiments.workloads.parts.base import FloatArray, LengthTable, Workload
-from kvarena.experiments.workloads.parts.limits import LengthLimits
+from kvarena.experiments.workloads.parts.base import FloatArray, LengthTable, LimitedWorkload
 from kvarena.experiments.workloads.parts.reading import trace_path
 
 
@@ -35,7 +34,7 @@ class TraceRow(NamedTuple):
     hash_ids: tuple[int, ...] = ()
 
 
-class TraceWorkload(Workload):
+class TraceWorkload(LimitedWorkload):
     """A workload read from a file, row by row, in order of time.
 
     Rows whose time goes back are sorted into place (stable), and the description says how many there were. Times count
@@ -47,11 +46,7 @@ class TraceWorkload(Workload):
         skip: rows to pass over first.
         repeat: when the file has fewer rows than `num_requests`, replay it again after its end (one mean interval
             later), with fresh prompts.
-        max_prompt_len: in tokens; None is no limit.
-        max_output_len: in tokens; None is no limit.
-        max_total_len: of prompt + output; None is no limit.
-        on_exceed: `clip` or `drop` what is longer; a dropped row does not count towards `num_requests`.
-        common: seed, vocab_size, reserved_token_ids.
+        common: see LimitedWorkload.
 
     Raises:
         ConfigError: an option out of range, or more requests asked for than there are rows.
@@ -67,17 +62,12 @@ class TraceWorkload(Workload):
         num_requests: int | None = None,
         skip: int = 0,
         repeat: bool = False,
-        max_prompt_len: int | None = None,
-        max_output_len: int | None = None,
-        max_total_len: int | None = None,
-        on_exceed: str = "drop",
         **common: Any,
     ) -> None:
         super().__init__(num_requests=num_requests, **common)
         self.path: Path = trace_path(path)
         self._skip = check_int("workload.skip", skip, 0)
         self._repeat = check_bool("workload.repeat", repeat)
-        self._limits = LengthLimits(max_prompt_len, max_output_len, max_total_len, on_exceed)
         self._left_out: Counter[str] = Counter()
         self._rows_per_pass = 0
 
