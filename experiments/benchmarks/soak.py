@@ -21,7 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from kvarena.engine.classes import OWNED
+from kvarena.engine.errors import EngineError
 from kvarena.engine.request import SamplingParams
 from kvarena.experiments.load.connection import HttpClient, run_async
 from kvarena.experiments.load.http_client import Answer, HttpServer
@@ -172,7 +175,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--abort-share", type=float, default=0.1, help="share of requests that are hung up on")
     parser.add_argument("--out", type=Path, default=Path("soak"), help="folder of soak.csv, soak.json and soak.png")
     options = parser.parse_args(argv)
-    summary, rows = run_async(soak(options))
+    try:
+        summary, rows = run_async(soak(options))
+    except (OSError, psutil.Error) as error:
+        raise EngineError(f"--url {options.url} or --pid {options.pid} is no server that runs ({error})") from error
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "soak.csv", rows, rows[0])
     title = f"{options.clients} clients, {summary['finished']:,} requests finished, {summary['aborted']:,} hung up"

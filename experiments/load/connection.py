@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import unquote
 
@@ -107,6 +109,9 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
+        if self._done is None or self._done.done():
+            self.transport.abort()  # nobody asked for it
+            return
         self._heard = time.perf_counter()
         try:
             self._parser.feed_data(data)
@@ -240,21 +245,26 @@ class HttpClient:
             if not connection.transport.is_closing():
                 return connection
         host, port, encrypted = origin
-        async with asyncio.timeout(self._patience):
-            _, connection = await asyncio.get_running_loop().create_connection(
-                Connection, host, port, ssl=httpx.create_ssl_context() if encrypted else None
-            )
-        return connection
+        tls = self._tls if encrypted else None
+        try:
+            async with asyncio.timeout(self._patience):
+                _, made = await asyncio.get_running_loop().create_connection(Connection, host, port, ssl=tls)
+        except TimeoutError:
+            raise TimeoutError(f"no connection to {host}:{port} in {self._patience:g} s") from None
+        return made
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return httpx.create_ssl_context()
 
 
 def run_async(main: Coroutine[Any, Any, Result]) -> Result:
     """`asyncio.run`; on uvloop where that is installed (it comes with `serve`): a tenth less time an event."""
     try:
-        from uvloop import new_event_loop
+        import uvloop
     except ImportError:
-        new_event_loop = None
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(main)
+        return asyncio.run(main)
+    return uvloop.run(main)
 
 
 async def in_turns(num_clients: int, items: Iterator[Item], send: Callable[[Item], Awaitable[None]]) -> None:

@@ -129,7 +129,7 @@ class Answer:
                         self._is_done = True
                         return DRAIN
                     self.take(loads(line[5:]), now)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             self.usage = {}
             self.error = f"an event of the stream is no completion ({type(error).__name__}: {_short(error)})"
             return 0.0
@@ -142,7 +142,7 @@ class Answer:
         """Take one event of the stream in, which arrived at `now`.
 
         Raises:
-            TypeError, ValueError, AttributeError: the event is no completion.
+            TypeError, ValueError, AttributeError, OverflowError: the event is no completion.
         """
         if event.get("error"):
             self.error = _short(event["error"])

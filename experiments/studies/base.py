@@ -88,11 +88,7 @@ def split_chart(names: Sequence[str], shares: Callable[[str], Sequence[float]], 
     Args:
         shares: of a class (`CLASS_LOOKS`), in percent, one for each name.
     """
-    series = [
-        Series(look.label, names, values)
-        for key, look in CLASS_LOOKS.items()
-        if any(values := [float(value) for value in shares(key)])
-    ]
+    series = [Series(look.label, names, values) for key, look in CLASS_LOOKS.items() if any(values := shares(key))]
     return Chart("kv_split", "stacked", "mean share of the KV pool (%)", "", caption, series)
 
 

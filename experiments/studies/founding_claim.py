@@ -277,7 +277,7 @@ def _headline(runs: Mapping[str, _Runs], answers: Mapping[str, Answer], rounds: 
 
 def _split_chart(runs: Mapping[str, _Runs]) -> Chart:
     caption = "Mean split of the cut KV pool over all steps, weighted by step time; means over rounds."
-    return split_chart(list(GRID), lambda key: [np.mean(runs[name].share(ALL, key)) for name in GRID], caption)
+    return split_chart(list(GRID), lambda key: [float(np.mean(runs[name].share(ALL, key))) for name in GRID], caption)
 
 
 def _rate_chart(runs: Mapping[str, _Runs]) -> Chart:

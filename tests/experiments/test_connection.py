@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from kvarena.engine.request import SamplingParams
-from kvarena.experiments.load.connection import Connection, HttpClient, in_turns
+from kvarena.experiments.load.connection import HttpClient, in_turns
 from kvarena.experiments.load.http_client import Answer, HttpServer
 
 JSON = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
@@ -200,5 +200,12 @@ def test_clients_take_turns_over_one_list():
     assert (most, sorted(done)) == (3, list(range(10)))
 
 
-def test_a_fresh_connection_is_idle():
-    assert Connection().is_idle
+def test_what_nobody_asked_for_ends_a_connection():
+    async def talk(client):
+        first = await client.request("GET", "/")
+        await asyncio.sleep(0.05)
+        return bytes(first.body), bytes((await client.request("GET", "/")).body)
+
+    peer = Peer((JSON, 0.01, JSON, 5.0), (JSON,))
+    assert ask(peer, talk) == (b"{}", b"{}")
+    assert peer.num_connections == 2

@@ -175,3 +175,11 @@ def test_events_that_come_in_pieces_are_the_same_events():
             answer.receive(stream[at : at + size], float(at))
         answer.finish()
         assert (answer.error, answer.num_tokens, len(answer.chunk_times), answer.finish_reason) == ("", 2, 2, "stop")
+
+
+@pytest.mark.parametrize("event", [b'{"usage": {"completion_tokens": 1e400}}', b'{"usage": [1]}', b"{", b"5"])
+def test_an_event_that_is_no_completion_ends_its_answer_alone(event):
+    answer = Answer(status=200)
+    assert answer.receive(b"data: " + event + b"\n\n", 1.0) == 0.0
+    answer.finish()
+    assert answer.error.startswith("an event of the stream is no completion (")
