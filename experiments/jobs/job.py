@@ -31,7 +31,6 @@ from kvarena.experiments.folders.place import RUN, check_place
 from kvarena.experiments.folders.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
 from kvarena.experiments.folders.run_folder import Measured, write_run
 from kvarena.experiments.folders.sources import sources_of
-from kvarena.experiments.jobs.http_job import run_http
 from kvarena.experiments.jobs.output import HttpProgress, Progress
 from kvarena.experiments.jobs.unserved import Unserved, why_unserved
 from kvarena.experiments.load.driver import drive
@@ -156,6 +155,8 @@ def execute(
         if config.target is None:
             measured = _run_here(config, name, shared, signals)
         else:
+            from kvarena.experiments.jobs.http_job import run_http  # late: few machines with a GPU have its packages
+
             measured = run_http(config, lambda count: HttpProgress(name, count, report.progress), signals)
         manifest = _manifest(config, name, choices, command) | measured.facts
         manifest["workload"] = {"name": choices["workload"]} | manifest["workload"]

@@ -118,14 +118,14 @@ def main(argv: list[str] | None = None) -> int:
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(StubOptions, name.replace("-", "_")), help=said)
     flags = parser.parse_args(argv)
-    directory = resolve_directory(flags.model)
-    vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
-    options = StubOptions(
-        vocab_size, flags.step_time, flags.fail_token, flags.full_token, flags.hang_token, flags.num_blocks
-    )
     values = {"port": flags.port, "api_keys": flags.api_key, "num_fronts": flags.fronts, "served_model_names": ["m"]}
     values |= {key: json.loads(value) for key, value in (item.split("=", 1) for item in flags.set)}
     try:
+        directory = resolve_directory(flags.model)
+        vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
+        options = StubOptions(
+            vocab_size, flags.step_time, flags.fail_token, flags.full_token, flags.hang_token, flags.num_blocks
+        )
         return serve(ServerConfig.from_dict(values), ModelFiles(str(directory)), functools.partial(build, options))
     except KvarenaError as error:
         print(f"error: {error}", file=sys.stderr)
