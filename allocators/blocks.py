@@ -25,14 +25,16 @@ class BlockPool:
         """Take `num_blocks` <= num_free blocks: the ones given back last first, then unused ones."""
         self.num_free -= num_blocks
         returned = self._returned
-        missing = num_blocks - len(returned)
-        if missing > 0:
-            returned += range(self._next, self._next + missing)
-            self._next += missing
-        at = len(returned) - num_blocks
-        blocks = returned[at:]
-        del returned[at:]
-        return blocks
+        if len(returned) >= num_blocks:
+            if num_blocks == 1:
+                return [returned.pop()]
+            at = len(returned) - num_blocks
+            blocks, returned[at:] = returned[at:], []
+            return blocks
+        start = self._next
+        self._next += num_blocks - len(returned)
+        self._returned = []
+        return [*returned, *range(start, self._next)]
 
     def give(self, blocks: Iterable[int]) -> None:
         """Take blocks back."""

@@ -80,8 +80,8 @@ class PagedAllocator(KVAllocator):
 
     def allocate(self, req: Request, num_tokens: int, num_cached: int = 0) -> bool:  # noqa: ARG002
         """Add the missing blocks to the table."""
-        table = self._tables.get(req, [])
-        need = cdiv(num_tokens, self.block_size) - len(table)
+        table = self._tables.get(req) or []
+        need = -(-num_tokens // self.block_size) - len(table)
         if need > self.num_free_blocks:
             return False
         if need > 0:
