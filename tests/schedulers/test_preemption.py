@@ -34,6 +34,58 @@ def test_the_victim_policy_picks(victim, name):
     assert scheduler.pick_victim().request_id == name
 
 
+def test_the_first_of_two_is_never_picked():
+    scheduler = scheduler_on(paged(), victim="lowest_priority")
+    for name, priority in (("first", 9), ("second", 0)):
+        scheduler.add(request(name, priority=priority))
+    scheduler.schedule(0.0)
+    assert scheduler.pick_victim().request_id == "second"
+
+
+@pytest.mark.parametrize(
+    ("victim", "preemption", "has"),
+    [("lowest_priority", "swap", True), ("lowest_priority", "none", False), ("most_blocks", "swap", False)],
+)
+def test_priorities_count_where_they_pick_a_victim(victim, preemption, has):
+    assert scheduler_on(paged(), victim=victim, preemption=preemption).has_priorities is has
+
+
+def test_a_victim_leaves_the_step_that_is_planned():
+    scheduler = scheduler_on(paged(num_blocks=7), victim="most_blocks")
+    first, big, grows = request("first", 5), request("big", 9), request("grows", 8)
+    for req in (first, big, grows):
+        scheduler.add(req)
+    plan = scheduler.schedule(0.0)
+    scheduler.update(plan, [1] * 3)
+    plan = scheduler.schedule(0.0)  # `big` has its place in the step when `grows` needs a third block
+    assert plan.preempted == [big] and plan.scheduled == [(first, 5, 1), (grows, 8, 1)]
+    assert plan.num_decodes == len(plan.samples) == 2
+    assert (big.num_computed_tokens, big.num_pending_tokens, big.num_recomputed_tokens) == (0, 0, 0)
+
+
+def test_tokens_are_counted_as_recomputed_only_when_their_step_runs():
+    scheduler, plan = scheduler_on(paged(num_blocks=30)), StepPlan()
+    scheduler.max_num_batched_tokens = 8
+    req = request("r", 20, 4)
+    scheduler.add(req)
+    for _ in range(3):
+        plan = scheduler.schedule(0.0)
+        scheduler.update(plan, [1 if last else None for last in plan.samples])
+    scheduler.preempt(req, StepPlan())  # 20 tokens are lost
+    plan = scheduler.schedule(0.0)
+    assert req.num_recomputed_tokens == 8
+    scheduler.preempt(req, plan)  # the step is planned anew
+    assert plan.scheduled == [] and req.num_recomputed_tokens == 0
+    scheduler.schedule(0.0)
+    scheduler.preempt(req, StepPlan())  # 8 tokens are lost again, and 20 were computed before
+    while scheduler.has_work:
+        plan = scheduler.schedule(0.0)
+        scheduler.update(plan, [1 if last else None for last in plan.samples])
+    assert req.num_recomputed_tokens == 8 + 20
+    kept = {name: value for name, value in vars(scheduler).items() if isinstance(value, dict) and value}
+    assert kept == {}  # nothing of a request that has ended
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_dropped_tokens_are_counted_as_recomputed_and_swapped_ones_are_not(preemption, overlap):
