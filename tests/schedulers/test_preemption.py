@@ -61,6 +61,8 @@ def test_a_victim_leaves_the_step_that_is_planned():
     assert plan.preempted == [big] and plan.scheduled == [(first, 5, 1), (grows, 8, 1)]
     assert plan.num_decodes == len(plan.samples) == 2
     assert (big.num_computed_tokens, big.num_pending_tokens, big.num_recomputed_tokens) == (0, 0, 0)
+    scheduler.preempt(grows, plan)
+    assert plan.scheduled == [(first, 5, 1)] and plan.num_decodes == 1
 
 
 def test_tokens_are_counted_as_recomputed_only_when_their_step_runs():
