@@ -102,6 +102,41 @@ def test_the_smallest_context_is_one_prompt_token_and_one_output_token():
     assert req.finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize(("num_prompt", "num_steps"), [(8, 1), (7, 1), (20, 3)])
+def test_nobody_is_admitted_beyond_the_tokens_of_the_step(num_prompt, num_steps):
+    """The first prompt takes whole budgets of 8; the second comes in the step in which something is left."""
+    policy = simulate("continuous", max_num_seqs=8, max_num_batched_tokens=8).engine.scheduler
+    for req in (request("first", num_prompt), request("second", 1)):
+        policy.add(req)
+    admitted = []
+    for _ in range(num_steps):
+        plan = policy.schedule(0.0)
+        admitted.append([req.request_id for req in plan.admitted])
+        policy.update(plan, [1 if last else None for last in plan.samples])
+    last = {8: ["first"], 7: ["first", "second"], 20: ["second"]}[num_prompt]
+    assert admitted == ([["first"], []] if num_steps == 3 else []) + [last]
+
+
+def test_fair_charges_the_prompt_once_and_then_sampled_tokens_alone():
+    policy = simulate("fair", max_num_batched_tokens=8, input_weight=1.0, output_weight=2.0).engine.scheduler
+    policy.add(request("r", 20, 4, client_id="c"))
+    charged = []
+    for _ in range(4):
+        plan = policy.schedule(0.0)
+        policy.update(plan, [1 if last else None for last in plan.samples])
+        charged.append(policy.counters["c"])
+    assert charged == [20, 20, 22, 24]
+
+
+def test_fair_forgets_only_who_would_be_lifted_anyway():
+    policy = simulate("fair").engine.scheduler
+    policy.add(request("r", client_id="here"))
+    policy.counters = {"here": 2.0, "ahead": 3.0, "behind": 1.0, "left last": 0.5}
+    policy._last_to_leave = "left last"
+    policy._forget()
+    assert policy.counters == {"here": 2.0, "ahead": 3.0, "left last": 0.5}
+
+
 class OptimisticAllocator(PagedAllocator):
     """Promises room for any request."""
 
