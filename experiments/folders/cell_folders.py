@@ -16,7 +16,6 @@ import json
 import os
 import re
 import uuid
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,8 @@ class CellFolders:
         self._owned: dict[str, Path] = {}  # whole key -> folder
         self._like: dict[str, Path] = {}  # config and round -> the folder with the newest result of any code
         for folder in sorted((path for path in parent.iterdir() if path.is_dir()), key=_age):
-            with suppress(OSError):
-                self._owned.setdefault((folder / CLAIM_FILE).read_text().strip(), folder)
+            if (owner := owner_of(folder)) is not None:
+                self._owned.setdefault(owner, folder)
             if (like := result_in(folder)) is not None:
                 self._like[like] = folder
 

@@ -20,16 +20,12 @@ def headline_prefix(simulation: dict[str, Any] | None) -> str:
 def simulated(simulation: dict[str, Any]) -> str:
     """What stood in for the device, and how far it is from one."""
     figures = simulation.get("figures") or simulation
+    error = figures.get("error")
+    told = f"its error: {str(error).rstrip('.')}" if error else "it states no error of its times"
     return (
         f"no device computed this; all times are a virtual clock's, by the {profile_name(simulation)} "
-        f"({figures.get('source') or DASH}); {profile_error(simulation)}"
+        f"({figures.get('source') or DASH}); {told}"
     )
-
-
-def profile_error(simulation: dict[str, Any]) -> str:
-    """What the profile says of its own error."""
-    error = (simulation.get("figures") or simulation).get("error")
-    return f"its error: {str(error).rstrip('.')}" if error else "it states no error of its times"
 
 
 def simulated_machine(simulation: dict[str, Any], computer: str) -> str:

@@ -60,7 +60,7 @@ def cost_pairs(contenders: Sequence[Contender]) -> list[CostPair]:
         groups: dict[str, list[Contender]] = {}
         for one in contenders:
             if one.settings.get(LAYOUT) is not None:
-                groups.setdefault(_rest(one, belongs), []).append(one)
+                groups.setdefault(_name(one, lambda key, ours=belongs: not ours(key)), []).append(one)
         wanted = _name(base, belongs)
         for same, group in groups.items():
             reference = next((one for one in group if _name(one, belongs) == wanted), group[0])
@@ -71,10 +71,6 @@ def cost_pairs(contenders: Sequence[Contender]) -> list[CostPair]:
                 if one is not reference
             ]
     return pairs
-
-
-def _rest(one: Contender, belongs: Callable[[str], bool]) -> str:
-    return _name(one, lambda key: not belongs(key))
 
 
 def _name(one: Contender, belongs: Callable[[str], bool]) -> str:

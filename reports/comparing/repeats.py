@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kvarena.reports.analysis.latency import describe
 from kvarena.reports.comparing.cells import Cell, is_seed
 from kvarena.reports.reading.files import RunFiles
 
@@ -140,7 +141,5 @@ def _fold(key: str, values: list[Any]) -> Any:
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
     """Count, mean, smallest and largest of the values that there are."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return {"count": 0, "mean": None, "min": None, "max": None}
-    return {"count": len(known), "mean": float(np.mean(known)), "min": min(known), "max": max(known)}
+    stats = describe(np.array(values, dtype=float))
+    return {name: stats[name] for name in ("count", "mean", "min", "max")}

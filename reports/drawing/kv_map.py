@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -188,8 +187,9 @@ def draw_map(axes: Axes, kv_map: KVMap, axis: Axis) -> None:
 def map_legend(figure: Figure, maps: Sequence[KVMap]) -> None:
     """What the colours of these maps mean, above them."""
     others = {name: color for kv_map in maps for _, name, color in shown(kv_map)}
+    pale = tuple(1 - (1 - channel) * (1 - TINT) for channel in to_rgb(SHADES[0]))
     handles = [Patch(facecolor=SHADES[0], label="a request's block, full"),
-               Patch(facecolor=_tinted(SHADES[0]), label="the same, empty")]  # fmt: skip
+               Patch(facecolor=pale, label="the same, empty")]  # fmt: skip
     handles += [Patch(facecolor=color, label=name) for name, color in others.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 4), labelcolor=INK)
 
@@ -198,11 +198,6 @@ def shown(kv_map: KVMap) -> list[tuple[int, str, str]]:
     """Owner, name and colour of what the map shows that is no request's."""
     names = kv_map.names()
     return [(owner, names[owner], color) for owner, color in COLORS.items() if (kv_map.owner == owner).any()]
-
-
-def _tinted(color: str) -> tuple[float, float, float]:
-    red, green, blue = (1 - (1 - channel) * (1 - TINT) for channel in to_rgb(color))
-    return red, green, blue
 
 
 def kv_map_markup(kv_map: KVMap, run: RunFiles) -> str:
@@ -276,14 +271,11 @@ def canvas_markup(kv_map: KVMap, run: RunFiles, axis: Axis, label: str = "") -> 
         },
     }
     name = f' role="img" aria-label="{escape(label)}"' if label else ""
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (
         f'<canvas{name} tabindex="0"></canvas><img alt="" hidden src="{_encode(kv_map)}">'
-        f'<script type="application/json">{_json(data)}</script>'
+        f'<script type="application/json">{text}</script>'
     )
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _encode(kv_map: KVMap) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -80,9 +81,8 @@ def timeline_figure(run: RunFiles, sheet: Sheet = WIDE) -> Figure:
     axes = figure.subplots()
     phases = request_phases(run, rows)
     for name, look in PHASES.items():
-        those = [phase for phase in phases if phase.name == name]
-        rights, lefts = ([getattr(phase, side) for phase in those] for side in ("end", "start"))
-        axes.barh([place[phase.row] for phase in those], np.subtract(rights, lefts), 0.76, lefts, **hatch_kwargs(look))
+        boxes = [_box(phase, place[phase.row]) for phase in phases if phase.name == name]
+        axes.add_collection(PolyCollection(boxes, **hatch_kwargs(look)))
     patches_above(figure, [look for name, look in PHASES.items() if any(one.name == name for one in phases)], sheet)
     start = min((phase.start for phase in phases), default=0.0)
     axes.set_xlim(min(0.0, start), max((phase.end for phase in phases), default=1.0))
@@ -93,3 +93,8 @@ def timeline_figure(run: RunFiles, sheet: Sheet = WIDE) -> Figure:
     axes.set_xlabel("time since the start of the run (s)")
     grid(axes, "x")
     return figure
+
+
+def _box(phase: Phase, position: int) -> list[tuple[float, float]]:
+    top, bottom = position - 0.38, position + 0.38
+    return [(phase.start, top), (phase.end, top), (phase.end, bottom), (phase.start, bottom)]

@@ -218,13 +218,6 @@ def _draw_ratio(axes: Axes, cell: Contender, metric: str, entry: dict[str, Any],
         axes.plot(repeats, [position + 0.24] * len(repeats), ".", markersize=4, color=style.MUTED)
         reach = 3 * max(max(drawn) / min(drawn), 1.02)  # two repeats may leave an interval that hides all the rest
         drawn += [max(low, min(drawn) / reach), min(high, max(drawn) * reach)]
-    is_shown = entry["verdict"] in DECIDED
-    axes.plot(
-        entry["ratio"],
-        position,
-        "o",
-        markersize=6,
-        markeredgecolor=style.INK,
-        markerfacecolor=style.INK if is_shown else style.PAPER,
-    )
+    face = style.INK if entry["verdict"] in DECIDED else style.PAPER
+    axes.plot(entry["ratio"], position, "o", markersize=6, markeredgecolor=style.INK, markerfacecolor=face)
     return drawn

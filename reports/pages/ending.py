@@ -78,7 +78,7 @@ class Ending:
         if full:
             return _dump({**result, **self.more, "summary": self.summary})
         lists = [name for name in LISTS if result.get(name)]
-        result |= {name: [_cut_texts(one) for one in result[name]] for name in lists}
+        result |= {name: [{key: _cut(value) for key, value in one.items()} for one in result[name]] for name in lists}
         figures = [name for name in self.figures if name in result]
         result |= {name: _cut(result[name]) for name in figures}
         if len(_dump({**result, **self.more})) < MOST_BYTES:  # whole or not at all
@@ -204,10 +204,6 @@ def _page(folder: Path) -> Path | None:
 
 def _cut(value: Any) -> Any:
     return value if not isinstance(value, str) or len(value) <= MOST_TEXT else f"{value[: MOST_TEXT - 3]}..."
-
-
-def _cut_texts(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _cut(value) for name, value in entry.items()}
 
 
 def _finite(value: Any) -> Any:

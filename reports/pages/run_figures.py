@@ -15,7 +15,14 @@ from kvarena.reports.analysis.latency import DEFINITIONS
 from kvarena.reports.analysis.memory import Bins, Spans, binned_mean, binned_rate, make_bins
 from kvarena.reports.drawing import style
 from kvarena.reports.drawing.format import scaled_seconds, seconds
-from kvarena.reports.drawing.panels import name_rows, patches_above, requests_over_time, stacked_areas, stacked_bar
+from kvarena.reports.drawing.panels import (
+    name_rows,
+    patches_above,
+    requests_over_time,
+    stacked_areas,
+    stacked_bar,
+    staircase,
+)
 from kvarena.reports.drawing.paper import FIGURE_2
 from kvarena.reports.reading.files import RunFiles
 
@@ -49,10 +56,10 @@ def seen_classes(runs: Sequence[RunFiles]) -> list[style.Look]:
 
 
 def _slim_panel(axes: Axes, label: str, values: np.ndarray, bins: Bins) -> None:
-    known = np.nan_to_num(values)
-    axes.stairs(known, bins.edges, fill=True, facecolor=style.MUTED)
+    x, y = staircase(np.nan_to_num(values), bins.edges)
+    axes.fill_between(x, 0, y, facecolor=style.MUTED, linewidth=0)
     axes.set_ylabel(label)
-    axes.set_ylim(0, max(1.0, known.max(initial=0) * 1.1))
+    axes.set_ylim(0, max(1.0, y.max(initial=0) * 1.1))
     style.whole(axes, most=3)
     style.grid(axes)
 
@@ -126,8 +133,8 @@ def load_figure(run: RunFiles, spans: Spans, sheet: style.Sheet = style.WIDE) ->
     )
     coarse = make_bins(spans, NUM_RATE_BINS)
     for axes, kind, color in ((rows[1], "decode", style.BLUE), (rows[2], "prefill", style.ORANGE)):
-        rates = binned_rate(run.steps[f"num_{kind}_tokens"], spans, coarse)
-        axes.stairs(rates, coarse.edges, fill=True, facecolor=color)
+        x, y = staircase(binned_rate(run.steps[f"num_{kind}_tokens"], spans, coarse), coarse.edges)
+        axes.fill_between(x, 0, y, facecolor=color, linewidth=0)
         axes.set_ylabel(f"{kind}\ntokens/s")
     if preempted:
         counts = binned_rate(run.steps["num_preempted"], spans, bins) * np.diff(bins.edges)
@@ -157,7 +164,7 @@ def gauges_figure(gauges: dict[str, np.ndarray], sheet: style.Sheet = style.WIDE
         top.set_ylabel("share of the KV pool (%)")
     else:
         top.set_ylabel("KV pool in use (%)")
-        top.stairs(100 * between["kv_usage"], time, baseline=None, color=style.BLUE, linewidth=1.3)
+        top.plot(*staircase(100 * between["kv_usage"], time), color=style.BLUE)
         style.grid(top)
     top.set_ylim(0, 100)
     requests_over_time(bottom, time, {"running": between["num_running"], "waiting": between["num_waiting"]})

@@ -6,6 +6,7 @@ against is not comparable: it neither holds nor fails, and is counted by itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -135,8 +136,9 @@ def study_table(summary: Mapping[str, Any]) -> TerminalTable:
 
 
 def ratio_of(claim: Claim) -> float | None:
-    """Ours over stated; None where either is missing or nothing is stated but 0."""
-    return claim["ours"] / claim["stated"] if claim["stated"] and claim["ours"] is not None else None
+    """Ours over stated; None where either is missing, nothing is stated but 0, or no number holds it."""
+    ratio = claim["ours"] / claim["stated"] if claim["stated"] and claim["ours"] is not None else None
+    return ratio if ratio is None or math.isfinite(ratio) else None
 
 
 def stated_text(claim: Claim) -> str:

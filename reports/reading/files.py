@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kvarena.engine.classes import CLASSES
-from kvarena.reports.reading.columns import names_of
+from kvarena.reports.reading.columns import names_of, schema_of
 from kvarena.reports.reading.errors import ReportError
 from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 from kvarena.reports.reading.shapes import MANIFEST, TOTALS, mismatch
@@ -34,7 +33,6 @@ FEATURES = ("num_prefill_requests", "longest_prefill", "num_kv_tokens", "num_att
 STEP_COLUMNS = names_of(STEPS_FILE, without=("launched_time", "decision_hash", *FEATURES))
 ADDED_LATER = ("shortage",)  # columns that older run folders lack; there they are 0
 ROWS_AT_ONCE = 8192
-TEXT_COLUMNS = ("request_id", "client_id", "finish_reason", "error")
 NO_LISTS = pa.array([], pa.large_list(pa.float64()))
 UNRECORDED = "none"  # manifest.json's run.recorded of a run that left no Parquet files
 REMEDY = "run the job again, or point at a run folder that is whole"
@@ -124,7 +122,11 @@ def as_lists(column: pa.ChunkedArray | pa.Array, path: Path, name: str) -> pa.La
     if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
         raise ReportError(f"{path}: column {name!r} holds {array.type}, not lists; {REMEDY}")
     lists = array.cast(pa.large_list(array.type.value_type))
-    return pc.coalesce(lists, pa.scalar([], lists.type)) if lists.null_count else lists
+    if not lists.null_count:
+        return lists
+    import pyarrow.compute as pc  # late: few files have any
+
+    return pc.coalesce(lists, pa.scalar([], lists.type))
 
 
 def flat(lists: pa.LargeListArray) -> np.ndarray:
@@ -197,8 +199,7 @@ def read_table(path: Path, columns: tuple[str, ...], later: tuple[str, ...] = ()
     return table
 
 
-def _arrays(path: Path, columns: tuple[str, ...], later: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    table = read_table(path, columns, later)
+def _arrays(path: Path, table: pa.Table) -> dict[str, np.ndarray]:
     arrays = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
@@ -212,10 +213,6 @@ def _arrays(path: Path, columns: tuple[str, ...], later: tuple[str, ...] = ()) -
         else:
             raise ReportError(f"{path}: column {name!r} holds {column.type}, not numbers or text; {REMEDY}")
     return arrays
-
-
-def _no_rows(columns: tuple[str, ...]) -> dict[str, np.ndarray]:
-    return {name: np.empty(0, dtype=object if name in TEXT_COLUMNS else np.float64) for name in columns}
 
 
 def _check_ledger(path: Path, steps: dict[str, np.ndarray]) -> None:
@@ -244,8 +241,13 @@ def read_run(run_dir: Path) -> RunFiles:
         wrong = mismatch(manifest["run"].get("totals"), TOTALS, "run.totals")
         if wrong is not None:
             raise ReportError(f"{run_dir / 'manifest.json'}: {wrong} (docs/files.md); {REMEDY}")
-        return RunFiles(run_dir, manifest, _no_rows(REQUEST_COLUMNS), _no_rows(STEP_COLUMNS))
-    steps = _arrays(run_dir / STEPS_FILE, STEP_COLUMNS)
-    _check_ledger(run_dir / STEPS_FILE, steps)
-    requests = _arrays(run_dir / REQUESTS_FILE, REQUEST_COLUMNS, LATER_REQUEST_COLUMNS)
-    return RunFiles(run_dir, manifest, requests, steps)
+        tables = [schema_of(name).empty_table() for name in (REQUESTS_FILE, STEPS_FILE)]
+        requests, steps = tables[0].select(list(REQUEST_COLUMNS)), tables[1].select(list(STEP_COLUMNS))
+    else:
+        requests = read_table(run_dir / REQUESTS_FILE, REQUEST_COLUMNS, LATER_REQUEST_COLUMNS)
+        steps = read_table(run_dir / STEPS_FILE, STEP_COLUMNS)
+    files = RunFiles(
+        run_dir, manifest, _arrays(run_dir / REQUESTS_FILE, requests), _arrays(run_dir / STEPS_FILE, steps)
+    )
+    _check_ledger(run_dir / STEPS_FILE, files.steps)
+    return files
