@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from kvarena.engine.errors import RequestError
 
@@ -250,7 +250,10 @@ class Request:
         return None
 
 
-def expand(req: Request) -> list[Request]:
+AnyRequest = TypeVar("AnyRequest", bound=Request)
+
+
+def expand(req: AnyRequest) -> list[AnyRequest]:
     """The `sampling.n` requests of a parallel-sampling request, named `{request_id}-{i}`; `[req]` itself for n = 1.
 
     The first computes the prompt and is the parent of the others, which may share its KV. Seeds differ: sample 0
@@ -265,23 +268,19 @@ def expand(req: Request) -> list[Request]:
     """
     if req.sampling.n == 1:
         return [req]
-    samples: list[Request] = []
+    samples: list[AnyRequest] = []
     for i in range(req.sampling.n):
         seed = req.sampling.seed
         if seed is not None and i > 0:
             seed = (seed + i * 0x9E3779B97F4A7C15) % 2**63
         samples.append(
-            Request(
+            replace(
+                req,
                 request_id=f"{req.request_id}-{i}",
-                prompt_token_ids=req.prompt_token_ids,
                 sampling=replace(req.sampling, n=1, seed=seed),
-                arrival_time=req.arrival_time,
-                priority=req.priority,
-                client_id=req.client_id,
-                cache_salt=req.cache_salt,
-                eos_token_ids=req.eos_token_ids,
-                oracle_output_len=req.oracle_output_len,
                 parent=samples[0] if samples else None,
+                constraint=None,
+                output_token_ids=[],
             )
         )
     return samples

@@ -12,16 +12,13 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from kvarena.engine.core import Engine, StepFailed, StepOutput
 from kvarena.engine.errors import ConfigError, EngineError, RequestError
 from kvarena.engine.request import FinishReason, Request, expand
-from kvarena.engine.request import SamplingParams as EngineSampling
-from kvarena.engine.server.api.choice_text import ChoiceText, TextOptions
-from kvarena.engine.server.api.completions import ChoicePrompt
 from kvarena.engine.server.api.prompts import Prompts, check_chat
 from kvarena.engine.server.api.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
 from kvarena.engine.server.api.sampling import (
@@ -32,7 +29,6 @@ from kvarena.engine.server.api.sampling import (
     stop_strings,
 )
 from kvarena.engine.server.front.groups import Choice, Group
-from kvarena.engine.server.shared.ipc import Finish
 from kvarena.engine.server.text.tokenization import TokenizerService, generation_defaults
 from kvarena.experiments.building.model_files import check_model
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
@@ -53,56 +49,33 @@ OPTIONS = (
 BOTH_WAYS = ("enable_prefix_caching", "async_scheduling")  # these have a --no- form
 
 
-@dataclass
-class _Answer:
-    """One choice on its way from tokens to its text."""
+class _Asked(Group):
+    """A prompt on its way, and its choices.
 
-    text: ChoiceText
-    pieces: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Any] = field(default_factory=list)
-
-    def advance(self) -> None:
-        """Take the tokens that have come."""
-        delta = self.text.advance()
-        self.pieces.append(delta.text)
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs
-
-
-@dataclass
-class _Asked:
-    """A prompt on its way.
-
-    Attributes:
-        shown: its tokens, and the stream of the text that follows.
-        sampling: as the engine takes it.
-        options: how its tokens become text.
+    Args:
+        client: of the LLM.
+        req: what is asked.
         prompt: as it was given, where that was text.
-        request_id: in the engine.
-        answers: of its choices.
     """
 
-    shown: ChoicePrompt
-    sampling: EngineSampling
-    options: TextOptions
-    prompt: str | None
-    request_id: str = ""
-    answers: list[_Answer] = field(default_factory=list)
+    def __init__(self, client: _Client, req: SamplingFields, prompt: str | None) -> None:
+        super().__init__(client, 0.0)
+        self.req, self.stops, self.prompt = req, stop_strings(req), prompt
+        self.request_id = ""
 
 
 class _Client:
-    """What `ChoiceText` needs of the server's client: a choice that a stop string ended leaves the engine."""
+    """What takes the place of the server's client: a choice that a stop string ended leaves the engine."""
 
     def __init__(self, engine: Engine, eos_token_ids: frozenset[int]) -> None:
         self.eos_token_ids = eos_token_ids
-        self.open: dict[Request, _Answer] = {}
+        self.open: dict[Request, Choice] = {}
         self._engine = engine
 
     def abort(self, choices: list[Choice], reason: str) -> None:  # noqa: ARG002
         """End these choices, for whatever reason."""
-        for req, answer in list(self.open.items()):
-            if answer.text.choice in choices:
+        for req, choice in list(self.open.items()):
+            if choice in choices:
                 del self.open[req]
                 self._engine.abort(req.request_id)
 
@@ -219,7 +192,7 @@ class LLM:
             [self._ask_chat(list(cast(Any, one)), more, of) for one, of in zip(conversations, params, strict=True)]
         )
 
-    # ---- before the engine: as the server's front does it (engine/server/service.py)
+    # ---- before the engine: as the server's front does it (engine/server/api/service.py)
 
     async def _ask(self, prompt: str | list[int], params: SamplingParams) -> _Asked:
         req = params.body(CompletionRequest, prompt=prompt)
@@ -243,15 +216,11 @@ class LLM:
     ) -> _Asked:
         if req.prompt_logprobs is not None and not self._limits.prompt_logprobs:
             raise RequestError("log-probabilities of the prompt are not available with this runner", "prompt_logprobs")
-        stops = tuple(stop_strings(req))
+        asked = _Asked(self._client, req, prompt)
         sampling = sampling_params(req, self._config, self._limits, max_tokens=max_tokens, logprobs=params.logprobs)
-        options = TextOptions(
-            stops=stops,
-            include_stop=bool(req.include_stop_str_in_output),
-            min_tokens=req.min_tokens or 0,
-            ignore_eos=bool(req.ignore_eos),
-        )
-        return _Asked(await self._prompts.shown(ids, req), sampling, options, prompt)
+        _, stream = await self._prompts.begin(ids, req)
+        asked.add(ids, sampling, stream, asked.stops, bool(req.include_stop_str_in_output))
+        return asked
 
     def _answer(self, questions: list[Coroutine[Any, Any, _Asked]]) -> list[RequestOutput]:
         async def all_asked() -> list[_Asked]:
@@ -268,30 +237,27 @@ class LLM:
                     self._add(one)
                 self._run()
             finally:  # interrupted, or failed: nobody waits for the rest
-                self._client.abort([answer.text.choice for one in asked for answer in one.answers], "abort")
+                self._client.abort([choice for one in asked for choice in one.choices], "abort")
             return [self._output(one) for one in asked]
 
-    # ---- the engine: as the server's loop drives it (engine/server/engine_loop.py, intake.py)
+    # ---- the engine: as the server's loop drives it (engine/server/engine)
 
     def _add(self, asked: _Asked) -> None:
         asked.request_id = str(self._num_requests)
         self._num_requests += 1
+        first = asked.choices[0]
         req = Request(
             request_id=asked.request_id,
-            prompt_token_ids=asked.shown.token_ids,
-            sampling=asked.sampling,
+            prompt_token_ids=first.prompt,
+            sampling=first.sampling,
             arrival_time=self._engine.clock.now(),
             # Log-probabilities of a prompt need all of it computed: nobody shares such a request's salt.
-            cache_salt=asked.request_id if asked.sampling.prompt_logprobs is not None else "",
+            cache_salt=asked.request_id if first.sampling.prompt_logprobs is not None else "",
             eos_token_ids=self._eos_token_ids,
         )
-        group, scores = Group(0.0), dict[int, Any]()
-        for index, one in enumerate(expand(req)):
-            choice = Choice(group, index, index, req.num_prompt_tokens, prompt_logprobs=scores)
-            text = ChoiceText.start(choice, cast(Any, self._client), asked.shown.stream.copy(), asked.options)
+        for one, choice in zip(expand(req), asked.choices, strict=True):
             self._engine.add(one)
-            self._client.open[one] = _Answer(text)
-            asked.answers.append(self._client.open[one])
+            self._client.open[one] = choice
 
     def _run(self) -> None:
         """Step until every choice has its text. Raises EngineError when that cannot be."""
@@ -315,11 +281,10 @@ class LLM:
     def _take(self, output: StepOutput) -> None:
         """Give a step's tokens to their choices."""
         plan, result, open_ = output.plan, output.result, self._client.open
-        touched: list[_Answer] = []
+        touched: list[Choice] = []
         for i, ((req, start, _), token) in enumerate(zip(plan.scheduled, result.token_ids, strict=True)):
-            if (answer := open_.get(req)) is None:
+            if (choice := open_.get(req)) is None:
                 continue
-            choice = answer.text.choice
             choice.num_cached_tokens = req.num_cached_tokens
             if result.prompt_logprobs is not None and (entries := result.prompt_logprobs[i]) is not None:
                 choice.prompt_logprobs.update(enumerate(entries, start=start + 1))
@@ -328,40 +293,39 @@ class LLM:
             choice.tokens.append(token)
             if result.logprobs is not None and (entry := result.logprobs[i]) is not None:
                 choice.logprobs.append(entry)
-            touched.append(answer)
+            touched.append(choice)
         for req in (*plan.rejected, *output.finished):
-            if (answer := open_.pop(req, None)) is not None:
-                reason = (req.finish_reason or FinishReason.ERROR).value
-                last = req.output_token_ids[-1] if reason == FinishReason.STOP.value else None
-                answer.text.choice.finish = Finish(0, reason, last, req.num_preemptions, req.error)
-                if answer not in touched:
-                    touched.append(answer)
-        for answer in touched:
-            answer.advance()
+            if (choice := open_.pop(req, None)) is not None:
+                choice.ended, choice.error = (req.finish_reason or FinishReason.ERROR).value, req.error
+                choice.stop_token = req.output_token_ids[-1] if req.finish_reason is FinishReason.STOP else None
+                if choice not in touched:
+                    touched.append(choice)
+        for choice in touched:
+            text, token_ids, logprobs = choice.advance()
+            choice.pieces.append(text)
+            choice.token_ids += token_ids
+            choice.entries += logprobs
 
     # ---- behind the engine
 
     def _output(self, asked: _Asked) -> RequestOutput:
         outputs = []
-        for index, answer in enumerate(asked.answers):
-            assert answer.text.finish_reason is not None
+        first = asked.choices[0]
+        for choice in asked.choices:
+            assert choice.finish_reason is not None
             logprobs = None
-            if asked.sampling.logprobs is not None:
-                logprobs = [self._logprobs(entry) for entry in answer.logprobs]
+            if choice.sampling.logprobs is not None:
+                logprobs = [self._logprobs(entry) for entry in choice.entries]
             outputs.append(
                 CompletionOutput(
-                    index, "".join(answer.pieces), answer.token_ids, answer.text.finish_reason,
-                    answer.text.stop_reason, logprobs,
+                    choice.index, "".join(choice.pieces), choice.token_ids, choice.finish_reason, choice.stop_reason,
+                    logprobs,
                 )
             )  # fmt: skip
-        first = asked.answers[0].text.choice
         scores: list[dict[int, Logprob] | None] | None = None
-        if asked.sampling.prompt_logprobs is not None:
-            positions = range(1, len(asked.shown.token_ids))
-            scores = [None, *(self._logprobs(first.prompt_logprobs[at]) for at in positions)]
-        return RequestOutput(
-            asked.request_id, asked.prompt, asked.shown.token_ids, outputs, first.num_cached_tokens, scores
-        )
+        if first.sampling.prompt_logprobs is not None:
+            scores = [None, *(self._logprobs(first.prompt_logprobs[at]) for at in range(1, len(first.prompt)))]
+        return RequestOutput(asked.request_id, asked.prompt, first.prompt, outputs, first.num_cached_tokens, scores)
 
     def _logprobs(self, entry: Any) -> dict[int, Logprob]:
         token, logprob, rank, top = entry

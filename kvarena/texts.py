@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from kvarena.engine.errors import EngineError, RequestError
-from kvarena.engine.server.api.choice_text import ChoiceFailed
 from kvarena.engine.server.api.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
+from kvarena.engine.server.front.groups import ChoiceFailed
 from kvarena.engine.server.front.http import validated
 from kvarena.engine.server.shared.errors import ApiError
 

@@ -134,8 +134,7 @@ class Fuzzer:
         if kind == "completions":
             checked = await self._constraints.of(CompletionRequest.model_validate(body))
         else:
-            output = await self._constraints.of_chat(ChatCompletionRequest.model_validate(body), [])
-            checked = output.constraint
+            checked = await self._constraints.of_chat(ChatCompletionRequest.model_validate(body))
         if checked is None:
             raise AssertionError("a body without a constraint")
         return checked

@@ -63,7 +63,7 @@ def add(key="k", n=1, handle=None):
     sampling = SamplingParams(n=n, max_tokens=4)
     return [
         ToEngine.ADD,
-        *AddFrame(first, f"r{first}", pack_ids([5]), sampling, time.monotonic(), 0, "", "", False, key),
+        *AddFrame(first, f"r{first}", pack_ids([5]), sampling, time.monotonic(), 0, "", "", key),
     ]
 
 
@@ -90,10 +90,10 @@ def test_a_grammar_is_compiled_once_for_all_prompts_and_choices_and_not_by_the_l
     intake.receive(0, [constraint(), *(add(n=4) for _ in range(50))])
     intake.receive(1, [constraint(), add()])
     intake.run_round(60)
-    wait_for(intake, lambda: len(intake.routes) == 201)
+    wait_for(intake, lambda: len(intake.requests) == 201)
     assert len(compiles.threads) == 1
     assert threading.current_thread() not in compiles.threads
-    matchers = {req.constraint for req in intake.routes}
+    matchers = {req.constraint for req in intake.requests.values()}
     assert len(matchers) == 201  # each follows its own text
     assert sum(len(out.admitted) for out in intake.outs) == 51
     assert all(not reason for out in intake.outs for _, reason, _ in out.admitted)
@@ -114,7 +114,7 @@ def test_a_round_costs_a_bounded_time_however_much_has_arrived(intake):
         intake.run_round()
         costs.append(time.thread_time() - start)
         assert len(intake.outs[1].admitted) == 1
-    assert len(intake.routes) == 1024 * 16 + 1
+    assert len(intake.requests) == 1024 * 16 + 1
     assert len(costs) > 5
     assert max(costs) < 0.2
     assert sorted(costs)[len(costs) // 2] < 2 * ROUND_SECONDS
@@ -146,7 +146,7 @@ def test_who_left_leaves_nothing(intake, compiles):
     assert not intake.grammars.is_under_way("b")  # had not begun: the other one holds the thread
     compiles.go.set()
     wait_for(intake, lambda: len(intake.outs[0].admitted) == 1)
-    assert [route.handle for route in intake.routes.values()] == [7]
+    assert [handle for _, handle in intake.requests] == [7]
     # After the grammar is there and before the request is taken in.
     compiles.go.clear()
     intake.receive(0, [constraint("c", "c"), add("c", handle=20)])
@@ -154,9 +154,9 @@ def test_who_left_leaves_nothing(intake, compiles):
     intake.receive(0, [[ToEngine.ABORT, [20]]])
     compiles.go.set()
     wait_for(intake, lambda: intake.grammars.get("c") is not None)
-    assert [route.handle for route in intake.routes.values()] == [7]
+    assert [handle for _, handle in intake.requests] == [7]
     intake.drop_front(0)
-    assert not intake.routes
+    assert not intake.requests
     assert intake._num_parked == 0
 
 
@@ -172,17 +172,17 @@ def test_what_cannot_be_compiled_here_ends_its_requests_alone(intake, compiles):
     intake.receive(0, [add("gone")])
     intake.run_round(60)
     assert intake.outs[0].admitted[-1][1] == "constraint_lost"
-    assert not intake.routes
+    assert not intake.requests
 
 
 def test_an_automaton_that_failed_is_built_anew(intake, compiles):
     intake.receive(0, [constraint(), add()])
     intake.run_round(60)
-    wait_for(intake, lambda: len(intake.routes) == 1)
+    wait_for(intake, lambda: len(intake.requests) == 1)
     intake.grammars.get("k").has_failed = True
     intake.receive(0, [constraint(), add()])
     intake.run_round(60)
-    wait_for(intake, lambda: len(intake.routes) == 2)
+    wait_for(intake, lambda: len(intake.requests) == 2)
     assert len(compiles.threads) == 2
 
 
@@ -207,7 +207,7 @@ def test_sampling_parameters_arrive_as_they_were_made(monkeypatch):
     )  # fmt: skip
     assert all(getattr(made, one.name) != getattr(SamplingParams(), one.name) for one in fields(SamplingParams))
     info = EngineInfo(64, 32, 10, (1, 2), facts={"a": "b"}, defaults={"top_p": 0.5})
-    data = encode((ToEngine.ADD, *AddFrame(1, "r", pack_ids([5]), made, 0.0, 0, "", "", False, None))) + encode([info])
+    data = encode((ToEngine.ADD, *AddFrame(1, "r", pack_ids([5]), made, 0.0, 0, "", "", None))) + encode([info])
     monkeypatch.setattr(SamplingParams, "__post_init__", None)
     message, [told] = FrameDecoder().feed(data)
     arrived = AddFrame(*message[1:])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.engine.pool_view import CACHED, EXTERNAL, FREE, FULL, MAX_CELLS, PoolView
-from kvarena.engine.server.engine.served import Route
+from kvarena.engine.server.engine.served import ServedRequest
 from kvarena.engine.server.shared.ipc import unpack_ids
 from kvarena.experiments.settings.strategies import build_allocator, build_scheduler, strategy_names
 
 
-def _request(number: int, prompt: int = 40) -> Request:
-    return Request(f"r{number}", list(range(10, 10 + prompt)), SamplingParams(max_tokens=8), arrival_time=float(number))
+def _request(number: int, prompt: int = 40) -> ServedRequest:
+    sampling = SamplingParams(max_tokens=8)
+    return ServedRequest(
+        f"r{number}", list(range(10, 10 + prompt)), sampling, arrival_time=float(number), front=0, handle=number
+    )
 
 
 @pytest.mark.parametrize("name", strategy_names("allocator"))
@@ -26,9 +29,8 @@ def test_a_map_of_every_allocator(name, num_blocks):
         scheduler.add(req)
     plan = scheduler.schedule(0.0)
     scheduler.update(plan, [7 if sampled else None for sampled in plan.samples])
-    routes = {req: Route(0, i, req) for i, req in enumerate(requests)}
     usage = allocator.usage(None)
-    frame = view.snapshot(view.classes(usage, routes, []), scheduler, routes)
+    frame = view.snapshot(view.classes(usage, requests, []), scheduler, requests)
     cells, filled = unpack_ids(frame["cells"]), frame["filled"]
     assert len(cells) == len(filled) == -(-allocator.num_virtual_blocks // frame["stride"])
     owners = {owner for owner in cells if owner > 0}
@@ -40,7 +42,7 @@ def test_a_map_of_every_allocator(name, num_blocks):
         assert any(0 < fill <= FULL for fill in filled)
     for req in requests:
         scheduler.abort(req.request_id)
-    frame = view.snapshot(view.classes(allocator.usage(None), {}, []), scheduler, {})
+    frame = view.snapshot(view.classes(allocator.usage(None), [], []), scheduler, [])
     cells = unpack_ids(frame["cells"])
     assert set(cells) <= {FREE, CACHED}
     if frame["stride"] == 1:

@@ -53,9 +53,9 @@ def test_answers_go_on_from_their_prompts(kind):
         cut = data.draw(st.integers(0, len(ids)))
         prompt, output = ids[:cut], ids[cut:]
         whole = tokenizer.decode(ids, skip_special_tokens=skip)
-        begun = detokenizer.begin(prompt, skip)
-        pieces, given_so_far, at = [], begun.text, 0
-        stream = begun.stream.copy()
+        begun, rest = detokenizer.begin(prompt, skip)
+        pieces, given_so_far, at = [], begun, 0
+        stream = rest.copy()
         while at < len(output):
             step = data.draw(st.integers(1, 3))
             pieces.append(stream.add(output[at : at + step]))
@@ -65,9 +65,9 @@ def test_answers_go_on_from_their_prompts(kind):
                 ended = tokenizer.decode(prompt + output[:at], skip_special_tokens=skip)
                 assert given_so_far + stream.pending == ended
         text = "".join(pieces) + stream.flush()
-        assert begun.text + text == whole  # echo
+        assert begun + text == whole  # echo
         alone = tokenizer.decode(prompt, skip_special_tokens=skip)
-        assert alone.startswith(begun.text)
+        assert alone.startswith(begun)
         amid = 4 if alone.endswith("\ufffd") else 1
         # Nor is the part of a run of bytes before the character that the prompt ends amid.
         alone_of = [tokenizer.decode(prompt[: max(0, cut - i)], skip_special_tokens=skip) for i in range(amid)]
@@ -124,9 +124,9 @@ def test_other_decoders_go_through_a_window(kind):
     assert not detokenizer.is_exact
     ids = tokenizer.encode("a b c \u00e9 abc" * 20, add_special_tokens=False)
     for cut in (0, 1, 40, len(ids)):
-        begun = detokenizer.begin(ids[:cut])
-        text = "".join(begun.stream.add([token]) for token in ids[cut:]) + begun.stream.flush()
-        assert begun.text + text == tokenizer.decode(ids, skip_special_tokens=True)
+        begun, rest = detokenizer.begin(ids[:cut])
+        text = "".join(rest.add([token]) for token in ids[cut:]) + rest.flush()
+        assert begun + text == tokenizer.decode(ids, skip_special_tokens=True)
     names = detokenizer.names_of(range(len(tokenizer) + 3))
     assert len(set(names.values())) == len(names) == len(tokenizer) + 3
     assert detokenizer.text([*ids, 1, 0] * 500) == tokenizer.decode([*ids, 1, 0] * 500, skip_special_tokens=True)

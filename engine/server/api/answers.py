@@ -7,94 +7,116 @@ A stream ends in exactly one of three ways: a finish reason for every choice and
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+from typing_extensions import override
 
-from kvarena.engine.server.api.choice_text import ChoiceFailed, ChoiceText, Delta, usage_body
+from kvarena.engine.request import SamplingParams
+from kvarena.engine.server.api.protocol import SamplingFields
+from kvarena.engine.server.api.sampling import stop_strings
 from kvarena.engine.server.front.client import EngineClient
-from kvarena.engine.server.front.groups import EngineGone, Group, SlowReader
-from kvarena.engine.server.front.http import RequestState
+from kvarena.engine.server.front.groups import Choice, ChoiceFailed, EngineGone, Group, SlowReader
+from kvarena.engine.server.front.http import disconnected
 from kvarena.engine.server.shared.errors import ApiError
+from kvarena.engine.server.text.streams import TextStream
 
 logger = logging.getLogger("kvarena.front")
 
 DONE = b"data: [DONE]\n\n"
 _SLOW_READER_GRACE = 5.0
+Made = TypeVar("Made")
 
 
 class Disconnected(Exception):
     """The client went away."""
 
 
-class Renderer(ABC):
-    """The JSON of one kind of answer."""
+class Answer(Group, ABC):
+    """The answer to one request: its choices, and the JSON of one kind of answer.
+
+    Args:
+        client: the engine.
+        req: what is asked, and how it is shown.
+        model: the name that was asked for.
+        arrival: when the request came, on the monotonic clock.
+
+    Attributes:
+        prompts: the choices of each prompt.
+        on_end: called once when the answer is over.
+
+    Raises:
+        ApiError: a stop string that cannot be one.
+    """
+
+    client: EngineClient
+    prefix: str  # of its id
+    event_kind: str  # the `object` of an event
+
+    def __init__(self, client: EngineClient, req: SamplingFields, model: str, arrival: float) -> None:
+        super().__init__(client, arrival)
+        self.req, self._stops = req, stop_strings(req)
+        self.prompts: list[list[Choice]] = []
+        self.on_end: Callable[[], None] | None = None
+        self._is_closed = False
+        self._streams, self._return_token_ids = bool(req.stream), bool(req.return_token_ids)
+        self._fields = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head = {"object": self.event_kind, **self._fields}
+
+    def add_prompt(self, prompt: list[int], sampling: SamplingParams, stream: TextStream) -> list[Choice]:
+        """The choices of a prompt, whose text goes on in `stream`."""
+        made = self.add(prompt, sampling, stream, self._stops, bool(self.req.include_stop_str_in_output))
+        self.prompts.append(made)
+        return made
 
     @abstractmethod
     def begin(self) -> bytes:
         """Events before the first token."""
 
     @abstractmethod
-    def delta(self, text: ChoiceText, delta: Delta) -> bytes:
-        """Events for what is new of a choice; empty when there is nothing to show.
+    def delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
+        """Events for what `choice.advance` gave; empty when there is nothing to show.
 
-        When the choice has ended (`text.finish_reason`) it is the last call, and its last event carries the reason.
+        When the choice has ended (`choice.finish_reason`) it is the last call, and its last event carries the reason.
         """
 
     @abstractmethod
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        """The event that carries the usage."""
-
-    @abstractmethod
-    def whole(self, usage: dict[str, Any]) -> bytes:
+    def whole(self) -> bytes:
         """The body of an answer that is not streamed; `delta` has been called with everything."""
-
-
-@dataclass
-class Job:
-    """A request that the engine has taken in.
-
-    Attributes:
-        group: what to wait on.
-        texts: its choices, by index.
-        renderer: how they look.
-        client: the engine.
-        num_prompt_tokens: of all prompts together.
-        include_usage: end a stream with a usage event.
-        on_end: called once when the answer is over.
-    """
-
-    group: Group
-    texts: list[ChoiceText]
-    renderer: Renderer
-    client: EngineClient
-    num_prompt_tokens: int
-    include_usage: bool = False
-    on_end: Callable[[], None] | None = None
-    is_closed: bool = False
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far."""
         # A prompt counts once, however many choices it has; so do its cached tokens.
-        cached = max((text.choice.num_cached_tokens for text in self.texts), default=0)
-        if len({text.choice.num_prompt_tokens for text in self.texts}) > 1:
-            cached = sum(text.choice.num_cached_tokens for text in self.texts)
-        return usage_body(
-            self.num_prompt_tokens, sum(text.num_tokens for text in self.texts), min(cached, self.num_prompt_tokens)
-        )
+        num_prompt = sum(len(choices[0].prompt) for choices in self.prompts)
+        num_output = sum(choice.num_used for choice in self.choices)
+        cached = [choice.num_cached_tokens for choice in self.choices]
+        differ = len({len(choice.prompt) for choice in self.choices}) > 1
+        num_cached = min(sum(cached) if differ else max(cached, default=0), num_prompt)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }
+
+    def usage_event(self) -> bytes:
+        """The event that carries the usage."""
+        return event(self._head | {"choices": [], "usage": self.usage()})
 
     def close(self) -> None:
         """The answer is over: end what is still open and free its slots."""
-        self.client.abort([text.choice for text in self.texts], "abort")
-        if not self.is_closed:
-            self.is_closed = True
-            self.client.count_answer(max((text.num_tokens for text in self.texts), default=0))
+        self.client.abort(self.choices, "abort")
+        if not self._is_closed:
+            self._is_closed = True
+            self.client.count_answer(max((choice.num_used for choice in self.choices), default=0))
             if self.on_end is not None:
                 self.on_end()
 
@@ -113,63 +135,63 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "The server failed to answer this request.", code="internal_error")
 
 
-async def watch_disconnect(receive: Receive, group: Group) -> None:
-    """End the group's wait when the client closes the connection."""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            group.fail(Disconnected())
-            return
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Made] | asyncio.Future[Made]) -> Made:
+    """What `work` gives; a client that closes the connection ends it.
 
+    It runs in a task of its own: waking a task resumes every coroutine between its root and where it waits; under the
+    framework's layers that is a dozen more per token.
 
-async def while_connected(receive: Receive, group: Group, work: Callable[[], Awaitable[Any]]) -> Any:
-    """Run `work`; a disconnect ends the group's wait meanwhile."""
-    watcher = asyncio.create_task(watch_disconnect(receive, group))
+    Raises:
+        Disconnected: the client went away.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.create_task(disconnected(receive))
+    watcher.add_done_callback(lambda _: None if watcher.cancelled() else task.cancel())
     try:
-        return await work()
+        return await task
+    except asyncio.CancelledError:
+        if watcher.done():
+            raise Disconnected from None
+        raise
     finally:
         watcher.cancel()
 
 
-async def collect(job: Job, receive: Receive) -> Response:
-    """Wait for all choices and answer at once. Raises Disconnected, or ApiError when a choice failed."""
+async def collect(answer: Answer, receive: Receive) -> Response:
+    """Wait for all choices and answer at once. Raises what a choice ended with, or Disconnected."""
 
     async def run() -> Response:
-        num_open = len(job.texts)
-        by_choice = {text.choice: text for text in job.texts}
+        num_open = len(answer.choices)
         while num_open:
-            for choice in await job.group.changed():
-                text = by_choice[choice]
-                if text.finish_reason is None:
-                    job.renderer.delta(text, text.advance())
-                    num_open -= text.finish_reason is not None
-        return Response(job.renderer.whole(job.usage()), media_type="application/json")
+            for choice in await answer.changed():
+                if choice.finish_reason is None:
+                    answer.delta(choice, *choice.advance())
+                    num_open -= choice.finish_reason is not None
+        return Response(answer.whole(), media_type="application/json")
 
     try:
-        return await while_connected(receive, job.group, run)
-    except (EngineGone, ChoiceFailed) as error:
-        raise as_api_error(error) from error
+        return await while_connected(receive, run())
     finally:
-        job.close()
+        answer.close()
 
 
 class EventStream(Response):
-    """Streams a job as server-sent events.
+    """Streams an answer as server-sent events.
 
-    The job's engine requests are aborted when the stream ends early, for whatever reason.
+    Its engine requests are aborted when the stream ends early, for whatever reason.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, job: Job, headers: dict[str, str]) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
-        self._job = job
+    def __init__(self, answer: Answer, request_id: str) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", "x-request-id": request_id})
+        self._answer = answer
 
+    @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the stream, past what is between the gate and here."""
-        job = self._job
-        state: RequestState = scope["kvarena"]
-        send, state.status = state.direct_send, 200
+        answer, state = self._answer, scope["state"]
+        send, state["status"] = state["send"], 200
         headers = [(key, value) for key, value in self.raw_headers if key != b"content-length"]
         task = asyncio.current_task()
 
@@ -181,10 +203,6 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
                 await self._write(send)
-            except Disconnected:
-                return
-            except asyncio.CancelledError:
-                raise
             except Exception as error:
                 event = b"data: " + orjson.dumps(as_api_error(error).body()) + b"\n\n" + DONE
                 # A reader that is too slow may never take its error either: then the connection is cut.
@@ -192,50 +210,37 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": False})
                 timer.cancel()
 
-        job.group.on_stuck = lambda: asyncio.get_running_loop().call_later(_SLOW_READER_GRACE, cut)
+        answer.on_stuck = lambda: asyncio.get_running_loop().call_later(_SLOW_READER_GRACE, cut)
         try:
-            await while_connected(receive, job.group, lambda: _apart(run()))
+            with contextlib.suppress(Disconnected):
+                await while_connected(receive, run())
         finally:
-            job.group.on_stuck = None
-            job.close()
+            answer.on_stuck = None
+            answer.close()
 
     async def _write(self, send: Send) -> None:
-        job, renderer = self._job, self._job.renderer
-        by_choice = {text.choice: text for text in job.texts}
-        num_open = len(job.texts)
-        pending = renderer.begin()
+        answer = self._answer
+        num_open = len(answer.choices)
+        pending = answer.begin()
         if pending:
             await send({"type": "http.response.body", "body": pending, "more_body": True})
         while num_open:
             parts: list[bytes] = []
-            for choice in await job.group.changed():
-                text = by_choice[choice]
-                if text.finish_reason is not None:
+            for choice in await answer.changed():
+                if choice.finish_reason is not None:
                     continue
-                parts.append(renderer.delta(text, text.advance()))
-                num_open -= text.finish_reason is not None
+                parts.append(answer.delta(choice, *choice.advance()))
+                num_open -= choice.finish_reason is not None
             if not num_open:
-                if job.include_usage:
-                    parts.append(renderer.usage(job.usage()))
+                options = answer.req.stream_options
+                if options is not None and options.include_usage:
+                    parts.append(answer.usage_event())
                 parts.append(DONE)
             body = b"".join(parts)
             if body:
-                job.group.is_writing = True
+                answer.is_writing = True
                 await send({"type": "http.response.body", "body": body, "more_body": bool(num_open)})
-                job.group.is_writing = False
-
-
-async def _apart(work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` in a task of its own.
-
-    Waking a task resumes every coroutine between its root and where it waits; under the framework's layers that is a
-    dozen more per token.
-    """
-    task = asyncio.create_task(work)
-    try:
-        await task
-    finally:
-        task.cancel()
+                answer.is_writing = False
 
 
 def event(payload: dict[str, Any]) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 from typing import Any
 
 import orjson
@@ -15,16 +14,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from kvarena.engine.server.api import protocol
-from kvarena.engine.server.api.answers import Disconnected
+from kvarena.engine.server.api.answers import Disconnected, as_api_error
 from kvarena.engine.server.api.foreign import check_foreign
 from kvarena.engine.server.api.service import Service
 from kvarena.engine.server.front.cache_info import cache_info
+from kvarena.engine.server.front.groups import ChoiceFailed, EngineGone
 from kvarena.engine.server.front.http import Gate, error_response
 from kvarena.engine.server.front.pages import add_docs, add_live_pages, add_static_files
 from kvarena.engine.server.shared import metrics
 from kvarena.engine.server.shared.errors import ApiError, bad_request
-
-logger = logging.getLogger("kvarena.front")
 
 _ERRORS = {
     400: "A parameter is wrong, or the prompt is beyond the context.",
@@ -103,9 +101,8 @@ def create_app(service: Service, rows: list[metrics.Row]) -> ASGIApp:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    async def on_api_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, ApiError)
-        return error_response(error)
+    async def on_error(_: Request, error: Exception) -> Response:
+        return error_response(as_api_error(error))
 
     async def on_http_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -120,15 +117,11 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def on_disconnect(_: Request, error: Exception) -> Response:  # noqa: ARG001
         return Response(status_code=499)
 
-    async def on_bug(_: Request, error: Exception) -> Response:
-        logger.error("a request failed in the server", exc_info=error)
-        return error_response(ApiError(500, "The server failed to answer this request.", code="internal_error"))
-
-    app.add_exception_handler(ApiError, on_api_error)
+    for kind in (ApiError, EngineGone, ChoiceFailed, Exception):
+        app.add_exception_handler(kind, on_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(Disconnected, on_disconnect)
-    app.add_exception_handler(Exception, on_bug)
 
 
 def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) -> None:

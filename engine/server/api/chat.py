@@ -9,131 +9,129 @@ from typing import Any
 import orjson
 from typing_extensions import override
 
-from kvarena.engine.server.api.answers import Renderer, event
-from kvarena.engine.server.api.choice_text import ChoiceText, Delta
-from kvarena.engine.server.api.completions import ChoicePrompt, finite, prompt_logprobs_body
-from kvarena.engine.server.text.tokenization import TokenizerService
+from kvarena.engine.request import SamplingParams
+from kvarena.engine.server.api.answers import Answer, event
+from kvarena.engine.server.api.completions import finite, prompt_logprobs_body
+from kvarena.engine.server.api.protocol import ChatCompletionRequest, NamedToolChoice
+from kvarena.engine.server.front.client import EngineClient
+from kvarena.engine.server.front.groups import Choice
+from kvarena.engine.server.text.detokenizer import Detokenizer
+from kvarena.engine.server.text.streams import TextStream
 from kvarena.engine.server.text.tool_calls import Parsed, ToolCall, ToolParser
 
 
-class ChatRenderer(Renderer):
-    """Bytes of chat completions.
+class ChatAnswer(Answer):
+    """A chat completion.
 
     Args:
-        head: the constant fields: id, created, model.
-        tokenizer: for log-probabilities.
-        prompts: by choice index.
+        client, req, model, arrival: as of `Answer`.
+        detokenizer: names tokens.
         make_parser: gives a tool parser per choice, or None when the answer is text only.
-        forced_call: a named function was forced: its finish reason stays `stop`.
-        logprobs, prompt_logprobs, return_token_ids: what to show beside the text.
-        streams: events are shown as they come; False: only the whole answer is.
     """
+
+    prefix, event_kind = "chatcmpl", "chat.completion.chunk"
 
     def __init__(
         self,
-        head: dict[str, Any],
-        tokenizer: TokenizerService,
-        prompts: list[ChoicePrompt],
+        client: EngineClient,
+        req: ChatCompletionRequest,
+        model: str,
+        arrival: float,
         *,
+        detokenizer: Detokenizer,
         make_parser: Callable[[], ToolParser | None],
-        forced_call: bool,
-        logprobs: bool,
-        prompt_logprobs: bool,
-        return_token_ids: bool,
-        streams: bool,
     ) -> None:
-        self._fields = head
-        self._head = {"object": "chat.completion.chunk", **head}
-        self._tokenizer, self._prompts = tokenizer, prompts
-        self._logprobs, self._prompt_logprobs, self._return_token_ids = logprobs, prompt_logprobs, return_token_ids
-        self._forced_call, self._streams = forced_call, streams
-        self._parsers = [make_parser() for _ in prompts]
-        self._is_plain = not (logprobs or return_token_ids) and not any(self._parsers)
-        prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
-        self._prefixes = [prefix + str(i).encode() + b',"delta":{"content":' for i in range(len(prompts))]
+        super().__init__(client, req, model, arrival)
+        self._detokenizer, self._make_parser = detokenizer, make_parser
+        self._logprobs = bool(req.logprobs)
+        # A function was named: its finish reason stays `stop`.
+        self._forced_call = isinstance(req.tool_choice, NamedToolChoice)
+        self._parsers: list[ToolParser | None] = []
+        self._calls: list[list[ToolCall]] = []
+        self._prefixes: list[bytes] = []
+        self._is_plain = True
         self._suffix = b'},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
-        self._contents: list[list[str]] = [[] for _ in prompts]
-        self._calls: list[list[ToolCall]] = [[] for _ in prompts]
-        self._ids: list[list[int]] = [[] for _ in prompts]
-        self._entries: list[list[dict[str, Any]]] = [[] for _ in prompts]
-        self._texts: dict[int, ChoiceText] = {}
+
+    @override
+    def add_prompt(self, prompt: list[int], sampling: SamplingParams, stream: TextStream) -> list[Choice]:
+        made = super().add_prompt(prompt, sampling, stream)
+        self._parsers += [self._make_parser() for _ in made]
+        self._calls += [[] for _ in made]
+        prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
+        self._prefixes += [prefix + b'%d,"delta":{"content":' % choice.index for choice in made]
+        self._is_plain = not (self._logprobs or self._return_token_ids) and not any(self._parsers)
+        return made
 
     @override
     def begin(self) -> bytes:
         events = []
-        for index, prompt in enumerate(self._prompts):
+        for one in self.choices:
             choice: dict[str, Any] = {
-                "index": index,
+                "index": one.index,
                 "delta": {"role": "assistant", "content": ""},
                 "logprobs": None,
                 "finish_reason": None,
                 "token_ids": None,
             }
-            ids = prompt.token_ids if self._return_token_ids else None
+            ids = one.prompt if self._return_token_ids else None
             events.append(event(self._head | {"choices": [choice], "prompt_token_ids": ids}))
         return b"".join(events)
 
     @override
-    def delta(self, text: ChoiceText, delta: Delta) -> bytes:
-        index = text.choice.index
-        self._texts[index] = text
-        if self._is_plain:
-            if not self._streams:
-                self._contents[index].append(delta.text)
-                return b""
-            if text.finish_reason is not None:
-                return self._text_event(index, delta.text, [], [], text)
-            return self._prefixes[index] + orjson.dumps(delta.text) + self._suffix if delta.text else b""
-        return self._rich_delta(index, text, delta)
+    def delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
+        if not self._is_plain:
+            return self._rich_delta(choice, text, token_ids, logprobs)
+        if not self._streams:
+            choice.pieces.append(text)
+            return b""
+        if choice.finish_reason is not None:
+            return self._text_event(choice, text, [], [], True)
+        return self._prefixes[choice.index] + orjson.dumps(text) + self._suffix if text else b""
 
-    def _rich_delta(self, index: int, text: ChoiceText, delta: Delta) -> bytes:
-        parser = self._parsers[index]
-        parsed = Parsed(delta.text, [])
+    def _rich_delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
+        parser, known = self._parsers[choice.index], self._calls[choice.index]
+        parsed = Parsed(text, [])
+        is_end = choice.finish_reason is not None
         if parser is not None:
-            parsed = parser.add(delta.text)
-            if text.finish_reason is not None:
+            parsed = parser.add(text)
+            if is_end:
                 rest = parser.end()
                 parsed = Parsed(parsed.text + rest.text, parsed.calls + rest.calls, parsed.arguments + rest.arguments)
-        entries = []
-        if self._logprobs:
-            entries = [self._logprob_entry(entry) for entry in delta.logprobs]
-        first_call = len(self._calls[index])
-        self._calls[index] += parsed.calls
+        entries = [self._logprob_entry(entry) for entry in logprobs] if self._logprobs else []
+        first_call = len(known)
+        known += parsed.calls
         if parsed.arguments:
-            last = self._calls[index].pop()
-            self._calls[index].append(last._replace(arguments=last.arguments + parsed.arguments))
-        self._contents[index].append(parsed.text)
-        self._ids[index] += delta.token_ids
+            last = known.pop()
+            known.append(last._replace(arguments=last.arguments + parsed.arguments))
         if not self._streams:
-            self._entries[index] += entries
+            choice.pieces.append(parsed.text)
+            choice.token_ids += token_ids
+            choice.entries += entries
             return b""
         events = b""
-        ended = text if text.finish_reason is not None else None
-        shows_text = parsed.text or entries or (self._return_token_ids and delta.token_ids)
+        shows_text = parsed.text or entries or (self._return_token_ids and token_ids)
         has_calls = bool(parsed.calls or parsed.arguments)
-        if shows_text or (ended and not has_calls):
-            events += self._text_event(index, parsed.text, entries, delta.token_ids, None if has_calls else ended)
+        if shows_text or (is_end and not has_calls):
+            events += self._text_event(choice, parsed.text, entries, token_ids, is_end and not has_calls)
         for number, call in enumerate(parsed.calls, start=first_call):
-            events += self._call_events(index, number, call)
+            events += self._call_events(choice.index, number, call)
         if parsed.arguments:
-            events += self._arguments_event(index, len(self._calls[index]) - 1, parsed.arguments)
-        if ended and has_calls:
-            events += self._text_event(index, "", [], [], ended)
+            events += self._arguments_event(choice.index, len(known) - 1, parsed.arguments)
+        if is_end and has_calls:
+            events += self._text_event(choice, "", [], [], True)
         return events
 
-    def _text_event(
-        self, index: int, text: str, entries: list[Any], token_ids: list[int], ended: ChoiceText | None
-    ) -> bytes:
+    def _text_event(self, of: Choice, text: str, entries: list[Any], token_ids: list[int], is_end: bool) -> bytes:
         """New text; the last one of a choice carries its finish reason."""
         choice: dict[str, Any] = {
-            "index": index,
-            "delta": {"content": text} if text or ended is None else {},
+            "index": of.index,
+            "delta": {"content": text} if text or not is_end else {},
             "logprobs": {"content": entries} if entries else None,
             "finish_reason": None,
             "token_ids": token_ids if self._return_token_ids else None,
         }
-        if ended is not None:
-            choice |= {"finish_reason": self._finish_reason(ended), "stop_reason": ended.stop_reason}
+        if is_end:
+            choice |= {"finish_reason": self._finish_reason(of), "stop_reason": of.stop_reason}
         return event(self._head | {"choices": [choice]})
 
     def _call_events(self, index: int, number: int, call: ToolCall) -> bytes:
@@ -156,7 +154,7 @@ class ChatRenderer(Renderer):
 
     def _logprob_entry(self, entry: Any) -> dict[str, Any]:
         token, logprob, _, top = entry
-        detokenizer = self._tokenizer.detokenizer
+        detokenizer = self._detokenizer
         names = detokenizer.names_of([token, *(other for other, _ in top)])
 
         def named(token: int, logprob: float) -> dict[str, Any]:
@@ -165,26 +163,22 @@ class ChatRenderer(Renderer):
 
         return named(token, logprob) | {"top_logprobs": [named(other, value) for other, value in top]}
 
-    def _finish_reason(self, text: ChoiceText) -> str | None:
-        called = bool(self._calls[text.choice.index])
-        return "tool_calls" if called and text.finish_reason == "stop" and not self._forced_call else text.finish_reason
+    def _finish_reason(self, choice: Choice) -> str | None:
+        called = bool(self._calls[choice.index]) and not self._forced_call
+        return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason
 
     @override
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        return event(self._head | {"choices": [], "usage": usage})
-
-    @override
-    def whole(self, usage: dict[str, Any]) -> bytes:
-        choices = [self._whole_choice(index, self._texts[index]) for index in range(len(self._prompts))]
-        ids = self._prompts[0].token_ids
-        scores = prompt_logprobs_body(self._tokenizer, self._texts[0], ids) if self._prompt_logprobs else None
-        body = {"object": "chat.completion", **self._fields, "choices": choices, "usage": usage}
-        body |= {"prompt_logprobs": scores, "prompt_token_ids": ids if self._return_token_ids else None}
+    def whole(self) -> bytes:
+        first = self.choices[0]
+        scores = None if self.req.prompt_logprobs is None else prompt_logprobs_body(self._detokenizer, first)
+        choices = [self._whole_choice(choice) for choice in self.choices]
+        body = {"object": "chat.completion", **self._fields, "choices": choices, "usage": self.usage()}
+        body |= {"prompt_logprobs": scores, "prompt_token_ids": first.prompt if self._return_token_ids else None}
         return orjson.dumps(body)
 
-    def _whole_choice(self, index: int, text: ChoiceText) -> dict[str, Any]:
-        content = "".join(self._contents[index])
-        calls = self._calls[index]
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        content = "".join(choice.pieces)
+        calls = self._calls[choice.index]
         if self._forced_call and calls and not _is_json(calls[-1].arguments):
             # Cut by max_tokens or a stop string: what was written is text, and no call that a client could make.
             content, calls = content + calls[-1].arguments, calls[:-1]
@@ -196,12 +190,12 @@ class ChatRenderer(Renderer):
                 for call in calls
             ]
         return {
-            "index": index,
+            "index": choice.index,
             "message": message,
-            "logprobs": {"content": self._entries[index]} if self._logprobs else None,
-            "finish_reason": self._finish_reason(text),
-            "stop_reason": text.stop_reason,
-            "token_ids": self._ids[index] if self._return_token_ids else None,
+            "logprobs": {"content": choice.entries} if self._logprobs else None,
+            "finish_reason": self._finish_reason(choice),
+            "stop_reason": choice.stop_reason,
+            "token_ids": choice.token_ids if self._return_token_ids else None,
         }
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from typing_extensions import override
 
-from kvarena.engine.server.api.answers import Renderer, event
-from kvarena.engine.server.api.choice_text import ChoiceText, Delta
+from kvarena.engine.request import SamplingParams
+from kvarena.engine.server.api.answers import Answer, event
+from kvarena.engine.server.api.protocol import CompletionRequest
+from kvarena.engine.server.front.client import EngineClient
+from kvarena.engine.server.front.groups import Choice
 from kvarena.engine.server.shared.errors import bad_request
 from kvarena.engine.server.text.detokenizer import Detokenizer
 from kvarena.engine.server.text.streams import TextStream
-from kvarena.engine.server.text.tokenization import TokenizerService
 
 
 def read_prompts(prompt: Any, max_prompts: int, vocab_size: int) -> list[str | list[int]]:
@@ -105,173 +106,133 @@ def finite(value: float) -> float:
     return max(value, -9999.0)
 
 
-@dataclass
-class ChoicePrompt:
-    """What a choice's answer says about its prompt, and how its text goes on.
-
-    Attributes:
-        text: for `echo`, as far as nothing that follows can change it; else empty.
-        token_ids: the prompt.
-        stream: the text behind the prompt. Each choice takes a copy.
-        echo_stream: the text from the prompt's start, for the places of `echo`.
-    """
-
-    text: str
-    token_ids: list[int]
-    stream: TextStream
-    echo_stream: TextStream | None = None
-
-
-class CompletionRenderer(Renderer):
-    """Bytes of completions.
+class CompletionAnswer(Answer):
+    """A completion.
 
     Args:
-        head: the constant fields: id, created, model.
-        tokenizer: for log-probabilities.
-        prompts: by choice index.
-        echo: show the prompt before the text.
-        logprobs: show log-probabilities.
-        prompt_logprobs: show those of the prompt in their own field.
-        return_token_ids: show token ids.
-        max_tokens_zero: the caller wanted only the echo; the sampled token is dropped.
-        streams: events are shown as they come; False: only the whole answer is.
+        client, req, model, arrival: as of `Answer`.
+        detokenizer: names tokens.
     """
 
+    prefix, event_kind = "cmpl", "text_completion"
+
     def __init__(
-        self,
-        head: dict[str, Any],
-        tokenizer: TokenizerService,
-        prompts: list[ChoicePrompt],
-        *,
-        echo: bool,
-        logprobs: bool,
-        prompt_logprobs: bool,
-        return_token_ids: bool,
-        max_tokens_zero: bool,
-        streams: bool,
+        self, client: EngineClient, req: CompletionRequest, model: str, arrival: float, *, detokenizer: Detokenizer
     ) -> None:
-        self._head = {"object": "text_completion", **head}
-        self._tokenizer = tokenizer
-        self._prompts = prompts
-        self._echo, self._logprobs, self._prompt_logprobs = echo, logprobs, prompt_logprobs
-        self._return_token_ids, self._zero, self._streams = return_token_ids, max_tokens_zero, streams
-        self._is_plain = not (logprobs or return_token_ids)
-        prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
-        self._prefixes = [prefix + str(i).encode() + b',"text":' for i in range(len(prompts))]
+        super().__init__(client, req, model, arrival)
+        self._detokenizer = detokenizer
+        self._echo, self._logprobs, self._zero = bool(req.echo), req.logprobs is not None, req.max_tokens == 0
+        self._skips = req.skip_special_tokens is not False
+        # With both, the prompt's scores stand among the others.
+        self._prompt_logprobs = req.prompt_logprobs is not None and not (self._echo and self._logprobs)
+        self._is_plain = not (self._logprobs or self._return_token_ids)
+        self._prefixes: list[bytes] = []
         self._suffix = (
             b',"logprobs":null,"finish_reason":null,"stop_reason":null,"token_ids":null,"prompt_token_ids":null}]}\n\n'
         )
-        self._texts: list[list[str]] = [[] for _ in prompts]
-        self._ids: list[list[int]] = [[] for _ in prompts]
-        self._choice_texts: dict[int, ChoiceText] = {}
+        self._echoed: list[str] = []
         self._begun: set[int] = set()
-        streams_of = [prompt.echo_stream or prompt.stream for prompt in prompts] if logprobs else []
-        self._lists = [CompletionLogprobs(tokenizer.detokenizer, stream.copy()) for stream in streams_of]
+        self._lists: list[CompletionLogprobs] = []
+
+    @override
+    def add_prompt(
+        self, prompt: list[int], sampling: SamplingParams, stream: TextStream, echoed: str = ""
+    ) -> list[Choice]:
+        """Also: `echoed`, the prompt's text as far as nothing that follows can change it."""
+        made = super().add_prompt(prompt, sampling, stream)
+        if self._zero:  # only the echo is wanted and the sampled token dropped: the prompt's own end is known
+            echoed += stream.copy().flush()
+        self._echoed += [echoed] * len(made)
+        prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
+        self._prefixes += [prefix + b'%d,"text":' % choice.index for choice in made]
+        if self._logprobs:
+            places = self._detokenizer.stream(self._skips) if self._echo else stream
+            self._lists += [CompletionLogprobs(self._detokenizer, places.copy()) for _ in made]
+        return made
 
     @override
     def begin(self) -> bytes:
         if not self._echo:
             return b""
-        return b"".join(self._event(i, prompt.text, None) for i, prompt in enumerate(self._prompts))
+        return b"".join(self._event(choice, self._echoed[choice.index], None) for choice in self.choices)
 
     @override
-    def delta(self, text: ChoiceText, delta: Delta) -> bytes:
-        index = text.choice.index
+    def delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
         if not self._is_plain:
-            return self._rich_delta(index, text, delta)
-        self._texts[index].append(delta.text)
-        self._choice_texts[index] = text
-        if self._streams and text.finish_reason is not None:
-            return self._event(index, delta.text, None, ended=text)
-        if not (delta.text and self._streams):
+            return self._rich_delta(choice, text, token_ids, logprobs)
+        if not self._streams:
+            choice.pieces.append(text)
             return b""
-        return self._prefixes[index] + orjson.dumps(delta.text) + self._suffix
+        if choice.finish_reason is not None:
+            return self._event(choice, text, None)
+        return self._prefixes[choice.index] + orjson.dumps(text) + self._suffix if text else b""
 
-    def _rich_delta(self, index: int, text: ChoiceText, delta: Delta) -> bytes:
-        is_first = index not in self._choice_texts
-        self._choice_texts[index] = text
-        self._texts[index].append(delta.text)
-        self._ids[index] += delta.token_ids
-        ended = text if text.finish_reason is not None else None
+    def _rich_delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
+        index, is_end = choice.index, choice.finish_reason is not None
+        choice.pieces.append(text)
         columns = self._lists[index] if self._logprobs else None
         if columns is not None:
-            if is_first and self._echo:
-                self._add_prompt(columns, index, text)
+            if index not in self._begun and self._echo:
+                for position, token in enumerate(choice.prompt):
+                    columns.add(token, choice.prompt_logprobs.get(position))
             if not self._zero:
-                for token, entry in zip(delta.token_ids, delta.logprobs, strict=True):
+                for token, entry in zip(token_ids, logprobs, strict=True):
                     columns.add(token, entry)
-            if ended:
-                echoed = len(self._prompts[index].text) if self._echo else 0
-                columns.end(echoed + sum(map(len, self._texts[index])) if not self._zero else sys.maxsize)
+            if is_end:
+                shown = len(self._echoed[index]) + sum(map(len, choice.pieces))
+                columns.end(sys.maxsize if self._zero else shown)
         if not self._streams:
+            choice.token_ids += token_ids
+            self._begun.add(index)
             return b""
         lists = None if columns is None else columns.take()
-        if not (delta.text or lists or ended or (self._return_token_ids and delta.token_ids)):
+        if not (text or lists or is_end or (self._return_token_ids and token_ids)):
             return b""
-        return self._event(index, delta.text, lists, delta.token_ids, ended)
-
-    def _add_prompt(self, columns: CompletionLogprobs, index: int, text: ChoiceText) -> None:
-        entries = text.choice.prompt_logprobs
-        for position, token in enumerate(self._prompts[index].token_ids):
-            columns.add(token, entries.get(position))
+        return self._event(choice, text, lists, token_ids)
 
     def _event(
-        self,
-        index: int,
-        text: str,
-        logprobs: dict[str, Any] | None,
-        token_ids: list[int] | None = None,
-        ended: ChoiceText | None = None,
+        self, of: Choice, text: str, logprobs: dict[str, Any] | None, token_ids: list[int] | None = None
     ) -> bytes:
-        shows_prompt = self._return_token_ids and index not in self._begun
-        self._begun.add(index)
+        shows_prompt = self._return_token_ids and of.index not in self._begun
+        self._begun.add(of.index)
         choice: dict[str, Any] = {
-            "index": index,
+            "index": of.index,
             "text": text,
             "logprobs": logprobs,
-            "finish_reason": None if ended is None else ended.finish_reason,
-            "stop_reason": None if ended is None else ended.stop_reason,
+            "finish_reason": of.finish_reason,
+            "stop_reason": of.stop_reason,
             "token_ids": token_ids if self._return_token_ids else None,
-            "prompt_token_ids": self._prompts[index].token_ids if shows_prompt else None,
+            "prompt_token_ids": of.prompt if shows_prompt else None,
         }
         return event(self._head | {"choices": [choice]})
 
     @override
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        return event(self._head | {"choices": [], "usage": usage})
-
-    @override
-    def whole(self, usage: dict[str, Any]) -> bytes:
+    def whole(self) -> bytes:
+        usage = self.usage()
         if self._zero:
-            usage = usage | {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
-        choices = [self._whole_choice(index, prompt) for index, prompt in enumerate(self._prompts)]
-        return orjson.dumps(self._head | {"choices": choices, "usage": usage})
+            usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+        return orjson.dumps(self._head | {"choices": [self._whole_choice(one) for one in self.choices], "usage": usage})
 
-    def _whole_choice(self, index: int, prompt: ChoicePrompt) -> dict[str, Any]:
-        text = self._choice_texts.get(index)
-        # Without an output nothing follows the prompt, so that its own end is known.
-        body = (prompt.stream.copy().flush() if self._echo else "") if self._zero else "".join(self._texts[index])
-        shows_scores = self._prompt_logprobs and text is not None
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        ids = [] if self._zero else choice.token_ids
         return {
-            "index": index,
-            "text": prompt.text + body if self._echo else body,
-            "logprobs": self._lists[index].take() if self._logprobs else None,
-            "finish_reason": "length" if text is None or self._zero else text.finish_reason,
-            "stop_reason": None if text is None or self._zero else text.stop_reason,
-            "token_ids": ([] if self._zero else self._ids[index]) if self._return_token_ids else None,
-            "prompt_token_ids": prompt.token_ids if self._return_token_ids else None,
-            "prompt_logprobs": (
-                prompt_logprobs_body(self._tokenizer, text, prompt.token_ids) if shows_scores and text else None
-            ),
+            "index": choice.index,
+            "text": self._echoed[choice.index] + ("" if self._zero else "".join(choice.pieces)),
+            "logprobs": self._lists[choice.index].take() if self._logprobs else None,
+            "finish_reason": "length" if self._zero else choice.finish_reason,
+            "stop_reason": None if self._zero else choice.stop_reason,
+            "token_ids": ids if self._return_token_ids else None,
+            "prompt_token_ids": choice.prompt if self._return_token_ids else None,
+            "prompt_logprobs": prompt_logprobs_body(self._detokenizer, choice) if self._prompt_logprobs else None,
         }
 
 
-def prompt_logprobs_body(tokenizer: TokenizerService, text: ChoiceText, prompt: list[int]) -> list[Any]:
+def prompt_logprobs_body(detokenizer: Detokenizer, choice: Choice) -> list[Any]:
     """Per prompt token (the first has none): token id -> its log-probability, rank and text."""
-    name = tokenizer.detokenizer.token_text
+    name = detokenizer.token_text
     rows: list[Any] = [None]
-    for position in range(1, len(prompt)):
-        token, logprob, rank, top = text.choice.prompt_logprobs[position]
+    for position in range(1, len(choice.prompt)):
+        token, logprob, rank, top = choice.prompt_logprobs[position]
         row = {
             str(other): {"logprob": finite(value), "rank": i, "decoded_token": name(other)}
             for i, (other, value) in enumerate(top, start=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 from kvarena.engine.errors import RequestError
 from kvarena.engine.server.api import structured
@@ -17,22 +16,6 @@ from kvarena.engine.server.text.schemas import named_schema, required_schema, sc
 from kvarena.engine.server.text.tokenization import TokenizerService, given_tools
 from kvarena.engine.server.text.tool_calls import ListParser, NamedParser, ToolParser
 from kvarena.engine.server.text.tool_forms import find_form
-
-
-class ChatOutput(NamedTuple):
-    """What a chat asks of its answer.
-
-    Attributes:
-        constraint: what tools and formats ask for.
-        make_parser: gives a tool parser for a choice, or None when the answer is text only.
-        is_named: a function was named.
-        kept: special tokens that the parser must see.
-    """
-
-    constraint: CheckedGrammar | None
-    make_parser: Callable[[], ToolParser | None]
-    is_named: bool = False
-    kept: frozenset[int] = frozenset()
 
 
 class Constraints:
@@ -61,39 +44,41 @@ class Constraints:
         if self._checks is not None:
             self._checks.close()
 
-    async def of_chat(self, req: ChatCompletionRequest, prompt: list[int]) -> ChatOutput:
-        """What tools and formats ask for; `prompt` is the chat's token ids. Raises ApiError."""
+    async def of_chat(self, req: ChatCompletionRequest) -> CheckedGrammar | None:
+        """What a forced call or a format asks for, checked. Raises ApiError."""
         choice = req.tool_choice
         tools = {tool.function.name: tool.function.parameters for tool in req.tools or ()}
-        parallel = req.parallel_tool_calls is not False
-        forced: structured.Constraint | None = None
-        parser: Callable[[], ToolParser | None] = lambda: None  # noqa: E731
         if isinstance(choice, NamedToolChoice):
             name = choice.function.name
             if name not in tools:
                 raise bad_request(f"tool_choice names {name[:100]!r}, which is not in tools", "tool_choice")
             forced = _of_schema(lambda: named_schema(tools[name]))
-            parser = functools.partial(NamedParser, name)
         elif choice == "required":
-            forced = _of_schema(lambda: required_schema(list(tools.items()), parallel))
-            parser = functools.partial(ListParser, tools)
-        elif tools and choice != "none":
-            parser, kept = self._free_calls(req, prompt, parallel)
-            return ChatOutput(await self.of(req), parser, kept=kept)
-        if forced is None:
-            return ChatOutput(await self.of(req), parser)
+            forced = _of_schema(lambda: required_schema(list(tools.items()), _is_parallel(req)))
+        else:
+            return await self.of(req)
         if req.response_format is not None and req.response_format.type != "text":
             raise bad_request("response_format cannot be combined with a forced tool_choice", "response_format")
-        return ChatOutput(await self._check(forced, "tools", req), parser, isinstance(choice, NamedToolChoice))
+        return await self._check(forced, "tools", req)
 
-    def _free_calls(
-        self, req: ChatCompletionRequest, prompt: list[int], parallel: bool
-    ) -> tuple[Callable[[], ToolParser | None], frozenset[int]]:
-        """A parser of the calls that the model makes of its own accord, and the special tokens that it must see."""
-        form, hides = self._form, req.skip_special_tokens is not False
-        end = form.prompt_end(prompt, self._tokenizer.detokenizer)
-        parser = functools.partial(form.parser, given_tools(req.tools or []), end, parallel=parallel, hides=hides)
-        return parser, form.kept
+    def parsers(self, req: ChatCompletionRequest, prompt: list[int]) -> Callable[[], ToolParser | None]:
+        """Gives a tool parser for a choice, or None when answers are text only; `prompt` is the chat's token ids."""
+        choice = req.tool_choice
+        if isinstance(choice, NamedToolChoice):
+            return functools.partial(NamedParser, choice.function.name)
+        if choice == "required":
+            return functools.partial(ListParser, frozenset(tool.function.name for tool in req.tools or ()))
+        if not _calls_freely(req):
+            return lambda: None
+        end = self._form.prompt_end(prompt, self._tokenizer.detokenizer)
+        hides = req.skip_special_tokens is not False
+        return functools.partial(
+            self._form.parser, given_tools(req.tools or []), end, parallel=_is_parallel(req), hides=hides
+        )
+
+    def kept(self, req: ChatCompletionRequest) -> frozenset[int]:
+        """Special tokens that the parser must see."""
+        return self._form.kept if _calls_freely(req) else frozenset()
 
     async def of(self, req: SamplingFields) -> CheckedGrammar | None:
         """The constraint of `response_format` or `structured_outputs`, checked."""
@@ -123,6 +108,15 @@ class Constraints:
             raise unavailable(
                 f"The constraint cannot be compiled now: {error}. Try again.", "constraints_busy"
             ) from error
+
+
+def _calls_freely(req: ChatCompletionRequest) -> bool:
+    """Whether the model may call tools of its own accord."""
+    return bool(req.tools) and req.tool_choice in (None, "auto")
+
+
+def _is_parallel(req: ChatCompletionRequest) -> bool:
+    return req.parallel_tool_calls is not False
 
 
 def _of_schema(make: Callable[[], object]) -> structured.Constraint:

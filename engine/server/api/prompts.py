@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from kvarena.engine.server.api.completions import ChoicePrompt, read_prompts
+from kvarena.engine.server.api.completions import read_prompts
 from kvarena.engine.server.api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -14,6 +14,7 @@ from kvarena.engine.server.api.protocol import (
     TokenizeRequest,
 )
 from kvarena.engine.server.shared.errors import bad_request
+from kvarena.engine.server.text.streams import TextStream
 from kvarena.engine.server.text.tokenization import TokenizerService, template_messages, template_tools
 
 # What `apply_chat_template` would take for itself, and what has a parameter of its own.
@@ -35,13 +36,16 @@ class Prompts:
     def __init__(self, tokenizer: TokenizerService, max_model_len: int) -> None:
         self._tokenizer, self._max_model_len = tokenizer, max_model_len
 
-    async def shown(self, ids: list[int], req: SamplingFields, kept: frozenset[int] = frozenset()) -> ChoicePrompt:
-        """What an answer shows of a prompt, and the text that goes on from it; `kept` special tokens stay in it."""
+    async def begin(
+        self, ids: list[int], req: SamplingFields, kept: frozenset[int] = frozenset()
+    ) -> tuple[str, TextStream]:
+        """The text of a prompt for `echo`, as far as nothing that follows can change it, else an empty one; and the
+        stream of what follows, in which `kept` special tokens stay.
+        """
         skips = req.skip_special_tokens is not False
-        if not (isinstance(req, CompletionRequest) and req.echo):
-            return ChoicePrompt("", ids, self._tokenizer.detokenizer.keeping(kept).stream(skips, ids))
-        begun = await self._tokenizer.begin(ids, skips)
-        return ChoicePrompt(begun.text, ids, begun.stream, self._tokenizer.detokenizer.stream(skips))
+        if isinstance(req, CompletionRequest) and req.echo:
+            return await self._tokenizer.begin(ids, skips)
+        return "", self._tokenizer.detokenizer.keeping(kept).stream(skips, ids)
 
     async def of_completion(self, req: CompletionRequest, vocab_size: int, max_prompts: int) -> list[list[int]]:
         """Token ids of a completion's prompts. Raises ApiError."""

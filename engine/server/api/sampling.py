@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 from kvarena.engine.errors import RequestError
 from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.api.foreign import check_foreign
@@ -14,6 +17,8 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKENS = 1024
 COMPLETIONS_MAX_TOKENS = 16
+# What both sides know under one name: a parameter that is handed on as it is needs no line here.
+_ALIKE = tuple(one.name for one in fields(SamplingParams) if one.name in SamplingFields.model_fields)
 # Below this a temperature is greedy: logits divided by it overflow float16.
 _MIN_TEMPERATURE = 0.01
 
@@ -132,35 +137,27 @@ def sampling_params(
         raise bad_request(
             f"stop_token_ids must be at most {MAX_STOP_TOKENS} ids from 0 to {limits.vocab_size - 1}", "stop_token_ids"
         )
-    min_tokens = req.min_tokens or 0
-    if min_tokens > max_tokens:
-        raise bad_request(f"min_tokens={min_tokens} is above max_tokens={max_tokens}", "min_tokens")
-
-    def given(name: str, fallback: float) -> float:
-        value = getattr(req, name)
-        return limits.defaults.get(name, fallback) if value is None else value
-
-    temperature = given("temperature", 1.0)
+    if (req.min_tokens or 0) > max_tokens:
+        raise bad_request(f"min_tokens={req.min_tokens} is above max_tokens={max_tokens}", "min_tokens")
     bias = logit_bias(req, limits.vocab_size)
+    values: dict[str, Any] = {"temperature": 1.0}
+    for name in _ALIKE:
+        asked = getattr(req, name)
+        asked = limits.defaults.get(name) if asked is None else asked
+        if asked is not None:
+            values[name] = asked
+    # What has another form on the engine's side.
+    values |= {
+        "temperature": 0.0 if values["temperature"] < _MIN_TEMPERATURE else values["temperature"],
+        "top_k": max(0, int(values.get("top_k", 0))),
+        # -1 asks for another text each time, as in vLLM.
+        "seed": None if req.seed is None or req.seed == -1 else req.seed % 2**63,
+        "max_tokens": max(1, max_tokens),
+        "stop_token_ids": tuple(stop_tokens),
+        "logit_bias": bias,
+        "logprobs": logprobs,
+    }
     try:
-        return SamplingParams(
-            temperature=0.0 if temperature < _MIN_TEMPERATURE else temperature,
-            top_p=given("top_p", 1.0),
-            top_k=max(0, int(given("top_k", 0))),
-            min_p=given("min_p", 0.0),
-            # -1 asks for another text each time, as in vLLM.
-            seed=None if req.seed is None or req.seed == -1 else req.seed % 2**63,
-            max_tokens=max(1, max_tokens),
-            min_tokens=min(min_tokens, max(1, max_tokens)),
-            stop_token_ids=tuple(stop_tokens),
-            ignore_eos=bool(req.ignore_eos),
-            presence_penalty=req.presence_penalty or 0.0,
-            frequency_penalty=req.frequency_penalty or 0.0,
-            repetition_penalty=given("repetition_penalty", 1.0),
-            logit_bias=bias,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            n=req.n or 1,
-        )
+        return SamplingParams(**values)
     except RequestError as error:
         raise bad_request(str(error), error.param) from error

@@ -6,18 +6,15 @@ import asyncio
 import functools
 import time
 import uuid
-from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from kvarena.engine.request import SamplingParams
-from kvarena.engine.server.api.answers import Disconnected, EventStream, Job, as_api_error, collect, watch_disconnect
-from kvarena.engine.server.api.chat import ChatRenderer
-from kvarena.engine.server.api.choice_text import ChoiceText, TextOptions
-from kvarena.engine.server.api.completions import ChoicePrompt, CompletionRenderer
+from kvarena.engine.server.api.answers import Answer, Disconnected, EventStream, collect, while_connected
+from kvarena.engine.server.api.chat import ChatAnswer
+from kvarena.engine.server.api.completions import CompletionAnswer
 from kvarena.engine.server.api.constraints import Constraints
 from kvarena.engine.server.api.media import check_parts, find_parts, policy_of
 from kvarena.engine.server.api.prompts import Prompts, check_chat
@@ -31,22 +28,20 @@ from kvarena.engine.server.api.sampling import (
     check_unsupported,
     fit_max_tokens,
     sampling_params,
-    stop_strings,
 )
 from kvarena.engine.server.api.tracing import Tracer
 from kvarena.engine.server.engine.grammar_checks import CheckedGrammar
 from kvarena.engine.server.front.client import EngineClient
 from kvarena.engine.server.front.dashboard import PoolFeed
-from kvarena.engine.server.front.groups import Choice, EngineGone, Group, Refused
+from kvarena.engine.server.front.groups import Refused
 from kvarena.engine.server.front.http import Body, read_json, validated
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.errors import ApiError, bad_request, beyond_context, unavailable
-from kvarena.engine.server.shared.ipc import EngineInfo
+from kvarena.engine.server.shared.ipc import AddFrame, EngineInfo, pack_ids
 from kvarena.engine.server.shared.metrics import Row, health
 from kvarena.engine.server.text.tokenization import TokenizerService
 
 _REQUESTS_PER_ROUND = 4
-Made = TypeVar("Made")
 
 
 class Service:
@@ -155,21 +150,14 @@ class Service:
         prompts = await self.prompts.of_completion(req, self.info.vocab_size, self.config.max_prompts)
         default = self.info.default_length(COMPLETIONS_MAX_TOKENS)
         lengths = [fit_max_tokens(req.max_tokens, default, len(ids), self.info, "prompt") for ids in prompts]
-        shown = [one for ids in prompts for one in [await self.prompts.shown(ids, req)] * (req.n or 1)]
-        renderer = CompletionRenderer(
-            self._head("cmpl", model),
-            self.tokenizer,
-            shown,
-            echo=bool(req.echo),
-            logprobs=req.logprobs is not None,
-            prompt_logprobs=req.prompt_logprobs is not None and not (req.echo and req.logprobs is not None),
-            return_token_ids=bool(req.return_token_ids),
-            max_tokens_zero=req.max_tokens == 0,
-            streams=bool(req.stream),
-        )
-        constraint = await self._constrained(request, self._constraints.of(req))
-        job = await self._submit(request, req, shown, prompts, lengths, req.logprobs, constraint, arrival, renderer)
-        return await self._answer(request, job, bool(req.stream))
+        constraint = await while_connected(request.receive, self._constraints.of(req))
+        self._check_scores(req)
+        answer = CompletionAnswer(self.client, req, model, arrival, detokenizer=self.tokenizer.detokenizer)
+        samplings = self._samplings(req, lengths, req.logprobs)
+        for ids, sampling in zip(prompts, samplings, strict=True):
+            echoed, stream = await self.prompts.begin(ids, req)
+            answer.add_prompt(ids, sampling, stream, echoed)
+        return await self._answer(request, answer, constraint)
 
     async def chat(self, request: Request) -> Response:
         """`/v1/chat/completions`."""
@@ -183,39 +171,16 @@ class Service:
         prompt = await self.prompts.of_chat(req)
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
         max_tokens = fit_max_tokens(requested, self.info.default_length(None), len(prompt), self.info, "messages")
-        output = await self._constrained(request, self._constraints.of_chat(req, prompt))
-        logprobs = (req.top_logprobs or 0) if req.logprobs else None
-        shown = [await self.prompts.shown(prompt, req, output.kept)] * (req.n or 1)
-        renderer = ChatRenderer(
-            self._head("chatcmpl", model),
-            self.tokenizer,
-            shown,
-            make_parser=output.make_parser,
-            forced_call=output.is_named,
-            logprobs=logprobs is not None,
-            prompt_logprobs=req.prompt_logprobs is not None,
-            return_token_ids=bool(req.return_token_ids),
-            streams=bool(req.stream),
+        constraint = await while_connected(request.receive, self._constraints.of_chat(req))
+        self._check_scores(req)
+        parsers, kept = self._constraints.parsers(req, prompt), self._constraints.kept(req)
+        answer = ChatAnswer(
+            self.client, req, model, arrival, detokenizer=self.tokenizer.detokenizer, make_parser=parsers
         )
-        job = await self._submit(
-            request, req, shown, [prompt], [max_tokens], logprobs, output.constraint, arrival, renderer
-        )
-        return await self._answer(request, job, bool(req.stream))
-
-    async def _constrained(self, request: Request, work: Coroutine[Any, Any, Made]) -> Made:
-        """What `work` gives; a client that leaves meanwhile ends it. Raises ApiError, Disconnected."""
-        group = Group(0.0)
-        task = asyncio.ensure_future(work)
-        watcher = asyncio.create_task(watch_disconnect(request.receive, group))
-        watcher.add_done_callback(lambda _: task.cancel() if group.error is not None else None)
-        try:
-            return await task
-        except asyncio.CancelledError:
-            if isinstance(group.error, Disconnected):
-                raise group.error from None
-            raise
-        finally:
-            watcher.cancel()
+        [sampling] = self._samplings(req, [max_tokens], (req.top_logprobs or 0) if req.logprobs else None)
+        _, stream = await self.prompts.begin(prompt, req, kept)
+        answer.add_prompt(prompt, sampling, stream)
+        return await self._answer(request, answer, constraint)
 
     async def _refuse_images(self, req: ChatCompletionRequest) -> None:
         parts = find_parts(req.messages, self._media)
@@ -223,76 +188,36 @@ class Service:
             await asyncio.to_thread(check_parts, parts, self._media)
             raise bad_request(f"{parts[0].place} holds an image; this model reads text only", "messages")
 
-    def _head(self, prefix: str, model: str) -> dict[str, Any]:
-        return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    async def _submit(
-        self,
-        request: Request,
-        req: SamplingFields,
-        shown: list[ChoicePrompt],
-        prompts: list[list[int]],
-        max_tokens: list[int],
-        logprobs: int | None,
-        constraint: CheckedGrammar | None,
-        arrival: float,
-        renderer: CompletionRenderer | ChatRenderer,
-    ) -> Job:
-        """Hand the prompts to the engine and wait until all are queued."""
+    def _check_scores(self, req: SamplingFields) -> None:
         if req.prompt_logprobs is not None and not self.info.prompt_logprobs:
             raise bad_request("log-probabilities of the prompt are not available with this runner", "prompt_logprobs")
-        group = Group(arrival)
-        stops = tuple(stop_strings(req))
-        samplings = [
-            sampling_params(req, self.config, self.info, max_tokens=most, logprobs=logprobs) for most in max_tokens
-        ]
+
+    def _samplings(self, req: SamplingFields, lengths: list[int], logprobs: int | None) -> list[SamplingParams]:
+        """How each prompt's tokens are picked, checked once for all that may have as many. Raises ApiError."""
+        made = {
+            most: sampling_params(req, self.config, self.info, max_tokens=most, logprobs=logprobs)
+            for most in dict.fromkeys(lengths)
+        }
         # What the queue can never hold is the request's fault: a 503 would be tried again for ever.
         most = min(self.config.max_prompts, self.config.max_num_queued_requests)
-        if len(prompts) * (req.n or 1) > most:
+        if len(lengths) * (req.n or 1) > most:
             raise bad_request(f"more than {most} choices in one request", "n")
-        choices = await self._admit(request, req, group, prompts, samplings, constraint)
-        self.row.observe("vllm:request_params_n", req.n or 1)
-        for num_tokens in max_tokens:
-            self.row.observe("vllm:request_params_max_tokens", num_tokens)
-        options = TextOptions(
-            stops=stops,
-            include_stop=bool(req.include_stop_str_in_output),
-            min_tokens=req.min_tokens or 0,
-            ignore_eos=bool(req.ignore_eos),
-        )
-        texts = [
-            ChoiceText.start(choice, self.client, prompt.stream.copy(), options)
-            for choice, prompt in zip(choices, shown, strict=True)
-        ]
-        include_usage = req.stream_options is not None and bool(req.stream_options.include_usage)
-        job = Job(group, texts, renderer, self.client, sum(map(len, prompts)), include_usage)
-        if self.tracer is not None:
-            job.on_end = functools.partial(
-                self.tracer.record, job, request.scope["kvarena"].request_id, request.headers
-            )
-        return job
+        return [made[most] for most in lengths]
 
-    async def _admit(
-        self,
-        request: Request,
-        req: SamplingFields,
-        group: Group,
-        prompts: list[list[int]],
-        samplings: list[SamplingParams],
-        constraint: CheckedGrammar | None,
-    ) -> list[Choice]:
-        """Wait until the engine has queued all prompts; a disconnect ends them. Raises ApiError, Disconnected."""
-        choices: list[Choice] = []
+    async def _answer(self, request: Request, answer: Answer, constraint: CheckedGrammar | None) -> Response:
+        """Hand the prompts to the engine, wait until all are queued, and answer. Raises ApiError, Disconnected."""
+        state, req = request.state, answer.req
         if constraint is not None:
             self.client.constrain(constraint)
-        state = request.scope["kvarena"]
-        submit = asyncio.gather(
-            *(
-                self.client.submit(
-                    group,
-                    prompt,
+        try:
+            admissions = []
+            for choices in answer.prompts:
+                frame = AddFrame(
+                    handle=0,
                     request_id=f"req-{uuid.uuid4().hex}",
-                    sampling=sampling,
+                    prompt=pack_ids(choices[0].prompt),
+                    sampling=choices[0].sampling,
+                    arrival=answer.arrival,
                     priority=req.priority or 0,
                     client_id=req.user or "",
                     cache_salt=req.cache_salt or "",
@@ -300,27 +225,23 @@ class Service:
                     shown_id=state.request_id,
                     key=state.key,
                 )
-                for prompt, sampling in zip(prompts, samplings, strict=True)
-            )
-        )
-        watcher = asyncio.create_task(watch_disconnect(request.receive, group))
-        watcher.add_done_callback(lambda _: submit.cancel() if group.error is not None else None)
-        try:
-            for made in await submit:
-                choices += made
+                admissions.append(self.client.submit(frame, choices))
+            await while_connected(request.receive, asyncio.gather(*admissions))
         except Refused as refused:
-            self.client.abort(group.choices, "abort")
+            self.client.abort(answer.choices, "abort")
             raise self._refusal(refused) from None
-        except EngineGone as error:
-            raise as_api_error(error) from None
-        except asyncio.CancelledError:
-            self.client.abort(group.choices, "abort")
-            if isinstance(group.error, Disconnected):
-                raise group.error from None
+        except (asyncio.CancelledError, Disconnected):
+            self.client.abort(answer.choices, "abort")
             raise
-        finally:
-            watcher.cancel()
-        return choices
+        self.row.observe("vllm:request_params_n", req.n or 1)
+        for choices in answer.prompts:
+            most = 0 if req.max_tokens == 0 else choices[0].sampling.max_tokens
+            self.row.observe("vllm:request_params_max_tokens", most)
+        if self.tracer is not None:
+            answer.on_end = functools.partial(self.tracer.record, answer, state.request_id, request.headers)
+        if req.stream:
+            return EventStream(answer, state.request_id)
+        return await collect(answer, request.receive)
 
     def _refusal(self, refused: Refused) -> ApiError:
         if refused.reason == "queue_full":
@@ -332,11 +253,3 @@ class Service:
         if refused.reason == "constraint_lost":
             return unavailable(str(refused), "constraints_busy")
         return bad_request(str(refused))
-
-    async def _answer(self, request: Request, job: Job, stream: bool) -> Response:
-        if not stream:
-            try:
-                return await collect(job, request.receive)
-            except Disconnected:
-                return Response(status_code=499)
-        return EventStream(job, {"x-request-id": request.scope["kvarena"].request_id})

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvarena.engine.server.api.answers import Job
+    from kvarena.engine.server.api.answers import Answer
 
 _CLOSE_MILLISECONDS = 2000
 
@@ -35,7 +35,7 @@ class Tracer:
         self._tracer = self._provider.get_tracer("kvarena.server")
         self._propagator = TraceContextTextMapPropagator()
 
-    def record(self, job: Job, request_id: str, headers: Mapping[str, str]) -> None:
+    def record(self, answer: Answer, request_id: str, headers: Mapping[str, str]) -> None:
         """Record an ended request."""
         from opentelemetry.trace import SpanKind
 
@@ -44,22 +44,22 @@ class Tracer:
         def at(moment: float) -> int:
             return wall - int((now - moment) * 1e9)
 
-        usage = job.usage()
+        usage = answer.usage()
         attributes: dict[str, Any] = {
             "gen_ai.request.id": request_id,
-            "gen_ai.request.n": len(job.texts),
+            "gen_ai.request.n": len(answer.choices),
             "gen_ai.usage.prompt_tokens": usage["prompt_tokens"],
             "gen_ai.usage.completion_tokens": usage["completion_tokens"],
-            "gen_ai.latency.e2e": now - job.group.arrival,
-            "gen_ai.response.finish_reasons": [text.finish_reason or "abort" for text in job.texts],
+            "gen_ai.latency.e2e": now - answer.arrival,
+            "gen_ai.response.finish_reasons": [one.finish_reason or "abort" for one in answer.choices],
         }
-        choice = job.texts[0].choice
+        choice = answer.choices[0]
         if choice.first_time:
-            attributes["gen_ai.latency.time_to_first_token"] = choice.first_time - job.group.arrival
-            attributes["gen_ai.latency.time_in_queue"] = max(0.0, choice.scheduled - job.group.arrival)
+            attributes["gen_ai.latency.time_to_first_token"] = choice.first_time - answer.arrival
+            attributes["gen_ai.latency.time_in_queue"] = max(0.0, choice.scheduled - answer.arrival)
         parent = self._propagator.extract(dict(headers))
         span = self._tracer.start_span(
-            "llm_request", context=parent, kind=SpanKind.SERVER, attributes=attributes, start_time=at(job.group.arrival)
+            "llm_request", context=parent, kind=SpanKind.SERVER, attributes=attributes, start_time=at(answer.arrival)
         )
         span.end(end_time=wall)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from kvarena.engine.core import Engine
-from kvarena.engine.request import Request
 from kvarena.engine.server.engine.pool_view import PoolView
-from kvarena.engine.server.engine.served import Outgoing, Route
+from kvarena.engine.server.engine.served import Outgoing, ServedRequest
 from kvarena.engine.server.shared.ipc import Link, ToFront
 from kvarena.engine.server.shared.metrics import Row
 
@@ -30,7 +29,7 @@ class Gauges:
         self._view = PoolView(engine.allocator)
         self._next = 0.0
 
-    def update(self, links: Sequence[Link], outs: Sequence[Outgoing], routes: Mapping[Request, Route]) -> None:
+    def update(self, links: Sequence[Link], outs: Sequence[Outgoing], requests: Collection[ServedRequest]) -> None:
         """Write the gauges when it is time, or the engine is idle; send a frame to the fronts that watch the pool."""
         now = time.monotonic()
         if now < self._next and self._engine.has_work:
@@ -41,7 +40,7 @@ class Gauges:
         row.set("vllm:num_requests_waiting", scheduler.num_waiting)
         row.set("vllm:num_requests_waiting_by_reason", scheduler.num_waiting, "capacity")
         usage = self._engine.allocator.usage(scheduler.queue_head())
-        classes = self._view.classes(usage, routes, scheduler.held)
+        classes = self._view.classes(usage, requests, scheduler.held)
         for name, slots in classes.items():
             row.set("kvarena:kv_slots", slots, name)
         row.set("kvarena:kv_slots_shared_saved", usage.shared_saved)
@@ -50,7 +49,7 @@ class Gauges:
         watchers = [link for link, out in zip(links, outs, strict=True) if out.watching and not link.num_queued_bytes]
         if not watchers:
             return
-        frame = self._view.snapshot(classes, scheduler, routes)
+        frame = self._view.snapshot(classes, scheduler, requests)
         frame |= {"time": now, "shared_saved": usage.shared_saved}
         for link in watchers:
             link.send([ToFront.POOL_MAP, frame])

@@ -11,8 +11,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from kvarena.engine.errors import EngineError, KvarenaError, RequestRejected
-from kvarena.engine.request import Request, expand
-from kvarena.engine.server.engine.served import Outgoing, Route, ServedEngine
+from kvarena.engine.request import expand
+from kvarena.engine.server.engine.served import Outgoing, ServedEngine, ServedRequest
 from kvarena.engine.server.shared.ipc import AddFrame, ToEngine, unpack_ids
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Intake:
         max_num_queued_requests: waiting requests beyond which new ones are refused.
 
     Attributes:
-        routes: where each request's tokens go.
+        requests: those that have not ended, by front and handle.
         outs: each front's share of what is told next; the loop replaces them.
         grammars: what constraints are compiled in, or None when the runner cannot apply any.
     """
@@ -40,11 +40,10 @@ class Intake:
         self._served, self._engine = served, served.engine
         self._max_queued = max_num_queued_requests
         self._inboxes: list[deque[list[Any]]] = [deque() for _ in range(num_fronts)]
-        self._by_handle: dict[tuple[int, int], Request] = {}
         self._parked: dict[str, list[tuple[int, AddFrame]]] = {}  # by the key of their grammar
         self._ready: deque[tuple[int, AddFrame]] = deque()  # were parked, and need not wait any more
         self._num_parked = 0  # choices in both
-        self.routes: dict[Request, Route] = {}
+        self.requests: dict[tuple[int, int], ServedRequest] = {}
         self.outs = [Outgoing() for _ in range(num_fronts)]
         self.grammars: CompiledGrammars | None = None
         if served.compile_grammar is not None:
@@ -142,10 +141,9 @@ class Intake:
         if self._is_parked(front, frame):
             return
         try:
-            for i, req in enumerate(self._requests(frame)):
+            for req in self._requests(front, frame):
                 engine.add(req)
-                self.routes[req] = Route(front, frame.handle + i, req, shown_id=frame.shown_id, key=frame.key)
-                self._by_handle[front, frame.handle + i] = req
+                self.requests[front, req.handle] = req
         except RequestRejected as error:
             self._undo_add(front, frame)
             out.admitted.append((frame.handle, error.reason, self._served.words(str(error))))
@@ -164,20 +162,26 @@ class Intake:
         for i in range(frame.sampling.n):
             self._abort(front, frame.handle + i)
 
-    def _requests(self, frame: AddFrame) -> list[Request]:
+    def _requests(self, front: int, frame: AddFrame) -> list[ServedRequest]:
         now = self._engine.clock.now()
-        req = Request(
-            request_id=f"{frame.request_id}",
+        req = ServedRequest(
+            request_id=frame.request_id,
             prompt_token_ids=unpack_ids(frame.prompt),
             sampling=frame.sampling,
             arrival_time=now - max(0.0, time.monotonic() - frame.arrival),
             priority=frame.priority,
             client_id=frame.client_id,
             # Log-probabilities of a prompt need all of it computed: nobody shares such a request's salt.
-            cache_salt=frame.request_id if frame.ignore_cache else frame.cache_salt,
+            cache_salt=frame.cache_salt if frame.sampling.prompt_logprobs is None else frame.request_id,
             eos_token_ids=self._served.eos_token_ids,
+            front=front,
+            handle=frame.handle,
+            shown_id=frame.shown_id,
+            key=frame.key,
         )
         requests = expand(req)
+        for i, one in enumerate(requests):
+            one.handle += i
         if frame.constraint is not None:
             if self.grammars is None:
                 raise EngineError("this engine's runner cannot constrain tokens")
@@ -189,22 +193,22 @@ class Intake:
         return requests
 
     def _abort(self, front: int, handle: int) -> None:
-        req = self._by_handle.pop((front, handle), None)
-        if req is None:
-            if self._num_parked:
-                self._drop_parked(front, handle)
-            return
-        self.routes.pop(req, None)
-        self._engine.abort(req.request_id)
+        req = self.requests.get((front, handle))
+        if req is not None:
+            self.forget(req)
+            self._engine.abort(req.request_id)
+        elif self._num_parked:
+            self._drop_parked(front, handle)
 
-    def forget(self, route: Route) -> None:
+    def forget(self, req: ServedRequest) -> None:
         """A request has ended."""
-        self._by_handle.pop((route.front, route.handle), None)
+        req.is_open = False
+        self.requests.pop((req.front, req.handle), None)
 
     def drop_front(self, front: int) -> int:
         """A front is gone: end its requests; how many they were."""
         self._inboxes[front].clear()
-        running = [key for key in self._by_handle if key[0] == front]
+        running = [key for key in self.requests if key[0] == front]
         for owner, handle in running:
             self._abort(owner, handle)
         parked = [entry for entries in [*self._parked.values(), self._ready] for entry in entries]

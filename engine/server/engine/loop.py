@@ -20,9 +20,9 @@ from kvarena.engine.errors import EngineError, OutOfMemory
 from kvarena.engine.request import FinishReason, Request
 from kvarena.engine.server.engine.gauges import Gauges
 from kvarena.engine.server.engine.intake import Intake
-from kvarena.engine.server.engine.served import Outgoing, ServedEngine
+from kvarena.engine.server.engine.served import Outgoing, ServedEngine, ServedRequest
 from kvarena.engine.server.shared import metrics
-from kvarena.engine.server.shared.ipc import BAD_CONSTRAINT, Finish, Link, ToFront
+from kvarena.engine.server.shared.ipc import BAD_CONSTRAINT, Link, ToFront
 from kvarena.engine.server.shared.page import Page
 
 logger = logging.getLogger("kvarena.engine")
@@ -80,7 +80,7 @@ class EngineLoop:
                 if self._engine.has_work:
                     self._step()
                 self._send()
-                self._gauges.update(self._links, self._intake.outs, self._intake.routes)
+                self._gauges.update(self._links, self._intake.outs, self._intake.requests.values())
         except BaseException:
             self._row.set("state", metrics.FAILED)
             raise
@@ -188,26 +188,26 @@ class EngineLoop:
             raise EngineError(f"{MAX_FAILED_STEPS} engine steps in a row failed; the last: {reason}") from failure
 
     def _dispatch(self, output: StepOutput) -> None:
-        routes, outs, plan = self._intake.routes, self._intake.outs, output.plan
+        outs, plan = self._intake.outs, output.plan
         logprobs, prompt_logprobs = output.result.logprobs, output.result.prompt_logprobs
         num_sampled = 0
         for i, ((req, start, _), token) in enumerate(zip(plan.scheduled, output.result.token_ids, strict=True)):
-            route = routes.get(req)
-            if route is None:
+            if not isinstance(req, ServedRequest) or not req.is_open:
                 continue
-            if not route.scheduled:
-                route.scheduled = time.monotonic() - (self._engine.clock.now() - output.start_time)
-                outs[route.front].started.append((route.handle, route.scheduled, req.num_cached_tokens))
+            if not req.has_begun:
+                req.has_begun = True
+                scheduled = time.monotonic() - (self._engine.clock.now() - output.start_time)
+                outs[req.front].started.append((req.handle, scheduled, req.num_cached_tokens))
                 self._count_prompt(req)
             if prompt_logprobs is not None and (entries := prompt_logprobs[i]) is not None:
-                outs[route.front].prompt_logprobs.append((route.handle, start + 1, entries))
+                outs[req.front].prompt_logprobs.append((req.handle, start + 1, entries))
             if token is None:
                 continue
             num_sampled += 1
-            out = outs[route.front]
+            out = outs[req.front]
             if logprobs is not None and (entry := logprobs[i]) is not None:
                 out.logprobs.append((len(out.handles), entry))
-            out.handles.append(route.handle)
+            out.handles.append(req.handle)
             out.tokens.append(token)
         for req in output.plan.rejected:
             self._finish(req)
@@ -220,19 +220,16 @@ class EngineLoop:
         row.observe("vllm:iteration_tokens_total", plan.num_new_tokens)
 
     def _finish(self, req: Request) -> None:
-        route = self._intake.routes.pop(req, None)
-        if route is None:
+        if not isinstance(req, ServedRequest) or not req.is_open:
             return
-        self._intake.forget(route)
+        self._intake.forget(req)
         reason = (req.finish_reason or FinishReason.ERROR).value
         if req.constraint is not None and req.constraint.failure:
             reason, req.error = BAD_CONSTRAINT, req.constraint.failure
-        error = None if req.error is None else self._served.words(req.error)
         last = req.output_token_ids[-1] if req.output_token_ids else None
         stop_token = last if reason == FinishReason.STOP.value else None
-        self._intake.outs[route.front].finished.append(
-            Finish(route.handle, reason, stop_token, req.num_preemptions, error)
-        )
+        error = self._served.words(req.error)
+        self._intake.outs[req.front].finished.append((req.handle, reason, stop_token, error, req.num_preemptions))
 
     def _count_prompt(self, req: Request) -> None:
         """Count a prompt once, in its first step: a request that a stop string or its client ends counts too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain, count
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from kvarena.engine.contract import KVAllocator, KVUsage, StepScheduler, cdiv
 from kvarena.engine.request import Request
-from kvarena.engine.server.engine.served import Route
+from kvarena.engine.server.engine.served import ServedRequest
 from kvarena.engine.server.shared.ipc import pack_ids
 
 MAX_CELLS = 8192
@@ -57,13 +57,13 @@ class PoolView:
         }
 
     def snapshot(
-        self, classes: dict[str, int], scheduler: StepScheduler, routes: Mapping[Request, Route]
+        self, classes: dict[str, int], scheduler: StepScheduler, open_requests: Collection[Request]
     ) -> dict[str, Any]:
         """The map: per cell a request's number or one of the owners above, and how full it is; and a row per request.
 
         Above `MAX_CELLS` blocks, a cell stands for several blocks and shows one owner among them.
         """
-        requests = [*sorted(routes, key=lambda req: (not req.num_slots, req.arrival_time)), *scheduler.held]
+        requests = [*sorted(open_requests, key=lambda req: (not req.num_slots, req.arrival_time)), *scheduler.held]
         known = self._numbers
         self._numbers = {req: known.get(req) or next(self._next_number) for req in requests}
         owner, filled = self._paint([req for req in requests if req.num_slots])
@@ -77,13 +77,15 @@ class PoolView:
             "classes": classes,
             "running": scheduler.num_running,
             "waiting": scheduler.num_waiting,
-            "requests": [self._row(req, routes.get(req)) for req in requests[:MAX_ROWS]],
+            "requests": [self._row(req) for req in requests[:MAX_ROWS]],
         }
 
-    def _row(self, req: Request, route: Route | None) -> list[Any]:
-        """What `ROW` of front/dashboard.py names. One without a route has finished, and its batch has not."""
-        state = "held" if route is None else "running" if req.num_slots else "waiting"
-        shown_id, key = (route.shown_id, route.key) if route is not None else ("", -1)
+    def _row(self, req: Request) -> list[Any]:
+        """What `ROW` of front/dashboard.py names. One that is held has finished, and its batch has not."""
+        state = "held" if req.is_finished else "running" if req.num_slots else "waiting"
+        shown_id, key = ("", -1)
+        if isinstance(req, ServedRequest) and req.is_open:
+            shown_id, key = req.shown_id, req.key
         lengths = (req.num_prompt_tokens, len(req.output_token_ids), req.num_computed_tokens, req.num_slots)
         return [self._numbers[req], state, *lengths, shown_id, req.client_id, key]
 

@@ -1,4 +1,4 @@
-"""What the engine process keeps beside the engine: its facts, where tokens go, and what a step sends."""
+"""What the engine process keeps beside the engine: its facts, whose requests it has, and what a step sends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvarena.engine.core import Engine
 from kvarena.engine.request import Request
-from kvarena.engine.server.shared.ipc import EngineInfo, Finish, ToFront, pack_ids
+from kvarena.engine.server.shared.ipc import EngineInfo, ToFront, pack_ids
 
 if TYPE_CHECKING:  # llguidance: the supervisor imports this, too
     from kvarena.engine.server.engine.grammars import CompiledGrammar
@@ -58,27 +58,44 @@ class ServedEngine:
         )
 
 
-@dataclass(slots=True)
-class Route:
-    """Where a request's tokens go, and who asked: its X-Request-Id, and the position of its API key or -1."""
+@dataclass(eq=False, slots=True, kw_only=True)
+class ServedRequest(Request):
+    """A request that a front sent.
+
+    Attributes:
+        front, handle: where its tokens go.
+        shown_id, key: who asked: its X-Request-Id, and the position of its API key or -1.
+        has_begun: the front knows that it has begun.
+        is_open: the front waits for more.
+    """
 
     front: int
     handle: int
-    req: Request
-    scheduled: float = 0.0
     shown_id: str = ""
     key: int = -1
+    has_begun: bool = False
+    is_open: bool = True
 
 
 @dataclass(slots=True)
 class Outgoing:
-    """One front's share of a step."""
+    """One front's share of a step.
+
+    Attributes:
+        handles, tokens: of the choices that have a new token.
+        logprobs: beside them: position among the tokens, and what the runner gave.
+        prompt_logprobs: handle, first position, and what the runner gave for each.
+        finished: handle, reason, the token that ended it or None, what went wrong, how often it was preempted.
+        admitted: of a prompt: handle, and why it was refused (reason, message) or empty texts.
+        started: handle, time of the first step, prompt tokens that the prefix cache held.
+        watching: its dashboard is looked at.
+    """
 
     handles: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[tuple[int, Any]] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, int, Any]] = field(default_factory=list)
-    finished: list[Finish] = field(default_factory=list)
+    finished: list[tuple[int, str, int | None, str, int]] = field(default_factory=list)
     admitted: list[tuple[int, str, str]] = field(default_factory=list)
     started: list[tuple[int, float, int]] = field(default_factory=list)
     watching: bool = False

@@ -13,18 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.engine.grammar_checks import CheckedGrammar
-from kvarena.engine.server.front.groups import Choice, EngineGone, Group, Refused, SlowReader
+from kvarena.engine.server.front.groups import Choice, EngineGone, Refused, SlowReader
 from kvarena.engine.server.shared.ipc import (
     AddFrame,
     EngineInfo,
-    Finish,
     FrameDecoder,
     ToEngine,
     ToFront,
     encode,
-    pack_ids,
     unpack_ids,
 )
 from kvarena.engine.server.shared.metrics import Histogram, Row
@@ -69,66 +66,30 @@ class EngineClient(asyncio.Protocol):
         """Choices that have not ended."""
         return len(self._choices)
 
-    async def submit(
-        self,
-        group: Group,
-        prompt: list[int],
-        *,
-        request_id: str,
-        sampling: SamplingParams,
-        priority: int = 0,
-        client_id: str = "",
-        cache_salt: str = "",
-        constraint: str | None = None,
-        shown_id: str = "",
-        key: int = -1,
-    ) -> list[Choice]:
-        """Hand a prompt to the engine and wait until it has queued it.
+    def submit(self, frame: AddFrame, choices: list[Choice]) -> asyncio.Future[None]:
+        """Hand a prompt to the engine; the future is done when the engine has queued it.
 
         Args:
-            group: where the tokens go; `sampling.n` choices are added to it.
-            prompt: token ids.
-            request_id: unique on this server.
-            sampling: how its tokens are picked.
-            priority, client_id, cache_salt: as in `Request`.
-            constraint: key of a grammar that `constrain` has announced.
-            shown_id, key: as in `AddFrame`.
+            frame: what is asked; its handle is picked here.
+            choices: `frame.sampling.n` that wait for its tokens.
 
         Raises:
-            Refused: the engine cannot take it.
-            EngineGone: there is no engine.
+            Refused: (the future) the engine cannot take it.
+            EngineGone: there is no engine; the future raises it, too.
         """
         if self.gone:
             raise EngineGone(self.gone)
         assert self._transport is not None
-        num_choices = sampling.n
         handle = self._next_handle
-        self._next_handle = handle + num_choices if handle < MAX_HANDLE else 1
-        choices = []
-        # One for all: the engine may compute a prompt for one choice only, and let the others share its KV.
-        prompt_logprobs: dict[int, Any] = {}
-        for i in range(num_choices):
-            choice = Choice(group, len(group.choices), handle + i, len(prompt), prompt_logprobs=prompt_logprobs)
-            group.choices.append(choice)
-            group.num_open += 1
-            self._choices[handle + i] = choice
-            choices.append(choice)
-        admission = asyncio.get_running_loop().create_future()
+        self._next_handle = handle + len(choices) if handle < MAX_HANDLE else 1
+        for choice_handle, choice in enumerate(choices, start=handle):
+            choice.handle = choice_handle
+            self._choices[choice_handle] = choice
+        admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._admissions[handle] = (admission, choices)
-        ignore_cache = sampling.prompt_logprobs is not None
-        frame = AddFrame(
-            handle, request_id, pack_ids(prompt), sampling, group.arrival, priority, client_id, cache_salt,
-            ignore_cache, constraint, shown_id, key,
-        )  # fmt: skip
-        self._transport.write(encode((ToEngine.ADD, *frame)))
-        try:
-            await admission
-        except asyncio.CancelledError:
-            self.abort(choices, "abort")
-            raise
-        finally:
-            self._admissions.pop(handle, None)
-        return choices
+        admission.add_done_callback(lambda _: self._admissions.pop(handle, None))
+        self._transport.write(encode((ToEngine.ADD, *frame._replace(handle=handle))))
+        return admission
 
     def constrain(self, grammar: CheckedGrammar) -> None:
         """Announce a grammar that the next prompts are to follow: once for all of a request's."""
@@ -203,7 +164,7 @@ class EngineClient(asyncio.Protocol):
         packed_tokens: bytes,
         logprobs: list[tuple[int, Any]],
         prompt_logprobs: list[tuple[int, int, Any]],
-        finished: list[list[Any]],
+        finished: list[tuple[int, str, int | None, str, int]],
     ) -> None:
         for handle, reason, text in admitted:
             self._on_admission(handle, reason, text)
@@ -242,8 +203,8 @@ class EngineClient(asyncio.Protocol):
                 lagging.append(choice)
                 continue
             choice.group.wake()
-        for row in finished:
-            self._on_finish(Finish(*row), now)
+        for how in finished:
+            self._on_finish(*how, now)
         for choice in lagging:
             self._row.inc("kvarena:slow_reader_aborts")
             choice.group.fail(SlowReader(f"the client did not read for {max_lag} tokens"))
@@ -258,36 +219,34 @@ class EngineClient(asyncio.Protocol):
             return
         # The engine has none of this prompt's choices; of the request's other prompts it may have.
         for choice in choices:
-            if self._choices.pop(choice.handle, None) is not None:
-                choice.is_open = False
-                choice.group.num_open -= 1
+            self._choices.pop(choice.handle, None)
         admission.set_exception(Refused(reason, text))
 
-    def _on_finish(self, finish: Finish, now: float) -> None:
-        choice = self._choices.pop(finish.handle, None)
+    def _on_finish(
+        self, handle: int, reason: str, stop_token: int | None, error: str, num_preemptions: int, now: float
+    ) -> None:
+        choice = self._choices.pop(handle, None)
         if choice is None:
             return
-        choice.finish = finish
-        self._close(choice, finish.reason, now, finish)
+        choice.ended, choice.stop_token, choice.error = reason, stop_token, error
+        self._close(choice, reason, now, num_preemptions)
         if not choice.is_dirty:
             choice.is_dirty = True
             choice.group.dirty.append(choice)
         choice.group.wake()
 
-    def _close(self, choice: Choice, reason: str, now: float, finish: Finish | None) -> None:
+    def _close(self, choice: Choice, reason: str, now: float, num_preemptions: int | None) -> None:
         """Count an ended choice."""
-        choice.is_open = False
-        choice.group.num_open -= 1
-        row, count = self._row, choice.num_tokens
+        row, count, num_prompt = self._row, choice.num_tokens, len(choice.prompt)
         row.inc("vllm:request_success", reason if reason in ("stop", "length", "abort") else "error")
         row.observe("vllm:e2e_request_latency_seconds", now - choice.group.arrival)
-        row.observe("vllm:request_prompt_tokens", choice.num_prompt_tokens)
+        row.observe("vllm:request_prompt_tokens", num_prompt)
         row.observe("vllm:request_generation_tokens", count)
         if reason not in ("stop", "length") or not count:
             return
-        if finish is not None:  # a stop string is found here, where preemptions are not known
-            row.observe("vllm:request_num_preemptions", finish.num_preemptions)
-        row.observe("vllm:request_prefill_kv_computed_tokens", choice.num_prompt_tokens - choice.num_cached_tokens)
+        if num_preemptions is not None:  # a stop string is found here, where preemptions are not known
+            row.observe("vllm:request_num_preemptions", num_preemptions)
+        row.observe("vllm:request_prefill_kv_computed_tokens", num_prompt - choice.num_cached_tokens)
         row.observe("vllm:request_queue_time_seconds", max(0.0, choice.scheduled - choice.group.arrival))
         row.observe("vllm:request_inference_time_seconds", now - choice.scheduled)
         row.observe("vllm:request_prefill_time_seconds", max(0.0, choice.first_time - choice.scheduled))

@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from kvarena.engine.server.front.client import EngineClient
+from kvarena.engine.server.front.http import disconnected
 from kvarena.engine.server.shared import metrics
 from kvarena.engine.server.shared.ipc import unpack_ids
 
@@ -153,7 +154,7 @@ class FeedResponse(Response):
         """Answer."""
         headers = [(key, value) for key, value in self.raw_headers if key != b"content-length"]
         watcher = self._feed.enter(self._key, self._own_prefix)
-        ends = (asyncio.create_task(_disconnected(receive)), asyncio.create_task(self._feed.closed.wait()))
+        ends = (asyncio.create_task(disconnected(receive)), asyncio.create_task(self._feed.closed.wait()))
         event = asyncio.create_task(watcher.queue.get())
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -170,8 +171,3 @@ class FeedResponse(Response):
             for task in (event, *ends):
                 task.cancel()
             self._feed.leave(watcher)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -14,12 +14,12 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvarena.engine.server.shared.config import OPEN_PATHS, ServerConfig
@@ -37,25 +37,13 @@ MAX_HEADERS = 256
 MAX_HEADER_BYTES = 64 * 1024
 
 
-@dataclass(slots=True)
-class RequestState:
-    """What the gate keeps of a request, at `scope["kvarena"]`.
-
-    Attributes:
-        request_id: the caller's, or a fresh one.
-        direct_send: what is outside of the gate; it adds nothing.
-        key: the position of the API key that it gave, or -1.
-        status: of the answer; who uses `direct_send` sets it.
-    """
-
-    request_id: str
-    direct_send: Send
-    key: int = -1
-    status: int = 0
-
-
 class Gate:
-    """The outermost layer.
+    """The outermost layer. It keeps of a request, in its `scope["state"]`:
+
+        request_id: the caller's, or a fresh one
+        key: the position of the API key that it gave, or -1
+        send: what is outside of the gate; it adds nothing
+        status: of the answer; who uses `send` sets it
 
     Args:
         app: what is behind.
@@ -79,39 +67,38 @@ class Gate:
         headers = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id"))
         # A stream writes through `send`, with no layer of the app in between.
-        state = RequestState(request_id, send)
-        scope["kvarena"] = state
+        key = self._key_of(headers)
+        scope["state"] = state = {"request_id": request_id, "key": key, "send": send, "status": 0}
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                state.status = message["status"]
+                state["status"] = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
         self._row.inc("kvarena:open_requests")
         try:
-            error = self._refusal(scope, headers, state)
+            error = self._refusal(scope, headers)
             if error is not None:
                 await error_response(error)(scope, receive, send_with_id)
             else:
                 await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:
             # The server leaves, or the client reads no more. Who has no answer yet gets one; a stream just ends.
-            if not state.status:
+            if not state["status"]:
                 await error_response(unavailable("The server is shutting down.", "draining", retry_after=5))(
                     scope, receive, send_with_id
                 )
         finally:
             self._row.inc("kvarena:open_requests", by=-1)
-            self._count(scope, state, time.monotonic() - start)
+            self._count(scope, time.monotonic() - start)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], state: RequestState) -> ApiError | None:
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         if len(scope["headers"]) > MAX_HEADERS or sum(len(k) + len(v) for k, v in scope["headers"]) > MAX_HEADER_BYTES:
             return ApiError(431, "The request's headers are too large.", code="headers_too_large")
-        state.key = self._key_of(headers)
         path = scope["path"]
         is_open = path in self._open or path.startswith(OPEN_PREFIX) or scope["method"] == "OPTIONS"
-        if self._keys and not is_open and state.key < 0:
+        if self._keys and not is_open and scope["state"]["key"] < 0:
             return ApiError(
                 401, "Incorrect or missing API key.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
             )
@@ -128,8 +115,8 @@ class Gate:
         matches = [hmac.compare_digest(key, known) for known in self._keys]
         return matches.index(True) if any(matches) else -1
 
-    def _count(self, scope: Scope, state: RequestState, seconds: float) -> None:
-        status = state.status
+    def _count(self, scope: Scope, seconds: float) -> None:
+        status = scope["state"]["status"]
         path = scope["path"]
         route = scope.get("route")
         handler = getattr(route, "path", path)
@@ -148,7 +135,7 @@ class Gate:
                 path.encode("unicode_escape").decode()[:200].replace('"', "'"),
                 status,
                 seconds,
-                state.request_id,
+                scope["state"]["request_id"],
             )
 
 
@@ -166,11 +153,15 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, f"The request's body is larger than {limit} bytes.", code="request_too_large")
 
 
-def error_response(error: ApiError) -> Any:
+def error_response(error: ApiError) -> Response:
     """The response for an error."""
-    from starlette.responses import Response
-
     return Response(orjson.dumps(error.body()), error.status, error.headers, media_type="application/json")
+
+
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client closes the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def read_json(request: Request, config: ServerConfig) -> dict[str, Any]:

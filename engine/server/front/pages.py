@@ -89,4 +89,4 @@ def add_live_pages(app: FastAPI, feed: PoolFeed) -> None:
             raise bad_request("mine must be 32 hexadecimal digits, which the ids of your requests start with", "mine")
         if feed.num_watchers >= MAX_WATCHERS:
             raise unavailable(f"{MAX_WATCHERS} pages are watching already.", "too_many_watchers")
-        return FeedResponse(feed, request.scope["kvarena"].key, mine)
+        return FeedResponse(feed, request.state.key, mine)

@@ -24,7 +24,7 @@ from kvarena.engine.request import SamplingParams
 
 _LENGTH = struct.Struct(">I")
 MAX_FRAME_BYTES = 1 << 28
-BAD_CONSTRAINT = "bad_constraint"  # a `Finish.reason`: the structured output turned out to be impossible
+BAD_CONSTRAINT = "bad_constraint"  # how a choice ended: the structured output turned out to be impossible
 OUTBOX_LIMIT_BYTES = 64 << 20
 _RECV_BYTES = 1 << 18
 _MAX_RECV = 8
@@ -43,9 +43,8 @@ class ToFront(IntEnum):
     """Kinds of frames that the engine sends."""
 
     READY = 0
-    ADMITTED = 1
-    STEP = 2
-    POOL_MAP = 3
+    STEP = 1
+    POOL_MAP = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +85,11 @@ class EngineInfo:
 
 
 class AddFrame(NamedTuple):
-    """A new request with `sampling.n` choices, whose handles are `handle`, `handle + 1`, ...
+    """A new prompt with `sampling.n` choices, whose handles are `handle`, `handle + 1`, ...
 
-    `arrival` is on the machine's monotonic clock; `prompt` is packed int32; `constraint` is the key of a grammar
-    that came before, or None. `shown_id` and `key` are the HTTP request's X-Request-Id and the position of its API
-    key, or -1.
+    `handle` is picked by the front's client; `arrival` is on the machine's monotonic clock; `prompt` is packed int32;
+    `constraint` is the key of a grammar that came before, or None. `shown_id` and `key` are the HTTP request's
+    X-Request-Id and the position of its API key, or -1.
     """
 
     handle: int
@@ -101,20 +100,9 @@ class AddFrame(NamedTuple):
     priority: int
     client_id: str
     cache_salt: str
-    ignore_cache: bool
     constraint: str | None
     shown_id: str = ""
     key: int = -1
-
-
-class Finish(NamedTuple):
-    """How a choice ended. `stop_token` is the token that ended it, if one did."""
-
-    handle: int
-    reason: str
-    stop_token: int | None
-    num_preemptions: int
-    error: str
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from kvarena.engine.server.text.decoders import Form, read_form
 from kvarena.engine.server.text.filters import CleanUpFilter, PromptFilter, StripFilter
@@ -45,13 +45,6 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]:
         """Ids of vocabulary entries."""
         ...
-
-
-class Begun(NamedTuple):
-    """A text that goes on: what is settled of it, and the stream of what follows."""
-
-    text: str
-    stream: TextStream
 
 
 class Detokenizer:
@@ -107,13 +100,13 @@ class Detokenizer:
         """
         if not context:
             return self._new(skip_special_tokens)
-        stream = self.begin(self._tail(context, skip_special_tokens), skip_special_tokens).stream
+        _, stream = self.begin(self._tail(context, skip_special_tokens), skip_special_tokens)
         ends = stream.ends()
         if any(ends):
             stream.filters = [*stream.filters, PromptFilter(ends)]
         return stream
 
-    def begin(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> Begun:
+    def begin(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> tuple[str, TextStream]:
         """The text of tokens as far as nothing that follows can change it, and the stream of what follows."""
         if self._form is None and token_ids:
             ids = list(token_ids)
@@ -122,9 +115,9 @@ class Detokenizer:
             text = text[: len(text) - len(window.rest)]
             for one in window.filters:
                 text = one.add(text)
-            return Begun(text, window)
+            return text, window
         stream = self._new(skip_special_tokens)
-        return Begun(stream.add(token_ids), stream)
+        return stream.add(token_ids), stream
 
     def text(self, token_ids: Sequence[int], skip_special_tokens: bool = True, context: Sequence[int] = ()) -> str:
         """The whole text of tokens."""

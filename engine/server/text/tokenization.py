@@ -18,7 +18,8 @@ from kvarena.engine.errors import ModelError, RequestError
 from kvarena.engine.importing import importing
 from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.shared.errors import ApiError, bad_request, context_overflow
-from kvarena.engine.server.text.detokenizer import Begun, Detokenizer
+from kvarena.engine.server.text.detokenizer import Detokenizer
+from kvarena.engine.server.text.streams import TextStream
 
 # Longer texts are tokenized on a thread, in the one call of the library that lets go of the interpreter meanwhile.
 _INLINE_CHARS = 8192
@@ -107,7 +108,7 @@ class TokenizerService:
         work = functools.partial(self.detokenizer.text, tokens, skip_special_tokens=skip_special_tokens)
         return work() if len(tokens) <= _INLINE_CHARS else await self._off_loop(self._counting_thread, work)
 
-    async def begin(self, tokens: list[int], skip_special_tokens: bool) -> Begun:
+    async def begin(self, tokens: list[int], skip_special_tokens: bool) -> tuple[str, TextStream]:
         """A prompt's text and the stream of what follows."""
         work = functools.partial(self.detokenizer.begin, tokens, skip_special_tokens)
         return work() if len(tokens) <= _INLINE_CHARS else await self._off_loop(self._counting_thread, work)
@@ -190,7 +191,7 @@ def template_tools(tools: list[Any]) -> list[dict[str, Any]]:
     return made
 
 
-def template_messages(messages: list[Any], tools_model: bool = True) -> list[dict[str, Any]]:
+def template_messages(messages: list[Any]) -> list[dict[str, Any]]:
     """Messages as templates expect them: text parts joined, past tool calls' arguments as objects.
 
     Raises:
@@ -205,7 +206,7 @@ def template_messages(messages: list[Any], tools_model: bool = True) -> list[dic
         elif content is None:
             entry["content"] = ""
         if message.tool_calls is not None:
-            entry["tool_calls"] = [_tool_call(call, i) for call in message.tool_calls] if tools_model else []
+            entry["tool_calls"] = [_tool_call(call, i) for call in message.tool_calls]
         made.append(entry)
     return made
 
