@@ -127,10 +127,9 @@ class LLM:
             )
             defaults = generation_defaults(str(directory)) if self._config.generation_config else {}
             served = build_served_engine(config, strategy_names)
-        self._engine, self._eos_token_ids = served.engine, served.eos_token_ids
-        self._client = _Client(served.engine, served.eos_token_ids)
-        self._limits = replace(served.info(), defaults=defaults)
-        self._prompts = Prompts(self._tokenizer, served.max_model_len)
+        self._engine, self._limits = served.engine, replace(served.info, defaults=defaults)
+        self._client = _Client(served.engine, frozenset(served.info.eos_token_ids))
+        self._prompts = Prompts(self._tokenizer, served.info.max_model_len)
         self._lock = threading.Lock()
         # Tokenizing is written for an event loop, and a notebook's own is busy: ours runs on a thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvarena-llm")
@@ -253,7 +252,7 @@ class LLM:
             arrival_time=self._engine.clock.now(),
             # Log-probabilities of a prompt need all of it computed: nobody shares such a request's salt.
             cache_salt=asked.request_id if first.sampling.prompt_logprobs is not None else "",
-            eos_token_ids=self._eos_token_ids,
+            eos_token_ids=self._client.eos_token_ids,
         )
         for one, choice in zip(expand(req), asked.choices, strict=True):
             self._engine.add(one)

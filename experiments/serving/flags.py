@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.server.shared.config import TOOL_PARSERS
+from kvarena.experiments.serving.words import FLAGS
 from kvarena.reports.reading.options import Options
 
 DTYPES = {
@@ -181,16 +182,18 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
     allocator = flags.allocator or ("paged" if flags.enable_prefix_caching is False else "paged_prefix")
     made = ["mode=serve", f"allocator={allocator}", f"scheduler={flags.scheduler or 'chunked'}"]
     model = flags.model or flags.model_flag
+    # A flag is called as its setting is spoken of, and sets it to what was given ...
     values = {
+        key: getattr(flags, flag.removeprefix("--").replace("-", "_"))
+        for key, flag in FLAGS.items()
+        if flag not in ("MODEL", "--swap-space", "--disable-access-log")
+    }
+    # ... but for these, and for what no flag or more than one decides.
+    values |= {
         "model.path": model,
         "model.trust_remote_code": flags.trust_remote_code or None,
-        "model.load_format": flags.load_format,
         "engine.dtype": DTYPES[flags.dtype],
-        "engine.device": flags.device,
-        "engine.gpu_memory_utilization": flags.gpu_memory_utilization,
-        "engine.seed": flags.seed,
         "engine.overlap": flags.async_scheduling is not False,
-        "scheduler.max_num_seqs": flags.max_num_seqs,
         "scheduler.max_num_batched_tokens": max(2048, flags.max_num_seqs or 0)
         if flags.max_num_batched_tokens is None
         else flags.max_num_batched_tokens,
@@ -198,31 +201,8 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
         "engine.max_model_len": NULL if flags.max_model_len is None else flags.max_model_len,
         "kv_cache.num_slots": NULL,
         "runner.graphs": False if flags.enforce_eager else None,
-        "allocator.block_size": flags.block_size,
-        "kv_cache.num_blocks": flags.num_gpu_blocks_override,
-        "kv_cache.memory_gib": flags.kv_cache_memory_gib,
-        "server.host": flags.host,
-        "server.port": flags.port,
-        "server.api_keys": flags.api_key,
-        "server.api_key_file": flags.api_key_file,
-        "server.protected_paths": flags.protect,
-        "server.served_model_names": flags.served_model_name,
-        "server.num_fronts": flags.api_server_count,
-        "server.max_num_queued_requests": flags.max_num_queued_requests,
-        "server.shutdown_timeout": flags.shutdown_timeout,
-        "server.cors_origins": flags.allowed_origins,
-        "server.allowed_media_domains": flags.allowed_media_domains,
-        "server.allowed_local_media_path": flags.allowed_local_media_path,
-        "server.chat_template": flags.chat_template,
-        "server.tool_call_parser": flags.tool_call_parser,
         "server.generation_config": None if flags.generation_config is None else flags.generation_config == "auto",
-        "server.max_logprobs": flags.max_logprobs,
-        "server.otlp_endpoint": flags.otlp_traces_endpoint,
         "server.log_requests": False if flags.disable_access_log else None,
-        "server.ssl_certfile": flags.ssl_certfile,
-        "server.ssl_keyfile": flags.ssl_keyfile,
-        "server.ssl_keyfile_password": flags.ssl_keyfile_password,
-        "server.ssl_ca_certs": flags.ssl_ca_certs,
     }
     if flags.swap_space:
         values |= {"allocator.swap_gib": flags.swap_space, "scheduler.preemption": "swap"}

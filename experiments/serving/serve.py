@@ -18,6 +18,7 @@ from kvarena.engine.importing import importing
 from kvarena.engine.server.engine.served import ServedEngine
 from kvarena.engine.server.processes.process import ModelFiles
 from kvarena.engine.server.processes.supervisor import serve as run_server
+from kvarena.engine.server.shared.ipc import EngineInfo
 from kvarena.experiments.building.model_files import check_model
 from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.explain import explain
@@ -89,27 +90,29 @@ def _build(config: RunConfig, strategy: dict[str, str], words: Callable[[str], s
     parts.engine.ledger = None
     logger.info("the engine has warmed up in %.1f s", warm_up(config, parts, SERVED))
     spec = parts.spec
-    eos = frozenset(spec.eos_token_ids)
     allocator = parts.engine.allocator
-    facts = {
-        "cache_dtype": "auto",
-        "gpu_memory_utilization": str(config.engine.gpu_memory_utilization),
-        "enable_prefix_caching": str(allocator.reads_tokens),
-        "num_cpu_blocks": str(allocator.num_host_blocks),
-        "sliding_window": str(spec.sliding_window),
-    }
+    compiler = make_compiler(tokenizer, spec.vocab_size, frozenset(spec.eos_token_ids))
     logger.info("%s", serving_line(parts, strategy))
-    return ServedEngine(
-        engine=parts.engine,
+    info = EngineInfo(
         max_model_len=parts.max_model_len,
+        max_request_tokens=allocator.max_request_tokens,
         vocab_size=spec.vocab_size,
-        eos_token_ids=eos,
-        compile_grammar=make_compiler(tokenizer, spec.vocab_size, eos),
+        eos_token_ids=tuple(sorted(spec.eos_token_ids)),
+        num_blocks=allocator.num_blocks,
+        block_size=allocator.block_size,
+        constraints=compiler is not None,
         prompt_logprobs=True,
-        facts=facts,
-        words=words,
+        priorities=parts.engine.scheduler.has_priorities,
+        facts={
+            "cache_dtype": "auto",
+            "gpu_memory_utilization": str(config.engine.gpu_memory_utilization),
+            "enable_prefix_caching": str(allocator.reads_tokens),
+            "num_cpu_blocks": str(allocator.num_host_blocks),
+            "sliding_window": str(spec.sliding_window),
+        },
         about=strategy | {"dtype": str(spec.dtype).removeprefix("torch.")},
     )
+    return ServedEngine(parts.engine, info, compiler, words)
 
 
 def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:

@@ -25,6 +25,7 @@ from kvarena.engine.server.engine.served import ServedEngine
 from kvarena.engine.server.processes.process import ModelFiles
 from kvarena.engine.server.processes.supervisor import serve
 from kvarena.engine.server.shared.config import ServerConfig
+from kvarena.engine.server.shared.ipc import EngineInfo
 from kvarena.reports.reading.options import Options
 from kvarena.schedulers.chunked import ChunkedScheduler
 
@@ -97,7 +98,14 @@ def build(options: StubOptions) -> ServedEngine:
         max_num_batched_tokens=max(8192, options.max_num_seqs),
     )
     engine = Engine(scheduler, allocator, StubRunner(options), WallClock())
-    return ServedEngine(engine, options.max_model_len, options.vocab_size, frozenset())
+    info = EngineInfo(
+        options.max_model_len,
+        allocator.max_request_tokens,
+        options.vocab_size,
+        num_blocks=allocator.num_blocks,
+        block_size=allocator.block_size,
+    )
+    return ServedEngine(engine, info)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -60,6 +60,9 @@ class Answer(Group, ABC):
     client: EngineClient
     prefix: str  # of its id
     event_kind: str  # the `object` of an event
+    # What stands before and behind the text in an event that carries text alone.
+    before_text: bytes
+    after_text: bytes
 
     def __init__(self, client: EngineClient, req: SamplingFields, model: str, arrival: float) -> None:
         super().__init__(client, arrival)
@@ -70,23 +73,42 @@ class Answer(Group, ABC):
         self._streams, self._return_token_ids = bool(req.stream), bool(req.return_token_ids)
         self._fields = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._head = {"object": self.event_kind, **self._fields}
+        self._is_plain = not self._return_token_ids  # events carry text alone
+        self._prefixes: list[bytes] = []
 
     def add_prompt(self, prompt: list[int], sampling: SamplingParams, stream: TextStream) -> list[Choice]:
         """The choices of a prompt, whose text goes on in `stream`."""
         made = self.add(prompt, sampling, stream, self._stops, bool(self.req.include_stop_str_in_output))
         self.prompts.append(made)
+        prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
+        self._prefixes += [b"%b%d,%b" % (prefix, choice.index, self.before_text) for choice in made]
         return made
 
     @abstractmethod
     def begin(self) -> bytes:
         """Events before the first token."""
 
-    @abstractmethod
     def delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
         """Events for what `choice.advance` gave; empty when there is nothing to show.
 
         When the choice has ended (`choice.finish_reason`) it is the last call, and its last event carries the reason.
         """
+        if not self._is_plain:
+            return self._rich_delta(choice, text, token_ids, logprobs)
+        if not self._streams:
+            choice.pieces.append(text)
+            return b""
+        if choice.finish_reason is not None:
+            return self._last_event(choice, text)
+        return self._prefixes[choice.index] + orjson.dumps(text) + self.after_text if text else b""
+
+    @abstractmethod
+    def _rich_delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
+        """The same, where more than text is shown."""
+
+    @abstractmethod
+    def _last_event(self, choice: Choice, text: str) -> bytes:
+        """The event of an ended choice."""
 
     @abstractmethod
     def whole(self) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Any
 
 import orjson
@@ -13,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+import kvarena
 from kvarena.engine.server.api import protocol
 from kvarena.engine.server.api.answers import Disconnected, as_api_error
 from kvarena.engine.server.api.foreign import check_foreign
@@ -36,14 +36,6 @@ _ERRORS = {
     500: "The server failed.",
     503: "The queue is full, the server is shutting down, or the engine is gone.",
 }
-
-
-def version() -> str:
-    """The package's version; a checkout that was never installed has none."""
-    try:
-        return importlib.metadata.version("kvarena")
-    except importlib.metadata.PackageNotFoundError:
-        return "0+checkout"
 
 
 def _responses(*codes: int) -> dict[int | str, dict[str, Any]]:
@@ -74,7 +66,7 @@ def create_app(service: Service, rows: list[metrics.Row]) -> ASGIApp:
     """
     app = FastAPI(
         title="kvarena",
-        version=version(),
+        version=kvarena.__version__,
         description="OpenAI-compatible LLM server.",
         docs_url=None,  # the library's page loads its script from elsewhere
         redoc_url=None,
@@ -159,7 +151,7 @@ def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) 
     @app.head("/version", include_in_schema=False)
     @app.get("/version", response_model=protocol.VersionResponse, responses=_responses())
     async def show_version() -> dict[str, str]:
-        return {"version": version()}
+        return {"version": kvarena.__version__}
 
     page: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
     page |= _responses()

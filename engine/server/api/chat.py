@@ -30,6 +30,8 @@ class ChatAnswer(Answer):
     """
 
     prefix, event_kind = "chatcmpl", "chat.completion.chunk"
+    before_text = b'"delta":{"content":'
+    after_text = b'},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
 
     def __init__(
         self,
@@ -48,18 +50,13 @@ class ChatAnswer(Answer):
         self._forced_call = isinstance(req.tool_choice, NamedToolChoice)
         self._parsers: list[ToolParser | None] = []
         self._calls: list[list[ToolCall]] = []
-        self._prefixes: list[bytes] = []
-        self._is_plain = True
-        self._suffix = b'},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
 
     @override
     def add_prompt(self, prompt: list[int], sampling: SamplingParams, stream: TextStream) -> list[Choice]:
         made = super().add_prompt(prompt, sampling, stream)
         self._parsers += [self._make_parser() for _ in made]
         self._calls += [[] for _ in made]
-        prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
-        self._prefixes += [prefix + b'%d,"delta":{"content":' % choice.index for choice in made]
-        self._is_plain = not (self._logprobs or self._return_token_ids) and not any(self._parsers)
+        self._is_plain = self._is_plain and not (self._logprobs or any(self._parsers))
         return made
 
     @override
@@ -78,16 +75,10 @@ class ChatAnswer(Answer):
         return b"".join(events)
 
     @override
-    def delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
-        if not self._is_plain:
-            return self._rich_delta(choice, text, token_ids, logprobs)
-        if not self._streams:
-            choice.pieces.append(text)
-            return b""
-        if choice.finish_reason is not None:
-            return self._text_event(choice, text, [], [], True)
-        return self._prefixes[choice.index] + orjson.dumps(text) + self._suffix if text else b""
+    def _last_event(self, choice: Choice, text: str) -> bytes:
+        return self._text_event(choice, text, [], [], True)
 
+    @override
     def _rich_delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
         parser, known = self._parsers[choice.index], self._calls[choice.index]
         parsed = Parsed(text, [])

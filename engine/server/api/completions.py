@@ -115,6 +115,10 @@ class CompletionAnswer(Answer):
     """
 
     prefix, event_kind = "cmpl", "text_completion"
+    before_text = b'"text":'
+    after_text = (
+        b',"logprobs":null,"finish_reason":null,"stop_reason":null,"token_ids":null,"prompt_token_ids":null}]}\n\n'
+    )
 
     def __init__(
         self, client: EngineClient, req: CompletionRequest, model: str, arrival: float, *, detokenizer: Detokenizer
@@ -125,11 +129,7 @@ class CompletionAnswer(Answer):
         self._skips = req.skip_special_tokens is not False
         # With both, the prompt's scores stand among the others.
         self._prompt_logprobs = req.prompt_logprobs is not None and not (self._echo and self._logprobs)
-        self._is_plain = not (self._logprobs or self._return_token_ids)
-        self._prefixes: list[bytes] = []
-        self._suffix = (
-            b',"logprobs":null,"finish_reason":null,"stop_reason":null,"token_ids":null,"prompt_token_ids":null}]}\n\n'
-        )
+        self._is_plain = self._is_plain and not self._logprobs
         self._echoed: list[str] = []
         self._begun: set[int] = set()
         self._lists: list[CompletionLogprobs] = []
@@ -143,8 +143,6 @@ class CompletionAnswer(Answer):
         if self._zero:  # only the echo is wanted and the sampled token dropped: the prompt's own end is known
             echoed += stream.copy().flush()
         self._echoed += [echoed] * len(made)
-        prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
-        self._prefixes += [prefix + b'%d,"text":' % choice.index for choice in made]
         if self._logprobs:
             places = self._detokenizer.stream(self._skips) if self._echo else stream
             self._lists += [CompletionLogprobs(self._detokenizer, places.copy()) for _ in made]
@@ -157,16 +155,10 @@ class CompletionAnswer(Answer):
         return b"".join(self._event(choice, self._echoed[choice.index], None) for choice in self.choices)
 
     @override
-    def delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
-        if not self._is_plain:
-            return self._rich_delta(choice, text, token_ids, logprobs)
-        if not self._streams:
-            choice.pieces.append(text)
-            return b""
-        if choice.finish_reason is not None:
-            return self._event(choice, text, None)
-        return self._prefixes[choice.index] + orjson.dumps(text) + self._suffix if text else b""
+    def _last_event(self, choice: Choice, text: str) -> bytes:
+        return self._event(choice, text, None)
 
+    @override
     def _rich_delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
         index, is_end = choice.index, choice.finish_reason is not None
         choice.pieces.append(text)

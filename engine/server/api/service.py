@@ -7,6 +7,7 @@ import functools
 import time
 import uuid
 from dataclasses import replace
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -42,6 +43,7 @@ from kvarena.engine.server.shared.metrics import Row, health
 from kvarena.engine.server.text.tokenization import TokenizerService
 
 _REQUESTS_PER_ROUND = 4
+Asked = TypeVar("Asked", bound=SamplingFields)
 
 
 class Service:
@@ -111,13 +113,17 @@ class Service:
     async def read(self, request: Request, kind: type[Body]) -> Body:
         """The body as `kind`. Raises ApiError."""
         body = await read_json(request, self.config)
-        await self._turn()
+        async with self._turns:  # few requests per round begin: in a crowd, `/health` and open streams go on
+            await asyncio.sleep(0)
         return validated(body, kind)
 
-    async def _turn(self) -> None:
-        """Let few requests per round of the event loop begin: in a crowd, `/health` and open streams go on."""
-        async with self._turns:
-            await asyncio.sleep(0)
+    async def _read(self, request: Request, kind: type[Asked]) -> tuple[Asked, str]:
+        """A request that may be taken, and the name of the model that it means. Raises ApiError."""
+        req = await self.read(request, kind)
+        model = self.check_model(req.model)
+        self.check_open()
+        check_unsupported(req, self.config, self.info.priorities)
+        return req, model
 
     def check_model(self, name: str | None) -> str:
         """The served name that a request means. Raises a 404 for any other."""
@@ -135,10 +141,7 @@ class Service:
     async def completions(self, request: Request) -> Response:
         """`/v1/completions`."""
         arrival = time.monotonic()
-        req = await self.read(request, CompletionRequest)
-        model = self.check_model(req.model)
-        self.check_open()
-        check_unsupported(req, self.config, self.info.priorities)
+        req, model = await self._read(request, CompletionRequest)
         if req.suffix:
             raise bad_request("suffix is not supported", "suffix")
         if req.echo and req.stream and req.logprobs is not None:
@@ -162,10 +165,7 @@ class Service:
     async def chat(self, request: Request) -> Response:
         """`/v1/chat/completions`."""
         arrival = time.monotonic()
-        req = await self.read(request, ChatCompletionRequest)
-        model = self.check_model(req.model)
-        self.check_open()
-        check_unsupported(req, self.config, self.info.priorities)
+        req, model = await self._read(request, ChatCompletionRequest)
         check_chat(req)
         await self._refuse_images(req)
         prompt = await self.prompts.of_chat(req)

@@ -38,7 +38,7 @@ class Intake:
 
     def __init__(self, served: ServedEngine, num_fronts: int, max_num_queued_requests: int) -> None:
         self._served, self._engine = served, served.engine
-        self._max_queued = max_num_queued_requests
+        self._max_queued, self._eos_token_ids = max_num_queued_requests, frozenset(served.info.eos_token_ids)
         self._inboxes: list[deque[list[Any]]] = [deque() for _ in range(num_fronts)]
         self._parked: dict[str, list[tuple[int, AddFrame]]] = {}  # by the key of their grammar
         self._ready: deque[tuple[int, AddFrame]] = deque()  # were parked, and need not wait any more
@@ -173,7 +173,7 @@ class Intake:
             client_id=frame.client_id,
             # Log-probabilities of a prompt need all of it computed: nobody shares such a request's salt.
             cache_salt=frame.cache_salt if frame.sampling.prompt_logprobs is None else frame.request_id,
-            eos_token_ids=self._served.eos_token_ids,
+            eos_token_ids=self._eos_token_ids,
             front=front,
             handle=frame.handle,
             shown_id=frame.shown_id,

@@ -143,7 +143,7 @@ class EngineLoop:
         self._drop_front(front)
         self._links[front], self._intake.outs[front] = Link(sock), Outgoing()
         self._selector.register(sock, selectors.EVENT_READ, front)
-        self._links[front].send([ToFront.READY, self._served.info()])
+        self._links[front].send([ToFront.READY, self._served.info])
 
     def _drop_front(self, front: int) -> None:
         """A front is gone: end its requests."""
@@ -258,4 +258,4 @@ class EngineLoop:
     def announce(self) -> None:
         """Tell the fronts what they serve: the first frame that they get."""
         for link in self._links:
-            link.send([ToFront.READY, self._served.info()])
+            link.send([ToFront.READY, self._served.info])

@@ -20,42 +20,15 @@ class ServedEngine:
 
     Attributes:
         engine: on a wall clock, without a ledger (a server's history would grow without end).
-        max_model_len: longest prompt + output, in tokens.
-        vocab_size: token ids are below it.
-        eos_token_ids: the model's end-of-sequence tokens.
+        info: what the fronts are told.
         compile_grammar: compiles a grammar from (kind, grammar), or None when the runner cannot constrain tokens.
-        prompt_logprobs: whether the runner returns log-probabilities of prompt tokens.
-        facts: labels of the cache's configuration in `/metrics`.
         words: turns the settings that a message names into the words of the command that was given.
-        about: what the pages call this engine: `allocator`, `scheduler`, `dtype`, whichever are known.
     """
 
     engine: Engine
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: frozenset[int]
+    info: EngineInfo
     compile_grammar: Callable[[str, str], CompiledGrammar] | None = None
-    prompt_logprobs: bool = False
-    facts: dict[str, str] = field(default_factory=dict)
-    about: dict[str, str] = field(default_factory=dict)
     words: Callable[[str], str] = str
-
-    def info(self) -> EngineInfo:
-        """What the fronts are told."""
-        allocator = self.engine.allocator
-        return EngineInfo(
-            max_model_len=self.max_model_len,
-            max_request_tokens=allocator.max_request_tokens,
-            vocab_size=self.vocab_size,
-            eos_token_ids=tuple(sorted(self.eos_token_ids)),
-            num_blocks=allocator.num_blocks,
-            block_size=allocator.block_size,
-            constraints=self.compile_grammar is not None,
-            prompt_logprobs=self.prompt_logprobs,
-            priorities=self.engine.scheduler.has_priorities,
-            facts=self.facts,
-            about=self.about,
-        )
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

@@ -79,7 +79,6 @@ class EngineClient(asyncio.Protocol):
         """
         if self.gone:
             raise EngineGone(self.gone)
-        assert self._transport is not None
         handle = self._next_handle
         self._next_handle = handle + len(choices) if handle < MAX_HANDLE else 1
         for choice_handle, choice in enumerate(choices, start=handle):
@@ -88,13 +87,12 @@ class EngineClient(asyncio.Protocol):
         admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._admissions[handle] = (admission, choices)
         admission.add_done_callback(lambda _: self._admissions.pop(handle, None))
-        self._transport.write(encode((ToEngine.ADD, *frame._replace(handle=handle))))
+        self._send(ToEngine.ADD, *frame._replace(handle=handle))
         return admission
 
     def constrain(self, grammar: CheckedGrammar) -> None:
         """Announce a grammar that the next prompts are to follow: once for all of a request's."""
-        if self._transport is not None and not self.gone:
-            self._transport.write(encode((ToEngine.CONSTRAINT, *grammar)))
+        self._send(ToEngine.CONSTRAINT, *grammar)
 
     def abort(self, choices: list[Choice], reason: str) -> None:
         """End choices early and free their slots; `reason` is what the metrics count."""
@@ -103,8 +101,8 @@ class EngineClient(asyncio.Protocol):
             if self._choices.pop(choice.handle, None) is not None:
                 handles.append(choice.handle)
                 self._close(choice, reason, time.monotonic(), None)
-        if handles and self._transport is not None and not self.gone:
-            self._transport.write(encode((ToEngine.ABORT, handles)))
+        if handles:
+            self._send(ToEngine.ABORT, handles)
 
     def count_answer(self, num_tokens: int) -> None:
         """Count an answer whose longest choice has `num_tokens`."""
@@ -112,8 +110,11 @@ class EngineClient(asyncio.Protocol):
 
     def watch(self, on: bool) -> None:
         """Ask for dashboard frames, or stop them."""
+        self._send(ToEngine.WATCH, on)
+
+    def _send(self, *message: Any) -> None:
         if self._transport is not None and not self.gone:
-            self._transport.write(encode((ToEngine.WATCH, on)))
+            self._transport.write(encode(message))
 
     def fail_all(self, reason: str) -> None:
         """The engine is gone: end every open stream with an error, refuse new ones."""

@@ -13,15 +13,12 @@ import asyncio
 import hashlib
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 import orjson
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from kvarena.engine.server.front.client import EngineClient
-from kvarena.engine.server.front.http import disconnected
 from kvarena.engine.server.shared import metrics
 from kvarena.engine.server.shared.ipc import unpack_ids
 
@@ -126,48 +123,21 @@ class PoolFeed:
         """Browsers that watch."""
         return len(self._watchers)
 
-    def enter(self, key: int, own_prefix: str) -> Watcher:
-        """A new watcher."""
+    async def events(self, key: int, own_prefix: str) -> AsyncIterator[bytes]:
+        """Snapshots until the server leaves, and a sign of life where there are none; `key` and `own_prefix` as of
+        `Watcher`.
+        """
         watcher = Watcher(key, own_prefix, asyncio.Queue(2))
         self._watchers.add(watcher)
         if self._client is not None and len(self._watchers) == 1:
             self._client.watch(True)
-        return watcher
-
-    def leave(self, watcher: Watcher) -> None:
-        """A watcher has gone."""
-        self._watchers.discard(watcher)
-        if self._client is not None and not self._watchers:
-            self._client.watch(False)
-
-
-class FeedResponse(Response):
-    """Streams snapshots until the browser leaves, and a sign of life where there are none."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, feed: PoolFeed, key: int, own_prefix: str) -> None:
-        super().__init__(headers={"cache-control": "no-cache"})
-        self._feed, self._key, self._own_prefix = feed, key, own_prefix
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        """Answer."""
-        headers = [(key, value) for key, value in self.raw_headers if key != b"content-length"]
-        watcher = self._feed.enter(self._key, self._own_prefix)
-        ends = (asyncio.create_task(disconnected(receive)), asyncio.create_task(self._feed.closed.wait()))
-        event = asyncio.create_task(watcher.queue.get())
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            while True:
-                await asyncio.wait((event, *ends), timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                if any(end.done() for end in ends):
-                    break
-                body = b": alive\n\n"
-                if event.done():
-                    body, event = event.result(), asyncio.create_task(watcher.queue.get())
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            while not self.closed.is_set():
+                try:
+                    yield await asyncio.wait_for(watcher.queue.get(), BEAT_SECONDS)
+                except TimeoutError:
+                    yield b": alive\n\n"
         finally:
-            for task in (event, *ends):
-                task.cancel()
-            self._feed.leave(watcher)
+            self._watchers.discard(watcher)
+            if self._client is not None and not self._watchers:
+                self._client.watch(False)

@@ -12,9 +12,9 @@ from importlib.resources import files
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
-from kvarena.engine.server.front.dashboard import MAX_WATCHERS, OWN_PREFIX, FeedResponse, PoolFeed
+from kvarena.engine.server.front.dashboard import MAX_WATCHERS, OWN_PREFIX, PoolFeed
 from kvarena.engine.server.shared.errors import bad_request, unavailable
 
 _ROOT = files("kvarena.engine.server.front").joinpath("static")
@@ -89,4 +89,5 @@ def add_live_pages(app: FastAPI, feed: PoolFeed) -> None:
             raise bad_request("mine must be 32 hexadecimal digits, which the ids of your requests start with", "mine")
         if feed.num_watchers >= MAX_WATCHERS:
             raise unavailable(f"{MAX_WATCHERS} pages are watching already.", "too_many_watchers")
-        return FeedResponse(feed, request.state.key, mine)
+        events = feed.events(request.state.key, mine)
+        return StreamingResponse(events, headers={"cache-control": "no-cache"}, media_type="text/event-stream")

@@ -36,35 +36,6 @@ logger = logging.getLogger("kvarena.front")
 _WATCH_SECONDS = 0.25
 
 
-def run_front(
-    index: int,
-    config: ServerConfig,
-    model: ModelFiles,
-    listener: socket.socket,
-    engine: socket.socket,
-    control: socket.socket,
-    page: Page,
-) -> None:
-    """The process's main function; does not return."""
-    start_log()
-    # The supervisor decides when to stop; a Ctrl-C reaches the whole process group.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    front = Front(index, config, model, listener, engine, control, page)
-    try:
-        with contextlib.suppress(ImportError):
-            import uvloop
-
-            asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-        asyncio.run(front.run())
-    except KvarenaError as error:
-        print(f"error: {model.words(str(error))}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except EngineGone:
-        sys.exit(1)  # the engine has said why
-    end_process()
-
-
 class _Server(uvicorn.Server):
     """Leaves signals to the supervisor."""
 
@@ -74,7 +45,17 @@ class _Server(uvicorn.Server):
 
 
 class Front:
-    """Owns one front's sockets and tasks."""
+    """Owns one front's sockets and tasks.
+
+    Args:
+        index: among the fronts.
+        config: the server's settings.
+        model: where the tokenizer is.
+        listener: takes connections.
+        engine: to the engine's process.
+        control: to the supervisor.
+        page: the shared metrics.
+    """
 
     def __init__(
         self,
@@ -90,9 +71,27 @@ class Front:
         self._listener, self._engine, self._control = listener, engine, control
         self._rows = [metrics.Row(page, i) for i in range(config.num_fronts + 1)]
         self._row = self._rows[index + 1]
-        self._stop = asyncio.Event()
 
-    async def run(self) -> None:
+    def main(self) -> None:
+        """The process's main function; does not return."""
+        start_log()
+        # The supervisor decides when to stop; a Ctrl-C reaches the whole process group.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            with contextlib.suppress(ImportError):
+                import uvloop
+
+                asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+            asyncio.run(self._serve())
+        except KvarenaError as error:
+            print(f"error: {self._model.words(str(error))}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        except EngineGone:
+            sys.exit(1)  # the engine has said why
+        end_process()
+
+    async def _serve(self) -> None:
         """Serve until the supervisor says otherwise."""
         config = self._config
         feed = PoolFeed()

@@ -77,8 +77,8 @@ def run_engine(
 def _run_front(*args: Any) -> None:
     """A front process's main function. The web framework is imported there alone: the engine starts without it."""
     with importing():
-        from kvarena.engine.server.processes.front import run_front
-    run_front(*args)
+        from kvarena.engine.server.processes.front import Front
+    Front(*args).main()
 
 
 class Supervisor:

@@ -70,16 +70,6 @@ class Detokenizer:
                 self._form = None
         self._apart = self._find_apart()
 
-    @property
-    def is_exact(self) -> bool:
-        """True when the decoder's form is known; False when a window is decoded."""
-        return self._form is not None
-
-    @property
-    def special_token_ids(self) -> frozenset[int]:
-        """Tokens that a text leaves out."""
-        return self._special
-
     def keeping(self, token_ids: frozenset[int]) -> Detokenizer:
         """One that keeps these special tokens in every text."""
         if not token_ids:
