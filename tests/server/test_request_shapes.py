@@ -35,7 +35,6 @@ OTHERS = {
     "TokenizeRequest": "answered in the front",
     "DetokenizeRequest": "answered in the front",
     "EngineInfo": "what an engine can do",
-    "ServedEngine": "what an engine can do",
     "EngineClient": "all of a front's choices",
     "Detokenizer": "the vocabulary",
     "PieceStream": "the vocabulary",
