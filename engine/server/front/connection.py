@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from http import HTTPStatus
 from typing import Any
 
 import orjson
@@ -132,9 +133,9 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         body = orjson.dumps(error.body())
-        reason = {408: "Request Timeout", 431: "Request Header Fields Too Large"}[error.status]
+        status = f"{error.status} {HTTPStatus(error.status).phrase}"
         head = (
-            f"HTTP/1.1 {error.status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             "connection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -178,17 +178,13 @@ async def read_json(request: Request, config: ServerConfig) -> dict[str, Any]:
     size = 0
     try:
         async with asyncio.timeout(config.body_timeout):
-            while True:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ApiError(499, "The client closed the connection.", code="client_closed")
-                chunk = message.get("body", b"")
+            async for chunk in request.stream():
                 size += len(chunk)
                 if size > limit:
                     raise too_large(limit)
                 chunks.append(chunk)
-                if not message.get("more_body", False):
-                    break
+    except ClientDisconnect:
+        raise ApiError(499, "The client closed the connection.", code="client_closed") from None
     except TimeoutError:
         raise ApiError(408, "The request's body did not arrive in time.", code="request_timeout") from None
     try:

@@ -1,6 +1,6 @@
 """From tokens to text and to the names of tokens.
 
-What a stream gives is the tokenizer's own decode, in constant time for each token; see `text_streams.py`. Whether a
+What a stream gives is the tokenizer's own decode, in constant time for each token; see `streams.py`. Whether a
 decoder is of a known form is read from it and tried against the tokenizer's own `decode`; any other tokenizer is
 decoded through a window of the last tokens.
 """
