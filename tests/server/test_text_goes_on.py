@@ -119,6 +119,16 @@ def test_tokens_are_named_apart_and_lie_where_their_text_does(kind):
     check()
 
 
+def test_a_token_behind_bytes_of_no_character_lies_where_its_text_does():
+    """The first half of a surrogate is held as one unfinished character, and shown as two broken ones."""
+    tokenizer, detokenizer = made(tokenizer_kinds.byte_level)
+    of = {detokenizer.token_bytes(token): token for token in range(len(tokenizer))}
+    stream = detokenizer.stream()
+    places = [place for piece in (b"\xed", b"\xa0", b" t") for place in stream.place(of[piece])]
+    assert detokenizer.text([of[piece] for piece in (b"\xed", b"\xa0", b" t")]) == "\ufffd\ufffd t"
+    assert places[-1] == 2
+
+
 @pytest.mark.parametrize("kind", (tokenizer_kinds.ctc, tokenizer_kinds.python_bytes), ids=lambda kind: kind.__name__)
 def test_other_decoders_go_through_a_window(kind):
     tokenizer, detokenizer = made(kind)

@@ -162,9 +162,11 @@ class ByteStream(TextStream):
     def place(self, token: int) -> list[int]:
         held = self._held
         start, num_lost = self._place(token)
-        # The token completes a character of the one before; or it shows that this one will never be complete.
-        broke = bool(held) and self._length > start and not _completes(held, self._pieces[token])
-        return [start + max(0, broke - num_lost)]
+        # The token completes a character of the one before; or it shows that this one will never be complete: then
+        # what was held comes first, as one U+FFFD or, of bytes that no character has, several.
+        broke = held and self._length > start and not _completes(held, self._pieces[token])
+        num_broken = len(held.decode("utf-8", "replace")) if broke else 0
+        return [start + max(0, num_broken - num_lost)]
 
 
 def _completes(held: bytes, piece: bytes) -> bool:
