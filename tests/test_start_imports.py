@@ -31,7 +31,7 @@ build_served_engine(load_run(overrides_of(parse_flags(["models/demo"]))), {})
 """
 FIRST_TOKEN = """
 from kvarena.experiments.benchmarks.first_token import first_token
-first_token("tiny", 8192, None, "cpu")
+first_token("tiny", 8192, ["engine.device=cpu"])
 """
 # Collections of everything, by the number of modules at that time.
 COLLECTIONS = """
@@ -63,7 +63,7 @@ def imports_of(code: str) -> tuple[list[int], set[str]]:
         pytest.param(ENGINE, (WEB | REPORTS) - {"httpcore", "jinja2", "rich"}, id="the server's engine"),
         pytest.param(
             FIRST_TOKEN,
-            (WEB | REPORTS | {"hydra", "omegaconf"}) - {"httpcore", "jinja2", "rich"},
+            (WEB | REPORTS) - {"httpcore", "jinja2", "rich"},
             id="the benchmark's engine",
             marks=pytest.mark.slow,
         ),
