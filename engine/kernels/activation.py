@@ -1,16 +1,12 @@
-"""Gated activations: act(gate) * up, of gate and up projections that lie side by side."""
+"""The gated activation: silu(gate) * up, of gate and up projections that lie side by side."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvarena.engine.kernels.common import await_previous, launch_options, next_power_of_2
-
-Activation = Literal["silu", "gelu_tanh"]
 
 
 @triton.jit
@@ -21,7 +17,6 @@ def gated_kernel(  # type: ignore[no-untyped-def]
     stride_out,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    GELU: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One row's TILE elements."""
@@ -31,20 +26,15 @@ def gated_kernel(  # type: ignore[no-untyped-def]
     exists = at < SIZE
     gate = tl.load(x_ptr + row * stride_x + at, mask=exists, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * stride_x + SIZE + at, mask=exists, other=0.0).to(tl.float32)
-    # Both are gate * sigmoid(z): SiLU with z = gate; tanh-GELU because (1 + tanh(y)) / 2 = sigmoid(2 y).
-    z = gate
-    if GELU:
-        z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    result = gate / (1.0 + tl.exp2(-1.4426950408889634 * z)) * up
+    result = gate / (1.0 + tl.exp2(-1.4426950408889634 * gate)) * up
     tl.store(out_ptr + row * stride_out + at, result.to(out_ptr.dtype.element_ty), mask=exists)
 
 
-def gated(x: Tensor, activation: Activation = "silu", out: Tensor | None = None) -> Tensor:
-    """act(x[:, :size]) * x[:, size:], computed in float32 (SwiGLU, GeGLU; Shazeer, 2020).
+def gated(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(x[:, :size]) * x[:, size:], computed in float32 (SwiGLU; Shazeer, 2020).
 
     Args:
         x: [T, 2 * size]; rows may be strided.
-        activation: `silu`, or GELU in its tanh approximation.
         out: [T, size] to write into.
 
     Returns:
@@ -63,7 +53,6 @@ def gated(x: Tensor, activation: Activation = "silu", out: Tensor | None = None)
         out.stride(0),
         SIZE=size,
         TILE=tile,
-        GELU=activation == "gelu_tanh",
         num_warps=max(1, tile // 512),
         **launch_options(),
     )

@@ -17,14 +17,12 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
     weight_ptr,
     out_ptr,
     epsilon,
-    weight_offset,
     stride_x,
     stride_residual,
     stride_out,
     SIZE: tl.constexpr,
     SIZE_PAD: tl.constexpr,
     ADD: tl.constexpr,
-    ROUND: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One row; see `rms_norm`."""
@@ -41,10 +39,8 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
         tl.store(residual, rounded, mask=exists)
         x = rounded.to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(x * x, 0) / SIZE + epsilon)
-    weight = tl.load(weight_ptr + at, mask=exists, other=0.0).to(tl.float32) + weight_offset
-    normed = x * factor
-    if ROUND:
-        normed = normed.to(out_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + at, mask=exists, other=0.0).to(tl.float32)
+    normed = (x * factor).to(out_ptr.dtype.element_ty).to(tl.float32)
     tl.store(out_ptr + row * stride_out + at, (normed * weight).to(out_ptr.dtype.element_ty), mask=exists)
 
 
@@ -54,20 +50,17 @@ def rms_norm(
     epsilon: float,
     *,
     residual: Tensor | None = None,
-    weight_offset: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
     """RMS norm of `x`, or of `x + residual`, row by row; computed in float32.
 
-    Rounded where transformers' modules round: before the weight without a `weight_offset` (Llama), after it with one
-    (Gemma).
+    Rounded where transformers' modules round: before the weight and after it.
 
     Args:
         x: [T, size]; rows may be strided.
         weight: [size].
         epsilon: added to the mean square.
         residual: [T, size]; becomes x + residual, in place.
-        weight_offset: added to the weight (1 for Gemma).
         out: [T, size] to write into; may be `x`.
 
     Returns:
@@ -85,14 +78,12 @@ def rms_norm(
         weight,
         out,
         epsilon,
-        weight_offset,
         x.stride(0),
         0 if residual is None else residual.stride(0),
         out.stride(0),
         SIZE=size,
         SIZE_PAD=padded,
         ADD=residual is not None,
-        ROUND=weight_offset == 0,
         num_warps=min(16, max(1, padded // 512)),
         **launch_options(),
     )

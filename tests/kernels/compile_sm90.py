@@ -54,7 +54,7 @@ def argument_type(name):
         return "*fp32"
     if name.endswith("_ptr"):
         return "*bf16"
-    return "fp32" if name in {"scale", "softcap", "epsilon", "weight_offset"} else "i32"
+    return "fp32" if name in {"scale", "softcap", "epsilon"} else "i32"
 
 
 def resources(kernel, constants, num_warps, num_stages, max_registers=None):
@@ -138,9 +138,9 @@ def fused_resources():
     rope = heads | {"KV_HEADS": 8, "KV_HEADS_PAD": 8, "HALF": 64, "HALF_PAD": 64, "TURN_KEYS": True}
     yield "rope", resources(rope_store_kernel, rope | {"HEADS": 16, "HEADS_PAD": 16, "NORM": True}, 2, 3)
     yield "store", resources(store_kv_kernel, heads | {"HEADS": 8, "HEADS_PAD": 8, "GATHER": False}, 4, 3)
-    norm = {"SIZE": 4096, "SIZE_PAD": 4096, "ADD": True, "ROUND": True}
+    norm = {"SIZE": 4096, "SIZE_PAD": 4096, "ADD": True}
     yield "norm", resources(rms_norm_kernel, norm, 8, 3)
-    yield "activation", resources(gated_kernel, {"SIZE": 14336, "TILE": 2048, "GELU": False}, 4, 3)
+    yield "activation", resources(gated_kernel, {"SIZE": 14336, "TILE": 2048}, 4, 3)
 
 
 if __name__ == "__main__":
