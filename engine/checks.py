@@ -27,6 +27,11 @@ class Must:
         """The same, or None."""
         return Must(f"{self.words}, or null", lambda value: value is None or self.holds(value))
 
+    def check(self, key: str, value: Any) -> Any:
+        """`value`. Raises ConfigError unless it is this."""
+        require(self.holds(value), key, value, self.words)
+        return value
+
 
 def require(ok: bool, key: str, value: object, must: str) -> None:
     """Raise ConfigError unless `ok`; `key` is the setting as the user spells it."""
@@ -74,29 +79,22 @@ SECONDS = Must("above 0 (seconds)", lambda value: is_number(value) and value > 0
 
 def check_int(key: str, value: Any, low: int, high: int | None = None) -> int:
     """`value`, an integer in [low, high]. Raises ConfigError."""
-    must = integer(low, high)
-    require(must.holds(value), key, value, must.words)
-    return int(value)
+    return int(integer(low, high).check(key, value))
 
 
 def check_number(key: str, value: Any, low: float = 0.0, *, above: bool = False) -> float:
     """`value`, a finite number of at least (`above`: greater than) `low`. Raises ConfigError."""
-    must = number(low, above=above)
-    require(must.holds(value), key, value, must.words)
-    return float(value)
+    return float(number(low, above=above).check(key, value))
 
 
 def check_bool(key: str, value: Any) -> bool:
     """`value`, true or false. Raises ConfigError."""
-    require(TRUTH.holds(value), key, value, TRUTH.words)
-    return bool(value)
+    return bool(TRUTH.check(key, value))
 
 
 def check_choice(key: str, value: Any, choices: Collection[str]) -> str:
     """`value`, one of `choices`. Raises ConfigError."""
-    must = one_of(*choices)
-    require(must.holds(value), key, value, must.words)
-    return str(value)
+    return str(one_of(*choices).check(key, value))
 
 
 def check_keys(key: str, value: Any, known: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
@@ -123,8 +121,7 @@ class Section:
 
     def __post_init__(self) -> None:
         for name, must in _musts(cast(Any, type(self))):
-            if not must.holds(value := getattr(self, name)):
-                require(False, f"{self.section}.{name}", value, must.words)
+            must.check(f"{self.section}.{name}", getattr(self, name))
 
 
 @cache

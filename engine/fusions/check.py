@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvarena.engine.attention.base import AttentionMetadata
+from kvarena.engine.attention.base import AttentionMetadata, packed_metadata
 from kvarena.engine.attention.hook import attention_context
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.fusions.decoder import FusedDecoder
@@ -76,20 +76,8 @@ def record(model: LoadedModel, max_model_len: int) -> Recording:
         dtype=spec.dtype,
         device=device,
     )
-    loc = np.array([0, NUM_TOKENS], dtype=np.int32)
-    lens = np.array([NUM_TOKENS], dtype=np.int32)
-    meta = AttentionMetadata(
-        query_start_loc=torch.from_numpy(loc).to(device),
-        seq_lens=torch.from_numpy(lens).to(device),
-        slot_mapping=torch.arange(NUM_TOKENS, 2 * NUM_TOKENS, device=device),
-        block_table=torch.ones(1, 1, dtype=torch.int32, device=device),
-        logits_indices=torch.arange(NUM_TOKENS, device=device),
-        max_query_len=NUM_TOKENS,
-        max_seq_len=NUM_TOKENS,
-        block_size=NUM_TOKENS,
-        host_query_start_loc=loc,
-        host_seq_lens=lens,
-    )
+    meta = packed_metadata([NUM_TOKENS], np.ones((1, 1), dtype=np.int32), NUM_TOKENS, device)
+    meta.logits_indices = torch.arange(NUM_TOKENS, device=device)
     ids = torch.arange(1, NUM_TOKENS + 1, device=device) * 7919 % spec.vocab_size
     positions = torch.linspace(0, max_model_len - 1, NUM_TOKENS, device=device).long()
     backend = _ArgsRecorder(pool)

@@ -36,23 +36,23 @@ def max_model_len(config: PretrainedConfig, name: str) -> int:
     limit = lengths[0]
     ropes = _rope_parameters(config)
     if ropes and all(rope.get("rope_type") == "linear" for rope in ropes):
-        limit = max(limit, min(_linear_length(rope, config, limit) for rope in ropes))
+        limit = max(limit, min(int((_original(rope, config) or limit) * _factor(rope)) for rope in ropes))
     for rope in ropes:
-        kind = rope.get("rope_type")
-        original = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
+        kind, original = rope.get("rope_type"), _original(rope, config)
         if kind == "yarn" and original:
-            limit = max(limit, int(original * float(rope.get("factor") or 1.0)))
+            limit = max(limit, int(original * _factor(rope)))
         if kind == "longrope" and original:
             limit = min(limit, int(original))
     chunk = getattr(config, "attention_chunk_size", None)
     return min(limit, chunk) if isinstance(chunk, int) and chunk > 0 else limit
 
 
-def _linear_length(rope: dict[str, Any], config: PretrainedConfig, stated: int) -> int:
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    return int((original or stated) * float(rope.get("factor") or 1.0))
+def _original(rope: dict[str, Any], config: PretrainedConfig) -> int | None:
+    return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+
+
+def _factor(rope: dict[str, Any]) -> float:
+    return float(rope.get("factor") or 1.0)
 
 
 def limited_by(config: PretrainedConfig) -> str:

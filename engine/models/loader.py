@@ -30,7 +30,7 @@ from kvarena.engine.models.configs import (
     weights_dtype,
 )
 from kvarena.engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
-from kvarena.engine.models.probe import probe_attention
+from kvarena.engine.models.probe import AttentionGeometry, probe_attention
 from kvarena.engine.models.spec import LoadedModel, ModelSpec
 from kvarena.engine.pool.memory_limits import free_bytes, is_out_of_memory, size_text
 
@@ -94,25 +94,29 @@ def _describe(
     num_ids = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     geometry = probe_attention(module, name, num_decoder_layers(text, name), num_ids)
     eos, special = end_and_special_tokens(module, text, directory, own_end)
-    spec = ModelSpec(
+    slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
+    return LoadedModel(module, model_spec(module, text, name, geometry, eos), directory, special, slices_logits)
+
+
+def model_spec(
+    module: nn.Module, text: PretrainedConfig, name: str, geometry: AttentionGeometry, eos: frozenset[int]
+) -> ModelSpec:
+    """What the engine knows of a module, on whichever device it is.
+
+    Raises:
+        ModelError: its text config states no context length.
+    """
+    return ModelSpec(
         name=name,
-        num_layers=geometry.num_layers,
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
-        vocab_size=geometry.vocab_size,
         max_model_len=max_model_len(text, name),
         dtype=next(module.parameters()).dtype,
         eos_token_ids=eos,
         bos_token_id=getattr(text, "bos_token_id", None),
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
-        windows=geometry.windows,
-        shared_layers=geometry.shared_layers,
         latent_dim=latent_dim(text),
         limited_by=limited_by(text),
-        has_plain_layers=geometry.has_plain_layers,
+        **geometry._asdict(),
     )
-    slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
-    return LoadedModel(module, spec, directory, special, slices_logits)
 
 
 def _from_directory(

@@ -23,8 +23,8 @@ from kvarena.engine.models.configs import (
     tokenizer_end,
     weights_dtype,
 )
-from kvarena.engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
-from kvarena.engine.models.loader import build_dummy
+from kvarena.engine.models.limits import num_decoder_layers
+from kvarena.engine.models.loader import build_dummy, model_spec
 from kvarena.engine.models.probe import trace_attention
 from kvarena.engine.models.spec import ModelSpec
 
@@ -109,32 +109,16 @@ def _sizes(
         embedding = cast(nn.Module, module.get_input_embeddings()).weight  # type: ignore[operator]
         geometry = trace_attention(module, name, num_decoder_layers(text, name), cast(torch.Tensor, embedding).shape[0])
         eos, special = end_and_special_tokens(module, text, directory, tokenizer_end(directory, trust_remote_code))
-    num_parameters = sum(parameter.numel() for parameter in module.parameters())
+    spec = model_spec(module, text, name, geometry, eos)
     head = module.get_output_embeddings().weight  # type: ignore[operator]
     tables = {id(m.weight): m.weight.numel() for m in module.modules() if isinstance(m, nn.Embedding)}
     outside = tables | {id(head): head.numel()}
     num_experts = [getattr(text, field, None) for field in EXPERT_FIELDS]
     return ModelSizes(
-        spec=ModelSpec(
-            name=name,
-            num_layers=geometry.num_layers,
-            num_kv_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim,
-            vocab_size=geometry.vocab_size,
-            max_model_len=max_model_len(text, name),
-            dtype=next(module.parameters()).dtype,
-            eos_token_ids=eos,
-            bos_token_id=getattr(text, "bos_token_id", None),
-            num_parameters=num_parameters,
-            windows=geometry.windows,
-            shared_layers=geometry.shared_layers,
-            latent_dim=latent_dim(text),
-            limited_by=limited_by(text),
-            has_plain_layers=geometry.has_plain_layers,
-        ),
+        spec=spec,
         special_token_ids=special,
         num_heads=text.num_attention_heads,
-        num_layer_weights=num_parameters - sum(outside.values()),
+        num_layer_weights=spec.num_parameters - sum(outside.values()),
         num_head_weights=head.numel(),
         num_experts=max(count for count in (1, *num_experts) if isinstance(count, int)),
     )

@@ -30,27 +30,26 @@ def short_spans(module: nn.Module) -> Iterator[list[str]]:
     Yields:
         The names of what was cut, sorted; empty when nothing states any.
     """
-    held: list[tuple[Any, str, Any]] = []
+    held: list[tuple[Any, str, Any, int]] = []
     ropes: list[tuple[dict[str, Any], int]] = []
     for owner in _owners(module):
         for name, value in list(vars(owner).items()):
             short = next((SHORT[kind] for pattern, kind in _KINDS if pattern.match(name)), None)
             if short is not None and isinstance(value, (int, float)) and type(value) is not bool and value > short:
-                held.append((owner, name, value))
+                held.append((owner, name, value, short))
         rope = getattr(owner, "rope_parameters", None) if isinstance(owner, PretrainedConfig) else None
         if isinstance(rope, dict) and rope.get("llama_4_scaling_beta"):
             original = rope.get("original_max_position_embeddings")
             if isinstance(original, int) and all(rope is not known for known, _ in ropes):
                 ropes.append((rope, original))
     try:
-        for owner, name, value in held:
-            kind = next(kind for pattern, kind in _KINDS if pattern.match(name))
-            setattr(owner, name, type(value)(SHORT[kind]))
+        for owner, name, value, short in held:
+            setattr(owner, name, type(value)(short))
         for rope, _ in ropes:
             rope["original_max_position_embeddings"] = SHORT["step"]
-        yield sorted({name for _, name, _ in held} | ({"llama_4_scaling_beta"} if ropes else set()))
+        yield sorted({name for _, name, _, _ in held} | ({"llama_4_scaling_beta"} if ropes else set()))
     finally:
-        for owner, name, value in held:
+        for owner, name, value, _ in held:
             setattr(owner, name, value)
         for rope, original in ropes:
             rope["original_max_position_embeddings"] = original
