@@ -1,4 +1,1 @@
-"""Model runners: what turns a step plan into tokens.
-
-`base` holds the interface (free of torch), `torch_runner` computes, `simulated` answers from a cost model.
-"""
+"""Model runners: what turns a step plan into tokens; `kvarena.engine.model_runner` says what is asked of one."""

@@ -10,14 +10,13 @@ runs, and `result()` waits for its own step's copy alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
-from kvarena.engine.attention.hook import attention_context
+from kvarena.engine.attention.base import AttentionBackend
 from kvarena.engine.clock import Clock
 from kvarena.engine.contract import KVAllocator, ScheduledRequest, StepPlan, cdiv
 from kvarena.engine.fusions.decoder import FusedDecoder
@@ -26,57 +25,14 @@ from kvarena.engine.models.spec import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request
 from kvarena.engine.runner.draw import Draw
-from kvarena.engine.runner.graphs import Forward, GraphCapture, ReservingBackend
-from kvarena.engine.runner.inputs import StepInputs, input_tokens, missing_token
+from kvarena.engine.runner.graphs import GraphCapture, ReservingBackend
+from kvarena.engine.runner.inputs import input_tokens, missing_token
 from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.runner.step_graphs import DECODE_FIELDS, MixedStep, StepGraphs
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
 from kvarena.engine.sampling.scores import choose_rows
 from kvarena.engine.sampling.transfer import to_device
-
-
-@dataclass(frozen=True)
-class ModuleForward:
-    """The transformers module, called through the attention hook."""
-
-    model: LoadedModel
-    backend: AttentionBackend
-
-    def __call__(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        meta: AttentionMetadata,
-        *,
-        out: Tensor | None = None,
-        all_rows: bool = False,  # noqa: ARG002 - `meta.logits_indices` says the same
-    ) -> Tensor:
-        """See `Forward`."""
-        with attention_context(meta, self.backend):
-            logits = self.model.logits(input_ids, positions, meta.logits_indices)
-        return logits if out is None else out.copy_(logits)
-
-
-@dataclass(frozen=True)
-class FusedForward:
-    """The fused decoder."""
-
-    decoder: FusedDecoder
-    backend: AttentionBackend
-    pool: KVPool
-
-    def __call__(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        meta: AttentionMetadata,
-        *,
-        out: Tensor | None = None,
-        all_rows: bool = False,
-    ) -> Tensor:
-        """See `Forward`."""
-        return self.decoder(input_ids, positions, meta, self.backend, self.pool, all_rows=all_rows, out=out)
 
 
 class FusedRunner(TorchRunner):
@@ -115,22 +71,16 @@ class FusedRunner(TorchRunner):
         width = cdiv(max_model_len, pool.block_size) if isinstance(backend, ReservingBackend) else 0
         rows = RequestRows(model.spec.vocab_size, pool.device, seed, num_rows=2 * max_num_seqs, width=width)
         super().__init__(model, pool, backend, clock=clock, num_scores=num_scores, rows=rows)
-        self._model_forward: Forward = (
-            ModuleForward(model, backend) if decoder is None else FusedForward(decoder, backend, pool)
-        )
+        if decoder is not None:
+            self.forward = functools.partial(decoder, backend=backend, pool=pool)
         self._draw = Draw(max_num_seqs, self._device, num_scores) if self._device.type == "cuda" else None
         self._graphs: StepGraphs | None = None
         if isinstance(backend, ReservingBackend):
             logits = torch.zeros(max_num_seqs, model.spec.vocab_size, dtype=model.spec.dtype, device=self._device)
             self._graphs = StepGraphs(
-                self._model_forward, backend, rows, logits, pool.block_size, mixed_tokens,
+                self.forward, backend, rows, logits, pool.block_size, mixed_tokens,
                 capture=GraphCapture() if graphs else None,
             )  # fmt: skip
-
-    @property
-    def forward(self) -> Forward:
-        """What computes a step's logits, in graphs or as it is."""
-        return self._model_forward
 
     def warm_up(self, max_batch: int) -> int:
         """Compile and capture every shape of decode steps up to `max_batch` requests, and of small steps.
@@ -144,10 +94,6 @@ class FusedRunner(TorchRunner):
             return 0
         with torch.inference_mode():
             return self._graphs.warm_up(max_batch)
-
-    def _forward(self, inputs: StepInputs) -> Tensor:
-        self.backend.prepare(inputs.meta)
-        return self._model_forward(inputs.input_ids, inputs.positions, inputs.meta)
 
     def _compute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
         if self._graphs is not None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvarena.engine.attention.base import AttentionBackend
+from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
 from kvarena.engine.attention.hook import attention_context
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.checkpoints.directory import one_line
@@ -28,7 +29,8 @@ from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.pool.memory_limits import asked_and_free, is_out_of_memory
 from kvarena.engine.request import Request
 from kvarena.engine.runner.constraints import allowed_tokens
-from kvarena.engine.runner.inputs import StepInputs, build_inputs
+from kvarena.engine.runner.graphs import Forward
+from kvarena.engine.runner.inputs import build_inputs
 from kvarena.engine.runner.prompt_logprobs import PromptLogprobs
 from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
@@ -113,6 +115,28 @@ class _TimedStep:
         return result._replace(copy_time=self._timer.seconds())
 
 
+@dataclass(frozen=True)
+class ModuleForward:
+    """The transformers module, called through the attention hook."""
+
+    model: LoadedModel
+    backend: AttentionBackend
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        meta: AttentionMetadata,
+        *,
+        out: Tensor | None = None,
+        all_rows: bool = False,  # noqa: ARG002 - `meta.logits_indices` says the same
+    ) -> Tensor:
+        """See `Forward`."""
+        with attention_context(meta, self.backend):
+            logits = self.model.logits(input_ids, positions, meta.logits_indices)
+        return logits if out is None else out.copy_(logits)
+
+
 class TorchRunner:
     """Executes step plans on a model and a pool. Implements `kvarena.engine.model_runner.ModelRunner`.
 
@@ -124,6 +148,9 @@ class TorchRunner:
         clock: times the block copies on a CPU; None makes one.
         num_scores: keep the scores of so many best tokens of every sampled position (`StepResult.scores`); 0: none.
         rows: what is kept of each request; None makes rows that grow in number.
+
+    Attributes:
+        forward: computes a step's logits, in graphs or as it is.
     """
 
     def __init__(
@@ -140,6 +167,7 @@ class TorchRunner:
         self.model = model
         self.pool = pool
         self.backend: AttentionBackend = ReferenceBackend(pool) if backend is None else backend
+        self.forward: Forward = ModuleForward(model, self.backend)
         self._device = pool.device
         self._clock = WallClock() if clock is None else clock
         self._sampler = Sampler(num_scores)
@@ -198,7 +226,8 @@ class TorchRunner:
         if len(inputs.pending):
             pending, rows = (to_device(index, self._device) for index in (inputs.pending, inputs.pending_rows))
             inputs.input_ids[pending] = self._rows.last_tokens[rows]
-        logits = self._forward(inputs)
+        self.backend.prepare(inputs.meta)
+        logits = self.forward(inputs.input_ids, inputs.positions, inputs.meta)
         num_sampled = sum(plan.samples)
         tokens = self._sample(plan, inputs.rows, logits[:num_sampled])
         prompts = inputs.prompt_rows
@@ -206,12 +235,6 @@ class TorchRunner:
 
     def _in_flight(self, plan: StepPlan, tokens: HostTokens | None, prompt: PromptLogprobs | None = None) -> StepTokens:
         return StepTokens(tokens, plan.samples, prompt, functools.partial(self._no_memory, plan))
-
-    def _forward(self, inputs: StepInputs) -> Tensor:
-        """Logits of the tokens `inputs.meta.logits_indices`."""
-        with attention_context(inputs.meta, self.backend):
-            self.backend.prepare(inputs.meta)
-            return self.model.logits(inputs.input_ids, inputs.positions, inputs.meta.logits_indices)
 
     def _sample(self, plan: StepPlan, rows: np.ndarray, logits: Tensor) -> HostTokens | None:
         """Sample the entries that reach their last token; keep the tokens as next inputs, and start their copy.

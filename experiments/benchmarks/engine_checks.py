@@ -14,8 +14,9 @@ from kvarena.engine.errors import ConfigError
 from kvarena.engine.models import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.fused_runner import FusedRunner, ModuleForward
+from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.engine.runner.graphs import Forward
+from kvarena.engine.runner.torch_runner import ModuleForward
 from kvarena.experiments.gpu.engines import ABLATIONS, HOST_LEVERS, Engines, drive, runner_of
 
 NUM_TOKENS = 48

@@ -1,5 +1,7 @@
 """Small steps with prompts in them, at fixed addresses."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ from kvarena.engine.fusions.detect import fuse
 from kvarena.engine.fusions.ops import TorchOps
 from kvarena.engine.models import load_model
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.fused_runner import FusedForward
 from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.runner.step_graphs import MixedStep, StepGraphs, graph_tokens, row_buckets, token_buckets
 
@@ -20,11 +21,12 @@ from kvarena.engine.runner.step_graphs import MixedStep, StepGraphs, graph_token
 def graphs(tmp_path_factory):
     model = load_model(write_checkpoint(tmp_path_factory.mktemp("llama"), "llama"))
     pool = make_pool(model, 16, 4)
-    forward = FusedForward(fuse(model, TorchOps(), 128), LateReference(pool), pool)
+    backend = LateReference(pool)
+    forward = functools.partial(fuse(model, TorchOps(), 128), backend=backend, pool=pool)
     rows = RequestRows(model.spec.vocab_size, "cpu", num_rows=6, width=8)
     rows.last_tokens[:] = torch.arange(7)
     logits = torch.zeros(4, model.spec.vocab_size)
-    return StepGraphs(forward, forward.backend, rows, logits, 4, 32, capture=None), rows.tables
+    return StepGraphs(forward, backend, rows, logits, 4, 32, capture=None), rows.tables
 
 
 def step_of(*entries):
