@@ -157,7 +157,7 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "The server failed to answer this request.", code="internal_error")
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, Made] | asyncio.Future[Made]) -> Made:
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Made]) -> Made:
     """What `work` gives; a client that closes the connection ends it.
 
     It runs in a task of its own: waking a task resumes every coroutine between its root and where it waits; under the
@@ -166,7 +166,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Made] | as
     Raises:
         Disconnected: the client went away.
     """
-    task = asyncio.ensure_future(work)
+    task = asyncio.create_task(work)
     watcher = asyncio.create_task(disconnected(receive))
     watcher.add_done_callback(lambda _: None if watcher.cancelled() else task.cancel())
     try:
@@ -179,10 +179,9 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Made] | as
         watcher.cancel()
 
 
-async def collect(answer: Answer, receive: Receive) -> Response:
-    """Wait for all choices and answer at once. Raises what a choice ended with, or Disconnected."""
-
-    async def run() -> Response:
+async def collect(answer: Answer) -> Response:
+    """Wait for all choices and answer at once. Raises what a choice ended with."""
+    try:
         num_open = len(answer.choices)
         while num_open:
             for choice in await answer.changed():
@@ -190,9 +189,6 @@ async def collect(answer: Answer, receive: Receive) -> Response:
                     answer.delta(choice, *choice.advance())
                     num_open -= choice.finish_reason is not None
         return Response(answer.whole(), media_type="application/json")
-
-    try:
-        return await while_connected(receive, run())
     finally:
         answer.close()
 

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvarena.engine.request import SamplingParams
-from kvarena.engine.server.api.answers import Answer, Disconnected, EventStream, collect, while_connected
+from kvarena.engine.server.api.answers import Answer, EventStream, collect, while_connected
 from kvarena.engine.server.api.chat import ChatAnswer
 from kvarena.engine.server.api.completions import CompletionAnswer
 from kvarena.engine.server.api.constraints import Constraints
@@ -142,6 +142,15 @@ class Service:
         """`/v1/completions`."""
         arrival = time.monotonic()
         req, model = await self._read(request, CompletionRequest)
+        return await while_connected(request.receive, self._complete(request, req, model, arrival))
+
+    async def chat(self, request: Request) -> Response:
+        """`/v1/chat/completions`."""
+        arrival = time.monotonic()
+        req, model = await self._read(request, ChatCompletionRequest)
+        return await while_connected(request.receive, self._chat(request, req, model, arrival))
+
+    async def _complete(self, request: Request, req: CompletionRequest, model: str, arrival: float) -> Response:
         if req.suffix:
             raise bad_request("suffix is not supported", "suffix")
         if req.echo and req.stream and req.logprobs is not None:
@@ -153,7 +162,7 @@ class Service:
         prompts = await self.prompts.of_completion(req, self.info.vocab_size, self.config.max_prompts)
         default = self.info.default_length(COMPLETIONS_MAX_TOKENS)
         lengths = [fit_max_tokens(req.max_tokens, default, len(ids), self.info, "prompt") for ids in prompts]
-        constraint = await while_connected(request.receive, self._constraints.of(req))
+        constraint = await self._constraints.of(req)
         self._check_scores(req)
         answer = CompletionAnswer(self.client, req, model, arrival, detokenizer=self.tokenizer.detokenizer)
         samplings = self._samplings(req, lengths, req.logprobs)
@@ -162,16 +171,13 @@ class Service:
             answer.add_prompt(ids, sampling, stream, echoed)
         return await self._answer(request, answer, constraint)
 
-    async def chat(self, request: Request) -> Response:
-        """`/v1/chat/completions`."""
-        arrival = time.monotonic()
-        req, model = await self._read(request, ChatCompletionRequest)
+    async def _chat(self, request: Request, req: ChatCompletionRequest, model: str, arrival: float) -> Response:
         check_chat(req)
         await self._refuse_images(req)
         prompt = await self.prompts.of_chat(req)
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
         max_tokens = fit_max_tokens(requested, self.info.default_length(None), len(prompt), self.info, "messages")
-        constraint = await while_connected(request.receive, self._constraints.of_chat(req))
+        constraint = await self._constraints.of_chat(req)
         self._check_scores(req)
         parsers, kept = self._constraints.parsers(req, prompt), self._constraints.kept(req)
         answer = ChatAnswer(
@@ -205,7 +211,7 @@ class Service:
         return [made[most] for most in lengths]
 
     async def _answer(self, request: Request, answer: Answer, constraint: CheckedGrammar | None) -> Response:
-        """Hand the prompts to the engine, wait until all are queued, and answer. Raises ApiError, Disconnected."""
+        """Hand the prompts to the engine, wait until all are queued, and answer. Raises ApiError."""
         state, req = request.state, answer.req
         if constraint is not None:
             self.client.constrain(constraint)
@@ -226,11 +232,11 @@ class Service:
                     key=state.key,
                 )
                 admissions.append(self.client.submit(frame, choices))
-            await while_connected(request.receive, asyncio.gather(*admissions))
+            await asyncio.gather(*admissions)
         except Refused as refused:
             self.client.abort(answer.choices, "abort")
             raise self._refusal(refused) from None
-        except (asyncio.CancelledError, Disconnected):
+        except asyncio.CancelledError:
             self.client.abort(answer.choices, "abort")
             raise
         self.row.observe("vllm:request_params_n", req.n or 1)
@@ -241,7 +247,7 @@ class Service:
             answer.on_end = functools.partial(self.tracer.record, answer, state.request_id, request.headers)
         if req.stream:
             return EventStream(answer, state.request_id)
-        return await collect(answer, request.receive)
+        return await collect(answer)
 
     def _refusal(self, refused: Refused) -> ApiError:
         if refused.reason == "queue_full":
