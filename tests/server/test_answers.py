@@ -1,0 +1,172 @@
+"""How an answer is written and ended, without a server: a client that leaves, a stream's bytes, a choice that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from kvarena.engine.request import SamplingParams
+from kvarena.engine.server.api.answers import DONE, Disconnected, EventStream, collect, while_connected
+from kvarena.engine.server.api.completions import CompletionAnswer
+from kvarena.engine.server.api.protocol import CompletionRequest
+from kvarena.engine.server.front.groups import ChoiceFailed, EngineGone
+
+
+class Stream:
+    """Tokens are their letters."""
+
+    def copy(self):
+        return self
+
+    def add(self, token_ids):
+        return "".join(map(chr, token_ids))
+
+    def flush(self):
+        return ""
+
+    pending = ""
+
+
+class Client:
+    eos_token_ids = frozenset({0})
+
+    def __init__(self):
+        self.ended, self.longest = [], []
+
+    def abort(self, choices, reason):
+        self.ended += [(choice.index, reason) for choice in choices if not choice.ended]
+
+    def count_answer(self, num_tokens):
+        self.longest.append(num_tokens)
+
+
+def answer_of(client, n=1, **fields):
+    req = CompletionRequest(prompt="x", stream=True, n=n, **fields)
+    made = CompletionAnswer(client, req, "m", 0.0, detokenizer=None)
+    made.add_prompt([1, 2], SamplingParams(n=n), Stream())
+    return made
+
+
+def give(answer, index, text, ended="", stop_token=None):
+    choice = answer.choices[index]
+    choice.tokens += map(ord, text)
+    choice.ended, choice.stop_token = ended, stop_token
+    answer.dirty.append(choice)
+    answer.wake()
+
+
+async def stays():
+    await asyncio.Event().wait()
+
+
+async def leaves():
+    return {"type": "http.disconnect"}
+
+
+def shown(sent):
+    body = b"".join(message["body"] for message in sent[1:])
+    assert body.endswith(DONE)
+    return [json.loads(line[6:]) for line in body.removesuffix(DONE).decode().split("\n\n") if line]
+
+
+async def streamed(answer, receive=stays):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    state = {"send": send, "status": 0}
+    await EventStream(answer, "id")({"type": "http", "state": state}, receive, None)
+    return sent
+
+
+async def within(work):
+    return await asyncio.wait_for(work, 60)
+
+
+def test_a_stream_ends_with_a_reason_for_each_choice_its_usage_and_done():
+    async def run():
+        client = Client()
+        answer = answer_of(client, n=2, stream_options={"include_usage": True}, stop="c")
+        give(answer, 0, "abcd")
+        give(answer, 1, "xy.", "stop", ord("."))
+        sent = await within(streamed(answer))
+        assert [sent[0]["status"], sent[-1]["more_body"]] == [200, False]
+        first, second, usage = shown(sent)
+        assert first["choices"][0] | {"logprobs": 0} == {
+            "index": 0, "text": "ab", "logprobs": 0, "finish_reason": "stop", "stop_reason": "c", "token_ids": None,
+            "prompt_token_ids": None,
+        }  # fmt: skip
+        assert second["choices"][0]["text"] == "xy"  # the token that ended it is not shown
+        assert second["choices"][0]["stop_reason"] == ord(".")
+        assert usage["usage"]["completion_tokens"] == 6  # a stop string's tokens count as far as they were used
+        assert usage["usage"]["prompt_tokens"] == 2
+        assert client.ended[0] == (0, "stop")
+        assert client.longest == [3]
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_frees_what_its_stream_had():
+    async def run():
+        client = Client()
+        sent = await within(streamed(answer_of(client), leaves))
+        assert len(sent) <= 1
+        assert client.ended == [(0, "abort")]
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_is_gone_ends_a_stream_with_its_error():
+    async def run():
+        answer = answer_of(Client())
+        answer.fail(EngineGone("it has ended"))
+        [event] = shown(await within(streamed(answer)))
+        assert event["error"]["code"] == "engine_dead"
+
+    asyncio.run(run())
+
+
+def test_a_choice_that_failed_is_an_error_and_frees_the_others():
+    async def run():
+        client = Client()
+        answer = answer_of(client, n=2)
+        give(answer, 0, "a", "error")
+        with pytest.raises(ChoiceFailed):
+            await within(collect(answer))
+        assert client.ended == [(1, "abort")]
+
+    asyncio.run(run())
+
+
+def test_who_leaves_ends_the_work_and_who_cancels_it_is_no_client_that_left():
+    async def run():
+        ended = []
+
+        async def work():
+            try:
+                await stays()
+            except asyncio.CancelledError:
+                ended.append(True)
+                raise
+
+        async def fails():
+            raise ValueError
+
+        with pytest.raises(Disconnected):
+            await within(while_connected(leaves, work()))
+        task = asyncio.create_task(while_connected(stays, work()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await within(task)
+        assert len(ended) == 2
+        with pytest.raises(ValueError):
+            await within(while_connected(stays, fails()))
+        assert await within(while_connected(stays, asyncio.sleep(0, 5))) == 5
+        assert len(asyncio.all_tasks()) <= 2  # this one, and a watcher that has been told to end
+
+    asyncio.run(run())
