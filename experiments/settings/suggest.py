@@ -147,8 +147,7 @@ def _keys_of_choices() -> dict[str, list[str]]:
         group = path.parent.name
         if group in ("base", "hydra", "profile"):
             continue
-        node = options(path)
-        section, node = ("study", node.get("study")) if group == EXPERIMENTS else (group, node)
+        node, section = (options(path).get("study"), "study") if group == EXPERIMENTS else (options(path), group)
         for name in _names(node, f"{section}."):
             found.setdefault(name, []).append(f"{group}={path.stem}")
     return found

@@ -84,7 +84,8 @@ def run_cells(
         _check_room(ray, **needs)
         witness.touch()
         # A cell that broke off is not tried again behind the user's back: its folder says what it was.
-        return _gather(ray, ray.remote(max_retries=0, **needs)(_run_cell).remote, sweep, job_overrides, first)
+        submit = ray.remote(_run_cell).options(max_retries=0, **needs).remote
+        return _gather(ray, submit, sweep, job_overrides, first)
     finally:
         ray.shutdown()
         witness.unlink(missing_ok=True)

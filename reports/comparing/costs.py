@@ -60,7 +60,7 @@ def cost_pairs(contenders: Sequence[Contender]) -> list[CostPair]:
         groups: dict[str, list[Contender]] = {}
         for one in contenders:
             if one.settings.get(LAYOUT) is not None:
-                groups.setdefault(_name(one, lambda key, ours=belongs: not ours(key)), []).append(one)
+                groups.setdefault(_name(one, belongs, invert=True), []).append(one)
         wanted = _name(base, belongs)
         for same, group in groups.items():
             reference = next((one for one in group if _name(one, belongs) == wanted), group[0])
@@ -73,13 +73,13 @@ def cost_pairs(contenders: Sequence[Contender]) -> list[CostPair]:
     return pairs
 
 
-def _name(one: Contender, belongs: Callable[[str], bool]) -> str:
-    """The settings that belong, in words."""
+def _name(one: Contender, belongs: Callable[[str], bool], *, invert: bool = False) -> str:
+    """The settings that belong, or all others, in words."""
     named = {"allocator": "{}", "scheduler": "{}", LAYOUT: "{} kernel"}
     parts = [
         named.get(key, f"{key.rsplit('.', 1)[-1]}={{}}").format(value)
         for key, value in one.settings.items()
-        if belongs(key) and value is not None
+        if belongs(key) is not invert and value is not None
     ]
     return ", ".join(parts)
 

@@ -187,9 +187,9 @@ def draw_map(axes: Axes, kv_map: KVMap, axis: Axis) -> None:
 def map_legend(figure: Figure, maps: Sequence[KVMap]) -> None:
     """What the colours of these maps mean, above them."""
     others = {name: color for kv_map in maps for _, name, color in shown(kv_map)}
-    pale = tuple(1 - (1 - channel) * (1 - TINT) for channel in to_rgb(SHADES[0]))
+    red, green, blue = (1 - (1 - channel) * (1 - TINT) for channel in to_rgb(SHADES[0]))
     handles = [Patch(facecolor=SHADES[0], label="a request's block, full"),
-               Patch(facecolor=pale, label="the same, empty")]  # fmt: skip
+               Patch(facecolor=(red, green, blue), label="the same, empty")]  # fmt: skip
     handles += [Patch(facecolor=color, label=name) for name, color in others.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 4), labelcolor=INK)
 

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from numpy.typing import ArrayLike
 
 from kvarena.reports.drawing.style import (
     BLUE,
@@ -112,7 +113,7 @@ def requests_over_time(axes: Axes, edges: np.ndarray, named: Mapping[str, np.nda
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
 
 
-def banded_line(axes: Axes, x: Sequence[Any], y: Sequence[Any], band: Sequence[Sequence[Any]], **options: Any) -> None:
+def banded_line(axes: Axes, x: Sequence[Any], y: ArrayLike, band: tuple[ArrayLike, ArrayLike], **options: Any) -> None:
     """A line with small markers, and a band between two others where these are known; None is no value."""
     values, low, high = (np.array(one, dtype=float) for one in (y, *band))
     axes.plot(x, values, markersize=4, **options)

@@ -134,8 +134,10 @@ def curve_figure(lines: list[dict[str, Any]], axis: str, sheet: Sheet = WIDE) ->
 def _draw_curve(axes: Any, line: dict[str, Any], key: str, factor: float, index: int) -> None:
     look, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
     points = [point for point in line["points"] if point[key] is not None]
-    x, y, low, high = ([point[name] for point in points] for name in ("x", key, f"{key}_min", f"{key}_max"))
-    y, low, high = (factor * np.array(values, dtype=float) for values in (y, low, high))
+    x = [point["x"] for point in points]
+    y, low, high = (
+        factor * np.array([point[name] for point in points], dtype=float) for name in (key, f"{key}_min", f"{key}_max")
+    )
     banded_line(axes, x, y, (low, high), marker=marker, color=look.color, linestyle=look.dash, label=line["name"])
     for point in points:
         if point["x"] == line["knee"]:

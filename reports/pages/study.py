@@ -36,11 +36,11 @@ def write_study_report(study_dir: Path) -> dict[str, Any]:
     """
     study = read_study(study_dir)
     claims = [claim | {"kind": kind_of(claim), "ratio": ratio_of(claim)} for claim in study["claims"]]
-    conditions, heads = study.get("conditions") or {}, _heads(study)
+    conditions, (title, headline) = study.get("conditions") or {}, _heads(study)
     summary = {
-        "title": heads["title"],
+        "title": title,
         "experiment": study.get("experiment"),
-        "headline": heads["headline"],
+        "headline": headline,
         "notices": _notices(study),
         **tally(claims),
         "claims": claims,
@@ -84,9 +84,11 @@ def study_document(
         sections.append(Section("How it was measured", text=list(study["notes"])))
     if pages:
         sections.append(Section("The cells", text=["Each cell has a report of its own."], links=list(pages)))
+    title, headline = _heads(study)
     return Document(
         kicker="kvarena · report of an experiment",
-        **_heads(study),
+        title=title,
+        headline=headline,
         notices=_notices(study),
         verdict=verdict_line(claims),
         facts=_facts(study),
@@ -96,11 +98,11 @@ def study_document(
     )
 
 
-def _heads(study: dict[str, Any]) -> dict[str, str]:
+def _heads(study: dict[str, Any]) -> tuple[str, str]:
     """Title and headline, which say where its cells were simulated."""
     if (study.get("conditions") or {}).get("simulated"):
-        return {"title": f"{study['title']} (simulated)", "headline": f"Simulated: {study['headline']}"}
-    return {name: study[name] for name in ("title", "headline")}
+        return f"{study['title']} (simulated)", f"Simulated: {study['headline']}"
+    return study["title"], study["headline"]
 
 
 def _notices(study: dict[str, Any]) -> list[str]:
