@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import kvarena.experiments.jobs.job
-import kvarena.reports.pages.run_report
+import kvarena.reports.drawing.document
 from kvarena.engine.errors import EngineError
 from kvarena.experiments.entry import main
 from kvarena.experiments.recording.interruption import Interrupted, Signals
@@ -147,7 +147,7 @@ def test_before_anything_is_measured_it_ends_at_once(run, tmp_path, monkeypatch)
 def test_a_run_whose_report_is_being_drawn_is_whole(run, tmp_path, monkeypatch):
     folder = tmp_path / "one"
     with monkeypatch.context() as patched:
-        patched.setattr(kvarena.reports.pages.run_report, "render_html", lambda _: kill(signal.SIGTERM)())
+        patched.setattr(kvarena.reports.drawing.document, "render_html", lambda _: kill(signal.SIGTERM)())
         done = run(*LOAD, *SIMULATED, f"hydra.run.dir={folder}", "report.pages=true")
     assert done.code == 143
     assert "all requests had ended and are in one, without a report" in done.line
