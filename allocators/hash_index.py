@@ -1,6 +1,7 @@
 """A prefix index of hash-chained full blocks, in the manner of vLLM's automatic prefix caching.
 
-A full block's key is (its predecessor, its tokens), so equal keys mean equal prefixes:
+A full block's key is (its predecessor, its tokens), so equal keys mean equal prefixes (at an image's positions its
+digest stands in place of tokens: `Request.identities`):
 
     salt <- [tokens 0..15] <- [tokens 16..31] <- [tokens 32..47]      links, found through one hash table
                 block 5           block 9            block 2
@@ -79,11 +80,11 @@ class HashIndex(PrefixIndex):
                     break
         self._matched = (req, path)
         block_size, links = self._block_size, self._links
-        prompt, num_prompt = req.prompt_token_ids, req.num_prompt_tokens
+        prompt, num_prompt = req.prompt_identities, req.num_prompt_tokens
         parent: int | str = path[-1].serial if path else req.cache_salt
         for start in range(len(path) * block_size, num_blocks * block_size, block_size):
             stop = start + block_size
-            tokens = prompt[start:stop] if stop <= num_prompt else req.token_ids(start, stop)
+            tokens = prompt[start:stop] if stop <= num_prompt else req.identities(start, stop)
             found = links.get((parent, *tokens))
             if found is None or found.block == NULL_BLOCK:
                 break
@@ -137,7 +138,7 @@ class HashIndex(PrefixIndex):
 
     def _publish_one(self, parent: Link | None, req: Request, index: int, block: int) -> Link:
         """The link of `req`'s full block number `index`: where an equal one is published, `block` stays private."""
-        tokens = req.token_ids(index * self._block_size, (index + 1) * self._block_size)
+        tokens = req.identities(index * self._block_size, (index + 1) * self._block_size)
         key = (parent.serial if parent else req.cache_salt, *tokens)
         link = self._links.get(key)
         if link is None:

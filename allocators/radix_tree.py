@@ -6,6 +6,8 @@
     [9 9 9 9]          [3 1 4 1 | 5 9 2 6]  node C: unlocked leaf, 2 evictable blocks
     node B: locked
 
+At an image's positions its digest stands in place of tokens (`Request.identities`).
+
 A request locks the path to the node it stands on; a locked node's ancestors are locked too. Unlocked nodes are the
 cache. Eviction takes blocks off the tail of the least recently used unlocked leaf; a leaf that is used up leaves
 the tree, and its parent may become a leaf.
@@ -128,14 +130,14 @@ class RadixTree(PrefixIndex):
         return path[::-1]
 
     def _key(self, parent: RadixNode, req: Request, index: int) -> tuple:
-        tokens = req.token_ids(index * self._block_size, (index + 1) * self._block_size)
+        tokens = req.identities(index * self._block_size, (index + 1) * self._block_size)
         return tuple(tokens) if parent.parent or index else (req.cache_salt, *tokens)
 
     def _num_common(self, node: RadixNode, req: Request, start: int, stop: int) -> int:
         """Leading blocks of `node` that equal `req`'s blocks [start, stop). Compares whole runs at a time."""
         size = self._block_size
         high = min(len(node.blocks), stop - start)
-        tokens = req.token_ids(start * size, (start + high) * size)
+        tokens = req.identities(start * size, (start + high) * size)
         if tokens == (node.tokens if high == len(node.blocks) else node.tokens[: high * size]):
             return high
         low = 0  # blocks below `low` are equal, block `high - 1` or one before it is not
@@ -187,7 +189,7 @@ class RadixTree(PrefixIndex):
         return node, replaced, shared
 
     def _append(self, node: RadixNode, key: tuple, req: Request, table: list[int], start: int, stop: int) -> RadixNode:
-        tokens = req.token_ids(start * self._block_size, stop * self._block_size)
+        tokens = req.identities(start * self._block_size, stop * self._block_size)
         self._blocks.update(table[start:stop])
         if node.num_locks == 1 and not node.children:  # nobody else stands here: the edge grows
             node.tokens += tokens

@@ -140,6 +140,34 @@ class SamplingParams:
         check(self.n >= 1, "n", "at least 1")
 
 
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """An image of a prompt: its features stand at positions [start, stop), in place of token embeddings.
+
+        token ids     5  9 | 300 300 300 300 300 300 | 7        300: the placeholder, the same for every image
+        features           |  tile 0   |   tile 1    |
+                          start                     stop
+
+    Attributes:
+        start, stop: positions in the prompt.
+        identity: a digest of the pixels and of how they were processed, above any token id: what these positions are
+            known by where equal prompts are looked for.
+        num_tiles: pieces that are encoded apart; each fills (stop - start) / num_tiles positions, in order.
+        pixels: what is encoded; the runner's business alone.
+    """
+
+    start: int
+    stop: int
+    identity: int
+    num_tiles: int
+    pixels: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def tile_tokens(self) -> int:
+        """Positions of a tile."""
+        return (self.stop - self.start) // self.num_tiles
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One request: what was asked, and how far it is. Compared and hashed by identity.
@@ -159,6 +187,7 @@ class Request:
             shortest-first schedulers may read it.
         parent: for parallel sampling, the request whose prompt KV this one may share.
         constraint: which tokens may come next, or None for all.
+        images: of the prompt, in order; they do not overlap.
 
         output_token_ids: tokens sampled so far.
         num_computed_tokens: positions whose KV is in the pool, or will be when the scheduled steps have run.
@@ -183,6 +212,7 @@ class Request:
     oracle_output_len: int | None = None
     parent: Request | None = None
     constraint: TokenConstraint | None = None
+    images: tuple[ImageSpan, ...] = ()
 
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -196,6 +226,8 @@ class Request:
     error: str = ""
     # eos_token_ids and sampling.stop_token_ids together. Derived once, because it is read for every token.
     stop_ids: frozenset[int] = field(init=False)
+    # What stands at each position of the prompt: a token, or an image's identity. The prompt itself without images.
+    prompt_identities: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
@@ -205,6 +237,11 @@ class Request:
             )
         eos = frozenset() if self.sampling.ignore_eos else self.eos_token_ids
         self.stop_ids = eos | frozenset(self.sampling.stop_token_ids)
+        self.prompt_identities = self.prompt_token_ids
+        if self.images:
+            self.prompt_identities = list(self.prompt_token_ids)
+            for image in self.images:
+                self.prompt_identities[image.start : image.stop] = [image.identity] * (image.stop - image.start)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -239,6 +276,30 @@ class Request:
         if start >= num_prompt:
             return self.output_token_ids[start - num_prompt : stop - num_prompt]
         return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]
+
+    def identities(self, start: int, stop: int) -> list[int]:
+        """What stands at positions [start, stop): tokens, and images by identity. Equal prefixes have equal KV."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_identities[start:stop]
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : stop - num_prompt]
+        return self.prompt_identities[start:] + self.output_token_ids[: stop - num_prompt]
+
+    def within_tiles(self, start: int, stop: int, most: int) -> tuple[int, int]:
+        """The largest end <= `stop` for which [start, end) touches at most `most` tiles, and how many it touches."""
+        num_tiles = 0
+        for image in self.images:
+            first, last = max(start, image.start), min(stop, image.stop)
+            if first >= last:
+                continue
+            size = image.tile_tokens
+            begin = (first - image.start) // size
+            count = (last - 1 - image.start) // size + 1 - begin
+            if num_tiles + count > most:
+                return (image.start + (begin + most - num_tiles) * size if num_tiles < most else first), most
+            num_tiles += count
+        return stop, num_tiles
 
     def stop_reason(self) -> FinishReason | None:
         """Whether the last output token ends the request, and why."""

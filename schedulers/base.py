@@ -30,6 +30,7 @@ class Scheduler(Lifecycle):
         max_num_seqs: most requests that run at once; never more than `max_num_batched_tokens`, so that all that run
             can decode in one step.
         max_num_batched_tokens: most new tokens in one step.
+        max_num_batched_tiles: most tiles of images among them: the vision tower's share of a step is bounded.
         watermark: share of the pool that admission keeps free for the growth of those that run, in [0, 1). Nobody
             is kept out by it while nothing runs.
         preemption: `recompute` drops a victim's KV; `swap` moves it to host memory where the allocator can, else
@@ -188,6 +189,7 @@ class Scheduler(Lifecycle):
         Comes last in a step: all that `plan` holds before are decodes of one token.
         """
         budget = self.max_num_batched_tokens - len(plan.scheduled)
+        tiles = self.max_num_batched_tiles
         for req in self.order_prefills():
             if budget <= 0:
                 return
@@ -195,9 +197,15 @@ class Scheduler(Lifecycle):
                 continue
             start, total = req.num_computed_tokens, req.num_tokens
             end = min(total, start + budget)
+            num_tiles = 0
+            if req.images:
+                end, num_tiles = req.within_tiles(start, end, tiles)
+                if end == start:
+                    continue
             if end > req.num_slots and not self.grow(req, end, plan):
                 continue
             budget -= end - start
+            tiles -= num_tiles
             req.num_computed_tokens = end
             req.num_recomputed_tokens += self._recomputed(req, start, end)
             plan.scheduled.append(ScheduledRequest(req, start, end - start))

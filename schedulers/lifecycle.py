@@ -37,6 +37,7 @@ class Lifecycle(StepScheduler):
         max_model_len: int,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
+        max_num_batched_tiles: int = 16,
         watermark: float = 0.01,
         preemption: str = "recompute",
         victim: str = "last_arrived",
@@ -44,6 +45,7 @@ class Lifecycle(StepScheduler):
         require(max_model_len >= 2, "engine.max_model_len", max_model_len, "at least 2 (one prompt, one output token)")
         check_int("scheduler.max_num_seqs", max_num_seqs, 1)
         check_int("scheduler.max_num_batched_tokens", max_num_batched_tokens, 1)
+        check_int("scheduler.max_num_batched_tiles", max_num_batched_tiles, 1)
         require(is_number(watermark) and 0 <= watermark < 1, "scheduler.watermark", watermark, "in [0, 1)")
         check_choice("scheduler.preemption", preemption, PREEMPTIONS)
         check_choice("scheduler.victim", victim, VICTIMS)
@@ -51,6 +53,7 @@ class Lifecycle(StepScheduler):
         self.max_model_len = max_model_len
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_batched_tiles = max_num_batched_tiles
         self.preemption = preemption
         self._victim = victim
         self.requests: dict[str, Request] = {}

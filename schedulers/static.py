@@ -27,8 +27,9 @@ class StaticScheduler(Scheduler):
             ended; `free`: it gives them back at once. Either way nobody is admitted before the batch has ended.
         batch_size: requests that start a batch without a wait; None: `max_num_seqs`.
         max_wait: seconds after which a smaller batch starts; 0 starts with whatever waits.
-        options: `max_model_len`, `max_num_batched_tokens` and `watermark`, see `Scheduler`. The watermark keeps the
-            same share of the pool free as under the others; no request of this scheduler ever grows.
+        options: `max_model_len`, `max_num_batched_tokens`, `max_num_batched_tiles` and `watermark`, see `Scheduler`.
+            The watermark keeps the same share of the pool free as under the others; no request of this scheduler ever
+            grows.
 
     Raises:
         ConfigError: an option out of range.

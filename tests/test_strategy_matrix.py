@@ -15,6 +15,9 @@ from kvarena.allocators.placement import Buddy
 from kvarena.allocators.prefix import PrefixCachingAllocator
 from kvarena.engine.contract import CopyKind, KVAllocator, QueueHead
 from kvarena.engine.errors import EngineError
+from kvarena.engine.request import Request
+from kvarena.experiments.correctness.oracle import OracleRunner
+from kvarena.experiments.fuzzing import random_traces
 from kvarena.experiments.fuzzing import traces as fuzz
 from kvarena.experiments.fuzzing.matrix import (
     PATHS,
@@ -161,6 +164,34 @@ def test_a_hit_on_the_whole_prompt_is_caught(monkeypatch):
 
     monkeypatch.setattr(PrefixCachingAllocator, "match_prefix", whole)
     assert first_failure("paged_prefix")
+
+
+@pytest.mark.usefixtures("no_recount")
+@pytest.mark.parametrize("allocator", ["paged_prefix", "radix"])
+def test_a_prefix_cache_that_looks_at_placeholder_ids_alone_is_caught(monkeypatch, allocator):
+    """Two images have the same ids and as many of them: only their digests keep their blocks apart."""
+    make = Request.__post_init__
+
+    def by_ids(self):
+        make(self)
+        self.true_identities = self.prompt_identities
+        self.prompt_identities = self.prompt_token_ids
+
+    class Blind(Request):
+        __slots__ = ("true_identities",)
+        __post_init__ = by_ids
+
+        def identities(self, start, stop):
+            return self.token_ids(start, stop)
+
+    def seen(self, req, pos):
+        known = pos < req.num_prompt_tokens and hasattr(req, "true_identities")
+        return req.true_identities[pos] if known else token(self, req, pos)
+
+    token = OracleRunner._token
+    monkeypatch.setattr(OracleRunner, "_token", seen)
+    monkeypatch.setattr(random_traces, "Request", Blind)
+    assert "holds the KV of other tokens" in first_failure(allocator)
 
 
 def test_a_preempted_request_that_starts_too_late_is_caught(monkeypatch):

@@ -42,10 +42,12 @@ def next_token(req: Request, context: list[int] | list[int | None], vocab_size: 
 
 def expected_output(req: Request, vocab_size: int = 97, window: int | None = None) -> list[int]:
     """The tokens that an `OracleRunner` gives `req` under every correct strategy, computed without a pool."""
-    probe = Request(req.request_id, req.prompt_token_ids, req.sampling, eos_token_ids=req.eos_token_ids)
+    probe = Request(
+        req.request_id, req.prompt_token_ids, req.sampling, eos_token_ids=req.eos_token_ids, images=req.images
+    )
     prefix: list[int] = []
     while not probe.output_token_ids or probe.stop_reason() is None:
-        for token in probe.token_ids(len(prefix), probe.num_tokens):
+        for token in probe.identities(len(prefix), probe.num_tokens):
             prefix.append(mix(prefix[-1] if prefix else 0, token))
         probe.output_token_ids.append(next_token(probe, prefix[-(window or len(prefix)) :], vocab_size))
     return probe.output_token_ids
@@ -133,9 +135,9 @@ class OracleRunner:
             raise OracleFault(f"request {name!r} owns blocks {list(table[: last + 1])}, which are not contiguous")
 
     def _token(self, req: Request, pos: int) -> int:
-        """The token at `pos`: from the host, or from this runner's memory while it is pending."""
+        """The token or image at `pos`: from the host, or from this runner's memory while it is pending."""
         if pos < req.num_tokens:
-            return req.token_ids(pos, pos + 1)[0]
+            return req.identities(pos, pos + 1)[0]
         last = self._last.get(req.request_id)
         if last is None or last[0] != pos:
             raise OracleFault(f"request {req.request_id!r} computes position {pos} before its token was sampled")

@@ -6,11 +6,12 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvarena.engine.request import Request, SamplingParams, expand
+from kvarena.engine.request import ImageSpan, Request, SamplingParams, expand
 from kvarena.experiments.correctness.oracle import expected_output
 
 MAX_MODEL_LEN = 48
 VOCAB_SIZE = 97
+PLACEHOLDER, IDENTITIES = 7, (1 << 300, (1 << 300) + 1)  # of images: the same token for all, and what tells them apart
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Trace:
 
 
 def make_trace(seed: int, num_requests: int = 20) -> Trace:
-    """A random trace: shared, identical and block-aligned prompts, stop tokens, n > 1, priorities, clients, aborts."""
+    """A random trace: shared, identical, block-aligned prompts, images, stop tokens, n > 1, priorities, aborts."""
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 4, 4, 8])
     shared = [rng.randrange(VOCAB_SIZE) for _ in range(24)]
@@ -80,6 +81,9 @@ def make_trace(seed: int, num_requests: int = 20) -> Trace:
                 "eos_token_ids": stop_token_ids,
             }
         )
+    pictures = random.Random(f"images of {seed}")  # draws of its own: the rest of a trace is what it was without
+    for spec in specs:
+        _put_images(spec, pictures)
     specs.sort(key=lambda spec: spec["arrival_time"])
     ids = [req.request_id for spec in specs for req in expand(Request(**spec))]
     aborts = [(float(rng.randint(1, 5 * num_requests)), rid) for rid in rng.sample(ids, rng.randint(0, 4))]
@@ -99,6 +103,7 @@ def make_trace(seed: int, num_requests: int = 20) -> Trace:
         scheduler_options={
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_seqs + rng.choice([-1, 0, 5, 20, 100]),
+            "max_num_batched_tiles": pictures.choice([1, 2, 16]),
             "watermark": rng.choice([0.0, 0.01, 0.1]),
             "preemption": rng.choice(["recompute", "recompute", "none"] if swap_blocks == 0 else ["swap"]),
             "victim": rng.choice(["last_arrived", "lowest_priority", "most_blocks"]),
@@ -108,3 +113,18 @@ def make_trace(seed: int, num_requests: int = 20) -> Trace:
             "ageing": rng.choice([0.1, 1.0]),
         },
     )
+
+
+def _put_images(spec: dict[str, Any], rng: random.Random) -> None:
+    """Put images into a third of the prompts, in place of tokens: two that differ have the same placeholders."""
+    prompt = list(spec["prompt_token_ids"])
+    at, images = rng.choice([0, 1, 8]), []
+    while rng.random() < 0.33:
+        num_tiles, size = rng.choice([1, 2, 3]), rng.choice([1, 2, 4])
+        stop = at + num_tiles * size
+        if stop >= len(prompt):
+            break
+        prompt[at:stop] = [PLACEHOLDER] * (stop - at)
+        images.append(ImageSpan(at, stop, rng.choice(IDENTITIES), num_tiles))
+        at = stop + rng.choice([0, 1])
+    spec["prompt_token_ids"], spec["images"] = prompt, tuple(images)

@@ -111,10 +111,10 @@ class BlockPool:
 
     def _is_cached(self, head: Request, index: int, cached: set[int]) -> bool:
         """Whether the head's full block number `index` is found in a block that no request owns."""
-        wanted = head.cache_salt, head.token_ids(0, (index + 1) * self._size)
+        wanted = head.cache_salt, head.identities(0, (index + 1) * self._size)
         for block in cached:
             req, i = self._contents[block]
-            if i == index and (req.cache_salt, req.token_ids(0, (i + 1) * self._size)) == wanted:
+            if i == index and (req.cache_salt, req.identities(0, (i + 1) * self._size)) == wanted:
                 return True
         return False
 

@@ -12,7 +12,7 @@ from kvarena.experiments.serving.flags import overrides_of, parse_flags
 from kvarena.experiments.settings.strategies import strategy_names, strategy_options
 from kvarena.schedulers.lifecycle import Lifecycle
 
-SHARED = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "watermark": 0.01}
+SHARED = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_num_batched_tiles": 16, "watermark": 0.01}
 DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(Lifecycle).parameters.items()
