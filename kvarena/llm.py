@@ -9,6 +9,7 @@ the same flags, and prompts and answers pass through the same tokenizer, detoken
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from typing import Any, cast
 
 from kvarena.engine.core import Engine, StepFailed, StepOutput
 from kvarena.engine.errors import ConfigError, EngineError, RequestError
-from kvarena.engine.request import FinishReason, Request, expand
+from kvarena.engine.request import FinishReason, ImageSpan, Request, expand
 from kvarena.engine.server.api.prompts import Prompts, check_chat
 from kvarena.engine.server.api.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
 from kvarena.engine.server.api.sampling import (
@@ -29,6 +30,8 @@ from kvarena.engine.server.api.sampling import (
     stop_strings,
 )
 from kvarena.engine.server.front.groups import Choice, Group
+from kvarena.engine.server.media.parts import policy_of
+from kvarena.engine.server.media.reader import ImageReader, image_tokens
 from kvarena.engine.server.text.tokenization import TokenizerService, generation_defaults
 from kvarena.experiments.building.model_files import check_model
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
@@ -45,6 +48,7 @@ OPTIONS = (
     "max_num_batched_tokens", "block_size", "num_gpu_blocks_override", "kv_cache_memory_gib", "swap_space",
     "enable_prefix_caching", "async_scheduling", "tensor_parallel_size", "pipeline_parallel_size", "quantization",
     "enforce_eager", "seed", "chat_template", "generation_config", "max_logprobs",
+    "allowed_local_media_path", "allowed_media_domains", "limit_mm_per_prompt",
 )  # fmt: skip
 BOTH_WAYS = ("enable_prefix_caching", "async_scheduling")  # these have a --no- form
 
@@ -56,12 +60,13 @@ class _Asked(Group):
         client: of the LLM.
         req: what is asked.
         prompt: as it was given, where that was text.
+        images: of the prompt.
     """
 
-    def __init__(self, client: _Client, req: SamplingFields, prompt: str | None) -> None:
+    def __init__(self, client: _Client, req: SamplingFields, prompt: str | None, images: tuple[ImageSpan, ...]) -> None:
         super().__init__(client, 0.0)
         self.req, self.stops, self.prompt = req, stop_strings(req), prompt
-        self.request_id = ""
+        self.images, self.request_id = images, ""
 
 
 class _Client:
@@ -125,11 +130,13 @@ class LLM:
             self._tokenizer = TokenizerService(
                 str(directory), config.model.trust_remote_code, self._config.chat_template
             )
+            images = image_tokens(str(directory), self._tokenizer.tokenizer)
             defaults = generation_defaults(str(directory)) if self._config.generation_config else {}
             served = build_served_engine(config, strategy_names)
         self._engine, self._limits = served.engine, replace(served.info, defaults=defaults)
         self._client = _Client(served.engine, frozenset(served.info.eos_token_ids))
-        self._prompts = Prompts(self._tokenizer, served.info.max_model_len)
+        self._images = ImageReader(policy_of(self._config), images)
+        self._prompts = Prompts(self._tokenizer, served.info.max_model_len, images)
         self._lock = threading.Lock()
         # Tokenizing is written for an event loop, and a notebook's own is busy: ours runs on a thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvarena-llm")
@@ -171,7 +178,8 @@ class LLM:
         """Answer a conversation, or several in one batch; one output for each, in order.
 
         Args:
-            messages: a list of `{"role": ..., "content": ...}`, or a list of such lists.
+            messages: a list of `{"role": ..., "content": ...}`, or a list of such lists; a content may be a list of
+                parts, text and images, as in OpenAI's API.
             sampling_params: for all, or one for each.
             add_generation_prompt: end the prompt with the start of an answer; None: unless the last message goes on.
             continue_final_message: the answer goes on with the last message.
@@ -205,17 +213,25 @@ class LLM:
         req = params.body(ChatCompletionRequest, messages=messages, **more)
         check_unsupported(req, self._config, self._limits.priorities)
         check_chat(req)
-        ids = await self._prompts.of_chat(req)
+        opened = await self._images.open(req.messages)
+        ids, places = await self._prompts.of_chat(req, self._images.num_tiles(opened))
         default = self._limits.default_length(None)
         max_tokens = fit_max_tokens(params.max_tokens, default, len(ids), self._limits, "messages")
-        return await self._asked(req, params, ids, max_tokens, None)
+        images = await self._images.spans(opened, places)
+        return await self._asked(req, params, ids, max_tokens, None, images)
 
     async def _asked(
-        self, req: SamplingFields, params: SamplingParams, ids: list[int], max_tokens: int, prompt: str | None
+        self,
+        req: SamplingFields,
+        params: SamplingParams,
+        ids: list[int],
+        max_tokens: int,
+        prompt: str | None,
+        images: tuple[ImageSpan, ...] = (),
     ) -> _Asked:
         if req.prompt_logprobs is not None and not self._limits.prompt_logprobs:
             raise RequestError("log-probabilities of the prompt are not available with this runner", "prompt_logprobs")
-        asked = _Asked(self._client, req, prompt)
+        asked = _Asked(self._client, req, prompt, images)
         sampling = sampling_params(req, self._config, self._limits, max_tokens=max_tokens, logprobs=params.logprobs)
         _, stream = await self._prompts.begin(ids, req)
         asked.add(ids, sampling, stream, asked.stops, bool(req.include_stop_str_in_output))
@@ -253,6 +269,7 @@ class LLM:
             # Log-probabilities of a prompt need all of it computed: nobody shares such a request's salt.
             cache_salt=asked.request_id if first.sampling.prompt_logprobs is not None else "",
             eos_token_ids=self._client.eos_token_ids,
+            images=asked.images,
         )
         for one, choice in zip(expand(req), asked.choices, strict=True):
             self._engine.add(one)
@@ -342,6 +359,10 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
             made.append(f"--{flag}")
         elif value is False:
             made += [f"--no-{flag}"] if key in BOTH_WAYS else []
+        elif isinstance(value, Mapping):
+            made.append(f"--{flag}={json.dumps(dict(value))}")
+        elif isinstance(value, list | tuple):
+            made += [f"--{flag}", *map(str, value)] if value else []
         elif value is not None:
             made.append(f"--{flag}={value}")
     return made
@@ -357,6 +378,12 @@ def _listed(prompts: Any) -> list[Any]:
 def _plain(prompt: Any) -> str | list[int]:
     """A prompt's text or token ids."""
     if isinstance(prompt, Mapping):
+        others = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
+        if others:
+            raise RequestError(
+                f"a prompt holds prompt or prompt_token_ids, and not {others[0]!r}; images go into chat()'s messages",
+                "prompt",
+            )
         prompt = prompt.get("prompt_token_ids") or prompt.get("prompt")
     if isinstance(prompt, str):
         return prompt

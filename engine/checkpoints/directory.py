@@ -99,6 +99,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def in_files(config: dict[str, Any]) -> str:
+    """The files of code that a config's `auto_map` names, in brackets; empty where it names none."""
+    entries = config.get("auto_map")
+    named = entries.values() if isinstance(entries, dict) else [entries]
+    listed = [entry for one in named for entry in (one if isinstance(one, list) else [one])]
+    files = {f"{entry.rpartition('--')[2].rpartition('.')[0]}.py" for entry in listed if isinstance(entry, str)}
+    return f" ({', '.join(sorted(files - {'.py'}))})" if files - {".py"} else ""
+
+
 def _instead_of_config(directory: Path) -> str:
     """What a directory without config.json is, and what to give in its place."""
     if (directory / "adapter_config.json").is_file():

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kvarena.engine.checkpoints.internvl import reads_images
 from kvarena.engine.errors import ModelError
 
 # transformers turns these into plain weights while it reads them.
@@ -69,14 +70,14 @@ def check_kind(directory: Path, config: dict[str, Any], *, weights: bool) -> Non
 
 def _check_senses(directory: Path, config: dict[str, Any], names: list[str]) -> None:
     sense = next((what for key, what in _OTHER_SENSES.items() if config.get(key)), None)
-    if sense is None or config["model_type"] in WITH_TEXT_MODEL:
+    if sense is None or config["model_type"] in WITH_TEXT_MODEL or reads_images(config):
         return
     inner = config.get("text_config") or config.get("llm_config") or {}
     text = inner.get("model_type") if isinstance(inner, dict) else None
     alone = f"its language model ({text})" if isinstance(text, str) else "its language model"
     raise ModelError(
-        f"{directory} is a model that reads {sense} ({names[0] if names else config['model_type']}), and this version "
-        f"reads text alone; give a text model, such as {alone} saved to a directory of its own"
+        f"{directory} is a model that reads {sense} ({names[0] if names else config['model_type']}), and InternVL "
+        f"is the only such model here; give a text model, such as {alone} saved to a directory of its own"
     )
 
 

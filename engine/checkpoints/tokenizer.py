@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvarena.engine.checkpoints.directory import check_content, one_line, read_json, resolve_directory
+from kvarena.engine.checkpoints.directory import check_content, in_files, one_line, read_json, resolve_directory
+from kvarena.engine.checkpoints.internvl import reads_images, set_chat_template
 from kvarena.engine.errors import ModelError
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def check_tokenizer(directory: Path, trust_remote_code: bool = False) -> None:
         raise ModelError(f"{directory} holds tekken.json, which is not read; copy the model's tokenizer.json into it")
     if "auto_map" in settings:
         raise ModelError(
-            f"the tokenizer in {directory} is Python code of its own; copy a tokenizer.json into it, or if you trust "
-            "the code, set model.trust_remote_code=true"
+            f"the tokenizer in {directory} is Python code of its own{in_files(settings)}; copy a tokenizer.json into "
+            "it, or if you trust the code, set model.trust_remote_code=true"
         )
     raise ModelError(f"{directory} holds no tokenizer; copy the model's tokenizer.json (or tokenizer.model) into it")
 
@@ -67,24 +68,40 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
         ModelError: no directory, no tokenizer in it, or a broken one.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
     directory = resolve_directory(path)
     check_tokenizer(directory, trust_remote_code)
+    has_json, has_pieces = (directory / TOKENIZER_JSON).is_file(), (directory / SENTENCEPIECE).is_file()
     own_code = trust_remote_code and "auto_map" in _settings(directory)
+    verbosity = logging.get_verbosity()
+    if _is_internvl(directory):
+        own_code = own_code and not (has_json or has_pieces)  # its files say all that its code does
+        logging.set_verbosity_error()  # that the model's type is unknown: the tokenizer's is what counts
     try:
-        if (directory / SENTENCEPIECE).is_file() and not (directory / TOKENIZER_JSON).is_file() and not own_code:
-            return _from_sentencepiece(directory)
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=trust_remote_code)
+        if has_pieces and not has_json and not own_code:
+            tokenizer = _from_sentencepiece(directory)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=own_code)
+        set_chat_template(tokenizer, directory)
+        return tokenizer
     except ModelError:
         raise
     # Anything: the tokenizer classes raise whatever their parsers do.
     except Exception as error:
         raise ModelError(f"the tokenizer in {directory} cannot be loaded: {one_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _settings(directory: Path) -> dict[str, object]:
     file = directory / SETTINGS[0]
     return read_json(file) if file.is_file() else {}
+
+
+def _is_internvl(directory: Path) -> bool:
+    file = directory / "config.json"
+    return file.is_file() and reads_images(read_json(file))
 
 
 def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerBase:

@@ -43,7 +43,7 @@ def check_weights(directory: Path, config: dict[str, Any]) -> None:
     Raises:
         ModelError: no weights, of a format that is not read, a shard or the index is missing, or a file is cut off.
     """
-    files = _files(directory)
+    files = weight_files(directory)
     for file in files:
         check_content(file)
         if file.suffix == ".safetensors":
@@ -56,7 +56,7 @@ def check_weights(directory: Path, config: dict[str, Any]) -> None:
 
 def weight_bytes(directory: Path) -> int:
     """Size of the files that hold the weights. Raises ModelError where they are not there."""
-    return sum(file.stat().st_size for file in _files(directory))
+    return sum(file.stat().st_size for file in weight_files(directory))
 
 
 def _tensor_names(file: Path) -> list[str]:
@@ -75,8 +75,8 @@ def _is_whole_pickle(file: Path) -> bool:
         return stream.read(1) == b"\x80"
 
 
-def _files(directory: Path) -> list[Path]:
-    """The files that transformers would read, in its order of preference."""
+def weight_files(directory: Path) -> list[Path]:
+    """The files that transformers would read, in its order of preference. Raises ModelError: they are not there."""
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
         file = directory / single
         if file.is_file() or file.is_symlink():

@@ -54,6 +54,7 @@ class FusedDecoder:
         *,
         all_rows: bool = False,
         out: Tensor | None = None,
+        embeds: Tensor | None = None,
     ) -> Tensor:
         """Logits of the tokens `meta.logits_indices`.
 
@@ -65,12 +66,13 @@ class FusedDecoder:
             pool: keys and values of the new tokens are written to it.
             all_rows: every token is wanted, in order (a decode step): `meta.logits_indices` is not read.
             out: [N, vocab] to write into.
+            embeds: [T, hidden] in place of the tokens' embeddings; overwritten.
 
         Returns:
             [N, vocab] in the model's dtype.
         """
         batch = Batch.of(self.angles(positions), meta, backend, pool)
-        residual = F.embedding(input_ids, self.embedding)
+        residual = F.embedding(input_ids, self.embedding) if embeds is None else embeds
         for layer in self.layers[:-1]:
             residual = layer(residual, batch, self.ops)
         # After its attention the last layer works for the logits alone: of a prompt, one token.

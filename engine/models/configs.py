@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, InternVLConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from kvarena.engine.checkpoints import internvl
 from kvarena.engine.checkpoints.directory import (
     end_token,
+    in_files,
     one_line,
     read_config,
     resolve_directory,
@@ -26,16 +29,26 @@ from kvarena.engine.checkpoints.directory import (
 from kvarena.engine.checkpoints.kinds import check_kind
 from kvarena.engine.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from kvarena.engine.errors import ConfigError, ModelError
+from kvarena.engine.vision.configs import native_config, text_config
 
+logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class NamedConfig(NamedTuple):
-    """A model's config, the directory that it came from (None for a shape), and how reports call the model."""
+    """A model's config, and where it came from.
+
+    Attributes:
+        config: of the language model.
+        directory: of the files; None for a shape.
+        name: how reports call the model.
+        whole: of a model that reads images: the language model's config is a part of it.
+    """
 
     config: PretrainedConfig
     directory: Path | None
     name: str
+    whole: InternVLConfig | None = None
 
 
 def read_model_config(
@@ -57,8 +70,11 @@ def read_model_config(
     else:
         config = _config_from_shape(shape or {})
         name = name or config.model_type
-    _check_architecture(config, name, trust_remote_code)
-    return NamedConfig(config, directory, name)
+    whole = config if isinstance(config, InternVLConfig) else None
+    if whole is not None:
+        config = text_config(whole)
+    _check_architecture(config, name, trust_remote_code and whole is None)
+    return NamedConfig(config, directory, name, whole)
 
 
 def end_and_special_tokens(
@@ -84,6 +100,9 @@ def end_and_special_tokens(
     # One that only the tokenizer has, beyond the model's logits, is never sampled.
     if own_end is not None and own_end < text.vocab_size:
         eos |= {own_end}
+    if directory is not None:
+        ends = (token_id(directory, token) for token in internvl.end_tokens(directory))
+        eos |= {end for end in ends if end is not None}
     special = eos.union(*named.values())
     if directory is not None:
         special |= special_token_ids(directory)
@@ -152,6 +171,16 @@ def quiet_transformers() -> Iterator[None]:
 def _read_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
     raw = read_config(directory)
     check_kind(directory, raw, weights=False)
+    if internvl.reads_images(raw):
+        if trust_remote_code and "auto_map" in raw:
+            logger.warning(
+                "%s is converted as it is loaded: none of its own code%s runs, and model.trust_remote_code=true is not "
+                "needed", directory, in_files(raw),
+            )  # fmt: skip
+        try:
+            return native_config(raw)
+        except ModelError as error:
+            raise ModelError(f"{directory}/config.json: {error}") from error
     if raw["model_type"] not in CONFIG_MAPPING:
         if "auto_map" not in raw:
             raise ModelError(
@@ -160,8 +189,8 @@ def _read_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
             )
         if not trust_remote_code:
             raise ModelError(
-                f"{directory} brings its own Python code for model type {raw['model_type']!r}; if you trust it, set "
-                "model.trust_remote_code=true"
+                f"{directory} brings its own Python code for model type {raw['model_type']!r}{in_files(raw)}; if you "
+                "have read and trust it, set model.trust_remote_code=true"
             )
     try:
         return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=trust_remote_code)
@@ -172,6 +201,8 @@ def _read_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
 
 def _config_from_shape(shape: Mapping[str, Any]) -> PretrainedConfig:
     fields = dict(shape)
+    if internvl.reads_images(fields):
+        return native_config(fields)
     model_type = fields.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         raise ConfigError(f"model.shape.model_type={model_type} is not a model type of transformers")

@@ -5,10 +5,12 @@ Weights go from the safetensors files to the device one by one, so host memory h
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kvarena.engine.checkpoints.check import check_checkpoint
 from kvarena.engine.checkpoints.directory import one_line
@@ -51,6 +54,7 @@ def load_model(
     seed: int = 0,
     trust_remote_code: bool = False,
     name: str | None = None,
+    image_cache_bytes: int = 0,
 ) -> LoadedModel:
     """Load a model and see that the runner can drive it.
 
@@ -64,6 +68,7 @@ def load_model(
         seed: of the dummy weights.
         trust_remote_code: run the directory's own Python code.
         name: how reports call the model; None takes the directory's name.
+        image_cache_bytes: for what the vision tower has encoded, of a model that reads images.
 
     Raises:
         ConfigError: a setting is out of range, or the settings do not fit together.
@@ -74,16 +79,28 @@ def load_model(
     if path is None and shape is not None and load_format == "auto":
         raise ConfigError("model.shape has no weights to read; set model.load_format=dummy")
     with quiet_transformers():
-        config, directory, name = read_model_config(path, shape, name, trust_remote_code)
+        config, directory, name, whole = read_model_config(path, shape, name, trust_remote_code)
         weights = weights_dtype(dtype, config)
         own_end = tokenizer_end(directory, trust_remote_code)
-        if load_format == "dummy" or directory is None:
+        composite, has_weights = None, load_format != "dummy" and directory is not None
+        if directory is not None and has_weights:
+            check_checkpoint(directory)
+        if whole is not None:
+            # Imported here: of a model that reads text nothing of it is needed.
+            from kvarena.engine.models.composite import Composite
+
+            composite = Composite(whole, directory, shape, has_weights=has_weights)
+        text = None if composite is None else composite.text
+        if directory is None or not has_weights:
             module = build_dummy(config, weights, device, seed, trust_remote_code, name)
         else:
-            check_checkpoint(directory)
-            module = _from_directory(directory, config, weights, device, trust_remote_code)
+            module = _from_directory(directory, config, weights, device, trust_remote_code, text)
         module.eval().requires_grad_(False)
-        return _describe(module, config.get_text_config(), name, directory, own_end)
+        loaded = _describe(module, config.get_text_config(), name, directory, own_end)
+        if composite is None:
+            return loaded
+        images = composite.encoder(module, torch.device(device), seed, image_cache_bytes)
+        return replace(loaded, images=images)
 
 
 def _describe(
@@ -125,7 +142,9 @@ def _from_directory(
     dtype: torch.dtype | str,
     device: str | torch.device,
     trust_remote_code: bool,
+    tensors: dict[str, Any] | None,
 ) -> nn.Module:
+    """A causal language model with its weights: all of the directory's, or `tensors` of these."""
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") in DEQUANTIZED:
         # What kernels run quantised weights, if any, depends on the device; plain weights run everywhere alike.
@@ -141,13 +160,19 @@ def _from_directory(
     # No type of a file has less than a byte for what takes four at most.
     if target.type == "cpu" and 4 * weight_bytes(directory) > free:
         _check_host(str(directory), config, dtype, free, trust_remote_code)
+    if tensors is None:
+        make: Any = functools.partial(
+            AutoModelForCausalLM.from_pretrained, str(directory), trust_remote_code=trust_remote_code
+        )
+    else:
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        make = functools.partial(kind.from_pretrained, None, state_dict=tensors)
+        config.tie_word_embeddings = "lm_head.weight" not in tensors
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(directory),
+        loaded: Any = make(
             config=config,
             dtype=dtype,
             local_files_only=True,
-            trust_remote_code=trust_remote_code,
             attn_implementation="eager",
             ignore_mismatched_sizes=True,  # reported below, in one line
             output_loading_info=True,

@@ -103,8 +103,12 @@ def _sizes(
     path: str | Path | None, shape: Mapping[str, Any] | None, dtype: str, trust_remote_code: bool, name: str | None
 ) -> ModelSizes:
     with quiet_transformers():
-        config, directory, name = read_model_config(path, shape, name, trust_remote_code)
+        config, directory, name, _ = read_model_config(path, shape, name, trust_remote_code)
         module = build_dummy(config, weights_dtype(dtype, config), "meta", 0, trust_remote_code, name).eval()
+        for part in module.modules():
+            # They choose their frequencies by the values of positions, which the meta device has not.
+            if getattr(part, "rope_type", None) in ("dynamic", "longrope"):
+                part.rope_type = "default"  # type: ignore[assignment]
         text = config.get_text_config()
         embedding = cast(nn.Module, module.get_input_embeddings()).weight  # type: ignore[operator]
         geometry = trace_attention(module, name, num_decoder_layers(text, name), cast(torch.Tensor, embedding).shape[0])

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
+    from kvarena.engine.vision.encoder import ImageEncoder
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class LoadedModel:
         path: its directory; None for a bare shape.
         special_token_ids: tokens that are not text: end, begin, padding and what the tokenizer marks as special.
         slices_logits: whether the module computes logits at chosen positions only.
+        images: makes inputs of images; None: the model reads text only.
     """
 
     module: nn.Module
@@ -103,24 +108,37 @@ class LoadedModel:
     path: Path | None
     special_token_ids: frozenset[int]
     slices_logits: bool
+    images: ImageEncoder | None = None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All that holds weights."""
+        return [self.module] if self.images is None else [self.module, self.images.tower]
+
+    @property
+    def image_cache_bytes(self) -> int:
+        """Memory for encoded tiles; 0 for a model that reads text only."""
+        return 0 if self.images is None else self.images.cache.num_bytes
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.module.parameters()).device
 
-    def logits(self, input_ids: Tensor, positions: Tensor, indices: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor, positions: Tensor, indices: Tensor, embeds: Tensor | None = None) -> Tensor:
         """Run the flattened batch; call inside `attention_context`.
 
         Args:
-            input_ids: int64 [T].
+            input_ids: int64 [T]; not looked at where there are `embeds`.
             positions: int64 [T], each token's position in its own sequence.
             indices: int64 [N], flat indices of the tokens whose logits are wanted.
+            embeds: [T, hidden], what stands in place of the tokens' embeddings; None: these.
 
         Returns:
             [N, vocab_size] in the model's dtype.
         """
-        batch = {"input_ids": input_ids[None], "position_ids": positions[None], "use_cache": False}
+        batch = {"position_ids": positions[None], "use_cache": False}
+        batch |= {"input_ids": input_ids[None]} if embeds is None else {"inputs_embeds": embeds[None]}
         if self.slices_logits:
             return self.module(**batch, logits_to_keep=indices).logits[0]
         return self.module(**batch).logits[0].index_select(0, indices)

@@ -5,6 +5,7 @@
 
     weights      parameters and buffers of the model, each storage once
     KV pool      the pool's tensor; or, where pages are mapped into reserved addresses, its physical pages
+    image cache  encoded tiles of images (`engine.image_cache_mib`), of models that read images
     workspace    what the runner keeps: tables, logits, plans of the kernels, cuBLAS's own
     graphs       the private pool of the CUDA graphs: the activations of captured steps
     activations  the most that steps held at once on top of all that (those without a graph)
@@ -26,8 +27,8 @@ import torch
 from kvarena.engine.pool.kv_pool import KVPool
 
 PARTS = (
-    "weights_bytes", "pool_bytes", "workspace_bytes", "graphs_bytes", "activations_bytes", "context_bytes",
-    "other_bytes",
+    "weights_bytes", "pool_bytes", "image_cache_bytes", "workspace_bytes", "graphs_bytes", "activations_bytes",
+    "context_bytes", "other_bytes",
 )  # fmt: skip
 NO_GPU = dict.fromkeys((*PARTS, "peak_gpu_bytes"))
 
@@ -54,7 +55,7 @@ class Reading:
 
 
 def memory_parts(
-    context: int, weights: int, pool: int, pool_in_torch: int, before: Reading, after: Reading
+    context: int, weights: int, pool: int, pool_in_torch: int, before: Reading, after: Reading, image_cache: int = 0
 ) -> dict[str, int]:
     """The parts, which add up to `peak_gpu_bytes`.
 
@@ -65,13 +66,15 @@ def memory_parts(
         pool_in_torch: what of these torch's allocator gave.
         before: when the first step was about to run, with the peak of what was reserved until then.
         after: when the last one had run; its peaks are those of the steps.
+        image_cache: bytes for encoded tiles.
     """
     # A graph that is captured while steps run allocates its pool then: that is the graphs', not the steps'.
     captured = max(0, after.graphs - before.graphs)
     parts = {
         "weights_bytes": weights,
         "pool_bytes": pool,
-        "workspace_bytes": max(0, before.allocated - weights - pool_in_torch),
+        "image_cache_bytes": image_cache,
+        "workspace_bytes": max(0, before.allocated - weights - pool_in_torch - image_cache),
         "graphs_bytes": after.graphs,
         "activations_bytes": max(0, after.peak_allocated - before.all_allocated - captured),
         "context_bytes": context,
@@ -106,7 +109,7 @@ class GpuMemory:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         self.context = self._outside() if context is None else context
-        self._weights = self._pool = self._pool_in_torch = 0
+        self._weights = self._pool = self._pool_in_torch = self._image_cache = 0
         self._before: Reading | None = None
 
     def _outside(self) -> int:
@@ -117,10 +120,16 @@ class GpuMemory:
         """The pool of the steps; `in_torch`: bytes of it that torch's allocator gave (0 where pages are mapped)."""
         self._pool, self._pool_in_torch = pool.num_bytes, in_torch
 
-    def begin(self, module: torch.nn.Module) -> None:
-        """The next step is the first that counts; `module` is the model as it runs."""
+    def begin(self, modules: Iterable[torch.nn.Module], image_cache: int = 0) -> None:
+        """The next step is the first that counts.
+
+        Args:
+            modules: the model as it runs, and its vision tower.
+            image_cache: bytes for encoded tiles.
+        """
         torch.cuda.synchronize(self._device)
-        self._weights = storage_bytes((*module.parameters(), *module.buffers()), self._device)
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        self._weights, self._image_cache = storage_bytes(tensors, self._device), image_cache
         self._before = self._read()
         torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -129,7 +138,9 @@ class GpuMemory:
         if self._before is None:
             raise RuntimeError("GpuMemory.begin was not called")
         torch.cuda.synchronize(self._device)
-        return memory_parts(self.context, self._weights, self._pool, self._pool_in_torch, self._before, self._read())
+        return memory_parts(
+            self.context, self._weights, self._pool, self._pool_in_torch, self._before, self._read(), self._image_cache
+        )
 
     def _read(self) -> Reading:
         index = torch.cuda.current_device() if self._device.index is None else self._device.index

@@ -96,7 +96,9 @@ class FusedRunner(TorchRunner):
             return self._graphs.warm_up(max_batch)
 
     def _compute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
-        if self._graphs is not None:
+        images = self.model.images
+        # A step with images has rows in place of ids, and no graph holds those.
+        if self._graphs is not None and not (images is not None and images.touched(plan)):
             if _is_decode(plan):
                 return self._decode(plan, allocator, self._graphs)
             if self._graphs.takes(plan):

@@ -28,8 +28,12 @@ class Forward(Protocol):
         *,
         out: Tensor | None = None,
         all_rows: bool = False,
+        embeds: Tensor | None = None,
     ) -> Tensor:
-        """Logits [N, V] of `meta.logits_indices`, or with `all_rows` of every token in order; into `out` if given."""
+        """Logits [N, V] of `meta.logits_indices`, or with `all_rows` of every token in order; into `out` if given.
+
+        `embeds`: [T, hidden], what stands in place of the tokens' embeddings.
+        """
         ...
 
 

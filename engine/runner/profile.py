@@ -153,6 +153,8 @@ def available_kv_bytes(
     weights = torch.cuda.memory_allocated(device)
     try:
         run_largest_step(model, max_num_batched_tokens, max_num_seqs)
+        if model.images is not None:
+            model.images.run_largest()
         torch.cuda.synchronize(device)
     except Exception as error:
         if not is_out_of_memory(error):

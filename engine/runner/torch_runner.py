@@ -130,10 +130,11 @@ class ModuleForward:
         *,
         out: Tensor | None = None,
         all_rows: bool = False,  # noqa: ARG002 - `meta.logits_indices` says the same
+        embeds: Tensor | None = None,
     ) -> Tensor:
         """See `Forward`."""
         with attention_context(meta, self.backend):
-            logits = self.model.logits(input_ids, positions, meta.logits_indices)
+            logits = self.model.logits(input_ids, positions, meta.logits_indices, embeds)
         return logits if out is None else out.copy_(logits)
 
 
@@ -226,8 +227,10 @@ class TorchRunner:
         if len(inputs.pending):
             pending, rows = (to_device(index, self._device) for index in (inputs.pending, inputs.pending_rows))
             inputs.input_ids[pending] = self._rows.last_tokens[rows]
+        images = self.model.images
+        embeds = images.embeds(plan, inputs.input_ids) if images is not None and images.touched(plan) else None
         self.backend.prepare(inputs.meta)
-        logits = self.forward(inputs.input_ids, inputs.positions, inputs.meta)
+        logits = self.forward(inputs.input_ids, inputs.positions, inputs.meta, embeds=embeds)
         num_sampled = sum(plan.samples)
         tokens = self._sample(plan, inputs.rows, logits[:num_sampled])
         prompts = inputs.prompt_rows

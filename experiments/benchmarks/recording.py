@@ -201,7 +201,7 @@ def _measure(args: argparse.Namespace) -> list[Line]:
     )
     bench.run("bare")  # compiles and captures what the runs need
     if memory is not None and model is not None:
-        memory.begin(model.module)
+        memory.begin(model.modules, model.image_cache_bytes)
     for index in range(args.rounds):
         # In turn, and each round begins with another one: a drift of the machine falls on all alike.
         for mode in (MODES[(index + i) % len(MODES)] for i in range(len(MODES))):

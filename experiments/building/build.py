@@ -179,6 +179,8 @@ def build_engine(config: RunConfig, shared: SharedParts | None = None, *, whole_
     clock, ledger = prepared.clock, MemoryLedger()
     engine = strategy.engine(prepared.runner, clock, overlap=engine_config.overlap, ledger=ledger)
     facts = pool_facts(allocator, spec, prepared.facts)
+    if model.images is not None:
+        facts["image_cache"] = {"bytes": model.image_cache_bytes, "num_tiles": model.images.cache.num_tiles}
     if memory is not None:
         memory.set_pool(prepared.pool, prepared.pool_in_torch)
     return EngineParts(
@@ -222,6 +224,7 @@ def _load(config: RunConfig) -> LoadedModel:
         trust_remote_code=model.trust_remote_code,
         seed=engine.seed,
         name=cast(str | None, model.name),
+        image_cache_bytes=int(engine.image_cache_mib * 2**20),
     )
 
 

@@ -66,7 +66,7 @@ class SharedParts:
 
     def model(self, config: RunConfig, load: Callable[[], LoadedModel]) -> LoadedModel:
         """The model that `config` describes, loaded where it is not the last one."""
-        engine = {key: config.values["engine"][key] for key in ("dtype", "device", "seed")}
+        engine = {key: config.values["engine"][key] for key in ("dtype", "device", "seed", "image_cache_mib")}
         key = _text({"model": config.values["model"], "engine": engine})
         if self._model is None or self._model[0] != key:
             self.clear()

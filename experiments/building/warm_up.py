@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import torch
+
 from kvarena.engine.clock import WallClock
 from kvarena.engine.contract import StepScheduler
 from kvarena.engine.core import run_to_completion
@@ -44,6 +46,9 @@ def warm_up(config: RunConfig, parts: EngineParts, samplings: Sequence[SamplingP
         with room_beside_pool(max_num_seqs, parts.engine.runner.pool, parts.max_model_len):
             parts.engine.runner.warm_up(max_num_seqs)
         longest = config.scheduler.need("max_num_batched_tokens")
+        if parts.model is not None and parts.model.images is not None and parts.model.device.type == "cuda":
+            with torch.inference_mode():
+                parts.model.images.run_largest()
     strategy = make_strategy(
         config,
         parts.pool_facts["num_blocks"],

@@ -26,10 +26,10 @@ of 4 keys and temperature steps of 4; prompts have 13 to 40 tokens.
 ## Limits
 
 - Random weights of a few layers: that a class is equal says nothing of a checkpoint's quality, nor of 16 bits.
-- Text alone: towers for pictures or sound are not tried.
+- Text alone: towers for pictures or sound are not tried here; InternVL's is, below.
 - One version of transformers; another one may add classes, or change them.
 
-## Classes
+{by_hand}## Classes
 
 - **equal**: the same tokens in all three. A limit on the context stands beside it.
 - **refused**: the line comes at load, before any request.
@@ -38,6 +38,7 @@ of 4 keys and temperature steps of 4; prompts have 13 to 40 tokens.
 | class | model type | result | why |
 |---|---|---|---|
 """
+BY_HAND, CLASSES = "## Images\n", "## Classes\n"
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,14 @@ class Outcome:
 
 
 def write_table(path: Path, rows: Sequence[Outcome]) -> None:
-    """Write the page."""
+    """Write the page; what stands on it by hand between `## Images` and `## Classes` stays."""
     found = Counter(row.result for row in rows)
     counts = ", ".join(
         f"{found[result]} {result}" for result in ("equal", "refused", "not made", "different") if found[result]
     )
-    lines = [HEAD.format(version=transformers.__version__, counts=counts)]
+    page = path.read_text(encoding="utf-8") if path.is_file() else ""
+    by_hand = page[page.index(BY_HAND) : page.index(CLASSES)] if BY_HAND in page else ""
+    lines = [HEAD.format(version=transformers.__version__, counts=counts, by_hand=by_hand)]
     for row in rows:
         why = row.why.removeprefix(f"it ({row.name}) cannot be run: ").replace("|", "\\|")
         lines.append(f"| {row.name} | `{row.model_type}` | {row.result} | {why} |\n")

@@ -269,7 +269,7 @@ def _run_here(config: RunConfig, name: str, shared: SharedParts | None, signals:
     )  # fmt: skip
     gpu, model = setup.parts.gpu_memory, setup.parts.model
     if gpu is not None and model is not None:
-        gpu.begin(model.module)
+        gpu.begin(model.modules, model.image_cache_bytes)
     # The host's garbage collector would show as pauses of single steps: collect now, then only by reference counts.
     gc.collect()
     gc.freeze()

@@ -47,6 +47,26 @@ def _tokens(text: str) -> int:
     return int(float(match[1]) * _SIZES.get(match[2], 1))
 
 
+def _images(text: str) -> int:
+    """Most images of a request, in vLLM's forms; of what is not read, as a video, there may be none."""
+    try:
+        given = json.loads(text)
+    except ValueError:
+        given = dict(pair.partition("=")[::2] for pair in text.split(","))
+    if isinstance(given, int):
+        given = {"image": given}
+    try:
+        limits = {str(kind): int(most) for kind, most in given.items()}
+    except (AttributeError, TypeError, ValueError):
+        limits = {}
+    others = sorted(kind for kind, most in limits.items() if kind != "image" and most)
+    if others:
+        raise argparse.ArgumentTypeError(f"{text!r} allows {others[0]}, and images are the only media")
+    if limits.get("image", -1) < 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is no limit such as {{"image": 4}} or image=4')
+    return limits["image"]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kvarena serve", description="Serve a model over the OpenAI API.")
     add = parser.add_argument
@@ -82,6 +102,12 @@ def _add_web(add: Callable[..., Any]) -> None:
     add("--allowed-origins", type=json.loads, metavar="JSON", help="CORS origins, a JSON list (default: none)")
     add("--allowed-media-domains", nargs="+", metavar="HOST", help="hosts of images to fetch (default: none)")
     add("--allowed-local-media-path", metavar="DIR", help="folder from which images may be read (default: none)")
+    add(
+        "--limit-mm-per-prompt",
+        type=_images,
+        metavar="JSON",
+        help="most images of a request, such as '{\"image\": 4}' or image=4 (default: 16)",
+    )
     add("--chat-template", metavar="FILE", help="a jinja file (default: the model's own)")
     add(
         "--tool-call-parser",

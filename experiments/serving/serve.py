@@ -126,4 +126,19 @@ def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:
         f"{spec.name}: {spec.num_parameters / 1e6:,.1f}M weights in {str(spec.dtype).removeprefix('torch.')} on "
         f"{device}{named}; KV pool of {slots:,} tokens ({size_text(parts.pool_facts['bytes'])}), room for "
         f"{parts.engine.allocator.max_requests(parts.max_model_len):,} requests of {parts.max_model_len:,} tokens"
+        f"{_images_text(parts)}"
+    )
+
+
+def _images_text(parts: EngineParts) -> str:
+    """How images are cut, and how many encoded tiles are kept; empty for a model that reads text only."""
+    from kvarena.engine.pool.memory_limits import size_text
+
+    if parts.model is None or parts.model.images is None:
+        return ""
+    images = parts.model.images
+    tiling, cache = images.tower.tiling, images.cache
+    return (
+        f"; images in up to {tiling.max_tiles + (tiling.thumbnail and tiling.max_tiles > 1)} tiles of {tiling.tokens} "
+        f"tokens, the last {cache.num_tiles:,} tiles kept ({size_text(cache.num_bytes)})"
     )

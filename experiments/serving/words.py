@@ -20,6 +20,7 @@ FLAGS = {
     "server.cors_origins": "--allowed-origins",
     "server.otlp_endpoint": "--otlp-traces-endpoint",
     "server.log_requests": "--disable-access-log",
+    "server.max_images": "--limit-mm-per-prompt",
 }
 SAME_NAME = (
     "model.trust_remote_code", "model.load_format", "engine.dtype", "engine.device", "engine.gpu_memory_utilization",

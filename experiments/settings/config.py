@@ -25,6 +25,7 @@ from kvarena.engine.checks import (
     Must,
     Section,
     integer,
+    number,
     one_of,
     require,
 )
@@ -58,6 +59,7 @@ class EngineConfig(Section):
     overlap: Annotated[bool, TRUTH]
     seed: Annotated[int, integer(0)]
     gpu_memory_utilization: Annotated[float, SHARE]
+    image_cache_mib: Annotated[float, number(0)]
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ MANIFEST = {
     },
     "memory": maybe(dict.fromkeys(
         ("weights_bytes", "pool_bytes", "workspace_bytes", "graphs_bytes", "activations_bytes", "context_bytes",
-         "other_bytes", "peak_gpu_bytes"), MAYBE_INTEGER)),
+         "image_cache_bytes", "other_bytes", "peak_gpu_bytes"), MAYBE_INTEGER)),
     "simulation": maybe({
         "kind": str, "profile": str, "figures": maybe(dict), "source": MAYBE_TEXT, "error": MAYBE_TEXT,
         "outside": maybe(list[str]),

@@ -24,9 +24,15 @@ def parts(before=BEFORE, after=BEFORE, *, pool_in_torch=4 * GIB):
 def test_a_run_whose_steps_are_all_in_graphs():
     after = replace(BEFORE, peak_allocated=BEFORE.all_allocated)
     assert parts(after=after) == {
-        "weights_bytes": 1.0, "pool_bytes": 4.0, "workspace_bytes": 0.5, "graphs_bytes": 0.5,
+        "weights_bytes": 1.0, "pool_bytes": 4.0, "image_cache_bytes": 0.0, "workspace_bytes": 0.5, "graphs_bytes": 0.5,
         "activations_bytes": 0.0, "context_bytes": 0.5, "other_bytes": 0.75, "peak_gpu_bytes": 7.25,
     }  # fmt: skip
+
+
+def test_encoded_tiles_are_a_part_of_their_own():
+    found = memory_parts(GIB // 2, GIB, 4 * GIB, 4 * GIB, BEFORE, BEFORE, image_cache=GIB // 4)
+    assert (found["image_cache_bytes"], found["workspace_bytes"]) == (GIB // 4, GIB // 4)
+    assert sum(found[name] for name in PARTS) == found["peak_gpu_bytes"]
 
 
 def test_steps_hold_activations_on_top():

@@ -45,6 +45,9 @@ def test_the_page_is_written_from_outcomes(tmp_path):
     text = page.read_text()
     assert "1 equal, 1 refused." in text
     assert text.endswith("| A | `a` | equal |  |\n| B | `b` | refused | x \\| y |\n")
+    page.write_text(text.replace("## Classes", "## Images\n\nBy {hand}.\n\n## Classes"))
+    write_table(page, outcomes)
+    assert page.read_text() == text.replace("## Classes", "## Images\n\nBy {hand}.\n\n## Classes")
 
 
 def test_mistakes_in_the_command_are_lines(capsys):

@@ -16,6 +16,7 @@ from kvarena.experiments.settings.compose import CONF_DIR, load_config
 
 # A value for each flag that takes one.
 VALUES = {
+    "--limit-mm-per-prompt": "image=4",
     "--api-key": "k", "--served-model-name": "n", "--api-server-count": "2", "--max-num-queued-requests": "3",
     "--shutdown-timeout": "4", "--allowed-origins": '["http://a"]', "--allowed-media-domains": "h",
     "--allowed-local-media-path": "tests", "--chat-template": "README.md", "--tool-call-parser": "none",

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.server.api.media import ImagePart, MediaPolicy, check_parts, find_parts, policy_of
-from kvarena.engine.server.api.media_fetch import ImageLoader, is_public
 from kvarena.engine.server.api.protocol import Message
+from kvarena.engine.server.media.fetch import ImageLoader, is_public
+from kvarena.engine.server.media.parts import ImagePart, MediaPolicy, check_parts, decode_image, find_parts, policy_of
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.errors import ApiError
 
@@ -47,7 +47,10 @@ def _promised(width: int, height: int) -> bytes:
 def _load(url: str, policy: MediaPolicy | None = None, *, everywhere: bool = True) -> Image.Image:
     """Load one image; `everywhere` lets the loader connect to any address, so that it can reach this machine."""
     loader = ImageLoader(policy or MediaPolicy(), *([lambda address: True] if everywhere else []))
-    return asyncio.run(loader.load([ImagePart("messages[0]", url)]))[0]
+    [loaded] = asyncio.run(loader.load([ImagePart("messages[0]", url)]))
+    image = decode_image(loaded.data, loaded.place)
+    assert image.size == loaded.size
+    return image
 
 
 def _refusal(url: str, policy: MediaPolicy | None = None, *, everywhere: bool = True) -> str:
@@ -291,7 +294,7 @@ def test_the_operators_settings(tmp_path: Path):
     policy = policy_of(config)
     assert policy.domains == {"cdn.example.com"}
     assert (policy.max_bytes, policy.local_path) == (2**19, tmp_path)
-    for wrong in ({"allowed_media_domains": "http://x"}, {"allowed_media_domains": "*.x"}, {"max_images": 0},
+    for wrong in ({"allowed_media_domains": "http://x"}, {"allowed_media_domains": "*.x"}, {"max_images": -1},
                   {"allowed_local_media_path": "/nonexistent"}, {"media_timeout": 0}):  # fmt: skip
         with pytest.raises(ConfigError):
             ServerConfig.from_dict(wrong)

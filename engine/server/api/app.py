@@ -211,7 +211,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         if (req.prompt is None) == (req.messages is None):
             raise bad_request("give either prompt or messages", "prompt")
         prompts = service.prompts
-        ids = await (prompts.of_text(req) if req.messages is None else prompts.of_chat(req))
+        ids = await (prompts.of_text(req) if req.messages is None else service.chat_ids(req))
         body: dict[str, Any] = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": None}
         if req.return_token_strs:
             body["token_strs"] = [service.tokenizer.detokenizer.vocabulary_string(token) for token in ids]

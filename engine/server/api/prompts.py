@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from kvarena.engine.server.api.completions import read_prompts
@@ -14,6 +15,7 @@ from kvarena.engine.server.api.protocol import (
     TokenizeRequest,
 )
 from kvarena.engine.server.shared.errors import bad_request
+from kvarena.engine.server.text.image_tokens import ChatPrompt, ImageTokens
 from kvarena.engine.server.text.streams import TextStream
 from kvarena.engine.server.text.tokenization import TokenizerService, template_messages, template_tools
 
@@ -31,10 +33,11 @@ class Prompts:
     Args:
         tokenizer: the model's.
         max_model_len: longest prompt + output, in tokens.
+        images: what the model's prompts have around an image; None: it reads text only.
     """
 
-    def __init__(self, tokenizer: TokenizerService, max_model_len: int) -> None:
-        self._tokenizer, self._max_model_len = tokenizer, max_model_len
+    def __init__(self, tokenizer: TokenizerService, max_model_len: int, images: ImageTokens | None = None) -> None:
+        self._tokenizer, self._max_model_len, self._images = tokenizer, max_model_len, images
 
     async def begin(
         self, ids: list[int], req: SamplingFields, kept: frozenset[int] = frozenset()
@@ -89,8 +92,8 @@ class Prompts:
         ids = await self._tokenizer.encode_any(req.prompt or "", req.add_special_tokens is not False)
         return self._truncate(ids, req)
 
-    async def of_chat(self, req: Any) -> list[int]:
-        """Token ids of a chat. Raises ApiError."""
+    async def of_chat(self, req: Any, num_tiles: Sequence[int] = ()) -> ChatPrompt:
+        """Token ids of a chat, and where its images stand; `num_tiles` of each. Raises ApiError."""
         if getattr(req, "chat_template", None) is not None:
             raise bad_request("a chat_template in the request is not allowed on this server", "chat_template")
         if req.continue_final_message and req.add_generation_prompt:
@@ -109,11 +112,16 @@ class Prompts:
             not going_on if req.add_generation_prompt is None else req.add_generation_prompt
         )
         flags["continue_final_message"] = going_on
-        text = self._tokenizer.render_chat(template_messages(req.messages), tools, **flags)
+        messages = template_messages(req.messages, keeps_images=bool(num_tiles))
+        text = self._tokenizer.render_chat(messages, tools, **flags)
         ids = await self._encode(text, bool(req.add_special_tokens), req, "messages")
         if not ids:
             raise bad_request("the messages are empty after the chat template", "messages")
-        return self._truncate(ids, req)
+        if not num_tiles or self._images is None:
+            return ChatPrompt(self._truncate(ids, req), [])
+        if getattr(req, "truncate_prompt_tokens", None) is not None:
+            raise bad_request("truncate_prompt_tokens does not go with images", "truncate_prompt_tokens")
+        return self._images.expand(ids, num_tiles)
 
 
 def check_chat(req: ChatCompletionRequest) -> None:

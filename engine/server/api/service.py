@@ -12,17 +12,17 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from kvarena.engine.request import SamplingParams
+from kvarena.engine.request import ImageSpan, SamplingParams
 from kvarena.engine.server.api.answers import Answer, EventStream, collect, while_connected
 from kvarena.engine.server.api.chat import ChatAnswer
 from kvarena.engine.server.api.completions import CompletionAnswer
 from kvarena.engine.server.api.constraints import Constraints
-from kvarena.engine.server.api.media import check_parts, find_parts, policy_of
 from kvarena.engine.server.api.prompts import Prompts, check_chat
 from kvarena.engine.server.api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     SamplingFields,
+    TokenizeRequest,
 )
 from kvarena.engine.server.api.sampling import (
     COMPLETIONS_MAX_TOKENS,
@@ -36,9 +36,10 @@ from kvarena.engine.server.front.client import EngineClient
 from kvarena.engine.server.front.dashboard import PoolFeed
 from kvarena.engine.server.front.groups import Refused
 from kvarena.engine.server.front.http import Body, read_json, validated
+from kvarena.engine.server.media.reader import ImageReader
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.errors import ApiError, bad_request, beyond_context, unavailable
-from kvarena.engine.server.shared.ipc import AddFrame, EngineInfo, pack_ids
+from kvarena.engine.server.shared.ipc import AddFrame, EngineInfo, pack_ids, pack_image
 from kvarena.engine.server.shared.metrics import Row, health
 from kvarena.engine.server.text.tokenization import TokenizerService
 
@@ -59,6 +60,7 @@ class Service:
         model_root: the model directory.
         defaults: sampling parameters of the model's generation_config.json.
         feed: the dashboard's data.
+        images: takes images in.
         tracer: records a span per request, or None.
     """
 
@@ -73,13 +75,14 @@ class Service:
         model_root: str,
         defaults: dict[str, float],
         feed: PoolFeed,
+        images: ImageReader,
         tracer: Tracer | None = None,
     ) -> None:
         self.feed, self.tracer = feed, tracer
         self.config, self.client, self.tokenizer = config, client, tokenizer
         self.row, self.engine_row = row, engine_row
         self.model_names, self.model_root, self._defaults = model_names, model_root, defaults
-        self._media = policy_of(config)
+        self._images = images
         self._constraints = Constraints(client, tokenizer, config.tool_call_parser)
         self.created = int(time.time())
         self.draining = False
@@ -94,6 +97,7 @@ class Service:
     def close(self) -> None:
         """End the processes beside the front."""
         self._constraints.close()
+        self._images.close()
 
     def check_open(self) -> None:
         """503 when no request can be taken."""
@@ -108,7 +112,7 @@ class Service:
     @functools.cached_property
     def prompts(self) -> Prompts:
         """Makes token ids of requests."""
-        return Prompts(self.tokenizer, self.info.max_model_len)
+        return Prompts(self.tokenizer, self.info.max_model_len, self._images.tokens)
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
         """The body as `kind`. Raises ApiError."""
@@ -173,10 +177,11 @@ class Service:
 
     async def _chat(self, request: Request, req: ChatCompletionRequest, model: str, arrival: float) -> Response:
         check_chat(req)
-        await self._refuse_images(req)
-        prompt = await self.prompts.of_chat(req)
+        images = await self._images.open(req.messages)
+        prompt, places = await self.prompts.of_chat(req, self._images.num_tiles(images))
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
         max_tokens = fit_max_tokens(requested, self.info.default_length(None), len(prompt), self.info, "messages")
+        spans = await self._images.spans(images, places)
         constraint = await self._constraints.of_chat(req)
         self._check_scores(req)
         parsers, kept = self._constraints.parsers(req, prompt), self._constraints.kept(req)
@@ -186,13 +191,12 @@ class Service:
         [sampling] = self._samplings(req, [max_tokens], (req.top_logprobs or 0) if req.logprobs else None)
         _, stream = await self.prompts.begin(prompt, req, kept)
         answer.add_prompt(prompt, sampling, stream)
-        return await self._answer(request, answer, constraint)
+        return await self._answer(request, answer, constraint, spans)
 
-    async def _refuse_images(self, req: ChatCompletionRequest) -> None:
-        parts = find_parts(req.messages, self._media)
-        if parts:
-            await asyncio.to_thread(check_parts, parts, self._media)
-            raise bad_request(f"{parts[0].place} holds an image; this model reads text only", "messages")
+    async def chat_ids(self, req: TokenizeRequest) -> list[int]:
+        """Token ids of a chat that is only counted, its images by their headers. Raises ApiError."""
+        images = await self._images.open(req.messages or [])
+        return (await self.prompts.of_chat(req, self._images.num_tiles(images))).token_ids
 
     def _check_scores(self, req: SamplingFields) -> None:
         if req.prompt_logprobs is not None and not self.info.prompt_logprobs:
@@ -210,7 +214,13 @@ class Service:
             raise bad_request(f"more than {most} choices in one request", "n")
         return [made[most] for most in lengths]
 
-    async def _answer(self, request: Request, answer: Answer, constraint: CheckedGrammar | None) -> Response:
+    async def _answer(
+        self,
+        request: Request,
+        answer: Answer,
+        constraint: CheckedGrammar | None,
+        images: tuple[ImageSpan, ...] = (),
+    ) -> Response:
         """Hand the prompts to the engine, wait until all are queued, and answer. Raises ApiError."""
         state, req = request.state, answer.req
         if constraint is not None:
@@ -230,6 +240,7 @@ class Service:
                     constraint=None if constraint is None else constraint.key,
                     shown_id=state.request_id,
                     key=state.key,
+                    images=[pack_image(image) for image in images],
                 )
                 admissions.append(self.client.submit(frame, choices))
             await asyncio.gather(*admissions)
@@ -250,7 +261,7 @@ class Service:
         return await collect(answer)
 
     def _refusal(self, refused: Refused) -> ApiError:
-        if refused.reason == "queue_full":
+        if refused.reason in ("queue_full", "images_full"):
             self.row.inc("vllm:admission_rejections", "queue_full")
             return unavailable(f"The server is overloaded: {refused}. Try again later.", "queue_full")
         if refused.reason in ("max_model_len", "max_request_tokens"):

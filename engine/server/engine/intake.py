@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from kvarena.engine.errors import EngineError, KvarenaError, RequestRejected
 from kvarena.engine.request import expand
 from kvarena.engine.server.engine.served import Outgoing, ServedEngine, ServedRequest
-from kvarena.engine.server.shared.ipc import AddFrame, ToEngine, unpack_ids
+from kvarena.engine.server.shared.ipc import AddFrame, ToEngine, unpack_ids, unpack_image
 
 if TYPE_CHECKING:
     from kvarena.engine.server.engine.compiled import CompiledGrammars
 
 # Processor time for what arrived, between two steps; a message that was begun is finished.
 ROUND_SECONDS = 0.02
+# Tiles of requests that have not ended: a preempted request may need them once more.
+MAX_IMAGE_BYTES = 4 << 30
 
 
 class Intake:
@@ -43,6 +45,7 @@ class Intake:
         self._parked: dict[str, list[tuple[int, AddFrame]]] = {}  # by the key of their grammar
         self._ready: deque[tuple[int, AddFrame]] = deque()  # were parked, and need not wait any more
         self._num_parked = 0  # choices in both
+        self._image_bytes = 0  # of the requests that have not ended; samples of one prompt count each
         self.requests: dict[tuple[int, int], ServedRequest] = {}
         self.outs = [Outgoing() for _ in range(num_fronts)]
         self.grammars: CompiledGrammars | None = None
@@ -138,12 +141,18 @@ class Intake:
         if num_waiting + num_new > self._max_queued + self._free_seats():
             out.admitted.append((frame.handle, "queue_full", f"{num_waiting} requests are waiting"))
             return
+        num_bytes = sum(len(image[-1]) for image in frame.images)
+        if num_bytes and self._image_bytes + num_bytes > MAX_IMAGE_BYTES:
+            text = f"images of {self._image_bytes >> 20} MiB are waiting or running"
+            out.admitted.append((frame.handle, "images_full", text))
+            return
         if self._is_parked(front, frame):
             return
         try:
             for req in self._requests(front, frame):
                 engine.add(req)
                 self.requests[front, req.handle] = req
+                self._image_bytes += _image_bytes(req)
         except RequestRejected as error:
             self._undo_add(front, frame)
             out.admitted.append((frame.handle, error.reason, self._served.words(str(error))))
@@ -178,6 +187,7 @@ class Intake:
             handle=frame.handle,
             shown_id=frame.shown_id,
             key=frame.key,
+            images=tuple(map(unpack_image, frame.images)),
         )
         requests = expand(req)
         for i, one in enumerate(requests):
@@ -203,7 +213,8 @@ class Intake:
     def forget(self, req: ServedRequest) -> None:
         """A request has ended."""
         req.is_open = False
-        self.requests.pop((req.front, req.handle), None)
+        if self.requests.pop((req.front, req.handle), None) is not None:
+            self._image_bytes -= _image_bytes(req)
 
     def drop_front(self, front: int) -> int:
         """A front is gone: end its requests; how many they were."""
@@ -216,3 +227,7 @@ class Intake:
         for handle in handles:
             self._drop_parked(front, handle)
         return len(running) + len(handles)
+
+
+def _image_bytes(req: ServedRequest) -> int:
+    return sum(image.pixels.nbytes for image in req.images)

@@ -59,7 +59,7 @@ class ServerConfig(Section):
         max_prompts: most prompts in one completions request.
         allowed_media_domains: hosts whose http(s) URLs may be fetched for images; empty: none.
         allowed_local_media_path: folder whose files may be read for images; None: none.
-        max_images: most images in a request's messages.
+        max_images: most images in a request's messages; 0: none is taken.
         max_media_mib: most bytes of a request's images together.
         max_image_pixels: most pixels of an image.
         media_timeout: how long fetching a request's images may take.
@@ -97,7 +97,7 @@ class ServerConfig(Section):
     max_prompts: Annotated[int, COUNT] = 1024
     allowed_media_domains: Annotated[tuple[str, ...], HOSTS] = ()
     allowed_local_media_path: Annotated[str | None, FOLDER] = None
-    max_images: Annotated[int, COUNT] = 16
+    max_images: Annotated[int, integer(0)] = 16
     max_media_mib: Annotated[float, POSITIVE] = 32.0
     max_image_pixels: Annotated[int, COUNT] = 1 << 26
     media_timeout: Annotated[float, POSITIVE] = 5.0

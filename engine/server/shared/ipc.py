@@ -7,6 +7,7 @@ A *handle* is an integer that the front picks for each choice of each request; i
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 from array import array
@@ -20,14 +21,15 @@ from typing import Any, NamedTuple
 import msgpack
 
 from kvarena.engine.errors import EngineError
-from kvarena.engine.request import SamplingParams
+from kvarena.engine.request import ImageSpan, SamplingParams
 
 _LENGTH = struct.Struct(">I")
+IDENTITY_BYTES = 33
 MAX_FRAME_BYTES = 1 << 28
 BAD_CONSTRAINT = "bad_constraint"  # how a choice ended: the structured output turned out to be impossible
 OUTBOX_LIMIT_BYTES = 64 << 20
 _RECV_BYTES = 1 << 18
-_MAX_RECV = 8
+_MAX_RECV = 32  # some megabytes: the tiles of an image
 
 
 class ToEngine(IntEnum):
@@ -84,12 +86,15 @@ class EngineInfo:
         return given if given > 0 else fallback
 
 
+PackedImage = tuple[int, int, bytes, int, bytes | memoryview]
+
+
 class AddFrame(NamedTuple):
     """A new prompt with `sampling.n` choices, whose handles are `handle`, `handle + 1`, ...
 
     `handle` is picked by the front's client; `arrival` is on the machine's monotonic clock; `prompt` is packed int32;
     `constraint` is the key of a grammar that came before, or None. `shown_id` and `key` are the HTTP request's
-    X-Request-Id and the position of its API key, or -1.
+    X-Request-Id and the position of its API key, or -1. `images` of the prompt: see `pack_image`.
     """
 
     handle: int
@@ -103,6 +108,7 @@ class AddFrame(NamedTuple):
     constraint: str | None
     shown_id: str = ""
     key: int = -1
+    images: Sequence[PackedImage] = ()
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
@@ -115,6 +121,22 @@ def unpack_ids(data: bytes) -> list[int]:
     ids = array("i")
     ids.frombytes(data)
     return ids.tolist()
+
+
+def pack_image(image: ImageSpan) -> PackedImage:
+    """An image as it travels: place, identity, tiles, and their bytes."""
+    name = image.identity.to_bytes(IDENTITY_BYTES, "big")
+    return image.start, image.stop, name, image.num_tiles, memoryview(image.pixels).cast("B")
+
+
+def unpack_image(packed: PackedImage) -> ImageSpan:
+    """The inverse of `pack_image`: the pixels are uint8 [tiles, 3, side, side]."""
+    import numpy as np  # not with the module, which the supervisor imports too
+
+    start, stop, name, num_tiles, data = packed
+    side = math.isqrt(len(data) // (3 * num_tiles))
+    pixels = np.frombuffer(data, dtype=np.uint8).reshape(num_tiles, 3, side, side)
+    return ImageSpan(start, stop, int.from_bytes(name, "big"), num_tiles, pixels)
 
 
 _ITEMS: tuple[type[Any], ...] = (SamplingParams, EngineInfo)  # travel as themselves, by their place here

@@ -30,6 +30,7 @@ _CHARS_PER_TOKEN = 8
 # Of a text that need not fit the context: one that is only counted, or of which only the end is kept.
 MAX_CHARS = 1 << 22
 MAX_TOOLS_BYTES = 1 << 20
+IMAGE_PARTS = ("image_url", "image", "input_image")  # types of a message's part
 Made = TypeVar("Made")
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
@@ -191,8 +192,10 @@ def template_tools(tools: list[Any]) -> list[dict[str, Any]]:
     return made
 
 
-def template_messages(messages: list[Any]) -> list[dict[str, Any]]:
+def template_messages(messages: list[Any], keeps_images: bool = False) -> list[dict[str, Any]]:
     """Messages as templates expect them: text parts joined, past tool calls' arguments as objects.
+
+    With `keeps_images` a message that holds images is a list of its parts, in order.
 
     Raises:
         ApiError: a part that is no text, or arguments that are not JSON.
@@ -202,13 +205,23 @@ def template_messages(messages: list[Any]) -> list[dict[str, Any]]:
         entry = shallow(message)
         content = message.content
         if isinstance(content, list):
-            entry["content"] = "\n".join(_part_text(part, i) for part in content)
+            if keeps_images and any(_is_image(part) for part in content):
+                entry["content"] = [
+                    {"type": "image"} if _is_image(part) else {"type": "text", "text": _part_text(part, i)}
+                    for part in content
+                ]
+            else:
+                entry["content"] = "\n".join(_part_text(part, i) for part in content)
         elif content is None:
             entry["content"] = ""
         if message.tool_calls is not None:
             entry["tool_calls"] = [_tool_call(call, i) for call in message.tool_calls]
         made.append(entry)
     return made
+
+
+def _is_image(part: dict[str, Any] | str) -> bool:
+    return isinstance(part, dict) and part.get("type") in IMAGE_PARTS
 
 
 def _part_text(part: dict[str, Any] | str, index: int) -> str:

@@ -3,7 +3,7 @@
     message part -> find_parts -> source (data | file | http) -> bytes -> check_image -> decode_image
 
 `check_parts` opens nothing and decodes nothing: a model that reads text only goes no further. Bytes of
-files and URLs are read in media_fetch.py, only for a model that reads images and only as the operator allows.
+files and URLs are read in fetch.py, only for a model that reads images and only as the operator allows.
 """
 
 from __future__ import annotations
@@ -18,16 +18,24 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image
+from PIL import ExifTags, Image
 
-from kvarena.engine.server.api.protocol import Message
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.errors import ApiError, bad_request
+from kvarena.engine.server.text.tokenization import IMAGE_PARTS
 
 OTHER_MEDIA = ("video_url", "audio_url", "input_audio", "file")
-IMAGES = ("image_url", "image", "input_image")
 FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 MAX_URL_CHARS = 2048
+# EXIF's orientation, by what makes the image upright (as `PIL.ImageOps.exif_transpose`).
+_TURNS = dict(
+    enumerate(
+        (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+         Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+         Image.Transpose.ROTATE_90), start=2,
+    )
+)  # fmt: skip
+_LYING = [_TURNS[number] for number in (5, 6, 7, 8)]
 _DATA_HEAD = re.compile(r"data:([a-z]+/[a-z0-9.+-]+)?((?:;[a-z0-9-]+=[^;,]*)*)(;base64)?,", re.IGNORECASE)
 
 
@@ -110,8 +118,11 @@ def check_parts(parts: Sequence[ImagePart], policy: MediaPolicy) -> None:
             check_image(source.data, source.mime, part.place, policy)
 
 
-def find_parts(messages: Sequence[Message], policy: MediaPolicy) -> list[ImagePart]:
-    """The images of a chat. Raises a 400 for other media, a part without a URL, and too many images."""
+def find_parts(messages: Sequence[Any], policy: MediaPolicy) -> list[ImagePart]:
+    """The images of a chat's messages (`protocol.Message`).
+
+    Raises a 400 for other media, a part without a URL, and too many images.
+    """
     found = []
     for index, message in enumerate(messages):
         parts: Any = message.content if isinstance(message.content, list) else ()
@@ -121,7 +132,7 @@ def find_parts(messages: Sequence[Message], policy: MediaPolicy) -> list[ImagePa
                 raise bad_request(
                     f"messages[{index}] holds a part of type {kind!r}; images are the only media", "messages"
                 )
-            if kind in IMAGES:
+            if kind in IMAGE_PARTS:
                 found.append(ImagePart(f"messages[{index}]", _url(part, index)))
     if len(found) > policy.max_images:
         raise bad_request(f"the messages hold {len(found)} images; at most {policy.max_images} are allowed", "messages")
@@ -202,7 +213,7 @@ def too_many_bytes(policy: MediaPolicy) -> ApiError:
     return bad_request(f"the images are larger than {policy.max_bytes} bytes together", "messages")
 
 
-def check_image(data: bytes, mime: str | None, place: str, policy: MediaPolicy) -> None:
+def check_image(data: bytes, mime: str | None, place: str, policy: MediaPolicy) -> tuple[int, int]:
     """Judge an image by its header; no pixel is decoded.
 
     Args:
@@ -211,31 +222,58 @@ def check_image(data: bytes, mime: str | None, place: str, policy: MediaPolicy) 
         place: named in errors.
         policy: limits.
 
+    Returns:
+        Width and height, as it is meant to be seen.
+
     Raises:
         ApiError: 400: no image of a known format, another format than said, no pixels, too many, or an animation.
     """
     with _open(data, place) as image:
         width, height = image.size
-        if mime is not None and FORMATS.get(image.format or "") != mime.replace("image/jpg", "image/jpeg"):
+        if mime is not None and FORMATS.get(_kind(image)) != mime.replace("image/jpg", "image/jpeg"):
             raise bad_request(f"{place}: the image is not of the type {mime[:50]!r} that it is said to be", "messages")
         if width < 1 or height < 1 or width * height > policy.max_pixels:
             raise bad_request(
                 f"{place}: the image has {width} x {height} pixels; 1 to {policy.max_pixels} are allowed", "messages"
             )
-        if getattr(image, "is_animated", False):
+        if getattr(image, "is_animated", False) and image.format != "MPO":
             raise bad_request(f"{place}: the image is an animation; send one frame", "messages")
+        return (height, width) if _turn(image, place) in _LYING else (width, height)
+
+
+def _kind(image: Image.Image) -> str:
+    """The format. Phones put a preview or a map of brightness behind a JPEG (MPO): the first picture is the photo."""
+    return "JPEG" if image.format == "MPO" else image.format or ""
+
+
+def _turn(image: Image.Image, place: str) -> Image.Transpose | None:
+    """How the image is to be turned before it is looked at, as cameras note it."""
+    if _kind(image) not in ("JPEG", "WEBP"):  # a PNG's note may lie behind its pixels
+        return None
+    try:
+        noted: Any = image.getexif().get(ExifTags.Base.Orientation)
+        return _TURNS.get(noted)
+    except Exception as error:  # as in decode_image
+        if isinstance(error, MemoryError):
+            raise
+        raise bad_request(f"{place}: the image's notes (EXIF) are broken", "messages") from error
 
 
 def decode_image(data: bytes, place: str) -> Image.Image:
-    """The pixels, as RGB, of an image that `check_image` has let pass. Raises a 400 when its data are broken."""
+    """The pixels, as RGB and upright, of an image that `check_image` has let pass.
+
+    Raises a 400 when its data are broken or cut off.
+    """
     try:
         with _open(data, place) as image:
-            return image.convert("RGB")
+            turn = _turn(image, place)
+            pixels = image.convert("RGB")
+            return pixels if turn is None else pixels.transpose(turn)
     # What a decoder raises on hostile data is not documented: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         if isinstance(error, (ApiError, MemoryError)):
             raise
-        raise bad_request(f"{place}: the image's data are broken", "messages") from error
+        raise bad_request(f"{place}: the image's data are broken or cut off", "messages") from error
 
 
 def _open(data: bytes, place: str) -> Image.Image:
