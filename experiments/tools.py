@@ -31,6 +31,7 @@ TOOLS: dict[str, dict[str, Tool]] = {
     "benchmark": _tools("benchmarks", {
         "engine": "GPU: throughput, decode steps, prefill, start-up, ablations and correctness of the engine",
         "first_token": "GPU: seconds from a fresh process to its first token, and where they go",
+        "images": "what images cost: pixels, tower, prompts, and the pauses of those who decode beside them",
         "recording": "what recording costs a run, beside the bare engine",
         "cpu": "host: useful tokens per second beside transformers' own generation",
         "scheduler": "host: time of a step's scheduling and of the allocators' operations",

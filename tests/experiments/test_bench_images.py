@@ -1,0 +1,36 @@
+"""The benchmark of images, on a small model and the CPU: it counts what it says it measures."""
+
+import json
+
+import pytest
+from image_checkpoints import MAX_TILES, TILE_TOKENS, native_model, write_native
+
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.models.configs import read_model_config
+from kvarena.experiments.benchmarks.images import main
+from kvarena.experiments.settings.compose import load_run
+
+
+def test_every_section_has_its_line(tmp_path, capsys):
+    directory = write_native(tmp_path / "m", native_model())
+    options = ["--requests", "3", "--size", "120x120", "--text", "4", "--output", "3", "--decodes", "2"]
+    assert main([*options, f"model.path={directory}", "engine.max_model_len=96", "kv_cache.num_slots=2048"]) == 0
+    found = {line["section"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(found) == ["pixels", "tower", "images", "text", "gaps"]
+    tiles = MAX_TILES + 1
+    assert found["pixels"]["tiles"] == found["tower"]["tiles"] == tiles
+    assert found["images"]["tiles_encoded"] == 3 * tiles and found["text"]["tiles_encoded"] == 0
+    assert found["images"]["prompt_tokens"] == found["text"]["prompt_tokens"] == 3 * (tiles * TILE_TOKENS + 4)
+    assert found["gaps"]["ratio"] > 0
+
+
+def test_a_model_of_text_is_refused_in_a_line():
+    with pytest.raises(ConfigError, match="needs a model that reads images"):
+        main(["kv_cache.num_slots=1024"])
+
+
+def test_the_shape_is_internvl2_8b():
+    config = load_run(["model=internvl2-8b-shape"]).model
+    text, _, name, whole = read_model_config(None, config.shape, config.name, False)
+    assert (name, text.model_type, text.num_hidden_layers) == ("internvl2-8b-shape", "llama", 32)
+    assert whole.vision_config.num_hidden_layers == 24
