@@ -61,10 +61,11 @@ class Connection(asyncio.Protocol):
 
     Attributes:
         is_idle: its last answer is whole, and the server keeps it open.
+        is_unheard: of its last request nothing was answered.
     """
 
     def __init__(self) -> None:
-        self.is_idle = True
+        self.is_idle, self.is_unheard = True, True
         self._done: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -80,7 +81,8 @@ class Connection(asyncio.Protocol):
             OSError: the connection broke, or the other side does not speak HTTP.
         """
         loop = asyncio.get_running_loop()
-        self._answer, self._is_over, self._has_end, self.is_idle = answer, False, False, False
+        self._answer, self._is_over, self._has_end = answer, False, False
+        self.is_idle, self.is_unheard = False, True
         self._done, self._heard = loop.create_future(), time.perf_counter()
         self._alarm = loop.call_later(patience, self._listen, patience)
         self.transport.write(request)
@@ -112,10 +114,11 @@ class Connection(asyncio.Protocol):
         if self._done is None or self._done.done():
             self.transport.abort()  # nobody asked for it
             return
-        self._heard = time.perf_counter()
+        self._heard, self.is_unheard = time.perf_counter(), False
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
+            self.is_idle = False
             cause = error.__context__  # of a receiver that raised
             self._end(cause if cause is not None else ConnectionError(f"the answer is no HTTP ({error})"))
 
@@ -127,18 +130,32 @@ class Connection(asyncio.Protocol):
         whole = self._is_over or ends_here
         self._end(None if whole else exc or ConnectionError("the connection was closed within the answer"))
 
-    def on_header(self, name: bytes, _value: bytes) -> None:
-        """The parser's: without one of these an answer ends with its connection."""
-        self._has_end |= name.lower() in (b"content-length", b"transfer-encoding")
+    @property
+    def _is_asked(self) -> bool:
+        """Whether an answer is due; what comes behind one is nobody's."""
+        return self._done is not None and not self._done.done()
+
+    def on_message_begin(self) -> None:
+        """The parser's: an answer that nobody asked for leaves nothing to rely on."""
+        self.is_idle = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """The parser's: without one of these an answer ends with its connection. Raises ConnectionError."""
+        if (name := name.lower()) in (b"content-length", b"transfer-encoding"):
+            self._has_end = True
+        elif name == b"content-encoding" and value.lower() != b"identity":
+            raise ConnectionError(
+                f"the answer is compressed ({value.decode(errors='replace')}), which nobody asked for"
+            )
 
     def on_headers_complete(self) -> None:
         """The parser's."""
-        if self._done is not None:
+        if self._is_asked:
             self._answer.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
         """The parser's: a part of the answer."""
-        if self._done is None or (left := self._answer.receive(body, self._heard)) is None:
+        if not self._is_asked or (left := self._answer.receive(body, self._heard)) is None:
             return
         self._is_over = True
         self._alarm.cancel()
@@ -149,8 +166,8 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """The parser's: the answer is whole."""
-        if self._done is not None and self._answer.status >= 200:
-            self.is_idle = self._parser.should_keep_alive() and not self._done.done()
+        if self._is_asked and self._answer.status >= 200:
+            self.is_idle = self._parser.should_keep_alive()
             self._end()
 
 
@@ -201,8 +218,20 @@ class HttpClient:
             httpx.InvalidURL: `path` is none.
         """
         message, origin = self.message(method, path, body), self._route(path).origin
-        connection = await self._connection(origin)
-        await connection.exchange(message, answer, self._patience)
+        connection = self._free_connection(origin)
+        if connection is not None:
+            try:
+                await connection.exchange(message, answer, self._patience)
+            except TimeoutError:
+                raise
+            except OSError:
+                # The server closed it while the request was on its way, and has not read that: a new one is asked.
+                if not connection.is_unheard:
+                    raise
+                connection = None
+        if connection is None:
+            connection = await self._new_connection(origin)
+            await connection.exchange(message, answer, self._patience)
         if connection.is_idle and self._keeps:
             self._idle[origin].append(connection)
         else:
@@ -238,12 +267,15 @@ class HttpClient:
         route = _Route(origin, f"{url.raw_path.decode()} HTTP/1.1\r\nHost: {url.netloc.decode()}\r\n")
         return self._routes.setdefault(path, route)
 
-    async def _connection(self, origin: tuple[str, int, bool]) -> Connection:
+    def _free_connection(self, origin: tuple[str, int, bool]) -> Connection | None:
         idle = self._idle.setdefault(origin, [])
         while idle:
             connection = idle.pop()
             if not connection.transport.is_closing():
                 return connection
+        return None
+
+    async def _new_connection(self, origin: tuple[str, int, bool]) -> Connection:
         host, port, encrypted = origin
         tls = self._tls if encrypted else None
         try:

@@ -167,9 +167,11 @@ class Answer:
         if self.status != 200:
             self.error = f"status {self.status}: {_short(self._rest.decode(errors='replace'))}"
         elif not (self.error or self.is_cut):
+            rest = self._rest
             self.receive(b"\n", time.perf_counter())  # the last line may lack its end
             if not (self.error or (self._is_done and self.finish_reason)):
-                self.error = "the stream ended without a finish_reason and [DONE]"
+                said = "" if self.chunk_times or not rest else f": {_short(rest.decode(errors='replace'))}"
+                self.error = f"the stream ended without a finish_reason and [DONE]{said}"
         self._rest = b""
 
 

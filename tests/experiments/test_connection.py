@@ -209,3 +209,40 @@ def test_what_nobody_asked_for_ends_a_connection():
     peer = Peer((JSON, 0.01, JSON, 5.0), (JSON,))
     assert ask(peer, talk) == (b"{}", b"{}")
     assert peer.num_connections == 2
+
+
+def test_a_request_on_a_connection_that_the_server_closes_under_it_goes_out_on_a_new_one():
+    async def talk(client):
+        return [(await client.request("POST", "/", b"{}")).status for _ in range(4)]
+
+    peer = Peer(*[(JSON, None)] * 4)  # says nothing of closing, and closes
+    assert ask(peer, talk) == [200] * 4
+    assert len(peer.requests) == 4
+    dead = Peer((JSON,), (None,), (None,))  # a new one that is closed, too, is an error
+    with pytest.raises(ConnectionError, match="closed within the answer"):
+        ask(dead, talk)
+    assert len(dead.requests) == 3
+
+
+def test_what_comes_behind_an_answer_is_not_taken_for_it():
+    gone = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 2\r\n\r\nno"
+    for more in (gone, gone[:30], b"what"):
+        peer = Peer((JSON + more,), (JSON,))
+        assert [(reply.status, bytes(reply.body)) for reply in ask(peer, twice)] == [(200, b"{}")] * 2
+        assert peer.num_connections == 2
+
+
+def test_a_compressed_answer_is_named():
+    peer = Peer((JSON.replace(b"OK\r\n", b"OK\r\nContent-Encoding: gzip\r\n"),))
+    with pytest.raises(ConnectionError, match="the answer is compressed \\(gzip\\)"):
+        ask(peer, twice)
+
+
+def test_an_answer_that_is_no_stream_is_shown():
+    said = b'{"error": "no such model"}'
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(said)
+
+    async def talk(client):
+        return await HttpServer(client, "m", {}).complete([1], SamplingParams(max_tokens=1))
+
+    assert "no such model" in ask(Peer((head + said,)), talk).error
