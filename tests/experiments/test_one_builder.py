@@ -55,6 +55,7 @@ def test_whoever_runs_an_engine_has_it_from_the_builder(called):
     """Runs, the server, benchmarks and checks; `kvarena.LLM` has the server's."""
     assert {module for module, names in called.items() if names & {"build_engine", "build"}} == {
         "experiments/benchmarks/cpu.py",
+        "experiments/benchmarks/images.py",
         "experiments/building/build.py",
         "experiments/correctness/model_classes.py",
         "experiments/gpu/engines.py",
