@@ -19,6 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULE_OF = {
     "pillow": "PIL", "hydra-core": "hydra", "prometheus-client": "prometheus_client", "pyyaml": "yaml",
     "protobuf": "google", "typing-extensions": "typing_extensions", "cuda-bindings": "cuda",
+    "humming-kernels": "humming",
     "mlflow-skinny": "mlflow", "opentelemetry-sdk": "opentelemetry",
 }  # fmt: skip
 FOR_OTHERS = {
@@ -97,7 +98,8 @@ def test_the_main_job_needs_no_extra():
     assert not set().union(*(foreign(module, late=False) for module in modules)) - modules_of(CORE)
     beside_server = {module for module in reached(MAIN) if not module.startswith("kvarena.engine.server.")}
     late = set().union(*(foreign(module) for module in beside_server)) - modules_of(CORE)
-    assert late == {"cuda", "mlflow", "ray", "uvloop", "wandb"}  # uvloop: where it is there, it carries the HTTP client
+    # uvloop: where it is there, it carries the HTTP client
+    assert late == {"cuda", "humming", "mlflow", "ray", "uvloop", "wandb"}
 
 
 def test_extras_are_named_as_they_are_declared():

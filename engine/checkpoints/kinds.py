@@ -12,6 +12,9 @@ from kvarena.engine.errors import ModelError
 # transformers turns these into plain weights while it reads them.
 DEQUANTIZED = ("fp8", "mxfp4")
 METHODS = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "hqq": "HQQ", "aqlm": "AQLM"}
+# Read as they are packed (engine/checkpoints/packed.py).
+PACKED_METHODS = ("awq", "gptq", "compressed-tensors")
+READ_METHODS = (*PACKED_METHODS, *DEQUANTIZED)
 # How a packed weight is called, where the config forgot to say.
 PACKED = {
     ".qweight": "GPTQ or AWQ",
@@ -20,6 +23,7 @@ PACKED = {
     ".weight_packed": "compressed-tensors",
     ".W_q": "HQQ",
 }
+_PACKED_SUFFIXES = (".qweight", ".weight_packed")
 # With a vision tower beside a text model that transformers runs alone: a test holds the list against the library.
 WITH_TEXT_MODEL = frozenset(
     ("emu3", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "git", "got_ocr2", "llama4", "mllama", "phi4_multimodal",
@@ -33,7 +37,7 @@ _OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuest
                 "ForMaskedLM", "RewardModel", "ForRewardModeling")  # fmt: skip
 _UNQUANTISED = (
     "give the model's unquantised checkpoint, with weights in bfloat16, float16 or float32 "
-    f"({' and '.join(DEQUANTIZED)} are read too, and run unquantised)"
+    f"({', '.join(READ_METHODS)} are read too)"
 )
 
 
@@ -50,7 +54,7 @@ def check_kind(directory: Path, config: dict[str, Any], *, weights: bool) -> Non
     """
     if weights:
         method = quantization(config)
-        if method is not None and method not in DEQUANTIZED:
+        if method is not None and method not in READ_METHODS:
             raise ModelError(
                 f"{directory} holds weights quantised with {METHODS.get(method, method)} (its config.json says so), "
                 f"which are not read; {_UNQUANTISED}"
@@ -86,15 +90,16 @@ def check_tensor_names(directory: Path, names: Iterable[str]) -> None:
     for name in names:
         method = next((method for suffix, method in PACKED.items() if name.endswith(suffix)), None)
         if method is not None:
-            raise ModelError(
-                f"{directory} holds weights quantised with {method} ({name}), which are not read; {_UNQUANTISED}"
-            )
+            why = f"which are not read; {_UNQUANTISED}"
+            if name.endswith(_PACKED_SUFFIXES):
+                why = "and config.json says nothing of how, nor quantize_config.json or quant_config.json; copy it too"
+            raise ModelError(f"{directory} holds weights quantised with {method} ({name}), {why}")
 
 
 def quantization(config: dict[str, Any]) -> str | None:
     """How config.json says that the weights are quantised; None: they are not."""
-    inner = config.get("text_config")
-    for section in (config, inner if isinstance(inner, dict) else {}):
+    inner = [section for name in ("text_config", "llm_config") if isinstance(section := config.get(name), dict)]
+    for section in (config, *inner):
         for key in ("quantization_config", "compression_config", "quantization"):
             found = section.get(key)
             if not isinstance(found, dict) or not found:
@@ -102,6 +107,8 @@ def quantization(config: dict[str, Any]) -> str | None:
             method = found.get("quant_method")
             if isinstance(method, str) and method:
                 return method
+            if "w_bit" in found:  # AutoAWQ's first files
+                return "awq"
             if found.get("load_in_4bit") or found.get("load_in_8bit"):
                 return "bitsandbytes"
             if key == "compression_config":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -33,12 +35,13 @@ FORMATS = {
 }
 
 
-def check_weights(directory: Path, config: dict[str, Any]) -> None:
+def check_weights(directory: Path, config: dict[str, Any], *, packed: bool = False) -> None:
     """See that the weight files are there and whole.
 
     Args:
         directory: the checkpoint's.
         config: its config.json.
+        packed: some weights are packed in a way that is read (engine/checkpoints/packed.py looks at them).
 
     Raises:
         ModelError: no weights, of a format that is not read, a shard or the index is missing, or a file is cut off.
@@ -47,8 +50,8 @@ def check_weights(directory: Path, config: dict[str, Any]) -> None:
     for file in files:
         check_content(file)
         if file.suffix == ".safetensors":
-            names = _tensor_names(file)
-            if quantization(config) is None:
+            names = read_headers([file])
+            if not packed and quantization(config) is None:
                 check_tensor_names(directory, names)
         elif not _is_whole_pickle(file):
             raise ModelError(f"{file} is truncated or broken; copy it again")
@@ -59,12 +62,39 @@ def weight_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(directory))
 
 
-def _tensor_names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is truncated or broken ({one_line(error)}); copy it again") from error
+class Stored(NamedTuple):
+    """A tensor of a safetensors file, by its header: `dtype` as the format calls it (F16, I32, F8_E4M3, ...)."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        bits = int("".join(c for c in self.dtype.partition("_")[0] if c.isdigit()) or 8)
+        return math.prod(self.shape) * bits // 8
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
+    """Every tensor of some safetensors files by name. Raises ModelError: a file is cut off or broken."""
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118 - no mapping
+                    one = opened.get_slice(name)
+                    found[name] = Stored(name, file, one.get_dtype(), tuple(one.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is truncated or broken ({one_line(error)}); copy it again") from error
+    return found
+
+
+def read_integers(stored: Stored) -> list[int]:
+    """The content of a small tensor of integers."""
+    with safe_open(stored.file, framework="numpy") as opened:
+        return [int(value) for value in opened.get_tensor(stored.name).flatten()]
 
 
 def _is_whole_pickle(file: Path) -> bool:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
-from kvarena.engine.fusions.layers import Batch, FusedLayer, ModuleMlp
-from kvarena.engine.fusions.ops import Angles, Linear, Norm, Ops
+from kvarena.engine.fusions.layers import Batch, FusedLayer, ModuleMlp, Projection
+from kvarena.engine.fusions.ops import Angles, Norm, Ops
 from kvarena.engine.pool.kv_pool import KVPool
 
 
@@ -30,7 +30,7 @@ class FusedDecoder:
     rotation: Tensor
     layers: tuple[FusedLayer, ...]
     norm: Norm
-    head: Linear
+    head: Projection
     ops: Ops
 
     @property
@@ -79,6 +79,6 @@ class FusedDecoder:
         rows = None if all_rows else meta.logits_indices
         if rows is not None and not len(rows):
             self.layers[-1].attention.queries(residual, batch, self.ops)
-            return residual.new_empty(0, len(self.head.weight))
+            return residual.new_empty(0, self.head.out_features)
         residual = self.layers[-1](residual, batch, self.ops, rows)
         return self.ops.norm_linear(residual, self.norm, self.head, out)

@@ -21,8 +21,10 @@ from kvarena.engine.fusions.check import Recording, check_decoder, record
 from kvarena.engine.fusions.decoder import FusedDecoder
 from kvarena.engine.fusions.layers import AttentionArgs, FusedAttention, FusedGlu, FusedLayer, ModuleMlp
 from kvarena.engine.fusions.ops import HeadNorms, Heads, Linear, Norm, Ops
-from kvarena.engine.fusions.pack import pack
+from kvarena.engine.fusions.pack import projection
+from kvarena.engine.fusions.packed_ops import PackedOps
 from kvarena.engine.models.spec import LoadedModel
+from kvarena.engine.quantization.linear import PackedLinear, PackedProjection
 
 
 class NotFusable(KvarenaError):
@@ -34,7 +36,7 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int) -> FusedDecoder:
 
     Args:
         model: bound to the attention hook. Its projections' parameters become views of packed ones.
-        ops: what computes.
+        ops: what computes; packed projections have kernels of their own.
         max_model_len: positions of the rotation table.
 
     Raises:
@@ -58,8 +60,8 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int) -> FusedDecoder:
             rotation=rotation,
             layers=tuple(_layer(layer, index, recording) for index, layer in enumerate(layers)),
             norm=_norm(_child(body, "norm", "model"), "model.norm"),
-            head=Linear(head.weight.detach(), None if head.bias is None else head.bias.detach()),
-            ops=ops,
+            head=_projection([head], "lm_head"),
+            ops=PackedOps(ops) if any(isinstance(part, PackedLinear) for part in module.modules()) else ops,
         )
         difference = check_decoder(decoder, recording)
     if difference is not None:
@@ -78,29 +80,37 @@ def _layer(layer: nn.Module, index: int, recording: Recording) -> FusedLayer:
         attention=FusedAttention(
             index=index,
             norm=_norm(layer.input_layernorm, f"layer {index}: input_layernorm"),
-            qkv=pack([q, k, attention.v_proj]),
-            out=Linear(out.weight.detach(), None if out.bias is None else out.bias.detach()),
+            qkv=_projection([q, k, attention.v_proj], f"layer {index}: q_proj, k_proj and v_proj"),
+            out=_projection([out], f"layer {index}: o_proj"),
             heads=Heads(q.out_features // head_dim, k.out_features // head_dim, head_dim),
             head_norms=_head_norms(attention, head_dim, f"layer {index}.self_attn"),
             args=AttentionArgs(*recording.args[index]),
         ),
-        mlp=_glu(mlp, post_norm) if _is_glu(mlp) else ModuleMlp(post_norm, mlp),
+        mlp=_glu(mlp, post_norm, index) if _is_glu(mlp) else ModuleMlp(post_norm, mlp),
     )
 
 
-def _glu(mlp: Any, norm: Norm) -> FusedGlu:
-    down = mlp.down_proj
+def _glu(mlp: Any, norm: Norm, index: int) -> FusedGlu:
     return FusedGlu(
         norm=norm,
-        gate_up=pack([mlp.gate_proj, mlp.up_proj]),
-        down=Linear(down.weight.detach(), None if down.bias is None else down.bias.detach()),
+        gate_up=_projection([mlp.gate_proj, mlp.up_proj], f"layer {index}: gate_proj and up_proj"),
+        down=_projection([mlp.down_proj], f"layer {index}: down_proj"),
     )
+
+
+def _projection(layers: list[nn.Linear | PackedLinear], where: str) -> Linear | PackedProjection:
+    found = projection(layers)
+    if found is None:
+        raise NotFusable(
+            f"{where} are packed in different ways, or each has a kernel of its own already, so they are no one product"
+        )
+    return found
 
 
 def _is_glu(mlp: nn.Module) -> bool:
     """Whether the module is silu(gate) * up and down, as far as its parts tell."""
     projections = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(type(projection) is nn.Linear for projection in projections):
+    if not all(_is_linear(projection) for projection in projections):
         return False
     activation = getattr(mlp, "act_fn", None)
     if not callable(activation):
@@ -157,10 +167,14 @@ def _norm(module: object, where: str) -> Norm:
     return Norm(weight.detach(), eps)
 
 
-def _linear(module: nn.Module, where: str) -> nn.Linear:
-    if type(module) is not nn.Linear:
-        raise NotFusable(f"{where} is a {type(module).__name__}, not a plain linear layer")
-    return module
+def _linear(module: nn.Module, where: str) -> nn.Linear | PackedLinear:
+    if isinstance(module, (nn.Linear, PackedLinear)) and _is_linear(module):
+        return module
+    raise NotFusable(f"{where} is a {type(module).__name__}, not a plain linear layer")
+
+
+def _is_linear(module: object) -> bool:
+    return type(module) in (nn.Linear, PackedLinear)
 
 
 def _child(module: nn.Module, name: str, where: str) -> nn.Module:

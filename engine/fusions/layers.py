@@ -7,13 +7,16 @@ residual -+-> norm -> q,k,v -> rope, store -> attend -> o -> + -+-> norm -> gate
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata, KeepingBackend
-from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Ops, split_heads
+from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Norm, Ops, split_heads
 from kvarena.engine.pool.kv_pool import KVPool
+
+# A `Linear`; or a `PackedProjection`, with ops that are `PackedOps`, which a type cannot say of the two together.
+Projection = Any
 
 
 class AttentionArgs(NamedTuple):
@@ -59,8 +62,8 @@ class FusedAttention:
 
     index: int
     norm: Norm
-    qkv: Linear
-    out: Linear
+    qkv: Projection
+    out: Projection
     heads: Heads
     head_norms: HeadNorms | None
     args: AttentionArgs
@@ -99,8 +102,8 @@ class FusedGlu:
     """Norm, packed gate and up projections, silu(gate) * up, down projection."""
 
     norm: Norm
-    gate_up: Linear
-    down: Linear
+    gate_up: Projection
+    down: Projection
 
     def __call__(self, residual: Tensor, ops: Ops) -> Tensor:
         """Add the block's output to `residual` [T, hidden], in place; returns it."""

@@ -32,6 +32,11 @@ class Linear(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return len(self.weight)
+
 
 class Product(NamedTuple):
     """A projection and what its neighbours do to it: [norm ->] x @ weight.T [-> silu(gate) * up] [+ residual].
@@ -94,6 +99,10 @@ class Ops(Protocol):
         """silu(gate) * up of norm(residual); `gate_up` holds the gate's rows first. [T, K] -> [T, N / 2]."""
         ...
 
+    def glu(self, x: Tensor) -> Tensor:
+        """silu(gate) * up of x, which holds the gate's columns first. [T, N] -> [T, N / 2]."""
+        ...
+
     def rope_store(
         self,
         qkv: Tensor,
@@ -140,7 +149,11 @@ class TorchOps:
 
     def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
         """See `Ops.norm_glu`."""
-        gate, up = self.norm_linear(residual, norm, gate_up).chunk(2, dim=-1)
+        return self.glu(self.norm_linear(residual, norm, gate_up))
+
+    def glu(self, x: Tensor) -> Tensor:
+        """See `Ops.glu`."""
+        gate, up = x.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     def rope_store(

@@ -15,6 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from kvarena.engine.fusions.ops import Linear
+from kvarena.engine.quantization.linear import PackedLinear, PackedProjection, joined
+
+
+def projection(layers: Sequence[nn.Linear | PackedLinear]) -> Linear | PackedProjection | None:
+    """One or several linear layers of one input as one projection, which shares their weights.
+
+    None where some are packed and others not, or packed in different ways; nothing was changed then.
+    """
+    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
+    plain = [layer for layer in layers if not isinstance(layer, PackedLinear)]
+    if packed:
+        return None if plain else joined(packed)
+    if len(plain) > 1:
+        return pack(plain)
+    return Linear(plain[0].weight.detach(), None if plain[0].bias is None else plain[0].bias.detach())
 
 
 def pack(projections: Sequence[nn.Linear]) -> Linear:

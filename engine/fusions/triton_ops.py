@@ -61,7 +61,11 @@ class TritonOps:
     def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
         """See `Ops.norm_glu`."""
         y = self._product(Product(residual, gate_up, norm, glu=True))
-        return gated(self._linear(self.norm(residual, norm), gate_up)) if y is None else y
+        return self.glu(self._linear(self.norm(residual, norm), gate_up)) if y is None else y
+
+    def glu(self, x: Tensor) -> Tensor:
+        """See `Ops.glu`."""
+        return gated(x)
 
     def rope_store(
         self,

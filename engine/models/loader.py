@@ -5,7 +5,6 @@ Weights go from the safetensors files to the device one by one, so host memory h
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import re
@@ -21,8 +20,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kvarena.engine.checkpoints.check import check_checkpoint
-from kvarena.engine.checkpoints.directory import one_line
+from kvarena.engine.checkpoints.directory import one_line, read_config
 from kvarena.engine.checkpoints.kinds import DEQUANTIZED
+from kvarena.engine.checkpoints.packed import PackedCheckpoint, packed_checkpoint
 from kvarena.engine.checkpoints.weights import weight_bytes
 from kvarena.engine.errors import ConfigError, ModelError
 from kvarena.engine.models.configs import (
@@ -33,9 +33,11 @@ from kvarena.engine.models.configs import (
     weights_dtype,
 )
 from kvarena.engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
+from kvarena.engine.models.packed_loader import PackedLoad, forget_packing, load_packed, plan_packed
 from kvarena.engine.models.probe import AttentionGeometry, probe_attention
 from kvarena.engine.models.spec import LoadedModel, ModelSpec
 from kvarena.engine.pool.memory_limits import free_bytes, is_out_of_memory, size_text
+from kvarena.engine.quantization.experts import packed_weights
 
 LOAD_FORMATS = ("auto", "dummy")
 # Decoder layers, as model classes name their lists of them.
@@ -55,6 +57,7 @@ def load_model(
     trust_remote_code: bool = False,
     name: str | None = None,
     image_cache_bytes: int = 0,
+    quantization: str | None = None,
 ) -> LoadedModel:
     """Load a model and see that the runner can drive it.
 
@@ -69,11 +72,17 @@ def load_model(
         trust_remote_code: run the directory's own Python code.
         name: how reports call the model; None takes the directory's name.
         image_cache_bytes: for what the vision tower has encoded, of a model that reads images.
+        quantization: the method with which the weights must be quantised; None: any, or none.
 
     Raises:
         ConfigError: a setting is out of range, or the settings do not fit together.
         ModelError: the directory is missing or broken, or the runner cannot drive the model.
     """
+    if quantization is not None and load_format == "dummy":
+        raise ConfigError(
+            f"model.quantization={quantization} insists on quantised weights, and model.load_format=dummy draws plain "
+            "ones; leave one out"
+        )
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"model.load_format={load_format} must be one of {', '.join(LOAD_FORMATS)}")
     if path is None and shape is not None and load_format == "auto":
@@ -82,9 +91,9 @@ def load_model(
         config, directory, name, whole = read_model_config(path, shape, name, trust_remote_code)
         weights = weights_dtype(dtype, config)
         own_end = tokenizer_end(directory, trust_remote_code)
-        composite, has_weights = None, load_format != "dummy" and directory is not None
+        composite, has_weights, packing = None, load_format != "dummy" and directory is not None, ""
         if directory is not None and has_weights:
-            check_checkpoint(directory)
+            check_checkpoint(directory, quantization=quantization)
         if whole is not None:
             # Imported here: of a model that reads text nothing of it is needed.
             from kvarena.engine.models.composite import Composite
@@ -94,9 +103,9 @@ def load_model(
         if directory is None or not has_weights:
             module = build_dummy(config, weights, device, seed, trust_remote_code, name)
         else:
-            module = _from_directory(directory, config, weights, device, trust_remote_code, text)
+            module, packing = _from_directory(directory, config, weights, device, trust_remote_code, text)
         module.eval().requires_grad_(False)
-        loaded = _describe(module, config.get_text_config(), name, directory, own_end)
+        loaded = _describe(module, config.get_text_config(), name, directory, own_end, packing)
         if composite is None:
             return loaded
         images = composite.encoder(module, torch.device(device), seed, image_cache_bytes)
@@ -104,21 +113,27 @@ def load_model(
 
 
 def _describe(
-    module: nn.Module, text: PretrainedConfig, name: str, directory: Path | None, own_end: int | None
+    module: nn.Module, text: PretrainedConfig, name: str, directory: Path | None, own_end: int | None, packing: str
 ) -> LoadedModel:
-    """Probe the module and note what the engine needs to know of it."""
+    """Probe the module and note what the engine needs to know of it; `packing`: see `ModelSpec.quantization`."""
     # The embedding may be larger than the tokenizer; ids below its size are valid inputs.
     num_ids = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     geometry = probe_attention(module, name, num_decoder_layers(text, name), num_ids)
     eos, special = end_and_special_tokens(module, text, directory, own_end)
     slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
-    return LoadedModel(module, model_spec(module, text, name, geometry, eos), directory, special, slices_logits)
+    spec = model_spec(module, text, name, geometry, eos, packing)
+    return LoadedModel(module, spec, directory, special, slices_logits)
 
 
 def model_spec(
-    module: nn.Module, text: PretrainedConfig, name: str, geometry: AttentionGeometry, eos: frozenset[int]
+    module: nn.Module,
+    text: PretrainedConfig,
+    name: str,
+    geometry: AttentionGeometry,
+    eos: frozenset[int],
+    packing: str = "",
 ) -> ModelSpec:
-    """What the engine knows of a module, on whichever device it is.
+    """What the engine knows of a module, on whichever device it is; `packing`: see `ModelSpec.quantization`.
 
     Raises:
         ModelError: its text config states no context length.
@@ -129,9 +144,10 @@ def model_spec(
         dtype=next(module.parameters()).dtype,
         eos_token_ids=eos,
         bos_token_id=getattr(text, "bos_token_id", None),
-        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()) + packed_weights(module),
         latent_dim=latent_dim(text),
         limited_by=limited_by(text),
+        quantization=packing,
         **geometry._asdict(),
     )
 
@@ -143,47 +159,99 @@ def _from_directory(
     device: str | torch.device,
     trust_remote_code: bool,
     tensors: dict[str, Any] | None,
-) -> nn.Module:
-    """A causal language model with its weights: all of the directory's, or `tensors` of these."""
+) -> tuple[nn.Module, str]:
+    """A causal language model with its weights: all of the directory's, or `tensors` of these.
+
+    Returns:
+        The module, and `ModelSpec.quantization`.
+    """
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") in DEQUANTIZED:
         # What kernels run quantised weights, if any, depends on the device; plain weights run everywhere alike.
         quantization["dequantize"] = True
     target = torch.device(device)
-    placement = {} if target.type == "cpu" else {"device_map": {"": target}}
-    if placement and find_spec("accelerate") is None:
-        raise ModelError(
-            f"transformers needs accelerate to load {directory} onto {target}: pip install 'kvarena[gpu]', or run "
-            "it on a CPU (engine.device=cpu)"
-        )
+    options: dict[str, Any] = {
+        "attn_implementation": "eager",
+        "ignore_mismatched_sizes": True,  # reported below, in one line
+        "output_loading_info": True,
+        **_placement(directory, target),
+    }
+    checkpoint = packed_checkpoint(directory, read_config(directory))
+    if checkpoint is not None and dtype == "auto":
+        dtype = torch.float16  # of the scales, in all that packs weights
     free = free_bytes(target)
-    # No type of a file has less than a byte for what takes four at most.
-    if target.type == "cpu" and 4 * weight_bytes(directory) > free:
+    # Without packing, no type of a file has less than a byte for what takes four at most.
+    growth = 4 if checkpoint is None else 8
+    if target.type == "cpu" and growth * weight_bytes(directory) > free:
         _check_host(str(directory), config, dtype, free, trust_remote_code)
-    if tensors is None:
-        make: Any = functools.partial(
-            AutoModelForCausalLM.from_pretrained, str(directory), trust_remote_code=trust_remote_code
-        )
-    else:
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        make = functools.partial(kind.from_pretrained, None, state_dict=tensors)
-        config.tie_word_embeddings = "lm_head.weight" not in tensors
+    load = None
+    if checkpoint is not None and isinstance(dtype, torch.dtype):
+        stay_packed = tensors is None and keeps_packed(target)
+        load = _planned(checkpoint, config, dtype, target, trust_remote_code, stay_packed=stay_packed)
     try:
-        loaded: Any = make(
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            attn_implementation="eager",
-            ignore_mismatched_sizes=True,  # reported below, in one line
-            output_loading_info=True,
-            **placement,
-        )
+        if tensors is not None:
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            config.tie_word_embeddings = "lm_head.weight" not in tensors
+            loaded: Any = kind.from_pretrained(None, state_dict=tensors, config=config, dtype=dtype, **options)
+        elif load is not None and isinstance(dtype, torch.dtype):
+            loaded = load_packed(load, config, dtype, **options)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                str(directory),
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                **options,
+            )
     # Anything: loading runs the code of many libraries, and of the model.
     except Exception as error:
         if is_out_of_memory(error):
-            raise _does_not_fit(str(directory), config, dtype, target, free, trust_remote_code) from error
+            raise _does_not_fit(str(directory), config, dtype, target, free, trust_remote_code, load) from error
         raise ModelError(f"{directory} cannot be loaded: {one_line(error)}") from error
     module, info = loaded
+    _check_report(directory, config, info)
+    return module, "" if load is None else load.summary
+
+
+def _planned(
+    checkpoint: PackedCheckpoint,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+    *,
+    stay_packed: bool,
+) -> PackedLoad:
+    """What becomes of packed weights, said in a line; the config forgets that they are. Raises ModelError."""
+    forget_packing(config)
+    shape = build_dummy(config, dtype, "meta", 0, trust_remote_code, str(checkpoint.directory))
+    load = plan_packed(checkpoint, shape, dtype, device, stay_packed=stay_packed)
+    # Dequantised weights take four times what the files do: a line that nobody has to ask for.
+    level = logging.INFO if len(load.kept) == len(checkpoint.entries) else logging.WARNING
+    logger.log(level, "%s: %s", checkpoint.directory, load.describe())
+    return load
+
+
+def _placement(directory: Path, device: torch.device) -> dict[str, Any]:
+    """How transformers is told where the weights go. Raises ModelError: a package for that is not there."""
+    if device.type == "cpu":
+        return {}
+    if find_spec("accelerate") is None:
+        raise ModelError(
+            f"transformers needs accelerate to load {directory} onto {device}: pip install 'kvarena[gpu]', or run "
+            "it on a CPU (engine.device=cpu)"
+        )
+    return {"device_map": {"": device}}
+
+
+def keeps_packed(device: torch.device) -> bool:
+    """Whether weights that a checkpoint packs stay so on `device`: a CPU has no kernel for them."""
+    return device.type == "cuda"
+
+
+def _check_report(directory: Path, config: PretrainedConfig, info: dict[str, Any]) -> None:
+    """See that every weight was there and of its shape. Raises ModelError."""
     if info["mismatched_keys"]:
         key, found, expected = sorted(info["mismatched_keys"])[0]
         raise ModelError(
@@ -196,7 +264,6 @@ def _from_directory(
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(f"{directory} lacks the weights {', '.join(missing[:3])}{more}; copy the model again")
     _check_surplus(sorted(info["unexpected_keys"]), config.get_text_config(), directory)
-    return module
 
 
 def _check_surplus(keys: list[str], text: PretrainedConfig, directory: Path) -> None:
@@ -271,9 +338,17 @@ def _does_not_fit(
     device: torch.device,
     free: int,
     trust_remote_code: bool,
+    load: PackedLoad | None = None,
 ) -> ModelError:
     """What to say of weights for which `device` has no memory; `free`: bytes, before they were read."""
-    return _too_large(name, _num_weights(name, config, dtype, trust_remote_code), _element_type(dtype), device, free)
+    num_weights = _num_weights(name, config, dtype, trust_remote_code)
+    if load is not None and load.kept:
+        num_bytes = num_weights * _element_type(dtype).itemsize - load.saved_bytes(_element_type(dtype))
+        return ModelError(
+            f"{name} does not fit in the memory of {device}: its weights take {size_text(num_bytes)} packed, and "
+            f"{size_text(free)} were free; take a smaller model, or a device with more memory free"
+        )
+    return _too_large(name, num_weights, _element_type(dtype), device, free)
 
 
 def _num_weights(name: str, config: PretrainedConfig, dtype: torch.dtype | str, trust_remote_code: bool) -> int:

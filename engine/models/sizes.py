@@ -16,6 +16,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from kvarena.engine.checkpoints.directory import read_config
+from kvarena.engine.checkpoints.packed import packed_checkpoint
 from kvarena.engine.models.configs import (
     end_and_special_tokens,
     quiet_transformers,
@@ -25,6 +27,7 @@ from kvarena.engine.models.configs import (
 )
 from kvarena.engine.models.limits import num_decoder_layers
 from kvarena.engine.models.loader import build_dummy, model_spec
+from kvarena.engine.models.packed_loader import linear_layers
 from kvarena.engine.models.probe import trace_attention
 from kvarena.engine.models.spec import ModelSpec
 
@@ -42,6 +45,7 @@ class ModelSizes:
         num_layer_weights: weights that every token is multiplied with: all but embeddings and the output head.
         num_head_weights: weights of the output head, which a sampled token is multiplied with.
         num_experts: experts of a layer; 1 for a dense model.
+        saved_bytes: what a GPU keeps packed of its linear layers' weights takes so much less than in `spec.dtype`.
     """
 
     spec: ModelSpec
@@ -50,11 +54,12 @@ class ModelSizes:
     num_layer_weights: int
     num_head_weights: int
     num_experts: int = 1
+    saved_bytes: int = 0
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
-        return self.spec.num_parameters * self.spec.dtype.itemsize
+        return self.spec.num_parameters * self.spec.dtype.itemsize - self.saved_bytes
 
 
 def model_sizes(
@@ -125,4 +130,17 @@ def _sizes(
         num_layer_weights=spec.num_parameters - sum(outside.values()),
         num_head_weights=head.numel(),
         num_experts=max(count for count in (1, *num_experts) if isinstance(count, int)),
+        saved_bytes=0 if directory is None else _saved_bytes(directory, module),
     )
+
+
+def _saved_bytes(directory: Path, module: nn.Module) -> int:
+    """See `ModelSizes.saved_bytes`; 0 for a directory without weights, whose layers nothing tells."""
+    if not any(directory.glob("*.safetensors")):
+        return 0
+    checkpoint = packed_checkpoint(directory, read_config(directory))
+    if checkpoint is None:
+        return 0
+    size = next(module.parameters()).dtype.itemsize
+    entries = [checkpoint.entries[name] for name in linear_layers(module, checkpoint).values()]
+    return sum(entry.num_outputs * entry.num_inputs * size - entry.num_bytes for entry in entries)

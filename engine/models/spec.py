@@ -34,6 +34,7 @@ class ModelSpec:
             None for others.
         limited_by: why `max_model_len` is below the positions that the config states; empty where it is not.
         has_plain_layers: some layer's attention sees the whole context, without a soft cap or sinks.
+        quantization: how the checkpoint packs its weights and what became of them; empty where it does not.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ModelSpec:
     latent_dim: int | None = None
     limited_by: str = ""
     has_plain_layers: bool = True
+    quantization: str = ""
 
     @property
     def sliding_window(self) -> int | None:

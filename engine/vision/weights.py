@@ -21,7 +21,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import InternVLConfig
 
+from kvarena.engine.checkpoints.directory import read_config
+from kvarena.engine.checkpoints.packed import packed_checkpoint
 from kvarena.engine.checkpoints.weights import weight_files
+from kvarena.engine.quantization.state import PackedTensors
 
 Tensors = dict[str, Any]
 _TOWER = (
@@ -68,10 +71,10 @@ class Part:
 
 
 def part_checkpoint(directory: Path, config: InternVLConfig) -> Parted:
-    """The tensors of a checkpoint's files, each as something that `[...]` reads.
+    """The tensors of a checkpoint's files, each as something that `[...]` reads; packed ones are dequantised then.
 
     Raises:
-        ModelError: the files are not there.
+        ModelError: the files are not there, or a packed tensor is broken.
     """
     return part_tensors(_open(directory), config)
 
@@ -129,6 +132,9 @@ def _put_text(into: Tensors, name: str, tensor: Any, config: InternVLConfig, is_
 
 
 def _open(directory: Path) -> Tensors:
+    packed = packed_checkpoint(directory, read_config(directory))
+    if packed is not None:
+        return PackedTensors(packed, torch.float32).state()
     tensors: Tensors = {}
     for file in weight_files(directory):
         if file.suffix == ".safetensors":

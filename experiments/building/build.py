@@ -225,6 +225,7 @@ def _load(config: RunConfig) -> LoadedModel:
         seed=engine.seed,
         name=cast(str | None, model.name),
         image_cache_bytes=int(engine.image_cache_mib * 2**20),
+        quantization=model.quantization,
     )
 
 

@@ -29,4 +29,5 @@ def check_model(config: RunConfig, *, tokenizer: bool = False) -> Path | None:
         weights=model.load_format == "auto" and config.runner.kind == "torch",
         tokenizer=tokenizer,
         trust_remote_code=model.trust_remote_code,
+        quantization=model.quantization if config.runner.kind == "torch" else None,
     )

@@ -18,6 +18,7 @@ from kvarena.engine.fusions.detect import NotFusable, fuse
 from kvarena.engine.fusions.ops import Ops, TorchOps
 from kvarena.engine.models import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.quantization.linear import settle_products
 from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.engine.runner.graphs import ReservingBackend
 from kvarena.engine.runner.step_graphs import graph_tokens
@@ -59,8 +60,11 @@ def make_runner(
     if decoder is None and (stated := _gemm_settings(config)):
         name, value = next(iter(stated.items()))
         raise ConfigError(f"runner.{name}={value} is of the fused forward, which this run has not; leave it out")
+    kernels = settle_products(model.module, model.spec.dtype)
     graphs, no_graphs = _graphs(config, backend, decoder) if on_gpu else (False, None)
     facts: Facts = {"fusions": decoder is not None, "graphs": graphs, "attention": type(backend).__name__}
+    if kernels:
+        facts["packed_kernels"] = kernels
     if on_gpu:
         # Imported here, as in `_ops`.
         from kvarena.engine.attention.triton_backend import TritonBackend

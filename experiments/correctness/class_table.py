@@ -27,6 +27,8 @@ of 4 keys and temperature steps of 4; prompts have 13 to 40 tokens.
 
 - Random weights of a few layers: that a class is equal says nothing of a checkpoint's quality, nor of 16 bits.
 - Text alone: towers for pictures or sound are not tried here; InternVL's is, below.
+- Plain weights. Packed ones (AWQ, GPTQ, compressed-tensors) are read for every class here, dequantised where no kernel
+  takes them ([serving.md](serving.md#quantised-weights)); tests hold Llama, Qwen2 and Mixtral against transformers.
 - One version of transformers; another one may add classes, or change them.
 
 {by_hand}## Classes

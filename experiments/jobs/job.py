@@ -372,6 +372,7 @@ def _model_facts(parts: EngineParts) -> dict[str, Any]:
         "kv_bytes_per_token": spec.kv_bytes_per_token,
         "max_model_len": spec.max_model_len,
         "dtype": str(spec.dtype).removeprefix("torch."),
+        "quantization": spec.quantization or None,
         "kv_needed": _kv_needed(parts),
     }
 

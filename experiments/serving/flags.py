@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from kvarena.engine.checkpoints.kinds import READ_METHODS
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.server.shared.config import TOOL_PARSERS
 from kvarena.experiments.serving.words import FLAGS
@@ -175,7 +176,13 @@ def _add_engine(add: Callable[..., Any]) -> None:
     )
     add("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N", help="this version runs on one device")
     add("--pipeline-parallel-size", "-pp", type=int, default=1, metavar="N", help="this version runs on one device")
-    add("--quantization", "-q", metavar="NAME", help="none alone: a checkpoint that is quantised says so itself")
+    add(
+        "--quantization",
+        "-q",
+        choices=("none", *READ_METHODS),
+        metavar="NAME",
+        help=f"insist on weights that are quantised so: {', '.join(READ_METHODS)} (default: as the checkpoint says)",
+    )
     add("--enforce-eager", action="store_true", help="no CUDA graphs (default: graphs on a GPU)")
     add("--seed", type=int, help="random streams of requests that have no seed of their own (default: 0)")
     add(
@@ -218,6 +225,7 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
     values |= {
         "model.path": model,
         "model.trust_remote_code": flags.trust_remote_code or None,
+        "model.quantization": None if flags.quantization == "none" else flags.quantization,
         "engine.dtype": DTYPES[flags.dtype],
         "engine.overlap": flags.async_scheduling is not False,
         "scheduler.max_num_batched_tokens": max(2048, flags.max_num_seqs or 0)
@@ -243,11 +251,6 @@ def _check(flags: argparse.Namespace) -> None:
         if getattr(flags, name) != 1:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {getattr(flags, name)} is not available: this version runs on one device; use 1")
-    if flags.quantization not in (None, "none"):
-        raise ConfigError(
-            f"--quantization {flags.quantization} is not available: weights run in --dtype, and a checkpoint that is "
-            "quantised says so itself; leave the flag out"
-        )
     for kind, without in (("allocator", ALLOCATORS_WITHOUT_SWAP), ("scheduler", SCHEDULERS_WITHOUT_SWAP)):
         name = getattr(flags, kind)
         if flags.swap_space and name in without:

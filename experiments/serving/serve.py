@@ -121,10 +121,11 @@ def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:
 
     spec, slots = parts.spec, parts.pool_facts["num_slots"]
     device = parts.config.device if parts.model is None else parts.model.device.type
+    dtype = str(spec.dtype).removeprefix("torch.") + (f" ({spec.quantization})" if spec.quantization else "")
     named = ", " + cell_name(strategy["allocator"], strategy["scheduler"]) if strategy else ""
     return (
-        f"{spec.name}: {spec.num_parameters / 1e6:,.1f}M weights in {str(spec.dtype).removeprefix('torch.')} on "
-        f"{device}{named}; KV pool of {slots:,} tokens ({size_text(parts.pool_facts['bytes'])}), room for "
+        f"{spec.name}: {spec.num_parameters / 1e6:,.1f}M weights in {dtype} on {device}{named}; KV pool of "
+        f"{slots:,} tokens ({size_text(parts.pool_facts['bytes'])}), room for "
         f"{parts.engine.allocator.max_requests(parts.max_model_len):,} requests of {parts.max_model_len:,} tokens"
         f"{_images_text(parts)}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _SECTIONS = ("engine", "kv_cache", "allocator", "scheduler", "server", "runner", "sampling", "driver", "workload")
-_MODEL = "path|shape|name|load_format|trust_remote_code"  # not its files: model.safetensors
+_MODEL = "path|shape|name|load_format|trust_remote_code|quantization"  # not its files: model.safetensors
 # Keys whose flag is called otherwise than its attribute of the parsed command line.
 FLAGS = {
     "model.path": "MODEL",
@@ -23,7 +23,8 @@ FLAGS = {
     "server.max_images": "--limit-mm-per-prompt",
 }
 SAME_NAME = (
-    "model.trust_remote_code", "model.load_format", "engine.dtype", "engine.device", "engine.gpu_memory_utilization",
+    "model.trust_remote_code", "model.load_format", "model.quantization", "engine.dtype", "engine.device",
+    "engine.gpu_memory_utilization",
     "engine.seed", "engine.max_model_len", "scheduler.max_num_seqs", "scheduler.max_num_batched_tokens",
     "allocator.block_size", "server.host", "server.port", "server.max_num_queued_requests", "server.shutdown_timeout",
     "server.api_key_file", "server.allowed_media_domains", "server.allowed_local_media_path", "server.chat_template",

@@ -95,7 +95,7 @@ class Card:
         weights = sizes.num_layer_weights + sizes.num_head_weights
         return RooflineStepTime(
             base=self.layer_gap * spec.num_layers,
-            weights=weights * spec.dtype.itemsize / read,
+            weights=(weights * spec.dtype.itemsize - sizes.saved_bytes) / read,
             per_token=2 * sizes.num_layer_weights / multiply,
             per_request=2 * sizes.num_head_weights / multiply,
             per_kv_token=spec.kv_bytes_per_token / read,

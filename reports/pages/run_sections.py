@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from kvarena.reports.analysis.engines import cache_state, simulated, simulated_machine, target
@@ -69,6 +70,11 @@ def run_title(summary: dict[str, Any]) -> str:
     return str(summary["name"]).replace(" x ", " × ") + (", simulated" if summary["simulation"] else "")
 
 
+def _quantised(model: Mapping[str, Any]) -> str:
+    """How the weights were packed, in brackets; empty where they were not."""
+    return f" ({model['quantization']})" if model.get("quantization") else ""
+
+
 def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """What ran, on what."""
     strategy, model, pool, machine = (summary[key] or {} for key in ("strategy", "model", "pool", "machine"))
@@ -82,7 +88,7 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("Scheduler", str(strategy.get("scheduler", DASH))),
         ("Details", details or DASH),
         ("Model", f"{model.get('name', DASH)}, {count(model.get('num_parameters'))} parameters, "
-                  f"{model.get('dtype', DASH)}"),
+                  f"{model.get('dtype', DASH)}{_quantised(model)}"),
         ("KV pool", f"{count(pool.get('num_slots'))} slots, {size_bytes(pool.get('bytes'))}, "
                     f"blocks of {pool.get('block_size', DASH)}{_pages(pool.get('pages'))}"),
         ("Workload", f"{workload.get('name', DASH)}, {count(summary['num_requests'])} requests, "

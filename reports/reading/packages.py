@@ -10,6 +10,7 @@ OURS = ("kvarena", "allocators", "engine", "experiments", "hydra_plugins", "repo
 EXTRAS = {
     "serve": ("fastapi", "httpcore", "llguidance", "msgpack", "starlette", "uvicorn", "uvloop"),
     "gpu": ("accelerate", "cuda"),
+    "quantized": ("humming",),
     "sweep": ("joblib", "optuna", "submitit"),
     "ray": ("ray",),
     "tracking": ("alembic", "mlflow", "sqlalchemy", "wandb"),

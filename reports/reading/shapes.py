@@ -109,6 +109,7 @@ MANIFEST = {
     "versions": dict,
     "model": {
         "name": MAYBE_TEXT, "num_parameters": MAYBE_INTEGER, "kv_bytes_per_token": MAYBE_INTEGER, "dtype": MAYBE_TEXT,
+        "quantization": MAYBE_TEXT,
         "kv_needed": maybe({"num_tokens": int, "stored_bytes": int, "bytes": int, "why": list[str]}),
     },
     "pool": {"num_slots": MAYBE_INTEGER, "bytes": MAYBE_NUMBER, "block_size": MAYBE_INTEGER},

@@ -6,7 +6,7 @@ import torch
 
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.kernels.attention.config import decode_config
-from kvarena.experiments.benchmarks.kernels import kernels
+from kvarena.experiments.benchmarks.kernels import kernels, packed_gemm
 from kvarena.experiments.benchmarks.kernels.attention_cases import LLAMA_8B, Batch, visible_pairs
 from kvarena.experiments.benchmarks.kernels.attention_variants import DECODE_TILES, decode_variants
 
@@ -32,8 +32,17 @@ def test_variants_begin_with_the_default_and_repeat_none(batch_size):
     assert variants[0] == default and len(variants) == len(set(variants)) > 5
 
 
+def test_packed_weights_that_are_timed_are_of_the_size_that_weights_have():
+    weight = packed_gemm.random_packed(48, 256, 64, torch.device("cpu"))
+    values = weight.dequantize()
+    assert values.shape == (48, 256)
+    assert 0.5 < float(values.std()) * 16 < 2
+    assert weight.num_bytes == 48 * 256 // 2 + 3 * 48 * 4
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures on this machine")
-def test_without_a_gpu_it_says_so_in_one_line(capsys):
+@pytest.mark.parametrize("tool", [kernels, packed_gemm])
+def test_without_a_gpu_it_says_so_in_one_line(tool, capsys):
     with pytest.raises(ConfigError, match="run it on a CUDA machine"):
-        kernels.main([])
+        tool.main([])
     assert capsys.readouterr().out == ""

@@ -23,7 +23,7 @@ def resources(request):
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == {"few": 8, "all": 12}[request.param]
+    assert len(found) == {"few": 11, "all": 23}[request.param]
     return found
 
 
@@ -36,6 +36,15 @@ def test_more_than_one_row_uses_wgmma(resources):
     for name, r in resources.items():
         if name.startswith(("gemm", "glu")):
             assert r["wgmma"] == (not name.startswith("gemm 1 ")), name
+
+
+def test_packed_products_use_tensor_cores_and_asynchronous_copies(resources):
+    products = {name: r for name, r in resources.items() if name.startswith("packed")}
+    assert products
+    for name, r in products.items():
+        assert r["wgmma"] if int(name.split()[1]) >= 64 else r["mma"], name
+        assert r["cp_async"] and r["wide_loads"], name
+        assert r["waits"] and not r["before_wait"], name
 
 
 def test_a_product_may_be_launched_before_the_kernel_before_it_has_ended(resources):

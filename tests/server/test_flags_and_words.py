@@ -25,12 +25,13 @@ VALUES = {
     "--device": "cpu", "--gpu-memory-utilization": "0.3", "--max-model-len": "99", "--max-num-seqs": "6",
     "--max-num-batched-tokens": "77", "--block-size": "8", "--num-gpu-blocks-override": "55",
     "--kv-cache-memory-gib": "1.5", "--swap-space": "2", "--seed": "7", "--model": "there",
+    "--quantization": "awq",
     "--set": "driver.probe=false",
     "--ssl-certfile": "a", "--ssl-keyfile": "b", "--ssl-keyfile-password": "c", "--ssl-ca-certs": "d",
     "--api-key-file": "README.md", "--protect": "/metrics",
 }  # fmt: skip
 # Refused where they ask for what this version has not.
-REFUSED = ("--tensor-parallel-size", "--pipeline-parallel-size", "--quantization")
+REFUSED = ("--tensor-parallel-size", "--pipeline-parallel-size")
 
 
 def test_every_flag_changes_the_config():

@@ -58,7 +58,10 @@ def test_a_shells_limit_on_open_files_is_lifted():
         ),
         (["models/demo", "--tensor-parallel-size", "2"], "--tensor-parallel-size 2"),
         (["models/demo", "--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2"),
-        (["models/demo", "--quantization", "awq"], "--quantization awq is not available"),
+        (
+            ["models/demo", "--quantization", "awq"],
+            "--quantization awq, and the weights of",
+        ),
         (["models/demo", "--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization 1.5 must be in (0, 1]"),
         (["models/demo", "--port", "70000"], "--port 70000 must be"),
         (["models/demo", "--ssl-certfile", "pyproject.toml"], "--ssl-certfile and --ssl-keyfile go together"),

@@ -1,0 +1,61 @@
+"""The operations of a fused layer whose projections may have packed weights: those go to their own kernels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Ops
+from kvarena.engine.quantization.linear import PackedProjection
+
+
+class PackedOps:
+    """See `kvarena.engine.fusions.ops.Ops`. A packed projection is a product alone: norms and activations come apart.
+
+    Args:
+        ops: everything else, and projections that are not packed.
+    """
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """See `Ops.norm`."""
+        return self._ops.norm(x, norm)
+
+    def norm_linear(
+        self, residual: Tensor, norm: Norm, linear: Linear | PackedProjection, out: Tensor | None = None
+    ) -> Tensor:
+        """See `Ops.norm_linear`."""
+        if isinstance(linear, PackedProjection):
+            return linear(self._ops.norm(residual, norm), out)
+        return self._ops.norm_linear(residual, norm, linear, out)
+
+    def linear_residual(self, x: Tensor, linear: Linear | PackedProjection, residual: Tensor) -> Tensor:
+        """See `Ops.linear_residual`."""
+        if isinstance(linear, PackedProjection):
+            return linear.add_to(x, residual)
+        return self._ops.linear_residual(x, linear, residual)
+
+    def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear | PackedProjection) -> Tensor:
+        """See `Ops.norm_glu`."""
+        if isinstance(gate_up, PackedProjection):
+            return self._ops.glu(gate_up(self._ops.norm(residual, norm)))
+        return self._ops.norm_glu(residual, norm, gate_up)
+
+    def glu(self, x: Tensor) -> Tensor:
+        """See `Ops.glu`."""
+        return self._ops.glu(x)
+
+    def rope_store(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        angles: Angles,
+        slots: Tensor,
+        kv: tuple[Tensor, Tensor],
+        *,
+        turn_keys: bool = False,
+    ) -> Tensor:
+        """See `Ops.rope_store`."""
+        return self._ops.rope_store(qkv, heads, norms, angles, slots, kv, turn_keys=turn_keys)

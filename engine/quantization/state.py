@@ -1,0 +1,172 @@
+"""A packed checkpoint's tensors by name, each read when it is asked for.
+
+    file                                    here
+    model.norm.weight                       the same: a slice of the file
+    x.qweight, x.qzeros, x.scales, x.g_idx  x.weight: a `PackedSource`, dequantised by `source[...]`
+                                            or x.codes, x.scales, x.zeros, x.order: its parts, for a `PackedLinear`
+
+Both are what transformers takes as `state_dict`: it reads an entry by `[...]`, in threads of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from kvarena.engine.checkpoints.packed import PackedCheckpoint
+from kvarena.engine.checkpoints.packed_entries import PackedEntry
+from kvarena.engine.checkpoints.weights import Stored
+from kvarena.engine.quantization.formats import InputOrder, packed_weight
+from kvarena.engine.quantization.weight import PackedWeight
+
+PARTS = ("codes", "scales", "zeros", "order")
+
+
+class PackedTensors:
+    """The tensors of a packed checkpoint.
+
+    Args:
+        checkpoint: which.
+        dtype: of dequantised weights.
+        device: where weights are converted and dequantised.
+
+    Attributes:
+        checkpoint: the same.
+        plain: tensors that are not packed, as slices of their files.
+        packed: packed layers by name.
+
+    Raises:
+        ModelError: the file gives an input a group that its layer has not.
+    """
+
+    def __init__(self, checkpoint: PackedCheckpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.checkpoint = checkpoint
+        self._files: dict[str, Any] = {}
+        parts = {part.name for entry in checkpoint.entries.values() for part in entry.parts.values()}
+        self.plain = {name: self.slice_of(one) for name, one in checkpoint.headers.items() if name not in parts}
+        self.packed = {
+            name: PackedSource(entry, self, dtype, torch.device(device)) for name, entry in checkpoint.entries.items()
+        }
+
+    def slice_of(self, stored: Stored) -> Any:
+        """The tensor as a slice of its file, which nothing reads yet."""
+        key = str(stored.file)
+        if key not in self._files:
+            self._files[key] = safe_open(key, framework="pt", device="cpu")
+        return self._files[key].get_slice(stored.name)
+
+    def state(self, kept: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """What transformers takes as `state_dict`.
+
+        Args:
+            kept: layers whose weights stay packed, by their name here, with the name of their `PackedLinear` in the
+                model; others are dequantised as they are read.
+        """
+        state, kept = dict(self.plain), kept or {}
+        for name, source in self.packed.items():
+            if name in kept:
+                state |= {f"{kept[name]}.{part}": _Part(source, part) for part in source.part_names}
+            else:
+                state[f"{name}.weight"] = source
+        return state
+
+    def zero_biases(self) -> set[str]:
+        """Biases of packed layers that are all 0, which AutoGPTQ writes for layers that have none."""
+        names = [f"{name}.bias" for name in self.packed]
+        return {name for name in names if name in self.plain and not self.plain[name][...].any()}
+
+
+class PackedSource:
+    """A packed layer in its file.
+
+    Args:
+        entry: which.
+        tensors: of its checkpoint.
+        dtype: of the dequantised weight.
+        device: where it is converted and dequantised.
+
+    Raises:
+        ModelError: see `PackedTensors`.
+    """
+
+    def __init__(self, entry: PackedEntry, tensors: PackedTensors, dtype: torch.dtype, device: torch.device) -> None:
+        self.entry = entry
+        self._tensors, self._dtype, self._device = tensors, dtype, device
+        stored = entry.parts.get("g_idx") or entry.parts.get("weight_g_idx")
+        indices = None if stored is None else tensors.slice_of(stored)[...]
+        self.inputs = InputOrder(entry, tensors.checkpoint.settings, indices)
+        self._lock = threading.Lock()
+        self._loaded: PackedWeight | None = None
+        self._asked = 0
+
+    @property
+    def part_names(self) -> list[str]:
+        """The parts of its packed weight that are there."""
+        absent = set() if self._has_zeros else {"zeros"}
+        if self.inputs.order is None:
+            absent.add("order")
+        return [name for name in PARTS if name not in absent]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether kernels can multiply it: all groups are of one size."""
+        return self.inputs.row_groups is None
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of its scales, as the file has them."""
+        stored = self.entry.parts.get("scales") or self.entry.parts["weight_scale"]
+        return {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[stored.dtype]
+
+    def load(self) -> PackedWeight:
+        """Read and convert it, on the device."""
+        parts = {
+            suffix: self._tensors.slice_of(stored)[...].to(self._device)
+            for suffix, stored in self.entry.parts.items()
+            if suffix not in ("weight_shape", "g_idx", "weight_g_idx", "input_scale")
+        }
+        return packed_weight(self.entry, self._tensors.checkpoint.settings, parts, self.inputs)
+
+    def part(self, name: str) -> Tensor:
+        """One of `part_names`; the weight is converted for the first and forgotten with the last."""
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = self.load()
+            part = getattr(self._loaded, name)
+            self._asked += 1
+            if self._asked == len(self.part_names):
+                self._loaded, self._asked = None, 0
+        assert isinstance(part, Tensor)
+        return part
+
+    def get_shape(self) -> list[int]:
+        """As a slice of a file: [N, K]."""
+        return [self.entry.num_outputs, self.entry.num_inputs]
+
+    def get_dtype(self) -> str:
+        """As a slice of a file: what its scales are."""
+        return (self.entry.parts.get("scales") or self.entry.parts["weight_scale"]).dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The dequantised weight, or a part of it."""
+        return self.load().dequantize(self._dtype)[index]
+
+    @property
+    def _has_zeros(self) -> bool:
+        parts, weight = self.entry.parts, self.entry.parts.get("weight")
+        return "qzeros" in parts or ("weight_zero_point" in parts and (weight is None or weight.dtype == "I8"))
+
+
+class _Part:
+    """A part of a packed weight, to be read."""
+
+    def __init__(self, source: PackedSource, name: str) -> None:
+        self._source, self._name = source, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._source.part(self._name)[index]
