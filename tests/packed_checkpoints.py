@@ -16,7 +16,10 @@ from torch import Tensor
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # bits 4 i of an int32 hold column ORDER[i]
 SEQUENTIAL = tuple(range(8))
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+PROJECTIONS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3",
+    "wqkv", "wo",
+)  # fmt: skip
 
 
 def pack_words(codes: Tensor, order: tuple[int, ...] = SEQUENTIAL, bits: int = 4) -> Tensor:

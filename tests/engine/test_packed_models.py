@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from checkpoints import random_prompts
+from image_checkpoints import shared_model, write_original
 from packed_checkpoints import pack_state, pack_words, settings, write_packed
 from runner_driver import generate, make_requests
 from safetensors.torch import load_file, save_file
@@ -272,3 +273,29 @@ def test_a_state_dict_of_packed_tensors_can_be_taken_apart_by_rows(tmp_path):
     weight = source.load()
     for rows in (heads[:, :2].flatten(), heads[:, 2].flatten(), heads[:, 3].flatten()):
         assert torch.allclose(weight.select_rows(rows).dequantize(), exact[rows], atol=1e-7)
+
+
+def test_internvl_with_its_language_model_packed_alone(tmp_path, caplog):
+    """As InternVL2-AWQ has it: `wqkv` one packed matrix, the tower in 16 bits, the settings in `llm_config`."""
+    directory = write_original(tmp_path, shared_model("llama"), "InternLM2ForCausalLM")
+    files = sorted(directory.glob("*.safetensors"))
+    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    packed, plain = pack_state(state, "awq", 32)
+    assert "language_model.model.layers.0.attention.wqkv.qweight" in packed
+    assert not [name for name in packed if name.startswith("vision") and name.endswith("qweight")]
+    config = json.loads((directory / "config.json").read_text())
+    models = []
+    for tensors, said in ((packed, settings("awq", 32, symmetric=False, act_order=False)), (plain, None)):
+        for file in (*files, directory / "model.safetensors.index.json"):
+            file.unlink(missing_ok=True)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        llm = config["llm_config"] | ({} if said is None else {"quantization_config": said})
+        (directory / "config.json").write_text(json.dumps(config | {"llm_config": llm}))
+        models.append(load_model(directory, quantization=None if said is None else "awq"))
+    assert "10 weights in AWQ, 4 bits in groups of 32" in caplog.text
+    mine, wanted = (model.module.state_dict() for model in models)
+    assert mine.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-6, atol=1e-8)
+    assert models[0].spec.quantization == "AWQ, 4 bits in groups of 32, dequantised"
+    assert models[0].images is not None
