@@ -64,7 +64,7 @@ def lines(
             yield common | {"kernel": kernel, "refused": made[0][1] or "not installed"}
             continue
         error = _error(products[0](x, None, None, None), exact)
-        calls = [lambda p=p: p(x, None, None, None) for p in products]  # type: ignore[misc]
+        calls = [lambda p=p: p(x, None, None, None) for p in products]
         us = time_launches(calls)
         share = weights[0].num_bytes / us * 1e6 / copy
         yield common | {
