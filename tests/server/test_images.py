@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import threading
+from dataclasses import replace
 
+import numpy as np
 import openai
 import pytest
 from image_checkpoints import (
     MAX_TILES,
     TILE_TOKENS,
+    data_uri,
     expected_tokens,
     image_part,
     picture,
@@ -19,9 +23,15 @@ from image_checkpoints import (
 )
 from PIL import Image
 from server_harness import KEY, PATIENCE, RunningServer
-from test_media import _promised, _uri
+from test_media import _address, _image, _promised, _uri, site  # noqa: F401 - a fixture
 
 from kvarena import LLM, SamplingParams
+from kvarena.engine.models import load_tokenizer
+from kvarena.engine.server.api.protocol import Message
+from kvarena.engine.server.media.fetch import ImageLoader
+from kvarena.engine.server.media.parts import MediaPolicy
+from kvarena.engine.server.media.reader import ImageReader, image_tokens
+from kvarena.engine.server.shared.errors import ApiError
 
 CHAT = "/v1/chat/completions"
 GREEDY = {"temperature": 0, "max_tokens": 6}
@@ -189,3 +199,37 @@ def test_a_text_that_names_the_placeholder_is_text(running):
     """Without an image the token is one like any other, and no features stand in its place."""
     answer = ask(running, "what is <IMG_CONTEXT>?").json()
     assert answer["choices"][0]["token_ids"] == wanted(answer)
+
+
+def read(directory, url: str, policy: MediaPolicy):
+    """What the engine would get of an image, in a chat of nothing else; any address may be connected to."""
+    tokens = image_tokens(str(directory), load_tokenizer(directory))
+    reader = ImageReader(policy, tokens, ImageLoader(policy, lambda address: True))
+    message = Message(role="user", content=[{"type": "image_url", "image_url": {"url": url}}])
+
+    async def spans():
+        opened = await reader.open([message])
+        [count] = reader.num_tiles(opened)
+        return await reader.spans(opened, [(0, count * TILE_TOKENS)])
+
+    try:
+        return asyncio.run(spans())
+    finally:
+        reader.close()
+
+
+def test_a_url_a_file_and_base64_are_the_same_image(directory, folder, request):
+    address, policy = _address(request.getfixturevalue("site"))
+    policy = replace(policy, local_path=folder)
+    urls = [f"{address}/x.png", _uri(_image()), f"file://{folder}/small.png"]
+    (folder / "small.png").write_bytes(_image())
+    spans = [read(directory, url, policy) for url in urls]
+    assert spans[0] == spans[1] == spans[2]
+    assert np.array_equal(spans[0][0].pixels, spans[2][0].pixels)
+
+
+def test_tiles_of_a_request_are_bounded(directory, monkeypatch):
+    monkeypatch.setattr("kvarena.engine.server.media.reader.MAX_TILE_BYTES", 20_000)
+    assert read(directory, data_uri(picture(50, 50)), MediaPolicy())[0].num_tiles == 1
+    with pytest.raises(ApiError, match="MiB of tiles"):
+        read(directory, data_uri(FIRST), MediaPolicy())

@@ -7,16 +7,18 @@ import threading
 import time
 from dataclasses import fields
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from kvarena.engine.errors import RequestError
-from kvarena.engine.request import SamplingParams
+from kvarena.engine.request import ImageSpan, SamplingParams
+from kvarena.engine.server.engine import intake as intake_module
 from kvarena.engine.server.engine.compiled import make_compiler
 from kvarena.engine.server.engine.grammars import to_grammar
 from kvarena.engine.server.engine.intake import ROUND_SECONDS, Intake
 from kvarena.engine.server.processes.process import freeze_heap
-from kvarena.engine.server.shared.ipc import AddFrame, EngineInfo, FrameDecoder, ToEngine, encode, pack_ids
+from kvarena.engine.server.shared.ipc import AddFrame, EngineInfo, FrameDecoder, ToEngine, encode, pack_ids, pack_image
 from kvarena.experiments.serving.stub_engine import StubOptions, build
 from kvarena.experiments.serving.words import in_flags
 
@@ -213,3 +215,30 @@ def test_sampling_parameters_arrive_as_they_were_made(monkeypatch):
     arrived = AddFrame(*message[1:])
     assert arrived.sampling == made and type(arrived.sampling.stop_token_ids) is tuple
     assert told == info and type(told.eos_token_ids) is tuple
+
+
+def test_tiles_of_requests_that_have_not_ended_are_bounded(intake, monkeypatch):
+    """A preempted request may need its pixels again, so they stay; a crowd of albums must not fill the memory."""
+    monkeypatch.setattr(intake_module, "MAX_IMAGE_BYTES", 1000)
+    tile = np.zeros((1, 3, 8, 8), dtype=np.uint8)  # 192 bytes
+    album = [pack_image(ImageSpan(0, 1, 1 << 256, 1, tile)), pack_image(ImageSpan(1, 2, 1 << 256, 1, tile))]
+
+    def ask(handle, n=1):
+        sampling = SamplingParams(n=n, max_tokens=4)
+        prompt = pack_ids([5, 5, 6])
+        frame = AddFrame(handle, f"i{handle}", prompt, sampling, time.monotonic(), 0, "", "", None, images=album)
+        intake.receive(0, FrameDecoder().feed(encode([ToEngine.ADD, *frame])))
+        intake.run_round(60)
+        return intake.outs[0].admitted[-1][1]
+
+    assert [ask(1), ask(2), ask(3)] == ["", "", "images_full"]
+    [first, second] = intake.requests.values()
+    assert first.images[0].pixels.shape == tile.shape and first.images[0].identity == 1 << 256
+    intake.receive(0, [[ToEngine.ABORT, [1]]])
+    intake.run_round(60)
+    assert ask(4) == ""
+    intake.forget(second)
+    intake.forget(second)  # once is enough
+    assert [ask(5), ask(6)] == ["", "images_full"]
+    intake.drop_front(0)
+    assert not intake.requests and ask(7, n=2) == "" and ask(8) == "images_full"
