@@ -13,20 +13,31 @@ from typing import Any
 
 import torch
 
+from kvarena.engine.checkpoints import internvl
+from kvarena.engine.checkpoints.directory import read_config, resolve_directory
 from kvarena.engine.contract import cdiv
-from kvarena.engine.errors import EngineError
+from kvarena.engine.errors import EngineError, ModelError
 from kvarena.engine.request import Request
 
 PAD = 0
 
 
 def load_reference(path: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The checkpoint at `path` as an unmodified transformers model with its own attention, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
+    """The checkpoint at `path` as an unmodified transformers model with its own attention, in evaluation mode.
 
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
-    ).eval()
+    Raises:
+        ModelError: transformers has no class for its format.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    model_type = read_config(resolve_directory(path))["model_type"]
+    if model_type == internvl.ORIGINAL:
+        raise ModelError(
+            f"{path} is an InternVL checkpoint in its makers' format, for which transformers has no class to judge by; "
+            "give the same model in transformers' format"
+        )
+    kind: Any = AutoModelForImageTextToText if model_type == internvl.NATIVE else AutoModelForCausalLM
+    return kind.from_pretrained(path, dtype=dtype, local_files_only=True, attn_implementation="sdpa").eval()
 
 
 def greedy_reference(

@@ -45,6 +45,7 @@ from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.engine.vision.encoder import ImageEncoder
 from kvarena.engine.vision.tiles import identity, make_tiles, num_tiles
 from kvarena.engine.vision.weights import part_tensors
+from kvarena.experiments.correctness.reference import load_reference
 from kvarena.experiments.settings.strategies import (
     build_allocator,
     build_scheduler,
@@ -380,6 +381,12 @@ def test_a_conversation_is_read_and_not_run(tmp_path, text, name, message):
     (tmp_path / "conversation.py").write_text(text)
     found = conversation(tmp_path, {"template": name})
     assert (None if found is None else found.system_message) == message
+
+
+def test_a_run_is_judged_by_the_native_class_where_there_is_one(original, tmp_path):
+    assert type(load_reference(str(write_native(tmp_path / "native", shared_model())))) is type(shared_model())
+    with pytest.raises(ModelError, match="no class to judge by"):
+        load_reference(str(original))
 
 
 def test_a_refusal_names_the_code_that_would_run(tmp_path):
