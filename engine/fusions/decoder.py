@@ -24,6 +24,8 @@ class FusedDecoder:
         norm: the final one.
         head: the output projection.
         ops: what computes.
+        num_read: int32 [layers with fused experts], written by each forward: how many experts had a token. None: the
+            model has no such layer.
     """
 
     embedding: Tensor
@@ -32,6 +34,7 @@ class FusedDecoder:
     norm: Norm
     head: Projection
     ops: Ops
+    num_read: Tensor | None = None
 
     @property
     def is_capturable(self) -> bool:

@@ -2,24 +2,34 @@
 
 The shape: `model.{embed_tokens, layers, norm, rotary_emb}` and `lm_head`; each layer with
 `self_attn.{q,k,v,o}_proj` (a bias or none; RMS norms over a head, `q_norm` and `k_norm`, or none),
-`input_layernorm` and `post_attention_layernorm` (RMS), and an `mlp`: silu(gate) * up and down, or any other module,
-which then stays as it is. What the shape cannot tell (an odd multiplier, another order) the check finds: every fused
+`input_layernorm` and `post_attention_layernorm` (RMS), and an `mlp`: silu(gate) * up and down, experts of that kind
+with a router (`gate`, `experts`; one that all tokens share behind a gate, or none), or any other module, which then
+stays as it is. What the shape cannot tell (an odd multiplier, another order) the check finds: every fused
 layer is compared with its module on the same input before it is used.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kvarena.engine.attention.temperature import is_tuned
 from kvarena.engine.errors import KvarenaError
 from kvarena.engine.fusions.check import Recording, check_decoder, record
 from kvarena.engine.fusions.decoder import FusedDecoder
-from kvarena.engine.fusions.layers import AttentionArgs, FusedAttention, FusedGlu, FusedLayer, ModuleMlp
+from kvarena.engine.fusions.detect_experts import find_experts, is_glu, is_linear
+from kvarena.engine.fusions.experts import Experts
+from kvarena.engine.fusions.layers import (
+    AttentionArgs,
+    FusedAttention,
+    FusedExperts,
+    FusedGlu,
+    FusedLayer,
+    ModuleMlp,
+)
 from kvarena.engine.fusions.ops import HeadNorms, Heads, Linear, Norm, Ops
 from kvarena.engine.fusions.pack import projection
 from kvarena.engine.fusions.packed_ops import PackedOps
@@ -55,21 +65,37 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int) -> FusedDecoder:
     with torch.no_grad(), torch.device(model.device):
         rotation = _rotation(_child(body, "rotary_emb", "model"), max_model_len)
         recording = record(model, max_model_len)
+        num_read = torch.zeros(len(layers), dtype=torch.int32)
+        experts = [find_experts(layer.mlp, num_read[index : index + 1]) for index, layer in enumerate(layers)]
         decoder = FusedDecoder(
             embedding=embedding.weight.detach(),
             rotation=rotation,
-            layers=tuple(_layer(layer, index, recording) for index, layer in enumerate(layers)),
+            layers=tuple(_layer(layer, index, recording, experts[index]) for index, layer in enumerate(layers)),
             norm=_norm(_child(body, "norm", "model"), "model.norm"),
             head=_projection([head], "lm_head"),
             ops=PackedOps(ops) if any(isinstance(part, PackedLinear) for part in module.modules()) else ops,
+            num_read=num_read if any(experts) else None,
         )
         difference = check_decoder(decoder, recording)
+        if difference is not None and decoder.num_read is not None:
+            # Experts of another kind than their parts tell may still be modules behind fused attention.
+            decoder = _without_experts(decoder, layers)
+            difference = check_decoder(decoder, recording)
     if difference is not None:
         raise NotFusable(difference)
     return decoder
 
 
-def _layer(layer: nn.Module, index: int, recording: Recording) -> FusedLayer:
+def _without_experts(decoder: FusedDecoder, layers: Any) -> FusedDecoder:
+    """The decoder with its experts left to the `layers`' own modules."""
+    left = (
+        replace(fused, mlp=ModuleMlp(fused.mlp.norm, layer.mlp)) if isinstance(fused.mlp, FusedExperts) else fused
+        for fused, layer in zip(decoder.layers, layers, strict=True)
+    )
+    return replace(decoder, layers=tuple(left), num_read=None)
+
+
+def _layer(layer: nn.Module, index: int, recording: Recording, experts: Experts | None) -> FusedLayer:
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
     q, k = attention.q_proj, attention.k_proj
@@ -86,8 +112,15 @@ def _layer(layer: nn.Module, index: int, recording: Recording) -> FusedLayer:
             head_norms=_head_norms(attention, head_dim, f"layer {index}.self_attn"),
             args=AttentionArgs(*recording.args[index]),
         ),
-        mlp=_glu(mlp, post_norm, index) if _is_glu(mlp) else ModuleMlp(post_norm, mlp),
+        mlp=_mlp(mlp, post_norm, index, experts),
     )
+
+
+def _mlp(mlp: Any, norm: Norm, index: int, experts: Experts | None) -> FusedGlu | FusedExperts | ModuleMlp:
+    if experts is not None:
+        shared = getattr(mlp, "shared_expert", None)
+        return FusedExperts(norm, experts, None if shared is None else _glu(shared, norm, index))
+    return _glu(mlp, norm, index) if is_glu(mlp) else ModuleMlp(norm, mlp)
 
 
 def _glu(mlp: Any, norm: Norm, index: int) -> FusedGlu:
@@ -105,18 +138,6 @@ def _projection(layers: list[nn.Linear | PackedLinear], where: str) -> Linear | 
             f"{where} are packed in different ways, or each has a kernel of its own already, so they are no one product"
         )
     return found
-
-
-def _is_glu(mlp: nn.Module) -> bool:
-    """Whether the module is silu(gate) * up and down, as far as its parts tell."""
-    projections = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(_is_linear(projection) for projection in projections):
-        return False
-    activation = getattr(mlp, "act_fn", None)
-    if not callable(activation):
-        return False
-    x = torch.linspace(-4, 4, 33)
-    return torch.allclose(activation(x), F.silu(x))
 
 
 def _check_shape(layer: nn.Module, index: int) -> None:
@@ -168,13 +189,9 @@ def _norm(module: object, where: str) -> Norm:
 
 
 def _linear(module: nn.Module, where: str) -> nn.Linear | PackedLinear:
-    if isinstance(module, (nn.Linear, PackedLinear)) and _is_linear(module):
+    if isinstance(module, (nn.Linear, PackedLinear)) and is_linear(module):
         return module
     raise NotFusable(f"{where} is a {type(module).__name__}, not a plain linear layer")
-
-
-def _is_linear(module: object) -> bool:
-    return type(module) in (nn.Linear, PackedLinear)
 
 
 def _child(module: nn.Module, name: str, where: str) -> nn.Module:

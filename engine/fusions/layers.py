@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata, KeepingBackend
+from kvarena.engine.fusions.experts import Experts
 from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Norm, Ops, split_heads
 from kvarena.engine.pool.kv_pool import KVPool
 
@@ -111,8 +112,27 @@ class FusedGlu:
 
 
 @dataclass(frozen=True)
+class FusedExperts:
+    """Norm, router, the experts that it chooses, and an expert that all tokens share, if there is one."""
+
+    norm: Norm
+    experts: Experts
+    shared: FusedGlu | None
+
+    def __call__(self, residual: Tensor, ops: Ops, slots: Tensor | None, first_slot: int) -> Tensor:
+        """Add the block's output to `residual` [T, hidden], in place; returns it. `slots`: see `Ops.experts`."""
+        shared = self.shared
+        # Before the stream has the others' output.
+        act = None if shared is None else ops.norm_glu(residual, self.norm, shared.gate_up)
+        scale = ops.experts(residual, self.norm, self.experts, slots, first_slot)
+        if shared is None or act is None or scale is None:
+            return residual
+        return ops.linear_residual(act.mul_(scale[:, None]), shared.down, residual)
+
+
+@dataclass(frozen=True)
 class ModuleMlp:
-    """A block that stays a transformers module (experts, other activations), behind its norm."""
+    """A block that stays a transformers module (other experts, other activations), behind its norm."""
 
     norm: Norm
     module: nn.Module
@@ -128,11 +148,18 @@ class FusedLayer:
     """A decoder layer of the llama shape."""
 
     attention: FusedAttention
-    mlp: FusedGlu | ModuleMlp
+    mlp: FusedGlu | FusedExperts | ModuleMlp
 
     def __call__(self, residual: Tensor, batch: Batch, ops: Ops, rows: Tensor | None = None) -> Tensor:
         """Run the layer on `residual` [T, hidden], in place; returns it, or the part of the tokens `rows`.
 
         Keys and values are stored for every token, whatever `rows` says.
         """
-        return self.mlp(self.attention(residual, batch, ops, rows), ops)
+        return self.feed(self.attention(residual, batch, ops, rows), batch, ops, rows)
+
+    def feed(self, residual: Tensor, batch: Batch, ops: Ops, rows: Tensor | None = None) -> Tensor:
+        """The part behind the attention, on what that gave for the tokens `rows`; in place, returns `residual`."""
+        if not isinstance(self.mlp, FusedExperts):
+            return self.mlp(residual, ops)
+        slots, first_slot = batch.meta.slot_mapping, batch.meta.block_size
+        return self.mlp(residual, ops, slots if rows is None else slots.index_select(0, rows), first_slot)

@@ -5,9 +5,9 @@ One stream `residual` [T, hidden] runs through the layers; each block reads it t
     qkv      = norm_linear(residual)                 attention in between
     residual = linear_residual(attention, residual)
     act      = norm_glu(residual)                    silu(gate) * up
-    residual = linear_residual(act, residual)
+    residual = linear_residual(act, residual)        or, of experts: residual += experts(residual)
 
-`residual` is updated in place by `linear_residual`.
+`residual` is updated in place by `linear_residual` and `experts`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from kvarena.engine.fusions.experts import Experts, add_experts
 
 
 class Norm(NamedTuple):
@@ -103,6 +105,24 @@ class Ops(Protocol):
         """silu(gate) * up of x, which holds the gate's columns first. [T, N] -> [T, N / 2]."""
         ...
 
+    def experts(
+        self, residual: Tensor, norm: Norm, experts: Experts, slots: Tensor | None, first_slot: int
+    ) -> Tensor | None:
+        """Add the experts' output for norm(residual) to `residual` [T, K], in place.
+
+        Args:
+            residual: the stream.
+            norm: comes before.
+            experts: of the layer; its `num_read` is written.
+            slots: int64 [T], where each token's keys went: those below `first_slot` are padding and get no expert.
+                None: there is no padding.
+            first_slot: see `slots`.
+
+        Returns:
+            float32 [T], the weight of the shared expert's output; None without a shared expert.
+        """
+        ...
+
     def rope_store(
         self,
         qkv: Tensor,
@@ -155,6 +175,12 @@ class TorchOps:
         """See `Ops.glu`."""
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+
+    def experts(
+        self, residual: Tensor, norm: Norm, experts: Experts, slots: Tensor | None, first_slot: int
+    ) -> Tensor | None:
+        """See `Ops.experts`."""
+        return add_experts(residual, rms_norm(residual, norm), experts, slots, first_slot)
 
     def rope_store(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kvarena.engine.fusions.experts import Experts
 from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Ops
 from kvarena.engine.quantization.linear import PackedProjection
 
@@ -45,6 +46,12 @@ class PackedOps:
     def glu(self, x: Tensor) -> Tensor:
         """See `Ops.glu`."""
         return self._ops.glu(x)
+
+    def experts(
+        self, residual: Tensor, norm: Norm, experts: Experts, slots: Tensor | None, first_slot: int
+    ) -> Tensor | None:
+        """See `Ops.experts`. Packed experts are modules of their own, and not among these."""
+        return self._ops.experts(residual, norm, experts, slots, first_slot)
 
     def rope_store(
         self,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvarena.engine.fusions.experts import Experts
 from kvarena.engine.fusions.hopper_products import HopperProducts
 from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Product, apply_linear, split_heads
 from kvarena.engine.kernels.activation import gated
+from kvarena.engine.kernels.experts.layer import run_experts
 from kvarena.engine.kernels.gemm.glu import gated_product
 from kvarena.engine.kernels.gemm.library import load_library_gemm
 from kvarena.engine.kernels.gemm.skinny import SkinnyGemm
@@ -66,6 +68,18 @@ class TritonOps:
     def glu(self, x: Tensor) -> Tensor:
         """See `Ops.glu`."""
         return gated(x)
+
+    def experts(
+        self, residual: Tensor, norm: Norm, experts: Experts, slots: Tensor | None, first_slot: int
+    ) -> Tensor | None:
+        """See `Ops.experts`. Its grids depend on T alone."""
+        x = self.norm(residual, norm)
+        logits = self._linear(x, Linear(experts.router, None))
+        upcast = self._upcast or x.dtype.itemsize == 4
+        return run_experts(
+            residual, x, logits, experts.gate_up, experts.down, slots, first_slot,
+            top_k=experts.top_k, renormalize=experts.renormalize, num_read=experts.num_read, upcast=upcast,
+        )  # fmt: skip
 
     def rope_store(
         self,

@@ -8,7 +8,7 @@ from checkpoints import write_checkpoint
 
 from kvarena.engine.fusions.check import check_decoder, record
 from kvarena.engine.fusions.detect import NotFusable, fuse
-from kvarena.engine.fusions.layers import FusedGlu, ModuleMlp
+from kvarena.engine.fusions.layers import FusedExperts, FusedGlu
 from kvarena.engine.fusions.ops import TorchOps
 from kvarena.engine.fusions.pack import pack
 from kvarena.engine.models import load_model
@@ -48,9 +48,8 @@ def test_fused_layers_equal_their_modules(tmp_path, name):
     recorded = record(model, 256)
     decoder = fuse(model, TorchOps(), 256)
     assert check_decoder(decoder, recorded) is None
-    mlp = decoder.layers[0].mlp
-    assert isinstance(mlp, ModuleMlp if name == "mixtral" else FusedGlu)
-    assert decoder.is_capturable == (name != "mixtral")
+    assert isinstance(decoder.layers[0].mlp, FusedExperts if name == "mixtral" else FusedGlu)
+    assert decoder.is_capturable
 
 
 @pytest.mark.parametrize("name", NOT_FUSABLE)

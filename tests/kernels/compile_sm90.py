@@ -22,6 +22,8 @@ from kvarena.engine.kernels.attention.config import decode_config, prefill_confi
 from kvarena.engine.kernels.attention.decode import decode_kernel, merge_width
 from kvarena.engine.kernels.attention.prefill import prefill_kernel
 from kvarena.engine.kernels.common import VARYING, next_power_of_2
+from kvarena.engine.kernels.experts.products import MANY_ROWS, TILES, add_experts_kernel, expert_product_kernel
+from kvarena.engine.kernels.experts.routing import route_kernel, sort_kernel
 from kvarena.engine.kernels.norm import rms_norm_kernel
 from kvarena.engine.kernels.rope import rope_store_kernel
 from kvarena.engine.kernels.store import store_kv_kernel
@@ -41,8 +43,9 @@ DECODE_ROWS = (1, 16, 32, 256)
 EVERY_CONFIG = ("llama-8b", "gemma2")
 FEW = ("llama-8b", "gpt-oss")  # with --few: every configuration of one, and what the other adds
 MEMORY_ACCESS = re.compile(r"\b(ld\.global|st\.global|cp\.async|atom\.)")
-INTEGERS = {"items_ptr", "query_loc_ptr", "seq_lens_ptr", "table_ptr", "counters_ptr"}
-FLOATS = {"partial_ptr", "stats_ptr", "cos_ptr", "sin_ptr"}
+INTEGERS = {"items_ptr", "query_loc_ptr", "seq_lens_ptr", "table_ptr", "counters_ptr", "ids_ptr", "order_ptr",
+            "read_ptr"}  # fmt: skip
+FLOATS = {"partial_ptr", "stats_ptr", "cos_ptr", "sin_ptr", "weights_ptr", "shared_ptr"}
 
 
 def argument_type(name):
@@ -143,9 +146,30 @@ def fused_resources():
     yield "activation", resources(gated_kernel, {"SIZE": 14336, "TILE": 2048}, 4, 3)
 
 
+def expert_resources(few):
+    """The kernels of a layer's experts, in every shape of launch."""
+    sizes = {"EXPERTS": 128, "TOP_K": 8}
+    route = sizes | {"EXPERTS_PAD": 128, "TOP_K_PAD": 8, "RENORMALIZE": True, "SHARED": True, "PADDED": True}
+    yield "experts route", resources(route_kernel, route, 1, 3)
+    sort = {"EXPERTS": 128, "EXPERTS_PAD": 256, "ROWS": 16, "BLOCK": 1024}
+    yield "experts sort", resources(sort_kernel, sort, 4, 3)
+    yield "experts sum", resources(add_experts_kernel, sizes | {"SIZE": 4096, "TILE": 2048}, 4, 3)
+    for tile in [*TILES.values(), MANY_ROWS]:
+        if few and tile.rows not in (16, 128):
+            continue
+        shape = {"TOP_K": 2, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "EVEN_DEPTH": True,
+                 "SWAP": tile.swap, "UPCAST": False, "STAGES": tile.num_stages, "LINES": tile.depth // 64,
+                 "PER_LINE": 64}  # fmt: skip
+        for name, glu in (("gate and up", True), ("down", False)):
+            needs = resources(expert_product_kernel, shape | {"GLU": glu}, tile.num_warps, tile.num_stages)
+            yield f"experts {name} x {tile.rows}", needs | {"threads": 32 * tile.num_warps}
+
+
 if __name__ == "__main__":
     if INTERPRET:
         raise SystemExit("set TRITON_INTERPRET=0")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        print(json.dumps(dict(attention_resources("--few" in sys.argv)) | dict(fused_resources())))
+        few = "--few" in sys.argv
+        found = dict(attention_resources(few)) | dict(fused_resources()) | dict(expert_resources(few))
+        print(json.dumps(found))

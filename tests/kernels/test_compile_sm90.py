@@ -22,7 +22,7 @@ def resources(request):
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == {"few": 11, "all": 22}[request.param]
+    assert len(found) == {"few": 18, "all": 33}[request.param]
     return found
 
 
@@ -39,6 +39,8 @@ def test_shared_memory_fits(resources):
             programs = 3 if name.endswith("x 256") else 2
             assert r["shared"] <= SHARED_MEMORY // programs, (name, r)
             assert r["reg"] * r["threads"] <= REGISTERS // programs, (name, r)
+        elif name.startswith("experts") and name.endswith("x 16"):
+            assert r["shared"] <= SHARED_MEMORY // 2, (name, r)  # as above
 
 
 def test_attention_uses_tensor_cores_and_asynchronous_copies(resources):
@@ -47,15 +49,20 @@ def test_attention_uses_tensor_cores_and_asynchronous_copies(resources):
             assert r["wgmma"] and r["cp_async"], (name, r)
         elif name.startswith("decode"):
             assert r["mma"] and r["cp_async"], (name, r)
+        elif name.startswith(("experts gate", "experts down")):
+            assert r["wgmma"] and r["cp_async"], (name, r)
 
 
 def test_loads_are_sixteen_bytes_wide(resources):
-    assert [name for name, r in resources.items() if not r["wide_loads"]] == []
+    # Of a few kilobytes whose number is known to nobody when they are compiled.
+    narrow = {"experts route", "experts sort"}
+    assert [name for name, r in resources.items() if not r["wide_loads"] and name not in narrow] == []
 
 
 def test_kernels_touch_memory_only_after_the_kernel_before_them(resources):
     for name, r in resources.items():
         assert r["waits"], name
         # A step's inputs are there before its layers' first kernel.
-        early = ["ld.global"] if name.startswith(("decode", "rope")) else []
+        # So is the routing, long before a layer's second product.
+        early = ["ld.global"] if name.startswith(("decode", "rope", "experts down")) else []
         assert r["before_wait"] == early, name

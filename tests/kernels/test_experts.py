@@ -1,0 +1,167 @@
+"""Routing, sort, grouped products and sum of a layer's experts, against float64."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from kvarena.engine.kernels.experts.layer import run_experts
+from kvarena.engine.kernels.experts.products import MANY_ROWS, TILES, tile_for
+from kvarena.engine.kernels.experts.routing import max_items, route
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+UPCAST = DEVICE == "cpu"
+SMALL = TILES[12]
+# Of float32 sums; of bf16 two units in the last place for each of three roundings (the interpreter truncates).
+BOUND = {torch.float32: 2e-5, torch.bfloat16: 6 * 2.0**-8}
+
+
+def inputs(tokens, experts, hidden=24, inner=20, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*size, dtype=dtype):
+        return torch.randn(*size, generator=g).to(dtype).to(DEVICE)
+
+    x, residual = randn(tokens, hidden), randn(tokens, hidden)
+    # Of logits in bf16 some would be equal, and either choice right.
+    logits = randn(tokens, experts, dtype=torch.float32)
+    return x, residual, logits, randn(experts, 2 * inner, hidden) * 0.2, randn(experts, hidden, inner)
+
+
+def exact(x, residual, logits, gate_up, down, top_k, renormalize):
+    """In float64; also the experts that are read."""
+    probs = logits.double().softmax(-1)
+    weights, ids = probs.topk(top_k)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    out = residual.double().clone()
+    for token, choice in product(range(len(x)), range(top_k)):
+        expert = ids[token, choice]
+        gate, up = (gate_up[expert].double() @ x[token].double()).chunk(2)
+        act = torch.nn.functional.silu(gate) * up
+        out[token] += weights[token, choice] * (down[expert].double() @ act)
+    return out, ids
+
+
+def check(tokens, experts, top_k, renormalize, *, tile=None, logits=None, **kind):
+    x, residual, drawn, gate_up, down = inputs(tokens, experts, **kind)
+    logits = drawn if logits is None else logits.to(DEVICE)
+    wanted, ids = exact(x, residual, logits, gate_up, down, top_k, renormalize)
+    num_read = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    shared = run_experts(
+        residual, x, logits, gate_up, down, None, 0, top_k=top_k, renormalize=renormalize, num_read=num_read,
+        upcast=UPCAST, tile=tile,
+    )  # fmt: skip
+    bound = BOUND[x.dtype]
+    torch.testing.assert_close(residual.double(), wanted, rtol=bound, atol=bound * float(wanted.abs().max()))
+    assert int(num_read) == len(ids.unique())
+    assert shared is None
+
+
+QUICK = [(4, 1, True), (4, 2, False), (6, 3, True), (8, 4, False), (8, 8, True), (16, 5, True), (12, 6, False),
+         (9, 7, True), (128, 8, True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("experts", "top_k", "renormalize"), QUICK)
+def test_a_layer_equals_float64(experts, top_k, renormalize):
+    check(3, experts, top_k, renormalize)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "renormalize"),
+    [case for case in product((4, 7, 8, 16, 60, 64, 128), range(1, 9), (False, True)) if case[1] <= case[0]],
+)
+def test_every_count_of_experts(experts, top_k, renormalize, dtype):
+    for tokens in (1, 2, 17):
+        check(tokens, experts, top_k, renormalize, dtype=dtype, seed=tokens)
+
+
+@pytest.mark.parametrize("tile", [SMALL, TILES[96], MANY_ROWS], ids=lambda tile: f"{tile.rows} rows")
+def test_bfloat16_in_every_orientation(tile):
+    check(5, 4, 2, True, tile=tile, dtype=torch.bfloat16, hidden=32, inner=48)
+
+
+@pytest.mark.parametrize("tile", [SMALL, MANY_ROWS], ids=["few rows", "many rows"])
+def test_all_tokens_to_one_expert(tile):
+    """Its pairs take several items where a tile is small; all other experts are empty."""
+    tokens = 2 * SMALL.rows + 3
+    logits = torch.full((tokens, 5), -4.0)
+    logits[:, 3] = 4.0
+    check(tokens, 5, 1, False, tile=tile, logits=logits + 0.01 * torch.randn(tokens, 5))
+
+
+def test_sizes_that_no_tile_divides():
+    check(3, 4, 2, True, hidden=137, inner=70)
+
+
+def test_padding_gets_no_expert_and_changes_nothing():
+    """Tokens whose slot is in the null block: a graph's bucket beyond the step's own."""
+    x, residual, logits, gate_up, down = inputs(6, 8)
+    wanted, ids = exact(x[:2], residual[:2], logits[:2], gate_up, down, 2, True)
+    slots = torch.tensor([4, 9, 0, 3, 0, 1], device=DEVICE)
+    before, num_read = residual.clone(), torch.full((1,), -1, dtype=torch.int32, device=DEVICE)
+    options = {"top_k": 2, "renormalize": True, "num_read": num_read, "upcast": UPCAST}
+    x[2:] = torch.nan  # what padding holds is nobody's business
+    run_experts(residual, x, logits, gate_up, down, slots, 4, **options)
+    torch.testing.assert_close(residual[:2].double(), wanted, rtol=2e-5, atol=2e-5)
+    assert torch.equal(residual[2:], before[2:])
+    assert int(num_read) == len(ids.unique())
+    run_experts(residual, x, logits, gate_up, down, torch.zeros_like(slots), 4, **options)
+    assert int(num_read) == 0 and torch.equal(residual[2:], before[2:])
+
+
+def test_the_gate_of_a_shared_expert_is_the_column_behind():
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    num_read = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    routing = route(logits, None, 0, 4, 2, renormalize=False, tile_rows=16, num_read=num_read)
+    torch.testing.assert_close(routing.shared, logits[:, 4].sigmoid())
+    torch.testing.assert_close(routing.weights, logits[:, :4].softmax(-1).topk(2).values)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_routing_fits_the_grid_of_its_tokens(seed):
+    """The work list of one fixed grid holds every pair once, whatever the routing."""
+    experts, top_k, rows, tokens = 6, 2, 4, 23
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)) * 3 * seed
+    num_read = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    routing = route(logits.to(DEVICE), None, 0, experts, top_k, renormalize=True, tile_rows=rows, num_read=num_read)
+    assert routing.items.shape == (3, max_items(tokens * top_k, experts, rows))
+    used = routing.items[:, routing.items[0] >= 0]
+    assert (routing.items[0, used.shape[1] :] == -1).all()
+    assert used[1].tolist() == [0, *used[2, :-1].tolist()] and int(used[2, -1]) == tokens * top_k
+    assert int((used[2] - used[1]).max()) <= rows
+    assert sorted(routing.order.tolist()) == list(range(tokens * top_k))
+    for expert, begin, end in used.t().tolist():
+        assert (routing.ids.flatten()[routing.order[begin:end].long()] == expert).all()
+
+
+def test_the_bound_on_items_is_reached_and_never_passed():
+    for experts, rows, pairs in product((1, 3, 8), (1, 4, 16), (1, 7, 40)):
+        even = [pairs // experts + (i < pairs % experts) for i in range(experts)]
+        worst = [1] * (min(experts, pairs) - 1)
+        for counts in (even, [pairs], [*worst, pairs - len(worst)]):
+            assert sum(-(-count // rows) for count in counts) <= max_items(pairs, experts, rows)
+    # 56 pairs, of which three experts have one each: 3 + ceil(53 / 16).
+    assert max_items(56, 4, 16) == 7
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_logits_that_are_no_numbers_lead_nowhere_else():
+    """Of one token; the others are as they would be."""
+    x, residual, logits, gate_up, down = inputs(3, 5)
+    wanted, _ = exact(x, residual, logits, gate_up, down, 2, True)
+    logits[1] = torch.nan
+    num_read = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    run_experts(
+        residual, x, logits, gate_up, down, None, 0, top_k=2, renormalize=True, num_read=num_read, upcast=UPCAST
+    )
+    torch.testing.assert_close(residual[[0, 2]].double(), wanted[[0, 2]], rtol=2e-5, atol=2e-5)
+    assert residual[1].isnan().all()
+
+
+def test_tiles_grow_with_the_pairs_of_an_expert():
+    rows = [tile_for(pairs, 8).rows for pairs in (2, 16, 64, 512, 4096, 65536)]
+    assert rows == sorted(rows) and rows[0] == 16 and rows[-1] == 128
+    assert tile_for(4096, 8, itemsize=4).depth == MANY_ROWS.depth // 2
