@@ -48,6 +48,7 @@ class StepResult(NamedTuple):
             position p - 1, so the step that computes p - 1 answers for p. None when no request of the step did.
         copy_time: seconds that the step spent on `plan.copies` (swaps, copy-on-write).
         scores: of the entries that sampled, in order; None unless the runner was made to keep them.
+        num_experts_read: experts that had a token, all layers together; of a simulated step as expected.
     """
 
     token_ids: list[int | None]
@@ -55,6 +56,7 @@ class StepResult(NamedTuple):
     prompt_logprobs: list[list[TokenLogprobs] | None] | None = None
     copy_time: float = 0.0
     scores: TokenScores | None = None
+    num_experts_read: float = 0.0
 
 
 class PendingTokens(Protocol):

@@ -32,6 +32,7 @@ from kvarena.engine.models.configs import (
     tokenizer_end,
     weights_dtype,
 )
+from kvarena.engine.models.experts import ExpertsRead, expert_sizes
 from kvarena.engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
 from kvarena.engine.models.packed_loader import PackedLoad, forget_packing, load_packed, plan_packed
 from kvarena.engine.models.probe import AttentionGeometry, probe_attention
@@ -122,7 +123,8 @@ def _describe(
     eos, special = end_and_special_tokens(module, text, directory, own_end)
     slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
     spec = model_spec(module, text, name, geometry, eos, packing)
-    return LoadedModel(module, spec, directory, special, slices_logits)
+    reads = None if spec.experts is None else ExpertsRead(module)
+    return LoadedModel(module, spec, directory, special, slices_logits, experts_read=reads)
 
 
 def model_spec(
@@ -148,6 +150,7 @@ def model_spec(
         latent_dim=latent_dim(text),
         limited_by=limited_by(text),
         quantization=packing,
+        experts=expert_sizes(module, text),
         **geometry._asdict(),
     )
 

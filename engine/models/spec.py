@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kvarena.engine.models.experts import ExpertSizes, ExpertsRead
+
 if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
     from kvarena.engine.vision.encoder import ImageEncoder
 
@@ -35,6 +37,7 @@ class ModelSpec:
         limited_by: why `max_model_len` is below the positions that the config states; empty where it is not.
         has_plain_layers: some layer's attention sees the whole context, without a soft cap or sinks.
         quantization: how the checkpoint packs its weights and what became of them; empty where it does not.
+        experts: of a model with experts, where they are known; None for a dense one.
     """
 
     name: str
@@ -53,6 +56,7 @@ class ModelSpec:
     limited_by: str = ""
     has_plain_layers: bool = True
     quantization: str = ""
+    experts: ExpertSizes | None = None
 
     @property
     def sliding_window(self) -> int | None:
@@ -103,6 +107,7 @@ class LoadedModel:
         special_token_ids: tokens that are not text: end, begin, padding and what the tokenizer marks as special.
         slices_logits: whether the module computes logits at chosen positions only.
         images: makes inputs of images; None: the model reads text only.
+        experts_read: counts the experts that the module's forwards read; None for a dense model.
     """
 
     module: nn.Module
@@ -111,6 +116,7 @@ class LoadedModel:
     special_token_ids: frozenset[int]
     slices_logits: bool
     images: ImageEncoder | None = None
+    experts_read: ExpertsRead | None = None
 
     @property
     def modules(self) -> list[nn.Module]:

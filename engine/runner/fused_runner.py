@@ -73,6 +73,7 @@ class FusedRunner(TorchRunner):
         super().__init__(model, pool, backend, clock=clock, num_scores=num_scores, rows=rows)
         if decoder is not None:
             self.forward = functools.partial(decoder, backend=backend, pool=pool)
+        self._num_read = None if decoder is None else decoder.num_read
         self._draw = Draw(max_num_seqs, self._device, num_scores) if self._device.type == "cuda" else None
         self._graphs: StepGraphs | None = None
         if isinstance(backend, ReservingBackend):
@@ -136,6 +137,10 @@ class FusedRunner(TorchRunner):
             samples=np.fromiter(plan.samples, np.bool_, len(scheduled)),
         )
         return self._in_flight(plan, self._sample(plan, rows, graphs.mixed(step)))
+
+    def _experts_read(self) -> Tensor | None:
+        """As in TorchRunner; the fused forward counts its own."""
+        return super()._experts_read() if self._num_read is None else self._num_read.sum()
 
     def _pick(self, requests: list[Request], rows: np.ndarray, stops: np.ndarray, logits: Tensor) -> HostTokens:
         """As in TorchRunner; rows that the fused draw can serve get its token, whoever shares their step."""

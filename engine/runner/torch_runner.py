@@ -30,6 +30,7 @@ from kvarena.engine.pool.memory_limits import asked_and_free, is_out_of_memory
 from kvarena.engine.request import Request
 from kvarena.engine.runner.constraints import allowed_tokens
 from kvarena.engine.runner.graphs import Forward
+from kvarena.engine.runner.host_count import HostCount
 from kvarena.engine.runner.inputs import build_inputs
 from kvarena.engine.runner.prompt_logprobs import PromptLogprobs
 from kvarena.engine.runner.request_rows import RequestRows
@@ -46,6 +47,7 @@ class StepTokens:
         samples: of the plan.
         prompt: log-probabilities of prompt tokens, where somebody wants them.
         no_memory: makes the error of a device without memory, which may show after the launch.
+        experts_read: experts that the forward read; None for a dense model.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class StepTokens:
         samples: list[bool],
         prompt: PromptLogprobs | None,
         no_memory: Callable[[BaseException], OutOfMemory],
+        experts_read: HostCount | None = None,
     ) -> None:
         self._tokens = tokens
         self._samples = samples
         self._prompt = prompt
         self._no_memory = no_memory
+        self._experts_read = experts_read
 
     def result(self) -> StepResult:
         """Wait for the step. Raises EngineError when the device failed or a token could not be sampled."""
@@ -66,6 +70,7 @@ class StepTokens:
             token_ids, logprobs = ([], None) if self._tokens is None else self._tokens.result()
             scores = None if self._tokens is None else self._tokens.scores()
             prompt = None if self._prompt is None else self._prompt.result(len(self._samples))
+            num_experts = 0 if self._experts_read is None else self._experts_read.result()
         except (RuntimeError, MemoryError) as error:  # how torch reports what the device did after the launch
             if is_out_of_memory(error):
                 raise self._no_memory(error) from error
@@ -73,10 +78,10 @@ class StepTokens:
         drawn = iter(token_ids)
         spread = [next(drawn) if sampled else None for sampled in self._samples]
         if logprobs is None:
-            return StepResult(spread, prompt_logprobs=prompt, scores=scores)
+            return StepResult(spread, prompt_logprobs=prompt, scores=scores, num_experts_read=num_experts)
         entries = iter(logprobs)
         rows: list[TokenLogprobs | None] = [next(entries) if sampled else None for sampled in self._samples]
-        return StepResult(spread, rows, prompt, scores=scores)
+        return StepResult(spread, rows, prompt, scores=scores, num_experts_read=num_experts)
 
 
 class _CopyTimer:
@@ -237,7 +242,13 @@ class TorchRunner:
         return self._in_flight(plan, tokens, None if prompts is None else PromptLogprobs(logits[num_sampled:], prompts))
 
     def _in_flight(self, plan: StepPlan, tokens: HostTokens | None, prompt: PromptLogprobs | None = None) -> StepTokens:
-        return StepTokens(tokens, plan.samples, prompt, functools.partial(self._no_memory, plan))
+        read = self._experts_read()
+        count = None if read is None else HostCount(read)
+        return StepTokens(tokens, plan.samples, prompt, functools.partial(self._no_memory, plan), count)
+
+    def _experts_read(self) -> Tensor | None:
+        """Integer []: experts that the last forward read, on the device; None for a dense model."""
+        return None if self.model.experts_read is None else self.model.experts_read.total()
 
     def _sample(self, plan: StepPlan, rows: np.ndarray, logits: Tensor) -> HostTokens | None:
         """Sample the entries that reach their last token; keep the tokens as next inputs, and start their copy.

@@ -71,6 +71,10 @@ def make_runner(
 
         if isinstance(backend, TritonBackend):
             facts["decode_kernel"] = backend.decode_kernel
+    if model.spec.experts is not None:
+        fused = decoder is not None and decoder.num_read is not None
+        # What transformers chose of its own: torch's grouped product wherever the class can take it.
+        facts["experts"] = "fused" if fused else getattr(model.module.config, "_experts_implementation", None)
     facts |= {key: why for key, why in (("no_fusions", reason), ("no_graphs", no_graphs)) if why is not None}
     if decoder is None and not on_gpu:
         return TorchRunner(model, pool, backend, seed=seed, clock=clock, num_scores=num_scores), facts

@@ -374,6 +374,7 @@ def _model_facts(parts: EngineParts) -> dict[str, Any]:
         "dtype": str(spec.dtype).removeprefix("torch."),
         "quantization": spec.quantization or None,
         "kv_needed": _kv_needed(parts),
+        "experts": None if spec.experts is None else spec.experts._asdict(),
     }
 
 

@@ -110,6 +110,7 @@ class RunRecorder:
             features.longest_prefill,
             features.num_kv_tokens,
             features.num_attention_pairs,
+            step.result.num_experts_read,
             decision_hash(self._rows, array("q", starts), self._counts, preempted, rejected, step.usage),
         )
         for column, value in zip(self._columns, values, strict=True):

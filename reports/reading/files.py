@@ -31,7 +31,7 @@ REQUEST_COLUMNS = names_of(REQUESTS_FILE, without=(*LIST_COLUMNS, *LATER_REQUEST
 # What a step-time profile is fitted to is no report's.
 FEATURES = ("num_prefill_requests", "longest_prefill", "num_kv_tokens", "num_attention_pairs")
 STEP_COLUMNS = names_of(STEPS_FILE, without=("launched_time", "decision_hash", *FEATURES))
-ADDED_LATER = ("shortage",)  # columns that older run folders lack; there they are 0
+ADDED_LATER = ("shortage", "num_experts_read")  # columns that older run folders lack; there they are 0
 ROWS_AT_ONCE = 8192
 NO_LISTS = pa.array([], pa.large_list(pa.float64()))
 UNRECORDED = "none"  # manifest.json's run.recorded of a run that left no Parquet files
