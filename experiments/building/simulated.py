@@ -15,6 +15,7 @@ from kvarena.experiments.building.parts import (
     sizes_of,
 )
 from kvarena.experiments.settings.config import RunConfig, SimulatedRunnerConfig
+from kvarena.experiments.simulation.expert_load import expert_load
 from kvarena.experiments.simulation.profiles import Card, Profile, load_profile
 from kvarena.experiments.simulation.runner import SimulatedRunner
 
@@ -36,7 +37,11 @@ def build_simulated_engine(config: RunConfig) -> EngineParts:
     num_blocks = pool_blocks(config, spec, available=_available_bytes(config, profile_name, sizes, profile))
     strategy = first_strategy(config, num_blocks, max_model_len, spec)
     clock, ledger = VirtualClock(), MemoryLedger()
-    runner = SimulatedRunner(profile.step_time(sizes, block_size), clock, _harmless_token(sizes), host=profile.host)
+    skew = config.runner.expert_skew
+    runner = SimulatedRunner(
+        profile.step_time(sizes, block_size, skew), clock, _harmless_token(sizes), host=profile.host,
+        experts=None if sizes.spec.experts is None else expert_load(sizes, skew),
+    )  # fmt: skip
     return EngineParts(
         engine=strategy.engine(runner, clock, overlap=overlap, ledger=ledger),
         clock=clock,
@@ -48,7 +53,7 @@ def build_simulated_engine(config: RunConfig) -> EngineParts:
         pool_facts=pool_facts(strategy.allocator, spec, {"simulated": True}),
         config=config.engine,
         simulator=runner,
-        simulation_facts={"profile": profile_name} | profile.facts(sizes, block_size),
+        simulation_facts={"profile": profile_name} | profile.facts(sizes, block_size, skew),
         outside=None if isinstance(profile, Card) else profile.fitted.outside,
     )
 

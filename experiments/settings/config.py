@@ -187,6 +187,10 @@ class SLOConfig(Section):
         return {key: value for key in ("ttft", "tpot", "e2e") if (value := getattr(self, key)) is not None}
 
 
+# Beyond it every token takes the same experts.
+SKEW = Must("a number from 0 to 4", lambda value: NUMBER.holds(value) and value <= 4)
+
+
 @dataclass(frozen=True)
 class RunnerConfig(Section):
     """Section `runner`."""
@@ -215,6 +219,7 @@ class SimulatedRunnerConfig(Section):
     section = "runner"
     kind: Annotated[str, Must("simulated", one_of("simulated").holds)]
     profile: Annotated[str, Must("a name or a YAML file", TEXT.holds)]
+    expert_skew: Annotated[float, SKEW] = 0.0
 
 
 @dataclass(frozen=True)

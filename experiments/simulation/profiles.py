@@ -1,6 +1,6 @@
 """What a step takes on some device: a file of conf/profile, read and checked.
 
-card (figures of a GPU) x sizes of the model -> StepTime      any pair works
+card (figures of a GPU) x sizes of the model -> StepTime      any pair works; of experts with the skew of their use
 measured (coefficients of a fit to recorded runs)  -> StepTime      one model, one machine
 """
 
@@ -19,6 +19,7 @@ from kvarena.engine.checks import SHARE, check_bool, check_int, check_number, re
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.models.sizes import ModelSizes
 from kvarena.experiments.settings.compose import CONF_DIR
+from kvarena.experiments.simulation.expert_load import expert_load
 from kvarena.experiments.simulation.fitted_range import FittedRange
 from kvarena.experiments.simulation.step_time import (
     HostTime,
@@ -72,11 +73,14 @@ class Card:
         for name in ("layer_gap", "copy_gap"):
             check_number(f"profile.{name}", getattr(self, name))
 
-    def step_time(self, sizes: ModelSizes, block_size: int) -> RooflineStepTime:
+    def step_time(self, sizes: ModelSizes, block_size: int, expert_skew: float = 0.0) -> RooflineStepTime:
         """Weights once, operations per token, KV bytes per context token, at the rates that kernels reach.
 
+        Of experts the weights are read of those that a token of the step takes, which `expert_skew` decides
+        (reports/analysis/experts.py), and each token is multiplied with those that it takes.
+
         Raises:
-            ConfigError: the model is not dense, or not in 16 bit.
+            ConfigError: the model has experts of an unknown kind, or is not in 16 bit.
         """
         spec = sizes.spec
         if spec.dtype.itemsize != 2:
@@ -84,31 +88,37 @@ class Card:
                 f"runner.profile has rates for 16 bit, and model {spec.name!r} is in {_dtype_name(sizes)}; set "
                 "engine.dtype=bfloat16 or float16 (auto takes what the model says)"
             )
-        if sizes.num_experts > 1:
-            raise ConfigError(
-                f"runner.profile describes dense models, and model {spec.name!r} has {sizes.num_experts} experts, of "
-                "which a step reads an unknown share; use a profile that experiment=calibrate measured"
-            )
+        load = expert_load(sizes, expert_skew)
         read = self.bandwidth * self.bandwidth_efficiency
         multiply = self.flops * self.flops_efficiency
         pair_operations = 4 * spec.num_layers * sizes.num_heads * spec.head_dim  # q k^T and p v, two operations each
+        # Of the experts' weights: all, and those that a token is multiplied with; and one expert's in every layer.
+        stacked = multiplied = each = 0
+        if load is not None and spec.experts is not None:
+            each = load.num_layers * spec.experts.num_weights
+            stacked, multiplied = load.num_experts * each, load.top_k * each
         weights = sizes.num_layer_weights + sizes.num_head_weights
+        # Seconds for each weight; what packing saves is spread over all alike.
+        each_weight = (weights * spec.dtype.itemsize - sizes.saved_bytes) / weights / read
         return RooflineStepTime(
             base=self.layer_gap * spec.num_layers,
-            weights=(weights * spec.dtype.itemsize - sizes.saved_bytes) / read,
-            per_token=2 * sizes.num_layer_weights / multiply,
+            weights=(weights - stacked) * each_weight,
+            per_token=2 * (sizes.num_layer_weights - stacked + multiplied) / multiply,
             per_request=2 * sizes.num_head_weights / multiply,
             per_kv_token=spec.kv_bytes_per_token / read,
             per_attention_pair=pair_operations / (self.flops * self.attention_efficiency),
             per_copied_block=self.copy_gap + block_size * spec.kv_bytes_per_token / self.copy_bandwidth,
+            per_expert=each * each_weight,
+            experts=load,
         )
 
     def check_overlap(self, overlap: bool) -> None:
         """A card's host time is apart from its device time: right with and without overlap."""
 
-    def facts(self, sizes: ModelSizes, block_size: int) -> dict[str, Any]:
+    def facts(self, sizes: ModelSizes, block_size: int, expert_skew: float = 0.0) -> dict[str, Any]:
         """Figures and the step time that they give."""
-        return {"kind": "analytic", "figures": asdict(self), "step_time": asdict(self.step_time(sizes, block_size))}
+        step_time = asdict(self.step_time(sizes, block_size, expert_skew))
+        return {"kind": "analytic", "figures": asdict(self), "step_time": step_time}
 
 
 @dataclass(frozen=True)
@@ -154,8 +164,13 @@ class MeasuredProfile:
         """The fitted function."""
         return TwoPhaseStepTime(self.decode, self.prefill)
 
-    def step_time(self, sizes: ModelSizes, block_size: int) -> StepTime:  # noqa: ARG002 - as of Card
-        """The fitted function. Raises ConfigError when the model is another one than was measured."""
+    def step_time(self, sizes: ModelSizes, block_size: int, expert_skew: float = 0.0) -> StepTime:  # noqa: ARG002 - as of Card
+        """The fitted function. Raises ConfigError when the model is another one, or its routing was not measured."""
+        if expert_skew:
+            raise ConfigError(
+                f"runner.expert_skew={expert_skew} is for a card: a measured profile has the routing of the runs that "
+                "it was fitted to; leave it out"
+            )
         found, measured = sizes.spec.kv_bytes_per_token, self.kv_bytes_per_token
         if found != measured:
             raise ConfigError(
@@ -173,9 +188,9 @@ class MeasuredProfile:
                 "profile measured with the other"
             )
 
-    def facts(self, sizes: ModelSizes, block_size: int) -> dict[str, Any]:
+    def facts(self, sizes: ModelSizes, block_size: int, expert_skew: float = 0.0) -> dict[str, Any]:
         """Figures and their source."""
-        self.step_time(sizes, block_size)
+        self.step_time(sizes, block_size, expert_skew)
         return {"kind": "measured"} | asdict(self)
 
 

@@ -13,6 +13,7 @@ from kvarena.engine.core import StepOutput
 from kvarena.engine.model_runner import StepResult
 from kvarena.experiments.recording.step_features import step_features
 from kvarena.experiments.simulation.step_time import HostTime, StepTime
+from kvarena.reports.analysis.experts import ExpertLoad
 
 
 class SimulatedRunner:
@@ -23,15 +24,22 @@ class SimulatedRunner:
         clock: the engine's; only this runner and the driver move it.
         token_id: the token that every sample gets; must not end requests that are to run to their length.
         host: seconds of the host around a step. The part after a step passes when the driver calls `after_step`.
+        experts: of the model; each step then says how many it reads, as expected. None for a dense one.
     """
 
     def __init__(
-        self, step_time: StepTime, clock: VirtualClock, token_id: int = 0, host: HostTime | None = None
+        self,
+        step_time: StepTime,
+        clock: VirtualClock,
+        token_id: int = 0,
+        host: HostTime | None = None,
+        experts: ExpertLoad | None = None,
     ) -> None:
         self._step_time = step_time
         self._clock = clock
         self._token_id = token_id
         self._host = host or HostTime()
+        self._experts = experts
         self._free_at = 0.0  # when the device has run all that was launched
 
     def execute(self, plan: StepPlan, allocator: KVAllocator) -> SimulatedStep:  # noqa: ARG002 - part of the protocol
@@ -53,7 +61,9 @@ class SimulatedRunner:
             self._free_at = max(max(first_kernel, self._free_at) + seconds, launched + host.tail)
         token_id = self._token_id
         tokens = [token_id if sample else None for sample in plan.samples]
-        return SimulatedStep(tokens, self._free_at, self._clock, host.take)
+        experts = self._experts
+        num_read = 0.0 if experts is None else experts.num_layers * experts.read(features.num_tokens)
+        return SimulatedStep(tokens, self._free_at, self._clock, host.take, num_read)
 
     def after_step(self, step: StepOutput) -> None:
         """The host's part after a step: what it took to update and to record."""
@@ -68,15 +78,23 @@ class SimulatedRunner:
 class SimulatedStep:
     """A step on the simulated device."""
 
-    __slots__ = ("_clock", "_end_time", "_take", "_token_ids")
+    __slots__ = ("_clock", "_end_time", "_num_experts_read", "_take", "_token_ids")
 
-    def __init__(self, token_ids: list[int | None], end_time: float, clock: VirtualClock, take: float = 0.0) -> None:
+    def __init__(
+        self,
+        token_ids: list[int | None],
+        end_time: float,
+        clock: VirtualClock,
+        take: float = 0.0,
+        num_experts_read: float = 0.0,
+    ) -> None:
         self._token_ids = token_ids
         self._end_time = end_time
         self._clock = clock
         self._take = take
+        self._num_experts_read = num_experts_read
 
     def result(self) -> StepResult:
         """Move the clock to the end of the step, or by what it takes to take in what waits, and return the tokens."""
         self._clock.sleep_until(max(self._end_time, self._clock.now() + self._take))
-        return StepResult(self._token_ids)
+        return StepResult(self._token_ids, num_experts_read=self._num_experts_read)

@@ -21,6 +21,7 @@ from typing import Protocol
 from kvarena.engine.checks import check_number
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.recording.step_features import StepFeatures
+from kvarena.reports.analysis.experts import ExpertLoad
 
 
 class StepTime(Protocol):
@@ -43,16 +44,18 @@ class RooflineStepTime:
     """Seconds of a step whose weights are read once and multiplied with every token: the longer of the two counts.
 
     Source: the roofline model (Williams et al., CACM 2009) of a decoder's linear layers; attention comes on top, as
-    its KV is read by kernels of their own.
+    its KV is read by kernels of their own. Of experts those weights are read that some token of the step takes.
 
     Args:
         base: of any step: what kernels lose between one another.
-        weights: to read all weights once.
+        weights: to read all weights once, but those of experts.
         per_token: linear layers, for each token.
         per_request: the output head and the draw, for each request.
         per_kv_token: of each token whose KV is read.
         per_attention_pair: of each (query, key) pair of prompt tokens.
         per_copied_block: of each block copied.
+        per_expert: to read the weights of one expert of every layer.
+        experts: how many of them a step reads; None for a dense model.
 
     Raises:
         ConfigError: a negative coefficient.
@@ -65,16 +68,21 @@ class RooflineStepTime:
     per_kv_token: float = 0.0
     per_attention_pair: float = 0.0
     per_copied_block: float = 0.0
+    per_expert: float = 0.0
+    experts: ExpertLoad | None = None
 
     def __post_init__(self) -> None:
-        check_seconds(self, "step_time")
+        check_seconds(self, "step_time", leave_out=("experts",))
 
     def __call__(self, features: StepFeatures) -> float:
         """Seconds of a step with these features."""
+        weights = self.weights
+        if self.experts is not None:
+            weights += self.per_expert * self.experts.read(features.num_tokens)
         multiplied = self.per_token * features.num_tokens + self.per_request * features.num_requests
         return (
             self.base
-            + max(self.weights, multiplied)
+            + max(weights, multiplied)
             + self.per_kv_token * features.num_kv_tokens
             + self.per_attention_pair * features.num_attention_pairs
             + self.per_copied_block * features.num_copied_blocks

@@ -242,6 +242,17 @@ def latency_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     return Section("Latency", [], [picture], [Table(header, rows)], notes)
 
 
+def _expert_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Of a model with experts: how many a step read, which its floor depends on."""
+    if not (experts := summary["experts"]):
+        return []
+    return [
+        ["experts read", rate(experts["read_mean"]),
+         f"of {count(experts['num_experts'])} a layer, mean over the time of steps that only decode; a balanced "
+         f"routing reads {rate(experts['read_mean_balanced'])} (skew {experts['skew']:.2f})"],
+    ]  # fmt: skip
+
+
 def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     """Throughput, batch, queue, preemptions."""
     step, plan = summary["step_seconds"], summary["scheduling_seconds"]
@@ -266,6 +277,7 @@ def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
          f"all {count(summary['num_block_copies'])} block copies took {seconds(summary['block_copy_seconds'])}"],
         ["prompt tokens from cache", count(summary["num_cached_tokens"]),
          f"{percent(summary['cached_prompt_share'])} of the prompt tokens; {cache_state(summary)}"],
+        *_expert_rows(summary),
         ["peak host memory", size_bytes(summary["peak_rss_bytes"]),
          f"resident, of the whole process; the KV pool has {size_bytes(summary['kv_pool_bytes'])}"
          + (" on the GPU" if summary["peak_gpu_bytes"] else "")],

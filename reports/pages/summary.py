@@ -9,6 +9,7 @@ import numpy as np
 
 from kvarena.engine.classes import CLASSES, OWNED
 from kvarena.reports.analysis.engines import headline_prefix
+from kvarena.reports.analysis.experts import ExpertLoad, measured_skew
 from kvarena.reports.analysis.gauges import read_gauges, summarize_gauges
 from kvarena.reports.analysis.latency import TokenGaps, describe, request_latencies, token_gaps
 from kvarena.reports.analysis.memory import Spans, mean_shares, step_spans, weighted_mean
@@ -172,7 +173,27 @@ def _load(run: RunFiles, spans: Spans) -> dict[str, Any]:
     result["scheduling_seconds"] = describe(steps["launch_time"] - steps["start_time"])
     for column in ("num_new_tokens", "num_prefill_tokens", "num_decode_tokens"):
         result[f"computed_{column.removeprefix('num_')}"] = int(steps[column].sum())
+    result["experts"] = _experts_read(run, weight)
     return result | _preemption_cost(run, weight)
+
+
+def _experts_read(run: RunFiles, weight: np.ndarray) -> dict[str, float | None] | None:
+    """Experts that a layer reads in steps that only decode, and the skew of their use; None where nothing is known."""
+    sizes, steps = run.manifest["model"].get("experts"), run.steps
+    if not sizes:
+        return None
+    load = ExpertLoad(sizes["num_layers"], sizes["num_experts"], sizes["top_k"])
+    read = steps["num_experts_read"] / load.num_layers
+    told = (steps["num_new_tokens"] == steps["num_decode_tokens"]) & (read > 0)
+    if not told.any():
+        return None
+    tokens = steps["num_new_tokens"][told]
+    return {
+        "num_experts": load.num_experts,
+        "read_mean": weighted_mean(read[told], weight[told]),
+        "read_mean_balanced": weighted_mean(np.array([load.read(int(n)) for n in tokens]), weight[told]),
+        "skew": measured_skew(tokens, read[told], load),
+    }
 
 
 def _preemption_cost(run: RunFiles, step_time: np.ndarray) -> dict[str, Any]:

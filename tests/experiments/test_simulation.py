@@ -234,3 +234,69 @@ def test_a_prefix_cache_sees_the_prompts_also_in_a_summary(tmp_path: Path):
     cfg = load_run([*OPT, *CELL[2:4], "allocator=radix", "workload=shared_prefix", "driver.record=summary"])
     summary = execute(cfg, tmp_path, "radix", CHOICES)
     assert 0 < summary["num_cached_tokens"] < summary["num_prompt_tokens"]
+
+
+@pytest.mark.parametrize(("model", "parameters", "active"), [
+    ("mixtral-8x7b-shape", 46.7e9, 12.9e9), ("qwen3-30b-a3b-shape", 30.5e9, 3.3e9)])  # fmt: skip
+def test_experts_are_read_as_far_as_tokens_take_them(model, parameters, active):
+    sizes, card = sizes_of(model), load_profile("h200")
+    spec, step_time = sizes.spec, card.step_time(sizes_of(model), 16)
+    experts = spec.experts
+    assert spec.num_parameters == pytest.approx(parameters, rel=0.01)
+    rate = 4.8e12 * card.bandwidth_efficiency
+
+    def read(num_tokens):
+        """Bytes of weights in a decode step of so many requests."""
+        seconds = step_time(StepFeatures(0, num_tokens, 0, 0, 0, 0)) - spec.num_layers * card.layer_gap
+        return seconds * rate
+
+    outside = sizes.num_layer_weights + sizes.num_head_weights
+    outside -= experts.num_layers * experts.num_experts * experts.num_weights
+    one = experts.num_layers * experts.num_weights
+    assert read(1) == pytest.approx(2 * (outside + experts.top_k * one))
+    # All parameters but the embedding's, which no step reads whole.
+    embedding = spec.num_parameters - sizes.num_layer_weights - sizes.num_head_weights
+    assert read(1) == pytest.approx(2 * (active - embedding), rel=0.03)
+    hit = experts.num_experts * (1 - (1 - experts.top_k / experts.num_experts) ** 8)
+    assert read(8) == pytest.approx(2 * (outside + hit * one))
+    assert read(300) == pytest.approx(2 * (sizes.num_layer_weights + sizes.num_head_weights), rel=1e-5)
+    skewed = card.step_time(sizes, 16, 1.0)
+    assert skewed(StepFeatures(0, 8, 0, 0, 0, 0)) < step_time(StepFeatures(0, 8, 0, 0, 0, 0))
+    # A prompt's operations are those of the experts that a token takes.
+    prompt = step_time(StepFeatures(8192, 0, 0, 0, 0, 1)) - spec.num_layers * card.layer_gap
+    weights = outside - sizes.num_head_weights + experts.top_k * one
+    operations = 2 * (8192 * weights + sizes.num_head_weights) / (9.89e14 * card.flops_efficiency)
+    assert prompt == pytest.approx(operations)
+
+
+def test_a_skew_without_experts_is_refused():
+    with pytest.raises(ConfigError, match="is dense"):
+        load_profile("h200").step_time(sizes_of("llama-3.1-8b-shape"), 16, 0.5)
+    measured = load_profile("h200-llama-3.1-8b-overlap")
+    with pytest.raises(ConfigError, match="is for a card"):
+        measured.step_time(sizes_of("llama-3.1-8b-shape", "bfloat16"), 16, 0.5)
+
+
+def test_a_run_with_experts_says_how_many_its_steps_read(tmp_path: Path):
+    mixtral = ["model=mixtral-8x7b-shape", "runner.profile=h200", "engine.max_model_len=2048", "report.pages=true"]
+    runs = [simulate(tmp_path, *mixtral, f"runner.expert_skew={skew}") for skew in (0.0, 1.0)]
+    for (summary, run_dir), skew in zip(runs, (0.0, 1.0), strict=True):
+        steps = pd.read_parquet(run_dir / "steps.parquet")
+        one = steps[(steps["num_new_tokens"] == 1)]["num_experts_read"]
+        assert len(one) and one.to_numpy() == pytest.approx(32 * 2)
+        assert 2 <= summary["experts"]["read_mean"] <= 8
+        assert summary["experts"]["skew"] == pytest.approx(skew, abs=0.01)
+        assert f"(skew {skew:.2f})" in (run_dir / "report.md").read_text()
+        manifest = json.loads((run_dir / "manifest.json").read_text())
+        assert manifest["model"]["experts"] == {
+            "num_layers": 32, "num_experts": 8, "top_k": 2, "num_weights": 3 * 4096 * 14336}  # fmt: skip
+    (balanced, _), (skewed, _) = runs
+    assert skewed["experts"]["read_mean"] < skewed["experts"]["read_mean_balanced"]
+    assert skewed["tpot_seconds"]["mean"] < balanced["tpot_seconds"]["mean"]
+    dense, _ = simulate(tmp_path)
+    assert dense["experts"] is None
+
+
+def test_a_skew_out_of_range_is_a_line():
+    with pytest.raises(ConfigError, match=r"runner.expert_skew=5"):
+        load_run([*OPT, "runner.expert_skew=5"])
