@@ -44,6 +44,7 @@ TOOLS: dict[str, dict[str, Tool]] = {
         "under_attack": "server: honest streams beside requests that mean harm",
     }) | _tools("benchmarks.kernels", {
         "kernels": "GPU: attention and fused kernels against copied bytes and a matrix product",
+        "experts": "GPU: the experts of one layer beside transformers' grouped product; `--shape tiny` on a CPU",
         "gemm": "GPU: searches launches of the skinny GEMM, for its table",
         "hopper": "GPU: the CUDA kernels for Hopper beside those they replace",
         "library_gemm": "GPU: searches the library's GEMM kernels, for their table",

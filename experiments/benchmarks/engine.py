@@ -33,7 +33,7 @@ from kvarena.experiments.benchmarks.engine_checks import check_logits, check_tok
 from kvarena.experiments.benchmarks.engine_profile import profile_steps
 from kvarena.experiments.benchmarks.first_token import NUM_SLOTS
 from kvarena.experiments.gpu.engines import ABLATIONS, PREFILLED, Engines, StepTimes, attempt, drive, runner_of
-from kvarena.experiments.gpu.floors import SHAPES, fixed_batch, floor_of, offline_workload, shape_of
+from kvarena.experiments.gpu.floors import EXPERT_SHAPES, SHAPES, fixed_batch, floor_of, offline_workload, shape_of
 from kvarena.experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda
 from kvarena.experiments.tools import say_all, tool_parser
 
@@ -70,21 +70,29 @@ def rates(moved: float, flops: float, seconds: float, ceilings: Ceilings) -> Lin
 def decode(engines: Engines, levers: Sequence[str], batch: int, ceilings: Ceilings, *, prefilled: bool) -> Line:
     """(T(161) - T(33)) / 128 of a fixed batch."""
 
-    def run(max_tokens: int, *, prefilled: bool) -> list[float]:
+    def run(max_tokens: int, *, prefilled: bool) -> list[StepTimes]:
         parts = engines.build(f"scheduler.max_num_seqs={batch}", *levers, *((PREFILLED,) if prefilled else ()))
         _, steps = drive(parts.engine, fixed_batch(batch, CONTEXT, max_tokens, vocab_size=parts.spec.vocab_size))
         # Only the steps in which all decode: the k-th of them gives everybody's token k + 1.
-        ends = [step.end_time for step in steps if step.num_scheduled == step.num_new_tokens == batch]
-        return ends[-(max_tokens - 1) :]
+        return [step for step in steps if step.num_scheduled == step.num_new_tokens == batch][-(max_tokens - 1) :]
 
     run(4, prefilled=True)
-    ends = run(LAST, prefilled=prefilled)
+    decodes = run(LAST, prefilled=prefilled)
+    ends = [step.end_time for step in decodes]
     # ends[k] is when token k + 2 was there.
     step = (ends[LAST - 2] - ends[FIRST - 2]) / (LAST - FIRST)
     gaps = [b - a for a, b in zip(ends[FIRST - 2 :], ends[FIRST - 1 :], strict=False)]
-    moved, flops = floor_of(shape_of(engines.name)).decode(batch, CONTEXT + (FIRST + LAST) / 2)
+    floor = floor_of(shape_of(engines.name))
+    # Random weights route as they like: the floor has the experts that these steps did read.
+    read = statistics.mean(one.num_experts_read for one in decodes[FIRST - 1 :])
+    moved, flops = floor.decode(batch, CONTEXT + (FIRST + LAST) / 2, None if floor.experts is None else read)
     line = {"ms": round(step * 1e3, 4), "median_ms": round(statistics.median(gaps) * 1e3, 4)}
     line["longest_ms"] = round(max(gaps) * 1e3, 4)
+    if floor.experts is not None:
+        line |= {
+            "experts_read": round(read / floor.experts.num_layers, 2),
+            "experts_read_balanced": round(floor.experts.read(batch), 2),
+        }
     return line | {"batch": batch, **rates(moved, flops, step, ceilings)}
 
 
@@ -201,7 +209,7 @@ def _timed(args: argparse.Namespace, engines: Engines, ceilings: Ceilings, wante
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = tool_parser(__name__, __doc__)
-    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES, help="of the model")
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES + EXPERT_SHAPES, help="of the model")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, separated by commas")
     parser.add_argument("--slots", type=int, default=NUM_SLOTS, help="of the KV pool")
     parser.add_argument("--requests", type=int, default=256, help="of the offline workload")

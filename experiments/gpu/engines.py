@@ -21,7 +21,7 @@ from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.experiments.building.build import build_engine, load_shared
 from kvarena.experiments.building.parts import EngineParts
 from kvarena.experiments.building.shared import SharedParts
-from kvarena.experiments.gpu.floors import MAX_MODEL_LEN, SHAPES, model_of
+from kvarena.experiments.gpu.floors import EXPERT_SHAPES, MAX_MODEL_LEN, SHAPES, model_of
 from kvarena.experiments.settings.compose import load_run
 
 # One lever of the engine off. Without fusions there are no graphs, which hold the fused forward.
@@ -64,7 +64,7 @@ class Engines:
         self.shared = SharedParts()
         self._overrides = (
             *model_of(name),
-            f"engine.dtype={'bfloat16' if name in SHAPES else 'float32'}",
+            f"engine.dtype={'bfloat16' if name in SHAPES + EXPERT_SHAPES else 'float32'}",
             "engine.overlap=true",
             *(() if name == "demo" else (f"engine.max_model_len={MAX_MODEL_LEN}",)),
             "scheduler.max_num_batched_tokens=8192",
@@ -107,6 +107,7 @@ class StepTimes(NamedTuple):
     start_time: float
     launch_time: float
     end_time: float
+    num_experts_read: float
 
 
 def drive(engine: Engine, requests: Sequence[Request]) -> tuple[float, list[StepTimes]]:
@@ -128,7 +129,8 @@ def drive(engine: Engine, requests: Sequence[Request]) -> tuple[float, list[Step
             if (step := engine.step()) is not None:
                 plan = step.plan
                 counts = len(plan.scheduled), plan.num_new_tokens
-                steps.append(StepTimes(*counts, step.start_time, step.launch_time, step.end_time))
+                times = step.start_time, step.launch_time, step.end_time
+                steps.append(StepTimes(*counts, *times, step.result.num_experts_read))
         return time.perf_counter() - start, steps
     finally:
         gc.unfreeze()

@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.settings.compose import load_run
+from kvarena.reports.analysis.experts import ExpertLoad
 
 # Of conf/model/NAME-shape.yaml: those of the llama kind.
 SHAPES = ("llama-3.1-8b", "qwen3-0.6b")
+# And those whose layers have experts.
+EXPERT_SHAPES = ("mixtral-8x7b", "qwen3-30b-a3b")
 # For checks: one with heads and sizes that every kernel takes.
 TINY = (
     "model=path", "model.name=tiny", "model.load_format=dummy",
@@ -21,14 +24,14 @@ MAX_MODEL_LEN = 8192
 
 
 def model_of(name: str) -> tuple[str, ...]:
-    """The settings of a model by its name on a benchmark's command line: `demo`, `tiny`, or one of SHAPES."""
+    """The settings of a model by its name on a benchmark's command line: `demo`, `tiny`, or one of the shapes."""
     if name == "tiny":
         return TINY
     return (f"model={name}" if name == "demo" else f"model={name}-shape",)
 
 
 def shape_of(name: str) -> dict[str, Any]:
-    """The content of its config.json, of one of SHAPES."""
+    """The content of its config.json, of one of SHAPES and EXPERT_SHAPES."""
     shape = load_run(model_of(name)).model.shape
     assert shape is not None
     return shape
@@ -38,12 +41,14 @@ class Floor(NamedTuple):
     """What a forward must move and compute, whatever computes it; bf16.
 
     Attributes:
-        weight_bytes: matrices that a decode step reads: every layer's, and the output head's.
-        layer_params: of these, the layers' parameters.
+        weight_bytes: matrices that any decode step reads: every layer's, and the output head's.
+        layer_params: the layers' parameters that a token is multiplied with.
         head_params: and the head's.
         tail_params: those of the last layer's output projection and MLP, which only sampled tokens need.
         kv_bytes_per_token: keys and values of a token in all layers.
         attention_flops: operations per pair of query and key, all layers.
+        expert_bytes: of one expert, which a step reads if a token takes it.
+        experts: how many of them that are in a balanced routing; None for a dense shape.
     """
 
     weight_bytes: int
@@ -52,36 +57,56 @@ class Floor(NamedTuple):
     tail_params: int
     kv_bytes_per_token: int
     attention_flops: int
+    expert_bytes: int = 0
+    experts: ExpertLoad | None = None
 
-    def decode(self, batch: int, context: float) -> tuple[float, float]:
-        """Bytes and operations of a decode step."""
-        moved = self.weight_bytes + batch * context * self.kv_bytes_per_token
+    def decode(self, batch: int, context: float, experts_read: float | None = None) -> tuple[float, float]:
+        """Bytes and operations of a decode step.
+
+        Args:
+            batch: requests.
+            context: of each, in the mean.
+            experts_read: experts that it read, all layers together; None: as a balanced routing does.
+        """
+        moved = self._weights(batch, experts_read) + batch * context * self.kv_bytes_per_token
         flops = 2 * batch * (self.layer_params + self.head_params) + batch * context * self.attention_flops
         return moved, flops
 
     def prefill(self, num_prompts: int, length: int) -> tuple[float, float]:
         """Bytes and operations of whole prompts with one token sampled each."""
         tokens = num_prompts * length
-        moved = self.weight_bytes + tokens * self.kv_bytes_per_token
+        moved = self._weights(tokens, None) + tokens * self.kv_bytes_per_token
         flops = 2 * (
             tokens * (self.layer_params - self.tail_params) + num_prompts * (self.tail_params + self.head_params)
         )
         return moved, flops + tokens * (length + 1) / 2 * self.attention_flops
 
+    def _weights(self, num_tokens: int, experts_read: float | None) -> float:
+        if experts_read is None:
+            experts_read = 0.0 if self.experts is None else self.experts.num_layers * self.experts.read(num_tokens)
+        return self.weight_bytes + experts_read * self.expert_bytes
+
 
 def floor_of(shape: dict[str, Any]) -> Floor:
-    """The floor of a dense shape of the llama kind."""
-    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    """The floor of a shape of the llama kind, dense or with experts in every layer and none that all tokens share."""
+    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    inner = shape.get("moe_intermediate_size", shape["intermediate_size"])
+    count, top_k = shape.get("num_local_experts", shape.get("num_experts", 1)), shape.get("num_experts_per_tok", 1)
+    experts = None if count == 1 else ExpertLoad(layers, count, top_k)
     heads, kv_heads, head_dim = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
-    layer = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * inner
+    expert = 3 * hidden * inner
+    always = hidden * head_dim * (2 * heads + 2 * kv_heads) + (expert if experts is None else hidden * count)
+    layer = always if experts is None else always + top_k * expert
     head = hidden * shape["vocab_size"]
     return Floor(
-        weight_bytes=2 * (layers * layer + head),
+        weight_bytes=2 * (layers * always + head),
         layer_params=layers * layer,
         head_params=head,
-        tail_params=hidden * head_dim * heads + 3 * hidden * inner,
+        tail_params=hidden * head_dim * heads + layer - hidden * head_dim * (2 * heads + 2 * kv_heads),
         kv_bytes_per_token=4 * layers * kv_heads * head_dim,
         attention_flops=4 * layers * heads * head_dim,
+        expert_bytes=0 if experts is None else 2 * expert,
+        experts=experts,
     )
 
 

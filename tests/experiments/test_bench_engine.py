@@ -111,3 +111,16 @@ def test_the_benchmarks_run_on_the_demo_model():
     assert parts.gpu_memory is None or torch.cuda.is_available()
     for mode in ("all", "none", "bare"):
         assert bench.run(mode)["output_tokens"] == 6
+
+
+@pytest.mark.parametrize(
+    ("shape", "active", "all_of_them"), [("mixtral-8x7b", 12.7e9, 46.6e9), ("qwen3-30b-a3b", 3.04e9, 30.2e9)]
+)
+def test_a_floor_has_the_experts_that_a_step_reads(shape, active, all_of_them):
+    """At one request those of one token, at many all of them; or as many as were counted."""
+    floor = floor_of(shape_of(shape))
+    assert floor.decode(1, 0)[0] == pytest.approx(2 * active, rel=0.01)
+    assert floor.decode(1000, 0)[0] == pytest.approx(2 * all_of_them, rel=0.01)
+    counted = floor.experts.num_layers * floor.experts.top_k
+    assert floor.decode(32, 0, counted)[0] == pytest.approx(floor.decode(1, 0)[0])
+    assert floor.decode(1, 0)[1] == pytest.approx(2 * active, rel=0.01)

@@ -1,12 +1,14 @@
 """What the kernel benchmark counts, and what it says without a GPU."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.kernels.attention.config import decode_config
-from kvarena.experiments.benchmarks.kernels import kernels, packed_gemm
+from kvarena.experiments.benchmarks.kernels import experts, kernels, packed_gemm
 from kvarena.experiments.benchmarks.kernels.attention_cases import LLAMA_8B, Batch, visible_pairs
 from kvarena.experiments.benchmarks.kernels.attention_variants import DECODE_TILES, decode_variants
 
@@ -46,3 +48,34 @@ def test_without_a_gpu_it_says_so_in_one_line(tool, capsys):
     with pytest.raises(ConfigError, match="run it on a CUDA machine"):
         tool.main([])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the interpreter")
+def test_the_experts_benchmark_works_without_a_gpu(capsys, tmp_path):
+    """Of the tiny shape: every line whole, and the kernels' sum that of transformers' grouped product."""
+    out = tmp_path / "lines.jsonl"
+    assert experts.main(["--shape", "tiny", "--tokens", "1", "6", "--out", str(out)]) == 0
+    machine, *lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "interpreted" in machine["device"] and machine["matmul_tflops"] >= 0
+    assert [(line["tokens"], line["by"]) for line in lines] == [
+        (tokens, by) for tokens in (1, 6) for by in ("kvarena", "transformers grouped_mm")
+    ]
+    assert [line["experts_read"] for line in lines] == [2, 2, 8, 8]
+    assert all(line["us"] > 0 for line in lines)
+    assert all(line["difference"] < 0.02 for line in lines if line["by"] == "kvarena")
+    assert len(out.read_text().splitlines()) == 5
+    with pytest.raises(ConfigError, match="run it on a CUDA machine"):
+        experts.main([])
+
+
+def test_the_experts_benchmark_counts_weights_that_are_read():
+    """Mixtral's bars are those of a card that copies at 4.25 TB/s: 2 and 8 experts of 352 MB each."""
+    shape = experts.SHAPES["mixtral-8x7b"]
+    with torch.device("meta"):
+        weights = torch.empty(8, 2 * 14336, 4096, dtype=torch.bfloat16), torch.empty(8, 4096, 14336)
+        one, eight = (experts.Layer(shape, tokens, weights) for tokens in (1, 8))
+    assert one.num_bytes / 4.25e12 * 1e6 == pytest.approx(166, abs=1)
+    assert eight.num_bytes / 4.25e12 * 1e6 == pytest.approx(663, abs=1)
+    assert experts.Layer(shape, 2048, weights).num_flops / 690e12 * 1e6 == pytest.approx(2091, abs=1)
+    assert [len(chosen.unique()) for chosen in experts.Layer(experts.SHAPES["tiny"], 3, experts.make_weights(
+        experts.SHAPES["tiny"], torch.device("cpu"))).choices] == [6] * experts.NUM_ROUTINGS  # fmt: skip
