@@ -49,10 +49,10 @@ class Interrupted(KeyboardInterrupt):
         return f"{self}; go on with: {self._command()}"
 
     def _command(self) -> str:
-        from kvarena.experiments.settings.command_line import PROGRAMS  # late: it imports Hydra
+        from kvarena.experiments.settings.command_line import program_of  # late: it imports Hydra
 
         program = Path(sys.argv[0])
-        words = [*PROGRAMS.get(program.name, ("python", str(program))), *sys.argv[1:]]
+        words = [*program_of(program, ("python", str(program))), *sys.argv[1:]]
         if self.folder is not None and not any(word.startswith(f"{self.setting}=") for word in words):
             folder = shown(self.folder)
             words.append(f"{self.setting}={folder}" if re.fullmatch(PLAIN, folder) else f"{self.setting}='{folder}'")

@@ -19,6 +19,11 @@ PROGRAMS = {  # by what was started, its folder where that tells; all of them re
 MODE = "hydra.mode="  # Hydra's own word for -m
 
 
+def program_of(started: Path, other: tuple[str, ...]) -> tuple[str, ...]:
+    """The words that start what was started so; `other` where it is none of the `kvarena` commands."""
+    return next((PROGRAMS[name] for name in (started.name, "/".join(started.parts[-2:])) if name in PROGRAMS), other)
+
+
 def command_of(hydra: Any, *, alone: bool = False) -> list[str]:
     """The words of the command that runs a job or a sweep, without a shell's quotes.
 
@@ -26,9 +31,7 @@ def command_of(hydra: Any, *, alone: bool = False) -> list[str]:
         hydra: the node of that name, of the job or the sweep.
         alone: of a sweep's cell: what runs it without the sweep, into a folder of its own.
     """
-    started = Path(sys.argv[0])
-    program = next((PROGRAMS[name] for name in (started.name, "/".join(started.parts[-2:])) if name in PROGRAMS), RUN)
-    words = [*program, *_config_options(hydra)]
+    words = [*program_of(Path(sys.argv[0]), RUN), *_config_options(hydra)]
     task, own = list(hydra.overrides.task), list(hydra.overrides.hydra)
     if alone:
         return [*words, *without_sweep(task)]

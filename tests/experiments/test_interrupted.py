@@ -299,3 +299,17 @@ def test_a_sweep_in_other_processes_keeps_what_had_ended(launcher, tmp_path):
     came = [json.loads(path.read_text())["run"]["interrupted"] for path in tmp_path.glob("*/manifest.json")]
     assert len(came) == (1 if launcher == "basic" else 2)
     assert all(0 < one["num_ended"] < 400 for one in came)
+
+
+@pytest.mark.parametrize(
+    ("started", "words"),
+    [
+        ("/usr/bin/kvarena", ["kvarena", "run"]),
+        ("/a/kvarena/__main__.py", ["python", "-m", "kvarena", "run"]),
+        ("/a/run.py", ["python", "/a/run.py"]),
+    ],
+)
+def test_the_command_that_goes_on_is_the_one_that_was_started(started, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started, "-m", "allocator=paged,virtual"])
+    line = Interrupted(signal.SIGTERM).line()
+    assert shlex.split(line.split("; go on with: ")[1]) == [*words, "-m", "allocator=paged,virtual"]
