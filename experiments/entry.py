@@ -10,14 +10,15 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.plugin import Plugin
@@ -35,6 +36,7 @@ from kvarena.experiments.settings.compose import CONF_DIR
 from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.explain import explain, own_error
 from kvarena.experiments.settings.loading import need_extra, say_loading
+from kvarena.experiments.settings.near import did_you_mean
 from kvarena.experiments.settings.outside import offer_installed
 from kvarena.experiments.sweeps.ray_launcher import RayLauncher
 from kvarena.experiments.sweeps.sweep import ENDED_SWEEP, EndedSweep
@@ -60,6 +62,7 @@ def main() -> int:
         return invocation.job(cfg)
 
     try:
+        _check_options(sys.argv[1:])
         offer_installed(sys.argv[1:])
         with invocation.signals:
             job()
@@ -76,6 +79,21 @@ def main() -> int:
     if (ended := ENDED_SWEEP.get()) is not None:
         invocation.take_over(ended)
     return invocation.end()
+
+
+def _check_options(args: Sequence[str]) -> None:
+    """Read the options as Hydra will, whose parser says what is wrong over several lines. Raises ConfigError."""
+
+    def error(message: str) -> NoReturn:
+        given = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
+        meant = (
+            did_you_mean(given, [name for name in parser._option_string_actions if name[:2] == "--"]) if given else ""
+        )
+        raise ConfigError(f"{message}{meant}; settings are key=value (--hydra-help lists the options)")
+
+    parser = get_args_parser()
+    parser.error = error  # type: ignore[method-assign]
+    parser.parse_args(args)
 
 
 class Invocation:

@@ -36,9 +36,13 @@ def explain_composition(error: BaseException, overrides: Sequence[str]) -> str |
         return _no_such_choice(str(error.missing_cfg_file), [str(option) for option in error.options])
     if isinstance(error, OverrideParseException) and "missing EQUAL" in text:
         return _no_value(error.override, overrides)
+    nameless = next((one for one in overrides if not re.match(r"[^=]*\w|-", one)), None)
+    if nameless is not None:
+        return f"the command line cannot be read: {nameless!r} names no setting; settings are key=value"
     if isinstance(error, OverrideParseException):
         reason = re.sub(r" See https://hydra\.cc\S+.*|^\w+Exception: ", "", text)
-        return f"the command line cannot be read: {reason}"
+        where = "" if error.override in reason else f"{error.override!r}: "
+        return f"the command line cannot be read: {where}{reason}"
     if twice := re.search(TWICE, text):
         group = twice[1] or twice[2]
         return f"{group} is there already: type {_typed(group, overrides)}, without the +"

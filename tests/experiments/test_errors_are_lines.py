@@ -145,6 +145,11 @@ CASES = {
     "a name for all cells": (["-m", "hydra.sweep.subdir=x"], "hydra.sweep.subdir is what a sweep sets"),
     "mixed, maybe": (["sweep.allow_mixed=maybe"], "sweep.allow_mixed=maybe must be true or false"),
     "arrivals in no lifetime": (["arrival=poisson", "arrival.rate=1e-300"], "raise the rate of section arrival"),
+    "a misspelt option": (["--multirn"], "unrecognized arguments: --multirn; did you mean --multirun?"),
+    "an option's value": (["--info", "nope"], "argument --info/-i: invalid choice: 'nope'"),
+    "nothing": ([""], "the command line cannot be read: '' names no setting; settings are key=value"),
+    "a value alone": (["="], "'=' names no setting"),
+    "half a list": (["workload.num_requests=[1,2"], "cannot be read: 'workload.num_requests=[1,2': no viable"),
     "a folder in no folder": (["hydra.run.dir=/proc/nope"], "cannot make the run's folder /proc/nope"),
     "a sweep in no folder": (["-m", "hydra.sweep.dir=/proc/nope"], "hydra.sweep.dir with -m"),
 }
