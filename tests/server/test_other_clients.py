@@ -32,7 +32,7 @@ def test_litellm_in_an_environment_of_its_own(server):
 def test_the_readmes_client(server, capsys):
     pytest.importorskip("openai")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    [block] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "openai" in block]
+    [block] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "import openai" in block]
     for written, here in (("http://127.0.0.1:8000", server.url), ('"none"', repr(KEY))):
         assert written in block
         block = block.replace(written, here)
