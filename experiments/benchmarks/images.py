@@ -32,6 +32,7 @@ from kvarena.engine.vision.tiles import identity, make_tiles
 from kvarena.experiments.building.build import build_engine
 from kvarena.experiments.building.parts import EngineParts
 from kvarena.experiments.building.warm_up import SERVED, warm_up
+from kvarena.experiments.gpu.engines import check_overrides
 from kvarena.experiments.settings.compose import load_run
 from kvarena.experiments.tools import tool_parser
 
@@ -200,6 +201,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--decodes", type=int, default=16, help="requests that decode beside the others")
     parser.add_argument("overrides", nargs="*", help="settings of the engine, as of run.py")
     args = parser.parse_args(argv)
+    check_overrides(args.overrides)
     given = {one.partition("=")[0] for one in args.overrides}
     config = load_run([*(one for one in DEFAULTS if one.partition("=")[0] not in given), *args.overrides])
     parts = build_engine(config)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.engine.core import Engine
-from kvarena.engine.errors import EngineError
+from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.benchmarks.stream_load import TEMPERATURE, WARM_UP, Level, Shape, line_of
 from kvarena.experiments.load.http_client import Answer
@@ -105,10 +105,17 @@ class ClosedLoop:
         self._start(group)
 
 
+def check_token_ids(largest: int, vocab_size: int) -> None:
+    """Raise ConfigError where prompts would hold tokens that the model has not."""
+    if largest >= vocab_size:
+        raise ConfigError(f"--max-token-id {largest}: this model's ids end at {vocab_size - 1}; give at most that")
+
+
 def run_in_process(options: argparse.Namespace) -> Iterator[Line]:
     """The levels without a web front, on the engine that the server would build."""
     start = time.perf_counter()
     served = build_served_engine(load_run(overrides_of(parse_flags(serve_flags(options)))), {})
+    check_token_ids(options.max_token_id, served.info.vocab_size)
     gc.collect()
     gc.freeze()
     yield {"section": "start", "part": "in_process", "seconds": round(time.perf_counter() - start, 1)}

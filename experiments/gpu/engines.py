@@ -6,6 +6,7 @@ Engines(*overrides).build(*more) -> EngineParts        model, pool and runner ar
 from __future__ import annotations
 
 import gc
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.engine.core import Engine
+from kvarena.engine.errors import ConfigError
 from kvarena.engine.models import LoadedModel
 from kvarena.engine.request import Request
 from kvarena.engine.runner.torch_runner import TorchRunner
@@ -34,6 +36,8 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no graphs": ("runner.graphs=false",),
     "no fusions": ("runner.fusions=false",),
 }
+# Sections and groups of the config that an engine is built from; a benchmark brings its own load and its own driver.
+OF_ENGINES = ("allocator", "engine", "kv_cache", "model", "runner", "sampling", "scheduler")
 # Levers that a CPU has.
 HOST_LEVERS = ("all", "no overlap", "no fusions")
 PREFILLED = f"allocator._target_={__name__}.PrefilledAllocator"
@@ -47,6 +51,16 @@ class PrefilledAllocator(PagedAllocator):
         return (req.num_tokens - 1) // self.block_size * self.block_size
 
 
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise ConfigError where one of them sets what no engine is built from, and so nothing would read."""
+    for override in overrides:
+        if re.split(r"[.=@]", override.lstrip("+~"))[0] not in OF_ENGINES:
+            raise ConfigError(
+                f"{override}: this benchmark takes settings of an engine alone ({', '.join(OF_ENGINES)}); --help lists "
+                "what says which load it runs"
+            )
+
+
 class Engines:
     """Engines of one model that run one after the other.
 
@@ -57,9 +71,13 @@ class Engines:
     Attributes:
         name: see above.
         shared: what they share.
+
+    Raises:
+        ConfigError: an override is none of an engine's.
     """
 
     def __init__(self, name: str, *overrides: str) -> None:
+        check_overrides(overrides)
         self.name = name
         self.shared = SharedParts()
         self._overrides = (

@@ -124,3 +124,9 @@ def test_a_floor_has_the_experts_that_a_step_reads(shape, active, all_of_them):
     counted = floor.experts.num_layers * floor.experts.top_k
     assert floor.decode(32, 0, counted)[0] == pytest.approx(floor.decode(1, 0)[0])
     assert floor.decode(1, 0)[1] == pytest.approx(2 * active, rel=0.01)
+
+
+@pytest.mark.parametrize("override", ["workload.num_requests=4", "+driver.record=none", "arrival=poisson", "slo=chat"])
+def test_a_setting_that_no_engine_has_is_refused(override):
+    with pytest.raises(ConfigError, match="this benchmark takes settings of an engine alone"):
+        tiny("scheduler=chunked", override)

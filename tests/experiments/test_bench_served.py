@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kvarena.engine.errors import EngineError
-from kvarena.experiments.benchmarks.served import ClosedLoop, serve_flags, shares
+from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.experiments.benchmarks.served import ClosedLoop, check_token_ids, serve_flags, shares
 from kvarena.experiments.benchmarks.stream_load import Level, Shape, line_of
 from kvarena.experiments.load.http_client import Answer
 from kvarena.experiments.models.shape import make_model_dir
@@ -104,3 +104,9 @@ def test_a_shape_is_served_with_dummy_weights_and_a_model_as_it_is():
     assert serve_flags(Options)[:3] == ["d", "--load-format", "dummy"]
     Options.model = Path("m")
     assert serve_flags(Options) == ["d", "--max-num-seqs", "8"]
+
+
+def test_a_prompt_of_tokens_that_the_model_has_not_is_an_error():
+    check_token_ids(2047, 2048)
+    with pytest.raises(ConfigError, match="--max-token-id 10000: this model's ids end at 2047"):
+        check_token_ids(10_000, 2048)
