@@ -82,6 +82,7 @@ class FusedDecoder:
         rows = None if all_rows else meta.logits_indices
         if rows is not None and not len(rows):
             self.layers[-1].attention.queries(residual, batch, self.ops)
+            self.layers[-1].read_no_experts()
             return residual.new_empty(0, self.head.out_features)
         residual = self.layers[-1](residual, batch, self.ops, rows)
         return self.ops.norm_linear(residual, self.norm, self.head, out)

@@ -157,6 +157,11 @@ class FusedLayer:
         """
         return self.feed(self.attention(residual, batch, ops, rows), batch, ops, rows)
 
+    def read_no_experts(self) -> None:
+        """The layer's experts, if it has any, have no token in this forward."""
+        if isinstance(self.mlp, FusedExperts):
+            self.mlp.experts.num_read.zero_()
+
     def feed(self, residual: Tensor, batch: Batch, ops: Ops, rows: Tensor | None = None) -> Tensor:
         """The part behind the attention, on what that gave for the tokens `rows`; in place, returns `residual`."""
         if not isinstance(self.mlp, FusedExperts):

@@ -77,7 +77,13 @@ class ExpertsRead:
         chosen, self._chosen = self._chosen, {}
         if not chosen:
             return None
-        rows = torch.stack([ids.flatten() for ids in chosen.values()]).long().clamp(0, self._num_experts)
+        rows = [ids.flatten() for ids in chosen.values()]
+        if len({len(row) for row in rows}) == 1:
+            return self._count(torch.stack(rows))
+        return torch.stack([self._count(row[None]) for row in rows]).sum()
+
+    def _count(self, rows: Tensor) -> Tensor:
+        """Int64 []: different experts in each of `rows` [layers, n], added up."""
         # Behind the last expert: what is no expert's.
         read = torch.zeros(len(rows), self._num_experts + 1, dtype=torch.int64, device=rows.device)
-        return read.scatter_(1, rows, 1)[:, :-1].sum()
+        return read.scatter_(1, rows.long().clamp(0, self._num_experts), 1)[:, :-1].sum()

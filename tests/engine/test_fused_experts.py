@@ -19,6 +19,7 @@ from kvarena.engine.models.experts import ExpertSizes
 from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.experiments.correctness.reference import greedy_reference
+from kvarena.schedulers.chunked import ChunkedScheduler
 from kvarena.schedulers.continuous import ContinuousScheduler
 
 QWEN = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "num_hidden_layers": 2}
@@ -93,6 +94,8 @@ def test_sizes_of_experts(checkpoint):
     inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
     count = getattr(config, "num_experts", 0) or config.num_local_experts
     assert model.spec.experts == ExpertSizes(2, count, config.num_experts_per_tok, 3 * 64 * inner)
+    # What the modules run on, and the fused path is held against: torch's grouped product, and no loop over experts.
+    assert config._experts_implementation == "grouped_mm"
 
 
 def test_experts_of_another_kind_stay_modules(tmp_path, monkeypatch):
@@ -121,3 +124,30 @@ def test_bfloat16_layers_are_judged_despite_near_ties(tmp_path):
     decoder.layers[0].mlp.experts.down.mul_(3)
     recorded = record(load_model(directory, dtype="bfloat16"), 128)
     assert "layer 0, fused, differs" in check_decoder(decoder, recorded)
+
+
+def test_a_step_that_samples_nothing_reads_no_experts_in_the_last_layer(checkpoint):
+    """Of a prompt's first part the last layer's keys and values are all that anybody needs."""
+    model, _ = checkpoint
+    runner = fused_runner(model, TorchOps(), mixed=False)
+    allocator = PagedAllocator(num_blocks=24, block_size=4, max_model_len=128)
+    scheduler = ChunkedScheduler(allocator, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=5)
+    engine = Engine(scheduler, allocator, runner, VirtualClock())
+    for req in make_requests(random_prompts((9,)), 2):
+        engine.add(req)
+    steps = [step for _ in range(3) if (step := engine.step()) is not None]
+    assert [step.plan.samples for step in steps] == [[False], [True], [True]]
+    sizes = model.spec.experts
+    first, *others = [step.result.num_experts_read for step in steps]
+    assert sizes.top_k <= first <= sizes.num_experts
+    assert all(read >= 2 * sizes.top_k for read in others)
+
+
+def test_layers_that_are_given_different_tokens_are_counted_one_by_one(checkpoint):
+    model, _ = checkpoint
+    experts = [layer.mlp.experts for layer in model.module.model.layers]
+    for module, tokens in zip(experts, (2, 3), strict=True):
+        ids = torch.arange(tokens)[:, None].expand(tokens, 2) % 4
+        module(torch.zeros(tokens, 64), ids, torch.ones(tokens, 2))
+    assert int(model.experts_read.total()) == 2 + 3
+    assert model.experts_read.total() is None
