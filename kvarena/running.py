@@ -80,7 +80,7 @@ def run(
         KvarenaError: a bad setting or a failed run, in one line.
     """
     with one_line_errors():
-        made = [*as_overrides({"allocator": allocator, "scheduler": scheduler, **settings}), *overrides]
+        made = [*as_overrides({"allocator": allocator, "scheduler": scheduler, **settings}), *_listed(overrides)]
         check_ours(made)
         config, choices = compose_cell([QUIET, *made])
         _check_one(config)
@@ -118,7 +118,8 @@ def sweep(
     from kvarena.experiments.sweeps.sweep_plan import make_plan
 
     with one_line_errors():
-        made = [*as_overrides({"allocator": allocator, "scheduler": scheduler, **settings}, swept=True), *overrides]
+        given = {"allocator": allocator, "scheduler": scheduler, **settings}
+        made = [*as_overrides(given, swept=True), *_listed(overrides)]
         check_ours(made)
         place = _place(folder, "multirun")
         check_place(place, SWEEP)
@@ -141,6 +142,13 @@ def sweep(
         finally:
             Singleton.set_state(before)
         return _compare(plan, config, place)
+
+
+def _listed(overrides: Sequence[str]) -> Sequence[str]:
+    """The same. Raises ConfigError where they are no list of settings: a string is one of letters."""
+    if isinstance(overrides, str) or not all(isinstance(one, str) for one in overrides):
+        raise ConfigError(f"overrides={overrides!r} must be a list of strings, such as ['workload.num_requests=8']")
+    return overrides
 
 
 def check_ours(overrides: Sequence[str]) -> None:

@@ -111,6 +111,7 @@ def test_seeds_of_a_notebooks_class_are_repeats(simulated):
         ({"sweep.rounds": 2}, "use kvarena.sweep"),
         ({"report.baseline": "paged"}, "use kvarena.sweep"),
         ({"overrides": ["hydra.run.dir=x"]}, "hydra.run.dir is the command line's"),
+        ({"overrides": "workload.num_requests=8"}, "must be a list of strings"),
         ({"folder": "file/in/the/way"}, "give another one"),
     ],
 )
