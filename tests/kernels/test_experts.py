@@ -67,15 +67,17 @@ def test_a_layer_equals_float64(experts, top_k, renormalize):
     check(3, experts, top_k, renormalize)
 
 
+GRID = [(experts, top_k) for experts, top_k in product((4, 7, 8, 16, 60, 64, 128), range(1, 9)) if top_k <= experts]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("experts", "top_k", "renormalize"),
-    [case for case in product((4, 7, 8, 16, 60, 64, 128), range(1, 9), (False, True)) if case[1] <= case[0]],
-)
-def test_every_count_of_experts(experts, top_k, renormalize, dtype):
-    for tokens in (1, 2, 17):
-        check(tokens, experts, top_k, renormalize, dtype=dtype, seed=tokens)
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("experts", "top_k"), GRID)
+def test_every_count_of_experts(experts, top_k, renormalize):
+    """In both types, but of many experts: there the interpreter's time goes into the sort, which sees no type."""
+    check(17, experts, top_k, renormalize, seed=top_k)
+    if experts <= 16:
+        check(2, experts, top_k, renormalize, dtype=torch.bfloat16, seed=top_k)
 
 
 @pytest.mark.parametrize("tile", [SMALL, TILES[96], MANY_ROWS], ids=lambda tile: f"{tile.rows} rows")
