@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {reason}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:  # while modules are imported: what runs has a line of its own
+        print(f"error: kvarena {name} was interrupted before it began", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _usage() -> str:

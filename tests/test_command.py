@@ -273,3 +273,13 @@ def test_a_manifest_names_the_command_that_was_typed(started, words, monkeypatch
         "overrides": {"task": ["allocator=paged"], "hydra": []},
     })  # fmt: skip
     assert command_of(hydra) == [*words, "allocator=paged"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_while_modules_are_imported_is_one_line(name, capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, name, COMMANDS[name]._replace(run=interrupted))
+    assert main([name]) == 130
+    assert capsys.readouterr().err == f"error: kvarena {name} was interrupted before it began\n"
