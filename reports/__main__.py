@@ -105,6 +105,10 @@ def make_report(
         summary = write_comparison(first, baseline, out, words if out or baseline or not has_record else None)
         place = out or first
     else:
+        for folder in dirs:
+            if (folder / SWEEP_FILE).exists() or (folder / STUDY_FILE).exists():
+                kind = "a sweep" if (folder / SWEEP_FILE).exists() else "an experiment"
+                raise ReportError(f"{folder} holds {kind}; give it alone, or runs of it by their own folders")
         place = out or first.resolve().parent / "comparison"
         if (place / SWEEP_FILE).exists():
             raise ReportError(f"{place} holds a sweep, whose report this would replace; choose another one")

@@ -22,6 +22,8 @@ def test_two_runs_and_a_sweep(tmp_path, capsys):
     (tmp_path / "sweep.json").write_text(json.dumps({"runs": ["b"], "baseline": None, "failed": []}))
     assert main([str(tmp_path)]) == 0
     assert _last(capsys) == {"report": str(tmp_path / "report.html")}
+    assert main([str(a), str(tmp_path)]) == 2
+    assert f"{tmp_path} holds a sweep; give it alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
