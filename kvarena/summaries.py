@@ -63,6 +63,7 @@ class RunSummary(_Written):
     workload: dict[str, Any]
     arrival: dict[str, Any] | None = None
     simulation: dict[str, Any] | None = None
+    experts: dict[str, float | None] | None = None
     target: dict[str, Any] | None = None
     cache: str | None = None
     round: int | None = None

@@ -11,7 +11,7 @@ from kvarena.engine.checks import Section, check_int
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.experiments.folders.cell_state import cell_key, key_of
-from kvarena.experiments.settings.compose import compose_cell, load_config
+from kvarena.experiments.settings.compose import CONF_DIR, compose_cell, load_config
 from kvarena.experiments.settings.config import KINDS, RunConfig, RunnerConfig, SimulatedRunnerConfig
 
 # Who composes a config, writes it as Hydra composed it, or is called by Hydra.
@@ -90,3 +90,9 @@ def test_an_option_without_a_default_is_asked_for():
     with pytest.raises(ConfigError, match=r"^workload\.path has no default; give it a value$"):
         OmegaConf.update(config := load_config(), "workload.path", "???", force_add=True)
         RunConfig.of(config)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF_DIR / "model").glob("*.yaml")))
+def test_every_model_has_all_settings_of_a_model(name):
+    config, _ = compose_cell([f"model={name}", *(["model.path=x"] if name == "path" else [])])
+    assert config.model.quantization is None
