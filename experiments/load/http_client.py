@@ -11,6 +11,7 @@ as a token of which no character is whole yet, is not timed either.
 from __future__ import annotations
 
 import time
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -124,6 +125,7 @@ class Answer:
         self._rest = lines.pop()
         try:
             for line in lines:
+                line = line.removeprefix(BOM_UTF8)  # a stream may begin with it
                 if line[:5] == b"data:":
                     if len(line) < LONGEST_DONE and line[5:].strip() == b"[DONE]":
                         self._is_done = True

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from codecs import BOM_UTF8
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,7 +166,7 @@ def test_a_client_that_hangs_up_makes_no_failed_request():
 
 
 def test_events_that_come_in_pieces_are_the_same_events():
-    stream = b"".join(
+    stream = BOM_UTF8 + b"".join(
         b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\r\n\r\n"
         for event in (text("x"), text("é", "stop"), usage(2), b"[DONE]")
     )
