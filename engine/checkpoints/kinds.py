@@ -47,7 +47,7 @@ def check_kind(directory: Path, config: dict[str, Any], *, weights: bool) -> Non
     Args:
         directory: the checkpoint's.
         config: its config.json.
-        weights: its weights will be read; random ones in their place are never quantised.
+        weights: its weights will be read; random ones in their place are not quantised as it says.
 
     Raises:
         ModelError: quantised in a way that is not read, or no text generator by itself.

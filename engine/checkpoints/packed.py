@@ -15,7 +15,13 @@ from typing import Any
 
 from kvarena.engine.checkpoints.kinds import METHODS, quantization
 from kvarena.engine.checkpoints.packed_entries import PackedEntry, compressed_entries, gptq_entries
-from kvarena.engine.checkpoints.packed_settings import COMPRESSED, SIDE_FILES, PackedSettings, packed_settings
+from kvarena.engine.checkpoints.packed_settings import (
+    COMPRESSED,
+    SIDE_FILES,
+    PackedSettings,
+    check_drawn,
+    packed_settings,
+)
 from kvarena.engine.checkpoints.weights import Stored, read_headers, weight_files
 from kvarena.engine.errors import ModelError
 
@@ -85,16 +91,15 @@ def check_method(directory: Path, config: Mapping[str, Any], wanted: str, *, wei
         directory: the checkpoint's.
         config: its config.json.
         wanted: the method, as a `quantization_config` calls it.
-        weights: its weights will be read.
+        weights: its weights will be read; random ones are drawn as they are wanted.
 
     Raises:
         ModelError: it is not, or another method is meant.
+        ConfigError: random weights are not drawn so.
     """
     if not weights:
-        raise ModelError(
-            f"model.quantization={wanted} insists on quantised weights, and random ones are never quantised; leave "
-            "model.quantization out"
-        )
+        check_drawn(wanted)
+        return
     settings = packed_settings(directory, config)
     packed = None if settings is None else packed_checkpoint(directory, config)
     found = packed.settings.method if packed is not None else quantization(dict(config))

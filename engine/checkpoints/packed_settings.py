@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.engine.checkpoints.directory import read_json
-from kvarena.engine.errors import ModelError
+from kvarena.engine.errors import ConfigError, ModelError
 
 AWQ, GPTQ, COMPRESSED = "awq", "gptq", "compressed-tensors"
 NAMES = {AWQ: "AWQ", GPTQ: "GPTQ", COMPRESSED: "compressed-tensors"}
+# In which random weights are drawn.
+DRAWN = (AWQ, GPTQ)
 # What transformers takes where neither is said, too.
 BITS, GROUP_SIZE = 4, 128
 # Files beside config.json, and what wrote them.
@@ -75,6 +77,15 @@ def packed_settings(directory: Path, config: Mapping[str, Any]) -> PackedSetting
             method = found.get("quant_method") or method
             return _settings(file, method, found) if method in NAMES else None
     return None
+
+
+def check_drawn(method: str | None) -> None:
+    """See that random weights can be packed so; None: they are not. Raises ConfigError."""
+    if method is not None and method not in DRAWN:
+        raise ConfigError(
+            f"model.quantization={method} insists on such weights, and model.load_format=dummy draws plain ones, or "
+            f"packed ones of {' or '.join(DRAWN)}; take one of these, or leave it out"
+        )
 
 
 def _unnamed(found: Mapping[str, Any]) -> str | None:

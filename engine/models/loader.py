@@ -23,6 +23,7 @@ from kvarena.engine.checkpoints.check import check_checkpoint
 from kvarena.engine.checkpoints.directory import one_line, read_config
 from kvarena.engine.checkpoints.kinds import DEQUANTIZED
 from kvarena.engine.checkpoints.packed import PackedCheckpoint, packed_checkpoint
+from kvarena.engine.checkpoints.packed_settings import check_drawn
 from kvarena.engine.checkpoints.weights import weight_bytes
 from kvarena.engine.errors import ConfigError, ModelError
 from kvarena.engine.models.configs import (
@@ -34,11 +35,13 @@ from kvarena.engine.models.configs import (
 )
 from kvarena.engine.models.experts import ExpertsRead, expert_sizes
 from kvarena.engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
+from kvarena.engine.models.packed_dummy import load_packed_dummy, plan_dummy
 from kvarena.engine.models.packed_loader import PackedLoad, forget_packing, load_packed, plan_packed
 from kvarena.engine.models.probe import AttentionGeometry, probe_attention
 from kvarena.engine.models.spec import LoadedModel, ModelSpec
 from kvarena.engine.pool.memory_limits import free_bytes, is_out_of_memory, size_text
 from kvarena.engine.quantization.experts import packed_weights
+from kvarena.engine.quantization.state import PackedTensors
 
 LOAD_FORMATS = ("auto", "dummy")
 # Decoder layers, as model classes name their lists of them.
@@ -73,17 +76,15 @@ def load_model(
         trust_remote_code: run the directory's own Python code.
         name: how reports call the model; None takes the directory's name.
         image_cache_bytes: for what the vision tower has encoded, of a model that reads images.
-        quantization: the method with which the weights must be quantised; None: any, or none.
+        quantization: the method with which the weights must be quantised; None: any, or none. Of dummy weights: the
+            one in which they are drawn.
 
     Raises:
         ConfigError: a setting is out of range, or the settings do not fit together.
         ModelError: the directory is missing or broken, or the runner cannot drive the model.
     """
-    if quantization is not None and load_format == "dummy":
-        raise ConfigError(
-            f"model.quantization={quantization} insists on quantised weights, and model.load_format=dummy draws plain "
-            "ones; leave one out"
-        )
+    if load_format == "dummy":
+        check_drawn(quantization)
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"model.load_format={load_format} must be one of {', '.join(LOAD_FORMATS)}")
     if path is None and shape is not None and load_format == "auto":
@@ -101,7 +102,9 @@ def load_model(
 
             composite = Composite(whole, directory, shape, has_weights=has_weights)
         text = None if composite is None else composite.text
-        if directory is None or not has_weights:
+        if (directory is None or not has_weights) and quantization is not None:
+            module, packing = _packed_dummy(config, weights, device, seed, trust_remote_code, name, quantization)
+        elif directory is None or not has_weights:
             module = build_dummy(config, weights, device, seed, trust_remote_code, name)
         else:
             module, packing = _from_directory(directory, config, weights, device, trust_remote_code, text)
@@ -229,14 +232,43 @@ def _planned(
     """What becomes of packed weights, said in a line; the config forgets that they are. Raises ModelError."""
     forget_packing(config)
     shape = build_dummy(config, dtype, "meta", 0, trust_remote_code, str(checkpoint.directory))
-    load = plan_packed(checkpoint, shape, dtype, device, stay_packed=stay_packed)
+    load = plan_packed(PackedTensors(checkpoint, dtype, device), shape, stay_packed=stay_packed)
     # Dequantised weights take four times what the files do: a line that nobody has to ask for.
     level = logging.INFO if len(load.kept) == len(checkpoint.entries) else logging.WARNING
     logger.log(level, "%s: %s", checkpoint.directory, load.describe())
     return load
 
 
-def _placement(directory: Path, device: torch.device) -> dict[str, Any]:
+def _packed_dummy(
+    config: PretrainedConfig,
+    dtype: torch.dtype | str,
+    device: str | torch.device,
+    seed: int,
+    trust_remote_code: bool,
+    name: str,
+    method: str,
+) -> tuple[nn.Module, str]:
+    """Random weights that `method` packed: as `_from_directory`."""
+    target, made = torch.device(device), _element_type(dtype)
+    free = free_bytes(target)
+    shape = build_dummy(config, made, "meta", 0, trust_remote_code, name)
+    load = plan_dummy(shape, name, method, made, target, seed, stay_packed=keeps_packed(target))
+    if target.type == "cpu":
+        _check_host(name, config, dtype, free, trust_remote_code)
+    try:
+        module = load_packed_dummy(
+            load, config, made, target, seed, attn_implementation="eager", output_loading_info=True,
+            ignore_mismatched_sizes=True, **_placement(name, target),
+        )  # fmt: skip
+    # Anything: as for weights that are read.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise _does_not_fit(name, config, dtype, target, free, trust_remote_code, load) from error
+        raise
+    return module, f"random {load.summary}"
+
+
+def _placement(directory: Path | str, device: torch.device) -> dict[str, Any]:
     """How transformers is told where the weights go. Raises ModelError: a package for that is not there."""
     if device.type == "cpu":
         return {}

@@ -14,7 +14,7 @@ import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,8 +27,8 @@ from kvarena.engine.quantization.linear import PackedLinear
 from kvarena.engine.quantization.state import PackedSource, PackedTensors
 
 _SETTINGS = ("quantization_config", "compression_config")
-# An expert's gate, up and down in the files: Mixtral's names, and everyone else's.
-_EXPERT_NAMES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
+# An expert's gate, up and down in the files: everyone's names, and Mixtral's.
+_EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _EXPERT_ARGUMENTS = ["hidden_states", "top_k_index", "top_k_weights"]
 
 
@@ -85,22 +85,16 @@ class PackedLoad:
         return text
 
 
-def plan_packed(
-    checkpoint: PackedCheckpoint, shape: nn.Module, dtype: torch.dtype, device: torch.device, *, stay_packed: bool
-) -> PackedLoad:
+def plan_packed(tensors: PackedTensors, shape: nn.Module, *, stay_packed: bool) -> PackedLoad:
     """See which layers stay packed.
 
     Args:
-        checkpoint: which.
+        tensors: of the checkpoint.
         shape: the model on the meta device.
-        dtype: of the model.
-        device: where it goes.
         stay_packed: keep linear layers packed where kernels take them.
-
-    Raises:
-        ModelError: a packed tensor holds what its layer cannot have.
     """
-    load = PackedLoad(checkpoint, type(shape), PackedTensors(checkpoint, dtype, device))
+    checkpoint = tensors.checkpoint
+    load = PackedLoad(checkpoint, type(shape), tensors)
     if stay_packed:
         from kvarena.engine.kernels.gemm.packed import packed_tile
 
@@ -115,8 +109,22 @@ def plan_packed(
     return load
 
 
-def _experts(model: nn.Module, packed: dict[str, PackedSource]) -> Iterator[tuple[str, list[ExpertSources]]]:
-    """Modules of experts that are packed: two parameters, of gate and up [E, 2 I, H] and of down [E, H, I]."""
+class ExpertModule(NamedTuple):
+    """A module of experts as two parameters: gate and up [E, 2 I, H], down [E, H, I]."""
+
+    num_experts: int
+    hidden: int
+    inner: int
+    ways: list[list[tuple[str, str, str]]]
+
+    @property
+    def names(self) -> list[tuple[str, str, str]]:
+        """Each expert's gate, up and down in the files, as the model's makers call them."""
+        return self.ways[0]
+
+
+def expert_modules(model: nn.Module) -> Iterator[tuple[str, ExpertModule]]:
+    """Modules of experts by name, with the `ways` in which files may call their projections, the usual one first."""
     for name, module in model.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
         if set(parameters) != {"gate_up_proj", "down_proj"} or not callable(getattr(module, "act_fn", None)):
@@ -126,11 +134,25 @@ def _experts(model: nn.Module, packed: dict[str, PackedSource]) -> Iterator[tupl
         (count, both, hidden), down_shape = parameters["gate_up_proj"].shape, parameters["down_proj"].shape
         if tuple(down_shape) != (count, hidden, both // 2):
             continue
-        for stored, names in itertools.product((name, name.replace(".mlp.", ".block_sparse_moe.")), _EXPERT_NAMES):
-            rows = [[packed.get(f"{stored}.{index}.{part}") for part in names] for index in range(count)]
+        places = (name, name.replace(".mlp.", ".block_sparse_moe."))
+        ways = [
+            [(f"{stored}.{index}.{gate}", f"{stored}.{index}.{up}", f"{stored}.{index}.{down}")
+             for index in range(count)]
+            for (gate, up, down), stored in itertools.product(_EXPERT_NAMES, places)
+        ]  # fmt: skip
+        # Mixtral's own names are the last.
+        is_mixtral = "mixtral" in type(model).__name__.lower()
+        yield name, ExpertModule(count, hidden, both // 2, ways[::-1] if is_mixtral else ways)
+
+
+def _experts(model: nn.Module, packed: dict[str, PackedSource]) -> Iterator[tuple[str, list[ExpertSources]]]:
+    """Modules of experts that are packed."""
+    for name, module in expert_modules(model):
+        for way in module.ways:
+            rows = [[packed.get(part) for part in expert] for expert in way]
             found = [ExpertSources(*row) for row in rows if None not in row]  # type: ignore[arg-type]
             sizes = {tuple(source.get_shape()) for expert in found for source in (expert.gate, expert.up)}
-            if len(found) == count and sizes == {(both // 2, hidden)}:
+            if len(found) == module.num_experts and sizes == {(module.inner, module.hidden)}:
                 yield name, found
                 break
 
@@ -173,8 +195,9 @@ def load_packed(
         None, config=config, state_dict=load.tensors.state(load.kept), dtype=dtype, **options
     )
     module.__class__ = load.model_class
-    if not info["missing_keys"] and not info["mismatched_keys"]:
-        for name in load.experts:
+    incomplete = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    for name in load.experts:
+        if not any(key.startswith(f"{name}.") for key in incomplete):
             module.get_submodule(name).stack()
     zeros = load.tensors.zero_biases() if info["unexpected_keys"] else set()
     info["unexpected_keys"] = {key for key in info["unexpected_keys"] if key not in zeros}

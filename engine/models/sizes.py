@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from kvarena.engine.checkpoints.directory import read_config
-from kvarena.engine.checkpoints.packed import packed_checkpoint
+from kvarena.engine.checkpoints.packed import PackedCheckpoint, packed_checkpoint
+from kvarena.engine.checkpoints.packed_settings import check_drawn
 from kvarena.engine.models.configs import (
     end_and_special_tokens,
     quiet_transformers,
@@ -27,7 +28,8 @@ from kvarena.engine.models.configs import (
 )
 from kvarena.engine.models.limits import num_decoder_layers
 from kvarena.engine.models.loader import build_dummy, model_spec
-from kvarena.engine.models.packed_loader import linear_layers
+from kvarena.engine.models.packed_dummy import packed_shape
+from kvarena.engine.models.packed_loader import expert_modules, linear_layers
 from kvarena.engine.models.probe import trace_attention
 from kvarena.engine.models.spec import ModelSpec
 
@@ -45,7 +47,8 @@ class ModelSizes:
         num_layer_weights: weights that every token is multiplied with: all but embeddings and the output head.
         num_head_weights: weights of the output head, which a sampled token is multiplied with.
         num_experts: experts of a layer; 1 for a dense model.
-        saved_bytes: what a GPU keeps packed of its linear layers' weights takes so much less than in `spec.dtype`.
+        saved_bytes: what a GPU keeps packed of the weights of linear layers and experts takes so much less than in
+            `spec.dtype`.
     """
 
     spec: ModelSpec
@@ -68,8 +71,9 @@ def model_sizes(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     name: str | None = None,
+    drawn: str | None = None,
 ) -> ModelSizes:
-    """The sizes of a model, from its config alone. Arguments: see `load_model`.
+    """The sizes of a model, from its config alone. Arguments: see `load_model`; `drawn`: how dummy weights are packed.
 
     A model is traced once in a process, whose sweep may have hundreds of cells; a directory again when one of its files
     is another one.
@@ -81,10 +85,10 @@ def model_sizes(
     try:
         files = None if path is None else tuple(sorted(_stamp(file) for file in Path(path).iterdir()))
     except OSError:  # no such directory, or a file that cannot be looked at: reading it says so
-        return _sizes(path, shape, dtype, trust_remote_code, name)
+        return _sizes(path, shape, dtype, trust_remote_code, name, drawn)
     if trust_remote_code:  # its code may read anything
-        return _sizes(path, shape, dtype, trust_remote_code, name)
-    return _sizes_once(path, json.dumps(dict(shape)) if shape else None, dtype, name, files)
+        return _sizes(path, shape, dtype, trust_remote_code, name, drawn)
+    return _sizes_once(path, json.dumps(dict(shape)) if shape else None, dtype, name, drawn, files)
 
 
 Stamp = tuple[str, int, int]
@@ -97,15 +101,25 @@ def _stamp(file: Path) -> Stamp:
 
 @functools.lru_cache(maxsize=32)
 def _sizes_once(
-    path: str | Path | None, shape: str | None, dtype: str, name: str | None, files: tuple[Stamp, ...] | None
+    path: str | Path | None,
+    shape: str | None,
+    dtype: str,
+    name: str | None,
+    drawn: str | None,
+    files: tuple[Stamp, ...] | None,
 ) -> ModelSizes:
     """The sizes, once for each `files` that the directory held."""
     del files  # a part of the key alone
-    return _sizes(path, json.loads(shape) if shape else None, dtype, False, name)
+    return _sizes(path, json.loads(shape) if shape else None, dtype, False, name, drawn)
 
 
 def _sizes(
-    path: str | Path | None, shape: Mapping[str, Any] | None, dtype: str, trust_remote_code: bool, name: str | None
+    path: str | Path | None,
+    shape: Mapping[str, Any] | None,
+    dtype: str,
+    trust_remote_code: bool,
+    name: str | None,
+    drawn: str | None,
 ) -> ModelSizes:
     with quiet_transformers():
         config, directory, name, _ = read_model_config(path, shape, name, trust_remote_code)
@@ -130,17 +144,31 @@ def _sizes(
         num_layer_weights=spec.num_parameters - sum(outside.values()),
         num_head_weights=head.numel(),
         num_experts=max(count for count in (1, *num_experts) if isinstance(count, int)),
-        saved_bytes=0 if directory is None else _saved_bytes(directory, module),
+        saved_bytes=_saved_bytes(_packing(directory, module, name, drawn), module),
     )
 
 
-def _saved_bytes(directory: Path, module: nn.Module) -> int:
-    """See `ModelSizes.saved_bytes`; 0 for a directory without weights, whose layers nothing tells."""
-    if not any(directory.glob("*.safetensors")):
-        return 0
-    checkpoint = packed_checkpoint(directory, read_config(directory))
+def _packing(directory: Path | None, module: nn.Module, name: str, drawn: str | None) -> PackedCheckpoint | None:
+    """How the weights are packed; None: not, or in a directory without weights, whose layers nothing tells."""
+    if drawn is not None:
+        check_drawn(drawn)
+        return packed_shape(module, name, drawn)
+    if directory is None or not any(directory.glob("*.safetensors")):
+        return None
+    return packed_checkpoint(directory, read_config(directory))
+
+
+def _saved_bytes(checkpoint: PackedCheckpoint | None, module: nn.Module) -> int:
+    """See `ModelSizes.saved_bytes`."""
     if checkpoint is None:
         return 0
     size = next(module.parameters()).dtype.itemsize
-    entries = [checkpoint.entries[name] for name in linear_layers(module, checkpoint).values()]
+    names = list(linear_layers(module, checkpoint).values())
+    for _, experts in expert_modules(module):
+        for way in experts.ways:
+            parts = [part for expert in way for part in expert]
+            if all(part in checkpoint.entries for part in parts):
+                names += parts
+                break
+    entries = [checkpoint.entries[name] for name in names]
     return sum(entry.num_outputs * entry.num_inputs * size - entry.num_bytes for entry in entries)

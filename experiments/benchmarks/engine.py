@@ -1,13 +1,17 @@
 """The engine on a GPU: throughput, decode steps, prefill, start-up, ablations, correctness. One JSON line per result.
 
     kvarena benchmark engine --shape llama-3.1-8b --sections decode,offline --out FILE
+    kvarena benchmark engine --shape llama-3.1-8b --sections decode,offline,pool --batch 1 --batch 64 --quantization awq
 
 Sections: `correct` (greedy tokens in float32 with every lever on and off), `logits` (bf16, against the modules),
 `offline` (a: 256 requests, output tokens/s), `decode` (b: (T(161) - T(33)) / 128 at batch 1, 32, 256), `ablate` (the
-same with levers off), `prefill` (c: 16 x 4,096), `profile` (device time by kernel), `startup` (e, in a process of its
-own). `floor_ms` is what bytes and operations take at the measured ceilings. A section that fails has `error` in its
-line, and the exit code is 1. Engines are built from the main job's config, with the settings that follow the options
-(`runner.gemm_table=gemm.json`).
+same with levers off), `prefill` (c: 16 x 4,096), `profile` (device time by kernel), `pool` (weights, and the KV that
+the card has room for beside them), `startup` (e, in a process of its own). `floor_ms` is what bytes and operations
+take at the measured ceilings. A section that fails has `error` in its line, and the exit code is 1. Engines are built
+from the main job's config, with the settings that follow the options (`runner.gemm_table=gemm.json`).
+
+With `--quantization` every section but `correct` and `startup` runs twice: with plain weights, and with random ones of
+4 bits in groups of 128 that are drawn on the device.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from typing import Any
 
 import torch
 
+from kvarena.engine.checkpoints.packed_settings import DRAWN
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner.fused_runner import FusedRunner
@@ -33,12 +38,20 @@ from kvarena.experiments.benchmarks.engine_checks import check_logits, check_tok
 from kvarena.experiments.benchmarks.engine_profile import profile_steps
 from kvarena.experiments.benchmarks.first_token import NUM_SLOTS
 from kvarena.experiments.gpu.engines import ABLATIONS, PREFILLED, Engines, StepTimes, attempt, drive, runner_of
-from kvarena.experiments.gpu.floors import EXPERT_SHAPES, SHAPES, fixed_batch, floor_of, offline_workload, shape_of
+from kvarena.experiments.gpu.floors import (
+    EXPERT_SHAPES,
+    SHAPES,
+    Floor,
+    fixed_batch,
+    floor_of,
+    offline_workload,
+    shape_of,
+)
 from kvarena.experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda
 from kvarena.experiments.tools import say_all, tool_parser
 
 Line = dict[str, Any]
-SECTIONS = ("correct", "logits", "decode", "ablate", "prefill", "offline", "profile", "startup")
+SECTIONS = ("correct", "logits", "decode", "ablate", "prefill", "offline", "profile", "pool", "startup")
 BATCHES = (1, 32, 256)
 CONTEXT = 1024
 FIRST, LAST = 33, 161
@@ -67,6 +80,10 @@ def rates(moved: float, flops: float, seconds: float, ceilings: Ceilings) -> Lin
     }
 
 
+def _floor(engines: Engines) -> Floor:
+    return floor_of(shape_of(engines.name), packed=engines.quantization is not None)
+
+
 def decode(engines: Engines, levers: Sequence[str], batch: int, ceilings: Ceilings, *, prefilled: bool) -> Line:
     """(T(161) - T(33)) / 128 of a fixed batch."""
 
@@ -82,7 +99,7 @@ def decode(engines: Engines, levers: Sequence[str], batch: int, ceilings: Ceilin
     # ends[k] is when token k + 2 was there.
     step = (ends[LAST - 2] - ends[FIRST - 2]) / (LAST - FIRST)
     gaps = [b - a for a, b in zip(ends[FIRST - 2 :], ends[FIRST - 1 :], strict=False)]
-    floor = floor_of(shape_of(engines.name))
+    floor = _floor(engines)
     # Random weights route as they like: the floor has the experts that these steps did read.
     read = statistics.mean(one.num_experts_read for one in decodes[FIRST - 1 :])
     moved, flops = floor.decode(batch, CONTEXT + (FIRST + LAST) / 2, None if floor.experts is None else read)
@@ -142,9 +159,21 @@ def prefill(engines: Engines, ceilings: Ceilings, num_prompts: int, length: int,
         requests = fixed_batch(num_prompts, length, 1, vocab_size=parts.spec.vocab_size, name=f"c{turn}-")
         seconds, _ = drive(parts.engine, requests)
         best = min(best, seconds) if turn else best  # the first compiles
-    moved, flops = floor_of(shape_of(engines.name)).prefill(num_prompts, length)
+    moved, flops = _floor(engines).prefill(num_prompts, length)
     line = {"tokens_per_s": round(num_prompts * length / best, 0), "ms": round(best * 1e3, 2), "budget": budget}
     return line | rates(moved, flops, best, ceilings)
+
+
+def pool(engines: Engines) -> Line:
+    """What weights take, and what the card's share has left for keys and values beside them and the largest step."""
+    engines.shared.drop_runner()
+    weights = torch.cuda.memory_allocated()
+    parts = engines.build("kv_cache.num_slots=null")
+    facts = parts.pool_facts
+    return {
+        "gpu_memory_utilization": parts.config.gpu_memory_utilization, "weights_gb": round(weights / 1e9, 2),
+        "pool_gb": round(facts["bytes"] / 1e9, 2), "slots": facts["num_slots"],
+    }  # fmt: skip
 
 
 def startup(args: argparse.Namespace) -> Line:
@@ -167,32 +196,37 @@ def sections(args: argparse.Namespace) -> Iterator[Line]:
     if timed:
         ceilings = Ceilings()
         yield {"section": "ceilings", "copy_tbps": ceilings.copy / 1e12, "matmul_tflops": ceilings.matmul / 1e12}
-        start = time.perf_counter()
-        engines = Engines(args.shape, "engine.device=cuda", f"kv_cache.num_slots={args.slots}", *args.overrides)
-        engines.load()
-        yield {"section": "load", "shape": args.shape, "seconds": round(time.perf_counter() - start, 2)}
-        yield from _timed(args, engines, ceilings, timed)
-        engines.shared.clear()
+        for method in (None,) if args.quantization is None else (None, args.quantization):
+            yield from _timed(args, ceilings, timed, method)
     if "startup" in wanted:
         yield attempt("startup", lambda: startup(args), shape=args.shape)
 
 
-def _timed(args: argparse.Namespace, engines: Engines, ceilings: Ceilings, wanted: list[str]) -> Iterator[Line]:
-    label = {"shape": engines.name}
+def _timed(args: argparse.Namespace, ceilings: Ceilings, wanted: list[str], method: str | None) -> Iterator[Line]:
+    """The sections of one model: with plain weights, or with random ones that `method` packed."""
+    packed = () if method is None else (f"model.quantization={method}",)
+    start = time.perf_counter()
+    engines = Engines(args.shape, "engine.device=cuda", f"kv_cache.num_slots={args.slots}", *packed, *args.overrides)
+    spec = engines.load().spec
+    label = {"shape": engines.name, "weights": spec.quantization or str(spec.dtype).removeprefix("torch.")}
+    yield {"section": "load", **label, "seconds": round(time.perf_counter() - start, 2)}
+    yield from _sections_of(args, engines, ceilings, wanted, label)
+    engines.shared.clear()
+
+
+def _sections_of(
+    args: argparse.Namespace, engines: Engines, ceilings: Ceilings, wanted: list[str], label: Line
+) -> Iterator[Line]:
+    batches = args.batch or BATCHES
     if "logits" in wanted:
         yield attempt("logits", lambda: check_logits(engines), **label)
     if "decode" in wanted:
-        for batch in BATCHES:
+        for batch in batches:
             yield attempt("decode", partial(decode, engines, (), batch, ceilings, prefilled=False), **label)
     if "ablate" in wanted:
-        for name in args.levers or ABLATIONS:
-            for batch in BATCHES:
-                yield attempt(
-                    "ablate",
-                    partial(decode, engines, ABLATIONS[name], batch, ceilings, prefilled=True),
-                    **label,
-                    levers=name,
-                )
+        for name, batch in product(args.levers or ABLATIONS, batches):
+            run = partial(decode, engines, ABLATIONS[name], batch, ceilings, prefilled=True)
+            yield attempt("ablate", run, **label, levers=name)
     if "prefill" in wanted:
         for budget in (8192, 16384):
             yield attempt("prefill", partial(prefill, engines, ceilings, 16, 4096, budget), **label)
@@ -201,9 +235,11 @@ def _timed(args: argparse.Namespace, engines: Engines, ceilings: Ceilings, wante
             run = partial(offline, engines, ABLATIONS[name], args.requests, budget, chunked=args.chunked)
             yield attempt("offline", run, **label, levers=name)
     if "profile" in wanted:
-        for batch in BATCHES:
+        for batch in batches:
             yield attempt("profile", partial(profile_steps, engines, batch, CONTEXT), **label, batch=batch)
         yield attempt("profile", lambda: profile_steps(engines, 4, 4096, prefill=True), **label, batch="prefill")
+    if "pool" in wanted:
+        yield attempt("pool", lambda: pool(engines), **label)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -211,6 +247,8 @@ def main(argv: Sequence[str]) -> int:
     parser = tool_parser(__name__, __doc__)
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES + EXPERT_SHAPES, help="of the model")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, separated by commas")
+    parser.add_argument("--batch", type=int, action="append", help="of sections decode, ablate, profile; 1, 32 and 256")
+    parser.add_argument("--quantization", choices=DRAWN, help="run all again with random weights that are packed so")
     parser.add_argument("--slots", type=int, default=NUM_SLOTS, help="of the KV pool")
     parser.add_argument("--requests", type=int, default=256, help="of the offline workload")
     parser.add_argument("--budget", type=int, action="append", help="tokens per step of the offline workload; 8192")

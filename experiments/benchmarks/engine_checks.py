@@ -119,7 +119,7 @@ def compare_logits(fused: torch.Tensor, modules: torch.Tensor, exact: torch.Tens
 
 
 def _in_float32(engines: Engines, model: LoadedModel) -> LoadedModel:
-    """The same weights in float32, unfused, beside `model`."""
+    """The same weights in float32, unfused, beside `model`; packed ones are those of the same seed."""
     exact = engines.another("engine.dtype=float32")
     with torch.no_grad():
         weights = dict(model.module.named_parameters())

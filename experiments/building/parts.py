@@ -153,6 +153,7 @@ def sizes_of(config: RunConfig) -> ModelSizes:
         dtype=config.engine.dtype,
         trust_remote_code=model.trust_remote_code,
         name=cast(str | None, model.name),
+        drawn=model.quantization if model.load_format == "dummy" else None,
     )
 
 

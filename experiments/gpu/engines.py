@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import re
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,13 @@ class Engines:
             "scheduler.max_num_batched_tokens=8192",
             *overrides,
         )
-        self._filled: TorchRunner | None = None
+        # Weak: a runner that `shared` lets go of must give its pool back.
+        self._filled: Callable[[], TorchRunner | None] = lambda: None
+
+    @property
+    def quantization(self) -> str | None:
+        """How the model's weights are packed; None: they are plain."""
+        return load_run(self._overrides).model.quantization
 
     def load(self) -> LoadedModel:
         """The model that they share; otherwise the first engine loads it."""
@@ -103,8 +110,8 @@ class Engines:
         parts = build_engine(load_run([*self._overrides, *overrides]), self.shared)
         parts.engine.ledger = None
         runner = runner_of(parts)
-        if runner is not self._filled:
-            self._filled = runner
+        if runner is not self._filled():
+            self._filled = weakref.ref(runner)
             for layer in range(parts.spec.num_layers):
                 runner.pool.data[:, layer].normal_()
         return parts

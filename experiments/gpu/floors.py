@@ -38,7 +38,7 @@ def shape_of(name: str) -> dict[str, Any]:
 
 
 class Floor(NamedTuple):
-    """What a forward must move and compute, whatever computes it; bf16.
+    """What a forward must move and compute, whatever computes it; bf16, or layers of 4 bits.
 
     Attributes:
         weight_bytes: matrices that any decode step reads: every layer's, and the output head's.
@@ -87,25 +87,36 @@ class Floor(NamedTuple):
         return self.weight_bytes + experts_read * self.expert_bytes
 
 
-def floor_of(shape: dict[str, Any]) -> Floor:
-    """The floor of a shape of the llama kind, dense or with experts in every layer and none that all tokens share."""
+# Bytes of a weight of 4 bits: a scale of 16 bits and a zero point for each group of 128.
+PACKED_BYTES = (4 + 16 / 128 + 4 / 128) / 8
+
+
+def floor_of(shape: dict[str, Any], *, packed: bool = False) -> Floor:
+    """The floor of a shape of the llama kind, dense or with experts in every layer and none that all tokens share.
+
+    Args:
+        shape: the content of its config.json.
+        packed: the layers' weights have 4 bits in groups of 128; routers and the output head have not.
+    """
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
     inner = shape.get("moe_intermediate_size", shape["intermediate_size"])
     count, top_k = shape.get("num_local_experts", shape.get("num_experts", 1)), shape.get("num_experts_per_tok", 1)
     experts = None if count == 1 else ExpertLoad(layers, count, top_k)
     heads, kv_heads, head_dim = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
     expert = 3 * hidden * inner
-    always = hidden * head_dim * (2 * heads + 2 * kv_heads) + (expert if experts is None else hidden * count)
-    layer = always if experts is None else always + top_k * expert
-    head = hidden * shape["vocab_size"]
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    router = 0 if experts is None else hidden * count
+    shared = attention + (expert if experts is None else 0)
+    layer = shared + router + (0 if experts is None else top_k * expert)
+    head, of_a_weight = hidden * shape["vocab_size"], PACKED_BYTES if packed else 2
     return Floor(
-        weight_bytes=2 * (layers * always + head),
+        weight_bytes=int(layers * (of_a_weight * shared + 2 * router) + 2 * head),
         layer_params=layers * layer,
         head_params=head,
-        tail_params=hidden * head_dim * heads + layer - hidden * head_dim * (2 * heads + 2 * kv_heads),
+        tail_params=hidden * head_dim * heads + layer - attention,
         kv_bytes_per_token=4 * layers * kv_heads * head_dim,
         attention_flops=4 * layers * heads * head_dim,
-        expert_bytes=0 if experts is None else 2 * expert,
+        expert_bytes=0 if experts is None else int(of_a_weight * expert),
         experts=experts,
     )
 

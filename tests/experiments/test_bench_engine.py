@@ -1,5 +1,7 @@
 """The engine benchmark's own parts, on the CPU."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -28,6 +30,15 @@ def test_floors_are_those_of_the_comparison(shape, batch, milliseconds):
     moved, flops = floor_of(shape_of(shape)).decode(batch, 1024)
     assert moved / 4.28e12 * 1e3 == pytest.approx(milliseconds, rel=0.02)
     assert flops / 687e12 < moved / 4.28e12
+
+
+def test_a_floor_of_packed_weights():
+    """Layers in 4.16 bits a weight, the head in 16: 7.0e9 and 0.53e9 of the 8B shape."""
+    floor = floor_of(shape_of("llama-3.1-8b"), packed=True)
+    assert floor.weight_bytes == pytest.approx(6.98e9 * 4.156 / 8 + 2 * 0.525e9, rel=0.001)
+    assert floor.decode(1, 1024)[0] / 4.05e12 * 1e3 == pytest.approx(1.19, rel=0.01)
+    mixture, plain = (floor_of(shape_of("mixtral-8x7b"), packed=packed) for packed in (True, False))
+    assert mixture.expert_bytes == pytest.approx(plain.expert_bytes * 4.156 / 16, rel=0.001)
 
 
 def test_prefilled_requests_decode_at_once():
@@ -93,6 +104,14 @@ def test_engines_of_one_setting_share_a_runner_whose_pool_is_full():
     assert runner_of(other) is runner_of(first)
     assert isinstance(other.engine.allocator, PrefilledAllocator)
     assert runner_of(engines.build("runner.fusions=true")) is not runner_of(first)
+
+
+def test_a_runner_that_is_let_go_of_gives_its_pool_back():
+    """Two pools at once would leave half of the card for the one that is measured."""
+    engines = tiny()
+    pool = weakref.ref(runner_of(engines.build()).pool)
+    engines.shared.drop_runner()
+    assert pool() is None
 
 
 @pytest.mark.slow
