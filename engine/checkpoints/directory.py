@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from kvarena.engine.checkpoints.hubs import cached_model
 from kvarena.engine.errors import ModelError
 
 # What holds engine, experiments, ...: a checkout, or an installation.
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent.parent
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What people have in place of a file: its address in Git LFS, or the page that a browser shows of it.
 _LFS = b"version https://git-lfs"
 _PAGES = (b"<!doctype html", b"<html")
@@ -29,12 +32,24 @@ def located(path: str | Path) -> Path:
     return shipped if shipped.exists() and not is_there else given
 
 
+def is_model_name(path: str | Path) -> bool:
+    """Whether `path` can only be a model's name on a hub: OWNER/NAME, and here is no folder OWNER."""
+    text = str(path)
+    if _MODEL_NAME.fullmatch(text) is None or text.endswith(".gguf"):
+        return False
+    return not any((place / text).parent.exists() for place in (Path(), PACKAGE_ROOT / "experiments"))
+
+
 def resolve_directory(path: str | Path) -> Path:
     """The model directory that `path` names: relative to the working directory, else one that comes with the project.
 
+    A model's name stands for the folder into which its hub's library has downloaded it; nothing is downloaded here.
+
     Raises:
-        ModelError: there is none. A name is never looked up on a model hub.
+        ModelError: there is none.
     """
+    if is_model_name(path):
+        return cached_model(str(path)).resolve()
     given = located(path)
     if given.is_dir():
         return given.resolve()

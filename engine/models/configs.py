@@ -20,6 +20,7 @@ from kvarena.engine.checkpoints import internvl
 from kvarena.engine.checkpoints.directory import (
     end_token,
     in_files,
+    is_model_name,
     one_line,
     read_config,
     resolve_directory,
@@ -65,7 +66,8 @@ def read_model_config(
         raise ConfigError(f"give model.path (a local directory) or model.shape, and not both: {what}")
     directory = None if path is None else resolve_directory(path)
     if directory is not None:
-        name = name or directory.name
+        # The folder of a downloaded model is called by its revision.
+        name = name or (Path(str(path)).name if is_model_name(str(path)) else directory.name)
         config = _read_config(directory, trust_remote_code)
     else:
         config = _config_from_shape(shape or {})
@@ -181,17 +183,23 @@ def _read_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
             return native_config(raw)
         except ModelError as error:
             raise ModelError(f"{directory}/config.json: {error}") from error
+    own_code = "auto_map" in raw
     if raw["model_type"] not in CONFIG_MAPPING:
-        if "auto_map" not in raw:
+        if not own_code:
             raise ModelError(
                 f"{directory}/config.json names model type {raw['model_type']!r}, which transformers "
                 f"{transformers.__version__} does not know"
             )
         if not trust_remote_code:
             raise ModelError(
-                f"{directory} brings its own Python code for model type {raw['model_type']!r}{in_files(raw)}; if you "
-                "have read and trust it, set model.trust_remote_code=true"
+                f"{directory} brings its own Python code for model type {raw['model_type']!r}{in_files(raw)}, which "
+                "nothing here stands in for; if you have read and trust it, set model.trust_remote_code=true"
             )
+    elif own_code and trust_remote_code and CONFIG_MAPPING[raw["model_type"]] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        logger.warning(
+            "%s: transformers has model type %r itself; without model.trust_remote_code=true none of the checkpoint's "
+            "own code%s would run", directory, raw["model_type"], in_files(raw),
+        )  # fmt: skip
     try:
         return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=trust_remote_code)
     # Anything: config classes check their fields in many ways.
@@ -213,8 +221,15 @@ def _config_from_shape(shape: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _check_architecture(config: PretrainedConfig, name: str, trust_remote_code: bool) -> None:
-    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+    auto_map = getattr(config, "auto_map", None) or {}
+    has_code = "AutoModelForCausalLM" in auto_map
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (has_code and trust_remote_code):
+        if has_code:
+            raise ModelError(
+                f"transformers has no causal language model for model type {config.model_type!r} of {name}, whose own "
+                f"code has one{in_files({'auto_map': auto_map})}; if you have read and trust it, set "
+                "model.trust_remote_code=true"
+            )
         raise ModelError(
             f"{name} cannot be run: transformers has no causal language model for model type {config.model_type!r}"
         )

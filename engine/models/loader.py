@@ -1,4 +1,4 @@
-"""Loads a model: a local directory's weights, or a shape with dummy weights. No hub is ever asked.
+"""Loads a model: a local directory's weights, or a shape with dummy weights. No hub is asked here.
 
 Weights go from the safetensors files to the device one by one, so host memory holds no second copy.
 """

@@ -1,15 +1,20 @@
-"""The model directory of a config, judged by its files: in milliseconds, before torch is loaded."""
+"""The model directory of a config, judged by its files: in milliseconds, before torch is loaded.
+
+A name on a hub is looked up here, at the door of every command, and nowhere else.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from kvarena.engine.checkpoints.check import check_checkpoint
+from kvarena.engine.checkpoints.directory import is_model_name
+from kvarena.engine.checkpoints.hubs import fetch_model
 from kvarena.experiments.settings.config import RunConfig
 
 
 def check_model(config: RunConfig, *, tokenizer: bool = False) -> Path | None:
-    """See that `model.path` holds what the run will read of it.
+    """See that `model.path` holds what the run will read of it. A model that a hub has is downloaded first.
 
     Args:
         config: of the run.
@@ -24,9 +29,12 @@ def check_model(config: RunConfig, *, tokenizer: bool = False) -> Path | None:
     model = config.model
     if model.path is None:
         return None
+    weights = model.load_format == "auto" and config.runner.kind == "torch"
+    if is_model_name(model.path):
+        fetch_model(model.path, weights=weights)
     return check_checkpoint(
         model.path,
-        weights=model.load_format == "auto" and config.runner.kind == "torch",
+        weights=weights,
         tokenizer=tokenizer,
         trust_remote_code=model.trust_remote_code,
         quantization=model.quantization if config.runner.kind == "torch" else None,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kvarena.engine.checkpoints.directory import is_model_name
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.importing import importing
 from kvarena.engine.server.engine.served import ServedEngine
@@ -48,8 +49,9 @@ def serve(config: RunConfig, choices: Mapping[str, str], words: Callable[[str], 
     if directory is None:
         raise ConfigError("mode=serve needs a tokenizer: set model.path to a model directory")
     strategy = {group: choices[group] for group in ("allocator", "scheduler")}
-    if not server.served_model_names and config.model.name:
-        server = replace(server, served_model_names=(str(config.model.name),))
+    known_as = config.model.name or (config.model.path if is_model_name(str(config.model.path)) else None)
+    if not server.served_model_names and known_as:
+        server = replace(server, served_model_names=(str(known_as),))
     server = server.with_keys(os.environ)
     model = ModelFiles(str(directory), config.model.trust_remote_code, words)
     return run_server(server, model, functools.partial(build_served_engine, config, strategy, words))

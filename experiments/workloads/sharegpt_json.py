@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from kvarena.engine.checkpoints.directory import located
+from kvarena.engine.checkpoints.directory import is_model_name, located, resolve_directory
 from kvarena.engine.checks import check_bool, check_int
 from kvarena.engine.errors import ConfigError, TraceError
 from kvarena.experiments.workloads.parts.base import LengthTable, LimitedWorkload
@@ -129,7 +129,9 @@ class ShareGPTJsonWorkload(LimitedWorkload):
     def _load_tokenizer(self) -> Any:
         from tokenizers import Tokenizer
 
-        path = located(self._tokenizer_path)  # as model.path is looked for, from which the default comes
+        # As model.path is looked for, from which the default comes.
+        given = self._tokenizer_path
+        path = resolve_directory(given) if is_model_name(given) else located(given)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
             tokenizer = Tokenizer.from_file(str(file))

@@ -26,6 +26,7 @@ from image_checkpoints import (
 )
 
 from kvarena import LLM, SamplingParams
+from kvarena.engine.checkpoints.directory import resolve_directory
 from kvarena.engine.checkpoints.internvl import CONVERSATIONS, conversation, tiling_of
 from kvarena.engine.clock import VirtualClock
 from kvarena.engine.core import Engine, run_to_completion
@@ -421,3 +422,21 @@ def test_an_identity_is_of_pixels_and_of_how_they_were_made(original):
     }
     assert len(names) == 5 and all(name > 2**255 for name in names)
     assert identity(cut, IMAGES[0].size, make_tiles(cut, IMAGES[0])) in names
+
+
+def test_whose_code_a_flag_would_run_is_said(tmp_path, caplog):
+    """Of a type that transformers has the flag is needless; of one without a causal class its files are named."""
+    auto_map = {"AutoConfig": "configuration_own.C", "AutoModelForCausalLM": "modeling_own.M"}
+    config = json.loads((resolve_directory("models/demo") / "config.json").read_text()) | {"auto_map": auto_map}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model_config(tmp_path, None, None, trust_remote_code=False).config.model_type == "llama"
+    assert not caplog.text
+    (tmp_path / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\nclass C(LlamaConfig):\n    pass\n"
+    )
+    read_model_config(tmp_path, None, None, trust_remote_code=True)
+    assert "transformers has model type 'llama' itself" in caplog.text
+    assert "(configuration_own.py, modeling_own.py) would run" in caplog.text
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2", "auto_map": auto_map}))
+    with pytest.raises(ModelError, match=r"no causal language model .* \(configuration_own.py, modeling_own.py\); if"):
+        read_model_config(tmp_path, None, None, trust_remote_code=False)
