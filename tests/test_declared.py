@@ -99,7 +99,7 @@ def test_the_main_job_needs_no_extra():
     beside_server = {module for module in reached(MAIN) if not module.startswith("kvarena.engine.server.")}
     late = set().union(*(foreign(module) for module in beside_server)) - modules_of(CORE)
     # uvloop: where it is there, it carries the HTTP client
-    assert late == {"cuda", "humming", "mlflow", "ray", "uvloop", "wandb"}
+    assert late == {"cuda", "humming", "mlflow", "modelscope", "ray", "uvloop", "wandb"}
 
 
 def test_extras_are_named_as_they_are_declared():

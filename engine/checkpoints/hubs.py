@@ -127,7 +127,7 @@ def _reason(error: Exception) -> str:
 def _not_found(model: str, why: str) -> str:
     commands = " or ".join(hub.command.format(model) for hub in HUBS)
     missing = [hub for hub in HUBS if hub not in _installed()]
-    more = "".join(f"; pip install {hub.package} to look on {hub.name} too" for hub in missing)
+    more = "".join(f"; pip install {hub.package} to look at {hub.name} too" for hub in missing)
     return (
         f"model.path={model} is no folder here, and as a model's name: {why}{more}. Where there is a network: "
         f"{commands}, and give DIR"

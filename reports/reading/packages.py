@@ -11,6 +11,7 @@ EXTRAS = {
     "serve": ("fastapi", "httpcore", "llguidance", "msgpack", "starlette", "uvicorn", "uvloop"),
     "gpu": ("accelerate", "cuda"),
     "quantized": ("humming",),
+    "modelscope": ("modelscope",),
     "sweep": ("joblib", "optuna", "submitit"),
     "ray": ("ray",),
     "tracking": ("alembic", "mlflow", "sqlalchemy", "wandb"),

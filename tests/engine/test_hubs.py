@@ -6,7 +6,6 @@ from types import ModuleType, SimpleNamespace
 
 import huggingface_hub
 import pytest
-from server_harness import ROOT
 
 from kvarena import LLM
 from kvarena.engine.checkpoints import hubs
@@ -16,7 +15,7 @@ from kvarena.engine.errors import ModelError
 from kvarena.engine.models import load_model, load_tokenizer
 from kvarena.experiments.building.model_files import check_model
 
-DEMO = ROOT / "experiments" / "models" / "demo"
+DEMO = resolve_directory("models/demo")
 
 
 class NetworkError(Exception):
