@@ -3,7 +3,8 @@
     python -m kvarena.experiments.serving.stub_engine serve models/demo --port 8000 --fronts 2
 
 It shows what the web front costs by itself (experiments/benchmarks/front.py), and lets tests inject faults: a step with
-`--fail-token` in a prompt fails, one with `--full-token` finds no memory, one with `--hang-token` never ends.
+`--fail-token` in a prompt fails, one with `--full-token` or of more than `--full-tokens` finds no memory, one with
+`--hang-token` never ends.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from kvarena.engine.server.shared.ipc import EngineInfo
 from kvarena.reports.reading.options import Options
 from kvarena.schedulers.chunked import ChunkedScheduler
 
+FULL = "out of memory on a stub: 2.00 GiB were asked for and 1.00 GiB were free"
+
 
 @dataclass(frozen=True)
 class StubOptions:
@@ -40,8 +43,10 @@ class StubOptions:
         fail_token: a step that computes a prompt with this token raises.
         full_token: a step that computes a prompt with this token finds the device's memory full.
         hang_token: a step that computes a prompt with this token sleeps for ever.
+        full_tokens: a step of more tokens finds the device's memory full; 0: none does.
         num_blocks: pool, in blocks of 16 slots.
         max_num_seqs: requests per step.
+        max_num_batched_tokens: tokens per step.
         max_model_len: tokens.
     """
 
@@ -50,8 +55,10 @@ class StubOptions:
     fail_token: int = -1
     full_token: int = -1
     hang_token: int = -1
+    full_tokens: int = 0
     num_blocks: int = 65536
     max_num_seqs: int = 512
+    max_num_batched_tokens: int = 8192
     max_model_len: int = 8192
 
 
@@ -61,7 +68,8 @@ class StubRunner:
     def __init__(self, options: StubOptions) -> None:
         self._options = options
         self._next = 0
-        self._checks = max(options.fail_token, options.full_token, options.hang_token) >= 0
+        tokens = max(options.fail_token, options.full_token, options.hang_token)
+        self._checks = tokens >= 0 or options.full_tokens > 0
 
     def execute(self, plan: StepPlan, allocator: KVAllocator) -> ReadyTokens:  # noqa: ARG002
         """A token for each entry that samples."""
@@ -76,11 +84,13 @@ class StubRunner:
         return ReadyTokens(StepResult(tokens))
 
     def _inject(self, plan: StepPlan) -> None:
+        if 0 < self._options.full_tokens < plan.num_new_tokens:
+            raise OutOfMemory(FULL)
         for req, _, _ in plan.scheduled:
             if self._options.fail_token in req.prompt_token_ids:
                 raise RuntimeError("an injected fault")
             if self._options.full_token in req.prompt_token_ids:
-                raise OutOfMemory("out of memory on a stub: 2.00 GiB were asked for and 1.00 GiB were free")
+                raise OutOfMemory(FULL)
             if self._options.hang_token in req.prompt_token_ids:
                 time.sleep(3600)
 
@@ -95,7 +105,7 @@ def build(options: StubOptions) -> ServedEngine:
         allocator=allocator,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=max(8192, options.max_num_seqs),
+        max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_num_seqs),
     )
     engine = Engine(scheduler, allocator, StubRunner(options), WallClock())
     info = EngineInfo(
@@ -122,7 +132,10 @@ def main(argv: list[str] | None = None) -> int:
         ("fail-token", int, "a step fails that has it in a prompt"),
         ("full-token", int, "a step finds no memory that has it in a prompt"),
         ("hang-token", int, "a step never ends that has it in a prompt"),
+        ("full-tokens", int, "a step finds no memory that has more tokens; 0: none does"),
         ("num-blocks", int, "of the KV pool"),
+        ("max-num-seqs", int, "requests of a step"),
+        ("max-num-batched-tokens", int, "tokens of a step, at least one a request"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(StubOptions, name.replace("-", "_")), help=said)
     flags = parser.parse_args(argv)
@@ -132,8 +145,9 @@ def main(argv: list[str] | None = None) -> int:
         directory = resolve_directory(flags.model)
         vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
         options = StubOptions(
-            vocab_size, flags.step_time, flags.fail_token, flags.full_token, flags.hang_token, flags.num_blocks
-        )
+            vocab_size, flags.step_time, flags.fail_token, flags.full_token, flags.hang_token, flags.full_tokens,
+            flags.num_blocks, flags.max_num_seqs, flags.max_num_batched_tokens,
+        )  # fmt: skip
         return serve(ServerConfig.from_dict(values), ModelFiles(str(directory)), functools.partial(build, options))
     except KvarenaError as error:
         print(f"error: {error}", file=sys.stderr)
