@@ -21,7 +21,7 @@ from kvarena.allocators.blocks import BlockPool
 from kvarena.allocators.hash_index import HashIndex
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.allocators.prefix_index import PrefixIndex
-from kvarena.engine.contract import cdiv
+from kvarena.engine.contract import CacheObserver, cdiv
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request
 
@@ -40,17 +40,25 @@ class _Stand:
 class CachingPool(BlockPool):
     """Blocks that come back free, or stay in the index until their room is needed."""
 
-    __slots__ = ("_index",)
+    __slots__ = ("_index", "observer")
 
     def __init__(self, num_blocks: int, index: PrefixIndex) -> None:
         super().__init__(1, num_blocks)
         self._index = index
+        self.observer: CacheObserver | None = None
 
     def take(self, num_blocks: int) -> list[int]:
         """Take free blocks, and evict what is missing."""
         if num_blocks > self.num_free:
-            super().give(self._index.evict(num_blocks - self.num_free))
+            self.evict(num_blocks - self.num_free)
         return super().take(num_blocks)
+
+    def evict(self, num_blocks: int) -> None:
+        """Free so many blocks of the index."""
+        blocks = self._index.evict(num_blocks)
+        super().give(blocks)
+        if self.observer is not None:
+            self.observer.removed(blocks)
 
     def give(self, blocks: Iterable[int]) -> None:
         """Keep published blocks in the cache; free the others."""
@@ -77,7 +85,7 @@ class PrefixCachingAllocator(PagedAllocator):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._index = self.make_index(self.block_size)
-        self._pool = CachingPool(self.num_blocks, self._index)
+        self._pool: CachingPool = CachingPool(self.num_blocks, self._index)
         self._stands: dict[Request, _Stand] = {}
 
     @property
@@ -92,7 +100,15 @@ class PrefixCachingAllocator(PagedAllocator):
         return self._index.evictable_blocks()
 
     def clear_cache(self) -> None:
-        self._pool.give(self._index.evict(self._index.num_evictable))
+        self._pool.evict(self._index.num_evictable)
+
+    @property
+    def observer(self) -> CacheObserver | None:
+        return self._pool.observer
+
+    @observer.setter
+    def observer(self, observer: CacheObserver | None) -> None:
+        self._pool.observer = observer
 
     def commit(self, req: Request) -> None:
         """Publish the blocks that became full."""
@@ -103,9 +119,11 @@ class PrefixCachingAllocator(PagedAllocator):
     def _publish(self, req: Request, stand: _Stand, num_blocks: int) -> None:
         """Put blocks up to `num_blocks` into the index; it may put equal blocks of its own in their place."""
         if num_blocks > stand.num_blocks:
-            table = self._tables[req]
-            node, replaced, shared = self._index.publish(stand.node, req, table, stand.num_blocks, num_blocks)
+            table, start = self._tables[req], stand.num_blocks
+            node, replaced, shared = self._index.publish(stand.node, req, table, start, num_blocks)
             self._stands[req] = _Stand(node, num_blocks, self.block_size)
+            if self.observer is not None:
+                self.observer.stored(req, table, start, [block in self._index for block in table[start:num_blocks]])
             self._share(shared)
             self._pool.give(replaced)
 
@@ -126,6 +144,8 @@ class PrefixCachingAllocator(PagedAllocator):
         if cdiv(num_tokens, self.block_size) - num_hits > self.num_free_blocks - num_evictable:
             return False
         self._share(hit.in_use)
+        if self.observer is not None:
+            self.observer.found(req, hit.blocks)
         self._stand(req, hit.node, num_hits, hit.blocks)
         self._tables[req] = hit.blocks
         req.num_computed_tokens = num_cached
@@ -140,6 +160,8 @@ class PrefixCachingAllocator(PagedAllocator):
         stand = self._stands.pop(req, None)
         if stand is not None:
             self._index.leave(stand.node)
+        if self.observer is not None:
+            self.observer.left(req)
 
     def swap_in(self, req: Request) -> bool:
         """Bring the KV back into blocks of its own; `commit` publishes them like new ones."""

@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kvarena.engine import checks
 from kvarena.engine.checked import Checked
@@ -138,6 +138,29 @@ class KVUsage(NamedTuple):
     shared_saved: int = 0
 
 
+class CacheObserver(Protocol):
+    """Told what a prefix cache holds, in the order in which that changes. It changes nothing."""
+
+    def found(self, req: Request, blocks: Sequence[int]) -> None:
+        """`req` was admitted with these cached blocks as its first ones."""
+        ...
+
+    def stored(self, req: Request, table: Sequence[int], start: int, cached: Sequence[bool]) -> None:
+        """Blocks [start, start + len(cached)) of `req`'s table are full; `cached` tells which of them the cache holds.
+
+        Those that it does not are copies of its own that nobody finds. Some that it does may have been told before.
+        """
+        ...
+
+    def removed(self, blocks: Sequence[int]) -> None:
+        """The cache holds these blocks no more."""
+        ...
+
+    def left(self, req: Request) -> None:
+        """`req` owns nothing any more. May come twice."""
+        ...
+
+
 class KVAllocator(metaclass=Checked):
     """Base of all allocators: who owns which slots. Knows blocks, never tensors.
 
@@ -157,6 +180,7 @@ class KVAllocator(metaclass=Checked):
         no_window: why this allocator takes no sliding window; None where it does.
         commits: whether `commit` does anything; without, nobody need call it.
         reads_tokens: whether token ids decide what a request owns (a prefix cache).
+        observer: told of the prefix cache's blocks, by an allocator that has one; set while the cache is empty.
 
     Raises:
         ConfigError: a value out of range.
@@ -168,6 +192,7 @@ class KVAllocator(metaclass=Checked):
     commits: bool = False
     reads_tokens: bool = False
     num_host_blocks: int = 0
+    observer: CacheObserver | None = None
     _set_by_base = "kv_bytes_per_token"
 
     def __init__(

@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULE_OF = {
     "pillow": "PIL", "hydra-core": "hydra", "prometheus-client": "prometheus_client", "pyyaml": "yaml",
     "protobuf": "google", "typing-extensions": "typing_extensions", "cuda-bindings": "cuda",
-    "humming-kernels": "humming",
+    "humming-kernels": "humming", "pyzmq": "zmq",
     "mlflow-skinny": "mlflow", "opentelemetry-sdk": "opentelemetry",
 }  # fmt: skip
 FOR_OTHERS = {

@@ -123,6 +123,11 @@ def _add_web(add: Callable[..., Any]) -> None:
     add("--max-logprobs", type=int, metavar="N", help="most log-probabilities of a token (default: 20)")
     add("--otlp-traces-endpoint", metavar="URL", help="OpenTelemetry collector (default: none)")
     add("--disable-access-log", "--disable-log-requests", action="store_true", help="log no line for each request")
+    add(
+        "--kv-events-config",
+        metavar="JSON",
+        help="publish what the prefix cache holds: '{\"enable_kv_cache_events\": true}' (default: not)",
+    )
     add("--ssl-certfile", metavar="FILE", help="certificate for HTTPS (default: plain HTTP)")
     add("--ssl-keyfile", metavar="FILE", help="its private key")
     add("--ssl-keyfile-password", metavar="TEXT", help="of the private key")

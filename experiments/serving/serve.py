@@ -24,6 +24,7 @@ from kvarena.experiments.building.model_files import check_model
 from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.explain import explain
 from kvarena.reports.reading.names import cell_name
+from kvarena.reports.reading.packages import missing_extra
 
 if TYPE_CHECKING:  # torch
     from kvarena.experiments.building.parts import EngineParts
@@ -53,6 +54,8 @@ def serve(config: RunConfig, choices: Mapping[str, str], words: Callable[[str], 
     if not server.served_model_names and known_as:
         server = replace(server, served_model_names=(str(known_as),))
     server = server.with_keys(os.environ)
+    if server.kv_events.is_on and (missing := missing_extra("events")):
+        raise ConfigError(f"server.kv_events: {missing}")
     model = ModelFiles(str(directory), config.model.trust_remote_code, words)
     return run_server(server, model, functools.partial(build_served_engine, config, strategy, words))
 

@@ -21,6 +21,7 @@ FLAGS = {
     "server.otlp_endpoint": "--otlp-traces-endpoint",
     "server.log_requests": "--disable-access-log",
     "server.max_images": "--limit-mm-per-prompt",
+    "server.kv_events": "--kv-events-config",
 }
 SAME_NAME = (
     "model.trust_remote_code", "model.load_format", "model.quantization", "engine.dtype", "engine.device",

@@ -9,6 +9,7 @@ OURS = ("kvarena", "allocators", "engine", "experiments", "hydra_plugins", "repo
 # What only some commands need, by the extra of pyproject.toml that brings it along: modules by their own names.
 EXTRAS = {
     "serve": ("fastapi", "httpcore", "llguidance", "msgpack", "starlette", "uvicorn", "uvloop"),
+    "events": ("cbor2", "zmq"),
     "gpu": ("accelerate", "cuda"),
     "quantized": ("humming",),
     "modelscope": ("modelscope",),

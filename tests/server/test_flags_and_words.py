@@ -25,7 +25,7 @@ VALUES = {
     "--device": "cpu", "--gpu-memory-utilization": "0.3", "--max-model-len": "99", "--max-num-seqs": "6",
     "--max-num-batched-tokens": "77", "--block-size": "8", "--num-gpu-blocks-override": "55",
     "--kv-cache-memory-gib": "1.5", "--swap-space": "2", "--seed": "7", "--model": "there",
-    "--quantization": "awq",
+    "--quantization": "awq", "--kv-events-config": '{"enable_kv_cache_events": true}',
     "--set": "driver.probe=false",
     "--ssl-certfile": "a", "--ssl-keyfile": "b", "--ssl-keyfile-password": "c", "--ssl-ca-certs": "d",
     "--api-key-file": "README.md", "--protect": "/metrics",

@@ -164,6 +164,10 @@ def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) 
         data = metrics.render(rows, service.model_names[0], facts)
         return Response(data, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @app.get("/kv_event_sources", summary="Where each engine publishes its KV events", responses=_responses())
+    async def kv_event_sources() -> dict[str, dict[str, Any]]:
+        return {"0": service.info.kv_events} if service.info.kv_events else {}
+
 
 def _add_model_routes(app: FastAPI, service: Service) -> None:
     def card(name: str) -> dict[str, Any]:

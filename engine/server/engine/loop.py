@@ -75,15 +75,21 @@ class EngineLoop:
         self._row.set("vllm:engine_sleep_state", 1, "awake")
         self._row.set("state", metrics.READY)
         beat.start()
+        feed = self._served.feed
         try:
             while self._receive():
                 if self._engine.has_work:
                     self._step()
+                    if feed is not None:
+                        feed.flush()
                 self._send()
                 self._gauges.update(self._links, self._intake.outs, self._intake.requests.values())
         except BaseException:
             self._row.set("state", metrics.FAILED)
             raise
+        finally:
+            if feed is not None:
+                feed.close()
 
     def _beat(self) -> None:
         while True:

@@ -10,7 +10,8 @@ from kvarena.engine.core import Engine
 from kvarena.engine.request import Request
 from kvarena.engine.server.shared.ipc import EngineInfo, ToFront, pack_ids
 
-if TYPE_CHECKING:  # llguidance: the supervisor imports this, too
+if TYPE_CHECKING:  # llguidance and ZeroMQ: the supervisor imports this, too
+    from kvarena.engine.server.engine.event_publisher import CacheFeed
     from kvarena.engine.server.engine.grammars import CompiledGrammar
 
 
@@ -23,12 +24,14 @@ class ServedEngine:
         info: what the fronts are told.
         compile_grammar: compiles a grammar from (kind, grammar), or None when the runner cannot constrain tokens.
         words: turns the settings that a message names into the words of the command that was given.
+        feed: publishes what the prefix cache holds, or None.
     """
 
     engine: Engine
     info: EngineInfo
     compile_grammar: Callable[[str, str], CompiledGrammar] | None = None
     words: Callable[[str], str] = str
+    feed: CacheFeed | None = None
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

@@ -19,10 +19,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from kvarena.engine.errors import KvarenaError
+from kvarena.engine.errors import ConfigError, KvarenaError
 from kvarena.engine.importing import importing
 from kvarena.engine.server.engine.loop import EngineLoop
 from kvarena.engine.server.engine.served import ServedEngine
@@ -32,6 +33,7 @@ from kvarena.engine.server.processes.suspicion import Suspicion
 from kvarena.engine.server.shared import metrics
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.ipc import socket_pair
+from kvarena.engine.server.shared.kv_events import KVEventsConfig
 from kvarena.engine.server.shared.page import Page
 
 logger = logging.getLogger("kvarena.supervisor")
@@ -49,18 +51,15 @@ EngineFactory = Callable[[], ServedEngine]
 
 
 def run_engine(
-    factory: EngineFactory,
-    fronts: list[socket.socket],
-    control: socket.socket,
-    page: Page,
-    max_num_queued_requests: int,
+    factory: EngineFactory, fronts: list[socket.socket], control: socket.socket, page: Page, config: ServerConfig
 ) -> None:
     """The engine process's main function; does not return."""
     start_log()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
-        loop = EngineLoop(factory(), fronts, control, page, max_num_queued_requests)
+        served = _with_feed(factory(), config.kv_events)
+        loop = EngineLoop(served, fronts, control, page, config.max_num_queued_requests)
     except KvarenaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
@@ -72,6 +71,20 @@ def run_engine(
         logger.error("the engine has failed: %s", error)
         sys.exit(ENGINE_FAILED)
     end_process()
+
+
+def _with_feed(served: ServedEngine, config: KVEventsConfig) -> ServedEngine:
+    """`served`, publishing what its prefix cache holds where that is asked for. Raises ConfigError."""
+    if not config.is_on:
+        return served
+    from kvarena.engine.server.engine.event_publisher import CacheFeed  # ZeroMQ
+
+    try:
+        feed = CacheFeed(served.engine.allocator, config.of_rank(0), 0)
+    except ConfigError as error:
+        raise ConfigError(served.words(str(error))) from error
+    logger.info("KV events are published at %s", feed.config.endpoint)
+    return replace(served, feed=feed, info=replace(served.info, kv_events=asdict(feed.config)))
 
 
 def _run_front(*args: Any) -> None:
@@ -118,7 +131,7 @@ class Supervisor:
         pairs = [socket_pair() for _ in self._listeners]
         control, theirs = socket_pair()
         self._controls.append(control)
-        args = (self._factory, [pair[0] for pair in pairs], theirs, self._page, self._config.max_num_queued_requests)
+        args = (self._factory, [pair[0] for pair in pairs], theirs, self._page, self._config)
         self._processes.append(self._spawn("kvarena-engine", run_engine, args))
         theirs.close()
         for index, pair in enumerate(pairs):

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from kvarena.engine.checks import TEXT, TRUTH, Must, Section, integer, is_number, number, one_of
 from kvarena.engine.errors import ConfigError
+from kvarena.engine.server.shared.kv_events import KVEventsConfig
 
 # Asked for without a key by orchestrators, boards and browsers, as of vLLM's server; `protected_paths` closes them.
 # The pages hold no data: their scripts ask for it, with a key.
@@ -72,6 +73,7 @@ class ServerConfig(Section):
         otlp_endpoint: OpenTelemetry collector (http), or None.
         log_requests: write an access log line per request.
         enable_dashboard: serve the playground at `/`, and `/dashboard`.
+        kv_events: how engines publish what their prefix caches hold.
 
     Raises:
         ConfigError: a value out of range; the message names the key.
@@ -113,6 +115,7 @@ class ServerConfig(Section):
     otlp_endpoint: str | None = None
     log_requests: Annotated[bool, TRUTH] = True
     enable_dashboard: Annotated[bool, TRUTH] = True
+    kv_events: KVEventsConfig = field(default_factory=KVEventsConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,6 +178,8 @@ class ServerConfig(Section):
                 value = tuple(str(item) for item in value)
             if key == "num_fronts" and value is None:
                 continue
+            if key == "kv_events":
+                value = KVEventsConfig.read(value)
             made[key] = value
         return cls(**made)
 

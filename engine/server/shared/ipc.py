@@ -65,6 +65,7 @@ class EngineInfo:
         facts: labels of the cache's configuration in `/metrics`.
         about: what the pages call this engine.
         defaults: sampling parameters of the model's generation_config.json; the front's own, where they are read.
+        kv_events: how it publishes what its prefix cache holds; empty: it does not.
     """
 
     max_model_len: int
@@ -79,6 +80,7 @@ class EngineInfo:
     facts: dict[str, str] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, float] = field(default_factory=dict)
+    kv_events: dict[str, Any] = field(default_factory=dict)
 
     def default_length(self, fallback: int | None) -> int | None:
         """Output tokens of a request that asks for no number: the model's own, else `fallback`."""
