@@ -37,6 +37,7 @@ class PackedEntry:
         num_groups: scales of an output; 1: one for all inputs.
         group_size: inputs of a group; the last one may have fewer.
         bits: of a code: 4 or 8.
+        share: of its parts' bytes that are its own: less than 1 for some outputs of a matrix that holds more.
     """
 
     name: str
@@ -46,11 +47,12 @@ class PackedEntry:
     num_groups: int
     group_size: int
     bits: int = 4
+    share: float = 1.0
 
     @property
     def num_bytes(self) -> int:
         """Bytes of its parts in the files."""
-        return sum(part.num_bytes for part in self.parts.values())
+        return round(self.share * sum(part.num_bytes for part in self.parts.values()))
 
     @property
     def kind(self) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from kvarena.engine.checkpoints.check import check_checkpoint
 from kvarena.engine.checkpoints.directory import one_line, read_config
 from kvarena.engine.checkpoints.kinds import DEQUANTIZED
-from kvarena.engine.checkpoints.packed import PackedCheckpoint, packed_checkpoint
+from kvarena.engine.checkpoints.packed import packed_checkpoint
 from kvarena.engine.checkpoints.packed_settings import check_drawn
 from kvarena.engine.checkpoints.weights import weight_bytes
 from kvarena.engine.errors import ConfigError, ModelError
@@ -42,6 +42,9 @@ from kvarena.engine.models.spec import LoadedModel, ModelSpec
 from kvarena.engine.pool.memory_limits import free_bytes, is_out_of_memory, size_text
 from kvarena.engine.quantization.experts import packed_weights
 from kvarena.engine.quantization.state import PackedTensors
+
+if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
+    from kvarena.engine.models.composite import Composite
 
 LOAD_FORMATS = ("auto", "dummy")
 # Decoder layers, as model classes name their lists of them.
@@ -100,19 +103,18 @@ def load_model(
             # Imported here: of a model that reads text nothing of it is needed.
             from kvarena.engine.models.composite import Composite
 
-            composite = Composite(whole, directory, shape, has_weights=has_weights)
-        text = None if composite is None else composite.text
+            composite = Composite(whole, directory, shape, torch.device(device), has_weights=has_weights)
         if (directory is None or not has_weights) and quantization is not None:
             module, packing = _packed_dummy(config, weights, device, seed, trust_remote_code, name, quantization)
         elif directory is None or not has_weights:
             module = build_dummy(config, weights, device, seed, trust_remote_code, name)
         else:
-            module, packing = _from_directory(directory, config, weights, device, trust_remote_code, text)
+            module, packing = _from_directory(directory, config, weights, device, trust_remote_code, composite)
         module.eval().requires_grad_(False)
         loaded = _describe(module, config.get_text_config(), name, directory, own_end, packing)
         if composite is None:
             return loaded
-        images = composite.encoder(module, torch.device(device), seed, image_cache_bytes)
+        images = composite.encoder(module, seed, image_cache_bytes)
         return replace(loaded, images=images)
 
 
@@ -164,9 +166,9 @@ def _from_directory(
     dtype: torch.dtype | str,
     device: str | torch.device,
     trust_remote_code: bool,
-    tensors: dict[str, Any] | None,
+    composite: Composite | None,
 ) -> tuple[nn.Module, str]:
-    """A causal language model with its weights: all of the directory's, or `tensors` of these.
+    """A causal language model with its weights: all of the directory's, or those of a `composite`'s language model.
 
     Returns:
         The module, and `ModelSpec.quantization`.
@@ -192,15 +194,16 @@ def _from_directory(
         _check_host(str(directory), config, dtype, free, trust_remote_code)
     load = None
     if checkpoint is not None and isinstance(dtype, torch.dtype):
-        stay_packed = tensors is None and keeps_packed(target)
-        load = _planned(checkpoint, config, dtype, target, trust_remote_code, stay_packed=stay_packed)
+        packed = PackedTensors(checkpoint, dtype, target) if composite is None else composite.packed(checkpoint)
+        load = _planned(packed, config, dtype, target, trust_remote_code)
+    if composite is not None:
+        config.tie_word_embeddings = "lm_head.weight" not in composite.text
     try:
-        if tensors is not None:
+        if load is not None and isinstance(dtype, torch.dtype):
+            loaded: Any = load_packed(load, config, dtype, **options)
+        elif composite is not None:
             kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            config.tie_word_embeddings = "lm_head.weight" not in tensors
-            loaded: Any = kind.from_pretrained(None, state_dict=tensors, config=config, dtype=dtype, **options)
-        elif load is not None and isinstance(dtype, torch.dtype):
-            loaded = load_packed(load, config, dtype, **options)
+            loaded = kind.from_pretrained(None, state_dict=composite.text, config=config, dtype=dtype, **options)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(
                 str(directory),
@@ -221,18 +224,17 @@ def _from_directory(
 
 
 def _planned(
-    checkpoint: PackedCheckpoint,
+    tensors: PackedTensors,
     config: PretrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
     trust_remote_code: bool,
-    *,
-    stay_packed: bool,
 ) -> PackedLoad:
     """What becomes of packed weights, said in a line; the config forgets that they are. Raises ModelError."""
     forget_packing(config)
+    checkpoint = tensors.checkpoint
     shape = build_dummy(config, dtype, "meta", 0, trust_remote_code, str(checkpoint.directory))
-    load = plan_packed(PackedTensors(checkpoint, dtype, device), shape, stay_packed=stay_packed)
+    load = plan_packed(tensors, shape, stay_packed=keeps_packed(device))
     # Dequantised weights take four times what the files do: a line that nobody has to ask for.
     level = logging.INFO if len(load.kept) == len(checkpoint.entries) else logging.WARNING
     logger.log(level, "%s: %s", checkpoint.directory, load.describe())

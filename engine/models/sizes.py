@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import InternVLConfig
 
 from kvarena.engine.checkpoints.directory import read_config
 from kvarena.engine.checkpoints.packed import PackedCheckpoint, packed_checkpoint
@@ -122,7 +123,7 @@ def _sizes(
     drawn: str | None,
 ) -> ModelSizes:
     with quiet_transformers():
-        config, directory, name, _ = read_model_config(path, shape, name, trust_remote_code)
+        config, directory, name, whole = read_model_config(path, shape, name, trust_remote_code)
         module = build_dummy(config, weights_dtype(dtype, config), "meta", 0, trust_remote_code, name).eval()
         for part in module.modules():
             # They choose their frequencies by the values of positions, which the meta device has not.
@@ -144,18 +145,26 @@ def _sizes(
         num_layer_weights=spec.num_parameters - sum(outside.values()),
         num_head_weights=head.numel(),
         num_experts=max(count for count in (1, *num_experts) if isinstance(count, int)),
-        saved_bytes=_saved_bytes(_packing(directory, module, name, drawn), module),
+        saved_bytes=_saved_bytes(_packing(directory, module, name, drawn, whole), module),
     )
 
 
-def _packing(directory: Path | None, module: nn.Module, name: str, drawn: str | None) -> PackedCheckpoint | None:
+def _packing(
+    directory: Path | None, module: nn.Module, name: str, drawn: str | None, whole: InternVLConfig | None
+) -> PackedCheckpoint | None:
     """How the weights are packed; None: not, or in a directory without weights, whose layers nothing tells."""
     if drawn is not None:
         check_drawn(drawn)
         return packed_shape(module, name, drawn)
     if directory is None or not any(directory.glob("*.safetensors")):
         return None
-    return packed_checkpoint(directory, read_config(directory))
+    found = packed_checkpoint(directory, read_config(directory))
+    if found is None or whole is None:
+        return found
+    # Imported here: of a model that reads text nothing of it is needed.
+    from kvarena.engine.vision.weights import packed_text, part_checkpoint
+
+    return packed_text(part_checkpoint(directory, whole, torch.device("cpu")).text, found).checkpoint
 
 
 def _saved_bytes(checkpoint: PackedCheckpoint | None, module: nn.Module) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -152,6 +153,10 @@ class PackedSource:
         """As a slice of a file: what its scales are."""
         return (self.entry.parts.get("scales") or self.entry.parts["weight_scale"]).dtype
 
+    def rows_as(self, name: str, rows: Tensor | None) -> PackedSource:
+        """Some of its outputs as a layer of their own, called `name`. `rows`: int64; None: all of them."""
+        return _Rows(self, name, rows)
+
     def __getitem__(self, index: Any) -> Tensor:
         """The dequantised weight, or a part of it."""
         return self.load().dequantize(self._dtype)[index]
@@ -160,6 +165,43 @@ class PackedSource:
     def _has_zeros(self) -> bool:
         parts, weight = self.entry.parts, self.entry.parts.get("weight")
         return "qzeros" in parts or ("weight_zero_point" in parts and (weight is None or weight.dtype == "I8"))
+
+
+class _Rows(PackedSource):
+    """Outputs of a packed layer that the model has in several: read with the whole, and chosen."""
+
+    def __init__(self, whole: PackedSource, name: str, rows: Tensor | None) -> None:
+        num_outputs = whole.entry.num_outputs if rows is None else len(rows)
+        share = whole.entry.share * num_outputs / whole.entry.num_outputs
+        self.entry = replace(whole.entry, name=name, num_outputs=num_outputs, share=share)
+        self._whole, self._rows = whole, rows
+        self._tensors, self._dtype, self._device = whole._tensors, whole._dtype, whole._device
+        self.inputs = whole.inputs
+        self._lock = threading.Lock()
+        self._loaded: PackedWeight | None = None
+        self._asked = 0
+
+    def load(self) -> PackedWeight:
+        """Read and convert it, on the device."""
+        weight = self._whole.load()
+        return weight if self._rows is None else weight.select_rows(self._rows.to(weight.codes.device))
+
+
+class RenamedTensors(PackedTensors):
+    """Tensors of a packed checkpoint under other names, some of them parts of what lies in the files.
+
+    Args:
+        checkpoint: of the files.
+        plain: tensors that are not packed, by their new names.
+        packed: packed layers by their new names.
+    """
+
+    def __init__(
+        self, checkpoint: PackedCheckpoint, plain: Mapping[str, Any], packed: Mapping[str, PackedSource]
+    ) -> None:
+        entries = {name: source.entry for name, source in packed.items()}
+        self.checkpoint = replace(checkpoint, entries=entries)
+        self.plain, self.packed = dict(plain), dict(packed)
 
 
 class _Part:

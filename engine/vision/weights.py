@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import InternVLConfig
 
 from kvarena.engine.checkpoints.directory import read_config
-from kvarena.engine.checkpoints.packed import packed_checkpoint
+from kvarena.engine.checkpoints.packed import PackedCheckpoint, packed_checkpoint
 from kvarena.engine.checkpoints.weights import weight_files
-from kvarena.engine.quantization.state import PackedTensors
+from kvarena.engine.quantization.state import PackedSource, PackedTensors, RenamedTensors
 
 Tensors = dict[str, Any]
 _TOWER = (
@@ -60,23 +60,54 @@ class Parted(NamedTuple):
 
 
 class Part:
-    """A piece of a packed tensor, cut out when it is read."""
+    """A piece of a matrix that holds several, cut out when it is read.
 
-    def __init__(self, packed: Any, cut: Callable[[Tensor], Tensor]) -> None:
-        self._packed = packed
-        self._cut = cut
+    Args:
+        whole: the matrix, read by `[...]`.
+        cut: its rows (or what is as long as they are many) -> those of the piece.
+    """
+
+    def __init__(self, whole: Any, cut: Callable[[Tensor], Tensor]) -> None:
+        self.whole = whole
+        self.cut = cut
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self._cut(self._packed[...])[index]
+        return self.cut(self.whole[...])[index]
 
 
-def part_checkpoint(directory: Path, config: InternVLConfig) -> Parted:
+def part_checkpoint(directory: Path, config: InternVLConfig, device: torch.device) -> Parted:
     """The tensors of a checkpoint's files, each as something that `[...]` reads; packed ones are dequantised then.
+
+    Args:
+        directory: of the files.
+        config: of the whole model.
+        device: where packed ones are converted.
 
     Raises:
         ModelError: the files are not there, or a packed tensor is broken.
     """
-    return part_tensors(_open(directory), config)
+    return part_tensors(_open(directory, device), config)
+
+
+def packed_text(text: Tensors, checkpoint: PackedCheckpoint) -> PackedTensors:
+    """A language model's tensors with those that are packed as layers of their own: of InternLM2's `wqkv` the rows.
+
+    Args:
+        text: `Parted.text` of a packed checkpoint.
+        checkpoint: the same.
+    """
+    plain: Tensors = {}
+    packed: dict[str, PackedSource] = {}
+    for name, value in text.items():
+        whole = value.whole if isinstance(value, Part) else value
+        layer = name.removesuffix(".weight")
+        if not isinstance(whole, PackedSource):
+            plain[name] = value
+        elif isinstance(value, Part):
+            packed[layer] = whole.rows_as(layer, value.cut(torch.arange(whole.entry.num_outputs)))
+        else:
+            packed[layer] = whole.rows_as(layer, None)
+    return RenamedTensors(checkpoint, plain, packed)
 
 
 def part_tensors(tensors: Tensors, config: InternVLConfig) -> Parted:
@@ -131,10 +162,10 @@ def _put_text(into: Tensors, name: str, tensor: Any, config: InternVLConfig, is_
         into[name.replace(_PACKED_TEXT, f".self_attn.{which}_proj.")] = Part(tensor, cut)
 
 
-def _open(directory: Path) -> Tensors:
+def _open(directory: Path, device: torch.device) -> Tensors:
     packed = packed_checkpoint(directory, read_config(directory))
     if packed is not None:
-        return PackedTensors(packed, torch.float32).state()
+        return PackedTensors(packed, torch.float32, device).state()
     tensors: Tensors = {}
     for file in weight_files(directory):
         if file.suffix == ".safetensors":

@@ -1,5 +1,6 @@
 """Models with packed weights give the tokens of transformers' own model with the same weights dequantised."""
 
+import functools
 import json
 
 import pytest
@@ -15,8 +16,10 @@ from kvarena.engine.checkpoints.packed import packed_checkpoint
 from kvarena.engine.fusions.check import check_decoder, record
 from kvarena.engine.fusions.detect import NotFusable, fuse
 from kvarena.engine.fusions.ops import TorchOps
+from kvarena.engine.fusions.pack import projection
 from kvarena.engine.fusions.packed_ops import PackedOps
 from kvarena.engine.models import load_model, loader
+from kvarena.engine.models.sizes import model_sizes
 from kvarena.engine.quantization import products
 from kvarena.engine.quantization.experts import PackedExperts
 from kvarena.engine.quantization.linear import PackedLinear, PackedProjection, settle_products
@@ -275,27 +278,85 @@ def test_a_state_dict_of_packed_tensors_can_be_taken_apart_by_rows(tmp_path):
         assert torch.allclose(weight.select_rows(rows).dequantize(), exact[rows], atol=1e-7)
 
 
-def test_internvl_with_its_language_model_packed_alone(tmp_path, caplog):
+VISION_CASES = {
+    "internlm2-awq": ("InternLM2ForCausalLM", "llama", "awq", {}),
+    "internlm2-gptq-act": ("InternLM2ForCausalLM", "llama", "gptq", {"act_order": True}),
+    "qwen2-gptq": ("Qwen2ForCausalLM", "qwen2", "gptq", {"symmetric": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def with_vision(tmp_path_factory):
+    """InternVL in the original's format, by case: its language model packed alone, and the same dequantised."""
+
+    def make(case):
+        architecture, text, kind, options = VISION_CASES[case]
+        folders = []
+        for is_packed in (True, False):
+            directory = tmp_path_factory.mktemp(case) / "vl"
+            write_original(directory, shared_model(text), architecture)
+            files = sorted(directory.glob("*.safetensors"))
+            state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+            packed, plain = pack_state(state, kind, 32, **options)
+            assert not [name for name in packed if name.startswith("vision") and name.endswith("qweight")]
+            for file in (*files, directory / "model.safetensors.index.json"):
+                file.unlink()
+            tensors = packed if is_packed else plain
+            save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+            config = json.loads((directory / "config.json").read_text())
+            if is_packed:
+                said = settings(kind, 32, **{"symmetric": False, "act_order": False} | options)
+                config["llm_config"]["quantization_config"] = said
+            (directory / "config.json").write_text(json.dumps(config))
+            folders.append(directory)
+        return folders
+
+    return functools.cache(make)
+
+
+@pytest.mark.parametrize("case", VISION_CASES)
+def test_internvl_with_its_language_model_packed_alone(with_vision, case, caplog):
     """As InternVL2-AWQ has it: `wqkv` one packed matrix, the tower in 16 bits, the settings in `llm_config`."""
-    directory = write_original(tmp_path, shared_model("llama"), "InternLM2ForCausalLM")
-    files = sorted(directory.glob("*.safetensors"))
-    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    packed, plain = pack_state(state, "awq", 32)
-    assert "language_model.model.layers.0.attention.wqkv.qweight" in packed
-    assert not [name for name in packed if name.startswith("vision") and name.endswith("qweight")]
-    config = json.loads((directory / "config.json").read_text())
-    models = []
-    for tensors, said in ((packed, settings("awq", 32, symmetric=False, act_order=False)), (plain, None)):
-        for file in (*files, directory / "model.safetensors.index.json"):
-            file.unlink(missing_ok=True)
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        llm = config["llm_config"] | ({} if said is None else {"quantization_config": said})
-        (directory / "config.json").write_text(json.dumps(config | {"llm_config": llm}))
-        models.append(load_model(directory, quantization=None if said is None else "awq"))
-    assert "10 weights in AWQ, 4 bits in groups of 32" in caplog.text
-    mine, wanted = (model.module.state_dict() for model in models)
+    packed, plain = with_vision(case)
+    model = load_model(packed, quantization=VISION_CASES[case][2])
+    assert "14 weights in" in caplog.text and "dequantised at load" in caplog.text
+    mine, wanted = (model.module.state_dict() for model in (model, load_model(plain)))
     assert mine.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(mine[name], tensor, rtol=1e-6, atol=1e-8)
-    assert models[0].spec.quantization == "AWQ, 4 bits in groups of 32, dequantised"
-    assert models[0].images is not None
+    assert model.spec.quantization.endswith("4 bits in groups of 32, dequantised")
+    assert model.images is not None
+
+
+@pytest.mark.parametrize("case", VISION_CASES)
+def test_internvl_s_language_model_stays_packed(with_vision, case, packed_here):
+    """By the Triton kernel, interpreted: each layer's product, and queries, keys and values joined again."""
+    packed, plain = with_vision(case)
+    model, reference = load_model(packed), load_model(plain)
+    layers = {name: part for name, part in model.module.named_modules() if isinstance(part, PackedLinear)}
+    assert len(layers) == 14 and "model.layers.1.self_attn.v_proj" in layers
+    assert model.spec.num_parameters == reference.spec.num_parameters
+    assert not model.spec.quantization.endswith("dequantised")
+    own = dict(reference.module.named_modules())
+    torch.manual_seed(0)
+    for name, layer in layers.items():
+        weight = layer.product.weight.dequantize()
+        torch.testing.assert_close(weight, own[name].weight, rtol=1e-6, atol=1e-8)
+        if name.startswith("model.layers.0"):
+            x = torch.randn(3, weight.shape[1])
+            torch.testing.assert_close(layer(x), own[name](x), rtol=1e-4, atol=1e-4)
+    entry = packed_checkpoint(packed, read_config(packed))
+    taken = sum(layer.num_bytes for layer in layers.values())
+    assert taken <= 1.1 * entry.num_bytes  # zero points take a byte; groups are files' alone
+    joined_again = projection([model.module.model.layers[0].self_attn.get_submodule(f"{n}_proj") for n in "qkv"])
+    assert joined_again.out_features == 64 + 2 * 32
+    tower, same = (m.images.tower.state_dict() for m in (model, reference))
+    assert all(torch.equal(tower[name], same[name]) for name in same)
+
+
+def test_the_simulator_counts_a_packed_language_model_beside_a_tower(with_vision):
+    packed, plain = with_vision("internlm2-awq")
+    found = packed_checkpoint(packed, read_config(packed))
+    size = sum(2 * entry.num_outputs * entry.num_inputs for entry in found.entries.values())
+    sizes = [model_sizes(path, dtype="float16").weight_bytes for path in (plain, packed)]
+    assert sizes[0] - sizes[1] == size - found.num_bytes
