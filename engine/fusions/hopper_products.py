@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvarena.engine.fusions.ops import Product
+from kvarena.engine.kernels.experts.grouped import GroupedGemm
 from kvarena.engine.kernels.gemm.stream import StreamGemm, stream_tile
 from kvarena.engine.kernels.gemm.wide import WideGemm, wide_tile
 from kvarena.engine.kernels.hopper import load_hopper_kernels
@@ -17,6 +18,9 @@ class HopperProducts:
 
     Args:
         device: where the operands live. Without a Hopper GPU and what its kernels need, every product goes to neither.
+
+    Attributes:
+        grouped: products of experts; None without such a GPU.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -24,6 +28,7 @@ class HopperProducts:
         self._num_multiprocessors = 0 if kernels is None else kernels.num_multiprocessors
         self._stream = None if kernels is None else StreamGemm(kernels)
         self._wide = None if kernels is None else WideGemm(kernels)
+        self.grouped = None if kernels is None else GroupedGemm(kernels)
 
     def __call__(self, product: Product) -> Tensor | None:
         """The result; None, and nothing was done, where another kernel is as fast or the operands are not for these."""

@@ -79,6 +79,7 @@ class TritonOps:
         return run_experts(
             residual, x, logits, experts.gate_up, experts.down, slots, first_slot,
             top_k=experts.top_k, renormalize=experts.renormalize, num_read=experts.num_read, upcast=upcast,
+            grouped=None if self._hopper is None else self._hopper.grouped,
         )  # fmt: skip
 
     def rope_store(

@@ -1,15 +1,49 @@
-// silu(x @ gate.T) * (x @ up.T) for 65 to 256 rows of x. What it computes and how it is cut: wide_gemm.py, which puts
-// in front of this text hopper.cu and the launch's constants: BN (rows of w, half of them gate's), CM (programs of a
-// cluster, each with 128 rows of x), STAGES.
+// Products of many rows of x, bound by arithmetic: y = x @ w.T, or silu(x @ gate.T) * (x @ up.T). What they compute and
+// how they are cut: gemm/wide.py (one matrix) and experts/grouped.py (rows by expert), which put in front of this text
+// hopper.cu and the launch's constants:
+//   BN       rows of w of a program's tile; with GLU half of them are gate's
+//   CM       programs of a cluster
+//   SHARE_X  they take the same rows of x and neighbouring tiles of w; else the same tile of w and neighbouring rows
+//   STAGES   steps that are fetched ahead
+//   GLU      as above; else row i of y goes to row order[i], times factors[i]
+//   GROUPED  the rows of x are those of several experts, each with a matrix of its own in w
 
 constexpr int BM = 128, BK = 64, BOX_ROWS = 64;
 constexpr int HALF = BN / 2;
 constexpr int ROW_BYTES = BK * 2;  // of a box: as wide as the swizzle
 constexpr int X_BYTES = BM * ROW_BYTES, W_BYTES = BN * ROW_BYTES, STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int CONSUMERS = 256;
-constexpr int BLOCKS = HALF / 8;   // of 8 columns of y
+constexpr int COLS = GLU ? HALF : BN;               // of y, of a program
+constexpr int ITEM_ROWS = SHARE_X ? BM : BM * CM;  // of x, of a cluster
+constexpr int BLOCKS = COLS / 8;                    // of 8 columns of y
 
 static_assert(HALF % 8 == 0, "a box must be whole swizzle atoms");
+static_assert(CM <= 2, "a tile of w has two boxes, one of x too");
+static_assert(GLU || GROUPED, "nothing but experts has an order");
+
+// What a program computes: rows row to end of x, at most BM of them, by the columns of y from col on.
+struct Place {
+  int expert, row, end, col;
+};
+
+// Rows of one expert, up to several items of ITEM_ROWS, the first of which is item `first` of all. What neighbouring
+// tiles work on is one span: its items take a tile of w while it is in the cache.
+struct Span {
+  int expert, begin, end, first;
+};
+
+// Tile `tile` of all, which lies in the span; `num_tiles` of columns has each item.
+__device__ __forceinline__ Place locate(const Span& span, int tile, int num_tiles, int rank) {
+  const int rows = span.end - span.begin, items = (rows + ITEM_ROWS - 1) / ITEM_ROWS;
+  const int at = tile - span.first * num_tiles, col = at / items, item = at % items;
+  // What is one program's work is shared out all the same: each has rows for one warpgroup, which is done in half the
+  // time if the other one has none.
+  const bool split = CM > 1 && !SHARE_X && rows - item * ITEM_ROWS <= BM;
+  const int share = split ? BM / CM : BM;
+  const int row = span.begin + item * ITEM_ROWS + (SHARE_X ? 0 : rank * share);
+  const int end = row + share < span.end ? row + share : span.end;
+  return {span.expert, row, end, (SHARE_X ? col * CM + rank : col) * COLS};
+}
 
 // Two columns, rounded to bf16, of each of four blocks of 8 columns lie in each of 4 threads; after it a thread has one
 // block whole.
@@ -26,11 +60,16 @@ __device__ __forceinline__ void transpose_quad(u32 (&v)[4], int lane) {
   }
 }
 
+// Of x, rows: num_rows; of y, columns: num_cols. num_tiles: of columns, of an item. items: int [4, num_items], spans by
+// item, an expert of -1 behind the last.
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
-    wide_gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, u16* y, int num_rows,
-              int num_cols, int stride_y, int num_tiles, int steps) {
+    wide_gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, u16* y,
+              const int* items, const int* order, const float* factors, int num_items, int num_rows, int num_cols,
+              int stride_y, int num_tiles, int steps) {
   extern __shared__ char raw[];
   __shared__ u64 barriers[2 * STAGES];
+  // Of the tile whose first step a stage holds.
+  __shared__ Place places[GROUPED ? STAGES : 1];
   const u32 tiles = (shared_address(raw) + 1023) & ~1023u;
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
   const u32 rank = CM > 1 ? cluster_rank() : 0;
@@ -46,65 +85,121 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   }
   if (CM > 1) cluster_sync(); else __syncthreads();
 
+  auto only_matrix = [&](int tile) { return Place{0, static_cast<int>(rank) * BM, num_rows, tile * COLS}; };
+
   if (warp_group == 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == CONSUMERS) {
       const u64 once = policy_evict_first(), again = policy_evict_last();
-      auto fetch_w = [&](int tile, int step, int stage) {
+      auto span_of = [&](int tile) {
+        const int item = tile / num_tiles;
+        if (item >= num_items) return Span{-1, 0, 0, 0};
+        const int* from = items + item;
+        return Span{__ldcg(from), __ldcg(from + num_items), __ldcg(from + 2 * num_items), __ldcg(from + 3 * num_items)};
+      };
+      auto place_of = [&](const Span& span, int tile) {
+        return span.expert < 0 ? Place{-1, 0, 0, 0} : locate(span, tile, num_tiles, rank);
+      };
+      auto fetch_w = [&](const Place& at, int step, int stage) {
         const u32 to = tiles + stage * STAGE_BYTES + X_BYTES, barrier = full + 8 * stage;
-        const int gate = tile * HALF, up = num_cols + gate, col = step * BK;
-        if (CM == 1) {
-          fetch(to, w_map, barrier, col, gate, once);
-          fetch(to + W_BYTES / 2, w_map, barrier, col, up, once);
+        const int first = at.expert * (GLU ? 2 : 1) * num_cols + at.col, second = first + (GLU ? num_cols : HALF);
+        const int col = step * BK;
+        if (CM == 1 || SHARE_X) {
+          fetch(to, w_map, barrier, col, first, once);
+          fetch(to + W_BYTES / 2, w_map, barrier, col, second, once);
         } else {
-          fetch_for((1 << CM) - 1, to + rank * W_BYTES / 2, w_map, barrier, col, rank == 0 ? gate : up, once);
+          fetch_for((1 << CM) - 1, to + rank * W_BYTES / 2, w_map, barrier, col, rank == 0 ? first : second, once);
         }
       };
-      auto fetch_x = [&](int step, int stage) {
+      auto fetch_x = [&](const Place& at, int step, int stage) {
+        const u32 to = tiles + stage * STAGE_BYTES, barrier = full + 8 * stage;
+        if (CM > 1 && SHARE_X) {
+          const int box = rank * BOX_ROWS;
+          fetch_for((1 << CM) - 1, to + box * ROW_BYTES, x_map, barrier, step * BK, at.row + box, again);
+        } else {
 #pragma unroll
-        for (int box = 0; box < BM / BOX_ROWS; ++box) {
-          fetch(tiles + stage * STAGE_BYTES + box * BOX_ROWS * ROW_BYTES, x_map, full + 8 * stage, step * BK,
-                rank * BM + box * BOX_ROWS, again);
+          for (int box = 0; box < BM / BOX_ROWS; ++box) {
+            fetch(to + box * BOX_ROWS * ROW_BYTES, x_map, barrier, step * BK, at.row + box * BOX_ROWS, again);
+          }
         }
       };
-      // The weights depend on no kernel: those of the first stages are fetched while the one before this runs.
-      const int early = steps < STAGES ? steps : STAGES;
+      // The weights depend on no kernel, and which expert's they are was known before the kernel before this one began:
+      // those of the first stages are fetched while it runs.
+      Place at = GROUPED ? place_of(span_of(group), group) : only_matrix(group);
+      const int early = at.expert < 0 ? 0 : steps < STAGES ? steps : STAGES;
+      if (GROUPED && early > 0) places[0] = at;
       for (int s = 0; s < early; ++s) {
         barrier_expect(full + 8 * s, STAGE_BYTES);
-        fetch_w(group, s, s);
+        fetch_w(at, s, s);
       }
       wait_for_previous();
-      for (int s = 0; s < early; ++s) fetch_x(s, s);
-      Ring at(early);
+      for (int s = 0; s < early; ++s) fetch_x(at, s, s);
+      Ring ring(early);
       int step = early;
-      for (int tile = group; tile < num_tiles; tile += num_groups, step = 0) {
-        for (; step < steps; ++step, at.next()) {
-          barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
-          barrier_expect(full + 8 * at.stage, STAGE_BYTES);
-          fetch_w(tile, step, at.stage);
-          fetch_x(step, at.stage);
+      for (int tile = group; GROUPED ? at.expert >= 0 : tile < num_tiles; step = 0) {
+        const int next_tile = tile + num_groups;
+        Span next{};
+        if (GROUPED) next = span_of(next_tile);  // a tile before it is needed
+        for (; step < steps; ++step, ring.next()) {
+          barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+          if (GROUPED && step == 0) places[ring.stage] = at;
+          barrier_expect(full + 8 * ring.stage, STAGE_BYTES);
+          fetch_w(at, step, ring.stage);
+          fetch_x(at, step, ring.stage);
         }
+        tile = next_tile;
+        at = GROUPED ? place_of(next, tile) : only_matrix(tile);
       }
       let_next_start();
+      if (GROUPED) {
+        barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+        places[ring.stage] = at;  // nothing: there is no more
+        barrier_arrive_local(full + 8 * ring.stage);
+      }
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const int lane = threadIdx.x % 32, first_row = rank * BM + threadIdx.x / 32 * 16 + lane / 4;
-    float acc[BN / 2];  // gate's sums, then up's in the same order
-    Ring at(0);
-    for (int tile = group; tile < num_tiles; tile += num_groups) {
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16 + lane / 4;
+    float acc[BN / 2];  // with GLU gate's sums, then up's in the same order
+    Ring ring(0);
+    for (int tile = group; GROUPED || tile < num_tiles; tile += num_groups) {
+      Place at = only_matrix(tile);
+      if (GROUPED) {
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        at = places[ring.stage];
+        __syncwarp();  // all lanes have read it before one gives the stage back
+        if (at.expert < 0) break;
+        if (at.row + warp_group * BOX_ROWS >= at.end || at.col >= num_cols) {
+          for (int step = 0; step < steps; ++step, ring.next()) {
+            barrier_wait(full + 8 * ring.stage, ring.parity);
+            if (lane < CM) barrier_arrive(empty + 8 * ring.stage, lane);
+          }
+          continue;
+        }
+      }
+      int target[2];
+      float factor[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        target[half] = at.row + first_row + 8 * half;
+        if (!GLU) {
+          const int row = target[half] < at.end ? target[half] : at.row;
+          target[half] = __ldcg(order + row);
+          factor[half] = __ldcg(factors + row);
+        }
+      }
       u32 before = 0;
-      for (int step = 0; step < steps; ++step, at.next()) {
-        barrier_wait(full + 8 * at.stage, at.parity);
-        const u64 x = descriptor(tiles + at.stage * STAGE_BYTES + warp_group * BOX_ROWS * ROW_BYTES);
-        const u64 w = descriptor(tiles + at.stage * STAGE_BYTES + X_BYTES);
+      for (int step = 0; step < steps; ++step, ring.next()) {
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        const u64 x = descriptor(tiles + ring.stage * STAGE_BYTES + warp_group * BOX_ROWS * ROW_BYTES);
+        const u64 w = descriptor(tiles + ring.stage * STAGE_BYTES + X_BYTES);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int k = 0; k < BK / 16; ++k) wgmma(acc, x + 2 * k, w + 2 * k, step > 0 || k > 0);
         asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
         // Lane i tells the cluster's program i, which fetched a part of it, that the stage before is free.
         if (step > 0 && lane < CM) barrier_arrive(before, lane);
-        before = empty + 8 * at.stage;
+        before = empty + 8 * ring.stage;
       }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
@@ -112,24 +207,25 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       if (lane < CM) barrier_arrive(before, lane);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row + 8 * half, col = tile * HALF;
-        u16* to = y + static_cast<u64>(row) * stride_y;
+        const bool exists = at.row + first_row + 8 * half < at.end;
+        u16* to = y + static_cast<u64>(target[half]) * stride_y;
         auto pair = [&](int block) {
-          const int gate = 4 * block + 2 * half, up = gate + BN / 4;
-          return pack(silu_times(acc[gate], acc[up]), silu_times(acc[gate + 1], acc[up + 1]));
+          const int first = 4 * block + 2 * half, up = first + BN / 4;
+          if (!GLU) return pack(factor[half] * acc[first], factor[half] * acc[first + 1]);
+          return pack(silu_times(acc[first], acc[up % (BN / 2)]), silu_times(acc[first + 1], acc[(up + 1) % (BN / 2)]));
         };
 #pragma unroll
         for (int block = 0; block + 4 <= BLOCKS; block += 4) {
           u32 v[4] = {pair(block), pair(block + 1), pair(block + 2), pair(block + 3)};
           transpose_quad(v, lane);
-          const int from = col + 8 * (block + lane % 4);
-          if (row < num_rows && from < num_cols) *reinterpret_cast<uint4*>(to + from) = make_uint4(v[0], v[1], v[2], v[3]);
+          const int from = at.col + 8 * (block + lane % 4);
+          if (exists && from < num_cols) *reinterpret_cast<uint4*>(to + from) = make_uint4(v[0], v[1], v[2], v[3]);
         }
 #pragma unroll
         for (int block = BLOCKS / 4 * 4; block < BLOCKS; ++block) {
           const u32 v = pair(block);
-          const int from = col + 8 * block + lane % 4 * 2;
-          if (row < num_rows && from < num_cols) *reinterpret_cast<u32*>(to + from) = v;
+          const int from = at.col + 8 * block + lane % 4 * 2;
+          if (exists && from < num_cols) *reinterpret_cast<u32*>(to + from) = v;
         }
       }
     }

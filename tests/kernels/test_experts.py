@@ -129,7 +129,7 @@ def test_any_routing_fits_the_grid_of_its_tokens(seed):
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)) * 3 * seed
     num_read = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     routing = route(logits.to(DEVICE), None, 0, experts, top_k, renormalize=True, tile_rows=rows, num_read=num_read)
-    assert routing.items.shape == (3, max_items(tokens * top_k, experts, rows))
+    assert routing.items.shape == (4, max_items(tokens * top_k, experts, rows))
     used = routing.items[:, routing.items[0] >= 0]
     assert (routing.items[0, used.shape[1] :] == -1).all()
     assert used[1].tolist() == [0, *used[2, :-1].tolist()] and int(used[2, -1]) == tokens * top_k

@@ -9,6 +9,7 @@ from kvarena.engine.fusions import hopper_products
 from kvarena.engine.fusions.hopper_products import HopperProducts
 from kvarena.engine.fusions.ops import Linear, Norm, Product
 from kvarena.engine.fusions.triton_ops import TritonOps
+from kvarena.engine.kernels.experts.grouped import launch_constants
 from kvarena.engine.kernels.gemm.stream import StreamGemm, StreamTile, row_bucket, stream_tile
 from kvarena.engine.kernels.gemm.table import GemmTable
 from kvarena.engine.kernels.gemm.wide import WideGemm, WideTile, wide_tile
@@ -87,8 +88,9 @@ def sources():
     """The kernels of every launch of the two models, once each."""
     wide = {wide_tile(num_rows, 28672, 4096, H100) for num_rows in (65, 129)}
     for tile in wide:
-        constants = {"BN": tile.cols, "CM": tile.cluster, "STAGES": tile.num_stages}
-        yield "wide_gemm", constants, tile.cols
+        yield "wide_gemm", tile.constants(), tile.cols
+    for constants in launch_constants():
+        yield "wide_gemm", constants, constants["BN"]
     seen = set()
     for num_rows, _, depth, glu, norm, tile in tiles():
         rows = row_bucket(num_rows)

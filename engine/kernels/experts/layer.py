@@ -1,9 +1,17 @@
-"""All that a layer's experts launch: five kernels behind the router's product, of grids that T alone decides."""
+"""All that a layer's experts launch behind the router's product, of grids that T alone decides.
+
+What it is by how many rows an expert has:
+
+    few of few tokens   route and sort in one launch -> gate, up -> down -> sum
+    few                 route -> sort -> gate, up -> down -> sum
+    many, on Hopper     route -> sort -> gather rows by expert -> gate, up -> down -> sum
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from kvarena.engine.kernels.experts.grouped import SPAN_ITEMS, GroupedGemm, GroupedTile, gather_rows, grouped_tile
 from kvarena.engine.kernels.experts.products import (
     ExpertTile,
     add_experts,
@@ -27,7 +35,9 @@ def run_experts(
     renormalize: bool,
     num_read: Tensor,
     upcast: bool,
-    tile: ExpertTile | None = None,
+    grouped: GroupedGemm | None = None,
+    tile: ExpertTile | GroupedTile | None = None,
+    down_tile: ExpertTile | None = None,
 ) -> Tensor | None:
     """Add the experts' output for x [T, H] to `residual` [T, H], in place.
 
@@ -38,21 +48,32 @@ def run_experts(
         gate_up: [E, 2 * I, H], the gates' rows first.
         down: [E, H, I].
         upcast: see `kvarena.engine.kernels.gemm.skinny.SkinnyGemm`.
-        tile: shape of both products' launches; None chooses by T.
+        grouped: for products of many rows, where it takes the operands; None: there is no Hopper GPU.
+        tile: shape of the products' launches; None chooses by T. A `GroupedTile` needs `grouped`.
+        down_tile: of the second product, if not the same; as many rows.
 
     Returns:
         float32 [T], the weight of a shared expert; None without a gate in `logits`.
     """
     num_experts, hidden, inner = down.shape
     num_pairs = len(x) * top_k
+    if tile is None and grouped is not None and grouped.takes(x, gate_up, down):
+        tile = grouped_tile(num_pairs, num_experts)
     if tile is None:
         tile = tile_for(num_pairs, num_experts, x.element_size())
+    by_expert = isinstance(tile, GroupedTile)
     routing = route(
-        logits, slots, first_slot, num_experts, top_k,
-        renormalize=renormalize, tile_rows=tile.rows, num_read=num_read,
+        logits, slots, first_slot, num_experts, top_k, renormalize=renormalize, tile_rows=tile.rows, num_read=num_read,
+        span_items=SPAN_ITEMS if by_expert else 1,
     )  # fmt: skip
     act, pairs = x.new_empty(num_pairs, inner), x.new_empty(num_pairs, hidden)
-    gate_up_product(x, gate_up, routing, act, tile, upcast=upcast)
-    down_product(act, down, routing, pairs, tile, upcast=upcast)
+    if isinstance(tile, GroupedTile):
+        assert grouped is not None, "a GroupedTile without a GroupedGemm"
+        rows, factors = gather_rows(x, routing)
+        grouped.gate_up(rows, gate_up, routing, act, tile)
+        grouped.down(act, down, routing, factors, pairs, tile)
+    else:
+        gate_up_product(x, gate_up, routing, act, tile, upcast=upcast)
+        down_product(act, down, routing, pairs, down_tile or tile, upcast=upcast)
     add_experts(pairs, routing, num_experts, residual)
     return routing.shared

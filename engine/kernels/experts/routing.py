@@ -1,8 +1,10 @@
-"""Which experts compute which tokens, decided and sorted on the device, in two launches of a fixed grid.
+"""Which experts compute which tokens, decided and sorted on the device, in launches of a fixed grid: two, or one of
+few tokens.
 
     logits [T, E] -> route -> ids [T, k], weights [T, k]
     ids -> sort -> order    pairs (token * k + choice) by expert: |expert 0: 3 7|expert 1: |expert 2: 0 1 4 6|...
-                   items    tiles of at most ROWS pairs of one expert, what one program of a product computes
+                   items    tiles of at most ROWS pairs of one expert, what one program of a product computes; in
+                            spans of up to SPAN items of an expert, what neighbouring programs compute
 
 Nothing depends on the host, so a graph that was captured for T tokens replays any routing. A token that only pads a
 graph gets no expert: it would have weights read that nobody needs.
@@ -20,14 +22,21 @@ from torch import Tensor
 from kvarena.engine.kernels.common import await_previous, launch_options, next_power_of_2
 
 
+# So many pairs of few tokens are routed and sorted by one program, which compares each with each.
+FEW_PAIRS, FEW_LOGITS = 64, 8192
+# Pairs of one step of the sort, by a program.
+_SORT_BLOCK = 4096
+
+
 class Routing(NamedTuple):
     """What the products need to know of T tokens with k experts each.
 
     Attributes:
         ids: int32 [T, k], the experts of each token, best first; the number of experts for a token that is padding.
         weights: float32 [T, k].
-        order: int32 [T * k], pairs by expert, within one in order; undefined behind the last that is computed.
-        items: int32 [3, I]: expert (-1 behind the last item), its first and its end in `order`.
+        order: int32 [T * k], pairs by expert, within one in order; -1 behind the last that is computed.
+        items: int32 [4, I]: expert (-1 behind the last item); of the item's span the first and the end in `order`, and
+            the first item. A span of one item is the item.
         shared: float32 [T], sigmoid of the shared expert's gate; None without one.
     """
 
@@ -53,6 +62,7 @@ def route(
     renormalize: bool,
     tile_rows: int,
     num_read: Tensor,
+    span_items: int = 1,
 ) -> Routing:
     """Route tokens to experts: softmax in float32, the `top_k` most likely, and the sort of what comes of it.
 
@@ -65,6 +75,7 @@ def route(
         renormalize: make a token's weights add up to 1.
         tile_rows: pairs of an item.
         num_read: int32 [1], written: how many experts have a token.
+        span_items: of one expert, most items of a span.
 
     Source: Shazeer et al., 2017 (top-k gating); the tiles are those of MegaBlocks (Gale et al., 2022), without padding.
     """
@@ -74,20 +85,32 @@ def route(
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     has_shared = logits.shape[1] > num_experts
     shared = torch.empty(num_tokens, dtype=torch.float32, device=device) if has_shared else None
-    route_kernel[(num_tokens,)](
-        logits, ids if slots is None else slots, ids, weights, weights if shared is None else shared,
-        logits.stride(0), first_slot,
-        EXPERTS=num_experts, EXPERTS_PAD=next_power_of_2(num_experts), TOP_K=top_k, TOP_K_PAD=next_power_of_2(top_k),
-        RENORMALIZE=renormalize, SHARED=has_shared, PADDED=slots is not None, num_warps=1, **launch_options(),
-    )  # fmt: skip
     order = torch.empty(num_pairs, dtype=torch.int32, device=device)
     count = max_items(num_pairs, num_experts, tile_rows)
-    items = torch.empty(3, count, dtype=torch.int32, device=device)
-    sort_kernel[(num_experts,)](
-        ids, order, items, num_read, num_pairs, count,
-        EXPERTS=num_experts, EXPERTS_PAD=next_power_of_2(num_experts + 1), ROWS=tile_rows,
-        BLOCK=min(1024, max(128, next_power_of_2(num_pairs))), num_warps=4, **launch_options(),
-    )  # fmt: skip
+    items = torch.empty(4, count, dtype=torch.int32, device=device)
+    inputs = (logits, ids if slots is None else slots, ids, weights, weights if shared is None else shared)
+    sizes = {
+        "EXPERTS": num_experts, "EXPERTS_PAD": next_power_of_2(num_experts), "TOP_K": top_k,
+        "TOP_K_PAD": next_power_of_2(top_k), "RENORMALIZE": renormalize, "SHARED": has_shared,
+        "PADDED": slots is not None,
+    }  # fmt: skip
+    spans = {"ROWS": tile_rows, "SPAN": span_items * tile_rows}
+    padded = next_power_of_2(num_tokens)
+    if padded * sizes["TOP_K_PAD"] <= FEW_PAIRS and padded * sizes["EXPERTS_PAD"] <= FEW_LOGITS:
+        route_few_kernel[(1,)](
+            *inputs, order, items, num_read, logits.stride(0), first_slot, num_tokens, count, TOKENS_PAD=padded,
+            num_warps=1 if num_tokens == 1 else 4, **sizes, **spans, **launch_options(),
+        )  # fmt: skip
+    else:
+        route_kernel[(num_tokens,)](
+            *inputs, logits.stride(0), first_slot, num_warps=1, **sizes, **launch_options()
+        )  # fmt: skip
+        block = min(_SORT_BLOCK, max(128, next_power_of_2(num_pairs)))
+        sort_kernel[(num_experts,)](
+            ids, order, items, num_read, num_pairs, count,
+            EXPERTS=num_experts, EXPERTS_PAD=next_power_of_2(num_experts + 1), BLOCK=block,
+            num_warps=max(4, block // 256), **spans, **launch_options(),
+        )  # fmt: skip
     return Routing(ids, weights, order, items, shared)
 
 
@@ -125,10 +148,79 @@ def route_kernel(  # type: ignore[no-untyped-def]
         tl.store(shared_ptr + row, tl.sigmoid(tl.load(line + EXPERTS).to(tl.float32)))
 
 
+@triton.jit(do_not_specialize=["first_slot", "num_tokens", "num_items"])
+def route_few_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr, slots_ptr, ids_ptr, weights_ptr, shared_ptr, order_ptr, items_ptr, read_ptr,
+    stride_logits, first_slot, num_tokens, num_items,
+    EXPERTS: tl.constexpr, EXPERTS_PAD: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr,
+    TOKENS_PAD: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, RENORMALIZE: tl.constexpr, SHARED: tl.constexpr,
+    PADDED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """All tokens: what the two kernels below do, with a pair's place told by how many pairs come before it."""
+    await_previous(OVERLAP)
+    tokens, experts, picks = tl.arange(0, TOKENS_PAD), tl.arange(0, EXPERTS_PAD), tl.arange(0, TOP_K_PAD)
+    exists = tokens < num_tokens
+    lines = logits_ptr + tokens.to(tl.int64) * stride_logits
+    is_logit = exists[:, None] & (experts < EXPERTS)[None, :]
+    left = tl.load(lines[:, None] + experts[None, :], mask=is_logit, other=0.0).to(tl.float32)
+    left = tl.where((experts < EXPERTS)[None, :], left, float("-inf"))
+    best = tl.max(left, 1)
+    total = tl.sum(tl.exp2((left - best[:, None]) * 1.4426950408889634), 1)
+    chosen = tl.full((TOKENS_PAD, TOP_K_PAD), EXPERTS, tl.int32)
+    values = tl.zeros((TOKENS_PAD, TOP_K_PAD), tl.float32)
+    for i in tl.static_range(TOP_K):
+        value, expert = tl.max(left, 1, return_indices=True)
+        # Logits that are no numbers must still not lead outside of the weights.
+        expert = tl.minimum(expert, EXPERTS - 1)
+        chosen = tl.where((picks == i)[None, :], expert[:, None], chosen)
+        values = tl.where((picks == i)[None, :], tl.exp2((value - best) * 1.4426950408889634)[:, None], values)
+        left = tl.where(experts[None, :] == expert[:, None], float("-inf"), left)
+    if RENORMALIZE:
+        total = tl.sum(values, 1)
+    is_computed = exists
+    if PADDED:
+        is_computed = exists & (tl.load(slots_ptr + tokens, mask=exists, other=0) >= first_slot)
+    chosen = tl.where(is_computed[:, None], chosen, EXPERTS)
+    at = tokens[:, None] * TOP_K + picks[None, :]
+    inside = exists[:, None] & (picks < TOP_K)[None, :]
+    tl.store(ids_ptr + at, chosen, mask=inside)
+    tl.store(weights_ptr + at, values / total[:, None], mask=inside)
+    if SHARED:
+        gate = tl.load(lines + EXPERTS, mask=exists, other=0.0).to(tl.float32)
+        tl.store(shared_ptr + tokens, tl.sigmoid(gate), mask=exists)
+
+    PAIRS: tl.constexpr = TOKENS_PAD * TOP_K_PAD
+    expert = tl.reshape(chosen, (PAIRS,))
+    pair = tl.reshape(at, (PAIRS,))
+    index = tl.arange(0, PAIRS)
+    is_pair = expert < EXPERTS
+    key = expert * PAIRS + index
+    before = key[None, :] < key[:, None]
+    same = expert[None, :] == expert[:, None]
+    place = tl.sum(before.to(tl.int32), 1)
+    nth = tl.sum((before & same).to(tl.int32), 1)  # of its expert's
+    count = tl.sum(same.to(tl.int32), 1)
+    is_first = is_pair & (nth % ROWS == 0)  # of an item
+    item = tl.sum((before & is_first[None, :]).to(tl.int32), 1)
+    tl.store(order_ptr + place, pair, mask=is_pair)
+    first = nth // SPAN * SPAN
+    tl.store(items_ptr + item, expert, mask=is_first)
+    tl.store(items_ptr + num_items + item, place - nth + first, mask=is_first)
+    tl.store(items_ptr + 2 * num_items + item, place - nth + tl.minimum(first + SPAN, count), mask=is_first)
+    tl.store(items_ptr + 3 * num_items + item, item - (nth - first) // ROWS, mask=is_first)
+    nothing = tl.full((PAIRS,), -1, tl.int32)
+    used = tl.sum(is_first.to(tl.int32), 0)
+    tl.store(items_ptr + index, nothing, mask=(index >= used) & (index < num_items))
+    computed = tl.sum(is_pair.to(tl.int32), 0)
+    tl.store(order_ptr + index, nothing, mask=(index >= computed) & (index < num_tokens * TOP_K))
+    tl.store(read_ptr, tl.sum((is_pair & (nth == 0)).to(tl.int32), 0))
+
+
 @triton.jit(do_not_specialize=["num_pairs", "num_items"])
 def sort_kernel(  # type: ignore[no-untyped-def]
     ids_ptr, order_ptr, items_ptr, read_ptr, num_pairs, num_items,
-    EXPERTS: tl.constexpr, EXPERTS_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERTS_PAD: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One expert: its pairs and items. Each program counts all experts' pairs, which saves a launch in between."""
     await_previous(OVERLAP)
@@ -152,11 +244,17 @@ def sort_kernel(  # type: ignore[no-untyped-def]
         place += tl.sum(is_mine, 0)
     for first in range(0, count, ROWS):
         item = items_ptr + first_item + first // ROWS
+        span = first // SPAN * SPAN
         tl.store(item, mine)
-        tl.store(item + num_items, begin + first)
-        tl.store(item + 2 * num_items, begin + tl.minimum(first + ROWS, count))
+        tl.store(item + num_items, begin + span)
+        tl.store(item + 2 * num_items, begin + tl.minimum(span + SPAN, count))
+        tl.store(item + 3 * num_items, first_item + span // ROWS)
     if mine == 0:
         tl.store(read_ptr, tl.sum((counts > 0).to(tl.int32), 0))
+        nothing = tl.full((BLOCK,), -1, tl.int32)
         for first in range(tl.sum(tiles, 0), num_items, BLOCK):
             rest = first + tl.arange(0, BLOCK)
-            tl.store(items_ptr + rest, tl.full((BLOCK,), -1, tl.int32), mask=rest < num_items)
+            tl.store(items_ptr + rest, nothing, mask=rest < num_items)
+        for first in range(tl.sum(counts, 0), num_pairs, BLOCK):
+            rest = first + tl.arange(0, BLOCK)
+            tl.store(order_ptr + rest, nothing, mask=rest < num_pairs)

@@ -21,7 +21,7 @@ from torch import Tensor
 from kvarena.engine.kernels.hopper import SHARED_BYTES, HopperKernels, Kernel
 
 FEWEST_ROWS, MOST_ROWS = 65, 256
-_PROGRAM_ROWS, _STEP_COLS, _THREADS = 128, 64, 384
+PROGRAM_ROWS, STEP_COLS, _THREADS = 128, 64, 384
 # Fewer columns make tiles too narrow to be bound by arithmetic, more do not fit into the registers.
 _WIDTHS = range(176, 257, 16)
 # A tile is worth it where so much of all rounds' multiprocessors work, and K is long enough to hide a tile's end.
@@ -44,19 +44,34 @@ class WideTile(NamedTuple):
     @property
     def stage_bytes(self) -> int:
         """Of one step's tiles of x and w."""
-        return 2 * _STEP_COLS * (_PROGRAM_ROWS + self.cols)
+        return 2 * STEP_COLS * (PROGRAM_ROWS + self.cols)
 
     @property
     def num_stages(self) -> int:
         """Steps that are fetched ahead."""
         return (SHARED_BYTES - _RESERVED_BYTES) // self.stage_bytes
 
+    def compile(
+        self, kernels: HopperKernels, *, glu: bool = True, grouped: bool = False, share_x: bool = False
+    ) -> Kernel:
+        """The kernel of this shape; see `constants`."""
+        constants = self.constants(glu=glu, grouped=grouped, share_x=share_x)
+        return kernels.compile(
+            "wide_gemm", constants, self.cols, threads=_THREADS,
+            shared_bytes=self.num_stages * self.stage_bytes + 1024, cluster=self.cluster,
+        )  # fmt: skip
+
+    def constants(self, *, glu: bool = True, grouped: bool = False, share_x: bool = False) -> dict[str, int]:
+        """Of wide_gemm.cu, which says what they mean."""
+        kind = {"GLU": int(glu), "GROUPED": int(grouped), "SHARE_X": int(share_x)}
+        return {"BN": self.cols, "CM": self.cluster, "STAGES": self.num_stages} | kind
+
 
 def wide_tile(num_rows: int, num_cols: int, depth: int, num_multiprocessors: int) -> WideTile | None:
     """The launch for x [num_rows, depth] by w [num_cols, depth]; None where no tile fills the device well."""
-    if not FEWEST_ROWS <= num_rows <= MOST_ROWS or depth < _LEAST_DEPTH or depth % _STEP_COLS or num_cols % 16:
+    if not FEWEST_ROWS <= num_rows <= MOST_ROWS or depth < _LEAST_DEPTH or depth % STEP_COLS or num_cols % 16:
         return None
-    cluster = -(-num_rows // _PROGRAM_ROWS)
+    cluster = -(-num_rows // PROGRAM_ROWS)
     clusters = num_multiprocessors // cluster
 
     def rounds(cols: int) -> int:
@@ -99,16 +114,13 @@ class WideGemm:
         clusters = -(-num_tiles // -(-num_tiles // kernel.clusters_at_once))
         self._kernels.launch(
             kernel, clusters * tile.cluster, self._kernels.matrix_map(x, 64),
-            self._kernels.matrix_map(weight, tile.cols // 2, keep=True), ctypes.c_void_p(out.data_ptr()),
-            *map(ctypes.c_int, (num_rows, num_cols, out.stride(0), num_tiles, depth // _STEP_COLS)), overlap=overlap,
+            self._kernels.matrix_map(weight, tile.cols // 2, keep=True),
+            *map(ctypes.c_void_p, (out.data_ptr(), None, None, None)),
+            *map(ctypes.c_int, (0, num_rows, num_cols, out.stride(0), num_tiles, depth // STEP_COLS)), overlap=overlap,
         )  # fmt: skip
         return out
 
     def _kernel(self, tile: WideTile) -> Kernel:
         if tile not in self._compiled:
-            constants = {"BN": tile.cols, "CM": tile.cluster, "STAGES": tile.num_stages}
-            self._compiled[tile] = self._kernels.compile(
-                "wide_gemm", constants, tile.cols, threads=_THREADS,
-                shared_bytes=tile.num_stages * tile.stage_bytes + 1024, cluster=tile.cluster,
-            )  # fmt: skip
+            self._compiled[tile] = tile.compile(self._kernels)
         return self._compiled[tile]

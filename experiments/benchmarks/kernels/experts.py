@@ -6,8 +6,10 @@ Weights are random, the routing is balanced: token t takes the next k experts in
 so that no weights are in the cache. Prints lines of JSON: first the machine with its ceilings, measured in the same
 call (bytes per second of a copy, operations per second of a dense bf16 product of 8192^3); then one per shape, number
 of tokens and implementation: microseconds from router logits to the sum in the residual stream, and shares of the
-ceilings. `bar_us` is the time to beat (docs/gpu.md, Experts), scaled by the ceilings. With --tune other shapes of
-launches too.
+ceilings. `products` names the kernel: `triton`, or `wgmma`, the grouped product of prompts on Hopper, whose two shapes
+are both measured from 32 rows an expert on; the first line is what the engine takes. `bar_us` is the time to beat
+(docs/gpu.md, Experts), scaled by the ceilings. With --tune other shapes of launches too, of the second product apart
+where an expert has few rows.
 
 `--shape tiny` runs on a CPU as well, in Triton's interpreter, to see that it works: its times say nothing of kernels.
 """
@@ -23,8 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from kvarena.engine.checkpoints.directory import one_line
+from kvarena.engine.kernels.experts.grouped import GroupedGemm, GroupedTile, grouped_tile
 from kvarena.engine.kernels.experts.layer import run_experts
 from kvarena.engine.kernels.experts.products import MANY_ROWS, TILES, ExpertTile, tile_for
+from kvarena.engine.kernels.hopper import load_hopper_kernels
 from kvarena.experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda, time_launches
 from kvarena.experiments.tools import say_all, tool_parser
 
@@ -65,6 +69,23 @@ OTHER_TILES = (
 )  # fmt: skip
 
 
+# Of few rows: gate's and up's, and down's.
+FEW_ROWS_PAIRS = (
+    (ExpertTile(16, 32, 128, 4, 4, True), ExpertTile(16, 64, 128, 4, 3, True)),
+    (ExpertTile(16, 32, 256, 4, 3, True), ExpertTile(16, 64, 128, 4, 4, True)),
+    (ExpertTile(16, 32, 256, 4, 3, True), ExpertTile(16, 32, 256, 4, 3, True)),
+    (ExpertTile(16, 32, 256, 4, 3, True), ExpertTile(16, 32, 128, 4, 4, True)),
+    (ExpertTile(16, 32, 256, 2, 3, True), ExpertTile(16, 32, 256, 2, 3, True)),
+    (ExpertTile(16, 32, 128, 2, 4, True), ExpertTile(16, 32, 128, 2, 4, True)),
+    (ExpertTile(16, 16, 256, 4, 4, True), ExpertTile(16, 32, 256, 4, 3, True)),
+    (ExpertTile(16, 16, 256, 2, 4, True), ExpertTile(16, 16, 256, 2, 3, True)),
+    (ExpertTile(16, 16, 512, 4, 2, True), ExpertTile(16, 32, 256, 4, 3, True)),
+    (ExpertTile(16, 64, 128, 4, 3, True), ExpertTile(16, 64, 256, 4, 3, True)),
+    (ExpertTile(16, 64, 128, 4, 3, True), ExpertTile(16, 128, 128, 4, 3, True)),
+)
+FEWEST_GROUPED_ROWS = 32
+
+
 class Ceilings(NamedTuple):
     """What the machine reaches at most, in bytes and operations per second."""
 
@@ -79,10 +100,13 @@ class Layer:
         shape: sizes.
         num_tokens: of the batch.
         weights: gate and up, and down, of `make_weights`.
+        grouped: the grouped product of Hopper, if there is one.
     """
 
-    def __init__(self, shape: Shape, num_tokens: int, weights: tuple[Tensor, Tensor]) -> None:
-        self.shape = shape
+    def __init__(
+        self, shape: Shape, num_tokens: int, weights: tuple[Tensor, Tensor], grouped: GroupedGemm | None = None
+    ) -> None:
+        self.shape, self.products = shape, grouped
         self.gate_up, self.down = weights
         device = self.gate_up.device
         self.x, self.residual = (
@@ -109,13 +133,16 @@ class Layer:
         """Of the products."""
         return 6 * self.choices[0].numel() * self.shape.hidden * self.shape.inner
 
-    def kernels(self, tile: ExpertTile, *, upcast: bool) -> list[Callable[[], object]]:
+    def kernels(
+        self, tile: ExpertTile | GroupedTile, down: ExpertTile | None, *, upcast: bool
+    ) -> list[Callable[[], object]]:
         """A launch of this engine's kernels for each routing."""
 
         def launch(logits: Tensor) -> Callable[[], object]:
             return lambda: run_experts(
                 self.residual, self.x, logits, self.gate_up, self.down, None, 0, top_k=self.shape.top_k,
-                renormalize=True, num_read=self._num_read, upcast=upcast, tile=tile,
+                renormalize=True, num_read=self._num_read, upcast=upcast, grouped=self.products, tile=tile,
+                down_tile=down,
             )  # fmt: skip
 
         rows = torch.zeros(len(self.x), self.shape.num_experts, device=self.x.device)
@@ -156,21 +183,31 @@ def make_weights(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     return gate_up, torch.empty(shape.num_experts, shape.hidden, shape.inner, **options).normal_(std=0.02)
 
 
-def measure(name: str, num_tokens: int, weights: tuple[Tensor, Tensor], found: Ceilings, tune: bool) -> Iterator[Line]:
+def choices(
+    num_pairs: int, num_experts: int, *, hopper: bool, tune: bool
+) -> list[tuple[ExpertTile | GroupedTile, ExpertTile | None]]:
+    """Shapes of launches to measure, the engine's own first: of both products, or of the first and of the second."""
+    triton, mean = tile_for(num_pairs, num_experts), num_pairs / num_experts
+    own = (grouped_tile(num_pairs, num_experts) if hopper else None) or triton
+    grouped = [GroupedTile(False), GroupedTile(True)] if hopper and mean >= FEWEST_GROUPED_ROWS else []
+    others = (*TILES.values(), MANY_ROWS, *OTHER_TILES) if tune else ()
+    alike = dict.fromkeys([own, triton, *grouped, *others])
+    return [(tile, None) for tile in alike] + [pair for pair in FEW_ROWS_PAIRS if tune and triton.rows == pair[0].rows]
+
+
+def measure(name: str, num_tokens: int, layer: Layer, found: Ceilings, tune: bool) -> Iterator[Line]:
     """The lines of one batch."""
-    shape, layer = SHAPES[name], Layer(SHAPES[name], num_tokens, weights)
-    on_gpu = layer.x.is_cuda
+    shape, on_gpu = layer.shape, layer.x.is_cuda
     labels: Line = {"kernel": "experts", "shape": name, "tokens": num_tokens, "experts_read": layer.num_read}
     if num_tokens in shape.bars:
         labels["bar_us"] = round(shape.bars[num_tokens] * COPY_OF_BARS / found.copy, 1)
     elif shape.bars and num_tokens >= 2048:
         labels["bar_us"] = round(layer.num_flops / (DENSE_SHARE * found.matmul) * 1e6, 1)
     theirs = layer.grouped()
-    best = tile_for(num_tokens * shape.top_k, shape.num_experts)
-    tiles = [best, *(tile for tile in (*TILES.values(), MANY_ROWS, *OTHER_TILES) if tune and tile != best)]
+    hopper = layer.products is not None
     cases: list[tuple[Line, Callable[[], list[Callable[[], object]]]]] = [
-        ({"by": "kvarena", "tile": list(tile)}, lambda tile=tile: layer.kernels(tile, upcast=not on_gpu))  # type: ignore[misc]
-        for tile in tiles
+        (_kvarena(tile, down), lambda tile=tile, down=down: layer.kernels(tile, down, upcast=not on_gpu))  # type: ignore[misc]
+        for tile, down in choices(num_tokens * shape.top_k, shape.num_experts, hopper=hopper, tune=tune)
     ]
     for line, launches in [*cases, ({"by": "transformers grouped_mm"}, lambda: theirs)]:
         try:
@@ -183,6 +220,13 @@ def measure(name: str, num_tokens: int, weights: tuple[Tensor, Tensor], found: C
             yield labels | line | {"failed": one_line(error)[:200]}
             continue
         yield labels | line | rates(us, layer, found)
+
+
+def _kvarena(tile: ExpertTile | GroupedTile, down: ExpertTile | None) -> Line:
+    """What a line says of a launch of this engine's kernels."""
+    products = "wgmma" if isinstance(tile, GroupedTile) else "triton"
+    line: Line = {"by": "kvarena", "products": products, "tile": tile._asdict()}
+    return line if down is None else line | {"down_tile": down._asdict()}
 
 
 def rates(us: float, layer: Layer, found: Ceilings) -> Line:
@@ -217,6 +261,8 @@ def lines(names: Sequence[str], tokens: Sequence[int], tune: bool) -> Iterator[L
     """All lines; of a GPU unless only the tiny shape is asked for and there is none."""
     only_tiny = set(names) == {"tiny"} and not torch.cuda.is_available()
     device = torch.device("cpu") if only_tiny else require_cuda()
+    kernels = load_hopper_kernels(device)
+    grouped = None if kernels is None else GroupedGemm(kernels)
     found = host_ceilings() if only_tiny else Ceilings(copy_bandwidth(), matmul_flops())
     yield {
         "device": "cpu, Triton interpreted" if only_tiny else torch.cuda.get_device_name(), "torch": torch.__version__,
@@ -225,7 +271,7 @@ def lines(names: Sequence[str], tokens: Sequence[int], tune: bool) -> Iterator[L
     for name in names:
         weights = make_weights(SHAPES[name], device)
         for num_tokens in tokens:
-            yield from measure(name, num_tokens, weights, found, tune)
+            yield from measure(name, num_tokens, Layer(SHAPES[name], num_tokens, weights, grouped), found, tune)
         del weights
 
 

@@ -1,0 +1,138 @@
+// Runs wide_gemm.cu on a CPU, a cluster after another: each thread is a fiber that gives way where it would wait, each
+// fetch arrives at some later time, in any order. What hopper.cu does with instructions of the GPU is done here by hand,
+// without swizzle. The test puts the launch's constants before this text and the kernel's (without asm) behind it.
+
+#include <ucontext.h>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef uint16_t u16;
+struct uint4 { u32 x, y, z, w; };
+static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+
+constexpr int PROGRAM_THREADS = 384, SHARED = 232448;
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct TensorMap {
+  const u16* data;
+  int rows, cols, box_rows;
+};
+struct Barrier { int count, pending, bytes; u32 phase; };
+struct Program {
+  alignas(1024) char shared[SHARED];
+  u32 used = 0;
+  Barrier barriers[64];
+};
+struct Thread { ucontext_t context; int index, program; bool ended; std::vector<char> stack; u32 sent; };
+struct Index { int x; };
+
+static Program programs[CM];
+static std::vector<Thread> threads;
+static Thread* now;
+static ucontext_t scheduler;
+static std::vector<std::function<void()>> on_their_way;
+static int at_cluster_barrier, cluster_barriers, at_warp[CM * PROGRAM_THREADS / 32], warp_barriers[CM * PROGRAM_THREADS / 32];
+static Index threadIdx, blockIdx, gridDim;
+static int first_program;
+
+static void give_way() { swapcontext(&now->context, &scheduler); }
+static void fail(const char* what) { fprintf(stderr, "%s\n", what); exit(1); }
+static Program& own() { return programs[now->program]; }
+static void meet(int& there, int& times, int all) {
+  const int before = times;
+  if (++there == all) there = 0, ++times;
+  while (times == before) give_way();
+}
+static int warp() { return (now->program * PROGRAM_THREADS + now->index) / 32; }
+static void __syncwarp() { meet(at_warp[warp()], warp_barriers[warp()], 32); }
+static u32 __shfl_xor_sync(u32, u32 value, int other) {
+  now->sent = value;
+  __syncwarp();
+  const u32 got = (now - now->index % 32 + (now->index % 32 ^ other))->sent;
+  __syncwarp();
+  return got;
+}
+static void cluster_sync() { meet(at_cluster_barrier, cluster_barriers, CM * PROGRAM_THREADS); }
+static void __syncthreads() { cluster_sync(); }  // of a cluster of one
+static u32 cluster_rank() { return now->program; }
+template <class T> static T __ldcg(const T* from) { return *from; }
+
+// Static shared memory comes first, the dynamic one behind; barriers are kept apart, by their address.
+template <class T> static T* shared_array(u32 offset) { return reinterpret_cast<T*>(own().shared + offset); }
+static u32 shared_address(const void* p) { return static_cast<const char*>(p) - own().shared; }
+static Barrier& barrier_of(int program, u32 address) { return programs[program].barriers[address / 8]; }
+static void settle(Barrier& b) {
+  if (b.pending < 0) fail("more arrivals than a barrier expects");
+  if (b.pending == 0 && b.bytes == 0) b.pending = b.count, ++b.phase;
+}
+static void barrier_init(u32 address, u32 count) { barrier_of(now->program, address) = {(int)count, (int)count, 0, 0}; }
+static void barrier_expect(u32 address, u32 bytes) {
+  Barrier& b = barrier_of(now->program, address);
+  b.bytes += bytes, --b.pending;
+  settle(b);
+}
+static void barrier_arrive(u32 address, u32 rank) { Barrier& b = barrier_of(rank, address); --b.pending, settle(b); }
+static void barrier_arrive_local(u32 address) { barrier_arrive(address, now->program); }
+static void barrier_wait(u32 address, u32 parity) {
+  give_way();
+  while ((barrier_of(now->program, address).phase & 1) == parity) give_way();
+}
+static bool has_waited;
+static void wait_for_previous() { has_waited = true; }
+static void let_next_start() { if (!has_waited) fail("the next kernel may start before this one's inputs are there"); }
+
+struct Ring {
+  u32 stage, parity;
+  explicit Ring(u32 steps) : stage(steps % STAGES), parity(steps / STAGES & 1) {}
+  void next() { if (++stage == STAGES) stage = 0, parity ^= 1; }
+};
+static void fetch_for(u16 ranks, u32 to, const TensorMap& map, u32 barrier, int col, int row, u64) {
+  for (int rank = 0; rank < CM; ++rank) {
+    if (!(ranks >> rank & 1)) continue;
+    on_their_way.push_back([=, &map] {
+      u16* box = reinterpret_cast<u16*>(programs[rank].shared + to);
+      for (int r = 0; r < map.box_rows; ++r) {
+        for (int c = 0; c < 64; ++c) {
+          const bool inside = row + r < map.rows && col + c < map.cols;
+          box[r * 64 + c] = inside ? map.data[(size_t)(row + r) * map.cols + col + c] : 0;
+        }
+      }
+      Barrier& b = barrier_of(rank, barrier);
+      b.bytes -= map.box_rows * 128;
+      settle(b);
+    });
+  }
+}
+static void fetch(u32 to, const TensorMap& map, u32 barrier, int col, int row, u64 policy) {
+  fetch_for(1 << now->program, to, map, barrier, col, row, policy);
+}
+static u64 policy_evict_first() { return 0; }
+static u64 policy_evict_last() { return 0; }
+
+static float widen(u16 value) { u32 bits = (u32)value << 16; float f; memcpy(&f, &bits, 4); return f; }
+static u32 narrow(float f) { u32 bits; memcpy(&bits, &f, 4); return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16; }
+static u32 pack(float low, float high) { return narrow(low) | narrow(high) << 16; }
+static float silu_times(float gate, float up) { return gate / (1 + std::exp(-gate)) * up; }
+static u64 descriptor(u32 address) { return address >> 4; }
+// This thread's part of 64 x BN x 16.
+static void wgmma(float (&d)[BN / 2], u64 a, u64 b, int add) {
+  const u16 *x = reinterpret_cast<u16*>(own().shared + (a << 4)), *w = reinterpret_cast<u16*>(own().shared + (b << 4));
+  for (int i = 0; i < BN / 2; ++i) {
+    const int row = now->index % 128 / 32 * 16 + now->index % 32 / 4 + i / 2 % 2 * 8;
+    const int col = i / 4 * 8 + now->index % 4 * 2 + i % 2;
+    float sum = add ? d[i] : 0;
+    for (int k = 0; k < 16; ++k) sum += widen(x[row * 64 + k]) * widen(w[col * 64 + k]);
+    d[i] = sum;
+  }
+}

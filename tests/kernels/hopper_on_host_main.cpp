@@ -1,0 +1,64 @@
+
+struct Launch { int num_clusters, num_items, num_rows, num_cols, num_tiles, steps, depth, w_rows, out_rows; };
+static TensorMap x_map, w_map;
+static Launch launch;
+static std::vector<u16> x, w, y;
+static std::vector<int> items, order;
+static std::vector<float> factors;
+
+static void start() {
+  wide_gemm(x_map, w_map, y.data(), items.data(), order.data(), factors.data(), launch.num_items, launch.num_rows,
+            launch.num_cols, launch.num_cols, launch.num_tiles, launch.steps);
+  now->ended = true;
+  give_way();
+}
+
+template <class T> static void read(std::vector<T>& to, size_t count, FILE* file) {
+  to.resize(count);
+  if (fread(to.data(), sizeof(T), count, file) != count) fail("too little input");
+}
+
+// Reads a launch and its operands, runs it, writes y.
+int main(int, char** paths) {
+  FILE* file = fopen(paths[1], "rb");
+  if (!file || fread(&launch, sizeof launch, 1, file) != 1) fail("no input");
+  const size_t depth = launch.depth;
+  read(x, launch.num_rows * depth, file), read(w, launch.w_rows * depth, file);
+  read(y, (size_t)launch.out_rows * launch.num_cols, file), read(items, 4 * launch.num_items, file);
+  read(order, launch.num_rows, file), read(factors, launch.num_rows, file);
+  x_map = {x.data(), launch.num_rows, launch.depth, 64}, w_map = {w.data(), launch.w_rows, launch.depth, BN / 2};
+  gridDim.x = launch.num_clusters * CM;
+  srand(1);
+  for (int cluster = 0; cluster < launch.num_clusters; ++cluster) {
+    first_program = cluster * CM, has_waited = false;
+    threads.clear(), threads.resize(CM * PROGRAM_THREADS);
+    for (int i = 0; i < CM * PROGRAM_THREADS; ++i) {
+      Thread& t = threads[i];
+      t.index = i % PROGRAM_THREADS, t.program = i / PROGRAM_THREADS, t.ended = false;
+      t.stack.resize(1 << 15);
+      getcontext(&t.context);
+      t.context.uc_stack.ss_sp = t.stack.data(), t.context.uc_stack.ss_size = t.stack.size();
+      t.context.uc_link = &scheduler;
+      makecontext(&t.context, start, 0);
+    }
+    for (int round = 0, left = 1; left; ++round) {
+      if (round == 1 << 20) fail("a wait that never ends");
+      left = 0;
+      for (Thread& t : threads) {
+        if (t.ended) continue;
+        ++left;
+        now = &t, threadIdx.x = t.index, blockIdx.x = first_program + t.program;
+        swapcontext(&scheduler, &t.context);
+      }
+      for (size_t i = on_their_way.size(); i-- > 0;) {
+        if (rand() % 3) continue;
+        on_their_way[i]();
+        on_their_way.erase(on_their_way.begin() + i);
+      }
+    }
+    if (!on_their_way.empty()) fail("a program ended before its fetches");
+  }
+  FILE* to = fopen(paths[2], "wb");
+  fwrite(y.data(), 2, y.size(), to);
+  return fclose(to);
+}
