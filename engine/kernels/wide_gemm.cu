@@ -172,6 +172,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         if (at.row + warp_group * BOX_ROWS >= at.end || at.col >= num_cols) {
           for (int step = 0; step < steps; ++step, ring.next()) {
             barrier_wait(full + 8 * ring.stage, ring.parity);
+            __syncwarp();  // lanes 0 and 1 speak for all
             if (lane < CM) barrier_arrive(empty + 8 * ring.stage, lane);
           }
           continue;

@@ -22,8 +22,9 @@ from kvarena.engine.kernels.attention.config import decode_config, prefill_confi
 from kvarena.engine.kernels.attention.decode import decode_kernel, merge_width
 from kvarena.engine.kernels.attention.prefill import prefill_kernel
 from kvarena.engine.kernels.common import VARYING, next_power_of_2
+from kvarena.engine.kernels.experts.grouped import gather_rows_kernel
 from kvarena.engine.kernels.experts.products import MANY_ROWS, TILES, add_experts_kernel, expert_product_kernel
-from kvarena.engine.kernels.experts.routing import route_kernel, sort_kernel
+from kvarena.engine.kernels.experts.routing import route_few_kernel, route_kernel, sort_kernel
 from kvarena.engine.kernels.norm import rms_norm_kernel
 from kvarena.engine.kernels.rope import rope_store_kernel
 from kvarena.engine.kernels.store import store_kv_kernel
@@ -151,8 +152,13 @@ def expert_resources(few):
     sizes = {"EXPERTS": 128, "TOP_K": 8}
     route = sizes | {"EXPERTS_PAD": 128, "TOP_K_PAD": 8, "RENORMALIZE": True, "SHARED": True, "PADDED": True}
     yield "experts route", resources(route_kernel, route, 1, 3)
-    sort = {"EXPERTS": 128, "EXPERTS_PAD": 256, "ROWS": 16, "BLOCK": 1024}
-    yield "experts sort", resources(sort_kernel, sort, 4, 3)
+    for tokens, warps in ((1, 1), (8, 4)):
+        shape = route | {"TOKENS_PAD": tokens, "ROWS": 16, "SPAN": 16}
+        yield f"experts route few x {tokens}", resources(route_few_kernel, shape, warps, 3)
+    for block, warps in ((1024, 4), (4096, 16)):
+        sort = {"EXPERTS": 128, "EXPERTS_PAD": 256, "ROWS": 16, "SPAN": 16, "BLOCK": block}
+        yield f"experts sort x {block}", resources(sort_kernel, sort, warps, 3)
+    yield "experts gather", resources(gather_rows_kernel, {"TOP_K": 8, "SIZE": 2048, "TILE": 2048}, 2, 3)
     yield "experts sum", resources(add_experts_kernel, sizes | {"SIZE": 4096, "TILE": 2048}, 4, 3)
     for tile in [*TILES.values(), MANY_ROWS]:
         if few and tile.rows not in (16, 128):

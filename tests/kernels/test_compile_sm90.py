@@ -22,7 +22,7 @@ def resources(request):
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == {"few": 18, "all": 33}[request.param]
+    assert len(found) == {"few": 22, "all": 37}[request.param]
     return found
 
 
@@ -55,8 +55,8 @@ def test_attention_uses_tensor_cores_and_asynchronous_copies(resources):
 
 def test_loads_are_sixteen_bytes_wide(resources):
     # Of a few kilobytes whose number is known to nobody when they are compiled.
-    narrow = {"experts route", "experts sort"}
-    assert [name for name, r in resources.items() if not r["wide_loads"] and name not in narrow] == []
+    narrow = ("experts route", "experts sort")
+    assert [name for name, r in resources.items() if not r["wide_loads"] and not name.startswith(narrow)] == []
 
 
 def test_kernels_touch_memory_only_after_the_kernel_before_them(resources):

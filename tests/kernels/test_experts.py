@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 
+from kvarena.engine.kernels.experts import routing as routing_module
 from kvarena.engine.kernels.experts.layer import run_experts
 from kvarena.engine.kernels.experts.products import MANY_ROWS, TILES, tile_for
 from kvarena.engine.kernels.experts.routing import max_items, route
@@ -62,8 +63,10 @@ QUICK = [(4, 1, True), (4, 2, False), (6, 3, True), (8, 4, False), (8, 8, True),
          (9, 7, True), (128, 8, True)]  # fmt: skip
 
 
+@pytest.mark.parametrize("few_pairs", [64, 0], ids=["one launch", "two launches"])
 @pytest.mark.parametrize(("experts", "top_k", "renormalize"), QUICK)
-def test_a_layer_equals_float64(experts, top_k, renormalize):
+def test_a_layer_equals_float64(monkeypatch, few_pairs, experts, top_k, renormalize):
+    monkeypatch.setattr(routing_module, "FEW_PAIRS", few_pairs)
     check(3, experts, top_k, renormalize)
 
 
@@ -122,9 +125,11 @@ def test_the_gate_of_a_shared_expert_is_the_column_behind():
     torch.testing.assert_close(routing.weights, logits[:, :4].softmax(-1).topk(2).values)
 
 
+@pytest.mark.parametrize("few_pairs", [64, 0], ids=["one launch", "two launches"])
 @pytest.mark.parametrize("seed", range(3))
-def test_any_routing_fits_the_grid_of_its_tokens(seed):
+def test_any_routing_fits_the_grid_of_its_tokens(monkeypatch, few_pairs, seed):
     """The work list of one fixed grid holds every pair once, whatever the routing."""
+    monkeypatch.setattr(routing_module, "FEW_PAIRS", few_pairs)
     experts, top_k, rows, tokens = 6, 2, 4, 23
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)) * 3 * seed
     num_read = torch.zeros(1, dtype=torch.int32, device=DEVICE)
@@ -135,8 +140,33 @@ def test_any_routing_fits_the_grid_of_its_tokens(seed):
     assert used[1].tolist() == [0, *used[2, :-1].tolist()] and int(used[2, -1]) == tokens * top_k
     assert int((used[2] - used[1]).max()) <= rows
     assert sorted(routing.order.tolist()) == list(range(tokens * top_k))
-    for expert, begin, end in used.t().tolist():
+    for expert, begin, end, first in used.t().tolist():
         assert (routing.ids.flatten()[routing.order[begin:end].long()] == expert).all()
+        assert used[1, first] == begin
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 8, 128), (8, 8, 60), (21, 2, 6), (3, 3, 4), (64, 1, 2)])
+def test_one_launch_routes_few_tokens_as_two_do(monkeypatch, tokens, top_k, experts):
+    """With padding, a shared expert's gate, experts of several items, and spans of them."""
+    g = torch.Generator().manual_seed(tokens)
+    logits = torch.randn(tokens, experts + 1, generator=g).to(DEVICE)
+    slots = torch.randint(0, 5, (tokens,), generator=g).to(DEVICE)
+    slots[0] = 4
+    found = []
+    for few_pairs in (64, 0):
+        monkeypatch.setattr(routing_module, "FEW_PAIRS", few_pairs)
+        num_read = torch.full((1,), -9, dtype=torch.int32, device=DEVICE)
+        given = {"renormalize": tokens % 2 == 0, "tile_rows": 4, "num_read": num_read, "span_items": 3}
+        found.append([*route(logits, slots, 1, experts, top_k, **given), num_read])
+    items, order = found[0][3], found[0][2]
+    used = items[0] >= 0
+    computed = int((slots >= 1).sum()) * top_k
+    assert (order[computed:] == -1).all() and (order[:computed] >= 0).all() and items[2, used].max() == computed
+    for one, two in zip(*found, strict=True):
+        if one is items:
+            assert torch.equal(one[0], two[0])
+            one, two = one[:, used], two[:, used]
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
 
 
 def test_the_bound_on_items_is_reached_and_never_passed():
