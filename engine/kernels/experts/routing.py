@@ -21,7 +21,6 @@ from torch import Tensor
 
 from kvarena.engine.kernels.common import await_previous, launch_options, next_power_of_2
 
-
 # So many pairs of few tokens are routed and sorted by one program, which compares each with each.
 FEW_PAIRS, FEW_LOGITS = 64, 8192
 # Pairs of one step of the sort, by a program.
