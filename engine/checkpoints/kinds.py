@@ -15,6 +15,8 @@ METHODS = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "hqq": 
 # Read as they are packed (engine/checkpoints/packed.py).
 PACKED_METHODS = ("awq", "gptq", "compressed-tensors")
 READ_METHODS = (*PACKED_METHODS, *DEQUANTIZED)
+# What a user may ask for: these, and what is made of plain weights at load (fp8 is both).
+QUANTIZATIONS = (*READ_METHODS, "int8")
 # How a packed weight is called, where the config forgot to say.
 PACKED = {
     ".qweight": "GPTQ or AWQ",

@@ -17,6 +17,7 @@ from kvarena.engine.checkpoints.kinds import METHODS, quantization
 from kvarena.engine.checkpoints.packed_entries import PackedEntry, compressed_entries, gptq_entries
 from kvarena.engine.checkpoints.packed_settings import (
     COMPRESSED,
+    MADE,
     SIDE_FILES,
     PackedSettings,
     check_drawn,
@@ -49,6 +50,8 @@ class PackedCheckpoint:
 
     def describe(self) -> str:
         """AWQ, 4 bits in groups of 128, and the like."""
+        if self.settings.method in MADE:
+            return f"{self.settings.name} with a scale for each output"
         kinds = sorted({entry.kind for entry in self.entries.values()})
         return f"{self.settings.name}, {' and '.join(kinds)}"
 
@@ -90,7 +93,7 @@ def check_method(directory: Path, config: Mapping[str, Any], wanted: str, *, wei
     Args:
         directory: the checkpoint's.
         config: its config.json.
-        wanted: the method, as a `quantization_config` calls it.
+        wanted: the method, as a `quantization_config` calls it; or int8 or fp8, to be made of plain weights.
         weights: its weights will be read; random ones are drawn as they are wanted.
 
     Raises:
@@ -103,6 +106,8 @@ def check_method(directory: Path, config: Mapping[str, Any], wanted: str, *, wei
     settings = packed_settings(directory, config)
     packed = None if settings is None else packed_checkpoint(directory, config)
     found = packed.settings.method if packed is not None else quantization(dict(config))
+    if found is None and wanted in MADE:
+        return
     if found != wanted:
         what = "are not quantised" if found is None else f"are quantised with {METHODS.get(found, found)}"
         raise ModelError(

@@ -15,9 +15,14 @@ from kvarena.engine.checkpoints.directory import read_json
 from kvarena.engine.errors import ConfigError, ModelError
 
 AWQ, GPTQ, COMPRESSED = "awq", "gptq", "compressed-tensors"
-NAMES = {AWQ: "AWQ", GPTQ: "GPTQ", COMPRESSED: "compressed-tensors"}
+# Made of plain weights at load; no file says so.
+INT8, FP8 = "int8", "fp8"
+MADE = (INT8, FP8)
+NAMES = {AWQ: "AWQ", GPTQ: "GPTQ", COMPRESSED: "compressed-tensors", INT8: "int8", FP8: "fp8"}
+# Methods that are read as a config.json calls them.
+_READ = (AWQ, GPTQ, COMPRESSED)
 # In which random weights are drawn.
-DRAWN = (AWQ, GPTQ)
+DRAWN = (AWQ, GPTQ, *MADE)
 # What transformers takes where neither is said, too.
 BITS, GROUP_SIZE = 4, 128
 # Files beside config.json, and what wrote them.
@@ -69,13 +74,13 @@ def packed_settings(directory: Path, config: Mapping[str, Any]) -> PackedSetting
             if isinstance(found, Mapping) and found:
                 fallback = COMPRESSED if key == "compression_config" else None
                 method = found.get("quant_method") or fallback or _unnamed(found)
-                return _settings(directory / "config.json", method, found) if method in NAMES else None
+                return _settings(directory / "config.json", method, found) if method in _READ else None
     for name, method in SIDE_FILES.items():
         file = directory / name
         if file.is_file():
             found = read_json(file)
             method = found.get("quant_method") or method
-            return _settings(file, method, found) if method in NAMES else None
+            return _settings(file, method, found) if method in _READ else None
     return None
 
 
@@ -84,7 +89,7 @@ def check_drawn(method: str | None) -> None:
     if method is not None and method not in DRAWN:
         raise ConfigError(
             f"model.quantization={method} insists on such weights, and model.load_format=dummy draws plain ones, or "
-            f"packed ones of {' or '.join(DRAWN)}; take one of these, or leave it out"
+            f"those of {', '.join(DRAWN)}; take one of these, or leave it out"
         )
 
 

@@ -5,10 +5,11 @@ Weights go from the safetensors files to the device one by one, so host memory h
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,7 @@ from kvarena.engine.checkpoints.check import check_checkpoint
 from kvarena.engine.checkpoints.directory import one_line, read_config
 from kvarena.engine.checkpoints.kinds import DEQUANTIZED
 from kvarena.engine.checkpoints.packed import packed_checkpoint
-from kvarena.engine.checkpoints.packed_settings import check_drawn
+from kvarena.engine.checkpoints.packed_settings import MADE, check_drawn
 from kvarena.engine.checkpoints.weights import weight_bytes
 from kvarena.engine.errors import ConfigError, ModelError
 from kvarena.engine.models.configs import (
@@ -35,13 +36,13 @@ from kvarena.engine.models.configs import (
 )
 from kvarena.engine.models.experts import ExpertsRead, expert_sizes
 from kvarena.engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
-from kvarena.engine.models.packed_dummy import load_packed_dummy, plan_dummy
+from kvarena.engine.models.made_packed import load_packed_dummy, made_tensors, plan_dummy
 from kvarena.engine.models.packed_loader import PackedLoad, forget_packing, load_packed, plan_packed
 from kvarena.engine.models.probe import AttentionGeometry, probe_attention
 from kvarena.engine.models.spec import LoadedModel, ModelSpec
 from kvarena.engine.pool.memory_limits import free_bytes, is_out_of_memory, size_text
 from kvarena.engine.quantization.experts import packed_weights
-from kvarena.engine.quantization.state import PackedTensors
+from kvarena.engine.quantization.state import PackedTensors, open_tensors
 
 if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
     from kvarena.engine.models.composite import Composite
@@ -79,8 +80,8 @@ def load_model(
         trust_remote_code: run the directory's own Python code.
         name: how reports call the model; None takes the directory's name.
         image_cache_bytes: for what the vision tower has encoded, of a model that reads images.
-        quantization: the method with which the weights must be quantised; None: any, or none. Of dummy weights: the
-            one in which they are drawn.
+        quantization: the method with which the weights must be quantised; None: any, or none. int8 and fp8 are made
+            of plain weights; dummy weights are drawn so.
 
     Raises:
         ConfigError: a setting is out of range, or the settings do not fit together.
@@ -109,7 +110,9 @@ def load_model(
         elif directory is None or not has_weights:
             module = build_dummy(config, weights, device, seed, trust_remote_code, name)
         else:
-            module, packing = _from_directory(directory, config, weights, device, trust_remote_code, composite)
+            module, packing = _from_directory(
+                directory, config, weights, device, trust_remote_code, composite, quantization
+            )
         module.eval().requires_grad_(False)
         loaded = _describe(module, config.get_text_config(), name, directory, own_end, packing)
         if composite is None:
@@ -167,16 +170,17 @@ def _from_directory(
     device: str | torch.device,
     trust_remote_code: bool,
     composite: Composite | None,
+    quantization: str | None,
 ) -> tuple[nn.Module, str]:
     """A causal language model with its weights: all of the directory's, or those of a `composite`'s language model.
 
     Returns:
         The module, and `ModelSpec.quantization`.
     """
-    quantization = getattr(config, "quantization_config", None)
-    if isinstance(quantization, dict) and quantization.get("quant_method") in DEQUANTIZED:
+    said = getattr(config, "quantization_config", None)
+    if isinstance(said, dict) and said.get("quant_method") in DEQUANTIZED:
         # What kernels run quantised weights, if any, depends on the device; plain weights run everywhere alike.
-        quantization["dequantize"] = True
+        said["dequantize"] = True
     target = torch.device(device)
     options: dict[str, Any] = {
         "attn_implementation": "eager",
@@ -195,7 +199,14 @@ def _from_directory(
     load = None
     if checkpoint is not None and isinstance(dtype, torch.dtype):
         packed = PackedTensors(checkpoint, dtype, target) if composite is None else composite.packed(checkpoint)
-        load = _planned(packed, config, dtype, target, trust_remote_code)
+        load = _planned(lambda _: packed, config, dtype, target, trust_remote_code, str(directory))
+    elif quantization in MADE and said is None:
+        dtype = _element_type(dtype)
+        named = open_tensors(directory) if composite is None else composite.text
+        make = functools.partial(
+            made_tensors, name=str(directory), method=quantization, named=named, dtype=dtype, device=target
+        )
+        load = _planned(make, config, dtype, target, trust_remote_code, str(directory))
     if composite is not None:
         config.tie_word_embeddings = "lm_head.weight" not in composite.text
     try:
@@ -224,17 +235,21 @@ def _from_directory(
 
 
 def _planned(
-    tensors: PackedTensors,
+    make: Callable[[nn.Module], PackedTensors],
     config: PretrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
     trust_remote_code: bool,
+    name: str,
 ) -> PackedLoad:
-    """What becomes of packed weights, said in a line; the config forgets that they are. Raises ModelError."""
+    """What becomes of packed weights, said in a line; the config forgets that they are. Raises ModelError.
+
+    `make` gives the tensors, of the model on the meta device.
+    """
     forget_packing(config)
-    checkpoint = tensors.checkpoint
-    shape = build_dummy(config, dtype, "meta", 0, trust_remote_code, str(checkpoint.directory))
-    load = plan_packed(tensors, shape, stay_packed=keeps_packed(device))
+    shape = build_dummy(config, dtype, "meta", 0, trust_remote_code, name)
+    load = plan_packed(make(shape), shape, stay_packed=keeps_packed(device))
+    checkpoint = load.checkpoint
     # Dequantised weights take four times what the files do: a line that nobody has to ask for.
     level = logging.INFO if len(load.kept) == len(checkpoint.entries) else logging.WARNING
     logger.log(level, "%s: %s", checkpoint.directory, load.describe())

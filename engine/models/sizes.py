@@ -18,6 +18,7 @@ from torch import nn
 from transformers import InternVLConfig
 
 from kvarena.engine.checkpoints.directory import read_config
+from kvarena.engine.checkpoints.kinds import quantization
 from kvarena.engine.checkpoints.packed import PackedCheckpoint, packed_checkpoint
 from kvarena.engine.checkpoints.packed_settings import check_drawn
 from kvarena.engine.models.configs import (
@@ -29,7 +30,7 @@ from kvarena.engine.models.configs import (
 )
 from kvarena.engine.models.limits import num_decoder_layers
 from kvarena.engine.models.loader import build_dummy, model_spec
-from kvarena.engine.models.packed_dummy import packed_shape
+from kvarena.engine.models.made_packed import packed_shape
 from kvarena.engine.models.packed_loader import expert_modules, linear_layers
 from kvarena.engine.models.probe import trace_attention
 from kvarena.engine.models.spec import ModelSpec
@@ -74,7 +75,8 @@ def model_sizes(
     name: str | None = None,
     drawn: str | None = None,
 ) -> ModelSizes:
-    """The sizes of a model, from its config alone. Arguments: see `load_model`; `drawn`: how dummy weights are packed.
+    """The sizes of a model, from its config alone. Arguments: see `load_model`; `drawn`: how weights are packed
+    that are drawn or made of plain ones.
 
     A model is traced once in a process, whose sweep may have hundreds of cells; a directory again when one of its files
     is another one.
@@ -153,7 +155,8 @@ def _packing(
     directory: Path | None, module: nn.Module, name: str, drawn: str | None, whole: InternVLConfig | None
 ) -> PackedCheckpoint | None:
     """How the weights are packed; None: not, or in a directory without weights, whose layers nothing tells."""
-    if drawn is not None:
+    said = None if directory is None else quantization(read_config(directory))
+    if drawn is not None and (said is None or drawn != said):
         check_drawn(drawn)
         return packed_shape(module, name, drawn)
     if directory is None or not any(directory.glob("*.safetensors")):

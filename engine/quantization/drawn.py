@@ -16,19 +16,24 @@ from torch import Tensor
 
 from kvarena.engine.checkpoints.packed import PackedCheckpoint
 from kvarena.engine.checkpoints.packed_entries import PACK, PackedEntry
-from kvarena.engine.checkpoints.packed_settings import AWQ, GPTQ, GROUP_SIZE, PackedSettings
+from kvarena.engine.checkpoints.packed_settings import AWQ, GPTQ, GROUP_SIZE, INT8, MADE, PackedSettings
 from kvarena.engine.checkpoints.weights import Stored
 from kvarena.engine.quantization.formats import packed_weight
 from kvarena.engine.quantization.state import PackedSource, PackedTensors
 from kvarena.engine.quantization.weight import PackedWeight
 
 _DEVIATION = 0.02
-_OF_CODES = 4.61  # standard deviation of 0 to 15
+_OF_CODES, _OF_BYTES = 4.61, 73.6  # standard deviation of 0 to 15, and of -127 to 127
 _SEVENS, _ONES = 0x77777777, 0x11111111
 
 
 def drawn_entry(name: str, num_outputs: int, num_inputs: int, method: str) -> PackedEntry | None:
-    """A linear layer as `method` would pack it in groups of 128; None where it does not take such sizes."""
+    """A linear layer as `method` would pack it, 4 bits in groups of 128; None where it does not take such sizes."""
+    if method in MADE:
+        dtype = "I8" if method == INT8 else "F8_E4M3"
+        made = {"weight": (dtype, (num_outputs, num_inputs)), "weight_scale": ("F32", (num_outputs, 1))}
+        parts = {suffix: Stored(f"{name}.{suffix}", Path(), *stored) for suffix, stored in made.items()}
+        return PackedEntry(name, parts, num_outputs, num_inputs, 1, num_inputs, 8)
     if num_outputs % PACK or num_inputs % PACK:
         return None
     group_size = min(GROUP_SIZE, num_inputs)
@@ -94,6 +99,8 @@ class _DrawnSource(PackedSource):
 
     def _draw(self, part: Stored, method: str, generator: torch.Generator) -> Tensor:
         shape, device = part.shape, self._device
+        if part.dtype in ("I8", "F8_E4M3", "F32"):
+            return self._draw_eight(part, method, generator)
         if part.dtype == "F16":
             drawn = torch.rand(shape, generator=generator, device=device)
             return ((drawn + 0.5) * (_DEVIATION / _OF_CODES)).half()
@@ -101,3 +108,12 @@ class _DrawnSource(PackedSource):
         if part.name.endswith(".qweight"):
             return bits
         return (bits & _ONES) + _SEVENS if method == AWQ else torch.full_like(bits, _SEVENS)
+
+    def _draw_eight(self, part: Stored, method: str, generator: torch.Generator) -> Tensor:
+        shape, device = part.shape, self._device
+        if part.dtype == "F32":
+            drawn = torch.rand(shape, generator=generator, device=device)
+            return (drawn + 0.5) * (_DEVIATION / (_OF_BYTES if method == INT8 else 1))
+        if part.dtype == "I8":
+            return torch.randint(-127, 128, shape, generator=generator, device=device).to(torch.int8)
+        return torch.randn(shape, generator=generator, device=device).to(torch.float8_e4m3fn)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,23 @@ from torch import Tensor
 
 from kvarena.engine.checkpoints.packed import PackedCheckpoint
 from kvarena.engine.checkpoints.packed_entries import PackedEntry
-from kvarena.engine.checkpoints.weights import Stored
+from kvarena.engine.checkpoints.weights import Stored, weight_files
 from kvarena.engine.quantization.formats import InputOrder, packed_weight
 from kvarena.engine.quantization.weight import PackedWeight
 
 PARTS = ("codes", "scales", "zeros", "order")
+
+
+def open_tensors(directory: Path) -> dict[str, Any]:
+    """The tensors of a directory that packs none, by name, each read by `[...]`. Raises ModelError: none are there."""
+    tensors: dict[str, Any] = {}
+    for file in weight_files(directory):
+        if file.suffix == ".safetensors":
+            opened = safe_open(file, framework="pt")
+            tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        else:
+            tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return tensors
 
 
 class PackedTensors:

@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import InternVLConfig
 
 from kvarena.engine.checkpoints.directory import read_config
 from kvarena.engine.checkpoints.packed import PackedCheckpoint, packed_checkpoint
-from kvarena.engine.checkpoints.weights import weight_files
-from kvarena.engine.quantization.state import PackedSource, PackedTensors, RenamedTensors
+from kvarena.engine.quantization.state import PackedSource, PackedTensors, RenamedTensors, open_tensors
 
 Tensors = dict[str, Any]
 _TOWER = (
@@ -166,11 +164,4 @@ def _open(directory: Path, device: torch.device) -> Tensors:
     packed = packed_checkpoint(directory, read_config(directory))
     if packed is not None:
         return PackedTensors(packed, torch.float32, device).state()
-    tensors: Tensors = {}
-    for file in weight_files(directory):
-        if file.suffix == ".safetensors":
-            opened = safe_open(file, framework="pt")
-            tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-        else:
-            tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    return tensors
+    return open_tensors(directory)

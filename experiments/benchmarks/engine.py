@@ -11,7 +11,7 @@ take at the measured ceilings. A section that fails has `error` in its line, and
 from the main job's config, with the settings that follow the options (`runner.gemm_table=gemm.json`).
 
 With `--quantization` every section but `correct` and `startup` runs twice: with plain weights, and with random ones of
-4 bits in groups of 128 that are drawn on the device.
+4 bits in groups of 128, or of 8 bits, that are drawn on the device.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def rates(moved: float, flops: float, seconds: float, ceilings: Ceilings) -> Lin
 
 
 def _floor(engines: Engines) -> Floor:
-    return floor_of(shape_of(engines.name), packed=engines.quantization is not None)
+    return floor_of(shape_of(engines.name), engines.quantization)
 
 
 def decode(engines: Engines, levers: Sequence[str], batch: int, ceilings: Ceilings, *, prefilled: bool) -> Line:

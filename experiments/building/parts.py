@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from kvarena.engine.checkpoints.packed_settings import MADE
 from kvarena.engine.checks import check_int
 from kvarena.engine.clock import Clock
 from kvarena.engine.contract import KVAllocator
@@ -153,7 +154,7 @@ def sizes_of(config: RunConfig) -> ModelSizes:
         dtype=config.engine.dtype,
         trust_remote_code=model.trust_remote_code,
         name=cast(str | None, model.name),
-        drawn=model.quantization if model.load_format == "dummy" else None,
+        drawn=model.quantization if model.load_format == "dummy" or model.quantization in MADE else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any, NamedTuple
 
+from kvarena.engine.checkpoints.packed_settings import MADE
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.settings.compose import load_run
 from kvarena.reports.analysis.experts import ExpertLoad
@@ -38,7 +39,7 @@ def shape_of(name: str) -> dict[str, Any]:
 
 
 class Floor(NamedTuple):
-    """What a forward must move and compute, whatever computes it; bf16, or layers of 4 bits.
+    """What a forward must move and compute, whatever computes it; bf16, or layers of fewer bits.
 
     Attributes:
         weight_bytes: matrices that any decode step reads: every layer's, and the output head's.
@@ -91,12 +92,12 @@ class Floor(NamedTuple):
 PACKED_BYTES = (4 + 16 / 128 + 4 / 128) / 8
 
 
-def floor_of(shape: dict[str, Any], *, packed: bool = False) -> Floor:
+def floor_of(shape: dict[str, Any], quantization: str | None = None) -> Floor:
     """The floor of a shape of the llama kind, dense or with experts in every layer and none that all tokens share.
 
     Args:
         shape: the content of its config.json.
-        packed: the layers' weights have 4 bits in groups of 128; routers and the output head have not.
+        quantization: how the layers' weights are packed; routers and the output head are not.
     """
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
     inner = shape.get("moe_intermediate_size", shape["intermediate_size"])
@@ -108,7 +109,10 @@ def floor_of(shape: dict[str, Any], *, packed: bool = False) -> Floor:
     router = 0 if experts is None else hidden * count
     shared = attention + (expert if experts is None else 0)
     layer = shared + router + (0 if experts is None else top_k * expert)
-    head, of_a_weight = hidden * shape["vocab_size"], PACKED_BYTES if packed else 2
+    head, of_a_weight = (
+        hidden * shape["vocab_size"],
+        2 if quantization is None else 1 if quantization in MADE else PACKED_BYTES,
+    )
     return Floor(
         weight_bytes=int(layers * (of_a_weight * shared + 2 * router) + 2 * head),
         layer_params=layers * layer,

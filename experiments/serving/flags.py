@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from kvarena.engine.checkpoints.kinds import READ_METHODS
+from kvarena.engine.checkpoints.kinds import QUANTIZATIONS
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.server.shared.config import TOOL_PARSERS
 from kvarena.experiments.serving.words import FLAGS
@@ -184,9 +184,10 @@ def _add_engine(add: Callable[..., Any]) -> None:
     add(
         "--quantization",
         "-q",
-        choices=("none", *READ_METHODS),
+        choices=("none", *QUANTIZATIONS),
         metavar="NAME",
-        help=f"insist on weights that are quantised so: {', '.join(READ_METHODS)} (default: as the checkpoint says)",
+        help=f"insist on weights that are quantised so: {', '.join(QUANTIZATIONS)}; int8 and fp8 are made of plain "
+        "weights at load (default: as the checkpoint says)",
     )
     add("--enforce-eager", action="store_true", help="no CUDA graphs (default: graphs on a GPU)")
     add("--seed", type=int, help="random streams of requests that have no seed of their own (default: 0)")

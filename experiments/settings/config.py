@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from kvarena.engine.checkpoints.kinds import READ_METHODS
+from kvarena.engine.checkpoints.kinds import QUANTIZATIONS
 from kvarena.engine.checks import (
     NUMBER,
     SECONDS,
@@ -232,7 +232,7 @@ class ModelConfig(Section):
     shape: Annotated[dict[str, Any] | None, Must("the content of a config.json", lambda v: isinstance(v, dict)).or_null]
     load_format: Annotated[str, one_of("auto", "dummy")]
     trust_remote_code: Annotated[bool, TRUTH]
-    quantization: Annotated[str | None, one_of(*READ_METHODS).or_null]
+    quantization: Annotated[str | None, one_of(*QUANTIZATIONS).or_null]
 
 
 S = TypeVar("S", bound=Section)

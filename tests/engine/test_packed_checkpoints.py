@@ -199,8 +199,8 @@ def test_who_insists_on_quantised_weights_gets_them_or_a_line(awq, gptq, tmp_pat
     drawn = load_model(awq, quantization="gptq", load_format="dummy").spec.quantization
     assert drawn == "random GPTQ, 4 bits in one group, dequantised"
     check_checkpoint(awq, quantization="awq", weights=False)
-    with pytest.raises(ConfigError, match=r"model\.quantization=fp8 insists on such weights"):
-        check_checkpoint(awq, quantization="fp8", weights=False)
+    with pytest.raises(ConfigError, match=r"model\.quantization=mxfp4 insists on such weights"):
+        check_checkpoint(awq, quantization="mxfp4", weights=False)
 
 
 def test_biases_of_zeros_that_the_model_has_no_place_for(gptq, changed, caplog):

@@ -34,10 +34,11 @@ def test_floors_are_those_of_the_comparison(shape, batch, milliseconds):
 
 def test_a_floor_of_packed_weights():
     """Layers in 4.16 bits a weight, the head in 16: 7.0e9 and 0.53e9 of the 8B shape."""
-    floor = floor_of(shape_of("llama-3.1-8b"), packed=True)
+    floor = floor_of(shape_of("llama-3.1-8b"), "awq")
     assert floor.weight_bytes == pytest.approx(6.98e9 * 4.156 / 8 + 2 * 0.525e9, rel=0.001)
     assert floor.decode(1, 1024)[0] / 4.05e12 * 1e3 == pytest.approx(1.19, rel=0.01)
-    mixture, plain = (floor_of(shape_of("mixtral-8x7b"), packed=packed) for packed in (True, False))
+    assert floor_of(shape_of("llama-3.1-8b"), "fp8").weight_bytes == pytest.approx(6.98e9 + 2 * 0.525e9, rel=0.001)
+    mixture, plain = (floor_of(shape_of("mixtral-8x7b"), method) for method in ("gptq", None))
     assert mixture.expert_bytes == pytest.approx(plain.expert_bytes * 4.156 / 16, rel=0.001)
 
 
