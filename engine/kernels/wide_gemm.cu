@@ -32,15 +32,37 @@ struct Span {
   int expert, begin, end, first;
 };
 
-// Tile `tile` of all, which lies in the span; `num_tiles` of columns has each item.
-__device__ __forceinline__ Place locate(const Span& span, int tile, int num_tiles, int rank) {
+// A tile of all, or a half of it: its first or second BM rows.
+struct Work {
+  int tile, half;
+  bool whole;
+};
+
+// The tiles that fill whole rounds of the clusters, and the rest, which are halved where that gives no cluster two.
+struct Walk {
+  int filled, rest, parts;
+  __device__ __forceinline__ Walk(int num_tiles, int num_groups) {
+    filled = num_tiles / num_groups * num_groups, rest = num_tiles - filled;
+    parts = CM == 2 && !SHARE_X && 2 * rest <= num_groups ? 2 : 1;
+  }
+  // What is worked on in turn `at` of all; a tile of -1 if nothing is.
+  __device__ __forceinline__ Work operator()(int at) const {
+    if (at < filled) return {at, 0, true};
+    at -= filled;
+    if (at >= parts * rest) return {-1, 0, true};
+    return {filled + at / parts, at % parts, parts == 1};
+  }
+};
+
+// Where it lies, in the span of its tile; `num_tiles` of columns has each item.
+__device__ __forceinline__ Place locate(const Span& span, const Work& work, int num_tiles, int rank) {
   const int rows = span.end - span.begin, items = (rows + ITEM_ROWS - 1) / ITEM_ROWS;
-  const int at = tile - span.first * num_tiles, col = at / items, item = at % items;
-  // What is one program's work is shared out all the same: each has rows for one warpgroup, which is done in half the
-  // time if the other one has none.
-  const bool split = CM > 1 && !SHARE_X && rows - item * ITEM_ROWS <= BM;
+  const int at = work.tile - span.first * num_tiles, col = at / items, item = at % items;
+  // Half a tile is shared out: each program has rows for one warpgroup, which is done in half the time if the other one
+  // has none. So is what an item's second half lacks.
+  const bool split = CM == 2 && !SHARE_X && (!work.whole || rows - item * ITEM_ROWS <= BM);
   const int share = split ? BM / CM : BM;
-  const int row = span.begin + item * ITEM_ROWS + (SHARE_X ? 0 : rank * share);
+  const int row = span.begin + item * ITEM_ROWS + work.half * BM + (SHARE_X ? 0 : rank * share);
   const int end = row + share < span.end ? row + share : span.end;
   return {span.expert, row, end, (SHARE_X ? col * CM + rank : col) * COLS};
 }
@@ -91,14 +113,19 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == CONSUMERS) {
       const u64 once = policy_evict_first(), again = policy_evict_last();
-      auto span_of = [&](int tile) {
-        const int item = tile / num_tiles;
-        if (item >= num_items) return Span{-1, 0, 0, 0};
-        const int* from = items + item;
+      int used = 0;  // items: those before the first without an expert
+      for (int beyond = num_items; GROUPED && used < beyond;) {
+        const int middle = (used + beyond) / 2;
+        if (__ldcg(items + middle) < 0) beyond = middle; else used = middle + 1;
+      }
+      const Walk walk(used * num_tiles, num_groups);
+      auto span_of = [&](const Work& work) {
+        if (work.tile < 0) return Span{-1, 0, 0, 0};
+        const int* from = items + work.tile / num_tiles;
         return Span{__ldcg(from), __ldcg(from + num_items), __ldcg(from + 2 * num_items), __ldcg(from + 3 * num_items)};
       };
-      auto place_of = [&](const Span& span, int tile) {
-        return span.expert < 0 ? Place{-1, 0, 0, 0} : locate(span, tile, num_tiles, rank);
+      auto place_of = [&](const Span& span, const Work& work) {
+        return span.expert < 0 ? Place{-1, 0, 0, 0} : locate(span, work, num_tiles, rank);
       };
       auto fetch_w = [&](const Place& at, int step, int stage) {
         const u32 to = tiles + stage * STAGE_BYTES + X_BYTES, barrier = full + 8 * stage;
@@ -125,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       };
       // The weights depend on no kernel, and which expert's they are was known before the kernel before this one began:
       // those of the first stages are fetched while it runs.
-      Place at = GROUPED ? place_of(span_of(group), group) : only_matrix(group);
+      Place at = GROUPED ? place_of(span_of(walk(group)), walk(group)) : only_matrix(group);
       const int early = at.expert < 0 ? 0 : steps < STAGES ? steps : STAGES;
       if (GROUPED && early > 0) places[0] = at;
       for (int s = 0; s < early; ++s) {
@@ -137,9 +164,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       Ring ring(early);
       int step = early;
       for (int tile = group; GROUPED ? at.expert >= 0 : tile < num_tiles; step = 0) {
-        const int next_tile = tile + num_groups;
+        tile += num_groups;
         Span next{};
-        if (GROUPED) next = span_of(next_tile);  // a tile before it is needed
+        if (GROUPED) next = span_of(walk(tile));  // a tile before it is needed
         for (; step < steps; ++step, ring.next()) {
           barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
           if (GROUPED && step == 0) places[ring.stage] = at;
@@ -147,8 +174,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
           fetch_w(at, step, ring.stage);
           fetch_x(at, step, ring.stage);
         }
-        tile = next_tile;
-        at = GROUPED ? place_of(next, tile) : only_matrix(tile);
+        at = GROUPED ? place_of(next, walk(tile)) : only_matrix(tile);
       }
       let_next_start();
       if (GROUPED) {

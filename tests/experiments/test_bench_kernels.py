@@ -8,6 +8,8 @@ import torch
 
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.kernels.attention.config import decode_config
+from kvarena.engine.kernels.experts.grouped import GroupedTile
+from kvarena.engine.kernels.experts.products import MANY_ROWS, tile_for
 from kvarena.experiments.benchmarks.kernels import experts, kernels, packed_gemm
 from kvarena.experiments.benchmarks.kernels.attention_cases import LLAMA_8B, Batch, visible_pairs
 from kvarena.experiments.benchmarks.kernels.attention_variants import DECODE_TILES, decode_variants
@@ -79,3 +81,14 @@ def test_the_experts_benchmark_counts_weights_that_are_read():
     assert experts.Layer(shape, 2048, weights).num_flops / 690e12 * 1e6 == pytest.approx(2091, abs=1)
     assert [len(chosen.unique()) for chosen in experts.Layer(experts.SHAPES["tiny"], 3, experts.make_weights(
         experts.SHAPES["tiny"], torch.device("cpu"))).choices] == [6] * experts.NUM_ROUTINGS  # fmt: skip
+
+
+def test_the_experts_benchmark_measures_what_the_engine_takes_first_and_the_other_kernel_beside_it():
+    few, many = experts.choices(8, 128, hopper=True, tune=False), experts.choices(4096, 8, hopper=True, tune=False)
+    assert few == [(tile_for(8, 128), None)]
+    assert many == [(GroupedTile(False), None), (MANY_ROWS, None), (GroupedTile(True), None)]
+    assert experts.choices(4096, 8, hopper=False, tune=False) == [(MANY_ROWS, None)]
+    for pairs, num_experts in ((8, 128), (4096, 8)):
+        found = experts.choices(pairs, num_experts, hopper=True, tune=True)
+        assert len(found) == len(set(found)) > 10
+        assert all(down is None or down.rows == tile.rows for tile, down in found)

@@ -66,13 +66,15 @@ def run_experts(
         logits, slots, first_slot, num_experts, top_k, renormalize=renormalize, tile_rows=tile.rows, num_read=num_read,
         span_items=SPAN_ITEMS if by_expert else 1,
     )  # fmt: skip
-    act, pairs = x.new_empty(num_pairs, inner), x.new_empty(num_pairs, hidden)
+    act = x.new_empty(num_pairs, inner)
     if isinstance(tile, GroupedTile):
         assert grouped is not None, "a GroupedTile without a GroupedGemm"
-        rows, factors = gather_rows(x, routing)
-        grouped.gate_up(rows, gate_up, routing, act, tile)
+        pairs, factors = gather_rows(x, routing)
+        grouped.gate_up(pairs, gate_up, routing, act, tile)
+        # Over the rows, which nobody needs any more.
         grouped.down(act, down, routing, factors, pairs, tile)
     else:
+        pairs = x.new_empty(num_pairs, hidden)
         gate_up_product(x, gate_up, routing, act, tile, upcast=upcast)
         down_product(act, down, routing, pairs, down_tile or tile, upcast=upcast)
     add_experts(pairs, routing, num_experts, residual)
