@@ -154,6 +154,9 @@ class ImageSpan:
             known by where equal prompts are looked for.
         num_tiles: pieces that are encoded apart; each fills (stop - start) / num_tiles positions, in order.
         pixels: what is encoded; the runner's business alone.
+        tile_weight: what a tile counts in a step's budget of tiles: more than 1 for one that is larger than most.
+        grid: rows and columns of its features, for a model whose positions have three dimensions; None: a position
+            is a number.
     """
 
     start: int
@@ -161,11 +164,18 @@ class ImageSpan:
     identity: int
     num_tiles: int
     pixels: Any = field(default=None, repr=False, compare=False)
+    tile_weight: int = 1
+    grid: tuple[int, int] | None = None
 
     @property
     def tile_tokens(self) -> int:
         """Positions of a tile."""
         return (self.stop - self.start) // self.num_tiles
+
+    @property
+    def rope_shift(self) -> int:
+        """How far positions behind it are turned less than they are counted: it advances by its longer side alone."""
+        return 0 if self.grid is None else max(self.grid) - (self.stop - self.start)
 
 
 @dataclass(eq=False, slots=True)
@@ -286,9 +296,18 @@ class Request:
             return self.output_token_ids[start - num_prompt : stop - num_prompt]
         return self.prompt_identities[start:] + self.output_token_ids[: stop - num_prompt]
 
-    def within_tiles(self, start: int, stop: int, most: int) -> tuple[int, int]:
-        """The largest end <= `stop` for which [start, end) touches at most `most` tiles, and how many it touches."""
-        num_tiles = 0
+    def within_tiles(self, start: int, stop: int, most: int, *, is_first: bool = True) -> tuple[int, int]:
+        """How far a step gets that may encode so many tiles.
+
+        Args:
+            start, stop: positions that the step would compute.
+            most: tiles that it may still encode, by weight.
+            is_first: it has encoded none: one tile is taken even where its weight is more than `most`.
+
+        Returns:
+            The largest end <= `stop` for which [start, end) touches no more tiles, and what these weigh.
+        """
+        weight = 0
         for image in self.images:
             first, last = max(start, image.start), min(stop, image.stop)
             if first >= last:
@@ -296,10 +315,12 @@ class Request:
             size = image.tile_tokens
             begin = (first - image.start) // size
             count = (last - 1 - image.start) // size + 1 - begin
-            if num_tiles + count > most:
-                return (image.start + (begin + most - num_tiles) * size if num_tiles < most else first), most
-            num_tiles += count
-        return stop, num_tiles
+            taken = max((most - weight) // image.tile_weight, int(is_first and not weight))
+            if count > taken:
+                end = image.start + (begin + taken) * size if taken else first
+                return end, weight + taken * image.tile_weight
+            weight += count * image.tile_weight
+        return stop, weight
 
     def stop_reason(self) -> FinishReason | None:
         """Whether the last output token ends the request, and why."""

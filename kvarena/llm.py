@@ -31,7 +31,7 @@ from kvarena.engine.server.api.sampling import (
 )
 from kvarena.engine.server.front.groups import Choice, Group
 from kvarena.engine.server.media.parts import policy_of
-from kvarena.engine.server.media.reader import ImageReader, image_tokens
+from kvarena.engine.server.media.reader import ImageReader, image_inputs
 from kvarena.engine.server.text.tokenization import TokenizerService, generation_defaults
 from kvarena.experiments.building.model_files import check_model
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
@@ -130,13 +130,13 @@ class LLM:
             self._tokenizer = TokenizerService(
                 str(directory), config.model.trust_remote_code, self._config.chat_template
             )
-            images = image_tokens(str(directory), self._tokenizer.tokenizer)
+            images = image_inputs(str(directory), self._tokenizer.tokenizer)
             defaults = generation_defaults(str(directory)) if self._config.generation_config else {}
             served = build_served_engine(config, strategy_names)
         self._engine, self._limits = served.engine, replace(served.info, defaults=defaults)
         self._client = _Client(served.engine, frozenset(served.info.eos_token_ids))
         self._images = ImageReader(policy_of(self._config), images)
-        self._prompts = Prompts(self._tokenizer, served.info.max_model_len, images)
+        self._prompts = Prompts(self._tokenizer, served.info.max_model_len, self._images.tokens)
         self._lock = threading.Lock()
         # Tokenizing is written for an event loop, and a notebook's own is busy: ours runs on a thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvarena-llm")
@@ -214,7 +214,7 @@ class LLM:
         check_unsupported(req, self._config, self._limits.priorities)
         check_chat(req)
         opened = await self._images.open(req.messages)
-        ids, places = await self._prompts.of_chat(req, self._images.num_tiles(opened))
+        ids, places = await self._prompts.of_chat(req, self._images.num_tokens(opened))
         default = self._limits.default_length(None)
         max_tokens = fit_max_tokens(params.max_tokens, default, len(ids), self._limits, "messages")
         images = await self._images.spans(opened, places)

@@ -30,7 +30,8 @@ class Scheduler(Lifecycle):
         max_num_seqs: most requests that run at once; never more than `max_num_batched_tokens`, so that all that run
             can decode in one step.
         max_num_batched_tokens: most new tokens in one step.
-        max_num_batched_tiles: most tiles of images among them: the vision tower's share of a step is bounded.
+        max_num_batched_tiles: most tiles of images among them, a large one counting as several: the vision tower's
+            share of a step is bounded, but for one tile that alone weighs more.
         watermark: share of the pool that admission keeps free for the growth of those that run, in [0, 1). Nobody
             is kept out by it while nothing runs.
         preemption: `recompute` drops a victim's KV; `swap` moves it to host memory where the allocator can, else
@@ -189,7 +190,7 @@ class Scheduler(Lifecycle):
         Comes last in a step: all that `plan` holds before are decodes of one token.
         """
         budget = self.max_num_batched_tokens - len(plan.scheduled)
-        tiles = self.max_num_batched_tiles
+        tiles = most_tiles = self.max_num_batched_tiles
         for req in self.order_prefills():
             if budget <= 0:
                 return
@@ -199,7 +200,7 @@ class Scheduler(Lifecycle):
             end = min(total, start + budget)
             num_tiles = 0
             if req.images:
-                end, num_tiles = req.within_tiles(start, end, tiles)
+                end, num_tiles = req.within_tiles(start, end, tiles, is_first=tiles == most_tiles)
                 if end == start:
                     continue
             if end > req.num_slots and not self.grow(req, end, plan):

@@ -94,7 +94,7 @@ def native_model(text: str = "llama", *, seed: int = 0, **overrides: Any) -> Int
     return model
 
 
-def _bytes_tokenizer() -> Tokenizer:
+def bytes_tokenizer() -> Tokenizer:
     """A token a byte, from id 3 on."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
     vocab |= {char: i + 3 for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -108,7 +108,7 @@ def write_native(directory: Path, model: InternVLForConditionalGeneration) -> Pa
     """As `save_pretrained` and the hub's `-hf` repositories have it."""
     model.save_pretrained(directory, max_shard_size="100KB")
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_bytes_tokenizer(), bos_token="<s>", eos_token="<|im_end|>", unk_token="<unk>",
+        tokenizer_object=bytes_tokenizer(), bos_token="<s>", eos_token="<|im_end|>", unk_token="<unk>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
     )  # fmt: skip
     tokenizer.add_special_tokens({"additional_special_tokens": list(ADDED)})
@@ -127,7 +127,7 @@ def write_original(directory: Path, model: InternVLForConditionalGeneration, arc
     text: Any = model.config.text_config
     packed = architecture == "InternLM2ForCausalLM"
     tensors = original_tensors(model, packed)
-    _write_shards(directory, tensors)
+    write_shards(directory, tensors)
     llm = {key: value for key, value in text.to_dict().items() if key not in ("rope_parameters", "head_dim", "dtype")}
     llm |= {"architectures": [architecture], "model_type": "internlm2" if packed else text.model_type, "bias": False,
             "rope_theta": text.rope_parameters["rope_theta"], "attn_implementation": "flash_attention_2",
@@ -203,7 +203,7 @@ def original_tensors(model: InternVLForConditionalGeneration, packed: bool) -> d
     return {name: tensor.contiguous().clone() for name, tensor in made.items()}
 
 
-def _write_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
     names = sorted(tensors)
     half = len(names) // 2
     weight_map = {}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kvarena.engine.checkpoints.internvl import reads_images
+from kvarena.engine.checkpoints.images import NAMES, reads_images
 from kvarena.engine.errors import ModelError
 
 # transformers turns these into plain weights while it reads them.
@@ -82,8 +82,8 @@ def _check_senses(directory: Path, config: dict[str, Any], names: list[str]) -> 
     text = inner.get("model_type") if isinstance(inner, dict) else None
     alone = f"its language model ({text})" if isinstance(text, str) else "its language model"
     raise ModelError(
-        f"{directory} is a model that reads {sense} ({names[0] if names else config['model_type']}), and InternVL "
-        f"is the only such model here; give a text model, such as {alone} saved to a directory of its own"
+        f"{directory} is a model that reads {sense} ({names[0] if names else config['model_type']}), and {NAMES} "
+        f"are the only such models here; give a text model, such as {alone} saved to a directory of its own"
     )
 
 

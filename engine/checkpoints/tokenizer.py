@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvarena.engine.checkpoints.directory import check_content, in_files, one_line, read_json, resolve_directory
-from kvarena.engine.checkpoints.internvl import reads_images, set_chat_template
+from kvarena.engine.checkpoints.images import has_class, reads_images, set_chat_template
 from kvarena.engine.errors import ModelError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     has_json, has_pieces = (directory / TOKENIZER_JSON).is_file(), (directory / SENTENCEPIECE).is_file()
     own_code = trust_remote_code and "auto_map" in _settings(directory)
     verbosity = logging.get_verbosity()
-    if _is_internvl(directory):
+    if _is_original(directory):
         own_code = own_code and not (has_json or has_pieces)  # its files say all that its code does
         logging.set_verbosity_error()  # that the model's type is unknown: the tokenizer's is what counts
     try:
@@ -99,9 +99,11 @@ def _settings(directory: Path) -> dict[str, object]:
     return read_json(file) if file.is_file() else {}
 
 
-def _is_internvl(directory: Path) -> bool:
+def _is_original(directory: Path) -> bool:
+    """Whether it is of a model that is converted as it is loaded, whose type transformers does not know."""
     file = directory / "config.json"
-    return file.is_file() and reads_images(read_json(file))
+    config = read_json(file) if file.is_file() else {}
+    return reads_images(config) and not has_class(config)
 
 
 def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerBase:

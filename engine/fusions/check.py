@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvarena.engine.attention.base import AttentionMetadata, packed_metadata
@@ -25,6 +25,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.03
 # Of tokens for which rounding decides whether one expert or another is the last that they get.
 UNSETTLED_TOLERANCE = 0.5
+
+
+def turns_by_three(rotary: nn.Module) -> bool:
+    """Whether a rotary embedding takes three positions of a token: time, row and column (M-RoPE)."""
+    return getattr(rotary, "mrope_section", None) is not None
 
 
 class _ArgsRecorder(ReferenceBackend):
@@ -45,7 +50,8 @@ class Recording:
     """A forward of the transformers model over a few tokens, layer by layer.
 
     Attributes:
-        input_ids, positions: the tokens; positions reach up to the context's end.
+        input_ids, positions: the tokens; positions reach up to the context's end, along three axes where a model has
+            them.
         meta: their metadata.
         pool: a small pool, to be written to.
         kv: what the forward stored in it.
@@ -83,6 +89,8 @@ def record(model: LoadedModel, max_model_len: int) -> Recording:
     meta.logits_indices = torch.arange(NUM_TOKENS, device=device)
     ids = torch.arange(1, NUM_TOKENS + 1, device=device) * 7919 % spec.vocab_size
     positions = torch.linspace(0, max_model_len - 1, NUM_TOKENS, device=device).long()
+    if turns_by_three(model.module.model.rotary_emb):  # type: ignore[arg-type, union-attr]
+        positions = torch.stack([positions, positions.flip(0), positions.roll(3)])
     backend = _ArgsRecorder(pool)
     inputs: list[Tensor] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +13,9 @@ from kvarena.engine.fusions.layers import Batch, FusedLayer, ModuleMlp, Projecti
 from kvarena.engine.fusions.ops import Angles, Norm, Ops
 from kvarena.engine.pool.kv_pool import KVPool
 
+if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
+    from kvarena.engine.vision.encoder import InputRows
+
 
 @dataclass(frozen=True)
 class FusedDecoder:
@@ -20,6 +24,8 @@ class FusedDecoder:
     Attributes:
         embedding: [vocab, hidden].
         rotation: float32 [positions, rotary_dim]: each position's cosines, then its sines.
+        axes: int64 [rotary_dim], by which of three positions each is turned (time, row, column of an image); None: a
+            position is a number.
         layers: in order.
         norm: the final one.
         head: the output projection.
@@ -35,6 +41,7 @@ class FusedDecoder:
     head: Projection
     ops: Ops
     num_read: Tensor | None = None
+    axes: Tensor | None = None
 
     @property
     def is_capturable(self) -> bool:
@@ -42,8 +49,11 @@ class FusedDecoder:
         return not any(isinstance(layer.mlp, ModuleMlp) for layer in self.layers)
 
     def angles(self, positions: Tensor) -> Angles:
-        """The rotation at `positions`, int64 [T]."""
+        """The rotation at `positions`, integers [T], or [3, T] of a model with `axes`."""
         both = F.embedding(positions, self.rotation)
+        if both.dim() == 3:
+            assert self.axes is not None
+            both = both.gather(0, self.axes.expand(1, both.shape[1], -1))[0]
         half = both.shape[1] // 2
         return Angles(both[:, :half], both[:, half:])
 
@@ -57,32 +67,40 @@ class FusedDecoder:
         *,
         all_rows: bool = False,
         out: Tensor | None = None,
-        embeds: Tensor | None = None,
+        inputs: InputRows | None = None,
     ) -> Tensor:
         """Logits of the tokens `meta.logits_indices`.
 
         Args:
             input_ids: int64 [T].
-            positions: int64 [T].
+            positions: integers [T]; [3, T] of a model with `axes`, in a step with images.
             meta: the step, prepared by `backend`.
             backend: attention over `pool`.
             pool: keys and values of the new tokens are written to it.
             all_rows: every token is wanted, in order (a decode step): `meta.logits_indices` is not read.
             out: [N, vocab] to write into.
-            embeds: [T, hidden] in place of the tokens' embeddings; overwritten.
+            inputs: in place of the tokens' embeddings; overwritten.
 
         Returns:
             [N, vocab] in the model's dtype.
         """
         batch = Batch.of(self.angles(positions), meta, backend, pool)
-        residual = F.embedding(input_ids, self.embedding) if embeds is None else embeds
-        for layer in self.layers[:-1]:
+        residual = F.embedding(input_ids, self.embedding) if inputs is None else inputs.embeds
+        num_deep = 0 if inputs is None else len(inputs.deep)
+        for index, layer in enumerate(self.layers[:-1]):
             residual = layer(residual, batch, self.ops)
+            if index < num_deep:
+                residual = residual.index_add_(0, inputs.at, inputs.deep[index])  # type: ignore[union-attr]
         # After its attention the last layer works for the logits alone: of a prompt, one token.
         rows = None if all_rows else meta.logits_indices
         if rows is not None and not len(rows):
             self.layers[-1].attention.queries(residual, batch, self.ops)
             self.layers[-1].read_no_experts()
             return residual.new_empty(0, self.head.out_features)
-        residual = self.layers[-1](residual, batch, self.ops, rows)
+        if len(self.layers) > num_deep:
+            residual = self.layers[-1](residual, batch, self.ops, rows)
+        else:  # what is added behind it is of all tokens
+            residual = self.layers[-1](residual, batch, self.ops)
+            residual = residual.index_add_(0, inputs.at, inputs.deep[len(self.layers) - 1])  # type: ignore[union-attr]
+            residual = residual if rows is None else residual.index_select(0, rows)
         return self.ops.norm_linear(residual, self.norm, self.head, out)

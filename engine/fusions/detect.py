@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kvarena.engine.attention.temperature import is_tuned
 from kvarena.engine.errors import KvarenaError
-from kvarena.engine.fusions.check import Recording, check_decoder, record
+from kvarena.engine.fusions.check import Recording, check_decoder, record, turns_by_three
 from kvarena.engine.fusions.decoder import FusedDecoder
 from kvarena.engine.fusions.detect_experts import find_experts, is_glu, is_linear
 from kvarena.engine.fusions.experts import Experts
@@ -63,7 +63,8 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int) -> FusedDecoder:
     for index, layer in enumerate(layers):
         _check_shape(layer, index)
     with torch.no_grad(), torch.device(model.device):
-        rotation = _rotation(_child(body, "rotary_emb", "model"), max_model_len)
+        rotary = _child(body, "rotary_emb", "model")
+        rotation = _rotation(rotary, max_model_len)
         recording = record(model, max_model_len)
         num_read = torch.zeros(len(layers), dtype=torch.int32)
         experts = [find_experts(layer.mlp, num_read[index : index + 1]) for index, layer in enumerate(layers)]
@@ -75,6 +76,7 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int) -> FusedDecoder:
             head=_projection([head], "lm_head"),
             ops=PackedOps(ops) if any(isinstance(part, PackedLinear) for part in module.modules()) else ops,
             num_read=num_read if any(experts) else None,
+            axes=_axes(rotary),
         )
         difference = check_decoder(decoder, recording)
         if difference is not None and decoder.num_read is not None:
@@ -169,14 +171,25 @@ def _head_norms(attention: nn.Module, head_dim: int, where: str) -> HeadNorms | 
 def _rotation(rotary: nn.Module, num_positions: int) -> Tensor:
     """float32 [positions, rotary_dim]: cosines and sines as the module gives them."""
     positions = torch.arange(num_positions)[None]
+    if turns_by_three(rotary):
+        positions = positions.expand(3, 1, -1)
     try:
         cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise NotFusable(f"model.rotary_emb is not called as rotary_emb(x, position_ids): {error}") from error
     half = cos.shape[-1] // 2
     if cos.shape[-1] % 2 or not torch.equal(cos[..., :half], cos[..., half:]):
         raise NotFusable("model.rotary_emb does not pair the halves of a head")
     return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1)
+
+
+def _axes(rotary: nn.Module) -> Tensor | None:
+    """`FusedDecoder.axes`, found by turning along one axis at a time."""
+    if not turns_by_three(rotary):
+        return None
+    cos, sin = rotary(torch.zeros(1, dtype=torch.float32), torch.eye(3, dtype=torch.int64)[:, None])
+    half = cos.shape[-1] // 2
+    return sin[0, :, :half].abs().argmax(0).repeat(2)
 
 
 def _norm(module: object, where: str) -> Norm:

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, InternVLConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from kvarena.engine.checkpoints import internvl
 from kvarena.engine.checkpoints.directory import (
     end_token,
     in_files,
@@ -27,10 +26,11 @@ from kvarena.engine.checkpoints.directory import (
     special_token_ids,
     token_id,
 )
+from kvarena.engine.checkpoints.images import end_tokens, has_class, reads_images
 from kvarena.engine.checkpoints.kinds import check_kind
 from kvarena.engine.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from kvarena.engine.errors import ConfigError, ModelError
-from kvarena.engine.vision.configs import native_config, text_config
+from kvarena.engine.vision.configs import text_config, whole_config
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,7 +49,7 @@ class NamedConfig(NamedTuple):
     config: PretrainedConfig
     directory: Path | None
     name: str
-    whole: InternVLConfig | None = None
+    whole: PretrainedConfig | None = None
 
 
 def read_model_config(
@@ -72,7 +72,7 @@ def read_model_config(
     else:
         config = _config_from_shape(shape or {})
         name = name or config.model_type
-    whole = config if isinstance(config, InternVLConfig) else None
+    whole = config if reads_images({"model_type": config.model_type}) else None
     if whole is not None:
         config = text_config(whole)
     _check_architecture(config, name, trust_remote_code and whole is None)
@@ -103,7 +103,7 @@ def end_and_special_tokens(
     if own_end is not None and own_end < text.vocab_size:
         eos |= {own_end}
     if directory is not None:
-        ends = (token_id(directory, token) for token in internvl.end_tokens(directory))
+        ends = (token_id(directory, token) for token in end_tokens(directory))
         eos |= {end for end in ends if end is not None}
     special = eos.union(*named.values())
     if directory is not None:
@@ -173,14 +173,14 @@ def quiet_transformers() -> Iterator[None]:
 def _read_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
     raw = read_config(directory)
     check_kind(directory, raw, weights=False)
-    if internvl.reads_images(raw):
-        if trust_remote_code and "auto_map" in raw:
+    if reads_images(raw):
+        if trust_remote_code and not has_class(raw) and "auto_map" in raw:
             logger.warning(
                 "%s is converted as it is loaded: none of its own code%s runs, and model.trust_remote_code=true is not "
                 "needed", directory, in_files(raw),
             )  # fmt: skip
         try:
-            return native_config(raw)
+            return whole_config(raw)
         except ModelError as error:
             raise ModelError(f"{directory}/config.json: {error}") from error
     own_code = "auto_map" in raw
@@ -209,8 +209,8 @@ def _read_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
 
 def _config_from_shape(shape: Mapping[str, Any]) -> PretrainedConfig:
     fields = dict(shape)
-    if internvl.reads_images(fields):
-        return native_config(fields)
+    if reads_images(fields):
+        return whole_config(fields)
     model_type = fields.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         raise ConfigError(f"model.shape.model_type={model_type} is not a model type of transformers")

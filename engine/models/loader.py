@@ -45,7 +45,7 @@ from kvarena.engine.quantization.experts import packed_weights
 from kvarena.engine.quantization.state import PackedTensors, open_tensors
 
 if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
-    from kvarena.engine.models.composite import Composite
+    from kvarena.engine.vision.composite import Composite
 
 LOAD_FORMATS = ("auto", "dummy")
 # Decoder layers, as model classes name their lists of them.
@@ -102,7 +102,7 @@ def load_model(
             check_checkpoint(directory, quantization=quantization)
         if whole is not None:
             # Imported here: of a model that reads text nothing of it is needed.
-            from kvarena.engine.models.composite import Composite
+            from kvarena.engine.vision.composite import Composite
 
             composite = Composite(whole, directory, shape, torch.device(device), has_weights=has_weights)
         if (directory is None or not has_weights) and quantization is not None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import InternVLConfig
+from transformers import PretrainedConfig
 
 from kvarena.engine.checkpoints.directory import read_config
 from kvarena.engine.checkpoints.kinds import quantization
@@ -152,7 +152,7 @@ def _sizes(
 
 
 def _packing(
-    directory: Path | None, module: nn.Module, name: str, drawn: str | None, whole: InternVLConfig | None
+    directory: Path | None, module: nn.Module, name: str, drawn: str | None, whole: PretrainedConfig | None
 ) -> PackedCheckpoint | None:
     """How the weights are packed; None: not, or in a directory without weights, whose layers nothing tells."""
     said = None if directory is None else quantization(read_config(directory))
@@ -165,7 +165,8 @@ def _packing(
     if found is None or whole is None:
         return found
     # Imported here: of a model that reads text nothing of it is needed.
-    from kvarena.engine.vision.weights import packed_text, part_checkpoint
+    from kvarena.engine.vision.checkpoint import packed_text
+    from kvarena.engine.vision.composite import part_checkpoint
 
     return packed_text(part_checkpoint(directory, whole, torch.device("cpu")).text, found).checkpoint
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kvarena.engine.models.experts import ExpertSizes, ExpertsRead
 
 if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
-    from kvarena.engine.vision.encoder import ImageEncoder
+    from kvarena.engine.vision.encoder import ImageEncoder, InputRows
 
 
 @dataclass(frozen=True)
@@ -133,20 +133,32 @@ class LoadedModel:
         """Where the weights are."""
         return next(self.module.parameters()).device
 
-    def logits(self, input_ids: Tensor, positions: Tensor, indices: Tensor, embeds: Tensor | None = None) -> Tensor:
+    @property
+    def has_grids(self) -> bool:
+        """Whether positions have three dimensions in a step with images."""
+        return self.images is not None and self.images.has_grids
+
+    def logits(self, input_ids: Tensor, positions: Tensor, indices: Tensor, rows: InputRows | None = None) -> Tensor:
         """Run the flattened batch; call inside `attention_context`.
 
         Args:
-            input_ids: int64 [T]; not looked at where there are `embeds`.
-            positions: int64 [T], each token's position in its own sequence.
+            input_ids: int64 [T]; not looked at where there are `rows`.
+            positions: int64 [T], each token's position in its own sequence; [3, T] where they have three dimensions.
             indices: int64 [N], flat indices of the tokens whose logits are wanted.
-            embeds: [T, hidden], what stands in place of the tokens' embeddings; None: these.
+            rows: what stands in place of the tokens' embeddings; None: these.
 
         Returns:
             [N, vocab_size] in the model's dtype.
         """
-        batch = {"position_ids": positions[None], "use_cache": False}
-        batch |= {"input_ids": input_ids[None]} if embeds is None else {"inputs_embeds": embeds[None]}
+        batch: dict[str, Any] = {"position_ids": positions.unsqueeze(-2), "use_cache": False}
+        if rows is None:
+            batch["input_ids"] = input_ids[None]
+        else:
+            batch["inputs_embeds"] = rows.embeds[None]
+            if len(rows.deep):
+                mask = torch.zeros(rows.embeds.shape[:1], dtype=torch.bool, device=rows.embeds.device)
+                batch["visual_pos_masks"] = mask.index_fill_(0, rows.at, True)[None]
+                batch["deepstack_visual_embeds"] = list(rows.deep)
         if self.slices_logits:
             return self.module(**batch, logits_to_keep=indices).logits[0]
         return self.module(**batch).logits[0].index_select(0, indices)

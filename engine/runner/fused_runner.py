@@ -28,6 +28,7 @@ from kvarena.engine.runner.draw import Draw
 from kvarena.engine.runner.graphs import GraphCapture, ReservingBackend
 from kvarena.engine.runner.inputs import input_tokens, missing_token
 from kvarena.engine.runner.request_rows import RequestRows
+from kvarena.engine.runner.rope_positions import rope_positions
 from kvarena.engine.runner.step_graphs import DECODE_FIELDS, MixedStep, StepGraphs
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
@@ -80,7 +81,7 @@ class FusedRunner(TorchRunner):
             logits = torch.zeros(max_num_seqs, model.spec.vocab_size, dtype=model.spec.dtype, device=self._device)
             self._graphs = StepGraphs(
                 self.forward, backend, rows, logits, pool.block_size, mixed_tokens,
-                capture=GraphCapture() if graphs else None,
+                capture=GraphCapture() if graphs else None, has_grids=model.has_grids,
             )  # fmt: skip
 
     def warm_up(self, max_batch: int) -> int:
@@ -111,13 +112,15 @@ class FusedRunner(TorchRunner):
         rows = self._rows.of_step(scheduled, allocator)
         columns = self._rows.columns
         starts = np.fromiter((entry.start for entry in scheduled), np.int64, len(scheduled))
-        fields = np.empty((DECODE_FIELDS, len(scheduled)), dtype=np.int32)
+        fields = np.empty((graphs.num_fields, len(scheduled)), dtype=np.int32)
         # What the device has need not be sent, whether the host knows it or not.
         sent = np.flatnonzero(columns["sampled_to"][rows] != starts)
         fields[0] = -1
         fields[0, sent] = [_known_token(scheduled[i]) for i in sent.tolist()]
         fields[1] = starts
-        fields[2:] = self._rows.draw_params(rows, starts + 1)
+        fields[2:DECODE_FIELDS] = self._rows.draw_params(rows, starts + 1)
+        if self.model.has_grids:
+            fields[DECODE_FIELDS] = starts + columns["rope_shift"][rows]
         logits = graphs.decode(fields)
         if self._draw is not None and columns["is_plain"][rows].all():
             columns["sampled_to"][rows] = starts + 1
@@ -135,6 +138,7 @@ class FusedRunner(TorchRunner):
             counts=np.fromiter((entry.num_new_tokens for entry in scheduled), np.int64, len(scheduled)),
             rows=rows,
             samples=np.fromiter(plan.samples, np.bool_, len(scheduled)),
+            turned=rope_positions(scheduled)[0] if self.model.has_grids else None,
         )
         return self._in_flight(plan, self._sample(plan, rows, graphs.mixed(step)))
 

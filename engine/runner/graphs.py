@@ -8,13 +8,16 @@ what they need, before one is captured; so a server answers at once and no start
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
 from kvarena.engine.errors import EngineError
+
+if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
+    from kvarena.engine.vision.encoder import InputRows
 
 
 class Forward(Protocol):
@@ -28,11 +31,11 @@ class Forward(Protocol):
         *,
         out: Tensor | None = None,
         all_rows: bool = False,
-        embeds: Tensor | None = None,
+        inputs: InputRows | None = None,
     ) -> Tensor:
         """Logits [N, V] of `meta.logits_indices`, or with `all_rows` of every token in order; into `out` if given.
 
-        `embeds`: [T, hidden], what stands in place of the tokens' embeddings.
+        `positions` as in `LoadedModel.logits`; `inputs`: what stands in place of the tokens' embeddings.
         """
         ...
 

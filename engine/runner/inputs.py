@@ -15,6 +15,7 @@ from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request
 from kvarena.engine.runner.prompt_logprobs import PromptRows, prompt_rows
 from kvarena.engine.runner.request_rows import RequestRows
+from kvarena.engine.runner.rope_positions import rope_positions
 from kvarena.engine.sampling.transfer import to_device
 
 
@@ -23,7 +24,7 @@ class StepInputs(NamedTuple):
 
     Attributes:
         input_ids: int64 [T]; -1 where only the device has the token.
-        positions: int64 [T].
+        positions: int64 [T]; [3, T] in a step with images of a model whose positions have three dimensions.
         meta: what attention needs.
         pending: flat indices of the tokens that only the device has.
         pending_rows: their rows: each is what its row sampled last.
@@ -40,8 +41,17 @@ class StepInputs(NamedTuple):
     prompt_rows: PromptRows | None
 
 
-def build_inputs(plan: StepPlan, allocator: KVAllocator, request_rows: RequestRows, device: torch.device) -> StepInputs:
+def build_inputs(
+    plan: StepPlan,
+    allocator: KVAllocator,
+    request_rows: RequestRows,
+    device: torch.device,
+    *,
+    has_grids: bool = False,
+) -> StepInputs:
     """Build a step's inputs; block tables are read from the allocator through `request_rows`.
+
+    With `has_grids` the model's positions have three dimensions where a request has images.
 
     Raises:
         EngineError: a request's block table ends before its new tokens, or one of these is nowhere (a bug of the
@@ -82,6 +92,8 @@ def build_inputs(plan: StepPlan, allocator: KVAllocator, request_rows: RequestRo
     )
     pending = np.flatnonzero(ids < 0)
     pending_rows = rows[token_to_entry[pending]]
+    if has_grids and any(entry.req.images for entry in scheduled):
+        positions = rope_positions(scheduled)
     return StepInputs(to_device(ids, device), to_device(positions, device), meta, pending, pending_rows, rows, prompts)
 
 

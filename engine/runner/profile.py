@@ -122,6 +122,7 @@ def available_kv_bytes(
     gpu_memory_utilization: float,
     max_num_batched_tokens: int,
     max_num_seqs: int,
+    max_model_len: int,
     in_use_before: int,
     block_bytes: int,
 ) -> int:
@@ -134,6 +135,7 @@ def available_kv_bytes(
         gpu_memory_utilization: share of the device's whole memory for this engine, in (0, 1].
         max_num_batched_tokens: most tokens of a step.
         max_num_seqs: most requests of a step: so many rows of logits.
+        max_model_len: longest context, which bounds an image.
         in_use_before: bytes in use on the device before the model was loaded (`GpuMemory.context`).
         block_bytes: of one block of KV.
 
@@ -154,7 +156,7 @@ def available_kv_bytes(
     try:
         run_largest_step(model, max_num_batched_tokens, max_num_seqs)
         if model.images is not None:
-            model.images.run_largest()
+            model.images.run_largest(max_model_len)
         torch.cuda.synchronize(device)
     except Exception as error:
         if not is_out_of_memory(error):

@@ -23,6 +23,7 @@ from kvarena.engine.contract import KVAllocator, ScheduledRequest
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner.block_tables import BlockTables
+from kvarena.engine.runner.rope_positions import rope_shift
 from kvarena.engine.sampling.batch import SamplingBatch
 from kvarena.engine.sampling.state import SamplerState, check_sampling
 from kvarena.engine.sampling.streams import as_seed64, derive_seed, stream_keys
@@ -32,6 +33,7 @@ COLUMNS = np.dtype(
     [
         ("sampled_to", np.int64),
         ("num_prompt", np.int64),
+        ("rope_shift", np.int64),
         ("seed", np.uint64),
         ("temperature", np.float32),
         ("is_plain", np.bool_),
@@ -52,7 +54,7 @@ class RequestRows:
     Attributes:
         num_rows: rows there are, used or free. The row `num_rows` itself is the null row.
         columns: [num_rows + 1] of `COLUMNS`: position of the last token that was sampled on the device, or -1; length
-            of the prompt; seed; temperature; whether the request `is_plain`.
+            of the prompt; `rope_shift` behind it; seed; temperature; whether the request `is_plain`.
         tables: block tables as the allocator last gave them.
         device_tables: int32 [num_rows + 1, width], filled by whoever sends `tables.take_changes()`.
         last_tokens: int64 [num_rows + 1], the token that each row sampled last: its next input.
@@ -169,7 +171,7 @@ class RequestRows:
         row = self._rows[req.request_id] = self._free.pop()
         seed = derive_seed(self._engine_seed, req.request_id) if params.seed is None else as_seed64(params.seed)
         plain = is_plain(params) and req.constraint is None
-        self.columns[row] = (-1, req.num_prompt_tokens, seed, params.temperature, plain)
+        self.columns[row] = (-1, req.num_prompt_tokens, rope_shift(req), seed, params.temperature, plain)
         return row
 
     def _grow(self) -> None:

@@ -2,6 +2,7 @@
 
     decode     tokens, positions, rows, temperatures, keys [R]                   --one copy-->  device
     mixed      tokens, positions, rows [T] | rows, lengths, sampled, starts [R]  --one copy-->  device
+               both with one more number a token where it is turned elsewhere than it is counted (rope_positions.py)
     graph      expand -> embedding -> layers -> logits [R, V]
 
 Padding entries stand for the null row: context length 1, their KV goes to the null block, and nobody looks at their
@@ -65,6 +66,7 @@ class MixedStep(NamedTuple):
         starts, counts: int64 [n], position of each request's first new token, and how many there are.
         rows: int64 [n], the requests' rows.
         samples: bool [n].
+        turned: int [T], where each token is turned; of graphs with `has_grids`.
     """
 
     tokens: np.ndarray
@@ -72,6 +74,7 @@ class MixedStep(NamedTuple):
     counts: np.ndarray
     rows: np.ndarray
     samples: np.ndarray
+    turned: np.ndarray | None = None
 
 
 class StepGraphs:
@@ -85,8 +88,11 @@ class StepGraphs:
         block_size: slots per block.
         mixed_tokens: most new tokens of a mixed step that comes here; 0: none comes.
         capture: captures the graphs; None runs every step without one.
+        has_grids: tokens of requests with images are turned elsewhere than they are counted, and each has that number
+            too. No step here computes an image's own positions.
 
     Attributes:
+        num_fields: of a request in a decode step.
         draw_params: int32 [4, >= n] on the device, what the last decode step's draw needs; see `draw_tokens`.
     """
 
@@ -100,6 +106,7 @@ class StepGraphs:
         mixed_tokens: int,
         *,
         capture: GraphCapture | None,
+        has_grids: bool = False,
     ) -> None:
         max_rows, device = len(logits), logits.device
         self._decode_buckets = decode_buckets(max_rows)
@@ -115,10 +122,12 @@ class StepGraphs:
         self._graphs: dict[GraphShape, CapturedGraph] = {}
         self._buffers = StepBuffers(max(max_rows, mixed_tokens), max_rows, rows.device_tables.shape[1], device)
         # A multiple of four, so that each field is aligned for wide loads.
-        self._fields = np.zeros((DECODE_FIELDS, -(-max_rows // 4) * 4), dtype=np.int32)
-        self._sender = WordSender(max(self._fields.size, TOKEN_FIELDS * mixed_tokens + 4 * max_rows + 1), rows)
+        self.num_fields = DECODE_FIELDS + has_grids
+        self._token_fields, self._has_grids = TOKEN_FIELDS + has_grids, has_grids
+        self._fields = np.zeros((self.num_fields, -(-max_rows // 4) * 4), dtype=np.int32)
+        self._sender = WordSender(max(self._fields.size, self._token_fields * mixed_tokens + 4 * max_rows + 1), rows)
         self._sent_fields = self._sender.sent[: self._fields.size].view(*self._fields.shape)
-        self.draw_params = self._sent_fields[2:]
+        self.draw_params = self._sent_fields[2:DECODE_FIELDS]
         # Of decode steps: request i owns token i.
         self._host_loc = np.arange(max_rows + 1, dtype=np.int32)
         self._loc = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
@@ -138,8 +147,8 @@ class StepGraphs:
         """Run a step in which every request computes one token and samples.
 
         Args:
-            fields: int32 [DECODE_FIELDS, n]: tokens (-1 where the device has it), positions, and `draw_params`, of
-                which the first are the rows.
+            fields: int32 [num_fields, n]: tokens (-1 where the device has it), positions, and `draw_params`, of
+                which the first are the rows; with `has_grids` where each is turned.
 
         Returns:
             [n, V]; overwritten by the next step.
@@ -190,7 +199,7 @@ class StepGraphs:
 
     def _padding(self, count: int) -> np.ndarray:
         """Fields of padding entries: token 0 of the null row, at position 0, greedy."""
-        fields = np.zeros((DECODE_FIELDS, count), dtype=np.int32)
+        fields = np.zeros((self.num_fields, count), dtype=np.int32)
         fields[2] = self._rows.num_rows
         return fields
 
@@ -241,16 +250,18 @@ class StepGraphs:
     def _launch_decode(self, shape: GraphShape, meta: AttentionMetadata) -> None:
         rows, buffers, count = self._rows, self._buffers, shape.num_rows
         expand_decode(self._sent_fields, rows.last_tokens, rows.device_tables, buffers, count, self._block_size)
-        self._forward(buffers.ids[:count], buffers.positions[:count], meta, out=self._logits[:count], all_rows=True)
+        turned = self._sent_fields[DECODE_FIELDS] if self._has_grids else buffers.positions
+        self._forward(buffers.ids[:count], turned[:count], meta, out=self._logits[:count], all_rows=True)
 
     def _launch_mixed(self, shape: GraphShape, meta: AttentionMetadata) -> None:
         num_tokens, num_rows, buffers = shape.num_tokens, shape.num_rows, self._buffers
         fields, rows, _, sampled, _ = self._views(shape)
         tables = self._rows.device_tables
-        expand_tokens(fields, self._rows.last_tokens, tables, buffers, num_tokens, self._block_size)
+        expand_tokens(fields[:TOKEN_FIELDS], self._rows.last_tokens, tables, buffers, num_tokens, self._block_size)
         torch.index_select(tables, 0, rows, out=buffers.block_table[:num_rows])
         buffers.logits_indices[:num_rows].copy_(sampled)
-        self._forward(buffers.ids[:num_tokens], buffers.positions[:num_tokens], meta, out=self._logits[:num_rows])
+        turned = fields[TOKEN_FIELDS] if self._has_grids else buffers.positions
+        self._forward(buffers.ids[:num_tokens], turned[:num_tokens], meta, out=self._logits[:num_rows])
 
     def _words(self, step: MixedStep, num_tokens: int, num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The integers to send, laid out as `_views` reads them; the requests' starts and context lengths."""
@@ -260,12 +271,14 @@ class StepGraphs:
         np.cumsum(step.counts, out=loc[1 : count + 1])
         seq_lens = np.ones(num_rows, dtype=np.int32)
         seq_lens[:count] = step.starts + step.counts
-        words = np.zeros(TOKEN_FIELDS * num_tokens + 4 * num_rows + 1, dtype=np.int32)
-        fields = words[: TOKEN_FIELDS * num_tokens].reshape(TOKEN_FIELDS, num_tokens)
+        words = np.zeros(self._token_fields * num_tokens + 4 * num_rows + 1, dtype=np.int32)
+        fields = words[: self._token_fields * num_tokens].reshape(self._token_fields, num_tokens)
         fields[0, :wanted] = step.tokens
         fields[1, :wanted] = np.arange(wanted) + np.repeat(step.starts - loc[:count], step.counts)
         fields[2] = self._rows.num_rows
         fields[2, :wanted] = np.repeat(step.rows, step.counts)
+        if step.turned is not None:
+            fields[TOKEN_FIELDS, :wanted] = step.turned
         rows, lens, sampled, starts = np.split(words[fields.size :], [num_rows, 2 * num_rows, 3 * num_rows])
         rows[:] = self._rows.num_rows
         rows[:count] = step.rows
@@ -276,9 +289,9 @@ class StepGraphs:
 
     def _views(self, shape: GraphShape) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Token fields, and of the requests rows, context lengths, sampled tokens and starts, on the device."""
-        split, num_rows = TOKEN_FIELDS * shape.num_tokens, shape.num_rows
+        split, num_rows = self._token_fields * shape.num_tokens, shape.num_rows
         parts = self._sender.sent[split : split + 4 * num_rows + 1].split([num_rows] * 3 + [num_rows + 1])
-        return self._sender.sent[:split].view(TOKEN_FIELDS, shape.num_tokens), *parts
+        return self._sender.sent[:split].view(self._token_fields, shape.num_tokens), *parts
 
 
 def _decode_shape(num_rows: int) -> GraphShape:

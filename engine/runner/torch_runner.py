@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
 from kvarena.engine.sampling.sampler import Sampler
 from kvarena.engine.sampling.transfer import to_device
+
+if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
+    from kvarena.engine.vision.encoder import InputRows
 
 
 class StepTokens:
@@ -135,11 +139,11 @@ class ModuleForward:
         *,
         out: Tensor | None = None,
         all_rows: bool = False,  # noqa: ARG002 - `meta.logits_indices` says the same
-        embeds: Tensor | None = None,
+        inputs: InputRows | None = None,
     ) -> Tensor:
         """See `Forward`."""
         with attention_context(meta, self.backend):
-            logits = self.model.logits(input_ids, positions, meta.logits_indices, embeds)
+            logits = self.model.logits(input_ids, positions, meta.logits_indices, inputs)
         return logits if out is None else out.copy_(logits)
 
 
@@ -228,14 +232,14 @@ class TorchRunner:
 
     def _compute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
         """A step with something in it."""
-        inputs = build_inputs(plan, allocator, self._rows, self._device)
+        inputs = build_inputs(plan, allocator, self._rows, self._device, has_grids=self.model.has_grids)
         if len(inputs.pending):
             pending, rows = (to_device(index, self._device) for index in (inputs.pending, inputs.pending_rows))
             inputs.input_ids[pending] = self._rows.last_tokens[rows]
         images = self.model.images
-        embeds = images.embeds(plan, inputs.input_ids) if images is not None and images.touched(plan) else None
+        given = images.inputs(plan, inputs.input_ids) if images is not None and images.touched(plan) else None
         self.backend.prepare(inputs.meta)
-        logits = self.forward(inputs.input_ids, inputs.positions, inputs.meta, embeds=embeds)
+        logits = self.forward(inputs.input_ids, inputs.positions, inputs.meta, inputs=given)
         num_sampled = sum(plan.samples)
         tokens = self._sample(plan, inputs.rows, logits[:num_sampled])
         prompts = inputs.prompt_rows

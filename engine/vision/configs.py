@@ -1,94 +1,50 @@
-"""InternVL's configs: an original one becomes the native one, which is all that anybody behind it sees."""
+"""The config of a model that reads images, and its language model's."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import InternVLConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kvarena.engine.checkpoints.directory import one_line
+from kvarena.engine.checkpoints.images import QWEN
 from kvarena.engine.checkpoints.internvl import ORIGINAL
 from kvarena.engine.errors import ModelError
-
-INTERNLM2 = "InternLM2ForCausalLM"
-# Of any language model; its class states the rest. What says how to sample, or how to attend, is not taken along.
-_COMMON = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "rope_theta",
-           "rope_scaling", "rope_parameters", "dtype", "torch_dtype", "quantization_config")  # fmt: skip
-# The tower's fields, by the original's names.
-_VISION = {
-    "hidden_size": "hidden_size", "intermediate_size": "intermediate_size", "num_hidden_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads", "num_channels": "num_channels", "patch_size": "patch_size",
-    "image_size": "image_size", "hidden_act": "hidden_act", "norm_type": "norm_type",
-    "layer_norm_eps": "layer_norm_eps", "qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm",
-    "initializer_range": "initializer_range",
-}  # fmt: skip
-# What InternVisionConfig takes for a field that is left out; the rest has the native class's values.
-_VISION_DEFAULTS = {
-    "hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 48, "num_attention_heads": 25,
-    "image_size": 224, "use_qk_norm": True, "norm_type": "rms_norm",
-}  # fmt: skip
+from kvarena.engine.vision.internvl_config import converted
 
 
-def native_config(values: Mapping[str, Any]) -> InternVLConfig:
-    """The config of either format as transformers' own class.
+def whole_config(values: Mapping[str, Any]) -> PretrainedConfig:
+    """The config of any format as transformers' own class.
 
     Args:
-        values: config.json; an original one has the model type `internvl_chat`.
+        values: config.json of a model that reads images.
 
     Raises:
         ModelError: its language model is not one that is converted, or a field has no valid value.
     """
+    model_type = values["model_type"]
     try:
-        if values.get("model_type") == ORIGINAL:
-            return InternVLConfig(**_converted(values))
-        return InternVLConfig.from_dict(dict(values))
+        return converted(values) if model_type == ORIGINAL else CONFIG_MAPPING[model_type].from_dict(dict(values))
     except ModelError:
         raise
     # Anything: config classes check their fields in many ways.
     except Exception as error:
-        raise ModelError(f"the config is not a valid one of InternVL: {one_line(error)}") from error
+        raise ModelError(f"the config is not a valid one of {model_type}: {one_line(error)}") from error
 
 
-def text_config(config: InternVLConfig) -> PretrainedConfig:
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The language model's own config, with what the whole config says in its place."""
     text = copy.deepcopy(config.text_config)
     assert isinstance(text, PretrainedConfig)
-    text.dtype = config.dtype or text.dtype
+    dtype = config.dtype or text.dtype
+    if config.model_type in QWEN:
+        # Imported here: of other models nothing of it is needed.
+        from kvarena.engine.vision.qwen_text import causal_config
+
+        text = causal_config(text)
+        text.tie_word_embeddings = config.tie_word_embeddings
+    text.dtype = dtype
     return text
-
-
-def _converted(values: Mapping[str, Any]) -> dict[str, Any]:
-    vision = dict(values.get("vision_config") or {})
-    tower = _VISION_DEFAULTS | {ours: vision[theirs] for theirs, ours in _VISION.items() if theirs in vision}
-    return {
-        "text_config": _language_model(dict(values.get("llm_config") or {})),
-        "vision_config": tower,
-        "downsample_ratio": values.get("downsample_ratio", 0.5),
-        "vision_feature_layer": values.get("select_layer", -1),
-        "dtype": values.get("torch_dtype") or values.get("dtype"),
-        # Of the class; version 1 leaves an image transposed.
-        "transposed_features": values.get("ps_version", "v1") == "v1",
-    }
-
-
-def _language_model(values: dict[str, Any]) -> dict[str, Any]:
-    """`llm_config` as the config of a class that transformers has: InternLM2 is a llama whose weights are packed."""
-    architecture = (values.get("architectures") or [""])[0]
-    model_type = "llama" if architecture == INTERNLM2 else values.get("model_type", "")
-    if model_type not in CONFIG_MAPPING:
-        raise ModelError(
-            f"its language model {architecture or model_type!r} is not converted: InternLM2 is, and what transformers "
-            "has a class of its own for (Qwen2, Llama, ...)"
-        )
-    if architecture == INTERNLM2 and values.get("bias"):
-        raise ModelError("its language model is an InternLM2 with biases (llm_config.bias), which is not converted")
-    kind: Any = CONFIG_MAPPING[model_type]
-    known = {field.name for field in dataclasses.fields(kind)} - {
-        field.name for field in dataclasses.fields(PretrainedConfig)
-    }
-    taken = {name: value for name, value in values.items() if name in known or name in _COMMON}
-    return taken | {"model_type": model_type}

@@ -4,15 +4,12 @@
     prompt    text | image: tile 0 | tile 1 | tile 2 | text    a token
     rows      embeddings, and of each tile those that the step touches
 
-    cache     digest, tile -> slot      | t0 | t1 | ... |   one tensor of a stated size, the least recently used goes
-
 A tile is encoded when a step first touches it, whoever's it is; chunked prompts, preempted requests and other requests
 with the same image find it in the cache. Where that is too small a tile is encoded again: right, and slower.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,56 +17,47 @@ import torch
 from torch import Tensor, nn
 
 from kvarena.engine.contract import StepPlan
+from kvarena.engine.vision.cache import FeatureCache, Key
+from kvarena.engine.vision.processing import TILES_AT_ONCE
 from kvarena.engine.vision.tower import VisionTower
 
-# The tower's own batch: more tiles at once take memory and win no time.
-TILES_AT_ONCE = 8
 
-Key = tuple[int, int]
+class InputRows(NamedTuple):
+    """What stands in place of a step's token ids.
+
+    Attributes:
+        embeds: [T, hidden], the stream before the first layer.
+        at: int64 [n], positions of images in the step, in order.
+        deep: [levels, n, hidden], what is added to the stream at these positions behind the first layers, a level a
+            layer (DeepStack, arXiv 2406.04334); most models have no level.
+    """
+
+    embeds: Tensor
+    at: Tensor
+    deep: Tensor
+
+
+class ImageCounts(NamedTuple):
+    """What an encoder has done, and what it keeps.
+
+    Attributes:
+        hits, misses: tiles that steps needed so far and found, and had to encode.
+        used_bytes, size_bytes: of the cache.
+    """
+
+    hits: int
+    misses: int
+    used_bytes: int
+    size_bytes: int
 
 
 class _Piece(NamedTuple):
-    """Rows [first, first + num_rows) of a tile, for the step's tokens from `at` on."""
+    """Rows [first, first + num_rows) of a tile, for the step's tokens from `at` on, its image positions from `n` on."""
 
     first: int
     num_rows: int
     at: int
-
-
-class TileCache:
-    """Rows of encoded tiles, in one tensor.
-
-    Args:
-        num_bytes: at most so many; may be too few for one tile, and nothing is kept.
-        shape: of a tile's rows.
-        dtype, device: of them.
-
-    Attributes:
-        num_bytes: of the tensor.
-        num_tiles: that it holds.
-    """
-
-    def __init__(self, num_bytes: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.num_tiles = num_bytes // (shape[0] * shape[1] * dtype.itemsize)
-        self._rows = torch.empty(self.num_tiles, *shape, dtype=dtype, device=device)
-        self.num_bytes = self._rows.numel() * dtype.itemsize
-        self._slots: OrderedDict[Key, int] = OrderedDict()
-
-    def find(self, key: Key) -> Tensor | None:
-        """The rows of a tile, now the most recently used; None: not there."""
-        slot = self._slots.get(key)
-        if slot is None:
-            return None
-        self._slots.move_to_end(key)
-        return self._rows[slot]
-
-    def keep(self, key: Key, rows: Tensor) -> None:
-        """Take a tile in; the least recently used makes room."""
-        if not self.num_tiles:
-            return
-        slot = self._slots.popitem(last=False)[1] if len(self._slots) == self.num_tiles else len(self._slots)
-        self._slots[key] = slot
-        self._rows[slot].copy_(rows)
+    n: int
 
 
 class ImageEncoder:
@@ -91,9 +79,19 @@ class ImageEncoder:
         self._embed = embed
         weight: Any = embed.weight
         self._device = weight.device
-        shape = (tower.tiling.tokens, tower.hidden_size)
-        self.cache = TileCache(cache_bytes, shape, tower.dtype, self._device)
+        width = tower.hidden_size * (1 + tower.num_levels)
+        self.cache = FeatureCache(cache_bytes, tower.processing.page_rows, width, tower.dtype, self._device)
         self.num_encoded = self.num_found = 0
+
+    @property
+    def has_grids(self) -> bool:
+        """Whether positions have three dimensions in a step with images."""
+        return self.tower.processing.has_grids
+
+    @property
+    def counts(self) -> ImageCounts:
+        """So far."""
+        return ImageCounts(self.num_found, self.num_encoded, self.cache.used_bytes, self.cache.num_bytes)
 
     def touched(self, plan: StepPlan) -> bool:
         """Whether a step computes a position of an image."""
@@ -103,7 +101,7 @@ class ImageEncoder:
             for image in req.images
         )
 
-    def embeds(self, plan: StepPlan, input_ids: Tensor) -> Tensor:
+    def inputs(self, plan: StepPlan, input_ids: Tensor) -> InputRows:
         """The step's input rows: embeddings of tokens, and features at the positions of images.
 
         Args:
@@ -111,10 +109,12 @@ class ImageEncoder:
             input_ids: int64 [T], the step's tokens; what they are at an image's positions does not matter.
 
         Returns:
-            [T, hidden], the caller's own.
+            Rows that are the caller's own.
         """
-        rows = self._embed(input_ids).clone()
-        pieces, pixels = _pieces(plan)
+        embeds = self._embed(input_ids).clone()
+        pieces, pixels, weights, at = _pieces(plan)
+        deep = embeds.new_empty(self.tower.num_levels, len(at), embeds.shape[1])
+        rows = InputRows(embeds, torch.from_numpy(at).to(self._device), deep)
         missing = []
         for key, parts in pieces.items():
             found = self.cache.find(key)
@@ -123,8 +123,7 @@ class ImageEncoder:
             else:
                 self.num_found += 1
                 _put(rows, parts, found)
-        for begin in range(0, len(missing), TILES_AT_ONCE):
-            batch = missing[begin : begin + TILES_AT_ONCE]
+        for batch in _batches(missing, weights):
             encoded = self.encode([pixels[key] for key in batch])
             for key, features in zip(batch, encoded, strict=True):
                 _put(rows, pieces[key], features)
@@ -132,25 +131,29 @@ class ImageEncoder:
         self.num_encoded += len(missing)
         return rows
 
-    def run_largest(self) -> None:
-        """Encode as many tiles as are ever encoded at once: what that takes of the device's memory."""
-        size = self.tower.tiling.size
-        self.encode([np.zeros((3, size, size), dtype=np.uint8)] * TILES_AT_ONCE)
+    def run_largest(self, most_tokens: int) -> None:
+        """Encode as much as is ever encoded at once, of prompts up to `most_tokens`: what that takes of memory."""
+        self.encode([np.zeros((3, *size), dtype=np.uint8) for size in self.tower.processing.largest(most_tokens)])
 
-    def encode(self, tiles: list[np.ndarray]) -> Tensor:
-        """Rows of tiles, [N, tokens, hidden], whether they are in the cache or not; each uint8 [3, size, size]."""
-        batch = torch.from_numpy(np.stack(tiles))
+    def encode(self, tiles: list[np.ndarray]) -> list[Tensor]:
+        """Rows of each tile, [tokens, (1 + levels) * hidden], whether in the cache or not; each uint8 [3, h, w]."""
+        sent = [torch.from_numpy(tile) for tile in tiles]
         if self._device.type == "cuda":
-            batch = batch.pin_memory()
+            sent = [tile.pin_memory() for tile in sent]
         with torch.inference_mode():
-            return self.tower(batch.to(self._device, non_blocking=True))
+            return self.tower([tile.to(self._device, non_blocking=True) for tile in sent])
 
 
-def _pieces(plan: StepPlan) -> tuple[dict[Key, list[_Piece]], dict[Key, np.ndarray]]:
-    """Of each tile that the step touches: which of its rows go where, and its pixels."""
+def _pieces(plan: StepPlan) -> tuple[dict[Key, list[_Piece]], dict[Key, np.ndarray], dict[Key, int], np.ndarray]:
+    """Of each tile that the step touches: which of its rows go where, its pixels and its weight.
+
+    Beside them the step's image positions, int64 [n].
+    """
     pieces: dict[Key, list[_Piece]] = {}
     pixels: dict[Key, np.ndarray] = {}
-    at = sum(entry.num_new_tokens for entry in plan.scheduled[: plan.num_decodes])
+    weights: dict[Key, int] = {}
+    places: list[np.ndarray] = []
+    begin, n = sum(entry.num_new_tokens for entry in plan.scheduled[: plan.num_decodes]), 0
     for req, start, count in plan.scheduled[plan.num_decodes :]:
         for image in req.images:
             size = image.tile_tokens
@@ -158,14 +161,33 @@ def _pieces(plan: StepPlan) -> tuple[dict[Key, list[_Piece]], dict[Key, np.ndarr
             while position < stop:
                 tile, first = divmod(position - image.start, size)
                 num_rows = min(size - first, stop - position)
-                key = (image.identity, tile)
-                pieces.setdefault(key, []).append(_Piece(first, num_rows, at + position - start))
-                pixels[key] = image.pixels[tile]
+                key, at = (image.identity, tile), begin + position - start
+                pieces.setdefault(key, []).append(_Piece(first, num_rows, at, n))
+                pixels[key], weights[key] = image.pixels[tile], image.tile_weight
+                places.append(np.arange(at, at + num_rows))
                 position += num_rows
-        at += count
-    return pieces, pixels
+                n += num_rows
+        begin += count
+    return pieces, pixels, weights, np.concatenate(places)
 
 
-def _put(rows: Tensor, pieces: list[_Piece], features: Tensor) -> None:
-    for first, num_rows, at in pieces:
-        rows[at : at + num_rows] = features[first : first + num_rows]
+def _batches(keys: list[Key], weights: dict[Key, int]) -> list[list[Key]]:
+    """Tiles that the tower takes at once."""
+    made: list[list[Key]] = []
+    room = 0
+    for key in keys:
+        if weights[key] > room:
+            made.append([])
+            room = TILES_AT_ONCE
+        made[-1].append(key)
+        room -= weights[key]
+    return made
+
+
+def _put(rows: InputRows, pieces: list[_Piece], features: Tensor) -> None:
+    hidden, levels = rows.embeds.shape[1], len(rows.deep)
+    for first, num_rows, at, n in pieces:
+        part = features[first : first + num_rows]
+        rows.embeds[at : at + num_rows] = part[:, :hidden]
+        if levels:
+            rows.deep[:, n : n + num_rows] = part[:, hidden:].unflatten(1, (levels, hidden)).transpose(0, 1)

@@ -1,29 +1,77 @@
-"""From an image to tiles: how many there will be, known from its size alone, and their bytes.
+"""InternVL's images: square tiles of one size, as many as the shape of the image asks for, and the whole in one more.
 
-Tiling, resizing and the thumbnail are transformers' `GotOcr2ImageProcessorPil`, which is InternVL's; the division by
-255 and the normalisation wait for the vision tower, so that a tile travels as bytes: a quarter of its size.
+Tiling, resizing and the thumbnail are transformers' `GotOcr2ImageProcessorPil`.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from kvarena.engine.checkpoints.internvl import Tiling
+from kvarena.engine.checkpoints.internvl import NATIVE
+from kvarena.engine.errors import ModelError
+from kvarena.engine.vision.processing import TILES_AT_ONCE, Layout, Processing
 
-# An identity is above any token id.
-_ABOVE_TOKENS = 1 << 256
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as both formats state it
+_BICUBIC = 3
+
+
+@dataclass(frozen=True)
+class Tiling(Processing):
+    """How images are cut.
+
+    Attributes:
+        size: pixels of a tile's side.
+        min_tiles, max_tiles: tiles of an image, the thumbnail not counted.
+        thumbnail: the whole image in one more tile, where it has several.
+        tokens: positions of a tile in a prompt.
+    """
+
+    size: int
+    min_tiles: int
+    max_tiles: int
+    thumbnail: bool
+    tokens: int
+
+    @property
+    def library(self) -> Any:
+        """See `Processing.library`."""
+        return _library(self)
+
+    @property
+    def page_rows(self) -> int:
+        """A tile's."""
+        return self.tokens
+
+    def layout(self, width: int, height: int) -> Layout:
+        """See `Processing.layout`; there is one for every size."""
+        count = int(self.library.get_number_of_image_patches(height, width))
+        num_tiles = count - 1 if count > 1 and not self.thumbnail else count
+        return Layout(num_tiles, self.tokens, 3 * self.size**2)
+
+    def cut(self, image: Image.Image) -> np.ndarray:
+        """See `Processing.cut`."""
+        made = self.library(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        tiles = np.ascontiguousarray(made, dtype=np.uint8)
+        return tiles[:-1] if len(tiles) > 1 and not self.thumbnail else tiles
+
+    def largest(self, most_tokens: int) -> list[tuple[int, int]]:  # noqa: ARG002 - tiles are of one size
+        """As many tiles as are ever encoded at once."""
+        return [(self.size, self.size)] * TILES_AT_ONCE
+
+    def describe(self) -> str:
+        """See `Processing.describe`."""
+        most = self.max_tiles + (self.thumbnail and self.max_tiles > 1)
+        return f"images in up to {most} tiles of {self.tokens} tokens"
 
 
 @functools.cache
-def processor(tiling: Tiling) -> Any:
-    """The library's processor. Its import takes seconds, and torch with it."""
+def _library(tiling: Tiling) -> Any:
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     return GotOcr2ImageProcessorPil(
@@ -38,32 +86,45 @@ def processor(tiling: Tiling) -> Any:
     )
 
 
-def num_tiles(tiling: Tiling, width: int, height: int) -> int:
-    """Tiles of an image of that size, its thumbnail among them. Looks at no pixel."""
-    count = int(processor(tiling).get_number_of_image_patches(height, width))
-    return count - 1 if count > 1 and not tiling.thumbnail else count
+def tiling(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Tiling:
+    """How a checkpoint's images are cut; see `make_processing`."""
+    vision = config.get("vision_config") or {}
+    native = config.get("model_type") == NATIVE
+    size = _side(vision.get("image_size", 448), "image_size")
+    least, most, thumbnail = processor.get("min_patches", 1), processor.get("max_patches", 12), True
+    if native and processor.get("size"):
+        size = _side(processor["size"], "size")
+    if not native:
+        size = _side(config.get("force_image_size") or size, "force_image_size")
+        least, most = config.get("min_dynamic_patch", 1), config.get("max_dynamic_patch", 12)
+        thumbnail = config.get("use_thumbnail") is not False
+        if config.get("dynamic_image_size") is False:
+            least = most = 1
+    patch, ratio = _side(vision.get("patch_size", 14), "patch_size"), config.get("downsample_ratio", 0.5)
+    side = size / patch * ratio
+    numbers = isinstance(least, int) and isinstance(most, int)
+    if not numbers or not 1 <= least <= most or side != int(side) or side < 1:
+        raise ModelError(
+            f"the config of images does not fit together: tiles of {size} pixels, patches of {patch}, downsample_ratio "
+            f"{ratio}, {least} to {most} tiles"
+        )
+    return Tiling(
+        mean=tuple(processor.get("image_mean") or _MEAN),
+        std=tuple(processor.get("image_std") or _STD),
+        resample=int(processor.get("resample") or _BICUBIC),
+        size=size,
+        min_tiles=least,
+        max_tiles=most,
+        thumbnail=thumbnail,
+        tokens=int(side) ** 2,
+    )
 
 
-def make_tiles(tiling: Tiling, image: Image.Image) -> np.ndarray:
-    """The tiles of an RGB image: uint8 [tiles, 3, size, size]."""
-    made = processor(tiling)(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
-    tiles = np.ascontiguousarray(made, dtype=np.uint8)
-    return tiles[:-1] if len(tiles) > 1 and not tiling.thumbnail else tiles
-
-
-def identity(tiling: Tiling, size: tuple[int, int], tiles: np.ndarray) -> int:
-    """A digest of an image's tiles and of how they were made, above any token id.
-
-    Every field has its length before it, so that no two inputs are the same bytes.
-
-    Args:
-        tiling: how they were made.
-        size: width and height of the image.
-        tiles: its tiles.
-    """
-    digest = hashlib.sha256()
-    made = json.dumps([asdict(tiling), size, tiles.shape], sort_keys=True).encode()
-    for field in (b"kvarena image 1", made, tiles.data.cast("B")):
-        digest.update(len(field).to_bytes(8, "big"))
-        digest.update(field)
-    return _ABOVE_TOKENS | int.from_bytes(digest.digest(), "big")
+def _side(value: Any, name: str) -> int:
+    """The side of a square that a config gives as a number, a pair or a mapping."""
+    if isinstance(value, Mapping):
+        value = [value.get("height"), value.get("width")]
+    sides = value if isinstance(value, (list, tuple)) else [value, value]
+    if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int) or sides[0] < 1:
+        raise ModelError(f"{name}={value} of the images' config is not the side of a square in pixels")
+    return sides[0]

@@ -1,101 +1,66 @@
-"""InternVL's vision tower: tiles of pixels to rows that stand in a prompt like token embeddings.
+"""Vision towers: tiles of pixels to rows that stand in a prompt like token embeddings. The contract, and loading.
 
-uint8 [N, 3, S, S] -> values -> ViT -> without its first token -> pixel shuffle -> projector -> [N, tokens, hidden]
+uint8 [3, h, w] -> values -> a tower and projector of transformers -> [tokens, (1 + levels) * hidden]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, cast
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import InternVLConfig, InternVLVisionModel
-from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 
-from kvarena.engine.checkpoints.internvl import Tiling
 from kvarena.engine.errors import ModelError
-from kvarena.engine.vision.tiles import processor
-from kvarena.engine.vision.weights import Tensors
+from kvarena.engine.vision.checkpoint import Tensors
+from kvarena.engine.vision.processing import Processing, byte_values
 
 
 class VisionTower(nn.Module):
-    """Tower and projector of transformers, and what a pixel's byte is worth.
+    """A family's tower, and what a pixel's byte is worth.
 
     Args:
-        config: the whole model's.
-        tiling: how its images are cut.
+        processing: how its images are prepared.
+        hidden_size: of the language model.
+        num_levels: further features of each token, for the stream behind the first layers.
 
     Attributes:
-        tiling: as given.
-        hidden_size: of the language model: columns of what comes out.
+        processing, hidden_size, num_levels: as given.
     """
 
     values: Tensor
 
-    def __init__(self, config: InternVLConfig, tiling: Tiling) -> None:
+    def __init__(self, processing: Processing, hidden_size: int, num_levels: int = 0) -> None:
         super().__init__()
-        vision: Any = config.vision_config
-        vision._attn_implementation = "sdpa"
-        self.vision_tower = InternVLVisionModel(vision)
-        self.multi_modal_projector = InternVLMultiModalProjector(config)
-        self.tiling = tiling
-        self.hidden_size: int = cast(Any, config.text_config).hidden_size
-        self._layer, self._ratio = config.vision_feature_layer, config.downsample_ratio
-        self._keeps_first = config.vision_feature_select_strategy == "full"
-        self._transposed = bool(getattr(config, "transposed_features", False))
-        self.register_buffer("values", torch.from_numpy(byte_values(tiling)), persistent=False)
+        self.processing, self.hidden_size, self.num_levels = processing, hidden_size, num_levels
+        self.register_buffer("values", torch.from_numpy(byte_values(processing)), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights, and of what comes out."""
         return next(self.parameters()).dtype
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """Encode tiles.
+    def pixel_values(self, tiles: Tensor) -> Tensor:
+        """What the library's processor makes of bytes, in the tower's dtype: uint8 [..., 3, h, w] to the same shape."""
+        channels = torch.arange(tiles.shape[-3], device=tiles.device)[:, None, None]
+        return self.values[channels, tiles.int()].to(self.dtype)
 
-        Args:
-            tiles: uint8 [N, 3, S, S].
+    def restore(self, device: torch.device) -> None:
+        """Make again, on `device` and in full precision, what no checkpoint holds."""
+        self.values = torch.from_numpy(byte_values(self.processing)).to(device)
 
-        Returns:
-            [N, tokens of a tile, hidden].
-        """
-        channels = torch.arange(tiles.shape[1], device=tiles.device)[:, None, None]
-        pixels = self.values[channels, tiles.int()].to(self.dtype)
-        out = self.vision_tower(pixel_values=pixels, output_hidden_states=self._layer != -1)
-        found = out.last_hidden_state if self._layer == -1 else out.hidden_states[self._layer]
-        if not self._keeps_first:
-            found = found[:, 1:]
-        side = int(found.shape[1] ** 0.5)
-        grid = found.reshape(len(found), side, side, -1)
-        # The library's own; it reads nothing of its object.
-        grid = InternVLModel.pixel_shuffle(cast(Any, None), grid, scale_factor=self._ratio)
-        if self._transposed:
-            grid = grid.transpose(1, 2)
-        return self.multi_modal_projector(grid.reshape(len(grid), -1, grid.shape[-1]))
-
-
-def byte_values(tiling: Tiling) -> np.ndarray:
-    """What each byte of each channel becomes, float32 [3, 256]: by the library's own rescaling and normalisation."""
-    every = np.arange(256, dtype=np.uint8)[None, None].repeat(len(tiling.mean), 0)
-    maker: Any = processor(tiling)
-    scaled = maker.normalize(maker.rescale(every, maker.rescale_factor), maker.image_mean, maker.image_std)
-    return np.ascontiguousarray(scaled[:, 0], dtype=np.float32)
+    @abstractmethod
+    def forward(self, tiles: list[Tensor]) -> list[Tensor]:
+        """Encode tiles, each uint8 [3, h, w], to [tokens, (1 + levels) * hidden], a token's levels side by side."""
 
 
 def load_tower(
-    config: InternVLConfig,
-    tiling: Tiling,
-    tensors: Tensors,
-    dtype: torch.dtype,
-    device: torch.device,
-    name: str,
+    make: Callable[[], VisionTower], tensors: Tensors, dtype: torch.dtype, device: torch.device, name: str
 ) -> VisionTower:
-    """The tower with its weights, each read to `device` by itself.
+    """A tower with its weights, each read to `device` by itself.
 
     Args:
-        config, tiling: see `VisionTower`.
+        make: makes the tower.
         tensors: by the native classes' names.
         dtype: of the weights there.
         device: where they go.
@@ -105,7 +70,7 @@ def load_tower(
         ModelError: a weight is missing, has another shape, or has no place.
     """
     with torch.device("meta"):
-        tower = VisionTower(config, tiling)
+        tower = make()
     wanted = tower.state_dict()
     missing = sorted(set(wanted) - set(tensors))
     if missing:
@@ -126,20 +91,16 @@ def load_tower(
         owner, _, last = key.rpartition(".")
         moved = nn.Parameter(value.to(device=device, dtype=dtype).contiguous(), requires_grad=False)
         setattr(tower.get_submodule(owner), last, moved)
-    tower.values = torch.from_numpy(byte_values(tiling)).to(device)
+    tower.restore(device)
     return tower.eval()
 
 
-def dummy_tower(
-    config: InternVLConfig, tiling: Tiling, dtype: torch.dtype, device: torch.device, seed: int
-) -> VisionTower:
+def dummy_tower(make: Callable[[], VisionTower], dtype: torch.dtype, device: torch.device, seed: int) -> VisionTower:
     """A tower with random weights, drawn where they will be used. The caller's random state stays as it was."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        tower = VisionTower(config, tiling)
-        values = tower.values
-        tower = tower.to(dtype).eval().requires_grad_(False)
-        tower.values = values.to(device)
+        tower = make().to(dtype).eval().requires_grad_(False)
+    tower.restore(device)
     return tower
 
 

@@ -180,7 +180,7 @@ def build_engine(config: RunConfig, shared: SharedParts | None = None, *, whole_
     engine = strategy.engine(prepared.runner, clock, overlap=engine_config.overlap, ledger=ledger)
     facts = pool_facts(allocator, spec, prepared.facts)
     if model.images is not None:
-        facts["image_cache"] = {"bytes": model.image_cache_bytes, "num_tiles": model.images.cache.num_tiles}
+        facts["image_cache"] = {"bytes": model.image_cache_bytes, "num_tokens": model.images.cache.num_rows}
     if memory is not None:
         memory.set_pool(prepared.pool, prepared.pool_in_torch)
     return EngineParts(
@@ -273,6 +273,7 @@ def _num_blocks(config: RunConfig, model: LoadedModel, in_use_before: int, max_m
         gpu_memory_utilization=config.engine.gpu_memory_utilization,
         max_num_batched_tokens=config.scheduler.need("max_num_batched_tokens"),
         max_num_seqs=config.scheduler.need("max_num_seqs"),
+        max_model_len=max_model_len,
         in_use_before=in_use_before,
         block_bytes=block_size * token_bytes,
     )

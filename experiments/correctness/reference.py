@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from kvarena.engine.checkpoints import internvl
 from kvarena.engine.checkpoints.directory import read_config, resolve_directory
+from kvarena.engine.checkpoints.images import has_class, reads_images
 from kvarena.engine.contract import cdiv
 from kvarena.engine.errors import EngineError, ModelError
 from kvarena.engine.request import Request
@@ -30,13 +30,13 @@ def load_reference(path: str, dtype: torch.dtype = torch.float32) -> Any:
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model_type = read_config(resolve_directory(path))["model_type"]
-    if model_type == internvl.ORIGINAL:
+    config = read_config(resolve_directory(path))
+    if reads_images(config) and not has_class(config):
         raise ModelError(
             f"{path} is an InternVL checkpoint in its makers' format, for which transformers has no class to judge by; "
             "give the same model in transformers' format"
         )
-    kind: Any = AutoModelForImageTextToText if model_type == internvl.NATIVE else AutoModelForCausalLM
+    kind: Any = AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
     return kind.from_pretrained(path, dtype=dtype, local_files_only=True, attn_implementation="sdpa").eval()
 
 

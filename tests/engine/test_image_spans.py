@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import msgpack
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvarena.engine.request import ImageSpan, Request, SamplingParams, expand
+from kvarena.engine.server.shared.ipc import pack_image, unpack_image
 
 FIRST, SECOND = 1 << 256, (1 << 256) + 1
 
@@ -62,3 +65,30 @@ def test_chunks_go_on_and_keep_the_bound(start, stop, most):
              if image.start <= at < image.stop}  # fmt: skip
     assert len(tiles) <= num_tiles
     assert end == stop or req.within_tiles(start, end + 1, 99)[1] > most
+
+
+@pytest.mark.parametrize(
+    ("start", "most", "is_first", "wanted"),
+    [
+        (0, 5, True, (40, 5)),  # both
+        (0, 4, True, (20, 3)),  # the second weighs 2, and 1 is left
+        (0, 2, True, (20, 3)),  # the first weighs more than a step may take, and is taken alone, with the text behind
+        (0, 2, False, (4, 0)),  # not where another request has taken some
+        (5, 2, False, (5, 0)),
+        (20, 1, True, (40, 2)),
+        (20, 0, False, (20, 0)),
+    ],
+)
+def test_a_tile_that_weighs_more_is_taken_alone(start, most, is_first, wanted):
+    req = with_images(ImageSpan(4, 16, FIRST, 1, tile_weight=3), ImageSpan(20, 30, SECOND, 1, tile_weight=2))
+    assert req.within_tiles(start, 40, most, is_first=is_first) == wanted
+
+
+def test_an_image_travels_as_it_is():
+    pixels = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
+    for image in (
+        ImageSpan(2, 6, FIRST, 2, pixels),
+        ImageSpan(2, 8, SECOND, 1, pixels[:1], tile_weight=3, grid=(2, 3)),
+    ):
+        found = unpack_image(msgpack.unpackb(msgpack.packb(pack_image(image))))
+        assert found == image and np.array_equal(found.pixels, image.pixels)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_helpers import LateReference
 from image_checkpoints import (
     CONVERSATION,
     SYSTEM,
@@ -24,35 +23,19 @@ from image_checkpoints import (
     write_native,
     write_original,
 )
+from image_runs import STRATEGIES, ImageRuns, PromptMaker
 
 from kvarena import LLM, SamplingParams
 from kvarena.engine.checkpoints.directory import resolve_directory
-from kvarena.engine.checkpoints.internvl import CONVERSATIONS, conversation, tiling_of
-from kvarena.engine.clock import VirtualClock
-from kvarena.engine.core import Engine, run_to_completion
+from kvarena.engine.checkpoints.internvl import CONVERSATIONS, conversation
 from kvarena.engine.errors import ModelError
-from kvarena.engine.fusions.detect import fuse
-from kvarena.engine.fusions.ops import TorchOps
-from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.models import load_model, load_tokenizer
 from kvarena.engine.models.configs import read_model_config
 from kvarena.engine.models.sizes import model_sizes
-from kvarena.engine.pool.kv_pool import KVPool
-from kvarena.engine.request import ImageSpan, Request
-from kvarena.engine.request import SamplingParams as EngineSampling
-from kvarena.engine.runner.fused_runner import FusedRunner
-from kvarena.engine.runner.step_graphs import StepGraphs
-from kvarena.engine.runner.torch_runner import TorchRunner
-from kvarena.engine.vision.encoder import ImageEncoder
-from kvarena.engine.vision.tiles import identity, make_tiles, num_tiles
-from kvarena.engine.vision.weights import part_tensors
+from kvarena.engine.vision.internvl_weights import part_tensors
+from kvarena.engine.vision.processing import identity
+from kvarena.engine.vision.processors import processing_of
 from kvarena.experiments.correctness.reference import load_reference
-from kvarena.experiments.settings.strategies import (
-    build_allocator,
-    build_scheduler,
-    strategy_names,
-    strategy_options,
-)
 
 FORMATS = {
     "native": ("llama", write_native),
@@ -78,13 +61,13 @@ def test_weights_and_features_are_the_native_class_s(checkpoint):
     found = loaded.module.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
     images = [picture(*size, seed=i) for i, size in enumerate(SIZES)]
-    cut = tiling_of(directory)
-    tiles = [make_tiles(cut, image) for image in images]
+    cut = processing_of(directory)
+    tiles = [cut.cut(image) for image in images]
     pixels, counts = processed(images)
-    assert [len(one) for one in tiles] == counts == [num_tiles(cut, *size) for size in SIZES]
+    assert [len(one) for one in tiles] == counts == [cut.layout(*size).num_tiles for size in SIZES]
     tower = loaded.images.tower
     with torch.inference_mode():
-        ours = tower(torch.cat([torch.from_numpy(one) for one in tiles]))
+        ours = torch.stack(tower([torch.from_numpy(tile) for one in tiles for tile in one]))
         theirs = model.model.get_image_features(pixel_values=pixels).pooler_output
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert ours.std() > 0.1
@@ -160,31 +143,13 @@ def test_chats_get_the_native_class_s_tokens(checkpoint):
     assert encoder.num_encoded == sum(processed(IMAGES)[1])
 
 
-CELLS = list(zip(strategy_names("allocator"), strategy_names("scheduler") * 2, strict=False))
-ALL_CELLS = [(a, s) for a in strategy_names("allocator") for s in strategy_names("scheduler") if (a, s) not in CELLS]
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A model, and requests with the tokens that the native class gives them."""
     model = shared_model()
     loaded = load_model(write_native(tmp_path_factory.mktemp("tiny"), model), image_cache_bytes=1 << 20)
-    cut, token = loaded.images.tower.tiling, model.config.image_token_id
-    tiles = [make_tiles(cut, image) for image in IMAGES]
-    names = [identity(cut, image.size, one) for image, one in zip(IMAGES, tiles, strict=True)]
-
-    def prompt(*parts) -> tuple[list[int], tuple[ImageSpan, ...], list]:
-        ids, spans, images = [], [], []
-        for part in parts:
-            if isinstance(part, list):
-                ids += part
-                continue
-            start = len(ids)
-            ids += [token] * (TILE_TOKENS * len(tiles[part]))
-            spans.append(ImageSpan(start, len(ids), names[part], len(tiles[part]), tiles[part]))
-            images.append(IMAGES[part])
-        return ids, tuple(spans), images
-
+    maker = PromptMaker(loaded, model.config.image_token_id, IMAGES)
+    prompt = maker.prompt
     shared = [20 + i for i in range(9)]
     prompts = [
         prompt(shared, 0, [40, 41]),
@@ -195,78 +160,49 @@ def tiny(tmp_path_factory):
         prompt(0, [44]),
     ]
     wanted = [expected_tokens(model, ids, images, 5) for ids, _, images in prompts]
-    return loaded, prompts, wanted
+    return ImageRuns(loaded, prompts, wanted, short=80)
 
 
-def run(tiny, allocator: str, scheduler: str, overlap: bool, make_runner=TorchRunner, **sizes) -> list[Request]:
-    loaded, prompts, wanted = tiny
-    # Short where blocks are taken as they are needed; one region of the longest request is 128 of the others.
-    short = 80 if allocator in ("paged", "paged_prefix", "radix", "virtual") else 144
-    num_slots, budget = sizes.pop("num_slots", short), sizes.pop("budget", 11)
-    block_size = strategy_options("allocator", allocator).get("block_size", 4)
-    block_size = min(block_size, 4)
-    made = build_allocator(allocator, num_blocks=num_slots // block_size, max_model_len=128, block_size=block_size)
-    options = {"max_num_seqs": 4, "max_num_batched_tokens": budget} | sizes
-    plans = build_scheduler(scheduler, made, max_model_len=128, **options)
-    pool = KVPool.of_model(
-        loaded.spec, num_blocks=made.num_virtual_blocks, block_size=block_size, dtype=torch.float32, device="cpu"
-    )
-    requests = [
-        Request(f"r{i}", ids, EngineSampling(max_tokens=5), images=images, oracle_output_len=5)
-        for i, (ids, images, _) in enumerate(prompts)
-    ]
-    engine = Engine(plans, made, make_runner(loaded, pool), VirtualClock(), overlap=overlap, ledger=MemoryLedger())
-    steps = run_to_completion(engine, requests)
-    for req, tokens in zip(requests, wanted, strict=True):
-        assert (req.output_token_ids, req.error) == (tokens, ""), req.request_id
-    run.steps = steps
-    return requests
-
-
-@pytest.mark.parametrize(
-    ("allocator", "scheduler"), [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ALL_CELLS)]
-)
+@pytest.mark.parametrize(("allocator", "scheduler"), STRATEGIES)
 def test_every_strategy_gives_the_native_class_s_tokens(tiny, allocator, scheduler):
     """Chunks of 11 tokens end inside images and tiles; the pool is short, so that requests are preempted."""
     for overlap in (False, True):
-        run(tiny, allocator, scheduler, overlap, max_num_batched_tiles=2)
+        tiny.run(allocator, scheduler, overlap, max_num_batched_tiles=2)
 
 
 @pytest.mark.parametrize("allocator", ["paged_prefix", "radix"])
 def test_equal_ids_of_other_images_share_no_block_and_the_same_image_shares_all(tiny, allocator):
-    _, prompts, _ = tiny
-    first, other = prompts[0], prompts[1]
+    first, other = tiny.prompts[:2]
     assert first[0] == other[0] and first[1] != other[1]  # the same ids at the same places
-    first, other, _, _, again, _ = run(tiny, allocator, "continuous", False, num_slots=640, max_num_seqs=1)
+    first, other, _, _, again, _ = tiny.run(allocator, "continuous", False, num_slots=640, max_num_seqs=1)
     assert first.num_cached_tokens == 0
     assert other.num_cached_tokens == 8  # whole blocks of 4 before the image, at position 9
     assert again.num_cached_tokens == (first.num_prompt_tokens - 1) // 4 * 4
 
 
 def test_a_tile_is_encoded_once_for_all_chunks_preemptions_and_requests(tiny):
-    loaded, _, _ = tiny
-    images = replace(loaded, images=ImageEncoder(loaded.images.tower, loaded.module.get_input_embeddings(), 1 << 20))
-    requests = run((images, *tiny[1:]), "paged", "chunked", False, budget=7)
+    runs, images = tiny.with_cache(1 << 20)
+    requests = runs.run("paged", "chunked", False, budget=7)
     assert sum(req.num_preemptions for req in requests) > 0
-    assert images.images.num_encoded == sum(processed(IMAGES)[1])
-    assert images.images.num_found > images.images.num_encoded
+    assert images.num_encoded == sum(processed(IMAGES)[1])
+    assert images.num_found > images.num_encoded
 
 
 @pytest.mark.parametrize("num_tiles", [0, 1])
 def test_a_cache_that_is_too_small_costs_time_alone(tiny, num_tiles):
-    loaded, _, _ = tiny
     room = num_tiles * TILE_TOKENS * 64 * 4
-    images = replace(loaded, images=ImageEncoder(loaded.images.tower, loaded.module.get_input_embeddings(), room))
-    assert images.images.cache.num_tiles == num_tiles and images.images.cache.num_bytes == room
-    run((images, *tiny[1:]), "paged_prefix", "chunked", True)
-    assert images.images.num_encoded > sum(processed(IMAGES)[1])
+    runs, images = tiny.with_cache(room)
+    assert images.cache.num_rows == num_tiles * TILE_TOKENS and images.cache.num_bytes == room
+    runs.run("paged_prefix", "chunked", True)
+    assert images.num_encoded > sum(processed(IMAGES)[1])
+    assert images.cache.used_bytes == room
 
 
 @pytest.mark.parametrize("scheduler", ["continuous", "chunked", "static"])
 def test_an_album_is_taken_in_over_several_steps(tiny, scheduler):
-    run(tiny, "paged", scheduler, False, num_slots=640, budget=400, max_num_batched_tiles=3)
+    tiny.run("paged", scheduler, False, num_slots=640, budget=400, max_num_batched_tiles=3)
     counts = []
-    for step in run.steps:
+    for step in tiny.steps:
         tiles = [req.within_tiles(start, start + count, 99)[1] for req, start, count in step.plan.scheduled]
         counts.append(sum(tiles))
     assert max(counts) == 3 and counts.count(3) > 3
@@ -284,26 +220,7 @@ def test_fused_layers_take_images_too(checkpoint):
 
 @pytest.mark.parametrize("fusions", [False, True])
 def test_steps_without_images_go_the_graphs_way_beside_those_with(tiny, fusions, monkeypatch):
-    """On a CPU nothing is captured; which steps the graphs get is the same."""
-    taken = {"decode": 0, "mixed": 0}
-    for name in taken:
-        real = getattr(StepGraphs, name)
-
-        def counted(self, step, name=name, real=real):
-            taken[name] += 1
-            return real(self, step)
-
-        monkeypatch.setattr(StepGraphs, name, counted)
-
-    def make_runner(model, pool):
-        decoder = fuse(model, TorchOps(), 128) if fusions else None
-        sizes = {"max_num_seqs": 4, "max_model_len": 128, "mixed_tokens": 16}
-        return FusedRunner(model, pool, LateReference(pool), decoder, **sizes)
-
-    run(tiny, "paged_prefix", "chunked", True, make_runner, budget=5)
-    with_images = sum(tiny[0].images.touched(step.plan) for step in run.steps)
-    assert taken["decode"] + taken["mixed"] == len(run.steps) - with_images
-    assert min(taken.values()) > 0 < with_images
+    tiny.run_in_graphs(monkeypatch, fusions=fusions)
 
 
 def test_every_layout_of_names_is_known():
@@ -404,24 +321,24 @@ def test_sizes_and_dummy_weights_need_no_weights(original, tmp_path):
         file.unlink()
     loaded = load_model(bare, load_format="dummy", image_cache_bytes=1 << 16)
     assert model_sizes(bare).spec.num_parameters == loaded.spec.num_parameters
-    assert loaded.images.tower.tiling.tokens == TILE_TOKENS
+    assert loaded.images.tower.processing.tokens == TILE_TOKENS
     assert loaded.image_cache_bytes == 1 << 16
     shape = json.loads((bare / "config.json").read_text())
-    assert load_model(shape=shape, load_format="dummy").images.tower.tiling == loaded.images.tower.tiling
+    assert load_model(shape=shape, load_format="dummy").images.tower.processing == loaded.images.tower.processing
 
 
 def test_an_identity_is_of_pixels_and_of_how_they_were_made(original):
-    cut = tiling_of(original)
-    tiles = make_tiles(cut, IMAGES[0])
+    cut = processing_of(original)
+    tiles = cut.cut(IMAGES[0])
     names = {
         identity(cut, IMAGES[0].size, tiles),
         identity(cut, (210, 100), tiles),
         identity(replace(cut, mean=(0.5, 0.5, 0.5)), IMAGES[0].size, tiles),
-        identity(cut, IMAGES[0].size, make_tiles(cut, picture(*IMAGES[0].size, seed=9))),
+        identity(cut, IMAGES[0].size, cut.cut(picture(*IMAGES[0].size, seed=9))),
         identity(cut, IMAGES[0].size, tiles[:-1]),
     }
     assert len(names) == 5 and all(name > 2**255 for name in names)
-    assert identity(cut, IMAGES[0].size, make_tiles(cut, IMAGES[0])) in names
+    assert identity(cut, IMAGES[0].size, cut.cut(IMAGES[0])) in names
 
 
 def test_whose_code_a_flag_would_run_is_said(tmp_path, caplog):

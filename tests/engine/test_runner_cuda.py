@@ -67,6 +67,7 @@ def test_a_share_is_this_engines_own(model, monkeypatch):
     free, total = torch.cuda.mem_get_info()
     before = total - free - torch.cuda.memory_reserved()
     options = {"max_num_batched_tokens": 2048, "max_num_seqs": 16, "block_bytes": block_bytes, "in_use_before": before}
+    options["max_model_len"] = 2048
     most = available_kv_bytes(model, gpu_memory_utilization=0.8, **options)
     half = available_kv_bytes(model, gpu_memory_utilization=0.4, **options)
     assert 0 < half < most < 0.8 * total

@@ -30,7 +30,7 @@ from kvarena.engine.models import load_tokenizer
 from kvarena.engine.server.api.protocol import Message
 from kvarena.engine.server.media.fetch import ImageLoader
 from kvarena.engine.server.media.parts import MediaPolicy
-from kvarena.engine.server.media.reader import ImageReader, image_tokens
+from kvarena.engine.server.media.reader import ImageReader, image_inputs
 from kvarena.engine.server.shared.errors import ApiError
 
 CHAT = "/v1/chat/completions"
@@ -203,14 +203,14 @@ def test_a_text_that_names_the_placeholder_is_text(running):
 
 def read(directory, url: str, policy: MediaPolicy):
     """What the engine would get of an image, in a chat of nothing else; any address may be connected to."""
-    tokens = image_tokens(str(directory), load_tokenizer(directory))
-    reader = ImageReader(policy, tokens, ImageLoader(policy, lambda address: True))
+    inputs = image_inputs(str(directory), load_tokenizer(directory))
+    reader = ImageReader(policy, inputs, ImageLoader(policy, lambda address: True))
     message = Message(role="user", content=[{"type": "image_url", "image_url": {"url": url}}])
 
     async def spans():
         opened = await reader.open([message])
-        [count] = reader.num_tiles(opened)
-        return await reader.spans(opened, [(0, count * TILE_TOKENS)])
+        [count] = reader.num_tokens(opened)
+        return await reader.spans(opened, [(0, count)])
 
     try:
         return asyncio.run(spans())

@@ -92,8 +92,8 @@ class Prompts:
         ids = await self._tokenizer.encode_any(req.prompt or "", req.add_special_tokens is not False)
         return self._truncate(ids, req)
 
-    async def of_chat(self, req: Any, num_tiles: Sequence[int] = ()) -> ChatPrompt:
-        """Token ids of a chat, and where its images stand; `num_tiles` of each. Raises ApiError."""
+    async def of_chat(self, req: Any, num_tokens: Sequence[int] = ()) -> ChatPrompt:
+        """Token ids of a chat, and where its images stand, which take `num_tokens` each. Raises ApiError."""
         if getattr(req, "chat_template", None) is not None:
             raise bad_request("a chat_template in the request is not allowed on this server", "chat_template")
         if req.continue_final_message and req.add_generation_prompt:
@@ -112,16 +112,16 @@ class Prompts:
             not going_on if req.add_generation_prompt is None else req.add_generation_prompt
         )
         flags["continue_final_message"] = going_on
-        messages = template_messages(req.messages, keeps_images=bool(num_tiles))
+        messages = template_messages(req.messages, keeps_images=bool(num_tokens))
         text = self._tokenizer.render_chat(messages, tools, **flags)
         ids = await self._encode(text, bool(req.add_special_tokens), req, "messages")
         if not ids:
             raise bad_request("the messages are empty after the chat template", "messages")
-        if not num_tiles or self._images is None:
+        if not num_tokens or self._images is None:
             return ChatPrompt(self._truncate(ids, req), [])
         if getattr(req, "truncate_prompt_tokens", None) is not None:
             raise bad_request("truncate_prompt_tokens does not go with images", "truncate_prompt_tokens")
-        return self._images.expand(ids, num_tiles)
+        return self._images.expand(ids, num_tokens)
 
 
 def check_chat(req: ChatCompletionRequest) -> None:

@@ -178,7 +178,7 @@ class Service:
     async def _chat(self, request: Request, req: ChatCompletionRequest, model: str, arrival: float) -> Response:
         check_chat(req)
         images = await self._images.open(req.messages)
-        prompt, places = await self.prompts.of_chat(req, self._images.num_tiles(images))
+        prompt, places = await self.prompts.of_chat(req, self._images.num_tokens(images))
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
         max_tokens = fit_max_tokens(requested, self.info.default_length(None), len(prompt), self.info, "messages")
         spans = await self._images.spans(images, places)
@@ -196,7 +196,7 @@ class Service:
     async def chat_ids(self, req: TokenizeRequest) -> list[int]:
         """Token ids of a chat that is only counted, its images by their headers. Raises ApiError."""
         images = await self._images.open(req.messages or [])
-        return (await self.prompts.of_chat(req, self._images.num_tiles(images))).token_ids
+        return (await self.prompts.of_chat(req, self._images.num_tokens(images))).token_ids
 
     def _check_scores(self, req: SamplingFields) -> None:
         if req.prompt_logprobs is not None and not self.info.prompt_logprobs:

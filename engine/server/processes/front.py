@@ -24,7 +24,7 @@ from kvarena.engine.server.front.connection import BoundedConnection
 from kvarena.engine.server.front.dashboard import PoolFeed
 from kvarena.engine.server.front.groups import EngineGone
 from kvarena.engine.server.media.parts import policy_of
-from kvarena.engine.server.media.reader import ImageReader, image_tokens
+from kvarena.engine.server.media.reader import ImageReader, image_inputs
 from kvarena.engine.server.processes.listeners import BACKLOG
 from kvarena.engine.server.processes.process import DRAIN, EXIT, READY, ModelFiles, end_process, freeze_heap, start_log
 from kvarena.engine.server.processes.suspicion import Suspicion
@@ -106,7 +106,7 @@ class Front:
             # The engine reads the same tokenizer before its weights, and says what is wrong with it: once is enough.
             await client.ready
             raise
-        tokens = await asyncio.to_thread(image_tokens, self._model.path, tokenizer.tokenizer)
+        images = await asyncio.to_thread(image_inputs, self._model.path, tokenizer.tokenizer)
         defaults = generation_defaults(self._model.path) if config.generation_config else {}
         await client.ready
         tracer = Tracer(config.otlp_endpoint) if config.otlp_endpoint else None
@@ -122,7 +122,7 @@ class Front:
             self._model.path,
             defaults,
             feed,
-            ImageReader(policy_of(config), tokens),
+            ImageReader(policy_of(config), images),
             tracer,
         )
         server = _Server(self._uvicorn_config(create_app(service, self._rows)))

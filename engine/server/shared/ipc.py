@@ -7,7 +7,6 @@ A *handle* is an integer that the front picks for each choice of each request; i
 
 from __future__ import annotations
 
-import math
 import socket
 import struct
 from array import array
@@ -88,7 +87,7 @@ class EngineInfo:
         return given if given > 0 else fallback
 
 
-PackedImage = tuple[int, int, bytes, int, bytes | memoryview]
+PackedImage = tuple[int, int, bytes, int, Sequence[int], int, Sequence[int] | None, bytes | memoryview]
 
 
 class AddFrame(NamedTuple):
@@ -126,19 +125,20 @@ def unpack_ids(data: bytes) -> list[int]:
 
 
 def pack_image(image: ImageSpan) -> PackedImage:
-    """An image as it travels: place, identity, tiles, and their bytes."""
-    name = image.identity.to_bytes(IDENTITY_BYTES, "big")
-    return image.start, image.stop, name, image.num_tiles, memoryview(image.pixels).cast("B")
+    """An image as it travels: place, identity, tiles and their shape, weight, grid, and their bytes."""
+    name, pixels = image.identity.to_bytes(IDENTITY_BYTES, "big"), image.pixels
+    data = memoryview(pixels).cast("B")
+    return image.start, image.stop, name, image.num_tiles, pixels.shape, image.tile_weight, image.grid, data
 
 
 def unpack_image(packed: PackedImage) -> ImageSpan:
-    """The inverse of `pack_image`: the pixels are uint8 [tiles, 3, side, side]."""
+    """The inverse of `pack_image`: the pixels are uint8 [tiles, 3, height, width]."""
     import numpy as np  # not with the module, which the supervisor imports too
 
-    start, stop, name, num_tiles, data = packed
-    side = math.isqrt(len(data) // (3 * num_tiles))
-    pixels = np.frombuffer(data, dtype=np.uint8).reshape(num_tiles, 3, side, side)
-    return ImageSpan(start, stop, int.from_bytes(name, "big"), num_tiles, pixels)
+    start, stop, name, num_tiles, shape, weight, grid, data = packed
+    pixels = np.frombuffer(data, dtype=np.uint8).reshape(shape)
+    identity = int.from_bytes(name, "big")
+    return ImageSpan(start, stop, identity, num_tiles, pixels, weight, None if grid is None else (grid[0], grid[1]))
 
 
 _ITEMS: tuple[type[Any], ...] = (SamplingParams, EngineInfo)  # travel as themselves, by their place here

@@ -1,0 +1,50 @@
+"""InternVL's vision tower.
+
+uint8 [N, 3, S, S] -> values -> ViT -> without its first token -> pixel shuffle -> projector -> [N, tokens, hidden]
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import InternVLConfig, InternVLVisionModel
+from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
+
+from kvarena.engine.vision.processing import Processing
+from kvarena.engine.vision.tower import VisionTower
+
+
+class InternVLTower(VisionTower):
+    """Tower and projector of transformers.
+
+    Args:
+        config: the whole model's.
+        processing: how its images are cut.
+    """
+
+    def __init__(self, config: InternVLConfig, processing: Processing) -> None:
+        super().__init__(processing, cast(Any, config.text_config).hidden_size)
+        vision: Any = config.vision_config
+        vision._attn_implementation = "sdpa"
+        self.vision_tower = InternVLVisionModel(vision)
+        self.multi_modal_projector = InternVLMultiModalProjector(config)
+        self._layer, self._ratio = config.vision_feature_layer, config.downsample_ratio
+        self._keeps_first = config.vision_feature_select_strategy == "full"
+        self._transposed = bool(getattr(config, "transposed_features", False))
+
+    def forward(self, tiles: list[Tensor]) -> list[Tensor]:
+        """See `VisionTower.forward`; all tiles are of one size."""
+        pixels = self.pixel_values(torch.stack(tiles))
+        out = self.vision_tower(pixel_values=pixels, output_hidden_states=self._layer != -1)
+        found = out.last_hidden_state if self._layer == -1 else out.hidden_states[self._layer]
+        if not self._keeps_first:
+            found = found[:, 1:]
+        side = int(found.shape[1] ** 0.5)
+        grid = found.reshape(len(found), side, side, -1)
+        # The library's own; it reads nothing of its object.
+        grid = InternVLModel.pixel_shuffle(cast(Any, None), grid, scale_factor=self._ratio)
+        if self._transposed:
+            grid = grid.transpose(1, 2)
+        return list(self.multi_modal_projector(grid.reshape(len(grid), -1, grid.shape[-1])))
