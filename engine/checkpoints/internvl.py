@@ -3,8 +3,8 @@
     native     InternVLForConditionalGeneration   config.json: text_config, vision_config    chat_template.jinja
     original   InternVLChatModel                  config.json: llm_config, vision_config     conversation.py
 
-Nothing of an original's code runs: its weights are converted by name (`engine/vision/internvl_weights.py`), and its prompt is
-what conversation.py says in constants, which are read and not executed.
+Nothing of an original's code runs: its weights are converted by name (`engine/vision/internvl_weights.py`), and its
+prompt is what conversation.py says in constants, which are read and not executed.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import ImageSpan, Request, SamplingParams
 from kvarena.engine.server.media.parts import MediaPolicy, check_image, decode_image
 from kvarena.engine.vision.encoder import ImageEncoder
-from kvarena.engine.vision.tiles import identity, make_tiles
+from kvarena.engine.vision.processing import image_span
 from kvarena.experiments.building.build import build_engine
 from kvarena.experiments.building.parts import EngineParts
 from kvarena.experiments.building.warm_up import SERVED, warm_up
@@ -61,10 +61,12 @@ class Bench:
 
     def __init__(self, parts: EngineParts, args: argparse.Namespace) -> None:
         if parts.model is None or parts.model.images is None:
-            raise ConfigError("kvarena benchmark images needs a model that reads images: model=internvl2-8b-shape")
+            raise ConfigError(
+                "kvarena benchmark images needs a model that reads images, such as model=internvl2-8b-shape"
+            )
         self.images: ImageEncoder = parts.model.images
         self._parts, self._args = parts, args
-        self._tiling = self.images.tower.tiling
+        self._processing = self.images.tower.processing
         self._num_made = 0
 
     def make_image(self, seed: int) -> tuple[ImageSpan, float]:
@@ -73,9 +75,8 @@ class Bench:
         file = io.BytesIO()
         Image.fromarray(rough).resize(self._args.size).save(file, "PNG")
         start = time.perf_counter()
-        size = check_image(file.getvalue(), "image/png", "image", MediaPolicy())
-        tiles = make_tiles(self._tiling, decode_image(file.getvalue(), "image"))
-        made = ImageSpan(0, len(tiles) * self._tiling.tokens, identity(self._tiling, size, tiles), len(tiles), tiles)
+        check_image(file.getvalue(), "image/png", "image", MediaPolicy())
+        made = image_span(self._processing, decode_image(file.getvalue(), "image"))
         return made, time.perf_counter() - start
 
     def requests(self, images: Sequence[ImageSpan], *, as_text: bool) -> list[Request]:
@@ -126,7 +127,7 @@ class Bench:
 
     def throughput(self, requests: Sequence[Request]) -> Line:
         """All at once: rates, and times to first tokens."""
-        encoded, found = self.images.num_encoded, self.images.num_found
+        before = self.images.counts
         times = self.run(requests)
         firsts = [times[req.request_id].tokens[0] for req in requests]
         wall = max(times[req.request_id].tokens[-1] for req in requests)
@@ -135,7 +136,8 @@ class Bench:
             "seconds": round(wall, 3), "requests_per_s": round(len(requests) / wall, 2),
             "ttft_p50_s": round(float(np.percentile(firsts, 50)), 4),
             "ttft_p99_s": round(float(np.percentile(firsts, 99)), 4),
-            "tiles_encoded": self.images.num_encoded - encoded, "tiles_found": self.images.num_found - found,
+            "tiles_encoded": self.images.counts.misses - before.misses,
+            "tiles_found": self.images.counts.hits - before.hits,
         }  # fmt: skip
 
     def gaps(self, requests: Sequence[Request]) -> float:

@@ -117,7 +117,9 @@ def _build(config: RunConfig, strategy: dict[str, str], words: Callable[[str], s
         },
         about=strategy | {"dtype": str(spec.dtype).removeprefix("torch.")},
     )
-    return ServedEngine(parts.engine, info, compiler, words)
+    images = None if parts.model is None else parts.model.images
+    image_counts = None if images is None else lambda: images.counts
+    return ServedEngine(parts.engine, info, compiler, words, image_counts=image_counts)
 
 
 def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:
@@ -137,14 +139,14 @@ def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:
 
 
 def _images_text(parts: EngineParts) -> str:
-    """How images are cut, and how many encoded tiles are kept; empty for a model that reads text only."""
+    """How images are cut, and how much of what was encoded is kept; empty for a model that reads text only."""
     from kvarena.engine.pool.memory_limits import size_text
 
     if parts.model is None or parts.model.images is None:
         return ""
     images = parts.model.images
-    tiling, cache = images.tower.tiling, images.cache
+    cache = images.cache
     return (
-        f"; images in up to {tiling.max_tiles + (tiling.thumbnail and tiling.max_tiles > 1)} tiles of {tiling.tokens} "
-        f"tokens, the last {cache.num_tiles:,} tiles kept ({size_text(cache.num_bytes)})"
+        f"; {images.tower.processing.describe()}, the last {cache.num_rows:,} tokens of them kept "
+        f"({size_text(cache.num_bytes)})"
     )

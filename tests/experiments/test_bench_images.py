@@ -4,9 +4,11 @@ import json
 
 import pytest
 from image_checkpoints import MAX_TILES, TILE_TOKENS, native_model, write_native
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.models.configs import read_model_config
+from kvarena.engine.vision.processors import make_processing
 from kvarena.experiments.benchmarks.images import main
 from kvarena.experiments.settings.compose import load_run
 
@@ -29,8 +31,19 @@ def test_a_model_of_text_is_refused_in_a_line():
         main(["kv_cache.num_slots=1024"])
 
 
-def test_the_shape_is_internvl2_8b():
-    config = load_run(["model=internvl2-8b-shape"]).model
+SHAPES = {
+    "internvl2-8b-shape": ("llama", 32, 13 * 256),
+    "qwen2.5-vl-7b-shape": ("qwen2_5_vl_text", 28, 37 * 27),
+    "qwen3-vl-8b-shape": ("qwen3_vl_text", 36, 32 * 24),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_are_the_originals(shape):
+    config = load_run([f"model={shape}"]).model
     text, _, name, whole = read_model_config(None, config.shape, config.name, False)
-    assert (name, text.model_type, text.num_hidden_layers) == ("internvl2-8b-shape", "llama", 32)
-    assert whole.vision_config.num_hidden_layers == 24
+    made = make_processing(config.shape, {})
+    assert (name, text.model_type, text.num_hidden_layers) == (shape, *SHAPES[shape][:2])
+    assert made.layout(1024, 768).num_tokens == SHAPES[shape][2]
+    assert type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+    assert whole.vision_config.hidden_size == config.shape["vision_config"]["hidden_size"]

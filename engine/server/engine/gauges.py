@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
 
 from kvarena.engine.core import Engine
 from kvarena.engine.server.engine.pool_view import PoolView
 from kvarena.engine.server.engine.served import Outgoing, ServedRequest
 from kvarena.engine.server.shared.ipc import Link, ToFront
 from kvarena.engine.server.shared.metrics import Row
+
+if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
+    from kvarena.engine.vision.encoder import ImageCounts
 
 GAUGE_SECONDS = 0.25
 FRAME_SECONDS = 0.05  # while somebody watches: short answers, too, are seen to grow
@@ -22,10 +26,11 @@ class Gauges:
     Args:
         engine: looked at between steps.
         row: the engine's metrics.
+        image_counts: what the encoder of images has done; None: the model reads text only.
     """
 
-    def __init__(self, engine: Engine, row: Row) -> None:
-        self._engine, self._row = engine, row
+    def __init__(self, engine: Engine, row: Row, image_counts: Callable[[], ImageCounts] | None = None) -> None:
+        self._engine, self._row, self._image_counts = engine, row, image_counts
         self._view = PoolView(engine.allocator)
         self._next = 0.0
 
@@ -45,6 +50,9 @@ class Gauges:
             row.set("kvarena:kv_slots", slots, name)
         row.set("kvarena:kv_slots_shared_saved", usage.shared_saved)
         row.set("vllm:kv_cache_usage_perc", usage.owned / usage.total if usage.total else 0.0)
+        if self._image_counts is not None:
+            for name, count in self._image_counts()._asdict().items():
+                row.set(f"kvarena:image_cache_{name}", count)
         # A front that is behind misses a frame.
         watchers = [link for link, out in zip(links, outs, strict=True) if out.watching and not link.num_queued_bytes]
         if not watchers:

@@ -59,7 +59,7 @@ class EngineLoop:
         self._control = control
         self._row = metrics.Row(page, 0)
         self._num_failed_in_a_row = 0
-        self._gauges = Gauges(served.engine, self._row)
+        self._gauges = Gauges(served.engine, self._row, served.image_counts)
         self._selector = selectors.DefaultSelector()
         control.setblocking(False)
         self._selector.register(control, selectors.EVENT_READ, None)

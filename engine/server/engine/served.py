@@ -10,9 +10,10 @@ from kvarena.engine.core import Engine
 from kvarena.engine.request import Request
 from kvarena.engine.server.shared.ipc import EngineInfo, ToFront, pack_ids
 
-if TYPE_CHECKING:  # llguidance and ZeroMQ: the supervisor imports this, too
+if TYPE_CHECKING:  # llguidance, ZeroMQ and torch: the supervisor imports this, too
     from kvarena.engine.server.engine.event_publisher import CacheFeed
     from kvarena.engine.server.engine.grammars import CompiledGrammar
+    from kvarena.engine.vision.encoder import ImageCounts
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ServedEngine:
         compile_grammar: compiles a grammar from (kind, grammar), or None when the runner cannot constrain tokens.
         words: turns the settings that a message names into the words of the command that was given.
         feed: publishes what the prefix cache holds, or None.
+        image_counts: what the encoder of images has done; None: the model reads text only.
     """
 
     engine: Engine
@@ -32,6 +34,7 @@ class ServedEngine:
     compile_grammar: Callable[[str, str], CompiledGrammar] | None = None
     words: Callable[[str], str] = str
     feed: CacheFeed | None = None
+    image_counts: Callable[[], ImageCounts] | None = None
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
