@@ -35,7 +35,8 @@ struct Program {
   u32 used = 0;
   Barrier barriers[64];
 };
-struct Thread { ucontext_t context; jmp_buf at; int index, program; bool begun, ended; std::vector<char> stack; u32 sent; };
+struct Product { float* d; u64 a, b; bool add; };
+struct Thread { std::vector<std::vector<Product>> groups; std::vector<Product> open; ucontext_t context; jmp_buf at; int index, program; bool begun, ended; std::vector<char> stack; u32 sent; };
 struct Index { int x; };
 
 static Program programs[CM];
@@ -133,8 +134,9 @@ static u32 narrow(float f) { u32 bits; memcpy(&bits, &f, 4); return (bits + 0x7F
 static u32 pack(float low, float high) { return narrow(low) | narrow(high) << 16; }
 static float silu_times(float gate, float up) { return gate / (1 + std::exp(-gate)) * up; }
 static u64 descriptor(u32 address) { return address >> 4; }
+static void wgmma(float (&d)[BN / 2], u64 a, u64 b, int add) { now->open.push_back({d, a, b, add != 0}); }
 // This thread's part of 64 x BN x 16.
-static void wgmma(float (&d)[BN / 2], u64 a, u64 b, int add) {
+static void multiply(float* d, u64 a, u64 b, bool add) {
   const u16 *x = reinterpret_cast<u16*>(own().shared + (a << 4)), *w = reinterpret_cast<u16*>(own().shared + (b << 4));
   for (int i = 0; i < BN / 2; ++i) {
     const int row = now->index % 128 / 32 * 16 + now->index % 32 / 4 + i / 2 % 2 * 8;
@@ -142,6 +144,13 @@ static void wgmma(float (&d)[BN / 2], u64 a, u64 b, int add) {
     float sum = add ? d[i] : 0;
     for (int k = 0; k < 16; ++k) sum += widen(x[row * 64 + k]) * widen(w[col * 64 + k]);
     d[i] = sum;
+  }
+}
+// Products are done as late as they may be: their operands must be there till then.
+static void wait_for_products(size_t left) {
+  if (!now->open.empty()) now->groups.push_back(now->open), now->open.clear();
+  for (; now->groups.size() > left; now->groups.erase(now->groups.begin())) {
+    for (const Product& p : now->groups[0]) multiply(p.d, p.a, p.b, p.add);
   }
   __syncwarp();  // a warp goes on as one
 }

@@ -81,6 +81,8 @@ def on_host(tmp_path_factory):
         pytest.skip("needs g++")
     folder, programs = tmp_path_factory.mktemp("host"), {}
     text = resources.files("kvarena.engine.kernels").joinpath("wide_gemm.cu").read_text()
+    text, count = re.subn(r'asm volatile\("wgmma[^"]*wait_group[^"]*(\d);".*?\);', r"wait_for_products(\1);", text)
+    assert count == 2
     text = re.sub(r'asm volatile\((?:[^;"]|"[^"]*")*\);', ";", text)
     text = text.replace("extern __shared__ char raw[];", "char* raw = shared_array<char>(1024);")
     text = text.replace("__shared__ u64 barriers[2 * STAGES];", "u64* barriers = shared_array<u64>(0);")
