@@ -22,6 +22,14 @@ class Clock(Protocol):
         ...
 
 
+class MovableClock(Clock, Protocol):
+    """A clock that whoever computes nothing moves on by itself."""
+
+    def advance(self, seconds: float) -> None:
+        """Move on by `seconds` >= 0."""
+        ...
+
+
 class WallClock:
     """Real time, from a monotonic counter."""
 

@@ -26,7 +26,7 @@ from kvarena.experiments.folders.failures import write_failure
 from kvarena.experiments.folders.place import RUN, SWEEP, check_place
 from kvarena.experiments.jobs.outcomes import outcome
 from kvarena.experiments.jobs.unserved import Unserved, why_unserved
-from kvarena.experiments.settings.compose import CONF_DIR, NAMING_GROUPS, compose_cell
+from kvarena.experiments.settings.compose import CONF_DIR, compose_cell, named_choices
 from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.explain import explain, own_error
 from kvarena.experiments.settings.outside import offer_installed
@@ -179,7 +179,7 @@ def _run(
     from kvarena.experiments.jobs.job import execute
     from kvarena.results import Result
 
-    name = cell_name(choices["allocator"], choices["scheduler"])
+    name = cell_name(choices["allocator"], choices["scheduler"], choices.get("router"))
     if group is None and config.sweep.rounds != 1:
         raise ConfigError(f"sweep.rounds={config.sweep.rounds} repeats the cells of a sweep; use kvarena.sweep")
     if group is None and config.report.baseline is not None:
@@ -192,7 +192,7 @@ def _run(
 
 def _outcome(job: Job, cell: DictConfig, group: str, shared: SharedParts) -> dict[str, Any]:
     """Run a sweep's cell; what it came to. Raises what is a bug."""
-    choices = {name: str(cell.hydra.runtime.choices[name]) for name in NAMING_GROUPS}
+    choices = named_choices(cell.hydra.runtime.choices)
     with open_dict(cell):
         del cell["hydra"]
     try:

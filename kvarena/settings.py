@@ -25,8 +25,8 @@ def as_overrides(settings: Mapping[str, Any], *, swept: bool = False) -> list[st
 
     Args:
         settings: by key, with dots or as a section: `{"workload.num_requests": 8}` or `{"workload": {"num_requests":
-            8}}`; a group by the name of its choice (`{"workload": "lognormal"}`); `allocator` and `scheduler` also by
-            a class of the caller's.
+            8}}`; a group by the name of its choice (`{"workload": "lognormal"}`); `allocator`, `scheduler` and
+            `router` also by a class of the caller's.
         swept: a list holds the values of a sweep; else it is a value.
 
     Raises:

@@ -65,6 +65,9 @@ class RunSummary(_Written):
     simulation: dict[str, Any] | None = None
     experts: dict[str, float | None] | None = None
     target: dict[str, Any] | None = None
+    replicas: int | None = None
+    routing: dict[str, Any] | None = None
+    imbalance: float | None = None
     cache: str | None = None
     round: int | None = None
     contention: dict[str, Any] | None = None

@@ -41,6 +41,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     sparing.set_for_test(
         is_drawn=item.get_closest_marker("drawn") is not None, is_probed=item.get_closest_marker("probed") is not None
     )
-    job = sys.modules.get("kvarena.experiments.jobs.job")
-    if job is not None:
-        job.gc = _NO_COLLECTIONS
+    for name in ("engine_job", "replicas_job"):
+        if (job := sys.modules.get(f"kvarena.experiments.jobs.{name}")) is not None:
+            job.gc = _NO_COLLECTIONS

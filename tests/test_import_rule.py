@@ -9,14 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("allocators", "schedulers", "engine", "experiments", "reports")
+PACKAGES = ("allocators", "schedulers", "routers", "engine", "experiments", "reports")
 MOST_MODULES = 16
 # The drawing of the house: a folder a line, what it holds behind two blanks.
 FLOOR = re.compile(r"^ {4}([a-z_/]+) {2,}\S", re.M)
 HOUSE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## The house")[1].split("\n## ")[0]
 FLOORS = FLOOR.findall(HOUSE)
 LEAVES = {"kvarena.engine.classes"}  # import nothing, so that reports may import them
-CONTRACT = {"kvarena.engine.contract", "kvarena.engine.errors", "kvarena.engine.request"}
+CONTRACT = {
+    "kvarena.engine.contract",
+    "kvarena.engine.errors",
+    "kvarena.engine.request",
+    "kvarena.engine.routing",
+}
 
 
 def module_name(path: Path) -> str:
@@ -44,13 +49,13 @@ def imported_modules(tree: ast.AST) -> set[str]:
 def breaks_rule(module: str, imported: str) -> bool:
     """Whether `module` must not import `imported`."""
     package, target = (name.removeprefix("kvarena.").partition(".")[0] for name in (module, imported))
-    if package in ("allocators", "schedulers"):
+    if package in ("allocators", "schedulers", "routers"):
         own_or_contract = target == package or imported in CONTRACT
         return not own_or_contract and target not in sys.stdlib_module_names
     if package == "engine":
-        return target in ("allocators", "schedulers", "experiments", "reports")
+        return target in ("allocators", "schedulers", "routers", "experiments", "reports")
     if package == "reports":
-        return target in ("engine", "allocators", "schedulers", "experiments") and imported not in LEAVES
+        return target in ("engine", "allocators", "schedulers", "routers", "experiments") and imported not in LEAVES
     return False
 
 
@@ -71,6 +76,9 @@ def test_each_module_imports_only_what_its_package_may(module):
         ("kvarena.schedulers.base", "kvarena.engine.contract", False),
         ("kvarena.schedulers.base", "kvarena.engine.checked", True),
         ("kvarena.schedulers.base", "kvarena.allocators.paged", True),
+        ("kvarena.routers.least_kv", "kvarena.engine.routing", False),
+        ("kvarena.routers.least_kv", "kvarena.schedulers.base", True),
+        ("kvarena.engine.core", "kvarena.routers.least_kv", True),
         ("kvarena.engine.core", "kvarena.schedulers.base", True),
         ("kvarena.engine.core", "torch", False),
         ("kvarena.reports.html", "kvarena.engine.errors", True),
@@ -151,7 +159,7 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str] | None:
 
 
 def test_strategies_and_their_runners_load_without_torch():
-    names = [name for name in MODULES if name.split(".")[1] in ("allocators", "schedulers")]
+    names = [name for name in MODULES if name.split(".")[1] in ("allocators", "schedulers", "routers")]
     names += [
         "kvarena.engine.core",
         "kvarena.engine.ledger",

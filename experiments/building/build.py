@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from kvarena.engine.attention.base import AttentionBackend
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.checks import check_int
-from kvarena.engine.clock import WallClock
+from kvarena.engine.clock import MovableClock, WallClock
 from kvarena.engine.contract import KVAllocator, cdiv
 from kvarena.engine.errors import ConfigError, NotDefined
 from kvarena.engine.ledger import MemoryLedger
@@ -40,6 +40,7 @@ from kvarena.experiments.building.parts import (
     pool_blocks,
     pool_facts,
     resolve_max_model_len,
+    target_device,
 )
 from kvarena.experiments.building.pools import make_pool, room_beside_pool
 from kvarena.experiments.building.runners import make_runner
@@ -139,22 +140,29 @@ def build_load(config: RunConfig, spec: ModelSpec, special_token_ids: frozenset[
     return Load(requests, closed_loop, workload.description, seed, config.driver.cache)
 
 
-def build_engine(config: RunConfig, shared: SharedParts | None = None, *, whole_context: bool = False) -> EngineParts:
+def build_engine(
+    config: RunConfig,
+    shared: SharedParts | None = None,
+    *,
+    whole_context: bool = False,
+    clock: MovableClock | None = None,
+) -> EngineParts:
     """Build the engine that `config` describes, ready for requests; `warm_up` runs it a little.
 
     Args:
         config: of the run.
         shared: see `build`.
         whole_context: refuse a pool that cannot hold the longest request that is allowed, as a server must.
+        clock: of a simulated engine; None: one of its own.
 
     Raises:
         KvarenaError: see `build`.
     """
-    runner_config, engine_config, device_name = config.runner, config.engine, _device(config.engine.device)
+    runner_config, engine_config, device_name = config.runner, config.engine, target_device(config.engine.device)
     if not isinstance(runner_config, RunnerConfig):
         if whole_context:
             raise ConfigError("runner=simulated computes no tokens and cannot serve; set runner=torch")
-        return build_simulated_engine(config)
+        return build_simulated_engine(config, clock)
     shared = SharedParts() if shared is None else shared
     model, memory = load_shared(config, shared)
     spec = model.spec
@@ -176,8 +184,8 @@ def build_engine(config: RunConfig, shared: SharedParts | None = None, *, whole_
     if prepared is None:
         prepared = _prepare_runner(config, runner_config, model, allocator, max_model_len)
         shared.keep(config, prepared)
-    clock, ledger = prepared.clock, MemoryLedger()
-    engine = strategy.engine(prepared.runner, clock, overlap=engine_config.overlap, ledger=ledger)
+    ledger = MemoryLedger()
+    engine = strategy.engine(prepared.runner, prepared.clock, overlap=engine_config.overlap, ledger=ledger)
     facts = pool_facts(allocator, spec, prepared.facts)
     if model.images is not None:
         facts["image_cache"] = {"bytes": model.image_cache_bytes, "num_tokens": model.images.cache.num_rows}
@@ -185,7 +193,7 @@ def build_engine(config: RunConfig, shared: SharedParts | None = None, *, whole_
         memory.set_pool(prepared.pool, prepared.pool_in_torch)
     return EngineParts(
         engine,
-        clock,
+        prepared.clock,
         ledger,
         spec,
         model.special_token_ids,
@@ -204,7 +212,7 @@ def load_shared(config: RunConfig, shared: SharedParts) -> tuple[LoadedModel, Gp
         KvarenaError: see `build`.
     """
     memory = None
-    if _device(config.engine.device) == "cuda":
+    if target_device(config.engine.device) == "cuda":
         device = torch.device("cuda")
         memory = GpuMemory(device, shared.context_bytes)
         shared.context_bytes = memory.context
@@ -219,7 +227,7 @@ def _load(config: RunConfig) -> LoadedModel:
         path=model.path,
         shape=model.shape,
         dtype=engine.dtype,
-        device=_device(engine.device),
+        device=target_device(engine.device),
         load_format=model.load_format,
         trust_remote_code=model.trust_remote_code,
         seed=engine.seed,
@@ -233,7 +241,7 @@ def _prepare_runner(
     config: RunConfig, runner_config: RunnerConfig, model: LoadedModel, allocator: KVAllocator, max_model_len: int
 ) -> PreparedRunner:
     """Pool and runner for `allocator`."""
-    device, max_num_seqs = _device(config.engine.device), config.scheduler.need("max_num_seqs")
+    device, max_num_seqs = target_device(config.engine.device), config.scheduler.need("max_num_seqs")
     sized_by = config.kv_cache.sized_by or SETTING
     allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
     pool = make_pool(runner_config, allocator, model.spec, device, sized_by)
@@ -347,10 +355,3 @@ class RequestStream:
                 oracle_output_len=item.output_len,
             )
             yield from expand(req)
-
-
-def _device(name: str) -> str:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigError("engine.device=cuda, and this machine has no CUDA device; use auto or cpu")
-    return ("cuda" if available else "cpu") if name == "auto" else name

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from kvarena.engine.checkpoints.packed_settings import MADE
 from kvarena.engine.checks import check_int
@@ -59,6 +60,14 @@ class EngineParts:
     simulation_facts: dict[str, Any] | None = None
     gpu_memory: GpuMemory | None = None
     outside: Callable[[dict[str, np.ndarray]], list[str]] | None = None
+
+
+def target_device(name: str) -> str:
+    """`cpu` or `cuda`, of `engine.device`. Raises ConfigError where there is no such device."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("engine.device=cuda, and this machine has no CUDA device; use auto or cpu")
+    return ("cuda" if available else "cpu") if name == "auto" else name
 
 
 def pool_facts(allocator: KVAllocator, spec: ModelSpec, runner_facts: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvarena.engine.clock import VirtualClock
+from kvarena.engine.clock import MovableClock, VirtualClock
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.models.sizes import ModelSizes
@@ -20,8 +20,12 @@ from kvarena.experiments.simulation.profiles import Card, Profile, load_profile
 from kvarena.experiments.simulation.runner import SimulatedRunner
 
 
-def build_simulated_engine(config: RunConfig) -> EngineParts:
+def build_simulated_engine(config: RunConfig, clock: MovableClock | None = None) -> EngineParts:
     """Build the engine that `config` describes, without a workload.
+
+    Args:
+        config: of the run.
+        clock: of the engine and its runner; None: one of its own.
 
     Raises:
         ConfigError: a setting is out of range or does not fit another one.
@@ -36,7 +40,9 @@ def build_simulated_engine(config: RunConfig) -> EngineParts:
     max_model_len = resolve_max_model_len(config.engine, spec)
     num_blocks = pool_blocks(config, spec, available=_available_bytes(config, profile_name, sizes, profile))
     strategy = first_strategy(config, num_blocks, max_model_len, spec)
-    clock, ledger = VirtualClock(), MemoryLedger()
+    ledger = MemoryLedger()
+    if clock is None:
+        clock = VirtualClock()
     skew = config.runner.expert_skew
     runner = SimulatedRunner(
         profile.step_time(sizes, block_size, skew), clock, _harmless_token(sizes), host=profile.host,

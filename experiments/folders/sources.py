@@ -4,7 +4,7 @@ Git does not answer that: a new file is untracked, a class may lie outside the c
 sources themselves are hashed, as this process found them when it first asked.
 
     engine, experiments                  all of it, for every cell
-    allocators, schedulers               the files that the cell's own strategy imports, one by another
+    allocators, schedulers, routers      the files that the cell's own strategy imports, one by another
     any other `_target_` of the config   its file, and what it imports from beside it
     reports                              apart: it changes what is printed, not what was measured
 
@@ -29,7 +29,7 @@ from kvarena.experiments.settings.targets import leaves
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "kvarena"
 SHARED_PACKAGES = ("engine", "experiments")
-STRATEGY_PACKAGES = ("allocators", "schedulers")
+STRATEGY_PACKAGES = ("allocators", "schedulers", "routers")
 REPORTS_PACKAGE = "reports"
 SUFFIXES = (".py", ".cu")
 # Sections that change neither what is measured nor how.

@@ -36,7 +36,7 @@ from kvarena.reports.reading.names import REQUESTS_FILE, STEPS_FILE
 
 EXTENSIONS = ("top_k", "min_p", "ignore_eos")  # of section `sampling`, beyond OpenAI's API
 ENDPOINTS = ("/completions", "/chat", "/v1")  # what clients' addresses end with, in the order in which it is cut off
-ENGINE_SECTIONS = ("allocator", "scheduler", "engine", "kv_cache", "runner", "server", "mode", "study")
+ENGINE_SECTIONS = ("allocator", "scheduler", "router", "engine", "kv_cache", "runner", "server", "mode", "study")
 
 
 def run_http(run: RunConfig, progress: Callable[[int], Callable[[int], None]], signals: Signals) -> Measured:

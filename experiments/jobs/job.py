@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from rich.console import Console
@@ -19,27 +16,22 @@ import kvarena.reports.pages.ending
 import kvarena.reports.pages.run_report
 import kvarena.reports.pages.terminal
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.pool.gpu_memory import NO_GPU
-from kvarena.experiments.building.build import build
-from kvarena.experiments.building.parts import EngineParts
 from kvarena.experiments.building.shared import SharedParts
-from kvarena.experiments.building.warm_up import warm_cache, warm_up
 from kvarena.experiments.folders.cell_folders import CellFolders, owner_of, result_in, result_of, whole_key
 from kvarena.experiments.folders.cell_state import cell_key, differing, finished_key, mark_finished, measured_config
 from kvarena.experiments.folders.lock import only_writer
 from kvarena.experiments.folders.place import RUN, check_place
-from kvarena.experiments.folders.provenance import git_state, machine, peak_rss_bytes, utc_now, versions
+from kvarena.experiments.folders.provenance import git_state, machine, utc_now, versions
 from kvarena.experiments.folders.run_folder import Measured, write_run
 from kvarena.experiments.folders.sources import sources_of
-from kvarena.experiments.jobs.output import HttpProgress, Progress
+from kvarena.experiments.jobs.engine_job import run_engine
+from kvarena.experiments.jobs.output import HttpProgress
+from kvarena.experiments.jobs.replicas_job import run_replicas
 from kvarena.experiments.jobs.unserved import Unserved, why_unserved
-from kvarena.experiments.load.driver import drive
-from kvarena.experiments.recording.contention import Contention
-from kvarena.experiments.recording.interruption import Interrupted, Signals, name_of, shown
-from kvarena.experiments.recording.recording import Recording, recording_warning
+from kvarena.experiments.recording.interruption import Interrupted, Signals, shown
 from kvarena.experiments.recording.tracking import TrackedRun, Tracker, tracked_run
 from kvarena.experiments.settings.command_line import command_of
-from kvarena.experiments.settings.compose import NAMING_GROUPS
+from kvarena.experiments.settings.compose import named_choices
 from kvarena.experiments.settings.config import ReportConfig, RunConfig, SweepConfig
 from kvarena.experiments.settings.explain import first_line
 from kvarena.experiments.settings.targets import instantiate
@@ -67,7 +59,7 @@ def run_job(config: RunConfig, on_start: Callable[[Path], None]) -> Path:
     """
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
-    choices = {group: hydra.runtime.choices[group] for group in NAMING_GROUPS}
+    choices = named_choices(hydra.runtime.choices)
     sweep, in_sweep = config.sweep, hydra.mode is RunMode.MULTIRUN
     if in_sweep:
         run_dir = _own_folder(config, run_dir, choices)
@@ -79,7 +71,7 @@ def run_job(config: RunConfig, on_start: Callable[[Path], None]) -> Path:
     else:
         _check_owner(config, run_dir, choices)
     group = str(run_dir.parent) if in_sweep else None
-    name = cell_name(choices["allocator"], choices["scheduler"])
+    name = cell_name(choices["allocator"], choices["scheduler"], choices.get("router"))
     summary = execute(
         config, run_dir, name, choices, group, command=command_of(hydra, alone=in_sweep), on_start=on_start,
     )  # fmt: skip
@@ -152,8 +144,10 @@ def execute(
             return _report_again(run_dir, found, key, report)
         if on_start is not None:
             on_start(run_dir)
-        if config.target is None:
-            measured = _run_here(config, name, shared, signals)
+        if config.target is None and config.router is None:
+            measured = run_engine(config, name, shared, signals)
+        elif config.target is None:
+            measured = run_replicas(config, name, signals)
         else:
             from kvarena.experiments.jobs.http_job import run_http  # late: few machines with a GPU have its packages
 
@@ -248,97 +242,6 @@ def _track(tracker: Tracker, run: TrackedRun, run_dir: Path) -> None:
         print(f"warning: {reason}; its files are in {run_dir}", file=sys.stderr)
 
 
-def _run_here(config: RunConfig, name: str, shared: SharedParts | None, signals: Signals) -> Measured:
-    """Run the cell on this process's engine."""
-    setup = build(config, shared)
-    warmup_time = 0.0
-    if setup.driver.warmup and setup.parts.simulator is None:
-        warmup_time = warm_up(config, setup.parts, [next(iter(setup.load.requests)).sampling])
-    if setup.driver.cache == "warm":
-        warmup_time += warm_cache(config, setup.parts, setup.load.requests)
-    contention = None if setup.parts.simulator is not None else Contention(setup.driver.probe, _on_gpu(config))
-    if contention is not None:
-        contention.before()
-    simulator = setup.parts.simulator
-    progress = Progress(name, len(setup.load.requests), config.report.progress)
-    # A simulated run may have a million requests; in one that computes nothing is made while it is measured.
-    requests = list(setup.load.requests) if simulator is None else setup.load.requests
-    recording = Recording(
-        setup.parts.engine, level=setup.driver.record, kv_map=config.report.kv_map,
-        scores=setup.driver.scores > 0, measured=simulator is None,
-    )  # fmt: skip
-    gpu, model = setup.parts.gpu_memory, setup.parts.model
-    if gpu is not None and model is not None:
-        gpu.begin(model.modules, model.image_cache_bytes)
-    # The host's garbage collector would show as pauses of single steps: collect now, then only by reference counts.
-    gc.collect()
-    gc.freeze()
-    error: BaseException | None = None
-    try:
-        setup.parts.clock.reset()
-        signals.hold()  # until the files are written: nothing of what is measured from here on is to be lost
-        with contention or nullcontext(), recording:
-            drive(
-                setup.parts.engine, requests, recording, closed_loop=setup.load.closed_loop, on_progress=progress,
-                after_step=None if simulator is None else simulator.after_step, signals=signals,
-            )  # fmt: skip
-    except (Exception, Interrupted) as broken:
-        if not recording.num_finished:
-            raise
-        error = broken
-    finally:
-        signals.hold(sealed=True)
-        gc.unfreeze()
-        progress.finish(recording)
-    ended = utc_now()
-    interrupted = _interrupted(recording, len(setup.load.requests), signals, error)
-    memory = NO_GPU if gpu is None or error is not None else gpu.parts()
-    # After the memory, for the probe has some of its own; before the files, whose writing is no part of the run.
-    found = None if contention is None or interrupted is not None else contention.after()
-    run = recording.facts()
-    # A run that served nobody took no time of which a share would say anything.
-    if simulator is None and run["num_steps"] and (slow := recording_warning(run)) is not None:
-        print(f"warning: {name}: {slow}", file=sys.stderr)
-    facts = setup.load.manifest() | {
-        "model": _model_facts(setup.parts),
-        "pool": setup.parts.pool_facts,
-        "simulation": _simulation_facts(setup.parts, recording, name),
-        "memory": memory,
-        "contention": found,
-        "run": run
-        | {
-            "ended": ended,
-            "peak_rss_bytes": peak_rss_bytes(),
-            # A virtual clock waits for its driver: nothing is late.
-            "lateness_bound": setup.driver.max_lateness if simulator is None else None,
-            "warmup_time": warmup_time,
-            "interrupted": interrupted,
-        },
-    }
-    return Measured(facts, recording.write, error)
-
-
-def _interrupted(
-    recording: Recording, num_requests: int, signals: Signals, error: BaseException | None
-) -> dict[str, Any] | None:  # fmt: skip
-    """How far a run came that did not come to its end; None of one that did, with or without a signal."""
-    if error is None and (signals.number is None or recording.num_finished == num_requests):
-        return None
-    by = name_of(signals.number) if signals.number is not None else f"{type(error).__name__}: {first_line(error)}"
-    return recording.interrupt(by, num_requests)
-
-
-def _simulation_facts(parts: EngineParts, recording: Recording, name: str) -> dict[str, Any] | None:
-    """The profile, and what of the run lies outside of what it was fitted to, which is said at once; else None."""
-    columns = recording.step_columns()
-    if parts.simulation_facts is None or parts.outside is None or columns is None:
-        return parts.simulation_facts
-    outside = parts.outside(columns)
-    for line in outside:
-        print(f"warning: {name}: {line}", file=sys.stderr)
-    return parts.simulation_facts | {"outside": outside}
-
-
 def _manifest(config: RunConfig, name: str, choices: dict[str, str], command: Sequence[str] | None) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
@@ -348,7 +251,8 @@ def _manifest(config: RunConfig, name: str, choices: dict[str, str], command: Se
             "allocator": choices["allocator"],
             "scheduler": choices["scheduler"],
             "details": config.allocator.settings | config.scheduler.settings,
-        },
+        }
+        | ({} if config.router is None else {"router": choices["router"], "routing": config.router.settings}),
         "arrival": {"name": choices["arrival"]} | config.arrival.settings,
         "config": config.values,
         "round": config.sweep.round,
@@ -357,38 +261,4 @@ def _manifest(config: RunConfig, name: str, choices: dict[str, str], command: Se
         "sources": sources_of(measured_config(config.values)) | git_state(),
         "machine": machine(),
         "versions": versions(),
-    }
-
-
-def _on_gpu(config: RunConfig) -> bool:
-    return config.engine.device != "cpu" and torch.cuda.is_available()
-
-
-def _model_facts(parts: EngineParts) -> dict[str, Any]:
-    spec = parts.spec
-    return {
-        "name": spec.name,
-        "num_parameters": spec.num_parameters,
-        "kv_bytes_per_token": spec.kv_bytes_per_token,
-        "max_model_len": spec.max_model_len,
-        "dtype": str(spec.dtype).removeprefix("torch."),
-        "quantization": spec.quantization or None,
-        "kv_needed": _kv_needed(parts),
-        "experts": None if spec.experts is None else spec.experts._asdict(),
-    }
-
-
-def _kv_needed(parts: EngineParts) -> dict[str, Any] | None:
-    """What the longest request takes of the pool and what the model needs of it; None where that is the same."""
-    spec, num_tokens = parts.spec, parts.max_model_len
-    window = getattr(parts.engine.allocator, "sliding_window", None)
-    stored = spec.kv_bytes_per_token * (num_tokens if window is None else min(window, num_tokens))
-    needed = spec.needed_kv_bytes(num_tokens)
-    if needed >= stored:
-        return None
-    return {
-        "num_tokens": num_tokens,
-        "stored_bytes": stored,
-        "bytes": needed,
-        "why": spec.kv_surplus_reasons(num_tokens),
     }

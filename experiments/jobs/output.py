@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
-from kvarena.experiments.load.driver import Recorder
+from kvarena.experiments.load.driver import Progressed
 
 REFRESH = 0.1  # s; to write a number that nobody can read yet would take longer than the step itself may
 LINE_EVERY = 30.0  # s between lines
@@ -98,7 +98,7 @@ class Progress:
         self._bar = progress_bar(name, num_requests, "requests", enabled=enabled)
         self._due = 0.0 if enabled else math.inf
 
-    def __call__(self, recorder: Recorder) -> None:
+    def __call__(self, recorder: Progressed) -> None:
         """Show where the run is, now and then."""
         now = time.monotonic()
         if now < self._due:
@@ -106,12 +106,12 @@ class Progress:
         self._due = now + REFRESH
         self._show(recorder)
 
-    def finish(self, recorder: Recorder) -> None:
+    def finish(self, recorder: Progressed) -> None:
         """Show where the run ended, and leave it so."""
         self._show(recorder)
         self._bar.close()
 
-    def _show(self, recorder: Recorder) -> None:
+    def _show(self, recorder: Progressed) -> None:
         if recorder.wall_time > 0:
             rate = recorder.num_output_tokens / recorder.wall_time
             self._bar.set_postfix_str(f"{rate:,.0f} tok/s", refresh=False)

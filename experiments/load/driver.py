@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from kvarena.engine.core import Engine, StepOutput
@@ -18,8 +18,8 @@ from kvarena.engine.request import Request
 from kvarena.experiments.recording.interruption import Signals
 
 
-class Recorder(Protocol):
-    """Who is told what happens in a run.
+class Progressed(Protocol):
+    """How far a run is.
 
     Attributes:
         num_finished: requests that ended, for whatever reason.
@@ -36,6 +36,10 @@ class Recorder(Protocol):
     @property
     def wall_time(self) -> float: ...  # noqa: D102
 
+
+class Recorder(Progressed, Protocol):
+    """Who is told what happens in a run."""
+
     def on_submit(self, req: Request, now: float) -> None:
         """`req` was handed to the engine at `now`."""
         ...
@@ -49,7 +53,7 @@ class Recorder(Protocol):
         ...
 
 
-class _Arrivals:
+class Arrivals:
     """Requests by the time they are due: a stream in order of arrival, of which one is held, and what was pushed."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
@@ -66,12 +70,15 @@ class _Arrivals:
             self.push(req)
 
     def push(self, req: Request) -> None:
+        """One more."""
         heapq.heappush(self._heap, (req.arrival_time, next(self._order), req))
 
     def next_time(self) -> float | None:
+        """When the next one is due; None: there is none."""
         return self._heap[0][0] if self._heap else None
 
     def pop_due(self, now: float) -> list[Request]:
+        """Those that are due at `now`, in order."""
         due = []
         while self._heap and self._heap[0][0] <= now:
             req = heapq.heappop(self._heap)[2]
@@ -121,33 +128,66 @@ def drive(
     Raises:
         EngineError: requests wait and nothing can ever run, or the device failed.
     """
-    arrivals = _Arrivals(closed_loop.first if closed_loop else requests)
+    arrivals = Arrivals(closed_loop.first if closed_loop else requests)
 
-    def ended(now: float, count: int) -> None:
-        for _ in range(count if closed_loop else 0):
+    def ended(now: float, requests: Sequence[Request]) -> None:
+        for _ in requests if closed_loop else ():
             req = closed_loop.on_end(now) if closed_loop else None
             if req is not None:
                 arrivals.push(req)
 
     while (arrivals.next_time() is not None or engine.has_work) and not (signals is not None and signals.came):
         now = engine.clock.now()
-        for req in arrivals.pop_due(now):
-            recorder.on_submit(req, now)
-            try:
-                engine.add(req)
-            except RequestRejected as error:
-                recorder.on_rejected(req, now, str(error))
-                ended(now, 1)
-        step = engine.step() if engine.has_work else None
+        step = take_turn(engine, arrivals.pop_due(now), now, recorder, ended)
         if step is not None:
-            recorder.on_step(step)
-            ended(step.end_time, len(step.finished) + len(step.plan.rejected))
             if on_progress is not None:
                 on_progress(recorder)
             if after_step is not None:
                 after_step(step)
         elif not engine.in_flight:
             _sleep(engine, arrivals.next_time(), signals)
+
+
+def take_turn(
+    engine: Engine,
+    due: Iterable[Request],
+    now: float,
+    recorder: Recorder,
+    on_end: Callable[[float, Sequence[Request]], None],
+) -> StepOutput | None:
+    """Hand over the requests that are due and run one step; None where none ended.
+
+    Args:
+        engine: steps.
+        due: handed over first, in order.
+        now: when they are.
+        recorder: told of each hand-over, refusal and step.
+        on_end: told when requests ended, and which.
+
+    Raises:
+        EngineError: the device failed.
+    """
+    for req in due:
+        recorder.on_submit(req, now)
+        try:
+            engine.add(req)
+        except RequestRejected as error:
+            recorder.on_rejected(req, now, str(error))
+            on_end(now, [req])
+    step = engine.step() if engine.has_work else None
+    if step is not None:
+        recorder.on_step(step)
+        if step.finished or step.plan.rejected:
+            on_end(step.end_time, [*step.finished, *step.plan.rejected])
+    return step
+
+
+def stuck(engine: Engine) -> EngineError:
+    """The error of an engine that has requests, plans nothing, and waits for nothing."""
+    return EngineError(
+        f"the scheduler plans nothing while {engine.scheduler.num_waiting} requests wait and "
+        f"{engine.scheduler.num_running} run: its build_plan leaves them out, or the allocator has no room"
+    )
 
 
 def _sleep(engine: Engine, next_arrival: float | None, signals: Signals | None) -> None:
@@ -159,7 +199,4 @@ def _sleep(engine: Engine, next_arrival: float | None, signals: Signals | None) 
     elif times:
         engine.clock.sleep_until(min(times))
     elif engine.has_work:
-        raise EngineError(
-            f"the scheduler plans nothing while {engine.scheduler.num_waiting} requests wait and "
-            f"{engine.scheduler.num_running} run: its build_plan leaves them out, or the allocator has no room"
-        )
+        raise stuck(engine)

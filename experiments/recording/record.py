@@ -24,7 +24,8 @@ from kvarena.reports.reading.names import REQUESTS_FILE, STEPS_FILE
 
 # The columns of a step that are taken in as it ends, with the codes of their arrays; the ledger settles later.
 CODES = {"double": "d", "int32": "i", "int64": "q"}
-STEP_COLUMNS = {name: CODES[kind] for name, kind in types_of(STEPS_FILE).items() if name not in ("step", *LEDGER)}
+OTHERS = ("step", "replica", *LEDGER)
+STEP_COLUMNS = {name: CODES[kind] for name, kind in types_of(STEPS_FILE).items() if name not in OTHERS}
 ROWS_AT_ONCE = 16384  # requests of a row group
 
 
@@ -188,9 +189,14 @@ class RunRecorder:
         """Write requests.parquet."""
         _write_requests(path, self._chunks())
 
+    def request_columns(self) -> dict[str, Any]:
+        """The rows as columns by REQUEST_COLUMNS, all at once."""
+        times = None if self._token_times is None else self._token_times.lists(len(self._log))
+        return next(self._log.chunks(max(len(self._log), 1), times), {name: [] for name in REQUEST_COLUMNS})
+
     def step_columns(self) -> dict[str, np.ndarray]:
         """The steps as columns, without the ledger."""
-        columns: dict[str, np.ndarray] = {"step": np.arange(self.num_steps, dtype=np.int32)}
+        columns = {"step": np.arange(self.num_steps, dtype=np.int32), "replica": np.zeros(self.num_steps, np.int32)}
         return columns | {name: np.array(column) for name, column in self._steps.items()}
 
     def write_steps(self, path: Path, ledger: MemoryLedger) -> None:
@@ -203,6 +209,30 @@ def write_requests(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     _write_requests(path, [{name: [row[name] for row in rows] for name in REQUEST_COLUMNS}])
 
 
+def write_request_columns(path: Path, parts: Sequence[Mapping[str, Any]], order: np.ndarray) -> None:
+    """Write requests.parquet from the columns of several recorders, in another order.
+
+    Args:
+        path: of the file.
+        parts: as `RunRecorder.request_columns` gives them.
+        order: of the rows of all parts, one part behind the other.
+    """
+    import pyarrow as pa
+
+    schema = schema_of(REQUESTS_FILE)
+    columns = {
+        field.name: pa.concat_arrays([pa.array(part[field.name], field.type, from_pandas=True) for part in parts])
+        for field in schema
+    }
+    whole = pa.Table.from_arrays([columns[field.name] for field in schema], schema=schema)
+    _write_requests(path, [_columns(whole.take(order[start : start + ROWS_AT_ONCE]))
+                           for start in range(0, max(len(order), 1), ROWS_AT_ONCE)])  # fmt: skip
+
+
+def _columns(table: Any) -> dict[str, Any]:
+    return {name: table.column(name).combine_chunks() for name in table.column_names}
+
+
 def _write_requests(path: Path, chunks: Iterable[Mapping[str, Any]]) -> None:
     """Write requests.parquet from pieces, each a row group of columns; times that never came are null."""
     # Here and below imported late: a machine that only measures need not have pyarrow.
@@ -212,7 +242,10 @@ def _write_requests(path: Path, chunks: Iterable[Mapping[str, Any]]) -> None:
     schema = schema_of(REQUESTS_FILE)
     with pq.ParquetWriter(path, schema) as writer:
         for columns in chunks:
-            arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in schema]
+            arrays = [
+                column if isinstance(column := columns[field.name], pa.Array)
+                else pa.array(column, field.type, from_pandas=True) for field in schema
+            ]  # fmt: skip
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 

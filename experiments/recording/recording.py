@@ -73,6 +73,11 @@ class Recording:
         """The steps as columns, without the ledger; None where they were not recorded."""
         return None if self._rows is None else self._rows.step_columns()
 
+    @property
+    def rows(self) -> tuple[RunRecorder, MemoryLedger] | None:
+        """Requests and steps, and the ledger beside these, for who merges them with others'; None under `none`."""
+        return None if self._rows is None or self._ledger is None else (self._rows, self._ledger)
+
     # ---- the driver's recorder
 
     def on_submit(self, req: Request, now: float) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -19,7 +20,12 @@ CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 
 # The config groups whose chosen options name a cell in reports.
-NAMING_GROUPS = ("allocator", "scheduler", "workload", "arrival")
+NAMING_GROUPS = ("allocator", "scheduler", "router", "workload", "arrival")
+
+
+def named_choices(choices: Mapping[str, Any]) -> dict[str, str]:
+    """Of all groups' chosen options those that name a cell; without a router there is none of it."""
+    return {group: str(choices[group]) for group in NAMING_GROUPS if (group, choices[group]) != ("router", "none")}
 
 
 def load_config(overrides: Sequence[str] = ()) -> DictConfig:
@@ -39,7 +45,7 @@ def load_run(overrides: Sequence[str] = ()) -> RunConfig:
 def compose_cell(overrides: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
     """A cell's config, and what the groups that name it were set to. Raises as `load_run`."""
     cfg = _compose(overrides, with_hydra=True)
-    choices = {group: str(cfg.hydra.runtime.choices[group]) for group in NAMING_GROUPS}
+    choices = named_choices(cfg.hydra.runtime.choices)
     with open_dict(cfg):
         del cfg["hydra"]
     return RunConfig.of(cfg), choices

@@ -14,6 +14,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = {  # in the order in which they are shown
     "allocator": "who owns which slots of the KV pool",
     "scheduler": "who runs in the next step",
+    "router": "which of several replicas gets a request (simulated, or on a CPU)",
     "workload": "what is asked: prompts and output lengths",
     "arrival": "when requests arrive",
     "experiment": "a question that several cells answer, run in place of one cell",

@@ -265,6 +265,7 @@ class RunConfig:
         values: the whole config, resolved, as manifests hold it and keys of cells are made from it. Never changed.
         sampling: how tokens are picked; `max_tokens` comes from each request.
         server: of mode=serve; None in other runs, which read nothing of it.
+        router: of a run on several replicas; None: one engine, and nothing to choose.
         study: of an experiment, which says what is run in place of one cell.
         target: the address of an OpenAI-compatible server; None: the engine of this process.
     """
@@ -284,6 +285,7 @@ class RunConfig:
     scheduler: Part
     workload: Part
     arrival: Part
+    router: Part | None
     tracking: Part | None
     study: Part | None
     server: ServerConfig | None
@@ -320,6 +322,7 @@ class RunConfig:
             target=None if target is None else str(target),
             **typed,
             **{name: None if values[name] is None else Part(name, values[name]) for name in PARTS},  # type: ignore[arg-type]
+            router=_router(values["router"]),
         )
 
 
@@ -348,6 +351,17 @@ def _check_keys(values: dict[str, Any]) -> None:
         for key in values[name] or {}:
             if key not in inner:
                 raise ConfigError(f"unknown config key '{name}.{key}'{did_you_mean(key, inner)}")
+
+
+def _router(values: dict[str, Any]) -> Part | None:
+    """The router; None where there is one engine."""
+    if "_target_" in values:
+        return Part("router", values)
+    require(
+        values.get("num_replicas") == 1, "router.num_replicas", values.get("num_replicas"),
+        "1 without a router; choose one (router=round_robin, ...)",
+    )  # fmt: skip
+    return None
 
 
 def _kv_cache(config: KVCacheConfig) -> KVCacheConfig:

@@ -1,6 +1,6 @@
 """Strategies from outside the checkout: a caller's own classes, and those of installed packages.
 
-Both become choices of the config groups `allocator` and `scheduler`, beside the files of conf:
+Both become choices of the config groups `allocator`, `scheduler` and `router`, beside the files of conf:
 
     kvarena.run(allocator=Mine)                          the class itself, in this process alone
     [project.entry-points."kvarena.allocators"]          allocator=mine, on the command line too
@@ -25,14 +25,19 @@ from kvarena.engine.errors import ConfigError
 from kvarena.experiments.settings.conf_files import CONF, options
 from kvarena.experiments.settings.targets import CALLERS
 
-GROUPS = {"allocator": "kvarena.allocators", "scheduler": "kvarena.schedulers"}
+GROUPS = {"allocator": "kvarena.allocators", "scheduler": "kvarena.schedulers", "router": "kvarena.routers"}
 # What the builder passes, which is no option; and the file whose values stand in for options without a default.
 GIVEN = {
     "allocator": ("num_blocks", "max_model_len", "kv_bytes_per_token"),
     "scheduler": ("allocator", "max_model_len"),
+    "router": (),
 }
-SHARED = {"allocator": ("block_size",), "scheduler": ("max_num_seqs", "max_num_batched_tokens")}
-LIKE = {"allocator": "paged", "scheduler": "continuous"}
+SHARED = {
+    "allocator": ("block_size",),
+    "scheduler": ("max_num_seqs", "max_num_batched_tokens"),
+    "router": ("num_replicas",),
+}
+LIKE = {"allocator": "paged", "scheduler": "continuous", "router": "round_robin"}
 MISSING = "???"  # OmegaConf's word for a value that must be given
 
 
@@ -40,7 +45,7 @@ def offer(group: str, strategy: Callable[..., Any]) -> str:
     """Make a caller's class a choice of `group`, and return the choice's name, which is the class's own.
 
     Args:
-        group: `allocator` or `scheduler`.
+        group: `allocator`, `scheduler` or `router`.
         strategy: a class, or a function that makes one's instance; called as the builder calls a registered class.
 
     Raises:

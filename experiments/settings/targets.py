@@ -22,7 +22,7 @@ from kvarena.engine.errors import ConfigError
 
 # Classes and functions of whoever runs this process, by the name that a config gives them (`outside.py`).
 CALLERS: dict[str, Callable[..., Any]] = {}
-FOLDERS = ("engine", "allocators", "schedulers", "experiments", "reports")
+FOLDERS = ("engine", "allocators", "schedulers", "routers", "experiments", "reports")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kvarena.experiments.settings.strategies import Strategy
 from kvarena.experiments.settings.targets import Part
 from kvarena.reports.reading.errors import ReportError
 from kvarena.reports.reading.files import read_json
-from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, ROUTING_FILE, STEPS_FILE
 from kvarena.reports.reading.shapes import MANIFEST, MAYBE_INTEGER
 
 # What a replay reads of the manifest, beside what a report does.
@@ -90,6 +90,27 @@ class RecordedRun:
         """The rows of requests.parquet, in order of submission."""
         rows: list[dict[str, Any]] = pq.read_table(self.path / REQUESTS_FILE).to_pylist()
         return rows
+
+    @cached_property
+    def routes(self) -> tuple[list[int], list[float]]:
+        """Of a run behind a router: the replica of each request, and when it was sent there, in seconds.
+
+        Raises:
+            ConfigError: it ran on one engine.
+        """
+        if not self.manifest.get("replicas"):
+            raise ConfigError(f"{self.path} ran on one engine, and nothing was routed; record a run with router=NAME")
+        table = pq.read_table(self.path / ROUTING_FILE)
+        return table.column("replica").to_pylist(), table.column("time").to_pylist()
+
+    def of_replica(self, number: int) -> RecordedRun:
+        """What one replica ran, as a run of its own: its steps, and its requests in the order in which it had them."""
+        one = RecordedRun(self.path, self.manifest)
+        mine = self.steps["replica"] == number
+        rows = [row for row, replica in zip(self.requests, self.routes[0], strict=True) if replica == number]
+        vars(one)["steps"] = {name: column[mine] for name, column in self.steps.items()}
+        vars(one)["requests"] = rows
+        return one
 
     def strategy(self) -> Strategy:
         """The strategy as it was configured, over an empty pool of the same size.

@@ -7,13 +7,15 @@ of every step (`kvarena.experiments.recording.decisions`).
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvarena.engine.clock import VirtualClock
+from kvarena.engine.clock import Clock, VirtualClock
 from kvarena.engine.contract import KVAllocator, StepPlan
-from kvarena.engine.core import StepOutput
+from kvarena.engine.core import Engine, StepOutput
 from kvarena.engine.errors import RequestRejected
 from kvarena.engine.request import Request
 from kvarena.experiments.recording.record import RunRecorder
@@ -48,11 +50,12 @@ class ReplayRunner:
     Args:
         run: the recording.
         clock: the engine's.
+        known: who knows the tokens of all requests, where the run is one replica's: it may be sent another's.
     """
 
-    def __init__(self, run: RecordedRun, clock: VirtualClock) -> None:
+    def __init__(self, run: RecordedRun, clock: Clock, known: RecordedRun | None = None) -> None:
         self._end_times = run.steps["end_time"].tolist()
-        self._outputs = {row["request_id"]: row["output_token_ids"] for row in run.requests}
+        self._outputs = {row["request_id"]: row["output_token_ids"] for row in (known or run).requests}
         self._clock = clock
         self._index = 0
 
@@ -78,17 +81,41 @@ class ReplayRunner:
 
 def replay(run: RecordedRun) -> ReplayResult:
     """Make the decisions of a recorded run again, until the first that differs."""
-    clock, recorder = VirtualClock(), RunRecorder()
+    clock = VirtualClock()
     engine = run.strategy().engine(ReplayRunner(run, clock), clock, overlap=run.overlap)
+    waiting = deque(zip((row["submit_time"] for row in run.requests), run.make_requests(), strict=True))
+
+    def due(now: float) -> Iterator[Request]:
+        while waiting and waiting[0][0] <= now:
+            yield waiting.popleft()[1]
+
+    return follow(engine, run, due)
+
+
+def follow(
+    engine: Engine,
+    run: RecordedRun,
+    due: Callable[[float], Iterable[Request]],
+    on_end: Callable[[Sequence[Request]], None] | None = None,
+) -> ReplayResult:
+    """Step an engine as a recorded run stepped, until it plans nothing where a step was recorded.
+
+    Args:
+        engine: of the same strategy; its runner is a `ReplayRunner` of the run.
+        run: the recording.
+        due: the requests that were handed over since the step before and up to the time that it is given.
+        on_end: told which requests ended, refused ones too.
+    """
+    clock, recorder = engine.clock, RunRecorder()
     recorded = run.steps["decision_hash"]
     num_steps = len(recorded)
-    requests = list(zip((row["submit_time"] for row in run.requests), run.make_requests(), strict=True))
     starts, ends = run.steps["start_time"].tolist(), run.steps["end_time"].tolist()
-    submitted = 0
 
     def take(step: StepOutput | None) -> bool:
         if step is not None:
             recorder.on_step(step)
+            if on_end is not None:
+                on_end([*step.finished, *step.plan.rejected])
         return step is not None
 
     for index in range(num_steps):
@@ -96,14 +123,14 @@ def replay(run: RecordedRun) -> ReplayResult:
             # The recorded loop had nothing to plan while the step before ran, and so waited for it.
             take(engine.step())
         clock.sleep_until(starts[index])
-        while submitted < len(requests) and requests[submitted][0] <= starts[index]:
-            when, req = requests[submitted]
-            submitted += 1
-            recorder.on_submit(req, when)
+        for req in due(starts[index]):
+            recorder.on_submit(req, starts[index])
             try:
                 engine.add(req)
             except RequestRejected as error:
-                recorder.on_rejected(req, when, str(error))
+                recorder.on_rejected(req, starts[index], str(error))
+                if on_end is not None:
+                    on_end([req])
         if not take(engine.step()) and not engine.in_flight:
             break  # nothing to plan where a step was recorded
     while engine.in_flight and recorder.num_steps < num_steps:

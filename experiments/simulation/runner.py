@@ -7,7 +7,7 @@ torch.
 
 from __future__ import annotations
 
-from kvarena.engine.clock import VirtualClock
+from kvarena.engine.clock import Clock, MovableClock
 from kvarena.engine.contract import KVAllocator, StepPlan
 from kvarena.engine.core import StepOutput
 from kvarena.engine.model_runner import StepResult
@@ -30,7 +30,7 @@ class SimulatedRunner:
     def __init__(
         self,
         step_time: StepTime,
-        clock: VirtualClock,
+        clock: MovableClock,
         token_id: int = 0,
         host: HostTime | None = None,
         experts: ExpertLoad | None = None,
@@ -84,7 +84,7 @@ class SimulatedStep:
         self,
         token_ids: list[int | None],
         end_time: float,
-        clock: VirtualClock,
+        clock: Clock,
         take: float = 0.0,
         num_experts_read: float = 0.0,
     ) -> None:

@@ -24,7 +24,7 @@ from kvarena.experiments.folders.cell_state import key_of
 from kvarena.experiments.folders.sources import digest
 from kvarena.experiments.jobs.outcomes import outcome
 from kvarena.experiments.settings.command_line import command_of
-from kvarena.experiments.settings.compose import NAMING_GROUPS
+from kvarena.experiments.settings.compose import named_choices
 from kvarena.experiments.settings.config import SweepConfig, plain_values, read
 from kvarena.experiments.settings.run_order import order
 from kvarena.reports.comparing.cells import STRATEGY, is_seed
@@ -154,7 +154,8 @@ def _names(composed: DictConfig) -> list[str]:
         return [str(choices.get("experiment"))]
     if composed.target is not None:
         return [str(composed.http.name or str(composed.target).split("://")[-1])]
-    return [str(choices.allocator), str(choices.scheduler)]
+    strategy = named_choices(choices)
+    return [strategy[group] for group in STRATEGY if group in strategy]
 
 
 def _repeats_to_the_digit(composed: DictConfig) -> bool:
@@ -166,7 +167,7 @@ def _repeats_to_the_digit(composed: DictConfig) -> bool:
 
 def _key(composed: DictConfig, number: int, repeat: int | None, cell: Sequence[str]) -> dict[str, Any]:
     """The cell's key, as the job itself will find it."""
-    choices = {group: str(composed.hydra.runtime.choices[group]) for group in NAMING_GROUPS}
+    choices = named_choices(composed.hydra.runtime.choices)
     whole = composed.copy()  # Hydra locks the one that it is given
     with open_dict(whole):
         whole.hydra.job.id = whole.hydra.job.num = number

@@ -4,11 +4,13 @@ A step's ledger holds while the step runs. Its weight is the time in which it wa
 
     weight = end - max(start, end of the previous step)
 
-so that overlapped steps are not counted twice, and idle time (no step runs) is counted nowhere.
+so that overlapped steps are not counted twice, and idle time (no step runs) is counted nowhere. Of several replicas
+each has its own steps and its own time: means are over the time of all, rates add up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +19,16 @@ from kvarena.engine.classes import CLASSES
 
 
 class Spans(NamedTuple):
-    """When each step counts: [start, end) in seconds, in order, without overlap."""
+    """When each step counts: [start, end) in seconds; those of one replica in order, without overlap.
+
+    Attributes:
+        start, end: one a step.
+        lanes: the steps of each replica, as indices; without any all are of one.
+    """
 
     start: np.ndarray
     end: np.ndarray
+    lanes: Sequence[np.ndarray | slice] = (slice(None),)
 
     @property
     def weight(self) -> np.ndarray:
@@ -30,9 +38,16 @@ class Spans(NamedTuple):
 
 def step_spans(steps: dict[str, np.ndarray]) -> Spans:
     """The exclusive time of every step."""
-    end = np.maximum.accumulate(steps["end_time"]) if len(steps["end_time"]) else steps["end_time"]
-    before = np.concatenate([[-np.inf], end[:-1]]) if len(end) else end
-    return Spans(np.minimum(np.maximum(steps["start_time"], before), end), end)
+    number = len(steps["end_time"])
+    replicas = steps.get("replica", np.zeros(number, dtype=np.int32))
+    lanes = tuple(np.flatnonzero(replicas == one) for one in np.unique(replicas))
+    start, end = np.empty(number), np.empty(number)
+    for lane in lanes:
+        last = np.maximum.accumulate(steps["end_time"][lane])
+        before = np.concatenate([[-np.inf], last[:-1]])
+        start[lane] = np.minimum(np.maximum(steps["start_time"][lane], before), last)
+        end[lane] = last
+    return Spans(start, end, lanes)
 
 
 def weighted_mean(values: np.ndarray, weight: np.ndarray) -> float | None:
@@ -75,7 +90,7 @@ class Bins(NamedTuple):
 
 def make_bins(spans: Spans, num_bins: int, end: float | None = None) -> Bins:
     """Equal bins from 0 to `end` (by default the end of the last step)."""
-    last = float(spans.end[-1]) if len(spans.end) else 0.0
+    last = float(spans.end.max(initial=0.0))
     edges = np.linspace(0.0, max(last if end is None else end, 1e-9), num_bins + 1)
     return Bins(edges, _integral(np.ones(len(spans.start)), spans, edges))
 
@@ -96,10 +111,11 @@ def binned_rate(values: np.ndarray, spans: Spans, bins: Bins) -> np.ndarray:
 
 
 def _integral(values: np.ndarray, spans: Spans, edges: np.ndarray) -> np.ndarray:
-    """Integral over each bin of a function that is `values[i]` in span i and 0 elsewhere."""
-    if not len(values):
-        return np.zeros(len(edges) - 1)
-    times = np.stack([spans.start, spans.end], axis=1).ravel()
-    area = np.cumsum(values * spans.weight)
-    cumulative = np.stack([np.concatenate([[0.0], area[:-1]]), area], axis=1).ravel()
-    return np.diff(np.interp(edges, times, cumulative, left=0.0))
+    """Integral over each bin of a function that is `values[i]` in span i and 0 elsewhere; over all replicas."""
+    total = np.zeros(len(edges) - 1)
+    for lane in spans.lanes:
+        times = np.stack([spans.start[lane], spans.end[lane]], axis=1).ravel()
+        area = np.cumsum((values * spans.weight)[lane])
+        cumulative = np.stack([np.concatenate([[0.0], area[:-1]]), area], axis=1).ravel()
+        total += np.diff(np.interp(edges, times, cumulative, left=0.0))
+    return total

@@ -18,11 +18,12 @@ from kvarena.reports.analysis.latency import request_latencies
 from kvarena.reports.reading.files import RunFiles
 from kvarena.reports.reading.names import cell_name
 
-STRATEGY = ("allocator", "scheduler")
+STRATEGY = ("allocator", "scheduler", "router")
 # Config groups, and where the manifest says which option of the group ran.
 GROUPS = {
     "allocator": ("strategy", "allocator"),
     "scheduler": ("strategy", "scheduler"),
+    "router": ("strategy", "router"),
     "model": ("model", "name"),
     "workload": ("workload", "name"),
     "arrival": ("arrival", "name"),
@@ -131,7 +132,8 @@ class Cell:
             for key, value in self.settings.items()
             if key not in STRATEGY and value is not None and wanted(key)
         ]
-        return ", ".join([cell_name(self.settings["allocator"], self.settings["scheduler"], "×"), *rest])
+        allocator, scheduler, router = map(self.settings.get, STRATEGY)
+        return ", ".join([cell_name(str(allocator), str(scheduler), router, sign="×"), *rest])
 
     @property
     def contender(self) -> tuple[Any, ...]:
@@ -164,7 +166,7 @@ def differing_settings(manifests: Sequence[dict[str, Any]]) -> list[dict[str, An
     }
     result: list[dict[str, Any]] = [{} for _ in manifests]
     for group, names in choices.items():
-        if group in STRATEGY or len(set(map(str, names))) > 1:
+        if group in STRATEGY[:2] or len(set(map(str, names))) > 1:
             for settings, name in zip(result, names, strict=True):
                 settings[group] = name
     keys = sorted({key for flat in flats for key in flat})

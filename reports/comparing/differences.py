@@ -47,7 +47,9 @@ def _options(cells: Sequence[Cell]) -> list[tuple[str, str]]:
         if key in swept or option in DEFINING:
             continue
         having = [(cell, flat[key]) for cell, flat in zip(cells, flats, strict=True) if key in flat]
-        result.append((WORDS.get(key, option), apart([(str(cell.settings[group]), value) for cell, value in having])))
+        result.append(
+            (WORDS.get(key, option), apart([(str(cell.settings.get(group)), value) for cell, value in having]))
+        )
     if not any(key.startswith("kv_cache.") for key in swept):
         slots = [(str(cell.settings["allocator"]), cell.run.manifest["pool"].get("num_slots")) for cell in cells]
         result.append(("slots of the KV pool", apart(slots)))

@@ -125,6 +125,9 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str], pages: Mapping[st
         ("KV: token states", lambda cell: percent(kv_use(cell))),
         *([("KV: + cached", lambda cell: percent(kv_use(cell, "cached")))]
           if any(kv_use(cell, "cached") for cell in cells) else []),
+        *([("hit rate", at(percent, "cached_prompt_share"))]
+          if any(cell["cached_prompt_share"] for cell in cells) else []),
+        *([("imbalance", at(ratio, "imbalance"))] if any(cell["imbalance"] for cell in cells) else []),
         ("preempted", at(count, "num_preemptions")),
         *([("good requests", at(percent, "slo", "whole_run", "attainment")),
            ("goodput req/s", at(rate, "slo", "whole_run", "good_requests_per_second")),

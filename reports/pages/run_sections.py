@@ -9,6 +9,7 @@ from typing import Any
 from kvarena.reports.analysis.engines import cache_state, simulated, simulated_machine, target
 from kvarena.reports.analysis.gauges import gauges_section
 from kvarena.reports.analysis.latency import DEFINITIONS, PERCENTILES
+from kvarena.reports.analysis.replicas import replicas_section
 from kvarena.reports.analysis.slo import slo_section
 from kvarena.reports.analysis.steady import steady_section
 from kvarena.reports.analysis.windows import ALL, DEFINITION, ROOM, WINDOWS, kv_use, room_text
@@ -54,6 +55,7 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
             *([gauges_section(summary, svg)] if summary["gauges"] else []),
             latency_section(summary, svg),
             *([slo_section(summary)] if summary["slo"] else []),
+            *([replicas_section(summary)] if summary["routing"] else []),
             steady_section(summary),
             load_section(summary, svg),
             requests_section(summary, svg),
@@ -68,6 +70,12 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
 def run_title(summary: dict[str, Any]) -> str:
     """The run's name, and whether it was simulated."""
     return str(summary["name"]).replace(" x ", " × ") + (", simulated" if summary["simulation"] else "")
+
+
+def _router(summary: dict[str, Any]) -> str:
+    """Which, over how many replicas, with its options."""
+    options = [pair for pair in _pairs(summary["strategy"].get("routing") or {}) if pair[:13] != "num_replicas="]
+    return ", ".join([f"{summary['routing']['router']} over {count(summary['replicas'])} replicas", *options])
 
 
 def _quantised(model: Mapping[str, Any]) -> str:
@@ -86,10 +94,11 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("Allocator", str(strategy.get("allocator", DASH))),
         ("Scheduler", str(strategy.get("scheduler", DASH))),
+        *([("Router", _router(summary))] if summary.get("routing") else []),
         ("Details", details or DASH),
         ("Model", f"{model.get('name', DASH)}, {count(model.get('num_parameters'))} parameters, "
                   f"{model.get('dtype', DASH)}{_quantised(model)}"),
-        ("KV pool", f"{count(pool.get('num_slots'))} slots, {size_bytes(pool.get('bytes'))}, "
+        ("KV pool", f"{_each(summary)}{count(pool.get('num_slots'))} slots, {size_bytes(pool.get('bytes'))}, "
                     f"blocks of {pool.get('block_size', DASH)}{_pages(pool.get('pages'))}"),
         ("Workload", f"{workload.get('name', DASH)}, {count(summary['num_requests'])} requests, "
                      f"{_seeds(workload.get('seed'))}"),
@@ -100,6 +109,11 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         *([("Simulated", simulated(summary["simulation"]))] if summary["simulation"] else []),
         *([("Target", target(summary["target"]))] if summary["target"] else []),
     ]  # fmt: skip
+
+
+def _each(summary: dict[str, Any]) -> str:
+    number = summary.get("replicas") or 1
+    return f"{count(number)} pools, each of " if number > 1 else ""
 
 
 def _seeds(seed: Any) -> str:

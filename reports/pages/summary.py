@@ -13,6 +13,7 @@ from kvarena.reports.analysis.experts import ExpertLoad, measured_skew
 from kvarena.reports.analysis.gauges import read_gauges, summarize_gauges
 from kvarena.reports.analysis.latency import TokenGaps, describe, request_latencies, token_gaps
 from kvarena.reports.analysis.memory import Spans, mean_shares, step_spans, weighted_mean
+from kvarena.reports.analysis.replicas import routing_text, summarize_replicas
 from kvarena.reports.analysis.slo import summarize_slo
 from kvarena.reports.analysis.steady import steady_window, summarize_steady
 from kvarena.reports.analysis.windows import kv_use_text, window_masks
@@ -22,8 +23,8 @@ from kvarena.reports.reading.files import UNRECORDED, RunFiles
 
 SCHEMA_VERSION = 1
 NUM_REJECTION_KINDS = 8
-FACTS = ("name", "created", "strategy", "git", "machine", "versions", "model", "pool", "workload", "arrival", "command",
-         "simulation", "target", "cache", "round", "contention")  # fmt: skip
+FACTS = ("name", "created", "strategy", "replicas", "git", "machine", "versions", "model", "pool", "workload",
+         "arrival", "command", "simulation", "target", "cache", "round", "contention")  # fmt: skip
 # What the manifest says of any run.
 KNOWN = (
     "schema_version", "kind", *FACTS, "wall_time_seconds", "warmup_seconds", "processor_seconds", "peak_rss_bytes",
@@ -67,6 +68,8 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
     summary["slo"] = summarize_slo(run, summary["duration_seconds"], window)
     summary |= _load(run, spans)
     summary |= _memory(run, spans)
+    summary["routing"] = summarize_replicas(run, spans)
+    summary["imbalance"] = summary["routing"] and summary["routing"]["imbalance"]
     summary["gauges"] = summarize_gauges(read_gauges(run))
     if run.is_unrecorded:
         summary = _of_totals(summary, run.manifest["run"])
@@ -146,7 +149,7 @@ def _throughput(run: RunFiles, spans: Spans, counts: dict[str, Any]) -> dict[str
         "wall_time_seconds": info.get("wall_time"),
         "warmup_seconds": info.get("warmup_time"),
         "busy_seconds": busy,
-        "busy_share": min(1.0, busy / duration) if duration > 0 else None,
+        "busy_share": min(1.0, busy / duration / run.num_replicas) if duration > 0 else None,
         "processor_seconds": info.get("processor_seconds"),
         "recorded": info.get("recorded"),
         "recording": info.get("recording"),
@@ -256,6 +259,8 @@ def headline(summary: dict[str, Any]) -> str:
         return f"{parts[0]}; nothing else was recorded."
     if lost := _lost(summary):
         parts.append(lost)
+    if summary["routing"]:
+        parts.append(routing_text(summary))
     if used := kv_use_text(summary):
         parts.append(used)
     ttft = summary["ttft_seconds"]

@@ -56,6 +56,10 @@ def _add_recorded(table: Table, summary: dict[str, Any]) -> None:
     table.add_row("KV in token states", percent(kv_use(summary)), f"of the pool over all steps; {room_text(summary)}")
     if cached := kv_use(summary, "cached"):
         table.add_row("KV in cached prefixes", percent(cached), "of the pool over all steps")
+    if routing := summary.get("routing"):
+        hits = percent(summary["cached_prompt_share"])
+        row = "replicas", count(routing["num_replicas"]), f"imbalance {ratio(routing['imbalance'])}, hit rate {hits}"
+        table.add_row(*row)
     table.add_row("mean batch", rate(summary["batch_size_mean"]), f"largest {count(summary['batch_size_max'])}")
 
 
@@ -75,8 +79,9 @@ def comparison_table(summary: dict[str, Any]) -> Table:
         summary: what `write_comparison` returned.
 
     TTFT is the median; KV is the mean share of the pool in token states over all steps, and beside it, where there are
-    any, in cached prefixes; the last column is the ratio of E2E to the baseline's, with its interval and verdict
-    where there are repeats, ≈ where no difference is shown.
+    any, in cached prefixes; behind routers the hit rate and the imbalance stand in their place. The last column is the
+    ratio of E2E to the baseline's, with its interval and verdict where there are repeats, ≈ where no difference is
+    shown.
     """
     notes = [
         f"{cell['label']}: {count(cell['num_failed'])} of {count(cell['num_requests'])} requests failed."
@@ -95,8 +100,9 @@ def comparison_table(summary: dict[str, Any]) -> Table:
         caption=escape("\n".join(lines)), caption_justify="left", box=None, pad_edge=False,
     )  # fmt: skip
     table.add_column("cell", overflow="fold", min_width=LEAST_NAME)
-    cached = any(kv_use(cell, "cached") for cell in summary["cells"])
-    kv_columns = ["KV, all steps", *(["+ cached"] if cached else [])]
+    routed = any(cell["imbalance"] for cell in summary["cells"])
+    cached = not routed and any(kv_use(cell, "cached") for cell in summary["cells"])
+    kv_columns = ["hits", "imbalance"] if routed else ["KV, all steps", *(["+ cached"] if cached else [])]
     for name in ("tok/s", "ratio", "TTFT", *kv_columns):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("E2E ratio", justify="right")
@@ -106,7 +112,7 @@ def comparison_table(summary: dict[str, Any]) -> Table:
             rate(cell["output_tokens_per_second"]),
             ratio(cell["output_tokens_per_second_ratio"]),
             seconds(cell["ttft_seconds"]["p50"]),
-            percent(kv_use(cell)),
+            *([percent(cell["cached_prompt_share"]), ratio(cell["imbalance"])] if routed else [percent(kv_use(cell))]),
             *([percent(kv_use(cell, "cached"))] if cached else []),
             _paired(cell),
         )

@@ -14,6 +14,7 @@ from kvarena.reports.reading.names import (
     GAUGES_FILE,
     KV_MAP_FILE,
     REQUESTS_FILE,
+    ROUTING_FILE,
     SCORES_FILE,
     STEPS_FILE,
 )
@@ -97,6 +98,13 @@ TABLES: dict[str, tuple[Columns, ...]] = {
             "the ledger; they add up to `total`. Files without `shortage` are older: there it counts as 0"),
         _of("total shared_saved held", "int64", "slots",
             "the pool; slots that sharing saved; owned slots of finished requests that a static batch still holds"),
+        _of("replica", "int32", "",
+            "which replica ran it; 0 without a router. `step` counts each replica's own steps, and a request's row in "
+            "`decision_hash` is its place among those of the replica (since 2026-11-30)"),
+    ),
+    ROUTING_FILE: (
+        _of("replica", "int32", "", "from 0: where the request of the same row of requests.parquet was sent"),
+        _of("time", "double", "s", "when"),
     ),
     SCORES_FILE: (
         _of("request_id", "string", "", "as in requests.parquet"),

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from kvarena.engine.classes import CLASSES
 from kvarena.reports.reading.columns import names_of, schema_of
 from kvarena.reports.reading.errors import ReportError
-from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
+from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, ROUTING_FILE, STEPS_FILE
 from kvarena.reports.reading.shapes import MANIFEST, TOTALS, mismatch
 
 LIST_COLUMNS = ("prompt_token_ids", "output_token_ids", "token_times")
@@ -31,7 +31,7 @@ REQUEST_COLUMNS = names_of(REQUESTS_FILE, without=(*LIST_COLUMNS, *LATER_REQUEST
 # What a step-time profile is fitted to is no report's.
 FEATURES = ("num_prefill_requests", "longest_prefill", "num_kv_tokens", "num_attention_pairs")
 STEP_COLUMNS = names_of(STEPS_FILE, without=("launched_time", "decision_hash", *FEATURES))
-ADDED_LATER = ("shortage", "num_experts_read")  # columns that older run folders lack; there they are 0
+ADDED_LATER = ("shortage", "num_experts_read", "replica")  # columns that older run folders lack; there they are 0
 ROWS_AT_ONCE = 8192
 NO_LISTS = pa.array([], pa.large_list(pa.float64()))
 UNRECORDED = "none"  # manifest.json's run.recorded of a run that left no Parquet files
@@ -46,7 +46,7 @@ class RunFiles:
         path: the run folder.
         manifest: manifest.json.
         requests: the scalar columns of requests.parquet, one array each; null times are NaN. Those of
-            LATER_REQUEST_COLUMNS may be absent.
+            LATER_REQUEST_COLUMNS may be absent. Of a run behind a router also `replica`.
         steps: the columns of steps.parquet, one array each.
     """
 
@@ -64,6 +64,11 @@ class RunFiles:
     def num_steps(self) -> int:
         """Rows of steps.parquet."""
         return len(self.steps["step"])
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas that ran it: 1 without a router."""
+        return int(self.manifest.get("replicas") or 1)
 
     @property
     def is_unrecorded(self) -> bool:
@@ -250,4 +255,18 @@ def read_run(run_dir: Path) -> RunFiles:
         run_dir, manifest, _arrays(run_dir / REQUESTS_FILE, requests), _arrays(run_dir / STEPS_FILE, steps)
     )
     _check_ledger(run_dir / STEPS_FILE, files.steps)
+    if manifest.get("replicas") and not files.is_unrecorded:
+        files.requests["replica"] = _replicas_of(files)
     return files
+
+
+def _replicas_of(files: RunFiles) -> np.ndarray:
+    """The replica of each request, from routing.parquet."""
+    path = files.path / ROUTING_FILE
+    replica = _arrays(path, read_table(path, ("replica",)))["replica"]
+    if len(replica) != files.num_requests or not np.isin(replica, np.arange(files.num_replicas)).all():
+        raise ReportError(
+            f"{path} has {len(replica)} rows for {files.num_requests} requests, or names a replica beyond the "
+            f"{files.num_replicas} of the run; {REMEDY}"
+        )
+    return replica

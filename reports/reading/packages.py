@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-OURS = ("kvarena", "allocators", "engine", "experiments", "hydra_plugins", "reports", "schedulers")
+OURS = ("kvarena", "allocators", "engine", "experiments", "hydra_plugins", "reports", "routers", "schedulers")
 # What only some commands need, by the extra of pyproject.toml that brings it along: modules by their own names.
 EXTRAS = {
     "serve": ("fastapi", "httpcore", "llguidance", "msgpack", "starlette", "uvicorn", "uvloop"),

@@ -96,7 +96,9 @@ TOTALS = {
 MANIFEST = {
     "name": str,
     "created": MAYBE_TEXT,
-    "strategy": {"allocator": str, "scheduler": str, "details": maybe(dict)},
+    "strategy": {
+        "allocator": str, "scheduler": str, "details": maybe(dict), "router": MAYBE_TEXT, "routing": maybe(dict),
+    },
     "config": {
         "slo": maybe({
             **dict.fromkeys(("ttft", "tpot", "e2e"), MAYBE_NUMBER), "attainment": float, "rule": MAYBE_TEXT,
@@ -107,6 +109,7 @@ MANIFEST = {
     "sources": maybe({"hash": str, "packages": maybe(dict), "strategy": maybe(dict)}),
     "machine": MACHINE,
     "versions": dict,
+    "replicas": MAYBE_INTEGER,
     "model": {
         "name": MAYBE_TEXT, "num_parameters": MAYBE_INTEGER, "kv_bytes_per_token": MAYBE_INTEGER, "dtype": MAYBE_TEXT,
         "quantization": MAYBE_TEXT,

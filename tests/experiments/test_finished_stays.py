@@ -223,14 +223,14 @@ def test_a_report_that_cannot_be_drawn_loses_no_measurement(run, tmp_path, monke
 
 
 def test_a_bug_in_one_cell_keeps_the_others_and_its_stack_trace(run, tmp_path, monkeypatch):
-    ran = kvarena.experiments.jobs.job._run_here
+    ran = kvarena.experiments.jobs.job.run_engine
 
     def broken(cfg, name, *rest):
         if "static" in name:
             raise ZeroDivisionError("a bug")
         return ran(cfg, name, *rest)
 
-    monkeypatch.setattr(kvarena.experiments.jobs.job, "_run_here", broken)
+    monkeypatch.setattr(kvarena.experiments.jobs.job, "run_engine", broken)
     with pytest.raises(ZeroDivisionError):
         run("-m", "scheduler=static,continuous", "report.pages=false", *SMALL, f"hydra.sweep.dir={tmp_path}/D")
     record = json.loads((tmp_path / "D/sweep.json").read_text())

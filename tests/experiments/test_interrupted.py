@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import kvarena.experiments.jobs.job
+import kvarena.experiments.jobs.engine_job
 import kvarena.reports.drawing.document
 from kvarena.engine.errors import EngineError
 from kvarena.experiments.entry import main
@@ -63,7 +63,7 @@ def run(tmp_path, monkeypatch, capfd):
 @pytest.fixture
 def at(monkeypatch):
     """Something happens once, as soon as so many requests of a run have ended."""
-    driven = kvarena.experiments.jobs.job.drive
+    driven = kvarena.experiments.jobs.engine_job.drive
 
     def call(num_ended: int, what, in_cell: int = 0) -> None:
         cells, done = [], []
@@ -79,7 +79,7 @@ def at(monkeypatch):
 
             driven(engine, requests, recorder, on_progress=look, **rest)
 
-        monkeypatch.setattr(kvarena.experiments.jobs.job, "drive", drive)
+        monkeypatch.setattr(kvarena.experiments.jobs.engine_job, "drive", drive)
 
     return call
 
@@ -137,7 +137,7 @@ def test_the_line_names_a_default_folder_too(run, at):
 
 
 def test_before_anything_is_measured_it_ends_at_once(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(kvarena.experiments.jobs.job, "build", lambda *_: kill(signal.SIGTERM)())
+    monkeypatch.setattr(kvarena.experiments.jobs.engine_job, "build", lambda *_: kill(signal.SIGTERM)())
     done = run(*LOAD, *SIMULATED, f"hydra.run.dir={tmp_path}/one")
     assert done.code == 143
     assert "interrupted by SIGTERM: nothing had been measured; go on with: " in done.line

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("kvarena", "engine", "allocators", "schedulers", "experiments", "reports")
+ROOMS = ("kvarena", "engine", "allocators", "schedulers", "routers", "experiments", "reports")
 # What an engine is made of, and the modules that make one.
 MAKERS = {
     # The stub server has neither a config nor a model, and starts without either.
@@ -57,9 +57,10 @@ def test_whoever_runs_an_engine_has_it_from_the_builder(called):
         "experiments/benchmarks/cpu.py",
         "experiments/benchmarks/images.py",
         "experiments/building/build.py",
+        "experiments/building/replicas.py",
         "experiments/correctness/model_classes.py",
         "experiments/gpu/engines.py",
-        "experiments/jobs/job.py",
+        "experiments/jobs/engine_job.py",
         "experiments/serving/serve.py",
     }
     assert "build_served_engine" in called["kvarena/llm.py"]

@@ -20,7 +20,7 @@ PAGED = {
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of the packages without git, as a wheel's installation is."""
-    for name in ("engine", "experiments", "allocators", "schedulers", "reports"):
+    for name in ("engine", "experiments", "allocators", "schedulers", "routers", "reports"):
         shutil.copytree(PROJECT_ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.css"))
     return tmp_path
 

@@ -109,7 +109,7 @@ def test_a_failed_cell_that_is_run_again_leaves_no_error(sweep, monkeypatch):
         raise kvarena.experiments.jobs.job.ConfigError("not today")
 
     with monkeypatch.context() as patched:
-        patched.setattr(kvarena.experiments.jobs.job, "_run_here", broken)
+        patched.setattr(kvarena.experiments.jobs.job, "run_engine", broken)
         first = sweep("scheduler=continuous,static")
     assert [entry["error"] for entry in first.record["failed"]] == ["not today"] * 2
     again = sweep("scheduler=continuous,static")

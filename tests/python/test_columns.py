@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from kvarena.experiments.load.http_metrics import GaugeReader
+from kvarena.experiments.recording.merged import write_routing
 from kvarena.experiments.recording.scores import ScoreLog
 from kvarena.reports.reading.columns import SCHEMA_VERSION, TABLES
 
@@ -37,6 +39,9 @@ def test_a_file_says_what_its_columns_are(file, comparison, tmp_path):
         folder, reader = tmp_path, GaugeReader(None, "", 1.0)
         reader.rows.append({"time": 0.5})
         reader.write(folder)
+    elif file == "routing.parquet":
+        folder = tmp_path
+        write_routing(folder / file, np.zeros(1, dtype=np.int32), np.zeros(1))
     schema = pq.read_schema(folder / file)
     assert schema.metadata[b"kvarena.schema_version"] == str(SCHEMA_VERSION).encode()
     assert schema.metadata[b"kvarena.file"] == file.encode()

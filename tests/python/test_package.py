@@ -29,6 +29,6 @@ def test_nothing_below_imports_the_door():
     door = {path.stem for path in (ROOT / "kvarena").glob("*.py")} - {"__init__", "__main__"}
     assert {"running", "results", "llm", "texts"} <= door
     pattern = re.compile(rf"from kvarena(?:\.| import )(?:{'|'.join(door)})\b|import kvarena\.(?:{'|'.join(door)})\b")
-    folders = ("engine", "allocators", "schedulers", "experiments", "reports")
+    folders = ("engine", "allocators", "schedulers", "routers", "experiments", "reports")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 200 and not [path for path in files if pattern.search(path.read_text())]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("kvarena", "allocators", "schedulers", "engine", "experiments", "reports", "conf")
+PARTS = ("kvarena", "allocators", "schedulers", "routers", "engine", "experiments", "reports", "conf")
 OWN = ("engine", "experiments", "conf", "reports")
 SIMULATED = ("runner=simulated", "model=qwen3-0.6b-shape", "engine.dtype=bfloat16", "workload=fixed",
              "workload.num_requests=2", "report.progress=false")  # fmt: skip

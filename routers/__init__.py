@@ -1,0 +1,1 @@
+"""Routers: which of several replicas gets a request. One strategy, one file; contract: `kvarena.engine.routing`."""
