@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,15 @@ import pytest
 import torch
 from image_checkpoints import image_part, picture
 from image_runs import STRATEGIES, ImageRuns, PromptMaker
+from packed_checkpoints import pack_state, settings
 from qwen_checkpoints import IMAGE, KINDS, processed, qwen_model, qwen_tokens, shared_qwen, write_qwen
+from safetensors.torch import load_file, save_file
 
 from kvarena import LLM, SamplingParams
 from kvarena.engine.contract import ScheduledRequest
 from kvarena.engine.errors import ModelError
+from kvarena.engine.fusions.check import check_decoder, record
+from kvarena.engine.fusions.detect import fuse
 from kvarena.engine.fusions.triton_ops import TritonOps
 from kvarena.engine.models import load_model
 from kvarena.engine.models.sizes import model_sizes
@@ -26,7 +31,7 @@ from kvarena.engine.vision.processing import NoLayout, image_span
 from kvarena.engine.vision.processors import processing_of
 from kvarena.experiments.correctness.reference import load_reference
 
-SIZES = [(100, 210), (210, 100), (28, 30), (300, 40), (57, 58), (20, 400), (3, 5)]
+SIZES = [(100, 210), (210, 100), (28, 30), (300, 40), (57, 58), (20, 400), (3, 5), (1, 1), (1, 200), (200, 1)]
 IMAGES = [picture(*size, seed=i) for i, size in enumerate(SIZES[:4])]
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
@@ -156,10 +161,22 @@ def test_a_cache_that_is_too_small_costs_time_alone(tiny, num_pages):
     assert images.cache.used_bytes == images.cache.num_bytes == room
 
 
-@pytest.mark.parametrize("ops", ["modules", "torch", pytest.param("triton", marks=pytest.mark.slow)])
-def test_steps_without_images_go_the_graphs_way_beside_those_with(tiny, ops, monkeypatch):
-    made = TritonOps("cpu", upcast=True) if ops == "triton" else None
-    tiny.run_in_graphs(monkeypatch, fusions=ops != "modules", ops=made)
+@pytest.mark.parametrize("fusions", [False, True])
+def test_steps_without_images_go_the_graphs_way_beside_those_with(tiny, fusions, monkeypatch):
+    tiny.run_in_graphs(monkeypatch, fusions=fusions)
+
+
+def test_kernels_turn_along_three_axes(tiny):
+    """Triton's, interpreted: each layer is compared with its module at positions that differ by axis."""
+    decoder = fuse(tiny.loaded, TritonOps("cpu", upcast=True), 128)
+    assert decoder.axes.unique().tolist() == [0, 1, 2]
+    broken = replace(decoder, axes=decoder.axes.flip(0))
+    assert "layer 0" in check_decoder(broken, record(tiny.loaded, 128))
+
+
+@pytest.mark.slow
+def test_kernels_give_the_native_class_s_tokens(tiny, monkeypatch):
+    tiny.run_in_graphs(monkeypatch, fusions=True, ops=TritonOps("cpu", upcast=True))
 
 
 def test_positions_are_the_native_class_s(kind, checkpoint, tiny):
@@ -227,8 +244,32 @@ def test_tied_weights_and_names_as_transformers_saves_them(kind, tmp_path):
     states = [load_model(path) for path in (written, saved)]
     assert all(one.module.lm_head.weight is one.module.model.embed_tokens.weight for one in states)
     for part in ("module", "images.tower"):
-        first, second = (one.module if part == "module" else one.images.tower for one in states)
+        first, second = map(attrgetter(part), states)
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_packed_language_model_beside_a_plain_tower(kind, checkpoint, tmp_path, caplog):
+    """As the published AWQ checkpoints have it: packed projections, and the tower named as not converted."""
+    packed_dir, plain_dir = (
+        shutil.copytree(checkpoint[1], tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors*"))
+        for name in ("packed", "plain")
+    )
+    state = {name: tensor for file in checkpoint[1].glob("*.safetensors") for name, tensor in load_file(file).items()}
+    tower = {name: tensor for name, tensor in state.items() if "visual." in name}
+    packed, plain = pack_state({name: state[name] for name in state.keys() - tower}, "awq", 32)
+    save_file(packed | tower, packed_dir / "model.safetensors", metadata={"format": "pt"})
+    save_file(plain | tower, plain_dir / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((packed_dir / "config.json").read_text())
+    said = settings("awq", 32, symmetric=False, act_order=False) | {"modules_to_not_convert": ["visual"]}
+    (packed_dir / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    found, wanted = load_model(packed_dir, quantization="awq"), load_model(plain_dir)
+    layers = wanted.module.config.num_hidden_layers
+    assert f"{7 * layers} weights in" in caplog.text and "dequantised at load" in caplog.text
+    for part in ("module", "images.tower"):
+        mine, theirs = (attrgetter(part)(one).state_dict() for one in (found, wanted))
+        assert mine.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(mine[name], tensor, rtol=1e-6, atol=1e-8)
 
 
 def test_sizes_dummy_weights_and_the_judge(kind, checkpoint, tmp_path):
