@@ -20,6 +20,7 @@ from kvarena.engine.kernels import INTERPRET
 
 _TILE = 1024
 _MAX_PARTS = 128
+NO_TOKEN = 0x7FFFFFFF  # of a row in which none can be picked
 
 
 class DrawScratch:
@@ -51,9 +52,34 @@ def draw_tokens(
     parts = min(num_tiles, _MAX_PARTS, max(1, num_programs // num_rows))
     draw_kernel[(num_rows, parts)](
         logits, params, last_tokens, out, scratch.scores, scratch.tokens, scratch.arrived,
-        vocab_size, logits.stride(0), params.stride(0), TILE=_TILE, PARTS=_MAX_PARTS,
-        FAST=not INTERPRET,
+        vocab_size, logits.stride(0), params.stride(0), logits, 0, TILE=_TILE, PARTS=_MAX_PARTS,
+        FAST=not INTERPRET, PAIR=False,
     )  # fmt: skip
+
+
+def draw_parts(
+    logits: Tensor, params: Tensor, first_token: int, scratch: DrawScratch, num_programs: int
+) -> tuple[Tensor, Tensor]:
+    """The best score and its token among some columns of each row, for whoever has the other columns' too.
+
+    Args:
+        logits: [N, V], the columns of tokens [first_token, first_token + V).
+        params, scratch, num_programs: as of `draw_tokens`.
+        first_token: of the first column.
+
+    Returns:
+        float32 [N]: scores, inf where the logits hold NaN or +inf; int64 [N]: tokens, `NO_TOKEN` where there is none.
+    """
+    num_rows, vocab_size = logits.shape
+    scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    parts = min(triton.cdiv(vocab_size, _TILE), _MAX_PARTS, max(1, num_programs // num_rows))
+    draw_kernel[(num_rows, parts)](
+        logits, params, tokens, tokens, scratch.scores, scratch.tokens, scratch.arrived,
+        vocab_size, logits.stride(0), params.stride(0), scores, first_token, TILE=_TILE, PARTS=_MAX_PARTS,
+        FAST=not INTERPRET, PAIR=True,
+    )  # fmt: skip
+    return scores, tokens
 
 
 def draw_scores(logits: Tensor, params: Tensor) -> Tensor:
@@ -138,7 +164,8 @@ def score_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def draw_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, params_ptr, last_ptr, out_ptr, scores_ptr, tokens_ptr, arrived_ptr, vocab_size, stride_logits,
-    stride_params, TILE: tl.constexpr, PARTS: tl.constexpr, FAST: tl.constexpr,
+    stride_params, peaks_ptr, first_token, TILE: tl.constexpr, PARTS: tl.constexpr, FAST: tl.constexpr,
+    PAIR: tl.constexpr,
 ):  # fmt: skip
     """One part of one row's vocabulary; the grid is (rows, parts)."""
     row = tl.program_id(0)
@@ -153,7 +180,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
         tokens = start + tl.arange(0, TILE)
         logit = tl.load(base + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
         broken |= ((logit != logit) | (logit == float("inf"))).to(tl.int32)
-        score = _score(logit, tokens, greedy, inverse, low, high, FAST)
+        score = _score(logit, tokens + first_token, greedy, inverse, low, high, FAST)
         better = score > best
         best = tl.where(better, score, best)
         best_token = tl.where(better, tokens, best_token)
@@ -175,10 +202,21 @@ def draw_kernel(  # type: ignore[no-untyped-def]
             picks = tl.load(tokens_ptr + row * PARTS + lanes, mask=keep, other=0x7FFFFFFF, cache_modifier=".cg")
             peak = tl.max(scores, 0)
             token = tl.min(tl.where(scores == peak, picks, 0x7FFFFFFF), 0)
-            _store_token(params_ptr, last_ptr, out_ptr, row, token)
+            if PAIR:
+                _store_pair(peaks_ptr, out_ptr, row, peak, token, first_token)
+            else:
+                _store_token(params_ptr, last_ptr, out_ptr, row, token)
             tl.store(arrived_ptr + row, 0)
+    elif PAIR:
+        _store_pair(peaks_ptr, out_ptr, row, peak, token, first_token)
     else:
         _store_token(params_ptr, last_ptr, out_ptr, row, token)
+
+
+@triton.jit
+def _store_pair(peaks_ptr, out_ptr, row, peak, token, first_token):  # type: ignore[no-untyped-def]
+    tl.store(peaks_ptr + row, peak)
+    tl.store(out_ptr + row, tl.where(token != 0x7FFFFFFF, token + first_token, 0x7FFFFFFF).to(tl.int64))
 
 
 @triton.jit

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from kvarena.engine.kernels import step
-from kvarena.engine.kernels.sample import DrawScratch, draw_scores, draw_tokens
+from kvarena.engine.kernels.sample import DrawScratch, draw_parts, draw_scores, draw_tokens
+from kvarena.engine.ranks.runners import best_of_parts
 from kvarena.engine.sampling.streams import log_exponentials, stream_keys
 
 VOCAB = 3000
@@ -117,3 +118,26 @@ def test_the_scores_are_what_the_draw_takes_the_largest_of():
     assert torch.equal(scores[0], logits[0])
     raced = logits[1:] / torch.tensor([[0.6], [1.0], [0.2]]) - log_exponentials(keys[1:], VOCAB)
     torch.testing.assert_close(scores[1:], raced, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_programs", [1, 1000])
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_parts_of_a_row_give_the_token_of_the_whole(num_ranks, num_programs):
+    """Each rank draws among its columns; bad logits of one rank leave the row without a token on all."""
+    torch.manual_seed(2)
+    logits = 3 * torch.randn(5, VOCAB)
+    logits[2, 2999] = torch.nan
+    logits[3, [10, 2500]] = 50.0  # a tie between ranks: the lower token
+    logits[4] = -torch.inf
+    params, _ = make_params([0.7, 0, 0.7, 0, 0.7], [1, 2, 3, 4, 5], [0, 1, 2, 3, 4])
+    last, out = torch.full((5,), -7), torch.zeros(5, dtype=torch.int64)
+    draw_tokens(logits, params, last, out, DrawScratch(5, "cpu"), 100)
+    width = VOCAB // num_ranks
+    parts = [
+        draw_parts(logits[:, first : first + width], params, first, DrawScratch(5, "cpu"), num_programs)
+        for first in range(0, VOCAB, width)
+    ]
+    other = torch.full((5,), -7)
+    pairs = torch.stack([torch.stack([scores.double(), tokens.double()]) for scores, tokens in parts])
+    assert best_of_parts(pairs, params, other).tolist() == out.tolist() and out.tolist()[2:] == [-1, 10, -1]
+    assert other.tolist() == last.tolist()

@@ -1,0 +1,138 @@
+"""A sum over ranks of one host in one launch, with what comes behind it: residual addition and RMS norm.
+
+Each rank stores its part where the others can read it, says so, waits until all have said so, and reads all parts:
+
+    rank 0   x0 -> buffer 0 | flag to 1 | flag of 1 | x0 + x1 + residual -> residual, norm -> out
+    rank 1   x1 -> buffer 1 | flag to 0 | flag of 0 | x0 + x1 + residual -> residual, norm -> out
+
+A row is a program's, on every rank the same one's, with flags of its own. Flags are the number of the call, which the
+device counts, so that a CUDA graph may be replayed; buffers are two, used in turn: whoever writes one for the second
+time knows by the flags between that all have read it. Parts are added in the order of the ranks, so all get the same
+bits. One-shot all-reduce as in TensorRT-LLM and vLLM's custom_all_reduce; peer reads alone, no multicast.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvarena.engine.kernels.common import next_power_of_2
+
+_FLAG_BYTES = 4
+
+
+class PeerMemory(NamedTuple):
+    """Memory that every rank can read, as one rank sees it.
+
+    Attributes:
+        buffers: int64 [ranks], the address of each rank's buffer: 2 * `num_rows` rows.
+        flags: int64 [ranks], the address of each rank's flags: int32 [num_rows, ranks], zeros before the first call.
+        calls: int32 [num_rows], of this rank alone: zeros before the first call.
+        rank: this one.
+        num_rows: most rows of a call.
+        size: elements of a row.
+        dtype: of them.
+    """
+
+    buffers: Tensor
+    flags: Tensor
+    calls: Tensor
+    rank: int
+    num_rows: int
+    size: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def num_bytes(num_ranks: int, num_rows: int, size: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes of a rank's buffer, and of its flags behind it."""
+        return 2 * num_rows * size * dtype.itemsize, num_rows * num_ranks * _FLAG_BYTES
+
+
+@triton.jit
+def all_reduce_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, residual_ptr, weight_ptr, out_ptr, buffers_ptr, flags_ptr, calls_ptr, epsilon, stride_x, stride_residual,
+    stride_out, num_slots, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr, PUBLISH: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """One row; see `all_reduce`."""
+    row = tl.program_id(0)
+    at = tl.arange(0, SIZE_PAD)
+    exists = at < SIZE
+    call = tl.load(calls_ptr + row) + 1
+    place = ((call % 2) * num_slots + row).to(tl.int64) * SIZE
+    if PUBLISH:
+        x = tl.load(x_ptr + row.to(tl.int64) * stride_x + at, mask=exists, other=0.0)
+        own = tl.load(buffers_ptr + RANK).to(tl.pointer_type(x_ptr.dtype.element_ty))
+        tl.store(own + place + at, x, mask=exists)
+        # All of the program's stores come before its flags.
+        tl.debug_barrier()
+        for peer in tl.static_range(RANKS):
+            flag = tl.load(flags_ptr + peer).to(tl.pointer_type(tl.int32))
+            tl.atomic_xchg(flag + row * RANKS + RANK, call, sem="release", scope="sys")
+    if REDUCE:
+        mine = tl.load(flags_ptr + RANK).to(tl.pointer_type(tl.int32))
+        for peer in tl.static_range(RANKS):
+            while tl.atomic_add(mine + row * RANKS + peer, 0, sem="acquire", scope="sys") < call:
+                pass
+        tl.debug_barrier()
+        total = tl.zeros([SIZE_PAD], tl.float32)
+        for peer in tl.static_range(RANKS):
+            part = tl.load(buffers_ptr + peer).to(tl.pointer_type(x_ptr.dtype.element_ty))
+            total += tl.load(part + place + at, mask=exists, other=0.0, cache_modifier=".cg").to(tl.float32)
+        if ADD:
+            residual = residual_ptr + row.to(tl.int64) * stride_residual + at
+            total += tl.load(residual, mask=exists, other=0.0).to(tl.float32)
+            rounded = total.to(residual_ptr.dtype.element_ty)
+            tl.store(residual, rounded, mask=exists)
+            total = rounded.to(tl.float32)
+        if NORM:
+            factor = 1.0 / tl.sqrt(tl.sum(total * total, 0) / SIZE + epsilon)
+            weight = tl.load(weight_ptr + at, mask=exists, other=0.0).to(tl.float32)
+            total = (total * factor).to(out_ptr.dtype.element_ty).to(tl.float32) * weight
+        if NORM or not ADD:
+            out = out_ptr + row.to(tl.int64) * stride_out + at
+            tl.store(out, total.to(out_ptr.dtype.element_ty), mask=exists)
+        tl.store(calls_ptr + row, call)
+
+
+def all_reduce(
+    x: Tensor,
+    memory: PeerMemory,
+    *,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    epsilon: float = 0.0,
+    out: Tensor | None = None,
+    parts: tuple[bool, bool] = (True, True),
+) -> Tensor:
+    """The sum of every rank's `x`; all ranks call it, with as many rows, in the same order.
+
+    Args:
+        x: [T, size], this rank's part; at most `memory.num_rows` rows.
+        memory: of this rank.
+        residual: [T, size]; becomes residual + sum, in place.
+        weight: [size] of an RMS norm of the residual; None: no norm.
+        epsilon: of the norm.
+        out: [T, size] to write into: the sum, or the norm; may be `x`. Not written with a residual and no norm.
+        parts: whether to publish `x`, and to add up. Both at once, but where one process stands for all ranks.
+
+    Returns:
+        `out`, or the residual where there is one and no norm.
+    """
+    num_rows, size = x.shape
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    padded = next_power_of_2(size)
+    if num_rows:
+        all_reduce_kernel[(num_rows,)](
+            x, x if residual is None else residual, x if weight is None else weight, out, memory.buffers, memory.flags,
+            memory.calls, epsilon, x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
+            memory.num_rows, SIZE=size, SIZE_PAD=padded, RANKS=len(memory.buffers), RANK=memory.rank,
+            ADD=residual is not None, NORM=weight is not None, PUBLISH=parts[0], REDUCE=parts[1],
+            num_warps=min(16, max(1, padded // 512)),
+        )  # fmt: skip
+    return out if residual is None or weight is not None else residual
