@@ -51,5 +51,9 @@ class EngineError(KvarenaError):
     """The engine cannot go on: a broken invariant, or a device that failed."""
 
 
+class RankFailed(EngineError):
+    """One of the ranks that share a model cannot go on, so none can. The message names the rank and says why."""
+
+
 class OutOfMemory(EngineError):
     """A device has no memory for what was asked. The message says how much that was, what was free, and what helps."""

@@ -47,6 +47,7 @@ OPTIONS = (
     "trust_remote_code", "dtype", "load_format", "device", "gpu_memory_utilization", "max_model_len", "max_num_seqs",
     "max_num_batched_tokens", "block_size", "num_gpu_blocks_override", "kv_cache_memory_gib", "swap_space",
     "enable_prefix_caching", "async_scheduling", "tensor_parallel_size", "pipeline_parallel_size", "quantization",
+    "distributed_executor_backend",
     "enforce_eager", "seed", "chat_template", "generation_config", "max_logprobs",
     "allowed_local_media_path", "allowed_media_domains", "limit_mm_per_prompt",
 )  # fmt: skip

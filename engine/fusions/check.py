@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kvarena.engine.attention.base import AttentionMetadata, packed_metadata
 from kvarena.engine.attention.hook import attention_context
@@ -115,7 +114,7 @@ def record(model: LoadedModel, max_model_len: int) -> Recording:
 
 def check_decoder(decoder: FusedDecoder, recording: Recording) -> str | None:
     """Compare embedding, every layer, and the head with the recorded modules; None when all agree, else where not."""
-    embedded = F.embedding(recording.input_ids, decoder.embedding)
+    embedded = decoder.embed(recording.input_ids)
     if (difference := _difference(embedded, recording.inputs[0], embedded)) is not None:
         return f"the layers' input is not the embedding alone (relative difference {difference:.2g})"
     pool = recording.pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ class FusedDecoder:
     """A causal language model of the llama shape. Shares its weights with the transformers module.
 
     Attributes:
-        embedding: [vocab, hidden].
+        embed: rows [T, hidden] of tokens int64 [T].
         rotation: float32 [positions, rotary_dim]: each position's cosines, then its sines.
         axes: int64 [rotary_dim], by which of three positions each is turned (time, row, column of an image); None: a
             position is a number.
@@ -34,7 +35,7 @@ class FusedDecoder:
             model has no such layer.
     """
 
-    embedding: Tensor
+    embed: Callable[[Tensor], Tensor]
     rotation: Tensor
     layers: tuple[FusedLayer, ...]
     norm: Norm
@@ -85,7 +86,7 @@ class FusedDecoder:
             [N, vocab] in the model's dtype.
         """
         batch = Batch.of(self.angles(positions), meta, backend, pool)
-        residual = F.embedding(input_ids, self.embedding) if inputs is None else inputs.embeds
+        residual = self.embed(input_ids) if inputs is None else inputs.embeds
         num_deep = 0 if inputs is None else len(inputs.deep)
         for index, layer in enumerate(self.layers[:-1]):
             residual = layer(residual, batch, self.ops)

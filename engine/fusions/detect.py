@@ -10,11 +10,13 @@ layer is compared with its module on the same input before it is used.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kvarena.engine.attention.temperature import is_tuned
 from kvarena.engine.errors import KvarenaError
@@ -33,6 +35,7 @@ from kvarena.engine.fusions.layers import (
 from kvarena.engine.fusions.ops import HeadNorms, Heads, Linear, Norm, Ops
 from kvarena.engine.fusions.pack import projection
 from kvarena.engine.fusions.packed_ops import PackedOps
+from kvarena.engine.fusions.reducing_ops import Reducer, ReducingOps
 from kvarena.engine.models.spec import LoadedModel
 from kvarena.engine.quantization.linear import PackedLinear, PackedProjection
 
@@ -41,13 +44,14 @@ class NotFusable(KvarenaError):
     """The model does not have the shape that the fused path knows; it runs on its transformers modules."""
 
 
-def fuse(model: LoadedModel, ops: Ops, max_model_len: int) -> FusedDecoder:
+def fuse(model: LoadedModel, ops: Ops, max_model_len: int, reducer: Reducer | None = None) -> FusedDecoder:
     """Build the fused form of `model`, which shares its weights.
 
     Args:
         model: bound to the attention hook. Its projections' parameters become views of packed ones.
         ops: what computes; packed projections have kernels of their own.
         max_model_len: positions of the rotation table.
+        reducer: of a model whose row-parallel products are parts of a sum.
 
     Raises:
         NotFusable: the model has another shape, or a fused layer differs from its module; says where.
@@ -69,12 +73,12 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int) -> FusedDecoder:
         num_read = torch.zeros(len(layers), dtype=torch.int32)
         experts = [find_experts(layer.mlp, num_read[index : index + 1]) for index, layer in enumerate(layers)]
         decoder = FusedDecoder(
-            embedding=embedding.weight.detach(),
+            embed=embedding if reducer else functools.partial(F.embedding, weight=embedding.weight.detach()),
             rotation=rotation,
             layers=tuple(_layer(layer, index, recording, experts[index]) for index, layer in enumerate(layers)),
             norm=_norm(_child(body, "norm", "model"), "model.norm"),
             head=_projection([head], "lm_head"),
-            ops=PackedOps(ops) if any(isinstance(part, PackedLinear) for part in module.modules()) else ops,
+            ops=_ops_of(model, ops, reducer),
             num_read=num_read if any(experts) else None,
             axes=_axes(rotary),
         )
@@ -85,7 +89,14 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int) -> FusedDecoder:
             difference = check_decoder(decoder, recording)
     if difference is not None:
         raise NotFusable(difference)
+    if isinstance(decoder.ops, ReducingOps):
+        decoder.ops.defers = True
     return decoder
+
+
+def _ops_of(model: LoadedModel, ops: Ops, reducer: Reducer | None) -> Ops:
+    found: Ops = PackedOps(ops) if any(isinstance(part, PackedLinear) for part in model.module.modules()) else ops
+    return found if reducer is None else ReducingOps(found, reducer)
 
 
 def _without_experts(decoder: FusedDecoder, layers: Any) -> FusedDecoder:

@@ -89,6 +89,14 @@ class Ops(Protocol):
         """RMS norm over the last dimension of x [T, n]."""
         ...
 
+    def linear(self, x: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
+        """linear(x): [T, K] -> [T, N], into `out` if given."""
+        ...
+
+    def linear_glu(self, x: Tensor, gate_up: Linear) -> Tensor:
+        """silu(gate) * up of x; `gate_up` holds the gate's rows first. [T, K] -> [T, N / 2]."""
+        ...
+
     def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
         """linear(norm(residual)): [T, K] -> [T, N], into `out` if given."""
         ...
@@ -106,7 +114,13 @@ class Ops(Protocol):
         ...
 
     def experts(
-        self, residual: Tensor, norm: Norm, experts: Experts, slots: Tensor | None, first_slot: int
+        self,
+        residual: Tensor,
+        norm: Norm,
+        experts: Experts,
+        slots: Tensor | None,
+        first_slot: int,
+        into: Tensor | None = None,
     ) -> Tensor | None:
         """Add the experts' output for norm(residual) to `residual` [T, K], in place.
 
@@ -117,6 +131,7 @@ class Ops(Protocol):
             slots: int64 [T], where each token's keys went: those below `first_slot` are padding and get no expert.
                 None: there is no padding.
             first_slot: see `slots`.
+            into: [T, K], what the output is added to; None: `residual`.
 
         Returns:
             float32 [T], the weight of the shared expert's output; None without a shared expert.
@@ -158,6 +173,14 @@ class TorchOps:
         """See `Ops.norm`."""
         return rms_norm(x, norm)
 
+    def linear(self, x: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
+        """See `Ops.linear`."""
+        return apply_linear(x, linear, out)
+
+    def linear_glu(self, x: Tensor, gate_up: Linear) -> Tensor:
+        """See `Ops.linear_glu`."""
+        return self.glu(apply_linear(x, gate_up))
+
     def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
         """See `Ops.norm_linear`."""
         return apply_linear(rms_norm(residual, norm), linear, out)
@@ -177,10 +200,16 @@ class TorchOps:
         return F.silu(gate).mul_(up)
 
     def experts(
-        self, residual: Tensor, norm: Norm, experts: Experts, slots: Tensor | None, first_slot: int
+        self,
+        residual: Tensor,
+        norm: Norm,
+        experts: Experts,
+        slots: Tensor | None,
+        first_slot: int,
+        into: Tensor | None = None,
     ) -> Tensor | None:
         """See `Ops.experts`."""
-        return add_experts(residual, rms_norm(residual, norm), experts, slots, first_slot)
+        return add_experts(residual if into is None else into, rms_norm(residual, norm), experts, slots, first_slot)
 
     def rope_store(
         self,

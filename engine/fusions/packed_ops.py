@@ -23,6 +23,16 @@ class PackedOps:
         """See `Ops.norm`."""
         return self._ops.norm(x, norm)
 
+    def linear(self, x: Tensor, linear: Linear | PackedProjection, out: Tensor | None = None) -> Tensor:
+        """See `Ops.linear`."""
+        return linear(x, out) if isinstance(linear, PackedProjection) else self._ops.linear(x, linear, out)
+
+    def linear_glu(self, x: Tensor, gate_up: Linear | PackedProjection) -> Tensor:
+        """See `Ops.linear_glu`."""
+        if isinstance(gate_up, PackedProjection):
+            return self._ops.glu(gate_up(x))
+        return self._ops.linear_glu(x, gate_up)
+
     def norm_linear(
         self, residual: Tensor, norm: Norm, linear: Linear | PackedProjection, out: Tensor | None = None
     ) -> Tensor:
@@ -48,10 +58,16 @@ class PackedOps:
         return self._ops.glu(x)
 
     def experts(
-        self, residual: Tensor, norm: Norm, experts: Experts, slots: Tensor | None, first_slot: int
+        self,
+        residual: Tensor,
+        norm: Norm,
+        experts: Experts,
+        slots: Tensor | None,
+        first_slot: int,
+        into: Tensor | None = None,
     ) -> Tensor | None:
         """See `Ops.experts`. Packed experts are modules of their own, and not among these."""
-        return self._ops.experts(residual, norm, experts, slots, first_slot)
+        return self._ops.experts(residual, norm, experts, slots, first_slot, into)
 
     def rope_store(
         self,

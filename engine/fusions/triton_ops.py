@@ -46,6 +46,16 @@ class TritonOps:
         """See `Ops.norm`."""
         return rms_norm(x, norm.weight, norm.eps)
 
+    def linear(self, x: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
+        """See `Ops.linear`."""
+        y = self._product(Product(x, linear, out=out))
+        return self._linear(x, linear, out) if y is None else y
+
+    def linear_glu(self, x: Tensor, gate_up: Linear) -> Tensor:
+        """See `Ops.linear_glu`."""
+        y = self._product(Product(x, gate_up, glu=True))
+        return self.glu(self._linear(x, gate_up)) if y is None else y
+
     def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
         """See `Ops.norm_linear`."""
         y = self._product(Product(residual, linear, norm, out=out))
@@ -70,14 +80,20 @@ class TritonOps:
         return gated(x)
 
     def experts(
-        self, residual: Tensor, norm: Norm, experts: Experts, slots: Tensor | None, first_slot: int
+        self,
+        residual: Tensor,
+        norm: Norm,
+        experts: Experts,
+        slots: Tensor | None,
+        first_slot: int,
+        into: Tensor | None = None,
     ) -> Tensor | None:
         """See `Ops.experts`. Its grids depend on T alone."""
         x = self.norm(residual, norm)
         logits = self._linear(x, Linear(experts.router, None))
         upcast = self._upcast or x.dtype.itemsize == 4
         return run_experts(
-            residual, x, logits, experts.gate_up, experts.down, slots, first_slot,
+            residual if into is None else into, x, logits, experts.gate_up, experts.down, slots, first_slot,
             top_k=experts.top_k, renormalize=experts.renormalize, num_read=experts.num_read, upcast=upcast,
             grouped=None if self._hopper is None else self._hopper.grouped,
         )  # fmt: skip

@@ -114,21 +114,30 @@ def load_model(
                 directory, config, weights, device, trust_remote_code, composite, quantization
             )
         module.eval().requires_grad_(False)
-        loaded = _describe(module, config.get_text_config(), name, directory, own_end, packing)
+        loaded = describe(module, config.get_text_config(), name, directory, own_end, packing)
         if composite is None:
             return loaded
         images = composite.encoder(module, seed, image_cache_bytes)
         return replace(loaded, images=images)
 
 
-def _describe(
-    module: nn.Module, text: PretrainedConfig, name: str, directory: Path | None, own_end: int | None, packing: str
+def describe(
+    module: nn.Module,
+    text: PretrainedConfig,
+    name: str,
+    directory: Path | None,
+    own_end: int | None,
+    packing: str,
+    whole: PretrainedConfig | None = None,
 ) -> LoadedModel:
-    """Probe the module and note what the engine needs to know of it; `packing`: see `ModelSpec.quantization`."""
+    """Probe the module and note what the engine needs to know of it.
+
+    `packing`: see `ModelSpec.quantization`. `whole`: the config of which `text` is a rank's part; None: it is whole.
+    """
     # The embedding may be larger than the tokenizer; ids below its size are valid inputs.
     num_ids = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     geometry = probe_attention(module, name, num_decoder_layers(text, name), num_ids)
-    eos, special = end_and_special_tokens(module, text, directory, own_end)
+    eos, special = end_and_special_tokens(module, text if whole is None else whole, directory, own_end)
     slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
     spec = model_spec(module, text, name, geometry, eos, packing)
     reads = None if spec.experts is None else ExpertsRead(module)
@@ -186,7 +195,7 @@ def _from_directory(
         "attn_implementation": "eager",
         "ignore_mismatched_sizes": True,  # reported below, in one line
         "output_loading_info": True,
-        **_placement(directory, target),
+        **placement(directory, target),
     }
     checkpoint = packed_checkpoint(directory, read_config(directory))
     if checkpoint is not None and dtype == "auto":
@@ -195,7 +204,7 @@ def _from_directory(
     # Without packing, no type of a file has less than a byte for what takes four at most.
     growth = 4 if checkpoint is None else 8
     if target.type == "cpu" and growth * weight_bytes(directory) > free:
-        _check_host(str(directory), config, dtype, free, trust_remote_code)
+        check_host(str(directory), config, dtype, free, trust_remote_code)
     load = None
     if checkpoint is not None and isinstance(dtype, torch.dtype):
         packed = PackedTensors(checkpoint, dtype, target) if composite is None else composite.packed(checkpoint)
@@ -227,10 +236,10 @@ def _from_directory(
     # Anything: loading runs the code of many libraries, and of the model.
     except Exception as error:
         if is_out_of_memory(error):
-            raise _does_not_fit(str(directory), config, dtype, target, free, trust_remote_code, load) from error
+            raise does_not_fit(str(directory), config, dtype, target, free, trust_remote_code, load) from error
         raise ModelError(f"{directory} cannot be loaded: {one_line(error)}") from error
     module, info = loaded
-    _check_report(directory, config, info)
+    check_report(directory, config, info)
     return module, "" if load is None else load.summary
 
 
@@ -271,21 +280,21 @@ def _packed_dummy(
     shape = build_dummy(config, made, "meta", 0, trust_remote_code, name)
     load = plan_dummy(shape, name, method, made, target, seed, stay_packed=keeps_packed(target))
     if target.type == "cpu":
-        _check_host(name, config, dtype, free, trust_remote_code)
+        check_host(name, config, dtype, free, trust_remote_code)
     try:
         module = load_packed_dummy(
             load, config, made, target, seed, attn_implementation="eager", output_loading_info=True,
-            ignore_mismatched_sizes=True, **_placement(name, target),
+            ignore_mismatched_sizes=True, **placement(name, target),
         )  # fmt: skip
     # Anything: as for weights that are read.
     except Exception as error:
         if is_out_of_memory(error):
-            raise _does_not_fit(name, config, dtype, target, free, trust_remote_code, load) from error
+            raise does_not_fit(name, config, dtype, target, free, trust_remote_code, load) from error
         raise
     return module, f"random {load.summary}"
 
 
-def _placement(directory: Path | str, device: torch.device) -> dict[str, Any]:
+def placement(directory: Path | str, device: torch.device) -> dict[str, Any]:
     """How transformers is told where the weights go. Raises ModelError: a package for that is not there."""
     if device.type == "cpu":
         return {}
@@ -302,7 +311,7 @@ def keeps_packed(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _check_report(directory: Path, config: PretrainedConfig, info: dict[str, Any]) -> None:
+def check_report(directory: Path, config: PretrainedConfig, info: dict[str, Any]) -> None:
     """See that every weight was there and of its shape. Raises ModelError."""
     if info["mismatched_keys"]:
         key, found, expected = sorted(info["mismatched_keys"])[0]
@@ -357,7 +366,7 @@ def build_dummy(
     target = torch.device(device)
     free = 0 if target.type == "meta" else free_bytes(target)
     if target.type == "cpu":
-        _check_host(name, config, dtype, free, trust_remote_code)
+        check_host(name, config, dtype, free, trust_remote_code)
     try:
         with torch.random.fork_rng([target] if target.type == "cuda" else []), target:
             torch.manual_seed(seed)
@@ -370,11 +379,11 @@ def build_dummy(
     # Anything: a config may be valid field by field and still not make a model.
     except Exception as error:
         if is_out_of_memory(error):
-            raise _does_not_fit(name, config, dtype, target, free, trust_remote_code) from error
+            raise does_not_fit(name, config, dtype, target, free, trust_remote_code) from error
         raise ModelError(f"{name} cannot be built from its config: {one_line(error)}") from error
 
 
-def _check_host(
+def check_host(
     name: str, config: PretrainedConfig, dtype: torch.dtype | str, free: int, trust_remote_code: bool
 ) -> None:
     """Refuse what this machine cannot hold: it would promise the memory, and kill the process that takes it."""
@@ -383,7 +392,7 @@ def _check_host(
         raise _too_large(name, num_weights, _element_type(dtype), torch.device("cpu"), free)
 
 
-def _does_not_fit(
+def does_not_fit(
     name: str,
     config: PretrainedConfig,
     dtype: torch.dtype | str,

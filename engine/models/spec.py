@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from kvarena.engine.models.experts import ExpertSizes, ExpertsRead
 
-if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
+if TYPE_CHECKING:  # of a model that reads text, on one device, nothing of it is imported
+    from kvarena.engine.parallel.groups import Groups
+    from kvarena.engine.parallel.shard import Shard
     from kvarena.engine.vision.encoder import ImageEncoder, InputRows
 
 
@@ -108,6 +110,10 @@ class LoadedModel:
         slices_logits: whether the module computes logits at chosen positions only.
         images: makes inputs of images; None: the model reads text only.
         experts_read: counts the experts that the module's forwards read; None for a dense model.
+        shard: of a model on several devices: which part of it this is. `spec` then has the part's sizes, and the whole
+            model's vocabulary.
+        groups: of such a model: how this rank talks with the others.
+        peers: on the planning rank: the other ranks (`kvarena.engine.ranks.peers.Peers`), which end with the model.
     """
 
     module: nn.Module
@@ -117,6 +123,14 @@ class LoadedModel:
     slices_logits: bool
     images: ImageEncoder | None = None
     experts_read: ExpertsRead | None = None
+    shard: Shard | None = None
+    groups: Groups | None = None
+    peers: Any = None
+
+    @property
+    def num_logits(self) -> int:
+        """Width of the logits that the module computes: of a part, its share of the vocabulary."""
+        return self.spec.vocab_size if self.shard is None else self.shard.width
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -148,7 +162,7 @@ class LoadedModel:
             rows: what stands in place of the tokens' embeddings; None: these.
 
         Returns:
-            [N, vocab_size] in the model's dtype.
+            [N, num_logits] in the model's dtype.
         """
         batch: dict[str, Any] = {"position_ids": positions.unsqueeze(-2), "use_cache": False}
         if rows is None:

@@ -34,6 +34,7 @@ class BlockTables:
         # Of each row that changed, the first column that the host array and the device do not have.
         self._host_changes: dict[int, int] = {}
         self._device_changes: dict[int, int] = {}
+        self._changes = [self._host_changes, self._device_changes] if width else [self._host_changes]
 
     def add_rows(self, count: int) -> None:
         """Make room for more rows."""
@@ -52,15 +53,20 @@ class BlockTables:
         else:
             kept = 0
             self.read[row] = list(table) if isinstance(table, list) else table
-        for changes in (self._host_changes, self._device_changes) if self._width else (self._host_changes,):
+        for changes in self._changes:
             if not kept or row not in changes:
                 changes[row] = kept
 
     def forget(self, row: int) -> None:
         """The row's request is gone."""
         self.read[row] = ()
-        self._host_changes.pop(row, None)
-        self._device_changes.pop(row, None)
+        for changes in self._changes:
+            changes.pop(row, None)
+
+    def note_changes(self) -> dict[int, int]:
+        """A record of each row that changes from now on, with the first column that did; the caller clears it."""
+        self._changes.append({})
+        return self._changes[-1]
 
     def take(self, rows: np.ndarray, width: int) -> np.ndarray:
         """Block tables int32 [len(rows), width] as a new array; entries beyond a table's end are undefined."""

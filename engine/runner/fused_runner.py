@@ -27,7 +27,6 @@ from kvarena.engine.request import Request
 from kvarena.engine.runner.draw import Draw
 from kvarena.engine.runner.graphs import GraphCapture, ReservingBackend
 from kvarena.engine.runner.inputs import input_tokens, missing_token
-from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.runner.rope_positions import rope_positions
 from kvarena.engine.runner.step_graphs import DECODE_FIELDS, MixedStep, StepGraphs
 from kvarena.engine.runner.torch_runner import TorchRunner
@@ -70,15 +69,17 @@ class FusedRunner(TorchRunner):
         # Rows are never added later, because graphs hold addresses. Twice the running requests: those that end keep
         # their row for a step or two.
         width = cdiv(max_model_len, pool.block_size) if isinstance(backend, ReservingBackend) else 0
-        rows = RequestRows(model.spec.vocab_size, pool.device, seed, num_rows=2 * max_num_seqs, width=width)
+        rows = self.rows_class(model.spec.vocab_size, pool.device, seed, num_rows=2 * max_num_seqs, width=width)
         super().__init__(model, pool, backend, clock=clock, num_scores=num_scores, rows=rows)
         if decoder is not None:
             self.forward = functools.partial(decoder, backend=backend, pool=pool)
         self._num_read = None if decoder is None else decoder.num_read
-        self._draw = Draw(max_num_seqs, self._device, num_scores) if self._device.type == "cuda" else None
+        # Of a row of which others have parts, no kernel of one device draws.
+        draws = self._device.type == "cuda" and model.shard is None
+        self._draw = Draw(max_num_seqs, self._device, num_scores) if draws else None
         self._graphs: StepGraphs | None = None
         if isinstance(backend, ReservingBackend):
-            logits = torch.zeros(max_num_seqs, model.spec.vocab_size, dtype=model.spec.dtype, device=self._device)
+            logits = torch.zeros(max_num_seqs, model.num_logits, dtype=model.spec.dtype, device=self._device)
             self._graphs = StepGraphs(
                 self.forward, backend, rows, logits, pool.block_size, mixed_tokens,
                 capture=GraphCapture() if graphs else None, has_grids=model.has_grids,

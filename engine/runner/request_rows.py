@@ -115,6 +115,10 @@ class RequestRows:
             rows.append(row)
         return np.array(rows, dtype=np.int64)
 
+    def known(self, request_ids: Iterable[str]) -> list[int]:
+        """The rows of those of the requests that have one."""
+        return [self._rows[request_id] for request_id in request_ids if request_id in self._rows]
+
     def release(self, request_ids: Iterable[str]) -> None:
         """Give back the rows of requests that ended or lost their slots; ids without a row are fine."""
         rows = [self._rows.pop(request_id) for request_id in request_ids if request_id in self._rows]

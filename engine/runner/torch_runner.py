@@ -33,7 +33,7 @@ from kvarena.engine.runner.constraints import allowed_tokens
 from kvarena.engine.runner.graphs import Forward
 from kvarena.engine.runner.host_count import HostCount
 from kvarena.engine.runner.inputs import build_inputs
-from kvarena.engine.runner.prompt_logprobs import PromptLogprobs
+from kvarena.engine.runner.prompt_logprobs import PromptLogprobs, PromptRows
 from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
 from kvarena.engine.sampling.sampler import Sampler
@@ -163,6 +163,8 @@ class TorchRunner:
         forward: computes a step's logits, in graphs or as it is.
     """
 
+    rows_class = RequestRows
+
     def __init__(
         self,
         model: LoadedModel,
@@ -181,7 +183,7 @@ class TorchRunner:
         self._device = pool.device
         self._clock = WallClock() if clock is None else clock
         self._sampler = Sampler(num_scores)
-        self._rows = RequestRows(model.spec.vocab_size, self._device, seed) if rows is None else rows
+        self._rows = self.rows_class(model.spec.vocab_size, self._device, seed) if rows is None else rows
 
     def execute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
         """Launch one step. See `ModelRunner.execute`.
@@ -243,7 +245,11 @@ class TorchRunner:
         num_sampled = sum(plan.samples)
         tokens = self._sample(plan, inputs.rows, logits[:num_sampled])
         prompts = inputs.prompt_rows
-        return self._in_flight(plan, tokens, None if prompts is None else PromptLogprobs(logits[num_sampled:], prompts))
+        return self._in_flight(plan, tokens, None if prompts is None else self._prompts(logits[num_sampled:], prompts))
+
+    def _prompts(self, logits: Tensor, rows: PromptRows) -> PromptLogprobs | None:
+        """Log-probabilities of prompt tokens from their `logits`."""
+        return PromptLogprobs(logits, rows)
 
     def _in_flight(self, plan: StepPlan, tokens: HostTokens | None, prompt: PromptLogprobs | None = None) -> StepTokens:
         read = self._experts_read()

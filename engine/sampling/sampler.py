@@ -32,7 +32,7 @@ class Sampler:
     """
 
     def __init__(self, num_scores: int = 0) -> None:
-        self._num_scores = num_scores
+        self.num_scores = num_scores
 
     def __call__(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
         """Sample one token per row.
@@ -50,7 +50,7 @@ class Sampler:
         # Rounding to float32 keeps the order, so a greedy batch is never upcast. max gives the first of equal values.
         best = logits.max(dim=-1)
         token_ids = best.indices
-        scores = best_scores(logits, self._num_scores) if self._num_scores else None
+        scores = best_scores(logits, self.num_scores) if self.num_scores else None
         if batch.keys is not None:
             peaks = _take(best.values, batch.random).float()
             race = self._race(_take(logits, batch.random).float(), peaks, batch)
@@ -97,7 +97,7 @@ class Sampler:
     def _race_scores(self, scores: ScoreTensors, race: Tensor, peaks: Tensor, batch: SamplingBatch) -> ScoreTensors:
         """`scores` with those of the random rows, to which the maximum that was taken off comes back."""
         assert batch.temperature is not None
-        drawn = best_scores(race, self._num_scores)
+        drawn = best_scores(race, self.num_scores)
         values = drawn.values + (peaks.double() / batch.temperature.double())[:, None]
         return ScoreTensors(
             _put(scores.token_ids, batch.random, drawn.token_ids), _put(scores.values, batch.random, values)

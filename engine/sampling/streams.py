@@ -62,17 +62,18 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def log_exponentials(keys: Tensor, vocab_size: int) -> Tensor:
+def log_exponentials(keys: Tensor, vocab_size: int, first: int = 0) -> Tensor:
     """log E for every row and token.
 
     Args:
         keys: int32 [N, 2] of `stream_keys`.
         vocab_size: number of tokens V.
+        first: the first of them.
 
     Returns:
         float32 [N, V].
     """
-    tokens = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) * _GOLDEN32
+    tokens = torch.arange(first, first + vocab_size, dtype=torch.int32, device=keys.device) * _GOLDEN32
     bits = _mix32(tokens + keys[:, :1])
     bits = _mix32(bits ^ keys[:, 1:])
     # 31 bits, so that the conversion to float keeps the relative precision of small values: the winners of the race.

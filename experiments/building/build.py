@@ -18,32 +18,26 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
 
-from kvarena.engine.attention.base import AttentionBackend
-from kvarena.engine.attention.reference import ReferenceBackend
-from kvarena.engine.checks import check_int
 from kvarena.engine.clock import MovableClock, WallClock
-from kvarena.engine.contract import KVAllocator, cdiv
+from kvarena.engine.contract import KVAllocator
 from kvarena.engine.errors import ConfigError, NotDefined
 from kvarena.engine.ledger import MemoryLedger
-from kvarena.engine.models import LoadedModel, ModelSpec, load_model
+from kvarena.engine.models import LoadedModel, ModelSpec
 from kvarena.engine.pool.gpu_memory import GpuMemory
-from kvarena.engine.pool.kv_pool import KVPool
-from kvarena.engine.pool.memory_limits import free_bytes
 from kvarena.engine.request import Request, SamplingParams, expand
-from kvarena.engine.runner.profile import SETTING, available_kv_bytes, card_memory
+from kvarena.engine.runner.profile import SETTING, card_memory
 from kvarena.experiments.building.context import check_context_fits
+from kvarena.experiments.building.loading import load, num_blocks
 from kvarena.experiments.building.parts import (
     EngineParts,
     first_strategy,
-    pool_blocks,
     pool_facts,
     resolve_max_model_len,
     target_device,
 )
 from kvarena.experiments.building.pools import make_pool, room_beside_pool
-from kvarena.experiments.building.runners import make_runner
+from kvarena.experiments.building.runners import attention_backend, make_runner
 from kvarena.experiments.building.shared import PreparedRunner, SharedParts
 from kvarena.experiments.building.simulated import build_simulated_engine
 from kvarena.experiments.load.driver import ClosedLoop
@@ -51,7 +45,6 @@ from kvarena.experiments.settings.config import DriverConfig, RunConfig, RunnerC
 from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.workloads.parts.base import WorkloadItem
 
-CPU_SLOTS = 32768  # of the pool, where neither the config nor a GPU says how large it is
 LAST_ARRIVAL = 1e9  # s, 30 years
 
 
@@ -165,15 +158,15 @@ def build_engine(
         return build_simulated_engine(config, clock)
     shared = SharedParts() if shared is None else shared
     model, memory = load_shared(config, shared)
+    if model.peers is not None:
+        from kvarena.experiments.building.ranks import configure
+
+        configure(model.peers, config)
     spec = model.spec
     max_model_len = resolve_max_model_len(engine_config, spec)
     prepared = shared.runner(config)
-    num_blocks = (
-        _num_blocks(config, model, shared.context_bytes or 0, max_model_len)
-        if prepared is None
-        else prepared.num_blocks
-    )
-    strategy = first_strategy(config, num_blocks, max_model_len, spec, device_name)
+    blocks = _num_blocks(config, model, shared, max_model_len) if prepared is None else prepared.num_blocks
+    strategy = first_strategy(config, blocks, max_model_len, spec, device_name)
     allocator = strategy.allocator
     if whole_context:
         check_context_fits(engine_config, config.kv_cache, allocator, spec, max_model_len, memory)
@@ -222,19 +215,29 @@ def load_shared(config: RunConfig, shared: SharedParts) -> tuple[LoadedModel, Gp
 
 
 def _load(config: RunConfig) -> LoadedModel:
-    model, engine = config.model, config.engine
-    return load_model(
-        path=model.path,
-        shape=model.shape,
-        dtype=engine.dtype,
-        device=target_device(engine.device),
-        load_format=model.load_format,
-        trust_remote_code=model.trust_remote_code,
-        seed=engine.seed,
-        name=cast(str | None, model.name),
-        image_cache_bytes=int(engine.image_cache_mib * 2**20),
-        quantization=model.quantization,
-    )
+    if config.parallel.world_size == 1:
+        return load(config)
+    # Imported here, as below: of one device nothing of it is needed.
+    from kvarena.experiments.building.ranks import layout_of, start_peers
+
+    peers = start_peers(config, layout_of(config))
+    try:
+        model = replace(load(config, peers.groups), peers=peers)
+        peers.ready()
+        return model
+    except BaseException:
+        peers.close()
+        raise
+
+
+def _num_blocks(config: RunConfig, model: LoadedModel, shared: SharedParts, max_model_len: int) -> int:
+    """Usable blocks of the pool: what the rank with the least room has room for."""
+    if model.peers is None:
+        return num_blocks(config, model, shared.context_bytes or 0, max_model_len)
+    from kvarena.experiments.building.ranks import least_blocks
+
+    model.peers.tell("num_blocks", max_model_len=max_model_len)
+    return least_blocks(model, num_blocks(config, model, shared.context_bytes or 0, max_model_len))
 
 
 def _prepare_runner(
@@ -244,6 +247,10 @@ def _prepare_runner(
     device, max_num_seqs = target_device(config.engine.device), config.scheduler.need("max_num_seqs")
     sized_by = config.kv_cache.sized_by or SETTING
     allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
+    if model.peers is not None:
+        from kvarena.experiments.building.ranks import prepare_peers
+
+        prepare_peers(model, allocator, max_model_len, sized_by, device)
     pool = make_pool(runner_config, allocator, model.spec, device, sized_by)
     pool_in_torch = torch.cuda.memory_allocated() - allocated if device == "cuda" else 0
     clock = WallClock()
@@ -252,56 +259,18 @@ def _prepare_runner(
             runner_config,
             model,
             pool,
-            _attention_backend(runner_config, model, pool),
+            attention_backend(runner_config, model, pool),
             seed=config.engine.seed,
             clock=clock,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             num_scores=config.driver.scores,
+            all_reduce=config.parallel.all_reduce,
         )
+    if model.peers is not None:
+        model.peers.answers()
+        cast(Any, runner).drive(model.peers)  # the planning rank's
     return PreparedRunner(runner, facts, pool, clock, allocator.num_blocks, pool_in_torch)
-
-
-def _num_blocks(config: RunConfig, model: LoadedModel, in_use_before: int, max_model_len: int) -> int:
-    """Usable blocks: what the config states, or what a profiling forward leaves of this engine's share of the GPU.
-
-    On a CPU, whose memory is no one's share: `CPU_SLOTS`, or one request of `max_model_len`, as far as half of what is
-    free holds it.
-    """
-    if config.kv_cache.sized_by is not None:
-        return pool_blocks(config, model.spec)
-    token_bytes = model.spec.kv_bytes_per_token
-    block_size = check_int("allocator.block_size", config.allocator.need("block_size"), 1)
-    if model.device.type != "cuda":
-        room = free_bytes(model.device) // 2 // token_bytes
-        wanted = cdiv(max(CPU_SLOTS, max_model_len), block_size) * block_size
-        return pool_blocks(config, model.spec, num_slots=max(min(wanted, room), block_size))
-    available = available_kv_bytes(
-        model,
-        gpu_memory_utilization=config.engine.gpu_memory_utilization,
-        max_num_batched_tokens=config.scheduler.need("max_num_batched_tokens"),
-        max_num_seqs=config.scheduler.need("max_num_seqs"),
-        max_model_len=max_model_len,
-        in_use_before=in_use_before,
-        block_bytes=block_size * token_bytes,
-    )
-    return pool_blocks(config, model.spec, available=available)
-
-
-def _attention_backend(config: RunnerConfig, model: LoadedModel, pool: KVPool) -> AttentionBackend:
-    on_gpu = pool.device.type == "cuda"
-    contiguous = config.layout == "contiguous"
-    if config.attention == "triton" and not on_gpu:
-        raise ConfigError("runner.attention=triton needs a GPU; use reference or auto")
-    if config.attention == "reference" or not on_gpu:
-        return ReferenceBackend(pool, contiguous=contiguous)
-    # Imported here: Triton is not needed, and may not be there, without a GPU.
-    from kvarena.engine.attention.triton_backend import TritonBackend
-
-    text_config = cast(PretrainedConfig, model.module.config).get_text_config()
-    # The CUDA kernel does plain layers; where there is none, contexts are better cut for the other one.
-    use_hopper = config.attention == "auto" and model.spec.has_plain_layers
-    return TritonBackend(pool, text_config.num_attention_heads, contiguous=contiguous, use_hopper=use_hopper)
 
 
 def _check_layout(config: RunnerConfig, allocator: KVAllocator) -> None:

@@ -139,13 +139,18 @@ def first_strategy(
     """The strategy of an engine that is being built; raises ConfigError where it does not fit the model."""
     strategy = make_strategy(config, num_blocks, max_model_len, spec, device)
     _say_chosen_pages(strategy.allocator)
-    _check_window(strategy.allocator, spec)
+    _check_window(strategy.allocator, spec, config.parallel.pipeline_parallel_size)
     return strategy
 
 
-def _check_window(allocator: KVAllocator, spec: ModelSpec) -> None:
+def _check_window(allocator: KVAllocator, spec: ModelSpec, stages: int) -> None:
     """A window narrower than the model's would free KV that the model still reads."""
     window = getattr(allocator, "sliding_window", None)
+    if window is not None and stages > 1:
+        raise ConfigError(
+            f"allocator.sliding_window={window} cannot be combined with parallel.pipeline_parallel_size={stages}: a "
+            "stage does not know what the layers of the others see; leave one out"
+        )
     if window is not None and (spec.sliding_window is None or window < spec.sliding_window):
         needs = "sees its whole context" if spec.sliding_window is None else f"sees {spec.sliding_window} tokens"
         raise ConfigError(

@@ -6,16 +6,19 @@ Every choice that `auto` makes is a fact of the run: it stands in the manifest w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import PretrainedConfig
 
 from kvarena.engine.attention.base import AttentionBackend
+from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.clock import Clock
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.fusions.decoder import FusedDecoder
 from kvarena.engine.fusions.detect import NotFusable, fuse
 from kvarena.engine.fusions.ops import Ops, TorchOps
+from kvarena.engine.fusions.reducing_ops import Reducer
 from kvarena.engine.models import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.quantization.linear import settle_products
@@ -40,6 +43,7 @@ def make_runner(
     max_num_seqs: int,
     max_model_len: int,
     num_scores: int = 0,
+    all_reduce: str = "auto",
 ) -> tuple[TorchRunner, Facts]:
     """The runner that section `runner` asks for, and what the manifest says of it.
 
@@ -54,7 +58,9 @@ def make_runner(
         for name, value in (("graphs", config.graphs), *_gemm_settings(config).items()):
             if value not in ("auto", False):
                 raise ConfigError(f"runner.{name}={_word(value)} needs a GPU; leave it out")
-    decoder, reason = _fused(config, model, max_model_len) if config.fusions is True or on_gpu else (None, None)
+    wants_fused = config.fusions is True or on_gpu
+    reducer = _reducer(model, all_reduce) if wants_fused else None
+    decoder, reason = _fused(config, model, max_model_len, reducer) if wants_fused else (None, None)
     if reason is not None and config.fusions is True:
         raise ConfigError(f"runner.fusions=true, and {reason}; use auto or false")
     if decoder is None and (stated := _gemm_settings(config)):
@@ -63,6 +69,8 @@ def make_runner(
     kernels = settle_products(model.module, model.spec.dtype)
     graphs, no_graphs = _graphs(config, backend, decoder) if on_gpu else (False, None)
     facts: Facts = {"fusions": decoder is not None, "graphs": graphs, "attention": type(backend).__name__}
+    if model.shard is not None:
+        facts["ranks"] = _ranks(model, reducer)
     if kernels:
         facts["packed_kernels"] = kernels
     if on_gpu:
@@ -76,23 +84,95 @@ def make_runner(
         # What transformers chose of its own: torch's grouped product wherever the class can take it.
         facts["experts"] = "fused" if fused else getattr(model.module.config, "_experts_implementation", None)
     facts |= {key: why for key, why in (("no_fusions", reason), ("no_graphs", no_graphs)) if why is not None}
-    if decoder is None and not on_gpu:
-        return TorchRunner(model, pool, backend, seed=seed, clock=clock, num_scores=num_scores), facts
+    if decoder is None and (not on_gpu or _is_staged(model)):
+        return _plain_runner(model, pool, backend, seed=seed, clock=clock, num_scores=num_scores), facts
     mixed = graphs and config.graphs != "decode"
-    runner = FusedRunner(
+    runner = _fused_runner(
         model, pool, backend, decoder, seed=seed, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
         graphs=graphs, mixed_tokens=graph_tokens(model.spec.num_parameters) if mixed else 0, clock=clock,
         num_scores=num_scores,
     )  # fmt: skip
+    if reducer is not None:
+        runner.reducer = reducer  # type: ignore[attr-defined] # for whoever times it
     return runner, facts
 
 
-def _fused(config: RunnerConfig, model: LoadedModel, max_model_len: int) -> tuple[FusedDecoder | None, str | None]:
+def attention_backend(config: RunnerConfig, model: LoadedModel, pool: KVPool) -> AttentionBackend:
+    """The attention that section `runner` asks for, over `pool`. Raises ConfigError."""
+    on_gpu = pool.device.type == "cuda"
+    contiguous = config.layout == "contiguous"
+    if config.attention == "triton" and not on_gpu:
+        raise ConfigError("runner.attention=triton needs a GPU; use reference or auto")
+    if config.attention == "reference" or not on_gpu:
+        return ReferenceBackend(pool, contiguous=contiguous)
+    # Imported here: Triton is not needed, and may not be there, without a GPU.
+    from kvarena.engine.attention.triton_backend import TritonBackend
+
+    text_config = cast(PretrainedConfig, model.module.config).get_text_config()
+    # The CUDA kernel does plain layers; where there is none, contexts are better cut for the other one.
+    use_hopper = config.attention == "auto" and model.spec.has_plain_layers
+    return TritonBackend(pool, text_config.num_attention_heads, contiguous=contiguous, use_hopper=use_hopper)
+
+
+def _plain_runner(model: LoadedModel, *parts: Any, **options: Any) -> TorchRunner:
+    """A runner on modules: of one device, of the planning rank, or of another one."""
+    if model.shard is None:
+        return TorchRunner(model, *parts, **options)
+    # Imported here: of one device nothing of it is needed.
+    from kvarena.engine.ranks.runners import PlanningRunner, RankRunner
+
+    kind = PlanningRunner if model.shard.layout.rank == 0 else RankRunner
+    return kind(model, *parts, **options)
+
+
+def _fused_runner(model: LoadedModel, *parts: Any, **options: Any) -> FusedRunner:
+    """The same on fused layers."""
+    if model.shard is None:
+        return FusedRunner(model, *parts, **options)
+    from kvarena.engine.ranks.runners import FusedPlanningRunner, FusedRankRunner
+
+    kind = FusedPlanningRunner if model.shard.layout.rank == 0 else FusedRankRunner
+    return kind(model, *parts, **options)
+
+
+def _ranks(model: LoadedModel, reducer: Reducer | None) -> Facts:
+    """What the manifest says of the ranks: how many, and how they add up, with what that took here."""
+    assert model.shard is not None
+    layout = model.shard.layout
+    found: Facts = {"tensor": layout.tensor, "pipeline": layout.pipeline}
+    chosen, table = getattr(reducer, "chosen", None), getattr(reducer, "table", None)
+    if chosen:
+        found["all_reduce"] = {str(size): way for size, way in chosen.items()}
+    if table:
+        found["all_reduce_us"] = {str(size): times for size, times in table.items()}
+    return found
+
+
+def _reducer(model: LoadedModel, way: str) -> Reducer | None:
+    """What adds up the parts of a stage's ranks, for the fused forward; None where one rank has all."""
+    if model.groups is None or _is_staged(model):
+        return None
+    # Imported here: of one device nothing of it is needed.
+    from kvarena.engine.ranks.all_reduce import make_reducer
+
+    text = cast(PretrainedConfig, model.module.config).get_text_config()
+    return make_reducer(model.groups, text.hidden_size, model.spec.dtype, way)
+
+
+def _is_staged(model: LoadedModel) -> bool:
+    return model.shard is not None and model.shard.layout.pipeline > 1
+
+
+def _fused(
+    config: RunnerConfig, model: LoadedModel, max_model_len: int, reducer: Reducer | None
+) -> tuple[FusedDecoder | None, str | None]:
     """The fused decoder, or why there is none."""
+    if _is_staged(model):
+        return None, "the stages of a pipeline run on their modules"
     if config.fusions is False:
         return None, None
     try:
-        return fuse(model, _ops(config, model.device, model.spec.dtype), max_model_len), None
+        return fuse(model, _ops(config, model.device, model.spec.dtype), max_model_len, reducer), None
     except NotFusable as error:
         return None, f"the model runs on its modules: {error}"
 

@@ -67,7 +67,8 @@ class SharedParts:
     def model(self, config: RunConfig, load: Callable[[], LoadedModel]) -> LoadedModel:
         """The model that `config` describes, loaded where it is not the last one."""
         engine = {key: config.values["engine"][key] for key in ("dtype", "device", "seed", "image_cache_mib")}
-        key = _text({"model": config.values["model"], "engine": engine})
+        parts = {"parallel": config.values["parallel"]} if config.parallel.world_size > 1 else {}
+        key = _text({"model": config.values["model"], "engine": engine} | parts)
         if self._model is None or self._model[0] != key:
             self.clear()
             self._model = (key, load())
@@ -93,7 +94,10 @@ class SharedParts:
     def clear(self) -> None:
         """Let go of everything."""
         if self._model is not None:
+            peers = self._model[1].peers
             self._model = self._runner = None
+            if peers is not None:
+                peers.close()
             _give_memory_back()
 
 

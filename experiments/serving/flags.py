@@ -28,6 +28,7 @@ DTYPES = {
 # They own regions, which are not swapped, and never take a request's slots away.
 ALLOCATORS_WITHOUT_SWAP = ("contiguous", "orca_max", "orca_oracle", "orca_pow2", "virtual")
 SCHEDULERS_WITHOUT_SWAP = ("static",)
+EXECUTORS = {"mp": "processes", "ray": "ray"}  # vLLM's names
 NULL = object()  # a setting's null, where None means that no flag was given
 _SIZES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
 
@@ -179,8 +180,13 @@ def _add_engine(add: Callable[..., Any]) -> None:
         action=argparse.BooleanOptionalAction,
         help="plan a step while the last one runs (default: on)",
     )
-    add("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N", help="this version runs on one device")
-    add("--pipeline-parallel-size", "-pp", type=int, default=1, metavar="N", help="this version runs on one device")
+    add("--tensor-parallel-size", "-tp", type=int, metavar="N", help="devices that share each layer (default: 1)")
+    add("--pipeline-parallel-size", "-pp", type=int, metavar="N", help="stages of layers, a device each (default: 1)")
+    add(
+        "--distributed-executor-backend",
+        choices=tuple(EXECUTORS),
+        help="the other ranks are processes of this machine (mp) or Ray's actors (default: mp)",
+    )
     add(
         "--quantization",
         "-q",
@@ -241,6 +247,7 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
         "engine.max_model_len": NULL if flags.max_model_len is None else flags.max_model_len,
         "kv_cache.num_slots": NULL,
         "runner.graphs": False if flags.enforce_eager else None,
+        "parallel.executor": EXECUTORS.get(flags.distributed_executor_backend or ""),
         "server.generation_config": None if flags.generation_config is None else flags.generation_config == "auto",
         "server.log_requests": False if flags.disable_access_log else None,
     }
@@ -253,10 +260,6 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
 def _check(flags: argparse.Namespace) -> None:
     if flags.model and flags.model_flag:
         raise ConfigError("MODEL and --model both name the model; give one of them")
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        if getattr(flags, name) != 1:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {getattr(flags, name)} is not available: this version runs on one device; use 1")
     for kind, without in (("allocator", ALLOCATORS_WITHOUT_SWAP), ("scheduler", SCHEDULERS_WITHOUT_SWAP)):
         name = getattr(flags, kind)
         if flags.swap_space and name in without:

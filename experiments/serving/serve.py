@@ -119,7 +119,8 @@ def _build(config: RunConfig, strategy: dict[str, str], words: Callable[[str], s
     )
     images = None if parts.model is None else parts.model.images
     image_counts = None if images is None else lambda: images.counts
-    return ServedEngine(parts.engine, info, compiler, words, image_counts=image_counts)
+    peers = None if parts.model is None else parts.model.peers
+    return ServedEngine(parts.engine, info, compiler, words, image_counts=image_counts, peers=peers)
 
 
 def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:
@@ -130,6 +131,9 @@ def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:
     device = parts.config.device if parts.model is None else parts.model.device.type
     dtype = str(spec.dtype).removeprefix("torch.") + (f" ({spec.quantization})" if spec.quantization else "")
     named = ", " + cell_name(strategy["allocator"], strategy["scheduler"]) if strategy else ""
+    if parts.model is not None and parts.model.shard is not None:
+        layout = parts.model.shard.layout
+        device += f", a rank of {layout.world_size} ({layout.tensor} x {layout.pipeline})"
     return (
         f"{spec.name}: {spec.num_parameters / 1e6:,.1f}M weights in {dtype} on {device}{named}; KV pool of "
         f"{slots:,} tokens ({size_text(parts.pool_facts['bytes'])}), room for "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-_SECTIONS = ("engine", "kv_cache", "allocator", "scheduler", "server", "runner", "sampling", "driver", "workload")
+_SECTIONS = (
+    "engine", "parallel", "kv_cache", "allocator", "scheduler", "server", "runner", "sampling", "driver", "workload",
+)  # fmt: skip
 _MODEL = "path|shape|name|load_format|trust_remote_code|quantization"  # not its files: model.safetensors
 # Keys whose flag is called otherwise than its attribute of the parsed command line.
 FLAGS = {
@@ -22,10 +24,12 @@ FLAGS = {
     "server.log_requests": "--disable-access-log",
     "server.max_images": "--limit-mm-per-prompt",
     "server.kv_events": "--kv-events-config",
+    "parallel.executor": "--distributed-executor-backend",
 }
 SAME_NAME = (
     "model.trust_remote_code", "model.load_format", "model.quantization", "engine.dtype", "engine.device",
     "engine.gpu_memory_utilization",
+    "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size",
     "engine.seed", "engine.max_model_len", "scheduler.max_num_seqs", "scheduler.max_num_batched_tokens",
     "allocator.block_size", "server.host", "server.port", "server.max_num_queued_requests", "server.shutdown_timeout",
     "server.api_key_file", "server.allowed_media_domains", "server.allowed_local_media_path", "server.chat_template",

@@ -188,6 +188,27 @@ class SLOConfig(Section):
 
 
 # Beyond it every token takes the same experts.
+SIZE = integer(1, 64)
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Section):
+    """Section `parallel`: how many ranks share the model (docs/parallel.md)."""
+
+    section = "parallel"
+    tensor_parallel_size: Annotated[int, SIZE]
+    pipeline_parallel_size: Annotated[int, SIZE]
+    executor: Annotated[str, one_of("auto", "processes", "threads", "ray")]
+    all_reduce: Annotated[str, one_of("auto", "nccl", "one_shot", "two_shot", "kernel")]
+    check_plans: Annotated[bool, TRUTH]
+    timeout: Annotated[float, SECONDS]
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
 SKEW = Must("a number from 0 to 4", lambda value: NUMBER.holds(value) and value <= 4)
 
 
@@ -279,6 +300,7 @@ class RunConfig:
     report: ReportConfig
     http: HttpConfig
     slo: SLOConfig
+    parallel: ParallelConfig
     runner: RunnerConfig | SimulatedRunnerConfig
     model: ModelConfig
     allocator: Part
@@ -328,7 +350,7 @@ class RunConfig:
 
 KINDS: dict[str, type[Section]] = {
     "engine": EngineConfig, "driver": DriverConfig, "sweep": SweepConfig, "report": ReportConfig, "http": HttpConfig,
-    "slo": SLOConfig, "model": ModelConfig,
+    "slo": SLOConfig, "model": ModelConfig, "parallel": ParallelConfig,
 }  # fmt: skip
 PARTS = ("allocator", "scheduler", "workload", "arrival", "tracking", "study")
 MAY_BE_NULL = ("tracking", "study", "mode", "target", "server")

@@ -10,7 +10,8 @@ from checkpoints import write_checkpoint
 from omegaconf import OmegaConf
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.building.build import CPU_SLOTS, build_engine
+from kvarena.experiments.building.build import build_engine
+from kvarena.experiments.building.loading import CPU_SLOTS
 from kvarena.experiments.jobs.job import execute
 from kvarena.experiments.settings.compose import compose_cell, load_config, load_run
 
@@ -65,7 +66,7 @@ def test_a_run_takes_a_checkpoint_as_it_is(checkpoint, tmp_path):
 
 def test_a_pool_on_a_cpu_keeps_to_what_is_free(checkpoint, monkeypatch):
     """Half of it: 3 layers of 2 heads of 16 elements in bfloat16 are 384 bytes a token."""
-    monkeypatch.setattr("kvarena.experiments.building.build.free_bytes", lambda device: 2 * 384 * 1000)
+    monkeypatch.setattr("kvarena.experiments.building.loading.free_bytes", lambda device: 2 * 384 * 1000)
     parts = build_engine(load_run([f"model.path={checkpoint}"]))
     assert parts.pool_facts["num_slots"] == 1000 // 16 * 16
     with pytest.raises(ConfigError) as caught:

@@ -11,10 +11,10 @@ ROOMS = ("kvarena", "engine", "allocators", "schedulers", "routers", "experiment
 MAKERS = {
     # The stub server has neither a config nor a model, and starts without either.
     "Engine": {"experiments/settings/strategies.py", "experiments/serving/stub_engine.py"},
-    "load_model": {"experiments/building/build.py"},
+    "load_model": {"experiments/building/loading.py"},
     "FusedRunner": {"experiments/building/runners.py"},
     "TorchRunner": {"experiments/building/runners.py"},
-    "TritonBackend": {"experiments/building/build.py"},
+    "TritonBackend": {"experiments/building/runners.py"},
     # Also of a loaded model's checks, of one kernel's benchmark, and a second pool beside the engine's.
     "KVPool": {
         "experiments/building/pools.py",

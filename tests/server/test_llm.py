@@ -130,7 +130,7 @@ def test_what_the_server_refuses_is_an_error_with_its_words(server, llm, body, p
         (lambda: SamplingParams(max_tokens=0), "max_tokens"),
         (lambda: LLM("/nowhere"), "/nowhere"),
         (lambda: LLM(dtype="int3"), "dtype"),
-        (lambda: LLM(tensor_parallel_size=2), "runs on one device"),
+        (lambda: LLM(tensor_parallel_size=3), "tensor_parallel_size=3 does not divide the 4 attention heads"),
         (lambda: LLM(max_modle_len=3), "max_modle_len"),
         (lambda: LLM(allocator="nope"), "allocator=nope: there is no such choice"),
         (lambda: LLM(runner="simulated"), "computes no tokens"),

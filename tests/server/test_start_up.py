@@ -56,8 +56,12 @@ def test_a_shells_limit_on_open_files_is_lifted():
             "holds requests of at most 160 tokens, and demo would be served with 8192; set --max-model-len 160, or "
             "raise the pool to --num-gpu-blocks-override 512",
         ),
-        (["models/demo", "--tensor-parallel-size", "2"], "--tensor-parallel-size 2"),
-        (["models/demo", "--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2"),
+        (
+            ["models/demo", "--tensor-parallel-size", "3"],
+            "--tensor-parallel-size 3 does not divide the 4",
+        ),
+        (["models/demo", "--pipeline-parallel-size", "5"], "--pipeline-parallel-size 5 is more than the 4 layers of"),
+        (["models/demo", "-tp", "0"], "--tensor-parallel-size 0 must be an integer in [1, 64]"),
         (
             ["models/demo", "--quantization", "awq"],
             "--quantization awq, and the weights of",

@@ -45,15 +45,23 @@ def directory(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def server(directory):
+@pytest.fixture(
+    scope="module",
+    params=[
+        (),
+        ("--tensor-parallel-size", "2"),
+        pytest.param(("--pipeline-parallel-size", "2"), marks=pytest.mark.slow),
+    ],
+    ids=["as written", "two ranks a layer", "two stages"],
+)
+def server(directory, request):
     command, path, *flags = WORDS
     assert (command, path) == ("serve", "models/InternVL2-8B")
     i = flags.index("--api-key")
     key = flags[i + 1]
     del flags[i : i + 2]
     flags[flags.index("8192")] = "256"  # the small one's context
-    server = RunningServer(*flags, model=str(directory), key=key)
+    server = RunningServer(*flags, *request.param, model=str(directory), key=key)
     yield server
     server.assert_alive()
     assert server.stop() == 0

@@ -16,7 +16,7 @@ import threading
 import time
 
 from kvarena.engine.core import StepFailed, StepOutput
-from kvarena.engine.errors import EngineError, OutOfMemory
+from kvarena.engine.errors import EngineError, OutOfMemory, RankFailed
 from kvarena.engine.request import FinishReason, Request
 from kvarena.engine.server.engine.gauges import Gauges
 from kvarena.engine.server.engine.intake import Intake
@@ -78,6 +78,8 @@ class EngineLoop:
         feed = self._served.feed
         try:
             while self._receive():
+                if self._served.peers is not None:
+                    self._served.peers.check()
                 if self._engine.has_work:
                     self._step()
                     if feed is not None:
@@ -95,6 +97,11 @@ class EngineLoop:
         while True:
             self._row.set("heartbeat", time.monotonic())
             time.sleep(HEARTBEAT_SECONDS)
+
+    def close(self) -> None:
+        """Nobody steps the engine any more: its other ranks end."""
+        if self._served.peers is not None:
+            self._served.peers.close()
 
     # Requests in.
 
@@ -181,8 +188,8 @@ class EngineLoop:
     def _fail(self, failure: StepFailed) -> None:
         """End the requests of a failed step."""
         reason = self._served.words(str(failure))
-        # Of a device without memory the line says all; a trace would bury it.
-        is_told = isinstance(failure.__cause__, OutOfMemory)
+        # Of a device without memory, and of a rank that is gone, the line says all; a trace would bury it.
+        is_told = isinstance(failure.__cause__, (OutOfMemory, RankFailed))
         logger.error("a step failed: %s", reason, exc_info=None if is_told else failure.__cause__)
         self._row.inc("kvarena:failed_steps")
         self._num_failed_in_a_row += not is_told
@@ -190,6 +197,8 @@ class EngineLoop:
             self._engine.runner.release([req.request_id])
             req.error = req.error or "the engine step of this request failed"
             self._finish(req)
+        if isinstance(failure.__cause__, RankFailed):
+            raise EngineError(reason) from failure
         if self._num_failed_in_a_row >= MAX_FAILED_STEPS:
             raise EngineError(f"{MAX_FAILED_STEPS} engine steps in a row failed; the last: {reason}") from failure
 

@@ -11,6 +11,7 @@ from kvarena.engine.request import Request
 from kvarena.engine.server.shared.ipc import EngineInfo, ToFront, pack_ids
 
 if TYPE_CHECKING:  # llguidance, ZeroMQ and torch: the supervisor imports this, too
+    from kvarena.engine.ranks.peers import Peers
     from kvarena.engine.server.engine.event_publisher import CacheFeed
     from kvarena.engine.server.engine.grammars import CompiledGrammar
     from kvarena.engine.vision.encoder import ImageCounts
@@ -27,6 +28,7 @@ class ServedEngine:
         words: turns the settings that a message names into the words of the command that was given.
         feed: publishes what the prefix cache holds, or None.
         image_counts: what the encoder of images has done; None: the model reads text only.
+        peers: the other ranks, where several share the model; they end with the engine.
     """
 
     engine: Engine
@@ -35,6 +37,7 @@ class ServedEngine:
     words: Callable[[str], str] = str
     feed: CacheFeed | None = None
     image_counts: Callable[[], ImageCounts] | None = None
+    peers: Peers | None = None
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

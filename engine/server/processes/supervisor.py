@@ -69,7 +69,9 @@ def run_engine(
         loop.run()
     except KvarenaError as error:
         logger.error("the engine has failed: %s", error)
+        loop.close()
         sys.exit(ENGINE_FAILED)
+    loop.close()
     end_process()
 
 

@@ -1,0 +1,47 @@
+"""Makes the parts of a model one: sums behind row-parallel modules, an embedding of which each rank has some rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvarena.engine.parallel.groups import Group
+from kvarena.engine.parallel.shard import Shard
+
+
+class VocabularyPart(nn.Embedding):
+    """The rows of an embedding from `first` on; the other ranks have the others."""
+
+    first: int
+    group: Group
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows of any tokens: each rank gives its own, and they are added up."""
+        local = input - self.first
+        elsewhere = (local < 0) | (local >= self.num_embeddings)
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.group.sum(rows.masked_fill_(elsewhere[..., None], 0))
+
+
+def bind(module: nn.Module, shard: Shard, group: Group) -> None:
+    """Make a rank's model compute with the others of its stage.
+
+    Args:
+        module: the causal language model of the rank's part; changed.
+        shard: what it is.
+        group: the ranks of its stage.
+    """
+    base = module.get_submodule(getattr(module, "base_model_prefix", "model"))
+    if not shard.layout.is_last:
+        # The rows that go on to the next stage are the stream itself.
+        base.norm = nn.Identity()
+    if group.size == 1:
+        return
+    for part in shard.summing_modules(base):
+        part.register_forward_hook(lambda _module, _args, output: group.sum(output.contiguous()))
+    if shard.layout.is_first:
+        embed: Any = module.get_input_embeddings()  # type: ignore[operator]
+        embed.__class__ = VocabularyPart
+        embed.first, embed.group = shard.first_token, group

@@ -1,0 +1,87 @@
+"""Runners of ranks: those of one device, which pick tokens together, and of which one plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvarena.engine.kernels.sample import NO_TOKEN, draw_parts
+from kvarena.engine.parallel.groups import Group
+from kvarena.engine.parallel.shard import Shard
+from kvarena.engine.ranks.driver import Driving
+from kvarena.engine.ranks.picks import SharedPicks
+from kvarena.engine.ranks.stages import Staged
+from kvarena.engine.runner.draw import Draw
+from kvarena.engine.runner.fused_runner import FusedRunner
+from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.engine.sampling.transfer import to_device
+
+
+class RankRunner(Staged, TorchRunner):
+    """A rank's runner on modules."""
+
+
+class FusedRankRunner(SharedPicks, FusedRunner):
+    """A rank's runner on fused layers; on a GPU one kernel draws among a rank's columns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self._device.type == "cuda" and not self._sampler.num_scores:
+            self._draw = PartDraw(kwargs["max_num_seqs"], self._device, self._group, self._shard)
+
+    def _pick_plain(self, rows: np.ndarray, stops: np.ndarray, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if self._draw is None:
+            return super()._pick_plain(rows, stops, logits)
+        params = to_device(self._rows.draw_params(rows, stops), self._device)
+        tokens = self._draw(logits, params, self._rows.last_tokens)
+        return tokens.clamp_min(0), tokens >= 0
+
+
+class PartDraw(Draw):
+    """A `Draw` among the columns of all ranks.
+
+    Args:
+        max_rows: most rows of a step.
+        device: a GPU.
+        group: the ranks that have the other columns.
+        shard: which columns are here.
+    """
+
+    def __init__(self, max_rows: int, device: torch.device, group: Group, shard: Shard) -> None:
+        super().__init__(max_rows, device)
+        self._group, self._shard = group, shard
+
+    def __call__(self, logits: Tensor, params: Tensor, last_tokens: Tensor) -> Tensor:
+        """See `Draw.__call__`."""
+        logits = logits[:, : self._shard.num_tokens]
+        scores, tokens = draw_parts(logits, params, self._shard.first_token, self._scratch, self._num_programs)
+        return best_of_parts(self._group.gather(torch.stack([scores.double(), tokens.double()])), params, last_tokens)
+
+
+def best_of_parts(pairs: Tensor, params: Tensor, last_tokens: Tensor) -> Tensor:
+    """The tokens that the best of several ranks' scores belong to.
+
+    Args:
+        pairs: float64 [ranks, 2, N], each rank's scores and tokens (`draw_parts`).
+        params: see `draw_tokens`.
+        last_tokens: written, as there.
+
+    Returns:
+        int64 [N], -1 where no token could be picked.
+    """
+    winner = pairs[:, 0].max(dim=0).indices
+    tokens = pairs[:, 1].gather(0, winner[None])[0].long()
+    tokens = tokens.masked_fill(tokens == NO_TOKEN, -1)
+    last_tokens[params[0, : len(tokens)].long()] = tokens.clamp_min(0)
+    return tokens
+
+
+class PlanningRunner(Driving, RankRunner):
+    """The planning rank's runner on modules."""
+
+
+class FusedPlanningRunner(Driving, FusedRankRunner):
+    """The planning rank's runner on fused layers."""

@@ -1,0 +1,202 @@
+"""Watches ranks that run elsewhere: who ended, who is silent, whose last word it was. One rank's end is everyone's.
+
+The watcher is a thread. It ends the other ranks, which frees the planning rank from a collective that it waits in; a
+GPU that waits for a rank that is gone is never freed, and then the process ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import selectors
+import socket
+import sys
+import threading
+import time
+from abc import abstractmethod
+from typing import Any
+
+import orjson
+import torch
+import torch.distributed as dist
+
+from kvarena.engine.parallel.groups import Groups, arrive
+from kvarena.engine.parallel.layout import Layout
+from kvarena.engine.ranks.frames import receive_frame
+from kvarena.engine.ranks.peers import Peers
+
+SILENCE_SECONDS = 5.0
+_LOOK_SECONDS = 0.1
+# How long the reason of a lost connection may come after it.
+_REASON_SECONDS = 1.0
+_STUCK_SECONDS = 3.0
+
+
+class Watched:
+    """The ranks, and what is known of them. Its thread holds no reference to the peers, so these may be dropped.
+
+    Args:
+        layout: of the planning rank.
+        ends_process: where the planning rank cannot be freed, its process ends.
+
+    Attributes:
+        sockets: to each rank, by rank.
+        answers: that they gave.
+        failure: see `Peers`.
+        failed: set with it.
+        seen: the planning rank knows of it.
+        num_open: steps whose result is not there.
+    """
+
+    def __init__(self, layout: Layout, ends_process: bool) -> None:
+        self.world_size = layout.world_size
+        self.sockets: list[socket.socket] = []
+        self.answers: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
+        self.failure = ""
+        self.failed, self.seen = threading.Event(), threading.Event()
+        self.num_open = 0
+        self.beats: dict[int, float] = {}
+        self._lost: tuple[float, int, str] | None = None
+        self._closing = False
+        self._ends_process = ends_process
+        self._looked = self._since = 0.0
+
+    @abstractmethod
+    def why_ended(self, rank: int) -> str:
+        """What to say of a rank whose socket is closed."""
+
+    @abstractmethod
+    def name_of(self, rank: int) -> str:
+        """What a rank is, for a sentence."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End all ranks at once."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Wait a moment for ranks that end by themselves, and end the others."""
+
+    def last_beat(self, rank: int) -> float:
+        """When a rank last said that it runs; 0: not yet."""
+        return self.beats.get(rank, 0.0)
+
+    def watch(self) -> None:
+        """The thread's function."""
+        with selectors.DefaultSelector() as selector:
+            for rank, sock in enumerate(self.sockets, 1):
+                selector.register(sock, selectors.EVENT_READ, rank)
+            while not self._closing and not self.failure:
+                for key, _ in selector.select(_LOOK_SECONDS):
+                    if not self._take(key.data, receive_frame(self.sockets[key.data - 1])):
+                        selector.unregister(key.fileobj)
+                self._look()
+        if self.failure and self._ends_process and self.num_open and not self.seen.wait(_STUCK_SECONDS):
+            print(f"error: {self.failure}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _take(self, rank: int, frame: bytes | None) -> bool:
+        """What a rank said; False when it will say no more."""
+        if frame is None:
+            if not (self._closing or self.failure or (self._lost is not None and self._lost[1] == rank)):
+                self.fail(rank, self.why_ended(rank))
+            return False
+        message = orjson.loads(frame)
+        if "answer" in message:
+            self.answers.put((rank, message["answer"]))
+        elif "beat" in message:
+            self.beats[rank] = time.monotonic()
+        elif message["is_lost"]:
+            self._lost = self._lost or (time.monotonic(), rank, message["error"])
+        else:
+            self.fail(rank, message["error"])
+        return True
+
+    def _look(self) -> None:
+        """Who is silent, and whose lost connection nobody else explains."""
+        now = time.monotonic()
+        # A machine that stood still silences all: hearts get their time again.
+        if now - self._looked > 1.0:
+            self._since = now
+        self._looked = now
+        for rank in range(1, self.world_size):
+            beat = self.last_beat(rank)
+            if beat and now - max(beat, self._since) > SILENCE_SECONDS:
+                self.fail(rank, f"{self.name_of(rank)} has been silent for {now - beat:.1f} s: it is stopped or frozen")
+                return
+        if self._lost is not None and now - self._lost[0] > _REASON_SECONDS:
+            self.fail(*self._lost[1:])
+
+    def fail(self, rank: int, reason: str) -> None:
+        """The first failure is told; all ranks end."""
+        if not self.failure and not self._closing:
+            self.failure = f"rank {rank} of {self.world_size}: {reason}"
+            self.kill()
+            self.failed.set()
+
+    def end(self) -> None:
+        """End the ranks: those that can, of their own accord."""
+        self._closing = True
+        for sock in self.sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self.wait()
+
+
+class WatchedPeers(Peers):
+    """Ranks that run elsewhere.
+
+    Args:
+        layout: of the planning rank.
+        watched: the ranks.
+        timeout: seconds after which a collective has failed.
+        check_plans: see `Peers`.
+    """
+
+    def __init__(self, layout: Layout, watched: Watched, timeout: float, *, check_plans: bool) -> None:
+        self.watched = watched
+        super().__init__(layout, check_plans=check_plans)
+        self.timeout = timeout
+        self._answers, self._failed = watched.answers, watched.failed
+
+    def meet(self, store: dist.Store, device: str, host: str) -> None:
+        """Begin to watch, and make this rank's groups together with the others. Raises RankFailed."""
+        threading.Thread(target=self.watched.watch, name="ranks", daemon=True).start()
+        try:
+            own = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+            arrive(store, self.layout, self.check)
+            self.groups = Groups(self.layout, store, own, host, self.timeout)
+        except Exception as error:
+            raise self.failed(error) from error
+
+    @property
+    def failure(self) -> str:
+        """See `Peers`."""
+        return self.watched.failure
+
+    @failure.setter
+    def failure(self, text: str) -> None:
+        if text:
+            self.watched.failure = text
+
+    def opened(self, count: int) -> None:
+        """See `Peers.opened`."""
+        self.watched.num_open += count
+
+    def check(self) -> None:
+        """See `Peers.check`."""
+        if self.failure:
+            self.watched.seen.set()
+        super().check()
+
+    def fail(self, rank: int, reason: str) -> None:
+        """See `Peers.fail`."""
+        self.watched.fail(rank, reason)
+
+    def close(self) -> None:
+        """See `Peers.close`."""
+        self.watched.seen.set()
+        self.watched.end()
+        if not self.failure:  # a device may still wait for a rank that is gone
+            self.groups.close()

@@ -1,0 +1,119 @@
+"""Pipeline parallel, alone and with tensor parallel: the tokens of one rank, and no stage that waits."""
+
+from __future__ import annotations
+
+import pytest
+from checkpoints import write_checkpoint
+from parallel_cells import CELLS, SAMPLINGS, THREADS, alone, happened, of_model, requests, run
+
+from kvarena.engine.ranks import stages
+from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.building.build import build_engine
+from kvarena.experiments.building.shared import SharedParts
+
+PP2 = ("parallel.pipeline_parallel_size=2", *THREADS)
+BOTH = ("parallel.tensor_parallel_size=2", *PP2)
+FAMILIES = {"llama": {}, "qwen3": {"tie_word_embeddings": True}, "mixtral": {}}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    return {
+        family: write_checkpoint(tmp_path_factory.mktemp(family), family, **more) for family, more in FAMILIES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """Ranks that stay while the model does."""
+    parts = SharedParts()
+    yield parts
+    parts.clear()
+
+
+@pytest.mark.parametrize("sizes", [PP2, BOTH], ids=["pp2", "tp2xpp2"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_strategy_gives_the_tokens_of_one_rank(directories, shared, cell, sizes):
+    overrides, wanted = CELLS[cell]
+    asked = requests(**SAMPLINGS["temperature"])
+    expected = alone(directories["llama"], asked)
+    steps = run(build_engine(of_model(directories["llama"], *sizes, *overrides), shared).engine, asked)
+    assert [req.output_token_ids for req in asked] == expected
+    assert not wanted or wanted in happened(asked, steps)
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "top_p", "edits"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_sampling_gives_the_tokens_of_one_rank(directories, shared, family, sampling):
+    """Three layers: the first stage has two."""
+    asked = requests(**SAMPLINGS[sampling])
+    expected = alone(directories[family], asked)
+    sizes = BOTH if sampling == "top_p" else PP2
+    engine = build_engine(of_model(directories[family], *sizes, *CELLS["recompute"][0]), shared).engine
+    steps = run(engine, asked)
+    assert [req.output_token_ids for req in asked] == expected
+    assert any(step.result.logprobs for step in steps) == (sampling == "edits")
+    assert engine.runner.pool.num_layers == 2
+
+
+def test_a_stage_of_layers_alone(directories):
+    """Three stages: the one between embeds nothing and picks nothing."""
+    parts, asked = SharedParts(), requests()
+    engine = build_engine(of_model(directories["llama"], "parallel.pipeline_parallel_size=3", *THREADS), parts).engine
+    run(engine, asked)
+    assert [req.output_token_ids for req in asked] == alone(directories["llama"], asked)
+    parts.clear()
+
+
+def test_who_goes_leaves_the_others_as_they_are(directories, shared):
+    asked = requests(**SAMPLINGS["top_p"])
+    expected = alone(directories["llama"], asked)
+    engine = build_engine(of_model(directories["llama"], *BOTH, *CELLS["recompute"][0]), shared).engine
+    run(engine, asked, abort={3: "r1", 5: "r4"})
+    for req, tokens in zip(asked, expected, strict=True):
+        assert req.output_token_ids == tokens[: len(req.output_token_ids)]
+        assert req.output_token_ids == tokens or req.request_id in ("r1", "r4")
+
+
+def test_prompt_logprobs_and_scores(directories, shared):
+    found = []
+    for overrides in ((), PP2):
+        more = ("driver.scores=3", "kv_cache.num_slots=640")
+        engine = build_engine(of_model(directories["llama"], *overrides, *more), shared if overrides else None).engine
+        steps = run(engine, requests(prompt_logprobs=2))
+        prompts = [one for step in steps for entry in step.result.prompt_logprobs or () for one in entry or ()]
+        scores = [step.result.scores.values for step in steps if step.result.scores is not None]
+        found.append((prompts, scores))
+    (prompts, scores), (others, other_scores) = found
+    assert [(one.token_id, one.rank) for one in prompts] == [(one.token_id, one.rank) for one in others]
+    assert len(scores) == len(other_scores)
+    assert all(one == pytest.approx(other, abs=1e-4) for one, other in zip(scores, other_scores, strict=True))
+
+
+def test_no_stage_waits_in_steady_decode(directories, shared, monkeypatch):
+    """Stage 0 hands a part on before it asks for the tokens of the one before: as many parts in flight as stages."""
+    events: list[str] = []
+    compute, take = stages.StageForward.__call__, stages.Staged.take
+
+    def noted(self, *args, **kwargs):
+        found = compute(self, *args, **kwargs)
+        if self._layout.rank == 0:
+            events.append("sent")
+        return found
+
+    def taken(self, *args):
+        if self._layout.rank == 0:
+            events.append("taken")
+        return take(self, *args)
+
+    engine = build_engine(of_model(directories["llama"], *PP2, "engine.overlap=true"), shared).engine
+    monkeypatch.setattr(stages.StageForward, "__call__", noted)
+    monkeypatch.setattr(stages.Staged, "take", taken)
+    run(engine, [Request(f"r{i}", [5 + i, 6], SamplingParams(max_tokens=12)) for i in range(4)])
+    in_flight, at_sent = 0, []
+    for event in events:
+        in_flight += 1 if event == "sent" else -1
+        if event == "sent":
+            at_sent.append(in_flight)
+    # From the second part on, whenever stage 0 has handed one on, the one before is still on its way.
+    assert len(at_sent) >= 24 and set(at_sent[1:-2]) == {2}

@@ -1,0 +1,170 @@
+"""A step as bytes: its size, what is read back, and the ring that carries it."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from kvarena.engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
+from kvarena.engine.parallel.layout import Layout
+from kvarena.engine.ranks import ring
+from kvarena.engine.ranks.driver import SendingRows
+from kvarena.engine.ranks.plans import Mirror, checksum
+from kvarena.engine.request import Request, SamplingParams
+
+BLOCK = 16
+
+
+class Box:
+    """Keeps what is sent."""
+
+    check_plans, layout = True, Layout(2, 1)
+
+    def __init__(self) -> None:
+        self.messages: list[bytes] = []
+
+    def send(self, message: bytes) -> None:
+        self.messages.append(message)
+
+
+class Tables:
+    """Block tables that grow."""
+
+    block_size = BLOCK
+
+    def __init__(self) -> None:
+        self.tables: dict[str, list[int]] = {}
+        self.num_given = 0
+
+    def block_table(self, req: Request) -> list[int]:
+        return self.tables[req.request_id]
+
+    def grow(self, req: Request, count: int) -> None:
+        table = self.tables.setdefault(req.request_id, [])
+        while len(table) * BLOCK < count:
+            self.num_given += 1
+            table.append(self.num_given)
+
+
+def rows_and_box() -> tuple[SendingRows, Box]:
+    rows, box = SendingRows(1000, "cpu"), Box()
+    rows.outbox = box  # type: ignore[assignment]
+    return rows, box
+
+
+def send(rows: SendingRows, tables: Tables, entries: list[tuple[Request, int, int]], **more: object) -> StepPlan:
+    for req, start, count in entries:
+        tables.grow(req, start + count)
+    plan = StepPlan([ScheduledRequest(*entry) for entry in entries], [True] * len(entries), **more)  # type: ignore[arg-type]
+    rows.begin(plan)
+    at = rows.of_step(plan.scheduled, tables)  # type: ignore[arg-type]
+    rows.columns["sampled_to"][at] = [start + count for _, start, count in entries]
+    return plan
+
+
+@pytest.mark.parametrize(("length", "most"), [(20, 568), (BLOCK, 3128)])
+def test_256_decodes_take_at_most_4_kb(length, most):
+    """As docs/parallel.md says: of one token each, and where every one enters a new block."""
+    rows, box = rows_and_box()
+    tables = Tables()
+    requests = [Request(f"r{i}", [7] * length) for i in range(256)]
+    send(rows, tables, [(req, 0, length) for req in requests])
+    send(rows, tables, [(req, length, 1) for req in requests], num_decodes=256)
+    assert len(box.messages[-1]) == most <= 4096
+    for more in range(1, 4):  # tokens that the devices have are not sent, however many the host has not
+        send(rows, tables, [(req, length + more, 1) for req in requests], num_decodes=256)
+        assert len(box.messages[-1]) == 568
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_read_is_what_was_planned(seed):
+    """Random chunks, decodes, requests that go and come back, copies: positions, tables and known tokens agree."""
+    source = random.Random(seed)
+    rows, box = rows_and_box()
+    tables, mirror = Tables(), Mirror(BLOCK)
+    requests = [
+        Request(f"r{i}", [source.randrange(1000) for _ in range(source.randint(1, 60))],
+                SamplingParams(temperature=source.choice([0.0, 0.5]), top_k=source.choice([0, 5]), seed=i))
+        for i in range(12)
+    ]  # fmt: skip
+    done: dict[str, int] = {}
+    for step in range(60):
+        if source.random() < 0.3 and done:
+            gone = source.choice(sorted(done))
+            rows.release([gone])
+            tables.tables.pop(gone)
+            del done[gone]
+        entries = []
+        for req in source.sample(requests, source.randint(0, 8)):
+            start = done.get(req.request_id, 0)
+            known = req.num_tokens - start
+            if known <= 0:
+                # The device has its last token; now and then the host sees it, too.
+                if source.random() < 0.5:
+                    req.output_token_ids += [3] * (start + 1 - req.num_tokens)
+                known = 1
+            entries.append((req, start, source.randint(1, known)))
+            done[req.request_id] = start + entries[-1][2]
+        copies = [BlockCopy(source.choice(list(CopyKind)), source.randrange(9), source.randrange(9))] * (step % 3)
+        plan = send(rows, tables, entries, copies=copies)
+        _, found, number, expected = mirror.read(box.messages[-1])
+        assert (number, found.copies, found.samples) == (step, plan.copies, plan.samples)
+        assert [entry[1:] for entry in found.scheduled] == [entry[1:] for entry in plan.scheduled]
+        for (ours, start, count), (theirs, _, _) in zip(plan.scheduled, found.scheduled, strict=True):
+            assert mirror.block_table(theirs) == tables.block_table(ours)
+            assert theirs.num_prompt_tokens == ours.num_prompt_tokens
+            known = ours.token_ids(start, start + count)
+            assert theirs.token_ids(start, start + count)[: len(known) - 1] == known[:-1]
+            assert (theirs.constraint is None) == (ours.sampling.top_k == 0)
+        there = [mirror.block_table(entry.req) for entry in found.scheduled]
+        assert checksum(found, there, BLOCK) == expected
+
+
+def test_a_step_that_failed_before_it_was_sent_is_no_one_s():
+    rows, box = rows_and_box()
+    tables, mirror = Tables(), Mirror(BLOCK)
+    first, second = Request("a", [1] * 5), Request("b", [2] * 5)
+    rows.begin(StepPlan())
+    rows.of([first])
+    rows.release(["a"])
+    send(rows, tables, [(second, 0, 5)])
+    gone, plan, _, _ = mirror.read(box.messages[-1])
+    assert gone == [] and plan.scheduled[0].req.prompt_token_ids == [2] * 5
+
+
+def connected() -> SimpleNamespace:
+    file = ring.make_page()
+    bell, theirs = socket.socketpair()
+    page = ring.RingPage(file, 1)
+    made = SimpleNamespace(
+        writer=ring.RingWriter(page, [bell], 0.2), reader=ring.RingReader(ring.RingPage(file, 1), 0, theirs), bell=bell
+    )
+    os.close(file)
+    return made
+
+
+def test_messages_come_whole_and_in_order_through_the_ring():
+    """Longer than half of it, across its end, and more in all than it holds."""
+    made = connected()
+    sizes = [1, ring.SIZE // 3, ring.SIZE // 2 + 5, 17, ring.SIZE + 3, 0, ring.SIZE // 3]
+    sent = [np.random.default_rng(i).bytes(size) for i, size in enumerate(sizes)]
+    made.writer._timeout = 60.0
+    writing = threading.Thread(target=lambda: [made.writer.send(message) for message in sent])
+    writing.start()
+    assert all(made.reader.receive() == message for message in sent)
+    writing.join()
+    made.bell.close()
+    assert made.reader.receive() is None
+
+
+def test_who_does_not_read_is_found():
+    made = connected()
+    with pytest.raises(ring.SlowReader):
+        for _ in range(5):
+            made.writer.send(bytes(ring.SIZE // 3))
