@@ -30,6 +30,7 @@ def _tools(home: str, lines: dict[str, str]) -> dict[str, Tool]:
 TOOLS: dict[str, dict[str, Tool]] = {
     "benchmark": _tools("benchmarks", {
         "engine": "GPU: throughput, decode steps, prefill, start-up, ablations and correctness of the engine",
+        "parallel": "several devices: sums over the ranks by size and way, and what the other ranks cost the host",
         "first_token": "GPU: seconds from a fresh process to its first token, and where they go",
         "images": "what images cost: pixels, tower, prompts, and the pauses of those who decode beside them",
         "recording": "what recording costs a run, beside the bare engine",

@@ -103,6 +103,7 @@ def decode(engines: Engines, levers: Sequence[str], batch: int, ceilings: Ceilin
     # Random weights route as they like: the floor has the experts that these steps did read.
     read = statistics.mean(one.num_experts_read for one in decodes[FIRST - 1 :])
     moved, flops = floor.decode(batch, CONTEXT + (FIRST + LAST) / 2, None if floor.experts is None else read)
+    moved, flops = moved / engines.num_ranks, flops / engines.num_ranks
     line = {"ms": round(step * 1e3, 4), "median_ms": round(statistics.median(gaps) * 1e3, 4)}
     line["longest_ms"] = round(max(gaps) * 1e3, 4)
     if floor.experts is not None:
@@ -159,7 +160,7 @@ def prefill(engines: Engines, ceilings: Ceilings, num_prompts: int, length: int,
         requests = fixed_batch(num_prompts, length, 1, vocab_size=parts.spec.vocab_size, name=f"c{turn}-")
         seconds, _ = drive(parts.engine, requests)
         best = min(best, seconds) if turn else best  # the first compiles
-    moved, flops = _floor(engines).prefill(num_prompts, length)
+    moved, flops = (one / engines.num_ranks for one in _floor(engines).prefill(num_prompts, length))
     line = {"tokens_per_s": round(num_prompts * length / best, 0), "ms": round(best * 1e3, 2), "budget": budget}
     return line | rates(moved, flops, best, ceilings)
 

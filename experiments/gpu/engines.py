@@ -38,7 +38,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no fusions": ("runner.fusions=false",),
 }
 # Sections and groups of the config that an engine is built from; a benchmark brings its own load and its own driver.
-OF_ENGINES = ("allocator", "engine", "kv_cache", "model", "runner", "sampling", "scheduler")
+OF_ENGINES = ("allocator", "engine", "kv_cache", "model", "parallel", "runner", "sampling", "scheduler")
 # Levers that a CPU has.
 HOST_LEVERS = ("all", "no overlap", "no fusions")
 PREFILLED = f"allocator._target_={__name__}.PrefilledAllocator"
@@ -96,6 +96,11 @@ class Engines:
     def quantization(self) -> str | None:
         """How the model's weights are packed; None: they are plain."""
         return load_run(self._overrides).model.quantization
+
+    @property
+    def num_ranks(self) -> int:
+        """Devices that share the model, and a floor's bytes and operations."""
+        return load_run(self._overrides).parallel.world_size
 
     def load(self) -> LoadedModel:
         """The model that they share; otherwise the first engine loads it."""

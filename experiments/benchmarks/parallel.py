@@ -1,0 +1,129 @@
+"""What it costs to share a model: sums over the ranks by size and way, and the host's part of a decode step.
+
+    kvarena benchmark parallel --shape llama-3.1-8b parallel.tensor_parallel_size=2
+
+Prints JSON lines. `all_reduce`: microseconds on the slowest rank, in a CUDA graph, by bytes and way; `norm`: the same
+with residual addition and norm behind it; `chosen`: the way that the engine takes. `host`: wall time of a decode step
+less what the device works, at 1 and 256 rows, with the ranks and with one device, and the difference. On a CPU the sums
+are gloo's and there is nothing else. Decode steps and throughput over ranks are `kvarena benchmark engine`'s, with
+`parallel.tensor_parallel_size=2` behind its options.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvarena.engine.errors import ConfigError
+from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.experiments.benchmarks.first_token import NUM_SLOTS
+from kvarena.experiments.building.ranks import time_all_reduce
+from kvarena.experiments.gpu.engines import PREFILLED, Engines, attempt, runner_of
+from kvarena.experiments.gpu.floors import EXPERT_SHAPES, SHAPES, fixed_batch
+from kvarena.experiments.settings.compose import load_run
+from kvarena.experiments.tools import say_all, tool_parser
+
+Line = dict[str, Any]
+ROWS = (1, 8, 32, 64, 256, 2048)
+BATCHES = (1, 256)
+CONTEXT, NUM_STEPS = 1024, 64
+RANKS = "parallel.tensor_parallel_size=2"
+
+
+def sums(runner: TorchRunner, peers: Any, num_rows: int, *, with_norm: bool) -> Line:
+    """Every way's microseconds for so many rows."""
+    reducer: Any = runner.reducer  # type: ignore[attr-defined]
+    module: Any = runner.model.module
+    size: int = module.config.hidden_size
+    x = torch.zeros(num_rows, size, dtype=runner.model.spec.dtype, device=runner.pool.device)
+    found: Line = {"rows": num_rows, "bytes": x.numel() * x.element_size()}
+    for way in reducer.ways:
+        if hasattr(reducer, "takes") and not reducer.takes(x, way):
+            continue
+        peers.tell("time_all_reduce", way=way, num_rows=num_rows, with_norm=with_norm)
+        found[way] = round(time_all_reduce(runner, way, num_rows, with_norm=with_norm), 2)
+    if hasattr(reducer, "way_of"):
+        found["chosen"] = reducer.way_of(x)
+    return found
+
+
+def host_line(engines: Engines, batch: int) -> Line:
+    """Wall time of a decode step less its device time, in ms: the median of some steps without overlap."""
+    parts = engines.build(f"scheduler.max_num_seqs={batch}", "engine.overlap=false", PREFILLED)
+    runner, times, spans = runner_of(parts), [], []
+    compute = runner._compute
+
+    def timed(*args: Any) -> Any:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        found = compute(*args)
+        end.record()
+        spans.append((begin, end))
+        return found
+
+    runner.__dict__["_compute"] = timed
+    try:
+        for req in fixed_batch(batch, CONTEXT, NUM_STEPS + 2, vocab_size=parts.spec.vocab_size):
+            parts.engine.add(req)
+        ended = None
+        while parts.engine.has_work:
+            step = parts.engine.step()
+            if step is None or step.plan.num_new_tokens != batch:
+                ended = None
+                continue
+            if ended is not None:
+                begin, end = spans[-1]
+                times.append((step.end_time - ended) * 1e3 - begin.elapsed_time(end))
+            ended = step.end_time
+    finally:
+        del runner.__dict__["_compute"]
+    return {"rows": batch, "ms": round(statistics.median(times), 4)}
+
+
+def lines(args: Any) -> Iterator[Line]:
+    """All lines, one after the other."""
+    ranks = [RANKS, *args.overrides]
+    layout = load_run(ranks).parallel
+    if layout.pipeline_parallel_size > 1 or layout.tensor_parallel_size == 1:
+        raise ConfigError("kvarena benchmark parallel measures ranks of a layer: parallel.tensor_parallel_size=2")
+    label = {"shape": args.shape, "ranks": layout.tensor_parallel_size}
+    slots = f"kv_cache.num_slots={4096 if args.shape == 'tiny' else NUM_SLOTS}"
+    engines = Engines(args.shape, slots, "runner.fusions=true", *ranks)
+    parts = engines.build("scheduler.max_num_seqs=256")
+    runner, peers = runner_of(parts), None if parts.model is None else parts.model.peers
+    on_gpu = runner.pool.device.type == "cuda"
+    for name, with_norm in (("all_reduce", False), ("norm", True))[: 1 + on_gpu]:
+        for rows in args.rows:
+            yield attempt(name, partial(sums, runner, peers, rows, with_norm=with_norm), **label)
+    del runner, peers, parts
+    if not on_gpu:
+        engines.shared.clear()
+        return
+    shared = [attempt("host", partial(host_line, engines, batch), **label) for batch in BATCHES]
+    engines.shared.clear()
+    alone = Engines(args.shape, slots, *args.overrides, "parallel.tensor_parallel_size=1")
+    for line, batch in zip(shared, BATCHES, strict=True):
+        one = attempt("host", partial(host_line, alone, batch))
+        found = {"one_ms": one.get("ms"), "error": line.get("error") or one.get("error")}
+        if "ms" in line and "ms" in one:
+            found["more_ms"] = round(line["ms"] - one["ms"], 4)
+        yield line | {key: value for key, value in found.items() if value is not None}
+    alone.shared.clear()
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line."""
+    parser = tool_parser(__name__, __doc__)
+    parser.add_argument(
+        "--shape", default="llama-3.1-8b", choices=(*SHAPES, *EXPERT_SHAPES, "tiny"), help="of the model"
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="of the sums")
+    parser.add_argument("--out", type=Path, help="a file that gets every line, too")
+    parser.add_argument("overrides", nargs="*", help="further settings of the engine, as of run.py")
+    args = parser.parse_args(argv)
+    return say_all(lines(args), args.out, "error")
