@@ -11,6 +11,7 @@ SHORT = {
     "RC": "rough_clients",
     "SF": "server_faults",
     "FR": "fronts",
+    "RF": "rank_failures",
     "SU": "start_up",
     "OB": "observability",
     "ME": "media",
