@@ -72,6 +72,7 @@ TOOLS: dict[str, dict[str, Tool]] = {
     "make": _tools("models", {
         "train_demo": "train the embedded demo model",
         "shape": "a model directory of a real shape without weights",
+        "profile": "a profile for the simulator from AIConfigurator's published tables",
         "recordings": "packs the cells of experiment=record, which the simulator is calibrated from, and unpacks them",
     }),
 }  # fmt: skip

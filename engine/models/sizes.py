@@ -49,6 +49,8 @@ class ModelSizes:
         num_layer_weights: weights that every token is multiplied with: all but embeddings and the output head.
         num_head_weights: weights of the output head, which a sampled token is multiplied with.
         num_experts: experts of a layer; 1 for a dense model.
+        hidden_size: of a token between two layers.
+        intermediate_size: width of the MLP, or of each expert.
         saved_bytes: what a GPU keeps packed of the weights of linear layers and experts takes so much less than in
             `spec.dtype`.
     """
@@ -60,6 +62,8 @@ class ModelSizes:
     num_head_weights: int
     num_experts: int = 1
     saved_bytes: int = 0
+    hidden_size: int = 0
+    intermediate_size: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -148,7 +152,15 @@ def _sizes(
         num_head_weights=head.numel(),
         num_experts=max(count for count in (1, *num_experts) if isinstance(count, int)),
         saved_bytes=_saved_bytes(_packing(directory, module, name, drawn, whole), module),
+        hidden_size=embedding.shape[1],
+        intermediate_size=_width(text, spec),
     )
+
+
+def _width(text: Any, spec: ModelSpec) -> int:
+    """Width of the MLP, or of each expert; 0 where the config does not say."""
+    fields = ("moe_intermediate_size", "intermediate_size") if spec.experts else ("intermediate_size", "ffn_dim")
+    return next((value for field in fields if isinstance(value := getattr(text, field, None), int)), 0)
 
 
 def _packing(

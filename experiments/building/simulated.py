@@ -15,8 +15,9 @@ from kvarena.experiments.building.parts import (
     sizes_of,
 )
 from kvarena.experiments.settings.config import RunConfig, SimulatedRunnerConfig
+from kvarena.experiments.simulation.collectives import Ranks, kv_share
 from kvarena.experiments.simulation.expert_load import expert_load
-from kvarena.experiments.simulation.profiles import Card, Profile, load_profile
+from kvarena.experiments.simulation.profiles import MeasuredProfile, Profile, load_profile
 from kvarena.experiments.simulation.runner import SimulatedRunner
 
 
@@ -40,12 +41,13 @@ def build_simulated_engine(config: RunConfig, clock: MovableClock | None = None)
     max_model_len = resolve_max_model_len(config.engine, spec)
     num_blocks = pool_blocks(config, spec, available=_available_bytes(config, profile_name, sizes, profile))
     strategy = first_strategy(config, num_blocks, max_model_len, spec)
+    ranks = Ranks(config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size)
     ledger = MemoryLedger()
     if clock is None:
         clock = VirtualClock()
     skew = config.runner.expert_skew
     runner = SimulatedRunner(
-        profile.step_time(sizes, block_size, skew), clock, _harmless_token(sizes), host=profile.host,
+        profile.step_time(sizes, block_size, skew, ranks), clock, _harmless_token(sizes), host=profile.host,
         experts=None if sizes.spec.experts is None else expert_load(sizes, skew),
     )  # fmt: skip
     return EngineParts(
@@ -59,29 +61,34 @@ def build_simulated_engine(config: RunConfig, clock: MovableClock | None = None)
         pool_facts=pool_facts(strategy.allocator, spec, {"simulated": True}),
         config=config.engine,
         simulator=runner,
-        simulation_facts={"profile": profile_name} | profile.facts(sizes, block_size, skew),
-        outside=None if isinstance(profile, Card) else profile.fitted.outside,
+        simulation_facts={"profile": profile_name} | profile.facts(sizes, block_size, skew, ranks),
+        outside=profile.fitted.outside if isinstance(profile, MeasuredProfile) else None,
     )
 
 
 def _available_bytes(config: RunConfig, profile_name: str, sizes: ModelSizes, profile: Profile) -> int | None:
-    """What the weights leave of the profile's memory; None where the config says how large the pool is."""
+    """What the weights leave of the memory of all cards; None where the config says how large the pool is.
+
+    KV heads that several cards keep alike take their memory on each of them.
+    """
     if config.kv_cache.sized_by is not None:
         return None
-    if not isinstance(profile, Card):
+    if isinstance(profile, MeasuredProfile):
         raise ConfigError(
             f"runner.profile={profile_name} is a measured one, which does not say how much memory its card has; "
             "set kv_cache.num_slots"
         )
     share = config.engine.gpu_memory_utilization
-    available = int(profile.memory_bytes * share) - sizes.weight_bytes
+    ranks = Ranks(config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size)
+    available = int(profile.memory_bytes * share) * ranks.number - sizes.weight_bytes
     if available <= 0:
+        cards = "the profile's" if ranks.number == 1 else f"the {ranks.number} cards'"
         raise ConfigError(
             f"model {sizes.spec.name!r} has {sizes.weight_bytes / 1e9:.1f} GB of weights, which do not fit into "
-            f"engine.gpu_memory_utilization={share} of the profile's "
-            f"{profile.memory_bytes / 1e9:.0f} GB; take a larger card, or state kv_cache.num_slots"
+            f"engine.gpu_memory_utilization={share} of {cards} {ranks.number * profile.memory_bytes / 1e9:.0f} GB; "
+            "take a larger card, more of them (parallel.tensor_parallel_size), or state kv_cache.num_slots"
         )
-    return available
+    return available * kv_share(ranks, sizes) // ranks.number
 
 
 def _harmless_token(sizes: ModelSizes) -> int:

@@ -1,6 +1,7 @@
 """What a step takes on some device: a file of conf/profile, read and checked.
 
 card (figures of a GPU) x sizes of the model -> StepTime      any pair works; of experts with the skew of their use
+tables (published operations) x sizes -> StepTime             Llama-like layers, on a card that somebody measured
 measured (coefficients of a fit to recorded runs)  -> StepTime      one model, one machine
 """
 
@@ -19,6 +20,14 @@ from kvarena.engine.checks import SHARE, check_bool, check_int, check_number, re
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.models.sizes import ModelSizes
 from kvarena.experiments.settings.compose import CONF_DIR
+from kvarena.experiments.simulation.collectives import (
+    ONE_CARD,
+    AllReduce,
+    Collectives,
+    Ranks,
+    kv_share,
+    parallel_step_time,
+)
 from kvarena.experiments.simulation.expert_load import expert_load
 from kvarena.experiments.simulation.fitted_range import FittedRange
 from kvarena.experiments.simulation.step_time import (
@@ -28,6 +37,7 @@ from kvarena.experiments.simulation.step_time import (
     TableStepTime,
     TwoPhaseStepTime,
 )
+from kvarena.experiments.simulation.table_profile import TablesProfile
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Card:
         copy_bandwidth: of swapped blocks between GPU and host, in bytes per second.
         copy_gap: seconds that a block's transfer takes beside its bytes.
         host: seconds of the host around a step.
+        collectives: what cards take to exchange data; None: not known.
         error: what is known of its error, in words; reports print it.
 
     Raises:
@@ -63,6 +74,7 @@ class Card:
     copy_bandwidth: float
     copy_gap: float
     host: HostTime
+    collectives: Collectives | None = None
     error: str = ""
 
     def __post_init__(self) -> None:
@@ -73,8 +85,19 @@ class Card:
         for name in ("layer_gap", "copy_gap"):
             check_number(f"profile.{name}", getattr(self, name))
 
-    def step_time(self, sizes: ModelSizes, block_size: int, expert_skew: float = 0.0) -> RooflineStepTime:
-        """Weights once, operations per token, KV bytes per context token, at the rates that kernels reach.
+    def step_time(
+        self, sizes: ModelSizes, block_size: int, expert_skew: float = 0.0, ranks: Ranks = ONE_CARD
+    ) -> StepTime:
+        """The step time of a model on so many cards. Raises as `share`, and where the ranks do not fit."""
+        share = self.share(sizes, block_size, expert_skew, ranks)
+        return parallel_step_time(share, ranks, sizes, self.collectives)
+
+    def share(
+        self, sizes: ModelSizes, block_size: int, expert_skew: float = 0.0, ranks: Ranks = ONE_CARD
+    ) -> RooflineStepTime:
+        """What one of the cards does, at the rates that kernels reach.
+
+        Weights once, operations per token, KV bytes per context token.
 
         Of experts the weights are read of those that a token of the step takes, which `expert_skew` decides
         (reports/analysis/experts.py), and each token is multiplied with those that it takes.
@@ -100,25 +123,31 @@ class Card:
         weights = sizes.num_layer_weights + sizes.num_head_weights
         # Seconds for each weight; what packing saves is spread over all alike.
         each_weight = (weights * spec.dtype.itemsize - sizes.saved_bytes) / weights / read
+        layers, kv = ranks.number, kv_share(ranks, sizes)  # cards that share a layer's weights, and a token's KV
+        head = sizes.num_head_weights
         return RooflineStepTime(
-            base=self.layer_gap * spec.num_layers,
-            weights=(weights - stacked) * each_weight,
-            per_token=2 * (sizes.num_layer_weights - stacked + multiplied) / multiply,
-            per_request=2 * sizes.num_head_weights / multiply,
-            per_kv_token=spec.kv_bytes_per_token / read,
-            per_attention_pair=pair_operations / (self.flops * self.attention_efficiency),
-            per_copied_block=self.copy_gap + block_size * spec.kv_bytes_per_token / self.copy_bandwidth,
-            per_expert=each * each_weight,
+            base=self.layer_gap * spec.num_layers / ranks.pipeline,
+            weights=((weights - stacked - head) / layers + head / ranks.tensor) * each_weight,
+            per_token=2 * (sizes.num_layer_weights - stacked + multiplied) / multiply / layers,
+            per_request=2 * head / multiply / ranks.tensor,
+            per_kv_token=spec.kv_bytes_per_token / read / kv,
+            per_attention_pair=pair_operations / (self.flops * self.attention_efficiency) / layers,
+            per_copied_block=self.copy_gap + block_size * spec.kv_bytes_per_token / self.copy_bandwidth / kv,
+            per_expert=each * each_weight / layers,
             experts=load,
         )
 
     def check_overlap(self, overlap: bool) -> None:
         """A card's host time is apart from its device time: right with and without overlap."""
 
-    def facts(self, sizes: ModelSizes, block_size: int, expert_skew: float = 0.0) -> dict[str, Any]:
-        """Figures and the step time that they give."""
-        step_time = asdict(self.step_time(sizes, block_size, expert_skew))
-        return {"kind": "analytic", "figures": asdict(self), "step_time": step_time}
+    def facts(
+        self, sizes: ModelSizes, block_size: int, expert_skew: float = 0.0, ranks: Ranks = ONE_CARD
+    ) -> dict[str, Any]:
+        """Figures and the step time that they give; of several cards that of one card's share."""
+        step_time = asdict(self.share(sizes, block_size, expert_skew, ranks))
+        figures = asdict(self) | {"collectives": None if self.collectives is None else self.collectives.source}
+        more = {} if ranks.number == 1 else {"ranks": asdict(ranks)}
+        return {"kind": "analytic", "figures": figures, "step_time": step_time} | more
 
 
 @dataclass(frozen=True)
@@ -164,8 +193,18 @@ class MeasuredProfile:
         """The fitted function."""
         return TwoPhaseStepTime(self.decode, self.prefill)
 
-    def step_time(self, sizes: ModelSizes, block_size: int, expert_skew: float = 0.0) -> StepTime:  # noqa: ARG002 - as of Card
+    def step_time(
+        self,
+        sizes: ModelSizes,
+        block_size: int,  # noqa: ARG002 - as of Card
+        expert_skew: float = 0.0,
+        ranks: Ranks = ONE_CARD,
+    ) -> StepTime:
         """The fitted function. Raises ConfigError when the model is another one, or its routing was not measured."""
+        if ranks.number > 1:
+            raise ConfigError(
+                f"runner.profile was measured on one card, and {ranks.number} are asked for; take h200 or h200-tables"
+            )
         if expert_skew:
             raise ConfigError(
                 f"runner.expert_skew={expert_skew} is for a card: a measured profile has the routing of the runs that "
@@ -188,17 +227,20 @@ class MeasuredProfile:
                 "profile measured with the other"
             )
 
-    def facts(self, sizes: ModelSizes, block_size: int, expert_skew: float = 0.0) -> dict[str, Any]:
+    def facts(
+        self, sizes: ModelSizes, block_size: int, expert_skew: float = 0.0, ranks: Ranks = ONE_CARD
+    ) -> dict[str, Any]:
         """Figures and their source."""
-        self.step_time(sizes, block_size, expert_skew)
+        self.step_time(sizes, block_size, expert_skew, ranks)
         return {"kind": "measured"} | asdict(self)
 
 
-Profile = Card | MeasuredProfile
+Profile = Card | MeasuredProfile | TablesProfile
 PARTS: dict[str, type] = {
     "host": HostTime, "decode": TableStepTime, "prefill": TableStepTime, "fitted": FittedRange,
+    "collectives": Collectives,
 }  # fmt: skip
-KINDS: dict[str, type[Profile]] = {"card": Card, "measured": MeasuredProfile}
+KINDS: dict[str, type[Profile]] = {"card": Card, "measured": MeasuredProfile, "tables": TablesProfile}
 
 
 def load_profile(name: str) -> Profile:
@@ -221,16 +263,25 @@ def load_profile(name: str) -> Profile:
         raise ConfigError(f"runner.profile={path} must be a mapping with kind: {' or '.join(KINDS)}")
     values = {str(key): value for key, value in content.items()}
     kind = KINDS[values.pop("kind")]
+    if isinstance(exchange := values.get("collectives"), dict) and isinstance(exchange.get("all_reduce"), dict):
+        tables = {
+            ranks: _build(AllReduce, f"{path}: all_reduce", table) for ranks, table in exchange["all_reduce"].items()
+        }
+        values["collectives"] = exchange | {"all_reduce": tables}
+    if kind is TablesProfile and isinstance(values.get("tables"), str):
+        values["tables"] = str(path.parent / values["tables"])
     for key, part in PARTS.items():
-        if key in values:
+        if values.get(key) is not None:
             values[key] = _build(part, f"{path}: {key}", values[key])
     return _build(kind, str(path), values)
 
 
-def write_profile(profile: MeasuredProfile, path: Path) -> None:
-    """Write a measured profile as `load_profile` reads it."""
-    content = OmegaConf.to_yaml({"kind": "measured"} | asdict(profile))
-    path.write_text(f"# Fitted by experiment=calibrate (docs/simulator.md); all times in seconds.\n{content}")
+def write_profile(profile: Profile, path: Path) -> None:
+    """Write a profile as `load_profile` reads it."""
+    kind = next(name for name, kind in KINDS.items() if isinstance(profile, kind))
+    values = {key: value for key, value in asdict(profile).items() if value is not None}
+    how = "Fitted by experiment=calibrate" if kind == "measured" else "Made by an experiment"
+    path.write_text(f"# {how} (docs/simulator.md); all times in seconds.\n{OmegaConf.to_yaml({'kind': kind} | values)}")
 
 
 def _build(kind: type, where: str, values: Any) -> Any:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.recording.record import write_requests, write_steps
 from kvarena.experiments.recording.request_log import LISTS, TIMES
-from kvarena.reports.reading.columns import schema_of, types_of
+from kvarena.reports.reading.columns import TABLES, schema_of
 from kvarena.reports.reading.errors import ReportError
 from kvarena.reports.reading.files import read_json
 from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
@@ -30,7 +30,7 @@ REQUESTS, STEPS = "-requests.parquet", "-steps.parquet"
 CELL = "cell"
 MANIFESTS = b"manifests"
 NANOSECONDS = 1e9
-STEP_TIMES = tuple(name for name, kind in types_of(STEPS_FILE).items() if kind == "double")
+STEP_TIMES = tuple(name for columns in TABLES[STEPS_FILE] if columns.unit == "s" for name in columns.names)
 
 
 def write_recording(cells: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
@@ -67,7 +67,7 @@ def read_recording(folder: Path, name: str) -> list[dict[str, Any]]:
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise ConfigError(f"{folder / name}: not a recording of kvarena make recordings: {error}") from error
     nothing = dict.fromkeys(LISTS)
-    rows = [row | nothing for row in requests.to_pylist()]
+    rows = [_later(row) | row | nothing for row in requests.to_pylist()]
     columns = {column: steps.column(column).to_numpy() for column in steps.column_names}
     for column in STEP_TIMES:
         columns[column] = columns[column] / NANOSECONDS
@@ -82,6 +82,12 @@ def read_recording(folder: Path, name: str) -> list[dict[str, Any]]:
             }
         )
     return cells
+
+
+def _later(row: dict[str, Any]) -> dict[str, Any]:
+    """What recordings of before have no columns for: tokens came one by one, and the last ended its request."""
+    num_tokens = row["num_output_tokens"]
+    return {"num_first_tokens": min(num_tokens, 1), "last_token_time": row["finish_time"] if num_tokens else None}
 
 
 def recording_names(folder: Path) -> list[str]:

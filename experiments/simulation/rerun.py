@@ -11,11 +11,13 @@ import numpy as np
 from kvarena.engine.clock import VirtualClock
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import Request
-from kvarena.experiments.load.driver import ClosedLoop, drive
+from kvarena.experiments.load.driver import ClosedLoop, Recorder, drive
 from kvarena.experiments.recording.record import RunRecorder
+from kvarena.experiments.recording.totals import RunTotals
 from kvarena.experiments.simulation.profiles import MeasuredProfile
 from kvarena.experiments.simulation.recorded import RecordedRun
 from kvarena.experiments.simulation.runner import SimulatedRunner
+from kvarena.experiments.simulation.step_time import HostTime, StepTime
 from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE
 
 
@@ -39,11 +41,8 @@ def simulate_again(
         ConfigError: the profile is of the other loop (with or without overlap).
     """
     profile.check_overlap(run.overlap)
-    clock, ledger, recorder = VirtualClock(), MemoryLedger(), RunRecorder()
-    runner = SimulatedRunner(profile.device, clock, host=profile.host)
-    engine = run.strategy().engine(runner, clock, overlap=run.overlap, ledger=ledger)
-    requests = run.make_requests(as_long_as_recorded=True)
-    drive(engine, requests, recorder, closed_loop=_closed_loop(run, requests), after_step=runner.after_step)
+    ledger, recorder = MemoryLedger(), RunRecorder()
+    _drive(run, profile.device, profile.host, recorder, ledger)
     run_dir.mkdir(parents=True, exist_ok=True)
     recorder.write_requests(run_dir / REQUESTS_FILE)
     recorder.write_steps(run_dir / STEPS_FILE, ledger)
@@ -55,6 +54,31 @@ def simulate_again(
     }
     (run_dir / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
     return columns
+
+
+def throughput_again(run: RecordedRun, step_time: StepTime, host: HostTime) -> float:
+    """Output tokens per second, from the first arrival to the last end, of the same requests simulated.
+
+    Args:
+        run: the recording.
+        step_time: of the device.
+        host: around each step.
+    """
+    totals = RunTotals()
+    _drive(run, step_time, host, totals)
+    facts = totals.facts()
+    return float(facts["num_finished_output_tokens"] / facts["duration"])
+
+
+def _drive(
+    run: RecordedRun, step_time: StepTime, host: HostTime, recorder: Recorder, ledger: MemoryLedger | None = None
+) -> None:
+    """Simulate a recorded run's requests on its strategy."""
+    clock = VirtualClock()
+    runner = SimulatedRunner(step_time, clock, host=host)
+    engine = run.strategy().engine(runner, clock, overlap=run.overlap, ledger=ledger)
+    requests = run.make_requests(as_long_as_recorded=True)
+    drive(engine, requests, recorder, closed_loop=_closed_loop(run, requests), after_step=runner.after_step)
 
 
 def _closed_loop(run: RecordedRun, requests: list[Request]) -> ClosedLoop | None:
