@@ -40,10 +40,12 @@ def write_chrome_trace(run: RunFiles, path: Path) -> None:
 
 def trace_events(run: RunFiles) -> Iterator[dict[str, Any]]:
     """Every event of the trace."""
-    yield _name("process_name", ENGINE, 0, f"engine: {run.manifest['name']}")
     yield _name("process_name", REQUESTS, 0, "requests")
-    yield _name("thread_name", ENGINE, 1, "plan")
-    yield _name("thread_name", ENGINE, 2, "run")
+    for number in range(run.num_replicas):
+        who = "engine" if run.num_replicas == 1 else f"replica {number}"
+        yield _name("process_name", _engine(number), 0, f"{who}: {run.manifest['name']}")
+        yield _name("thread_name", _engine(number), 1, "plan")
+        yield _name("thread_name", _engine(number), 2, "run")
     yield from _steps(run)
     rows = np.argsort(run.requests["arrival_time"], kind="stable")
     for track, row in enumerate(rows, start=1):
@@ -53,17 +55,23 @@ def trace_events(run: RunFiles) -> Iterator[dict[str, Any]]:
         yield _span(name, REQUESTS, tracks[row], start, end, {})
 
 
+def _engine(replica: int) -> int:
+    """The process of a replica; the requests are between the first and the others."""
+    return ENGINE if not replica else REQUESTS + replica
+
+
 def _steps(run: RunFiles) -> Iterator[dict[str, Any]]:
     steps = {name: column.tolist() for name, column in run.steps.items()}
     for index in range(run.num_steps):
         start, launch, end = (steps[name][index] for name in ("start_time", "launch_time", "end_time"))
         arguments = {name: steps[name][index] for name in STEP_ARGS}
-        yield _span("plan", ENGINE, 1, start, launch, {})
-        yield _span(f"step {steps['step'][index]}", ENGINE, 2, launch, end, arguments)
+        engine = _engine(steps["replica"][index])
+        yield _span("plan", engine, 1, start, launch, {})
+        yield _span(f"step {steps['step'][index]}", engine, 2, launch, end, arguments)
         ledger = {name: steps[name][index] for name in CLASSES}
-        yield {"name": "KV slots", "ph": "C", "pid": ENGINE, "ts": start * MICROSECONDS, "args": ledger}
+        yield {"name": "KV slots", "ph": "C", "pid": engine, "ts": start * MICROSECONDS, "args": ledger}
         queue = {"running": steps["num_running"][index], "waiting": steps["num_waiting"][index]}
-        yield {"name": "requests", "ph": "C", "pid": ENGINE, "ts": start * MICROSECONDS, "args": queue}
+        yield {"name": "requests", "ph": "C", "pid": engine, "ts": start * MICROSECONDS, "args": queue}
 
 
 def _span(name: str, process: int, track: int, start: float, end: float, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Several replicas behind a router are one run: on one clock, with the files, summaries and reports of any run."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -132,9 +133,21 @@ def test_the_report_has_a_row_a_replica(routed: tuple[Path, dict]):
     assert "goodput" in text
 
 
+def test_the_trace_has_a_process_a_replica(routed: tuple[Path, dict], tmp_path: Path):
+    from kvarena.reports.drawing.chrome_trace import trace_events
+
+    events = list(trace_events(read_run(routed[0])))
+    named = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert [named[pid].split(":")[0] for pid in (1, 2, 3, 4)] == ["replica 0", "requests", "replica 1", "replica 2"]
+    for pid in (1, 3, 4):  # steps of one replica follow one another
+        spans = [event for event in events if event["pid"] == pid and event["name"].startswith("step ")]
+        assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in pairwise(spans))
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (("router=least_kv", "mode=serve"), "mode=serve serves one engine, and router=NAME is for runs"),
         (
             ("router.num_replicas=4",),
             "router.num_replicas=4 must be 1 without a router; choose one (router=round_robin",
