@@ -152,7 +152,7 @@ def _sizes(
         num_head_weights=head.numel(),
         num_experts=max(count for count in (1, *num_experts) if isinstance(count, int)),
         saved_bytes=_saved_bytes(_packing(directory, module, name, drawn, whole), module),
-        hidden_size=embedding.shape[1],
+        hidden_size=cast(torch.Tensor, embedding).shape[1],
         intermediate_size=_width(text, spec),
     )
 

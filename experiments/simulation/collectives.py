@@ -187,6 +187,6 @@ class ParallelStepTime:
 
 def _part(features: StepFeatures, parts: int) -> StepFeatures:
     """One of so many equal batches of a step. A prompt is in one of them: its context is as long as before."""
-    prompts = features.num_prefill_requests / parts
-    shares = [value / parts for value in features[:6]]
-    return StepFeatures(*shares, features.longest_prefill if prompts else 0)  # type: ignore[arg-type]
+    counts = features._asdict()
+    longest = counts.pop("longest_prefill")
+    return StepFeatures(longest_prefill=longest, **{name: value / parts for name, value in counts.items()})
