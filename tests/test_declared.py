@@ -25,6 +25,7 @@ MODULE_OF = {
 FOR_OTHERS = {
     "accelerate",  # transformers, for a model on a GPU
     "nvidia-cuda-nvrtc",  # cuda-bindings
+    "vllm-router",  # a command of its own
     "hydra-joblib-launcher", "hydra-submitit-launcher",  # Hydra finds them
     "sqlalchemy", "alembic",  # mlflow's store
     "opentelemetry-exporter-otlp-proto-http",

@@ -52,6 +52,7 @@ FOREIGN = [
     ("do_sample", False, [True, None]),
     ("enable_thinking", False, [None]),
     ("include_reasoning", False, [True]),
+    ("separate_reasoning", "yes", [True, False]),  # vllm-router sends true with every chat
     ("reasoning_effort", "low", [None]),
     ("top_n_sigma", 1.5, [-1, 0]),
     ("options", {"num_predict": 3}, [{}]),

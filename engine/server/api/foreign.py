@@ -106,7 +106,7 @@ _SAME: dict[str, tuple[Any, ...]] = {
     "add_bos_token": (True,), "add_special": (True,), "modalities": (["text"],), "truncation": ("disabled",),
     "truncation_side": ("left",), "verbosity": ("medium",), "num_return_sequences": (1,), "best_of_n": (1,),
     "n_probs": (0,), "top_logprobs_num": (0,), "repeat_penalty": (1,), "rep_pen": (1,), "min_length": (0,),
-    "min_new_tokens": (0,), "top_logprobs": (0,),
+    "min_new_tokens": (0,), "top_logprobs": (0,), "separate_reasoning": (True,),
 }  # fmt: skip
 # Where False is a wish of its own.
 _FALSE_COUNTS = frozenset((
