@@ -1,0 +1,1 @@
+"""kvarena on a Ray cluster, with plain Ray Serve: see docs/replicas.md."""
