@@ -123,6 +123,10 @@ class LLM:
             config, choices = compose_cell(made)
             if config.server is None:
                 raise ConfigError("mode=run is the command line's; leave mode out")
+            if config.router is not None:
+                raise ConfigError(
+                    f"kvarena.LLM is one engine: leave router.num_replicas={config.router.need('num_replicas')} out"
+                )
             self._config = config.server
             directory = check_model(config, tokenizer=True)
             if directory is None:

@@ -188,6 +188,19 @@ def _add_engine(add: Callable[..., Any]) -> None:
         help="the other ranks are processes of this machine (mp) or Ray's actors (default: mp)",
     )
     add(
+        "--data-parallel-size",
+        "-dp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="engines behind the same port, each with the whole model (default: 1)",
+    )
+    add(
+        "--router",
+        metavar="NAME",
+        help="which engine gets a request: prefix_affinity, least_kv, ... (default: prefix_affinity)",
+    )
+    add(
         "--quantization",
         "-q",
         choices=("none", *QUANTIZATIONS),
@@ -226,6 +239,8 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
     _check(flags)
     allocator = flags.allocator or ("paged" if flags.enable_prefix_caching is False else "paged_prefix")
     made = ["mode=serve", f"allocator={allocator}", f"scheduler={flags.scheduler or 'chunked'}"]
+    if flags.data_parallel_size > 1:
+        made += [f"router={flags.router or 'prefix_affinity'}", f"router.num_replicas={flags.data_parallel_size}"]
     model = flags.model or flags.model_flag
     # A flag is called as its setting is spoken of, and sets it to what was given ...
     values = {
@@ -260,6 +275,10 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
 def _check(flags: argparse.Namespace) -> None:
     if flags.model and flags.model_flag:
         raise ConfigError("MODEL and --model both name the model; give one of them")
+    if flags.data_parallel_size < 1:
+        raise ConfigError(f"--data-parallel-size {flags.data_parallel_size} must be at least 1")
+    if flags.router and flags.data_parallel_size == 1:
+        raise ConfigError(f"--router {flags.router} chooses among engines, and there is one; give --data-parallel-size")
     for kind, without in (("allocator", ALLOCATORS_WITHOUT_SWAP), ("scheduler", SCHEDULERS_WITHOUT_SWAP)):
         name = getattr(flags, kind)
         if flags.swap_space and name in without:

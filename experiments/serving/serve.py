@@ -17,10 +17,12 @@ from kvarena.engine.checkpoints.directory import is_model_name
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.importing import importing
 from kvarena.engine.server.engine.served import ServedEngine
+from kvarena.engine.server.processes.engine import ALONE, Place
 from kvarena.engine.server.processes.process import ModelFiles
 from kvarena.engine.server.processes.supervisor import serve as run_server
 from kvarena.engine.server.shared.ipc import EngineInfo
 from kvarena.experiments.building.model_files import check_model
+from kvarena.experiments.serving.router import make_router
 from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.explain import explain
 from kvarena.reports.reading.names import cell_name
@@ -57,21 +59,27 @@ def serve(config: RunConfig, choices: Mapping[str, str], words: Callable[[str], 
     if server.kv_events.is_on and (missing := missing_extra("events")):
         raise ConfigError(f"server.kv_events: {missing}")
     model = ModelFiles(str(directory), config.model.trust_remote_code, words)
-    return run_server(server, model, functools.partial(build_served_engine, config, strategy, words))
+    factory = functools.partial(build_served_engine, config, strategy, words)
+    return run_server(server, model, factory, None if config.router is None else make_router(config.router))
 
 
-def build_served_engine(config: RunConfig, strategy: dict[str, str], words: Callable[[str], str] = str) -> ServedEngine:
-    """Build the engine in this process.
+def build_served_engine(
+    config: RunConfig, strategy: dict[str, str], words: Callable[[str], str] = str, place: Place = ALONE
+) -> ServedEngine:
+    """Build an engine in this process.
 
     Args:
         config: of the server.
         strategy: names of the allocator and the scheduler; empty where nobody asks for them.
         words: turns the settings that an error names into the words of the command that was given.
+        place: which of the server's engines it is.
 
     Raises:
         KvarenaError: a setting or the model is wrong.
     """
     try:
+        if place.num_engines > 1:
+            _take_devices(config, place)
         return _build(config, strategy, words)
     except Exception as error:
         # Hydra wraps what a component's own check says; anything that is not the user's doing keeps its trace.
@@ -79,6 +87,27 @@ def build_served_engine(config: RunConfig, strategy: dict[str, str], words: Call
         if reason is None:
             raise
         raise ConfigError(words(reason)) from error
+
+
+def _take_devices(config: RunConfig, place: Place) -> None:
+    """Leave this process, and its ranks, the GPUs that are its own. Nothing has touched one before."""
+    device, size = config.engine.device, config.parallel.world_size
+    if device == "cpu" or config.parallel.executor == "ray":
+        return
+    with importing():
+        import torch
+
+    given = [one.strip() for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.strip()]
+    count = torch.cuda.device_count()
+    if not count and device == "auto":
+        return
+    if place.num_engines * size > count:
+        raise ConfigError(
+            f"router.num_replicas={place.num_engines} engines of {size} GPUs each need {place.num_engines * size}, and "
+            f"this machine has {count}; lower it"
+        )
+    visible = given or [str(number) for number in range(count)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[place.rank * size : (place.rank + 1) * size])
 
 
 def _build(config: RunConfig, strategy: dict[str, str], words: Callable[[str], str]) -> ServedEngine:

@@ -23,11 +23,13 @@ from kvarena.engine.core import Engine
 from kvarena.engine.errors import KvarenaError, OutOfMemory
 from kvarena.engine.model_runner import ReadyTokens, StepResult
 from kvarena.engine.server.engine.served import ServedEngine
+from kvarena.engine.server.processes.engine import ALONE, Place
 from kvarena.engine.server.processes.process import ModelFiles
 from kvarena.engine.server.processes.supervisor import serve
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.ipc import EngineInfo
 from kvarena.reports.reading.options import Options
+from kvarena.routers.least_kv import LeastKVRouter
 from kvarena.schedulers.chunked import ChunkedScheduler
 
 FULL = "out of memory on a stub: 2.00 GiB were asked for and 1.00 GiB were free"
@@ -98,8 +100,8 @@ class StubRunner:
         """Nothing is kept."""
 
 
-def build(options: StubOptions) -> ServedEngine:
-    """The stub engine; called in the engine's process."""
+def build(options: StubOptions, place: Place = ALONE) -> ServedEngine:  # noqa: ARG001 - all are alike
+    """A stub engine; called in the engine's process."""
     allocator = PagedAllocator(num_blocks=options.num_blocks, block_size=16, max_model_len=options.max_model_len)
     scheduler = ChunkedScheduler(
         allocator=allocator,
@@ -126,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000, help="TCP port; 0: a free one")
     parser.add_argument("--api-key", nargs="*", default=[], help="accepted keys")
     parser.add_argument("--fronts", type=int, default=1, help="HTTP processes")
+    parser.add_argument("--engines", type=int, default=1, help="the one with the least KV gets a request")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="keys of the server's config")
     for name, kind, said in (
         ("step-time", float, "seconds of a step"),
@@ -148,7 +151,9 @@ def main(argv: list[str] | None = None) -> int:
             vocab_size, flags.step_time, flags.fail_token, flags.full_token, flags.hang_token, flags.full_tokens,
             flags.num_blocks, flags.max_num_seqs, flags.max_num_batched_tokens,
         )  # fmt: skip
-        return serve(ServerConfig.from_dict(values), ModelFiles(str(directory)), functools.partial(build, options))
+        router = LeastKVRouter(num_replicas=flags.engines) if flags.engines > 1 else None
+        config, factory = ServerConfig.from_dict(values), functools.partial(build, options)
+        return serve(config, ModelFiles(str(directory)), factory, router)
     except KvarenaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

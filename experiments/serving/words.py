@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 _SECTIONS = (
-    "engine", "parallel", "kv_cache", "allocator", "scheduler", "server", "runner", "sampling", "driver", "workload",
+    "engine", "parallel", "kv_cache", "allocator", "scheduler", "server", "router", "runner", "sampling", "driver",
+    "workload",
 )  # fmt: skip
 _MODEL = "path|shape|name|load_format|trust_remote_code|quantization"  # not its files: model.safetensors
 # Keys whose flag is called otherwise than its attribute of the parsed command line.
@@ -25,6 +26,7 @@ FLAGS = {
     "server.max_images": "--limit-mm-per-prompt",
     "server.kv_events": "--kv-events-config",
     "parallel.executor": "--distributed-executor-backend",
+    "router.num_replicas": "--data-parallel-size",
 }
 SAME_NAME = (
     "model.trust_remote_code", "model.load_format", "model.quantization", "engine.dtype", "engine.device",
@@ -51,7 +53,7 @@ _KEY = re.compile(
     rf"(?<!--set )(?<![\w.'/])"
     rf"((?:{'|'.join(_SECTIONS)})\.(?!py\b|json\b|log\b)\w+(?:\.\w+)*|model\.(?:{_MODEL})\b)(?:=({_VALUE}))?"
 )
-_GROUP = re.compile(r"(?<![\w.'/-])(allocator|scheduler)=(\w+)")
+_GROUP = re.compile(r"(?<![\w.'/-])(allocator|scheduler|router)=(\w+)")
 
 
 def in_flags(text: str) -> str:

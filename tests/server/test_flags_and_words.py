@@ -28,10 +28,11 @@ VALUES = {
     "--quantization": "awq", "--kv-events-config": '{"enable_kv_cache_events": true}',
     "--tensor-parallel-size": "2", "--pipeline-parallel-size": "2",
     "--distributed-executor-backend": "ray",
-    "--set": "driver.probe=false",
+    "--set": "driver.probe=false", "--data-parallel-size": "2", "--router": "least_kv",
     "--ssl-certfile": "a", "--ssl-keyfile": "b", "--ssl-keyfile-password": "c", "--ssl-ca-certs": "d",
     "--api-key-file": "README.md", "--protect": "/metrics",
 }  # fmt: skip
+BESIDE = {"--router": ["--data-parallel-size", "2"]}  # without, there is nothing that it could change
 
 
 def test_every_flag_changes_the_config():
@@ -44,7 +45,8 @@ def test_every_flag_changes_the_config():
         name = "--no-async-scheduling" if flag == "--async-scheduling" else flag
         name = "--no-enable-prefix-caching" if flag == "--enable-prefix-caching" else name
         given = [name] if action.nargs == 0 or name.startswith("--no-") else [name, VALUES[flag]]
-        assert overrides_of(parse_flags(given)) != usual, flag
+        beside = BESIDE.get(flag, [])
+        assert overrides_of(parse_flags(given + beside)) not in (usual, overrides_of(parse_flags(beside))), flag
 
 
 def test_zero_is_no_flag_that_is_missing():
@@ -103,7 +105,8 @@ def test_every_key_that_a_flag_sets_is_spoken_of_as_that_flag():
     usual = overrides_of(parse_flags([]))
     beside = {"scheduler.preemption", "runner.graphs", "driver.probe"}
     for flag, value in VALUES.items():
-        made = {one.split("=")[0] for one in overrides_of(parse_flags([flag, value])) if one not in usual}
+        given = overrides_of(parse_flags([flag, value, *BESIDE.get(flag, [])]))
+        made = {one.split("=")[0] for one in given if one not in usual}
         assert {key for key in made if "." in key} - beside <= set(FLAGS), flag
 
 
@@ -162,7 +165,8 @@ def test_words_name_no_key_that_has_a_flag():
 def test_a_process_that_was_killed_while_it_started_ends_with_a_line(capsys):
     """The system kills who takes memory that is not there, and that process can say nothing itself."""
     supervisor = Supervisor(ServerConfig.from_dict({}), ModelFiles("m", words=in_flags), lambda: None)
-    supervisor._processes = [SimpleNamespace(name="kvarena-engine", exitcode=-9, join=lambda seconds: None)]
+    process = SimpleNamespace(name="kvarena-engine", exitcode=-9, join=lambda seconds: None)
+    supervisor._engines = [SimpleNamespace(process=process)]
     assert supervisor._failed_start() == ENGINE_FAILED
     said = capsys.readouterr().err
     assert said.startswith("error: kvarena-engine has ended with code -9 while it started: killed, as a system does")

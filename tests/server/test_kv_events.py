@@ -167,11 +167,11 @@ def test_without_the_flag_nothing_is_imported_or_told():
     """No observer, so a step costs what it did; ZeroMQ and CBOR are not even there."""
     code = """
 import sys
-from kvarena.engine.server.processes.supervisor import _with_feed
+from kvarena.engine.server.processes.engine import with_feed
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.experiments.serving.stub_engine import StubOptions, build
 served = build(StubOptions(2048))
-assert _with_feed(served, ServerConfig().kv_events) is served and served.engine.allocator.observer is None
+assert with_feed(served, ServerConfig().kv_events, 0) is served and served.engine.allocator.observer is None
 print({"zmq", "cbor2"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

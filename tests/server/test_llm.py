@@ -101,6 +101,11 @@ def test_prompts_in_every_form(llm):
     assert llm.generate([]) == []
 
 
+def test_several_engines_are_a_servers_business():
+    with pytest.raises(kvarena.KvarenaError, match=r"one engine: leave router\.num_replicas=3 out"):
+        kvarena.LLM("models/demo", router="least_kv", overrides=["router.num_replicas=3"])
+
+
 @pytest.mark.parametrize(
     ("body", "params"),
     [

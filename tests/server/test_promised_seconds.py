@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvarena.engine.server.engine import loop as engine_loop
-from kvarena.engine.server.processes import supervisor, suspicion
+from kvarena.engine.server.processes import parts, supervisor, suspicion
 from kvarena.engine.server.processes.process import EXIT, READY, ModelFiles
 from kvarena.engine.server.shared import metrics
 from kvarena.engine.server.shared.config import ServerConfig
@@ -29,13 +29,13 @@ class TimedSupervisor:
             monkeypatch.setattr(module, "time", clock)
         self.config = ServerConfig()
         self.supervisor = one = supervisor.Supervisor(self.config, ModelFiles("models/demo"), lambda: None)
-        one._page = metrics.create_page(1)
-        self.row, self.front_row = (metrics.Row(one._page, index) for index in (0, 1))
-        one._row, one._front_rows = self.row, [self.front_row]
+        one._rows = metrics.Rows(metrics.create_page(1), 1)
+        self.row, self.front_row = one._rows.engines[0], one._rows.fronts[0][0]
         self.engine, self.front = Part(self), Part(self)
-        one._processes = [self.engine, self.front]
         (control, _), (ours, self.front.control) = socket.socketpair(), socket.socketpair()
-        one._controls, one._listeners = [control, ours], [SimpleNamespace(close=lambda: None)]
+        one._engines = [parts.Part(self.engine, control, self.row)]
+        one._fronts = [parts.Part(self.front, ours, self.front_row)]
+        one._listeners = [SimpleNamespace(close=lambda: None)]
         self.front.control.send(READY)
         self.front.control.setblocking(False)
         self.row.set("state", metrics.READY)

@@ -38,7 +38,7 @@ OTHERS = {
     "EngineClient": "all of a front's choices",
     "Detokenizer": "the vocabulary",
     "PieceStream": "the vocabulary",
-    "ImageReader": "what a model's prompts have around an image",
+    "ImageInputs": "what a model's prompts have around an image",
     "ChatPrompt": "what rendering a chat answers: ids and the places of images, which go into a Choice at once",
 }
 

@@ -23,7 +23,7 @@ from typing_extensions import override
 from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.api.protocol import SamplingFields
 from kvarena.engine.server.api.sampling import stop_strings
-from kvarena.engine.server.front.client import EngineClient
+from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.front.groups import Choice, ChoiceFailed, EngineGone, Group, SlowReader
 from kvarena.engine.server.front.http import disconnected
 from kvarena.engine.server.shared.errors import ApiError
@@ -44,7 +44,7 @@ class Answer(Group, ABC):
     """The answer to one request: its choices, and the JSON of one kind of answer.
 
     Args:
-        client: the engine.
+        client: the engines.
         req: what is asked, and how it is shown.
         model: the name that was asked for.
         arrival: when the request came, on the monotonic clock.
@@ -57,14 +57,14 @@ class Answer(Group, ABC):
         ApiError: a stop string that cannot be one.
     """
 
-    client: EngineClient
+    client: Engines
     prefix: str  # of its id
     event_kind: str  # the `object` of an event
     # What stands before and behind the text in an event that carries text alone.
     before_text: bytes
     after_text: bytes
 
-    def __init__(self, client: EngineClient, req: SamplingFields, model: str, arrival: float) -> None:
+    def __init__(self, client: Engines, req: SamplingFields, model: str, arrival: float) -> None:
         super().__init__(client, arrival)
         self.req, self._stops = req, stop_strings(req)
         self.prompts: list[list[Choice]] = []

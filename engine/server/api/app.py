@@ -21,8 +21,9 @@ from kvarena.engine.server.front.cache_info import cache_info
 from kvarena.engine.server.front.groups import ChoiceFailed, EngineGone
 from kvarena.engine.server.front.http import Gate, error_response
 from kvarena.engine.server.front.pages import add_docs, add_live_pages, add_static_files
-from kvarena.engine.server.shared import metrics
 from kvarena.engine.server.shared.errors import ApiError, bad_request
+from kvarena.engine.server.shared.exposition import render
+from kvarena.engine.server.shared.metrics import Rows
 
 _ERRORS = {
     400: "A parameter is wrong, or the prompt is beyond the context.",
@@ -57,12 +58,12 @@ def _completion_responses(model: type[Any]) -> dict[int | str, dict[str, Any]]:
     return {200: success, **_POST}
 
 
-def create_app(service: Service, rows: list[metrics.Row]) -> ASGIApp:
+def create_app(service: Service, rows: Rows) -> ASGIApp:
     """The application of one front.
 
     Args:
         service: what answers.
-        rows: all processes' metrics, the engine's first.
+        rows: all processes' metrics.
     """
     app = FastAPI(
         title="kvarena",
@@ -116,9 +117,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Disconnected, on_disconnect)
 
 
-def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) -> None:
-    config = service.config
-
+def _add_status_routes(app: FastAPI, service: Service, rows: Rows) -> None:
     @app.get(
         "/health",
         summary="Is the server alive and making progress?",
@@ -128,9 +127,7 @@ def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) 
     @app.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
     @app.head("/health", include_in_schema=False)
     async def health() -> Response:
-        state = metrics.health(rows[0], config.heartbeat_timeout, config.stall_timeout)
-        if service.client.gone or state.reason:
-            reason = service.client.gone or state.reason
+        if reason := service.client.fault_of_all(strict=True):
             return error_response(
                 ApiError(503, f"Unhealthy: {reason}.", code="unhealthy", headers={"Retry-After": "5"})
             )
@@ -159,14 +156,16 @@ def _add_status_routes(app: FastAPI, service: Service, rows: list[metrics.Row]) 
     @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=page)
     async def show_metrics() -> Response:
-        info = service.info
-        facts = cache_info(info.num_blocks, info.block_size, info.max_model_len, info.facts)
-        data = metrics.render(rows, service.model_names[0], facts)
+        facts = [
+            cache_info(info.num_blocks, info.block_size, info.max_model_len, info.facts)
+            for info in service.client.infos
+        ]
+        data = render(rows, service.model_names[0], facts)
         return Response(data, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/kv_event_sources", summary="Where each engine publishes its KV events", responses=_responses())
     async def kv_event_sources() -> dict[str, dict[str, Any]]:
-        return {"0": service.info.kv_events} if service.info.kv_events else {}
+        return {str(rank): info.kv_events for rank, info in enumerate(service.client.infos) if info.kv_events}
 
 
 def _add_model_routes(app: FastAPI, service: Service) -> None:

@@ -13,7 +13,7 @@ from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.api.answers import Answer, event
 from kvarena.engine.server.api.completions import finite, prompt_logprobs_body
 from kvarena.engine.server.api.protocol import ChatCompletionRequest, NamedToolChoice
-from kvarena.engine.server.front.client import EngineClient
+from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.front.groups import Choice
 from kvarena.engine.server.text.detokenizer import Detokenizer
 from kvarena.engine.server.text.streams import TextStream
@@ -35,7 +35,7 @@ class ChatAnswer(Answer):
 
     def __init__(
         self,
-        client: EngineClient,
+        client: Engines,
         req: ChatCompletionRequest,
         model: str,
         arrival: float,

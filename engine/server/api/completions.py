@@ -12,7 +12,7 @@ from typing_extensions import override
 from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.api.answers import Answer, event
 from kvarena.engine.server.api.protocol import CompletionRequest
-from kvarena.engine.server.front.client import EngineClient
+from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.front.groups import Choice
 from kvarena.engine.server.shared.errors import bad_request
 from kvarena.engine.server.text.detokenizer import Detokenizer
@@ -121,7 +121,7 @@ class CompletionAnswer(Answer):
     )
 
     def __init__(
-        self, client: EngineClient, req: CompletionRequest, model: str, arrival: float, *, detokenizer: Detokenizer
+        self, client: Engines, req: CompletionRequest, model: str, arrival: float, *, detokenizer: Detokenizer
     ) -> None:
         super().__init__(client, req, model, arrival)
         self._detokenizer = detokenizer

@@ -10,7 +10,7 @@ from kvarena.engine.server.api import structured
 from kvarena.engine.server.api.protocol import ChatCompletionRequest, NamedToolChoice, SamplingFields
 from kvarena.engine.server.engine.grammar_checks import CheckedGrammar, ChecksBusy, GrammarChecks
 from kvarena.engine.server.engine.grammars import tokenizer_json
-from kvarena.engine.server.front.client import EngineClient
+from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.shared.errors import bad_request, unavailable
 from kvarena.engine.server.text.schemas import named_schema, required_schema, schema_text
 from kvarena.engine.server.text.tokenization import TokenizerService, given_tools
@@ -22,7 +22,7 @@ class Constraints:
     """Reads them, and has them tried out.
 
     Args:
-        client: knows whether the engine can constrain tokens; must be ready.
+        client: knows whether the engines can constrain tokens; must be ready.
         tokenizer: its response template or chat template tells the tool calls' form.
         parser_kind: how the model writes tool calls, as in `ServerConfig.tool_call_parser`.
 
@@ -30,12 +30,12 @@ class Constraints:
         ModelError: the tokenizer ships a response template that cannot be used.
     """
 
-    def __init__(self, client: EngineClient, tokenizer: TokenizerService, parser_kind: str) -> None:
+    def __init__(self, client: Engines, tokenizer: TokenizerService, parser_kind: str) -> None:
         self._tokenizer = tokenizer
         self._form = find_form(parser_kind, tokenizer.tokenizer)
         info = client.info
         self._checks: GrammarChecks | None = None
-        if info is not None and info.constraints:
+        if info.constraints:
             text = tokenizer_json(tokenizer.tokenizer)
             self._checks = GrammarChecks(text, info.vocab_size, list(info.eos_token_ids))
 

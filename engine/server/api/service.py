@@ -6,8 +6,9 @@ import asyncio
 import functools
 import time
 import uuid
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,18 +33,19 @@ from kvarena.engine.server.api.sampling import (
 )
 from kvarena.engine.server.api.tracing import Tracer
 from kvarena.engine.server.engine.grammar_checks import CheckedGrammar
-from kvarena.engine.server.front.client import EngineClient
 from kvarena.engine.server.front.dashboard import PoolFeed
-from kvarena.engine.server.front.groups import Refused
+from kvarena.engine.server.front.engines import Engines
+from kvarena.engine.server.front.groups import EngineGone, Refused
 from kvarena.engine.server.front.http import Body, read_json, validated
 from kvarena.engine.server.media.reader import ImageReader
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.errors import ApiError, bad_request, beyond_context, unavailable
 from kvarena.engine.server.shared.ipc import AddFrame, EngineInfo, pack_ids, pack_image
-from kvarena.engine.server.shared.metrics import Row, health
+from kvarena.engine.server.shared.metrics import Row
 from kvarena.engine.server.text.tokenization import TokenizerService
 
 _REQUESTS_PER_ROUND = 4
+_MAX_RETRIES = 3
 Asked = TypeVar("Asked", bound=SamplingFields)
 
 
@@ -52,10 +54,9 @@ class Service:
 
     Args:
         config: the operator's settings.
-        client: the engine.
+        client: the engines.
         tokenizer: the model's.
         row: this front's metrics.
-        engine_row: the engine's metrics and heart-beat.
         model_names: names that requests may use.
         model_root: the model directory.
         defaults: sampling parameters of the model's generation_config.json.
@@ -67,10 +68,9 @@ class Service:
     def __init__(
         self,
         config: ServerConfig,
-        client: EngineClient,
+        client: Engines,
         tokenizer: TokenizerService,
         row: Row,
-        engine_row: Row,
         model_names: tuple[str, ...],
         model_root: str,
         defaults: dict[str, float],
@@ -80,7 +80,7 @@ class Service:
     ) -> None:
         self.feed, self.tracer = feed, tracer
         self.config, self.client, self.tokenizer = config, client, tokenizer
-        self.row, self.engine_row = row, engine_row
+        self.row = row
         self.model_names, self.model_root, self._defaults = model_names, model_root, defaults
         self._images = images
         self._constraints = Constraints(client, tokenizer, config.tool_call_parser)
@@ -90,8 +90,7 @@ class Service:
 
     @functools.cached_property
     def info(self) -> EngineInfo:
-        """What the engine told of itself, with the model's defaults."""
-        assert self.client.info is not None
+        """What the engines told of themselves, with the model's defaults."""
         return replace(self.client.info, defaults=self._defaults)
 
     def close(self) -> None:
@@ -104,10 +103,9 @@ class Service:
         if self.draining:
             self.row.inc("vllm:admission_rejections", "draining")
             raise unavailable("The server is shutting down.", "draining", retry_after=5)
-        state = health(self.engine_row, self.config.heartbeat_timeout, self.config.stall_timeout)
-        if self.client.gone or not state.alive:
+        if fault := self.client.fault_of_all():
             self.row.inc("vllm:admission_rejections", "engine_dead")
-            raise unavailable(f"The engine is gone: {self.client.gone or state.reason}.", "engine_dead", retry_after=5)
+            raise unavailable(f"The engine is gone: {fault}.", "engine_dead", retry_after=5)
 
     @functools.cached_property
     def prompts(self) -> Prompts:
@@ -146,13 +144,25 @@ class Service:
         """`/v1/completions`."""
         arrival = time.monotonic()
         req, model = await self._read(request, CompletionRequest)
-        return await while_connected(request.receive, self._complete(request, req, model, arrival))
+        work = functools.partial(self._complete, request, req, model, arrival)
+        return await while_connected(request.receive, self._retried(work, bool(req.stream)))
 
     async def chat(self, request: Request) -> Response:
         """`/v1/chat/completions`."""
         arrival = time.monotonic()
         req, model = await self._read(request, ChatCompletionRequest)
-        return await while_connected(request.receive, self._chat(request, req, model, arrival))
+        work = functools.partial(self._chat, request, req, model, arrival)
+        return await while_connected(request.receive, self._retried(work, bool(req.stream)))
+
+    async def _retried(self, work: Callable[[], Coroutine[Any, Any, Response]], streams: bool) -> Response:
+        """The answer; one of which nothing was sent is made again when its engine is lost and there is another."""
+        for _ in range(0 if streams else _MAX_RETRIES):
+            try:
+                return await work()
+            except EngineGone:
+                if self.client.fault_of_all():
+                    raise
+        return await work()
 
     async def _complete(self, request: Request, req: CompletionRequest, model: str, arrival: float) -> Response:
         if req.suffix:

@@ -42,6 +42,7 @@ class EngineLoop:
         control: the supervisor's socket; it hands over the sockets of fronts that take another one's place, and its
             end of stream stops the loop.
         page: the shared metrics page.
+        number: of this engine.
         max_num_queued_requests: waiting requests beyond which new ones are refused.
     """
 
@@ -52,12 +53,13 @@ class EngineLoop:
         control: socket.socket,
         page: Page,
         max_num_queued_requests: int,
+        number: int = 0,
     ) -> None:
         self._served, self._engine = served, served.engine
         self._links = [Link(sock) for sock in fronts]
         self._intake = Intake(served, len(fronts), max_num_queued_requests)
         self._control = control
-        self._row = metrics.Row(page, 0)
+        self._row = metrics.Row(page, number)
         self._num_failed_in_a_row = 0
         self._gauges = Gauges(served.engine, self._row, served.image_counts)
         self._selector = selectors.DefaultSelector()
@@ -73,6 +75,7 @@ class EngineLoop:
         beat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._row.set("heartbeat", time.monotonic())
         self._row.set("vllm:engine_sleep_state", 1, "awake")
+        self._row.set("kvarena:engine_up", 1)
         self._row.set("state", metrics.READY)
         beat.start()
         feed = self._served.feed
@@ -87,6 +90,7 @@ class EngineLoop:
                 self._send()
                 self._gauges.update(self._links, self._intake.outs, self._intake.requests.values())
         except BaseException:
+            self._row.set("kvarena:engine_up", 0)
             self._row.set("state", metrics.FAILED)
             raise
         finally:

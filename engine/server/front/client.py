@@ -1,4 +1,4 @@
-"""A front's connection to the engine: requests out, tokens in, bounded for slow readers.
+"""A front's connection to one engine: requests out, tokens in, bounded for slow readers.
 
 A *group* is what one HTTP connection waits for: one or several choices. All that a step brings for a group arrives in
 one frame, and wakes its task once: one write per step and connection. Nothing waits for a slow reader: its tokens
@@ -8,10 +8,9 @@ pile up as integers, are merged when it reads again, and beyond `max_stream_lag`
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvarena.engine.server.engine.grammar_checks import CheckedGrammar
 from kvarena.engine.server.front.groups import Choice, EngineGone, Refused, SlowReader
@@ -29,49 +28,72 @@ from kvarena.engine.server.shared.metrics import Histogram, Row
 MAX_HANDLE = 2**31 - 4096
 
 
+class Sent(NamedTuple):
+    """A prompt of which no token has come: what it takes to send it to another engine."""
+
+    frame: AddFrame
+    waiting: list[Choice]
+    grammar: CheckedGrammar | None
+    admission: asyncio.Future[None]
+
+
 class EngineClient(asyncio.Protocol):
-    """Speaks to the engine process. All methods run on the event loop.
+    """Speaks to an engine's process. All methods run on the event loop.
 
     Args:
-        row: this front's metrics.
+        number: of the engine.
+        row: this front's metrics of it.
         max_stream_lag: tokens that a choice's reader may lag behind.
         on_pool_map: called with each dashboard frame.
+        on_lost: called with the engine's end: why, and the prompts that nobody has seen a token of.
+
+    Attributes:
+        info: what the engine can do, once it is ready.
+        gone: why there is no engine any more; empty before.
     """
 
-    def __init__(self, row: Row, max_stream_lag: int, on_pool_map: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        row: Row,
+        max_stream_lag: int,
+        on_pool_map: Callable[[dict[str, Any]], None],
+        on_lost: Callable[[str, list[Sent]], None],
+    ) -> None:
         self.info: EngineInfo | None = None
-        self.eos_token_ids: frozenset[int] = frozenset()
-        self.ready = asyncio.get_running_loop().create_future()
+        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.gone: str = ""
+        self._number, self._on_lost = number, on_lost
         self._row, self._max_lag, self._on_pool_map = row, max_stream_lag, on_pool_map
         self._decoder = FrameDecoder()
         self._choices: dict[int, Choice] = {}
+        self._queued: dict[int, int] = {}  # prompt tokens by first handle, until a step has begun them
+        self._silent: dict[int, Sent] = {}  # prompts by first handle, until a token comes
         self._admissions: dict[int, tuple[asyncio.Future[None], list[Choice]]] = {}
         self._next_handle = 1
         self._transport: asyncio.Transport | None = None
         self._itl = Histogram(row, "vllm:inter_token_latency_seconds")
         self._ttft = Histogram(row, "vllm:time_to_first_token_seconds")
 
-    @classmethod
-    async def connect(
-        cls, sock: socket.socket, row: Row, max_stream_lag: int, on_pool_map: Callable[[dict[str, Any]], None]
-    ) -> EngineClient:
-        """Attach to the engine's socket."""
-        loop = asyncio.get_running_loop()
-        _, client = await loop.create_unix_connection(lambda: cls(row, max_stream_lag, on_pool_map), sock=sock)
-        return client
-
     @property
     def num_open(self) -> int:
         """Choices that have not ended."""
         return len(self._choices)
 
-    def submit(self, frame: AddFrame, choices: list[Choice]) -> asyncio.Future[None]:
+    def submit(
+        self,
+        frame: AddFrame,
+        choices: list[Choice],
+        grammar: CheckedGrammar | None = None,
+        admission: asyncio.Future[None] | None = None,
+    ) -> asyncio.Future[None]:
         """Hand a prompt to the engine; the future is done when the engine has queued it.
 
         Args:
             frame: what is asked; its handle is picked here.
             choices: `frame.sampling.n` that wait for its tokens.
+            grammar: that they follow; the engine was told of it.
+            admission: the future; None: a new one.
 
         Raises:
             Refused: (the future) the engine cannot take it.
@@ -82,11 +104,18 @@ class EngineClient(asyncio.Protocol):
         handle = self._next_handle
         self._next_handle = handle + len(choices) if handle < MAX_HANDLE else 1
         for choice_handle, choice in enumerate(choices, start=handle):
-            choice.handle = choice_handle
+            choice.engine, choice.handle, choice.first = self._number, choice_handle, handle
             self._choices[choice_handle] = choice
-        admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if admission is None:
+            admission = asyncio.get_running_loop().create_future()
         self._admissions[handle] = (admission, choices)
         admission.add_done_callback(lambda _: self._admissions.pop(handle, None))
+        num_tokens = len(choices[0].prompt)
+        self._silent[handle], self._queued[handle] = Sent(frame, choices, grammar, admission), num_tokens
+        self._row.inc("num_sent")
+        self._row.inc("queued_tokens", by=num_tokens)
+        self._row.inc("tokens_to_compute", by=num_tokens)
+        self._row.set("num_open", len(self._choices))
         self._send(ToEngine.ADD, *frame._replace(handle=handle))
         return admission
 
@@ -98,11 +127,29 @@ class EngineClient(asyncio.Protocol):
         """End choices early and free their slots; `reason` is what the metrics count."""
         handles = []
         for choice in choices:
-            if self._choices.pop(choice.handle, None) is not None:
+            # Handles begin anew with an engine that takes another one's place.
+            if self._choices.get(choice.handle) is choice:
+                self._leave(choice)
                 handles.append(choice.handle)
                 self._close(choice, reason, time.monotonic(), None)
         if handles:
             self._send(ToEngine.ABORT, handles)
+
+    def _leave(self, choice: Choice) -> None:
+        """The engine has a choice no more."""
+        self._choices.pop(choice.handle, None)
+        self._begun(choice)
+        self._heard(choice)
+        self._row.set("num_open", len(self._choices))
+
+    def _begun(self, choice: Choice) -> None:
+        """A step has begun a choice's prompt, or none will."""
+        self._row.inc("queued_tokens", by=-self._queued.pop(choice.first, 0))
+
+    def _heard(self, choice: Choice) -> None:
+        """A token of a choice's prompt has come, or none will."""
+        if self._silent.pop(choice.first, None) is not None:
+            self._row.inc("tokens_to_compute", by=-len(choice.prompt))
 
     def count_answer(self, num_tokens: int) -> None:
         """Count an answer whose longest choice has `num_tokens`."""
@@ -116,8 +163,11 @@ class EngineClient(asyncio.Protocol):
         if self._transport is not None and not self.gone:
             self._transport.write(encode(message))
 
-    def fail_all(self, reason: str) -> None:
-        """The engine is gone: end every open stream with an error, refuse new ones."""
+    def fail_all(self, reason: str, may_retry: bool = True) -> None:
+        """The engine is gone: it gets no more prompts, and `on_lost` learns of those that another one may have.
+
+        Every other open stream ends with an error. Without `may_retry` all do.
+        """
         if self.gone:
             return
         self.gone = reason
@@ -125,13 +175,18 @@ class EngineClient(asyncio.Protocol):
         if not self.ready.done():
             self.ready.set_exception(error)
             self.ready.exception()
-        for admission, _ in self._admissions.values():
-            if not admission.done():
+        silent = list(self._silent.values()) if may_retry else []
+        unheard = [sent for sent in silent if not any(choice.ended or choice.num_tokens for choice in sent.waiting)]
+        spared = {choice.handle for sent in unheard for choice in sent.waiting}
+        for handle, (admission, _) in list(self._admissions.items()):
+            if handle not in spared and not admission.done():
                 admission.set_exception(error)
-        for choice in self._choices.values():
-            self._row.inc("vllm:request_success", "error")
-            choice.group.fail(error)
-        self._choices.clear()
+        for choice in list(self._choices.values()):
+            self._leave(choice)
+            if choice.handle not in spared:
+                self._row.inc("vllm:request_success", "error")
+                choice.group.fail(error)
+        self._on_lost(reason, unheard)
 
     # asyncio.Protocol
 
@@ -153,7 +208,6 @@ class EngineClient(asyncio.Protocol):
                 self._on_pool_map(message[1])
             elif kind == ToFront.READY:
                 self.info = message[1]
-                self.eos_token_ids = frozenset(message[1].eos_token_ids)
                 if not self.ready.done():
                     self.ready.set_result(None)
 
@@ -173,6 +227,7 @@ class EngineClient(asyncio.Protocol):
             choice = self._choices.get(handle)
             if choice is not None:
                 choice.scheduled, choice.num_cached_tokens = scheduled, num_cached
+                self._begun(choice)
         handles, tokens = unpack_ids(packed_handles), unpack_ids(packed_tokens)
         for at, entry in logprobs:
             choice = self._choices.get(handles[at])
@@ -195,6 +250,7 @@ class EngineClient(asyncio.Protocol):
                 itl.observe(now - choice.last_time)
             else:
                 choice.first_time = now
+                self._heard(choice)
                 self._ttft.observe(now - choice.group.arrival)
             choice.last_time = now
             if not choice.is_dirty:
@@ -220,15 +276,16 @@ class EngineClient(asyncio.Protocol):
             return
         # The engine has none of this prompt's choices; of the request's other prompts it may have.
         for choice in choices:
-            self._choices.pop(choice.handle, None)
+            self._leave(choice)
         admission.set_exception(Refused(reason, text))
 
     def _on_finish(
         self, handle: int, reason: str, stop_token: int | None, error: str, num_preemptions: int, now: float
     ) -> None:
-        choice = self._choices.pop(handle, None)
+        choice = self._choices.get(handle)
         if choice is None:
             return
+        self._leave(choice)
         choice.ended, choice.stop_token, choice.error = reason, stop_token, error
         self._close(choice, reason, now, num_preemptions)
         if not choice.is_dirty:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from kvarena.engine.server.front.client import EngineClient
+from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.shared import metrics
 from kvarena.engine.server.shared.ipc import unpack_ids
 
@@ -46,42 +46,44 @@ _COUNTERS = {
 
 
 class Watcher(NamedTuple):
-    """Who watches: the position of its API key or -1, what its own requests' ids start with, and its events."""
+    """Who watches which engine: its API key's position or -1, what its own requests' ids start with, its events."""
 
     key: int
     own_prefix: str
+    engine: int
     queue: asyncio.Queue[bytes]
 
 
 class PoolFeed:
-    """Hands the engine's snapshots to the browsers that watch. The engine makes none while nobody does."""
+    """Hands the engines' snapshots to the browsers that watch. An engine makes none while nobody watches it."""
 
     def __init__(self) -> None:
-        self._client: EngineClient | None = None
-        self._rows: Sequence[metrics.Row] = ()
+        self._client: Engines | None = None
+        self._rows: Sequence[Sequence[metrics.Row]] = ()
         self._model = ""
         self._watchers: set[Watcher] = set()
         self._salt = secrets.token_bytes(16)
         self.closed = asyncio.Event()  # the server leaves
 
-    def attach(self, client: EngineClient, rows: Sequence[metrics.Row], model: str) -> None:
+    def attach(self, client: Engines, rows: metrics.Rows, model: str) -> None:
         """Tell where snapshots and metrics come from, and the model's name."""
-        self._client, self._rows, self._model = client, rows, model
+        self._client, self._model = client, model
+        self._rows = [rows.of_engine(engine) for engine in client.numbers]
 
-    def publish(self, snapshot: dict[str, Any]) -> None:
-        """A snapshot arrived. A browser that is behind misses it."""
+    def publish(self, engine: int, snapshot: dict[str, Any]) -> None:
+        """A snapshot of an engine arrived. A browser that is behind misses it."""
         assert self._client is not None
         snapshot["cells"] = unpack_ids(snapshot["cells"])
         snapshot["filled"] = list(snapshot["filled"])
         rows = [dict(zip(ROW, row, strict=True)) for row in snapshot.pop("requests")]
-        info = self._client.info
-        snapshot["about"] = {"model": self._model} | (info.about if info is not None else {})
-        snapshot |= self._measured()
+        infos = self._client.infos
+        snapshot["about"] = {"model": self._model} | infos[engine].about
+        snapshot |= self._measured(self._rows[engine]) | {"engine": engine, "num_engines": len(infos)}
         # The large part is made once for all.
         common = orjson.dumps(snapshot)[:-1] + b',"requests":'
         made: dict[tuple[int, str], bytes] = {}
         for watcher in self._watchers:
-            if watcher.queue.full():
+            if watcher.engine != engine or watcher.queue.full():
                 continue
             who = watcher[:2]
             if who not in made:
@@ -104,9 +106,8 @@ class PoolFeed:
             return ""
         return "user " + hashlib.blake2b(user.encode(), key=self._salt, digest_size=2).hexdigest()
 
-    def _measured(self) -> dict[str, Any]:
+    def _measured(self, rows: Sequence[metrics.Row]) -> dict[str, Any]:
         """Counters since the start: who watches takes differences."""
-        rows = self._rows
         counters = {name: metrics.total(rows, metric) for name, metric in _COUNTERS.items()}
         ended = {reason: metrics.total(rows, "vllm:request_success", reason) for reason in metrics.FINISH_REASONS}
         counters["finished"] = ended["stop"] + ended["length"]
@@ -119,18 +120,21 @@ class PoolFeed:
         return {"counters": counters, "latency": latency}
 
     @property
+    def num_engines(self) -> int:
+        """Engines that can be watched."""
+        return len(self._rows)
+
+    @property
     def num_watchers(self) -> int:
         """Browsers that watch."""
         return len(self._watchers)
 
-    async def events(self, key: int, own_prefix: str) -> AsyncIterator[bytes]:
-        """Snapshots until the server leaves, and a sign of life where there are none; `key` and `own_prefix` as of
-        `Watcher`.
-        """
-        watcher = Watcher(key, own_prefix, asyncio.Queue(2))
+    async def events(self, key: int, own_prefix: str, engine: int = 0) -> AsyncIterator[bytes]:
+        """Snapshots until the server leaves, and a sign of life where there are none; the arguments as of `Watcher`."""
+        watcher = Watcher(key, own_prefix, engine, asyncio.Queue(2))
         self._watchers.add(watcher)
-        if self._client is not None and len(self._watchers) == 1:
-            self._client.watch(True)
+        if self._client is not None and self._num_watching(engine) == 1:
+            self._client.watch(engine, True)
         try:
             while not self.closed.is_set():
                 try:
@@ -139,5 +143,8 @@ class PoolFeed:
                     yield b": alive\n\n"
         finally:
             self._watchers.discard(watcher)
-            if self._client is not None and not self._watchers:
-                self._client.watch(False)
+            if self._client is not None and not self._num_watching(engine):
+                self._client.watch(engine, False)
+
+    def _num_watching(self, engine: int) -> int:
+        return sum(watcher.engine == engine for watcher in self._watchers)

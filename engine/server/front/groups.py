@@ -59,7 +59,8 @@ class Choice:
         stream: the text that goes on from the prompt; its own.
         matcher: its stop strings.
         prompt_logprobs: by prompt position, when asked for; the choices of one prompt share it.
-        handle: under which the engine knows it.
+        engine: which of the server's engines has it.
+        handle: under which the engine knows it; `first` is that of its prompt's first choice.
 
         tokens: arrived and not yet taken.
         logprobs: beside `tokens`, when asked for: (token id, logprob, rank, top).
@@ -83,7 +84,9 @@ class Choice:
     stream: TextStream
     matcher: StopMatcher
     prompt_logprobs: dict[int, Any]
+    engine: int = 0
     handle: int = 0
+    first: int = 0
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)

@@ -84,10 +84,12 @@ def add_live_pages(app: FastAPI, feed: PoolFeed) -> None:
         return _page("dashboard.html")
 
     @app.get("/dashboard/events", include_in_schema=False)
-    async def events(request: Request, mine: str = "") -> Response:
+    async def events(request: Request, mine: str = "", engine: int = 0) -> Response:
         if mine and not OWN_PREFIX.fullmatch(mine):
             raise bad_request("mine must be 32 hexadecimal digits, which the ids of your requests start with", "mine")
         if feed.num_watchers >= MAX_WATCHERS:
             raise unavailable(f"{MAX_WATCHERS} pages are watching already.", "too_many_watchers")
-        events = feed.events(request.state.key, mine)
+        if not 0 <= engine < feed.num_engines:
+            raise bad_request(f"engine must be below {feed.num_engines}, the number of engines", "engine")
+        events = feed.events(request.state.key, mine, engine)
         return StreamingResponse(events, headers={"cache-control": "no-cache"}, media_type="text/event-stream")

@@ -16,17 +16,27 @@ from pathlib import Path
 import uvicorn
 
 from kvarena.engine.errors import KvarenaError, ModelError
+from kvarena.engine.routing import Router
 from kvarena.engine.server.api.app import create_app
 from kvarena.engine.server.api.service import Service
 from kvarena.engine.server.api.tracing import Tracer
-from kvarena.engine.server.front.client import EngineClient
 from kvarena.engine.server.front.connection import BoundedConnection
 from kvarena.engine.server.front.dashboard import PoolFeed
+from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.front.groups import EngineGone
 from kvarena.engine.server.media.parts import policy_of
 from kvarena.engine.server.media.reader import ImageReader, image_inputs
 from kvarena.engine.server.processes.listeners import BACKLOG
-from kvarena.engine.server.processes.process import DRAIN, EXIT, READY, ModelFiles, end_process, freeze_heap, start_log
+from kvarena.engine.server.processes.process import (
+    DRAIN,
+    ENGINE,
+    EXIT,
+    READY,
+    ModelFiles,
+    end_process,
+    freeze_heap,
+    start_log,
+)
 from kvarena.engine.server.processes.suspicion import Suspicion
 from kvarena.engine.server.shared import metrics
 from kvarena.engine.server.shared.config import ServerConfig
@@ -54,9 +64,10 @@ class Front:
         config: the server's settings.
         model: where the tokenizer is.
         listener: takes connections.
-        engine: to the engine's process.
+        engines: to the engines' processes.
         control: to the supervisor.
         page: the shared metrics.
+        router: picks an engine for each prompt; None: there is one.
     """
 
     def __init__(
@@ -65,14 +76,16 @@ class Front:
         config: ServerConfig,
         model: ModelFiles,
         listener: socket.socket,
-        engine: socket.socket,
+        engines: list[socket.socket],
         control: socket.socket,
         page: Page,
+        router: Router | None,
     ) -> None:
-        self._config, self._model = config, model
-        self._listener, self._engine, self._control = listener, engine, control
-        self._rows = [metrics.Row(page, i) for i in range(config.num_fronts + 1)]
-        self._row = self._rows[index + 1]
+        self._index, self._config, self._model = index, config, model
+        self._listener, self._engines, self._control = listener, engines, control
+        self._router = router
+        self._rows = metrics.Rows(page, config.num_fronts, len(engines))
+        self._row = self._rows.fronts[index][0]
 
     def main(self) -> None:
         """The process's main function; does not return."""
@@ -97,34 +110,12 @@ class Front:
         """Serve until the supervisor says otherwise."""
         config = self._config
         feed = PoolFeed()
-        client = await EngineClient.connect(self._engine, self._row, config.max_stream_lag, feed.publish)
-        try:
-            tokenizer = await asyncio.to_thread(
-                TokenizerService, self._model.path, self._model.trust_remote_code, config.chat_template
-            )
-        except ModelError:
-            # The engine reads the same tokenizer before its weights, and says what is wrong with it: once is enough.
-            await client.ready
-            raise
-        images = await asyncio.to_thread(image_inputs, self._model.path, tokenizer.tokenizer)
-        defaults = generation_defaults(self._model.path) if config.generation_config else {}
-        await client.ready
+        client = Engines(config, self._index, self._rows, self._router, feed.publish)
+        for number, sock in enumerate(self._engines):
+            await client.connect(number, sock)
         tracer = Tracer(config.otlp_endpoint) if config.otlp_endpoint else None
-        names = config.served_model_names or (Path(self._model.path).resolve().name,)
-        feed.attach(client, self._rows, names[0])
-        service = Service(
-            config,
-            client,
-            tokenizer,
-            self._row,
-            self._rows[0],
-            names,
-            self._model.path,
-            defaults,
-            feed,
-            ImageReader(policy_of(config), images),
-            tracer,
-        )
+        service = await make_service(config, self._model, client, self._row, feed, tracer)
+        feed.attach(client, self._rows, service.model_names[0])
         server = _Server(self._uvicorn_config(create_app(service, self._rows)))
         freeze_heap()
         control = asyncio.create_task(self._obey(service, server))
@@ -169,7 +160,11 @@ class Front:
         self._row.set("heartbeat", time.monotonic())
         await loop.sock_sendall(self._control, READY)
         while True:
-            words = await loop.sock_recv(self._control, 64)
+            words, files = await self._words()
+            for file in files:
+                at = words.index(ENGINE)
+                await service.client.connect(words[at + 1], socket.socket(fileno=file))
+                words = words[:at] + words[at + 2 :] or b" "
             if DRAIN in words:
                 service.draining = True
                 asyncio.create_task(self._exit_when_idle(service, server))  # noqa: RUF006
@@ -178,6 +173,26 @@ class Front:
                 await asyncio.sleep(0.2)  # the streams' last events
                 self._leave(service, server)
                 return
+
+    async def _words(self) -> tuple[bytes, list[int]]:
+        """What the supervisor says next, and the sockets that come with it; nothing at its end."""
+        loop = asyncio.get_running_loop()
+        readable = loop.create_future()
+
+        def wake() -> None:
+            loop.remove_reader(self._control.fileno())
+            readable.set_result(None)
+
+        loop.add_reader(self._control.fileno(), wake)
+        try:
+            await readable
+        finally:
+            loop.remove_reader(self._control.fileno())
+        try:
+            words, files, _, _ = socket.recv_fds(self._control, 64, 16)
+        except OSError:
+            return b"", []
+        return words, files
 
     async def _exit_when_idle(self, service: Service, server: uvicorn.Server) -> None:
         """New requests get 503 while the open ones finish; then the front leaves."""
@@ -191,11 +206,37 @@ class Front:
         server.should_exit = True
 
     async def _watch(self, service: Service) -> None:
-        """Tell the supervisor that this loop turns; end all streams when the engine's heart has stopped."""
-        config, suspicion = self._config, Suspicion()
+        """Tell the supervisor that this loop turns; take what an engine has from it when its heart has stopped."""
+        config, suspicions = self._config, [Suspicion() for _ in self._engines]
         while True:
             self._row.set("heartbeat", time.monotonic())
             await asyncio.sleep(_WATCH_SECONDS)
-            state = metrics.health(self._rows[0], config.heartbeat_timeout, config.step_timeout)
-            if suspicion.confirmed(state.reason):
-                service.client.fail_all(state.reason)
+            for number, (row, suspicion) in enumerate(zip(self._rows.engines, suspicions, strict=True)):
+                if row.get("state") == metrics.LOADING:
+                    continue
+                state = metrics.health(row, config.heartbeat_timeout, config.step_timeout)
+                if suspicion.confirmed(state.reason):
+                    service.client.lose(number, state.reason)
+
+
+async def make_service(
+    config: ServerConfig, model: ModelFiles, client: Engines, row: metrics.Row, feed: PoolFeed, tracer: Tracer | None
+) -> Service:
+    """What answers a front's requests, once its engines are ready.
+
+    Raises:
+        ModelError: the tokenizer cannot be read, or what generation_config.json says.
+        EngineGone: there is no engine.
+    """
+    try:
+        tokenizer = await asyncio.to_thread(TokenizerService, model.path, model.trust_remote_code, config.chat_template)
+    except ModelError:
+        # The engine reads the same tokenizer before its weights, and says what is wrong with it: once is enough.
+        await client.ready()
+        raise
+    images = await asyncio.to_thread(image_inputs, model.path, tokenizer.tokenizer)
+    defaults = generation_defaults(model.path) if config.generation_config else {}
+    await client.ready()
+    names = config.served_model_names or (Path(model.path).resolve().name,)
+    reader = ImageReader(policy_of(config), images)
+    return Service(config, client, tokenizer, row, names, model.path, defaults, feed, reader, tracer)

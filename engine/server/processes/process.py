@@ -14,6 +14,7 @@ from typing_extensions import override
 
 # Words between the supervisor and a front.
 READY, DRAIN, EXIT = b"R", b"D", b"X"
+ENGINE = b"E"  # to a front, an engine's number behind it: with it comes a socket to one in place of another
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Starts the engine and the fronts, watches them, drains on SIGTERM, and ends with an honest exit code.
+"""Starts the engines and the fronts, watches them, drains on SIGTERM, and ends with an honest exit code.
 
 0   drained after SIGTERM or Ctrl-C
-1   the engine died, froze or failed
+1   the engine died, froze or failed; of several engines, the last one
 2   a wrong setting or model: one line says which
 """
 
@@ -17,76 +17,29 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from kvarena.engine.errors import ConfigError, KvarenaError
 from kvarena.engine.importing import importing
-from kvarena.engine.server.engine.loop import EngineLoop
-from kvarena.engine.server.engine.served import ServedEngine
+from kvarena.engine.routing import Router
+from kvarena.engine.server.processes.engine import ENGINE_FAILED, USER_ERROR, EngineFactory, Place, run_engine
 from kvarena.engine.server.processes.listeners import open_listeners
-from kvarena.engine.server.processes.process import DRAIN, EXIT, ModelFiles, end_process, freeze_heap, start_log
-from kvarena.engine.server.processes.suspicion import Suspicion
+from kvarena.engine.server.processes.parts import Part, Replacements
+from kvarena.engine.server.processes.process import DRAIN, ENGINE, EXIT, ModelFiles, start_log
 from kvarena.engine.server.shared import metrics
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.ipc import socket_pair
-from kvarena.engine.server.shared.kv_events import KVEventsConfig
-from kvarena.engine.server.shared.page import Page
 
 logger = logging.getLogger("kvarena.supervisor")
 
-ENGINE_FAILED, USER_ERROR = 1, 2
-# After the engine's death the fronts stay up so long, so that clients and probes learn of it.
+# After the last engine's death the fronts stay up so long, so that clients and probes learn of it.
 _LAST_WORDS_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 _EXIT_SECONDS = 6.0
-# A front that ended or froze is replaced, but not over and over.
-_MAX_REPLACED, _REPLACED_WITHIN_SECONDS = 3, 300.0
 _MIN_SILENCE_SECONDS = 1.0
 
-EngineFactory = Callable[[], ServedEngine]
-
-
-def run_engine(
-    factory: EngineFactory, fronts: list[socket.socket], control: socket.socket, page: Page, config: ServerConfig
-) -> None:
-    """The engine process's main function; does not return."""
-    start_log()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        served = _with_feed(factory(), config.kv_events)
-        loop = EngineLoop(served, fronts, control, page, config.max_num_queued_requests)
-    except KvarenaError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
-    freeze_heap()
-    loop.announce()
-    try:
-        loop.run()
-    except KvarenaError as error:
-        logger.error("the engine has failed: %s", error)
-        loop.close()
-        sys.exit(ENGINE_FAILED)
-    loop.close()
-    end_process()
-
-
-def _with_feed(served: ServedEngine, config: KVEventsConfig) -> ServedEngine:
-    """`served`, publishing what its prefix cache holds where that is asked for. Raises ConfigError."""
-    if not config.is_on:
-        return served
-    from kvarena.engine.server.engine.event_publisher import CacheFeed  # ZeroMQ
-
-    try:
-        feed = CacheFeed(served.engine.allocator, config.of_rank(0), 0)
-    except ConfigError as error:
-        raise ConfigError(served.words(str(error))) from error
-    logger.info("KV events are published at %s", feed.config.endpoint)
-    return replace(served, feed=feed, info=replace(served.info, kv_events=asdict(feed.config)))
+Sockets = tuple[socket.socket, socket.socket]
 
 
 def _run_front(*args: Any) -> None:
@@ -97,30 +50,37 @@ def _run_front(*args: Any) -> None:
 
 
 class Supervisor:
-    """One server: an engine process, its fronts, and this process.
+    """One server: its engines, its fronts, and this process.
 
     Args:
         config: the server's settings.
         model: where the fronts find the tokenizer.
-        factory: builds the engine, in the engine's process; must pickle.
+        factory: builds an engine, in the engine's process; must pickle.
+        router: picks an engine for each prompt; each front has a copy. None: there is one engine.
     """
 
-    def __init__(self, config: ServerConfig, model: ModelFiles, factory: EngineFactory) -> None:
-        self._config, self._model, self._factory = config, model, factory
+    def __init__(
+        self,
+        config: ServerConfig,
+        model: ModelFiles,
+        factory: EngineFactory,
+        router: Router | None = None,
+    ) -> None:
+        self._config, self._model, self._factory, self._router = config, model, factory, router
+        self._num_engines = router.num_replicas if router is not None else 1
         self._signals = 0
-        self._suspicion = Suspicion()
         self._context = multiprocessing.get_context("spawn")
-        self._suspicions = [Suspicion() for _ in range(config.num_fronts)]
-        self._is_ready = [False] * config.num_fronts
-        self._replaced: deque[float] = deque(maxlen=_MAX_REPLACED)
-        self._processes: list[BaseProcess] = []
-        self._controls: list[socket.socket] = []
+        self._replaced_fronts = Replacements()
+        self._replaced_engines = [Replacements() for _ in range(self._num_engines)]
+        self._engines: list[Part | None] = []  # None: one that never lasts, and was given up
+        self._fronts: list[Part] = []
 
     def run(self) -> int:
         """Serve; returns the exit code."""
-        self._listeners = open_listeners(self._config.host, self._config.port, self._config.num_fronts)
-        self._page = metrics.create_page(self._config.num_fronts)
-        self._row, *self._front_rows = [metrics.Row(self._page, i) for i in range(self._config.num_fronts + 1)]
+        config = self._config
+        self._listeners = open_listeners(config.host, config.port, config.num_fronts)
+        self._page = metrics.create_page(config.num_fronts, self._num_engines)
+        self._rows = metrics.Rows(self._page, config.num_fronts, self._num_engines)
         address = self._listeners[0].getsockname()
         with self._signal_handlers():
             self._start()
@@ -130,27 +90,33 @@ class Supervisor:
                 self._end_all()
 
     def _start(self) -> None:
-        pairs = [socket_pair() for _ in self._listeners]
-        control, theirs = socket_pair()
-        self._controls.append(control)
-        args = (self._factory, [pair[0] for pair in pairs], theirs, self._page, self._config)
-        self._processes.append(self._spawn("kvarena-engine", run_engine, args))
-        theirs.close()
-        for index, pair in enumerate(pairs):
-            process, control = self._start_front(index, pair[1])
-            self._processes.append(process)
-            self._controls.append(control)
+        pairs = [[socket_pair() for _ in self._listeners] for _ in self._rows.engines]
+        for number, to_fronts in enumerate(pairs):
+            self._engines.append(self._start_engine(number, [pair[0] for pair in to_fronts]))
+        for index in range(len(self._listeners)):
+            self._fronts.append(self._start_front(index, [to_fronts[index][1] for to_fronts in pairs]))
         # Only the two ends may hold these, or neither learns of the other's death.
-        for pair in pairs:
-            for sock in pair:
-                sock.close()
+        _close(pair for to_fronts in pairs for pair in to_fronts)
 
-    def _start_front(self, index: int, engine: socket.socket) -> tuple[BaseProcess, socket.socket]:
+    def _start_engine(self, number: int, fronts: list[socket.socket]) -> Part:
         control, theirs = socket_pair()
-        args = (index, self._config, self._model, self._listeners[index], engine, theirs, self._page)
+        place = Place(number, self._num_engines)
+        args = (self._factory, place, fronts, theirs, self._page, self._config)
+        process = self._spawn(self._engine_name(number), run_engine, args)
+        theirs.close()
+        return Part(process, control, self._rows.engines[number])
+
+    def _engine_name(self, number: int) -> str:
+        return "kvarena-engine" if self._num_engines == 1 else f"kvarena-engine-{number}"
+
+    def _start_front(self, index: int, engines: list[socket.socket]) -> Part:
+        control, theirs = socket_pair()
+        args = (
+            index, self._config, self._model, self._listeners[index], engines, theirs, self._page, self._router
+        )  # fmt: skip
         process = self._spawn(f"kvarena-front-{index}", _run_front, args)
         theirs.close()
-        return process, control
+        return Part(process, control, self._rows.fronts[index][0])
 
     def _spawn(self, name: str, target: Callable[..., None], args: tuple[object, ...]) -> BaseProcess:
         process = self._context.Process(target=target, args=args, name=name, daemon=True)
@@ -158,8 +124,9 @@ class Supervisor:
         return process
 
     @property
-    def _engine(self) -> BaseProcess:
-        return self._processes[0]
+    def _parts(self) -> list[Part]:
+        """All that run, the engines first."""
+        return [*(engine for engine in self._engines if engine is not None), *self._fronts]
 
     def _supervise(self, address: tuple[str, int]) -> int:
         if not self._wait_ready():
@@ -172,19 +139,19 @@ class Supervisor:
         logger.info("Uvicorn running on %s (Press CTRL+C to quit)", url)
         while not self._signals:
             time.sleep(_POLL_SECONDS)
-            reason = self._engine_fault() or self._replace_fronts()
+            reason = self._replace_engines() or self._replace_fronts()
             if reason:
                 return self._last_words(reason)
         return self._drain()
 
     def _wait_ready(self) -> bool:
-        """Wait until every front answers. False: a process has ended, or a signal came."""
-        waiting = set(self._controls[1:])
+        """Wait until every front answers, for every engine. False: a process has ended, or a signal came."""
+        waiting = {front.control for front in self._fronts}
         with selectors.DefaultSelector() as selector:
             for control in waiting:
                 selector.register(control, selectors.EVENT_READ, control)
-            while waiting:
-                if self._signals or not all(process.is_alive() for process in self._processes):
+            while waiting or any(row.get("state") == metrics.LOADING for row in self._rows.engines):
+                if self._signals or not all(part.process.is_alive() for part in self._parts):
                     return False
                 for key, _ in selector.select(_POLL_SECONDS):
                     control = key.data
@@ -192,28 +159,36 @@ class Supervisor:
                         return False
                     selector.unregister(control)
                     waiting.discard(control)
-        self._is_ready = [True] * self._config.num_fronts
+        for front in self._fronts:
+            front.is_ready = True
         return True
 
     def _failed_start(self) -> int:
         if self._signals:
             return 0
         time.sleep(_POLL_SECONDS)
-        for process in self._processes:
+        processes = [part.process for part in self._parts]
+        for process in processes:
             process.join(1.0)
-        codes = [process.exitcode for process in self._processes if process.exitcode]
-        for process in self._processes:
+        codes = [process.exitcode for process in processes if process.exitcode]
+        for process in processes:
             if (process.exitcode or 0) < 0:  # it could say nothing itself
                 text = f"{process.name} has ended with code {process.exitcode} while it started"
                 print(f"error: {text}{self._why_killed(process)}", file=sys.stderr, flush=True)
         return USER_ERROR if USER_ERROR in codes else ENGINE_FAILED
 
-    def _engine_fault(self) -> str:
-        """Why the engine cannot go on, or an empty string."""
-        if not self._engine.is_alive():
-            return f"the engine process has ended with code {self._engine.exitcode}{self._why_killed(self._engine)}"
-        state = metrics.health(self._row, self._config.heartbeat_timeout, self._config.step_timeout)
-        return state.reason if self._suspicion.confirmed(state.reason) else ""
+    # Engines.
+
+    def _engine_fault(self, engine: Part) -> str:
+        """Why an engine cannot go on, or an empty string."""
+        process = engine.process
+        if not process.is_alive():
+            which = "the engine process" if self._num_engines == 1 else process.name
+            return f"{which} has ended with code {process.exitcode}{self._why_killed(process)}"
+        if engine.row.get("state") == metrics.LOADING:
+            return ""
+        state = metrics.health(engine.row, self._config.heartbeat_timeout, self._config.step_timeout)
+        return state.reason if engine.suspicion.confirmed(state.reason) else ""
 
     def _why_killed(self, process: BaseProcess) -> str:
         """What most often is behind a SIGKILL that nobody here has sent: the process itself could say nothing."""
@@ -224,22 +199,61 @@ class Supervisor:
             "engine.max_model_len, or take a smaller model"
         )
 
-    def _front_fault(self, index: int) -> str:
+    def _replace_engines(self) -> str:
+        """Start others in the place of engines that ended or froze; why there is none any more, or an empty string.
+
+        An only engine is not replaced: whoever runs the server learns of it from the exit code.
+        """
+        for number, engine in enumerate(self._engines):
+            fault = self._engine_fault(engine) if engine is not None else ""
+            if not fault:
+                continue
+            assert engine is not None
+            if len(self._engines) == 1:
+                return fault
+            engine.process.kill()
+            engine.process.join()
+            engine.control.close()
+            engine.row.forget()
+            refused = self._replaced_engines[number].refused()
+            if refused:
+                logger.error("engine %d: %s, %s: no other one is started", number, fault, refused)
+                self._engines[number] = None
+                engine.row.set("state", metrics.FAILED)
+                if not any(self._engines):
+                    return f"{fault}, {refused}"
+                continue
+            logger.error("engine %d: %s: another one starts in its place", number, fault)
+            self._replace_engine(number)
+        return ""
+
+    def _replace_engine(self, number: int) -> None:
+        self._rows.engines[number].inc("kvarena:engine_restarts")
+        pairs = [socket_pair() for _ in self._fronts]
+        self._engines[number] = self._start_engine(number, [pair[0] for pair in pairs])
+        for front, (_, theirs) in zip(self._fronts, pairs, strict=True):
+            with contextlib.suppress(OSError):  # a front that is gone is found next
+                socket.send_fds(front.control, [ENGINE + bytes([number])], [theirs.fileno()])
+        _close(pairs)
+
+    # Fronts.
+
+    def _front_fault(self, front: Part) -> str:
         """Why a front serves nobody any more, or an empty string. A front that is frozen is ended: its clients'
         connections close.
         """
-        process, control = self._processes[1 + index], self._controls[1 + index]
+        process = front.process
         if not process.is_alive():
             return f"{process.name} has ended with code {process.exitcode}"
-        if not self._is_ready[index]:  # one that loads its tokenizer may be silent for long
+        if not front.is_ready:  # one that loads its tokenizer may be silent for long
             with contextlib.suppress(BlockingIOError):
-                self._is_ready[index] = bool(control.recv(1, socket.MSG_DONTWAIT))
+                front.is_ready = bool(front.control.recv(1, socket.MSG_DONTWAIT))
             return ""
-        silent = time.monotonic() - self._front_rows[index].get("heartbeat")
+        silent = time.monotonic() - front.row.get("heartbeat")
         fault = ""
         if silent > max(self._config.heartbeat_timeout, _MIN_SILENCE_SECONDS):
             fault = f"{process.name} has been silent for {silent:.1f} s"
-        if not self._suspicions[index].confirmed(fault):
+        if not front.suspicion.confirmed(fault):
             return ""
         process.kill()
         process.join()
@@ -247,37 +261,43 @@ class Supervisor:
 
     def _replace_fronts(self) -> str:
         """Start others in the place of fronts that ended or froze; why there will be no other, or an empty string."""
-        for index in range(self._config.num_fronts):
-            fault = self._front_fault(index)
+        for index, front in enumerate(self._fronts):
+            fault = self._front_fault(front)
             if not fault:
                 continue
-            now, replaced = time.monotonic(), self._replaced
-            if len(replaced) == _MAX_REPLACED and now - replaced[0] < _REPLACED_WITHIN_SECONDS:
-                return f"{fault}, after {_MAX_REPLACED} others in {now - replaced[0]:.0f} s"
-            replaced.append(now)
+            refused = self._replaced_fronts.refused()
+            if refused:
+                return f"{fault}, {refused}"
             logger.error("%s: its requests end, another one starts in its place", fault)
             self._replace_front(index)
         return ""
 
     def _replace_front(self, index: int) -> None:
-        self._front_rows[index].set("kvarena:open_requests", 0)
-        self._controls[1 + index].close()
-        self._suspicions[index], self._is_ready[index] = Suspicion(), False
-        ours, theirs = socket_pair()
-        with ours, theirs, contextlib.suppress(OSError):  # an engine that is gone is found next
-            socket.send_fds(self._controls[0], [bytes([index])], [ours.fileno()])
-            self._processes[1 + index], self._controls[1 + index] = self._start_front(index, theirs)
+        for row in self._rows.fronts[index]:
+            row.forget()
+        self._fronts[index].control.close()
+        pairs = [socket_pair() for _ in self._engines]
+        for engine, (ours, _) in zip(self._engines, pairs, strict=True):
+            if engine is not None:
+                with contextlib.suppress(OSError):  # an engine that is gone is found next
+                    socket.send_fds(engine.control, [bytes([index])], [ours.fileno()])
+        self._fronts[index] = self._start_front(index, [theirs for _, theirs in pairs])
+        _close(pairs)
+
+    # The end.
 
     def _last_words(self, reason: str) -> int:
-        """The engine is gone: the fronts tell their clients, then all ends."""
+        """The engines are gone: the fronts tell their clients, then all ends."""
         logger.error("shutting down: %s", reason)
-        self._row.set("state", metrics.FAILED)
-        self._engine.kill()
+        for row in self._rows.engines:
+            row.set("state", metrics.FAILED)
+        for engine in self._engines:
+            if engine is not None:
+                engine.process.kill()
         deadline = time.monotonic() + _LAST_WORDS_SECONDS
         while time.monotonic() < deadline and self._signals < 2:
             time.sleep(_POLL_SECONDS)
-        self._tell(EXIT)
-        self._join(self._processes[1:], _EXIT_SECONDS)
+        self._leave()
         return ENGINE_FAILED
 
     def _drain(self) -> int:
@@ -286,36 +306,35 @@ class Supervisor:
         self._tell(DRAIN)
         deadline = time.monotonic() + self._config.shutdown_timeout
         while time.monotonic() < deadline and self._signals < 2:
-            faults = [self._front_fault(index) for index in range(self._config.num_fronts)]
+            faults = [self._front_fault(front) for front in self._fronts]
             if all(faults):
                 break
             for listener, fault in zip(self._listeners, faults, strict=True):
                 if fault:
                     listener.close()  # else the kernel would go on giving it connections
-            reason = self._engine_fault()
-            if reason:
-                return self._last_words(reason)
+            reasons = [self._engine_fault(engine) if engine is not None else "it was lost" for engine in self._engines]
+            if all(reasons):
+                return self._last_words(reasons[0])
             time.sleep(_POLL_SECONDS / 2)
-        self._tell(EXIT)
-        self._join(self._processes[1:], _EXIT_SECONDS)
+        self._leave()
         return 0
 
-    def _tell(self, word: bytes) -> None:
-        for control in self._controls[1:]:
-            with contextlib.suppress(OSError):
-                control.send(word)
+    def _leave(self) -> None:
+        self._tell(EXIT)
+        _join([front.process for front in self._fronts], _EXIT_SECONDS)
 
-    def _join(self, processes: list[BaseProcess], seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+    def _tell(self, word: bytes) -> None:
+        for front in self._fronts:
+            with contextlib.suppress(OSError):
+                front.control.send(word)
 
     def _end_all(self) -> None:
         """Leave no child behind."""
-        for control in self._controls:
-            control.close()
-        self._join(self._processes, 3.0)
-        for process in self._processes:
+        for part in self._parts:
+            part.control.close()
+        processes = [part.process for part in self._parts]
+        _join(processes, 3.0)
+        for process in processes:
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -333,15 +352,28 @@ class Supervisor:
                 signal.signal(number, handler)
 
 
-def serve(config: ServerConfig, model: ModelFiles, factory: EngineFactory) -> int:
-    """Run a server until it is told to stop; returns the exit code.
+def _close(pairs: Iterator[Sockets] | list[Sockets]) -> None:
+    for pair in pairs:
+        for sock in pair:
+            sock.close()
+
+
+def _join(processes: list[BaseProcess], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+
+
+def serve(config: ServerConfig, model: ModelFiles, factory: EngineFactory, router: Router | None = None) -> int:
+    """Run a server until it is told to stop; returns the exit code. The arguments are those of `Supervisor`.
 
     Raises:
         ConfigError: the address cannot be listened on.
     """
     start_log()
-    logger.info("starting: process %d, %d front(s)", os.getpid(), config.num_fronts)
+    engines = f"{router.num_replicas} engines, " if router is not None else ""
+    logger.info("starting: process %d, %s%d front(s)", os.getpid(), engines, config.num_fronts)
     # A connection is a file, and shells commonly allow 1,024 of them.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    return Supervisor(config, model, factory).run()
+    return Supervisor(config, model, factory, router).run()

@@ -1,7 +1,11 @@
-"""Metrics in shared memory, and their exposition for Prometheus.
+"""Metrics in shared memory.
 
-A page holds one row of doubles per process: row 0 is the engine's, then one per front. Each row has one writer,
-so there are no locks; an aligned 8-byte store is atomic on the machines that we run on. `/metrics` adds the rows up.
+A page holds rows of doubles: one for each engine, then of each front one for each engine. Each row has one writer, so
+there are no locks; an aligned 8-byte store is atomic on the machines that we run on. `/metrics` adds an engine's up.
+
+    engine 0 | engine 1 | front 0: of engine 0, of engine 1 | front 1: of engine 0, of engine 1
+
+What a front counts of no engine in particular (HTTP, what it refused itself) is in its row of engine 0.
 Names, types, labels and buckets are vLLM's, so that its boards and autoscalers work; ours beside them start with
 `kvarena:`. The engine's heart-beat lives here too, so that `/health` needs no answer from the engine.
 """
@@ -10,13 +14,9 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
-
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
-from prometheus_client.exposition import generate_latest
-from prometheus_client.registry import Collector, CollectorRegistry
 
 from kvarena.engine.classes import CLASSES
 from kvarena.engine.server.shared.page import Page
@@ -84,6 +84,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("progress", "internal", "Monotonic time of the last finished step, or of new work on an idle engine."),
     Metric("has_work", "internal", "1 while requests are in the engine."),
     Metric("state", "internal", "LOADING, READY, DRAINING or FAILED."),
+    Metric("num_sent", "internal", "Prompts that a front has sent to an engine."),
+    Metric("num_open", "internal", "Prompts of these that have not ended."),
+    Metric("queued_tokens", "internal", "Prompt tokens of these that no step has begun."),
+    Metric("tokens_to_compute", "internal", "Prompt tokens of those whose first token has not come."),
     Metric("vllm:num_requests_running", "gauge", "Requests in the running batch."),
     Metric("vllm:num_requests_waiting", "gauge", "Requests waiting in the queue."),
     Metric(
@@ -125,6 +129,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("kvarena:image_cache_misses", "counter", "Tiles of images that a step had to encode."),
     Metric("kvarena:image_cache_used_bytes", "gauge", "Bytes of the encoder cache that hold something."),
     Metric("kvarena:image_cache_size_bytes", "gauge", "Bytes of the encoder cache; 0 for a model of text."),
+    Metric("kvarena:engine_up", "gauge", "1 while the engine takes requests."),
+    Metric("kvarena:engine_restarts", "counter", "Engines that were started in place of one that ended or froze."),
+    Metric("kvarena:rerouted_requests", "counter", "Prompts that lost this engine and were given to another one."),
     Metric("kvarena:steps", "counter", "Engine steps."),
     Metric("kvarena:failed_steps", "counter", "Engine steps that failed; their requests ended with an error."),
     Metric("kvarena:slow_reader_aborts", "counter", "Requests ended because their client did not read."),
@@ -157,20 +164,27 @@ def _layout() -> tuple[dict[tuple[str, ...], int], int]:
 
 
 _OFFSETS, _ROW_DOUBLES = _layout()
+_HELD = [_OFFSETS[metric.name, *values] for metric in METRICS if metric.kind in ("gauge", "internal")
+         for values in product(*metric.labels.values())]  # fmt: skip
 _BUCKETS = {metric.name: metric.buckets for metric in METRICS if metric.kind == "histogram"}
 
 
-def create_page(num_fronts: int) -> Page:
-    """Make the shared page for one engine and `num_fronts` fronts."""
-    return Page.of_size((1 + num_fronts) * _ROW_DOUBLES * 8)
+def offset_of(name: str, *labels: str) -> int:
+    """Where a metric stands in a row."""
+    return _OFFSETS[(name, *labels)]
+
+
+def create_page(num_fronts: int, num_engines: int = 1) -> Page:
+    """Make the shared page."""
+    return Page.of_size(num_engines * (1 + num_fronts) * _ROW_DOUBLES * 8)
 
 
 class Row:
-    """One process's metrics.
+    """One row of metrics.
 
     Args:
         page: what `create_page` made.
-        index: 0 for the engine, 1 + i for front i.
+        index: of the row; see `Rows`.
     """
 
     def __init__(self, page: Page, index: int) -> None:
@@ -190,12 +204,39 @@ class Row:
         """Read a counter or gauge."""
         return self.values[_OFFSETS[(name, *labels)]]
 
+    def forget(self) -> None:
+        """Set what tells of now to 0: whoever wrote it is gone. What was counted stays."""
+        for at in _HELD:
+            self.values[at] = 0.0
+
     def observe(self, name: str, value: float, *labels: str) -> None:
         """Count `value` in a histogram."""
         buckets = _BUCKETS[name]
         at = _OFFSETS[(name, *labels)]
         self.values[at + bisect.bisect_left(buckets, value)] += 1
         self.values[at + len(buckets) + 1] += value
+
+
+class Rows:
+    """All rows of a server.
+
+    Args:
+        page: what `create_page` made.
+        num_fronts, num_engines: as it was made for.
+
+    Attributes:
+        engines: each engine's row.
+        fronts: of each front its rows, one for each engine.
+    """
+
+    def __init__(self, page: Page, num_fronts: int, num_engines: int = 1) -> None:
+        rows = [Row(page, index) for index in range(num_engines * (1 + num_fronts))]
+        groups = [rows[start : start + num_engines] for start in range(0, len(rows), num_engines)]
+        self.engines, self.fronts = groups[0], groups[1:]
+
+    def of_engine(self, engine: int) -> list[Row]:
+        """What was counted of one engine: its own row first, then one of each front."""
+        return [self.engines[engine], *(front[engine] for front in self.fronts)]
 
 
 class Histogram:
@@ -260,58 +301,3 @@ def health(row: Row, heartbeat_timeout: float, stall_timeout: float) -> Health:
     if row.get("has_work") and stalled > stall_timeout:
         return Health(True, f"the engine has finished no step for {stalled:.1f} s while work is queued")
     return Health(True, "")
-
-
-class _PageCollector(Collector):
-    """Adds the rows of a page up."""
-
-    def __init__(self, rows: list[Row], model_name: str, cache_config: Mapping[str, str]) -> None:
-        self._rows, self._model_name, self._cache_config = rows, model_name, cache_config
-
-    def _sum(self, offset: int) -> float:
-        return sum(row.values[offset] for row in self._rows)
-
-    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily | InfoMetricFamily]:
-        for metric in METRICS:
-            if metric.kind == "internal":
-                continue
-            own = [] if metric.name.startswith("http_") else ["model_name", "engine"]
-            base = [] if metric.name.startswith("http_") else [self._model_name, "0"]
-            names = [*own, *metric.labels]
-            family: GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily
-            if metric.kind == "histogram":
-                family = HistogramMetricFamily(metric.name, metric.help, labels=names)
-            elif metric.kind == "counter":
-                family = CounterMetricFamily(metric.name, metric.help, labels=names)
-            else:
-                family = GaugeMetricFamily(metric.name, metric.help, labels=names)
-            for values in product(*metric.labels.values()):
-                at = _OFFSETS[(metric.name, *values)]
-                labels = [*base, *values]
-                if isinstance(family, HistogramMetricFamily):
-                    self._add_histogram(family, metric, labels, at)
-                else:
-                    family.add_metric(labels, self._sum(at))
-            yield family
-        info = GaugeMetricFamily(
-            "vllm:cache_config_info", "The cache's configuration.", labels=["engine", *self._cache_config]
-        )
-        info.add_metric(["0", *self._cache_config.values()], 1.0)
-        yield info
-
-    def _add_histogram(self, family: HistogramMetricFamily, metric: Metric, labels: list[str], at: int) -> None:
-        total = 0.0
-        buckets: list[tuple[str, float]] = []
-        for i, bound in enumerate((*metric.buckets, float("inf"))):
-            total += self._sum(at + i)
-            buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), total))
-        if total == 0 and metric.labels:
-            return
-        family.add_metric(labels, buckets=buckets, sum_value=self._sum(at + len(metric.buckets) + 1))
-
-
-def render(rows: list[Row], model_name: str, cache_config: Mapping[str, str]) -> bytes:
-    """The page in Prometheus' text format."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_PageCollector(rows, model_name, cache_config))
-    return generate_latest(registry)

@@ -31,6 +31,21 @@ function say(kind, text) {
   document.body.classList.toggle("stale", kind !== "live");
 }
 
+// Of a server with several engines, the one that the page's address names; else the first.
+function engine() { return new URLSearchParams(location.search).get("engine") ?? "0"; }
+
+// Links to each engine's page, where there are several.
+function offerEngines({ num_engines: count, engine: shown }) {
+  const place = byId("engines");
+  if (count < 2 || place.children.length === count) return;
+  place.replaceChildren(...Array.from({ length: count }, (_, number) => {
+    const link = element("a", "", `engine ${number}`);
+    link.href = `${location.pathname.split("/").pop() || "./"}?engine=${number}`;
+    if (number === shown) link.setAttribute("aria-current", "page");
+    return link;
+  }));
+}
+
 // Calls `onFrame` with each frame, for ever. `mine`: what the ids of this page's own requests start with.
 export function watch(onFrame, mine = "") {
   let running = false, beatAt = 0, frameAt = 0, control = null;
@@ -38,7 +53,7 @@ export function watch(onFrame, mine = "") {
   async function connect() {
     control = new AbortController();
     const key = sessionStorage.getItem(KEY);
-    const url = "dashboard/events" + (mine ? "?mine=" + mine : "");
+    const url = "dashboard/events?" + new URLSearchParams({ engine: engine(), ...(mine && { mine }) });
     const response = await fetch(url, { headers: authorization(), signal: control.signal, cache: "no-store" });
     if (response.status === 401) {
       if (sessionStorage.getItem(KEY) !== key) return true; // another key was typed meanwhile: it has its turn
@@ -64,7 +79,9 @@ export function watch(onFrame, mine = "") {
         if (!event.startsWith("data: ")) continue;
         frameAt = beatAt;
         say("live", "live");
-        onFrame(JSON.parse(event.slice(6)));
+        const frame = JSON.parse(event.slice(6));
+        offerEngines(frame);
+        onFrame(frame);
       }
     }
   }
