@@ -19,6 +19,7 @@ from kvarena.engine.ranks import worker
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.vision.processing import image_span
 from kvarena.engine.vision.processors import processing_of
+from kvarena.experiments.building import ranks
 from kvarena.experiments.building.build import build_engine
 from kvarena.experiments.building.shared import SharedParts
 
@@ -235,3 +236,22 @@ def test_a_cut_through_a_group_of_packed_weights_gives_the_tokens_of_one_rank(tm
     assert [req.output_token_ids for req in asked] == alone(directory, asked)
     assert "dequantised" in engine.runner.model.spec.quantization
     parts.clear()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "named"), [(2, 1, "tensor_parallel_size=2"), (1, 4, "pipeline_parallel_size=4")]
+)
+def test_more_ranks_than_gpus_is_a_line(directories, monkeypatch, tensor, pipeline, named):
+    monkeypatch.setattr(ranks, "target_device", lambda name: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    sizes = (f"parallel.tensor_parallel_size={tensor}", f"parallel.pipeline_parallel_size={pipeline}")
+    with pytest.raises(ConfigError) as caught:
+        ranks.layout_of(of_model(directories["llama"], *sizes))
+    words = f"parallel.{named} needs {tensor * pipeline} GPUs"
+    assert str(caught.value).startswith(words) and "this machine has 1; lower it" in str(caught.value)
+
+
+def test_a_simulation_has_no_devices_to_share_a_model(directories):
+    simulated = ("runner=simulated", "runner.profile=h200", "engine.dtype=bfloat16", "kv_cache.num_slots=512")
+    with pytest.raises(ConfigError, match="runner=simulated has none; leave it out"):
+        build_engine(of_model(directories["llama"], *TP2, *simulated))

@@ -207,3 +207,16 @@ def test_no_module_is_loaded_under_two_names(tmp_path):
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.stdout.splitlines()[-1:] == ["one name each"], run.stdout + run.stderr
+
+
+def test_two_ranks_give_the_same_texts(llm):
+    """Ranks that are threads here, as the settings say; with vLLM's names for the sizes."""
+    shared = LLM(tensor_parallel_size=2, pipeline_parallel_size=2, parallel={"executor": "threads"}, max_model_len=512)
+    params = [
+        SamplingParams(temperature=0, max_tokens=8),
+        SamplingParams(temperature=0.8, seed=1, max_tokens=8, top_p=0.9),
+    ]
+    prompts = [PROMPT, "Once upon a time"]
+    found, wanted = (one.generate(prompts, params) for one in (shared, llm))
+    assert [one.outputs[0].text for one in found] == [one.outputs[0].text for one in wanted]
+    shared._engine.runner.outbox.close()
