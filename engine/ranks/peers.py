@@ -95,6 +95,9 @@ class Peers:
             self.failure = f"rank {rank} of {self.layout.world_size}: {reason}"
             self._failed.set()
 
+    def note_lost(self, reason: str) -> None:
+        """The planning rank has given up what the ranks compute together."""
+
     def failed(self, error: BaseException) -> RankFailed:
         """What to raise where the planning rank's step has failed: another rank's failure, if that is why."""
         if isinstance(error, RankFailed):
@@ -102,6 +105,7 @@ class Peers:
         # Out of memory and the like are its own; a lost connection is another's end, whose words may come later.
         own = isinstance(error, KvarenaError) and not _is_lost(error)
         if not own:
+            self.note_lost(reason_of(error)[0])
             self._failed.wait(_REASON_SECONDS)
         self.fail(self.layout.rank, reason_of(error)[0])
         self.close()

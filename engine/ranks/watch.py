@@ -57,7 +57,8 @@ class Watched:
         self.failed, self.seen = threading.Event(), threading.Event()
         self.num_open = 0
         self.beats: dict[int, float] = {}
-        self._lost: tuple[float, int, str] | None = None
+        # Who gave up waiting for the others, when, and how it said so.
+        self._lost: dict[int, tuple[float, str]] = {}
         self._closing = False
         self._ends_process = ends_process
         self._looked = self._since = 0.0
@@ -99,7 +100,7 @@ class Watched:
     def _take(self, rank: int, frame: bytes | None) -> bool:
         """What a rank said; False when it will say no more."""
         if frame is None:
-            if not (self._closing or self.failure or (self._lost is not None and self._lost[1] == rank)):
+            if not (self._closing or self.failure or rank in self._lost):
                 self.fail(rank, self.why_ended(rank))
             return False
         message = orjson.loads(frame)
@@ -108,7 +109,7 @@ class Watched:
         elif "beat" in message:
             self.beats[rank] = time.monotonic()
         elif message["is_lost"]:
-            self._lost = self._lost or (time.monotonic(), rank, message["error"])
+            self.note_lost(rank, message["error"])
         else:
             self.fail(rank, message["error"])
         return True
@@ -125,8 +126,21 @@ class Watched:
             if beat and now - max(beat, self._since) > SILENCE_SECONDS:
                 self.fail(rank, f"{self.name_of(rank)} has been silent for {now - beat:.1f} s: it is stopped or frozen")
                 return
-        if self._lost is not None and now - self._lost[0] > _REASON_SECONDS:
-            self.fail(*self._lost[1:])
+        if self._lost and now - min(when for when, _ in self._lost.values()) > _REASON_SECONDS:
+            self.fail(*self._who_is_missing())
+
+    def note_lost(self, rank: int, reason: str) -> None:
+        """A rank has given up what the ranks compute together: not its own fault, as far as it knows."""
+        self._lost.setdefault(rank, (time.monotonic(), reason))
+
+    def _who_is_missing(self) -> tuple[int, str]:
+        """The rank that the others waited for, who has not given up itself; else the first that gave up."""
+        first = min(self._lost, key=lambda rank: self._lost[rank])
+        reason = self._lost[first][1]
+        missing = sorted(set(range(self.world_size)) - set(self._lost))
+        if not missing:
+            return first, reason
+        return missing[0], f"it has not come to what the ranks compute together (rank {first}: {reason})"
 
     def fail(self, rank: int, reason: str) -> None:
         """The first failure is told; all ranks end."""
@@ -193,6 +207,10 @@ class WatchedPeers(Peers):
     def fail(self, rank: int, reason: str) -> None:
         """See `Peers.fail`."""
         self.watched.fail(rank, reason)
+
+    def note_lost(self, reason: str) -> None:
+        """See `Peers.note_lost`."""
+        self.watched.note_lost(self.layout.rank, reason)
 
     def close(self) -> None:
         """See `Peers.close`."""

@@ -9,14 +9,17 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
+import orjson
 import pytest
 
 from kvarena.engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from kvarena.engine.parallel.layout import Layout
-from kvarena.engine.ranks import ring
+from kvarena.engine.ranks import ring, watch
 from kvarena.engine.ranks.driver import SendingRows
+from kvarena.engine.ranks.frames import send_frame
 from kvarena.engine.ranks.plans import Mirror, checksum
 from kvarena.engine.request import Request, SamplingParams
+from kvarena.experiments.building.ranks import least_blocks
 
 BLOCK = 16
 
@@ -168,3 +171,42 @@ def test_who_does_not_read_is_found():
     with pytest.raises(ring.SlowReader):
         for _ in range(5):
             made.writer.send(bytes(ring.SIZE // 3))
+
+
+class Nobody(watch.Watched):
+    """Ranks that are sockets alone."""
+
+    def kill(self) -> None:
+        pass
+
+    def why_ended(self, rank: int) -> str:
+        return "it ended"
+
+    def name_of(self, rank: int) -> str:
+        return f"rank {rank}"
+
+
+@pytest.mark.parametrize(
+    ("lost", "line"),
+    [
+        ((0, 2), "rank 1 of 3: it has not come to what the ranks compute together (rank 0: Timed out)"),
+        ((0, 1, 2), "rank 0 of 3: Timed out"),
+    ],
+)
+def test_who_has_not_given_up_is_who_the_others_waited_for(lost, line):
+    """A rank that hangs with a beating heart says nothing itself."""
+    watched = Nobody(Layout(3, 1), ends_process=False)
+    pairs = [socket.socketpair() for _ in range(2)]
+    watched.sockets = [ours for ours, _ in pairs]
+    thread = threading.Thread(target=watched.watch, daemon=True)
+    watched.note_lost(0, "Timed out")
+    thread.start()
+    for rank in lost[1:]:
+        send_frame(pairs[rank - 1][1], orjson.dumps({"error": "Timed out", "is_lost": True}))
+    thread.join(30)
+    assert watched.failure == line
+
+
+def test_a_pool_is_sized_to_the_smallest_rank():
+    peers = SimpleNamespace(answers=lambda: [{"num_blocks": 5}, {"num_blocks": 9}])
+    assert [least_blocks(SimpleNamespace(peers=peers), own) for own in (7, 3)] == [5, 3]
