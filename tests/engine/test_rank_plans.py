@@ -210,3 +210,18 @@ def test_who_has_not_given_up_is_who_the_others_waited_for(lost, line):
 def test_a_pool_is_sized_to_the_smallest_rank():
     peers = SimpleNamespace(answers=lambda: [{"num_blocks": 5}, {"num_blocks": 9}])
     assert [least_blocks(SimpleNamespace(peers=peers), own) for own in (7, 3)] == [5, 3]
+
+
+def test_tables_of_more_blocks_than_two_bytes_count():
+    rows, box = rows_and_box()
+    tables, mirror = Tables(), Mirror(BLOCK)
+    req = Request("long", [1] * 3)
+    tables.grow(req, 70_000 * BLOCK)
+    send(rows, tables, [(req, 0, 3)])
+    _, plan, _, _ = mirror.read(box.messages[-1])
+    send(rows, tables, [(req, 3, 1)])
+    tables.grow(req, 70_001 * BLOCK)
+    _, plan, _, _ = mirror.read(box.messages[-1])
+    send(rows, tables, [(req, 4, 1)])
+    _, plan, _, _ = mirror.read(box.messages[-1])
+    assert mirror.block_table(plan.scheduled[0].req) == tables.block_table(req)
