@@ -136,3 +136,69 @@ def all_reduce(
             num_warps=min(16, max(1, padded // 512)),
         )  # fmt: skip
     return out if residual is None or weight is not None else residual
+
+
+@triton.jit
+def best_token_kernel(  # type: ignore[no-untyped-def]
+    scores_ptr, tokens_ptr, params_ptr, last_ptr, out_ptr, buffers_ptr, flags_ptr, calls_ptr, num_slots,
+    RANKS: tl.constexpr, RANK: tl.constexpr, PUBLISH: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """One row; see `best_token`."""
+    row = tl.program_id(0)
+    call = tl.load(calls_ptr + row) + 1
+    place = ((call % 2) * num_slots + row) * 2
+    if PUBLISH:
+        own = tl.load(buffers_ptr + RANK).to(tl.pointer_type(tl.float32))
+        tl.store(own + place, tl.load(scores_ptr + row))
+        # Exact: no vocabulary reaches 2^24; what stands for no token is far above.
+        tl.store(own + place + 1, tl.load(tokens_ptr + row).to(tl.float32))
+        tl.debug_barrier()
+        for peer in tl.static_range(RANKS):
+            flag = tl.load(flags_ptr + peer).to(tl.pointer_type(tl.int32))
+            tl.atomic_xchg(flag + row * RANKS + RANK, call, sem="release", scope="sys")
+    if REDUCE:
+        mine = tl.load(flags_ptr + RANK).to(tl.pointer_type(tl.int32))
+        best = float("-inf")
+        token = 2147483648.0
+        for peer in tl.static_range(RANKS):
+            while tl.atomic_add(mine + row * RANKS + peer, 0, sem="acquire", scope="sys") < call:
+                pass
+            part = tl.load(buffers_ptr + peer).to(tl.pointer_type(tl.float32))
+            score = tl.load(part + place, cache_modifier=".cg")
+            # Of equals the lower rank has the lower token.
+            better = score > best
+            token = tl.where(better, tl.load(part + place + 1, cache_modifier=".cg"), token)
+            best = tl.where(better, score, best)
+        found = token < 16777216.0
+        tl.store(out_ptr + row, tl.where(found, token, -1.0).to(tl.int64))
+        tl.store(last_ptr + tl.load(params_ptr + row), tl.where(found, token, 0.0).to(tl.int64))
+        tl.store(calls_ptr + row, call)
+
+
+def best_token(
+    scores: Tensor,
+    tokens: Tensor,
+    params: Tensor,
+    last_tokens: Tensor,
+    memory: PeerMemory,
+    *,
+    parts: tuple[bool, bool] = (True, True),
+) -> Tensor:
+    """The token of every rank's best score, in one launch; all ranks call it as they call `all_reduce`.
+
+    Args:
+        scores, tokens: of this rank's columns, [N] each (`kvarena.engine.kernels.sample.draw_parts`).
+        params, last_tokens: as of `draw_tokens`; the latter is written.
+        memory: of this rank, with rows of two float32.
+        parts: see `all_reduce`.
+
+    Returns:
+        int64 [N], -1 where no token could be picked.
+    """
+    out = torch.empty_like(tokens)
+    if len(tokens):
+        best_token_kernel[(len(tokens),)](
+            scores, tokens, params, last_tokens, out, memory.buffers, memory.flags, memory.calls, memory.num_rows,
+            RANKS=len(memory.buffers), RANK=memory.rank, PUBLISH=parts[0], REDUCE=parts[1], num_warps=1,
+        )  # fmt: skip
+    return out

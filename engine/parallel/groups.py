@@ -121,6 +121,7 @@ class Groups:
         captured: the same for CUDA graphs.
         tensor_name: torch's name of it, on a GPU.
         onward, back: between the stages; None without.
+        reducer: of sums in graphs, for whoever else reads other GPUs' memory; None: nobody made one.
     """
 
     def __init__(self, layout: Layout, store: dist.Store, device: torch.device, host: str, timeout: float) -> None:
@@ -143,6 +144,7 @@ class Groups:
         # NCCL keeps graphs and eager calls apart only at a price (NCCL_GRAPH_MIXING_SUPPORT): each has a communicator.
         self.captured = Group(captured, layout.tensor_rank, size)
         self.onward, self.back = (None if one is None else Link(one) for one in (onward, back))
+        self.reducer: Any = None
 
     def _gloo(self, name: str, ranks: list[int]) -> Any:
         """A group of its own, known to nobody else: a process may have several engines."""

@@ -69,6 +69,10 @@ class AllReduce:
     Attributes:
         table: microseconds by bytes and way, the slowest rank's; empty where one way was asked for.
         chosen: the way by bytes.
+        without_peers: why no rank can read another's memory; empty where all can.
+
+    Raises:
+        EngineError: the way that is asked for cannot be had.
     """
 
     ways = WAYS
@@ -76,7 +80,17 @@ class AllReduce:
     def __init__(self, groups: Groups, size: int, dtype: torch.dtype, way: str = "auto") -> None:
         self._groups, self._size, self._dtype = groups, size, dtype
         self._name: Any = groups.tensor_name
-        self._buffer, self._memory = self._shared_memory()
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        # A communicator is made at its first call, which no graph may hold.
+        for one in (groups.tensor, groups.captured):
+            one.sum(torch.zeros(1, device=self._device))
+        torch.cuda.synchronize()
+        self._pages: list[Tensor] = []
+        self._buffer: Tensor | None = None
+        self._memory: Any = None
+        self.without_peers = "" if way == "nccl" else self._share_memory()
+        if self.without_peers and way != "auto":
+            raise EngineError(f"parallel.all_reduce={way} reads other GPUs' memory: {self.without_peers}; use nccl")
         self._ways: dict[str, Callable[[Tensor], Tensor]] = {
             "nccl": self._nccl, "one_shot": self._one_shot, "two_shot": self._two_shot, "kernel": self._kernel,
         }  # fmt: skip
@@ -87,30 +101,47 @@ class AllReduce:
         else:
             self.chosen = dict.fromkeys(SIZES, way)
 
-    def _shared_memory(self) -> tuple[Tensor, Any]:
-        """A buffer for torch's ways, and one for our kernel: memory that all ranks can read."""
+    def _share_memory(self) -> str:
+        """Get memory that all ranks can read; why there is none on some rank, or an empty string."""
+        reason = ""
+        try:
+            import torch.distributed._symmetric_memory as symmetric
+
+            buffer = symmetric.empty(_MOST_BYTES // self._dtype.itemsize, dtype=self._dtype, device=self._device)
+            symmetric.rendezvous(buffer, self._name)
+            memory = self.peer_memory(MOST_ROWS, self._size, self._dtype)
+        except (RuntimeError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+        failed = torch.tensor(float(bool(reason)), device=self._device)
+        if self._groups.tensor.sum(failed).item():
+            return reason or "another rank cannot share its own"
+        self._buffer, self._memory = buffer, memory
+        return ""
+
+    def peer_memory(self, num_rows: int, size: int, dtype: torch.dtype) -> Any:
+        """Memory for `all_reduce` or `best_token` (`PeerMemory`); all ranks of the stage get theirs together."""
         import torch.distributed._symmetric_memory as symmetric
 
-        # Imported here: a CPU has no use for the kernel.
+        # Imported here: a CPU has no use for the kernels.
         from kvarena.engine.kernels.all_reduce import PeerMemory
 
         group = self._groups.tensor
-        device = torch.device("cuda", torch.cuda.current_device())
-        buffer = symmetric.empty(_MOST_BYTES // self._dtype.itemsize, dtype=self._dtype, device=device)
-        symmetric.rendezvous(buffer, self._name)
-        data, flags = PeerMemory.num_bytes(group.size, MOST_ROWS, self._size, self._dtype)
-        page = symmetric.empty(data + flags, dtype=torch.uint8, device=device)
+        data, flags = PeerMemory.num_bytes(group.size, num_rows, size, dtype)
+        page = symmetric.empty(data + flags, dtype=torch.uint8, device=self._device)
         handle: Any = symmetric.rendezvous(page, self._name)
         page.zero_()
         torch.cuda.synchronize()
-        # Nobody begins before all flags are zero; a communicator is made at its first call, which no graph may hold.
-        for one in (self._groups.tensor, self._groups.captured):
-            one.sum(torch.zeros(1, device=device))
+        # Nobody begins before all flags are zero.
+        group.sum(torch.zeros(1, device=self._device))
         torch.cuda.synchronize()
-        addresses = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
-        calls = torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)
-        self._page = page
-        return buffer, PeerMemory(addresses, addresses + data, calls, group.rank, MOST_ROWS, self._size, self._dtype)
+        addresses = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=self._device)
+        calls = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
+        self._pages.append(page)
+        return PeerMemory(addresses, addresses + data, calls, group.rank, num_rows, size, dtype)
+
+    def best_memory(self, num_rows: int) -> Any:
+        """Memory for `best_token`, where our kernel is what small sums take; else None."""
+        return self.peer_memory(num_rows, 2, torch.float32) if self.chosen[SIZES[0]] == "kernel" else None
 
     def sum(self, x: Tensor) -> Tensor:
         """See `Reducer.sum`."""
@@ -132,6 +163,8 @@ class AllReduce:
 
     def takes(self, x: Tensor, way: str) -> bool:
         """Whether a way has such sums."""
+        if way != "nccl" and self._buffer is None:
+            return False
         if way == "kernel":
             return x.dim() == 2 and len(x) <= MOST_ROWS and x.shape[1] == self._size and x.dtype == self._dtype
         if way in ("one_shot", "two_shot"):
@@ -146,12 +179,14 @@ class AllReduce:
         return group.sum(x)
 
     def _one_shot(self, x: Tensor) -> Tensor:
+        assert self._buffer is not None
         found: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(
             self._buffer[: x.numel()], x.view(-1), "sum", self._name
         )
         return found.view_as(x)
 
     def _two_shot(self, x: Tensor) -> Tensor:
+        assert self._buffer is not None
         part = self._buffer[: x.numel()]
         part.copy_(x.view(-1))
         torch.ops.symm_mem.two_shot_all_reduce_(part, "sum", self._name)
@@ -166,7 +201,7 @@ class AllReduce:
         """Time every way at every size in a CUDA graph, and choose; the same on every rank."""
         for num_bytes in SIZES:
             rows = max(1, num_bytes // (self._size * self._dtype.itemsize))
-            x = torch.zeros(rows, self._size, dtype=self._dtype, device=self._buffer.device)
+            x = torch.zeros(rows, self._size, dtype=self._dtype, device=self._device)
             times = {way: self.time(way, x) for way in WAYS if self.takes(x, way)}
             self.table[num_bytes] = times
             self.chosen[num_bytes] = min(times, key=lambda way: times[way])
@@ -225,4 +260,5 @@ def make_reducer(groups: Groups, size: int, dtype: torch.dtype, way: str) -> Gro
         return None
     if groups.device.type != "cuda":
         return GroupReducer(groups.tensor)
-    return AllReduce(groups, size, dtype, way)
+    groups.reducer = AllReduce(groups, size, dtype, way)
+    return groups.reducer

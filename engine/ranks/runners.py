@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvarena.engine.kernels.all_reduce import PeerMemory, best_token
 from kvarena.engine.kernels.sample import NO_TOKEN, draw_parts
 from kvarena.engine.parallel.groups import Group
 from kvarena.engine.parallel.shard import Shard
@@ -30,7 +31,9 @@ class FusedRankRunner(SharedPicks, FusedRunner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self._device.type == "cuda" and not self._sampler.num_scores:
-            self._draw = PartDraw(kwargs["max_num_seqs"], self._device, self._group, self._shard)
+            groups, most = self.model.groups, kwargs["max_num_seqs"]
+            memory = None if groups is None or groups.reducer is None else groups.reducer.best_memory(most)
+            self._draw = PartDraw(most, self._device, self._group, self._shard, memory)
 
     def _pick_plain(self, rows: np.ndarray, stops: np.ndarray, logits: Tensor) -> tuple[Tensor, Tensor]:
         if self._draw is None:
@@ -48,16 +51,21 @@ class PartDraw(Draw):
         device: a GPU.
         group: the ranks that have the other columns.
         shard: which columns are here.
+        memory: in which the ranks meet, without a call of the library; None: they gather.
     """
 
-    def __init__(self, max_rows: int, device: torch.device, group: Group, shard: Shard) -> None:
+    def __init__(
+        self, max_rows: int, device: torch.device, group: Group, shard: Shard, memory: PeerMemory | None
+    ) -> None:
         super().__init__(max_rows, device)
-        self._group, self._shard = group, shard
+        self._group, self._shard, self._memory = group, shard, memory
 
     def __call__(self, logits: Tensor, params: Tensor, last_tokens: Tensor) -> Tensor:
         """See `Draw.__call__`."""
         logits = logits[:, : self._shard.num_tokens]
         scores, tokens = draw_parts(logits, params, self._shard.first_token, self._scratch, self._num_programs)
+        if self._memory is not None:
+            return best_token(scores, tokens, params, last_tokens, self._memory)
         return best_of_parts(self._group.gather(torch.stack([scores.double(), tokens.double()])), params, last_tokens)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kvarena.engine.kernels import step
+from kvarena.engine.kernels.all_reduce import PeerMemory, best_token
 from kvarena.engine.kernels.sample import DrawScratch, draw_parts, draw_scores, draw_tokens
 from kvarena.engine.ranks.runners import best_of_parts
 from kvarena.engine.sampling.streams import log_exponentials, stream_keys
@@ -141,3 +142,17 @@ def test_parts_of_a_row_give_the_token_of_the_whole(num_ranks, num_programs):
     pairs = torch.stack([torch.stack([scores.double(), tokens.double()]) for scores, tokens in parts])
     assert best_of_parts(pairs, params, other).tolist() == out.tolist() and out.tolist()[2:] == [-1, 10, -1]
     assert other.tolist() == last.tolist()
+    pages = [torch.zeros(4 * (2 * 5 * 2 + 5 * len(parts)), dtype=torch.uint8) for _ in parts]
+    buffers = torch.tensor([page.data_ptr() for page in pages])
+    memories = [
+        PeerMemory(buffers, buffers + 4 * 2 * 5 * 2, torch.zeros(5, dtype=torch.int32), rank, 5, 2, torch.float32)
+        for rank in range(len(parts))
+    ]
+    for _ in range(3):  # calls that use both halves of the memory, and one of them again
+        lasts = [torch.full((5,), -7) for _ in parts]
+        for memory, part, there in zip(memories, parts, lasts, strict=True):
+            best_token(*part, params, there, memory, parts=(True, False))
+        found = [best_token(*part, params, there, memory, parts=(False, True))
+                 for memory, part, there in zip(memories, parts, lasts, strict=True)]  # fmt: skip
+        assert all(one.tolist() == out.tolist() for one in found)
+        assert all(one.tolist() == last.tolist() for one in lasts)
