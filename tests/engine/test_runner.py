@@ -266,7 +266,13 @@ def test_largest_step_runs_on_any_device(model):
     run_largest_step(model, num_tokens=3 * 256 + 5, max_num_seqs=4)
     with pytest.raises(ConfigError, match=r"kv_cache\.num_slots"):
         available_kv_bytes(
-            model, gpu_memory_utilization=0.9, max_num_batched_tokens=64, max_num_seqs=4, in_use_before=0, block_bytes=1
+            model,
+            gpu_memory_utilization=0.9,
+            max_num_batched_tokens=64,
+            max_num_seqs=4,
+            max_model_len=64,
+            in_use_before=0,
+            block_bytes=1,
         )
 
 
