@@ -137,7 +137,8 @@ class ImageEncoder:
 
     def encode(self, tiles: list[np.ndarray]) -> list[Tensor]:
         """Rows of each tile, [tokens, (1 + levels) * hidden], whether in the cache or not; each uint8 [3, h, w]."""
-        sent = [torch.from_numpy(tile) for tile in tiles]
+        # What came over a socket is not writable, and torch warns of that.
+        sent = [torch.from_numpy(np.require(tile, requirements="W")) for tile in tiles]
         if self._device.type == "cuda":
             sent = [tile.pin_memory() for tile in sent]
         with torch.inference_mode():

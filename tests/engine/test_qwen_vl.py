@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from kvarena import LLM, SamplingParams
 from kvarena.engine.contract import ScheduledRequest
-from kvarena.engine.errors import ModelError
+from kvarena.engine.errors import ConfigError, ModelError
 from kvarena.engine.fusions.check import check_decoder, record
 from kvarena.engine.fusions.detect import fuse
 from kvarena.engine.fusions.triton_ops import TritonOps
 from kvarena.engine.models import load_model
+from kvarena.engine.models.parts import check_parts
 from kvarena.engine.models.sizes import model_sizes
+from kvarena.engine.parallel.layout import Layout
 from kvarena.engine.request import Request
 from kvarena.engine.runner.rope_positions import rope_positions, rope_shift
 from kvarena.engine.vision.processing import NoLayout, image_span
@@ -192,6 +194,22 @@ def test_positions_are_the_native_class_s(kind, checkpoint, tiny):
         for cut in range(1, len(ids)):  # in two chunks, beside another request
             parts = [ScheduledRequest(req, 0, cut), ScheduledRequest(req, cut, len(ids) - cut)]
             assert np.array_equal(rope_positions(parts), found)
+
+
+@pytest.mark.parametrize(("layout", "name"), [(Layout(2, 1), "tensor"), (Layout(1, 2), "pipeline")])
+def test_several_devices_are_refused_in_a_line(checkpoint, layout, name):
+    with pytest.raises(ConfigError, match=rf"^parallel\.{name}_parallel_size=2 is not available for 'x'.*; use 1$"):
+        check_parts(layout, checkpoint[1], None, "x", False, "auto", None)
+
+
+def test_pixels_that_came_over_a_socket_are_taken_without_a_warning(tiny, recwarn):
+    image = tiny.prompts[0][1][0]
+    image.pixels.flags.writeable = False
+    try:
+        tiny.loaded.images.encode(list(image.pixels))
+    finally:
+        image.pixels.flags.writeable = True
+    assert not recwarn.list
 
 
 def test_a_large_image_weighs_more_and_is_taken_in_alone(checkpoint):
