@@ -10,6 +10,7 @@ from kvarena.engine.errors import ConfigError
 from kvarena.experiments.jobs.job import execute
 from kvarena.experiments.settings.compose import compose_cell
 from kvarena.experiments.simulation.recorded import RecordedRun
+from kvarena.experiments.simulation.replay import replay
 from kvarena.experiments.simulation.routed_replay import replay_routed
 
 CELL = [
@@ -38,6 +39,8 @@ def test_every_route_and_every_step_is_the_same_again(recorded: RecordedRun):
     assert min(one.num_steps for one in result.replicas) > 20
     assert result.identical, str(result)
     assert str(result).startswith("routes: the same of 16 of 16 requests; decisions: identical in ")
+    # What a replica did is what an engine alone does that gets the same requests.
+    assert all(replay(recorded.of_replica(number)).identical for number in range(2))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Several replicas behind a router are one run: on one clock, with the files, summaries and reports of any run."""
 
 import json
+import os
+import signal
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.routing import Router
 from kvarena.experiments.jobs.job import execute
 from kvarena.experiments.load.turns import RealTurns, TaskClock, VirtualTurns
+from kvarena.experiments.recording.interruption import Interrupted
 from kvarena.experiments.settings.compose import compose_cell
 from kvarena.reports.reading.files import read_run
 
@@ -222,3 +225,21 @@ def test_a_task_s_failure_ends_all_tasks():
         with pytest.raises(EngineError, match="the device is lost"):
             turns.run([lambda: wait(0), lambda: wait(1), fail])
         assert sorted(ended) == [0, 1]
+
+
+def test_an_interrupted_run_keeps_what_the_replicas_had(tmp_path: Path, monkeypatch):
+    """Requests that were on their way to a replica are in no file."""
+    steps = iter(range(10_000))
+
+    def interrupt(self, recorder) -> None:
+        if next(steps) == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("kvarena.experiments.jobs.output.Progress.__call__", interrupt)
+    with pytest.raises(Interrupted, match="requests had ended and are kept"):
+        run(tmp_path / "run", "router=round_robin", "arrival=all_at_once", "workload=uniform")
+    requests, routing = (pq.read_table(tmp_path / "run" / name) for name in ("requests.parquet", "routing.parquet"))
+    assert requests.num_rows == routing.num_rows
+    summary = json.loads((tmp_path / "run" / "manifest.json").read_text())["run"]["interrupted"]
+    assert summary["num_submitted"] == requests.num_rows and summary["num_ended"] < 40
+    assert not (tmp_path / "run" / "cell.json").exists()
