@@ -78,8 +78,8 @@ def test_real_replicas_are_routed_again_and_the_equal_share_is_told(tmp_path):
 
 def test_scale_out_takes_every_layout_that_divides_the_cards(tmp_path):
     cells = CellRunner(["experiment=scale_out", "study=null", "report.pages=false"], tmp_path / "study")
-    model = {"llama-3.1-8b-shape": {"rate": 20.0, "layouts": [[1, 1], [2, 1]]}}
-    findings = ScaleOutStudy(model, [1, 2], duration=0.3, router="least_kv").run(cells)
+    model = {"llama-3.1-8b-shape": {"users": 4, "layouts": [[1, 1], [2, 1]]}}
+    findings = ScaleOutStudy(model, [1, 2], rounds=2, router="least_kv").run(cells)
     assert findings.title.startswith("Scale-out; collectives: AIConfigurator's tables")
     cells = {quantity.split(":")[0] for quantity in claims(findings)}
     assert cells == {
@@ -94,10 +94,10 @@ def test_scale_out_takes_every_layout_that_divides_the_cards(tmp_path):
     assert len(findings.charts) == 3
 
 
-@pytest.mark.parametrize("model", [{"layouts": [[1, 1]]}, {"layouts": [], "rate": 1.0}, {"layouts": [2], "rate": 1.0}])
+@pytest.mark.parametrize("model", [{"layouts": [[1, 1]]}, {"layouts": [], "users": 1}, {"layouts": [2], "users": 1}])
 def test_a_model_without_layouts_is_a_line(model):
     with pytest.raises(ConfigError, match=r"study\.models\.x"):
-        ScaleOutStudy({"x": model}, [1], 1.0, "least_kv")
+        ScaleOutStudy({"x": model}, [1], 1, "least_kv")
 
 
 def test_tables_are_held_against_a_recorded_cell(tmp_path):

@@ -1,7 +1,7 @@
 """How models scale over cards that nobody here has: tensor parallel x pipeline parallel x replicas, simulated.
 
 for each model, for each number of cards, for each layout (TP, PP) that divides it:
-    cards / (TP x PP) replicas behind a router, a load that grows with the cards  -->  tokens/s a card, TPOT, goodput
+    cards / (TP x PP) replicas behind a router, so many users for each card  -->  tokens/s a card, TPOT, goodput
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvarena.engine.checks import check_int, check_number
+from kvarena.engine.checks import check_int
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.simulation.profiles import load_profile
 from kvarena.experiments.studies.base import Chart, Findings, Series
@@ -44,9 +44,9 @@ class ScaleOutStudy:
     """Layouts of each model from few cards to many.
 
     Args:
-        models: by the model's name: `layouts`, pairs of (TP, PP), and `rate`, requests per second of each card.
+        models: by the model's name: `layouts`, pairs of (TP, PP), and `users` of each card, who wait for their answers.
         cards: numbers of cards.
-        duration: seconds of arrivals.
+        rounds: requests of each user.
         router: before the replicas of a cell that has several.
 
     Raises:
@@ -55,17 +55,17 @@ class ScaleOutStudy:
 
     models: Mapping[str, Mapping[str, Any]]
     cards: Sequence[int]
-    duration: float
+    rounds: int
     router: str
 
     def __post_init__(self) -> None:
-        check_number("study.duration", self.duration, above=True)
+        check_int("study.rounds", self.rounds, 1)
         for number in self.cards:
             check_int("study.cards", number, 1)
         for name, model in self.models.items():
-            if set(model) != {"layouts", "rate"} or not model["layouts"]:
-                raise ConfigError(f"study.models.{name} must have layouts, [[TP, PP], ...], and rate")
-            check_number(f"study.models.{name}.rate", model["rate"], above=True)
+            if set(model) != {"layouts", "users"} or not model["layouts"]:
+                raise ConfigError(f"study.models.{name} must have layouts, [[TP, PP], ...], and users")
+            check_int(f"study.models.{name}.users", model["users"], 1)
             for pair in model["layouts"]:
                 if not isinstance(pair, list) or len(pair) != 2:
                     raise ConfigError(f"study.models.{name}.layouts has {pair}, which is no [TP, PP]")
@@ -95,11 +95,10 @@ class ScaleOutStudy:
                 "stage's pace; what an uneven load leaves idle is not in it.",
             ],
             notes=[
-                "The load grows with the cards: the same requests per second and card for all layouts of a model. "
-                "Layouts that keep up have the same tokens/s a card.",
-                "Tokens/s: of the run's steady part, or of all of it where none is found, with ramp and drain.",
-                "TPOT: the median over requests. Goodput: the share of requests that kept both limits, times those "
-                "that arrive per second and card.",
+                "The load grows with the cards: the same number of users for each card, of whom each sends the next "
+                "request when the last one is answered. So all layouts of a model are as full, and no queue grows.",
+                "Tokens/s: of the whole run; its ramp and drain are a share of each run that is the same for all.",
+                "TPOT: the median over requests. Goodput: requests per second and card that kept both limits.",
             ],
         )
 
@@ -114,8 +113,8 @@ class ScaleOutStudy:
                 f"model={model}",
                 f"parallel.tensor_parallel_size={layout.tensor}",
                 f"parallel.pipeline_parallel_size={layout.pipeline}",
-                f"arrival.rate={options['rate'] * number}",
-                f"workload.num_requests={max(1, round(options['rate'] * number * self.duration))}",
+                f"arrival.num_users={options['users'] * number}",
+                f"workload.num_requests={options['users'] * number * self.rounds}",
                 *router,
             ],
         )
@@ -125,10 +124,10 @@ class ScaleOutStudy:
         for model, layouts in found.items():
             largest = max(number for of in layouts.values() for number in of)
             best = max((layout for layout in layouts if largest in layouts[layout]),
-                       key=lambda layout: self._goodput(model, layouts[layout][largest]))  # fmt: skip
+                       key=lambda layout: _goodput(layouts[layout][largest], largest))  # fmt: skip
             summary = layouts[best][largest]
             texts.append(
-                f"{model}: {best} ({self._goodput(model, summary):.2f} good requests/s and "
+                f"{model}: {best} ({_goodput(summary, largest):.2f} good requests/s and "
                 f"{_tokens(summary) / largest:,.0f} tokens/s a card, TPOT "
                 f"{1e3 * summary['tpot_seconds']['p50']:.1f} ms)"
             )
@@ -143,10 +142,9 @@ class ScaleOutStudy:
                     where = f"{model}, {number} card{'s' * (number > 1)}, {layout}, {replicas}"
                     share = summary["slo"]["whole_run"]["attainment"]
                     claims += [
-                        measured(f"{where}: output tokens/s a card", "tokens/s", _tokens(summary) / number,
-                                 note="" if summary["steady"]["found"] else "whole run"),
+                        measured(f"{where}: output tokens/s a card", "tokens/s", _tokens(summary) / number),
                         measured(f"{where}: TPOT, median", "ms", 1e3 * summary["tpot_seconds"]["p50"]),
-                        measured(f"{where}: goodput a card", "requests/s", self._goodput(model, summary),
+                        measured(f"{where}: goodput a card", "requests/s", _goodput(summary, number),
                                  note=f"{share:.0%} of the requests"),
                     ]  # fmt: skip
         return claims
@@ -163,7 +161,7 @@ class ScaleOutStudy:
                 if of
             ]
 
-        load = f"{self.models[model]['rate']:g} requests/s a card"
+        load = f"{self.models[model]['users']} users a card"
         return [
             Chart(f"{model}-tokens", "lines", "cards", "output tokens/s a card",
                   f"{model}, simulated: output tokens/s of each card, by layout; {load}.",
@@ -173,15 +171,15 @@ class ScaleOutStudy:
                   series(lambda summary, _: 1e3 * summary["tpot_seconds"]["p50"]), log_x=True),
             Chart(f"{model}-goodput", "lines", "cards", "good requests/s a card",
                   f"{model}, simulated: requests that kept both limits, per second and card, by layout; {load}.",
-                  series(lambda summary, _: self._goodput(model, summary)), log_x=True),
+                  series(_goodput), log_x=True),
         ]  # fmt: skip
 
-    def _goodput(self, model: str, summary: dict[str, Any]) -> float:
-        """Good requests per second and card: of those that arrive, however long the last ones take."""
-        return float(summary["slo"]["whole_run"]["attainment"]) * float(self.models[model]["rate"])
+
+def _goodput(summary: dict[str, Any], cards: int) -> float:
+    """Good requests per second and card."""
+    return float(summary["slo"]["whole_run"]["good_requests_per_second"]) / cards
 
 
 def _tokens(summary: dict[str, Any]) -> float:
-    """Output tokens per second of all cards, without ramp and drain where a steady part was found."""
-    part = summary["steady"] if summary["steady"]["found"] else summary
-    return float(part["output_tokens_per_second"])
+    """Output tokens per second of all cards."""
+    return float(summary["output_tokens_per_second"])
