@@ -31,13 +31,14 @@ from kvarena.engine.attention.null import NullBackend
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.checkpoints.directory import one_line
 from kvarena.engine.errors import ModelError
+from kvarena.engine.models.choices import NoteChoices, RepeatChoices, side_by_side
 from kvarena.engine.models.masks import MASKED_NAME, register_masks, span_of
 from kvarena.engine.models.spans import short_spans
 from kvarena.engine.pool.kv_pool import KVPool
 
 PROBE_LENS = (7, 5)
 BLOCK_SIZE = 4
-# Largest relative difference of the logits: rounding, and in low precision an expert chosen differently.
+# Largest relative difference of the logits. Rounding; experts are the same in both (choices.py).
 TOLERANCE = {torch.float32: 0.01}
 LOW_PRECISION_TOLERANCE = 0.3
 
@@ -195,7 +196,11 @@ def _compare(module: nn.Module, geometry: AttentionGeometry, vocab_size: int, re
     parameter = next(module.parameters())
     ids = _probe_ids(vocab_size, parameter.device)
     module.set_attn_implementation("eager")  # type: ignore[operator]
-    alone = [module(input_ids=row[None], use_cache=False).logits[0, -1] for row in ids]
+    alone, choices = [], []
+    for row in ids:
+        with NoteChoices() as noted:
+            alone.append(module(input_ids=row[None], use_cache=False).logits[0, -1])
+        choices.append(noted.found)
     module.set_attn_implementation(HOOK_NAME)  # type: ignore[operator]
     pool = KVPool.of_model(
         geometry,
@@ -205,7 +210,8 @@ def _compare(module: nn.Module, geometry: AttentionGeometry, vocab_size: int, re
         device=parameter.device,
     )
     try:
-        packed = _packed(module, ids, ReferenceBackend(pool))
+        with RepeatChoices(side_by_side(choices)):
+            packed = _packed(module, ids, ReferenceBackend(pool))
     except (TypeError, AttributeError) as error:  # of None: with masks the trace went through
         raise ModelError(
             f"{refused}: its layers read the attention mask themselves, to select keys for instance, and the engine's "
@@ -215,18 +221,21 @@ def _compare(module: nn.Module, geometry: AttentionGeometry, vocab_size: int, re
     if difference is None:
         return
     module.set_attn_implementation("eager")  # type: ignore[operator]
-    raise ModelError(f"{refused}: {_why(module, ids, alone)} (relative difference of the logits {difference:.2g})")
+    raise ModelError(
+        f"{refused}: {_why(module, ids, alone, choices)} (relative difference of the logits {difference:.2g})"
+    )
 
 
-def _why(module: nn.Module, ids: list[Tensor], alone: list[Tensor]) -> str:
-    """What makes packed sequences differ, as far as the model's own attention can tell."""
+def _why(module: nn.Module, ids: list[Tensor], alone: list[Tensor], choices: list[list[Tensor]]) -> str:
+    """What makes packed sequences differ, as far as the model's own attention can tell; `choices` are the experts'."""
     if "position_ids" not in inspect.signature(module.forward).parameters:
         return "its forward takes no position_ids, so it counts positions along the packed row and not in each sequence"
-    placed = [
-        module(input_ids=row[None], position_ids=torch.arange(len(row), device=row.device)[None], use_cache=False)
-        for row in ids
-    ]
-    if _difference([output.logits[0, -1] for output in placed], alone) is not None:
+    placed = []
+    for row, chosen in zip(ids, choices, strict=True):
+        positions = torch.arange(len(row), device=row.device)[None]
+        with RepeatChoices(chosen):
+            placed.append(module(input_ids=row[None], position_ids=positions, use_cache=False).logits[0, -1])
+    if _difference(placed, alone) is not None:
         return "given the positions 0, 1, 2, ... it answers otherwise than without any: it counts them in another way"
     return "packed sequences give other logits than each alone; something beside standard causal attention mixes tokens"
 

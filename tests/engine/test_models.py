@@ -9,11 +9,13 @@ import torch
 import yaml
 from checkpoints import BASE, write_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 from kvarena.engine.errors import ConfigError, ModelError
 from kvarena.engine.models import load_model, load_tokenizer
+from kvarena.engine.models.choices import NoteChoices, RepeatChoices, side_by_side
 from kvarena.engine.models.limits import max_model_len
+from kvarena.engine.models.probe import probe_attention
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
 SHAPE = {"model_type": "llama"} | BASE
@@ -124,7 +126,7 @@ def test_shipped_shapes(name):
 
 def test_missing_directory(tmp_path):
     assert "does not exist; give a local directory" in refusal(tmp_path / "none")
-    assert "does not exist" in refusal("meta-llama/Llama-3.1-8B")
+    assert "is no folder here, and as a model's name" in refusal("meta-llama/Llama-3.1-8B")
     file = tmp_path / "file"
     file.touch()
     assert "is a file" in refusal(file)
@@ -361,3 +363,36 @@ def test_a_config_with_fewer_layers_than_the_weights_is_refused(family, tmp_path
     assert "holds weights of 3 layers, and its config.json says num_hidden_layers=2" in refusal(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | fewer | {"num_nextn_predict_layers": 1}))
     assert load_model(tmp_path).spec.num_layers == 2  # the third one predicts further tokens
+
+
+def test_experts_that_rounding_exchanges_refuse_no_model():
+    """In bf16 two orders of computing may choose other experts of a token, and with them give other logits."""
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=8, num_experts_per_tok=2, vocab_size=256, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(config).eval().to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        factor = 0.02 if "gate.weight" in name else 15 if "experts" in name else 1 if "norm" in name else 3
+        parameter.data *= factor
+    assert probe_attention(model, "near ties", 12, 256).num_layers == 12
+
+
+def test_choices_are_noted_and_repeated():
+    x, y = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[0.0, 9.0, 8.0], [1.0, 2.0, 3.0]])
+    with NoteChoices() as first:
+        torch.topk(x, 2)
+    with NoteChoices() as second:
+        y.topk(2, dim=-1)
+    packed = torch.tensor([[1.0, 5.0, 4.0], [7.0, 0.0, 1.0], [9.0, 1.0, 2.0]])
+    with RepeatChoices(side_by_side([first.found, second.found])):
+        values, indices = packed.topk(2)
+        again = packed.topk(2).indices  # nothing was noted of a second call
+    assert indices.tolist() == [[0, 2], [1, 2], [2, 1]]
+    assert values.tolist() == [[1.0, 4.0], [0.0, 1.0], [2.0, 1.0]]
+    assert again.tolist() == [[1, 2], [0, 2], [0, 2]]
+    assert side_by_side([first.found, []]) == []
+    with RepeatChoices(first.found):
+        assert packed.topk(2).indices.tolist() == again.tolist(), "of another shape"
+        assert packed[:1].topk(1, dim=0).indices.tolist() == [[0, 0, 0]], "along another dimension"
