@@ -2,11 +2,11 @@
 
     kvarena benchmark images model=internvl2-8b-shape engine.dtype=bfloat16 engine.max_model_len=4096
 
-Prints JSON lines. `pixels`: decoding a PNG, cutting and digesting it, on one core of the host. `tower`: encoding an
-image's tiles. `images` and `text`: the same number of requests at once, each with an image of its own, and with text
-of equal length; tiles are ready, as a server's front has them. `gaps`: requests that decode while the others arrive,
-p99 of the time between two of their tokens, beside images and beside text. Engines are built from the main job's
-config, with the settings that follow the options.
+Prints JSON lines. `start`: seconds to build the engine and to warm it up. `pixels`: decoding a PNG, cutting and
+digesting it, on one core of the host. `tower`: encoding an image's tiles. `images` and `text`: the same number of
+requests at once, each with an image of its own, and with text of equal length; tiles are ready, as a server's front has
+them. `gaps`: requests that decode while the others arrive, p99 of the time between two of their tokens, beside images
+and beside text. Engines are built from the main job's config, with the settings that follow the options.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -73,7 +73,7 @@ class Bench:
         """A picture as the engine gets it, at position 0, and the seconds that its pixels took."""
         rough = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), dtype=np.uint8)
         file = io.BytesIO()
-        Image.fromarray(rough).resize(self._args.size).save(file, "PNG")
+        Image.fromarray(rough).resize(self._args.size).save(file, "PNG", compress_level=1)
         start = time.perf_counter()
         check_image(file.getvalue(), "image/png", "image", MediaPolicy())
         made = image_span(self._processing, decode_image(file.getvalue(), "image"))
@@ -168,24 +168,21 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def lines(bench: Bench, num_requests: int) -> list[Line]:
-    """All sections."""
+def lines(bench: Bench, num_requests: int) -> Iterator[Line]:
+    """All sections, each as soon as it is known."""
     made = [bench.make_image(seed) for seed in range(2 * num_requests)]
     images, seconds = [image for image, _ in made], [took for _, took in made]
-    found: list[Line] = [
-        {"section": "pixels", "ms": round(float(np.median(seconds)) * 1e3, 2), "tiles": images[0].num_tiles},
-        {"section": "tower"} | bench.tower(images[0]),
-    ]
+    yield {"section": "pixels", "ms": round(float(np.median(seconds)) * 1e3, 2), "tiles": images[0].num_tiles}
+    yield {"section": "tower"} | bench.tower(images[0])
     half = images[:num_requests]
     for name, as_text in (("images", False), ("text", True)):
-        found.append({"section": name} | bench.throughput(bench.requests(half, as_text=as_text)))
+        yield {"section": name} | bench.throughput(bench.requests(half, as_text=as_text))
     beside = {
         name: bench.gaps(bench.requests(images[num_requests:], as_text=as_text))
         for name, as_text in (("images", False), ("text", True))
     }
     line = {f"p99_ms_beside_{name}": round(gap * 1e3, 3) for name, gap in beside.items()}
-    found.append({"section": "gaps"} | line | {"ratio": round(beside["images"] / beside["text"], 3)})
-    return found
+    yield {"section": "gaps"} | line | {"ratio": round(beside["images"] / beside["text"], 3)}
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -206,10 +203,17 @@ def main(argv: Sequence[str]) -> int:
     check_overrides(args.overrides)
     given = {one.partition("=")[0] for one in args.overrides}
     config = load_run([*(one for one in DEFAULTS if one.partition("=")[0] not in given), *args.overrides])
+    began = time.perf_counter()
     parts = build_engine(config)
     bench = Bench(parts, args)
+    built = time.perf_counter()
     warm_up(config, parts, SERVED)
     bench.run(bench.requests([bench.make_image(2**31)[0]], as_text=False))  # compiles what images need
+    ready = time.perf_counter()
+    print(
+        json.dumps({"section": "start", "build_s": round(built - began, 1), "warm_s": round(ready - built, 1)}),
+        flush=True,
+    )
     for line in lines(bench, args.requests):
         print(json.dumps(line), flush=True)
     return 0
