@@ -27,7 +27,7 @@ from kvarena.engine.kernels.gemm.wide import PROGRAM_ROWS, STEP_COLS, WideTile
 from kvarena.engine.kernels.hopper import HopperKernels, Kernel
 
 # By the mean pairs of an expert: beyond the first it is this kernel, beyond the second a cluster shares weights.
-FEWEST_ROWS, FEW_ROWS = 96, 192
+FEWEST_ROWS, FEW_ROWS = 31, 128
 # Items of an expert that are computed side by side: so their rows and so many tiles of weights stay in the cache.
 SPAN_ITEMS = 8
 _TILE = WideTile(256, 2)

@@ -3,13 +3,14 @@
     kvarena benchmark experts [--shape mixtral-8x7b ...] [--tokens 1 8 32 256 2048] [--tune] [--out FILE]
 
 Weights are random, the routing is balanced: token t takes the next k experts in turn, and each launch begins at others,
-so that no weights are in the cache. Prints lines of JSON: first the machine with its ceilings, measured in the same
-call (bytes per second of a copy, operations per second of a dense bf16 product of 8192^3); then one per shape, number
-of tokens and implementation: microseconds from router logits to the sum in the residual stream, and shares of the
-ceilings. `products` names the kernel: `triton`, or `wgmma`, the grouped product of prompts on Hopper, whose two shapes
-are both measured from 32 rows an expert on; the first line is what the engine takes. `bar_us` is the time to beat
-(docs/gpu.md, Experts), scaled by the ceilings. With --tune other shapes of launches too, of the second product apart
-where an expert has few rows.
+so that no weights are in the cache. With `--routing random` each token takes any k, as a router
+without training does. Prints lines of JSON: first the machine with its ceilings, measured in the same call (bytes per
+second of a copy, operations per second of a dense bf16 product of 8192^3); then one per shape, number of tokens and
+implementation: microseconds from router logits to the sum in the residual stream, and shares of the ceilings.
+`products` names the kernel: `triton`, or `wgmma`, the grouped product of prompts on Hopper, whose two shapes are both
+measured from 32 rows an expert on; the first line is what the engine takes. `bar_us` is the time to beat (docs/gpu.md,
+Experts), scaled by the ceilings. With --tune other shapes of launches too, of the second product apart where an expert
+has few rows.
 
 `--shape tiny` runs on a CPU as well, in Triton's interpreter, to see that it works: its times say nothing of kernels.
 """
@@ -35,6 +36,7 @@ from kvarena.experiments.tools import say_all, tool_parser
 Line = dict[str, Any]
 TOKENS = (1, 8, 32, 256, 2048)
 NUM_ROUTINGS = 8
+ROUTINGS = ("balanced", "random")
 COPY_OF_BARS = 4.25e12  # bytes per second of the card that the bars are stated for
 
 
@@ -101,28 +103,39 @@ class Layer:
         num_tokens: of the batch.
         weights: gate and up, and down, of `make_weights`.
         grouped: the grouped product of Hopper, if there is one.
+        routing: one of ROUTINGS.
     """
 
     def __init__(
-        self, shape: Shape, num_tokens: int, weights: tuple[Tensor, Tensor], grouped: GroupedGemm | None = None
+        self,
+        shape: Shape,
+        num_tokens: int,
+        weights: tuple[Tensor, Tensor],
+        grouped: GroupedGemm | None = None,
+        routing: str = ROUTINGS[0],
     ) -> None:
-        self.shape, self.products = shape, grouped
+        self.shape, self.products, self.routing = shape, grouped, routing
         self.gate_up, self.down = weights
         device = self.gate_up.device
         self.x, self.residual = (
             torch.randn(num_tokens, shape.hidden, device=device, dtype=self.gate_up.dtype) for _ in range(2)
         )
-        pairs = torch.arange(num_tokens * shape.top_k, device=device).view(num_tokens, shape.top_k)
-        self.choices = [(pairs + turn * num_tokens * shape.top_k) % shape.num_experts for turn in range(NUM_ROUTINGS)]
+        if routing == "random":
+            scores = torch.rand(NUM_ROUTINGS, num_tokens, shape.num_experts, device=device)
+            self.choices = list(scores.topk(shape.top_k).indices)
+        else:
+            pairs = torch.arange(num_tokens * shape.top_k, device=device).view(num_tokens, shape.top_k)
+            turns = (pairs + turn * num_tokens * shape.top_k for turn in range(NUM_ROUTINGS))
+            self.choices = [turn % shape.num_experts for turn in turns]
         self._num_read = torch.zeros(1, dtype=torch.int32, device=device)
 
     @property
-    def num_read(self) -> int:
-        """Experts that the batch takes."""
-        return min(self.shape.num_experts, self.choices[0].numel())
+    def num_read(self) -> float:
+        """Experts that the batch takes, in the mean of its routings."""
+        return sum(len(chosen.unique()) for chosen in self.choices) / len(self.choices)
 
     @property
-    def num_bytes(self) -> int:
+    def num_bytes(self) -> float:
         """Of the weights of these experts, and of tokens in and out."""
         shape = self.shape
         weights = self.num_read * 3 * shape.hidden * shape.inner
@@ -198,10 +211,12 @@ def choices(
 def measure(name: str, num_tokens: int, layer: Layer, found: Ceilings, tune: bool) -> Iterator[Line]:
     """The lines of one batch."""
     shape, on_gpu = layer.shape, layer.x.is_cuda
-    labels: Line = {"kernel": "experts", "shape": name, "tokens": num_tokens, "experts_read": layer.num_read}
-    if num_tokens in shape.bars:
+    labels: Line = {"kernel": "experts", "shape": name, "tokens": num_tokens, "routing": layer.routing}
+    labels["experts_read"] = layer.num_read
+    has_bars = bool(shape.bars) and layer.routing == ROUTINGS[0]
+    if has_bars and num_tokens in shape.bars:
         labels["bar_us"] = round(shape.bars[num_tokens] * COPY_OF_BARS / found.copy, 1)
-    elif shape.bars and num_tokens >= 2048:
+    elif has_bars and num_tokens >= 2048:
         labels["bar_us"] = round(layer.num_flops / (DENSE_SHARE * found.matmul) * 1e6, 1)
     theirs = layer.grouped()
     hopper = layer.products is not None
@@ -257,7 +272,7 @@ def host_ceilings(size: int = 256) -> Ceilings:
     return Ceilings(2 * source.nbytes / copy * 1e6, 2 * size**3 / product * 1e6)
 
 
-def lines(names: Sequence[str], tokens: Sequence[int], tune: bool) -> Iterator[Line]:
+def lines(names: Sequence[str], tokens: Sequence[int], tune: bool, routing: str = ROUTINGS[0]) -> Iterator[Line]:
     """All lines; of a GPU unless only the tiny shape is asked for and there is none."""
     only_tiny = set(names) == {"tiny"} and not torch.cuda.is_available()
     device = torch.device("cpu") if only_tiny else require_cuda()
@@ -271,7 +286,8 @@ def lines(names: Sequence[str], tokens: Sequence[int], tune: bool) -> Iterator[L
     for name in names:
         weights = make_weights(SHAPES[name], device)
         for num_tokens in tokens:
-            yield from measure(name, num_tokens, Layer(SHAPES[name], num_tokens, weights, grouped), found, tune)
+            layer = Layer(SHAPES[name], num_tokens, weights, grouped, routing)
+            yield from measure(name, num_tokens, layer, found, tune)
         del weights
 
 
@@ -280,6 +296,7 @@ def main(argv: Sequence[str]) -> int:
     parser = tool_parser(__name__, __doc__)
     parser.add_argument("--shape", action="append", choices=SHAPES, help="default: both of real models")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="of a batch")
+    parser.add_argument("--routing", choices=ROUTINGS, default=ROUTINGS[0], help="of the tokens to experts")
     parser.add_argument("--tune", action="store_true", help="measure other shapes of launches too")
     parser.add_argument("--out", type=Path, help="append the lines to this file")
     args = parser.parse_args(argv)
@@ -287,4 +304,4 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--tokens {min(args.tokens)} must be at least 1")
     names = args.shape or [name for name in SHAPES if name != "tiny"]
     with torch.inference_mode():
-        return say_all(lines(names, args.tokens, args.tune), args.out, failed="failed")
+        return say_all(lines(names, args.tokens, args.tune, args.routing), args.out, failed="failed")
