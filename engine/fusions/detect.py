@@ -137,9 +137,12 @@ def _mlp(mlp: Any, norm: Norm, index: int, experts: Experts | None) -> FusedGlu 
 
 
 def _glu(mlp: Any, norm: Norm, index: int) -> FusedGlu:
+    gate_up = _projection([mlp.gate_proj, mlp.up_proj], f"layer {index}: gate_proj and up_proj")
+    if isinstance(gate_up, PackedProjection):
+        gate_up.product.is_gated = True
     return FusedGlu(
         norm=norm,
-        gate_up=_projection([mlp.gate_proj, mlp.up_proj], f"layer {index}: gate_proj and up_proj"),
+        gate_up=gate_up,
         down=_projection([mlp.down_proj], f"layer {index}: down_proj"),
     )
 

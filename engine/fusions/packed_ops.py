@@ -10,7 +10,7 @@ from kvarena.engine.quantization.linear import PackedProjection
 
 
 class PackedOps:
-    """See `kvarena.engine.fusions.ops.Ops`. A packed projection is a product alone: norms and activations come apart.
+    """See `kvarena.engine.fusions.ops.Ops`. What comes before and after a packed product is fused where its kernel can.
 
     Args:
         ops: everything else, and projections that are not packed.
@@ -37,21 +37,23 @@ class PackedOps:
         self, residual: Tensor, norm: Norm, linear: Linear | PackedProjection, out: Tensor | None = None
     ) -> Tensor:
         """See `Ops.norm_linear`."""
-        if isinstance(linear, PackedProjection):
-            return linear(self._ops.norm(residual, norm), out)
-        return self._ops.norm_linear(residual, norm, linear, out)
+        if isinstance(linear, Linear):
+            return self._ops.norm_linear(residual, norm, linear, out)
+        y = None if linear.bias is not None else linear.product.fused(residual, norm, None, out, glu=False)
+        return linear(self._ops.norm(residual, norm), out) if y is None else y
 
     def linear_residual(self, x: Tensor, linear: Linear | PackedProjection, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
-        if isinstance(linear, PackedProjection):
-            return linear.add_to(x, residual)
-        return self._ops.linear_residual(x, linear, residual)
+        if isinstance(linear, Linear):
+            return self._ops.linear_residual(x, linear, residual)
+        return linear.add_to(x, residual)
 
     def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear | PackedProjection) -> Tensor:
         """See `Ops.norm_glu`."""
-        if isinstance(gate_up, PackedProjection):
-            return self._ops.glu(gate_up(self._ops.norm(residual, norm)))
-        return self._ops.norm_glu(residual, norm, gate_up)
+        if isinstance(gate_up, Linear):
+            return self._ops.norm_glu(residual, norm, gate_up)
+        y = None if gate_up.bias is not None else gate_up.product.fused(residual, norm, None, None, glu=True)
+        return self._ops.glu(gate_up(self._ops.norm(residual, norm))) if y is None else y
 
     def glu(self, x: Tensor) -> Tensor:
         """See `Ops.glu`."""

@@ -1,4 +1,9 @@
-// What the CUDA kernels share: barriers, the tensor memory accelerator, the tensor cores' operands. Needs STAGES.
+// What the CUDA kernels share: barriers, the tensor memory accelerator, the tensor cores' operands. Needs STAGES. With
+// FLOAT16 values of 16 bits are float16, otherwise bfloat16.
+
+#ifndef FLOAT16
+#define FLOAT16 0
+#endif
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -68,6 +73,14 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// Bytes that lie side by side, a multiple of 16.
+__device__ __forceinline__ void fetch_bytes(u32 to, const void* from, u32 count, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          to), "l"(from), "r"(count), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 // A box of rows x 64 columns of a row-major matrix.
 __device__ __forceinline__ void fetch(u32 to, const TensorMap& map, u32 barrier, int col, int row, u64 policy) {
   asm volatile(
@@ -93,7 +106,11 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 
 __device__ __forceinline__ u32 pack(float low, float high) {
   u32 both;
+#if FLOAT16
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#endif
   return both;
 }
 
@@ -112,26 +129,46 @@ __device__ __forceinline__ u64 policy_evict_first() {
   return policy;
 }
 
+__device__ __forceinline__ u64 policy_evict_normal() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 __device__ __forceinline__ u64 policy_evict_last() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
-__device__ __forceinline__ float widen(u16 value) { return __uint_as_float(static_cast<u32>(value) << 16); }
+__device__ __forceinline__ float widen(u16 value) {
+#if FLOAT16
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
+  return wide;
+#else
+  return __uint_as_float(static_cast<u32>(value) << 16);
+#endif
+}
 
 __device__ __forceinline__ u16 narrow(float value) { return static_cast<u16>(pack(value, 0.0f)); }
 
 // Two values times two weights, rounded; their squares are added to `sum`.
 __device__ __forceinline__ u32 scale_pair(u32 values, u32 weights, float& sum) {
-  const float low = __uint_as_float(values << 16), high = __uint_as_float(values & 0xFFFF0000u);
+  const float low = widen(values & 0xFFFFu), high = widen(values >> 16);
   sum += low * low + high * high;
-  return pack(low * __uint_as_float(weights << 16), high * __uint_as_float(weights & 0xFFFF0000u));
+  return pack(low * widen(weights & 0xFFFFu), high * widen(weights >> 16));
 }
 
 __device__ __forceinline__ uint4 load_shared(u32 from) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+  return v;
+}
+
+__device__ __forceinline__ u32 load_shared_word(u32 from) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
   return v;
 }
 
@@ -141,4 +178,30 @@ __device__ __forceinline__ void store_shared(u32 to, uint4 v) {
 
 __device__ __forceinline__ void store_cluster(u32 to, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_cluster(u32 to, float a, float b, float c, float d) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
+// Two columns, rounded to bf16, of each of four blocks of 8 columns lie in each of 4 threads; after it a thread has one
+// block whole.
+__device__ __forceinline__ void transpose_quad(u32 (&v)[4], int lane) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const u32 got = __shfl_xor_sync(~0u, upper ? v[i] : v[i + step], step);
+      if (upper) v[i] = got; else v[i + step] = got;
+    }
+  }
+}
+
+// An 8 x 8 matrix of bf16 over a warp, each thread two neighbours of a row, becomes its transpose.
+__device__ __forceinline__ u32 transpose_octet(u32 pair) {
+  u32 turned;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+  return turned;
 }

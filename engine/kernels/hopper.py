@@ -21,28 +21,44 @@ SHARED_BYTES = 227 * 1024
 _ADVICE = "; runner.fusions=false with runner.attention=triton does without CUDA kernels"
 
 
-def wgmma_source(cols: int) -> str:
-    """The tensor cores' instruction for 64 x `cols` x 16 as a device function: d (+)= a @ b.T, without + if not add."""
-    num_sums = cols // 2
-    registers = ", ".join(f"%{i}" for i in range(num_sums))
-    sums = ", ".join(f'"+f"(d[{i}])' for i in range(num_sums))
+def wgmma_source(cols: int, *, from_registers: bool = False, dtype: str = "bf16") -> str:
+    """The tensor cores' instruction for 64 x `cols` x 16 as a device function: d (+)= a @ b.T, without + if not add.
+
+    Args:
+        cols: rows of b.
+        from_registers: a comes from the threads' registers and not from shared memory.
+        dtype: of a and b, as PTX calls it.
+    """
+    count = cols // 2
+    registers = ", ".join(f"%{i}" for i in range(count))
+    sums = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    if from_registers:
+        kind, inputs, num_a, transposed = "const unsigned (&a)[4]", ", ".join(f'"r"(a[{i}])' for i in range(4)), 4, "0"
+        a = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
+    else:
+        kind, inputs, num_a, transposed, a = "unsigned long long a", '"l"(a)', 1, "0, 0", f"%{count}"
     return f"""
-__device__ __forceinline__ void wgmma(float (&d)[{num_sums}], unsigned long long a, unsigned long long b, int add) {{
+__device__ __forceinline__ void wgmma(float (&d)[{count}], {kind}, unsigned long long b, int add) {{
   asm volatile(
-      "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{num_sums + 2}, 0;\\n"
-      "wgmma.mma_async.sync.aligned.m64n{cols}k16.f32.bf16.bf16 {{{registers}}},"
-      " %{num_sums}, %{num_sums + 1}, p, 1, 1, 0, 0;\\n}}"
-      : {sums} : "l"(a), "l"(b), "r"(add));
+      "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + num_a + 1}, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n{cols}k16.f32.{dtype}.{dtype} {{{registers}}},"
+      " {a}, %{count + num_a}, p, 1, 1, {transposed};\\n}}"
+      : {sums} : {inputs}, "l"(b), "r"(add));
 }}
 """
 
 
 def kernel_source(name: str, constants: Mapping[str, object], wgmma_cols: int | None = None) -> str:
-    """The text of kernel `name` with its constants, and `wgmma` of so many columns if any."""
+    """The text of kernel `name` with its constants, and `wgmma` of so many columns if any.
+
+    With a constant PACKED that is not 0 `wgmma` takes its first operand from registers, with FLOAT16 both are float16.
+    """
     folder = resources.files("kvarena.engine.kernels")
     head = "".join(f"#define {key} {value}\n" for key, value in constants.items())
     texts = (folder.joinpath(file).read_text() for file in ("hopper.cu", f"{name}.cu"))
-    return head + ("" if wgmma_cols is None else wgmma_source(wgmma_cols)) + "".join(texts)
+    packed, dtype = bool(constants.get("PACKED", 0)), "f16" if constants.get("FLOAT16", 0) else "bf16"
+    wgmma = "" if wgmma_cols is None else wgmma_source(wgmma_cols, from_registers=packed, dtype=dtype)
+    return head + wgmma + "".join(texts)
 
 
 def compile_source(nvrtc: Any, text: str) -> tuple[bytes, str]:

@@ -67,21 +67,6 @@ __device__ __forceinline__ Place locate(const Span& span, const Work& work, int 
   return {span.expert, row, end, (SHARE_X ? col * CM + rank : col) * COLS};
 }
 
-// Two columns, rounded to bf16, of each of four blocks of 8 columns lie in each of 4 threads; after it a thread has one
-// block whole.
-__device__ __forceinline__ void transpose_quad(u32 (&v)[4], int lane) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const bool upper = lane & step;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const u32 got = __shfl_xor_sync(~0u, upper ? v[i] : v[i + step], step);
-      if (upper) v[i] = got; else v[i + step] = got;
-    }
-  }
-}
-
 // Of x, rows: num_rows; of y, columns: num_cols. num_tiles: of columns, of an item. items: int [4, num_items], spans by
 // item, an expert of -1 behind the last.
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)

@@ -1,7 +1,8 @@
-"""Which kernel multiplies a packed weight: humming-kernels' on NVIDIA cards, our Triton kernel's, or none.
+"""Which kernel multiplies a packed weight: our CUDA kernel, humming-kernels', our Triton kernel, or none.
 
-    PackedLinear, FusedLayer -> PackedProduct -> TritonProduct     until it is settled, and where the other refuses
-                                              -> HummingProduct    after `settle`: codes are in its own layout then
+    PackedLinear, FusedLayer -> PackedProduct -> TritonProduct     until it is settled, and where the others refuse
+                                              -> HopperProduct     after `settle`: 4 bits on Hopper, in its own layout
+                                              -> HummingProduct    likewise: other NVIDIA cards, and 8 bits
                                               -> PlainProduct      on a CPU, and what no kernel takes: dequantised
 
 A product is settled when nobody will join it with others any more.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvarena.engine.quantization.hopper import HopperProduct, hopper_product
 from kvarena.engine.quantization.weight import PackedWeight
 
 logger = logging.getLogger(__name__)
@@ -97,11 +99,15 @@ class PackedProduct:
 
     Args:
         weight: several layers may hold the same product, each some of its outputs.
+
+    Attributes:
+        is_gated: the first half of the outputs is a gate's, the other its up value's; to be said before `settle`.
     """
 
     def __init__(self, weight: PackedWeight) -> None:
         self.shape = weight.shape
         self.weight: PackedWeight | None = weight
+        self.is_gated = False
         self._product = first_product(weight)
         self._is_settled = False
 
@@ -112,24 +118,41 @@ class PackedProduct:
 
     @property
     def kernel(self) -> str:
-        """Of whom the product is, for messages: Triton, Humming or Plain."""
+        """Of whom the product is, for messages: Hopper, Humming, Triton or Plain."""
         return type(self._product).__name__.removesuffix("Product")
 
     def settle(self, dtype: torch.dtype) -> str | None:
         """Take the fastest kernel for inputs of `dtype`. `weight` is None where it has another form then.
 
         Returns:
-            Why it is not humming-kernels', on a card of NVIDIA where that is installed; None otherwise.
+            Why it is not humming-kernels' where that is installed and ours does not serve; None otherwise.
         """
         if self._is_settled or self.weight is None or not isinstance(self._product, TritonProduct):
             return None
         from kvarena.engine.quantization.humming import humming_product
 
         self._is_settled = True
-        product, reason = humming_product(self.weight.without_zeros(), dtype, self._product)
-        if product is not None:
-            self._product, self.weight = product, None
+        weight, judge = self.weight.without_zeros(), self._product
+        ours = hopper_product(weight, dtype, judge, gated=self.is_gated)
+        if ours is not None:
+            self._product, self.weight = ours, None
+            return None
+        theirs, reason = humming_product(weight, dtype, judge)
+        if theirs is not None:
+            self._product, self.weight = theirs, None
         return reason
+
+    def fused(
+        self, x: Tensor, norm: tuple[Tensor, float] | None, residual: Tensor | None, out: Tensor | None, *, glu: bool
+    ) -> Tensor | None:
+        """[norm ->] x @ weight.T [-> silu(gate) * up] [+ residual] at once; None where no kernel does that.
+
+        `norm`: weight [K] and epsilon of an RMS norm.
+        """
+        product = self._product
+        if not isinstance(product, HopperProduct) or product.is_gated != glu:
+            return None
+        return product.fused(x, norm, residual, out, glu=glu)
 
     def __call__(
         self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None

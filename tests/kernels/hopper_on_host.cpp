@@ -154,3 +154,17 @@ static void wait_for_products(size_t left) {
   }
   __syncwarp();  // a warp goes on as one
 }
+// Two columns, rounded to bf16, of each of four blocks of 8 columns lie in each of 4 threads; after it a thread has one
+// block whole.
+__device__ __forceinline__ void transpose_quad(u32 (&v)[4], int lane) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const u32 got = __shfl_xor_sync(~0u, upper ? v[i] : v[i + step], step);
+      if (upper) v[i] = got; else v[i + step] = got;
+    }
+  }
+}

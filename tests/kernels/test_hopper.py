@@ -98,6 +98,7 @@ def sources():
         constants = {
             "BX": rows, "RB": tile.blocks, "KS": tile.boxes, "CK": tile.parts,
             "STAGES": tile.num_stages(num_rows, depth), "MODE": mode, "NORM": int(tile.fuse_norm),
+            "PACKED": 0, "PER_SM": tile.per_sm,
         }  # fmt: skip
         if (key := tuple(constants.values())) not in seen:
             seen.add(key)

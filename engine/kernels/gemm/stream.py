@@ -194,7 +194,7 @@ class StreamGemm:
         if key not in self._compiled:
             constants = {
                 "BX": rows, "RB": tile.blocks, "KS": tile.boxes, "CK": tile.parts, "STAGES": stages, "MODE": mode,
-                "NORM": int(tile.fuse_norm),
+                "NORM": int(tile.fuse_norm), "PACKED": 0, "PER_SM": tile.per_sm,
             }  # fmt: skip
             self._compiled[key] = self._kernels.compile(
                 "stream_gemm", constants, rows, threads=_THREADS, shared_bytes=shared_bytes, cluster=tile.parts

@@ -1,0 +1,194 @@
+"""Packed products on Hopper by our own CUDA kernels, for weights of 4 bits: packed_stream.py for few rows of x, which
+memory bounds, and packed_wide.py for many, which arithmetic bounds. Both read one layout, the only one that is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvarena.engine.quantization.weight import PackedWeight, unpack_codes
+
+if TYPE_CHECKING:
+    from kvarena.engine.kernels.gemm.packed_stream import PackedStreamTile
+    from kvarena.engine.kernels.gemm.packed_wide import PackedWideTile
+
+NUM_ROWS = 4  # of the comparison with another product
+TOLERANCE = 0.02  # largest ||ours - the other|| / ||the other||: both round their result alone
+# Rows for which a weight must have a launch to be taken: one of each kind.
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
+_DEEP = 8192  # inputs from which few columns are faster as a stream, up to 256 rows
+
+
+class HopperDevice:
+    """What the products of a device share: the kernels that are compiled for it.
+
+    Args:
+        device: a Hopper GPU.
+
+    Raises:
+        OSError: its kernels cannot be compiled or launched.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        from kvarena.engine.kernels.gemm.packed_stream import PackedStreamGemm
+        from kvarena.engine.kernels.gemm.packed_wide import PackedWideGemm
+        from kvarena.engine.kernels.hopper import load_hopper_kernels
+
+        kernels = load_hopper_kernels(device)
+        if kernels is None:
+            raise OSError("no Hopper GPU, or NVRTC is not installed")
+        self.stream, self.wide = PackedStreamGemm(kernels), PackedWideGemm(kernels)
+        self.num_multiprocessors = kernels.num_multiprocessors
+
+
+@cache
+def hopper_device(device: torch.device) -> HopperDevice | None:
+    """The one of a device; None where it is no Hopper GPU, or what compiles its kernels is not installed."""
+    try:
+        return HopperDevice(device)
+    except (ImportError, OSError):
+        return None
+
+
+class HopperProduct:
+    """The product of one weight.
+
+    Args:
+        weight: of 4 bits, on a Hopper GPU; not needed afterwards.
+        device: of the weight.
+        gated: its first half of outputs is a gate's, the other its up value's.
+    """
+
+    def __init__(self, weight: PackedWeight, device: HopperDevice, *, gated: bool) -> None:
+        from kvarena.engine.kernels.gemm.packed_stream import pack_stream
+
+        self._device, self._order = device, weight.order
+        codes = unpack_codes(weight.codes)
+        self._weight = pack_stream(codes, weight.scales, weight.zeros, weight.group_size, glu=gated)
+        self._tiles: dict[tuple[int, bool, bool], PackedStreamTile | PackedWideTile | None] = {}
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether it holds a gate and its up value, for a product with `glu`."""
+        return self._weight.glu
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Product`."""
+        return self._weight.num_bytes + (0 if self._order is None else self._order.numel() * 4)
+
+    @property
+    def serves_all_rows(self) -> bool:
+        """Whether there is a launch for any number of rows of x."""
+        kinds = [(norm, glu) for norm in (False, True) for glu in {False, self.is_gated}]
+        return all(self._tile(rows, norm=norm, glu=glu) is not None for norm, glu in kinds for rows in ROWS)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None) -> Tensor:
+        """See `Product`."""
+        if not self.is_gated:
+            y = self.fused(x, None, residual, out, glu=False)
+            return y if bias is None else y.add_(bias)
+        # Rows of gate and up, and so the product's columns, take turns of 8.
+        turns = self.fused(x, None, None, None, glu=False)
+        y = turns.view(len(x), turns.shape[1] // 16, 2, 8).transpose(1, 2).reshape(turns.shape)
+        for other in (bias, residual):
+            y = y if other is None else y.add_(other)
+        return y if out is None else out.copy_(y)
+
+    def fused(
+        self,
+        x: Tensor,
+        norm: tuple[Tensor, float] | None,
+        residual: Tensor | None,
+        out: Tensor | None,
+        *,
+        glu: bool,
+    ) -> Tensor:
+        """[norm ->] x @ weight.T [-> silu(gate) * up, of a gated weight] [+ residual]; `norm`: weight and eps."""
+        from kvarena.engine.kernels.gemm.packed_stream import PackedStreamTile
+
+        if out is None:
+            out = x.new_empty(len(x), self._weight.shape[0] // (2 if glu else 1))
+        if not len(x):
+            return out
+        tile = self._tile(len(x), norm=norm is not None, glu=glu)
+        assert tile is not None, "`serves_all_rows` was asked before"
+        takes_norm = isinstance(tile, PackedStreamTile) and tile.fuse_norm
+        if norm is not None and not (takes_norm and self._order is None):
+            # Imported here: Triton is not needed, and may not be there, without a GPU.
+            from kvarena.engine.kernels.norm import rms_norm
+
+            x, norm = rms_norm(x, *norm), None
+        if self._order is not None:
+            x = x.index_select(1, self._order)
+        elif x.stride(1) != 1 or x.stride(0) % 8:
+            x = x.contiguous()
+        if isinstance(tile, PackedStreamTile):
+            tile = tile._replace(fuse_norm=norm is not None)
+            weight, eps = (None, 0.0) if norm is None else norm
+            return self._device.stream(x, self._weight, tile, norm=weight, eps=eps, residual=residual, out=out, glu=glu)
+        return self._device.wide(x, self._weight, tile, residual=residual, out=out, glu=glu)
+
+    def _tile(self, num_rows: int, *, norm: bool, glu: bool) -> PackedStreamTile | PackedWideTile | None:
+        """The launch for so many rows of x, by measurements of Llama-3.1-8B's products (docs/gpu.md)."""
+        from kvarena.engine.kernels.gemm.packed_stream import packed_stream_tile
+        from kvarena.engine.kernels.gemm.packed_wide import packed_wide_tile
+
+        key = num_rows, norm, glu
+        if key not in self._tiles:
+            count = self._device.num_multiprocessors
+            stream = packed_stream_tile(num_rows, self._weight, count, norm=norm)
+            wide = packed_wide_tile(num_rows, self._weight, count, glu=glu)
+            first, second = (stream, wide) if self._is_stream(num_rows) else (wide, stream)
+            self._tiles[key] = second if first is None else first
+        return self._tiles[key]
+
+    def _is_stream(self, num_rows: int) -> bool:
+        """Whether x of so many rows is faster as a stream of weights."""
+        blocks, count = len(self._weight.chunks), self._device.num_multiprocessors
+        if num_rows <= 32:
+            return True
+        if num_rows <= 64:
+            return 2 * blocks <= count or blocks >= 2 * count
+        return 2 * blocks <= count and (num_rows <= 128 or (num_rows <= 256 and self._weight.shape[1] >= _DEEP))
+
+
+def hopper_product(
+    weight: PackedWeight,
+    dtype: torch.dtype,
+    judge: Callable[[Tensor, None, None, None], Tensor],
+    *,
+    gated: bool,
+) -> HopperProduct | None:
+    """The product of `weight` by the kernel for Hopper; None where the device, dtype or weight is not for it.
+
+    Args:
+        weight: on a GPU.
+        dtype: of x.
+        judge: another product of the same weight, with which a few rows are compared.
+        gated: see `HopperProduct`.
+    """
+    device = hopper_device(weight.codes.device) if _is_for(weight, dtype, gated=gated) else None
+    if device is None:
+        return None
+    product = HopperProduct(weight, device, gated=gated)
+    if not product.serves_all_rows:
+        return None
+    x = torch.randn(NUM_ROWS, weight.shape[1], device=weight.codes.device, dtype=dtype)
+    got, want = product(x, None, None, None).float(), judge(x, None, None, None).float()
+    difference = float((got - want).norm() / want.norm().clamp(min=1e-30))
+    return product if difference <= TOLERANCE else None
+
+
+def _is_for(weight: PackedWeight, dtype: torch.dtype, *, gated: bool) -> bool:
+    """Whether the kernel takes such a weight and x of such a dtype."""
+    if weight.bits != 4 or weight.codes.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    from kvarena.engine.kernels.gemm.packed_stream import takes
+
+    return takes(*weight.shape, weight.group_size, len(weight.scales), glu=gated)

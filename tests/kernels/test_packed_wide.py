@@ -1,0 +1,247 @@
+"""Products of many rows with weights of 4 bits on Hopper: how they are cut, that they compile, and their results."""
+
+from itertools import islice, product
+
+import pytest
+import torch
+
+from kvarena.engine.kernels.gemm.packed_stream import StreamWeight, chunk_bytes, pack_stream, takes
+from kvarena.engine.kernels.gemm.packed_wide import (
+    FEWEST_ROWS,
+    PackedWideGemm,
+    PackedWideTile,
+    WideShape,
+    clusters_at_once,
+    constants_of,
+    packed_wide_tile,
+    plan_of,
+)
+from kvarena.engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, load_hopper_kernels, nvrtc_major
+
+H100 = 132
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="wgmma is Hopper's"
+)
+# Llama-3.1-8B's, Qwen2.5-7B's, and small ones whose last block or tile is not full: rows of w, columns, gated.
+PRODUCTS = (
+    (28672, 4096, True), (4096, 14336, False), (6144, 4096, False), (4096, 4096, False), (37888, 3584, True),
+    (3584, 18944, False), (200, 1024, False), (384, 1024, True), (1000, 2048, False), (64, 256, False),
+)  # fmt: skip
+ROWS = (65, 100, 128, 130, 200, 256, 300, 512, 1000, 2048, 8192)
+# Each way to cut: mixed tiles, whole ones, tiles with a shared block, rows by cluster, parts of K.
+TILES = (
+    PackedWideTile(128, 2, 7, 2, 2), PackedWideTile(128, 2, 4), PackedWideTile(64, 2, 3, 1, 4),
+    PackedWideTile(256, 1, 2, 1, 2), PackedWideTile(128, 1, 2, 1, 2, 2), PackedWideTile(128, 2, 3, 1, 1, 2),
+    PackedWideTile(96, 1, 2), PackedWideTile(256, 1, 2, 1, 2, 4), PackedWideTile(128, 2, 4, 1, 1, 4),
+    PackedWideTile(160, 1, 2, 1, 4), PackedWideTile(64, 2, 7, 2, 1),
+)  # fmt: skip
+
+
+def weight_of(num_outputs, num_inputs, glu, groups=1):
+    """A weight without storage."""
+    chunks = torch.empty(-(-num_outputs // 64), num_inputs // 128, chunk_bytes(groups) // 4, device="meta")
+    return StreamWeight(chunks, (num_outputs, num_inputs), groups, glu)
+
+
+def shape_of(num_rows, weight):
+    return WideShape(num_rows, *weight.chunks.shape[:2], weight.groups, weight.glu)
+
+
+def tasks(tile, numbers):
+    """What the kernel's `task_of` gives: first block, number of blocks, first row, of every program of every task."""
+    _, _, _, _, _, row_tiles, col_tiles, row_group, per_round, blocks, per = numbers
+    for index in range(row_tiles * col_tiles):
+        group, rest = divmod(index, row_group * col_tiles)
+        before = group * row_group
+        wide = min(row_group, row_tiles - before)
+        turn = rest // wide
+        at = turn % per_round * (col_tiles // per_round) + turn // per_round
+        first = at * blocks // per
+        count = (at + 1) * blocks // per - first
+        for mate in range(tile.share):
+            yield first * tile.share + mate * count, count, (before + rest % wide) * tile.rows
+
+
+@pytest.mark.parametrize(("num_outputs", "num_inputs", "glu"), PRODUCTS)
+def test_every_block_meets_every_row_once(num_outputs, num_inputs, glu):
+    weight = weight_of(num_outputs, num_inputs, glu)
+    blocks = len(weight.chunks)
+    for num_rows in ROWS:
+        tile = packed_wide_tile(num_rows, weight, H100, glu=weight.glu)
+        ways = [tile, *(one for one in TILES if one.fits(shape_of(num_rows, weight)))]
+        for way in ways:
+            plan = plan_of(way, num_rows, weight, num_outputs, num_outputs, clusters_at_once(H100, way.cluster))
+            seen = set()
+            for first, count, row in tasks(way, plan.numbers):
+                assert count in {2 * way.units - way.shared, 2 * way.units - (not way.full)}, way
+                for block in range(first, first + count):
+                    assert (block, row) not in seen, (way, "a result is written twice")
+                    seen.add((block, row))
+            expected = {(block, row) for block in range(blocks) for row in range(0, num_rows, way.rows)}
+            assert expected <= seen, way
+            assert 1 <= plan.clusters <= -(-blocks // way.share) * -(-num_rows // way.rows), way
+            assert way.parts == 1 or plan.clusters == plan.numbers[5] * plan.numbers[6], "parts of K meet once"
+
+
+def test_mixed_tiles_give_every_program_the_same_work():
+    gate_up, tile = weight_of(28672, 4096, True), PackedWideTile(128, 2, 7, 2, 2)
+    plan = plan_of(tile, 256, gate_up, 14336, 14336, 66)
+    assert plan.clusters == 64
+    work = [0] * 64
+    for at, (_, count, _) in enumerate(islice(tasks(tile, plan.numbers), 0, None, 2)):
+        work[at % 64] += count
+    assert set(work) == {7}, "3 and 4 blocks of 448 by turns, two tiles for each of 128 programs"
+
+
+def test_launches_of_a_models_products():
+    """Those that were fastest of 146 settings on an H200, as far as they were among them."""
+    picked = {
+        num_rows: [packed_wide_tile(num_rows, weight_of(*made), H100, glu=made[2]) for made in PRODUCTS[:4]]
+        for num_rows in (65, 128, 256, 512, 2048)
+    }
+    whole = PackedWideTile(256, 1, 2, share=2)
+    two, four = PackedWideTile(96, 1, 2, 1, 2, 2), PackedWideTile(128, 1, 2, 1, 2, 2)
+    assert picked[65] == [PackedWideTile(96, 2, 4, share=2), two, two, two]
+    assert picked[128] == [PackedWideTile(128, 2, 4, share=2), four, four, four]
+    parts = PackedWideTile(128, 1, 2, parts=2)
+    assert picked[256] == [whole, parts, PackedWideTile(128, 2, 3, parts=2), parts]
+    assert picked[512] == [whole, whole, whole, PackedWideTile(128, 1, 2, share=2)]
+    assert picked[2048] == [whole] * 4
+
+
+def test_few_rows_have_no_wide_tile():
+    assert packed_wide_tile(FEWEST_ROWS - 1, weight_of(4096, 4096, False), H100) is None
+    assert packed_wide_tile(FEWEST_ROWS, weight_of(4096, 4096, False), H100) is not None
+
+
+def test_tiles_that_the_kernel_cannot_be_compiled_for_do_not_fit():
+    plain, gated = shape_of(256, weight_of(4096, 4096, False)), shape_of(256, weight_of(28672, 4096, True))
+    for tile, why in (
+        (PackedWideTile(100, 1, 2), "no whole turns"), (PackedWideTile(256, 2, 4), "too many sums"),
+        (PackedWideTile(128, 1, 1), "a shared block alone"), (PackedWideTile(96, 2, 3), "half of 96 rows"),
+        (PackedWideTile(128, 2, 2), "too few blocks"), (PackedWideTile(128, 2, 7, 2, 1, 2), "mixed tiles in parts"),
+        (PackedWideTile(96, 1, 2, 1, 1, 4), "slices of 3 places"),
+    ):  # fmt: skip
+        assert not tile.fits(plain), why
+    assert PackedWideTile(128, 2, 3, 1, 1, 2).fits(plain)
+    assert PackedWideTile(160, 1, 2, 1, 1, 2).fits(plain)
+    assert not PackedWideTile(160, 1, 2, 1, 1, 2).fits(gated), "slices of 10 places, by turns of 4"
+    assert PackedWideTile(256, 1, 2, 1, 1, 4).fits(plain)
+    assert not PackedWideTile(256, 1, 2, 1, 1, 4).fits(gated), "registers"
+    assert not PackedWideTile(128, 1, 2, 1, 1, 2).fits(plain._replace(chunks=23)), "an odd number of steps"
+
+
+def test_every_product_has_a_launch_that_fits():
+    for made, num_rows, groups in product(PRODUCTS, (FEWEST_ROWS, *ROWS), (1, 2, 4)):
+        weight = weight_of(*made, groups)
+        tile = packed_wide_tile(num_rows, weight, H100, glu=made[2])
+        held = tile.num_stages(groups) * tile.stage_bytes(groups) + tile.swap_bytes + 1024
+        assert held + 16 * tile.num_stages(groups) <= SHARED_BYTES, tile
+        assert tile.num_stages(groups) >= 3, tile
+
+
+def sources():
+    """Every kernel that the products ask for, and every way to cut, once each."""
+    seen = set()
+    for (num_outputs, num_inputs, glu), groups in product(PRODUCTS, (1, 4, 2)):
+        weight = weight_of(num_outputs, num_inputs, glu, groups)
+        picked = [packed_wide_tile(num_rows, weight, H100, glu=weight.glu) for num_rows in ROWS]
+        for tile in (*TILES, *picked):
+            if not tile.fits(shape_of(256, weight)):
+                continue
+            for mode in ("GLU",) if glu else ("ADD", "STORE"):
+                constants = constants_of(tile, groups, mode)
+                if (key := tuple(constants.values())) not in seen:
+                    seen.add(key)
+                    yield constants, tile.rows
+
+
+@pytest.mark.parametrize("step", [25, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_every_launch_compiles_without_spills(step):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'kvarena[gpu]'")
+    try:
+        nvrtc_major(nvrtc)
+    except OSError as error:
+        pytest.skip(str(error))
+    count = 0
+    for constants, cols in islice(sources(), None, None, step):
+        cubin, said = compile_source(nvrtc, kernel_source("wide_packed", constants, cols))
+        assert cubin.startswith(b"\x7fELF")
+        assert " 0 bytes spill stores, 0 bytes spill loads" in said, (constants, said)
+        assert "warning" not in said, (constants, said)
+        assert "serialized" not in said, (constants, said)
+        count += 1
+    assert count >= 3
+
+
+def operands(num_outputs, num_inputs, group_size, *, symmetric=False):
+    """Codes, scales, zeros on the GPU, and the weight in float64."""
+    torch.manual_seed(group_size)
+    groups = num_inputs // group_size
+    codes = torch.randint(0, 16, (num_outputs, num_inputs), dtype=torch.uint8, device="cuda")
+    scales = ((torch.rand(groups, num_outputs, device="cuda") + 0.5) * 0.2 * num_inputs**-0.5).half()
+    zeros = None if symmetric else torch.randint(0, 16, (groups, num_outputs), dtype=torch.uint8, device="cuda")
+    middle = 8.0 if zeros is None else zeros.double().t().repeat_interleave(group_size, 1)
+    return codes, scales, zeros, (codes.double() - middle) * scales.double().t().repeat_interleave(group_size, 1)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize(
+    ("group_size", "symmetric", "dtype"),
+    [
+        (128, False, torch.bfloat16),
+        (64, False, torch.bfloat16),
+        (32, True, torch.bfloat16),
+        (1024, False, torch.bfloat16),
+        (128, False, torch.float16),
+    ],
+)
+def test_products(group_size, symmetric, dtype, tile):
+    """Against float64, where nothing else may be written; launches overlapped or not give the same."""
+    gemm = PackedWideGemm(load_hopper_kernels("cuda"))
+    for num_outputs, glu in ((200, False), (1088, False), (640, True)):
+        codes, scales, zeros, plain = operands(num_outputs, 1024, group_size, symmetric=symmetric)
+        assert takes(num_outputs, 1024, group_size, 1024 // group_size, glu=glu)
+        weight = pack_stream(codes, scales, zeros, group_size, glu=glu)
+        num_cols = num_outputs // 2 if glu else num_outputs
+        for num_rows in (65, 130, 256, 300, 1000):
+            if not tile.fits(shape_of(num_rows, weight)):
+                continue
+            x = torch.randn(num_rows, 1024, device="cuda", dtype=dtype)
+            y = x.double() @ plain.t()
+            if glu:
+                y = torch.nn.functional.silu(y[:, :num_cols]) * y[:, num_cols:]
+            for add in (False,) if glu else (False, True):
+                room = torch.full((num_rows + 4, num_cols + 16), float("nan"), device="cuda", dtype=dtype)
+                out, results = room[:num_rows, 8 : num_cols + 8], []
+                held = torch.randn(num_rows, num_cols, device="cuda", dtype=dtype)
+                for overlap in (True, False):
+                    out.copy_(held if add else torch.full_like(held, float("nan")))
+                    gemm(x, weight, tile, residual=out if add else None, out=out, glu=glu, overlap=overlap)
+                    results.append(out.clone())
+                expected = y + held.double() if add else y
+                error = (results[0].double() - expected).norm() / expected.norm()
+                assert error <= 4e-3, (num_outputs, glu, num_rows, add)
+                assert torch.equal(*results)
+                room[:num_rows, 8 : num_cols + 8] = float("nan")
+                assert room.isnan().all(), "nothing beyond the results is written"
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("num_rows", [65, 130, 256, 1000])
+@pytest.mark.parametrize(("num_outputs", "num_inputs", "glu"), PRODUCTS[:4])
+def test_products_of_a_models_shapes(num_outputs, num_inputs, glu, num_rows):
+    codes, scales, zeros, plain = operands(num_outputs, num_inputs, 128)
+    weight = pack_stream(codes, scales, zeros, 128, glu=glu)
+    count = torch.cuda.get_device_properties(0).multi_processor_count
+    tile = packed_wide_tile(num_rows, weight, count, glu=glu)
+    x = torch.randn(num_rows, num_inputs, device="cuda", dtype=torch.bfloat16)
+    y = x.double() @ plain.t()
+    if glu:
+        gate, up = y.chunk(2, dim=1)
+        y = torch.nn.functional.silu(gate) * up
+    got = PackedWideGemm(load_hopper_kernels("cuda"))(x, weight, tile, glu=glu)
+    assert (got.double() - y).norm() <= 4e-3 * y.norm()
