@@ -40,7 +40,7 @@ def drawn(family, method="awq", **options):
 def packed_here(monkeypatch):
     """Weights stay packed on a CPU too, where plain torch multiplies them."""
     monkeypatch.setattr(loader, "keeps_packed", lambda device: True)
-    monkeypatch.setattr(loader, "_placement", lambda directory, device: {"device_map": {"": device}})
+    monkeypatch.setattr(loader, "placement", lambda directory, device: {"device_map": {"": device}})
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])

@@ -66,7 +66,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def packed_here(monkeypatch):
     monkeypatch.setattr(loader, "keeps_packed", lambda device: True)
-    monkeypatch.setattr(loader, "_placement", lambda directory, device: {"device_map": {"": device}})
+    monkeypatch.setattr(loader, "placement", lambda directory, device: {"device_map": {"": device}})
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -87,7 +87,7 @@ def _no_probe(probe):
 def packed_here(monkeypatch):
     """Weights stay packed on a CPU too, loaded as onto a GPU, and the Triton kernel multiplies them, interpreted."""
     monkeypatch.setattr(loader, "keeps_packed", lambda device: True)
-    monkeypatch.setattr(loader, "_placement", lambda directory, device: {"device_map": {"": device}})
+    monkeypatch.setattr(loader, "placement", lambda directory, device: {"device_map": {"": device}})
     monkeypatch.setattr(products, "first_product", TritonProduct)
     monkeypatch.setattr(loader, "probe_attention", _no_probe(loader.probe_attention))
 

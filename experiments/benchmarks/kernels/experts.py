@@ -132,6 +132,8 @@ class Layer:
     @property
     def num_read(self) -> float:
         """Experts that the batch takes, in the mean of its routings."""
+        if self.routing == ROUTINGS[0]:
+            return min(self.shape.num_experts, self.choices[0].numel())
         return sum(len(chosen.unique()) for chosen in self.choices) / len(self.choices)
 
     @property
