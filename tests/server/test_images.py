@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import threading
 from dataclasses import replace
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -26,6 +28,7 @@ from server_harness import KEY, PATIENCE, RunningServer
 from test_media import _address, _image, _promised, _uri, site  # noqa: F401 - a fixture
 
 from kvarena import LLM, SamplingParams
+from kvarena.engine.errors import KvarenaError
 from kvarena.engine.models import load_tokenizer
 from kvarena.engine.server.api.protocol import Message
 from kvarena.engine.server.media.fetch import ImageLoader
@@ -199,6 +202,33 @@ def test_a_text_that_names_the_placeholder_is_text(running):
     """Without an image the token is one like any other, and no features stand in its place."""
     answer = ask(running, "what is <IMG_CONTEXT>?").json()
     assert answer["choices"][0]["token_ids"] == wanted(answer)
+
+
+@pytest.mark.parametrize("role", ["system", "assistant", "tool"])
+def test_images_of_every_role_stand_where_the_template_puts_them(running, role):
+    part = image_part(FIRST)
+    messages = [{"role": role, "content": [part, {"type": "text", "text": "x"}]}, {"role": "user", "content": "y"}]
+    if role == "tool":
+        messages[0]["tool_call_id"] = "1"
+    answer = running.post(CHAT, {"messages": messages} | GREEDY | IGNORE)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["token_ids"] == wanted(answer.json(), FIRST)
+
+
+def test_a_client_that_leaves_while_its_images_are_read_leaves_nothing(running):
+    body = {"messages": [{"role": "user", "content": [image_part(picture(700, 600, seed=9))] * 3}]} | IGNORE
+    for seconds in (0.001, 0.02, 0.2):
+        with contextlib.suppress(httpx.TimeoutException):
+            httpx.post(running.url + CHAT, json=body | {"max_tokens": 2}, headers=running.headers, timeout=seconds)
+    running.wait_idle()
+    assert ask(running, image_part(FIRST), "still there").status_code == 200
+
+
+def test_no_images_at_all(directory):
+    llm = LLM(directory, max_model_len=128, num_gpu_blocks_override=16, limit_mm_per_prompt={"image": 0})
+    with pytest.raises(KvarenaError, match="hold 1 images; at most 0 are allowed"):
+        llm.chat([{"role": "user", "content": [image_part(FIRST)]}], SamplingParams(max_tokens=1))
+    assert llm.chat([{"role": "user", "content": "text"}], SamplingParams(max_tokens=1))[0].outputs[0].token_ids
 
 
 def read(directory, url: str, policy: MediaPolicy):

@@ -14,6 +14,7 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -115,6 +116,50 @@ def test_data_uris_are_decoded(fmt, mime):
     image = _load(_uri(_image(fmt), mime))
     assert (image.mode, image.size) == ("RGB", (3, 2))
     assert abs(image.getpixel((0, 0))[0] - 200) < 12
+
+
+def _saved(image: Image.Image, fmt: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, fmt, **options)
+    return file.getvalue()
+
+
+def test_what_cameras_scanners_and_editors_write():
+    """Sixteen bits in grey, inks, palettes and transparency: the picture, not black or white."""
+    ramp = np.linspace(0, 65535, 40 * 30).astype(np.uint16).reshape(30, 40)
+    grey = np.asarray(_load(_uri(_saved(Image.fromarray(ramp), "PNG"))))
+    assert (grey == (ramp >> 8)[..., None]).all()
+    colours = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(colours)
+    clear = image.copy()
+    clear.putalpha(0)
+    for made in (image.convert("P"), image.convert("L"), image.convert("LA"), image.convert("1"), clear):
+        assert abs(np.asarray(_load(_uri(_saved(made, "PNG")))).mean() - 127) < 20
+    inks = _load(_uri(_saved(image.convert("CMYK"), "JPEG"), "image/jpeg"))
+    assert inks.mode == "RGB" and abs(np.asarray(inks).mean() - 127) < 20
+    noted = Image.Exif()
+    noted[0x0112] = 99
+    assert _load(_uri(_saved(image, "JPEG", exif=noted), "image/jpeg")).size == (40, 30)
+
+
+def _png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A black PNG with further chunks before its pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * (height * (1 + 3 * width))))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*one) for one in chunks) + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_a_note_that_unpacks_to_megabytes_is_not_unpacked(kind):
+    bomb = _png(10, 10, (kind, b"a\0\0" + zlib.compress(b"x" * 30_000_000)))
+    assert len(bomb) < 50_000
+    with pytest.raises(ApiError, match="no image of a known format") as caught:
+        check_parts([ImagePart("messages[0]", _uri(bomb))], MediaPolicy())
+    assert caught.value.status == 400
 
 
 @pytest.mark.parametrize(

@@ -267,13 +267,22 @@ def decode_image(data: bytes, place: str) -> Image.Image:
     try:
         with _open(data, place) as image:
             turn = _turn(image, place)
-            pixels = image.convert("RGB")
+            pixels = _eight_bits(image).convert("RGB")
             return pixels if turn is None else pixels.transpose(turn)
     # What a decoder raises on hostile data is not documented: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         if isinstance(error, (ApiError, MemoryError)):
             raise
         raise bad_request(f"{place}: the image's data are broken or cut off", "messages") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits a pixel (a PNG in grey) in 8; the library would make all but the darkest white."""
+    if not image.mode.startswith("I"):
+        return image
+    import numpy as np
+
+    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
 
 
 def _open(data: bytes, place: str) -> Image.Image:
