@@ -29,11 +29,9 @@ def max_model_len(config: PretrainedConfig, name: str) -> int:
     Raises:
         ModelError: the config states no context length.
     """
-    stated = [getattr(config, field, None) for field in LENGTH_FIELDS]
-    lengths = [length for length in stated if isinstance(length, int) and length > 0]
-    if not lengths:
+    limit = stated_len(config)
+    if limit is None:
         raise ModelError(f"{name} states no context length: config.json has none of {', '.join(LENGTH_FIELDS)}")
-    limit = lengths[0]
     ropes = _rope_parameters(config)
     if ropes and all(rope.get("rope_type") == "linear" for rope in ropes):
         limit = max(limit, min(int((_original(rope, config) or limit) * _factor(rope)) for rope in ropes))
@@ -45,6 +43,12 @@ def max_model_len(config: PretrainedConfig, name: str) -> int:
             limit = min(limit, int(original))
     chunk = getattr(config, "attention_chunk_size", None)
     return min(limit, chunk) if isinstance(chunk, int) and chunk > 0 else limit
+
+
+def stated_len(config: PretrainedConfig) -> int | None:
+    """Positions that a text config states; None: it states none."""
+    stated = [getattr(config, field, None) for field in LENGTH_FIELDS]
+    return next((length for length in stated if isinstance(length, int) and length > 0), None)
 
 
 def _original(rope: dict[str, Any], config: PretrainedConfig) -> int | None:

@@ -25,7 +25,7 @@ from kvarena.engine.checkpoints.directory import one_line, read_config
 from kvarena.engine.checkpoints.kinds import DEQUANTIZED
 from kvarena.engine.checkpoints.packed import packed_checkpoint
 from kvarena.engine.checkpoints.packed_settings import MADE, check_drawn
-from kvarena.engine.checkpoints.weights import weight_bytes
+from kvarena.engine.checkpoints.weights import weight_bytes, weight_files
 from kvarena.engine.errors import ConfigError, ModelError
 from kvarena.engine.models.configs import (
     end_and_special_tokens,
@@ -34,10 +34,11 @@ from kvarena.engine.models.configs import (
     tokenizer_end,
     weights_dtype,
 )
+from kvarena.engine.models.expert_files import expert_fault
 from kvarena.engine.models.experts import ExpertsRead, expert_sizes
-from kvarena.engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers
+from kvarena.engine.models.limits import latent_dim, limited_by, max_model_len, num_decoder_layers, stated_len
 from kvarena.engine.models.made_packed import load_packed_dummy, made_tensors, plan_dummy
-from kvarena.engine.models.packed_loader import PackedLoad, forget_packing, load_packed, plan_packed
+from kvarena.engine.models.packed_loader import PackedLoad, expert_modules, forget_packing, load_packed, plan_packed
 from kvarena.engine.models.probe import AttentionGeometry, probe_attention
 from kvarena.engine.models.spec import LoadedModel, ModelSpec
 from kvarena.engine.pool.memory_limits import free_bytes, is_out_of_memory, size_text
@@ -141,6 +142,12 @@ def describe(
     slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
     spec = model_spec(module, text, name, geometry, eos, packing)
     reads = None if spec.experts is None else ExpertsRead(module)
+    stated = stated_len(text)
+    if spec.limited_by and stated is not None and spec.max_model_len < stated:
+        logger.warning(
+            "%s: a context of %d tokens, of %d that config.json states: %s", name, spec.max_model_len, stated,
+            spec.limited_by,
+        )  # fmt: skip
     return LoadedModel(module, spec, directory, special, slices_logits, experts_read=reads)
 
 
@@ -237,10 +244,35 @@ def _from_directory(
     except Exception as error:
         if is_out_of_memory(error):
             raise does_not_fit(str(directory), config, dtype, target, free, trust_remote_code, load) from error
-        raise ModelError(f"{directory} cannot be loaded: {one_line(error)}") from error
+        fault = _expert_fault(directory, config, load, composite, trust_remote_code)
+        raise ModelError(f"{directory}{fault or f' cannot be loaded: {one_line(error)}'}") from error
     module, info = loaded
+    if info["mismatched_keys"] or info["missing_keys"]:
+        fault = _expert_fault(directory, config, load, composite, trust_remote_code)
+        if fault is not None:
+            raise ModelError(f"{directory}{fault}")
     check_report(directory, config, info)
     return module, "" if load is None else load.summary
+
+
+def _expert_fault(
+    directory: Path,
+    config: PretrainedConfig,
+    load: PackedLoad | None,
+    composite: Composite | None,
+    trust_remote_code: bool,
+) -> str | None:
+    """See `expert_fault`; looked for when loading has failed."""
+    shape = build_dummy(config, "auto", "meta", 0, trust_remote_code, str(directory))
+    if next(expert_modules(shape), None) is None:
+        return None
+    if load is not None:
+        return expert_fault(shape, load.tensors.state())
+    if composite is not None:
+        return expert_fault(shape, composite.text)
+    if any(file.suffix != ".safetensors" for file in weight_files(directory)):
+        return None  # the names lie in the pickle, which may be what is broken
+    return expert_fault(shape, open_tensors(directory))
 
 
 def _planned(

@@ -305,6 +305,23 @@ def test_context_limits_keep_packed_sequences_independent():
     assert limit("llama4_text", attention_chunk_size=128) == 128
 
 
+@pytest.mark.parametrize(
+    ("family", "fields", "line"),
+    [
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+                                      "rope_theta": 1e4}, "original_max_position_embeddings": 64},
+         "a context of 64 tokens, of 256 that config.json states: beyond them longrope takes other frequencies"),
+        ("llama4_text", {"attention_chunk_size": 128, "num_local_experts": 2, "intermediate_size_mlp": 96,
+                         "head_dim": 16},
+         "a context of 128 tokens, of 256 that config.json states: its attention is cut in chunks of 128 tokens"),
+        ("phi3", {}, ""),
+    ],
+)  # fmt: skip
+def test_a_context_that_is_cut_is_said_at_the_start(family, fields, line, caplog):
+    load_model(shape=BASE | fields | {"model_type": family}, load_format="dummy")
+    assert line in caplog.text and bool(line) == ("a context of" in caplog.text)
+
+
 def test_a_linear_scale_stretches_the_context():
     def limit(family: str, rope: dict, **fields) -> int:
         return max_model_len(AutoConfig.for_model(family, **(BASE | {"rope_parameters": rope} | fields)), family)
