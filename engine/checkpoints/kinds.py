@@ -66,7 +66,8 @@ def check_kind(directory: Path, config: dict[str, Any], *, weights: bool) -> Non
             f"{directory} is an encoder-decoder model ({config['model_type']}); only decoders, which go on with their "
             "prompt, can be run"
         )
-    names = [name for name in config.get("architectures") or [] if isinstance(name, str)]
+    said = config.get("architectures")
+    names = [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
     if names and all(name.endswith(_OTHER_TASKS) for name in names):
         raise ModelError(
             f"{directory} holds a {names[0]}, which writes no text; give a checkpoint of a causal language model"

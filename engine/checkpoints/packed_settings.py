@@ -104,7 +104,7 @@ def _settings(file: Path, method: str, found: Mapping[str, Any]) -> PackedSettin
     bits = found.get("bits", found.get("w_bit", BITS))
     if bits != BITS:
         raise ModelError(
-            f"{file} says that {NAMES[method]} packs the weights into {bits} bits; {BITS} bits are read: give such a "
+            f"{file} says that {NAMES[method]} packs the weights into {bits!r} bits; {BITS} bits are read: give such a "
             "checkpoint, or the unquantised one"
         )
     size = found.get("group_size", found.get("q_group_size", GROUP_SIZE))
@@ -112,7 +112,7 @@ def _settings(file: Path, method: str, found: Mapping[str, Any]) -> PackedSettin
         raise ModelError(f"{file} says group_size={size}; it must be -1 (all inputs) or at least 1")
     group_size = None if size == -1 else size
     if method == AWQ:
-        layout = str(found.get("version", "gemm")).lower()
+        layout = str(found.get("version") or "gemm").lower()
         if layout not in _AWQ_LAYOUTS:
             raise _other_layout(file, f"version={found['version']}", "gemm")
         return PackedSettings(AWQ, file, group_size)

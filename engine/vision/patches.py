@@ -19,11 +19,10 @@ from PIL import Image
 
 from kvarena.engine.checkpoints.images import QWEN3
 from kvarena.engine.errors import ModelError
-from kvarena.engine.vision.processing import Layout, NoLayout, Processing
+from kvarena.engine.vision.processing import Layout, NoLayout, Processing, normalisation
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-_BICUBIC = 3
 _CLIP_PIXELS, _QWEN3_PIXELS = (56 * 56, 14 * 14 * 4 * 1280), (65536, 16777216)
 _NARROWEST = 200  # one side over the other, of `smart_resize`
 # So many patches are a tile's worth of a step's budget: those of 448 x 448 pixels, which InternVL's tiles have.
@@ -149,8 +148,6 @@ def patching(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Patchin
         named = ", ".join(f"{name}={value}" for name, value in made.items())
         raise ModelError(f"the config of images does not fit together: {named}")
     return Patching(
-        mean=tuple(processor.get("image_mean") or mean),
-        std=tuple(processor.get("image_std") or std),
-        resample=int(processor.get("resample") or _BICUBIC),
+        **normalisation(processor, mean, std)._asdict(),
         **made,
     )

@@ -11,19 +11,58 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from kvarena.engine.errors import ModelError
 from kvarena.engine.request import ImageSpan
 
 # An identity is above any token id.
 _ABOVE_TOKENS = 1 << 256
 # The tower's own batch, in tiles' worth: more at once take memory and win no time.
 TILES_AT_ONCE = 8
+
+
+_BICUBIC, _FILTERS = 3, range(6)
+
+
+class Normalisation(NamedTuple):
+    """What is done to an image's values: see `Processing`."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+
+
+def normalisation(preprocessor: Mapping[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Normalisation:
+    """What a checkpoint says of it; `mean`, `std` and the bicubic filter where it says nothing. Raises ModelError."""
+    value = preprocessor.get("resample")
+    if isinstance(value, bool) or (value is not None and value not in _FILTERS):
+        raise ModelError(f"resample={value} of the images' config is none of the filters 0 to {max(_FILTERS)}")
+    return Normalisation(
+        _channels(preprocessor, "image_mean", mean),
+        _channels(preprocessor, "image_std", std),
+        _BICUBIC if value is None else int(value),
+    )
+
+
+def _channels(preprocessor: Mapping[str, Any], name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+    """A number for each of three channels."""
+    value = preprocessor.get(name)
+    if value is None:
+        return usual
+    numbers = [one for one in value if isinstance(one, (int, float))] if isinstance(value, (list, tuple)) else []
+    if len(numbers) != 3 or len(value) != 3 or not all(math.isfinite(one) for one in numbers):
+        raise ModelError(f"{name}={value} of the images' config is not a number for each of three channels")
+    if name == "image_std" and 0 in numbers:
+        raise ModelError(f"{name}={value} of the images' config divides by 0")
+    return tuple(float(one) for one in numbers)
 
 
 class Layout(NamedTuple):

@@ -15,10 +15,9 @@ from PIL import Image
 
 from kvarena.engine.checkpoints.internvl import NATIVE
 from kvarena.engine.errors import ModelError
-from kvarena.engine.vision.processing import TILES_AT_ONCE, Layout, Processing
+from kvarena.engine.vision.processing import TILES_AT_ONCE, Layout, Processing, normalisation
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as both formats state it
-_BICUBIC = 3
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,7 @@ def tiling(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Tiling:
             f"{ratio}, {least} to {most} tiles"
         )
     return Tiling(
-        mean=tuple(processor.get("image_mean") or _MEAN),
-        std=tuple(processor.get("image_std") or _STD),
-        resample=int(processor.get("resample") or _BICUBIC),
+        **normalisation(processor, _MEAN, _STD)._asdict(),
         size=size,
         min_tiles=least,
         max_tiles=most,

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from kvarena.engine.checkpoints.directory import one_line
 from kvarena.engine.errors import ModelError
+from kvarena.engine.pool.memory_limits import is_out_of_memory
 from kvarena.engine.vision.checkpoint import Tensors
 from kvarena.engine.vision.processing import Processing, byte_values
 
@@ -70,7 +72,7 @@ def load_tower(
         ModelError: a weight is missing, has another shape, or has no place.
     """
     with torch.device("meta"):
-        tower = make()
+        tower = _made(make, name)
     wanted = tower.state_dict()
     missing = sorted(set(wanted) - set(tensors))
     if missing:
@@ -99,9 +101,19 @@ def dummy_tower(make: Callable[[], VisionTower], dtype: torch.dtype, device: tor
     """A tower with random weights, drawn where they will be used. The caller's random state stays as it was."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        tower = make().to(dtype).eval().requires_grad_(False)
+        tower = _made(make, "the model").to(dtype).eval().requires_grad_(False)
     tower.restore(device)
     return tower
+
+
+def _made(make: Callable[[], VisionTower], name: str) -> VisionTower:
+    try:
+        return make()
+    # Anything: a config may be valid field by field and still not make a tower.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(f"{name}: vision_config makes no tower ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _first(names: Iterable[str]) -> str:

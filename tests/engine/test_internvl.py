@@ -33,8 +33,10 @@ from kvarena.engine.models import load_model, load_tokenizer
 from kvarena.engine.models.configs import read_model_config
 from kvarena.engine.models.sizes import model_sizes
 from kvarena.engine.vision.internvl_weights import part_tensors
+from kvarena.engine.vision.patches import patching
 from kvarena.engine.vision.processing import identity
 from kvarena.engine.vision.processors import processing_of
+from kvarena.engine.vision.tiles import tiling
 from kvarena.experiments.correctness.reference import load_reference
 
 FORMATS = {
@@ -267,12 +269,43 @@ def original(tmp_path_factory):
         ({"vision_config__num_hidden_layers": 1}, "no place for: vision_tower.encoder.layer.1"),
         ({"vision_config__num_hidden_layers": 3}, "lacks the weights vision_tower.encoder.layer.2"),
         ({"llm_config__num_hidden_layers": 3}, "lacks the weights model.layers.2"),
+        ({"vision_config__hidden_act": "no such"}, "vision_config makes no tower (KeyError"),
+        ({"vision_config__norm_type": ""}, "vision_config makes no tower (KeyError"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_in_a_line(original, tmp_path, changes, words):
     with pytest.raises(ModelError) as caught:
         load_model(rewritten(original, tmp_path, **changes))
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"image_mean": 7}, "image_mean=7 of the images' config is not a number for each"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean=[0.5, 0.5]"),
+        ({"image_std": ["a", 1, 1]}, "image_std=['a', 1, 1]"),
+        ({"image_std": [0.5, 0, 0.5]}, "divides by 0"),
+        ({"resample": ["x"]}, "resample=['x'] of the images' config is none of the filters 0 to 5"),
+        ({"resample": 9}, "resample=9"),
+        ({"min_patches": 0}, "does not fit together"),
+        ({"size": {"height": 56, "width": 28}}, "is not the side of a square"),
+    ],
+)
+def test_a_processor_s_settings_are_judged_by_name(values, words):
+    config = {"model_type": "internvl", "vision_config": {"image_size": 56, "patch_size": 14}}
+    with pytest.raises(ModelError) as caught:
+        tiling(config, values)
+    assert words in str(caught.value)
+
+
+def test_the_nearest_pixel_is_a_filter():
+    config = {"model_type": "internvl", "vision_config": {"image_size": 56, "patch_size": 14}}
+    for config, make in ((config, tiling), ({"model_type": "qwen3_vl"}, patching)):
+        assert make(config, {"resample": 0}).resample == 0
+        assert make(config, {}).resample == 3
+        with pytest.raises(ModelError, match="image_mean=7 of the images' config"):
+            make(config, {"image_mean": 7})
 
 
 def test_no_code_of_an_original_runs_and_the_flag_is_said_to_be_needless(original, caplog):
