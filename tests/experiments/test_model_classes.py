@@ -1,13 +1,17 @@
 """Model classes of transformers: equal tokens or a refusal, as docs/models.md has it."""
 
+import contextlib
 import re
 from pathlib import Path
 
 import pytest
 
+from kvarena.engine.fusions.detect import NotFusable, fuse
+from kvarena.engine.fusions.ops import TorchOps
+from kvarena.engine.models import load_model
 from kvarena.experiments.correctness.class_table import Outcome, write_table
-from kvarena.experiments.correctness.model_classes import check_class, main
-from kvarena.experiments.correctness.small_configs import class_names
+from kvarena.experiments.correctness.model_classes import check_class, main, write_small
+from kvarena.experiments.correctness.small_configs import class_names, small_config
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 ROW = re.compile(r"^\| (\w+) \| `([\w.-]+)` \| (equal|refused|not made|different) \| (.*) \|$", re.MULTILINE)
@@ -36,6 +40,34 @@ def test_the_page_has_every_class():
     rows = {found[1]: found[2] for found in ROW.finditer(PAGE.read_text(encoding="utf-8"))}
     assert rows == class_names()
     assert len(IN_CI & set(rows.values())) == len(IN_CI)
+
+
+FUSED = re.compile(r"^\| (`\w+`.*?) \| [^|]* \| (yes|attention|no) \| (yes|no) \|", re.MULTILINE)
+FUSED_IN_CI = {"llama", "qwen3", "mixtral", "arcee", "gemma2", "phi3", "opt", "deepseek_v3", "gpt_oss", "llama4_text"}
+
+
+def families() -> list:
+    text = PAGE.read_text(encoding="utf-8")
+    text = text[text.index("## Families") : text.index("## Classes")]
+    return [
+        pytest.param(kind, fused, graphs, id=kind, marks=() if kind in FUSED_IN_CI else pytest.mark.slow)
+        for kinds, fused, graphs in FUSED.findall(text)
+        for kind in re.findall(r"`(\w+)`", kinds)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "fused", "graphs"), families())
+def test_families_are_fused_as_the_page_says(kind, fused, graphs, tmp_path):
+    write_small(small_config(kind), str(tmp_path))
+    found = ("no", "no")
+    with contextlib.suppress(NotFusable):
+        found = ("yes", "yes") if fuse(load_model(tmp_path), TorchOps(), 256).is_capturable else ("attention", "no")
+    assert found == (fused, graphs)
+
+
+def test_the_families_of_the_page_are_all_read():
+    kinds = {case.values[0] for case in families()}
+    assert len(kinds) > 35 and kinds >= FUSED_IN_CI
 
 
 def test_the_page_is_written_from_outcomes(tmp_path):
