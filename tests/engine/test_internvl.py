@@ -300,8 +300,8 @@ def test_a_processor_s_settings_are_judged_by_name(values, words):
 
 
 def test_the_nearest_pixel_is_a_filter():
-    config = {"model_type": "internvl", "vision_config": {"image_size": 56, "patch_size": 14}}
-    for config, make in ((config, tiling), ({"model_type": "qwen3_vl"}, patching)):
+    internvl = {"model_type": "internvl", "vision_config": {"image_size": 56, "patch_size": 14}}
+    for config, make in ((internvl, tiling), ({"model_type": "qwen3_vl"}, patching)):
         assert make(config, {"resample": 0}).resample == 0
         assert make(config, {}).resample == 3
         with pytest.raises(ModelError, match="image_mean=7 of the images' config"):
