@@ -148,6 +148,6 @@ def patching(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Patchin
         named = ", ".join(f"{name}={value}" for name, value in made.items())
         raise ModelError(f"the config of images does not fit together: {named}")
     return Patching(
-        **normalisation(processor, mean, std)._asdict(),
+        *normalisation(processor, mean, std),
         **made,
     )

@@ -108,7 +108,7 @@ def tiling(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Tiling:
             f"{ratio}, {least} to {most} tiles"
         )
     return Tiling(
-        **normalisation(processor, _MEAN, _STD)._asdict(),
+        *normalisation(processor, _MEAN, _STD),
         size=size,
         min_tiles=least,
         max_tiles=most,
