@@ -105,7 +105,7 @@ class ProcessPeers(WatchedPeers):
         for rank in range(1, layout.world_size):
             self._start(Start(factory, layout.of(rank), device, LOOPBACK, store.port, timeout, spin), file)
         os.close(file)
-        self._writer = RingWriter(page, watched.bells, timeout)
+        self._writer = RingWriter(page, watched.bells, check=self.check)
         self.meet(store, device, LOOPBACK)
 
     def _start(self, start: Start, page: int) -> None:

@@ -15,8 +15,10 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Callable
 
 SIZE = 1 << 22
+FULL_SECONDS = 60.0
 _HEADER = 4096
 _COUNTER = struct.Struct("<Q")
 _BEAT = struct.Struct("<d")
@@ -99,11 +101,18 @@ class RingWriter:
     Args:
         page: of the ring.
         bells: of each reader.
-        timeout: seconds for which readers may leave it full.
+        timeout: seconds for which readers may leave it full: one may be busy with a long step.
+        check: called while it is full; raises where a reader is known to be gone.
     """
 
-    def __init__(self, page: RingPage, bells: list[socket.socket], timeout: float) -> None:
-        self._page, self._bells, self._timeout = page, bells, timeout
+    def __init__(
+        self,
+        page: RingPage,
+        bells: list[socket.socket],
+        timeout: float = FULL_SECONDS,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._page, self._bells, self._timeout, self._check = page, bells, timeout, check
         self._written = 0
 
     def send(self, message: bytes) -> None:
@@ -125,6 +134,7 @@ class RingWriter:
             deadline = deadline or now + self._timeout
             if now > deadline:
                 raise SlowReader(behind[0])
+            self._check()
             time.sleep(_POLL_SECONDS)
         page.put(self._written, _LENGTH.pack(len(piece) | flag) + piece)
         self._written = end

@@ -13,6 +13,7 @@ import orjson
 import pytest
 
 from kvarena.engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
+from kvarena.engine.errors import RankFailed
 from kvarena.engine.parallel.layout import Layout
 from kvarena.engine.ranks import ring, watch
 from kvarena.engine.ranks.driver import SendingRows
@@ -225,3 +226,16 @@ def test_tables_of_more_blocks_than_two_bytes_count():
     send(rows, tables, [(req, 4, 1)])
     _, plan, _, _ = mirror.read(box.messages[-1])
     assert mirror.block_table(plan.scheduled[0].req) == tables.block_table(req)
+
+
+def test_a_reader_that_is_gone_is_waited_for_no_longer():
+    made = connected()
+    made.writer._timeout = 60.0
+
+    def gone() -> None:
+        raise RankFailed("rank 1 of 2: its process has ended")
+
+    made.writer._check = gone
+    with pytest.raises(RankFailed):
+        for _ in range(5):
+            made.writer.send(bytes(ring.SIZE // 3))
