@@ -27,6 +27,8 @@ from kvarena.engine.ranks.frames import receive_frame
 from kvarena.engine.ranks.peers import Peers
 
 SILENCE_SECONDS = 5.0
+# Before the first step: libraries that are loaded from a slow disk let no other thread run.
+START_SILENCE_SECONDS = 120.0
 _LOOK_SECONDS = 0.1
 # How long the reason of a lost connection may come after it.
 _REASON_SECONDS = 1.0
@@ -47,6 +49,7 @@ class Watched:
         failed: set with it.
         seen: the planning rank knows of it.
         num_open: steps whose result is not there.
+        has_stepped: a step's result has been there.
     """
 
     def __init__(self, layout: Layout, ends_process: bool) -> None:
@@ -55,7 +58,7 @@ class Watched:
         self.answers: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
         self.failure = ""
         self.failed, self.seen = threading.Event(), threading.Event()
-        self.num_open = 0
+        self.num_open, self.has_stepped = 0, False
         self.beats: dict[int, float] = {}
         # Who gave up waiting for the others, when, and how it said so.
         self._lost: dict[int, tuple[float, str]] = {}
@@ -121,9 +124,10 @@ class Watched:
         if now - self._looked > 1.0:
             self._since = now
         self._looked = now
+        limit = SILENCE_SECONDS if self.has_stepped else START_SILENCE_SECONDS
         for rank in range(1, self.world_size):
             beat = self.last_beat(rank)
-            if beat and now - max(beat, self._since) > SILENCE_SECONDS:
+            if beat and now - max(beat, self._since) > limit:
                 self.fail(rank, f"{self.name_of(rank)} has been silent for {now - beat:.1f} s: it is stopped or frozen")
                 return
         if self._lost and now - min(when for when, _ in self._lost.values()) > _REASON_SECONDS:
@@ -197,6 +201,7 @@ class WatchedPeers(Peers):
     def opened(self, count: int) -> None:
         """See `Peers.opened`."""
         self.watched.num_open += count
+        self.watched.has_stepped |= count < 0
 
     def check(self) -> None:
         """See `Peers.check`."""
