@@ -131,7 +131,7 @@ def patching(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Patchin
     size = processor.get("size") or {}
     least = processor.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or least
     most = processor.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or most
-    made = {"min_pixels": least, "max_pixels": most}
+    made: dict[str, Any] = {"min_pixels": least, "max_pixels": most}
     for name, theirs, default in (
         ("patch_size", "patch_size", 16 if third else 14),
         ("temporal_patch_size", "temporal_patch_size", 2),
