@@ -155,10 +155,6 @@ def build_engine(
     if not isinstance(runner_config, RunnerConfig):
         if whole_context:
             raise ConfigError("runner=simulated computes no tokens and cannot serve; set runner=torch")
-        if config.parallel.world_size > 1:
-            raise ConfigError(
-                "section parallel shares a model between devices, and runner=simulated has none; leave it out"
-            )
         return build_simulated_engine(config, clock)
     shared = SharedParts() if shared is None else shared
     model, memory = load_shared(config, shared)

@@ -251,7 +251,9 @@ def test_more_ranks_than_gpus_is_a_line(directories, monkeypatch, tensor, pipeli
     assert str(caught.value).startswith(words) and "this machine has 1; lower it" in str(caught.value)
 
 
-def test_a_simulation_has_no_devices_to_share_a_model(directories):
-    simulated = ("runner=simulated", "runner.profile=h200", "engine.dtype=bfloat16", "kv_cache.num_slots=512")
-    with pytest.raises(ConfigError, match="runner=simulated has none; leave it out"):
-        build_engine(of_model(directories["llama"], *TP2, *simulated))
+def test_a_simulation_of_ranks_asks_for_a_profile_that_knows_what_they_exchange(directories):
+    simulated = ("runner=simulated", "engine.dtype=bfloat16", "kv_cache.num_slots=512")
+    with pytest.raises(ConfigError, match="says nothing of what 2 cards take to exchange data"):
+        build_engine(of_model(directories["llama"], *TP2, *simulated, "runner.profile=h100"))
+    parts = build_engine(of_model(directories["llama"], *TP2, *simulated, "runner.profile=h200"))
+    assert parts.simulation_facts is not None and parts.simulation_facts["ranks"] == {"tensor": 2, "pipeline": 1}
