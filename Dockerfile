@@ -13,6 +13,7 @@ COPY kvarena kvarena
 COPY engine engine
 COPY allocators allocators
 COPY schedulers schedulers
+COPY routers routers
 COPY experiments experiments
 COPY conf conf
 COPY reports reports

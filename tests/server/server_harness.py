@@ -82,13 +82,14 @@ class RunningServer:
         return self.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, "temperature": 0} | body)
 
     def metrics(self) -> dict[str, float]:
-        """Samples by `name` or `name{label values}` (model_name and engine left out)."""
+        """Samples by `name` or `name{label values}` (model_name left out), added up over the engines."""
         text = self.client.get("/metrics").text
-        samples = {}
+        samples: dict[str, float] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 labels = [v for k, v in sample.labels.items() if k not in ("model_name", "engine")]
-                samples[sample.name + (f"{{{','.join(labels)}}}" if labels else "")] = sample.value
+                key = sample.name + (f"{{{','.join(labels)}}}" if labels else "")
+                samples[key] = samples.get(key, 0.0) + sample.value
         return samples
 
     def slots(self) -> dict[str, float]:

@@ -108,6 +108,7 @@ def test_an_engine_that_is_lost_takes_only_its_own_streams_along(number):
         for reader, is_error in zip(readers, ended, strict=True):
             assert ('"code":"engine_dead"' if is_error else '"finish_reason":"length"') in reader.lines[-2]
         # It is there again, and takes its share.
+        wait_for(lambda: sum(by_engine(server, "kvarena:engine_restarts_total")) == 1, "none is started again")
         wait_for(lambda: by_engine(server, "kvarena:engine_up") == [1, 1], "no other engine was started")
         assert sorted(by_engine(server, "kvarena:engine_restarts_total")) == [0, 1]
         again = [Reader(server, max_tokens=100) for _ in range(4)]
@@ -140,6 +141,7 @@ def test_what_nobody_has_seen_of_is_answered_by_another_engine():
         for thread in threads:
             thread.join(PATIENCE)
         assert whole == [200] * 6
+        wait_for(lambda: sum(by_engine(server, "kvarena:engine_restarts_total")) == 1, "none is started again")
         wait_for(lambda: by_engine(server, "kvarena:engine_up") == [1, 1], "no other engine was started")
         server.wait_idle()
     finally:
@@ -171,6 +173,38 @@ def _read(server: RunningServer) -> list[str]:
     reader = Reader(server, max_tokens=4)
     reader.join(PATIENCE)
     return reader.lines
+
+
+def test_both_engines_lost_at_once_come_back():
+    server = _stub("--engines", "2")
+    try:
+        reader = Reader(server, max_tokens=900)
+        for engine in engines_of(server):
+            engine.kill()
+        reader.join(PATIENCE)
+        assert reader.lines[-1] == "data: [DONE]" and '"code":"engine_dead"' in reader.lines[-2]
+        wait_for(lambda: by_engine(server, "kvarena:engine_restarts_total") == [1, 1], "none is started again")
+        wait_for(lambda: by_engine(server, "kvarena:engine_up") == [1, 1], "they do not come back")
+        server.assert_alive()
+    finally:
+        assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_engines_that_never_last_stay_away_and_the_last_one_ends_the_server():
+    server = _stub("--engines", "2")
+    lost = 0
+    while server.process.poll() is None:
+        parts = engines_of(server)
+        if "no other one is started" in server.log and lost == 4:
+            assert server.complete([20] * 8).status_code == 200  # the other one goes on
+        if parts:
+            parts[-1].kill()  # the one that was started last
+            lost += 1
+            assert _gone([parts[-1].pid])
+        time.sleep(0.5)
+    assert server.process.returncode == 1
+    assert "after 3 others" in server.log and "Traceback" not in server.log
 
 
 @pytest.mark.parametrize(
