@@ -331,8 +331,6 @@ class RunConfig:
                 raise ConfigError(f"{key}={value} must be a finite number")
         mode, target, server = values["mode"], values["target"], values["server"]
         require(mode in ("run", "serve"), "mode", mode, "run or serve")
-        if mode == "serve" and "_target_" in values["router"]:
-            raise ConfigError("mode=serve serves one engine, and router=NAME is for runs; leave it out")
         typed: dict[str, Any] = {name: read(kind, values[name]) for name, kind in KINDS.items()}
         is_simulated = values["runner"].get("kind") == "simulated"
         kind: type[Section] = SimulatedRunnerConfig if is_simulated else RunnerConfig

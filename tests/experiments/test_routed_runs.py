@@ -150,7 +150,6 @@ def test_the_trace_has_a_process_a_replica(routed: tuple[Path, dict], tmp_path: 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("router=least_kv", "mode=serve"), "mode=serve serves one engine, and router=NAME is for runs"),
         (
             ("router.num_replicas=4",),
             "router.num_replicas=4 must be 1 without a router; choose one (router=round_robin",
