@@ -13,6 +13,7 @@ from kvarena.experiments.building.shared import SharedParts
 
 PP2 = ("parallel.pipeline_parallel_size=2", *THREADS)
 BOTH = ("parallel.tensor_parallel_size=2", *PP2)
+SIZES = {"pp2": PP2, "tp2xpp2": BOTH}
 FAMILIES = {"llama": {}, "qwen3": {"tie_word_embeddings": True}, "mixtral": {}}
 
 
@@ -31,19 +32,30 @@ def shared():
     parts.clear()
 
 
-@pytest.mark.parametrize("sizes", [PP2, BOTH], ids=["pp2", "tp2xpp2"])
-@pytest.mark.parametrize("cell", CELLS)
+ALL = [(cell, name) for name in SIZES for cell in CELLS]
+# The paths that differ here; all cells with the slow tests.
+SOME = [("recompute", "pp2"), ("swap", "pp2"), ("prefix", "tp2xpp2")]
+
+
+@pytest.mark.parametrize(
+    ("cell", "sizes"), [*SOME, *(pytest.param(*one, marks=pytest.mark.slow) for one in ALL if one not in SOME)]
+)
 def test_every_strategy_gives_the_tokens_of_one_rank(directories, shared, cell, sizes):
     overrides, wanted = CELLS[cell]
     asked = requests(**SAMPLINGS["temperature"])
     expected = alone(directories["llama"], asked)
-    steps = run(build_engine(of_model(directories["llama"], *sizes, *overrides), shared).engine, asked)
+    steps = run(build_engine(of_model(directories["llama"], *SIZES[sizes], *overrides), shared).engine, asked)
     assert [req.output_token_ids for req in asked] == expected
     assert not wanted or wanted in happened(asked, steps)
 
 
-@pytest.mark.parametrize("sampling", ["greedy", "top_p", "edits"])
-@pytest.mark.parametrize("family", FAMILIES)
+PAIRS = list(zip(FAMILIES, ("edits", "top_p", "greedy"), strict=True))
+OTHERS = [(family, sampling) for family, _ in PAIRS for _, sampling in PAIRS if (family, sampling) not in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("family", "sampling"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)]
+)
 def test_every_sampling_gives_the_tokens_of_one_rank(directories, shared, family, sampling):
     """Three layers: the first stage has two."""
     asked = requests(**SAMPLINGS[sampling])

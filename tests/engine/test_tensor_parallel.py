@@ -58,8 +58,14 @@ def test_every_strategy_gives_the_tokens_of_one_rank(directories, shared, cell):
     assert not wanted or wanted in happened(asked, steps)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+# One of each kind here; all pairs with the slow tests.
+PAIRS = list(zip(FAMILIES, SAMPLINGS, strict=True))
+OTHERS = [(family, sampling) for family in FAMILIES for sampling in SAMPLINGS if (family, sampling) not in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("family", "sampling"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)]
+)
 def test_every_sampling_gives_the_tokens_of_one_rank(directories, shared, family, sampling):
     asked = requests(**SAMPLINGS[sampling])
     expected = alone(directories[family], asked)
@@ -193,7 +199,7 @@ def test_what_cannot_be_shared_out_is_refused_in_a_line(tmp_path, directories, f
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_plan_that_was_corrupted_on_its_way_is_caught(directories, monkeypatch, seed):
     """A block's number differs by one, in a message of a step that the seed chooses."""
     generator = torch.Generator().manual_seed(seed)
@@ -215,7 +221,9 @@ def test_a_plan_that_was_corrupted_on_its_way_is_caught(directories, monkeypatch
     parts.clear()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", *(pytest.param(one, marks=pytest.mark.slow) for one in ("llama", "qwen3"))]
+)
 def test_the_fused_forward_gives_the_tokens_of_one_rank(directories, shared, family):
     """Parts are owed until the stream is read: sums, residuals and experts meet in other places than in the modules."""
     asked = requests(**SAMPLINGS["temperature"])

@@ -90,6 +90,7 @@ def test_a_rank_s_end_is_told_and_ends_everyone(harm, reason):
     os.unlink(server._log.name)
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_takes_its_ranks_along():
     server = RunningServer("--tensor-parallel-size", "2", "--pipeline-parallel-size", "2")
     ranks = ranks_of(server)
