@@ -40,6 +40,7 @@ from kvarena.experiments.benchmarks.first_token import NUM_SLOTS
 from kvarena.experiments.gpu.engines import ABLATIONS, PREFILLED, Engines, StepTimes, attempt, drive, runner_of
 from kvarena.experiments.gpu.floors import (
     EXPERT_SHAPES,
+    LARGE_SHAPES,
     SHAPES,
     Floor,
     fixed_batch,
@@ -246,7 +247,9 @@ def _sections_of(
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = tool_parser(__name__, __doc__)
-    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES + EXPERT_SHAPES, help="of the model")
+    parser.add_argument(
+        "--shape", default="llama-3.1-8b", choices=SHAPES + LARGE_SHAPES + EXPERT_SHAPES, help="of the model"
+    )
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, separated by commas")
     parser.add_argument("--batch", type=int, action="append", help="of sections decode, ablate, profile; 1, 32 and 256")
     parser.add_argument("--quantization", choices=DRAWN, help="run all again with random weights that are packed so")

@@ -24,7 +24,7 @@ from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.experiments.benchmarks.first_token import NUM_SLOTS
 from kvarena.experiments.building.ranks import time_all_reduce
 from kvarena.experiments.gpu.engines import PREFILLED, Engines, attempt, runner_of
-from kvarena.experiments.gpu.floors import EXPERT_SHAPES, SHAPES, fixed_batch
+from kvarena.experiments.gpu.floors import EXPERT_SHAPES, LARGE_SHAPES, SHAPES, fixed_batch
 from kvarena.experiments.settings.compose import load_run
 from kvarena.experiments.tools import say_all, tool_parser
 
@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = tool_parser(__name__, __doc__)
     parser.add_argument(
-        "--shape", default="llama-3.1-8b", choices=(*SHAPES, *EXPERT_SHAPES, "tiny"), help="of the model"
+        "--shape", default="llama-3.1-8b", choices=(*SHAPES, *LARGE_SHAPES, *EXPERT_SHAPES, "tiny"), help="of the model"
     )
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="of the sums")
     parser.add_argument("--out", type=Path, help="a file that gets every line, too")

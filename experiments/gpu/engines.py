@@ -24,7 +24,7 @@ from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.experiments.building.build import build_engine, load_shared
 from kvarena.experiments.building.parts import EngineParts
 from kvarena.experiments.building.shared import SharedParts
-from kvarena.experiments.gpu.floors import EXPERT_SHAPES, MAX_MODEL_LEN, SHAPES, model_of
+from kvarena.experiments.gpu.floors import EXPERT_SHAPES, LARGE_SHAPES, MAX_MODEL_LEN, SHAPES, model_of
 from kvarena.experiments.settings.compose import load_run
 
 # One lever of the engine off. Without fusions there are no graphs, which hold the fused forward.
@@ -83,7 +83,7 @@ class Engines:
         self.shared = SharedParts()
         self._overrides = (
             *model_of(name),
-            f"engine.dtype={'bfloat16' if name in SHAPES + EXPERT_SHAPES else 'float32'}",
+            f"engine.dtype={'bfloat16' if name in SHAPES + LARGE_SHAPES + EXPERT_SHAPES else 'float32'}",
             "engine.overlap=true",
             *(() if name == "demo" else (f"engine.max_model_len={MAX_MODEL_LEN}",)),
             "scheduler.max_num_batched_tokens=8192",

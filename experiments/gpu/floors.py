@@ -12,6 +12,8 @@ from kvarena.reports.analysis.experts import ExpertLoad
 
 # Of conf/model/NAME-shape.yaml: those of the llama kind.
 SHAPES = ("llama-3.1-8b", "qwen3-0.6b")
+# Of the same kind, for several cards.
+LARGE_SHAPES = ("llama-3.1-70b",)
 # And those whose layers have experts.
 EXPERT_SHAPES = ("mixtral-8x7b", "qwen3-30b-a3b")
 # For checks: one with heads and sizes that every kernel takes.
