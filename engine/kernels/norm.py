@@ -1,4 +1,4 @@
-"""Residual addition and RMS norm in one launch (RMSNorm; Zhang and Sennrich, 2019)."""
+"""Norms of rows, each in one launch: RMSNorm (Zhang and Sennrich, 2019), layer norm (Ba et al., 2016)."""
 
 from __future__ import annotations
 
@@ -85,6 +85,89 @@ def rms_norm(
         SIZE_PAD=padded,
         ADD=residual is not None,
         num_warps=min(16, max(1, padded // 512)),
+        **launch_options(),
+    )
+    return out
+
+
+@triton.jit
+def layer_norm_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    offset_ptr,
+    weight_ptr,
+    bias_ptr,
+    index_ptr,
+    out_ptr,
+    epsilon,
+    rows_in,
+    rows_out,
+    stride_x,
+    stride_out,
+    SIZE: tl.constexpr,
+    SIZE_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One row of the result; see `layer_norm`."""
+    await_previous(OVERLAP)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)[:, None]
+    col = tl.arange(0, SIZE_PAD)[None, :]
+    exists = (part < PARTS) & (col < SIZE)
+    source = row + 0 * part
+    if GATHER:
+        source = row // rows_out * rows_in + tl.load(index_ptr + row % rows_out * PARTS + part)
+    x = tl.load(x_ptr + source * stride_x + col, mask=exists, other=0.0).to(tl.float32)
+    x += tl.load(offset_ptr + col, mask=col < SIZE, other=0.0)
+    mean = tl.sum(tl.sum(x, 1), 0) / (PARTS * SIZE)
+    centred = tl.where(exists, x - mean, 0.0)
+    factor = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, 1), 0) / (PARTS * SIZE) + epsilon)
+    at = part * SIZE + col
+    weight = tl.load(weight_ptr + at, mask=exists, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + at, mask=exists, other=0.0).to(tl.float32)
+    normed = centred * factor * weight + bias
+    tl.store(out_ptr + row * stride_out + at, normed.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+def layer_norm(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, epsilon: float, index: Tensor | None = None
+) -> Tensor:
+    """Layer norm of `x + offset`, or of several of its rows side by side; computed in float32, rounded once.
+
+    Args:
+        x: [N, P, size], contiguous.
+        offset: float32 [size], added to each row of x.
+        weight, bias: [size], or with `index` [parts * size].
+        epsilon: added to the variance.
+        index: int32 [R, parts]: row r of each of the N is made of its rows index[r], parts a power of two.
+
+    Returns:
+        [N * P, size], or with `index` [N * R, parts * size], in x's dtype.
+    """
+    num, rows_in, size = x.shape
+    rows_out, parts = (rows_in, 1) if index is None else index.shape
+    out = x.new_empty(num * rows_out, parts * size)
+    if not len(out):
+        return out
+    padded = next_power_of_2(size)
+    layer_norm_kernel[(len(out),)](
+        x,
+        offset,
+        weight,
+        bias,
+        offset if index is None else index,
+        out,
+        epsilon,
+        rows_in,
+        rows_out,
+        x.stride(1),
+        out.stride(0),
+        SIZE=size,
+        SIZE_PAD=padded,
+        PARTS=parts,
+        GATHER=index is not None,
+        num_warps=min(16, max(1, parts * padded // 512)),
         **launch_options(),
     )
     return out

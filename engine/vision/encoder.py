@@ -10,6 +10,7 @@ with the same image find it in the cache. Where that is too small a tile is enco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,7 +112,7 @@ class ImageEncoder:
         Returns:
             Rows that are the caller's own.
         """
-        embeds = self._embed(input_ids).clone()
+        embeds: Tensor = self._embed(input_ids)
         pieces, pixels, weights, at = _pieces(plan)
         deep = embeds.new_empty(self.tower.num_levels, len(at), embeds.shape[1])
         rows = InputRows(embeds, torch.from_numpy(at).to(self._device), deep)
@@ -133,16 +134,28 @@ class ImageEncoder:
 
     def run_largest(self, most_tokens: int) -> None:
         """Encode as much as is ever encoded at once, of prompts up to `most_tokens`: what that takes of memory."""
-        self.encode([np.zeros((3, *size), dtype=np.uint8) for size in self.tower.processing.largest(most_tokens)])
+        self._run_blank(self.tower.processing.largest(most_tokens))
 
-    def encode(self, tiles: list[np.ndarray]) -> list[Tensor]:
+    def warm_up(self, most_tokens: int) -> None:
+        """The same, then fewer and fewer of these tiles: kernels are compiled, attention is planned for each."""
+        sizes = self.tower.processing.largest(most_tokens)
+        for num_tiles in range(len(sizes), 0, -1):
+            self._run_blank(sizes[:num_tiles])
+
+    def encode(self, tiles: Sequence[np.ndarray]) -> list[Tensor]:
         """Rows of each tile, [tokens, (1 + levels) * hidden], whether in the cache or not; each uint8 [3, h, w]."""
-        # What came over a socket is not writable, and torch warns of that.
-        sent = [torch.from_numpy(np.require(tile, requirements="W")) for tile in tiles]
-        if self._device.type == "cuda":
-            sent = [tile.pin_memory() for tile in sent]
+        # One copy to the device, whatever their sizes.
+        sizes = [tile.size for tile in tiles]
+        pixels = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        for place, tile in zip(pixels.split(sizes), tiles, strict=True):
+            place.numpy().reshape(tile.shape)[...] = tile
+        sent = pixels.to(self._device, non_blocking=True).split(sizes)
         with torch.inference_mode():
-            return self.tower([tile.to(self._device, non_blocking=True) for tile in sent])
+            return self.tower([part.view(tile.shape) for part, tile in zip(sent, tiles, strict=True)])
+
+    def _run_blank(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Encode black tiles of these heights and widths."""
+        self.encode([np.zeros((3, *size), dtype=np.uint8) for size in sizes])
 
 
 def _pieces(plan: StepPlan) -> tuple[dict[Key, list[_Piece]], dict[Key, np.ndarray], dict[Key, int], np.ndarray]:

@@ -1,6 +1,8 @@
 """InternVL's vision tower.
 
 uint8 [N, 3, S, S] -> values -> ViT -> without its first token -> pixel shuffle -> projector -> [N, tokens, hidden]
+
+Computed by a fused form of transformers' modules (internvl_fused.py); towers of another kind run on the modules.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLVisionModel
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 
-from kvarena.engine.vision.processing import Processing
+from kvarena.engine.vision.internvl_fused import FusedTower, reason
+from kvarena.engine.vision.tiles import Tiling
 from kvarena.engine.vision.tower import VisionTower
 
 
@@ -22,21 +25,38 @@ class InternVLTower(VisionTower):
     Args:
         config: the whole model's.
         processing: how its images are cut.
+
+    Attributes:
+        fused: what computes; None: the modules.
     """
 
-    def __init__(self, config: InternVLConfig, processing: Processing) -> None:
+    fused: FusedTower | None
+
+    def __init__(self, config: InternVLConfig, processing: Tiling) -> None:
         super().__init__(processing, cast(Any, config.text_config).hidden_size)
         vision: Any = config.vision_config
         vision._attn_implementation = "sdpa"
         self.vision_tower = InternVLVisionModel(vision)
         self.multi_modal_projector = InternVLMultiModalProjector(config)
+        self.fused, self._config, self._size = None, config, processing.size
         self._layer, self._ratio = config.vision_feature_layer, config.downsample_ratio
         self._keeps_first = config.vision_feature_select_strategy == "full"
         self._transposed = bool(getattr(config, "transposed_features", False))
 
+    def fuse(self) -> None:
+        """See `VisionTower.fuse`; there is a form for one kind of InternViT."""
+        if reason(self.vision_tower, self._config) is None:
+            self.fused = FusedTower(
+                self.vision_tower, self.multi_modal_projector, self._config, transposed=self._transposed,
+                values=self.values, size=self._size,
+            )  # fmt: skip
+
     def forward(self, tiles: list[Tensor]) -> list[Tensor]:
         """See `VisionTower.forward`; all tiles are of one size."""
-        pixels = self.pixel_values(torch.stack(tiles))
+        batch = torch.stack(tiles)
+        if self.fused is not None:
+            return list(self.fused(batch))
+        pixels = self.pixel_values(batch)
         out = self.vision_tower(pixel_values=pixels, output_hidden_states=self._layer != -1)
         found = out.last_hidden_state if self._layer == -1 else out.hidden_states[self._layer]
         if not self._keeps_first:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from kvarena.engine.checkpoints.images import QWEN3
 from kvarena.engine.errors import ModelError
-from kvarena.engine.vision.processing import Layout, NoLayout, Processing, normalisation
+from kvarena.engine.vision.processing import TILES_AT_ONCE, Layout, NoLayout, Processing, normalisation
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -86,11 +86,14 @@ class Patching(Processing):
         return np.ascontiguousarray(made, dtype=np.uint8)[None]
 
     def largest(self, most_tokens: int) -> list[tuple[int, int]]:
-        """One image, of as many pixels as there may be: a narrow one has more than `max_pixels` where these are few."""
+        """As many of the largest images as fit, then tiles; a narrow one has more pixels than a low `max_pixels`."""
         most = max(self.max_pixels // self.factor**2, math.isqrt(_NARROWEST * self.max_pixels) // self.factor)
         count = max(1, min(most, most_tokens))
         rows = math.isqrt(count)
-        return [(rows * self.factor, count // rows * self.factor)]
+        tall, wide = rows * self.factor, count // rows * self.factor
+        weight, tile = self._of(tall, wide).weight, math.isqrt(PATCHES_OF_A_TILE) // self.merge_size * self.factor
+        num = max(1, TILES_AT_ONCE // weight)
+        return [(tall, wide)] * num + [(tile, tile)] * max(0, TILES_AT_ONCE - num * weight)
 
     def describe(self) -> str:
         """See `Processing.describe`."""

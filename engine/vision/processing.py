@@ -25,8 +25,9 @@ from kvarena.engine.request import ImageSpan
 
 # An identity is above any token id.
 _ABOVE_TOKENS = 1 << 256
-# The tower's own batch, in tiles' worth: more at once take memory and win no time.
-TILES_AT_ONCE = 8
+# The tower's own batch, in tiles' worth: all of a step by default. InternVL's have 1,025 rows: four of them are whole
+# waves of the library's products on 132 multiprocessors.
+TILES_AT_ONCE = 16
 
 
 _BICUBIC, _FILTERS = 3, range(6)

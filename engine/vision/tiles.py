@@ -1,6 +1,8 @@
 """InternVL's images: square tiles of one size, as many as the shape of the image asks for, and the whole in one more.
 
-Tiling, resizing and the thumbnail are transformers' `GotOcr2ImageProcessorPil`.
+Which grid of tiles an image gets is said by transformers' `GotOcr2ImageProcessorPil`; PIL resizes to it, and once more
+to the thumbnail, as that class does: the bytes are the same, without its copies between PIL, NumPy and other orders of
+channels, a third of the time.
 """
 
 from __future__ import annotations
@@ -49,15 +51,32 @@ class Tiling(Processing):
 
     def layout(self, width: int, height: int) -> Layout:
         """See `Processing.layout`; there is one for every size."""
-        count = int(self.library.get_number_of_image_patches(height, width))
-        num_tiles = count - 1 if count > 1 and not self.thumbnail else count
-        return Layout(num_tiles, self.tokens, 3 * self.size**2)
+        columns, rows = self._grid(width, height)
+        return Layout(self._count(columns * rows), self.tokens, 3 * self.size**2)
 
     def cut(self, image: Image.Image) -> np.ndarray:
-        """See `Processing.cut`."""
-        made = self.library(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
-        tiles = np.ascontiguousarray(made, dtype=np.uint8)
-        return tiles[:-1] if len(tiles) > 1 and not self.thumbnail else tiles
+        """See `Processing.cut`: row by row, and the thumbnail."""
+        columns, rows = self._grid(image.width, image.height)
+        size, count = self.size, columns * rows
+        tiles = np.empty((self._count(count), 3, size, size), dtype=np.uint8)
+        _put_bands(image.resize((columns * size, rows * size), self.resample), tiles[:count], columns)
+        if len(tiles) > count:
+            _put_bands(image.resize((size, size), self.resample), tiles[count:], 1)
+        return tiles
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """Columns and rows of tiles."""
+        # Imported here: it takes seconds, and torch with it.
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+        columns, rows = get_optimal_tiled_canvas(
+            (height, width), (self.size, self.size), self.min_tiles, self.max_tiles
+        )
+        return columns, rows
+
+    def _count(self, tiles: int) -> int:
+        """With the thumbnail."""
+        return tiles + int(tiles > 1 and self.thumbnail)
 
     def largest(self, most_tokens: int) -> list[tuple[int, int]]:  # noqa: ARG002 - tiles are of one size
         """As many tiles as are ever encoded at once."""
@@ -83,6 +102,14 @@ def _library(tiling: Tiling) -> Any:
         resample=tiling.resample,
         do_convert_rgb=True,
     )
+
+
+def _put_bands(image: Image.Image, tiles: np.ndarray, columns: int) -> None:
+    """Cut an image whose sides are multiples of a tile's into `tiles`, a channel at a time: no pixel is moved twice."""
+    num, channels, size = tiles.shape[:3]
+    cut = tiles.reshape(num // columns, columns, channels, size, size)
+    for channel, band in enumerate(image.split()):
+        cut[:, :, channel] = np.asarray(band).reshape(-1, size, columns, size).swapaxes(1, 2)
 
 
 def tiling(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Tiling:

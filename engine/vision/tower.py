@@ -51,6 +51,9 @@ class VisionTower(nn.Module):
         """Make again, on `device` and in full precision, what no checkpoint holds."""
         self.values = torch.from_numpy(byte_values(self.processing)).to(device)
 
+    def fuse(self) -> None:
+        """Compute in few passes from now on, where there is such a form. Weights must be in place, and restored."""
+
     @abstractmethod
     def forward(self, tiles: list[Tensor]) -> list[Tensor]:
         """Encode tiles, each uint8 [3, h, w], to [tokens, (1 + levels) * hidden], a token's levels side by side."""
@@ -94,7 +97,8 @@ def load_tower(
         moved = nn.Parameter(value.to(device=device, dtype=dtype).contiguous(), requires_grad=False)
         setattr(tower.get_submodule(owner), last, moved)
     tower.restore(device)
-    return tower.eval()
+    tower.eval().fuse()
+    return tower
 
 
 def dummy_tower(make: Callable[[], VisionTower], dtype: torch.dtype, device: torch.device, seed: int) -> VisionTower:
@@ -103,6 +107,7 @@ def dummy_tower(make: Callable[[], VisionTower], dtype: torch.dtype, device: tor
         torch.manual_seed(seed)
         tower = _made(make, "the model").to(dtype).eval().requires_grad_(False)
     tower.restore(device)
+    tower.fuse()
     return tower
 
 

@@ -2,11 +2,16 @@
 
     kvarena benchmark images model=internvl2-8b-shape engine.dtype=bfloat16 engine.max_model_len=4096
 
-Prints JSON lines. `start`: seconds to build the engine and to warm it up. `pixels`: decoding a PNG, cutting and
-digesting it, on one core of the host. `tower`: encoding an image's tiles. `images` and `text`: the same number of
-requests at once, each with an image of its own, and with text of equal length; tiles are ready, as a server's front has
-them. `gaps`: requests that decode while the others arrive, p99 of the time between two of their tokens, beside images
-and beside text. Engines are built from the main job's config, with the settings that follow the options.
+Prints JSON lines. `start`: seconds to build the engine, to warm it up, and to make the pictures. `pixels`: decoding a
+PNG, cutting and digesting it, on one core of the host. `tower`: encoding an image's tiles, then as many as are encoded
+at once; these on a GPU by each of PyTorch's attention kernels too, where the tower is fused. `images` and `text`: the
+same number of requests at once, each with an image of its own, and with text of equal length; tiles are ready, as a
+server's front has them. Their `split`: what a request took of the device for the tower, in steps with prompts beside
+it, and in steps that only decode; and what the launches took of the host. `gaps`: requests that decode while others
+arrive, p99 of the time between two of their tokens, beside images and beside text.
+
+Engines are built from the main job's config, with the settings that follow the options; unless these say otherwise a
+step has up to 8,192 tokens, and the KV pool is what is left of the device.
 """
 
 from __future__ import annotations
@@ -14,8 +19,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,22 +30,32 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend
 
-from kvarena.engine.errors import ConfigError
+from kvarena.engine.core import StepOutput
+from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.request import ImageSpan, Request, SamplingParams
 from kvarena.engine.server.media.parts import MediaPolicy, check_image, decode_image
 from kvarena.engine.vision.encoder import ImageEncoder
-from kvarena.engine.vision.processing import image_span
+from kvarena.engine.vision.internvl_tower import InternVLTower
+from kvarena.engine.vision.processing import TILES_AT_ONCE, identity, image_span
 from kvarena.experiments.building.build import build_engine
 from kvarena.experiments.building.parts import EngineParts
 from kvarena.experiments.building.warm_up import SERVED, warm_up
 from kvarena.experiments.gpu.engines import check_overrides
+from kvarena.experiments.gpu.image_split import Split
 from kvarena.experiments.settings.compose import load_run
 from kvarena.experiments.tools import tool_parser
 
 Line = dict[str, Any]
 TEXT_TOKEN = 11
-DEFAULTS = ("allocator=paged_prefix", "scheduler=chunked", "engine.overlap=true")
+# A shape's pool is small unless told otherwise: it holds four such prompts, and requests would wait for one another.
+DEFAULTS = (
+    "allocator=paged_prefix", "scheduler=chunked", "scheduler.max_num_batched_tokens=8192",
+    "scheduler.max_num_seqs=128", "engine.overlap=true", "kv_cache.num_slots=null",
+)  # fmt: skip
+NUM_TIMED = 4  # pictures whose pixels are timed
+ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 
 
 @dataclass
@@ -69,15 +86,46 @@ class Bench:
         self._processing = self.images.tower.processing
         self._num_made = 0
 
-    def make_image(self, seed: int) -> tuple[ImageSpan, float]:
-        """A picture as the engine gets it, at position 0, and the seconds that its pixels took."""
+    def picture(self, seed: int) -> Image.Image:
+        """Noise in large patches: any two differ in all tiles."""
         rough = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        return Image.fromarray(rough).resize(self._args.size)
+
+    def make_image(self, seed: int) -> ImageSpan:
+        """A picture as the engine gets it, at position 0."""
+        return image_span(self._processing, self.picture(seed))
+
+    def pixels(self, seed: int) -> Line:
+        """Milliseconds that a PNG takes until it is an engine's, and their parts."""
         file = io.BytesIO()
-        Image.fromarray(rough).resize(self._args.size).save(file, "PNG", compress_level=1)
-        start = time.perf_counter()
+        self.picture(seed).save(file, "PNG", compress_level=1)
+        marks = [time.perf_counter()]
         check_image(file.getvalue(), "image/png", "image", MediaPolicy())
-        made = image_span(self._processing, decode_image(file.getvalue(), "image"))
-        return made, time.perf_counter() - start
+        pixels = decode_image(file.getvalue(), "image")
+        marks.append(time.perf_counter())
+        tiles = self._processing.cut(pixels)
+        marks.append(time.perf_counter())
+        identity(self._processing, pixels.size, tiles)
+        marks.append(time.perf_counter())
+        parts = [1e3 * (b - a) for a, b in pairwise(marks)]
+        return {"ms": sum(parts)} | dict(zip(("decode_ms", "tiles_ms", "digest_ms"), parts, strict=True))
+
+    def make_images(self, count: int) -> list[ImageSpan]:
+        """As many, on all cores: PIL and the digest leave the interpreter to others."""
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            return list(threads.map(self.make_image, range(count)))
+
+    def check_pool(self, image: ImageSpan) -> None:
+        """Raise ConfigError where the pool is too small for all to run at once: then waiting would be measured."""
+        args, allocator = self._args, self._parts.engine.allocator
+        each = image.stop + args.text + args.output
+        beside = args.decodes * self._parts.max_model_len + args.gap_requests * each
+        wanted, there = max(args.requests * each, beside), allocator.num_blocks * allocator.block_size
+        if there < wanted:
+            raise ConfigError(
+                f"the KV pool has {there} slots, and the requests that run at once take {wanted}: they would wait for "
+                f"one another; set kv_cache.num_slots={wanted} or more, or lower --requests, --gap-requests, --decodes"
+            )
 
     def requests(self, images: Sequence[ImageSpan], *, as_text: bool) -> list[Request]:
         """A request an image: it, and so many tokens of text; `as_text`: text of the same length in its place."""
@@ -107,14 +155,13 @@ class Bench:
         times = {req.request_id: Times() for req in (*requests, *background)}
         for req in background:
             engine.add(req)
-        waiting = list(requests)
-        while background and any(not req.output_token_ids for req in background):
-            engine.step()
+        while any(not req.output_token_ids for req in background):
+            self._step()
         start = engine.clock.now()
-        for req in waiting:
+        for req in requests:
             engine.add(req)
         while engine.has_work:
-            output = engine.step()
+            output = self._step()
             if output is None:
                 continue
             for (req, _, _), token in zip(output.plan.scheduled, output.result.token_ids, strict=True):
@@ -123,12 +170,22 @@ class Bench:
             if all(req.is_finished for req in requests):
                 for req in background:
                     engine.abort(req.request_id)
+            elif any(req.is_finished for req in background):
+                raise EngineError("a request that was to decode beside the others ended first; raise max_model_len")
         return times
+
+    def _step(self) -> StepOutput | None:
+        engine = self._parts.engine
+        output = engine.step()
+        if output is None and engine.has_work and not engine.in_flight:
+            raise EngineError("the scheduler has requests and plans nothing: no progress is possible")
+        return output
 
     def throughput(self, requests: Sequence[Request]) -> Line:
         """All at once: rates, and times to first tokens."""
         before = self.images.counts
-        times = self.run(requests)
+        with Split(self._parts.engine.runner, self.images) as split:
+            times = self.run(requests)
         firsts = [times[req.request_id].tokens[0] for req in requests]
         wall = max(times[req.request_id].tokens[-1] for req in requests)
         return {
@@ -138,6 +195,7 @@ class Bench:
             "ttft_p99_s": round(float(np.percentile(firsts, 99)), 4),
             "tiles_encoded": self.images.counts.misses - before.misses,
             "tiles_found": self.images.counts.hits - before.hits,
+            "split": split.per_request(len(requests)),
         }  # fmt: skip
 
     def gaps(self, requests: Sequence[Request]) -> float:
@@ -148,19 +206,33 @@ class Bench:
         return float(np.percentile(gaps, 99))
 
     def tower(self, image: ImageSpan) -> Line:
-        """Seconds to encode an image's tiles."""
+        """Milliseconds to encode an image's tiles and the tower's largest batch, from the host's memory."""
+        num_largest = max(1, TILES_AT_ONCE // image.tile_weight)
+        largest = [image.pixels[i % image.num_tiles] for i in range(num_largest)]
+        took, most = self._encode(list(image.pixels)), self._encode(largest)
+        line = {"tiles": image.num_tiles, "ms": took, "ms_a_tile": round(took / image.num_tiles, 3)}
+        line |= {f"ms_a_tile_of_{num_largest}": round(most / num_largest, 3)}
+        tower = self.images.tower
+        fused = tower.fused if isinstance(tower, InternVLTower) else None
+        line["fused"] = fused is not None
+        if fused is not None and torch.cuda.is_available():
+            order = fused.attention
+            for kernel in ATTENTION:
+                fused.attention = (kernel, *(other for other in order if other is not kernel))
+                line[f"ms_{kernel.name.lower()}"] = self._encode(largest)
+            fused.attention = order
+        return line
+
+    def _encode(self, tiles: list[np.ndarray]) -> float:
+        """The best of some runs, behind one that plans its attention."""
         best = float("inf")
-        for _ in range(3):
+        for _ in range(6):
             _wait()
             start = time.perf_counter()
-            self.images.encode(list(image.pixels))
+            self.images.encode(tiles)
             _wait()
             best = min(best, time.perf_counter() - start)
-        return {
-            "tiles": image.num_tiles,
-            "ms": round(best * 1e3, 3),
-            "ms_a_tile": round(best * 1e3 / image.num_tiles, 3),
-        }
+        return round(best * 1e3, 3)
 
 
 def _wait() -> None:
@@ -168,15 +240,14 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def lines(bench: Bench, num_requests: int) -> Iterator[Line]:
-    """All sections, each as soon as it is known."""
-    made = [bench.make_image(seed) for seed in range(2 * num_requests)]
-    images, seconds = [image for image, _ in made], [took for _, took in made]
-    yield {"section": "pixels", "ms": round(float(np.median(seconds)) * 1e3, 2), "tiles": images[0].num_tiles}
+def lines(bench: Bench, images: Sequence[ImageSpan], num_requests: int) -> Iterator[Line]:
+    """All sections, each as soon as it is known; the images behind the first `num_requests` are of `gaps`."""
+    timed = [bench.pixels(2**31 + seed) for seed in range(NUM_TIMED)]
+    best = {key: round(min(one[key] for one in timed), 2) for key in timed[0]}
+    yield {"section": "pixels", "tiles": images[0].num_tiles} | best
     yield {"section": "tower"} | bench.tower(images[0])
-    half = images[:num_requests]
     for name, as_text in (("images", False), ("text", True)):
-        yield {"section": name} | bench.throughput(bench.requests(half, as_text=as_text))
+        yield {"section": name} | bench.throughput(bench.requests(images[:num_requests], as_text=as_text))
     beside = {
         name: bench.gaps(bench.requests(images[num_requests:], as_text=as_text))
         for name, as_text in (("images", False), ("text", True))
@@ -197,6 +268,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--size", type=_size, default=(1024, 768), metavar="WxH", help="of an image, in pixels")
     parser.add_argument("--text", type=int, default=64, help="tokens of text behind an image")
     parser.add_argument("--output", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--gap-requests", type=int, default=24, help="that arrive beside those that decode")
     parser.add_argument("--decodes", type=int, default=16, help="requests that decode beside the others")
     parser.add_argument("overrides", nargs="*", help="settings of the engine, as of run.py")
     args = parser.parse_args(argv)
@@ -208,12 +280,12 @@ def main(argv: Sequence[str]) -> int:
     bench = Bench(parts, args)
     built = time.perf_counter()
     warm_up(config, parts, SERVED)
-    bench.run(bench.requests([bench.make_image(2**31)[0]], as_text=False))  # compiles what images need
+    bench.run(bench.requests([bench.make_image(2**31)], as_text=False))  # compiles what images need
     ready = time.perf_counter()
-    print(
-        json.dumps({"section": "start", "build_s": round(built - began, 1), "warm_s": round(ready - built, 1)}),
-        flush=True,
-    )
-    for line in lines(bench, args.requests):
+    images = bench.make_images(args.requests + args.gap_requests)
+    bench.check_pool(images[0])
+    marks = {"build_s": built - began, "warm_s": ready - built, "pictures_s": time.perf_counter() - ready}
+    print(json.dumps({"section": "start"} | {key: round(took, 1) for key, took in marks.items()}), flush=True)
+    for line in lines(bench, images, args.requests):
         print(json.dumps(line), flush=True)
     return 0

@@ -48,7 +48,7 @@ def warm_up(config: RunConfig, parts: EngineParts, samplings: Sequence[SamplingP
         longest = config.scheduler.need("max_num_batched_tokens")
         if parts.model is not None and parts.model.images is not None and parts.model.device.type == "cuda":
             with torch.inference_mode():
-                parts.model.images.run_largest(parts.max_model_len)
+                parts.model.images.warm_up(parts.max_model_len)
     strategy = make_strategy(
         config,
         parts.pool_facts["num_blocks"],

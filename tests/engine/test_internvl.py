@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from image_checkpoints import (
@@ -73,6 +74,20 @@ def test_weights_and_features_are_the_native_class_s(checkpoint):
         theirs = model.model.get_image_features(pixel_values=pixels).pooler_output
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert ours.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"thumbnail": False}, {"min_tiles": 3}, {"max_tiles": 1}, {"resample": 0}, {"resample": 5}]
+)
+def test_tiles_are_those_of_the_library_byte_for_byte(original, changes):
+    cut = replace(processing_of(original), **changes)
+    for seed, size in enumerate([*SIZES, (112, 112), (1, 4), (640, 480)]):
+        image = picture(*size, seed=seed)
+        made = cut.library(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        wanted = made[:-1] if len(made) > 1 and not cut.thumbnail else made
+        tiles = cut.cut(image)
+        assert tiles.dtype == np.uint8 and len(tiles) == cut.layout(*size).num_tiles
+        assert np.array_equal(tiles, wanted)
 
 
 QUESTIONS = [

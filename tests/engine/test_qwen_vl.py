@@ -218,8 +218,11 @@ def test_a_large_image_weighs_more_and_is_taken_in_alone(checkpoint):
     assert processing.layout(16 * side, 16 * side).weight == 1
     large = processing.layout(40 * side, 32 * side)
     assert (large.weight, large.grid, large.num_tokens) == (5, (32, 40), 1280)
-    assert processing.largest(500) == [(22 * side, 22 * side)]
-    assert processing_of(checkpoint[1]).largest(500) == [(6 * side, 8 * side)]  # of the narrowest, 1 x 48
+    # As many as the tower ever takes at once: 16 tiles' worth, and what is left beside the largest in whole tiles.
+    assert processing.largest(500) == [(22 * side, 22 * side)] * 8
+    assert processing.largest(2304) == [(48 * side, 48 * side)] + [(16 * side, 16 * side)] * 7
+    assert processing.largest(1 << 14) == [(128 * side, 128 * side)]
+    assert processing_of(checkpoint[1]).largest(500) == [(6 * side, 8 * side)] * 16  # of the narrowest, 1 x 48
     with pytest.raises(NoLayout, match="too narrow"):
         processing.layout(1, 201)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kvarena.engine.kernels.activation import gated
-from kvarena.engine.kernels.norm import rms_norm
+from kvarena.engine.kernels.norm import layer_norm, rms_norm
+from kvarena.engine.kernels.patches import patch_rows
 from kvarena.engine.kernels.rope import rope_store
 from kvarena.engine.kernels.store import gather_kv, store_kv
 
@@ -164,3 +165,36 @@ def test_gated_activation(size, dtype):
 def test_activation_of_extreme_values_is_finite():
     x = torch.tensor([[-1e4, 1e4, -90.0, 0.0, 1.0, 1.0, 1.0, 1.0]], device=DEVICE)
     assert gated(x)[0].tolist() == pytest.approx([0.0, 1e4, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "parts"), [(24, None), (32, None), (24, 4), (16, 1)])
+def test_layer_norm_of_rows_and_of_neighbours(size, parts, dtype):
+    x, offset = randn(2, 5, size, dtype=dtype) + 3, randn(size, seed=1)
+    width = size * (parts or 1)
+    weight, bias = randn(width, dtype=dtype, seed=2), randn(width, dtype=dtype, seed=3)
+    index = None
+    rows = x.double() + offset.double()
+    if parts is not None:
+        index = torch.randint(0, 5, (3, parts), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
+        rows = rows[:, index.long()]
+        index = index.to(DEVICE)
+    wanted = torch.nn.functional.layer_norm(
+        rows.reshape(-1, width), (width,), weight.double(), bias.double(), eps=1e-3
+    )  # fmt: skip
+    got = layer_norm(x, offset, weight, bias, 1e-3, index)
+    assert got.dtype == dtype
+    assert_close(got, wanted)
+    assert layer_norm(x[:0], offset, weight, bias, 1e-3, index).shape == (0, width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patch_rows_are_the_operands_of_the_convolution(dtype):
+    tiles = torch.randint(0, 256, (2, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    tiles, values = tiles.to(DEVICE), randn(3, 256)
+    out = torch.full((2, 9, 56), 7.0, dtype=dtype, device=DEVICE)  # 48 wanted columns
+    assert patch_rows(tiles, values, 4, out) is out
+    pixels = values[torch.arange(3, device=DEVICE)[:, None, None], tiles.int()]
+    wanted = torch.nn.functional.unfold(pixels, 4, stride=4).transpose(1, 2)
+    assert_close(out[..., :48].contiguous(), wanted.double())
+    assert not out[..., 48:].any()
