@@ -75,7 +75,8 @@ class RayClient(EngineClient):
 
     def _take(self, first: int, item: Admitted | News) -> None:
         if isinstance(item, Admitted):
-            if first in self._admissions:
+            admission, _ = self._admissions.get(first, (None, []))
+            if admission is not None and not admission.done():
                 self._on_step([(first, item.reason, item.text)], [], b"", b"", [], [], [])
             elif item.reason:  # it was queued at a replica before, which is lost
                 self._lose(first, f"its replica was lost, and another one refused it: {item.text}")
