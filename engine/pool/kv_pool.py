@@ -152,6 +152,11 @@ class KVPool:
         """Keys and values of a layer by block: two views [num_blocks + 1, block_size, num_kv_heads, head_dim]."""
         return self._block_views[layer]
 
+    def fill_randomly(self) -> None:
+        """Random keys and values everywhere, for whoever measures: zeros take less of a device."""
+        for layer in range(self.num_layers):
+            self.data[:, layer].normal_()
+
     def begin_step(self, plan: StepPlan, allocator: KVAllocator) -> None:
         """Called before the copies and the forward of a step. Here all memory is there from the start."""
 

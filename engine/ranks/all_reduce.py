@@ -67,6 +67,7 @@ class AllReduce:
         way: one for all sizes, or auto: the fastest for each.
 
     Attributes:
+        way: that was asked for.
         table: microseconds by bytes and way, the slowest rank's; empty where one way was asked for.
         chosen: the way by bytes.
         without_peers: why no rank can read another's memory; empty where all can.
@@ -78,6 +79,7 @@ class AllReduce:
     ways = WAYS
 
     def __init__(self, groups: Groups, size: int, dtype: torch.dtype, way: str = "auto") -> None:
+        self.way = way
         self._groups, self._size, self._dtype = groups, size, dtype
         self._name: Any = groups.tensor_name
         self._device = torch.device("cuda", torch.cuda.current_device())
@@ -260,5 +262,7 @@ def make_reducer(groups: Groups, size: int, dtype: torch.dtype, way: str) -> Gro
         return None
     if groups.device.type != "cuda":
         return GroupReducer(groups.tensor)
-    groups.reducer = AllReduce(groups, size, dtype, way)
-    return groups.reducer
+    found = groups.reducer
+    if found is None or found.way != way:  # one model has one; measuring takes a second
+        found = groups.reducer = AllReduce(groups, size, dtype, way)
+    return found

@@ -33,6 +33,7 @@ from kvarena.experiments.building.loading import load, num_blocks
 from kvarena.experiments.building.parts import target_device
 from kvarena.experiments.building.pools import make_pool
 from kvarena.experiments.building.runners import attention_backend, make_runner
+from kvarena.experiments.building.shared import give_memory_back
 from kvarena.experiments.settings.config import RunConfig, RunnerConfig
 
 # What a pool's shape is read from.
@@ -101,11 +102,16 @@ class BuiltRank:
             longest = arguments["max_model_len"]
             return {"num_blocks": num_blocks(self._config, self._model, self._in_use_before, longest)}
         if name == "prepare":
-            self.runner = None
+            if self.runner is not None:  # both pools do not fit
+                self.runner = None
+                give_memory_back()
             self.runner = self._prepare(**arguments)
             return {}
+        assert self.runner is not None
+        if name == "fill_pool":
+            self.runner.pool.fill_randomly()
+            return None
         if name == "time_all_reduce":
-            assert self.runner is not None
             time_all_reduce(self.runner, **arguments)
             return None
         assert name == "warm_up"

@@ -89,7 +89,7 @@ class SharedParts:
         """Let go of the runner and its pool."""
         if self._runner is not None:
             self._runner = None
-            _give_memory_back()
+            give_memory_back()
 
     def clear(self) -> None:
         """Let go of everything."""
@@ -98,10 +98,11 @@ class SharedParts:
             self._model = self._runner = None
             if peers is not None:
                 peers.close()
-            _give_memory_back()
+            give_memory_back()
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
+    """What nobody refers to any more goes back to the device."""
     gc.collect()  # modules and graphs refer to one another
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -117,8 +117,9 @@ class Engines:
         runner = runner_of(parts)
         if runner is not self._filled():
             self._filled = weakref.ref(runner)
-            for layer in range(parts.spec.num_layers):
-                runner.pool.data[:, layer].normal_()
+            if parts.model is not None and parts.model.peers is not None:
+                parts.model.peers.tell("fill_pool")
+            runner.pool.fill_randomly()
         return parts
 
 
