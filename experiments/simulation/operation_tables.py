@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kvarena.engine.errors import ConfigError
@@ -125,6 +123,10 @@ class OperationTables:
     """
 
     def __init__(self, path: Path) -> None:
+        # Imported here: an engine that computes needs nothing of it.
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             table = pq.read_table(path, columns=list(COLUMNS))
         except (OSError, KeyError, pa.ArrowException) as error:
