@@ -7,7 +7,7 @@ from checkpoints import write_checkpoint
 from parallel_cells import CELLS, SAMPLINGS, THREADS, alone, happened, of_model, requests, run
 
 from kvarena.engine.ranks import stages
-from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.request import Request, SamplingParams, expand
 from kvarena.experiments.building.build import build_engine
 from kvarena.experiments.building.shared import SharedParts
 
@@ -129,3 +129,38 @@ def test_no_stage_waits_in_steady_decode(directories, shared, monkeypatch):
             at_sent.append(in_flight)
     # From the second part on, whenever stage 0 has handed one on, the one before is still on its way.
     assert len(at_sent) >= 24 and set(at_sent[1:-2]) == {2}
+
+
+class Fussy:
+    """Allows other tokens at every position, and twice has no time for its mask: that token is void."""
+
+    failure = ""
+    num_late = 0
+
+    def __init__(self) -> None:
+        self.num_filled = 0
+        self.accepted: list[int] = []
+
+    def fill(self, bitmask) -> None:
+        self.num_filled += 1
+        bitmask[:] = 0
+        bitmask[0] = -4 if self.num_filled % 2 else 0x00FFFF00
+        self.num_late = int(self.num_filled in (2, 5))
+
+    def accept(self, token_id: int) -> None:
+        self.accepted.append(token_id)
+
+
+def test_void_tokens_and_samples_that_share_a_prompt(directories, shared):
+    """A token that is sampled again, and forks with their copies: what the devices hold is not what counts."""
+    found = []
+    for overrides in ((), BOTH):
+        more = ("allocator=paged_prefix", "engine.overlap=true", "kv_cache.num_slots=640")
+        engine = build_engine(of_model(directories["llama"], *overrides, *more), shared if overrides else None).engine
+        fussy = Request("fussy", [5] * 9, SamplingParams(max_tokens=8, temperature=0.7, seed=4), constraint=Fussy())
+        forked = expand(Request("forked", [7] * 21, SamplingParams(max_tokens=8, temperature=0.9, seed=3, n=3)))
+        steps = run(engine, [fussy, *forked])
+        assert fussy.constraint.num_filled == 10 and fussy.constraint.accepted == fussy.output_token_ids
+        assert any(copy.kind.value == "device" for step in steps for copy in step.plan.copies)
+        found.append([req.output_token_ids for req in (fussy, *forked)])
+    assert found[0] == found[1] and len({tuple(tokens) for tokens in found[0]}) == 4

@@ -47,6 +47,10 @@ def kill(rank: psutil.Process, server: RunningServer) -> None:
     rank.kill()
 
 
+def kill_planner(rank: psutil.Process, server: RunningServer) -> None:
+    psutil.Process(server.engine_pid()).kill()
+
+
 def stop(rank: psutil.Process, server: RunningServer) -> None:
     rank.send_signal(signal.SIGSTOP)
 
@@ -67,6 +71,7 @@ def starve(rank: psutil.Process, server: RunningServer) -> None:
     [
         (kill, r"rank 1 of 2: its process \d+ has ended with code -9: killed"),
         pytest.param(stop, r"rank 1 of 2: its process \d+ has been silent for", marks=pytest.mark.slow),
+        pytest.param(kill_planner, r"the engine process has ended with code -9", marks=pytest.mark.slow),
         pytest.param(starve, r"rank 1 of 2: .*(memory|allocate)", marks=pytest.mark.slow),
     ],
 )
