@@ -61,14 +61,14 @@ def argument_type(name):
     return "fp32" if name in {"scale", "softcap", "epsilon"} else "i32"
 
 
-def resources(kernel, constants, num_warps, num_stages, max_registers=None):
+def resources(kernel, constants, num_warps, num_stages, max_registers=None, unaligned=()):
     """Registers, stack and local bytes per thread, shared memory, and which matrix instructions occur."""
     if "OVERLAP" in kernel.arg_names:
         constants = constants | {"OVERLAP": True}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else argument_type(name)
-        varying = VARYING["do_not_specialize"] + VARYING["do_not_specialize_on_alignment"]
+        varying = [*VARYING["do_not_specialize"], *VARYING["do_not_specialize_on_alignment"], *unaligned]
         if name not in varying and (signature[name].startswith("*") or name.startswith("stride")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
@@ -89,9 +89,27 @@ def resources(kernel, constants, num_warps, num_stages, max_registers=None):
         "mma": "mma.sync" in ptx,
         "waits": "griddepcontrol.wait" in ptx,
         "before_wait": sorted(set(MEMORY_ACCESS.findall(ptx.split("griddepcontrol.wait")[0]))),
+        "wrong_reductions": wrong_reductions(compiled.asm["ttgir"]),
         "cp_async": "cp.async" in ptx,
         "wide_loads": "ld.global.v4" in ptx or "cp.async.cg.shared.global" in ptx,
     }
+
+
+def wrong_reductions(ttgir):
+    """Reductions and scans for which Triton (3.6, 3.7) adds up the wrong lanes.
+
+    It takes the lanes that differ along the axis to be neighbours. In a layout that came of a reshape they need not be:
+    others between them may repeat what they hold.
+    """
+    bases = dict(re.findall(r"^(#linear\d*) = #ttg\.linear<\{.*lane = (\[\[.*?\]\])", ttgir, re.MULTILINE))
+    found = re.findall(r'"tt\.(?:reduce|scan)"\(.*?<\{axis = (\d+).*?\n\s*\}\) : \((.*?)\) ->', ttgir, re.DOTALL)
+    wrong = []
+    for axis, operand in found:
+        for layout in re.findall(r"#linear\d*", operand):
+            moves = [bit for bit, basis in enumerate(json.loads(bases[layout])) if basis[int(axis)]]
+            if "parent" in operand or (moves and moves[-1] - moves[0] >= len(moves)):
+                wrong.append(f"{operand} with lanes {bases[layout]}")
+    return wrong
 
 
 def launch(config):
@@ -152,9 +170,16 @@ def expert_resources(few):
     sizes = {"EXPERTS": 128, "TOP_K": 8}
     route = sizes | {"EXPERTS_PAD": 128, "TOP_K_PAD": 8, "RENORMALIZE": True, "SHARED": True, "PADDED": True}
     yield "experts route", resources(route_kernel, route, 1, 3)
-    for tokens, warps in ((1, 1), (8, 4)):
-        shape = route | {"TOKENS_PAD": tokens, "ROWS": 16, "SPAN": 16}
-        yield f"experts route few x {tokens}", resources(route_few_kernel, shape, warps, 3)
+    mixtral = route | {"EXPERTS": 8, "EXPERTS_PAD": 8, "TOP_K": 2, "TOP_K_PAD": 2, "SHARED": False}
+    for name, chosen, tokens in (
+        ("", route, 1), ("", route, 8), (" of 8", mixtral, 1), (" of 8", mixtral, 8), (" of 8", mixtral, 16),
+        (" of 8", mixtral, 32),
+    ):  # fmt: skip
+        shape = chosen | {"TOKENS_PAD": tokens, "ROWS": 16, "SPAN": 16}
+        # A row of logits of eight experts is no multiple of 16, and `num_read` is one of a tensor's.
+        unaligned = ("read_ptr", "stride_logits") if chosen is mixtral else ()
+        needs = resources(route_few_kernel, shape, 1 if tokens == 1 else 4, 3, unaligned=unaligned)
+        yield f"experts route few{name} x {tokens}", needs
     for block, warps in ((1024, 4), (4096, 16)):
         sort = {"EXPERTS": 128, "EXPERTS_PAD": 256, "ROWS": 16, "SPAN": 16, "BLOCK": block}
         yield f"experts sort x {block}", resources(sort_kernel, sort, warps, 3)

@@ -22,13 +22,18 @@ def resources(request):
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == {"few": 22, "all": 37}[request.param]
+    assert len(found) == {"few": 26, "all": 41}[request.param]
     return found
 
 
 def test_nothing_spills(resources):
     spilled = {name: r for name, r in resources.items() if r["stack"] or r["local"] or r["reg"] > 255}
     assert not spilled
+
+
+def test_no_reduction_is_one_that_triton_gets_wrong(resources):
+    """The router's list of items lost its end so, and products of experts read weights that are nobody's."""
+    assert {name: r["wrong_reductions"] for name, r in resources.items() if r["wrong_reductions"]} == {}
 
 
 def test_shared_memory_fits(resources):

@@ -27,9 +27,10 @@ def resources(request):
     return found
 
 
-def test_nothing_spills_and_shared_memory_fits(resources):
+def test_nothing_spills_shared_memory_fits_and_no_reduction_is_wrong(resources):
     assert not {name: r for name, r in resources.items() if r["stack"] or r["local"] or r["reg"] > 255}
     assert not {name: r["shared"] for name, r in resources.items() if r["shared"] > 227 * 1024}
+    assert not {name: r["wrong_reductions"] for name, r in resources.items() if r["wrong_reductions"]}
 
 
 def test_more_than_one_row_uses_wgmma(resources):

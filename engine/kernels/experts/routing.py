@@ -155,7 +155,11 @@ def route_few_kernel(  # type: ignore[no-untyped-def]
     TOKENS_PAD: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, RENORMALIZE: tl.constexpr, SHARED: tl.constexpr,
     PADDED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """All tokens: what the two kernels below do, with a pair's place told by how many pairs come before it."""
+    """All tokens: what `route_kernel` and `sort_kernel` do, with a pair's place told by how many pairs come before it.
+
+    No total over all pairs is taken: the layout in which Triton (3.6 and 3.7) has the pairs as one row repeats them in
+    lanes that it then adds up as if they were others, so each sum here is of a square's rows.
+    """
     await_previous(OVERLAP)
     tokens, experts, picks = tl.arange(0, TOKENS_PAD), tl.arange(0, EXPERTS_PAD), tl.arange(0, TOP_K_PAD)
     exists = tokens < num_tokens
@@ -199,20 +203,21 @@ def route_few_kernel(  # type: ignore[no-untyped-def]
     place = tl.sum(before.to(tl.int32), 1)
     nth = tl.sum((before & same).to(tl.int32), 1)  # of its expert's
     count = tl.sum(same.to(tl.int32), 1)
+    is_head = is_pair & (nth == 0)
     is_first = is_pair & (nth % ROWS == 0)  # of an item
     item = tl.sum((before & is_first[None, :]).to(tl.int32), 1)
-    tl.store(order_ptr + place, pair, mask=is_pair)
+    heads = tl.sum((before & is_head[None, :]).to(tl.int32), 1)
+    # Every place is told by some pair: what is none comes behind all that are.
+    tl.store(order_ptr + place, tl.where(is_pair, pair, -1), mask=place < num_tokens * TOP_K)
+    # And every item: pairs that begin none take those from the last one down.
+    slot = tl.where(is_first, item, PAIRS - 1 - (place - item))
+    tl.store(items_ptr + slot, tl.where(is_first, expert, -1), mask=slot < num_items)
     first = nth // SPAN * SPAN
-    tl.store(items_ptr + item, expert, mask=is_first)
     tl.store(items_ptr + num_items + item, place - nth + first, mask=is_first)
     tl.store(items_ptr + 2 * num_items + item, place - nth + tl.minimum(first + SPAN, count), mask=is_first)
     tl.store(items_ptr + 3 * num_items + item, item - (nth - first) // ROWS, mask=is_first)
-    nothing = tl.full((PAIRS,), -1, tl.int32)
-    used = tl.sum(is_first.to(tl.int32), 0)
-    tl.store(items_ptr + index, nothing, mask=(index >= used) & (index < num_items))
-    computed = tl.sum(is_pair.to(tl.int32), 0)
-    tl.store(order_ptr + index, nothing, mask=(index >= computed) & (index < num_tokens * TOP_K))
-    tl.store(read_ptr, tl.sum((is_pair & (nth == 0)).to(tl.int32), 0))
+    # The last one has seen all others.
+    tl.store(read_ptr + tl.zeros((PAIRS,), tl.int32), heads + is_head.to(tl.int32), mask=place == PAIRS - 1)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_items"])
