@@ -90,6 +90,7 @@ def resources(kernel, constants, num_warps, num_stages, max_registers=None, unal
         "waits": "griddepcontrol.wait" in ptx,
         "before_wait": sorted(set(MEMORY_ACCESS.findall(ptx.split("griddepcontrol.wait")[0]))),
         "wrong_reductions": wrong_reductions(compiled.asm["ttgir"]),
+        "argmax": bool(re.search(r'"tt\.reduce"\(%\w+, ', compiled.asm["ttgir"])),
         "cp_async": "cp.async" in ptx,
         "wide_loads": "ld.global.v4" in ptx or "cp.async.cg.shared.global" in ptx,
     }

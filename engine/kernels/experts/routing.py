@@ -132,8 +132,9 @@ def route_kernel(  # type: ignore[no-untyped-def]
     values = tl.zeros((TOP_K_PAD,), tl.float32)
     for i in tl.static_range(TOP_K):
         value = tl.max(left, 0)
-        # Logits that are no numbers must still not lead outside of the weights.
-        expert = tl.minimum(tl.argmax(left, 0), EXPERTS - 1)
+        # Logits that are no numbers must still not lead outside of the weights, nor each lane to another expert, as
+        # argmax would: it compares, and of two that are no numbers takes the one that came second.
+        expert = tl.min(tl.where(left == value, experts, EXPERTS - 1), 0)
         chosen = tl.where(picks == i, expert, chosen)
         values = tl.where(picks == i, tl.exp2((value - best) * 1.4426950408889634), values)
         left = tl.where(experts == expert, float("-inf"), left)
@@ -172,9 +173,9 @@ def route_few_kernel(  # type: ignore[no-untyped-def]
     chosen = tl.full((TOKENS_PAD, TOP_K_PAD), EXPERTS, tl.int32)
     values = tl.zeros((TOKENS_PAD, TOP_K_PAD), tl.float32)
     for i in tl.static_range(TOP_K):
-        value, expert = tl.max(left, 1, return_indices=True)
-        # Logits that are no numbers must still not lead outside of the weights.
-        expert = tl.minimum(expert, EXPERTS - 1)
+        value = tl.max(left, 1)
+        # As there.
+        expert = tl.min(tl.where(left == value[:, None], experts[None, :], EXPERTS - 1), 1)
         chosen = tl.where((picks == i)[None, :], expert[:, None], chosen)
         values = tl.where((picks == i)[None, :], tl.exp2((value - best) * 1.4426950408889634)[:, None], values)
         left = tl.where(experts[None, :] == expert[:, None], float("-inf"), left)
