@@ -62,13 +62,22 @@ class RepeatChoices(TorchFunctionMode):
 
 
 def side_by_side(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The choices of sequences that ran each alone as those of one packed row; none where they are not alike."""
+    """The choices of sequences that ran each alone as those of one packed row; none where they are not alike.
+
+    The sequences are of unlike lengths.
+    """
     if len({len(row) for row in rows}) != 1:
         return []
-    calls = list(zip(*rows, strict=True))
-    if any(len({(part.dim(), part.shape[-1]) for part in parts}) > 1 for parts in calls):
-        return []
-    return [torch.cat(parts, dim=max(0, parts[0].dim() - 2)) for parts in calls]
+    joined = []
+    for parts in zip(*rows, strict=True):
+        shapes = [part.shape for part in parts]
+        tokens = [at for at, sizes in enumerate(zip(*shapes, strict=False)) if len(set(sizes)) > 1]
+        # Sequences of unlike lengths differ in the dimension of tokens alone: of groups of experts it is not the last
+        # but one.
+        if len({len(shape) for shape in shapes}) > 1 or len(tokens) != 1:
+            return []
+        joined.append(torch.cat(parts, dim=tokens[0]))
+    return joined
 
 
 def _is_along_last(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

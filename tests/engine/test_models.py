@@ -410,6 +410,9 @@ def test_choices_are_noted_and_repeated():
     assert values.tolist() == [[1.0, 4.0], [0.0, 1.0], [2.0, 1.0]]
     assert again.tolist() == [[1, 2], [0, 2], [0, 2]]
     assert side_by_side([first.found, []]) == []
+    groups = [[torch.zeros(tokens, 3, 2, dtype=torch.int64)] for tokens in (7, 5)]  # the best two of each of 3 groups
+    assert [part.shape for part in side_by_side(groups)] == [(12, 3, 2)]
+    assert side_by_side([[torch.zeros(7, 3)], [torch.zeros(5, 4)]]) == []
     with RepeatChoices(first.found):
         assert packed.topk(2).indices.tolist() == again.tolist(), "of another shape"
         assert packed[:1].topk(1, dim=0).indices.tolist() == [[0, 0, 0]], "along another dimension"

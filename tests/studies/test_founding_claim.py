@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from study_run import run_study
 
-import kvarena.experiments.building.build
 from kvarena.engine.errors import ConfigError
+from kvarena.experiments.building import build, loading
 from kvarena.experiments.studies.founding_claim import BEST, FoundingClaimStudy
 from kvarena.reports.pages.study import write_study_report
 
@@ -25,13 +25,14 @@ def study(tmp_path_factory):
     made = {"load_model": 0, "make_runner": 0}
     patch = pytest.MonkeyPatch()
     for name in made:
-        original = getattr(kvarena.experiments.building.build, name)
+        room = loading if name == "load_model" else build
+        original = getattr(room, name)
 
         def counted(*args, _name=name, _original=original, **kwargs):
             made[_name] += 1
             return _original(*args, **kwargs)
 
-        patch.setattr(kvarena.experiments.building.build, name, counted)
+        patch.setattr(room, name, counted)
     folder = tmp_path_factory.mktemp("claim")
     yield *run_study(folder, *SETTINGS), made, folder
     patch.undo()
