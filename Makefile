@@ -35,7 +35,7 @@ lint: $(DEV_STAMP)
 	$(BIN)/mypy
 
 test: lint $(CLIENTS_STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not gpu"
 
 test-clients: $(DEV_STAMP) $(CLIENTS_STAMP)
 	$(BIN)/python -m pytest tests/server/test_other_clients.py -k litellm
