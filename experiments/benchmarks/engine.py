@@ -4,11 +4,15 @@
     kvarena benchmark engine --shape llama-3.1-8b --sections decode,offline,pool --batch 1 --batch 64 --quantization awq
 
 Sections: `correct` (greedy tokens in float32 with every lever on and off), `logits` (bf16, against the modules),
-`offline` (a: 256 requests, output tokens/s), `decode` (b: (T(161) - T(33)) / 128 at batch 1, 32, 256), `ablate` (the
-same with levers off), `prefill` (c: 16 x 4,096), `profile` (device time by kernel), `pool` (weights, and the KV that
-the card has room for beside them), `startup` (e, in a process of its own). `floor_ms` is what bytes and operations
-take at the measured ceilings. A section that fails has `error` in its line, and the exit code is 1. Engines are built
-from the main job's config, with the settings that follow the options (`runner.gemm_table=gemm.json`).
+`offline` (a: 256 requests, output tokens/s), `decode` (b: (T(161) - T(33)) / 128 at batch 1, 32, 256, at a mean
+context of 1,024), `ablate` (the same with levers off), `prefill` (c: 16 x 4,096), `profile` (device time by kernel),
+`pool` (weights, and the KV that the card has room for beside them), `startup` (e, in a process of its own).
+
+Every line of a timed section has the card's rates as they were measured in the same call (`copy_tbps`,
+`matmul_tflops`). `floor_ms` is what bytes and operations take at them, part by part: products and attention are kernels
+of their own, of which none runs beside another (`floor_parts_ms`). A section that fails has `error` in its line, and
+the exit code is 1. Engines are built from the main job's config, with the settings that follow the options
+(`runner.gemm_table=gemm.json`).
 
 With `--quantization` every section but `correct` and `startup` runs twice: with plain weights, and with random ones of
 4 bits in groups of 128, or of 8 bits, that are drawn on the device.
@@ -43,6 +47,7 @@ from kvarena.experiments.gpu.floors import (
     LARGE_SHAPES,
     SHAPES,
     Floor,
+    Work,
     fixed_batch,
     floor_of,
     offline_workload,
@@ -56,6 +61,8 @@ SECTIONS = ("correct", "logits", "decode", "ablate", "prefill", "offline", "prof
 BATCHES = (1, 32, 256)
 CONTEXT = 1024
 FIRST, LAST = 33, 161
+# The steps after token 33 and up to token 161 read that many tokens in the mean, with a prompt so long.
+PROMPT = CONTEXT - (FIRST + LAST) // 2
 
 
 class Ceilings:
@@ -65,18 +72,26 @@ class Ceilings:
         self.copy = copy_bandwidth()
         self.matmul = matmul_flops()
 
-    def seconds(self, moved: float, flops: float) -> float:
-        """The least time for so many bytes and operations."""
-        return max(moved / self.copy, flops / self.matmul)
+    @property
+    def label(self) -> Line:
+        """What each timed line says of them."""
+        return {"copy_tbps": round(self.copy / 1e12, 3), "matmul_tflops": round(self.matmul / 1e12, 1)}
+
+    def seconds(self, part: Work) -> float:
+        """The least time of a part."""
+        return max(part.moved / self.copy, part.flops / self.matmul)
 
 
-def rates(moved: float, flops: float, seconds: float, ceilings: Ceilings) -> Line:
-    """Achieved rates, and the floor."""
-    floor = ceilings.seconds(moved, flops)
+def rates(parts: dict[str, Work], seconds: float, ceilings: Ceilings, num_ranks: int = 1) -> Line:
+    """Achieved rates, and the floor: the sum over parts, each of which takes its bytes' or its operations' time."""
+    shared = {name: Work(part.moved / num_ranks, part.flops / num_ranks) for name, part in parts.items()}
+    floors = {name: ceilings.seconds(part) for name, part in shared.items()}
+    floor = sum(floors.values())
     return {
-        "tbps": round(moved / seconds / 1e12, 3),
-        "tflops": round(flops / seconds / 1e12, 1),
+        "tbps": round(sum(part.moved for part in shared.values()) / seconds / 1e12, 3),
+        "tflops": round(sum(part.flops for part in shared.values()) / seconds / 1e12, 1),
         "floor_ms": round(floor * 1e3, 3),
+        "floor_parts_ms": {name: round(one * 1e3, 3) for name, one in floors.items()},
         "share_of_floor": round(floor / seconds, 3),
     }
 
@@ -90,7 +105,7 @@ def decode(engines: Engines, levers: Sequence[str], batch: int, ceilings: Ceilin
 
     def run(max_tokens: int, *, prefilled: bool) -> list[StepTimes]:
         parts = engines.build(f"scheduler.max_num_seqs={batch}", *levers, *((PREFILLED,) if prefilled else ()))
-        _, steps = drive(parts.engine, fixed_batch(batch, CONTEXT, max_tokens, vocab_size=parts.spec.vocab_size))
+        _, steps = drive(parts.engine, fixed_batch(batch, PROMPT, max_tokens, vocab_size=parts.spec.vocab_size))
         # Only the steps in which all decode: the k-th of them gives everybody's token k + 1.
         return [step for step in steps if step.num_scheduled == step.num_new_tokens == batch][-(max_tokens - 1) :]
 
@@ -103,8 +118,7 @@ def decode(engines: Engines, levers: Sequence[str], batch: int, ceilings: Ceilin
     floor = _floor(engines)
     # Random weights route as they like: the floor has the experts that these steps did read.
     read = statistics.mean(one.num_experts_read for one in decodes[FIRST - 1 :])
-    moved, flops = floor.decode(batch, CONTEXT + (FIRST + LAST) / 2, None if floor.experts is None else read)
-    moved, flops = moved / engines.num_ranks, flops / engines.num_ranks
+    work = floor.decode(batch, CONTEXT, None if floor.experts is None else read)
     line = {"ms": round(step * 1e3, 4), "median_ms": round(statistics.median(gaps) * 1e3, 4)}
     line["longest_ms"] = round(max(gaps) * 1e3, 4)
     if floor.experts is not None:
@@ -112,7 +126,7 @@ def decode(engines: Engines, levers: Sequence[str], batch: int, ceilings: Ceilin
             "experts_read": round(read / floor.experts.num_layers, 2),
             "experts_read_balanced": round(floor.experts.read(batch), 2),
         }
-    return line | {"batch": batch, **rates(moved, flops, step, ceilings)}
+    return line | {"batch": batch, "context": CONTEXT, **rates(work, step, ceilings, engines.num_ranks)}
 
 
 def offline(engines: Engines, levers: Sequence[str], num_requests: int, budget: int, *, chunked: bool) -> Line:
@@ -161,9 +175,9 @@ def prefill(engines: Engines, ceilings: Ceilings, num_prompts: int, length: int,
         requests = fixed_batch(num_prompts, length, 1, vocab_size=parts.spec.vocab_size, name=f"c{turn}-")
         seconds, _ = drive(parts.engine, requests)
         best = min(best, seconds) if turn else best  # the first compiles
-    moved, flops = (one / engines.num_ranks for one in _floor(engines).prefill(num_prompts, length))
+    work = _floor(engines).prefill(num_prompts, length)
     line = {"tokens_per_s": round(num_prompts * length / best, 0), "ms": round(best * 1e3, 2), "budget": budget}
-    return line | rates(moved, flops, best, ceilings)
+    return line | rates(work, best, ceilings, engines.num_ranks)
 
 
 def pool(engines: Engines) -> Line:
@@ -220,8 +234,9 @@ def _sections_of(
     args: argparse.Namespace, engines: Engines, ceilings: Ceilings, wanted: list[str], label: Line
 ) -> Iterator[Line]:
     batches = args.batch or BATCHES
+    plain, label = label, label | ceilings.label
     if "logits" in wanted:
-        yield attempt("logits", lambda: check_logits(engines), **label)
+        yield attempt("logits", lambda: check_logits(engines), **plain)
     if "decode" in wanted:
         for batch in batches:
             yield attempt("decode", partial(decode, engines, (), batch, ceilings, prefilled=False), **label)
@@ -238,10 +253,10 @@ def _sections_of(
             yield attempt("offline", run, **label, levers=name)
     if "profile" in wanted:
         for batch in batches:
-            yield attempt("profile", partial(profile_steps, engines, batch, CONTEXT), **label, batch=batch)
+            yield attempt("profile", partial(profile_steps, engines, batch, CONTEXT - 4), **label, batch=batch)
         yield attempt("profile", lambda: profile_steps(engines, 4, 4096, prefill=True), **label, batch="prefill")
     if "pool" in wanted:
-        yield attempt("pool", lambda: pool(engines), **label)
+        yield attempt("pool", lambda: pool(engines), **plain)
 
 
 def main(argv: Sequence[str]) -> int:

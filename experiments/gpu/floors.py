@@ -40,6 +40,13 @@ def shape_of(name: str) -> dict[str, Any]:
     return shape
 
 
+class Work(NamedTuple):
+    """Bytes that one part of a step must move, and operations that it takes. Parts run one after the other."""
+
+    moved: float
+    flops: float
+
+
 class Floor(NamedTuple):
     """What a forward must move and compute, whatever computes it; bf16, or layers of fewer bits.
 
@@ -51,6 +58,7 @@ class Floor(NamedTuple):
         kv_bytes_per_token: keys and values of a token in all layers.
         attention_flops: operations per pair of query and key, all layers.
         expert_bytes: of one expert, which a step reads if a token takes it.
+        expert_params: and its parameters.
         experts: how many of them that are in a balanced routing; None for a dense shape.
     """
 
@@ -61,33 +69,59 @@ class Floor(NamedTuple):
     kv_bytes_per_token: int
     attention_flops: int
     expert_bytes: int = 0
+    expert_params: int = 0
     experts: ExpertLoad | None = None
 
-    def decode(self, batch: int, context: float, experts_read: float | None = None) -> tuple[float, float]:
-        """Bytes and operations of a decode step.
+    def decode(self, batch: int, context: float, experts_read: float | None = None) -> dict[str, Work]:
+        """The parts of a decode step.
 
         Args:
             batch: requests.
             context: of each, in the mean.
             experts_read: experts that it read, all layers together; None: as a balanced routing does.
         """
-        moved = self._weights(batch, experts_read) + batch * context * self.kv_bytes_per_token
-        flops = 2 * batch * (self.layer_params + self.head_params) + batch * context * self.attention_flops
-        return moved, flops
+        pairs = batch * context
+        return self._products(batch, batch * self.layer_params, batch, batch * self._layers, experts_read) | {
+            "attention": Work(pairs * self.kv_bytes_per_token, pairs * self.attention_flops)
+        }
 
-    def prefill(self, num_prompts: int, length: int) -> tuple[float, float]:
-        """Bytes and operations of whole prompts with one token sampled each."""
+    def prefill(self, num_prompts: int, length: int) -> dict[str, Work]:
+        """The parts of whole prompts with one token sampled each."""
         tokens = num_prompts * length
-        moved = self._weights(tokens, None) + tokens * self.kv_bytes_per_token
-        flops = 2 * (
-            tokens * (self.layer_params - self.tail_params) + num_prompts * (self.tail_params + self.head_params)
-        )
-        return moved, flops + tokens * (length + 1) / 2 * self.attention_flops
+        multiplied = tokens * (self.layer_params - self.tail_params) + num_prompts * self.tail_params
+        routed = tokens * max(self._layers - 1, 0) + num_prompts
+        return self._products(tokens, multiplied, num_prompts, routed, None) | {
+            "attention": Work(tokens * self.kv_bytes_per_token, tokens * (length + 1) / 2 * self.attention_flops)
+        }
 
-    def _weights(self, num_tokens: int, experts_read: float | None) -> float:
+    @property
+    def _layers(self) -> int:
+        """Those with experts."""
+        return 0 if self.experts is None else self.experts.num_layers
+
+    def _products(
+        self, num_tokens: int, multiplied: float, num_sampled: int, routed: float, experts_read: float | None
+    ) -> dict[str, Work]:
+        """Products with weights.
+
+        Args:
+            num_tokens: new ones.
+            multiplied: parameters of layers times the tokens that each is multiplied with.
+            num_sampled: tokens that the head is multiplied with.
+            routed: layers with experts times the tokens that each routes.
+            experts_read: see `decode`.
+        """
+        head_bytes = 2 * self.head_params
+        parts = {"head": Work(head_bytes, 2 * num_sampled * self.head_params)}
+        if self.experts is None:
+            return parts | {"layers": Work(self.weight_bytes - head_bytes, 2 * multiplied)}
         if experts_read is None:
-            experts_read = 0.0 if self.experts is None else self.experts.num_layers * self.experts.read(num_tokens)
-        return self.weight_bytes + experts_read * self.expert_bytes
+            experts_read = self._layers * self.experts.read(num_tokens)
+        of_experts = routed * self.experts.top_k * self.expert_params
+        return parts | {
+            "layers": Work(self.weight_bytes - head_bytes, 2 * (multiplied - of_experts)),
+            "experts": Work(experts_read * self.expert_bytes, 2 * of_experts),
+        }
 
 
 # Bytes of a weight of 4 bits: a scale of 16 bits and a zero point for each group of 128.
@@ -123,6 +157,7 @@ def floor_of(shape: dict[str, Any], quantization: str | None = None) -> Floor:
         kv_bytes_per_token=4 * layers * kv_heads * head_dim,
         attention_flops=4 * layers * heads * head_dim,
         expert_bytes=0 if experts is None else int(of_a_weight * expert),
+        expert_params=0 if experts is None else expert,
         experts=experts,
     )
 

@@ -1,14 +1,18 @@
 """The engine benchmark's own parts, on the CPU."""
 
+import argparse
 import weakref
 
 import pytest
 import torch
 
 from kvarena.engine.errors import ConfigError
+from kvarena.experiments.benchmarks import engine as bench
+from kvarena.experiments.benchmarks.engine import CONTEXT, FIRST, LAST, PROMPT, Ceilings, rates
 from kvarena.experiments.benchmarks.engine_checks import check_logits, check_tokens, compare_logits
 from kvarena.experiments.benchmarks.first_token import first_token
 from kvarena.experiments.benchmarks.recording import make_bench
+from kvarena.experiments.correctness.oracle import OracleRunner
 from kvarena.experiments.gpu.engines import PREFILLED, Engines, PrefilledAllocator, attempt, drive, runner_of
 from kvarena.experiments.gpu.floors import fixed_batch, floor_of, offline_workload, shape_of
 from kvarena.schedulers.continuous import ContinuousScheduler
@@ -26,17 +30,72 @@ def test_workload_a_is_the_published_one():
     [("llama-3.1-8b", 1, 3.54), ("llama-3.1-8b", 32, 4.51), ("qwen3-0.6b", 1, 0.31), ("qwen3-0.6b", 32, 1.16)],
 )
 def test_floors_are_those_of_the_comparison(shape, batch, milliseconds):
-    """At the measured copy rate; batch 256 is bound by the measured GEMM rate, not by this sum."""
-    moved, flops = floor_of(shape_of(shape)).decode(batch, 1024)
-    assert moved / 4.28e12 * 1e3 == pytest.approx(milliseconds, rel=0.02)
-    assert flops / 687e12 < moved / 4.28e12
+    """At the measured copy rate; at batch 256 products are bound by the measured GEMM rate."""
+    parts = floor_of(shape_of(shape)).decode(batch, 1024)
+    assert moved(parts) / 4.28e12 * 1e3 == pytest.approx(milliseconds, rel=0.02)
+    assert all(part.flops / 687e12 < part.moved / 4.28e12 for part in parts.values())
+
+
+def moved(parts):
+    return sum(part.moved for part in parts.values())
+
+
+def flops(parts):
+    return sum(part.flops for part in parts.values())
+
+
+class Card(Ceilings):
+    """The rates of one H200, as an engine benchmark measured them."""
+
+    def __init__(self, copy=4.25e12, matmul=690e12):
+        self.copy, self.matmul = copy, matmul
+
+
+def test_a_floor_adds_up_parts_of_which_none_hides_behind_another():
+    """256 rows of the 8B shape: products by operations, attention by bytes; the larger of the two sums is 12.46."""
+    found = rates(floor_of(shape_of("llama-3.1-8b")).decode(256, 1121), 0.01542, Card())
+    assert found["floor_ms"] == pytest.approx(14.42, abs=0.02)
+    parts = found["floor_parts_ms"]
+    assert parts["attention"] == pytest.approx(8.85, abs=0.01)
+    assert parts["head"] + parts["layers"] == pytest.approx(5.57, abs=0.01)
+    assert found["share_of_floor"] == pytest.approx(14.42 / 15.42, abs=0.002)
+    half = rates(floor_of(shape_of("llama-3.1-8b")).decode(256, 1121), 0.01542, Card(), num_ranks=2)
+    assert half["floor_ms"] == pytest.approx(found["floor_ms"] / 2, abs=0.001)
+
+
+def test_the_timed_decode_steps_read_the_context_that_their_line_says():
+    """The steps between token 33 and token 161, as the section picks them out of a run."""
+    parts = tiny("kv_cache.num_slots=8192").build("scheduler.max_num_seqs=1")
+    req = fixed_batch(1, PROMPT, LAST, vocab_size=500)[0]
+    starts = []
+    parts.engine.on_launch = lambda step: starts.append(step.plan.scheduled[0])
+    parts.engine.runner = OracleRunner()
+    drive(parts.engine, [req])
+    decodes = [entry for entry in starts if entry.num_new_tokens == 1][-(LAST - 1) :]
+    read = [entry.start + 1 for entry in decodes[FIRST - 1 :]]
+    assert len(read) == LAST - FIRST
+    assert sum(read) / len(read) == pytest.approx(CONTEXT, abs=1)
+
+
+def test_timed_lines_say_the_card_s_rates(monkeypatch):
+    """What a figure is held against stands beside it: cards of one kind differ by several percent."""
+    monkeypatch.setattr(bench, "prefill", lambda *_args: {"ms": 1.0})
+    monkeypatch.setattr(bench, "offline", lambda *_args, **_options: {"ms": 1.0})
+    monkeypatch.setattr(bench, "decode", lambda *_args, **_options: {"ms": 1.0})
+    monkeypatch.setattr(bench, "pool", lambda *_args: {"slots": 1})
+    args = argparse.Namespace(batch=[1], levers=["all"], budget=None, requests=4, chunked=False)
+    wanted = ["decode", "ablate", "prefill", "offline", "pool"]
+    lines = list(bench._sections_of(args, tiny(), Card(), wanted, {"shape": "tiny"}))
+    timed = [line for line in lines if line["section"] != "pool"]
+    assert {line["section"] for line in timed} == set(wanted[:-1])
+    assert {(line["copy_tbps"], line["matmul_tflops"]) for line in timed} == {(4.25, 690.0)}
 
 
 def test_a_floor_of_packed_weights():
     """Layers in 4.16 bits a weight, the head in 16: 7.0e9 and 0.53e9 of the 8B shape."""
     floor = floor_of(shape_of("llama-3.1-8b"), "awq")
     assert floor.weight_bytes == pytest.approx(6.98e9 * 4.156 / 8 + 2 * 0.525e9, rel=0.001)
-    assert floor.decode(1, 1024)[0] / 4.05e12 * 1e3 == pytest.approx(1.19, rel=0.01)
+    assert moved(floor.decode(1, 1024)) / 4.05e12 * 1e3 == pytest.approx(1.19, rel=0.01)
     assert floor_of(shape_of("llama-3.1-8b"), "fp8").weight_bytes == pytest.approx(6.98e9 + 2 * 0.525e9, rel=0.001)
     mixture, plain = (floor_of(shape_of("mixtral-8x7b"), method) for method in ("gptq", None))
     assert mixture.expert_bytes == pytest.approx(plain.expert_bytes * 4.156 / 16, rel=0.001)
@@ -139,11 +198,14 @@ def test_the_benchmarks_run_on_the_demo_model():
 def test_a_floor_has_the_experts_that_a_step_reads(shape, active, all_of_them):
     """At one request those of one token, at many all of them; or as many as were counted."""
     floor = floor_of(shape_of(shape))
-    assert floor.decode(1, 0)[0] == pytest.approx(2 * active, rel=0.01)
-    assert floor.decode(1000, 0)[0] == pytest.approx(2 * all_of_them, rel=0.01)
+    assert moved(floor.decode(1, 0)) == pytest.approx(2 * active, rel=0.01)
+    assert moved(floor.decode(1000, 0)) == pytest.approx(2 * all_of_them, rel=0.01)
     counted = floor.experts.num_layers * floor.experts.top_k
-    assert floor.decode(32, 0, counted)[0] == pytest.approx(floor.decode(1, 0)[0])
-    assert floor.decode(1, 0)[1] == pytest.approx(2 * active, rel=0.01)
+    assert moved(floor.decode(32, 0, counted)) == pytest.approx(moved(floor.decode(1, 0)))
+    assert flops(floor.decode(1, 0)) == pytest.approx(2 * active, rel=0.01)
+    parts = floor.decode(1, 0)
+    assert parts["experts"].flops == pytest.approx(parts["experts"].moved)  # 2 operations and 2 bytes a weight
+    assert floor.prefill(1, 1) | {"attention": None} == parts | {"attention": None}
 
 
 @pytest.mark.parametrize("override", ["workload.num_requests=4", "+driver.record=none", "arrival=poisson", "slo=chat"])
