@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 
 from kvarena.engine.kernels import INTERPRET
 from kvarena.engine.kernels.activation import gated_kernel
+from kvarena.engine.kernels.all_reduce import all_reduce_kernel, best_token_kernel
 from kvarena.engine.kernels.attention.config import decode_config, prefill_config
 from kvarena.engine.kernels.attention.decode import decode_kernel, merge_width
 from kvarena.engine.kernels.attention.prefill import prefill_kernel
@@ -44,13 +45,24 @@ DECODE_ROWS = (1, 16, 32, 256)
 EVERY_CONFIG = ("llama-8b", "gemma2")
 FEW = ("llama-8b", "gpt-oss")  # with --few: every configuration of one, and what the other adds
 MEMORY_ACCESS = re.compile(r"\b(ld\.global|st\.global|cp\.async|atom\.)")
-INTEGERS = {"items_ptr", "query_loc_ptr", "seq_lens_ptr", "table_ptr", "counters_ptr", "ids_ptr", "order_ptr",
-            "read_ptr"}  # fmt: skip
-FLOATS = {"partial_ptr", "stats_ptr", "cos_ptr", "sin_ptr", "weights_ptr", "shared_ptr"}
+INTEGERS = {
+    "items_ptr",
+    "query_loc_ptr",
+    "seq_lens_ptr",
+    "table_ptr",
+    "counters_ptr",
+    "ids_ptr",
+    "order_ptr",
+    "read_ptr",
+    "calls_ptr",
+    "params_ptr",
+}
+ADDRESSES = {"slots_ptr", "buffers_ptr", "flags_ptr", "tokens_ptr", "last_ptr"}  # fmt: skip
+FLOATS = {"partial_ptr", "stats_ptr", "cos_ptr", "sin_ptr", "weights_ptr", "shared_ptr", "scores_ptr"}
 
 
 def argument_type(name):
-    if name == "slots_ptr":
+    if name in ADDRESSES:
         return "*i64"
     if name in INTEGERS:
         return "*i32"
@@ -92,6 +104,7 @@ def resources(kernel, constants, num_warps, num_stages, max_registers=None, unal
         "wrong_reductions": wrong_reductions(compiled.asm["ttgir"]),
         "argmax": bool(re.search(r'"tt\.reduce"\(%\w+, ', compiled.asm["ttgir"])),
         "cp_async": "cp.async" in ptx,
+        "others": re.findall(r"ld\.global\.cg\.\S+", ptx),
         "wide_loads": "ld.global.v4" in ptx or "cp.async.cg.shared.global" in ptx,
     }
 
@@ -163,6 +176,9 @@ def fused_resources():
     yield "store", resources(store_kv_kernel, heads | {"HEADS": 8, "HEADS_PAD": 8, "GATHER": False}, 4, 3)
     norm = {"SIZE": 4096, "SIZE_PAD": 4096, "ADD": True}
     yield "norm", resources(rms_norm_kernel, norm, 8, 3)
+    ranks = {"RANKS": 2, "RANK": 1, "PUBLISH": True, "REDUCE": True}
+    yield "all-reduce", resources(all_reduce_kernel, norm | ranks | {"NORM": True}, 8, 3)
+    yield "best token", resources(best_token_kernel, ranks, 1, 3)
     yield "activation", resources(gated_kernel, {"SIZE": 14336, "TILE": 2048}, 4, 3)
 
 

@@ -65,4 +65,31 @@ def test_who_has_not_published_is_waited_for():
         all_reduce(x, memory, parts=(False, True))
     all_reduce(x, found[0], parts=(True, False))
     data = PeerMemory.num_bytes(2, 1, 16, torch.float32)[0]
-    assert [page[data:].view(torch.int32).tolist() for page in pages] == [[2, 1], [2, 1]]
+    assert [page[data:].view(torch.int32).tolist() for page in pages] == [[0, 1], [2, 0]]
+
+
+def test_calls_wrap_around():
+    """65 sums a token reach the last int32 within a day: a flag is compared by its distance from the call."""
+    found, pages = memories(2, 1, 16, torch.float32)
+    data, last = PeerMemory.num_bytes(2, 1, 16, torch.float32)[0], 2**31 - 2
+    for memory, page in zip(found, pages, strict=True):
+        memory.calls.fill_(last)
+        page[data:].view(torch.int32).fill_(last)
+    for call in range(4):
+        parts = [torch.full((1, 16), float(call + rank)) for rank in range(2)]
+        for part, memory in zip(parts, found, strict=True):
+            all_reduce(part, memory, parts=(True, False))
+        if call == 1:  # the second rank's part is there, and a look at the first one's flag finds it
+            assert pages[0][data:].view(torch.int32)[1] < 0
+        for part, memory in zip(parts, found, strict=True):
+            assert torch.equal(all_reduce(part, memory, polls=1, parts=(False, True)), sum(parts))
+    all_reduce(parts[0], found[0], parts=(True, False))
+    assert all_reduce(parts[0], found[0], polls=2, parts=(False, True)).isnan().all()
+
+
+def test_a_rank_that_does_not_come_is_given_up():
+    """No hang, and no wrong sum: NaN, of which no token is picked."""
+    found, _pages = memories(2, 1, 16, torch.float32)
+    residual, weight = torch.ones(1, 16), torch.ones(16)
+    normed = all_reduce(torch.ones(1, 16), found[0], residual=residual, weight=weight, epsilon=1e-5, polls=3)
+    assert normed.isnan().all() and residual.isnan().all()
