@@ -11,6 +11,7 @@ layer is compared with its module on the same input before it is used.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -73,7 +74,7 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int, reducer: Reducer | No
         num_read = torch.zeros(len(layers), dtype=torch.int32)
         experts = [find_experts(layer.mlp, num_read[index : index + 1]) for index, layer in enumerate(layers)]
         decoder = FusedDecoder(
-            embed=embedding if reducer else functools.partial(F.embedding, weight=embedding.weight.detach()),
+            embed=_embed(embedding, reducer),
             rotation=rotation,
             layers=tuple(_layer(layer, index, recording, experts[index]) for index, layer in enumerate(layers)),
             norm=_norm(_child(body, "norm", "model"), "model.norm"),
@@ -92,6 +93,13 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int, reducer: Reducer | No
     if isinstance(decoder.ops, ReducingOps):
         decoder.ops.defers = True
     return decoder
+
+
+def _embed(embedding: Any, reducer: Reducer | None) -> Callable[[Tensor], Tensor]:
+    """The rows of tokens; of an embedding that is shared out, added up as all else is."""
+    if reducer is None:
+        return functools.partial(F.embedding, weight=embedding.weight.detach())
+    return lambda input_ids: reducer.sum(embedding.part(input_ids))
 
 
 def _ops_of(model: LoadedModel, ops: Ops, reducer: Reducer | None) -> Ops:

@@ -82,7 +82,8 @@ class ReducingOps:
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
-        self._owed = self._ops.linear_residual(x, linear, self._part(residual))
+        owed = self._owed
+        self._owed = self._ops.linear(x, linear) if owed is None else self._ops.linear_residual(x, linear, owed)
         return self._now(residual)
 
     def glu(self, x: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ class ReducingOps:
     ) -> Tensor | None:
         """See `Ops.experts`."""
         self._pay(residual)
-        into = self._part(residual) if into is None else into
+        into = torch.zeros_like(residual) if into is None else into
         scale = self._ops.experts(residual, norm, experts, slots, first_slot, into)
         self._owed = into
         self._now(residual)
@@ -119,10 +120,6 @@ class ReducingOps:
     ) -> Tensor:
         """See `Ops.rope_store`."""
         return self._ops.rope_store(qkv, heads, norms, angles, slots, kv, turn_keys=turn_keys)
-
-    def _part(self, residual: Tensor) -> Tensor:
-        """What a part is added to: the one that is owed already, or nothing."""
-        return torch.zeros_like(residual) if self._owed is None else self._owed
 
     def _now(self, residual: Tensor) -> Tensor:
         if not self.defers:

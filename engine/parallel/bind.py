@@ -19,10 +19,14 @@ class VocabularyPart(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows of any tokens: each rank gives its own, and they are added up."""
+        return self.group.sum(self.part(input))
+
+    def part(self, input: Tensor) -> Tensor:
+        """This rank's rows, and zeros for the tokens of other ranks."""
         local = input - self.first
         elsewhere = (local < 0) | (local >= self.num_embeddings)
         rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.group.sum(rows.masked_fill_(elsewhere[..., None], 0))
+        return rows.masked_fill_(elsewhere[..., None], 0)
 
 
 def bind(module: nn.Module, shard: Shard, group: Group) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 from kvarena.engine.errors import EngineError
 from kvarena.engine.parallel.layout import Layout
@@ -38,27 +39,48 @@ class Group:
         group: torch's process group.
         rank: this rank within it.
         size: how many there are.
+        captured: on GPUs, the same ranks' group for what a CUDA graph captures: NCCL keeps graphs and eager calls of
+            one communicator apart only at a price (NCCL_GRAPH_MIXING_SUPPORT).
     """
 
-    def __init__(self, group: Any, rank: int, size: int) -> None:
-        self._group = group
+    def __init__(self, group: Any, rank: int, size: int, captured: Any = None) -> None:
+        self._group, self._captured = group, captured
         self.rank, self.size = rank, size
+        self._options = c10d.AllreduceOptions(), c10d.AllgatherOptions(), c10d.BroadcastOptions()
+        self._options[2].rootRank = 0
+        for options in self._options:
+            # On the current stream, between the kernels that a call is for; left to itself torch takes one of its own.
+            options.asyncOp = captured is None
+
+    def meet(self, device: torch.device) -> None:
+        """Make the communicators, which NCCL does at the first call, and no graph may hold that."""
+        for group in (self._group, self._captured):
+            group.allreduce([torch.zeros(1, device=device)], self._options[0]).wait()
+        torch.cuda.synchronize(device)
 
     def sum(self, x: Tensor) -> Tensor:
         """`x`, contiguous, overwritten with the sum over the ranks."""
-        self._group.allreduce([x]).wait()
+        self._now.allreduce([x], self._options[0]).wait()
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape]: every rank's `x`, by rank."""
-        out = x.new_empty(self.size, *x.shape)
-        self._group.allgather([list(out.unbind())], [x.contiguous()]).wait()
+        out, x = x.new_empty(self.size, *x.shape), x.contiguous()
+        if self._captured is None:
+            self._group.allgather([list(out.unbind())], [x], self._options[1]).wait()
+        else:  # straight into `out`; NCCL would copy from a list of its parts
+            self._now._allgather_base(out.view(-1), x.view(-1), self._options[1]).wait()
         return out
 
     def broadcast(self, x: Tensor) -> Tensor:
         """`x`, overwritten with that of the group's first rank."""
-        self._group.broadcast(x, 0).wait()
+        self._now.broadcast([x], self._options[2]).wait()
         return x
+
+    @property
+    def _now(self) -> Any:
+        is_captured = self._captured is not None and torch.cuda.is_current_stream_capturing()
+        return self._captured if is_captured else self._group
 
 
 class Link:
@@ -118,7 +140,6 @@ class Groups:
 
     Attributes:
         tensor: this rank's stage.
-        captured: the same for CUDA graphs.
         tensor_name: torch's name of it, on a GPU.
         onward, back: between the stages; None without.
         reducer: of sums in graphs, for whoever else reads other GPUs' memory; None: nobody made one.
@@ -137,12 +158,10 @@ class Groups:
             onward, back = (dist.new_group(timeout=_NCCL_TIMEOUT) if is_staged else None for _ in range(2))
         else:
             ranks = [layout.stage * size + i for i in range(size)]
-            eager = captured = self._gloo(f"stage-{layout.stage}", ranks)
+            eager, captured = self._gloo(f"stage-{layout.stage}", ranks), None
             everyone = list(range(layout.world_size))
             onward, back = (self._gloo(name, everyone) if is_staged else None for name in ("onward", "back"))
-        self.tensor = Group(eager, layout.tensor_rank, size)
-        # NCCL keeps graphs and eager calls apart only at a price (NCCL_GRAPH_MIXING_SUPPORT): each has a communicator.
-        self.captured = Group(captured, layout.tensor_rank, size)
+        self.tensor = Group(eager, layout.tensor_rank, size, captured)
         self.onward, self.back = (None if one is None else Link(one) for one in (onward, back))
         self.reducer: Any = None
 

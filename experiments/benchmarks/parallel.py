@@ -2,11 +2,12 @@
 
     kvarena benchmark parallel --shape llama-3.1-8b parallel.tensor_parallel_size=2
 
-Prints JSON lines. `all_reduce`: microseconds on the slowest rank, in a CUDA graph, by bytes and way; `norm`: the same
-with residual addition and norm behind it; `chosen`: the way that the engine takes. `host`: wall time of a decode step
-less what the device works, at 1 and 256 rows, with the ranks and with one device, and the difference. On a CPU the sums
-are gloo's and there is nothing else. Decode steps and throughput over ranks are `kvarena benchmark engine`'s, with
-`parallel.tensor_parallel_size=2` behind its options.
+Prints JSON lines. Section `sums`: `all_reduce` has microseconds on the slowest rank, in a CUDA graph, by bytes and way;
+`norm` the same with residual addition and norm behind it; `chosen` is the way that the engine takes, `left_out` says
+why another one cannot be had. Section `host`: wall time of a decode step less what the device works, at 1 and 256 rows,
+with the ranks and with one device, and the difference. On a CPU the sums are gloo's and there is nothing else. Decode
+steps and throughput over ranks are `kvarena benchmark engine`'s, with `parallel.tensor_parallel_size=2` behind its
+options.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from kvarena.experiments.tools import say_all, tool_parser
 Line = dict[str, Any]
 ROWS = (1, 8, 32, 64, 256, 2048)
 BATCHES = (1, 256)
+SECTIONS = ("sums", "host")
 CONTEXT, NUM_STEPS = 1024, 64
 RANKS = "parallel.tensor_parallel_size=2"
 
@@ -48,7 +50,7 @@ def sums(runner: TorchRunner, peers: Any, num_rows: int, *, with_norm: bool) -> 
         peers.tell("time_all_reduce", way=way, num_rows=num_rows, with_norm=with_norm)
         found[way] = round(time_all_reduce(runner, way, num_rows, with_norm=with_norm), 2)
     if hasattr(reducer, "way_of"):
-        found["chosen"] = reducer.way_of(x)
+        found |= {"chosen": reducer.way_of(x), "left_out": reducer.left_out}
     return found
 
 
@@ -97,11 +99,11 @@ def lines(args: Any) -> Iterator[Line]:
     parts = engines.build("scheduler.max_num_seqs=256")
     runner, peers = runner_of(parts), None if parts.model is None else parts.model.peers
     on_gpu = runner.pool.device.type == "cuda"
-    for name, with_norm in (("all_reduce", False), ("norm", True))[: 1 + on_gpu]:
+    for name, with_norm in (("all_reduce", False), ("norm", True))[: (1 + on_gpu) * ("sums" in args.sections)]:
         for rows in args.rows:
             yield attempt(name, partial(sums, runner, peers, rows, with_norm=with_norm), **label)
     del runner, peers, parts
-    if not on_gpu:
+    if not on_gpu or "host" not in args.sections:
         engines.shared.clear()
         return
     shared = [attempt("host", partial(host_line, engines, batch), **label) for batch in BATCHES]
@@ -122,6 +124,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--shape", default="llama-3.1-8b", choices=(*SHAPES, *LARGE_SHAPES, *EXPERT_SHAPES, "tiny"), help="of the model"
     )
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="some of them")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="of the sums")
     parser.add_argument("--out", type=Path, help="a file that gets every line, too")
     parser.add_argument("overrides", nargs="*", help="further settings of the engine, as of run.py")

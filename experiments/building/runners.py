@@ -143,8 +143,8 @@ def _ranks(model: LoadedModel, reducer: Reducer | None) -> Facts:
     chosen, table = getattr(reducer, "chosen", None), getattr(reducer, "table", None)
     if chosen:
         found["all_reduce"] = {str(size): way for size, way in chosen.items()}
-    if without := getattr(reducer, "without_peers", ""):
-        found["without_peers"] = without
+    if left_out := getattr(reducer, "left_out", None):
+        found["all_reduce_left_out"] = left_out
     if table:
         found["all_reduce_us"] = {str(size): times for size, times in table.items()}
     return found
