@@ -191,5 +191,7 @@ class Driving:
     def warm_up(self, max_batch: int) -> int:
         """As `FusedRunner.warm_up`, on all ranks at once."""
         self.outbox.tell("warm_up", max_batch=max_batch)
+        self.outbox.opened(1)
         found: int = super().warm_up(max_batch)  # type: ignore[misc]
+        self.outbox.opened(-1)
         return found

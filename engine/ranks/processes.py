@@ -45,6 +45,11 @@ class _WatchedProcesses(Watched):
         """See `Watched.last_beat`."""
         return self.page.last_beat(rank - 1)
 
+    def behind(self) -> int:
+        """See `Watched.behind`."""
+        unread = [self.page.written() - self.page.read_by(reader) for reader in range(self.page.num_readers)]
+        return unread.index(max(unread)) + 1 if any(unread) else 0
+
     def why_ended(self, rank: int) -> str:
         """See `Watched.why_ended`."""
         process = self.processes[rank - 1]

@@ -30,6 +30,8 @@ SILENCE_SECONDS = 5.0
 # Before the first step: libraries that are loaded from a slow disk let no other thread run.
 START_SILENCE_SECONDS = 120.0
 _LOOK_SECONDS = 0.1
+# On GPUs, whose sums in graphs have no limit of their own: a rank may still compile for a new shape of steps.
+STEP_SECONDS = 60.0
 # How long the reason of a lost connection may come after it.
 _REASON_SECONDS = 1.0
 _STUCK_SECONDS = 3.0
@@ -50,6 +52,7 @@ class Watched:
         seen: the planning rank knows of it.
         num_open: steps whose result is not there.
         has_stepped: a step's result has been there.
+        changed: when either last changed.
     """
 
     def __init__(self, layout: Layout, ends_process: bool) -> None:
@@ -58,13 +61,19 @@ class Watched:
         self.answers: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
         self.failure = ""
         self.failed, self.seen = threading.Event(), threading.Event()
-        self.num_open, self.has_stepped = 0, False
+        self.num_open, self.has_stepped, self.changed = 0, False, 0.0
         self.beats: dict[int, float] = {}
         # Who gave up waiting for the others, when, and how it said so.
         self._lost: dict[int, tuple[float, str]] = {}
         self._closing = False
         self._ends_process = ends_process
         self._looked = self._since = 0.0
+
+    def opened(self, count: int) -> None:
+        """So many steps more are in flight; fewer: their results are there."""
+        self.num_open += count
+        self.has_stepped |= count < 0
+        self.changed = time.monotonic()
 
     @abstractmethod
     def why_ended(self, rank: int) -> str:
@@ -86,6 +95,10 @@ class Watched:
         """When a rank last said that it runs; 0: not yet."""
         return self.beats.get(rank, 0.0)
 
+    def behind(self) -> int:
+        """The rank that has taken the fewest of the planning rank's messages; that one itself where none is behind."""
+        return 0
+
     def watch(self) -> None:
         """The thread's function."""
         with selectors.DefaultSelector() as selector:
@@ -96,7 +109,8 @@ class Watched:
                     if not self._take(key.data, receive_frame(self.sockets[key.data - 1])):
                         selector.unregister(key.fileobj)
                 self._look()
-        if self.failure and self._ends_process and self.num_open and not self.seen.wait(_STUCK_SECONDS):
+        is_busy = self.num_open or not self.has_stepped  # idle, it asks before its next step
+        if self.failure and self._ends_process and is_busy and not self.seen.wait(_STUCK_SECONDS):
             print(f"error: {self.failure}", file=sys.stderr, flush=True)
             os._exit(1)
 
@@ -129,6 +143,13 @@ class Watched:
             beat = self.last_beat(rank)
             if beat and now - max(beat, self._since) > limit:
                 self.fail(rank, f"{self.name_of(rank)} has been silent for {now - beat:.1f} s: it is stopped or frozen")
+                return
+        if self._ends_process and self.has_stepped and self.num_open:
+            waited = now - max(self.changed, self._since)
+            if waited > STEP_SECONDS:
+                self.fail(
+                    self.behind(), f"a step has not ended for {waited:.0f} s: a device hangs, or waits for another"
+                )
                 return
         if self._lost and now - min(when for when, _ in self._lost.values()) > _REASON_SECONDS:
             self.fail(*self._who_is_missing())
@@ -200,8 +221,7 @@ class WatchedPeers(Peers):
 
     def opened(self, count: int) -> None:
         """See `Peers.opened`."""
-        self.watched.num_open += count
-        self.watched.has_stepped |= count < 0
+        self.watched.opened(count)
 
     def check(self) -> None:
         """See `Peers.check`."""

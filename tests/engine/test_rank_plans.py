@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -206,6 +208,38 @@ def test_who_has_not_given_up_is_who_the_others_waited_for(lost, line):
         send_frame(pairs[rank - 1][1], orjson.dumps({"error": "Timed out", "is_lost": True}))
     thread.join(30)
     assert watched.failure == line
+
+
+def test_a_step_that_does_not_end_on_gpus_names_who_is_behind():
+    """Hearts beat on while a GPU hangs, and what a graph waits for has no limit of its own."""
+    watched = Nobody(Layout(2, 1), ends_process=True)
+    watched.behind = lambda: 1
+    now = time.monotonic()
+    watched.opened(1)
+    watched.opened(-1)
+    for age, has_failed in ((watch.STEP_SECONDS - 5, False), (watch.STEP_SECONDS + 5, True)):
+        watched.opened(1)
+        watched.changed, watched._looked = now - age, now  # and the machine has not stood still
+        watched._look()
+        assert bool(watched.failure) is has_failed
+    assert re.fullmatch(
+        r"rank 1 of 2: a step has not ended for \d+ s: a device hangs, or waits for another", watched.failure
+    )
+
+
+@pytest.mark.parametrize(("steps", "codes"), [((), [1]), ((1,), [1]), ((1, -1), [])])
+def test_a_planning_rank_that_a_gpu_holds_ends_with_the_others(monkeypatch, capsys, steps, codes):
+    """While it starts, and in a step; one that is idle is asked for a step before it knows."""
+    found: list[int] = []
+    monkeypatch.setattr(watch, "_STUCK_SECONDS", 0.01)
+    monkeypatch.setattr(watch.os, "_exit", found.append)
+    watched = Nobody(Layout(2, 1), ends_process=True)
+    for count in steps:
+        watched.opened(count)
+    watched.fail(1, "it has no memory")
+    watched.watch()
+    assert found == codes
+    assert capsys.readouterr().err == "error: rank 1 of 2: it has no memory\n" * len(codes)
 
 
 def test_a_pool_is_sized_to_the_smallest_rank():
