@@ -44,9 +44,9 @@ class HopperProducts:
             elif norm is not None:
                 x = rms_norm(x, norm.weight, norm.eps)
             return self._stream(x, linear.weight, tile, norm=weight, eps=eps, residual=residual, glu=glu, out=out)
-        if not glu or norm is None or (wide := wide_tile(*shape)) is None:
+        if not glu or (wide := wide_tile(*shape)) is None:
             return None
-        return self._wide(rms_norm(x, norm.weight, norm.eps), linear.weight, wide)
+        return self._wide(x if norm is None else rms_norm(x, norm.weight, norm.eps), linear.weight, wide)
 
 
 def _is_plain_bf16(product: Product) -> bool:

@@ -139,10 +139,12 @@ class TritonOps:
     def _one_wave(self, product: Product) -> Tensor | None:
         """The gated product of small models; None where its tiles do not fit into one wave."""
         x, linear, norm = product[:3]
-        if self._table is None or not product.glu or norm is None or linear.bias is not None:
+        if self._table is None or not product.glu or linear.bias is not None:
             return None
         tile = self._table.find_glu(len(x), *linear.weight.shape)
-        return None if tile is None else gated_product(self.norm(x, norm), linear.weight, tile, upcast=self._upcast)
+        if tile is None:
+            return None
+        return gated_product(x if norm is None else self.norm(x, norm), linear.weight, tile, upcast=self._upcast)
 
     def _skinny(self, product: Product) -> Tensor | None:
         """By the skinny GEMM; None where its table has no launch."""

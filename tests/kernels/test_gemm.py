@@ -93,6 +93,12 @@ def test_guessed_launches_are_possible(gemm, num_rows, cols, depth, glu):
     assert depth // config.split_k >= config.block_k
 
 
+def test_a_rank_s_half_of_a_large_product_is_launched_like_the_whole():
+    table = GemmTable(max_rows=64)
+    for rows, cols, glu in ((1, 28672, True), (1, 128256, False), (32, 128256, False)):
+        assert table.find(rows, cols // 2, 4096, glu=glu) == table.find(rows, cols, 4096, glu=glu)
+
+
 @pytest.mark.parametrize("num_rows", [1, 3, 20, 70])
 @pytest.mark.parametrize("with_table", [False, True])
 def test_ops_equal_torch(num_rows, with_table):
@@ -119,7 +125,8 @@ def test_ops_equal_torch(num_rows, with_table):
         q = ops.rope_store(projected, heads, head_norms, angles, slots, (keys, values), turn_keys=True)
         turned = split_heads(projected, heads)[1]
         act = ops.norm_glu(stream, norm, gate_up)
-        results.append((q.clone(), turned.clone(), keys, values, act, ops.linear_residual(act, down, stream)))
+        normed = ops.linear_glu(ops.norm(stream, norm), gate_up)
+        results.append((q.clone(), turned.clone(), keys, values, act, normed, ops.linear_residual(act, down, stream)))
     for got, expected in zip(*results, strict=True):
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
 

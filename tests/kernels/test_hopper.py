@@ -186,17 +186,19 @@ def test_each_product_goes_with_its_neighbours_to_the_kernel_that_is_fastest(pro
         (96, 4096, 1024, "norm", "stream"), (96, 6144, 4096, "norm", None),
         (32, 6144, 1024, "glu", "stream"), (40, 6144, 1024, "glu", None), (200, 6144, 1024, "glu", "stream"),
         (64, 14336, 2048, "glu", "stream"), (100, 14336, 2048, "glu", None), (200, 14336, 2048, "glu", "wide"),
-        (300, 14336, 2048, "glu", None),
+        (300, 14336, 2048, "glu", None), (200, 14336, 2048, "normed glu", "wide"),
+        (200, 6144, 1024, "normed glu", "stream"),
     ):  # fmt: skip
         called.clear()
         x, weight, norm = operands(num_rows, num_cols, depth, device="cpu")
         held = torch.randn(num_rows, num_cols, dtype=torch.bfloat16) if kind == "residual" else None
-        around = {"residual": held, "out": held} if kind == "residual" else {"norm": norm, "glu": kind == "glu"}
+        is_glu, norm = "glu" in kind, None if kind == "normed glu" else norm  # normed by whoever added up over ranks
+        around = {"residual": held, "out": held} if kind == "residual" else {"norm": norm, "glu": is_glu}
         y = find(Product(x, Linear(weight, None), **around))
         assert [name for name, _ in called] == ([] if kernel is None else [kernel]), (num_rows, kind)
         assert (y is None) == (kernel is None)
         if y is not None:
-            expected = reference(x, weight, norm=around.get("norm"), residual=held, glu=kind == "glu")
+            expected = reference(x, weight, norm=around.get("norm"), residual=held, glu=is_glu)
             assert (y - expected).norm() <= 1e-2 * expected.norm()
 
 

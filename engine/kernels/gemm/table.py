@@ -15,6 +15,8 @@ from kvarena.engine.kernels.gemm.skinny import GemmConfig
 
 # Row counts are looked up by the smallest bucket that holds them.
 ROW_BUCKETS = (1, 16, 32, 64, 128)
+# Weights of a product that takes tens of microseconds: half of the large shape's gate and up.
+_LARGE = 48 * 2**20
 
 
 class Product(NamedTuple):
@@ -129,6 +131,11 @@ class GemmTable:
         if depth % 64 or num_rows > 32:
             return None
         outputs = num_cols // 2 if glu else num_cols
+        is_large = num_cols * depth >= _LARGE and depth >= 4096 and depth % 1024 == 0
+        if num_rows == 1 and is_large:  # as of the large ones that were measured
+            return GemmConfig(4, 1024, num_warps=4, num_stages=3, use_dot=False, fuse_norm=True)
+        if is_large and not glu:
+            return GemmConfig(128, 128, num_warps=8, num_stages=3, fuse_norm=False)
         if num_rows == 1:
             block_n = next((n for n in (16, 8) if outputs // n >= 2 * self._num_multiprocessors), 4)
             block_n = max(2, block_n // 2) if glu else block_n
