@@ -15,7 +15,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -43,6 +43,9 @@ from kvarena.experiments.sweeps.sweep import ENDED_SWEEP, EndedSweep
 from kvarena.experiments.sweeps.sweeper import KvarenaSweeper
 from kvarena.reports.drawing.plain_text import write_any_text
 
+if TYPE_CHECKING:  # torch
+    from kvarena.experiments.building.shared import SharedParts
+
 USER_ERROR = 2
 # Of a launcher's process: what ended the cell that it ran before. There is no other way from one cell to the next.
 ENDED_BY: ContextVar[int | None] = ContextVar("ENDED_BY", default=None)
@@ -64,7 +67,7 @@ def main() -> int:
     try:
         _check_options(sys.argv[1:])
         offer_installed(sys.argv[1:])
-        with invocation.signals:
+        with invocation.signals, invocation:
             job()
     except Exception as error:
         message = invocation.line_of(error)
@@ -114,6 +117,15 @@ class Invocation:
         self._exit_code = 0
         self._started = False
         self._process = os.getpid()
+        self._shared: SharedParts | None = None
+
+    def __enter__(self) -> Invocation:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Let go of what the cells of a sweep shared."""
+        if self._shared is not None:
+            self._shared.clear()
 
     def job(self, cfg: DictConfig) -> dict[str, Any]:
         """One job of Hydra's, here or in a launcher's process; its outcome."""
@@ -171,13 +183,28 @@ class Invocation:
 
         on_start = functools.partial(write_hydra, cfg=cfg)
         if config.study is None:
-            from kvarena.experiments.jobs.job import run_job
-
-            return run_job(config, on_start)
+            return self._run_cell(config, on_start)
         from kvarena.experiments.studies.run import run_study
 
         run_study(config, on_start)
         return folder
+
+    def _run_cell(self, config: RunConfig, on_start: Callable[[Path], None]) -> Path:
+        """Run a cell. Those of a sweep that run in this process share model, pool and graphs while these are alike."""
+        from kvarena.experiments.building.shared import SharedParts
+        from kvarena.experiments.jobs.job import run_job
+
+        if HydraConfig.get().mode is RunMode.RUN or os.getpid() != self._process:
+            return run_job(config, on_start)
+        if self._shared is None:
+            self._shared = SharedParts()
+        try:
+            return run_job(config, on_start, self._shared)
+        except (Unserved, NotDefined):
+            raise
+        except BaseException:
+            self._shared.clear()  # its runner may hold what the cell left undone
+            raise
 
     def line_of(self, error: Exception) -> str | None:
         """The line for an error that left Hydra; None for a bug."""

@@ -188,10 +188,10 @@ class Driving:
             raise self.outbox.failed(error) from error
         return _CheckedStep(step, self.outbox)
 
-    def warm_up(self, max_batch: int) -> int:
+    def warm_up(self, max_rows: int, max_tokens: int) -> int:
         """As `FusedRunner.warm_up`, on all ranks at once."""
-        self.outbox.tell("warm_up", max_batch=max_batch)
+        self.outbox.tell("warm_up", max_rows=max_rows, max_tokens=max_tokens)
         self.outbox.opened(1)
-        found: int = super().warm_up(max_batch)  # type: ignore[misc]
+        found: int = super().warm_up(max_rows, max_tokens)  # type: ignore[misc]
         self.outbox.opened(-1)
         return found

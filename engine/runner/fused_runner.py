@@ -85,10 +85,14 @@ class FusedRunner(TorchRunner):
                 capture=GraphCapture() if graphs else None, has_grids=model.has_grids,
             )  # fmt: skip
 
-    def warm_up(self, max_batch: int) -> int:
-        """Compile and capture every shape of decode steps up to `max_batch` requests, and of small steps.
+    def warm_up(self, max_rows: int, max_tokens: int) -> int:
+        """Compile and capture every shape of steps that can come and was not captured before.
 
         Only between steps, with nothing in flight. Writes KV to the null block alone.
+
+        Args:
+            max_rows: most requests of a step.
+            max_tokens: most new tokens of one.
 
         Returns:
             How many shapes were run.
@@ -96,7 +100,7 @@ class FusedRunner(TorchRunner):
         if self._graphs is None:
             return 0
         with torch.inference_mode():
-            return self._graphs.warm_up(max_batch)
+            return self._graphs.warm_up(max_rows, max_tokens)
 
     def _compute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
         images = self.model.images

@@ -127,12 +127,20 @@ class CapturedGraph:
         capture: GraphCapture | None,
     ) -> None:
         self.meta = meta
-        self.num_runs_to_capture = 1 if capture is None else num_plain
         self._shape = shape
         self._launch = launch
         self._num_left = num_plain
         self._capture = capture
         self._graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing is left to compile or capture."""
+        return self._num_left <= 0
+
+    def hurry(self) -> None:
+        """Let the next run be captured."""
+        self._num_left = min(self._num_left, 1)
 
     def run(self) -> None:
         """Compute a step whose inputs are at their addresses and whose `meta` is prepared.

@@ -8,7 +8,7 @@
 Padding entries stand for the null row: context length 1, their KV goes to the null block, and nobody looks at their
 logits. Mixed steps are worth it where the host, which needs about 10 ms for the launches of any forward, would be
 slower than the device. A decode shape is captured at its first step, a mixed one at its second: most mixed shapes of a
-short run come once. A measured run has them all captured before (`warm_up`).
+short run come once. A measured run has those that its load can reach captured before (`warm_up`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ TOKEN_FIELDS = 3
 # Beyond that many operations the device needs longer than the host does for the launches (10 ms at 600 TFLOP/s).
 HOST_BOUND_OPERATIONS = 6e12
 MAX_TOKENS = 2048
-ROW_BUCKETS = (8, 64)
+# Steps of few requests have buckets of their own: of more, what 256 rows of logits cost is a small part.
+FEW_ROWS = 8
 
 
 def graph_tokens(num_parameters: int) -> int:
@@ -48,14 +49,18 @@ def decode_buckets(most: int) -> list[int]:
 
 
 def token_buckets(most: int) -> list[int]:
-    """Token counts of mixed steps: every 16 up to 128, every 32 up to 512, every 64 beyond, and `most`; none for 0."""
-    sizes = [*range(16, 129, 16), *range(160, 513, 32), *range(576, most + 1, 64), most]
+    """Token counts of mixed steps, and `most`; none for 0.
+
+    32, 64 and 128: below that weights take the time and padding is free. Every 32 up to 512, every 128 beyond. A run
+    waits for the capture of each that it can reach.
+    """
+    sizes = [32, 64, 128, *range(160, 513, 32), *range(640, most + 1, 128), most]
     return sorted({size for size in sizes if 0 < size <= most})
 
 
 def row_buckets(most: int) -> list[int]:
     """Request counts of mixed steps, `most` among them."""
-    return sorted({*(size for size in ROW_BUCKETS if size < most), most})
+    return sorted({min(FEW_ROWS, most), most})
 
 
 class MixedStep(NamedTuple):
@@ -173,29 +178,45 @@ class StepGraphs:
         self._run_mixed(GraphShape(num_tokens, num_rows, is_decode=False), step)
         return self._logits[: int(step.samples.sum())]
 
-    def warm_up(self, max_rows: int) -> int:
-        """Run decode steps up to `max_rows` requests and all mixed ones, the largest first, until they are captured.
+    def warm_up(self, max_rows: int, max_tokens: int) -> int:
+        """Run each shape that steps can reach once, the largest first, and capture it; those that were stay.
 
         Only between steps, with nothing in flight. Writes KV to the null block alone.
 
+        Args:
+            max_rows: most requests of a step.
+            max_tokens: most new tokens of one.
+
         Returns:
-            How many shapes there are.
+            How many shapes were captured, or run where nothing is captured.
         """
-        shapes = [_decode_shape(bucket) for bucket in reversed(self._decode_buckets) if bucket <= max_rows]
-        shapes += [
-            GraphShape(tokens, rows, is_decode=False)
-            for tokens in reversed(self._token_buckets)
-            for rows in reversed(self._row_buckets)
-        ]
         nothing = np.zeros(0, dtype=np.int64)
         empty = MixedStep(nothing, nothing, nothing, nothing, nothing.astype(np.bool_))
-        for shape in shapes:
-            for _ in range(self._graph(shape).num_runs_to_capture):
-                if shape.is_decode:
-                    self.decode(self._padding(shape.num_rows))
-                else:
-                    self._run_mixed(shape, empty)
-        return len(shapes)
+        num_run = 0
+        for shape in self.reachable(max_rows, max_tokens):
+            graph = self._graph(shape)
+            if graph.is_ready:
+                continue
+            graph.hurry()
+            num_run += 1
+            if shape.is_decode:
+                self.decode(self._padding(shape.num_rows))
+            else:
+                self._run_mixed(shape, empty)
+        return num_run
+
+    def reachable(self, max_rows: int, max_tokens: int) -> list[GraphShape]:
+        """Shapes of steps of at most so many requests and new tokens; decode steps first, the largest first."""
+        decodes = [_decode_shape(size) for size in reversed(_reached(self._decode_buckets, min(max_rows, max_tokens)))]
+        rows, tokens = _reached(self._row_buckets, max_rows), _reached(self._token_buckets, max_tokens)
+        # A request has at least one new token, so a step of few tokens has few requests.
+        fewest = {size: self._row_buckets[i - 1] + 1 if i else 1 for i, size in enumerate(self._row_buckets)}
+        return decodes + [
+            GraphShape(num_tokens, num_rows, is_decode=False)
+            for num_tokens in reversed(tokens)
+            for num_rows in reversed(rows)
+            if fewest[num_rows] <= min(num_tokens, max_tokens)
+        ]
 
     def _padding(self, count: int) -> np.ndarray:
         """Fields of padding entries: token 0 of the null row, at position 0, greedy."""
@@ -301,3 +322,8 @@ def _decode_shape(num_rows: int) -> GraphShape:
 def _smallest(buckets: list[int], count: int) -> int:
     """The smallest bucket that holds `count`."""
     return buckets[bisect_left(buckets, count)]
+
+
+def _reached(buckets: list[int], most: int) -> list[int]:
+    """Those that counts from 1 to `most` are padded to."""
+    return buckets[: bisect_left(buckets, most) + 1]

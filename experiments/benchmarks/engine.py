@@ -142,7 +142,7 @@ def offline(engines: Engines, levers: Sequence[str], num_requests: int, budget: 
     runner = runner_of(engines.build(*settings))
     assert isinstance(runner, FusedRunner)
     start = time.perf_counter()
-    runner.warm_up(256)
+    runner.warm_up(256, budget)
     torch.cuda.synchronize()
     warm_up = time.perf_counter() - start
 

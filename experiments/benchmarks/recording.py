@@ -116,7 +116,7 @@ def make_bench(shape: str, num_slots: int, overrides: Sequence[str] = ()) -> tup
     engines = Engines(shape, *settings, *(("engine.overlap=false",) if shape == "demo" else ()), *overrides)
     parts = engines.build()
     if isinstance(runner := runner_of(parts), FusedRunner):
-        runner.warm_up(256)
+        runner.warm_up(256, 8192)
     return Bench(engines, short_requests if shape == "demo" else offline_workload), parts
 
 

@@ -116,7 +116,7 @@ class BuiltRank:
             return None
         assert name == "warm_up"
         assert isinstance(self.runner, FusedRunner)
-        self.runner.warm_up(arguments["max_batch"])
+        self.runner.warm_up(**arguments)
         return None
 
     def _prepare(self, pool_shape: dict[str, Any], max_model_len: int, sized_by: str) -> TorchRunner:

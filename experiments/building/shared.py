@@ -1,7 +1,8 @@
-"""What the cells of one study share: the model, and the runner with its pool and graphs, while nothing of them differs.
+"""What the cells of one study, or of a sweep in one process, share: the model, and the runner with its pool and graphs,
+while nothing of them differs.
 
     cell 1   load model | size pool | make pool, runner | warm up: compile, capture | run
-    cell 2                                                warm up: replay           | run        same settings
+    cell 2                                                warm up: what is missing  | run        same settings
     cell 3                size pool | make pool, runner | warm up: capture          | run        another pool
 
 Allocator, scheduler and their state are every cell's own. A runner keeps nothing of requests that ended, and the slots

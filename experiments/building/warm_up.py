@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,25 +28,91 @@ OUTPUT_TOKENS = 8
 SERVED = (SamplingParams(), SamplingParams(temperature=0.7), SamplingParams(temperature=0.7, top_p=0.9))
 
 
-def warm_up(config: RunConfig, parts: EngineParts, samplings: Sequence[SamplingParams]) -> float:
-    """Run a few requests on a strategy of their own, with the same runner and pool; returns the seconds it took.
+class Reach(NamedTuple):
+    """The largest step that can come.
 
-    On a GPU kernels are compiled, decode graphs captured (a graph is otherwise captured when its batch size first comes
-    up, which delays that step by tens of milliseconds each time), and a prompt of a whole step's token budget run. The
-    engine's own allocator knows nothing of it, so its prefix cache stays cold.
+    Attributes:
+        rows: most requests of a step.
+        tokens: most new tokens of one.
+    """
+
+    rows: int
+    tokens: int
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, parts: EngineParts, requests: Sequence[Request] = (), num_users: int | None = None
+    ) -> Reach:
+        """What settings, pool and load leave possible.
+
+        Args:
+            config: what `parts` was built from.
+            parts: an engine.
+            requests: all that will come; none: nobody knows.
+            num_users: most of them that are asked at once; None: any number.
+        """
+        allocator = parts.engine.allocator
+        rows, tokens = (config.scheduler.need(key) for key in ("max_num_seqs", "max_num_batched_tokens"))
+        # Whoever shares its prompt, or gives back what slid out of a window, still owns a block of its own.
+        room = allocator.num_blocks
+        if requests:
+            rows = min(rows, len(requests), len(requests) if num_users is None else num_users)
+            if not allocator.reads_tokens and allocator.sliding_window is None and config.sampling.n == 1:
+                room = min(room, allocator.max_requests(min(req.num_prompt_tokens for req in requests)))
+            # A preempted request computes its output again with its prompt.
+            tokens = min(tokens, rows * max(req.max_total_tokens for req in requests))
+        return cls(max(1, min(rows, room)), tokens)
+
+
+class WarmUp(NamedTuple):
+    """What a warm-up took.
+
+    Attributes:
+        seconds: in all.
+        num_shapes: shapes of steps that were captured, or run once where nothing is captured.
+        shape_seconds: of `seconds`, for these.
+    """
+
+    seconds: float
+    num_shapes: int = 0
+    shape_seconds: float = 0.0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            "warmup_time": self.seconds,
+            "captures": {"num_shapes": self.num_shapes, "seconds": self.shape_seconds},
+        }
+
+
+def warm_up(
+    config: RunConfig, parts: EngineParts, samplings: Sequence[SamplingParams], reach: Reach | None = None
+) -> WarmUp:
+    """Run a few requests on a strategy of their own, with the same runner and pool.
+
+    On a GPU kernels are compiled, graphs of the steps captured that can come (a graph is otherwise captured when its
+    batch size first comes up, which delays that step by tens of milliseconds each time), and a prompt of a whole step's
+    token budget run. What a runner captured for an engine before this one stays. The engine's own allocator knows
+    nothing of it, so its prefix cache stays cold.
 
     Args:
         config: what `parts` was built from.
         parts: an idle engine.
         samplings: how the requests pick their tokens, in turn; their lengths are set here.
+        reach: the largest step that can come; None: what settings and pool allow.
     """
     clock = WallClock()
-    longest = PROMPT_TOKENS
+    reach = Reach.of(config, parts) if reach is None else reach
+    longest, num_shapes, shape_seconds = PROMPT_TOKENS, 0, 0.0
     if isinstance(parts.engine.runner, FusedRunner):
         max_num_seqs = config.scheduler.need("max_num_seqs")
         with room_beside_pool(max_num_seqs, parts.engine.runner.pool, parts.max_model_len):
-            parts.engine.runner.warm_up(max_num_seqs)
-        longest = config.scheduler.need("max_num_batched_tokens")
+            num_shapes = parts.engine.runner.warm_up(*reach)
+        if parts.engine.runner.pool.device.type == "cuda":
+            torch.cuda.synchronize()
+        shape_seconds = clock.now()
+        longest = reach.tokens
         if parts.model is not None and parts.model.images is not None and parts.model.device.type == "cuda":
             with torch.inference_mode():
                 parts.model.images.warm_up(parts.max_model_len)
@@ -56,16 +123,17 @@ def warm_up(config: RunConfig, parts: EngineParts, samplings: Sequence[SamplingP
         parts.spec,
         "cpu" if parts.model is None else parts.model.device.type,
     )
-    engine = strategy.engine(parts.engine.runner, clock, overlap=parts.config.overlap)
+    engine = strategy.engine(parts.engine.runner, clock, overlap=parts.engine.overlap)
     room = min(parts.max_model_len, strategy.allocator.max_request_tokens) - OUTPUT_TOKENS
-    prompt_lens = [min(length, room) for length in [*[PROMPT_TOKENS] * (NUM_REQUESTS - 1), longest]]
+    num_requests = min(NUM_REQUESTS, max(reach.rows, len(samplings)))
+    prompt_lens = [min(length, room) for length in [*[PROMPT_TOKENS] * (num_requests - 1), longest]]
     requests = [
         Request(f"warm-up-{i}", [i + 1] * prompt_len, replace(samplings[i % len(samplings)], max_tokens=OUTPUT_TOKENS))
         for i, prompt_len in enumerate(prompt_lens)
         if prompt_len > 0
     ]
     run_to_completion(engine, requests)
-    return clock.now()
+    return WarmUp(clock.now(), num_shapes, shape_seconds)
 
 
 def warm_cache(config: RunConfig, parts: EngineParts, requests: Iterable[Request]) -> float:

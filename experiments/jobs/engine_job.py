@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from kvarena.engine.pool.gpu_memory import NO_GPU
 from kvarena.experiments.building.build import build
 from kvarena.experiments.building.shared import SharedParts
-from kvarena.experiments.building.warm_up import warm_cache, warm_up
+from kvarena.experiments.building.warm_up import Reach, WarmUp, warm_cache, warm_up
 from kvarena.experiments.folders.provenance import peak_rss_bytes, utc_now
 from kvarena.experiments.folders.run_folder import Measured
 from kvarena.experiments.jobs.cell_facts import interrupted_facts, model_facts, on_gpu, simulation_facts
@@ -34,18 +34,19 @@ def run_engine(config: RunConfig, name: str, shared: SharedParts | None, signals
         KvarenaError: a bad setting, or a run that failed before a request had ended.
     """
     setup = build(config, shared)
-    warmup_time = 0.0
-    if setup.driver.warmup and setup.parts.simulator is None:
-        warmup_time = warm_up(config, setup.parts, [next(iter(setup.load.requests)).sampling])
+    simulator, load = setup.parts.simulator, setup.load
+    # A simulated run may have a million requests; in one that computes nothing is made while it is measured.
+    requests = list(load.requests) if simulator is None else load.requests
+    warm = WarmUp(0.0)
+    if setup.driver.warmup and isinstance(requests, list):
+        users = None if load.closed_loop is None else len(load.closed_loop.first)
+        warm = warm_up(config, setup.parts, [requests[0].sampling], Reach.of(config, setup.parts, requests, users))
     if setup.driver.cache == "warm":
-        warmup_time += warm_cache(config, setup.parts, setup.load.requests)
+        warm = warm._replace(seconds=warm.seconds + warm_cache(config, setup.parts, load.requests))
     contention = None if setup.parts.simulator is not None else Contention(setup.driver.probe, on_gpu(config))
     if contention is not None:
         contention.before()
-    simulator = setup.parts.simulator
     progress = Progress(name, len(setup.load.requests), config.report.progress)
-    # A simulated run may have a million requests; in one that computes nothing is made while it is measured.
-    requests = list(setup.load.requests) if simulator is None else setup.load.requests
     recording = Recording(
         setup.parts.engine, level=setup.driver.record, kv_map=config.report.kv_map,
         scores=setup.driver.scores > 0, measured=simulator is None,
@@ -94,8 +95,8 @@ def run_engine(config: RunConfig, name: str, shared: SharedParts | None, signals
             "peak_rss_bytes": peak_rss_bytes(),
             # A virtual clock waits for its driver: nothing is late.
             "lateness_bound": setup.driver.max_lateness if simulator is None else None,
-            "warmup_time": warmup_time,
             "interrupted": interrupted,
-        },
+        }
+        | warm.facts,
     }
     return Measured(facts, recording.write, error)

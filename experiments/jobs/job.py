@@ -43,12 +43,12 @@ SCHEMA_VERSION = 1
 OTHERS = {"code": "other code", "machine": "another machine"}
 
 
-def run_job(config: RunConfig, on_start: Callable[[Path], None]) -> Path:
+def run_job(config: RunConfig, on_start: Callable[[Path], None], shared: SharedParts | None = None) -> Path:
     """Run one cell and print what it came to; a sweep's cells print nothing, for the sweep does.
 
     Args:
         config: of the cell.
-        on_start: see `execute`.
+        on_start, shared: see `execute`.
 
     Returns:
         The cell's folder: a sweep's cell that its launcher placed on another machine has one of its own.
@@ -73,7 +73,7 @@ def run_job(config: RunConfig, on_start: Callable[[Path], None]) -> Path:
     group = str(run_dir.parent) if in_sweep else None
     name = cell_name(choices["allocator"], choices["scheduler"], choices.get("router"))
     summary = execute(
-        config, run_dir, name, choices, group, command=command_of(hydra, alone=in_sweep), on_start=on_start,
+        config, run_dir, name, choices, group, shared, command=command_of(hydra, alone=in_sweep), on_start=on_start,
     )  # fmt: skip
     if not in_sweep:
         Console().print(kvarena.reports.pages.terminal.run_table(summary))

@@ -40,7 +40,7 @@ def run_replicas(config: RunConfig, name: str, signals: Signals) -> Measured:
     warmup_time = 0.0
     if driver.warmup and not is_simulated:
         sampling = next(iter(load.requests)).sampling
-        warmup_time = sum(warm_up(config, parts, [sampling]) for parts in built.parts)
+        warmup_time = sum(warm_up(config, parts, [sampling]).seconds for parts in built.parts)
     contention = None if is_simulated else Contention(driver.probe, cuda=False)
     if contention is not None:
         contention.before()

@@ -122,7 +122,11 @@ def _build(config: RunConfig, strategy: dict[str, str], words: Callable[[str], s
     parts = build_engine(config, whole_context=True)
     # A ledger keeps every step; a server runs for ever.
     parts.engine.ledger = None
-    logger.info("the engine has warmed up in %.1f s", warm_up(config, parts, SERVED))
+    warm = warm_up(config, parts, SERVED)
+    logger.info(
+        "the engine has warmed up in %.1f s, of which %.1f s for %d shapes of steps",
+        warm.seconds, warm.shape_seconds, warm.num_shapes,
+    )  # fmt: skip
     spec = parts.spec
     allocator = parts.engine.allocator
     compiler = make_compiler(tokenizer, spec.vocab_size, frozenset(spec.eos_token_ids))

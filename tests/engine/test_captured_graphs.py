@@ -46,13 +46,25 @@ def test_a_shape_runs_as_it_is_before_it_is_captured_once(num_plain):
     assert capture.captured == ["the decode forward for 4 requests"]
 
 
+def test_a_shape_that_is_in_a_hurry_is_captured_at_its_next_run():
+    launches, capture = [], Recorder()
+    graph = CapturedGraph(GraphShape(16, 8, is_decode=False), None, lambda: launches.append(1), 2, capture)
+    assert not graph.is_ready
+    graph.hurry()
+    graph.run()
+    assert graph.is_ready and len(capture.captured) == 1
+    graph.hurry()
+    graph.run()
+    assert len(capture.captured) == 1 and capture.num_replays == 1
+
+
 def test_without_a_capture_every_step_is_launched():
     launches = []
     graph = CapturedGraph(GraphShape(16, 8, is_decode=False), None, lambda: launches.append(1), 2, None)
     for _ in range(4):
         graph.run()
     assert len(launches) == 4
-    assert graph.num_runs_to_capture == 1
+    assert graph.is_ready
     assert str(GraphShape(16, 8, is_decode=False)) == "the forward for 16 new tokens of 8 requests"
 
 
@@ -72,7 +84,8 @@ def test_replays_give_the_tokens_of_the_plain_runner(tmp_path_factory, warm):
     capture = runner._graphs._capture = Recorder()
     runner._graphs._graphs.clear()
     if warm:
-        assert runner.warm_up(4) == len(capture.captured) == 3 + 1
+        assert runner.warm_up(4, 16) == len(capture.captured) == 3 + 1
+        assert runner.warm_up(4, 16) == 0 and capture.num_replays == 0
     assert run(runner, make_requests(PROMPTS, 14, **options), overlap=True) == expected
     assert len(set(capture.captured)) == len(capture.captured)
     assert capture.num_replays > 10

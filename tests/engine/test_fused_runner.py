@@ -101,7 +101,7 @@ def test_the_library_gets_new_keys_and_values_without_reading_them_back(model, m
 
 def test_warm_up_leaves_no_trace(model):
     runner = make_fused(model, mixed=True)
-    assert runner.warm_up(4) == 3 + 1  # batches of 1, 2 and 4; steps of up to 16 tokens
+    assert runner.warm_up(4, 16) == 3 + 1  # batches of 1, 2 and 4; steps of up to 16 tokens
     assert runner.pool.data[:, :, BLOCK_SIZE:].abs().sum() == 0
     plain = TorchRunner(model, make_pool(model, NUM_BLOCKS, BLOCK_SIZE))
     assert run(runner, requests_of("greedy"), overlap=True) == run(plain, requests_of("greedy"), overlap=False)

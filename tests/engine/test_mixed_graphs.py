@@ -7,14 +7,25 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 from fused_helpers import LateReference, make_pool
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvarena.engine.contract import ScheduledRequest, StepPlan
 from kvarena.engine.fusions.detect import fuse
 from kvarena.engine.fusions.ops import TorchOps
 from kvarena.engine.models import load_model
 from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.graphs import GraphShape
 from kvarena.engine.runner.request_rows import RequestRows
-from kvarena.engine.runner.step_graphs import MixedStep, StepGraphs, graph_tokens, row_buckets, token_buckets
+from kvarena.engine.runner.step_graphs import (
+    MixedStep,
+    StepGraphs,
+    _smallest,
+    decode_buckets,
+    graph_tokens,
+    row_buckets,
+    token_buckets,
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +91,46 @@ def test_buckets_hold_every_step_and_pad_little(most):
     assert buckets[-1] == most
     for count in range(64, most + 1):
         bucket = next(size for size in buckets if size >= count)
-        assert bucket <= count * 1.25
-    assert row_buckets(100) == [8, 64, 100]
+        assert bucket <= max(128, count * 1.25)
+    assert row_buckets(100) == [8, 100]
+    assert row_buckets(4) == [4]
     assert token_buckets(0) == []
+
+
+@given(
+    most_rows=st.integers(1, 300), most_tokens=st.integers(1, 2048), mixed=st.integers(0, 2048), steps=st.data(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_the_shapes_of_a_warm_up_are_those_of_the_steps_that_can_come(most_rows, most_tokens, mixed, steps):
+    """Every step's shape is among them, and each is the shape of some step."""
+    graphs = object.__new__(StepGraphs)
+    graphs._decode_buckets, graphs._row_buckets = decode_buckets(300), row_buckets(300)
+    graphs._token_buckets = token_buckets(mixed)
+    shapes = graphs.reachable(most_rows, most_tokens)
+    assert len(set(shapes)) == len(shapes)
+    rows = steps.draw(st.integers(1, min(most_rows, most_tokens)))
+    assert GraphShape(*[_smallest(graphs._decode_buckets, rows)] * 2, is_decode=True) in shapes
+    if min(mixed, most_tokens) >= rows:
+        tokens = steps.draw(st.integers(rows, min(mixed, most_tokens)))
+        sizes = _smallest(graphs._token_buckets, tokens), _smallest(graphs._row_buckets, rows)
+        assert GraphShape(*sizes, is_decode=False) in shapes
+    for shape in shapes:
+        fewest_rows = max([0, *(size for size in (decode_buckets(300) if shape.is_decode else row_buckets(300))
+                                if size < shape.num_rows)]) + 1  # fmt: skip
+        fewest_tokens = max([0, *(size for size in graphs._token_buckets if size < shape.num_tokens)]) + 1
+        least = fewest_rows if shape.is_decode else max(fewest_rows, fewest_tokens)
+        assert fewest_rows <= most_rows and least <= most_tokens, shape
+        assert shape.is_decode or fewest_rows <= shape.num_tokens
+
+
+def test_a_cell_captures_few_shapes():
+    """Some tens of milliseconds each, before every cell; few where a cell is small."""
+    graphs = object.__new__(StepGraphs)
+    graphs._decode_buckets, graphs._row_buckets = decode_buckets(256), row_buckets(256)
+    for parameters, most in ((600_000_000, 90), (8_000_000_000, 60)):
+        graphs._token_buckets = token_buckets(graph_tokens(parameters))
+        assert len(graphs.reachable(256, 8192)) <= most
+    assert len(graphs.reachable(8, 512)) <= 20
 
 
 def test_large_models_have_few_host_bound_steps():

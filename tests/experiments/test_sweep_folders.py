@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import warm
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from kvarena.experiments.building import build
 from kvarena.experiments.entry import main
 from kvarena.experiments.folders import cell_folders
 from kvarena.experiments.folders.cell_folders import CellFolders, stem_of
@@ -22,6 +24,9 @@ SIMULATED = ["runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16"]
 SMALL = ["workload=fixed", "workload.num_requests=3", "workload.prompt_len=8", "workload.output_len=4",
          "report.progress=false", "report.pages=false", "report.kv_map=false"]  # fmt: skip
 KEY = {"config": "c", "code": "a", "machine": "m", "round": None, "reports": "r"}
+
+
+COMPUTED = ["driver.probe=false", "engine.device=cpu"]
 
 
 class NoFigures(dict):
@@ -300,3 +305,21 @@ def test_a_sweep_that_recorded_nothing_is_no_error(sweep):
     assert "no comparison: no run recorded anything (driver.record=none)" in done.err
     assert done.last["runs"] == done.runs
     assert len(done.runs) == 2
+
+
+def test_cells_of_a_sweep_share_model_and_runner_while_these_are_alike(sweep, monkeypatch):
+    """A GPU's graphs are captured once for them; a cell of another pool has a runner of its own, on the same model."""
+    models, made = [], []
+    load, prepare = build.load, build._prepare_runner
+
+    def loading(*args):
+        model = load(*args)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(build, "load", loading)
+    monkeypatch.setattr(build, "_prepare_runner", lambda *args: made.append(1) or prepare(*args))
+    ran = sweep("scheduler=continuous,static", "kv_cache.num_blocks=64,128", options=["model=demo", *COMPUTED])
+    assert ran.code == 0 and len(ran.runs) == 4
+    assert len(models) == 1 and models[0]() is None, "what cells share goes with the sweep"
+    assert len(made) < 4
