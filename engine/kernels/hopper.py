@@ -7,7 +7,8 @@ that are fetched before the kernel before this one has ended. Both libraries com
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -125,6 +126,7 @@ class HopperKernels:
         device: a Hopper GPU.
 
     Attributes:
+        device: where it launches.
         num_multiprocessors: of the device.
 
     Raises:
@@ -138,9 +140,17 @@ class HopperKernels:
         compiler, driver_version = nvrtc_major(nvrtc), driver.cuDriverGetVersion()[1]
         if compiler > driver_version // 1000:
             raise OSError(f"NVRTC {compiler} is newer than the driver's CUDA {driver_version // 1000}")
-        self._driver, self._nvrtc, self._device = driver, nvrtc, device
+        self._driver, self._nvrtc, self.device = driver, nvrtc, device
         self.num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._maps: dict[tuple[int, ...], Any] = {}
+        self._cubins: dict[str, bytes] = {}
+
+    def prepare(self, texts: Iterable[str], num_threads: int = 16) -> None:
+        """Compile kernels that will be asked for, several at a time. `texts`: from `kernel_source`."""
+        wanted = list(dict.fromkeys(text for text in texts if text not in self._cubins))
+        with ThreadPoolExecutor(num_threads) as threads:
+            made = threads.map(lambda text: compile_source(self._nvrtc, text)[0], wanted)
+            self._cubins.update(zip(wanted, made, strict=True))
 
     def compile(
         self,
@@ -153,7 +163,8 @@ class HopperKernels:
         cluster: int = 1,
     ) -> Kernel:
         """Kernel `name` of `engine/kernels/name.cu`. Raises EngineError if it does not compile or load."""
-        cubin, _ = compile_source(self._nvrtc, kernel_source(name, constants, wgmma_cols))
+        text = kernel_source(name, constants, wgmma_cols)
+        cubin = self._cubins.pop(text, None) or compile_source(self._nvrtc, text)[0]
         module = self._call("cuModuleLoadData", cubin)
         function = self._call("cuModuleGetFunction", module, name.encode())
         dynamic = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -175,7 +186,7 @@ class HopperKernels:
         """
         pointers = [one.getPtr() if hasattr(one, "getPtr") else ctypes.addressof(one) for one in arguments]
         packed = (ctypes.c_void_p * len(pointers))(*pointers)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+        stream = torch.cuda.current_stream(self.device).cuda_stream
         config = self._config(kernel, num_programs, stream, overlap=overlap)
         self._call("cuLaunchKernelEx", config, kernel.function, ctypes.addressof(packed), 0)
 

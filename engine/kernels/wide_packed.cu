@@ -1,44 +1,67 @@
 // x @ w.T for many rows of x on Hopper, w of 4 bits. What it computes and how it is cut: gemm/packed_wide.py, which puts
 // in front of this text hopper.cu and the launch's constants: BN (rows of x a tile), UNITS (blocks of 64 rows of w that
-// a warpgroup has sums for), FULL and SHARED (whether tiles have 2 * UNITS blocks, and one less), CW (programs of a
-// cluster that have the same rows of x), CK (parts of K, each by CW programs of a cluster), GROUPS (a chunk's), STAGES,
-// MODE, FLOAT16.
+// a warpgroup has sums for), SHARED (whether a tile has one block less than 2 * UNITS), CW (programs of a cluster that
+// have the same rows of x), CK (parts of K, each by CW programs of a cluster), EVEN (clusters have equal shares of all
+// tiles' steps), GROUPS (a chunk's), STAGES, MODE, FLOAT16.
 
 enum { STORE, ADD, GLU };
 
 constexpr int ROW_BYTES = 128;  // of a box: as wide as the swizzle, 64 columns
 constexpr int X_BOX = BN * ROW_BYTES, X_BYTES = 2 * X_BOX;
 constexpr int CODES = 64 * 128 / 2, CHUNK = CODES + 4 * 64 * GROUPS;  // of 64 rows and 128 columns
-constexpr int MOST_BLOCKS = 2 * UNITS - !FULL;
-constexpr int STAGE_BYTES = (X_BYTES + MOST_BLOCKS * CHUNK + 1023) / 1024 * 1024;
+constexpr int BLOCKS = 2 * UNITS - SHARED;  // of a tile
+constexpr int STAGE_BYTES = (X_BYTES + BLOCKS * CHUNK + 1023) / 1024 * 1024;
 constexpr int CONSUMERS = 256;
 constexpr int PLACES = BN / 8;  // a thread has four sums of each 8 rows of x
 constexpr int BLOCK_COLS = MODE == GLU ? 32 : 64, WARP_COLS = BLOCK_COLS / 4;  // of y
 constexpr int TURN = MODE == GLU ? 4 : 2;  // places whose results become 16 bytes of y in each thread
 
 static_assert(BN % 32 == 0 && BN / CW % 8 == 0 && (!SHARED || (UNITS > 1 && BN % 64 == 0)), "whole turns and atoms");
+static_assert(CK == 1 || !EVEN, "K is cut in one way");
 
 struct Plan {
   int num_rows, num_cols, stride_y;
   int steps;       // of 128 columns, of a part of K
   int num_blocks;  // of 64 rows of w
   int row_tiles, col_tiles;
-  int row_group;   // tiles of rows that take turns
-  int round;       // tiles of columns of a round; a cluster's, one a round, are neighbours
-  int blocks, per;  // tiles of columns 0 to i hold (i + 1) * blocks / per blocks of each program
+  int row_group;  // tiles of rows that take turns
+  int share, more;  // EVEN: steps of a cluster, and how many clusters have one more
 };
 
 struct Task {
-  int first_block, blocks, first_row;
+  int first_block, first_row;
 };
 
 __device__ __forceinline__ Task task_of(const Plan& plan, int index, int mate) {
   const int in_group = plan.row_group * plan.col_tiles, group = index / in_group, rest = index % in_group;
   const int before = group * plan.row_group, wide = min(plan.row_group, plan.row_tiles - before);
-  const int turn = rest / wide, tile = turn % plan.round * (plan.col_tiles / plan.round) + turn / plan.round;
-  const int first = tile * plan.blocks / plan.per, blocks = (tile + 1) * plan.blocks / plan.per - first;
-  return {first * CW + mate * blocks, blocks, (before + rest % wide) * BN};
+  return {(rest / wide * CW + mate) * BLOCKS, (before + rest % wide) * BN};
 }
+
+// Steps of one tile, or some of them: what a cluster does at a time.
+struct Piece {
+  int index, first, count;
+};
+
+// The pieces of a cluster, one after another. EVEN: its share of the steps of all tiles, which may begin and end within
+// one: first the rest of a tile, whose sums it hands on, then whole ones, then the first steps of one that it finishes.
+struct Walk {
+  int at, end;
+  __device__ __forceinline__ Walk(const Plan& plan, int cluster) {
+    at = EVEN ? begin_of(plan, cluster) : cluster;
+    end = EVEN ? begin_of(plan, cluster + 1) : plan.row_tiles * plan.col_tiles;
+  }
+  static __device__ __forceinline__ int begin_of(const Plan& plan, int cluster) {
+    return cluster * plan.share + min(cluster, plan.more);
+  }
+  __device__ __forceinline__ bool ended() const { return at >= end; }
+  __device__ __forceinline__ Piece piece(const Plan& plan) const {
+    if (!EVEN) return {at, 0, plan.steps};
+    const int index = at / plan.steps, first = at - index * plan.steps;
+    return {index, first, min(plan.steps - first, end - at)};
+  }
+  __device__ __forceinline__ void next(const Piece& piece, int num_clusters) { at += EVEN ? piece.count : num_clusters; }
+};
 
 // A code in the low bits of the mantissa of 128 (1,024 in float16) is that much more, and so is its zero point.
 #if FLOAT16
@@ -132,7 +155,7 @@ __device__ __forceinline__ void multiply(float (&acc)[UNITS][BN / 2], Ring& at, 
 // Results of `COUNT` places of a warp, 16 columns of w by 8 rows of x each, from sums in `v`.
 template <int COUNT>
 __device__ __forceinline__ void put(const float* v, u16* y, const u16* residual, const Plan& plan, int block, int first_row) {
-  constexpr int PIECES = COUNT / TURN, AT_ONCE = PIECES < 8 ? PIECES : 8;
+  constexpr int PIECES = COUNT / TURN, MOST = EVEN ? 4 : 8, AT_ONCE = PIECES < MOST ? PIECES : MOST;  // for the registers
   static_assert(COUNT % TURN == 0, "whole turns");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, quad = lane % 4;
   const int col = block * BLOCK_COLS + warp * WARP_COLS + (MODE == GLU ? 0 : quad % 2 * 8);
@@ -269,9 +292,52 @@ __device__ __forceinline__ void finish(float (&acc)[UNITS][BN / 2], u32 tiles, u
   }
 }
 
+// Where programs hand on the sums of a tile that another one finishes: each has one place, and a flag that says whether
+// its sums are there. The flags are 0 before and after a launch.
+struct Exchange {
+  float4* sums;
+  u32* flags;
+};
+
+__device__ __forceinline__ float4* place_of(const Exchange& exchange, int program) {
+  return exchange.sums + static_cast<u64>(program) * (UNITS * BN / 8 * CONSUMERS) + threadIdx.x;
+}
+
+// Both warpgroups' sums, for the program that has the tile's first steps.
+__device__ __forceinline__ void hand_on(const float (&acc)[UNITS][BN / 2], const Exchange& exchange, int program) {
+  float4* to = place_of(exchange, program);
+#pragma unroll
+  for (int i = 0; i < UNITS * BN / 8; ++i) {
+    const float* from = acc[i / (BN / 8)] + i % (BN / 8) * 4;
+    __stcg(to + i * CONSUMERS, make_float4(from[0], from[1], from[2], from[3]));
+  }
+  __threadfence();
+  asm volatile("bar.sync 1, 256;" ::: "memory");
+  if (threadIdx.x == 0) flag_raise(exchange.flags + program);
+}
+
+// Adds the sums of those who have the rest of the tile's steps, in their order.
+__device__ __forceinline__ void take_over(float (&acc)[UNITS][BN / 2], const Exchange& exchange, const Plan& plan, int tile_end,
+                                          int cluster, int num_clusters, int mate) {
+#pragma unroll 1
+  for (int other = cluster + 1; other < num_clusters && Walk::begin_of(plan, other) < tile_end; ++other) {
+    const int program = other * CW + mate;
+    flag_wait(exchange.flags + program);
+    const float4* from = place_of(exchange, program);
+#pragma unroll
+    for (int i = 0; i < UNITS * BN / 8; ++i) {
+      const float4 got = __ldcg(from + i * CONSUMERS);
+      float* to = acc[i / (BN / 8)] + i % (BN / 8) * 4;
+      to[0] += got.x, to[1] += got.y, to[2] += got.z, to[3] += got.w;
+    }
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+    if (threadIdx.x == 0) flag_lower(exchange.flags + program);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     wide_packed(const __grid_constant__ TensorMap x_map, const char* chunks, u16* y, const u16* residual,
-                const __grid_constant__ Plan plan) {
+                const __grid_constant__ Exchange exchange, const __grid_constant__ Plan plan) {
   extern __shared__ char raw[];
   __shared__ u64 barriers[2 * STAGES];
   const u32 tiles = (shared_address(raw) + 1023) & ~1023u;
@@ -279,7 +345,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   const u32 rank = CW * CK > 1 ? cluster_rank() : 0;
   const int mate = rank % CW, part = rank / CW;
   const int cluster = blockIdx.x / (CW * CK), num_clusters = gridDim.x / (CW * CK);
-  const int num_tasks = plan.row_tiles * plan.col_tiles, warp_group = threadIdx.x / 128;
+  const int warp_group = threadIdx.x / 128;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
@@ -295,9 +361,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     if (threadIdx.x == CONSUMERS) {
       const u64 again = policy_evict_last(), weights = plan.row_tiles > 1 ? policy_evict_normal() : policy_evict_first();
       auto fetch_w = [&](const Task& task, int step, int stage) {
-        barrier_expect(full + 8 * stage, X_BYTES + task.blocks * CHUNK);
+        barrier_expect(full + 8 * stage, X_BYTES + BLOCKS * CHUNK);
 #pragma unroll 1
-        for (int i = 0; i < task.blocks; ++i) {
+        for (int i = 0; i < BLOCKS; ++i) {
           const u64 block = min(task.first_block + i, plan.num_blocks - 1);
           fetch_bytes(tiles + stage * STAGE_BYTES + X_BYTES + i * CHUNK,
                       chunks + ((block * CK + part) * plan.steps + step) * CHUNK, CHUNK, full + 8 * stage, weights);
@@ -313,20 +379,24 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         }
       };
       // The weights depend on no kernel: those of the first stages are fetched while the one before this runs.
-      Task task = task_of(plan, cluster, mate);
-      const int early = plan.steps < STAGES ? plan.steps : STAGES;
-      for (int s = 0; s < early; ++s) fetch_w(task, s, s);
+      Walk walk(plan, cluster);
+      Piece piece = walk.piece(plan);
+      Task task = task_of(plan, piece.index, mate);
+      const int early = piece.count < STAGES ? piece.count : STAGES;
+      for (int s = 0; s < early; ++s) fetch_w(task, piece.first + s, s);
       wait_for_previous();
-      for (int s = 0; s < early; ++s) fetch_x(task, s, s);
+      for (int s = 0; s < early; ++s) fetch_x(task, piece.first + s, s);
       Ring at(early);
-      int step = early;
-      for (int index = cluster; index < num_tasks; index += num_clusters, step = 0) {
-        task = task_of(plan, index, mate);
-        for (; step < plan.steps; ++step, at.next()) {
+      for (int done = early;; done = 0) {
+        for (; done < piece.count; ++done, at.next()) {
           barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
-          fetch_w(task, step, at.stage);
-          fetch_x(task, step, at.stage);
+          fetch_w(task, piece.first + done, at.stage);
+          fetch_x(task, piece.first + done, at.stage);
         }
+        walk.next(piece, num_clusters);
+        if (walk.ended()) break;
+        piece = walk.piece(plan);
+        task = task_of(plan, piece.index, mate);
       }
       let_next_start();
     }
@@ -337,19 +407,23 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     Ring at(0);
+    Walk walk(plan, cluster);
 #pragma unroll 1
-    for (int index = cluster; index < num_tasks; index += num_clusters) {
-      const Task task = task_of(plan, index, mate);
-      const u32 swap = tiles + STAGES * STAGE_BYTES;
-      if (FULL && (!SHARED || task.blocks == 2 * UNITS)) {
-        float acc[UNITS][BN / 2];
-        multiply<false>(acc, at, tiles, full, empty, plan.steps, warp_group, part * CW);
-        finish<false>(acc, tiles, swap, y, residual, plan, task, warp_group, part, mate);
-      } else {
-        float acc[UNITS][BN / 2];
-        multiply<SHARED>(acc, at, tiles, full, empty, plan.steps, warp_group, part * CW);
-        finish<SHARED>(acc, tiles, swap, y, residual, plan, task, warp_group, part, mate);
+    while (!walk.ended()) {
+      float acc[UNITS][BN / 2];
+      multiply<SHARED>(acc, at, tiles, full, empty, walk.piece(plan).count, warp_group, part * CW);
+      asm volatile("" : "+r"(walk.at));  // what follows is computed again, and takes no registers meanwhile
+      const Piece piece = walk.piece(plan);
+      walk.next(piece, num_clusters);
+      if (EVEN && piece.first > 0) {
+        hand_on(acc, exchange, blockIdx.x);
+        continue;
       }
+      if (EVEN && piece.count < plan.steps) {
+        take_over(acc, exchange, plan, (piece.index + 1) * plan.steps, cluster, num_clusters, mate);
+      }
+      const Task task = task_of(plan, piece.index, mate);
+      finish<SHARED>(acc, tiles, tiles + STAGES * STAGE_BYTES, y, residual, plan, task, warp_group, part, mate);
     }
   }
   // No program may end while another one's fetches or arrivals are on their way to it.

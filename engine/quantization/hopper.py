@@ -14,14 +14,13 @@ from torch import Tensor
 from kvarena.engine.quantization.weight import PackedWeight, unpack_codes
 
 if TYPE_CHECKING:
-    from kvarena.engine.kernels.gemm.packed_stream import PackedStreamTile
+    from kvarena.engine.kernels.gemm.packed_stream import PackedStreamTile, StreamWeight
     from kvarena.engine.kernels.gemm.packed_wide import PackedWideTile
 
 NUM_ROWS = 4  # of the comparison with another product
 TOLERANCE = 0.02  # largest ||ours - the other|| / ||the other||: both round their result alone
 # Rows for which a weight must have a launch to be taken: one of each kind.
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
-_DEEP = 8192  # inputs from which few columns are faster as a stream, up to 256 rows
 
 
 class HopperDevice:
@@ -135,27 +134,34 @@ class HopperProduct:
         return self._device.wide(x, self._weight, tile, residual=residual, out=out, glu=glu)
 
     def _tile(self, num_rows: int, *, norm: bool, glu: bool) -> PackedStreamTile | PackedWideTile | None:
-        """The launch for so many rows of x, by measurements of Llama-3.1-8B's products (docs/gpu.md)."""
-        from kvarena.engine.kernels.gemm.packed_stream import packed_stream_tile
-        from kvarena.engine.kernels.gemm.packed_wide import packed_wide_tile
-
         key = num_rows, norm, glu
         if key not in self._tiles:
-            count = self._device.num_multiprocessors
-            stream = packed_stream_tile(num_rows, self._weight, count, norm=norm)
-            wide = packed_wide_tile(num_rows, self._weight, count, glu=glu)
-            first, second = (stream, wide) if self._is_stream(num_rows) else (wide, stream)
-            self._tiles[key] = second if first is None else first
+            self._tiles[key] = hopper_tile(num_rows, self._weight, self._device.num_multiprocessors, norm=norm, glu=glu)
         return self._tiles[key]
 
-    def _is_stream(self, num_rows: int) -> bool:
-        """Whether x of so many rows is faster as a stream of weights."""
-        blocks, count = len(self._weight.chunks), self._device.num_multiprocessors
-        if num_rows <= 32:
-            return True
-        if num_rows <= 64:
-            return 2 * blocks <= count or blocks >= 2 * count
-        return 2 * blocks <= count and (num_rows <= 128 or (num_rows <= 256 and self._weight.shape[1] >= _DEEP))
+
+def hopper_tile(
+    num_rows: int, weight: StreamWeight, num_multiprocessors: int, *, norm: bool, glu: bool
+) -> PackedStreamTile | PackedWideTile | None:
+    """The launch for so many rows of x, by measurements of Llama-3.1-8B's products (docs/gpu.md); None if none fits.
+
+    `norm` and `glu`: what comes before and after.
+    """
+    from kvarena.engine.kernels.gemm.packed_stream import packed_stream_tile
+    from kvarena.engine.kernels.gemm.packed_wide import packed_wide_tile
+
+    stream = packed_stream_tile(num_rows, weight, num_multiprocessors, norm=norm)
+    wide = packed_wide_tile(num_rows, weight, num_multiprocessors, glu=glu)
+    first, second = (stream, wide) if _is_stream(num_rows, len(weight.chunks), num_multiprocessors) else (wide, stream)
+    return second if first is None else first
+
+
+def _is_stream(num_rows: int, num_blocks: int, num_multiprocessors: int) -> bool:
+    """Whether x of so many rows is faster as a stream of weights."""
+    if num_rows <= 32:
+        return True
+    few, many = 2 * num_blocks <= num_multiprocessors, num_blocks >= 2 * num_multiprocessors
+    return (few and num_rows <= 128) or (many and num_rows <= 64)
 
 
 def hopper_product(

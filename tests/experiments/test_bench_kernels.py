@@ -10,9 +10,15 @@ from kvarena.engine.errors import ConfigError
 from kvarena.engine.kernels.attention.config import decode_config
 from kvarena.engine.kernels.experts.grouped import GroupedTile
 from kvarena.engine.kernels.experts.products import MANY_ROWS, tile_for
+from kvarena.engine.kernels.gemm.packed_stream import StreamWeight
+from kvarena.engine.kernels.gemm.packed_wide import PackedWideTile, WideShape
+from kvarena.engine.kernels.hopper import SHARED_BYTES
+from kvarena.engine.quantization.hopper import hopper_tile
 from kvarena.experiments.benchmarks.kernels import experts, kernels, packed_gemm
 from kvarena.experiments.benchmarks.kernels.attention_cases import LLAMA_8B, Batch, visible_pairs
 from kvarena.experiments.benchmarks.kernels.attention_variants import DECODE_TILES, decode_variants
+from kvarena.experiments.benchmarks.kernels.gemm import cases
+from kvarena.experiments.gpu.floors import shape_of
 
 
 @pytest.mark.parametrize("rows", [[(0, 5)], [(7, 1), (3, 4)], [(100, 1)] * 3])
@@ -42,6 +48,28 @@ def test_packed_weights_that_are_timed_are_of_the_size_that_weights_have():
     assert values.shape == (48, 256)
     assert 0.5 < float(values.std()) * 16 < 2
     assert weight.num_bytes == 48 * 256 // 2 + 3 * 48 * 4
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 40, 64, 100, 192, 256, 2048])
+def test_the_packed_benchmark_measures_what_the_engine_takes_and_with_tune_others_that_fit(num_rows):
+    for case in list(cases(shape_of("llama-3.1-8b"), num_rows))[:4]:
+        _, num_cols, depth, glu = case.product
+        chunks = torch.empty(num_cols // 64, depth // 128, 1088, device="meta")
+        weight = StreamWeight(chunks, (num_cols, depth), 1, glu)
+        taken = hopper_tile(num_rows, weight, 132, norm=case.has_norm, glu=glu)
+        own, tuned = (
+            packed_gemm.stream_tiles(case, weight, 132, tune=tune)
+            + packed_gemm.wide_tiles(case, weight, 132, tune=tune)
+            for tune in (False, True)
+        )
+        assert taken in own and set(own) < set(tuned) and len(set(tuned)) == len(tuned), (case, own)
+        assert len(own) == (num_rows <= 256) + (num_rows > 32)
+        for tile in tuned:
+            if isinstance(tile, PackedWideTile):
+                assert tile.fits(WideShape(num_rows, *chunks.shape[:2], 1, glu)), tile
+            else:
+                launch = packed_gemm.PackedStreamLaunch(tile, num_rows, depth, 1, "GLU" if glu else "ADD")
+                assert launch.num_stages >= 2 and launch.shared_bytes * tile.per_sm <= SHARED_BYTES, tile
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures on this machine")

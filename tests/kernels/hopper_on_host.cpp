@@ -1,4 +1,4 @@
-// Runs wide_gemm.cu on a CPU, a cluster after another: each thread is a fiber that gives way where it would wait, each
+// Runs wide_gemm.cu, or with PACKED wide_packed.cu, on a CPU, a cluster after another: each thread is a fiber that gives way where it would wait, each
 // fetch arrives at some later time, in any order. What hopper.cu does with instructions of the GPU is done here by hand,
 // without swizzle. The test puts the launch's constants before this text and the kernel's (without asm) behind it.
 
@@ -18,7 +18,7 @@ typedef uint16_t u16;
 struct uint4 { u32 x, y, z, w; };
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
-constexpr int PROGRAM_THREADS = 384, SHARED = 232448;
+constexpr int PROGRAM_THREADS = 384, PROGRAM_BYTES = 232448;
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -31,12 +31,12 @@ struct TensorMap {
 };
 struct Barrier { int count, pending, bytes; u32 phase; };
 struct Program {
-  alignas(1024) char shared[SHARED];
+  alignas(1024) char shared[PROGRAM_BYTES];
   u32 used = 0;
   Barrier barriers[64];
 };
 struct Product { float* d; u64 a, b; bool add; };
-struct Thread { std::vector<std::vector<Product>> groups; std::vector<Product> open; ucontext_t context; jmp_buf at; int index, program; bool begun, ended; std::vector<char> stack; u32 sent; };
+struct Thread { std::vector<std::vector<Product>> groups; std::vector<Product> open; ucontext_t context; jmp_buf at; int index, program; bool begun, ended; std::vector<char> stack; u32 sent[4]; };
 struct Index { int x; };
 
 static Program programs[CM];
@@ -66,9 +66,9 @@ static void meet(int& there, int& times, int all) {
 static int warp() { return (now->program * PROGRAM_THREADS + now->index) / 32; }
 static void __syncwarp() { meet(at_warp[warp()], warp_barriers[warp()], 32); }
 static u32 __shfl_xor_sync(u32, u32 value, int other) {
-  now->sent = value;
+  now->sent[0] = value;
   __syncwarp();
-  const u32 got = (now - now->index % 32 + (now->index % 32 ^ other))->sent;
+  const u32 got = (now - now->index % 32 + (now->index % 32 ^ other))->sent[0];
   __syncwarp();
   return got;
 }
@@ -109,7 +109,7 @@ struct Ring {
 static void fetch_for(u16 ranks, u32 to, const TensorMap& map, u32 barrier, int col, int row, u64) {
   for (int rank = 0; rank < CM; ++rank) {
     if (!(ranks >> rank & 1)) continue;
-    on_their_way.push_back([=, &map] {
+    on_their_way.push_back([=] {  // of a map that lives as long as the launch
       u16* box = reinterpret_cast<u16*>(programs[rank].shared + to);
       for (int r = 0; r < map.box_rows; ++r) {
         for (int c = 0; c < 64; ++c) {
@@ -134,6 +134,28 @@ static u32 narrow(float f) { u32 bits; memcpy(&bits, &f, 4); return (bits + 0x7F
 static u32 pack(float low, float high) { return narrow(low) | narrow(high) << 16; }
 static float silu_times(float gate, float up) { return gate / (1 + std::exp(-gate)) * up; }
 static u64 descriptor(u32 address) { return address >> 4; }
+#if PACKED
+// One operand is in the registers of a warp, which are read at once.
+static void wgmma(float (&d)[BN / 2], const u32 (&a)[4], u64 b, int add) {
+  memcpy(now->sent, a, sizeof a);
+  __syncwarp();
+  const u16* x = reinterpret_cast<u16*>(own().shared + (b << 4));
+  const int lane = now->index % 32;
+  float rows[2][16];
+  for (int half = 0; half < 2; ++half) {
+    for (int k = 0; k < 16; ++k) {
+      const u32 pair = (now - lane + lane / 4 * 4 + k % 8 / 2)->sent[half + k / 8 * 2];
+      rows[half][k] = widen(k % 2 ? pair >> 16 : pair & 0xFFFF);
+    }
+  }
+  for (int i = 0; i < BN / 2; ++i) {
+    float sum = add ? d[i] : 0;
+    for (int k = 0; k < 16; ++k) sum += rows[i / 2 % 2][k] * widen(x[(i / 4 * 8 + lane % 4 * 2 + i % 2) * 64 + k]);
+    d[i] = sum;
+  }
+  __syncwarp();
+}
+#else
 static void wgmma(float (&d)[BN / 2], u64 a, u64 b, int add) { now->open.push_back({d, a, b, add != 0}); }
 // This thread's part of 64 x BN x 16.
 static void multiply(float* d, u64 a, u64 b, bool add) {
@@ -154,6 +176,7 @@ static void wait_for_products(size_t left) {
   }
   __syncwarp();  // a warp goes on as one
 }
+#endif
 // Two columns, rounded to bf16, of each of four blocks of 8 columns lie in each of 4 threads; after it a thread has one
 // block whole.
 __device__ __forceinline__ void transpose_quad(u32 (&v)[4], int lane) {
@@ -167,4 +190,86 @@ __device__ __forceinline__ void transpose_quad(u32 (&v)[4], int lane) {
       if (upper) v[i] = got; else v[i + step] = got;
     }
   }
+}
+
+#if PACKED
+struct float4 { float x, y, z, w; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static void __stcg(float4* to, float4 value) { *to = value; }
+static void __threadfence() {}
+static int min(int a, int b) { return a < b ? a : b; }
+static float __uint_as_float(u32 bits) { float f; memcpy(&f, &bits, 4); return f; }
+static u32 __float_as_uint(float f) { u32 bits; memcpy(&bits, &f, 4); return bits; }
+static u64 policy_evict_normal() { return 0; }
+static uint4 load_shared(u32 from) { uint4 v; memcpy(&v, own().shared + from, 16); return v; }
+static u32 load_shared_word(u32 from) { u32 v; memcpy(&v, own().shared + from, 4); return v; }
+static void store_shared(u32 to, uint4 v) { memcpy(own().shared + to, &v, 16); }
+static u32 remote_address(u32 address, u32 rank) { return rank << 20 | address; }
+static void store_cluster(u32 to, float a, float b, float c, float d) {
+  const float v[4] = {a, b, c, d};
+  memcpy(programs[to >> 20].shared + (to & 0xFFFFF), v, 16);
+}
+static void fetch_bytes(u32 to, const void* from, u32 count, u32 barrier, u64) {
+  const int rank = now->program;
+  if (to % 16 || reinterpret_cast<size_t>(from) % 16 || count % 16) fail("a fetch of bytes that do not lie at 16");
+  on_their_way.push_back([=] {
+    memcpy(programs[rank].shared + to, from, count);
+    Barrier& b = barrier_of(rank, barrier);
+    b.bytes -= count;
+    settle(b);
+  });
+}
+static int at_consumers_barrier[CM], consumers_barriers[CM];
+static void bar_sync() { meet(at_consumers_barrier[now->program], consumers_barriers[now->program], 256); }
+static void flag_raise(u32* flag) {
+  if (*flag) fail("a flag that is up already");
+  *flag = 1;
+}
+static void flag_lower(u32* flag) { *flag = 0; }
+static void flag_wait(const u32* flag) { while (!*flag) give_way(); }
+static u32 transpose_octet(u32 pair) {
+  now->sent[0] = pair;
+  __syncwarp();
+  const int lane = now->index % 32;
+  auto of = [&](int row, int col) { return (now - lane + row * 4 + col / 2)->sent[0] >> (col % 2 * 16) & 0xFFFF; };
+  const u32 got = of(lane % 4 * 2, lane / 4) | of(lane % 4 * 2 + 1, lane / 4) << 16;
+  __syncwarp();
+  return got;
+}
+#endif
+
+// All threads of a cluster, to their end; `start` is a thread's.
+static void run_cluster(int cluster, void (*start)()) {
+  first_program = cluster * CM, has_waited = false;
+  threads.clear(), threads.resize(CM * PROGRAM_THREADS);
+  for (int i = 0; i < CM * PROGRAM_THREADS; ++i) {
+    Thread& t = threads[i];
+    t.index = i % PROGRAM_THREADS, t.program = i / PROGRAM_THREADS, t.begun = t.ended = false;
+    t.stack.resize(1 << 15);
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = t.stack.data(), t.context.uc_stack.ss_size = t.stack.size();
+    t.context.uc_link = nullptr;
+    makecontext(&t.context, start, 0);
+  }
+  for (int round = 0, left = 1; left; ++round) {
+    if (round == 30000) fail("a wait that never ends");
+    left = 0;
+    for (Thread& t : threads) {
+      if (t.ended) continue;
+      ++left;
+      now = &t, threadIdx.x = t.index, blockIdx.x = first_program + t.program;
+      go_on(t);
+    }
+    for (size_t i = on_their_way.size(); i-- > 0;) {
+      if (rand() % 3) continue;
+      on_their_way[i]();
+      on_their_way.erase(on_their_way.begin() + i);
+    }
+  }
+  if (!on_their_way.empty()) fail("a program ended before its fetches");
+}
+
+template <class T> static void read(std::vector<T>& to, size_t count, FILE* file) {
+  to.resize(count);
+  if (fread(to.data(), sizeof(T), count, file) != count) fail("too little input");
 }

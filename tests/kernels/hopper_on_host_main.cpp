@@ -13,11 +13,6 @@ static void start() {
   give_way();
 }
 
-template <class T> static void read(std::vector<T>& to, size_t count, FILE* file) {
-  to.resize(count);
-  if (fread(to.data(), sizeof(T), count, file) != count) fail("too little input");
-}
-
 // Reads a launch and its operands, runs it, writes y.
 int main(int, char** paths) {
   FILE* file = fopen(paths[1], "rb");
@@ -29,35 +24,7 @@ int main(int, char** paths) {
   x_map = {x.data(), launch.num_rows, launch.depth, 64}, w_map = {w.data(), launch.w_rows, launch.depth, BN / 2};
   gridDim.x = launch.num_clusters * CM;
   srand(1);
-  for (int cluster = 0; cluster < launch.num_clusters; ++cluster) {
-    first_program = cluster * CM, has_waited = false;
-    threads.clear(), threads.resize(CM * PROGRAM_THREADS);
-    for (int i = 0; i < CM * PROGRAM_THREADS; ++i) {
-      Thread& t = threads[i];
-      t.index = i % PROGRAM_THREADS, t.program = i / PROGRAM_THREADS, t.begun = t.ended = false;
-      t.stack.resize(1 << 15);
-      getcontext(&t.context);
-      t.context.uc_stack.ss_sp = t.stack.data(), t.context.uc_stack.ss_size = t.stack.size();
-      t.context.uc_link = nullptr;
-      makecontext(&t.context, start, 0);
-    }
-    for (int round = 0, left = 1; left; ++round) {
-      if (round == 30000) fail("a wait that never ends");
-      left = 0;
-      for (Thread& t : threads) {
-        if (t.ended) continue;
-        ++left;
-        now = &t, threadIdx.x = t.index, blockIdx.x = first_program + t.program;
-        go_on(t);
-      }
-      for (size_t i = on_their_way.size(); i-- > 0;) {
-        if (rand() % 3) continue;
-        on_their_way[i]();
-        on_their_way.erase(on_their_way.begin() + i);
-      }
-    }
-    if (!on_their_way.empty()) fail("a program ended before its fetches");
-  }
+  for (int cluster = 0; cluster < launch.num_clusters; ++cluster) run_cluster(cluster, start);
   FILE* to = fopen(paths[2], "wb");
   fwrite(y.data(), 2, y.size(), to);
   return fclose(to);

@@ -14,13 +14,14 @@ instruction. The rest is ours.
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvarena.engine.kernels.gemm.stream import row_bucket
-from kvarena.engine.kernels.hopper import SHARED_BYTES, HopperKernels, Kernel
+from kvarena.engine.kernels.hopper import SHARED_BYTES, HopperKernels, Kernel, kernel_source
 
 ROWS, COLS = 64, 128  # of a chunk
 MOST_ROWS = 256
@@ -166,6 +167,45 @@ def packed_stream_tile(
     return None
 
 
+class PackedStreamLaunch(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        tile: shape of the launch.
+        num_rows, depth: of x.
+        groups: of a chunk of the weight.
+        mode: STORE, ADD or GLU.
+        half: of float16, else of bfloat16.
+    """
+
+    tile: PackedStreamTile
+    num_rows: int
+    depth: int
+    groups: int
+    mode: str
+    half: bool = False
+
+    @property
+    def num_stages(self) -> int:
+        """See `PackedStreamTile.num_stages`."""
+        return self.tile.num_stages(self.num_rows, self.depth, self.groups)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a program."""
+        rows, tile = row_bucket(self.num_rows), self.tile
+        return 1024 + self.num_stages * tile.stage_bytes(rows, self.groups) + tile.rest_bytes(rows, self.depth)
+
+    def constants(self) -> dict[str, Any]:
+        """What is put in front of stream_gemm.cu."""
+        tile = self.tile
+        return {
+            "BX": row_bucket(self.num_rows), "RB": tile.blocks, "KS": _BOXES, "CK": tile.parts,
+            "STAGES": self.num_stages, "MODE": self.mode, "NORM": int(tile.fuse_norm), "PACKED": 1,
+            "GROUPS": self.groups, "PER_SM": tile.per_sm, "FLOAT16": int(self.half),
+        }  # fmt: skip
+
+
 class PackedStreamGemm:
     """Launches the kernel.
 
@@ -211,7 +251,9 @@ class PackedStreamGemm:
         if out is None:
             out = x.new_empty(num_rows, num_cols)
         mode = "GLU" if glu else "STORE" if residual is None else "ADD"
-        kernel = self._kernel(tile, num_rows, depth, weight.groups, mode, half=x.dtype == torch.float16)
+        kernel = self._kernel(
+            PackedStreamLaunch(tile, num_rows, depth, weight.groups, mode, half=x.dtype == torch.float16)
+        )
         addresses = (None if t is None else t.data_ptr() for t in (weight.chunks, out, residual, norm))
         blocks, chunks = weight.chunks.shape[:2]
         row_tiles = -(-num_rows // row_bucket(num_rows))
@@ -223,18 +265,17 @@ class PackedStreamGemm:
         )  # fmt: skip
         return out
 
-    def _kernel(
-        self, tile: PackedStreamTile, num_rows: int, depth: int, groups: int, mode: str, *, half: bool
-    ) -> Kernel:
-        rows, stages = row_bucket(num_rows), tile.num_stages(num_rows, depth, groups)
-        shared_bytes = 1024 + stages * tile.stage_bytes(rows, groups) + tile.rest_bytes(rows, depth)
-        key = (tile, rows, mode, groups, stages, shared_bytes, half)
+    def prepare(self, launches: Iterable[PackedStreamLaunch]) -> None:
+        """Compile what these launches need, several kernels at a time."""
+        made = [launch.constants() for launch in launches]
+        self._kernels.prepare(kernel_source("stream_gemm", one, one["BX"]) for one in made)
+
+    def _kernel(self, launch: PackedStreamLaunch) -> Kernel:
+        constants, shared_bytes = launch.constants(), launch.shared_bytes
+        key = (*constants.values(), shared_bytes)
         if key not in self._compiled:
-            constants = {
-                "BX": rows, "RB": tile.blocks, "KS": _BOXES, "CK": tile.parts, "STAGES": stages, "MODE": mode,
-                "NORM": int(tile.fuse_norm), "PACKED": 1, "GROUPS": groups, "PER_SM": tile.per_sm, "FLOAT16": int(half),
-            }  # fmt: skip
             self._compiled[key] = self._kernels.compile(
-                "stream_gemm", constants, rows, threads=_THREADS, shared_bytes=shared_bytes, cluster=tile.parts
-            )
+                "stream_gemm", constants, constants["BX"], threads=_THREADS, shared_bytes=shared_bytes,
+                cluster=launch.tile.parts,
+            )  # fmt: skip
         return self._compiled[key]

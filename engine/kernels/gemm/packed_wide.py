@@ -8,28 +8,38 @@ bears beside the rows of x. So the weights are the tall operand of the tensor co
 warpgroup unpacks the codes of its 64 rows of w, 64 columns at a time, while the tensor cores multiply those before, and
 only x is read from shared memory. A weight is (code - zero) * scale, rounded once to 16 bits.
 
-A launch fills the device by how it is cut: a tile of an odd number of blocks shares its last one between both
-warpgroups (each has half of the columns), so that 28,672 rows are tiles of 3 and 4 blocks in turns, 7 for each
-program; the parts of K of a cluster send each other the sums of their slices; programs of a cluster with the same rows
-of x fetch a share of them each, for all. Results are turned in registers, since the product is w @ x.T.
+A launch fills the device by how it is cut:
+
+    rows     x's rows in tiles of the least multiple of 32 that takes them in as few tiles
+    even     each cluster has the same number of steps of all tiles, so it may begin in the middle of one and end in the
+             middle of another; the sums of a tile's later steps go through the L2 cache to who has its first
+    parts    the parts of K of a cluster send each other the sums of their slices
+    share    programs of a cluster with the same rows of x fetch a share of them each, for all
+
+A tile of an odd number of blocks shares its last one between both warpgroups, each with half of the columns. Results
+are turned in registers, since the product is w @ x.T.
+
+Source: shares of steps that begin and end within tiles are stream-K (Osama et al., PPoPP 2023). The rest is ours.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvarena.engine.kernels.gemm.packed_stream import COLS, StreamWeight, chunk_bytes
-from kvarena.engine.kernels.hopper import SHARED_BYTES, HopperKernels, Kernel
+from kvarena.engine.kernels.hopper import SHARED_BYTES, HopperKernels, Kernel, kernel_source
 
 FEWEST_ROWS = 33
 _THREADS = 384
 _RESERVED_BYTES = 2048  # of the barriers, and of the alignment of the tiles
 _FEWEST_STAGES = 3
+_MOST_SUMS = 128 * 256  # of a program
+_LEAST_TILE_ROWS = 64  # below it a warpgroup unpacks weights for longer than it multiplies
 # Rows of x that programs read at the same time should stay in the L2 cache.
 _ROW_GROUP_BYTES = 24 * 2**20
 # Multiprocessors that may form a cluster of more than two come by sixteens, less what a chip lacks.
@@ -54,28 +64,23 @@ class PackedWideTile(NamedTuple):
     Attributes:
         rows: of x per program, a multiple of 32.
         units: blocks of 64 rows of w that a warpgroup has sums for; `units * rows` is at most 256.
-        blocks, per: so many blocks in so many programs' tiles: 2 * units each, one less, or some of these and some of
-            those, which takes two units.
+        blocks: of a program's tile: 2 * units, or one less, which takes two units.
         share: programs of a cluster that have the same rows of x; 1, 2 or 4.
         parts: of K; 1, 2 or 4. Together at most 8 programs in a cluster.
+        even: clusters have equal shares of all tiles' steps; without parts, and with an even number of blocks.
     """
 
     rows: int
     units: int
     blocks: int
-    per: int = 1
     share: int = 1
     parts: int = 1
-
-    @property
-    def full(self) -> bool:
-        """Whether there are tiles of 2 * units blocks."""
-        return self.blocks > (2 * self.units - 1) * self.per
+    even: bool = False
 
     @property
     def shared(self) -> bool:
-        """Whether there are tiles of one block less."""
-        return self.blocks < 2 * self.units * self.per
+        """Whether a tile's last block is both warpgroups'."""
+        return self.blocks < 2 * self.units
 
     @property
     def swap_bytes(self) -> int:
@@ -89,7 +94,7 @@ class PackedWideTile(NamedTuple):
 
     def stage_bytes(self, groups: int) -> int:
         """Of one step's rows of x and chunks of `groups` groups."""
-        num_bytes = 2 * COLS * self.rows + (2 * self.units - (not self.full)) * chunk_bytes(groups)
+        num_bytes = 2 * COLS * self.rows + self.blocks * chunk_bytes(groups)
         return -(-num_bytes // 1024) * 1024
 
     def num_stages(self, groups: int) -> int:
@@ -99,27 +104,26 @@ class PackedWideTile(NamedTuple):
     def fits(self, shape: WideShape) -> bool:
         """Whether the kernel can be compiled so."""
         turn = 4 if shape.glu else 2
-        full, odd = self.units * self.rows // 8, (2 * self.units - 1) * self.rows // 16
-        sums = ([full] if self.full else []) + ([odd] if self.shared else [])
+        # Places of a warpgroup: 8 rows of x by its rows of w.
+        places = self.blocks * self.rows // 16
         runs = {turn, 4} if self.shared else {turn}
         return (
             self.rows % 32 == 0
             and self.units * self.rows <= 256
-            and (2 * self.units - 1) * self.per <= self.blocks <= 2 * self.units * self.per
+            and self.blocks in (2 * self.units - 1, 2 * self.units)
             and not (self.shared and (self.units == 1 or self.rows % 64))
-            and not (self.full and self.shared and self.parts > 1)
+            and not (self.even and (self.parts > 1 or self.shared))
             # The registers do not hold all of it.
             and not (shape.glu and self.parts > 2 and self.units * self.rows == 256)
             and self.rows // self.share % 8 == 0
             and shape.chunks % self.parts == 0
-            and all(places % (self.parts * run) == 0 for places in sums for run in runs)
+            and all(places % (self.parts * run) == 0 for run in runs)
             and self.num_stages(shape.groups) >= _FEWEST_STAGES
         )
 
     def col_tiles(self, num_blocks: int) -> int:
         """Tiles of a cluster for so many blocks of w."""
-        of_program = -(-num_blocks // self.share)
-        return -(-of_program * self.per // self.blocks)
+        return -(-num_blocks // (self.blocks * self.share))
 
 
 def clusters_at_once(num_multiprocessors: int, cluster: int) -> int:
@@ -158,22 +162,30 @@ def packed_wide_tile(
 
 def _tiles(shape: WideShape, num_multiprocessors: int) -> Iterator[PackedWideTile]:
     """Launches to take, the best first; the last ones take anything."""
-    rows = next((rows for rows in (96, 128) if shape.num_rows <= rows), 256)
+    rows, num_rows = fitting_rows(shape.num_rows), shape.num_rows
     many, deep = shape.blocks >= 2 * num_multiprocessors, shape.chunks >= _DEEP_CHUNKS
-    if rows < 256:
+    if num_rows <= 128:
         yield PackedWideTile(rows, 2, 4, share=2) if many else PackedWideTile(rows, 1, 2, share=2, parts=2)
     else:
-        usual = PackedWideTile(256, 1, 2, share=2)
-        tasks = usual.col_tiles(shape.blocks) * -(-shape.num_rows // 256)
+        usual = PackedWideTile(rows, 1, 2, share=2)
+        tasks = usual.col_tiles(shape.blocks) * -(-num_rows // rows)
         filled = tasks / clusters_at_once(num_multiprocessors, 2)
-        if filled < _FEW and shape.num_rows <= 256:
-            yield PackedWideTile(128, 1, 2, parts=2)
+        if filled < _FEW and num_rows <= 256:
+            if deep:
+                yield usual._replace(even=True)
+            yield PackedWideTile(fitting_rows(num_rows, 128), 1, 2, parts=2)
             yield PackedWideTile(128, 2, 3, parts=2)
         if filled < _FEW and not deep:
             yield PackedWideTile(128, 1, 2, share=2)
         yield usual
     for share in (2, 1):
-        yield PackedWideTile(min(rows, 128), 1, 2, share=share)
+        yield PackedWideTile(fitting_rows(num_rows, 128), 1, 2, share=share)
+
+
+def fitting_rows(num_rows: int, most: int = 256) -> int:
+    """Rows of x a tile, the fewest that take `num_rows` in as few tiles of at most `most` as there may be."""
+    tiles = -(-num_rows // most)
+    return max(_LEAST_TILE_ROWS, -(-num_rows // (tiles * 32)) * 32)
 
 
 class PackedWideGemm:
@@ -186,6 +198,10 @@ class PackedWideGemm:
     def __init__(self, kernels: HopperKernels) -> None:
         self._kernels = kernels
         self._compiled: dict[tuple[object, ...], Kernel] = {}
+        # What programs of even launches hand on.
+        programs = kernels.num_multiprocessors
+        self._sums = torch.empty(programs, _MOST_SUMS, dtype=torch.float32, device=kernels.device)
+        self._flags = torch.zeros(programs, dtype=torch.int32, device=kernels.device)
 
     def __call__(
         self,
@@ -221,11 +237,20 @@ class PackedWideGemm:
         kernel = self._kernel(tile, weight.groups, mode, half=x.dtype == torch.float16)
         plan = plan_of(tile, num_rows, weight, num_cols, out.stride(0), kernel.clusters_at_once)
         addresses = (None if t is None else t.data_ptr() for t in (weight.chunks, out, residual))
+        exchange = (ctypes.c_void_p * 2)(self._sums.data_ptr(), self._flags.data_ptr())
         self._kernels.launch(
             kernel, plan.clusters * tile.cluster, self._kernels.matrix_map(x, tile.rows // tile.share),
-            *map(ctypes.c_void_p, addresses), (ctypes.c_int * len(plan.numbers))(*plan.numbers), overlap=overlap,
+            *map(ctypes.c_void_p, addresses), exchange, (ctypes.c_int * len(plan.numbers))(*plan.numbers),
+            overlap=overlap,
         )  # fmt: skip
         return out
+
+    def prepare(self, launches: Iterable[tuple[PackedWideTile, int, str, bool]]) -> None:
+        """Compile what these launches need, several kernels at a time: tile, and as of `constants_of`."""
+        self._kernels.prepare(
+            kernel_source("wide_packed", constants_of(tile, groups, mode, half=half), tile.rows)
+            for tile, groups, mode, half in launches
+        )
 
     def _kernel(self, tile: PackedWideTile, groups: int, mode: str, *, half: bool) -> Kernel:
         constants = constants_of(tile, groups, mode, half=half)
@@ -241,8 +266,8 @@ class PackedWideGemm:
 def constants_of(tile: PackedWideTile, groups: int, mode: str, *, half: bool = False) -> dict[str, object]:
     """What is put in front of the kernel's text. `mode`: STORE, ADD or GLU; `half`: of float16."""
     return {
-        "BN": tile.rows, "UNITS": tile.units, "FULL": int(tile.full), "SHARED": int(tile.shared), "CW": tile.share,
-        "CK": tile.parts, "GROUPS": groups, "STAGES": tile.num_stages(groups), "MODE": mode, "PACKED": 1,
+        "BN": tile.rows, "UNITS": tile.units, "SHARED": int(tile.shared), "CW": tile.share, "CK": tile.parts,
+        "EVEN": int(tile.even), "GROUPS": groups, "STAGES": tile.num_stages(groups), "MODE": mode, "PACKED": 1,
         "FLOAT16": int(half),
     }  # fmt: skip
 
@@ -264,12 +289,13 @@ def plan_of(tile: PackedWideTile, num_rows: int, weight: StreamWeight, num_cols:
     blocks, chunks = weight.chunks.shape[:2]
     row_tiles, col_tiles = -(-num_rows // tile.rows), tile.col_tiles(blocks)
     tasks = row_tiles * col_tiles
-    # Parts of K exchange sums where the next tile's stages would be.
-    rounds = 1 if tile.parts > 1 else -(-tasks // held)
     row_group = min(row_tiles, max(1, _ROW_GROUP_BYTES // (2 * COLS * chunks * tile.rows)))
-    apart = rounds if tile.per > 1 and row_group == row_tiles and col_tiles % rounds == 0 else 1
-    numbers = (
-        num_rows, num_cols, stride, chunks // tile.parts, blocks, row_tiles, col_tiles, row_group, col_tiles // apart,
-        tile.blocks, tile.per,
-    )  # fmt: skip
-    return Plan(-(-tasks // rounds), numbers)
+    steps = chunks // tile.parts
+    if tile.even:
+        clusters = min(held, tasks * steps)
+    elif tile.parts > 1:  # these exchange sums where the next tile's stages would be
+        clusters = tasks
+    else:  # as many tiles for each as for the busiest
+        clusters = -(-tasks // -(-tasks // held))
+    share, more = divmod(tasks * steps, clusters)
+    return Plan(clusters, (num_rows, num_cols, stride, steps, blocks, row_tiles, col_tiles, row_group, share, more))
