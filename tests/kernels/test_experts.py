@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from cards import few_on_a_card
 
 from kvarena.engine.kernels.experts import routing as routing_module
 from kvarena.engine.kernels.experts.layer import run_experts
@@ -64,7 +65,7 @@ QUICK = [(4, 1, True), (4, 2, False), (6, 3, True), (8, 4, False), (8, 8, True),
 
 
 @pytest.mark.parametrize("few_pairs", [64, 0], ids=["one launch", "two launches"])
-@pytest.mark.parametrize(("experts", "top_k", "renormalize"), QUICK)
+@pytest.mark.parametrize(("experts", "top_k", "renormalize"), few_on_a_card(QUICK, [QUICK[3], QUICK[8]]))
 def test_a_layer_equals_float64(monkeypatch, few_pairs, experts, top_k, renormalize):
     monkeypatch.setattr(routing_module, "FEW_PAIRS", few_pairs)
     check(3, experts, top_k, renormalize)
@@ -145,7 +146,10 @@ def test_any_routing_fits_the_grid_of_its_tokens(monkeypatch, few_pairs, seed):
         assert used[1, first] == begin
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 8, 128), (8, 8, 60), (21, 2, 6), (3, 3, 4), (64, 1, 2)])
+ROUTED = [(1, 8, 128), (8, 8, 60), (21, 2, 6), (3, 3, 4), (64, 1, 2)]
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), few_on_a_card(ROUTED, [ROUTED[1]]))
 def test_one_launch_routes_few_tokens_as_two_do(monkeypatch, tokens, top_k, experts):
     """With padding, a shared expert's gate, experts of several items, and spans of them."""
     g = torch.Generator().manual_seed(tokens)

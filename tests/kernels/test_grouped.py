@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cards import few_on_a_card
 
 from kvarena.engine.kernels.experts import grouped as module
 from kvarena.engine.kernels.experts import layer
@@ -213,19 +214,27 @@ def test_a_layer_with_the_grouped_products_is_the_other_one(monkeypatch, share_x
     assert torch.equal(sums[1][slots == 0], residual[slots == 0].float())
 
 
-# Tokens of each expert; hidden and inner sizes, the last of which no tile and no step divides.
+# Tokens of each of 16 experts, for one shape of the sort; hidden and inner sizes, the last of which no tile and no step
+# divides.
 UNEVEN = [0, 1, 64, 65, 127, 128, 129, 0, 255, 256, 257, 384, 385, 700, 2500, 0]
+COUNTED = {"uneven": UNEVEN, "even": [128] * 12 + [0] * 4, "one": [2049] + [0] * 15, "few": [0, 3] + [0] * 14}
 SIZES = [(256, 384), (1024, 768), (2048, 1408), (1000, 712)]
+
+
+@pytest.fixture(scope="module")
+def on_card():
+    """The kernel for this card."""
+    return GroupedGemm(load_hopper_kernels("cuda"))
 
 
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("tile", TILES, ids=IDS)
-@pytest.mark.parametrize(("hidden", "inner"), SIZES)
-@pytest.mark.parametrize("counts", [UNEVEN, [128] * 12, [2049], [0, 3]], ids=["uneven", "even", "one", "few"])
-def test_products_on_a_gpu(tile, hidden, inner, counts):
+@pytest.mark.parametrize(("hidden", "inner"), few_on_a_card(SIZES, SIZES[3:]))
+@pytest.mark.parametrize("counts", COUNTED.values(), ids=COUNTED)
+def test_products_on_a_gpu(on_card, tile, hidden, inner, counts):
     """Outputs are poisoned, and so is what lies behind the last row that is computed."""
-    gemm, padding = GroupedGemm(load_hopper_kernels("cuda")), 7
+    gemm, padding = on_card, 7
     torch.manual_seed(hidden)
     kind = {"dtype": torch.bfloat16, "device": "cuda"}
     num_rows, computed = sum(counts) + padding, sum(counts)
@@ -259,9 +268,8 @@ def test_products_on_a_gpu(tile, hidden, inner, counts):
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("tile", TILES, ids=IDS)
-def test_a_graph_replays_any_routing(tile):
+def test_a_graph_replays_any_routing(on_card, tile):
     """Captured once, launches overlapped, replayed with other logits and more padding."""
-    gemm = GroupedGemm(load_hopper_kernels("cuda"))
     tokens, experts, top_k, hidden, inner = 1024, 8, 2, 1024, 768
     torch.manual_seed(0)
     kind = {"dtype": torch.bfloat16, "device": "cuda"}
@@ -274,7 +282,7 @@ def test_a_graph_replays_any_routing(tile):
     def run(out, tile):
         run_experts(
             out, x, logits, gate_up, down, slots, 1, top_k=top_k, renormalize=True, num_read=num_read, upcast=False,
-            grouped=gemm, tile=tile,
+            grouped=on_card, tile=tile,
         )  # fmt: skip
 
     run(residual, tile)

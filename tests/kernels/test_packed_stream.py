@@ -18,7 +18,6 @@ from kvarena.engine.kernels.gemm.packed_stream import (
     packed_stream_tile,
     takes,
 )
-from kvarena.engine.kernels.gemm.stream import row_bucket
 from kvarena.engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, load_hopper_kernels, nvrtc_major
 from kvarena.engine.quantization import hopper
 from kvarena.engine.quantization.linear import PackedProjection
