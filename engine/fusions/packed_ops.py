@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvarena.engine.fusions.experts import Experts
-from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Ops
+from kvarena.engine.fusions.forwarding_ops import ForwardingOps
+from kvarena.engine.fusions.ops import Linear, Norm
 from kvarena.engine.quantization.linear import PackedProjection
 
 
-class PackedOps:
-    """See `kvarena.engine.fusions.ops.Ops`. What comes before and after a packed product is fused where its kernel can.
+class PackedOps(ForwardingOps):
+    """See `ForwardingOps`. What comes before and after a packed product is fused where its kernel can.
 
-    Args:
-        ops: everything else, and projections that are not packed.
+    Experts with packed weights are modules of their own, and not among those of `experts`.
     """
-
-    def __init__(self, ops: Ops) -> None:
-        self._ops = ops
-
-    def norm(self, x: Tensor, norm: Norm) -> Tensor:
-        """See `Ops.norm`."""
-        return self._ops.norm(x, norm)
 
     def linear(self, x: Tensor, linear: Linear | PackedProjection, out: Tensor | None = None) -> Tensor:
         """See `Ops.linear`."""
@@ -54,33 +46,3 @@ class PackedOps:
             return self._ops.norm_glu(residual, norm, gate_up)
         y = None if gate_up.bias is not None else gate_up.product.fused(residual, norm, None, None, glu=True)
         return self._ops.glu(gate_up(self._ops.norm(residual, norm))) if y is None else y
-
-    def glu(self, x: Tensor) -> Tensor:
-        """See `Ops.glu`."""
-        return self._ops.glu(x)
-
-    def experts(
-        self,
-        residual: Tensor,
-        norm: Norm,
-        experts: Experts,
-        slots: Tensor | None,
-        first_slot: int,
-        into: Tensor | None = None,
-    ) -> Tensor | None:
-        """See `Ops.experts`. Packed experts are modules of their own, and not among these."""
-        return self._ops.experts(residual, norm, experts, slots, first_slot, into)
-
-    def rope_store(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        norms: HeadNorms | None,
-        angles: Angles,
-        slots: Tensor,
-        kv: tuple[Tensor, Tensor],
-        *,
-        turn_keys: bool = False,
-    ) -> Tensor:
-        """See `Ops.rope_store`."""
-        return self._ops.rope_store(qkv, heads, norms, angles, slots, kv, turn_keys=turn_keys)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kvarena.engine.fusions.experts import Experts
-from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Ops
+from kvarena.engine.fusions.forwarding_ops import ForwardingOps
+from kvarena.engine.fusions.ops import Linear, Norm, Ops
 
 
 class Reducer(Protocol):
@@ -29,8 +30,8 @@ class Reducer(Protocol):
         ...
 
 
-class ReducingOps:
-    """See `kvarena.engine.fusions.ops.Ops`.
+class ReducingOps(ForwardingOps):
+    """See `ForwardingOps`.
 
     Args:
         ops: what computes on this rank.
@@ -41,7 +42,8 @@ class ReducingOps:
     """
 
     def __init__(self, ops: Ops, reducer: Reducer) -> None:
-        self._ops, self._reducer = ops, reducer
+        super().__init__(ops)
+        self._reducer = reducer
         self.defers = False
         self._owed: Tensor | None = None
 
@@ -59,14 +61,6 @@ class ReducingOps:
         """See `Ops.norm`."""
         normed = self._pay(x, norm)
         return self._ops.norm(x, norm) if normed is None else normed
-
-    def linear(self, x: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
-        """See `Ops.linear`."""
-        return self._ops.linear(x, linear, out)
-
-    def linear_glu(self, x: Tensor, gate_up: Linear) -> Tensor:
-        """See `Ops.linear_glu`."""
-        return self._ops.linear_glu(x, gate_up)
 
     def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
         """See `Ops.norm_linear`."""
@@ -86,10 +80,6 @@ class ReducingOps:
         self._owed = self._ops.linear(x, linear) if owed is None else self._ops.linear_residual(x, linear, owed)
         return self._now(residual)
 
-    def glu(self, x: Tensor) -> Tensor:
-        """See `Ops.glu`."""
-        return self._ops.glu(x)
-
     def experts(
         self,
         residual: Tensor,
@@ -106,20 +96,6 @@ class ReducingOps:
         self._owed = into
         self._now(residual)
         return scale
-
-    def rope_store(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        norms: HeadNorms | None,
-        angles: Angles,
-        slots: Tensor,
-        kv: tuple[Tensor, Tensor],
-        *,
-        turn_keys: bool = False,
-    ) -> Tensor:
-        """See `Ops.rope_store`."""
-        return self._ops.rope_store(qkv, heads, norms, angles, slots, kv, turn_keys=turn_keys)
 
     def _now(self, residual: Tensor) -> Tensor:
         if not self.defers:

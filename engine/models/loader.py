@@ -8,10 +8,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +25,15 @@ from kvarena.engine.checkpoints.packed import packed_checkpoint
 from kvarena.engine.checkpoints.packed_settings import MADE, check_drawn
 from kvarena.engine.checkpoints.weights import weight_bytes, weight_files
 from kvarena.engine.errors import ConfigError, ModelError
+from kvarena.engine.models.building import (
+    build_dummy,
+    check_host,
+    check_report,
+    does_not_fit,
+    element_type,
+    keeps_packed,
+    placement,
+)
 from kvarena.engine.models.configs import (
     end_and_special_tokens,
     quiet_transformers,
@@ -41,7 +48,7 @@ from kvarena.engine.models.made_packed import load_packed_dummy, made_tensors, p
 from kvarena.engine.models.packed_loader import PackedLoad, expert_modules, forget_packing, load_packed, plan_packed
 from kvarena.engine.models.probe import AttentionGeometry, probe_attention
 from kvarena.engine.models.spec import LoadedModel, ModelSpec
-from kvarena.engine.pool.memory_limits import free_bytes, is_out_of_memory, size_text
+from kvarena.engine.pool.memory_limits import free_bytes, is_out_of_memory
 from kvarena.engine.quantization.experts import packed_weights
 from kvarena.engine.quantization.state import PackedTensors, open_tensors
 
@@ -49,10 +56,6 @@ if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
     from kvarena.engine.vision.composite import Composite
 
 LOAD_FORMATS = ("auto", "dummy")
-# Decoder layers, as model classes name their lists of them.
-LAYER_OF_KEY = re.compile(
-    r"^(?:model\.|transformer\.|language_model\.|decoder\.|gpt_neox\.)*(?:layers|h|blocks)\.(\d+)\."
-)
 logger = logging.getLogger(__name__)
 
 
@@ -217,7 +220,7 @@ def _from_directory(
         packed = PackedTensors(checkpoint, dtype, target) if composite is None else composite.packed(checkpoint)
         load = _planned(lambda _: packed, config, dtype, target, trust_remote_code, str(directory))
     elif quantization in MADE and said is None:
-        dtype = _element_type(dtype)
+        dtype = element_type(dtype)
         named = open_tensors(directory) if composite is None else composite.text
         make = functools.partial(
             made_tensors, name=str(directory), method=quantization, named=named, dtype=dtype, device=target
@@ -307,7 +310,7 @@ def _packed_dummy(
     method: str,
 ) -> tuple[nn.Module, str]:
     """Random weights that `method` packed: as `_from_directory`."""
-    target, made = torch.device(device), _element_type(dtype)
+    target, made = torch.device(device), element_type(dtype)
     free = free_bytes(target)
     shape = build_dummy(config, made, "meta", 0, trust_remote_code, name)
     load = plan_dummy(shape, name, method, made, target, seed, stay_packed=keeps_packed(target))
@@ -324,140 +327,3 @@ def _packed_dummy(
             raise does_not_fit(name, config, dtype, target, free, trust_remote_code, load) from error
         raise
     return module, f"random {load.summary}"
-
-
-def placement(directory: Path | str, device: torch.device) -> dict[str, Any]:
-    """How transformers is told where the weights go. Raises ModelError: a package for that is not there."""
-    if device.type == "cpu":
-        return {}
-    if find_spec("accelerate") is None:
-        raise ModelError(
-            f"transformers needs accelerate to load {directory} onto {device}: pip install 'kvarena[gpu]', or run "
-            "it on a CPU (engine.device=cpu)"
-        )
-    return {"device_map": {"": device}}
-
-
-def keeps_packed(device: torch.device) -> bool:
-    """Whether weights that a checkpoint packs stay so on `device`: a CPU has no kernel for them."""
-    return device.type == "cuda"
-
-
-def check_report(directory: Path, config: PretrainedConfig, info: dict[str, Any]) -> None:
-    """See that every weight was there and of its shape. Raises ModelError."""
-    if info["mismatched_keys"]:
-        key, found, expected = sorted(info["mismatched_keys"])[0]
-        raise ModelError(
-            f"{directory}: weight {key} has shape {list(found)} and config.json asks for {list(expected)}; "
-            "config.json and weights do not belong together"
-        )
-    # transformers would draw missing weights at random.
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ModelError(f"{directory} lacks the weights {', '.join(missing[:3])}{more}; copy the model again")
-    _check_surplus(sorted(info["unexpected_keys"]), config.get_text_config(), directory)
-
-
-def _check_surplus(keys: list[str], text: PretrainedConfig, directory: Path) -> None:
-    """Weights that the model has no place for: whole layers are an error, others are named.
-
-    Layers that predict further tokens (MTP) lie behind the last one, and the model class leaves them out.
-    """
-    if not keys:
-        return
-    known = getattr(text, "num_hidden_layers", None)
-    numbers = [int(found[1]) for key in keys if (found := LAYER_OF_KEY.search(key))]
-    if isinstance(known, int) and any(number >= known + _num_mtp_layers(text) for number in numbers):
-        raise ModelError(
-            f"{directory} holds weights of {max(numbers) + 1} layers, and its config.json says num_hidden_layers="
-            f"{known}; config.json and weights do not belong together"
-        )
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    logger.warning("%s: the model has no place for the weights %s%s", directory, ", ".join(keys[:3]), more)
-
-
-def _num_mtp_layers(text: PretrainedConfig) -> int:
-    stated = [getattr(text, name, None) for name in ("num_nextn_predict_layers", "num_mtp_layers")]
-    return max((count for count in stated if isinstance(count, int)), default=0)
-
-
-def build_dummy(
-    config: PretrainedConfig,
-    dtype: torch.dtype | str,
-    device: str | torch.device,
-    seed: int,
-    trust_remote_code: bool,
-    name: str,
-) -> nn.Module:
-    """Random weights, drawn where they will be used (nowhere on `meta`). The caller's random state stays as it was.
-
-    Raises:
-        ModelError: too large for the device, or not a config that makes a model.
-    """
-    target = torch.device(device)
-    free = 0 if target.type == "meta" else free_bytes(target)
-    if target.type == "cpu":
-        check_host(name, config, dtype, free, trust_remote_code)
-    try:
-        with torch.random.fork_rng([target] if target.type == "cuda" else []), target:
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(
-                config,
-                dtype=torch.float32 if dtype == "auto" else dtype,
-                trust_remote_code=trust_remote_code,
-                attn_implementation="eager",
-            )
-    # Anything: a config may be valid field by field and still not make a model.
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise does_not_fit(name, config, dtype, target, free, trust_remote_code) from error
-        raise ModelError(f"{name} cannot be built from its config: {one_line(error)}") from error
-
-
-def check_host(
-    name: str, config: PretrainedConfig, dtype: torch.dtype | str, free: int, trust_remote_code: bool
-) -> None:
-    """Refuse what this machine cannot hold: it would promise the memory, and kill the process that takes it."""
-    num_weights = _num_weights(name, config, dtype, trust_remote_code)
-    if num_weights * _element_type(dtype).itemsize > free:
-        raise _too_large(name, num_weights, _element_type(dtype), torch.device("cpu"), free)
-
-
-def does_not_fit(
-    name: str,
-    config: PretrainedConfig,
-    dtype: torch.dtype | str,
-    device: torch.device,
-    free: int,
-    trust_remote_code: bool,
-    load: PackedLoad | None = None,
-) -> ModelError:
-    """What to say of weights for which `device` has no memory; `free`: bytes, before they were read."""
-    num_weights = _num_weights(name, config, dtype, trust_remote_code)
-    if load is not None and load.kept:
-        num_bytes = num_weights * _element_type(dtype).itemsize - load.saved_bytes(_element_type(dtype))
-        return ModelError(
-            f"{name} does not fit in the memory of {device}: its weights take {size_text(num_bytes)} packed, and "
-            f"{size_text(free)} were free; take a smaller model, or a device with more memory free"
-        )
-    return _too_large(name, num_weights, _element_type(dtype), device, free)
-
-
-def _num_weights(name: str, config: PretrainedConfig, dtype: torch.dtype | str, trust_remote_code: bool) -> int:
-    module = build_dummy(config, _element_type(dtype), "meta", 0, trust_remote_code, name)
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _element_type(dtype: torch.dtype | str) -> torch.dtype:
-    return torch.float32 if isinstance(dtype, str) else dtype
-
-
-def _too_large(name: str, num_weights: int, dtype: torch.dtype, device: torch.device, free: int) -> ModelError:
-    way = "take a smaller model, or a device with more memory free"
-    if dtype.itemsize == 4 and num_weights * 2 < free:
-        way = f"set engine.dtype=bfloat16, in which they take {size_text(num_weights * 2)}"
-    return ModelError(
-        f"{name} does not fit in the memory of {device}: its weights take {size_text(num_weights * dtype.itemsize)} in "
-        f"{str(dtype).removeprefix('torch.')}, and {size_text(free)} were free; {way}"
-    )

@@ -21,15 +21,9 @@ from kvarena.engine.checkpoints.directory import one_line, read_config
 from kvarena.engine.checkpoints.packed import packed_checkpoint
 from kvarena.engine.checkpoints.packed_settings import MADE
 from kvarena.engine.errors import ConfigError, ModelError
+from kvarena.engine.models.building import build_dummy, check_host, check_report, does_not_fit, placement
 from kvarena.engine.models.configs import quiet_transformers, read_model_config, tokenizer_end, weights_dtype
-from kvarena.engine.models.loader import (
-    build_dummy,
-    check_host,
-    check_report,
-    describe,
-    does_not_fit,
-    placement,
-)
+from kvarena.engine.models.loader import describe
 from kvarena.engine.models.packed_loader import forget_packing
 from kvarena.engine.models.spec import LoadedModel
 from kvarena.engine.parallel.bind import bind

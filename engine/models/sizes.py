@@ -21,6 +21,7 @@ from kvarena.engine.checkpoints.directory import read_config
 from kvarena.engine.checkpoints.kinds import quantization
 from kvarena.engine.checkpoints.packed import PackedCheckpoint, packed_checkpoint
 from kvarena.engine.checkpoints.packed_settings import check_drawn
+from kvarena.engine.models.building import build_dummy
 from kvarena.engine.models.configs import (
     end_and_special_tokens,
     quiet_transformers,
@@ -29,7 +30,7 @@ from kvarena.engine.models.configs import (
     weights_dtype,
 )
 from kvarena.engine.models.limits import num_decoder_layers
-from kvarena.engine.models.loader import build_dummy, model_spec
+from kvarena.engine.models.loader import model_spec
 from kvarena.engine.models.made_packed import packed_shape
 from kvarena.engine.models.packed_loader import expert_modules, linear_layers
 from kvarena.engine.models.probe import trace_attention

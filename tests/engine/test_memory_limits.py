@@ -7,7 +7,7 @@ import torch
 
 from kvarena.engine.errors import ConfigError, EngineError, ModelError
 from kvarena.engine.models import load_model
-from kvarena.engine.models.loader import build_dummy
+from kvarena.engine.models.building import build_dummy
 from kvarena.engine.pool.host_blocks import HostBlocks
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.pool.memory_limits import _group_rooms, asked_and_free, is_out_of_memory, size_text
@@ -172,7 +172,7 @@ def test_random_weights_that_do_not_fit(monkeypatch):
         if str(device) == "meta":
             return made(config, dtype, device, *args)
         with monkeypatch.context() as patch:
-            patch.setattr("kvarena.engine.models.loader.torch.manual_seed", lambda seed: torch.empty(2**50))
+            patch.setattr("kvarena.engine.models.building.torch.manual_seed", lambda seed: torch.empty(2**50))
             return made(config, dtype, device, *args)
 
     monkeypatch.setattr("kvarena.engine.models.loader.build_dummy", fail)
@@ -193,7 +193,8 @@ def test_a_host_is_asked_before_its_memory_is_taken(monkeypatch):
     monkeypatch.setattr("kvarena.engine.pool.kv_pool.free_bytes", lambda device: num_bytes - 1)
     with pytest.raises(EngineError, match=r"KV pool: 101\.0 KiB were asked for .* lower kv_cache.num_blocks"):
         KVPool(**pool, sized_by="kv_cache.num_blocks")
-    monkeypatch.setattr("kvarena.engine.models.loader.free_bytes", lambda device: 10**6)
+    for module in ("loader", "building"):
+        monkeypatch.setattr(f"kvarena.engine.models.{module}.free_bytes", lambda device: 10**6)
     for load_format in ("auto", "dummy"):
         with pytest.raises(ModelError, match=r"its weights take \d\.\d\d MiB in float32, and 976\.6 KiB were free"):
             load_model("models/demo", load_format=load_format)

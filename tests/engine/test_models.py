@@ -354,7 +354,7 @@ def test_special_tokens_of_the_tokenizer_are_known():
 
 
 def test_a_gpu_needs_what_places_weights_there(llama, monkeypatch):
-    monkeypatch.setattr("kvarena.engine.models.loader.find_spec", lambda name: None)
+    monkeypatch.setattr("kvarena.engine.models.building.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"needs accelerate .* onto cuda: pip install 'kvarena\[gpu\]'"):
         load_model(path=llama, dtype="float32", device="cuda")
 
