@@ -14,6 +14,7 @@ from kvarena.engine.quantization.state import PARTS, PackedSource
 from kvarena.engine.quantization.weight import PackedWeight, join
 
 logger = logging.getLogger(__name__)
+_ROWS_AT_ONCE = 512  # of a layer that is a part of a product
 
 
 class PackedLinear(nn.Module):
@@ -74,9 +75,13 @@ class PackedLinear(nn.Module):
         flat = x.reshape(-1, self.in_features)
         if self._rows is None:
             return self.product(flat, self.bias).view(*x.shape[:-1], self.out_features)
-        y = self.product(flat)[:, self._rows]
-        y = y if self.bias is None else y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features)
+        # The others' outputs are computed too, and thrown away: of some rows at a time, for the memory. What comes here
+        # does not go through fused layers, such as the step that says what room there is for a pool.
+        y = flat.new_empty(len(flat), self.out_features)
+        for rows, out in zip(flat.split(_ROWS_AT_ONCE), y.split(_ROWS_AT_ONCE), strict=True):
+            out.copy_(self.product(rows)[:, self._rows])
+        y = y if self.bias is None else y.add_(self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 class PackedProjection(NamedTuple):

@@ -20,10 +20,10 @@ from kvarena.engine.fusions.pack import projection
 from kvarena.engine.fusions.packed_ops import PackedOps
 from kvarena.engine.models import load_model, loader
 from kvarena.engine.models.sizes import model_sizes
-from kvarena.engine.quantization import products
+from kvarena.engine.quantization import linear, products
 from kvarena.engine.quantization.experts import PackedExperts
 from kvarena.engine.quantization.linear import PackedLinear, PackedProjection, settle_products
-from kvarena.engine.quantization.products import TritonProduct
+from kvarena.engine.quantization.products import PackedProduct, TritonProduct
 from kvarena.engine.quantization.state import PackedTensors
 from kvarena.experiments.correctness import model_classes
 from kvarena.experiments.correctness.reference import greedy_reference
@@ -163,9 +163,13 @@ def test_layers_that_stay_packed_equal_the_dequantised_ones(made, case, packed_h
     # A layer has two products of attention, and two of an MLP that is not of experts.
     assert settle_products(model.module, torch.float32) == {"Triton": (2 if experts else 4) * depth}
     attention, own = model.module.model.layers[0].self_attn, reference.module.model.layers[0].self_attn
-    x = torch.randn(2, 3, 64)
+    x, seen, kept = torch.randn(2, 3, 64), [], PackedProduct.__call__
+    monkeypatch.setattr(linear, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(PackedProduct, "__call__", lambda self, x, *rest: seen.append(len(x)) or kept(self, x, *rest))
     for name in ("q_proj", "v_proj", "o_proj"):
         torch.testing.assert_close(getattr(attention, name)(x), getattr(own, name)(x), rtol=1e-4, atol=1e-4)
+    # Of all outputs, of which a layer keeps its own: never for many rows at once. The largest step sizes the pool.
+    assert seen == [4, 2, 4, 2, 6]
     assert attention.q_proj.product is attention.v_proj.product is decoder.layers[0].attention.qkv.product
     checkpoint = packed_checkpoint(packed, read_config(packed))
     taken = sum(part.num_bytes for part in (*layers, *experts))
