@@ -59,6 +59,7 @@ class RunSummary(_Written):
     machine: dict[str, Any]
     versions: dict[str, Any]
     model: dict[str, Any]
+    engine: dict[str, Any] | None = None
     pool: dict[str, Any]
     workload: dict[str, Any]
     arrival: dict[str, Any] | None = None

@@ -32,6 +32,7 @@ from kvarena.experiments.building.loading import load, num_blocks
 from kvarena.experiments.building.parts import (
     EngineParts,
     first_strategy,
+    overlaps,
     pool_facts,
     resolve_max_model_len,
     target_device,
@@ -177,8 +178,8 @@ def build_engine(
     if prepared is None:
         prepared = _prepare_runner(config, runner_config, model, allocator, max_model_len)
         shared.keep(config, prepared)
-    ledger = MemoryLedger()
-    engine = strategy.engine(prepared.runner, prepared.clock, overlap=engine_config.overlap, ledger=ledger)
+    ledger, overlap = MemoryLedger(), overlaps(engine_config, auto=device_name == "cuda")
+    engine = strategy.engine(prepared.runner, prepared.clock, overlap=overlap, ledger=ledger)
     facts = pool_facts(allocator, spec, prepared.facts)
     if model.images is not None:
         facts["image_cache"] = {"bytes": model.image_cache_bytes, "num_tokens": model.images.cache.num_rows}

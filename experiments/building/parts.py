@@ -70,6 +70,11 @@ def target_device(name: str) -> str:
     return ("cuda" if available else "cpu") if name == "auto" else name
 
 
+def overlaps(config: EngineConfig, auto: bool) -> bool:
+    """Whether steps are planned while others run, of `engine.overlap`; `auto`: what that means here."""
+    return auto if config.overlap == "auto" else bool(config.overlap)
+
+
 def pool_facts(allocator: KVAllocator, spec: ModelSpec, runner_facts: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says of the pool."""
     slots = allocator.num_blocks * allocator.block_size

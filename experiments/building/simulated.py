@@ -9,6 +9,7 @@ from kvarena.engine.models.sizes import ModelSizes
 from kvarena.experiments.building.parts import (
     EngineParts,
     first_strategy,
+    overlaps,
     pool_blocks,
     pool_facts,
     resolve_max_model_len,
@@ -33,8 +34,9 @@ def build_simulated_engine(config: RunConfig, clock: MovableClock | None = None)
         ModelError: the model's config is missing, broken, or not of standard attention.
     """
     assert isinstance(config.runner, SimulatedRunnerConfig)
-    profile_name, overlap = config.runner.profile, config.engine.overlap
+    profile_name = config.runner.profile
     profile = load_profile(profile_name)
+    overlap = overlaps(config.engine, auto=isinstance(profile, MeasuredProfile) and profile.overlap)
     profile.check_overlap(overlap)
     sizes = sizes_of(config)
     spec, block_size = sizes.spec, config.allocator.need("block_size")

@@ -51,6 +51,11 @@ def on_gpu(config: RunConfig) -> bool:
     return config.engine.device != "cpu" and torch.cuda.is_available()
 
 
+def engine_facts(parts: EngineParts) -> dict[str, Any]:
+    """Section `engine`: what settings that leave it open came to."""
+    return {"overlap": parts.engine.overlap}
+
+
 def model_facts(parts: EngineParts) -> dict[str, Any]:
     """Section `model`."""
     spec = parts.spec

@@ -12,7 +12,7 @@ from kvarena.experiments.building.shared import SharedParts
 from kvarena.experiments.building.warm_up import Reach, WarmUp, warm_cache, warm_up
 from kvarena.experiments.folders.provenance import peak_rss_bytes, utc_now
 from kvarena.experiments.folders.run_folder import Measured
-from kvarena.experiments.jobs.cell_facts import interrupted_facts, model_facts, on_gpu, simulation_facts
+from kvarena.experiments.jobs.cell_facts import engine_facts, interrupted_facts, model_facts, on_gpu, simulation_facts
 from kvarena.experiments.jobs.output import Progress
 from kvarena.experiments.load.driver import drive
 from kvarena.experiments.recording.contention import Contention
@@ -85,6 +85,7 @@ def run_engine(config: RunConfig, name: str, shared: SharedParts | None, signals
         print(f"warning: {name}: {slow}", file=sys.stderr)
     facts = setup.load.manifest() | {
         "model": model_facts(setup.parts),
+        "engine": engine_facts(setup.parts),
         "pool": setup.parts.pool_facts,
         "simulation": simulation_facts(setup.parts, recording, name),
         "memory": memory,

@@ -11,7 +11,7 @@ from kvarena.experiments.building.replicas import ReplicaSet, build_replicas
 from kvarena.experiments.building.warm_up import warm_up
 from kvarena.experiments.folders.provenance import peak_rss_bytes, utc_now
 from kvarena.experiments.folders.run_folder import Measured
-from kvarena.experiments.jobs.cell_facts import interrupted_facts, model_facts, simulation_facts
+from kvarena.experiments.jobs.cell_facts import engine_facts, interrupted_facts, model_facts, simulation_facts
 from kvarena.experiments.jobs.output import Progress
 from kvarena.experiments.load.replicas import Replica, RoutingLog, YieldingRunner, drive_replicas
 from kvarena.experiments.recording.contention import Contention
@@ -78,6 +78,7 @@ def run_replicas(config: RunConfig, name: str, signals: Signals) -> Measured:
         print(f"warning: {name}: {slow}", file=sys.stderr)
     facts = load.manifest() | {
         "model": model_facts(first),
+        "engine": engine_facts(first),
         "pool": first.pool_facts,
         "replicas": len(replicas),
         "simulation": simulation_facts(first, merged, name),

@@ -57,7 +57,7 @@ class EngineConfig(Section):
     max_model_len: Annotated[int | None, integer(2).or_null]
     dtype: Annotated[str, one_of("float32", "bfloat16", "float16", "auto")]
     device: Annotated[str, one_of("auto", "cpu", "cuda")]
-    overlap: Annotated[bool, TRUTH]
+    overlap: Annotated[bool | str, AUTO]
     seed: Annotated[int, integer(0)]
     gpu_memory_utilization: Annotated[float, SHARE]
     image_cache_mib: Annotated[float, number(0)]

@@ -25,7 +25,7 @@ SHAPE = MANIFEST | {
     "model": {"name": str, "max_model_len": MAYBE_INTEGER, "kv_bytes_per_token": int},
     "pool": {"num_blocks": int},
     "config": {
-        "engine": {"overlap": bool, "max_model_len": MAYBE_INTEGER},
+        "engine": {"max_model_len": MAYBE_INTEGER},
         "allocator": dict,
         "scheduler": dict,
     },
@@ -76,8 +76,13 @@ class RecordedRun:
 
     @property
     def overlap(self) -> bool:
-        """Whether steps were planned while others ran."""
-        return bool(self.manifest["config"]["engine"]["overlap"])
+        """Whether steps were planned while others ran. Older manifests have it among their settings alone."""
+        found = (self.manifest.get("engine") or self.manifest["config"]["engine"]).get("overlap")
+        if not isinstance(found, bool):
+            raise ConfigError(
+                f"{self.path / MANIFEST_FILE} does not say whether steps overlapped; record the run again"
+            )
+        return found
 
     @cached_property
     def steps(self) -> dict[str, np.ndarray]:

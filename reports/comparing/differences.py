@@ -66,6 +66,8 @@ def _machinery(cells: Sequence[Cell]) -> list[tuple[str, str]]:
         result.append(("The model", apart([(label, _model(manifest)) for label, manifest in manifests])))
     if "runner" not in swept:
         result += _parts("The runner", [(label, _runner(manifest)) for label, manifest in measured])
+    if "engine" not in swept:
+        result.append(("The step loop", apart([(label, _loop(manifest)) for label, manifest in manifests])))
     result.append(("The machine", apart([(label, machine_name(manifest["machine"])) for label, manifest in measured])))
     result += _parts("The software", [(label, manifest["versions"]) for label, manifest in manifests])
     result.append(("The code", _code(manifests)))
@@ -108,6 +110,12 @@ def _text(value: Any) -> str:
 def _model(manifest: dict[str, Any]) -> str:
     model = manifest["model"]
     return f"{model.get('name') or DASH} in {model.get('dtype') or DASH}"
+
+
+def _loop(manifest: dict[str, Any]) -> str:
+    """With or without overlap; older manifests have it among their settings alone."""
+    found = manifest.get("engine") or (manifest.get("config") or {}).get("engine") or {}
+    return {True: "with overlap", False: "without overlap"}.get(found.get("overlap"), DASH)
 
 
 def _runner(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,13 @@ def _quantised(model: Mapping[str, Any]) -> str:
     return f" ({model['quantization']})" if model.get("quantization") else ""
 
 
+def step_loop(engine: Mapping[str, Any]) -> str:
+    """Whether the host planned ahead."""
+    if engine["overlap"]:
+        return "with overlap: a step is planned while the one before runs"
+    return "without overlap: a step is planned when the one before has ended"
+
+
 def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """What ran, on what."""
     strategy, model, pool, machine = (summary[key] or {} for key in ("strategy", "model", "pool", "machine"))
@@ -100,6 +107,7 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
                   f"{model.get('dtype', DASH)}{_quantised(model)}"),
         ("KV pool", f"{_each(summary)}{count(pool.get('num_slots'))} slots, {size_bytes(pool.get('bytes'))}, "
                     f"blocks of {pool.get('block_size', DASH)}{_pages(pool.get('pages'))}"),
+        *([("Step loop", step_loop(summary["engine"]))] if summary["engine"] else []),
         ("Workload", f"{workload.get('name', DASH)}, {count(summary['num_requests'])} requests, "
                      f"{_seeds(workload.get('seed'))}"),
         ("Arrivals", ", ".join(str(value) for value in [arrival.pop("name", DASH), *_pairs(arrival)])),

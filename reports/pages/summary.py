@@ -23,7 +23,7 @@ from kvarena.reports.reading.files import UNRECORDED, RunFiles
 
 SCHEMA_VERSION = 1
 NUM_REJECTION_KINDS = 8
-FACTS = ("name", "created", "strategy", "replicas", "git", "machine", "versions", "model", "pool", "workload",
+FACTS = ("name", "created", "strategy", "replicas", "git", "machine", "versions", "model", "engine", "pool", "workload",
          "arrival", "command", "simulation", "target", "cache", "round", "contention")  # fmt: skip
 # What the manifest says of any run.
 KNOWN = (
