@@ -19,9 +19,8 @@ from ray.serve.handle import DeploymentHandle
 from examples.ray_serve.engines import RayEngines
 from examples.ray_serve.replica import EngineReplica
 from examples.ray_serve.request_router import KVRouter
-from kvarena.engine.server.api.app import create_app
 from kvarena.engine.server.front.dashboard import PoolFeed
-from kvarena.engine.server.processes.front import make_service
+from kvarena.engine.server.processes.front import make_app, make_service
 from kvarena.engine.server.processes.process import ModelFiles
 from kvarena.engine.server.shared import metrics
 from kvarena.experiments.building.model_files import check_model
@@ -67,7 +66,7 @@ class Ingress:
         model = ModelFiles(str(directory), config.model.trust_remote_code, in_flags)
         service = await make_service(server, model, engines, rows.fronts[0][0], feed, None)
         feed.attach(engines, rows, service.model_names[0])
-        return create_app(service, rows)
+        return make_app(service, rows, None)
 
 
 def build(args: dict[str, str]) -> serve.Application:

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from kvarena.engine.server.text.tool_calls import FirstCallParser, ListParser, ToolParser
-from kvarena.engine.server.text.tool_texts import BareParser, HiddenTokens, TaggedParser
+from kvarena.engine.server.forms.calls import FirstCallParser, ListParser, ToolParser
+from kvarena.engine.server.forms.texts import BareParser, HiddenTokens, TaggedParser
 from kvarena.experiments.tools import tool_parser
 
 NAMES = ("f", "get_weather")

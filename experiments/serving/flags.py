@@ -117,6 +117,12 @@ def _add_web(add: Callable[..., Any]) -> None:
         help="how calls of tools are written in an answer (default: auto, as the chat template says)",
     )
     add(
+        "--response-store-size",
+        type=int,
+        metavar="N",
+        help="responses of /v1/responses that can be asked for again; 0: none is kept (default: 1024)",
+    )
+    add(
         "--generation-config",
         choices=("auto", "vllm"),
         help="default sampling: the model's generation_config.json, or vllm: none of it (default: auto)",

@@ -35,8 +35,8 @@ SAME_NAME = (
     "engine.seed", "engine.max_model_len", "scheduler.max_num_seqs", "scheduler.max_num_batched_tokens",
     "allocator.block_size", "server.host", "server.port", "server.max_num_queued_requests", "server.shutdown_timeout",
     "server.api_key_file", "server.allowed_media_domains", "server.allowed_local_media_path", "server.chat_template",
-    "server.tool_call_parser", "server.generation_config", "server.max_logprobs", "server.ssl_certfile",
-    "server.ssl_keyfile", "server.ssl_keyfile_password", "server.ssl_ca_certs",
+    "server.tool_call_parser", "server.response_store_size", "server.generation_config", "server.max_logprobs",
+    "server.ssl_certfile", "server.ssl_keyfile", "server.ssl_keyfile_password", "server.ssl_ca_certs",
 )  # fmt: skip
 FLAGS |= {key: "--" + key.partition(".")[2].replace("_", "-") for key in SAME_NAME}
 # What a setting says where its flag takes no value.

@@ -30,7 +30,7 @@ VALUES = {
     "--distributed-executor-backend": "ray",
     "--set": "driver.probe=false", "--data-parallel-size": "2", "--router": "least_kv",
     "--ssl-certfile": "a", "--ssl-keyfile": "b", "--ssl-keyfile-password": "c", "--ssl-ca-certs": "d",
-    "--api-key-file": "README.md", "--protect": "/metrics",
+    "--response-store-size": "7", "--api-key-file": "README.md", "--protect": "/metrics",
 }  # fmt: skip
 BESIDE = {"--router": ["--data-parallel-size", "2"]}  # without, there is nothing that it could change
 

@@ -51,9 +51,7 @@ FOREIGN = [
     ("guidedRegex", "a", [None]),
     ("do_sample", False, [True, None]),
     ("enable_thinking", False, [None]),
-    ("include_reasoning", False, [True]),
     ("separate_reasoning", "yes", [True, False]),  # vllm-router sends true with every chat
-    ("reasoning_effort", "low", [None]),
     ("top_n_sigma", 1.5, [-1, 0]),
     ("options", {"num_predict": 3}, [{}]),
     ("extra_body", {"top_k": 3}, [{}]),
@@ -105,6 +103,8 @@ OTHER_ENDPOINTS = [
     (ChatCompletionRequest, {"suffix": "x"}),
     (TokenizeRequest, {"documents": [{"text": "x"}]}),
     (TokenizeRequest, {"reasoning_effort": "low"}),
+    (CompletionRequest, {"reasoning_effort": "low"}),
+    (CompletionRequest, {"include_reasoning": False}),
     (TokenizeRequest, {"addSpecialTokens": True}),
     (DetokenizeRequest, {"skipSpecialTokens": True}),
 ]

@@ -8,11 +8,11 @@ import json
 import pytest
 
 from kvarena.engine.errors import ModelError
+from kvarena.engine.server.forms.calls import FirstCallParser, ListParser, NamedParser
+from kvarena.engine.server.forms.finding import find_form, read_form
+from kvarena.engine.server.forms.templates import XML_TEMPLATE, TemplateParser, check_template
+from kvarena.engine.server.forms.texts import BareParser, HiddenTokens, TaggedParser
 from kvarena.engine.server.text.detokenizer import Detokenizer
-from kvarena.engine.server.text.tool_calls import FirstCallParser, ListParser, NamedParser
-from kvarena.engine.server.text.tool_forms import find_form, read_form
-from kvarena.engine.server.text.tool_templates import XML_TEMPLATE, TemplateParser, check_template
-from kvarena.engine.server.text.tool_texts import BareParser, HiddenTokens, TaggedParser
 from kvarena.experiments.fuzzing import tool_texts as fuzz_tool_texts
 from tests import tokenizer_kinds
 
@@ -262,7 +262,7 @@ def test_the_arguments_of_a_named_function_come_as_they_are_written():
     parser = NamedParser("f")
     first, second, last = parser.add('{"x"'), parser.add(": 1}"), parser.end()
     assert [call.name for call in first.calls] == ["f"]
-    assert (first.arguments, second, last.calls) == ('{"x"', ("", [], ": 1}"), [])
+    assert (first.arguments, second.arguments, second.calls, last) == ('{"x"', ": 1}", [], [])
     assert NamedParser("f").end().calls[0].arguments == ""
 
 

@@ -80,9 +80,13 @@ class Answer(Group, ABC):
         """The choices of a prompt, whose text goes on in `stream`."""
         made = self.add(prompt, sampling, stream, self._stops, bool(self.req.include_stop_str_in_output))
         self.prompts.append(made)
-        prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
-        self._prefixes += [b"%b%d,%b" % (prefix, choice.index, self.before_text) for choice in made]
+        self._prefixes += [self._text_prefix(choice) for choice in made]
         return made
+
+    def _text_prefix(self, choice: Choice) -> bytes:
+        """An event that carries text alone, up to the text."""
+        prefix = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
+        return b"%b%d,%b" % (prefix, choice.index, self.before_text)
 
     @abstractmethod
     def begin(self) -> bytes:
@@ -129,9 +133,15 @@ class Answer(Group, ABC):
             "prompt_tokens_details": {"cached_tokens": num_cached},
         }
 
-    def usage_event(self) -> bytes:
-        """The event that carries the usage."""
-        return event(self._head | {"choices": [], "usage": self.usage()})
+    def ending(self) -> bytes:
+        """What a stream ends with, once all choices have ended."""
+        options = self.req.stream_options
+        wants_usage = options is not None and options.include_usage
+        return (event(self._head | {"choices": [], "usage": self.usage()}) if wants_usage else b"") + DONE
+
+    def broken(self, error: ApiError) -> bytes:
+        """What a stream ends with that could not be finished."""
+        return event(error.body()) + DONE
 
     def close(self) -> None:
         """The answer is over: end what is still open and free its slots."""
@@ -222,10 +232,10 @@ class EventStream(Response):
             try:
                 await self._write(send)
             except Exception as error:
-                event = b"data: " + orjson.dumps(as_api_error(error).body()) + b"\n\n" + DONE
+                last = answer.broken(as_api_error(error))
                 # A reader that is too slow may never take its error either: then the connection is cut.
                 timer = asyncio.get_running_loop().call_later(_SLOW_READER_GRACE, cut)
-                await send({"type": "http.response.body", "body": event, "more_body": False})
+                await send({"type": "http.response.body", "body": last, "more_body": False})
                 timer.cancel()
 
         answer.on_stuck = lambda: asyncio.get_running_loop().call_later(_SLOW_READER_GRACE, cut)
@@ -250,10 +260,7 @@ class EventStream(Response):
                 parts.append(answer.delta(choice, *choice.advance()))
                 num_open -= choice.finish_reason is not None
             if not num_open:
-                options = answer.req.stream_options
-                if options is not None and options.include_usage:
-                    parts.append(answer.usage_event())
-                parts.append(DONE)
+                parts.append(answer.ending())
             body = b"".join(parts)
             if body:
                 answer.is_writing = True

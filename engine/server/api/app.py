@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -39,31 +41,36 @@ _ERRORS = {
 }
 
 
-def _responses(*codes: int) -> dict[int | str, dict[str, Any]]:
+def responses_of(*codes: int) -> dict[int | str, dict[str, Any]]:
     """Documented errors."""
     return {code: {"model": protocol.ErrorResponse, "description": _ERRORS[code]} for code in (401, 405, 431, *codes)}
 
 
-def _body(model: type[Any]) -> dict[str, Any]:
+def body_of(model: type[Any]) -> dict[str, Any]:
     """The OpenAPI entry of a body that the handler reads by itself."""
     ref = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref}}}}
 
 
-_POST = _responses(400, 404, 408, 413, 415, 500, 503)
+_POST = responses_of(400, 404, 408, 413, 415, 500, 503)
 
 
-def _completion_responses(model: type[Any]) -> dict[int | str, dict[str, Any]]:
+def answers_of(model: type[Any]) -> dict[int | str, dict[str, Any]]:
+    """Documented answers of a path that makes text: whole, streamed, and its errors."""
     success = {"model": model, "content": {"text/event-stream": {}}}
     return {200: success, **_POST}
 
 
-def create_app(service: Service, rows: Rows) -> ASGIApp:
+AddRoutes = Callable[[FastAPI, Service], tuple[type[BaseModel], ...]]
+
+
+def create_app(service: Service, rows: Rows, more: Sequence[AddRoutes] = ()) -> ASGIApp:
     """The application of one front.
 
     Args:
         service: what answers.
         rows: all processes' metrics.
+        more: add the routes of other APIs; each gives the kinds of their bodies.
     """
     app = FastAPI(
         title="kvarena",
@@ -79,7 +86,7 @@ def create_app(service: Service, rows: Rows) -> ASGIApp:
     add_docs(app)
     if service.config.enable_dashboard:
         add_live_pages(app, service.feed)
-    _add_schemas(app)
+    _add_schemas(app, [kind for add in more for kind in add(app, service)])
     gate = Gate(app, service.config, service.row)
     if not service.config.cors_origins:
         return gate
@@ -87,25 +94,25 @@ def create_app(service: Service, rows: Rows) -> ASGIApp:
     return CORSMiddleware(
         gate,
         allow_origins=service.config.cors_origins,
-        allow_methods=["GET", "HEAD", "POST"],
+        allow_methods=["GET", "HEAD", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=["X-Request-Id", "Retry-After"],
     )
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    async def on_error(_: Request, error: Exception) -> Response:
-        return error_response(as_api_error(error))
+    async def on_error(request: Request, error: Exception) -> Response:
+        return error_response(as_api_error(error), request.url.path)
 
-    async def on_http_error(_: Request, error: Exception) -> Response:
+    async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         messages = {404: "No such path.", 405: "This path does not know this method."}
         text = messages.get(error.status_code, str(error.detail))
-        return error_response(ApiError(error.status_code, text, headers=dict(error.headers or {})))
+        return error_response(ApiError(error.status_code, text, headers=dict(error.headers or {})), request.url.path)
 
-    async def on_validation_error(_: Request, error: Exception) -> Response:
+    async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(bad_request(str(error.errors()[:1])[:300]))
+        return error_response(bad_request(str(error.errors()[:1])[:300]), request.url.path)
 
     async def on_disconnect(_: Request, error: Exception) -> Response:  # noqa: ARG001
         return Response(status_code=499)
@@ -122,15 +129,14 @@ def _add_status_routes(app: FastAPI, service: Service, rows: Rows) -> None:
         "/health",
         summary="Is the server alive and making progress?",
         response_class=Response,
-        responses=_responses(503),
+        responses=responses_of(503),
     )
     @app.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
     @app.head("/health", include_in_schema=False)
     async def health() -> Response:
         if reason := service.client.fault_of_all(strict=True):
-            return error_response(
-                ApiError(503, f"Unhealthy: {reason}.", code="unhealthy", headers={"Retry-After": "5"})
-            )
+            unhealthy = ApiError(503, f"Unhealthy: {reason}.", code="unhealthy", headers={"Retry-After": "5"})
+            return error_response(unhealthy, "/health")
         return Response(status_code=200)
 
     @app.head("/ready", include_in_schema=False)
@@ -138,20 +144,20 @@ def _add_status_routes(app: FastAPI, service: Service, rows: Rows) -> None:
         "/ready",
         summary="Does the server take new requests?",
         response_class=Response,
-        responses=_responses(503),
+        responses=responses_of(503),
     )
     async def ready() -> Response:
         if service.draining:
-            return error_response(ApiError(503, "The server is shutting down.", code="draining"))
+            return error_response(ApiError(503, "The server is shutting down.", code="draining"), "/ready")
         return await health()
 
     @app.head("/version", include_in_schema=False)
-    @app.get("/version", response_model=protocol.VersionResponse, responses=_responses())
+    @app.get("/version", response_model=protocol.VersionResponse, responses=responses_of())
     async def show_version() -> dict[str, str]:
         return {"version": kvarena.__version__}
 
     page: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-    page |= _responses()
+    page |= responses_of()
 
     @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=page)
@@ -163,7 +169,7 @@ def _add_status_routes(app: FastAPI, service: Service, rows: Rows) -> None:
         data = render(rows, service.model_names[0], facts)
         return Response(data, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/kv_event_sources", summary="Where each engine publishes its KV events", responses=_responses())
+    @app.get("/kv_event_sources", summary="Where each engine publishes its KV events", responses=responses_of())
     async def kv_event_sources() -> dict[str, dict[str, Any]]:
         return {str(rank): info.kv_events for rank, info in enumerate(service.client.infos) if info.kv_events}
 
@@ -174,19 +180,19 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             id=name, created=service.created, root=service.model_root, max_model_len=service.info.max_model_len
         ).model_dump()
 
-    @app.get("/v1/models", response_model=protocol.ModelList, responses=_responses())
+    @app.get("/v1/models", response_model=protocol.ModelList, responses=responses_of())
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card(name) for name in service.model_names]}
 
-    @app.get("/v1/models/{model_id:path}", response_model=protocol.ModelCard, responses=_responses(404))
+    @app.get("/v1/models/{model_id:path}", response_model=protocol.ModelCard, responses=responses_of(404))
     async def model(model_id: str) -> dict[str, Any]:
         return card(service.check_model(model_id))
 
     @app.post(
         "/v1/completions",
         response_class=Response,
-        responses=_completion_responses(protocol.CompletionResponse),
-        openapi_extra=_body(protocol.CompletionRequest),
+        responses=answers_of(protocol.CompletionResponse),
+        openapi_extra=body_of(protocol.CompletionRequest),
     )
     async def completions(request: Request) -> Response:
         return await service.completions(request)
@@ -194,8 +200,8 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/chat/completions",
         response_class=Response,
-        responses=_completion_responses(protocol.ChatCompletionResponse),
-        openapi_extra=_body(protocol.ChatCompletionRequest),
+        responses=answers_of(protocol.ChatCompletionResponse),
+        openapi_extra=body_of(protocol.ChatCompletionRequest),
     )
     async def chat(request: Request) -> Response:
         return await service.chat(request)
@@ -204,7 +210,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         "/tokenize",
         response_class=Response,
         responses={200: {"model": protocol.TokenizeResponse}, **_POST},
-        openapi_extra=_body(protocol.TokenizeRequest),
+        openapi_extra=body_of(protocol.TokenizeRequest),
     )
     async def tokenize(request: Request) -> Response:
         req = await service.read(request, protocol.TokenizeRequest)
@@ -224,7 +230,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         "/detokenize",
         response_class=Response,
         responses={200: {"model": protocol.DetokenizeResponse}, **_POST},
-        openapi_extra=_body(protocol.DetokenizeRequest),
+        openapi_extra=body_of(protocol.DetokenizeRequest),
     )
     async def detokenize(request: Request) -> Response:
         req = await service.read(request, protocol.DetokenizeRequest)
@@ -237,7 +243,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         return Response(orjson.dumps({"prompt": text}), media_type="application/json")
 
 
-def _add_schemas(app: FastAPI) -> None:
+def _add_schemas(app: FastAPI, more: Sequence[type[BaseModel]]) -> None:
     """Put the schemas of hand-read bodies into the OpenAPI document."""
     made = app.openapi
 
@@ -245,11 +251,12 @@ def _add_schemas(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = made()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            bodies = (
+            bodies: tuple[type[BaseModel], ...] = (
                 protocol.CompletionRequest,
                 protocol.ChatCompletionRequest,
                 protocol.TokenizeRequest,
                 protocol.DetokenizeRequest,
+                *more,
             )
             for model in bodies:
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")

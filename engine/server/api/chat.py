@@ -2,62 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from typing import Any
 
 import orjson
 from typing_extensions import override
 
-from kvarena.engine.request import SamplingParams
-from kvarena.engine.server.api.answers import Answer, event
-from kvarena.engine.server.api.completions import finite, prompt_logprobs_body
-from kvarena.engine.server.api.protocol import ChatCompletionRequest, NamedToolChoice
-from kvarena.engine.server.front.engines import Engines
+from kvarena.engine.server.api.answers import event
+from kvarena.engine.server.api.completions import prompt_logprobs_body
+from kvarena.engine.server.api.turn import Turn, is_json
+from kvarena.engine.server.forms.calls import Parsed, ToolCall
 from kvarena.engine.server.front.groups import Choice
-from kvarena.engine.server.text.detokenizer import Detokenizer
-from kvarena.engine.server.text.streams import TextStream
-from kvarena.engine.server.text.tool_calls import Parsed, ToolCall, ToolParser
 
 
-class ChatAnswer(Answer):
-    """A chat completion.
-
-    Args:
-        client, req, model, arrival: as of `Answer`.
-        detokenizer: names tokens.
-        make_parser: gives a tool parser per choice, or None when the answer is text only.
-    """
+class ChatAnswer(Turn):
+    """A chat completion."""
 
     prefix, event_kind = "chatcmpl", "chat.completion.chunk"
     before_text = b'"delta":{"content":'
     after_text = b'},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
-
-    def __init__(
-        self,
-        client: Engines,
-        req: ChatCompletionRequest,
-        model: str,
-        arrival: float,
-        *,
-        detokenizer: Detokenizer,
-        make_parser: Callable[[], ToolParser | None],
-    ) -> None:
-        super().__init__(client, req, model, arrival)
-        self._detokenizer, self._make_parser = detokenizer, make_parser
-        self._logprobs = bool(req.logprobs)
-        # A function was named: its finish reason stays `stop`.
-        self._forced_call = isinstance(req.tool_choice, NamedToolChoice)
-        self._parsers: list[ToolParser | None] = []
-        self._calls: list[list[ToolCall]] = []
-
-    @override
-    def add_prompt(self, prompt: list[int], sampling: SamplingParams, stream: TextStream) -> list[Choice]:
-        made = super().add_prompt(prompt, sampling, stream)
-        self._parsers += [self._make_parser() for _ in made]
-        self._calls += [[] for _ in made]
-        self._is_plain = self._is_plain and not (self._logprobs or any(self._parsers))
-        return made
 
     @override
     def begin(self) -> bytes:
@@ -76,47 +38,47 @@ class ChatAnswer(Answer):
 
     @override
     def _last_event(self, choice: Choice, text: str) -> bytes:
-        return self._text_event(choice, text, [], [], True)
+        return self._text_event(choice, {"content": text} if text else {}, [], [], True)
 
     @override
-    def _rich_delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
-        parser, known = self._parsers[choice.index], self._calls[choice.index]
-        parsed = Parsed(text, [])
+    def _show(self, choice: Choice, parsed: Parsed, entries: list[Any], token_ids: list[int]) -> bytes:
         is_end = choice.finish_reason is not None
-        if parser is not None:
-            parsed = parser.add(text)
-            if is_end:
-                rest = parser.end()
-                parsed = Parsed(parsed.text + rest.text, parsed.calls + rest.calls, parsed.arguments + rest.arguments)
-        entries = [self._logprob_entry(entry) for entry in logprobs] if self._logprobs else []
-        first_call = len(known)
-        known += parsed.calls
-        if parsed.arguments:
-            last = known.pop()
-            known.append(last._replace(arguments=last.arguments + parsed.arguments))
         if not self._streams:
             choice.pieces.append(parsed.text)
             choice.token_ids += token_ids
             choice.entries += entries
             return b""
-        events = b""
-        shows_text = parsed.text or entries or (self._return_token_ids and token_ids)
-        has_calls = bool(parsed.calls or parsed.arguments)
-        if shows_text or (is_end and not has_calls):
-            events += self._text_event(choice, parsed.text, entries, token_ids, is_end and not has_calls)
-        for number, call in enumerate(parsed.calls, start=first_call):
+        if not is_end and not entries and not self._return_token_ids and len(parsed) == 1 and type(parsed[0]) is str:
+            return self._prefixes[choice.index] + orjson.dumps(parsed[0]) + self.after_text
+        return self._rich_events(choice, parsed, entries, token_ids, is_end)
+
+    def _rich_events(
+        self, choice: Choice, parsed: Parsed, entries: list[Any], token_ids: list[int], is_end: bool
+    ) -> bytes:
+        events, number = b"", len(self._calls[choice.index]) - len(parsed.calls)
+        text, thought, arguments = parsed.text, parsed.thought, parsed.arguments
+        has_calls = bool(parsed.calls or arguments)
+        delta = ({"reasoning": thought} if thought else {}) | ({"content": text} if text else {})
+        shows = delta or entries or (self._return_token_ids and token_ids)
+        if shows or (is_end and not has_calls):
+            delta = delta if delta or is_end else {"content": ""}
+            events += self._text_event(choice, delta, entries, token_ids, is_end and not has_calls)
+        for call in parsed.calls:
             events += self._call_events(choice.index, number, call)
-        if parsed.arguments:
-            events += self._arguments_event(choice.index, len(known) - 1, parsed.arguments)
+            number += 1
+        if arguments:
+            events += self._arguments_event(choice.index, number - 1, arguments)
         if is_end and has_calls:
-            events += self._text_event(choice, "", [], [], True)
+            events += self._text_event(choice, {}, [], [], True)
         return events
 
-    def _text_event(self, of: Choice, text: str, entries: list[Any], token_ids: list[int], is_end: bool) -> bytes:
+    def _text_event(
+        self, of: Choice, delta: dict[str, str], entries: list[Any], token_ids: list[int], is_end: bool
+    ) -> bytes:
         """New text; the last one of a choice carries its finish reason."""
         choice: dict[str, Any] = {
             "index": of.index,
-            "delta": {"content": text} if text or not is_end else {},
+            "delta": delta,
             "logprobs": {"content": entries} if entries else None,
             "finish_reason": None,
             "token_ids": token_ids if self._return_token_ids else None,
@@ -143,17 +105,6 @@ class ChatAnswer(Answer):
         choice = {"index": index, "delta": {"tool_calls": [part]}, "logprobs": None, "finish_reason": None}
         return event(self._head | {"choices": [choice]})
 
-    def _logprob_entry(self, entry: Any) -> dict[str, Any]:
-        token, logprob, _, top = entry
-        detokenizer = self._detokenizer
-        names = detokenizer.names_of([token, *(other for other, _ in top)])
-
-        def named(token: int, logprob: float) -> dict[str, Any]:
-            data = detokenizer.token_bytes(token)
-            return {"token": names[token], "logprob": finite(logprob), "bytes": list(data)}
-
-        return named(token, logprob) | {"top_logprobs": [named(other, value) for other, value in top]}
-
     def _finish_reason(self, choice: Choice) -> str | None:
         called = bool(self._calls[choice.index]) and not self._forced_call
         return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason
@@ -170,10 +121,12 @@ class ChatAnswer(Answer):
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         content = "".join(choice.pieces)
         calls = self._calls[choice.index]
-        if self._forced_call and calls and not _is_json(calls[-1].arguments):
+        if self._forced_call and calls and not is_json(calls[-1].arguments):
             # Cut by max_tokens or a stop string: what was written is text, and no call that a client could make.
             content, calls = content + calls[-1].arguments, calls[:-1]
         message: dict[str, Any] = {"role": "assistant", "content": content}
+        if self._thoughts[choice.index] and self.req.include_reasoning is not False:
+            message["reasoning"] = "".join(self._thoughts[choice.index])
         if calls:
             message["content"] = content or None
             message["tool_calls"] = [
@@ -188,11 +141,3 @@ class ChatAnswer(Answer):
             "stop_reason": choice.stop_reason,
             "token_ids": choice.token_ids if self._return_token_ids else None,
         }
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from kvarena.engine.errors import RequestError
 from kvarena.engine.server.api import structured
 from kvarena.engine.server.api.protocol import ChatCompletionRequest, NamedToolChoice, SamplingFields
+from kvarena.engine.server.api.turn import Reading
 from kvarena.engine.server.engine.grammar_checks import CheckedGrammar, ChecksBusy, GrammarChecks
 from kvarena.engine.server.engine.grammars import tokenizer_json
+from kvarena.engine.server.forms.calls import ListParser, NamedParser, ToolParser
+from kvarena.engine.server.forms.finding import find_form
 from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.shared.errors import bad_request, unavailable
 from kvarena.engine.server.text.schemas import named_schema, required_schema, schema_text
 from kvarena.engine.server.text.tokenization import TokenizerService, given_tools
-from kvarena.engine.server.text.tool_calls import ListParser, NamedParser, ToolParser
-from kvarena.engine.server.text.tool_forms import find_form
 
 
 class Constraints:
@@ -61,8 +62,12 @@ class Constraints:
             raise bad_request("response_format cannot be combined with a forced tool_choice", "response_format")
         return await self._check(forced, "tools", req)
 
-    def parsers(self, req: ChatCompletionRequest, prompt: list[int]) -> Callable[[], ToolParser | None]:
-        """Gives a tool parser for a choice, or None when answers are text only; `prompt` is the chat's token ids."""
+    def reading(self, req: ChatCompletionRequest, prompt: list[int]) -> Reading:
+        """How an answer is read; `prompt` is the chat's token ids."""
+        detokenizer = self._tokenizer.detokenizer
+        return Reading(self._parsers(req, prompt), detokenizer, self._tokenizer.num_tokens)
+
+    def _parsers(self, req: ChatCompletionRequest, prompt: list[int]) -> Callable[[], ToolParser | None]:
         choice = req.tool_choice
         if isinstance(choice, NamedToolChoice):
             return functools.partial(NamedParser, choice.function.name)

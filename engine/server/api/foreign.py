@@ -58,7 +58,7 @@ REPLACED = {
     "extra_body": _TOP, "extra_args": _TOP, "sampling_params": _TOP, "parameters": _TOP, "options": _TOP,
     "generation_config": _TOP, "vllm_xargs": _TOP, "nvext": _TOP,
     "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING, "reasoning": _THINKING,
-    "reasoning_effort": _THINKING, "safe_prompt": "messages", "extra_key": "cache_salt",
+    "safe_prompt": "messages", "extra_key": "cache_salt",
     "truncate": "truncate_prompt_tokens", "prompt_truncate_len": "truncate_prompt_tokens",
     "add_bos_token": "add_special_tokens", "add_special": "add_special_tokens", "with_pieces": "return_token_strs",
     "disable_parallel_tool_use": "parallel_tool_calls", "prefill": "continue_final_message",
@@ -76,7 +76,7 @@ _NUMBERS: dict[str, tuple[float, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,), "num_ctx": (), "num_keep": (0,), "penalty_alpha": (0,), "repetition_ngram_size": (0,),
     "repetition_ngram_threshold": (0,), "skew": (0,), "smoothing_factor": (0,), "t_max_predict_ms": (0, -1),
-    "tfs": (1,), "tfs_z": (1,), "thinking_token_budget": (-1,), "top_a": (0,),
+    "tfs": (1,), "tfs_z": (1,), "top_a": (0,),
     "top_n_sigma": (0, -1), "top_n_tokens": (0,),
     "top_p_decay": (1,), "top_p_min": (0,), "typ_p": (1,), "typical": (1,), "typical_p": (1,), "xtc_probability": (0,),
 }  # fmt: skip
@@ -87,7 +87,7 @@ _WORDS = """
     decoder_input_details details detokenize disaggregated_params documents dynamic_temperature early_stopping
     ec_transfer_params embedding_bias end_id exclude_input_from_output exponential_decay_length_penalty flat_logprobs
     force_words_ids forced_bos_token_id forced_eos_token_id grammar_lazy grammar_triggers guardrails
-    guided_decoding_backend guided_whitespace_pattern image_data images include_reasoning input_embeds
+    guided_decoding_backend guided_whitespace_pattern image_data images input_embeds
     instruction_template instruction_template_str kv_transfer_params logit_bias_exp logits_processors
     logprob_token_ids lookahead_config lora lora_id lora_name lora_path lora_request mcp_servers media_io_kwargs
     mm_processor_kwargs modalities models moderation negative_prompt pad_id plugins post_sampling_probs preset

@@ -132,6 +132,8 @@ def check_chat(req: ChatCompletionRequest) -> None:
         raise bad_request("max_tokens must be at least 1", "max_tokens")
     if None not in (req.max_tokens, req.max_completion_tokens) and req.max_tokens != req.max_completion_tokens:
         raise bad_request("max_tokens and max_completion_tokens differ; leave one out", "max_completion_tokens")
+    if req.reasoning_effort not in (None, "", "none"):
+        raise bad_request("reasoning_effort is nothing that this model's chat template knows", "reasoning_effort")
     forced = isinstance(req.tool_choice, NamedToolChoice) or req.tool_choice == "required"
     if forced and not req.tools:
         raise bad_request("tool_choice needs tools", "tool_choice")

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,6 +32,7 @@ from kvarena.engine.server.api.sampling import (
     sampling_params,
 )
 from kvarena.engine.server.api.tracing import Tracer
+from kvarena.engine.server.api.turn import Reading, Turn
 from kvarena.engine.server.engine.grammar_checks import CheckedGrammar
 from kvarena.engine.server.front.dashboard import PoolFeed
 from kvarena.engine.server.front.engines import Engines
@@ -47,6 +48,16 @@ from kvarena.engine.server.text.tokenization import TokenizerService
 _REQUESTS_PER_ROUND = 4
 _MAX_RETRIES = 3
 Asked = TypeVar("Asked", bound=SamplingFields)
+
+
+class MakeTurn(Protocol):
+    """Makes the answer to a chat."""
+
+    def __call__(
+        self, client: Engines, req: ChatCompletionRequest, model: str, arrival: float, *, reading: Reading
+    ) -> Turn:
+        """Arguments as of `Turn`."""
+        ...
 
 
 class Service:
@@ -122,10 +133,14 @@ class Service:
     async def _read(self, request: Request, kind: type[Asked]) -> tuple[Asked, str]:
         """A request that may be taken, and the name of the model that it means. Raises ApiError."""
         req = await self.read(request, kind)
+        return req, self.admit(req)
+
+    def admit(self, req: SamplingFields) -> str:
+        """The served name that a request means. Raises ApiError when it cannot be taken."""
         model = self.check_model(req.model)
         self.check_open()
         check_unsupported(req, self.config, self.info.priorities)
-        return req, model
+        return model
 
     def check_model(self, name: str | None) -> str:
         """The served name that a request means. Raises a 404 for any other."""
@@ -150,9 +165,27 @@ class Service:
     async def chat(self, request: Request) -> Response:
         """`/v1/chat/completions`."""
         arrival = time.monotonic()
-        req, model = await self._read(request, ChatCompletionRequest)
-        work = functools.partial(self._chat, request, req, model, arrival)
-        return await while_connected(request.receive, self._retried(work, bool(req.stream)))
+        req = await self.read(request, ChatCompletionRequest)
+        return await while_connected(request.receive, self.converse(request, req, ChatAnswer, arrival))
+
+    async def converse(
+        self, request: Request, req: ChatCompletionRequest, make: MakeTurn, arrival: float, *, clamps: bool = False
+    ) -> Response:
+        """Answer a chat, as `make` shows it. Every API that has turns comes through here.
+
+        Args:
+            request: the HTTP request.
+            req: what is asked.
+            make: makes the answer; again for each attempt.
+            arrival: when the request came, on the monotonic clock.
+            clamps: more output tokens than there is room for are fewer, and no error.
+
+        Raises:
+            ApiError: it cannot be answered.
+        """
+        model = self.admit(req)
+        work = functools.partial(self._chat, request, req, model, arrival, make, clamps)
+        return await self._retried(work, bool(req.stream))
 
     async def _retried(self, work: Callable[[], Coroutine[Any, Any, Response]], streams: bool) -> Response:
         """The answer; one of which nothing was sent is made again when its engine is lost and there is another."""
@@ -185,25 +218,28 @@ class Service:
             answer.add_prompt(ids, sampling, stream, echoed)
         return await self._answer(request, answer, constraint)
 
-    async def _chat(self, request: Request, req: ChatCompletionRequest, model: str, arrival: float) -> Response:
+    async def _chat(
+        self, request: Request, req: ChatCompletionRequest, model: str, arrival: float, make: MakeTurn, clamps: bool
+    ) -> Response:
         check_chat(req)
         images = await self._images.open(req.messages)
         prompt, places = await self.prompts.of_chat(req, self._images.num_tokens(images))
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
+        if clamps and requested is not None:
+            room = min(self.info.max_model_len, self.info.max_request_tokens) - len(prompt)
+            requested = max(1, min(requested, room))
         max_tokens = fit_max_tokens(requested, self.info.default_length(None), len(prompt), self.info, "messages")
         spans = await self._images.spans(images, places)
         constraint = await self._constraints.of_chat(req)
         self._check_scores(req)
-        parsers, kept = self._constraints.parsers(req, prompt), self._constraints.kept(req)
-        answer = ChatAnswer(
-            self.client, req, model, arrival, detokenizer=self.tokenizer.detokenizer, make_parser=parsers
-        )
+        reading, kept = self._constraints.reading(req, prompt), self._constraints.kept(req)
+        answer = make(self.client, req, model, arrival, reading=reading)
         [sampling] = self._samplings(req, [max_tokens], (req.top_logprobs or 0) if req.logprobs else None)
         _, stream = await self.prompts.begin(prompt, req, kept)
         answer.add_prompt(prompt, sampling, stream)
         return await self._answer(request, answer, constraint, spans)
 
-    async def chat_ids(self, req: TokenizeRequest) -> list[int]:
+    async def chat_ids(self, req: TokenizeRequest | ChatCompletionRequest) -> list[int]:
         """Token ids of a chat that is only counted, its images by their headers. Raises ApiError."""
         images = await self._images.open(req.messages or [])
         return (await self.prompts.of_chat(req, self._images.num_tokens(images))).token_ids

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvarena.engine.server.shared.config import OPEN_PATHS, ServerConfig
-from kvarena.engine.server.shared.errors import ApiError, bad_request, unavailable
+from kvarena.engine.server.shared.errors import ApiError, as_messages_error, bad_request, unavailable
 from kvarena.engine.server.shared.metrics import HANDLERS, Row
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -33,6 +33,7 @@ access_log = logging.getLogger("kvarena.access")
 OPEN_PREFIX = "/static/"  # the pages' scripts and styles, the same on every server
 _UNCOUNTED = frozenset({"/metrics", "/health", "/ready", "/ping", "/version"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+MESSAGES_PATH = "/v1/messages"
 MAX_HEADERS = 256
 MAX_HEADER_BYTES = 64 * 1024
 
@@ -80,15 +81,14 @@ class Gate:
         try:
             error = self._refusal(scope, headers)
             if error is not None:
-                await error_response(error)(scope, receive, send_with_id)
+                await error_response(error, scope["path"])(scope, receive, send_with_id)
             else:
                 await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:
             # The server leaves, or the client reads no more. Who has no answer yet gets one; a stream just ends.
             if not state["status"]:
-                await error_response(unavailable("The server is shutting down.", "draining", retry_after=5))(
-                    scope, receive, send_with_id
-                )
+                leaving = unavailable("The server is shutting down.", "draining", retry_after=5)
+                await error_response(leaving, scope["path"])(scope, receive, send_with_id)
         finally:
             self._row.inc("kvarena:open_requests", by=-1)
             self._count(scope, time.monotonic() - start)
@@ -109,10 +109,11 @@ class Gate:
 
     def _key_of(self, headers: dict[bytes, bytes]) -> int:
         """The position of the key that a request gives, or -1."""
-        given = headers.get(b"authorization", b"")
-        key = given[7:] if given[:7].lower() == b"bearer " else b""
+        bearer, other = headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
+        bearer = bearer[7:] if bearer[:7].lower() == b"bearer " else b""
         # Every key is compared, each in constant time: the answer's timing tells nothing.
-        matches = [hmac.compare_digest(key, known) for known in self._keys]
+        same = hmac.compare_digest  # one right key suffices
+        matches = [same(bearer, known) | same(other, known) for known in self._keys]
         return matches.index(True) if any(matches) else -1
 
     def _count(self, scope: Scope, seconds: float) -> None:
@@ -153,9 +154,10 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, f"The request's body is larger than {limit} bytes.", code="request_too_large")
 
 
-def error_response(error: ApiError) -> Response:
-    """The response for an error."""
-    return Response(orjson.dumps(error.body()), error.status, error.headers, media_type="application/json")
+def error_response(error: ApiError, path: str) -> Response:
+    """The response for an error at a path, in the form of the API that the path belongs to."""
+    body = as_messages_error(error) if path.startswith(MESSAGES_PATH) else error.body()
+    return Response(orjson.dumps(body), error.status, error.headers, media_type="application/json")
 
 
 async def disconnected(receive: Receive) -> None:

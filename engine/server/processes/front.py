@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import shutil
 import signal
 import socket
 import ssl
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from kvarena.engine.errors import KvarenaError, ModelError
 from kvarena.engine.routing import Router
@@ -26,6 +28,7 @@ from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.front.groups import EngineGone
 from kvarena.engine.server.media.parts import policy_of
 from kvarena.engine.server.media.reader import ImageReader, image_inputs
+from kvarena.engine.server.messages.routes import add_message_routes
 from kvarena.engine.server.processes.listeners import BACKLOG
 from kvarena.engine.server.processes.process import (
     DRAIN,
@@ -38,6 +41,8 @@ from kvarena.engine.server.processes.process import (
     start_log,
 )
 from kvarena.engine.server.processes.suspicion import Suspicion
+from kvarena.engine.server.responses.routes import add_response_routes
+from kvarena.engine.server.responses.store import ResponseStore
 from kvarena.engine.server.shared import metrics
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.page import Page
@@ -68,6 +73,7 @@ class Front:
         control: to the supervisor.
         page: the shared metrics.
         router: picks an engine for each prompt; None: there is one.
+        responses: the file in which all fronts keep responses; None: none is kept.
     """
 
     def __init__(
@@ -80,10 +86,11 @@ class Front:
         control: socket.socket,
         page: Page,
         router: Router | None,
+        responses: Path | None,
     ) -> None:
         self._index, self._config, self._model = index, config, model
         self._listener, self._engines, self._control = listener, engines, control
-        self._router = router
+        self._router, self._responses = router, responses
         self._rows = metrics.Rows(page, config.num_fronts, len(engines))
         self._row = self._rows.fronts[index][0]
 
@@ -116,7 +123,7 @@ class Front:
         tracer = Tracer(config.otlp_endpoint) if config.otlp_endpoint else None
         service = await make_service(config, self._model, client, self._row, feed, tracer)
         feed.attach(client, self._rows, service.model_names[0])
-        server = _Server(self._uvicorn_config(create_app(service, self._rows)))
+        server = _Server(self._uvicorn_config(make_app(service, self._rows, self._responses)))
         freeze_heap()
         control = asyncio.create_task(self._obey(service, server))
         watch = asyncio.create_task(self._watch(service))
@@ -171,6 +178,8 @@ class Front:
             if not words or EXIT in words:
                 service.client.fail_all("the server has shut down")
                 await asyncio.sleep(0.2)  # the streams' last events
+                if not words and self._responses is not None:  # the supervisor, which would do it, was killed
+                    shutil.rmtree(self._responses.parent, ignore_errors=True)
                 self._leave(service, server)
                 return
 
@@ -240,3 +249,15 @@ async def make_service(
     names = config.served_model_names or (Path(model.path).resolve().name,)
     reader = ImageReader(policy_of(config), images)
     return Service(config, client, tokenizer, row, names, model.path, defaults, feed, reader, tracer)
+
+
+def make_app(service: Service, rows: metrics.Rows, responses: Path | None) -> ASGIApp:
+    """The application of one front, with all its APIs.
+
+    Args:
+        service: what answers.
+        rows: all processes' metrics.
+        responses: the file in which all fronts keep responses; None: none is kept.
+    """
+    store = None if responses is None else ResponseStore(responses, service.config.response_store_size)
+    return create_app(service, rows, (functools.partial(add_response_routes, store=store), add_message_routes))

@@ -16,9 +16,11 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from kvarena.engine.importing import importing
@@ -74,6 +76,7 @@ class Supervisor:
         self._replaced_engines = [Replacements() for _ in range(self._num_engines)]
         self._engines: list[Part | None] = []  # None: one that never lasts, and was given up
         self._fronts: list[Part] = []
+        self._responses: Path | None = None
 
     def run(self) -> int:
         """Serve; returns the exit code."""
@@ -82,7 +85,9 @@ class Supervisor:
         self._page = metrics.create_page(config.num_fronts, self._num_engines)
         self._rows = metrics.Rows(self._page, config.num_fronts, self._num_engines)
         address = self._listeners[0].getsockname()
-        with self._signal_handlers():
+        with self._signal_handlers(), tempfile.TemporaryDirectory(prefix="kvarena-") as folder:
+            # The fronts share what responses can be asked for again; it ends with the server.
+            self._responses = Path(folder) / "responses.sqlite" if config.response_store_size else None
             self._start()
             try:
                 return self._supervise(address)
@@ -112,7 +117,8 @@ class Supervisor:
     def _start_front(self, index: int, engines: list[socket.socket]) -> Part:
         control, theirs = socket_pair()
         args = (
-            index, self._config, self._model, self._listeners[index], engines, theirs, self._page, self._router
+            index, self._config, self._model, self._listeners[index], engines, theirs, self._page, self._router,
+            self._responses,
         )  # fmt: skip
         process = self._spawn(f"kvarena-front-{index}", _run_front, args)
         theirs.close()

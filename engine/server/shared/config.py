@@ -67,6 +67,7 @@ class ServerConfig(Section):
         max_stream_lag: tokens that a slow reader may lag behind before its request is ended.
         chat_template: path of a jinja file that replaces the tokenizer's template.
         tool_call_parser: how a model writes tool calls.
+        response_store_size: most responses of `/v1/responses` that can be asked for again; 0: none is kept.
         generation_config: take default sampling parameters from the model's generation_config.json.
         cors_origins: origins that browsers may call from; empty: CORS is off.
         ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs: TLS.
@@ -106,6 +107,7 @@ class ServerConfig(Section):
     max_stream_lag: Annotated[int, COUNT] = 4096
     chat_template: Annotated[str | None, FILE] = None
     tool_call_parser: Annotated[str, one_of(*TOOL_PARSERS)] = "auto"
+    response_store_size: Annotated[int, integer(0)] = 1024
     generation_config: Annotated[bool, TRUTH] = True
     cors_origins: tuple[str, ...] = ()
     ssl_certfile: Annotated[str | None, FILE] = None

@@ -48,6 +48,15 @@ def _type(status: int) -> str:
     return "server_error" if status >= 500 else "invalid_request_error"
 
 
+def as_messages_error(error: ApiError) -> dict[str, Any]:
+    """The body of an error as the Messages API has it."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+             429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
+    other = "api_error" if error.status >= 500 else "invalid_request_error"
+    message = error.body()["error"]["message"]
+    return {"type": "error", "error": {"type": kinds.get(error.status, other), "message": message}}
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """400."""
     return ApiError(400, message, param, code)

@@ -35,6 +35,8 @@ HTTP_SECONDS = (0.1, 0.5, 1)
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 HANDLERS = (
     "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model_id}", "/tokenize", "/detokenize",
+    "/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel",
+    "/v1/responses/{response_id}/input_items", "/v1/messages", "/v1/messages/count_tokens",
     "/", "/docs", "/openapi.json", "/dashboard", "/dashboard/events", "/static/{name}", "none",
 )  # fmt: skip
 METHODS = ("GET", "POST", "other")

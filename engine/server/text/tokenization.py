@@ -129,6 +129,10 @@ class TokenizerService:
         except (TypeError, ValueError, UnicodeError) as error:
             raise bad_request(f"the text cannot be tokenized: {error}", "prompt") from error
 
+    def num_tokens(self, text: str) -> int:
+        """Tokens of a text, without those that a prompt begins with."""
+        return len(self._encode(text, False))
+
     def render_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **flags: Any) -> str:
         """The chat template's text for `messages`.
 

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvarena.engine.server.forms.calls import FirstCallParser, ToolParser
+from kvarena.engine.server.forms.texts import BareParser, HiddenTokens, TaggedParser
 from kvarena.engine.server.text.detokenizer import Detokenizer
-from kvarena.engine.server.text.tool_calls import FirstCallParser, ToolParser
-from kvarena.engine.server.text.tool_texts import BareParser, HiddenTokens, TaggedParser
 
 logger = logging.getLogger("kvarena.front")
 
@@ -66,7 +66,7 @@ class ToolForm:
         elif self.kind == "bare":
             parser = BareParser(names)
         elif self.kind == "template":
-            from kvarena.engine.server.text.tool_templates import TemplateParser
+            from kvarena.engine.server.forms.templates import TemplateParser
 
             assert self.template is not None
             parser = TemplateParser(self.template, tools, prompt)
@@ -109,13 +109,13 @@ def find_form(kind: str, tokenizer: Any) -> ToolForm:
 
 
 def _xml_template() -> dict[str, Any]:
-    from kvarena.engine.server.text.tool_templates import XML_TEMPLATE
+    from kvarena.engine.server.forms.templates import XML_TEMPLATE
 
     return XML_TEMPLATE
 
 
 def _of_template(template: Any) -> ToolForm:
-    from kvarena.engine.server.text.tool_templates import check_template
+    from kvarena.engine.server.forms.templates import check_template
 
     return ToolForm("template", template=check_template(template))
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 
 from typing_extensions import override
 
-from kvarena.engine.server.text.tool_calls import BETWEEN, Parsed, ToolCall, ToolParser, read_calls
+from kvarena.engine.server.forms.calls import BETWEEN, Parsed, Part, ToolCall, ToolParser, parts_of, read_calls
 
 _JSON_BEGINS = ("{", "[")
 
@@ -96,34 +96,36 @@ class TaggedParser(ToolParser):
     @override
     def end(self) -> Parsed:
         parsed = self._read(True)
-        blank = "" if self._has_calls or not self._is_blank else self._blank
-        return parsed._replace(text=parsed.text + blank)
+        return parsed if self._has_calls or not self._is_blank else parts_of(*parsed, self._blank)
 
     def _read(self, is_end: bool) -> Parsed:
-        shown: list[str] = []
-        calls: list[ToolCall] = []
+        made: list[Part] = []
         while self._held:
             if not self._is_open:
                 start = self._held.find(self._open)
                 self._is_open = start >= 0
                 if start < 0:
                     start = len(self._held) - (0 if is_end else overlap(self._held, self._open))
-                shown.append(self._shown(self._take(start)))
+                made.append(self._shown(self._take(start)))
                 if not self._is_open:
                     break
             span = self._block_end(is_end)
             if span is None:
                 break
-            self._end_block(*span, shown, calls)
-        return Parsed("".join(shown), calls)
+            self._end_block(*span, made)
+        return parts_of(*made)
 
-    def _end_block(self, end: int, after: int, shown: list[str], calls: list[ToolCall]) -> None:
+    def _calls(self, body: str) -> list[ToolCall] | None:
+        """The calls that a block holds, or None when it is no such block."""
+        return read_calls(body, self._names, needs_arguments=False)
+
+    def _end_block(self, end: int, after: int, made: list[Part]) -> None:
         """The block's body ends at `end`, and the text goes on at `after`."""
         self._is_open, self._scan = False, None
-        found = read_calls(self._held[len(self._open) : end], self._names, needs_arguments=False)
+        found = self._calls(self._held[len(self._open) : end])
         if found is not None:
             self._take(after)
-            calls += found
+            made += found
             self._has_calls, self._is_blank, self._blank = True, True, ""
             return
         # Its quotes may have misled the search for tags outside strings.
@@ -131,7 +133,7 @@ class TaggedParser(ToolParser):
         first = self._any_tag.search(self._held, len(self._open), after)
         if first is not None:
             after = first.end() if first[0] == self._close else first.start()
-        shown.append(self._shown(self._take(after)))
+        made.append(self._shown(self._take(after)))
 
     def _block_end(self, is_end: bool) -> tuple[int, int] | None:
         """Where the body ends and where the text goes on; None while it is not known."""
@@ -183,7 +185,7 @@ class BareParser(ToolParser):
     @override
     def add(self, text: str) -> Parsed:
         if self._is_text:
-            return Parsed(text, [])
+            return parts_of(text)
         self._held += text
         while self._has_begun():
             assert self._scan is not None
@@ -196,7 +198,7 @@ class BareParser(ToolParser):
                 break
             self._calls += calls
             self._at, self._scan = found[0], None
-        return Parsed(self._release(), []) if self._is_text else Parsed("", [])
+        return parts_of(self._release()) if self._is_text else Parsed()
 
     def _has_begun(self) -> bool:
         """Whether a value has begun at `_at`; sets `_is_text` when something else has."""
@@ -222,7 +224,7 @@ class BareParser(ToolParser):
     @override
     def end(self) -> Parsed:
         held, calls = self._release(), self._calls
-        return Parsed("", calls) if calls and self._scan is None and not self._is_text else Parsed(held, [])
+        return parts_of(*calls) if calls and self._scan is None and not self._is_text else parts_of(held)
 
 
 class HiddenTokens(ToolParser):
@@ -249,7 +251,18 @@ class HiddenTokens(ToolParser):
         return self._without(self._parser.end(), True)
 
     def _without(self, parsed: Parsed, is_end: bool) -> Parsed:
-        text = self._held + parsed.text
+        made: list[Part] = []
+        for part in parsed:
+            if type(part) is str:
+                made.append(self._strip(part, False))
+            else:  # what was held is followed by no text
+                made += [self._strip("", True), part]
+        if is_end:
+            made.append(self._strip("", True))
+        return parts_of(*made)
+
+    def _strip(self, text: str, is_end: bool) -> str:
+        text = self._held + text
         kept = len(text) if is_end else self._first_open(text)
         made, at = [], 0
         for found in self._pattern.finditer(text):
@@ -259,7 +272,7 @@ class HiddenTokens(ToolParser):
             at = found.end()
         made.append(text[at : max(at, kept)])
         self._held = text[max(at, kept) :]
-        return parsed._replace(text="".join(made))
+        return "".join(made)
 
     def _first_open(self, text: str) -> int:
         """Where the first token begins that more text may complete."""

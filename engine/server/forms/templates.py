@@ -15,7 +15,7 @@ from transformers.utils.chat_parsing.response_templates import load_response_tem
 from typing_extensions import override
 
 from kvarena.engine.errors import ModelError
-from kvarena.engine.server.text.tool_calls import Parsed, ToolCall, ToolParser, as_call
+from kvarena.engine.server.forms.calls import Parsed, Part, ToolParser, as_call, parts_of
 
 CALLS = "tool_calls"
 # Qwen3-Coder's and Qwen3.5's own: their checkpoints ship none.
@@ -77,38 +77,36 @@ class TemplateParser(ToolParser):
 
     @override
     def add(self, text: str) -> Parsed:
-        shown: list[str] = []
-        calls: list[ToolCall] = []
+        made: list[Part] = []
         for char in text:
             self._raw += char
             try:
                 events = self._parser.feed(char)
             except Exception:  # whatever a region's reader raises: its text is no call
-                self._give_up(shown)
+                self._give_up(made)
                 continue
-            self._follow(events, shown, calls)
-        return Parsed("".join(shown), calls)
+            self._follow(events, made)
+        return parts_of(*made)
 
     @override
     def end(self) -> Parsed:
-        shown: list[str] = []
-        calls: list[ToolCall] = []
+        made: list[Part] = []
         try:
             _, events = self._parser.finalize()
         except Exception:
-            self._give_up(shown)
+            self._give_up(made)
         else:
-            self._follow(events, shown, calls)
-            shown.append(self._raw)
+            self._follow(events, made)
+            made.append(self._raw)
         self._raw = ""
-        return Parsed("".join(shown), calls)
+        return parts_of(*made)
 
-    def _give_up(self, shown: list[str]) -> None:
+    def _give_up(self, made: list[Part]) -> None:
         """Show a region that could not be read, and go on behind it."""
-        shown.append(self._raw)
+        made.append(self._raw)
         self._begin("")
 
-    def _follow(self, events: list[dict[str, Any]], shown: list[str], calls: list[ToolCall]) -> None:
+    def _follow(self, events: list[dict[str, Any]], made: list[Part]) -> None:
         """Take what the events have settled out of `_raw`."""
         for i, event in enumerate(events):
             if event["field"] != CALLS:
@@ -116,27 +114,27 @@ class TemplateParser(ToolParser):
             if event["type"] == "region_open":
                 self._in_calls = True
                 opened = self._template.fields[CALLS].open_re.search(self._raw)
-                shown.append(self._raw[: opened.start()])
+                made.append(self._raw[: opened.start()])
                 self._raw = self._raw[opened.start() :]
             elif event["type"] == "region_close":
                 self._in_calls = False
                 # What the same step found behind the region.
                 later = sum(len(e["text"]) for e in events[i + 1 :] if e["type"] == "region_chunk")
-                self._close(event["value"], len(self._raw) - later - self._num_pending(), shown, calls)
+                self._close(event["value"], len(self._raw) - later - self._num_pending(), made)
         if not self._in_calls:
             keep = self._num_pending()
-            shown.append(self._raw[: len(self._raw) - keep])
+            made.append(self._raw[: len(self._raw) - keep])
             self._raw = self._raw[len(self._raw) - keep :]
 
     def _num_pending(self) -> int:
         """Characters that may begin a delimiter."""
         return len(self._parser._buffer) - self._parser._pos
 
-    def _close(self, value: Any, size: int, shown: list[str], calls: list[ToolCall]) -> None:
+    def _close(self, value: Any, size: int, made: list[Part]) -> None:
         values = value if isinstance(value, list) else [value]
         found = [as_call(one, self._names, needs_arguments=False) for one in values]
         if not found or None in found:
-            shown.append(self._raw[:size])
+            made.append(self._raw[:size])
         else:
-            calls += [call for call in found if call is not None]
+            made += [call for call in found if call is not None]
         self._raw = self._raw[size:]

@@ -1,11 +1,8 @@
-"""Tool calls in a model's answer: what one is, and how the parsers of forced ones read them.
+"""What an answer consists of (text, thoughts, calls of tools), and how the parsers of forced calls read it.
 
-`tool_texts.py` reads the calls that a model writes of its own accord, `tool_templates.py` those of a checkpoint that
-says itself how to read its answers, and `tool_forms.py` finds out which of them a model needs.
-
-A parser shows text that is surely no call at once, and holds the rest. A call is shown when it is complete: its name
-in one delta, its arguments in the next. What turns out not to be a call is shown as text. What a parser gives in the
-end depends on the whole text alone, never on where it was cut.
+A parser shows text that is surely no call at once, and holds the rest. A call is shown when it is complete. What turns
+out not to be a call is shown as text. What a parser gives in the end, and in which order, depends on the whole text
+alone, never on where it was cut.
 """
 
 from __future__ import annotations
@@ -37,12 +34,58 @@ class ToolCall(NamedTuple):
     arguments: str
 
 
-class Parsed(NamedTuple):
-    """What a piece of text turned out to be: text, new calls, or more of the last call's arguments."""
+class Thought(str):
+    """Text of a thought: what the model wrote for itself, before its answer."""
 
-    text: str
-    calls: list[ToolCall]
-    arguments: str = ""
+    __slots__ = ()
+
+
+class Arguments(str):
+    """More of the last call's arguments."""
+
+    __slots__ = ()
+
+
+Part = str | ToolCall  # a plain str is text
+
+
+class Parsed(list[Part]):
+    """What a piece of text turned out to be, in its order."""
+
+    __slots__ = ()
+
+    @property
+    def text(self) -> str:
+        """What is shown as the answer's text."""
+        return "".join([part for part in self if type(part) is str])
+
+    @property
+    def thought(self) -> str:
+        """What belongs to a thought."""
+        return "".join([part for part in self if type(part) is Thought])
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """New calls."""
+        return [part for part in self if isinstance(part, ToolCall)]
+
+    @property
+    def arguments(self) -> str:
+        """More of the last call's arguments."""
+        return "".join([part for part in self if type(part) is Arguments])
+
+
+def parts_of(*parts: Part) -> Parsed:
+    """Those of the parts that hold anything; text that follows text is joined to it."""
+    made = Parsed()
+    for part in parts:
+        if isinstance(part, ToolCall):
+            made.append(part)
+        elif part:
+            if made and type(made[-1]) is type(part):
+                part = type(part)(made.pop() + part)  # type: ignore[operator]
+            made.append(part)
+    return made
 
 
 def make_call(name: str, arguments: Any) -> ToolCall:
@@ -71,9 +114,7 @@ class NamedParser(ToolParser):
 
     @override
     def add(self, text: str) -> Parsed:
-        if not text:
-            return Parsed("", [])
-        return Parsed("", self._begin(), text)
+        return parts_of(*self._begin(), Arguments(text)) if text else Parsed()
 
     def _begin(self) -> list[ToolCall]:
         calls = [] if self._has_begun else [make_call(self._name, "")]
@@ -82,7 +123,7 @@ class NamedParser(ToolParser):
 
     @override
     def end(self) -> Parsed:
-        return Parsed("", self._begin())
+        return parts_of(*self._begin())
 
 
 class ListParser(ToolParser):
@@ -104,7 +145,7 @@ class ListParser(ToolParser):
         self._held += text
         calls = self._complete() if "}" in text else []
         self._has_calls = self._has_calls or bool(calls)
-        return Parsed("", calls)
+        return parts_of(*calls)
 
     def _complete(self) -> list[ToolCall]:
         """The calls that are complete. What a grammar allows and is no call all the same (1e999) is left out."""
@@ -121,7 +162,7 @@ class ListParser(ToolParser):
 
     @override
     def end(self) -> Parsed:
-        return Parsed("" if self._has_calls else self._text, [])
+        return Parsed() if self._has_calls else parts_of(self._text)
 
 
 class FirstCallParser(ToolParser):
@@ -139,9 +180,14 @@ class FirstCallParser(ToolParser):
         return self._first(self._parser.end())
 
     def _first(self, parsed: Parsed) -> Parsed:
-        calls = [] if self._has_call else parsed.calls[:1]
-        self._has_call = self._has_call or bool(calls)
-        return Parsed(parsed.text, calls)
+        made: list[Part] = []
+        for part in parsed:
+            if isinstance(part, ToolCall):
+                if self._has_call:
+                    continue
+                self._has_call = True
+            made.append(part)
+        return parts_of(*made)
 
 
 def as_call(value: Any, names: Collection[str], needs_arguments: bool = True) -> ToolCall | None:
