@@ -1,11 +1,12 @@
-"""Greedy and temperature sampling in one pass over the logits, without a sort and without waiting for the device.
+"""Drawing tokens in few passes over the logits, without a sort and without waiting for the device.
 
 Each row's vocabulary is cut into parts; a part keeps its best score, and the last part to finish picks the row's token:
 
     row     | part 0 | part 1 | ... |      score = logit / T - log E(key, token)   (the exponential race of
     scores     best     best                        logit      where T is 0          engine/sampling/streams.py)
 
-The random bits are those of `log_exponentials`, so a request's draw depends on its seed and position alone.
+The random bits are those of `log_exponentials`, so a request's draw depends on its seed and position alone. What top-k,
+top-p and min-p need beyond this pass is in `engine/kernels/filtered.py`.
 """
 
 from __future__ import annotations
@@ -17,30 +18,60 @@ from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
 from kvarena.engine.kernels import INTERPRET
+from kvarena.engine.kernels.common import await_previous, launch_options
 
-_TILE = 1024
-_MAX_PARTS = 128
+TILE = 1024
+MAX_PARTS = 128
 NO_TOKEN = 0x7FFFFFFF  # of a row in which none can be picked
+# Maxima of groups of a row's tokens, of which the k-th largest bounds the k-th largest logit from below.
+NUM_GROUPS = 2048
+# Largest top_k that takes this way, and how many tokens may lie above the bound.
+MAX_TOP_K = 1024
+MAX_CHOSEN = 2048
+# Where a row stands between launches. DONE: it has its token. PIVOT: one was drawn and may be kept. CHOOSE: there is a
+# bound for its top-k. REJECTED: the last one drawn is not kept. HARD: none of the short ways serves it.
+DONE, PIVOT, CHOOSE, REJECTED, HARD = range(5)
 
 
 class DrawScratch:
-    """The parts' results and the arrival counters, for up to `num_rows` rows."""
+    """The parts' results, where each row stands and the arrival counters, for up to `num_rows` rows."""
 
     def __init__(self, num_rows: int, device: torch.device | str) -> None:
-        self.scores = torch.empty(num_rows, _MAX_PARTS, dtype=torch.float32, device=device)
-        self.tokens = torch.empty(num_rows, _MAX_PARTS, dtype=torch.int32, device=device)
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(num_rows, *shape, dtype=dtype, device=device)
+
+        self.scores = empty(MAX_PARTS, dtype=torch.float32)
+        self.tops = empty(MAX_PARTS, dtype=torch.float32)
+        self.tokens = empty(MAX_PARTS)
+        self.sums = empty(2, MAX_PARTS, dtype=torch.int64)
         self.arrived = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.states = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.peaks = empty(dtype=torch.float32)
+        self.pivots, self.bounds = empty(), empty()
+        self.groups = torch.full((num_rows, NUM_GROUPS), -(1 << 31), dtype=torch.int32, device=device)
+        self.num_chosen = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.chosen = empty(MAX_CHOSEN)
+        self.cuts = empty(2, dtype=torch.int64)
+
+
+def key_shift(dtype: torch.dtype) -> int:
+    """How many low bits of a float32 say nothing of the order of values that were of type `dtype`."""
+    return 16 if dtype == torch.bfloat16 else 0
+
+
+def num_parts(num_rows: int, vocab_size: int, num_programs: int) -> int:
+    """Parts of a row, where `num_programs` fill the device."""
+    return min(triton.cdiv(vocab_size, TILE), MAX_PARTS, max(1, num_programs // num_rows))
 
 
 def draw_tokens(
     logits: Tensor, params: Tensor, last_tokens: Tensor, out: Tensor, scratch: DrawScratch, num_programs: int
 ) -> None:
-    """Pick one token per row.
+    """Pick one token per row that does not filter; begin with the others, which `draw_filtered` ends.
 
     Args:
         logits: [N, V], rows contiguous.
-        params: int32 [4, >= N]: each row's index into `last_tokens`, the bits of its float32 temperature, and the two
-            halves of its key (`stream_keys`).
+        params: int32 [NUM_PARAMS, >= N] of `pack_params`. Rows that are SKIPPED are left alone.
         last_tokens: int64 [num_rows]; written, with token 0 where no token could be picked.
         out: int64 [>= N]; written, with -1 where no token could be picked: the logits hold NaN or +inf, or are all
             -inf.
@@ -48,12 +79,11 @@ def draw_tokens(
         num_programs: programs that fill the device.
     """
     num_rows, vocab_size = logits.shape
-    num_tiles = triton.cdiv(vocab_size, _TILE)
-    parts = min(num_tiles, _MAX_PARTS, max(1, num_programs // num_rows))
-    draw_kernel[(num_rows, parts)](
-        logits, params, last_tokens, out, scratch.scores, scratch.tokens, scratch.arrived,
-        vocab_size, logits.stride(0), params.stride(0), logits, 0, TILE=_TILE, PARTS=_MAX_PARTS,
-        FAST=not INTERPRET, PAIR=False,
+    draw_kernel[(num_rows, num_parts(num_rows, vocab_size, num_programs))](
+        logits, params, last_tokens, out, scratch.scores, scratch.tokens, scratch.arrived, scratch.tops,
+        scratch.groups, scratch.states, scratch.peaks, scratch.pivots, scratch.bounds, scratch.num_chosen, vocab_size,
+        logits.stride(0), params.stride(0), logits, 0, TILE=TILE, PARTS=MAX_PARTS, FAST=not INTERPRET, PAIR=False,
+        GROUPS=NUM_GROUPS, MAX_TOP_K=MAX_TOP_K, SHIFT=key_shift(logits.dtype), **launch_options(),
     )  # fmt: skip
 
 
@@ -64,7 +94,7 @@ def draw_parts(
 
     Args:
         logits: [N, V], the columns of tokens [first_token, first_token + V).
-        params, scratch, num_programs: as of `draw_tokens`.
+        params, scratch, num_programs: as of `draw_tokens`; nothing is filtered and no row is skipped.
         first_token: of the first column.
 
     Returns:
@@ -73,11 +103,11 @@ def draw_parts(
     num_rows, vocab_size = logits.shape
     scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    parts = min(triton.cdiv(vocab_size, _TILE), _MAX_PARTS, max(1, num_programs // num_rows))
-    draw_kernel[(num_rows, parts)](
-        logits, params, tokens, tokens, scratch.scores, scratch.tokens, scratch.arrived,
-        vocab_size, logits.stride(0), params.stride(0), scores, first_token, TILE=_TILE, PARTS=_MAX_PARTS,
-        FAST=not INTERPRET, PAIR=True,
+    draw_kernel[(num_rows, num_parts(num_rows, vocab_size, num_programs))](
+        logits, params, tokens, tokens, scratch.scores, scratch.tokens, scratch.arrived, scratch.tops, scratch.groups,
+        scratch.states, scratch.peaks, scratch.pivots, scratch.bounds, scratch.num_chosen, vocab_size,
+        logits.stride(0), params.stride(0), scores, first_token, TILE=TILE, PARTS=MAX_PARTS, FAST=not INTERPRET,
+        PAIR=True, GROUPS=NUM_GROUPS, MAX_TOP_K=MAX_TOP_K, SHIFT=key_shift(logits.dtype), **launch_options(),
     )  # fmt: skip
     return scores, tokens
 
@@ -93,8 +123,16 @@ def draw_scores(logits: Tensor, params: Tensor) -> Tensor:
     """
     num_rows, vocab_size = logits.shape
     out = torch.empty(num_rows, vocab_size, dtype=torch.float32, device=logits.device)
-    score_kernel[(num_rows, triton.cdiv(vocab_size, _TILE))](
-        logits, params, out, vocab_size, logits.stride(0), params.stride(0), TILE=_TILE, FAST=not INTERPRET
+    score_kernel[(num_rows, triton.cdiv(vocab_size, TILE))](
+        logits,
+        params,
+        out,
+        vocab_size,
+        logits.stride(0),
+        params.stride(0),
+        TILE=TILE,
+        FAST=not INTERPRET,
+        **launch_options(),
     )
     return out
 
@@ -130,7 +168,7 @@ def _log_exponential(tokens, low, high, FAST: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
-def _row_params(params_ptr, stride_params, row):  # type: ignore[no-untyped-def]
+def row_params(params_ptr, stride_params, row):  # type: ignore[no-untyped-def]
     """Whether a row is greedy, 1 / temperature, and the halves of its key."""
     temperature = tl.load(params_ptr + stride_params + row).to(tl.float32, bitcast=True)
     low = tl.load(params_ptr + 2 * stride_params + row).to(tl.uint32, bitcast=True)
@@ -140,7 +178,17 @@ def _row_params(params_ptr, stride_params, row):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _score(logit, tokens, greedy, inverse, low, high, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def row_filters(params_ptr, stride_params, row):  # type: ignore[no-untyped-def]
+    """A row's top_k, top_p, and the least that (logit - largest logit) / temperature may be."""
+    top_k = tl.load(params_ptr + 4 * stride_params + row)
+    top_p = tl.load(params_ptr + 5 * stride_params + row).to(tl.float32, bitcast=True)
+    least = tl.load(params_ptr + 6 * stride_params + row).to(tl.float32, bitcast=True)
+    return top_k, top_p, least
+
+
+@triton.jit
+def row_score(logit, tokens, greedy, inverse, low, high, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a row's token is the best of."""
     score = logit
     if not greedy:
         score = logit * inverse - _log_exponential(tokens, low, high, FAST)
@@ -148,79 +196,193 @@ def _score(logit, tokens, greedy, inverse, low, high, FAST: tl.constexpr):  # ty
 
 
 @triton.jit
+def ordered(logit, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int32 that are in the order of the logits, and equal where these are; see `key_shift`."""
+    bits = tl.where(logit == 0.0, 0.0, logit).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
 def score_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr, params_ptr, out_ptr, vocab_size, stride_logits, stride_params, TILE: tl.constexpr, FAST: tl.constexpr
+    logits_ptr,
+    params_ptr,
+    out_ptr,
+    vocab_size,
+    stride_logits,
+    stride_params,
+    TILE: tl.constexpr,
+    FAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of one row's vocabulary; the grid is (rows, tiles)."""
+    await_previous(OVERLAP)
     row = tl.program_id(0)
-    greedy, inverse, low, high = _row_params(params_ptr, stride_params, row)
+    greedy, inverse, low, high = row_params(params_ptr, stride_params, row)
     tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = tokens < vocab_size
     logit = tl.load(logits_ptr + row.to(tl.int64) * stride_logits + tokens, mask=inside, other=0.0).to(tl.float32)
-    score = _score(logit, tokens, greedy, inverse, low, high, FAST)
+    score = row_score(logit, tokens, greedy, inverse, low, high, FAST)
     tl.store(out_ptr + row.to(tl.int64) * vocab_size + tokens, score, mask=inside)
 
 
 @triton.jit
+def _kth_largest(keys, count):  # type: ignore[no-untyped-def]
+    """The `count`-th largest of int32 keys [n]; the smallest where there are fewer."""
+    low = tl.min(keys, 0).to(tl.int64)
+    high = tl.max(keys, 0).to(tl.int64)
+    while low < high:
+        middle = low + ((high - low) >> 1)
+        enough = tl.sum((keys > middle.to(tl.int32)).to(tl.int32), 0) >= count
+        low = tl.where(enough, middle + 1, low)
+        high = tl.where(enough, high, middle)
+    return low.to(tl.int32)
+
+
+@triton.jit
 def draw_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr, params_ptr, last_ptr, out_ptr, scores_ptr, tokens_ptr, arrived_ptr, vocab_size, stride_logits,
-    stride_params, peaks_ptr, first_token, TILE: tl.constexpr, PARTS: tl.constexpr, FAST: tl.constexpr,
-    PAIR: tl.constexpr,
+    logits_ptr, params_ptr, last_ptr, out_ptr, scores_ptr, tokens_ptr, arrived_ptr, tops_ptr, groups_ptr, states_ptr,
+    row_peaks_ptr, pivots_ptr, bounds_ptr, num_chosen_ptr, vocab_size, stride_logits, stride_params, peaks_ptr,
+    first_token, TILE: tl.constexpr, PARTS: tl.constexpr, FAST: tl.constexpr, PAIR: tl.constexpr,
+    GROUPS: tl.constexpr, MAX_TOP_K: tl.constexpr, SHIFT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One part of one row's vocabulary; the grid is (rows, parts)."""
+    await_previous(OVERLAP)
     row = tl.program_id(0)
-    part = tl.program_id(1)
-    num_parts = tl.num_programs(1)
-    greedy, inverse, low, high = _row_params(params_ptr, stride_params, row)
     base = logits_ptr + row.to(tl.int64) * stride_logits
+    top_k, top_p, least = row_filters(params_ptr, stride_params, row)
+    if PAIR:
+        peak, token, _ = _race(base, vocab_size, params_ptr, stride_params, row, first_token, TILE, FAST, False)
+        peak, token, last = meet(scores_ptr, tokens_ptr, arrived_ptr, row, peak, token, PARTS)
+        if last:
+            tl.store(peaks_ptr + row, peak)
+            tl.store(out_ptr + row, tl.where(token != 0x7FFFFFFF, token + first_token, 0x7FFFFFFF).to(tl.int64))
+    elif (top_k > 0) & (top_k <= MAX_TOP_K):
+        groups = groups_ptr + row * GROUPS
+        peak = _group_maxima(base, groups, vocab_size, TILE, GROUPS // TILE)
+        peak, _, last = meet(scores_ptr, tokens_ptr, arrived_ptr, row, peak, row, PARTS)
+        if last:
+            tl.debug_barrier()
+            lanes = tl.arange(0, GROUPS)
+            bound = _kth_largest(tl.load(groups + lanes, cache_modifier=".cg") >> SHIFT, top_k)
+            tl.debug_barrier()
+            tl.store(groups + lanes, tl.full([GROUPS], -2147483648, tl.int32))
+            is_broken = (peak == float("inf")) | (peak == float("-inf"))
+            if is_broken:
+                store_token(params_ptr, last_ptr, out_ptr, row, row * 0 + 0x7FFFFFFF)
+            tl.store(bounds_ptr + row, bound)
+            tl.store(num_chosen_ptr + row, 0)
+            tl.store(row_peaks_ptr + row, peak)
+            tl.store(states_ptr + row, tl.where(is_broken, 0, 2))
+    elif top_k >= 0:
+        if (top_k > 0) | (top_p < 1.0) | (least > float("-inf")):
+            peak, token, top = _race(base, vocab_size, params_ptr, stride_params, row, first_token, TILE, FAST, True)
+            tl.store(tops_ptr + row * PARTS + tl.program_id(1), top)
+            _, token, last = meet(scores_ptr, tokens_ptr, arrived_ptr, row, peak, token, PARTS)
+            if last:
+                tl.debug_barrier()
+                lanes = tl.arange(0, PARTS)
+                exists = lanes < tl.num_programs(1)
+                tops = tl.load(tops_ptr + row * PARTS + lanes, mask=exists, other=float("-inf"), cache_modifier=".cg")
+                tl.store(row_peaks_ptr + row, tl.max(tops, 0))
+                tl.store(pivots_ptr + row, token)
+                if token == 0x7FFFFFFF:
+                    store_token(params_ptr, last_ptr, out_ptr, row, token)
+                tl.store(states_ptr + row, tl.where(token == 0x7FFFFFFF, 0, tl.where(top_k > 0, 4, 1)))
+        else:
+            peak, token, _ = _race(base, vocab_size, params_ptr, stride_params, row, first_token, TILE, FAST, False)
+            _, token, last = meet(scores_ptr, tokens_ptr, arrived_ptr, row, peak, token, PARTS)
+            if last:
+                store_token(params_ptr, last_ptr, out_ptr, row, token)
+                tl.store(states_ptr + row, 0)
+    else:
+        tl.store(states_ptr + row, 0)
+
+
+@triton.jit
+def _race(  # type: ignore[no-untyped-def]
+    base, vocab_size, params_ptr, stride_params, row, first_token, TILE: tl.constexpr, FAST: tl.constexpr,
+    TRACK: tl.constexpr,
+):  # fmt: skip
+    """The best score among this part's tokens, whose it is, and with TRACK the largest logit."""
+    greedy, inverse, low, high = row_params(params_ptr, stride_params, row)
     best = tl.full([TILE], float("-inf"), tl.float32)
+    top = tl.full([TILE], float("-inf"), tl.float32)
     best_token = tl.full([TILE], 0x7FFFFFFF, tl.int32)
     broken = tl.full([TILE], 0, tl.int32)
-    for start in range(part * TILE, vocab_size, num_parts * TILE):
+    for start in range(tl.program_id(1) * TILE, vocab_size, tl.num_programs(1) * TILE):
         tokens = start + tl.arange(0, TILE)
         logit = tl.load(base + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
         broken |= ((logit != logit) | (logit == float("inf"))).to(tl.int32)
-        score = _score(logit, tokens + first_token, greedy, inverse, low, high, FAST)
+        if TRACK:
+            top = tl.maximum(top, logit)
+        score = row_score(logit, tokens + first_token, greedy, inverse, low, high, FAST)
         better = score > best
         best = tl.where(better, score, best)
         best_token = tl.where(better, tokens, best_token)
-    peak = tl.max(best, 0)
-    token = tl.min(tl.where(best == peak, best_token, 0x7FFFFFFF), 0)
     # A part that met a NaN or +inf says so with a score that beats all others, and no token.
     is_broken = tl.max(broken, 0) > 0
-    peak = tl.where(is_broken, float("inf"), peak)
-    token = tl.where(is_broken, 0x7FFFFFFF, token)
+    peak, token = first_of_best(best, best_token)
+    return tl.where(is_broken, float("inf"), peak), tl.where(is_broken, 0x7FFFFFFF, token), tl.max(top, 0)
+
+
+@triton.jit
+def first_of_best(scores, tokens):  # type: ignore[no-untyped-def]
+    """The largest score and the lowest of its tokens."""
+    peak = tl.max(scores, 0)
+    return peak, tl.min(tl.where(scores == peak, tokens, 0x7FFFFFFF), 0)
+
+
+@triton.jit
+def _group_maxima(base, groups, vocab_size, TILE: tl.constexpr, FOLDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Puts the largest key of each group of this part's tokens into `groups`; the largest logit, inf of broken ones.
+
+    A group is a column of the part's tiles: neighbours, which are often likely together, are in different ones.
+    """
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    broken = tl.full([TILE], 0, tl.int32)
+    for start in range(tl.program_id(1) * TILE, vocab_size, tl.num_programs(1) * TILE):
+        tokens = start + tl.arange(0, TILE)
+        logit = tl.load(base + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
+        broken |= ((logit != logit) | (logit == float("inf"))).to(tl.int32)
+        best = tl.where(logit > best, logit, best)
+    fold = tl.program_id(1) % FOLDS
+    tl.atomic_max(groups + fold * TILE + tl.arange(0, TILE), ordered(best, 0), sem="relaxed")
+    return tl.where(tl.max(broken, 0) > 0, float("inf"), tl.max(best, 0))
+
+
+@triton.jit
+def arrive(arrived_ptr, row):  # type: ignore[no-untyped-def]
+    """Whether this is the last of a row's parts: then what the others have stored can be read, past the first cache."""
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel") == tl.num_programs(1) - 1
+    if last:
+        tl.store(arrived_ptr + row, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def meet(scores_ptr, tokens_ptr, arrived_ptr, row, peak, token, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`arrive` with a part's best score and its token; the last part gets those of the row."""
+    num_parts = tl.num_programs(1)
+    last = num_parts == 1
     if num_parts > 1:
-        tl.store(scores_ptr + row * PARTS + part, peak)
-        tl.store(tokens_ptr + row * PARTS + part, token)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel")
-        if arrived == num_parts - 1:
+        tl.store(scores_ptr + row * PARTS + tl.program_id(1), peak)
+        tl.store(tokens_ptr + row * PARTS + tl.program_id(1), token)
+        last = arrive(arrived_ptr, row)
+        if last:
             lanes = tl.arange(0, PARTS)
-            keep = lanes < num_parts
-            scores = tl.load(scores_ptr + row * PARTS + lanes, mask=keep, other=float("-inf"), cache_modifier=".cg")
-            picks = tl.load(tokens_ptr + row * PARTS + lanes, mask=keep, other=0x7FFFFFFF, cache_modifier=".cg")
-            peak = tl.max(scores, 0)
-            token = tl.min(tl.where(scores == peak, picks, 0x7FFFFFFF), 0)
-            if PAIR:
-                _store_pair(peaks_ptr, out_ptr, row, peak, token, first_token)
-            else:
-                _store_token(params_ptr, last_ptr, out_ptr, row, token)
-            tl.store(arrived_ptr + row, 0)
-    elif PAIR:
-        _store_pair(peaks_ptr, out_ptr, row, peak, token, first_token)
-    else:
-        _store_token(params_ptr, last_ptr, out_ptr, row, token)
+            exists = lanes < num_parts
+            scores = tl.load(scores_ptr + row * PARTS + lanes, mask=exists, other=float("-inf"), cache_modifier=".cg")
+            tokens = tl.load(tokens_ptr + row * PARTS + lanes, mask=exists, other=0x7FFFFFFF, cache_modifier=".cg")
+            peak, token = first_of_best(scores, tokens)
+    return peak, token, last
 
 
 @triton.jit
-def _store_pair(peaks_ptr, out_ptr, row, peak, token, first_token):  # type: ignore[no-untyped-def]
-    tl.store(peaks_ptr + row, peak)
-    tl.store(out_ptr + row, tl.where(token != 0x7FFFFFFF, token + first_token, 0x7FFFFFFF).to(tl.int64))
-
-
-@triton.jit
-def _store_token(params_ptr, last_ptr, out_ptr, row, token):  # type: ignore[no-untyped-def]
+def store_token(params_ptr, last_ptr, out_ptr, row, token):  # type: ignore[no-untyped-def]
+    """A row has its token, or none."""
     found = token != 0x7FFFFFFF
     tl.store(last_ptr + tl.load(params_ptr + row), tl.where(found, token, 0).to(tl.int64))
     tl.store(out_ptr + row, tl.where(found, token, -1).to(tl.int64))

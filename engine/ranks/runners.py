@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvarena.engine.contract import StepPlan
 from kvarena.engine.kernels.all_reduce import PeerMemory, best_token
 from kvarena.engine.kernels.sample import NO_TOKEN, draw_parts
 from kvarena.engine.parallel.groups import Group
@@ -16,8 +17,9 @@ from kvarena.engine.ranks.driver import Driving
 from kvarena.engine.ranks.picks import SharedPicks
 from kvarena.engine.ranks.stages import Staged
 from kvarena.engine.runner.draw import Draw
-from kvarena.engine.runner.fused_runner import FusedRunner
+from kvarena.engine.runner.fused_runner import FusedRunner, draws_on
 from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.engine.sampling.output import HostTokens
 from kvarena.engine.sampling.transfer import to_device
 
 
@@ -30,21 +32,37 @@ class FusedRankRunner(SharedPicks, FusedRunner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self._device.type == "cuda" and not self._sampler.num_scores:
+        self._part_draw: PartDraw | None = None
+        self._gathered_draw: Draw | None = None
+        if draws_on(self._device) and not self._sampler.num_scores:
             groups, most = self.model.groups, kwargs["max_num_seqs"]
             memory = None if groups is None or groups.reducer is None else groups.reducer.best_memory(most)
-            self._draw = PartDraw(most, self._device, self._group, self._shard, memory)
+            self._part_draw = PartDraw(most, self._device, self._group, self._shard, memory)
+            if self._group.rank == 0:
+                self._gathered_draw = Draw(most, self._device)
+
+    @property
+    def _whole_draw(self) -> Draw | None:
+        return self._gathered_draw
+
+    def _sample_decode(self, plan: StepPlan, rows: np.ndarray, logits: Tensor, params: Tensor) -> HostTokens | None:
+        draw, columns = self._part_draw, self._rows.columns
+        if draw is None or not columns["is_plain"][rows].all():
+            return super()._sample_decode(plan, rows, logits, params)
+        columns["sampled_to"][rows] = [entry.start + 1 for entry in plan.scheduled]
+        tokens = draw(logits, params, self._rows.last_tokens)
+        return draw.send(tokens, [entry.req.request_id for entry in plan.scheduled])
 
     def _pick_plain(self, rows: np.ndarray, stops: np.ndarray, logits: Tensor) -> tuple[Tensor, Tensor]:
-        if self._draw is None:
+        if self._part_draw is None:
             return super()._pick_plain(rows, stops, logits)
         params = to_device(self._rows.draw_params(rows, stops), self._device)
-        tokens = self._draw(logits, params, self._rows.last_tokens)
+        tokens = self._part_draw(logits, params, self._rows.last_tokens)
         return tokens.clamp_min(0), tokens >= 0
 
 
 class PartDraw(Draw):
-    """A `Draw` among the columns of all ranks.
+    """A `Draw` among the columns of all ranks, of rows that do not filter.
 
     Args:
         max_rows: most rows of a step.

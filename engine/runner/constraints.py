@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvarena.engine.request import Request
+from kvarena.engine.sampling.transfer import to_device
 
 # Processor time for the masks of one step. Whose mask is not made in it is put off to the next step, where it comes
 # first: constraints that are slow to follow wait for each other, and nobody waits for them.
@@ -38,4 +39,4 @@ def allowed_tokens(
         constraint.num_late = 0
         constraint.fill(words)
         mask[row] = np.unpackbits(words.view(np.uint8), bitorder="little", count=vocab_size)
-    return torch.from_numpy(mask).to(device)
+    return to_device(mask, device)

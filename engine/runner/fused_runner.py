@@ -1,16 +1,18 @@
 """The fast runner: a fused forward, and decode steps for which the host sends a few integers and replays a graph.
 
-    decode step     fields --one copy--> device | graph: expand, layers, logits | draw | tokens --copy--> host
+    decode step     fields --one copy--> device | graph: expand, layers, logits, draw | tokens --copy--> host
     small steps     the same with prompts in them (engine/runner/step_graphs.py)
     other steps     as in TorchRunner, on the same fused forward
 
 Sampled tokens stay on the device as the next step's inputs, so with overlap the host prepares step N + 1 while step N
-runs, and `result()` waits for its own step's copy alone.
+runs, and `result()` waits for its own step's copy alone. Rows that edit their logits or want log-probabilities have
+theirs copied out of the step's, edited and drawn from by the same kernels; nothing of it waits for the device.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -30,8 +32,8 @@ from kvarena.engine.runner.inputs import input_tokens, missing_token
 from kvarena.engine.runner.rope_positions import rope_positions
 from kvarena.engine.runner.step_graphs import DECODE_FIELDS, MixedStep, StepGraphs
 from kvarena.engine.runner.torch_runner import TorchRunner
-from kvarena.engine.sampling.output import HostTokens, SampledTokens
-from kvarena.engine.sampling.scores import choose_rows
+from kvarena.engine.sampling.output import HostTokens, SampledTokens, merged
+from kvarena.engine.sampling.params import SKIPPED, TOP_K
 from kvarena.engine.sampling.transfer import to_device
 
 
@@ -75,14 +77,14 @@ class FusedRunner(TorchRunner):
             self.forward = functools.partial(decoder, backend=backend, pool=pool)
         self._num_read = None if decoder is None else decoder.num_read
         # Of a row of which others have parts, no kernel of one device draws.
-        draws = self._device.type == "cuda" and model.shard is None
+        draws = draws_on(self._device) and model.shard is None
         self._draw = Draw(max_num_seqs, self._device, num_scores) if draws else None
         self._graphs: StepGraphs | None = None
         if isinstance(backend, ReservingBackend):
             logits = torch.zeros(max_num_seqs, model.num_logits, dtype=model.spec.dtype, device=self._device)
             self._graphs = StepGraphs(
                 self.forward, backend, rows, logits, pool.block_size, mixed_tokens,
-                capture=GraphCapture() if graphs else None, has_grids=model.has_grids,
+                capture=GraphCapture() if graphs else None, has_grids=model.has_grids, draw=self._draw,
             )  # fmt: skip
 
     def warm_up(self, max_rows: int, max_tokens: int) -> int:
@@ -126,13 +128,18 @@ class FusedRunner(TorchRunner):
         fields[2:DECODE_FIELDS] = self._rows.draw_params(rows, starts + 1)
         if self.model.has_grids:
             fields[DECODE_FIELDS] = starts + columns["rope_shift"][rows]
-        logits = graphs.decode(fields)
-        if self._draw is not None and columns["is_plain"][rows].all():
-            columns["sampled_to"][rows] = starts + 1
-            request_ids = [entry.req.request_id for entry in scheduled]
-            tokens = self._draw.sample(logits, graphs.draw_params, self._rows.last_tokens, request_ids)
-            return self._in_flight(plan, tokens)
-        return self._in_flight(plan, self._sample(plan, rows, logits))
+        draw = self._draw
+        if draw is None:
+            return self._in_flight(plan, self._sample_decode(plan, rows, graphs.decode(fields), graphs.draw_params))
+        drawn = self._is_drawn(rows)
+        # Theirs is the last token that penalties count: it must not be overwritten yet.
+        fields[2 + TOP_K, ~drawn] = SKIPPED
+        logits = graphs.decode(fields, filters=bool((columns["filters"][rows] & drawn).any()))
+        columns["sampled_to"][rows] = starts + 1
+        requests = [entry.req for entry in scheduled]
+        tokens = draw.tokens[: len(rows)]
+        picked = self._with_edited(requests, rows, starts + 1, logits, graphs.draw_params, tokens, drawn)
+        return self._in_flight(plan, picked)
 
     def _mixed(self, plan: StepPlan, allocator: KVAllocator, graphs: StepGraphs) -> PendingTokens:
         scheduled = plan.scheduled
@@ -151,26 +158,78 @@ class FusedRunner(TorchRunner):
         """As in TorchRunner; the fused forward counts its own."""
         return super()._experts_read() if self._num_read is None else self._num_read.sum()
 
+    def _sample_decode(
+        self,
+        plan: StepPlan,
+        rows: np.ndarray,
+        logits: Tensor,
+        params: Tensor,  # noqa: ARG002
+    ) -> HostTokens | None:
+        """As `_sample`, of a decode step that did not draw; `params` is what a draw would need, on the device."""
+        return self._sample(plan, rows, logits)
+
+    def _is_drawn(self, rows: np.ndarray) -> np.ndarray:
+        """Bool [n]: whose token the draw gives by itself. Scores of filtered tokens are the sampler's alone."""
+        return self._rows.columns["is_plain" if self._sampler.num_scores else "is_drawn"][rows]
+
     def _pick(self, requests: list[Request], rows: np.ndarray, stops: np.ndarray, logits: Tensor) -> HostTokens:
-        """As in TorchRunner; rows that the fused draw can serve get its token, whoever shares their step."""
-        draw, last_tokens = self._draw, self._rows.last_tokens
+        """As in TorchRunner; rows that the draw can serve get its token, whoever shares their step."""
+        draw = self._draw
         if draw is None:
             return super()._pick(requests, rows, stops, logits)
-        is_plain = self._rows.columns["is_plain"][rows]
-        request_ids = [req.request_id for req in requests]
+        drawn = self._is_drawn(rows)
+        fields = self._rows.draw_params(rows, stops)
+        fields[TOP_K, ~drawn] = SKIPPED
+        params = to_device(fields, self._device)
+        tokens = draw(logits, params, self._rows.last_tokens) if drawn.any() else self._rows.last_tokens[: len(rows)]
+        return self._with_edited(requests, rows, stops, logits, params, tokens, drawn)
+
+    def _with_edited(
+        self,
+        requests: list[Request],
+        rows: np.ndarray,
+        stops: np.ndarray,
+        logits: Tensor,
+        params: Tensor,
+        tokens: Tensor,
+        drawn: np.ndarray,
+    ) -> HostTokens:
+        """All rows' tokens on their way to the host: those that are `drawn` (bool [n]), and picked ones of the others.
+
+        `requests`, `rows`, `stops` and `logits` as of `_pick`; `tokens` int64 [n] and `params` as of the draw.
+        """
+        draw = self._draw
+        assert draw is not None
+        ids = [req.request_id for req in requests]
+        scores = draw.scores(logits, params) if drawn.any() else None
+        if drawn.all():
+            return draw.send(tokens, ids, scores)
+        others = np.flatnonzero(~drawn)
+        index, at = to_device(others, self._device), to_device(rows[others], self._device)
+        edited = logits if len(others) == len(rows) else logits[index]
+        picked = self._sampled([requests[i] for i in others.tolist()], rows[others], at, stops[others], edited)
+        self._rows.last_tokens[at] = picked.token_ids
+        if len(others) == len(rows):
+            return picked.start_copy()
+        return merged(SampledTokens(tokens, tokens >= 0, None, ids, scores), picked, index, others).start_copy()
+
+    @property
+    def _whole_draw(self) -> Draw | None:
+        """What draws from whole rows of logits."""
+        return self._draw
+
+    def _drawer(self, rows: np.ndarray, stops: np.ndarray) -> Callable[[Tensor], Tensor] | None:
+        """As in TorchRunner; the kernels draw from edited logits too."""
+        draw, last_tokens = self._whole_draw, self._rows.last_tokens
+        if draw is None or self._sampler.num_scores:
+            return None
         params = to_device(self._rows.draw_params(rows, stops), self._device)
-        if is_plain.all():
-            return draw.sample(logits, params, last_tokens, request_ids)
-        at = to_device(rows, self._device)
-        sampled = self._sampled(requests, rows, at, stops, logits)
-        if is_plain.any():
-            drawn = draw(logits, params, last_tokens)
-            mask = to_device(is_plain, self._device)
-            token_ids = torch.where(mask, drawn.clamp_min(0), sampled.token_ids)
-            is_valid = torch.where(mask, drawn >= 0, sampled.is_valid)
-            scores = choose_rows(mask, draw.scores(logits, params), sampled.scores)
-            sampled = SampledTokens(token_ids, is_valid, sampled.logprobs, request_ids, scores)
-        return self._keep(at, sampled)
+        return lambda logits: draw(logits, params, last_tokens)
+
+
+def draws_on(device: torch.device) -> bool:
+    """Whether the kernels draw there; elsewhere they would be interpreted."""
+    return device.type == "cuda"
 
 
 def _known_token(entry: ScheduledRequest) -> int:

@@ -108,11 +108,12 @@ class GraphShape(NamedTuple):
 
 
 class CapturedGraph:
-    """The forward of steps of one shape: launched kernel by kernel until it is captured, replayed from then on.
+    """What steps of one shape launch: kernel by kernel until it is captured, replayed from then on.
 
     Args:
-        shape: of the steps.
-        meta: their attention's metadata; its tensors stay, the host's fields change from step to step.
+        what: as an error's message calls it: as a rule a `GraphShape`.
+        meta: the steps' attention's metadata; its tensors stay, the host's fields change from step to step. None where
+            there is none.
         launch: launches the kernels; they read and write at fixed addresses alone.
         num_plain: runs until one is captured.
         capture: captures; None never does (the same kernels, launched one by one).
@@ -120,14 +121,14 @@ class CapturedGraph:
 
     def __init__(
         self,
-        shape: GraphShape,
-        meta: AttentionMetadata,
+        what: GraphShape | str,
+        meta: AttentionMetadata | None,
         launch: Callable[[], None],
         num_plain: int,
         capture: GraphCapture | None,
     ) -> None:
         self.meta = meta
-        self._shape = shape
+        self._what = what
         self._launch = launch
         self._num_left = num_plain
         self._capture = capture
@@ -155,4 +156,4 @@ class CapturedGraph:
         self._launch()
         self._num_left -= 1
         if self._capture is not None and self._num_left <= 0:
-            self._graph = self._capture(self._launch, str(self._shape))
+            self._graph = self._capture(self._launch, str(self._what))

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kvarena.engine.contract import StepPlan
 from kvarena.engine.model_runner import TokenLogprobs
+from kvarena.engine.sampling.output import to_pinned
+from kvarena.engine.sampling.transfer import to_device
 
 # Rows of logits that are turned into fp32 probabilities at once.
 ROWS_AT_ONCE = 256
@@ -50,7 +52,7 @@ def prompt_rows(plan: StepPlan, query_start_loc: np.ndarray) -> PromptRows | Non
 
 
 class PromptLogprobs:
-    """A step's prompt log-probabilities, computed on the device and read when they are asked for.
+    """A step's prompt log-probabilities, computed on the device and on their way to the host.
 
     Args:
         logits: [len(rows.targets), V].
@@ -59,7 +61,7 @@ class PromptLogprobs:
 
     def __init__(self, logits: Tensor, rows: PromptRows) -> None:
         self._rows = rows
-        targets = torch.tensor(rows.targets, dtype=torch.int64).to(logits.device)
+        targets = to_device(np.array(rows.targets, dtype=np.int64), logits.device)
         num_top = max(top for _, _, top in rows.entries)
         # Part by part: in fp32, a long prompt's logits are large.
         parts = [
@@ -67,6 +69,12 @@ class PromptLogprobs:
             for at in range(0, len(targets), ROWS_AT_ONCE)
         ]
         self._tensors = [torch.cat(column) for column in zip(*parts, strict=True)]
+        self._done: torch.cuda.Event | None = None
+        if logits.device.type == "cuda":
+            # Not when they are read: then the next step is running.
+            self._tensors = [to_pinned(tensor) for tensor in self._tensors]
+            self._done = torch.cuda.Event()
+            self._done.record()
 
     @staticmethod
     def _part(values: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,6 +85,8 @@ class PromptLogprobs:
 
     def result(self, num_entries: int) -> list[list[TokenLogprobs] | None]:
         """Wait for the device; one list per entry of the plan, None where the request did not ask."""
+        if self._done is not None:
+            self._done.synchronize()
         spread: list[list[TokenLogprobs] | None] = [None] * num_entries
         columns = [tensor.tolist() for tensor in self._tensors] or [[], [], [], []]
         tokens = iter(zip(self._rows.targets, *columns, strict=True))

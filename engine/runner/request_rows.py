@@ -4,7 +4,7 @@ A request gets a row at its first step and loses it when it ended or was preempt
 another row. What is kept lies in arrays by row, so that a step gathers it without a loop:
 
                host                                                         device
-    row 0      block table | sampled_to | prompt, seed, temperature, plain  last token | block table | token counts
+    row 0      block table | sampled_to | prompt, seed, how it is drawn     last token | block table | token counts
     row 1      ...
     null row   of padding entries of steps of fixed shape
 
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from kvarena.engine.contract import KVAllocator, ScheduledRequest
 from kvarena.engine.errors import EngineError
-from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.request import Request
 from kvarena.engine.runner.block_tables import BlockTables
 from kvarena.engine.runner.rope_positions import rope_shift
 from kvarena.engine.sampling.batch import SamplingBatch
+from kvarena.engine.sampling.params import draw_params, is_drawn, pack_params
 from kvarena.engine.sampling.state import SamplerState, check_sampling
-from kvarena.engine.sampling.streams import as_seed64, derive_seed, stream_keys
+from kvarena.engine.sampling.streams import as_seed64, derive_seed
 
 FIRST_ROWS = 16
 COLUMNS = np.dtype(
@@ -36,6 +37,11 @@ COLUMNS = np.dtype(
         ("rope_shift", np.int64),
         ("seed", np.uint64),
         ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("log_min_p", np.float32),
+        ("filters", np.bool_),
+        ("is_drawn", np.bool_),
         ("is_plain", np.bool_),
     ]
 )
@@ -54,7 +60,8 @@ class RequestRows:
     Attributes:
         num_rows: rows there are, used or free. The row `num_rows` itself is the null row.
         columns: [num_rows + 1] of `COLUMNS`: position of the last token that was sampled on the device, or -1; length
-            of the prompt; `rope_shift` behind it; seed; temperature; whether the request `is_plain`.
+            of the prompt; `rope_shift` behind it; seed; `DrawParams`; whether they filter; whether
+            the draw serves the request (`is_drawn`), and both: without filters (`is_plain`).
         tables: block tables as the allocator last gave them.
         device_tables: int32 [num_rows + 1, width], filled by whoever sends `tables.take_changes()`.
         last_tokens: int64 [num_rows + 1], the token that each row sampled last: its next input.
@@ -136,13 +143,14 @@ class RequestRows:
         num_outputs: Sequence[int] | None = None,
         pending_token_ids: Tensor | None = None,
         allowed_tokens: Tensor | None = None,
+        draws: bool = True,
     ) -> SamplingBatch:
         """What the sampler needs to pick a token for each of `requests`; see `SamplerState.batch`.
 
         Args:
             requests: in the order of the logits.
             rows: theirs, where the caller has them.
-            num_outputs, pending_token_ids, allowed_tokens: see there. By default the host has seen all tokens.
+            num_outputs, pending_token_ids, allowed_tokens, draws: see there. By default the host has seen all tokens.
         """
         rows = self.of(requests) if rows is None else rows
         if num_outputs is None:
@@ -150,22 +158,17 @@ class RequestRows:
         seeds = self.columns["seed"][rows]
         return self._sampler.batch(
             requests, rows.tolist(), seeds, num_outputs, pending_token_ids=pending_token_ids,
-            allowed_tokens=allowed_tokens,
+            allowed_tokens=allowed_tokens, draws=draws,
         )  # fmt: skip
 
     def draw_params(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """The `params` of `draw_tokens`: int32 [4, n].
+        """The `params` of `draw_tokens`: int32 [NUM_PARAMS, n].
 
         Args:
             rows: int64 [n].
             positions: int64 [n], position in the request of the token to draw.
         """
-        columns = self.columns
-        params = np.empty((4, len(rows)), dtype=np.int32)
-        params[0] = rows
-        params[1] = columns["temperature"][rows].view(np.int32)
-        params[2:] = stream_keys(columns["seed"][rows], positions - columns["num_prompt"][rows]).T
-        return params
+        return pack_params(self.columns, rows, positions - self.columns["num_prompt"][rows])
 
     def _add(self, req: Request) -> int:
         params = req.sampling
@@ -174,8 +177,10 @@ class RequestRows:
             self._grow()
         row = self._rows[req.request_id] = self._free.pop()
         seed = derive_seed(self._engine_seed, req.request_id) if params.seed is None else as_seed64(params.seed)
-        plain = is_plain(params) and req.constraint is None
-        self.columns[row] = (-1, req.num_prompt_tokens, rope_shift(req), seed, params.temperature, plain)
+        draw, drawn = draw_params(params, self._sampler.vocab_size), is_drawn(params) and req.constraint is None
+        self.columns[row] = (
+            -1, req.num_prompt_tokens, rope_shift(req), seed, *draw, draw.filters, drawn, drawn and not draw.filters
+        )  # fmt: skip
         return row
 
     def _grow(self) -> None:
@@ -191,18 +196,3 @@ class RequestRows:
         self.tables.add_rows(count)
         self.last_tokens = torch.cat([self.last_tokens, self.last_tokens.new_zeros(count)])
         self._free = list(range(2 * count - 1, count - 1, -1))
-
-
-def is_plain(params: SamplingParams) -> bool:
-    """Greedy or temperature alone: nothing filters or edits the logits, and nobody asks for log-probabilities."""
-    return (
-        params.top_k == 0
-        and params.top_p == 1
-        and params.min_p == 0
-        and params.min_tokens == 0
-        and params.presence_penalty == 0
-        and params.frequency_penalty == 0
-        and params.repetition_penalty == 1
-        and not params.logit_bias
-        and params.logprobs is None
-    )

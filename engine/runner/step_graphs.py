@@ -1,9 +1,10 @@
 """Steps of fixed shape: decode steps, and small steps with prompts in them, padded to a shape that has a graph.
 
-    decode     tokens, positions, rows, temperatures, keys [R]                   --one copy-->  device
+    decode     tokens, positions, rows, temperatures, keys, filters [R]          --one copy-->  device
     mixed      tokens, positions, rows [T] | rows, lengths, sampled, starts [R]  --one copy-->  device
                both with one more number a token where it is turned elsewhere than it is counted (rope_positions.py)
-    graph      expand -> embedding -> layers -> logits [R, V]
+    graph      expand -> embedding -> layers -> logits [R, V] -> of decode steps, tokens: the draw
+               the rest of the draw, of steps in which a request filters (top-k, top-p, min-p)
 
 Padding entries stand for the null row: context length 1, their KV goes to the null block, and nobody looks at their
 logits. Mixed steps are worth it where the host, which needs about 10 ms for the launches of any forward, would be
@@ -24,11 +25,13 @@ from torch import Tensor
 from kvarena.engine.attention.base import AttentionMetadata
 from kvarena.engine.contract import StepPlan
 from kvarena.engine.kernels.step import StepBuffers, expand_decode, expand_tokens
+from kvarena.engine.runner.draw import Draw
 from kvarena.engine.runner.graphs import CapturedGraph, Forward, GraphCapture, GraphShape, ReservingBackend
 from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.runner.sender import WordSender
+from kvarena.engine.sampling.params import NUM_PARAMS, SKIPPED, TOP_K
 
-DECODE_FIELDS = 6
+DECODE_FIELDS = 2 + NUM_PARAMS
 TOKEN_FIELDS = 3
 # Beyond that many operations the device needs longer than the host does for the launches (10 ms at 600 TFLOP/s).
 HOST_BOUND_OPERATIONS = 6e12
@@ -95,10 +98,11 @@ class StepGraphs:
         capture: captures the graphs; None runs every step without one.
         has_grids: tokens of requests with images are turned elsewhere than they are counted, and each has that number
             too. No step here computes an image's own positions.
+        draw: draws the tokens of decode steps, as the end of their graphs; None: nobody does here.
 
     Attributes:
         num_fields: of a request in a decode step.
-        draw_params: int32 [4, >= n] on the device, what the last decode step's draw needs; see `draw_tokens`.
+        draw_params: int32 [NUM_PARAMS, >= n] on the device, what the last decode step's draw needs.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class StepGraphs:
         *,
         capture: GraphCapture | None,
         has_grids: bool = False,
+        draw: Draw | None = None,
     ) -> None:
         max_rows, device = len(logits), logits.device
         self._decode_buckets = decode_buckets(max_rows)
@@ -124,7 +129,9 @@ class StepGraphs:
         self._block_size = block_size
         self._mixed_tokens = mixed_tokens
         self._capture = capture
+        self._draw = draw
         self._graphs: dict[GraphShape, CapturedGraph] = {}
+        self._ends_of_draws: dict[int, CapturedGraph] = {}
         self._buffers = StepBuffers(max(max_rows, mixed_tokens), max_rows, rows.device_tables.shape[1], device)
         # A multiple of four, so that each field is aligned for wide loads.
         self.num_fields = DECODE_FIELDS + has_grids
@@ -148,12 +155,13 @@ class StepGraphs:
             and all(entry.req.sampling.prompt_logprobs is None for entry in plan.scheduled)
         )
 
-    def decode(self, fields: np.ndarray) -> Tensor:
-        """Run a step in which every request computes one token and samples.
+    def decode(self, fields: np.ndarray, *, filters: bool = False) -> Tensor:
+        """Run a step in which every request computes one token and samples, and draw its tokens.
 
         Args:
             fields: int32 [num_fields, n]: tokens (-1 where the device has it), positions, and `draw_params`, of
                 which the first are the rows; with `has_grids` where each is turned.
+            filters: some request of which the draw has the token to draw filters.
 
         Returns:
             [n, V]; overwritten by the next step.
@@ -165,6 +173,8 @@ class StepGraphs:
         words[:, count:bucket] = self._padding(bucket - count)
         self._sender.send(words.reshape(-1))
         self._run(_decode_shape(bucket), self._host_loc[: bucket + 1], words[1, :bucket] + 1, 1)
+        if filters:
+            self._end_of_draw(bucket).run()
         return self._logits[:count]
 
     def mixed(self, step: MixedStep) -> Tensor:
@@ -200,7 +210,7 @@ class StepGraphs:
             graph.hurry()
             num_run += 1
             if shape.is_decode:
-                self.decode(self._padding(shape.num_rows))
+                self.decode(self._padding(shape.num_rows), filters=self._draw is not None)
             else:
                 self._run_mixed(shape, empty)
         return num_run
@@ -219,9 +229,10 @@ class StepGraphs:
         ]
 
     def _padding(self, count: int) -> np.ndarray:
-        """Fields of padding entries: token 0 of the null row, at position 0, greedy."""
+        """Fields of padding entries: token 0 of the null row, at position 0, and nothing is drawn."""
         fields = np.zeros((self.num_fields, count), dtype=np.int32)
         fields[2] = self._rows.num_rows
+        fields[2 + TOP_K] = SKIPPED
         return fields
 
     def _run_mixed(self, shape: GraphShape, step: MixedStep) -> None:
@@ -233,6 +244,7 @@ class StepGraphs:
         """Run the step whose words have been sent; `loc` int32 [R + 1] and `seq_lens` int32 [R] as in its metadata."""
         graph = self._graph(shape)
         meta = graph.meta
+        assert meta is not None
         meta.host_query_start_loc, meta.host_seq_lens = loc, seq_lens
         meta.max_query_len, meta.max_seq_len = max_query_len, int(seq_lens.max())
         self._backend.prepare(meta)
@@ -273,6 +285,18 @@ class StepGraphs:
         expand_decode(self._sent_fields, rows.last_tokens, rows.device_tables, buffers, count, self._block_size)
         turned = self._sent_fields[DECODE_FIELDS] if self._has_grids else buffers.positions
         self._forward(buffers.ids[:count], turned[:count], meta, out=self._logits[:count], all_rows=True)
+        if self._draw is not None:
+            self._draw.begin(self._logits[:count], self.draw_params, rows.last_tokens)
+
+    def _end_of_draw(self, num_rows: int) -> CapturedGraph:
+        graph = self._ends_of_draws.get(num_rows)
+        if graph is None:
+            assert self._draw is not None
+            arguments = self._logits[:num_rows], self.draw_params, self._rows.last_tokens
+            launch = functools.partial(self._draw.end, *arguments)
+            graph = CapturedGraph(f"the draw for {num_rows} requests", None, launch, 1, self._capture)
+            self._ends_of_draws[num_rows] = graph
+        return graph
 
     def _launch_mixed(self, shape: GraphShape, meta: AttentionMetadata) -> None:
         num_tokens, num_rows, buffers = shape.num_tokens, shape.num_rows, self._buffers

@@ -290,6 +290,7 @@ class TorchRunner:
         self, requests: list[Request], rows: np.ndarray, at: Tensor, stops: np.ndarray, logits: Tensor
     ) -> SampledTokens:
         """Run the sampler; `at` is `rows` on the device."""
+        draw = self._drawer(rows, stops)
         num_outputs: list[int] = (stops - self._rows.columns["num_prompt"][rows]).tolist()
         unseen = any(count > len(req.output_token_ids) for req, count in zip(requests, num_outputs, strict=True))
         batch = self._rows.batch(
@@ -298,5 +299,10 @@ class TorchRunner:
             num_outputs=num_outputs,
             pending_token_ids=self._rows.last_tokens[at] if unseen else None,
             allowed_tokens=allowed_tokens(requests, self.model.spec.vocab_size, self._device),
+            draws=draw is None,
         )
-        return self._sampler(logits, batch)
+        return self._sampler(logits, batch, draw)
+
+    def _drawer(self, rows: np.ndarray, stops: np.ndarray) -> Callable[[Tensor], Tensor] | None:  # noqa: ARG002
+        """What draws from edited logits in the sampler's place; None: the sampler does. Arguments as of `_pick`."""
+        return None

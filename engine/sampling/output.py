@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvarena.engine.errors import EngineError
 from kvarena.engine.model_runner import TokenLogprobs, TokenScores
-from kvarena.engine.sampling.scores import ScoreTensors
+from kvarena.engine.sampling.scores import ScoreTensors, put_scores
 
 
 class LogprobTensors(NamedTuple):
@@ -71,6 +72,20 @@ class SampledTokens:
             EngineError: as `HostTokens.result`.
         """
         return self.start_copy().result()[0]
+
+
+def merged(all_rows: SampledTokens, some: SampledTokens, index: Tensor, rows: np.ndarray) -> SampledTokens:
+    """`all_rows` with the tokens of `some` in its `rows`, which are `index` on the device."""
+    logprobs = some.logprobs
+    if logprobs is not None:
+        logprobs = logprobs._replace(rows=[int(rows[row]) for row in logprobs.rows])
+    return SampledTokens(
+        all_rows.token_ids.clamp_min(0).index_copy(0, index, some.token_ids),
+        all_rows.is_valid.index_copy(0, index, some.is_valid),
+        logprobs,
+        all_rows.request_ids,
+        put_scores(all_rows.scores, index, some.scores),
+    )
 
 
 @dataclass(slots=True)

@@ -34,12 +34,16 @@ class Sampler:
     def __init__(self, num_scores: int = 0) -> None:
         self.num_scores = num_scores
 
-    def __call__(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
+    def __call__(
+        self, logits: Tensor, batch: SamplingBatch, draw: Callable[[Tensor], Tensor] | None = None
+    ) -> SampledTokens:
         """Sample one token per row.
 
         Args:
             logits: [N, V], any float type; not modified. Computed on in float32.
             batch: N rows.
+            draw: gives int64 [N], the tokens, from the edited logits, and -1 where there is none; no scores are kept.
+                None: the race below does.
 
         Returns:
             The tokens on the device. A row whose logits hold NaN or +inf, or in which every token is barred, is
@@ -47,6 +51,11 @@ class Sampler:
         """
         if batch.edits_logits:
             logits = self._edit(logits.to(torch.float32, copy=True), batch)
+        if draw is not None:
+            drawn = draw(logits)
+            token_ids = drawn.clamp_min(0)
+            logprobs = self._logprobs(logits, token_ids, batch) if batch.num_top else None
+            return SampledTokens(token_ids, drawn >= 0, logprobs, batch.request_ids)
         # Rounding to float32 keeps the order, so a greedy batch is never upcast. max gives the first of equal values.
         best = logits.max(dim=-1)
         token_ids = best.indices

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -41,8 +40,8 @@ def best_scores(scores: Tensor, count: int) -> ScoreTensors:
     return ScoreTensors(best.indices.int(), best.values.double())
 
 
-def choose_rows(mask: Tensor, ours: ScoreTensors | None, others: ScoreTensors | None) -> ScoreTensors | None:
-    """Rows of `ours` where `mask` (bool [N]) is set, of `others` elsewhere; None where none are kept."""
-    if ours is None or others is None:
+def put_scores(scores: ScoreTensors | None, index: Tensor, others: ScoreTensors | None) -> ScoreTensors | None:
+    """`scores` with those of `others` in the rows `index`; None where none are kept."""
+    if scores is None or others is None:
         return None
-    return ScoreTensors(*(torch.where(mask[:, None], one, other) for one, other in zip(ours, others, strict=True)))
+    return ScoreTensors(*(one.index_copy(0, index, other) for one, other in zip(scores, others, strict=True)))

@@ -87,6 +87,7 @@ class SamplerState:
         *,
         pending_token_ids: Tensor | None = None,
         allowed_tokens: Tensor | None = None,
+        draws: bool = True,
     ) -> SamplingBatch:
         """Prepare to sample one token for each of `requests`, in order.
 
@@ -102,6 +103,7 @@ class SamplerState:
                 it; other rows' values are not read. Needed when a row with penalties has such a token, so that
                 penalties count it exactly.
             allowed_tokens: bool [N, V] on the device; False bars a token (structured output).
+            draws: the sampler draws. Else whoever does needs no keys.
 
         Raises:
             EngineError: `num_outputs` runs further ahead of the host than `pending_token_ids` covers.
@@ -112,7 +114,7 @@ class SamplerState:
             self._static, self._last = self._build_static(requests, seeds), requests
         static = self._static
         keys = None
-        if static.random.host:
+        if static.random.host and draws:
             at = np.array([num_outputs[row] for row in static.random.host], dtype=np.uint64)
             keys = to_device(stream_keys(static.seeds, at), self.device)
         return SamplingBatch(

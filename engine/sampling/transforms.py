@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# So many of the largest logits are looked at before all of them are sorted.
+_FIRST = 2048
+
 
 def penalize(
     logits: Tensor, in_prompt: Tensor, counts: Tensor, presence: Tensor, frequency: Tensor, repetition: Tensor
@@ -33,31 +36,52 @@ def penalize(
 
 
 def keep_top_k(logits: Tensor, top_k: Tensor, max_k: int) -> Tensor:
-    """Keep each row's `top_k` largest logits, and those equal to the smallest of them.
+    """Keep each row's `top_k` largest logits, among equal ones the lower token ids.
 
     Args:
         logits: float32 [R, V].
         top_k: int64 [R], each in [1, max_k].
         max_k: the largest, known to the host; at most V.
     """
-    kth = logits.topk(max_k, dim=-1).values.gather(1, top_k[:, None] - 1)
-    return logits.masked_fill(logits < kth, -torch.inf)
+    return _keep_first(logits, logits.topk(max_k, dim=-1).values, top_k)
 
 
 def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
     """Keep each row's nucleus: the most likely tokens whose mass first reaches `top_p` (Holtzman et al., 2020).
 
-    Among equal logits the lower token ids come first. The most likely token is always kept.
+    Among equal logits the lower token ids come first. The most likely token is always kept. Masses are added in
+    float64, so that no more than a token whose mass ends within 1e-6 of `top_p` depends on who adds them.
 
     Args:
         logits: float32 [R, V].
         top_p: [R] in (0, 1].
     """
-    values, order = logits.sort(dim=-1, descending=True, stable=True)
-    mass = values.softmax(-1)
-    dropped = (mass.cumsum(-1) - mass) >= top_p[:, None]
-    dropped[:, 0] = False
-    return logits.masked_fill(torch.empty_like(dropped).scatter_(1, order, dropped), -torch.inf)
+    peak = logits.amax(-1, keepdim=True).double()
+    wanted = top_p.double()[:, None] * (logits.double() - peak).exp().sum(-1, keepdim=True)
+    if logits.device.type == "cpu" and logits.shape[-1] > _FIRST:
+        # As a rule a nucleus is small, and finding some largest ones costs a fraction of sorting all.
+        values = logits.topk(_FIRST, dim=-1).values
+        mass = (values.double() - peak).exp()
+        if bool((mass.sum(-1, keepdim=True) >= wanted).all()):
+            return _keep_first(logits, values, _num_reaching(mass, wanted))
+    values = logits.sort(dim=-1, descending=True).values
+    return _keep_first(logits, values, _num_reaching((values.double() - peak).exp(), wanted))
+
+
+def _num_reaching(mass: Tensor, wanted: Tensor) -> Tensor:
+    """int64 [R]: how many of each row's `mass`, in order, it takes to reach `wanted` [R, 1]; at least one."""
+    return (mass.cumsum(-1) - mass < wanted).sum(-1).clamp_min(1)
+
+
+def _keep_first(logits: Tensor, values: Tensor, counts: Tensor) -> Tensor:
+    """Keep the first `counts` tokens of each row, by logits and then by ids; `values` are its largest logits in order.
+
+    `counts`: int64 [R], at least 1 and at most as many as `values` has.
+    """
+    last = values.gather(1, counts[:, None] - 1)
+    above, equal = logits > last, logits == last
+    room = counts - above.sum(-1)
+    return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room[:, None]))), -torch.inf)
 
 
 def keep_min_p(logits: Tensor, min_p: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -26,8 +27,18 @@ from kvarena.engine.kernels.common import VARYING, next_power_of_2
 from kvarena.engine.kernels.experts.grouped import gather_rows_kernel
 from kvarena.engine.kernels.experts.products import MANY_ROWS, TILES, add_experts_kernel, expert_product_kernel
 from kvarena.engine.kernels.experts.routing import route_few_kernel, route_kernel, sort_kernel
+from kvarena.engine.kernels.filtered import (
+    CHOSEN_WARPS,
+    SETTLE_TILE,
+    SETTLE_WARPS,
+    check_kernel,
+    draw_again_kernel,
+    draw_chosen_kernel,
+    settle_kernel,
+)
 from kvarena.engine.kernels.norm import rms_norm_kernel
 from kvarena.engine.kernels.rope import rope_store_kernel
+from kvarena.engine.kernels.sample import MAX_CHOSEN, MAX_PARTS, MAX_TOP_K, NUM_GROUPS, TILE, draw_kernel, key_shift
 from kvarena.engine.kernels.store import store_kv_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -59,6 +70,10 @@ INTEGERS = {
 }
 ADDRESSES = {"slots_ptr", "buffers_ptr", "flags_ptr", "tokens_ptr", "last_ptr"}  # fmt: skip
 FLOATS = {"partial_ptr", "stats_ptr", "cos_ptr", "sin_ptr", "weights_ptr", "shared_ptr", "scores_ptr"}
+DRAW = {"last_ptr": "*i64", "sums_ptr": "*i64", "cuts_ptr": "*i64"} | dict.fromkeys(
+    ("params_ptr", "tokens_ptr", "arrived_ptr", "groups_ptr", "states_ptr", "pivots_ptr", "bounds_ptr",
+     "num_chosen_ptr", "chosen_ptr"), "*i32",
+) | dict.fromkeys(("scores_ptr", "tops_ptr", "row_peaks_ptr", "peaks_ptr"), "*fp32")  # fmt: skip
 
 
 def argument_type(name):
@@ -73,15 +88,17 @@ def argument_type(name):
     return "fp32" if name in {"scale", "softcap", "epsilon"} else "i32"
 
 
-def resources(kernel, constants, num_warps, num_stages, max_registers=None, unaligned=()):
+def resources(kernel, constants, num_warps, num_stages, max_registers=None, unaligned=(), types=None):
     """Registers, stack and local bytes per thread, shared memory, and which matrix instructions occur."""
     if "OVERLAP" in kernel.arg_names:
         constants = constants | {"OVERLAP": True}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else argument_type(name)
+        signature[name] = "constexpr" if name in constants else (types or {}).get(name) or argument_type(name)
         varying = [*VARYING["do_not_specialize"], *VARYING["do_not_specialize_on_alignment"], *unaligned]
-        if name not in varying and (signature[name].startswith("*") or name.startswith("stride")):
+        if name not in varying and (
+            signature[name].startswith("*") or name.startswith("stride") or name == "vocab_size"
+        ):
             attributes[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
@@ -124,6 +141,27 @@ def wrong_reductions(ttgir):
             if "parent" in operand or (moves and moves[-1] - moves[0] >= len(moves)):
                 wrong.append(f"{operand} with lanes {bases[layout]}")
     return wrong
+
+
+def draw_resources(few):
+    """The draw's kernels, over logits as a model in bf16 gives them and as an edit leaves them."""
+    shared = {"PARTS": MAX_PARTS, "FAST": True}
+    for name, dtype in (("", torch.bfloat16),) if few else (("", torch.bfloat16), (" float32", torch.float32)):
+        types = DRAW | {"logits_ptr": "*bf16" if dtype == torch.bfloat16 else "*fp32"}
+        shift = {"SHIFT": key_shift(dtype)}
+        groups = {"GROUPS": NUM_GROUPS, "MAX_TOP_K": MAX_TOP_K}
+        for pair in (False, True):
+            own = shared | shift | groups | {"TILE": TILE, "PAIR": pair}
+            outputs = {"out_ptr": "*i64", "peaks_ptr": "*fp32" if pair else types["logits_ptr"]}
+            yield f"draw{' part' * pair}{name}", resources(draw_kernel, own, 4, 3, types=types | outputs)
+        types |= {"out_ptr": "*i64"}
+        yield f"draw again{name}", resources(draw_again_kernel, shared | {"TILE": TILE}, 4, 3, types=types)
+        own = shift | {"TILE": TILE, "PARTS": MAX_PARTS, "CHOSEN": MAX_CHOSEN}
+        yield f"draw check{name}", resources(check_kernel, own, 4, 3, types=types)
+        own = shift | {"FAST": True, "CHOSEN": MAX_CHOSEN}
+        yield f"draw chosen{name}", resources(draw_chosen_kernel, own, CHOSEN_WARPS, 3, types=types)
+        own = shift | {"TILE": SETTLE_TILE, "FAST": True}
+        yield f"draw settle{name}", resources(settle_kernel, own, SETTLE_WARPS, 3, types=types)
 
 
 def launch(config):
@@ -220,4 +258,5 @@ if __name__ == "__main__":
         os.environ["TRITON_CACHE_DIR"] = cache
         few = "--few" in sys.argv
         found = dict(attention_resources(few)) | dict(fused_resources()) | dict(expert_resources(few))
+        found |= dict(draw_resources(few))
         print(json.dumps(found))

@@ -16,8 +16,9 @@ VOCAB = 3000
 def make_params(temperatures, seeds, positions, rows=None):
     keys = stream_keys(np.array(seeds, dtype=np.uint64), np.array(positions))
     rows = np.arange(len(temperatures)) if rows is None else np.array(rows)
-    bits = np.array(temperatures, dtype=np.float32).view(np.int32)
-    return torch.from_numpy(np.stack([rows.astype(np.int32), bits, keys[:, 0], keys[:, 1]])), torch.from_numpy(keys)
+    bits = np.array([temperatures, [1.0] * len(rows), [-np.inf] * len(rows)], dtype=np.float32).view(np.int32)
+    params = np.stack([rows.astype(np.int32), bits[0], keys[:, 0], keys[:, 1], 0 * bits[0], bits[1], bits[2]])
+    return torch.from_numpy(params), torch.from_numpy(keys)
 
 
 @pytest.mark.parametrize("num_programs", [1, 8, 1000])
