@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvarena.engine.contract import StepPlan
 from kvarena.engine.kernels.all_reduce import PeerMemory, best_token
-from kvarena.engine.kernels.sample import NO_TOKEN, draw_parts
+from kvarena.engine.kernels.drawing import NO_TOKEN
+from kvarena.engine.kernels.sample import draw_parts
 from kvarena.engine.parallel.groups import Group
 from kvarena.engine.parallel.shard import Shard
 from kvarena.engine.ranks.driver import Driving

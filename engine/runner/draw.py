@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvarena.engine.kernels.drawing import DrawScratch
 from kvarena.engine.kernels.filtered import draw_filtered
-from kvarena.engine.kernels.sample import DrawScratch, draw_scores, draw_tokens
+from kvarena.engine.kernels.sample import draw_scores, draw_tokens
 from kvarena.engine.sampling.output import HostTokens, SampledTokens, copy_scores
 from kvarena.engine.sampling.scores import ScoreTensors, best_scores
 

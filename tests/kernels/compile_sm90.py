@@ -24,22 +24,16 @@ from kvarena.engine.kernels.attention.config import decode_config, prefill_confi
 from kvarena.engine.kernels.attention.decode import decode_kernel, merge_width
 from kvarena.engine.kernels.attention.prefill import prefill_kernel
 from kvarena.engine.kernels.common import VARYING, next_power_of_2
+from kvarena.engine.kernels.drawing import MAX_CHOSEN, MAX_PARTS, MAX_TOP_K, NUM_GROUPS, TILE, key_shift
 from kvarena.engine.kernels.experts.grouped import gather_rows_kernel
 from kvarena.engine.kernels.experts.products import MANY_ROWS, TILES, add_experts_kernel, expert_product_kernel
 from kvarena.engine.kernels.experts.routing import route_few_kernel, route_kernel, sort_kernel
-from kvarena.engine.kernels.filtered import (
-    CHOSEN_WARPS,
-    SETTLE_TILE,
-    SETTLE_WARPS,
-    check_kernel,
-    draw_again_kernel,
-    draw_chosen_kernel,
-    settle_kernel,
-)
+from kvarena.engine.kernels.filtered import CHOSEN_WARPS, check_kernel, draw_again_kernel, draw_chosen_kernel
 from kvarena.engine.kernels.norm import rms_norm_kernel
 from kvarena.engine.kernels.rope import rope_store_kernel
-from kvarena.engine.kernels.sample import MAX_CHOSEN, MAX_PARTS, MAX_TOP_K, NUM_GROUPS, TILE, draw_kernel, key_shift
+from kvarena.engine.kernels.sample import draw_kernel
 from kvarena.engine.kernels.store import store_kv_kernel
+from kvarena.engine.kernels.threshold import SETTLE_TILE, SETTLE_WARPS, settle_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Head size, query heads per KV head, block size, and what else: one line per family of models.

@@ -6,7 +6,8 @@ import torch
 
 from kvarena.engine.kernels import step
 from kvarena.engine.kernels.all_reduce import PeerMemory, best_token
-from kvarena.engine.kernels.sample import DrawScratch, draw_parts, draw_scores, draw_tokens
+from kvarena.engine.kernels.drawing import DrawScratch
+from kvarena.engine.kernels.sample import draw_parts, draw_scores, draw_tokens
 from kvarena.engine.ranks.runners import best_of_parts
 from kvarena.engine.sampling.streams import log_exponentials, stream_keys
 

@@ -6,8 +6,10 @@ from draw_cases import kept_of, make_logits, packed, sampled, settings
 from scipy import stats
 
 from kvarena.engine.kernels import filtered
-from kvarena.engine.kernels.filtered import check_drawn, draw_chosen, draw_filtered, settle
-from kvarena.engine.kernels.sample import CHOOSE, DONE, HARD, PIVOT, REJECTED, DrawScratch, draw_tokens, ordered
+from kvarena.engine.kernels.drawing import CHOOSE, DONE, HARD, PIVOT, REJECTED, DrawScratch, ordered
+from kvarena.engine.kernels.filtered import check_drawn, draw_chosen, draw_filtered
+from kvarena.engine.kernels.sample import draw_tokens
+from kvarena.engine.kernels.threshold import settle
 from kvarena.engine.request import SamplingParams
 from kvarena.engine.sampling.params import SKIPPED, TOP_K
 
