@@ -64,7 +64,7 @@ def test_decode_steps_end_their_draw_only_where_somebody_filters(model, monkeypa
     assert not ends
     run(runner, [Request("b", [1, 2], SamplingParams(temperature=0.5, top_p=0.5, max_tokens=4))], overlap=True)
     assert len(ends) == 3
-    runner.warm_up(4)
+    runner.warm_up(4, 4)
     assert len(ends) == 3 + 3  # batches of 1, 2 and 4
 
 
