@@ -4,7 +4,7 @@ memory bounds, and packed_wide.py for many, which arithmetic bounds. Both read o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,27 @@ class HopperDevice:
         self.stream, self.wide = PackedStreamGemm(kernels), PackedWideGemm(kernels)
         self.num_multiprocessors = kernels.num_multiprocessors
 
+    def prepare(
+        self, weight: StreamWeight, rows: Iterable[int], *, norm: bool, fuse_norm: bool, mode: str, half: bool
+    ) -> None:
+        """Compile what `weight` is multiplied by for so many rows of x: several kernels at a time.
+
+        `norm`: one comes before, which the kernel may take in with `fuse_norm`. `mode`, `half`: see
+        `PackedStreamLaunch`.
+        """
+        from kvarena.engine.kernels.gemm.packed_stream import PackedStreamLaunch, PackedStreamTile
+
+        streams, wides = [], []
+        for num_rows in rows:
+            tile = hopper_tile(num_rows, weight, self.num_multiprocessors, norm=norm, glu=mode == "GLU")
+            if isinstance(tile, PackedStreamTile):
+                tile = tile._replace(fuse_norm=tile.fuse_norm and fuse_norm)
+                streams.append(PackedStreamLaunch(tile, num_rows, weight.shape[1], weight.groups, mode, half))
+            elif tile is not None:
+                wides.append((tile, weight.groups, mode, half))
+        self.stream.prepare(streams)
+        self.wide.prepare(wides)
+
 
 @cache
 def hopper_device(device: torch.device) -> HopperDevice | None:
@@ -80,6 +101,17 @@ class HopperProduct:
     def num_bytes(self) -> int:
         """See `Product`."""
         return self._weight.num_bytes + (0 if self._order is None else self._order.numel() * 4)
+
+    @property
+    def kind(self) -> tuple[tuple[int, int], int, bool]:
+        """Products of one kind have the same launches."""
+        return self._weight.shape, self._weight.groups, self.is_gated
+
+    def prepare(self, rows: Iterable[int], dtype: torch.dtype, *, norm: bool) -> None:
+        """Compile the kernels for so many rows of x of `dtype`; without `norm` before it, it adds to a residual."""
+        mode = "GLU" if self.is_gated else "STORE" if norm else "ADD"
+        half, fuse_norm = dtype == torch.float16, self._order is None
+        self._device.prepare(self._weight, rows, norm=norm, fuse_norm=fuse_norm, mode=mode, half=half)
 
     @property
     def serves_all_rows(self) -> bool:

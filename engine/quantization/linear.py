@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kvarena.engine.quantization.hopper import HopperProduct
 from kvarena.engine.quantization.products import PackedProduct
 from kvarena.engine.quantization.state import PARTS, PackedSource
 from kvarena.engine.quantization.weight import PackedWeight, join
@@ -65,6 +66,11 @@ class PackedLinear(nn.Module):
     def num_bytes(self) -> float:
         """Memory of its weight; its share of a product that it has in common with others."""
         return self.product.num_bytes * self.out_features / self.product.shape[0]
+
+    @property
+    def shares(self) -> bool:
+        """Whether its product is other layers' too."""
+        return self._rows is not None
 
     def share(self, product: PackedProduct, rows: slice) -> None:
         """Go on with `rows` of a product that several layers have in common."""
@@ -160,3 +166,20 @@ def settle_products(module: nn.Module, dtype: torch.dtype) -> dict[str, int]:
             count, len(products), reason,
         )  # fmt: skip
     return kernels
+
+
+def prepare_products(module: nn.Module, dtype: torch.dtype, rows: Iterable[int]) -> None:
+    """Compile our own kernels for so many rows of x, several at a time; otherwise each is when it is first asked for.
+
+    Args:
+        module: the model, settled.
+        dtype: of the inputs.
+        rows: of x.
+    """
+    kinds: dict[object, tuple[HopperProduct, bool]] = {}
+    for layer in module.modules():
+        if isinstance(layer, PackedLinear) and isinstance(product := layer.product.fastest, HopperProduct):
+            # Layers that share a product read the normed residual, and one alone adds to it.
+            kinds.setdefault(product.kind, (product, layer.shares))
+    for product, norm in kinds.values():
+        product.prepare(rows, dtype, norm=norm)

@@ -117,6 +117,11 @@ class PackedProduct:
         return self._product.num_bytes
 
     @property
+    def fastest(self) -> Product:
+        """What multiplies."""
+        return self._product
+
+    @property
     def kernel(self) -> str:
         """Of whom the product is, for messages: Hopper, Humming, Triton or Plain."""
         return type(self._product).__name__.removesuffix("Product")

@@ -21,10 +21,10 @@ from kvarena.engine.fusions.ops import Ops, TorchOps
 from kvarena.engine.fusions.reducing_ops import Reducer
 from kvarena.engine.models import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
-from kvarena.engine.quantization.linear import settle_products
+from kvarena.engine.quantization.linear import prepare_products, settle_products
 from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.engine.runner.graphs import ReservingBackend
-from kvarena.engine.runner.step_graphs import graph_tokens
+from kvarena.engine.runner.step_graphs import decode_buckets, graph_tokens
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.experiments.settings.config import RunnerConfig
 from kvarena.experiments.settings.explain import first_line
@@ -73,6 +73,8 @@ def make_runner(
         facts["ranks"] = _ranks(model, reducer)
     if kernels:
         facts["packed_kernels"] = kernels
+        if graphs:
+            prepare_products(model.module, model.spec.dtype, decode_buckets(max_num_seqs))
     if on_gpu:
         # Imported here, as in `_ops`.
         from kvarena.engine.attention.triton_backend import TritonBackend

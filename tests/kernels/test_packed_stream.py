@@ -20,7 +20,7 @@ from kvarena.engine.kernels.gemm.packed_stream import (
 )
 from kvarena.engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, load_hopper_kernels, nvrtc_major
 from kvarena.engine.quantization import hopper
-from kvarena.engine.quantization.linear import PackedProjection
+from kvarena.engine.quantization.linear import PackedLinear, PackedProjection, prepare_products
 from kvarena.engine.quantization.products import PackedProduct
 from kvarena.engine.quantization.weight import PackedWeight, pack_codes
 
@@ -203,6 +203,55 @@ def test_ops_with_a_hopper_product_are_those_of_the_dequantised_weight(device, n
         assert torch.allclose(added, plain.linear_residual(x, want, other), atol=1e-5)
     assert made.fused(x[:0], norm, None, None, glu=True).shape == (0, 64)
     assert made(x[:0]).shape == (0, 128)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("kind", ["gated", "joined", "alone"])
+def test_what_is_compiled_ahead_is_what_steps_launch(kind, act_order):
+    class Noting:
+        """Both kernels' contract, without results."""
+
+        def __init__(self):
+            self.prepared, self.launched = set(), set()
+
+        def prepare(self, launches):
+            self.prepared |= {one.key if isinstance(one, PackedStreamLaunch) else one for one in launches}
+
+        def __call__(self, x, weight, tile, *, norm=None, eps=0.0, residual=None, out=None, glu=False):
+            mode, half = "GLU" if glu else "STORE" if residual is None else "ADD", x.dtype == torch.float16
+            if isinstance(tile, PackedStreamTile):
+                self.launched.add(PackedStreamLaunch(tile, *x.shape, weight.groups, mode, half).key)
+            else:
+                self.launched.add((tile, weight.groups, mode, half))
+            return out
+
+    device = hopper.HopperDevice.__new__(hopper.HopperDevice)
+    device.stream, device.wide, device.num_multiprocessors = Noting(), Noting(), H200
+    weight = PackedWeight(*(torch.zeros(size, dtype=dtype) for size, dtype in (
+        ((1024, 64), torch.int32), ((4, 1024), torch.float16))), None,
+        torch.arange(512).int() if act_order else None, 128)  # fmt: skip
+    made = PackedProduct(weight)
+    made.is_gated = kind == "gated"
+    made._product = hopper.HopperProduct(weight, device, gated=made.is_gated)
+    layers = torch.nn.ModuleList()
+    for rows in (slice(0, 512), slice(512, 1024)) if kind != "alone" else (None,):
+        layer = PackedLinear.__new__(PackedLinear)
+        torch.nn.Module.__init__(layer)
+        layer.share(made, rows)
+        layers.append(layer)
+    counts = (1, 8, 24, 64, 72, 136, 256, 300)
+    prepare_products(layers, torch.float16, counts)
+    ops, norm = PackedOps(TorchOps()), Norm(torch.ones(512, dtype=torch.float16), 1e-5)
+    for num_rows in counts:
+        x, projection = torch.zeros(num_rows, 512, dtype=torch.float16), PackedProjection(made, None)
+        if kind == "gated":
+            ops.norm_glu(x, norm, projection)
+        elif kind == "joined":
+            ops.norm_linear(x, norm, projection)
+        else:
+            ops.linear_residual(x, projection, torch.zeros(num_rows, 1024, dtype=torch.float16))
+    for kernel in (device.stream, device.wide):
+        assert kernel.prepared == kernel.launched and len(kernel.launched) > 2
 
 
 def test_a_product_that_differs_is_not_taken(device, monkeypatch):

@@ -196,6 +196,11 @@ class PackedStreamLaunch(NamedTuple):
         rows, tile = row_bucket(self.num_rows), self.tile
         return 1024 + self.num_stages * tile.stage_bytes(rows, self.groups) + tile.rest_bytes(rows, self.depth)
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Of its kernel."""
+        return (*self.constants().values(), self.shared_bytes)
+
     def constants(self) -> dict[str, Any]:
         """What is put in front of stream_gemm.cu."""
         tile = self.tile
@@ -267,15 +272,14 @@ class PackedStreamGemm:
 
     def prepare(self, launches: Iterable[PackedStreamLaunch]) -> None:
         """Compile what these launches need, several kernels at a time."""
-        made = [launch.constants() for launch in launches]
+        made = [launch.constants() for launch in launches if launch.key not in self._compiled]
         self._kernels.prepare(kernel_source("stream_gemm", one, one["BX"]) for one in made)
 
     def _kernel(self, launch: PackedStreamLaunch) -> Kernel:
-        constants, shared_bytes = launch.constants(), launch.shared_bytes
-        key = (*constants.values(), shared_bytes)
-        if key not in self._compiled:
-            self._compiled[key] = self._kernels.compile(
-                "stream_gemm", constants, constants["BX"], threads=_THREADS, shared_bytes=shared_bytes,
+        if launch.key not in self._compiled:
+            constants = launch.constants()
+            self._compiled[launch.key] = self._kernels.compile(
+                "stream_gemm", constants, constants["BX"], threads=_THREADS, shared_bytes=launch.shared_bytes,
                 cluster=launch.tile.parts,
             )  # fmt: skip
-        return self._compiled[key]
+        return self._compiled[launch.key]

@@ -247,9 +247,11 @@ class PackedWideGemm:
 
     def prepare(self, launches: Iterable[tuple[PackedWideTile, int, str, bool]]) -> None:
         """Compile what these launches need, several kernels at a time: tile, and as of `constants_of`."""
+        made = [(constants_of(tile, groups, mode, half=half), tile.rows) for tile, groups, mode, half in launches]
         self._kernels.prepare(
-            kernel_source("wide_packed", constants_of(tile, groups, mode, half=half), tile.rows)
-            for tile, groups, mode, half in launches
+            kernel_source("wide_packed", constants, rows)
+            for constants, rows in made
+            if tuple(constants.values()) not in self._compiled
         )
 
     def _kernel(self, tile: PackedWideTile, groups: int, mode: str, *, half: bool) -> Kernel:
