@@ -204,13 +204,15 @@ class StepGraphs:
         empty = MixedStep(nothing, nothing, nothing, nothing, nothing.astype(np.bool_))
         num_run = 0
         for shape in self.reachable(max_rows, max_tokens):
-            graph = self._graph(shape)
-            if graph.is_ready:
+            draws = shape.is_decode and self._draw is not None
+            graphs = [self._graph(shape), *([self._end_of_draw(shape.num_rows)] if draws else [])]
+            if all(graph.is_ready for graph in graphs):
                 continue
-            graph.hurry()
+            for graph in graphs:
+                graph.hurry()
             num_run += 1
             if shape.is_decode:
-                self.decode(self._padding(shape.num_rows), filters=self._draw is not None)
+                self.decode(self._padding(shape.num_rows), filters=draws)
             else:
                 self._run_mixed(shape, empty)
         return num_run

@@ -62,10 +62,13 @@ def test_decode_steps_end_their_draw_only_where_somebody_filters(model, monkeypa
     monkeypatch.setattr(runner._sampler, "_race", lambda *args: pytest.fail("the sampler drew"))
     run(runner, [Request("a", [1, 2], SamplingParams(temperature=0.5, max_tokens=4))], overlap=True)
     assert not ends
+    runner.warm_up(1, 1)
+    assert len(ends) == 1
+    ends.clear()
     run(runner, [Request("b", [1, 2], SamplingParams(temperature=0.5, top_p=0.5, max_tokens=4))], overlap=True)
     assert len(ends) == 3
     runner.warm_up(4, 4)
-    assert len(ends) == 3 + 3  # batches of 1, 2 and 4
+    assert len(ends) == 3 + 2  # batches of 2 and 4: that of 1 has been compiled
 
 
 def test_log_probabilities_come_with_the_drawn_tokens(model):
