@@ -32,6 +32,12 @@ _NCCL_SETTINGS = {
 }  # fmt: skip
 
 
+def _ended(work: Any) -> None:
+    """Wait for a call of a group; NCCL's on the current stream (asyncOp off) have nothing to wait for: None."""
+    if work is not None:
+        work.wait()
+
+
 class Group:
     """Some ranks that compute the same thing together; every one calls the same methods in the same order.
 
@@ -55,26 +61,26 @@ class Group:
     def meet(self, device: torch.device) -> None:
         """Make the communicators, which NCCL does at the first call, and no graph may hold that."""
         for group in (self._group, self._captured):
-            group.allreduce([torch.zeros(1, device=device)], self._options[0]).wait()
+            _ended(group.allreduce([torch.zeros(1, device=device)], self._options[0]))
         torch.cuda.synchronize(device)
 
     def sum(self, x: Tensor) -> Tensor:
         """`x`, contiguous, overwritten with the sum over the ranks."""
-        self._now.allreduce([x], self._options[0]).wait()
+        _ended(self._now.allreduce([x], self._options[0]))
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape]: every rank's `x`, by rank."""
         out, x = x.new_empty(self.size, *x.shape), x.contiguous()
         if self._captured is None:
-            self._group.allgather([list(out.unbind())], [x], self._options[1]).wait()
+            _ended(self._group.allgather([list(out.unbind())], [x], self._options[1]))
         else:  # straight into `out`; NCCL would copy from a list of its parts
-            self._now._allgather_base(out.view(-1), x.view(-1), self._options[1]).wait()
+            _ended(self._now._allgather_base(out.view(-1), x.view(-1), self._options[1]))
         return out
 
     def broadcast(self, x: Tensor) -> Tensor:
         """`x`, overwritten with that of the group's first rank."""
-        self._now.broadcast([x], self._options[2]).wait()
+        _ended(self._now.broadcast([x], self._options[2]))
         return x
 
     @property
