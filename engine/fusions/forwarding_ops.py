@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvarena.engine.fusions.experts import Experts
-from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Ops
+from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, HeadSlots, Linear, Norm, Ops
 
 
 class ForwardingOps:
@@ -57,6 +57,10 @@ class ForwardingOps:
     ) -> Tensor | None:
         """See `Ops.experts`."""
         return self._ops.experts(residual, norm, experts, slots, first_slot, into)
+
+    def norm_heads(self, residual: Tensor, norm: Norm, qkv: Linear, to: HeadSlots) -> Tensor:
+        """See `Ops.norm_heads`."""
+        return self._ops.norm_heads(residual, norm, qkv, to)
 
     def rope_store(
         self,

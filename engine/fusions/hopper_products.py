@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvarena.engine.fusions.ops import Product
+from kvarena.engine.fusions.ops import Linear, Norm, Product
 from kvarena.engine.kernels.experts.grouped import GroupedGemm
 from kvarena.engine.kernels.gemm.stream import StreamGemm, stream_tile
+from kvarena.engine.kernels.gemm.turned import HeadsToStore, TurnedGemm, turned_tile
 from kvarena.engine.kernels.gemm.wide import WideGemm, wide_tile
 from kvarena.engine.kernels.hopper import load_hopper_kernels
 from kvarena.engine.kernels.norm import rms_norm
@@ -28,6 +29,7 @@ class HopperProducts:
         self._num_multiprocessors = 0 if kernels is None else kernels.num_multiprocessors
         self._stream = None if kernels is None else StreamGemm(kernels)
         self._wide = None if kernels is None else WideGemm(kernels)
+        self._turned = None if kernels is None else TurnedGemm(kernels)
         self.grouped = None if kernels is None else GroupedGemm(kernels)
 
     def __call__(self, product: Product) -> Tensor | None:
@@ -47,6 +49,16 @@ class HopperProducts:
         if not glu or (wide := wide_tile(*shape)) is None:
             return None
         return self._wide(x if norm is None else rms_norm(x, norm.weight, norm.eps), linear.weight, wide)
+
+    def heads(self, x: Tensor, norm: Norm, qkv: Linear, heads: HeadsToStore) -> Tensor | None:
+        """Turned queries of norm(x) by `qkv`, with its keys and values in the pool; None, and nothing was done, where
+        two launches are as fast or the operands are not for one."""
+        tile = turned_tile(len(x), *qkv.weight.shape)
+        if self._turned is None or tile is None or not heads.fit() or not _is_plain_bf16(Product(x, qkv, norm)):
+            return None
+        if tile.fuse_norm:
+            return self._turned(x, qkv.weight, tile, heads, norm=norm.weight, eps=norm.eps)
+        return self._turned(rms_norm(x, norm.weight, norm.eps), qkv.weight, tile, heads, norm=None, eps=0.0)
 
 
 def _is_plain_bf16(product: Product) -> bool:

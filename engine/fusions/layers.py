@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata, KeepingBackend
 from kvarena.engine.fusions.experts import Experts
-from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Norm, Ops, split_heads
+from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, HeadSlots, Norm, Ops, split_heads
 from kvarena.engine.pool.kv_pool import KVPool
 
 # A `Linear`; or a `PackedProjection`, with ops that are `PackedOps`, which a type cannot say of the two together.
@@ -86,15 +86,15 @@ class FusedAttention:
 
     def queries(self, residual: Tensor, batch: Batch, ops: Ops) -> Tensor:
         """The turned queries [T, num_heads, head_dim] of `residual`; its keys and values go to the pool."""
-        qkv = ops.norm_linear(residual, self.norm, self.qkv)
-        kv = batch.pool.slots(self.index)
-        q = ops.rope_store(
-            qkv, self.heads, self.head_norms, batch.angles, batch.meta.slot_mapping, kv,
-            turn_keys=batch.keeper is not None,
+        to = HeadSlots(
+            self.heads, self.head_norms, batch.angles, batch.meta.slot_mapping, batch.pool.slots(self.index)
         )  # fmt: skip
-        if batch.keeper is not None:
-            _, k, v = split_heads(qkv, self.heads)
-            batch.keeper.keep_kv(k, v, self.index, batch.meta)
+        if batch.keeper is None:
+            return ops.norm_heads(residual, self.norm, self.qkv, to)
+        qkv = ops.norm_linear(residual, self.norm, self.qkv)
+        q = ops.rope_store(qkv, *to, turn_keys=True)
+        _, k, v = split_heads(qkv, self.heads)
+        batch.keeper.keep_kv(k, v, self.index, batch.meta)
         return q
 
 

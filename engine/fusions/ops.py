@@ -2,7 +2,7 @@
 
 One stream `residual` [T, hidden] runs through the layers; each block reads it through its norm and adds to it:
 
-    qkv      = norm_linear(residual)                 attention in between
+    q        = norm_heads(residual)                  keys and values go to the pool; attention in between
     residual = linear_residual(attention, residual)
     act      = norm_glu(residual)                    silu(gate) * up
     residual = linear_residual(act, residual)        or, of experts: residual += experts(residual)
@@ -82,6 +82,16 @@ class Heads(NamedTuple):
     head_dim: int
 
 
+class HeadSlots(NamedTuple):
+    """What becomes of the heads of a layer's projection; see `Ops.rope_store`."""
+
+    heads: Heads
+    norms: HeadNorms | None
+    angles: Angles
+    slots: Tensor
+    kv: tuple[Tensor, Tensor]
+
+
 class Ops(Protocol):
     """What a fused layer calls. All tensors of a call share one device and dtype; T tokens are flattened."""
 
@@ -136,6 +146,10 @@ class Ops(Protocol):
         Returns:
             float32 [T], the weight of the shared expert's output; None without a shared expert.
         """
+        ...
+
+    def norm_heads(self, residual: Tensor, norm: Norm, qkv: Linear, to: HeadSlots) -> Tensor:
+        """norm_linear and rope_store: the turned queries [T, num_heads, head_dim] of `residual` [T, K]."""
         ...
 
     def rope_store(
@@ -210,6 +224,10 @@ class TorchOps:
     ) -> Tensor | None:
         """See `Ops.experts`."""
         return add_experts(residual if into is None else into, rms_norm(residual, norm), experts, slots, first_slot)
+
+    def norm_heads(self, residual: Tensor, norm: Norm, qkv: Linear, to: HeadSlots) -> Tensor:
+        """See `Ops.norm_heads`."""
+        return self.rope_store(self.norm_linear(residual, norm, qkv), *to)
 
     def rope_store(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvarena.engine.fusions.forwarding_ops import ForwardingOps
-from kvarena.engine.fusions.ops import Linear, Norm
+from kvarena.engine.fusions.ops import HeadSlots, Linear, Norm
 from kvarena.engine.quantization.linear import PackedProjection
 
 
@@ -46,3 +46,9 @@ class PackedOps(ForwardingOps):
             return self._ops.norm_glu(residual, norm, gate_up)
         y = None if gate_up.bias is not None else gate_up.product.fused(residual, norm, None, None, glu=True)
         return self._ops.glu(gate_up(self._ops.norm(residual, norm))) if y is None else y
+
+    def norm_heads(self, residual: Tensor, norm: Norm, qkv: Linear | PackedProjection, to: HeadSlots) -> Tensor:
+        """See `Ops.norm_heads`."""
+        if isinstance(qkv, Linear):
+            return self._ops.norm_heads(residual, norm, qkv, to)
+        return self.rope_store(self.norm_linear(residual, norm, qkv), *to)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvarena.engine.fusions.experts import Experts
 from kvarena.engine.fusions.forwarding_ops import ForwardingOps
-from kvarena.engine.fusions.ops import Linear, Norm, Ops
+from kvarena.engine.fusions.ops import HeadSlots, Linear, Norm, Ops
 
 
 class Reducer(Protocol):
@@ -68,6 +68,13 @@ class ReducingOps(ForwardingOps):
         return (
             self._ops.norm_linear(residual, norm, linear, out) if normed is None else self.linear(normed, linear, out)
         )
+
+    def norm_heads(self, residual: Tensor, norm: Norm, qkv: Linear, to: HeadSlots) -> Tensor:
+        """See `Ops.norm_heads`."""
+        normed = self._pay(residual, norm)
+        if normed is None:
+            return self._ops.norm_heads(residual, norm, qkv, to)
+        return self.rope_store(self.linear(normed, qkv), *to)
 
     def norm_glu(self, residual: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
         """See `Ops.norm_glu`."""

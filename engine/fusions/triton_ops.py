@@ -7,13 +7,24 @@ from torch import Tensor
 
 from kvarena.engine.fusions.experts import Experts
 from kvarena.engine.fusions.hopper_products import HopperProducts
-from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, Product, apply_linear, split_heads
+from kvarena.engine.fusions.ops import (
+    Angles,
+    HeadNorms,
+    Heads,
+    HeadSlots,
+    Linear,
+    Norm,
+    Product,
+    apply_linear,
+    split_heads,
+)
 from kvarena.engine.kernels.activation import gated
 from kvarena.engine.kernels.experts.layer import run_experts
 from kvarena.engine.kernels.gemm.glu import gated_product
 from kvarena.engine.kernels.gemm.library import load_library_gemm
 from kvarena.engine.kernels.gemm.skinny import SkinnyGemm
 from kvarena.engine.kernels.gemm.table import GemmTable
+from kvarena.engine.kernels.gemm.turned import HeadsToStore
 from kvarena.engine.kernels.norm import rms_norm
 from kvarena.engine.kernels.rope import rope_store
 
@@ -97,6 +108,18 @@ class TritonOps:
             top_k=experts.top_k, renormalize=experts.renormalize, num_read=experts.num_read, upcast=upcast,
             grouped=None if self._hopper is None else self._hopper.grouped,
         )  # fmt: skip
+
+    def norm_heads(self, residual: Tensor, norm: Norm, qkv: Linear, to: HeadSlots) -> Tensor:
+        """See `Ops.norm_heads`."""
+        if self._hopper is not None:
+            heads, norms, angles, slots, kv = to
+            to_store = HeadsToStore(heads.num_heads, angles.cos, angles.sin, slots, kv[0], kv[1])
+            if norms is not None:
+                to_store = to_store._replace(q_norm=norms.q.weight, k_norm=norms.k.weight, eps=norms.q.eps)
+            turned = self._hopper.heads(residual, norm, qkv, to_store)
+            if turned is not None:
+                return turned
+        return self.rope_store(self.norm_linear(residual, norm, qkv), *to)
 
     def rope_store(
         self,

@@ -1,7 +1,12 @@
 // x @ w.T for up to 256 rows of x on Hopper, its weights fetched while the kernel before it still runs. What it computes
 // and how it is cut: gemm/stream.py, which puts in front of this text hopper.cu and the launch's constants: BX (rows of
 // x a program), RB (blocks of 64 rows of w), KS (64 columns each of a stage), STAGES, CK, MODE, NORM, PER_SM. With PACKED
-// (gemm/packed_stream.py) w has 4 bits, in GROUPS groups a stage.
+// (gemm/packed_stream.py) w has 4 bits, in GROUPS groups a stage. With TURNS w is queries, keys and values, of which a
+// program has a head of 128 rows; with HEAD_NORM heads of queries and keys have a norm.
+
+#ifndef TURNS
+#define TURNS 0
+#endif
 
 enum { STORE, ADD, GLU };
 
@@ -71,6 +76,21 @@ __device__ __forceinline__ void load_blocks(u32 from, u32& v0, u32& v1, u32& v2,
 }
 #else
 static_assert(MODE != GLU || RB == 2, "a thread needs a gate and its up value");
+static_assert(!TURNS || RB == 2, "a thread needs both elements of a pair, 64 apart in a head");
+#endif
+
+#if TURNS
+// What becomes of the heads: where the tokens' keys and values go, by how much they are turned (64 cosines and sines a
+// token, `stride_angle` apart), weights of the norms.
+struct Turn {
+  const long long* slots;
+  const float *cos, *sin;
+  const u16 *q_norm, *k_norm;
+  u16 *keys, *values;
+  long long stride_slot;
+  int stride_angle, num_heads, num_kv_heads;
+  float eps;
+};
 #endif
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, PER_SM)
@@ -81,7 +101,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, PER_SM)
                 const __grid_constant__ TensorMap w_map,
 #endif
                 u16* y, const u16* residual, const u16* norm, int num_rows, int num_cols, int stride_y, int steps, int row_tiles,
-                float eps) {
+                float eps
+#if TURNS
+                , const __grid_constant__ Turn turn
+#endif
+    ) {
   extern __shared__ char raw[];
   __shared__ u64 barriers[2 * STAGES];
   __shared__ float squares[CK][2 * BX];
@@ -164,6 +188,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, PER_SM)
       *reinterpret_cast<uint4*>(scales + i) = *reinterpret_cast<const uint4*>(norm + first_k + i);
     asm volatile("bar.sync 1, 128;" ::: "memory");
   }
+#if !TURNS
   u16 old[MODE == ADD ? SUMS : 1];
   if (MODE == ADD && part == 0) {
     wait_for_previous();
@@ -174,6 +199,33 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, PER_SM)
       old[i] = row < num_rows && col < num_cols ? residual[static_cast<u64>(row) * stride_y + col] : 0;
     }
   }
+#else
+  // Of the first program of a cluster; what only depends on the step comes while the weights do.
+  constexpr int ROWS = BX / 4;  // of x, a thread's
+  constexpr bool EARLY = BX < 64;  // more rows leave no registers for it
+  const int head = first_col / 128;
+  const bool is_turned = head < turn.num_heads + turn.num_kv_heads;
+  auto row_of = [&](int i) { return first_row + i / 2 * 8 + row_in_block + i % 2; };
+  auto angle = [&](const float* of, int i, int half) {
+    return of[static_cast<u64>(min(row_of(i), num_rows - 1)) * turn.stride_angle + col_in_block + 8 * half];
+  };
+  float cosines[EARLY ? ROWS : 1][2], sines[EARLY ? ROWS : 1][2], weights[2][2];
+  long long slots[EARLY ? ROWS : 1];
+  if (part == 0) {
+    wait_for_previous();
+#pragma unroll
+    for (int i = 0; EARLY && i < ROWS; ++i) {
+      slots[i] = turn.slots[min(row_of(i), num_rows - 1)];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) cosines[i][half] = angle(turn.cos, i, half), sines[i][half] = angle(turn.sin, i, half);
+    }
+    if (HEAD_NORM && is_turned) {
+      const u16* from = head < turn.num_heads ? turn.q_norm : turn.k_norm;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weights[i / 2][i % 2] = widen(from[64 * (i / 2) + col_in_block + 8 * (i % 2)]);
+    }
+  }
+#endif
 
   float acc[RB][BX / 2];
   Ring at(0);
@@ -411,21 +463,80 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, PER_SM)
   } else if (NORM) {
     asm volatile("bar.sync 1, 128;" ::: "memory");
   }
+  auto factor_of = [&](int in_tile) {
+    if (!NORM) return 1.0f;
+    float sum = 0.0f;
+#pragma unroll
+    for (int from = 0; from < CK; ++from) {
+      sum += squares[from][in_tile];
+      if (BX < 16 && !BY_WARPS) sum += squares[from][in_tile + 8];
+    }
+    return rsqrtf(sum / (steps * KS * 64 * CK) + eps);
+  };
+#if TURNS
+  // Rounded where the product and the rotation are launches of their own (rope.py): before each of norm and rotation.
+  auto rounded = [](float value) { return widen(narrow(value)); };
+  auto sum_of = [&](int block, int i, int half) -> float& { return acc[block][i / 2 * 4 + 2 * half + i % 2]; };
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    const float factor = factor_of(i / 2 * 8 + row_in_block + i % 2);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sum_of(k / 2, i, k % 2) = rounded(sum_of(k / 2, i, k % 2) * factor);
+  }
+  if (HEAD_NORM && is_turned) {
+    // Of a head, 8 lanes of each warp hold parts.
+    __shared__ float head_squares[4][BX];
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum += sum_of(k / 2, i, k % 2) * sum_of(k / 2, i, k % 2);
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      if (lane < 4) head_squares[warp][i / 2 * 8 + row_in_block + i % 2] = sum;
+    }
+    asm volatile("bar.sync 1, 128;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const int row = i / 2 * 8 + row_in_block + i % 2;
+      const float sum = head_squares[0][row] + head_squares[1][row] + head_squares[2][row] + head_squares[3][row];
+      const float factor = 1.0f / sqrtf(sum / 128 + turn.eps);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        float& value = sum_of(k / 2, i, k % 2);
+        value = rounded(rounded(value * factor) * weights[k / 2][k % 2]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    const int row = row_of(i);
+    if (row >= num_rows) continue;
+    const int kv_head = head - turn.num_heads;  // of keys, behind them of values
+    u16* to = y + static_cast<u64>(row) * stride_y + head * 128;
+    if (kv_head >= 0) {
+      to = is_turned ? turn.keys + kv_head * 128 : turn.values + (kv_head - turn.num_kv_heads) * 128;
+      to += (EARLY ? slots[i] : turn.slots[row]) * turn.stride_slot;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float first = sum_of(0, i, half), second = sum_of(1, i, half);
+      float cosine = 1.0f, sine = 0.0f;
+      if (is_turned) {
+        cosine = EARLY ? cosines[i][half] : angle(turn.cos, i, half);
+        sine = EARLY ? sines[i][half] : angle(turn.sin, i, half);
+      }
+      to[col_in_block + 8 * half] = narrow(first * cosine - second * sine);
+      to[64 + col_in_block + 8 * half] = narrow(second * cosine + first * sine);
+    }
+  }
+#else
 #pragma unroll
   for (int j = 0; j < BX / 8; ++j) {
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
       const int in_tile = 8 * j + row_in_block + odd, row = first_row + in_tile;
-      float factor = 1.0f;
-      if (NORM) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int from = 0; from < CK; ++from) {
-          sum += squares[from][in_tile];
-          if (BX < 16 && !BY_WARPS) sum += squares[from][in_tile + 8];
-        }
-        factor = rsqrtf(sum / (steps * KS * 64 * CK) + eps);
-      }
+      const float factor = factor_of(in_tile);
       if (row >= num_rows) continue;
       u16* to = y + static_cast<u64>(row) * stride_y;
 #pragma unroll
@@ -450,4 +561,5 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, PER_SM)
       }
     }
   }
+#endif
 }

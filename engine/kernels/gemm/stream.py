@@ -23,18 +23,18 @@ from torch import Tensor
 from kvarena.engine.kernels.hopper import SHARED_BYTES, HopperKernels, Kernel
 
 MOST_ROWS = 256
-_THREADS, _BLOCK_ROWS, _BOX_COLS = 160, 64, 64
+THREADS, BLOCK_ROWS, BOX_COLS = 160, 64, 64
 # Rows of x that a kernel is compiled for.
 _ROW_BUCKETS = (8, 16, 32, 64)
 # Beyond it only small products are worth it, whose K is short where a norm comes before.
 _ONE_TILE_ROWS, _SHORT_DEPTH = _ROW_BUCKETS[-1], 2048
 # A norm of more rows costs every program more than a launch of its own.
-_MOST_NORM_ROWS = 32
+MOST_NORM_ROWS = 32
 # One row by more than this is multiplied and added as fast without the tensor cores, by the kernel of `gemm.py`.
 _MOST_BYTES_OF_ONE_ROW = 64 * 2**20
 # Of the barriers, of sums of squares, and of the alignment of the tiles.
 _RESERVED_BYTES = 4096
-_FEWEST_STAGES = 3
+FEWEST_STAGES = 3
 
 
 class StreamTile(NamedTuple):
@@ -56,17 +56,17 @@ class StreamTile(NamedTuple):
 
     def stage_bytes(self, num_rows: int) -> int:
         """Of one step's tiles of w and x."""
-        return 2 * _BOX_COLS * self.boxes * (_BLOCK_ROWS * self.blocks + row_bucket(num_rows))
+        return 2 * BOX_COLS * self.boxes * (BLOCK_ROWS * self.blocks + row_bucket(num_rows))
 
     def rest_bytes(self, num_rows: int, depth: int) -> int:
         """Of the other parts' sums and the norm's weights."""
-        sums = 4 * (self.parts - 1) * _BLOCK_ROWS * self.blocks * row_bucket(num_rows)
+        sums = 4 * (self.parts - 1) * BLOCK_ROWS * self.blocks * row_bucket(num_rows)
         return sums + (2 * depth // self.parts if self.fuse_norm else 0)
 
     def num_stages(self, num_rows: int, depth: int) -> int:
         """Steps that are fetched ahead."""
         room = SHARED_BYTES // self.per_sm - _RESERVED_BYTES - self.rest_bytes(num_rows, depth)
-        return min(room // self.stage_bytes(num_rows), depth // (_BOX_COLS * self.boxes * self.parts))
+        return min(room // self.stage_bytes(num_rows), depth // (BOX_COLS * self.boxes * self.parts))
 
 
 def row_bucket(num_rows: int) -> int:
@@ -92,11 +92,11 @@ def stream_tile(
         return None
     if num_rows > _ONE_TILE_ROWS:
         return _tile_of_many_rows(num_rows, num_cols, depth, num_multiprocessors, norm=norm, glu=glu)
-    fuse_norm = norm and num_rows <= _MOST_NORM_ROWS
-    columns = -(-num_cols // (2 * _BLOCK_ROWS if glu else _BLOCK_ROWS))
+    fuse_norm = norm and num_rows <= MOST_NORM_ROWS
+    columns = -(-num_cols // (2 * BLOCK_ROWS if glu else BLOCK_ROWS))
     if glu:
         few = 2 * columns <= num_multiprocessors
-        if (few and num_rows > _MOST_NORM_ROWS) or (num_rows == 1 and 2 * num_cols * depth > _MOST_BYTES_OF_ONE_ROW):
+        if (few and num_rows > MOST_NORM_ROWS) or (num_rows == 1 and 2 * num_cols * depth > _MOST_BYTES_OF_ONE_ROW):
             return None
         tile = StreamTile(2, 2, 2, 1, fuse_norm) if few else StreamTile(2, 1, 1, 2, fuse_norm)
         programs = columns * tile.parts
@@ -109,9 +109,9 @@ def stream_tile(
         parts = next((parts for parts in (4, 2) if columns * parts <= num_multiprocessors), 1)
         tile = StreamTile(1, 2, parts, 1)
         programs = columns * parts
-    part_cols = _BOX_COLS * tile.boxes * tile.parts
+    part_cols = BOX_COLS * tile.boxes * tile.parts
     # A step's stage is given back during the next step: a ring of one would never get there.
-    fits = depth % part_cols == 0 and tile.num_stages(num_rows, depth) >= min(_FEWEST_STAGES, depth // part_cols)
+    fits = depth % part_cols == 0 and tile.num_stages(num_rows, depth) >= min(FEWEST_STAGES, depth // part_cols)
     return tile if fits and programs <= num_multiprocessors * tile.per_sm else None
 
 
@@ -124,9 +124,9 @@ def _tile_of_many_rows(
         tile = StreamTile(2, 1, 1, 2) if num_rows > 2 * _ONE_TILE_ROWS else None
     else:
         tile = StreamTile(1, 1, 1, 2) if norm else StreamTile(1, 2, 2, 1)
-    if tile is None or ((norm or glu) and depth >= _SHORT_DEPTH) or depth % (_BOX_COLS * tile.boxes * tile.parts):
+    if tile is None or ((norm or glu) and depth >= _SHORT_DEPTH) or depth % (BOX_COLS * tile.boxes * tile.parts):
         return None
-    columns = -(-num_cols // (2 * _BLOCK_ROWS if glu else _BLOCK_ROWS))
+    columns = -(-num_cols // (2 * BLOCK_ROWS if glu else BLOCK_ROWS))
     programs = columns * -(-num_rows // _ONE_TILE_ROWS) * tile.parts
     return tile if programs <= num_multiprocessors * tile.per_sm else None
 
@@ -175,13 +175,13 @@ class StreamGemm:
         if out is None:
             out = x.new_empty(num_rows, num_cols)
         kernel = self._kernel(tile, num_rows, depth, "GLU" if glu else "STORE" if residual is None else "ADD")
-        cols = _BLOCK_ROWS if glu else _BLOCK_ROWS * tile.blocks
+        cols = BLOCK_ROWS if glu else BLOCK_ROWS * tile.blocks
         addresses = (None if t is None else t.data_ptr() for t in (out, residual, norm))
-        steps = depth // (_BOX_COLS * tile.boxes * tile.parts)
+        steps = depth // (BOX_COLS * tile.boxes * tile.parts)
         row_tiles = -(-num_rows // row_bucket(num_rows))
         self._kernels.launch(
             kernel, -(-num_cols // cols) * row_tiles * tile.parts, self._kernels.matrix_map(x, row_bucket(num_rows)),
-            self._kernels.matrix_map(weight, _BLOCK_ROWS, keep=True), *map(ctypes.c_void_p, addresses),
+            self._kernels.matrix_map(weight, BLOCK_ROWS, keep=True), *map(ctypes.c_void_p, addresses),
             *map(ctypes.c_int, (num_rows, num_cols, out.stride(0), steps, row_tiles)), ctypes.c_float(eps),
             overlap=overlap,
         )  # fmt: skip
@@ -197,6 +197,6 @@ class StreamGemm:
                 "NORM": int(tile.fuse_norm), "PACKED": 0, "PER_SM": tile.per_sm,
             }  # fmt: skip
             self._compiled[key] = self._kernels.compile(
-                "stream_gemm", constants, rows, threads=_THREADS, shared_bytes=shared_bytes, cluster=tile.parts
+                "stream_gemm", constants, rows, threads=THREADS, shared_bytes=shared_bytes, cluster=tile.parts
             )
         return self._compiled[key]

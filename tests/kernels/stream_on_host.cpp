@@ -1,0 +1,173 @@
+// Runs stream_gemm.cu on a CPU, a cluster after another: each thread is a fiber that gives way where it would wait, each
+// fetch arrives at some later time, in any order, swizzled as the tensor memory accelerator does it, and products are done
+// as late as they may be. The test puts the launch's constants before this text and the kernel's (without asm) behind it.
+
+#include <setjmp.h>
+#include <ucontext.h>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef uint16_t u16;
+struct uint4 { u32 x, y, z, w; };
+
+constexpr int THREADS = 160, MULTIPLYING = 128, PROGRAM_BYTES = 232448, REMOTE = 20;
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct TensorMap { const u16* data; int rows, cols, box_rows; };
+struct Barrier { int count, pending, bytes; u32 phase; };
+// All threads that come to it go on together.
+struct Meeting { int there = 0, times = 0; };
+struct Program { alignas(1024) char shared[PROGRAM_BYTES]; Barrier barriers[64]; Meeting all, multiplying, warps[THREADS / 32]; };
+struct Product { float* d; u32 a, b; bool add; };
+struct Thread {
+  std::vector<std::vector<Product>> groups;
+  std::vector<Product> open;
+  ucontext_t context;
+  jmp_buf at;
+  int index, program, arrived;
+  bool begun, ended;
+  std::vector<char> stack;
+  float sent;
+};
+struct Index { int x; };
+
+static Program programs[CK];
+static std::vector<Thread> threads;
+static Thread* now;
+static jmp_buf scheduler;
+static std::vector<std::function<void()>> on_their_way;
+static Meeting cluster;
+static Index threadIdx, blockIdx;
+
+// Without the system calls of swapcontext, which would take most of the time.
+__attribute__((noinline)) static void give_way() { if (!_setjmp(now->at)) _longjmp(scheduler, 1); }
+__attribute__((noinline)) static void go_on(Thread& t) {
+  if (_setjmp(scheduler)) return;
+  if (t.begun) _longjmp(t.at, 1);
+  t.begun = true;
+  setcontext(&t.context);
+}
+static void fail(const char* what) { fprintf(stderr, "%s\n", what); exit(1); }
+static Program& own() { return programs[now->program]; }
+static int arrive(Meeting& m, int all) {
+  const int before = m.times;
+  if (++m.there == all) m.there = 0, ++m.times;
+  return before;
+}
+static void meet(Meeting& m, int all) { for (const int before = arrive(m, all); m.times == before;) give_way(); }
+static void __syncwarp() { meet(own().warps[now->index / 32], 32); }
+static void __syncthreads() { meet(own().all, THREADS); }
+static void bar_sync() { meet(own().multiplying, MULTIPLYING); }
+static void cluster_arrive() { now->arrived = arrive(cluster, CK * THREADS); }
+static void cluster_wait() { while (cluster.times == now->arrived) give_way(); }
+static void cluster_sync() { cluster_arrive(), cluster_wait(); }
+static u32 cluster_rank() { return now->program; }
+static float __shfl_xor_sync(u32, float value, int other) {
+  now->sent = value;
+  __syncwarp();
+  const float got = (now - now->index % 32 + (now->index % 32 ^ other))->sent;
+  __syncwarp();
+  return got;
+}
+
+// Static shared memory comes first, the dynamic one behind; barriers are kept apart, by their address.
+template <class T> static T* shared_array(u32 offset) { return reinterpret_cast<T*>(own().shared + offset); }
+static u32 shared_address(const void* p) { return static_cast<const char*>(p) - own().shared; }
+static u32 remote_address(u32 address, u32 rank) { return rank << REMOTE | address; }
+static void store_cluster(u32 to, float value) {
+  if (to >> REMOTE != now->program && !cluster.times) fail("a program is written to that may not be there");
+  memcpy(programs[to >> REMOTE].shared + (to & (1 << REMOTE) - 1), &value, 4);
+}
+static Barrier& barrier_of(int program, u32 address) { return programs[program].barriers[address / 8]; }
+static void settle(Barrier& b) {
+  if (b.pending < 0) fail("more arrivals than a barrier expects");
+  if (b.pending == 0 && b.bytes == 0) b.pending = b.count, ++b.phase;
+}
+static void barrier_init(u32 address, u32 count) { barrier_of(now->program, address) = {(int)count, (int)count, 0, 0}; }
+static void barrier_expect(u32 address, u32 bytes) {
+  Barrier& b = barrier_of(now->program, address);
+  b.bytes += bytes, --b.pending;
+  settle(b);
+}
+static void barrier_arrive_local(u32 address) { Barrier& b = barrier_of(now->program, address); --b.pending, settle(b); }
+static void barrier_wait(u32 address, u32 parity) {
+  give_way();
+  while ((barrier_of(now->program, address).phase & 1) == parity) give_way();
+}
+static void wait_for_previous() { give_way(); }
+static void let_next_start() {}
+
+struct Ring {
+  u32 stage, parity;
+  explicit Ring(u32 steps) : stage(steps % STAGES), parity(steps / STAGES & 1) {}
+  void next() { if (++stage == STAGES) stage = 0, parity ^= 1; }
+};
+// Of a row of 128 bytes: where its 16 bytes `piece` lie.
+static int swizzled(int row, int piece) { return row * 64 + (piece ^ (row & 7)) * 8; }
+static void fetch(u32 to, const TensorMap& map, u32 barrier, int col, int row, u64) {
+  const int program = now->program;
+  on_their_way.push_back([=] {
+    u16* box = reinterpret_cast<u16*>(programs[program].shared + to);
+    for (int r = 0; r < map.box_rows; ++r) {
+      for (int c = 0; c < 64; ++c) {
+        const bool inside = row + r < map.rows && col + c < map.cols;
+        box[swizzled(r, c / 8) + c % 8] = inside ? map.data[(size_t)(row + r) * map.cols + col + c] : 0;
+      }
+    }
+    Barrier& b = barrier_of(program, barrier);
+    b.bytes -= map.box_rows * 128;
+    settle(b);
+  });
+}
+static u64 policy_evict_first() { return 0; }
+static u64 policy_evict_last() { return 0; }
+
+static int min(int a, int b) { return a < b ? a : b; }
+static float rsqrtf(float x) { return 1 / std::sqrt(x); }
+static float widen(u16 value) { u32 bits = (u32)value << 16; float f; memcpy(&f, &bits, 4); return f; }
+static u16 narrow(float f) { u32 bits; memcpy(&bits, &f, 4); return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16; }
+static float silu_times(float gate, float up) { return gate / (1 + std::exp(-gate)) * up; }
+static u32 scale_pair(u32 values, u32 weights, float& sum) {
+  const float low = widen(values & 0xFFFF), high = widen(values >> 16);
+  sum += low * low + high * high;
+  return narrow(low * widen(weights & 0xFFFF)) | narrow(high * widen(weights >> 16)) << 16;
+}
+static uint4 load_shared(u32 from) { uint4 v; memcpy(&v, own().shared + from, 16); return v; }
+static void store_shared(u32 to, uint4 v) { memcpy(own().shared + to, &v, 16); }
+static u32 descriptor(u32 address) {
+  if (address % 1024) fail("a tile that begins within an atom of the swizzle");
+  return address >> 4;
+}
+static void wgmma(float (&d)[BX / 2], u32 a, u32 b, int add) { now->open.push_back({d, a, b, add != 0}); }
+static float element(u32 descriptor, int row, int k) {
+  const u32 address = descriptor << 4, column = address % 128 / 2 + k;
+  return widen(reinterpret_cast<u16*>(own().shared + address / 1024 * 1024)[swizzled(row, column / 8) + column % 8]);
+}
+// This thread's part of 64 x BX x 16.
+static void multiply(const Product& p) {
+  for (int i = 0; i < BX / 2; ++i) {
+    const int row = now->index / 32 * 16 + now->index % 32 / 4 + i / 2 % 2 * 8;
+    const int col = i / 4 * 8 + now->index % 4 * 2 + i % 2;
+    float sum = p.add ? p.d[i] : 0;
+    for (int k = 0; k < 16; ++k) sum += element(p.a, row, k) * element(p.b, col, k);
+    p.d[i] = sum;
+  }
+}
+static void wait_for_products(size_t left) {
+  if (!now->open.empty()) now->groups.push_back(now->open), now->open.clear();
+  for (; now->groups.size() > left; now->groups.erase(now->groups.begin())) {
+    for (const Product& p : now->groups[0]) multiply(p);
+  }
+  __syncwarp();  // a warp goes on as one
+}
