@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvarena.engine.fusions.ops import Linear, Norm, Product
 from kvarena.engine.kernels.experts.grouped import GroupedGemm
+from kvarena.engine.kernels.gemm.dense import DenseGemm, dense_tile
 from kvarena.engine.kernels.gemm.stream import StreamGemm, stream_tile
 from kvarena.engine.kernels.gemm.turned import HeadsToStore, TurnedGemm, turned_tile
 from kvarena.engine.kernels.gemm.wide import WideGemm, wide_tile
@@ -15,10 +16,10 @@ from kvarena.engine.kernels.norm import rms_norm
 
 
 class HopperProducts:
-    """Sends a product to `StreamGemm` or `WideGemm`, or to neither.
+    """Sends a product to `StreamGemm`, `WideGemm` or `DenseGemm`, or to none of them.
 
     Args:
-        device: where the operands live. Without a Hopper GPU and what its kernels need, every product goes to neither.
+        device: where the operands live. Without a Hopper GPU and what its kernels need, every product goes to none.
 
     Attributes:
         grouped: products of experts; None without such a GPU.
@@ -29,12 +30,13 @@ class HopperProducts:
         self._num_multiprocessors = 0 if kernels is None else kernels.num_multiprocessors
         self._stream = None if kernels is None else StreamGemm(kernels)
         self._wide = None if kernels is None else WideGemm(kernels)
+        self._dense = None if kernels is None else DenseGemm(kernels)
         self._turned = None if kernels is None else TurnedGemm(kernels)
         self.grouped = None if kernels is None else GroupedGemm(kernels)
 
     def __call__(self, product: Product) -> Tensor | None:
         """The result; None, and nothing was done, where another kernel is as fast or the operands are not for these."""
-        if self._stream is None or self._wide is None or not _is_plain_bf16(product):
+        if self._stream is None or self._wide is None or self._dense is None or not _is_plain_bf16(product):
             return None
         x, linear, norm, residual, glu, out = product
         shape = (len(x), linear.weight.shape[0], linear.weight.shape[1], self._num_multiprocessors)
@@ -46,9 +48,14 @@ class HopperProducts:
             elif norm is not None:
                 x = rms_norm(x, norm.weight, norm.eps)
             return self._stream(x, linear.weight, tile, norm=weight, eps=eps, residual=residual, glu=glu, out=out)
-        if not glu or (wide := wide_tile(*shape)) is None:
+        wide, dense = (wide_tile(*shape), None) if glu else (None, dense_tile(*shape[:3]))
+        if wide is None and dense is None:
             return None
-        return self._wide(x if norm is None else rms_norm(x, norm.weight, norm.eps), linear.weight, wide)
+        if norm is not None:
+            x = rms_norm(x, norm.weight, norm.eps)
+        if dense is not None:
+            return self._dense(x, linear.weight, dense, residual=residual, out=out)
+        return None if wide is None else self._wide(x, linear.weight, wide)
 
     def heads(self, x: Tensor, norm: Norm, qkv: Linear, heads: HeadsToStore) -> Tensor | None:
         """Turned queries of norm(x) by `qkv`, with its keys and values in the pool; None, and nothing was done, where

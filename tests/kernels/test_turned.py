@@ -1,15 +1,11 @@
 """The product of queries, keys and values that turns and stores them: the kernel's text on a CPU, which launches there
 are, what the fused layer makes of it, and the kernel on a GPU."""
 
-import re
-import shutil
 import struct
-import subprocess
-from importlib import resources
-from pathlib import Path
 
 import pytest
 import torch
+from on_host import OnHost
 
 from kvarena.engine.fusions import hopper_products
 from kvarena.engine.fusions.hopper_products import HopperProducts
@@ -24,7 +20,6 @@ from kvarena.engine.kernels.gemm.turned import HeadsToStore, TurnedGemm, constan
 from kvarena.engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, load_hopper_kernels, nvrtc_major
 
 H200 = 132
-HOST = [Path(__file__).with_name(name) for name in ("stream_on_host.cpp", "stream_on_host_main.cpp")]
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="wgmma is Hopper's"
 )
@@ -77,40 +72,18 @@ class Case:
 
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory):
-    """Compiles the kernel for a CPU and runs launches of it."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    folder, programs = tmp_path_factory.mktemp("host"), {}
-    text = resources.files("kvarena.engine.kernels").joinpath("stream_gemm.cu").read_text()
-    for pattern, call in (
-        (r'asm volatile\("wgmma[^"]*wait_group[^"]*(\d);".*?\);', r"wait_for_products(\1);"),
-        (r'asm volatile\("[^"]*bar\.sync 1, 128;".*?\);', "bar_sync();"),
-        (r'asm volatile\("barrier\.cluster\.arrive[^"]*".*?\);', "cluster_arrive();"),
-        (r'asm volatile\("barrier\.cluster\.wait[^"]*".*?\);', "cluster_wait();"),
-    ):
-        text, count = re.subn(pattern, call, text)
-        assert count >= 1, pattern
-    text = re.sub(r'asm volatile\((?:[^;"]|"[^"]*")*\);', ";", text)
-    text = text.replace("extern __shared__ char raw[];", "char* raw = shared_array<char>(4096);")
-    text = text.replace("__shared__ u64 barriers[2 * STAGES];", "u64* barriers = shared_array<u64>(0);")
-    text = text.replace("__shared__ float squares[CK]", "auto* squares = shared_array<float[2 * BX]>(512); //")
-    text = text.replace("__shared__ float head_squares[4]", "auto* head_squares = shared_array<float[BX]>(3072); //")
-    assert "__shared__" not in text
+    """Runs launches of the kernel on a CPU."""
+    shared = (
+        (r"__shared__ float squares\[CK\]", "auto* squares = shared_array<float[2 * BX]>(512); //"),
+        (r"__shared__ float head_squares\[4\]", "auto* head_squares = shared_array<float[BX]>(3072); //"),
+    )
+    programs = OnHost(tmp_path_factory.mktemp("host"), "stream_gemm", "stream_on_host_main.cpp", shared)
 
     def run(case, y, pool, tile, *, mode="STORE", turns=True):
         num_rows, depth = case.x.shape
         constants = constants_of(tile, num_rows, depth, has_norms=case.norms is not None) | {"MODE": mode}
         constants |= {"TURNS": int(turns), "STAGES": min(3, constants["STAGES"])}
-        key = tuple(constants.values())
-        if key not in programs:
-            defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-            source = folder / f"{len(programs)}.cpp"
-            # The kernel names its modes before it uses one.
-            source.write_text(defines + HOST[0].read_text() + text + HOST[1].read_text())
-            programs[key] = source.with_suffix("")
-            command = [compiler, "-std=c++17", "-O1", "-w", source, "-o", programs[key]]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+        constants |= {"THREADS": 160, "MULTIPLYING": 128, "CLUSTER": tile.parts, "AT_ONCE": tile.parts}
         row_tiles = -(-num_rows // row_bucket(num_rows))
         steps = depth // (64 * tile.boxes * tile.parts)
         count = len(case.weight) // 128 * row_tiles * tile.parts
@@ -121,12 +94,8 @@ def on_host(tmp_path_factory):
         tensors = [case.x, case.weight, y, case.norm.weight, norms, angles, case.slots, pool]
         raw = [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
         eps = case.norm.eps if case.norms is None else case.norms.q.eps
-        (folder / "in").write_bytes(struct.pack("10if", *sizes, eps) + b"".join(raw))
-        ran = subprocess.run(
-            [programs[key], folder / "in", folder / "out"], capture_output=True, text=True, check=False
-        )
-        assert ran.returncode == 0, ran.stderr
-        read = torch.frombuffer(bytearray((folder / "out").read_bytes()), dtype=torch.bfloat16)
+        wrote = programs(constants, struct.pack("10if", *sizes, eps) + b"".join(raw))
+        read = torch.frombuffer(wrote, dtype=torch.bfloat16)
         y.copy_(read[: y.numel()].view(y.shape))
         pool.copy_(read[y.numel() :].view(pool.shape))
 

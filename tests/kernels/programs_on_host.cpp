@@ -1,6 +1,8 @@
-// Runs stream_gemm.cu on a CPU, a cluster after another: each thread is a fiber that gives way where it would wait, each
-// fetch arrives at some later time, in any order, swizzled as the tensor memory accelerator does it, and products are done
-// as late as they may be. The test puts the launch's constants before this text and the kernel's (without asm) behind it.
+// Runs stream_gemm.cu and wide_dense.cu on a CPU, some programs at once: each thread is a fiber that gives way where it
+// would wait, each fetch arrives at some later time, in any order, swizzled as the tensor memory accelerator does it, and
+// products are done as late as they may be. The test puts before this text the launch's constants, threads of a program
+// (THREADS, of which MULTIPLYING), programs of a cluster (CLUSTER) and those that run at once (AT_ONCE, whole clusters),
+// and the kernel's text (without asm) behind it.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -16,8 +18,11 @@ typedef uint32_t u32;
 typedef uint64_t u64;
 typedef uint16_t u16;
 struct uint4 { u32 x, y, z, w; };
+struct float4 { float x, y, z, w; };
+static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-constexpr int THREADS = 160, MULTIPLYING = 128, PROGRAM_BYTES = 232448, REMOTE = 20;
+constexpr int PROGRAM_BYTES = 232448, REMOTE = 20;
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -29,7 +34,7 @@ struct Barrier { int count, pending, bytes; u32 phase; };
 // All threads that come to it go on together.
 struct Meeting { int there = 0, times = 0; };
 struct Program { alignas(1024) char shared[PROGRAM_BYTES]; Barrier barriers[64]; Meeting all, multiplying, warps[THREADS / 32]; };
-struct Product { float* d; u32 a, b; bool add; };
+struct Product { float* d; int count; u32 a, b; bool add; };
 struct Thread {
   std::vector<std::vector<Product>> groups;
   std::vector<Product> open;
@@ -38,16 +43,16 @@ struct Thread {
   int index, program, arrived;
   bool begun, ended;
   std::vector<char> stack;
-  float sent;
+  u32 sent;
 };
 struct Index { int x; };
 
-static Program programs[CK];
+static Program programs[AT_ONCE];
 static std::vector<Thread> threads;
 static Thread* now;
 static jmp_buf scheduler;
 static std::vector<std::function<void()>> on_their_way;
-static Meeting cluster;
+static Meeting clusters[AT_ONCE / CLUSTER];
 static Index threadIdx, blockIdx;
 
 // Without the system calls of swapcontext, which would take most of the time.
@@ -69,14 +74,17 @@ static void meet(Meeting& m, int all) { for (const int before = arrive(m, all); 
 static void __syncwarp() { meet(own().warps[now->index / 32], 32); }
 static void __syncthreads() { meet(own().all, THREADS); }
 static void bar_sync() { meet(own().multiplying, MULTIPLYING); }
-static void cluster_arrive() { now->arrived = arrive(cluster, CK * THREADS); }
-static void cluster_wait() { while (cluster.times == now->arrived) give_way(); }
+static Meeting& cluster() { return clusters[now->program / CLUSTER]; }
+static void cluster_arrive() { now->arrived = arrive(cluster(), CLUSTER * THREADS); }
+static void cluster_wait() { while (cluster().times == now->arrived) give_way(); }
 static void cluster_sync() { cluster_arrive(), cluster_wait(); }
-static u32 cluster_rank() { return now->program; }
-static float __shfl_xor_sync(u32, float value, int other) {
-  now->sent = value;
+static u32 cluster_rank() { return now->program % CLUSTER; }
+static int first_of_cluster() { return now->program / CLUSTER * CLUSTER; }
+template <class T> static T __shfl_xor_sync(u32, T value, int other) {
+  memcpy(&now->sent, &value, 4);
   __syncwarp();
-  const float got = (now - now->index % 32 + (now->index % 32 ^ other))->sent;
+  T got;
+  memcpy(&got, &(now - now->index % 32 + (now->index % 32 ^ other))->sent, 4);
   __syncwarp();
   return got;
 }
@@ -86,8 +94,8 @@ template <class T> static T* shared_array(u32 offset) { return reinterpret_cast<
 static u32 shared_address(const void* p) { return static_cast<const char*>(p) - own().shared; }
 static u32 remote_address(u32 address, u32 rank) { return rank << REMOTE | address; }
 static void store_cluster(u32 to, float value) {
-  if (to >> REMOTE != now->program && !cluster.times) fail("a program is written to that may not be there");
-  memcpy(programs[to >> REMOTE].shared + (to & (1 << REMOTE) - 1), &value, 4);
+  if (to >> REMOTE != cluster_rank() && !cluster().times) fail("a program is written to that may not be there");
+  memcpy(programs[first_of_cluster() + (to >> REMOTE)].shared + (to & (1 << REMOTE) - 1), &value, 4);
 }
 static Barrier& barrier_of(int program, u32 address) { return programs[program].barriers[address / 8]; }
 static void settle(Barrier& b) {
@@ -100,13 +108,26 @@ static void barrier_expect(u32 address, u32 bytes) {
   b.bytes += bytes, --b.pending;
   settle(b);
 }
-static void barrier_arrive_local(u32 address) { Barrier& b = barrier_of(now->program, address); --b.pending, settle(b); }
+static void barrier_arrive(u32 address, u32 rank) {
+  Barrier& b = barrier_of(first_of_cluster() + rank, address);
+  --b.pending, settle(b);
+}
+static void barrier_arrive_local(u32 address) { barrier_arrive(address, cluster_rank()); }
 static void barrier_wait(u32 address, u32 parity) {
   give_way();
   while ((barrier_of(now->program, address).phase & 1) == parity) give_way();
 }
 static void wait_for_previous() { give_way(); }
 static void let_next_start() {}
+static void __threadfence() {}
+static void flag_raise(u32* flag) {
+  if (*flag) fail("a flag that is up already");
+  *flag = 1;
+}
+static void flag_lower(u32* flag) { *flag = 0; }
+static void flag_wait(const u32* flag) { while (!*flag) give_way(); }
+static void __stcg(float4* to, float4 value) { *to = value; }
+template <class T> static T __ldcg(const T* from) { return *from; }
 
 struct Ring {
   u32 stage, parity;
@@ -115,20 +136,26 @@ struct Ring {
 };
 // Of a row of 128 bytes: where its 16 bytes `piece` lie.
 static int swizzled(int row, int piece) { return row * 64 + (piece ^ (row & 7)) * 8; }
-static void fetch(u32 to, const TensorMap& map, u32 barrier, int col, int row, u64) {
-  const int program = now->program;
-  on_their_way.push_back([=] {
-    u16* box = reinterpret_cast<u16*>(programs[program].shared + to);
-    for (int r = 0; r < map.box_rows; ++r) {
-      for (int c = 0; c < 64; ++c) {
-        const bool inside = row + r < map.rows && col + c < map.cols;
-        box[swizzled(r, c / 8) + c % 8] = inside ? map.data[(size_t)(row + r) * map.cols + col + c] : 0;
+static void fetch_for(u16 ranks, u32 to, const TensorMap& map, u32 barrier, int col, int row, u64) {
+  for (int rank = 0; rank < CLUSTER; ++rank) {
+    if (!(ranks >> rank & 1)) continue;
+    const int program = first_of_cluster() + rank;
+    on_their_way.push_back([=] {
+      u16* box = reinterpret_cast<u16*>(programs[program].shared + to);
+      for (int r = 0; r < map.box_rows; ++r) {
+        for (int c = 0; c < 64; ++c) {
+          const bool inside = row + r < map.rows && col + c < map.cols;
+          box[swizzled(r, c / 8) + c % 8] = inside ? map.data[(size_t)(row + r) * map.cols + col + c] : 0;
+        }
       }
-    }
-    Barrier& b = barrier_of(program, barrier);
-    b.bytes -= map.box_rows * 128;
-    settle(b);
-  });
+      Barrier& b = barrier_of(program, barrier);
+      b.bytes -= map.box_rows * 128;
+      settle(b);
+    });
+  }
+}
+static void fetch(u32 to, const TensorMap& map, u32 barrier, int col, int row, u64 policy) {
+  fetch_for(1 << cluster_rank(), to, map, barrier, col, row, policy);
 }
 static u64 policy_evict_first() { return 0; }
 static u64 policy_evict_last() { return 0; }
@@ -137,6 +164,7 @@ static int min(int a, int b) { return a < b ? a : b; }
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
 static float widen(u16 value) { u32 bits = (u32)value << 16; float f; memcpy(&f, &bits, 4); return f; }
 static u16 narrow(float f) { u32 bits; memcpy(&bits, &f, 4); return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16; }
+static u32 pack(float low, float high) { return narrow(low) | narrow(high) << 16; }
 static float silu_times(float gate, float up) { return gate / (1 + std::exp(-gate)) * up; }
 static u32 scale_pair(u32 values, u32 weights, float& sum) {
   const float low = widen(values & 0xFFFF), high = widen(values >> 16);
@@ -149,15 +177,15 @@ static u32 descriptor(u32 address) {
   if (address % 1024) fail("a tile that begins within an atom of the swizzle");
   return address >> 4;
 }
-static void wgmma(float (&d)[BX / 2], u32 a, u32 b, int add) { now->open.push_back({d, a, b, add != 0}); }
+template <int N> static void wgmma(float (&d)[N], u32 a, u32 b, int add) { now->open.push_back({d, N, a, b, add != 0}); }
 static float element(u32 descriptor, int row, int k) {
   const u32 address = descriptor << 4, column = address % 128 / 2 + k;
   return widen(reinterpret_cast<u16*>(own().shared + address / 1024 * 1024)[swizzled(row, column / 8) + column % 8]);
 }
-// This thread's part of 64 x BX x 16.
+// This thread's part of 64 x 2 * count x 16.
 static void multiply(const Product& p) {
-  for (int i = 0; i < BX / 2; ++i) {
-    const int row = now->index / 32 * 16 + now->index % 32 / 4 + i / 2 % 2 * 8;
+  for (int i = 0; i < p.count; ++i) {
+    const int row = now->index % 128 / 32 * 16 + now->index % 32 / 4 + i / 2 % 2 * 8;
     const int col = i / 4 * 8 + now->index % 4 * 2 + i % 2;
     float sum = p.add ? p.d[i] : 0;
     for (int k = 0; k < 16; ++k) sum += element(p.a, row, k) * element(p.b, col, k);
@@ -170,4 +198,58 @@ static void wait_for_products(size_t left) {
     for (const Product& p : now->groups[0]) multiply(p);
   }
   __syncwarp();  // a warp goes on as one
+}
+// Two columns of each of four blocks of 8 columns lie in each of 4 threads; after it a thread has one block whole.
+static void transpose_quad(u32 (&v)[4], int lane) {
+  u32 sent[4][4];
+  for (int i = 0; i < 4; ++i) {
+    for (int other = 0; other < 4; ++other) sent[other][i] = __shfl_xor_sync(~0u, v[i], other);
+  }
+  for (int from = 0; from < 4; ++from) v[from] = sent[from ^ lane % 4][lane % 4];
+}
+
+template <class T> static void read(std::vector<T>& to, size_t count, FILE* file) {
+  to.resize(count);
+  if (count && fread(to.data(), sizeof(T), count, file) != count) fail("too little input");
+}
+
+// All programs of a launch, AT_ONCE at a time, each thread from `start` on.
+static void (*program)();
+static void thread_of_program() {
+  program();
+  now->ended = true;
+  give_way();
+}
+static void run_programs(int num_programs, void (*start)()) {
+  srand(1);
+  program = start;
+  for (int first = 0; first < num_programs; first += AT_ONCE) {
+    threads.clear(), threads.resize(AT_ONCE * THREADS);
+    for (Meeting& meeting : clusters) meeting = {};
+    for (int i = 0; i < AT_ONCE * THREADS; ++i) {
+      Thread& t = threads[i];
+      t.index = i % THREADS, t.program = i / THREADS, t.begun = t.ended = false;
+      t.stack.resize(1 << 15);
+      getcontext(&t.context);
+      t.context.uc_stack.ss_sp = t.stack.data(), t.context.uc_stack.ss_size = t.stack.size();
+      t.context.uc_link = nullptr;
+      makecontext(&t.context, thread_of_program, 0);
+    }
+    for (int round = 0, left = 1; left; ++round) {
+      if (round == 30000) fail("a wait that never ends");
+      left = 0;
+      for (Thread& t : threads) {
+        if (t.ended) continue;
+        ++left;
+        now = &t, threadIdx.x = t.index, blockIdx.x = first + t.program;
+        go_on(t);
+      }
+      for (size_t i = on_their_way.size(); i-- > 0;) {
+        if (rand() % 3) continue;
+        on_their_way[i]();
+        on_their_way.erase(on_their_way.begin() + i);
+      }
+    }
+    if (!on_their_way.empty()) fail("a program ended before its fetches");
+  }
 }
