@@ -1,4 +1,4 @@
-"""A whole decoder over fused layers: embedding, layers, norm, and logits of the chosen tokens only."""
+"""A decoder over fused layers: embedding, layers, norm, and logits of the chosen tokens only; or a stage of one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
 from kvarena.engine.fusions.layers import Batch, FusedLayer, ModuleMlp, Projection
 from kvarena.engine.fusions.ops import Angles, Norm, Ops
+from kvarena.engine.fusions.reducing_ops import ReducingOps
 from kvarena.engine.pool.kv_pool import KVPool
 
 if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
 
 @dataclass(frozen=True)
 class FusedDecoder:
-    """A causal language model of the llama shape. Shares its weights with the transformers module.
+    """A causal language model of the llama shape, or some of its layers. Shares its weights with the module.
 
     Attributes:
         embed: rows [T, hidden] of tokens int64 [T].
@@ -28,8 +29,8 @@ class FusedDecoder:
         axes: int64 [rotary_dim], by which of three positions each is turned (time, row, column of an image); None: a
             position is a number.
         layers: in order.
-        norm: the final one.
-        head: the output projection.
+        norm: the final one; None: the stream goes on to other layers.
+        head: the output projection; None with `norm`.
         ops: what computes.
         num_read: int32 [layers with fused experts], written by each forward: how many experts had a token. None: the
             model has no such layer.
@@ -38,8 +39,8 @@ class FusedDecoder:
     embed: Callable[[Tensor], Tensor]
     rotation: Tensor
     layers: tuple[FusedLayer, ...]
-    norm: Norm
-    head: Projection
+    norm: Norm | None
+    head: Projection | None
     ops: Ops
     num_read: Tensor | None = None
     axes: Tensor | None = None
@@ -83,15 +84,19 @@ class FusedDecoder:
             inputs: in place of the tokens' embeddings; overwritten.
 
         Returns:
-            [N, vocab] in the model's dtype.
+            [N, vocab] in the model's dtype; without a head the stream of all tokens, [T, hidden].
         """
         batch = Batch.of(self.angles(positions), meta, backend, pool)
         residual = self.embed(input_ids) if inputs is None else inputs.embeds
         num_deep = 0 if inputs is None else len(inputs.deep)
-        for index, layer in enumerate(self.layers[:-1]):
+        for index, layer in enumerate(self.layers if self.head is None else self.layers[:-1]):
             residual = layer(residual, batch, self.ops)
             if index < num_deep:
                 residual = residual.index_add_(0, inputs.at, inputs.deep[index])  # type: ignore[union-attr]
+        if self.head is None or self.norm is None:
+            if isinstance(self.ops, ReducingOps):
+                self.ops.settle(residual)
+            return residual
         # After its attention the last layer works for the logits alone: of a prompt, one token.
         rows = None if all_rows else meta.logits_indices
         if rows is not None and not len(rows):

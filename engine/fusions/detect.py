@@ -49,7 +49,7 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int, reducer: Reducer | No
     """Build the fused form of `model`, which shares its weights.
 
     Args:
-        model: bound to the attention hook. Its projections' parameters become views of packed ones.
+        model: bound to the attention hook. Its projections' parameters become views of packed ones. May be a stage's.
         ops: what computes; packed projections have kernels of their own.
         max_model_len: positions of the rotation table.
         reducer: of a model whose row-parallel products are parts of a sum.
@@ -64,6 +64,7 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int, reducer: Reducer | No
     embedding = _child(body, "embed_tokens", "model")
     if not isinstance(embedding, nn.Embedding):
         raise NotFusable(f"model.embed_tokens is a {type(embedding).__name__}")
+    is_last = model.shard is None or model.shard.layout.is_last
     # Looked at before anything is changed.
     for index, layer in enumerate(layers):
         _check_shape(layer, index)
@@ -77,8 +78,8 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int, reducer: Reducer | No
             embed=_embed(embedding, reducer),
             rotation=rotation,
             layers=tuple(_layer(layer, index, recording, experts[index]) for index, layer in enumerate(layers)),
-            norm=_norm(_child(body, "norm", "model"), "model.norm"),
-            head=_projection([head], "lm_head"),
+            norm=_norm(_child(body, "norm", "model"), "model.norm") if is_last else None,
+            head=_projection([head], "lm_head") if is_last else None,
             ops=_ops_of(model, ops, reducer),
             num_read=num_read if any(experts) else None,
             axes=_axes(rotary),
@@ -97,7 +98,7 @@ def fuse(model: LoadedModel, ops: Ops, max_model_len: int, reducer: Reducer | No
 
 def _embed(embedding: Any, reducer: Reducer | None) -> Callable[[Tensor], Tensor]:
     """The rows of tokens; of an embedding that is shared out, added up as all else is."""
-    if reducer is None:
+    if reducer is None or not hasattr(embedding, "part"):  # no later stage has tokens to embed
         return functools.partial(F.embedding, weight=embedding.weight.detach())
     return lambda input_ids: reducer.sum(embedding.part(input_ids))
 

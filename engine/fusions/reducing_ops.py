@@ -57,6 +57,10 @@ class ReducingOps(ForwardingOps):
             residual.add_(self._reducer.sum(owed))
         return normed
 
+    def settle(self, residual: Tensor) -> None:
+        """Add what the residual is owed, for whoever is given it."""
+        self._pay(residual)
+
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         """See `Ops.norm`."""
         normed = self._pay(x, norm)

@@ -122,7 +122,7 @@ def load_model(
         if composite is None:
             return loaded
         images = composite.encoder(module, seed, image_cache_bytes)
-        return replace(loaded, images=images)
+        return replace(loaded, images=images, has_grids=composite.has_grids)
 
 
 def describe(

@@ -83,9 +83,14 @@ def load_part(
         bind(module, shard, groups.tensor)
         spec = replace(loaded.spec, vocab_size=shard.vocab_size)
         loaded = replace(loaded, spec=spec, shard=shard, groups=groups)
-        if composite is None or not shard.layout.is_first:
+        if composite is None:
             return loaded
-        return replace(loaded, images=composite.encoder(module, seed, image_cache_bytes))
+        loaded = replace(loaded, has_grids=composite.has_grids)
+        if not shard.layout.is_first:
+            return loaded
+        images = composite.encoder(module, seed, image_cache_bytes)
+        shard.check_depth(images.tower.num_levels)
+        return replace(loaded, images=images)
 
 
 def check_parts(

@@ -108,7 +108,8 @@ class LoadedModel:
         path: its directory; None for a bare shape.
         special_token_ids: tokens that are not text: end, begin, padding and what the tokenizer marks as special.
         slices_logits: whether the module computes logits at chosen positions only.
-        images: makes inputs of images; None: the model reads text only.
+        images: makes inputs of images; None: the model reads text only, or another rank makes them.
+        has_grids: positions have three dimensions in a step with images.
         experts_read: counts the experts that the module's forwards read; None for a dense model.
         shard: of a model on several devices: which part of it this is. `spec` then has the part's sizes, and the whole
             model's vocabulary.
@@ -122,6 +123,7 @@ class LoadedModel:
     special_token_ids: frozenset[int]
     slices_logits: bool
     images: ImageEncoder | None = None
+    has_grids: bool = False
     experts_read: ExpertsRead | None = None
     shard: Shard | None = None
     groups: Groups | None = None
@@ -147,11 +149,6 @@ class LoadedModel:
         """Where the weights are."""
         return next(self.module.parameters()).device
 
-    @property
-    def has_grids(self) -> bool:
-        """Whether positions have three dimensions in a step with images."""
-        return self.images is not None and self.images.has_grids
-
     def logits(self, input_ids: Tensor, positions: Tensor, indices: Tensor, rows: InputRows | None = None) -> Tensor:
         """Run the flattened batch; call inside `attention_context`.
 
@@ -164,15 +161,20 @@ class LoadedModel:
         Returns:
             [N, num_logits] in the model's dtype.
         """
-        batch: dict[str, Any] = {"position_ids": positions.unsqueeze(-2), "use_cache": False}
-        if rows is None:
-            batch["input_ids"] = input_ids[None]
-        else:
-            batch["inputs_embeds"] = rows.embeds[None]
-            if len(rows.deep):
-                mask = torch.zeros(rows.embeds.shape[:1], dtype=torch.bool, device=rows.embeds.device)
-                batch["visual_pos_masks"] = mask.index_fill_(0, rows.at, True)[None]
-                batch["deepstack_visual_embeds"] = list(rows.deep)
+        batch = batch_of(input_ids, positions, rows)
         if self.slices_logits:
             return self.module(**batch, logits_to_keep=indices).logits[0]
         return self.module(**batch).logits[0].index_select(0, indices)
+
+
+def batch_of(input_ids: Tensor, positions: Tensor, rows: InputRows | None) -> dict[str, Any]:
+    """A flattened batch as arguments of a transformers module; see `LoadedModel.logits`."""
+    batch: dict[str, Any] = {"position_ids": positions.unsqueeze(-2), "use_cache": False}
+    if rows is None:
+        return batch | {"input_ids": input_ids[None]}
+    batch["inputs_embeds"] = rows.embeds[None]
+    if len(rows.deep):
+        mask = torch.zeros(rows.embeds.shape[:1], dtype=torch.bool, device=rows.embeds.device)
+        batch["visual_pos_masks"] = mask.index_fill_(0, rows.at, True)[None]
+        batch["deepstack_visual_embeds"] = list(rows.deep)
+    return batch

@@ -82,15 +82,22 @@ class Shard:
             raise ConfigError(
                 f"{PIPELINE}={self.layout.pipeline} is more than the {layers} layers of {self.name!r}; use at most that"
             )
-        if self.layout.pipeline > 1 and "mrope_section" in (getattr(self.config, "rope_parameters", None) or {}):
-            raise ConfigError(
-                f"{PIPELINE}={self.layout.pipeline} is not available for {self.name!r}, whose positions have three "
-                "dimensions that the first stage alone knows; use 1"
-            )
         if self.layout.pipeline > 1 and not getattr(self.config, "base_model_pp_plan", None):
             raise ConfigError(
                 f"{PIPELINE}={self.layout.pipeline} is not available for {self.name!r}: transformers says for no model "
                 f"of type {self.config.model_type!r} how it is parted into stages; use 1"
+            )
+
+    def check_depth(self, num_levels: int) -> None:
+        """See that the first stage has the layers behind which features of images are added to the stream.
+
+        Raises:
+            ConfigError: it has fewer.
+        """
+        if num_levels > len(self.layers):
+            raise ConfigError(
+                f"{PIPELINE}={self.layout.pipeline} leaves the first stage {len(self.layers)} layers of {self.name!r}, "
+                f"which adds features of images behind {num_levels}; lower it"
             )
 
     @property

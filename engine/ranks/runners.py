@@ -15,7 +15,6 @@ from kvarena.engine.kernels.sample import draw_parts
 from kvarena.engine.parallel.groups import Group
 from kvarena.engine.parallel.shard import Shard
 from kvarena.engine.ranks.driver import Driving
-from kvarena.engine.ranks.picks import SharedPicks
 from kvarena.engine.ranks.stages import Staged
 from kvarena.engine.runner.draw import Draw
 from kvarena.engine.runner.fused_runner import FusedRunner, draws_on
@@ -28,7 +27,7 @@ class RankRunner(Staged, TorchRunner):
     """A rank's runner on modules."""
 
 
-class FusedRankRunner(SharedPicks, FusedRunner):
+class FusedRankRunner(Staged, FusedRunner):
     """A rank's runner on fused layers; on a GPU one kernel draws among a rank's columns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +47,8 @@ class FusedRankRunner(SharedPicks, FusedRunner):
 
     def _sample_decode(self, plan: StepPlan, rows: np.ndarray, logits: Tensor, params: Tensor) -> HostTokens | None:
         draw, columns = self._part_draw, self._rows.columns
-        if draw is None or not columns["is_plain"][rows].all():
+        # Tokens of a pipeline are not drawn where their step's result is asked for.
+        if draw is None or self._layout.pipeline > 1 or not columns["is_plain"][rows].all():
             return super()._sample_decode(plan, rows, logits, params)
         columns["sampled_to"][rows] = [entry.start + 1 for entry in plan.scheduled]
         tokens = draw(logits, params, self._rows.last_tokens)

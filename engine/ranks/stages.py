@@ -21,64 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
-from kvarena.engine.attention.hook import attention_context
+from kvarena.engine.attention.base import AttentionBackend
 from kvarena.engine.contract import KVAllocator, StepPlan
 from kvarena.engine.model_runner import PendingTokens, StepResult, TokenLogprobs, TokenScores
-from kvarena.engine.models.spec import LoadedModel
-from kvarena.engine.parallel.groups import Groups, Link
+from kvarena.engine.parallel.groups import Link
 from kvarena.engine.parallel.layout import Layout
 from kvarena.engine.ranks.picks import SharedPicks
+from kvarena.engine.ranks.stage_forward import ModuleStage, StageForward
 from kvarena.engine.request import Request
 from kvarena.engine.runner.prompt_logprobs import PromptLogprobs, PromptRows
+from kvarena.engine.runner.torch_runner import ModuleForward
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
 from kvarena.engine.sampling.transfer import to_device
-from kvarena.engine.vision.encoder import InputRows
-
-
-class StageForward:
-    """A stage's layers: takes rows from the stage before and hands them on; the last one's answer is logits.
-
-    Args:
-        model: the stage's part.
-        groups: of this rank.
-        backend: attention over its pool.
-    """
-
-    def __init__(self, model: LoadedModel, groups: Groups, backend: AttentionBackend) -> None:
-        self._model, self._backend = model, backend
-        self._layout = groups.layout
-        assert groups.onward is not None
-        self._onward: Link = groups.onward
-        module: Any = model.module
-        self._base = module.get_submodule(module.base_model_prefix)
-        self._hidden = int(module.config.hidden_size)
-
-    def __call__(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        meta: AttentionMetadata,
-        *,
-        out: Tensor | None = None,
-        all_rows: bool = False,  # noqa: ARG002 - as in `ModuleForward`
-        inputs: InputRows | None = None,
-    ) -> Tensor:
-        """See `Forward`; before the last stage [N, 0]."""
-        layout, model = self._layout, self._model
-        if not layout.is_first:
-            hidden: int = self._hidden
-            rows = torch.empty(len(positions), hidden, dtype=model.spec.dtype, device=positions.device)
-            embeds = self._onward.receive(rows, layout.rank_of(layout.stage - 1))
-            inputs = InputRows(embeds, positions[:0], embeds[:0])
-        with attention_context(meta, self._backend):
-            if layout.is_last:
-                logits = model.logits(input_ids, positions, meta.logits_indices, inputs)
-                return logits if out is None else out.copy_(logits)
-            given = {"input_ids": input_ids[None]} if inputs is None else {"inputs_embeds": inputs.embeds[None]}
-            found = self._base(**given, position_ids=positions.unsqueeze(-2), use_cache=False).last_hidden_state[0]
-        self._onward.send(found, layout.rank_of(layout.stage + 1))
-        return found.new_empty(len(meta.logits_indices), 0)
+from kvarena.engine.vision.encoder import touches_images
 
 
 class _Awaited:
@@ -140,13 +95,27 @@ class Staged(SharedPicks):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        groups = self.model.groups
-        assert groups is not None
-        self._layout: Layout = groups.layout
         self._awaited: deque[_Awaited | _AwaitedPrompts] = deque()
         self._older: list[_Awaited | _AwaitedPrompts] = []
-        if self._layout.pipeline > 1:
-            self.forward = StageForward(self.model, groups, self.backend)
+        if self._layout.pipeline > 1 and not isinstance(self.forward, StageForward):
+            layers = ModuleStage(self.model, self.backend) if isinstance(self.forward, ModuleForward) else self.forward
+            self.forward = StageForward(layers, self.model)
+
+    @property
+    def _layout(self) -> Layout:
+        assert self.model.groups is not None
+        return self.model.groups.layout
+
+    def _between(self, max_tokens: int) -> tuple[Any, StageForward | None]:
+        """As `FusedRunner._between`."""
+        if self._layout.pipeline == 1:
+            return self.forward, None
+        self.forward = stage = StageForward(self.forward, self.model, max_tokens)
+        return stage.captured, stage
+
+    def _touches_images(self, plan: StepPlan) -> bool:
+        """As of `FusedRunner`, on every stage: an image's positions may be none that a graph can make."""
+        return touches_images(plan)
 
     @property
     def _back(self) -> Link:

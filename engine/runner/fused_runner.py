@@ -27,10 +27,10 @@ from kvarena.engine.models.spec import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request
 from kvarena.engine.runner.draw import Draw
-from kvarena.engine.runner.graphs import GraphCapture, ReservingBackend
+from kvarena.engine.runner.graphs import Forward, GraphCapture, ReservingBackend
 from kvarena.engine.runner.inputs import input_tokens, missing_token
 from kvarena.engine.runner.rope_positions import rope_positions
-from kvarena.engine.runner.step_graphs import DECODE_FIELDS, MixedStep, StepGraphs
+from kvarena.engine.runner.step_graphs import DECODE_FIELDS, Between, MixedStep, StepGraphs
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.engine.sampling.output import HostTokens, SampledTokens, merged
 from kvarena.engine.sampling.params import SKIPPED, TOP_K
@@ -81,11 +81,19 @@ class FusedRunner(TorchRunner):
         self._draw = Draw(max_num_seqs, self._device, num_scores) if draws else None
         self._graphs: StepGraphs | None = None
         if isinstance(backend, ReservingBackend):
-            logits = torch.zeros(max_num_seqs, model.num_logits, dtype=model.spec.dtype, device=self._device)
+            forward, between = self._between(max(max_num_seqs, mixed_tokens))
+            is_last = model.shard is None or model.shard.layout.is_last
+            num_logits = model.num_logits if is_last else 0
+            logits = torch.zeros(max_num_seqs, num_logits, dtype=model.spec.dtype, device=self._device)
             self._graphs = StepGraphs(
-                self.forward, backend, rows, logits, pool.block_size, mixed_tokens,
+                forward, backend, rows, logits, pool.block_size, mixed_tokens,
                 capture=GraphCapture() if graphs else None, has_grids=model.has_grids, draw=self._draw,
+                between=between,
             )  # fmt: skip
+
+    def _between(self, max_tokens: int) -> tuple[Forward, Between | None]:  # noqa: ARG002
+        """What graphs hold of the forward, for steps of at most so many tokens, and what stands before and after."""
+        return self.forward, None
 
     def warm_up(self, max_rows: int, max_tokens: int) -> int:
         """Compile and capture every shape of steps that can come and was not captured before.
@@ -105,14 +113,16 @@ class FusedRunner(TorchRunner):
             return self._graphs.warm_up(max_rows, max_tokens)
 
     def _compute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
-        images = self.model.images
         # A step with images has rows in place of ids, and no graph holds those.
-        if self._graphs is not None and not (images is not None and images.touched(plan)):
+        if self._graphs is not None and not self._touches_images(plan):
             if _is_decode(plan):
                 return self._decode(plan, allocator, self._graphs)
             if self._graphs.takes(plan):
                 return self._mixed(plan, allocator, self._graphs)
         return super()._compute(plan, allocator)
+
+    def _touches_images(self, plan: StepPlan) -> bool:
+        return self.model.images is not None and self.model.images.touched(plan)
 
     def _decode(self, plan: StepPlan, allocator: KVAllocator, graphs: StepGraphs) -> PendingTokens:
         scheduled = plan.scheduled

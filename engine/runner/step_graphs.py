@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -85,6 +85,21 @@ class MixedStep(NamedTuple):
     turned: np.ndarray | None = None
 
 
+class Between(Protocol):
+    """What a forward of some of a model's layers has beside it, where no graph can hold it.
+
+    The forward reads its rows from a fixed place and leaves them in another.
+    """
+
+    def receive(self, num_tokens: int) -> None:
+        """Wait for a step's rows, into the place from which the forward reads them."""
+        ...
+
+    def send(self, num_tokens: int) -> None:
+        """Hand the rows on that the forward has left."""
+        ...
+
+
 class StepGraphs:
     """Runs steps of fixed shape, and keeps their graphs by shape.
 
@@ -99,6 +114,7 @@ class StepGraphs:
         has_grids: tokens of requests with images are turned elsewhere than they are counted, and each has that number
             too. No step here computes an image's own positions.
         draw: draws the tokens of decode steps, as the end of their graphs; None: nobody does here.
+        between: of a forward of some layers; None: it has all.
 
     Attributes:
         num_fields: of a request in a decode step.
@@ -117,8 +133,10 @@ class StepGraphs:
         capture: GraphCapture | None,
         has_grids: bool = False,
         draw: Draw | None = None,
+        between: Between | None = None,
     ) -> None:
         max_rows, device = len(logits), logits.device
+        self._between = between
         self._decode_buckets = decode_buckets(max_rows)
         self._token_buckets = token_buckets(mixed_tokens)
         self._row_buckets = row_buckets(max_rows)
@@ -166,13 +184,16 @@ class StepGraphs:
         Returns:
             [n, V]; overwritten by the next step.
         """
+        return self._decode(fields, fields.shape[1], filters=filters)
+
+    def _decode(self, fields: np.ndarray, num_real: int, *, filters: bool) -> Tensor:
         count = fields.shape[1]
         bucket = _smallest(self._decode_buckets, count)
         words = self._fields
         words[:, :count] = fields
         words[:, count:bucket] = self._padding(bucket - count)
         self._sender.send(words.reshape(-1))
-        self._run(_decode_shape(bucket), self._host_loc[: bucket + 1], words[1, :bucket] + 1, 1)
+        self._run(_decode_shape(bucket), self._host_loc[: bucket + 1], words[1, :bucket] + 1, 1, num_real)
         if filters:
             self._end_of_draw(bucket).run()
         return self._logits[:count]
@@ -212,7 +233,7 @@ class StepGraphs:
                 graph.hurry()
             num_run += 1
             if shape.is_decode:
-                self.decode(self._padding(shape.num_rows), filters=draws)
+                self._decode(self._padding(shape.num_rows), 0, filters=draws)
             else:
                 self._run_mixed(shape, empty)
         return num_run
@@ -240,17 +261,28 @@ class StepGraphs:
     def _run_mixed(self, shape: GraphShape, step: MixedStep) -> None:
         words, loc, seq_lens = self._words(step, shape.num_tokens, shape.num_rows)
         self._sender.send(words)
-        self._run(shape, loc, seq_lens, int(step.counts.max(initial=1)))
+        self._run(shape, loc, seq_lens, int(step.counts.max(initial=1)), len(step.tokens))
 
-    def _run(self, shape: GraphShape, loc: np.ndarray, seq_lens: np.ndarray, max_query_len: int) -> None:
-        """Run the step whose words have been sent; `loc` int32 [R + 1] and `seq_lens` int32 [R] as in its metadata."""
+    def _run(self, shape: GraphShape, loc: np.ndarray, seq_lens: np.ndarray, max_query_len: int, num_real: int) -> None:
+        """Run the step whose words have been sent.
+
+        Args:
+            shape: of the step.
+            loc, seq_lens, max_query_len: int32 [R + 1], int32 [R] and a number, as in its metadata.
+            num_real: tokens that are no padding.
+        """
         graph = self._graph(shape)
         meta = graph.meta
         assert meta is not None
         meta.host_query_start_loc, meta.host_seq_lens = loc, seq_lens
         meta.max_query_len, meta.max_seq_len = max_query_len, int(seq_lens.max())
         self._backend.prepare(meta)
+        if self._between is None or not num_real:
+            graph.run()
+            return
+        self._between.receive(num_real)
         graph.run()
+        self._between.send(num_real)
 
     def _graph(self, shape: GraphShape) -> CapturedGraph:
         graph = self._graphs.get(shape)

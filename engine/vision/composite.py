@@ -83,6 +83,11 @@ class Composite:
             self._parted = part_checkpoint(directory, config, device)
 
     @property
+    def has_grids(self) -> bool:
+        """Whether positions have three dimensions in a step with images."""
+        return self._processing.has_grids
+
+    @property
     def text(self) -> dict[str, Any]:
         """The language model's tensors by name, each read by `[...]`; they were not drawn."""
         assert self._parted is not None

@@ -38,6 +38,15 @@ class InputRows(NamedTuple):
     deep: Tensor
 
 
+def touches_images(plan: StepPlan) -> bool:
+    """Whether a step computes a position of an image."""
+    return any(
+        image.start < start + count and start < image.stop
+        for req, start, count in plan.scheduled[plan.num_decodes :]
+        for image in req.images
+    )
+
+
 class ImageCounts(NamedTuple):
     """What an encoder has done, and what it keeps.
 
@@ -85,22 +94,14 @@ class ImageEncoder:
         self.num_encoded = self.num_found = 0
 
     @property
-    def has_grids(self) -> bool:
-        """Whether positions have three dimensions in a step with images."""
-        return self.tower.processing.has_grids
-
-    @property
     def counts(self) -> ImageCounts:
         """So far."""
         return ImageCounts(self.num_found, self.num_encoded, self.cache.used_bytes, self.cache.num_bytes)
 
-    def touched(self, plan: StepPlan) -> bool:
-        """Whether a step computes a position of an image."""
-        return any(
-            image.start < start + count and start < image.stop
-            for req, start, count in plan.scheduled[plan.num_decodes :]
-            for image in req.images
-        )
+    @staticmethod
+    def touched(plan: StepPlan) -> bool:
+        """See `touches_images`."""
+        return touches_images(plan)
 
     def inputs(self, plan: StepPlan, input_ids: Tensor) -> InputRows:
         """The step's input rows: embeddings of tokens, and features at the positions of images.

@@ -154,7 +154,7 @@ def _ranks(model: LoadedModel, reducer: Reducer | None) -> Facts:
 
 def _reducer(model: LoadedModel, way: str) -> Reducer | None:
     """What adds up the parts of a stage's ranks, for the fused forward; None where one rank has all."""
-    if model.groups is None or _is_staged(model):
+    if model.groups is None:
         return None
     # Imported here: of one device nothing of it is needed.
     from kvarena.engine.ranks.all_reduce import make_reducer
@@ -171,8 +171,6 @@ def _fused(
     config: RunnerConfig, model: LoadedModel, max_model_len: int, reducer: Reducer | None
 ) -> tuple[FusedDecoder | None, str | None]:
     """The fused decoder, or why there is none."""
-    if _is_staged(model):
-        return None, "the stages of a pipeline run on their modules"
     if config.fusions is False:
         return None, None
     try:

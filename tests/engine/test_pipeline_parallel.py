@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from checkpoints import write_checkpoint
+from fused_helpers import LateReference
+from image_checkpoints import picture
 from parallel_cells import CELLS, SAMPLINGS, THREADS, alone, happened, of_model, requests, run
+from qwen_checkpoints import IMAGE, shared_qwen, write_qwen
 
 from kvarena.engine.ranks import stages
+from kvarena.engine.ranks.stage_forward import StageForward
 from kvarena.engine.request import Request, SamplingParams, expand
+from kvarena.engine.vision.processing import image_span
+from kvarena.engine.vision.processors import processing_of
+from kvarena.experiments.building import build, ranks, runners
 from kvarena.experiments.building.build import build_engine
 from kvarena.experiments.building.shared import SharedParts
 
@@ -68,12 +77,52 @@ def test_every_sampling_gives_the_tokens_of_one_rank(directories, shared, family
     assert engine.runner.pool.num_layers == 2
 
 
+FUSED = (
+    "runner.fusions=true", "kv_cache.num_slots=160", "allocator=paged", "engine.overlap=true", "scheduler=chunked",
+    "scheduler.max_num_batched_tokens=24",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "sampling"),
+    [("llama", "tp2xpp2", "temperature"), ("mixtral", "pp2", "greedy"), ("qwen3", "tp2xpp2", "top_p")],
+)
+@pytest.mark.parametrize("captured", [False, True])
+def test_fused_stages_give_the_tokens_of_one_rank(directories, shared, monkeypatch, family, sizes, sampling, captured):
+    """Layers by layers, and as steps of fixed shape between two places, as a graph holds them."""
+    launches: list[bool] = []
+    if captured:
+        plain = runners._fused_runner
+        monkeypatch.setattr(runners, "_fused_runner", lambda *args, **more: plain(*args, **more | {"mixed_tokens": 24}))
+        for module in (build, ranks):
+            monkeypatch.setattr(module, "attention_backend", lambda config, model, pool: LateReference(pool))
+        compute = StageForward.captured
+
+        def noted(self, *args, all_rows=False, **more):
+            launches.append(all_rows)
+            return compute(self, *args, all_rows=all_rows, **more)
+
+        monkeypatch.setattr(StageForward, "captured", noted)
+    asked = requests(**SAMPLINGS[sampling])
+    expected = alone(directories[family], asked)
+    parts = build_engine(of_model(directories[family], *SIZES[sizes], *FUSED, f"engine.seed={int(captured)}"), shared)
+    run(parts.engine, asked)
+    assert [req.output_token_ids for req in asked] == expected
+    assert parts.pool_facts["runner"]["fusions"]
+    assert bool(launches) == captured and (not captured or set(launches) == {True, False})
+
+
 def test_a_stage_of_layers_alone(directories):
     """Three stages: the one between embeds nothing and picks nothing."""
     parts, asked = SharedParts(), requests()
-    engine = build_engine(of_model(directories["llama"], "parallel.pipeline_parallel_size=3", *THREADS), parts).engine
-    run(engine, asked)
-    assert [req.output_token_ids for req in asked] == alone(directories["llama"], asked)
+    expected = alone(directories["llama"], asked)
+    for fusions in ("false", "true"):
+        config = of_model(
+            directories["llama"], "parallel.pipeline_parallel_size=3", *THREADS, f"runner.fusions={fusions}"
+        )
+        copies = [replace(req, output_token_ids=[]) for req in asked]
+        run(build_engine(config, parts).engine, copies)
+        assert [req.output_token_ids for req in copies] == expected
     parts.clear()
 
 
@@ -105,7 +154,7 @@ def test_prompt_logprobs_and_scores(directories, shared):
 def test_no_stage_waits_in_steady_decode(directories, shared, monkeypatch):
     """Stage 0 hands a part on before it asks for the tokens of the one before: as many parts in flight as stages."""
     events: list[str] = []
-    compute, take = stages.StageForward.__call__, stages.Staged.take
+    compute, take = StageForward.__call__, stages.Staged.take
 
     def noted(self, *args, **kwargs):
         found = compute(self, *args, **kwargs)
@@ -119,7 +168,7 @@ def test_no_stage_waits_in_steady_decode(directories, shared, monkeypatch):
         return take(self, *args)
 
     engine = build_engine(of_model(directories["llama"], *PP2, "engine.overlap=true"), shared).engine
-    monkeypatch.setattr(stages.StageForward, "__call__", noted)
+    monkeypatch.setattr(StageForward, "__call__", noted)
     monkeypatch.setattr(stages.Staged, "take", taken)
     run(engine, [Request(f"r{i}", [5 + i, 6], SamplingParams(max_tokens=12)) for i in range(4)])
     in_flight, at_sent = 0, []
@@ -164,3 +213,32 @@ def test_void_tokens_and_samples_that_share_a_prompt(directories, shared):
         assert any(copy.kind.value == "device" for step in steps for copy in step.plan.copies)
         found.append([req.output_token_ids for req in (fussy, *forked)])
     assert found[0] == found[1] and len({tuple(tokens) for tokens in found[0]}) == 4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_images_whose_positions_have_three_dimensions(tmp_path, fused):
+    """Every stage turns by row and column; prompts in chunks that end inside an image, and one that is found again."""
+    directory = write_qwen(tmp_path / "tiny-vl", shared_qwen("Qwen2.5-VL"))
+    processing = processing_of(directory)
+
+    def asked() -> list[Request]:
+        found = []
+        for i, size in enumerate([(100, 210), (56, 56), (100, 210)]):
+            head = [20 + j for j in range(9)]
+            span = image_span(processing, picture(*size, seed=i % 2), len(head))
+            ids = head + [IMAGE] * (span.stop - span.start) + [40, 41 + i]
+            found.append(Request(f"r{i}", ids, SamplingParams(max_tokens=5), images=(span,)))
+        return found
+
+    options = (
+        "kv_cache.num_slots=400", "scheduler.max_num_batched_tokens=11", "allocator=paged_prefix",
+        "allocator.block_size=4", "scheduler=chunked", "scheduler.max_num_seqs=2", "engine.max_model_len=128",
+    )  # fmt: skip
+    tokens = []
+    for overrides in ((), (*PP2, f"runner.fusions={str(fused).lower()}")):
+        parts, given = SharedParts(), asked()
+        run(build_engine(of_model(directory, *options, *overrides), parts).engine, given)
+        tokens.append([req.output_token_ids for req in given])
+        assert given[2].num_cached_tokens > 0
+        parts.clear()
+    assert tokens[0] == tokens[1] and all(len(one) == 5 for one in tokens[0])
