@@ -2,6 +2,7 @@
 
     kvarena benchmark engine --shape llama-3.1-8b --sections decode,offline --out FILE
     kvarena benchmark engine --shape llama-3.1-8b --sections decode,offline,pool --batch 1 --batch 64 --quantization awq
+    kvarena benchmark engine --shape qwen3-0.6b --sections decode --sampling plain --sampling top_k=20,top_p=0.95
 
 Sections: `correct` (greedy tokens in float32 with every lever on and off), `logits` (bf16, against the modules),
 `offline` (a: 256 requests, output tokens/s), `decode` (b: (T(161) - T(33)) / 128 at batch 1, 32, 256, at a mean
@@ -13,6 +14,9 @@ Every line of a timed section has the card's rates as they were measured in the 
 of their own, of which none runs beside another (`floor_parts_ms`). A section that fails has `error` in its line, and
 the exit code is 1. Engines are built from the main job's config, with the settings that follow the options
 (`runner.gemm_table=gemm.json`).
+
+With `--sampling` the sections `decode` and `profile` run once for each of them: `plain` (temperature 0.6 alone), or
+fields of the requests' `SamplingParams`.
 
 With `--quantization` every section but `correct` and `startup` runs twice: with plain weights, and with random ones of
 4 bits in groups of 128, or of 8 bits, that are drawn on the device.
@@ -26,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -35,7 +39,7 @@ from typing import Any
 import torch
 
 from kvarena.engine.checkpoints.packed_settings import DRAWN
-from kvarena.engine.errors import EngineError
+from kvarena.engine.errors import EngineError, RequestError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.experiments.benchmarks.engine_checks import check_logits, check_tokens
@@ -59,6 +63,7 @@ from kvarena.experiments.tools import say_all, tool_parser
 Line = dict[str, Any]
 SECTIONS = ("correct", "logits", "decode", "ablate", "prefill", "offline", "profile", "pool", "startup")
 BATCHES = (1, 32, 256)
+PLAIN = "plain"
 CONTEXT = 1024
 FIRST, LAST = 33, 161
 # The steps after token 33 and up to token 161 read that many tokens in the mean, with a prompt so long.
@@ -100,12 +105,39 @@ def _floor(engines: Engines) -> Floor:
     return floor_of(shape_of(engines.name), engines.quantization)
 
 
-def decode(engines: Engines, levers: Sequence[str], batch: int, ceilings: Ceilings, *, prefilled: bool) -> Line:
+def sampling_of(text: str) -> tuple[str, dict[str, Any]]:
+    """What `--sampling` says, and the fields of `SamplingParams` that it means.
+
+    Raises:
+        argparse.ArgumentTypeError: no such field, or a value that it cannot have.
+    """
+    try:
+        pairs = [] if text == PLAIN else [one.split("=") for one in text.split(",")]
+        fields = {name: float(value) if "." in value else int(value) for name, value in pairs}
+        SamplingParams(**fields)
+    except (ValueError, TypeError, RequestError) as error:
+        names = "top_p, top_k, min_p, temperature, repetition_penalty, logprobs"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither {PLAIN} nor NAME=NUMBER,... of a request's sampling ({names}): {error}"
+        ) from error
+    return text, fields
+
+
+def decode(
+    engines: Engines,
+    levers: Sequence[str],
+    batch: int,
+    ceilings: Ceilings,
+    *,
+    prefilled: bool,
+    sampling: Mapping[str, Any] | None = None,
+) -> Line:
     """(T(161) - T(33)) / 128 of a fixed batch."""
 
     def run(max_tokens: int, *, prefilled: bool) -> list[StepTimes]:
         parts = engines.build(f"scheduler.max_num_seqs={batch}", *levers, *((PREFILLED,) if prefilled else ()))
-        _, steps = drive(parts.engine, fixed_batch(batch, PROMPT, max_tokens, vocab_size=parts.spec.vocab_size))
+        requests = fixed_batch(batch, PROMPT, max_tokens, vocab_size=parts.spec.vocab_size, sampling=sampling)
+        _, steps = drive(parts.engine, requests)
         # Only the steps in which all decode: the k-th of them gives everybody's token k + 1.
         return [step for step in steps if step.num_scheduled == step.num_new_tokens == batch][-(max_tokens - 1) :]
 
@@ -235,11 +267,13 @@ def _sections_of(
 ) -> Iterator[Line]:
     batches = args.batch or BATCHES
     plain, label = label, label | ceilings.label
+    samplings = dict(args.sampling or [sampling_of(PLAIN)])
     if "logits" in wanted:
         yield attempt("logits", lambda: check_logits(engines), **plain)
     if "decode" in wanted:
-        for batch in batches:
-            yield attempt("decode", partial(decode, engines, (), batch, ceilings, prefilled=False), **label)
+        for batch, (name, fields) in product(batches, samplings.items()):
+            run = partial(decode, engines, (), batch, ceilings, prefilled=False, sampling=fields)
+            yield attempt("decode", run, **label, sampling=name)
     if "ablate" in wanted:
         for name, batch in product(args.levers or ABLATIONS, batches):
             run = partial(decode, engines, ABLATIONS[name], batch, ceilings, prefilled=True)
@@ -252,8 +286,9 @@ def _sections_of(
             run = partial(offline, engines, ABLATIONS[name], args.requests, budget, chunked=args.chunked)
             yield attempt("offline", run, **label, levers=name)
     if "profile" in wanted:
-        for batch in batches:
-            yield attempt("profile", partial(profile_steps, engines, batch, CONTEXT - 4), **label, batch=batch)
+        for batch, (name, fields) in product(batches, samplings.items()):
+            run = partial(profile_steps, engines, batch, CONTEXT - 4, sampling=fields)
+            yield attempt("profile", run, **label, batch=batch, sampling=name)
         yield attempt("profile", lambda: profile_steps(engines, 4, 4096, prefill=True), **label, batch="prefill")
     if "pool" in wanted:
         yield attempt("pool", lambda: pool(engines), **plain)
@@ -267,6 +302,10 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, separated by commas")
     parser.add_argument("--batch", type=int, action="append", help="of sections decode, ablate, profile; 1, 32 and 256")
+    parser.add_argument(
+        "--sampling", type=sampling_of, action="append", metavar="NAME=NUMBER,...",
+        help="of sections decode and profile: top_p=0.9, say; plain (as without) is temperature 0.6 alone",
+    )  # fmt: skip
     parser.add_argument("--quantization", choices=DRAWN, help="run all again with random weights that are packed so")
     parser.add_argument("--slots", type=int, default=NUM_SLOTS, help="of the KV pool")
     parser.add_argument("--requests", type=int, default=256, help="of the offline workload")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from kvarena.experiments.gpu.engines import PREFILLED, Engines, drive
 from kvarena.experiments.gpu.floors import fixed_batch
 
 
-def profile_steps(engines: Engines, batch: int, length: int, *, prefill: bool = False) -> dict[str, Any]:
+def profile_steps(
+    engines: Engines, batch: int, length: int, *, prefill: bool = False, sampling: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Device time per step by kernel, of decode steps (replayed graphs) or of one prefill.
 
     Returns:
@@ -24,7 +27,8 @@ def profile_steps(engines: Engines, batch: int, length: int, *, prefill: bool = 
 
     def run(name: str) -> None:
         parts = engines.build(*settings, *(() if prefill else (PREFILLED,)))
-        drive(parts.engine, fixed_batch(batch, length, num_tokens, vocab_size=parts.spec.vocab_size, name=name))
+        vocab_size = parts.spec.vocab_size
+        drive(parts.engine, fixed_batch(batch, length, num_tokens, vocab_size=vocab_size, name=name, sampling=sampling))
 
     run("p")
     run("q")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from kvarena.engine.checkpoints.packed_settings import MADE
@@ -173,15 +174,24 @@ def offline_workload(num_requests: int = 256, longest: int = 1024) -> list[Reque
     ]
 
 
-def fixed_batch(num_requests: int, length: int, max_tokens: int, *, vocab_size: int, name: str = "b") -> list[Request]:
-    """Equal requests of random tokens, sampled at temperature 0.6."""
+def fixed_batch(
+    num_requests: int,
+    length: int,
+    max_tokens: int,
+    *,
+    vocab_size: int,
+    name: str = "b",
+    sampling: Mapping[str, Any] | None = None,
+) -> list[Request]:
+    """Equal requests of random tokens, sampled at temperature 0.6; `sampling`: further fields of `SamplingParams`."""
+    params = {"temperature": 0.6, "max_tokens": max_tokens, "ignore_eos": True} | dict(sampling or {})
     source = random.Random(1)
     top = min(10000, vocab_size - 1)
     return [
         Request(
             f"{name}{i}",
             [source.randint(0, top) for _ in range(length)],
-            SamplingParams(temperature=0.6, max_tokens=max_tokens, ignore_eos=True),
+            SamplingParams(**params),
         )
         for i in range(num_requests)
     ]

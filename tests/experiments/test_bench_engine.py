@@ -83,7 +83,7 @@ def test_timed_lines_say_the_card_s_rates(monkeypatch):
     monkeypatch.setattr(bench, "offline", lambda *_args, **_options: {"ms": 1.0})
     monkeypatch.setattr(bench, "decode", lambda *_args, **_options: {"ms": 1.0})
     monkeypatch.setattr(bench, "pool", lambda *_args: {"slots": 1})
-    args = argparse.Namespace(batch=[1], levers=["all"], budget=None, requests=4, chunked=False)
+    args = argparse.Namespace(batch=[1], levers=["all"], budget=None, requests=4, chunked=False, sampling=None)
     wanted = ["decode", "ablate", "prefill", "offline", "pool"]
     lines = list(bench._sections_of(args, tiny(), Card(), wanted, {"shape": "tiny"}))
     timed = [line for line in lines if line["section"] != "pool"]
@@ -99,6 +99,18 @@ def test_a_floor_of_packed_weights():
     assert floor_of(shape_of("llama-3.1-8b"), "fp8").weight_bytes == pytest.approx(6.98e9 + 2 * 0.525e9, rel=0.001)
     mixture, plain = (floor_of(shape_of("mixtral-8x7b"), method) for method in ("gptq", None))
     assert mixture.expert_bytes == pytest.approx(plain.expert_bytes * 4.156 / 16, rel=0.001)
+
+
+def test_decode_steps_are_measured_with_the_sampling_that_is_asked_for(capsys):
+    name, fields = bench.sampling_of("top_k=20,top_p=0.95")
+    assert (name, fields) == ("top_k=20,top_p=0.95", {"top_k": 20, "top_p": 0.95})
+    assert bench.sampling_of("plain")[1] == {}
+    request = fixed_batch(1, 3, 4, vocab_size=50, sampling=fields)[0]
+    assert (request.sampling.top_k, request.sampling.top_p, request.sampling.temperature) == (20, 0.95, 0.6)
+    for text in ("top_p=2.0", "top_q=0.9", "top_p", "top_p=x"):
+        with pytest.raises(SystemExit):
+            bench.main(["--sections", "decode", "--sampling", text])
+        assert f"argument --sampling: {text!r} is neither plain nor NAME=NUMBER" in capsys.readouterr().err
 
 
 def test_prefilled_requests_decode_at_once():
