@@ -113,7 +113,7 @@ def sampling_of(text: str) -> tuple[str, dict[str, Any]]:
     """
     try:
         pairs = [] if text == PLAIN else [one.split("=") for one in text.split(",")]
-        fields = {name: float(value) if "." in value else int(value) for name, value in pairs}
+        fields: dict[str, Any] = {name: float(value) if "." in value else int(value) for name, value in pairs}
         SamplingParams(**fields)
     except (ValueError, TypeError, RequestError) as error:
         names = "top_p, top_k, min_p, temperature, repetition_penalty, logprobs"

@@ -184,7 +184,7 @@ def fixed_batch(
     sampling: Mapping[str, Any] | None = None,
 ) -> list[Request]:
     """Equal requests of random tokens, sampled at temperature 0.6; `sampling`: further fields of `SamplingParams`."""
-    params = {"temperature": 0.6, "max_tokens": max_tokens, "ignore_eos": True} | dict(sampling or {})
+    params: dict[str, Any] = {"temperature": 0.6, "max_tokens": max_tokens, "ignore_eos": True} | dict(sampling or {})
     source = random.Random(1)
     top = min(10000, vocab_size - 1)
     return [
