@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,8 @@ from kvarena.engine.parallel.layout import Layout
 from kvarena.engine.ranks.plans import NewRow, StepMessage, checksum
 from kvarena.engine.request import Request
 from kvarena.engine.runner.request_rows import RequestRows
+
+_START = itemgetter(1)
 
 
 class Outbox(Protocol):
@@ -77,7 +80,7 @@ class SendingRows(RequestRows):
     def send(self, plan: StepPlan, rows: np.ndarray, allocator: KVAllocator) -> None:
         """Tell the other ranks of a step whose entries have `rows`."""
         scheduled, decodes = plan.scheduled, plan.num_decodes
-        starts = np.array([entry[1] for entry in scheduled], np.int64)
+        starts = np.fromiter(map(_START, scheduled), np.int64, len(scheduled))
         # The leading entries are known to be decodes of one token each.
         counts, samples = np.ones(len(scheduled), np.int64), np.ones(len(scheduled), np.bool_)
         if decodes < len(scheduled):
@@ -160,7 +163,7 @@ class Driving:
         outbox: to the other ranks.
     """
 
-    rows_class = SendingRows
+    rows_class: type[RequestRows] = SendingRows
     outbox: Outbox
     _rows: Any  # SendingRows, which the runner beside this calls RequestRows
 

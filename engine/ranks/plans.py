@@ -14,8 +14,9 @@ Whoever plans says of each request once what it is. Tokens that the devices have
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,9 @@ from kvarena.engine.sampling.streams import as_seed64
 
 STEP, CALL = 1, 2
 _KINDS = tuple(CopyKind)
+_entry: Callable[[tuple[Request, int, int]], ScheduledRequest] = partial(tuple.__new__, ScheduledRequest)
 _HEADER = 14
+_FIRST_ROWS = 256
 _WIDE = 1 << 16
 
 
@@ -143,17 +146,29 @@ class Mirror:
 
     Attributes:
         block_size: of the pool.
+        scheduled: the entries of the step that was read last.
+        rows: int64 [n], their rows.
+        new: requests by row that came since whoever keeps rows has last cleared it.
+        changed: rows whose tables changed since whoever keeps rows has last cleared it.
     """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
+        self.scheduled: list[ScheduledRequest] = []
+        self.rows = np.empty(0, np.int64)
+        self.new: dict[int, Request] = {}
+        self.changed: set[int] = set()
         self._requests: dict[int, Request] = {}
         self._tables: dict[str, list[int]] = {}
-        self._next: dict[int, int] = {}
+        self._next = np.zeros(_FIRST_ROWS, np.int64)  # by row: where its last step ended
 
     def block_table(self, req: Request) -> list[int]:
         """As `KVAllocator.block_table`."""
         return self._tables[req.request_id]
+
+    def table(self, row: int) -> list[int]:
+        """The block table of a row."""
+        return self._tables[str(row)]
 
     def read(self, message: bytes) -> tuple[list[str], StepPlan, int, int]:
         """Take a step's message in.
@@ -166,8 +181,8 @@ class Mirror:
         num_released, num_new, num_token_rows, num_tokens, num_copies, num_decodes, checksum = header[7:]
         take = _Reader(message, 4 * _HEADER)
         short = f"<u{width}"
-        rows: list[int] = take(short, num_rows).tolist()
-        odd: list[list[int]] = take("<i4", 4 * num_odd).reshape(-1, 4).tolist()
+        self.rows = take(short, num_rows).astype(np.int64)
+        odd = take("<i4", 4 * num_odd).reshape(-1, 4)
         tables = take(short, 3 * num_tables).reshape(-1, 3).tolist()
         values: list[int] = take("<i4", num_values).tolist()
         released: list[int] = take(short, num_released).tolist()
@@ -179,29 +194,31 @@ class Mirror:
             self._add(orjson.loads(take.raw(num_new)), take)
         at = 0
         for row, first, count in tables:
-            self._tables[str(row)][first:] = values[at : at + count]
+            self.table(row)[first:] = values[at : at + count]
+            self.changed.add(row)
             at += count
         at = 0
         for row, count in token_rows:
             self._requests[row].output_token_ids += tokens[at : at + count]
             at += count
-        plan = self._plan(rows, odd)
+        plan = self._plan(odd)
         plan.copies = [BlockCopy(_KINDS[kind], src, dst) for kind, src, dst in copies]
         plan.num_decodes = num_decodes
         return gone, plan, step, checksum + (1 << 31)
 
-    def _plan(self, rows: list[int], odd: list[list[int]]) -> StepPlan:
-        requests, following = self._requests, self._next
-        samples = [True] * len(rows)
-        starts = [following[row] for row in rows]
-        counts = [1] * len(rows)
-        for entry, start, count, sampled in odd:
-            starts[entry], counts[entry], samples[entry] = start, count, bool(sampled)
-        scheduled = []
-        for row, start, count in zip(rows, starts, counts, strict=True):
-            following[row] = start + count
-            scheduled.append(ScheduledRequest(requests[row], start, count))
-        return StepPlan(scheduled, samples)
+    def _plan(self, odd: np.ndarray) -> StepPlan:
+        rows, samples = self.rows, [True] * len(self.rows)
+        starts, counts = self._next[rows], np.ones(len(rows), np.int64)
+        if len(odd):
+            entries = odd[:, 0]
+            starts[entries], counts[entries] = odd[:, 1], odd[:, 2]
+            for entry, sampled in zip(entries.tolist(), odd[:, 3].tolist(), strict=True):
+                samples[entry] = bool(sampled)
+        self._next[rows] = starts + counts
+        requests = map(self._requests.__getitem__, rows.tolist())
+        # The other ranks wait for this one, so no call of Python a request.
+        self.scheduled = list(map(_entry, zip(requests, starts.tolist(), counts.tolist(), strict=True)))
+        return StepPlan(self.scheduled, samples)
 
     def _add(self, records: list[Any], take: _Reader) -> None:
         for row, num_prompt, num_tokens, seed, temperature, is_plain, prompt_logprobs, images in records:
@@ -223,10 +240,15 @@ class Mirror:
                 SamplingParams(temperature=temperature, seed=int(seed), prompt_logprobs=prompt_logprobs),
                 constraint=None if is_plain else _NotPlain(), images=spans, output_token_ids=tokens[num_prompt:],
             )  # fmt: skip
-            self._tables[str(row)], self._next[row] = [], 0
+            self.new[row], self._tables[str(row)] = self._requests[row], []
+            if row >= len(self._next):
+                self._next = np.concatenate([self._next, np.zeros(row + 1, np.int64)])
+            self._next[row] = 0
 
     def _forget(self, row: int) -> str:
-        del self._requests[row], self._tables[str(row)], self._next[row]
+        del self._requests[row], self._tables[str(row)]
+        self.new.pop(row, None)
+        self.changed.discard(row)
         return str(row)
 
 

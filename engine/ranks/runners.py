@@ -16,8 +16,10 @@ from kvarena.engine.parallel.groups import Group
 from kvarena.engine.parallel.shard import Shard
 from kvarena.engine.ranks.driver import Driving
 from kvarena.engine.ranks.stages import Staged
+from kvarena.engine.ranks.worker import MirroredRows
 from kvarena.engine.runner.draw import Draw
 from kvarena.engine.runner.fused_runner import FusedRunner, draws_on
+from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.engine.sampling.output import HostTokens
 from kvarena.engine.sampling.transfer import to_device
@@ -26,9 +28,13 @@ from kvarena.engine.sampling.transfer import to_device
 class RankRunner(Staged, TorchRunner):
     """A rank's runner on modules."""
 
+    rows_class: type[RequestRows] = MirroredRows
+
 
 class FusedRankRunner(Staged, FusedRunner):
     """A rank's runner on fused layers; on a GPU one kernel draws among a rank's columns."""
+
+    rows_class: type[RequestRows] = MirroredRows
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
+import numpy as np
 import orjson
 
-from kvarena.engine.contract import KVAllocator
+from kvarena.engine.contract import KVAllocator, ScheduledRequest
 from kvarena.engine.errors import EngineError
 from kvarena.engine.parallel.groups import Groups
 from kvarena.engine.ranks.plans import CALL, Mirror, checksum
+from kvarena.engine.request import Request
+from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.runner.torch_runner import TorchRunner
 
 
@@ -44,6 +47,36 @@ class Rank(Protocol):
     def call(self, name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Do what the planning rank does too; what to answer, or None for nothing."""
         ...
+
+
+class MirroredRows(RequestRows):
+    """The rows of a rank that does not plan: the planning rank's numbers, so a step's come with its message."""
+
+    def of_step(self, scheduled: Sequence[ScheduledRequest], allocator: KVAllocator) -> np.ndarray:
+        """As `RequestRows.of_step`; of a whole step nothing is looked up or compared that the message has said."""
+        mirror = cast(Mirror, allocator)
+        if scheduled is not mirror.scheduled:  # a stage's part of it
+            return super().of_step(scheduled, allocator)
+        for row, req in mirror.new.items():
+            if req.request_id not in self._rows:
+                self._add(req)
+            self.tables.update(row, mirror.block_table(req))
+        for row in mirror.changed:
+            self.tables.update(row, mirror.table(row))
+        mirror.new.clear()
+        mirror.changed.clear()
+        return mirror.rows
+
+    def _free_row(self, req: Request) -> int:
+        row = int(req.request_id)
+        while row >= self.num_rows:
+            self._grow()
+        return row
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        """As `RequestRows.release`; which rows are free is the planning rank's to know."""
+        super().release(request_ids)
+        self._free.clear()
 
 
 RankFactory = Callable[[Groups], Rank]

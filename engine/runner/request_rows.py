@@ -173,15 +173,18 @@ class RequestRows:
     def _add(self, req: Request) -> int:
         params = req.sampling
         check_sampling(params, self._sampler.vocab_size)
-        if not self._free:
-            self._grow()
-        row = self._rows[req.request_id] = self._free.pop()
+        row = self._rows[req.request_id] = self._free_row(req)
         seed = derive_seed(self._engine_seed, req.request_id) if params.seed is None else as_seed64(params.seed)
         draw, drawn = draw_params(params, self._sampler.vocab_size), is_drawn(params) and req.constraint is None
         self.columns[row] = (
             -1, req.num_prompt_tokens, rope_shift(req), seed, *draw, draw.filters, drawn, drawn and not draw.filters
         )  # fmt: skip
         return row
+
+    def _free_row(self, req: Request) -> int:  # noqa: ARG002 - whoever has the rows from elsewhere asks it
+        if not self._free:
+            self._grow()
+        return self._free.pop()
 
     def _grow(self) -> None:
         """Twice the rows."""

@@ -163,7 +163,7 @@ class TorchRunner:
         forward: computes a step's logits, in graphs or as it is.
     """
 
-    rows_class = RequestRows
+    rows_class: type[RequestRows] = RequestRows
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from kvarena.engine.ranks import ring, watch
 from kvarena.engine.ranks.driver import SendingRows
 from kvarena.engine.ranks.frames import send_frame
 from kvarena.engine.ranks.plans import Mirror, checksum
+from kvarena.engine.ranks.worker import MirroredRows
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.building.ranks import least_blocks
 
@@ -274,3 +275,33 @@ def test_a_reader_that_is_gone_is_waited_for_no_longer():
     with pytest.raises(RankFailed):
         for _ in range(5):
             made.writer.send(bytes(ring.SIZE // 3))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_of_another_rank_are_those_of_the_planning_rank(seed):
+    """Whole steps take them from the message, parts of a step look for them; tables are equal either way."""
+    source = random.Random(seed)
+    rows, box = rows_and_box()
+    tables, mirror, others = Tables(), Mirror(BLOCK), MirroredRows(1000, "cpu")
+    requests = [Request(f"r{i}", [1] * 40) for i in range(40)]
+    done: dict[str, int] = {}
+    for _ in range(60):
+        for gone in source.sample(sorted(done), min(len(done), source.choice([0, 0, 1, 9]))):
+            rows.release([gone])
+            tables.tables.pop(gone)
+            del done[gone]
+        entries = []
+        for req in source.sample(requests, source.randint(1, 30)):
+            start = done.get(req.request_id, 0)
+            entries.append((req, start, 1 if start >= 40 else source.randint(1, 40 - start)))
+            done[req.request_id] = start + entries[-1][2]
+        send(rows, tables, entries)
+        gone, found, _, _ = mirror.read(box.messages[-1])
+        others.release(gone)
+        expected = rows.of([entry[0] for entry in entries]).tolist()
+        half = len(found.scheduled) // 2
+        parts = source.choice([[found.scheduled], [found.scheduled[:half], found.scheduled[half:]]])
+        assert [row for part in parts for row in others.of_step(part, mirror).tolist()] == expected
+        assert [list(others.tables.read[row]) for row in expected] == [tables.block_table(e[0]) for e in entries]
+        names = ("num_prompt", "temperature")
+        assert all((others.columns[name][expected] == rows.columns[name][expected]).all() for name in names)
