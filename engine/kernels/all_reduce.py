@@ -88,9 +88,9 @@ def _await(flags, calls_ptr, row, call, polls, RANKS: tl.constexpr, RANK: tl.con
     for peer in tl.static_range(RANKS):
         if peer != RANK:
             # By their difference: both wrap around after some hours.
+            # What is found is handed to all threads behind a barrier, so none of them reads before.
             while (tl.atomic_add(mine + peer, 0, sem="acquire", scope="sys") - call < 0) & (polls > 0):
                 polls -= 1
-    tl.debug_barrier()
     return polls
 
 
@@ -133,7 +133,7 @@ def all_reduce_kernel(  # type: ignore[no-untyped-def]
             tl.store(residual, rounded, mask=exists)
             total = rounded.to(tl.float32)
         if NORM:
-            factor = 1.0 / tl.sqrt(tl.sum(total * total, 0) / SIZE + epsilon)
+            factor = tl.rsqrt(tl.sum(total * total, 0) / SIZE + epsilon)
             total = (total * factor).to(out_ptr.dtype.element_ty).to(tl.float32) * weight
         if NORM or not ADD:
             out = out_ptr + row.to(tl.int64) * stride_out + at

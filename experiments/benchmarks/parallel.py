@@ -5,9 +5,10 @@
 Prints JSON lines. Section `sums`: `all_reduce` has microseconds on the slowest rank, in a CUDA graph, by bytes and way;
 `norm` the same with residual addition and norm behind it; `chosen` is the way that the engine takes, `left_out` says
 why another one cannot be had. Section `host`: wall time of a decode step less what the device works, at 1 and 256 rows,
-with the ranks and with one device, and the difference. On a CPU the sums are gloo's and there is nothing else. Decode
-steps and throughput over ranks are `kvarena benchmark engine`'s, with `parallel.tensor_parallel_size=2` behind its
-options.
+with the ranks and with one device, and the difference; `before_ms` of it are before the device begins (a step's end and
+the next one's plan), and `launch_ms` beside it what the host takes to launch. On a CPU the sums are gloo's and there is
+nothing else. Decode steps and throughput over ranks are `kvarena benchmark engine`'s, with
+`parallel.tensor_parallel_size=2` behind its options.
 """
 
 from __future__ import annotations
@@ -57,15 +58,16 @@ def sums(runner: TorchRunner, peers: Any, num_rows: int, *, with_norm: bool) -> 
 def host_line(engines: Engines, batch: int) -> Line:
     """Wall time of a decode step less its device time, in ms: the median of some steps without overlap."""
     parts = engines.build(f"scheduler.max_num_seqs={batch}", "engine.overlap=false", PREFILLED)
-    runner, times, spans = runner_of(parts), [], []
-    compute = runner._compute
+    runner, now = runner_of(parts), parts.clock.now
+    compute, spans, times = runner._compute, [], []
 
     def timed(*args: Any) -> Any:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        called = now()
         begin.record()
         found = compute(*args)
         end.record()
-        spans.append((begin, end))
+        spans.append((begin, end, called, now()))
         return found
 
     runner.__dict__["_compute"] = timed
@@ -79,12 +81,14 @@ def host_line(engines: Engines, batch: int) -> Line:
                 ended = None
                 continue
             if ended is not None:
-                begin, end = spans[-1]
-                times.append((step.end_time - ended) * 1e3 - begin.elapsed_time(end))
+                begin, end, called, returned = spans[-1]
+                on_host = (step.end_time - ended) * 1e3 - begin.elapsed_time(end)
+                times.append((on_host, (called - ended) * 1e3, (returned - called) * 1e3))
             ended = step.end_time
     finally:
         del runner.__dict__["_compute"]
-    return {"rows": batch, "ms": round(statistics.median(times), 4)}
+    medians = [round(statistics.median(column), 4) for column in zip(*times, strict=True)]
+    return {"rows": batch} | dict(zip(("ms", "before_ms", "launch_ms"), medians, strict=True))
 
 
 def lines(args: Any) -> Iterator[Line]:
@@ -111,7 +115,8 @@ def lines(args: Any) -> Iterator[Line]:
     alone = Engines(args.shape, slots, *args.overrides, "parallel.tensor_parallel_size=1")
     for line, batch in zip(shared, BATCHES, strict=True):
         one = attempt("host", partial(host_line, alone, batch))
-        found = {"one_ms": one.get("ms"), "error": line.get("error") or one.get("error")}
+        found = {f"one_{key}": one.get(key) for key in ("ms", "before_ms", "launch_ms")}
+        found |= {"error": line.get("error") or one.get("error")}
         if "ms" in line and "ms" in one:
             found["more_ms"] = round(line["ms"] - one["ms"], 4)
         yield line | {key: value for key, value in found.items() if value is not None}

@@ -115,7 +115,9 @@ def resources(kernel, constants, num_warps, num_stages, max_registers=None, unal
         "wrong_reductions": wrong_reductions(compiled.asm["ttgir"]),
         "argmax": bool(re.search(r'"tt\.reduce"\(%\w+, ', compiled.asm["ttgir"])),
         "cp_async": "cp.async" in ptx,
-        "others": re.findall(r"ld\.global\.cg\.\S+", ptx),
+        "exchange": re.findall(
+            r"bar\.sync|\bld\.global\.sys\.acquire|\bld\.global\.cg\S*|\batom\.global\.sys\.release", ptx
+        ),
         "wide_loads": "ld.global.v4" in ptx or "cp.async.cg.shared.global" in ptx,
     }
 

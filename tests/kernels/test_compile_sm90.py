@@ -81,4 +81,14 @@ def test_kernels_touch_memory_only_after_the_kernel_before_them(resources):
 
 def test_rows_of_another_rank_come_sixteen_bytes_at_a_time(resources):
     """Of an address that it reads from memory Triton knows nothing: two bytes at a time, unless it is told."""
-    assert resources["all-reduce"]["others"] == ["ld.global.cg.v4.b32"] * 2
+    found = resources["all-reduce"]["exchange"]
+    assert [one for one in found if one.startswith("ld.global.cg")] == ["ld.global.cg.v4.b32"] * 2
+
+
+def test_nobody_reads_another_rank_s_row_before_its_flag(resources):
+    """One thread looks; the others learn of it behind a barrier. And nobody says so before all have written."""
+    for name in ("all-reduce", "best token"):
+        found = resources[name]["exchange"]
+        told, seen = found.index("atom.global.sys.release"), found.index("ld.global.sys.acquire")
+        read = next(i for i, one in enumerate(found) if one.startswith("ld.global.cg"))
+        assert "bar.sync" in found[:told] and told < seen and "bar.sync" in found[seen:read], found
