@@ -22,6 +22,7 @@ from kvarena.engine.attention.base import AttentionBackend
 from kvarena.engine.clock import Clock
 from kvarena.engine.contract import KVAllocator, ScheduledRequest, StepPlan, cdiv
 from kvarena.engine.fusions.decoder import FusedDecoder
+from kvarena.engine.kernels.penalties import penalize_rows
 from kvarena.engine.model_runner import PendingTokens
 from kvarena.engine.models.spec import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
@@ -34,6 +35,7 @@ from kvarena.engine.runner.step_graphs import DECODE_FIELDS, Between, MixedStep,
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.engine.sampling.output import HostTokens, SampledTokens, merged
 from kvarena.engine.sampling.params import SKIPPED, TOP_K
+from kvarena.engine.sampling.sampler import Sampler
 from kvarena.engine.sampling.transfer import to_device
 
 
@@ -79,6 +81,8 @@ class FusedRunner(TorchRunner):
         # Of a row of which others have parts, no kernel of one device draws.
         draws = draws_on(self._device) and model.shard is None
         self._draw = Draw(max_num_seqs, self._device, num_scores) if draws else None
+        if draws_on(self._device):
+            self._sampler = Sampler(num_scores, penalize_rows)
         self._graphs: StepGraphs | None = None
         if isinstance(backend, ReservingBackend):
             forward, between = self._between(max(max_num_seqs, mixed_tokens))

@@ -17,11 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvarena.engine.sampling.batch import Rows, SamplingBatch
+from kvarena.engine.sampling.batch import Penalties, Rows, SamplingBatch
 from kvarena.engine.sampling.output import LogprobTensors, SampledTokens
 from kvarena.engine.sampling.scores import ScoreTensors, best_scores
 from kvarena.engine.sampling.streams import log_exponentials
-from kvarena.engine.sampling.transforms import keep_min_p, keep_top_k, keep_top_p, penalize
+from kvarena.engine.sampling.transforms import keep_min_p, keep_top_k, keep_top_p, penalize_rows
 
 
 class Sampler:
@@ -29,10 +29,12 @@ class Sampler:
 
     Args:
         num_scores: give the scores of so many best tokens of each row beside the tokens; 0: none.
+        penalize: applies penalties, and may do so in place.
     """
 
-    def __init__(self, num_scores: int = 0) -> None:
+    def __init__(self, num_scores: int = 0, penalize: Callable[[Tensor, Penalties], Tensor] = penalize_rows) -> None:
         self.num_scores = num_scores
+        self._penalize = penalize
 
     def __call__(
         self, logits: Tensor, batch: SamplingBatch, draw: Callable[[Tensor], Tensor] | None = None
@@ -79,14 +81,7 @@ class Sampler:
         if batch.bias is not None:
             logits.index_put_((batch.bias.rows, batch.bias.tokens), batch.bias.values, accumulate=True)
         if batch.penalties is not None:
-            p = batch.penalties
-            logits = _apply(
-                logits,
-                p.rows,
-                lambda rows: penalize(
-                    rows, p.in_prompt[p.slots], p.counts[p.slots], p.presence, p.frequency, p.repetition
-                ),
-            )
+            logits = self._penalize(logits, batch.penalties)
         return logits
 
     def _race(self, logits: Tensor, best: Tensor, batch: SamplingBatch) -> Tensor:
@@ -113,11 +108,14 @@ class Sampler:
         )
 
     def _logprobs(self, logits: Tensor, token_ids: Tensor, batch: SamplingBatch) -> LogprobTensors:
-        values = _take(logits, batch.logprobs).float().log_softmax(-1)
+        values = _take(logits, batch.logprobs).float()
+        whole = values.logsumexp(-1, keepdim=True)
         sampled = values.gather(1, _take(token_ids, batch.logprobs)[:, None])
         rank = (values > sampled).sum(-1) + 1
         top = values.topk(max(batch.num_top), dim=-1)
-        return LogprobTensors(batch.logprobs.host, batch.num_top, sampled[:, 0], rank, top.indices, top.values)
+        return LogprobTensors(
+            batch.logprobs.host, batch.num_top, (sampled - whole)[:, 0], rank, top.indices, top.values - whole
+        )
 
 
 def _take(tensor: Tensor, rows: Rows) -> Tensor:

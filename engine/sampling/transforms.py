@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvarena.engine.sampling.batch import Penalties
+
 # So many of the largest logits are looked at before all of them are sorted.
 _FIRST = 2048
 
@@ -33,6 +35,14 @@ def penalize(
     factor = torch.where(in_prompt | in_output, repetition[:, None], 1.0)
     logits = torch.where(logits > 0, logits / factor, logits * factor)
     return logits - frequency[:, None] * counts - presence[:, None] * in_output
+
+
+def penalize_rows(logits: Tensor, penalties: Penalties) -> Tensor:
+    """`logits` [N, V] with the rows penalized that `penalties` is of; may change `logits`."""
+    p, index = penalties, penalties.rows.index
+    rows = logits if index is None else logits[index]
+    found = penalize(rows, p.in_prompt[p.slots], p.counts[p.slots], p.presence, p.frequency, p.repetition)
+    return found if index is None else logits.index_copy(0, index, found)
 
 
 def keep_top_k(logits: Tensor, top_k: Tensor, max_k: int) -> Tensor:

@@ -30,6 +30,7 @@ from kvarena.engine.kernels.experts.products import MANY_ROWS, TILES, add_expert
 from kvarena.engine.kernels.experts.routing import route_few_kernel, route_kernel, sort_kernel
 from kvarena.engine.kernels.filtered import CHOSEN_WARPS, check_kernel, draw_again_kernel, draw_chosen_kernel
 from kvarena.engine.kernels.norm import rms_norm_kernel
+from kvarena.engine.kernels.penalties import penalize_kernel
 from kvarena.engine.kernels.rope import rope_store_kernel
 from kvarena.engine.kernels.sample import draw_kernel
 from kvarena.engine.kernels.store import store_kv_kernel
@@ -140,8 +141,12 @@ def wrong_reductions(ttgir):
 
 
 def draw_resources(few):
-    """The draw's kernels, over logits as a model in bf16 gives them and as an edit leaves them."""
+    """The draw's kernels, over logits as a model in bf16 gives them and as an edit leaves them; penalties."""
     shared = {"PARTS": MAX_PARTS, "FAST": True}
+    floats = ("logits_ptr", "presence_ptr", "frequency_ptr", "repetition_ptr")
+    types = {"rows_ptr": "*i64", "slots_ptr": "*i64", "in_prompt_ptr": "*u8", "counts_ptr": "*i32"}
+    types |= dict.fromkeys(floats, "*fp32")
+    yield "penalties", resources(penalize_kernel, {"TILE": TILE, "EVERY_ROW": False}, 4, 3, types=types)
     for name, dtype in (("", torch.bfloat16),) if few else (("", torch.bfloat16), (" float32", torch.float32)):
         types = DRAW | {"logits_ptr": "*bf16" if dtype == torch.bfloat16 else "*fp32"}
         shift = {"SHIFT": key_shift(dtype)}

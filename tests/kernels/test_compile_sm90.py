@@ -22,7 +22,7 @@ def resources(request):
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == {"few": 34, "all": 55}[request.param]
+    assert len(found) == {"few": 35, "all": 56}[request.param]
     return found
 
 

@@ -8,9 +8,12 @@ from scipy import stats
 from kvarena.engine.kernels import filtered
 from kvarena.engine.kernels.drawing import CHOOSE, DONE, HARD, PIVOT, REJECTED, DrawScratch, ordered
 from kvarena.engine.kernels.filtered import check_drawn, draw_chosen, draw_filtered
+from kvarena.engine.kernels.penalties import penalize_rows
 from kvarena.engine.kernels.sample import draw_tokens
 from kvarena.engine.kernels.threshold import settle
 from kvarena.engine.request import SamplingParams
+from kvarena.engine.sampling import transforms
+from kvarena.engine.sampling.batch import Penalties, Rows
 from kvarena.engine.sampling.params import SKIPPED, TOP_K
 
 
@@ -206,3 +209,17 @@ def _keys_kernel(values_ptr, out_ptr):
     inside = at < 10
     values = filtered.tl.load(values_ptr + at, mask=inside, other=0.0)
     filtered.tl.store(out_ptr + at, ordered(values, 0), mask=inside)
+
+
+@pytest.mark.parametrize("index", [None, [4, 1, 2]])
+def test_penalties_in_one_pass(index):
+    generator = torch.Generator().manual_seed(6)
+    logits = 3 * torch.randn(5 if index else 3, 2500, generator=generator)
+    in_prompt = torch.rand(7, 2500, generator=generator) < 0.2
+    counts = torch.randint(-3, 4, (7, 2500), generator=generator, dtype=torch.int32).clamp_min(0)
+    factors = torch.tensor([[0.5, -1.0, 0.0], [0.2, 0.0, -0.3], [1.3, 1.0, 0.7]])
+    rows = Rows(None if index is None else torch.tensor(index), index or [0, 1, 2])
+    penalties = Penalties(rows, *factors, in_prompt, counts, torch.tensor([6, 0, 3]))
+    wanted = transforms.penalize_rows(logits.clone(), penalties)
+    assert (wanted != logits).any()
+    torch.testing.assert_close(penalize_rows(logits.clone(), penalties), wanted, rtol=1e-6, atol=1e-6)
