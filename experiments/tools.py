@@ -49,6 +49,7 @@ TOOLS: dict[str, dict[str, Tool]] = {
         "gemm": "GPU: searches launches of the skinny GEMM, for its table",
         "hopper": "GPU: the CUDA kernels for Hopper beside those they replace",
         "library_gemm": "GPU: searches the library's GEMM kernels, for their table",
+        "layer_gemm": "GPU: searches launches of a layer's products on Hopper, for their tables",
         "packed_gemm": "GPU: products with weights of 4 bits, by each kernel, beside 16 bits and a copy",
         "mapping": "GPU: what CUDA's virtual memory calls cost",
         "swaps": "GPU: what it costs to move a request's KV to the host and back",

@@ -40,22 +40,18 @@ class HopperProducts:
             return None
         x, linear, norm, residual, glu, out = product
         shape = (len(x), linear.weight.shape[0], linear.weight.shape[1], self._num_multiprocessors)
+        if not glu and (dense := dense_tile(*shape[:3])) is not None:
+            return self._dense(_normed(x, norm), linear.weight, dense, residual=residual, out=out)
         tile = stream_tile(*shape, norm=norm is not None, glu=glu)
         if tile is not None:
             weight, eps = None, 0.0
             if norm is not None and tile.fuse_norm:
                 weight, eps = norm.weight, norm.eps
-            elif norm is not None:
-                x = rms_norm(x, norm.weight, norm.eps)
+            else:
+                x = _normed(x, norm)
             return self._stream(x, linear.weight, tile, norm=weight, eps=eps, residual=residual, glu=glu, out=out)
-        wide, dense = (wide_tile(*shape), None) if glu else (None, dense_tile(*shape[:3]))
-        if wide is None and dense is None:
-            return None
-        if norm is not None:
-            x = rms_norm(x, norm.weight, norm.eps)
-        if dense is not None:
-            return self._dense(x, linear.weight, dense, residual=residual, out=out)
-        return None if wide is None else self._wide(x, linear.weight, wide)
+        wide = wide_tile(*shape) if glu else None
+        return None if wide is None else self._wide(_normed(x, norm), linear.weight, wide)
 
     def heads(self, x: Tensor, norm: Norm, qkv: Linear, heads: HeadsToStore) -> Tensor | None:
         """Turned queries of norm(x) by `qkv`, with its keys and values in the pool; None, and nothing was done, where
@@ -65,7 +61,7 @@ class HopperProducts:
             return None
         if tile.fuse_norm:
             return self._turned(x, qkv.weight, tile, heads, norm=norm.weight, eps=norm.eps)
-        return self._turned(rms_norm(x, norm.weight, norm.eps), qkv.weight, tile, heads, norm=None, eps=0.0)
+        return self._turned(_normed(x, norm), qkv.weight, tile, heads, norm=None, eps=0.0)
 
 
 def _is_plain_bf16(product: Product) -> bool:
@@ -77,3 +73,8 @@ def _is_plain_bf16(product: Product) -> bool:
         and (norm is None or norm.weight.dtype == torch.bfloat16)
         and x.stride(0) % 8 == 0
     )
+
+
+def _normed(x: Tensor, norm: Norm | None) -> Tensor:
+    """What a product reads whose launch takes no norm in."""
+    return x if norm is None else rms_norm(x, norm.weight, norm.eps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ def profile_steps(
     """Device time per step by kernel, of decode steps (replayed graphs) or of one prefill.
 
     Returns:
-        `busy_ms`: kernels' time per step; `span_ms`: from the first kernel's start to the last one's end; `kernels`:
-        the largest, as [name, calls per step, microseconds per step].
+        `busy_ms`: kernels' time per step; `span_ms`: from the first kernel's start to the last one's end; `idle_ms`: of
+        these, without any on the device; `kernels`: the largest, as [name, calls per step, microseconds per step];
+        `gaps`: where it has nothing to do, as [what ended, what begins, times per step, microseconds per step].
     """
     num_tokens = 1 if prefill else 9
     settings = (f"scheduler.max_num_seqs={batch}", "scheduler.max_num_batched_tokens=16384")
@@ -37,18 +38,40 @@ def profile_steps(
         run("r")
         torch.cuda.synchronize()
     totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    begin, end = float("inf"), 0.0
-    for event in trace.events():
-        if event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
+    events = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    for event in events:
         total = totals[event.name[:60]]
         total[0] += 1
         total[1] += event.time_range.elapsed_us()
-        begin, end = min(begin, event.time_range.start), max(end, event.time_range.end)
+    gaps = find_gaps([(event.time_range.start, event.time_range.end, event.name[:40]) for event in events])
+    begin = min(event.time_range.start for event in events)
+    end = max(event.time_range.end for event in events)
     steps = max(1, num_tokens - 1)
     largest = sorted(totals.items(), key=lambda item: -item[1][1])[:14]
     return {
         "busy_ms": round(sum(us for _, us in totals.values()) / steps / 1e3, 4),
         "span_ms": round((end - begin) / steps / 1e3, 4),
+        "idle_ms": round(sum(us for _, us in gaps.values()) / steps / 1e3, 4),
         "kernels": [[name, round(calls / steps, 1), round(us / steps, 1)] for name, (calls, us) in largest],
+        "gaps": [
+            [*names, round(times / steps, 1), round(us / steps, 1)]
+            for names, (times, us) in sorted(gaps.items(), key=lambda item: -item[1][1])[:8]
+        ],
     }
+
+
+def find_gaps(events: Iterable[tuple[float, float, str]]) -> dict[tuple[str, str], tuple[int, float]]:
+    """When nothing runs, by what ended last and what begins then: how often, and microseconds in all.
+
+    Args:
+        events: start and end, in microseconds, and name.
+    """
+    gaps: dict[tuple[str, str], tuple[int, float]] = {}
+    last, ended = "", float("inf")
+    for start, end, name in sorted(events):
+        if start > ended:
+            times, us = gaps.get((last, name), (0, 0.0))
+            gaps[last, name] = times + 1, us + start - ended
+        if not last or end > ended:
+            last, ended = name, end
+    return gaps

@@ -10,11 +10,15 @@ from kvarena.engine.errors import ConfigError
 from kvarena.engine.kernels.attention.config import decode_config
 from kvarena.engine.kernels.experts.grouped import GroupedTile
 from kvarena.engine.kernels.experts.products import MANY_ROWS, tile_for
+from kvarena.engine.kernels.gemm import dense, turned
+from kvarena.engine.kernels.gemm.dense import DenseTile
 from kvarena.engine.kernels.gemm.packed_stream import StreamWeight
 from kvarena.engine.kernels.gemm.packed_wide import PackedWideTile, WideShape
+from kvarena.engine.kernels.gemm.stream import StreamTile
 from kvarena.engine.kernels.hopper import SHARED_BYTES
 from kvarena.engine.quantization.hopper import hopper_tile
-from kvarena.experiments.benchmarks.kernels import experts, kernels, packed_gemm
+from kvarena.experiments.benchmarks.engine_profile import find_gaps
+from kvarena.experiments.benchmarks.kernels import experts, kernels, layer_gemm, packed_gemm
 from kvarena.experiments.benchmarks.kernels.attention_cases import LLAMA_8B, Batch, visible_pairs
 from kvarena.experiments.benchmarks.kernels.attention_variants import DECODE_TILES, decode_variants
 from kvarena.experiments.benchmarks.kernels.gemm import cases
@@ -73,7 +77,7 @@ def test_the_packed_benchmark_measures_what_the_engine_takes_and_with_tune_other
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures on this machine")
-@pytest.mark.parametrize("tool", [kernels, packed_gemm])
+@pytest.mark.parametrize("tool", [kernels, layer_gemm, packed_gemm])
 def test_without_a_gpu_it_says_so_in_one_line(tool, capsys):
     with pytest.raises(ConfigError, match="run it on a CUDA machine"):
         tool.main([])
@@ -120,3 +124,40 @@ def test_the_experts_benchmark_measures_what_the_engine_takes_first_and_the_othe
         found = experts.choices(pairs, num_experts, hopper=True, tune=True)
         assert len(found) == len(set(found)) > 10
         assert all(down is None or down.rows == tile.rows for tile, down in found)
+
+
+def test_tables_have_the_launches_that_are_faster(monkeypatch):
+    """And nothing of rows that no table has, nor of what is within noise."""
+    heads, wide = StreamTile(2, 2, 2, 1, True), DenseTile(192, 2, False, 2)
+
+    class Layer(layer_gemm.Layer):
+        def heads_line(self, num_rows):
+            return {"us": 8.0, "best_us": 6.5 if num_rows == 8 else 7.9, "tile": heads}
+
+        def dense_line(self, product, num_rows, num_tiles):
+            assert num_tiles == 3
+            return {"us": 24.0} if product == "o" else {"us": 24.0, "best_us": 21.0, "tile": wide}
+
+    class Kernels:
+        num_multiprocessors = 132
+
+    monkeypatch.setattr(layer_gemm, "Layer", Layer)
+    for name in ("TritonOps", "TurnedGemm", "DenseGemm"):
+        monkeypatch.setattr(layer_gemm, name, lambda *args: None)
+    monkeypatch.setattr(layer_gemm, "load_hopper_kernels", lambda device: Kernels())
+    monkeypatch.setattr(turned, "MEASURED", {(1, 1): {}})
+    monkeypatch.setattr(dense, "MEASURED", {(1, 1): {}})
+    shapes = ["llama-3.1-8b", "qwen3-30b-a3b"]
+    *lines, last = layer_gemm.lines(shapes, list(layer_gemm.PRODUCTS), [8, 100, 256], 3)
+    assert len(lines) == 3 * 4 + 3 * 4 and not turned.MEASURED and not dense.MEASURED
+    tables = {name: eval(text) for name, text in last["tables"].items()}
+    assert tables["turned"] == {(6144, 4096): {8: heads}, (5120, 2048): {8: heads}}
+    assert tables["dense"][4096, 14336] == {256: wide} and (4096, 4096) not in tables["dense"]
+    assert json.loads(json.dumps(lines[0]))["tile"] == list(heads)
+
+
+def test_gaps_are_where_nothing_runs():
+    """Kernels that overlap leave none, whatever ended first."""
+    events = [(0, 10, "a"), (4, 8, "b"), (9, 12, "c"), (15, 16, "a"), (16, 20, "b"), (23, 24, "a")]
+    assert find_gaps(events[::-1]) == {("c", "a"): (1, 3.0), ("b", "a"): (1, 3.0)}
+    assert find_gaps([]) == {}

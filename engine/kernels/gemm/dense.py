@@ -89,7 +89,7 @@ class DenseTile(NamedTuple):
 
 
 # By rows and columns of w, and by the most rows of x: where the launch is faster than the library's product, as
-# `kvarena benchmark dense_gemm` measures it.
+# `kvarena benchmark layer_gemm` measures it.
 MEASURED: dict[tuple[int, int], dict[int, DenseTile]] = {}
 
 

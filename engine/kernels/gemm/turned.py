@@ -31,7 +31,7 @@ from kvarena.engine.kernels.hopper import HopperKernels, Kernel
 HEAD_DIM = 128
 ROW_BUCKETS = (1, 8, 16, 32, 64, 128, 192, 256)
 # By rows and columns of w, and by the most rows of x: where the launch is faster than the product and the rotation, as
-# `kvarena benchmark turned` measures it.
+# `kvarena benchmark layer_gemm` measures it.
 MEASURED: dict[tuple[int, int], dict[int, StreamTile]] = {}
 
 
@@ -94,7 +94,7 @@ def turned_tile(num_rows: int, num_cols: int, depth: int) -> StreamTile | None:
 
 
 def turned_tiles(num_rows: int, num_cols: int, depth: int, num_multiprocessors: int) -> list[StreamTile]:
-    """All launches that fit, for `benchmarks.kernels.turned`; arguments as of `stream_tile`."""
+    """All launches that fit, for `benchmarks.kernels.layer_gemm`; arguments as of `stream_tile`."""
     return [
         tile
         for boxes in (1, 2)
