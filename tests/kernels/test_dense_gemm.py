@@ -152,14 +152,14 @@ def test_products_go_to_it_where_it_was_measured(monkeypatch):
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("num_rows", [65, 128, 129, 200, 256, 384, 512])
+@pytest.mark.parametrize("num_rows", [65, 128, 200, 384])
 @pytest.mark.parametrize(("num_cols", "depth"), [*PRODUCTS, (2568, 1024)])
 def test_on_a_gpu(num_rows, num_cols, depth):
     kernels = load_hopper_kernels("cuda")
     gemm = DenseGemm(kernels)
     x, weight, y = operands(num_rows, num_cols, depth, "cuda")
     plain = x.double() @ weight.double().t()
-    for tile in dense_tiles(num_rows, num_cols, depth, kernels.num_multiprocessors // 2)[:3]:
+    for tile in dense_tiles(num_rows, num_cols, depth, kernels.num_multiprocessors // 2)[:2]:
         results = []
         for overlap in (True, False, True):
             out = y.clone()

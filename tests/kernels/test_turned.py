@@ -269,7 +269,8 @@ def test_on_a_gpu(num_rows, heads, depth, normed):
     plain = case.pool.clone()
     q = ops.norm_heads(case.x, case.norm, Linear(case.weight, None), case.head_slots(plain))
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    for tile in turned_tiles(num_rows, len(case.weight), depth, processors):
+    tiles = turned_tiles(num_rows, len(case.weight), depth, processors)
+    for tile in tiles[num_rows % 2 :: 5]:  # each is compiled
         x = case.x if tile.fuse_norm else ops.norm(case.x, case.norm)
         norm, eps = (case.norm.weight, case.norm.eps) if tile.fuse_norm else (None, 0.0)
         results = []
