@@ -50,7 +50,9 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         : "=r"(done)
         : "r"(barrier), "r"(parity)
         : "memory");
-    if (tries == 1 << 22) __trap();  // an error that is seen, not a device that hangs
+    // An error that is seen, not a device that hangs: a store to nowhere. With a trap the assembler forgets what
+    // setmaxnreg gave, keeps to the registers that a program starts with, and waits for each product of many.
+    if (tries == 1 << 22) asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(tries) : "memory");
   }
 }
 
@@ -116,9 +118,43 @@ __device__ __forceinline__ void fetch_for(u16 ranks, u32 to, const TensorMap& ma
       : "memory");
 }
 
+// A box of a tensor of three dimensions, the innermost coordinate first.
+__device__ __forceinline__ void fetch_box(u32 to, const TensorMap& map, u32 barrier, int x, int y, int z, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
+      : "memory");
+}
+
 // Of a tile in shared memory, rows of 128 bytes, swizzled: 8 rows are 1,024 bytes.
 __device__ __forceinline__ u64 descriptor(u32 address) {
   return static_cast<u64>((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
+// Of such a tile as the transposed operand: the rows are what is summed over, `apart` bytes separate 64 columns from the
+// next 64.
+__device__ __forceinline__ u64 column_descriptor(u32 address, u32 apart) {
+  return static_cast<u64>((address & 0x3FFFF) >> 4) | (static_cast<u64>(apart >> 4) << 16) | (64ull << 32) | (1ull << 62);
+}
+
+// Threads of a program, whole warps: `count` of them meet here, those that arrive without waiting among them.
+__device__ __forceinline__ void named_sync(int name, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void named_arrive(int name, int count) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(count) : "memory");
+}
+
+// What this thread stored in shared memory is there for the tensor cores, and for fetches that overwrite it.
+__device__ __forceinline__ void fence_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+#define LOWEST __int_as_float(0xFF800000)  // minus infinity
+
+__device__ __forceinline__ float power_of_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 __device__ __forceinline__ u32 pack(float low, float high) {

@@ -22,19 +22,25 @@ SHARED_BYTES = 227 * 1024
 _ADVICE = "; runner.fusions=false with runner.attention=triton does without CUDA kernels"
 
 
-def wgmma_source(cols: int, *, from_registers: bool = False, dtype: str = "bf16") -> str:
+def wgmma_source(cols: int, *, from_registers: bool = False, by_columns: bool = False, dtype: str = "bf16") -> str:
     """The tensor cores' instruction for 64 x `cols` x 16 as a device function: d (+)= a @ b.T, without + if not add.
 
     Args:
         cols: rows of b.
         from_registers: a comes from the threads' registers and not from shared memory.
+        by_columns: b lies in shared memory column by column; only with `from_registers`.
         dtype: of a and b, as PTX calls it.
     """
     count = cols // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     sums = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     if from_registers:
-        kind, inputs, num_a, transposed = "const unsigned (&a)[4]", ", ".join(f'"r"(a[{i}])' for i in range(4)), 4, "0"
+        kind, inputs, num_a, transposed = (
+            "const unsigned (&a)[4]",
+            ", ".join(f'"r"(a[{i}])' for i in range(4)),
+            4,
+            str(int(by_columns)),
+        )
         a = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
     else:
         kind, inputs, num_a, transposed, a = "unsigned long long a", '"l"(a)', 1, "0, 0", f"%{count}"
@@ -53,12 +59,15 @@ def kernel_source(name: str, constants: Mapping[str, object], wgmma_cols: int | 
     """The text of kernel `name` with its constants, and `wgmma` of so many columns if any.
 
     With a constant PACKED that is not 0 `wgmma` takes its first operand from registers, with FLOAT16 both are float16.
+    With COLUMNS there is a second `wgmma` of so many columns, from registers and with an operand that lies by columns.
     """
     folder = resources.files("kvarena.engine.kernels")
     head = "".join(f"#define {key} {value}\n" for key, value in constants.items())
     texts = (folder.joinpath(file).read_text() for file in ("hopper.cu", f"{name}.cu"))
     packed, dtype = bool(constants.get("PACKED", 0)), "f16" if constants.get("FLOAT16", 0) else "bf16"
     wgmma = "" if wgmma_cols is None else wgmma_source(wgmma_cols, from_registers=packed, dtype=dtype)
+    if columns := constants.get("COLUMNS", 0):
+        wgmma += wgmma_source(int(str(columns)), from_registers=True, by_columns=True, dtype=dtype)
     return head + wgmma + "".join(texts)
 
 
@@ -190,6 +199,10 @@ class HopperKernels:
         config = self._config(kernel, num_programs, stream, overlap=overlap)
         self._call("cuLaunchKernelEx", config, kernel.function, ctypes.addressof(packed), 0)
 
+    def zeros(self, count: int) -> Tensor:
+        """Int32 zeros on the device."""
+        return torch.zeros(count, dtype=torch.int32, device=self._device)
+
     def matrix_map(self, matrix: Tensor, box_rows: int, *, keep: bool = False) -> Any:
         """How the tensor memory accelerator reads boxes of `box_rows` x 64 elements of a bf16 matrix, swizzled.
 
@@ -201,15 +214,26 @@ class HopperKernels:
         rows, cols = matrix.shape
         return self._map(matrix.data_ptr(), (cols, rows), (matrix.stride(0),), (64, box_rows), keep=keep)
 
-    def head_map(self, heads: Tensor, box_rows: int) -> Any:
+    def head_map(self, heads: Tensor, box_rows: int, *, halves: int = 2) -> Any:
         """How it reads boxes of `box_rows` x one head x 128 elements of bf16 [rows, heads, 128], contiguous.
 
-        A box is two matrices of `box_rows` x 64, swizzled; its second coordinate is a row, its third twice the head.
-        The map is remembered.
+        A box is two matrices of `box_rows` x 64, swizzled, or one where `halves` is 1; its second coordinate is a row,
+        its third twice the head, plus the half. The map is remembered.
         """
         rows, num_heads, dim = heads.shape
         sizes, strides = (64, rows, 2 * num_heads), (num_heads * dim, 64)
-        return self._map(heads.data_ptr(), sizes, strides, (64, box_rows, 2), keep=True)
+        return self._map(heads.data_ptr(), sizes, strides, (64, box_rows, halves), keep=True)
+
+    def box_map(self, tensor: Tensor, box: tuple[int, int, int]) -> Any:
+        """How it reads boxes of a bf16 tensor of three dimensions, swizzled; box and coordinates innermost first.
+
+        Args:
+            tensor: the last dimension contiguous, the others a multiple of 16 bytes apart. What a box has beyond it is
+                zeros.
+            box: elements in each dimension: 64, and at most 256 in each of the others.
+        """
+        sizes = tuple(reversed(tensor.shape))
+        return self._map(tensor.data_ptr(), sizes, (tensor.stride(1), tensor.stride(0)), box, keep=False)
 
     def _map(
         self, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], *, keep: bool

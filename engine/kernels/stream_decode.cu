@@ -7,7 +7,6 @@ constexpr int HALF_BYTES = TOKENS * 128, PART_BYTES = 2 * HALF_BYTES, STAGE_BYTE
 constexpr int PASSES = GROUP > 4 ? 2 : 1, PASS_DIMS = DIM / PASSES;  // of the sums that the warps exchange
 constexpr int HEAD_STRIDE = PASS_DIMS + 4;                           // apart in the banks
 constexpr u32 ALL = ~0u;
-#define LOWEST __int_as_float(0xFF800000)  // minus infinity
 
 // x[2] (+)= a warp's 16 x 16 by 16 x 8.
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -36,20 +35,6 @@ __device__ __forceinline__ u32 transpose(u32 matrix) {
   u32 turned;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(matrix));
   return turned;
-}
-
-__device__ __forceinline__ float power_of_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ void fetch_tokens(u32 to, const TensorMap& map, u32 barrier, int token, int head, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to), "l"(&map), "r"(barrier), "r"(0), "r"(token), "r"(2 * head),
-      "l"(policy)
-      : "memory");
 }
 
 // Of 8 lanes that hold values of the same heads.
@@ -163,8 +148,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
     if (lane == 0) {
       const u32 to = ring + stage * STAGE_BYTES;
       barrier_expect(full + 8 * stage, STAGE_BYTES);
-      fetch_tokens(to, k_map, full + 8 * stage, from, kv_head, once);
-      fetch_tokens(to + PART_BYTES, v_map, full + 8 * stage, from, kv_head, once);
+      fetch_box(to, k_map, full + 8 * stage, 0, from, 2 * kv_head, once);
+      fetch_box(to + PART_BYTES, v_map, full + 8 * stage, 0, from, 2 * kv_head, once);
     }
     ahead.next(items);
   };

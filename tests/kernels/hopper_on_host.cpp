@@ -1,6 +1,7 @@
-// Runs wide_gemm.cu, or with PACKED wide_packed.cu, on a CPU, a cluster after another: each thread is a fiber that gives way where it would wait, each
-// fetch arrives at some later time, in any order. What hopper.cu does with instructions of the GPU is done here by hand,
-// without swizzle. The test puts the launch's constants before this text and the kernel's (without asm) behind it.
+// Runs wide_gemm.cu, with PACKED wide_packed.cu, or with COLUMNS wide_prefill.cu on a CPU, a cluster after another: each
+// thread is a fiber that gives way where it would wait, each fetch arrives at some later time, in any order. What
+// hopper.cu does with instructions of the GPU is done here by hand, without swizzle. The test puts the launch's constants
+// before this text (CM: programs of a cluster) and the kernel's (without asm) behind it.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -28,6 +29,10 @@ constexpr int PROGRAM_THREADS = 384, PROGRAM_BYTES = 232448;
 struct TensorMap {
   const u16* data;
   int rows, cols, box_rows;
+  // Of one of three dimensions, the innermost first, whose elements lie side by side.
+  int sizes[3];
+  long strides[3];
+  int box[3];
 };
 struct Barrier { int count, pending, bytes; u32 phase; };
 struct Program {
@@ -35,7 +40,7 @@ struct Program {
   u32 used = 0;
   Barrier barriers[64];
 };
-struct Product { float* d; u64 a, b; bool add; };
+struct Product { float* d; int count; u64 a, b; const u32* packed; bool add; };
 struct Thread { std::vector<std::vector<Product>> groups; std::vector<Product> open; ucontext_t context; jmp_buf at; int index, program; bool begun, ended; std::vector<char> stack; u32 sent[4]; };
 struct Index { int x; };
 
@@ -65,13 +70,22 @@ static void meet(int& there, int& times, int all) {
 }
 static int warp() { return (now->program * PROGRAM_THREADS + now->index) / 32; }
 static void __syncwarp() { meet(at_warp[warp()], warp_barriers[warp()], 32); }
-static u32 __shfl_xor_sync(u32, u32 value, int other) {
-  now->sent[0] = value;
+template <class T> static T __shfl_xor_sync(u32, T value, int other) {
+  memcpy(now->sent, &value, 4);
   __syncwarp();
-  const u32 got = (now - now->index % 32 + (now->index % 32 ^ other))->sent[0];
+  T got;
+  memcpy(&got, (now - now->index % 32 + (now->index % 32 ^ other))->sent, 4);
   __syncwarp();
   return got;
 }
+static int __shfl_sync(u32, int value, int lane) {
+  now->sent[0] = value;
+  __syncwarp();
+  const int got = (now - now->index % 32 + lane)->sent[0];
+  __syncwarp();
+  return got;
+}
+static int atomicAdd(int* to, int value) { return (*to += value) - value; }
 static void cluster_sync() { meet(at_cluster_barrier, cluster_barriers, CM * PROGRAM_THREADS); }
 static void __syncthreads() { cluster_sync(); }  // of a cluster of one
 static u32 cluster_rank() { return now->program; }
@@ -156,23 +170,57 @@ static void wgmma(float (&d)[BN / 2], const u32 (&a)[4], u64 b, int add) {
   __syncwarp();
 }
 #else
-static void wgmma(float (&d)[BN / 2], u64 a, u64 b, int add) { now->open.push_back({d, a, b, add != 0}); }
-// This thread's part of 64 x BN x 16.
-static void multiply(float* d, u64 a, u64 b, bool add) {
-  const u16 *x = reinterpret_cast<u16*>(own().shared + (a << 4)), *w = reinterpret_cast<u16*>(own().shared + (b << 4));
-  for (int i = 0; i < BN / 2; ++i) {
-    const int row = now->index % 128 / 32 * 16 + now->index % 32 / 4 + i / 2 % 2 * 8;
-    const int col = i / 4 * 8 + now->index % 4 * 2 + i % 2;
-    float sum = add ? d[i] : 0;
-    for (int k = 0; k < 16; ++k) sum += widen(x[row * 64 + k]) * widen(w[col * 64 + k]);
-    d[i] = sum;
+static u64 column_descriptor(u32 address, u32 apart) { return address >> 4 | (u64)apart << 32; }
+template <int N> static void wgmma(float (&d)[N], u64 a, u64 b, int add) {
+  now->open.push_back({d, N, a, b, nullptr, add != 0});
+}
+template <int N> static void wgmma(float (&d)[N], const u32 (&a)[4], u64 b, int add) {
+  now->open.push_back({d, N, 0, b, a, add != 0});
+}
+// The first operand's rows of this thread: in registers of four lanes each.
+static void gather_rows(const Product& p, float (&rows)[2][16]) {
+  for (int lane = 0; lane < 4; ++lane) {
+    const Thread& owner = *(now - now->index % 4 + lane);
+    const Product* same = nullptr;
+    for (const Product& other : owner.groups[0]) if (other.b == p.b) same = &other;
+    if (!same) fail("the lanes of a warp multiply different things");
+    for (int i = 0; i < 8; ++i) {
+      rows[i / 2 % 2][i / 4 * 8 + 2 * lane + i % 2] = widen(same->packed[i / 2] >> 16 * (i % 2) & 0xFFFF);
+    }
   }
+}
+// This thread's part of 64 x columns x 16.
+static void multiply(const Product& p) {
+  const u16 *x = reinterpret_cast<u16*>(own().shared + (p.a << 4));
+  const u16 *w = reinterpret_cast<u16*>(own().shared + ((u32)p.b << 4));
+  const u32 apart = p.b >> 32;
+  float rows[2][16];
+  if (p.packed) gather_rows(p, rows);
+  for (int i = 0; i < p.count; ++i) {
+    const int half = i / 2 % 2, row = now->index % 128 / 32 * 16 + now->index % 32 / 4 + half * 8;
+    const int col = i / 4 * 8 + now->index % 4 * 2 + i % 2;
+    float sum = p.add ? p.d[i] : 0;
+    if (p.packed) {
+      const u16* column = w + col / 64 * apart / 2 + col % 64;
+      for (int k = 0; k < 16; ++k) sum += rows[half][k] * widen(column[k * 64]);
+    } else {
+      for (int k = 0; k < 16; ++k) sum += widen(x[row * 64 + k]) * widen(w[col * 64 + k]);
+    }
+    p.d[i] = sum;
+  }
+}
+static void commit_products() {
+  if (!now->open.empty()) now->groups.push_back(now->open), now->open.clear();
 }
 // Products are done as late as they may be: their operands must be there till then.
 static void wait_for_products(size_t left) {
-  if (!now->open.empty()) now->groups.push_back(now->open), now->open.clear();
-  for (; now->groups.size() > left; now->groups.erase(now->groups.begin())) {
-    for (const Product& p : now->groups[0]) multiply(p.d, p.a, p.b, p.add);
+  commit_products();
+  __syncwarp();  // the registers of other lanes are read here
+  while (now->groups.size() > left) {
+    for (const Product& p : now->groups[0]) multiply(p);
+    __syncwarp();
+    now->groups.erase(now->groups.begin());
+    __syncwarp();
   }
   __syncwarp();  // a warp goes on as one
 }
@@ -238,6 +286,39 @@ static u32 transpose_octet(u32 pair) {
 }
 #endif
 
+#if COLUMNS
+static void fetch_box(u32 to, const TensorMap& map, u32 barrier, int x, int y, int z, u64) {
+  on_their_way.push_back([=, program = now->program] {
+    u16* box = reinterpret_cast<u16*>(programs[program].shared + to);
+    for (int c = 0; c < map.box[2]; ++c) {
+      for (int b = 0; b < map.box[1]; ++b) {
+        for (int a = 0; a < map.box[0]; ++a) {
+          const int at[3] = {x + a, y + b, z + c};
+          bool inside = true;
+          for (int i = 0; i < 3; ++i) inside = inside && at[i] >= 0 && at[i] < map.sizes[i];
+          *box++ = inside ? map.data[at[0] + at[1] * map.strides[1] + at[2] * map.strides[2]] : 0;
+        }
+      }
+    }
+    Barrier& b = barrier_of(program, barrier);
+    b.bytes -= 2 * map.box[0] * map.box[1] * map.box[2];
+    settle(b);
+  });
+}
+static int named[16], named_times[16];
+static void named_arrive(int name, int count) {
+  if (++named[name] == count) named[name] = 0, ++named_times[name];
+}
+static void named_sync(int name, int count) { meet(named[name], named_times[name], count); }
+static u64 policy_evict_normal() { return 0; }
+static void fence_stores() {}
+static void store_shared(u32 to, uint4 v) { memcpy(own().shared + to, &v, 16); }
+static void __stcg(float* to, float value) { *to = value; }
+static void __threadfence() {}
+static float power_of_2(float x) { return std::exp2(x); }
+#define LOWEST (-INFINITY)
+#endif
+
 // All threads of a cluster, to their end; `start` is a thread's.
 static void run_cluster(int cluster, void (*start)()) {
   first_program = cluster * CM, has_waited = false;
@@ -271,5 +352,5 @@ static void run_cluster(int cluster, void (*start)()) {
 
 template <class T> static void read(std::vector<T>& to, size_t count, FILE* file) {
   to.resize(count);
-  if (fread(to.data(), sizeof(T), count, file) != count) fail("too little input");
+  if (count && fread(to.data(), sizeof(T), count, file) != count) fail("too little input");
 }
