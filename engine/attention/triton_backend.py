@@ -2,8 +2,8 @@
 
 Rows with one new token go to the decode kernel, the others to the prefill kernel: at most two launches a layer. Only
 host copies of the step's metadata are read to plan it; nothing waits for the device. With `reserve`, a step's plan
-lives in buffers of fixed size and address, which a CUDA graph may capture. Steps of whole prompts of equal length may
-go to the library (`kvarena.engine.attention.dense`).
+lives in buffers of fixed size and address, which a CUDA graph may capture. On Hopper both have a CUDA kernel for plain
+layers. Steps of whole prompts of equal length may go to the library (`kvarena.engine.attention.dense`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from kvarena.engine.kernels.attention.decode import DecodeScratch, decode_attent
 from kvarena.engine.kernels.attention.plan import DECODE_FIELDS, PREFILL_FIELDS, Capacity, Shape, plan_step
 from kvarena.engine.kernels.attention.prefill import prefill_attention
 from kvarena.engine.kernels.attention.stream_decode import FEWEST_ROWS, StreamDecode, streams
-from kvarena.engine.kernels.hopper import load_hopper_kernels
+from kvarena.engine.kernels.attention.wide_prefill import WidePrefill, fits
+from kvarena.engine.kernels.hopper import HopperKernels, load_hopper_kernels
 from kvarena.engine.kernels.store import gather_kv, store_kv
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.sampling.transfer import to_device
@@ -67,11 +68,12 @@ class TritonBackend:
         contiguous: the allocator hands out consecutive blocks only: kernels read the first table entry alone. A
             compile-time switch, for the comparison of contiguous and paged kernels.
         use_library: let PyTorch's attention do the steps that it does faster.
-        use_hopper: on a Hopper GPU, let the CUDA kernel do the decode rows that it does faster, if the pool's blocks
-            are for it.
+        use_hopper: on a Hopper GPU, let the CUDA kernels do the rows that they do faster, if the pool's blocks are for
+            them.
 
     Attributes:
         decode_kernel: `cuda` or `triton`, what decode rows go to where both would do.
+        prefill_kernel: the same of rows with several new tokens.
 
     Raises:
         ConfigError: the head counts do not fit.
@@ -97,8 +99,9 @@ class TritonBackend:
         self._prefill_config = prefill_config(pool.head_dim, pool.dtype.itemsize, num_heads // pool.num_kv_heads)
         self._num_multiprocessors = _num_multiprocessors(pool.device)
         self._scratch = self._new_scratch(0, 0)
-        self._stream = _load_stream(pool, num_heads // pool.num_kv_heads) if use_hopper else None
+        self._stream, self._wide = _load_hopper(pool, num_heads // pool.num_kv_heads) if use_hopper else (None, None)
         self.decode_kernel = "triton" if self._stream is None else "cuda"
+        self.prefill_kernel = "triton" if self._wide is None else "cuda"
         self._dense = DensePrompts(library_backend(pool.device, pool.dtype, pool.head_dim) if use_library else None)
 
     def shape(self, num_rows: int) -> Shape:
@@ -197,7 +200,9 @@ class TritonBackend:
             self._stream(call, items=plan.decode, num_items=decode, starts=plan.starts, scratch=plan.scratch)
         elif decode:
             decode_attention(call, items=plan.decode, num_items=decode, scratch=plan.scratch, config=plan.shape.decode)
-        if prefill:
+        if prefill and self._wide is not None and self._wide.takes(call):
+            self._wide(call, items=plan.prefill, num_items=prefill)
+        elif prefill:
             prefill_attention(call, items=plan.prefill, num_items=prefill, config=self._prefill_config)
         return out
 
@@ -230,14 +235,15 @@ def _views(buffer: Tensor, capacity: Capacity, scratch: DecodeScratch, shape: Sh
     return _Plan(capacity, decode, starts, prefill, buffer, scratch, shape, is_reserved)
 
 
-def _load_stream(pool: KVPool, group: int) -> StreamDecode | None:
-    """The CUDA kernel, where the device and the pool's shape are for it."""
+def _load_hopper(pool: KVPool, group: int) -> tuple[StreamDecode | None, WidePrefill | None]:
+    """The CUDA kernels for decode and prefill, where the device and the pool's shape are for them."""
     keys, _ = pool.slots(0)
     # Of a virtual pool a block's last tokens may not be backed by memory.
-    if not streams(pool.head_dim, group, pool.block_size, pool.dtype) or not keys.is_contiguous():
-        return None
-    kernels = load_hopper_kernels(pool.device)
-    return None if kernels is None else StreamDecode(kernels)
+    kernels: HopperKernels | None = load_hopper_kernels(pool.device) if keys.is_contiguous() else None
+    if kernels is None:
+        return None, None
+    shape = (pool.head_dim, group, pool.block_size, pool.dtype)
+    return StreamDecode(kernels) if streams(*shape) else None, WidePrefill(kernels) if fits(*shape) else None
 
 
 def _num_multiprocessors(device: torch.device) -> int:

@@ -80,7 +80,7 @@ def make_runner(
         from kvarena.engine.attention.triton_backend import TritonBackend
 
         if isinstance(backend, TritonBackend):
-            facts["decode_kernel"] = backend.decode_kernel
+            facts |= {"decode_kernel": backend.decode_kernel, "prefill_kernel": backend.prefill_kernel}
     if model.spec.experts is not None:
         fused = decoder is not None and decoder.num_read is not None
         # What transformers chose of its own: torch's grouped product wherever the class can take it.
@@ -111,7 +111,7 @@ def attention_backend(config: RunnerConfig, model: LoadedModel, pool: KVPool) ->
     from kvarena.engine.attention.triton_backend import TritonBackend
 
     text_config = cast(PretrainedConfig, model.module.config).get_text_config()
-    # The CUDA kernel does plain layers; where there is none, contexts are better cut for the other one.
+    # The CUDA kernels do plain layers; where there is none, contexts are better cut for the others.
     use_hopper = config.attention == "auto" and model.spec.has_plain_layers
     return TritonBackend(pool, text_config.num_attention_heads, contiguous=contiguous, use_hopper=use_hopper)
 

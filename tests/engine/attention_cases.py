@@ -93,6 +93,16 @@ def make_case(
     )
 
 
+def poison(case: Case, block_size: int) -> None:
+    """Slots that no request has, in its own blocks too, hold what spoils every sum that it gets into."""
+    used = torch.zeros(case.pool.data.shape[2], dtype=torch.bool)
+    table = case.meta.block_table.cpu()
+    for row, length in enumerate(case.meta.host_seq_lens.tolist()):
+        at = torch.arange(length)
+        used[table[row][at // block_size].long() * block_size + at % block_size] = True
+    case.pool.data[:, :, ~used.to(case.pool.data.device)] = torch.nan
+
+
 def make_contiguous(case: Case, block_size: int) -> None:
     """Move every request's blocks so that they follow each other; spoil all table entries but the first."""
     table, used = case.meta.block_table, 1

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from attention_cases import dense_attention, make_case, make_contiguous, run_backend
+from attention_cases import dense_attention, make_case, make_contiguous, poison, run_backend
 
 from kvarena.engine.attention import triton_backend
 from kvarena.engine.attention.triton_backend import TritonBackend
@@ -84,16 +84,6 @@ def hopper_case(rows, *, group=4, heads=2, block_size=16):
     )  # fmt: skip
     poison(case, block_size)
     return case
-
-
-def poison(case, block_size):
-    """Slots that no request has, in its own blocks too, hold what spoils every sum that it gets into."""
-    used = torch.zeros(case.pool.data.shape[2], dtype=torch.bool)
-    table = case.meta.block_table.cpu()
-    for row, length in enumerate(case.meta.host_seq_lens.tolist()):
-        at = torch.arange(length)
-        used[table[row][at // block_size].long() * block_size + at % block_size] = True
-    case.pool.data[:, :, ~used.to(DEVICE)] = torch.nan
 
 
 def error(case, **options):
