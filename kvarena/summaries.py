@@ -174,6 +174,7 @@ class ComparisonSummary(_Written):
     same_runs: Any
     two_clocks: list[str]
     decode_kernels: dict[str, list[str]]
+    prefill_kernels: dict[str, list[str]] | None = None  # not in older ones
     cells: list[dict[str, Any]]
     runs: list[dict[str, Any]]
     fastest: dict[str, Any] | None = None

@@ -119,9 +119,10 @@ def _loop(manifest: dict[str, Any]) -> str:
 
 
 def _runner(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What ran the steps; the decode kernel has a notice of its own."""
+    """What ran the steps; the kernels of attention have a notice of their own."""
     runner = (manifest.get("pool") or {}).get("runner")
-    return {key: value for key, value in runner.items() if key != "decode_kernel"} if isinstance(runner, dict) else {}
+    kernels = ("decode_kernel", "prefill_kernel")
+    return {key: value for key, value in runner.items() if key not in kernels} if isinstance(runner, dict) else {}
 
 
 def machine_name(machine: dict[str, Any]) -> str:

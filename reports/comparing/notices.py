@@ -128,12 +128,13 @@ def comparison_notices(cells: Sequence[Cell], summary: dict[str, Any]) -> list[s
             "Measured at the same time on one machine, so that each slowed the others down: "
             f"{', '.join(summary['measured_together'])}."
         )
-    if summary["decode_kernels"]:
-        ran = "; ".join(f"{kernel}: {', '.join(labels)}" for kernel, labels in summary["decode_kernels"].items())
-        notices.append(
-            f"Decode attention ran in different kernels ({ran}), so part of a difference may be theirs; "
-            "runner.attention=triton gives all cells the same one."
-        )
+    for kind in ("decode", "prefill"):
+        if kernels := summary[f"{kind}_kernels"]:
+            ran = "; ".join(f"{kernel}: {', '.join(labels)}" for kernel, labels in kernels.items())
+            notices.append(
+                f"{kind.title()} attention ran in different kernels ({ran}), so part of a difference may be theirs; "
+                "runner.attention=triton gives all cells the same one."
+            )
     return notices + hidden_differences(cells) + cells_had_company(cells)
 
 

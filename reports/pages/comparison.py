@@ -197,7 +197,8 @@ def summarize_comparison(
         "measured_together": measured_together(cells),
         "same_runs": same_runs(cells),
         "two_clocks": two_clocks(cells),
-        "decode_kernels": decode_kernels(cells),
+        "decode_kernels": attention_kernels(cells, "decode_kernel"),
+        "prefill_kernels": attention_kernels(cells, "prefill_kernel"),
         "cells": [_row_summary(row, judgement) for row in rows],
         "runs": [_run_summary(cell) for cell in cells],
         "fastest": _fastest(judgement),
@@ -298,13 +299,16 @@ def two_clocks(cells: list[Cell]) -> list[str]:
     return list(dict.fromkeys(apart))
 
 
-def decode_kernels(cells: list[Cell]) -> dict[str, list[str]]:
-    """Labels by the kernel that their decode attention ran in; empty if it was the same for all that name one."""
+def attention_kernels(cells: list[Cell], kind: str) -> dict[str, list[str]]:
+    """Labels by the kernel that their attention of one kind, `decode_kernel` or `prefill_kernel`, ran in.
+
+    Empty if it was the same for all that name one.
+    """
     found: dict[str, list[str]] = {}
     for cell in cells:
         runner = (cell.run.manifest.get("pool") or {}).get("runner")
-        if isinstance(runner, dict) and "decode_kernel" in runner:
-            labels = found.setdefault(str(runner["decode_kernel"]), [])
+        if isinstance(runner, dict) and kind in runner:
+            labels = found.setdefault(str(runner[kind]), [])
             if cell.label not in labels:
                 labels.append(cell.label)
     return found if len(found) > 1 else {}

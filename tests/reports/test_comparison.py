@@ -376,17 +376,19 @@ def test_simulated_beside_measured_is_named(tmp_path):
     assert reason.endswith("; one of them is simulated, the other is measured")
 
 
-def test_decode_in_different_kernels_is_named(tmp_path):
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_attention_in_different_kernels_is_named(tmp_path, kind):
     folders = [fake_run(tmp_path / name, name, num_requests=8) for name in ("paged", "virtual", "contiguous")]
-    assert _summarize(*folders)["decode_kernels"] == {}
+    assert _summarize(*folders)[f"{kind}_kernels"] == {}
     for folder, kernel in zip(folders, ("cuda", "triton"), strict=False):
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["pool"]["runner"] = {"decode_kernel": kernel}
+        manifest["pool"]["runner"] = {f"{kind}_kernel": kernel}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert _summarize(folders[0], folders[2])["decode_kernels"] == {}
+    assert _summarize(folders[0], folders[2])[f"{kind}_kernels"] == {}
     summary = _summarize(*folders)
     labels = [cell["label"] for cell in summary["cells"]]
-    assert summary["decode_kernels"] == {"cuda": [labels[0]], "triton": [labels[1]]}
+    assert summary[f"{kind}_kernels"] == {"cuda": [labels[0]], "triton": [labels[1]]}
+    assert f"{kind.title()} attention ran in different kernels" in _printed(summary)
     assert "runner.attention=triton gives all cells the same one" in _printed(summary)
 
 
