@@ -1,6 +1,7 @@
 """The attention and fused kernels on a GPU, against copied bytes and a large matrix product, as JSON lines.
 
     kvarena benchmark kernels --only decode,prefill,fused --tune
+    kvarena benchmark kernels --only chunks     # prompts behind a context, unequal ones, beside cuDNN's rate
     kvarena benchmark kernels --only figure18
 
 Every line has `us` (median of graph replays over memory several times the L2 cache), `tbps` and `share_of_copy`
@@ -18,7 +19,6 @@ from itertools import product
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 
 from kvarena.engine.errors import KvarenaError
@@ -32,7 +32,6 @@ from kvarena.engine.kernels.attention.config import (
 )
 from kvarena.engine.kernels.attention.decode import DecodeScratch, decode_attention
 from kvarena.engine.kernels.attention.plan import Capacity, Shape, plan_step
-from kvarena.engine.kernels.attention.prefill import prefill_attention
 from kvarena.engine.kernels.attention.stream_decode import StreamDecode, streams
 from kvarena.engine.kernels.hopper import load_hopper_kernels
 from kvarena.experiments.benchmarks.kernels.attention_cases import (
@@ -56,6 +55,7 @@ from kvarena.experiments.benchmarks.kernels.attention_variants import (
     library_calls,
 )
 from kvarena.experiments.benchmarks.kernels.fused_cases import bench_fused
+from kvarena.experiments.benchmarks.kernels.prefill_cases import attention_calls, bench_chunks, prefill_launches
 from kvarena.experiments.gpu.timing import copy_bandwidth, matmul_flops, require_cuda, time_launches
 from kvarena.experiments.tools import tool_parser
 
@@ -82,7 +82,7 @@ def decode_launches(
     scratch = DecodeScratch(
         capacity.decode, len(batch.seq_lens), shape.num_heads, shape.num_kv_heads, shape.head_dim, batch.q.device
     )
-    calls, out = _calls(batch, contiguous=contiguous)
+    calls, out = attention_calls(batch, contiguous=contiguous)
     given: dict[str, Any] = {"num_items": capacity.decode, "scratch": scratch}
     launch: Callable[[AttentionCall], None]
     if stream is None:
@@ -91,33 +91,6 @@ def decode_launches(
         own, starts = items.split([len(items) - capacity.starts, capacity.starts])
         launch = partial(stream, items=own, starts=starts, overlap=overlap is not False, **given)
     return [partial(launch, call) for call in calls], out
-
-
-def prefill_launches(
-    batch: Batch, config: PrefillConfig, *, contiguous: bool = False
-) -> tuple[list[Callable[[], None]], torch.Tensor]:
-    """One launch per layer of the pool, and the output that they share."""
-    shape = batch.shape
-    queries = config.rows // (shape.num_heads // shape.num_kv_heads)
-    plan = Shape(decode_config(shape.head_dim, 2, 1), queries, 1)
-    words, capacity = plan_step(batch.query_start_loc, batch.seq_lens, plan)
-    items = torch.from_numpy(words).cuda()
-    calls, out = _calls(batch, contiguous=contiguous)
-    launch = partial(prefill_attention, items=items, num_items=capacity.prefill, config=config)
-    return [partial(launch, call) for call in calls], out
-
-
-def _calls(batch: Batch, *, contiguous: bool) -> tuple[list[AttentionCall], torch.Tensor]:
-    """One per layer of the pool, and the output that they share."""
-    loc, lens = torch.from_numpy(batch.query_start_loc).cuda(), torch.from_numpy(batch.seq_lens.astype(np.int32)).cuda()
-    out = torch.full_like(batch.q, torch.nan)
-    scale = batch.shape.head_dim**-0.5
-    return [
-        AttentionCall(
-            batch.q, keys, values, out, loc, lens, batch.block_table, batch.block_size, scale, contiguous=contiguous
-        )
-        for keys, values in zip(batch.keys, batch.values, strict=True)
-    ], out
 
 
 def measure(
@@ -244,7 +217,9 @@ def _first_line(failure: Exception) -> str:
 def main(argv: Sequence[str]) -> int:
     """Run the chosen sections."""
     parser = tool_parser(__name__, __doc__)
-    parser.add_argument("--only", default="decode,prefill,fused", help="sections, separated by commas; also figure18")
+    parser.add_argument(
+        "--only", default="decode,prefill,fused", help="sections, separated by commas; also chunks, figure18"
+    )
     parser.add_argument("--tune", action="store_true", help="measure other tile shapes and splits too")
     parser.add_argument("--seconds", type=float, default=250.0, help="after so long `--tune` tries no more variants")
     args = parser.parse_args(argv)
@@ -285,6 +260,9 @@ def main(argv: Sequence[str]) -> int:
             report(line, batch.num_bytes)
     if "prefill" in sections:
         for line, batch in bench_prefill(tune):
+            report(line, batch.num_bytes, batch.num_flops)
+    if "chunks" in sections:
+        for line, batch in bench_chunks(tune):
             report(line, batch.num_bytes, batch.num_flops)
     if "fused" in sections:
         for line in bench_fused():
