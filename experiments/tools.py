@@ -52,6 +52,7 @@ TOOLS: dict[str, dict[str, Tool]] = {
         "layer_gemm": "GPU: searches launches of a layer's products on Hopper, for their tables",
         "packed_gemm": "GPU: products with weights of 4 bits, by each kernel, beside 16 bits and a copy",
         "mapping": "GPU: what CUDA's virtual memory calls cost",
+        "draw": "GPU: the draw of a step's tokens, whatever its requests filter",
         "swaps": "GPU: what it costs to move a request's KV to the host and back",
     }) | _tools("gpu", {
         "shares": "GPU: servers that share one card, and what they say where its memory runs out",

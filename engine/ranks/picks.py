@@ -74,10 +74,10 @@ class SharedPicks:
     def merged(self, ids: list[str], told: Tensor, picked: SampledTokens, others: np.ndarray) -> SampledTokens:
         """All rows' tokens: those of the rows `others` as they were `picked`, and `told` [2, n] the rest in order."""
         index = to_device(others, self._device)
+        rest = to_device(np.setdiff1d(np.arange(len(ids)), others), self._device)
         both = torch.stack([picked.token_ids, picked.is_valid.long()])
-        rest = torch.ones(len(ids), dtype=torch.bool, device=self._device).index_fill(0, index, False)
         found = torch.empty(2, len(ids), dtype=torch.int64, device=self._device)
-        found[:, index], found[:, rest.nonzero()[:, 0]] = both, told
+        found[:, index], found[:, rest] = both, told
         logprobs = picked.logprobs
         if logprobs is not None:
             logprobs = logprobs._replace(rows=[int(others[row]) for row in logprobs.rows])

@@ -2,6 +2,7 @@
 
     engine, kernels, gemm, library_gemm    the GPU: a whole engine, its kernels, launches for the tables of products
     hopper, layer_gemm                     the GPU: the CUDA kernels for Hopper beside what they replace; their tables
+    draw                                   the GPU: a step's tokens, whatever the requests filter
     mapping, swaps                         the GPU's memory: mapped pages, blocks to the host and back
     recording, first_token                 a run: what recording costs it, and its start up to the first token
     cpu, scheduler, simulator              the host: beside transformers, a step's scheduling, simulated requests
