@@ -201,7 +201,7 @@ class HopperKernels:
 
     def zeros(self, count: int) -> Tensor:
         """Int32 zeros on the device."""
-        return torch.zeros(count, dtype=torch.int32, device=self._device)
+        return torch.zeros(count, dtype=torch.int32, device=self.device)
 
     def matrix_map(self, matrix: Tensor, box_rows: int, *, keep: bool = False) -> Any:
         """How the tensor memory accelerator reads boxes of `box_rows` x 64 elements of a bf16 matrix, swizzled.
