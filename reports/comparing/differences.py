@@ -115,7 +115,8 @@ def _model(manifest: dict[str, Any]) -> str:
 def _loop(manifest: dict[str, Any]) -> str:
     """With or without overlap; older manifests have it among their settings alone."""
     found = manifest.get("engine") or (manifest.get("config") or {}).get("engine") or {}
-    return {True: "with overlap", False: "without overlap"}.get(found.get("overlap"), DASH)
+    overlap = found.get("overlap")
+    return DASH if overlap is None else "with overlap" if overlap else "without overlap"
 
 
 def _runner(manifest: dict[str, Any]) -> dict[str, Any]:
