@@ -19,7 +19,9 @@ from kvarena.engine.fusions.ops import (
     split_heads,
 )
 from kvarena.engine.kernels.activation import gated
+from kvarena.engine.kernels.experts.few import RouterSource
 from kvarena.engine.kernels.experts.layer import run_experts
+from kvarena.engine.kernels.experts.routing import joins
 from kvarena.engine.kernels.gemm.glu import gated_product
 from kvarena.engine.kernels.gemm.library import load_library_gemm
 from kvarena.engine.kernels.gemm.skinny import SkinnyGemm
@@ -52,6 +54,8 @@ class TritonOps:
         self._hopper = None if table is None or not hopper else HopperProducts(device)
         self._gemm = None if table is None else SkinnyGemm(device, upcast=upcast)
         self._library = None if table is None else load_library_gemm(device)
+        # Of launches in which the last program to come goes on.
+        self._lock = torch.zeros(1, dtype=torch.int32, device=device)
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         """See `Ops.norm`."""
@@ -100,13 +104,19 @@ class TritonOps:
         into: Tensor | None = None,
     ) -> Tensor | None:
         """See `Ops.experts`. Its grids depend on T alone."""
-        x = self.norm(residual, norm)
-        logits = self._linear(x, Linear(experts.router, None))
+        num_tokens, router = len(residual), experts.router
+        source = None
+        if joins(num_tokens, experts.top_k, experts.num_experts):
+            x, logits = torch.empty_like(residual), residual.new_empty(num_tokens, len(router))
+            source = RouterSource(residual, norm.weight, norm.eps, router, x, self._lock)
+        else:
+            x = self.norm(residual, norm)
+            logits = self._linear(x, Linear(router, None))
         upcast = self._upcast or x.dtype.itemsize == 4
         return run_experts(
             residual if into is None else into, x, logits, experts.gate_up, experts.down, slots, first_slot,
             top_k=experts.top_k, renormalize=experts.renormalize, num_read=experts.num_read, upcast=upcast,
-            grouped=None if self._hopper is None else self._hopper.grouped,
+            grouped=None if self._hopper is None else self._hopper.grouped, source=source,
         )  # fmt: skip
 
     def norm_heads(self, residual: Tensor, norm: Norm, qkv: Linear, to: HeadSlots) -> Tensor:

@@ -25,9 +25,10 @@ from kvarena.engine.kernels.attention.decode import decode_kernel, merge_width
 from kvarena.engine.kernels.attention.prefill import prefill_kernel
 from kvarena.engine.kernels.common import VARYING, next_power_of_2
 from kvarena.engine.kernels.drawing import MAX_CHOSEN, MAX_PARTS, MAX_TOP_K, NUM_GROUPS, TILE, key_shift
+from kvarena.engine.kernels.experts.few import norm_route_kernel, route_few_kernel
 from kvarena.engine.kernels.experts.grouped import gather_rows_kernel
 from kvarena.engine.kernels.experts.products import MANY_ROWS, TILES, add_experts_kernel, expert_product_kernel
-from kvarena.engine.kernels.experts.routing import route_few_kernel, route_kernel, sort_kernel
+from kvarena.engine.kernels.experts.routing import route_kernel, sort_kernel
 from kvarena.engine.kernels.filtered import CHOSEN_WARPS, check_kernel, draw_again_kernel, draw_chosen_kernel
 from kvarena.engine.kernels.norm import rms_norm_kernel
 from kvarena.engine.kernels.penalties import penalize_kernel
@@ -236,6 +237,14 @@ def expert_resources(few):
         unaligned = ("read_ptr", "stride_logits") if chosen is mixtral else ()
         needs = resources(route_few_kernel, shape, 1 if tokens == 1 else 4, 3, unaligned=unaligned)
         yield f"experts route few{name} x {tokens}", needs
+        if tokens <= 8:
+            made = (
+                {"LOGITS": 9, "SIZE": 4096, "SIZE_PAD": 4096, "BLOCK": 2}
+                if chosen is mixtral
+                else {"LOGITS": 129, "SIZE": 2048, "SIZE_PAD": 2048, "BLOCK": 4}
+            )
+            needs = resources(norm_route_kernel, shape | made, 4, 3, unaligned=unaligned, types={"lock_ptr": "*i32"})
+            yield f"experts norm and route{name} x {tokens}", needs
     for block, warps in ((1024, 4), (4096, 16)):
         sort = {"EXPERTS": 128, "EXPERTS_PAD": 256, "ROWS": 16, "SPAN": 16, "BLOCK": block}
         yield f"experts sort x {block}", resources(sort_kernel, sort, warps, 3)

@@ -7,9 +7,11 @@ import torch
 from cards import few_on_a_card
 
 from kvarena.engine.kernels.experts import routing as routing_module
+from kvarena.engine.kernels.experts.few import RouterSource
 from kvarena.engine.kernels.experts.layer import run_experts
 from kvarena.engine.kernels.experts.products import MANY_ROWS, TILES, tile_for
-from kvarena.engine.kernels.experts.routing import max_items, route
+from kvarena.engine.kernels.experts.routing import joins, max_items, route
+from kvarena.engine.kernels.norm import rms_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UPCAST = DEVICE == "cpu"
@@ -171,6 +173,51 @@ def test_one_launch_routes_few_tokens_as_two_do(monkeypatch, tokens, top_k, expe
             assert torch.equal(one[0], two[0])
             one, two = one[:, used], two[:, used]
         torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
+
+
+JOINED = [(1, 8, 128), (8, 8, 60), (3, 2, 4), (5, 3, 6), (1, 1, 1)]
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), few_on_a_card(JOINED, JOINED[:2]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_router_in_the_launch_that_routes(monkeypatch, dtype, tokens, top_k, experts):
+    """What the three launches give: the normed stream, logits and routing; and the next launch can follow."""
+    monkeypatch.setattr(routing_module, "MOST_JOINED", 8)
+    g = torch.Generator().manual_seed(tokens)
+    hidden, has_shared = 72, tokens % 2 == 1
+    stream, norm = (torch.randn(n, hidden + 8, generator=g).to(DEVICE, dtype)[:, :hidden] for n in (tokens, 1))
+    router = torch.randn(experts + has_shared, hidden, generator=g).to(DEVICE, dtype)
+    slots = torch.randint(0, 5, (tokens,), generator=g).to(DEVICE)
+    slots[0] = 4
+    wanted = rms_norm(stream, norm[0], 1e-5)
+    exact_logits = wanted.double() @ router.double().t()
+    assert joins(tokens, top_k, experts)
+    lock = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    num_read = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    given = {"renormalize": True, "tile_rows": 4, "num_read": num_read, "span_items": 3}
+    for _ in range(2):
+        x = torch.full((tokens, hidden), torch.nan, device=DEVICE, dtype=dtype)
+        logits = torch.full((tokens, len(router)), torch.nan, device=DEVICE, dtype=dtype)
+        source = RouterSource(stream, norm[0], 1e-5, router, x, lock)
+        found = [*route(logits, slots, 1, experts, top_k, source=source, **given), num_read.clone()]
+        assert torch.equal(x, wanted) and int(lock) == 0
+        bound = BOUND[dtype]
+        torch.testing.assert_close(
+            logits.double(), exact_logits, rtol=bound, atol=bound * float(exact_logits.abs().max())
+        )
+        apart = [*route(logits, slots, 1, experts, top_k, **given), num_read]
+        for one, two in zip(found, apart, strict=True):
+            if one is None or one is found[3]:
+                assert two is None or torch.equal(one[:, one[0] >= 0], two[:, two[0] >= 0])
+            else:
+                assert torch.equal(one, two)
+
+
+def test_which_tokens_are_few_enough_for_one_launch(monkeypatch):
+    assert joins(1, 8, 128) == (routing_module.MOST_JOINED > 0) and not joins(9, 1, 8)
+    monkeypatch.setattr(routing_module, "MOST_JOINED", 8)
+    assert joins(1, 8, 128) and joins(8, 8, 128) and joins(8, 2, 8)
+    assert not joins(9, 2, 8) and not joins(8, 9, 128) and not joins(0, 2, 8) and not joins(8, 2, 1025)
 
 
 def test_the_bound_on_items_is_reached_and_never_passed():

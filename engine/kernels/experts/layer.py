@@ -2,7 +2,7 @@
 
 What it is by how many rows an expert has:
 
-    few of few tokens   route and sort in one launch -> gate, up -> down -> sum
+    few of few tokens   [norm, router and] route and sort in one launch -> gate, up -> down -> sum
     few                 route -> sort -> gate, up -> down -> sum
     many, on Hopper     route -> sort -> gather rows by expert -> gate, up -> down -> sum
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kvarena.engine.kernels.experts.few import RouterSource
 from kvarena.engine.kernels.experts.grouped import SPAN_ITEMS, GroupedGemm, GroupedTile, gather_rows, grouped_tile
 from kvarena.engine.kernels.experts.products import (
     ExpertTile,
@@ -38,6 +39,7 @@ def run_experts(
     grouped: GroupedGemm | None = None,
     tile: ExpertTile | GroupedTile | None = None,
     down_tile: ExpertTile | None = None,
+    source: RouterSource | None = None,
 ) -> Tensor | None:
     """Add the experts' output for x [T, H] to `residual` [T, H], in place.
 
@@ -51,6 +53,7 @@ def run_experts(
         grouped: for products of many rows, where it takes the operands; None: there is no Hopper GPU.
         tile: shape of the products' launches; None chooses by T. A `GroupedTile` needs `grouped`.
         down_tile: of the second product, if not the same; as many rows.
+        source: `x` and `logits` are written first, in the launch that routes; see `route`.
 
     Returns:
         float32 [T], the weight of a shared expert; None without a gate in `logits`.
@@ -64,7 +67,7 @@ def run_experts(
     by_expert = isinstance(tile, GroupedTile)
     routing = route(
         logits, slots, first_slot, num_experts, top_k, renormalize=renormalize, tile_rows=tile.rows, num_read=num_read,
-        span_items=SPAN_ITEMS if by_expert else 1,
+        span_items=SPAN_ITEMS if by_expert else 1, source=source,
     )  # fmt: skip
     act = x.new_empty(num_pairs, inner)
     if isinstance(tile, GroupedTile):

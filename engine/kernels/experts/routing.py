@@ -20,9 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarena.engine.kernels.common import await_previous, launch_options, next_power_of_2
+from kvarena.engine.kernels.experts.few import RouterSource, route_few_kernel
 
 # So many pairs of few tokens are routed and sorted by one program, which compares each with each.
 FEW_PAIRS, FEW_LOGITS = 64, 8192
+# Most tokens whose norm and router are in that launch too, where every token is a pass of its own; eight at most by the
+# pairs of usual models. None: on a card the launch was not measured beside the three that it stands for.
+MOST_JOINED = 0
 # Pairs of one step of the sort, by a program.
 _SORT_BLOCK = 4096
 
@@ -51,6 +55,17 @@ def max_items(num_pairs: int, num_experts: int, rows: int) -> int:
     return (num_pairs + min(num_pairs, num_experts) * (rows - 1)) // rows
 
 
+def are_few(num_tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether one program routes and sorts them."""
+    padded = next_power_of_2(num_tokens)
+    return padded * next_power_of_2(top_k) <= FEW_PAIRS and padded * next_power_of_2(num_experts) <= FEW_LOGITS
+
+
+def joins(num_tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether one launch does norm, router and `route`; see `RouterSource`."""
+    return 0 < num_tokens <= MOST_JOINED and are_few(num_tokens, top_k, num_experts)
+
+
 def route(
     logits: Tensor,
     slots: Tensor | None,
@@ -62,6 +77,7 @@ def route(
     tile_rows: int,
     num_read: Tensor,
     span_items: int = 1,
+    source: RouterSource | None = None,
 ) -> Routing:
     """Route tokens to experts: softmax in float32, the `top_k` most likely, and the sort of what comes of it.
 
@@ -75,6 +91,7 @@ def route(
         tile_rows: pairs of an item.
         num_read: int32 [1], written: how many experts have a token.
         span_items: of one expert, most items of a span.
+        source: what the logits are made of, in the same launch, of as few tokens as `joins` allows; they are written.
 
     Source: Shazeer et al., 2017 (top-k gating); the tiles are those of MegaBlocks (Gale et al., 2022), without padding.
     """
@@ -94,12 +111,14 @@ def route(
         "PADDED": slots is not None,
     }  # fmt: skip
     spans = {"ROWS": tile_rows, "SPAN": span_items * tile_rows}
-    padded = next_power_of_2(num_tokens)
-    if padded * sizes["TOP_K_PAD"] <= FEW_PAIRS and padded * sizes["EXPERTS_PAD"] <= FEW_LOGITS:
-        route_few_kernel[(1,)](
-            *inputs, order, items, num_read, logits.stride(0), first_slot, num_tokens, count, TOKENS_PAD=padded,
-            num_warps=1 if num_tokens == 1 else 4, **sizes, **spans, **launch_options(),
-        )  # fmt: skip
+    if are_few(num_tokens, top_k, num_experts):
+        given = (*inputs, order, items, num_read, logits.stride(0), first_slot, num_tokens, count)
+        shape = {**sizes, **spans, "TOKENS_PAD": next_power_of_2(num_tokens)}
+        if source is not None:
+            source.launch(logits.shape[1], given, shape)
+        else:
+            warps = 1 if num_tokens == 1 else 4
+            route_few_kernel[(1,)](*given, num_warps=warps, **shape, **launch_options())
     else:
         route_kernel[(num_tokens,)](
             *inputs, logits.stride(0), first_slot, num_warps=1, **sizes, **launch_options()
@@ -146,79 +165,6 @@ def route_kernel(  # type: ignore[no-untyped-def]
     tl.store(weights_ptr + row * TOP_K + picks, values / total, mask=picks < TOP_K)
     if SHARED:
         tl.store(shared_ptr + row, tl.sigmoid(tl.load(line + EXPERTS).to(tl.float32)))
-
-
-@triton.jit(do_not_specialize=["first_slot", "num_tokens", "num_items"])
-def route_few_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr, slots_ptr, ids_ptr, weights_ptr, shared_ptr, order_ptr, items_ptr, read_ptr,
-    stride_logits, first_slot, num_tokens, num_items,
-    EXPERTS: tl.constexpr, EXPERTS_PAD: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr,
-    TOKENS_PAD: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, RENORMALIZE: tl.constexpr, SHARED: tl.constexpr,
-    PADDED: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """All tokens: what `route_kernel` and `sort_kernel` do, with a pair's place told by how many pairs come before it.
-
-    No total over all pairs is taken: the layout in which Triton (3.6 and 3.7) has the pairs as one row repeats them in
-    lanes that it then adds up as if they were others, so each sum here is of a square's rows.
-    """
-    await_previous(OVERLAP)
-    tokens, experts, picks = tl.arange(0, TOKENS_PAD), tl.arange(0, EXPERTS_PAD), tl.arange(0, TOP_K_PAD)
-    exists = tokens < num_tokens
-    lines = logits_ptr + tokens.to(tl.int64) * stride_logits
-    is_logit = exists[:, None] & (experts < EXPERTS)[None, :]
-    left = tl.load(lines[:, None] + experts[None, :], mask=is_logit, other=0.0).to(tl.float32)
-    left = tl.where((experts < EXPERTS)[None, :], left, float("-inf"))
-    best = tl.max(left, 1)
-    total = tl.sum(tl.exp2((left - best[:, None]) * 1.4426950408889634), 1)
-    chosen = tl.full((TOKENS_PAD, TOP_K_PAD), EXPERTS, tl.int32)
-    values = tl.zeros((TOKENS_PAD, TOP_K_PAD), tl.float32)
-    for i in tl.static_range(TOP_K):
-        value = tl.max(left, 1)
-        # As there.
-        expert = tl.min(tl.where(left == value[:, None], experts[None, :], EXPERTS - 1), 1)
-        chosen = tl.where((picks == i)[None, :], expert[:, None], chosen)
-        values = tl.where((picks == i)[None, :], tl.exp2((value - best) * 1.4426950408889634)[:, None], values)
-        left = tl.where(experts[None, :] == expert[:, None], float("-inf"), left)
-    if RENORMALIZE:
-        total = tl.sum(values, 1)
-    is_computed = exists
-    if PADDED:
-        is_computed = exists & (tl.load(slots_ptr + tokens, mask=exists, other=0) >= first_slot)
-    chosen = tl.where(is_computed[:, None], chosen, EXPERTS)
-    at = tokens[:, None] * TOP_K + picks[None, :]
-    inside = exists[:, None] & (picks < TOP_K)[None, :]
-    tl.store(ids_ptr + at, chosen, mask=inside)
-    tl.store(weights_ptr + at, values / total[:, None], mask=inside)
-    if SHARED:
-        gate = tl.load(lines + EXPERTS, mask=exists, other=0.0).to(tl.float32)
-        tl.store(shared_ptr + tokens, tl.sigmoid(gate), mask=exists)
-
-    PAIRS: tl.constexpr = TOKENS_PAD * TOP_K_PAD
-    expert = tl.reshape(chosen, (PAIRS,))
-    pair = tl.reshape(at, (PAIRS,))
-    index = tl.arange(0, PAIRS)
-    is_pair = expert < EXPERTS
-    key = expert * PAIRS + index
-    before = key[None, :] < key[:, None]
-    same = expert[None, :] == expert[:, None]
-    place = tl.sum(before.to(tl.int32), 1)
-    nth = tl.sum((before & same).to(tl.int32), 1)  # of its expert's
-    count = tl.sum(same.to(tl.int32), 1)
-    is_head = is_pair & (nth == 0)
-    is_first = is_pair & (nth % ROWS == 0)  # of an item
-    item = tl.sum((before & is_first[None, :]).to(tl.int32), 1)
-    heads = tl.sum((before & is_head[None, :]).to(tl.int32), 1)
-    # Every place is told by some pair: what is none comes behind all that are.
-    tl.store(order_ptr + place, tl.where(is_pair, pair, -1), mask=place < num_tokens * TOP_K)
-    # And every item: pairs that begin none take those from the last one down.
-    slot = tl.where(is_first, item, PAIRS - 1 - (place - item))
-    tl.store(items_ptr + slot, tl.where(is_first, expert, -1), mask=slot < num_items)
-    first = nth // SPAN * SPAN
-    tl.store(items_ptr + num_items + item, place - nth + first, mask=is_first)
-    tl.store(items_ptr + 2 * num_items + item, place - nth + tl.minimum(first + SPAN, count), mask=is_first)
-    tl.store(items_ptr + 3 * num_items + item, item - (nth - first) // ROWS, mask=is_first)
-    # The last one has seen all others.
-    tl.store(read_ptr + tl.zeros((PAIRS,), tl.int32), heads + is_head.to(tl.int32), mask=place == PAIRS - 1)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_items"])
