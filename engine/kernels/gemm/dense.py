@@ -89,8 +89,19 @@ class DenseTile(NamedTuple):
 
 
 # By rows and columns of w, and by the most rows of x: where the launch is faster than the library's product, as
-# `kvarena benchmark layer_gemm` measures it.
-MEASURED: dict[tuple[int, int], dict[int, DenseTile]] = {}
+# `kvarena benchmark layer_gemm` measures it (an H200, commit 8daa3f5).
+MEASURED: dict[tuple[int, int], dict[int, DenseTile]] = {
+    (6144, 4096): {192: DenseTile(cols=192, cluster=2, share_x=False, parts=2)},
+    (4096, 4096): {96: DenseTile(cols=128, cluster=2, share_x=True, parts=4)},
+    (4096, 14336): {
+        96: DenseTile(cols=128, cluster=1, share_x=False, parts=4),
+        128: DenseTile(cols=128, cluster=1, share_x=False, parts=4),
+    },
+    (4096, 1024): {
+        96: DenseTile(cols=64, cluster=1, share_x=False, parts=1),
+        128: DenseTile(cols=64, cluster=1, share_x=False, parts=1),
+    },
+}
 
 
 def dense_tile(num_rows: int, num_cols: int, depth: int) -> DenseTile | None:

@@ -31,8 +31,21 @@ from kvarena.engine.kernels.hopper import HopperKernels, Kernel
 HEAD_DIM = 128
 ROW_BUCKETS = (1, 8, 16, 32, 64, 128, 192, 256)
 # By rows and columns of w, and by the most rows of x: where the launch is faster than the product and the rotation, as
-# `kvarena benchmark layer_gemm` measures it.
-MEASURED: dict[tuple[int, int], dict[int, StreamTile]] = {}
+# `kvarena benchmark layer_gemm` measures it (an H200, commit 8daa3f5).
+MEASURED: dict[tuple[int, int], dict[int, StreamTile]] = {
+    (6144, 4096): {
+        1: StreamTile(blocks=2, boxes=2, parts=2, per_sm=1, fuse_norm=True),
+        8: StreamTile(blocks=2, boxes=2, parts=2, per_sm=1, fuse_norm=True),
+        16: StreamTile(blocks=2, boxes=1, parts=2, per_sm=1, fuse_norm=True),
+        32: StreamTile(blocks=2, boxes=2, parts=2, per_sm=1, fuse_norm=True),
+    },
+    (4096, 1024): {
+        1: StreamTile(blocks=2, boxes=2, parts=2, per_sm=1, fuse_norm=True),
+        8: StreamTile(blocks=2, boxes=1, parts=4, per_sm=2, fuse_norm=True),
+        16: StreamTile(blocks=2, boxes=2, parts=2, per_sm=1, fuse_norm=True),
+        32: StreamTile(blocks=2, boxes=2, parts=2, per_sm=1, fuse_norm=True),
+    },
+}
 
 
 class HeadsToStore(NamedTuple):
