@@ -95,7 +95,7 @@ def draw_chosen(logits: Tensor, params: Tensor, last_tokens: Tensor, out: Tensor
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_params"])
 def draw_again_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, params_ptr, scores_ptr, tokens_ptr, arrived_ptr, states_ptr, peaks_ptr, pivots_ptr, vocab_size,
     stride_logits, stride_params, TILE: tl.constexpr, PARTS: tl.constexpr, FAST: tl.constexpr,
@@ -128,7 +128,7 @@ def draw_again_kernel(  # type: ignore[no-untyped-def]
             tl.store(states_ptr + row, tl.where(token == 0x7FFFFFFF, 4, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_params"])
 def check_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, params_ptr, last_ptr, out_ptr, sums_ptr, arrived_ptr, states_ptr, peaks_ptr, pivots_ptr,
     bounds_ptr, num_chosen_ptr, chosen_ptr, vocab_size, stride_logits, stride_params,
@@ -193,7 +193,7 @@ def _check(  # type: ignore[no-untyped-def]
         tl.store(states_ptr + row, tl.where(kept, 0, 3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_params"])
 def draw_chosen_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, params_ptr, last_ptr, out_ptr, states_ptr, peaks_ptr, bounds_ptr, num_chosen_ptr, chosen_ptr, cuts_ptr,
     vocab_size, stride_logits, stride_params, FAST: tl.constexpr, CHOSEN: tl.constexpr, SHIFT: tl.constexpr,

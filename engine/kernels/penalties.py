@@ -16,10 +16,10 @@ _TILE = 1024
 def penalize_rows(logits: Tensor, penalties: Penalties) -> Tensor:
     """As `kvarena.engine.sampling.transforms.penalize_rows`, in place."""
     p, vocab_size = penalties, logits.shape[1]
-    rows = p.slots if p.rows.index is None else p.rows.index
+    rows = torch.arange(len(p.slots), device=logits.device) if p.rows.index is None else p.rows.index
     penalize_kernel[(len(p.slots), triton.cdiv(vocab_size, _TILE))](
         logits, rows, p.slots, p.presence, p.frequency, p.repetition, p.in_prompt.view(torch.uint8), p.counts,
-        vocab_size, logits.stride(0), p.counts.stride(0), EVERY_ROW=p.rows.index is None, TILE=_TILE,
+        vocab_size, logits.stride(0), p.counts.stride(0), TILE=_TILE,
         **launch_options(),
     )  # fmt: skip
     return logits
@@ -28,14 +28,12 @@ def penalize_rows(logits: Tensor, penalties: Penalties) -> Tensor:
 @triton.jit
 def penalize_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, rows_ptr, slots_ptr, presence_ptr, frequency_ptr, repetition_ptr, in_prompt_ptr, counts_ptr,
-    vocab_size, stride_logits, stride_counts, EVERY_ROW: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
+    vocab_size, stride_logits, stride_counts, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One tile of one penalized row; the grid is (penalized rows, tiles)."""
     await_previous(OVERLAP)
     i = tl.program_id(0)
-    row = i.to(tl.int64)
-    if not EVERY_ROW:
-        row = tl.load(rows_ptr + i)
+    row = tl.load(rows_ptr + i)
     tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = tokens < vocab_size
     at = tl.load(slots_ptr + i) * stride_counts + tokens

@@ -109,7 +109,7 @@ def draw_scores(logits: Tensor, params: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_params"])
 def score_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     params_ptr,
@@ -145,7 +145,7 @@ def _kth_largest(keys, count):  # type: ignore[no-untyped-def]
     return low.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_params"])
 def draw_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, params_ptr, last_ptr, out_ptr, scores_ptr, tokens_ptr, arrived_ptr, tops_ptr, groups_ptr, states_ptr,
     row_peaks_ptr, pivots_ptr, bounds_ptr, num_chosen_ptr, vocab_size, stride_logits, stride_params, peaks_ptr,

@@ -38,7 +38,7 @@ def settle(logits: Tensor, params: Tensor, last_tokens: Tensor, out: Tensor, scr
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_params"])
 def settle_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, params_ptr, last_ptr, out_ptr, states_ptr, peaks_ptr, pivots_ptr, cuts_ptr, vocab_size, stride_logits,
     stride_params, TILE: tl.constexpr, FAST: tl.constexpr, SHIFT: tl.constexpr,

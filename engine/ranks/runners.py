@@ -85,8 +85,9 @@ class PartDraw(Draw):
         super().__init__(max_rows, device)
         self._group, self._shard, self._memory = group, shard, memory
 
-    def __call__(self, logits: Tensor, params: Tensor, last_tokens: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, params: Tensor, last_tokens: Tensor, *, filters: bool = False) -> Tensor:
         """See `Draw.__call__`."""
+        assert not filters
         logits = logits[:, : self._shard.num_tokens]
         scores, tokens = draw_parts(logits, params, self._shard.first_token, self._scratch, self._num_programs)
         if self._memory is not None:

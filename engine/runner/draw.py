@@ -54,20 +54,22 @@ class Draw:
         """Draw the tokens of rows that filter, with which `begin` has begun."""
         draw_filtered(logits, params, last_tokens, self.tokens, self._scratch, self._num_programs)
 
-    def __call__(self, logits: Tensor, params: Tensor, last_tokens: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, params: Tensor, last_tokens: Tensor, *, filters: bool = True) -> Tensor:
         """Draw a token per row and keep it in `last_tokens`.
 
         Args:
             logits: [N, V].
             params: int32 [NUM_PARAMS, >= N], see `draw_tokens`.
             last_tokens: written.
+            filters: some row filters.
 
         Returns:
             int64 [N], -1 where no token could be picked; anything where a row is SKIPPED.
         """
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         draw_tokens(logits, params, last_tokens, tokens, self._scratch, self._num_programs)
-        draw_filtered(logits, params, last_tokens, tokens, self._scratch, self._num_programs)
+        if filters:
+            draw_filtered(logits, params, last_tokens, tokens, self._scratch, self._num_programs)
         return tokens
 
     def scores(self, logits: Tensor, params: Tensor) -> ScoreTensors | None:

@@ -148,7 +148,7 @@ class FusedRunner(TorchRunner):
         drawn = self._is_drawn(rows)
         # Theirs is the last token that penalties count: it must not be overwritten yet.
         fields[2 + TOP_K, ~drawn] = SKIPPED
-        logits = graphs.decode(fields, filters=bool((columns["filters"][rows] & drawn).any()))
+        logits = graphs.decode(fields, filters=self._filters(rows[drawn]))
         columns["sampled_to"][rows] = starts + 1
         requests = [entry.req for entry in scheduled]
         tokens = draw.tokens[: len(rows)]
@@ -186,6 +186,10 @@ class FusedRunner(TorchRunner):
         """Bool [n]: whose token the draw gives by itself. Scores of filtered tokens are the sampler's alone."""
         return self._rows.columns["is_plain" if self._sampler.num_scores else "is_drawn"][rows]
 
+    def _filters(self, rows: np.ndarray) -> bool:
+        """Whether any of these rows filters."""
+        return bool(self._rows.columns["filters"][rows].any())
+
     def _pick(self, requests: list[Request], rows: np.ndarray, stops: np.ndarray, logits: Tensor) -> HostTokens:
         """As in TorchRunner; rows that the draw can serve get its token, whoever shares their step."""
         draw = self._draw
@@ -195,7 +199,7 @@ class FusedRunner(TorchRunner):
         fields = self._rows.draw_params(rows, stops)
         fields[TOP_K, ~drawn] = SKIPPED
         params = to_device(fields, self._device)
-        tokens = draw(logits, params, self._rows.last_tokens) if drawn.any() else self._rows.last_tokens[: len(rows)]
+        tokens = draw(logits, params, self._rows.last_tokens, filters=self._filters(rows[drawn]))
         return self._with_edited(requests, rows, stops, logits, params, tokens, drawn)
 
     def _with_edited(
@@ -238,7 +242,8 @@ class FusedRunner(TorchRunner):
         if draw is None or self._sampler.num_scores:
             return None
         params = to_device(self._rows.draw_params(rows, stops), self._device)
-        return lambda logits: draw(logits, params, last_tokens)
+        filters = self._filters(rows)
+        return lambda logits: draw(logits, params, last_tokens, filters=filters)
 
 
 def draws_on(device: torch.device) -> bool:

@@ -25,7 +25,10 @@ NUM_REQUESTS = 8
 PROMPT_TOKENS = 24
 OUTPUT_TOKENS = 8
 # What clients of a server ask for most: each kind of sampling has code of its own.
-SERVED = (SamplingParams(), SamplingParams(temperature=0.7), SamplingParams(temperature=0.7, top_p=0.9))
+SERVED = (
+    SamplingParams(), SamplingParams(temperature=0.7), SamplingParams(temperature=0.7, top_p=0.9),
+    SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.1, logprobs=1),
+)  # fmt: skip
 
 
 class Reach(NamedTuple):

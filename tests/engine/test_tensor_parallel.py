@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import chain
 
 import pytest
@@ -9,14 +10,18 @@ import torch
 from checkpoints import write_checkpoint
 from image_checkpoints import picture, shared_model, write_original
 from packed_checkpoints import write_packed
-from parallel_cells import CELLS, MAX_TOKENS, SAMPLINGS, THREADS, alone, happened, of_model, requests, run
+from parallel_cells import CELLS, MAX_TOKENS, SAMPLINGS, SHORT, THREADS, alone, happened, of_model, requests, run
+from triton.runtime.interpreter import GridExecutor
 
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.models.configs import read_model_config
 from kvarena.engine.parallel.layout import Layout
 from kvarena.engine.parallel.shard import Shard
-from kvarena.engine.ranks import worker
+from kvarena.engine.ranks import runners, worker
 from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner import fused_runner
+from kvarena.engine.runner.fused_runner import FusedRunner
+from kvarena.engine.sampling.sampler import Sampler
 from kvarena.engine.vision.processing import image_span
 from kvarena.engine.vision.processors import processing_of
 from kvarena.experiments.building import ranks
@@ -265,3 +270,26 @@ def test_a_simulation_of_ranks_asks_for_a_profile_that_knows_what_they_exchange(
         build_engine(of_model(directories["llama"], *TP2, *simulated, "runner.profile=h100"))
     parts = build_engine(of_model(directories["llama"], *TP2, *simulated, "runner.profile=h200"))
     assert parts.simulation_facts is not None and parts.simulation_facts["ranks"] == {"tensor": 2, "pipeline": 1}
+
+
+@pytest.mark.parametrize("sampling", ["top_p", "edits", "temperature"])
+def test_ranks_draw_with_the_kernels(directories, shared, monkeypatch, sampling):
+    """Interpreted: each rank among its columns, and the planning rank from gathered rows."""
+    # The ranks are threads here, and the interpreter runs one kernel at a time.
+    lock, launch = threading.RLock(), GridExecutor.__call__
+
+    def launch_alone(*args, **options):
+        with lock:
+            return launch(*args, **options)
+
+    monkeypatch.setattr(GridExecutor, "__call__", launch_alone)
+    for module in (fused_runner, runners):
+        monkeypatch.setattr(module, "draws_on", lambda device: True)
+    monkeypatch.setattr(Sampler, "_race", lambda *args: pytest.fail("the sampler drew"))
+    asked = requests(**SAMPLINGS[sampling])[:3]
+    overrides = ("allocator=paged", "scheduler=continuous", "engine.overlap=true", "runner.fusions=true", SHORT)
+    engine = build_engine(of_model(directories["llama"], *TP2, *overrides), SharedParts()).engine
+    assert isinstance(engine.runner, FusedRunner)
+    run(engine, asked)
+    monkeypatch.undo()
+    assert [req.output_token_ids for req in asked] == alone(directories["llama"], asked)

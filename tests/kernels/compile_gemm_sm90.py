@@ -10,7 +10,7 @@ import sys
 import compile_sm90
 from compile_sm90 import resources
 
-from kvarena.engine.kernels import INTERPRET, sample, step
+from kvarena.engine.kernels import INTERPRET, step
 from kvarena.engine.kernels.gemm import glu, packed, packed_experts
 from kvarena.engine.kernels.gemm import skinny as gemm
 from kvarena.engine.kernels.gemm.table import GemmTable
@@ -97,7 +97,6 @@ def main():
     few = "--few" in sys.argv
     found = dict(gemm_resources(few)) | dict(glu_resources(few))
     found |= dict(packed_resources(few)) | dict(packed_expert_resources(few))
-    found["draw"] = resources(sample.draw_kernel, {"TILE": 1024, "PARTS": 128, "FAST": True}, 4, 3)
     found["expand"] = resources(step.expand_kernel, {"BLOCK_SIZE": 16, "CHUNK": 512}, 2, 3)
     found["expand tokens"] = resources(step.expand_tokens_kernel, {"BLOCK_SIZE": 16, "BLOCK": 128}, 4, 3)
     found["scatter"] = resources(step.scatter_kernel, {"BLOCK": 256}, 4, 3)

@@ -147,7 +147,7 @@ def draw_resources(few):
     floats = ("logits_ptr", "presence_ptr", "frequency_ptr", "repetition_ptr")
     types = {"rows_ptr": "*i64", "slots_ptr": "*i64", "in_prompt_ptr": "*u8", "counts_ptr": "*i32"}
     types |= dict.fromkeys(floats, "*fp32")
-    yield "penalties", resources(penalize_kernel, {"TILE": TILE, "EVERY_ROW": False}, 4, 3, types=types)
+    yield "penalties", resources(penalize_kernel, {"TILE": TILE}, 4, 3, types=types)
     for name, dtype in (("", torch.bfloat16),) if few else (("", torch.bfloat16), (" float32", torch.float32)):
         types = DRAW | {"logits_ptr": "*bf16" if dtype == torch.bfloat16 else "*fp32"}
         shift = {"SHIFT": key_shift(dtype)}
