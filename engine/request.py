@@ -50,6 +50,11 @@ class TokenConstraint(Protocol):
     num_late: int
 
     @property
+    def is_free(self) -> bool:
+        """Whether every token may come next: `fill` need not be called."""
+        ...
+
+    @property
     def failure(self) -> str:
         """Why the output is not what was asked for, or an empty string. The request then ends with an error."""
         ...

@@ -131,6 +131,7 @@ class _NotPlain:
 
     num_late = 0
     failure = ""
+    is_free = False
 
     def fill(self, bitmask: Any) -> None:  # noqa: ARG002
         """See `TokenConstraint.fill`."""

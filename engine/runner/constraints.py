@@ -20,12 +20,15 @@ MASK_SECONDS = 0.05
 def allowed_tokens(
     requests: Sequence[Request], vocab_size: int, device: torch.device, seconds: float = MASK_SECONDS
 ) -> Tensor | None:
-    """Which tokens each request may sample next: bool [len(requests), vocab_size]; None when none is constrained.
+    """Which tokens each request may sample next: bool [len(requests), vocab_size]; None when none is held.
 
     At least one mask is made, and no other is begun after `seconds` of this thread's processor time. Sets `num_late`
     of every constraint: above 0, the row's mask was not made and allows all.
     """
-    constrained = [(row, req.constraint) for row, req in enumerate(requests) if req.constraint is not None]
+    asked = [(row, req.constraint) for row, req in enumerate(requests) if req.constraint is not None]
+    for _, constraint in asked:
+        constraint.num_late = constraint.num_late if not constraint.is_free else 0
+    constrained = [(row, constraint) for row, constraint in asked if not constraint.is_free]
     if not constrained:
         return None
     end = time.thread_time() + seconds

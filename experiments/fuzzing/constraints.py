@@ -34,9 +34,11 @@ from kvarena.engine.request import Request
 from kvarena.engine.runner.constraints import allowed_tokens
 from kvarena.engine.server.api.constraints import Constraints
 from kvarena.engine.server.api.protocol import ChatCompletionRequest, CompletionRequest
+from kvarena.engine.server.api.spoken import Spoken
 from kvarena.engine.server.engine.compiled import make_compiler
 from kvarena.engine.server.engine.grammar_checks import CheckedGrammar
 from kvarena.engine.server.engine.grammars import GrammarCompiler
+from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.errors import ApiError
 from kvarena.engine.server.text.tokenization import TokenizerService
 from kvarena.experiments.fuzzing.random_constraints import random_body
@@ -90,7 +92,8 @@ class Fuzzer:
         self._vocab_size = len(tokenizer.tokenizer)
         self._eos = frozenset((tokenizer.tokenizer.eos_token_id,))
         info = SimpleNamespace(constraints=True, vocab_size=self._vocab_size, eos_token_ids=sorted(self._eos))
-        self._constraints = Constraints(SimpleNamespace(info=info), tokenizer, "auto")  # type: ignore[arg-type]
+        spoken = Spoken(tokenizer, ServerConfig())
+        self._constraints = Constraints(SimpleNamespace(info=info), tokenizer, spoken)  # type: ignore[arg-type]
         made = make_compiler(tokenizer.tokenizer, self._vocab_size, self._eos)
         if made is None:
             raise SystemExit(f"the tokenizer of {model} cannot constrain tokens")
@@ -134,7 +137,7 @@ class Fuzzer:
         if kind == "completions":
             checked = await self._constraints.of(CompletionRequest.model_validate(body))
         else:
-            checked = await self._constraints.of_chat(ChatCompletionRequest.model_validate(body))
+            checked = await self._constraints.of_chat(ChatCompletionRequest.model_validate(body), [])
         if checked is None:
             raise AssertionError("a body without a constraint")
         return checked

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from kvarena.engine.checkpoints.kinds import QUANTIZATIONS
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.server.shared.config import TOOL_PARSERS
+from kvarena.engine.server.shared.config import REASONING_PARSERS, TOOL_PARSERS
 from kvarena.experiments.serving.words import FLAGS
 from kvarena.reports.reading.options import Options
 
@@ -114,7 +114,21 @@ def _add_web(add: Callable[..., Any]) -> None:
     add(
         "--tool-call-parser",
         choices=TOOL_PARSERS,
-        help="how calls of tools are written in an answer (default: auto, as the chat template says)",
+        metavar="NAME",
+        help="how calls of tools are written in an answer: hermes, llama, mistral, deepseek, glm, pythonic, xml, "
+        "channels, ... or none (default: auto, as the chat template says)",
+    )
+    add(
+        "--strict-tools",
+        action=argparse.BooleanOptionalAction,
+        help="hold calls that a model begins of its own accord to their tools' schemas (default: on)",
+    )
+    add(
+        "--reasoning-parser",
+        choices=REASONING_PARSERS,
+        metavar="NAME",
+        help="how thoughts are written in an answer: think, deepseek_r1, channels, ... or none (default: auto, as the "
+        "chat template says)",
     )
     add(
         "--response-store-size",

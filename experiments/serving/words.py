@@ -21,6 +21,7 @@ FLAGS = {
     "server.num_fronts": "--api-server-count",
     "server.protected_paths": "--protect",
     "server.cors_origins": "--allowed-origins",
+    "server.strict_tools": "--strict-tools",
     "server.otlp_endpoint": "--otlp-traces-endpoint",
     "server.log_requests": "--disable-access-log",
     "server.max_images": "--limit-mm-per-prompt",
@@ -35,7 +36,8 @@ SAME_NAME = (
     "engine.seed", "engine.max_model_len", "scheduler.max_num_seqs", "scheduler.max_num_batched_tokens",
     "allocator.block_size", "server.host", "server.port", "server.max_num_queued_requests", "server.shutdown_timeout",
     "server.api_key_file", "server.allowed_media_domains", "server.allowed_local_media_path", "server.chat_template",
-    "server.tool_call_parser", "server.response_store_size", "server.generation_config", "server.max_logprobs",
+    "server.tool_call_parser", "server.reasoning_parser", "server.response_store_size", "server.generation_config",
+    "server.max_logprobs",
     "server.ssl_certfile", "server.ssl_keyfile", "server.ssl_keyfile_password", "server.ssl_ca_certs",
 )  # fmt: skip
 FLAGS |= {key: "--" + key.partition(".")[2].replace("_", "-") for key in SAME_NAME}
@@ -46,6 +48,8 @@ SWITCHES = {
     "engine.overlap=false": "--no-async-scheduling",
     "runner.graphs=false": "--enforce-eager",
     "server.log_requests=false": "--disable-access-log",
+    "server.strict_tools=true": "--strict-tools",
+    "server.strict_tools=false": "--no-strict-tools",
 }
 _VALUE = r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,;:)\]]+"
 # A key in quotes, and one behind --set, is one that a person gave with --set.

@@ -30,7 +30,7 @@ VALUES = {
     "--distributed-executor-backend": "ray",
     "--set": "driver.probe=false", "--data-parallel-size": "2", "--router": "least_kv",
     "--ssl-certfile": "a", "--ssl-keyfile": "b", "--ssl-keyfile-password": "c", "--ssl-ca-certs": "d",
-    "--response-store-size": "7", "--api-key-file": "README.md", "--protect": "/metrics",
+    "--response-store-size": "7", "--reasoning-parser": "none", "--api-key-file": "README.md", "--protect": "/metrics",
 }  # fmt: skip
 BESIDE = {"--router": ["--data-parallel-size", "2"]}  # without, there is nothing that it could change
 
@@ -43,7 +43,7 @@ def test_every_flag_changes_the_config():
         if flag is None:
             continue
         name = "--no-async-scheduling" if flag == "--async-scheduling" else flag
-        name = "--no-enable-prefix-caching" if flag == "--enable-prefix-caching" else name
+        name = "--no-" + flag[2:] if flag in ("--enable-prefix-caching", "--strict-tools") else name
         given = [name] if action.nargs == 0 or name.startswith("--no-") else [name, VALUES[flag]]
         beside = BESIDE.get(flag, [])
         assert overrides_of(parse_flags(given + beside)) not in (usual, overrides_of(parse_flags(beside))), flag
@@ -61,7 +61,7 @@ def test_every_flag_that_a_message_names_sets_the_key_that_it_stands_for():
         assert name in known[section], key
         if flag == "MODEL":
             continue
-        switch = flag in ("--trust-remote-code", "--disable-access-log", "--async-scheduling")
+        switch = flag in ("--trust-remote-code", "--disable-access-log", "--async-scheduling", "--strict-tools")
         made = overrides_of(parse_flags([flag] if switch else [flag, VALUES[flag]]))
         assert [one for one in made if one.startswith(f"{key}=")], (key, flag)
 

@@ -50,7 +50,6 @@ FOREIGN = [
     ("guided_json", {"type": "integer"}, [None]),
     ("guidedRegex", "a", [None]),
     ("do_sample", False, [True, None]),
-    ("enable_thinking", False, [None]),
     ("separate_reasoning", "yes", [True, False]),  # vllm-router sends true with every chat
     ("top_n_sigma", 1.5, [-1, 0]),
     ("options", {"num_predict": 3}, [{}]),
@@ -104,6 +103,7 @@ OTHER_ENDPOINTS = [
     (TokenizeRequest, {"documents": [{"text": "x"}]}),
     (TokenizeRequest, {"reasoning_effort": "low"}),
     (CompletionRequest, {"reasoning_effort": "low"}),
+    (CompletionRequest, {"enable_thinking": False}),
     (CompletionRequest, {"include_reasoning": False}),
     (TokenizeRequest, {"addSpecialTokens": True}),
     (DetokenizeRequest, {"skipSpecialTokens": True}),

@@ -274,8 +274,8 @@ def test_one_call_when_no_parallel_ones_are_wanted():
 class Tokenizer:
     """A template and special tokens."""
 
-    def __init__(self, chat_template="", special=(), response_template=None):
-        self._template, self.response_template = chat_template, response_template
+    def __init__(self, template="", special=(), response_template=None, chat_template=""):
+        self._template, self.response_template, self.chat_template = template, response_template, chat_template
         self.added_tokens_decoder = {i: Special(text) for i, text in enumerate(special)}
 
     def apply_chat_template(self, messages, tools=None, tokenize=False, add_generation_prompt=False):
@@ -302,15 +302,15 @@ ONE = '{"name": "{{ c.function.name }}", "KEY": {{ c.function.arguments | tojson
 EACH = "{% for t in m.tool_calls %}{% set c = t %}BODY{% endfor %}"
 JSON = ONE.replace("KEY", "arguments")
 FORMS = [
-    ("<tool_call>\n" + JSON + "\n</tool_call>", ("tagged", ("<tool_call>", "</tool_call>"))),
-    ("<think>\n\n</think>\n\n<tool_call>" + JSON + "</tool_call>", ("tagged", ("<tool_call>", "</tool_call>"))),
-    ("<|tool_call|>[" + JSON + "]<|/tool_call|>", ("tagged", ("<|tool_call|>", "<|/tool_call|>"))),
-    ("[TOOL_CALLS][" + JSON + "]", ("tagged", ("[TOOL_CALLS]", ""))),
-    ("functools[" + JSON + "]", ("tagged", ("functools", ""))),
-    (ONE.replace("KEY", "parameters"), ("bare", ("", ""))),
-    ("<|python_tag|>" + JSON, ("bare", ("", ""))),
-    ("<tool_call>\n<function={{ c.function.name }}>\n</function>\n</tool_call>", ("template", ("", ""))),
-    ("call {{ c.function.name }} now", ("none", ("", ""))),
+    ("<tool_call>\n" + JSON + "\n</tool_call>", ("hermes", ("<tool_call>", "</tool_call>"))),
+    ("<think>\n\n</think>\n\n<tool_call>" + JSON + "</tool_call>", ("hermes", ("<tool_call>", "</tool_call>"))),
+    ("<|tool_call|>[" + JSON + "]<|/tool_call|>", ("hermes", ("<|tool_call|>", "<|/tool_call|>"))),
+    ("[TOOL_CALLS][" + JSON + "]", ("mistral", ("[TOOL_CALLS]", ""))),
+    ("functools[" + JSON + "]", ("hermes", ("functools", ""))),
+    (ONE.replace("KEY", "parameters"), ("llama", ("", ""))),
+    ("<|python_tag|>" + JSON, ("llama", ("", ""))),
+    ("<tool_call>\n<function={{ c.function.name }}>\n</function>\n</tool_call>", ("xml", ("", ""))),
+    ("call {{ c.function.name }} now", None),
 ]
 
 
@@ -319,15 +319,15 @@ def test_what_the_template_renders_for_a_call_decides(call, form):
     """What it lists tools with does not: every template here has all the words."""
     body = EACH.replace("BODY", call)
     found = find_form("auto", Tokenizer(LISTED + TURNS.replace("CALLS", body)))
-    assert (found.kind, found.tags) == form
+    assert (found.form and (found.form.names[0], found.form.tags)) == form
     single = "{% if m.tool_calls | length != 1 %}{{ raise_exception('one call') }}{% endif %}"
     found = find_form("auto", Tokenizer(LISTED + TURNS.replace("CALLS", single + body)))
-    assert (found.kind, found.tags) == form
+    assert (found.form and (found.form.names[0], found.form.tags)) == form
 
 
 def test_a_model_whose_template_knows_no_calls_is_read_as_hermes():
-    assert find_form("auto", Tokenizer(TURNS.replace("CALLS", ""))).tags == ("<tool_call>", "</tool_call>")
-    assert find_form("auto", Tokenizer("{{ raise_exception('no') }}")).tags == ("<tool_call>", "</tool_call>")
+    assert find_form("auto", Tokenizer(TURNS.replace("CALLS", ""))).form.tags == ("<tool_call>", "</tool_call>")
+    assert find_form("auto", Tokenizer("{{ raise_exception('no') }}")).form.tags == ("<tool_call>", "</tool_call>")
     assert find_form("none", Tokenizer()).parser(TOOLS, "", parallel=True, hides=True) is None
     assert read_form("kvarena_called(x=1)") is None
 
@@ -335,7 +335,7 @@ def test_a_model_whose_template_knows_no_calls_is_read_as_hermes():
 def test_a_shipped_response_template_comes_first_and_special_tokens_are_kept():
     tokenizer = Tokenizer(TURNS.replace("CALLS", EACH.replace("BODY", JSON)), ("<call>", "<|end|>"), JSON_TEMPLATE)
     form = find_form("auto", tokenizer)
-    assert (form.kind, form.kept, form.hidden) == ("template", {0, 1}, ("<call>", "<|end|>"))
+    assert (form.form.sees_all, form.kept, form.hidden) == (True, {0, 1}, ("<call>", "<|end|>"))
     form = find_form("hermes", Tokenizer(special=("<a>", "<tool_call>", "</tool_call>")))
     assert (form.kept, form.hidden) == ({1, 2}, ("<tool_call>", "</tool_call>"))
     text = f"<tool_call>{F}{END}"

@@ -57,7 +57,7 @@ REPLACED = {
     "instructions": "messages", "system_prompt": "messages", "system_instruction": "messages",
     "extra_body": _TOP, "extra_args": _TOP, "sampling_params": _TOP, "parameters": _TOP, "options": _TOP,
     "generation_config": _TOP, "vllm_xargs": _TOP, "nvext": _TOP,
-    "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING, "reasoning": _THINKING,
+    "thinking": _THINKING, "think": _THINKING, "reasoning": _THINKING,
     "safe_prompt": "messages", "extra_key": "cache_salt",
     "truncate": "truncate_prompt_tokens", "prompt_truncate_len": "truncate_prompt_tokens",
     "add_bos_token": "add_special_tokens", "add_special": "add_special_tokens", "with_pieces": "return_token_strs",

@@ -14,6 +14,8 @@ from kvarena.engine.server.api.protocol import (
     SamplingFields,
     TokenizeRequest,
 )
+from kvarena.engine.server.api.thinking import adapt_message, template_flags
+from kvarena.engine.server.forms.thoughts import template_text
 from kvarena.engine.server.shared.errors import bad_request
 from kvarena.engine.server.text.image_tokens import ChatPrompt, ImageTokens
 from kvarena.engine.server.text.streams import TextStream
@@ -38,6 +40,7 @@ class Prompts:
 
     def __init__(self, tokenizer: TokenizerService, max_model_len: int, images: ImageTokens | None = None) -> None:
         self._tokenizer, self._max_model_len, self._images = tokenizer, max_model_len, images
+        self._template = template_text(tokenizer.tokenizer)
 
     async def begin(
         self, ids: list[int], req: SamplingFields, kept: frozenset[int] = frozenset()
@@ -107,12 +110,15 @@ class Prompts:
         for key in _RESERVED:
             if key in flags:
                 raise bad_request(f"chat_template_kwargs may not hold {key!r}", "chat_template_kwargs")
+        flags = template_flags(req, self._template, flags)
         going_on = bool(req.continue_final_message)
         flags["add_generation_prompt"] = (
             not going_on if req.add_generation_prompt is None else req.add_generation_prompt
         )
         flags["continue_final_message"] = going_on
         messages = template_messages(req.messages, keeps_images=bool(num_tokens))
+        for message in messages:
+            adapt_message(message, self._template)
         text = self._tokenizer.render_chat(messages, tools, **flags)
         ids = await self._encode(text, bool(req.add_special_tokens), req, "messages")
         if not ids:
@@ -132,8 +138,6 @@ def check_chat(req: ChatCompletionRequest) -> None:
         raise bad_request("max_tokens must be at least 1", "max_tokens")
     if None not in (req.max_tokens, req.max_completion_tokens) and req.max_tokens != req.max_completion_tokens:
         raise bad_request("max_tokens and max_completion_tokens differ; leave one out", "max_completion_tokens")
-    if req.reasoning_effort not in (None, "", "none"):
-        raise bad_request("reasoning_effort is nothing that this model's chat template knows", "reasoning_effort")
     forced = isinstance(req.tool_choice, NamedToolChoice) or req.tool_choice == "required"
     if forced and not req.tools:
         raise bad_request("tool_choice needs tools", "tool_choice")

@@ -198,6 +198,7 @@ class ChatCompletionRequest(SamplingFields):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
     include_reasoning: bool | None = None
     reasoning_effort: str | None = Field(default=None, max_length=64)
     thinking_token_budget: int | None = Field(default=None, ge=-1)

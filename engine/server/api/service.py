@@ -31,9 +31,12 @@ from kvarena.engine.server.api.sampling import (
     fit_max_tokens,
     sampling_params,
 )
+from kvarena.engine.server.api.spoken import Spoken
+from kvarena.engine.server.api.thinking import switch_of
 from kvarena.engine.server.api.tracing import Tracer
 from kvarena.engine.server.api.turn import Reading, Turn
 from kvarena.engine.server.engine.grammar_checks import CheckedGrammar
+from kvarena.engine.server.forms.thoughts import template_text
 from kvarena.engine.server.front.dashboard import PoolFeed
 from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.front.groups import EngineGone, Refused
@@ -94,7 +97,8 @@ class Service:
         self.row = row
         self.model_names, self.model_root, self._defaults = model_names, model_root, defaults
         self._images = images
-        self._constraints = Constraints(client, tokenizer, config.tool_call_parser)
+        self._spoken = Spoken(tokenizer, config)
+        self._constraints = Constraints(client, tokenizer, self._spoken)
         self.created = int(time.time())
         self.draining = False
         self._turns = asyncio.Semaphore(_REQUESTS_PER_ROUND)
@@ -122,6 +126,11 @@ class Service:
     def prompts(self) -> Prompts:
         """Makes token ids of requests."""
         return Prompts(self.tokenizer, self.info.max_model_len, self._images.tokens)
+
+    @functools.cached_property
+    def can_think(self) -> bool:
+        """Whether the model can be told to think, or not to."""
+        return switch_of(template_text(self.tokenizer.tokenizer)) is not None
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
         """The body as `kind`. Raises ApiError."""
@@ -230,9 +239,9 @@ class Service:
             requested = max(1, min(requested, room))
         max_tokens = fit_max_tokens(requested, self.info.default_length(None), len(prompt), self.info, "messages")
         spans = await self._images.spans(images, places)
-        constraint = await self._constraints.of_chat(req)
+        constraint = await self._constraints.of_chat(req, prompt)
         self._check_scores(req)
-        reading, kept = self._constraints.reading(req, prompt), self._constraints.kept(req)
+        reading, kept = self._spoken.reading(req, prompt), self._spoken.kept(req)
         answer = make(self.client, req, model, arrival, reading=reading)
         [sampling] = self._samplings(req, [max_tokens], (req.top_logprobs or 0) if req.logprobs else None)
         _, stream = await self.prompts.begin(prompt, req, kept)

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kvarena.engine.errors import RequestError
-from kvarena.engine.server.engine.grammars import CompiledGrammar, GrammarCompiler, one_line, tokenizer_json
+from kvarena.engine.server.engine.grammars import GrammarCompiler, tokenizer_json
+from kvarena.engine.server.engine.matchers import CompiledGrammar, one_line
+from kvarena.engine.server.engine.steering import SteeredGrammar
 
 logger = logging.getLogger("kvarena.engine")
 
@@ -26,7 +28,8 @@ MAX_COMPILED = 64
 _QUICK_SECONDS = 0.1
 _LOW_PRIORITY = 10
 
-Compile = Callable[[str, str], CompiledGrammar]
+Grammar = CompiledGrammar | SteeredGrammar
+Compile = Callable[[str, str], Grammar]
 
 
 def make_compiler(tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> GrammarCompiler | None:
@@ -67,7 +70,7 @@ class _Shared:
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     wanted: list[Wanted] = field(default_factory=list)
-    done: deque[tuple[Wanted, CompiledGrammar | str]] = field(default_factory=deque)
+    done: deque[tuple[Wanted, Grammar | str]] = field(default_factory=deque)
 
 
 class CompiledGrammars:
@@ -82,7 +85,7 @@ class CompiledGrammars:
 
     def __init__(self, compile_grammar: Compile) -> None:
         self._compile = compile_grammar
-        self._ready: OrderedDict[str, CompiledGrammar] = OrderedDict()
+        self._ready: OrderedDict[str, Grammar] = OrderedDict()
         self._under_way: dict[str, Wanted] = {}
         self._shared = _Shared()
         self._numbers = itertools.count()
@@ -108,7 +111,7 @@ class CompiledGrammars:
             heapq.heappush(self._shared.wanted, wanted)
             self._shared.changed.notify_all()
 
-    def get(self, key: str) -> CompiledGrammar | None:
+    def get(self, key: str) -> Grammar | None:
         """The compiled grammar, if it is there."""
         return self._ready.get(key)
 
@@ -160,7 +163,7 @@ class CompiledGrammars:
                 while not shared.wanted or shared.wanted[0].seconds > most_seconds:
                     shared.changed.wait()
                 wanted = heapq.heappop(shared.wanted)
-            result: CompiledGrammar | str
+            result: Grammar | str
             try:
                 result = self._compile(wanted.kind, wanted.grammar)
             except RequestError as error:

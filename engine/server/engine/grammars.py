@@ -8,14 +8,16 @@ copies of one matcher share its automaton, so that a text which many choices fol
 from __future__ import annotations
 
 import copy
+import json
 import re
-import time
 from typing import Any
 
 import llguidance
 import numpy as np
 
 from kvarena.engine.errors import RequestError
+from kvarena.engine.server.engine.matchers import CompiledGrammar, one_line
+from kvarena.engine.server.engine.steering import STEERED, SteeredGrammar, compile_steered
 
 # Between JSON tokens. Bounded: a weak model would else write blanks until max_tokens.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{0,12}"
@@ -24,20 +26,12 @@ _LEXER_FUEL, _STEP_LEXER_FUEL = 200_000, 50_000
 # 300 optional properties need rows of 1,200. An ambiguous grammar's items cost up to 12 us each: 20,000 are 0.25 s.
 _MAX_ITEMS_IN_ROW, _STEP_MAX_ITEMS = 2000, 5_000
 _MAX_LEXER_STATES = 50_000
-# Of masks from one automaton, in seconds of processor time: what it has built meanwhile is given back.
-_WORN_SECONDS = 2.0
 # A grammar may force one text without end (r: /a+/ r), which the library would write out before a step goes on: it
 # counts parser items there, and no bytes. Of several such lines the last holds. Texts of schemas and regular
 # expressions end.
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 # A GBNF escape of a character that stands for itself, behind an even number of backslashes.
 _ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\u((?!00[0-7])(?![dD][89a-fA-F])[0-9a-fA-F]{4})")
-_NO_MATCH = ("NoExtension", "NoExtensionBias")
-
-
-def one_line(error: object) -> str:
-    """What a library said, for a message of one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def to_grammar(kind: str, text: str) -> str:
@@ -54,6 +48,12 @@ def to_grammar(kind: str, text: str) -> str:
     matcher = llguidance.LLMatcher
     if kind == "json":
         return matcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
+    if kind == STEERED:
+        spec = json.loads(text)
+        if spec["then"] is not None:
+            inner, rest = spec["then"]
+            spec["then"] = [inner, to_grammar(inner, rest)]
+        return json.dumps(spec)
     if kind == "regex":
         return matcher.grammar_from_regex(text)
     if kind == "grammar" and "::=" in text:
@@ -85,16 +85,24 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: list[int]) -> None:
-        self._eos = sorted(eos_token_ids)
+        self.eos = sorted(eos_token_ids)
         self._num_words = -(-vocab_size // 32)
-        self._tokenizer = llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=self._eos)
+        self.tokenizer = llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=self.eos)
 
-    def __call__(self, kind: str, grammar: str) -> CompiledGrammar:
+    def __call__(self, kind: str, grammar: str) -> CompiledGrammar | SteeredGrammar:
         """Compile what `to_grammar` made of a constraint; lets go of the interpreter meanwhile.
 
         Raises:
             RequestError: the grammar cannot be compiled.
         """
+        return (
+            compile_steered(grammar, self.whole, self.tokenizer, self.eos)
+            if kind == STEERED
+            else self.whole(kind, grammar)
+        )
+
+    def whole(self, kind: str, grammar: str) -> CompiledGrammar:
+        """Compile a constraint that holds a whole text. Raises RequestError."""
         limits = llguidance.LLParserLimits(
             max_items_in_row=_MAX_ITEMS_IN_ROW,
             initial_lexer_fuel=_LEXER_FUEL,
@@ -102,8 +110,8 @@ class GrammarCompiler:
             step_max_items=_STEP_MAX_ITEMS,
             max_lexer_states=_MAX_LEXER_STATES,
         )
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
-        compiled = CompiledGrammar(kind, matcher, self._eos)
+        matcher = llguidance.LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits)
+        compiled = CompiledGrammar(kind, matcher, self.eos)
         failure = compiled.start().failure
         if failure:
             raise RequestError(failure)
@@ -127,71 +135,3 @@ class GrammarCompiler:
         if first.failure:
             raise RequestError(first.failure)
         return grammar
-
-
-class CompiledGrammar:
-    """A grammar that any number of choices follow, each from its start."""
-
-    def __init__(self, kind: str, matcher: Any, eos_token_ids: list[int]) -> None:
-        self.kind, self.eos = kind, eos_token_ids
-        self.seconds = 0.0
-        self.has_failed = False
-        self._matcher = matcher
-
-    @property
-    def is_worn(self) -> bool:
-        """Whether the automaton should be built anew for those who come: it is large, or at its limit."""
-        return self.has_failed or self.seconds > _WORN_SECONDS
-
-    def start(self) -> MatcherConstraint:
-        """A constraint at the grammar's start; takes microseconds."""
-        return MatcherConstraint(self, self._matcher.deep_copy())
-
-
-class MatcherConstraint:
-    """A `TokenConstraint` that follows one llguidance matcher. All work is done in `fill`, where it is counted."""
-
-    def __init__(self, grammar: CompiledGrammar, matcher: Any) -> None:
-        self._grammar, self._matcher = grammar, matcher
-        self._accepted: list[int] = []
-        self._broken = ""
-        self.num_late = 0
-
-    @property
-    def failure(self) -> str:
-        """Why the matcher gave up, or an empty string. From then on only the end of the sequence is allowed."""
-        reason = self._broken
-        if not reason and self._matcher.is_error():
-            reason = one_line(self._matcher.get_error().partition("<state>")[0])
-        if not reason:
-            return ""
-        return f"the {self._grammar.kind} cannot be used: {'no text matches it' if reason in _NO_MATCH else reason}"
-
-    def fill(self, bitmask: np.ndarray) -> None:
-        """Allowed tokens; only the end of the sequence once the grammar is complete or gave up."""
-        start = time.thread_time()
-        try:
-            for token in self._accepted:
-                if not self._matcher.is_stopped():
-                    self._matcher.consume_token(token)
-            if not self._broken and not self._matcher.is_stopped():
-                self._matcher.unsafe_compute_mask_ptr(bitmask.ctypes.data, bitmask.nbytes)
-        except BaseException as error:
-            # A panic of the library is a BaseException that can only be told by its name; it must not end a step.
-            if type(error).__name__ != "PanicException":
-                raise
-            self._broken = one_line(error)
-        self._accepted.clear()
-        self._grammar.seconds += time.thread_time() - start
-        if self._broken or self._matcher.is_stopped():
-            self._only_end(bitmask)
-
-    def _only_end(self, bitmask: np.ndarray) -> None:
-        self._grammar.has_failed = self._grammar.has_failed or bool(self.failure)
-        bitmask[:] = 0
-        for token in self._grammar.eos:
-            bitmask[token // 32] |= np.int32(np.uint32(1 << (token % 32)))
-
-    def accept(self, token_id: int) -> None:
-        """Follow one token, before the next mask is made."""
-        self._accepted.append(token_id)

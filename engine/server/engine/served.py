@@ -13,7 +13,8 @@ from kvarena.engine.server.shared.ipc import EngineInfo, ToFront, pack_ids
 if TYPE_CHECKING:  # llguidance, ZeroMQ and torch: the supervisor imports this, too
     from kvarena.engine.ranks.peers import Peers
     from kvarena.engine.server.engine.event_publisher import CacheFeed
-    from kvarena.engine.server.engine.grammars import CompiledGrammar
+    from kvarena.engine.server.engine.matchers import CompiledGrammar
+    from kvarena.engine.server.engine.steering import SteeredGrammar
     from kvarena.engine.vision.encoder import ImageCounts
 
 
@@ -33,7 +34,7 @@ class ServedEngine:
 
     engine: Engine
     info: EngineInfo
-    compile_grammar: Callable[[str, str], CompiledGrammar] | None = None
+    compile_grammar: Callable[[str, str], CompiledGrammar | SteeredGrammar] | None = None
     words: Callable[[str], str] = str
     feed: CacheFeed | None = None
     image_counts: Callable[[], ImageCounts] | None = None

@@ -6,7 +6,7 @@ So a conversation with a call is rendered, and what stands around the call's nam
     <tool_call>{"name": ..., "arguments": ...}</tool_call>   tagged, by these tags
     [TOOL_CALLS][{"name": ..., "arguments": ...}]            tagged, without a closing tag
     {"name": ..., "parameters": ...}                         bare
-    <tool_call><function=...><parameter=...>                 xml
+    anything else                                            the form that knows its own (`CallForm.known`)
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvarena.engine.server.forms.calls import FirstCallParser, ToolParser
-from kvarena.engine.server.forms.texts import BareParser, HiddenTokens, TaggedParser
+from kvarena.engine.server.forms.channels import ChannelForm
+from kvarena.engine.server.forms.pythonic import PythonicForm
+from kvarena.engine.server.forms.registry import CALL_FORMS, CallForm, Tools
+from kvarena.engine.server.forms.tagged import PYTHON_TAG, DeepSeekForm, GlmForm, HermesForm, LlamaForm, MistralForm
+from kvarena.engine.server.forms.texts import HiddenTokens
 from kvarena.engine.server.text.detokenizer import Detokenizer
 
 logger = logging.getLogger("kvarena.front")
 
-HERMES_TAGS = ("<tool_call>", "</tool_call>")
-PYTHON_TAG = "<|python_tag|>"
 # The end of a prompt in which a response template looks for the beginning of the answer.
 _PROMPT_TOKENS = 4096
 _LISTED, _CALLED, _VALUE = "kvarena_listed", "kvarena_called", "kvarena_value"
 _TAG_BEFORE = re.compile(r"(<[^<>\s]+>|\[[A-Z_]+\]|[^\s\[\]{}<>]+)\s*\Z")
+_OF_THEIR_OWN = (DeepSeekForm, GlmForm, MistralForm, PythonicForm, ChannelForm)
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,16 @@ class ToolForm:
     """How a model writes tool calls.
 
     Attributes:
-        kind: `tagged`, `bare`, `template` (a response template, which `xml` is, too) or `none`.
-        tags: opening and closing tag; the latter may be empty.
-        template: the response template.
+        form: None: calls stay text.
         kept: special tokens that the parser must see.
         hidden: what they look like; the text that is shown leaves them out.
     """
 
-    kind: str
-    tags: tuple[str, str] = ("", "")
-    template: dict[str, Any] | None = None
+    form: CallForm | None
     kept: frozenset[int] = frozenset()
     hidden: tuple[str, ...] = ()
 
-    def parser(self, tools: Sequence[dict[str, Any]], prompt: str, *, parallel: bool, hides: bool) -> ToolParser | None:
+    def parser(self, tools: Tools, prompt: str, *, parallel: bool, hides: bool) -> ToolParser | None:
         """A parser for one choice, or None when answers are text only.
 
         Args:
@@ -59,28 +57,17 @@ class ToolForm:
             parallel: more than one call may be given.
             hides: special tokens are left out of the text.
         """
-        names = frozenset(tool["function"]["name"] for tool in tools)
-        parser: ToolParser
-        if self.kind == "tagged":
-            parser = TaggedParser(names, *self.tags)
-        elif self.kind == "bare":
-            parser = BareParser(names)
-        elif self.kind == "template":
-            from kvarena.engine.server.forms.templates import TemplateParser
-
-            assert self.template is not None
-            parser = TemplateParser(self.template, tools, prompt)
-        else:
+        if self.form is None:
             return None
+        parser = self.form.parser(tools, prompt)
         if hides and self.hidden:
             parser = HiddenTokens(parser, self.hidden)
         return parser if parallel else FirstCallParser(parser)
 
-    def prompt_end(self, token_ids: list[int], detokenizer: Detokenizer) -> str:
-        """What `parser` must know of a prompt."""
-        if self.kind != "template":
-            return ""
-        return detokenizer.text(token_ids[-_PROMPT_TOKENS:], skip_special_tokens=False)
+
+def prompt_end(token_ids: list[int], detokenizer: Detokenizer) -> str:
+    """What parsers must know of a prompt."""
+    return detokenizer.text(token_ids[-_PROMPT_TOKENS:], skip_special_tokens=False)
 
 
 def find_form(kind: str, tokenizer: Any) -> ToolForm:
@@ -93,49 +80,39 @@ def find_form(kind: str, tokenizer: Any) -> ToolForm:
     Raises:
         ModelError: the checkpoint ships a response template that cannot be used.
     """
+    if kind == "none":
+        return ToolForm(None)
     if kind == "auto":
         form = _shipped(tokenizer) or _rendered(tokenizer)
-    elif kind == "xml":
-        form = _of_template(_xml_template())
-    else:
-        made = {
-            "hermes": ToolForm("tagged", HERMES_TAGS),
-            "mistral": ToolForm("tagged", ("[TOOL_CALLS]", "")),
-            "llama": ToolForm("bare"),
-            "none": ToolForm("none"),
-        }
-        form = made[kind]
-    return _with_special_tokens(form, tokenizer)
+        return ToolForm(None) if form is None else with_special_tokens(form, tokenizer)
+    return with_special_tokens(call_form(kind), tokenizer)
 
 
-def _xml_template() -> dict[str, Any]:
-    from kvarena.engine.server.forms.templates import XML_TEMPLATE
-
-    return XML_TEMPLATE
-
-
-def _of_template(template: Any) -> ToolForm:
-    from kvarena.engine.server.forms.templates import check_template
-
-    return ToolForm("template", template=check_template(template))
+def call_form(name: str) -> CallForm:
+    """The form of a name of `--tool-call-parser`."""
+    if name not in CALL_FORMS:
+        # The response templates' library takes a while to import: not for a server that needs none of it.
+        import kvarena.engine.server.forms.templates  # noqa: F401 - registers its forms
+    return CALL_FORMS[name]()
 
 
-def _shipped(tokenizer: Any) -> ToolForm | None:
+def _shipped(tokenizer: Any) -> CallForm | None:
     """What the checkpoint's response template says, if it has one that reads calls."""
     template = getattr(tokenizer, "response_template", None)
     if template is None:
         return None
-    form = _of_template(template)
-    assert form.template is not None
-    return form if "tool_calls" in form.template["fields"] else None
+    from kvarena.engine.server.forms.templates import TemplateForm, check_template
+
+    checked = check_template(template)
+    return TemplateForm(checked) if "tool_calls" in checked["fields"] else None
 
 
-def _rendered(tokenizer: Any) -> ToolForm:
+def _rendered(tokenizer: Any) -> CallForm | None:
     """What the chat template makes of a call."""
     text = _render_call(tokenizer)
     if text is None:
         # It knows no calls: what such models are most often taught.
-        return ToolForm("tagged", HERMES_TAGS)
+        return HermesForm()
     form = read_form(text)
     if form is None:
         shown = " ".join(text.split())[:200]
@@ -144,24 +121,28 @@ def _rendered(tokenizer: Any) -> ToolForm:
             "does not know; response_template in tokenizer_config.json can say how to read it",
             shown,
         )
-        return ToolForm("none")
     return form
 
 
-def read_form(call: str) -> ToolForm | None:
+def read_form(call: str) -> CallForm | None:
     """The form of a rendered call of `_CALLED`; None when it is unknown."""
     at = call.find(_CALLED)
     span = _json_around(call, at)
     if span is None:
-        return _of_template(_xml_template()) if f"<function={_CALLED}>" in call else None
+        if f"<function={_CALLED}>" in call:
+            return call_form("xml")
+        found = (kind.known(call, _CALLED) for kind in _OF_THEIR_OWN)
+        return next((form for form in found if form is not None), None)
     before, after = call[: span[0]].rstrip(), call[span[1] :].lstrip()
-    found = _TAG_BEFORE.search(before)
-    if found is None or before.endswith(PYTHON_TAG):
-        return ToolForm("bare") if not before or before.endswith(PYTHON_TAG) else None
-    tag = found[1]
+    found_tag = _TAG_BEFORE.search(before)
+    if found_tag is None or before.endswith(PYTHON_TAG):
+        return LlamaForm() if not before or before.endswith(PYTHON_TAG) else None
+    tag = found_tag[1]
+    if tag == MistralForm.TAG:
+        return MistralForm()
     closes = [tag[:i] + "/" + tag[i:] for i in (1, 2)] if tag[0] in "<[" else []
     close = next((one for one in closes if after.startswith(one)), "")
-    return ToolForm("tagged", (tag, close))
+    return HermesForm(tag, close)
 
 
 def _json_around(text: str, at: int) -> tuple[int, int] | None:
@@ -210,11 +191,14 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str
         return None
 
 
-def _with_special_tokens(form: ToolForm, tokenizer: Any) -> ToolForm:
+def with_special_tokens(form: CallForm, tokenizer: Any) -> ToolForm:
     """The form with the special tokens that its parser must see."""
-    special = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if form.kind == "template":
-        seen = special
-    else:
-        seen = {text: token_id for text, token_id in special.items() if text in form.tags}
-    return ToolForm(form.kind, form.tags, form.template, frozenset(seen.values()), tuple(seen))
+    special = special_tokens(tokenizer)
+    # A response template names what it likes, in patterns too.
+    seen = special if form.sees_all else {t: i for t, i in special.items() if t in form.seen}
+    return ToolForm(form, frozenset(seen.values()), tuple(seen))
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids of the tokens that are left out of texts, by what they look like."""
+    return {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -16,6 +16,17 @@ from typing_extensions import override
 
 from kvarena.engine.errors import ModelError
 from kvarena.engine.server.forms.calls import Parsed, Part, ToolParser, as_call, parts_of
+from kvarena.engine.server.forms.registry import (
+    CallForm,
+    Held,
+    Piece,
+    Tools,
+    escaped,
+    parameters_of,
+    properties_of,
+    quoted,
+    value_pieces,
+)
 
 CALLS = "tool_calls"
 # Qwen3-Coder's and Qwen3.5's own: their checkpoints ship none.
@@ -49,6 +60,53 @@ def check_template(template: Any) -> dict[str, Any]:
         raise ModelError(f"the tokenizer's response_template cannot be used: {text}") from error
     fields = {name: field | {"optional": True} for name, field in template["fields"].items()}
     return template | {"fields": fields}
+
+
+class TemplateForm(CallForm):
+    """A checkpoint's own response template.
+
+    Args:
+        template: from `check_template`.
+    """
+
+    tags = ("", "")
+    sees_all = True
+
+    def __init__(self, template: dict[str, Any]) -> None:
+        self._template = template
+
+    @override
+    def parser(self, tools: Tools, prompt: str) -> ToolParser:
+        return TemplateParser(self._template, tools, prompt)
+
+
+class XmlForm(TemplateForm):
+    """Qwen3-Coder's and Qwen3.5's: `<tool_call><function=...><parameter=...>`."""
+
+    names = ("xml", "qwen3_coder", "qwen3_xml")
+    TAGS = ("<tool_call>", "</tool_call>")
+
+    def __init__(self) -> None:
+        super().__init__(check_template(XML_TEMPLATE))
+
+    @classmethod
+    @override
+    def known(cls, call: str, name: str) -> CallForm | None:
+        return cls() if f"<function={name}>" in call else None
+
+    @override
+    def held(self, tools: Tools) -> list[Held]:
+        pieces: list[Piece] = ["start: WS (" + " | ".join(f"call{i}" for i in range(len(tools))) + ") WS "]
+        pieces += [{"tag": self.TAGS[1]}, "\nWS: /[ \\n]{0,4}/\n"]
+        for i, tool in enumerate(tools):
+            rules: list[Piece] = []
+            pieces += [f"call{i}: " + quoted("<function=" + tool["function"]["name"] + ">") + " WS"]
+            for j, (key, schema, needed) in enumerate(properties_of(parameters_of(tool))):
+                pieces += [f" value{i}_{j}" + ("" if needed else "?")]
+                rules += [f"value{i}_{j}: {quoted(f'<parameter={key}>' + chr(10))} "]
+                rules += value_pieces(schema, "</parameter>", f"inner{i}_{j}", "\n")
+            pieces += [' "</function>"\n', *rules]
+        return [Held(escaped(self.TAGS[0]), pieces)]
 
 
 class TemplateParser(ToolParser):

@@ -139,19 +139,26 @@ class TaggedParser(ToolParser):
         """Where the body ends and where the text goes on; None while it is not known."""
         start = len(self._open)
         if self._scan is None:
-            body = self._held[start:].lstrip()
-            if not body and not is_end:
+            body = self._held[start:]
+            if not body.strip() and not is_end:
                 return None
-            is_json = body.startswith(_JSON_BEGINS)
+            at = self._json_at(body, is_end)
+            if at is None:
+                return None
+            is_json = body.startswith(_JSON_BEGINS, at)
             if not is_json and not self._close:
                 return start, start
             counts = is_json and not self._num_searched
-            self._scan = _Scan(start, self._tags if counts else self._tags or [self._open], counts)
+            self._scan = _Scan(start + at, self._tags if counts else self._tags or [self._open], counts)
         found = self._scan.find(self._held)
         if found is None:
             return (len(self._held), len(self._held)) if is_end else None
         end, after = found
         return (end, after) if self._held[end:after] == self._close else (end, end)
+
+    def _json_at(self, body: str, is_end: bool) -> int | None:  # noqa: ARG002 - of blocks that begin with a name
+        """Where a block's JSON begins, if it holds some; None while it is not known."""
+        return len(body) - len(body.lstrip())
 
     def _take(self, size: int) -> str:
         taken, self._held = self._held[:size], self._held[size:]

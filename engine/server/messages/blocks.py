@@ -16,8 +16,12 @@ _OWN = (frozenset(MessagesRequest.model_fields) | {"speed", "context_management"
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def to_chat(req: CountRequest) -> ChatCompletionRequest:
+def to_chat(req: CountRequest, can_think: bool) -> ChatCompletionRequest:
     """The chat that a request asks for.
+
+    Args:
+        req: the request, which `check_request` has seen.
+        can_think: the model can be told to think.
 
     Raises:
         ApiError: a block, a tool or a choice that cannot be one of a chat's.
@@ -38,7 +42,7 @@ def to_chat(req: CountRequest) -> ChatCompletionRequest:
         "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
         "continue_final_message": goes_on or None,
         "add_generation_prompt": False if goes_on else None,
-        **_thinking(req),
+        **_thinking(req, can_think),
     }
     if isinstance(req, MessagesRequest):
         body |= {"max_tokens": req.max_tokens, "stop": req.stop_sequences}
@@ -47,7 +51,7 @@ def to_chat(req: CountRequest) -> ChatCompletionRequest:
     return validated(body, ChatCompletionRequest)
 
 
-def _thinking(req: CountRequest) -> dict[str, Any]:
+def _thinking(req: CountRequest, can_think: bool) -> dict[str, Any]:
     """What a chat knows of thoughts and of the answer's form."""
     made: dict[str, Any] = {}
     if req.thinking is not None:
@@ -55,7 +59,8 @@ def _thinking(req: CountRequest) -> dict[str, Any]:
         if kind == "enabled" and req.thinking.budget_tokens is None:
             raise bad_request("thinking.budget_tokens is missing", "thinking")
         made["thinking_token_budget"] = req.thinking.budget_tokens if kind == "enabled" else None
-        made["reasoning_effort"] = "none" if kind == "disabled" else None
+        # A thought that is allowed need not come: of other models it asks for nothing.
+        made["enable_thinking"] = {"enabled": True if can_think else None, "disabled": False}.get(kind)
         made["include_reasoning"] = False if req.thinking.display == "omitted" else None
     config = req.output_config
     if config is not None:

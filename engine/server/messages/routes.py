@@ -38,7 +38,7 @@ def add_message_routes(app: FastAPI, service: Service) -> tuple[type[BaseModel],
         check_request(asked)
         try:
             make = functools.partial(MessageAnswer, max_tokens=asked.max_tokens)
-            answer = service.converse(request, to_chat(asked), make, arrival, clamps=True)
+            answer = service.converse(request, to_chat(asked, service.can_think), make, arrival, clamps=True)
             return await while_connected(request.receive, answer)
         except ApiError as error:
             raise at_this_edge(error) from None
@@ -51,7 +51,7 @@ def add_message_routes(app: FastAPI, service: Service) -> tuple[type[BaseModel],
         asked = await service.read(request, CountRequest)
         check_request(asked)
         try:
-            req = to_chat(asked)
+            req = to_chat(asked, service.can_think)
             service.check_model(req.model)
             ids = await service.chat_ids(req)
         except ApiError as error:

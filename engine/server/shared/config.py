@@ -18,7 +18,17 @@ from kvarena.engine.server.shared.kv_events import KVEventsConfig
 OPEN_PATHS = frozenset(
     {"/health", "/ready", "/ping", "/metrics", "/version", "/docs", "/openapi.json", "/", "/dashboard"}
 )
-TOOL_PARSERS = ("auto", "hermes", "llama", "mistral", "xml", "none")
+# Ours, and what vLLM calls the same; a test holds them to the classes of `engine/server/forms`.
+TOOL_PARSERS = (
+    "auto", "none", "channels", "deepseek", "glm", "hermes", "llama", "mistral", "pythonic", "xml",
+    "deepseek_v3", "deepseek_v31", "glm45", "glm47", "gptoss", "llama3_json", "llama4_json", "llama4_pythonic", "olmo3",
+    "openai", "qwen3_coder", "qwen3_xml",
+)  # fmt: skip
+REASONING_PARSERS = (
+    "auto", "none", "channels", "gemma4", "kimi", "mistral", "seed_oss", "think",
+    "deepseek_r1", "deepseek_v3", "ernie45", "glm45", "gptoss", "hunyuan_a13b", "minimax_m2", "nemotron_v3", "olmo3",
+    "openai_gptoss", "qwen3", "step3",
+)  # fmt: skip
 
 
 def default_num_fronts() -> int:
@@ -67,6 +77,8 @@ class ServerConfig(Section):
         max_stream_lag: tokens that a slow reader may lag behind before its request is ended.
         chat_template: path of a jinja file that replaces the tokenizer's template.
         tool_call_parser: how a model writes tool calls.
+        strict_tools: calls that a model begins of its own accord are held to their tools' schemas.
+        reasoning_parser: how a model writes its thoughts.
         response_store_size: most responses of `/v1/responses` that can be asked for again; 0: none is kept.
         generation_config: take default sampling parameters from the model's generation_config.json.
         cors_origins: origins that browsers may call from; empty: CORS is off.
@@ -107,6 +119,8 @@ class ServerConfig(Section):
     max_stream_lag: Annotated[int, COUNT] = 4096
     chat_template: Annotated[str | None, FILE] = None
     tool_call_parser: Annotated[str, one_of(*TOOL_PARSERS)] = "auto"
+    strict_tools: Annotated[bool, TRUTH] = True
+    reasoning_parser: Annotated[str, one_of(*REASONING_PARSERS)] = "auto"
     response_store_size: Annotated[int, integer(0)] = 1024
     generation_config: Annotated[bool, TRUTH] = True
     cors_origins: tuple[str, ...] = ()
