@@ -16,6 +16,7 @@ constexpr int CONSUMERS = 256;
 constexpr int COLS = GLU ? HALF : BN;               // of y, of a program
 constexpr int ITEM_ROWS = SHARE_X ? BM : BM * CM;  // of x, of a cluster
 constexpr int BLOCKS = COLS / 8;                    // of 8 columns of y
+constexpr int BAND = 8;                             // items of one matrix that take a tile of w one beside the other
 
 static_assert(HALF % 8 == 0, "a box must be whole swizzle atoms");
 static_assert(CM <= 2, "a tile of w has two boxes, one of x too");
@@ -92,7 +93,14 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   }
   if (CM > 1) cluster_sync(); else __syncthreads();
 
-  auto only_matrix = [&](int tile) { return Place{0, static_cast<int>(rank) * BM, num_rows, tile * COLS}; };
+  // Of one matrix: num_tiles of columns for each item of rows. Neighbours in time have few rows and few columns.
+  const int items_of_rows = (num_rows + ITEM_ROWS - 1) / ITEM_ROWS, all_tiles = num_tiles * items_of_rows;
+  auto only_matrix = [&](int tile) {
+    const int before = tile / (BAND * num_tiles) * BAND, rest = tile % (BAND * num_tiles);
+    const int left = items_of_rows - before, high = left >= BAND ? BAND : left > 0 ? left : 1;  // none behind the last
+    const int row = (before + rest % high) * ITEM_ROWS + static_cast<int>(rank) * BM;
+    return Place{0, row, num_rows, rest / high * COLS};
+  };
 
   if (warp_group == 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -148,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       for (int s = 0; s < early; ++s) fetch_x(at, s, s);
       Ring ring(early);
       int step = early;
-      for (int tile = group; GROUPED ? at.expert >= 0 : tile < num_tiles; step = 0) {
+      for (int tile = group; GROUPED ? at.expert >= 0 : tile < all_tiles; step = 0) {
         tile += num_groups;
         Span next{};
         if (GROUPED) next = span_of(walk(tile));  // a tile before it is needed
@@ -173,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16 + lane / 4;
     float acc[BN / 2];  // with GLU gate's sums, then up's in the same order
     Ring ring(0);
-    for (int tile = group; GROUPED || tile < num_tiles; tile += num_groups) {
+    for (int tile = group; GROUPED || tile < all_tiles; tile += num_groups) {
       Place at = only_matrix(tile);
       if (GROUPED) {
         barrier_wait(full + 8 * ring.stage, ring.parity);

@@ -138,21 +138,25 @@ def test_tables_have_the_launches_that_are_faster(monkeypatch):
             assert num_tiles == 3
             return {"us": 24.0} if product == "o" else {"us": 24.0, "best_us": 21.0, "tile": wide}
 
+        def gated_line(self, num_rows):
+            return {"us": 24.0, "best_us": 30.0 if num_rows == 100 else 20.0, "tile": (224, 2)}
+
     class Kernels:
         num_multiprocessors = 132
 
     monkeypatch.setattr(layer_gemm, "Layer", Layer)
-    for name in ("TritonOps", "TurnedGemm", "DenseGemm"):
+    for name in ("TritonOps", "TurnedGemm", "DenseGemm", "WideGemm"):
         monkeypatch.setattr(layer_gemm, name, lambda *args: None)
     monkeypatch.setattr(layer_gemm, "load_hopper_kernels", lambda device: Kernels())
     monkeypatch.setattr(turned, "MEASURED", {(1, 1): {}})
     monkeypatch.setattr(dense, "MEASURED", {(1, 1): {}})
     shapes = ["llama-3.1-8b", "qwen3-30b-a3b"]
     *lines, last = layer_gemm.lines(shapes, list(layer_gemm.PRODUCTS), [8, 100, 256], 3)
-    assert len(lines) == 3 * 4 + 3 * 4 and not turned.MEASURED and not dense.MEASURED
+    assert len(lines) == 3 * 5 + 3 * 5 and not turned.MEASURED and not dense.MEASURED
     tables = {name: eval(text) for name, text in last["tables"].items()}
     assert tables["turned"] == {(6144, 4096): {8: heads}, (5120, 2048): {8: heads}}
     assert tables["dense"][4096, 14336] == {256: wide} and (4096, 4096) not in tables["dense"]
+    assert tables["wide"][28672, 4096] == 256, "8 rows were faster, and 100 were not"
     assert json.loads(json.dumps(lines[0]))["tile"] == list(heads)
 
 

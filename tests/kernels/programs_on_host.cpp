@@ -1,4 +1,4 @@
-// Runs stream_gemm.cu and wide_dense.cu on a CPU, some programs at once: each thread is a fiber that gives way where it
+// Runs stream_gemm.cu, wide_dense.cu and wide_gemm.cu on a CPU, some programs at once: each thread is a fiber that gives way where it
 // would wait, each fetch arrives at some later time, in any order, swizzled as the tensor memory accelerator does it, and
 // products are done as late as they may be. The test puts before this text the launch's constants, threads of a program
 // (THREADS, of which MULTIPLYING), programs of a cluster (CLUSTER) and those that run at once (AT_ONCE, whole clusters),
@@ -53,7 +53,7 @@ static Thread* now;
 static jmp_buf scheduler;
 static std::vector<std::function<void()>> on_their_way;
 static Meeting clusters[AT_ONCE / CLUSTER];
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, gridDim;
 
 // Without the system calls of swapcontext, which would take most of the time.
 __attribute__((noinline)) static void give_way() { if (!_setjmp(now->at)) _longjmp(scheduler, 1); }

@@ -1,4 +1,4 @@
-"""silu(x @ gate.T) * (x @ up.T) for the rows of a large decode batch on Hopper, bound by arithmetic.
+"""silu(x @ gate.T) * (x @ up.T) for the rows of a large decode batch, or a prompt's, on Hopper, bound by arithmetic.
 
     w [2 * N, K]   | gate rows |  64 columns -> | -> |      a program: 112 rows of gate and the same of up for 128 rows
                    | up rows   |                            of x; two warpgroups multiply what one thread of a third
@@ -8,7 +8,8 @@ A library's tiles of 128 or 256 columns fill 132 multiprocessors one and a half 
 Here the tile is what divides the columns into as many programs as there are multiprocessors: 28,672 rows of w are 128
 tiles of 224, no power of two, so the kernel is CUDA C++. A gate's sum and its up value's lie in one thread's registers,
 and the activation costs no pass of its own. With more than 128 rows of x the two programs of a cluster take the same
-rows of w, and each fetches one half for both.
+rows of w, and each fetches one half for both. More than 256 rows are items of 256, up to eight of which take a tile of
+w one beside the other.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _WIDTHS = range(176, 257, 16)
 _LEAST_SHARE, _LEAST_DEPTH = 0.85, 2048
 # Of the barriers, and of the alignment of the tiles.
 _RESERVED_BYTES = 2048
+# By rows and columns of w: from how many rows of x beyond MOST_ROWS on it is faster than the library's product and the
+# pass behind it, as `kvarena benchmark layer_gemm` measures it.
+MEASURED_FROM: dict[tuple[int, int], int] = {}
 
 
 class WideTile(NamedTuple):
@@ -68,17 +72,26 @@ class WideTile(NamedTuple):
 
 
 def wide_tile(num_rows: int, num_cols: int, depth: int, num_multiprocessors: int) -> WideTile | None:
-    """The launch for x [num_rows, depth] by w [num_cols, depth]; None where no tile fills the device well."""
-    if not FEWEST_ROWS <= num_rows <= MOST_ROWS or depth < _LEAST_DEPTH or depth % STEP_COLS or num_cols % 16:
+    """The launch for x [num_rows, depth] by w [num_cols, depth]; None where no tile fills the device well, and of more
+    than `MOST_ROWS` rows where none was measured."""
+    if num_rows > MOST_ROWS and num_rows < MEASURED_FROM.get((num_cols, depth), num_rows + 1):
         return None
-    cluster = -(-num_rows // PROGRAM_ROWS)
+    return best_wide_tile(num_rows, num_cols, depth, num_multiprocessors)
+
+
+def best_wide_tile(num_rows: int, num_cols: int, depth: int, num_multiprocessors: int) -> WideTile | None:
+    """The same of any number of rows, whatever was measured."""
+    if num_rows < FEWEST_ROWS or depth < _LEAST_DEPTH or depth % STEP_COLS or num_cols % 16:
+        return None
+    cluster = min(2, -(-num_rows // PROGRAM_ROWS))
     clusters = num_multiprocessors // cluster
+    items = -(-num_rows // (PROGRAM_ROWS * cluster))
 
     def rounds(cols: int) -> int:
-        return -(-num_cols // (cols * clusters))
+        return -(-(-(-num_cols // cols) * items) // clusters)
 
     cols = min(_WIDTHS, key=lambda cols: (rounds(cols) * cols, -cols))
-    share = num_cols / (rounds(cols) * cols * clusters)
+    share = num_cols * items / (rounds(cols) * cols * clusters)
     return WideTile(cols, cluster) if share >= _LEAST_SHARE else None
 
 
@@ -110,8 +123,9 @@ class WideGemm:
         out = x.new_empty(num_rows, num_cols)
         kernel = self._kernel(tile)
         num_tiles = -(-len(weight) // tile.cols)
+        tiles = num_tiles * -(-num_rows // (PROGRAM_ROWS * tile.cluster))
         # As many tiles for each cluster as for the busiest.
-        clusters = -(-num_tiles // -(-num_tiles // kernel.clusters_at_once))
+        clusters = -(-tiles // -(-tiles // kernel.clusters_at_once))
         self._kernels.launch(
             kernel, clusters * tile.cluster, self._kernels.matrix_map(x, 64),
             self._kernels.matrix_map(weight, tile.cols // 2, keep=True),

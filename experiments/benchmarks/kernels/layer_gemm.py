@@ -1,4 +1,5 @@
-"""Launches of a layer's products on Hopper, for the tables of `engine/kernels/gemm/turned.py` and `dense.py`.
+"""Launches of a layer's products on Hopper, for the tables of `engine/kernels/gemm/turned.py`, `dense.py`
+and `wide.py`.
 
     kvarena benchmark layer_gemm [--shape llama-3.1-8b ...] [--rows 1,32,256] [--tiles 8] [--product heads ...]
 
@@ -6,7 +7,8 @@ One JSON line per product and number of rows of x: microseconds as the engine do
 launches that fit, the best first, over enough copies of the weights that the L2 cache holds none. `heads` is norm,
 queries, keys and values, rotation and store; `o` and `down` add to what y holds, `qkv` comes without its norm. Of the
 dense product only the `--tiles` launches are timed that should be the fastest; `predicted_us` is what its model says.
-The last line has both tables, as Python text: launches that are faster by 2 % or more.
+`gated` is silu(gate) * up of a prompt's rows. The last line has the tables, as Python text: launches that are faster by
+2 % or more.
 """
 
 from __future__ import annotations
@@ -21,18 +23,20 @@ import torch
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, HeadSlots, Linear, Norm
 from kvarena.engine.fusions.triton_ops import TritonOps
-from kvarena.engine.kernels.gemm import dense, turned
+from kvarena.engine.kernels.gemm import dense, turned, wide
 from kvarena.engine.kernels.gemm.dense import DenseGemm, DenseTile, dense_tiles, predicted_us
 from kvarena.engine.kernels.gemm.stream import StreamTile, row_bucket
 from kvarena.engine.kernels.gemm.table import GemmTable
 from kvarena.engine.kernels.gemm.turned import HeadsToStore, TurnedGemm, turned_tiles
+from kvarena.engine.kernels.gemm.wide import WideGemm, WideTile, best_wide_tile
 from kvarena.engine.kernels.hopper import HopperKernels, kernel_source, load_hopper_kernels
 from kvarena.experiments.benchmarks.kernels.gemm import RING_BYTES
 from kvarena.experiments.gpu.floors import EXPERT_SHAPES, LARGE_SHAPES, SHAPES, shape_of
 from kvarena.experiments.gpu.timing import require_cuda, time_launches
 from kvarena.experiments.tools import tool_parser
 
-PRODUCTS = ("heads", "qkv", "o", "down")
+PRODUCTS = ("heads", "qkv", "o", "down", "gated")
+PROMPT_ROWS = (512, 1024, 2048, 8192, 16384)
 # As much faster as it must be, so that a table does not follow noise.
 FASTER = 0.98
 Line = dict[str, Any]
@@ -56,7 +60,7 @@ class Layer:
         self.has_norms = config["model_type"].startswith("qwen3")
         processors = kernels.num_multiprocessors
         self.ops = TritonOps("cuda", GemmTable(128, processors))
-        self.turned, self.dense = TurnedGemm(kernels), DenseGemm(kernels)
+        self.turned, self.dense, self.wide = TurnedGemm(kernels), DenseGemm(kernels), WideGemm(kernels)
         self._weights: tuple[torch.Tensor, ...] = ()
 
     def sizes(self, product: str) -> tuple[int, int]:
@@ -64,16 +68,18 @@ class Layer:
         num_heads, num_kv_heads, dim = self.heads
         if product in ("heads", "qkv"):
             return (num_heads + 2 * num_kv_heads) * dim, self.hidden
+        if product == "gated":
+            return 2 * self.inner, self.hidden
         return self.hidden, num_heads * dim if product == "o" else self.inner
 
-    def time(self, num_cols: int, depth: int, launch: Launch) -> float:
+    def time(self, num_cols: int, depth: int, launch: Launch, num_launches: int = 24) -> float:
         """Microseconds of a launch, over copies of the weights."""
         if not self._weights or self._weights[0].shape != (num_cols, depth):
             self._weights = ()
             copies = max(2, min(48, RING_BYTES // (2 * num_cols * depth)))
             weights = torch.randn(copies, num_cols, depth, device="cuda", dtype=torch.bfloat16)
             self._weights = weights.div_(depth**0.5).unbind()
-        return time_launches([partial(launch, weight) for weight in self._weights], 7, 24)
+        return time_launches([partial(launch, weight) for weight in self._weights], 7, num_launches)
 
     def heads_line(self, num_rows: int) -> Line:
         """Norm, product, rotation and store in two or three launches, and in one or two."""
@@ -107,6 +113,24 @@ class Layer:
         self.kernels.prepare(kernel_source("stream_gemm", one | {"MODE": "STORE"}, rows) for one in constants)
         found = sorted((self.time(num_cols, depth, partial(together, tile=tile)), tile) for tile in tiles)
         return _line(us, found)
+
+    def gated_line(self, num_rows: int) -> Line:
+        """Gate, up and silu(gate) * up, in two launches and in one."""
+        num_cols, depth = self.sizes("gated")
+        x = torch.randn(num_rows, depth, device="cuda", dtype=torch.bfloat16)
+
+        def apart(w: torch.Tensor) -> None:
+            self.ops.linear_glu(x, Linear(w, None))
+
+        def together(w: torch.Tensor, tile: WideTile) -> None:
+            self.wide(x, w, tile)
+
+        us = self.time(num_cols, depth, apart, 4)
+        tile = best_wide_tile(num_rows, num_cols, depth, self.kernels.num_multiprocessors)
+        found = [] if tile is None else [(self.time(num_cols, depth, partial(together, tile=tile), 4), tile)]
+        line = _line(us, found)
+        line["tflops"] = round(2 * num_rows * num_cols * depth / min(us, line.get("best_us", us)) / 1e6)
+        return line
 
     def dense_line(self, product: str, num_rows: int, num_tiles: int) -> Line:
         """A product by what the engine takes, and by the dense product."""
@@ -152,22 +176,32 @@ def lines(shapes: list[str], products: list[str], rows: list[int] | None, num_ti
     # The engine's own way is what it does without them.
     turned.MEASURED.clear()
     dense.MEASURED.clear()
+    wide.MEASURED_FROM.clear()
     tables: dict[str, dict[tuple[int, int], dict[int, object]]] = {"turned": {}, "dense": {}}
+    ways: dict[str, tuple[str, tuple[int, ...]]] = {
+        "heads": ("turned", turned.ROW_BUCKETS), "gated": ("wide", PROMPT_ROWS)
+    }  # fmt: skip
+    wide_from: dict[tuple[int, int], int] = {}
     for shape in shapes:
         layer = Layer(shape, kernels)
         for product in products:
-            name, buckets = ("turned", turned.ROW_BUCKETS) if product == "heads" else ("dense", dense.ROW_BUCKETS)
-            if not all(layer.sizes(product)):
+            name, buckets = ways.get(product, ("dense", dense.ROW_BUCKETS))
+            size = layer.sizes(product)
+            if not all(size):
                 continue  # a layer whose MLP is experts
+            by_dense = partial(layer.dense_line, product, num_tiles=num_tiles)
+            run = {"heads": layer.heads_line, "gated": layer.gated_line}.get(product, by_dense)
             for num_rows in rows or buckets:
-                run = (
-                    layer.heads_line if product == "heads" else partial(layer.dense_line, product, num_tiles=num_tiles)
-                )
                 line = run(num_rows)
                 yield {"shape": shape, "product": product, "rows": num_rows, **line}
-                if num_rows in buckets and line.get("best_us", line["us"]) < FASTER * line["us"]:
-                    tables[name].setdefault(layer.sizes(product), {})[num_rows] = line["tile"]
-    yield {"tables": {name: repr(table) for name, table in tables.items()}}
+                is_faster = line.get("best_us", line["us"]) < FASTER * line["us"]
+                if product == "gated" and is_faster:
+                    wide_from.setdefault(size, num_rows)
+                elif product == "gated":
+                    wide_from.pop(size, None)  # from some rows on, and of all more
+                elif num_rows in buckets and is_faster:
+                    tables[name].setdefault(size, {})[num_rows] = line["tile"]
+    yield {"tables": {**{name: repr(table) for name, table in tables.items()}, "wide": repr(wide_from)}}
 
 
 def main(argv: Sequence[str]) -> int:
