@@ -220,6 +220,35 @@ def test_what_nobody_has_seen_of_is_answered_by_another_engine():
         assert server.stop() == 0
 
 
+@pytest.mark.slow
+def test_a_rank_that_dies_loses_no_request_of_which_nothing_was_seen():
+    """Two engines of two ranks each: one's rank dies, and the other engine makes its whole answers again."""
+    server = RunningServer(*SMALL, "-dp", "2", "-tp", "2", "--router", "round_robin")
+    try:
+        whole: list[list[int]] = []
+
+        def ask(i: int) -> None:
+            answer = server.complete([20 + i] * 8, max_tokens=200, ignore_eos=True, return_token_ids=True)
+            whole.append(answer.json()["choices"][0]["token_ids"] if answer.status_code == 200 else [])
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: sum(by_engine(server, "vllm:num_requests_running")) == 6, "they do not run")
+        ranks = [one for one in server.children() if "ranks.child" in " ".join(one.cmdline())]
+        assert len(ranks) == 2 and min(by_engine(server, "vllm:num_requests_running")) > 0
+        ranks[0].kill()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert [len(tokens) for tokens in whole] == [200] * 6
+        assert re.search(r"rank 1 of 2: its process \d+ has ended with code -9", server.log)
+        wait_for(lambda: sum(by_engine(server, "kvarena:engine_restarts_total")) == 1, "none is started again")
+        wait_for(lambda: by_engine(server, "kvarena:engine_up") == [1, 1], "no other engine was started")
+        server.wait_idle()
+    finally:
+        assert server.stop() == 0
+
+
 def test_streams_that_wait_for_their_first_token_move_on():
     """An engine stands still with what it was sent: nothing has come of it, so another one answers."""
     server = _stub("--engines", "2", "--set", "heartbeat_timeout=60")
