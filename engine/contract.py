@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from kvarena.engine import checks
+from kvarena.engine import checks, step_times
 from kvarena.engine.checked import Checked
 from kvarena.engine.errors import ConfigError, NotDefined
 from kvarena.engine.request import Request
@@ -30,6 +30,8 @@ check_int = checks.check_int
 check_number = checks.check_number
 is_number = checks.is_number
 require = checks.require
+# What a scheduler may be told of steps.
+StepTimes = step_times.StepTimes
 
 NULL_BLOCK = 0
 
@@ -357,6 +359,14 @@ class StepScheduler(metaclass=Checked):
     def has_priorities(self) -> bool:
         """Whether `Request.priority` decides anything."""
         return False
+
+    @property
+    def wants_step_times(self) -> bool:
+        """Whether it plans by what steps take, and does not know it yet."""
+        return False
+
+    def set_step_times(self, times: StepTimes) -> None:
+        """Told what steps take, before the first request; only who wants to know is told."""
 
     @abstractmethod
     def add(self, req: Request) -> None:

@@ -38,6 +38,7 @@ from kvarena.experiments.serving.flags import overrides_of, parse_flags
 from kvarena.experiments.serving.serve import build_served_engine
 from kvarena.experiments.settings.compose import compose_cell
 from kvarena.experiments.settings.outside import offer
+from kvarena.experiments.settings.strategies import strategy_names, strategy_options
 from kvarena.running import check_ours, one_line_errors
 from kvarena.settings import Strategy, as_overrides
 from kvarena.texts import CompletionOutput, Logprob, RequestOutput, SamplingParams, request_errors
@@ -118,7 +119,7 @@ class LLM:
                     flags += [f"--{group}", strategy if isinstance(strategy, str) else offer(group, strategy)]
             settings = {key: value for key, value in options.items() if key not in OPTIONS}
             flags += _flags({key: value for key, value in options.items() if key in OPTIONS})
-            made = [*overrides_of(parse_flags(flags)), *as_overrides(settings), *overrides]
+            made = [*overrides_of(parse_flags(flags)), *_for_throughput(scheduler), *as_overrides(settings), *overrides]
             check_ours(made)
             config, choices = compose_cell(made)
             if config.server is None:
@@ -403,3 +404,11 @@ def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one, or one for each")
     return list(params)
+
+
+def _for_throughput(scheduler: Strategy | None) -> list[str]:
+    """Nobody waits for the next token here as clients of a server do: steps are as full as the budget allows."""
+    name = "chunked" if scheduler is None else scheduler
+    if not isinstance(name, str) or name not in strategy_names("scheduler"):
+        return []
+    return ["scheduler.chunks=budget"] if "chunks" in strategy_options("scheduler", name) else []

@@ -184,12 +184,20 @@ class Scheduler(Lifecycle):
             sample(True)
         plan.num_decodes = len(plan.scheduled)
 
-    def schedule_prefills(self, plan: StepPlan) -> None:
-        """Schedule chunks of the requests in `prefilling`, in order, from what decodes left of the token budget.
+    def prompt_budget(self, plan: StepPlan) -> int:
+        """Most tokens of prompts beside what `plan` holds: what that left of the token budget."""
+        return self.max_num_batched_tokens - len(plan.scheduled)
+
+    def schedule_prefills(self, plan: StepPlan, budget: int | None = None) -> None:
+        """Schedule chunks of the requests in `prefilling`, in order.
 
         Comes last in a step: all that `plan` holds before are decodes of one token.
+
+        Args:
+            plan: the step.
+            budget: most new tokens in them; None: `prompt_budget`.
         """
-        budget = self.max_num_batched_tokens - len(plan.scheduled)
+        budget = self.prompt_budget(plan) if budget is None else budget
         tiles = most_tiles = self.max_num_batched_tiles
         for req in self.order_prefills():
             if budget <= 0:
@@ -230,12 +238,12 @@ class Scheduler(Lifecycle):
             self.schedule_decodes(plan)
         self.schedule_prefills(plan)
 
-    def admit_waiting(self, plan: StepPlan) -> None:
+    def admit_waiting(self, plan: StepPlan, budget: int | None = None) -> None:
         """Admit from the queue until slots, sequences or the step's token budget run out.
 
-        Comes after `schedule_decodes` and before `schedule_prefills`.
+        Comes after `schedule_decodes` and before `schedule_prefills`, and has the same budget.
         """
-        budget = self.max_num_batched_tokens - len(plan.scheduled)
+        budget = self.prompt_budget(plan) if budget is None else budget
         budget -= sum(req.num_tokens - req.num_computed_tokens for req in self.prefilling)
         while budget > 0 and self.num_running < self.max_num_seqs:
             req = self.head()

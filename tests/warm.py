@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver
@@ -133,12 +132,7 @@ def _run(
     from kvarena.engine.server.processes.supervisor import Supervisor
 
     Supervisor._spawn = _fork_part  # type: ignore[method-assign]
-    try:
-        sys.exit(importlib.import_module(module).main())
-    finally:
-        # As where an interpreter ends: pools of processes end theirs. A forked one would wait for those first, which
-        # are idle for five minutes (joblib's).
-        threading._shutdown()
+    sys.exit(importlib.import_module(module).main())
 
 
 def _fork_part(_: Any, name: str, target: Callable[..., None], args: tuple[object, ...]) -> BaseProcess:

@@ -116,6 +116,11 @@ class FusedRunner(TorchRunner):
         with torch.inference_mode():
             return self._graphs.warm_up(max_rows, max_tokens)
 
+    @property
+    def padded_sizes(self) -> list[int]:
+        """Numbers of tokens to which small steps with prompts are padded, ascending; none where they are not."""
+        return [] if self._graphs is None else self._graphs.padded_sizes
+
     def _compute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
         # A step with images has rows in place of ids, and no graph holds those.
         if self._graphs is not None and not self._touches_images(plan):

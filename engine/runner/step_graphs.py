@@ -33,8 +33,9 @@ from kvarena.engine.sampling.params import NUM_PARAMS, SKIPPED, TOP_K
 
 DECODE_FIELDS = 2 + NUM_PARAMS
 TOKEN_FIELDS = 3
-# Beyond that many operations the device needs longer than the host does for the launches (10 ms at 600 TFLOP/s).
-HOST_BOUND_OPERATIONS = 6e12
+# Beyond that many operations the device needs longer than the host does for the launches: 20 ms at 600 TFLOP/s, which
+# the 8B shape's steps with prompts beside decodes took (`host` of conf/profile/h200-llama-3.1-8b-overlap.yaml).
+HOST_BOUND_OPERATIONS = 1.2e13
 MAX_TOKENS = 2048
 # Steps of few requests have buckets of their own: of more, what 256 rows of logits cost is a small part.
 FEW_ROWS = 8
@@ -54,10 +55,10 @@ def decode_buckets(most: int) -> list[int]:
 def token_buckets(most: int) -> list[int]:
     """Token counts of mixed steps, and `most`; none for 0.
 
-    32, 64 and 128: below that weights take the time and padding is free. Every 32 up to 512, every 128 beyond. A run
-    waits for the capture of each that it can reach.
+    32, 64 and 128: below that weights take the time and padding is free. Every 32 up to 512, every 64 up to 1,024,
+    every 128 beyond. A run waits for the capture of each that it can reach.
     """
-    sizes = [32, 64, 128, *range(160, 513, 32), *range(640, most + 1, 128), most]
+    sizes = [32, 64, 128, *range(160, 513, 32), *range(576, 1025, 64), *range(1152, most + 1, 128), most]
     return sorted({size for size in sizes if 0 < size <= most})
 
 
@@ -164,6 +165,11 @@ class StepGraphs:
         self._every_row = torch.arange(max_rows, device=device)
         # The largest first: what the backend reserves for it serves the others, and never moves.
         self._graph(_decode_shape(max_rows))
+
+    @property
+    def padded_sizes(self) -> list[int]:
+        """Numbers of tokens to which mixed steps are padded, ascending."""
+        return self._token_buckets
 
     def takes(self, plan: StepPlan) -> bool:
         """Whether `plan`, no decode step, is small enough for `mixed` and asks for nothing but sampled tokens."""

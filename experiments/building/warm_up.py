@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvarena.engine.clock import WallClock
-from kvarena.engine.contract import StepScheduler
+from kvarena.engine.clock import Clock, WallClock
+from kvarena.engine.contract import StepScheduler, StepTimes
 from kvarena.engine.core import run_to_completion
 from kvarena.engine.errors import RequestRejected
+from kvarena.engine.model_runner import ModelRunner
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.experiments.building.build import EngineParts
 from kvarena.experiments.building.parts import make_strategy
 from kvarena.experiments.building.pools import room_beside_pool
+from kvarena.experiments.building.timing import Limits, StepTimer, time_steps
 from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.strategies import Strategy, make_part
 
@@ -137,6 +139,30 @@ def warm_up(
     ]
     run_to_completion(engine, requests)
     return WarmUp(clock.now(), num_shapes, shape_seconds)
+
+
+def tell_step_times(config: RunConfig, parts: EngineParts) -> StepTimes | None:
+    """Time some steps where the scheduler plans by what steps take and was not told; returns what it goes by.
+
+    Args:
+        config: what `parts` was built from.
+        parts: an idle engine.
+    """
+    scheduler, simulator = parts.engine.scheduler, parts.simulator
+    if scheduler.wants_step_times:
+        rows, tokens = (config.scheduler.need(key) for key in ("max_num_seqs", "max_num_batched_tokens"))
+        device = "cpu" if parts.model is None else parts.model.device.type
+        blocks = parts.pool_facts["num_blocks"]
+        allocator = make_strategy(config, blocks, parts.max_model_len, parts.spec, device).allocator
+        runner: ModelRunner = parts.engine.runner
+        clock: Clock = WallClock()
+        if simulator is not None:
+            runner, clock = simulator.twin()
+        padded = runner.padded_sizes if isinstance(runner, FusedRunner) else []
+        limits = Limits(rows, tokens, min(parts.max_model_len, allocator.max_request_tokens), padded)
+        timer = StepTimer(runner, allocator, clock, overlap=parts.engine.overlap)
+        scheduler.set_step_times(time_steps(timer, limits))
+    return getattr(scheduler, "step_times", None)
 
 
 def warm_cache(config: RunConfig, parts: EngineParts, requests: Iterable[Request]) -> float:

@@ -106,6 +106,7 @@ def make_trace(seed: int, num_requests: int = 20) -> Trace:
             "max_num_batched_tiles": pictures.choice([1, 2, 16]),
             "watermark": rng.choice([0.0, 0.01, 0.1]),
             "preemption": rng.choice(["recompute", "recompute", "none"] if swap_blocks == 0 else ["swap"]),
+            "chunks": random.Random(f"chunks {seed}").choice(["budget", "timed"]),
             "victim": rng.choice(["last_arrived", "lowest_priority", "most_blocks"]),
             "retire": rng.choice(["hold", "free"]),
             "max_wait": rng.choice([0.0, 3.5]),

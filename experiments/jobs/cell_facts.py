@@ -53,7 +53,8 @@ def on_gpu(config: RunConfig) -> bool:
 
 def engine_facts(parts: EngineParts) -> dict[str, Any]:
     """Section `engine`: what settings that leave it open came to."""
-    return {"overlap": parts.engine.overlap}
+    times = getattr(parts.engine.scheduler, "step_times", None)
+    return {"overlap": parts.engine.overlap, "step_times": None if times is None else times.facts}
 
 
 def model_facts(parts: EngineParts) -> dict[str, Any]:

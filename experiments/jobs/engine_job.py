@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from contextlib import nullcontext
 
 from kvarena.engine.pool.gpu_memory import NO_GPU
 from kvarena.experiments.building.build import build
 from kvarena.experiments.building.shared import SharedParts
-from kvarena.experiments.building.warm_up import Reach, WarmUp, warm_cache, warm_up
+from kvarena.experiments.building.warm_up import Reach, WarmUp, tell_step_times, warm_cache, warm_up
 from kvarena.experiments.folders.provenance import peak_rss_bytes, utc_now
 from kvarena.experiments.folders.run_folder import Measured
 from kvarena.experiments.jobs.cell_facts import engine_facts, interrupted_facts, model_facts, on_gpu, simulation_facts
@@ -41,6 +42,9 @@ def run_engine(config: RunConfig, name: str, shared: SharedParts | None, signals
     if setup.driver.warmup and isinstance(requests, list):
         users = None if load.closed_loop is None else len(load.closed_loop.first)
         warm = warm_up(config, setup.parts, [requests[0].sampling], Reach.of(config, setup.parts, requests, users))
+    begin = time.perf_counter()
+    tell_step_times(config, setup.parts)
+    warm = warm._replace(seconds=warm.seconds + time.perf_counter() - begin) if simulator is None else warm
     if setup.driver.cache == "warm":
         warm = warm._replace(seconds=warm.seconds + warm_cache(config, setup.parts, load.requests))
     contention = None if setup.parts.simulator is not None else Contention(setup.driver.probe, on_gpu(config))

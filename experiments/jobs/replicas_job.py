@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 from kvarena.experiments.building.build import build_load
 from kvarena.experiments.building.replicas import ReplicaSet, build_replicas
-from kvarena.experiments.building.warm_up import warm_up
+from kvarena.experiments.building.warm_up import tell_step_times, warm_up
 from kvarena.experiments.folders.provenance import peak_rss_bytes, utc_now
 from kvarena.experiments.folders.run_folder import Measured
 from kvarena.experiments.jobs.cell_facts import engine_facts, interrupted_facts, model_facts, simulation_facts
@@ -41,6 +41,11 @@ def run_replicas(config: RunConfig, name: str, signals: Signals) -> Measured:
     if driver.warmup and not is_simulated:
         sampling = next(iter(load.requests)).sampling
         warmup_time = sum(warm_up(config, parts, [sampling]).seconds for parts in built.parts)
+    # Replicas are alike, and plan alike.
+    times = tell_step_times(config, first)
+    for parts in built.parts[1:]:
+        if times is not None and parts.engine.scheduler.wants_step_times:
+            parts.engine.scheduler.set_step_times(times)
     contention = None if is_simulated else Contention(driver.probe, cuda=False)
     if contention is not None:
         contention.before()

@@ -28,6 +28,8 @@ DTYPES = {
 # They own regions, which are not swapped, and never take a request's slots away.
 ALLOCATORS_WITHOUT_SWAP = ("contiguous", "orca_max", "orca_oracle", "orca_pow2", "virtual")
 SCHEDULERS_WITHOUT_SWAP = ("static",)
+# They size their chunks by what steps take (conf/base/chunks.yaml), so that the budget is for idle moments.
+SCHEDULERS_IN_CHUNKS, IN_CHUNKS_TOKENS = ("chunked", "fair", "priority", "sjf"), 16384
 EXECUTORS = {"mp": "processes", "ray": "ray"}  # vLLM's names
 NULL = object()  # a setting's null, where None means that no flag was given
 _SIZES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
@@ -174,7 +176,8 @@ def _add_engine(add: Callable[..., Any]) -> None:
         "--max-num-batched-tokens",
         type=_tokens,
         metavar="TOKENS",
-        help="most new tokens in one step (default: 2048, or --max-num-seqs where that is more)",
+        help="most new tokens in one step (default: 16384, under static and continuous 2048, or --max-num-seqs where "
+        "that is more); while requests decode, chunks of prompts are as small as their pace asks for",
     )
     add("--block-size", type=int, metavar="SLOTS", help="slots per block of the KV pool, 1 to 256 (default: 16)")
     add(
@@ -275,9 +278,7 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
         "model.quantization": None if flags.quantization == "none" else flags.quantization,
         "engine.dtype": DTYPES[flags.dtype],
         "engine.overlap": flags.async_scheduling is not False,
-        "scheduler.max_num_batched_tokens": max(2048, flags.max_num_seqs or 0)
-        if flags.max_num_batched_tokens is None
-        else flags.max_num_batched_tokens,
+        "scheduler.max_num_batched_tokens": _budget(flags),
         # What the model allows, and below what the memory allows, unless a flag says otherwise: for the demo, too.
         "engine.max_model_len": NULL if flags.max_model_len is None else flags.max_model_len,
         "kv_cache.num_slots": NULL,
@@ -290,6 +291,14 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
         values |= {"allocator.swap_gib": flags.swap_space, "scheduler.preemption": "swap"}
     made += [f"{key}={_literal(value)}" for key, value in values.items() if value is not None]
     return made + flags.set
+
+
+def _budget(flags: argparse.Namespace) -> int | None:
+    """Tokens of a step; None: what the scheduler has under mode=serve."""
+    if flags.max_num_batched_tokens is not None:
+        return int(flags.max_num_batched_tokens)
+    usual = IN_CHUNKS_TOKENS if (flags.scheduler or "chunked") in SCHEDULERS_IN_CHUNKS else 2048
+    return None if (flags.max_num_seqs or 0) <= usual else int(flags.max_num_seqs)
 
 
 def _check(flags: argparse.Namespace) -> None:

@@ -115,7 +115,7 @@ def _build(config: RunConfig, strategy: dict[str, str], words: Callable[[str], s
         from kvarena.engine.checkpoints.tokenizer import load_tokenizer
         from kvarena.engine.server.engine.compiled import make_compiler
         from kvarena.experiments.building.build import build_engine
-        from kvarena.experiments.building.warm_up import SERVED, warm_up
+        from kvarena.experiments.building.warm_up import SERVED, tell_step_times, warm_up
 
     # Before the weights: a tokenizer that cannot be read must not wait for them.
     tokenizer = load_tokenizer(str(config.model.path), config.model.trust_remote_code)
@@ -123,6 +123,7 @@ def _build(config: RunConfig, strategy: dict[str, str], words: Callable[[str], s
     # A ledger keeps every step; a server runs for ever.
     parts.engine.ledger = None
     warm = warm_up(config, parts, SERVED)
+    tell_step_times(config, parts)
     logger.info(
         "the engine has warmed up in %.1f s, of which %.1f s for %d shapes of steps",
         warm.seconds, warm.shape_seconds, warm.num_shapes,

@@ -2,6 +2,7 @@
 
     engine.max_model_len: ${small_or:2048,null}     2048 for models/demo, null (the model's own) for model.path=DIR
     ${simulated_or:bfloat16,float32}                bfloat16 under runner=simulated, whose profiles are of 16 bit
+    ${serve_or:timed,budget}                        timed under mode=serve
 
 Resolvers of OmegaConf: whoever reads the setting reads a plain value. `register` makes them known.
 """
@@ -32,7 +33,12 @@ def _simulated_or(simulated: Any, other: Any, *, _root_: DictConfig) -> Any:
     return simulated if OmegaConf.select(_root_, "runner.kind") == "simulated" else other
 
 
+def _serve_or(served: Any, other: Any, *, _root_: DictConfig) -> Any:
+    return served if OmegaConf.select(_root_, "mode") == "serve" else other
+
+
 def register() -> None:
-    """Make `${small_or:...}` and `${simulated_or:...}` known. Idempotent."""
+    """Make `${small_or:...}`, `${simulated_or:...}` and `${serve_or:...}` known. Idempotent."""
+    OmegaConf.register_new_resolver("serve_or", _serve_or, replace=True)
     OmegaConf.register_new_resolver("simulated_or", _simulated_or, replace=True)
     OmegaConf.register_new_resolver("small_or", _small_or, replace=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kvarena.engine.contract import StepTimes
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.settings.strategies import Strategy
@@ -128,13 +129,17 @@ class RecordedRun:
             if "_target_" not in config[section]:
                 raise ConfigError(f"{self.path / MANIFEST_FILE}: config.{section} names no class; record the run again")
         max_model_len = config["engine"]["max_model_len"] or self.manifest["model"]["max_model_len"]
-        return Strategy.of(
+        strategy = Strategy.of(
             Part("allocator", config["allocator"]),
             Part("scheduler", config["scheduler"]),
             num_blocks=self.manifest["pool"]["num_blocks"],
             max_model_len=max_model_len,
             kv_bytes_per_token=self.manifest["model"]["kv_bytes_per_token"],
         )
+        # What the recorded scheduler knew of steps: it then decides alike.
+        if (times := (self.manifest.get("engine") or {}).get("step_times")) is not None:
+            strategy.scheduler.set_step_times(StepTimes.of(times))
+        return strategy
 
     def make_requests(self, *, as_long_as_recorded: bool = False) -> list[Request]:
         """Fresh requests, in order of submission: the same prompts, limits and arrivals.

@@ -7,7 +7,7 @@ torch.
 
 from __future__ import annotations
 
-from kvarena.engine.clock import Clock, MovableClock
+from kvarena.engine.clock import Clock, MovableClock, VirtualClock
 from kvarena.engine.contract import KVAllocator, StepPlan
 from kvarena.engine.core import StepOutput
 from kvarena.engine.model_runner import StepResult
@@ -41,6 +41,11 @@ class SimulatedRunner:
         self._host = host or HostTime()
         self._experts = experts
         self._free_at = 0.0  # when the device has run all that was launched
+
+    def twin(self) -> tuple[SimulatedRunner, VirtualClock]:
+        """A device of the same kind that nobody uses, on a clock of its own."""
+        clock = VirtualClock()
+        return SimulatedRunner(self._step_time, clock, self._token_id, self._host, self._experts), clock
 
     def execute(self, plan: StepPlan, allocator: KVAllocator) -> SimulatedStep:  # noqa: ARG002 - part of the protocol
         """Launch a step, after the host's part before it.

@@ -115,7 +115,7 @@ MANIFEST = {
         "quantization": MAYBE_TEXT,
         "kv_needed": maybe({"num_tokens": int, "stored_bytes": int, "bytes": int, "why": list[str]}),
     },
-    "engine": maybe({"overlap": bool}),
+    "engine": maybe({"overlap": bool, "step_times": maybe(dict)}),
     "pool": {"num_slots": MAYBE_INTEGER, "bytes": MAYBE_NUMBER, "block_size": MAYBE_INTEGER},
     "workload": {"name": MAYBE_TEXT, "description": MAYBE_TEXT},
     "arrival": maybe({"name": MAYBE_TEXT}),

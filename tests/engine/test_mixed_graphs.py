@@ -127,7 +127,7 @@ def test_a_cell_captures_few_shapes():
     """Some tens of milliseconds each, before every cell; few where a cell is small."""
     graphs = object.__new__(StepGraphs)
     graphs._decode_buckets, graphs._row_buckets = decode_buckets(256), row_buckets(256)
-    for parameters, most in ((600_000_000, 90), (8_000_000_000, 60)):
+    for parameters, most in ((600_000_000, 97), (8_000_000_000, 73)):
         graphs._token_buckets = token_buckets(graph_tokens(parameters))
         assert len(graphs.reachable(256, 8192)) <= most
     assert len(graphs.reachable(8, 512)) <= 20
@@ -135,4 +135,4 @@ def test_a_cell_captures_few_shapes():
 
 def test_large_models_have_few_host_bound_steps():
     assert graph_tokens(600_000_000) == 2048
-    assert 300 < graph_tokens(8_000_000_000) < 400
+    assert 700 < graph_tokens(8_000_000_000) < 800

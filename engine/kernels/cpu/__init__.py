@@ -1,1 +1,0 @@
-"""Kernels for CPUs, compiled by numba when first needed."""
