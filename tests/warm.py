@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver
@@ -132,7 +133,12 @@ def _run(
     from kvarena.engine.server.processes.supervisor import Supervisor
 
     Supervisor._spawn = _fork_part  # type: ignore[method-assign]
-    sys.exit(importlib.import_module(module).main())
+    try:
+        sys.exit(importlib.import_module(module).main())
+    finally:
+        # As where an interpreter ends: pools of processes end theirs. A forked one would wait for those first, which
+        # are idle for five minutes (joblib's).
+        threading._shutdown()
 
 
 def _fork_part(_: Any, name: str, target: Callable[..., None], args: tuple[object, ...]) -> BaseProcess:

@@ -27,7 +27,7 @@ from kvarena.engine.kernels.attention.wide_prefill import WidePrefill, fits
 from kvarena.engine.kernels.hopper import HopperKernels, load_hopper_kernels
 from kvarena.engine.kernels.store import gather_kv, store_kv
 from kvarena.engine.pool.kv_pool import KVPool
-from kvarena.engine.sampling.transfer import to_device
+from kvarena.engine.sampling.transfer import copy_to, to_device
 
 
 @dataclass(slots=True)
@@ -140,10 +140,10 @@ class TritonBackend:
         words, capacity = plan_step(
             meta.host_query_start_loc, meta.host_seq_lens, shape, reserved.capacity if reserved else None
         )
-        sent = to_device(words, self.pool.device)
         if reserved is not None:
-            reserved.buffer.copy_(sent, non_blocking=True)
+            copy_to(words, reserved.buffer)
             return
+        sent = to_device(words, self.pool.device)
         scratch = self._scratch_for(capacity.decode, len(meta.host_seq_lens))
         plan = _views(sent, capacity, scratch, shape, is_reserved=False)
         plan.dense = self._dense.shape(meta.host_query_start_loc, meta.host_seq_lens)

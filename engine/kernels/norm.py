@@ -26,10 +26,12 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
     OVERLAP: tl.constexpr,
 ):
     """One row; see `rms_norm`."""
-    await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE_PAD)
     exists = at < SIZE
+    # Of the model, and so on its way before the kernel before has ended.
+    weight = tl.load(weight_ptr + at, mask=exists, other=0.0).to(tl.float32)
+    await_previous(OVERLAP)
     x = tl.load(x_ptr + row * stride_x + at, mask=exists, other=0.0).to(tl.float32)
     if ADD:
         residual = residual_ptr + row * stride_residual + at
@@ -39,7 +41,6 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
         tl.store(residual, rounded, mask=exists)
         x = rounded.to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(x * x, 0) / SIZE + epsilon)
-    weight = tl.load(weight_ptr + at, mask=exists, other=0.0).to(tl.float32)
     normed = (x * factor).to(out_ptr.dtype.element_ty).to(tl.float32)
     tl.store(out_ptr + row * stride_out + at, (normed * weight).to(out_ptr.dtype.element_ty), mask=exists)
 

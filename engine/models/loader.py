@@ -218,14 +218,14 @@ def _from_directory(
     load = None
     if checkpoint is not None and isinstance(dtype, torch.dtype):
         packed = PackedTensors(checkpoint, dtype, target) if composite is None else composite.packed(checkpoint)
-        load = _planned(lambda _: packed, config, dtype, target, trust_remote_code, str(directory))
+        load = planned(lambda _: packed, config, dtype, target, trust_remote_code, str(directory))
     elif quantization in MADE and said is None:
         dtype = element_type(dtype)
         named = open_tensors(directory) if composite is None else composite.text
         make = functools.partial(
             made_tensors, name=str(directory), method=quantization, named=named, dtype=dtype, device=target
         )
-        load = _planned(make, config, dtype, target, trust_remote_code, str(directory))
+        load = planned(make, config, dtype, target, trust_remote_code, str(directory))
     if composite is not None:
         config.tie_word_embeddings = "lm_head.weight" not in composite.text
     try:
@@ -278,7 +278,7 @@ def _expert_fault(
     return expert_fault(shape, open_tensors(directory))
 
 
-def _planned(
+def planned(
     make: Callable[[nn.Module], PackedTensors],
     config: PretrainedConfig,
     dtype: torch.dtype,

@@ -5,7 +5,6 @@ config of the whole --Shard--> config and tensors of the part --> a model of the
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,22 +20,27 @@ from kvarena.engine.checkpoints.directory import one_line, read_config
 from kvarena.engine.checkpoints.packed import packed_checkpoint
 from kvarena.engine.checkpoints.packed_settings import MADE
 from kvarena.engine.errors import ConfigError, ModelError
-from kvarena.engine.models.building import build_dummy, check_host, check_report, does_not_fit, placement
+from kvarena.engine.models.building import (
+    build_dummy,
+    check_host,
+    check_report,
+    does_not_fit,
+    element_type,
+    placement,
+)
 from kvarena.engine.models.configs import quiet_transformers, read_model_config, tokenizer_end, weights_dtype
-from kvarena.engine.models.loader import describe
-from kvarena.engine.models.packed_loader import forget_packing
+from kvarena.engine.models.loader import describe, planned
+from kvarena.engine.models.packed_loader import PackedLoad, forget_packing, load_packed
 from kvarena.engine.models.spec import LoadedModel
 from kvarena.engine.parallel.bind import bind
 from kvarena.engine.parallel.groups import Groups
 from kvarena.engine.parallel.layout import Layout
 from kvarena.engine.parallel.shard import Shard
 from kvarena.engine.pool.memory_limits import free_bytes, is_out_of_memory
-from kvarena.engine.quantization.state import PackedTensors, open_tensors
+from kvarena.engine.quantization.state import PackedShare, PackedTensors, open_tensors
 
 if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
     from kvarena.engine.vision.composite import Composite
-
-logger = logging.getLogger(__name__)
 
 
 def load_part(
@@ -158,43 +162,57 @@ def _from_parts(
     device: str | torch.device,
     composite: Composite | None,
 ) -> tuple[nn.Module, str]:
-    """A rank's model with its slices of the directory's weights; packed ones are dequantised. As `_from_directory`.
+    """A rank's model with its slices of the directory's weights. As `_from_directory`.
 
     Args:
         shard: what the rank has.
         config: of its part.
         directory, dtype, device, composite: see there.
     """
-    target, packing = torch.device(device), ""
+    target = torch.device(device)
     if target.type == "cuda":  # each rank has a GPU of its own
         target = torch.device("cuda", torch.cuda.current_device())
     checkpoint = packed_checkpoint(directory, read_config(directory))
+    load: PackedLoad | None = None
     if checkpoint is not None:
-        packing = f"{checkpoint.describe()}, dequantised"
-        logger.warning("%s: %s: parts of weights are not kept packed", directory, packing)
-        dtype = torch.float16 if dtype == "auto" else dtype
-    if composite is not None:
-        tensors = composite.text
-    elif checkpoint is not None:
-        tensors = PackedTensors(checkpoint, torch.float32, torch.device("cpu")).state()
+        dtype = torch.float16 if dtype == "auto" else element_type(dtype)
+        packed = PackedTensors(checkpoint, dtype, target) if composite is None else composite.packed(checkpoint)
+        of_rank = _of_rank(packed, shard)
+        load = planned(lambda _: of_rank, config, dtype, target, False, str(directory))
+        mine = of_rank.plain
     else:
-        tensors = open_tensors(directory)
-    mine = shard.cut(tensors)
+        mine = shard.cut(open_tensors(directory) if composite is None else composite.text)
     if shard.layout.pipeline == 1 and composite is not None:
         config.tie_word_embeddings = "lm_head.weight" not in mine
     free = free_bytes(target)
     if target.type == "cpu":
         check_host(str(directory), config, dtype, free, False)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    options: dict[str, Any] = {
+        "attn_implementation": "eager", "ignore_mismatched_sizes": True, "output_loading_info": True,
+        **placement(str(directory), target),
+    }  # fmt: skip
     try:
-        module, info = kind.from_pretrained(
-            None, state_dict=mine, config=config, dtype=dtype, attn_implementation="eager",
-            ignore_mismatched_sizes=True, output_loading_info=True, **placement(str(directory), target),
-        )  # fmt: skip
+        if load is not None and isinstance(dtype, torch.dtype):
+            module, info = load_packed(load, config, dtype, **options)
+        else:
+            module, info = kind.from_pretrained(None, state_dict=mine, config=config, dtype=dtype, **options)
     # Anything: as in `_from_directory`.
     except Exception as error:
         if is_out_of_memory(error):
-            raise does_not_fit(str(directory), config, dtype, target, free, False) from error
+            raise does_not_fit(str(directory), config, dtype, target, free, False, load) from error
         raise ModelError(f"{directory} cannot be loaded: {one_line(error)}") from error
     check_report(directory, config, info)
-    return module, packing
+    return module, "" if load is None else load.summary
+
+
+def _of_rank(tensors: PackedTensors, shard: Shard) -> PackedTensors:
+    """A rank's tensors of a packed checkpoint: slices of what is plain, parts of what is packed."""
+    packed, rest = {}, dict(tensors.plain)
+    for name, source in tensors.packed.items():
+        part = shard.layer_part(name, source.get_shape())
+        if part is None:  # the output head, which is dequantised where it is cut; or no part of this stage
+            rest[f"{name}.weight"] = source
+        else:
+            packed[part[0]] = PackedShare(source, *part)
+    return tensors.of_rank(shard.cut(rest), packed)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,6 +236,28 @@ class Shard:
             else:
                 mine[name] = self._cut(name, stored)
         return self._with_embedding(mine, tensors) if self.layout.pipeline > 1 else mine
+
+    def layer_part(self, name: str, shape: Sequence[int]) -> tuple[str, slice, slice] | None:
+        """What this rank has of a linear layer's weight.
+
+        Args:
+            name: of the layer in the files.
+            shape: [N, K] of its weight.
+
+        Returns:
+            The layer's name in this rank's model, its outputs and its inputs; None: it is none of this stage's layers.
+        """
+        found = _LAYER.search(name)
+        if found is None or int(found[2]) not in self.layers:
+            return None
+        local = _LAYER.sub(lambda one: f"{one[1]}layers.{int(one[2]) - self.layers.start}.", name)
+        outputs, inputs = slice(0, shape[0]), slice(0, shape[1])
+        kind = self._style(f"{name}.weight")
+        if kind == _COLUMNS:
+            outputs = _share(shape[0], *self._part(f"{name}.weight"))
+        elif kind == _ROWS:
+            inputs = _share(shape[1], self.layout.tensor_rank, self.layout.tensor)
+        return local, outputs, inputs
 
     def _with_embedding(self, mine: Tensors, tensors: Mapping[str, Any]) -> Tensors:
         """A stage's model is tied: its one embedding is the whole model's, its head, or a stand-in."""

@@ -10,6 +10,7 @@ Both are what transformers takes as `state_dict`: it reads an entry by `[...]`, 
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -73,6 +74,19 @@ class PackedTensors:
         if key not in self._files:
             self._files[key] = safe_open(key, framework="pt", device="cpu")
         return self._files[key].get_slice(stored.name)
+
+    def of_rank(self, plain: dict[str, Any], packed: Mapping[str, PackedSource]) -> PackedTensors:
+        """The same for a model that has parts of the tensors.
+
+        Args:
+            plain: its tensors that are not packed.
+            packed: its packed layers by name.
+        """
+        found = copy.copy(self)
+        entries = {name: source.entry for name, source in packed.items()}
+        found.checkpoint = replace(self.checkpoint, entries=entries)
+        found.plain, found.packed = plain, dict(packed)
+        return found
 
     def state(self, kept: Mapping[str, str] | None = None) -> dict[str, Any]:
         """What transformers takes as `state_dict`.
@@ -225,3 +239,54 @@ class _Part:
 
     def __getitem__(self, index: Any) -> Tensor:
         return self._source.part(self._name)[index]
+
+
+class PackedShare(PackedSource):
+    """What a rank has of a packed layer: some outputs, or some inputs. Read with the whole, and cut.
+
+    Inputs stay packed where they are whole groups in the order of the files; others are dequantised when they are cut.
+
+    Args:
+        whole: the layer.
+        name: of the part.
+        outputs, inputs: which.
+    """
+
+    def __init__(self, whole: PackedSource, name: str, outputs: slice, inputs: slice) -> None:
+        entry = whole.entry
+        num_outputs, num_inputs = outputs.stop - outputs.start, inputs.stop - inputs.start
+        num_groups, group_size = entry.num_groups, entry.group_size
+        self._whole, self._outputs, self._inputs = whole, outputs, inputs
+        self._tensors, self._dtype, self._device = whole._tensors, whole._dtype, whole._device
+        self.inputs = copy.copy(whole.inputs)
+        self._is_cut = num_inputs < entry.num_inputs
+        if self._is_cut:
+            step = group_size if num_groups > 1 else 8
+            self._fits = whole.is_even and self.inputs.order is None and not (inputs.start % step or num_inputs % step)
+            num_groups = num_inputs // group_size if num_groups > 1 else 1
+            group_size = min(group_size, num_inputs)
+        else:
+            self._fits = whole.is_even
+        share = entry.share * num_outputs * num_inputs / (entry.num_outputs * entry.num_inputs)
+        self.entry = replace(
+            entry, name=name, num_outputs=num_outputs, num_inputs=num_inputs, num_groups=max(1, num_groups),
+            group_size=group_size, share=share,
+        )  # fmt: skip
+        self._lock = threading.Lock()
+        self._loaded: PackedWeight | None = None
+        self._asked = 0
+
+    @property
+    def is_even(self) -> bool:
+        """See `PackedSource.is_even`: a cut through a group is not."""
+        return self._fits
+
+    def load(self) -> PackedWeight:
+        """See `PackedSource.load`; of a part that is even."""
+        weight = self._whole.load().select_rows(self._outputs)
+        return weight.select_inputs(self._inputs) if self._is_cut else weight
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The dequantised part, or a part of it."""
+        weight = self._whole.load().select_rows(self._outputs)
+        return weight.dequantize(self._dtype)[:, self._inputs][index]

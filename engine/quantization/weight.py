@@ -78,6 +78,19 @@ class PackedWeight:
             zeros=None if self.zeros is None else self.zeros[:, rows],
         )
 
+    def select_inputs(self, inputs: slice) -> PackedWeight:
+        """Some inputs, whole groups of them in the model's order, as a packed weight of their own."""
+        step, groups = 8 if self.bits == 4 else 1, slice(0, 1)
+        if len(self.scales) > 1:
+            groups = slice(inputs.start // self.group_size, inputs.stop // self.group_size)
+        return replace(
+            self,
+            codes=self.codes[:, inputs.start // step : inputs.stop // step].contiguous(),
+            scales=self.scales[groups],
+            zeros=None if self.zeros is None else self.zeros[groups],
+            group_size=min(self.group_size, inputs.stop - inputs.start),
+        )
+
     def without_zeros(self) -> PackedWeight:
         """The same, without zero points where all of them are what none at all means."""
         usual = MIDDLE if self.bits == 4 else 0

@@ -5,13 +5,11 @@ All take float32 logits [rows, V]. A token that may not be picked has the logit 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvarena.engine.sampling.batch import Penalties
-
-# So many of the largest logits are looked at before all of them are sorted.
-_FIRST = 2048
 
 
 def penalize(
@@ -66,21 +64,14 @@ def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
         logits: float32 [R, V].
         top_p: [R] in (0, 1].
     """
-    peak = logits.amax(-1, keepdim=True).double()
-    wanted = top_p.double()[:, None] * (logits.double() - peak).exp().sum(-1, keepdim=True)
-    if logits.device.type == "cpu" and logits.shape[-1] > _FIRST:
-        # As a rule a nucleus is small, and finding some largest ones costs a fraction of sorting all.
-        values = logits.topk(_FIRST, dim=-1).values
-        mass = (values.double() - peak).exp()
-        if bool((mass.sum(-1, keepdim=True) >= wanted).all()):
-            return _keep_first(logits, values, _num_reaching(mass, wanted))
-    values = logits.sort(dim=-1, descending=True).values
-    return _keep_first(logits, values, _num_reaching((values.double() - peak).exp(), wanted))
-
-
-def _num_reaching(mass: Tensor, wanted: Tensor) -> Tensor:
-    """int64 [R]: how many of each row's `mass`, in order, it takes to reach `wanted` [R, 1]; at least one."""
-    return (mass.cumsum(-1) - mass < wanted).sum(-1).clamp_min(1)
+    if logits.device.type == "cpu":  # numpy sorts values alone, in a fraction of the time
+        values = torch.from_numpy(np.sort(logits.numpy(), axis=-1)).flip(-1)
+    else:
+        values = logits.sort(dim=-1, descending=True).values
+    mass = (values.double() - values[:, :1].double()).exp_()
+    reached = mass.cumsum(-1)
+    wanted = top_p.double()[:, None] * reached[:, -1:]
+    return _keep_first(logits, values, (reached - mass < wanted).sum(-1).clamp_min(1))
 
 
 def _keep_first(logits: Tensor, values: Tensor, counts: Tensor) -> Tensor:

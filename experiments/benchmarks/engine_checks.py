@@ -14,9 +14,8 @@ from kvarena.engine.errors import ConfigError
 from kvarena.engine.models import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.engine.runner.graphs import Forward
-from kvarena.engine.runner.torch_runner import ModuleForward
+from kvarena.engine.runner.torch_runner import ModuleForward, TorchRunner
 from kvarena.experiments.gpu.engines import ABLATIONS, HOST_LEVERS, Engines, drive, runner_of
 
 NUM_TOKENS = 48
@@ -79,7 +78,7 @@ def check_logits(engines: Engines) -> dict[str, Any]:
     """
     parts = engines.build(f"scheduler.max_num_seqs={len(LENGTHS)}")
     runner, model = runner_of(parts), parts.model
-    if not isinstance(runner, FusedRunner) or not parts.pool_facts["runner"]["fusions"] or model is None:
+    if not isinstance(runner, TorchRunner) or not parts.pool_facts["runner"]["fusions"] or model is None:
         raise ConfigError("the logits check compares the fused forward; it needs runner.fusions=true")
     exact = _in_float32(engines, model)
     pool = _small_pool(exact, runner.pool.block_size)

@@ -47,18 +47,20 @@ def make_runner(
 ) -> tuple[TorchRunner, Facts]:
     """The runner that section `runner` asks for, and what the manifest says of it.
 
-    `auto` means: on a GPU if possible, never on a CPU. The fused forward runs on a CPU when it is asked for, in plain
-    torch; graphs do not exist there.
+    `auto` means: if possible; on a CPU only with `runner.cpu=fused`. With `runner.cpu=modules` the fused forward runs
+    on a CPU when it is asked for, in plain torch. Graphs do not exist there.
 
     Raises:
         ConfigError: `true` cannot be had; says why.
     """
     on_gpu = pool.device.type == "cuda"
+    if on_gpu and config.cpu != "fused":
+        raise ConfigError(f"runner.cpu={config.cpu} is of a CPU, and this run is on a GPU; leave it out")
     if not on_gpu:
         for name, value in (("graphs", config.graphs), *_gemm_settings(config).items()):
             if value not in ("auto", False):
                 raise ConfigError(f"runner.{name}={_word(value)} needs a GPU; leave it out")
-    wants_fused = config.fusions is True or on_gpu
+    wants_fused = config.fusions is True or on_gpu or (config.cpu == "fused" and model.shard is None)
     reducer = _reducer(model, all_reduce) if wants_fused else None
     decoder, reason = _fused(config, model, max_model_len, reducer) if wants_fused else (None, None)
     if reason is not None and config.fusions is True:
@@ -81,11 +83,19 @@ def make_runner(
 
         if isinstance(backend, TritonBackend):
             facts |= {"decode_kernel": backend.decode_kernel, "prefill_kernel": backend.prefill_kernel}
+    else:
+        facts["cpu"] = config.cpu
     if model.spec.experts is not None:
         fused = decoder is not None and decoder.num_read is not None
         # What transformers chose of its own: torch's grouped product wherever the class can take it.
         facts["experts"] = "fused" if fused else getattr(model.module.config, "_experts_implementation", None)
     facts |= {key: why for key, why in (("no_fusions", reason), ("no_graphs", no_graphs)) if why is not None}
+    if not on_gpu and config.cpu == "fused" and model.shard is None:
+        # Imported here: numba is not needed, and takes its time, without such kernels.
+        from kvarena.engine.runner.cpu_runner import CpuRunner
+
+        runner: TorchRunner = CpuRunner(model, pool, backend, decoder, seed=seed, clock=clock, num_scores=num_scores)
+        return runner, facts
     if decoder is None and (not on_gpu or _is_staged(model)):
         return _plain_runner(model, pool, backend, seed=seed, clock=clock, num_scores=num_scores), facts
     mixed = graphs and config.graphs != "decode"
@@ -105,8 +115,13 @@ def attention_backend(config: RunnerConfig, model: LoadedModel, pool: KVPool) ->
     contiguous = config.layout == "contiguous"
     if config.attention == "triton" and not on_gpu:
         raise ConfigError("runner.attention=triton needs a GPU; use reference or auto")
-    if config.attention == "reference" or not on_gpu:
+    if config.attention == "reference" or not (on_gpu or config.cpu == "fused"):
         return ReferenceBackend(pool, contiguous=contiguous)
+    if not on_gpu:
+        # Imported here: numba is not needed, and takes its time, without such kernels.
+        from kvarena.engine.attention.cpu_backend import CpuBackend
+
+        return CpuBackend(pool, contiguous=contiguous)
     # Imported here: Triton is not needed, and may not be there, without a GPU.
     from kvarena.engine.attention.triton_backend import TritonBackend
 
@@ -192,7 +207,11 @@ def _word(value: bool | str | int) -> str:
 
 def _ops(config: RunnerConfig, device: torch.device, dtype: torch.dtype) -> Ops:
     if device.type != "cuda":
-        return TorchOps()
+        if config.cpu == "modules":
+            return TorchOps()
+        from kvarena.engine.fusions.cpu_ops import CpuOps
+
+        return CpuOps(dtype, dtype)
     # Imported here: Triton is not needed, and may not be there, without a GPU.
     from kvarena.engine.fusions.triton_ops import TritonOps
     from kvarena.engine.kernels.gemm.table import ROW_BUCKETS, GemmTable

@@ -221,6 +221,7 @@ class RunnerConfig(Section):
     layout: Annotated[str, one_of("paged", "contiguous")]
     fusions: Annotated[bool | str, AUTO]
     graphs: Annotated[bool | str, GRAPHS]
+    cpu: Annotated[str, one_of("fused", "modules")] = "fused"
     gemm: Annotated[str, one_of("auto", "triton", "library")] = "auto"
     gemm_rows: Annotated[int | None, integer(1, 128).or_null] = None  # as many as the table has
     gemm_table: Annotated[str | None, TEXT.or_null] = None

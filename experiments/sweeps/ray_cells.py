@@ -9,10 +9,12 @@ Every node needs this project, installed from the same code, and the sweep's fol
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from kvarena.engine.errors import ConfigError
 from kvarena.experiments.folders.sources import code_hash
 from kvarena.experiments.jobs.outcomes import outcome
 from kvarena.experiments.jobs.output import progress_bar
+from kvarena.experiments.recording.interruption import SIGNALS
 from kvarena.experiments.settings.explain import first_line
 
 CONNECT_TIMEOUT = 5.0  # seconds
@@ -97,12 +100,25 @@ def _connect(ray: Any, address: str) -> None:
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), CONNECT_TIMEOUT).close()
         # What cells print goes to Ray's logs: of several at once it is no text that a person can read.
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+        with _own_signals():
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"hydra.launcher.address={address}: no Ray cluster answers there ({first_line(error)}); start one with "
             "`ray start --head`, or say hydra.launcher.address=local"
         ) from error
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """A signal does behind the block what it did before: Ray would end the process, and what cells measured is lost."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _check_room(ray: Any, num_cpus: float, num_gpus: float) -> None:

@@ -102,8 +102,9 @@ def _launch(plan: Plan, config: DictConfig, launcher: Launcher, bugs: list[Excep
         with Signals() as signals, cells_elsewhere(signals, Path(config.hydra.sweep.dir), here=name not in PASSED_ON):
             try:
                 returns = launcher.launch(commands, initial_job_idx=number)
-            except Exception:
-                signals.check()  # a launcher whose processes ended by the signal has an error of its own
+            except (Exception, KeyboardInterrupt):
+                # A launcher whose processes ended by the signal has an error of its own; Ray's is always SIGINT's.
+                signals.check()
                 raise
         number += len(batch)
         for job, returned in zip(batch, returns, strict=True):

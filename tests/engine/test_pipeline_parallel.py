@@ -185,6 +185,7 @@ class Fussy:
 
     failure = ""
     num_late = 0
+    is_free = False
 
     def __init__(self) -> None:
         self.num_filled = 0

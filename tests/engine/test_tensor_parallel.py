@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -14,9 +15,12 @@ from parallel_cells import CELLS, MAX_TOKENS, SAMPLINGS, SHORT, THREADS, alone, 
 from triton.runtime.interpreter import GridExecutor
 
 from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.models import loader
+from kvarena.engine.models import parts as models_parts
 from kvarena.engine.models.configs import read_model_config
 from kvarena.engine.parallel.layout import Layout
 from kvarena.engine.parallel.shard import Shard
+from kvarena.engine.quantization.linear import PackedLinear
 from kvarena.engine.ranks import runners, worker
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner import fused_runner
@@ -239,15 +243,39 @@ def test_the_fused_forward_gives_the_tokens_of_one_rank(directories, shared, fam
     assert [req.output_token_ids for req in asked] == alone(directories[family], asked)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-def test_a_cut_through_a_group_of_packed_weights_gives_the_tokens_of_one_rank(tmp_path, act_order):
-    """Groups of 32 inputs, and 96 on two ranks: a group lies on both; with act-order every rank has inputs of all."""
-    directory, _ = write_packed(tmp_path, "gptq", group_size=32, act_order=act_order)
-    parts, asked = SharedParts(), requests()
-    engine = build_engine(of_model(directory, *TP2), parts).engine
-    run(engine, asked)
-    assert [req.output_token_ids for req in asked] == alone(directory, asked)
-    assert "dequantised" in engine.runner.model.spec.quantization
+# Format, family, its options; how many layers of a rank's three stay packed of how many. 96 inputs of the MLP's second
+# product lie in groups of 32 on two ranks: one of them on both; with act-order every rank has inputs of all groups.
+PACKED = {
+    "gptq": (("gptq", "llama"), {"group_size": 32}, (18, 21)),
+    "gptq-act": (("gptq", "llama"), {"group_size": 32, "act_order": True}, (15, 21)),
+    "awq": (("awq", "llama"), {"group_size": 16}, (21, 21)),
+    "compressed": (("compressed-tensors", "qwen3"), {"group_size": -1, "symmetric": True}, (21, 21)),
+}
+
+
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_weights_give_the_tokens_of_one_rank(tmp_path, monkeypatch, case, stays):
+    """As on a CPU, where all are dequantised, and as on a GPU, where parts of whole groups stay packed."""
+    (kind, family), options, (kept, packed) = PACKED[case]
+    directory, _ = write_packed(tmp_path, kind, family, **options)
+    asked = requests()
+    expected = alone(directory, asked)
+    monkeypatch.setattr(loader, "keeps_packed", lambda device: stays)
+    if stays:
+        for module in (loader, models_parts):
+            monkeypatch.setattr(module, "placement", lambda directory, device: {"device_map": {"": device}})
+    parts = SharedParts()
+    for fused in ("false", "true"):
+        copies = [replace(req, output_token_ids=[]) for req in asked]
+        engine = build_engine(of_model(directory, *TP2, f"runner.fusions={fused}"), parts).engine
+        run(engine, copies)
+        assert [req.output_token_ids for req in copies] == expected
+    model = engine.runner.model
+    layers = [part for part in model.module.modules() if isinstance(part, PackedLinear)]
+    assert len(layers) == kept * stays
+    said = "dequantised" if not stays else f"{packed - kept} of {packed} dequantised"
+    assert (said in model.spec.quantization) == (not stays or kept < packed)
     parts.clear()
 
 

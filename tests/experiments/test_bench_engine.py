@@ -156,7 +156,7 @@ def test_the_exact_logits_are_those_of_the_same_weights():
 
 def test_a_forward_that_is_not_fused_has_no_logits_to_check():
     with pytest.raises(ConfigError, match=r"needs runner\.fusions=true"):
-        check_logits(tiny())
+        check_logits(tiny("runner.fusions=false"))
 
 
 def test_steps_are_kept_as_numbers():

@@ -3,13 +3,17 @@
 import pytest
 import torch
 
+from kvarena.engine.attention.cpu_backend import CpuBackend
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.clock import VirtualClock
 from kvarena.engine.errors import ConfigError
+from kvarena.engine.fusions.cpu_ops import CpuOps
 from kvarena.engine.models import load_model
 from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.runner.cpu_runner import CpuRunner
 from kvarena.engine.runner.fused_runner import FusedRunner
-from kvarena.experiments.building.runners import make_runner
+from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.experiments.building.runners import attention_backend, make_runner
 from kvarena.experiments.gpu.floors import model_of
 from kvarena.experiments.settings.compose import load_run
 from kvarena.experiments.settings.config import RunnerConfig
@@ -40,16 +44,39 @@ def make(shape, **changes):
     return runner, facts
 
 
-def test_on_a_cpu_auto_keeps_the_modules():
-    runner, facts = make(TINY)
-    assert not isinstance(runner, FusedRunner)
-    assert facts == {"fusions": False, "graphs": False, "attention": "ReferenceBackend"}
-
-
-def test_fusions_run_on_a_cpu_when_asked_for():
-    runner, facts = make(TINY, fusions=True)
+def test_on_a_cpu_modules_are_taken_when_asked_for():
+    runner, facts = make(TINY, cpu="modules")
+    assert type(runner) is TorchRunner
+    assert facts == {"fusions": False, "graphs": False, "attention": "ReferenceBackend", "cpu": "modules"}
+    runner, facts = make(TINY, cpu="modules", fusions=True)
     assert isinstance(runner, FusedRunner)
     assert facts["fusions"] is True
+
+
+def test_a_cpu_fuses_what_it_can():
+    runner, facts = make(TINY)
+    assert isinstance(runner, CpuRunner)
+    assert facts == {"fusions": True, "graphs": False, "attention": "ReferenceBackend", "cpu": "fused"}
+    assert isinstance(runner.forward.func.ops, CpuOps)
+    runner, facts = make(GPT2)
+    assert isinstance(runner, CpuRunner)
+    assert "no module model" in facts["no_fusions"]
+    runner, facts = make(TINY, fusions=False)
+    assert isinstance(runner, CpuRunner)
+    assert facts["fusions"] is False
+    assert "no_fusions" not in facts
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [({}, CpuBackend), ({"cpu": "modules"}, ReferenceBackend), ({"attention": "reference"}, ReferenceBackend)],
+)
+def test_which_attention_a_cpu_gets(changes, kind):
+    model = load_model(shape=TINY, dtype="float32", device="cpu", load_format="dummy", name="small")
+    pool = KVPool.of_model(model.spec, num_blocks=4, block_size=4, dtype=torch.float32, device="cpu")
+    backend = attention_backend(section(**changes, layout="contiguous"), model, pool)
+    assert type(backend) is kind
+    assert backend.contiguous
 
 
 def test_what_cannot_be_had_is_an_error():

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 import kvarena.experiments.jobs.engine_job
 import kvarena.reports.drawing.document
 from kvarena.engine.errors import EngineError
 from kvarena.experiments.entry import main
 from kvarena.experiments.recording.interruption import Interrupted, Signals
+from kvarena.experiments.sweeps import sweep
 from kvarena.reports.__main__ import main as report
 from kvarena.reports.pages.summary import summarize
 from kvarena.reports.reading.files import read_run
@@ -280,6 +283,21 @@ def wait_for(process: subprocess.Popen, ready) -> None:
 
 def cells_at_work(folder: Path) -> int:
     return sum((path / ".hydra" / "overrides.yaml").exists() for path in folder.glob("*"))
+
+
+def test_a_sweep_ends_by_the_signal_that_came_whatever_its_launcher_makes_of_it(tmp_path):
+    """Ray's calls raise KeyboardInterrupt for all of them."""
+
+    def launch(*_: object, **__: object) -> None:
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    plan = SimpleNamespace(batches=[[SimpleNamespace(command=list)]])
+    config = OmegaConf.create({"hydra": {"launcher": {"_target_": "x.Y"}, "sweep": {"dir": str(tmp_path)}}})
+    with pytest.raises(Interrupted) as caught:
+        sweep._launch(plan, config, SimpleNamespace(launch=launch), [])
+    assert caught.value.number == signal.SIGTERM
 
 
 @pytest.mark.slow

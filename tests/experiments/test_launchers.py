@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import warm
 
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.folders.sources import code_hash
-from kvarena.experiments.sweeps.ray_cells import _check_node, _gather, _Sweep, run_cells
+from kvarena.experiments.sweeps.ray_cells import _check_node, _connect, _gather, _Sweep, run_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 # The last block size is refused.
@@ -85,6 +86,19 @@ def test_a_cell_whose_worker_dies_is_an_error_of_its_own(cluster, tmp_path):
     assert left["folder"] == str(tmp_path / "y")
     assert left["error"].startswith("its Ray worker ended: ")
     assert "\n" not in left["error"]
+
+
+def test_ray_takes_no_signal_from_the_sweep():
+    """Its head's processes end a driver at SIGTERM with code 1, and cells that ran are lost."""
+    ours = lambda *_: None  # noqa: E731
+    before = signal.signal(signal.SIGTERM, ours)
+    taken = []
+    ray = SimpleNamespace(init=lambda **_: taken.append(signal.signal(signal.SIGTERM, lambda *_: None)))
+    try:
+        _connect(ray, "local")
+        assert taken == [ours] and signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_node_must_see_the_folder_and_have_the_same_code(tmp_path):

@@ -69,7 +69,8 @@ def test_strategies_differ_by_rounding_alone(tmp_path, sampling):
 
 
 def test_wrong_kv_is_an_error(tmp_path, monkeypatch):
-    same, _ = run_pair(tmp_path, "driver.scores=8", broken=monkeypatch)
+    # On modules: how many tokens wrong KV changes is a matter of rounding, in 16 bits.
+    same, _ = run_pair(tmp_path, "driver.scores=8", "runner.cpu=modules", broken=monkeypatch)
     # Every request differs. In some of them the two tokens were so near that their scores alone do not tell why.
     assert same["verdict"] == "different" and same["errors"] >= 2, same
     assert same["errors"] + same["rounding"] == 6

@@ -75,7 +75,7 @@ def test_kernels_touch_memory_only_after_the_kernel_before_them(resources):
         assert r["waits"], name
         # A step's inputs are there before its layers' first kernel.
         # So is the routing, long before a layer's second product; and so are the ranks' addresses, and weights.
-        early = ("decode", "rope", "experts down", "experts norm", "all-reduce", "best token")
+        early = ("decode", "rope", "experts down", "experts norm", "norm", "all-reduce", "best token")
         assert r["before_wait"] == (["ld.global"] if name.startswith(early) else []), name
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from draw_cases import make_logits, packed, settings
@@ -9,11 +10,15 @@ from scipy import stats
 
 from kvarena.engine.kernels.drawing import CHOOSE, DONE, HARD, PIVOT, REJECTED, DrawScratch
 from kvarena.engine.kernels.filtered import check_drawn, draw_chosen
+from kvarena.engine.kernels.penalties import penalize_rows
 from kvarena.engine.kernels.sample import draw_tokens
 from kvarena.engine.kernels.threshold import settle
-from kvarena.engine.request import SamplingParams
+from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner.draw import Draw
+from kvarena.engine.runner.request_rows import RequestRows
+from kvarena.engine.sampling.sampler import Sampler
 from kvarena.engine.sampling.streams import log_exponentials
+from kvarena.engine.sampling.transfer import to_device
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,7 +104,9 @@ def test_tokens_are_those_of_the_race_among_the_kept(num_rows, vocab_size, dtype
     wanted, lead = raced(logits, params, definition.kept())
     # The hardware's logarithms are good to 2^-21: closer races may end either way.
     sharp = (lead > 1e-5) & ~definition.is_close
-    assert sharp.sum() >= 0.97 * num_rows - 1
+    assert sharp.sum() >= 0.9 * num_rows - 2
+    greedy = torch.tensor([one.temperature == 0 for one in params], device="cuda")
+    assert torch.equal(found[greedy], definition.order[greedy, 0])
     assert torch.equal(found[sharp], wanted[sharp])
     assert torch.equal(call[2][:num_rows], found)
     again = draw(*call[:3])
@@ -114,7 +121,7 @@ def test_kept_sets_are_the_definition_s(num_rows, vocab_size, dtype):
     scratch = call[4]
     definition = Sorted(logits, params)
     print(f"within 1e-6 of top_p: {int(definition.is_close.sum())} of {num_rows} rows")
-    assert definition.is_close.sum() <= 0.05 * num_rows + 1
+    assert definition.is_close.sum() <= 0.1 * num_rows + 1
     draw_tokens(*call, 600)
     torch.cuda.synchronize()
     began = scratch.states.clone()
@@ -208,3 +215,44 @@ def test_bad_rows_have_no_token(kind):
     found = Draw(4, torch.device("cuda"))(logits, packed(params, 151_936, "cuda"), last).tolist()
     assert found[:3] == [-1, -1, -1] and found[3] >= 0
     assert last.tolist() == [0, 0, 0, found[3]]
+
+
+def test_edits_and_log_probabilities_do_not_wait_for_the_device():
+    """Every step of a request with penalties, bias, bars or log-probabilities, its first one among them."""
+    width = 32_000
+    kinds = (
+        {"repetition_penalty": 1.2, "logprobs": 5, "top_p": 0.9}, {"logit_bias": {7: 3.0, 9: -100.0}, "logprobs": 0},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.1}, {"min_tokens": 4, "temperature": 0.0},
+    )  # fmt: skip
+    requests = [
+        Request(str(i), [1, 2, 3], SamplingParams(**({"temperature": 0.7, "seed": i} | kind)),
+                eos_token_ids=frozenset([2]))
+        for i, kind in enumerate(kinds)
+    ]  # fmt: skip
+    logits = torch.randn(4, width, device="cuda")
+    rows, other = RequestRows(width, "cuda"), RequestRows(width, "cpu")
+    draw, last = Draw(4, torch.device("cuda")), torch.zeros(64, dtype=torch.int64, device="cuda")
+    sampler = Sampler(penalize=penalize_rows)
+
+    def step(count):
+        at = rows.of(requests)
+        params = to_device(rows.draw_params(at, np.full(4, 3 + count)), torch.device("cuda"))
+        pending = last[to_device(at, torch.device("cuda"))] if count else None
+        batch = rows.batch(requests, at, num_outputs=[count] * 4, pending_token_ids=pending, draws=False)
+        return sampler(logits, batch, lambda edited: draw(edited, params, last)).start_copy()
+
+    step(0).result()
+    rows.release([req.request_id for req in requests])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps = [step(0), step(1)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    tokens, logprobs = steps[0].result()
+    wanted, expected = Sampler()(logits.cpu(), other.batch(requests)).start_copy().result()
+    assert tokens == wanted
+    assert [one.top for one in logprobs[1:2]] == [one.top for one in expected[1:2]]
+    assert logprobs[0].rank == expected[0].rank and logprobs[2] is None
+    for req, token in zip(requests, tokens, strict=True):
+        req.output_token_ids.append(token)
+    assert steps[1].result()[0] == Sampler()(logits.cpu(), other.batch(requests)).tolist()

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checkpoints import write_checkpoint
+from image_checkpoints import shared_model, write_original
 from server_harness import PATIENCE, RunningServer
 from test_server_faults import Reader, _gone, _stub
 
+from kvarena import experiments
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.server.processes.engine import Place
 from kvarena.experiments.serving.flags import overrides_of, parse_flags
@@ -77,6 +83,72 @@ def test_two_engines_give_the_tokens_of_one():
     finally:
         assert server.stop() == 0
     assert "Traceback" not in server.said and "ERROR" not in server.said
+
+
+# Family, what the engines are told beside a pool that is too small, and the count that says that it was.
+TIGHT = ("--num-gpu-blocks-override", "14")
+CELLS = [
+    ("llama", ("--allocator", "paged", "--scheduler", "continuous", *TIGHT), "vllm:num_preemptions_total"),
+    ("qwen3", ("--allocator", "radix", "--scheduler", "fair"), "vllm:prefix_cache_hits_total"),
+    ("mixtral", ("--allocator", "paged", "--scheduler", "chunked", "--swap-space", "0.01", *TIGHT),
+     "vllm:num_preemptions_total"),
+    ("internvl", ("--scheduler", "priority"), "vllm:prefix_cache_hits_total"),
+]  # fmt: skip
+
+
+def written(directory: Path, family: str) -> Path:
+    """A small checkpoint with a tokenizer beside it."""
+    if family == "internvl":
+        return write_original(directory, shared_model(), "LlamaForCausalLM")
+    demo = Path(experiments.__file__).parent / "models" / "demo"
+    vocabulary = json.loads((demo / "config.json").read_text())["vocab_size"]
+    write_checkpoint(directory, family, vocab_size=vocabulary)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo / name, directory / name)
+    return directory
+
+
+def crowd(server: RunningServer) -> list[list[int]]:
+    """Twelve prompts at once, some of which begin alike, beside three whose clients go after a token or two."""
+    begin = list(range(30, 62))
+    prompts = [[*(begin if i % 2 else reversed(begin)), 70 + i] for i in range(12)]
+
+    def leave(i: int) -> None:
+        body = {"prompt": [9 + i] * 30, "max_tokens": 90, "stream": True, "temperature": 0, "ignore_eos": True}
+        with server.client.stream("POST", "/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+
+    def ask(prompt: list[int]) -> list[int]:
+        answer = server.complete(prompt, max_tokens=24, ignore_eos=True, return_token_ids=True)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["token_ids"]
+
+    with ThreadPoolExecutor(15) as pool:
+        gone = [pool.submit(leave, i) for i in range(3)]
+        found = list(pool.map(ask, prompts))
+        assert [one.result() for one in gone] == [None] * 3
+    server.wait_idle()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "cell", "evidence"), CELLS, ids=[cell[0] for cell in CELLS])
+def test_families_and_strategies_behind_one_port(tmp_path, family, cell, evidence):
+    """Under preemption, swaps, prefix hits and clients that leave: the tokens of one engine with room for all."""
+    model, flags = str(written(tmp_path / family, family)), ("--max-model-len", "128", "--dtype", "float32")
+    one = RunningServer(*flags, "--num-gpu-blocks-override", "256", model=model)
+    try:
+        expected = crowd(one)
+    finally:
+        assert one.stop() == 0
+    server = RunningServer("--num-gpu-blocks-override", "64", *flags, *cell, "-dp", "2", "--router", "round_robin",
+                           model=model)  # fmt: skip
+    try:
+        assert crowd(server) == expected
+        assert min(by_engine(server, "vllm:generation_tokens_total")) > 0
+        assert sum(by_engine(server, evidence)) > 0
+    finally:
+        assert server.stop() == 0
 
 
 def engines_of(server: RunningServer) -> list:

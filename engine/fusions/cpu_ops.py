@@ -1,0 +1,90 @@
+"""The operations of a fused layer on a CPU: products by torch, what stands between them by compiled kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvarena.engine.fusions.experts import Experts, add_experts
+from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps, apply_linear
+from kvarena.engine.kernels.cpu.compiler import most_threads
+from kvarena.engine.kernels.cpu.layers import glu_kernel, norm_kernel, rope_store_kernel
+from kvarena.engine.kernels.cpu.simd import KINDS
+
+# Elements of a call that are worth a thread: about 20 us of its time.
+_PER_THREAD = 2**16
+
+
+class CpuOps(TorchOps):
+    """See `kvarena.engine.fusions.ops.Ops`.
+
+    Args:
+        dtype: of weights and activations.
+        kv_dtype: of the pool.
+    """
+
+    def __init__(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+        kind, kv_kind = KINDS[dtype], KINDS[kv_dtype]
+        self._norm, self._glu, self._rope_store = norm_kernel(kind), glu_kernel(kind), rope_store_kernel(kind, kv_kind)
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """See `Ops.norm`."""
+        if norm.weight.dtype != x.dtype:
+            return super().norm(x, norm)
+        x = x.contiguous()
+        rows, width = x.shape
+        out = torch.empty(rows, width, dtype=x.dtype)
+        self._norm(_threads(rows * width), x.data_ptr(), norm.weight.data_ptr(), out.data_ptr(), rows, width, norm.eps)
+        return out
+
+    def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
+        """See `Ops.norm_linear`."""
+        return apply_linear(self.norm(residual, norm), linear, out)
+
+    def glu(self, x: Tensor) -> Tensor:
+        """See `Ops.glu`."""
+        x = x.contiguous()
+        rows, width = len(x), x.shape[1] // 2
+        out = torch.empty(rows, width, dtype=x.dtype)
+        self._glu(_threads(x.numel()), x.data_ptr(), out.data_ptr(), rows, width)
+        return out
+
+    def experts(
+        self,
+        residual: Tensor,
+        norm: Norm,
+        experts: Experts,
+        slots: Tensor | None,
+        first_slot: int,
+        into: Tensor | None = None,
+    ) -> Tensor | None:
+        """See `Ops.experts`."""
+        return add_experts(residual if into is None else into, self.norm(residual, norm), experts, slots, first_slot)
+
+    def rope_store(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        angles: Angles,
+        slots: Tensor,
+        kv: tuple[Tensor, Tensor],
+        *,
+        turn_keys: bool = False,
+    ) -> Tensor:
+        """See `Ops.rope_store`. The queries are turned in place."""
+        cos, sin = angles
+        num_heads, num_kv_heads, head_dim = heads
+        q_norm, k_norm, eps = (0, 0, 0.0)
+        if norms is not None:
+            q_norm, k_norm, eps = norms.q.weight.data_ptr(), norms.k.weight.data_ptr(), norms.q.eps
+        self._rope_store(
+            _threads(qkv.numel()), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), kv[0].data_ptr(),
+            kv[1].data_ptr(), q_norm, k_norm, len(qkv), num_heads, num_kv_heads, head_dim, cos.shape[1], cos.stride(0),
+            turn_keys, eps,
+        )  # fmt: skip
+        return qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
+
+
+def _threads(elements: int) -> int:
+    return max(1, min(most_threads(), elements // _PER_THREAD))

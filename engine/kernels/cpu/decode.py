@@ -1,0 +1,266 @@
+"""Decode attention: one query a request reads its context once, straight through the block table.
+
+    row 0   | chunk | chunk | ch..|      contexts are cut into chunks of CHUNK tokens; threads take equal shares of all
+    row 1   | chu..|                     tokens, in whole chunks; a row of one chunk is finished where it is read,
+    row 2   | chunk | ch..|              the others' parts are merged in order by whoever is free
+
+A chunk's result depends on its row alone, and a row's parts are merged in their order: neither the batch nor the
+number of threads changes a row's output. Softmax over parts as in Flash-Decoding (Dao et al., 2023).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from kvarena.engine.kernels.cpu.compiler import FAST, Kernel, barrier, kernel, num_threads, thread_id
+from kvarena.engine.kernels.cpu.simd import (
+    F32,
+    F64,
+    I32,
+    I64,
+    add_scaled,
+    dots,
+    exp,
+    narrow,
+    pointer,
+    pointer_at,
+    tanh,
+    widen,
+)
+
+TILE, CHUNK = 64, 512
+_ZERO, _ONE, _LOWEST = np.float32(0), np.float32(1), np.float32(-np.inf)
+
+
+def scratch_words(num_heads: int, head_dim: int, threads: int, num_chunks: int) -> int:
+    """Float32 words of scratch that `decode_kernel` needs; `num_chunks`: of rows with more than one."""
+    return threads * _thread_words(num_heads, head_dim) + num_chunks * num_heads * (head_dim + 2)
+
+
+def _thread_words(num_heads: int, head_dim: int) -> int:
+    # Queries and sums of all heads, their maxima and denominators, a tile's scores, and its offsets (8 bytes each).
+    return (2 * num_heads * (head_dim + 1) + num_heads * TILE + 2 * TILE + 15) // 16 * 16
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def softmax_tile(s: Any, n: Any, top: Any, softcap: Any) -> Any:
+    """Turn `n` scores into weights, exp(score - maximum), in place.
+
+    Returns:
+        the maximum with what came before, the weights' sum, and the factor on what came before.
+    """
+    if softcap > _ZERO:
+        for t in range(n):
+            s[t] = softcap * tanh(s[t] / softcap)
+    before = top
+    for t in range(n):
+        top = s[t] if s[t] > top else top
+    total = _ZERO
+    for t in range(n):
+        weight = exp(s[t] - top)
+        s[t] = weight
+        total += weight
+    return top, total, exp(before - top)
+
+
+@njit(error_model="numpy")
+def find_slot(table: Any, start: Any, position: Any, block_size: Any, contiguous: Any) -> Any:
+    """Where a position's keys and values are; `start`: of the request's row in `table`."""
+    if contiguous:
+        return np.int64(table[start]) * block_size + position
+    block = position // block_size
+    return np.int64(table[start + block]) * block_size + position - block * block_size
+
+
+@njit(error_model="numpy")
+def _num_chunks(length: Any, window: Any) -> Any:
+    seen = min(length, window) if window > 0 else length
+    return (seen + CHUNK - 1) // CHUNK
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def merge_chunks(
+    out: Any, query_loc: Any, seq_lens: Any, rows: Any, num_rows: Any, window: Any, sinks: Any, has_sinks: Any,
+    parts: Any, sums: Any, heads: Any, dim: Any, me: Any, team: Any,
+) -> None:  # fmt: skip
+    """Outputs of this thread's share of the rows that have several chunks, from their `parts`.
+
+    Of a chunk: sums [heads, dim], then each head's maximum and denominator. `sums`: [dim] to work in.
+    """
+    words = heads * (dim + 2)
+    turn = np.int64(0)
+    for i in range(num_rows):
+        row = rows[i]
+        count = _num_chunks(np.int64(seq_lens[row]), window)
+        if count == 1:
+            continue
+        if turn % team == me:
+            for j in range(heads):
+                top = _LOWEST
+                for chunk in range(count):
+                    value = parts[chunk * words + heads * dim + 2 * j]
+                    top = value if value > top else top
+                denominator = np.float32(np.exp(sinks[j] - top)) if has_sinks else _ZERO
+                for d in range(dim):
+                    sums[d] = _ZERO
+                for chunk in range(count):
+                    part = pointer_at(parts, chunk * words)
+                    factor = exp(part[heads * dim + 2 * j] - top)
+                    denominator += factor * part[heads * dim + 2 * j + 1]
+                    for d in range(dim):
+                        sums[d] += factor * part[j * dim + d]
+                place = pointer_at(out, (np.int64(query_loc[row]) * heads + j) * dim)
+                for d in range(dim):
+                    place[d] = narrow(sums[d] / denominator, place[0])
+        turn += 1
+        parts = pointer_at(parts, count * words)
+
+
+@cache
+def decode_kernel(head_dim: int, group: int, q_kind: int, kv_kind: int) -> Kernel:
+    """Decode attention for heads of `head_dim`, `group` query heads to a KV head.
+
+    Arguments of a call, after the number of threads:
+
+        q, out         [T, num_heads, head_dim] of `q_kind`, a token's heads side by side
+        keys, values   a layer by slot, [num_slots, num_kv_heads, head_dim] of `kv_kind`
+        table, width   int32 [B, width]; with `contiguous` = 1 the first column alone is read
+        seq_lens       int32 [B]
+        query_loc      int32 [B + 1], where each request's new tokens start
+        rows, num_rows int32, the requests to do: those with one new token
+        block_size, num_kv_heads
+        window         0: none
+        contiguous
+        sinks          float32 [num_heads], or 0
+        scratch        float32 words, see `scratch_words`
+        q_stride       elements from one token's queries to the next one's; those of `out` follow each other
+        scale, softcap softcap 0: none
+    """
+    dim, per_kv = int(head_dim), int(group)
+    q_type, kv_type = int(q_kind), int(kv_kind)
+
+    @kernel("17q2d")
+    def decode(args):  # type: ignore[no-untyped-def]
+        a, reals = pointer(args, I64), pointer(args + 136, F64)
+        q, out, keys, values = (
+            pointer(a[0], q_type),
+            pointer(a[1], q_type),
+            pointer(a[2], kv_type),
+            pointer(a[3], kv_type),
+        )
+        table, width, seq_lens, query_loc = pointer(a[4], I32), a[5], pointer(a[6], I32), pointer(a[7], I32)
+        rows, num_rows, block_size, kv_heads, window = pointer(a[8], I32), a[9], a[10], a[11], a[12]
+        contiguous, sinks, q_stride = a[13], pointer(a[14], F32), a[16]
+        scale, softcap = np.float32(reals[0]), np.float32(reals[1])
+        team, me = np.int64(num_threads()), np.int64(thread_id())
+        heads = kv_heads * per_kv
+        own = (2 * heads * (dim + 1) + heads * TILE + 2 * TILE + 15) // 16 * 16
+        query = pointer(a[15] + 4 * own * me, F32)
+        sums = pointer(a[15] + 4 * (own * me + heads * dim), F32)
+        stats = pointer(a[15] + 4 * (own * me + 2 * heads * dim), F32)
+        scores = pointer(a[15] + 4 * (own * me + 2 * heads * (dim + 1)), F32)
+        offsets = pointer(a[15] + 4 * (own * me + 2 * heads * (dim + 1) + heads * TILE), I64)
+        parts = pointer(a[15] + 4 * own * team, F32)
+        part_words = heads * (dim + 2)
+
+        total = np.int64(0)
+        for i in range(num_rows):
+            length = np.int64(seq_lens[rows[i]])
+            total += min(length, window) if window > 0 else length
+        done, part = np.int64(0), np.int64(0)
+        for i in range(num_rows):
+            row = rows[i]
+            end = np.int64(seq_lens[row])
+            begin = max(end - window, 0) if window > 0 else np.int64(0)
+            num_chunks = _num_chunks(end, window)
+            for chunk in range(num_chunks):
+                first = begin + chunk * CHUNK
+                last = min(first + CHUNK, end)
+                owner = done * team // total
+                done += last - first
+                if owner == me:
+                    token = np.int64(query_loc[row])
+                    for j in range(heads * dim):
+                        query[j] = widen(q[token * q_stride + j]) * scale
+                        sums[j] = _ZERO
+                    for j in range(heads):
+                        stats[2 * j] = _LOWEST
+                        stats[2 * j + 1] = _ZERO
+                    at = first
+                    while at < last:
+                        n = min(TILE, last - at)
+                        for t in range(n):
+                            slot = find_slot(table, row * width, at + t, block_size, contiguous)
+                            offsets[t] = slot * kv_heads * dim
+                        for t in range(n):
+                            for h in range(kv_heads):
+                                dots(
+                                    pointer_at(query, h * per_kv * dim),
+                                    pointer_at(keys, offsets[t] + h * dim),
+                                    pointer_at(scores, h * per_kv * TILE + t),
+                                    TILE,
+                                    dim,
+                                    per_kv,
+                                )
+                        for j in range(heads):
+                            top, weight, factor = softmax_tile(pointer_at(scores, j * TILE), n, stats[2 * j], softcap)
+                            stats[2 * j] = top
+                            stats[2 * j + 1] = stats[2 * j + 1] * factor + weight
+                            if factor != _ONE:
+                                for d in range(dim):
+                                    sums[j * dim + d] *= factor
+                        t = np.int64(0)
+                        while t + 4 <= n:
+                            for h in range(kv_heads):
+                                add_scaled(
+                                    pointer_at(sums, h * per_kv * dim),
+                                    pointer_at(values, h * dim),
+                                    pointer_at(offsets, t),
+                                    pointer_at(scores, h * per_kv * TILE + t),
+                                    TILE,
+                                    dim,
+                                    per_kv,
+                                    4,
+                                )
+                            t += 4
+                        while t < n:
+                            for h in range(kv_heads):
+                                add_scaled(
+                                    pointer_at(sums, h * per_kv * dim),
+                                    pointer_at(values, h * dim),
+                                    pointer_at(offsets, t),
+                                    pointer_at(scores, h * per_kv * TILE + t),
+                                    TILE,
+                                    dim,
+                                    per_kv,
+                                    1,
+                                )
+                            t += 1
+                        at += n
+                    if num_chunks == 1:
+                        for j in range(heads):
+                            denominator = stats[2 * j + 1]
+                            if a[14] != 0:
+                                denominator += np.float32(np.exp(sinks[j] - stats[2 * j]))
+                            place = pointer_at(out, (token * heads + j) * dim)
+                            for d in range(dim):
+                                place[d] = narrow(sums[j * dim + d] / denominator, place[0])
+                    else:
+                        into = pointer_at(parts, (part + chunk) * part_words)
+                        for j in range(heads * dim):
+                            into[j] = sums[j]
+                        for j in range(2 * heads):
+                            into[heads * dim + j] = stats[j]
+            if num_chunks > 1:
+                part += num_chunks
+        if part > 0:
+            barrier()
+            merge_chunks(
+                out, query_loc, seq_lens, rows, num_rows, window, sinks, a[14] != 0, parts, sums, heads, dim, me, team
+            )
+
+    return decode
