@@ -21,6 +21,8 @@ NUM_ROWS = 4  # of the comparison with another product
 TOLERANCE = 0.02  # largest ||ours - the other|| / ||the other||: both round their result alone
 # Rows for which a weight must have a launch to be taken: one of each kind.
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
+# Rows of steps with prompts: any others have the launch of one of these.
+PROMPT_ROWS = (*range(32, 1025, 32), *range(1152, 2049, 128), 4096, 8192)
 
 
 class HopperDevice:

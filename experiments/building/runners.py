@@ -21,6 +21,7 @@ from kvarena.engine.fusions.ops import Ops, TorchOps
 from kvarena.engine.fusions.reducing_ops import Reducer
 from kvarena.engine.models import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
+from kvarena.engine.quantization.hopper import PROMPT_ROWS
 from kvarena.engine.quantization.linear import prepare_products, settle_products
 from kvarena.engine.runner.fused_runner import FusedRunner
 from kvarena.engine.runner.graphs import ReservingBackend
@@ -76,7 +77,7 @@ def make_runner(
     if kernels:
         facts["packed_kernels"] = kernels
         if graphs:
-            prepare_products(model.module, model.spec.dtype, decode_buckets(max_num_seqs))
+            prepare_products(model.module, model.spec.dtype, (*decode_buckets(max_num_seqs), *PROMPT_ROWS))
     if on_gpu:
         # Imported here, as in `_ops`.
         from kvarena.engine.attention.triton_backend import TritonBackend
