@@ -44,7 +44,7 @@ struct Piece {
 };
 
 // The pieces of a cluster, one after another. EVEN: its share of the steps of all tiles, which may begin and end within
-// one: first the rest of a tile, whose sums it hands on, then whole ones, then the first steps of one that it finishes.
+// one: first the rest of a tile, whose sums it hands on, then whole ones, then the first steps of one, or some of them.
 struct Walk {
   int at, end;
   __device__ __forceinline__ Walk(const Plan& plan, int cluster) {
@@ -292,47 +292,84 @@ __device__ __forceinline__ void finish(float (&acc)[UNITS][BN / 2], u32 tiles, u
   }
 }
 
-// Where programs hand on the sums of a tile that another one finishes: each has one place, and a flag that says whether
-// its sums are there. The flags are 0 before and after a launch.
+// Where clusters that have steps of one tile exchange its sums: each program has two places, one for the tile that its
+// share begins in and one for the tile that it ends in, and two counters: of the tile whose first steps it has, who has
+// written and who has read. They are 0 before and after a launch.
 struct Exchange {
   float4* sums;
-  u32* flags;
+  u32* counters;
 };
 
-__device__ __forceinline__ float4* place_of(const Exchange& exchange, int program) {
-  return exchange.sums + static_cast<u64>(program) * (UNITS * BN / 8 * CONSUMERS) + threadIdx.x;
+__device__ __forceinline__ float4* place_of(const Exchange& exchange, int program, bool at_end) {
+  return exchange.sums + static_cast<u64>(2 * program + at_end) * (UNITS * PLACES * CONSUMERS) + threadIdx.x;
 }
 
-// Both warpgroups' sums, for the program that has the tile's first steps.
-__device__ __forceinline__ void hand_on(const float (&acc)[UNITS][BN / 2], const Exchange& exchange, int program) {
-  float4* to = place_of(exchange, program);
+// The clusters that have steps of a tile: `count` of them end with it or within it, at the same time. One more, if any,
+// had its last steps first, and is at work on other tiles.
+struct Team {
+  int first, count;
+  bool has_rest;
+  __device__ __forceinline__ Team(const Plan& plan, int tile, int cluster, int num_clusters) {
+    const int begin = tile * plan.steps, end = begin + plan.steps;
+    for (first = cluster; Walk::begin_of(plan, first) > begin;) --first;
+    for (count = 1; first + count < num_clusters && Walk::begin_of(plan, first + count + 1) <= end;) ++count;
+    has_rest = first + count < num_clusters && Walk::begin_of(plan, first + count) < end;
+  }
+};
+
+// All sums of a program, to be read by those who end in the tile.
+__device__ __forceinline__ void hand_on(const float (&acc)[UNITS][BN / 2], const Exchange& exchange, int head) {
+  float4* to = place_of(exchange, blockIdx.x, false);
 #pragma unroll
-  for (int i = 0; i < UNITS * BN / 8; ++i) {
-    const float* from = acc[i / (BN / 8)] + i % (BN / 8) * 4;
+  for (int i = 0; i < UNITS * PLACES; ++i) {
+    const float* from = acc[i / PLACES] + i % PLACES * 4;
     __stcg(to + i * CONSUMERS, make_float4(from[0], from[1], from[2], from[3]));
   }
   __threadfence();
   asm volatile("bar.sync 1, 256;" ::: "memory");
-  if (threadIdx.x == 0) flag_raise(exchange.flags + program);
+  if (threadIdx.x == 0) count_up(exchange.counters + 2 * head);
 }
 
-// Adds the sums of those who have the rest of the tile's steps, in their order.
-__device__ __forceinline__ void take_over(float (&acc)[UNITS][BN / 2], const Exchange& exchange, const Plan& plan, int tile_end,
-                                          int cluster, int num_clusters, int mate) {
-#pragma unroll 1
-  for (int other = cluster + 1; other < num_clusters && Walk::begin_of(plan, other) < tile_end; ++other) {
-    const int program = other * CW + mate;
-    flag_wait(exchange.flags + program);
-    const float4* from = place_of(exchange, program);
+// Each of a team's programs sums up and writes a slice of the tile.
+__device__ __forceinline__ void finish_together(float (&acc)[UNITS][BN / 2], const Exchange& exchange, u16* y,
+                                                const u16* residual, const Plan& plan, const Task& task, const Team& team,
+                                                int cluster, int mate, int warp_group) {
+  constexpr int PIECES = UNITS * PLACES / TURN;  // 16 bytes of y of each thread
+  const int me = cluster - team.first, first = (me * PIECES + team.count - 1) / team.count;
+  const int last = ((me + 1) * PIECES + team.count - 1) / team.count;
+  auto is_mine = [&](int piece) { return piece >= first && piece < last; };
+  float4* to = place_of(exchange, blockIdx.x, true);
 #pragma unroll
-    for (int i = 0; i < UNITS * BN / 8; ++i) {
-      const float4 got = __ldcg(from + i * CONSUMERS);
-      float* to = acc[i / (BN / 8)] + i % (BN / 8) * 4;
-      to[0] += got.x, to[1] += got.y, to[2] += got.z, to[3] += got.w;
-    }
-    asm volatile("bar.sync 1, 256;" ::: "memory");
-    if (threadIdx.x == 0) flag_lower(exchange.flags + program);
+  for (int i = 0; i < UNITS * PLACES; ++i) {
+    const float* from = acc[i / PLACES] + i % PLACES * 4;
+    if (!is_mine(i / TURN)) __stcg(to + i * CONSUMERS, make_float4(from[0], from[1], from[2], from[3]));
   }
+  u32* counters = exchange.counters + 2 * (team.first * CW + mate);
+  __threadfence();
+  asm volatile("bar.sync 1, 256;" ::: "memory");
+  if (threadIdx.x == 0) count_up(counters);
+  count_wait(counters, team.count + team.has_rest);
+#pragma unroll 1
+  for (int other = 0; other < team.count + team.has_rest; ++other) {
+    if (other == me) continue;
+    const float4* from = place_of(exchange, (team.first + other) * CW + mate, other < team.count);
+#pragma unroll
+    for (int i = 0; i < UNITS * PLACES; ++i) {
+      float4 got = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (is_mine(i / TURN)) got = __ldcg(from + i * CONSUMERS);
+      float* sums = acc[i / PLACES] + i % PLACES * 4;
+      sums[0] += got.x, sums[1] += got.y, sums[2] += got.z, sums[3] += got.w;
+    }
+  }
+  if (MODE == ADD) wait_for_previous();
+#pragma unroll
+  for (int piece = 0; piece < PIECES; ++piece) {
+    const int unit = piece * TURN / PLACES, at = piece * TURN % PLACES;
+    if (!is_mine(piece)) continue;
+    put<TURN>(acc[unit] + at * 4, y, residual, plan, task.first_block + warp_group * UNITS + unit, task.first_row + 8 * at);
+  }
+  asm volatile("bar.sync 1, 256;" ::: "memory");
+  if (threadIdx.x == 0 && count_up(counters + 1) + 1 == team.count) count_reset(counters), count_reset(counters + 1);
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
@@ -415,12 +452,15 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       asm volatile("" : "+r"(walk.at));  // what follows is computed again, and takes no registers meanwhile
       const Piece piece = walk.piece(plan);
       walk.next(piece, num_clusters);
-      if (EVEN && piece.first > 0) {
-        hand_on(acc, exchange, blockIdx.x);
-        continue;
-      }
       if (EVEN && piece.count < plan.steps) {
-        take_over(acc, exchange, plan, (piece.index + 1) * plan.steps, cluster, num_clusters, mate);
+        const Team team(plan, piece.index, cluster, num_clusters);
+        if (cluster == team.first + team.count) {
+          hand_on(acc, exchange, team.first * CW + mate);
+        } else {
+          const Task task = task_of(plan, piece.index, mate);
+          finish_together(acc, exchange, y, residual, plan, task, team, cluster, mate, warp_group);
+        }
+        continue;
       }
       const Task task = task_of(plan, piece.index, mate);
       finish<SHARED>(acc, tiles, tiles + STAGES * STAGE_BYTES, y, residual, plan, task, warp_group, part, mate);

@@ -22,7 +22,7 @@ TOLERANCE = 0.02  # largest ||ours - the other|| / ||the other||: both round the
 # Rows for which a weight must have a launch to be taken: one of each kind.
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
 # Rows of steps with prompts: any others have the launch of one of these.
-PROMPT_ROWS = (*range(32, 1025, 32), *range(1152, 2049, 128), 4096, 8192)
+PROMPT_ROWS = (*range(32, 2049, 32), 4096, 8192)
 
 
 class HopperDevice:

@@ -1,7 +1,7 @@
-// Runs wide_gemm.cu, with PACKED wide_packed.cu, or with COLUMNS wide_prefill.cu on a CPU, a cluster after another: each
-// thread is a fiber that gives way where it would wait, each fetch arrives at some later time, in any order. What
-// hopper.cu does with instructions of the GPU is done here by hand, without swizzle. The test puts the launch's constants
-// before this text (CM: programs of a cluster) and the kernel's (without asm) behind it.
+// Runs wide_gemm.cu, with PACKED wide_packed.cu, or with COLUMNS wide_prefill.cu on a CPU, a cluster after another or all
+// at once: each thread is a fiber that gives way where it would wait, each fetch arrives at some later time, in any order.
+// What hopper.cu does with instructions of the GPU is done here by hand, without swizzle. The test puts the launch's
+// constants before this text (CM: programs of a cluster) and the kernel's (without asm) behind it.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -44,12 +44,13 @@ struct Product { float* d; int count; u64 a, b; const u32* packed; bool add; };
 struct Thread { std::vector<std::vector<Product>> groups; std::vector<Product> open; ucontext_t context; jmp_buf at; int index, program; bool begun, ended; std::vector<char> stack; u32 sent[4]; };
 struct Index { int x; };
 
-static Program programs[CM];
+static std::vector<Program> programs;  // of the clusters that run at once
 static std::vector<Thread> threads;
 static Thread* now;
 static jmp_buf scheduler;
 static std::vector<std::function<void()>> on_their_way;
-static int at_cluster_barrier, cluster_barriers, at_warp[CM * PROGRAM_THREADS / 32], warp_barriers[CM * PROGRAM_THREADS / 32];
+struct Meeting { int there, times; };
+static std::vector<Meeting> of_clusters, of_warps, of_consumers;
 static Index threadIdx, blockIdx, gridDim;
 static int first_program;
 
@@ -63,13 +64,15 @@ __attribute__((noinline)) static void go_on(Thread& t) {
 }
 static void fail(const char* what) { fprintf(stderr, "%s\n", what); exit(1); }
 static Program& own() { return programs[now->program]; }
-static void meet(int& there, int& times, int all) {
-  const int before = times;
-  if (++there == all) there = 0, ++times;
-  while (times == before) give_way();
+static int cluster_of(int program) { return program / CM; }
+static int mate(int rank) { return now->program / CM * CM + rank; }  // in the cluster of this program
+static void meet(Meeting& at, int all) {
+  const int before = at.times;
+  if (++at.there == all) at.there = 0, ++at.times;
+  while (at.times == before) give_way();
 }
 static int warp() { return (now->program * PROGRAM_THREADS + now->index) / 32; }
-static void __syncwarp() { meet(at_warp[warp()], warp_barriers[warp()], 32); }
+static void __syncwarp() { meet(of_warps[warp()], 32); }
 template <class T> static T __shfl_xor_sync(u32, T value, int other) {
   memcpy(now->sent, &value, 4);
   __syncwarp();
@@ -86,9 +89,9 @@ static int __shfl_sync(u32, int value, int lane) {
   return got;
 }
 static int atomicAdd(int* to, int value) { return (*to += value) - value; }
-static void cluster_sync() { meet(at_cluster_barrier, cluster_barriers, CM * PROGRAM_THREADS); }
+static void cluster_sync() { meet(of_clusters[cluster_of(now->program)], CM * PROGRAM_THREADS); }
 static void __syncthreads() { cluster_sync(); }  // of a cluster of one
-static u32 cluster_rank() { return now->program; }
+static u32 cluster_rank() { return now->program % CM; }
 template <class T> static T __ldcg(const T* from) { return *from; }
 
 // Static shared memory comes first, the dynamic one behind; barriers are kept apart, by their address.
@@ -105,15 +108,15 @@ static void barrier_expect(u32 address, u32 bytes) {
   b.bytes += bytes, --b.pending;
   settle(b);
 }
-static void barrier_arrive(u32 address, u32 rank) { Barrier& b = barrier_of(rank, address); --b.pending, settle(b); }
-static void barrier_arrive_local(u32 address) { barrier_arrive(address, now->program); }
+static void barrier_arrive(u32 address, u32 rank) { Barrier& b = barrier_of(mate(rank), address); --b.pending, settle(b); }
+static void barrier_arrive_local(u32 address) { barrier_arrive(address, now->program % CM); }
 static void barrier_wait(u32 address, u32 parity) {
   give_way();
   while ((barrier_of(now->program, address).phase & 1) == parity) give_way();
 }
-static bool has_waited;
-static void wait_for_previous() { has_waited = true; }
-static void let_next_start() { if (!has_waited) fail("the next kernel may start before this one's inputs are there"); }
+static std::vector<char> has_waited;
+static void wait_for_previous() { has_waited[cluster_of(now->program)] = true; }
+static void let_next_start() { if (!has_waited[cluster_of(now->program)]) fail("the next kernel may start before this one's inputs are there"); }
 
 struct Ring {
   u32 stage, parity;
@@ -123,22 +126,23 @@ struct Ring {
 static void fetch_for(u16 ranks, u32 to, const TensorMap& map, u32 barrier, int col, int row, u64) {
   for (int rank = 0; rank < CM; ++rank) {
     if (!(ranks >> rank & 1)) continue;
+    const int program = mate(rank);
     on_their_way.push_back([=] {  // of a map that lives as long as the launch
-      u16* box = reinterpret_cast<u16*>(programs[rank].shared + to);
+      u16* box = reinterpret_cast<u16*>(programs[program].shared + to);
       for (int r = 0; r < map.box_rows; ++r) {
         for (int c = 0; c < 64; ++c) {
           const bool inside = row + r < map.rows && col + c < map.cols;
           box[r * 64 + c] = inside ? map.data[(size_t)(row + r) * map.cols + col + c] : 0;
         }
       }
-      Barrier& b = barrier_of(rank, barrier);
+      Barrier& b = barrier_of(program, barrier);
       b.bytes -= map.box_rows * 128;
       settle(b);
     });
   }
 }
 static void fetch(u32 to, const TensorMap& map, u32 barrier, int col, int row, u64 policy) {
-  fetch_for(1 << now->program, to, map, barrier, col, row, policy);
+  fetch_for(1 << now->program % CM, to, map, barrier, col, row, policy);
 }
 static u64 policy_evict_first() { return 0; }
 static u64 policy_evict_last() { return 0; }
@@ -255,7 +259,7 @@ static void store_shared(u32 to, uint4 v) { memcpy(own().shared + to, &v, 16); }
 static u32 remote_address(u32 address, u32 rank) { return rank << 20 | address; }
 static void store_cluster(u32 to, float a, float b, float c, float d) {
   const float v[4] = {a, b, c, d};
-  memcpy(programs[to >> 20].shared + (to & 0xFFFFF), v, 16);
+  memcpy(programs[mate(to >> 20)].shared + (to & 0xFFFFF), v, 16);
 }
 static void fetch_bytes(u32 to, const void* from, u32 count, u32 barrier, u64) {
   const int rank = now->program;
@@ -267,14 +271,13 @@ static void fetch_bytes(u32 to, const void* from, u32 count, u32 barrier, u64) {
     settle(b);
   });
 }
-static int at_consumers_barrier[CM], consumers_barriers[CM];
-static void bar_sync() { meet(at_consumers_barrier[now->program], consumers_barriers[now->program], 256); }
-static void flag_raise(u32* flag) {
-  if (*flag) fail("a flag that is up already");
-  *flag = 1;
+static void bar_sync() { meet(of_consumers[now->program], 256); }
+static u32 count_up(u32* counter) { return (*counter)++; }
+static void count_reset(u32* counter) { *counter = 0; }
+static void count_wait(const u32* counter, u32 count) {
+  while (*counter < count) give_way();
+  if (*counter > count) fail("more are counted than there are");
 }
-static void flag_lower(u32* flag) { *flag = 0; }
-static void flag_wait(const u32* flag) { while (!*flag) give_way(); }
 static u32 transpose_octet(u32 pair) {
   now->sent[0] = pair;
   __syncwarp();
@@ -305,11 +308,11 @@ static void fetch_box(u32 to, const TensorMap& map, u32 barrier, int x, int y, i
     settle(b);
   });
 }
-static int named[16], named_times[16];
+static Meeting named[16];  // of the only program
 static void named_arrive(int name, int count) {
-  if (++named[name] == count) named[name] = 0, ++named_times[name];
+  if (++named[name].there == count) named[name].there = 0, ++named[name].times;
 }
-static void named_sync(int name, int count) { meet(named[name], named_times[name], count); }
+static void named_sync(int name, int count) { meet(named[name], count); }
 static u64 policy_evict_normal() { return 0; }
 static void fence_stores() {}
 static void store_shared(u32 to, uint4 v) { memcpy(own().shared + to, &v, 16); }
@@ -319,11 +322,13 @@ static float power_of_2(float x) { return std::exp2(x); }
 #define LOWEST (-INFINITY)
 #endif
 
-// All threads of a cluster, to their end; `start` is a thread's.
-static void run_cluster(int cluster, void (*start)()) {
-  first_program = cluster * CM, has_waited = false;
-  threads.clear(), threads.resize(CM * PROGRAM_THREADS);
-  for (int i = 0; i < CM * PROGRAM_THREADS; ++i) {
+// All threads of clusters, to their end; `start` is a thread's.
+static void run_clusters(int first, int count, void (*start)()) {
+  first_program = first * CM;
+  programs.clear(), programs.resize(count * CM), threads.clear(), threads.resize(count * CM * PROGRAM_THREADS);
+  has_waited.assign(count, false), of_clusters.assign(count, {}), of_consumers.assign(count * CM, {});
+  of_warps.assign(threads.size() / 32, {});
+  for (size_t i = 0; i < threads.size(); ++i) {
     Thread& t = threads[i];
     t.index = i % PROGRAM_THREADS, t.program = i / PROGRAM_THREADS, t.begun = t.ended = false;
     t.stack.resize(1 << 15);
@@ -349,6 +354,7 @@ static void run_cluster(int cluster, void (*start)()) {
   }
   if (!on_their_way.empty()) fail("a program ended before its fetches");
 }
+static void run_cluster(int cluster, void (*start)()) { run_clusters(cluster, 1, start); }
 
 template <class T> static void read(std::vector<T>& to, size_t count, FILE* file) {
   to.resize(count);

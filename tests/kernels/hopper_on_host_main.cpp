@@ -24,7 +24,7 @@ int main(int, char** paths) {
   x_map = {x.data(), launch.num_rows, launch.depth, 64}, w_map = {w.data(), launch.w_rows, launch.depth, BN / 2};
   gridDim.x = launch.num_clusters * CM;
   srand(1);
-  for (int cluster = 0; cluster < launch.num_clusters; ++cluster) run_cluster(cluster, start);
+  for (int cluster = 0; cluster < launch.num_clusters; ++cluster) run_clusters(cluster, 1, start);
   FILE* to = fopen(paths[2], "wb");
   fwrite(y.data(), 2, y.size(), to);
   return fclose(to);

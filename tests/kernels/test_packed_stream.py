@@ -23,6 +23,7 @@ from kvarena.engine.quantization import hopper
 from kvarena.engine.quantization.linear import PackedLinear, PackedProjection, prepare_products
 from kvarena.engine.quantization.products import PackedProduct
 from kvarena.engine.quantization.weight import PackedWeight, pack_codes
+from kvarena.engine.runner.step_graphs import decode_buckets
 
 H200 = 132
 # Outputs, inputs, gated: Llama-3.1-8B's and Qwen3-0.6B's.
@@ -203,6 +204,22 @@ def test_ops_with_a_hopper_product_are_those_of_the_dequantised_weight(device, n
         assert torch.allclose(added, plain.linear_residual(x, want, other), atol=1e-5)
     assert made.fused(x[:0], norm, None, None, glu=True).shape == (0, 64)
     assert made(x[:0]).shape == (0, 128)
+
+
+def test_steps_of_any_rows_have_a_launch_that_is_compiled_ahead():
+    for num_outputs, num_inputs, glu in SHAPES[:4]:
+        chunks = torch.empty(num_outputs // 64, num_inputs // 128, 1088, device="meta")
+        weight, mode = StreamWeight(chunks, (num_outputs, num_inputs), 1, glu), "GLU" if glu else "ADD"
+
+        def kernels(rows, weight=weight, mode=mode):
+            for num_rows in rows:
+                tile = hopper.hopper_tile(num_rows, weight, H200, norm=weight.glu, glu=weight.glu)
+                is_stream = isinstance(tile, PackedStreamTile)
+                yield PackedStreamLaunch(tile, num_rows, weight.shape[1], 1, mode).key if is_stream else tile
+
+        ahead = {*kernels((*decode_buckets(256), *hopper.PROMPT_ROWS))}
+        assert ahead >= {*kernels(range(1, 9000, 23))}
+        assert len(ahead) < 20
 
 
 @pytest.mark.parametrize("act_order", [False, True])

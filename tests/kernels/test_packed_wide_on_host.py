@@ -67,9 +67,9 @@ def on_host(tmp_path_factory):
             command = [compiler, "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", source, "-o", programs[key]]
             subprocess.run(command, check=True, capture_output=True, text=True)
         chunks = weight.chunks.contiguous().numpy().tobytes()
-        num_flags = plan.clusters * tile.cluster
-        num_sums = num_flags * tile.units * tile.rows // 8 * 256
-        head = (plan.clusters, x.shape[1], *room.shape, first, int(mode == "ADD"), num_sums, num_flags, len(chunks))
+        num_places = 2 * plan.clusters * tile.cluster
+        num_sums = num_places * tile.units * tile.rows // 8 * 256
+        head = (plan.clusters, x.shape[1], *room.shape, first, int(mode == "ADD"), num_sums, num_places, len(chunks))
         launch = struct.pack(f"8iq{len(plan.numbers)}i", *head, *plan.numbers)
         raw = [tensor.view(torch.int16).numpy().tobytes() for tensor in (x, room)]
         (folder / "in").write_bytes(launch.ljust(-(-len(launch) // 8) * 8, b"\0") + raw[0] + chunks + raw[1])
@@ -114,11 +114,12 @@ def check(on_host, tile, num_outputs, num_inputs, num_rows, group_size, mode, he
 
 # Tile, outputs, inputs, rows of x, group, what comes after, clusters at once. Even: tiles of several clusters, clusters
 # of several tiles, and as many clusters as there are steps.
-EVEN = PackedWideTile(64, 1, 2, 1, 1, True)
+EVEN = PackedWideTile(64, 1, 2, 2, 1, True)
 QUICK = [(EVEN, 200, 640, 70, 128, "ADD", 3), (PackedWideTile(64, 2, 3, 1, 1), 192, 128, 64, 64, "STORE", 1)]
 MANY = [
-    (EVEN, 256, 256, 64, 32, "STORE", 4), (EVEN, 128, 1280, 60, 128, "STORE", 7), (EVEN, 384, 384, 130, 64, "GLU", 4),
-    (PackedWideTile(96, 2, 4, 2, 1, True), 1152, 384, 100, 128, "GLU", 2),
+    (EVEN, 256, 256, 64, 32, "STORE", 4), (EVEN, 128, 1280, 60, 128, "STORE", 7),
+    (EVEN, 256, 1536, 64, 128, "ADD", 5), (EVEN, 128, 1280, 60, 128, "GLU", 10), (EVEN, 384, 384, 130, 64, "GLU", 4),
+    (PackedWideTile(96, 1, 2, 2, 1, True), 1152, 384, 100, 128, "GLU", 2),
     (PackedWideTile(160, 1, 2, 2, 1, True), 520, 512, 161, 128, "ADD", 5),
     (PackedWideTile(224, 1, 2, 2), 200, 256, 500, 128, "STORE", 1),
     (PackedWideTile(192, 1, 2, 2), 384, 256, 150, 32, "GLU", 1),

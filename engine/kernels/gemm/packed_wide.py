@@ -12,7 +12,7 @@ A launch fills the device by how it is cut:
 
     rows     x's rows in tiles of the least multiple of 32 that takes them in as few tiles
     even     each cluster has the same number of steps of all tiles, so it may begin in the middle of one and end in the
-             middle of another; the sums of a tile's later steps go through the L2 cache to who has its first
+             middle of another; those that end in one tile exchange its sums through the L2 cache, a slice each
     parts    the parts of K of a cluster send each other the sums of their slices
     share    programs of a cluster with the same rows of x fetch a share of them each, for all
 
@@ -25,6 +25,7 @@ Source: shares of steps that begin and end within tiles are stream-K (Osama et a
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -46,6 +47,8 @@ _ROW_GROUP_BYTES = 24 * 2**20
 _NEIGHBOURS, _LACKING = 16, 8
 # Where less of a round is filled, smaller tiles are faster, but for so many chunks along K.
 _DEEP_CHUNKS, _FEW = 64, 0.6
+# Where less of all rounds is filled, it is worth an exchange of sums to fill them.
+_FULL = 0.75
 
 
 class WideShape(NamedTuple):
@@ -67,7 +70,7 @@ class PackedWideTile(NamedTuple):
         blocks: of a program's tile: 2 * units, or one less, which takes two units.
         share: programs of a cluster that have the same rows of x; 1, 2 or 4.
         parts: of K; 1, 2 or 4. Together at most 8 programs in a cluster.
-        even: clusters have equal shares of all tiles' steps; without parts, and with an even number of blocks.
+        even: clusters have equal shares of all tiles' steps; of one unit, two that share rows, and without parts.
     """
 
     rows: int
@@ -112,8 +115,9 @@ class PackedWideTile(NamedTuple):
             and self.units * self.rows <= 256
             and self.blocks in (2 * self.units - 1, 2 * self.units)
             and not (self.shared and (self.units == 1 or self.rows % 64))
-            and not (self.even and (self.parts > 1 or self.shared))
+            and not (self.even and (self.parts, self.units, self.share) != (1, 1, 2))
             # The registers do not hold all of it.
+            and not (self.even and shape.groups > 1 and self.rows == 256)
             and not (shape.glu and self.parts > 2 and self.units * self.rows == 256)
             and self.rows // self.share % 8 == 0
             and shape.chunks % self.parts == 0
@@ -170,13 +174,15 @@ def _tiles(shape: WideShape, num_multiprocessors: int) -> Iterator[PackedWideTil
         usual = PackedWideTile(rows, 1, 2, share=2)
         tasks = usual.col_tiles(shape.blocks) * -(-num_rows // rows)
         filled = tasks / clusters_at_once(num_multiprocessors, 2)
-        if filled < _FEW and num_rows <= 256:
+        if num_rows <= 256 and filled < _FEW:
             if deep:
                 yield usual._replace(even=True)
             yield PackedWideTile(fitting_rows(num_rows, 128), 1, 2, parts=2)
             yield PackedWideTile(128, 2, 3, parts=2)
         if filled < _FEW and not deep:
             yield PackedWideTile(128, 1, 2, share=2)
+        if filled < _FULL * math.ceil(filled):
+            yield usual._replace(even=True)
         yield usual
     for share in (2, 1):
         yield PackedWideTile(fitting_rows(num_rows, 128), 1, 2, share=share)
@@ -198,10 +204,10 @@ class PackedWideGemm:
     def __init__(self, kernels: HopperKernels) -> None:
         self._kernels = kernels
         self._compiled: dict[tuple[object, ...], Kernel] = {}
-        # What programs of even launches hand on.
+        # What programs of even launches exchange, and how many have: all launches are on one stream.
         programs = kernels.num_multiprocessors
-        self._sums = torch.empty(programs, _MOST_SUMS, dtype=torch.float32, device=kernels.device)
-        self._flags = torch.zeros(programs, dtype=torch.int32, device=kernels.device)
+        self._sums = torch.empty(programs, 2, _MOST_SUMS, dtype=torch.float32, device=kernels.device)
+        self._counters = torch.zeros(programs, 2, dtype=torch.int32, device=kernels.device)
 
     def __call__(
         self,
@@ -237,7 +243,7 @@ class PackedWideGemm:
         kernel = self._kernel(tile, weight.groups, mode, half=x.dtype == torch.float16)
         plan = plan_of(tile, num_rows, weight, num_cols, out.stride(0), kernel.clusters_at_once)
         addresses = (None if t is None else t.data_ptr() for t in (weight.chunks, out, residual))
-        exchange = (ctypes.c_void_p * 2)(self._sums.data_ptr(), self._flags.data_ptr())
+        exchange = (ctypes.c_void_p * 2)(self._sums.data_ptr(), self._counters.data_ptr())
         self._kernels.launch(
             kernel, plan.clusters * tile.cluster, self._kernels.matrix_map(x, tile.rows // tile.share),
             *map(ctypes.c_void_p, addresses), exchange, (ctypes.c_int * len(plan.numbers))(*plan.numbers),
