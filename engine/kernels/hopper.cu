@@ -62,6 +62,23 @@ __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontr
 // As soon as all programs of this kernel have said so, the next one may be launched.
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// A flag in global memory, for programs of one launch: raised when everything that was written before is to be seen.
+__device__ __forceinline__ void flag_raise(u32* flag) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
+}
+
+__device__ __forceinline__ void flag_lower(u32* flag) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(0) : "memory");
+}
+
+__device__ __forceinline__ void flag_wait(const u32* flag) {
+  u32 raised = 0;
+  for (int tries = 0; !raised; ++tries) {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+    if (tries == 1 << 24) asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(tries) : "memory");  // as below
+  }
+}
+
 // A counter in global memory, for programs of one launch. Who sees it counted up sees what was written before.
 __device__ __forceinline__ u32 count_up(u32* counter) {
   u32 before;

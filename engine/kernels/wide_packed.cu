@@ -301,7 +301,9 @@ struct Exchange {
 };
 
 __device__ __forceinline__ float4* place_of(const Exchange& exchange, int program, bool at_end) {
-  return exchange.sums + static_cast<u64>(2 * program + at_end) * (UNITS * PLACES * CONSUMERS) + threadIdx.x;
+  float4* place = exchange.sums + static_cast<u64>(2 * program + at_end) * (UNITS * PLACES * CONSUMERS) + threadIdx.x;
+  asm volatile("" : "+l"(place));  // or it would be computed anew for each of its elements
+  return place;
 }
 
 // The clusters that have steps of a tile: `count` of them end with it or within it, at the same time. One more, if any,
