@@ -30,6 +30,9 @@ from kvarena.engine.kernels.gemm.turned import HeadsToStore
 from kvarena.engine.kernels.norm import rms_norm
 from kvarena.engine.kernels.rope import rope_store
 
+# Of a product of experts: a hidden size of 65,536.
+_MOST_COLUMN_TILES = 1024
+
 
 class TritonOps:
     """See `kvarena.engine.fusions.ops.Ops`. All calls must be on one stream.
@@ -55,7 +58,7 @@ class TritonOps:
         self._gemm = None if table is None else SkinnyGemm(device, upcast=upcast)
         self._library = None if table is None else load_library_gemm(device)
         # Of launches in which the last program to come goes on.
-        self._lock = torch.zeros(1, dtype=torch.int32, device=device)
+        self._locks = torch.zeros(1 + _MOST_COLUMN_TILES, dtype=torch.int32, device=device)
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         """See `Ops.norm`."""
@@ -108,7 +111,7 @@ class TritonOps:
         source = None
         if joins(num_tokens, experts.top_k, experts.num_experts):
             x, logits = torch.empty_like(residual), residual.new_empty(num_tokens, len(router))
-            source = RouterSource(residual, norm.weight, norm.eps, router, x, self._lock)
+            source = RouterSource(residual, norm.weight, norm.eps, router, x, self._locks[:1])
         else:
             x = self.norm(residual, norm)
             logits = self._linear(x, Linear(router, None))
@@ -117,6 +120,7 @@ class TritonOps:
             residual if into is None else into, x, logits, experts.gate_up, experts.down, slots, first_slot,
             top_k=experts.top_k, renormalize=experts.renormalize, num_read=experts.num_read, upcast=upcast,
             grouped=None if self._hopper is None else self._hopper.grouped, source=source,
+            sum_locks=None if source is None else self._locks[1:],
         )  # fmt: skip
 
     def norm_heads(self, residual: Tensor, norm: Norm, qkv: Linear, to: HeadSlots) -> Tensor:

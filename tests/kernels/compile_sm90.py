@@ -256,8 +256,12 @@ def expert_resources(few):
         shape = {"TOP_K": 2, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "EVEN_DEPTH": True,
                  "SWAP": tile.swap, "UPCAST": False, "STAGES": tile.num_stages, "LINES": tile.depth // 64,
                  "PER_LINE": 64}  # fmt: skip
-        for name, glu in (("gate and up", True), ("down", False)):
-            needs = resources(expert_product_kernel, shape | {"GLU": glu}, tile.num_warps, tile.num_stages)
+        for name, glu, summed in (("gate and up", True, False), ("down", False, False), ("down and sum", False, True)):
+            if summed and tile.rows > 16:
+                continue  # of few tokens
+            kind = {"GLU": glu, "SUM": summed, "EXPERTS": 8}
+            types = {"locks_ptr": "*i32"}
+            needs = resources(expert_product_kernel, shape | kind, tile.num_warps, tile.num_stages, types=types)
             yield f"experts {name} x {tile.rows}", needs | {"threads": 32 * tile.num_warps}
 
 

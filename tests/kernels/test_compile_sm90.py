@@ -22,7 +22,7 @@ def resources(request):
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == {"few": 39, "all": 60}[request.param]
+    assert len(found) == {"few": 40, "all": 61}[request.param]
     return found
 
 

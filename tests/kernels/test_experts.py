@@ -213,6 +213,26 @@ def test_norm_and_router_in_the_launch_that_routes(monkeypatch, dtype, tokens, t
                 assert torch.equal(one, two)
 
 
+SUMMED = [(1, 128, 8, torch.bfloat16), (8, 6, 3, torch.float32), (5, 4, 2, torch.bfloat16), (2, 8, 8, torch.float32)]
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "dtype"), few_on_a_card(SUMMED, SUMMED[:2]))
+def test_the_second_product_adds_its_rows_up(tokens, experts, top_k, dtype):
+    """As the launch behind it does, bit by bit; with padding, items that are none, and columns that fill no tile."""
+    x, residual, logits, gate_up, down = inputs(tokens, experts, hidden=136, dtype=dtype)
+    slots = torch.arange(tokens, device=DEVICE) % 3 + (tokens == 1)
+    locks, sums = torch.zeros(8, dtype=torch.int32, device=DEVICE), []
+    for given in (None, locks, locks):
+        num_read = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        sums.append(residual.clone())
+        run_experts(
+            sums[-1], x, logits, gate_up, down, slots, 1, top_k=top_k, renormalize=True, num_read=num_read,
+            upcast=UPCAST, sum_locks=given,
+        )  # fmt: skip
+    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[1], sums[2]) and not locks.any()
+    assert torch.equal(sums[0][slots < 1], residual[slots < 1]) and not torch.equal(sums[0], residual)
+
+
 def test_which_tokens_are_few_enough_for_one_launch(monkeypatch):
     assert joins(1, 8, 128) == (routing_module.MOST_JOINED > 0) and not joins(9, 1, 8)
     monkeypatch.setattr(routing_module, "MOST_JOINED", 8)

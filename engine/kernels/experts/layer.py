@@ -2,7 +2,7 @@
 
 What it is by how many rows an expert has:
 
-    few of few tokens   [norm, router and] route and sort in one launch -> gate, up -> down -> sum
+    few of few tokens   [norm, router and] route and sort in one launch -> gate, up -> down [and sum] -> sum
     few                 route -> sort -> gate, up -> down -> sum
     many, on Hopper     route -> sort -> gather rows by expert -> gate, up -> down -> sum
 """
@@ -15,6 +15,7 @@ from kvarena.engine.kernels.experts.few import RouterSource
 from kvarena.engine.kernels.experts.grouped import SPAN_ITEMS, GroupedGemm, GroupedTile, gather_rows, grouped_tile
 from kvarena.engine.kernels.experts.products import (
     ExpertTile,
+    SumTarget,
     add_experts,
     down_product,
     gate_up_product,
@@ -40,6 +41,7 @@ def run_experts(
     tile: ExpertTile | GroupedTile | None = None,
     down_tile: ExpertTile | None = None,
     source: RouterSource | None = None,
+    sum_locks: Tensor | None = None,
 ) -> Tensor | None:
     """Add the experts' output for x [T, H] to `residual` [T, H], in place.
 
@@ -54,6 +56,7 @@ def run_experts(
         tile: shape of the products' launches; None chooses by T. A `GroupedTile` needs `grouped`.
         down_tile: of the second product, if not the same; as many rows.
         source: `x` and `logits` are written first, in the launch that routes; see `route`.
+        sum_locks: of a `SumTarget`, with which the second product adds its rows up itself; None: another launch does.
 
     Returns:
         float32 [T], the weight of a shared expert; None without a gate in `logits`.
@@ -79,6 +82,9 @@ def run_experts(
     else:
         pairs = x.new_empty(num_pairs, hidden)
         gate_up_product(x, gate_up, routing, act, tile, upcast=upcast)
-        down_product(act, down, routing, pairs, down_tile or tile, upcast=upcast)
+        target = None if sum_locks is None else SumTarget(residual, sum_locks)
+        down_product(act, down, routing, pairs, down_tile or tile, upcast=upcast, target=target)
+        if target is not None:
+            return routing.shared
     add_experts(pairs, routing, num_experts, residual)
     return routing.shared

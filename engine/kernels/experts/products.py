@@ -2,7 +2,8 @@
 
     gate and up   x [T, H]         rows gathered by token   -> silu(gate) * up, [T * k, I] by expert
     down          that [T * k, I]  rows side by side        -> times the router's weight, [T * k, H] by token
-    sum           residual [T, H] += the k rows of each token
+    sum           residual [T, H] += the k rows of each token; of few tokens in the launch before it, by the last
+                  program of each tile of columns
 
 Programs of one tile of a matrix and neighbouring items of an expert run side by side, so its weights come from memory
 once, however many items it has. Of few rows the weights are the tall operand of the tensor cores' product (w @ x.T), as
@@ -77,15 +78,38 @@ def gate_up_product(
     _launch(x, weight, routing, out, weight.shape[1] // 2, tile, glu=True, upcast=upcast)
 
 
-def down_product(act: Tensor, weight: Tensor, routing: Routing, out: Tensor, tile: ExpertTile, *, upcast: bool) -> None:
+class SumTarget(NamedTuple):
+    """Where the rows of each token are added up.
+
+    Attributes:
+        residual: [T, H], added to in place.
+        locks: int32, at least as many as tiles of columns; 0 before and after a launch.
+    """
+
+    residual: Tensor
+    locks: Tensor
+
+
+def down_product(
+    act: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    out: Tensor,
+    tile: ExpertTile,
+    *,
+    upcast: bool,
+    target: SumTarget | None = None,
+) -> None:
     """weights * (act @ down.T) of each pair; see `gate_up_product`.
 
     Args:
         act: [T * k, I], by expert.
         weight: [E, H, I].
+        routing, tile, upcast: see there.
         out: [T * k, H], written by token, where it has an expert.
+        target: what `add_experts` does is done as well.
     """
-    _launch(act, weight, routing, out, weight.shape[1], tile, glu=False, upcast=upcast)
+    _launch(act, weight, routing, out, weight.shape[1], tile, glu=False, upcast=upcast, target=target)
 
 
 def _launch(
@@ -98,14 +122,17 @@ def _launch(
     *,
     glu: bool,
     upcast: bool,
+    target: SumTarget | None = None,
 ) -> None:
     depth = weight.shape[2]
     items, top_k = routing.items, routing.ids.shape[1]
     step = min(tile.depth, max(16, next_power_of_2(depth)))
     options = launch_options()
+    residual, locks = (out, items) if target is None else target
     expert_product_kernel[(items.shape[1], triton.cdiv(num_cols, tile.cols))](
-        x, weight, out, routing.order, items, routing.weights, num_cols, depth, items.shape[1],
-        x.stride(0), weight.stride(0), weight.stride(1), out.stride(0),
+        x, weight, out, routing.order, items, routing.weights, routing.ids, residual, locks, num_cols, depth,
+        items.shape[1], len(routing.ids), x.stride(0), weight.stride(0), weight.stride(1), out.stride(0),
+        residual.stride(0), EXPERTS=len(weight), SUM=target is not None,
         TOP_K=top_k, ROWS=tile.rows, COLS=tile.cols, DEPTH=step, EVEN_DEPTH=depth % step == 0, GLU=glu, SWAP=tile.swap,
         LINES=max(1, step * weight.element_size() // _LINE), PER_LINE=_LINE // weight.element_size(),
         UPCAST=upcast, STAGES=tile.num_stages, num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
@@ -132,22 +159,51 @@ def _prefetch(pointers):  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit(do_not_specialize=["num_items"])
+@triton.jit
+def _sum_rows(  # type: ignore[no-untyped-def]
+    out_ptr, ids_ptr, residual_ptr, lock_ptr, cols, N, num_tokens, stride_out, stride_residual,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+):  # fmt: skip
+    """The last program of a tile of columns adds up what all of them have stored, as `add_experts_kernel` does."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(lock_ptr, 1, sem="acq_rel", scope="gpu")
+    if arrived == tl.num_programs(0) - 1:
+        inside = cols < N
+        for token in range(num_tokens):
+            residual = residual_ptr + token * stride_residual + cols
+            total = tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+            for i in tl.static_range(TOP_K):
+                # Nobody wrote the rows of a token that is padding.
+                has_expert = tl.load(ids_ptr + token * TOP_K + i) < EXPERTS
+                row = out_ptr + (token * TOP_K + i) * stride_out + cols
+                total += tl.load(row, mask=inside & has_expert, other=0.0, cache_modifier=".cg").to(tl.float32)
+            tl.store(residual, total.to(residual_ptr.dtype.element_ty), mask=inside)
+        tl.atomic_xchg(lock_ptr, 0)
+
+
+@triton.jit(do_not_specialize=["num_items", "num_tokens"])
 def expert_product_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, out_ptr, order_ptr, items_ptr, weights_ptr, N, K, num_items,
-    stride_x, stride_expert, stride_w, stride_out,
-    TOP_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    GLU: tl.constexpr, SWAP: tl.constexpr, LINES: tl.constexpr, PER_LINE: tl.constexpr, UPCAST: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, w_ptr, out_ptr, order_ptr, items_ptr, weights_ptr, ids_ptr, residual_ptr, locks_ptr, N, K, num_items,
+    num_tokens, stride_x, stride_expert, stride_w, stride_out, stride_residual,
+    EXPERTS: tl.constexpr, SUM: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    DEPTH: tl.constexpr, EVEN_DEPTH: tl.constexpr, GLU: tl.constexpr, SWAP: tl.constexpr, LINES: tl.constexpr,
+    PER_LINE: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One item times COLS rows of its expert's matrix; the grid is (items, tiles of columns of the result)."""
     if OVERLAP and GLU:
         gdc_wait()
     # Of the down product: the routing was complete before the kernel before this one began.
     expert = tl.load(items_ptr + tl.program_id(0))
-    if expert < 0:
-        return
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    if expert < 0:
+        if SUM:
+            if OVERLAP:
+                gdc_wait()
+            _sum_rows(
+                out_ptr, ids_ptr, residual_ptr, locks_ptr + tl.program_id(1), cols, N, num_tokens, stride_out,
+                stride_residual, EXPERTS, TOP_K,
+            )  # fmt: skip
+        return
     # Rows past N are clamped, not masked: they read something valid that is never stored.
     matrix = w_ptr + expert.to(tl.int64) * stride_expert
     w_rows = matrix + tl.minimum(cols, N - 1).to(tl.int64) * stride_w
@@ -202,6 +258,11 @@ def expert_product_kernel(  # type: ignore[no-untyped-def]
     keep = exists[:, None] & (cols < N)[None, :]
     out_tile = out_ptr + out_rows.to(tl.int64)[:, None] * stride_out + cols[None, :]
     tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=keep)
+    if SUM:
+        _sum_rows(
+            out_ptr, ids_ptr, residual_ptr, locks_ptr + tl.program_id(1), cols, N, num_tokens, stride_out,
+            stride_residual, EXPERTS, TOP_K,
+        )  # fmt: skip
 
 
 def add_experts(pairs: Tensor, routing: Routing, num_experts: int, residual: Tensor) -> None:
