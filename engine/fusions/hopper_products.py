@@ -40,7 +40,8 @@ class HopperProducts:
             return None
         x, linear, norm, residual, glu, out = product
         shape = (len(x), linear.weight.shape[0], linear.weight.shape[1], self._num_multiprocessors)
-        if not glu and (dense := dense_tile(*shape[:3])) is not None:
+        takes_dense = not glu and all(y is None or y.stride(0) % 8 == 0 for y in (residual, out))
+        if takes_dense and (dense := dense_tile(*shape[:3])) is not None:
             return self._dense(_normed(x, norm), linear.weight, dense, residual=residual, out=out)
         tile = stream_tile(*shape, norm=norm is not None, glu=glu)
         if tile is not None:

@@ -147,6 +147,8 @@ def test_products_go_to_it_where_it_was_measured(monkeypatch):
     assert torch.equal(calls[1][0], rms_norm(x, norm))
     assert products(Product(x, Linear(weight, None), norm, glu=True)) is None
     assert products(Product(x[:200], Linear(weight, None))) is None
+    apart = torch.zeros(300, 2052, dtype=torch.bfloat16)[:, :2048]
+    assert products(Product(x, Linear(weight, None), out=apart)) is None, "rows that are no multiple of 16 bytes apart"
     assert len(calls) == 2
 
 

@@ -54,7 +54,7 @@ class Layer:
     def __init__(self, shape: str, kernels: HopperKernels) -> None:
         config = shape_of(shape)
         self.shape, self.kernels = shape, kernels
-        self.hidden, self.inner = config["hidden_size"], config.get("intermediate_size", 0)
+        self.hidden, self.inner = config["hidden_size"], 0 if shape in EXPERT_SHAPES else config["intermediate_size"]
         num_heads = config["num_attention_heads"]
         self.heads = Heads(num_heads, config["num_key_value_heads"], config.get("head_dim", self.hidden // num_heads))
         self.has_norms = config["model_type"].startswith("qwen3")
