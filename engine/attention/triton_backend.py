@@ -20,8 +20,9 @@ from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.kernels.attention.base import AttentionCall
 from kvarena.engine.kernels.attention.config import MANY_ROWS, decode_config, prefill_config
 from kvarena.engine.kernels.attention.decode import DecodeScratch, decode_attention
-from kvarena.engine.kernels.attention.plan import DECODE_FIELDS, PREFILL_FIELDS, Capacity, Shape, plan_step
+from kvarena.engine.kernels.attention.plan import DECODE_FIELDS, Capacity, Shape, plan_step
 from kvarena.engine.kernels.attention.prefill import prefill_attention
+from kvarena.engine.kernels.attention.prefill_plan import PREFILL_FIELDS
 from kvarena.engine.kernels.attention.stream_decode import FEWEST_ROWS, StreamDecode, streams
 from kvarena.engine.kernels.attention.wide_prefill import WidePrefill, fits
 from kvarena.engine.kernels.hopper import HopperKernels, load_hopper_kernels
@@ -112,7 +113,8 @@ class TritonBackend:
         config = decode_config(pool.head_dim, pool.dtype.itemsize, max(num_rows, MANY_ROWS + 1) if stays else num_rows)
         programs = config.programs_per_sm * self._num_multiprocessors
         queries = self._prefill_config.rows * pool.num_kv_heads // self.num_heads
-        return Shape(config, queries, max(1, programs // pool.num_kv_heads), stays)
+        prefill = None if self._wide is None else self._wide.programs(pool.num_kv_heads)
+        return Shape(config, queries, max(1, programs // pool.num_kv_heads), stays, prefill)
 
     def reserve(self, meta: AttentionMetadata, num_rows: int, num_prefill_tokens: int = 0) -> None:
         """Give `meta` a plan of fixed size and address, for a CUDA graph; `prepare` then refills it.

@@ -199,10 +199,6 @@ class HopperKernels:
         config = self._config(kernel, num_programs, stream, overlap=overlap)
         self._call("cuLaunchKernelEx", config, kernel.function, ctypes.addressof(packed), 0)
 
-    def zeros(self, count: int) -> Tensor:
-        """Int32 zeros on the device."""
-        return torch.zeros(count, dtype=torch.int32, device=self.device)
-
     def matrix_map(self, matrix: Tensor, box_rows: int, *, keep: bool = False) -> Any:
         """How the tensor memory accelerator reads boxes of `box_rows` x 64 elements of a bf16 matrix, swizzled.
 

@@ -16,6 +16,7 @@ constexpr int TILE_BYTES = 2 * K_HALF;
 constexpr int FETCHED_QUERIES = QUERIES * GROUP * 2 * ROW_BYTES;
 constexpr int SCORES = TILE / 2, SUMS = DIM / 2;   // of a thread
 constexpr int STEPS = TILE / 16;                   // of a product with the values
+constexpr int CELL = CONSUMERS * (SUMS + 4);      // numbers that a part leaves
 constexpr u32 ALL = ~0u;
 
 static_assert(TILE % BOX == 0 && BOX % 16 == 0 && TILE / BOX <= 32, "a lane for each box");
@@ -28,35 +29,40 @@ __device__ __forceinline__ void settle(float (&values)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-// What a program does at a time: queries of one request for one KV head; -1 behind the last.
+// What a program does at a time: queries of one request for one KV head; -1 behind the last. `query` is the row of q of
+// the first one, `end` is behind the last token that they see; the program's tiles are `first` up to `last`.
 struct Place {
-  int kv_head, row, query, num_queries, first_position, end;  // query: the first one's row of q; end: of what they see
+  int kv_head, row, query, num_queries, first_position, end, first, last, part, parts, cell;
 };
 
 struct Work {
-  const int* items;  // rows, then query blocks: `capacity` of each
+  const int* items;  // rows, query blocks, parts, how many there are, their cells: `capacity` of each
   const int* query_loc;
   const int* seq_lens;
   int capacity, num_kv_heads;
 
   __device__ __forceinline__ Place operator()(int at) const {
     const int item = at / num_kv_heads, row = item < capacity ? items[item] : -1;
-    if (row < 0) return {-1, 0, 0, 0, 0, 0};
-    const int block = items[capacity + item], begin = query_loc[row], count = query_loc[row + 1] - begin;
+    if (row < 0) return Place{-1};
+    const int block = items[capacity + item], part = items[2 * capacity + item], parts = items[3 * capacity + item];
+    const int cell = items[4 * capacity + item], begin = query_loc[row], count = query_loc[row + 1] - begin;
     const int length = seq_lens[row], first = length - count + block * QUERIES, left = count - block * QUERIES;
     const int end = first + QUERIES < length ? first + QUERIES : length;
-    return {at % num_kv_heads, row, begin + block * QUERIES, left < QUERIES ? left : QUERIES, first, end};
+    const int tiles = (end + TILE - 1) / TILE;
+    return {at % num_kv_heads, row, begin + block * QUERIES, left < QUERIES ? left : QUERIES, first, end,
+            tiles * part / parts, tiles * (part + 1) / parts, part, parts, cell};
   }
 };
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     wide_prefill(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                  const __grid_constant__ TensorMap v_map, u16* out, const int* items, const int* query_loc,
-                 const int* seq_lens, const int* table, int* tickets, int capacity, int num_kv_heads, int num_slots,
-                 int stride_out_row, int stride_out_head, int stride_table, float factor) {
+                 const int* seq_lens, const int* table, int* counters, float* partial, int capacity, int num_kv_heads,
+                 int num_slots, int stride_out_row, int stride_out_head, int stride_table, float factor) {
   extern __shared__ char raw[];
   __shared__ u64 barriers[2 + 4 * STAGES];
   __shared__ Place places[1];
+  __shared__ int arrived[1];
   const u32 q_tile = (shared_address(raw) + 1023) & ~1023u;
   const u32 k_tiles = q_tile + 2 * Q_HALF, v_tiles = k_tiles + STAGES * TILE_BYTES;
   const u32 q_full = shared_address(barriers), q_empty = q_full + 8;
@@ -88,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       // What is left goes to whoever comes first: items differ, and the longest ones are taken first.
       auto take = [&] {
         int ticket = 0;
-        if (lane == 0) ticket = atomicAdd(tickets, 1);
+        if (lane == 0) ticket = atomicAdd(counters, 1);
         return work(gridDim.x + __shfl_sync(ALL, ticket, 0));
       };
       for (int round = 0;; ++round) {
@@ -108,17 +114,17 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         // Where the lane's box of a tile lies; boxes behind the end are behind the pool's end, so that they are zeros.
         auto slot_of = [&](int tile) {
           const int token = tile * TILE + lane * BOX;
-          if (tile < 0 || lane >= TILE / BOX || token >= at.end) return num_slots;
+          if (tile < at.first || lane >= TILE / BOX || token >= at.end) return num_slots;
           return CONTIGUOUS ? row_table[0] * BLOCK_SIZE + token
                             : row_table[token / BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE;
         };
-        const int tiles = (at.end + TILE - 1) / TILE, early = tiles < 3 ? tiles - 1 : 2;
-        int slot = slot_of(tiles - 1), before = 0;
+        const int early = at.last - at.first < 3 ? at.last - 1 : at.first + 2;
+        int slot = slot_of(at.last - 1), before = 0;
         Place after{};
-        for (int tile = tiles - 1; tile >= -1; --tile) {
+        for (int tile = at.last - 1; tile >= at.first - 1; --tile) {
           if (tile == early) after = take();  // it has to be there when this item has been fetched
           const int next = slot_of(tile - 1);
-          if (tile >= 0) {
+          if (tile >= at.first) {
             const u32 to = k_tiles + keys.stage * TILE_BYTES + lane * BOX * ROW_BYTES, barrier = k_full + 8 * keys.stage;
             barrier_wait(k_empty + 8 * keys.stage, keys.parity ^ 1);
             if (lane == 0) barrier_expect(barrier, TILE_BYTES);
@@ -129,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
             }
             keys.next();
           }
-          if (tile + 1 < tiles) {  // the values of the tile before, which are wanted later
+          if (tile + 1 < at.last) {  // the values of the tile before, which are wanted later
             const u32 to = v_tiles + values.stage * TILE_BYTES + lane * V_BOX, barrier = v_full + 8 * values.stage;
             barrier_wait(v_empty + 8 * values.stage, values.parity ^ 1);
             if (lane == 0) barrier_expect(barrier, TILE_BYTES);
@@ -143,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       }
       let_next_start();
       // Who is last leaves them as they were, for the next launch.
-      if (lane == 0 && atomicAdd(tickets + 1, 1) == gridDim.x - 1) tickets[0] = tickets[1] = 0;
+      if (lane == 0 && atomicAdd(counters + 1, 1) == gridDim.x - 1) counters[0] = counters[1] = 0;
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
@@ -183,7 +189,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       barrier_wait(q_full, round % 2);
       const Place at = places[0];
       if (at.kv_head < 0) break;
-      const int tiles = (at.end + TILE - 1) / TILE;
       // The last token that each row sees; from `whole` on down all rows of the warp see all of a tile.
       const int limit[2] = {at.first_position + first_row / GROUP, at.first_position + (first_row + 8) / GROUP};
       const int whole = (at.first_position + warp_row / GROUP + 1) / TILE;
@@ -241,12 +246,13 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       settle(scores);
       release(k_empty + 8 * keys.stage);
       keys.next();
-      if (tiles == 1) release(q_empty);
-      weigh(tiles - 1);
+      if (at.last - at.first == 1) release(q_empty);
+      weigh(at.last - 1);
       pack_weights();
 
       // What a box of the last tile has behind the end may be anything, and 0 * NaN is NaN.
-      const int used = at.end - (tiles - 1) * TILE, rest = (used + BOX - 1) / BOX * BOX - used;
+      const int seen = at.end - (at.last - 1) * TILE, used = seen < TILE ? seen : TILE;
+      const int rest = (used + BOX - 1) / BOX * BOX - used;
       if (rest > 0) {
         barrier_wait(v_full + 8 * values.stage, values.parity);
         const u32 box = v_tiles + values.stage * TILE_BYTES + used / BOX * V_BOX + used % BOX * ROW_BYTES;
@@ -258,23 +264,23 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         named_sync(3 + warp_group, 128);
       }
 
-      if (tiles > 1) barrier_wait(k_full + 8 * keys.stage, keys.parity);
-      for (int tile = tiles - 2; tile >= 0; --tile) {
+      if (at.last - at.first > 1) barrier_wait(k_full + 8 * keys.stage, keys.parity);
+      for (int tile = at.last - 2; tile >= at.first; --tile) {
         await_turn();
         multiply_keys();
         barrier_wait(v_full + 8 * values.stage, values.parity);
-        multiply_values(tile < tiles - 2);
+        multiply_values(tile < at.last - 2);
         give_turn();
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         settle(scores);
         release(k_empty + 8 * keys.stage);
         keys.next();
-        if (tile == 0) release(q_empty);
+        if (tile == at.first) release(q_empty);
         weigh(tile);
         settle(scores);
         // Here, for the assembler moves a wait for the tensor cores up to the last loop before it, and the scores are to
         // become weights while they work.
-        if (tile > 0) barrier_wait(k_full + 8 * keys.stage, keys.parity);
+        if (tile > at.first) barrier_wait(k_full + 8 * keys.stage, keys.parity);
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         settle(sums);
         release(v_empty + 8 * values.stage);
@@ -284,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         pack_weights();
       }
       barrier_wait(v_full + 8 * values.stage, values.parity);
-      multiply_values(tiles > 1);
+      multiply_values(at.last - at.first > 1);
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       settle(sums);
       release(v_empty + 8 * values.stage);
@@ -292,10 +298,52 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float all = total[half];
-        all += __shfl_xor_sync(ALL, all, 1);
-        all += __shfl_xor_sync(ALL, all, 2);
-        const float share = 1.0f / all;
+        total[half] += __shfl_xor_sync(ALL, total[half], 1);
+        total[half] += __shfl_xor_sync(ALL, total[half], 2);
+      }
+      if (at.parts > 1) {
+        const int first = (at.cell - at.part) * num_kv_heads + at.kv_head;
+        auto cell_of = [&](int part) {
+          return partial + static_cast<long long>(first + part * num_kv_heads) * CELL + threadIdx.x;
+        };
+        float* own = cell_of(at.part);
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) __stcg(own + i * CONSUMERS, sums[i]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          __stcg(own + (SUMS + half) * CONSUMERS, peak[half]);
+          __stcg(own + (SUMS + 2 + half) * CONSUMERS, total[half]);
+        }
+        __threadfence();
+        named_sync(5, CONSUMERS);
+        if (threadIdx.x == 0) arrived[0] = atomicAdd(counters + 2 + first, 1);
+        named_sync(5, CONSUMERS);
+        if (arrived[0] != at.parts - 1) continue;
+        __threadfence();
+        if (threadIdx.x == 0) counters[2 + first] = 0;
+        // In order, so that the result does not depend on who was last.
+        peak[0] = peak[1] = LOWEST, total[0] = total[1] = 0.0f;
+        for (int part = 0; part < at.parts; ++part) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) peak[half] = fmaxf(peak[half], __ldcg(cell_of(part) + (SUMS + half) * CONSUMERS));
+        }
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
+        for (int part = 0; part < at.parts; ++part) {
+          const float* from = cell_of(part);
+          float weight[2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            weight[half] = power_of_2((__ldcg(from + (SUMS + half) * CONSUMERS) - peak[half]) * factor);
+            total[half] += weight[half] * __ldcg(from + (SUMS + 2 + half) * CONSUMERS);
+          }
+#pragma unroll
+          for (int i = 0; i < SUMS; ++i) sums[i] += weight[i / 2 % 2] * __ldcg(from + i * CONSUMERS);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float share = 1.0f / total[half];
         const int row = first_row + 8 * half, query = row / GROUP;
         const bool exists = query < at.num_queries && row < QUERIES * GROUP;
         u16* to = out + static_cast<long long>(at.query + query) * stride_out_row;

@@ -13,6 +13,7 @@ from kvarena.engine.attention.triton_backend import TritonBackend
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.kernels.attention import base as attention
 from kvarena.engine.kernels.attention.config import DecodeConfig
+from kvarena.engine.kernels.attention.prefill_plan import Programs
 from kvarena.engine.kernels.common import slot_type
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,6 +137,16 @@ def test_transposed_queries_as_transformers_gives_them():
     wanted = dense_attention(case, scale=0.3)
     case.q = case.q.transpose(0, 1).contiguous().transpose(0, 1)
     assert (run_backend(TritonBackend(case.pool, 4), case, scale=0.3).double().cpu() - wanted).abs().max() < 2e-5
+
+
+def test_items_in_parts_are_computed_once():
+    case = make_case([(2060, 9), (3, 1)], device=DEVICE)
+    backend = TritonBackend(case.pool, 4)
+    shape = backend.shape(1)._replace(prefill=Programs(8, 2))
+    backend.shape = lambda num_rows: shape
+    got = run_backend(backend, case, scale=0.3)
+    assert case.meta.prepared.capacity.prefill > 1
+    assert (got.double().cpu() - dense_attention(case, scale=0.3)).abs().max() < 2e-5
 
 
 PROMPTS = [(0, 30), (0, 30)]

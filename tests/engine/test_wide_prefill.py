@@ -15,7 +15,7 @@ from attention_cases import dense_attention, make_case, make_contiguous, poison,
 
 from kvarena.engine.attention.triton_backend import TritonBackend
 from kvarena.engine.kernels.attention.base import AttentionCall
-from kvarena.engine.kernels.attention.plan import prefill_items
+from kvarena.engine.kernels.attention.prefill_plan import PREFILL_FIELDS, Programs, prefill_items
 from kvarena.engine.kernels.attention.wide_prefill import (
     ROWS,
     TILE,
@@ -64,6 +64,7 @@ def on_host(tmp_path_factory):
     text = text.replace("extern __shared__ char raw[];", "char* raw = shared_array<char>(1024);")
     text, count = re.subn(r"__shared__ u64 barriers\[[^;]*\];", "u64* barriers = shared_array<u64>(0);", text)
     text = text.replace("__shared__ Place places[1];", "Place* places = shared_array<Place>(512);")
+    text = text.replace("__shared__ int arrived[1];", "int* arrived = shared_array<int>(768);")
     assert count == 1 and "__shared__" not in text and "asm" not in text
 
     def run(case, tile, block_size, *, contiguous, programs_at_once):
@@ -81,15 +82,20 @@ def on_host(tmp_path_factory):
         meta, (keys, values) = case.meta, case.pool.slots(1)
         lens = torch.from_numpy(meta.host_query_start_loc).diff()
         rows = (lens > 1).nonzero().flatten().numpy()
-        columns = prefill_items(rows, lens.numpy()[rows], meta.host_seq_lens[rows], ROWS // group)
-        items = torch.full((2, len(columns[0]) + 2), -1, dtype=torch.int32)
-        items[:, :-2] = torch.tensor([column.tolist() for column in columns], dtype=torch.int32)
+        columns = prefill_items(
+            rows, lens.numpy()[rows], meta.host_seq_lens[rows].astype(np.int64), ROWS // group,
+            Programs(programs_at_once, heads),
+        )  # fmt: skip
+        items = torch.full((len(columns), columns.shape[1] + 2), -1, dtype=torch.int32)
+        items[:, :-2] = torch.from_numpy(columns)
+        num_cells = (columns[4].max() + 1) * heads
+        run.most_parts = columns[3].max()
         out = torch.full_like(case.q, 768.0)
         tensors = [case.q, keys, values, out, items, meta.query_start_loc, meta.seq_lens, meta.block_table]
-        sizes = (programs_at_once, items.shape[1], len(lens), len(case.q), group * heads, heads, keys.shape[0],
-                 meta.block_table.shape[1], case.q.stride(0))  # fmt: skip
+        sizes = (programs_at_once, items.shape[1], num_cells, len(lens), len(case.q), group * heads, heads,
+                 keys.shape[0], meta.block_table.shape[1], case.q.stride(0))  # fmt: skip
         raw = [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
-        (folder / "in").write_bytes(struct.pack("9if", *sizes, SCALE * 1.4426950408889634) + b"".join(raw))
+        (folder / "in").write_bytes(struct.pack("10if", *sizes, SCALE * 1.4426950408889634) + b"".join(raw))
         ran = subprocess.run(
             [programs[key], folder / "in", folder / "out"], capture_output=True, text=True, check=False
         )
@@ -115,6 +121,7 @@ def check(case, got):
 # (context, new tokens): ends within a block, at its end and at a tile's; one and several items; a decode row between.
 ROWS_OF = [(0, 2), (250, 40), (31, 1), (0, 128), (200, 56)]
 CASES = {
+    "in parts": (PrefillTile(128), {"rows": [(2400, 40), (60, 20)]}),
     "four heads a KV head": (PrefillTile(128), {}),
     "wide tiles": (PrefillTile(), {"group": 2, "heads": 2}),
     "blocks of 48, three stages, no turns": (PrefillTile(128, 3, turns=False), {"group": 7, "block_size": 48}),
@@ -125,18 +132,21 @@ CASES = {
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of a CPU")
 @pytest.mark.parametrize(
-    "names", [[*CASES][:1], pytest.param([*CASES][1:], marks=pytest.mark.slow)], ids=["one", "others"]
+    "names", [[*CASES][:2], pytest.param([*CASES][2:], marks=pytest.mark.slow)], ids=["two", "others"]
 )
 def test_the_kernels_text_on_a_cpu(on_host, names):
     """Every wait ends, and what no token of a request is, NaN here, gets into no sum."""
     for name in names:
         tile, options = CASES[name]
-        case = make(ROWS_OF, **options)
+        case = make(**{"rows": ROWS_OF} | options)
         contiguous = options.get("contiguous", False)
         block_size = options.get("block_size", 16)
+        most_parts = []
         for programs_at_once in (2, 5):
             got = on_host(case, tile, block_size, contiguous=contiguous, programs_at_once=programs_at_once)
             check(case, got)
+            most_parts.append(on_host.most_parts)
+        assert (max(most_parts) > 1) == (name == "in parts")
 
 
 @pytest.mark.parametrize("tile", [TILE, pytest.param(PrefillTile(128), marks=pytest.mark.slow)])
@@ -170,7 +180,7 @@ def test_what_it_takes():
     q, keys, values = torch.zeros(3, 8, 128, dtype=torch.bfloat16), pool[:32, 0].contiguous(), pool[:32, 1].contiguous()
     table = torch.zeros(1, 2, dtype=torch.int32)
     plain = AttentionCall(q, keys, values, torch.empty_like(q), table, table, table, 16, SCALE)
-    prefill = WidePrefill(SimpleNamespace(zeros=torch.zeros))
+    prefill = WidePrefill(SimpleNamespace(device="cpu", num_multiprocessors=2))
     assert prefill.takes(plain)
     packed = torch.zeros(3, 12, 128, dtype=torch.bfloat16)
     assert prefill.takes(plain._replace(q=packed[:, :8])), "in a packed projection"
@@ -184,31 +194,36 @@ def test_what_it_takes():
 
 
 GPU_ROWS = [(0, 700), (3000, 513), (8191, 1), (16, 2), (0, 1), (1000, 24), (40, 900), (127, 129)]
+FEW_ROWS = [(20000, 100), (5, 1), (3000, 70)]
 GPU_TILES = (TILE, PrefillTile(128, 3), PrefillTile(144, 2, turns=False))
 
 
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize(
-    "options",
+    ("rows", "options"),
     [
-        {},
-        {"group": 2},
-        {"group": 7, "block_size": 48},
-        {"group": 1, "block_size": 256},
-        {"group": 16, "heads": 2},
-        {"contiguous": True},
+        (GPU_ROWS, {}),
+        (GPU_ROWS, {"group": 2}),
+        (GPU_ROWS, {"group": 7, "block_size": 48}),
+        (GPU_ROWS, {"group": 1, "block_size": 256}),
+        (GPU_ROWS, {"group": 16, "heads": 2}),
+        (GPU_ROWS, {"contiguous": True}),
+        (FEW_ROWS, {}),
+        (FEW_ROWS, {"group": 7, "block_size": 48}),
     ],
 )
-def test_on_a_gpu(options):
-    case = make(GPU_ROWS, **({"heads": 4} | options))
+def test_on_a_gpu(rows, options):
+    case = make(rows, **({"heads": 4} | options))
     expected = dense_attention(case, scale=SCALE)
     for tile in GPU_TILES:
         backend = TritonBackend(case.pool, case.q.shape[1], contiguous=options.get("contiguous", False))
         assert backend.prefill_kernel == "cuda"
         backend._wide._tile = tile
         results = [run_backend(backend, case, scale=SCALE) for _ in range(2)]
-        assert torch.equal(*results)
+        assert torch.equal(*results) and not backend._wide._counters.any()
+        is_cut = case.meta.prepared.prefill.view(PREFILL_FIELDS, -1)[3].max() > 1
+        assert is_cut == (rows is FEW_ROWS)
         torch.testing.assert_close(results[0].double().cpu(), expected, rtol=2**-7, atol=4e-3)
 
 

@@ -1,9 +1,10 @@
 """How a step's attention is cut into work items: planned on the host, once per step, for all layers.
 
-    buffer (int32)   | decode: row | begin | end | chunk | chunks of the row | starts | prefill: row | block |
+    buffer (int32)   | decode: row | begin | end | chunk | chunks of the row | starts | prefill: its fields |
                        each as long as the capacity says
 
 `starts` is there for programs that stay (`stream_decode.py`): the first item of each, and the end of the last one's.
+The prefill items are those of `prefill_plan.py`.
 The capacities fix the grids, so a plan of fixed capacity can be captured in a CUDA graph and refilled before each
 replay; items beyond the step's own have row -1.
 """
@@ -16,8 +17,9 @@ import numpy as np
 
 from kvarena.engine.errors import EngineError
 from kvarena.engine.kernels.attention.config import DecodeConfig
+from kvarena.engine.kernels.attention.prefill_plan import PREFILL_FIELDS, Programs, prefill_items, running
 
-DECODE_FIELDS, PREFILL_FIELDS = 5, 2
+DECODE_FIELDS = 5
 
 
 class Capacity(NamedTuple):
@@ -41,12 +43,14 @@ class Shape(NamedTuple):
         queries: queries per prefill item.
         slots_per_head: programs that the device should get per KV head; contexts are split until it does.
         stays: these programs stay and do equal shares of the tiles, see `even_items`.
+        prefill: programs that share the prefill items; None: each has its own.
     """
 
     decode: DecodeConfig
     queries: int
     slots_per_head: int
     stays: bool = False
+    prefill: Programs | None = None
 
     def decode_capacity(self, num_rows: int) -> int:
         """Enough decode items for any `num_rows` rows of any length."""
@@ -54,7 +58,8 @@ class Shape(NamedTuple):
 
     def prefill_capacity(self, num_rows: int, num_tokens: int) -> int:
         """Enough prefill items for any `num_tokens` new tokens of `num_rows` rows."""
-        return num_tokens // self.queries + num_rows
+        items = num_tokens // self.queries + num_rows
+        return items if self.prefill is None else items + self.prefill.most_parts
 
 
 def chunk_tokens(seq_lens: np.ndarray, shape: Shape) -> int:
@@ -123,25 +128,9 @@ def even_items(seq_lens: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarr
     return np.stack([index, begin, end, chunk, num_chunks[index]]), np.searchsorted(cuts, bounds)
 
 
-def prefill_items(
-    rows: np.ndarray, query_lens: np.ndarray, seq_lens: np.ndarray, queries: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and query blocks of the prefill items: the longest row first, and of a row the block that reads the most.
-
-    Blocks that run at the same time then read the same keys, from the L2 cache, and the last to start are short.
-    """
-    order = np.argsort(-seq_lens, kind="stable")
-    item_rows, blocks = _expand(np.arange(len(rows)), -(-query_lens // queries), order)
-    last = -(-query_lens // queries) - 1
-    return rows[item_rows], last[item_rows] - blocks
-
-
 def _expand(rows: np.ndarray, counts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each row, in `order`, as often as its count says; and the running number within the row."""
-    counts = counts[order]
-    starts = np.cumsum(counts) - counts
-    numbers = np.arange(int(counts.sum())) - np.repeat(starts, counts)
-    return np.repeat(rows[order], counts), numbers
+    return np.repeat(rows[order], counts[order]), running(counts[order])
 
 
 def plan_step(
@@ -170,8 +159,8 @@ def plan_step(
         decode[0] = decode_rows[decode[0]]
     else:
         decode = decode_items(decode_rows, lens[decode_rows], shape)
-    prefill = prefill_items(prefill_rows, query_lens[prefill_rows], lens[prefill_rows], shape.queries)
-    needed = Capacity(decode.shape[1], len(prefill[0]), len(starts))
+    prefill = prefill_items(prefill_rows, query_lens[prefill_rows], lens[prefill_rows], shape.queries, shape.prefill)
+    needed = Capacity(decode.shape[1], prefill.shape[1], len(starts))
     capacity = capacity or needed
     if needed.starts not in (0, capacity.starts):
         raise EngineError(

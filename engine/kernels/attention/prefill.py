@@ -6,6 +6,7 @@ heads that share the KV head are rows of the same matrix product:
     rows of the product     q0h0 q0h1 q0h2 q0h3  q1h0 q1h1 ...         (4 query heads per KV head)
     grid = (KV heads, items)       items: row      0 0 0 1 2 -1        -1: padding, exits at once
                                           block    2 1 0 0 0           late blocks first: they read the most
+                                          part     0 0 0 0 0           others than the first exit: it does them all
 
 The softmax is computed in one pass over the keys (Milakov and Gimelshein, 2018; FlashAttention, Dao et al., 2022).
 """
@@ -38,7 +39,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     k_ptr,
     v_ptr,
     out_ptr,
-    items_ptr,  # int32: the items' rows, then their query blocks
+    items_ptr,  # int32: the items' rows, their query blocks, and their parts
     query_loc_ptr,
     seq_lens_ptr,
     table_ptr,
@@ -74,7 +75,8 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     row = tl.load(items_ptr + item)
-    if row < 0:
+    # An item is cut into parts for the kernel of wide_prefill.py.
+    if (row < 0) | (tl.load(items_ptr + 2 * capacity + item) > 0):
         return
     block = tl.load(items_ptr + capacity + item)
     query_begin = tl.load(query_loc_ptr + row)
@@ -161,8 +163,9 @@ def prefill_attention(call: AttentionCall, *, items: Tensor, num_items: int, con
 
     Args:
         call: what is read and written.
-        items: int32 [2 * num_items], see `kvarena.engine.kernels.attention.plan`; blocks of `config.rows // group`
-        queries. num_items: the grid's second dimension; padding items have row -1.
+        items: int32 [PREFILL_FIELDS * num_items], see `kvarena.engine.kernels.attention.prefill_plan`; blocks of
+            `config.rows // group` queries.
+        num_items: the grid's second dimension; padding items have row -1.
         config: rows, tile, warps and stages, see `prefill_config`.
     """
     prefill_kernel[(call.num_kv_heads, num_items)](

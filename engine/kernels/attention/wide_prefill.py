@@ -12,6 +12,8 @@ A block of 16 tokens is three fetches of the tensor memory accelerator: two halv
 lies, and its values. Items are those of the Triton kernel (`prefill.py`), which takes everything else: windows, soft
 caps, sinks, other heads, other types, and layers between which other layers lie.
 
+Of few items behind long contexts several programs do one, each a part of its keys; the last to end merges them.
+
 The schedule is FlashAttention-3's (Shah et al., 2024): a producer and two consumers, ping-pong, and the softmax of a
 tile beside the products of the one before.
 """
@@ -26,10 +28,13 @@ import torch
 from torch import Tensor
 
 from kvarena.engine.kernels.attention.base import AttentionCall
+from kvarena.engine.kernels.attention.prefill_plan import CELLS_PER_PROGRAM, Programs
 from kvarena.engine.kernels.hopper import HopperKernels, Kernel
 
 ROWS, _HEAD_DIM, _THREADS = 128, 128, 384
 _MOST_GROUP = 16
+# Of a part, by thread: 64 sums, and of two rows the largest score and the weights' sum.
+_CELL = 256 * (64 + 4)
 _LOG2_E = 1.4426950408889634
 
 
@@ -88,8 +93,15 @@ class WidePrefill:
         self._kernels = kernels
         self._tile = tile
         self._compiled: dict[tuple[int, int, bool], Kernel] = {}
-        # Items taken, programs that are done: zeros between launches, which follow each other.
-        self._tickets = kernels.zeros(2)
+        num_cells = CELLS_PER_PROGRAM * kernels.num_multiprocessors
+        self._partial = torch.empty(num_cells, _CELL, dtype=torch.float32, device=kernels.device)
+        # Items taken, programs that are done, parts of each item that are done: zeros between launches, which follow
+        # each other.
+        self._counters = torch.zeros(2 + num_cells, dtype=torch.int32, device=kernels.device)
+
+    def programs(self, num_kv_heads: int) -> Programs:
+        """What shares a step's items."""
+        return Programs(self._kernels.num_multiprocessors, num_kv_heads)
 
     def takes(self, call: AttentionCall) -> bool:
         """Whether it can do this layer: plain attention over a pool whose layers are contiguous."""
@@ -105,7 +117,8 @@ class WidePrefill:
 
         Args:
             call: what is read and written, which `takes` agreed to.
-            items: int32 [2 * num_items], see `kvarena.engine.kernels.attention.plan`; blocks of 128 // group queries.
+            items: int32 [PREFILL_FIELDS * num_items], see `kvarena.engine.kernels.attention.prefill_plan`; blocks of
+                128 // group queries, cut for `programs`.
             num_items: how many there is room for; those without a row, -1, come last.
             overlap: launch it while the kernel before it runs; the items and the block table must have been complete
                 when that one began.
@@ -117,7 +130,8 @@ class WidePrefill:
             kernel, min(heads * num_items, kernels.num_multiprocessors), q_map,
             kernels.head_map(call.keys, box, halves=1), kernels.head_map(call.values, box),
             *(ctypes.c_void_p(x.data_ptr()) for x in (
-                call.out, items, call.query_start_loc, call.seq_lens, call.block_table, self._tickets,
+                call.out, items, call.query_start_loc, call.seq_lens, call.block_table, self._counters,
+                self._partial,
             )),
             *map(ctypes.c_int, (
                 num_items, heads, call.keys.shape[0], call.out.stride(0), call.out.stride(1),

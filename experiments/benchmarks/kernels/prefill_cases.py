@@ -40,9 +40,14 @@ CHUNK_CASES: dict[str, list[tuple[int, int]]] = {
         f"{chunk} after {context}": [(context, chunk)] for chunk, context in product((2048, 8192), (8192, 16384, 32768))
     },
     "8 x 1000 after 16000": [(16000, 1000)] * 8,
+    "128 after 32768": [(32768, 128)],
+    "512 after 8192": [(8192, 512)],
+    "1100 after 16384": [(16384, 1100)],
     "8 unequal prompts": [(0, length) for length in (338, 350, 500, 700, 1500, 2900, 4096, 6000)],
     "12 short prompts": [(0, length) for length in range(100, 1024, 77)],
 }
+# Of so few new tokens the items may be shared out.
+SHARED_TOKENS = 2000
 TILES = (
     PrefillTile(), PrefillTile(160), PrefillTile(128), PrefillTile(128, 3), PrefillTile(144),
     PrefillTile(176, 2, turns=False), PrefillTile(128, 2, turns=False),
@@ -62,17 +67,22 @@ def attention_calls(batch: Batch, *, contiguous: bool) -> tuple[list[AttentionCa
     ], out
 
 
-def prefill_launches(batch: Batch, config: PrefillConfig | WidePrefill, *, contiguous: bool = False) -> Launches:
+def prefill_launches(
+    batch: Batch, config: PrefillConfig | WidePrefill, *, contiguous: bool = False, cut: bool = True
+) -> Launches:
     """One launch per layer of the pool, and the output that they share.
 
     Args:
         batch: what is computed.
         config: of the Triton kernel, or the CUDA kernel.
         contiguous: the blocks of each request are consecutive.
+        cut: let several programs of the CUDA kernel share an item, if there are few.
     """
     shape = batch.shape
     rows = config.rows if isinstance(config, PrefillConfig) else ROWS
-    plan = Shape(decode_config(shape.head_dim, 2, 1), rows // (shape.num_heads // shape.num_kv_heads), 1)
+    programs = config.programs(shape.num_kv_heads) if cut and isinstance(config, WidePrefill) else None
+    queries = rows // (shape.num_heads // shape.num_kv_heads)
+    plan = Shape(decode_config(shape.head_dim, 2, 1), queries, 1, prefill=programs)
     words, capacity = plan_step(batch.query_start_loc, batch.seq_lens, plan)
     items = torch.from_numpy(words).cuda()
     calls, out = attention_calls(batch, contiguous=contiguous)
@@ -132,6 +142,9 @@ def bench_chunks(tune: Callable[[], bool]) -> Iterator[tuple[Line, Batch]]:
             if tile == TILES[0] or tune():
                 own = line | {"kernel": "wide prefill", "config": [*tile]}
                 yield _measured(own, partial(prefill_launches, batch, launch), batch)
+        if wide and sum(new for _, new in rows) < SHARED_TOKENS:
+            own = line | {"kernel": "wide prefill, items whole", "config": [*TILES[0]]}
+            yield _measured(own, partial(prefill_launches, batch, wide[TILES[0]], cut=False), batch)
         yield _measured(line | {"kernel": "cudnn, same work"}, partial(same_work, batch), batch)
         del batch
 
