@@ -15,6 +15,7 @@ from attention_cases import dense_attention, make_case, make_contiguous, poison,
 
 from kvarena.engine.attention.triton_backend import TritonBackend
 from kvarena.engine.kernels.attention.base import AttentionCall
+from kvarena.engine.kernels.attention.prefill import prefill_attention
 from kvarena.engine.kernels.attention.prefill_plan import PREFILL_FIELDS, Programs, prefill_items
 from kvarena.engine.kernels.attention.wide_prefill import (
     ROWS,
@@ -191,6 +192,27 @@ def test_what_it_takes():
     assert not prefill.takes(plain._replace(q=q.float()))
     odd = torch.zeros(3, 8, 132, dtype=torch.bfloat16)[:, :, 4:]
     assert not prefill.takes(plain._replace(q=odd)), "rows that do not begin at a multiple of 16 bytes"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="with a stand-in for the kernel")
+def test_which_layers_go_to_it():
+    """Prompts of plain layers, in parts for its programs; windows and decode rows go where they went."""
+    case = make([(2300, 30), (40, 1), (0, 3)], group=2, heads=2)
+    backend, calls = TritonBackend(case.pool, 4), []
+    assert backend.prefill_kernel == "triton" and backend.shape(1).prefill is None
+
+    class StandIn(WidePrefill):
+        def __call__(self, call, *, items, num_items, overlap=True):
+            calls.append(items.view(PREFILL_FIELDS, num_items)[3].max().item())
+            prefill_attention(call, items=items, num_items=num_items, config=backend._prefill_config)
+
+    backend._wide = StandIn(SimpleNamespace(device="cpu", num_multiprocessors=16))
+    for options, num_calls in (({}, 1), ({"sliding_window": 100}, 1), ({"softcap": 5.0}, 1), ({}, 2)):
+        got = run_backend(backend, case, scale=SCALE, **options)
+        expected = dense_attention(case, scale=SCALE, **options)
+        torch.testing.assert_close(got.double(), expected, rtol=2**-6, atol=2e-2)
+        assert len(calls) == num_calls, options
+    assert min(calls) > 1, "one item behind a long context is shared out"
 
 
 GPU_ROWS = [(0, 700), (3000, 513), (8191, 1), (16, 2), (0, 1), (1000, 24), (40, 900), (127, 129)]
