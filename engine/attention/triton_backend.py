@@ -25,7 +25,7 @@ from kvarena.engine.kernels.attention.prefill import prefill_attention
 from kvarena.engine.kernels.attention.prefill_plan import PREFILL_FIELDS
 from kvarena.engine.kernels.attention.stream_decode import FEWEST_ROWS, StreamDecode, streams
 from kvarena.engine.kernels.attention.wide_prefill import WidePrefill, fits
-from kvarena.engine.kernels.hopper import HopperKernels, load_hopper_kernels
+from kvarena.engine.kernels.hopper import load_hopper_kernels
 from kvarena.engine.kernels.store import gather_kv, store_kv
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.sampling.transfer import copy_to, to_device
@@ -239,13 +239,15 @@ def _views(buffer: Tensor, capacity: Capacity, scratch: DecodeScratch, shape: Sh
 
 def _load_hopper(pool: KVPool, group: int) -> tuple[StreamDecode | None, WidePrefill | None]:
     """The CUDA kernels for decode and prefill, where the device and the pool's shape are for them."""
-    keys, _ = pool.slots(0)
+    shape = (pool.head_dim, group, pool.block_size, pool.dtype)
+    decodes, prefills = streams(*shape), fits(*shape)
     # Of a virtual pool a block's last tokens may not be backed by memory.
-    kernels: HopperKernels | None = load_hopper_kernels(pool.device) if keys.is_contiguous() else None
+    if not (decodes or prefills) or not pool.slots(0)[0].is_contiguous():
+        return None, None
+    kernels = load_hopper_kernels(pool.device)
     if kernels is None:
         return None, None
-    shape = (pool.head_dim, group, pool.block_size, pool.dtype)
-    return StreamDecode(kernels) if streams(*shape) else None, WidePrefill(kernels) if fits(*shape) else None
+    return StreamDecode(kernels) if decodes else None, WidePrefill(kernels) if prefills else None
 
 
 def _num_multiprocessors(device: torch.device) -> int:
