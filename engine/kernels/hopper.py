@@ -1,4 +1,4 @@
-"""CUDA C++ kernels for Hopper: compiled at load by NVRTC, launched through the driver's Python binding.
+"""CUDA C++ kernels for Hopper: compiled by NVRTC once on a machine, launched through the driver's Python binding.
 
 For what Triton cannot say: tiles that are no power of two, fetches that other programs of a cluster share, and weights
 that are fetched before the kernel before this one has ended. Both libraries come with PyTorch's CUDA wheels.
@@ -7,13 +7,16 @@ that are fetched before the kernel before this one has ended. Both libraries com
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.cache import get_cache_manager
 
 from kvarena.engine.errors import EngineError
 
@@ -102,6 +105,24 @@ def compile_source(nvrtc: Any, text: str) -> tuple[bytes, str]:
     return cubin, said
 
 
+def kept_cubin(nvrtc: Any, text: str) -> bytes:
+    """A cubin for Hopper: from where Triton keeps its own, or else compiled and put there.
+
+    So a second start waits for no compiler, which takes 0.1 to 0.5 s a kernel.
+
+    Args:
+        nvrtc, text: see `compile_source`, and what it raises.
+    """
+    versioned = f"{nvrtc.nvrtcVersion()[1:]}\n{text}"
+    kept = get_cache_manager(hashlib.sha256(versioned.encode()).hexdigest())
+    path = kept.get_file("kernel.cubin")
+    if path is not None:
+        return Path(path).read_bytes()
+    cubin, _ = compile_source(nvrtc, text)
+    kept.put(cubin, "kernel.cubin")
+    return cubin
+
+
 def nvrtc_major(nvrtc: Any) -> int:
     """Major version of NVRTC. Raises OSError if it is not there."""
     try:
@@ -158,7 +179,7 @@ class HopperKernels:
         """Compile kernels that will be asked for, several at a time. `texts`: from `kernel_source`."""
         wanted = list(dict.fromkeys(text for text in texts if text not in self._cubins))
         with ThreadPoolExecutor(num_threads) as threads:
-            made = threads.map(lambda text: compile_source(self._nvrtc, text)[0], wanted)
+            made = threads.map(lambda text: kept_cubin(self._nvrtc, text), wanted)
             self._cubins.update(zip(wanted, made, strict=True))
 
     def compile(
@@ -173,7 +194,7 @@ class HopperKernels:
     ) -> Kernel:
         """Kernel `name` of `engine/kernels/name.cu`. Raises EngineError if it does not compile or load."""
         text = kernel_source(name, constants, wgmma_cols)
-        cubin = self._cubins.pop(text, None) or compile_source(self._nvrtc, text)[0]
+        cubin = self._cubins.pop(text, None) or kept_cubin(self._nvrtc, text)
         module = self._call("cuModuleLoadData", cubin)
         function = self._call("cuModuleGetFunction", module, name.encode())
         dynamic = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

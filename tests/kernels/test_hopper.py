@@ -1,6 +1,7 @@
 """The CUDA kernels for Hopper: which launch serves what, that they compile without spills, and their products."""
 
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,19 @@ from kvarena.engine.fusions import hopper_products
 from kvarena.engine.fusions.hopper_products import HopperProducts
 from kvarena.engine.fusions.ops import Linear, Norm, Product
 from kvarena.engine.fusions.triton_ops import TritonOps
+from kvarena.engine.kernels import hopper as module
 from kvarena.engine.kernels.experts.grouped import launch_constants
 from kvarena.engine.kernels.gemm.stream import StreamGemm, StreamTile, row_bucket, stream_tile
 from kvarena.engine.kernels.gemm.table import GemmTable
 from kvarena.engine.kernels.gemm.wide import WideGemm, WideTile, wide_tile
-from kvarena.engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, load_hopper_kernels, nvrtc_major
+from kvarena.engine.kernels.hopper import (
+    SHARED_BYTES,
+    compile_source,
+    kept_cubin,
+    kernel_source,
+    load_hopper_kernels,
+    nvrtc_major,
+)
 
 H100 = 132
 # Columns (of gate and up together), depth, gated; Llama-3.1-8B's and Qwen3-0.6B's.
@@ -120,6 +129,20 @@ def test_every_launch_compiles_without_spills(step):
         assert "warning" not in said, (constants, said)
         count += 1
     assert count > 20 // step
+
+
+def test_what_was_compiled_is_compiled_once(monkeypatch, tmp_path):
+    """For each text and each version of the compiler, in whatever process."""
+    compiled, version = [], [0, 13, 0]
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(module, "compile_source", lambda nvrtc, text: (compiled.append(text) or text.encode(), ""))
+    nvrtc = SimpleNamespace(nvrtcVersion=lambda: tuple(version))
+    for text in ("one", "other", "one", "other"):
+        assert kept_cubin(nvrtc, text) == text.encode()
+    assert compiled == ["one", "other"]
+    version[2] = 1
+    assert kept_cubin(nvrtc, "one") == b"one"
+    assert compiled == ["one", "other", "one"]
 
 
 def reference(x, weight, *, norm=None, residual=None, glu=False):
