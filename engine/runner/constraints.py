@@ -33,13 +33,24 @@ def allowed_tokens(
         return None
     end = time.thread_time() + seconds
     constrained.sort(key=lambda entry: -entry[1].num_late)
-    mask = np.ones((len(requests), vocab_size), dtype=np.bool_)
-    words = np.zeros(-(-vocab_size // 32), dtype=np.int32)
+    words = np.full((len(requests), -(-vocab_size // 32)), -1, dtype=np.int32)
     for i, (row, constraint) in enumerate(constrained):
         if i and time.thread_time() >= end:
             constraint.num_late += 1
             continue
         constraint.num_late = 0
-        constraint.fill(words)
-        mask[row] = np.unpackbits(words.view(np.uint8), bitorder="little", count=vocab_size)
-    return to_device(mask, device)
+        constraint.fill(words[row])
+    if device.type == "cpu":
+        mask = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=vocab_size)
+        return torch.from_numpy(mask.view(np.bool_))
+    return unpacked(to_device(words, device), vocab_size)
+
+
+def unpacked(words: Tensor, vocab_size: int) -> Tensor:
+    """Bool [n, vocab_size]: the bits of int32 [n, >= vocab_size / 32], the lowest first.
+
+    For a GPU: bits are sent, an eighth of a byte a token, and unpacked there.
+    """
+    octets = words.view(torch.uint8)
+    bits = torch.arange(8, dtype=torch.uint8, device=words.device)
+    return ((octets[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab_size]

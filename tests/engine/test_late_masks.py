@@ -16,7 +16,7 @@ from kvarena.engine.core import Engine, run_to_completion
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.models import load_model
 from kvarena.engine.runner import torch_runner
-from kvarena.engine.runner.constraints import MASK_SECONDS, allowed_tokens
+from kvarena.engine.runner.constraints import MASK_SECONDS, allowed_tokens, unpacked
 from kvarena.experiments.settings.strategies import build_allocator, build_scheduler
 
 PROMPTS = random_prompts((5, 13, 1, 30, 22, 9))
@@ -35,6 +35,7 @@ class Window:
         self.num_late, self.at, self.num_fills = 0, 0, 0
 
     failure = ""
+    is_free = False
 
     def fill(self, bitmask):
         self.num_fills += 1
@@ -97,3 +98,10 @@ def test_the_masks_of_a_step_cost_a_bounded_time_and_take_turns():
         assert 10 <= sum(late) < 20
     # Whoever waits longest comes first.
     assert all(req.constraint.num_fills >= 1 for req in requests)
+
+
+def test_masks_are_unpacked_on_a_device_as_on_the_host():
+    words = np.random.default_rng(0).integers(-(2**31), 2**31, (3, 5), dtype=np.int64).astype(np.int32)
+    wanted = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=131)
+    found = unpacked(torch.from_numpy(words), 131)
+    assert found.dtype == torch.bool and found.tolist() == wanted.astype(bool).tolist()
