@@ -114,3 +114,5 @@ def test_tables_are_held_against_a_recorded_cell(tmp_path):
     assert claim.kind is Kind.CHECK and claim.ours < 20 and claim.beside < 5
     steps = found["llama-3.1-8b-shape, two cards by tensor parallel, 256 requests: decode step"]
     assert steps.stated == 10.0 and 8 < steps.ours < 12
+    two = [claim for name, claim in found.items() if name.endswith("error of the card fitted to one")]
+    assert len(two) == 6 and all(claim.stated == 8.0 and claim.ours <= 8.0 for claim in two)

@@ -4,6 +4,7 @@
                   --> the same steps by the tables                      error of the device seconds
                   --> the same requests simulated by the tables         error of the throughput
                   --> both by the profile that was fitted to such runs  beside it
+    steps on one card --> a card's share of the bandwidth and gap  --> steps on two cards, which it has not seen
 
 The host's times are those of the fitted profile under both: what a host takes is no table's.
 """
@@ -11,7 +12,7 @@ The host's times are those of the fitted profile under both: what a host takes i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from kvarena.engine.errors import ConfigError
 from kvarena.engine.models.sizes import ModelSizes
 from kvarena.experiments.building.parts import sizes_of
 from kvarena.experiments.recording.step_features import StepFeatures
-from kvarena.experiments.simulation.collectives import Ranks
+from kvarena.experiments.simulation.collectives import ONE_CARD, Ranks
 from kvarena.experiments.simulation.fit import predict, samples
-from kvarena.experiments.simulation.profiles import MeasuredProfile, load_profile
+from kvarena.experiments.simulation.profiles import Card, MeasuredProfile, load_profile
 from kvarena.experiments.simulation.recorded import RecordedRun
 from kvarena.experiments.simulation.recordings import make_folders, recording_names
 from kvarena.experiments.simulation.rerun import throughput_again
@@ -43,6 +44,18 @@ TWO_CARDS: dict[str, dict[int, tuple[float, ...]]] = {
     "llama-3.1-8b-shape": {1: (3.32, 3.53), 32: (4.07, 4.28), 256: (10.00, 10.60)},
     "llama-3.1-70b-shape": {1: (20.26,), 32: (22.00,), 128: (29.65,)},
 }
+# ms a decode step of this engine, by requests, at a mean context of 1,024: on one H200, and over two by tensor parallel
+# (docs/parallel.md, Measured; of the small shape README.md).
+OWN_ONE: dict[str, dict[int, float]] = {
+    "llama-3.1-8b-shape": {1: 4.04, 32: 5.21, 256: 14.95},
+    "qwen3-0.6b-shape": {1: 0.742, 32: 1.711, 256: 8.45},
+}
+OWN_TWO: dict[str, dict[int, float]] = {
+    "llama-3.1-8b-shape": {1: 2.59, 32: 3.18, 256: 8.70},
+    "llama-3.1-70b-shape": {1: 18.31, 32: 20.04, 128: 27.70},
+}
+OWN_BAR = 8.0  # percent
+SHARES, GAPS = np.arange(0.60, 0.96, 0.01), np.arange(0.0, 31e-6, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,7 @@ class ProfileErrorStudy:
         recordings: a folder of recordings.
         tables: a profile of tables.
         fitted: by model, the profile that was fitted to its recordings.
+        card: of which two figures are fitted to steps on one card.
 
     Raises:
         ConfigError: no recordings, or a profile of another kind.
@@ -80,6 +94,7 @@ class ProfileErrorStudy:
     recordings: str
     tables: str
     fitted: dict[str, str]
+    card: str
 
     def __post_init__(self) -> None:
         recording_names(Path(self.recordings))
@@ -106,7 +121,7 @@ class ProfileErrorStudy:
             headline=f"Fitted to nothing, the tables are within {BAR:g} % of the measured output tokens/s in {within} "
             f"of {len(held_out)} held-out cells; mean error {rate:.1f} %, of device seconds {device:.1f} %.",
             source=f"Recorded cells of experiment=record; {tables.source}. Steps on two cards: vLLM 0.26 on two H200s.",
-            claims=[*self._claims(found), *self._two_cards(tables, cells)],
+            claims=[*self._claims(found), *self._two_cards(tables, cells), *self._own(cells)],
             charts=[_chart(found)],
             beside="the profile fitted to such runs",
             differences=[
@@ -157,11 +172,46 @@ class ProfileErrorStudy:
         for model, stated in TWO_CARDS.items():
             step_time: StepTime = tables.step_time(_sizes(cells, model), 16, 0.0, Ranks(2, 1))
             for requests, times in stated.items():
-                ours = 1e3 * step_time(StepFeatures(0, requests, requests * CONTEXT, 0, 0, 0))
+                ours = 1e3 * step_time(_decode(requests))
                 quantity = f"{model}, two cards by tensor parallel, {requests} requests: decode step"
                 note = f"vLLM on two pairs: {', '.join(f'{one:.2f}' for one in times)} ms, with its host"
                 claims.append(near(quantity, "ms", times[0], ours, 0.08, note=note))
         return claims
+
+    def _own(self, cells: CellRunner) -> list[Claim]:
+        """This engine's steps: the card as it is fitted to those on one card, and what it says of those on two."""
+        card = load_profile(self.card)
+        if not isinstance(card, Card):
+            raise ConfigError(f"study.card={self.card} must be a card, such as h200")
+        sizes = {model: _sizes(cells, model) for model in OWN_ONE | OWN_TWO}
+
+        def errors(card: Card, steps: dict[str, dict[int, float]], ranks: Ranks) -> list[tuple[str, int, float]]:
+            return [
+                (model, requests, 100 * (1e3 * time(_decode(requests)) / ms - 1))
+                for model, of in steps.items()
+                for time in (card.step_time(sizes[model], 16, 0.0, ranks),)
+                for requests, ms in of.items()
+            ]
+
+        made = (
+            replace(card, bandwidth_efficiency=float(share), layer_gap=float(gap)) for share in SHARES for gap in GAPS
+        )
+        best = min(made, key=lambda one: sum(error**2 for _, _, error in errors(one, OWN_ONE, ONE_CARD)))
+        figures = f"share of the bandwidth {best.bandwidth_efficiency:.2f}, gap a layer {1e6 * best.layer_gap:.0f} us"
+        claims = [
+            measured(f"{model}, one card, {requests} requests: error of the fitted card's step", "%", abs(error),
+                     note=f"{error:+.1f} %, fitted to; {figures}")
+            for model, requests, error in errors(best, OWN_ONE, ONE_CARD)
+        ]  # fmt: skip
+        for model, requests, error in errors(best, OWN_TWO, Ranks(2, 1)):
+            quantity = f"{model}, two cards, {requests} requests: error of the card fitted to one"
+            note = f"{error:+.1f} % of {OWN_TWO[model][requests]} ms"
+            claims.append(check(at_most(quantity, "%", OWN_BAR, abs(error), note=note)))
+        return claims
+
+
+def _decode(requests: int) -> StepFeatures:
+    return StepFeatures(0, requests, requests * CONTEXT, 0, 0, 0)
 
 
 def _sizes(cells: CellRunner, model: str) -> ModelSizes:
