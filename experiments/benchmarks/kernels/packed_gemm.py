@@ -171,7 +171,7 @@ class Bench:
         plain = (weight.dequantize(torch.bfloat16) for weight in self.packed[: max(2, len(self.packed) // 4)])
         if {"engine", "library"} & {*kernels}:
             matrices = list(plain)
-            ops = TritonOps(device, GemmTable())
+            ops = TritonOps(device, GemmTable(), upcast=device.type == "cpu")
             if "engine" in kernels:
                 yield {"kernel": "engine, 16 bits"}, lambda: [partial(self.engine, ops, w) for w in matrices]
             if "library" in kernels:
