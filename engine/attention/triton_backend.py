@@ -18,7 +18,7 @@ from kvarena.engine.attention.base import AttentionMetadata
 from kvarena.engine.attention.dense import DensePrompts, library_backend
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.kernels.attention.base import AttentionCall
-from kvarena.engine.kernels.attention.config import MANY_ROWS, decode_config, prefill_config
+from kvarena.engine.kernels.attention.config import MANY_ROWS, decode_config, prefill_config, triton_from
 from kvarena.engine.kernels.attention.decode import DecodeScratch, decode_attention
 from kvarena.engine.kernels.attention.plan import DECODE_FIELDS, Capacity, Shape, plan_step
 from kvarena.engine.kernels.attention.prefill import prefill_attention
@@ -73,7 +73,8 @@ class TritonBackend:
             them.
 
     Attributes:
-        decode_kernel: `cuda` or `triton`, what decode rows go to where both would do.
+        decode_kernel: `cuda` or `triton`, what decode rows go to where both would do, and from how many rows on another
+            one is faster on this card.
         prefill_kernel: the same of rows with several new tokens.
 
     Raises:
@@ -101,14 +102,19 @@ class TritonBackend:
         self._num_multiprocessors = _num_multiprocessors(pool.device)
         self._scratch = self._new_scratch(0, 0)
         self._stream, self._wide = _load_hopper(pool, num_heads // pool.num_kv_heads) if use_hopper else (None, None)
+        self._triton_from = None if self._stream is None else triton_from(torch.cuda.get_device_name(pool.device))
         self.decode_kernel = "triton" if self._stream is None else "cuda"
+        if self._triton_from is not None:
+            self.decode_kernel += f", triton from {self._triton_from} rows on"
         self.prefill_kernel = "triton" if self._wide is None else "cuda"
         self._dense = DensePrompts(library_backend(pool.device, pool.dtype, pool.head_dim) if use_library else None)
 
-    def shape(self, num_rows: int) -> Shape:
-        """How steps of `num_rows` decode rows are cut."""
+    def shape(self, num_rows: int, *, is_most: bool = False) -> Shape:
+        """How steps of `num_rows` decode rows are cut; `is_most`: of at most so many, and mostly fewer."""
         pool = self.pool
         stays = self._stream is not None and num_rows >= FEWEST_ROWS
+        if self._triton_from is not None and num_rows >= self._triton_from and not is_most:
+            stays = False
         # Of programs that stay all batches are alike; the kernel that does layers of another kind takes their items.
         config = decode_config(pool.head_dim, pool.dtype.itemsize, max(num_rows, MANY_ROWS + 1) if stays else num_rows)
         programs = config.programs_per_sm * self._num_multiprocessors
@@ -124,7 +130,7 @@ class TritonBackend:
             num_rows: most rows of a step.
             num_prefill_tokens: most new tokens of rows with more than one; 0 for a graph of decode rows alone.
         """
-        shape = self.shape(num_rows)
+        shape = self.shape(num_rows, is_most=num_prefill_tokens > 0)
         prefill = shape.prefill_capacity(num_rows, num_prefill_tokens) if num_prefill_tokens else 0
         capacity = Capacity(shape.decode_capacity(num_rows), prefill, shape.slots_per_head + 1 if shape.stays else 0)
         buffer = torch.full((capacity.num_words,), -1, dtype=torch.int32, device=self.pool.device)

@@ -187,7 +187,7 @@ def test_launched_early_it_sees_what_the_kernel_before_it_stores():
 def test_few_rows_stay_with_the_other_kernel():
     pool = hopper_case([(1, 1)]).pool
     backend = TritonBackend(pool, 8)
-    assert backend.decode_kernel == "cuda"
+    assert backend.decode_kernel.startswith("cuda")
     assert backend.shape(triton_backend.FEWEST_ROWS).stays and not backend.shape(triton_backend.FEWEST_ROWS - 1).stays
     alone = TritonBackend(pool, 8, use_hopper=False)
     assert alone.decode_kernel == "triton" and not alone.shape(64).stays

@@ -7,12 +7,13 @@ import triton.language as tl
 from attention_cases import dense_attention, make_case, make_contiguous, run_backend
 from torch.nn.attention import SDPBackend
 
+from kvarena.engine.attention import triton_backend
 from kvarena.engine.attention.dense import MIN_LENGTH, DensePrompts
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.attention.triton_backend import TritonBackend
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.kernels.attention import base as attention
-from kvarena.engine.kernels.attention.config import DecodeConfig
+from kvarena.engine.kernels.attention.config import DecodeConfig, decode_config, triton_from
 from kvarena.engine.kernels.attention.prefill_plan import Programs
 from kvarena.engine.kernels.common import slot_type
 
@@ -232,3 +233,17 @@ def test_unequal_groups_are_refused():
     case = make_case([(5, 1)], num_heads=4, num_kv_heads=2, device=DEVICE)
     with pytest.raises(ConfigError, match=r"engine\.attention=reference"):
         TritonBackend(case.pool, 5)
+
+
+def test_the_kernel_that_decodes_is_chosen_by_card_and_rows():
+    """A table that was measured: on an H200 the Triton kernel is faster from 256 rows on, on an H100 it never is."""
+    assert [triton_from(card) for card in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA B200")] == [256, None, None]
+    backend = TritonBackend(make_case(MIXED, device=DEVICE).pool, 4, use_hopper=False)
+    backend._stream, few = object(), triton_backend.FEWEST_ROWS
+    for first, stays in ((None, [False, True, True, True]), (256, [False, True, True, False])):
+        backend._triton_from = first
+        assert [backend.shape(rows).stays for rows in (few - 1, few, 255, 256)] == stays
+        # A graph with prompts has room for 256 decodes, and mostly has fewer.
+        assert backend.shape(256, is_most=True).stays
+    backend._triton_from = 256
+    assert backend.shape(256).decode == decode_config(backend.pool.head_dim, backend.pool.dtype.itemsize, 256)

@@ -72,6 +72,19 @@ def decode_config(head_dim: int, element_size: int, num_rows: int) -> DecodeConf
     return DecodeConfig(tile, num_warps=4, num_stages=3, programs_per_sm=2, min_chunk=max(128, tile), max_registers=168)
 
 
+# Where the CUDA kernel decodes from some rows on (`stream_decode.FEWEST_ROWS`), the Triton kernel is faster again from
+# so many rows on, by a word of the card's name; a card that is not here: never.
+# H200 (copy 4.22 to 4.29 TB/s, 2026-11-29, commit acda0fc, 8B heads, blocks of 16), us, CUDA / Triton: 256 x 1,024
+# 258 / 248, 256 x 8,192 2,009 / 1,911, and 44 / 48 of 32 x 1,024. What lies between 32 and 256 rows was not measured
+# (`kvarena benchmark kernels --only rows` does), and stays with the CUDA kernel; so does the H100, where it was faster.
+TRITON_FROM = {"H200": 256}
+
+
+def triton_from(card: str) -> int | None:
+    """Rows from which on the Triton kernel decodes faster than the CUDA kernel on `card`; None: never."""
+    return next((rows for name, rows in TRITON_FROM.items() if name in card), None)
+
+
 def prefill_config(head_dim: int, element_size: int, group: int) -> PrefillConfig:
     """The prefill kernel's shape for a head size, the pool's element size in bytes and the query heads per KV head."""
     if element_size > 2:

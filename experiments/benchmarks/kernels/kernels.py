@@ -147,6 +147,20 @@ def bench_decode(tune: Callable[[], bool]) -> Iterator[tuple[Line, Batch]]:
                 del other
 
 
+def bench_rows() -> Iterator[tuple[Line, Batch]]:
+    """Decode by both kernels over rows and contexts, for the table of which is faster on a card."""
+    kernels = load_hopper_kernels("cuda")
+    stream = None if kernels is None else StreamDecode(kernels)
+    many = decode_config(LLAMA_8B.head_dim, 2, MANY_ROWS + 1)
+    for context, rows in product((1024, 8192), (1, 8, 32, 64, 96, 128, 160, 192, 224, 256)):
+        batch = make_batch(LLAMA_8B, [(context - 1, 1)] * rows)
+        line: Line = {"shape": LLAMA_8B.name, "case": f"{rows} x {context}"}
+        yield measure(line | {"kernel": "decode"}, batch, decode_config(LLAMA_8B.head_dim, 2, rows)), batch
+        if stream is not None:
+            yield measure(line | {"kernel": "stream decode"}, batch, many, stream=stream), batch
+        del batch
+
+
 def bench_figure18() -> Iterator[tuple[Line, Batch]]:
     """Decode with OPT-13B's heads through a block table and without one, over PagedAttention's cases."""
     for case, rows in FIGURE_18_CASES.items():
@@ -218,7 +232,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the chosen sections."""
     parser = tool_parser(__name__, __doc__)
     parser.add_argument(
-        "--only", default="decode,prefill,fused", help="sections, separated by commas; also chunks, figure18"
+        "--only", default="decode,prefill,fused", help="sections, separated by commas; also rows, chunks, figure18"
     )
     parser.add_argument("--tune", action="store_true", help="measure other tile shapes and splits too")
     parser.add_argument("--seconds", type=float, default=250.0, help="after so long `--tune` tries no more variants")
@@ -254,6 +268,9 @@ def main(argv: Sequence[str]) -> int:
     sections = args.only.split(",")
     if "decode" in sections:
         for line, batch in bench_decode(tune):
+            report(line, batch.num_bytes)
+    if "rows" in sections:
+        for line, batch in bench_rows():
             report(line, batch.num_bytes)
     if "figure18" in sections:
         for line, batch in bench_figure18():
