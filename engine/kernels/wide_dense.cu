@@ -5,6 +5,7 @@
 //   CM       programs of a cluster
 //   SHARE_X  they take the same rows of x and neighbouring tiles of w; else the same tile of w and neighbouring rows
 //   PARTS    of K, each another cluster's
+//   APART    clusters with neighbouring columns begin at other steps of their part, and come round to those before
 //   STAGES   steps that are fetched ahead
 //   MODE
 
@@ -153,9 +154,14 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == CONSUMERS) {
       const u64 again = policy_evict_last(), once = plan.num_rows > BM * (SHARE_X ? 1 : CM) ? again : policy_evict_first();
+      const int begin = APART ? in_cols * plan.steps / plan.col_tiles : 0;
+      auto column_of = [&](int step) {
+        const int at = begin + step;
+        return (part * plan.steps + (at < plan.steps ? at : at - plan.steps)) * BK;
+      };
       auto fetch_w = [&](int step, int stage) {
         const u32 to = tiles + stage * STAGE_BYTES + X_BYTES, barrier = full + 8 * stage;
-        const int col = (part * plan.steps + step) * BK;
+        const int col = column_of(step);
         if (CM == 1 || SHARE_X) {
           fetch(to, w_map, barrier, col, first_col, once);
           fetch(to + W_BYTES / 2, w_map, barrier, col, first_col + HALF, once);
@@ -165,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       };
       auto fetch_x = [&](int step, int stage) {
         const u32 to = tiles + stage * STAGE_BYTES, barrier = full + 8 * stage;
-        const int col = (part * plan.steps + step) * BK;
+        const int col = column_of(step);
         if (CM > 1 && SHARE_X) {
           const int box = rank * BOX_ROWS;
           fetch_for((1 << CM) - 1, to + box * ROW_BYTES, x_map, barrier, col, first_row + box, again);

@@ -47,12 +47,14 @@ class DenseTile(NamedTuple):
         cluster: programs that share fetches; 1 or 2.
         share_x: they share the rows of x, and not a tile of w.
         parts: of K.
+        apart: programs with other columns begin at other places of K, so that they do not all read the same of x.
     """
 
     cols: int
     cluster: int
     share_x: bool
     parts: int
+    apart: bool = False
 
     @property
     def stage_bytes(self) -> int:
@@ -74,7 +76,7 @@ class DenseTile(NamedTuple):
         """Of wide_dense.cu, which says what they mean. `mode`: STORE or ADD."""
         return {
             "BN": self.cols, "CM": self.cluster, "SHARE_X": int(self.share_x), "PARTS": self.parts,
-            "STAGES": self.num_stages, "MODE": mode,
+            "APART": int(self.apart), "STAGES": self.num_stages, "MODE": mode,
         }  # fmt: skip
 
     def fits(self, depth: int, num_cols: int) -> bool:
@@ -150,7 +152,7 @@ def dense_tiles(num_rows: int, num_cols: int, depth: int, held: int) -> list[Den
                 at_once = programs <= 2 * held
                 needless = cluster == 2 and not share_x and num_rows <= PROGRAM_ROWS
                 if tile.fits(depth, num_cols) and (parts == 1 or at_once) and not needless:
-                    found.append(tile)
+                    found += [tile, tile._replace(apart=True)]
     return sorted(found, key=lambda tile: predicted_us(tile, num_rows, num_cols, depth, 2 * held))
 
 

@@ -211,7 +211,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--shape", action="append", choices=known, help=f"of the model; default {' and '.join(SHAPES)}")
     parser.add_argument("--product", action="append", choices=PRODUCTS, help="default: all")
     parser.add_argument("--rows", help="of x; default: those of the tables")
-    parser.add_argument("--tiles", type=int, default=8, help="launches of the dense product to time")
+    parser.add_argument("--tiles", type=int, default=12, help="launches of the dense product to time")
     args = parser.parse_args(argv)
     rows = [int(text) for text in args.rows.split(",")] if args.rows else None
     require_cuda()
