@@ -37,7 +37,7 @@ TILES = (
     PackedWideTile(256, 1, 2, 2, 4),
     PackedWideTile(128, 2, 4, 1, 4), PackedWideTile(160, 1, 2, 4), PackedWideTile(224, 1, 2, 2),
     PackedWideTile(256, 1, 2, 2, even=True), PackedWideTile(128, 1, 2, 2, even=True),
-    PackedWideTile(224, 1, 2, 2, even=True),
+    PackedWideTile(224, 1, 2, 2, even=True), PackedWideTile(128, 2, 4, 2, even=True),
 )  # fmt: skip
 
 
@@ -154,7 +154,8 @@ def test_tiles_that_the_kernel_cannot_be_compiled_for_do_not_fit():
         (PackedWideTile(100, 1, 2), "no whole turns"), (PackedWideTile(256, 2, 4), "too many sums"),
         (PackedWideTile(128, 1, 1), "a shared block alone"), (PackedWideTile(96, 2, 3), "half of 96 rows"),
         (PackedWideTile(128, 2, 2), "too few blocks"), (PackedWideTile(128, 2, 4, 1, 2, True), "K is cut in two ways"),
-        (PackedWideTile(96, 1, 2, 1, 4), "slices of 3 places"), (PackedWideTile(128, 2, 4, 2, even=True), "registers"),
+        (PackedWideTile(96, 1, 2, 1, 4), "slices of 3 places"),
+        (PackedWideTile(128, 2, 3, 2, even=True), "a shared block"), (PackedWideTile(128, 1, 2, even=True), "alone"),
     ):  # fmt: skip
         assert not tile.fits(plain), why
     assert PackedWideTile(128, 2, 3, 1, 2).fits(plain)

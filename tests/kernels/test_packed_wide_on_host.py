@@ -119,7 +119,7 @@ QUICK = [(EVEN, 200, 640, 70, 128, "ADD", 3), (PackedWideTile(64, 2, 3, 1, 1), 1
 MANY = [
     (EVEN, 256, 256, 64, 32, "STORE", 4), (EVEN, 128, 1280, 60, 128, "STORE", 7),
     (EVEN, 256, 1536, 64, 128, "ADD", 5), (EVEN, 128, 1280, 60, 128, "GLU", 10), (EVEN, 384, 384, 130, 64, "GLU", 4),
-    (PackedWideTile(96, 1, 2, 2, 1, True), 1152, 384, 100, 128, "GLU", 2),
+    (PackedWideTile(96, 2, 4, 2, 1, True), 1152, 384, 100, 128, "GLU", 2),
     (PackedWideTile(160, 1, 2, 2, 1, True), 520, 512, 161, 128, "ADD", 5),
     (PackedWideTile(224, 1, 2, 2), 200, 256, 500, 128, "STORE", 1),
     (PackedWideTile(192, 1, 2, 2), 384, 256, 150, 32, "GLU", 1),

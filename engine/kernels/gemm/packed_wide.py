@@ -70,7 +70,7 @@ class PackedWideTile(NamedTuple):
         blocks: of a program's tile: 2 * units, or one less, which takes two units.
         share: programs of a cluster that have the same rows of x; 1, 2 or 4.
         parts: of K; 1, 2 or 4. Together at most 8 programs in a cluster.
-        even: clusters have equal shares of all tiles' steps; of one unit, two that share rows, and without parts.
+        even: clusters have equal shares of all tiles' steps; of two that share rows, without parts and shared blocks.
     """
 
     rows: int
@@ -115,9 +115,8 @@ class PackedWideTile(NamedTuple):
             and self.units * self.rows <= 256
             and self.blocks in (2 * self.units - 1, 2 * self.units)
             and not (self.shared and (self.units == 1 or self.rows % 64))
-            and not (self.even and (self.parts, self.units, self.share) != (1, 1, 2))
+            and not (self.even and (self.shared or (self.parts, self.share) != (1, 2)))
             # The registers do not hold all of it.
-            and not (self.even and shape.groups > 1 and self.rows == 256)
             and not (shape.glu and self.parts > 2 and self.units * self.rows == 256)
             and self.rows // self.share % 8 == 0
             and shape.chunks % self.parts == 0
