@@ -166,6 +166,11 @@ class Staged(SharedPicks):
             self._settle_rows(self._rows.known(request_ids))
         super().release(request_ids)  # type: ignore[misc]
 
+    def finish(self) -> None:
+        """As `TorchRunner.finish`: what is left on its way would be taken for the next runner's."""
+        if self._awaited:
+            self.settle(self._awaited[-1])
+
     def _settle_rows(self, rows: Iterable[int]) -> None:
         """Take in what is on its way to any of `rows`."""
         wanted = frozenset(rows)

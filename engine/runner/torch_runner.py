@@ -224,6 +224,9 @@ class TorchRunner:
         self._rows.release(request_ids)
         self.pool.release(request_ids)
 
+    def finish(self) -> None:
+        """Nobody asks this runner for anything any more: what is on its way to it is taken in."""
+
     def _step(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
         if plan.preempted:
             # They start over, maybe much later: until then they need no row.

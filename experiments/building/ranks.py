@@ -103,6 +103,7 @@ class BuiltRank:
             return {"num_blocks": num_blocks(self._config, self._model, self._in_use_before, longest)}
         if name == "prepare":
             if self.runner is not None:  # both pools do not fit
+                self.runner.finish()
                 self.runner = None
                 give_memory_back()
             self.runner = self._prepare(**arguments)

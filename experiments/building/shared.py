@@ -89,6 +89,7 @@ class SharedParts:
     def drop_runner(self) -> None:
         """Let go of the runner and its pool."""
         if self._runner is not None:
+            self._runner[1].runner.finish()
             self._runner = None
             give_memory_back()
 

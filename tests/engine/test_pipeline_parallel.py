@@ -42,8 +42,8 @@ def shared():
 
 
 ALL = [(cell, name) for name in SIZES for cell in CELLS]
-# The paths that differ here; all cells with the slow tests.
-SOME = [("recompute", "pp2"), ("swap", "pp2"), ("prefix", "tp2xpp2")]
+# The paths that differ here, and engines one after the other on the same ranks; all cells with the slow tests.
+SOME = [("recompute", "pp2"), ("swap", "pp2"), ("prefix", "tp2xpp2"), ("radix", "tp2xpp2"), ("static", "tp2xpp2")]
 
 
 @pytest.mark.parametrize(
