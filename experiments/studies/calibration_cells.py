@@ -175,7 +175,7 @@ def warm_up_lengths(num_parameters: int, longest: int) -> list[int]:
 
 def _count(llama: int, qwen: int) -> dict[str, int]:
     """Requests of a cell by model; Mixtral's steps take more than twice as long as Llama's."""
-    return {"llama-3.1-8b-shape": llama, SMALL: qwen, "mixtral-8x7b-shape": max(12, round(0.22 * llama))}
+    return {"llama-3.1-8b-shape": llama, SMALL: qwen, "mixtral-8x7b-shape": max(12, round(0.4 * llama))}
 
 
 # In order of recording: what is fitted, then what judges it; a run that is cut off leaves the most.
