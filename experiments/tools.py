@@ -39,7 +39,7 @@ TOOLS: dict[str, dict[str, Tool]] = {
         "simulator": "host: simulated requests per minute, and memory, end to end",
         "probe": "host: how noisy the probe is that stands around every measured run",
         "served": "server: what serving costs beside the same engine in-process",
-        "front": "server: the HTTP front alone, beside a plain FastAPI loop",
+        "front": "server: the HTTP front alone, beside a plain FastAPI loop; its APIs beside each other",
         "stream_load": "server: a closed loop of streaming clients on any OpenAI-compatible server",
         "soak": "server: hours of clients of which some hang up, and what leaks",
         "under_attack": "server: honest streams beside requests that mean harm",

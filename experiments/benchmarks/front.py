@@ -1,6 +1,7 @@
 """What the web front costs, beside a plain FastAPI + server-sent events loop in the same run.
 
     kvarena benchmark front --fronts 1 --clients 64
+    kvarena benchmark front --apis 5 --clients 256 --tokens 128 --step-time 0.03     # chats beside the other APIs
 
 Both stream tokens of an engine of unlimited speed to the same load.
 `kvarena` is the real server around experiments/serving/stub_engine.py. `plain` is what one writes first: FastAPI, one
@@ -20,7 +21,10 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
+import numpy as np
 from pydantic import BaseModel
 
 from kvarena.engine.errors import EngineError
@@ -147,6 +151,73 @@ def serve_plain(port: int) -> None:
     uvicorn.run(app, port=port, access_log=False)
 
 
+_SAID = [{"role": "user", "content": "Hello!"}]
+_SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
+APIS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": ("/v1/chat/completions", {"messages": _SAID}),
+    "chat, tools": (
+        "/v1/chat/completions",
+        {"messages": _SAID, "tools": [{"type": "function", "function": {"name": "f", "parameters": _SCHEMA}}]},
+    ),
+    "responses": ("/v1/responses", {"input": "Hello!", "store": False}),
+    "messages": ("/v1/messages", {"messages": _SAID}),
+}
+_LENGTH = {"/v1/responses": "max_output_tokens"}
+
+
+async def _one(host: str, port: int, path: str, body: bytes) -> None:
+    """One stream on a connection of its own, to its end."""
+    reader, writer = await asyncio.open_connection(host, port)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    status = await reader.readline()
+    if b" 200 " not in status:
+        raise SystemExit(f"{path}: {status.decode().strip()} {(await reader.read()).decode()[-300:]}")
+    while await reader.read(1 << 16):
+        pass
+    writer.close()
+
+
+async def _load_api(url: str, name: str, clients: int, tokens: int) -> None:
+    path, body = APIS[name]
+    whole = body | {"stream": True, "ignore_eos": True, _LENGTH.get(path, "max_tokens"): tokens}
+    address = urlsplit(url)
+    data = json.dumps(whole).encode()
+    await asyncio.gather(*(_one(address.hostname or "", address.port or 0, path, data) for _ in range(clients)))
+
+
+def compare_apis(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Each API's cost to the front, for as many tokens: in every round all take their turn, in turned order."""
+    names = list(APIS)
+    server = Child(_stub(options))
+    spent: dict[str, list[float]] = {name: [] for name in names}
+    try:
+        for turn in range(-1, options.apis):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                before = server.cpu_seconds()["front"]
+                run_async(_load_api(server.url, name, options.clients, options.tokens))
+                if turn >= 0:  # the first round warms up
+                    spent[name].append(server.cpu_seconds()["front"] - before)
+    finally:
+        server.stop()
+    rows = {}
+    for name, seconds in spent.items():
+        ratios = np.asarray(spent["chat"]) / np.asarray(seconds)
+        per_core = options.clients * options.tokens / float(np.median(seconds))
+        rows[name] = {
+            "tokens_per_front_core_second": round(per_core),
+            "beside_chat": round(float(np.median(ratios)), 3),
+        }
+        print(f"{name:12} {per_core:>8,.0f} tokens per second and core, {rows[name]['beside_chat']:.3f} of a chat's")
+    return rows
+
+
+def _stub(options: argparse.Namespace) -> list[str]:
+    """The command of our server around a stub engine."""
+    made = ["-m", "kvarena.experiments.serving.stub_engine", "serve", options.model, "--port", str(options.port)]
+    return [*made, "--fronts", str(options.fronts), "--step-time", str(options.step_time)]
+
+
 def main(argv: Sequence[str]) -> int:
     """Measure both; returns the exit code."""
     parser = tool_parser(__name__, __doc__)
@@ -157,15 +228,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, default=256, help="of each answer")
     parser.add_argument("--step-time", type=float, default=0.0, help="seconds per step of the stub engine")
     parser.add_argument("--port", type=int, default=18300, help="of our server; the plain one's is one more")
+    parser.add_argument(
+        "--apis", type=int, default=0, metavar="ROUNDS", help="compare the APIs with each other instead"
+    )
     parser.add_argument("--plain-server", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.plain_server:
         serve_plain(options.port)
         return 0
-    ours = ["-m", "kvarena.experiments.serving.stub_engine", "serve", options.model, "--port", str(options.port)]
-    ours += ["--fronts", str(options.fronts), "--step-time", str(options.step_time)]
+    if options.apis:
+        rows_of_apis = compare_apis(options)
+        print(json.dumps({"clients": options.clients, "rounds": options.apis, "apis": rows_of_apis}))
+        return 0
     plain = ["-m", "kvarena", "benchmark", "front", "--plain-server", "--port", str(options.port + 1)]
-    results = [measure("kvarena", ours, options), measure("plain", plain, options)]
+    results = [measure("kvarena", _stub(options), options), measure("plain", plain, options)]
     rows = []
     for result in results:
         row = asdict(result) | {

@@ -2,9 +2,9 @@
 
     kvarena check tool_texts --seconds 1200 --seed 0
 
-Each text is made of what such answers are made of (tags whole and cut, calls, broken JSON, quotes, escapes, blanks,
-prose) and read by every parser of texts: at once, cut in two at every position, and character by character. Text and
-calls must be the same, no parser may raise, and every character is shown or belongs to a call. A failure prints its
+Each text is made of what such answers are made of (tags whole and cut, calls, thoughts, broken JSON, quotes, escapes,
+blanks, prose) and read by every form: at once, cut in two at every position, and character by character. Text, thoughts
+and calls must be the same, no parser may raise, and every character is shown or belongs to a call. A failure prints its
 seed (`--seed N --texts 1` makes it again). The last line of stdout is JSON; exit code 1 when anything failed.
 """
 
@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from kvarena.engine.server.forms.calls import FirstCallParser, ListParser, ToolParser
+from kvarena.engine.server.forms.finding import call_form
 from kvarena.engine.server.forms.texts import BareParser, HiddenTokens, TaggedParser
+from kvarena.engine.server.forms.thoughts import THOUGHT_FORMS, ThoughtParser
 from kvarena.experiments.tools import tool_parser
 
 NAMES = ("f", "get_weather")
@@ -34,7 +36,23 @@ OBJECTS = (
     CALL, '{"name": "get_weather", "parameters": {"s": "a } ] \\" b"}}', '{"name": "f", "parameters": {"x": 1e999}}',
     '{"name": "f", "parameters": {"x": {"y": [1, {}]}}}', '{"name":"f","parameters":{}}',
 )  # fmt: skip
-Found = tuple[str, list[tuple[str, str]]]
+# What each form is made of beside these.
+OWN = {
+    "mistral": ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]1", "f", "h", '{"x": 1}'),
+    "deepseek": (
+        "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>", "function", "f", "h", '{"x": 1}', "\n```json\n", "\n```",
+    ),
+    "glm": ("f", "h", "<arg_key>", "x", "</arg_key>", "<arg_value>", "7", "</arg_value>"),
+    "pythonic": ("[f(", "f(", "x=1", "s='a'", ", ", ")", "]", "[f(x=1)]", "<|python_start|>", "<|python_end|>"),
+    "channels": (
+        "<|channel|>", "analysis", "commentary", "final", "<|message|>", "<|end|>", "<|start|>assistant",
+        " to=functions.f", " to=functions.h", "<|call|>", "<|return|>", "<|constrain|>json", '{"x": 1}',
+    ),
+    "thought": ("<think>", "</think>", "</thi"),
+}  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": name}} for name in NAMES]
+Found = tuple[str, str, list[tuple[str, str]]]
 PARSERS: dict[str, Callable[[], ToolParser]] = {
     "tagged": partial(TaggedParser, NAMES),
     "tagged without an end": partial(TaggedParser, NAMES, "[TOOL_CALLS]", ""),
@@ -42,15 +60,22 @@ PARSERS: dict[str, Callable[[], ToolParser]] = {
     "hidden": lambda: HiddenTokens(TaggedParser(NAMES), ["<|im_end|>"]),
     "forced": partial(ListParser, NAMES),  # its texts are those that a grammar makes
     "forced, one": lambda: FirstCallParser(TaggedParser(NAMES)),
+    "thought": lambda: ThoughtParser(THOUGHT_FORMS["think"], "possible", TaggedParser(NAMES)),
+    "begun thought": lambda: ThoughtParser(THOUGHT_FORMS["think"], "begun", None),
+    "mistral": lambda: call_form("mistral").parser(TOOLS, ""),
+    "deepseek": lambda: call_form("deepseek").parser(TOOLS, ""),
+    "glm": lambda: call_form("glm").parser(TOOLS, ""),
+    "pythonic": lambda: call_form("pythonic").parser(TOOLS, ""),
+    "channels": lambda: call_form("channels").parser(TOOLS, ""),
 }
 
 
-def random_text(seed: int) -> str:
-    """An answer of up to twelve pieces, some of which lack a part or have a part twice."""
+def random_text(seed: int, own: Sequence[str] = ()) -> str:
+    """An answer of up to twelve pieces, some of which lack a part or have a part twice; most are of `own`."""
     drawn = random.Random(seed)
     made = []
     for _ in range(drawn.randint(1, 12)):
-        piece = drawn.choice(PIECES)
+        piece = drawn.choice(own if own and drawn.random() < 0.7 else PIECES)
         if drawn.random() < 0.15:
             at = drawn.randrange(len(piece) + 1)
             piece = piece[:at] + drawn.choice(("", "", piece)) + piece[at + drawn.randint(0, 2) :]
@@ -67,14 +92,15 @@ def random_list(seed: int) -> str:
 
 
 def read(parser: ToolParser, parts: Iterable[str]) -> Found:
-    """The text that is shown, and the name and arguments of each call."""
-    shown, calls = "", []
+    """The text that is shown, the thoughts, and the name and arguments of each call."""
+    shown, thought, calls = "", "", []
     for parsed in (*(parser.add(part) for part in parts), parser.end()):
         shown += parsed.text
+        thought += parsed.thought
         calls += [[call.name, call.arguments] for call in parsed.calls]
         if parsed.arguments:
             calls[-1][1] += parsed.arguments
-    return shown, [(name, arguments) for name, arguments in calls]
+    return shown, thought, [(name, arguments) for name, arguments in calls]
 
 
 def cuts(text: str) -> Iterable[list[str]]:
@@ -95,10 +121,11 @@ def check(name: str, text: str) -> str | None:
                 return f"cut into {[len(part) for part in parts][:3]}: {found} and not {whole}"
     except Exception as error:  # whatever it is, an answer would have been a 500
         return f"{type(error).__name__}: {error}"
-    for call, arguments in whole[1]:
+    for call, arguments in whole[2]:
         if call not in NAMES or not isinstance(json.loads(arguments), dict):
             return f"no call of a tool: {call} {arguments}"
-    if not whole[1] and name in ("tagged", "tagged without an end", "bare") and whole[0] != text:
+    keeps = name not in ("channels", "thought", "begun thought", "forced", "hidden", "forced, one")  # tags are no text
+    if not whole[2] and keeps and whole[0] != text:
         return f"text is lost: {whole[0]!r}"
     return None
 
@@ -114,7 +141,8 @@ def main(argv: Sequence[str]) -> int:
     failures, count, until = 0, 0, time.process_time() + args.seconds
     while count < args.texts and time.process_time() < until:
         for name in PARSERS:
-            text = random_list(first + count) if name == "forced" else random_text(first + count)
+            own = OWN.get(name.removeprefix("begun "), ())
+            text = random_list(first + count) if name == "forced" else random_text(first + count, own)
             if (wrong := check(name, text)) is not None:
                 failures += 1
                 print(json.dumps({"seed": first + count, "parser": name, "text": text, "wrong": wrong}), flush=True)

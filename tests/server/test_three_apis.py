@@ -75,6 +75,18 @@ def test_a_stream_of_a_response_has_every_event_in_order(client):
         assert stream.get_final_response().output_text == whole.output_text
 
 
+def test_log_probabilities_of_a_response_are_a_chat_s(client):
+    request = {"model": "demo", "input": "Hello!", "temperature": 0, "top_logprobs": 2, "max_output_tokens": 6}
+    request["include"] = ["message.output_text.logprobs"]
+    whole = client.responses.create(**request).output[0].content[0].logprobs
+    events = checked(client.responses.create(**request, stream=True))
+    deltas = [one for event in events if event.type == "response.output_text.delta" for one in event.logprobs]
+    chatted = chat(client, max_tokens=6, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert len(whole) == len(deltas) == len(chatted) == 6
+    assert [(one.token, one.logprob) for one in whole] == [(one.token, one.logprob) for one in chatted]
+    assert [one.logprob for one in deltas] == [one.logprob for one in whole] and len(whole[0].top_logprobs) == 2
+
+
 def test_a_stream_of_a_message_is_what_its_client_expects(claude):
     request = {"model": "demo", "messages": HELLO, "max_tokens": 12, **GREEDY}
     whole = claude.messages.create(**request)
@@ -234,6 +246,8 @@ BAD = [
     ("/v1/messages", {"max_tokens": 5, "messages": HELLO, "thinking": {"type": "enabled"}}),
     ("/v1/messages", {"max_tokens": 5, "messages": HELLO, "context_management": {"edits": [{"type": "x"}]}}),
     ("/v1/messages", {"max_tokens": 5, "messages": HELLO, "stop_sequences": [""]}),
+    ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "1", "content": 7}]}]}),
     ("/v1/messages/count_tokens", {"messages": []}),
     ("/v1/responses", {}),
     ("/v1/responses", {"input": []}),
@@ -250,7 +264,7 @@ BAD = [
     ("/v1/responses", {"input": "x", "text": {"format": {"type": "json_schema", "name": "n"}}}),
     ("/v1/responses", {"input": "x", "n": 2}),
     ("/v1/responses", {"input": "x", "topP": 0.5}),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("path", "body"), BAD)
@@ -259,3 +273,9 @@ def test_what_cannot_be_honoured_is_a_400(server, path, body):
     assert answer.status_code == 400, answer.text
     assert (answer.json().get("type") == "error") == path.startswith("/v1/messages")
     assert answer.json()["error"]["message"]
+
+
+@pytest.mark.slow
+def test_two_hundred_seeded_requests_through_each(server, client, claude):
+    for seed in range(200):
+        test_three_apis_give_one_text_and_one_usage(client, claude, {"temperature": 1.0, "seed": seed, "top_p": 0.95})

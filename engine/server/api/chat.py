@@ -10,7 +10,7 @@ from typing_extensions import override
 from kvarena.engine.server.api.answers import event
 from kvarena.engine.server.api.completions import prompt_logprobs_body
 from kvarena.engine.server.api.turn import Turn, is_json
-from kvarena.engine.server.forms.calls import Parsed, ToolCall
+from kvarena.engine.server.forms.calls import Parsed, Part, Thought, ToolCall
 from kvarena.engine.server.front.groups import Choice
 
 
@@ -41,6 +41,15 @@ class ChatAnswer(Turn):
         return self._text_event(choice, {"content": text} if text else {}, [], [], True)
 
     @override
+    def _quick(self, choice: Choice, part: Part) -> bytes:
+        prefix = self._prefixes[choice.index]
+        if type(part) is Thought:
+            prefix = prefix[: -len(self.before_text)] + b'"delta":{"reasoning":'
+        elif type(part) is not str:
+            return b""
+        return prefix + orjson.dumps(str(part)) + self.after_text
+
+    @override
     def _show(self, choice: Choice, parsed: Parsed, entries: list[Any], token_ids: list[int]) -> bytes:
         is_end = choice.finish_reason is not None
         if not self._streams:
@@ -48,8 +57,6 @@ class ChatAnswer(Turn):
             choice.token_ids += token_ids
             choice.entries += entries
             return b""
-        if not is_end and not entries and not self._return_token_ids and len(parsed) == 1 and type(parsed[0]) is str:
-            return self._prefixes[choice.index] + orjson.dumps(parsed[0]) + self.after_text
         return self._rich_events(choice, parsed, entries, token_ids, is_end)
 
     def _rich_events(

@@ -52,6 +52,7 @@ class Turn(Answer):
         super().__init__(client, req, model, arrival)
         self._reading, self._detokenizer = reading, reading.detokenizer
         self._logprobs = bool(req.logprobs)
+        self._shows_tokens = self._logprobs or self._return_token_ids
         # A function was named: its finish reason stays `stop`.
         self._forced_call = isinstance(req.tool_choice, NamedToolChoice)
         self._parsers: list[ToolParser | None] = []
@@ -73,22 +74,30 @@ class Turn(Answer):
 
     @override
     def _rich_delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
-        parsed = self._parse(choice, text, token_ids)
+        parser = self._parsers[choice.index]
+        # Most events of a stream show one part, and nothing beside it.
+        is_plain = self._streams and not self._shows_tokens and choice.finish_reason is None
+        if parser is None:
+            if is_plain and (not text or (events := self._quick(choice, text))):
+                return events if text else b""
+            parsed = parts_of(text)
+        else:
+            parsed = self._parse(parser, choice, text, token_ids)
+            if is_plain and len(parsed) == 1 and (events := self._quick(choice, parsed[0])):
+                return events
         entries = [self._logprob_entry(entry) for entry in logprobs] if self._logprobs else []
         return self._show(choice, parsed, entries, token_ids)
 
-    def _parse(self, choice: Choice, text: str, token_ids: list[int]) -> Parsed:
+    def _parse(self, parser: ToolParser, choice: Choice, text: str, token_ids: list[int]) -> Parsed:
         """What new text turned out to be; calls and thoughts are kept."""
-        parser = self._parsers[choice.index]
-        if parser is None:
-            return parts_of(text)
         if self._is_thinking[choice.index]:
             self._count_thought(choice.index, token_ids)
         parsed = parser.add(text)
         if choice.finish_reason is not None:
             parsed = parts_of(*parsed, *parser.end())
-        if any(type(part) is not str for part in parsed):
-            parsed = self._keep(choice.index, parsed)
+        for part in parsed:
+            if type(part) is not str:
+                return self._keep(choice.index, parsed)
         return parsed
 
     def _count_thought(self, index: int, token_ids: list[int]) -> None:
@@ -113,6 +122,10 @@ class Turn(Answer):
                     continue
             shown.append(part)
         return shown
+
+    def _quick(self, choice: Choice, part: Part) -> bytes:  # noqa: ARG002 - of an answer that has no shorter way
+        """The event of one part that goes on with what is open, or nothing where it needs more than that."""
+        return b""
 
     @abstractmethod
     def _show(self, choice: Choice, parsed: Parsed, entries: list[Any], token_ids: list[int]) -> bytes:
@@ -154,6 +167,11 @@ class Sequence:
 
     def __init__(self) -> None:
         self._blank, self._has_called = "", False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether white space may come that is none of the text."""
+        return self._has_called
 
     def of(self, parsed: Parsed) -> list[Part]:
         """The parts that are shown now."""

@@ -90,6 +90,8 @@ class TaggedParser(ToolParser):
 
     @override
     def add(self, text: str) -> Parsed:
+        if not self._held and not self._is_blank and self._open[0] not in text:
+            return Parsed((text,)) if text else Parsed()
         self._held += text
         return self._read(False)
 

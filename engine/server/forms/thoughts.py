@@ -135,6 +135,12 @@ class ThoughtParser(ToolParser):
     def add(self, text: str) -> Parsed:
         if self._state == "answer" and not self._held:
             return self._answer(text)
+        if self._has_text and self._state == "thought" and text and self._form.close[0] not in text:
+            # Nothing of it can be the closing tag; white space at its end may be the thought's end.
+            shown = (self._held + text).rstrip()
+            if self._form.close[0] not in self._held:
+                self._held = (self._held + text)[len(shown) :]
+                return Parsed((Thought(shown),)) if shown else Parsed()
         self._held += text
         return self._read(False)
 

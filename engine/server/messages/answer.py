@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from kvarena.engine.server.api.protocol import ChatCompletionRequest
 from kvarena.engine.server.api.turn import Reading, Sequence, Turn, is_json
-from kvarena.engine.server.forms.calls import Arguments, Parsed, Thought, ToolCall
+from kvarena.engine.server.forms.calls import Arguments, Parsed, Part, Thought, ToolCall
 from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.front.groups import Choice
 from kvarena.engine.server.shared.errors import ApiError, as_messages_error
@@ -65,6 +65,14 @@ class MessageAnswer(Turn):
         return b"event: " + kind.encode() + b"\ndata: " + orjson.dumps({"type": kind, **fields}) + b"\n\n"
 
     @override
+    def _quick(self, choice: Choice, part: Part) -> bytes:
+        if self._open is None or self._sequence.is_waiting:
+            return b""
+        kind = type(part)
+        goes_on = (kind is str and self._open == TEXT) or (kind is Thought and self._open == THINKING)
+        return self._grow(part) if goes_on and isinstance(part, str) else b""
+
+    @override
     def _show(self, choice: Choice, parsed: Parsed, entries: list[Any], token_ids: list[int]) -> bytes:
         events = b""
         if not self._has_begun:
@@ -102,7 +110,7 @@ class MessageAnswer(Turn):
 
     def _grow(self, text: str) -> bytes:
         self._pieces.append(text)
-        return self._delta_head + orjson.dumps(text) + b"}}\n\n" if self._streams else b""
+        return self._delta_head + orjson.dumps(str(text)) + b"}}\n\n" if self._streams else b""
 
     def _end_block(self) -> bytes:
         if self._open is None:

@@ -120,6 +120,8 @@ def _result(block: Block, where: str) -> list[dict[str, Any]]:
     call_id, content = block.get("tool_use_id"), block.get("content") or ""
     if not isinstance(call_id, str):
         raise bad_request(f"{where}: a tool_result needs a tool_use_id", "messages")
+    if not isinstance(content, (str, list)):
+        raise bad_request(f"{where}: the content of a tool_result must be a text or blocks", "messages")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else [_part(one, where) for one in content]
     text = "\n".join(part["text"] for part in parts if part["type"] == "text")
     text = f"Error: {text}" if block.get("is_error") else text

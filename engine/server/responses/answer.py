@@ -13,7 +13,7 @@ from typing_extensions import override
 from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.api.protocol import ChatCompletionRequest
 from kvarena.engine.server.api.turn import Reading, Sequence, Turn
-from kvarena.engine.server.forms.calls import Arguments, Parsed, Thought, ToolCall
+from kvarena.engine.server.forms.calls import Arguments, Parsed, Part, Thought, ToolCall
 from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.front.groups import Choice
 from kvarena.engine.server.responses.protocol import ResponsesRequest
@@ -65,7 +65,7 @@ class ResponseAnswer(Turn):
         self._item: dict[str, Any] | None = None  # the open one
         self._pieces: list[str] = []  # of its text
         self._entries: list[Any] = []  # log-probabilities of its text
-        self._delta_head = b""
+        self._delta_head = self._empty_logprobs = b""
 
     @override
     def add_prompt(self, prompt: list[int], sampling: SamplingParams, stream: TextStream) -> list[Choice]:
@@ -89,23 +89,29 @@ class ResponseAnswer(Turn):
     # Items
 
     @override
+    def _quick(self, choice: Choice, part: Part) -> bytes:
+        item = self._item
+        if item is None or self._sequence.is_waiting:
+            return b""
+        kind = type(part)
+        goes_on = (kind is str and item["type"] == MESSAGE) or (kind is Thought and item["type"] == REASONING)
+        return self._grow(part) if goes_on and isinstance(part, str) else b""
+
+    @override
     def _show(self, choice: Choice, parsed: Parsed, entries: list[Any], token_ids: list[int]) -> bytes:
         if self.response["status"] == "queued":
             self.response["status"] = "in_progress"
             self._on_state(self.response)
         self._entries += entries
         parts = self._sequence.of(parsed)
-        if len(parts) == 1 and type(parts[0]) is str and self._item is not None and self._item["type"] == MESSAGE:
-            events = self._grow(parts[0])
-        else:
-            events = b""
-            for part in parts:
-                if isinstance(part, ToolCall):
-                    events += self._end_item() + self._begin_call(part)
-                elif type(part) is Arguments:
-                    events += self._grow(part)
-                else:
-                    events += self._text(REASONING if type(part) is Thought else MESSAGE, part)
+        events = b""
+        for part in parts:
+            if isinstance(part, ToolCall):
+                events += self._end_item() + self._begin_call(part)
+            elif type(part) is Arguments:
+                events += self._grow(part)
+            else:
+                events += self._text(REASONING if type(part) is Thought else MESSAGE, part)
         if choice.finish_reason is not None:
             if not self.response["output"]:
                 events += self._begin_item(MESSAGE)
@@ -149,19 +155,20 @@ class ResponseAnswer(Turn):
         """What an event of new text begins with: most events of a stream are such."""
         body = orjson.dumps({"type": kind, **self._place, **fields})
         self._delta_head = b"event: " + kind.encode() + b"\ndata: " + body[:-1]
+        # Text alone has log-probabilities, and always names them.
+        self._empty_logprobs = b',"logprobs":[]' if kind == "response.output_text.delta" else b""
 
     def _grow(self, text: str) -> bytes:
         """More text of the open item."""
         self._pieces.append(text)
         if not self._streams:
             return b""
-        assert self._item is not None
-        logprobs = b""
-        if self._item["type"] == MESSAGE:
-            logprobs = b',"logprobs":' + (orjson.dumps(self._take_entries()) if self._entries else b"[]")
-        self._num_events += 1
+        number, self._num_events = self._num_events, self._num_events + 1
+        logprobs = self._empty_logprobs
+        if logprobs and self._entries:
+            logprobs = b',"logprobs":' + orjson.dumps(self._take_entries())
         return b'%b%b,"sequence_number":%d,"delta":%b}\n\n' % (
-            self._delta_head, logprobs, self._num_events - 1, orjson.dumps(text),
+            self._delta_head, logprobs, number, orjson.dumps(str(text)),
         )  # fmt: skip
 
     def _take_entries(self) -> list[Any]:
