@@ -15,9 +15,8 @@ CHUNKS = ("budget", "timed")
 CALM, HURRIED = 1.5, 2.0
 # Many: those that would take more steps than that.
 QUEUE_STEPS = 32
-# A step has at least so many prompt tokens; a prompt is done after so many steps of its turn; and of all that wait a
-# step takes in at least such a part.
-LEAST_CHUNK, TURN_STEPS, ALL_STEPS = 128, 8, 64
+# A step has at least so many prompt tokens, and a prompt is done after so many steps of its turn.
+LEAST_CHUNK, TURN_STEPS = 128, 8
 
 
 class ChunkedScheduler(Scheduler):
@@ -31,8 +30,8 @@ class ChunkedScheduler(Scheduler):
     `chunks=timed`: what the step takes, by `step_times`. While nobody decodes a step takes all waiting prompts, up to
     the budget. Beside decodes the chunk is the largest with which the step stays within `max_step_time`, or 1.5 times
     what the decodes alone take, whichever is longer; 2 times while more prompts wait than 32 such steps bring in. It is
-    never below 128 tokens, an eighth of the prompt whose turn it is, or a 64th of all that wait: long prompts and long
-    queues go on as well. Without step times the chunk is that least one.
+    never below 128 tokens, or an eighth of the prompt whose turn it is: long prompts go on as well. Without step times
+    the chunk is that least one.
 
     Args:
         allocator: who owns which slots.
@@ -84,14 +83,13 @@ class ChunkedScheduler(Scheduler):
         if turn is None:
             return room
         num_tokens = turn.num_tokens - turn.num_cached_tokens
-        waiting = sum(req.num_tokens - req.num_computed_tokens for req in prompts)
-        waiting += self._num_queued() * num_tokens
-        least = max(LEAST_CHUNK, cdiv(num_tokens, TURN_STEPS), cdiv(waiting, ALL_STEPS))
+        least = max(LEAST_CHUNK, cdiv(num_tokens, TURN_STEPS))
         if self.step_times is None:
             return min(room, least)
         load = _Decodes(self.step_times, plan, prompts, turn)
         shortest = self.max_step_time or 0.0
         chunk = load.largest_chunk(max(shortest, CALM * load.seconds), room)
+        waiting = sum(req.num_tokens - req.num_computed_tokens for req in prompts) + self._num_queued() * num_tokens
         if waiting > QUEUE_STEPS * max(chunk, least):
             chunk = load.largest_chunk(max(shortest, HURRIED * load.seconds), room)
         return min(room, max(chunk, least))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy import optimize
 
 MAX_SKEW = 4.0
 
@@ -72,4 +71,7 @@ def measured_skew(num_tokens: np.ndarray, num_read: np.ndarray, load: ExpertLoad
 
     if not counts.size or counts[-1] <= 1 or surplus(0.0) <= 1e-9 * num_read.sum():
         return 0.0
+    # Imported here: who reads a profile of experts, as an engine does, solves nothing, and it takes half a second.
+    from scipy import optimize
+
     return MAX_SKEW if surplus(MAX_SKEW) >= 0 else float(optimize.brentq(surplus, 0.0, MAX_SKEW, xtol=1e-4))

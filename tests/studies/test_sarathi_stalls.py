@@ -15,11 +15,14 @@ SEEDS = pytest.mark.parametrize("seeds", ["[0]", pytest.param("[0,1]", marks=pyt
 @SEEDS
 def test_chunks_bound_the_gap_and_whole_prompts_do_not(tmp_path, seeds):
     findings, _ = run_study(tmp_path, *SMALL, f"study.seeds={seeds}")
-    capacity, *ratios, bounded, unbounded = findings.claims
+    (capacity, *ratios, bounded, unbounded), by_step_times = findings.claims[:6], findings.claims[6:]
     assert capacity.kind is Kind.VALUE and capacity.stated == 2.6 and capacity.ours > 1
     assert {claim.kind for claim in ratios} == {Kind.OURS} and ratios[1].ours > 1
     assert bounded.kind is unbounded.kind is Kind.CHECK
     assert bounded.verdict is unbounded.verdict is Verdict.PASSES
+    gaps, firsts = by_step_times[::2], by_step_times[1::2]
+    assert {claim.kind for claim in by_step_times} == {Kind.OURS} and len(gaps) == len(firsts) == 3
+    assert gaps[0].ours < 0.9, "at a low load decodes are quick, and chunks beside them small"
 
 
 @SEEDS

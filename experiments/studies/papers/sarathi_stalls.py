@@ -16,7 +16,8 @@ from kvarena.experiments.studies.papers.published import SARATHI_CAPACITY, SARAT
 from kvarena.reports.reading.files import read_json
 from kvarena.reports.reading.names import MANIFEST_FILE
 
-LABELS = {"prefill_first": "prefill first", "chunked": "chunked"}
+LABELS = {"prefill_first": "prefill first", "chunked": "chunked", "timed": "chunked, by step times"}
+IDLE_BUDGET = 16384  # tokens of a step in which nobody decodes, where chunks are sized by step times
 MS = 1000.0
 NEAR = 0.25  # of the paper's value: our limit
 Cell = Mapping[str, Any]
@@ -55,6 +56,7 @@ class SarathiStallsStudy:
             name: [[self._cell(cells, name, rate, seed) for seed in self.seeds] for rate in self.rates]
             for name in LABELS
         }
+        # Of any cell: the same card, model and pool.
         bound = MS * longest_step(read_json(cells.folders[-1] / MANIFEST_FILE), self.token_budget)
         longest = {name: max(MS * cell["itl_seconds"]["max"] for of in rates for cell in of)
                    for name, rates in found.items()}  # fmt: skip
@@ -67,7 +69,7 @@ class SarathiStallsStudy:
             f"{last['chunked']:.0f} ms with chunks and {last['prefill_first']:.0f} ms without; the longest gap at any "
             f"load {longest['chunked']:.0f} and {longest['prefill_first']:,.0f} ms.",
             source=SARATHI_SOURCE,
-            claims=[capacity, *self._claims(found, longest, bound)],
+            claims=[capacity, *self._claims(found, longest, bound), *self._by_step_times(found)],
             charts=[
                 self._chart("tbt_p99", found, "p99 time between tokens (ms)", tail, MS * self.max_tbt,
                             "The dotted line is the limit of a sustained rate."),
@@ -90,6 +92,8 @@ class SarathiStallsStudy:
                 "Time between tokens: every gap between two tokens of a request, over all requests of a run. The p99 "
                 "and the longest are of the same gaps. Sustained: where the worse of the two, p99 gap and median wait, "
                 "reaches its limit, linear between rates, seed by seed.",
+                "By step times (scheduler.chunks=timed, ours): a step with a chunk takes 1.5 to 2 times what its "
+                f"decodes do, and up to {IDLE_BUDGET:,} tokens while nobody decodes.",
                 f"A full step: {self.token_budget} tokens, every place of the batch taken, all KV of the pool read, by "
                 "the same step times. It bounds the gap of a request that is not preempted.",
             ],
@@ -99,6 +103,9 @@ class SarathiStallsStudy:
         scheduler = ["scheduler=chunked", f"scheduler.max_num_batched_tokens={self.token_budget}"]
         if name == "prefill_first":
             scheduler = ["scheduler=continuous", "scheduler.max_num_batched_tokens=${engine.max_model_len}"]
+        elif name == "timed":
+            scheduler = ["scheduler=chunked", "scheduler.chunks=timed",
+                         f"scheduler.max_num_batched_tokens={IDLE_BUDGET}"]  # fmt: skip
         load = [f"workload.num_requests={max(1, round(rate * self.duration))}", f"arrival.rate={rate}"]
         return cells.run(f"{name}-{rate:g}-seed{seed}", [*scheduler, *load, f"workload.seed={seed}"])
 
@@ -118,9 +125,22 @@ class SarathiStallsStudy:
                            note="nothing bounds it: the other side of the check")),
         ]  # fmt: skip
 
+    def _by_step_times(self, found: Found) -> list[Claim]:
+        """Chunks by step times beside chunks by a budget: time between tokens, and to the first."""
+        claims = []
+        for rate, budget, timed in zip(self.rates, found["chunked"], found["timed"], strict=True):
+            for word, value, mean in (("p99 time between tokens", _p99, tail),
+                                      ("median time to first token", _ttft, first_token)):  # fmt: skip
+                ratio = Mean.of_ratios([*map(value, timed)], [*map(value, budget)])
+                note = f"{mean(timed).value:.0f} ms against {mean(budget).value:.0f} ms"
+                quantity = f"{word} at {rate:g} requests/s, chunks by step times over chunks by the budget"
+                claims.append(compared(quantity, ratio, note=note))
+        return claims
+
     def _capacity(self, found: Found) -> Claim:
         """How much more load chunks sustain under both limits, seed by seed."""
-        rates = {name: [self._sustained(of, place) for place in range(len(self.seeds))] for name, of in found.items()}
+        rates = {name: [self._sustained(found[name], place) for place in range(len(self.seeds))]
+                 for name in ("chunked", "prefill_first")}  # fmt: skip
         ours, theirs = Mean.of(rates["chunked"]), Mean.of(rates["prefill_first"])
         ratio = Mean.of_ratios(rates["chunked"], rates["prefill_first"])
         note = f"{ours.value:.2f} against {theirs.value:.2f} requests/s; the paper's is of Mistral-7B"
@@ -158,6 +178,10 @@ def _p99(cell: Cell) -> float:
     return float(cell["itl_seconds"]["p99"])
 
 
+def _ttft(cell: Cell) -> float:
+    return float(cell["ttft_seconds"]["p50"])
+
+
 def tail(cells: Sequence[Cell]) -> Mean:
     """The p99 time between tokens in milliseconds, over seeds."""
     return Mean.of([MS * _p99(cell) for cell in cells])
@@ -165,7 +189,7 @@ def tail(cells: Sequence[Cell]) -> Mean:
 
 def first_token(cells: Sequence[Cell]) -> Mean:
     """The median time to first token in milliseconds, over seeds."""
-    return Mean.of([MS * float(cell["ttft_seconds"]["p50"]) for cell in cells])
+    return Mean.of([MS * _ttft(cell) for cell in cells])
 
 
 def _times(claim: Claim) -> str:
