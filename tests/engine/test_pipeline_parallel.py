@@ -83,6 +83,22 @@ FUSED = (
 )  # fmt: skip
 
 
+def in_fixed_places(monkeypatch) -> list[bool]:
+    """Let steps run as a graph holds them, on a CPU; whether each that did was a decode step."""
+    launches: list[bool] = []
+    plain, compute = runners._fused_runner, StageForward.captured
+
+    def noted(self, *args, all_rows=False, **more):
+        launches.append(all_rows)
+        return compute(self, *args, all_rows=all_rows, **more)
+
+    monkeypatch.setattr(StageForward, "captured", noted)
+    monkeypatch.setattr(runners, "_fused_runner", lambda *args, **more: plain(*args, **more | {"mixed_tokens": 24}))
+    for module in (build, ranks):
+        monkeypatch.setattr(module, "attention_backend", lambda config, model, pool: LateReference(pool))
+    return launches
+
+
 @pytest.mark.parametrize(
     ("family", "sizes", "sampling"),
     [("llama", "tp2xpp2", "temperature"), ("mixtral", "pp2", "greedy"), ("qwen3", "tp2xpp2", "top_p")],
@@ -90,19 +106,7 @@ FUSED = (
 @pytest.mark.parametrize("captured", [False, True])
 def test_fused_stages_give_the_tokens_of_one_rank(directories, shared, monkeypatch, family, sizes, sampling, captured):
     """Layers by layers, and as steps of fixed shape between two places, as a graph holds them."""
-    launches: list[bool] = []
-    if captured:
-        plain = runners._fused_runner
-        monkeypatch.setattr(runners, "_fused_runner", lambda *args, **more: plain(*args, **more | {"mixed_tokens": 24}))
-        for module in (build, ranks):
-            monkeypatch.setattr(module, "attention_backend", lambda config, model, pool: LateReference(pool))
-        compute = StageForward.captured
-
-        def noted(self, *args, all_rows=False, **more):
-            launches.append(all_rows)
-            return compute(self, *args, all_rows=all_rows, **more)
-
-        monkeypatch.setattr(StageForward, "captured", noted)
+    launches = in_fixed_places(monkeypatch) if captured else []
     asked = requests(**SAMPLINGS[sampling])
     expected = alone(directories[family], asked)
     parts = build_engine(of_model(directories[family], *SIZES[sizes], *FUSED, f"engine.seed={int(captured)}"), shared)
@@ -216,8 +220,8 @@ def test_void_tokens_and_samples_that_share_a_prompt(directories, shared):
     assert found[0] == found[1] and len({tuple(tokens) for tokens in found[0]}) == 4
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_images_whose_positions_have_three_dimensions(tmp_path, fused):
+@pytest.mark.parametrize(("fused", "captured"), [(False, False), (True, False), (True, True)])
+def test_images_whose_positions_have_three_dimensions(tmp_path, monkeypatch, fused, captured):
     """Every stage turns by row and column; prompts in chunks that end inside an image, and one that is found again."""
     directory = write_qwen(tmp_path / "tiny-vl", shared_qwen("Qwen2.5-VL"))
     processing = processing_of(directory)
@@ -238,8 +242,10 @@ def test_images_whose_positions_have_three_dimensions(tmp_path, fused):
     tokens = []
     for overrides in ((), (*PP2, f"runner.fusions={str(fused).lower()}")):
         parts, given = SharedParts(), asked()
+        launches = in_fixed_places(monkeypatch) if captured and overrides else []
         run(build_engine(of_model(directory, *options, *overrides), parts).engine, given)
         tokens.append([req.output_token_ids for req in given])
         assert given[2].num_cached_tokens > 0
         parts.clear()
     assert tokens[0] == tokens[1] and all(len(one) == 5 for one in tokens[0])
+    assert bool(launches) == captured
