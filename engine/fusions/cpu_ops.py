@@ -9,10 +9,13 @@ from kvarena.engine.fusions.experts import Experts, add_experts
 from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps, apply_linear
 from kvarena.engine.kernels.cpu.compiler import most_threads
 from kvarena.engine.kernels.cpu.layers import glu_kernel, norm_kernel, rope_store_kernel
+from kvarena.engine.kernels.cpu.product import MOST_ROWS, fits, product_kernel
 from kvarena.engine.kernels.cpu.simd import KINDS
 
-# Elements of a call that are worth a thread: about 20 us of its time.
-_PER_THREAD = 2**16
+# Elements of a call that are worth a thread, and multiplications of a product: 20 to 50 us of its time.
+_PER_THREAD, _PRODUCTS_PER_THREAD = 2**16, 2**20
+# Rows of a product in 16 bits for which the library's start costs more than its instructions save.
+_FEW_ROWS = 4
 
 
 class CpuOps(TorchOps):
@@ -26,6 +29,8 @@ class CpuOps(TorchOps):
     def __init__(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
         kind, kv_kind = KINDS[dtype], KINDS[kv_dtype]
         self._norm, self._glu, self._rope_store = norm_kernel(kind), glu_kernel(kind), rope_store_kernel(kind, kv_kind)
+        self._products = [product_kernel(kind, adds) for adds in (False, True)]
+        self._most_rows = MOST_ROWS if not _has_product(dtype) else _FEW_ROWS
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         """See `Ops.norm`."""
@@ -39,7 +44,45 @@ class CpuOps(TorchOps):
 
     def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
         """See `Ops.norm_linear`."""
-        return apply_linear(self.norm(residual, norm), linear, out)
+        return self.linear(self.norm(residual, norm), linear, out)
+
+    def linear(self, x: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
+        """See `Ops.linear`."""
+        weight, bias = linear
+        if not self._takes(x, weight):
+            return apply_linear(x, linear, out)
+        y = self._product(x, weight, None)
+        if bias is not None:
+            y += bias
+        return y.to(x.dtype) if out is None else out.copy_(y)
+
+    def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+        """See `Ops.linear_residual`."""
+        weight, bias = linear
+        if not self._takes(x, weight):
+            return super().linear_residual(x, linear, residual)
+        if residual.dtype == torch.float32 and residual.is_contiguous():
+            self._product(x, weight, residual)
+        else:
+            residual += self._product(x, weight, None)
+        return residual if bias is None else residual.add_(bias)
+
+    def _takes(self, x: Tensor, weight: Tensor) -> bool:
+        rows = len(x)
+        return rows <= self._most_rows and fits(rows, *weight.shape) and weight.is_contiguous()
+
+    def _product(self, x: Tensor, weight: Tensor, into: Tensor | None) -> Tensor:
+        """x @ weight.T in float32, added to `into` if given."""
+        rows, (width, depth) = len(x), weight.shape
+        x = x.to(torch.float32).contiguous()
+        y = torch.empty(rows, width) if into is None else into
+        threads = max(1, min(most_threads(), rows * width * depth // _PRODUCTS_PER_THREAD))
+        self._products[into is not None](threads, x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, width, depth)
+        return y
+
+    def linear_glu(self, x: Tensor, gate_up: Linear) -> Tensor:
+        """See `Ops.linear_glu`."""
+        return self.glu(self.linear(x, gate_up))
 
     def glu(self, x: Tensor) -> Tensor:
         """See `Ops.glu`."""
@@ -84,6 +127,15 @@ class CpuOps(TorchOps):
             turn_keys, eps,
         )  # fmt: skip
         return qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
+
+
+def _has_product(dtype: torch.dtype) -> bool:
+    """Whether the library has instructions for products of 16 bits on this processor."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in supported and bool(supported[dtype]())
 
 
 def _threads(elements: int) -> int:

@@ -229,7 +229,7 @@ def floor_seconds(output: StepOutput, sizes: ModelSizes, rates: dict[str, float]
     context = sum(entry.start + entry.num_new_tokens for entry in entries)
     pairs = sum(entry.num_new_tokens * (entry.start + (entry.num_new_tokens + 1) / 2) for entry in entries)
     moved = (sizes.num_layer_weights + sizes.num_head_weights) * spec.dtype.itemsize + context * spec.kv_bytes_per_token
-    flops = 2 * sizes.num_layer_weights * output.plan.num_new_tokens + 2 * sizes.num_head_weights * sum(
+    flops: float = 2 * sizes.num_layer_weights * output.plan.num_new_tokens + 2 * sizes.num_head_weights * sum(
         output.plan.samples
     )
     flops += 4 * pairs * sizes.num_heads * spec.head_dim * spec.num_layers
@@ -256,7 +256,7 @@ class Split:
         parts = {
             "attention": (runner.backend, ("attend",)),
             "kernels between products": (ops, ("norm", "glu", "rope_store")),
-            "products": (ops, ("norm_linear", "norm_glu", "linear_residual")),
+            "products": (ops, ("linear", "linear_residual")),
             "forward's rest": (runner, ("forward",)),
             "draw": (runner, ("_pick",)),
             "inputs": (runner, ("execute",)),

@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from kvarena.engine.fusions import cpu_ops
 from kvarena.engine.fusions.cpu_ops import CpuOps
-from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Norm, TorchOps
+from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps
+from kvarena.engine.kernels.cpu import product, simd
 from kvarena.engine.kernels.cpu.compiler import kernel
 from kvarena.engine.kernels.cpu.draw import draw_kernel
 from kvarena.engine.kernels.cpu.simd import BF16, F16, F32, I64, KINDS, exp, narrow, pointer, tanh, widen
@@ -30,7 +33,6 @@ def converted(args):
         brain[i] = narrow(x[i], brain[0])
 
 
-@kernel("3q")
 def widened(args):
     a = pointer(args, I64)
     half, brain, out = pointer(a[0], F16), pointer(a[0], BF16), pointer(a[1], F32)
@@ -48,10 +50,15 @@ def functions(args):
         out[a[2] + i] = tanh(x[i])
 
 
-def test_sixteen_bit_floats_are_widened_and_rounded_as_torch_does():
+@pytest.mark.parametrize("has_half", [True, False])
+def test_sixteen_bit_floats_are_widened_and_rounded_as_torch_does(has_half, monkeypatch):
     raw = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     wide = torch.empty(2, 2**16)
-    widened(1, raw.data_ptr(), wide.data_ptr(), 2**16)
+    monkeypatch.setattr(simd, "HAS_HALF", has_half and simd.HAS_HALF)
+    # Two functions, so that neither is read from where the other is kept.
+    kernel("3q")(widened if has_half else types.FunctionType(widened.__code__.replace(co_name="otherwise"), globals()))(
+        1, raw.data_ptr(), wide.data_ptr(), 2**16
+    )
     for got, dtype in zip(wide, (torch.float16, torch.bfloat16), strict=True):
         expected = raw.view(dtype).float()
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -109,6 +116,43 @@ def test_rotation_and_store(dtype, turn_keys, with_norms):
         results.append((q, kv, mine[:, 96:] if turn_keys else kv))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize(("width", "depth"), [(4, 16), (36, 48), (96, 352)])
+def test_products_of_few_rows(dtype, width, depth):
+    torch.manual_seed(0)
+    weight = torch.randn(width, depth).to(dtype)
+    for rows in (1, 2, 3, 4, 5, 8, 11, 96):
+        x, y = torch.randn(rows, depth), torch.randn(rows, width)
+        expected = x.double() @ weight.double().t()
+        for adds, threads in ((False, 1), (True, 1), (True, 3)):
+            got = y.clone()
+            product.product_kernel(KINDS[dtype], adds)(
+                threads, x.data_ptr(), weight.data_ptr(), got.data_ptr(), rows, width, depth
+            )
+            torch.testing.assert_close(got.double(), expected + (y if adds else 0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize(("width", "depth"), [(36, 48), (36, 44), (30, 48)])  # the last two are the library's
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_layers(dtype, width, depth, with_bias, monkeypatch):
+    """As torch's, with and without an instruction of the processor for products of 16 bits."""
+    torch.manual_seed(0)
+    linear = Linear(torch.randn(width, depth).to(dtype), torch.randn(width).to(dtype) if with_bias else None)
+    for has_product in (False, True):
+        monkeypatch.setattr(cpu_ops, "_has_product", lambda dtype, has_product=has_product: has_product)
+        ops, torch_ops = CpuOps(dtype, dtype), TorchOps()
+        for rows in (1, 6, 97):
+            x, residual = torch.randn(rows, depth).to(dtype), torch.randn(rows, width).to(dtype)
+            near = {"rtol": 10 * TOLERANCE[dtype], "atol": 10 * TOLERANCE[dtype]}
+            torch.testing.assert_close(ops.linear(x, linear), torch_ops.linear(x, linear), **near)
+            out = torch.empty(rows, width, dtype=dtype)
+            assert ops.linear(x, linear, out) is out
+            torch.testing.assert_close(out, torch_ops.linear(x, linear), **near)
+            got = ops.linear_residual(x, linear, residual.clone())
+            torch.testing.assert_close(got, torch_ops.linear_residual(x, linear, residual), **near)
 
 
 VOCAB = 3000

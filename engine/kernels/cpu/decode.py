@@ -16,21 +16,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from kvarena.engine.kernels.cpu.blocks import TOKENS, add_scaled, dots, dots_of_tokens, max_of
 from kvarena.engine.kernels.cpu.compiler import FAST, Kernel, barrier, kernel, num_threads, thread_id
-from kvarena.engine.kernels.cpu.simd import (
-    F32,
-    F64,
-    I32,
-    I64,
-    add_scaled,
-    dots,
-    exp,
-    narrow,
-    pointer,
-    pointer_at,
-    tanh,
-    widen,
-)
+from kvarena.engine.kernels.cpu.simd import F32, F64, I32, I64, LANES, exp, narrow, pointer, pointer_at, tanh, widen
 
 TILE, CHUNK = 64, 512
 _ZERO, _ONE, _LOWEST = np.float32(0), np.float32(1), np.float32(-np.inf)
@@ -57,8 +45,7 @@ def softmax_tile(s: Any, n: Any, top: Any, softcap: Any) -> Any:
         for t in range(n):
             s[t] = softcap * tanh(s[t] / softcap)
     before = top
-    for t in range(n):
-        top = s[t] if s[t] > top else top
+    top = max_of(s, n, top)
     total = _ZERO
     for t in range(n):
         weight = exp(s[t] - top)
@@ -74,6 +61,24 @@ def find_slot(table: Any, start: Any, position: Any, block_size: Any, contiguous
         return np.int64(table[start]) * block_size + position
     block = position // block_size
     return np.int64(table[start + block]) * block_size + position - block * block_size
+
+
+@njit(error_model="numpy")
+def find_slots(
+    offsets: Any, table: Any, start: Any, first: Any, n: Any, block_size: Any, contiguous: Any, size: Any
+) -> None:
+    """Elements before the keys of positions `first` to `first + n`, `size` a slot; a division a tile, not a token."""
+    slot = find_slot(table, start, first, block_size, contiguous)
+    block = first // block_size
+    left = n if contiguous else block_size - (first - block * block_size)  # of the block
+    for t in range(n):
+        if left == 0:
+            block += 1
+            slot = np.int64(table[start + block]) * block_size
+            left = block_size
+        offsets[t] = slot * size
+        slot += 1
+        left -= 1
 
 
 @njit(error_model="numpy")
@@ -142,6 +147,8 @@ def decode_kernel(head_dim: int, group: int, q_kind: int, kv_kind: int) -> Kerne
     """
     dim, per_kv = int(head_dim), int(group)
     q_type, kv_type = int(q_kind), int(kv_kind)
+    lanes = LANES if dim % LANES == 0 else dim
+    folds = lanes == LANES
 
     @kernel("17q2d")
     def decode(args):  # type: ignore[no-untyped-def]
@@ -193,19 +200,24 @@ def decode_kernel(head_dim: int, group: int, q_kind: int, kv_kind: int) -> Kerne
                     at = first
                     while at < last:
                         n = min(TILE, last - at)
-                        for t in range(n):
-                            slot = find_slot(table, row * width, at + t, block_size, contiguous)
-                            offsets[t] = slot * kv_heads * dim
-                        for t in range(n):
-                            for h in range(kv_heads):
-                                dots(
-                                    pointer_at(query, h * per_kv * dim),
-                                    pointer_at(keys, offsets[t] + h * dim),
-                                    pointer_at(scores, h * per_kv * TILE + t),
-                                    TILE,
-                                    dim,
-                                    per_kv,
-                                )
+                        find_slots(offsets, table, row * width, at, n, block_size, contiguous, kv_heads * dim)
+                        if folds:
+                            # The last ones again, so that there are TOKENS of them; their scores are not looked at.
+                            for t in range(n, -n // TOKENS * -TOKENS):
+                                offsets[t] = offsets[n - 1]
+                            for t in range(0, n, TOKENS):
+                                for h in range(kv_heads):
+                                    into = pointer_at(scores, h * per_kv * TILE + t)
+                                    dots_of_tokens(
+                                        pointer_at(query, h * per_kv * dim), pointer_at(keys, h * dim),
+                                        pointer_at(offsets, t), into, TILE, dim, per_kv, lanes,
+                                    )  # fmt: skip
+                        else:
+                            for t in range(n):
+                                for h in range(kv_heads):
+                                    into = pointer_at(scores, h * per_kv * TILE + t)
+                                    at_k = pointer_at(keys, offsets[t] + h * dim)
+                                    dots(pointer_at(query, h * per_kv * dim), at_k, into, TILE, dim, per_kv)
                         for j in range(heads):
                             top, weight, factor = softmax_tile(pointer_at(scores, j * TILE), n, stats[2 * j], softcap)
                             stats[2 * j] = top

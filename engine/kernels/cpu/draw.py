@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from kvarena.engine.kernels.cpu.blocks import max_of
 from kvarena.engine.kernels.cpu.compiler import Kernel, kernel, num_threads, thread_id
 from kvarena.engine.kernels.cpu.simd import F32, I32, I64, bits, pointer, pointer_at, widen
 
@@ -34,11 +35,9 @@ def _mix(x: Any) -> Any:
 @njit(error_model="numpy")
 def _best(logits: Any, n: Any) -> Any:
     """The first index of the largest logit, and it; -1 where there is NaN or infinity, or nothing else than -inf."""
-    top, bad = _LOWEST, np.int32(0)
+    top, bad = max_of(logits, n, _LOWEST), np.int32(0)
     for i in range(n):
-        x = widen(logits[i])
-        bad |= np.int32(0) if x <= _MOST else np.int32(1)
-        top = x if x > top else top
+        bad |= np.int32(0) if widen(logits[i]) <= _MOST else np.int32(1)
     if bad or top == _LOWEST:
         return np.int64(-1), top
     for i in range(n):

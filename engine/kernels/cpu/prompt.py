@@ -12,11 +12,11 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from llvmlite.binding import get_host_cpu_features
 
+from kvarena.engine.kernels.cpu.blocks import multiply_block
 from kvarena.engine.kernels.cpu.compiler import Kernel, kernel, num_threads, thread_id
 from kvarena.engine.kernels.cpu.decode import TILE, find_slot, softmax_tile
-from kvarena.engine.kernels.cpu.simd import F32, F64, I32, I64, multiply_block, narrow, pointer, pointer_at, widen
+from kvarena.engine.kernels.cpu.simd import F32, F64, I32, I64, LANES, narrow, pointer, pointer_at, widen
 
 ROWS = 128  # query rows of a block, a row being one head of one token
 _FOUR = 4  # rows of a block of sums
@@ -25,7 +25,7 @@ _ZERO, _LOWEST = np.float32(0), np.float32(-np.inf)
 
 def _columns() -> int:
     """Columns of a block of sums: as many as the registers hold."""
-    return 32 if get_host_cpu_features().get("avx512f") else 16
+    return 2 * LANES
 
 
 def scratch_words(group: int, head_dim: int, threads: int) -> int:

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import extending, njit, types
-from numba.core import cgutils
 
 F32, BF16, F16, I32, I64, F64 = range(6)
 KINDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
+LANES = 16 if get_host_cpu_features().get("avx512f") else 8  # float32 in a register
+HAS_HALF = bool(get_host_cpu_features().get("f16c"))  # an instruction that widens float16
 _ELEMENTS = (types.float32, types.int16, types.uint16, types.int32, types.int64, types.float64)
 
 intrinsic: Any = extending.intrinsic  # of what it makes, types know no call from compiled code
@@ -52,7 +54,7 @@ def widen(typing: Any, value: Any) -> Any:
     """An element as float32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _widen(builder, args[0], value, None)
+        return widen_code(builder, args[0], value, None)
 
     return types.float32(value), generate
 
@@ -79,117 +81,45 @@ def from_bits(typing: Any, value: Any) -> Any:
     return types.float32(types.int32), lambda _context, builder, _signature, args: builder.bitcast(args[0], _FLOAT)
 
 
-@intrinsic(prefer_literal=True)
-def dots(typing: Any, q: Any, k: Any, out: Any, stride: Any, dim: Any, count: Any) -> Any:
-    """out[g * stride] = the product of q[g * dim:][:dim] and k[:dim], for g < count. `q` and `out` are float32."""
-    signature = types.void(q, k, out, types.int64, dim, count)
-    n, rows = dim.literal_value, count.literal_value
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        key = _load(b, args[1], k.dtype, n)
-        add = cgutils.get_or_insert_function(
-            b.module, ir.FunctionType(_FLOAT, [_FLOAT, ir.VectorType(_FLOAT, n)]), f"llvm.vector.reduce.fadd.v{n}f32"
-        )
-        for g in range(rows):
-            query = _load(b, _at(b, args[0], g * n), types.float32, n)
-            product = b.fmul(query, key, flags=_FLAGS)
-            total = b.call(add, [ir.Constant(_FLOAT, -0.0), product], fastmath=_FLAGS)
-            b.store(total, _at(b, args[2], b.mul(args[3], ir.Constant(_INT64, g))))
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic(prefer_literal=True)
-def add_scaled(
-    typing: Any,
-    out: Any,
-    v: Any,
-    offsets: Any,
-    weights: Any,
-    stride: Any,
-    dim: Any,
-    count: Any,
-    num_terms: Any,
-) -> Any:
-    """out[g * dim:][:dim] += weights[g * stride + i] * v[offsets[i]:][:dim], over i < num_terms, for g < count."""
-    signature = types.void(out, v, offsets, weights, types.int64, dim, count, num_terms)
-    n, rows, terms = dim.literal_value, count.literal_value, num_terms.literal_value
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        values = [_load(b, _at(b, args[1], b.load(_at(b, args[2], i))), v.dtype, n) for i in range(terms)]
-        for g in range(rows):
-            place = _at(b, args[0], g * n)
-            total = _load(b, place, types.float32, n)
-            row = _at(b, args[3], b.mul(args[4], ir.Constant(_INT64, g)))
-            for i, value in enumerate(values):
-                total = b.fadd(total, b.fmul(_splat(b, b.load(_at(b, row, i)), n), value, flags=_FLAGS), flags=_FLAGS)
-            b.store(total, b.bitcast(place, total.type.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic(prefer_literal=True)
-def multiply_block(
-    typing: Any,
-    a: Any,
-    lda: Any,
-    b: Any,
-    ldb: Any,
-    c: Any,
-    ldc: Any,
-    depth: Any,
-    rows: Any,
-    columns: Any,
-    adds: Any,
-) -> Any:
-    """c[i * ldc + j] (+)= sum over d < depth of a[i * lda + d] * b[d * ldb + j], for i < rows and j < columns.
-
-    All float32; the block of sums stays in registers. `adds`: 1 adds to `c`, 0 overwrites it.
-    """
-    i64 = types.int64
-    signature = types.void(a, i64, b, i64, c, i64, i64, rows, columns, adds)
-    m, n = rows.literal_value, columns.literal_value
-    vector = ir.VectorType(_FLOAT, n)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        left, lda, right, ldb, out, ldc, depth = args[:7]
-        places = [
-            builder.bitcast(_at(builder, out, builder.mul(ldc, ir.Constant(_INT64, i))), vector.as_pointer())
-            for i in range(m)
-        ]
-        sums = [cgutils.alloca_once(builder, vector) for _ in range(m)]
-        for place, total in zip(places, sums, strict=True):
-            start = builder.load(place, align=4) if adds.literal_value else ir.Constant(vector, [0.0] * n)
-            builder.store(start, total)
-        with cgutils.for_range(builder, depth) as loop:
-            row = _load(builder, _at(builder, right, builder.mul(loop.index, ldb)), types.float32, n)
-            for i, total in enumerate(sums):
-                at = builder.add(builder.mul(lda, ir.Constant(_INT64, i)), loop.index)
-                factor = _splat(builder, builder.load(_at(builder, left, at)), n)
-                product = builder.fmul(factor, row, flags=_FLAGS)
-                builder.store(builder.fadd(builder.load(total), product, flags=_FLAGS), total)
-        for place, total in zip(places, sums, strict=True):
-            builder.store(builder.load(total), place, align=4)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-def _at(builder: Any, base: Any, index: Any) -> Any:
+def at(builder: Any, base: Any, index: Any) -> Any:
+    """While code is made: the pointer `index` elements behind `base`."""
     return builder.gep(base, [ir.Constant(_INT64, index) if isinstance(index, int) else index])
 
 
-def _load(builder: Any, base: Any, kind: Any, count: int) -> Any:
-    """`count` elements as a vector of float32."""
+def load_vector(builder: Any, base: Any, kind: Any, count: int) -> Any:
+    """While code is made: `count` elements of `kind` at `base` as a vector of float32."""
     element = {types.float32: _FLOAT, types.int16: _INT16, types.uint16: _INT16}[kind]
     vector = ir.VectorType(element, count)
     raw = builder.load(builder.bitcast(base, vector.as_pointer()), align=4 if kind == types.float32 else 2)
-    return _widen(builder, raw, kind, count)
+    return widen_code(builder, raw, kind, count)
 
 
-def _splat(builder: Any, value: Any, count: int) -> Any:
+def fold(b: Any, vectors: list[Any], width: int) -> list[Any]:
+    """While code is made: each vector's sum over its lanes, in order, `width` sums to a vector."""
+    folded = []
+    for start in range(0, len(vectors), width):
+        part = vectors[start : start + width]
+        count = width
+        while count > 1:
+            if len(part) % 2:
+                part.append(part[-1])
+            part = [_add_pairs(b, part[i], part[i + 1], width) for i in range(0, len(part), 2)]
+            count //= 2
+        folded.append(part[0])
+    return folded
+
+
+def _add_pairs(b: Any, first: Any, second: Any, width: int) -> Any:
+    """Sums of neighbouring lanes: those of `first`, then those of `second`."""
+    even, odd = (
+        b.shuffle_vector(first, second, ir.Constant(ir.VectorType(_INT32, width), list(range(side, 2 * width, 2))))
+        for side in (0, 1)
+    )
+    return b.fadd(even, odd, flags=_FLAGS)
+
+
+def splat(builder: Any, value: Any, count: int) -> Any:
+    """While code is made: a vector of `count` times `value`."""
     vector = ir.Constant(ir.VectorType(_FLOAT, count), ir.Undefined)
     vector = builder.insert_element(vector, value, ir.Constant(_INT32, 0))
     return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_INT32, count), [0] * count))
@@ -203,20 +133,22 @@ def _constant(value: int, count: int | None) -> Any:
     return ir.Constant(_shape(_INT32, count), value if count is None else [value] * count)
 
 
-def _widen(builder: Any, value: Any, kind: Any, count: int | None) -> Any:
-    """Elements of `kind`, one or a vector of `count`, as float32."""
+def widen_code(builder: Any, value: Any, kind: Any, count: int | None) -> Any:
+    """While code is made: elements of `kind`, one or a vector of `count`, as float32."""
     if kind == types.float32:
         return value
     wide = builder.zext(value, _shape(_INT32, count))
     if kind == types.int16:
         return builder.bitcast(builder.shl(wide, _constant(16, count)), _shape(_FLOAT, count))
-    # A float16 by integers alone, since not every processor has an instruction for it: exponent and mantissa go to
-    # their places in a float32, which is then 2^112 too small; infinity and NaN keep the largest exponent.
+    if HAS_HALF:
+        return builder.fpext(builder.bitcast(value, _shape(ir.HalfType(), count)), _shape(_FLOAT, count))
+    # By integers alone: exponent and mantissa go to their places in a float32, which is then 2^112 too small; infinity
+    # and NaN keep the largest exponent.
     rest = builder.shl(builder.and_(wide, _constant(0x7FFF, count)), _constant(13, count))
     sign = builder.shl(builder.and_(wide, _constant(0x8000, count)), _constant(16, count))
     factor = ir.Constant(_FLOAT, 2.0**112)
     scaled = builder.fmul(
-        builder.bitcast(rest, _shape(_FLOAT, count)), factor if count is None else _splat(builder, factor, count)
+        builder.bitcast(rest, _shape(_FLOAT, count)), factor if count is None else splat(builder, factor, count)
     )
     is_special = builder.icmp_unsigned(">=", rest, _constant(0x0F800000, count))
     special = builder.or_(rest, _constant(0x7F800000, count))
