@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from kvarena.engine.attention.base import AttentionMetadata
-from kvarena.engine.kernels.cpu import decode, prompt
-from kvarena.engine.kernels.cpu.compiler import most_threads
-from kvarena.engine.kernels.cpu.simd import KINDS
+from kvarena.engine.cpu import decode, prompt
+from kvarena.engine.cpu.compiler import most_threads
+from kvarena.engine.cpu.simd import KINDS
 from kvarena.engine.pool.kv_pool import KVPool
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvarena.engine.cpu.compiler import most_threads
+from kvarena.engine.cpu.layers import glu_kernel, norm_kernel, rope_store_kernel
+from kvarena.engine.cpu.product import MOST_ROWS, fits, product_kernel
+from kvarena.engine.cpu.simd import KINDS
 from kvarena.engine.fusions.experts import Experts, add_experts
 from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps, apply_linear
-from kvarena.engine.kernels.cpu.compiler import most_threads
-from kvarena.engine.kernels.cpu.layers import glu_kernel, norm_kernel, rope_store_kernel
-from kvarena.engine.kernels.cpu.product import MOST_ROWS, fits, product_kernel
-from kvarena.engine.kernels.cpu.simd import KINDS
 
 # Elements of a call that are worth a thread, and multiplications of a product: 20 to 50 us of its time.
 _PER_THREAD, _PRODUCTS_PER_THREAD = 2**16, 2**20

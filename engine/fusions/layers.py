@@ -7,7 +7,8 @@ residual -+-> norm -> q,k,v -> rope, store -> attend -> o -> + -+-> norm -> gate
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -49,8 +50,14 @@ class Batch(NamedTuple):
     @classmethod
     def of(cls, angles: Angles, meta: AttentionMetadata, backend: AttentionBackend, pool: KVPool) -> Batch:
         """The inputs of a step, with the backend as keeper if it wants to be."""
-        keeper = backend if isinstance(backend, KeepingBackend) and backend.wants_kv(meta) else None
-        return cls(angles, meta, backend, pool, keeper)
+        keeps = _keeps(type(backend)) and cast(KeepingBackend, backend).wants_kv(meta)
+        return cls(angles, meta, backend, pool, cast(KeepingBackend, backend) if keeps else None)
+
+
+@cache
+def _keeps(kind: type) -> bool:
+    """Whether backends of a class are `KeepingBackend`s; to ask a protocol takes as long as a small product."""
+    return issubclass(kind, KeepingBackend)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from torch import Tensor
 from kvarena.engine.attention.base import AttentionBackend
 from kvarena.engine.clock import Clock
 from kvarena.engine.contract import KVAllocator, StepPlan
+from kvarena.engine.cpu.compiler import most_threads
+from kvarena.engine.cpu.draw import draw_kernel
+from kvarena.engine.cpu.simd import KINDS
 from kvarena.engine.fusions.decoder import FusedDecoder
-from kvarena.engine.kernels.cpu.compiler import most_threads
-from kvarena.engine.kernels.cpu.draw import draw_kernel
-from kvarena.engine.kernels.cpu.simd import KINDS
 from kvarena.engine.model_runner import PendingTokens
 from kvarena.engine.models.spec import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
@@ -91,7 +91,7 @@ class CpuRunner(TorchRunner):
         is_plain = self._rows.columns["is_plain"][rows]
         if self._num_scores or not is_plain.any():
             return super()._pick(requests, rows, stops, logits)
-        tokens = self._drawn(logits, self._rows.draw_params(rows, stops))
+        tokens = self._drawn(logits, self._draw_params(rows, stops))
         if is_plain.all():
             sampled = SampledTokens(tokens, tokens, None, [req.request_id for req in requests])
             return HostTokens(sampled, [tokens], None)
@@ -107,6 +107,14 @@ class CpuRunner(TorchRunner):
                 sampled.request_ids,
             ),
         )
+
+    def _draw_params(self, rows: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """The `params` of `draw_kernel`; greedy rows have no use for a key, and nobody makes any where all are."""
+        if self._rows.columns["temperature"][rows].any():
+            return self._rows.draw_params(rows, stops)
+        params = np.zeros((4, len(rows)), dtype=np.int32)
+        params[0] = rows
+        return params
 
     def _drawn(self, logits: Tensor, params: np.ndarray) -> Tensor:
         """int64 [N]: a token per row of `logits` [N, V], -1 where none could be picked; the rows' last tokens too."""

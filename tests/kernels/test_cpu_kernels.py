@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from kvarena.engine.cpu import product, simd
+from kvarena.engine.cpu.compiler import kernel
+from kvarena.engine.cpu.draw import draw_kernel
+from kvarena.engine.cpu.simd import BF16, F16, F32, I64, KINDS, exp, narrow, pointer, tanh, widen
 from kvarena.engine.fusions import cpu_ops
 from kvarena.engine.fusions.cpu_ops import CpuOps
 from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps
-from kvarena.engine.kernels.cpu import product, simd
-from kvarena.engine.kernels.cpu.compiler import kernel
-from kvarena.engine.kernels.cpu.draw import draw_kernel
-from kvarena.engine.kernels.cpu.simd import BF16, F16, F32, I64, KINDS, exp, narrow, pointer, tanh, widen
 from kvarena.engine.sampling.streams import log_exponentials, stream_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,8 +196,8 @@ def test_equal_logits_give_the_lowest_token_and_bad_ones_none():
 
 
 COMPILES = """
-from kvarena.engine.kernels.cpu.layers import glu_kernel
-from kvarena.engine.kernels.cpu.simd import F32
+from kvarena.engine.cpu.layers import glu_kernel
+from kvarena.engine.cpu.simd import F32
 glu_kernel(F32)
 """
 

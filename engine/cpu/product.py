@@ -18,8 +18,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from kvarena.engine.kernels.cpu.compiler import Kernel, kernel, num_threads, thread_id
-from kvarena.engine.kernels.cpu.simd import F32, I64, LANES, at, fold, intrinsic, load_vector, pointer, pointer_at
+from kvarena.engine.cpu.compiler import Kernel, kernel, num_threads, thread_id
+from kvarena.engine.cpu.simd import F32, I64, LANES, at, fold, intrinsic, load_vector, pointer, pointer_at
 
 _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FLAGS = ("reassoc", "contract", "nsz", "arcp")

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kvarena.engine.kernels.cpu.blocks import TOKENS, add_scaled, dots, dots_of_tokens, max_of
-from kvarena.engine.kernels.cpu.compiler import FAST, Kernel, barrier, kernel, num_threads, thread_id
-from kvarena.engine.kernels.cpu.simd import F32, F64, I32, I64, LANES, exp, narrow, pointer, pointer_at, tanh, widen
+from kvarena.engine.cpu.blocks import TOKENS, add_scaled, dots, dots_of_tokens, max_of
+from kvarena.engine.cpu.compiler import FAST, Kernel, barrier, kernel, num_threads, thread_id
+from kvarena.engine.cpu.simd import F32, F64, I32, I64, LANES, exp, narrow, pointer, pointer_at, tanh, widen
 
 TILE, CHUNK = 64, 512
 _ZERO, _ONE, _LOWEST = np.float32(0), np.float32(1), np.float32(-np.inf)

@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from kvarena.engine.kernels.cpu.simd import at, fold, intrinsic, load_vector, splat, widen_code
+from kvarena.engine.cpu.simd import at, fold, intrinsic, load_vector, splat, widen_code
 
 _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FLAGS = ("reassoc", "contract", "nsz", "arcp")

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kvarena.engine.kernels.cpu.compiler import FAST, Kernel, kernel, num_threads, thread_id
-from kvarena.engine.kernels.cpu.simd import F32, F64, I64, exp, narrow, pointer, pointer_at, widen
+from kvarena.engine.cpu.compiler import FAST, Kernel, kernel, num_threads, thread_id
+from kvarena.engine.cpu.simd import F32, F64, I64, exp, narrow, pointer, pointer_at, widen
 
 _ZERO, _ONE, _MOST = np.float32(0), np.float32(1), np.float32(88)
 

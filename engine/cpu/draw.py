@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kvarena.engine.kernels.cpu.blocks import max_of
-from kvarena.engine.kernels.cpu.compiler import Kernel, kernel, num_threads, thread_id
-from kvarena.engine.kernels.cpu.simd import F32, I32, I64, bits, pointer, pointer_at, widen
+from kvarena.engine.cpu.blocks import max_of
+from kvarena.engine.cpu.compiler import Kernel, kernel, num_threads, thread_id
+from kvarena.engine.cpu.simd import F32, I32, I64, bits, pointer, pointer_at, widen
 
 _ZERO, _LOWEST, _MOST = np.float32(0), np.float32(-np.inf), np.float32(3.4028234663852886e38)
 _GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = np.uint32(0x9E3779B9), np.uint32(0x7FEB352D), np.uint32(0x846CA68B)

@@ -13,10 +13,10 @@ from functools import cache
 
 import numpy as np
 
-from kvarena.engine.kernels.cpu.blocks import multiply_block
-from kvarena.engine.kernels.cpu.compiler import Kernel, kernel, num_threads, thread_id
-from kvarena.engine.kernels.cpu.decode import TILE, find_slot, softmax_tile
-from kvarena.engine.kernels.cpu.simd import F32, F64, I32, I64, LANES, narrow, pointer, pointer_at, widen
+from kvarena.engine.cpu.blocks import multiply_block
+from kvarena.engine.cpu.compiler import Kernel, kernel, num_threads, thread_id
+from kvarena.engine.cpu.decode import TILE, find_slot, softmax_tile
+from kvarena.engine.cpu.simd import F32, F64, I32, I64, LANES, narrow, pointer, pointer_at, widen
 
 ROWS = 128  # query rows of a block, a row being one head of one token
 _FOUR = 4  # rows of a block of sums
