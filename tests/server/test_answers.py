@@ -170,3 +170,23 @@ def test_who_leaves_ends_the_work_and_who_cancels_it_is_no_client_that_left():
         assert len(asyncio.all_tasks()) <= 2  # this one, and a watcher that has been told to end
 
     asyncio.run(run())
+
+
+def test_arguments_of_a_call_reach_a_message_as_they_were_written():
+    """Numbers of any size, too: a grammar allows them."""
+    from kvarena.engine.server.api.protocol import ChatCompletionRequest
+    from kvarena.engine.server.api.turn import Reading
+    from kvarena.engine.server.forms.calls import NamedParser
+    from kvarena.engine.server.messages.answer import MessageAnswer
+
+    def body(text):
+        req = ChatCompletionRequest(messages=[{"role": "user", "content": "x"}])
+        reading = Reading(lambda: NamedParser("f"), None, len)
+        answer = MessageAnswer(Client(), req, "m", 0.0, reading=reading, max_tokens=9)
+        answer.add_prompt([1, 2], SamplingParams(), Stream())
+        give(answer, 0, text, "length")
+        return json.loads(asyncio.run(within(collect(answer))).body)["content"][0]
+
+    big = '{"x": 123456789012345678901234567890}'
+    assert body(big)["input"] == json.loads(big)
+    assert body('{"x": 12') == {"type": "text", "text": '{"x": 12'}  # cut: no call that a client could make

@@ -164,6 +164,14 @@ def test_the_history_of_calls_is_taken_in_either_form(claude, client):
     assert message.usage.input_tokens + message.usage.cache_read_input_tokens == response.usage.input_tokens
 
 
+def test_instructions_and_a_developer_s_message_are_one_system_message(client):
+    items = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    one = client.responses.create(model="demo", instructions="Be brief.", input=items, temperature=0)
+    messages = [{"role": "system", "content": "Be brief.\n\nBe kind."}, {"role": "user", "content": "Hi"}]
+    two = chat(client, messages=messages)
+    assert (one.output_text, one.usage.input_tokens) == (two.choices[0].message.content, two.usage.prompt_tokens)
+
+
 def test_a_schema_holds_in_either_form(claude, client):
     named = {"type": "json_schema", "name": "n", "schema": TOOL, "strict": True}
     response = client.responses.create(model="demo", input="Hello!", text={"format": named}, temperature=0)

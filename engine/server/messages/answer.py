@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import uuid
 from typing import Any
 
@@ -119,7 +118,7 @@ class MessageAnswer(Turn):
         self._open, events, index = None, b"", len(self._blocks) - 1
         if kind == TOOL_USE:
             if is_json(text):
-                block["input"] = json.loads(text)
+                block["input"] = orjson.Fragment(text)  # as it is: it may hold numbers that Python alone can keep
             elif not self._streams:
                 # Cut off: what was written is text, and no call that a client could make.
                 self._blocks[-1] = {"type": TEXT, "text": text}

@@ -68,6 +68,19 @@ class _Chat:
         except (KeyError, TypeError) as error:
             raise bad_request(f"{where} of type {kind!r} lacks, or has in another form, {error}", "input") from None
 
+    def join_instructions(self) -> None:
+        """Make one message of what comes before the first turn: many templates know one system message alone."""
+        texts = []
+        for message in self.messages:
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            if message["role"] not in ("system", "developer") or any(part["type"] != "text" for part in parts):
+                break
+            texts.append("".join(part["text"] for part in parts))
+        if len(texts) > 1:
+            joined = {"role": self.messages[0]["role"], "content": "\n\n".join(texts)}
+            self.messages[: len(texts)] = [joined]
+
     def _turn(self, after: tuple[str, ...]) -> dict[str, Any]:
         """The assistant's message that goes on, if it ends in one of the parts that `after` names, or a new one."""
         last = self.messages[-1] if self.messages else {}
@@ -140,6 +153,7 @@ def to_chat(req: ResponsesRequest, items: list[Item]) -> ChatCompletionRequest:
         chat.messages.append({"role": "system", "content": req.instructions})
     for number, item in enumerate(items):
         chat.add(item, f"input[{number}]")
+    chat.join_instructions()
     tools, choice = _tools(req)
     with_logprobs = "message.output_text.logprobs" in (req.include or ())
     body = {key: value for key, value in req if key not in _OWN and value is not None}
