@@ -1,14 +1,13 @@
-"""Launches of a layer's products on Hopper, for the tables of `engine/kernels/gemm/turned.py`, `dense.py`
-and `wide.py`.
+"""Launches of a layer's products on Hopper, for the tables of `turned.py`, `dense.py`, `wide.py` (engine/kernels/gemm).
 
     kvarena benchmark layer_gemm [--shape llama-3.1-8b ...] [--rows 1,32,256] [--tiles 8] [--product heads ...]
 
 One JSON line per product and number of rows of x: microseconds as the engine does it without these tables and by the
 launches that fit, the best first, over enough copies of the weights that the L2 cache holds none. `heads` is norm,
-queries, keys and values, rotation and store; `o` and `down` add to what y holds, `qkv` comes without its norm. Of the
-dense product only the `--tiles` launches are timed that should be the fastest; `predicted_us` is what its model says.
-`gated` is silu(gate) * up of a prompt's rows. The last line has the tables, as Python text: launches that are faster by
-2 % or more.
+queries, keys and values, rotation and store; `o` and `down` add to what y holds; `qkv` and `head`, the output,
+come without their norm. Of the dense product only the `--tiles` launches are timed that should be the fastest;
+`predicted_us` is what its model says. `gated` is silu(gate) * up of a prompt's rows. The last line has the tables, as
+Python text: launches that are faster by 2 % or more.
 """
 
 from __future__ import annotations
@@ -35,10 +34,12 @@ from kvarena.experiments.gpu.floors import EXPERT_SHAPES, LARGE_SHAPES, SHAPES, 
 from kvarena.experiments.gpu.timing import require_cuda, time_launches
 from kvarena.experiments.tools import tool_parser
 
-PRODUCTS = ("heads", "qkv", "o", "down", "gated")
+PRODUCTS = ("heads", "qkv", "o", "down", "head", "gated")
 PROMPT_ROWS = (512, 1024, 2048, 8192, 16384)
 # As much faster as it must be, so that a table does not follow noise.
 FASTER = 0.98
+# Weights that a measurement reads, about.
+_MOVED_BYTES = 6 * 10**9
 Line = dict[str, Any]
 Launch = Callable[[torch.Tensor], object]
 
@@ -55,7 +56,7 @@ class Layer:
         config = shape_of(shape)
         self.shape, self.kernels = shape, kernels
         self.hidden, self.inner = config["hidden_size"], 0 if shape in EXPERT_SHAPES else config["intermediate_size"]
-        num_heads = config["num_attention_heads"]
+        self.vocab_size, num_heads = config["vocab_size"], config["num_attention_heads"]
         self.heads = Heads(num_heads, config["num_key_value_heads"], config.get("head_dim", self.hidden // num_heads))
         self.has_norms = config["model_type"].startswith("qwen3")
         processors = kernels.num_multiprocessors
@@ -70,10 +71,13 @@ class Layer:
             return (num_heads + 2 * num_kv_heads) * dim, self.hidden
         if product == "gated":
             return 2 * self.inner, self.hidden
+        if product == "head":
+            return self.vocab_size, self.hidden
         return self.hidden, num_heads * dim if product == "o" else self.inner
 
     def time(self, num_cols: int, depth: int, launch: Launch, num_launches: int = 24) -> float:
-        """Microseconds of a launch, over copies of the weights."""
+        """Microseconds of a launch, over copies of the weights; of large ones fewer launches."""
+        num_launches = max(4, min(num_launches, _MOVED_BYTES // (2 * num_cols * depth)))
         if not self._weights or self._weights[0].shape != (num_cols, depth):
             self._weights = ()
             copies = max(2, min(48, RING_BYTES // (2 * num_cols * depth)))
@@ -137,7 +141,7 @@ class Layer:
         num_cols, depth = self.sizes(product)
         kind: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
         x, y = torch.randn(num_rows, depth, **kind), torch.zeros(num_rows, num_cols, **kind)
-        residual = None if product == "qkv" else y
+        residual = None if product in ("qkv", "head") else y
 
         def without(w: torch.Tensor) -> None:
             if residual is None:
