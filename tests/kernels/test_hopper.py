@@ -12,6 +12,7 @@ from kvarena.engine.fusions.ops import Linear, Norm, Product
 from kvarena.engine.fusions.triton_ops import TritonOps
 from kvarena.engine.kernels import hopper as module
 from kvarena.engine.kernels.experts.grouped import launch_constants
+from kvarena.engine.kernels.gemm import dense
 from kvarena.engine.kernels.gemm.stream import StreamGemm, StreamTile, row_bucket, stream_tile
 from kvarena.engine.kernels.gemm.table import GemmTable
 from kvarena.engine.kernels.gemm.wide import WideGemm, WideTile, wide_tile
@@ -190,6 +191,7 @@ def products(monkeypatch):
         num_multiprocessors = H100
 
     monkeypatch.setattr(hopper_products, "load_hopper_kernels", lambda device: Kernels())
+    monkeypatch.setattr(dense, "MEASURED", {})  # its own tests ask which product it takes first
     monkeypatch.setattr(hopper_products, "StreamGemm", Stream)
     monkeypatch.setattr(hopper_products, "WideGemm", Wide)
     monkeypatch.setattr(hopper_products, "rms_norm", lambda x, weight, eps: _normed(x, Norm(weight, eps)).to(x.dtype))
