@@ -56,10 +56,10 @@ def stop(rank: psutil.Process, server: RunningServer) -> None:
 
 
 def starve(rank: psutil.Process, server: RunningServer) -> None:
-    """No memory beyond what it has: the next large step finds none."""
+    """No memory beyond what it has: a step with the logits of a whole prompt, which no warm-up made, finds none."""
     used = rank.memory_info().vms
     resource.prlimit(rank.pid, resource.RLIMIT_AS, (used, used))
-    body = {"prompt": [5] * 6000, "max_tokens": 1}
+    body = {"prompt": [5] * 6000, "max_tokens": 1, "prompt_logprobs": 1}
     threading.Thread(
         target=lambda: httpx.post(f"{server.url}/v1/completions", json=body, headers=server.headers, timeout=PATIENCE),
         daemon=True,
