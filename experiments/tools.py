@@ -76,6 +76,7 @@ TOOLS: dict[str, dict[str, Tool]] = {
         "shape": "a model directory of a real shape without weights",
         "profile": "a profile for the simulator from AIConfigurator's published tables",
         "recordings": "packs the cells of experiment=record, which the simulator is calibrated from, and unpacks them",
+        "flag_page": "docs/flags.md: what each flag of vllm serve does here; `--check` compares",
     }),
 }  # fmt: skip
 

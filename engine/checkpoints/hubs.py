@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvarena.engine.errors import ModelError
 
@@ -40,26 +40,27 @@ class Hub(NamedTuple):
     Attributes:
         name: as people call it.
         package: the library's.
-        snapshot: (model, local only, patterns to leave out) -> its folder; raises what the library does.
+        snapshot: (model, local only, patterns to leave out, more arguments) -> its folder; raises what the library
+            does.
         command: downloads a model by hand.
     """
 
     name: str
     package: str
-    snapshot: Callable[[str, bool, list[str]], str]
+    snapshot: Callable[..., str]
     command: str
 
 
-def _modelscope(model: str, local: bool, ignored: list[str]) -> str:
+def _modelscope(model: str, local: bool, ignored: list[str], **where: Any) -> str:
     from modelscope.hub.snapshot_download import snapshot_download
 
-    return str(snapshot_download(model, local_files_only=local, ignore_patterns=ignored))
+    return str(snapshot_download(model, local_files_only=local, ignore_patterns=ignored, **where))
 
 
-def _huggingface(model: str, local: bool, ignored: list[str]) -> str:
+def _huggingface(model: str, local: bool, ignored: list[str], **where: Any) -> str:
     from huggingface_hub import snapshot_download
 
-    return str(snapshot_download(model, local_files_only=local, ignore_patterns=ignored))
+    return str(snapshot_download(model, local_files_only=local, ignore_patterns=ignored, **where))
 
 
 HUBS = (
@@ -68,27 +69,32 @@ HUBS = (
 )
 
 
-def fetch_model(model: str, *, weights: bool = True) -> Path:
+def fetch_model(model: str, *, weights: bool = True, revision: str | None = None, cache_dir: str | None = None) -> Path:
     """Download a model, or what is missing of it, into its library's cache.
 
     Args:
         model: OWNER/NAME.
         weights: its weights, too.
+        revision: branch, tag or commit; None: the hub's default.
+        cache_dir: in place of the library's cache.
 
     Raises:
         ModelError: no hub has it, or none can be reached and it is not in a cache.
     """
     reasons = []
+    given = {"revision": revision, "cache_dir": cache_dir}
+    where = {key: value for key, value in given.items() if value is not None}
     for hub in _installed():
         try:
             with _quiet():
-                folder = Path(hub.snapshot(model, False, [*_NEVER, *_PICKLES, *(() if weights else _TENSORS)]))
+                ignored = [*_NEVER, *_PICKLES, *(() if weights else _TENSORS)]
+                folder = Path(hub.snapshot(model, False, ignored, **where))
                 if weights and not any(folder.glob("*.safetensors")):
-                    folder = Path(hub.snapshot(model, False, _NEVER))
+                    folder = Path(hub.snapshot(model, False, _NEVER, **where))
             return folder
         # Anything: whatever its network, its server and its disk bring about.
         except Exception as error:
-            found = _cached(hub, model)
+            found = _cached(hub, model, **where)
             if found is not None:
                 return found
             reasons.append(f"{hub.name} {_reason(error)}")
@@ -107,10 +113,10 @@ def _installed() -> list[Hub]:
     return [hub for hub in HUBS if find_spec(hub.package) is not None]
 
 
-def _cached(hub: Hub, model: str) -> Path | None:
+def _cached(hub: Hub, model: str, **where: Any) -> Path | None:
     try:
         with _quiet():
-            folder = Path(hub.snapshot(model, True, []))
+            folder = Path(hub.snapshot(model, True, [], **where))
     except Exception:  # each library says in its own way that it is not there
         return None
     return folder if (folder / "config.json").is_file() else None

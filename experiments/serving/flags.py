@@ -1,4 +1,7 @@
-"""The flags of `kvarena serve`: vLLM's names, with vLLM's meaning, as overrides of the config.
+"""The flags of `kvarena serve`, as overrides of the config: parser and meaning.
+
+    flag_table.py      what has an effect         ----> parser, help, and docs/flags.md (models/flag_page.py)
+    foreign_flags.py   what has none, or is refused --^
 
 Dashes and underscores mean the same. What has no flag is reached by `--set key=value`, any key of the config.
 """
@@ -6,33 +9,25 @@ Dashes and underscores mean the same. What has no flag is reached by `--set key=
 from __future__ import annotations
 
 import argparse
-import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from kvarena.engine.checkpoints.kinds import QUANTIZATIONS
+from kvarena.engine.checkpoints.directory import is_model_name
+from kvarena.engine.checkpoints.hubs import fetch_model
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.server.shared.config import REASONING_PARSERS, TOOL_PARSERS
-from kvarena.experiments.serving.words import FLAGS
+from kvarena.experiments.serving.flag_table import DTYPES, EXECUTORS, FLAGS, LOAD_FORMATS, POLICIES
+from kvarena.experiments.serving.flag_values import QUIET_LEVELS
+from kvarena.experiments.serving.flag_words import Nothing, as_arguments, read_file, said_of, spelled
+from kvarena.experiments.serving.foreign_flags import FOREIGN
+from kvarena.experiments.serving.words import FLAGS as FLAG_OF_KEY
 from kvarena.reports.reading.options import Options
 
-DTYPES = {
-    "auto": "auto",
-    "half": "float16",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "float": "float32",
-    "float32": "float32",
-}
 # They own regions, which are not swapped, and never take a request's slots away.
 ALLOCATORS_WITHOUT_SWAP = ("contiguous", "orca_max", "orca_oracle", "orca_pow2", "virtual")
 SCHEDULERS_WITHOUT_SWAP = ("static",)
 # They size their chunks by what steps take (conf/base/chunks.yaml), so that the budget is for idle moments.
 SCHEDULERS_IN_CHUNKS, IN_CHUNKS_TOKENS = ("chunked", "fair", "priority", "sjf"), 16384
-EXECUTORS = {"mp": "processes", "ray": "ray"}  # vLLM's names
 NULL = object()  # a setting's null, where None means that no flag was given
-_SIZES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
 
 
 class _Parser(Options):
@@ -43,249 +38,86 @@ class _Parser(Options):
         raise ConfigError(self.said(message))
 
 
-def _tokens(text: str) -> int:
-    """A number of tokens; 4k is 4000, 4K is 4096."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 4096 or 4K")
-    return int(float(match[1]) * _SIZES.get(match[2], 1))
-
-
-def _images(text: str) -> int:
-    """Most images of a request, in vLLM's forms; of what is not read, as a video, there may be none."""
-    try:
-        given = json.loads(text)
-    except ValueError:
-        given = dict(pair.partition("=")[::2] for pair in text.split(","))
-    if isinstance(given, int):
-        given = {"image": given}
-    try:
-        limits = {str(kind): int(most) for kind, most in given.items()}
-    except (AttributeError, TypeError, ValueError):
-        limits = {}
-    others = sorted(kind for kind, most in limits.items() if kind != "image" and most)
-    if others:
-        raise argparse.ArgumentTypeError(f"{text!r} allows {others[0]}, and images are the only media")
-    if limits.get("image", -1) < 0:
-        raise argparse.ArgumentTypeError(f'{text!r} is no limit such as {{"image": 4}} or image=4')
-    return limits["image"]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kvarena serve", description="Serve a model over the OpenAI API.")
-    add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="a local model directory (default: the demo model)")
-    add("--model", dest="model_flag", metavar="MODEL", help=argparse.SUPPRESS)
-    _add_web(parser.add_argument_group("web").add_argument)
-    _add_engine(parser.add_argument_group("engine").add_argument)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a local model directory (default: the demo model)")
+    parser.add_argument("--model", dest="model_flag", metavar="MODEL", help=argparse.SUPPRESS)
+    groups = {name: parser.add_argument_group(name) for name in ("web", "engine")}
+    for flag in FLAGS:
+        groups[flag.group].add_argument(*flag.names, help=flag.says.replace("%", "%%"), **flag.options)
+    nothing = parser.add_argument_group("of vllm serve, and without an effect here")
+    refused = parser.add_argument_group("of vllm serve, and refused here")
+    for foreign in FOREIGN:
+        for names in foreign.names:
+            group = refused if foreign.refused else nothing
+            opposite = [f"--no-{names[0][2:]}"] if foreign.takes == "switch" else []
+            group.add_argument(
+                *names, *opposite, action=Nothing, foreign=foreign, dest=argparse.SUPPRESS,
+                metavar=None if foreign.takes == "switch" else "VALUE", help=said_of(foreign),
+            )  # fmt: skip
     return parser
 
 
-def _add_web(add: Callable[..., Any]) -> None:
-    add("--host", help="address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
-    add("--port", type=int, help="TCP port; 0: a free one (default: 8000)")
-    add("--api-key", nargs="+", metavar="KEY", help="accepted keys (default: none; no key is asked for)")
-    add("--api-key-file", metavar="FILE", help="accepted keys, one a line; also: the variable KVARENA_API_KEY")
-    add("--protect", nargs="+", metavar="PATH", help="ask for a key on these too: /metrics /version /docs /health ...")
-    add("--served-model-name", nargs="+", metavar="NAME", help="names of the model (default: the directory's)")
-    add(
-        "--api-server-count",
-        "--num-fronts",
-        type=int,
-        metavar="N",
-        help="HTTP processes (default: one per four cores, at most 4)",
-    )
-    add(
-        "--max-num-queued-requests",
-        "--max-num-queued-reqs",
-        type=int,
-        metavar="N",
-        help="requests that may wait; beyond it: 503 (default: 2048)",
-    )
-    add("--shutdown-timeout", type=float, metavar="S", help="seconds for open requests after SIGTERM (default: 30.0)")
-    add("--allowed-origins", type=json.loads, metavar="JSON", help="CORS origins, a JSON list (default: none)")
-    add("--allowed-media-domains", nargs="+", metavar="HOST", help="hosts of images to fetch (default: none)")
-    add("--allowed-local-media-path", metavar="DIR", help="folder from which images may be read (default: none)")
-    add(
-        "--limit-mm-per-prompt",
-        type=_images,
-        metavar="JSON",
-        help="most images of a request, such as '{\"image\": 4}' or image=4 (default: 16)",
-    )
-    add("--chat-template", metavar="FILE", help="a jinja file (default: the model's own)")
-    add(
-        "--tool-call-parser",
-        choices=TOOL_PARSERS,
-        metavar="NAME",
-        help="how calls of tools are written in an answer: hermes, llama, mistral, deepseek, glm, pythonic, xml, "
-        "channels, ... or none (default: auto, as the chat template says)",
-    )
-    add(
-        "--strict-tools",
-        action=argparse.BooleanOptionalAction,
-        help="hold calls that a model begins of its own accord to their tools' schemas (default: on)",
-    )
-    add(
-        "--reasoning-parser",
-        choices=REASONING_PARSERS,
-        metavar="NAME",
-        help="how thoughts are written in an answer: think, deepseek_r1, channels, ... or none (default: auto, as the "
-        "chat template says)",
-    )
-    add(
-        "--response-store-size",
-        type=int,
-        metavar="N",
-        help="responses of /v1/responses that can be asked for again; 0: none is kept (default: 1024)",
-    )
-    add(
-        "--generation-config",
-        choices=("auto", "vllm"),
-        help="default sampling: the model's generation_config.json, or vllm: none of it (default: auto)",
-    )
-    add("--max-logprobs", type=int, metavar="N", help="most log-probabilities of a token (default: 20)")
-    add("--otlp-traces-endpoint", metavar="URL", help="OpenTelemetry collector (default: none)")
-    add("--disable-access-log", "--disable-log-requests", action="store_true", help="log no line for each request")
-    add(
-        "--kv-events-config",
-        metavar="JSON",
-        help="publish what the prefix cache holds: '{\"enable_kv_cache_events\": true}' (default: not)",
-    )
-    add("--ssl-certfile", metavar="FILE", help="certificate for HTTPS (default: plain HTTP)")
-    add("--ssl-keyfile", metavar="FILE", help="its private key")
-    add("--ssl-keyfile-password", metavar="TEXT", help="of the private key")
-    add("--ssl-ca-certs", metavar="FILE", help="certificates of those who sign clients' certificates")
-
-
-def _add_engine(add: Callable[..., Any]) -> None:
-    add("--allocator", metavar="NAME", help="one of `kvarena list allocators` (default: paged_prefix)")
-    add("--scheduler", metavar="NAME", help="one of `kvarena list schedulers` (default: chunked)")
-    add("--trust-remote-code", action="store_true", help="run code that the model directory brings along")
-    add("--dtype", choices=tuple(DTYPES), default="auto", help="of weights and KV; auto: as the checkpoint says")
-    add("--load-format", choices=("auto", "dummy"), help="auto: the checkpoint; dummy: random weights (default: auto)")
-    add("--device", choices=("auto", "cpu", "cuda"), help="auto: the GPU where there is one (default: auto)")
-    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="share of the GPU's memory (default: 0.9)")
-    add(
-        "--max-model-len",
-        type=_tokens,
-        metavar="TOKENS",
-        help="longest prompt + output; 4K is 4096 (default: what model and memory allow)",
-    )
-    add("--max-num-seqs", type=int, metavar="N", help="most requests that run at once (default: 256)")
-    add(
-        "--max-num-batched-tokens",
-        type=_tokens,
-        metavar="TOKENS",
-        help="most new tokens in one step (default: 16384, under static and continuous 2048, or --max-num-seqs where "
-        "that is more); while requests decode, chunks of prompts are as small as their pace asks for",
-    )
-    add("--block-size", type=int, metavar="SLOTS", help="slots per block of the KV pool, 1 to 256 (default: 16)")
-    add(
-        "--num-gpu-blocks-override",
-        type=int,
-        metavar="N",
-        help="blocks of the KV pool (default: what --gpu-memory-utilization leaves)",
-    )
-    add("--kv-cache-memory-gib", type=float, metavar="GIB", help="the same as a size")
-    add(
-        "--swap-space",
-        type=float,
-        metavar="GIB",
-        help="host memory for the KV of preempted requests (default: 0; they are recomputed)",
-    )
-    add(
-        "--enable-prefix-caching",
-        action=argparse.BooleanOptionalAction,
-        help="share the KV of equal beginnings (default: on, as --allocator paged_prefix does)",
-    )
-    add(
-        "--async-scheduling",
-        action=argparse.BooleanOptionalAction,
-        help="plan a step while the last one runs (default: on)",
-    )
-    add("--tensor-parallel-size", "-tp", type=int, metavar="N", help="devices that share each layer (default: 1)")
-    add("--pipeline-parallel-size", "-pp", type=int, metavar="N", help="stages of layers, a device each (default: 1)")
-    add(
-        "--distributed-executor-backend",
-        choices=tuple(EXECUTORS),
-        help="the other ranks are processes of this machine (mp) or Ray's actors (default: mp)",
-    )
-    add(
-        "--data-parallel-size",
-        "-dp",
-        type=int,
-        default=1,
-        metavar="N",
-        help="engines behind the same port, each with the whole model (default: 1)",
-    )
-    add(
-        "--router",
-        metavar="NAME",
-        help="which engine gets a request: prefix_affinity, least_kv, ... (default: prefix_affinity)",
-    )
-    add(
-        "--quantization",
-        "-q",
-        choices=("none", *QUANTIZATIONS),
-        metavar="NAME",
-        help=f"insist on weights that are quantised so: {', '.join(QUANTIZATIONS)}; int8 and fp8 are made of plain "
-        "weights at load (default: as the checkpoint says)",
-    )
-    add("--enforce-eager", action="store_true", help="no CUDA graphs (default: graphs on a GPU)")
-    add("--seed", type=int, help="random streams of requests that have no seed of their own (default: 0)")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any key of the config (kvarena run --help shows them)",
-    )
-
-
 def parse_flags(args: Sequence[str]) -> argparse.Namespace:
-    """Read the command line. Raises ConfigError on an unknown flag or a value of the wrong kind."""
-    spelled = [
-        "--" + arg[2:].partition("=")[0].replace("_", "-") + arg[2 + len(arg[2:].partition("=")[0]) :]
-        if arg.startswith("--")
-        else arg
-        for arg in args
-    ]
-    return _parser().parse_args(spelled)
+    """Read the command line, and the file that its --config names.
+
+    Raises:
+        ConfigError: a flag is unknown, refused, or has a value of the wrong kind.
+    """
+    parser = _parser()
+    given = parser.parse_args(list(spelled(parser, args)))
+    if given.config is None:
+        return given
+    values = read_file(given.config)
+    if given.model or given.model_flag:
+        values.pop("model", None)
+    lines = list(spelled(parser, as_arguments(parser, values)))
+    try:
+        parser.parse_args(lines)
+    except ConfigError as error:
+        raise ConfigError(f"--config {given.config}: {error}") from None
+    return parser.parse_args([*lines, *spelled(parser, args)])
 
 
 def overrides_of(flags: argparse.Namespace) -> list[str]:
     """The config overrides that the flags stand for.
 
+    A model that is given by its name with a revision or a folder of its own is downloaded here.
+
     Raises:
         ConfigError: flags that exclude each other, or that this engine cannot honour.
+        ModelError: a model that cannot be downloaded.
     """
     _check(flags)
+    scheduler = _scheduler(flags)
     allocator = flags.allocator or ("paged" if flags.enable_prefix_caching is False else "paged_prefix")
-    made = ["mode=serve", f"allocator={allocator}", f"scheduler={flags.scheduler or 'chunked'}"]
+    made = ["mode=serve", f"allocator={allocator}", f"scheduler={scheduler}"]
     if flags.data_parallel_size > 1:
         made += [f"router={flags.router or 'prefix_affinity'}", f"router.num_replicas={flags.data_parallel_size}"]
-    model = flags.model or flags.model_flag
     # A flag is called as its setting is spoken of, and sets it to what was given ...
     values = {
         key: getattr(flags, flag.removeprefix("--").replace("-", "_"))
-        for key, flag in FLAGS.items()
+        for key, flag in FLAG_OF_KEY.items()
         if flag not in ("MODEL", "--swap-space", "--disable-access-log")
     }
+    is_quiet = flags.disable_access_log or (
+        flags.disable_access_log is None and flags.uvicorn_log_level in QUIET_LEVELS
+    )
     # ... but for these, and for what no flag or more than one decides.
-    values |= {
-        "model.path": model,
+    values |= _model(flags) | {
         "model.trust_remote_code": flags.trust_remote_code or None,
+        "model.load_format": LOAD_FORMATS.get(flags.load_format or ""),
         "model.quantization": None if flags.quantization == "none" else flags.quantization,
         "engine.dtype": DTYPES[flags.dtype],
         "engine.overlap": flags.async_scheduling is not False,
-        "scheduler.max_num_batched_tokens": _budget(flags),
+        "scheduler.max_num_batched_tokens": _budget(flags, scheduler),
         # What the model allows, and below what the memory allows, unless a flag says otherwise: for the demo, too.
         "engine.max_model_len": NULL if flags.max_model_len is None else flags.max_model_len,
         "kv_cache.num_slots": NULL,
         "runner.graphs": False if flags.enforce_eager else None,
         "parallel.executor": EXECUTORS.get(flags.distributed_executor_backend or ""),
         "server.generation_config": None if flags.generation_config is None else flags.generation_config == "auto",
-        "server.log_requests": False if flags.disable_access_log else None,
+        "server.log_requests": False if is_quiet else None,
     }
     if flags.swap_space:
         values |= {"allocator.swap_gib": flags.swap_space, "scheduler.preemption": "swap"}
@@ -293,17 +125,40 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
     return made + flags.set
 
 
-def _budget(flags: argparse.Namespace) -> int | None:
+def _model(flags: argparse.Namespace) -> dict[str, Any]:
+    """Where the model is; what a hub's library is to be told is told here, so that what follows finds a folder."""
+    model = flags.model or flags.model_flag
+    if model is None or not (flags.revision or flags.download_dir) or not is_model_name(model):
+        return {"model.path": model}
+    weights = flags.load_format != "dummy"
+    folder = fetch_model(model, weights=weights, revision=flags.revision, cache_dir=flags.download_dir)
+    return {"model.path": str(folder), "model.name": model}
+
+
+def _scheduler(flags: argparse.Namespace) -> str:
+    if flags.scheduler is not None:
+        return str(flags.scheduler)
+    policy = POLICIES[flags.scheduling_policy or "fcfs"]
+    return "continuous" if flags.enable_chunked_prefill is False else policy
+
+
+def _budget(flags: argparse.Namespace, scheduler: str) -> int | None:
     """Tokens of a step; None: what the scheduler has under mode=serve."""
     if flags.max_num_batched_tokens is not None:
         return int(flags.max_num_batched_tokens)
-    usual = IN_CHUNKS_TOKENS if (flags.scheduler or "chunked") in SCHEDULERS_IN_CHUNKS else 2048
+    usual = IN_CHUNKS_TOKENS if scheduler in SCHEDULERS_IN_CHUNKS else 2048
     return None if (flags.max_num_seqs or 0) <= usual else int(flags.max_num_seqs)
 
 
 def _check(flags: argparse.Namespace) -> None:
-    if flags.model and flags.model_flag:
+    model = flags.model or flags.model_flag
+    if flags.model and flags.model_flag and flags.model != flags.model_flag:
         raise ConfigError("MODEL and --model both name the model; give one of them")
+    if flags.tokenizer and (model is None or flags.tokenizer.rstrip("/") != str(model).rstrip("/")):
+        raise ConfigError(
+            f"--tokenizer {flags.tokenizer} is refused: the tokenizer is the model's own; copy its files into the "
+            "model's folder, or leave it out"
+        )
     if flags.data_parallel_size < 1:
         raise ConfigError(f"--data-parallel-size {flags.data_parallel_size} must be at least 1")
     if flags.router and flags.data_parallel_size == 1:
@@ -312,12 +167,33 @@ def _check(flags: argparse.Namespace) -> None:
         name = getattr(flags, kind)
         if flags.swap_space and name in without:
             raise ConfigError(f"--swap-space is nothing that --{kind} {name} can use; leave one out")
+    _check_prefixes(flags)
+    _check_scheduler(flags)
+
+
+def _check_prefixes(flags: argparse.Namespace) -> None:
     if flags.enable_prefix_caching and flags.allocator not in (None, "paged_prefix", "radix"):
         raise ConfigError(
             f"--enable-prefix-caching needs --allocator paged_prefix or radix, not {flags.allocator}; leave one out"
         )
     if flags.enable_prefix_caching is False and flags.allocator in ("paged_prefix", "radix"):
         raise ConfigError(f"--no-enable-prefix-caching contradicts --allocator {flags.allocator}; leave one out")
+
+
+def _check_scheduler(flags: argparse.Namespace) -> None:
+    policy, chunks = flags.scheduling_policy, flags.enable_chunked_prefill
+    if flags.scheduler is not None:
+        if policy and (policy == "priority") != (flags.scheduler == "priority"):
+            raise ConfigError(f"--scheduling-policy {policy} contradicts --scheduler {flags.scheduler}; leave one out")
+        if chunks is not None and flags.scheduler in ("static", "continuous", *SCHEDULERS_IN_CHUNKS):
+            in_chunks = flags.scheduler in SCHEDULERS_IN_CHUNKS
+            if chunks != in_chunks:
+                no = "" if chunks else "no-"
+                raise ConfigError(
+                    f"--{no}enable-chunked-prefill contradicts --scheduler {flags.scheduler}; leave one out"
+                )
+    elif chunks is False and policy == "priority":
+        raise ConfigError("--no-enable-chunked-prefill contradicts --scheduling-policy priority; leave one out")
 
 
 def _literal(value: object) -> str:

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvarena.engine.checkpoints.directory import is_model_name
@@ -52,15 +53,24 @@ def serve(config: RunConfig, choices: Mapping[str, str], words: Callable[[str], 
     if directory is None:
         raise ConfigError("mode=serve needs a tokenizer: set model.path to a model directory")
     strategy = {group: choices[group] for group in ("allocator", "scheduler")}
-    known_as = config.model.name or (config.model.path if is_model_name(str(config.model.path)) else None)
-    if not server.served_model_names and known_as:
-        server = replace(server, served_model_names=(str(known_as),))
+    if not server.served_model_names:
+        shown, *others = _names(config, directory)
+        server = replace(server, served_model_names=(shown,), model_aliases=(*server.model_aliases, *others))
     server = server.with_keys(os.environ)
     if server.kv_events.is_on and (missing := missing_extra("events")):
         raise ConfigError(f"server.kv_events: {missing}")
     model = ModelFiles(str(directory), config.model.trust_remote_code, words)
     factory = functools.partial(build_served_engine, config, strategy, words)
     return run_server(server, model, factory, None if config.router is None else make_router(config.router))
+
+
+def _names(config: RunConfig, directory: Path) -> tuple[str, ...]:
+    """What a model answers to without --served-model-name; the first is the one that is shown."""
+    path = str(config.model.path)
+    names = [path, path.rpartition("/")[2]] if is_model_name(path) else [directory.name, path]
+    if config.model.name is not None:
+        names.insert(0, str(config.model.name))
+    return tuple(dict.fromkeys(names))
 
 
 def build_served_engine(

@@ -19,7 +19,7 @@ def guarded(tmp_path_factory):
     keys.write_text("from-the-file\n\nanother\n")
     running = RunningServer(
         "--api-key-file", str(keys), "--protect", "/metrics", "/docs", "--allowed-origins", '["http://page.example"]',
-        "--set", "server.max_body_mib=0.001", key=None, module="kvarena",
+        "--set", "server.max_body_mib=0.001", "--root-path", "/shown", key=None, module="kvarena",
     )  # fmt: skip
     yield running
     assert running.stop() == 0
@@ -32,6 +32,19 @@ def test_25_protected_paths_ask_for_the_key(guarded):
     for path in ("/health", "/version", "/"):
         assert httpx.get(guarded.url + path).status_code == 200, path
     assert "from-the-file" not in guarded.log
+
+
+def test_a_proxy_s_path_may_be_left_on(guarded):
+    for path in ("/v1/models", "/metrics"):
+        assert httpx.get(f"{guarded.url}/shown{path}").status_code == 401, path
+        assert httpx.get(f"{guarded.url}/shown{path}", headers=AUTH).status_code == 200, path
+    assert httpx.get(f"{guarded.url}/shown/health").status_code == 200
+    assert httpx.get(f"{guarded.url}/other/health", headers=AUTH).status_code == 404
+    models = httpx.get(f"{guarded.url}/v1/models", headers=AUTH).json()["data"]
+    assert [model["id"] for model in models] == ["demo"]
+    assert httpx.get(f"{guarded.url}/v1/models/models/demo", headers=AUTH).status_code == 200  # the path as given
+    document = httpx.get(f"{guarded.url}/openapi.json", headers=AUTH).json()
+    assert document["servers"] == [{"url": "/shown"}]
 
 
 def test_refusals_of_the_gate_can_be_read_from_another_site(guarded):

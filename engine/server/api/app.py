@@ -78,6 +78,7 @@ def create_app(service: Service, rows: Rows, more: Sequence[AddRoutes] = ()) -> 
         description="OpenAI-compatible LLM server.",
         docs_url=None,  # the library's page loads its script from elsewhere
         redoc_url=None,
+        root_path=service.config.root_path,
     )
     _add_error_handlers(app)
     _add_status_routes(app, service, rows)

@@ -155,7 +155,7 @@ class Service:
         """The served name that a request means. Raises a 404 for any other."""
         if name is None or name == "":
             return self.model_names[0]
-        if name not in self.model_names:
+        if name not in self.model_names and name not in self.config.model_aliases:
             raise ApiError(
                 404,
                 f"The model `{name[:100]}` does not exist. Served here: {', '.join(self.model_names)}.",

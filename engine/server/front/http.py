@@ -58,12 +58,15 @@ class Gate:
         self._max_body = int(config.max_body_mib * 2**20)
         self._log = config.log_requests
         self._open = OPEN_PATHS - config.all_protected_paths()
+        self._root = config.root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection's request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._root and scope["path"].startswith(f"{self._root}/"):
+            scope["path"] = scope["path"][len(self._root) :]  # a proxy may leave it on, or take it off
         start = time.monotonic()
         headers = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id"))

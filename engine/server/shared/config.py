@@ -40,6 +40,10 @@ COUNT = integer(1)
 POSITIVE = Must("a number above 0", lambda value: is_number(value) and value > 0)
 FILE = Must("a file that exists", lambda value: TEXT.holds(value) and Path(value).is_file()).or_null
 FOLDER = Must("a folder that exists", lambda value: TEXT.holds(value) and Path(value).is_dir()).or_null
+ROOT_PATH = Must(
+    "empty, or a path such as /model without a slash at its end",
+    lambda value: value == "" or (TEXT.holds(value) and value.startswith("/") and not value.endswith("/")),
+)
 HOSTS = Must(
     "host names, such as images.example.com, without scheme, path or *",
     lambda domains: isinstance(domains, tuple) and not any("/" in domain or "*" in domain for domain in domains),
@@ -53,10 +57,12 @@ class ServerConfig(Section):
     Attributes:
         host: address to listen on.
         port: TCP port; 0 takes a free one.
+        root_path: path under which a proxy shows the server; requests may come with it or without.
         api_keys: accepted bearer keys; empty: no key is asked for.
         api_key_file: a file with accepted keys, one a line.
         protected_paths: paths of `OPEN_PATHS` that ask for a key as well.
         served_model_names: names that requests may use; empty: the model directory's name. The first is the one shown.
+        model_aliases: names that requests may use, too, and that are not listed.
         num_fronts: HTTP processes; by default as many as the cores warrant.
         max_num_queued_requests: requests waiting in the engine beyond which new ones get 503.
         shutdown_timeout: how long open requests may still run after SIGTERM.
@@ -95,10 +101,12 @@ class ServerConfig(Section):
     section = "server"
     host: str = "127.0.0.1"
     port: Annotated[int, integer(0, 65535)] = 8000
+    root_path: Annotated[str, ROOT_PATH] = ""
     api_keys: tuple[str, ...] = ()
     api_key_file: Annotated[str | None, FILE] = None
     protected_paths: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
+    model_aliases: tuple[str, ...] = ()
     num_fronts: Annotated[int, COUNT] = field(default_factory=default_num_fronts)
     max_num_queued_requests: Annotated[int, COUNT] = 2048
     shutdown_timeout: Annotated[float, Must("a number of at least 0", number(0).holds)] = 30.0
