@@ -29,9 +29,10 @@ from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
 
 # Of one core, roughly: what decides whether a step is worth several threads, and no more than that.
-_FLOPS, _BYTES = 50e9, 10e9
-# Seconds of a layer on one core for each thread that helps with it.
-_LAYER_SECONDS = 200e-6
+_FLOPS, _BYTES = 80e9, 20e9
+# Seconds of a layer on one core: below the first one thread does it, and beyond each has so many of the second. Between
+# a layer's eight kernels threads wait in a loop, for as long as Python takes to start the next one.
+_ALONE, _EACH = 2e-3, 250e-6
 
 
 class CpuRunner(TorchRunner):
@@ -80,7 +81,7 @@ class CpuRunner(TorchRunner):
         context = sum(entry.start + entry.num_new_tokens for entry in plan.scheduled)
         seconds = max(2 * num_weights * plan.num_new_tokens / _FLOPS, num_weights * spec.dtype.itemsize / _BYTES)
         seconds += context * spec.kv_bytes_per_token / layers / _BYTES
-        return max(1, min(most, int(seconds / _LAYER_SECONDS)))
+        return 1 if seconds < _ALONE else min(most, int(seconds / _EACH))
 
     def _experts_read(self) -> Tensor | None:
         """As in TorchRunner; the fused forward counts its own."""

@@ -82,11 +82,12 @@ def test_threads_are_taken_where_a_layer_has_enough_to_do(tmp_path, monkeypatch)
     seen, before = [], torch.get_num_threads()
     forward = runner.forward
     runner.forward = lambda *args, **kwargs: (seen.append(torch.get_num_threads()), forward(*args, **kwargs))[1]
-    monkeypatch.setattr(cpu_runner, "_LAYER_SECONDS", 1.0)
+    monkeypatch.setattr(cpu_runner, "_ALONE", 1.0)
     try:
         torch.set_num_threads(2)
         run(runner, make_requests(PROMPTS[:1], 2), overlap=False)
-        monkeypatch.setattr(cpu_runner, "_LAYER_SECONDS", 1e-12)
+        monkeypatch.setattr(cpu_runner, "_ALONE", 0.0)
+        monkeypatch.setattr(cpu_runner, "_EACH", 1e-12)
         run(runner, make_requests(PROMPTS[:1], 2), overlap=False)
         assert torch.get_num_threads() == 2
     finally:
