@@ -94,6 +94,8 @@ class SamplingParams:
             None returns none.
         prompt_logprobs: the same for each prompt token but the first; None returns none.
         n: number of parallel samples of the prompt.
+        allowed_token_ids: the only tokens that may come; empty: any. A server's engine makes a constraint of it.
+        barred: sequences of tokens that may not come; likewise.
 
     Raises:
         RequestError: a value out of range; `param` names it.
@@ -115,6 +117,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    allowed_token_ids: tuple[int, ...] = ()
+    barred: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, must: str) -> None:

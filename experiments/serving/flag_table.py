@@ -138,7 +138,8 @@ WEB = _flags(
         "default sampling: the model's generation_config.json, or vllm: none of it (default: auto)",
         _value(choices=("auto", "vllm")),
     ),
-    ("--max-logprobs", "most log-probabilities of a token (default: 20)", _value("N", int)),
+    ("--max-logprobs", "most log-probabilities of a token; -1: the vocabulary (default: 20)", _value("N", int)),
+    ("--enable-per-request-metrics", "tell with an answer how long its parts took", _switch()),
     ("--otlp-traces-endpoint", "OpenTelemetry collector (default: none)", _value("URL")),
     (
         "--disable-access-log --disable-uvicorn-access-log --disable-log-requests",

@@ -50,7 +50,10 @@ NO_EFFECT = (
         "--enable-log-requests --enable-log-deltas", "switch",
     ),
     _nothing("no prompt is logged", "--max-log-len"),
-    _nothing("it is always there", "--enable-prompt-tokens-details --enable-request-id-headers", "switch"),
+    _nothing(
+        "it is always there",
+        "--enable-prompt-tokens-details --enable-request-id-headers --enable-server-load-tracking "
+        "--enable-tokenizer-info-endpoint", "switch"),
     _nothing("pages and their scripts come from this server", "--enable-offline-docs", "switch"),
     _nothing("fronts are processes of their own", "--disable-frontend-multiprocessing", "switch"),
     _nothing(

@@ -22,6 +22,7 @@ FLAGS = {
     "server.protected_paths": "--protect",
     "server.cors_origins": "--allowed-origins",
     "server.strict_tools": "--strict-tools",
+    "server.per_request_metrics": "--enable-per-request-metrics",
     "server.otlp_endpoint": "--otlp-traces-endpoint",
     "server.log_requests": "--disable-access-log",
     "server.max_images": "--limit-mm-per-prompt",
@@ -48,6 +49,8 @@ SWITCHES = {
     "engine.overlap=false": "--no-async-scheduling",
     "runner.graphs=false": "--enforce-eager",
     "server.log_requests=false": "--disable-access-log",
+    "server.per_request_metrics=true": "--enable-per-request-metrics",
+    "server.per_request_metrics=false": "--no-enable-per-request-metrics",
     "server.strict_tools=true": "--strict-tools",
     "server.strict_tools=false": "--no-strict-tools",
 }

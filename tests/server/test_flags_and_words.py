@@ -66,7 +66,13 @@ def test_every_flag_that_a_message_names_sets_the_key_that_it_stands_for():
         assert name in known[section], key
         if flag == "MODEL":
             continue
-        switch = flag in ("--trust-remote-code", "--disable-access-log", "--async-scheduling", "--strict-tools")
+        switch = flag in (
+            "--enable-per-request-metrics",
+            "--trust-remote-code",
+            "--disable-access-log",
+            "--async-scheduling",
+            "--strict-tools",
+        )
         made = overrides_of(parse_flags([flag] if switch else [flag, VALUES[flag]]))
         assert [one for one in made if one.startswith(f"{key}=")], (key, flag)
 

@@ -61,7 +61,6 @@ FOREIGN = [
     ("MaxTokens", 3, [None]),
     ("xtc_probability", 0.5, [0.0]),
     ("verbosity", "low", ["medium"]),
-    ("truncation_side", "right", ["left"]),
     ("length_penalty", 0.5, [1.0]),
     ("early_stopping", True, [False]),
 ]
@@ -98,7 +97,6 @@ OTHER_ENDPOINTS = [
     (CompletionRequest, {"tools": [{}]}),
     (CompletionRequest, {"top_logprobs": 3}),
     (ChatCompletionRequest, {"prompt": "x"}),
-    (ChatCompletionRequest, {"echo": True}),
     (ChatCompletionRequest, {"suffix": "x"}),
     (TokenizeRequest, {"documents": [{"text": "x"}]}),
     (TokenizeRequest, {"reasoning_effort": "low"}),

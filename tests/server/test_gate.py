@@ -19,7 +19,8 @@ def guarded(tmp_path_factory):
     keys.write_text("from-the-file\n\nanother\n")
     running = RunningServer(
         "--api-key-file", str(keys), "--protect", "/metrics", "/docs", "--allowed-origins", '["http://page.example"]',
-        "--set", "server.max_body_mib=0.001", "--root-path", "/shown", key=None, module="kvarena",
+        "--set", "server.max_body_mib=0.001", "--root-path", "/shown", "--enable-per-request-metrics",
+        key=None, module="kvarena",
     )  # fmt: skip
     yield running
     assert running.stop() == 0
@@ -32,6 +33,18 @@ def test_25_protected_paths_ask_for_the_key(guarded):
     for path in ("/health", "/version", "/"):
         assert httpx.get(guarded.url + path).status_code == 200, path
     assert "from-the-file" not in guarded.log
+
+
+def test_an_answer_tells_how_long_its_parts_took(guarded):
+    url, body = guarded.url + "/v1/completions", {"prompt": "The", "max_tokens": 4, "ignore_eos": True}
+    made = httpx.post(url, json=body, headers=AUTH).json()["metrics"]
+    assert min(made.values()) >= 0 and made["tokens_per_second"] > 0
+    assert made["mean_itl_ms"] == pytest.approx(made["generation_time_ms"] / 3)
+    assert "metrics" not in httpx.post(url, json=body | {"n": 2}, headers=AUTH).json()
+    streamed = httpx.post(url, json=body | {"stream": True, "stream_options": {"include_usage": True}}, headers=AUTH)
+    assert ['"metrics"' in line for line in streamed.text.splitlines() if line][-2:] == [True, False]
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+    assert set(httpx.post(guarded.url + "/v1/chat/completions", json=chat, headers=AUTH).json()["metrics"]) == set(made)
 
 
 def test_a_proxy_s_path_may_be_left_on(guarded):

@@ -33,6 +33,7 @@ logger = logging.getLogger("kvarena.front")
 
 DONE = b"data: [DONE]\n\n"
 _SLOW_READER_GRACE = 5.0
+_METRICS = ("time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second")
 Made = TypeVar("Made")
 
 
@@ -52,6 +53,7 @@ class Answer(Group, ABC):
     Attributes:
         prompts: the choices of each prompt.
         on_end: called once when the answer is over.
+        shows_metrics: how long its parts took is told with it.
 
     Raises:
         ApiError: a stop string that cannot be one.
@@ -69,18 +71,28 @@ class Answer(Group, ABC):
         self.req, self._stops = req, stop_strings(req)
         self.prompts: list[list[Choice]] = []
         self.on_end: Callable[[], None] | None = None
+        self.shows_metrics = False
         self._is_closed = False
         self._streams, self._return_token_ids = bool(req.stream), bool(req.return_token_ids)
         self._fields = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._head = {"object": self.event_kind, **self._fields}
-        self._is_plain = not self._return_token_ids  # events carry text alone
+        options = req.stream_options
+        self._wants_usage = options is not None and bool(options.include_usage)
+        # Every event has the counts so far; without include_usage it asks for nothing.
+        self._counts = self._wants_usage and options is not None and bool(options.continuous_usage_stats)
+        self._is_plain = not (self._return_token_ids or self._counts)  # events carry text alone
         self._prefixes: list[bytes] = []
+
+    @property
+    def _head(self) -> dict[str, Any]:
+        """What every event has beside its choices."""
+        head = {"object": self.event_kind, **self._fields}
+        return head | {"usage": self.usage()} if self._counts else head
 
     def add_prompt(self, prompt: list[int], sampling: SamplingParams, stream: TextStream) -> list[Choice]:
         """The choices of a prompt, whose text goes on in `stream`."""
         made = self.add(prompt, sampling, stream, self._stops, bool(self.req.include_stop_str_in_output))
         self.prompts.append(made)
-        self._prefixes += [self._text_prefix(choice) for choice in made]
+        self._prefixes += [b"" if self._counts else self._text_prefix(choice) for choice in made]
         return made
 
     def _text_prefix(self, choice: Choice) -> bytes:
@@ -135,9 +147,26 @@ class Answer(Group, ABC):
 
     def ending(self) -> bytes:
         """What a stream ends with, once all choices have ended."""
-        options = self.req.stream_options
-        wants_usage = options is not None and options.include_usage
-        return (event(self._head | {"choices": [], "usage": self.usage()}) if wants_usage else b"") + DONE
+        if not self._wants_usage:
+            return DONE
+        return event(self._head | {"choices": [], "usage": self.usage()} | self.metrics()) + DONE
+
+    def metrics(self) -> dict[str, Any]:
+        """How long the parts of a request took, under `metrics`, where the operator wants that: of one choice."""
+        if not self.shows_metrics or len(self.choices) != 1:
+            return {}
+        [one] = self.choices
+        made: dict[str, float | None] = dict.fromkeys(_METRICS)
+        if one.scheduled and one.first_time:
+            seconds = one.last_time - one.first_time
+            made["queue_time_ms"] = 1e3 * (one.scheduled - self.arrival)
+            made["time_to_first_token_ms"] = 1e3 * (one.first_time - one.scheduled)
+            made["generation_time_ms"] = 1e3 * seconds
+            if one.num_tokens > 1:
+                made["mean_itl_ms"] = 1e3 * seconds / (one.num_tokens - 1)
+            if one.last_time > one.scheduled:
+                made["tokens_per_second"] = one.num_tokens / (one.last_time - one.scheduled)
+        return {"metrics": made}
 
     def broken(self, error: ApiError) -> bytes:
         """What a stream ends with that could not be finished."""

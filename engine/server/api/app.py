@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import kvarena
 from kvarena.engine.server.api import protocol
 from kvarena.engine.server.api.answers import Disconnected, as_api_error
 from kvarena.engine.server.api.foreign import check_foreign
+from kvarena.engine.server.api.operating import add_operating_routes, load_header, of_others
 from kvarena.engine.server.api.service import Service
 from kvarena.engine.server.front.cache_info import cache_info
 from kvarena.engine.server.front.groups import ChoiceFailed, EngineGone
@@ -83,12 +85,13 @@ def create_app(service: Service, rows: Rows, more: Sequence[AddRoutes] = ()) -> 
     _add_error_handlers(app)
     _add_status_routes(app, service, rows)
     _add_model_routes(app, service)
+    add_operating_routes(app, service, rows)
     add_static_files(app)
     add_docs(app)
     if service.config.enable_dashboard:
         add_live_pages(app, service.feed)
     _add_schemas(app, [kind for add in more for kind in add(app, service)])
-    gate = Gate(app, service.config, service.row)
+    gate = Gate(app, service.config, service.row, functools.partial(load_header, rows))
     if not service.config.cors_origins:
         return gate
     # Outermost: what the gate itself refuses must be readable for a browser, too.
@@ -108,7 +111,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         messages = {404: "No such path.", 405: "This path does not know this method."}
-        text = messages.get(error.status_code, str(error.detail))
+        other = of_others(request.url.path) if error.status_code == 404 else ""
+        text = other or messages.get(error.status_code, str(error.detail))
         return error_response(ApiError(error.status_code, text, headers=dict(error.headers or {})), request.url.path)
 
     async def on_validation_error(request: Request, error: Exception) -> Response:

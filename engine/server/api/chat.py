@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import orjson
@@ -34,7 +35,19 @@ class ChatAnswer(Turn):
             }
             ids = one.prompt if self._return_token_ids else None
             events.append(event(self._head | {"choices": [choice], "prompt_token_ids": ids}))
+            if self._echoed:
+                events.append(self._text_event(one, {"content": self._echoed}, [], [], False))
         return b"".join(events)
+
+    @functools.cached_property
+    def _echoed(self) -> str:
+        """What `echo` puts before the answer: the text of the last message, where it is the assistant's own."""
+        last = self.req.messages[-1]
+        if not self.req.echo or last.role != "assistant" or last.content is None:
+            return ""
+        if isinstance(last.content, str):
+            return last.content
+        return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in last.content)
 
     @override
     def _last_event(self, choice: Choice, text: str) -> bytes:
@@ -123,10 +136,10 @@ class ChatAnswer(Turn):
         choices = [self._whole_choice(choice) for choice in self.choices]
         body = {"object": "chat.completion", **self._fields, "choices": choices, "usage": self.usage()}
         body |= {"prompt_logprobs": scores, "prompt_token_ids": first.prompt if self._return_token_ids else None}
-        return orjson.dumps(body)
+        return orjson.dumps(body | self.metrics())
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        content = "".join(choice.pieces)
+        content = self._echoed + "".join(choice.pieces)
         calls = self._calls[choice.index]
         if self._forced_call and calls and not is_json(calls[-1].arguments):
             # Cut by max_tokens or a stop string: what was written is text, and no call that a client could make.

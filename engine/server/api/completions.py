@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -63,23 +64,24 @@ class CompletionLogprobs:
     Args:
         detokenizer: names tokens.
         stream: the text that the offsets count in, before its first token.
+        by_ids: tokens are named by their ids.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stream: TextStream) -> None:
-        self._detokenizer, self._stream = detokenizer, stream
+    def __init__(self, detokenizer: Detokenizer, stream: TextStream, by_ids: bool = False) -> None:
+        self._detokenizer, self._stream, self._by_ids = detokenizer, stream, by_ids
         self._placed: list[tuple[Any, ...]] = []
         self._waiting: deque[tuple[str, float | None, dict[str, float] | None]] = deque()
 
     def add(self, token_id: int, entry: Any) -> None:
         """Append one token; `entry` is None for the first token of a prompt."""
         at_start = self._stream.at_start
-        name = self._detokenizer.token_text(token_id, at_start)
+        name = f"token_id:{token_id}" if self._by_ids else self._detokenizer.token_text(token_id, at_start)
         if entry is None:
             self._waiting.append((name, None, None))
         else:
             _, logprob, _, top = entry
             values = {token_id: logprob} | dict(top)
-            names = self._detokenizer.names_of(values, at_start)
+            names = token_ids_as_names(values) if self._by_ids else self._detokenizer.names_of(values, at_start)
             found = {names[other]: finite(value) for other, value in values.items()}
             self._waiting.append((name, finite(logprob), found))
         self._settle(self._stream.place(token_id))
@@ -99,6 +101,11 @@ class CompletionLogprobs:
         columns = zip(*self._placed, strict=True)
         self._placed = []
         return dict(zip(("tokens", "token_logprobs", "top_logprobs", "text_offset"), map(list, columns), strict=True))
+
+
+def token_ids_as_names(token_ids: Iterable[int]) -> dict[int, str]:
+    """Names that tell tokens apart whatever their texts."""
+    return {token: f"token_id:{token}" for token in token_ids}
 
 
 def finite(value: float) -> float:
@@ -145,7 +152,8 @@ class CompletionAnswer(Answer):
         self._echoed += [echoed] * len(made)
         if self._logprobs:
             places = self._detokenizer.stream(self._skips) if self._echo else stream
-            self._lists += [CompletionLogprobs(self._detokenizer, places.copy()) for _ in made]
+            by_ids = bool(self.req.return_tokens_as_token_ids)
+            self._lists += [CompletionLogprobs(self._detokenizer, places.copy(), by_ids) for _ in made]
         return made
 
     @override
@@ -203,7 +211,8 @@ class CompletionAnswer(Answer):
         usage = self.usage()
         if self._zero:
             usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
-        return orjson.dumps(self._head | {"choices": [self._whole_choice(one) for one in self.choices], "usage": usage})
+        choices = [self._whole_choice(one) for one in self.choices]
+        return orjson.dumps(self._head | {"choices": choices, "usage": usage} | self.metrics())
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         ids = [] if self._zero else choice.token_ids

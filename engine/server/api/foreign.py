@@ -94,17 +94,17 @@ _WORDS = """
     previous_response_id prompt_embeds prompt_ignore_length prompt_mode provider quad_sampling raw raw_output
     remove_invalid_values renormalize_logits repetition_detection response_json_schema return_context_logits
     return_generation_logits return_hidden_states return_meta_info return_routed_experts return_text_in_logprobs
-    return_tokens return_tokens_as_token_ids route safety_settings sampler_order sampler_priority sampler_seq samplers
+    return_tokens route safety_settings sampler_order sampler_priority sampler_seq samplers
     separate_reasoning sequence_bias session_params skip_reading_prefix_cache stop_regex stop_token_strs structural_tag
     suppress_tokens temperature_last template token_ban token_ids_logprob top_p_reset_ids transforms truncation
-    truncation_side verbosity video_data watermark web_search_options
+    verbosity video_data watermark web_search_options
 """
 _OTHERS = frozenset(_WORDS.split())
 # Other values that ask for what this server does anyway.
 _SAME: dict[str, tuple[Any, ...]] = {
     "detokenize": (True,), "do_sample": (True,), "exclude_input_from_output": (True,), "include_reasoning": (True,),
     "add_bos_token": (True,), "add_special": (True,), "modalities": (["text"],), "truncation": ("disabled",),
-    "truncation_side": ("left",), "verbosity": ("medium",), "num_return_sequences": (1,), "best_of_n": (1,),
+    "verbosity": ("medium",), "num_return_sequences": (1,), "best_of_n": (1,),
     "n_probs": (0,), "top_logprobs_num": (0,), "repeat_penalty": (1,), "rep_pen": (1,), "min_length": (0,),
     "min_new_tokens": (0,), "top_logprobs": (0,), "separate_reasoning": (True,),
 }  # fmt: skip
@@ -118,7 +118,7 @@ _OF_PROMPTS = frozenset((
     "add_bos_token", "add_special", "documents", "enable_thinking", "extra_body", "extra_args", "functions", "images",
     "input", "inputs", "instructions", "mm_processor_kwargs", "options", "parameters", "prompt_embeds",
     "prompt_truncate_len", "reasoning", "reasoning_effort", "system", "system_prompt", "template", "think", "thinking",
-    "truncate", "truncation", "truncation_side", "with_pieces", "content", "text", "parse_special",
+    "truncate", "truncation", "with_pieces", "content", "text", "parse_special",
 ))  # fmt: skip
 # Nested objects with other names for what they hold; what takes their place, or an empty text.
 _NESTED: dict[type[BaseModel], dict[str, str]] = {

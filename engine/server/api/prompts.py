@@ -74,7 +74,7 @@ class Prompts:
         return await self._tokenizer.encode(text, special, self._max_model_len, what)
 
     def _truncate(self, ids: list[int], req: Any) -> list[int]:
-        """The last `truncate_prompt_tokens` of a prompt. Raises ApiError."""
+        """The last `truncate_prompt_tokens` of a prompt, or the first ones. Raises ApiError."""
         keep = getattr(req, "truncate_prompt_tokens", None)
         if keep is None:
             return ids
@@ -85,7 +85,20 @@ class Prompts:
         if keep == -1:
             asked = getattr(req, "max_completion_tokens", None) or getattr(req, "max_tokens", None)
             keep = max(1, self._max_model_len - (asked or 1))
-        return ids[-keep:]
+        return ids[:keep] if getattr(req, "truncation_side", None) == "right" else ids[-keep:]
+
+    async def barred(self, req: SamplingFields) -> tuple[tuple[int, ...], ...]:
+        """Token ids of `bad_words`, each as it stands at a text's beginning and behind a blank. Raises ApiError."""
+        made: list[tuple[int, ...]] = []
+        for word in req.bad_words or ():
+            plain = word.lstrip()
+            if not plain:
+                raise bad_request("bad_words holds a word without characters; leave it out", "bad_words")
+            forms = (plain, " " + plain)
+            made += [
+                tuple(await self._tokenizer.encode(text, False, self._max_model_len, "bad_words")) for text in forms
+            ]
+        return tuple(ids for ids in dict.fromkeys(made) if ids)
 
     async def of_text(self, req: TokenizeRequest) -> list[int]:
         """Token ids of a text that is only counted: beyond the context, too. Raises ApiError."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 MAX_MESSAGES = 16384  # and parts of a message
 MAX_TOOLS = 1024
 MAX_LOGIT_BIAS = 4096
+MAX_BAD_WORDS = 1024
 MAX_DETOKENIZED = 1 << 20
 
 Item = TypeVar("Item")
@@ -111,11 +112,13 @@ class SamplingFields(Open):
     spaces_between_special_tokens: bool | None = None
     logit_bias: LogitBias | None = None
     allowed_token_ids: Items[TokenId] | None = None
-    bad_words: Items[str] | None = None
+    bad_words: Annotated[Items[str], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: NumLogprobs = Field(default=None, ge=-1)
     best_of: int | None = None
     use_beam_search: bool | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    truncation_side: Literal["left", "right"] | None = None
+    return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool | None = None
@@ -133,7 +136,7 @@ class CompletionRequest(SamplingFields):
     # Checked by hand (completions.py): a union of lists is slow to validate and its errors cannot be read.
     prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
     echo: bool | None = None
-    logprobs: NumLogprobs = Field(default=None, ge=0)
+    logprobs: NumLogprobs = Field(default=None, ge=-1)
     suffix: str | None = None
 
 
@@ -190,7 +193,8 @@ class ChatCompletionRequest(SamplingFields):
     messages: Items[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0)
+    top_logprobs: int | None = Field(default=None, ge=-1)
+    echo: bool | None = None
     tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -215,6 +219,7 @@ class TokenizeRequest(Open):
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    truncation_side: Literal["left", "right"] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None

@@ -52,11 +52,8 @@ def check_unsupported(req: SamplingFields, config: ServerConfig, has_priorities:
         raise bad_request(f"n={req.n} is above this server's limit of {config.max_n}", "n")
     if req.best_of is not None and req.best_of != (req.n or 1):
         raise bad_request("best_of is not supported; use n", "best_of")
-    for name in ("use_beam_search", "bad_words", "allowed_token_ids"):
-        if getattr(req, name):
-            raise bad_request(f"{name} is not supported by this server", name)
-    if req.stream_options is not None and req.stream_options.continuous_usage_stats:
-        raise bad_request("continuous_usage_stats is not supported; use include_usage", "stream_options")
+    if req.use_beam_search:
+        raise bad_request("use_beam_search is not supported by this server", "use_beam_search")
     if req.stream_options is not None and not req.stream:
         raise bad_request("stream_options is only allowed with stream=true", "stream_options")
     if req.spaces_between_special_tokens is False:
@@ -107,8 +104,24 @@ def fit_max_tokens(requested: int | None, default: int | None, num_prompt: int, 
     return room if default is None else min(default, room)
 
 
+def _num_logprobs(name: str, asked: int | None, config: ServerConfig, limits: EngineInfo) -> int | None:
+    """Alternatives per token; -1 asks for the whole vocabulary. Raises a 400 above the operator's limit."""
+    most = limits.vocab_size if config.max_logprobs == -1 else min(config.max_logprobs, limits.vocab_size)
+    number = limits.vocab_size if asked == -1 else asked
+    if number is not None and number > most:
+        all_of_it = f": -1 is all {number} tokens, which --max-logprobs -1 allows" if asked == -1 else ""
+        raise bad_request(f"{name}={asked} is above this server's limit of {most}{all_of_it}", name)
+    return number
+
+
 def sampling_params(
-    req: SamplingFields, config: ServerConfig, limits: EngineInfo, *, max_tokens: int, logprobs: int | None
+    req: SamplingFields,
+    config: ServerConfig,
+    limits: EngineInfo,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    barred: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
     """How a request's tokens are picked.
 
@@ -117,21 +130,19 @@ def sampling_params(
         config: the operator's limits.
         limits: the engine's.
         max_tokens: output tokens, from `fit_max_tokens`; 0 (echo only) samples one that is dropped.
-        logprobs: alternatives per token, or None.
+        logprobs: alternatives per token, -1 for the whole vocabulary, or None.
+        barred: token ids of `bad_words`.
 
     Raises:
         ApiError: a parameter out of range.
     """
-    if logprobs is not None and logprobs > min(config.max_logprobs, limits.vocab_size):
-        raise bad_request(f"logprobs={logprobs} is above this server's limit of {config.max_logprobs}", "logprobs")
-    prompt_logprobs = req.prompt_logprobs
-    if prompt_logprobs is not None:
-        if prompt_logprobs < 0 or prompt_logprobs > config.max_logprobs:
-            raise bad_request(
-                f"prompt_logprobs={prompt_logprobs} must be between 0 and {config.max_logprobs}", "prompt_logprobs"
-            )
-        if req.stream:
-            raise bad_request("prompt_logprobs is not available with stream=true", "prompt_logprobs")
+    logprobs = _num_logprobs("logprobs", logprobs, config, limits)
+    prompt_logprobs = _num_logprobs("prompt_logprobs", req.prompt_logprobs, config, limits)
+    if prompt_logprobs is not None and req.stream:
+        raise bad_request("prompt_logprobs is not available with stream=true", "prompt_logprobs")
+    allowed = req.allowed_token_ids
+    if allowed and max(allowed) >= limits.vocab_size:
+        raise bad_request(f"allowed_token_ids must be ids from 0 to {limits.vocab_size - 1}", "allowed_token_ids")
     stop_tokens = req.stop_token_ids or []
     if len(stop_tokens) > MAX_STOP_TOKENS or any(token >= limits.vocab_size for token in stop_tokens):
         raise bad_request(
@@ -156,6 +167,9 @@ def sampling_params(
         "stop_token_ids": tuple(stop_tokens),
         "logit_bias": bias,
         "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "allowed_token_ids": tuple(sorted(set(allowed or ()))),
+        "barred": barred,
     }
     try:
         return SamplingParams(**values)

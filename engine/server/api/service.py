@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -50,7 +50,6 @@ from kvarena.engine.server.text.tokenization import TokenizerService
 
 _REQUESTS_PER_ROUND = 4
 _MAX_RETRIES = 3
-Asked = TypeVar("Asked", bound=SamplingFields)
 
 
 class MakeTurn(Protocol):
@@ -139,11 +138,6 @@ class Service:
             await asyncio.sleep(0)
         return validated(body, kind)
 
-    async def _read(self, request: Request, kind: type[Asked]) -> tuple[Asked, str]:
-        """A request that may be taken, and the name of the model that it means. Raises ApiError."""
-        req = await self.read(request, kind)
-        return req, self.admit(req)
-
     def admit(self, req: SamplingFields) -> str:
         """The served name that a request means. Raises ApiError when it cannot be taken."""
         model = self.check_model(req.model)
@@ -164,17 +158,18 @@ class Service:
             )
         return name
 
-    async def completions(self, request: Request) -> Response:
-        """`/v1/completions`."""
+    async def completions(self, request: Request, req: CompletionRequest | None = None) -> Response:
+        """`/v1/completions`; `req` where its body was read before."""
         arrival = time.monotonic()
-        req, model = await self._read(request, CompletionRequest)
+        req = await self.read(request, CompletionRequest) if req is None else req
+        model = self.admit(req)
         work = functools.partial(self._complete, request, req, model, arrival)
         return await while_connected(request.receive, self._retried(work, bool(req.stream)))
 
-    async def chat(self, request: Request) -> Response:
-        """`/v1/chat/completions`."""
+    async def chat(self, request: Request, req: ChatCompletionRequest | None = None) -> Response:
+        """`/v1/chat/completions`; `req` where its body was read before."""
         arrival = time.monotonic()
-        req = await self.read(request, ChatCompletionRequest)
+        req = await self.read(request, ChatCompletionRequest) if req is None else req
         return await while_connected(request.receive, self.converse(request, req, ChatAnswer, arrival))
 
     async def converse(
@@ -214,14 +209,16 @@ class Service:
         if req.max_tokens == 0 and not (req.echo and not req.stream):
             raise bad_request("max_tokens must be at least 1 (0 is allowed with echo, without stream)", "max_tokens")
         if req.echo and req.logprobs is not None:
-            req.prompt_logprobs = max(req.logprobs, req.prompt_logprobs or 0)
+            both = (req.logprobs, req.prompt_logprobs or 0)
+            req.prompt_logprobs = -1 if -1 in both else max(both)
         prompts = await self.prompts.of_completion(req, self.info.vocab_size, self.config.max_prompts)
         default = self.info.default_length(COMPLETIONS_MAX_TOKENS)
         lengths = [fit_max_tokens(req.max_tokens, default, len(ids), self.info, "prompt") for ids in prompts]
         constraint = await self._constraints.of(req)
         self._check_scores(req)
         answer = CompletionAnswer(self.client, req, model, arrival, detokenizer=self.tokenizer.detokenizer)
-        samplings = self._samplings(req, lengths, req.logprobs)
+        self._check_lists(req, constraint)
+        samplings = self._samplings(req, lengths, req.logprobs, await self.prompts.barred(req))
         for ids, sampling in zip(prompts, samplings, strict=True):
             echoed, stream = await self.prompts.begin(ids, req)
             answer.add_prompt(ids, sampling, stream, echoed)
@@ -243,7 +240,9 @@ class Service:
         self._check_scores(req)
         reading, kept = self._spoken.reading(req, prompt), self._spoken.kept(req)
         answer = make(self.client, req, model, arrival, reading=reading)
-        [sampling] = self._samplings(req, [max_tokens], (req.top_logprobs or 0) if req.logprobs else None)
+        self._check_lists(req, constraint)
+        logprobs = (req.top_logprobs or 0) if req.logprobs else None
+        [sampling] = self._samplings(req, [max_tokens], logprobs, await self.prompts.barred(req))
         _, stream = await self.prompts.begin(prompt, req, kept)
         answer.add_prompt(prompt, sampling, stream)
         return await self._answer(request, answer, constraint, spans)
@@ -257,10 +256,22 @@ class Service:
         if req.prompt_logprobs is not None and not self.info.prompt_logprobs:
             raise bad_request("log-probabilities of the prompt are not available with this runner", "prompt_logprobs")
 
-    def _samplings(self, req: SamplingFields, lengths: list[int], logprobs: int | None) -> list[SamplingParams]:
+    def _check_lists(self, req: SamplingFields, constraint: CheckedGrammar | None) -> None:
+        """400 where lists of tokens cannot be held to."""
+        for name in ("allowed_token_ids", "bad_words"):
+            if not getattr(req, name):
+                continue
+            if not self.info.constraints:
+                raise bad_request(f"{name} is not available with this runner", name)
+            if constraint is not None:
+                raise bad_request(f"{name} does not go with structured output, held calls or a thought's budget", name)
+
+    def _samplings(
+        self, req: SamplingFields, lengths: list[int], logprobs: int | None, barred: tuple[tuple[int, ...], ...] = ()
+    ) -> list[SamplingParams]:
         """How each prompt's tokens are picked, checked once for all that may have as many. Raises ApiError."""
         made = {
-            most: sampling_params(req, self.config, self.info, max_tokens=most, logprobs=logprobs)
+            most: sampling_params(req, self.config, self.info, max_tokens=most, logprobs=logprobs, barred=barred)
             for most in dict.fromkeys(lengths)
         }
         # What the queue can never hold is the request's fault: a 503 would be tried again for ever.
@@ -278,6 +289,7 @@ class Service:
     ) -> Response:
         """Hand the prompts to the engine, wait until all are queued, and answer. Raises ApiError."""
         state, req = request.state, answer.req
+        answer.shows_metrics = self.config.per_request_metrics
         if constraint is not None:
             self.client.constrain(constraint)
         try:

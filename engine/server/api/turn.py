@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.api.answers import Answer
-from kvarena.engine.server.api.completions import finite
+from kvarena.engine.server.api.completions import finite, token_ids_as_names
 from kvarena.engine.server.api.protocol import ChatCompletionRequest, NamedToolChoice
 from kvarena.engine.server.forms.calls import Arguments, Parsed, Part, Thought, ToolCall, ToolParser, parts_of
 from kvarena.engine.server.front.engines import Engines
@@ -52,7 +52,7 @@ class Turn(Answer):
         super().__init__(client, req, model, arrival)
         self._reading, self._detokenizer = reading, reading.detokenizer
         self._logprobs = bool(req.logprobs)
-        self._shows_tokens = self._logprobs or self._return_token_ids
+        self._shows_more = self._logprobs or self._return_token_ids or self._counts  # than text
         # A function was named: its finish reason stays `stop`.
         self._forced_call = isinstance(req.tool_choice, NamedToolChoice)
         self._parsers: list[ToolParser | None] = []
@@ -76,7 +76,7 @@ class Turn(Answer):
     def _rich_delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
         parser = self._parsers[choice.index]
         # Most events of a stream show one part, and nothing beside it.
-        is_plain = self._streams and not self._shows_tokens and choice.finish_reason is None
+        is_plain = self._streams and not self._shows_more and choice.finish_reason is None
         if parser is None:
             if is_plain and (not text or (events := self._quick(choice, text))):
                 return events if text else b""
@@ -150,7 +150,8 @@ class Turn(Answer):
     def _logprob_entry(self, entry: Any) -> dict[str, Any]:
         token, logprob, _, top = entry
         detokenizer = self._detokenizer
-        names = detokenizer.names_of([token, *(other for other, _ in top)])
+        ids = [token, *(other for other, _ in top)]
+        names = token_ids_as_names(ids) if self.req.return_tokens_as_token_ids else detokenizer.names_of(ids)
 
         def named(token: int, logprob: float) -> dict[str, Any]:
             data = detokenizer.token_bytes(token)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvarena.engine.errors import EngineError, KvarenaError, RequestRejected
 from kvarena.engine.request import expand
 from kvarena.engine.server.engine.served import Outgoing, ServedEngine, ServedRequest
+from kvarena.engine.server.engine.token_lists import TokenLists
 from kvarena.engine.server.shared.ipc import AddFrame, ToEngine, unpack_ids, unpack_image
 
 if TYPE_CHECKING:
@@ -192,6 +193,10 @@ class Intake:
         requests = expand(req)
         for i, one in enumerate(requests):
             one.handle += i
+        allowed, barred = frame.sampling.allowed_token_ids, frame.sampling.barred
+        if allowed or barred:
+            for one in requests:
+                one.constraint = TokenLists(allowed, barred)
         if frame.constraint is not None:
             if self.grammars is None:
                 raise EngineError("this engine's runner cannot constrain tokens")

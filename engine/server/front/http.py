@@ -13,7 +13,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import orjson
@@ -31,7 +31,7 @@ Body = TypeVar("Body", bound=BaseModel)
 access_log = logging.getLogger("kvarena.access")
 
 OPEN_PREFIX = "/static/"  # the pages' scripts and styles, the same on every server
-_UNCOUNTED = frozenset({"/metrics", "/health", "/ready", "/ping", "/version"})
+_UNCOUNTED = frozenset({"/load", "/metrics", "/health", "/ready", "/ping", "/version"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 MESSAGES_PATH = "/v1/messages"
 MAX_HEADERS = 256
@@ -50,10 +50,13 @@ class Gate:
         app: what is behind.
         config: keys and limits.
         row: this front's metrics.
+        load: the server's load in the form that a request's `endpoint-load-metrics-format` names; empty: none.
     """
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, row: Row) -> None:
-        self._app, self._row = app, row
+    def __init__(
+        self, app: ASGIApp, config: ServerConfig, row: Row, load: Callable[[str], bytes] = lambda _: b""
+    ) -> None:
+        self._app, self._row, self._load = app, row, load
         self._keys = [key.encode() for key in config.api_keys]
         self._max_body = int(config.max_body_mib * 2**20)
         self._log = config.log_requests
@@ -70,6 +73,7 @@ class Gate:
         start = time.monotonic()
         headers = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id"))
+        load_format = headers.get(b"endpoint-load-metrics-format")
         # A stream writes through `send`, with no layer of the app in between.
         key = self._key_of(headers)
         scope["state"] = state = {"request_id": request_id, "key": key, "send": send, "status": 0}
@@ -78,6 +82,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 state["status"] = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if load_format is not None and (said := self._load(load_format.decode("latin-1"))):
+                    message["headers"].append((b"endpoint-load-metrics", said))
             await send(message)
 
         self._row.inc("kvarena:open_requests")

@@ -72,7 +72,8 @@ class ServerConfig(Section):
         max_body_mib: largest request body.
         body_timeout: how long a client may take to send its headers, and its body; and to read what waits for it.
         max_n: most choices per request.
-        max_logprobs: largest `logprobs` / `top_logprobs` / `prompt_logprobs`.
+        max_logprobs: largest `logprobs` / `top_logprobs` / `prompt_logprobs`; -1: the vocabulary.
+        per_request_metrics: tell with an answer how long its parts took.
         max_prompts: most prompts in one completions request.
         allowed_media_domains: hosts whose http(s) URLs may be fetched for images; empty: none.
         allowed_local_media_path: folder whose files may be read for images; None: none.
@@ -116,7 +117,8 @@ class ServerConfig(Section):
     max_body_mib: Annotated[float, POSITIVE] = 16.0
     body_timeout: Annotated[float, POSITIVE] = 60.0
     max_n: Annotated[int, COUNT] = 128
-    max_logprobs: Annotated[int, integer(0, 1000)] = 20
+    max_logprobs: Annotated[int, integer(-1)] = 20
+    per_request_metrics: Annotated[bool, TRUTH] = False
     max_prompts: Annotated[int, COUNT] = 1024
     allowed_media_domains: Annotated[tuple[str, ...], HOSTS] = ()
     allowed_local_media_path: Annotated[str | None, FOLDER] = None

@@ -37,6 +37,7 @@ HANDLERS = (
     "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model_id}", "/tokenize", "/detokenize",
     "/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel",
     "/v1/responses/{response_id}/input_items", "/v1/messages", "/v1/messages/count_tokens",
+    "/tokenizer_info", "/server_info", "/invocations",
     "/", "/docs", "/openapi.json", "/dashboard", "/dashboard/events", "/static/{name}", "none",
 )  # fmt: skip
 METHODS = ("GET", "POST", "other")
