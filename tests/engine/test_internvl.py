@@ -232,7 +232,7 @@ def test_fused_layers_take_images_too(checkpoint):
     messages, images = asked(QUESTIONS[2])
     [output] = llm.chat(messages, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
     assert output.outputs[0].token_ids == expected_tokens(model, output.prompt_token_ids, images, 6)
-    assert type(llm._engine.runner).__name__ == "FusedRunner"
+    assert llm._engine.runner.forward.func.__class__.__name__ == "FusedDecoder"
 
 
 @pytest.mark.parametrize("fusions", [False, True])

@@ -104,7 +104,7 @@ def test_chats_get_the_native_class_s_tokens(checkpoint, fused):
     assert "<|vision_start|><|image_pad|>" in llm.tokenizer.decode(outputs[0].prompt_token_ids)
     runner = llm._engine.runner
     assert runner.model.images.num_encoded == 4  # distinct ones
-    assert type(runner).__name__ == ("FusedRunner" if fused else "TorchRunner")
+    assert hasattr(runner.forward, "func") == fused  # a decoder, or the modules
 
 
 @pytest.fixture(scope="module")
