@@ -95,7 +95,7 @@ def chats() -> list[tuple[list[dict], list]]:
 @pytest.mark.parametrize("fused", [False, True])
 def test_chats_get_the_native_class_s_tokens(checkpoint, fused):
     model, directory = checkpoint
-    options = {"runner": {"fusions": True, "attention": "reference"}} if fused else {}
+    options = {"runner": {"fusions": True} if fused else {"cpu": "modules"}}
     llm = LLM(directory, max_model_len=512, num_gpu_blocks_override=256, max_num_batched_tokens=64, max_num_seqs=8,
               **options)  # fmt: skip
     outputs = llm.chat([messages for messages, _ in chats()], GREEDY)
