@@ -183,6 +183,7 @@ def test_logprobs_and_prompt_logprobs(model, directory):
 def test_constraints_bar_tokens(model):
     class Only:
         num_late = 0
+        is_free = False
 
         def __init__(self, *token_ids):
             self.token_ids = token_ids

@@ -24,7 +24,12 @@ MAKERS = {
         "experiments/benchmarks/kernels/swaps.py",
     },
     "VirtualKVPool": {"experiments/building/pools.py"},
-    "SimulatedRunner": {"experiments/building/simulated.py", "experiments/simulation/rerun.py"},
+    # Also its own twin, which a warm-up times.
+    "SimulatedRunner": {
+        "experiments/building/simulated.py",
+        "experiments/simulation/rerun.py",
+        "experiments/simulation/runner.py",
+    },
     "build_simulated_engine": {"experiments/building/build.py"},
 }
 

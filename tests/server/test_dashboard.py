@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -38,6 +40,24 @@ def _busy(server: RunningServer, request_id: str = "") -> threading.Thread:
     thread = threading.Thread(target=lambda: server.post("/v1/completions", body, headers=headers))
     thread.start()
     return thread
+
+
+@contextmanager
+def _kept_busy(server: RunningServer) -> Iterator[None]:
+    """Requests one after another, for as long as a page takes to show them."""
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            _busy(server).join()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_the_feed_shows_blocks_by_request_and_classes_that_add_up(server):
@@ -114,16 +134,15 @@ def test_the_pages_in_a_browser(server, tmp_path):
             )
             if answer:
                 browser.wait_for(f'document.getElementById("login-text").textContent.includes("{answer}")')
-        thread = _busy(server)
-        browser.wait_for('document.getElementById("state").textContent === "live"')
-        assert browser.evaluate('document.getElementById("login").hidden')
-        browser.wait_for(f"{colored} >= 3")  # axis, free, and at least two requests
-        browser.wait_for("document.querySelectorAll('#rows tr').length >= 1")
-        browser.wait_for("document.querySelectorAll('canvas').length === 4")  # the map and three charts
-        assert browser.evaluate('document.getElementById("about").textContent').endswith(
-            "paged_prefix × chunked · float32"
-        )
-        thread.join()
+        with _kept_busy(server):
+            browser.wait_for('document.getElementById("state").textContent === "live"')
+            assert browser.evaluate('document.getElementById("login").hidden')
+            browser.wait_for(f"{colored} >= 3")  # axis, free, and at least two requests
+            browser.wait_for("document.querySelectorAll('#rows tr').length >= 1")
+            browser.wait_for("document.querySelectorAll('canvas').length === 4")  # the map and three charts
+            assert browser.evaluate('document.getElementById("about").textContent').endswith(
+                "paged_prefix × chunked · float32"
+            )
         browser.wait_for("document.querySelector('[data-name=running] .value').textContent === '0'")
         server.complete()
         browser.wait_for("document.querySelector('[data-name=\"time to first token\"] .value').textContent !== '–'")
