@@ -92,11 +92,14 @@ class CpuRunner(TorchRunner):
         is_plain = self._rows.columns["is_plain"][rows]
         if self._num_scores or not is_plain.any():
             return super()._pick(requests, rows, stops, logits)
+        at = torch.from_numpy(rows)
+        before = self._rows.last_tokens[at]
         tokens = self._drawn(logits, self._draw_params(rows, stops))
         if is_plain.all():
             sampled = SampledTokens(tokens, tokens, None, [req.request_id for req in requests])
             return HostTokens(sampled, [tokens], None)
-        at = torch.from_numpy(rows)
+        # The draw wrote every row's; an edited row's last one is what penalties count where the host has not seen it.
+        self._rows.last_tokens[at] = before
         sampled = self._sampled(requests, rows, at, stops, logits)
         mask = torch.from_numpy(is_plain)
         return self._keep(

@@ -4,6 +4,8 @@ import pytest
 import torch
 from checkpoints import random_prompts, write_checkpoint
 from fused_helpers import make_pool, run
+from parallel_cells import of_model
+from parallel_cells import run as run_engine
 from runner_driver import make_requests
 
 from kvarena.engine.attention.cpu_backend import CpuBackend
@@ -12,9 +14,12 @@ from kvarena.engine.fusions.check import check_decoder, record
 from kvarena.engine.fusions.cpu_ops import CpuOps
 from kvarena.engine.fusions.detect import NotFusable, fuse
 from kvarena.engine.models import load_model
+from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner import cpu_runner
 from kvarena.engine.runner.cpu_runner import CpuRunner
 from kvarena.engine.runner.torch_runner import TorchRunner
+from kvarena.experiments.building.build import build_engine
+from kvarena.experiments.building.shared import SharedParts
 
 PROMPTS = random_prompts((5, 13, 1, 30, 17, 8))
 NUM_TOKENS = 14
@@ -103,3 +108,22 @@ def test_logits_that_are_no_numbers_are_an_error(tmp_path):
     runner.forward = lambda *args, **kwargs: forward(*args, **kwargs).fill_(torch.nan)
     with pytest.raises(EngineError, match="no token could be sampled"):
         run(runner, make_requests(PROMPTS[:2], 2), overlap=False)
+
+
+@pytest.mark.parametrize(
+    "edits", [{"repetition_penalty": 1.3}, {"frequency_penalty": 1.5, "temperature": 1.7, "seed": 4}]
+)
+def test_penalties_count_a_token_that_the_host_has_not_seen(tmp_path, edits):
+    """A request without edits shares the steps, and is drawn by the kernel."""
+    directory, found = write_checkpoint(tmp_path), []
+    for overlap in ("true", "false"):
+        prompts = random_prompts((17, 21))
+        asked = [
+            Request("edited", list(prompts[0]), SamplingParams(max_tokens=12, **edits)),
+            Request("plain", list(prompts[1]), SamplingParams(max_tokens=12)),
+        ]
+        engine = build_engine(of_model(directory, f"engine.overlap={overlap}"), SharedParts()).engine
+        run_engine(engine, asked)
+        assert type(engine.runner).__name__ == "CpuRunner"
+        found.append([req.output_token_ids for req in asked])
+    assert found[0] == found[1]
