@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kvarena.engine.parallel.groups import Group
 from kvarena.engine.parallel.shard import Shard
 
 
 class VocabularyPart(nn.Embedding):
-    """The rows of an embedding from `first` on; the other ranks have the others."""
+    """The rows of an embedding from `first` on; the other ranks have the others.
+
+    Mixed into the class that the model has for it, which may scale rows (Gemma's does).
+    """
 
     first: int
     group: Group
@@ -25,7 +27,7 @@ class VocabularyPart(nn.Embedding):
         """This rank's rows, and zeros for the tokens of other ranks."""
         local = input - self.first
         elsewhere = (local < 0) | (local >= self.num_embeddings)
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        rows = super().forward(local.masked_fill(elsewhere, 0))
         return rows.masked_fill_(elsewhere[..., None], 0)
 
 
@@ -47,5 +49,7 @@ def bind(module: nn.Module, shard: Shard, group: Group) -> None:
         part.register_forward_hook(lambda _module, _args, output: group.sum(output.contiguous()))
     if shard.layout.is_first:
         embed: Any = module.get_input_embeddings()  # type: ignore[operator]
-        embed.__class__ = VocabularyPart
+        own = type(embed)
+        kinds = (VocabularyPart,) if own is nn.Embedding else (VocabularyPart, own)
+        embed.__class__ = type("VocabularyPart", kinds, {})
         embed.first, embed.group = shard.first_token, group

@@ -84,6 +84,13 @@ def test_every_sampling_gives_the_tokens_of_one_rank(directories, shared, family
     assert any(step.result.logprobs for step in steps) == (sampling == "edits")
 
 
+def test_an_embedding_that_scales_its_rows(tmp_path):
+    directory, parts, asked = write_checkpoint(tmp_path, "gemma2"), SharedParts(), requests()
+    run(build_engine(of_model(directory, *TP2), parts).engine, asked)
+    assert [req.output_token_ids for req in asked] == alone(directory, asked)
+    parts.clear()
+
+
 def test_more_ranks_than_kv_heads(directories):
     """Two KV heads on four ranks: each stands on two of them."""
     parts, asked = SharedParts(), requests()
