@@ -181,7 +181,12 @@ def _from_parts(
         load = planned(lambda _: of_rank, config, dtype, target, False, str(directory))
         mine = of_rank.plain
     else:
-        mine = shard.cut(open_tensors(directory) if composite is None else composite.text)
+        tensors = open_tensors(directory) if composite is None else composite.text
+        is_tied = composite is not None or getattr(shard.config, "tie_word_embeddings", True)
+        if not is_tied and not any(name.endswith("lm_head.weight") for name in tensors):
+            # A stage would take the embedding for it.
+            raise ModelError(f"{directory} lacks the weights lm_head.weight; copy the model again")
+        mine = shard.cut(tensors)
     if shard.layout.pipeline == 1 and composite is not None:
         config.tie_word_embeddings = "lm_head.weight" not in mine
     free = free_bytes(target)

@@ -10,7 +10,9 @@ from fused_helpers import LateReference
 from image_checkpoints import picture
 from parallel_cells import CELLS, SAMPLINGS, THREADS, alone, happened, of_model, requests, run
 from qwen_checkpoints import IMAGE, shared_qwen, write_qwen
+from safetensors.torch import load_file, save_file
 
+from kvarena.engine.errors import KvarenaError
 from kvarena.engine.ranks import stages
 from kvarena.engine.ranks.stage_forward import StageForward
 from kvarena.engine.request import Request, SamplingParams, expand
@@ -114,6 +116,15 @@ def test_fused_stages_give_the_tokens_of_one_rank(directories, shared, monkeypat
     assert [req.output_token_ids for req in asked] == expected
     assert parts.pool_facts["runner"]["fusions"]
     assert bool(launches) == captured and (not captured or set(launches) == {True, False})
+
+
+def test_a_head_that_is_missing_is_no_embedding(tmp_path):
+    directory = write_checkpoint(tmp_path)
+    state = load_file(directory / "model.safetensors")
+    del state["lm_head.weight"]
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(KvarenaError, match=r"lacks the weights lm_head\.weight"):
+        build_engine(of_model(directory, "parallel.pipeline_parallel_size=2", *THREADS), SharedParts())
 
 
 def test_a_stage_of_layers_alone(directories):
