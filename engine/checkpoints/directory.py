@@ -200,6 +200,10 @@ def token_id(directory: Path, token: str) -> int | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type's name."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """The first line of an exception's message with what it announces, or its type's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, KeyError):  # its message is the key alone
+        return f"there is no {lines[0]}"
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

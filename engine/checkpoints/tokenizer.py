@@ -89,6 +89,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
         raise
     # Anything: the tokenizer classes raise whatever their parsers do.
     except Exception as error:
+        _check_config(directory, trust_remote_code)
         raise ModelError(f"the tokenizer in {directory} cannot be loaded: {one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -104,6 +105,19 @@ def _is_original(directory: Path) -> bool:
     file = directory / "config.json"
     config = read_json(file) if file.is_file() else {}
     return reads_images(config) and not has_class(config)
+
+
+def _check_config(directory: Path, trust_remote_code: bool) -> None:
+    """A tokenizer's class is looked up by the model's config. Raises ModelError where it is that which is broken."""
+    from transformers import AutoConfig
+
+    if not (directory / "config.json").is_file() or _is_original(directory):
+        return
+    try:
+        AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=trust_remote_code)
+    # Anything: config classes check their fields in many ways.
+    except Exception as error:
+        raise ModelError(f"{directory}/config.json is not a valid config: {one_line(error)}") from error
 
 
 def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerBase:

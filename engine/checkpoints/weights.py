@@ -53,13 +53,19 @@ def check_weights(directory: Path, config: dict[str, Any], *, packed: bool = Fal
             names = read_headers([file])
             if not packed and quantization(config) is None:
                 check_tensor_names(directory, names)
+                _check_types(names.values())
         elif not _is_whole_pickle(file):
             raise ModelError(f"{file} is truncated or broken; copy it again")
 
 
-def weight_bytes(directory: Path) -> int:
-    """Size of the files that hold the weights. Raises ModelError where they are not there."""
-    return sum(file.stat().st_size for file in weight_files(directory))
+def _check_types(tensors: Iterable[Stored]) -> None:
+    """Weights that nothing packs are floating-point numbers: others would be taken for such. Raises ModelError."""
+    for one in tensors:
+        if one.name.endswith(".weight") and one.dtype.startswith(("I", "U", "BOOL")):
+            raise ModelError(
+                f"{one.file} holds whole numbers ({one.dtype}) as {one.name}, and config.json says nothing of "
+                "quantisation; give the checkpoint in 16 or 32 bits"
+            )
 
 
 class Stored(NamedTuple):
@@ -122,6 +128,9 @@ def _shards(directory: Path, index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has no weight_map; copy it again")
     names = sorted({str(name) for name in weight_map.values()})
+    elsewhere = next((name for name in names if Path(name).is_absolute() or ".." in Path(name).parts), None)
+    if elsewhere is not None:
+        raise ModelError(f"{index} names {elsewhere}, which is no file of its directory; copy it again")
     missing = [name for name in names if not (directory / name).is_file() and not (directory / name).is_symlink()]
     if missing:
         more = f" and {len(missing) - 1} more of {len(names)} files" if len(missing) > 1 else ""

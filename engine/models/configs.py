@@ -30,6 +30,7 @@ from kvarena.engine.checkpoints.images import end_tokens, has_class, reads_image
 from kvarena.engine.checkpoints.kinds import check_kind
 from kvarena.engine.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from kvarena.engine.errors import ConfigError, ModelError
+from kvarena.engine.models.experts import check_top_k
 from kvarena.engine.vision.configs import text_config, whole_config
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,10 @@ def read_model_config(
     if whole is not None:
         config = text_config(whole)
     _check_architecture(config, name, trust_remote_code and whole is None)
+    try:
+        check_top_k(config.get_text_config())
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
     return NamedConfig(config, directory, name, whole)
 
 

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from kvarena.engine.errors import ModelError
+
 TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
+_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 class ExpertSizes(NamedTuple):
@@ -47,6 +51,20 @@ def _stacked_experts(module: nn.Module) -> list[tuple[nn.Module, int]]:
         if own and len(own[0]) == getattr(child, "num_experts", None):
             found.append((child, len(own[0])))
     return found
+
+
+def check_top_k(text: PretrainedConfig) -> None:
+    """See that a token takes some of the experts, as far as the config tells.
+
+    Raises:
+        ModelError: it takes none of them, or more than there are.
+    """
+    counts = (count for name in _COUNT_FIELDS if isinstance(count := getattr(text, name, None), int))
+    count = next(counts, None)
+    for name in TOP_K_FIELDS:
+        top_k = getattr(text, name, None)
+        if count and isinstance(top_k, int) and not 1 <= top_k <= count:
+            raise ModelError(f"{name}={top_k} of a config with {count} experts is not in [1, {count}]")
 
 
 class ExpertsRead:

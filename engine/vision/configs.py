@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kvarena.engine.checkpoints.directory import one_line
 from kvarena.engine.checkpoints.images import QWEN
-from kvarena.engine.checkpoints.internvl import ORIGINAL
+from kvarena.engine.checkpoints.internvl import NATIVE, ORIGINAL
 from kvarena.engine.errors import ModelError
 from kvarena.engine.vision.internvl_config import converted
 
@@ -26,6 +26,11 @@ def whole_config(values: Mapping[str, Any]) -> PretrainedConfig:
         ModelError: its language model is not one that is converted, or a field has no valid value.
     """
     model_type = values["model_type"]
+    text = {ORIGINAL: "llm_config", NATIVE: "text_config"}.get(model_type)
+    for name in ("vision_config", text):
+        # The class would take a large model's sizes for it.
+        if name is not None and (not isinstance(values.get(name), Mapping) or not values[name]):
+            raise ModelError(f"it has no {name}, which the config of a model that reads images must have")
     try:
         return converted(values) if model_type == ORIGINAL else CONFIG_MAPPING[model_type].from_dict(dict(values))
     except ModelError:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLVisionModel
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 
+from kvarena.engine.errors import ModelError
 from kvarena.engine.vision.internvl_fused import FusedTower, reason
 from kvarena.engine.vision.tiles import Tiling
 from kvarena.engine.vision.tower import VisionTower
@@ -40,6 +41,14 @@ class InternVLTower(VisionTower):
         self.multi_modal_projector = InternVLMultiModalProjector(config)
         self.fused, self._config, self._size = None, config, processing.size
         self._layer, self._ratio = config.vision_feature_layer, config.downsample_ratio
+        # One more than layers: what goes into the first one is among them.
+        if not isinstance(self._layer, int) or not -vision.num_hidden_layers <= self._layer + 1 <= (
+            vision.num_hidden_layers + 1
+        ):
+            raise ModelError(
+                f"its features are those of layer {self._layer} (select_layer, vision_feature_layer), and the tower "
+                f"has {vision.num_hidden_layers}"
+            )
         self._keeps_first = config.vision_feature_select_strategy == "full"
         self._transposed = bool(getattr(config, "transposed_features", False))
 

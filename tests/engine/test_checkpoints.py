@@ -181,6 +181,22 @@ def test_packed_weights_whose_config_says_nothing(copy):
     assert "quantised with GPTQ or AWQ (model.layers.0.mlp.up_proj.qweight)" in refusal(copy)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_whole_numbers_are_no_weights(copy, dtype):
+    """They would be read as if they were the weights themselves."""
+    state = load_file(copy / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(state | {name: torch.zeros_like(state[name], dtype=dtype)}, copy / "model.safetensors")
+    assert f"as {name}, and config.json says nothing of quantisation" in refusal(copy)
+
+
+@pytest.mark.parametrize("name", ["../model/model.safetensors", "/etc/passwd"])
+def test_an_index_names_no_file_of_elsewhere(copy, name):
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    assert f"names {name}, which is no file of its directory" in refusal(copy)
+
+
 def test_pickles_are_looked_at(copy):
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()

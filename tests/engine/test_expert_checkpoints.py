@@ -1,5 +1,6 @@
 """Faults in the files of a mixture are told by the names in these files, packed or not."""
 
+import json
 import shutil
 
 import pytest
@@ -26,6 +27,15 @@ def made(tmp_path_factory):
         "qwen3_moe": write_checkpoint(root / "qwen", "qwen3_moe", **QWEN),
         "mixtral packed": write_packed(root / "packed", "awq", "mixtral", 32)[0],
     }
+
+
+@pytest.mark.parametrize("top_k", [0, 5, -1])
+def test_a_token_takes_some_of_the_experts(made, top_k, tmp_path):
+    shutil.copytree(made["mixtral"], tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": top_k}))
+    with pytest.raises(ModelError, match=f"num_experts_per_tok={top_k} of a config with 4 experts"):
+        load_model(tmp_path / "x")
 
 
 @pytest.mark.parametrize("kind", PLACES)

@@ -278,6 +278,10 @@ def original(tmp_path_factory):
     [
         ({"llm_config__architectures": ["Gemma9ForCausalLM"], "llm_config__model_type": "gemma9"}, "not converted"),
         ({"llm_config__bias": True}, "with biases"),
+        ({"llm_config": None}, "config.json: it has no llm_config"),
+        ({"vision_config": {}}, "config.json: it has no vision_config"),
+        ({"select_layer": 99}, "those of layer 99 (select_layer, vision_feature_layer), and the tower has 2"),
+        ({"select_layer": -4}, "those of layer -4"),
         ({"force_image_size": 57}, "does not fit together"),
         ({"max_dynamic_patch": 0}, "does not fit together"),
         ({"vision_config__hidden_size": 48}, "embeddings.cls_token has shape [1, 1, 32]"),

@@ -40,6 +40,11 @@ def refusal(*args, error=ModelError, **kwargs) -> str:
     return message
 
 
+def change(directory: Path, **fields) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | fields))
+
+
 def test_spec_of_a_directory(llama):
     model = load_model(llama)
     spec = model.spec
@@ -141,7 +146,14 @@ def test_missing_directory(tmp_path):
         ('{"hidden_size": 3}', "has no model_type"),
         ('{"model_type": "nope"}', "names model type 'nope', which transformers"),
         ('{"model_type": "nope", "auto_map": {}}', "set model.trust_remote_code=true"),
-        ('{"model_type": "llama", "hidden_size": "wide"}', "is not a valid config"),
+        (
+            '{"model_type": "llama", "hidden_size": "wide"}',
+            "is not a valid config: Validation error for field 'hidden_s",
+        ),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "config.json is not a valid config"),
+        ('{"model_type": "llama", "quantization_config": [1]}', "config.json is not a valid config"),
+        ('{"model_type": "llama", "architectures": "LlamaForCausalLM"}', "config.json is not a valid config"),
+        ('{"model_type": "llama", "hidden_act": "gelux"}', "cannot be built from its config: there is no 'gelux'"),
         ('{"model_type": "vit"}', "no causal language model for model type 'vit'"),
     ],
 )
@@ -150,6 +162,29 @@ def test_bad_config(copy, content, message):
     if content is not None:
         (copy / "config.json").write_text(content)
     assert message in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_attention_heads": "four"}, "got str (value: 'four')"),
+        ({"num_attention_heads": 0}, "is not a valid config: integer modulo by zero"),
+        ({"quantization_config": [1]}, "is not a valid config"),
+    ],
+)
+def test_a_broken_config_is_no_fault_of_the_tokenizer_s(copy, fields, message):
+    shutil.copy("experiments/models/demo/tokenizer.json", copy)
+    change(copy, **fields)
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(copy)
+    assert str(caught.value).startswith(f"{copy}/config.json is not a valid config: ")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_config_of_more_than_the_machine_holds_is_refused_before_any_weight_is_made(copy):
+    """What the files lack transformers would make, of the config's size."""
+    change(copy, intermediate_size=10**12)
+    assert "does not fit in the memory of cpu" in refusal(copy)
 
 
 def test_no_weights(copy):
