@@ -52,6 +52,7 @@ class MessageAnswer(Turn):
         self._pieces: list[str] = []
         self._has_begun = False
         self._delta_head = b""
+        self._only_grows = False  # whatever comes before the end is more text of the open block
 
     @override
     def begin(self) -> bytes:
@@ -62,6 +63,12 @@ class MessageAnswer(Turn):
         if not self._streams:
             return b""
         return b"event: " + kind.encode() + b"\ndata: " + orjson.dumps({"type": kind, **fields}) + b"\n\n"
+
+    @override
+    def delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
+        if self._only_grows and choice.finish_reason is None:
+            return self._grow(text) if text else b""
+        return super().delta(choice, text, token_ids, logprobs)
 
     @override
     def _quick(self, choice: Choice, part: Part) -> bytes:
@@ -105,15 +112,17 @@ class MessageAnswer(Turn):
         self._delta_head = b"event: content_block_delta\ndata: %b,\"delta\":{\"type\":\"%b\",\"%b\":" % (
             orjson.dumps(head)[:-1], name.encode(), key.encode(),
         )  # fmt: skip
+        self._only_grows = self._streams and not self._shows_more and self._parsers[0] is None
         return self._event("content_block_start", index=index, content_block=block)
 
     def _grow(self, text: str) -> bytes:
         self._pieces.append(text)
-        return self._delta_head + orjson.dumps(str(text)) + b"}}\n\n" if self._streams else b""
+        return self._delta_head + orjson.dumps(text) + b"}}\n\n" if self._streams else b""
 
     def _end_block(self) -> bytes:
         if self._open is None:
             return b""
+        self._only_grows = False
         kind, block, text = self._open, self._blocks[-1], "".join(self._pieces)
         self._open, events, index = None, b"", len(self._blocks) - 1
         if kind == TOOL_USE:

@@ -65,7 +65,8 @@ class ResponseAnswer(Turn):
         self._item: dict[str, Any] | None = None  # the open one
         self._pieces: list[str] = []  # of its text
         self._entries: list[Any] = []  # log-probabilities of its text
-        self._delta_head = self._empty_logprobs = b""
+        self._delta_head = b""
+        self._only_grows = False  # whatever comes before the end is more text of the open item
 
     @override
     def add_prompt(self, prompt: list[int], sampling: SamplingParams, stream: TextStream) -> list[Choice]:
@@ -87,6 +88,12 @@ class ResponseAnswer(Turn):
         return self._event(f"response.{state}", response=self.response)
 
     # Items
+
+    @override
+    def delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
+        if self._only_grows and choice.finish_reason is None:
+            return self._grow(text) if text else b""
+        return super().delta(choice, text, token_ids, logprobs)
 
     @override
     def _quick(self, choice: Choice, part: Part) -> bytes:
@@ -137,7 +144,10 @@ class ResponseAnswer(Turn):
             item |= {"summary": [], "encrypted_content": None, "status": "in_progress", "content": []}
         events = self._open(item)
         events += self._event("response.content_part.added", **self._place, content_index=0, part=_part(kind, "", []))
-        self._head_of(f"response.{_PARTS[kind]}.delta", {"content_index": 0})
+        # Text alone has log-probabilities, and always names them.
+        beside = {} if kind == REASONING or self._logprobs else {"logprobs": []}
+        self._head_of(f"response.{_PARTS[kind]}.delta", {"content_index": 0} | beside)
+        self._only_grows = self._streams and not self._shows_more and self._parsers[0] is None
         return events
 
     def _begin_call(self, call: ToolCall) -> bytes:
@@ -155,21 +165,18 @@ class ResponseAnswer(Turn):
         """What an event of new text begins with: most events of a stream are such."""
         body = orjson.dumps({"type": kind, **self._place, **fields})
         self._delta_head = b"event: " + kind.encode() + b"\ndata: " + body[:-1]
-        # Text alone has log-probabilities, and always names them.
-        self._empty_logprobs = b',"logprobs":[]' if kind == "response.output_text.delta" else b""
 
     def _grow(self, text: str) -> bytes:
         """More text of the open item."""
         self._pieces.append(text)
         if not self._streams:
             return b""
+        assert self._item is not None
         number, self._num_events = self._num_events, self._num_events + 1
-        logprobs = self._empty_logprobs
-        if logprobs and self._entries:
-            logprobs = b',"logprobs":' + orjson.dumps(self._take_entries())
-        return b'%b%b,"sequence_number":%d,"delta":%b}\n\n' % (
-            self._delta_head, logprobs, number, orjson.dumps(str(text)),
-        )  # fmt: skip
+        head = self._delta_head
+        if self._logprobs and self._item["type"] == MESSAGE:
+            head += b',"logprobs":' + orjson.dumps(self._take_entries())
+        return b'%b,"sequence_number":%d,"delta":%b}\n\n' % (head, number, orjson.dumps(text))
 
     def _take_entries(self) -> list[Any]:
         assert self._item is not None
@@ -182,6 +189,7 @@ class ResponseAnswer(Turn):
         item, text = self._item, "".join(self._pieces)
         if item is None:
             return b""
+        self._only_grows = False
         kind = item["type"]
         self._take_entries()
         logprobs = item.pop("_logprobs", [])
