@@ -190,3 +190,60 @@ def test_arguments_of_a_call_reach_a_message_as_they_were_written():
     big = '{"x": 123456789012345678901234567890}'
     assert body(big)["input"] == json.loads(big)
     assert body('{"x": 12') == {"type": "text", "text": '{"x": 12'}  # cut: no call that a client could make
+
+
+def test_the_first_event_of_a_chat_has_no_tokens_and_says_so():
+    from kvarena.engine.server.api.chat import ChatAnswer
+    from kvarena.engine.server.api.protocol import ChatCompletionRequest
+    from kvarena.engine.server.api.turn import Reading
+
+    def ids(asked):
+        messages = [{"role": "user", "content": "x"}]
+        req = ChatCompletionRequest(messages=messages, stream=True, return_token_ids=asked)
+        answer = ChatAnswer(Client(), req, "m", 0.0, reading=Reading(lambda: None, None, len))
+        answer.add_prompt([1, 2], SamplingParams(), Stream())
+        [choice] = json.loads(answer.begin().decode().removeprefix("data: "))["choices"]
+        return choice["token_ids"]
+
+    assert ids(True) == []
+    assert ids(False) is None
+
+
+@pytest.mark.parametrize("api", ("responses", "messages"))
+def test_text_that_goes_on_is_shown_the_same_whichever_way_it_takes(api):
+    """The short way of text that nothing is read in, and the way through a parser that finds nothing."""
+    from kvarena.engine.server.api.protocol import ChatCompletionRequest
+    from kvarena.engine.server.api.turn import Reading
+    from kvarena.engine.server.forms.texts import TaggedParser
+    from kvarena.engine.server.messages.answer import MessageAnswer
+    from kvarena.engine.server.responses.answer import ResponseAnswer
+    from kvarena.engine.server.responses.protocol import ResponsesRequest
+
+    kept = {"asked": ResponsesRequest(input="x"), "response_id": "resp", "stores": False, "on_state": lambda _: None}
+
+    def events(make_parser):
+        req = ChatCompletionRequest(messages=[{"role": "user", "content": "x"}], stream=True)
+        common = (Client(), req, "m", 0.0)
+        reading = Reading(make_parser, None, len)
+        answer = (
+            ResponseAnswer(*common, reading=reading, **kept)
+            if api == "responses"
+            else MessageAnswer(*common, reading=reading, max_tokens=9)
+        )
+        answer.add_prompt([1, 2], SamplingParams(), Stream())
+        made = answer.begin()
+        choice = answer.choices[0]
+        for text in ("ab", "", 'c"d', "\n"):
+            choice.tokens = [ord(letter) for letter in text]
+            made += answer.delta(choice, *choice.advance())
+        choice.tokens, choice.ended = [101], "length"
+        made += answer.delta(choice, *choice.advance()) + answer.ending()
+        shown = [json.loads(line[6:]) for line in made.decode().split("\n") if line.startswith("data: ")]
+        return shown, [event["delta"] for event in shown if "delta" in event["type"]]
+
+    (short, deltas), (read, _) = events(lambda: None), events(lambda: TaggedParser(frozenset("f")))
+    assert [event["type"] for event in short] == [event["type"] for event in read]
+    assert len({str(delta) for delta in deltas}) >= 4
+    hidden = {"item_id", "item", "response", "message"}
+    for one, other in zip(short, read, strict=True):
+        assert {key: one[key] for key in one.keys() - hidden} == {key: other[key] for key in other.keys() - hidden}

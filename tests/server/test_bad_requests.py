@@ -195,6 +195,15 @@ def test_what_changes_nothing_is_accepted(server):
     assert cut == whole[-1:]
 
 
+def test_what_is_wrong_is_named_in_full(server):
+    def said(**body):
+        return server.post(COMPLETIONS, body).json()["error"]["message"]
+
+    assert "99999, which is out of vocabulary" in said(prompt=[99999])
+    keys = said(prompt="x", logit_bias={"bad1": 1, "5": 1, "bad2": 1})
+    assert "'bad1', 'bad2' is not a token id" in keys
+
+
 def test_and_then_a_normal_request_is_served(server):
     server.assert_alive()
 

@@ -31,7 +31,7 @@ class ChatAnswer(Turn):
                 "delta": {"role": "assistant", "content": ""},
                 "logprobs": None,
                 "finish_reason": None,
-                "token_ids": None,
+                "token_ids": [] if self._return_token_ids else None,
             }
             ids = one.prompt if self._return_token_ids else None
             events.append(event(self._head | {"choices": [choice], "prompt_token_ids": ids}))

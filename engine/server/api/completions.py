@@ -52,7 +52,9 @@ def _checked_ids(ids: list[Any], vocab_size: int) -> list[int]:
         raise bad_request("prompt must be a non-empty list of integers when it is given as token ids", "prompt")
     if min(ids) < 0 or max(ids) >= vocab_size:
         bad = next(token for token in ids if not 0 <= token < vocab_size)
-        raise bad_request(f"prompt holds token id {bad}; this model's ids are 0 to {vocab_size - 1}", "prompt")
+        raise bad_request(
+            f"prompt holds token id {bad}, which is out of vocabulary: ids are 0 to {vocab_size - 1}", "prompt"
+        )
     return ids
 
 

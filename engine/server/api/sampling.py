@@ -16,6 +16,7 @@ from kvarena.engine.server.shared.ipc import EngineInfo
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKENS = 1024
+_MAX_NAMED = 5  # keys of a logit_bias, in one error
 COMPLETIONS_MAX_TOKENS = 16
 # What both sides know under one name: a parameter that is handed on as it is needs no line here.
 _ALIKE = tuple(one.name for one in fields(SamplingParams) if one.name in SamplingFields.model_fields)
@@ -63,10 +64,12 @@ def check_unsupported(req: SamplingFields, config: ServerConfig, has_priorities:
 def logit_bias(req: SamplingFields, vocab_size: int) -> dict[int, float]:
     """The request's logit_bias with integer keys inside the vocabulary and values in [-100, 100]."""
     given = req.logit_bias or {}
+    bad = [key for key in given if not (key.isascii() and key.isdigit() and len(key) < 12 and int(key) < vocab_size)]
+    if bad:
+        named = ", ".join(repr(key[:50]) for key in bad[:_MAX_NAMED])
+        raise bad_request(f"logit_bias key {named} is not a token id from 0 to {vocab_size - 1}", "logit_bias")
     made = {}
     for key, value in given.items():
-        if not (key.isascii() and key.isdigit() and len(key) < 12 and int(key) < vocab_size):
-            raise bad_request(f"logit_bias key {key[:50]!r} is not a token id from 0 to {vocab_size - 1}", "logit_bias")
         if not -100 <= value <= 100:
             raise bad_request(f"logit_bias value {value} is not between -100 and 100", "logit_bias")
         made[int(key)] = value
