@@ -118,6 +118,11 @@ NO_EFFECT = (
     _only(
         "structured output is llguidance's", "--structured-outputs-config",
         "{}", '{"backend":"auto"}', '{"backend":"guidance"}', '{"backend":"xgrammar"}', '{"backend":"outlines"}',
+        "auto", "guidance", "xgrammar", "outlines",  # of --structured-outputs-config.backend
+    ),
+    _only(
+        "a thought's tags are those of --reasoning-parser", "--reasoning-config",
+        "{}", '{"reasoning_start_str":"<think>","reasoning_end_str":"</think>"}',
     ),
     _only("every token is an event as it comes", "--stream-interval", "1"),
     _only("a request is taken in as soon as there is room", "--scheduler-delay-factor", "0"),

@@ -25,6 +25,8 @@ PUBLISHED = [
     "m --quantization compressed-tensors --compilation-config {} -O3 --attention-backend FLASH_ATTN",
     "m --reasoning-parser deepseek_r1 --scheduling-policy priority --root-path /v --task generate --runner generate",
     "m --enable-chunked-prefill=False --enable-prefix-caching true --guided-decoding-backend xgrammar --no-enable-lora",
+    "m --structured-outputs-config.backend xgrammar --reasoning-parser qwen3 "
+    """--reasoning-config {"reasoning_start_str":"<think>","reasoning_end_str":"</think>"}""",
     "m --compilation-config.mode 3 --kv-cache-memory-bytes 24G --cuda-graph-sizes 1 2 4 --hf-overrides {}",
 ]
 

@@ -36,6 +36,7 @@ def default_num_fronts() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 
+KEY_VARIABLES = ("KVARENA_API_KEY", "VLLM_API_KEY")
 COUNT = integer(1)
 POSITIVE = Must("a number above 0", lambda value: is_number(value) and value > 0)
 FILE = Must("a file that exists", lambda value: TEXT.holds(value) and Path(value).is_file()).or_null
@@ -44,7 +45,6 @@ ROOT_PATH = Must(
     "empty, or a path such as /model without a slash at its end",
     lambda value: value == "" or (TEXT.holds(value) and value.startswith("/") and not value.endswith("/")),
 )
-PRIORITIES = Must("a list of integers", lambda values: all(integer(-(2**31)).holds(value) for value in values))
 HOSTS = Must(
     "host names, such as images.example.com, without scheme, path or *",
     lambda domains: isinstance(domains, tuple) and not any("/" in domain or "*" in domain for domain in domains),
@@ -66,11 +66,6 @@ class ServerConfig(Section):
         model_aliases: names that requests may use, too, and that are not listed.
         num_fronts: HTTP processes; by default as many as the cores warrant.
         max_num_queued_requests: requests waiting in the engine beyond which new ones get 503.
-        max_requests_per_key: requests that an API key may have in an engine; beyond it 429; 0: any number.
-        tokens_per_minute_per_key: tokens of prompts and outputs that it may have of an engine a minute; the same.
-        least_priority_by_key: smallest (most urgent) priority that each key may ask for, in the order of the keys; keys
-            beyond the list have no such bound.
-        clients_by: whom the fair scheduler takes for a client: who a request's `user` names, or its API key.
         shutdown_timeout: how long open requests may still run after SIGTERM.
         heartbeat_timeout: an engine or front process silent for so long is taken for frozen.
         stall_timeout: no step finished for so long while work is queued: `/health` answers 503.
@@ -116,10 +111,6 @@ class ServerConfig(Section):
     model_aliases: tuple[str, ...] = ()
     num_fronts: Annotated[int, COUNT] = field(default_factory=default_num_fronts)
     max_num_queued_requests: Annotated[int, COUNT] = 2048
-    max_requests_per_key: Annotated[int, integer(0)] = 0
-    tokens_per_minute_per_key: Annotated[int, integer(0)] = 0
-    least_priority_by_key: Annotated[tuple[int, ...], PRIORITIES] = ()
-    clients_by: Annotated[str, one_of("user", "key")] = "user"
     shutdown_timeout: Annotated[float, Must("a number of at least 0", number(0).holds)] = 30.0
     heartbeat_timeout: Annotated[float, POSITIVE] = 3.0
     stall_timeout: Annotated[float, POSITIVE] = 4.0
@@ -176,7 +167,7 @@ class ServerConfig(Section):
         return frozenset(self.protected_paths) | ({"/openapi.json"} if "/docs" in self.protected_paths else frozenset())
 
     def with_keys(self, environment: Mapping[str, str]) -> ServerConfig:
-        """With the keys of `api_key_file` and of the environment's KVARENA_API_KEY among `api_keys`.
+        """With the keys of `api_key_file` and of the environment (`KEY_VARIABLES`) among `api_keys`.
 
         Raises:
             ConfigError: a source of keys holds none, or paths are protected without a key.
@@ -191,10 +182,11 @@ class ServerConfig(Section):
             if not found:
                 raise ConfigError(f"server.api_key_file={self.api_key_file} holds no key; write one a line")
             keys += found
-        if "KVARENA_API_KEY" in environment:
-            if not environment["KVARENA_API_KEY"].strip():
-                raise ConfigError("the environment variable KVARENA_API_KEY is set and empty; unset it, or give a key")
-            keys.append(environment["KVARENA_API_KEY"].strip())
+        for name in KEY_VARIABLES:
+            if name in environment:
+                if not environment[name].strip():
+                    raise ConfigError(f"the environment variable {name} is set and empty; unset it, or give a key")
+                keys.append(environment[name].strip())
         if self.protected_paths and not keys:
             raise ConfigError(
                 "server.protected_paths asks for a key, and there is none: give --api-key or --api-key-file"
@@ -211,7 +203,7 @@ class ServerConfig(Section):
                 raise ConfigError(f"unknown key 'server.{key}'; known: {', '.join(sorted(known))}")
             if "tuple" in str(known[key]):
                 value = () if value is None else (str(value),) if not isinstance(value, (list, tuple)) else value
-                value = tuple(value) if key == "least_priority_by_key" else tuple(str(item) for item in value)
+                value = tuple(str(item) for item in value)
             if key == "num_fronts" and value is None:
                 continue
             if key == "kv_events":
