@@ -145,7 +145,7 @@ class ResponseAnswer(Turn):
         events = self._open(item)
         events += self._event("response.content_part.added", **self._place, content_index=0, part=_part(kind, "", []))
         # Text alone has log-probabilities, and always names them.
-        beside = {} if kind == REASONING or self._logprobs else {"logprobs": []}
+        beside: dict[str, Any] = {} if kind == REASONING or self._logprobs else {"logprobs": []}
         self._head_of(f"response.{_PARTS[kind]}.delta", {"content_index": 0} | beside)
         self._only_grows = self._streams and not self._shows_more and self._parsers[0] is None
         return events
