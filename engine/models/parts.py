@@ -207,7 +207,7 @@ def _from_parts(
         if is_out_of_memory(error):
             raise does_not_fit(str(directory), config, dtype, target, free, False, load) from error
         raise ModelError(f"{directory} cannot be loaded: {one_line(error)}") from error
-    check_report(directory, config, info)
+    check_report(directory, shard.config, shard.report_in_whole(info))
     return module, "" if load is None else load.summary
 
 

@@ -213,6 +213,19 @@ class Shard:
     def _in_whole(self, name: str) -> str:
         return _LAYER.sub(lambda found: f"{found[1]}layers.{int(found[2]) + self.layers.start}.", name)
 
+    def report_in_whole(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        """transformers' report of a stage's loading by the names in the files, where layers count from the model's."""
+
+        def named(name: str) -> str:
+            found = _LAYER.search(name)
+            # Layers behind the model's last one kept their name.
+            return name if found is not None and int(found[2]) >= len(self.layers) else self._in_whole(name)
+
+        mismatched = [(named(name), *shapes) for name, *shapes in info["mismatched_keys"]]
+        return {key: [named(name) for name in info[key]] for key in ("missing_keys", "unexpected_keys")} | {
+            "mismatched_keys": mismatched
+        }
+
     def cut(self, tensors: Mapping[str, Any]) -> Tensors:
         """This rank's tensors under the names of its own model: each something that `[...]` reads.
 

@@ -101,6 +101,26 @@ WEB = _flags(
         "requests that may wait; beyond it: 503 (default: 2048)",
         _value("N", int),
     ),
+    (
+        "--max-requests-per-key",
+        "requests that an API key may have in an engine; beyond it: 429 (default: 0, any number)",
+        _value("N", int, ours=True),
+    ),
+    (
+        "--tokens-per-minute-per-key",
+        "tokens of prompts and outputs that an API key may have of an engine (default: 0, any number)",
+        _value("TOKENS", flag_values.tokens, ours=True),
+    ),
+    (
+        "--least-priority-by-key",
+        "most urgent priority of each API key, in the order of the keys (default: none)",
+        _value("N", int, nargs="+", ours=True),
+    ),
+    (
+        "--clients-by",
+        "whom --scheduler fair takes for a client: user, as requests name it, or key (default: user)",
+        _value(choices=("user", "key"), ours=True),
+    ),
     ("--shutdown-timeout", "seconds for open requests after SIGTERM (default: 30.0)", _value("S", float)),
     ("--allowed-origins", "CORS origins, a JSON list (default: none)", _value("JSON", json.loads)),
     ("--allowed-media-domains", "hosts of images to fetch (default: none)", _value("HOST", nargs="+")),

@@ -127,6 +127,17 @@ def test_a_head_that_is_missing_is_no_embedding(tmp_path):
         build_engine(of_model(directory, "parallel.pipeline_parallel_size=2", *THREADS), SharedParts())
 
 
+@pytest.mark.parametrize(("fault", "words"), [("missing", "lacks the weights {}"), ("flat", "weight {} has shape")])
+def test_a_stage_names_weights_as_the_files_do(tmp_path, fault, words):
+    directory, name = write_checkpoint(tmp_path), "model.layers.2.mlp.down_proj.weight"
+    state = load_file(directory / "model.safetensors")
+    weight = state.pop(name)
+    more = {name: weight.flatten()} if fault == "flat" else {}
+    save_file(state | more, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(KvarenaError, match=words.format(name)):
+        build_engine(of_model(directory, "parallel.pipeline_parallel_size=2", *THREADS), SharedParts())
+
+
 def test_a_stage_of_layers_alone(directories):
     """Three stages: the one between embeds nothing and picks nothing."""
     parts, asked = SharedParts(), requests()

@@ -20,6 +20,7 @@ def guarded(tmp_path_factory):
     running = RunningServer(
         "--api-key-file", str(keys), "--protect", "/metrics", "/docs", "--allowed-origins", '["http://page.example"]',
         "--set", "server.max_body_mib=0.001", "--root-path", "/shown", "--enable-per-request-metrics",
+        "--max-requests-per-key", "2", "--least-priority-by-key", "0", "1", "--clients-by", "key",
         key=None, module="kvarena",
     )  # fmt: skip
     yield running
@@ -45,6 +46,24 @@ def test_an_answer_tells_how_long_its_parts_took(guarded):
     assert ['"metrics"' in line for line in streamed.text.splitlines() if line][-2:] == [True, False]
     chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
     assert set(httpx.post(guarded.url + "/v1/chat/completions", json=chat, headers=AUTH).json()["metrics"]) == set(made)
+
+
+def test_a_key_has_no_more_than_it_may_have(guarded):
+    url, body = guarded.url + "/v1/completions", {"prompt": "The", "max_tokens": 2}
+    refused = httpx.post(url, json=body | {"n": 3}, headers=AUTH)
+    assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert httpx.post(url, json=body | {"n": 2}, headers=AUTH).status_code == 200
+    assert httpx.post(url, json=body, headers=AUTH).status_code == 200
+
+
+def test_a_key_asks_for_no_more_urgency_than_it_may(guarded):
+    url, body = guarded.url + "/v1/completions", {"prompt": "The", "max_tokens": 2}
+    other = {"Authorization": "Bearer another"}
+    refused = httpx.post(url, json=body | {"priority": 0}, headers=other)
+    assert refused.status_code == 403 and refused.json()["error"]["code"] == "priority_not_allowed"
+    assert httpx.post(url, json=body, headers=other).status_code == 200
+    assert httpx.post(url, json=body | {"priority": 0}, headers=AUTH).status_code == 200
 
 
 def test_a_proxy_s_path_may_be_left_on(guarded):

@@ -32,11 +32,13 @@ from kvarena.engine.server.shared.metrics import Rows
 _ERRORS = {
     400: "A parameter is wrong, or the prompt is beyond the context.",
     401: "The API key is missing or wrong.",
+    403: "The key may not ask for this priority.",
     404: "No such model.",
     405: "The path does not know this method.",
     408: "The body did not arrive in time, or the client reads too slowly.",
     413: "The body is too large.",
     415: "The body is not JSON.",
+    429: "The key has as many requests or tokens as it may have.",
     431: "The headers are too large.",
     500: "The server failed.",
     503: "The queue is full, the server is shutting down, or the engine is gone.",
@@ -54,7 +56,7 @@ def body_of(model: type[Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref}}}}
 
 
-_POST = responses_of(400, 404, 408, 413, 415, 500, 503)
+_POST = responses_of(400, 403, 404, 408, 413, 415, 429, 500, 503)
 
 
 def answers_of(model: type[Any]) -> dict[int | str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import time
 import uuid
 from collections.abc import Callable, Coroutine
@@ -44,7 +45,7 @@ from kvarena.engine.server.front.http import Body, read_json, validated
 from kvarena.engine.server.media.reader import ImageReader
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.errors import ApiError, bad_request, beyond_context, unavailable
-from kvarena.engine.server.shared.ipc import AddFrame, EngineInfo, pack_ids, pack_image
+from kvarena.engine.server.shared.ipc import KEY_LIMIT, AddFrame, EngineInfo, pack_ids, pack_image
 from kvarena.engine.server.shared.metrics import Row
 from kvarena.engine.server.text.tokenization import TokenizerService
 
@@ -289,6 +290,7 @@ class Service:
     ) -> Response:
         """Hand the prompts to the engine, wait until all are queued, and answer. Raises ApiError."""
         state, req = request.state, answer.req
+        priority = self._priority(req, state.key)
         answer.shows_metrics = self.config.per_request_metrics
         if constraint is not None:
             self.client.constrain(constraint)
@@ -301,8 +303,8 @@ class Service:
                     prompt=pack_ids(choices[0].prompt),
                     sampling=choices[0].sampling,
                     arrival=answer.arrival,
-                    priority=req.priority or 0,
-                    client_id=req.user or "",
+                    priority=priority,
+                    client_id=f"key {state.key}" if self.config.clients_by == "key" else req.user or "",
                     cache_salt=req.cache_salt or "",
                     constraint=None if constraint is None else constraint.key,
                     shown_id=state.request_id,
@@ -327,10 +329,26 @@ class Service:
             return EventStream(answer, state.request_id)
         return await collect(answer)
 
+    def _priority(self, req: SamplingFields, key: int) -> int:
+        """A request's priority, as its key may have it; without one as close to 0 as that is. Raises ApiError."""
+        bounds = self.config.least_priority_by_key
+        if not 0 <= key < len(bounds):
+            return req.priority or 0
+        if req.priority is not None and req.priority < bounds[key]:
+            raise ApiError(
+                403, f"This key may ask for priorities from {bounds[key]} on.", "priority", "priority_not_allowed"
+            )
+        return max(0, bounds[key]) if req.priority is None else req.priority
+
     def _refusal(self, refused: Refused) -> ApiError:
         if refused.reason in ("queue_full", "images_full"):
             self.row.inc("vllm:admission_rejections", "queue_full")
             return unavailable(f"The server is overloaded: {refused}. Try again later.", "queue_full")
+        if refused.reason == KEY_LIMIT:
+            self.row.inc("vllm:admission_rejections", KEY_LIMIT)
+            found = re.search(r"in (\d+) s$", str(refused))
+            wait = {"Retry-After": found[1] if found else "1"}
+            return ApiError(429, f"Too many requests: {refused}.", code="rate_limit_exceeded", headers=wait)
         if refused.reason in ("max_model_len", "max_request_tokens"):
             self.row.inc("vllm:admission_rejections", refused.reason)
             return beyond_context(str(refused), "prompt")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from kvarena.engine.errors import EngineError, KvarenaError, RequestRejected
 from kvarena.engine.request import expand
 from kvarena.engine.server.engine.served import Outgoing, ServedEngine, ServedRequest
+from kvarena.engine.server.engine.tenants import Tenants
 from kvarena.engine.server.engine.token_lists import TokenLists
-from kvarena.engine.server.shared.ipc import AddFrame, ToEngine, unpack_ids, unpack_image
+from kvarena.engine.server.shared.ipc import KEY_LIMIT, AddFrame, ToEngine, unpack_ids, unpack_image
 
 if TYPE_CHECKING:
     from kvarena.engine.server.engine.compiled import CompiledGrammars
@@ -32,6 +33,7 @@ class Intake:
         served: the engine and its facts.
         num_fronts: how many fronts there are.
         max_num_queued_requests: waiting requests beyond which new ones are refused.
+        tenants: what each API key may have; None: all that it asks for.
 
     Attributes:
         requests: those that have not ended, by front and handle.
@@ -39,7 +41,10 @@ class Intake:
         grammars: what constraints are compiled in, or None when the runner cannot apply any.
     """
 
-    def __init__(self, served: ServedEngine, num_fronts: int, max_num_queued_requests: int) -> None:
+    def __init__(
+        self, served: ServedEngine, num_fronts: int, max_num_queued_requests: int, tenants: Tenants | None = None
+    ) -> None:
+        self._tenants = tenants or Tenants()
         self._served, self._engine = served, served.engine
         self._max_queued, self._eos_token_ids = max_num_queued_requests, frozenset(served.info.eos_token_ids)
         self._inboxes: list[deque[list[Any]]] = [deque() for _ in range(num_fronts)]
@@ -142,6 +147,10 @@ class Intake:
         if num_waiting + num_new > self._max_queued + self._free_seats():
             out.admitted.append((frame.handle, "queue_full", f"{num_waiting} requests are waiting"))
             return
+        num_tokens = num_new * (len(frame.prompt) // 4 + frame.sampling.max_tokens)  # of int32
+        if said := self._tenants.refusal(frame.key, num_new, num_tokens):
+            out.admitted.append((frame.handle, KEY_LIMIT, said))
+            return
         num_bytes = sum(len(image[-1]) for image in frame.images)
         if num_bytes and self._image_bytes + num_bytes > MAX_IMAGE_BYTES:
             text = f"images of {self._image_bytes >> 20} MiB are waiting or running"
@@ -154,6 +163,7 @@ class Intake:
                 engine.add(req)
                 self.requests[front, req.handle] = req
                 self._image_bytes += _image_bytes(req)
+                self._tenants.begin(req)
         except RequestRejected as error:
             self._undo_add(front, frame)
             out.admitted.append((frame.handle, error.reason, self._served.words(str(error))))
@@ -220,6 +230,7 @@ class Intake:
         req.is_open = False
         if self.requests.pop((req.front, req.handle), None) is not None:
             self._image_bytes -= _image_bytes(req)
+            self._tenants.end(req)
 
     def drop_front(self, front: int) -> int:
         """A front is gone: end its requests; how many they were."""

@@ -21,6 +21,7 @@ from kvarena.engine.request import FinishReason, Request
 from kvarena.engine.server.engine.gauges import Gauges
 from kvarena.engine.server.engine.intake import Intake
 from kvarena.engine.server.engine.served import Outgoing, ServedEngine, ServedRequest
+from kvarena.engine.server.engine.tenants import Tenants
 from kvarena.engine.server.shared import metrics
 from kvarena.engine.server.shared.ipc import BAD_CONSTRAINT, Link, ToFront
 from kvarena.engine.server.shared.page import Page
@@ -44,6 +45,7 @@ class EngineLoop:
         page: the shared metrics page.
         number: of this engine.
         max_num_queued_requests: waiting requests beyond which new ones are refused.
+        tenants: what each API key may have.
     """
 
     def __init__(
@@ -54,10 +56,11 @@ class EngineLoop:
         page: Page,
         max_num_queued_requests: int,
         number: int = 0,
+        tenants: Tenants | None = None,
     ) -> None:
         self._served, self._engine = served, served.engine
         self._links = [Link(sock) for sock in fronts]
-        self._intake = Intake(served, len(fronts), max_num_queued_requests)
+        self._intake = Intake(served, len(fronts), max_num_queued_requests, tenants)
         self._control = control
         self._row = metrics.Row(page, number)
         self._num_failed_in_a_row = 0

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from kvarena.engine.errors import ConfigError, KvarenaError
 from kvarena.engine.server.engine.loop import EngineLoop
 from kvarena.engine.server.engine.served import ServedEngine
+from kvarena.engine.server.engine.tenants import Tenants
 from kvarena.engine.server.processes.process import end_process, freeze_heap, start_log
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.kv_events import KVEventsConfig
@@ -48,7 +49,8 @@ def run_engine(
         signal.signal(number, signal.SIG_IGN)
     try:
         served = with_feed(factory(place), config.kv_events, place.rank)
-        loop = EngineLoop(served, fronts, control, page, config.max_num_queued_requests, place.rank)
+        tenants = Tenants(config.max_requests_per_key, config.tokens_per_minute_per_key)
+        loop = EngineLoop(served, fronts, control, page, config.max_num_queued_requests, place.rank, tenants)
     except KvarenaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)

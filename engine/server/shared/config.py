@@ -45,6 +45,7 @@ ROOT_PATH = Must(
     "empty, or a path such as /model without a slash at its end",
     lambda value: value == "" or (TEXT.holds(value) and value.startswith("/") and not value.endswith("/")),
 )
+PRIORITIES = Must("a list of integers", lambda values: all(integer(-(2**31)).holds(value) for value in values))
 HOSTS = Must(
     "host names, such as images.example.com, without scheme, path or *",
     lambda domains: isinstance(domains, tuple) and not any("/" in domain or "*" in domain for domain in domains),
@@ -66,6 +67,11 @@ class ServerConfig(Section):
         model_aliases: names that requests may use, too, and that are not listed.
         num_fronts: HTTP processes; by default as many as the cores warrant.
         max_num_queued_requests: requests waiting in the engine beyond which new ones get 503.
+        max_requests_per_key: requests that an API key may have in an engine; beyond it 429; 0: any number.
+        tokens_per_minute_per_key: tokens of prompts and outputs that it may have of an engine a minute; the same.
+        least_priority_by_key: smallest (most urgent) priority that each key may ask for, in the order of the keys; keys
+            beyond the list have no such bound.
+        clients_by: whom the fair scheduler takes for a client: who a request's `user` names, or its API key.
         shutdown_timeout: how long open requests may still run after SIGTERM.
         heartbeat_timeout: an engine or front process silent for so long is taken for frozen.
         stall_timeout: no step finished for so long while work is queued: `/health` answers 503.
@@ -111,6 +117,10 @@ class ServerConfig(Section):
     model_aliases: tuple[str, ...] = ()
     num_fronts: Annotated[int, COUNT] = field(default_factory=default_num_fronts)
     max_num_queued_requests: Annotated[int, COUNT] = 2048
+    max_requests_per_key: Annotated[int, integer(0)] = 0
+    tokens_per_minute_per_key: Annotated[int, integer(0)] = 0
+    least_priority_by_key: Annotated[tuple[int, ...], PRIORITIES] = ()
+    clients_by: Annotated[str, one_of("user", "key")] = "user"
     shutdown_timeout: Annotated[float, Must("a number of at least 0", number(0).holds)] = 30.0
     heartbeat_timeout: Annotated[float, POSITIVE] = 3.0
     stall_timeout: Annotated[float, POSITIVE] = 4.0
@@ -203,7 +213,7 @@ class ServerConfig(Section):
                 raise ConfigError(f"unknown key 'server.{key}'; known: {', '.join(sorted(known))}")
             if "tuple" in str(known[key]):
                 value = () if value is None else (str(value),) if not isinstance(value, (list, tuple)) else value
-                value = tuple(str(item) for item in value)
+                value = tuple(value) if key == "least_priority_by_key" else tuple(str(item) for item in value)
             if key == "num_fronts" and value is None:
                 continue
             if key == "kv_events":

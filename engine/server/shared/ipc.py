@@ -26,6 +26,7 @@ _LENGTH = struct.Struct(">I")
 IDENTITY_BYTES = 33
 MAX_FRAME_BYTES = 1 << 28
 BAD_CONSTRAINT = "bad_constraint"  # how a choice ended: the structured output turned out to be impossible
+KEY_LIMIT = "key_limit"  # why a request was refused: its API key has all that it may have
 OUTBOX_LIMIT_BYTES = 64 << 20
 _RECV_BYTES = 1 << 18
 _MAX_RECV = 32  # some megabytes: the tiles of an image

@@ -123,7 +123,7 @@ METRICS: tuple[Metric, ...] = (
         "vllm:admission_rejections",
         "counter",
         "Requests refused on arrival.",
-        {"reason": ("queue_full", "max_model_len", "max_request_tokens", "draining", "engine_dead")},
+        {"reason": ("queue_full", "key_limit", "max_model_len", "max_request_tokens", "draining", "engine_dead")},
     ),
     *(Metric(f"vllm:{n}", "histogram", h, {}, b) for n, (h, b) in (_REQUEST_SECONDS | _REQUEST_COUNTS).items()),
     Metric("kvarena:kv_slots", "gauge", "Slots of the KV pool; the classes add up to it.", {"class": CLASSES}),
