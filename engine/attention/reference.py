@@ -105,6 +105,8 @@ class ReferenceBackend:
             if prepared.tile_tokens is None:
                 return decoded
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        # Padding is nobody's. Left as memory was, a NaN would come by the null block to keys that others mask: 0 x NaN.
+        out[int(meta.host_query_start_loc[-1]) :].zero_()
         if decoded is not None and prepared.tile_tokens is not None:
             out.index_copy_(0, prepared.tile_tokens, decoded)
         for group in self._groups(meta, window, explicit=softcap is not None or sinks is not None):

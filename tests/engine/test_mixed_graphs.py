@@ -72,6 +72,25 @@ def test_a_step_gives_the_logits_of_its_requests_alone(graphs):
     torch.testing.assert_close(whole, chunk, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def dirty_memory():
+    """Memory that torch hands out without clearing it holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def test_padding_leaves_nothing_of_dirty_memory(graphs, dirty_memory):
+    """By the null block it would reach the keys that every other request masks."""
+    assert torch.empty_like(torch.ones(1)).isnan()
+    graphs, tables = graphs
+    tables.update(3, [5, 6])
+    for start in (0, 3):
+        assert graphs.mixed(step_of((3, start, [11, 12, 13], True))).isfinite().all()
+    assert all(part.isfinite().all() for part in graphs._backend.pool.slots(1))
+
+
 def test_steps_that_ask_for_more_go_elsewhere(graphs):
     graphs, _ = graphs
 
