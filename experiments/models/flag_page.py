@@ -6,7 +6,6 @@ kvarena make flag_page --check    # exit code 1 where it is not what would be wr
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 
 from kvarena.engine.checkpoints.directory import PACKAGE_ROOT
@@ -59,7 +58,7 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Write the page, or compare it; returns the exit code."""
     parser = tool_parser(__name__, __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page differs")
@@ -73,7 +72,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if made == text else 1
     PAGE.write_text(made, encoding="utf-8")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -87,7 +87,7 @@ def create_app(service: Service, rows: Rows, more: Sequence[AddRoutes] = ()) -> 
     _add_error_handlers(app)
     _add_status_routes(app, service, rows)
     _add_model_routes(app, service)
-    add_operating_routes(app, service, rows)
+    add_operating_routes(app, service, rows, _POST)
     add_static_files(app)
     add_docs(app)
     if service.config.enable_dashboard:

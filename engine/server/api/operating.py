@@ -45,7 +45,7 @@ def load_header(rows: Rows, kind: str) -> bytes:
     return b"TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in named.items()).encode()
 
 
-def add_operating_routes(app: FastAPI, service: Service, rows: Rows) -> None:
+def add_operating_routes(app: FastAPI, service: Service, rows: Rows, errors: dict[int | str, dict[str, Any]]) -> None:
     """Add the routes to an app."""
 
     @app.get("/load", summary="Requests being served")
@@ -82,7 +82,10 @@ def add_operating_routes(app: FastAPI, service: Service, rows: Rows) -> None:
             "added_tokens": {str(token): str(text) for token, text in tokenizer.added_tokens_decoder.items()},
         }
 
-    @app.post("/invocations", summary="A chat or a completion, by what the body holds", response_class=Response)
+    @app.post(
+        "/invocations", summary="A chat or a completion, by what the body holds", response_class=Response,
+        responses=errors,
+    )  # fmt: skip
     async def invocations(request: Request) -> Response:
         body = await read_json(request, service.config)
         if "messages" in body:
