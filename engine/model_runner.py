@@ -49,6 +49,7 @@ class StepResult(NamedTuple):
         copy_time: seconds that the step spent on `plan.copies` (swaps, copy-on-write).
         scores: of the entries that sampled, in order; None unless the runner was made to keep them.
         num_experts_read: experts that had a token, all layers together; of a simulated step as expected.
+        num_kv_saved: tokens of context whose KV was not read for a request, because it was read for another one too.
     """
 
     token_ids: list[int | None]
@@ -57,6 +58,7 @@ class StepResult(NamedTuple):
     copy_time: float = 0.0
     scores: TokenScores | None = None
     num_experts_read: float = 0.0
+    num_kv_saved: int = 0
 
 
 class PendingTokens(Protocol):

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvarena.engine.sharing.reads import SharedReads
+
 
 @dataclass(slots=True)
 class AttentionMetadata:
@@ -33,6 +35,8 @@ class AttentionMetadata:
         block_size: slots per block.
         host_query_start_loc: `query_start_loc` as a host array, so that nobody has to wait for the device.
         host_seq_lens: `seq_lens` as a host array.
+        reads: how requests with one new token read what they have in common once; None: each reads its own context.
+            For a backend with `most_shared_rows`; others read everything row by row.
         prepared: what the backend's `prepare` made of this step; nobody else looks at it.
     """
 
@@ -46,6 +50,7 @@ class AttentionMetadata:
     block_size: int
     host_query_start_loc: np.ndarray
     host_seq_lens: np.ndarray
+    reads: SharedReads | None = None
     prepared: Any = None
 
 
@@ -137,4 +142,18 @@ class KeepingBackend(AttentionBackend, Protocol):
             layer: index of the layer in the pool.
             meta: the step.
         """
+        ...
+
+
+@runtime_checkable
+class SharingBackend(AttentionBackend, Protocol):
+    """A backend that can read once what requests with one new token have in common."""
+
+    @property
+    def most_shared_rows(self) -> int:
+        """Most requests that one item of `AttentionMetadata.reads` may have."""
+        ...
+
+    def can_share(self, reads: SharedReads) -> bool:
+        """Whether there is room for a step's plan; if not, it must come without."""
         ...

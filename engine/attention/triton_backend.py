@@ -3,7 +3,8 @@
 Rows with one new token go to the decode kernel, the others to the prefill kernel: at most two launches a layer. Only
 host copies of the step's metadata are read to plan it; nothing waits for the device. With `reserve`, a step's plan
 lives in buffers of fixed size and address, which a CUDA graph may capture. On Hopper both have a CUDA kernel for plain
-layers. Steps of whole prompts of equal length may go to the library (`kvarena.engine.attention.dense`).
+layers. Steps of whole prompts of equal length may go to the library (`kvarena.engine.attention.dense`). Where a step's
+metadata say what rows have in common, these go to a kernel that reads it once.
 """
 
 from __future__ import annotations
@@ -18,17 +19,25 @@ from kvarena.engine.attention.base import AttentionMetadata
 from kvarena.engine.attention.dense import DensePrompts, library_backend
 from kvarena.engine.errors import ConfigError, EngineError
 from kvarena.engine.kernels.attention.base import AttentionCall
-from kvarena.engine.kernels.attention.config import MANY_ROWS, decode_config, prefill_config, triton_from
+from kvarena.engine.kernels.attention.config import (
+    MANY_ROWS,
+    decode_config,
+    prefill_config,
+    shared_config,
+    triton_from,
+)
 from kvarena.engine.kernels.attention.decode import DecodeScratch, decode_attention
 from kvarena.engine.kernels.attention.plan import DECODE_FIELDS, Capacity, Shape, plan_step
 from kvarena.engine.kernels.attention.prefill import prefill_attention
 from kvarena.engine.kernels.attention.prefill_plan import PREFILL_FIELDS
+from kvarena.engine.kernels.attention.shared_plan import SharedDecode, SharedPlan
 from kvarena.engine.kernels.attention.stream_decode import FEWEST_ROWS, StreamDecode, streams
 from kvarena.engine.kernels.attention.wide_prefill import WidePrefill, fits
 from kvarena.engine.kernels.hopper import load_hopper_kernels
 from kvarena.engine.kernels.store import gather_kv, store_kv
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.sampling.transfer import copy_to, to_device
+from kvarena.engine.sharing.reads import SharedReads
 
 
 @dataclass(slots=True)
@@ -46,6 +55,7 @@ class _Plan:
         is_reserved: True when a graph relies on the buffer's address and the capacity.
         dense: (rows, length) of a step that the library may do.
         fresh: a layer and its new keys and values, as `keep_kv` got them.
+        shared: of a step whose decode rows have something in common; there are no other decode items then.
     """
 
     capacity: Capacity
@@ -58,6 +68,7 @@ class _Plan:
     is_reserved: bool
     dense: tuple[int, int] | None = None
     fresh: tuple[int, Tensor, Tensor] | None = None
+    shared: SharedPlan | None = None
 
 
 class TritonBackend:
@@ -107,7 +118,22 @@ class TritonBackend:
         if self._triton_from is not None:
             self.decode_kernel += f", triton from {self._triton_from} rows on"
         self.prefill_kernel = "triton" if self._wide is None else "cuda"
+        self._shared = SharedDecode(
+            pool,
+            num_heads,
+            shared_config(pool.head_dim, pool.dtype.itemsize, num_heads // pool.num_kv_heads),
+            self._num_multiprocessors,
+        )
         self._dense = DensePrompts(library_backend(pool.device, pool.dtype, pool.head_dim) if use_library else None)
+
+    @property
+    def most_shared_rows(self) -> int:
+        """See `SharingBackend`."""
+        return self._shared.most_rows
+
+    def can_share(self, reads: SharedReads) -> bool:
+        """See `SharingBackend`."""
+        return self._shared.fits(reads)
 
     def shape(self, num_rows: int, *, is_most: bool = False) -> Shape:
         """How steps of `num_rows` decode rows are cut; `is_most`: of at most so many, and mostly fewer."""
@@ -122,20 +148,27 @@ class TritonBackend:
         prefill = None if self._wide is None else self._wide.programs(pool.num_kv_heads)
         return Shape(config, queries, max(1, programs // pool.num_kv_heads), stays, prefill)
 
-    def reserve(self, meta: AttentionMetadata, num_rows: int, num_prefill_tokens: int = 0) -> None:
+    def reserve(
+        self, meta: AttentionMetadata, num_rows: int, num_prefill_tokens: int = 0, *, shares: bool = False
+    ) -> None:
         """Give `meta` a plan of fixed size and address, for a CUDA graph; `prepare` then refills it.
 
         Args:
             meta: the metadata object that every replay uses.
             num_rows: most rows of a step.
             num_prefill_tokens: most new tokens of rows with more than one; 0 for a graph of decode rows alone.
+            shares: of steps that come with `reads`, and no others.
         """
         shape = self.shape(num_rows, is_most=num_prefill_tokens > 0)
         prefill = shape.prefill_capacity(num_rows, num_prefill_tokens) if num_prefill_tokens else 0
         capacity = Capacity(shape.decode_capacity(num_rows), prefill, shape.slots_per_head + 1 if shape.stays else 0)
+        if shares:
+            capacity = Capacity(0, prefill)
         buffer = torch.full((capacity.num_words,), -1, dtype=torch.int32, device=self.pool.device)
         scratch = self._scratch_for(capacity.decode, num_rows)
         meta.prepared = _views(buffer, capacity, scratch, shape, is_reserved=True)
+        if shares:
+            meta.prepared.shared = self._shared.reserve(num_rows)
 
     def prepare(self, meta: AttentionMetadata) -> None:
         """Cut the step into work items and send them to the device."""
@@ -145,16 +178,28 @@ class TritonBackend:
             shape = reserved.shape
         else:
             shape = self.shape(int((np.diff(meta.host_query_start_loc) == 1).sum()))
+        reads = meta.reads
+        if reserved is not None and (reads is None) != (reserved.shared is None):
+            raise EngineError("this step's buffers are of steps that share their reads, or of others, and it is not")
         words, capacity = plan_step(
-            meta.host_query_start_loc, meta.host_seq_lens, shape, reserved.capacity if reserved else None
+            meta.host_query_start_loc,
+            meta.host_seq_lens,
+            shape,
+            reserved.capacity if reserved else None,
+            decodes=reads is None,
         )
         if reserved is not None:
-            copy_to(words, reserved.buffer)
+            if reads is not None and reserved.shared is not None:
+                self._shared.fill(reserved.shared, reads)
+            if len(words):
+                copy_to(words, reserved.buffer)
             return
         sent = to_device(words, self.pool.device)
         scratch = self._scratch_for(capacity.decode, len(meta.host_seq_lens))
         plan = _views(sent, capacity, scratch, shape, is_reserved=False)
         plan.dense = self._dense.shape(meta.host_query_start_loc, meta.host_seq_lens)
+        if reads is not None:
+            plan.shared = self._shared.plan(reads, len(meta.host_seq_lens))
         meta.prepared = plan
 
     def write_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:
@@ -204,7 +249,9 @@ class TritonBackend:
             sliding_window, softcap, sinks, self.contiguous,
         )  # fmt: skip
         decode, prefill, starts = plan.capacity
-        if decode and starts and self._stream is not None and self._stream.takes(call):
+        if plan.shared is not None:
+            self._shared(call, plan.shared)
+        elif decode and starts and self._stream is not None and self._stream.takes(call):
             self._stream(call, items=plan.decode, num_items=decode, starts=plan.starts, scratch=plan.scratch)
         elif decode:
             decode_attention(call, items=plan.decode, num_items=decode, scratch=plan.scratch, config=plan.shape.decode)

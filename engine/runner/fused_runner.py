@@ -52,7 +52,7 @@ class FusedRunner(TorchRunner):
         max_model_len: longest context.
         graphs: capture forwards in CUDA graphs.
         mixed_tokens: most new tokens of a step with prompts that is padded to a bucket, for a graph; 0: none.
-        clock, num_scores: see `TorchRunner`.
+        clock, num_scores, shares: see `TorchRunner`.
     """
 
     def __init__(
@@ -69,12 +69,13 @@ class FusedRunner(TorchRunner):
         mixed_tokens: int = 0,
         clock: Clock | None = None,
         num_scores: int = 0,
+        shares: bool = False,
     ) -> None:
         # Rows are never added later, because graphs hold addresses. Twice the running requests: those that end keep
         # their row for a step or two.
         width = cdiv(max_model_len, pool.block_size) if isinstance(backend, ReservingBackend) else 0
         rows = self.rows_class(model.spec.vocab_size, pool.device, seed, num_rows=2 * max_num_seqs, width=width)
-        super().__init__(model, pool, backend, clock=clock, num_scores=num_scores, rows=rows)
+        super().__init__(model, pool, backend, clock=clock, num_scores=num_scores, rows=rows, shares=shares)
         if decoder is not None:
             self.forward = functools.partial(decoder, backend=backend, pool=pool)
         self._num_read = None if decoder is None else decoder.num_read
@@ -92,7 +93,7 @@ class FusedRunner(TorchRunner):
             self._graphs = StepGraphs(
                 forward, backend, rows, logits, pool.block_size, mixed_tokens,
                 capture=GraphCapture() if graphs else None, has_grids=model.has_grids, draw=self._draw,
-                between=between,
+                between=between, reads=self._reads,
             )  # fmt: skip
 
     def _between(self, max_tokens: int) -> tuple[Forward, Between | None]:  # noqa: ARG002

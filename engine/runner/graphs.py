@@ -44,13 +44,16 @@ class Forward(Protocol):
 class ReservingBackend(AttentionBackend, Protocol):
     """An attention backend whose plan can live at a fixed address."""
 
-    def reserve(self, meta: AttentionMetadata, num_rows: int, num_prefill_tokens: int = 0) -> None:
+    def reserve(
+        self, meta: AttentionMetadata, num_rows: int, num_prefill_tokens: int = 0, *, shares: bool = False
+    ) -> None:
         """Give `meta` a plan of fixed size and address, which `prepare` then fills.
 
         Args:
             meta: of every step that the plan serves.
             num_rows: most requests of a step.
             num_prefill_tokens: most new tokens of requests with more than one.
+            shares: steps come with `AttentionMetadata.reads`; only a `SharingBackend` is asked for that.
         """
         ...
 
@@ -95,16 +98,19 @@ class GraphShape(NamedTuple):
         num_tokens: new tokens of a step, padding among them.
         num_rows: its requests, padding among them.
         is_decode: every request has one new token and samples.
+        shares: what decodes have in common is read once.
     """
 
     num_tokens: int
     num_rows: int
     is_decode: bool
+    shares: bool = False
 
     def __str__(self) -> str:
+        shared = " that share their reads" if self.shares else ""
         if self.is_decode:
-            return f"the decode forward for {self.num_rows} requests"
-        return f"the forward for {self.num_tokens} new tokens of {self.num_rows} requests"
+            return f"the decode forward for {self.num_rows} requests{shared}"
+        return f"the forward for {self.num_tokens} new tokens of {self.num_rows} requests{shared}"
 
 
 class CapturedGraph:

@@ -30,6 +30,8 @@ from kvarena.engine.runner.graphs import CapturedGraph, Forward, GraphCapture, G
 from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.runner.sender import WordSender
 from kvarena.engine.sampling.params import NUM_PARAMS, SKIPPED, TOP_K
+from kvarena.engine.sharing.reads import SharedReads, reads_alone
+from kvarena.engine.sharing.step_reads import StepReads
 
 DECODE_FIELDS = 2 + NUM_PARAMS
 TOKEN_FIELDS = 3
@@ -116,6 +118,7 @@ class StepGraphs:
             too. No step here computes an image's own positions.
         draw: draws the tokens of decode steps, as the end of their graphs; None: nobody does here.
         between: of a forward of some layers; None: it has all.
+        reads: what decodes have in common is read once, in graphs of their own; the backend can do that. None: never.
 
     Attributes:
         num_fields: of a request in a decode step.
@@ -135,8 +138,10 @@ class StepGraphs:
         has_grids: bool = False,
         draw: Draw | None = None,
         between: Between | None = None,
+        reads: StepReads | None = None,
     ) -> None:
         max_rows, device = len(logits), logits.device
+        self._reads = reads
         self._between = between
         self._decode_buckets = decode_buckets(max_rows)
         self._token_buckets = token_buckets(mixed_tokens)
@@ -190,19 +195,24 @@ class StepGraphs:
         Returns:
             [n, V]; overwritten by the next step.
         """
-        return self._decode(fields, fields.shape[1], filters=filters)
-
-    def _decode(self, fields: np.ndarray, num_real: int, *, filters: bool) -> Tensor:
         count = fields.shape[1]
-        bucket = _smallest(self._decode_buckets, count)
+        padded = np.concatenate([fields, self._padding(_smallest(self._decode_buckets, count) - count)], axis=1)
+        return self._decode(padded, count, self._shared(padded[2], padded[1] + 1), filters=filters)
+
+    def _shared(self, rows: np.ndarray, seq_lens: np.ndarray, decodes: np.ndarray | None = None) -> SharedReads | None:
+        """What a step's decodes read of what they have in common; see `StepReads`."""
+        return None if self._reads is None else self._reads(rows, seq_lens, decodes)
+
+    def _decode(self, fields: np.ndarray, num_real: int, reads: SharedReads | None, *, filters: bool) -> Tensor:
+        """A step of as many entries as a bucket has, padding among them."""
+        bucket = fields.shape[1]
         words = self._fields
-        words[:, :count] = fields
-        words[:, count:bucket] = self._padding(bucket - count)
+        words[:, :bucket] = fields
         self._sender.send(words.reshape(-1))
-        self._run(_decode_shape(bucket), self._host_loc[: bucket + 1], words[1, :bucket] + 1, 1, num_real)
+        self._run(_decode_shape(bucket), self._host_loc[: bucket + 1], fields[1] + 1, 1, num_real, reads)
         if filters:
             self._end_of_draw(bucket).run()
-        return self._logits[:count]
+        return self._logits[:num_real]
 
     def mixed(self, step: MixedStep) -> Tensor:
         """Run a small step.
@@ -212,7 +222,8 @@ class StepGraphs:
         """
         num_tokens = _smallest(self._token_buckets, len(step.tokens))
         num_rows = _smallest(self._row_buckets, len(step.rows))
-        self._run_mixed(GraphShape(num_tokens, num_rows, is_decode=False), step)
+        reads = self._shared(step.rows, step.starts + step.counts, np.flatnonzero(step.counts == 1))
+        self._run_mixed(GraphShape(num_tokens, num_rows, is_decode=False), step, reads)
         return self._logits[: int(step.samples.sum())]
 
     def warm_up(self, max_rows: int, max_tokens: int) -> int:
@@ -239,22 +250,30 @@ class StepGraphs:
                 graph.hurry()
             num_run += 1
             if shape.is_decode:
-                self._decode(self._padding(shape.num_rows), 0, filters=draws)
+                reads = reads_alone(shape.num_rows) if shape.shares else None
+                self._decode(self._padding(shape.num_rows), 0, reads, filters=draws)
             else:
-                self._run_mixed(shape, empty)
+                self._run_mixed(shape, empty, reads_alone(0) if shape.shares else None)
         return num_run
 
     def reachable(self, max_rows: int, max_tokens: int) -> list[GraphShape]:
-        """Shapes of steps of at most so many requests and new tokens; decode steps first, the largest first."""
+        """Shapes of steps of at most so many requests and new tokens; decode steps first, the largest first.
+
+        Of more than one request each twice, where reads may be shared.
+        """
         decodes = [_decode_shape(size) for size in reversed(_reached(self._decode_buckets, min(max_rows, max_tokens)))]
         rows, tokens = _reached(self._row_buckets, max_rows), _reached(self._token_buckets, max_tokens)
         # A request has at least one new token, so a step of few tokens has few requests.
         fewest = {size: self._row_buckets[i - 1] + 1 if i else 1 for i, size in enumerate(self._row_buckets)}
-        return decodes + [
+        plain = decodes + [
             GraphShape(num_tokens, num_rows, is_decode=False)
             for num_tokens in reversed(tokens)
             for num_rows in reversed(rows)
             if fewest[num_rows] <= min(num_tokens, max_tokens)
+        ]
+        kinds = (False,) if self._reads is None else (False, True)
+        return [
+            shape._replace(shares=shares) for shape in plain for shares in kinds if shape.num_rows > 1 or not shares
         ]
 
     def _padding(self, count: int) -> np.ndarray:
@@ -264,22 +283,32 @@ class StepGraphs:
         fields[2 + TOP_K] = SKIPPED
         return fields
 
-    def _run_mixed(self, shape: GraphShape, step: MixedStep) -> None:
+    def _run_mixed(self, shape: GraphShape, step: MixedStep, reads: SharedReads | None) -> None:
         words, loc, seq_lens = self._words(step, shape.num_tokens, shape.num_rows)
         self._sender.send(words)
-        self._run(shape, loc, seq_lens, int(step.counts.max(initial=1)), len(step.tokens))
+        self._run(shape, loc, seq_lens, int(step.counts.max(initial=1)), len(step.tokens), reads)
 
-    def _run(self, shape: GraphShape, loc: np.ndarray, seq_lens: np.ndarray, max_query_len: int, num_real: int) -> None:
+    def _run(
+        self,
+        shape: GraphShape,
+        loc: np.ndarray,
+        seq_lens: np.ndarray,
+        max_query_len: int,
+        num_real: int,
+        reads: SharedReads | None,
+    ) -> None:
         """Run the step whose words have been sent.
 
         Args:
             shape: of the step.
             loc, seq_lens, max_query_len: int32 [R + 1], int32 [R] and a number, as in its metadata.
             num_real: tokens that are no padding.
+            reads: as in its metadata.
         """
-        graph = self._graph(shape)
+        graph = self._graph(shape._replace(shares=reads is not None))
         meta = graph.meta
         assert meta is not None
+        meta.reads = reads
         meta.host_query_start_loc, meta.host_seq_lens = loc, seq_lens
         meta.max_query_len, meta.max_seq_len = max_query_len, int(seq_lens.max())
         self._backend.prepare(meta)
@@ -294,7 +323,8 @@ class StepGraphs:
         graph = self._graphs.get(shape)
         if graph is None:
             meta = self._meta(shape)
-            self._backend.reserve(meta, shape.num_rows, 0 if shape.is_decode else shape.num_tokens)
+            shared = {"shares": True} if shape.shares else {}
+            self._backend.reserve(meta, shape.num_rows, 0 if shape.is_decode else shape.num_tokens, **shared)
             launch = functools.partial(self._launch_decode if shape.is_decode else self._launch_mixed, shape, meta)
             graph = CapturedGraph(shape, meta, launch, 1 if shape.is_decode else 2, self._capture)
             self._graphs[shape] = graph

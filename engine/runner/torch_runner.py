@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata
+from kvarena.engine.attention.base import AttentionBackend, AttentionMetadata, SharingBackend
 from kvarena.engine.attention.hook import attention_context
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.checkpoints.directory import one_line
@@ -38,6 +38,7 @@ from kvarena.engine.runner.request_rows import RequestRows
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
 from kvarena.engine.sampling.sampler import Sampler
 from kvarena.engine.sampling.transfer import to_device
+from kvarena.engine.sharing.step_reads import StepReads
 
 if TYPE_CHECKING:  # of a model that reads text nothing of it is imported
     from kvarena.engine.vision.encoder import InputRows
@@ -52,6 +53,7 @@ class StepTokens:
         prompt: log-probabilities of prompt tokens, where somebody wants them.
         no_memory: makes the error of a device without memory, which may show after the launch.
         experts_read: experts that the forward read; None for a dense model.
+        num_kv_saved: see `StepResult`.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class StepTokens:
         prompt: PromptLogprobs | None,
         no_memory: Callable[[BaseException], OutOfMemory],
         experts_read: HostCount | None = None,
+        num_kv_saved: int = 0,
     ) -> None:
         self._tokens = tokens
         self._samples = samples
         self._prompt = prompt
         self._no_memory = no_memory
         self._experts_read = experts_read
+        self._num_kv_saved = num_kv_saved
 
     def result(self) -> StepResult:
         """Wait for the step. Raises EngineError when the device failed or a token could not be sampled."""
@@ -82,10 +86,15 @@ class StepTokens:
         drawn = iter(token_ids)
         spread = [next(drawn) if sampled else None for sampled in self._samples]
         if logprobs is None:
-            return StepResult(spread, prompt_logprobs=prompt, scores=scores, num_experts_read=num_experts)
+            return StepResult(
+                spread, prompt_logprobs=prompt, scores=scores, num_experts_read=num_experts,
+                num_kv_saved=self._num_kv_saved,
+            )  # fmt: skip
         entries = iter(logprobs)
         rows: list[TokenLogprobs | None] = [next(entries) if sampled else None for sampled in self._samples]
-        return StepResult(spread, rows, prompt, scores=scores, num_experts_read=num_experts)
+        return StepResult(
+            spread, rows, prompt, scores=scores, num_experts_read=num_experts, num_kv_saved=self._num_kv_saved
+        )
 
 
 class _CopyTimer:
@@ -158,6 +167,7 @@ class TorchRunner:
         clock: times the block copies on a CPU; None makes one.
         num_scores: keep the scores of so many best tokens of every sampled position (`StepResult.scores`); 0: none.
         rows: what is kept of each request; None makes rows that grow in number.
+        shares: read once what decodes have in common; of a `SharingBackend`.
 
     Attributes:
         forward: computes a step's logits, in graphs or as it is.
@@ -175,6 +185,7 @@ class TorchRunner:
         clock: Clock | None = None,
         num_scores: int = 0,
         rows: RequestRows | None = None,
+        shares: bool = False,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -184,6 +195,13 @@ class TorchRunner:
         self._clock = WallClock() if clock is None else clock
         self._sampler = Sampler(num_scores)
         self._rows = self.rows_class(model.spec.vocab_size, self._device, seed) if rows is None else rows
+        self._reads: StepReads | None = None
+        if shares:
+            assert isinstance(self.backend, SharingBackend)
+            tables, most_rows = self._rows.tables, self.backend.most_shared_rows
+            self._reads = StepReads(
+                tables.read, tables.note_changes(), pool.block_size, most_rows, fits=self.backend.can_share
+            )
 
     def execute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
         """Launch one step. See `ModelRunner.execute`.
@@ -241,10 +259,14 @@ class TorchRunner:
         if len(inputs.pending):
             pending, rows = (to_device(index, self._device) for index in (inputs.pending, inputs.pending_rows))
             inputs.input_ids[pending] = self._rows.last_tokens[rows]
+        meta = inputs.meta
+        if self._reads is not None:
+            decodes = np.flatnonzero(np.diff(meta.host_query_start_loc) == 1)
+            meta.reads = self._reads(inputs.rows, meta.host_seq_lens, decodes)
         images = self.model.images
         given = images.inputs(plan, inputs.input_ids) if images is not None and images.touched(plan) else None
-        self.backend.prepare(inputs.meta)
-        logits = self.forward(inputs.input_ids, inputs.positions, inputs.meta, inputs=given)
+        self.backend.prepare(meta)
+        logits = self.forward(inputs.input_ids, inputs.positions, meta, inputs=given)
         num_sampled = sum(plan.samples)
         tokens = self._sample(plan, inputs.rows, logits[:num_sampled])
         prompts = inputs.prompt_rows
@@ -257,7 +279,8 @@ class TorchRunner:
     def _in_flight(self, plan: StepPlan, tokens: HostTokens | None, prompt: PromptLogprobs | None = None) -> StepTokens:
         read = self._experts_read()
         count = None if read is None else HostCount(read)
-        return StepTokens(tokens, plan.samples, prompt, functools.partial(self._no_memory, plan), count)
+        saved = 0 if self._reads is None else self._reads.num_saved
+        return StepTokens(tokens, plan.samples, prompt, functools.partial(self._no_memory, plan), count, saved)
 
     def _experts_read(self) -> Tensor | None:
         """Integer []: experts that the last forward read, on the device; None for a dense model."""

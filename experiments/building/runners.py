@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import PretrainedConfig
 
-from kvarena.engine.attention.base import AttentionBackend
+from kvarena.engine.attention.base import AttentionBackend, SharingBackend
 from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.clock import Clock
 from kvarena.engine.errors import ConfigError
@@ -58,7 +58,8 @@ def make_runner(
     if on_gpu and config.cpu != "fused":
         raise ConfigError(f"runner.cpu={config.cpu} is of a CPU, and this run is on a GPU; leave it out")
     if not on_gpu:
-        for name, value in (("graphs", config.graphs), *_gemm_settings(config).items()):
+        others = {"graphs": config.graphs, "share_reads": config.share_reads, **_gemm_settings(config)}
+        for name, value in others.items():
             if value not in ("auto", False):
                 raise ConfigError(f"runner.{name}={_word(value)} needs a GPU; leave it out")
     wants_fused = config.fusions is True or on_gpu or (config.cpu == "fused" and model.shard is None)
@@ -72,6 +73,7 @@ def make_runner(
     kernels = settle_products(model.module, model.spec.dtype)
     graphs, no_graphs = _graphs(config, backend, decoder) if on_gpu else (False, None)
     facts: Facts = {"fusions": decoder is not None, "graphs": graphs, "attention": type(backend).__name__}
+    shares = _shares(config, model, backend)
     if model.shard is not None:
         facts["ranks"] = _ranks(model, reducer)
     if kernels:
@@ -79,6 +81,7 @@ def make_runner(
         if graphs:
             prepare_products(model.module, model.spec.dtype, (*decode_buckets(max_num_seqs), *PROMPT_ROWS))
     if on_gpu:
+        facts["share_reads"] = shares
         # Imported here, as in `_ops`.
         from kvarena.engine.attention.triton_backend import TritonBackend
 
@@ -98,12 +101,13 @@ def make_runner(
         runner: TorchRunner = CpuRunner(model, pool, backend, decoder, seed=seed, clock=clock, num_scores=num_scores)
         return runner, facts
     if decoder is None and (not on_gpu or _is_staged(model)):
-        return _plain_runner(model, pool, backend, seed=seed, clock=clock, num_scores=num_scores), facts
+        runner = _plain_runner(model, pool, backend, seed=seed, clock=clock, num_scores=num_scores, shares=shares)
+        return runner, facts
     mixed = graphs and config.graphs != "decode"
     runner = _fused_runner(
         model, pool, backend, decoder, seed=seed, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
         graphs=graphs, mixed_tokens=graph_tokens(model.spec.num_parameters) if mixed else 0, clock=clock,
-        num_scores=num_scores,
+        num_scores=num_scores, shares=shares,
     )  # fmt: skip
     if reducer is not None:
         runner.reducer = reducer  # type: ignore[attr-defined] # for whoever times it
@@ -193,6 +197,22 @@ def _fused(
         return fuse(model, _ops(config, model.device, model.spec.dtype), max_model_len, reducer), None
     except NotFusable as error:
         return None, f"the model runs on its modules: {error}"
+
+
+def _shares(config: RunnerConfig, model: LoadedModel, backend: AttentionBackend) -> bool:
+    """Whether decodes read once what they have in common. `auto` does not: no device has timed it yet."""
+    if config.share_reads is not True:
+        return False
+    reason = None
+    if not isinstance(backend, SharingBackend):
+        reason = "the attention backend reads each context by itself; runner.attention=triton does not"
+    elif config.layout == "contiguous":
+        reason = "contiguous regions have no block in common; use runner.layout=paged"
+    elif model.shard is not None:
+        reason = "the ranks of a model read each context by itself"
+    if reason is not None:
+        raise ConfigError(f"runner.share_reads=true, and {reason}; use auto or false")
+    return True
 
 
 def _gemm_settings(config: RunnerConfig) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 The KV of position p is a hash of the request's tokens up to p, chained through the pool: writing position p reads
 position p - 1 back through the block table. The next token is derived from all hashes within the attention window,
 read back the same way. So a fault of an allocator or a scheduler (a block handed out twice, a stale cache hit, a lost
-swap, a wrong start) changes what is read, and the runner says where. Free of torch.
+swap, a wrong start) changes what is read, and the runner says where. What decodes would read once for several of
+them is judged too (`oracle_reads.py`). Free of torch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from kvarena.engine.contract import NULL_BLOCK, BlockCopy, CopyKind, KVAllocator
 from kvarena.engine.errors import EngineError
 from kvarena.engine.model_runner import ReadyTokens, StepResult
 from kvarena.engine.request import Request
+from kvarena.experiments.correctness.oracle_reads import ReadJudge
 
 
 class OracleFault(EngineError):
@@ -65,12 +67,14 @@ class OracleRunner:
 
     Attributes:
         num_copies: blocks copied so far, by kind.
+        judge: of shared reads; None before the first step.
     """
 
     def __init__(self, vocab_size: int = 97, window: int | None = None) -> None:
         self.vocab_size = vocab_size
         self.window = window
         self.num_copies = dict.fromkeys(CopyKind, 0)
+        self.judge: ReadJudge | None = None
         self._device: dict[int, int] = {}  # slot -> hash
         self._host: dict[tuple[int, int], int | None] = {}  # (host block, offset) -> hash
         self._prefix: dict[str, list[int]] = {}  # request -> the true hash at each position
@@ -81,6 +85,7 @@ class OracleRunner:
 
         Raises:
             OracleFault: an access that breaks the contract, or reads anything but the request's own prefix.
+            ReadFault: a shared read would be of another's block.
         """
         self._copy(plan.copies, allocator.block_size)
         entries = [
@@ -90,6 +95,14 @@ class OracleRunner:
         for entry in entries:
             self._check_table(entry, allocator)
             self._write(entry, allocator.block_size, written)
+        if self.judge is None:
+            self.judge = ReadJudge(allocator.block_size)
+        decodes = [entry for entry in entries if entry.end - entry.start == 1]
+        self.judge.check(
+            [entry.req.request_id for entry in decodes],
+            [entry.table for entry in decodes],
+            [entry.end for entry in decodes],
+        )
         token_ids: list[int | None] = []
         for entry, samples in zip(entries, plan.samples, strict=True):
             token = self._attend(entry, allocator.block_size, written)
@@ -103,6 +116,8 @@ class OracleRunner:
         for request_id in request_ids:
             self._prefix.pop(request_id, None)
             self._last.pop(request_id, None)
+        if self.judge is not None:
+            self.judge.release(request_ids)
 
     def _copy(self, copies: Iterable[BlockCopy], block_size: int) -> None:
         for kind, src, dst in copies:

@@ -35,7 +35,7 @@ WINDOW = 8
 Coverage = Counter[str]
 PATHS = (
     *("preempted", "recomputed", "swap_out", "swap_in", "grown", "chunked", "fragmented", "cached", "evicted"),
-    *("short", "waiting_inside", "shared", "device", "slid", "aborted", "rejected"),
+    *("short", "waiting_inside", "shared", "device", "slid", "aborted", "rejected", "read_once"),
 )
 
 
@@ -210,6 +210,7 @@ def _check_end(run: CellRun, expected: dict[str, list[int]]) -> None:
 def _count(run: CellRun, runner: OracleRunner) -> None:
     """Add what happened to the run's coverage."""
     count = run.coverage
+    count["read_once"] += 0 if runner.judge is None else runner.judge.num_saved
     for req in run.requests:
         count["preempted"] += req.num_preemptions
         count["recomputed"] += req.num_recomputed_tokens

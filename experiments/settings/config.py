@@ -225,6 +225,7 @@ class RunnerConfig(Section):
     gemm: Annotated[str, one_of("auto", "triton", "library")] = "auto"
     gemm_rows: Annotated[int | None, integer(1, 128).or_null] = None  # as many as the table has
     gemm_table: Annotated[str | None, TEXT.or_null] = None
+    share_reads: Annotated[bool | str, AUTO] = "auto"
     kind: Annotated[str, Must("torch, to compute on a device", one_of("torch").holds)] = "torch"
 
     def __post_init__(self) -> None:
@@ -242,6 +243,7 @@ class SimulatedRunnerConfig(Section):
     kind: Annotated[str, Must("simulated", one_of("simulated").holds)]
     profile: Annotated[str, Must("a name or a YAML file", TEXT.holds)]
     expert_skew: Annotated[float, SKEW] = 0.0
+    share_reads: Annotated[bool | str, AUTO] = "auto"
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from triton.compiler import ASTSource
 from kvarena.engine.kernels import INTERPRET
 from kvarena.engine.kernels.activation import gated_kernel
 from kvarena.engine.kernels.all_reduce import all_reduce_kernel, best_token_kernel
-from kvarena.engine.kernels.attention.config import decode_config, prefill_config
+from kvarena.engine.kernels.attention.config import decode_config, prefill_config, shared_config
 from kvarena.engine.kernels.attention.decode import decode_kernel, merge_width
 from kvarena.engine.kernels.attention.prefill import prefill_kernel
+from kvarena.engine.kernels.attention.shared_decode import VIEWS, constants_of, shared_decode_kernel
 from kvarena.engine.kernels.common import VARYING, next_power_of_2
 from kvarena.engine.kernels.drawing import MAX_CHOSEN, MAX_PARTS, MAX_TOP_K, NUM_GROUPS, TILE, key_shift
 from kvarena.engine.kernels.experts.few import norm_route_kernel, route_few_kernel
@@ -58,6 +59,11 @@ INTEGERS = {
     "seq_lens_ptr",
     "table_ptr",
     "counters_ptr",
+    "queue_ptr",
+    "head_ptr",
+    "places_ptr",
+    "cells_ptr",
+    "parts_ptr",
     "ids_ptr",
     "order_ptr",
     "read_ptr",
@@ -199,6 +205,11 @@ def attention_resources(few):
             }
             needs = resources(decode_kernel, shared | own, *launch(decode))
             yield f"decode {name} x {num_rows}", needs | {"threads": 32 * decode.num_warps}
+        if not shared["CONTIGUOUS"]:
+            config = shared_config(head_dim, 2, group)
+            own = constants_of(config, group, dim_pad) | {"TILE": config.tile, "STAGES": config.num_stages}
+            needs = resources(shared_decode_kernel, shared | own, *launch(config), unaligned=VIEWS)
+            yield f"shared {name}", needs | {"threads": 32 * config.num_warps, "programs": config.programs_per_sm}
         prefill = prefill_config(head_dim, 2, group)
         own = {
             "QUERIES": prefill.rows // group,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kvarena.engine.kernels import INTERPRET
-from kvarena.engine.kernels.attention.config import DecodeConfig, PrefillConfig
+from kvarena.engine.kernels.attention.config import DecodeConfig, PrefillConfig, SharedConfig
 from kvarena.engine.kernels.common import next_power_of_2, slot_type
 
 
@@ -52,8 +52,10 @@ class AttentionCall(NamedTuple):
         """A head's elements in a tile."""
         return max(16, next_power_of_2(self.q.shape[2]))
 
-    def arguments(self, items: Tensor, num_items: int, config: DecodeConfig | PrefillConfig) -> dict[str, Any]:
-        """The arguments that both kernels have, by name.
+    def arguments(
+        self, items: Tensor, num_items: int, config: DecodeConfig | PrefillConfig | SharedConfig
+    ) -> dict[str, Any]:
+        """The arguments that all kernels have, by name.
 
         Args:
             items: int32, see `kvarena.engine.kernels.attention.plan`.

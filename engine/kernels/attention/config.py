@@ -51,6 +51,40 @@ class PrefillConfig(NamedTuple):
     max_registers: int | None = None
 
 
+class SharedConfig(NamedTuple):
+    """How the decode kernel of requests with common blocks runs.
+
+    Attributes:
+        tile: tokens per step of the inner loop, of items of many rows.
+        narrow_tile: the same, of items with at most 16 query heads.
+        middle, wide: rows of the score matrix, query heads of all requests, of items of some and of many rows; equal:
+            there is one size.
+        num_warps: warps per program.
+        num_stages: depth of the load pipeline.
+        programs_per_sm: programs that stay on a multiprocessor.
+        lag: part of the items of many rows that come before the first of single rows, by tokens: these end their rows,
+            and merge.
+        queue: programs take the next item of a queue, which costs each item an exchange with the L2 cache; else every
+            so-manieth, whatever these take.
+        max_registers: per thread; None: as the compiler likes.
+    """
+
+    tile: int
+    narrow_tile: int
+    middle: int
+    wide: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    lag: float = 0.25
+    queue: bool = True
+    max_registers: int | None = None
+
+    def most_rows(self, group: int) -> int:
+        """Rows of an item at most, with `group` query heads to a KV head."""
+        return max(1, max(self.middle, self.wide) // group)
+
+
 # Batches of at most so many rows; larger ones fill the card by themselves.
 FEW_ROWS, SOME_ROWS, MANY_ROWS = 8, 16, 64
 
@@ -83,6 +117,23 @@ TRITON_FROM = {"H200": 256}
 def triton_from(card: str) -> int | None:
     """Rows from which on the Triton kernel decodes faster than the CUDA kernel on `card`; None: never."""
     return next((rows for name, rows in TRITON_FROM.items() if name in card), None)
+
+
+def shared_config(head_dim: int, element_size: int, group: int) -> SharedConfig:
+    """The shape of the decode kernel of requests with common blocks, by head size, the pool's element size in bytes
+    and the query heads per KV head.
+
+    By layouts and registers of the compiled kernel; no device has timed it yet (`kvarena benchmark kernels --only
+    shared --tune` does).
+    """
+    least = max(16, next_power_of_2(group))
+    if element_size > 2:
+        rows = max(32, least)
+        return SharedConfig(32, 32, rows, rows, num_warps=4, num_stages=2, programs_per_sm=2)
+    rows = max(64, least)
+    if max(16, next_power_of_2(head_dim)) > 128:
+        return SharedConfig(32, 32, rows, rows, num_warps=8, num_stages=2, programs_per_sm=1)
+    return SharedConfig(64, 64, rows, rows, num_warps=4, num_stages=2, programs_per_sm=2)
 
 
 def prefill_config(head_dim: int, element_size: int, group: int) -> PrefillConfig:

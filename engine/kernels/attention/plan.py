@@ -134,7 +134,12 @@ def _expand(rows: np.ndarray, counts: np.ndarray, order: np.ndarray) -> tuple[np
 
 
 def plan_step(
-    query_start_loc: np.ndarray, seq_lens: np.ndarray, shape: Shape, capacity: Capacity | None = None
+    query_start_loc: np.ndarray,
+    seq_lens: np.ndarray,
+    shape: Shape,
+    capacity: Capacity | None = None,
+    *,
+    decodes: bool = True,
 ) -> tuple[np.ndarray, Capacity]:
     """Fill a plan's buffer.
 
@@ -143,6 +148,7 @@ def plan_step(
         seq_lens: int [B]; rows without new tokens are left out.
         shape: how to cut.
         capacity: of the buffer; None makes it just large enough.
+        decodes: whether rows with one new token get items here.
 
     Returns:
         The buffer, int32, and its capacity.
@@ -153,6 +159,8 @@ def plan_step(
     query_lens = np.diff(query_start_loc).astype(np.int64)
     lens = seq_lens.astype(np.int64)
     decode_rows, prefill_rows = np.flatnonzero(query_lens == 1), np.flatnonzero(query_lens > 1)
+    if not decodes:
+        decode_rows = decode_rows[:0]
     starts = np.zeros(0, dtype=np.int64)
     if shape.stays and len(decode_rows):
         decode, starts = even_items(lens[decode_rows], shape)

@@ -1,0 +1,1 @@
+"""Which requests of a step begin with the same blocks, and what of these is read once: host-only."""
