@@ -16,8 +16,8 @@ comparison of two numbers. Free of torch.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,7 +110,8 @@ class PrefixOrder:
     def _insert(self, row: int) -> None:
         tables, rows, common = self._tables, self._rows, self._common
         table = tables[row]
-        at = bisect_left(rows, table, key=tables.__getitem__)
+        # All that are here are lists of integers.
+        at = bisect_left(rows, list(table), key=cast(Callable[[int], list[int]], tables.__getitem__))
         rows.insert(at, row)
         common.insert(at, num_common(tables[rows[at - 1]], table) if at else 0)
         if at + 1 < len(rows):

@@ -50,7 +50,7 @@ class SharedReads(NamedTuple):
     Attributes:
         order: int64 [n], the rows' places in the step.
         parts: int64 [n], parts of each row, in order.
-        first, count: int64 [items], where in `order` an item's rows begin, and how many they are.
+        first, num_rows: int64 [items], where in `order` an item's rows begin, and how many they are.
         part: int64 [items], which part of theirs it is.
         size: int64 [items], tokens of a whole part of these rows.
         begin, end: int64 [items], its tokens: only a row's last part is less than whole.
@@ -60,7 +60,7 @@ class SharedReads(NamedTuple):
     order: IntArray
     parts: IntArray
     first: IntArray
-    count: IntArray
+    num_rows: IntArray
     part: IntArray
     size: IntArray
     begin: IntArray

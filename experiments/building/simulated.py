@@ -48,9 +48,15 @@ def build_simulated_engine(config: RunConfig, clock: MovableClock | None = None)
     if clock is None:
         clock = VirtualClock()
     skew = config.runner.expert_skew
+    if config.runner.share_reads is True and isinstance(profile, MeasuredProfile) and not profile.shares:
+        raise ConfigError(
+            f"runner.share_reads=true, and runner.profile={profile_name} was fitted to runs in which each request read "
+            "its own context; take a card's profile, or leave it out"
+        )
+    shares = config.runner.share_reads is True
     runner = SimulatedRunner(
         profile.step_time(sizes, block_size, skew, ranks), clock, _harmless_token(sizes), host=profile.host,
-        experts=None if sizes.spec.experts is None else expert_load(sizes, skew),
+        experts=None if sizes.spec.experts is None else expert_load(sizes, skew), shares=shares,
     )  # fmt: skip
     return EngineParts(
         engine=strategy.engine(runner, clock, overlap=overlap, ledger=ledger),
@@ -60,7 +66,7 @@ def build_simulated_engine(config: RunConfig, clock: MovableClock | None = None)
         special_token_ids=sizes.special_token_ids,
         model=None,
         max_model_len=max_model_len,
-        pool_facts=pool_facts(strategy.allocator, spec, {"simulated": True}),
+        pool_facts=pool_facts(strategy.allocator, spec, {"simulated": True, "share_reads": shares}),
         config=config.engine,
         simulator=runner,
         simulation_facts={"profile": profile_name} | profile.facts(sizes, block_size, skew, ranks),

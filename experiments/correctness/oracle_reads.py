@@ -8,17 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
-
 from kvarena.engine.contract import cdiv
 from kvarena.engine.errors import EngineError
-from kvarena.engine.runner.block_tables import BlockTables
 from kvarena.engine.sharing.reads import ReadRules, SharedReads
-from kvarena.engine.sharing.step_reads import StepReads
+from kvarena.experiments.simulation.request_reads import RequestReads
 
 # Parts as small as the traces are short, and whatever is common is shared.
 _RULES = ReadRules(least_part=2, most_parts=8, least_saved=0.0)
-_FIRST_ROWS = 64
 
 
 class ReadFault(EngineError):
@@ -38,11 +34,7 @@ class ReadJudge:
 
     def __init__(self, block_size: int, most_rows: int = 3) -> None:
         self._block_size = block_size
-        self._rows: dict[str, int] = {}
-        self._free = list(range(_FIRST_ROWS - 1, -1, -1))
-        self._tables = BlockTables(_FIRST_ROWS)
-        changes = self._tables.note_changes()
-        self._reads = StepReads(self._tables.read, changes, block_size, most_rows, _RULES)
+        self._reads = RequestReads(most_rows, _RULES)
         self.num_saved = 0
 
     def check(self, request_ids: Sequence[str], tables: Sequence[Sequence[int]], seq_lens: Sequence[int]) -> None:
@@ -51,30 +43,14 @@ class ReadJudge:
         Raises:
             ReadFault: a row would read another's block, or a token of its context not once.
         """
-        rows = [self._row(request_id) for request_id in request_ids]
-        for row, table in zip(rows, tables, strict=True):
-            self._tables.update(row, list(table))
-        reads = self._reads(np.array(rows, dtype=np.int64), np.array(seq_lens, dtype=np.int64))
+        reads = self._reads(request_ids, tables, seq_lens, self._block_size)
         if reads is not None:
             self.num_saved += reads.num_saved
             self._check(reads, request_ids, tables, seq_lens)
 
     def release(self, request_ids: Sequence[str]) -> None:
         """Forget requests that ended."""
-        for request_id in request_ids:
-            row = self._rows.pop(request_id, None)
-            if row is not None:
-                self._tables.forget(row)
-                self._free.append(row)
-
-    def _row(self, request_id: str) -> int:
-        if request_id not in self._rows:
-            if not self._free:
-                count = len(self._tables.read)
-                self._tables.add_rows(count)
-                self._free = list(range(2 * count - 1, count - 1, -1))
-            self._rows[request_id] = self._free.pop()
-        return self._rows[request_id]
+        self._reads.release(request_ids)
 
     def _check(
         self,
@@ -84,7 +60,7 @@ class ReadJudge:
         seq_lens: Sequence[int],
     ) -> None:
         spans: list[list[tuple[int, int]]] = [[] for _ in request_ids]
-        columns = (reads.first, reads.count, reads.begin, reads.end)
+        columns = (reads.first, reads.num_rows, reads.begin, reads.end)
         for first, count, begin, end in zip(*(column.tolist() for column in columns), strict=True):
             places = reads.order[first : first + count].tolist()
             blocks = slice(begin // self._block_size, cdiv(end, self._block_size))

@@ -86,7 +86,7 @@ class RunRecorder:
         for req in plan.rejected:
             self._end(req, step.start_time)
         self.num_output_tokens += num_sampled
-        features = step_features(plan, sum(starts))
+        features = step_features(plan, sum(starts), step.result.num_kv_saved)
         num_swapped_out, num_swapped_in = _num_swapped(plan)
         preempted, rejected = (list(map(row_of, others)) for others in (plan.preempted, plan.rejected))
         values = (
@@ -110,6 +110,7 @@ class RunRecorder:
             features.num_prefill_requests,
             features.longest_prefill,
             features.num_kv_tokens,
+            features.num_distinct_kv_tokens,
             features.num_attention_pairs,
             step.result.num_experts_read,
             decision_hash(self._rows, array("q", starts), self._counts, preempted, rejected, step.usage),

@@ -12,7 +12,8 @@ function says that the decode ended.
 
 Steps that only decode and steps with prompts run other code: each kind has a table over its tokens. All else is fitted
 to both kinds at once, with what physics ties: a token whose KV is read costs the same in both, no coefficient is
-negative, no table falls. A step's weight is one over its time, so that relative errors count. Pauses of the machine are
+negative, no table falls. Where decodes read once what they have in common, tokens attended to and tokens read have a
+coefficient each. A step's weight is one over its time, so that relative errors count. Pauses of the machine are
 left out (a step of eight times the robust fit: code compiled at its first use, other work); all other steps count in
 full, because their mean is what throughput depends on.
 """
@@ -56,7 +57,7 @@ class Samples(NamedTuple):
     """The steps of runs, as columns of one length.
 
     Attributes:
-        features: as of StepFeatures, in its order; float64 [steps, 7].
+        features: as of StepFeatures, in its order; float64 [steps, 8].
         device: seconds; NaN where the host saw the beginning or the end too late.
         launch: seconds from the launch until it was done.
         before: seconds from scheduling to launch.
@@ -136,6 +137,8 @@ def samples(run: RecordedRun, max_launch_tokens: float = 0.0, decode: TableStepT
             steps["num_copies"],
             steps["num_prefill_requests"],
             steps["longest_prefill"],
+            # Recordings of before have no such column, and nothing was saved.
+            steps["num_kv_tokens"] - steps.get("num_distinct_kv_tokens", steps["num_kv_tokens"]),
         ],
         axis=1,
     ).astype(np.float64)
@@ -252,6 +255,8 @@ def _fit_device(steps: Samples, model: str) -> tuple[TableStepTime, TableStepTim
             steps.features[:, 2],
             np.maximum(steps.features[:, 3], fill * steps.features[:, 6]),
             steps.features[:, 4],
+            # Without shared reads it is the column of all tokens, and nothing would tell the two apart.
+            *([steps.features[:, 2] - steps.features[:, 7]] if steps.features[:, 7].any() else []),
         ]
         columns = np.concatenate([*tables, np.stack(others, axis=1)], axis=1)
         found = _non_negative(columns, steps.device)
@@ -261,11 +266,12 @@ def _fit_device(steps: Samples, model: str) -> tuple[TableStepTime, TableStepTim
     assert best is not None  # the first has a finite error
     fill, found = best
     first, second, rest = np.split(found, np.cumsum([len(entries) for entries in knots]))
-    per_request, per_kv_token, per_pair, per_copy = rest.tolist()
+    per_request, per_kv_token, per_pair, per_copy, *more = rest.tolist()
+    per_distinct = more[0] if more else 0.0
     prefill = np.cumsum(second).tolist()
     return (
-        TableStepTime(knots[0], np.cumsum(first).tolist(), 0.0, per_kv_token, 0.0, per_copy),
-        TableStepTime(knots[1], prefill, per_request, per_kv_token, per_pair, per_copy, float(fill)),
+        TableStepTime(knots[0], np.cumsum(first).tolist(), 0.0, per_kv_token, 0.0, per_copy, 0.0, per_distinct),
+        TableStepTime(knots[1], prefill, per_request, per_kv_token, per_pair, per_copy, float(fill), per_distinct),
     )
 
 

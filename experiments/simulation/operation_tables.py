@@ -91,7 +91,10 @@ class OperationStepTime:
         attention = 0.0
         if num_decodes := features.num_decode_requests:
             of_prompts = longest * features.num_prefill_requests
-            attention += self._decode(num_decodes, max(features.num_kv_tokens - of_prompts, 0) / num_decodes)
+            read = max(features.num_distinct_kv_tokens - of_prompts, 0)
+            attention += self._decode(num_decodes, read / num_decodes)
+            # What is read for several requests is multiplied for each, as a prompt's is for its queries.
+            attention += features.num_saved_kv_tokens * self.pair.y[-1]
         if features.num_prefill_requests:
             new, pairs = features.num_prefill_tokens, features.num_attention_pairs
             length = min(longest, 2 * pairs / new)  # of whole prompts their mean; of a late chunk its context

@@ -193,6 +193,11 @@ class MeasuredProfile:
         """The fitted function."""
         return TwoPhaseStepTime(self.decode, self.prefill)
 
+    @property
+    def shares(self) -> bool:
+        """Whether decodes of the runs that it was fitted to read once what they have in common."""
+        return self.decode.per_distinct_kv_token > 0
+
     def step_time(
         self,
         sizes: ModelSizes,

@@ -75,7 +75,8 @@ def _drive(
 ) -> None:
     """Simulate a recorded run's requests on its strategy."""
     clock = VirtualClock()
-    runner = SimulatedRunner(step_time, clock, host=host)
+    shares = bool((run.manifest["pool"].get("runner") or {}).get("share_reads", False))
+    runner = SimulatedRunner(step_time, clock, host=host, shares=shares)
     engine = run.strategy().engine(runner, clock, overlap=run.overlap, ledger=ledger)
     requests = run.make_requests(as_long_as_recorded=True)
     drive(engine, requests, recorder, closed_loop=_closed_loop(run, requests), after_step=runner.after_step)

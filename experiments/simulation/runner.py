@@ -12,6 +12,7 @@ from kvarena.engine.contract import KVAllocator, StepPlan
 from kvarena.engine.core import StepOutput
 from kvarena.engine.model_runner import StepResult
 from kvarena.experiments.recording.step_features import step_features
+from kvarena.experiments.simulation.request_reads import RequestReads
 from kvarena.experiments.simulation.step_time import HostTime, StepTime
 from kvarena.reports.analysis.experts import ExpertLoad
 
@@ -25,6 +26,7 @@ class SimulatedRunner:
         token_id: the token that every sample gets; must not end requests that are to run to their length.
         host: seconds of the host around a step. The part after a step passes when the driver calls `after_step`.
         experts: of the model; each step then says how many it reads, as expected. None for a dense one.
+        shares: decodes read once what they have in common.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class SimulatedRunner:
         token_id: int = 0,
         host: HostTime | None = None,
         experts: ExpertLoad | None = None,
+        shares: bool = False,
     ) -> None:
+        self._reads = RequestReads() if shares else None
         self._step_time = step_time
         self._clock = clock
         self._token_id = token_id
@@ -45,15 +49,17 @@ class SimulatedRunner:
     def twin(self) -> tuple[SimulatedRunner, VirtualClock]:
         """A device of the same kind that nobody uses, on a clock of its own."""
         clock = VirtualClock()
-        return SimulatedRunner(self._step_time, clock, self._token_id, self._host, self._experts), clock
+        shares = self._reads is not None
+        return SimulatedRunner(self._step_time, clock, self._token_id, self._host, self._experts, shares), clock
 
-    def execute(self, plan: StepPlan, allocator: KVAllocator) -> SimulatedStep:  # noqa: ARG002 - part of the protocol
+    def execute(self, plan: StepPlan, allocator: KVAllocator) -> SimulatedStep:
         """Launch a step, after the host's part before it.
 
         The device begins with the first kernel: of a graph when it is launched, else when the launch begins. Then it
         cannot end before the last one is launched.
         """
-        host, clock, features = self._host, self._clock, step_features(plan)
+        num_saved = 0 if self._reads is None else self._reads.of_plan(plan, allocator)
+        host, clock, features = self._host, self._clock, step_features(plan, num_saved=num_saved)
         before = host.before + host.before_per_request * len(plan.scheduled)
         clock.advance(before + (host.before_prefill if features.num_prefill_requests else 0.0))
         first_kernel = clock.now()
@@ -68,7 +74,7 @@ class SimulatedRunner:
         tokens = [token_id if sample else None for sample in plan.samples]
         experts = self._experts
         num_read = 0.0 if experts is None else experts.num_layers * experts.read(features.num_tokens)
-        return SimulatedStep(tokens, self._free_at, self._clock, host.take, num_read)
+        return SimulatedStep(tokens, self._free_at, self._clock, host.take, num_read, num_saved)
 
     def after_step(self, step: StepOutput) -> None:
         """The host's part after a step: what it took to update and to record."""
@@ -77,13 +83,15 @@ class SimulatedRunner:
         self._clock.advance(host.after + host.after_per_request * len(plan.scheduled) + prompts)
 
     def release(self, request_ids: list[str]) -> None:
-        """Nothing to forget."""
+        """Forget what requests that ended read."""
+        if self._reads is not None:
+            self._reads.release(request_ids)
 
 
 class SimulatedStep:
     """A step on the simulated device."""
 
-    __slots__ = ("_clock", "_end_time", "_num_experts_read", "_take", "_token_ids")
+    __slots__ = ("_clock", "_end_time", "_num_experts_read", "_num_saved", "_take", "_token_ids")
 
     def __init__(
         self,
@@ -92,14 +100,16 @@ class SimulatedStep:
         clock: Clock,
         take: float = 0.0,
         num_experts_read: float = 0.0,
+        num_saved: int = 0,
     ) -> None:
         self._token_ids = token_ids
         self._end_time = end_time
         self._clock = clock
         self._take = take
         self._num_experts_read = num_experts_read
+        self._num_saved = num_saved
 
     def result(self) -> StepResult:
         """Move the clock to the end of the step, or by what it takes to take in what waits, and return the tokens."""
         self._clock.sleep_until(max(self._end_time, self._clock.now() + self._take))
-        return StepResult(self._token_ids, num_experts_read=self._num_experts_read)
+        return StepResult(self._token_ids, num_experts_read=self._num_experts_read, num_kv_saved=self._num_saved)

@@ -51,7 +51,7 @@ class RooflineStepTime:
         weights: to read all weights once, but those of experts.
         per_token: linear layers, for each token.
         per_request: the output head and the draw, for each request.
-        per_kv_token: of each token whose KV is read.
+        per_kv_token: of each token whose KV is read; one that another request's read serves is a pair more.
         per_attention_pair: of each (query, key) pair of prompt tokens.
         per_copied_block: of each block copied.
         per_expert: to read the weights of one expert of every layer.
@@ -83,8 +83,8 @@ class RooflineStepTime:
         return (
             self.base
             + max(weights, multiplied)
-            + self.per_kv_token * features.num_kv_tokens
-            + self.per_attention_pair * features.num_attention_pairs
+            + self.per_kv_token * features.num_distinct_kv_tokens
+            + self.per_attention_pair * (features.num_attention_pairs + features.num_saved_kv_tokens)
             + self.per_copied_block * features.num_copied_blocks
         )
 
@@ -102,11 +102,13 @@ class TableStepTime:
         tokens: numbers of tokens, ascending, at least two.
         seconds: for each of them, never falling.
         per_request: for each request in the batch.
-        per_kv_token: of each token whose KV is read.
+        per_kv_token: of each token whose KV is attended to, once per request.
         per_attention_pair: of each (query, key) pair of prompt tokens.
         per_copied_block: of each block copied.
         fill_queries: new tokens of one prompt whose attention fills the device. Fewer take as long, because each tile
             of queries walks through the whole context alone.
+        per_distinct_kv_token: of each token whose KV is read, on top: requests that have it in common read it once.
+            0 where nothing was.
 
     Raises:
         ConfigError: a table that falls or is not ascending, or a negative coefficient.
@@ -119,6 +121,7 @@ class TableStepTime:
     per_attention_pair: float = 0.0
     per_copied_block: float = 0.0
     fill_queries: float = 0.0
+    per_distinct_kv_token: float = 0.0
 
     def __post_init__(self) -> None:
         check_seconds(self, "step_time", leave_out=("tokens", "seconds"))
@@ -149,6 +152,7 @@ class TableStepTime:
             of_tokens
             + self.per_request * features.num_requests
             + self.per_kv_token * features.num_kv_tokens
+            + self.per_distinct_kv_token * features.num_distinct_kv_tokens
             + self.per_attention_pair * max(features.num_attention_pairs, self.fill_queries * features.longest_prefill)
             + self.per_copied_block * features.num_copied_blocks
         )

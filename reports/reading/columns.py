@@ -87,6 +87,9 @@ TABLES: dict[str, tuple[Columns, ...]] = {
         _of("longest_prefill", "int32", "tokens",
             "tokens of the longest context among these, the new ones included; 0 without one (since 2026-11-30)"),
         _of("num_kv_tokens", "int64", "tokens", "tokens whose KV attention reads, each once per request of the batch"),
+        _of("num_distinct_kv_tokens", "int64", "tokens",
+            "of these, those that were read: what decodes have in common is read once where `runner.share_reads` says "
+            "so; without it the same number (since 2026-12-01)"),
         _of("num_attention_pairs", "int64", "", "(query, key) pairs of the requests that compute more than one token"),
         _of("num_experts_read", "double", "experts",
             "experts that had a token, and whose weights the step read for it: summed over the layers, without shared "

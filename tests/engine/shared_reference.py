@@ -38,7 +38,7 @@ class SharedReference(LateReference):
         loc = meta.query_start_loc.tolist()
         out = whole.clone()
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {place: [] for place in reads.order.tolist()}
-        columns = (reads.first, reads.count, reads.begin, reads.end)
+        columns = (reads.first, reads.num_rows, reads.begin, reads.end)
         for first, count, begin, end in zip(*(column.tolist() for column in columns), strict=True):
             places = reads.order[first : first + count].tolist()
             self.num_shared += count > 1

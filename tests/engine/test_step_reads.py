@@ -49,13 +49,13 @@ class Rows:
 
 def spans(reads, num_rows):
     found = [[] for _ in range(num_rows)]
-    for first, count, begin, end in zip(reads.first, reads.count, reads.begin, reads.end, strict=True):
+    for first, count, begin, end in zip(reads.first, reads.num_rows, reads.begin, reads.end, strict=True):
         for place in reads.order[first : first + count]:
             found[place].append((int(begin), int(end), int(reads.order[first])))
     return found
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(EVENTS)
 def test_rows_read_their_own_blocks_and_each_once(events):
     rows = Rows()
@@ -73,7 +73,7 @@ def test_rows_read_their_own_blocks_and_each_once(events):
         assert (0 if reads is None else reads.num_saved) == rows.reads.num_saved == saved
         if reads is None:
             continue
-        assert reads.count.max() <= 3
+        assert reads.num_rows.max() <= 3
         for place, found in enumerate(spans(reads, len(here))):
             ends = [0, *(end for _, end, _ in found)]
             assert [begin for begin, _, _ in found] == ends[:-1] and ends[-1] == lens[place]

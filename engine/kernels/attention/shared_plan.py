@@ -117,7 +117,7 @@ class SharedDecode:
         # Steps in which nothing but ends moves have the same arrays.
         if self._order is None or self._order[0] is not reads.first:
             order = queue_order(reads, self.config.lag)
-            fixed = np.stack([reads.first, reads.count, reads.begin, reads.begin, reads.part], axis=1)[order]
+            fixed = np.stack([reads.first, reads.num_rows, reads.begin, reads.begin, reads.part], axis=1)[order]
             self._order = reads.first, order, fixed.astype(np.int32)
         _, order, fixed = self._order
         items = words[begin:].reshape(num_items, ITEM_FIELDS)
@@ -143,7 +143,7 @@ def queue_order(reads: SharedReads, lag: float) -> np.ndarray:
     same time; those of single rows among them, the longest first, from where `lag` of the former have come: products
     and reads are then side by side, and a row's last part, which is its own, tends to end last and merges.
     """
-    many, alone = np.flatnonzero(reads.count > 1), np.flatnonzero(reads.count == 1)
+    many, alone = np.flatnonzero(reads.num_rows > 1), np.flatnonzero(reads.num_rows == 1)
     alone = alone[np.argsort(reads.begin[alone] - reads.end[alone], kind="stable")]
     shares = []
     for items, first in ((many, 0.0), (alone, lag)):
