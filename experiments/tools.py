@@ -45,6 +45,7 @@ TOOLS: dict[str, dict[str, Tool]] = {
         "under_attack": "server: honest streams beside requests that mean harm",
     }) | _tools("benchmarks.kernels", {
         "kernels": "GPU: attention and fused kernels against copied bytes and a matrix product",
+        "shared_reads": "GPU: decodes that begin with the same blocks: plan (on a CPU too), kernel, steps, a run",
         "experts": "GPU: the experts of one layer beside transformers' grouped product; `--shape tiny` on a CPU",
         "gemm": "GPU: searches launches of the skinny GEMM, for its table",
         "hopper": "GPU: the CUDA kernels for Hopper beside those they replace",

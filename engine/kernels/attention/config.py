@@ -123,8 +123,8 @@ def shared_config(head_dim: int, element_size: int, group: int) -> SharedConfig:
     """The shape of the decode kernel of requests with common blocks, by head size, the pool's element size in bytes
     and the query heads per KV head.
 
-    By layouts and registers of the compiled kernel; no device has timed it yet (`kvarena benchmark kernels --only
-    shared --tune` does).
+    By layouts and registers of the compiled kernel; no device has timed it yet (`kvarena benchmark shared_reads
+    --sections kernel --tune` does).
     """
     least = max(16, next_power_of_2(group))
     if element_size > 2:

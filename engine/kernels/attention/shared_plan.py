@@ -86,12 +86,12 @@ class SharedDecode:
 
     def plan(self, reads: SharedReads, num_rows: int) -> SharedPlan:
         """A step's plan in a buffer of its own; `num_rows` of the step, or more."""
-        sent = to_device(self._words(reads, len(reads.order)), self._pool.device)
+        sent = to_device(self.words(reads, len(reads.order)), self._pool.device)
         return SharedPlan(sent, len(reads.order), self._scratch_for(num_rows))
 
     def fill(self, plan: SharedPlan, reads: SharedReads) -> None:
         """Send a step's items to a reserved plan's address."""
-        words = self._words(reads, plan.num_rows)
+        words = self.words(reads, plan.num_rows)
         copy_to(words, plan.buffer[: len(words)])
 
     def __call__(self, call: AttentionCall, plan: SharedPlan) -> None:
@@ -104,7 +104,7 @@ class SharedDecode:
             scratch=plan.scratch, config=self.config, num_programs=self._num_programs,
         )  # fmt: skip
 
-    def _words(self, reads: SharedReads, num_rows: int) -> np.ndarray:
+    def words(self, reads: SharedReads, num_rows: int) -> np.ndarray:
         """The buffer's content, int32, up to the last item."""
         count, num_items = len(reads.order), len(reads.first)
         begin = _HEAD + 3 * num_rows
