@@ -275,6 +275,17 @@ def _expert_rows(summary: dict[str, Any]) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def _kv_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """What the attention of decodes read, which is their floor beside the weights."""
+    if not (read := summary["kv_read"]):
+        return []
+    return [
+        ["KV read", size_bytes(read["bytes_mean"]),
+         "distinct tokens of a step that only decodes, mean over their time; what requests have in common and was read "
+         f"once saved {percent(read['saved_share'])} of all reads"],
+    ]  # fmt: skip
+
+
 def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
     """Throughput, batch, queue, preemptions."""
     step, plan = summary["step_seconds"], summary["scheduling_seconds"]
@@ -300,6 +311,7 @@ def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
         ["prompt tokens from cache", count(summary["num_cached_tokens"]),
          f"{percent(summary['cached_prompt_share'])} of the prompt tokens; {cache_state(summary)}"],
         *_expert_rows(summary),
+        *_kv_rows(summary),
         ["peak host memory", size_bytes(summary["peak_rss_bytes"]),
          f"resident, of the whole process; the KV pool has {size_bytes(summary['kv_pool_bytes'])}"
          + (" on the GPU" if summary["peak_gpu_bytes"] else "")],

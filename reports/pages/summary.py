@@ -177,6 +177,7 @@ def _load(run: RunFiles, spans: Spans) -> dict[str, Any]:
     for column in ("num_new_tokens", "num_prefill_tokens", "num_decode_tokens"):
         result[f"computed_{column.removeprefix('num_')}"] = int(steps[column].sum())
     result["experts"] = _experts_read(run, weight)
+    result["kv_read"] = _kv_read(run, weight)
     return result | _preemption_cost(run, weight)
 
 
@@ -196,6 +197,20 @@ def _experts_read(run: RunFiles, weight: np.ndarray) -> dict[str, float | None] 
         "read_mean": weighted_mean(read[told], weight[told]),
         "read_mean_balanced": weighted_mean(np.array([load.read(int(n)) for n in tokens]), weight[told]),
         "skew": measured_skew(tokens, read[told], load),
+    }
+
+
+def _kv_read(run: RunFiles, weight: np.ndarray) -> dict[str, float | None] | None:
+    """Bytes of KV that steps read which only decode, and the share of all reads that was saved; None where unknown."""
+    steps, token_bytes = run.steps, run.manifest["model"].get("kv_bytes_per_token")
+    read = steps["num_distinct_kv_tokens"]
+    told = (steps["num_new_tokens"] == steps["num_decode_tokens"]) & (read > 0)
+    if not told.any() or not token_bytes:
+        return None
+    attended = steps["num_kv_tokens"][told]
+    return {
+        "bytes_mean": weighted_mean(read[told] * float(token_bytes), weight[told]),
+        "saved_share": float(1 - read[told].sum() / attended.sum()),
     }
 
 

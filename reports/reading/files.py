@@ -29,9 +29,10 @@ LIST_COLUMNS = ("prompt_token_ids", "output_token_ids", "token_times")
 LATER_REQUEST_COLUMNS = ("last_token_time", "num_first_tokens")  # older run folders lack them
 REQUEST_COLUMNS = names_of(REQUESTS_FILE, without=(*LIST_COLUMNS, *LATER_REQUEST_COLUMNS, "priority"))
 # What a step-time profile is fitted to is no report's.
-FEATURES = ("num_prefill_requests", "longest_prefill", "num_kv_tokens", "num_attention_pairs")
+FEATURES = ("num_prefill_requests", "longest_prefill", "num_attention_pairs")
 STEP_COLUMNS = names_of(STEPS_FILE, without=("launched_time", "decision_hash", *FEATURES))
-ADDED_LATER = ("shortage", "num_experts_read", "replica")  # columns that older run folders lack; there they are 0
+# Columns that older run folders lack; there they are 0.
+ADDED_LATER = ("shortage", "num_experts_read", "replica", "num_kv_tokens", "num_distinct_kv_tokens")
 ROWS_AT_ONCE = 8192
 NO_LISTS = pa.array([], pa.large_list(pa.float64()))
 UNRECORDED = "none"  # manifest.json's run.recorded of a run that left no Parquet files

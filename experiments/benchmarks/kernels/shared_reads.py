@@ -173,8 +173,8 @@ def shared_line(batch: Batch, tables: list[list[int]], config: SharedConfig, cop
     if planned is None:
         return label | {"kernel": "none is shared"}
     plan = decode.plan(planned, len(tables))
-    calls, out = attention_calls(batch)
-    launches = [lambda call=call: decode(call, plan) for call in calls]  # type: ignore[misc]
+    calls, out = attention_calls(batch, contiguous=False)
+    launches = [lambda call=call: decode(call, plan) for call in calls]
     launches[0]()
     error, first = relative_error(batch, 0, out, shape.head_dim**-0.5), out.clone()
     launches[0]()
