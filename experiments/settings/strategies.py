@@ -17,6 +17,7 @@ from kvarena.engine.core import Engine
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.model_runner import ModelRunner
 from kvarena.experiments.settings import conf_files
+from kvarena.experiments.settings.defaults import register
 from kvarena.experiments.settings.targets import Part, full_name, instantiate
 from kvarena.schedulers.base import Scheduler
 
@@ -103,6 +104,7 @@ def _check_kind(kind: type, target: str, made_by: Any) -> None:
 
 @cache
 def _load(path: Path) -> dict[str, Any]:
+    register()  # some defaults ask what the run is for
     options = OmegaConf.to_container(OmegaConf.create(conf_files.options(path)), resolve=True)
     if not isinstance(options, dict) or "_target_" not in options:
         raise ConfigError(f"{path} must be a mapping of options with a _target_")

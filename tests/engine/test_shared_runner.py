@@ -23,11 +23,9 @@ from kvarena.engine.runner.graphs import GraphShape
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.engine.sharing.reads import ReadRules
 from kvarena.engine.sharing.step_reads import StepReads
-from kvarena.experiments.settings.defaults import register
 from kvarena.experiments.settings.strategies import build_allocator, build_scheduler, strategy_names, strategy_options
 
 BLOCK_SIZE, MAX_LEN = 4, 128
-register()
 SMALL = ReadRules(least_part=8, most_parts=16, least_saved=0.0)
 SCHEDULERS = strategy_names("scheduler")
 
