@@ -132,14 +132,18 @@ class Engine:
         """
         if self._in_flight is not None and self._in_flight.constrained:
             # The next step's tokens are constrained by this one's: no overlap here.
-            constraining, self._in_flight = self._in_flight, None
-            return self._finish(constraining)
+            return self.settle()
         start = self.clock.now()
         plan = self.scheduler.schedule(start)
         launched = self._launch(plan, start) if plan.scheduled or plan.rejected or plan.copies else None
         if not self.overlap:
             return self._finish(launched) if launched else None
         previous, self._in_flight = self._in_flight, launched
+        return self._finish(previous) if previous else None
+
+    def settle(self) -> StepOutput | None:
+        """Take in the tokens of the step that is in flight, and plan none; None without one. Raises as `step` does."""
+        previous, self._in_flight = self._in_flight, None
         return self._finish(previous) if previous else None
 
     def _launch(self, plan: StepPlan, start: float) -> _InFlight:

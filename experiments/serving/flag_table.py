@@ -82,6 +82,16 @@ WEB = _flags(
         _value("FILE", ours=True),
     ),
     (
+        "--enable-admin",
+        "serve /pause, /resume, /is_paused, /abort_requests and /reset_prefix_cache (default: off)",
+        _switch(ours=True),
+    ),
+    (
+        "--admin-key",
+        "keys of these paths alone; also: the variable KVARENA_ADMIN_KEY (default: --api-key)",
+        _value("KEY", nargs="+", ours=True),
+    ),
+    (
         "--protect",
         "ask for a key on these too: /metrics /version /docs /health ...",
         _value("PATH", nargs="+", ours=True),

@@ -20,6 +20,8 @@ FLAGS = {
     "server.served_model_names": "--served-model-name",
     "server.num_fronts": "--api-server-count",
     "server.protected_paths": "--protect",
+    "server.admin_keys": "--admin-key",
+    "server.enable_admin": "--enable-admin",
     "server.cors_origins": "--allowed-origins",
     "server.strict_tools": "--strict-tools",
     "server.per_request_metrics": "--enable-per-request-metrics",
@@ -56,6 +58,8 @@ SWITCHES = {
     "server.strict_tools=true": "--strict-tools",
     "server.strict_tools=false": "--no-strict-tools",
 }
+    "server.enable_admin=true": "--enable-admin",
+    "server.enable_admin=false": "--no-enable-admin",
 _VALUE = r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,;:)\]]+"
 # A key in quotes, and one behind --set, is one that a person gave with --set.
 _KEY = re.compile(

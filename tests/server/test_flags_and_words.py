@@ -33,7 +33,7 @@ VALUES = {
     "--ssl-certfile": "a", "--ssl-keyfile": "b", "--ssl-keyfile-password": "c", "--ssl-ca-certs": "d",
     "--response-store-size": "7", "--reasoning-parser": "none", "--api-key-file": "README.md", "--protect": "/metrics",
     "--max-requests-per-key": "2", "--tokens-per-minute-per-key": "3k", "--least-priority-by-key": "3",
-    "--clients-by": "key",
+    "--clients-by": "key", "--admin-key": "r",
     "--root-path": "/shown", "--uvicorn-log-level": "error", "--scheduling-policy": "priority",
     "--kv-cache-memory-bytes": "3G",
 }  # fmt: skip

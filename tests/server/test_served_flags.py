@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
 import time
 
@@ -13,7 +11,7 @@ import pytest
 from server_harness import PATIENCE, RunningServer
 from test_bad_requests import CHAT, COMPLETIONS
 
-FLAGS = ("--max-model-len", "512", "--num-gpu-blocks-override", "64", "--max-num-seqs", "1")
+FLAGS = ("--max-model-len", "512", "--num-gpu-blocks-override", "64", "--max-num-seqs", "1", "--enable-admin")
 BODY = {"prompt": [20] * 8, "max_tokens": 80, "ignore_eos": True, "temperature": 0}
 
 
@@ -28,17 +26,17 @@ def _order(server: RunningServer, requests: list[dict]) -> list[str]:
         ended.append(tag)
 
     threads = []
-    os.kill(server.engine_pid(), signal.SIGSTOP)  # a fast machine answers the first before the last has come
+    # A fast machine would answer the first before the last has come.
+    assert server.client.post("/pause", params={"mode": "keep"}).is_success
     try:
         for number, body in enumerate(requests, start=1):
             threads.append(threading.Thread(target=ask, args=(body.pop("tag"), body)))
             threads[-1].start()
-            while server.metrics()["kvarena:open_requests"] < number + 1:  # the one that asks
+            while server.metrics()["vllm:num_requests_waiting"] < number:
                 assert time.monotonic() < deadline, f"{requests[number - 1]} does not arrive"
                 time.sleep(0.002)
-            time.sleep(0.01)
     finally:
-        os.kill(server.engine_pid(), signal.SIGCONT)
+        assert server.client.post("/resume").is_success
     for thread in threads:
         thread.join()
     return ended

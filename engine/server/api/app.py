@@ -25,6 +25,7 @@ from kvarena.engine.server.front.cache_info import cache_info
 from kvarena.engine.server.front.groups import ChoiceFailed, EngineGone
 from kvarena.engine.server.front.http import Gate, error_response
 from kvarena.engine.server.front.pages import add_docs, add_live_pages, add_static_files
+from kvarena.engine.server.shared.config import ADMIN_PATHS
 from kvarena.engine.server.shared.errors import ApiError, bad_request
 from kvarena.engine.server.shared.exposition import render
 from kvarena.engine.server.shared.metrics import Rows
@@ -35,6 +36,7 @@ _ERRORS = {
     403: "The key may not ask for this priority.",
     404: "No such model.",
     405: "The path does not know this method.",
+    409: "The server was resumed meanwhile.",
     408: "The body did not arrive in time, or the client reads too slowly.",
     413: "The body is too large.",
     415: "The body is not JSON.",
@@ -114,6 +116,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         messages = {404: "No such path.", 405: "This path does not know this method."}
         other = of_others(request.url.path) if error.status_code == 404 else ""
+        if error.status_code == 404 and request.url.path in ADMIN_PATHS:
+            other = "This path is an operator's, and off here: start the server with --enable-admin."
         text = other or messages.get(error.status_code, str(error.detail))
         return error_response(ApiError(error.status_code, text, headers=dict(error.headers or {})), request.url.path)
 
@@ -156,6 +160,8 @@ def _add_status_routes(app: FastAPI, service: Service, rows: Rows) -> None:
     async def ready() -> Response:
         if service.draining:
             return error_response(ApiError(503, "The server is shutting down.", code="draining"), "/ready")
+        if any(service.client.pauses):
+            return error_response(ApiError(503, "The server is paused.", code="paused"), "/ready")
         return await health()
 
     @app.head("/version", include_in_schema=False)

@@ -18,7 +18,7 @@ from kvarena.engine.server.front.http import read_json, validated
 from kvarena.engine.server.shared.errors import bad_request
 from kvarena.engine.server.shared.metrics import Rows, total
 
-_SECRETS = ("api_keys", "api_key_file", "ssl_keyfile_password", "ssl_keyfile")
+_SECRETS = ("api_keys", "admin_keys", "api_key_file", "ssl_keyfile_password", "ssl_keyfile")
 _OTHERS = {
     "embeddings": "Embeddings are", "pooling": "Embeddings are", "score": "Scores are", "rerank": "Scores are",
     "classify": "Classes are", "transcriptions": "Transcriptions are", "translations": "Transcriptions are",

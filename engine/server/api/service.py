@@ -6,7 +6,6 @@ import asyncio
 import functools
 import re
 import time
-import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, Protocol
@@ -44,8 +43,14 @@ from kvarena.engine.server.front.groups import EngineGone, Refused
 from kvarena.engine.server.front.http import Body, read_json, validated
 from kvarena.engine.server.media.reader import ImageReader
 from kvarena.engine.server.shared.config import ServerConfig
-from kvarena.engine.server.shared.errors import ApiError, bad_request, beyond_context, unavailable
-from kvarena.engine.server.shared.ipc import KEY_LIMIT, AddFrame, EngineInfo, pack_ids, pack_image
+from kvarena.engine.server.shared.errors import (
+    ApiError,
+    bad_request,
+    beyond_context,
+    ended_by_operator,
+    unavailable,
+)
+from kvarena.engine.server.shared.ipc import ABORTED, KEY_LIMIT, PAUSED, AddFrame, EngineInfo, pack_ids, pack_image
 from kvarena.engine.server.shared.metrics import Row
 from kvarena.engine.server.text.tokenization import TokenizerService
 
@@ -119,6 +124,8 @@ class Service:
             self.row.inc("vllm:admission_rejections", "draining")
             raise unavailable("The server is shutting down.", "draining", retry_after=5)
         if fault := self.client.fault_of_all():
+        if (pauses := self.client.pauses) and min(pauses) == 2:
+            raise self._paused()
             self.row.inc("vllm:admission_rejections", "engine_dead")
             raise unavailable(f"The engine is gone: {fault}.", "engine_dead", retry_after=5)
 
@@ -296,10 +303,10 @@ class Service:
             self.client.constrain(constraint)
         try:
             admissions = []
-            for choices in answer.prompts:
+            for number, choices in enumerate(answer.prompts):
                 frame = AddFrame(
                     handle=0,
-                    request_id=f"req-{uuid.uuid4().hex}",
+                    request_id=f"{answer.id}:{number}",
                     prompt=pack_ids(choices[0].prompt),
                     sampling=choices[0].sampling,
                     arrival=answer.arrival,
@@ -345,7 +352,15 @@ class Service:
             self.row.inc("vllm:admission_rejections", "queue_full")
             return unavailable(f"The server is overloaded: {refused}. Try again later.", "queue_full")
         if refused.reason == KEY_LIMIT:
+    def _paused(self) -> ApiError:
+        self.row.inc("vllm:admission_rejections", PAUSED)
+        return unavailable("The server is paused.", PAUSED, retry_after=5)
+
             self.row.inc("vllm:admission_rejections", KEY_LIMIT)
+        if refused.reason == PAUSED:
+            return self._paused()
+        if refused.reason == ABORTED:
+            return ended_by_operator()
             found = re.search(r"in (\d+) s$", str(refused))
             wait = {"Retry-After": found[1] if found else "1"}
             return ApiError(429, f"Too many requests: {refused}.", code="rate_limit_exceeded", headers=wait)

@@ -34,10 +34,12 @@ class Gauges:
         self._view = PoolView(engine.allocator)
         self._next = 0.0
 
-    def update(self, links: Sequence[Link], outs: Sequence[Outgoing], requests: Collection[ServedRequest]) -> None:
-        """Write the gauges when it is time, or the engine is idle; send a frame to the fronts that watch the pool."""
+    def update(
+        self, links: Sequence[Link], outs: Sequence[Outgoing], requests: Collection[ServedRequest], has_steps: bool
+    ) -> None:
+        """Write the gauges when it is time, or nothing is to be stepped; send a frame to who watches the pool."""
         now = time.monotonic()
-        if now < self._next and self._engine.has_work:
+        if now < self._next and has_steps:
             return
         self._next = now + GAUGE_SECONDS
         scheduler, row = self._engine.scheduler, self._row

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvarena.engine.errors import EngineError, KvarenaError, RequestRejected
@@ -15,7 +16,7 @@ from kvarena.engine.request import expand
 from kvarena.engine.server.engine.served import Outgoing, ServedEngine, ServedRequest
 from kvarena.engine.server.engine.tenants import Tenants
 from kvarena.engine.server.engine.token_lists import TokenLists
-from kvarena.engine.server.shared.ipc import KEY_LIMIT, AddFrame, ToEngine, unpack_ids, unpack_image
+from kvarena.engine.server.shared.ipc import KEY_LIMIT, PAUSED, AddFrame, ToEngine, unpack_ids, unpack_image
 
 if TYPE_CHECKING:
     from kvarena.engine.server.engine.compiled import CompiledGrammars
@@ -39,6 +40,8 @@ class Intake:
         requests: those that have not ended, by front and handle.
         outs: each front's share of what is told next; the loop replaces them.
         grammars: what constraints are compiled in, or None when the runner cannot apply any.
+        refuses: no request is taken in for now.
+        on_order: called with each order of an operator's: the front, and what its frame holds.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class Intake:
         self._inboxes: list[deque[list[Any]]] = [deque() for _ in range(num_fronts)]
         self._parked: dict[str, list[tuple[int, AddFrame]]] = {}  # by the key of their grammar
         self._ready: deque[tuple[int, AddFrame]] = deque()  # were parked, and need not wait any more
-        self._num_parked = 0  # choices in both
+        self.num_parked = 0  # choices in both
+        self.refuses = False
+        self.on_order: Callable[[int, int, str, dict[str, Any]], None] | None = None
         self._image_bytes = 0  # of the requests that have not ended; samples of one prompt count each
         self.requests: dict[tuple[int, int], ServedRequest] = {}
         self.outs = [Outgoing() for _ in range(num_fronts)]
@@ -76,7 +81,7 @@ class Intake:
         while self.has_backlog:
             if self._ready:
                 owner, frame = self._ready.popleft()
-                self._num_parked -= frame.sampling.n
+                self.num_parked -= frame.sampling.n
                 self._add(owner, frame)
             for front, inbox in enumerate(self._inboxes):
                 if inbox:
@@ -95,6 +100,8 @@ class Intake:
             self.outs[front].watching = bool(message[1])
         elif kind == ToEngine.CONSTRAINT and self.grammars is not None:
             self.grammars.want(*message[1:])
+        elif kind == ToEngine.ORDER and self.on_order is not None:
+            self.on_order(front, *message[1:])
 
     # Constraints.
 
@@ -107,7 +114,7 @@ class Intake:
                 self._ready.extend(entries)
                 continue
             for front, frame in entries:
-                self._num_parked -= frame.sampling.n
+                self.num_parked -= frame.sampling.n
                 self.outs[front].admitted.append((frame.handle, "invalid", error))
 
     def _is_parked(self, front: int, frame: AddFrame) -> bool:
@@ -116,8 +123,17 @@ class Intake:
         if key is None or self.grammars is None or not self.grammars.is_under_way(key):
             return False
         self._parked.setdefault(key, []).append((front, frame))
-        self._num_parked += frame.sampling.n
+        self.num_parked += frame.sampling.n
         return True
+
+    def parked(self) -> list[tuple[int, AddFrame]]:
+        """The requests that were put off, each with its front."""
+        return [entry for entries in [*self._parked.values(), self._ready] for entry in entries]
+
+    def refuse_parked(self, front: int, frame: AddFrame, reason: str, text: str) -> None:
+        """Refuse a request that was put off, after all."""
+        self._drop_parked(front, frame.handle)
+        self.outs[front].admitted.append((frame.handle, reason, text))
 
     def _drop_parked(self, front: int, handle: int) -> None:
         """A client left while its request was put off."""
@@ -131,7 +147,7 @@ class Intake:
             if found is None:
                 continue
             entries.remove(found)
-            self._num_parked -= found[1].sampling.n
+            self.num_parked -= found[1].sampling.n
             if key is not None and not entries:
                 del self._parked[key]
                 assert self.grammars is not None
@@ -222,7 +238,7 @@ class Intake:
         if req is not None:
             self.forget(req)
             self._engine.abort(req.request_id)
-        elif self._num_parked:
+        elif self.num_parked:
             self._drop_parked(front, handle)
 
     def forget(self, req: ServedRequest) -> None:
@@ -238,8 +254,7 @@ class Intake:
         running = [key for key in self.requests if key[0] == front]
         for owner, handle in running:
             self._abort(owner, handle)
-        parked = [entry for entries in [*self._parked.values(), self._ready] for entry in entries]
-        handles = [frame.handle for owner, frame in parked if owner == front]
+        handles = [frame.handle for owner, frame in self.parked() if owner == front]
         for handle in handles:
             self._drop_parked(front, handle)
         return len(running) + len(handles)

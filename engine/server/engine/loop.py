@@ -20,6 +20,7 @@ from kvarena.engine.errors import EngineError, OutOfMemory, RankFailed
 from kvarena.engine.request import FinishReason, Request
 from kvarena.engine.server.engine.gauges import Gauges
 from kvarena.engine.server.engine.intake import Intake
+from kvarena.engine.server.engine.orders import Orders, Pause
 from kvarena.engine.server.engine.served import Outgoing, ServedEngine, ServedRequest
 from kvarena.engine.server.engine.tenants import Tenants
 from kvarena.engine.server.shared import metrics
@@ -46,6 +47,7 @@ class EngineLoop:
         number: of this engine.
         max_num_queued_requests: waiting requests beyond which new ones are refused.
         tenants: what each API key may have.
+        pause: how the other engines of the server stand, as an operator ordered.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class EngineLoop:
         max_num_queued_requests: int,
         number: int = 0,
         tenants: Tenants | None = None,
+        pause: Pause = Pause.NONE,
     ) -> None:
         self._served, self._engine = served, served.engine
         self._links = [Link(sock) for sock in fronts]
         self._intake = Intake(served, len(fronts), max_num_queued_requests, tenants)
         self._control = control
         self._row = metrics.Row(page, number)
+        self._orders = Orders(served.engine, self._intake, self._row, self._finish, pause)
         self._num_failed_in_a_row = 0
         self._gauges = Gauges(served.engine, self._row, served.image_counts)
         self._selector = selectors.DefaultSelector()
@@ -86,12 +90,13 @@ class EngineLoop:
             while self._receive():
                 if self._served.peers is not None:
                     self._served.peers.check()
-                if self._engine.has_work:
+                if self._has_steps:
                     self._step()
-                    if feed is not None:
-                        feed.flush()
+                self._orders.settle()
+                if feed is not None:
+                    feed.flush()
                 self._send()
-                self._gauges.update(self._links, self._intake.outs, self._intake.requests.values())
+                self._gauges.update(self._links, self._intake.outs, self._intake.requests.values(), self._has_steps)
         except BaseException:
             self._row.set("kvarena:engine_up", 0)
             self._row.set("state", metrics.FAILED)
@@ -126,20 +131,25 @@ class EngineLoop:
             self._intake.receive(key.data, link.receive())
             if link.closed:
                 self._drop_front(key.data)
-        had_work = self._engine.has_work
+        had_work = self._has_steps
         self._intake.run_round()
-        if self._engine.has_work and not had_work:
+        if self._has_steps and not had_work:
             self._row.set("progress", time.monotonic())
             self._row.set("has_work", 1)
         return True
+
+    @property
+    def _has_steps(self) -> bool:
+        """Whether there is something to step: a step that is in flight is taken in however the engine is paused."""
+        return self._engine.in_flight if self._orders.is_frozen else self._engine.has_work
 
     def _wait_seconds(self) -> float:
         engine = self._engine
         if self._intake.has_backlog:
             return 0.0
         if any(link.num_queued_bytes for link in self._links):
-            return 0.001 if not engine.has_work else 0.0
-        if not engine.has_work:
+            return 0.001 if not self._has_steps else 0.0
+        if not self._has_steps:
             return _IDLE_WAIT
         if engine.in_flight or engine.scheduler.num_running:
             return 0.0
@@ -174,6 +184,7 @@ class EngineLoop:
         link.close()
         # Without requests nobody lost anything: a server that stops says no warning.
         num_open = self._intake.drop_front(front)
+        self._orders.drop_front(front)
         logger.log(
             logging.WARNING if num_open else logging.INFO, "front %d is gone with %d open requests", front, num_open
         )
@@ -182,7 +193,7 @@ class EngineLoop:
 
     def _step(self) -> None:
         try:
-            output = self._engine.step()
+            output = self._engine.settle() if self._orders.is_frozen else self._engine.step()
         except StepFailed as failure:
             self._fail(failure)
             return
@@ -275,7 +286,10 @@ class EngineLoop:
                 outs[index] = Outgoing(watching=out.watching)
             elif link.num_queued_bytes:
                 link.flush()
-        self._row.set("has_work", float(self._engine.has_work))
+        for front, token, result in self._orders.replies:
+            self._links[front].send([ToFront.ORDER, token, result])
+        self._orders.replies.clear()
+        self._row.set("has_work", float(self._has_steps))
 
     def announce(self) -> None:
         """Tell the fronts what they serve: the first frame that they get."""

@@ -8,6 +8,7 @@ pile up as integers, are merged when it reads again, and beyond `max_stream_lag`
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -71,6 +72,8 @@ class EngineClient(asyncio.Protocol):
         self._silent: dict[int, Sent] = {}  # prompts by first handle, until a token comes
         self._admissions: dict[int, tuple[asyncio.Future[None], list[Choice]]] = {}
         self._next_handle = 1
+        self._orders: dict[int, asyncio.Future[dict[str, Any]]] = {}  # by token, until they are done
+        self._tokens = itertools.count()
         self._transport: asyncio.Transport | None = None
         self._itl = Histogram(row, "vllm:inter_token_latency_seconds")
         self._ttft = Histogram(row, "vllm:time_to_first_token_seconds")
@@ -159,6 +162,17 @@ class EngineClient(asyncio.Protocol):
         """Ask for dashboard frames, or stop them."""
         self._send(ToEngine.WATCH, on)
 
+    def order(self, kind: str, given: dict[str, Any]) -> asyncio.Future[dict[str, Any]]:
+        """Order the engine to do something (`engine/orders.py`); the future has what came of it, or EngineGone."""
+        done = asyncio.get_running_loop().create_future()
+        token = next(self._tokens)
+        self._orders[token] = done
+        done.add_done_callback(lambda one: self._orders.pop(token, None) and not one.cancelled() and one.exception())
+        if self.gone:
+            done.set_exception(EngineGone(self.gone))
+        self._send(ToEngine.ORDER, token, kind, given)
+        return done
+
     def _send(self, *message: Any) -> None:
         if self._transport is not None and not self.gone:
             self._transport.write(encode(message))
@@ -181,6 +195,9 @@ class EngineClient(asyncio.Protocol):
         for handle, (admission, _) in list(self._admissions.items()):
             if handle not in spared and not admission.done():
                 admission.set_exception(error)
+        for done in list(self._orders.values()):
+            if not done.done():
+                done.set_exception(error)
         for choice in list(self._choices.values()):
             self._leave(choice)
             if choice.handle not in spared:
@@ -206,6 +223,10 @@ class EngineClient(asyncio.Protocol):
                 self._on_step(*message[1:])
             elif kind == ToFront.POOL_MAP:
                 self._on_pool_map(message[1])
+            elif kind == ToFront.ORDER:
+                done = self._orders.get(message[1])
+                if done is not None and not done.done():
+                    done.set_result(message[2])
             elif kind == ToFront.READY:
                 self.info = message[1]
                 if not self.ready.done():

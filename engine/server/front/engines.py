@@ -26,7 +26,7 @@ from kvarena.engine.server.front.client import EngineClient, Sent
 from kvarena.engine.server.front.groups import Choice, EngineGone
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.ipc import AddFrame, EngineInfo, unpack_image
-from kvarena.engine.server.shared.metrics import LOADING, Rows, health, total
+from kvarena.engine.server.shared.metrics import LOADING, PAUSED, Rows, health, total
 
 logger = logging.getLogger("kvarena.front")
 
@@ -265,6 +265,25 @@ class Engines:
             own = [choice for choice in choices if choice.engine == number]
             if own and client is not None:
                 client.abort(own, reason)
+
+    async def order(self, kind: str, **given: Any) -> list[dict[str, Any]]:
+        """Order all engines to do something; what came of it in each. One that loads does it when it is ready.
+
+        Raises EngineGone: no engine did it.
+        """
+        clients = [client for client in self._clients if client is not None]
+        asked = [(client, client.order(kind, given)) for client in clients]
+        waited = [done for client, done in asked if client.info is not None]
+        results = await asyncio.gather(*waited, return_exceptions=True)
+        made = [one for one in results if isinstance(one, dict)]
+        if not made:
+            raise EngineGone(self.gone or "no engine is ready")
+        return made
+
+    @property
+    def pauses(self) -> list[int]:
+        """How the engines that are up are paused: 0 not at all, 1 requests wait, 2 they are refused."""
+        return [int(row.get(PAUSED)) for row in self._rows.engines if row.get("kvarena:engine_up")]
 
     def count_answer(self, num_tokens: int) -> None:
         """Count an answer whose longest choice has `num_tokens`."""

@@ -155,7 +155,7 @@ class Choice:
     def _end(self) -> str:
         if self.ended == BAD_CONSTRAINT:
             raise bad_request(self.error, "structured_outputs", "constraint_failed")
-        if self.ended not in ("stop", "length"):
+        if self.ended not in ("stop", "length", "abort"):  # the last: by an operator's order
             raise ChoiceFailed(self.error or "the engine ended this request")
         self.finish_reason = self.ended
         is_eos = self.stop_token in self.group.client.eos_token_ids and not self.sampling.ignore_eos

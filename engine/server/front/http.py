@@ -13,7 +13,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import orjson
@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvarena.engine.server.shared.config import OPEN_PATHS, ServerConfig
+from kvarena.engine.server.shared.config import ADMIN_PATHS, OPEN_PATHS, ServerConfig
 from kvarena.engine.server.shared.errors import ApiError, as_messages_error, bad_request, unavailable
 from kvarena.engine.server.shared.metrics import HANDLERS, Row
 
@@ -59,6 +59,8 @@ class Gate:
         self._app, self._row, self._load = app, row, load
         self._keys = [key.encode() for key in config.api_keys]
         self._max_body = int(config.max_body_mib * 2**20)
+        self._has_admin = config.enable_admin
+        self._admin_keys = [key.encode() for key in config.admin_keys] or self._keys
         self._log = config.log_requests
         self._open = OPEN_PATHS - config.all_protected_paths()
         self._root = config.root_path
@@ -75,7 +77,7 @@ class Gate:
         request_id = _request_id(headers.get(b"x-request-id"))
         load_format = headers.get(b"endpoint-load-metrics-format")
         # A stream writes through `send`, with no layer of the app in between.
-        key = self._key_of(headers)
+        key = _place_of(headers, self._keys)
         scope["state"] = state = {"request_id": request_id, "key": key, "send": send, "status": 0}
 
         async def send_with_id(message: Message) -> None:
@@ -107,23 +109,15 @@ class Gate:
             return ApiError(431, "The request's headers are too large.", code="headers_too_large")
         path = scope["path"]
         is_open = path in self._open or path.startswith(OPEN_PREFIX) or scope["method"] == "OPTIONS"
-        if self._keys and not is_open and scope["state"]["key"] < 0:
-            return ApiError(
-                401, "Incorrect or missing API key.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
-            )
+        is_admin = self._has_admin and path in ADMIN_PATHS and scope["method"] != "OPTIONS"
+        if is_admin and _place_of(headers, self._admin_keys) < 0:  # without any key nobody may
+            return _unknown_key("admin")
+        if self._keys and not is_open and not is_admin and scope["state"]["key"] < 0:
+            return _unknown_key("API")
         length = headers.get(b"content-length")
         if length is not None and length.isdigit() and int(length) > self._max_body:
             return too_large(self._max_body)
         return None
-
-    def _key_of(self, headers: dict[bytes, bytes]) -> int:
-        """The position of the key that a request gives, or -1."""
-        bearer, other = headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
-        bearer = bearer[7:] if bearer[:7].lower() == b"bearer " else b""
-        # Every key is compared, each in constant time: the answer's timing tells nothing.
-        same = hmac.compare_digest  # one right key suffices
-        matches = [same(bearer, known) | same(other, known) for known in self._keys]
-        return matches.index(True) if any(matches) else -1
 
     def _count(self, scope: Scope, seconds: float) -> None:
         status = scope["state"]["status"]
@@ -150,6 +144,22 @@ class Gate:
 
 
 def _request_id(given: bytes | None) -> str:
+def _place_of(headers: dict[bytes, bytes], keys: Sequence[bytes]) -> int:
+    """The position of the key that a request gives, or -1."""
+    bearer, other = headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
+    bearer = bearer[7:] if bearer[:7].lower() == b"bearer " else b""
+    # Every key is compared, each in constant time: the answer's timing tells nothing.
+    same = hmac.compare_digest  # one right key suffices
+    matches = [same(bearer, known) | same(other, known) for known in keys]
+    return matches.index(True) if any(matches) else -1
+
+
+def _unknown_key(kind: str) -> ApiError:
+    return ApiError(
+        401, f"Incorrect or missing {kind} key.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+    )
+
+
     """The caller's id when it is harmless, else a fresh one: it reaches logs and headers."""
     if given is not None:
         text = given.decode("latin-1")
@@ -175,8 +185,8 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
-async def read_json(request: Request, config: ServerConfig) -> dict[str, Any]:
-    """The request's body as a JSON object.
+async def read_json(request: Request, config: ServerConfig, *, may_be_empty: bool = False) -> dict[str, Any]:
+    """The request's body as a JSON object; no bytes are an empty one where it `may_be_empty`.
 
     Raises:
         ApiError: 400 malformed, 408 too slow, 413 too large, 415 another content type.
@@ -199,6 +209,8 @@ async def read_json(request: Request, config: ServerConfig) -> dict[str, Any]:
     except TimeoutError:
         raise ApiError(408, "The request's body did not arrive in time.", code="request_timeout") from None
     try:
+    if may_be_empty and not size:
+        return {}
         with _without_collection():
             body = orjson.loads(b"".join(chunks))
     except orjson.JSONDecodeError as error:

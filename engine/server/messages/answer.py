@@ -14,7 +14,7 @@ from kvarena.engine.server.api.turn import Reading, Sequence, Turn, is_json
 from kvarena.engine.server.forms.calls import Arguments, Parsed, Part, Thought, ToolCall
 from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.front.groups import Choice
-from kvarena.engine.server.shared.errors import ApiError, as_messages_error
+from kvarena.engine.server.shared.errors import ApiError, as_messages_error, ended_by_operator
 
 TEXT, THINKING, TOOL_USE = "text", "thinking", "tool_use"
 _DELTAS = {TEXT: ("text_delta", "text"), THINKING: ("thinking_delta", "thinking"),
@@ -144,7 +144,7 @@ class MessageAnswer(Turn):
         self, content: list[dict[str, Any]], reason: str | None, stop: str | None, usage: dict[str, Any]
     ) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self.id,
             "type": "message",
             "role": "assistant",
             "model": self._model,
@@ -168,6 +168,8 @@ class MessageAnswer(Turn):
     def _stop(self) -> tuple[str, str | None]:
         """Why it ended, and the stop sequence that ended it."""
         choice = self.choices[0]
+        if choice.finish_reason == "abort":
+            raise ended_by_operator()
         if choice.finish_reason == "length":
             is_short = choice.sampling.max_tokens < self._max_tokens
             return "model_context_window_exceeded" if is_short else "max_tokens", None

@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 from kvarena.engine.errors import ConfigError, KvarenaError
 from kvarena.engine.server.engine.loop import EngineLoop
+from kvarena.engine.server.engine.orders import Pause
 from kvarena.engine.server.engine.served import ServedEngine
 from kvarena.engine.server.engine.tenants import Tenants
 from kvarena.engine.server.processes.process import end_process, freeze_heap, start_log
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.kv_events import KVEventsConfig
+from kvarena.engine.server.shared.metrics import PAUSED, Row
 from kvarena.engine.server.shared.page import Page
 
 logger = logging.getLogger("kvarena.engine")
@@ -75,6 +77,12 @@ def with_feed(served: ServedEngine, config: KVEventsConfig, rank: int) -> Served
     try:
         feed = CacheFeed(served.engine.allocator, config.of_rank(rank), rank)
     except ConfigError as error:
+def _pause_of_others(page: Page, place: Place) -> Pause:
+    """How the server's other engines stand: one that takes another's place does as they do."""
+    others = [Row(page, number) for number in range(place.num_engines) if number != place.rank]
+    return Pause(max((int(row.get(PAUSED)) for row in others if row.get("kvarena:engine_up")), default=0))
+
+
         raise ConfigError(served.words(str(error))) from error
     logger.info("KV events are published at %s", feed.config.endpoint)
     return replace(served, feed=feed, info=replace(served.info, kv_events=asdict(feed.config)))

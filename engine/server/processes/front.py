@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from kvarena.engine.errors import KvarenaError, ModelError
 from kvarena.engine.routing import Router
+from kvarena.engine.server.admin.routes import add_admin_routes
 from kvarena.engine.server.api.app import create_app
 from kvarena.engine.server.api.service import Service
 from kvarena.engine.server.api.tracing import Tracer
@@ -174,6 +175,9 @@ class Front:
                 words = words[:at] + words[at + 2 :] or b" "
             if DRAIN in words:
                 service.draining = True
+                if any(service.client.pauses):  # else what is open could not finish
+                    resuming = asyncio.create_task(service.client.order("resume"))
+                    resuming.add_done_callback(lambda done: done.cancelled() or done.exception())
                 asyncio.create_task(self._exit_when_idle(service, server))  # noqa: RUF006
             if not words or EXIT in words:
                 service.client.fail_all("the server has shut down")
@@ -260,4 +264,5 @@ def make_app(service: Service, rows: metrics.Rows, responses: Path | None) -> AS
         responses: the file in which all fronts keep responses; None: none is kept.
     """
     store = None if responses is None else ResponseStore(responses, service.config.response_store_size)
-    return create_app(service, rows, (functools.partial(add_response_routes, store=store), add_message_routes))
+    more = (functools.partial(add_response_routes, store=store), add_message_routes, add_admin_routes)
+    return create_app(service, rows, more)

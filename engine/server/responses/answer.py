@@ -17,7 +17,7 @@ from kvarena.engine.server.forms.calls import Arguments, Parsed, Part, Thought, 
 from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.front.groups import Choice
 from kvarena.engine.server.responses.protocol import ResponsesRequest
-from kvarena.engine.server.shared.errors import ApiError
+from kvarena.engine.server.shared.errors import ApiError, ended_by_operator
 from kvarena.engine.server.text.streams import TextStream
 
 REASONING, MESSAGE, CALL = "reasoning", "message", "function_call"
@@ -58,6 +58,7 @@ class ResponseAnswer(Turn):
     ) -> None:
         super().__init__(client, req, model, arrival, reading=reading)
         self._is_plain = False
+        self._fields["id"] = response_id
         self._on_state = on_state
         self.response = empty_response(asked, response_id, model, stores)
         self._sequence = Sequence()
@@ -218,6 +219,8 @@ class ResponseAnswer(Turn):
         response["usage"] = self.response_usage()
         response["status"] = "incomplete" if is_cut else "completed"
         response["incomplete_details"] = {"reason": "max_output_tokens"} if is_cut else None
+        if choice.finish_reason == "abort":
+            raise ended_by_operator()
         response["completed_at"] = None if is_cut else int(time.time())
         self._on_state(response)
         return str(response["status"])

@@ -18,6 +18,8 @@ from kvarena.engine.server.shared.kv_events import KVEventsConfig
 OPEN_PATHS = frozenset(
     {"/health", "/ready", "/ping", "/metrics", "/version", "/docs", "/openapi.json", "/", "/dashboard"}
 )
+# Of `enable_admin`; they ask for a key of their own.
+ADMIN_PATHS = frozenset({"/reset_prefix_cache", "/pause", "/resume", "/is_paused", "/abort_requests"})
 # Ours, and what vLLM calls the same; a test holds them to the classes of `engine/server/forms`.
 TOOL_PARSERS = (
     "auto", "none", "channels", "deepseek", "glm", "hermes", "llama", "mistral", "pythonic", "xml",
@@ -37,6 +39,7 @@ def default_num_fronts() -> int:
 
 
 KEY_VARIABLES = ("KVARENA_API_KEY", "VLLM_API_KEY")
+ADMIN_KEY_VARIABLE = "KVARENA_ADMIN_KEY"
 COUNT = integer(1)
 POSITIVE = Must("a number above 0", lambda value: is_number(value) and value > 0)
 FILE = Must("a file that exists", lambda value: TEXT.holds(value) and Path(value).is_file()).or_null
@@ -62,6 +65,8 @@ class ServerConfig(Section):
         root_path: path under which a proxy shows the server; requests may come with it or without.
         api_keys: accepted bearer keys; empty: no key is asked for.
         api_key_file: a file with accepted keys, one a line.
+        enable_admin: serve `ADMIN_PATHS`: pause, resume, end requests, empty the prefix cache.
+        admin_keys: keys of these paths, which open no other; empty: `api_keys` do.
         protected_paths: paths of `OPEN_PATHS` that ask for a key as well.
         served_model_names: names that requests may use; empty: the model directory's name. The first is the one shown.
         model_aliases: names that requests may use, too, and that are not listed.
@@ -114,6 +119,8 @@ class ServerConfig(Section):
     api_key_file: Annotated[str | None, FILE] = None
     protected_paths: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
+    enable_admin: Annotated[bool, TRUTH] = False
+    admin_keys: tuple[str, ...] = ()
     model_aliases: tuple[str, ...] = ()
     num_fronts: Annotated[int, COUNT] = field(default_factory=default_num_fronts)
     max_num_queued_requests: Annotated[int, COUNT] = 2048
@@ -156,8 +163,11 @@ class ServerConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
-            raise ConfigError("server.api_keys must be non-empty printable ASCII strings")
+        for name in ("api_keys", "admin_keys"):
+            if any(not key or not key.isascii() or not key.isprintable() for key in getattr(self, name)):
+                raise ConfigError(f"server.{name} must be non-empty printable ASCII strings")
+        if self.admin_keys and not self.enable_admin:
+            raise ConfigError("server.admin_keys are for the paths of server.enable_admin=true, which is not set")
         unknown = [path for path in self.protected_paths if path not in OPEN_PATHS]
         if unknown:
             raise ConfigError(
@@ -177,10 +187,11 @@ class ServerConfig(Section):
         return frozenset(self.protected_paths) | ({"/openapi.json"} if "/docs" in self.protected_paths else frozenset())
 
     def with_keys(self, environment: Mapping[str, str]) -> ServerConfig:
-        """With the keys of `api_key_file` and of the environment (`KEY_VARIABLES`) among `api_keys`.
+        """With the keys of `api_key_file` and of the environment (`KEY_VARIABLES`) among `api_keys`, and that of
+        `ADMIN_KEY_VARIABLE` among `admin_keys`.
 
         Raises:
-            ConfigError: a source of keys holds none, or paths are protected without a key.
+            ConfigError: a source of keys holds none, or paths that need a key have none.
         """
         keys = list(self.api_keys)
         if self.api_key_file is not None:
@@ -192,16 +203,22 @@ class ServerConfig(Section):
             if not found:
                 raise ConfigError(f"server.api_key_file={self.api_key_file} holds no key; write one a line")
             keys += found
-        for name in KEY_VARIABLES:
+        admin_keys = list(self.admin_keys)
+        for name in (*KEY_VARIABLES, *([ADMIN_KEY_VARIABLE] if self.enable_admin else [])):
             if name in environment:
                 if not environment[name].strip():
                     raise ConfigError(f"the environment variable {name} is set and empty; unset it, or give a key")
-                keys.append(environment[name].strip())
+                (admin_keys if name == ADMIN_KEY_VARIABLE else keys).append(environment[name].strip())
         if self.protected_paths and not keys:
             raise ConfigError(
                 "server.protected_paths asks for a key, and there is none: give --api-key or --api-key-file"
             )
-        return replace(self, api_keys=tuple(dict.fromkeys(keys)))
+        if self.enable_admin and not (keys or admin_keys):
+            raise ConfigError(
+                f"server.enable_admin=true needs a key: give server.admin_keys, the variable {ADMIN_KEY_VARIABLE}, or "
+                "server.api_keys"
+            )
+        return replace(self, api_keys=tuple(dict.fromkeys(keys)), admin_keys=tuple(dict.fromkeys(admin_keys)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ServerConfig:

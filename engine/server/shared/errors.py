@@ -67,6 +67,11 @@ def unavailable(message: str, code: str, retry_after: int = 1) -> ApiError:
     return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after)})
 
 
+def ended_by_operator() -> ApiError:
+    """503 that clients do not try again: an operator has ended the request."""
+    return ApiError(503, "The operator has ended this request.", code="aborted", headers={"x-should-retry": "false"})
+
+
 def context_overflow(
     limit: int, num_prompt: int, max_tokens: int | None, what: str, *, at_least: bool = False
 ) -> ApiError:

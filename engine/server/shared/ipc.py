@@ -26,7 +26,8 @@ _LENGTH = struct.Struct(">I")
 IDENTITY_BYTES = 33
 MAX_FRAME_BYTES = 1 << 28
 BAD_CONSTRAINT = "bad_constraint"  # how a choice ended: the structured output turned out to be impossible
-KEY_LIMIT = "key_limit"  # why a request was refused: its API key has all that it may have
+# Why a request was refused: its API key has all that it may have; an operator has paused the engine, or ended it.
+KEY_LIMIT, PAUSED, ABORTED = "key_limit", "paused", "aborted"
 OUTBOX_LIMIT_BYTES = 64 << 20
 _RECV_BYTES = 1 << 18
 _MAX_RECV = 32  # some megabytes: the tiles of an image
@@ -39,6 +40,7 @@ class ToEngine(IntEnum):
     ABORT = 1
     WATCH = 2
     CONSTRAINT = 3  # key, kind, grammar, seconds: see `CheckedGrammar`; comes before the requests that name its key
+    ORDER = 4  # token, kind, what is ordered: see `engine/orders.py`
 
 
 class ToFront(IntEnum):
@@ -47,6 +49,7 @@ class ToFront(IntEnum):
     READY = 0
     STEP = 1
     POOL_MAP = 2
+    ORDER = 3  # token, what came of it
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,14 @@ HANDLERS = (
     "/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel",
     "/v1/responses/{response_id}/input_items", "/v1/messages", "/v1/messages/count_tokens",
     "/tokenizer_info", "/server_info", "/invocations",
+    "/reset_prefix_cache", "/pause", "/resume", "/is_paused", "/abort_requests",
     "/", "/docs", "/openapi.json", "/dashboard", "/dashboard/events", "/static/{name}", "none",
 )  # fmt: skip
 METHODS = ("GET", "POST", "other")
 STATUSES = ("2xx", "3xx", "4xx", "5xx")
 
 LOADING, READY, DRAINING, FAILED = range(4)
+PAUSED = "kvarena:engine_paused"
 
 
 class Metric(NamedTuple):
@@ -123,7 +125,17 @@ METRICS: tuple[Metric, ...] = (
         "vllm:admission_rejections",
         "counter",
         "Requests refused on arrival.",
-        {"reason": ("queue_full", "key_limit", "max_model_len", "max_request_tokens", "draining", "engine_dead")},
+        {
+            "reason": (
+                "queue_full",
+                "key_limit",
+                "max_model_len",
+                "max_request_tokens",
+                "draining",
+                "paused",
+                "engine_dead",
+            )
+        },
     ),
     *(Metric(f"vllm:{n}", "histogram", h, {}, b) for n, (h, b) in (_REQUEST_SECONDS | _REQUEST_COUNTS).items()),
     Metric("kvarena:kv_slots", "gauge", "Slots of the KV pool; the classes add up to it.", {"class": CLASSES}),
@@ -133,6 +145,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("kvarena:image_cache_used_bytes", "gauge", "Bytes of the encoder cache that hold something."),
     Metric("kvarena:image_cache_size_bytes", "gauge", "Bytes of the encoder cache; 0 for a model of text."),
     Metric("kvarena:engine_up", "gauge", "1 while the engine takes requests."),
+    Metric(PAUSED, "gauge", "0; 1 while requests wait for /resume; 2 while they are refused until then."),
     Metric("kvarena:engine_restarts", "counter", "Engines that were started in place of one that ended or froze."),
     Metric("kvarena:rerouted_requests", "counter", "Prompts that lost this engine and were given to another one."),
     Metric("kvarena:steps", "counter", "Engine steps."),

@@ -1,0 +1,1 @@
+"""What operators order over HTTP, with `--enable-admin`."""
