@@ -10,6 +10,7 @@ import time
 
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from server_harness import PATIENCE, RunningServer
 
 from kvarena.engine.classes import CLASSES
@@ -140,6 +141,7 @@ def special(tmp_path_factory):
         'cors_origins=["https://app.example"]',
         f'otlp_endpoint="{endpoint}"',
         f'chat_template="{folder}/template.jinja"',
+        "force_include_usage=true",
     ]
     (folder / "template.jinja").write_text(
         "{% if messages[0].role == 'tool' %}{{ raise_exception('a chat cannot begin with a tool') }}{% endif %}"
@@ -182,6 +184,13 @@ def test_22_a_template_that_refuses_is_a_400(special):
     assert ask(user).status_code == 400  # messages[1] is undefined: the template raises
 
 
+@pytest.mark.parametrize("asked", [{}, {"stream_options": {"include_usage": False}}])
+def test_an_operator_may_have_every_stream_tell_its_usage(special, asked):
+    server, _ = special
+    answer = server.client.post("/v1/completions", json={"prompt": [20], "max_tokens": 3, "stream": True} | asked)
+    assert '"usage":{"prompt_tokens":1,"completion_tokens":3' in answer.text.splitlines()[-4]
+
+
 def test_template_kwargs_reach_the_template(special):
     server, _ = special
     body = {"messages": [{"role": "user", "content": "Hi"}] * 2, "max_tokens": 1}
@@ -201,9 +210,17 @@ def test_all_fronts_count_into_one_page_and_spans_leave(special):
     assert server.metrics()["vllm:request_success_total{length}"] == before + 8
     parent = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
     assert server.client.post("/v1/completions", json={"prompt": [20], "max_tokens": 3}, headers=parent).is_success
+    unwatched = {"traceparent": f"00-{'ef' * 16}-{'cd' * 8}-00"}
+    assert server.client.post("/v1/completions", json={"prompt": [20], "max_tokens": 3}, headers=unwatched).is_success
     assert server.stop() == 0
-    data = b"".join(bodies)
-    assert b"llm_request" in data
-    assert b"traced-7" in data
-    assert b"gen_ai.usage.completion_tokens" in data
-    assert bytes.fromhex("ab" * 16) in data  # the caller's trace goes on
+    sent = [ExportTraceServiceRequest.FromString(body) for body in bodies]
+    spans = [span for one in sent for part in one.resource_spans for scope in part.scope_spans for span in scope.spans]
+    roots = [span for span in spans if span.name == "llm_request"]
+    ids = [value.value.string_value for span in roots for value in span.attributes if value.key == "gen_ai.request.id"]
+    assert ids.count("traced-7") == 8
+    [going_on] = [span for span in roots if span.parent_span_id]
+    assert (going_on.trace_id, going_on.parent_span_id) == (bytes.fromhex("ab" * 16), bytes.fromhex("cd" * 8))
+    parts = [span for span in spans if span.parent_span_id == going_on.span_id]
+    assert [span.name for span in parts] == ["queue", "prompt", "decode", "detokenize"]
+    assert all(span.trace_id == going_on.trace_id for span in parts)
+    assert not any(span.trace_id == bytes.fromhex("ef" * 16) for span in spans)  # its caller records nothing

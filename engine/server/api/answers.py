@@ -83,6 +83,16 @@ class Answer(Group, ABC):
         self._prefixes: list[bytes] = []
 
     @property
+    def id(self) -> str:
+        """As its client knows it."""
+        return str(self._fields["id"])
+
+    @property
+    def model(self) -> str:
+        """The name that was asked for."""
+        return str(self._fields["model"])
+
+    @property
     def _head(self) -> dict[str, Any]:
         """What every event has beside its choices."""
         head = {"object": self.event_kind, **self._fields}

@@ -335,6 +335,7 @@ class Service:
         if req.stream:
             return EventStream(answer, state.request_id)
         return await collect(answer)
+            self.tracer.watch(answer)
 
     def _priority(self, req: SamplingFields, key: int) -> int:
         """A request's priority, as its key may have it; without one as close to 0 as that is. Raises ApiError."""

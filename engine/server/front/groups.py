@@ -34,6 +34,23 @@ class ChoiceFailed(Exception):
     """The engine could not finish a choice."""
 
 
+class Text(Protocol):
+    """What a choice asks of its text; see `TextStream`."""
+
+    @property
+    def pending(self) -> str:
+        """What `flush` would give."""
+        ...
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete."""
+        ...
+
+    def flush(self) -> str:
+        """What is held at the end."""
+        ...
+
+
 class Source(Protocol):
     """Where choices come from.
 
@@ -81,7 +98,7 @@ class Choice:
     index: int
     prompt: list[int]
     sampling: SamplingParams
-    stream: TextStream
+    stream: Text
     matcher: StopMatcher
     prompt_logprobs: dict[int, Any]
     engine: int = 0

@@ -45,7 +45,7 @@ class MessageAnswer(Turn):
         super().__init__(client, req, model, arrival, reading=reading)
         self._is_plain = False
         self._max_tokens = max_tokens
-        self._id, self._model = f"msg_{uuid.uuid4().hex}", model
+        self._fields["id"] = f"msg_{uuid.uuid4().hex}"
         self._sequence = Sequence()
         self._blocks: list[dict[str, Any]] = []
         self._open: str | None = None  # the kind of the last block, while it grows
@@ -147,7 +147,7 @@ class MessageAnswer(Turn):
             "id": self.id,
             "type": "message",
             "role": "assistant",
-            "model": self._model,
+            "model": self.model,
             "content": content,
             "stop_reason": reason,
             "stop_sequence": stop,

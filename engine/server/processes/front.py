@@ -121,7 +121,7 @@ class Front:
         client = Engines(config, self._index, self._rows, self._router, feed.publish)
         for number, sock in enumerate(self._engines):
             await client.connect(number, sock)
-        tracer = Tracer(config.otlp_endpoint) if config.otlp_endpoint else None
+        tracer = Tracer.to_collector(config.otlp_endpoint) if config.otlp_endpoint else None
         service = await make_service(config, self._model, client, self._row, feed, tracer)
         feed.attach(client, self._rows, service.model_names[0])
         server = _Server(self._uvicorn_config(make_app(service, self._rows, self._responses)))
