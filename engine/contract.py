@@ -14,7 +14,7 @@ hands out ids 1..num_blocks. A contiguous region is a block table of consecutive
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -359,6 +359,11 @@ class StepScheduler(metaclass=Checked):
     def has_priorities(self) -> bool:
         """Whether `Request.priority` decides anything."""
         return False
+
+    @property
+    def waiting_by_client(self) -> Mapping[str, int] | None:
+        """Requests in the queue of each `Request.client_id` that has some; None where that decides nothing."""
+        return None
 
     @property
     def wants_step_times(self) -> bool:

@@ -43,6 +43,8 @@ TOOLS: dict[str, dict[str, Tool]] = {
         "stream_load": "server: a closed loop of streaming clients on any OpenAI-compatible server",
         "soak": "server: hours of clients of which some hang up, and what leaks",
         "under_attack": "server: honest streams beside requests that mean harm",
+    }) | _tools("benchmarks.tenants", {
+        "fairness": "server: a client beside one that floods, under each scheduler",
     }) | _tools("benchmarks.kernels", {
         "kernels": "GPU: attention and fused kernels against copied bytes and a matrix product",
         "shared_reads": "GPU: decodes that begin with the same blocks: plan (on a CPU too), kernel, steps, a run",

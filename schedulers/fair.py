@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvarena.engine.contract import KVAllocator, StepPlan, check_number
@@ -79,6 +79,10 @@ class FairScheduler(ChunkedScheduler):
             key=lambda req: (self.counters[req.client_id], self.arrival[req]),
             default=None,
         )
+
+    @property
+    def waiting_by_client(self) -> Mapping[str, int]:
+        return {client: len(queue) for client, queue in self._queues.items()}
 
     def enqueue(self, req: Request) -> None:
         """Put `req` in its client's queue."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 
 import pytest
 
@@ -13,6 +14,8 @@ from kvarena.engine.server.engine.tenants import Tenants
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.ipc import KEY_LIMIT, AddFrame, ToEngine, pack_ids
 from kvarena.experiments.serving.stub_engine import StubOptions, build
+from kvarena.schedulers.chunked import ChunkedScheduler
+from kvarena.schedulers.fair import FairScheduler
 
 HANDLES = itertools.count(1)
 
@@ -76,6 +79,29 @@ def test_a_key_s_tokens_come_back_as_time_goes_by_and_as_they_are_not_used():
     clock.now += 60.0
     assert ask(add(0, 100, 20)) == [""]  # more than a minute's: taken when nothing of it was used
     assert "in 62 s" in Tenants.refusal(intake._tenants, 0, 1, 2)
+
+
+def test_a_full_queue_keeps_nobody_out_who_has_less_than_its_share():
+    """Under the fair scheduler; any other takes requests in their order, and refuses them so."""
+
+    def waiting_of(scheduler, *clients):
+        served = build(StubOptions(2048))
+        served.engine.scheduler = scheduler(served.engine.allocator, max_model_len=8192)
+        intake = Intake(served, 1, 12)
+        messages = [add(0) for _ in clients]
+        for number, (message, client) in enumerate(zip(messages, clients, strict=True)):
+            message[1], message[2], message[7] = number, f"r{number}", client
+        intake.receive(0, messages)
+        intake.run_round(60)
+        refused = [clients[handle] for handle, reason, _ in intake.outs[0].admitted if reason == "queue_full"]
+        return Counter(clients) - Counter(refused)
+
+    flood = ["flood"] * 30
+    assert waiting_of(FairScheduler, *flood) == {"flood": 13}  # one may have the first seat
+    assert waiting_of(FairScheduler, *flood, *["steady"] * 9, *flood) == {"flood": 13, "steady": 6}
+    crowd = [f"c{i}" for i in range(40)]
+    assert sum(waiting_of(FairScheduler, *flood, *crowd).values()) <= 25  # twice as many at most
+    assert waiting_of(ChunkedScheduler, *flood, "steady") == {"flood": 13}
 
 
 def test_settings_of_keys_are_checked():

@@ -159,8 +159,12 @@ class Intake:
     def _add(self, front: int, frame: AddFrame) -> None:
         engine, out = self._engine, self.outs[front]
         num_new = frame.sampling.n
-        num_waiting = engine.scheduler.num_waiting + self._num_parked
-        if num_waiting + num_new > self._max_queued + self._free_seats():
+        if self.refuses:
+            out.admitted.append((frame.handle, PAUSED, "the engine is paused"))
+            return
+        num_waiting = engine.scheduler.num_waiting + self.num_parked
+        is_full = num_waiting + num_new > self._max_queued + self._free_seats()
+        if is_full and not self._has_share(frame.client_id, num_new):
             out.admitted.append((frame.handle, "queue_full", f"{num_waiting} requests are waiting"))
             return
         num_tokens = num_new * (len(frame.prompt) // 4 + frame.sampling.max_tokens)  # of int32
@@ -188,6 +192,15 @@ class Intake:
             out.admitted.append((frame.handle, "invalid", self._served.words(str(error))))
         else:
             out.admitted.append((frame.handle, "", ""))
+
+    def _has_share(self, client: str, num_new: int) -> bool:
+        """Whether a client gets into a full queue: where clients share the engine, one that fills the queue keeps
+        nobody out who has less than an even share of it. So at most twice as many wait as may.
+        """
+        waiting = self._engine.scheduler.waiting_by_client
+        if waiting is None:
+            return False
+        return waiting.get(client, 0) + num_new <= self._max_queued // len(waiting.keys() | {client})
 
     def _free_seats(self) -> int:
         """Waiting requests that the next step can take: an idle engine's queue is not a queue."""

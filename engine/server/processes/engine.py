@@ -52,7 +52,16 @@ def run_engine(
     try:
         served = with_feed(factory(place), config.kv_events, place.rank)
         tenants = Tenants(config.max_requests_per_key, config.tokens_per_minute_per_key)
-        loop = EngineLoop(served, fronts, control, page, config.max_num_queued_requests, place.rank, tenants)
+        loop = EngineLoop(
+            served,
+            fronts,
+            control,
+            page,
+            config.max_num_queued_requests,
+            place.rank,
+            tenants,
+            _pause_of_others(page, place),
+        )
     except KvarenaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)

@@ -71,7 +71,8 @@ class ServerConfig(Section):
         served_model_names: names that requests may use; empty: the model directory's name. The first is the one shown.
         model_aliases: names that requests may use, too, and that are not listed.
         num_fronts: HTTP processes; by default as many as the cores warrant.
-        max_num_queued_requests: requests waiting in the engine beyond which new ones get 503.
+        max_num_queued_requests: requests waiting in the engine beyond which new ones get 503. Under the fair scheduler
+            a client with less than an even share of them still gets in.
         max_requests_per_key: requests that an API key may have in an engine; beyond it 429; 0: any number.
         tokens_per_minute_per_key: tokens of prompts and outputs that it may have of an engine a minute; the same.
         least_priority_by_key: smallest (most urgent) priority that each key may ask for, in the order of the keys; keys

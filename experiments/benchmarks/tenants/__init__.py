@@ -1,0 +1,1 @@
+"""What each client of a server gets beside others (`kvarena benchmark fairness`)."""
