@@ -92,7 +92,9 @@ class SamplingParams:
         logit_bias: token id -> value added to its logit.
         logprobs: number of most likely tokens whose log-probabilities are returned beside the sampled one's;
             None returns none.
-        prompt_logprobs: the same for each prompt token but the first; None returns none.
+        logprob_token_ids: tokens whose log-probabilities are returned, whichever `logprobs` most likely ones there are;
+            empty: those are.
+        prompt_logprobs: as `logprobs`, for each prompt token but the first; None returns none.
         n: number of parallel samples of the prompt.
         allowed_token_ids: the only tokens that may come; empty: any. A server's engine makes a constraint of it.
         barred: sequences of tokens that may not come; likewise.
@@ -115,6 +117,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     n: int = 1
     allowed_token_ids: tuple[int, ...] = ()
@@ -145,6 +148,7 @@ class SamplingParams:
         )
         check(all(math.isfinite(v) for v in self.logit_bias.values()), "logit_bias", "finite for every token")
         check(self.logprobs is None or self.logprobs >= 0, "logprobs", "at least 0")
+        check(not self.logprob_token_ids or self.logprobs is not None, "logprob_token_ids", "empty without logprobs")
         check(self.prompt_logprobs is None or self.prompt_logprobs >= 0, "prompt_logprobs", "at least 0")
         check(self.n >= 1, "n", "at least 1")
 

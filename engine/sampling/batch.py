@@ -49,6 +49,18 @@ class Penalties(NamedTuple):
     slots: Tensor
 
 
+class NamedTokens(NamedTuple):
+    """Tokens whose log-probabilities rows ask for by name.
+
+    Attributes:
+        places: of those rows among the rows that want log-probabilities, on the host.
+        token_ids: int64 [K, W]; the tokens of each, padded with token 0.
+    """
+
+    places: list[int]
+    token_ids: Tensor
+
+
 @dataclass(slots=True)
 class SamplingBatch:
     """Everything that picks a step's tokens, beside the logits. Made by `SamplerState.batch`.
@@ -65,6 +77,7 @@ class SamplingBatch:
         allowed_tokens: bool [N, V], True where a token may be picked; None allows all.
         logprobs: the rows that want log-probabilities.
         num_top: how many of the most likely tokens, per row of `logprobs`.
+        named: of those rows, the ones that name tokens instead; None: no row does.
     """
 
     request_ids: list[str]
@@ -80,6 +93,7 @@ class SamplingBatch:
     allowed_tokens: Tensor | None
     logprobs: Rows
     num_top: list[int]
+    named: NamedTokens | None
 
     @property
     def edits_logits(self) -> bool:

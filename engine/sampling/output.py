@@ -19,15 +19,17 @@ class LogprobTensors(NamedTuple):
 
     Attributes:
         rows: the batch rows, in order, on the host.
-        num_top: how many of the most likely tokens each of these rows wants, on the host.
+        num_top: how many of the most likely tokens each of these rows wants, or how many it names, on the host.
+        named: the places among these rows of those that name tokens, on the host.
         logprob: float32 [R], the sampled tokens'.
         rank: int64 [R], 1 for the most likely token.
-        top_ids: int64 [R, max(num_top)], best first.
+        top_ids: int64 [R, max(num_top)], best first; of rows that name tokens, these.
         top_logprobs: float32, beside `top_ids`.
     """
 
     rows: list[int]
     num_top: list[int]
+    named: frozenset[int]
     logprob: Tensor
     rank: Tensor
     top_ids: Tensor
@@ -56,7 +58,7 @@ class SampledTokens:
         """Start the copy to the host without waiting for it."""
         tensors = [torch.where(self.is_valid, self.token_ids, -1)]
         if self.logprobs is not None:
-            tensors += self.logprobs[2:]
+            tensors += self.logprobs[3:]
         if self.token_ids.device.type != "cuda":
             return HostTokens(self, [tensor.cpu() for tensor in tensors], None, copy_scores(self.scores))
         pinned = [to_pinned(tensor) for tensor in tensors]
@@ -130,9 +132,12 @@ class HostTokens:
         logprob, rank, top_ids, top_logprobs = (tensor.tolist() for tensor in self._tensors[1:])
         rows: list[TokenLogprobs | None] = [None] * len(token_ids)
         for i, (row, num_top) in enumerate(zip(wanted.rows, wanted.num_top, strict=True)):
-            top = zip(top_ids[i][:num_top], top_logprobs[i][:num_top], strict=True)
-            # Barred tokens have probability 0: they are no alternative.
-            best = tuple((token, value) for token, value in top if value != float("-inf"))
+            best = tuple(zip(top_ids[i][:num_top], top_logprobs[i][:num_top], strict=True))
+            if i not in wanted.named:
+                # Barred tokens have probability 0: they are no alternative.
+                best = tuple((token, value) for token, value in best if value != float("-inf"))
+            elif token_ids[row] not in (token for token, _ in best):
+                best += ((token_ids[row], logprob[i]),)
             rows[row] = TokenLogprobs(token_ids[row], logprob[i], rank[i], best)
         return rows
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvarena.engine.sampling.batch import Penalties, Rows, SamplingBatch
+from kvarena.engine.sampling.batch import NamedTokens, Penalties, Rows, SamplingBatch
 from kvarena.engine.sampling.output import LogprobTensors, SampledTokens
 from kvarena.engine.sampling.scores import ScoreTensors, best_scores
 from kvarena.engine.sampling.streams import log_exponentials
@@ -112,10 +112,26 @@ class Sampler:
         whole = values.logsumexp(-1, keepdim=True)
         sampled = values.gather(1, _take(token_ids, batch.logprobs)[:, None])
         rank = (values > sampled).sum(-1) + 1
-        top = values.topk(max(batch.num_top), dim=-1)
+        named = batch.named
+        tops = [0 if named is not None and place in named.places else num for place, num in enumerate(batch.num_top)]
+        top = values.topk(max(tops), dim=-1)
+        ids, scores = top.indices, top.values
+        if named is not None:
+            ids, scores = self._with_named(values, ids, scores, named)
+        places = frozenset() if named is None else frozenset(named.places)
         return LogprobTensors(
-            batch.logprobs.host, batch.num_top, (sampled - whole)[:, 0], rank, top.indices, top.values - whole
+            batch.logprobs.host, batch.num_top, places, (sampled - whole)[:, 0], rank, ids, scores - whole
         )
+
+    @staticmethod
+    def _with_named(values: Tensor, ids: Tensor, scores: Tensor, named: NamedTokens) -> tuple[Tensor, Tensor]:
+        """The best tokens and their scores, with those that rows name in their places."""
+        found = values[named.places].gather(1, named.token_ids)
+        wide = max(ids.shape[1], named.token_ids.shape[1])
+        ids, scores = (torch.nn.functional.pad(one, (0, wide - one.shape[1])) for one in (ids, scores))
+        width = named.token_ids.shape[1]
+        ids[named.places, :width], scores[named.places, :width] = named.token_ids, found
+        return ids, scores
 
 
 def _take(tensor: Tensor, rows: Rows) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvarena.engine.errors import EngineError, RequestError
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.engine.sampling.batch import LogitBias, Penalties, Rows, RowValues, SamplingBatch
+from kvarena.engine.sampling.batch import LogitBias, NamedTokens, Penalties, Rows, RowValues, SamplingBatch
 from kvarena.engine.sampling.counts import TokenCounts
 from kvarena.engine.sampling.streams import stream_keys
 from kvarena.engine.sampling.transfer import to_device
@@ -42,11 +42,13 @@ class _Static:
     min_tokens: list[int]
     logprobs: Rows
     num_top: list[int]
+    named: NamedTokens | None
 
 
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     """Raise RequestError when token ids or counts in `params` do not fit the vocabulary."""
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+    for name in ("logit_bias", "stop_token_ids", "logprob_token_ids"):
+        ids = getattr(params, name)
         bad = [token for token in ids if not 0 <= token < vocab_size]
         if bad:
             raise RequestError(
@@ -131,6 +133,7 @@ class SamplerState:
             allowed_tokens=allowed_tokens,
             logprobs=static.logprobs,
             num_top=static.num_top,
+            named=static.named,
         )
 
     def _penalties(
@@ -186,8 +189,17 @@ class SamplerState:
             bias=self._bias(params),
             min_tokens=[row for row, req in enumerate(requests) if req.sampling.min_tokens and req.stop_ids],
             logprobs=self._rows(wants_logprobs, len(params)),
-            num_top=[params[row].logprobs or 0 for row in wants_logprobs],
+            num_top=[len(params[row].logprob_token_ids) or params[row].logprobs or 0 for row in wants_logprobs],
+            named=self._named([params[row].logprob_token_ids for row in wants_logprobs]),
         )
+
+    def _named(self, asked: list[tuple[int, ...]]) -> NamedTokens | None:
+        places = [place for place, tokens in enumerate(asked) if tokens]
+        if not places:
+            return None
+        width = max(len(asked[place]) for place in places)
+        rows = [[*asked[place], *[0] * (width - len(asked[place]))] for place in places]
+        return NamedTokens(places, to_device(np.array(rows, dtype=np.int64), self.device))
 
     def _bias(self, params: list[SamplingParams]) -> LogitBias | None:
         entries = [(row, token, value) for row, p in enumerate(params) for token, value in p.logit_bias.items()]

@@ -169,6 +169,11 @@ WEB = _flags(
         _value(choices=("auto", "vllm")),
     ),
     ("--max-logprobs", "most log-probabilities of a token; -1: the vocabulary (default: 20)", _value("N", int)),
+    (
+        "--enable-force-include-usage",
+        "every stream ends with its usage, whatever it asks for (default: off)",
+        _switch(),
+    ),
     ("--enable-per-request-metrics", "tell with an answer how long its parts took", _switch()),
     ("--otlp-traces-endpoint", "OpenTelemetry collector (default: none)", _value("URL")),
     (

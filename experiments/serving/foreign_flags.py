@@ -172,7 +172,6 @@ REFUSED = (
     _refused("tools are the client's to run", "--tool-server"),
     _refused("answers are not logged", "--enable-log-outputs --log-error-stack", "switch"),
     _refused("logs go to standard output, a line each", "--log-config-file --disable-access-log-for-endpoints"),
-    _refused("a client asks by stream_options", "--enable-force-include-usage", "switch"),
     _refused("--protect /docs asks for a key there", "--disable-fastapi-docs", "switch"),
     _refused("it listens on a port", "--uds"),
     _refused("cookies are not read", "--allow-credentials", "switch"),

@@ -24,6 +24,7 @@ FLAGS = {
     "server.enable_admin": "--enable-admin",
     "server.cors_origins": "--allowed-origins",
     "server.strict_tools": "--strict-tools",
+    "server.force_include_usage": "--enable-force-include-usage",
     "server.per_request_metrics": "--enable-per-request-metrics",
     "server.otlp_endpoint": "--otlp-traces-endpoint",
     "server.log_requests": "--disable-access-log",
@@ -53,13 +54,15 @@ SWITCHES = {
     "engine.overlap=false": "--no-async-scheduling",
     "runner.graphs=false": "--enforce-eager",
     "server.log_requests=false": "--disable-access-log",
+    "server.force_include_usage=true": "--enable-force-include-usage",
+    "server.force_include_usage=false": "--no-enable-force-include-usage",
     "server.per_request_metrics=true": "--enable-per-request-metrics",
     "server.per_request_metrics=false": "--no-enable-per-request-metrics",
+    "server.enable_admin=true": "--enable-admin",
+    "server.enable_admin=false": "--no-enable-admin",
     "server.strict_tools=true": "--strict-tools",
     "server.strict_tools=false": "--no-strict-tools",
 }
-    "server.enable_admin=true": "--enable-admin",
-    "server.enable_admin=false": "--no-enable-admin",
 _VALUE = r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,;:)\]]+"
 # A key in quotes, and one behind --set, is one that a person gave with --set.
 _KEY = re.compile(

@@ -36,6 +36,24 @@ def test_they_are_the_log_softmax_before_temperature():
     assert logprobs[0].rank == 1
 
 
+def test_rows_may_name_the_tokens_instead():
+    """In their order, whatever their rank, and the sampled one behind them; rows beside them are as they were."""
+    both = SamplingParams(logprobs=7, logprob_token_ids=(31, 3), min_tokens=1)
+    tokens, logprobs = run(LOGITS, SamplingParams(logprobs=2), both, SamplingParams(logprobs=0, logprob_token_ids=(9,)))
+    _, alone = run(LOGITS[:1], SamplingParams(logprobs=2))
+    assert logprobs[0] == alone[0]
+    for row, named in ((1, (31, 3)), (2, (9,))):
+        wanted = LOGITS[row].clone()
+        if row == 1:
+            wanted[9] = -torch.inf  # min_tokens bars the end
+        wanted = wanted.log_softmax(-1)
+        shown = [token for token, _ in logprobs[row].top]
+        assert shown == [*named, *([] if tokens[row] in named else [tokens[row]])]
+        assert [value for _, value in logprobs[row].top] == pytest.approx([float(wanted[t]) for t in shown], abs=1e-5)
+    barred = SamplingParams(logprobs=0, logprob_token_ids=(9,), min_tokens=1)
+    assert run(LOGITS[:1], barred)[1][0].top[0] == (9, -torch.inf)  # it was asked for
+
+
 def test_zero_asks_for_the_sampled_token_alone():
     _, logprobs = run(LOGITS[:2], SamplingParams(logprobs=0), SamplingParams(logprobs=2))
     assert logprobs[0].top == () and len(logprobs[1].top) == 2

@@ -74,6 +74,8 @@ def test_every_flag_that_a_message_names_sets_the_key_that_it_stands_for():
             "--disable-access-log",
             "--async-scheduling",
             "--strict-tools",
+            "--enable-admin",
+            "--enable-force-include-usage",
         )
         made = overrides_of(parse_flags([flag] if switch else [flag, VALUES[flag]]))
         assert [one for one in made if one.startswith(f"{key}=")], (key, flag)

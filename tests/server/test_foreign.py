@@ -42,7 +42,6 @@ FOREIGN = [
     ("typical_p", 0.5, [1, 1.0]),
     ("typical_p", 0, []),
     ("no_repeat_ngram_size", 2, [0]),
-    ("logprob_token_ids", [1], [[]]),
     ("lora_path", "x", [None]),
     ("custom_logit_processor", "x", [None]),
     ("mirostat", 2, [0, False]),

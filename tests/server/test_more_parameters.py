@@ -68,6 +68,60 @@ def test_bad_words_do_not_come(server):
     assert server.post(CHAT, {"messages": USER, "max_tokens": 3, "bad_words": [bad]}).status_code == 200
 
 
+def test_named_tokens_are_what_log_probabilities_are_of(server):
+    """Beside the sampled one, in whole answers and streams of both kinds; -inf of a barred one is JSON's -9999."""
+    named = {"logprob_token_ids": [500, 30, 30], "return_tokens_as_token_ids": True, "allowed_token_ids": [42, 30]}
+    named |= {"max_tokens": 2, "ignore_eos": True, "temperature": 0}
+    asked = [(COMPLETIONS, {"prompt": "The", "logprobs": 5}), (CHAT, {"messages": USER, "logprobs": True})]
+    for path, body in asked:
+        for stream in (False, True):
+            answer = server.post(path, body | named | {"stream": stream})
+            found = [one["choices"][0]["logprobs"] for one in (events(answer) if stream else [answer.json()])]
+            if path == COMPLETIONS:
+                shown = [top for one in found if one for top in one["top_logprobs"]]
+            else:
+                tops = [entry["top_logprobs"] for one in found if one for entry in one["content"]]
+                shown = [{one["token"]: one["logprob"] for one in top} for top in tops]
+            assert len(shown) == 2
+            assert all({"token_id:500", "token_id:30"} <= set(top) <= {f"token_id:{i}" for i in (500, 30, 42)}
+                       for top in shown)  # fmt: skip
+            assert all(top["token_id:500"] == -9999.0 and top["token_id:30"] <= 0 for top in shown)
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({}, "logprobs"),
+        ({"logprobs": 1, "logprob_token_ids": [5, 10**6]}, "1000000"),
+        ({"logprobs": 1, "logprob_token_ids": [-1]}, "logprob_token_ids"),
+        ({"logprobs": 1, "logprob_token_ids": list(range(129))}, "128"),
+        ({"logprobs": 1, "echo": True, "max_tokens": 0}, "no output tokens are generated"),
+    ],
+)
+def test_named_tokens_that_cannot_be_are_refused(server, more, word):
+    answer = server.complete(**({"logprob_token_ids": [5]} | more))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "logprob_token_ids" and word in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("seed", "word"), [(2**63, "less_than_equal"), (-(2**63) - 1, "greater_than_equal")])
+def test_bounds_are_named_as_programs_look_for_them(server, seed, word):
+    answer = server.complete(seed=seed)
+    assert answer.status_code == 400 and word in answer.json()["error"]["message"]
+
+
+def test_a_response_shows_what_the_model_read_and_wrote(server):
+    body = {"input": "Hello?", "max_output_tokens": 6, "ignore_eos": True, "temperature": 0}
+    shown = server.post("/v1/responses", body | {"enable_response_messages": True}).json()
+    (read,), (written,) = shown["input_messages"], shown["output_messages"]
+    assert read["type"] == written["type"] == "raw_message_tokens"
+    assert (len(read["tokens"]), len(written["tokens"])) == (shown["usage"]["input_tokens"], 6)
+    whole = server.post("/detokenize", {"tokens": read["tokens"] + written["tokens"], "skip_special_tokens": False})
+    assert read["message"] + written["message"] == whole.json()["prompt"]
+    assert "Hello?" in read["message"]
+    assert "input_messages" not in server.post("/v1/responses", body).json()
+
+
 def test_lists_of_tokens_bar_a_sequence_at_its_last_token():
     lists = TokenLists((), ((5,), (7, 8, 70)))
     bits = np.zeros(3, dtype=np.int32)

@@ -104,11 +104,12 @@ def test_each_parameter_reaches_the_engine(name):
     """By its name alone: a new field of both classes is tested here without a line."""
     low = {"min_tokens": 3, "n": 2, "prompt_logprobs": 1, "top_k": 7, "seed": 11, "max_tokens": 9}
     other = {"stop_token_ids": [5], "allowed_token_ids": [5], "ignore_eos": True, "logit_bias": {"4": 1.5}}
+    other |= {"logprob_token_ids": [5]}
     asked = (low | other).get(name, 0.5)
     req = CompletionRequest.model_validate({"prompt": "x", name: asked})
     info = EngineInfo(64, 64, 100)
-    made = sampling_params(req, ServerConfig(), info, max_tokens=9, logprobs=None)
-    expected = {"stop_token_ids": (5,), "allowed_token_ids": (5,), "logit_bias": {4: 1.5}}.get(name, asked)
+    made = sampling_params(req, ServerConfig(), info, max_tokens=9, logprobs=0 if name == "logprob_token_ids" else None)
+    expected = (5,) if asked == [5] else {4: 1.5} if name == "logit_bias" else asked
     assert getattr(made, name) == expected
     plain = sampling_params(
         ChatCompletionRequest.model_validate({"messages": [{"role": "user"}]}), ServerConfig(), info,

@@ -89,7 +89,7 @@ _WORDS = """
     force_words_ids forced_bos_token_id forced_eos_token_id grammar_lazy grammar_triggers guardrails
     guided_decoding_backend guided_whitespace_pattern image_data images input_embeds
     instruction_template instruction_template_str kv_transfer_params logit_bias_exp logits_processors
-    logprob_token_ids lookahead_config lora lora_id lora_name lora_path lora_request mcp_servers media_io_kwargs
+    lookahead_config lora lora_id lora_name lora_path lora_request mcp_servers media_io_kwargs
     mm_processor_kwargs modalities models moderation negative_prompt pad_id plugins post_sampling_probs preset
     previous_response_id prompt_embeds prompt_ignore_length prompt_mode provider quad_sampling raw raw_output
     remove_invalid_values renormalize_logits repetition_detection response_json_schema return_context_logits

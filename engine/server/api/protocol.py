@@ -14,6 +14,7 @@ MAX_MESSAGES = 16384  # and parts of a message
 MAX_TOOLS = 1024
 MAX_LOGIT_BIAS = 4096
 MAX_BAD_WORDS = 1024
+MAX_NAMED_TOKENS = 128  # of logprob_token_ids
 MAX_DETOKENIZED = 1 << 20
 
 Item = TypeVar("Item")
@@ -32,6 +33,13 @@ def _few(value: Any) -> Any:
 def _asks_nothing(value: Any) -> Any:
     """False asks for no log-probabilities; 0 would ask for those of the chosen tokens."""
     return None if value is False else value
+
+
+def _whole(value: Any) -> Any:
+    """An integer beyond 64 bits comes as a float out of JSON: its error is that it is too large, or too small."""
+    if isinstance(value, float) and abs(value) >= 2**63:
+        return 2**64 if value > 0 else -(2**64)
+    return value
 
 
 NumLogprobs = Annotated[int | None, BeforeValidator(_asks_nothing)]
@@ -100,7 +108,7 @@ class SamplingFields(Open):
     frequency_penalty: Finite | None = Field(default=None, ge=-2, le=2)
     # Beyond these bounds a logit overflows, and a step with it.
     repetition_penalty: Finite | None = Field(default=None, ge=0.01, le=100)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    seed: Annotated[int | None, BeforeValidator(_whole)] = Field(default=None, ge=-(2**63), le=2**63 - 1)
     n: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=0)
     min_tokens: int | None = Field(default=None, ge=0)
@@ -114,6 +122,7 @@ class SamplingFields(Open):
     allowed_token_ids: Items[TokenId] | None = None
     bad_words: Annotated[Items[str], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: NumLogprobs = Field(default=None, ge=-1)
+    logprob_token_ids: Annotated[Items[TokenId], Field(max_length=MAX_NAMED_TOKENS)] | None = None
     best_of: int | None = None
     use_beam_search: bool | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)

@@ -146,6 +146,18 @@ def sampling_params(
     allowed = req.allowed_token_ids
     if allowed and max(allowed) >= limits.vocab_size:
         raise bad_request(f"allowed_token_ids must be ids from 0 to {limits.vocab_size - 1}", "allowed_token_ids")
+    named = req.logprob_token_ids or []
+    if named and logprobs is None:
+        raise bad_request("logprob_token_ids needs logprobs to be set", "logprob_token_ids")
+    if named and max(named) >= limits.vocab_size:
+        raise bad_request(
+            f"logprob_token_ids holds {max(named)}, which is out of vocabulary: ids are 0 to {limits.vocab_size - 1}",
+            "logprob_token_ids",
+        )
+    if named and not max_tokens:
+        raise bad_request(
+            "logprob_token_ids is not for echo with max_tokens=0: no output tokens are generated", "logprob_token_ids"
+        )
     stop_tokens = req.stop_token_ids or []
     if len(stop_tokens) > MAX_STOP_TOKENS or any(token >= limits.vocab_size for token in stop_tokens):
         raise bad_request(
@@ -170,6 +182,7 @@ def sampling_params(
         "stop_token_ids": tuple(stop_tokens),
         "logit_bias": bias,
         "logprobs": logprobs,
+        "logprob_token_ids": tuple(dict.fromkeys(named)),
         "prompt_logprobs": prompt_logprobs,
         "allowed_token_ids": tuple(sorted(set(allowed or ()))),
         "barred": barred,

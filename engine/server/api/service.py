@@ -23,6 +23,7 @@ from kvarena.engine.server.api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     SamplingFields,
+    StreamOptions,
     TokenizeRequest,
 )
 from kvarena.engine.server.api.sampling import (
@@ -123,9 +124,9 @@ class Service:
         if self.draining:
             self.row.inc("vllm:admission_rejections", "draining")
             raise unavailable("The server is shutting down.", "draining", retry_after=5)
-        if fault := self.client.fault_of_all():
         if (pauses := self.client.pauses) and min(pauses) == 2:
             raise self._paused()
+        if fault := self.client.fault_of_all():
             self.row.inc("vllm:admission_rejections", "engine_dead")
             raise unavailable(f"The engine is gone: {fault}.", "engine_dead", retry_after=5)
 
@@ -150,6 +151,9 @@ class Service:
         """The served name that a request means. Raises ApiError when it cannot be taken."""
         model = self.check_model(req.model)
         self.check_open()
+        if self.config.force_include_usage and req.stream:
+            options = req.stream_options or StreamOptions()
+            req.stream_options = options.model_copy(update={"include_usage": True})
         check_unsupported(req, self.config, self.info.priorities)
         return model
 
@@ -331,11 +335,11 @@ class Service:
             most = 0 if req.max_tokens == 0 else choices[0].sampling.max_tokens
             self.row.observe("vllm:request_params_max_tokens", most)
         if self.tracer is not None:
+            self.tracer.watch(answer)
             answer.on_end = functools.partial(self.tracer.record, answer, state.request_id, request.headers)
         if req.stream:
             return EventStream(answer, state.request_id)
         return await collect(answer)
-            self.tracer.watch(answer)
 
     def _priority(self, req: SamplingFields, key: int) -> int:
         """A request's priority, as its key may have it; without one as close to 0 as that is. Raises ApiError."""
@@ -348,20 +352,20 @@ class Service:
             )
         return max(0, bounds[key]) if req.priority is None else req.priority
 
-    def _refusal(self, refused: Refused) -> ApiError:
-        if refused.reason in ("queue_full", "images_full"):
-            self.row.inc("vllm:admission_rejections", "queue_full")
-            return unavailable(f"The server is overloaded: {refused}. Try again later.", "queue_full")
-        if refused.reason == KEY_LIMIT:
     def _paused(self) -> ApiError:
         self.row.inc("vllm:admission_rejections", PAUSED)
         return unavailable("The server is paused.", PAUSED, retry_after=5)
 
-            self.row.inc("vllm:admission_rejections", KEY_LIMIT)
+    def _refusal(self, refused: Refused) -> ApiError:
         if refused.reason == PAUSED:
             return self._paused()
         if refused.reason == ABORTED:
             return ended_by_operator()
+        if refused.reason in ("queue_full", "images_full"):
+            self.row.inc("vllm:admission_rejections", "queue_full")
+            return unavailable(f"The server is overloaded: {refused}. Try again later.", "queue_full")
+        if refused.reason == KEY_LIMIT:
+            self.row.inc("vllm:admission_rejections", KEY_LIMIT)
             found = re.search(r"in (\d+) s$", str(refused))
             wait = {"Retry-After": found[1] if found else "1"}
             return ApiError(429, f"Too many requests: {refused}.", code="rate_limit_exceeded", headers=wait)

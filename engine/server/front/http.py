@@ -32,6 +32,7 @@ access_log = logging.getLogger("kvarena.access")
 
 OPEN_PREFIX = "/static/"  # the pages' scripts and styles, the same on every server
 _UNCOUNTED = frozenset({"/load", "/metrics", "/health", "/ready", "/ping", "/version"})
+_BOUNDS = ("greater_than_equal", "less_than_equal")  # kinds of errors that programs look for
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 MESSAGES_PATH = "/v1/messages"
 MAX_HEADERS = 256
@@ -58,9 +59,9 @@ class Gate:
     ) -> None:
         self._app, self._row, self._load = app, row, load
         self._keys = [key.encode() for key in config.api_keys]
-        self._max_body = int(config.max_body_mib * 2**20)
         self._has_admin = config.enable_admin
         self._admin_keys = [key.encode() for key in config.admin_keys] or self._keys
+        self._max_body = int(config.max_body_mib * 2**20)
         self._log = config.log_requests
         self._open = OPEN_PATHS - config.all_protected_paths()
         self._root = config.root_path
@@ -143,7 +144,6 @@ class Gate:
             )
 
 
-def _request_id(given: bytes | None) -> str:
 def _place_of(headers: dict[bytes, bytes], keys: Sequence[bytes]) -> int:
     """The position of the key that a request gives, or -1."""
     bearer, other = headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
@@ -160,6 +160,7 @@ def _unknown_key(kind: str) -> ApiError:
     )
 
 
+def _request_id(given: bytes | None) -> str:
     """The caller's id when it is harmless, else a fresh one: it reaches logs and headers."""
     if given is not None:
         text = given.decode("latin-1")
@@ -208,9 +209,9 @@ async def read_json(request: Request, config: ServerConfig, *, may_be_empty: boo
         raise ApiError(499, "The client closed the connection.", code="client_closed") from None
     except TimeoutError:
         raise ApiError(408, "The request's body did not arrive in time.", code="request_timeout") from None
-    try:
     if may_be_empty and not size:
         return {}
+    try:
         with _without_collection():
             body = orjson.loads(b"".join(chunks))
     except orjson.JSONDecodeError as error:
@@ -252,5 +253,6 @@ def _validation_error(error: ValidationError) -> ApiError:
     for entry in error.errors(include_url=False, include_input=False, include_context=False)[:5]:
         where = ".".join(str(part) for part in entry["loc"])[:100]
         first = first or (str(entry["loc"][0])[:100] if entry["loc"] else None)
-        parts.append(f"{where}: {entry['msg']}" if where else entry["msg"])
+        said = f"{entry['msg']} ({entry['type']})" if entry["type"] in _BOUNDS else entry["msg"]
+        parts.append(f"{where}: {said}" if where else said)
     return bad_request("; ".join(parts), first, "invalid_parameter")

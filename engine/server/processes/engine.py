@@ -77,6 +77,12 @@ def run_engine(
     end_process()
 
 
+def _pause_of_others(page: Page, place: Place) -> Pause:
+    """How the server's other engines stand: one that takes another's place does as they do."""
+    others = [Row(page, number) for number in range(place.num_engines) if number != place.rank]
+    return Pause(max((int(row.get(PAUSED)) for row in others if row.get("kvarena:engine_up")), default=0))
+
+
 def with_feed(served: ServedEngine, config: KVEventsConfig, rank: int) -> ServedEngine:
     """`served`, publishing what its prefix cache holds where that is asked for. Raises ConfigError."""
     if not config.is_on:
@@ -86,12 +92,6 @@ def with_feed(served: ServedEngine, config: KVEventsConfig, rank: int) -> Served
     try:
         feed = CacheFeed(served.engine.allocator, config.of_rank(rank), rank)
     except ConfigError as error:
-def _pause_of_others(page: Page, place: Place) -> Pause:
-    """How the server's other engines stand: one that takes another's place does as they do."""
-    others = [Row(page, number) for number in range(place.num_engines) if number != place.rank]
-    return Pause(max((int(row.get(PAUSED)) for row in others if row.get("kvarena:engine_up")), default=0))
-
-
         raise ConfigError(served.words(str(error))) from error
     logger.info("KV events are published at %s", feed.config.endpoint)
     return replace(served, feed=feed, info=replace(served.info, kv_events=asdict(feed.config)))

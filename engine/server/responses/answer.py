@@ -60,6 +60,8 @@ class ResponseAnswer(Turn):
         self._is_plain = False
         self._fields["id"] = response_id
         self._on_state = on_state
+        self._shows_raw = bool(asked.enable_response_messages)
+        self._output_ids: list[int] = []  # where they are shown
         self.response = empty_response(asked, response_id, model, stores)
         self._sequence = Sequence()
         self._num_events = 0
@@ -92,6 +94,8 @@ class ResponseAnswer(Turn):
 
     @override
     def delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
+        if self._shows_raw:
+            self._output_ids += token_ids
         if self._only_grows and choice.finish_reason is None:
             return self._grow(text) if text else b""
         return super().delta(choice, text, token_ids, logprobs)
@@ -215,15 +219,23 @@ class ResponseAnswer(Turn):
     def _finish(self) -> str:
         """Set what is known at the end; the name of the event that says so."""
         response, choice = self.response, self.choices[0]
-        is_cut = choice.finish_reason == "length"
-        response["usage"] = self.response_usage()
-        response["status"] = "incomplete" if is_cut else "completed"
-        response["incomplete_details"] = {"reason": "max_output_tokens"} if is_cut else None
         if choice.finish_reason == "abort":
             raise ended_by_operator()
+        is_cut = choice.finish_reason == "length"
+        response["usage"] = self.response_usage()
+        if self._shows_raw:
+            response["input_messages"] = [self._raw(choice.prompt, [])]
+            response["output_messages"] = [self._raw(self._output_ids, choice.prompt)]
+        response["status"] = "incomplete" if is_cut else "completed"
+        response["incomplete_details"] = {"reason": "max_output_tokens"} if is_cut else None
         response["completed_at"] = None if is_cut else int(time.time())
         self._on_state(response)
         return str(response["status"])
+
+    def _raw(self, token_ids: list[int], context: list[int]) -> dict[str, Any]:
+        """Tokens as the model has them, and their text behind `context`, special tokens and all."""
+        text = self._detokenizer.text(token_ids, skip_special_tokens=False, context=context)
+        return {"type": "raw_message_tokens", "message": text, "tokens": token_ids}
 
     def response_usage(self) -> dict[str, Any]:
         """Token counts in this API's form: `cached_tokens` are a part of `input_tokens`."""

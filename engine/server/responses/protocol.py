@@ -62,6 +62,7 @@ class ResponsesRequest(Open):
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     max_tool_calls: int | None = None
+    enable_response_messages: bool | None = None
     user: str | None = Field(default=None, max_length=1024)
 
 

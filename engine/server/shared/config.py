@@ -86,6 +86,7 @@ class ServerConfig(Section):
         body_timeout: how long a client may take to send its headers, and its body; and to read what waits for it.
         max_n: most choices per request.
         max_logprobs: largest `logprobs` / `top_logprobs` / `prompt_logprobs`; -1: the vocabulary.
+        force_include_usage: every stream ends with its usage, whatever its `stream_options` say.
         per_request_metrics: tell with an answer how long its parts took.
         max_prompts: most prompts in one completions request.
         allowed_media_domains: hosts whose http(s) URLs may be fetched for images; empty: none.
@@ -118,10 +119,10 @@ class ServerConfig(Section):
     root_path: Annotated[str, ROOT_PATH] = ""
     api_keys: tuple[str, ...] = ()
     api_key_file: Annotated[str | None, FILE] = None
-    protected_paths: tuple[str, ...] = ()
-    served_model_names: tuple[str, ...] = ()
     enable_admin: Annotated[bool, TRUTH] = False
     admin_keys: tuple[str, ...] = ()
+    protected_paths: tuple[str, ...] = ()
+    served_model_names: tuple[str, ...] = ()
     model_aliases: tuple[str, ...] = ()
     num_fronts: Annotated[int, COUNT] = field(default_factory=default_num_fronts)
     max_num_queued_requests: Annotated[int, COUNT] = 2048
@@ -137,6 +138,7 @@ class ServerConfig(Section):
     body_timeout: Annotated[float, POSITIVE] = 60.0
     max_n: Annotated[int, COUNT] = 128
     max_logprobs: Annotated[int, integer(-1)] = 20
+    force_include_usage: Annotated[bool, TRUTH] = False
     per_request_metrics: Annotated[bool, TRUTH] = False
     max_prompts: Annotated[int, COUNT] = 1024
     allowed_media_domains: Annotated[tuple[str, ...], HOSTS] = ()
