@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from examples.ray_serve.engines import RayEngines
 from examples.ray_serve.replica import EngineReplica
 from examples.ray_serve.request_router import KVRouter
+from kvarena.engine.errors import ConfigError
 from kvarena.engine.server.front.dashboard import PoolFeed
 from kvarena.engine.server.processes.front import make_app, make_service
 from kvarena.engine.server.processes.process import ModelFiles
@@ -76,8 +77,13 @@ def build(args: dict[str, str]) -> serve.Application:
         args: `flags`, a line of flags of `kvarena serve`; `min_replicas` and `max_replicas` of engines (1 and 4); what
             a replica takes of a node: `num_cpus` (1), `num_gpus` (0) and `resource`, the name of one of the node's own;
             `ingress_resource` likewise.
+
+    Raises:
+        ConfigError: a flag that is unknown, refused, or not honoured here.
     """
     flags = shlex.split(args["flags"])
+    if parse_flags(flags).enable_admin:
+        raise ConfigError("--enable-admin orders engines of one server, and reaches none of Ray's; leave it out")
     low, high = int(args.get("min_replicas", 1)), int(args.get("max_replicas", 4))
     engines = serve.deployment(EngineReplica).options(
         name="EngineReplica",

@@ -13,8 +13,10 @@ pytest.importorskip("ray")
 
 from ray.exceptions import ActorDiedError
 
+from examples.ray_serve.app import build
 from examples.ray_serve.engines import RayEngines
 from examples.ray_serve.replica import Admitted, News
+from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.front.groups import Choice, EngineGone, Group, Refused
 from kvarena.engine.server.shared import metrics
@@ -125,3 +127,8 @@ def test_a_client_that_leaves_ends_the_replicas_work():
 
     found = ask(handle, leave)
     assert handle.answers[0].cancelled and found.num_open == 0 and found.open == [0, 0, 0]
+
+
+def test_an_operator_s_paths_are_refused_at_the_start():
+    with pytest.raises(ConfigError, match="reaches none of Ray.s; leave it out"):
+        build({"flags": "models/demo --enable-admin --admin-key k"})
