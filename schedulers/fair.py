@@ -19,14 +19,18 @@ class FairScheduler(ChunkedScheduler):
     A client's counter grows by `input_weight` per prompt token when a request is first admitted, and by
     `output_weight` per sampled token. The client with the smallest counter among those that wait is admitted next,
     first come first served within it. A client that comes back after an absence is lifted to the least counter of
-    those that wait, so it cannot claim what it did not use. Between two backlogged clients the service differs by
-    at most 2 * max(input_weight * longest prompt, output_weight * most tokens in a batch) (the paper's theorem 4.4).
+    those that wait, less `credit`: it cannot claim what it did not use. Without a credit (the paper) a client that
+    offers just its share, and not evenly, gets less: each moment in which nothing of it waits is lost. Between two backlogged clients the service differs by
+    at most 2 * max(input_weight * longest prompt, output_weight * most tokens in a batch) (the paper's theorem 4.4),
+    and `credit` more.
     A preempted request pays nothing again.
 
     Args:
         allocator: who owns which slots.
         input_weight: cost of a prompt token, above 0.
         output_weight: cost of an output token, above 0; the paper's example is 1 and 2.
+        credit: service, in these costs, that a client keeps a claim to while nothing of it waits; at least 0. One that
+            is seen for the first time has none.
         options: see `Scheduler`.
 
     Attributes:
@@ -42,11 +46,13 @@ class FairScheduler(ChunkedScheduler):
         *,
         input_weight: float = 1.0,
         output_weight: float = 2.0,
+        credit: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(allocator, **options)
         self.input_weight = check_number("scheduler.input_weight", input_weight, above=True)
         self.output_weight = check_number("scheduler.output_weight", output_weight, above=True)
+        self.credit = check_number("scheduler.credit", credit)
         self.counters: dict[str, float] = {}
         self._num_kept = 0  # counters that the last `_forget` left
         self._queues: dict[str, RequestQueue] = {}  # of the clients that wait
@@ -56,7 +62,7 @@ class FairScheduler(ChunkedScheduler):
         """Queue a request and lift its client's counter if the client was not waiting. Raises as `Scheduler.add`."""
         floor = 0.0 if req.client_id in self._queues else self._floor()
         super().add(req)
-        self.counters[req.client_id] = max(self.counters.get(req.client_id, 0.0), floor)
+        self.counters[req.client_id] = max(self.counters.get(req.client_id, floor), floor - self.credit)
         if len(self.counters) > FORGET_ABOVE + 2 * self._num_kept:
             self._forget()
 
@@ -67,7 +73,7 @@ class FairScheduler(ChunkedScheduler):
         self.counters = {
             client: counter
             for client, counter in self.counters.items()
-            if counter > least or client in present or client == self._last_to_leave
+            if counter > least - self.credit or client in present or client == self._last_to_leave
         }
         self._num_kept = len(self.counters)
 

@@ -186,6 +186,7 @@ def test_bad_options_name_themselves(scheduler, options, name):
         ("sjf", {"ageing": 0.0}, "ageing"),
         ("fair", {"input_weight": 0.0}, "input_weight"),
         ("fair", {"output_weight": -1.0}, "output_weight"),
+        ("fair", {"credit": -1.0}, "credit"),
     ],
 )
 def test_bad_policy_options_name_themselves(scheduler, options, name):

@@ -154,6 +154,22 @@ def test_fair_does_not_let_a_client_claim_the_time_it_was_away():
     assert after[:20].count("b") == pytest.approx(10, abs=1)
 
 
+def test_a_credit_is_what_a_client_may_claim_of_the_time_it_was_away():
+    """And no more: 6 requests of 4 + 2 * 16, whoever it is that comes back; a stranger has none."""
+
+    def turns(**options) -> int:
+        early = [request(f"a{i}", 4, 16, client_id="a") for i in range(60)]
+        once = [request("b", 4, 1, client_id="b")]
+        late = [request(f"b{i}", 4, 16, client_id="b", arrival_time=9.0) for i in range(30)]
+        made = simulate("fair", max_num_seqs=1, max_num_batched_tokens=8, **options).run(early + once * known + late)
+        after = [name[0] for name in made.order[made.order.index("b0") :]]
+        return after[:20].count("b") - 10
+
+    for known in (True, False):
+        assert turns() == pytest.approx(0, abs=1)
+        assert turns(credit=6 * 36.0) == pytest.approx(3 if known else 0, abs=1)
+
+
 def test_fair_forgets_clients_that_are_gone_and_decides_the_same(monkeypatch):
     def run() -> tuple[list[str], int]:
         rng = random.Random(4)
