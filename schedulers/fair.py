@@ -20,10 +20,10 @@ class FairScheduler(ChunkedScheduler):
     `output_weight` per sampled token. The client with the smallest counter among those that wait is admitted next,
     first come first served within it. A client that comes back after an absence is lifted to the least counter of
     those that wait, less `credit`: it cannot claim what it did not use. Without a credit (the paper) a client that
-    offers just its share, and not evenly, gets less: each moment in which nothing of it waits is lost. Between two backlogged clients the service differs by
-    at most 2 * max(input_weight * longest prompt, output_weight * most tokens in a batch) (the paper's theorem 4.4),
-    and `credit` more.
-    A preempted request pays nothing again.
+    offers just its share, and not evenly, gets less: each moment in which nothing of it waits is lost.
+
+    Between two backlogged clients the service differs by at most 2 * max(input_weight * longest prompt, output_weight *
+    most tokens in a batch) (the paper's theorem 4.4), and `credit` more. A preempted request pays nothing again.
 
     Args:
         allocator: who owns which slots.
