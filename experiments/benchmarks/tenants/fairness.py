@@ -44,7 +44,7 @@ from kvarena.experiments.tools import say, split_arguments, tool_parser
 
 STEADY, OTHER = "steady", "other"
 TEMPERATURE = 0.6
-START_SECONDS = 3.0  # that the clients' processes have to be there
+START_SECONDS = 6.0  # that the processes of the clients have to be there
 IDLE_SECONDS = 60.0
 
 
