@@ -160,7 +160,7 @@ def test_a_credit_is_what_a_client_may_claim_of_the_time_it_was_away():
     def turns(**options) -> int:
         early = [request(f"a{i}", 4, 16, client_id="a") for i in range(60)]
         once = [request("b", 4, 1, client_id="b")]
-        late = [request(f"b{i}", 4, 16, client_id="b", arrival_time=9.0) for i in range(30)]
+        late = [request(f"b{i}", 4, 16, client_id="b", arrival_time=5.0) for i in range(30)]
         made = simulate("fair", max_num_seqs=1, max_num_batched_tokens=8, **options).run(early + once * known + late)
         after = [name[0] for name in made.order[made.order.index("b0") :]]
         return after[:20].count("b") - 10
