@@ -44,6 +44,8 @@ from kvarena.experiments.tools import say_all, tool_parser
 
 Line = dict[str, Any]
 BLOCK_SIZE = 16
+# The shape says 8,192 positions, and the cases are longer.
+LONG = "++model.shape.max_position_embeddings=16384"
 SECTIONS = ("host", "kernel", "steps", "offline")
 
 
@@ -268,7 +270,7 @@ def main(argv: Sequence[str]) -> int:
     def engine_lines() -> Iterator[Line]:
         if not is_small:
             require_cuda()
-        sizes = () if is_small else ("kv_cache.num_slots=327680", "engine.max_model_len=10240")
+        sizes = () if is_small else ("kv_cache.num_slots=327680", "engine.max_model_len=10240", LONG)
         engines = Engines(args.shape, *sizes, *args.overrides)
         small, max_tokens = [Case(2, 48, 3, 40)], 9
         levers = [f"runner.share_reads={word}" for word in (("false",) if is_small else ("true", "false"))]
