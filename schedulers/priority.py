@@ -45,19 +45,20 @@ class PriorityScheduler(ChunkedScheduler):
 
     def _preempt_for_urgent(self, plan: StepPlan) -> None:
         """Admit the head of the queue at the expense of less urgent requests, as long as that works."""
-        while (head := self.head()) is not None:
+        made_room_for: Request | None = None
+        while (head := self.head()) is not None and not head.num_pending_tokens:
             victims = [req for req in (*self.decoding, *self.prefilling) if req.priority > head.priority]
-            if not victims or head.num_pending_tokens:
-                return
             full = self.num_running >= self.max_num_seqs
-            if not full and self.admit(head, plan):
+            if (victims or head is made_room_for) and not full and self.admit(head, plan):
                 continue
-            if not full and not self._would_fit(head, victims):
+            if not victims or not self._would_fit(head, victims):
                 return
             self.preempt(self.worst(victims), plan)
+            made_room_for = head
 
     def _would_fit(self, head: Request, victims: list[Request]) -> bool:
         """Whether the slots of `victims` and the free ones hold `head`: nobody is preempted in vain."""
         usage = self.allocator.usage()
         free = usage.total - usage.owned
-        return free + sum(req.num_slots for req in victims) >= self.num_slots_to_admit(head)
+        reserve = self._watermark_slots if len(victims) < self.num_running else 0
+        return free + sum(req.num_slots for req in victims) - reserve >= self.num_slots_to_admit(head)

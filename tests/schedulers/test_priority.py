@@ -41,9 +41,7 @@ def test_a_request_that_just_fits_takes_the_slots_of_a_less_urgent_one(num_promp
     head = request("head", num_prompt, 4, priority=1)
     scheduler.add(head)
     plan = scheduler.schedule(0.0)
-    assert plan.preempted == [low]
-    scheduler.update(plan, [1] * len(plan.scheduled))
-    assert scheduler.schedule(0.0).admitted == [head]
+    assert plan.preempted == [low] and plan.admitted == [head]
 
 
 def test_what_a_buddy_rounded_up_comes_free_with_its_region():
@@ -94,6 +92,25 @@ def test_a_full_batch_gives_a_place_to_the_more_urgent():
     scheduler.add(head)
     plan = scheduler.schedule(0.0)
     assert plan.preempted == [load[1]] and plan.admitted == [head] and scheduler.num_running == 2
+
+
+def test_a_full_batch_keeps_its_place_when_the_more_urgent_would_not_fit_even_so():
+    urgent, low = request("urgent", 21, 4, priority=0), request("low", 7, 4, priority=5)
+    scheduler = running(paged(10), urgent, low, max_num_seqs=2)
+    scheduler.add(request("head", 17, 4, priority=1))
+    assert scheduler.schedule(0.0).preempted == []
+
+
+def test_the_reserve_of_the_pool_is_nobody_s_to_take_by_preemption():
+    """The head would fit into the victim's slots, and not be admitted all the same: 4 of 40 slots stay free."""
+    urgent, low = request("urgent", 19, 4, priority=0), request("low", 7, 4, priority=5)
+    scheduler = build_scheduler("priority", paged(10), max_model_len=MAX_LEN, watermark=0.1)
+    for req in (urgent, low):
+        scheduler.add(req)
+    scheduler.update(plan := scheduler.schedule(0.0), [1] * len(plan.scheduled))
+    assert set(plan.admitted) == {urgent, low}
+    scheduler.add(request("head", 17, 4, priority=1))  # 20 slots: as many as are free, with the 8 of `low`
+    assert scheduler.schedule(0.0).preempted == []
 
 
 def test_nobody_is_preempted_for_a_request_whose_last_token_is_still_on_its_way():
