@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,22 @@ def check_report(directory: Path, config: PretrainedConfig, info: dict[str, Any]
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(f"{directory} lacks the weights {', '.join(missing[:3])}{more}; copy the model again")
     _check_surplus(sorted(info["unexpected_keys"]), config.get_text_config(), directory)
+
+
+def check_head(directory: Path, names: Iterable[str], *configs: PretrainedConfig) -> None:
+    """See that the files have the head that a model needs which is not tied: its embedding would pass for it.
+
+    Args:
+        directory: for the message.
+        names: of the language model's tensors.
+        configs: of the model and its parts; one that says that it is tied decides.
+
+    Raises:
+        ModelError: the head is missing.
+    """
+    is_tied = any(getattr(config, "tie_word_embeddings", True) for config in configs)
+    if not is_tied and not any(name.endswith("lm_head.weight") for name in names):
+        raise ModelError(f"{directory} lacks the weights lm_head.weight; copy the model again")
 
 
 def _check_surplus(keys: list[str], text: PretrainedConfig, directory: Path) -> None:

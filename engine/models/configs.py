@@ -31,6 +31,7 @@ from kvarena.engine.checkpoints.kinds import check_kind
 from kvarena.engine.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from kvarena.engine.errors import ConfigError, ModelError
 from kvarena.engine.models.experts import check_top_k
+from kvarena.engine.models.limits import check_layers
 from kvarena.engine.vision.configs import text_config, whole_config
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def read_model_config(
     if whole is not None:
         config = text_config(whole)
     _check_architecture(config, name, trust_remote_code and whole is None)
+    check_layers(config.get_text_config(), name)
     try:
         check_top_k(config.get_text_config())
     except ModelError as error:

@@ -81,7 +81,15 @@ def num_decoder_layers(config: PretrainedConfig, name: str) -> int:
             f"{name} ({config.model_type}) cannot be run: its config has no num_hidden_layers; it is no stack of "
             "equal decoder layers"
         )
+    check_layers(config, name)
     return found
+
+
+def check_layers(config: PretrainedConfig, name: str) -> None:
+    """See that a text config which states a number of decoder layers states one. Raises ModelError."""
+    found = getattr(config, "num_hidden_layers", None)
+    if isinstance(found, int) and found < 1:
+        raise ModelError(f"{name}: num_hidden_layers={found} must be at least 1; correct config.json, or copy it again")
 
 
 def latent_dim(config: PretrainedConfig) -> int | None:

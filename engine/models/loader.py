@@ -27,6 +27,7 @@ from kvarena.engine.checkpoints.weights import weight_files
 from kvarena.engine.errors import ConfigError, ModelError
 from kvarena.engine.models.building import (
     build_dummy,
+    check_head,
     check_host,
     check_report,
     does_not_fit,
@@ -226,6 +227,7 @@ def _from_directory(
         )
         load = planned(make, config, dtype, target, trust_remote_code, str(directory))
     if composite is not None:
+        check_head(directory, composite.text, config, composite.config)
         config.tie_word_embeddings = "lm_head.weight" not in composite.text
     try:
         if load is not None and isinstance(dtype, torch.dtype):

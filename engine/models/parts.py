@@ -22,6 +22,7 @@ from kvarena.engine.checkpoints.packed_settings import MADE
 from kvarena.engine.errors import ConfigError, ModelError
 from kvarena.engine.models.building import (
     build_dummy,
+    check_head,
     check_host,
     check_report,
     does_not_fit,
@@ -113,7 +114,11 @@ def check_parts(
     """
     with quiet_transformers():
         config, directory, name, _ = read_model_config(path, shape, name, trust_remote_code)
-        _shard_of(layout, config, None if load_format == "dummy" else directory, name, quantization)
+        shard = _shard_of(layout, config, None if load_format == "dummy" else directory, name, quantization)
+        whole = build_dummy(config, "auto", "meta", 0, False, name)
+        for stage in range(1, layout.pipeline):
+            other = replace(shard, layout=layout.of(layout.rank_of(stage)))
+            other.check(whole, build_dummy(other.local_config(), "auto", "meta", 0, False, name))
 
 
 def _shard_of(
@@ -179,14 +184,11 @@ def _from_parts(
         packed = PackedTensors(checkpoint, dtype, target) if composite is None else composite.packed(checkpoint)
         of_rank = _of_rank(packed, shard)
         load = planned(lambda _: of_rank, config, dtype, target, False, str(directory))
-        mine = of_rank.plain
+        mine, stored = of_rank.plain, packed.state()
     else:
-        tensors = open_tensors(directory) if composite is None else composite.text
-        is_tied = composite is not None or getattr(shard.config, "tie_word_embeddings", True)
-        if not is_tied and not any(name.endswith("lm_head.weight") for name in tensors):
-            # A stage would take the embedding for it.
-            raise ModelError(f"{directory} lacks the weights lm_head.weight; copy the model again")
-        mine = shard.cut(tensors)
+        stored = open_tensors(directory) if composite is None else composite.text
+        mine = shard.cut(stored)
+    check_head(directory, stored, shard.config, *([] if composite is None else [composite.config]))
     if shard.layout.pipeline == 1 and composite is not None:
         config.tie_word_embeddings = "lm_head.weight" not in mine
     free = free_bytes(target)
@@ -207,7 +209,7 @@ def _from_parts(
         if is_out_of_memory(error):
             raise does_not_fit(str(directory), config, dtype, target, free, False, load) from error
         raise ModelError(f"{directory} cannot be loaded: {one_line(error)}") from error
-    check_report(directory, shard.config, shard.report_in_whole(info))
+    check_report(directory, shard.config, shard.report_in_whole(info, stored))
     return module, "" if load is None else load.summary
 
 

@@ -200,10 +200,15 @@ class Shard:
                 continue
             full = sizes.get(self._in_whole(name))
             if full is None or self._cut_shape(name, full) != tuple(tensor.shape):
+                what = (
+                    f"a stage would have {self._in_whole(name)} {list(tensor.shape)}, and the whole has none"
+                    if full is None
+                    else f"{self._in_whole(name)} {list(full)} would be {list(tensor.shape)}, which is no part of it "
+                    "by transformers' plan"
+                )
                 raise ConfigError(
                     f"{TENSOR if self.layout.tensor > 1 else PIPELINE}={self._size} is not available for "
-                    f"{self.name!r} ({type(whole).__name__}): {self._in_whole(name)} {list(full or ())} would be "
-                    f"{list(tensor.shape)}, which is no part of it by transformers' plan; use 1"
+                    f"{self.name!r} ({type(whole).__name__}): {what}; use 1"
                 )
 
     @property
@@ -213,15 +218,25 @@ class Shard:
     def _in_whole(self, name: str) -> str:
         return _LAYER.sub(lambda found: f"{found[1]}layers.{int(found[2]) + self.layers.start}.", name)
 
-    def report_in_whole(self, info: Mapping[str, Any]) -> dict[str, Any]:
-        """transformers' report of a stage's loading by the names in the files, where layers count from the model's."""
+    def report_in_whole(self, info: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+        """transformers' report of a part's loading by the names and shapes in the files.
+
+        Args:
+            info: the report; layers count from the stage's first, and shapes are the part's.
+            stored: the files' tensors by name.
+        """
 
         def named(name: str) -> str:
             found = _LAYER.search(name)
             # Layers behind the model's last one kept their name.
             return name if found is not None and int(found[2]) >= len(self.layers) else self._in_whole(name)
 
-        mismatched = [(named(name), *shapes) for name, *shapes in info["mismatched_keys"]]
+        mismatched = [
+            (named(name), stored[named(name)].get_shape(), self._whole_shape(name, expected))
+            if self.layout.tensor > 1 and hasattr(stored.get(named(name)), "get_shape")
+            else (named(name), found, expected)
+            for name, found, expected in info["mismatched_keys"]
+        ]
         return {key: [named(name) for name in info[key]] for key in ("missing_keys", "unexpected_keys")} | {
             "mismatched_keys": mismatched
         }
@@ -317,6 +332,20 @@ class Shard:
             sizes[-1] //= tensor
         elif kind == _PAIRS:
             sizes[1] //= tensor
+        return tuple(sizes)
+
+    def _whole_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a parameter of the whole model, by its part's: `_cut_shape` the other way."""
+        sizes, tensor = list(shape), self.layout.tensor
+        kind, is_bias = self._style(name), name.endswith("bias")
+        if kind == "vocabulary":
+            sizes[0] = self.vocab_size
+        elif kind == _COLUMNS:
+            sizes[0] *= self._part(name)[1]
+        elif kind == _ROWS and not is_bias:
+            sizes[-1] *= tensor
+        elif kind == _PAIRS:
+            sizes[1] *= tensor
         return tuple(sizes)
 
     def _style(self, name: str) -> str:

@@ -63,6 +63,9 @@ class Composite:
         shape: the content of its config.json.
         device: where the model goes.
         has_weights: the directory's weights are read; else they are drawn.
+
+    Attributes:
+        config: the same.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Composite:
         *,
         has_weights: bool,
     ) -> None:
-        self._config, self._name, self._device = config, str(directory), device
+        self.config, self._name, self._device = config, str(directory), device
         self._processing: Processing = (
             make_processing(shape or {}, {}) if directory is None else processing_of(directory)
         )
@@ -101,7 +104,7 @@ class Composite:
     def encoder(self, module: nn.Module, seed: int, cache_bytes: int) -> ImageEncoder:
         """The encoder beside `module`, the language model, in its dtype. Raises ModelError."""
         embed: Any = module.get_input_embeddings()  # type: ignore[operator]
-        make = partial(_family(self._config.model_type).tower, self._config, self._processing)
+        make = partial(_family(self.config.model_type).tower, self.config, self._processing)
         if self._parted is None:
             tower = dummy_tower(make, embed.weight.dtype, self._device, seed)
         else:

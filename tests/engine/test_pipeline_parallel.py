@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 from checkpoints import write_checkpoint
 from fused_helpers import LateReference
-from image_checkpoints import picture
+from image_checkpoints import picture, shared_model, write_original
+from packed_checkpoints import write_packed
 from parallel_cells import CELLS, SAMPLINGS, THREADS, alone, happened, of_model, requests, run
 from qwen_checkpoints import IMAGE, shared_qwen, write_qwen
 from safetensors.torch import load_file, save_file
 
-from kvarena.engine.errors import KvarenaError
+from kvarena.engine.errors import ConfigError, KvarenaError
 from kvarena.engine.ranks import stages
 from kvarena.engine.ranks.stage_forward import StageForward
 from kvarena.engine.request import Request, SamplingParams, expand
@@ -118,13 +120,41 @@ def test_fused_stages_give_the_tokens_of_one_rank(directories, shared, monkeypat
     assert bool(launches) == captured and (not captured or set(launches) == {True, False})
 
 
-def test_a_head_that_is_missing_is_no_embedding(tmp_path):
-    directory = write_checkpoint(tmp_path)
-    state = load_file(directory / "model.safetensors")
-    del state["lm_head.weight"]
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(KvarenaError, match=r"lacks the weights lm_head\.weight"):
-        build_engine(of_model(directory, "parallel.pipeline_parallel_size=2", *THREADS), SharedParts())
+WRITES = {
+    "plain": write_checkpoint,
+    "packed": lambda path: write_packed(path, "gptq", "llama", group_size=32)[0],
+    "images": lambda path: write_original(path, shared_model(), "LlamaForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_head_that_is_missing_is_no_embedding(tmp_path, kind):
+    directory = WRITES[kind](tmp_path / "model")
+    for file in directory.glob("*.safetensors"):
+        state = {name: tensor for name, tensor in load_file(file).items() if "lm_head" not in name}
+        save_file(state, file, metadata={"format": "pt"})
+    if (index := directory / "model.safetensors.index.json").exists():
+        said = json.loads(index.read_text())
+        said["weight_map"] = {name: file for name, file in said["weight_map"].items() if "lm_head" not in name}
+        index.write_text(json.dumps(said))
+    for sizes in ((), PP2):
+        with pytest.raises(KvarenaError, match=r"lacks the weights lm_head\.weight"):
+            build_engine(of_model(directory, *sizes), SharedParts())
+
+
+def test_a_model_that_cannot_be_parted_so_is_refused_before_a_rank_is_started(tmp_path):
+    """By its second stage, whose layers count from 0 and would be others."""
+    with pytest.raises(ConfigError, match=r"a stage would have .*, and the whole has none; use 1"):
+        build_engine(of_model(write_checkpoint(tmp_path, "deepseek_v3"), *PP2), SharedParts())
+
+
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("sizes", [(), PP2])
+def test_a_model_without_layers_is_a_line(tmp_path, number, sizes):
+    config = json.loads((write_checkpoint(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": number}))
+    with pytest.raises(KvarenaError, match=f"num_hidden_layers={number} must be at least 1"):
+        build_engine(of_model(tmp_path, *sizes), SharedParts())
 
 
 @pytest.mark.parametrize(("fault", "words"), [("missing", "lacks the weights {}"), ("flat", "weight {} has shape")])

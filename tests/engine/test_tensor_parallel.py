@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import replace
 from itertools import chain
@@ -12,9 +13,10 @@ from checkpoints import write_checkpoint
 from image_checkpoints import picture, shared_model, write_original
 from packed_checkpoints import write_packed
 from parallel_cells import CELLS, MAX_TOKENS, SAMPLINGS, SHORT, THREADS, alone, happened, of_model, requests, run
+from safetensors.torch import load_file, save_file
 from triton.runtime.interpreter import GridExecutor
 
-from kvarena.engine.errors import ConfigError, EngineError
+from kvarena.engine.errors import ConfigError, EngineError, KvarenaError
 from kvarena.engine.models import loader
 from kvarena.engine.models import parts as models_parts
 from kvarena.engine.models.configs import read_model_config
@@ -213,6 +215,19 @@ def test_what_cannot_be_shared_out_is_refused_in_a_line(tmp_path, directories, f
     with pytest.raises(ConfigError, match=r"parallel\.") as caught:
         build_engine(of_model(directory, *overrides, *THREADS))
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["mlp.down_proj", "mlp.up_proj", "self_attn.k_proj"])
+def test_a_misshapen_weight_is_told_by_its_shape_in_the_files(tmp_path, part):
+    """A rank's part of it is of no use to who looks for it."""
+    directory, name = write_checkpoint(tmp_path), f"model.layers.1.{part}.weight"
+    state = load_file(directory / "model.safetensors")
+    wanted = list(state[name].shape)
+    state[name] = state[name][:-2, :-2].contiguous()
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    words = f"weight {name} has shape {list(state[name].shape)} and config.json asks for {wanted}"
+    with pytest.raises(KvarenaError, match=re.escape(words)):
+        build_engine(of_model(directory, *TP2), SharedParts())
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
