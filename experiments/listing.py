@@ -44,9 +44,10 @@ def run_help(args: Sequence[str], program: str) -> str:
     """The page of `run --help`, and the options of the choices that the command line names.
 
     Raises:
-        ConfigError: a choice that its group has not.
+        ConfigError: a choice that its group has not, or a setting of a section that there is not.
     """
     default = conf_files.defaults()
+    _check_sections(args)
     groups = ""
     for group, line in GROUPS.items():
         usual = f" (default: {default[group]})" if group in default else ""
@@ -54,6 +55,15 @@ def run_help(args: Sequence[str], program: str) -> str:
     named = "".join(f"\n{_chosen(group, name)}" for group, name in _named(args))
     settings = "\n".join(f"  {line}".rstrip() for line in conf_files.settings().splitlines())
     return PAGE.format(program=program, groups=groups, settings=settings) + named
+
+
+def _check_sections(args: Sequence[str]) -> None:
+    sections = re.findall(r"^(\w+):", conf_files.settings(), re.M)
+    known = sorted({*GROUPS, *conf_files.defaults(), *sections, "hydra", "study"})  # the last of an experiment
+    for arg in args:
+        found = re.match(r"[+~]*(\w+)[\w./@-]*=", arg)
+        if found is not None and found[1] not in known:
+            raise ConfigError(f"unknown config key {found[1]!r}{did_you_mean(found[1], known)}")
 
 
 def list_choices(args: Sequence[str]) -> str:

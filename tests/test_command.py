@@ -52,6 +52,8 @@ def test_the_page_of_the_command(capsys):
         (["srve"], "did you mean serve?"), (["benchmark", "enginee"], "did you mean engine?"),
         (["check", "trace"], "did you mean traces?"), (["list", "scheduler", "alocators"], "did you mean allocators?"),
         (["run", "allocator=pagd", "--help"], "did you mean paged?"),
+        (["run", "--help", "alocator.block_size=8"], "did you mean allocator?"),
+        (["run", "--help", "foo=bar"], "unknown config key 'foo'"),
         (["serve", "--prot", "1"], "did you mean --port?"),
     ],
     ids=str,
@@ -237,6 +239,7 @@ def test_a_tool_runs_under_its_name_with_dashes_too(capsys):
 def test_a_file_that_a_tool_cannot_read_is_one_line(capsys, tmp_path):
     error = said(capsys, "check", "verify", str(tmp_path / "no"), code=2)
     assert error.startswith("error: kvarena check verify: ") and error.count("\n") == 1
+    assert f"{tmp_path / 'no' / 'manifest.json'} is missing; run the job again" in error
 
 
 # ---- the extra of the server

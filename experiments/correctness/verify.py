@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from kvarena.engine.checkpoints.directory import resolve_directory
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.correctness.reference import generate_static, load_reference
 from kvarena.experiments.tools import tool_parser
+from kvarena.reports.reading.files import read_json, read_table
 from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE
+from kvarena.reports.reading.shapes import MANIFEST
 
-COLUMNS = ["request_id", "prompt_token_ids", "output_token_ids", "max_tokens", "finish_reason"]
+COLUMNS = ("request_id", "prompt_token_ids", "output_token_ids", "max_tokens", "finish_reason")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _verify(run_dirs: list[Path], batch_size: int, limit: int | None) -> int:
-    config = json.loads((run_dirs[0] / MANIFEST_FILE).read_text())["config"]
+    config = read_json(run_dirs[0] / MANIFEST_FILE, MANIFEST)["config"]
     if config["sampling"]["temperature"] != 0 or config["engine"]["dtype"] != "float32":
         raise ConfigError(f"{run_dirs[0]} is not a greedy fp32 run; only those have a reference")
     if config["model"]["path"] is None:
@@ -65,5 +65,5 @@ def _verify(run_dirs: list[Path], batch_size: int, limit: int | None) -> int:
 
 def _rows(run_dir: Path, limit: int | None) -> list[dict[str, Any]]:
     """The finished requests of a run, in order of submission."""
-    rows = pq.read_table(run_dir / REQUESTS_FILE, columns=COLUMNS).to_pylist()
+    rows = read_table(run_dir / REQUESTS_FILE, COLUMNS).to_pylist()
     return [row for row in rows if row["finish_reason"] == "length"][:limit]

@@ -121,7 +121,7 @@ class Answer:
             return None
         if self._is_done or self.error:
             return None
-        lines = (self._rest + piece).split(b"\n")
+        lines = _with_line_feeds(self._rest + piece).split(b"\n")
         self._rest = lines.pop()
         try:
             for line in lines:
@@ -271,6 +271,14 @@ async def _first_model(client: HttpClient) -> str:
             f"target {client.url} does not answer /v1/models ({type(error).__name__}: {_short(error)}); start the "
             "server, or name its model with http.model"
         ) from error
+
+
+def _with_line_feeds(text: bytes) -> bytes:
+    """The ends of lines that server-sent events allow, as one; a last CR stays, whose LF may be on its way."""
+    if b"\r" not in text:
+        return text
+    text = text.replace(b"\r\n", b"\n")
+    return text[:-1].replace(b"\r", b"\n") + text[-1:]
 
 
 def _short(error: object) -> str:

@@ -165,9 +165,10 @@ def test_a_client_that_hangs_up_makes_no_failed_request():
     assert (Answer(start=0.5, chunk_times=[1.0, 2.0, 4.0]).wait, answer.gaps) == (0.5, [1.0])
 
 
-def test_events_that_come_in_pieces_are_the_same_events():
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_events_that_come_in_pieces_are_the_same_events(end):
     stream = BOM_UTF8 + b"".join(
-        b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\r\n\r\n"
+        b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + end + end
         for event in (text("x"), text("é", "stop"), usage(2), b"[DONE]")
     )
     for size in (1, 2, 7, len(stream)):
