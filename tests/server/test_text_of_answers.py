@@ -151,6 +151,9 @@ def test_tokens_that_a_stop_string_cuts_off_begin_at_the_texts_end(server, token
     start = PROMPT if echo else ""
     assert choice["text"] == start + " th"
     assert choice["logprobs"]["text_offset"][-3:] == [len(start), len(start) + 3, len(start) + 3]
+    if not echo:
+        parts = [event["choices"][0]["logprobs"] for event in streamed(server, body)]
+        assert [place for part in parts if part for place in part["text_offset"]] == choice["logprobs"]["text_offset"]
 
 
 def test_the_tokenizers_own_end_ends_an_answer(server, tokenizer):

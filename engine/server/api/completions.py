@@ -96,12 +96,16 @@ class CompletionLogprobs:
     def _settle(self, places: list[int]) -> None:
         self._placed += [(*self._waiting.popleft(), place) for place in places]
 
-    def take(self) -> dict[str, Any] | None:
-        """The lists of the tokens with a place, None without any; empties them for the next event."""
-        if not self._placed:
+    def take(self, num_chars: int = sys.maxsize) -> dict[str, Any] | None:
+        """The lists of the tokens with a place, None without any; empties them for the next event.
+
+        Tokens that begin behind the first `num_chars` characters stay: what is not shown yet, a stop string may cut.
+        """
+        count = sum(place <= num_chars for *_, place in self._placed)
+        if not count:
             return None
-        columns = zip(*self._placed, strict=True)
-        self._placed = []
+        columns = zip(*self._placed[:count], strict=True)
+        del self._placed[:count]
         return dict(zip(("tokens", "token_logprobs", "top_logprobs", "text_offset"), map(list, columns), strict=True))
 
 
@@ -140,6 +144,7 @@ class CompletionAnswer(Answer):
         self._prompt_logprobs = req.prompt_logprobs is not None and not (self._echo and self._logprobs)
         self._is_plain = self._is_plain and not self._logprobs
         self._echoed: list[str] = []
+        self._shown: list[int] = []  # characters of each choice's text so far
         self._begun: set[int] = set()
         self._lists: list[CompletionLogprobs] = []
 
@@ -152,6 +157,7 @@ class CompletionAnswer(Answer):
         if self._zero:  # only the echo is wanted and the sampled token dropped: the prompt's own end is known
             echoed += stream.copy().flush()
         self._echoed += [echoed] * len(made)
+        self._shown += [len(echoed)] * len(made)
         if self._logprobs:
             places = self._detokenizer.stream(self._skips) if self._echo else stream
             by_ids = bool(self.req.return_tokens_as_token_ids)
@@ -180,14 +186,14 @@ class CompletionAnswer(Answer):
             if not self._zero:
                 for token, entry in zip(token_ids, logprobs, strict=True):
                     columns.add(token, entry)
+            self._shown[index] += len(text)
             if is_end:
-                shown = len(self._echoed[index]) + sum(map(len, choice.pieces))
-                columns.end(sys.maxsize if self._zero else shown)
+                columns.end(sys.maxsize if self._zero else self._shown[index])
         if not self._streams:
             choice.token_ids += token_ids
             self._begun.add(index)
             return b""
-        lists = None if columns is None else columns.take()
+        lists = None if columns is None else columns.take(sys.maxsize if is_end else self._shown[index])
         if not (text or lists or is_end or (self._return_token_ids and token_ids)):
             return b""
         return self._event(choice, text, lists, token_ids)
