@@ -1,7 +1,8 @@
 """What tests are spared unless they look at it: 3 s of processor time for a page's figures, 1.3 s for a cell's probe.
 
 A command's config is composed once, not first to look for `hydra.mode` in it, which no file of ours sets, and the same
-command's of later tests is a copy: 0.1 s each time.
+command's of later tests is a copy: 0.1 s each time. Of commands that choose the same files, which files these are and
+what they make together is found once.
 
 Figures are made as ever, from the same data; what an own page shows of them is an empty picture. A test that looks at
 pictures has the marker `drawn`, one that looks at the probe `probed`. Both hold for the processes of warm.py, too.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import dataclasses
 import gc
 import os
 import sys
@@ -39,6 +41,10 @@ def set_for_test(*, is_drawn: bool, is_probed: bool) -> None:
     _replace("matplotlib.figure", "Figure.savefig", _save_nothing, not drawn)
     _replace("kvarena.experiments.recording.contention", "run_probe", _quiet_machine, not probed)
     _replace("hydra._internal.config_loader_impl", "ConfigLoaderImpl.load_configuration", _compose_once, True)
+    _replace(
+        "hydra._internal.config_loader_impl", "ConfigLoaderImpl._compose_config_from_defaults_list", _merge_once, True
+    )
+    _replace("hydra._internal.defaults_list", "_create_defaults_list", _choose_once, True)
     _replace("hydra._internal.hydra", "Hydra.get_mode", _mode, True)
 
 
@@ -88,15 +94,48 @@ def _compose_once(
     paths = tuple(element.path for element in self.config_search_path.get_path())
     if not from_shell or any("searchpath" in one for one in overrides) or not _is_ours(paths):
         return compose()
+    key = (paths, config_name, *overrides, run_mode, validate_sweep_overrides, os.getcwd())
+    return copy.deepcopy(_kept(key, compose))
+
+
+def _choose_once(repo: Any, config_name: str | None, overrides: Any, prepend_hydra: bool, skip_missing: bool) -> Any:
+    """The files that the chosen groups make up, and what `overrides` then knows of them."""
+
+    def choose() -> Any:
+        made = _originals["_create_defaults_list"](repo, config_name, overrides, prepend_hydra, skip_missing)
+        return *made, {name: value for name, value in vars(overrides).items() if name != "config_overrides"}
+
+    paths = tuple(source.path for source in repo.get_sources())
+    if not _is_ours(paths):
+        return choose()[:2]
+    asked = (overrides.override_choices, [vars(one) for one in overrides.append_group_defaults], overrides.deletions)
+    files, tree, known = _kept((config_name, repr(asked), prepend_hydra, skip_missing), choose)
+    vars(overrides).update(copy.deepcopy(known))
+    return list(files), tree
+
+
+def _merge_once(self: Any, defaults: list[Any], repo: Any) -> Any:
+    """What the files make together, before a command's settings."""
+
+    def merge() -> Any:
+        return _originals["ConfigLoaderImpl._compose_config_from_defaults_list"](self, defaults, repo)
+
+    if not _is_ours(tuple(source.path for source in repo.get_sources())):
+        return merge()
+    return copy.deepcopy(_kept(tuple(map(dataclasses.astuple, defaults)), merge))
+
+
+def _kept(key: tuple[Any, ...], make: Any) -> Any:
+    """A copy of what `make` gave for this key the first time; whoever changes it copies it again."""
     from hydra.core.config_store import ConfigStore
 
     nodes = tuple(_leaves(ConfigStore.instance().repo))  # an installed strategy is another one
-    key = (paths, config_name, *overrides, run_mode, validate_sweep_overrides, os.getcwd(), *map(id, nodes))
+    key = (*key, *map(id, nodes))
     if key not in _composed:
-        if len(_composed) > 100:
+        if len(_composed) > 300:
             _composed.clear()
-        _composed[key] = copy.deepcopy(compose()), nodes  # while they live no other one has their ids
-    return copy.deepcopy(_composed[key][0])
+        _composed[key] = copy.deepcopy(make()), nodes  # while they live no other one has their ids
+    return _composed[key][0]
 
 
 def _mode(self: Any, config_name: str | None, overrides: list[str]) -> Any:
