@@ -4,13 +4,14 @@
 
 It shows what the web front costs by itself (experiments/benchmarks/front.py), and lets tests inject faults: a step with
 `--fail-token` in a prompt fails, one with `--full-token` or of more than `--full-tokens` finds no memory, one with
-`--hang-token` never ends.
+`--hang-token` never ends. While the file `--hold` exists, steps are so slow that what runs does not end meanwhile.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from kvarena.reports.reading.options import Options
 from kvarena.routers.least_kv import LeastKVRouter
 from kvarena.schedulers.chunked import ChunkedScheduler
 
+HELD_STEP_SECONDS = 0.25
 FULL = "out of memory on a stub: 2.00 GiB were asked for and 1.00 GiB were free"
 
 
@@ -50,6 +52,7 @@ class StubOptions:
         max_num_seqs: requests per step.
         max_num_batched_tokens: tokens per step.
         max_model_len: tokens.
+        hold: while this file exists, a step takes `HELD_STEP_SECONDS` more; "": never.
     """
 
     vocab_size: int
@@ -62,6 +65,7 @@ class StubOptions:
     max_num_seqs: int = 512
     max_num_batched_tokens: int = 8192
     max_model_len: int = 8192
+    hold: str = ""
 
 
 class StubRunner:
@@ -80,6 +84,8 @@ class StubRunner:
             self._inject(plan)
         if options.step_time:
             time.sleep(options.step_time)
+        if options.hold and os.path.exists(options.hold):
+            time.sleep(HELD_STEP_SECONDS)
         width, first = options.vocab_size - 10, self._next
         tokens = [10 + (first + i) % width if sampled else None for i, sampled in enumerate(plan.samples)]
         self._next = (first + len(tokens)) % width
@@ -139,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         ("num-blocks", int, "of the KV pool"),
         ("max-num-seqs", int, "requests of a step"),
         ("max-num-batched-tokens", int, "tokens of a step, at least one a request"),
+        ("hold", str, "while this file exists, a step takes a quarter of a second more"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(StubOptions, name.replace("-", "_")), help=said)
     flags = parser.parse_args(argv)
@@ -149,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
         options = StubOptions(
             vocab_size, flags.step_time, flags.fail_token, flags.full_token, flags.hang_token, flags.full_tokens,
-            flags.num_blocks, flags.max_num_seqs, flags.max_num_batched_tokens,
+            flags.num_blocks, flags.max_num_seqs, flags.max_num_batched_tokens, hold=flags.hold,
         )  # fmt: skip
         router = LeastKVRouter(num_replicas=flags.engines) if flags.engines > 1 else None
         config, factory = ServerConfig.from_dict(values), functools.partial(build, options)

@@ -12,6 +12,7 @@ pytest.importorskip("grpc", reason="python -m pip install 'kvarena[ray-serve]', 
 pytest.importorskip("ray")
 
 from ray.exceptions import ActorDiedError
+from waiting import PATIENCE
 
 from examples.ray_serve.app import build
 from examples.ray_serve.engines import RayEngines
@@ -121,8 +122,9 @@ def test_a_client_that_leaves_ends_the_replicas_work():
     handle = Handle([Admitted(), TOKEN])
 
     async def leave(engines, choice) -> None:
-        while not choice.num_tokens:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(PATIENCE):
+            while not choice.num_tokens:
+                await asyncio.sleep(0.001)
         engines.abort([choice], "abort")
 
     found = ask(handle, leave)

@@ -6,6 +6,7 @@ import itertools
 
 import httpx
 import pytest
+from waiting import PATIENCE
 
 from kvarena.engine.request import SamplingParams
 from kvarena.experiments.load.connection import HttpClient, in_turns
@@ -94,8 +95,8 @@ def test_a_connection_that_the_server_closed_meanwhile_is_not_used_again():
 @pytest.mark.parametrize(
     ("answer", "error", "message"),
     [
-        ((0.5,), TimeoutError, "nothing came for 0.1 s"),
-        ((STREAM, TOKEN, 0.5), TimeoutError, "nothing came for 0.1 s"),
+        ((PATIENCE,), TimeoutError, "nothing came for 0.1 s"),
+        ((STREAM, TOKEN, PATIENCE), TimeoutError, "nothing came for 0.1 s"),
         ((STREAM, TOKEN, None), ConnectionError, "closed within the answer"),
         ((b"SSH-2.0\r\n\r\n",), ConnectionError, "the answer is no HTTP"),
         ((None,), ConnectionError, "closed within the answer"),
@@ -103,13 +104,13 @@ def test_a_connection_that_the_server_closed_meanwhile_is_not_used_again():
 )  # fmt: skip
 def test_what_is_no_whole_answer_raises(answer, error, message):
     with pytest.raises(error, match=message):
-        ask(Peer(answer), twice, patience=0.1)
+        ask(Peer(answer), twice, patience=0.1 if error is TimeoutError else PATIENCE)
 
 
 def test_signs_of_life_keep_a_slow_answer_alive():
     """Patience is for silence, not for the whole answer."""
-    slow = (STREAM, *itertools.chain.from_iterable((chunk("x"), 0.05) for _ in range(6)), END)
-    [reply, _] = ask(Peer(slow, (JSON,)), twice, patience=0.2)
+    slow = (STREAM, *itertools.chain.from_iterable((chunk("x"), 0.25) for _ in range(6)), END)
+    [reply, _] = ask(Peer(slow, (JSON,)), twice, patience=1.0)
     assert reply.body == b"xxxxxx"
 
 
@@ -126,9 +127,9 @@ def complete(peer: Peer, answer: Answer | None = None, **options) -> Answer:
 
 
 def test_a_server_that_does_not_close_its_answer_is_not_waited_for():
-    answer = complete(Peer((STREAM, TOKEN, DONE, 5.0, END)))
+    answer = complete(Peer((STREAM, TOKEN, DONE, PATIENCE, END)))
     assert (answer.error, answer.num_tokens) == ("", 1)
-    assert answer.end - answer.start < 5.0
+    assert answer.end - answer.start < PATIENCE
 
 
 def test_a_stream_that_breaks_off_behind_its_end_is_whole_and_one_before_it_is_not():
@@ -144,7 +145,7 @@ def test_a_refusal_says_what_the_server_said():
 
 
 def test_who_hangs_up_leaves_no_connection_behind():
-    peer = Peer((STREAM, TOKEN, 0.01, TOKEN, 5.0), (JSON,))
+    peer = Peer((STREAM, TOKEN, 0.01, TOKEN, PATIENCE), (JSON,))
     answer = complete(peer, Answer(hang_up_after=1))
     assert (answer.is_cut, answer.error, len(answer.chunk_times)) == (True, "", 2)
 
@@ -156,7 +157,7 @@ def test_a_request_that_is_cancelled_closes_its_connection():
                 await client.request("GET", "/")
         return (await client.request("GET", "/")).status, client
 
-    peer = Peer((JSON[:-1], 5.0), (JSON,))
+    peer = Peer((JSON[:-1], PATIENCE), (JSON,))
     assert ask(peer, talk)[0] == 200
     assert peer.num_connections == 2
 
@@ -203,10 +204,11 @@ def test_clients_take_turns_over_one_list():
 def test_what_nobody_asked_for_ends_a_connection():
     async def talk(client):
         first = await client.request("GET", "/")
-        await asyncio.sleep(0.05)
+        for _ in range(10):  # each a round of the loop, however late: the peer writes, the client reads
+            await asyncio.sleep(0.01)
         return bytes(first.body), bytes((await client.request("GET", "/")).body)
 
-    peer = Peer((JSON, 0.01, JSON, 5.0), (JSON,))
+    peer = Peer((JSON, 0.01, JSON, PATIENCE), (JSON,))
     assert ask(peer, talk) == (b"{}", b"{}")
     assert peer.num_connections == 2
 

@@ -120,7 +120,7 @@ def test_a_recording_that_takes_its_time_is_charged_for_it_and_warns(monkeypatch
 def test_a_recording_beside_a_device_that_computes_says_that_it_held_nothing_up(monkeypatch):
     """Charged all the same; only what came after the last wait may have cost something."""
     facts = slow_recording(monkeypatch, [0.01] * 500, overlap=True)
-    assert facts["recording"]["share"] > 0.5
+    assert facts["recording"]["share"] > 0.1  # 4 ms against 1 ms, or what a busy machine makes of that
     assert facts["recording"]["delaying_share"] < 0.01
     assert "while the device computed" in recording_warning(facts)
 

@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import warm
+from waiting import PATIENCE, wait_for
 
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.entry import main
@@ -22,6 +22,7 @@ from kvarena.reports.reading.errors import NotWritten, ReportError
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOICES = {"allocator": "paged", "scheduler": "continuous", "workload": "fixed", "arrival": "all_at_once"}
+WAITS = "another process is writing it; waiting until it is done"
 SWEEP = [
     "-m", "allocator=contiguous,paged", "scheduler=static,continuous", "runner=simulated", "runner.profile=h100",
     "engine.dtype=bfloat16", "workload=uniform", "workload.num_requests=60", "kv_cache.num_slots=6000",
@@ -48,6 +49,25 @@ def finish(monkeypatch, capfd):
     return call
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The sweep's folder, unbroken."""
+    folder = tmp_path_factory.mktemp("unbroken") / "whole"
+    process = start(folder, errors := folder.with_name("errors"))
+    assert process.wait(PATIENCE) == 0, errors.read_text()
+    return folder
+
+
+def said_in(file: Path) -> str:
+    """What a process wrote, which may not have begun."""
+    return file.read_text() if file.exists() else ""
+
+
+def cells_of(sweep: Path) -> list[str]:
+    """Folders of its cells, in the order in which they ended."""
+    return [file.parent.name for file in sorted(sweep.glob("*/cell.json"), key=lambda file: file.stat().st_mtime_ns)]
+
+
 MEASURED = ("peak_rss_bytes", "processor_seconds", "recording")
 
 
@@ -57,17 +77,17 @@ def findings(out: Path) -> dict:
     return json.loads(text, object_hook=lambda node: {k: v for k, v in node.items() if k not in MEASURED})
 
 
-def test_a_killed_sweep_resumes_and_ends_in_the_same_report(finish, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(whole)
-    process = start(broken, tmp_path / "errors")
-    while len(list(broken.glob("*/cell.json"))) < 2:
-        assert process.poll() is None, "the sweep ended before it was killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def test_a_killed_sweep_resumes_and_ends_in_the_same_report(finish, whole, tmp_path):
+    broken = tmp_path / "broken"
+    third = broken / cells_of(whole)[2]
+    third.mkdir(parents=True)
+    with only_writer(third):  # it comes as far as that cell, however fast it is
+        process = start(broken, tmp_path / "errors")
+        wait_for(lambda: f"{third}: {WAITS}" in said_in(tmp_path / "errors"), "it does not come to its third cell")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     done = sorted(path.parent.name for path in broken.glob("*/cell.json"))
-    assert len(done) in (2, 3)
+    assert len(done) == 2
     times = {name: (broken / name / "requests.parquet").stat().st_mtime_ns for name in done}
     errors = finish(broken)
     assert errors.count("finished before") == len(done)
@@ -78,14 +98,18 @@ def test_a_killed_sweep_resumes_and_ends_in_the_same_report(finish, tmp_path):
     assert page.replace(str(broken), str(whole)) == (whole / "report.md").read_text()
 
 
-def test_two_processes_at_one_sweep_share_its_cells(tmp_path):
+def test_two_processes_at_one_sweep_share_its_cells(whole, tmp_path):
     """Both ran every cell and wrote the same files at the same time."""
-    processes = [start(tmp_path, tmp_path / f"errors{number}") for number in (0, 1)]
+    read = lambda: [said_in(tmp_path / f"errors{number}") for number in (0, 1)]  # noqa: E731
+    first = tmp_path / cells_of(whole)[0]
+    first.mkdir()
+    with only_writer(first):  # until both have come to it
+        processes = [start(tmp_path, tmp_path / f"errors{number}") for number in (0, 1)]
+        wait_for(lambda: all(f"{first}: {WAITS}" in errors for errors in read()), "they do not come to one cell")
     codes = [process.wait(240) for process in processes]
-    errors = [(tmp_path / f"errors{number}").read_text() for number in (0, 1)]
+    errors = read()
     assert codes == [0, 0], errors
     assert "".join(errors).count("finished before") == 4
-    assert "another process is writing it; waiting until it is done" in "".join(errors)
     assert len(json.loads((tmp_path / "sweep.json").read_text())["runs"]) == 4
     assert len(list(tmp_path.glob("*/cell.json"))) == 4
 
@@ -110,7 +134,7 @@ def test_the_lock_ends_with_its_process(tmp_path, capfd):
     holder.communicate()
     thread.join(120)
     assert entered.is_set()
-    assert capfd.readouterr().err == f"{tmp_path}: another process is writing it; waiting until it is done\n"
+    assert capfd.readouterr().err == f"{tmp_path}: {WAITS}\n"
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

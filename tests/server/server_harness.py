@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import PATIENCE
 from warm import PARTS, start
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "test-key"
-# Bounds every wait: what is waited for takes a moment, on a busy machine many times as long. Nothing is timed by it.
-PATIENCE = 180.0
+STUB = "kvarena.experiments.serving.stub_engine"
 OWNED = ("token_states", "reservation", "internal")
 
 
@@ -30,7 +31,6 @@ class RunningServer:
         flags: of `kvarena serve`, after the model.
         model: a model directory.
         module: what to run in place of the command (stub engines).
-        is_fresh: the process and its parts are started from nothing, not warm (tests/warm.py).
     """
 
     def __init__(
@@ -39,18 +39,16 @@ class RunningServer:
         model: str = "models/demo",
         module: str = "kvarena",
         key: str | None = KEY,
-        is_fresh: bool = False,
     ):
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)  # noqa: SIM115
+        self._hold = Path(self._log.name + ".hold")
         command = ["-m", module, "serve", model, "--port", "0", *flags]
+        if module == STUB:
+            command += ["--hold", str(self._hold)]
         if key is not None:
             command += ["--api-key", key, "second-key"]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        if is_fresh:
-            command = [sys.executable, *command]
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT, env=env)
-        else:
-            self.process = start(command, ROOT, Path(self._log.name), Path(self._log.name), env)
+        self.process = start(command, ROOT, Path(self._log.name), Path(self._log.name), env)
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url = self._wait()
         self.client = httpx.Client(base_url=self.url, headers=self.headers, timeout=PATIENCE)
@@ -74,6 +72,18 @@ class RunningServer:
     @property
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """A stub's steps take so long meanwhile that what runs goes on, and comes to no end of its own.
+
+        What a test does to requests that run has to come before their end, on a fast machine and on a slow one.
+        """
+        self._hold.touch()
+        try:
+            yield
+        finally:
+            self._hold.unlink()
 
     def post(self, path: str, body: object, **kwargs: object) -> httpx.Response:
         return self.client.post(path, json=body, **kwargs)

@@ -31,12 +31,19 @@ def _install(file: Path) -> None:
     time.time_ns = lambda: real_ns() + offset() * 10**9
 
 
-if __name__ in ("__main__", "__mp_main__"):
+def main() -> int:
+    """Serve; a warm process's parts are forked, and have the clock of it."""
+    from kvarena.experiments.serving.stub_engine import main as serve
+
     at = sys.argv.index(FLAG)
-    _install(Path(sys.argv[at + 1]))
+    if __name__ != "__main__":
+        _install(Path(sys.argv[at + 1]))
+    # The children see the whole command line.
+    return serve(sys.argv[1:at] + sys.argv[at + 2 :])
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    _install(Path(sys.argv[sys.argv.index(FLAG) + 1]))
 
 if __name__ == "__main__":
-    from kvarena.experiments.serving.stub_engine import main
-
-    # The children see the whole command line.
-    sys.exit(main(sys.argv[1:at] + sys.argv[at + 2 :]))
+    sys.exit(main())

@@ -43,13 +43,13 @@ def _busy(server: RunningServer, request_id: str = "") -> threading.Thread:
 
 
 @contextmanager
-def _kept_busy(server: RunningServer) -> Iterator[None]:
+def _kept_busy(server: RunningServer, request_id: str = "") -> Iterator[None]:
     """Requests one after another, for as long as a page takes to show them."""
     ended = threading.Event()
 
     def ask() -> None:
         while not ended.is_set():
-            _busy(server).join()
+            _busy(server, request_id).join()
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -61,9 +61,8 @@ def _kept_busy(server: RunningServer) -> Iterator[None]:
 
 
 def test_the_feed_shows_blocks_by_request_and_classes_that_add_up(server):
-    thread = _busy(server)
-    events = _events(server, 4)
-    thread.join()
+    with _kept_busy(server):
+        events = _events(server, 4)
     for event in events:
         assert sum(event["classes"].values()) == event["num_blocks"] * event["block_size"]
         assert len(event["cells"]) == len(event["filled"]) == event["num_blocks"]
@@ -79,10 +78,9 @@ def test_the_feed_shows_blocks_by_request_and_classes_that_add_up(server):
 def test_names_are_for_who_gave_the_key_of_the_request(server):
     """Two keys are two parties; a page that knows its own requests' secret prefix sees those as its own."""
     prefix = "0123456789abcdef" * 2
-    thread = _busy(server, prefix + "-1")
-    same, other = _events(server, 1)[-1], _events(server, 1, {"Authorization": "Bearer second-key"})[-1]
-    own = _events(server, 1, {"Authorization": "Bearer second-key"}, prefix)[-1]
-    thread.join()
+    with _kept_busy(server, prefix + "-1"):
+        same, other = _events(server, 1)[-1], _events(server, 1, {"Authorization": "Bearer second-key"})[-1]
+        own = _events(server, 1, {"Authorization": "Bearer second-key"}, prefix)[-1]
     assert {(row["id"], row["user"], row["mine"]) for row in same["requests"]} == {(prefix + "-1", "ann", False)}
     for row in other["requests"]:
         assert row["id"] == "" and re.fullmatch("user [0-9a-f]{4}", row["user"]) and not row["mine"]

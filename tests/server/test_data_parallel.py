@@ -18,6 +18,7 @@ from checkpoints import write_checkpoint
 from image_checkpoints import shared_model, write_original
 from server_harness import PATIENCE, RunningServer
 from test_server_faults import Reader, _gone, _stub
+from waiting import wait_for
 
 from kvarena import experiments
 from kvarena.engine.errors import ConfigError
@@ -41,13 +42,6 @@ def by_engine(server: RunningServer, name: str) -> list[float]:
     for engine, value in found:
         values[int(engine)] = values.get(int(engine), 0.0) + float(value)
     return [values[engine] for engine in sorted(values)]
-
-
-def wait_for(condition, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def tokens_of(server: RunningServer) -> list[list[int]]:
@@ -165,13 +159,14 @@ def _listens(process) -> bool:
 def test_an_engine_that_is_lost_takes_only_its_own_streams_along(number):
     server = _stub("--engines", "2", "--set", "heartbeat_timeout=1.5")
     try:
-        readers = [Reader(server, max_tokens=900) for _ in range(8)]
-        wait_for(lambda: sum(by_engine(server, "vllm:num_requests_running")) == 8, "they do not run")
-        lost, kept = by_engine(server, "vllm:num_requests_running")
-        assert lost and kept
-        victim = engines_of(server)[0]
-        os.kill(victim.pid, number)
-        assert _gone([victim.pid])
+        with server.held():
+            readers = [Reader(server, max_tokens=90) for _ in range(8)]
+            wait_for(lambda: sum(by_engine(server, "vllm:num_requests_running")) == 8, "they do not run")
+            lost, kept = by_engine(server, "vllm:num_requests_running")
+            assert lost and kept
+            victim = engines_of(server)[0]
+            os.kill(victim.pid, number)
+            assert _gone([victim.pid])
         for reader in readers:
             reader.join(PATIENCE)
             assert reader.error is None and reader.lines[-1] == "data: [DONE]"
@@ -183,8 +178,9 @@ def test_an_engine_that_is_lost_takes_only_its_own_streams_along(number):
         wait_for(lambda: sum(by_engine(server, "kvarena:engine_restarts_total")) == 1, "none is started again")
         wait_for(lambda: by_engine(server, "kvarena:engine_up") == [1, 1], "no other engine was started")
         assert sorted(by_engine(server, "kvarena:engine_restarts_total")) == [0, 1]
-        again = [Reader(server, max_tokens=100) for _ in range(4)]
-        wait_for(lambda: min(by_engine(server, "vllm:num_requests_running")) > 0, "one engine gets nothing")
+        with server.held():
+            again = [Reader(server, max_tokens=60) for _ in range(4)]
+            wait_for(lambda: min(by_engine(server, "vllm:num_requests_running")) > 0, "one engine gets nothing")
         for reader in again:
             reader.join(PATIENCE)
             assert '"finish_reason":"length"' in reader.lines[-2]
@@ -197,19 +193,20 @@ def test_an_engine_that_is_lost_takes_only_its_own_streams_along(number):
 
 def test_what_nobody_has_seen_of_is_answered_by_another_engine():
     """Answers that are not streamed, and streams that wait for their first token: no client notices."""
-    server = _stub("--engines", "2", "--hang-token", "778", "--set", "heartbeat_timeout=60")
+    server = _stub("--engines", "2")
     try:
         whole: list[int] = []
 
         def ask() -> None:
-            whole.append(server.complete([20] * 8, max_tokens=300, ignore_eos=True).status_code)
+            whole.append(server.complete([20] * 8, max_tokens=90, ignore_eos=True).status_code)
 
         threads = [threading.Thread(target=ask) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        wait_for(lambda: sum(by_engine(server, "vllm:num_requests_running")) == 6, "they do not run")
-        assert min(by_engine(server, "vllm:num_requests_running")) > 0
-        os.kill(engines_of(server)[0].pid, signal.SIGKILL)
+        with server.held():
+            for thread in threads:
+                thread.start()
+            wait_for(lambda: sum(by_engine(server, "vllm:num_requests_running")) == 6, "they do not run")
+            assert min(by_engine(server, "vllm:num_requests_running")) > 0
+            os.kill(engines_of(server)[0].pid, signal.SIGKILL)
         for thread in threads:
             thread.join(PATIENCE)
         assert whole == [200] * 6
@@ -279,7 +276,7 @@ def _read(server: RunningServer) -> list[str]:
 def test_both_engines_lost_at_once_come_back():
     server = _stub("--engines", "2")
     try:
-        reader = Reader(server, max_tokens=900)
+        reader = Reader(server)
         for engine in engines_of(server):
             engine.kill()
         reader.join(PATIENCE)

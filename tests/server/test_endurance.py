@@ -62,17 +62,18 @@ def _hang_ups(server: RunningServer, count: int, seed: int, at_once: int = 24) -
 
 
 @pytest.mark.parametrize("count", (150, pytest.param(10_000, marks=pytest.mark.slow)))
-def test_31_hang_ups_by_the_thousand_leave_nothing(server, count):
-    _hang_ups(server, count // 3, seed=1)
-    server.wait_idle()
-    before, aborted = Footprint.of(server), server.metrics()["vllm:request_success_total{abort}"]
-    _hang_ups(server, count, seed=2)
-    assert_flat(server, before)
-    metrics = server.metrics()
+def test_31_hang_ups_by_the_thousand_leave_nothing(stub, count):
+    """Each of a stream that has 4 s to go: a fast engine would be done before its client leaves."""
+    _hang_ups(stub, count // 3, seed=1)
+    stub.wait_idle()
+    before, aborted = Footprint.of(stub), stub.metrics().get("vllm:request_success_total{abort}", 0)
+    _hang_ups(stub, count, seed=2)
+    assert_flat(stub, before)
+    metrics = stub.metrics()
     assert metrics["vllm:request_success_total{abort}"] >= aborted + count
     assert metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0
     assert metrics["vllm:kv_cache_usage_perc"] == 0
-    server.assert_alive()
+    stub.assert_alive()
 
 
 async def _streams(client: httpx.AsyncClient, rng: random.Random) -> None:
@@ -148,7 +149,7 @@ SUITE: tuple[Callable[[RunningServer], None], ...] = (
     bad.test_27_request_ids_are_sanitised,
     bad.test_28_other_methods,
     bad.test_35_the_same_request_id_twice_at_once,
-    rough.test_29_a_disconnect_while_queued,
+    lambda server: rough.leave_while_queued(server, 1),
     rough.test_33_slow_bodies_hold_nobody_up,
     rough.test_34_reset_and_half_open_connections,
 )

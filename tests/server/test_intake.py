@@ -10,6 +10,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
+from waiting import PATIENCE, wait_for
 
 from kvarena.engine.errors import RequestError
 from kvarena.engine.request import ImageSpan, SamplingParams
@@ -40,7 +41,7 @@ class Compiles:
 
     def __call__(self, kind, grammar):
         self.threads.append(threading.current_thread())
-        assert self.go.wait(60)
+        assert self.go.wait(PATIENCE)
         return self.compiler(kind, grammar)
 
 
@@ -69,19 +70,12 @@ def add(key="k", n=1, handle=None):
     ]
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def wait_for(intake, condition):
-    deadline = time.monotonic() + 120
+def wait_rounds(intake, condition):
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         intake.grammars.bell.setblocking(True)
-        intake.grammars.bell.settimeout(120)
+        intake.grammars.bell.settimeout(PATIENCE)
         assert intake.grammars.bell.recv(1, 2)  # MSG_PEEK
         intake.grammars.bell.setblocking(False)
         intake.unpark()
@@ -92,7 +86,7 @@ def test_a_grammar_is_compiled_once_for_all_prompts_and_choices_and_not_by_the_l
     intake.receive(0, [constraint(), *(add(n=4) for _ in range(50))])
     intake.receive(1, [constraint(), add()])
     intake.run_round(60)
-    wait_for(intake, lambda: len(intake.requests) == 201)
+    wait_rounds(intake, lambda: len(intake.requests) == 201)
     assert len(compiles.threads) == 1
     assert threading.current_thread() not in compiles.threads
     matchers = {req.constraint for req in intake.requests.values()}
@@ -106,7 +100,7 @@ def test_a_round_costs_a_bounded_time_however_much_has_arrived(intake):
     front is taken in by the first round."""
     intake.receive(0, [constraint()])
     intake.run_round()
-    wait_for(intake, lambda: intake.grammars.get("k") is not None)
+    wait_rounds(intake, lambda: intake.grammars.get("k") is not None)
     intake.receive(0, [add(n=16) for _ in range(1024)])
     intake.receive(1, [add(key=None)])
     costs = []
@@ -127,14 +121,14 @@ def test_slow_grammars_hold_up_no_quick_one(intake, compiles):
     for i in range(6):
         intake.receive(0, [constraint(f"slow{i}", "a" * (i + 1), 0.9), add(f"slow{i}")])
     intake.run_round(60)
-    wait_until(lambda: compiles.threads)
+    wait_for(lambda: compiles.threads, "nothing is compiled")
     intake.grammars._compile = compiles.compiler  # of what begins from now on: the slow one waits for `go`
     intake.receive(1, [constraint("quick", "b", 0.001), add("quick")])
     intake.run_round(60)
-    wait_for(intake, lambda: len(intake.outs[1].admitted) == 1)
+    wait_rounds(intake, lambda: len(intake.outs[1].admitted) == 1)
     assert not intake.outs[0].admitted
     compiles.go.set()
-    wait_for(intake, lambda: len(intake.outs[0].admitted) == 6)
+    wait_rounds(intake, lambda: len(intake.outs[0].admitted) == 6)
 
 
 def test_who_left_leaves_nothing(intake, compiles):
@@ -147,7 +141,7 @@ def test_who_left_leaves_nothing(intake, compiles):
     intake.run_round(60)
     assert not intake.grammars.is_under_way("b")  # had not begun: the other one holds the thread
     compiles.go.set()
-    wait_for(intake, lambda: len(intake.outs[0].admitted) == 1)
+    wait_rounds(intake, lambda: len(intake.outs[0].admitted) == 1)
     assert [handle for _, handle in intake.requests] == [7]
     # After the grammar is there and before the request is taken in.
     compiles.go.clear()
@@ -155,7 +149,7 @@ def test_who_left_leaves_nothing(intake, compiles):
     intake.run_round(60)
     intake.receive(0, [[ToEngine.ABORT, [20]]])
     compiles.go.set()
-    wait_for(intake, lambda: intake.grammars.get("c") is not None)
+    wait_rounds(intake, lambda: intake.grammars.get("c") is not None)
     assert [handle for _, handle in intake.requests] == [7]
     intake.drop_front(0)
     assert not intake.requests
@@ -169,7 +163,7 @@ def test_what_cannot_be_compiled_here_ends_its_requests_alone(intake, compiles):
     intake.grammars._compile = fails
     intake.receive(0, [constraint("a", "a"), add("a"), constraint("b", "bb"), add("b")])
     intake.run_round(60)
-    wait_for(intake, lambda: len(intake.outs[0].admitted) == 2)
+    wait_rounds(intake, lambda: len(intake.outs[0].admitted) == 2)
     assert {reason for _, reason, _ in intake.outs[0].admitted} == {"invalid"}
     intake.receive(0, [add("gone")])
     intake.run_round(60)
@@ -180,11 +174,11 @@ def test_what_cannot_be_compiled_here_ends_its_requests_alone(intake, compiles):
 def test_an_automaton_that_failed_is_built_anew(intake, compiles):
     intake.receive(0, [constraint(), add()])
     intake.run_round(60)
-    wait_for(intake, lambda: len(intake.requests) == 1)
+    wait_rounds(intake, lambda: len(intake.requests) == 1)
     intake.grammars.get("k").has_failed = True
     intake.receive(0, [constraint(), add()])
     intake.run_round(60)
-    wait_for(intake, lambda: len(intake.requests) == 2)
+    wait_rounds(intake, lambda: len(intake.requests) == 2)
     assert len(compiles.threads) == 2
 
 

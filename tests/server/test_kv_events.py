@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import zmq
 from kv_subscriber import Subscriber
 from server_harness import PATIENCE, ROOT, RunningServer
+from waiting import wait_for
 
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.allocators.prefix import PrefixCachingAllocator
@@ -79,28 +81,31 @@ def test_batches_are_numbered_and_repeated_from_where_one_asks():
     alloc, feed = feed_at(replay_endpoint="tcp://127.0.0.1:0", topic="kv", buffer_steps=3)
     ears = Ears(feed.config, b"kv")
     try:
-        for i in range(200):  # a subscription takes a moment
+        numbers = itertools.count()
+
+        def is_heard() -> int:  # a subscription takes a moment
+            i = next(numbers)
             alloc.free(compute(alloc, str(i), [i] * 5))
             feed.flush()
             feed.flush()  # nothing new: no batch
-            if ears.sub.poll(20):
-                break
+            return ears.sub.poll(20)
+
+        wait_for(is_heard, "nothing is heard", 0.0)
         topic, seq, (ts, [*events], rank) = ears.hear()
         if seq == 0:  # it was there from the first one on, which says that nothing is cached
             topic, seq, (ts, [*events], rank) = ears.hear()
         assert topic == b"kv" and seq >= 1 and rank == 0 and abs(ts - time.time()) < PATIENCE
         assert events[-1]["type"] == "BlockStored"
-        for token in (900, 901):
+        for token in (10**6, 10**6 + 1):
             alloc.free(compute(alloc, str(token), [token] * 5))
             feed.flush()
-        last = seq
-        while ears.sub.poll(200):
-            last = ears.hear()[1]
+        while not any(event.get("token_ids", [0])[0] == 10**6 + 1 for event in events):
+            _, last, (_, events, _) = ears.hear()
         repeated = ears.replay(last - 1)
         assert [one[1] for one in repeated] == [last - 1, last] and repeated[-1][0] == b"kv"
         assert len(ears.replay(0)) == 3  # what is kept
         assert ears.replay(last + 1) == []
-        assert [event["token_ids"][0] for event in repeated[-1][2][1] if "token_ids" in event] == [901]
+        assert [event["token_ids"][0] for event in repeated[-1][2][1] if "token_ids" in event] == [10**6 + 1]
     finally:
         feed.close()
         ears.close()
@@ -117,9 +122,8 @@ def test_what_finds_the_queue_full_is_a_gap():
         publisher.publish([{"type": "AllBlocksCleared"}])
         publisher._waiting.popleft()
         publisher.publish([{"type": "AllBlocksCleared"}])
-        deadline = time.monotonic() + PATIENCE
-        while not (heard := ears.replay(0)):
-            assert time.monotonic() < deadline
+        wait_for(lambda: ears.replay(0), "nothing is kept")
+        heard = ears.replay(0)
         assert [(one[1], one[2][2]) for one in heard] == [(1, 3)]
     finally:
         publisher.close()

@@ -201,6 +201,7 @@ print({file: names for file, names in ours.items() if len(names) > 1} or "one na
 """
 
 
+@pytest.mark.slow  # an interpreter of its own; test_import_rule.py reads every import in `make test`
 def test_no_module_is_loaded_under_two_names(tmp_path):
     rooms = ["kvarena", *sorted(link.name for link in (ROOT / "kvarena").iterdir() if link.is_symlink())]
     command = [sys.executable, "-c", TWO_NAMES, str(ROOT), *rooms]

@@ -2,31 +2,22 @@
 
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import httpx
+import warm
 from server_harness import PATIENCE, ROOT
+from waiting import wait_for
 
 
 def test_run_py_serves_and_stops(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "run.py"),
-        "mode=serve",
-        "server.port=0",
-        "allocator=paged",
-        "scheduler=chunked",
-    ]
+    command = [str(ROOT / "run.py"), "mode=serve", "server.port=0", "allocator=paged", "scheduler=chunked"]
     log = tmp_path / "server.log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=stream, stderr=subprocess.STDOUT)
+    process = warm.start(command, tmp_path, log, log)
     try:
-        deadline = time.monotonic() + PATIENCE
-        while not (ready := re.search(r"Uvicorn running on (\S+)", log.read_text())):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+        is_ready = lambda: process.poll() is not None or "Uvicorn running on" in log.read_text()  # noqa: E731
+        wait_for(lambda: log.exists() and is_ready(), "it does not start", 0.1)
+        ready = re.search(r"Uvicorn running on (\S+)", log.read_text())
+        assert ready, log.read_text()
         # What there is to be had stands above it: model, dtype, strategy, pool, room, and where to look.
         said = log.read_text()
         assert "demo: 1.0M weights in float32 on cpu, paged x chunked; KV pool of 16,384 tokens (32.0 MiB), " in said

@@ -9,27 +9,27 @@ import threading
 import time
 
 import httpx
-from server_harness import PATIENCE, RunningServer
+from server_harness import PATIENCE, STUB, RunningServer
 from test_rough_clients import _running, _send, _wait_running
 from test_server_faults import Reader
+from waiting import wait_for
 
 
 def _small_queue() -> RunningServer:
     """Two prompts of 300 tokens fill the pool, and four requests the queue."""
     settings = ("--step-time", "0.01", "--num-blocks", "40", "--set", "max_num_queued_requests=4")
-    return RunningServer(*settings, module="kvarena.experiments.serving.stub_engine")
+    return RunningServer(*settings, module=STUB)
 
 
 def test_20_larger_than_the_pool_is_refused_at_once_and_blocks_nobody():
-    server = RunningServer(
-        "--num-blocks", "10", "--step-time", "0.02", module="kvarena.experiments.serving.stub_engine"
-    )
+    server = RunningServer("--num-blocks", "10", module=STUB)
     try:
-        reader = Reader(server, max_tokens=100)  # 100 steps
-        refused = server.post("/v1/completions", {"prompt": [20] * 200, "max_tokens": 4})
-        assert refused.status_code == 400
-        assert "160" in refused.json()["error"]["message"]
-        assert reader.is_alive()  # it waits for none of what runs
+        with server.held():
+            reader = Reader(server, max_tokens=100)
+            refused = server.post("/v1/completions", {"prompt": [20] * 200, "max_tokens": 4})
+            assert refused.status_code == 400
+            assert "160" in refused.json()["error"]["message"]
+            assert reader.is_alive()  # it waits for none of what runs
         reader.join(PATIENCE)
         assert '"finish_reason":"length"' in reader.lines[-2]
         assert server.complete([20]).status_code == 200
@@ -44,26 +44,23 @@ def test_20_larger_than_the_pool_is_refused_at_once_and_blocks_nobody():
 def test_36_a_full_queue_answers_503_and_recovers():
     server = _small_queue()
     try:
-        readers = [Reader(server, max_tokens=200) for _ in range(1)]
         results: list[httpx.Response] = []
-
-        def ask() -> None:
-            body = {"prompt": [20] * 300, "max_tokens": 60, "ignore_eos": True}
-            results.append(
-                httpx.post(f"{server.url}/v1/completions", json=body, headers=server.headers, timeout=PATIENCE)
-            )
-
+        body = {"prompt": [20] * 300, "max_tokens": 60, "ignore_eos": True}
+        url, options = f"{server.url}/v1/completions", {"headers": server.headers, "timeout": PATIENCE}
+        ask = lambda: results.append(httpx.post(url, json=body, **options))  # noqa: E731
         threads = [threading.Thread(target=ask) for _ in range(16)]
-        for thread in threads:
-            thread.start()
+        with server.held():  # the pool and the queue are full before any comes to its end
+            reader = Reader(server, max_tokens=200)
+            for thread in threads:
+                thread.start()
+            wait_for(lambda: any(response.status_code == 503 for response in results), "none is refused")
         for thread in threads:
             thread.join()
-        codes = sorted(response.status_code for response in results)
-        assert set(codes) == {200, 503}
+        assert {response.status_code for response in results} == {200, 503}
         refused = next(response for response in results if response.status_code == 503)
         assert refused.headers["retry-after"]
         assert refused.json()["error"]["code"] == "queue_full"
-        readers[0].join(PATIENCE)
+        reader.join(PATIENCE)
         server.wait_idle()
         assert server.complete([20]).status_code == 200
     finally:
@@ -74,15 +71,16 @@ def test_36_a_request_whose_second_prompt_is_refused_leaves_nothing_of_its_first
     server = _small_queue()
     body = {"prompt": [20] * 300, "max_tokens": 300, "ignore_eos": True}
     try:
-        socks = [_send(server, body) for _ in range(5)]
-        _wait_running(server, 5)
-        together = server.post("/v1/completions", body | {"prompt": [[20] * 300] * 3})
-        assert together.status_code == 503
-        assert together.json()["error"]["code"] == "queue_full"
-        time.sleep(0.5)  # the gauges are written four times a second
-        assert _running(server) == 5
-        for sock in socks:
-            sock.close()
+        with server.held():
+            socks = [_send(server, body) for _ in range(5)]
+            _wait_running(server, 5)
+            together = server.post("/v1/completions", body | {"prompt": [[20] * 300] * 3})
+            assert together.status_code == 503
+            assert together.json()["error"]["code"] == "queue_full"
+            time.sleep(1.0)  # the gauges are written after a step
+            assert _running(server) == 5
+            for sock in socks:
+                sock.close()
         server.wait_idle()
         assert server.complete([20]).status_code == 200
     finally:

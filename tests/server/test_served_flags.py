@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 
 import httpx
 import pytest
 from server_harness import PATIENCE, RunningServer
 from test_bad_requests import CHAT, COMPLETIONS
+from waiting import wait_for
 
 FLAGS = ("--max-model-len", "512", "--num-gpu-blocks-override", "64", "--max-num-seqs", "1", "--enable-admin")
 BODY = {"prompt": [20] * 8, "max_tokens": 80, "ignore_eos": True, "temperature": 0}
@@ -18,7 +18,6 @@ BODY = {"prompt": [20] * 8, "max_tokens": 80, "ignore_eos": True, "temperature":
 def _order(server: RunningServer, requests: list[dict]) -> list[str]:
     """The `tag`s of requests in the order in which they end; they arrive in the order given, before any is begun."""
     ended: list[str] = []
-    deadline = time.monotonic() + PATIENCE
 
     def ask(tag: str, body: dict) -> None:
         answer = httpx.post(f"{server.url}{COMPLETIONS}", json=BODY | body, headers=server.headers, timeout=PATIENCE)
@@ -32,9 +31,11 @@ def _order(server: RunningServer, requests: list[dict]) -> list[str]:
         for number, body in enumerate(requests, start=1):
             threads.append(threading.Thread(target=ask, args=(body.pop("tag"), body)))
             threads[-1].start()
-            while server.metrics()["vllm:num_requests_waiting"] < number:
-                assert time.monotonic() < deadline, f"{requests[number - 1]} does not arrive"
-                time.sleep(0.002)
+            wait_for(
+                lambda number=number: server.metrics()["vllm:num_requests_waiting"] >= number,
+                "one does not arrive",
+                0.01,
+            )
     finally:
         assert server.client.post("/resume").is_success
     for thread in threads:

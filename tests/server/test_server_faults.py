@@ -15,19 +15,20 @@ import time
 import httpx
 import psutil
 import pytest
-from server_harness import PATIENCE, RunningServer
+from server_harness import PATIENCE, STUB, RunningServer
 from stepped_clock import write_offset
+from waiting import wait_for
 
 FAIL, HANG = 777, 778
 STREAM = {"prompt": [20] * 8, "max_tokens": 8000, "ignore_eos": True, "stream": True}
 
 
 def _stub(*flags: str) -> RunningServer:
-    return RunningServer("--step-time", "0.01", *flags, module="kvarena.experiments.serving.stub_engine")
+    return RunningServer("--step-time", "0.01", *flags, module=STUB)
 
 
 class Reader(threading.Thread):
-    """Reads one stream to its end."""
+    """Reads one stream to its end; it has begun when this is made."""
 
     def __init__(self, server: RunningServer, **body: object) -> None:
         super().__init__(daemon=True)
@@ -35,9 +36,8 @@ class Reader(threading.Thread):
         self.error: Exception | None = None
         self._server, self._body = server, STREAM | body
         self.start()
-        deadline = time.monotonic() + PATIENCE
-        while not self.lines and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: self.lines or self.error, "the stream does not begin", 0.01)
+        assert self.lines, self.error
 
     def run(self) -> None:
         try:
@@ -65,10 +65,7 @@ def _status(url: str) -> int:
 
 
 def _wait_health(server: RunningServer, status: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while _health(server) != status:
-        assert time.monotonic() < deadline, f"/health is not {status}\n{server.log[-2000:]}"
-        time.sleep(0.05)
+    wait_for(lambda: _health(server) == status, f"/health is not {status}")
 
 
 def _gone(pids: list[int]) -> bool:
@@ -96,17 +93,18 @@ def test_a_dead_or_frozen_engine_ends_the_server(number):
 
 def test_43_a_server_that_was_stopped_as_a_whole_goes_on():
     """Ctrl-Z and fg, or a machine that stood still: the engine was silent, and so was everybody else."""
-    server = _stub("--set", "heartbeat_timeout=1", "step_timeout=2")
+    server = _stub("--set", "heartbeat_timeout=2", "step_timeout=2.5")
     try:
-        reader = Reader(server, max_tokens=300)
-        group = [psutil.Process(server.process.pid), *server.children()]
-        engine = server.engine_pid()
-        for process in group:
-            process.suspend()
-        time.sleep(3)
-        for process in sorted(group, key=lambda process: process.pid == engine):  # the engine last
-            process.resume()
-            time.sleep(0.1)
+        with server.held():  # else it may have ended before the server is stopped
+            reader = Reader(server, max_tokens=100)
+            group = [psutil.Process(server.process.pid), *server.children()]
+            engine = server.engine_pid()
+            for process in group:
+                process.suspend()
+            time.sleep(3.5)
+            for process in sorted(group, key=lambda process: process.pid == engine):  # the engine last
+                process.resume()
+                time.sleep(0.1)
         reader.join(PATIENCE)
         assert reader.lines[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in reader.lines[-2]
@@ -173,14 +171,15 @@ def test_45_a_device_that_keeps_failing_ends_the_server():
 
 def test_46_sigterm_under_load_drains():
     server = _stub("--set", "shutdown_timeout=170")
-    readers = [Reader(server, max_tokens=400) for _ in range(4)]
     pids = [process.pid for process in server.children()]
-    server.process.send_signal(signal.SIGTERM)
-    while httpx.get(f"{server.url}/ready").status_code != 503:
-        assert any(reader.is_alive() for reader in readers)
-    refused = server.post("/v1/completions", {"prompt": [20]})
-    assert refused.status_code == 503
-    assert refused.headers["retry-after"]
+    with server.held():  # the streams outlast what is asked of the server meanwhile
+        readers = [Reader(server, max_tokens=60) for _ in range(4)]
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: _status(f"{server.url}/ready") == 503, "it does not drain")
+        refused = server.post("/v1/completions", {"prompt": [20]})
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        assert all(reader.is_alive() for reader in readers)
     for reader in readers:
         reader.join(PATIENCE)
         assert reader.lines[-1] == "data: [DONE]"
@@ -241,13 +240,11 @@ def test_the_supervisors_death_leaves_no_orphans():
 def test_52_a_step_of_the_wall_clock_ends_no_wait_and_prolongs_none(tmp_path):
     """The clock of every process of the server jumps a day ahead, then two days back, under load."""
     file = tmp_path / "offset"
-    server = RunningServer(
-        "--step-time", "0.01", "--clock", str(file), module="tests.server.stepped_clock", is_fresh=True
-    )
+    server = RunningServer("--step-time", "0.01", "--clock", str(file), module="tests.server.stepped_clock")
     pids = [process.pid for process in server.children()]
     made = []
     for offset in (0, 86_400, -172_800):
-        reader = Reader(server, max_tokens=60)
+        reader = Reader(server, max_tokens=100)
         write_offset(file, offset)
         reader.join(PATIENCE)
         assert reader.error is None

@@ -113,7 +113,7 @@ def test_49_a_log_that_cannot_be_written_stops_nothing(log, tmp_path):
             process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=stderr)
         os.close(file)
     try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
         while _status(f"{url}/health") != 200:
             assert time.monotonic() < deadline
             assert process.poll() is None

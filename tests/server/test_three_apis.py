@@ -11,6 +11,7 @@ anthropic = pytest.importorskip("anthropic")
 
 from openai.types.responses import ResponseStreamEvent  # noqa: E402
 from pydantic import TypeAdapter  # noqa: E402
+from waiting import wait_for  # noqa: E402
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 TOOL = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"], "additionalProperties": False}
@@ -221,8 +222,8 @@ def test_another_key_does_not_see_a_response(server, client):
 def test_a_response_in_the_background_ends_or_is_ended(server, client):
     made = client.responses.create(model="demo", input="Hello!", background=True, temperature=0)
     assert made.status in ("queued", "in_progress")
-    while (found := client.responses.retrieve(made.id)).status in ("queued", "in_progress"):
-        pass
+    wait_for(lambda: client.responses.retrieve(made.id).status not in ("queued", "in_progress"), "it does not end")
+    found = client.responses.retrieve(made.id)
     assert found.output_text == client.responses.create(model="demo", input="Hello!", temperature=0).output_text
     long = client.responses.create(
         model="demo", input="Hello!", background=True, extra_body={"ignore_eos": True}, max_output_tokens=480

@@ -7,14 +7,14 @@ import re
 import shlex
 import shutil
 import threading
-import time
 
 import httpx
 import pytest
 import warm
 from image_checkpoints import data_uri, picture, shared_model, write_original
-from server_harness import KEY, PATIENCE, ROOT, RunningServer
+from server_harness import KEY, PATIENCE, ROOT, STUB, RunningServer
 from test_server_faults import Reader
+from waiting import wait_for
 
 import kvarena
 from kvarena.engine.checkpoints.check import check_checkpoint
@@ -123,7 +123,7 @@ def test_a_step_without_memory_and_smaller_steps():
     """Of a card with room for steps of 100 tokens."""
     codes = []
     for flags in ((), ("--max-num-batched-tokens", "64", "--max-num-seqs", "64")):
-        server = RunningServer("--full-tokens", "100", *flags, module="kvarena.experiments.serving.stub_engine")
+        server = RunningServer("--full-tokens", "100", *flags, module=STUB)
         try:
             codes.append(server.complete([20] * 300).status_code)
             assert ("out of memory" in server.log) == (codes[-1] == 500)
@@ -149,35 +149,29 @@ def test_images_over_the_limit_and_a_higher_one(server, larger):
     assert ask(larger, 5, 60)[0] == 200
 
 
-def test_a_full_queue_and_a_longer_one():
+@pytest.mark.parametrize(("length", "codes"), ((1, [503, 200]), (2, [200, 200])))
+def test_a_full_queue_and_a_longer_one(length, codes):
     """One request runs and one waits: a third is one too many, until the first has ended or the queue is longer."""
-    seen = {}
-    for length in (1, 2):
-        server = RunningServer(
-            "--step-time", "0.01", "--max-num-seqs", "1", "--set", f"max_num_queued_requests={length}",
-            module="kvarena.experiments.serving.stub_engine",
-        )  # fmt: skip
-        try:
-            running = Reader(server, max_tokens=150)
-            waiting = threading.Thread(target=server.complete, args=([21],))
-            waiting.start()
-            while server.metrics()["vllm:num_requests_waiting"] < 1:
-                time.sleep(0.02)
-            answer = server.complete([22])
-            seen[length] = answer.status_code
-            if length == 1:
-                assert answer.json()["error"]["code"] == "queue_full"
-                for _ in range(100):  # as the header says
-                    time.sleep(float(answer.headers["retry-after"]))
-                    answer = server.complete([22])
-                    if answer.status_code == 200:
-                        break
-                assert answer.status_code == 200
-            running.join(PATIENCE)
-            waiting.join(PATIENCE)
-        finally:
-            server.stop()
-    assert seen == {1: 503, 2: 200}
+    server = RunningServer("--max-num-seqs", "1", "--set", f"max_num_queued_requests={length}", module=STUB)
+    answers: list[httpx.Response] = []
+    num_waiting = lambda: server.metrics()["vllm:num_requests_waiting"]  # noqa: E731
+    threads = [threading.Thread(target=lambda: answers.append(server.complete([21]))) for _ in codes]
+    try:
+        with server.held():
+            running = Reader(server, max_tokens=90)
+            threads[0].start()
+            wait_for(lambda: num_waiting() == 1, "it does not wait")
+            threads[1].start()
+            wait_for(lambda: answers or num_waiting() == 2, "it is not refused, and does not wait")
+        for thread in (running, *threads):
+            thread.join(PATIENCE)
+        assert [answer.status_code for answer in answers] == codes
+        if length == 1:
+            assert answers[0].json()["error"]["code"] == "queue_full"
+            assert float(answers[0].headers["retry-after"]) > 0
+            assert server.complete([22]).status_code == 200  # once the others have ended
+    finally:
+        server.stop()
 
 
 def test_streams_that_stop_for_prompts_and_beginnings_read_again(tmp_path):
