@@ -86,7 +86,7 @@ def load_part(
         text = config.get_text_config()
         loaded = describe(module, part.get_text_config(), name, directory, own_end, packing, text)
         bind(module, shard, groups.tensor)
-        spec = replace(loaded.spec, vocab_size=shard.vocab_size)
+        spec = replace(loaded.spec, vocab_size=shard.cuts.vocab_size)
         loaded = replace(loaded, spec=spec, shard=shard, groups=groups)
         if composite is None:
             return loaded

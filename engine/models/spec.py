@@ -132,7 +132,7 @@ class LoadedModel:
     @property
     def num_logits(self) -> int:
         """Width of the logits that the module computes: of a part, its share of the vocabulary."""
-        return self.spec.vocab_size if self.shard is None else self.shard.width
+        return self.spec.vocab_size if self.shard is None else self.shard.cuts.width
 
     @property
     def modules(self) -> list[nn.Module]:

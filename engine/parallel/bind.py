@@ -45,11 +45,11 @@ def bind(module: nn.Module, shard: Shard, group: Group) -> None:
         base.norm = nn.Identity()
     if group.size == 1:
         return
-    for part in shard.summing_modules(base):
+    for part in shard.cuts.summing_modules(base):
         part.register_forward_hook(lambda _module, _args, output: group.sum(output.contiguous()))
     if shard.layout.is_first:
         embed: Any = module.get_input_embeddings()  # type: ignore[operator]
         own = type(embed)
         kinds = (VocabularyPart,) if own is nn.Embedding else (VocabularyPart, own)
         embed.__class__ = type("VocabularyPart", kinds, {})
-        embed.first, embed.group = shard.first_token, group
+        embed.first, embed.group = shard.cuts.first_token, group

@@ -93,7 +93,7 @@ class SharedPicks:
     def _pick_plain(self, rows: np.ndarray, stops: np.ndarray, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens int64 [n], and whether each could be picked; greedy where the temperature is 0."""
         shard, columns = self._shard, self._rows.columns
-        logits = logits[:, : shard.num_tokens]
+        logits = logits[:, : shard.cuts.num_tokens]
         best = logits.max(dim=-1)
         temperature = columns["temperature"][rows]
         values, tokens = best.values.float(), best.indices
@@ -103,12 +103,12 @@ class SharedPicks:
             index = to_device(drawn, self._device)
             keys = stream_keys(columns["seed"][rows[drawn]], stops[drawn] - columns["num_prompt"][rows[drawn]])
             scaled = (logits[index].float() - peaks[index, None]) / to_device(temperature[drawn], self._device)[:, None]
-            noise = log_exponentials(to_device(keys, self._device), scaled.shape[1], shard.first_token)
+            noise = log_exponentials(to_device(keys, self._device), scaled.shape[1], shard.cuts.first_token)
             race = (scaled - noise).max(-1)
             values = values.index_copy(0, index, race.values)
             tokens = tokens.index_copy(0, index, race.indices)
         # A token's number and a float32 are both exact in float64; of equals the lower rank has the lower tokens.
-        pairs = self._group.gather(torch.stack([values.double(), (tokens + shard.first_token).double()]))
+        pairs = self._group.gather(torch.stack([values.double(), (tokens + shard.cuts.first_token).double()]))
         winner = pairs[:, 0].max(dim=0).indices
         picked = pairs[:, 1].gather(0, winner[None])[0].long()
         return picked, peaks.isfinite()
@@ -131,8 +131,8 @@ class SharedPicks:
     def _whole(self, logits: Tensor) -> Tensor:
         """[n, vocab_size]: the whole rows, of which `logits` are this rank's columns."""
         parts: Any = self._group.gather(logits)
-        return parts.transpose(0, 1).reshape(len(logits), self._group.size * self._shard.width)[
-            :, : self._shard.vocab_size
+        return parts.transpose(0, 1).reshape(len(logits), self._group.size * self._shard.cuts.width)[
+            :, : self._shard.cuts.vocab_size
         ]
 
     def _prompts(self, logits: Tensor, rows: PromptRows) -> PromptLogprobs | None:

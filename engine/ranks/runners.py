@@ -88,8 +88,8 @@ class PartDraw(Draw):
     def __call__(self, logits: Tensor, params: Tensor, last_tokens: Tensor, *, filters: bool = False) -> Tensor:
         """See `Draw.__call__`."""
         assert not filters
-        logits = logits[:, : self._shard.num_tokens]
-        scores, tokens = draw_parts(logits, params, self._shard.first_token, self._scratch, self._num_programs)
+        logits = logits[:, : self._shard.cuts.num_tokens]
+        scores, tokens = draw_parts(logits, params, self._shard.cuts.first_token, self._scratch, self._num_programs)
         if self._memory is not None:
             return best_token(scores, tokens, params, last_tokens, self._memory)
         return best_of_parts(self._group.gather(torch.stack([scores.double(), tokens.double()])), params, last_tokens)

@@ -45,7 +45,7 @@ def converted(values: Mapping[str, Any]) -> InternVLConfig:
         vision_feature_layer=values.get("select_layer", -1),
         dtype=values.get("torch_dtype") or values.get("dtype"),
     )
-    made.tie_word_embeddings = made.text_config.tie_word_embeddings
+    made.tie_word_embeddings = made.get_text_config().tie_word_embeddings
     # Of no field of the class; version 1 leaves an image transposed.
     made.transposed_features = values.get("ps_version", "v1") == "v1"
     return made
