@@ -7,64 +7,51 @@ digest stands in place of tokens: `Request.identities`):
                 block 5           block 9            block 2
 
 The table compares whole keys, and a predecessor is an object, not a hash: two prefixes that collide stay apart.
-Requests that compute equal blocks at the same time keep one copy each; only the first is published.
-
-A cached block is its own entry in the eviction order (least recently freed first, the tail of a request before its
-head); a hit takes it out of the middle in O(1).
+Requests that compute equal blocks at the same time go on with one copy: the first is published, and takes the place of
+the others in their tables. So whoever owns a block owns those before it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import count
 
+from kvarena.allocators.eviction_order import Entry, EvictionOrder, block_digest, forgotten, salt_digest
 from kvarena.allocators.prefix_index import Hit, PrefixIndex
 from kvarena.engine.contract import NULL_BLOCK
 from kvarena.engine.request import Request
 
 
-class Link:
-    """One full block's place in a chain.
+class Link(Entry):
+    """One full block's place in a chain."""
 
-    A link outlives its block while other links or requests stand on it (`num_refs`): then `block` is the null block,
-    and the same tokens, computed again, revive it.
-    """
+    __slots__ = ("key", "serial")
+    parent: Link | None
 
-    __slots__ = ("block", "key", "num_refs", "parent", "serial")
-
-    def __init__(self, serial: int, key: tuple, parent: Link | None, block: int) -> None:
+    def __init__(self, serial: int, key: tuple, parent: Link | None, block: int, digest: int) -> None:
+        super().__init__(parent, block, digest)
         self.serial = serial
         self.key = key
-        self.parent = parent
-        self.block = block
-        self.num_refs = 0
 
 
 class HashIndex(PrefixIndex):
     """Chains of full blocks by their tokens; a node is the link of the last block, or None."""
 
-    evicts_by_path = False
     root = None
 
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
+    def __init__(self, block_size: int, order: EvictionOrder) -> None:
+        super().__init__(block_size, order)
         self._links: dict[tuple, Link] = {}
         self._serials = count()
         self._published: dict[int, Link] = {}  # block -> its link
-        self._cached: OrderedDict[int, None] = OrderedDict()  # published blocks that no request owns, oldest first
         # The last match: a request at the head of the queue is matched again in every step.
         self._matched: tuple[Request | None, list[Link]] = (None, [])
 
     def __contains__(self, block: int) -> bool:
         return block in self._published
 
-    @property
-    def num_evictable(self) -> int:  # type: ignore[override]
-        return len(self._cached)
-
     def evictable_blocks(self) -> Iterable[int]:
-        return self._cached
+        return [block for block, link in self._published.items() if not link.in_use]
 
     # ------------------------------------------------------------ finding
 
@@ -75,7 +62,7 @@ class HashIndex(PrefixIndex):
             path = []
         else:
             for i, link in enumerate(path):
-                if link.block == NULL_BLOCK:
+                if forgotten(link):
                     del path[i:]
                     break
         self._matched = (req, path)
@@ -86,7 +73,7 @@ class HashIndex(PrefixIndex):
             stop = start + block_size
             tokens = prompt[start:stop] if stop <= num_prompt else req.identities(start, stop)
             found = links.get((parent, *tokens))
-            if found is None or found.block == NULL_BLOCK:
+            if found is None:
                 break
             path.append(found)
             parent = found.serial
@@ -96,83 +83,83 @@ class HashIndex(PrefixIndex):
         return min(len(self._match(req, num_blocks)), num_blocks)
 
     def num_in_use(self, req: Request, num_blocks: int) -> int:
-        return sum(link.block not in self._cached for link in self._match(req, num_blocks)[:num_blocks])
+        return sum(link.in_use for link in self._match(req, num_blocks)[:num_blocks])
 
     def find(self, req: Request, num_blocks: int) -> Hit:
         links = self._match(req, num_blocks)[:num_blocks] if num_blocks else []
         blocks = [link.block for link in links]
-        return Hit(links[-1] if links else None, blocks, [block for block in blocks if block not in self._cached])
+        return Hit(links[-1] if links else None, blocks, [link.block for link in links if link.in_use])
 
     # ------------------------------------------------------------ requests come and go
 
-    def enter(self, node: Link | None, hits: list[int]) -> None:
-        self._hold(node)
-        for block in hits:
-            self._cached.pop(block, None)
+    def enter(self, node: Link | None, req: Request, *, found: bool) -> None:
+        if not found:
+            return  # it shares what another request owns
+        path: list[Entry] = []
+        while node is not None:
+            path.append(node)
+            node = node.parent
+        path.reverse()
+        for link in path:
+            if not link.in_use:
+                self.order.take(link)
+        self.order.hit(path, req)
 
     def leave(self, node: Link | None) -> None:
-        if node:
-            node.num_refs -= 1
-            self._prune(node)
+        """Which blocks nobody owns, `keep` is told."""
 
     def above(self, node: Link | None, depth: int, num_blocks: int) -> Link | None:
         for _ in range(depth - num_blocks):
             node = node.parent if node else None
         return node
 
-    def _hold(self, node: Link | None) -> None:
-        if node:
-            node.num_refs += 1
-
     # ------------------------------------------------------------ publishing and eviction
 
     def publish(
         self, node: Link | None, req: Request, table: list[int], start: int, stop: int
     ) -> tuple[Link | None, list[int], list[int]]:
-        link = node
+        link, size, order = node, self._block_size, self.order
+        replaced: list[int] = []
+        shared: list[int] = []
         for i in range(start, stop):
-            link = self._publish_one(link, req, i, table[i])
-        self._hold(link)
-        self.leave(node)
-        return link, [], []
-
-    def _publish_one(self, parent: Link | None, req: Request, index: int, block: int) -> Link:
-        """The link of `req`'s full block number `index`: where an equal one is published, `block` stays private."""
-        tokens = req.identities(index * self._block_size, (index + 1) * self._block_size)
-        key = (parent.serial if parent else req.cache_salt, *tokens)
-        link = self._links.get(key)
-        if link is None:
-            link = self._links[key] = Link(next(self._serials), key, parent, block)
-            self._hold(parent)
-        elif link.block != NULL_BLOCK:
-            return link
-        link.block = block
-        self._published[block] = link
-        return link
+            tokens = req.identities(i * size, (i + 1) * size)
+            key = (link.serial if link else req.cache_salt, *tokens)
+            known = self._links.get(key)
+            if known is None:
+                digest = 0
+                if self._recalls:
+                    digest = block_digest(link.digest if link else salt_digest(req.cache_salt), tokens)
+                link = self._links[key] = Link(next(self._serials), key, link, table[i], digest)
+                self._published[table[i]] = link
+                order.publish(link, req)
+                continue
+            link = known
+            if link.in_use:
+                shared.append(link.block)
+            else:
+                order.take(link)
+            replaced.append(table[i])
+            table[i] = link.block
+            order.hit([link], req)
+        return link, replaced, shared
 
     def keep(self, blocks: Iterable[int]) -> list[int]:
         private = []
+        published, release = self._published, self.order.release
         for block in blocks:
-            if block in self._published:
-                self._cached[block] = None  # the most recently used
-            else:
+            link = published.get(block)
+            if link is None:
                 private.append(block)
+            else:
+                release(link)
         return private
 
     def evict(self, num_blocks: int) -> list[int]:
         blocks = []
-        for _ in range(num_blocks):
-            block, _ = self._cached.popitem(last=False)
-            withdrawn = self._published.pop(block)
-            withdrawn.block = NULL_BLOCK
-            self._prune(withdrawn)
-            blocks.append(block)
+        links, published = self._links, self._published
+        for link in self.order.evict(num_blocks):
+            blocks.append(link.block)
+            del published[link.block]
+            del links[link.key]  # type: ignore[attr-defined]
+            link.block = NULL_BLOCK
         return blocks
-
-    def _prune(self, link: Link | None) -> None:
-        """Forget links without a block that nothing stands on."""
-        while link and link.block == NULL_BLOCK and not link.num_refs:
-            del self._links[link.key]
-            link = link.parent
-            if link:
-                link.num_refs -= 1

@@ -8,20 +8,23 @@
     block:   free --allocate--> owned --commit--> owned, published --free--> cached --evict--> free
                                                         ^---- match + allocate ----'
 
-Who refers to a block is counted here, as in every paged allocator. An index knows which tokens a block holds, and in
-which order the cached ones are evicted: `hash_index` (vLLM) and `radix_tree` (SGLang). A third one is a third index.
+Who refers to a block is counted here, as in every paged allocator. An index knows which tokens a block holds:
+`hash_index` (vLLM) and `radix_tree` (SGLang). A policy says which of the cached blocks goes first
+(`eviction_order.py`): either index has any of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvarena.allocators.blocks import BlockPool
+from kvarena.allocators.eviction_order import EvictionOrder, block_digest, salt_digest
+from kvarena.allocators.eviction_policies import make_policy
 from kvarena.allocators.hash_index import HashIndex
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.allocators.prefix_index import PrefixIndex
-from kvarena.engine.contract import CacheObserver, cdiv
+from kvarena.engine.contract import CacheObserver, cdiv, check_number
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request
 
@@ -72,19 +75,37 @@ class PrefixCachingAllocator(PagedAllocator):
     the last token, because its logits must be computed.
 
     Args:
+        eviction: the policy by which cached blocks go; see `eviction_policies.py`.
+        ghosts: blocks that are not cached and that the policy may remember, per block of the pool.
+        eviction_options: of the policy.
         options: see PagedAllocator.
 
     Attributes:
-        make_index: makes the index, given the slots of a block.
+        make_index: makes the index, given the slots of a block and the order of eviction.
+        policy: the policy.
+
+    Raises:
+        ConfigError: no such policy, or an option that it does not have.
     """
 
     make_index: type[PrefixIndex] = HashIndex
     reads_tokens = True
     no_window = "a cached prefix must hold all of its tokens, and a window drops the first ones"
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        eviction: str = "ageing",
+        ghosts: float = 8,
+        eviction_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
-        self._index = self.make_index(self.block_size)
+        self.policy = make_policy(
+            eviction, num_blocks=self.num_blocks, block_size=self.block_size,
+            ghosts=check_number("allocator.ghosts", ghosts), options=eviction_options or {},
+        )  # fmt: skip
+        self._index = self.make_index(self.block_size, EvictionOrder(self.policy))
         self._pool: CachingPool = CachingPool(self.num_blocks, self._index)
         self._stands: dict[Request, _Stand] = {}
 
@@ -92,6 +113,28 @@ class PrefixCachingAllocator(PagedAllocator):
     def num_free_blocks(self) -> int:
         """Free blocks and evictable ones."""
         return self._pool.num_free + self._index.num_evictable
+
+    def foresee(self, requests: Iterable[Request]) -> None:
+        """Tell a policy that `needs_future` which requests will come, in their order of arrival."""
+        self.policy.foresee([(req.request_id, self._digests(req)) for req in requests])
+
+    def _digests(self, req: Request) -> list[int]:
+        """Of the blocks that can be hits."""
+        digest, size, found = salt_digest(req.cache_salt), self.block_size, []
+        for start in range(0, (req.num_prompt_tokens - 1) // size * size, size):
+            digest = block_digest(digest, req.prompt_identities[start : start + size])
+            found.append(digest)
+        return found
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks of the cache that no request owns."""
+        return self._index.num_evictable
+
+    @property
+    def num_shared_entries(self) -> int:
+        """Entries of block tables beyond the first of each block."""
+        return self._num_extra_refs
 
     def match_prefix(self, req: Request) -> int:
         return self._index.match(req, (req.num_tokens - 1) // self.block_size) * self.block_size
@@ -125,7 +168,7 @@ class PrefixCachingAllocator(PagedAllocator):
             if self.observer is not None:
                 self.observer.stored(req, table, start, [block in self._index for block in table[start:num_blocks]])
             self._share(shared)
-            self._pool.give(replaced)
+            self._pool.give(self._release(replaced))
 
     # ------------------------------------------------------------ blocks in and out
 
@@ -146,13 +189,13 @@ class PrefixCachingAllocator(PagedAllocator):
         self._share(hit.in_use)
         if self.observer is not None:
             self.observer.found(req, hit.blocks)
-        self._stand(req, hit.node, num_hits, hit.blocks)
+        self._stand(req, hit.node, num_hits, found=True)
         self._tables[req] = hit.blocks
         req.num_computed_tokens = num_cached
         return super().allocate(req, num_tokens)
 
-    def _stand(self, req: Request, node: Any, num_blocks: int, hits: list[int]) -> None:
-        self._index.enter(node, hits)
+    def _stand(self, req: Request, node: Any, num_blocks: int, *, found: bool) -> None:
+        self._index.enter(node, req, found=found)
         self._stands[req] = _Stand(node, num_blocks, self.block_size)
 
     def free(self, req: Request) -> None:
@@ -167,7 +210,7 @@ class PrefixCachingAllocator(PagedAllocator):
         """Bring the KV back into blocks of its own; `commit` publishes them like new ones."""
         if not super().swap_in(req):
             return False
-        self._stand(req, self._index.root, 0, [])
+        self._stand(req, self._index.root, 0, found=False)
         return True
 
     # ------------------------------------------------------------ sharing
@@ -178,13 +221,12 @@ class PrefixCachingAllocator(PagedAllocator):
             return False
         stand = self._stands[req]
         num_blocks = min(stand.num_blocks, child.num_computed_tokens // self.block_size)
-        self._stand(child, self._index.above(stand.node, stand.num_blocks, num_blocks), num_blocks, [])
+        self._stand(child, self._index.above(stand.node, stand.num_blocks, num_blocks), num_blocks, found=False)
         return True
 
     def _sealed(self, req: Request, num_blocks: int) -> list[int]:
-        """An index that evicts by path shares published blocks alone."""
-        if self._index.evicts_by_path:
-            self._publish(req, self._stands[req], num_blocks)
+        """Published blocks alone are shared: an index evicts by what stands on its paths."""
+        self._publish(req, self._stands[req], num_blocks)
         return super()._sealed(req, num_blocks)
 
     # ------------------------------------------------------------ ledger

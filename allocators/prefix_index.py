@@ -1,4 +1,4 @@
-"""What a prefix cache asks of an index: which tokens a block holds, and which cached block goes first."""
+"""What a prefix cache asks of an index: which tokens a block holds. Which cached block goes first, its order says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from kvarena.allocators.eviction_order import EvictionOrder
 from kvarena.engine.request import Request
 
 
@@ -23,24 +24,30 @@ class Hit(NamedTuple):
 class PrefixIndex(ABC):
     """Full blocks by their tokens. Who refers to a block is the allocator's business, and it tells: `enter`, `leave`.
 
-    A node is a place in the index, of whatever type: each live request stands at one.
+    A node is a place in the index, of whatever type: each live request stands at one, and owns all blocks on the way to
+    it. Requests share no block that is not published. So a block that nobody owns has nothing behind it that somebody
+    does, and each such block can be evicted, the last of its chain first.
 
     Args:
         block_size: tokens of a block.
+        order: of the evictable blocks; it is told what is published, found, taken and released.
 
     Attributes:
         root: the node of the empty prefix.
-        num_evictable: published blocks that no request owns.
-        evicts_by_path: all blocks on the way to a node where a request stands are in use, and no others: requests then
-            share no block that is not published.
+        order: see above.
     """
 
-    evicts_by_path: bool
-    num_evictable: int
     root: Any
 
-    @abstractmethod
-    def __init__(self, block_size: int) -> None: ...
+    def __init__(self, block_size: int, order: EvictionOrder) -> None:
+        self._block_size = block_size
+        self.order = order
+        self._recalls = order.policy.recalls
+
+    @property
+    def num_evictable(self) -> int:
+        """Published blocks that no request owns."""
+        return self.order.num_evictable
 
     @abstractmethod
     def __contains__(self, block: int) -> bool:
@@ -59,8 +66,8 @@ class PrefixIndex(ABC):
         """The published ones among `req`'s first `num_blocks` blocks."""
 
     @abstractmethod
-    def enter(self, node: Any, hits: list[int]) -> None:
-        """A request stands at `node`, and owns the blocks `hits` that `find` found: they are not evictable."""
+    def enter(self, node: Any, req: Request, *, found: bool) -> None:
+        """`req` stands at `node` and owns what is on the way to it: what `find` found, or another request's blocks."""
 
     @abstractmethod
     def leave(self, node: Any) -> None:
@@ -88,7 +95,7 @@ class PrefixIndex(ABC):
 
     @abstractmethod
     def evict(self, num_blocks: int) -> list[int]:
-        """Forget `num_blocks` <= num_evictable blocks, the least useful first, and return them."""
+        """Forget `num_blocks` <= num_evictable blocks, in the order's order, and return them."""
 
     @abstractmethod
     def evictable_blocks(self) -> Iterable[int]:

@@ -9,9 +9,7 @@ from kvarena.allocators.radix_tree import RadixTree
 class RadixAllocator(PrefixCachingAllocator):
     """Paged allocation with a radix tree of all full blocks as prefix cache.
 
-    Against `PrefixCachingAllocator`: duplicates are merged at commit (the table's entry is replaced, and the block of
-    its own freed), a chain can only be evicted from its end, and recency belongs to whole edges. Options: see
-    PagedAllocator.
+    Under one policy it finds and evicts what `PrefixCachingAllocator` does. Options: see there.
     """
 
     make_index = RadixTree

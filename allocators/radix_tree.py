@@ -9,18 +9,25 @@
 At an image's positions its digest stands in place of tokens (`Request.identities`).
 
 A request locks the path to the node it stands on; a locked node's ancestors are locked too. Unlocked nodes are the
-cache. Eviction takes blocks off the tail of the least recently used unlocked leaf; a leaf that is used up leaves
-the tree, and its parent may become a leaf.
+cache. Eviction takes blocks off the tails of unlocked leaves, in the order that the policy says; a leaf that is used up
+leaves the tree, and its parent may become a leaf.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from heapq import heapify, heappop, heappush
-from itertools import count
 
+from kvarena.allocators.eviction_order import Entry, EvictionOrder, block_digest, salt_digest
 from kvarena.allocators.prefix_index import Hit, PrefixIndex
+from kvarena.engine.contract import NULL_BLOCK
 from kvarena.engine.request import Request
+
+
+class Leaf(Entry):
+    """A block of the tree, and the node whose run it is in."""
+
+    __slots__ = ("node",)
+    node: RadixNode
 
 
 class RadixNode:
@@ -31,37 +38,30 @@ class RadixNode:
         key: the entry in the parent's `children`: the tokens of the first block (at the root, after the salt).
         tokens: the run's tokens.
         blocks: the run's block ids, `len(tokens) / block_size` of them.
+        entries: the same blocks, as the order of eviction has them.
         children: by their key.
         num_locks: requests that stand on this node or below.
-        last_used: when a request last took or left the node.
     """
 
-    __slots__ = ("blocks", "children", "key", "last_used", "num_locks", "parent", "tokens")
+    __slots__ = ("blocks", "children", "entries", "key", "num_locks", "parent", "tokens")
 
-    def __init__(self, parent: RadixNode | None, key: tuple, tokens: list[int], blocks: list[int]) -> None:
+    def __init__(self, parent: RadixNode | None, key: tuple, tokens: list[int]) -> None:
         self.parent = parent
         self.key = key
         self.tokens = tokens
-        self.blocks = blocks
+        self.blocks: list[int] = []
+        self.entries: list[Leaf] = []
         self.children: dict[tuple, RadixNode] = {}
         self.num_locks = 0
-        self.last_used = 0
 
 
 class RadixTree(PrefixIndex):
     """Full blocks of requests by their tokens. The root is never locked and never evicted."""
 
-    evicts_by_path = True
-
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
-        self.root = RadixNode(None, (), [], [])
-        self.num_evictable = 0
+    def __init__(self, block_size: int, order: EvictionOrder) -> None:
+        super().__init__(block_size, order)
+        self.root = RadixNode(None, (), [])
         self._blocks: set[int] = set()
-        self._num_nodes = 0
-        self._ticks = count(1)
-        # Unlocked leaves by last use. Entries of nodes that were locked or grew children since are stale.
-        self._leaves: list[tuple[int, int, RadixNode]] = []
 
     def __contains__(self, block: int) -> bool:
         return block in self._blocks
@@ -154,13 +154,16 @@ class RadixTree(PrefixIndex):
         size = num_blocks * self._block_size
         parent = node.parent
         assert parent is not None
-        upper = RadixNode(parent, node.key, node.tokens[:size], node.blocks[:num_blocks])
-        upper.num_locks, upper.last_used = node.num_locks, node.last_used
+        upper = RadixNode(parent, node.key, node.tokens[:size])
+        upper.blocks, node.blocks = node.blocks[:num_blocks], node.blocks[num_blocks:]
+        upper.entries, node.entries = node.entries[:num_blocks], node.entries[num_blocks:]
+        for entry in upper.entries:
+            entry.node = upper
+        upper.num_locks = node.num_locks
         parent.children[node.key] = upper
-        node.tokens, node.blocks = node.tokens[size:], node.blocks[num_blocks:]
+        node.tokens = node.tokens[size:]
         node.parent, node.key = upper, tuple(node.tokens[: self._block_size])
         upper.children[node.key] = node
-        self._num_nodes += 1
         return upper
 
     # ------------------------------------------------------------ growing
@@ -182,6 +185,7 @@ class RadixTree(PrefixIndex):
             if child.num_locks:
                 shared += child.blocks
             self._lock_one(child)
+            self.order.hit(child.entries, req)
             replaced += table[start : start + num_common]
             table[start : start + num_common] = child.blocks
             start += num_common
@@ -190,44 +194,46 @@ class RadixTree(PrefixIndex):
 
     def _append(self, node: RadixNode, key: tuple, req: Request, table: list[int], start: int, stop: int) -> RadixNode:
         tokens = req.identities(start * self._block_size, stop * self._block_size)
-        self._blocks.update(table[start:stop])
+        last = node.entries[-1] if node.entries else None
         if node.num_locks == 1 and not node.children:  # nobody else stands here: the edge grows
             node.tokens += tokens
-            node.blocks += table[start:stop]
-            return node
-        child = node.children[key] = RadixNode(node, key, list(tokens), table[start:stop])
-        child.num_locks, child.last_used = 1, next(self._ticks)
-        self._num_nodes += 1
-        return child
+        else:
+            node.children[key] = node = RadixNode(node, key, list(tokens))
+            node.num_locks = 1
+        node.blocks += table[start:stop]
+        self._blocks.update(table[start:stop])
+        digest, size = (last.digest if last else salt_digest(req.cache_salt)) if self._recalls else 0, self._block_size
+        for i in range(stop - start):
+            if self._recalls:
+                digest = block_digest(digest, tokens[i * size : (i + 1) * size])
+            last = Leaf(last, table[start + i], digest)
+            last.node = node
+            node.entries.append(last)
+            self.order.publish(last, req)
+        return node
 
     # ------------------------------------------------------------ locks
 
-    def enter(self, node: RadixNode, hits: list[int]) -> None:  # noqa: ARG002
+    def enter(self, node: RadixNode, req: Request, *, found: bool) -> None:
         """Lock the path to `node`: nothing on it can be evicted."""
-        while node.parent is not None:
-            self._lock_one(node)
-            node = node.parent
+        for part in self._path_to(node):
+            self._lock_one(part)
+            if found:
+                self.order.hit(part.entries, req)
 
     def leave(self, node: RadixNode) -> None:
-        now = next(self._ticks)
         while node.parent is not None:
-            self._unlock_one(node, now)
+            node.num_locks -= 1
+            if not node.num_locks:
+                for entry in reversed(node.entries):
+                    self.order.release(entry)
             node = node.parent
 
     def _lock_one(self, node: RadixNode) -> None:
         if not node.num_locks:
-            self.num_evictable -= len(node.blocks)
+            for entry in node.entries:
+                self.order.take(entry)
         node.num_locks += 1
-        node.last_used = next(self._ticks)
-
-    def _unlock_one(self, node: RadixNode, now: int) -> None:
-        node.num_locks -= 1
-        node.last_used = now
-        if node.num_locks:
-            return
-        self.num_evictable += len(node.blocks)
-        if not node.children:
-            self._push_leaf(node)
 
     # ------------------------------------------------------------ eviction
 
@@ -245,40 +251,17 @@ class RadixTree(PrefixIndex):
                 yield from node.blocks
 
     def evict(self, num_blocks: int) -> list[int]:
-        """Least recently used leaves and their tails first."""
+        """Each block is the last of its node: the order lets no other go."""
         evicted: list[int] = []
-        while len(evicted) < num_blocks:
-            entry = heappop(self._leaves)
-            if not self._is_current(entry):
-                continue
-            node = entry[2]
-            num_taken = min(num_blocks - len(evicted), len(node.blocks))
-            num_left = len(node.blocks) - num_taken
-            evicted += reversed(node.blocks[num_left:])
-            del node.blocks[num_left:], node.tokens[num_left * self._block_size :]
-            if num_left:
-                heappush(self._leaves, entry)
-            else:
-                self._remove(node)
-        self.num_evictable -= num_blocks
+        for entry in self.order.evict(num_blocks):
+            node = entry.node  # type: ignore[attr-defined]
+            evicted.append(entry.block)
+            entry.block = NULL_BLOCK
+            node.blocks.pop()
+            node.entries.pop()
+            del node.tokens[-self._block_size :]
+            if not node.blocks:
+                assert node.parent is not None
+                del node.parent.children[node.key]
         self._blocks.difference_update(evicted)
         return evicted
-
-    def _remove(self, node: RadixNode) -> None:
-        parent = node.parent
-        assert parent is not None
-        del parent.children[node.key]
-        self._num_nodes -= 1
-        if parent.parent is not None and not parent.num_locks and not parent.children:
-            self._push_leaf(parent)
-
-    def _push_leaf(self, node: RadixNode) -> None:
-        if len(self._leaves) > 64 + 2 * self._num_nodes:  # stale entries outnumber the tree: forget them
-            self._leaves = [entry for entry in self._leaves if self._is_current(entry)]
-            heapify(self._leaves)
-        heappush(self._leaves, (node.last_used, next(self._ticks), node))
-
-    @staticmethod
-    def _is_current(entry: tuple[int, int, RadixNode]) -> bool:
-        last_used, _, node = entry
-        return bool(node.blocks) and not node.num_locks and not node.children and node.last_used == last_used

@@ -89,6 +89,12 @@ class RunSummary(_Written):
     num_recomputed_tokens: int | None = None
     num_cached_tokens: int | None = None
     cached_prompt_share: float | None = None
+    num_optimal_cached_tokens: int | None = None
+    optimal_prompt_share: float | None = None
+    cache_share_of_optimum: float | None = None
+    prompt_seconds: float | None = None
+    prompt_seconds_saved: float | None = None
+    cache_by_client: list[dict[str, Any]] | None = None
     # Throughput.
     duration_seconds: float
     wall_time_seconds: float | None = None

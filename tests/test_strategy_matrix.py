@@ -92,7 +92,7 @@ def no_recount(monkeypatch):
 @pytest.mark.usefixtures("no_recount")
 def test_a_stale_hash_on_reuse_is_caught(monkeypatch):
     def evict(self, num_blocks):
-        blocks = [self._cached.popitem(last=False)[0] for _ in range(num_blocks)]
+        blocks = [link.block for link in self.order.evict(num_blocks)]
         for block in blocks:
             self._published.pop(block)  # and its link still says where it was
         return blocks

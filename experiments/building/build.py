@@ -103,7 +103,24 @@ def build(config: RunConfig, shared: SharedParts | None = None) -> Setup:
     # Nobody reads what is in a prompt where nothing is computed, no prefix is looked for and no token recorded.
     blank = parts.simulator is not None and driver.record != "full" and not parts.engine.allocator.reads_tokens
     load = build_load(config, parts.spec, parts.special_token_ids, blank=blank)
+    if needs_future(parts.engine.allocator):
+        cast(Any, parts.engine.allocator).foresee(load.requests)
     return Setup(parts, load, driver)
+
+
+def needs_future(allocator: KVAllocator) -> bool:
+    """Whether cached blocks go by what will be asked, which only a workload can tell."""
+    policy = getattr(allocator, "policy", None)
+    return policy is not None and bool(policy.needs_future)
+
+
+def refuse_future(allocator: KVAllocator, where: str) -> None:
+    """Raises ConfigError where an allocator needs to know what nobody does."""
+    if needs_future(allocator):
+        raise ConfigError(
+            f"{where}, and allocator.eviction={type(allocator.policy).__module__.rpartition('.')[2]} "  # type: ignore[attr-defined]
+            "goes by what will be asked; take another policy"
+        )
 
 
 def build_load(config: RunConfig, spec: ModelSpec, special_token_ids: frozenset[int], *, blank: bool = False) -> Load:
@@ -170,6 +187,7 @@ def build_engine(
     strategy = first_strategy(config, blocks, max_model_len, spec, device_name)
     allocator = strategy.allocator
     if whole_context:
+        refuse_future(allocator, "nobody knows what a server will be asked")
         check_context_fits(engine_config, config.kv_cache, allocator, spec, max_model_len, memory)
     _check_layout(runner_config, allocator)
     if prepared is not None and not prepared.fits(allocator):

@@ -57,6 +57,21 @@ def engine_facts(parts: EngineParts) -> dict[str, Any]:
     return {"overlap": parts.engine.overlap, "step_times": None if times is None else times.facts}
 
 
+def eviction_facts(*replicas: EngineParts) -> dict[str, Any]:
+    """What section `pool` says of the policy by which cached blocks go, at the end of a run; nothing without a cache."""
+    found = (getattr(parts.engine.allocator, "policy", None) for parts in replicas)
+    policies = [policy for policy in found if policy is not None]
+    if not policies:
+        return {}
+    return {
+        "eviction": {
+            "policy": type(policies[0]).__module__.rpartition(".")[2],
+            "num_remembered": sum(policy.num_remembered for policy in policies),
+            "bytes": sum(policy.num_bytes for policy in policies),
+        }
+    }
+
+
 def model_facts(parts: EngineParts) -> dict[str, Any]:
     """Section `model`."""
     spec = parts.spec

@@ -11,9 +11,17 @@ from kvarena.engine.pool.gpu_memory import NO_GPU
 from kvarena.experiments.building.build import build
 from kvarena.experiments.building.shared import SharedParts
 from kvarena.experiments.building.warm_up import Reach, WarmUp, tell_step_times, warm_cache, warm_up
+from kvarena.experiments.caching.accesses import watch
 from kvarena.experiments.folders.provenance import peak_rss_bytes, utc_now
 from kvarena.experiments.folders.run_folder import Measured
-from kvarena.experiments.jobs.cell_facts import engine_facts, interrupted_facts, model_facts, on_gpu, simulation_facts
+from kvarena.experiments.jobs.cell_facts import (
+    engine_facts,
+    eviction_facts,
+    interrupted_facts,
+    model_facts,
+    on_gpu,
+    simulation_facts,
+)
 from kvarena.experiments.jobs.output import Progress
 from kvarena.experiments.load.driver import drive
 from kvarena.experiments.recording.contention import Contention
@@ -45,7 +53,11 @@ def run_engine(config: RunConfig, name: str, shared: SharedParts | None, signals
     begin = time.perf_counter()
     tell_step_times(config, setup.parts)
     warm = warm._replace(seconds=warm.seconds + time.perf_counter() - begin) if simulator is None else warm
+    accesses = None
     if setup.driver.cache == "warm":
+        accesses = watch(setup.parts.engine.allocator)
+        if accesses is not None:
+            accesses.counts = False
         warm = warm._replace(seconds=warm.seconds + warm_cache(config, setup.parts, load.requests))
     contention = None if setup.parts.simulator is not None else Contention(setup.driver.probe, on_gpu(config))
     if contention is not None:
@@ -53,7 +65,7 @@ def run_engine(config: RunConfig, name: str, shared: SharedParts | None, signals
     progress = Progress(name, len(setup.load.requests), config.report.progress)
     recording = Recording(
         setup.parts.engine, level=setup.driver.record, kv_map=config.report.kv_map,
-        scores=setup.driver.scores > 0, measured=simulator is None,
+        scores=setup.driver.scores > 0, measured=simulator is None, accesses=accesses,
     )  # fmt: skip
     gpu, model = setup.parts.gpu_memory, setup.parts.model
     if gpu is not None and model is not None:
@@ -90,7 +102,7 @@ def run_engine(config: RunConfig, name: str, shared: SharedParts | None, signals
     facts = setup.load.manifest() | {
         "model": model_facts(setup.parts),
         "engine": engine_facts(setup.parts),
-        "pool": setup.parts.pool_facts,
+        "pool": setup.parts.pool_facts | eviction_facts(setup.parts),
         "simulation": simulation_facts(setup.parts, recording, name),
         "memory": memory,
         "contention": found,

@@ -6,12 +6,18 @@ import gc
 import sys
 from contextlib import nullcontext
 
-from kvarena.experiments.building.build import build_load
+from kvarena.experiments.building.build import build_load, refuse_future
 from kvarena.experiments.building.replicas import ReplicaSet, build_replicas
 from kvarena.experiments.building.warm_up import tell_step_times, warm_up
 from kvarena.experiments.folders.provenance import peak_rss_bytes, utc_now
 from kvarena.experiments.folders.run_folder import Measured
-from kvarena.experiments.jobs.cell_facts import engine_facts, interrupted_facts, model_facts, simulation_facts
+from kvarena.experiments.jobs.cell_facts import (
+    engine_facts,
+    eviction_facts,
+    interrupted_facts,
+    model_facts,
+    simulation_facts,
+)
 from kvarena.experiments.jobs.output import Progress
 from kvarena.experiments.load.replicas import Replica, RoutingLog, YieldingRunner, drive_replicas
 from kvarena.experiments.recording.contention import Contention
@@ -34,6 +40,7 @@ def run_replicas(config: RunConfig, name: str, signals: Signals) -> Measured:
     """
     driver = config.driver
     built = build_replicas(config)
+    refuse_future(built.parts[0].engine.allocator, "a replica is sent a part of the requests, and nobody knows which")
     first, is_simulated = built.parts[0], built.parts[0].simulator is not None
     blank = is_simulated and driver.record != "full" and not first.engine.allocator.reads_tokens
     load = build_load(config, first.spec, first.special_token_ids, blank=blank)
@@ -84,7 +91,7 @@ def run_replicas(config: RunConfig, name: str, signals: Signals) -> Measured:
     facts = load.manifest() | {
         "model": model_facts(first),
         "engine": engine_facts(first),
-        "pool": first.pool_facts,
+        "pool": first.pool_facts | eviction_facts(*built.parts),
         "replicas": len(replicas),
         "simulation": simulation_facts(first, merged, name),
         "memory": None,

@@ -123,6 +123,7 @@ class HttpDriver:
             "token_times": times,
             "finish_reason": _finish_reason(answer),
             "priority": req.priority,
+            "num_optimal_cached_tokens": None,
             "num_cached_tokens": answer.usage.get("cached_tokens", 0),
             "num_preemptions": 0,
             "num_recomputed_tokens": 0,

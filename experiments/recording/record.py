@@ -182,6 +182,10 @@ class RunRecorder:
             row |= {name: [] if row[name] is None else list(row[name]) for name in LISTS}
         return rows
 
+    def set_optimal_hits(self, tokens: dict[str, int]) -> None:
+        """Prompt tokens that the best prefix cache would have found, by request id."""
+        self._log.optimal_hits = tokens
+
     def _chunks(self) -> Iterator[dict[str, Any]]:
         times = None if self._token_times is None else self._token_times.lists(len(self._log))
         return self._log.chunks(ROWS_AT_ONCE, times)

@@ -19,6 +19,7 @@ import numpy as np
 from kvarena.engine.core import Engine, StepOutput
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import Request
+from kvarena.experiments.caching.accesses import AccessLog, watch
 from kvarena.experiments.recording.kv_map import MEASURED_SHARE, KVMapRecorder
 from kvarena.experiments.recording.record import RunRecorder, write_steps
 from kvarena.experiments.recording.scores import ScoreLog
@@ -39,13 +40,22 @@ class Recording:
         kv_map: whether a full recording holds the KV map.
         scores: whether the scores of sampled tokens are kept.
         measured: times are a wall clock's; False where a virtual clock moves while the host works.
+        accesses: what the engine's prefix cache was asked for before, where it is not empty; None: it is.
     """
 
-    def __init__(self, engine: Engine, *, level: str, kv_map: bool, measured: bool, scores: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, *, level: str, kv_map: bool, measured: bool, scores: bool = False,
+        accesses: AccessLog | None = None,
+    ) -> None:  # fmt: skip
         self._level = level
         self._measured = measured
         self._ledger: MemoryLedger | None = None if level == "none" else engine.ledger
         self._rows = None if level == "none" else RunRecorder(tokens=level == "full")
+        self._accesses = accesses
+        if accesses is not None:
+            accesses.counts = True
+        elif level != "none":
+            self._accesses = watch(engine.allocator)
         self._kv_map: KVMapRecorder | None = None
         if level == "full" and kv_map:
             assert self._rows is not None
@@ -76,6 +86,7 @@ class Recording:
     @property
     def rows(self) -> tuple[RunRecorder, MemoryLedger] | None:
         """Requests and steps, and the ledger beside these, for who merges them with others'; None under `none`."""
+        self._find_optimum()
         return None if self._rows is None or self._ledger is None else (self._rows, self._ledger)
 
     # ---- the driver's recorder
@@ -149,6 +160,7 @@ class Recording:
         if self._rows is None:
             return
         assert self._ledger is not None
+        self._find_optimum()
         self._rows.write_requests(run_dir / REQUESTS_FILE)
         if self._settled is None:  # the books close once, and another folder may have to take the files
             # A step that was launched and never ended is in the ledger alone.
@@ -159,6 +171,12 @@ class Recording:
             self._kv_map.write(run_dir / KV_MAP_FILE, self._rows.num_steps)
         if self._scores is not None:
             self._scores.write(run_dir / SCORES_FILE)
+
+    def _find_optimum(self) -> None:
+        """Once: what the best prefix cache would have found of what was asked (`caching/optimum.py`)."""
+        if self._rows is not None and self._accesses is not None:
+            self._rows.set_optimal_hits({req.request_id: n for req, n in self._accesses.optimum().items()})
+            self._accesses = None
 
     def facts(self) -> dict[str, Any]:
         """What the manifest's section `run` says of it (docs/files.md)."""

@@ -54,6 +54,8 @@ class RequestLog:
         self._errors: dict[int, str] = {}
         self._lists: list[tuple[list[int], list[int]]] = []
         self._leaving: list[Request] = []
+        # By request id, what the best prefix cache would have found; those that are not there are not known.
+        self.optimal_hits: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._request_ids)
@@ -123,6 +125,8 @@ class RequestLog:
             columns |= {name: np.array(column[rows]) for name, column in (self.times | self._counts).items()}
             # Here tokens come one by one, and the last one ends its request.
             columns["num_first_tokens"] = np.minimum(columns["num_output_tokens"], 1)
+            optimal = (self.optimal_hits.get(name, NAN) for name in self._request_ids[rows])
+            columns["num_optimal_cached_tokens"] = np.fromiter(optimal, dtype=np.float64)
             columns["last_token_time"] = np.where(columns["num_output_tokens"] > 0, columns["finish_time"], NAN)
             if token_times is None:
                 columns |= {name: [None] * len(columns["request_id"]) for name in LISTS}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvarena.experiments.workloads.azure import AzureTraceWorkload
+from kvarena.experiments.workloads.bailian import BailianWorkload
 from kvarena.experiments.workloads.burstgpt import BurstGPTWorkload
 from kvarena.experiments.workloads.mooncake import MooncakeWorkload
 from kvarena.experiments.workloads.parts.base import Workload
@@ -20,6 +21,7 @@ from kvarena.reports.reading.options import Options
 
 FORMATS: dict[str, Callable[..., Workload]] = {
     "azure": AzureTraceWorkload,
+    "bailian": BailianWorkload,
     "burstgpt": BurstGPTWorkload,
     "mooncake": MooncakeWorkload,
     "sharegpt": ShareGPTJsonWorkload,
@@ -46,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
 def describe_file(
     path: str, file_format: str, tokenizer: str | None = None, num_requests: int | None = None
 ) -> dict[str, Any]:
-    """Statistics of a trace file (see `table_statistics`), with `file`, `format` and, for Mooncake, `blocks`.
+    """Statistics of a trace file (see `table_statistics`), with `file`, `format` and, with hash ids, `blocks`.
 
     Raises:
         KvarenaError: the file is malformed, or the format needs a tokenizer.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,8 +21,7 @@ from kvarena.experiments.workloads.parts.reading import fail, json_lines, length
 from kvarena.experiments.workloads.parts.seeds import Purpose, generator
 from kvarena.experiments.workloads.parts.trace import TraceRow, TraceWorkload
 
-_KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
-_MAX_INT = 2**63
+MAX_INT = 2**63
 _CACHED_TOKENS = 4_000_000
 _MAX_CACHED_BLOCKS = 65_536
 
@@ -44,6 +43,7 @@ class MooncakeWorkload(TraceWorkload):
 
     name = "mooncake"
     ticks_per_second = 1000
+    keys: ClassVar[tuple[str, ...]] = ("timestamp", "input_length", "output_length", "hash_ids")
 
     def __init__(self, *, hash_block_size: int = 512, spread_bins: bool = False, **options: Any) -> None:
         super().__init__(**options)
@@ -57,11 +57,12 @@ class MooncakeWorkload(TraceWorkload):
         for line, text in json_lines(self.path):
             yield self._parse(line, text)
 
-    def _parse(self, line: int, text: str) -> TraceRow:
+    def _parse(self, line: int, text: str) -> TraceRow | str:
         def bad(key: str, message: str) -> None:
             place = re.search(rf'"{key}"\s*:\s*', text)
             fail(self.path, line, place.end() + 1 if place else len(text.rstrip()), f"{key}: {message}")
 
+        record: Any = None
         try:
             record = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_parse_int)
         except json.JSONDecodeError as error:
@@ -71,22 +72,26 @@ class MooncakeWorkload(TraceWorkload):
         except (ValueError, RecursionError) as error:
             fail(self.path, line, 1, f"not JSON that can be read: {error}")
         if not isinstance(record, dict):
-            fail(self.path, line, 1, f"expected an object with the keys {', '.join(_KEYS)}")
-        for key in _KEYS:
+            fail(self.path, line, 1, f"expected an object with the keys {', '.join(self.keys)}")
+        for key in self.keys:
             if key not in record:
                 bad(key, "this key is missing")
-        time = record["timestamp"]
-        if not is_int(time) or not 0 <= time < _MAX_INT:
-            bad("timestamp", f"{_short(time)} must be an integer number of milliseconds, at least 0 and below 2^63")
         for key in ("input_length", "output_length"):
             if not is_int(record[key]):
-                bad(key, f"{_short(record[key])} must be an integer number of tokens")
+                bad(key, f"{short(record[key])} must be an integer number of tokens")
             problem = length_problem(record[key], 1)
             if problem:
                 bad(key, problem)
-        hash_ids, length = record["hash_ids"], record["input_length"]
-        if not isinstance(hash_ids, list) or not all(is_int(h) and 0 <= h < _MAX_INT for h in hash_ids):
+        hash_ids = record["hash_ids"]
+        if not isinstance(hash_ids, list) or not all(is_int(h) and 0 <= h < MAX_INT for h in hash_ids):
             bad("hash_ids", "must be a list of integers, each at least 0 and below 2^63")
+        return self._row(record, bad)
+
+    def _row(self, record: dict[str, Any], bad: Callable[[str, str], None]) -> TraceRow | str:
+        """The request of a line whose lengths and ids are in order; `bad` tells what else is wrong at which key."""
+        time, hash_ids, length = record["timestamp"], record["hash_ids"], record["input_length"]
+        if not is_int(time) or not 0 <= time < MAX_INT:
+            bad("timestamp", f"{short(time)} must be an integer number of milliseconds, at least 0 and below 2^63")
         num_blocks = -(-length // self.hash_block_size)
         if len(hash_ids) != num_blocks:
             bad(
@@ -181,7 +186,7 @@ def _parse_int(digits: str) -> int:
     return int(digits)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """A value for a message, cut to a readable length."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvarena.reports.analysis.memory import Spans
+from kvarena.reports.analysis.prefix_cache import of_optimum, optimal_tokens, share_of
 from kvarena.reports.drawing.document import Section, Table
 from kvarena.reports.drawing.format import count, percent, ratio, seconds
 from kvarena.reports.reading.files import RunFiles
@@ -46,6 +47,7 @@ def _replica(run: RunFiles, spans: Spans, number: int) -> dict[str, Any]:
     req, mine = run.requests, run.requests["replica"] == number
     steps = run.steps["replica"] == number
     admitted = mine & (run.finished | (req["num_output_tokens"] > 0))
+    optimal = optimal_tokens(run)
     cached, seen = int(req["num_cached_tokens"][mine].sum()), int(req["num_prompt_tokens"][admitted].sum())
     return {
         "num_requests": int(mine.sum()),
@@ -53,6 +55,7 @@ def _replica(run: RunFiles, spans: Spans, number: int) -> dict[str, Any]:
         "num_output_tokens": int(req["num_output_tokens"][mine].sum()),
         "num_computed_tokens": int(run.steps["num_new_tokens"][steps].sum()),
         "cached_prompt_share": cached / seen if seen else None,
+        "cache_share_of_optimum": None if optimal is None else share_of(cached, int(np.nansum(optimal[mine]))),
         "busy_seconds": float(spans.weight[steps].sum()),
         "num_preemptions": int(req["num_preemptions"][mine].sum()),
     }
@@ -73,15 +76,17 @@ def replicas_section(summary: dict[str, Any]) -> Section:
     duration = summary["duration_seconds"]
     rows = [
         [str(number), count(one["num_requests"]), count(one["num_finished"]), percent(one["cached_prompt_share"]),
-         count(one["num_computed_tokens"]), count(one["num_output_tokens"]), seconds(one["busy_seconds"]),
+         percent(one.get("cache_share_of_optimum")), count(one["num_computed_tokens"]), count(one["num_output_tokens"]),
+         seconds(one["busy_seconds"]),
          percent(one["busy_seconds"] / duration if duration else None), count(one["num_preemptions"])]
         for number, one in enumerate(routing["replicas"])
     ]  # fmt: skip
-    header = ["replica", "requests", "finished", "hit rate", "tokens computed", "output tokens", "busy",
+    header = ["replica", "requests", "finished", "hit rate", "of the most", "tokens computed", "output tokens", "busy",
               "of the duration", "preemptions"]  # fmt: skip
     text = (
         f"{routing['router']} over {count(routing['num_replicas'])} replicas, each with its own allocator, scheduler "
-        f"and pool. Imbalance {ratio(routing['imbalance'])}; hit rate {percent(summary['cached_prompt_share'])}. "
+        f"and pool. Imbalance {ratio(routing['imbalance'])}; hit rate {percent(summary['cached_prompt_share'])}"
+        f"{of_optimum(summary)}. "
         "Shares of the pool, batches and queues in this report are means over the replicas, weighted by step time; "
         "rates and counts are of all together."
     )

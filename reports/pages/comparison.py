@@ -44,6 +44,7 @@ CELL_METRICS = (
     "output_tokens_per_second", "total_tokens_per_second", "requests_per_second", "ttft_seconds", "tpot_seconds",
     "itl_seconds", "e2e_seconds", "queue_time_seconds", "normalized_latency_seconds_per_token", "batch_size_mean",
     "batch_size_max", "queue_mean", "num_steps", "num_preemptions", "num_recomputed_tokens", "cached_prompt_share",
+    "optimal_prompt_share", "cache_share_of_optimum", "prompt_seconds_saved",
     "imbalance", "peak_rss_bytes", "peak_gpu_bytes", "memory", "recording", "valid", "slo", "steady",
     *(f"{name}{window.suffix}" for window in WINDOWS
       for name in ("kv_share_mean", "waste_beyond_token_states", "held_share_mean", "step_time_share")),

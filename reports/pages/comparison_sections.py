@@ -127,6 +127,8 @@ def grid_section(summary: dict[str, Any], svg: dict[str, str], pages: Mapping[st
           if any(kv_use(cell, "cached") for cell in cells) else []),
         *([("hit rate", at(percent, "cached_prompt_share"))]
           if any(cell["cached_prompt_share"] for cell in cells) else []),
+        *([("of the most", at(percent, "cache_share_of_optimum"))]
+          if any(cell.get("cache_share_of_optimum") for cell in cells) else []),
         *([("imbalance", at(ratio, "imbalance"))] if any(cell["imbalance"] for cell in cells) else []),
         ("preempted", at(count, "num_preemptions")),
         *([("good requests", at(percent, "slo", "whole_run", "attainment")),

@@ -9,6 +9,7 @@ from typing import Any
 from kvarena.reports.analysis.engines import cache_state, simulated, simulated_machine, target
 from kvarena.reports.analysis.gauges import gauges_section
 from kvarena.reports.analysis.latency import DEFINITIONS, PERCENTILES
+from kvarena.reports.analysis.prefix_cache import of_optimum, prefix_cache_section
 from kvarena.reports.analysis.replicas import replicas_section
 from kvarena.reports.analysis.slo import slo_section
 from kvarena.reports.analysis.steady import steady_section
@@ -56,6 +57,7 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
             latency_section(summary, svg),
             *([slo_section(summary)] if summary["slo"] else []),
             *([replicas_section(summary)] if summary["routing"] else []),
+            *([prefix_cache_section(summary)] if summary["num_optimal_cached_tokens"] is not None else []),
             steady_section(summary),
             load_section(summary, svg),
             requests_section(summary, svg),
@@ -309,12 +311,15 @@ def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
          f"{size_bytes(summary['swapped_out_bytes'])} out, {size_bytes(summary['swapped_in_bytes'])} in; "
          f"all {count(summary['num_block_copies'])} block copies took {seconds(summary['block_copy_seconds'])}"],
         ["prompt tokens from cache", count(summary["num_cached_tokens"]),
-         f"{percent(summary['cached_prompt_share'])} of the prompt tokens; {cache_state(summary)}"],
+         f"{percent(summary['cached_prompt_share'])} of the prompt tokens{of_optimum(summary)}; "
+         f"{cache_state(summary)}"],
         *_expert_rows(summary),
         *_kv_rows(summary),
         ["peak host memory", size_bytes(summary["peak_rss_bytes"]),
          f"resident, of the whole process; the KV pool has {size_bytes(summary['kv_pool_bytes'])}"
-         + (" on the GPU" if summary["peak_gpu_bytes"] else "")],
+         + (" on the GPU" if summary["peak_gpu_bytes"] else "")
+         + (f", and blocks that are remembered beside it {size_bytes(eviction['bytes'])}"
+            if (eviction := summary["pool"].get("eviction")) else "")],
         ["recording", percent((summary["recording"] or {}).get("share")),
          f"{seconds((summary['recording'] or {}).get('seconds'))}, share of "
          + ("the processor time of the simulation" if summary["simulation"] else "wall time")],

@@ -13,6 +13,7 @@ from kvarena.reports.analysis.experts import ExpertLoad, measured_skew
 from kvarena.reports.analysis.gauges import read_gauges, summarize_gauges
 from kvarena.reports.analysis.latency import TokenGaps, describe, request_latencies, token_gaps
 from kvarena.reports.analysis.memory import Spans, mean_shares, step_spans, weighted_mean
+from kvarena.reports.analysis.prefix_cache import summarize_prefix_cache
 from kvarena.reports.analysis.replicas import routing_text, summarize_replicas
 from kvarena.reports.analysis.slo import summarize_slo
 from kvarena.reports.analysis.steady import steady_window, summarize_steady
@@ -67,6 +68,7 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
     summary["steady"] = summarize_steady(run, window)
     summary["slo"] = summarize_slo(run, summary["duration_seconds"], window)
     summary |= _load(run, spans)
+    summary |= summarize_prefix_cache(run, spans)
     summary |= _memory(run, spans)
     summary["routing"] = summarize_replicas(run, spans)
     summary["imbalance"] = summary["routing"] and summary["routing"]["imbalance"]

@@ -56,6 +56,9 @@ def _add_recorded(table: Table, summary: dict[str, Any]) -> None:
     table.add_row("KV in token states", percent(kv_use(summary)), f"of the pool over all steps; {room_text(summary)}")
     if cached := kv_use(summary, "cached"):
         table.add_row("KV in cached prefixes", percent(cached), "of the pool over all steps")
+    if summary.get("optimal_prompt_share"):  # not in a summary of before
+        found, most = (percent(summary[f"{name}_prompt_share"]) for name in ("cached", "optimal"))
+        table.add_row("prompt tokens from cache", found, f"of at most {most} in this order of admissions")
     if routing := summary.get("routing"):
         hits = percent(summary["cached_prompt_share"])
         row = "replicas", count(routing["num_replicas"]), f"imbalance {ratio(routing['imbalance'])}, hit rate {hits}"

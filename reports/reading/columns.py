@@ -62,6 +62,9 @@ TABLES: dict[str, tuple[Columns, ...]] = {
         _of("token_times", "list of double", "s", "when each output token was on the host"),
         _of("finish_reason", "string", "", "`stop`, `length`, `abort`, `rejected`, `error`"),
         _of("num_cached_tokens", "int32", "tokens", "prompt tokens served from the prefix cache at first admission"),
+        _of("num_optimal_cached_tokens", "double, null", "tokens",
+            "prompt tokens that the best prefix cache of this size would have found, given the order of admissions and "
+            "what was owned meanwhile (Belady's MIN); null: there is none, or nobody knows (since 2026-11-30)"),
         _of("num_preemptions", "int32", "", "how often it was preempted"),
         _of("num_recomputed_tokens", "int32", "tokens", "computed again because a preemption had dropped them"),
         _of("error", "string", "", "why it was rejected or failed; empty otherwise"),

@@ -26,7 +26,11 @@ from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE, ROUTING_
 from kvarena.reports.reading.shapes import MANIFEST, TOTALS, mismatch
 
 LIST_COLUMNS = ("prompt_token_ids", "output_token_ids", "token_times")
-LATER_REQUEST_COLUMNS = ("last_token_time", "num_first_tokens")  # older run folders lack them
+LATER_REQUEST_COLUMNS = (
+    "last_token_time",
+    "num_first_tokens",
+    "num_optimal_cached_tokens",
+)  # older run folders lack them
 REQUEST_COLUMNS = names_of(REQUESTS_FILE, without=(*LIST_COLUMNS, *LATER_REQUEST_COLUMNS, "priority"))
 # What a step-time profile is fitted to is no report's.
 FEATURES = ("num_prefill_requests", "longest_prefill", "num_attention_pairs")
@@ -203,6 +207,12 @@ def read_table(path: Path, columns: tuple[str, ...], later: tuple[str, ...] = ()
         if name not in names:
             table = table.append_column(name, pa.array(np.zeros(table.num_rows, dtype=np.int64)))
     return table
+
+
+def has_columns(path: Path, columns: Iterable[str]) -> bool:
+    """Whether a Parquet file, which is there, has all of these columns."""
+    with _opened(path, ()) as file:
+        return set(columns) <= set(file.schema_arrow.names)
 
 
 def _arrays(path: Path, table: pa.Table) -> dict[str, np.ndarray]:

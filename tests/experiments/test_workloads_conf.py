@@ -22,6 +22,11 @@ TRACES = {
     ),
     "vidur": ("v.csv", "arrived_at,num_prefill_tokens,num_decode_tokens\n0.5,9,2\n"),
     "mooncake": ("m.jsonl", '{"timestamp": 0, "input_length": 9, "output_length": 2, "hash_ids": [1]}\n'),
+    "bailian": (
+        "q.jsonl",
+        '{"chat_id": 1, "parent_chat_id": -1, "timestamp": 0.5, "input_length": 9, "output_length": 2, '
+        '"type": "text", "turn": 1, "hash_ids": [1]}\n',
+    ),
     "sharegpt_json": (
         "s.json",
         '[{"conversations": [{"from": "human", "value": "one two three four five"},'

@@ -1,0 +1,162 @@
+"""What requests asked of a prefix cache, in order: kept while they run, and named when they are done.
+
+    allocator --found, stored, removed, left--> AccessLog --after the run--> MIN's hits, request by request
+
+While requests run only references and counts are kept; the names of blocks (chains of hashes) are made afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvarena.allocators.prefix import PrefixCachingAllocator
+from kvarena.engine.contract import CacheObserver, KVAllocator
+from kvarena.engine.request import Request
+from kvarena.experiments.caching.optimum import Ask, Event, Grow, Keys, Leave, Room, optimal_hits
+
+
+class _Text(NamedTuple):
+    """What stands in a request's slots; its output grows on."""
+
+    salt: str
+    prompt: list[int]
+    output: list[int]
+
+
+class AccessLog:
+    """The observer of a prefix cache, whose answers it does not change.
+
+    Args:
+        allocator: has a prefix cache.
+        also: is told as well.
+
+    Attributes:
+        counts: whether the requests that come count; those before, of a cache that is filled, do not.
+    """
+
+    def __init__(self, allocator: PrefixCachingAllocator, also: CacheObserver | None = None) -> None:
+        self._allocator, self._also = allocator, also
+        self.counts = True
+        self._events: list[tuple[Any, ...]] = []
+        self._rows: dict[Request, int] = {}
+        self._requests: list[Request] = []
+        self._texts: list[_Text] = []
+        self._live: dict[Request, int] = {}  # blocks that are known of it
+
+    # ---- what the allocator tells
+
+    def found(self, req: Request, blocks: Sequence[int]) -> None:
+        """`req` is admitted; its first admission is the one that counts."""
+        counts = self.counts and req not in self._rows
+        row = self._row(req)
+        self._live[req] = known = req.num_prompt_tokens // self._allocator.block_size
+        self._events.append((Ask, row, known, counts))
+        if self._also is not None:
+            self._also.found(req, blocks)
+
+    def stored(self, req: Request, table: Sequence[int], start: int, cached: Sequence[bool]) -> None:
+        """Blocks of `req` are full: those of its prompt were known."""
+        stop, known = start + len(cached), self._live.get(req, 0)
+        if stop > known:
+            self._events.append((Grow, self._row(req), known, stop))
+            self._live[req] = stop
+            self._room()
+        if self._also is not None:
+            self._also.stored(req, table, start, cached)
+
+    def removed(self, blocks: Sequence[int]) -> None:
+        """Room was needed, so nothing is free: what is not cached any more is owned, or will be at once."""
+        self._room(free=0)
+        if self._also is not None:
+            self._also.removed(blocks)
+
+    def left(self, req: Request) -> None:
+        """`req` owns nothing any more."""
+        if self._live.pop(req, None) is not None:
+            self._events.append((Leave, self._rows[req]))
+        if self._also is not None:
+            self._also.left(req)
+
+    def _room(self, free: int | None = None) -> None:
+        """Note how many entries the tables have, or will have when `free` blocks are left."""
+        allocator = self._allocator
+        idle = allocator.num_free_blocks if free is None else free + allocator.num_cached_blocks
+        self._events.append((Room, allocator.num_blocks - idle + allocator.num_shared_entries))
+
+    def _row(self, req: Request) -> int:
+        row = self._rows.get(req)
+        if row is None:
+            row = self._rows[req] = len(self._requests)
+            self._requests.append(req)
+            self._texts.append(_Text(req.cache_salt, req.prompt_identities, req.output_token_ids))
+        return row
+
+    # ---- after the run
+
+    def optimum(self) -> dict[Request, int]:
+        """Prompt tokens that MIN finds in this order of accesses, by request: those that were admitted."""
+        namer = _Namer(self._allocator.block_size)
+        chains: dict[int, list[int]] = {}
+        events: list[Event] = []
+        size = self._allocator.block_size
+        for kind, *what in self._events:
+            if kind is Room:
+                events.append(Room(what[0]))
+                continue
+            row, text = what[0], self._texts[what[0]]
+            if kind is Leave:
+                events.append(Leave(row))
+                chains.pop(row, None)
+            elif kind is Ask:
+                chains[row] = chain = namer.extend([], text, what[1])
+                wanted = (len(text.prompt) - 1) // size if what[2] else 0
+                events.append(Ask(row, _keys(chain), min(wanted, len(chain))))
+            else:
+                chain = namer.extend(chains.setdefault(row, []), text, what[2])
+                events.append(Grow(row, _keys(chain[what[1] :])))
+        hits = optimal_hits(events, self._allocator.num_blocks, namer.num_keys, len(self._requests))
+        return {req: int(hits[row]) * size for row, req in enumerate(self._requests)}
+
+
+def _keys(chain: list[int]) -> Keys:
+    return np.array(chain, dtype=np.int64)
+
+
+class _Namer:
+    """Numbers for blocks: equal ones for equal tokens behind equal prefixes."""
+
+    def __init__(self, block_size: int) -> None:
+        self._size = block_size
+        self._numbers: dict[tuple[Any, ...], int] = {}
+
+    @property
+    def num_keys(self) -> int:
+        """Numbers are below this one."""
+        return len(self._numbers)
+
+    def extend(self, chain: list[int], text: _Text, stop: int) -> list[int]:
+        """Name the blocks of `text` from the end of `chain` up to `stop`."""
+        size, numbers, prompt = self._size, self._numbers, text.prompt
+        before: int | str = chain[-1] if chain else text.salt
+        for start in range(len(chain) * size, stop * size, size):
+            end = start + size
+            if end <= len(prompt):
+                tokens = prompt[start:end]
+            else:
+                at = max(0, start - len(prompt))
+                tokens = prompt[start:] + text.output[at : end - len(prompt)]
+            before = numbers.setdefault((before, *tokens), len(numbers))
+            chain.append(before)
+        return chain
+
+
+def watch(allocator: KVAllocator) -> AccessLog | None:
+    """Keep from now on what is asked of `allocator`, if it has a prefix cache of ours; `None` otherwise."""
+    if not isinstance(allocator, PrefixCachingAllocator):
+        return None
+    log = AccessLog(allocator, allocator.observer)
+    allocator.observer = log
+    return log
