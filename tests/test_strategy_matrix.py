@@ -9,6 +9,7 @@ import pytest
 
 from kvarena.allocators.blocks import BlockPool
 from kvarena.allocators.contiguous import ContiguousAllocator
+from kvarena.allocators.eviction_policies import policy_names
 from kvarena.allocators.hash_index import HashIndex
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.allocators.placement import Buddy
@@ -27,6 +28,7 @@ from kvarena.experiments.fuzzing.matrix import (
     MatrixFailure,
     allocator_cells,
     cells_of_round,
+    eviction_of,
     run_cell,
 )
 from kvarena.experiments.fuzzing.random_traces import make_trace
@@ -42,10 +44,22 @@ SCHEDULERS = strategy_names("scheduler")
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize(("allocator", "window"), allocator_cells())
 def test_tokens_plans_ledger_and_pool_are_right(allocator, window, scheduler, traces):
-    """Two traces here; six, and the 10,000 of the fuzzer, in `make test-all`."""
-    for trace in traces:
+    """Two traces here; six, and the 10,000 of the fuzzer, in `make test-all`.
+
+    A prefix cache has another eviction policy in each run: with two traces each has its turn.
+    """
+    turn = 4 * SCHEDULERS.index(scheduler) + 2 * (allocator == "radix")
+    for number, trace in enumerate(traces):
         for overlap in (False, True):
-            run_cell(trace, Cell(allocator, scheduler, overlap, window))
+            policy = eviction_of(allocator, turn + 2 * number + overlap)
+            run_cell(trace, Cell(allocator, scheduler, overlap, window, policy))
+
+
+def test_every_eviction_policy_is_in_the_matrix():
+    turns = [4 * i + 2 * number + overlap for i in range(len(SCHEDULERS)) for number in (0, 1) for overlap in (0, 1)]
+    assert {eviction_of("radix", turn + 2) for turn in turns} == set(policy_names())
+    assert {eviction_of("paged_prefix", turn) for turn in turns} == set(policy_names())
+    assert eviction_of("paged", 0) is None
 
 
 def test_the_traces_reach_every_path():

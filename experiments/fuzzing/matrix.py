@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvarena.allocators.eviction_policies import policy_names
 from kvarena.engine.clock import VirtualClock
 from kvarena.engine.contract import NULL_BLOCK, CopyKind, KVAllocator, KVUsage, StepPlan
 from kvarena.engine.core import Engine, StepOutput
@@ -52,16 +53,19 @@ class Cell:
         scheduler: name in conf/scheduler.
         overlap: plan a step while the one before runs.
         window: sliding window, for allocators that have one.
+        eviction: policy of a prefix cache, for allocators that have one; None: the config's.
     """
 
     allocator: str
     scheduler: str
     overlap: bool = False
     window: int | None = None
+    eviction: str | None = None
 
     def __str__(self) -> str:
         window = f" window {self.window}" if self.window else ""
-        return f"{self.allocator}{window} x {self.scheduler}{' overlap' if self.overlap else ''}"
+        policy = f" {self.eviction}" if self.eviction else ""
+        return f"{self.allocator}{window}{policy} x {self.scheduler}{' overlap' if self.overlap else ''}"
 
 
 def allocator_cells() -> list[tuple[str, int | None]]:
@@ -75,8 +79,17 @@ def allocator_cells() -> list[tuple[str, int | None]]:
     return cells
 
 
+def eviction_of(allocator: str, index: int) -> str | None:
+    """One of all policies, another one for each `index`; None for an allocator without a prefix cache."""
+    names = policy_names()
+    return names[index % len(names)] if "eviction" in strategy_options("allocator", allocator) else None
+
+
 def cells_of_round(index: int) -> list[Cell]:
-    """Every allocator once, with a scheduler that changes from round to round: all pairs in num_schedulers rounds."""
+    """Every allocator once, with a scheduler that changes from round to round: all pairs in num_schedulers rounds.
+
+    So does the policy by which a prefix cache evicts.
+    """
     schedulers = strategy_names("scheduler")
     return [
         Cell(
@@ -84,6 +97,7 @@ def cells_of_round(index: int) -> list[Cell]:
             schedulers[(index + i) % len(schedulers)],
             overlap=(index // len(schedulers) + i) % 2 == 1,
             window=window,
+            eviction=eviction_of(allocator, index + i),
         )
         for i, (allocator, window) in enumerate(allocator_cells())
     ]
@@ -116,6 +130,8 @@ def allocator_options(trace: Trace, cell: Cell) -> dict[str, Any]:
     """All options of the cell's allocator: its own, the trace's, the window."""
     options = strategy_options("allocator", cell.allocator)
     options |= {key: value for key, value in trace.allocator_options.items() if key in options}
+    if cell.eviction is not None:
+        options["eviction"] = cell.eviction
     return options if cell.window is None else options | {"sliding_window": cell.window}
 
 

@@ -58,7 +58,7 @@ def engine_facts(parts: EngineParts) -> dict[str, Any]:
 
 
 def eviction_facts(*replicas: EngineParts) -> dict[str, Any]:
-    """What section `pool` says of the policy by which cached blocks go, at the end of a run; nothing without a cache."""
+    """What section `pool` says of the policy by which cached blocks go, at the end of a run; nothing without one."""
     found = (getattr(parts.engine.allocator, "policy", None) for parts in replicas)
     policies = [policy for policy in found if policy is not None]
     if not policies:
