@@ -12,7 +12,7 @@ A block that a request owns is in no queue, whatever a policy says of it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from typing import Any, ClassVar
 from zlib import crc32
@@ -47,6 +47,8 @@ class Entry:
         released_at: the number of its last release: within a request the tail's is smaller than the head's.
         queued: `released_at` of its valid record in a queue; 0: it has none.
         lane, uses, last: the policy's own.
+
+    One that is made counts as a child of its parent.
     """
 
     __slots__ = ("block", "depth", "digest", "in_use", "lane", "last", "num_children", "parent", "queued",
@@ -56,7 +58,11 @@ class Entry:
         self.parent = parent
         self.block = block
         self.digest = digest
-        self.depth = 0 if parent is None else parent.depth + 1
+        if parent is None:
+            self.depth = 0
+        else:
+            self.depth = parent.depth + 1
+            parent.num_children += 1
         self.num_children = 0
         self.in_use = True
         self.released_at = self.queued = 0
@@ -149,6 +155,7 @@ class EvictionOrder:
         policy: prices them.
         num_evictable: published blocks that no request owns. All of them can go: whoever owns a block owns those
             before it.
+        inserted: to be called with each new entry and the request that owns it; None: the policy need not know.
     """
 
     def __init__(self, policy: EvictionPolicy) -> None:
@@ -156,24 +163,19 @@ class EvictionOrder:
         self.num_evictable = 0
         self._queues: list[list[tuple[float, int, Entry]]] = [[] for _ in range(1 + policy.num_lanes)]
         self._tick = 0
-        self._inserted, self._hit = _own(policy, "inserted"), _own(policy, "hit")
+        self.inserted, self._hit = _own(policy, "inserted"), _own(policy, "hit")
         self._released, self._evicted = _own(policy, "released"), _own(policy, "evicted")
         self._admits, self._spares = _own(policy, "admits"), _own(policy, "spares")
         self._price = policy.price
         policy.move = self.move
-        # With one lane and nothing refused or spared the next block is the top of the one queue.
+        # With one lane and nothing refused or spared the next block is the top of the one queue, or stands before it:
+        # the parent of the last one that went mostly follows, and need not go through the queue.
         self._plain = policy.num_lanes == 1 and self._admits is None and self._spares is None
+        self._next: tuple[float, int, Entry] | None = None
 
     # ------------------------------------------------------------ what happens to blocks
 
-    def publish(self, entry: Entry, req: Request) -> None:
-        """`req`, which owns it, put `entry` into the index."""
-        if entry.parent is not None:
-            entry.parent.num_children += 1
-        if self._inserted is not None:
-            self._inserted(entry, req)
-
-    def hit(self, entries: list[Entry], req: Request) -> None:
+    def hit(self, entries: Sequence[Entry], req: Request) -> None:
         """`req` found these, head first."""
         if self._hit is not None:
             for entry in entries:
@@ -202,32 +204,32 @@ class EvictionOrder:
         gone: list[Entry] = []
         if self.policy.repriced:
             self._reprice()
-        forget, entry = self._evicted, None
+        forget, price, queue = self._evicted, self._price, self._queues[1]
         for _ in range(num_blocks):
-            if entry is None:
-                entry = self._pop()
-            gone.append(entry)
+            first, self._next = self._next, None
+            entry = first[2] if first is not None and first[2].queued == first[1] else self._pop()
             entry.queued = 0
+            gone.append(entry)
             if forget is not None:
                 forget(entry)
-            parent, entry = entry.parent, None
-            if parent is not None:
-                parent.num_children -= 1
-                if not (parent.num_children or parent.in_use):
-                    entry = self._next_or_queued(parent)
-        if entry is not None:
-            self._push(entry)
+            parent = entry.parent
+            if parent is None:
+                continue
+            parent.num_children -= 1
+            if parent.num_children or parent.in_use:
+                continue
+            if not self._plain:
+                self._push(parent)
+                continue
+            # As `_push`, without a call of it.
+            parent.queued = parent.released_at
+            record = (price(parent), parent.released_at, parent)
+            if not queue or record < queue[0]:
+                self._next = record
+            else:
+                heappush(queue, record)
         self.num_evictable -= num_blocks
         return gone
-
-    def _next_or_queued(self, entry: Entry) -> Entry | None:
-        """`entry`, which has just become a leaf, if it would come out first: that saves a way through the queue."""
-        if self._plain:
-            queue, price = self._queues[1], self._price(entry)
-            if not queue or price < queue[0][0] or (price == queue[0][0] and entry.released_at < queue[0][1]):
-                return entry
-        self._push(entry)
-        return None
 
     def _pop(self) -> Entry:
         patience = 2 * self.num_evictable  # a policy that spares for ever is not asked any more
@@ -243,23 +245,35 @@ class EvictionOrder:
     def _queue(self) -> list[tuple[float, int, Entry]]:
         """A queue with a valid record at its top."""
         queues = self._queues
-        order = [1] if self._plain else [REFUSED, 1 + self.policy.next_lane(), *range(1, len(queues))]
-        for lane in order:
-            queue = queues[lane]
-            while queue and queue[0][2].queued != queue[0][1]:
-                heappop(queue)
-            if queue:
+        if queues[REFUSED] and _cleaned(queues[REFUSED]):
+            return queues[REFUSED]
+        first = queues[1 if self._plain else 1 + self.policy.next_lane()]
+        if _cleaned(first):
+            return first
+        for queue in queues:
+            if _cleaned(queue):
                 return queue
         raise EngineError("the prefix cache has no block to evict and counted on one; this is a fault of its index")
 
     def _push(self, entry: Entry) -> None:
-        refused = self._admits is not None and not self._admits(entry)
-        queue = self._queues[REFUSED if refused else 1 + entry.lane]
+        """Queue a leaf that nobody owns."""
+        entry.queued = tick = entry.released_at
+        record = (self._price(entry), tick, entry)
+        if self._plain:
+            queue, first = self._queues[1], self._next
+            if first is not None:
+                if record < first:
+                    record, self._next = first, record
+            elif not queue or record < queue[0]:
+                self._next = record
+                return
+        else:
+            refused = self._admits is not None and not self._admits(entry)
+            queue = self._queues[REFUSED if refused else 1 + entry.lane]
         if len(queue) > 64 + 2 * self.num_evictable:  # stale records outnumber the blocks: forget them
-            queue[:] = [record for record in queue if record[2].queued == record[1]]
+            queue[:] = [one for one in queue if one[2].queued == one[1]]
             heapify(queue)
-        entry.queued = entry.released_at
-        heappush(queue, (self._price(entry), entry.queued, entry))
+        heappush(queue, record)
 
     def _queue_anew(self, entry: Entry) -> None:
         self._tick = entry.released_at = self._tick + 1  # what was said of it before is void
@@ -272,11 +286,22 @@ class EvictionOrder:
 
     def _reprice(self) -> None:
         self.policy.repriced = False
-        waiting = [record for queue in self._queues for record in queue if record[2].queued == record[1]]
+        records = [record for queue in self._queues for record in queue]
+        if self._next is not None:
+            records.append(self._next)
+        self._next = None
         for queue in self._queues:
             queue.clear()
-        for _, _, entry in waiting:
-            self._push(entry)
+        for _, tick, entry in records:
+            if entry.queued == tick:
+                self._push(entry)
+
+
+def _cleaned(queue: list[tuple[float, int, Entry]]) -> bool:
+    """Whether a queue has anything, once its top holds a valid record."""
+    while queue and queue[0][2].queued != queue[0][1]:
+        heappop(queue)
+    return bool(queue)
 
 
 def forgotten(entry: Entry) -> bool:

@@ -29,9 +29,21 @@ class Link(Entry):
     parent: Link | None
 
     def __init__(self, serial: int, key: tuple, parent: Link | None, block: int, digest: int) -> None:
-        super().__init__(parent, block, digest)
+        # As the base does, without a call of it: this is made for every block that becomes full.
+        self.parent = parent
+        self.block = block
+        self.digest = digest
         self.serial = serial
         self.key = key
+        if parent is None:
+            self.depth = 0
+        else:
+            self.depth = parent.depth + 1
+            parent.num_children += 1
+        self.num_children = self.released_at = self.queued = self.lane = 0
+        self.in_use = True
+        self.uses = 1
+        self.last = 0
 
 
 class HashIndex(PrefixIndex):
@@ -118,20 +130,22 @@ class HashIndex(PrefixIndex):
     def publish(
         self, node: Link | None, req: Request, table: list[int], start: int, stop: int
     ) -> tuple[Link | None, list[int], list[int]]:
-        link, size, order = node, self._block_size, self.order
+        link, size, order, links, recalls = node, self._block_size, self.order, self._links, self._recalls
+        texts = req.identities(start * size, stop * size)
         replaced: list[int] = []
         shared: list[int] = []
         for i in range(start, stop):
-            tokens = req.identities(i * size, (i + 1) * size)
+            tokens = texts[(i - start) * size : (i - start + 1) * size]
             key = (link.serial if link else req.cache_salt, *tokens)
-            known = self._links.get(key)
+            known = links.get(key)
             if known is None:
                 digest = 0
-                if self._recalls:
+                if recalls:
                     digest = block_digest(link.digest if link else salt_digest(req.cache_salt), tokens)
-                link = self._links[key] = Link(next(self._serials), key, link, table[i], digest)
+                link = links[key] = Link(next(self._serials), key, link, table[i], digest)
                 self._published[table[i]] = link
-                order.publish(link, req)
+                if order.inserted is not None:
+                    order.inserted(link, req)
                 continue
             link = known
             if link.in_use:
@@ -140,7 +154,7 @@ class HashIndex(PrefixIndex):
                 order.take(link)
             replaced.append(table[i])
             table[i] = link.block
-            order.hit([link], req)
+            order.hit((link,), req)
         return link, replaced, shared
 
     def keep(self, blocks: Iterable[int]) -> list[int]:

@@ -35,6 +35,10 @@ class _Stand:
     __slots__ = ("due", "node", "num_blocks")
 
     def __init__(self, node: Any, num_blocks: int, block_size: int) -> None:
+        self.move(node, num_blocks, block_size)
+
+    def move(self, node: Any, num_blocks: int, block_size: int) -> None:
+        """It stands there now."""
         self.node = node
         self.num_blocks = num_blocks
         self.due = (num_blocks + 1) * block_size  # computed tokens at which the next block is full
@@ -164,11 +168,13 @@ class PrefixCachingAllocator(PagedAllocator):
         if num_blocks > stand.num_blocks:
             table, start = self._tables[req], stand.num_blocks
             node, replaced, shared = self._index.publish(stand.node, req, table, start, num_blocks)
-            self._stands[req] = _Stand(node, num_blocks, self.block_size)
+            stand.move(node, num_blocks, self.block_size)
             if self.observer is not None:
                 self.observer.stored(req, table, start, [block in self._index for block in table[start:num_blocks]])
-            self._share(shared)
-            self._pool.give(self._release(replaced))
+            if shared:
+                self._share(shared)
+            if replaced:
+                self._pool.give(self._release(replaced))
 
     # ------------------------------------------------------------ blocks in and out
 

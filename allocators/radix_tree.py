@@ -209,7 +209,8 @@ class RadixTree(PrefixIndex):
             last = Leaf(last, table[start + i], digest)
             last.node = node
             node.entries.append(last)
-            self.order.publish(last, req)
+            if self.order.inserted is not None:
+                self.order.inserted(last, req)
         return node
 
     # ------------------------------------------------------------ locks

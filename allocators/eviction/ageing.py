@@ -24,6 +24,7 @@ LARGEST_SHADOW = 4096  # blocks; a larger pool is sampled more thinly
 MEMORY = 16  # after so many pools of played blocks a hit counts half
 _DEEPER = 2.0**-24  # of a value, for each block before
 MARGIN = 1.02  # so much more must another shadow find
+LOOK_EVERY = 8  # played blocks
 RECORD_BYTES = 116  # of a shadow's record: a pair of numbers
 
 
@@ -80,7 +81,7 @@ class AgeingPolicy(EvictionPolicy):
         self._ghosts = Ghosts(self.max_ghosts - len(self._shadows) * size)
         self._best = 0
         self._age = 0.0
-        self._clock = 0
+        self._clock = self._num_played = 0
         self._weight, self._growth = 1.0, 0.5 ** (-1 / (MEMORY * size))
 
     def inserted(self, entry: Entry, req: Request) -> None:  # noqa: ARG002
@@ -103,10 +104,15 @@ class AgeingPolicy(EvictionPolicy):
         self._ghosts.remember(entry.digest, entry.uses)
 
     def _play(self, entry: Entry) -> None:
-        """Use a block in the shadows, and go by the best of them from now on."""
+        """Use a block in the shadows, and now and then see which of them is the best."""
         self._weight *= self._growth
         for shadow in self._shadows:
             shadow.use(entry.digest, entry.depth, entry.uses, self._weight)
+        self._num_played += 1
+        if self._num_played % LOOK_EVERY == 0:
+            self._look()
+
+    def _look(self) -> None:
         if self._weight > 1e100:
             for shadow in self._shadows:
                 shadow.hits /= self._weight

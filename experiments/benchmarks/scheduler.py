@@ -3,9 +3,12 @@
     kvarena benchmark scheduler
 
 `step`: `schedule()` + `update()` and the allocator calls in them, every request decoding. `allocate_free`: one request
-of 16 blocks, by the size of the pool. `match_prefix`: a prompt of 32k tokens that the cache holds. In the same run,
-`transformers_step`: transformers' continuous-batching scheduler and cache manager on the same decode-only step (its
-`schedule_batch`, the tokens taken in, blocks marked as complete; no tensors are prepared on either side).
+of 16 blocks, by the size of the pool. `match_prefix`: a prompt of 32k tokens that the cache holds. `evicting_step`: the
+step of 256 decodes in a full pool with 100,000 cached blocks, 16 of which go in it. `evicting_prompt`: a prompt of 1,024
+blocks that evicts as many: its admission, and with the commit that publishes them. Both in processor time, by eviction
+policy; `--evicting` measures these alone. In the same run, `transformers_step`: transformers' continuous-batching
+scheduler and cache manager on the same decode-only step (its `schedule_batch`, the tokens taken in, blocks marked as
+complete; no tensors are prepared on either side).
 Times are in milliseconds, the median and the minimum over the repeats.
 """
 
@@ -16,8 +19,10 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from kvarena.allocators.eviction_policies import policy_names
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, SamplingParams
@@ -31,6 +36,7 @@ MAX_MODEL_LEN = 65536
 NUM_STEPS_BEFORE = 20
 PROMPT_TOKENS = range(64, 512)
 VOCAB_SIZE = 32000
+NUM_CACHED = 100_000
 
 
 def measure(run: Callable[[], Any], repeats: int) -> dict[str, float]:
@@ -103,6 +109,79 @@ def bench_match_prefix(allocator: str, num_tokens: int, repeats: int) -> dict[st
     return result | {"hit_tokens": hits[-1]}
 
 
+def bench_evictions(allocator: str, policy: str | None, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Steps of 256 decodes that evict 16 blocks each, and prompts that evict 1,024, in processor time.
+
+    Args:
+        allocator: with a prefix cache.
+        policy: None: the allocator's default.
+        repeats: steps; of prompts an eighth as many.
+    """
+    options = {} if policy is None else {"eviction": policy}
+    num_running, length = 256, 40 * BLOCK_SIZE
+    num_blocks = NUM_CACHED + num_running * (length // BLOCK_SIZE + 1)
+    blocks = build_allocator(
+        allocator, num_blocks=num_blocks, max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, **options
+    )
+    scheduler = build_scheduler("continuous", blocks, max_model_len=MAX_MODEL_LEN, max_num_seqs=num_running,
+                                max_num_batched_tokens=8192)  # fmt: skip
+    rng = random.Random(0)
+
+    def prompt(num_tokens: int) -> list[int]:
+        return [rng.randrange(VOCAB_SIZE) for _ in range(num_tokens)]
+
+    head = prompt(8 * BLOCK_SIZE)
+    for number in range(NUM_CACHED // 100 + 60):  # until the pool is full; half of the prompts have a head in common
+        tokens = (head if number % 2 else []) + prompt(100 * BLOCK_SIZE)
+        _compute(blocks, Request(f"c{number}", tokens[: 100 * BLOCK_SIZE], SamplingParams(max_tokens=1)))
+    sampling = SamplingParams(max_tokens=repeats + 1000)
+    for number in range(num_running):  # whose blocks become full in turn
+        scheduler.add(Request(f"r{number}", prompt(length - number % BLOCK_SIZE), sampling))
+    while scheduler.num_waiting or scheduler.prefilling:
+        _step(scheduler)
+    fillers = 0
+    while blocks.usage().free:  # what is left of the pool
+        _compute(blocks, Request(f"f{fillers}", prompt(4 * BLOCK_SIZE), sampling))
+        fillers += 1
+    tokens = [7] * num_running
+    steps = [_processor_ms(lambda: scheduler.update(scheduler.schedule(0.0), tokens)) for _ in range(repeats)]
+    admissions, commits = [], []
+    for number in range(max(8, repeats // 8)):
+        req = Request(f"p{number}", prompt(1024 * BLOCK_SIZE), sampling)
+        admissions.append(_processor_ms(partial(_admit, blocks, req)) * 1e3 / 1024)
+        commits.append(_processor_ms(partial(blocks.commit, req)) * 1e3 / 1024)
+        blocks.free(req)
+    admission, commit = statistics.median(admissions), statistics.median(commits)
+    return _quantiles(steps), {"admission_us_a_block": round(admission, 3), "us_a_block": round(admission + commit, 3)}
+
+
+def _compute(blocks: KVAllocator, req: Request) -> None:
+    """A request comes, is computed and goes."""
+    _admit(blocks, req)
+    blocks.commit(req)
+    blocks.free(req)
+
+
+def _admit(blocks: KVAllocator, req: Request) -> None:
+    if not blocks.allocate(req, req.num_tokens, blocks.match_prefix(req)):
+        raise EngineError(f"no room for {req.request_id!r}: {blocks.usage()}")
+    req.num_computed_tokens = req.num_tokens
+
+
+def _processor_ms(run: Callable[[], Any]) -> float:
+    begin = time.process_time()
+    run()
+    return (time.process_time() - begin) * 1e3
+
+
+def _quantiles(times: Sequence[float]) -> dict[str, float]:
+    return {
+        "mean_ms": round(statistics.fmean(times), 4),
+        "median_ms": round(statistics.median(times), 4),
+        "max_ms": round(max(times), 3),
+    }
+
+
 def bench_transformers(num_running: int, share_blocks: bool, repeats: int) -> dict[str, float]:
     """The decode-only step of transformers' continuous batching, its tensors and forward left out."""
     import torch
@@ -162,12 +241,20 @@ def main(argv: Sequence[str]) -> int:
     """Run all benchmarks; see the module's docstring."""
     parser = tool_parser(__name__, __doc__)
     parser.add_argument("--repeats", type=int, default=300, help="steps or calls per line")
+    parser.add_argument("--evicting", action="store_true", help="evictions alone, by policy")
     args = parser.parse_args(argv)
     repeats = args.repeats
 
     def line(bench: str, result: dict[str, float], **what: object) -> None:
         print(json.dumps({"bench": bench, **what, **result}), flush=True)
 
+    for allocator in ("paged_prefix", "radix"):
+        for policy in [name for name in policy_names() if name != "min"]:
+            step, prompt = bench_evictions(allocator, policy, repeats)
+            line("evicting_step", step, allocator=allocator, eviction=policy)
+            line("evicting_prompt", prompt, allocator=allocator, eviction=policy)
+    if args.evicting:
+        return 0
     for num_running in (256, 1024):
         for allocator, scheduler in (
             ("paged", "continuous"),

@@ -64,7 +64,8 @@ def replay_policy(
         for key in keys[len(path) :]:
             entry = entries[key] = Entry(path[-1] if path else None, key + 1, _digest(key))
             path.append(entry)
-            order.publish(entry, req)
+            if order.inserted is not None:
+                order.inserted(entry, req)
         for entry in reversed(path):
             order.release(entry)
         if order.num_evictable > num_blocks:

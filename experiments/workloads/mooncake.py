@@ -104,6 +104,11 @@ class MooncakeWorkload(TraceWorkload):
     def _keep_hashes(self, rows: list[TraceRow]) -> None:
         self._hash_ids = [row.hash_ids for row in rows]
 
+    def block_ids(self) -> list[tuple[int, ...]]:
+        """The hash ids of each request of one pass."""
+        number = len(self.table)  # which reads the file
+        return self._hash_ids[: min(number, self._rows_per_pass)]
+
     def block_hits(self) -> tuple[int, int]:
         """(blocks seen before, all blocks) of one pass: the hits of a cache without end."""
         seen: set[int] = set()

@@ -43,7 +43,8 @@ class Bench:
             if entry is None:
                 parent = self.entries.get(name.rpartition("/")[0])
                 entry = self.entries[name] = Entry(parent, len(self.entries) + 1, hash(name))
-                self.order.publish(entry, req)
+                if self.order.inserted is not None:
+                    self.order.inserted(entry, req)
             else:
                 self.order.take(entry)
                 self.order.hit([entry], req)
@@ -144,7 +145,8 @@ def test_min_goes_by_what_comes_next_whoever_overtakes() -> None:
     for place, name in enumerate(names[:3]):
         req, entry = Request(f"{place}", [0]), Entry(None, place + 1, hash(name))
         bench.entries[name] = entry
-        bench.order.publish(entry, req)
+        assert bench.order.inserted is not None
+        bench.order.inserted(entry, req)
         bench.order.release(entry)
     assert [bench.policy._next(bench.entries[name]) for name in "abc"] == [3, 4, 6]
     bench.policy._begin(Request("3", [0]))
@@ -306,7 +308,8 @@ def test_what_is_remembered_is_bounded_and_takes_200_bytes_an_entry(policy: str)
         before = tracemalloc.get_traced_memory()[0]
         for number in range(12 * num_blocks):
             entry = Entry(None, 1, hash((number if rng.random() < 0.5 else rng.randrange(2000), 7)))
-            order.publish(entry, Request("r", [0]))
+            assert order.inserted is not None
+            order.inserted(entry, Request("r", [0]))
             order.release(entry)
             if order.num_evictable > num_blocks:
                 order.evict(1)

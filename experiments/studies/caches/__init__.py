@@ -1,0 +1,1 @@
+"""Which eviction policies find what."""
