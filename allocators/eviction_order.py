@@ -58,12 +58,10 @@ class Entry:
         self.parent = parent
         self.block = block
         self.digest = digest
-        if parent is None:
-            self.depth = 0
-        else:
+        self.num_children = self.depth = 0
+        if parent is not None:
             self.depth = parent.depth + 1
             parent.num_children += 1
-        self.num_children = 0
         self.in_use = True
         self.released_at = self.queued = 0
         self.lane = 0

@@ -47,7 +47,7 @@ def make_policy(
         key
         for base in made.__mro__
         if "__init__" in vars(base)
-        for key, parameter in signature(base.__init__).parameters.items()
+        for key, parameter in signature(vars(base)["__init__"]).parameters.items()
         if parameter.kind is Parameter.KEYWORD_ONLY
     } - {"num_blocks", "block_size", "ghosts"}
     if unknown := sorted(set(options) - known):

@@ -29,11 +29,13 @@ class Ghosts:
 
     def remember(self, digest: int, number: int) -> None:
         """Keep `number` of a block that went, as the latest."""
-        if not self._most:
-            return
-        if len(self._young) >= self._most:
-            self._old, self._young = self._young, {}
-        self._young[digest] = number
+        young = self._young
+        if len(young) >= self._most:
+            if not self._most:
+                return
+            self._old, self._young = young, {}
+            young = self._young
+        young[digest] = number
 
     def recall(self, digest: int) -> int:
         """What was kept of a block that comes again, 0 if nothing; it is no ghost any more."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import count
 
-from kvarena.allocators.eviction_order import Entry, EvictionOrder, block_digest, forgotten, salt_digest
+from kvarena.allocators.eviction_order import Entry, EvictionOrder, forgotten, salt_digest
 from kvarena.allocators.prefix_index import Hit, PrefixIndex
 from kvarena.engine.contract import NULL_BLOCK
 from kvarena.engine.request import Request
@@ -141,7 +141,8 @@ class HashIndex(PrefixIndex):
             if known is None:
                 digest = 0
                 if recalls:
-                    digest = block_digest(link.digest if link else salt_digest(req.cache_salt), tokens)
+                    before = link.digest if link else salt_digest(req.cache_salt)
+                    digest = hash((before, *tokens))  # `block_digest`, without a call of it
                 link = links[key] = Link(next(self._serials), key, link, table[i], digest)
                 self._published[table[i]] = link
                 if order.inserted is not None:

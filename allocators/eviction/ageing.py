@@ -85,7 +85,8 @@ class AgeingPolicy(EvictionPolicy):
         self._weight, self._growth = 1.0, 0.5 ** (-1 / (MEMORY * size))
 
     def inserted(self, entry: Entry, req: Request) -> None:  # noqa: ARG002
-        entry.uses = 1 + self._ghosts.recall(entry.digest)
+        if uses := self._ghosts.recall(entry.digest):
+            entry.uses += uses
         entry.last = self._clock
         if not entry.digest % self._thin:
             self._play(entry)

@@ -3,8 +3,8 @@
     kvarena benchmark scheduler
 
 `step`: `schedule()` + `update()` and the allocator calls in them, every request decoding. `allocate_free`: one request
-of 16 blocks, by the size of the pool. `match_prefix`: a prompt of 32k tokens that the cache holds. `evicting_step`: the
-step of 256 decodes in a full pool with 100,000 cached blocks, 16 of which go in it. `evicting_prompt`: a prompt of 1,024
+of 16 blocks, by the size of the pool. `match_prefix`: a prompt of 32k tokens that the cache holds. `evicting_step`: a
+step of 256 decodes in a full pool with 100,000 cached blocks, of which 16 go. `evicting_prompt`: a prompt of 1,024
 blocks that evicts as many: its admission, and with the commit that publishes them. Both in processor time, by eviction
 policy; `--evicting` measures these alone. In the same run, `transformers_step`: transformers' continuous-batching
 scheduler and cache manager on the same decode-only step (its `schedule_batch`, the tokens taken in, blocks marked as
