@@ -79,7 +79,8 @@ class PrefixCachingAllocator(PagedAllocator):
     the last token, because its logits must be computed.
 
     Args:
-        eviction: the policy by which cached blocks go; see `eviction_policies.py`.
+        eviction: the policy by which cached blocks go; see `eviction_policies.py`. Without one as before there were
+            any, so that what was recorded then is replayed with the same decisions; the config names another.
         ghosts: blocks that are not cached and that the policy may remember, per block of the pool.
         eviction_options: of the policy.
         options: see PagedAllocator.
@@ -99,7 +100,7 @@ class PrefixCachingAllocator(PagedAllocator):
     def __init__(
         self,
         *,
-        eviction: str = "ageing",
+        eviction: str = "lru",
         ghosts: float = 8,
         eviction_options: Mapping[str, Any] | None = None,
         **options: Any,

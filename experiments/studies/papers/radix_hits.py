@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.studies.base import Chart, Findings, Series
@@ -61,7 +62,9 @@ class RadixHitsStudy:
         whole = self._block_hits()
         hits, total = self._trace(self.num_requests, self.max_total_len).token_hits(self.block_size)
         endless = 100 * hits / total
-        rates = {name: [self._rate(cells, name, size) for size in self._sizes] for name in ALLOCATORS}
+        found_of = {name: [self._cell(cells, name, size) for size in self._sizes] for name in ALLOCATORS}
+        rates = {name: [100 * float(one["cached_prompt_share"]) for one in of] for name, of in found_of.items()}
+        most = {name: [one["cache_share_of_optimum"] for one in of] for name, of in found_of.items()}
         kv_bytes = int(read_run(cells.folders[-1]).manifest["model"]["kv_bytes_per_token"])
         held = len(self.num_slots) - 1
         found = ", ".join(f"{name} {of[held]:.1f} %" for name, of in rates.items())
@@ -71,7 +74,11 @@ class RadixHitsStudy:
             f"cache finds this share of the prompt tokens of the first {self.num_requests:,} requests: {found}; a "
             f"cache without end would find {endless:.1f} %.",
             source=ENDLESS_SOURCE,
-            claims=[*self._measured(rates, endless, kv_bytes), self._whole_claim(whole), *self._checks(rates, endless)],
+            claims=[
+                *self._measured(rates, most, endless, kv_bytes),
+                self._whole_claim(whole),
+                *self._checks(rates, endless),
+            ],
             charts=[self._chart(rates, endless)],
             differences=[
                 "The stated value counts blocks of 512 tokens over the whole file, partial ones included; the caches "
@@ -102,8 +109,8 @@ class RadixHitsStudy:
         hits, total = self._trace(None, None).block_hits()
         return 100 * hits / total
 
-    def _rate(self, cells: CellRunner, allocator: str, num_slots: int) -> float:
-        summary = cells.run(
+    def _cell(self, cells: CellRunner, allocator: str, num_slots: int) -> dict[str, Any]:
+        return cells.run(
             f"{allocator}-{num_slots}",
             [
                 f"allocator={allocator}",
@@ -114,7 +121,6 @@ class RadixHitsStudy:
                 f"workload.max_total_len={self.max_total_len}",
             ],
         )
-        return 100 * float(summary["cached_prompt_share"])
 
     def _whole_claim(self, ours: float) -> Claim:
         stated = ENDLESS_HITS.get(Path(self.path or "").name)
@@ -134,14 +140,18 @@ class RadixHitsStudy:
         sizes = "; ".join(self._size(size, kv_bytes) for size in self.beyond_slots)
         return [f"Larger pools than the card holds ({sizes}) are there to show where the hit rate ends, no more."]
 
-    def _measured(self, rates: dict[str, list[float]], endless: float, kv_bytes: int) -> list[Claim]:
+    def _measured(
+        self, rates: dict[str, list[float]], most: dict[str, list[float | None]], endless: float, kv_bytes: int
+    ) -> list[Claim]:
         claims = []
         for place, size in enumerate(self._sizes):
             note = "" if size in self.num_slots else "more than the card holds"
             for name, of in rates.items():
                 quantity = f"{name}, {self._size(size, kv_bytes)}: hit rate"
                 share = f"{of[place] / endless:.0%} of the cache without end" if endless else ""
-                claims.append(measured(quantity, "%", of[place], note="; ".join(filter(None, (share, note)))))
+                bound = most[name][place]
+                best = "" if bound is None else f"{bound:.0%} of Belady's MIN in its order"
+                claims.append(measured(quantity, "%", of[place], note="; ".join(filter(None, (share, best, note)))))
         return claims
 
     def _checks(self, rates: dict[str, list[float]], endless: float) -> list[Claim]:

@@ -128,7 +128,10 @@ class RoutingStudy:
         claims = []
         for name, summary in (found | {WHOLE: whole}).items():
             share = "" if name == WHOLE else f"{rates[name] / rates[WHOLE]:.0%} of the one cache"
-            claims.append(measured(f"{name}: hit rate", "%", rates[name], note=share))
+            bound = summary["cache_share_of_optimum"]
+            best = "" if bound is None else f"{bound:.0%} of Belady's MIN, in each replica's order"
+            note = "; ".join(filter(None, (share, best)))
+            claims.append(measured(f"{name}: hit rate", "%", rates[name], note=note))
             if summary["imbalance"] is not None:
                 claims.append(measured(f"{name}: imbalance", "", summary["imbalance"], note="busiest / mean"))
             goodput = summary["slo"]["whole_run"]["good_requests_per_second"]
