@@ -174,8 +174,8 @@ class EvictionOrder:
     # ------------------------------------------------------------ what happens to blocks
 
     def hit(self, entries: Sequence[Entry], req: Request) -> None:
-        """`req` found these, head first."""
-        if self._hit is not None:
+        """`req` found these, head first. One that was preempted and comes back is no new use of what it had."""
+        if self._hit is not None and not req.num_preemptions:
             for entry in entries:
                 self._hit(entry, req)
 

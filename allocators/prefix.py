@@ -120,8 +120,11 @@ class PrefixCachingAllocator(PagedAllocator):
         return self._pool.num_free + self._index.num_evictable
 
     def foresee(self, requests: Iterable[Request]) -> None:
-        """Tell a policy that `needs_future` which requests will come, in their order of arrival."""
-        self.policy.foresee([(req.request_id, self._digests(req)) for req in requests])
+        """Tell a policy that `needs_future` which requests will come, in their order of arrival.
+
+        Further samples of a prompt share their parent's blocks, and ask for none.
+        """
+        self.policy.foresee([(req.request_id, self._digests(req)) for req in requests if req.parent is None])
 
     def _digests(self, req: Request) -> list[int]:
         """Of the blocks that can be hits."""

@@ -329,3 +329,16 @@ def test_ghosts_keep_the_latest() -> None:
         ghosts.remember(digest, digest)
     assert 5 <= len(ghosts) <= 10 and ghosts.recall(99) == 99 and ghosts.recall(99) == 0 and ghosts.recall(50) == 0
     assert not len(Ghosts(0)) and Ghosts(1).recall(3) == 0
+
+
+def test_a_preempted_request_that_comes_back_is_no_new_use() -> None:
+    alloc = PrefixCachingAllocator(num_blocks=8, block_size=4, max_model_len=64, eviction="lfu")
+    req = make_request("a", [1] * 9)
+    for preemptions, uses in ((0, 1), (1, 1), (0, 2)):
+        req.num_preemptions = preemptions
+        assert alloc.allocate(req, 9, alloc.match_prefix(req))
+        req.num_computed_tokens = 9
+        alloc.commit(req)
+        alloc.free(req)
+        req.num_computed_tokens = 0
+        assert {entry.uses for entry in entries_of(alloc)} == {uses}
