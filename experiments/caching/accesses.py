@@ -154,9 +154,14 @@ class _Namer:
 
 
 def watch(allocator: KVAllocator) -> AccessLog | None:
-    """Keep from now on what is asked of `allocator`, if it has a prefix cache of ours; `None` otherwise."""
+    """Keep from now on what is asked of `allocator`; None without a prefix cache, or of one that is not empty.
+
+    What it holds by then nobody asked for, so that no bound would be one.
+    """
     if not isinstance(allocator, PrefixCachingAllocator):
         return None
-    log = AccessLog(allocator, allocator.observer)
+    if allocator.num_free_blocks - allocator.num_cached_blocks < allocator.num_blocks:
+        return None
+    log = AccessLog(allocator, None if isinstance(allocator.observer, AccessLog) else allocator.observer)
     allocator.observer = log
     return log

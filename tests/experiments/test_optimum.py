@@ -169,3 +169,16 @@ def test_a_run_finds_no_more_than_its_bound_and_both_indexes_find_the_same(polic
         hits, best, evicted = drive(PrefixCachingAllocator, policy, seed)
         assert sum(hits) <= sum(best) and evicted
         assert drive(RadixAllocator, policy, seed)[:2] == (hits, best)
+
+
+def test_a_cache_that_holds_something_has_no_bound() -> None:
+    alloc = PrefixCachingAllocator(num_blocks=8, block_size=2, max_model_len=64)
+    first = watch(alloc)
+    second = watch(alloc)  # in its place
+    assert first is not None and second is not None and alloc.observer is second and second._also is None
+    req = Request("r", [1, 2, 3], SamplingParams(max_tokens=1))
+    assert alloc.allocate(req, 3)
+    req.num_computed_tokens = 3
+    alloc.commit(req)
+    alloc.free(req)
+    assert watch(alloc) is None
