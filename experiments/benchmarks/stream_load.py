@@ -51,17 +51,27 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a request looks like: prompt tokens below `max_token_id`, output tokens."""
+    """What a request looks like: prompt tokens below `max_token_id`, output tokens.
+
+    With `num_prefixes` each prompt begins with one of so many prefixes, in turn: `num_prefix_tokens` more, the same
+    ones in every level and process.
+    """
 
     num_prompt_tokens: int
     num_output_tokens: int
     max_token_id: int = 10000
+    num_prefixes: int = 0
+    num_prefix_tokens: int = 0
 
     def prompts(self, level: Level, process: int, count: int) -> list[list[int]]:
         """The prompts of one process of a level, the same in every run."""
         source = random.Random(1000 * level.num_clients + process)
+        starts = [self._tokens(random.Random(-1 - i), self.num_prefix_tokens) for i in range(self.num_prefixes)] or [[]]
+        return [starts[i % len(starts)] + self._tokens(source, self.num_prompt_tokens) for i in range(count)]
+
+    def _tokens(self, source: random.Random, count: int) -> list[int]:
         first = min(10, self.max_token_id)
-        return [[source.randint(first, self.max_token_id) for _ in range(self.num_prompt_tokens)] for _ in range(count)]
+        return [source.randint(first, self.max_token_id) for _ in range(count)]
 
 
 async def _load(options: argparse.Namespace, prompts: list[list[int]], num_clients: int) -> list[Answer]:
@@ -82,7 +92,8 @@ async def _load(options: argparse.Namespace, prompts: list[list[int]], num_clien
 def _process(
     options: argparse.Namespace, level: Level, process: int, clients: int, count: int, out: SimpleQueue[list[Answer]]
 ) -> None:
-    prompts = Shape(options.n_in, options.n_out, options.max_token_id).prompts(level, process, count)
+    shape = Shape(options.n_in, options.n_out, options.max_token_id, options.prefixes, options.prefix_tokens)
+    prompts = shape.prompts(level, process, count)
     out.put(run_async(_load(options, prompts, clients)))
 
 
@@ -155,6 +166,8 @@ def main(argv: Sequence[str]) -> int:
         metavar="CLIENTS:REQUESTS,...",
         help="one after the other",
     )
+    parser.add_argument("--prefixes", type=int, default=0, help="prompts begin with one of so many prefixes, in turn")
+    parser.add_argument("--prefix-tokens", type=int, default=4096, help="of each, before the --n-in of its own")
     parser.add_argument("--procs", type=int, default=6, help="client processes")
     parser.add_argument("--wait", type=float, default=200.0, help="seconds to wait for the server")
     options = parser.parse_args(argv)

@@ -31,6 +31,14 @@ def test_prompts_are_the_same_in_every_run_and_differ_between_processes():
     assert all(len(prompt) == 20 and 10 <= min(prompt) <= max(prompt) <= 90 for prompt in first)
 
 
+def test_prefixes_are_common_to_all_processes():
+    shape = Shape(3, 5, 90, num_prefixes=2, num_prefix_tokens=8)
+    first, other = (shape.prompts(Level(4, 8), process, 4) for process in (0, 1))
+    starts = [tuple(prompt[:8]) for prompt in first]
+    assert starts == [tuple(prompt[:8]) for prompt in other] and starts[0] == starts[2] != starts[1] == starts[3]
+    assert {len(prompt) for prompt in first} == {11} and first[0][8:] != first[2][8:]
+
+
 def test_the_closed_loop_runs_every_request_with_no_more_in_flight_than_clients():
     engine = build(StubOptions(vocab_size=100)).engine
     level, most = Level(4, 12), 0
