@@ -66,7 +66,12 @@ barrier = types.ExternalFunction(_BARRIER, types.void())
 
 def most_threads() -> int:
     """Threads that a kernel may run on: torch's, or 1 where its threads cannot be had."""
-    return 1 if _start_team is None else torch.get_num_threads()
+    return torch.get_num_threads() if has_team() else 1
+
+
+def has_team() -> bool:
+    """Whether kernels can have torch's threads."""
+    return _start_team is not None
 
 
 class Kernel:

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
 from kvarena.engine.cpu.compiler import Kernel, kernel, num_threads, thread_id
-from kvarena.engine.cpu.simd import F32, I64, LANES, at, fold, intrinsic, load_vector, pointer, pointer_at
+from kvarena.engine.cpu.simd import F32, I64, LANES, at, fold, intrinsic, load_vector, pointer, pointer_at, prefetch
 
 _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FLAGS = ("reassoc", "contract", "nsz", "arcp")
@@ -113,7 +112,7 @@ def multiply_rows(
             return load_vector(b, at(b, base, place), kind, width)
 
         for j in range(ahead.literal_value):
-            _prefetch(b, at(b, next_rows, b.add(index, b.mul(depth, ir.Constant(_INT64, j)))))
+            prefetch(b, at(b, next_rows, b.add(index, b.mul(depth, ir.Constant(_INT64, j)))))
         values = [line(left, types.float32, i) for i in range(m)]
         weights = [line(right, w.dtype, j) for j in range(n)]
         for i in range(m):
@@ -137,13 +136,3 @@ def multiply_rows(
         return context.get_dummy_value()
 
     return signature, generate
-
-
-def _prefetch(b: Any, place: Any) -> None:
-    """Ask for the cache line of `place`, to be read soon."""
-    kind = ir.IntType(8).as_pointer()
-    words = [_INT32] * 3
-    function = cgutils.get_or_insert_function(
-        b.module, ir.FunctionType(ir.VoidType(), [kind, *words]), "llvm.prefetch.p0"
-    )
-    b.call(function, [b.bitcast(place, kind), *(ir.Constant(_INT32, value) for value in (0, 2, 1))])

@@ -15,6 +15,7 @@ import torch
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import extending, njit, types
+from numba.core import cgutils
 
 F32, BF16, F16, I32, I64, F64 = range(6)
 KINDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
@@ -123,6 +124,15 @@ def splat(builder: Any, value: Any, count: int) -> Any:
     vector = ir.Constant(ir.VectorType(_FLOAT, count), ir.Undefined)
     vector = builder.insert_element(vector, value, ir.Constant(_INT32, 0))
     return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_INT32, count), [0] * count))
+
+
+def prefetch(b: Any, place: Any) -> None:
+    """While code is made: ask for the cache line of `place`, to be read soon."""
+    kind = ir.IntType(8).as_pointer()
+    function = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(ir.VoidType(), [kind, *[_INT32] * 3]), "llvm.prefetch.p0"
+    )
+    b.call(function, [b.bitcast(place, kind), *(ir.Constant(_INT32, value) for value in (0, 2, 1))])
 
 
 def _shape(element: Any, count: int | None) -> Any:

@@ -1,4 +1,4 @@
-"""The operations of a fused layer on a CPU: products by torch, what stands between them by compiled kernels."""
+"""The operations of a fused layer on a CPU, by compiled kernels; products of whole weights in 16 bits are torch's."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from torch import Tensor
 
 from kvarena.engine.cpu.compiler import most_threads
 from kvarena.engine.cpu.layers import glu_kernel, norm_kernel, rope_store_kernel
+from kvarena.engine.cpu.panels import panel_kernel
 from kvarena.engine.cpu.product import MOST_ROWS, fits, product_kernel
 from kvarena.engine.cpu.simd import KINDS
 from kvarena.engine.fusions.experts import Experts, add_experts
 from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps, apply_linear
+from kvarena.engine.fusions.panels import PanelLinear
 
 # Elements of a call that are worth a thread, and multiplications of a product: 20 to 50 us of its time.
 _PER_THREAD, _PRODUCTS_PER_THREAD = 2**16, 2**20
@@ -29,7 +31,8 @@ class CpuOps(TorchOps):
     def __init__(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
         kind, kv_kind = KINDS[dtype], KINDS[kv_dtype]
         self._norm, self._glu, self._rope_store = norm_kernel(kind), glu_kernel(kind), rope_store_kernel(kind, kv_kind)
-        self._products = [product_kernel(kind, adds) for adds in (False, True)]
+        self._kind = kind
+        self._panel_product = panel_kernel() if dtype == torch.float32 else None
         self._most_rows = MOST_ROWS if not _has_product(dtype) else _FEW_ROWS
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
@@ -42,45 +45,54 @@ class CpuOps(TorchOps):
         self._norm(_threads(rows * width), x.data_ptr(), norm.weight.data_ptr(), out.data_ptr(), rows, width, norm.eps)
         return out
 
-    def norm_linear(self, residual: Tensor, norm: Norm, linear: Linear, out: Tensor | None = None) -> Tensor:
+    def norm_linear(
+        self, residual: Tensor, norm: Norm, linear: Linear | PanelLinear, out: Tensor | None = None
+    ) -> Tensor:
         """See `Ops.norm_linear`."""
         return self.linear(self.norm(residual, norm), linear, out)
 
-    def linear(self, x: Tensor, linear: Linear, out: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, linear: Linear | PanelLinear, out: Tensor | None = None) -> Tensor:
         """See `Ops.linear`."""
-        weight, bias = linear
-        if not self._takes(x, weight):
+        if isinstance(linear, Linear) and not self._takes(x, linear.weight):
             return apply_linear(x, linear, out)
-        y = self._product(x, weight, None)
-        if bias is not None:
-            y += bias
+        whole = out is not None and out.dtype == torch.float32 and out.is_contiguous()
+        y = self._product(x, linear, out if whole else None, adds=False)
+        if linear.bias is not None:
+            y += linear.bias
+        if whole:
+            return y
         return y.to(x.dtype) if out is None else out.copy_(y)
 
-    def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+    def linear_residual(self, x: Tensor, linear: Linear | PanelLinear, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
-        weight, bias = linear
-        if not self._takes(x, weight):
+        if isinstance(linear, Linear) and not self._takes(x, linear.weight):
             return super().linear_residual(x, linear, residual)
         if residual.dtype == torch.float32 and residual.is_contiguous():
-            self._product(x, weight, residual)
+            self._product(x, linear, residual, adds=True)
         else:
-            residual += self._product(x, weight, None)
-        return residual if bias is None else residual.add_(bias)
+            residual += self._product(x, linear, None, adds=False)
+        return residual if linear.bias is None else residual.add_(linear.bias)
 
     def _takes(self, x: Tensor, weight: Tensor) -> bool:
         rows = len(x)
         return rows <= self._most_rows and fits(rows, *weight.shape) and weight.is_contiguous()
 
-    def _product(self, x: Tensor, weight: Tensor, into: Tensor | None) -> Tensor:
-        """x @ weight.T in float32, added to `into` if given."""
-        rows, (width, depth) = len(x), weight.shape
+    def _product(self, x: Tensor, linear: Linear | PanelLinear, y: Tensor | None, *, adds: bool) -> Tensor:
+        """x @ weight.T in float32, in or added to `y` if given."""
         x = x.to(torch.float32).contiguous()
-        y = torch.empty(rows, width) if into is None else into
+        rows, depth = x.shape
+        width = linear.out_features
+        y = torch.empty(rows, width) if y is None else y
         threads = max(1, min(most_threads(), rows * width * depth // _PRODUCTS_PER_THREAD))
-        self._products[into is not None](threads, x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, width, depth)
+        if isinstance(linear, Linear):
+            product = product_kernel(self._kind, adds)
+            product(threads, x.data_ptr(), linear.weight.data_ptr(), y.data_ptr(), rows, width, depth)
+        elif self._panel_product is not None:
+            panels = linear.panels.data.data_ptr()
+            self._panel_product(threads, x.data_ptr(), panels, y.data_ptr(), rows, width, depth, adds)
         return y
 
-    def linear_glu(self, x: Tensor, gate_up: Linear) -> Tensor:
+    def linear_glu(self, x: Tensor, gate_up: Linear | PanelLinear) -> Tensor:
         """See `Ops.linear_glu`."""
         return self.glu(self.linear(x, gate_up))
 

@@ -9,6 +9,7 @@ time from everybody else.
 from __future__ import annotations
 
 import functools
+import logging
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from kvarena.engine.attention.base import AttentionBackend
 from kvarena.engine.clock import Clock
 from kvarena.engine.contract import KVAllocator, StepPlan
-from kvarena.engine.cpu.compiler import most_threads
+from kvarena.engine.cpu.compiler import has_team, most_threads
 from kvarena.engine.cpu.draw import draw_kernel
 from kvarena.engine.cpu.simd import KINDS
 from kvarena.engine.fusions.decoder import FusedDecoder
@@ -27,6 +28,8 @@ from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
+
+logger = logging.getLogger(__name__)
 
 # Of one core, roughly: what decides whether a step is worth several threads, and no more than that.
 _FLOPS, _BYTES = 80e9, 20e9
@@ -60,6 +63,12 @@ class CpuRunner(TorchRunner):
         self._num_read = None if decoder is None else decoder.num_read
         self._num_scores = num_scores
         self._draw = draw_kernel(KINDS[model.spec.dtype])
+        if not has_team() and torch.get_num_threads() > 1:
+            logger.warning(
+                "this torch has no OpenMP whose threads kernels could share: attention and draw run on one core, "
+                "products on %d",
+                torch.get_num_threads(),
+            )
 
     def _compute(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
         most = torch.get_num_threads()

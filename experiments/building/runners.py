@@ -18,6 +18,7 @@ from kvarena.engine.errors import ConfigError
 from kvarena.engine.fusions.decoder import FusedDecoder
 from kvarena.engine.fusions.detect import NotFusable, fuse
 from kvarena.engine.fusions.ops import Ops, TorchOps
+from kvarena.engine.fusions.panels import in_panels, restore
 from kvarena.engine.fusions.reducing_ops import Reducer
 from kvarena.engine.models import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
@@ -62,6 +63,7 @@ def make_runner(
         for name, value in others.items():
             if value not in ("auto", False):
                 raise ConfigError(f"runner.{name}={_word(value)} needs a GPU; leave it out")
+    restore(model)  # what an earlier runner took of it
     wants_fused = config.fusions is True or on_gpu or (config.cpu == "fused" and model.shard is None)
     reducer = _reducer(model, all_reduce) if wants_fused else None
     decoder, reason = _fused(config, model, max_model_len, reducer) if wants_fused else (None, None)
@@ -193,10 +195,20 @@ def _fused(
     """The fused decoder, or why there is none."""
     if config.fusions is False:
         return None, None
+    ops = _ops(config, model.device, model.spec.dtype)
     try:
-        return fuse(model, _ops(config, model.device, model.spec.dtype), max_model_len, reducer), None
+        decoder = fuse(model, ops, max_model_len, reducer)
     except NotFusable as error:
         return None, f"the model runs on its modules: {error}"
+    if model.device.type == "cpu" and config.cpu == "fused" and decoder.ops is ops:
+        # Imported here: numba is not needed, and takes its time, without such kernels.
+        from kvarena.engine.cpu.compiler import has_team
+        from kvarena.engine.cpu.panels import WIDTH
+
+        # Where kernels have one thread, torch's products have all.
+        if has_team() or torch.get_num_threads() == 1:
+            decoder = in_panels(decoder, model, WIDTH)
+    return decoder, None
 
 
 def _shares(config: RunnerConfig, model: LoadedModel, backend: AttentionBackend) -> bool:

@@ -9,10 +9,12 @@ from parallel_cells import run as run_engine
 from runner_driver import make_requests
 
 from kvarena.engine.attention.cpu_backend import CpuBackend
+from kvarena.engine.cpu.panels import WIDTH
 from kvarena.engine.errors import EngineError
 from kvarena.engine.fusions.check import check_decoder, record
 from kvarena.engine.fusions.cpu_ops import CpuOps
 from kvarena.engine.fusions.detect import NotFusable, fuse
+from kvarena.engine.fusions.panels import PanelLinear, in_panels, restore
 from kvarena.engine.models import load_model
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.runner import cpu_runner
@@ -34,8 +36,9 @@ KINDS = {
 
 def make_runner(model):
     pool = make_pool(model, NUM_BLOCKS, BLOCK_SIZE)
+    restore(model)
     try:
-        decoder = fuse(model, CpuOps(model.spec.dtype, model.spec.dtype), 128)
+        decoder = in_panels(fuse(model, CpuOps(model.spec.dtype, model.spec.dtype), 128), model, WIDTH)
     except NotFusable:
         decoder = None
     return CpuRunner(model, pool, CpuBackend(pool), decoder), decoder
@@ -47,6 +50,7 @@ def test_same_tokens_as_the_modules(family, tmp_path):
     model = load_model(write_checkpoint(tmp_path, family))
     for kind, options in KINDS.items():
         requests = make_requests(PROMPTS, NUM_TOKENS, **options)
+        restore(model)
         expected = run(TorchRunner(model, make_pool(model, NUM_BLOCKS, BLOCK_SIZE)), requests, overlap=False)
         assert sum(req.num_preemptions for req in requests) > 0
         runner, decoder = make_runner(model)
@@ -54,6 +58,32 @@ def test_same_tokens_as_the_modules(family, tmp_path):
         for overlap in (False, True):
             got = run(runner, make_requests(PROMPTS, NUM_TOKENS, **options), overlap=overlap)
             assert got == expected, (kind, overlap)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_in_memory_once_and_come_back(tied, tmp_path):
+    model = load_model(write_checkpoint(tmp_path, "qwen3", tie_word_embeddings=tied))
+    before = {name: weight.clone() for name, weight in model.module.named_parameters()}
+    _, decoder = make_runner(model)
+    taken = {name for name, weight in model.module.named_parameters() if not len(weight)}
+    assert {name for name in taken if "proj" in name} == {name for name in before if "proj" in name}
+    assert ("model.embed_tokens.weight" in taken) == tied
+    assert isinstance(decoder.head, PanelLinear)
+    ids = torch.tensor([3, 0, 47, 1])
+    assert torch.equal(decoder.embed(ids), before["model.embed_tokens.weight"][ids])
+    restore(model)
+    after = dict(model.module.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert (model.module.lm_head.weight is model.module.model.embed_tokens.weight) == tied
+
+
+def test_a_product_that_is_wrong_is_an_error(tmp_path, monkeypatch):
+    model = load_model(write_checkpoint(tmp_path, "llama"))
+    decoder, linear = fuse(model, CpuOps(torch.float32, torch.float32), 128), CpuOps.linear
+    monkeypatch.setattr(CpuOps, "linear", lambda *args: linear(*args) * 1.01)
+    with pytest.raises(EngineError, match=r"differs from torch's on this processor .* set runner.cpu=modules"):
+        in_panels(decoder, model, WIDTH)
 
 
 def test_a_mixed_batch_draws_each_row_as_alone(tmp_path):
@@ -99,6 +129,18 @@ def test_threads_are_taken_where_a_layer_has_enough_to_do(tmp_path, monkeypatch)
         torch.set_num_threads(before)
     assert seen[0] == 1
     assert seen[-1] == 2
+
+
+def test_a_torch_without_threads_for_kernels_says_so(tmp_path, monkeypatch, caplog):
+    model = load_model(write_checkpoint(tmp_path, "llama"))
+    make_runner(model)
+    assert not caplog.messages
+    monkeypatch.setattr(cpu_runner, "has_team", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    make_runner(model)
+    assert caplog.messages == [
+        "this torch has no OpenMP whose threads kernels could share: attention and draw run on one core, products on 6"
+    ]
 
 
 def test_logits_that_are_no_numbers_are_an_error(tmp_path):

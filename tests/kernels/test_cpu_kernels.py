@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from kvarena.engine.cpu import product, simd
+from kvarena.engine.cpu import panels, product, simd
 from kvarena.engine.cpu.compiler import kernel
 from kvarena.engine.cpu.draw import draw_kernel
 from kvarena.engine.cpu.simd import BF16, F16, F32, I64, KINDS, exp, narrow, pointer, tanh, widen
 from kvarena.engine.fusions import cpu_ops
 from kvarena.engine.fusions.cpu_ops import CpuOps
 from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps
+from kvarena.engine.fusions.panels import PanelLinear, Panels
 from kvarena.engine.sampling.streams import log_exponentials, stream_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +133,45 @@ def test_products_of_few_rows(dtype, width, depth):
                 threads, x.data_ptr(), weight.data_ptr(), got.data_ptr(), rows, width, depth
             )
             torch.testing.assert_close(got.double(), expected + (y if adds else 0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "depth"), [(1, 3), (48, 128), (50, 1027), (145, 2060)])
+def test_products_with_panels(width, depth):
+    """Against float64; a row's product has the same bits whatever rows and threads it comes with."""
+    torch.manual_seed(0)
+    weight = torch.randn(width, depth)
+    held = Panels.of(weight, panels.WIDTH)
+    assert torch.equal(held.rows(torch.arange(width)), weight)
+    multiply, alone = panels.panel_kernel(), {}
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 21):
+        x, y = torch.randn(21, depth, generator=torch.Generator().manual_seed(1))[:rows], torch.randn(rows, width)
+        expected = x.double() @ weight.double().t()
+        for adds, threads in ((False, 1), (True, 1), (False, 3), (True, 3)):
+            got = torch.cat([y, torch.full((1, width), 7.0)])  # behind the end nothing is written
+            multiply(threads, x.data_ptr(), held.data.data_ptr(), got.data_ptr(), rows, width, depth, adds)
+            assert (got[rows] == 7).all()
+            torch.testing.assert_close(got[:rows].double(), expected + (y if adds else 0), rtol=1e-5, atol=2e-4)
+            if not adds:
+                for row in range(rows):
+                    assert torch.equal(alone.setdefault(row, got[row]), got[row])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_layers_in_panels(with_bias):
+    torch.manual_seed(0)
+    linear = Linear(torch.randn(50, 36), torch.randn(50) if with_bias else None)
+    moved, torch_ops = PanelLinear(Panels.of(linear.weight, panels.WIDTH), linear.bias), TorchOps()
+    ops = CpuOps(torch.float32, torch.float32)
+    assert moved.out_features == 50
+    for rows in (1, 6, 97):
+        x, residual = torch.randn(rows, 36), torch.randn(rows, 50)
+        near = {"rtol": 2e-5, "atol": 2e-5}
+        torch.testing.assert_close(ops.linear(x, moved), torch_ops.linear(x, linear), **near)
+        for out in (torch.empty(rows, 50), torch.empty(50, rows).t()):
+            assert ops.linear(x, moved, out) is out
+            torch.testing.assert_close(out, torch_ops.linear(x, linear), **near)
+        got = ops.linear_residual(x, moved, residual.clone())
+        torch.testing.assert_close(got, torch_ops.linear_residual(x, linear, residual), **near)
 
 
 @pytest.mark.parametrize("dtype", KINDS)
