@@ -102,6 +102,10 @@ class HashIndex(PrefixIndex):
         blocks = [link.block for link in links]
         return Hit(links[-1] if links else None, blocks, [link.block for link in links if link.in_use])
 
+    def forget(self, req: Request) -> None:
+        if self._matched[0] is req:
+            self._matched = (None, [])
+
     # ------------------------------------------------------------ requests come and go
 
     def enter(self, node: Link | None, req: Request, *, found: bool) -> None:

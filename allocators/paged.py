@@ -114,16 +114,16 @@ class PagedAllocator(KVAllocator):
 
     # ------------------------------------------------------------ sharing
 
-    def fork(self, req: Request, child: Request) -> bool:
-        """Share the full blocks of the prompt less its last token, and copy the one that is half the child's.
+    def fork(self, req: Request, child: Request, num_tokens: int | None = None) -> bool:
+        """Share the full blocks of the first positions, and copy the one that is half the child's.
 
         The KV of the shared positions must be computed, or be computed by a step that was planned before the one
-        in which `child` is first scheduled. `child` has the same prompt and owns nothing. False when `req` has not
-        computed its prompt, holds no full token to share, or has slid past it, and without room for the copy.
+        in which `child` is first scheduled. False when `req` has not computed them, holds no token to share, or has
+        slid past them, and without room for the copy.
         """
-        num_shared = req.num_prompt_tokens - 1
+        num_shared = req.num_prompt_tokens - 1 if num_tokens is None else num_tokens
         num_full, num_half = divmod(num_shared, self.block_size)
-        if not self._can_fork(req) or (num_half and not self.num_free_blocks):
+        if not self._can_fork(req, num_shared) or (num_half and not self.num_free_blocks):
             return False
         table = self._sealed(req, num_full)
         self._tables[child] = shared = table[:num_full]
@@ -136,9 +136,8 @@ class PagedAllocator(KVAllocator):
         child.num_slots = len(shared) * self.block_size
         return True
 
-    def _can_fork(self, req: Request) -> bool:
-        """Whether `req` holds the KV of its prompt less the last token, for a child to share."""
-        num_shared = req.num_prompt_tokens - 1
+    def _can_fork(self, req: Request, num_shared: int) -> bool:
+        """Whether `req` holds the KV of its first `num_shared` positions, for a child to share."""
         if req not in self._tables or num_shared < 1 or req.num_computed_tokens < num_shared:
             return False
         return self._slid.get(req, 0) <= self._num_slid_at(num_shared)
@@ -217,8 +216,8 @@ class PagedAllocator(KVAllocator):
         num_blocks = cdiv(head.num_tokens, self.block_size)
         if head.req in self._swapped:
             num_blocks -= self._swapped[head.req][0]
-        elif head.parent is not None and self._can_fork(head.parent):
-            num_blocks -= (head.parent.num_prompt_tokens - 1) // self.block_size
+        elif head.parent is not None and self._can_fork(head.parent, head.num_shared):
+            num_blocks -= head.num_shared // self.block_size
         else:
             num_blocks -= self._num_shared_hits(head.req)
         return num_blocks * self.block_size

@@ -210,6 +210,7 @@ class PrefixCachingAllocator(PagedAllocator):
 
     def free(self, req: Request) -> None:
         super().free(req)
+        self._index.forget(req)
         stand = self._stands.pop(req, None)
         if stand is not None:
             self._index.leave(stand.node)
@@ -225,9 +226,9 @@ class PrefixCachingAllocator(PagedAllocator):
 
     # ------------------------------------------------------------ sharing
 
-    def fork(self, req: Request, child: Request) -> bool:
+    def fork(self, req: Request, child: Request, num_tokens: int | None = None) -> bool:
         """The child goes on where `req` stands."""
-        if not super().fork(req, child):
+        if not super().fork(req, child, num_tokens):
             return False
         stand = self._stands[req]
         num_blocks = min(stand.num_blocks, child.num_computed_tokens // self.block_size)

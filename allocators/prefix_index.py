@@ -65,6 +65,9 @@ class PrefixIndex(ABC):
     def find(self, req: Request, num_blocks: int) -> Hit:
         """The published ones among `req`'s first `num_blocks` blocks."""
 
+    def forget(self, req: Request) -> None:
+        """`req` owns nothing any more, and may have other tokens when it comes back (a beam)."""
+
     @abstractmethod
     def enter(self, node: Any, req: Request, *, found: bool) -> None:
         """`req` stands at `node` and owns what is on the way to it: what `find` found, or another request's blocks."""

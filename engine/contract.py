@@ -78,6 +78,8 @@ class StepPlan:
         admitted: requests whose stay in the pool began in this `schedule()` (admission, swap-in, fork), in order. Some
             are first scheduled in a later step: they own their slots all the same.
         preempted: requests that lost their slots in this `schedule()`; one that is admitted again is in both lists.
+        forked: beams that took over another beam's tokens since the step before: what is kept of them by name is void.
+            Those that run are `admitted` too.
         copies: block copies that the runner applies before the forward.
         rejected: requests that ended in this `schedule()` with a typed error (they outgrew the pool alone).
         num_decodes: so many leading entries are known to compute one token each, past the prompt, of requests that ran
@@ -88,6 +90,7 @@ class StepPlan:
     samples: list[bool] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
+    forked: list[Request] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
     rejected: list[Request] = field(default_factory=list)
     num_decodes: int = 0
@@ -104,12 +107,14 @@ class QueueHead(NamedTuple):
     Attributes:
         req: the request.
         num_tokens: positions that it must own to be admitted.
-        parent: the running request whose prompt it would share (parallel sampling); None: it shares none.
+        parent: the running request whose KV it would share (parallel sampling, beams); None: it shares none.
+        num_shared: positions of that.
     """
 
     req: Request
     num_tokens: int
     parent: Request | None = None
+    num_shared: int = 0
 
 
 class KVUsage(NamedTuple):
@@ -270,11 +275,21 @@ class KVAllocator(metaclass=Checked):
 
         w: whole blocks before the sliding window (0 without one). p: full blocks of known tokens, the prefix cache's (w
         without one; none has both). c: `num_computed_tokens`. s: `num_slots`. After a fork parent and child share the
-        full blocks before their prompt's last token.
+        full blocks of the positions that it shared.
         """
 
-    def fork(self, req: Request, child: Request) -> bool:  # noqa: ARG002
-        """Share the KV of `req`'s prompt, less its last token, with `child`; who writes into a block has it alone.
+    @property
+    def forks(self) -> bool:
+        """Whether requests can share what they did not find in a cache: beams need that."""
+        return type(self).fork is not KVAllocator.fork
+
+    def fork(self, req: Request, child: Request, num_tokens: int | None = None) -> bool:  # noqa: ARG002
+        """Share the KV of `req`'s first positions with `child`; who writes into a block has it alone.
+
+        Args:
+            req: has computed them.
+            child: has the same tokens there, and owns nothing.
+            num_tokens: how many; None: the prompt less its last token.
 
         Sets `child.num_computed_tokens` and `child.num_slots`. False when the allocator cannot share, or has no room
         for a copy: the child is then admitted like any other request.
@@ -373,6 +388,13 @@ class StepScheduler(metaclass=Checked):
     def set_step_times(self, times: StepTimes) -> None:
         """Told what steps take, before the first request; only who wants to know is told."""
 
+    def check_search(self, width: int) -> None:
+        """Raise NotDefined unless beam searches of `width` can run here."""
+        raise NotDefined(
+            f"a beam search of width {width} needs a scheduler that moves beams together, and this one does not; use "
+            "scheduler=chunked or scheduler=continuous"
+        )
+
     @abstractmethod
     def add(self, req: Request) -> None:
         """Queue a request.
@@ -397,6 +419,8 @@ class StepScheduler(metaclass=Checked):
     @abstractmethod
     def update(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:
         """Take a step's tokens in: append, check stops, commit, free. Returns the finished requests.
+
+        Beams have their tokens in their search (`BeamSearch.draw`), and None here.
 
         `sampled[i]` belongs to `plan.scheduled[i]` and is None where `plan.samples[i]` is False or the token was
         taken back.

@@ -56,7 +56,7 @@ class StepOutput:
 
 @dataclass(slots=True)
 class _InFlight:
-    """A launched step whose tokens are not back yet. `constrained`: its tokens decide what the next may be."""
+    """A launched step whose tokens are not back yet. `constrained`: they decide what the next may be, or who has it."""
 
     output: StepOutput
     pending: PendingTokens
@@ -96,7 +96,7 @@ class Engine:
     on_launch: Callable[[StepOutput], None] | None = None
     num_steps: int = 0
     _in_flight: _InFlight | None = field(default=None, repr=False)
-    _constraints_seen: bool = field(default=False, repr=False)
+    _deciders_seen: bool = field(default=False, repr=False)
 
     @property
     def has_work(self) -> bool:
@@ -111,13 +111,13 @@ class Engine:
     def add(self, req: Request) -> None:
         """Queue a request. Raises RequestRejected when it can never run here."""
         self.scheduler.add(req)
-        self._constraints_seen = self._constraints_seen or req.constraint is not None
+        self._deciders_seen = self._deciders_seen or req.constraint is not None or req.search is not None
 
     def abort(self, request_id: str) -> Request | None:
         """End a request; its slots are free before the next step is planned."""
         req = self.scheduler.abort(request_id)
-        if req is not None:
-            self.runner.release([request_id])
+        if req is not None:  # one beam's end is all of theirs
+            self.runner.release([request_id] if req.search is None else list(req.search.request_ids))
         return req
 
     def step(self) -> StepOutput | None:
@@ -131,7 +131,7 @@ class Engine:
             EngineError: the ledger does not add up.
         """
         if self._in_flight is not None and self._in_flight.constrained:
-            # The next step's tokens are constrained by this one's: no overlap here.
+            # The next step's tokens hang on this one's: no overlap here.
             return self.settle()
         start = self.clock.now()
         plan = self.scheduler.schedule(start)
@@ -171,7 +171,9 @@ class Engine:
         except Exception as error:
             raise StepFailed(plan, error) from error
         output.launched_time = self.clock.now()
-        constrained = self._constraints_seen and any(req.constraint is not None for req, _, _ in plan.scheduled)
+        constrained = self._deciders_seen and any(
+            req.constraint is not None or req.search is not None for req, _, _ in plan.scheduled
+        )
         return _InFlight(output, pending, constrained)
 
     def _finish(self, step: _InFlight) -> StepOutput:
@@ -183,9 +185,11 @@ class Engine:
             raise StepFailed(output.plan, error) from error
         output.end_time = self.clock.now()
         output.wait_time = output.end_time - asked
+        tokens: Sequence[int | None] = output.result.token_ids
         if step.constrained:
             self._follow_constraints(output.plan, output.result)
-        output.finished = self.scheduler.update(output.plan, output.result.token_ids)
+            tokens = self._draw_beams(output.plan, output.result)
+        output.finished = self.scheduler.update(output.plan, tokens)
         ended = [req.request_id for req in (*output.finished, *output.plan.rejected)]
         if ended:
             self.runner.release(ended)
@@ -203,6 +207,21 @@ class Engine:
             if result.logprobs is not None:
                 result.logprobs[i] = None
             self.scheduler.take_back(req)
+
+    @staticmethod
+    def _draw_beams(plan: StepPlan, result: StepResult) -> list[int | None]:
+        """Give searches what their beams drew; the tokens of all others."""
+        tokens = list(result.token_ids)
+        for i, ((req, _, _), token) in enumerate(zip(plan.scheduled, result.token_ids, strict=True)):
+            if token is None or req.search is None:
+                continue
+            tokens[i] = None
+            entry = None if result.logprobs is None else result.logprobs[i]
+            if entry is None:
+                raise EngineError(f"beam {req.request_id!r} needs log-probabilities, and this runner gives none")
+            if not req.is_finished:
+                req.search.draw(req.beam, entry)
+        return tokens
 
 
 def run_to_completion(engine: Engine, requests: Sequence[Request]) -> list[StepOutput]:

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
+from kvarena.engine.beams import EARLY_STOPPING, BeamSearch
 from kvarena.engine.errors import RequestError
 
 
@@ -96,6 +97,9 @@ class SamplingParams:
             empty: those are.
         prompt_logprobs: as `logprobs`, for each prompt token but the first; None returns none.
         n: number of parallel samples of the prompt.
+        beams: width of a beam search, which takes the place of drawing: temperature, top_p, top_k, min_p and seed say
+            nothing then; 0: none.
+        length_penalty, early_stopping: of a beam search, see `BeamSearch`.
         allowed_token_ids: the only tokens that may come; empty: any. A server's engine makes a constraint of it.
         barred: sequences of tokens that may not come; likewise.
 
@@ -120,6 +124,9 @@ class SamplingParams:
     logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     n: int = 1
+    beams: int = 0
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     allowed_token_ids: tuple[int, ...] = ()
     barred: tuple[tuple[int, ...], ...] = ()
 
@@ -151,6 +158,15 @@ class SamplingParams:
         check(not self.logprob_token_ids or self.logprobs is not None, "logprob_token_ids", "empty without logprobs")
         check(self.prompt_logprobs is None or self.prompt_logprobs >= 0, "prompt_logprobs", "at least 0")
         check(self.n >= 1, "n", "at least 1")
+        check(self.beams >= 0, "beams", "at least 0 (0 searches no beams)")
+        check(not self.beams or self.n <= self.beams, "n", f"at most the number of beams, {self.beams}")
+        check(math.isfinite(self.length_penalty), "length_penalty", "a finite number")
+        check(self.early_stopping in EARLY_STOPPING, "early_stopping", "true, false or never")
+
+    @property
+    def num_sequences(self) -> int:
+        """Requests that the engine runs for one of these: samples, or beams."""
+        return self.beams or self.n
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +224,9 @@ class Request:
         eos_token_ids: the model's end-of-sequence tokens (empty with `ignore_eos`).
         oracle_output_len: the true output length, if the workload knows it. Only reservation policies and
             shortest-first schedulers may read it.
-        parent: for parallel sampling, the request whose prompt KV this one may share.
+        parent: for parallel sampling and beams, the request whose prompt KV this one may share.
+        search, beam: the beam search that this is a beam of, and its number there. A beam may take over the tokens of
+            another one between two steps, and computes what differs.
         constraint: which tokens may come next, or None for all.
         images: of the prompt, in order; they do not overlap.
 
@@ -234,6 +252,8 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     oracle_output_len: int | None = None
     parent: Request | None = None
+    search: BeamSearch | None = None
+    beam: int = 0
     constraint: TokenConstraint | None = None
     images: tuple[ImageSpan, ...] = ()
 
@@ -349,18 +369,22 @@ AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 
 def expand(req: AnyRequest) -> list[AnyRequest]:
-    """The `sampling.n` requests of a parallel-sampling request, named `{request_id}-{i}`; `[req]` itself for n = 1.
+    """The requests that the engine runs for one, named `{request_id}-{i}`: `sampling.n` parallel samples, or the beams
+    of a search; `[req]` itself for a single one.
 
     The first computes the prompt and is the parent of the others, which may share its KV. Seeds differ: sample 0
     keeps the seed, so that it gives the tokens of the same request with n = 1. A constraint follows one sample's
-    tokens, so it is left to the caller to give each sample its own.
+    tokens, so it is left to the caller to give each sample its own. When a search has ended, beam i has the i-th best
+    text.
 
     Args:
         req: a request that was not added to an engine.
 
     Returns:
-        n requests in the order in which they must be added.
+        The requests in the order in which they must be added.
     """
+    if req.sampling.beams:
+        return _beams(req)
     if req.sampling.n == 1:
         return [req]
     samples: list[AnyRequest] = []
@@ -368,14 +392,33 @@ def expand(req: AnyRequest) -> list[AnyRequest]:
         seed = req.sampling.seed
         if seed is not None and i > 0:
             seed = (seed + i * 0x9E3779B97F4A7C15) % 2**63
-        samples.append(
-            replace(
-                req,
-                request_id=f"{req.request_id}-{i}",
-                sampling=replace(req.sampling, n=1, seed=seed),
-                parent=samples[0] if samples else None,
-                constraint=None,
-                output_token_ids=[],
-            )
-        )
+        samples.append(_copy(req, i, replace(req.sampling, n=1, seed=seed), samples))
     return samples
+
+
+def _beams(req: AnyRequest) -> list[AnyRequest]:
+    asked, width = req.sampling, req.sampling.beams
+    search = BeamSearch(
+        width, [f"{req.request_id}-{i}" for i in range(width)], asked.max_tokens, req.stop_ids, asked.length_penalty,
+        asked.early_stopping, asked.min_tokens, asked.logprobs,
+    )  # fmt: skip
+    sampling = replace(
+        asked, n=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=None,
+        logprobs=max(search.num_candidates, asked.logprobs or 0),
+    )  # fmt: skip
+    beams: list[AnyRequest] = []
+    for i in range(width):
+        beams.append(_copy(req, i, sampling, beams))
+        beams[i].search, beams[i].beam = search, i
+    return beams
+
+
+def _copy(req: AnyRequest, i: int, sampling: SamplingParams, before: list[AnyRequest]) -> AnyRequest:
+    return replace(
+        req,
+        request_id=f"{req.request_id}-{i}",
+        sampling=sampling,
+        parent=before[0] if before else None,
+        constraint=None,
+        output_token_ids=[],
+    )

@@ -277,9 +277,11 @@ class LLM:
             eos_token_ids=self._client.eos_token_ids,
             images=asked.images,
         )
-        for one, choice in zip(expand(req), asked.choices, strict=True):
+        requests = expand(req)
+        for one in requests:
             self._engine.add(one)
-            self._client.open[one] = choice
+        # Of beams there may be more than texts that are asked for.
+        self._client.open |= dict(zip(requests, asked.choices, strict=False))
 
     def _run(self) -> None:
         """Step until every choice has its text. Raises EngineError when that cannot be."""
@@ -310,7 +312,7 @@ class LLM:
             choice.num_cached_tokens = req.num_cached_tokens
             if result.prompt_logprobs is not None and (entries := result.prompt_logprobs[i]) is not None:
                 choice.prompt_logprobs.update(enumerate(entries, start=start + 1))
-            if token is None:
+            if token is None or req.search is not None:
                 continue
             choice.tokens.append(token)
             if result.logprobs is not None and (entry := result.logprobs[i]) is not None:
@@ -318,6 +320,9 @@ class LLM:
             touched.append(choice)
         for req in (*plan.rejected, *output.finished):
             if (choice := open_.pop(req, None)) is not None:
+                if req.search is not None and req.search.is_over:
+                    text = req.search.winners[req.beam]
+                    choice.tokens, choice.logprobs = list(text.tokens), list(text.entries)
                 choice.ended, choice.error = (req.finish_reason or FinishReason.ERROR).value, req.error
                 choice.stop_token = req.output_token_ids[-1] if req.finish_reason is FinishReason.STOP else None
                 if choice not in touched:

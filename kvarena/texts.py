@@ -48,6 +48,9 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         presence_penalty, frequency_penalty, repetition_penalty, logit_bias: change the tokens' logits.
         logprobs, prompt_logprobs: how many of the most likely tokens come with each token, beside itself.
+        use_beam_search: search beams in place of drawing tokens: temperature and what it drops say nothing then.
+        best_of: how many beams; None: n.
+        length_penalty, early_stopping: of a beam search, as in transformers' `generate`.
         truncate_prompt_tokens: keep the last so many tokens of a prompt; -1: those that fit.
 
     Raises:
@@ -73,6 +76,10 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    use_beam_search: bool | None = None
+    best_of: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
     truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """What all schedulers share; a policy overrides `build_plan` and a few small hooks.
 
-A request that runs is in exactly one of two sets. `prefilling`: more than the last sampled token is left to compute
+A request that runs is in exactly one of two sets, but for beams that wait for others (`beams.py`). `prefilling`: more than the last sampled token is left to compute
 (a prompt, or what a preemption dropped). `decoding`: each step computes one token and samples one, so the loop over
 it needs no arithmetic on lengths; that loop is what a step costs.
 
@@ -18,10 +18,10 @@ from collections.abc import Iterable, Sequence
 from kvarena.engine.contract import QueueHead, ScheduledRequest, StepPlan
 from kvarena.engine.errors import RequestError, RequestRejected
 from kvarena.engine.request import FinishReason, Request, RequestStatus
-from kvarena.schedulers.lifecycle import Lifecycle
+from kvarena.schedulers.beams import BeamLifecycle
 
 
-class Scheduler(Lifecycle):
+class Scheduler(BeamLifecycle):
     """Base of all schedulers: what the engine asks, and the loops that policies build their plans from.
 
     Args:
@@ -42,6 +42,7 @@ class Scheduler(Lifecycle):
         requests: all that have not ended, by id.
         prefilling: running, not yet computed up to the last token; by admission.
         decoding: running, one token a step; by admission.
+        holding: beams whose token of this round is drawn, while another one's is not.
 
     Raises:
         ConfigError: an option out of range.
@@ -61,14 +62,13 @@ class Scheduler(Lifecycle):
 
     @property
     def num_waiting(self) -> int:
-        return len(self.requests) - len(self.prefilling) - len(self.decoding)
+        return len(self.requests) - self.num_running
 
     def queue_head(self) -> QueueHead | None:
         req = self.head()
         if req is None:
             return None
-        parent = req.parent if self.shares_prompts and req.parent in self.decoding else None
-        return QueueHead(req, self.num_slots_to_admit(req), parent)
+        return QueueHead(req, self.num_slots_to_admit(req), *self.shared_with(req))
 
     def add(self, req: Request) -> None:
         if req.request_id in self.requests:
@@ -87,6 +87,9 @@ class Scheduler(Lifecycle):
                 "kv_cache.num_blocks",
                 reason="max_request_tokens",
             )
+        if req.search is not None:
+            self.check_search(req.search.width)
+            self.add_beam(req)
         self.requests[req.request_id] = req
         self.arrival[req] = next(self._arrivals)
         parent = req.parent
@@ -107,8 +110,11 @@ class Scheduler(Lifecycle):
         Whose KV the step's copies carried computes it again: nobody knows which of them were made.
         """
         failed = [entry.req for entry in plan.scheduled if not entry.req.is_finished]
+        gone = {req.search for req in failed if req.search is not None}
+        failed += [beam for search in gone for beam in self._searches[search] if beam not in failed]
         for req in failed:
-            self.finish(req, FinishReason.ERROR, "the device failed while it computed this request")
+            if not req.is_finished:
+                self.finish(req, FinishReason.ERROR, "the device failed while it computed this request")
         if plan.copies:
             for req in plan.preempted:
                 if req.status is RequestStatus.SWAPPED:
@@ -124,16 +130,25 @@ class Scheduler(Lifecycle):
         self.build_plan(plan, now)
         if plan.preempted and not plan.scheduled:
             # The last one that ran gave its slots back: the pool is empty, and somebody can be admitted at once.
-            self._unreported += plan.preempted
-            plan = StepPlan(admitted=plan.admitted, rejected=plan.rejected)
-            self.build_plan(plan, now)
+            plan = self._planned_again(plan, now)
+        while not plan.scheduled and self.yield_to_others(plan):
+            plan = self._planned_again(plan, now)
         plan.copies = self.allocator.drain_copies()
+        if self._forked and (plan.scheduled or plan.copies or plan.rejected):
+            self.tell_forks(plan)
         if self._unreported or plan.preempted:
             preempted = list(dict.fromkeys(self._unreported + plan.preempted))
             launched = plan.scheduled or plan.copies or plan.rejected
             plan.preempted, self._unreported = (preempted, []) if launched else ([], preempted)
             # Whoever was admitted and lost its slots again in this very step owns nothing in it.
             plan.admitted = [req for req in dict.fromkeys(plan.admitted) if req.status is RequestStatus.RUNNING]
+        return plan
+
+    def _planned_again(self, plan: StepPlan, now: float) -> StepPlan:
+        """Another plan, as `plan` computes nothing and took slots away."""
+        self._unreported += plan.preempted
+        plan = StepPlan(admitted=plan.admitted, rejected=plan.rejected)
+        self.build_plan(plan, now)
         return plan
 
     def update(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:
@@ -156,7 +171,8 @@ class Scheduler(Lifecycle):
                 commit(req)
         for req, reason in finished:
             self.finish(req, reason)
-        return [req for req, _ in finished]
+        ended = [req for req, _ in finished]
+        return ended + self.move_beams(plan) if self._searches else ended
 
     def take_back(self, req: Request) -> None:
         req.num_pending_tokens -= 1
@@ -247,7 +263,7 @@ class Scheduler(Lifecycle):
         budget -= sum(req.num_tokens - req.num_computed_tokens for req in self.prefilling)
         while budget > 0 and self.num_running < self.max_num_seqs:
             req = self.head()
-            if req is None:
+            if req is None or not self.has_seat(req):
                 return
             if self.admit(req, plan):
                 budget -= req.num_tokens - req.num_computed_tokens

@@ -112,9 +112,11 @@ class FairScheduler(ChunkedScheduler):
     def update(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:
         """Charge the sampled tokens, then take them in."""
         counters, weight = self.counters, self.output_weight
-        for entry, token in zip(plan.scheduled, sampled, strict=True):
-            client = entry.req.client_id
-            if token is not None and client in counters:  # aborted in flight, and forgotten
+        for (req, _, _), samples, token in zip(plan.scheduled, plan.samples, sampled, strict=True):
+            client = req.client_id
+            if token is None and not (samples and req.search is not None):  # of a beam its search has it
+                continue
+            if client in counters:  # else aborted in flight, and forgotten
                 counters[client] += weight
         return super().update(plan, sampled)
 

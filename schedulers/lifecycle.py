@@ -3,6 +3,8 @@
 enqueue -> waiting -> admit -> prefilling -> decoding -> finish
               ^                    |            |
               '----- preempt ------'------------'
+
+What beams do beside that is in `beams.py`.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class Lifecycle(StepScheduler):
         self.requests: dict[str, Request] = {}
         self.prefilling: dict[Request, None] = {}
         self.decoding: dict[Request, None] = {}
+        self.holding: dict[Request, None] = {}
         self.arrival: dict[Request, int] = {}  # order of `add`
         self._watermark_slots = int(watermark * allocator.num_blocks * allocator.block_size)
         self._queue = RequestQueue()
@@ -82,11 +85,14 @@ class Lifecycle(StepScheduler):
         return self.arrival[req]
 
     def pick_victim(self) -> Request:
-        """The running request to preempt; the best-ranked one only when it runs alone."""
-        candidates = [*self.decoding, *self.prefilling]
-        if len(candidates) > 1:
-            candidates.remove(min(candidates, key=self.rank))
-        return self.worst(candidates)
+        """The running request to preempt; the best-ranked one, and who goes with it, only when nobody else runs."""
+        candidates = [*self.decoding, *self.prefilling, *self.holding]
+        best = min(candidates, key=self.rank)
+        return self.worst([req for req in candidates if not self.are_one(req, best)] or candidates)
+
+    def are_one(self, req: Request, other: Request) -> bool:
+        """Whether they lose their slots together."""
+        return req is other
 
     def retire(self, req: Request) -> None:
         """A running request ended: give its slots back."""
@@ -98,8 +104,12 @@ class Lifecycle(StepScheduler):
         return self._queue.peek()
 
     def enqueue(self, req: Request) -> None:
-        """Put `req` in its place in the queue."""
-        self._queue.push(req, self.order_key(req))
+        """Put `req` in its place in the queue; a beam where the first one of its search would be."""
+        self._queue.push(req, self.order_key(self.first_of(req)))
+
+    def first_of(self, req: Request) -> Request:
+        """Of requests that only get on together the one whose place in the queue is all of theirs."""
+        return req
 
     def dequeue(self, req: Request) -> None:
         """Take `req` out of the queue."""
@@ -109,7 +119,16 @@ class Lifecycle(StepScheduler):
 
     @property
     def num_running(self) -> int:
-        return len(self.prefilling) + len(self.decoding)
+        return len(self.prefilling) + len(self.decoding) + len(self.holding)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody gets on: nobody runs, or those that do wait for one that does not."""
+        return not (self.prefilling or self.decoding)
+
+    def has_seat(self, req: Request) -> bool:  # noqa: ARG002
+        """Whether `req` may run beside those that do, as far as their number goes."""
+        return self.num_running < self.max_num_seqs
 
     def admit(self, req: Request, plan: StepPlan) -> bool:
         """Move `req` from the queue to `prefilling`, with slots for every token that it has.
@@ -120,7 +139,7 @@ class Lifecycle(StepScheduler):
         if req.num_pending_tokens:  # preempted while a step was in flight: its last token is not here yet
             return False
         if not self._take_slots(req):
-            if self.num_running == 0:
+            if not self._others_run(req):
                 error = (
                     f"request {req.request_id!r} needs slots for {self.num_slots_to_admit(req)} tokens, which the "
                     "empty KV pool cannot give; raise kv_cache.num_blocks or shorten the request"
@@ -145,15 +164,15 @@ class Lifecycle(StepScheduler):
             if self._above_watermark(num_slots) and allocator.swap_in(req):
                 if allocator.allocate(req, num_slots):
                     return True
-            elif self.num_running:
+            elif self._others_run(req):
                 return False
             # Back from the host, but no room for the next token (or no way back at all): compute it again.
             self._drop(req)
-        parent = req.parent
-        if parent is not None and parent in self.decoding:
-            if not self._above_watermark(num_slots - (parent.num_prompt_tokens - 1)):
+        parent, num_shared = self.shared_with(req)
+        if parent is not None:
+            if not self._above_watermark(num_slots - num_shared):
                 return False
-            if allocator.fork(parent, req):
+            if allocator.fork(parent, req, num_shared):
                 if allocator.allocate(req, num_slots):
                     return True
                 allocator.free(req)
@@ -167,9 +186,20 @@ class Lifecycle(StepScheduler):
         req.num_computed_tokens = num_cached
         return True
 
+    def shared_with(self, req: Request) -> tuple[Request | None, int]:
+        """The running request whose KV `req` may share when it is admitted, and how many positions of it."""
+        parent = req.parent
+        if not self.shares_prompts or parent is None or parent not in self.decoding:
+            return None, 0
+        return parent, parent.num_prompt_tokens - 1
+
+    def _others_run(self, req: Request) -> bool:  # noqa: ARG002
+        """Whether some request runs whose end would make room for `req`, which does not run."""
+        return self.num_running > 0
+
     def _above_watermark(self, num_new_slots: int) -> bool:
-        """Whether the pool keeps its reserve when `num_new_slots` are taken; always when nothing runs."""
-        if self._watermark_slots == 0 or self.num_running == 0:
+        """Whether the pool keeps its reserve when `num_new_slots` are taken; always when nobody gets on."""
+        if self._watermark_slots == 0 or self.is_idle:
             return True
         usage = self.allocator.usage()
         return usage.total - usage.owned - num_new_slots >= self._watermark_slots
@@ -179,9 +209,8 @@ class Lifecycle(StepScheduler):
     def grow(self, req: Request, num_tokens: int, plan: StepPlan) -> bool:
         """Own slots for [0, num_tokens), preempting others if need be. False: `req` itself was preempted."""
         while not self.allocator.allocate(req, num_tokens):
-            victim = self.pick_victim()
-            self.preempt(victim, plan)
-            if victim is req:
+            self.preempt(self.pick_victim(), plan)
+            if req.status is not RequestStatus.RUNNING:
                 return False
         return True
 
@@ -191,6 +220,11 @@ class Lifecycle(StepScheduler):
 
     def preempt(self, req: Request, plan: StepPlan) -> None:
         """Take a running request's slots away and queue it again."""
+        self.take_away(req, plan)
+        self.enqueue(req)
+
+    def take_away(self, req: Request, plan: StepPlan, *, may_swap: bool = True) -> None:
+        """Take a running request's slots away."""
         for i, (other, start, _) in enumerate(plan.scheduled):
             if other is req:  # it was planned already
                 req.num_pending_tokens -= plan.samples[i]
@@ -202,18 +236,17 @@ class Lifecycle(StepScheduler):
         self._remove_running(req)
         plan.preempted.append(req)
         req.num_preemptions += 1
-        if self.preemption == "swap" and self.allocator.swap_out(req):
+        if may_swap and self.preemption == "swap" and self.allocator.swap_out(req):
             req.status = RequestStatus.SWAPPED
         else:
             self._drop(req)
-        self.enqueue(req)
 
     # ---- the end
 
     def finish(self, req: Request, reason: FinishReason, error: str = "") -> None:
         """End `req` wherever it is."""
         req.status, req.finish_reason, req.error = RequestStatus.FINISHED, reason, error
-        if req in self.decoding or req in self.prefilling:
+        if req in self.decoding or req in self.prefilling or req in self.holding:
             self._remove_running(req)
             self.retire(req)
         else:
@@ -239,7 +272,8 @@ class Lifecycle(StepScheduler):
         return max(0, min(end, self._num_lost.get(req, 0)) - start)
 
     def _remove_running(self, req: Request) -> None:
-        del (self.decoding if req in self.decoding else self.prefilling)[req]
+        for running in (self.decoding, self.prefilling, self.holding):
+            running.pop(req, None)
 
     def _release_children(self, parent: Request) -> None:
         for child in self._children.pop(parent, ()):

@@ -47,8 +47,8 @@ class PriorityScheduler(ChunkedScheduler):
         """Admit the head of the queue at the expense of less urgent requests, as long as that works."""
         made_room_for: Request | None = None
         while (head := self.head()) is not None and not head.num_pending_tokens:
-            victims = [req for req in (*self.decoding, *self.prefilling) if req.priority > head.priority]
-            full = self.num_running >= self.max_num_seqs
+            victims = [req for req in (*self.decoding, *self.prefilling, *self.holding) if req.priority > head.priority]
+            full = not self.has_seat(head)
             if (victims or head is made_room_for) and not full and self.admit(head, plan):
                 continue
             if not victims or not self._would_fit(head, victims):

@@ -155,8 +155,8 @@ class Staged(SharedPicks):
         return found
 
     def _step(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
-        if self._awaited and plan.preempted:
-            self._settle_rows(self._rows.known(req.request_id for req in plan.preempted))
+        if self._awaited and (plan.preempted or plan.forked):
+            self._settle_rows(self._rows.known(req.request_id for req in (*plan.preempted, *plan.forked)))
         found: PendingTokens = super()._step(plan, allocator)  # type: ignore[misc]
         return found
 

@@ -246,9 +246,9 @@ class TorchRunner:
         """Nobody asks this runner for anything any more: what is on its way to it is taken in."""
 
     def _step(self, plan: StepPlan, allocator: KVAllocator) -> PendingTokens:
-        if plan.preempted:
-            # They start over, maybe much later: until then they need no row.
-            self._rows.release(req.request_id for req in plan.preempted)
+        if plan.preempted or plan.forked:
+            # They start over, maybe much later, or with other tokens: until then they need no row.
+            self._rows.release(req.request_id for req in (*plan.preempted, *plan.forked))
         if not plan.scheduled:
             return ReadyTokens(StepResult([]))
         return self._compute(plan, allocator)

@@ -100,6 +100,8 @@ def build(config: RunConfig, shared: SharedParts | None = None) -> Setup:
     if config.runner.kind == "simulated":
         driver.check_scores("runner=simulated computes no tokens")
     parts = build_engine(config, shared)
+    if config.sampling.beams:
+        parts.engine.scheduler.check_search(config.sampling.beams)
     # Nobody reads what is in a prompt where nothing is computed, no prefix is looked for and no token recorded.
     blank = parts.simulator is not None and driver.record != "full" and not parts.engine.allocator.reads_tokens
     load = build_load(config, parts.spec, parts.special_token_ids, blank=blank)
@@ -143,10 +145,14 @@ def build_load(config: RunConfig, spec: ModelSpec, special_token_ids: frozenset[
             "the rate of section arrival, or lower workload.num_requests"
         )
     requests = RequestStream(items, times, sampling, frozenset(spec.eos_token_ids))
-    if times is None and sampling.n > 1:
+    if times is None and (sampling.n > 1 or sampling.beams):
+        name = "sampling.beams" if sampling.beams else "sampling.n"
         raise ConfigError(
-            f"sampling.n={sampling.n} with users who wait is not defined; use another arrival than closed_loop"
+            f"{name}={sampling.num_sequences} with users who wait is not defined; use another arrival than closed_loop"
         )
+    least = sampling.beams + len(spec.eos_token_ids)
+    if sampling.beams and least > spec.vocab_size:
+        raise ConfigError(f"sampling.beams={sampling.beams} needs a vocabulary of {least} tokens; search fewer beams")
     closed_loop = None if times is not None else ClosedLoop(requests, arrival.num_users, arrival.think_time)
     return Load(requests, closed_loop, workload.description, seed, config.driver.cache)
 
@@ -303,7 +309,7 @@ def _check_layout(config: RunnerConfig, allocator: KVAllocator) -> None:
 class RequestStream:
     """A workload's requests, made as they are asked for: the same for every strategy, and fresh on each pass.
 
-    With `sampling.n` above 1 each item gives that many requests, which share its prompt and its arrival.
+    With `sampling.n` above 1, or beams, each item gives that many requests, which share its prompt and its arrival.
 
     Args:
         items: the workload, in order of arrival.
@@ -322,7 +328,7 @@ class RequestStream:
         self._items = items
         self._times = times
         self._eos_token_ids = eos_token_ids
-        self._num_samples = sampling.n
+        self._num_samples = sampling.num_sequences
         self._sampling = {
             length: replace(sampling, max_tokens=length) for length in {item.output_len for item in items}
         }

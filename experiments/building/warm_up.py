@@ -62,7 +62,7 @@ class Reach(NamedTuple):
         room = allocator.num_blocks
         if requests:
             rows = min(rows, len(requests), len(requests) if num_users is None else num_users)
-            if not allocator.reads_tokens and allocator.sliding_window is None and config.sampling.n == 1:
+            if not allocator.reads_tokens and allocator.sliding_window is None and config.sampling.num_sequences == 1:
                 room = min(room, allocator.max_requests(min(req.num_prompt_tokens for req in requests)))
             # A preempted request computes its output again with its prompt.
             tokens = min(tokens, rows * max(req.max_total_tokens for req in requests))

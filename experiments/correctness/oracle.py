@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from kvarena.engine.contract import NULL_BLOCK, BlockCopy, CopyKind, KVAllocator, StepPlan
 from kvarena.engine.errors import EngineError
-from kvarena.engine.model_runner import ReadyTokens, StepResult
-from kvarena.engine.request import Request
+from kvarena.engine.model_runner import ReadyTokens, StepResult, TokenLogprobs
+from kvarena.engine.request import Request, expand
 from kvarena.experiments.correctness.oracle_reads import ReadJudge
 
 
@@ -40,6 +40,31 @@ def mix(state: int, token: int) -> int:
 def next_token(req: Request, context: list[int] | list[int | None], vocab_size: int) -> int:
     """The token after the positions whose hashes are `context`."""
     return hash((req.sampling.seed or 0, tuple(context))) % vocab_size
+
+
+def best_tokens(req: Request, context: list[int] | list[int | None], vocab_size: int) -> TokenLogprobs:
+    """What a beam draws from after the positions whose hashes are `context`."""
+    mixed = hash(tuple(context))
+    scores = sorted(((-(hash((mixed, token)) % 100_003) / 30_000, token) for token in range(vocab_size)), reverse=True)
+    top = tuple((token, score) for score, token in scores[: req.sampling.logprobs])
+    return TokenLogprobs(top[0][0], top[0][1], 1, top)
+
+
+def expected_beams(req: Request, vocab_size: int = 97, window: int | None = None) -> list[list[int]]:
+    """The texts that a beam search gives under every correct strategy, best first, computed without a pool."""
+    beams = expand(req)
+    search = beams[0].search
+    assert search is not None
+    while not search.is_over:
+        for beam in beams:
+            prefix: list[int] = []
+            for token in beam.identities(0, beam.num_tokens):
+                prefix.append(mix(prefix[-1] if prefix else 0, token))
+            search.draw(beam.beam, best_tokens(beam, prefix[-(window or len(prefix)) :], vocab_size))
+        before = [list(beam.output_token_ids) for beam in beams]
+        for beam, move in zip(beams, search.move(before), strict=False):
+            beam.output_token_ids[:] = [*before[move.source], move.token]
+    return [text.tokens for text in search.winners]
 
 
 def expected_output(req: Request, vocab_size: int = 97, window: int | None = None) -> list[int]:
@@ -87,6 +112,7 @@ class OracleRunner:
             OracleFault: an access that breaks the contract, or reads anything but the request's own prefix.
             ReadFault: a shared read would be of another's block.
         """
+        self.release([req.request_id for req in plan.forked])
         self._copy(plan.copies, allocator.block_size)
         entries = [
             _Entry(req, start, start + num_new, allocator.block_table(req)) for req, start, num_new in plan.scheduled
@@ -104,12 +130,16 @@ class OracleRunner:
             [entry.end for entry in decodes],
         )
         token_ids: list[int | None] = []
+        logprobs: list[TokenLogprobs | None] = []
         for entry, samples in zip(entries, plan.samples, strict=True):
-            token = self._attend(entry, allocator.block_size, written)
+            context = self._attend(entry, allocator.block_size, written)
+            drawn = best_tokens(entry.req, context, self.vocab_size) if entry.req.search is not None else None
+            token = next_token(entry.req, context, self.vocab_size) if drawn is None else drawn.token_id
             token_ids.append(token if samples else None)
+            logprobs.append(drawn if samples else None)
             if samples:
                 self._last[entry.req.request_id] = (entry.end, token)
-        return ReadyTokens(StepResult(token_ids))
+        return ReadyTokens(StepResult(token_ids, logprobs if any(logprobs) else None))
 
     def release(self, request_ids: list[str]) -> None:
         """Forget requests that ended."""
@@ -173,8 +203,8 @@ class OracleRunner:
             state = mix(state, self._token(req, pos))
             self._device[slot] = state
 
-    def _attend(self, entry: _Entry, block_size: int, written: set[int]) -> int:
-        """Read all that the queries of [start, end) attend to, check it, and derive the next token.
+    def _attend(self, entry: _Entry, block_size: int, written: set[int]) -> list[int | None]:
+        """Read all that the queries of [start, end) attend to, and check it; what decides the next token.
 
         A kernel for one query may fetch its context before this step's keys and values are there, but for its own.
         """
@@ -193,7 +223,7 @@ class OracleRunner:
         if got != want:
             pos = first + next(i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b)
             self._read(entry, pos, block_size)
-        return next_token(req, got[max(0, end - window) - first :], self.vocab_size)
+        return got[max(0, end - window) - first :]
 
     def _read(self, entry: _Entry, pos: int, block_size: int) -> int:
         """The hash at `pos` through the block table. Raises OracleFault unless it is the request's own."""

@@ -16,7 +16,7 @@ from kvarena.allocators.eviction_policies import policy_names
 from kvarena.engine.clock import VirtualClock
 from kvarena.engine.contract import NULL_BLOCK, CopyKind, KVAllocator, KVUsage, StepPlan
 from kvarena.engine.core import Engine, StepOutput
-from kvarena.engine.errors import EngineError, RequestRejected
+from kvarena.engine.errors import EngineError, NotDefined, RequestRejected
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import FinishReason, Request, RequestStatus
 from kvarena.experiments.correctness.oracle import OracleRunner
@@ -37,6 +37,7 @@ Coverage = Counter[str]
 PATHS = (
     *("preempted", "recomputed", "swap_out", "swap_in", "grown", "chunked", "fragmented", "cached", "evicted"),
     *("short", "waiting_inside", "shared", "device", "slid", "aborted", "rejected", "read_once"),
+    *("forked", "beams_held", "beams_preempted"),
 )
 
 
@@ -173,6 +174,7 @@ def drive(
         output = engine.step()
         if output is not None:
             _check_plan(output.plan, scheduler)
+            run.coverage["beams_held"] += len(scheduler.holding)
             run.outputs.append(output)
             for entry in output.plan.scheduled:
                 req, slots = entry.req, entry.req.num_slots
@@ -195,7 +197,7 @@ def drive(
 def _submit(engine: Engine, req: Request, run: CellRun) -> None:
     try:
         engine.add(req)
-    except RequestRejected as error:
+    except (RequestRejected, NotDefined) as error:
         req.status, req.finish_reason, req.error = RequestStatus.FINISHED, FinishReason.REJECTED, str(error)
         run.coverage["rejected"] += 1
 
@@ -217,7 +219,9 @@ def _check_end(run: CellRun, expected: dict[str, list[int]]) -> None:
     for req in run.requests:
         got, want, reason = req.output_token_ids, expected[req.request_id], req.finish_reason
         whole = reason in (FinishReason.STOP, FinishReason.LENGTH)
-        if not req.is_finished or (got != want if whole else got != want[: len(got)]):
+        # What a beam has before the end another one may have in the end.
+        wrong = got != want if whole else got != want[: len(got)] and req.search is None
+        if not req.is_finished or wrong:
             raise EngineError(f"request {req.request_id!r} ended by {reason} with tokens {got}, expected {want}")
         if reason is FinishReason.ERROR:
             raise EngineError(f"request {req.request_id!r} was accepted and failed: {req.error}")
@@ -237,6 +241,8 @@ def _count(run: CellRun, runner: OracleRunner) -> None:
     for output in run.outputs:
         usage = output.usage
         count["fragmented"] += usage.external > 0 and output.num_waiting > 0
+        count["forked"] += len(output.plan.forked)
+        count["beams_preempted"] += sum(req.search is not None for req in output.plan.preempted)
         count["short"] += usage.shortage > 0
         count["waiting_inside"] += not {entry.req for entry in output.plan.scheduled}.issuperset(output.plan.admitted)
         count["shared"] += usage.shared_saved > 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvarena.engine.request import ImageSpan, Request, SamplingParams, expand
-from kvarena.experiments.correctness.oracle import expected_output
+from kvarena.experiments.correctness.oracle import expected_beams, expected_output
 
 MAX_MODEL_LEN = 48
 VOCAB_SIZE = 97
@@ -38,8 +38,15 @@ class Trace:
     def expected(self, window: int | None) -> dict[str, list[int]]:
         """The right output of each request under a window, by id."""
         if window not in self._expected:
-            requests = [req for spec in self.specs for req in expand(Request(**spec))]
-            self._expected[window] = {req.request_id: expected_output(req, VOCAB_SIZE, window) for req in requests}
+            found: dict[str, list[int]] = {}
+            for whole in (Request(**spec) for spec in self.specs):
+                requests = expand(whole)
+                if whole.sampling.beams:
+                    outputs = expected_beams(whole, VOCAB_SIZE, window)
+                else:
+                    outputs = [expected_output(req, VOCAB_SIZE, window) for req in requests]
+                found |= dict(zip((req.request_id for req in requests), outputs, strict=True))
+            self._expected[window] = found
         return self._expected[window]
 
     def requests(self) -> list[Request]:
@@ -87,6 +94,7 @@ def make_trace(seed: int, num_requests: int = 20) -> Trace:
     specs.sort(key=lambda spec: spec["arrival_time"])
     ids = [req.request_id for spec in specs for req in expand(Request(**spec))]
     aborts = [(float(rng.randint(1, 5 * num_requests)), rid) for rid in rng.sample(ids, rng.randint(0, 4))]
+    aborts += _put_beams(specs, {rid for _, rid in aborts}, random.Random(f"beams of {seed}"))
     max_num_seqs = rng.choice([3, 6, 12])
     swap_blocks = rng.choice([0, 6, 60])
     return Trace(
@@ -114,6 +122,23 @@ def make_trace(seed: int, num_requests: int = 20) -> Trace:
             "ageing": rng.choice([0.1, 1.0]),
         },
     )
+
+
+def _put_beams(specs: list[dict[str, Any]], aborted: set[str], rng: random.Random) -> list[tuple[float, str]]:
+    """Make beam searches of some requests; which beams end early, and when."""
+    aborts = []
+    for spec in specs:
+        sampling = spec["sampling"]
+        if sampling.n > 1 or spec["request_id"] in aborted or rng.random() < 0.8:
+            continue
+        spec["sampling"] = replace(
+            sampling, beams=rng.choice([1, 2, 3, 4]), length_penalty=rng.choice([0.0, 1.0, 2.0, -1.0]),
+            early_stopping=rng.choice([True, False, "never"]),
+        )  # fmt: skip
+        if rng.random() < 0.1:
+            beam = rng.randrange(spec["sampling"].beams)
+            aborts.append((spec["arrival_time"] + rng.randint(1, 40), f"{spec['request_id']}-{beam}"))
+    return aborts
 
 
 def _put_images(spec: dict[str, Any], rng: random.Random) -> None:

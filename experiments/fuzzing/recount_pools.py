@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from itertools import groupby
 from math import ceil, floor
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from kvarena.allocators.contiguous import ContiguousAllocator
@@ -61,7 +62,8 @@ class BlockPool:
         self._window: int | None = options.get("sliding_window")
         self._forks = type(allocator).fork is not KVAllocator.fork
         self._swapped: dict[Request, int] = {}  # blocks that had slid out of the window before
-        self._contents: dict[int, tuple[Request, int]] = {}  # block -> whose tokens, and which of its full blocks
+        # Block -> whose tokens, and which of its full blocks: of a beam, whose tokens may change, these themselves.
+        self._contents: dict[int, tuple[Request | tuple[str, list[int]], int]] = {}
 
     def owner(self, req: Request, table: list[int]) -> Owner:
         """Take a table in."""
@@ -70,7 +72,8 @@ class BlockPool:
             raise EngineError(f"request {req.request_id!r} has filled {num_filled} slots of {len(table)} blocks")
         if self._allocator.reads_tokens:
             for i in range(num_filled // self._size):
-                self._contents[table[i]] = req, i
+                known = req if req.search is None else (req.cache_salt, req.identities(0, (i + 1) * self._size))
+                self._contents[table[i]] = known, i
         return Owner(req, table, num_filled, len(table) * self._size)
 
     def left(self, req: Request, table: list[int]) -> None:
@@ -98,8 +101,8 @@ class BlockPool:
         need = ceil(tokens_to_admit(head, self._scheduler) / self._size)
         if head.status is RequestStatus.SWAPPED:
             return need - self._swapped[head]
-        parent, num_shared = head.parent, head.num_prompt_tokens - 1
-        if parent is not None and self._forks and self._scheduler.shares_prompts and parent in self._scheduler.decoding:
+        parent, num_shared = self._shared(head)
+        if parent is not None and self._forks and self._scheduler.shares_prompts:
             nulls = _leading_nulls(list(self._allocator.block_table(parent)))
             needed_from = 0 if self._window is None else max(0, num_shared - self._window + 1) // self._size
             if num_shared >= 1 and nulls <= needed_from:
@@ -109,12 +112,27 @@ class BlockPool:
         num_hits = self._allocator.match_prefix(head) // self._size
         return need - sum(not self._is_cached(head, i, cached) for i in range(num_hits))
 
+    def _shared(self, head: Request) -> tuple[Request | None, int]:
+        """The running request that the head would fork, and how many of its positions."""
+        if head.search is None:
+            parent = head.parent if head.parent in self._scheduler.decoding else None
+            return parent, head.num_prompt_tokens - 1
+        tokens, found = head.token_ids(0, head.num_tokens), [(0, 0, head)]
+        for req in [*self._scheduler.decoding, *self._scheduler.holding]:
+            if req.search is head.search:
+                common = len(commonprefix([tokens, req.token_ids(0, req.num_tokens)]))
+                found.append((min(common, req.num_computed_tokens, len(tokens) - 1), -req.beam, req))
+        num_shared, _, parent = max(found, key=lambda one: one[:2])
+        return (parent, num_shared) if num_shared else (None, 0)
+
     def _is_cached(self, head: Request, index: int, cached: set[int]) -> bool:
         """Whether the head's full block number `index` is found in a block that no request owns."""
         wanted = head.cache_salt, head.identities(0, (index + 1) * self._size)
         for block in cached:
-            req, i = self._contents[block]
-            if i == index and (req.cache_salt, req.identities(0, (i + 1) * self._size)) == wanted:
+            known, i = self._contents[block]
+            if isinstance(known, Request):
+                known = known.cache_salt, known.identities(0, (i + 1) * self._size)
+            if i == index and known == wanted:
                 return True
         return False
 

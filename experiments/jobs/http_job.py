@@ -54,8 +54,11 @@ def run_http(run: RunConfig, progress: Callable[[int], Callable[[int], None]], s
     config, driver_config = run.http, run.driver
     driver_config.check_scores("a server shows none")
     target = _target(str(run.target))
-    if run.sampling.n != 1:
-        raise ConfigError(f"sampling.n={run.sampling.n} needs this process's engine; set it to 1 with target")
+    if run.sampling.n != 1 or run.sampling.beams:
+        name, least = ("beams", 0) if run.sampling.beams else ("n", 1)
+        raise ConfigError(
+            f"sampling.{name}={run.sampling.num_sequences} needs this process's engine; set it to {least} with target"
+        )
     sizes = sizes_of(run)  # of the model that the server is said to serve: prompts are ids of its vocabulary
     load = build_load(run, sizes.spec, sizes.special_token_ids)
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | config.authorization()

@@ -133,8 +133,11 @@ class RunRecorder:
             admitted = log.times["admission_time"]
             if admitted[row] != admitted[row]:  # NaN: its first step
                 admitted[row] = step.start_time
-            if sampled and len(req.output_token_ids) == 1:
-                log.times["first_token_time"][row] = step.end_time
+            # A beam's first token may be drawn and not taken, as others' are still to come.
+            if sampled and (len(req.output_token_ids) == 1 or req.search is not None):
+                first = log.times["first_token_time"]
+                if req.search is None or first[row] != first[row]:
+                    first[row] = step.end_time
             if req.num_recomputed_tokens:
                 recomputed += req.num_recomputed_tokens - self._num_recomputed.get(req, 0)
                 self._num_recomputed[req] = req.num_recomputed_tokens

@@ -31,6 +31,7 @@ from kvarena.engine.checks import (
     require,
 )
 from kvarena.engine.errors import ConfigError, RequestError
+from kvarena.engine.beams import EARLY_STOPPING
 from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.experiments.settings import defaults
@@ -93,6 +94,9 @@ class SamplingConfig(Section):
     top_k: Annotated[int, Must("an integer of at least 0 (0 keeps all tokens)", integer(0).holds)]
     min_p: Annotated[float, NUMBER]
     n: Annotated[int, integer(1, 2**16)]
+    beams: Annotated[int, Must("an integer in [0, 1024] (0 searches no beams)", integer(0, 1024).holds)]
+    length_penalty: Annotated[float, NUMBER]
+    early_stopping: Annotated[bool | str, Must("true, false or never", lambda value: value in EARLY_STOPPING)]
     ignore_eos: Annotated[bool, TRUTH]
 
 
@@ -397,6 +401,8 @@ def _kv_cache(config: KVCacheConfig) -> KVCacheConfig:
 
 
 def _sampling(config: SamplingConfig) -> SamplingParams:
+    if config.beams and config.n > 1:
+        raise ConfigError(f"sampling.n={config.n} and sampling.beams={config.beams} exclude one another: set one of them")
     try:
         return SamplingParams(**vars(config))
     except RequestError as error:

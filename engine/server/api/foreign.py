@@ -51,6 +51,8 @@ REPLACED = {
     "no_stop_trim": "include_stop_str_in_output", "ban_eos_token": "ignore_eos", "return_full_text": "echo",
     "random_seed": "seed", "sampler_seed": "seed", "temp": "temperature", "do_sample": "temperature",
     "repeat_penalty": "repetition_penalty", "rep_pen": "repetition_penalty", "logits_bias": "logit_bias",
+    "num_beams": "use_beam_search with n", "beam_size": "use_beam_search with n",
+    "beam_width": "use_beam_search with n",
     "num_return_sequences": "n", "best_of_n": "n", "top_logprobs_num": "top_logprobs", "n_probs": "logprobs",
     "return_logprob": "logprobs", "return_logprobs": "logprobs", "output_scores": "logprobs",
     "input_ids": "prompt", "inputs": "prompt", "input": "prompt or messages", "system": "messages",
@@ -69,7 +71,7 @@ _NUMBERS: dict[str, tuple[float, ...]] = {
     "beam_search_diversity_rate": (0,), "beam_size": (1,), "beam_width": (1,), "best_of_sequences": (1,),
     "cfg_scale": (1,), "diversity_penalty": (0,), "dry_multiplier": (0,), "dynatemp_max": (0,), "dynatemp_min": (0,),
     "dynatemp_range": (0,), "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1,),
-    "epsilon_cutoff": (0,), "eta_cutoff": (0,), "guidance_scale": (1,), "length_penalty": (1,),
+    "epsilon_cutoff": (0,), "eta_cutoff": (0,), "guidance_scale": (1,),
     "logprob_start_len": (-1,),
     "max_time": (), "max_tokens_second": (0,), "min_keep": (0,), "mirostat": (0,), "mirostat_mode": (0,),
     "n_discard": (0,), "n_indent": (0,), "n_keep": (0,), "no_repeat_ngram_size": (0,), "nsigma": (0,),
@@ -84,7 +86,7 @@ _WORDS = """
     adapter adapter_id adapter_name allowed_tools assistant_model audio audio_data background banned_strings
     banned_tokens bad_words_ids bad_words_list begin_suppress_tokens bootstrap_host bootstrap_port bootstrap_room
     character constraints container context custom_logit_processor custom_params custom_token_bans data_parallel_rank
-    decoder_input_details details detokenize disaggregated_params documents dynamic_temperature early_stopping
+    decoder_input_details details detokenize disaggregated_params documents dynamic_temperature
     ec_transfer_params embedding_bias end_id exclude_input_from_output exponential_decay_length_penalty flat_logprobs
     force_words_ids forced_bos_token_id forced_eos_token_id grammar_lazy grammar_triggers guardrails
     guided_decoding_backend guided_whitespace_pattern image_data images input_embeds

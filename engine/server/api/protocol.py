@@ -123,8 +123,10 @@ class SamplingFields(Open):
     bad_words: Annotated[Items[str], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: NumLogprobs = Field(default=None, ge=-1)
     logprob_token_ids: Annotated[Items[TokenId], Field(max_length=MAX_NAMED_TOKENS)] | None = None
-    best_of: int | None = None
+    best_of: int | None = Field(default=None, ge=1)
     use_beam_search: bool | None = None
+    length_penalty: Finite | None = Field(default=None, ge=-100, le=100)
+    early_stopping: bool | Literal["never"] | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     truncation_side: Literal["left", "right"] | None = None
     return_tokens_as_token_ids: bool | None = None

@@ -49,16 +49,32 @@ def check_unsupported(req: SamplingFields, config: ServerConfig, has_priorities:
         raise bad_request(
             "priority is not looked at by this server's scheduler (--scheduler priority does)", "priority"
         )
-    if req.n is not None and req.n > config.max_n:
-        raise bad_request(f"n={req.n} is above this server's limit of {config.max_n}", "n")
-    if req.best_of is not None and req.best_of != (req.n or 1):
-        raise bad_request("best_of is not supported; use n", "best_of")
-    if req.use_beam_search:
-        raise bad_request("use_beam_search is not supported by this server", "use_beam_search")
+    for name in ("n", "best_of"):
+        if (getattr(req, name) or 1) > config.max_n:
+            raise bad_request(f"{name}={getattr(req, name)} is above this server's limit of {config.max_n}", name)
+    _check_search(req)
     if req.stream_options is not None and not req.stream:
         raise bad_request("stream_options is only allowed with stream=true", "stream_options")
     if req.spaces_between_special_tokens is False:
         raise bad_request("spaces_between_special_tokens=false is not supported", "spaces_between_special_tokens")
+
+
+def _check_search(req: SamplingFields) -> None:
+    """400 for what a beam search cannot honour, and for what is nothing without one."""
+    if not req.use_beam_search:
+        if req.best_of is not None and req.best_of != (req.n or 1):
+            raise bad_request("best_of is not supported without use_beam_search; use n", "best_of")
+        for name, harmless in (("length_penalty", 1), ("early_stopping", False)):
+            if getattr(req, name) not in (None, harmless):
+                raise bad_request(f"{name} is not supported without use_beam_search", name)
+        return
+    if req.stream:
+        raise bad_request("stream=true does not go with use_beam_search: the best texts are known at the end", "stream")
+    if (req.best_of or req.n or 1) < (req.n or 1):
+        raise bad_request(f"best_of={req.best_of}, the number of beams, is below n={req.n}", "best_of")
+    for name in ("stop", "prompt_logprobs", "allowed_token_ids", "bad_words"):
+        if getattr(req, name) not in (None, [], ""):
+            raise bad_request(f"{name} does not go with use_beam_search", name)
 
 
 def logit_bias(req: SamplingFields, vocab_size: int) -> dict[int, float]:
@@ -178,6 +194,7 @@ def sampling_params(
         "top_k": max(0, int(values.get("top_k", 0))),
         # -1 asks for another text each time, as in vLLM.
         "seed": None if req.seed is None or req.seed == -1 else req.seed % 2**63,
+        "beams": (req.best_of or req.n or 1) if req.use_beam_search else 0,
         "max_tokens": max(1, max_tokens),
         "stop_token_ids": tuple(stop_tokens),
         "logit_bias": bias,
@@ -187,6 +204,10 @@ def sampling_params(
         "allowed_token_ids": tuple(sorted(set(allowed or ()))),
         "barred": barred,
     }
+    if values["beams"]:
+        least = values["beams"] + len({*limits.eos_token_ids, *stop_tokens})
+        if least > limits.vocab_size:
+            raise bad_request(f"so many beams and stop tokens need a vocabulary of {least} tokens", "n")
     try:
         return SamplingParams(**values)
     except RequestError as error:

@@ -270,6 +270,10 @@ class Service:
 
     def _check_lists(self, req: SamplingFields, constraint: CheckedGrammar | None) -> None:
         """400 where lists of tokens cannot be held to."""
+        if req.use_beam_search and constraint is not None:
+            raise bad_request(
+                "use_beam_search does not go with structured output, held calls or a thought's budget", "use_beam_search"
+            )
         for name in ("allowed_token_ids", "bad_words"):
             if not getattr(req, name):
                 continue
@@ -288,7 +292,7 @@ class Service:
         }
         # What the queue can never hold is the request's fault: a 503 would be tried again for ever.
         most = min(self.config.max_prompts, self.config.max_num_queued_requests)
-        if len(lengths) * (req.n or 1) > most:
+        if sum(made[length].num_sequences for length in lengths) > most:
             raise bad_request(f"more than {most} choices in one request", "n")
         return [made[most] for most in lengths]
 

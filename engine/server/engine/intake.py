@@ -81,7 +81,7 @@ class Intake:
         while self.has_backlog:
             if self._ready:
                 owner, frame = self._ready.popleft()
-                self.num_parked -= frame.sampling.n
+                self.num_parked -= frame.sampling.num_sequences
                 self._add(owner, frame)
             for front, inbox in enumerate(self._inboxes):
                 if inbox:
@@ -114,7 +114,7 @@ class Intake:
                 self._ready.extend(entries)
                 continue
             for front, frame in entries:
-                self.num_parked -= frame.sampling.n
+                self.num_parked -= frame.sampling.num_sequences
                 self.outs[front].admitted.append((frame.handle, "invalid", error))
 
     def _is_parked(self, front: int, frame: AddFrame) -> bool:
@@ -123,7 +123,7 @@ class Intake:
         if key is None or self.grammars is None or not self.grammars.is_under_way(key):
             return False
         self._parked.setdefault(key, []).append((front, frame))
-        self.num_parked += frame.sampling.n
+        self.num_parked += frame.sampling.num_sequences
         return True
 
     def parked(self) -> list[tuple[int, AddFrame]]:
@@ -147,7 +147,7 @@ class Intake:
             if found is None:
                 continue
             entries.remove(found)
-            self.num_parked -= found[1].sampling.n
+            self.num_parked -= found[1].sampling.num_sequences
             if key is not None and not entries:
                 del self._parked[key]
                 assert self.grammars is not None
@@ -158,7 +158,7 @@ class Intake:
 
     def _add(self, front: int, frame: AddFrame) -> None:
         engine, out = self._engine, self.outs[front]
-        num_new = frame.sampling.n
+        num_new = frame.sampling.num_sequences
         if self.refuses:
             out.admitted.append((frame.handle, PAUSED, "the engine is paused"))
             return
@@ -181,6 +181,8 @@ class Intake:
         try:
             for req in self._requests(front, frame):
                 engine.add(req)
+                if not req.is_open:  # a beam whose text nobody asked for
+                    continue
                 self.requests[front, req.handle] = req
                 self._image_bytes += _image_bytes(req)
                 self._tenants.begin(req)
@@ -232,6 +234,7 @@ class Intake:
         requests = expand(req)
         for i, one in enumerate(requests):
             one.handle += i
+            one.is_open = i < frame.sampling.n
         allowed, barred = frame.sampling.allowed_token_ids, frame.sampling.barred
         if allowed or barred:
             for one in requests:

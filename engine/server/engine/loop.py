@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 
+from kvarena.engine.beams import Text
 from kvarena.engine.core import StepFailed, StepOutput
 from kvarena.engine.errors import EngineError, OutOfMemory, RankFailed
 from kvarena.engine.request import FinishReason, Request
@@ -234,7 +235,7 @@ class EngineLoop:
                 self._count_prompt(req)
             if prompt_logprobs is not None and (entries := prompt_logprobs[i]) is not None:
                 outs[req.front].prompt_logprobs.append((req.handle, start + 1, entries))
-            if token is None:
+            if token is None or req.search is not None:  # which beams win is known when all have ended
                 continue
             num_sampled += 1
             out = outs[req.front]
@@ -259,10 +260,20 @@ class EngineLoop:
         reason = (req.finish_reason or FinishReason.ERROR).value
         if req.constraint is not None and req.constraint.failure:
             reason, req.error = BAD_CONSTRAINT, req.constraint.failure
+        if req.search is not None and req.search.is_over:
+            self._send_text(req, req.search.winners[req.beam])
         last = req.output_token_ids[-1] if req.output_token_ids else None
         stop_token = last if reason == FinishReason.STOP.value else None
         error = self._served.words(req.error)
         self._intake.outs[req.front].finished.append((req.handle, reason, stop_token, error, req.num_preemptions))
+
+    def _send_text(self, req: ServedRequest, text: Text) -> None:
+        """A beam's text has won: all of its tokens at once."""
+        out = self._intake.outs[req.front]
+        out.logprobs += enumerate(text.entries, start=len(out.handles))
+        out.handles += [req.handle] * len(text.tokens)
+        out.tokens += text.tokens
+        self._row.inc("vllm:generation_tokens", by=len(text.tokens))
 
     def _count_prompt(self, req: Request) -> None:
         """Count a prompt once, in its first step: a request that a stop string or its client ends counts too."""

@@ -268,7 +268,8 @@ class EngineClient(asyncio.Protocol):
             choice.tokens.append(token)
             choice.num_tokens += 1
             if choice.last_time:
-                itl.observe(now - choice.last_time)
+                if choice.last_time != now:  # of a beam all come at once
+                    itl.observe(now - choice.last_time)
             else:
                 choice.first_time = now
                 self._heard(choice)
