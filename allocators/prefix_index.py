@@ -65,6 +65,7 @@ class PrefixIndex(ABC):
     def find(self, req: Request, num_blocks: int) -> Hit:
         """The published ones among `req`'s first `num_blocks` blocks."""
 
+    @abstractmethod
     def forget(self, req: Request) -> None:
         """`req` owns nothing any more, and may have other tokens when it comes back (a beam)."""
 

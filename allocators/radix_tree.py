@@ -166,6 +166,9 @@ class RadixTree(PrefixIndex):
         upper.children[node.key] = node
         return upper
 
+    def forget(self, req: Request) -> None:
+        """Nothing is remembered of who was looked for."""
+
     # ------------------------------------------------------------ growing
 
     def publish(

@@ -60,8 +60,8 @@ class BeamSearch:
         max_tokens: most output tokens.
         stop_ids: tokens that end a text.
         length_penalty: exponent of the length in the score: above 0 long texts gain.
-        early_stopping: True ends with the first `width` texts; False when no running beam would be better than the worst
-            of them, were it to end now; `never` with a positive penalty: were it to end at `max_tokens`.
+        early_stopping: True ends with the first `width` texts; False when no running beam would be better than the
+            worst of them, were it to end now; `never` with a positive penalty: were it to end at `max_tokens`.
         min_tokens: output tokens up to which no token ends a text.
         num_logprobs: alternatives that the winners' log-probabilities show; None: they have none.
 

@@ -1,13 +1,14 @@
 """What all schedulers share; a policy overrides `build_plan` and a few small hooks.
 
-A request that runs is in exactly one of two sets, but for beams that wait for others (`beams.py`). `prefilling`: more than the last sampled token is left to compute
-(a prompt, or what a preemption dropped). `decoding`: each step computes one token and samples one, so the loop over
-it needs no arithmetic on lengths; that loop is what a step costs.
+A request that runs is in exactly one of two sets (a beam that waits for others is in neither: `beams.py`).
+`prefilling`: more than the last sampled token is left to compute (a prompt, or what a preemption dropped). `decoding`:
+each step computes one token and samples one, so the loop over it needs no arithmetic on lengths; that loop is what a
+step costs.
 
 Progress. A request is admitted only with slots for all tokens that it has, so its next step samples. The running
 request of the best `rank` is never preempted while another one runs, ranks never change, and the allocator refuses
 it only when it is alone; a request that does not fit into an empty pool ends with an error. So some request always
-gets on, and no two can wait for each other.
+gets on, and no two can wait for each other. Beams that wait for one another count as one (`beams.py`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
     prompt     beam 0 computes it | the others fork it, as parallel samples do
     a round    decoding --drawn--> holding --the last one is drawn--> all move: in place, or as another one's heir
+    queued     before all others: those of its search that run wait for it, and their seats are its own
     an heir    gives its KV back, takes the tokens over and forks them; without room for that it is queued
     preempted  all at once. Beam 0 comes back first, the others fork what they have in common with a running one
 
@@ -18,6 +19,7 @@ from kvarena.engine.contract import KVAllocator, StepPlan, cdiv
 from kvarena.engine.errors import NotDefined, RequestRejected
 from kvarena.engine.request import FinishReason, Request, RequestStatus
 from kvarena.schedulers.lifecycle import Lifecycle
+from kvarena.schedulers.queue import RequestQueue
 
 
 class BeamLifecycle(Lifecycle):
@@ -26,6 +28,7 @@ class BeamLifecycle(Lifecycle):
     def __init__(self, allocator: KVAllocator, **options: Any) -> None:
         super().__init__(allocator, **options)
         self._searches: dict[Any, list[Request]] = {}  # a BeamSearch's beams, by number
+        self._joining = RequestQueue()  # beams of searches of which one runs
         self._forked: list[Request] = []  # heirs that no step has been told of
 
     # ---- who may come
@@ -51,8 +54,8 @@ class BeamLifecycle(Lifecycle):
         """Take in a beam that was added. Raises RequestRejected when not all of them would ever fit."""
         search, size = req.search, self.allocator.block_size
         assert search is not None
-        # What they share for certain is the prompt's full blocks, and of a window nothing.
-        shared = 0 if self.allocator.sliding_window is not None else req.num_prompt_tokens // size
+        # What they share for certain is the full blocks of the prompt less its last token, and of a window nothing.
+        shared = 0 if self.allocator.sliding_window is not None else (req.num_prompt_tokens - 1) // size
         need = shared + search.width * (cdiv(req.max_total_tokens, size) - shared)
         room = self.allocator.max_request_tokens
         if need * size > room:
@@ -77,9 +80,6 @@ class BeamLifecycle(Lifecycle):
                     return True
         return taken + (1 if req.search is None else req.search.width) <= self.max_num_seqs
 
-    def first_of(self, req: Request) -> Request:
-        return req if req.search is None else self._searches[req.search][0]
-
     def shared_with(self, req: Request) -> tuple[Request | None, int]:
         """A beam shares most with the running one whose tokens are most like its own."""
         if req.search is None:
@@ -95,6 +95,55 @@ class BeamLifecycle(Lifecycle):
     def _others_run(self, req: Request) -> bool:
         running = (*self.prefilling, *self.decoding, *self.holding)
         return any(not self.are_one(req, other) for other in running)
+
+    # ---- the queue
+
+    def head(self) -> Request | None:
+        return self.first_to_join(super().head())
+
+    def enqueue(self, req: Request) -> None:
+        """Put `req` in its place in the queue."""
+        if not self.joins(req):
+            super().enqueue(req)
+
+    def dequeue(self, req: Request) -> None:
+        """Take `req` out of the queue."""
+        if not self.joins_no_more(req):
+            super().dequeue(req)
+
+    def first_to_join(self, waiting: Request | None) -> Request | None:
+        """The beam that others wait for, before `waiting` unless that is more urgent.
+
+        So the best-ranked search that runs gets on: nobody is let in before its beams, and whoever else runs makes room
+        for them.
+        """
+        beam = self._joining.peek()
+        if beam is None or (waiting is not None and self.is_more_urgent(waiting, beam)):
+            return waiting
+        return beam
+
+    def is_more_urgent(self, req: Request, beam: Request) -> bool:  # noqa: ARG002
+        """Whether `req` is let in before a beam that others wait for."""
+        return False
+
+    def joins(self, req: Request) -> bool:
+        """Queue a beam that others wait for. False: it is no such one."""
+        if req.search is None:
+            return False
+        if not any(beam.status is RequestStatus.RUNNING for beam in self._searches[req.search]):
+            return False
+        self._joining.push(req, self._search_rank(req))
+        return True
+
+    def joins_no_more(self, req: Request) -> bool:
+        """Take a beam that others wait for out of the queue. False: it is no such one."""
+        if req not in self._joining:
+            return False
+        self._joining.remove(req)
+        return True
+
+    def _search_rank(self, beam: Request) -> Any:
+        return self.rank(self._searches[beam.search][0])
 
     # ---- preempted, ended
 
@@ -123,10 +172,12 @@ class BeamLifecycle(Lifecycle):
     def finish(self, req: Request, reason: FinishReason, error: str = "") -> None:
         """End `req` wherever it is, and with a beam all others of its search."""
         super().finish(req, reason, error)
-        beams = self._searches.pop(req.search, []) if req.search is not None else []
-        for beam in beams:
+        if req.search not in self._searches:
+            return
+        for beam in self._searches[req.search]:
             if not beam.is_finished:
                 super().finish(beam, reason, error)
+        del self._searches[req.search]
 
     def yield_to_others(self, plan: StepPlan) -> bool:
         """Nobody gets on, as all that run wait for beams that find no room: preempt one search. False: it is not so."""
@@ -163,7 +214,11 @@ class BeamLifecycle(Lifecycle):
                 super().finish(beam, FinishReason.STOP if text.is_stopped else FinishReason.LENGTH)
             del self._searches[search]
             return beams
-        heirs = [(beam, beams[move.source]) for beam, move in zip(beams, moves, strict=True) if beam is not beams[move.source]]
+        heirs = [
+            (beam, beams[move.source])
+            for beam, move in zip(beams, moves, strict=True)
+            if beam is not beams[move.source]
+        ]
         for heir, _ in heirs:  # all of them first: that makes room
             self.allocator.free(heir)
         for heir, source in heirs:

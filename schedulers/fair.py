@@ -80,10 +80,12 @@ class FairScheduler(ChunkedScheduler):
     def head(self) -> Request | None:
         """The first request of the waiting client with the smallest counter."""
         heads = [queue.peek() for queue in self._queues.values()]
-        return min(
-            (req for req in heads if req is not None),
-            key=lambda req: (self.counters[req.client_id], self.arrival[req]),
-            default=None,
+        return self.first_to_join(
+            min(
+                (req for req in heads if req is not None),
+                key=lambda req: (self.counters[req.client_id], self.arrival[req]),
+                default=None,
+            )
         )
 
     @property
@@ -92,10 +94,14 @@ class FairScheduler(ChunkedScheduler):
 
     def enqueue(self, req: Request) -> None:
         """Put `req` in its client's queue."""
+        if self.joins(req):
+            return
         self._queues.setdefault(req.client_id, RequestQueue()).push(req, self.arrival[req])
 
     def dequeue(self, req: Request) -> None:
         """Take `req` out of its client's queue."""
+        if self.joins_no_more(req):
+            return
         queue = self._queues[req.client_id]
         queue.remove(req)
         if not queue:

@@ -98,18 +98,14 @@ class Lifecycle(StepScheduler):
         """A running request ended: give its slots back."""
         self.allocator.free(req)
 
-    # ---- the queue; a policy with a queue of its own overrides these three
+    # ---- the queue; a policy with a queue of its own overrides these three (and asks `beams.py` first, as fair does)
 
     def head(self) -> Request | None:
         return self._queue.peek()
 
     def enqueue(self, req: Request) -> None:
-        """Put `req` in its place in the queue; a beam where the first one of its search would be."""
-        self._queue.push(req, self.order_key(self.first_of(req)))
-
-    def first_of(self, req: Request) -> Request:
-        """Of requests that only get on together the one whose place in the queue is all of theirs."""
-        return req
+        """Put `req` in its place in the queue."""
+        self._queue.push(req, self.order_key(req))
 
     def dequeue(self, req: Request) -> None:
         """Take `req` out of the queue."""
@@ -161,7 +157,7 @@ class Lifecycle(StepScheduler):
         """Own slots for `req`, by swapping in, forking, or from scratch; all or nothing."""
         allocator, num_slots = self.allocator, self.num_slots_to_admit(req)
         if req.status is RequestStatus.SWAPPED:
-            if self._above_watermark(num_slots) and allocator.swap_in(req):
+            if self._above_watermark(req, num_slots) and allocator.swap_in(req):
                 if allocator.allocate(req, num_slots):
                     return True
             elif self._others_run(req):
@@ -170,7 +166,7 @@ class Lifecycle(StepScheduler):
             self._drop(req)
         parent, num_shared = self.shared_with(req)
         if parent is not None:
-            if not self._above_watermark(num_slots - num_shared):
+            if not self._above_watermark(req, num_slots - num_shared):
                 return False
             if allocator.fork(parent, req, num_shared):
                 if allocator.allocate(req, num_slots):
@@ -179,7 +175,7 @@ class Lifecycle(StepScheduler):
                 req.num_computed_tokens = 0
                 return False
         num_cached = allocator.match_prefix(req)
-        if not self._above_watermark(num_slots - num_cached) or not allocator.allocate(req, num_slots, num_cached):
+        if not self._above_watermark(req, num_slots - num_cached) or not allocator.allocate(req, num_slots, num_cached):
             return False
         if req.num_preemptions == 0:
             req.num_cached_tokens = num_cached
@@ -197,9 +193,9 @@ class Lifecycle(StepScheduler):
         """Whether some request runs whose end would make room for `req`, which does not run."""
         return self.num_running > 0
 
-    def _above_watermark(self, num_new_slots: int) -> bool:
-        """Whether the pool keeps its reserve when `num_new_slots` are taken; always when nobody gets on."""
-        if self._watermark_slots == 0 or self.is_idle:
+    def _above_watermark(self, req: Request, num_new_slots: int) -> bool:
+        """Whether the pool keeps its reserve when `req` takes so many slots; always when no other would get on."""
+        if self._watermark_slots == 0 or self.is_idle or not self._others_run(req):
             return True
         usage = self.allocator.usage()
         return usage.total - usage.owned - num_new_slots >= self._watermark_slots

@@ -33,6 +33,10 @@ class PriorityScheduler(ChunkedScheduler):
         """Priority, then arrival."""
         return req.priority, self.arrival[req]
 
+    def is_more_urgent(self, req: Request, beam: Request) -> bool:
+        """By its priority alone."""
+        return req.priority < beam.priority
+
     def order_prefills(self) -> Iterable[Request]:
         """The most urgent first."""
         return sorted(self.prefilling, key=self.rank)

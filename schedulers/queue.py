@@ -23,6 +23,9 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, req: Request) -> bool:
+        return req in self._entries
+
     def push(self, req: Request, key: Any) -> None:
         """Queue `req` under `key`; equal keys come out in the order of their pushes."""
         self._entries[req] = entry = (key, next(self._pushes), req)

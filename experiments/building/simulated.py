@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from kvarena.engine.clock import MovableClock, VirtualClock
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.ledger import MemoryLedger
@@ -16,6 +18,7 @@ from kvarena.experiments.building.parts import (
     sizes_of,
 )
 from kvarena.experiments.settings.config import RunConfig, SimulatedRunnerConfig
+from kvarena.experiments.simulation.beam_scores import BeamScores
 from kvarena.experiments.simulation.collectives import Ranks, kv_share
 from kvarena.experiments.simulation.expert_load import expert_load
 from kvarena.experiments.simulation.profiles import MeasuredProfile, Profile, load_profile
@@ -54,9 +57,11 @@ def build_simulated_engine(config: RunConfig, clock: MovableClock | None = None)
             "its own context; take a card's profile, or leave it out"
         )
     shares = config.runner.share_reads is True
+    tokens = _harmless_tokens(sizes)
     runner = SimulatedRunner(
-        profile.step_time(sizes, block_size, skew, ranks), clock, _harmless_token(sizes), host=profile.host,
+        profile.step_time(sizes, block_size, skew, ranks), clock, tokens[0], host=profile.host,
         experts=None if sizes.spec.experts is None else expert_load(sizes, skew), shares=shares,
+        beam_scores=BeamScores(tokens) if config.sampling.beams else None,
     )  # fmt: skip
     return EngineParts(
         engine=strategy.engine(runner, clock, overlap=overlap, ledger=ledger),
@@ -99,6 +104,7 @@ def _available_bytes(config: RunConfig, profile_name: str, sizes: ModelSizes, pr
     return available * kv_share(ranks, sizes) // ranks.number
 
 
-def _harmless_token(sizes: ModelSizes) -> int:
-    """The smallest token that is text: it ends no request."""
-    return next(token for token in range(sizes.spec.vocab_size) if token not in sizes.special_token_ids)
+def _harmless_tokens(sizes: ModelSizes) -> list[int]:
+    """The smallest tokens that are text: they end no request."""
+    found = (token for token in range(sizes.spec.vocab_size) if token not in sizes.special_token_ids)
+    return list(islice(found, 256))

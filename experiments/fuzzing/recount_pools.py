@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from fractions import Fraction
 from itertools import groupby
 from math import ceil, floor
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from kvarena.allocators.contiguous import ContiguousAllocator
@@ -120,7 +119,8 @@ class BlockPool:
         tokens, found = head.token_ids(0, head.num_tokens), [(0, 0, head)]
         for req in [*self._scheduler.decoding, *self._scheduler.holding]:
             if req.search is head.search:
-                common = len(commonprefix([tokens, req.token_ids(0, req.num_tokens)]))
+                pairs = zip(tokens, req.token_ids(0, req.num_tokens), strict=False)
+                common = next((i for i, (one, two) in enumerate(pairs) if one != two), len(tokens))
                 found.append((min(common, req.num_computed_tokens, len(tokens) - 1), -req.beam, req))
         num_shared, _, parent = max(found, key=lambda one: one[:2])
         return (parent, num_shared) if num_shared else (None, 0)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
+from kvarena.engine.beams import EARLY_STOPPING
 from kvarena.engine.checkpoints.kinds import QUANTIZATIONS
 from kvarena.engine.checks import (
     NUMBER,
@@ -31,7 +32,6 @@ from kvarena.engine.checks import (
     require,
 )
 from kvarena.engine.errors import ConfigError, RequestError
-from kvarena.engine.beams import EARLY_STOPPING
 from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.experiments.settings import defaults
@@ -44,6 +44,7 @@ defaults.register()  # of a config that another process composed
 MOST_SLOTS, MOST_GIB = 2**48, 2**30
 SLOTS = Must(f"at most {MOST_SLOTS}", lambda value: value is None or value <= MOST_SLOTS)
 GIB = Must(f"at most {MOST_GIB}", lambda value: value is None or value <= MOST_GIB)
+EARLY = Must("true, false or never", lambda value: value in EARLY_STOPPING)
 AUTO = Must("auto, true or false", lambda value: value == "auto" or isinstance(value, bool))
 GRAPHS = Must("auto, true, false or decode", lambda value: value == "decode" or AUTO.holds(value))
 # Hydra reads a name such as 0 as a number.
@@ -96,7 +97,7 @@ class SamplingConfig(Section):
     n: Annotated[int, integer(1, 2**16)]
     beams: Annotated[int, Must("an integer in [0, 1024] (0 searches no beams)", integer(0, 1024).holds)]
     length_penalty: Annotated[float, NUMBER]
-    early_stopping: Annotated[bool | str, Must("true, false or never", lambda value: value in EARLY_STOPPING)]
+    early_stopping: Annotated[bool | str, EARLY]
     ignore_eos: Annotated[bool, TRUTH]
 
 
@@ -402,7 +403,7 @@ def _kv_cache(config: KVCacheConfig) -> KVCacheConfig:
 
 def _sampling(config: SamplingConfig) -> SamplingParams:
     if config.beams and config.n > 1:
-        raise ConfigError(f"sampling.n={config.n} and sampling.beams={config.beams} exclude one another: set one of them")
+        raise ConfigError(f"sampling.n={config.n} excludes sampling.beams={config.beams}: set one of them")
     try:
         return SamplingParams(**vars(config))
     except RequestError as error:

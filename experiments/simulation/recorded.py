@@ -152,8 +152,13 @@ class RecordedRun:
                 ended may have as many tokens as it had. Otherwise it gets that token, and no other, as stop token.
 
         Raises:
-            ConfigError: a stop token ended a request, and it was not recorded.
+            ConfigError: a stop token ended a request, and it was not recorded; or the requests were beams.
         """
+        if self.manifest["config"].get("sampling", {}).get("beams"):
+            raise ConfigError(
+                f"{self.path} is a run of beams, and which beam became which is not recorded; run it again "
+                "(run.py runner=simulated sampling.beams=...)"
+            )
         return [self._request(row, as_long_as_recorded) for row in self.requests]
 
     def _request(self, row: dict[str, Any], as_long_as_recorded: bool) -> Request:

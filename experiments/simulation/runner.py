@@ -10,8 +10,9 @@ from __future__ import annotations
 from kvarena.engine.clock import Clock, MovableClock, VirtualClock
 from kvarena.engine.contract import KVAllocator, StepPlan
 from kvarena.engine.core import StepOutput
-from kvarena.engine.model_runner import StepResult
+from kvarena.engine.model_runner import StepResult, TokenLogprobs
 from kvarena.experiments.recording.step_features import step_features
+from kvarena.experiments.simulation.beam_scores import BeamScores
 from kvarena.experiments.simulation.request_reads import RequestReads
 from kvarena.experiments.simulation.step_time import HostTime, StepTime
 from kvarena.reports.analysis.experts import ExpertLoad
@@ -27,6 +28,7 @@ class SimulatedRunner:
         host: seconds of the host around a step. The part after a step passes when the driver calls `after_step`.
         experts: of the model; each step then says how many it reads, as expected. None for a dense one.
         shares: decodes read once what they have in common.
+        beam_scores: what beams draw; None: as many tokens from `token_id` on as they need.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class SimulatedRunner:
         host: HostTime | None = None,
         experts: ExpertLoad | None = None,
         shares: bool = False,
+        beam_scores: BeamScores | None = None,
     ) -> None:
         self._reads = RequestReads() if shares else None
+        self._beam_scores = beam_scores
         self._step_time = step_time
         self._clock = clock
         self._token_id = token_id
@@ -50,7 +54,10 @@ class SimulatedRunner:
         """A device of the same kind that nobody uses, on a clock of its own."""
         clock = VirtualClock()
         shares = self._reads is not None
-        return SimulatedRunner(self._step_time, clock, self._token_id, self._host, self._experts, shares), clock
+        made = SimulatedRunner(
+            self._step_time, clock, self._token_id, self._host, self._experts, shares, self._beam_scores
+        )
+        return made, clock
 
     def execute(self, plan: StepPlan, allocator: KVAllocator) -> SimulatedStep:
         """Launch a step, after the host's part before it.
@@ -74,7 +81,19 @@ class SimulatedRunner:
         tokens = [token_id if sample else None for sample in plan.samples]
         experts = self._experts
         num_read = 0.0 if experts is None else experts.num_layers * experts.read(features.num_tokens)
-        return SimulatedStep(tokens, self._free_at, self._clock, host.take, num_read, num_saved)
+        return SimulatedStep(tokens, self._free_at, self._clock, host.take, num_read, num_saved, self._drawn(plan))
+
+    def _drawn(self, plan: StepPlan) -> list[TokenLogprobs | None] | None:
+        """What the step's beams draw from; None without any."""
+        if not any(entry.req.search is not None for entry in plan.scheduled):
+            return None
+        if self._beam_scores is None:
+            self._beam_scores = BeamScores(range(self._token_id, self._token_id + 256))
+        best = self._beam_scores.best
+        return [
+            best(entry.req) if sample and entry.req.search is not None else None
+            for entry, sample in zip(plan.scheduled, plan.samples, strict=True)
+        ]
 
     def after_step(self, step: StepOutput) -> None:
         """The host's part after a step: what it took to update and to record."""
@@ -91,7 +110,7 @@ class SimulatedRunner:
 class SimulatedStep:
     """A step on the simulated device."""
 
-    __slots__ = ("_clock", "_end_time", "_num_experts_read", "_num_saved", "_take", "_token_ids")
+    __slots__ = ("_clock", "_end_time", "_logprobs", "_num_experts_read", "_num_saved", "_take", "_token_ids")
 
     def __init__(
         self,
@@ -101,8 +120,10 @@ class SimulatedStep:
         take: float = 0.0,
         num_experts_read: float = 0.0,
         num_saved: int = 0,
+        logprobs: list[TokenLogprobs | None] | None = None,
     ) -> None:
         self._token_ids = token_ids
+        self._logprobs = logprobs
         self._end_time = end_time
         self._clock = clock
         self._take = take
@@ -112,4 +133,6 @@ class SimulatedStep:
     def result(self) -> StepResult:
         """Move the clock to the end of the step, or by what it takes to take in what waits, and return the tokens."""
         self._clock.sleep_until(max(self._end_time, self._clock.now() + self._take))
-        return StepResult(self._token_ids, num_experts_read=self._num_experts_read, num_kv_saved=self._num_saved)
+        return StepResult(
+            self._token_ids, self._logprobs, num_experts_read=self._num_experts_read, num_kv_saved=self._num_saved
+        )

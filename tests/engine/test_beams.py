@@ -207,7 +207,7 @@ def test_beams_that_may_never_fit_are_refused_at_once():
     pool = build_allocator("paged", num_blocks=11, block_size=4, max_model_len=64)
     policy = build_scheduler("chunked", pool, max_model_len=64)
     # 13 + 11 tokens are 6 blocks; 3 of the prompt are shared: 3 + 4 * 3 may be needed.
-    with pytest.raises(RequestRejected, match="4 beams .* may need 60 tokens, over the 44"):
+    with pytest.raises(RequestRejected, match=r"4 beams .* may need 60 tokens, over the 44"):
         policy.add(beams(PROMPTS[0], (4, 1.0, False))[0])
     assert not policy.has_work
 

@@ -135,7 +135,6 @@ CASES = [
     ("min_tokens above max_tokens", COMPLETIONS, P | {"min_tokens": 3}, 400),
     ("suffix", COMPLETIONS, P | {"suffix": "y"}, 400),
     ("best_of", COMPLETIONS, P | {"best_of": 4}, 400),
-    ("beam search", COMPLETIONS, P | {"use_beam_search": True}, 400),
     ("usage in every event of no stream", COMPLETIONS, P | {"stream_options": {"continuous_usage_stats": True}}, 400),
     ("guided_json", COMPLETIONS, P | {"guided_json": {"type": "integer"}}, 400),
     ("guided_regex", COMPLETIONS, P | {"guided_regex": "a+"}, 400),

@@ -60,8 +60,6 @@ FOREIGN = [
     ("MaxTokens", 3, [None]),
     ("xtc_probability", 0.5, [0.0]),
     ("verbosity", "low", ["medium"]),
-    ("length_penalty", 0.5, [1.0]),
-    ("early_stopping", True, [False]),
 ]
 
 

@@ -271,9 +271,8 @@ class Service:
     def _check_lists(self, req: SamplingFields, constraint: CheckedGrammar | None) -> None:
         """400 where lists of tokens cannot be held to."""
         if req.use_beam_search and constraint is not None:
-            raise bad_request(
-                "use_beam_search does not go with structured output, held calls or a thought's budget", "use_beam_search"
-            )
+            text = "use_beam_search does not go with structured output, held calls or a thought's budget"
+            raise bad_request(text, "use_beam_search")
         for name in ("allowed_token_ids", "bad_words"):
             if not getattr(req, name):
                 continue
