@@ -27,28 +27,38 @@ class _Half(NamedTuple):
     Attributes:
         setting: what makes requests of a prompt: how many.
         label: of the cells' folders.
-        words: of several; `axis` of the chart, `shared` of its caption.
+        words, one: what they are, and a number of them in a claim; `axis` of the chart, `shared` of its caption.
         stated: the paper's savings in percent, by workload and number.
     """
 
     setting: str
     label: str
     words: str
+    one: str
     axis: str
     shared: str
     stated: dict[str, dict[int, float]]
 
 
 HALVES = (
-    _Half("sampling.n", "n", "{} samples", "parallel samples", "the prompt among parallel samples", SAMPLING_SAVED),
-    _Half("sampling.beams", "beams", "beam search of {}", "beam width", "blocks among beams", BEAM_SAVED),
+    _Half(
+        "sampling.n",
+        "n",
+        "samples",
+        "{} samples",
+        "parallel samples",
+        "the prompt among parallel samples",
+        SAMPLING_SAVED,
+    ),
+    _Half("sampling.beams", "beams", "beams", "beam search of {}", "beam width", "blocks among beams", BEAM_SAVED),
 )
 
 
 @dataclass(frozen=True)
 class PaperFig15Study:
     """Args:
-    num_samples: parallel samples of a prompt, and widths of beam searches, as in the paper.
+    num_samples: parallel samples of a prompt, as in the paper.
+    beam_widths: of beam searches, as in the paper.
     rates: workload -> samples or beams started per second; requests per second are that over their number.
     num_requests: workload -> prompts of each cell.
     seeds: of the workload.
@@ -58,6 +68,7 @@ class PaperFig15Study:
     """
 
     num_samples: Sequence[int]
+    beam_widths: Sequence[int]
     rates: dict[str, float]
     num_requests: dict[str, int]
     seeds: Sequence[int]
@@ -69,18 +80,18 @@ class PaperFig15Study:
     def run(self, cells: CellRunner) -> Findings:
         """See `Study.run`."""
         found = [
-            (half, workload, {n: self._saved(cells, half, workload, n) for n in self.num_samples})
-            for half in HALVES
-            for workload in self.rates
+            (half, workload, {n: self._saved(cells, half, workload, n) for n in numbers})
+            for half, numbers in zip(HALVES, (self.num_samples, self.beam_widths), strict=True)
+            for workload in (self.rates if numbers else ())
         ]
         claims = [_claim(half, name, n, mean) for half, name, of in found for n, mean in of.items()]
         shares = "; ".join(
-            f"{half.axis}, {name}: {', '.join(f'{m.value:.1f} %' for m in of.values())}" for half, name, of in found
+            f"{', '.join(map(str, of))} {half.words}, {name}: {', '.join(f'{m.value:.1f} %' for m in of.values())}"
+            for half, name, of in found
         )
-        samples = ", ".join(map(str, self.num_samples))
         return Findings(
             title="PagedAttention, Figure 15: memory saved by sharing blocks",
-            headline=f"{counted(claims, 'savings are as the paper’s')}. With {samples} of them: {shares}.",
+            headline=f"{counted(claims, 'savings are as the paper’s')}. {shares}.",
             source=FIGURE_15_SOURCE,
             claims=claims,
             charts=[_chart(half, name, of) for half, name, of in found],
@@ -118,7 +129,7 @@ class PaperFig15Study:
 
 
 def _claim(half: _Half, workload: str, num: int, mean: Mean) -> Claim:
-    quantity = f"{workload}, {half.words.format(num)}: memory saved"
+    quantity = f"{workload}, {half.one.format(num)}: memory saved"
     of = half.stated[workload]
     stated = of.get(num)
     if stated is not None:
