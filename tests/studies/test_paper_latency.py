@@ -102,8 +102,8 @@ def test_large_blocks_cost_alpaca_and_not_sharegpt(tmp_path, thorough):
 
 def test_samples_save_memory_only_where_blocks_are_shared(tmp_path, monkeypatch):
     small = (
-        "experiment=paper_fig15", "study.num_samples=[6]", "study.beam_widths=[]", "study.num_requests={sharegpt:16,alpaca:50}",
-        "study.seeds=[0,1]",
+        "experiment=paper_fig15", "study.num_samples=[6]", "study.beam_widths=[]",
+        "study.num_requests={sharegpt:16,alpaca:50}", "study.seeds=[0,1]",
     )  # fmt: skip
     findings, _ = run_study(tmp_path / "right", *small)
     found = {claim.quantity: claim for claim in findings.claims}
@@ -116,10 +116,10 @@ def test_samples_save_memory_only_where_blocks_are_shared(tmp_path, monkeypatch)
 
 def test_beams_save_more_than_samples(tmp_path):
     small = (
-        "experiment=paper_fig15", "study.num_samples=[4]", "study.beam_widths=[4]",
-        "study.num_requests={sharegpt:3,alpaca:12}", "study.seeds=[0,1]",
+        "experiment=paper_fig15", "study.num_samples=[4]", "study.beam_widths=[4]", "study.num_requests={alpaca:12}",
+        "study.rates={alpaca:30}", "study.seeds=[0]",
     )  # fmt: skip
-    found = {claim.quantity: claim for claim in run_study(tmp_path, *small)[0].claims}
-    for workload, least in (("alpaca", 40), ("sharegpt", 50)):
-        beams = found[f"{workload}, beam search of 4: memory saved"].ours
-        assert max(least, found[f"{workload}, 4 samples: memory saved"].ours) < beams < 75
+    findings, _ = run_study(tmp_path, *small)
+    samples, beams = (claim.ours for claim in findings.claims)
+    assert 1.4 * samples < beams < 75
+    assert [chart.name for chart in findings.charts] == ["saved_alpaca", "saved_beams_alpaca"]
