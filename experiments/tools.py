@@ -66,6 +66,7 @@ TOOLS: dict[str, dict[str, Tool]] = {
         "same_results": "two versions of this code: the same decisions, tokens and numbers on twenty cells",
         "map_check": "a run's KV map against its memory ledger",
         "verdict_rates": "how often the verdicts of reports are false, and how often they decide",
+        "drawn_beams": "how much KV a model's beams share, and those that the simulator draws",
         "steady_rates": "how often the rule for a run's steady part gives each of its answers, on known load",
         "aa_under_load": "how often identical cells are told apart on a machine that is busy on purpose",
     }) | _tools("fuzzing", {

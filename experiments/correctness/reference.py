@@ -7,7 +7,8 @@ no batch), and `generate_batch`, its continuous batching over a paged cache.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,28 @@ def generate_continuous(
             elif result.is_finished():
                 outputs[result.request_id] = list(result.generated_tokens)
     return [outputs[req.request_id] for req in requests]
+
+
+def beam_texts(module: Any, req: Request, sampling: Mapping[str, Any]) -> list[list[int]]:
+    """`generate` with `num_beams`, of one prompt: the output tokens of all texts, best first.
+
+    Args:
+        module: from `load_reference`.
+        req: its prompt and `max_tokens`.
+        sampling: section `sampling` of the run's config.
+    """
+    ends = module.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or ())
+    stops = [] if sampling["ignore_eos"] else ends
+    config = copy(module.generation_config)
+    config.eos_token_id, config.pad_token_id = stops or None, PAD
+    config.max_new_tokens, config.do_sample = req.sampling.max_tokens, False
+    config.num_beams = config.num_return_sequences = sampling["beams"]
+    config.length_penalty, config.early_stopping = sampling["length_penalty"], sampling["early_stopping"]
+    ids = torch.tensor([req.prompt_token_ids])
+    done = module.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    texts = []
+    for row in done[:, ids.shape[1] :].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        texts.append(row[:end])
+    return texts

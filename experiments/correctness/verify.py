@@ -2,8 +2,9 @@
 
     kvarena check verify RUN_DIR [RUN_DIR ...]
 
-Greedy runs in fp32 of a local model directory. The reference is computed once, in left-padded batches, for the first
-run's requests; all runs must hold the same requests. Prints one JSON line per run; exit code 1 when tokens differ.
+Greedy runs in fp32 of a local model directory, and runs of beams. The reference is computed once, in left-padded
+batches (of beams prompt by prompt), for the first run's requests; all runs must hold the same requests. Prints one JSON
+line per run; exit code 1 when tokens differ.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from kvarena.engine.checkpoints.directory import resolve_directory
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.request import Request, SamplingParams
-from kvarena.experiments.correctness.reference import generate_static, load_reference
+from kvarena.experiments.correctness.reference import beam_texts, generate_static, load_reference
 from kvarena.experiments.tools import tool_parser
 from kvarena.reports.reading.files import read_json, read_table
 from kvarena.reports.reading.names import MANIFEST_FILE, REQUESTS_FILE
@@ -41,18 +42,24 @@ def _verify(run_dirs: list[Path], batch_size: int, limit: int | None) -> int:
         raise ConfigError(f"{run_dirs[0]} is not a greedy fp32 run; only those have a reference")
     if config["model"]["path"] is None:
         raise ConfigError(f"{run_dirs[0]} ran a bare shape; there is no checkpoint to compare with")
-    rows = _rows(run_dirs[0], limit)
+    sampling = config["sampling"]
+    width = sampling.get("beams", 0)
+    rows = _rows(run_dirs[0], limit and limit * max(1, width), any_end=bool(width))
     requests = [
         Request(row["request_id"], row["prompt_token_ids"], SamplingParams(max_tokens=row["max_tokens"]))
         for row in rows
     ]
     module = load_reference(str(resolve_directory(config["model"]["path"])))
-    expected = dict(
-        zip((req.request_id for req in requests), generate_static(module, requests, batch_size), strict=True)
-    )
+    if width:
+        # Of each prompt all beams, the best one first.
+        outputs = [text for req in requests[::width] for text in beam_texts(module, req, sampling)]
+    else:
+        outputs = generate_static(module, requests, batch_size)
+    expected = dict(zip((req.request_id for req in requests), outputs, strict=True))
     differing = 0
     for run_dir in run_dirs:
-        found = {row["request_id"]: row["output_token_ids"] for row in _rows(run_dir, limit)}
+        of_run = _rows(run_dir, limit and limit * max(1, width), any_end=bool(width))
+        found = {row["request_id"]: row["output_token_ids"] for row in of_run}
         if found.keys() != expected.keys():
             raise ConfigError(f"{run_dir} holds other requests than {run_dirs[0]}")
         wrong = [name for name, tokens in expected.items() if found[name] != tokens]
@@ -63,7 +70,8 @@ def _verify(run_dirs: list[Path], batch_size: int, limit: int | None) -> int:
     return 1 if differing else 0
 
 
-def _rows(run_dir: Path, limit: int | None) -> list[dict[str, Any]]:
-    """The finished requests of a run, in order of submission."""
+def _rows(run_dir: Path, limit: int | None, *, any_end: bool) -> list[dict[str, Any]]:
+    """The finished requests of a run, in order of submission; `any_end`: those that a stop token ended, too."""
+    ends = ("length", "stop") if any_end else ("length",)
     rows = read_table(run_dir / REQUESTS_FILE, COLUMNS).to_pylist()
-    return [row for row in rows if row["finish_reason"] == "length"][:limit]
+    return [row for row in rows if row["finish_reason"] in ends][:limit]
