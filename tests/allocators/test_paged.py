@@ -9,6 +9,7 @@ from allocator_machine import make_request
 
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.allocators.prefix import PrefixCachingAllocator
+from kvarena.allocators.radix import RadixAllocator
 from kvarena.engine.contract import NULL_BLOCK, BlockCopy, CopyKind
 from kvarena.engine.errors import ConfigError
 from kvarena.engine.ledger import check_usage
@@ -66,6 +67,35 @@ def test_a_child_shares_full_blocks_and_gets_a_copy_of_the_one_that_it_writes(cl
     assert (usage.owned, usage.computed, usage.shared_saved) == (16, 11, 8)
     assert alloc.allocate(child, 13) and alloc.allocate(parent, 12)
     assert alloc.drain_copies() == [] and table(alloc, parent) == before
+
+
+@pytest.mark.parametrize("cls", [PagedAllocator, PrefixCachingAllocator, RadixAllocator])
+@pytest.mark.parametrize(("num_shared", "num_full"), [(11, 2), (8, 2), (7, 1), (3, 0)])
+def test_a_fork_may_share_any_of_the_positions_that_were_computed(
+    cls: type[PagedAllocator], num_shared: int, num_full: int
+) -> None:
+    """What beams have in common may end in the output, or, of one that comes back, long before its end."""
+    alloc = cls(num_blocks=20, block_size=4, max_model_len=64)
+    parent = admit(alloc, "parent", 5)
+    parent.output_token_ids += [50, 51, 52, 53, 54, 55, 56]
+    assert alloc.allocate(parent, 12)
+    parent.num_computed_tokens = 11
+    child = make_request("child", parent.prompt_token_ids)
+    child.output_token_ids += [50, 51, 52, 53, 54, 55, 57]
+    assert alloc.forks and alloc.fork(parent, child, num_shared)
+    before = table(alloc, parent)
+    assert child.num_computed_tokens == num_shared
+    assert table(alloc, child)[:num_full] == before[:num_full]
+    half = num_shared % 4 > 0
+    copies = [BlockCopy(CopyKind.DEVICE, before[num_full], table(alloc, child)[num_full])] if half else []
+    assert alloc.drain_copies() == copies and len(table(alloc, child)) == num_full + half
+    usage = alloc.usage()
+    check_usage(usage)
+    assert (usage.computed, usage.shared_saved) == (11 + num_shared - 4 * num_full, 4 * num_full)
+    assert not alloc.fork(parent, make_request("early", [0] * 5), 12)  # its last position is not there yet
+    alloc.free(parent)
+    alloc.free(child)
+    assert alloc.usage().owned == 0
 
 
 def test_a_fork_of_whole_blocks_copies_nothing() -> None:

@@ -34,6 +34,20 @@ def hit(alloc: PrefixCachingAllocator, tokens: list[int], salt: str = "") -> int
     return alloc.match_prefix(make_request("probe", tokens, salt=salt))
 
 
+def test_what_was_found_for_other_tokens_of_a_request_is_forgotten() -> None:
+    """A beam that was looked for, ran, and took another one's tokens over."""
+    alloc = make()
+    one, two = compute(alloc, "one", list(range(9))), compute(alloc, "two", [*range(4), 30, 31, 32, 33, 34])
+    beam = make_request("beam", list(range(4)))
+    beam.output_token_ids += [4, 5, 6, 7, 8]
+    assert alloc.match_prefix(beam) == 8 and alloc.allocate(beam, 9, 8)
+    assert list(alloc.block_table(beam))[:2] == list(alloc.block_table(one))[:2]
+    alloc.free(beam)
+    beam.output_token_ids[:] = [30, 31, 32, 33, 34]
+    assert alloc.match_prefix(beam) == 8 and alloc.allocate(beam, 9, 8)
+    assert list(alloc.block_table(beam))[:2] == list(alloc.block_table(two))[:2]
+
+
 def test_full_blocks_are_shared_and_counted_once() -> None:
     alloc = make()
     a = compute(alloc, "a", list(range(10)))
