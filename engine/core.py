@@ -218,7 +218,8 @@ class Engine:
             tokens[i] = None
             entry = None if result.logprobs is None else result.logprobs[i]
             if entry is None:
-                raise EngineError(f"beam {req.request_id!r} needs log-probabilities, and this runner gives none")
+                text = f"beam {req.request_id!r} needs log-probabilities, and this runner gives none"
+                raise StepFailed(plan, EngineError(text))
             if not req.is_finished:
                 req.search.draw(req.beam, entry)
         return tokens

@@ -278,10 +278,10 @@ class LLM:
             images=asked.images,
         )
         requests = expand(req)
-        for one in requests:
-            self._engine.add(one)
         # Of beams there may be more than texts that are asked for.
         self._client.open |= dict(zip(requests, asked.choices, strict=False))
+        for one in requests:
+            self._engine.add(one)
 
     def _run(self) -> None:
         """Step until every choice has its text. Raises EngineError when that cannot be."""

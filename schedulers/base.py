@@ -120,7 +120,8 @@ class Scheduler(BeamLifecycle):
             for req in plan.preempted:
                 if req.status is RequestStatus.SWAPPED:
                     self._drop(req)
-            for req in list(self.prefilling):  # admitted, and perhaps swapped in, by this step
+            # Admitted, and perhaps swapped in, by this step; or forked before it.
+            for req in [*self.prefilling, *(beam for beam in plan.forked if beam in self.decoding)]:
                 self._remove_running(req)
                 self._drop(req)
                 self.enqueue(req)

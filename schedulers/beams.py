@@ -233,6 +233,7 @@ class BeamLifecycle(Lifecycle):
             if not self.allocator.fork(source, heir, source.num_computed_tokens):
                 del self.decoding[heir]
                 heir.status = RequestStatus.WAITING
+                heir.num_preemptions += 1  # what it had is gone, and it comes back
                 self.enqueue(heir)
         return []
 

@@ -100,8 +100,6 @@ def build(config: RunConfig, shared: SharedParts | None = None) -> Setup:
     if config.runner.kind == "simulated":
         driver.check_scores("runner=simulated computes no tokens")
     parts = build_engine(config, shared)
-    if config.sampling.beams:
-        parts.engine.scheduler.check_search(config.sampling.beams)
     # Nobody reads what is in a prompt where nothing is computed, no prefix is looked for and no token recorded.
     blank = parts.simulator is not None and driver.record != "full" and not parts.engine.allocator.reads_tokens
     load = build_load(config, parts.spec, parts.special_token_ids, blank=blank)

@@ -145,6 +145,8 @@ def first_strategy(
     strategy = make_strategy(config, num_blocks, max_model_len, spec, device)
     _say_chosen_pages(strategy.allocator)
     _check_window(strategy.allocator, spec, config.parallel.pipeline_parallel_size)
+    if config.sampling.beams:
+        strategy.scheduler.check_search(config.sampling.beams)
     return strategy
 
 

@@ -58,6 +58,11 @@ def build_simulated_engine(config: RunConfig, clock: MovableClock | None = None)
         )
     shares = config.runner.share_reads is True
     tokens = _harmless_tokens(sizes)
+    if config.sampling.beams >= len(tokens) - len(spec.eos_token_ids):
+        raise ConfigError(
+            f"sampling.beams={config.sampling.beams} is more than a simulated model has tokens for, {len(tokens)}; "
+            "search fewer beams"
+        )
     runner = SimulatedRunner(
         profile.step_time(sizes, block_size, skew, ranks), clock, tokens[0], host=profile.host,
         experts=None if sizes.spec.experts is None else expert_load(sizes, skew), shares=shares,

@@ -173,6 +173,28 @@ def test_one_beams_end_is_all_of_theirs(model, at, beam):
     assert not engine.runner._rows.known(req.request_id for req in [*of, *other])
 
 
+def test_heirs_of_a_failed_step_compute_again(model, wanted):
+    """Of a step that computed another request and failed nobody knows whether it made the heirs' copies."""
+    key = (PROMPTS[0], SEARCHES[1])
+    engine = make_engine(model, "paged", "continuous", num_blocks=ROOMY)
+    of = beams(*key)
+    for req in of:
+        engine.add(req)
+    failed = 0
+    while engine.has_work:
+        if engine.scheduler._forked and not failed:
+            engine.add(Request("other", list(PROMPTS[1]), SamplingParams(max_tokens=2)))
+            plan = engine.scheduler.schedule(0.0)
+            assert plan.forked and plan.copies and [entry.req.request_id for entry in plan.scheduled] == ["other"]
+            failed = len(plan.forked)
+            assert [req.request_id for req in engine.scheduler.fail(plan)] == ["other"]
+            assert engine.scheduler.num_waiting == failed
+            engine.ledger = None  # which has not seen that step
+        engine.step()
+    assert failed
+    assert [req.output_token_ids for req in of] == wanted[key][0]
+
+
 def test_a_failed_step_ends_all_beams(model):
     engine = make_engine(model, "paged", "chunked", num_blocks=TIGHT)
     of = beams(PROMPTS[0], (4, 1.0, False))
