@@ -20,9 +20,9 @@ from kvarena.engine.errors import ConfigError
 from kvarena.engine.model_runner import TokenLogprobs
 from kvarena.engine.request import Request
 
-# Of the demo model's beams on the text that it knows: mean and spread of the largest share, in which 1/2, 1/3, ... the
-# next ones have what is left; and as much shared KV (docs/simulator.md has both beside each other).
-SURE, UNSURE = 0.50, 0.40  # a and b
+# Of the demo model's beams on the text that it knows: the largest share is 0.56 in the mean, and of what is left the
+# next ones have 1, 1/2, 1/3, ... How much KV is shared then, docs/simulator.md has beside what the model's beams share.
+SURE, UNSURE = 0.45, 0.40  # a and b
 ALIKE = 0.5  # share of positions at which all beams of a search have the same draw
 _NUM_DRAWS, _NUM_TOKENS = 8192, 256
 _SEED = 15

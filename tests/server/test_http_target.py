@@ -280,6 +280,7 @@ def test_a_prompt_that_breaks_off_while_the_cache_warms_up_is_an_error(tmp_path)
         ("target=http://127.0.0.1:9", EngineError, "does not answer /v1/models"),
         ("http.api_key_file=/nowhere", ConfigError, "http.api_key_file=/nowhere cannot be read"),
         ("sampling.n=2", ConfigError, "sampling.n=2 needs this process"),
+        ("sampling.beams=2", ConfigError, "sampling.beams=2 needs this process"),
         ("http.timeout=0", ConfigError, "http.timeout=0 must be above 0"),
     ],
 )

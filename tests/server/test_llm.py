@@ -23,6 +23,7 @@ CASES = {
     "penalties": {"temperature": 0, "max_tokens": 24, "presence_penalty": 1.0, "frequency_penalty": 0.5,
                   "repetition_penalty": 1.2, "logit_bias": {300: 2.0, 301: -5}},
     "goes on": {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "skip_special_tokens": False},
+    "beams": {"use_beam_search": True, "n": 2, "best_of": 3, "length_penalty": 0.5, "max_tokens": 12, "logprobs": 1},
     "scores": {"temperature": 0, "max_tokens": 6, "logprobs": 2, "prompt_logprobs": 1},
 }  # fmt: skip
 
