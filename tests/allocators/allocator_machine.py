@@ -214,14 +214,21 @@ class AllocatorMachine(RuleBasedStateMachine):
             assert self.alloc.usage() == before
 
     @precondition(lambda self: self._forkable())
-    @rule(data=st.data())
-    def fork(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), as_beam=st.booleans())
+    def fork(self, data: st.DataObject, as_beam: bool) -> None:
         parent = self.live[self._pick(data, self._forkable())]
         child = make_request(f"{parent.request_id}.{self.count}", parent.prompt_token_ids)
         self.count += 1
-        before = self.alloc.usage()
-        if self.alloc.fork(parent, child):
-            assert child.num_computed_tokens == parent.num_prompt_tokens - 1
+        before, num_prompt = self.alloc.usage(), parent.num_prompt_tokens
+        num_shared, asked = num_prompt - 1, None
+        if as_beam:  # any positions that steps before this one computed; another token comes behind them
+            entry = self.planned.get(parent.request_id)
+            computed = parent.num_computed_tokens if entry is None else entry.start
+            num_shared = asked = data.draw(st.integers(0, min(computed, child.max_total_tokens - 1)))
+            if num_shared >= num_prompt:
+                child.output_token_ids += [*parent.output_token_ids[: num_shared - num_prompt], 1]
+        if self.alloc.fork(parent, child, asked):
+            assert child.num_computed_tokens == num_shared
             self.live[child.request_id] = child
         else:
             assert child.num_slots == 0 and self.alloc.usage() == before
