@@ -1,6 +1,7 @@
 """`sampling.n` and `sampling.beams`: each item of a workload gives several requests."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -108,3 +109,5 @@ def test_what_beams_draw_is_a_distribution_and_always_the_same():
     whole = np.exp(first._logprobs)
     assert whole.sum(axis=1) == pytest.approx(1.0)
     assert whole[:, 0].mean() == pytest.approx(0.56, abs=0.01)  # as the demo model's beams
+    one[0].output_token_ids += [1] * 5000
+    assert math.exp(first.best(one[0]).top[0][1]) == pytest.approx(0.999)  # it repeats itself
