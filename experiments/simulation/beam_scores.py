@@ -25,7 +25,7 @@ from kvarena.engine.model_runner import TokenLogprobs
 from kvarena.engine.request import Request
 
 # Of the demo model's beams on the text that it knows: the largest share is 0.56 in the mean, and of what is left the
-# next ones have 1, 1/2, 1/3, ... The others so that as much KV is shared (docs/simulator.md has both beside each other).
+# next ones have 1, 1/2, 1/3, ... The other numbers are so that as much KV is shared (docs/simulator.md, Beams).
 SURE, UNSURE = 0.45, 0.40  # a and b
 ALIKE = 0.5  # share of positions at which all beams of a search have the same draw
 LEAST_FRESH, MORE_FRESH = 60, 200  # tokens before a text repeats itself: at least, and in the mean beyond that
