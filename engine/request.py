@@ -409,6 +409,8 @@ def _beams(req: AnyRequest) -> list[AnyRequest]:
     beams: list[AnyRequest] = []
     for i in range(width):
         beams.append(_copy(req, i, sampling, beams))
+        # The first one computes the prompt.
+        sampling = replace(sampling, prompt_logprobs=None)
         beams[i].search, beams[i].beam = search, i
     return beams
 

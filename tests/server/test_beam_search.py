@@ -39,7 +39,7 @@ def test_texts_and_scores_are_those_of_transformers(server, module, width, penal
     for choice, row in zip(answer["choices"], wanted.sequences[:, len(PROMPT) :].tolist(), strict=True):
         tokens = choice["token_ids"]
         assert tokens == row[: len(tokens)]
-        assert set(row[len(tokens) :]) <= {0}
+        assert set(row[len(tokens) :]) <= {0, stops[0]}  # what it is padded with
         assert (choice["finish_reason"] == "stop") == (tokens[-1] in stops)
         parts = choice["logprobs"]["token_logprobs"]
         assert len(parts) == len(tokens)
@@ -62,6 +62,16 @@ def test_the_best_of_more_beams_are_the_answer(server):
     server.wait_idle()
 
 
+def test_a_prompts_own_scores_come_with_beams(server):
+    body = {"prompt": PROMPT, "max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 1}
+    [alone] = server.post(COMPLETIONS, body).json()["choices"]
+    for choice in server.post(COMPLETIONS, body | {"use_beam_search": True, "n": 3}).json()["choices"]:
+        scores = choice["logprobs"]["token_logprobs"]
+        assert len(scores) == len(PROMPT) + 3
+        assert scores[1 : len(PROMPT)] == pytest.approx(alone["logprobs"]["token_logprobs"][1 : len(PROMPT)], abs=1e-4)
+        assert choice["text"].startswith(alone["text"][:10])
+
+
 def test_chats_search_beams(server):
     body = {"messages": USER, "max_tokens": 8, "use_beam_search": True, "n": 2}
     answer = server.post(CHAT, body | {"logprobs": True, "top_logprobs": 2}).json()
@@ -81,8 +91,6 @@ def test_chats_search_beams(server):
         (COMPLETIONS, {"stream": True}, "stream"),
         (COMPLETIONS, {"stop": ["x"]}, "stop"),
         (COMPLETIONS, {"n": 4, "best_of": 2}, "best_of"),
-        (COMPLETIONS, {"echo": True, "logprobs": 1}, "prompt_logprobs"),
-        (COMPLETIONS, {"prompt_logprobs": 1}, "prompt_logprobs"),
         (COMPLETIONS, {"allowed_token_ids": [5]}, "allowed_token_ids"),
         (COMPLETIONS, {"bad_words": ["x"]}, "bad_words"),
         (COMPLETIONS, {"structured_outputs": {"regex": "a+"}}, "use_beam_search"),
