@@ -18,11 +18,11 @@ from kvarena.experiments.building.parts import (
     sizes_of,
 )
 from kvarena.experiments.settings.config import RunConfig, SimulatedRunnerConfig
-from kvarena.experiments.simulation.beam_scores import BeamScores
 from kvarena.experiments.simulation.collectives import Ranks, kv_share
 from kvarena.experiments.simulation.expert_load import expert_load
 from kvarena.experiments.simulation.profiles import MeasuredProfile, Profile, load_profile
 from kvarena.experiments.simulation.runner import SimulatedRunner
+from kvarena.experiments.workloads.parts.beam_scores import BeamScores
 
 
 def build_simulated_engine(config: RunConfig, clock: MovableClock | None = None) -> EngineParts:

@@ -12,9 +12,9 @@ from kvarena.engine.contract import KVAllocator, StepPlan
 from kvarena.engine.core import StepOutput
 from kvarena.engine.model_runner import StepResult, TokenLogprobs
 from kvarena.experiments.recording.step_features import step_features
-from kvarena.experiments.simulation.beam_scores import BeamScores
 from kvarena.experiments.simulation.request_reads import RequestReads
 from kvarena.experiments.simulation.step_time import HostTime, StepTime
+from kvarena.experiments.workloads.parts.beam_scores import BeamScores
 from kvarena.reports.analysis.experts import ExpertLoad
 
 

@@ -13,8 +13,8 @@ from kvarena.engine.request import FinishReason, Request, SamplingParams, expand
 from kvarena.experiments.building.build import build
 from kvarena.experiments.correctness import drawn_beams, verify
 from kvarena.experiments.settings.compose import load_run
-from kvarena.experiments.simulation.beam_scores import BeamScores
 from kvarena.experiments.simulation.recorded import RecordedRun
+from kvarena.experiments.workloads.parts.beam_scores import BeamScores
 
 SIMULATED = ("runner=simulated", "runner.profile=h100", "engine.dtype=bfloat16", "workload=fixed")
 
