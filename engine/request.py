@@ -159,6 +159,7 @@ class SamplingParams:
         check(self.prompt_logprobs is None or self.prompt_logprobs >= 0, "prompt_logprobs", "at least 0")
         check(self.n >= 1, "n", "at least 1")
         check(self.beams >= 0, "beams", "at least 0 (0 searches no beams)")
+        check(not (self.beams and self.logprob_token_ids), "logprob_token_ids", "empty with beams")
         check(not self.beams or self.n <= self.beams, "n", f"at most the number of beams, {self.beams}")
         check(math.isfinite(self.length_penalty), "length_penalty", "a finite number")
         check(self.early_stopping in EARLY_STOPPING, "early_stopping", "true, false or never")

@@ -93,6 +93,7 @@ def test_chats_search_beams(server):
         (COMPLETIONS, {"n": 4, "best_of": 2}, "best_of"),
         (COMPLETIONS, {"allowed_token_ids": [5]}, "allowed_token_ids"),
         (COMPLETIONS, {"bad_words": ["x"]}, "bad_words"),
+        (COMPLETIONS, {"logprobs": 1, "logprob_token_ids": [5]}, "logprob_token_ids"),
         (COMPLETIONS, {"structured_outputs": {"regex": "a+"}}, "use_beam_search"),
         (COMPLETIONS, {"best_of": 1000}, "best_of"),
         (COMPLETIONS, {"early_stopping": "later"}, "early_stopping"),

@@ -72,7 +72,7 @@ def _check_search(req: SamplingFields) -> None:
         raise bad_request("stream=true does not go with use_beam_search: the best texts are known at the end", "stream")
     if (req.best_of or req.n or 1) < (req.n or 1):
         raise bad_request(f"best_of={req.best_of}, the number of beams, is below n={req.n}", "best_of")
-    for name in ("stop", "allowed_token_ids", "bad_words"):
+    for name in ("stop", "allowed_token_ids", "bad_words", "logprob_token_ids"):
         if getattr(req, name) not in (None, [], ""):
             raise bad_request(f"{name} does not go with use_beam_search", name)
 
