@@ -27,6 +27,7 @@ from kvarena.engine.kernels.attention.wide_prefill import (
     launch_constants,
 )
 from kvarena.engine.kernels.hopper import SHARED_BYTES, compile_source, kernel_source, nvrtc_major
+from tests.kernels.on_host import host_text
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FOLDER = Path(__file__).parents[1] / "kernels"
@@ -74,7 +75,7 @@ def on_host(tmp_path_factory):
         key = tuple(constants.values())
         if key not in programs:
             defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-            texts = [(FOLDER / name).read_text() for name in ("hopper_on_host.cpp", "prefill_on_host_main.cpp")]
+            texts = [host_text("hopper_on_host.cpp"), (FOLDER / "prefill_on_host_main.cpp").read_text()]
             source = folder / f"{len(programs)}.cpp"
             source.write_text(defines + texts[0] + text + texts[1])
             programs[key] = source.with_suffix("")

@@ -1,30 +1,9 @@
 // Runs wide_gemm.cu, with PACKED wide_packed.cu, or with COLUMNS wide_prefill.cu on a CPU, a cluster after another or all
 // at once: each thread is a fiber that gives way where it would wait, each fetch arrives at some later time, in any order.
 // What hopper.cu does with instructions of the GPU is done here by hand, without swizzle. The test puts the launch's
-// constants before this text (CM: programs of a cluster) and the kernel's (without asm) behind it.
+// constants (CM: programs of a cluster) and fibers_on_host.cpp before this text, and the kernel's (without asm) behind it.
 
-#include <setjmp.h>
-#include <ucontext.h>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <vector>
-
-typedef uint32_t u32;
-typedef uint64_t u64;
-typedef uint16_t u16;
-struct uint4 { u32 x, y, z, w; };
-static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
-
-constexpr int PROGRAM_THREADS = 384, PROGRAM_BYTES = 232448;
-#define __global__
-#define __device__
-#define __forceinline__ inline
-#define __grid_constant__
-#define __launch_bounds__(...)
+constexpr int PROGRAM_THREADS = 384;
 
 struct TensorMap {
   const u16* data;
@@ -34,43 +13,23 @@ struct TensorMap {
   long strides[3];
   int box[3];
 };
-struct Barrier { int count, pending, bytes; u32 phase; };
 struct Program {
   alignas(1024) char shared[PROGRAM_BYTES];
   u32 used = 0;
   Barrier barriers[64];
 };
 struct Product { float* d; int count; u64 a, b; const u32* packed; bool add; };
-struct Thread { std::vector<std::vector<Product>> groups; std::vector<Product> open; ucontext_t context; jmp_buf at; int index, program; bool begun, ended; std::vector<char> stack; u32 sent[4]; };
-struct Index { int x; };
+struct Thread : Fiber { std::vector<std::vector<Product>> groups; std::vector<Product> open; u32 sent[4]; };
 
 static std::vector<Program> programs;  // of the clusters that run at once
 static std::vector<Thread> threads;
 static Thread* now;
-static jmp_buf scheduler;
-static std::vector<std::function<void()>> on_their_way;
-struct Meeting { int there, times; };
 static std::vector<Meeting> of_clusters, of_warps, of_consumers;
-static Index threadIdx, blockIdx, gridDim;
 static int first_program;
 
-// Without the system calls of swapcontext, which would take most of the time.
-__attribute__((noinline)) static void give_way() { if (!_setjmp(now->at)) _longjmp(scheduler, 1); }
-__attribute__((noinline)) static void go_on(Thread& t) {
-  if (_setjmp(scheduler)) return;
-  if (t.begun) _longjmp(t.at, 1);
-  t.begun = true;
-  setcontext(&t.context);
-}
-static void fail(const char* what) { fprintf(stderr, "%s\n", what); exit(1); }
 static Program& own() { return programs[now->program]; }
 static int cluster_of(int program) { return program / CM; }
 static int mate(int rank) { return now->program / CM * CM + rank; }  // in the cluster of this program
-static void meet(Meeting& at, int all) {
-  const int before = at.times;
-  if (++at.there == all) at.there = 0, ++at.times;
-  while (at.times == before) give_way();
-}
 static int warp() { return (now->program * PROGRAM_THREADS + now->index) / 32; }
 static void __syncwarp() { meet(of_warps[warp()], 32); }
 template <class T> static T __shfl_xor_sync(u32, T value, int other) {
@@ -92,16 +51,11 @@ static int atomicAdd(int* to, int value) { return (*to += value) - value; }
 static void cluster_sync() { meet(of_clusters[cluster_of(now->program)], CM * PROGRAM_THREADS); }
 static void __syncthreads() { cluster_sync(); }  // of a cluster of one
 static u32 cluster_rank() { return now->program % CM; }
-template <class T> static T __ldcg(const T* from) { return *from; }
 
 // Static shared memory comes first, the dynamic one behind; barriers are kept apart, by their address.
 template <class T> static T* shared_array(u32 offset) { return reinterpret_cast<T*>(own().shared + offset); }
 static u32 shared_address(const void* p) { return static_cast<const char*>(p) - own().shared; }
 static Barrier& barrier_of(int program, u32 address) { return programs[program].barriers[address / 8]; }
-static void settle(Barrier& b) {
-  if (b.pending < 0) fail("more arrivals than a barrier expects");
-  if (b.pending == 0 && b.bytes == 0) b.pending = b.count, ++b.phase;
-}
 static void barrier_init(u32 address, u32 count) { barrier_of(now->program, address) = {(int)count, (int)count, 0, 0}; }
 static void barrier_expect(u32 address, u32 bytes) {
   Barrier& b = barrier_of(now->program, address);
@@ -118,11 +72,6 @@ static std::vector<char> has_waited;
 static void wait_for_previous() { has_waited[cluster_of(now->program)] = true; }
 static void let_next_start() { if (!has_waited[cluster_of(now->program)]) fail("the next kernel may start before this one's inputs are there"); }
 
-struct Ring {
-  u32 stage, parity;
-  explicit Ring(u32 steps) : stage(steps % STAGES), parity(steps / STAGES & 1) {}
-  void next() { if (++stage == STAGES) stage = 0, parity ^= 1; }
-};
 static void fetch_for(u16 ranks, u32 to, const TensorMap& map, u32 barrier, int col, int row, u64) {
   for (int rank = 0; rank < CM; ++rank) {
     if (!(ranks >> rank & 1)) continue;
@@ -144,13 +93,7 @@ static void fetch_for(u16 ranks, u32 to, const TensorMap& map, u32 barrier, int 
 static void fetch(u32 to, const TensorMap& map, u32 barrier, int col, int row, u64 policy) {
   fetch_for(1 << now->program % CM, to, map, barrier, col, row, policy);
 }
-static u64 policy_evict_first() { return 0; }
-static u64 policy_evict_last() { return 0; }
 
-static float widen(u16 value) { u32 bits = (u32)value << 16; float f; memcpy(&f, &bits, 4); return f; }
-static u32 narrow(float f) { u32 bits; memcpy(&bits, &f, 4); return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16; }
-static u32 pack(float low, float high) { return narrow(low) | narrow(high) << 16; }
-static float silu_times(float gate, float up) { return gate / (1 + std::exp(-gate)) * up; }
 static u64 descriptor(u32 address) { return address >> 4; }
 #if PACKED
 // One operand is in the registers of a warp, which are read at once.
@@ -245,10 +188,6 @@ __device__ __forceinline__ void transpose_quad(u32 (&v)[4], int lane) {
 }
 
 #if PACKED
-struct float4 { float x, y, z, w; };
-static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-static void __stcg(float4* to, float4 value) { *to = value; }
-static void __threadfence() {}
 static int min(int a, int b) { return a < b ? a : b; }
 static float __uint_as_float(u32 bits) { float f; memcpy(&f, &bits, 4); return f; }
 static u32 __float_as_uint(float f) { u32 bits; memcpy(&bits, &f, 4); return bits; }
@@ -317,7 +256,6 @@ static u64 policy_evict_normal() { return 0; }
 static void fence_stores() {}
 static void store_shared(u32 to, uint4 v) { memcpy(own().shared + to, &v, 16); }
 static void __stcg(float* to, float value) { *to = value; }
-static void __threadfence() {}
 static float power_of_2(float x) { return std::exp2(x); }
 #define LOWEST (-INFINITY)
 #endif
@@ -328,35 +266,7 @@ static void run_clusters(int first, int count, void (*start)()) {
   programs.clear(), programs.resize(count * CM), threads.clear(), threads.resize(count * CM * PROGRAM_THREADS);
   has_waited.assign(count, false), of_clusters.assign(count, {}), of_consumers.assign(count * CM, {});
   of_warps.assign(threads.size() / 32, {});
-  for (size_t i = 0; i < threads.size(); ++i) {
-    Thread& t = threads[i];
-    t.index = i % PROGRAM_THREADS, t.program = i / PROGRAM_THREADS, t.begun = t.ended = false;
-    t.stack.resize(1 << 15);
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.data(), t.context.uc_stack.ss_size = t.stack.size();
-    t.context.uc_link = nullptr;
-    makecontext(&t.context, start, 0);
-  }
-  for (int round = 0, left = 1; left; ++round) {
-    if (round == 30000) fail("a wait that never ends");
-    left = 0;
-    for (Thread& t : threads) {
-      if (t.ended) continue;
-      ++left;
-      now = &t, threadIdx.x = t.index, blockIdx.x = first_program + t.program;
-      go_on(t);
-    }
-    for (size_t i = on_their_way.size(); i-- > 0;) {
-      if (rand() % 3) continue;
-      on_their_way[i]();
-      on_their_way.erase(on_their_way.begin() + i);
-    }
-  }
-  if (!on_their_way.empty()) fail("a program ended before its fetches");
+  for (size_t i = 0; i < threads.size(); ++i) make_ready(threads[i], i % PROGRAM_THREADS, i / PROGRAM_THREADS, start);
+  run_to_the_end(threads, now, first_program);
 }
 static void run_cluster(int cluster, void (*start)()) { run_clusters(cluster, 1, start); }
-
-template <class T> static void read(std::vector<T>& to, size_t count, FILE* file) {
-  to.resize(count);
-  if (count && fread(to.data(), sizeof(T), count, file) != count) fail("too little input");
-}

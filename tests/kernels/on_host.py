@@ -21,6 +21,11 @@ CALLS = (
 )
 
 
+def host_text(name):
+    """What stands before a kernel's text, behind its constants."""
+    return (HERE / "fibers_on_host.cpp").read_text() + (HERE / name).read_text()
+
+
 class OnHost:
     """A kernel's programs for a CPU, by their constants.
 
@@ -39,7 +44,7 @@ class OnHost:
         for pattern, call in (*CALLS, *shared):
             text = re.sub(pattern, call, text)
         assert "__shared__" not in text and "asm volatile" not in text
-        parts = (HERE / "programs_on_host.cpp").read_text(), text, (HERE / main).read_text()
+        parts = host_text("programs_on_host.cpp"), text, (HERE / main).read_text()
         self._folder, self._text, self._programs = folder, "".join(parts), {}
 
     def __call__(self, constants, given):

@@ -1,76 +1,27 @@
-// Runs stream_gemm.cu, wide_dense.cu and wide_gemm.cu on a CPU, some programs at once: each thread is a fiber that gives way where it
-// would wait, each fetch arrives at some later time, in any order, swizzled as the tensor memory accelerator does it, and
-// products are done as late as they may be. The test puts before this text the launch's constants, threads of a program
-// (THREADS, of which MULTIPLYING), programs of a cluster (CLUSTER) and those that run at once (AT_ONCE, whole clusters),
-// and the kernel's text (without asm) behind it.
+// Runs stream_gemm.cu, wide_dense.cu and wide_gemm.cu on a CPU, some programs at once: each thread is a fiber that gives
+// way where it would wait, each fetch arrives at some later time, in any order, swizzled as the tensor memory accelerator
+// does it, and products are done as late as they may be. The test puts before this text the launch's constants, threads of
+// a program (THREADS, of which MULTIPLYING), programs of a cluster (CLUSTER), those that run at once (AT_ONCE, whole
+// clusters) and fibers_on_host.cpp, and the kernel's text (without asm) behind it.
 
-#include <setjmp.h>
-#include <ucontext.h>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <vector>
-
-typedef uint32_t u32;
-typedef uint64_t u64;
-typedef uint16_t u16;
-struct uint4 { u32 x, y, z, w; };
-struct float4 { float x, y, z, w; };
-static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
-static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-
-constexpr int PROGRAM_BYTES = 232448, REMOTE = 20;
-#define __global__
-#define __device__
-#define __forceinline__ inline
-#define __grid_constant__
-#define __launch_bounds__(...)
+constexpr int REMOTE = 20;
 
 struct TensorMap { const u16* data; int rows, cols, box_rows; };
-struct Barrier { int count, pending, bytes; u32 phase; };
-// All threads that come to it go on together.
-struct Meeting { int there = 0, times = 0; };
 struct Program { alignas(1024) char shared[PROGRAM_BYTES]; Barrier barriers[64]; Meeting all, multiplying, warps[THREADS / 32]; };
 struct Product { float* d; int count; u32 a, b; bool add; };
-struct Thread {
+struct Thread : Fiber {
   std::vector<std::vector<Product>> groups;
   std::vector<Product> open;
-  ucontext_t context;
-  jmp_buf at;
-  int index, program, arrived;
-  bool begun, ended;
-  std::vector<char> stack;
+  int arrived;
   u32 sent;
 };
-struct Index { int x; };
 
 static Program programs[AT_ONCE];
 static std::vector<Thread> threads;
 static Thread* now;
-static jmp_buf scheduler;
-static std::vector<std::function<void()>> on_their_way;
 static Meeting clusters[AT_ONCE / CLUSTER];
-static Index threadIdx, blockIdx, gridDim;
 
-// Without the system calls of swapcontext, which would take most of the time.
-__attribute__((noinline)) static void give_way() { if (!_setjmp(now->at)) _longjmp(scheduler, 1); }
-__attribute__((noinline)) static void go_on(Thread& t) {
-  if (_setjmp(scheduler)) return;
-  if (t.begun) _longjmp(t.at, 1);
-  t.begun = true;
-  setcontext(&t.context);
-}
-static void fail(const char* what) { fprintf(stderr, "%s\n", what); exit(1); }
 static Program& own() { return programs[now->program]; }
-static int arrive(Meeting& m, int all) {
-  const int before = m.times;
-  if (++m.there == all) m.there = 0, ++m.times;
-  return before;
-}
-static void meet(Meeting& m, int all) { for (const int before = arrive(m, all); m.times == before;) give_way(); }
 static void __syncwarp() { meet(own().warps[now->index / 32], 32); }
 static void __syncthreads() { meet(own().all, THREADS); }
 static void bar_sync() { meet(own().multiplying, MULTIPLYING); }
@@ -98,10 +49,6 @@ static void store_cluster(u32 to, float value) {
   memcpy(programs[first_of_cluster() + (to >> REMOTE)].shared + (to & (1 << REMOTE) - 1), &value, 4);
 }
 static Barrier& barrier_of(int program, u32 address) { return programs[program].barriers[address / 8]; }
-static void settle(Barrier& b) {
-  if (b.pending < 0) fail("more arrivals than a barrier expects");
-  if (b.pending == 0 && b.bytes == 0) b.pending = b.count, ++b.phase;
-}
 static void barrier_init(u32 address, u32 count) { barrier_of(now->program, address) = {(int)count, (int)count, 0, 0}; }
 static void barrier_expect(u32 address, u32 bytes) {
   Barrier& b = barrier_of(now->program, address);
@@ -119,21 +66,13 @@ static void barrier_wait(u32 address, u32 parity) {
 }
 static void wait_for_previous() { give_way(); }
 static void let_next_start() {}
-static void __threadfence() {}
 static void flag_raise(u32* flag) {
   if (*flag) fail("a flag that is up already");
   *flag = 1;
 }
 static void flag_lower(u32* flag) { *flag = 0; }
 static void flag_wait(const u32* flag) { while (!*flag) give_way(); }
-static void __stcg(float4* to, float4 value) { *to = value; }
-template <class T> static T __ldcg(const T* from) { return *from; }
 
-struct Ring {
-  u32 stage, parity;
-  explicit Ring(u32 steps) : stage(steps % STAGES), parity(steps / STAGES & 1) {}
-  void next() { if (++stage == STAGES) stage = 0, parity ^= 1; }
-};
 // Of a row of 128 bytes: where its 16 bytes `piece` lie.
 static int swizzled(int row, int piece) { return row * 64 + (piece ^ (row & 7)) * 8; }
 static void fetch_for(u16 ranks, u32 to, const TensorMap& map, u32 barrier, int col, int row, u64) {
@@ -157,15 +96,9 @@ static void fetch_for(u16 ranks, u32 to, const TensorMap& map, u32 barrier, int 
 static void fetch(u32 to, const TensorMap& map, u32 barrier, int col, int row, u64 policy) {
   fetch_for(1 << cluster_rank(), to, map, barrier, col, row, policy);
 }
-static u64 policy_evict_first() { return 0; }
-static u64 policy_evict_last() { return 0; }
 
 static int min(int a, int b) { return a < b ? a : b; }
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
-static float widen(u16 value) { u32 bits = (u32)value << 16; float f; memcpy(&f, &bits, 4); return f; }
-static u16 narrow(float f) { u32 bits; memcpy(&bits, &f, 4); return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16; }
-static u32 pack(float low, float high) { return narrow(low) | narrow(high) << 16; }
-static float silu_times(float gate, float up) { return gate / (1 + std::exp(-gate)) * up; }
 static u32 scale_pair(u32 values, u32 weights, float& sum) {
   const float low = widen(values & 0xFFFF), high = widen(values >> 16);
   sum += low * low + high * high;
@@ -208,11 +141,6 @@ static void transpose_quad(u32 (&v)[4], int lane) {
   for (int from = 0; from < 4; ++from) v[from] = sent[from ^ lane % 4][lane % 4];
 }
 
-template <class T> static void read(std::vector<T>& to, size_t count, FILE* file) {
-  to.resize(count);
-  if (count && fread(to.data(), sizeof(T), count, file) != count) fail("too little input");
-}
-
 // All programs of a launch, AT_ONCE at a time, each thread from `start` on.
 static void (*program)();
 static void thread_of_program() {
@@ -226,30 +154,7 @@ static void run_programs(int num_programs, void (*start)()) {
   for (int first = 0; first < num_programs; first += AT_ONCE) {
     threads.clear(), threads.resize(AT_ONCE * THREADS);
     for (Meeting& meeting : clusters) meeting = {};
-    for (int i = 0; i < AT_ONCE * THREADS; ++i) {
-      Thread& t = threads[i];
-      t.index = i % THREADS, t.program = i / THREADS, t.begun = t.ended = false;
-      t.stack.resize(1 << 15);
-      getcontext(&t.context);
-      t.context.uc_stack.ss_sp = t.stack.data(), t.context.uc_stack.ss_size = t.stack.size();
-      t.context.uc_link = nullptr;
-      makecontext(&t.context, thread_of_program, 0);
-    }
-    for (int round = 0, left = 1; left; ++round) {
-      if (round == 30000) fail("a wait that never ends");
-      left = 0;
-      for (Thread& t : threads) {
-        if (t.ended) continue;
-        ++left;
-        now = &t, threadIdx.x = t.index, blockIdx.x = first + t.program;
-        go_on(t);
-      }
-      for (size_t i = on_their_way.size(); i-- > 0;) {
-        if (rand() % 3) continue;
-        on_their_way[i]();
-        on_their_way.erase(on_their_way.begin() + i);
-      }
-    }
-    if (!on_their_way.empty()) fail("a program ended before its fetches");
+    for (int i = 0; i < AT_ONCE * THREADS; ++i) make_ready(threads[i], i % THREADS, i / THREADS, thread_of_program);
+    run_to_the_end(threads, now, first);
   }
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cards import few_on_a_card
+from on_host import host_text
 
 from kvarena.engine.kernels.experts import grouped as module
 from kvarena.engine.kernels.experts import layer
@@ -35,7 +36,7 @@ IDS = ["shared weights", "shared rows"]
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="wgmma is Hopper's"
 )
-HOST = Path(__file__).with_name("hopper_on_host.cpp"), Path(__file__).with_name("hopper_on_host_main.cpp")
+MAIN = Path(__file__).with_name("hopper_on_host_main.cpp")
 
 
 def routing_of(counts, tile, *, padding=0, seed=0, span_items=SPAN_ITEMS, device=DEVICE):
@@ -97,7 +98,7 @@ def on_host(tmp_path_factory):
         if key not in programs:
             defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
             source = folder / f"{len(programs)}.cpp"
-            source.write_text(defines + HOST[0].read_text() + text + HOST[1].read_text())
+            source.write_text(defines + host_text("hopper_on_host.cpp") + text + MAIN.read_text())
             programs[key] = source.with_suffix("")
             command = [compiler, "-std=c++17", "-O1", "-w", source, "-o", programs[key]]
             subprocess.run(command, check=True, capture_output=True, text=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from on_host import host_text
 from torch.nn import functional as F
 
 from kvarena.engine.kernels.gemm.packed_stream import pack_stream
@@ -53,7 +54,7 @@ def on_host(tmp_path_factory):
         pytest.skip("needs g++")
     folder, programs = tmp_path_factory.mktemp("host"), {}
     kernel = on_cpu(resources.files("kvarena.engine.kernels").joinpath("wide_packed.cu").read_text())
-    texts = [(HERE / "hopper_on_host.cpp").read_text(), kernel, (HERE / "packed_on_host_main.cpp").read_text()]
+    texts = [host_text("hopper_on_host.cpp"), kernel, (HERE / "packed_on_host_main.cpp").read_text()]
 
     def run(x, weight, tile, plan, room, first, mode):
         constants = constants_of(tile, weight.groups, mode) | {"CM": tile.cluster}
