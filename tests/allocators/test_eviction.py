@@ -342,3 +342,11 @@ def test_a_preempted_request_that_comes_back_is_no_new_use() -> None:
         alloc.free(req)
         req.num_computed_tokens = 0
         assert {entry.uses for entry in entries_of(alloc)} == {uses}
+
+
+def test_each_policy_stands_in_the_config_and_in_the_documentation() -> None:
+    config = (DOCS.parents[1] / "conf" / "base" / "prefix_cache.yaml").read_text(encoding="utf-8")
+    table = DOCS.read_text(encoding="utf-8").split("## Eviction")[1].split("### How far")[0]
+    for name in policy_names():
+        assert f"{name} |" in config or f"{name}," in config
+        assert f"\n| `{name}`" in table and f"`{name}.py`" in table
