@@ -174,6 +174,11 @@ WEB = _flags(
         "every stream ends with its usage, whatever it asks for (default: off)",
         _switch(),
     ),
+    (
+        "--return-tokens-as-token-ids",
+        "name tokens by their ids in log-probabilities, where a request does not say",
+        _switch(),
+    ),
     ("--enable-per-request-metrics", "tell with an answer how long its parts took", _switch()),
     ("--otlp-traces-endpoint", "OpenTelemetry collector (default: none)", _value("URL")),
     (

@@ -70,6 +70,7 @@ def test_every_flag_that_a_message_names_sets_the_key_that_it_stands_for():
             continue
         switch = flag in (
             "--enable-per-request-metrics",
+            "--return-tokens-as-token-ids",
             "--trust-remote-code",
             "--disable-access-log",
             "--async-scheduling",

@@ -20,6 +20,7 @@ def guarded(tmp_path_factory):
     running = RunningServer(
         "--api-key-file", str(keys), "--protect", "/metrics", "/docs", "--allowed-origins", '["http://page.example"]',
         "--set", "server.max_body_mib=0.001", "--root-path", "/shown", "--enable-per-request-metrics",
+        "--return-tokens-as-token-ids",
         "--max-requests-per-key", "2", "--least-priority-by-key", "0", "1", "--clients-by", "key",
         key=None, module="kvarena",
     )  # fmt: skip
@@ -42,10 +43,22 @@ def test_an_answer_tells_how_long_its_parts_took(guarded):
     assert min(made.values()) >= 0 and made["tokens_per_second"] > 0
     assert made["mean_itl_ms"] == pytest.approx(made["generation_time_ms"] / 3)
     assert "metrics" not in httpx.post(url, json=body | {"n": 2}, headers=AUTH).json()
+    one = httpx.post(url, json=body | {"max_tokens": 1}, headers=AUTH).json()["metrics"]
+    assert "mean_itl_ms" not in one and None not in one.values()  # what there is not is left out
     streamed = httpx.post(url, json=body | {"stream": True, "stream_options": {"include_usage": True}}, headers=AUTH)
     assert ['"metrics"' in line for line in streamed.text.splitlines() if line][-2:] == [True, False]
     chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
     assert set(httpx.post(guarded.url + "/v1/chat/completions", json=chat, headers=AUTH).json()["metrics"]) == set(made)
+
+
+def test_tokens_are_named_by_their_ids_unless_a_request_says_otherwise(guarded):
+    url, body = guarded.url + "/v1/completions", {"prompt": "The", "max_tokens": 2, "logprobs": 1}
+    for more, are_ids in (({}, True), ({"return_tokens_as_token_ids": False}, False)):
+        made = httpx.post(url, json=body | more, headers=AUTH).json()["choices"][0]["logprobs"]["tokens"]
+        assert [name.startswith("token_id:") for name in made] == [are_ids] * 2
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "logprobs": True}
+    made = httpx.post(guarded.url + "/v1/chat/completions", json=chat, headers=AUTH).json()
+    assert made["choices"][0]["logprobs"]["content"][0]["token"].startswith("token_id:")
 
 
 def test_a_key_has_no_more_than_it_may_have(guarded):

@@ -24,6 +24,15 @@ def test_every_choice_has_those_of_its_prompt(server, n):
             assert logprobs[position] == pytest.approx(expected, abs=1e-4)
 
 
+def test_an_echo_and_the_prompt_s_own_are_each_as_many_as_was_asked(server):
+    body = {"prompt": IDS[:9], "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+    [one] = server.post(COMPLETIONS, body | {"prompt_logprobs": 3}).json()["choices"]
+    assert [len(top or ()) in (1, 2) for top in one["logprobs"]["top_logprobs"]] == [False] + [True] * 9
+    assert all(len(row) in (3, 4) for row in one["prompt_logprobs"][1:]) and len(one["prompt_logprobs"]) == 9
+    [without] = server.post(COMPLETIONS, body).json()["choices"]
+    assert without["logprobs"] == one["logprobs"] and without["prompt_logprobs"] is None
+
+
 def test_of_a_chat_with_several_choices(server):
     body = {"messages": [{"role": "user", "content": "word " * 200}], "n": 3, "prompt_logprobs": 1}
     answer = server.post(CHAT, SAMPLED | body).json()

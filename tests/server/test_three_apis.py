@@ -140,6 +140,17 @@ def test_tools_that_must_be_called(claude, client):
             assert stream.get_final_message().content[0].input == message.content[0].input
 
 
+def test_a_format_for_text_beside_a_forced_call_is_taken(client):
+    """As instructor sends it: no text is written that it could hold."""
+    named = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+    for text in ({"format": {"type": "json_object"}}, {"format": named}):
+        response = client.responses.create(
+            model="demo", input="Hello!", tools=[FUNCTION], tool_choice="required", parallel_tool_calls=False,
+            text=text, temperature=0,
+        )  # fmt: skip
+        assert [one.type for one in response.output] == ["function_call"]
+
+
 def test_the_history_of_calls_is_taken_in_either_form(claude, client):
     """What the answer's own client sends back: the same prompt in both."""
     items = [
@@ -209,6 +220,18 @@ def test_a_stored_response_goes_on_is_listed_and_forgotten(client):
     assert not unkept.store
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(unkept.id)
+
+
+def test_the_prompt_and_the_answer_as_the_model_has_them_where_asked(server, client):
+    request = {"model": "demo", "input": "Hello!", "temperature": 0, "extra_body": {"enable_response_messages": True}}
+    whole = client.responses.create(**request)
+    raw = server.post("/v1/chat/completions", {"messages": HELLO, "temperature": 0, "return_token_ids": True}).json()
+    [one], [two] = whole.input_messages, whole.output_messages
+    assert (one["tokens"], two["tokens"]) == (raw["prompt_token_ids"], raw["choices"][0]["token_ids"])
+    assert "Hello!" in one["message"] and two["message"].startswith(whole.output_text)
+    streamed = checked(client.responses.create(**request, stream=True))[-1].response
+    assert (streamed.input_messages, streamed.output_messages) == (whole.input_messages, whole.output_messages)
+    assert not hasattr(client.responses.create(model="demo", input="Hello!"), "input_messages")
 
 
 def test_another_key_does_not_see_a_response(server, client):

@@ -33,7 +33,6 @@ logger = logging.getLogger("kvarena.front")
 
 DONE = b"data: [DONE]\n\n"
 _SLOW_READER_GRACE = 5.0
-_METRICS = ("time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second")
 Made = TypeVar("Made")
 
 
@@ -162,11 +161,14 @@ class Answer(Group, ABC):
         return event(self._head | {"choices": [], "usage": self.usage()} | self.metrics()) + DONE
 
     def metrics(self) -> dict[str, Any]:
-        """How long the parts of a request took, under `metrics`, where the operator wants that: of one choice."""
+        """How long the parts of a request took, under `metrics`, where the operator wants that: of one choice.
+
+        What there is not, such as the time between tokens of one token, is left out.
+        """
         if not self.shows_metrics or len(self.choices) != 1:
             return {}
         [one] = self.choices
-        made: dict[str, float | None] = dict.fromkeys(_METRICS)
+        made: dict[str, float] = {}
         if one.scheduled and one.first_time:
             seconds = one.last_time - one.first_time
             made["queue_time_ms"] = 1e3 * (one.scheduled - self.arrival)

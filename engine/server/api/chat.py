@@ -132,7 +132,7 @@ class ChatAnswer(Turn):
     @override
     def whole(self) -> bytes:
         first = self.choices[0]
-        scores = None if self.req.prompt_logprobs is None else prompt_logprobs_body(self._detokenizer, first)
+        scores = prompt_logprobs_body(self._detokenizer, first, self.req.prompt_logprobs)
         choices = [self._whole_choice(choice) for choice in self.choices]
         body = {"object": "chat.completion", **self._fields, "choices": choices, "usage": self.usage()}
         body |= {"prompt_logprobs": scores, "prompt_token_ids": first.prompt if self._return_token_ids else None}

@@ -125,6 +125,8 @@ class CompletionAnswer(Answer):
     Args:
         client, req, model, arrival: as of `Answer`.
         detokenizer: names tokens.
+        shown_prompt_logprobs: how many of the prompt's log-probabilities are shown on their own, or None; those that
+            an echo asks for are made too, and stand among the others.
     """
 
     prefix, event_kind = "cmpl", "text_completion"
@@ -134,14 +136,14 @@ class CompletionAnswer(Answer):
     )
 
     def __init__(
-        self, client: Engines, req: CompletionRequest, model: str, arrival: float, *, detokenizer: Detokenizer
-    ) -> None:
+        self, client: Engines, req: CompletionRequest, model: str, arrival: float, *, detokenizer: Detokenizer,
+        shown_prompt_logprobs: int | None,
+    ) -> None:  # fmt: skip
         super().__init__(client, req, model, arrival)
         self._detokenizer = detokenizer
         self._echo, self._logprobs, self._zero = bool(req.echo), req.logprobs is not None, req.max_tokens == 0
         self._skips = req.skip_special_tokens is not False
-        # With both, the prompt's scores stand among the others.
-        self._prompt_logprobs = req.prompt_logprobs is not None and not (self._echo and self._logprobs)
+        self._prompt_logprobs = shown_prompt_logprobs
         self._is_plain = self._is_plain and not self._logprobs
         self._echoed: list[str] = []
         self._shown: list[int] = []  # characters of each choice's text so far
@@ -182,7 +184,7 @@ class CompletionAnswer(Answer):
         if columns is not None:
             if index not in self._begun and self._echo:
                 for position, token in enumerate(choice.prompt):
-                    columns.add(token, choice.prompt_logprobs.get(position))
+                    columns.add(token, _fewer(choice.prompt_logprobs.get(position), self.req.logprobs))
             if not self._zero:
                 for token, entry in zip(token_ids, logprobs, strict=True):
                     columns.add(token, entry)
@@ -232,16 +234,32 @@ class CompletionAnswer(Answer):
             "stop_reason": None if self._zero else choice.stop_reason,
             "token_ids": ids if self._return_token_ids else None,
             "prompt_token_ids": choice.prompt if self._return_token_ids else None,
-            "prompt_logprobs": prompt_logprobs_body(self._detokenizer, choice) if self._prompt_logprobs else None,
+            "prompt_logprobs": prompt_logprobs_body(self._detokenizer, choice, self._prompt_logprobs),
         }
 
 
-def prompt_logprobs_body(detokenizer: Detokenizer, choice: Choice) -> list[Any]:
-    """Per prompt token (the first has none): token id -> its log-probability, rank and text."""
+def _fewer(entry: Any, most: int | None) -> Any:
+    """A prompt token's scores with at most so many of the likeliest; -1: all."""
+    if entry is None or most is None or most < 0:
+        return entry
+    token, logprob, rank, top = entry
+    return token, logprob, rank, top[:most]
+
+
+def prompt_logprobs_body(detokenizer: Detokenizer, choice: Choice, most: int | None) -> list[Any] | None:
+    """Per prompt token (the first has none): token id -> its log-probability, rank and text.
+
+    Args:
+        detokenizer: names tokens.
+        choice: one of the prompt.
+        most: of the likeliest, -1 for all; None: nothing is shown.
+    """
+    if most is None:
+        return None
     name = detokenizer.token_text
     rows: list[Any] = [None]
     for position in range(1, len(choice.prompt)):
-        token, logprob, rank, top = choice.prompt_logprobs[position]
+        token, logprob, rank, top = _fewer(choice.prompt_logprobs[position], most)
         row = {
             str(other): {"logprob": finite(value), "rank": i, "decoded_token": name(other)}
             for i, (other, value) in enumerate(top, start=1)

@@ -74,9 +74,7 @@ class Constraints:
             forced = _of_schema(lambda: required_schema(list(tools.items()), req.parallel_tool_calls is not False))
         else:
             return None
-        if req.response_format is not None and req.response_format.type != "text":
-            raise bad_request("response_format cannot be combined with a forced tool_choice", "response_format")
-        return forced
+        return forced  # whatever form is asked for text: none is written
 
     async def of(self, req: SamplingFields) -> CheckedGrammar | None:
         """The constraint of `response_format` or `structured_outputs`, checked."""

@@ -83,7 +83,7 @@ def logit_bias(req: SamplingFields, vocab_size: int) -> dict[int, float]:
     bad = [key for key in given if not (key.isascii() and key.isdigit() and len(key) < 12 and int(key) < vocab_size)]
     if bad:
         named = ", ".join(repr(key[:50]) for key in bad[:_MAX_NAMED])
-        raise bad_request(f"logit_bias key {named} is not a token id from 0 to {vocab_size - 1}", "logit_bias")
+        raise bad_request(f"logit_bias key {named} is not a token id, from 0 and below {vocab_size}", "logit_bias")
     made = {}
     for key, value in given.items():
         if not -100 <= value <= 100:

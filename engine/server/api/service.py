@@ -220,6 +220,8 @@ class Service:
             raise bad_request("echo with logprobs is not available with stream=true", "echo")
         if req.max_tokens == 0 and not (req.echo and not req.stream):
             raise bad_request("max_tokens must be at least 1 (0 is allowed with echo, without stream)", "max_tokens")
+        self._name_tokens(req)
+        shown = req.prompt_logprobs
         if req.echo and req.logprobs is not None:
             both = (req.logprobs, req.prompt_logprobs or 0)
             req.prompt_logprobs = -1 if -1 in both else max(both)
@@ -228,7 +230,9 @@ class Service:
         lengths = [fit_max_tokens(req.max_tokens, default, len(ids), self.info, "prompt") for ids in prompts]
         constraint = await self._constraints.of(req)
         self._check_scores(req)
-        answer = CompletionAnswer(self.client, req, model, arrival, detokenizer=self.tokenizer.detokenizer)
+        answer = CompletionAnswer(
+            self.client, req, model, arrival, detokenizer=self.tokenizer.detokenizer, shown_prompt_logprobs=shown
+        )
         self._check_lists(req, constraint)
         samplings = self._samplings(req, lengths, req.logprobs, await self.prompts.barred(req))
         for ids, sampling in zip(prompts, samplings, strict=True):
@@ -240,6 +244,7 @@ class Service:
         self, request: Request, req: ChatCompletionRequest, model: str, arrival: float, make: MakeTurn, clamps: bool
     ) -> Response:
         check_chat(req)
+        self._name_tokens(req)
         images = await self._images.open(req.messages)
         prompt, places = await self.prompts.of_chat(req, self._images.num_tokens(images))
         requested = req.max_completion_tokens if req.max_completion_tokens is not None else req.max_tokens
@@ -263,6 +268,10 @@ class Service:
         """Token ids of a chat that is only counted, its images by their headers. Raises ApiError."""
         images = await self._images.open(req.messages or [])
         return (await self.prompts.of_chat(req, self._images.num_tokens(images))).token_ids
+
+    def _name_tokens(self, req: SamplingFields) -> None:
+        if req.return_tokens_as_token_ids is None:
+            req.return_tokens_as_token_ids = self.config.return_tokens_as_token_ids
 
     def _check_scores(self, req: SamplingFields) -> None:
         if req.prompt_logprobs is not None and not self.info.prompt_logprobs:

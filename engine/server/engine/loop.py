@@ -224,7 +224,7 @@ class EngineLoop:
     def _dispatch(self, output: StepOutput) -> None:
         outs, plan = self._intake.outs, output.plan
         logprobs, prompt_logprobs = output.result.logprobs, output.result.prompt_logprobs
-        num_sampled = 0
+        num_sampled = num_first = 0
         for i, ((req, start, _), token) in enumerate(zip(plan.scheduled, output.result.token_ids, strict=True)):
             if not isinstance(req, ServedRequest) or not req.is_open:
                 continue
@@ -238,6 +238,7 @@ class EngineLoop:
             if token is None or req.search is not None:  # which beams win is known when all have ended
                 continue
             num_sampled += 1
+            num_first += start < req.num_prompt_tokens
             out = outs[req.front]
             if logprobs is not None and (entry := logprobs[i]) is not None:
                 out.logprobs.append((len(out.handles), entry))
@@ -251,7 +252,9 @@ class EngineLoop:
         row.inc("kvarena:steps")
         row.inc("vllm:generation_tokens", by=num_sampled)
         row.inc("vllm:num_preemptions", by=len(plan.preempted))
-        row.observe("vllm:iteration_tokens_total", plan.num_new_tokens)
+        # As vLLM counts: tokens of prompts that were computed, and tokens that came of it. A decode computes one and
+        # gives one; a prompt's end gives one more.
+        row.observe("vllm:iteration_tokens_total", plan.num_new_tokens + num_first)
 
     def _finish(self, req: Request) -> None:
         if not isinstance(req, ServedRequest) or not req.is_open:

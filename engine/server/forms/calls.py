@@ -123,7 +123,7 @@ class NamedParser(ToolParser):
 
     @override
     def end(self) -> Parsed:
-        return parts_of(*self._begin())
+        return Parsed()  # of a call that was cut before it began nothing is shown
 
 
 class ListParser(ToolParser):

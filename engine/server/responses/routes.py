@@ -105,7 +105,10 @@ class ResponsesApi:
     ) -> Response:
         """Begin a response that nobody waits for. Raises ApiError."""
         if self._store is None or asked.store is False:
-            raise bad_request("background needs store: the response is asked for later by its id", "background")
+            raise bad_request(
+                "background can only be used when `store` is true: the response is asked for later by its id",
+                "background",
+            )
         model = self._service.admit(req)
         body = empty_response(asked, make.keywords["response_id"], model, stores=True)
         if not self._store.put(request.state.key, body, items):

@@ -87,6 +87,7 @@ class ServerConfig(Section):
         max_n: most choices per request.
         max_logprobs: largest `logprobs` / `top_logprobs` / `prompt_logprobs`; -1: the vocabulary.
         force_include_usage: every stream ends with its usage, whatever its `stream_options` say.
+        return_tokens_as_token_ids: name tokens by their ids in log-probabilities, where a request does not say.
         per_request_metrics: tell with an answer how long its parts took.
         max_prompts: most prompts in one completions request.
         allowed_media_domains: hosts whose http(s) URLs may be fetched for images; empty: none.
@@ -139,6 +140,7 @@ class ServerConfig(Section):
     max_n: Annotated[int, COUNT] = 128
     max_logprobs: Annotated[int, integer(-1)] = 20
     force_include_usage: Annotated[bool, TRUTH] = False
+    return_tokens_as_token_ids: Annotated[bool, TRUTH] = False
     per_request_metrics: Annotated[bool, TRUTH] = False
     max_prompts: Annotated[int, COUNT] = 1024
     allowed_media_domains: Annotated[tuple[str, ...], HOSTS] = ()

@@ -81,7 +81,7 @@ _REQUEST_COUNTS = {
     "request_params_max_tokens": ("Parameter max_tokens of requests.", TOKENS),
     "request_num_preemptions": ("Preemptions of a request.", PREEMPTIONS),
     "request_prefill_kv_computed_tokens": ("Prompt tokens computed, cached ones left out.", TOKENS),
-    "iteration_tokens_total": ("Tokens computed in one engine step.", STEP_TOKENS),
+    "iteration_tokens_total": ("Prompt tokens computed and tokens generated in one engine step.", STEP_TOKENS),
 }
 
 METRICS: tuple[Metric, ...] = (
