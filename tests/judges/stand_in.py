@@ -43,10 +43,21 @@ def _hub() -> Any:
     return hub
 
 
+class _ModelConfig:
+    """Of a model: how large its vocabulary is."""
+
+    def __init__(self, model: str, **_: Any) -> None:
+        self._folder = Path(model)
+
+    def get_vocab_size(self) -> int:
+        return int(json.loads((self._folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+
+
 NAMED: dict[str, dict[str, Any]] = {
     "vllm.tokenizers": {"get_tokenizer": _tokenizer},
     "vllm.utils.network_utils": {"get_open_port": _free_port},
     "vllm.transformers_utils.repo_utils": {"hf_api": _hub},
+    "vllm.config": {"ModelConfig": _ModelConfig},
     "vllm.version": {"__version__": os.environ.get("JUDGED_VERSION", ""), "_prev_minor_version": lambda: "0.32"},
     "vllm.envs": {"VLLM_USE_RUST_FRONTEND": False},
     "vllm.platforms": {"current_platform": MagicMock(**{"is_rocm.return_value": False, "is_xpu.return_value": False})},
