@@ -1,7 +1,8 @@
 # make run    the main job on its embedded default, in a virtual environment made here
 # make test   lint, types and tests in the same environment, with what they need
 # make test-all  the long runs too (10,000 random strategy traces)
-# make test-clients  litellm, in a small environment of its own, against a server of this one (a part of make test)
+# make test-clients  clients in small environments of their own (litellm, instructor, llm, an agent kit; with npm those
+#                    in JavaScript too), against a server of this one (a part of make test)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,6 +10,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 CLIENTS := .venv-clients
 CLIENTS_STAMP := $(CLIENTS)/.installed
+JS_STAMP := $(CLIENTS)/js/.installed
 
 .PHONY: run test test-all test-clients lint clean
 
@@ -26,6 +28,13 @@ $(CLIENTS_STAMP): tests/clients/requirements.txt
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
 	touch $(CLIENTS_STAMP)
 
+# Without npm nothing is installed, and the tests of these clients are skipped.
+$(JS_STAMP): $(CLIENTS_STAMP) tests/clients/js/package-lock.json
+	mkdir -p $(CLIENTS)/js
+	cp tests/clients/js/package.json tests/clients/js/package-lock.json $(CLIENTS)/js/
+	if command -v npm >/dev/null; then npm ci --prefix $(CLIENTS)/js --no-audit --no-fund --loglevel error; fi
+	touch $(JS_STAMP)
+
 run: $(STAMP)
 	$(BIN)/python run.py
 
@@ -34,11 +43,11 @@ lint: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint $(CLIENTS_STAMP)
+test: lint $(JS_STAMP)
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not gpu"
 
-test-clients: $(DEV_STAMP) $(CLIENTS_STAMP)
-	$(BIN)/python -m pytest tests/server/test_other_clients.py -k litellm
+test-clients: $(DEV_STAMP) $(JS_STAMP)
+	$(BIN)/python -m pytest tests/server/test_other_clients.py -k "own or agent or javascript"
 
 test-all: test
 	$(BIN)/python -m pytest -m slow

@@ -1,32 +1,72 @@
-"""litellm, langchain-openai, schemathesis, unmodified, and the README's client. One that is not there is skipped."""
+"""Clients that others wrote, unmodified, and the README's. One that is not there is skipped.
+
+Those that need an environment of their own have it from `make test-clients` (tests/clients).
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
-from server_harness import KEY, ROOT
+from server_harness import KEY, PATIENCE, ROOT, RunningServer
+
+CLIENTS, ENVIRONMENT = ROOT / "tests" / "clients", ROOT / ".venv-clients"
 
 
-def test_litellm_in_an_environment_of_its_own(server):
-    """`make test` and `make test-clients` build the environment; nothing of it moves the server's."""
-    python = ROOT / ".venv-clients" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("make test-clients builds the environment of this test")
-    command = [
-        python, "-m", "pytest", "-q", "--noconftest", "-W", "ignore", "-p", "no:cacheprovider",
-        "-c", os.devnull, "--rootdir", ROOT / "tests" / "clients", ROOT / "tests" / "clients" / "check_litellm.py",
-    ]  # fmt: skip
+def _run_on(server, command, **more):
     # With the map of prices that it brings along, litellm fetches nothing from the internet.
-    env = {"KVARENA_URL": server.url, "KVARENA_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    env = {"KVARENA_URL": server.url, "KVARENA_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"} | more
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=kept | env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=kept | env)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     server.assert_alive()
+
+
+def _check(*names, only=""):
+    """The command that runs files of tests/clients in their environment; nothing of it moves the server's."""
+    python = ENVIRONMENT / "bin" / "python"
+    if not python.exists():
+        pytest.skip("make test-clients builds the environment of this test")
+    return [
+        python, "-m", "pytest", "-q", "--noconftest", "-W", "ignore", "-p", "no:cacheprovider", "-k", only,
+        "-c", os.devnull, "--rootdir", CLIENTS, *(CLIENTS / f"check_{name}.py" for name in names),
+    ]  # fmt: skip
+
+
+def test_litellm_instructor_and_llm_in_an_environment_of_their_own(server):
+    _run_on(server, _check("litellm", "instructor", "llm"))
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    """A server whose context holds what an agent says."""
+    running = RunningServer("--max-model-len", "8192")
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "only",
+    (
+        "(chats and whole) or (responses and streamed)",
+        pytest.param("(chats and streamed) or (responses and whole)", marks=pytest.mark.slow),
+    ),
+)
+def test_an_agent_kit_with_twenty_tools_over_thirty_turns(only, request):
+    command = _check("agents", only=only)
+    _run_on(request.getfixturevalue("roomy"), command)
+
+
+def test_javascript_clients(server):
+    folder = ENVIRONMENT / "js"
+    if not (folder / "node_modules").exists():
+        pytest.skip("make test-clients installs the clients of this test, where there is npm")
+    _run_on(server, [shutil.which("node"), "--test", CLIENTS / "js" / "check_clients.mjs"], CLIENTS_JS=str(folder))
 
 
 def test_the_readmes_client(server, capsys):
@@ -106,5 +146,5 @@ def test_the_openapi_document_is_whole(server):
     text = json.dumps(document)
     for reference in {part.split('"')[0] for part in text.split('"$ref": "#/components/schemas/')[1:]}:
         assert reference in document["components"]["schemas"]
-    for path in ("/v1/completions", "/v1/chat/completions"):
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"):
         assert {"200", "400", "401", "404", "413", "503"} <= set(document["paths"][path]["post"]["responses"])
