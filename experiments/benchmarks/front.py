@@ -1,7 +1,7 @@
 """What the web front costs, beside a plain FastAPI + server-sent events loop in the same run.
 
     kvarena benchmark front --fronts 1 --clients 64
-    kvarena benchmark front --apis 5 --clients 256 --tokens 128 --step-time 0.03     # chats beside the other APIs
+    kvarena benchmark front --apis 8 --clients 256 --tokens 128 --step-time 0.03     # chats beside the other APIs
 
 Both stream tokens of an engine of unlimited speed to the same load.
 `kvarena` is the real server around experiments/serving/stub_engine.py. `plain` is what one writes first: FastAPI, one
@@ -9,6 +9,7 @@ asyncio queue per request, a pydantic model and `json` per token, tokens straigh
 seconds are read from the server's processes: events per second and core do not depend on what else the machine does.
 With an engine of unlimited speed the front merges tokens that arrive while it writes, so its events are fewer than
 tokens; `--step-time` slows the engine until each token is an event.
+With `--apis` each API runs between two runs of chats, so that whatever else the machine does meets both.
 The last line of stdout is JSON.
 """
 
@@ -33,6 +34,7 @@ from kvarena.experiments.load.connection import HttpClient, in_turns, run_async
 from kvarena.experiments.load.http_client import HttpServer
 from kvarena.experiments.serving.child import Child
 from kvarena.experiments.tools import tool_parser
+from kvarena.reports.analysis.intervals import StudentMean
 
 
 class PlainBody(BaseModel):
@@ -153,68 +155,106 @@ def serve_plain(port: int) -> None:
 
 _SAID = [{"role": "user", "content": "Hello!"}]
 _SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
-APIS: dict[str, tuple[str, dict[str, Any]]] = {
-    "chat": ("/v1/chat/completions", {"messages": _SAID}),
+CHAT = "/v1/chat/completions"
+# Path, body, and whether the server reads all of it as a thought.
+APIS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "chat": (CHAT, {"messages": _SAID}, False),
     "chat, tools": (
-        "/v1/chat/completions",
+        CHAT,
         {"messages": _SAID, "tools": [{"type": "function", "function": {"name": "f", "parameters": _SCHEMA}}]},
+        False,
     ),
-    "responses": ("/v1/responses", {"input": "Hello!", "store": False}),
-    "messages": ("/v1/messages", {"messages": _SAID}),
+    "chat, thoughts": (CHAT, {"messages": _SAID}, True),
+    "responses": ("/v1/responses", {"input": "Hello!", "store": False}, False),
+    "messages": ("/v1/messages", {"messages": _SAID}, False),
 }
 _LENGTH = {"/v1/responses": "max_output_tokens"}
+_THINKING = ("--set", 'reasoning_parser="deepseek_r1"')  # which takes an answer for a thought until it is closed
 
 
-async def _one(host: str, port: int, path: str, body: bytes) -> None:
-    """One stream on a connection of its own, to its end."""
+async def _one(host: str, port: int, path: str, body: bytes) -> int:
+    """One stream on a connection of its own, to its end; its events."""
     reader, writer = await asyncio.open_connection(host, port)
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
     writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     status = await reader.readline()
     if b" 200 " not in status:
         raise SystemExit(f"{path}: {status.decode().strip()} {(await reader.read()).decode()[-300:]}")
-    while await reader.read(1 << 16):
-        pass
+    events = 0
+    while data := await reader.read(1 << 16):
+        events += data.count(b"data: ")
     writer.close()
+    return events
 
 
-async def _load_api(url: str, name: str, clients: int, tokens: int) -> None:
-    path, body = APIS[name]
+async def _load_api(url: str, name: str, clients: int, tokens: int) -> int:
+    path, body, _ = APIS[name]
     whole = body | {"stream": True, "ignore_eos": True, _LENGTH.get(path, "max_tokens"): tokens}
     address = urlsplit(url)
     data = json.dumps(whole).encode()
-    await asyncio.gather(*(_one(address.hostname or "", address.port or 0, path, data) for _ in range(clients)))
+    host, port = address.hostname or "", address.port or 0
+    return sum(await asyncio.gather(*(_one(host, port, path, data) for _ in range(clients))))
 
 
-def compare_apis(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Each API's cost to the front, for as many tokens: in every round all take their turn, in turned order."""
-    names = list(APIS)
-    server = Child(_stub(options))
-    spent: dict[str, list[float]] = {name: [] for name in names}
+def _order(turn: int) -> list[str]:
+    """A round: each API between two runs of chats, the APIs in turned order."""
+    others = [name for name in APIS if name != "chat"]
+    turned = others[turn % len(others) :] + others[: turn % len(others)]
+    return ["chat", *(name for other in turned for name in (other, "chat"))]
+
+
+def compare_apis(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Each API's cost to the front beside that of the chats right before and after it, for as many tokens.
+
+    A front that has not its core to itself merges tokens, which is cheaper for each of them: events of a token are
+    told, and should be near 1.
+    """
+    servers = [Child(_stub(options, options.port)), Child([*_stub(options, options.port + 1), *_THINKING])]
+    seconds: dict[str, list[float]] = {name: [] for name in APIS}
+    events: dict[str, list[int]] = {name: [] for name in APIS}
+    ratios: dict[str, list[float]] = {name: [] for name in APIS}
     try:
         for turn in range(-1, options.apis):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            order = _order(turn)
+            spent = []
+            for name in order if turn >= 0 else APIS:  # the first round warms up
+                server = servers[APIS[name][2]]
                 before = server.cpu_seconds()["front"]
-                run_async(_load_api(server.url, name, options.clients, options.tokens))
-                if turn >= 0:  # the first round warms up
-                    spent[name].append(server.cpu_seconds()["front"] - before)
+                count = run_async(_load_api(server.url, name, options.clients, options.tokens))
+                spent.append(server.cpu_seconds()["front"] - before)
+                events[name] += [count] if turn >= 0 else []
+            for place, (name, cost) in enumerate(zip(order, spent, strict=True) if turn >= 0 else ()):
+                seconds[name].append(cost)
+                beside = [spent[i] for i in ((place - 1, place + 1) if name != "chat" else (place - 2, place + 2))
+                          if 0 <= i < len(spent)]  # fmt: skip
+                ratios[name].append(float(np.mean(beside)) / cost)
     finally:
-        server.stop()
-    rows = {}
-    for name, seconds in spent.items():
-        ratios = np.asarray(spent["chat"]) / np.asarray(seconds)
-        per_core = options.clients * options.tokens / float(np.median(seconds))
-        rows[name] = {
-            "tokens_per_front_core_second": round(per_core),
-            "beside_chat": round(float(np.median(ratios)), 3),
-        }
-        print(f"{name:12} {per_core:>8,.0f} tokens per second and core, {rows[name]['beside_chat']:.3f} of a chat's")
-    return rows
+        for server in servers:
+            server.stop()
+    num_tokens = options.clients * options.tokens
+    return {name: _row(name, num_tokens, seconds[name], events[name], ratios[name]) for name in APIS}
 
 
-def _stub(options: argparse.Namespace) -> list[str]:
+def _row(name: str, num_tokens: int, seconds: list[float], events: list[int], ratios: list[float]) -> dict[str, Any]:
+    """An API's figures: medians, and the interval of the mean ratio."""
+    per_core = num_tokens / float(np.median(seconds))
+    low, high = StudentMean.of(ratios).interval if len(ratios) > 1 else (ratios[0], ratios[0])
+    middle, of_a_token = float(np.median(ratios)), float(np.median(events)) / num_tokens
+    print(
+        f"{name:15} {per_core:>8,.0f} tokens per second and core, {middle:.3f} of a chat's "
+        f"(mean {np.mean(ratios):.3f}, at 95 % {low:.3f} to {high:.3f}), {of_a_token:.2f} events a token"
+    )
+    return {
+        "tokens_per_front_core_second": round(per_core),
+        "beside_chat": round(middle, 3),
+        "mean_and_interval": [round(float(one), 3) for one in (np.mean(ratios), low, high)],
+        "events_per_token": round(of_a_token, 3),
+    }
+
+
+def _stub(options: argparse.Namespace, port: int) -> list[str]:
     """The command of our server around a stub engine."""
-    made = ["-m", "kvarena.experiments.serving.stub_engine", "serve", options.model, "--port", str(options.port)]
+    made = ["-m", "kvarena.experiments.serving.stub_engine", "serve", options.model, "--port", str(port)]
     return [*made, "--fronts", str(options.fronts), "--step-time", str(options.step_time)]
 
 
@@ -227,7 +267,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--requests", type=int, default=256, help="in all")
     parser.add_argument("--tokens", type=int, default=256, help="of each answer")
     parser.add_argument("--step-time", type=float, default=0.0, help="seconds per step of the stub engine")
-    parser.add_argument("--port", type=int, default=18300, help="of our server; the plain one's is one more")
+    parser.add_argument("--port", type=int, default=18300, help="of our server; another one's is one more")
     parser.add_argument(
         "--apis", type=int, default=0, metavar="ROUNDS", help="compare the APIs with each other instead"
     )
@@ -241,7 +281,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({"clients": options.clients, "rounds": options.apis, "apis": rows_of_apis}))
         return 0
     plain = ["-m", "kvarena", "benchmark", "front", "--plain-server", "--port", str(options.port + 1)]
-    results = [measure("kvarena", _stub(options), options), measure("plain", plain, options)]
+    results = [measure("kvarena", _stub(options, options.port), options), measure("plain", plain, options)]
     rows = []
     for result in results:
         row = asdict(result) | {
