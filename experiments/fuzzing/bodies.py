@@ -21,6 +21,8 @@ from typing import Any
 import psutil
 
 from kvarena.engine.server.api import foreign, protocol
+from kvarena.engine.server.messages import protocol as messages
+from kvarena.engine.server.responses import protocol as responses
 from kvarena.experiments.load.connection import HttpClient, run_async
 from kvarena.experiments.serving.child import Server
 from kvarena.experiments.tools import say, split_arguments, tool_parser
@@ -46,12 +48,36 @@ VALID: dict[str, tuple[dict[str, Any], ...]] = {
         {"prompt": "x", "max_tokens": 3, "response_format": {"type": "json_schema", "json_schema": {
             "name": "s", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}}},
     ),
+    "/v1/responses": (
+        {"input": "Hi", "max_output_tokens": 4},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}, {
+            "type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "a", "output": "r"}], "max_output_tokens": 3, "stream": True},
+        {"input": "x", "max_output_tokens": 3, "tools": [{"type": "function", "name": "f", "parameters": {}}],
+         "tool_choice": "auto", "reasoning": {"effort": None}, "include": ["message.output_text.logprobs"]},
+        {"input": "x", "max_output_tokens": 3, "store": False, "instructions": "i", "text": {"format": {
+            "type": "json_schema", "name": "s", "schema": {"type": "object"}}}},
+    ),
+    "/v1/messages": (
+        {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {
+            "type": "ephemeral"}}]}, {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "t", "signature": "s"},
+                {"type": "tool_use", "id": "a", "name": "f", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "r"}]}],
+         "max_tokens": 3, "stream": True, "system": "s", "stop_sequences": ["zz"]},
+        {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "tools": [{"name": "f", "input_schema": {
+            "type": "object"}}], "tool_choice": {"type": "auto"}, "thinking": {"type": "disabled"}},
+    ),
+    "/v1/messages/count_tokens": ({"messages": [{"role": "user", "content": "Hi"}], "system": [
+        {"type": "text", "text": "s"}]},),
+    "/invocations": ({"prompt": "The", "max_tokens": 2}, {"messages": [{"role": "user", "content": "Hi"}]}),
     "/tokenize": ({"prompt": "The"}, {"messages": [{"role": "user", "content": "Hi"}]}),
     "/detokenize": ({"tokens": [1, 2, 3]},),
 }  # fmt: skip
 _MODELS = (protocol.ChatCompletionRequest, protocol.CompletionRequest, protocol.TokenizeRequest,
            protocol.DetokenizeRequest, protocol.Message, protocol.StructuredOutputs,
-           protocol.ResponseFormat)  # fmt: skip
+           protocol.ResponseFormat, responses.ResponsesRequest, messages.MessagesRequest)  # fmt: skip
 KEYS = (
     *sorted({name for model in _MODELS for name in model.model_fields} | set(foreign.REPLACED)),
     "", "role", "type", "text", "content", "url", "__class__", "a" * 300, "é", "$ref", "$defs", "topP", "name",
@@ -62,6 +88,8 @@ VALUES: tuple[Any, ...] = (
     [None], [0], [-1], [2**40], ["x"], [["x"]], {"a": 1}, {"type": "text"},
     {"type": "function", "function": {"name": "f"}},
     {"5": 1.5}, {"x": -200}, [TOOL, TOOL], {"type": "object"}, {"$ref": "#"}, {"regex": "("}, {"json": True},
+    {"type": "any"}, {"type": "tool", "name": "f"}, {"type": "tool_result", "tool_use_id": 1}, {"effort": "high"},
+    {"type": "input_image", "image_url": "x"}, {"format": {"type": "json_schema"}}, {"type": "reasoning"},
     {"grammar": "root ::="}, {"choice": ["a", ""]}, {"include_usage": True}, [1] * 600, ["a"] * 40,
 )  # fmt: skip
 

@@ -4,12 +4,18 @@
 
 Each text is made of what such answers are made of (tags whole and cut, calls, thoughts, broken JSON, quotes, escapes,
 blanks, prose) and read by every form: at once, cut in two at every position, and character by character. Text, thoughts
-and calls must be the same, no parser may raise, and every character is shown or belongs to a call. A failure prints its
-seed (`--seed N --texts 1` makes it again). The last line of stdout is JSON; exit code 1 when anything failed.
+and calls must be the same, no parser may raise, and every character is shown or belongs to a call.
+
+Each is then answered by chats, /v1/responses and /v1/messages (`api_answers.py`), whole and streamed in pieces that are
+cut at random: all must show the same.
+
+A failure prints its seed (`--seed N --texts 1` makes it again). The last line of stdout is JSON; exit code 1 when
+anything failed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import time
@@ -20,6 +26,7 @@ from kvarena.engine.server.forms.calls import FirstCallParser, ListParser, ToolP
 from kvarena.engine.server.forms.finding import call_form
 from kvarena.engine.server.forms.texts import BareParser, HiddenTokens, TaggedParser
 from kvarena.engine.server.forms.thoughts import THOUGHT_FORMS, ThoughtParser
+from kvarena.experiments.fuzzing.api_answers import differ
 from kvarena.experiments.tools import tool_parser
 
 NAMES = ("f", "get_weather")
@@ -130,6 +137,17 @@ def check(name: str, text: str) -> str | None:
     return None
 
 
+def check_answers(name: str, text: str, seed: int) -> str | None:
+    """What is wrong with how the APIs answer with a text, or None."""
+    drawn = random.Random(seed)
+    places = sorted({0, len(text), *(drawn.randint(0, len(text)) for _ in range(drawn.randint(1, 12)))})
+    parts = [text[start:end] for start, end in itertools.pairwise(places)]
+    try:
+        return differ(PARSERS[name], text, [*parts, ""])  # the end comes by itself
+    except Exception as error:  # whatever it is, an answer would have been a 500
+        return f"{type(error).__name__}: {error}"
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the fuzzer; returns the exit code."""
     parser = tool_parser(__name__, __doc__)
@@ -143,7 +161,8 @@ def main(argv: Sequence[str]) -> int:
         for name in PARSERS:
             own = OWN.get(name.removeprefix("begun "), ())
             text = random_list(first + count) if name == "forced" else random_text(first + count, own)
-            if (wrong := check(name, text)) is not None:
+            wrong = check(name, text) or check_answers(name, text, first + count)
+            if wrong is not None:
                 failures += 1
                 print(json.dumps({"seed": first + count, "parser": name, "text": text, "wrong": wrong}), flush=True)
         count += 1
