@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import httpx
 import pytest
+import test_attacks_on_turns as turns
 import test_bad_requests as bad
 import test_rough_clients as rough
 from server_footprint import Footprint, assert_flat
@@ -106,7 +107,11 @@ async def _mistakes(client: httpx.AsyncClient, rng: random.Random) -> None:
     assert (await client.post(path, json=body)).status_code == status
 
 
-MIX = (_streams, _streams, _answers, _answers, _mistakes, _hang_up)
+async def _turns(client: httpx.AsyncClient, rng: random.Random) -> None:
+    await turns._turn(client, rng)
+
+
+MIX = (_turns, _streams, _streams, _answers, _answers, _mistakes, _hang_up)
 
 
 def _mix(server: RunningServer, seconds: float, seed: int) -> Counter[str]:
