@@ -141,7 +141,7 @@ def check_answers(name: str, text: str, seed: int) -> str | None:
     """What is wrong with how the APIs answer with a text, or None."""
     drawn = random.Random(seed)
     places = sorted({0, len(text), *(drawn.randint(0, len(text)) for _ in range(drawn.randint(1, 12)))})
-    parts = [text[start:end] for start, end in itertools.pairwise(places)]
+    parts = [text[start:end] for start, end in itertools.pairwise(places)] or [text]
     try:
         return differ(PARSERS[name], text, [*parts, ""])  # the end comes by itself
     except Exception as error:  # whatever it is, an answer would have been a 500

@@ -143,7 +143,7 @@ class CompletionAnswer(Answer):
         self._detokenizer = detokenizer
         self._echo, self._logprobs, self._zero = bool(req.echo), req.logprobs is not None, req.max_tokens == 0
         self._skips = req.skip_special_tokens is not False
-        self._prompt_logprobs = shown_prompt_logprobs
+        self._prompt_logprobs, self._num_logprobs = shown_prompt_logprobs, req.logprobs
         self._is_plain = self._is_plain and not self._logprobs
         self._echoed: list[str] = []
         self._shown: list[int] = []  # characters of each choice's text so far
@@ -184,7 +184,7 @@ class CompletionAnswer(Answer):
         if columns is not None:
             if index not in self._begun and self._echo:
                 for position, token in enumerate(choice.prompt):
-                    columns.add(token, _fewer(choice.prompt_logprobs.get(position), self.req.logprobs))
+                    columns.add(token, _fewer(choice.prompt_logprobs.get(position), self._num_logprobs))
             if not self._zero:
                 for token, entry in zip(token_ids, logprobs, strict=True):
                     columns.add(token, entry)

@@ -169,7 +169,7 @@ def _choice(choice: dict[str, Any]) -> Any:
     kind = choice.get("type")
     if kind == "tool":
         return {"type": "function", "function": {"name": choice.get("name", "")}}
-    if kind is not None and kind not in _CHOICES:
+    if kind is not None and kind not in tuple(_CHOICES):  # it may be anything, such as an object
         known = ", ".join((*_CHOICES, "tool"))
         raise bad_request(f"tool_choice is of type {str(kind)[:50]!r}; known: {known}", "tool_choice")
     return None if kind is None else _CHOICES[kind]

@@ -26,7 +26,7 @@ def input_items(given: Any) -> list[Item]:
     made = []
     for number, one in enumerate(given):
         kind = one.get("type") or ("message" if "role" in one else None)
-        if kind not in _PREFIXES:
+        if kind not in tuple(_PREFIXES):  # it may be anything, such as an object
             raise bad_request(f"input[{number}] is of type {str(kind)[:50]!r}; known: {', '.join(_PREFIXES)}", "input")
         item = {**one, "type": kind, "id": one.get("id") or f"{_PREFIXES[kind]}_{uuid.uuid4().hex}"}
         if kind == "message" and isinstance(item.get("content"), str):
@@ -178,6 +178,8 @@ def _tools(req: ResponsesRequest) -> tuple[list[dict[str, Any]] | None, Any]:
             other = str(tool.get("type"))[:50]
             raise bad_request(f"tools[{number}] is of type {other!r}; this server knows functions only", "tools")
         function = tool.get("function") or {key: value for key, value in tool.items() if key != "type"}
+        if not isinstance(function, dict):
+            raise bad_request(f"tools[{number}].function must be an object", "tools")
         made.append({"type": "function", "function": function})
     given = req.tool_choice
     if not isinstance(given, dict):
@@ -186,7 +188,7 @@ def _tools(req: ResponsesRequest) -> tuple[list[dict[str, Any]] | None, Any]:
     if kind == "function":
         return made or None, {"type": "function", "function": {"name": given.get("name", "")}}
     if kind == "allowed_tools" and isinstance(allowed, list):
-        names = {one.get("name") for one in allowed if isinstance(one, dict)}
+        names = [one.get("name") for one in allowed if isinstance(one, dict)]
         made = [tool for tool in made if tool["function"].get("name") in names]
         return made or None, given.get("mode", "auto")
     raise bad_request(f"tool_choice of type {str(kind)[:50]!r} is not supported", "tool_choice")
