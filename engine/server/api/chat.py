@@ -11,7 +11,7 @@ from typing_extensions import override
 from kvarena.engine.server.api.answers import event
 from kvarena.engine.server.api.completions import prompt_logprobs_body
 from kvarena.engine.server.api.turn import Turn, is_json
-from kvarena.engine.server.forms.calls import Parsed, Part, Thought, ToolCall
+from kvarena.engine.server.forms.calls import Parsed, Thought, ToolCall
 from kvarena.engine.server.front.groups import Choice
 
 
@@ -54,13 +54,13 @@ class ChatAnswer(Turn):
         return self._text_event(choice, {"content": text} if text else {}, [], [], True)
 
     @override
-    def _quick(self, choice: Choice, part: Part) -> bytes:
-        prefix = self._prefixes[choice.index]
-        if type(part) is Thought:
-            prefix = prefix[: -len(self.before_text)] + b'"delta":{"reasoning":'
-        elif type(part) is not str:
-            return b""
-        return prefix + orjson.dumps(str(part)) + self.after_text
+    def _quick(self, choice: Choice, kind: type[str], text: str) -> bytes:
+        prefix = (self._thought_prefixes if kind is Thought else self._prefixes)[choice.index]
+        return prefix + orjson.dumps(text) + self.after_text
+
+    @functools.cached_property
+    def _thought_prefixes(self) -> list[bytes]:
+        return [prefix[: -len(self.before_text)] + b'"delta":{"reasoning":' for prefix in self._prefixes]
 
     @override
     def _show(self, choice: Choice, parsed: Parsed, entries: list[Any], token_ids: list[int]) -> bytes:

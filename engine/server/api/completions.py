@@ -137,7 +137,7 @@ class CompletionAnswer(Answer):
 
     def __init__(
         self, client: Engines, req: CompletionRequest, model: str, arrival: float, *, detokenizer: Detokenizer,
-        shown_prompt_logprobs: int | None,
+        shown_prompt_logprobs: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(client, req, model, arrival)
         self._detokenizer = detokenizer

@@ -55,6 +55,8 @@ class Turn(Answer):
         self._shows_more = self._logprobs or self._return_token_ids or self._counts  # than text
         # A function was named: its finish reason stays `stop`.
         self._forced_call = isinstance(req.tool_choice, NamedToolChoice)
+        self._hides = req.include_reasoning is False  # thoughts
+        self._runs = False  # an event may be made of its text alone
         self._parsers: list[ToolParser | None] = []
         self._calls: list[list[ToolCall]] = []
         self._thoughts: list[list[str]] = []
@@ -70,21 +72,28 @@ class Turn(Answer):
         self._thinking += [0 for _ in made]
         self._is_thinking += [self._reading.thought_end is not None for _ in made]
         self._is_plain = self._is_plain and not (self._logprobs or any(self._parsers))
+        self._runs = self._streams and not self._shows_more
         return made
 
     @override
     def _rich_delta(self, choice: Choice, text: str, token_ids: list[int], logprobs: list[Any]) -> bytes:
-        parser = self._parsers[choice.index]
-        # Most events of a stream show one part, and nothing beside it.
-        is_plain = self._streams and not self._shows_more and choice.finish_reason is None
-        if parser is None:
-            if is_plain and (not text or (events := self._quick(choice, text))):
-                return events if text else b""
-            parsed = parts_of(text)
-        else:
-            parsed = self._parse(parser, choice, text, token_ids)
-            if is_plain and len(parsed) == 1 and (events := self._quick(choice, parsed[0])):
-                return events
+        index = choice.index
+        parser = self._parsers[index]
+        # Most events of a stream go on with what came before, and show nothing beside it.
+        if self._runs and choice.finish_reason is None:
+            if text:
+                kind = str if parser is None else parser.runs_on(text)
+                if (kind is str or (kind is Thought and not self._hides)) and (
+                    events := self._quick(choice, kind, text)
+                ):
+                    if self._is_thinking[index]:
+                        self._count_thought(index, token_ids)
+                    if kind is Thought:
+                        self._thoughts[index].append(text)
+                    return events
+            elif parser is None:
+                return b""
+        parsed = parts_of(text) if parser is None else self._parse(parser, choice, text, token_ids)
         entries = [self._logprob_entry(entry) for entry in logprobs] if self._logprobs else []
         return self._show(choice, parsed, entries, token_ids)
 
@@ -110,7 +119,6 @@ class Turn(Answer):
     def _keep(self, index: int, parsed: Parsed) -> Parsed:
         """Note what was called and thought; what of it is shown."""
         calls, shown = self._calls[index], Parsed()
-        hides = self.req.include_reasoning is False
         for part in parsed:
             if isinstance(part, ToolCall):
                 calls.append(part)
@@ -118,13 +126,13 @@ class Turn(Answer):
                 calls[-1] = calls[-1]._replace(arguments=calls[-1].arguments + part)
             elif type(part) is Thought:
                 self._thoughts[index].append(part)
-                if hides:
+                if self._hides:
                     continue
             shown.append(part)
         return shown
 
-    def _quick(self, choice: Choice, part: Part) -> bytes:  # noqa: ARG002 - of an answer that has no shorter way
-        """The event of one part that goes on with what is open, or nothing where it needs more than that."""
+    def _quick(self, choice: Choice, kind: type[str], text: str) -> bytes:  # noqa: ARG002 - where there is none
+        """The event of more text, or of more of a thought, of what is open; nothing where it needs more than that."""
         return b""
 
     @abstractmethod

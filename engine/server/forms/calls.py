@@ -101,6 +101,13 @@ class ToolParser(ABC):
     def add(self, text: str) -> Parsed:
         """Take new text."""
 
+    def runs_on(self, text: str) -> type[str] | None:  # noqa: ARG002 - of a parser that has no shorter way
+        """What all of a new text surely is (`str` or `Thought`), as it changes nothing of what the parser knows.
+
+        None: it has to be given to `add`. Most of an answer only runs on, and this is quicker than to read it.
+        """
+        return None
+
     @abstractmethod
     def end(self) -> Parsed:
         """The text has ended: show what is held."""

@@ -89,9 +89,11 @@ class TaggedParser(ToolParser):
         self._num_searched = 0  # characters of `_held` in which strings do not count
 
     @override
+    def runs_on(self, text: str) -> type[str] | None:
+        return str if not self._held and not self._is_blank and self._open[0] not in text else None
+
+    @override
     def add(self, text: str) -> Parsed:
-        if not self._held and not self._is_blank and self._open[0] not in text:
-            return Parsed((text,)) if text else Parsed()
         self._held += text
         return self._read(False)
 
@@ -192,6 +194,10 @@ class BareParser(ToolParser):
         self._scan: _Scan | None = None
 
     @override
+    def runs_on(self, text: str) -> type[str] | None:
+        return str if self._is_text else None
+
+    @override
     def add(self, text: str) -> Parsed:
         if self._is_text:
             return parts_of(text)
@@ -250,6 +256,10 @@ class HiddenTokens(ToolParser):
         self._pattern = re.compile("|".join(map(re.escape, sorted(hidden, key=len, reverse=True))))
         self._begins = frozenset(text[0] for text in hidden)
         self._longest = max(map(len, hidden))
+
+    @override
+    def runs_on(self, text: str) -> type[str] | None:
+        return self._parser.runs_on(text) if not self._held and self._begins.isdisjoint(text) else None
 
     @override
     def add(self, text: str) -> Parsed:

@@ -132,11 +132,20 @@ class ThoughtParser(ToolParser):
         self._has_text = False
 
     @override
+    def runs_on(self, text: str) -> type[str] | None:
+        if self._held:
+            return None
+        if self._state == "answer":
+            return str if self._parser is None else self._parser.runs_on(text)
+        # Nothing of it can be the closing tag; white space at its end may be the thought's end.
+        runs = self._has_text and self._state == "thought" and self._form.close[0] not in text
+        return Thought if runs and not text[-1:].isspace() else None
+
+    @override
     def add(self, text: str) -> Parsed:
         if self._state == "answer" and not self._held:
             return self._answer(text)
         if self._has_text and self._state == "thought" and text and self._form.close[0] not in text:
-            # Nothing of it can be the closing tag; white space at its end may be the thought's end.
             shown = (self._held + text).rstrip()
             if self._form.close[0] not in self._held:
                 self._held = (self._held + text)[len(shown) :]

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from kvarena.engine.server.api.protocol import ChatCompletionRequest
 from kvarena.engine.server.api.turn import Reading, Sequence, Turn, is_json
-from kvarena.engine.server.forms.calls import Arguments, Parsed, Part, Thought, ToolCall
+from kvarena.engine.server.forms.calls import Arguments, Parsed, Thought, ToolCall
 from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.front.groups import Choice
 from kvarena.engine.server.shared.errors import ApiError, as_messages_error, ended_by_operator
@@ -71,12 +71,9 @@ class MessageAnswer(Turn):
         return super().delta(choice, text, token_ids, logprobs)
 
     @override
-    def _quick(self, choice: Choice, part: Part) -> bytes:
-        if self._open is None or self._sequence.is_waiting:
-            return b""
-        kind = type(part)
-        goes_on = (kind is str and self._open == TEXT) or (kind is Thought and self._open == THINKING)
-        return self._grow(part) if goes_on and isinstance(part, str) else b""
+    def _quick(self, choice: Choice, kind: type[str], text: str) -> bytes:
+        goes_on = self._open == (THINKING if kind is Thought else TEXT) and not self._sequence.is_waiting
+        return self._grow(text) if goes_on else b""
 
     @override
     def _show(self, choice: Choice, parsed: Parsed, entries: list[Any], token_ids: list[int]) -> bytes:

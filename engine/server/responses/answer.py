@@ -13,7 +13,7 @@ from typing_extensions import override
 from kvarena.engine.request import SamplingParams
 from kvarena.engine.server.api.protocol import ChatCompletionRequest
 from kvarena.engine.server.api.turn import Reading, Sequence, Turn
-from kvarena.engine.server.forms.calls import Arguments, Parsed, Part, Thought, ToolCall
+from kvarena.engine.server.forms.calls import Arguments, Parsed, Thought, ToolCall
 from kvarena.engine.server.front.engines import Engines
 from kvarena.engine.server.front.groups import Choice
 from kvarena.engine.server.responses.protocol import ResponsesRequest
@@ -101,13 +101,10 @@ class ResponseAnswer(Turn):
         return super().delta(choice, text, token_ids, logprobs)
 
     @override
-    def _quick(self, choice: Choice, part: Part) -> bytes:
+    def _quick(self, choice: Choice, kind: type[str], text: str) -> bytes:
         item = self._item
-        if item is None or self._sequence.is_waiting:
-            return b""
-        kind = type(part)
-        goes_on = (kind is str and item["type"] == MESSAGE) or (kind is Thought and item["type"] == REASONING)
-        return self._grow(part) if goes_on and isinstance(part, str) else b""
+        goes_on = item is not None and item["type"] == (REASONING if kind is Thought else MESSAGE)
+        return self._grow(text) if goes_on and not self._sequence.is_waiting else b""
 
     @override
     def _show(self, choice: Choice, parsed: Parsed, entries: list[Any], token_ids: list[int]) -> bytes:
