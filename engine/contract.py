@@ -395,6 +395,12 @@ class StepScheduler(metaclass=Checked):
             "scheduler=chunked or scheduler=continuous"
         )
 
+    def note_saved(self, num_kv_tokens: int) -> None:
+        """Told when another number of tokens of KV was not read in the last step, because another decode's read served.
+
+        Those who plan by what steps take need it: `StepTimes` counts what each decode reads.
+        """
+
     @abstractmethod
     def add(self, req: Request) -> None:
         """Queue a request.

@@ -97,6 +97,7 @@ class Engine:
     num_steps: int = 0
     _in_flight: _InFlight | None = field(default=None, repr=False)
     _deciders_seen: bool = field(default=False, repr=False)
+    _num_kv_saved: int = field(default=0, repr=False)
 
     @property
     def has_work(self) -> bool:
@@ -189,6 +190,9 @@ class Engine:
         if step.constrained:
             self._follow_constraints(output.plan, output.result)
             tokens = self._draw_beams(output.plan, output.result)
+        if output.result.num_kv_saved != self._num_kv_saved:
+            self._num_kv_saved = output.result.num_kv_saved
+            self.scheduler.note_saved(self._num_kv_saved)
         output.finished = self.scheduler.update(output.plan, tokens)
         ended = [req.request_id for req in (*output.finished, *output.plan.rejected)]
         if ended:

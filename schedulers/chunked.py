@@ -57,6 +57,7 @@ class ChunkedScheduler(Scheduler):
             require(chunks == "timed", "scheduler.max_step_time", max_step_time, "left out, or scheduler.chunks=timed")
         self.max_step_time = max_step_time
         self.step_times: StepTimes | None = None
+        self._num_kv_saved = 0
 
     @property
     def wants_step_times(self) -> bool:
@@ -64,6 +65,9 @@ class ChunkedScheduler(Scheduler):
 
     def set_step_times(self, times: StepTimes) -> None:
         self.step_times = times
+
+    def note_saved(self, num_kv_tokens: int) -> None:
+        self._num_kv_saved = num_kv_tokens
 
     def build_plan(self, plan: StepPlan, now: float) -> None:  # noqa: ARG002 - part of the hook
         """Decode, admit unless somebody was just preempted, prefill."""
@@ -86,7 +90,7 @@ class ChunkedScheduler(Scheduler):
         least = max(LEAST_CHUNK, cdiv(num_tokens, TURN_STEPS))
         if self.step_times is None:
             return min(room, least)
-        load = _Decodes(self.step_times, plan, prompts, turn)
+        load = _Decodes(self.step_times, plan, prompts, turn, self._num_kv_saved)
         shortest = self.max_step_time or 0.0
         chunk = load.largest_chunk(max(shortest, CALM * load.seconds), room)
         waiting = sum(req.num_tokens - req.num_computed_tokens for req in prompts) + self._num_queued() * num_tokens
@@ -107,12 +111,15 @@ class _Decodes:
         plan: has the decodes.
         prompts: admitted ones, in the order in which they get tokens.
         turn: whose turn it is; whoever comes after `prompts` is taken to be as long.
+        num_saved: tokens that they need not read, because others of them do: as many as in the step before.
     """
 
-    def __init__(self, times: StepTimes, plan: StepPlan, prompts: Iterable[Request], turn: Request) -> None:
+    def __init__(
+        self, times: StepTimes, plan: StepPlan, prompts: Iterable[Request], turn: Request, num_saved: int = 0
+    ) -> None:
         self._times = times
         self._num_rows = len(plan.scheduled)
-        self._num_kv_tokens = sum([start for _, start, _ in plan.scheduled]) + self._num_rows
+        self._num_kv_tokens = max(sum([start for _, start, _ in plan.scheduled]) + self._num_rows - num_saved, 0)
         self._prompts = [(req.num_computed_tokens, req.num_tokens) for req in prompts]
         self._length = turn.num_tokens
         self.seconds = times.decode(self._num_rows, self._num_kv_tokens)

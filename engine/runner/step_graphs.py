@@ -196,7 +196,8 @@ class StepGraphs:
             [n, V]; overwritten by the next step.
         """
         count = fields.shape[1]
-        padded = np.concatenate([fields, self._padding(_smallest(self._decode_buckets, count) - count)], axis=1)
+        missing = _smallest(self._decode_buckets, count) - count
+        padded = np.concatenate([fields, self._padding(missing)], axis=1) if missing else fields
         return self._decode(padded, count, self._shared(padded[2], padded[1] + 1), filters=filters)
 
     def _shared(self, rows: np.ndarray, seq_lens: np.ndarray, decodes: np.ndarray | None = None) -> SharedReads | None:

@@ -55,19 +55,22 @@ class ReplayRunner:
 
     def __init__(self, run: RecordedRun, clock: Clock, known: RecordedRun | None = None) -> None:
         self._end_times = run.steps["end_time"].tolist()
+        # Older recordings know nothing of shared reads, and had none.
+        kv = run.steps["num_kv_tokens"]
+        self._saved = (kv - run.steps.get("num_distinct_kv_tokens", kv)).tolist()
         self._outputs = {row["request_id"]: row["output_token_ids"] for row in (known or run).requests}
         self._clock = clock
         self._index = 0
 
     def execute(self, plan: StepPlan, allocator: KVAllocator) -> SimulatedStep:  # noqa: ARG002 - part of the protocol
         """Launch the next recorded step."""
-        end_time = self._end_times[min(self._index, len(self._end_times) - 1)]
+        index = min(self._index, len(self._end_times) - 1)
         self._index += 1
         tokens = [
             self._token(entry.req, entry.start + entry.num_new_tokens) if sample else None
             for entry, sample in zip(plan.scheduled, plan.samples, strict=True)
         ]
-        return SimulatedStep(tokens, end_time, self._clock)
+        return SimulatedStep(tokens, self._end_times[index], self._clock, num_saved=self._saved[index])
 
     def release(self, request_ids: list[str]) -> None:
         """Nothing to forget."""

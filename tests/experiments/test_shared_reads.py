@@ -53,9 +53,8 @@ def test_a_simulated_run_records_what_it_reads():
     assert (plain["num_distinct_kv_tokens"] == plain["num_kv_tokens"]).all()
     assert (shared["num_kv_tokens"] == plain["num_kv_tokens"]).all()
     saved = shared["num_kv_tokens"] - shared["num_distinct_kv_tokens"]
-    # Parts of 256: three of the prefix of 1,000 tokens, two of the samples' 600. Three requests come in the first step:
-    # each computes the prefix, one of them for the nine that follow.
-    assert saved.max() == 9 * 768 + 3 * 512
+    # Parts of 256: three of the prefix of 1,000 tokens, two of the samples' 600. One of 12 rows reads them, one of 4.
+    assert saved.max() == 11 * 768 + 3 * 512
     seconds = [columns["end_time"] - columns["start_time"] for columns in (plain, shared)]
     card = load_profile("h200")
     each = (1 / 4.8e12 / card.bandwidth_efficiency) * 131_072 - 4 * 32 * 32 * 128 / 9.89e14 / card.attention_efficiency

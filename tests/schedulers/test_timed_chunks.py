@@ -2,15 +2,16 @@
 
 import random
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_simulation import request, simulate
 
-from kvarena.engine.contract import StepTimes, cdiv
+from kvarena.engine.contract import ScheduledRequest, StepPlan, StepTimes, cdiv
 from kvarena.engine.errors import ConfigError
-from kvarena.schedulers.chunked import CALM, HURRIED, LEAST_CHUNK, QUEUE_STEPS
+from kvarena.schedulers.chunked import CALM, HURRIED, LEAST_CHUNK, QUEUE_STEPS, _Decodes
 
 TIMES = StepTimes(
     rows=(1, 64), decode_seconds=(0.004, 0.006), tokens=(64, 128, 256, 512, 1024, 4096),
@@ -108,6 +109,34 @@ def test_the_chunk_is_the_largest_within_the_bound():
     patient.run([request("long", 8, 200), request("late", 900, 4, arrival_time=0.1)])
     beside = [parts(plan)[2] for _, _, plan in found if parts(plan)[0] and parts(plan)[2]]
     assert beside == [255, 255, 255, 135]
+
+
+def test_what_decodes_need_not_read_takes_no_time():
+    """Decodes whose context is nearly all common bound a step as short ones do, once the engine has said so."""
+    found = []
+    for saved in (0, 4 * 30_000):
+        run = timed()
+        run.engine.scheduler.note_saved(saved)
+        plan = StepPlan([ScheduledRequest(request(f"d{i}", 31_000, 9), 31_000, 1) for i in range(4)], [True] * 4)
+        turn = request("p", 9000, 9)
+        found.append(_Decodes(TIMES, plan, [turn], turn, run.engine.scheduler._num_kv_saved).seconds)
+    assert found == [TIMES.decode(4, 124_004), TIMES.decode(4, 4004)]
+
+
+def test_the_engine_says_what_was_saved():
+    """When it changes, and before the scheduler plans again."""
+    run, told = timed(), []
+    run.engine.scheduler.note_saved = told.append
+    saved = iter([0, 5, 5, 0])
+    execute = run.engine.runner.execute
+
+    def saving(plan, allocator):
+        step = execute(plan, allocator)
+        return SimpleNamespace(result=lambda: step.result()._replace(num_kv_saved=next(saved, 0)))
+
+    run.engine.runner.execute = saving
+    run.run([request("r", 20, 4)])
+    assert told == [5, 0]
 
 
 def test_one_step_takes_all_prompts_while_nobody_decodes():

@@ -128,8 +128,8 @@ def shared_config(head_dim: int, element_size: int, group: int) -> SharedConfig:
     """
     least = max(16, next_power_of_2(group))
     if element_size > 2:
-        rows = max(32, least)
-        return SharedConfig(32, 32, rows, rows, num_warps=4, num_stages=2, programs_per_sm=2)
+        rows, tile = (max(32, least), 32) if head_dim <= 128 else (least, 16)
+        return SharedConfig(tile, tile, rows, rows, num_warps=4, num_stages=2, programs_per_sm=2)
     if max(16, next_power_of_2(head_dim)) > 128:
         # Half as many rows, or they spill; so they do if the compiler is not told that they may have so many registers.
         rows = max(32, least)
