@@ -179,6 +179,10 @@ class FirstCallParser(ToolParser):
         self._parser, self._has_call = parser, False
 
     @override
+    def runs_on(self, text: str) -> type[str] | None:
+        return self._parser.runs_on(text)
+
+    @override
     def add(self, text: str) -> Parsed:
         return self._first(self._parser.add(text))
 

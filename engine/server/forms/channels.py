@@ -72,6 +72,16 @@ class ChannelParser(ToolParser):
     def __init__(self, names: frozenset[str]) -> None:
         self._names, self._held = names, ""
         self._header: str | None = None  # of the part that is open
+        self._running: tuple[str, type[str] | None] = ("", str)  # a header, and what text below it is
+
+    @override
+    def runs_on(self, text: str) -> type[str] | None:
+        header = self._header
+        if header is None or self._held or "<" in text:  # with which all markers begin
+            return None
+        if self._running[0] != header:
+            self._running = header, None if self._is_call else Thought if self._is_thought else str
+        return self._running[1]
 
     @override
     def add(self, text: str) -> Parsed:
@@ -138,10 +148,13 @@ class ChannelParser(ToolParser):
         found = self._RECIPIENT.search(self._header or "")
         return found is not None and found[1] in self._names
 
-    def _show(self, made: list[Part], text: str) -> None:
+    @property
+    def _is_thought(self) -> bool:
         channel = self._CHANNEL.search(self._header or "")
-        is_thought = channel is not None and channel[1] == THOUGHTS
-        made.append(Thought(text) if is_thought else text)
+        return channel is not None and channel[1] == THOUGHTS
+
+    def _show(self, made: list[Part], text: str) -> None:
+        made.append(Thought(text) if self._is_thought else text)
 
     def _close(self, made: list[Part], body: str) -> None:
         """The open part has ended."""

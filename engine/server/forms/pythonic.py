@@ -82,6 +82,10 @@ class PythonicParser(ToolParser):
         self._names, self._held, self._is_text, self._has_begun = names, "", False, False
 
     @override
+    def runs_on(self, text: str) -> type[str] | None:
+        return str if self._is_text else None
+
+    @override
     def add(self, text: str) -> Parsed:
         if self._is_text:
             return parts_of(text)

@@ -94,6 +94,8 @@ class TaggedParser(ToolParser):
 
     @override
     def add(self, text: str) -> Parsed:
+        if text and self.runs_on(text):
+            return Parsed((text,))
         self._held += text
         return self._read(False)
 
