@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from kvarena.engine.server.forms.calls import FirstCallParser, ListParser, ToolParser
+from kvarena.engine.server.forms.calls import FirstCallParser, ListParser, Parsed, ToolParser
 from kvarena.engine.server.forms.finding import call_form
 from kvarena.engine.server.forms.texts import BareParser, HiddenTokens, TaggedParser
 from kvarena.engine.server.forms.thoughts import THOUGHT_FORMS, ThoughtParser
@@ -98,10 +98,16 @@ def random_list(seed: int) -> str:
     return text if drawn.random() < 0.5 else text[: drawn.randrange(1, len(text) + 1)]
 
 
+def _next(parser: ToolParser, text: str) -> Parsed:
+    """New text as an answer has it read (`Turn._rich_delta`): what only runs on is not given to `add`."""
+    kind = parser.runs_on(text) if text else None
+    return parser.add(text) if kind is None else Parsed((kind(text),))
+
+
 def read(parser: ToolParser, parts: Iterable[str]) -> Found:
     """The text that is shown, the thoughts, and the name and arguments of each call."""
     shown, thought, calls = "", "", []
-    for parsed in (*(parser.add(part) for part in parts), parser.end()):
+    for parsed in (*(_next(parser, part) for part in parts), parser.end()):
         shown += parsed.text
         thought += parsed.thought
         calls += [[call.name, call.arguments] for call in parsed.calls]
@@ -142,7 +148,7 @@ def check_answers(name: str, text: str, seed: int) -> str | None:
     drawn = random.Random(seed)
     places = sorted({0, len(text), *(drawn.randint(0, len(text)) for _ in range(drawn.randint(1, 12)))})
     parts = [text[start:end] for start, end in itertools.pairwise(places)] or [text]
-    parts = list(text) if drawn.random() < 0.2 else parts  # as a model writes it
+    parts = list(text) if text and drawn.random() < 0.2 else parts  # as a model writes it
     try:
         return differ(PARSERS[name], text, [*parts, ""])  # the end comes by itself
     except Exception as error:  # whatever it is, an answer would have been a 500
