@@ -56,7 +56,7 @@ OWN = {
         "<|channel|>", "analysis", "commentary", "final", "<|message|>", "<|end|>", "<|start|>assistant",
         " to=functions.f", " to=functions.h", "<|call|>", "<|return|>", "<|constrain|>json", '{"x": 1}',
     ),
-    "thought": ("<think>", "</think>", "</thi"),
+    "thought": ("<think>", "</think>", "</thi", "Hm. ", "well\n", "a"),
 }  # fmt: skip
 TOOLS = [{"type": "function", "function": {"name": name}} for name in NAMES]
 Found = tuple[str, str, list[tuple[str, str]]]
