@@ -9,6 +9,7 @@
     probe                                  the host: how noisy the probe of a measured run is
     served, front, stream_load, soak       the server: what serving costs, the front alone, its load, hours of it
     under_attack                           the server: honest streams beside requests that mean harm
+    fairness                               the server: a client beside one that floods, under each scheduler
 
 `attention_cases`, `attention_variants` and `fused_cases` are what `kernels` measures; `engine_checks` and
 `engine_profile` are sections of `engine`.
