@@ -1,6 +1,6 @@
 """A client beside another one that floods, over HTTP: what the first one has of it, under each scheduler. JSON lines.
 
-    kvarena benchmark fairness -- models/demo --max-model-len 512 --max-num-seqs 16
+    OMP_NUM_THREADS=1 kvarena benchmark fairness -- models/demo --max-model-len 512 --max-num-seqs 8
 
 What stands after `--` are the arguments of `kvarena serve`; a server is started here for each `--scheduler`, on a free
 port, with two API keys, each a client (`--clients-by key`).
@@ -8,6 +8,9 @@ port, with two API keys, each a client (`--clients-by key`).
 1. A closed loop tells the server's capacity in requests a second.
 2. In each round two parts have the same steady client, who offers `--share` of the capacity as a Poisson process:
    `before`, where the other one offers as much, and `flood`, where it offers `--times` as much.
+
+Clients and server share the machine here: requests are long, so that it is the engine that a flood is too much for, and
+not the connections that it opens.
 
 A part's first `--head` seconds are not counted. Who had no token at a part's end has waited until then. The last line
 of a scheduler has medians over the rounds; the exit code is 1 where one of `--judge` does not keep the bars: the steady
@@ -115,13 +118,14 @@ async def _send_all(options: argparse.Namespace, offer: Offer) -> Got:
     client, server = _client(options, offer)
     answers: list[Answer] = []
     tasks: list[asyncio.Task[Answer]] = []
+    sampling = SamplingParams(temperature=TEMPERATURE, max_tokens=offer.num_out)
+    load = [(at, offer.prompt(number)) for number, at in enumerate(offer.arrivals())]  # made before the clock runs
     with contextlib.closing(client):
         start = time.perf_counter() + offer.begin - time.time()
-        for number, at in enumerate(offer.arrivals()):
+        for at, prompt in load:
             await asyncio.sleep(start + at - time.perf_counter())
-            sampling = SamplingParams(temperature=TEMPERATURE, max_tokens=offer.num_out)
             answers.append(Answer())
-            tasks.append(asyncio.create_task(server.complete(offer.prompt(number), sampling, answers[-1])))
+            tasks.append(asyncio.create_task(server.complete(prompt, sampling, answers[-1])))
         await asyncio.sleep(start + offer.seconds - time.perf_counter())
         made = got(offer, options.head, answers, start)
         for task in tasks:
@@ -253,10 +257,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--head", type=float, default=5.0, help="seconds of it that are not counted")
     parser.add_argument("--share", type=float, default=0.5, help="of the capacity that each client offers before")
     parser.add_argument("--times", type=float, default=10.0, help="what the other one offers of that when it floods")
-    parser.add_argument("--clients", type=int, default=32, help="of the closed loop that tells the capacity")
+    parser.add_argument("--clients", type=int, default=16, help="of the closed loop that tells the capacity")
     parser.add_argument("--capacity-seconds", type=float, default=10.0, help="of that loop")
     parser.add_argument("--n-in", type=int, default=64, help="prompt tokens")
-    parser.add_argument("--n-out", type=int, default=192, help="output tokens")
+    parser.add_argument("--n-out", type=int, default=400, help="output tokens")
     parser.add_argument("--max-token-id", type=int, default=2000, help="largest token id in a prompt")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and prompts")
     parser.add_argument("--ttft-bar", type=float, default=1.3, help="most that the p99 may grow by")
