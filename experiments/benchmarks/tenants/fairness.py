@@ -9,8 +9,8 @@ port, with two API keys, each a client (`--clients-by key`).
 2. In each round two parts have the same steady client, who offers `--share` of the capacity as a Poisson process:
    `before`, where the other one offers as much, and `flood`, where it offers `--times` as much.
 
-Clients and server share the machine here: requests are long, so that it is the engine that a flood is too much for, and
-not the connections that it opens.
+Clients and server share the machine here. So that it is the engine that a flood is too much for, and not the connections
+that it opens, requests are long, and the engine has the first core to itself (`--shared-cores`: it has not).
 
 A part's first `--head` seconds are not counted. Who had no token at a part's end has waited until then. The last line
 of a scheduler has medians over the rounds; the exit code is 1 where one of `--judge` does not keep the bars: the steady
@@ -25,6 +25,7 @@ import asyncio
 import contextlib
 import itertools
 import multiprocessing
+import os
 import random
 import resource
 import statistics
@@ -42,7 +43,7 @@ from kvarena.engine.request import SamplingParams
 from kvarena.experiments.load.connection import HttpClient, in_turns, run_async
 from kvarena.experiments.load.http_client import Answer, HttpServer
 from kvarena.experiments.load.http_metrics import ask_gauges
-from kvarena.experiments.serving.child import Server
+from kvarena.experiments.serving.child import Server, parts_of
 from kvarena.experiments.tools import say, split_arguments, tool_parser
 
 STEADY, OTHER = "steady", "other"
@@ -211,12 +212,15 @@ def _line(scheduler: str, part: str, turn: int, found: dict[str, Got]) -> dict[s
 
 def run_scheduler(options: argparse.Namespace, arguments: Sequence[str], scheduler: str) -> bool:
     """All rounds under one scheduler; whether the bars were kept."""
+    cores = os.sched_getaffinity(0)
     with tempfile.NamedTemporaryFile("w", suffix=".keys") as keys:
         keys.write(OTHER)
         keys.flush()
         flags = ["--scheduler", scheduler, "--clients-by", "key", "--api-key-file", keys.name, "--disable-access-log"]
         server = Server([*arguments, *flags], STEADY)
         try:
+            if not options.shared_cores:
+                _part_cores(server)
             rate = options.share * capacity(options, server.url)
             _wait_idle(options, server.url)
             lines = []
@@ -227,8 +231,21 @@ def run_scheduler(options: argparse.Namespace, arguments: Sequence[str], schedul
                     lines.append(_line(scheduler, part, turn, found))
                     say(lines[-1])
         finally:
+            os.sched_setaffinity(0, cores)
             server.stop()
     return _judge(options, scheduler, rate, lines)
+
+
+def _part_cores(server: Server) -> None:
+    """The engine's threads get the first core, fronts and clients the others. Nothing is done with one core."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    if not others:
+        return
+    _, engine, *fronts = parts_of(server.process.pid)
+    for part, cores in ((engine, [first]), *((front, others) for front in fronts)):
+        for thread in part.threads():
+            os.sched_setaffinity(thread.id, cores)
+    os.sched_setaffinity(0, others)  # and with it the clients' processes
 
 
 def _judge(options: argparse.Namespace, scheduler: str, rate: float, lines: list[dict[str, Any]]) -> bool:
@@ -262,6 +279,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--n-in", type=int, default=64, help="prompt tokens")
     parser.add_argument("--n-out", type=int, default=400, help="output tokens")
     parser.add_argument("--max-token-id", type=int, default=2000, help="largest token id in a prompt")
+    parser.add_argument("--shared-cores", action="store_true", help="the engine has no core to itself")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and prompts")
     parser.add_argument("--ttft-bar", type=float, default=1.3, help="most that the p99 may grow by")
     parser.add_argument("--tokens-bar", type=float, default=0.95, help="least that must stay of the tokens a second")
