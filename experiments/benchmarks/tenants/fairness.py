@@ -9,8 +9,8 @@ port, with two API keys, each a client (`--clients-by key`).
 2. In each round two parts have the same steady client, who offers `--share` of the capacity as a Poisson process:
    `before`, where the other one offers as much, and `flood`, where it offers `--times` as much.
 
-Clients and server share the machine here. So that it is the engine that a flood is too much for, and not the connections
-that it opens, requests are long, and the engine has the first core to itself (`--shared-cores`: it has not).
+Clients and server share the machine here. So that it is the engine that a flood is too much for, and not the
+connections that it opens, requests are long, and the engine has the first core to itself (not by `--shared-cores`).
 
 A part's first `--head` seconds are not counted. Who had no token at a part's end has waited until then. The last line
 of a scheduler has medians over the rounds; the exit code is 1 where one of `--judge` does not keep the bars: the steady
