@@ -35,6 +35,7 @@ from kvarena.experiments.studies.claims import Claim, Mean, compared, measured
 
 EFFECTS = {"capacity": ("roomy", "none"), "compute": ("given", "none"), "bandwidth": ("few_whole", "few_cached")}
 READS = ("whole", "few_whole")
+SEVERAL = {"samples": "n", "beams": "beams"}
 CELL = ("arrival=all_at_once", "scheduler=continuous", "report.pages=false", "report.kv_map=false")
 
 
@@ -71,6 +72,7 @@ class SharingStudy:
     """Args:
     points: [prefixes, tokens of each, rows of each], one list per point.
     samples: [prompts, tokens of each, samples of each]: as PagedAttention's Figure 15, in tokens/s; may be empty.
+    beams: the same of beam searches, with their width.
     own: tokens of a prompt behind its prefix.
     output: tokens of an answer.
     waves: requests of a cell, as a multiple of the rows.
@@ -84,6 +86,7 @@ class SharingStudy:
 
     points: Sequence[Sequence[int]]
     samples: Sequence[Sequence[int]]
+    beams: Sequence[Sequence[int]]
     own: int
     output: int
     waves: int
@@ -92,7 +95,7 @@ class SharingStudy:
     near: float
 
     def __post_init__(self) -> None:
-        for name, points in (("points", self.points), ("samples", self.samples)):
+        for name, points in (("points", self.points), ("samples", self.samples), ("beams", self.beams)):
             if any(len(point) != 3 or min(point) < 1 for point in points):
                 raise ConfigError(f"study.{name}={list(points)} must be lists of [prefixes, tokens, rows], at least 1")
         if not self.points:
@@ -113,7 +116,8 @@ class SharingStudy:
             effects, rates = self._effects(self._rates(cells, point, block, reads), reads)
             found[point] = effects
             claims += self._claims(point, effects, rates)
-        claims += [claim for values in self.samples for claim in self._samples(cells, Point(*values), reads)]
+        for kind, points in (("samples", self.samples), ("beams", self.beams)):
+            claims += [claim for values in points for claim in self._several(cells, Point(*values), reads, kind)]
         best = max(found, key=lambda point: found[point]["whole"].value)
         parts = ", ".join(f"{name} {effect.value:.2f}" for name, effect in found[best].items() if name != "whole")
         return Findings(
@@ -206,12 +210,12 @@ class SharingStudy:
             *(measured(f"{point}: {name.replace('_', ' ')}", "tokens/s", mean) for name, mean in rates.items()),
         ]
 
-    def _samples(self, cells: CellRunner, point: Point, reads: bool) -> list[Claim]:
-        """Tokens per second of parallel samples, whose prompt's blocks are shared; and with reads shared too."""
+    def _several(self, cells: CellRunner, point: Point, reads: bool, kind: str) -> list[Claim]:
+        """Tokens per second of parallel samples or beams, whose blocks are shared; and with reads shared too."""
         num_rows, label = point.prefixes * point.rows, "x".join(map(str, point))
         base = [
             *CELL, "workload=fixed", f"workload.prompt_len={point.tokens}", f"workload.output_len={self.output}",
-            f"workload.num_requests={point.prefixes}", f"sampling.n={point.rows}",
+            f"workload.num_requests={point.prefixes}", f"sampling.{SEVERAL[kind]}={point.rows}",
             "allocator=paged", f"scheduler.max_num_seqs={num_rows}",
             f"kv_cache.num_slots={num_rows * (point.tokens + 2 * self.output)}",
         ]  # fmt: skip
@@ -219,13 +223,13 @@ class SharingStudy:
         for shares in (False, True) if reads else (False,):
             lever = [f"runner.share_reads={str(shares).lower()}"] if reads else []
             rates[shares] = [
-                float(cells.run(f"samples-{label}-{'once' if shares else 'each'}-r{repeat}",
+                float(cells.run(f"{kind}-{label}-{'once' if shares else 'each'}-r{repeat}",
                                 [*base, *lever, f"sweep.round={repeat}"])["output_tokens_per_second"])
                 for repeat in range(self.rounds)
             ]  # fmt: skip
-        what = f"{point.prefixes} prompts of {point.tokens:,} tokens, {point.rows} samples each"
+        what = f"{point.prefixes} prompts of {point.tokens:,} tokens, {point.rows} {kind} each"
         claims = [
-            measured(f"{what}: prompt read {'once' if shares else 'by each sample'}", "tokens/s", Mean.of(values))
+            measured(f"{what}: read {'once' if shares else 'by each'}", "tokens/s", Mean.of(values))
             for shares, values in rates.items()
         ]
         if reads:

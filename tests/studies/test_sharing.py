@@ -6,7 +6,7 @@ from study_run import run_study
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.studies.sharing import SharingStudy
 
-SMALL = ["study.own=64", "study.output=32", "study.waves=1", "study.rounds=1"]
+SMALL = ["study.own=64", "study.output=16", "study.waves=1", "study.rounds=1"]
 
 
 def values(findings):
@@ -14,8 +14,8 @@ def values(findings):
 
 
 def test_the_effects_on_the_simulator(tmp_path):
-    point, samples = "study.points=[[2,4096,16]]", "study.samples=[[4,2048,4]]"
-    findings, cells = run_study(tmp_path, "experiment=sharing", point, samples, *SMALL)
+    points = "study.points=[[2,4096,16]]", "study.samples=[[2,2048,4]]", "study.beams=[[2,2048,4]]"
+    findings, cells = run_study(tmp_path, "experiment=sharing", *points, *SMALL)
     found = values(findings)
     start = "2 x 4,096 tokens, 16 rows each"
     alone = [found[f"{start}: {name} alone"] for name in ("capacity", "compute", "bandwidth")]
@@ -23,8 +23,9 @@ def test_the_effects_on_the_simulator(tmp_path):
     assert found[f"{start}: product of the effects"] == pytest.approx(alone[0] * alone[1] * alone[2])
     assert found[f"{start}: all of sharing"] == pytest.approx(found[f"{start}: whole"] / found[f"{start}: none"])
     assert found[f"{start}: whole"] > found[f"{start}: cached"] > found[f"{start}: given"] > found[f"{start}: none"]
-    assert found["4 prompts of 2,048 tokens, 4 samples each: read once over read by each"] > 1.0
-    assert len(cells.folders) == 7 + 2
+    for kind in ("samples", "beams"):
+        assert found[f"2 prompts of 2,048 tokens, 4 {kind} each: read once over read by each"] > 1.0
+    assert len(cells.folders) == 7 + 4
     note = next(claim.note for claim in findings.claims if claim.quantity == f"{start}: all of sharing")
     assert ("interaction" in note) == (
         abs(found[f"{start}: all of sharing"] / (alone[0] * alone[1] * alone[2]) - 1) > 0.05
@@ -34,7 +35,8 @@ def test_the_effects_on_the_simulator(tmp_path):
 def test_a_cpu_shows_two_of_the_effects(tmp_path):
     findings, cells = run_study(
         tmp_path, "experiment=sharing", "model=demo", "runner=torch", "engine.dtype=float32",
-        "engine.max_model_len=512", "study.points=[[1,64,4]]", "study.samples=[[1,32,2]]", *SMALL, "study.output=4",
+        "engine.max_model_len=512", "study.points=[[1,64,4]]", "study.samples=[[1,32,2]]", "study.beams=[]", *SMALL,
+        "study.output=4",
         "scheduler.max_num_batched_tokens=256",
     )  # fmt: skip
     found = values(findings)
@@ -52,6 +54,7 @@ def test_wrong_settings_are_one_line(settings, message):
     right = {
         "points": [[1, 2, 3]],
         "samples": [],
+        "beams": [],
         "own": 1,
         "output": 1,
         "waves": 1,
