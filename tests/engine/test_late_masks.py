@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from itertools import product
 
 import numpy as np
 import pytest
@@ -48,9 +49,17 @@ class Window:
         self.at += token_id
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("scheduler", ["continuous", "chunked", "static", "fair"])
-@pytest.mark.parametrize("allocator", ["paged", "paged_prefix", "contiguous"])
+ALLOCATORS, SCHEDULERS = ("paged", "paged_prefix", "contiguous"), ("continuous", "chunked", "static", "fair")
+# Every scheduler with and without overlap, the allocators in turn; the whole grid with the slow tests.
+SOME = [
+    (ALLOCATORS[(i + overlap) % 3], name, overlap) for i, name in enumerate(SCHEDULERS) for overlap in (False, True)
+]
+REST = [one for one in product(ALLOCATORS, SCHEDULERS, (False, True)) if one not in SOME]
+
+
+@pytest.mark.parametrize(
+    ("allocator", "scheduler", "overlap"), [*SOME, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)]
+)
 def test_masks_that_come_late_change_no_token(model, allocator, scheduler, overlap, monkeypatch):
     """With time for one mask a step, five of six constrained requests are put off in every step, some at the end of
     their prompt; each gets its turn and the tokens that it gets with time for all."""

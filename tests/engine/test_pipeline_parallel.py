@@ -103,11 +103,16 @@ def in_fixed_places(monkeypatch) -> list[bool]:
     return launches
 
 
+FUSED_CELLS = [("llama", "tp2xpp2", "temperature"), ("mixtral", "pp2", "greedy"), ("qwen3", "tp2xpp2", "top_p")]
+
+
 @pytest.mark.parametrize(
-    ("family", "sizes", "sampling"),
-    [("llama", "tp2xpp2", "temperature"), ("mixtral", "pp2", "greedy"), ("qwen3", "tp2xpp2", "top_p")],
+    ("family", "sizes", "sampling", "captured"),
+    [
+        *((*cell, True) for cell in FUSED_CELLS),
+        *(pytest.param(*cell, False, marks=[] if cell[0] == "mixtral" else pytest.mark.slow) for cell in FUSED_CELLS),
+    ],
 )
-@pytest.mark.parametrize("captured", [False, True])
 def test_fused_stages_give_the_tokens_of_one_rank(directories, shared, monkeypatch, family, sizes, sampling, captured):
     """Layers by layers, and as steps of fixed shape between two places, as a graph holds them."""
     launches = in_fixed_places(monkeypatch) if captured else []

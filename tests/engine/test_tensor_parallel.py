@@ -275,8 +275,12 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("stays", [False, True])
-@pytest.mark.parametrize("case", PACKED)
+@pytest.mark.parametrize(
+    ("case", "stays"),
+    [("gptq", False), ("gptq", True), ("gptq-act", True), ("awq", False), ("compressed", True),
+     *(pytest.param(*one, marks=pytest.mark.slow)
+       for one in (("gptq-act", False), ("awq", True), ("compressed", False)))],
+)  # fmt: skip
 def test_packed_weights_give_the_tokens_of_one_rank(tmp_path, monkeypatch, case, stays):
     """As on a CPU, where all are dequantised, and as on a GPU, where parts of whole groups stay packed."""
     (kind, family), options, (kept, packed) = PACKED[case]

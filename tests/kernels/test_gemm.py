@@ -99,8 +99,11 @@ def test_a_rank_s_half_of_a_large_product_is_launched_like_the_whole():
         assert table.find(rows, cols // 2, 4096, glu=glu) == table.find(rows, cols, 4096, glu=glu)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 20, 70])
-@pytest.mark.parametrize("with_table", [False, True])
+@pytest.mark.parametrize(
+    ("with_table", "num_rows"),
+    [(True, 1), (False, 3), (True, 20), (False, 20), (True, 70),
+     *(pytest.param(*one, marks=pytest.mark.slow) for one in ((False, 1), (True, 3), (False, 70)))],
+)  # fmt: skip
 def test_ops_equal_torch(num_rows, with_table):
     torch.manual_seed(3)
     table = GemmTable(max_rows=64, measured={}) if with_table else None

@@ -67,9 +67,15 @@ def unpack_stream(weight):
     return (code - (both & 15)).double() * (both & ~15).contiguous().view(torch.float32).double()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("glu", [False, True])
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256, 512])
+GROUPS, DTYPES = (32, 64, 128, 256, 512), (torch.float16, torch.bfloat16)
+# Every size plain and gated, the dtypes in turn; all of them with the slow tests.
+TURNS = [(size, glu, DTYPES[(i + glu) % 2]) for i, size in enumerate(GROUPS) for glu in (False, True)]
+OTHERS = [one for one in product(GROUPS, (False, True), DTYPES) if one not in TURNS]
+
+
+@pytest.mark.parametrize(
+    ("group_size", "glu", "dtype"), [*TURNS, *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHERS)]
+)
 def test_a_weight_is_unpacked_as_it_was_packed(group_size, glu, dtype):
     torch.manual_seed(0)
     num_outputs = 256 if glu else 200
@@ -180,8 +186,11 @@ def device():
     return made
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("num_rows", [1, 40, 300])
+@pytest.mark.parametrize(
+    ("num_rows", "act_order"),
+    [(1, False), (40, True), (300, False),
+     *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1, True), (40, False), (300, True)))],
+)  # fmt: skip
 def test_ops_with_a_hopper_product_are_those_of_the_dequantised_weight(device, num_rows, act_order):
     torch.manual_seed(2)
     ops, plain = PackedOps(TorchOps()), TorchOps()
@@ -222,8 +231,11 @@ def test_steps_of_any_rows_have_a_launch_that_is_compiled_ahead():
         assert len(ahead) < 20
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("kind", ["gated", "joined", "alone"])
+@pytest.mark.parametrize(
+    ("kind", "act_order"),
+    [("gated", False), ("joined", True), ("alone", False), ("alone", True),
+     *(pytest.param(*one, marks=pytest.mark.slow) for one in (("gated", True), ("joined", False)))],
+)  # fmt: skip
 def test_what_is_compiled_ahead_is_what_steps_launch(kind, act_order):
     class Noting:
         """Both kernels' contract, without results."""

@@ -49,9 +49,17 @@ def test_order_is_balanced(num_cells):
     assert num_cells == 1 or (len(followers) == num_cells * (num_cells - 1) and len(set(followers.values())) == 1)
 
 
-@pytest.mark.parametrize("drift, size", DRIFTS)
-@pytest.mark.parametrize("num_cells, num_rounds", [(2, 2), (2, 5), (3, 3), (12, 2), (12, 6)])
-@pytest.mark.parametrize("num_metrics", [1, len(METRICS)])
+SIZES = [(2, 2), (2, 5), (3, 3), (12, 2), (12, 6)]
+# One metric and all of them in turn; both for every drift and size with the slow tests.
+TURNS = [(*drift, *size, (1, len(METRICS))[(i + j) % 2])
+         for i, drift in enumerate(DRIFTS) for j, size in enumerate(SIZES)]  # fmt: skip
+OTHERS = [(*one[:-1], 1 if one[-1] > 1 else len(METRICS)) for one in TURNS]
+
+
+@pytest.mark.parametrize(
+    ("drift", "size", "num_cells", "num_rounds", "num_metrics"),
+    [*TURNS, *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHERS)],
+)
 def test_equal_cells_are_rarely_told_apart(drift, size, num_cells, num_rounds, num_metrics):
     """Seeds in the order a a a b b b told them apart in 54 to 100 % of reports under 1 % of drift a run."""
     setting = Setting(drift, size, num_cells, num_rounds, num_metrics=num_metrics)

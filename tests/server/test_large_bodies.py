@@ -18,7 +18,7 @@ JSON = {"content-type": "application/json"}
 HELLO = b'"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2'
 
 
-def _many(item: bytes, size: int = 15 << 20) -> bytes:
+def _many(item: bytes, size: int = 6 << 20) -> bytes:
     """A JSON list of as many items as `size` bytes hold."""
     return b"[" + b",".join([item] * (size // (len(item) + 1))) + b"]"
 
