@@ -321,8 +321,8 @@ class LLM:
         for req in (*plan.rejected, *output.finished):
             if (choice := open_.pop(req, None)) is not None:
                 if req.search is not None and req.search.is_over:
-                    text = req.search.winners[req.beam]
-                    choice.tokens, choice.logprobs = list(text.tokens), list(text.entries)
+                    winner = req.search.winners[req.beam]
+                    choice.tokens, choice.logprobs = list(winner.tokens), list(winner.entries)
                 choice.ended, choice.error = (req.finish_reason or FinishReason.ERROR).value, req.error
                 choice.stop_token = req.output_token_ids[-1] if req.finish_reason is FinishReason.STOP else None
                 if choice not in touched:

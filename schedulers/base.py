@@ -173,8 +173,8 @@ class Scheduler(BeamLifecycle):
                 commit(req)
         for req, reason in finished:
             self.finish(req, reason)
-        ended = [req for req, _ in finished]
-        return ended + self.move_beams(plan) if self._searches else ended
+        gone = [req for req, _ in finished]
+        return gone + self.move_beams(plan) if self._searches else gone
 
     def take_back(self, req: Request) -> None:
         req.num_pending_tokens -= 1
