@@ -89,7 +89,7 @@ def cells():
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize(("scheduler", "allocator"), cells())
 def test_same_tokens_over_the_strategies(models, scheduler, allocator):
-    num_blocks = 38
+    num_blocks = 26
     for name, fused in (("llama", True), ("mistral", False)):
         model, tokens = models[name], []
         for shares in (False, True):
@@ -103,9 +103,12 @@ def test_same_tokens_over_the_strategies(models, scheduler, allocator):
                 assert not shares or isinstance(backend, SharingBackend)
             else:
                 runner = TorchRunner(model, pool, backend, shares=shares)
-            found, saved, _ = run(runner, allocator, scheduler, overlap=shares and fused, num_blocks=num_blocks)
+            found, saved, preempted = run(runner, allocator, scheduler, overlap=shares and fused, num_blocks=num_blocks)
             tokens.append(found)
-            assert bool(sum(saved)) == shares and (not shares or backend.num_shared)
+            assert preempted or scheduler == "static"
+            # A static batch admits samples beside their parent, which has nothing to fork yet.
+            can_share = shares and (scheduler, allocator) != ("static", "paged")
+            assert bool(sum(saved)) == can_share and (not can_share or backend.num_shared)
         assert tokens[0] == tokens[1]
 
 
