@@ -60,7 +60,8 @@ class PaperFig15Study:
     num_samples: parallel samples of a prompt, as in the paper.
     beam_widths: of beam searches, as in the paper.
     rates: workload -> samples or beams started per second; requests per second are that over their number.
-    num_requests: workload -> prompts of each cell.
+    num_requests: workload -> prompts of each cell with samples.
+    beam_requests: workload -> prompts of each cell with beams.
     seeds: of the workload.
 
     Raises:
@@ -71,6 +72,7 @@ class PaperFig15Study:
     beam_widths: Sequence[int]
     rates: dict[str, float]
     num_requests: dict[str, int]
+    beam_requests: dict[str, int]
     seeds: Sequence[int]
 
     def __post_init__(self) -> None:
@@ -115,7 +117,8 @@ class PaperFig15Study:
         )
 
     def _saved(self, cells: CellRunner, half: _Half, workload: str, num: int) -> Mean:
-        load = Load(workload, self.rates[workload] / num, self.num_requests[workload])
+        prompts = self.num_requests if half is HALVES[0] else self.beam_requests
+        load = Load(workload, self.rates[workload] / num, prompts[workload])
         values = []
         for seed in self.seeds:
             run_system(cells, "vLLM", load, f"{half.setting}={num}", seed=seed, label=f"{half.label}{num}")
