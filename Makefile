@@ -41,7 +41,7 @@ run: $(STAMP)
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 test: lint $(JS_STAMP)
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not gpu"

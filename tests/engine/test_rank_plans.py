@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import orjson
 import pytest
+from waiting import PATIENCE
 
 from kvarena.engine.contract import BlockCopy, CopyKind, ScheduledRequest, StepPlan
 from kvarena.engine.errors import RankFailed
@@ -208,7 +209,7 @@ def test_who_has_not_given_up_is_who_the_others_waited_for(lost, line):
     thread.start()
     for rank in lost[1:]:
         send_frame(pairs[rank - 1][1], orjson.dumps({"error": "Timed out", "is_lost": True}))
-    thread.join(30)
+    thread.join(PATIENCE)
     assert watched.failure == line
 
 

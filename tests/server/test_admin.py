@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import threading
-import time
 
 import httpx
 import pytest
@@ -15,6 +14,7 @@ from server_harness import PATIENCE, RunningServer
 from test_data_parallel import by_engine
 from test_intake import Compiles, constraint
 from test_server_faults import Reader
+from waiting import wait_for
 
 from kvarena.allocators.prefix import PrefixCachingAllocator
 from kvarena.engine.clock import WallClock
@@ -57,13 +57,6 @@ def is_paused(server: RunningServer) -> bool:
     answer = order(server, "/is_paused", "GET")
     assert answer.status_code == 200, answer.text
     return answer.json()["is_paused"]
-
-
-def wait_for(condition, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def last_reason(reader: Reader) -> str | None:
