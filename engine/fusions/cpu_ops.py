@@ -79,16 +79,17 @@ class CpuOps(TorchOps):
 
     def _product(self, x: Tensor, linear: Linear | PanelLinear, y: Tensor | None, *, adds: bool) -> Tensor:
         """x @ weight.T in float32, in or added to `y` if given."""
-        x = x.to(torch.float32).contiguous()
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.to(torch.float32).contiguous()
         rows, depth = x.shape
         width = linear.out_features
         y = torch.empty(rows, width) if y is None else y
-        threads = max(1, min(most_threads(), rows * width * depth // _PRODUCTS_PER_THREAD))
+        threads = _threads(rows * width * depth, _PRODUCTS_PER_THREAD)
         if isinstance(linear, Linear):
             product = product_kernel(self._kind, adds)
             product(threads, x.data_ptr(), linear.weight.data_ptr(), y.data_ptr(), rows, width, depth)
         elif self._panel_product is not None:
-            panels = linear.panels.data.data_ptr()
+            panels = linear.panels.address
             self._panel_product(threads, x.data_ptr(), panels, y.data_ptr(), rows, width, depth, adds)
         return y
 
@@ -99,9 +100,9 @@ class CpuOps(TorchOps):
     def glu(self, x: Tensor) -> Tensor:
         """See `Ops.glu`."""
         x = x.contiguous()
-        rows, width = len(x), x.shape[1] // 2
+        rows, width = x.shape[0], x.shape[1] // 2
         out = torch.empty(rows, width, dtype=x.dtype)
-        self._glu(_threads(x.numel()), x.data_ptr(), out.data_ptr(), rows, width)
+        self._glu(_threads(2 * rows * width), x.data_ptr(), out.data_ptr(), rows, width)
         return out
 
     def experts(
@@ -135,8 +136,8 @@ class CpuOps(TorchOps):
             q_norm, k_norm, eps = norms.q.weight.data_ptr(), norms.k.weight.data_ptr(), norms.q.eps
         self._rope_store(
             _threads(qkv.numel()), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), kv[0].data_ptr(),
-            kv[1].data_ptr(), q_norm, k_norm, len(qkv), num_heads, num_kv_heads, head_dim, cos.shape[1], cos.stride(0),
-            turn_keys, eps,
+            kv[1].data_ptr(), q_norm, k_norm, qkv.shape[0], num_heads, num_kv_heads, head_dim, cos.shape[1],
+            cos.stride(0), turn_keys, eps,
         )  # fmt: skip
         return qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
 
@@ -150,5 +151,5 @@ def _has_product(dtype: torch.dtype) -> bool:
     return dtype in supported and bool(supported[dtype]())
 
 
-def _threads(elements: int) -> int:
-    return max(1, min(most_threads(), elements // _PER_THREAD))
+def _threads(work: int, per_thread: int = _PER_THREAD) -> int:
+    return 1 if work < 2 * per_thread else min(most_threads(), work // per_thread)

@@ -33,10 +33,12 @@ class Panels:
     Attributes:
         data: float32 [ceil(N / width), K, width].
         num_rows: N.
+        address: of the data.
     """
 
     data: Tensor
     num_rows: int
+    address: int
 
     @classmethod
     def of(cls, weight: Tensor, width: int) -> Panels:
@@ -49,7 +51,7 @@ class Panels:
         if whole < len(data):
             data[whole] = 0
             data[whole, :, : num_rows - whole * width] = weight[whole * width :].t()
-        return cls(data, num_rows)
+        return cls(data, num_rows, data.data_ptr())
 
     def rows(self, indices: Tensor) -> Tensor:
         """Rows of the weight, [*indices.shape, K]."""
