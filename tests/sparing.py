@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ def set_for_test(*, is_drawn: bool, is_probed: bool) -> None:
     """Spare the test that is about to run, or the process that starts, what it does not look at."""
     global drawn, probed
     drawn, probed = is_drawn, is_probed
+    # Where no kernel has been compiled yet a line on stderr says that some are, whichever test is the first.
+    importlib.import_module("kvarena.engine.cpu.compiler")._Telling.told = True
     # Only what is loaded: a test that draws nothing does not pay for the import.
     _replace("matplotlib.figure", "Figure.savefig", _save_nothing, not drawn)
     _replace("kvarena.experiments.recording.contention", "run_probe", _quiet_machine, not probed)
