@@ -123,6 +123,7 @@ def test_buckets_hold_every_step_and_pad_little(most):
 def test_the_shapes_of_a_warm_up_are_those_of_the_steps_that_can_come(most_rows, most_tokens, mixed, steps):
     """Every step's shape is among them, and each is the shape of some step."""
     graphs = object.__new__(StepGraphs)
+    graphs._reads = None
     graphs._decode_buckets, graphs._row_buckets = decode_buckets(300), row_buckets(300)
     graphs._token_buckets = token_buckets(mixed)
     shapes = graphs.reachable(most_rows, most_tokens)
@@ -145,6 +146,7 @@ def test_the_shapes_of_a_warm_up_are_those_of_the_steps_that_can_come(most_rows,
 def test_a_cell_captures_few_shapes():
     """Some tens of milliseconds each, before every cell; few where a cell is small."""
     graphs = object.__new__(StepGraphs)
+    graphs._reads = None
     graphs._decode_buckets, graphs._row_buckets = decode_buckets(256), row_buckets(256)
     for parameters, most in ((600_000_000, 97), (8_000_000_000, 73)):
         graphs._token_buckets = token_buckets(graph_tokens(parameters))
