@@ -65,6 +65,7 @@ class RunSummary(_Written):
     arrival: dict[str, Any] | None = None
     simulation: dict[str, Any] | None = None
     experts: dict[str, float | None] | None = None
+    kv_read: dict[str, float | None] | None = None
     target: dict[str, Any] | None = None
     replicas: int | None = None
     routing: dict[str, Any] | None = None
