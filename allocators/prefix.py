@@ -173,12 +173,12 @@ class PrefixCachingAllocator(PagedAllocator):
             table, start = self._tables[req], stand.num_blocks
             node, replaced, shared = self._index.publish(stand.node, req, table, start, num_blocks)
             stand.move(node, num_blocks, self.block_size)
-            if self.observer is not None:
-                self.observer.stored(req, table, start, [block in self._index for block in table[start:num_blocks]])
             if shared:
                 self._share(shared)
             if replaced:
                 self._pool.give(self._release(replaced))
+            if self.observer is not None:
+                self.observer.stored(req, table, start, [block in self._index for block in table[start:num_blocks]])
 
     # ------------------------------------------------------------ blocks in and out
 
@@ -233,6 +233,8 @@ class PrefixCachingAllocator(PagedAllocator):
         stand = self._stands[req]
         num_blocks = min(stand.num_blocks, child.num_computed_tokens // self.block_size)
         self._stand(child, self._index.above(stand.node, stand.num_blocks, num_blocks), num_blocks, found=False)
+        if self.observer is not None:
+            self.observer.found(child, self._tables[child][:num_blocks])
         return True
 
     def _sealed(self, req: Request, num_blocks: int) -> list[int]:

@@ -149,7 +149,7 @@ class CacheObserver(Protocol):
     """Told what a prefix cache holds, in the order in which that changes. It changes nothing."""
 
     def found(self, req: Request, blocks: Sequence[int]) -> None:
-        """`req` was admitted with these cached blocks as its first ones."""
+        """`req` was admitted with these cached blocks as its first ones, or shares them with its parent."""
         ...
 
     def stored(self, req: Request, table: Sequence[int], start: int, cached: Sequence[bool]) -> None:

@@ -44,47 +44,62 @@ class AccessLog:
         self._rows: dict[Request, int] = {}
         self._requests: list[Request] = []
         self._texts: list[_Text] = []
+        self._evicted: int | None = None  # entries of tables at an eviction that is not noted yet
+        self._counted: set[int] = set()  # rows whose first admission there was
         self._live: dict[Request, int] = {}  # blocks that are known of it
 
     # ---- what the allocator tells
 
     def found(self, req: Request, blocks: Sequence[int]) -> None:
-        """`req` is admitted; its first admission is the one that counts."""
-        counts = self.counts and req not in self._rows
+        """`req` is admitted; its first admission is the one that counts, and of a sample that shares none does."""
         row = self._row(req)
-        self._live[req] = known = req.num_prompt_tokens // self._allocator.block_size
+        counts = self.counts and row not in self._counted and not req.num_computed_tokens
+        if counts:
+            self._counted.add(row)
+        # All of its prompt's full blocks, and those of its output that were found again.
+        self._live[req] = known = max(req.num_prompt_tokens // self._allocator.block_size, len(blocks))
         self._events.append((Ask, row, known, counts))
+        self._flush()
         if self._also is not None:
             self._also.found(req, blocks)
 
     def stored(self, req: Request, table: Sequence[int], start: int, cached: Sequence[bool]) -> None:
         """Blocks of `req` are full: those of its prompt were known."""
+        self._flush()
         stop, known = start + len(cached), self._live.get(req, 0)
         if stop > known:
             self._events.append((Grow, self._row(req), known, stop))
             self._live[req] = stop
-            self._room()
+            self._events.append((Room, self._entries()))
         if self._also is not None:
             self._also.stored(req, table, start, cached)
 
     def removed(self, blocks: Sequence[int]) -> None:
         """Room was needed, so nothing is free: what is not cached any more is owned, or will be at once."""
-        self._room(free=0)
+        self._flush()
+        self._evicted = self._entries(free=0)
         if self._also is not None:
             self._also.removed(blocks)
 
     def left(self, req: Request) -> None:
         """`req` owns nothing any more."""
+        self._flush()
         if self._live.pop(req, None) is not None:
             self._events.append((Leave, self._rows[req]))
         if self._also is not None:
             self._also.left(req)
 
-    def _room(self, free: int | None = None) -> None:
-        """Note how many entries the tables have, or will have when `free` blocks are left."""
+    def _flush(self) -> None:
+        """Note an eviction, behind the request that it made room for: a fork evicts before it is told of."""
+        if self._evicted is not None:
+            self._events.append((Room, self._evicted))
+            self._evicted = None
+
+    def _entries(self, free: int | None = None) -> int:
+        """How many entries the tables have, or will have when `free` blocks are left."""
         allocator = self._allocator
         idle = allocator.num_free_blocks if free is None else free + allocator.num_cached_blocks
-        self._events.append((Room, allocator.num_blocks - idle + allocator.num_shared_entries))
+        return allocator.num_blocks - idle + allocator.num_shared_entries
 
     def _row(self, req: Request) -> int:
         row = self._rows.get(req)
@@ -98,6 +113,7 @@ class AccessLog:
 
     def optimum(self) -> dict[Request, int]:
         """Prompt tokens that MIN finds in this order of accesses, by request: those that were admitted."""
+        self._flush()
         namer = _Namer(self._allocator.block_size)
         chains: dict[int, list[int]] = {}
         events: list[Event] = []

@@ -19,6 +19,7 @@ from kvarena.engine.core import Engine, StepOutput
 from kvarena.engine.errors import EngineError, NotDefined, RequestRejected
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import FinishReason, Request, RequestStatus
+from kvarena.experiments.caching.accesses import AccessLog, watch
 from kvarena.experiments.correctness.oracle import OracleRunner
 from kvarena.experiments.fuzzing.random_traces import MAX_MODEL_LEN, VOCAB_SIZE, Trace
 from kvarena.experiments.fuzzing.recount import Recount
@@ -160,6 +161,7 @@ def drive(
         runner, clock, overlap=overlap, ledger=ledger, on_launch=recount.observe
     )
     run, before = CellRun(trace.requests(), Counter()), allocator.usage()
+    accesses = watch(allocator)
     num_slots: dict[Request, int] = {}
     todo, aborts = run.requests[::-1], trace.aborts[::-1]
     limit = 200 + 4 * len(run.requests) + 20 * sum(req.max_total_tokens for req in run.requests)
@@ -190,6 +192,8 @@ def drive(
     recount.check(ledger.settle())
     _check_pool(before, allocator.usage())
     _check_end(run, trace.expected(runner.window))
+    if accesses is not None:
+        _check_bound(run, accesses)
     _count(run, runner)
     return run
 
@@ -225,6 +229,13 @@ def _check_end(run: CellRun, expected: dict[str, list[int]]) -> None:
             raise EngineError(f"request {req.request_id!r} ended by {reason} with tokens {got}, expected {want}")
         if reason is FinishReason.ERROR:
             raise EngineError(f"request {req.request_id!r} was accepted and failed: {req.error}")
+
+
+def _check_bound(run: CellRun, accesses: AccessLog) -> None:
+    """No prefix cache finds more than the best one would have (`caching/optimum.py`)."""
+    found, most = sum(req.num_cached_tokens for req in run.requests), sum(accesses.optimum().values())
+    if found > most:
+        raise EngineError(f"{found} prompt tokens were found in the cache, and the most that can be are {most}")
 
 
 def _count(run: CellRun, runner: OracleRunner) -> None:
