@@ -272,7 +272,7 @@ def test_a_need_that_forgets_what_the_head_would_share_is_caught(monkeypatch, al
 
 
 def test_a_need_that_forgets_the_parents_prompt_is_caught(monkeypatch):
-    monkeypatch.setattr(PagedAllocator, "_can_fork", lambda self, req: False)
+    monkeypatch.setattr(PagedAllocator, "_can_fork", lambda self, req, num_shared: False)
     assert "slots of shortage" in first_failure("paged")
 
 
