@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from kvarena.engine.clock import Clock
 from kvarena.engine.contract import KVAllocator, KVUsage, StepPlan, StepScheduler
 from kvarena.engine.errors import EngineError, KvarenaError
-from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.ledger import Ledger
 from kvarena.engine.model_runner import ModelRunner, PendingTokens, StepResult
 from kvarena.engine.request import Request
 
@@ -82,7 +82,7 @@ class Engine:
         runner: computes the steps.
         clock: the only source of time.
         overlap: plan step N+1 while step N runs.
-        ledger: accounts for every slot of every step, and fails the run if a step does not add up.
+        ledger: accounts for every slot of every step; that of a run fails it if a step does not add up.
         on_launch: told of every step while its slots are allocated and none is freed; `result` and `finished` are not
             known yet.
     """
@@ -92,7 +92,7 @@ class Engine:
     runner: ModelRunner
     clock: Clock
     overlap: bool = False
-    ledger: MemoryLedger | None = None
+    ledger: Ledger | None = None
     on_launch: Callable[[StepOutput], None] | None = None
     num_steps: int = 0
     _in_flight: _InFlight | None = field(default=None, repr=False)

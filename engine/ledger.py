@@ -19,6 +19,8 @@ Source of the classes: PagedAttention (Kwon et al., SOSP'23), section 3.1 and Fi
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
@@ -37,6 +39,42 @@ def check_usage(usage: KVUsage) -> None:
             f"{usage.shortage} + cached {usage.cached} + free {usage.free} = {parts} of {usage.total} slots, "
             f"{usage.computed} computed; this is a bug of the allocator"
         )
+
+
+class Ledger(Protocol):
+    """What an engine tells of every step."""
+
+    def observe(self, plan: StepPlan, usage: KVUsage) -> None:
+        """A step was planned: its slots are allocated, and nothing is freed yet."""
+        ...
+
+
+class StepCheck:
+    """A ledger without a past, for an engine that serves: each step must add up, and one that does not is told of.
+
+    Args:
+        on_violation: called with one line for each.
+    """
+
+    def __init__(self, on_violation: Callable[[str], None]) -> None:
+        self._on_violation = on_violation
+
+    def observe(self, plan: StepPlan, usage: KVUsage) -> None:  # noqa: ARG002 - of a ledger
+        """Check a step."""
+        self.check(usage)
+
+    def check(self, usage: KVUsage) -> None:
+        """Check the counts of any moment."""
+        try:
+            check_usage(usage)
+        except EngineError as error:
+            self._on_violation(str(error))
+
+    def check_idle(self, usage: KVUsage) -> None:
+        """Check the counts of an engine without a request: nobody is there who could own a slot."""
+        self.check(usage)
+        if usage.owned:
+            self._on_violation(f"{usage.owned} of {usage.total} slots are owned, and there is no request: they leaked")
 
 
 class MemoryLedger:

@@ -49,7 +49,9 @@ class Recording:
     ) -> None:  # fmt: skip
         self._level = level
         self._measured = measured
-        self._ledger: MemoryLedger | None = None if level == "none" else engine.ledger
+        ledger = engine.ledger
+        assert ledger is None or isinstance(ledger, MemoryLedger)
+        self._ledger = None if level == "none" else ledger
         self._rows = None if level == "none" else RunRecorder(tokens=level == "full")
         self._accesses = accesses
         if accesses is not None:

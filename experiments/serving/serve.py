@@ -130,8 +130,7 @@ def _build(config: RunConfig, strategy: dict[str, str], words: Callable[[str], s
     # Before the weights: a tokenizer that cannot be read must not wait for them.
     tokenizer = load_tokenizer(str(config.model.path), config.model.trust_remote_code)
     parts = build_engine(config, whole_context=True)
-    # A ledger keeps every step; a server runs for ever.
-    parts.engine.ledger = None
+    parts.engine.ledger = None  # the loop's own takes its place: this one keeps every step, and a server runs for ever
     warm = warm_up(config, parts, SERVED)
     tell_step_times(config, parts)
     logger.info(

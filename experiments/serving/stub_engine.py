@@ -4,7 +4,8 @@
 
 It shows what the web front costs by itself (experiments/benchmarks/front.py), and lets tests inject faults: a step with
 `--fail-token` in a prompt fails, one with `--full-token` or of more than `--full-tokens` finds no memory, one with
-`--hang-token` never ends. While the file `--hold` exists, steps are so slow that what runs does not end meanwhile.
+`--hang-token` never ends, and from one with `--leak-token` on a block is missing in the pool's counts. While the file
+`--hold` exists, steps are so slow that what runs does not end meanwhile.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from dataclasses import dataclass
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.engine.checkpoints.directory import resolve_directory
 from kvarena.engine.clock import WallClock
-from kvarena.engine.contract import KVAllocator, StepPlan
+from kvarena.engine.contract import KVAllocator, KVUsage, StepPlan
 from kvarena.engine.core import Engine
 from kvarena.engine.errors import KvarenaError, OutOfMemory
 from kvarena.engine.model_runner import ReadyTokens, StepResult
+from kvarena.engine.request import Request
 from kvarena.engine.server.engine.served import ServedEngine
 from kvarena.engine.server.processes.engine import ALONE, Place
 from kvarena.engine.server.processes.process import ModelFiles
@@ -47,6 +49,7 @@ class StubOptions:
         fail_token: a step that computes a prompt with this token raises.
         full_token: a step that computes a prompt with this token finds the device's memory full.
         hang_token: a step that computes a prompt with this token sleeps for ever.
+        leak_token: once a prompt with this token runs, the allocator counts a block too few.
         full_tokens: a step of more tokens finds the device's memory full; 0: none does.
         num_blocks: pool, in blocks of 16 slots.
         max_num_seqs: requests per step.
@@ -60,12 +63,30 @@ class StubOptions:
     fail_token: int = -1
     full_token: int = -1
     hang_token: int = -1
+    leak_token: int = -1
     full_tokens: int = 0
     num_blocks: int = 65536
     max_num_seqs: int = 512
     max_num_batched_tokens: int = 8192
     max_model_len: int = 8192
     hold: str = ""
+
+
+class LeakyAllocator(PagedAllocator):
+    """Miscounts from the first prompt on that holds `leak_token`."""
+
+    leak_token = -1
+    has_leaked = False
+
+    def allocate(self, req: Request, num_tokens: int, num_cached: int = 0) -> bool:
+        """As any other."""
+        self.has_leaked = self.has_leaked or self.leak_token in req.prompt_token_ids
+        return super().allocate(req, num_tokens, num_cached)
+
+    def count(self) -> KVUsage:
+        """A block less than there is."""
+        usage = super().count()
+        return usage._replace(free=usage.free - self.block_size) if self.has_leaked else usage
 
 
 class StubRunner:
@@ -108,7 +129,10 @@ class StubRunner:
 
 def build(options: StubOptions, place: Place = ALONE) -> ServedEngine:  # noqa: ARG001 - all are alike
     """A stub engine; called in the engine's process."""
-    allocator = PagedAllocator(num_blocks=options.num_blocks, block_size=16, max_model_len=options.max_model_len)
+    kind = PagedAllocator if options.leak_token < 0 else LeakyAllocator
+    allocator = kind(num_blocks=options.num_blocks, block_size=16, max_model_len=options.max_model_len)
+    if isinstance(allocator, LeakyAllocator):
+        allocator.leak_token = options.leak_token
     scheduler = ChunkedScheduler(
         allocator=allocator,
         max_model_len=options.max_model_len,
@@ -141,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         ("fail-token", int, "a step fails that has it in a prompt"),
         ("full-token", int, "a step finds no memory that has it in a prompt"),
         ("hang-token", int, "a step never ends that has it in a prompt"),
+        ("leak-token", int, "the pool's counts are wrong once a prompt has it"),
         ("full-tokens", int, "a step finds no memory that has more tokens; 0: none does"),
         ("num-blocks", int, "of the KV pool"),
         ("max-num-seqs", int, "requests of a step"),
@@ -155,8 +180,8 @@ def main(argv: list[str] | None = None) -> int:
         directory = resolve_directory(flags.model)
         vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
         options = StubOptions(
-            vocab_size, flags.step_time, flags.fail_token, flags.full_token, flags.hang_token, flags.full_tokens,
-            flags.num_blocks, flags.max_num_seqs, flags.max_num_batched_tokens, hold=flags.hold,
+            vocab_size, flags.step_time, flags.fail_token, flags.full_token, flags.hang_token, flags.leak_token,
+            flags.full_tokens, flags.num_blocks, flags.max_num_seqs, flags.max_num_batched_tokens, hold=flags.hold,
         )  # fmt: skip
         router = LeastKVRouter(num_replicas=flags.engines) if flags.engines > 1 else None
         config, factory = ServerConfig.from_dict(values), functools.partial(build, options)

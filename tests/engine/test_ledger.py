@@ -6,7 +6,7 @@ import pytest
 from kvarena.engine.classes import CLASSES
 from kvarena.engine.contract import KVUsage, ScheduledRequest, StepPlan
 from kvarena.engine.errors import EngineError
-from kvarena.engine.ledger import MemoryLedger
+from kvarena.engine.ledger import MemoryLedger, StepCheck
 from kvarena.engine.request import FinishReason, Request, RequestStatus
 
 
@@ -155,3 +155,14 @@ def test_computed_slots_without_a_stay_fail_the_settlement():
 
 def test_an_empty_run_settles_to_empty_columns():
     assert all(isinstance(column, np.ndarray) and len(column) == 0 for column in MemoryLedger().settle().values())
+
+
+def test_a_check_counts_what_does_not_add_up_and_what_leaked():
+    said = []
+    check = StepCheck(said.append)
+    check.observe(StepPlan(), usage(20, 3, 10))
+    check.check_idle(usage(20, 0, 0))
+    assert not said
+    check.observe(StepPlan(), usage(20, 3, 10)._replace(free=9))
+    check.check_idle(usage(20, 3, 10))
+    assert len(said) == 2 and "does not add up" in said[0] and "10 of 20 slots are owned" in said[1]

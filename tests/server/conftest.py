@@ -33,4 +33,5 @@ def _end(running: RunningServer) -> None:
     running.assert_alive()
     slots = running.slots()
     assert slots["token_states"] + slots["reservation"] + slots["internal"] == 0 < sum(slots.values())
+    assert running.metrics()["kvarena:ledger_violations_total"] == 0
     assert running.stop() == 0

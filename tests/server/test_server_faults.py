@@ -19,7 +19,7 @@ from server_harness import PATIENCE, STUB, RunningServer
 from stepped_clock import write_offset
 from waiting import wait_for
 
-FAIL, HANG = 777, 778
+FAIL, HANG, LEAK = 777, 778, 779
 STREAM = {"prompt": [20] * 8, "max_tokens": 8000, "ignore_eos": True, "stream": True}
 
 
@@ -132,7 +132,7 @@ def _post_quietly(server: RunningServer, body: dict) -> None:
 
 
 def test_44_a_failed_step_fails_its_requests_only():
-    server = _stub("--fail-token", str(FAIL))
+    server = _stub("--fail-token", str(FAIL), "--leak-token", str(LEAK))
     try:
         early = Reader(server, max_tokens=50)
         answer = server.post("/v1/completions", {"prompt": [FAIL], "max_tokens": 4})
@@ -143,8 +143,14 @@ def test_44_a_failed_step_fails_its_requests_only():
         assert early.lines[-1] == "data: [DONE]"
         assert server.complete([20]).status_code == 200
         server.wait_idle()
-        assert server.metrics()["kvarena:failed_steps_total"] == 1
+        metrics = server.metrics()
+        assert metrics["kvarena:failed_steps_total"] == 1
         assert _health(server) == 200
+        # The ledger adds up, until the allocator miscounts: then that is counted and told of, and answers still come.
+        assert metrics["kvarena:ledger_violations_total"] == 0
+        assert server.complete([LEAK]).status_code == server.complete([20]).status_code == 200
+        assert server.metrics()["kvarena:ledger_violations_total"] >= 2
+        assert server.log.count("the KV ledger does not add up: owned 16 + external 0") == 1
     finally:
         assert server.stop() == 0
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from kvarena.engine.core import Engine
+from kvarena.engine.ledger import StepCheck
 from kvarena.engine.server.engine.pool_view import PoolView
 from kvarena.engine.server.engine.served import Outgoing, ServedRequest
 from kvarena.engine.server.shared.ipc import Link, ToFront
@@ -27,9 +28,17 @@ class Gauges:
         engine: looked at between steps.
         row: the engine's metrics.
         image_counts: what the encoder of images has done; None: the model reads text only.
+        check: what an idle engine's counts must be; None: nobody looks.
     """
 
-    def __init__(self, engine: Engine, row: Row, image_counts: Callable[[], ImageCounts] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        row: Row,
+        image_counts: Callable[[], ImageCounts] | None = None,
+        check: StepCheck | None = None,
+    ) -> None:
+        self._check = check
         self._engine, self._row, self._image_counts = engine, row, image_counts
         self._view = PoolView(engine.allocator)
         self._next = 0.0
@@ -47,6 +56,8 @@ class Gauges:
         row.set("vllm:num_requests_waiting", scheduler.num_waiting)
         row.set("vllm:num_requests_waiting_by_reason", scheduler.num_waiting, "capacity")
         usage = self._engine.allocator.usage(scheduler.queue_head())
+        if self._check is not None and not requests and not self._engine.has_work:
+            self._check.check_idle(usage)
         classes = self._view.classes(usage, requests, scheduler.held)
         for name, slots in classes.items():
             row.set("kvarena:kv_slots", slots, name)

@@ -18,6 +18,7 @@ import time
 from kvarena.engine.beams import Text
 from kvarena.engine.core import StepFailed, StepOutput
 from kvarena.engine.errors import EngineError, OutOfMemory, RankFailed
+from kvarena.engine.ledger import StepCheck
 from kvarena.engine.request import FinishReason, Request
 from kvarena.engine.server.engine.gauges import Gauges
 from kvarena.engine.server.engine.intake import Intake
@@ -49,6 +50,7 @@ class EngineLoop:
         max_num_queued_requests: waiting requests beyond which new ones are refused.
         tenants: what each API key may have.
         pause: how the other engines of the server stand, as an operator ordered.
+        ledger: every step's slots must add up.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class EngineLoop:
         number: int = 0,
         tenants: Tenants | None = None,
         pause: Pause = Pause.NONE,
+        ledger: bool = True,
     ) -> None:
         self._served, self._engine = served, served.engine
         self._links = [Link(sock) for sock in fronts]
@@ -69,7 +72,8 @@ class EngineLoop:
         self._row = metrics.Row(page, number)
         self._orders = Orders(served.engine, self._intake, self._row, self._finish, pause)
         self._num_failed_in_a_row = 0
-        self._gauges = Gauges(served.engine, self._row, served.image_counts)
+        check = served.engine.ledger = StepCheck(self._violated) if ledger else None
+        self._gauges = Gauges(served.engine, self._row, served.image_counts, check)
         self._selector = selectors.DefaultSelector()
         control.setblocking(False)
         self._selector.register(control, selectors.EVENT_READ, None)
@@ -203,6 +207,12 @@ class EngineLoop:
         self._num_failed_in_a_row = 0
         self._row.set("progress", time.monotonic())
         self._dispatch(output)
+
+    def _violated(self, said: str) -> None:
+        """The KV ledger is wrong: counted, and told of once. Whoever is served loses nothing by it."""
+        if not self._row.get("kvarena:ledger_violations"):
+            logger.error("%s (kvarena:ledger_violations_total counts further ones)", said)
+        self._row.inc("kvarena:ledger_violations")
 
     def _fail(self, failure: StepFailed) -> None:
         """End the requests of a failed step."""

@@ -23,7 +23,7 @@ class ServedEngine:
     """An engine and what the fronts must know about it.
 
     Attributes:
-        engine: on a wall clock, without a ledger (a server's history would grow without end).
+        engine: on a wall clock; its ledger is the loop's, which keeps no history.
         info: what the fronts are told.
         compile_grammar: compiles a grammar from (kind, grammar), or None when the runner cannot constrain tokens.
         words: turns the settings that a message names into the words of the command that was given.

@@ -61,6 +61,7 @@ def run_engine(
             place.rank,
             tenants,
             _pause_of_others(page, place),
+            config.ledger,
         )
     except KvarenaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -80,6 +80,7 @@ class ServerConfig(Section):
         clients_by: whom the fair scheduler takes for a client: who a request's `user` names, or its API key.
         shutdown_timeout: how long open requests may still run after SIGTERM.
         heartbeat_timeout: an engine or front process silent for so long is taken for frozen.
+        ledger: check in every step that the KV pool's slots add up, and when idle that nobody owns any.
         stall_timeout: no step finished for so long while work is queued: `/health` answers 503.
         step_timeout: the same, and the server gives up.
         max_body_mib: largest request body.
@@ -133,6 +134,7 @@ class ServerConfig(Section):
     clients_by: Annotated[str, one_of("user", "key")] = "user"
     shutdown_timeout: Annotated[float, Must("a number of at least 0", number(0).holds)] = 30.0
     heartbeat_timeout: Annotated[float, POSITIVE] = 3.0
+    ledger: Annotated[bool, TRUTH] = True
     stall_timeout: Annotated[float, POSITIVE] = 4.0
     step_timeout: Annotated[float, POSITIVE] = 120.0
     max_body_mib: Annotated[float, POSITIVE] = 16.0
