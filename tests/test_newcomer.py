@@ -11,9 +11,12 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 import kvarena.allocators
+import kvarena.allocators.eviction
 import kvarena.schedulers
+from kvarena.allocators.eviction_policies import policy_names
 from kvarena.engine.contract import KVAllocator, StepScheduler
 from kvarena.engine.errors import ConfigError
+from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.fuzzing.matrix import Cell, MatrixFailure, allocator_cells, run_cell
 from kvarena.experiments.fuzzing.random_traces import make_trace
 from kvarena.experiments.settings import strategies
@@ -64,10 +67,27 @@ def add(tmp_path, monkeypatch):
 
 ALLOCATOR = ("allocators/mine.py", "conf/allocator/mine.yaml")
 SCHEDULER = ("schedulers/mine.py", "conf/scheduler/mine.yaml")
+POLICY = ("allocators/eviction/mine.py",)
 
 
 def test_the_page_has_the_files():
-    assert set(FILES) == {*ALLOCATOR, *SCHEDULER}
+    assert set(FILES) == {*ALLOCATOR, *SCHEDULER, *POLICY}
+
+
+def test_an_eviction_policy_from_an_empty_file_is_found_by_its_name(add, tmp_path, monkeypatch):
+    folder = tmp_path / "allocators" / "eviction"
+    folder.mkdir()
+    monkeypatch.setattr(kvarena.allocators.eviction, "__path__", [*kvarena.allocators.eviction.__path__, str(folder)])
+    add(*POLICY)
+    assert "mine" in policy_names()
+    pool = build_allocator("paged_prefix", num_blocks=6, block_size=4, max_model_len=32, eviction="mine")
+    for number in range(4):  # more than the pool keeps
+        req = Request(str(number), [number + 1] * 9, SamplingParams(max_tokens=4))
+        assert pool.allocate(req, 9)
+        req.num_computed_tokens = 9
+        pool.commit(req)
+        pool.free(req)
+    assert 0 < pool.usage().cached <= 24
 
 
 def test_an_allocator_from_an_empty_file_passes_the_matrix_and_the_machine(add):
