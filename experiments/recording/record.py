@@ -26,6 +26,7 @@ from kvarena.reports.reading.names import REQUESTS_FILE, STEPS_FILE
 CODES = {"double": "d", "int32": "i", "int64": "q"}
 OTHERS = ("step", "replica", *LEDGER)
 STEP_COLUMNS = {name: CODES[kind] for name, kind in types_of(STEPS_FILE).items() if name not in OTHERS}
+BOUND = "num_optimal_cached_tokens"
 ROWS_AT_ONCE = 16384  # requests of a row group
 
 
@@ -250,6 +251,8 @@ def _write_requests(path: Path, chunks: Iterable[Mapping[str, Any]]) -> None:
     schema = schema_of(REQUESTS_FILE)
     with pq.ParquetWriter(path, schema) as writer:
         for columns in chunks:
+            # Who does not know the bound of its hits has no such column.
+            columns = {BOUND: [None] * len(columns["request_id"])} | dict(columns)
             arrays = [
                 column if isinstance(column := columns[field.name], pa.Array)
                 else pa.array(column, field.type, from_pandas=True) for field in schema
