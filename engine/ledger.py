@@ -19,8 +19,8 @@ Source of the classes: PagedAttention (Kwon et al., SOSP'23), section 3.1 and Fi
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -92,6 +92,16 @@ class MemoryLedger:
         self._waste_delta: dict[int, int] = {}
         self.num_steps = 0
 
+    def take(self) -> LedgerPart:
+        """What was observed since the last call. Memory then holds the open residencies alone."""
+        columns = {name: np.array(column, dtype=np.int64) for name, column in self._columns.items()}
+        self._columns = {name: array("q") for name in self._columns}
+        waste, self._waste_delta = self._waste_delta, {}
+        still_open: dict[int, int] = {}
+        for req, computed in zip(self._slots, self._computed, strict=True):
+            _book(still_open, self._growth[req], self.num_steps, computed)
+        return LedgerPart(columns, waste, still_open)
+
     def observe(self, plan: StepPlan, usage: KVUsage) -> None:
         """Account for one planned step; call between `schedule()` and `update()`, when nothing is freed yet.
 
@@ -154,13 +164,7 @@ class MemoryLedger:
     def _settle(self, req: Request, end: int, num_filled: int) -> None:
         """End the residency of `req`: book what it owned and never filled, over the steps [its growth, end)."""
         del self._slots[req]
-        growth = self._growth.pop(req)
-        steps = [step for step, _ in growth[1:]] + [end]
-        for (begin, slots), until in zip(growth, steps, strict=True):
-            wasted = slots - num_filled
-            if wasted > 0 and until > begin:
-                self._waste_delta[begin] = self._waste_delta.get(begin, 0) + wasted
-                self._waste_delta[until] = self._waste_delta.get(until, 0) - wasted
+        _book(self._waste_delta, self._growth.pop(req), end, num_filled)
 
     def settle(self) -> dict[str, np.ndarray]:
         """Close the books: per step, the slots of each class.
@@ -179,14 +183,47 @@ class MemoryLedger:
         for step, wasted in self._waste_delta.items():
             delta[step] += wasted
         raw = {name: np.array(column, dtype=np.int64) for name, column in self._columns.items()}
-        internal = np.cumsum(delta)[: self.num_steps]
-        owned = {
-            "token_states": raw["computed"],
-            "reservation": raw["owned"] - raw["computed"] - internal,
-            "internal": internal,
-        }
-        split = owned | {name: raw[name] for name in CLASSES if name not in owned}
-        total = np.sum(list(split.values()), axis=0)
-        if any((column < 0).any() for column in split.values()) or not np.array_equal(total, raw["total"]):
-            raise EngineError("the settled KV ledger does not add up to the pool; this is a bug of the ledger")
-        return split | {name: raw[name] for name in ("total", "shared_saved", "held")}
+        return into_classes(raw, np.cumsum(delta)[: self.num_steps])
+
+
+class LedgerPart(NamedTuple):
+    """Some steps of a ledger that is taken piece by piece. Steps count from the ledger's first.
+
+    Attributes:
+        columns: the raw counts of the steps since the last part, and `held`: int64.
+        waste: step -> slots by which the internal fragmentation changes there; of earlier steps too, whose residencies
+            have ended since. The changes of all parts add up.
+        still_open: the same of the residencies that are open, as if they ended now; the next part's takes its place.
+    """
+
+    columns: dict[str, np.ndarray]
+    waste: dict[int, int]
+    still_open: dict[int, int]
+
+
+def _book(delta: dict[int, int], growth: list[tuple[int, int]], end: int, num_filled: int) -> None:
+    """Add to `delta` what a residency owned and never filled, over the steps [its growth, end)."""
+    steps = [step for step, _ in growth[1:]] + [end]
+    for (begin, slots), until in zip(growth, steps, strict=True):
+        wasted = slots - num_filled
+        if wasted > 0 and until > begin:
+            delta[begin] = delta.get(begin, 0) + wasted
+            delta[until] = delta.get(until, 0) - wasted
+
+
+def into_classes(raw: Mapping[str, np.ndarray], internal: np.ndarray) -> dict[str, np.ndarray]:
+    """Split the raw counts of steps, given the internal fragmentation of each; see `MemoryLedger.settle`.
+
+    Raises:
+        EngineError: the classes do not add up.
+    """
+    owned = {
+        "token_states": raw["computed"],
+        "reservation": raw["owned"] - raw["computed"] - internal,
+        "internal": internal,
+    }
+    split = owned | {name: raw[name] for name in CLASSES if name not in owned}
+    total = np.sum(list(split.values()), axis=0)
+    if any((column < 0).any() for column in split.values()) or not np.array_equal(total, raw["total"]):
+        raise EngineError("the settled KV ledger does not add up to the pool; this is a bug of the ledger")
+    return split | {name: raw[name] for name in ("total", "shared_saved", "held")}

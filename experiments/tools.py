@@ -57,6 +57,8 @@ TOOLS: dict[str, dict[str, Tool]] = {
         "mapping": "GPU: what CUDA's virtual memory calls cost",
         "draw": "GPU: the draw of a step's tokens, whatever its requests filter",
         "swaps": "GPU: what it costs to move a request's KV to the host and back",
+    }) | _tools("benchmarks.serving", {
+        "recording_cost": "server: what the ledger and a recording cost the engine's process, beside neither",
     }) | _tools("gpu", {
         "shares": "GPU: servers that share one card, and what they say where its memory runs out",
     }),

@@ -21,6 +21,7 @@ import torch
 
 from kvarena.engine.clock import MovableClock, WallClock
 from kvarena.engine.contract import KVAllocator
+from kvarena.engine.core import Engine
 from kvarena.engine.errors import ConfigError, NotDefined
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.models import LoadedModel, ModelSpec
@@ -42,6 +43,7 @@ from kvarena.experiments.building.runners import attention_backend, make_runner
 from kvarena.experiments.building.shared import PreparedRunner, SharedParts
 from kvarena.experiments.building.simulated import build_simulated_engine
 from kvarena.experiments.load.driver import ClosedLoop
+from kvarena.experiments.load.replies import RepliedRequest, reply_as_recorded
 from kvarena.experiments.settings.config import DriverConfig, RunConfig, RunnerConfig
 from kvarena.experiments.settings.targets import instantiate
 from kvarena.experiments.workloads.parts.base import WorkloadItem
@@ -66,6 +68,20 @@ class Load:
     description: str
     seed: int
     cache: str
+
+    def prepare(self, engine: Engine, num_scores: int = 0) -> None:
+        """Let an engine answer as the workload says, where it does; before the first request, and after the warm-up.
+
+        Raises:
+            ConfigError: scores of sampled tokens are asked for, and the workload says which tokens there are.
+        """
+        if not self.requests.has_replies:
+            return
+        if num_scores:
+            raise ConfigError(
+                f"driver.scores={num_scores} would be of other tokens than the recorded ones; set workload.replies=own"
+            )
+        reply_as_recorded(engine)
 
     def manifest(self) -> dict[str, Any]:
         """What the manifest says of the workload, but for its name."""
@@ -314,6 +330,9 @@ class RequestStream:
         times: arrival times in seconds, or None when users wait for answers.
         sampling: how tokens are picked; `max_tokens` comes from each item.
         eos_token_ids: the model's end-of-sequence tokens.
+
+    Attributes:
+        has_replies: the workload knows outputs.
     """
 
     def __init__(
@@ -327,6 +346,7 @@ class RequestStream:
         self._times = times
         self._eos_token_ids = eos_token_ids
         self._num_samples = sampling.num_sequences
+        self.has_replies = any(item.reply_token_ids is not None for item in items)
         self._sampling = {
             length: replace(sampling, max_tokens=length) for length in {item.output_len for item in items}
         }
@@ -336,7 +356,8 @@ class RequestStream:
 
     def __iter__(self) -> Iterator[Request]:
         for i, item in enumerate(self._items):
-            req = Request(
+            known: dict[str, Any] = {} if item.reply_token_ids is None else {"reply": item.reply_token_ids}
+            req = (RepliedRequest if known else Request)(
                 request_id=item.request_id or f"request-{i}",
                 prompt_token_ids=item.prompt_token_ids,
                 sampling=self._sampling[item.output_len],
@@ -345,5 +366,6 @@ class RequestStream:
                 client_id=item.client_id,
                 eos_token_ids=self._eos_token_ids,
                 oracle_output_len=item.output_len,
+                **known,
             )
             yield from expand(req)

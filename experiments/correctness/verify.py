@@ -37,9 +37,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _verify(run_dirs: list[Path], batch_size: int, limit: int | None) -> int:
-    config = read_json(run_dirs[0] / MANIFEST_FILE, MANIFEST)["config"]
-    if config["sampling"]["temperature"] != 0 or config["engine"]["dtype"] != "float32":
+    manifest = read_json(run_dirs[0] / MANIFEST_FILE, MANIFEST)
+    config, recording = manifest["config"], manifest.get("recording") or {}
+    if config["sampling"]["temperature"] != 0 or manifest["model"]["dtype"] != "float32":
         raise ConfigError(f"{run_dirs[0]} is not a greedy fp32 run; only those have a reference")
+    if recording.get("content") == "hashes":
+        raise ConfigError(f"{run_dirs[0]} holds hashes in place of tokens; record with --record-content tokens")
+    if recording.get("num_not_greedy"):
+        raise ConfigError(
+            f"{run_dirs[0]}: {recording['num_not_greedy']} of its {manifest['workload']['num_requests']} requests were "
+            "sampled, or held to something; only greedy ones have a reference (temperature 0)"
+        )
     if config["model"]["path"] is None:
         raise ConfigError(f"{run_dirs[0]} ran a bare shape; there is no checkpoint to compare with")
     sampling = config["sampling"]

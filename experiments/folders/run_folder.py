@@ -53,18 +53,27 @@ def write_run(run_dir: Path, manifest: dict[str, Any], write: Write) -> None:
             message names, if that could hold it.
     """
     try:
-        _write(run_dir, manifest, write)
+        put_files(run_dir, manifest, write)
     except NotWritten as error:
         spare = Path(tempfile.mkdtemp(prefix="kvarena-run-"))
         try:
-            _write(spare, manifest, write)
+            put_files(spare, manifest, write)
         except NotWritten:
             shutil.rmtree(spare, ignore_errors=True)
             raise error from None
         raise NotWritten(f"{error}; what was measured is in {spare} (kvarena report {spare})") from error
 
 
-def _write(run_dir: Path, manifest: dict[str, Any], write: Write) -> None:
+def put_files(run_dir: Path, manifest: dict[str, Any], write: Write, *, keeps_report: bool = False) -> None:
+    """The same without another folder where this one cannot hold the files.
+
+    Args:
+        run_dir, manifest, write: see `write_run`.
+        keeps_report: a report of the files of before stays; else it is removed.
+
+    Raises:
+        NotWritten: the folder cannot hold them, and is as it was.
+    """
     partial = run_dir / PARTIAL
     try:
         with writing(run_dir):
@@ -73,7 +82,7 @@ def _write(run_dir: Path, manifest: dict[str, Any], write: Write) -> None:
             write(partial)
             (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
             written = sorted((path.name for path in partial.iterdir()), key=lambda name: name == MANIFEST_FILE)
-            for name in (MANIFEST_FILE, *DATA_FILES, *REPORT_FILES):
+            for name in (MANIFEST_FILE, *DATA_FILES, *(() if keeps_report else REPORT_FILES)):
                 if name == "figures":
                     shutil.rmtree(run_dir / name, ignore_errors=True)
                 elif name not in written or name == MANIFEST_FILE:

@@ -59,6 +59,7 @@ def run_engine(config: RunConfig, name: str, shared: SharedParts | None, signals
         if accesses is not None:
             accesses.counts = False
         warm = warm._replace(seconds=warm.seconds + warm_cache(config, setup.parts, load.requests))
+    load.prepare(setup.parts.engine, setup.driver.scores)
     contention = None if setup.parts.simulator is not None else Contention(setup.driver.probe, on_gpu(config))
     if contention is not None:
         contention.before()

@@ -18,13 +18,12 @@ import kvarena.reports.pages.terminal
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.building.shared import SharedParts
 from kvarena.experiments.folders.cell_folders import CellFolders, owner_of, result_in, result_of, whole_key
-from kvarena.experiments.folders.cell_state import cell_key, differing, finished_key, mark_finished, measured_config
+from kvarena.experiments.folders.cell_state import cell_key, differing, finished_key, mark_finished
 from kvarena.experiments.folders.lock import only_writer
 from kvarena.experiments.folders.place import RUN, check_place
-from kvarena.experiments.folders.provenance import git_state, machine, utc_now, versions
 from kvarena.experiments.folders.run_folder import Measured, write_run
-from kvarena.experiments.folders.sources import sources_of
 from kvarena.experiments.jobs.engine_job import run_engine
+from kvarena.experiments.jobs.manifest import manifest_of
 from kvarena.experiments.jobs.output import HttpProgress
 from kvarena.experiments.jobs.replicas_job import run_replicas
 from kvarena.experiments.jobs.unserved import Unserved, why_unserved
@@ -37,8 +36,6 @@ from kvarena.experiments.settings.explain import first_line
 from kvarena.experiments.settings.targets import instantiate
 from kvarena.reports.reading.errors import NotWritten
 from kvarena.reports.reading.names import cell_name
-
-SCHEMA_VERSION = 1
 
 OTHERS = {"code": "other code", "machine": "another machine"}
 
@@ -152,7 +149,7 @@ def execute(
             from kvarena.experiments.jobs.http_job import run_http  # late: few machines with a GPU have its packages
 
             measured = run_http(config, lambda count: HttpProgress(name, count, report.progress), signals)
-        manifest = _manifest(config, name, choices, command) | measured.facts
+        manifest = manifest_of(config, name, choices, command) | measured.facts
         manifest["workload"] = {"name": choices["workload"]} | manifest["workload"]
         if (came := manifest["run"].get("interrupted")) is not None:
             _keep_part(run_dir, manifest, measured, came, signals)
@@ -240,25 +237,3 @@ def _track(tracker: Tracker, run: TrackedRun, run_dir: Path) -> None:
     except Exception as error:
         reason = f"the tracker did not take the run ({first_line(error)})"
         print(f"warning: {reason}; its files are in {run_dir}", file=sys.stderr)
-
-
-def _manifest(config: RunConfig, name: str, choices: dict[str, str], command: Sequence[str] | None) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "name": name,
-        "created": utc_now("seconds"),
-        "strategy": {
-            "allocator": choices["allocator"],
-            "scheduler": choices["scheduler"],
-            "details": config.allocator.settings | config.scheduler.settings,
-        }
-        | ({} if config.router is None else {"router": choices["router"], "routing": config.router.settings}),
-        "arrival": {"name": choices["arrival"]} | config.arrival.settings,
-        "config": config.values,
-        "round": config.sweep.round,
-        "command": None if command is None else list(command),
-        "git": git_state(),
-        "sources": sources_of(measured_config(config.values)) | git_state(),
-        "machine": machine(),
-        "versions": versions(),
-    }

@@ -53,6 +53,8 @@ def run_replicas(config: RunConfig, name: str, signals: Signals) -> Measured:
     for parts in built.parts[1:]:
         if times is not None and parts.engine.scheduler.wants_step_times:
             parts.engine.scheduler.set_step_times(times)
+    for parts in built.parts:
+        load.prepare(parts.engine, driver.scores)
     contention = None if is_simulated else Contention(driver.probe, cuda=False)
     if contention is not None:
         contention.before()

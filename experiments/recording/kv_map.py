@@ -12,6 +12,7 @@ and when there are too many of them, those too near to the one before are droppe
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ import numpy as np
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.core import StepOutput
 from kvarena.engine.request import Request
-from kvarena.reports.reading.columns import schema_of
+from kvarena.reports.reading.columns import names_of, schema_of
 from kvarena.reports.reading.names import KV_MAP_FILE
 
 MAX_SNAPSHOTS = 400
@@ -99,6 +100,7 @@ class KVMapRecorder:
         max_snapshots: more are never kept.
         max_cells: of a snapshot; in larger pools every few blocks one is looked at.
         max_share: share of the time since the first step that snapshots may take, or None for as many as fit.
+        interval: least seconds between snapshots on the engine's clock, before there are too many.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class KVMapRecorder:
         max_snapshots: int = MAX_SNAPSHOTS,
         max_cells: int = MAX_CELLS,
         max_share: float | None = None,
+        interval: float = 0.0,
     ) -> None:
         self._allocator = allocator
         self._row_of = row_of
@@ -117,7 +120,8 @@ class KVMapRecorder:
         # A pool may have more blocks than memory has room for: only those that are looked at have a cell.
         self._num_cells = -(-allocator.num_virtual_blocks // self._stride)
         self._snapshots: list[_Snapshot] = []
-        self._interval = 0.0  # between snapshots, on the engine's clock
+        self._last_taken = -math.inf  # time of the last snapshot that `take` handed out
+        self._interval = interval
         self._begin: float | None = None
         self._spent = 0.0
         self._live: dict[Request, _Residency] = {}
@@ -132,7 +136,8 @@ class KVMapRecorder:
             live.pop(req, None)  # an earlier stay that nobody told of
             live[req] = _Residency(self._row_of(req))
         self._has_moved = self._has_moved or bool(plan.copies)
-        if self._snapshots and step.start_time < self._snapshots[-1].time + self._interval:
+        last = self._snapshots[-1].time if self._snapshots else self._last_taken
+        if step.start_time < last + self._interval:
             return
         now = time.perf_counter()
         if self._begin is None:
@@ -224,6 +229,23 @@ class KVMapRecorder:
             if length and extent(length) > length
         )
         return np.fromiter(chain.from_iterable(behind), dtype=np.int64)
+
+    def residents(self) -> list[int]:
+        """Rows of the requests that own slots now; a static batch holds those of requests that have ended."""
+        return [residency.row for req, residency in self._live.items() if req.num_slots]
+
+    def take(self) -> list[dict[str, Any]]:
+        """The snapshots since the last call, as rows of kv_map.parquet. What drawing them takes counts as theirs."""
+        start = time.perf_counter()
+        names = names_of(KV_MAP_FILE)
+        rows = []
+        for taken in self._snapshots:
+            owner, filled, *counts = self._draw(taken)
+            rows.append(dict(zip(names, (taken.step, taken.time, owner, filled, self._stride, *counts), strict=True)))
+            self._last_taken = taken.time
+        self._snapshots = []
+        self._spent += time.perf_counter() - start
+        return rows
 
     def write(self, path: Path, num_steps: int | None = None) -> None:
         """Write kv_map.parquet; of an interrupted run the snapshots of the first `num_steps` steps, which ended."""

@@ -38,10 +38,11 @@ class RunRecorder:
 
     Args:
         tokens: keep token ids and the time of every token; False leaves those columns empty, for runs of many requests.
+        log: where requests are kept; None: one that keeps all.
     """
 
-    def __init__(self, tokens: bool = True) -> None:
-        self._log = RequestLog(tokens)
+    def __init__(self, tokens: bool = True, log: RequestLog | None = None) -> None:
+        self._log = RequestLog(tokens) if log is None else log
         self._token_times = TokenTimes() if tokens else None
         self._steps: dict[str, array[Any]] = {name: array(code) for name, code in STEP_COLUMNS.items()}
         self._columns = list(self._steps.values())
@@ -131,14 +132,10 @@ class RunRecorder:
         others = zip(plan.scheduled[num_decodes:], plan.samples[num_decodes:], strict=True)
         for (req, start, num_new_tokens), sampled in others:
             row = log.rows[req]
-            admitted = log.times["admission_time"]
-            if admitted[row] != admitted[row]:  # NaN: its first step
-                admitted[row] = step.start_time
+            log.admit(row, step.start_time)
             # A beam's first token may be drawn and not taken, as others' are still to come.
             if sampled and (len(req.output_token_ids) == 1 or req.search is not None):
-                first = log.times["first_token_time"]
-                if req.search is None or first[row] != first[row]:
-                    first[row] = step.end_time
+                log.first_token(row, step.end_time)
             if req.num_recomputed_tokens:
                 recomputed += req.num_recomputed_tokens - self._num_recomputed.get(req, 0)
                 self._num_recomputed[req] = req.num_recomputed_tokens
@@ -156,10 +153,14 @@ class RunRecorder:
         """Requests that were handed over."""
         return len(self._log)
 
-    def _end(self, req: Request, when: float) -> None:
-        self._log.end(req, when)
+    def on_left(self, req: Request) -> None:
+        """`req` ended outside of a step, and its log knows."""
         self._num_recomputed.pop(req, None)
         self.num_finished += 1
+
+    def _end(self, req: Request, when: float) -> None:
+        self._log.end(req, when)
+        self.on_left(req)
 
     @property
     def num_steps(self) -> int:
@@ -170,6 +171,14 @@ class RunRecorder:
     def wall_time(self) -> float:
         """End of the last step, in seconds since the run's start."""
         return self._steps["end_time"][-1] if self.num_steps else 0.0
+
+    def take_steps(self) -> tuple[dict[str, np.ndarray], list[tuple[array[int], array[float]]]]:
+        """The steps since the last call as columns, without number and ledger, and their token times by row."""
+        columns = {name: np.array(column) for name, column in self._steps.items()}
+        for name, code in STEP_COLUMNS.items():
+            self._steps[name] = array(code)
+        self._columns = list(self._steps.values())
+        return columns, [] if self._token_times is None else self._token_times.take()
 
     def row(self, req: Request) -> int:
         """The row that a request which has not ended will have in requests.parquet."""
@@ -196,7 +205,7 @@ class RunRecorder:
 
     def write_requests(self, path: Path) -> None:
         """Write requests.parquet."""
-        _write_requests(path, self._chunks())
+        write_request_chunks(path, self._chunks())
 
     def request_columns(self) -> dict[str, Any]:
         """The rows as columns by REQUEST_COLUMNS, all at once."""
@@ -215,7 +224,7 @@ class RunRecorder:
 
 def write_requests(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write requests.parquet from rows by REQUEST_COLUMNS."""
-    _write_requests(path, [{name: [row[name] for row in rows] for name in REQUEST_COLUMNS}])
+    write_request_chunks(path, [{name: [row[name] for row in rows] for name in REQUEST_COLUMNS}])
 
 
 def write_request_columns(path: Path, parts: Sequence[Mapping[str, Any]], order: np.ndarray) -> None:
@@ -234,7 +243,7 @@ def write_request_columns(path: Path, parts: Sequence[Mapping[str, Any]], order:
         for field in schema
     }
     whole = pa.Table.from_arrays([columns[field.name] for field in schema], schema=schema)
-    _write_requests(path, [_columns(whole.take(order[start : start + ROWS_AT_ONCE]))
+    write_request_chunks(path, [_columns(whole.take(order[start : start + ROWS_AT_ONCE]))
                            for start in range(0, max(len(order), 1), ROWS_AT_ONCE)])  # fmt: skip
 
 
@@ -242,7 +251,7 @@ def _columns(table: Any) -> dict[str, Any]:
     return {name: table.column(name).combine_chunks() for name in table.column_names}
 
 
-def _write_requests(path: Path, chunks: Iterable[Mapping[str, Any]]) -> None:
+def write_request_chunks(path: Path, chunks: Iterable[Mapping[str, Any]]) -> None:
     """Write requests.parquet from pieces, each a row group of columns; times that never came are null."""
     # Here and below imported late: a machine that only measures need not have pyarrow.
     import pyarrow as pa

@@ -73,6 +73,16 @@ class RequestLog:
         if self.tokens:
             self._lists.append((req.prompt_token_ids, req.output_token_ids))
 
+    def admit(self, row: int, when: float) -> None:
+        """The first step that computes something of a request began at `when`; later ones change nothing."""
+        admitted = self.times["admission_time"]
+        if admitted[row] != admitted[row]:  # NaN
+            admitted[row] = when
+
+    def first_token(self, row: int, when: float) -> None:
+        """Its first token was there at `when`."""
+        self.times["first_token_time"][row] = when
+
     def end(self, req: Request, when: float) -> None:
         """`req` ended at `when`."""
         row = self.rows[req]

@@ -27,6 +27,16 @@ class TokenTimes:
             self._last = rows
             self._batches.append((rows, array("d", (when,))))
 
+    def extend(self, rows: array[int], times: array[float]) -> None:
+        """Steps that followed each other sampled for `rows`."""
+        self._batches.append((rows, times))
+        self._last = None
+
+    def take(self) -> list[tuple[array[int], array[float]]]:
+        """Rows and times since the last call, which are the caller's now."""
+        batches, self._batches, self._last = self._batches, [], None
+        return batches
+
     def lists(self, num_rows: int) -> Callable[[int], np.ndarray]:
         """What answers for each of `num_rows` requests when it was sampled for: float64, in seconds, in order."""
         counts = np.zeros(num_rows, dtype=np.int64)

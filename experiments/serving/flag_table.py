@@ -196,6 +196,23 @@ WEB = _flags(
         "publish what the prefix cache holds: '{\"enable_kv_cache_events\": true}' (default: not)",
         _value("JSON"),
     ),
+    (
+        "--record",
+        "record steps, requests and the KV map into this folder, as a run leaves them, for reports and replays "
+        "(default: not)",
+        _value("DIR", ours=True),
+    ),
+    (
+        "--record-mib",
+        "MiB of a recording, as it is held; the oldest is dropped (default: 512)",
+        _value("MIB", float, ours=True),
+    ),
+    ("--record-minutes", "minutes that a recording spans at most (default: 60)", _value("MIN", float, ours=True)),
+    (
+        "--record-content",
+        "tokens of prompts and outputs, or hashes of their blocks, from which nobody reads them (default: tokens)",
+        _value(choices=("tokens", "hashes"), ours=True),
+    ),
     ("--ssl-certfile", "certificate for HTTPS (default: plain HTTP)", _value("FILE")),
     ("--ssl-keyfile", "its private key", _value("FILE")),
     ("--ssl-keyfile-password", "of the private key", _value("TEXT", ours=True)),

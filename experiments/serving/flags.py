@@ -121,7 +121,7 @@ def overrides_of(flags: argparse.Namespace) -> list[str]:
     }
     if flags.swap_space:
         values |= {"allocator.swap_gib": flags.swap_space, "scheduler.preemption": "swap"}
-    made += [f"{key}={_literal(value)}" for key, value in values.items() if value is not None]
+    made += [f"{key}={literal(value)}" for key, value in values.items() if value is not None]
     return made + flags.set
 
 
@@ -196,10 +196,10 @@ def _check_scheduler(flags: argparse.Namespace) -> None:
         raise ConfigError("--no-enable-chunked-prefill contradicts --scheduling-policy priority; leave one out")
 
 
-def _literal(value: object) -> str:
+def literal(value: object) -> str:
     """A value in Hydra's override grammar."""
     if isinstance(value, list):
-        return "[" + ",".join(_literal(item) for item in value) + "]"
+        return "[" + ",".join(literal(item) for item in value) + "]"
     if value is NULL:
         return "null"
     if isinstance(value, bool):

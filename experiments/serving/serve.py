@@ -23,6 +23,8 @@ from kvarena.engine.server.processes.process import ModelFiles
 from kvarena.engine.server.processes.supervisor import serve as run_server
 from kvarena.engine.server.shared.ipc import EngineInfo
 from kvarena.experiments.building.model_files import check_model
+from kvarena.experiments.folders.recordings import check_recording_place, engine_folder
+from kvarena.experiments.recording.served.prefixes import KEY_BYTES
 from kvarena.experiments.serving.router import make_router
 from kvarena.experiments.settings.config import RunConfig
 from kvarena.experiments.settings.explain import explain
@@ -59,8 +61,13 @@ def serve(config: RunConfig, choices: Mapping[str, str], words: Callable[[str], 
     server = server.with_keys(os.environ)
     if server.kv_events.is_on and (missing := missing_extra("events")):
         raise ConfigError(f"server.kv_events: {missing}")
+    if server.record is not None:
+        count = 1 if config.router is None else int(config.router.need("num_replicas"))
+        for rank in range(count):
+            check_recording_place(engine_folder(server.record, rank, count))
     model = ModelFiles(str(directory), config.model.trust_remote_code, words)
-    factory = functools.partial(build_served_engine, config, strategy, words)
+    # Drawn here, for several engines and those that take another's place hash alike.
+    factory = functools.partial(build_served_engine, config, strategy, words, record_key=os.urandom(KEY_BYTES))
     return run_server(server, model, factory, None if config.router is None else make_router(config.router))
 
 
@@ -74,7 +81,11 @@ def _names(config: RunConfig, directory: Path) -> tuple[str, ...]:
 
 
 def build_served_engine(
-    config: RunConfig, strategy: dict[str, str], words: Callable[[str], str] = str, place: Place = ALONE
+    config: RunConfig,
+    strategy: dict[str, str],
+    words: Callable[[str], str] = str,
+    place: Place = ALONE,
+    record_key: bytes = b"",
 ) -> ServedEngine:
     """Build an engine in this process.
 
@@ -83,6 +94,7 @@ def build_served_engine(
         strategy: names of the allocator and the scheduler; empty where nobody asks for them.
         words: turns the settings that an error names into the words of the command that was given.
         place: which of the server's engines it is.
+        record_key: of the hashes of what is recorded.
 
     Raises:
         KvarenaError: a setting or the model is wrong.
@@ -90,7 +102,7 @@ def build_served_engine(
     try:
         if place.num_engines > 1:
             _take_devices(config, place)
-        return _build(config, strategy, words)
+        return _build(config, strategy, words, place, record_key)
     except Exception as error:
         # Hydra wraps what a component's own check says; anything that is not the user's doing keeps its trace.
         reason = explain(error)
@@ -120,7 +132,9 @@ def _take_devices(config: RunConfig, place: Place) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[place.rank * size : (place.rank + 1) * size])
 
 
-def _build(config: RunConfig, strategy: dict[str, str], words: Callable[[str], str]) -> ServedEngine:
+def _build(
+    config: RunConfig, strategy: dict[str, str], words: Callable[[str], str], place: Place, record_key: bytes
+) -> ServedEngine:
     with importing():
         from kvarena.engine.checkpoints.tokenizer import load_tokenizer
         from kvarena.engine.server.engine.compiled import make_compiler
@@ -163,7 +177,12 @@ def _build(config: RunConfig, strategy: dict[str, str], words: Callable[[str], s
     images = None if parts.model is None else parts.model.images
     image_counts = None if images is None else lambda: images.counts
     peers = None if parts.model is None else parts.model.peers
-    return ServedEngine(parts.engine, info, compiler, words, image_counts=image_counts, peers=peers)
+    recorder = None
+    if config.server is not None and config.server.record is not None:
+        from kvarena.experiments.serving.served_recording import make_recorder
+
+        recorder = make_recorder(config, strategy, parts, place, record_key)
+    return ServedEngine(parts.engine, info, compiler, words, image_counts=image_counts, peers=peers, recorder=recorder)
 
 
 def serving_line(parts: EngineParts, strategy: Mapping[str, str]) -> str:

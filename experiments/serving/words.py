@@ -42,6 +42,7 @@ SAME_NAME = (
     "server.api_key_file", "server.allowed_media_domains", "server.allowed_local_media_path", "server.chat_template",
     "server.tool_call_parser", "server.reasoning_parser", "server.response_store_size", "server.generation_config",
     "server.max_logprobs", "server.root_path", "server.return_tokens_as_token_ids",
+    "server.record", "server.record_mib", "server.record_minutes", "server.record_content",
     "server.max_requests_per_key", "server.tokens_per_minute_per_key", "server.least_priority_by_key",
     "server.clients_by",
     "server.ssl_certfile", "server.ssl_keyfile", "server.ssl_keyfile_password", "server.ssl_ca_certs",

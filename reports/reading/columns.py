@@ -13,6 +13,7 @@ from kvarena.engine.classes import CLASSES
 from kvarena.reports.reading.names import (
     GAUGES_FILE,
     KV_MAP_FILE,
+    PREFIXES_FILE,
     REQUESTS_FILE,
     ROUTING_FILE,
     SCORES_FILE,
@@ -133,6 +134,13 @@ TABLES: dict[str, tuple[Columns, ...]] = {
         _of("owned_blocks filled_slots cached_blocks", "int64", "",
             "blocks, slots and blocks, counted over all blocks of the step's block tables, whatever the stride; "
             "absent in files of before"),
+    ),
+    PREFIXES_FILE: (
+        _of("request_id", "string", "", "as in requests.parquet"),
+        _of("block_size", "int32", "tokens", "positions of a block"),
+        _of("block_hashes", "list of int64", "",
+            "of prompt and output together, a hash for each block and all before it, the last one perhaps partial: "
+            "equal hashes mean equal beginnings, and tell nothing of the content"),
     ),
     GAUGES_FILE: (
         _of("time", "double", "s", "since the start of the run"),

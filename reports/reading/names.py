@@ -9,13 +9,14 @@ GAUGES_FILE = "gauges.parquet"
 SCORES_FILE = "scores.parquet"
 KV_MAP_FILE = "kv_map.parquet"
 ROUTING_FILE = "routing.parquet"
+PREFIXES_FILE = "prefixes.parquet"
 ERROR_FILE = "error.json"
 CELL_FILE = "cell.json"
 CLAIM_FILE = ".cell"
 LOCK_FILE = ".lock"
 STUDY_FILE = "study.json"
 SWEEP_FILE = "sweep.json"
-DATA_FILES = (REQUESTS_FILE, STEPS_FILE, GAUGES_FILE, SCORES_FILE, KV_MAP_FILE, ROUTING_FILE)
+DATA_FILES = (REQUESTS_FILE, STEPS_FILE, GAUGES_FILE, SCORES_FILE, KV_MAP_FILE, ROUTING_FILE, PREFIXES_FILE)
 REPORT_FILES = ("report.html", "report.md", "summary.json", "requests.csv", "figures")
 
 

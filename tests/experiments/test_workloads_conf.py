@@ -5,11 +5,12 @@ from pathlib import Path
 
 import hydra.utils
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 from kvarena.experiments.cli import main as kvarena_command
 from kvarena.experiments.load.arrivals import Arrival
+from kvarena.experiments.recording.record import write_requests
+from kvarena.experiments.recording.request_log import REQUEST_COLUMNS
+from kvarena.experiments.settings.compose import load_config
 from kvarena.experiments.workloads import Workload
 from kvarena.experiments.workloads.describe import main
 
@@ -36,9 +37,7 @@ TRACES = {
 
 
 def load(group, name, overrides=()):
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base=None):
-        return compose(f"{group}/{name}", ["+engine.max_model_len=2048", *overrides])[group]
+    return load_config([f"{group}={name}", "engine.max_model_len=2048", *overrides])[group]
 
 
 def names(group):
@@ -59,7 +58,16 @@ def test_workload_configs(name, tmp_path):
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="one"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.save(str(tmp_path / "tokenizer.json"))
-        overrides.append(f"+model.path={tmp_path}")
+        overrides.append(f"model.path={tmp_path}")
+    if name == "recorded":
+        row = dict.fromkeys(REQUEST_COLUMNS, 0) | {
+            "request_id": "a", "client_id": "c", "finish_reason": "stop", "error": "", "prompt_token_ids": [3, 4],
+            "output_token_ids": [5], "num_prompt_tokens": 2, "num_output_tokens": 1, "token_times": [0.5],
+        }  # fmt: skip
+        write_requests(tmp_path / "requests.parquet", [row])
+        overrides = [f"workload.path={tmp_path}"]
+        assert load_config(["workload=recorded"]).arrival.speed == 1  # its own times, unless others are asked for
+        assert load_config(["workload=recorded", "arrival=poisson"]).arrival.rate
     cfg = load("workload", name, overrides)
     workload = hydra.utils.instantiate(cfg, vocab_size=512, reserved_token_ids=[0, 1])
     assert isinstance(workload, Workload)

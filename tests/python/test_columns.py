@@ -10,6 +10,7 @@ import pytest
 from kvarena.experiments.load.http_metrics import GaugeReader
 from kvarena.experiments.recording.merged import write_routing
 from kvarena.experiments.recording.scores import ScoreLog
+from kvarena.experiments.recording.served.prefixes import write_prefixes
 from kvarena.reports.reading.columns import SCHEMA_VERSION, TABLES
 
 DOCS = (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
@@ -35,6 +36,9 @@ def test_a_file_says_what_its_columns_are(file, comparison, tmp_path):
     if file == "scores.parquet":
         folder = tmp_path
         ScoreLog().write(folder / file)
+    elif file == "prefixes.parquet":
+        folder = tmp_path
+        write_prefixes(folder / file, ["a"], 16, [np.array([1, -2])])
     elif file == "gauges.parquet":
         folder, reader = tmp_path, GaugeReader(None, "", 1.0)
         reader.rows.append({"time": 0.5})

@@ -137,7 +137,7 @@ def test_who_left_leaves_nothing(intake, compiles):
         0, [constraint("a", "a", 0.5), add("a", handle=7), constraint("b", "b", 0.5), add("b", n=2, handle=8)]
     )
     intake.run_round(60)
-    intake.receive(0, [[ToEngine.ABORT, [8, 9]]])
+    intake.receive(0, [[ToEngine.ABORT, [8, 9], False]])
     intake.run_round(60)
     assert not intake.grammars.is_under_way("b")  # had not begun: the other one holds the thread
     compiles.go.set()
@@ -147,7 +147,7 @@ def test_who_left_leaves_nothing(intake, compiles):
     compiles.go.clear()
     intake.receive(0, [constraint("c", "c"), add("c", handle=20)])
     intake.run_round(60)
-    intake.receive(0, [[ToEngine.ABORT, [20]]])
+    intake.receive(0, [[ToEngine.ABORT, [20], False]])
     compiles.go.set()
     wait_rounds(intake, lambda: intake.grammars.get("c") is not None)
     assert [handle for _, handle in intake.requests] == [7]
@@ -229,7 +229,7 @@ def test_tiles_of_requests_that_have_not_ended_are_bounded(intake, monkeypatch):
     assert [ask(1), ask(2), ask(3)] == ["", "", "images_full"]
     [first, second] = intake.requests.values()
     assert first.images[0].pixels.shape == tile.shape and first.images[0].identity == 1 << 256
-    intake.receive(0, [[ToEngine.ABORT, [1]]])
+    intake.receive(0, [[ToEngine.ABORT, [1], False]])
     intake.run_round(60)
     assert ask(4) == ""
     intake.forget(second)

@@ -95,7 +95,7 @@ class Intake:
             self._add(front, AddFrame(*message[1:]))
         elif kind == ToEngine.ABORT:
             for handle in message[1]:
-                self._abort(front, handle)
+                self._abort(front, handle, stopped=message[2])
         elif kind == ToEngine.WATCH:
             self.outs[front].watching = bool(message[1])
         elif kind == ToEngine.CONSTRAINT and self.grammars is not None:
@@ -180,7 +180,7 @@ class Intake:
             return
         try:
             for req in self._requests(front, frame):
-                engine.add(req)
+                self._begin(req)
                 if not req.is_open:  # a beam whose text nobody asked for
                     continue
                 self.requests[front, req.handle] = req
@@ -203,6 +203,20 @@ class Intake:
         if waiting is None:
             return False
         return waiting.get(client, 0) + num_new <= self._max_queued // len(waiting.keys() | {client})
+
+    def _begin(self, req: ServedRequest) -> None:
+        """Hand a request to the engine. Raises what that raises."""
+        engine, recorder = self._engine, self._served.recorder
+        if recorder is None:
+            engine.add(req)
+            return
+        now = engine.clock.now()
+        recorder.on_submit(req, now)
+        try:
+            engine.add(req)
+        except KvarenaError as error:
+            recorder.on_refused(req, now, str(error))
+            raise
 
     def _free_seats(self) -> int:
         """Waiting requests that the next step can take: an idle engine's queue is not a queue."""
@@ -249,11 +263,14 @@ class Intake:
                 one.constraint = grammar.start()
         return requests
 
-    def _abort(self, front: int, handle: int) -> None:
+    def _abort(self, front: int, handle: int, *, stopped: bool = False) -> None:
+        """End a request early: its client left, or its text is complete (`stopped`)."""
         req = self.requests.get((front, handle))
         if req is not None:
             self.forget(req)
             self._engine.abort(req.request_id)
+            if self._served.recorder is not None:
+                self._served.recorder.on_left(req, stopped=stopped)
         elif self.num_parked:
             self._drop_parked(front, handle)
 

@@ -90,7 +90,7 @@ class EngineLoop:
         self._row.set("kvarena:engine_up", 1)
         self._row.set("state", metrics.READY)
         beat.start()
-        feed = self._served.feed
+        feed, recorder = self._served.feed, self._served.recorder
         try:
             while self._receive():
                 if self._served.peers is not None:
@@ -100,6 +100,9 @@ class EngineLoop:
                 self._orders.settle()
                 if feed is not None:
                     feed.flush()
+                if recorder is not None:
+                    recorder.turn()
+                    self._row.set("kvarena:recording_up", recorder.is_on)
                 self._send()
                 self._gauges.update(self._links, self._intake.outs, self._intake.requests.values(), self._has_steps)
         except BaseException:
@@ -116,7 +119,9 @@ class EngineLoop:
             time.sleep(HEARTBEAT_SECONDS)
 
     def close(self) -> None:
-        """Nobody steps the engine any more: its other ranks end."""
+        """Nobody steps the engine any more: its other ranks end, and its recording."""
+        if self._served.recorder is not None:
+            self._served.recorder.close()
         if self._served.peers is not None:
             self._served.peers.close()
 
@@ -206,6 +211,8 @@ class EngineLoop:
             return
         self._num_failed_in_a_row = 0
         self._row.set("progress", time.monotonic())
+        if self._served.recorder is not None:
+            self._served.recorder.on_step(output)
         self._dispatch(output)
 
     def _violated(self, said: str) -> None:
@@ -225,6 +232,8 @@ class EngineLoop:
         for req in self._engine.scheduler.fail(failure.plan):
             self._engine.runner.release([req.request_id])
             req.error = req.error or "the engine step of this request failed"
+            if self._served.recorder is not None:
+                self._served.recorder.on_left(req)
             self._finish(req)
         if isinstance(failure.__cause__, RankFailed):
             raise EngineError(reason) from failure

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from kvarena.engine.core import Engine
+from kvarena.engine.core import Engine, StepOutput
 from kvarena.engine.request import Request
 from kvarena.engine.server.shared.ipc import EngineInfo, ToFront, pack_ids
 
@@ -16,6 +16,40 @@ if TYPE_CHECKING:  # llguidance, ZeroMQ and torch: the supervisor imports this, 
     from kvarena.engine.server.engine.matchers import CompiledGrammar
     from kvarena.engine.server.engine.steering import SteeredGrammar
     from kvarena.engine.vision.encoder import ImageCounts
+
+
+class Recorder(Protocol):
+    """Told what a served engine does, by its loop. Nothing of it may raise.
+
+    Attributes:
+        is_on: it still records.
+    """
+
+    is_on: bool
+
+    def on_submit(self, req: Request, now: float) -> None:
+        """`req` is handed to the engine at `now`."""
+        ...
+
+    def on_refused(self, req: Request, now: float, error: str) -> None:
+        """The engine would not take it."""
+        ...
+
+    def on_left(self, req: Request, *, stopped: bool = False) -> None:
+        """`req` ended outside of a step: its client left, its text is complete (`stopped`), or its step failed."""
+        ...
+
+    def on_step(self, step: StepOutput) -> None:
+        """A step has ended, and its requests are as it left them."""
+        ...
+
+    def turn(self) -> None:
+        """Between two steps, and now and then while there are none."""
+        ...
+
+    def close(self) -> None:
+        """The server ends."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +64,7 @@ class ServedEngine:
         feed: publishes what the prefix cache holds, or None.
         image_counts: what the encoder of images has done; None: the model reads text only.
         peers: the other ranks, where several share the model; they end with the engine.
+        recorder: told of requests and steps, or None.
     """
 
     engine: Engine
@@ -39,6 +74,7 @@ class ServedEngine:
     feed: CacheFeed | None = None
     image_counts: Callable[[], ImageCounts] | None = None
     peers: Peers | None = None
+    recorder: Recorder | None = None
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

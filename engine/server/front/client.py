@@ -136,7 +136,7 @@ class EngineClient(asyncio.Protocol):
                 handles.append(choice.handle)
                 self._close(choice, reason, time.monotonic(), None)
         if handles:
-            self._send(ToEngine.ABORT, handles)
+            self._send(ToEngine.ABORT, handles, reason == "stop")
 
     def _leave(self, choice: Choice) -> None:
         """The engine has a choice no more."""

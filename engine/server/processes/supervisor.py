@@ -39,6 +39,8 @@ logger = logging.getLogger("kvarena.supervisor")
 _LAST_WORDS_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 _EXIT_SECONDS = 6.0
+_END_SECONDS = 3.0
+_RECORDED_SECONDS = 60.0  # the same, where an hour's files may have to be written
 _MIN_SILENCE_SECONDS = 1.0
 
 Sockets = tuple[socket.socket, socket.socket]
@@ -339,7 +341,7 @@ class Supervisor:
         for part in self._parts:
             part.control.close()
         processes = [part.process for part in self._parts]
-        _join(processes, 3.0)
+        _join(processes, _END_SECONDS if self._config.record is None else _RECORDED_SECONDS)
         for process in processes:
             if process.is_alive():
                 process.kill()

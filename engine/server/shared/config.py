@@ -44,6 +44,7 @@ COUNT = integer(1)
 POSITIVE = Must("a number above 0", lambda value: is_number(value) and value > 0)
 FILE = Must("a file that exists", lambda value: TEXT.holds(value) and Path(value).is_file()).or_null
 FOLDER = Must("a folder that exists", lambda value: TEXT.holds(value) and Path(value).is_dir()).or_null
+PLACE = Must("the path of a folder", lambda value: TEXT.holds(value) and bool(value)).or_null
 ROOT_PATH = Must(
     "empty, or a path such as /model without a slash at its end",
     lambda value: value == "" or (TEXT.holds(value) and value.startswith("/") and not value.endswith("/")),
@@ -110,6 +111,11 @@ class ServerConfig(Section):
         log_requests: write an access log line per request.
         enable_dashboard: serve the playground at `/`, and `/dashboard`.
         kv_events: how engines publish what their prefix caches hold.
+        record: folder into which steps, requests and the KV map are recorded as a run leaves them; None: nothing is.
+            Of several engines each has one below it.
+        record_mib: of each engine's recording, as it is held; the oldest is dropped.
+        record_minutes: from the oldest step that is kept to the latest.
+        record_content: `tokens` of prompts and outputs, or `hashes` of their blocks, from which nobody reads them.
 
     Raises:
         ConfigError: a value out of range; the message names the key.
@@ -167,6 +173,10 @@ class ServerConfig(Section):
     log_requests: Annotated[bool, TRUTH] = True
     enable_dashboard: Annotated[bool, TRUTH] = True
     kv_events: KVEventsConfig = field(default_factory=KVEventsConfig)
+    record: Annotated[str | None, PLACE] = None
+    record_mib: Annotated[float, Must("at least 1", number(1).holds)] = 512.0
+    record_minutes: Annotated[float, POSITIVE] = 60.0
+    record_content: Annotated[str, one_of("tokens", "hashes")] = "tokens"
 
     def __post_init__(self) -> None:
         super().__post_init__()

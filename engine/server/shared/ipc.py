@@ -37,7 +37,7 @@ class ToEngine(IntEnum):
     """Kinds of frames that fronts send."""
 
     ADD = 0
-    ABORT = 1
+    ABORT = 1  # handles, and whether their text is complete: a stop string ended it
     WATCH = 2
     CONSTRAINT = 3  # key, kind, grammar, seconds: see `CheckedGrammar`; comes before the requests that name its key
     ORDER = 4  # token, kind, what is ordered: see `engine/orders.py`

@@ -141,6 +141,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("kvarena:kv_slots", "gauge", "Slots of the KV pool; the classes add up to it.", {"class": CLASSES}),
     Metric("kvarena:kv_slots_shared_saved", "gauge", "Slots that sharing saves."),
     Metric("kvarena:ledger_violations", "counter", "Steps whose slots did not add up, and slots that leaked."),
+    Metric("kvarena:recording_up", "gauge", "1 while what is served is recorded."),
     Metric("kvarena:image_cache_hits", "counter", "Tiles of images that a step needed and found encoded."),
     Metric("kvarena:image_cache_misses", "counter", "Tiles of images that a step had to encode."),
     Metric("kvarena:image_cache_used_bytes", "gauge", "Bytes of the encoder cache that hold something."),

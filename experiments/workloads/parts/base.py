@@ -38,6 +38,8 @@ class WorkloadItem:
         client_id: whose request it is: a conversation, a user, a component of a mixture.
         priority: lower runs first.
         request_id: unique in the workload.
+        reply_token_ids: what the output is to be, whatever the engine samples; what it samples where that is shorter
+            than the output, or None.
     """
 
     prompt_token_ids: list[int]
@@ -46,6 +48,7 @@ class WorkloadItem:
     client_id: str = ""
     priority: int = 0
     request_id: str = ""
+    reply_token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
