@@ -72,7 +72,7 @@ def test_workload_configs(name, tmp_path):
     workload = hydra.utils.instantiate(cfg, vocab_size=512, reserved_token_ids=[0, 1])
     assert isinstance(workload, Workload)
     items = workload.items()
-    assert len(items) == (1 if name in TRACES else cfg.num_requests)
+    assert len(items) == (1 if name in (*TRACES, "recorded") else cfg.num_requests)
     assert workload.name == name
     assert workload.description.startswith(f"{name}: {len(items)} requests")
     assert all(len(item.prompt_token_ids) + item.output_len <= 2048 for item in items)

@@ -91,6 +91,7 @@ class EngineLoop:
         self._row.set("state", metrics.READY)
         beat.start()
         feed, recorder = self._served.feed, self._served.recorder
+        self._row.set("kvarena:recording_up", recorder is not None and recorder.is_on)
         try:
             while self._receive():
                 if self._served.peers is not None:
