@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvarena.engine.errors import EngineError, KvarenaError, RequestRejected
-from kvarena.engine.request import expand
+from kvarena.engine.request import Request, expand
 from kvarena.engine.server.engine.served import Outgoing, ServedEngine, ServedRequest
 from kvarena.engine.server.engine.tenants import Tenants
 from kvarena.engine.server.engine.token_lists import TokenLists
@@ -269,10 +269,14 @@ class Intake:
         if req is not None:
             self.forget(req)
             self._engine.abort(req.request_id)
-            if self._served.recorder is not None:
-                self._served.recorder.on_left(req, stopped=stopped)
+            self.left(req, stopped=stopped)
         elif self.num_parked:
             self._drop_parked(front, handle)
+
+    def left(self, req: Request, *, stopped: bool = False) -> None:
+        """Tell who records that a request ended outside of a step; `stopped`: for its text is complete."""
+        if self._served.recorder is not None:
+            self._served.recorder.on_left(req, stopped=stopped)
 
     def forget(self, req: ServedRequest) -> None:
         """A request has ended."""

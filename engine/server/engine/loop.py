@@ -233,8 +233,7 @@ class EngineLoop:
         for req in self._engine.scheduler.fail(failure.plan):
             self._engine.runner.release([req.request_id])
             req.error = req.error or "the engine step of this request failed"
-            if self._served.recorder is not None:
-                self._served.recorder.on_left(req)
+            self._intake.left(req)
             self._finish(req)
         if isinstance(failure.__cause__, RankFailed):
             raise EngineError(reason) from failure

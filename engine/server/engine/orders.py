@@ -130,6 +130,7 @@ class Orders:
             names = {answer_id(req.request_id), req.shown_id}
             if wanted is None or names & wanted:
                 self._engine.abort(req.request_id)
+                self._intake.left(req)
                 self._finish(req)
                 ended.add(answer_id(req.request_id))
                 found |= names & (wanted or set())

@@ -120,6 +120,11 @@ class ServedLog(RequestLog):
         one.reason = reason or (req.finish_reason.value if req.finish_reason else "error")
         self._leaving.append(req)
 
+    def is_open(self, req: Request) -> bool:
+        """Whether `req` is known and has not ended."""
+        one = self._open.get(self.rows.get(req, -1))
+        return one is not None and one.reason is None
+
     def take(self) -> tuple[list[Submitted], list[Progress]]:
         """What is new since the last call: requests, and what became of those that went on or ended."""
         submitted, self._submitted = self._submitted, []

@@ -140,7 +140,7 @@ class ServedRecorder:
         now = self._engine.clock.now()
 
         def note() -> None:
-            if req in self._log.rows:
+            if self._log.is_open(req):
                 self._log.end(req, now, reason)
                 self._rows.on_left(req)
 
