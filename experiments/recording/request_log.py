@@ -80,8 +80,10 @@ class RequestLog:
             admitted[row] = when
 
     def first_token(self, row: int, when: float) -> None:
-        """Its first token was there at `when`."""
-        self.times["first_token_time"][row] = when
+        """Its first token was there at `when`; later ones change nothing."""
+        first = self.times["first_token_time"]
+        if first[row] != first[row]:
+            first[row] = when
 
     def end(self, req: Request, when: float) -> None:
         """`req` ended at `when`."""

@@ -93,6 +93,7 @@ class ServedLog(RequestLog):
         self.rows[req] = row
         self._open[row] = _Open(req)
         is_greedy = sampling.temperature == 0 and req.constraint is None and not req.images and not sampling.logit_bias
+        is_greedy &= req.search is None
         is_greedy &= sampling.presence_penalty == sampling.frequency_penalty == 0 == sampling.min_tokens
         self._submitted.append(
             Submitted(
@@ -109,8 +110,9 @@ class ServedLog(RequestLog):
             one.admission = when
 
     def first_token(self, row: int, when: float) -> None:
-        """Its first token was there at `when`."""
-        if (one := self._open.get(row)) is not None:  # else its client left while the step ran
+        """Its first token was there at `when`; later ones change nothing."""
+        one = self._open.get(row)  # None: its client left while the step ran
+        if one is not None and one.first_token != one.first_token:
             one.first_token = when
 
     def end(self, req: Request, when: float, reason: str | None = None) -> None:
@@ -125,13 +127,16 @@ class ServedLog(RequestLog):
         one = self._open.get(self.rows.get(req, -1))
         return one is not None and one.reason is None
 
-    def take(self) -> tuple[list[Submitted], list[Progress]]:
-        """What is new since the last call: requests, and what became of those that went on or ended."""
+    def take(self, now: float) -> tuple[list[Submitted], list[Progress]]:
+        """What is new since the last call, at `now`: requests, and what became of those that went on or ended."""
         submitted, self._submitted = self._submitted, []
         progress = []
         for row, one in list(self._open.items()):
             req, num_output = one.req, len(one.req.output_token_ids)
-            if one.reason is None and num_output == one.num_told:
+            if one.reason is None and req.is_finished:  # a beam that ended with those that were asked for
+                self.end(req, now)
+            # A beam's tokens may still be exchanged for another one's.
+            if one.reason is None and (num_output == one.num_told or req.search is not None):
                 continue
             progress.append(
                 Progress(

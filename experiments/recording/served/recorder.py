@@ -197,7 +197,7 @@ class ServedRecorder:
         self._seconds += time.perf_counter() - start
 
     def _flush(self) -> None:
-        submitted, progress = self._log.take()
+        submitted, progress = self._log.take(self._engine.clock.now())
         ledger = self._ledger.take()
         if not (submitted or progress or len(self._ordinals) or len(ledger.columns["total"])):
             return
