@@ -153,7 +153,7 @@ def test_who_left_leaves_nothing(intake, compiles):
     assert [handle for _, handle in intake.requests] == [7]
     intake.drop_front(0)
     assert not intake.requests
-    assert intake._num_parked == 0
+    assert intake.num_parked == 0
 
 
 def test_what_cannot_be_compiled_here_ends_its_requests_alone(intake, compiles):

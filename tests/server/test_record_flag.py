@@ -83,7 +83,7 @@ def test_what_was_served_is_a_run_and_can_be_replayed(tmp_path, capsys):
     # The manifest's command replays it; so do other strategies, and the simulator.
     assert manifest["command"][:2] == ["python", "run.py"]
     shares = [int(row["num_cached_tokens"]) for row in rows]
-    for name, overrides in (("same", ()), ("simulated", ("runner=simulated", "engine.dtype=float32"))):
+    for name, overrides in (("same", ()), ("simulated", ("runner=simulated", "engine.dtype=bfloat16"))):
         (tmp_path / name).mkdir()
         config, choices = compose_cell(
             [*manifest["command"][2:], "report.pages=false", "report.progress=false", *overrides]
