@@ -171,7 +171,7 @@ WEB = _flags(
     ("--max-logprobs", "most log-probabilities of a token; -1: the vocabulary (default: 20)", _value("N", int)),
     (
         "--enable-force-include-usage",
-        "every stream ends with its usage, whatever it asks for (default: off)",
+        "every event of a stream has its usage so far, whatever is asked for (default: off)",
         _switch(),
     ),
     (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import ssl
 import subprocess
 import threading
@@ -164,6 +165,9 @@ def test_tls_and_cors_on_streams_too(special):
     answer = server.client.post("/v1/completions", json=body, headers=origin)
     assert answer.text.endswith("data: [DONE]\n\n")
     assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    # The operator wants counts in every event, whatever is asked for.
+    shown = [json.loads(line[6:])["usage"] for line in answer.text.splitlines() if line.startswith("data: {")]
+    assert [usage["completion_tokens"] for usage in shown][-2:] == [3, 3]
     other = server.client.get("/v1/models", headers={"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in other.headers
     preflight = server.client.options("/v1/completions", headers=origin | {"Access-Control-Request-Method": "POST"})

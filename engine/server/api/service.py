@@ -153,7 +153,7 @@ class Service:
         self.check_open()
         if self.config.force_include_usage and req.stream:
             options = req.stream_options or StreamOptions()
-            req.stream_options = options.model_copy(update={"include_usage": True})
+            req.stream_options = options.model_copy(update={"include_usage": True, "continuous_usage_stats": True})
         check_unsupported(req, self.config, self.info.priorities)
         return model
 

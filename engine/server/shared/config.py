@@ -88,7 +88,7 @@ class ServerConfig(Section):
         body_timeout: how long a client may take to send its headers, and its body; and to read what waits for it.
         max_n: most choices per request.
         max_logprobs: largest `logprobs` / `top_logprobs` / `prompt_logprobs`; -1: the vocabulary.
-        force_include_usage: every stream ends with its usage, whatever its `stream_options` say.
+        force_include_usage: every event of a stream has its usage so far, whatever its `stream_options` say.
         return_tokens_as_token_ids: name tokens by their ids in log-probabilities, where a request does not say.
         per_request_metrics: tell with an answer how long its parts took.
         max_prompts: most prompts in one completions request.
