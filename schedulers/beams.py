@@ -158,12 +158,14 @@ class BeamLifecycle(Lifecycle):
         req.search.forget_round()
         first, *others = beams = self._searches[req.search]
         waiting = self._children.pop(first, [])
+        # What a window slid past of a beam that holds, its last position needs again: no use in keeping the rest.
+        may_swap = self.allocator.sliding_window is None or first not in self.holding
         for beam in beams:
             if beam in self.holding:  # its last position is to be computed again: that is how its token is drawn
                 self._num_lost[beam] = max(self._num_lost.get(beam, 0), beam.num_computed_tokens)
                 beam.num_computed_tokens = beam.num_tokens - 1
             if beam.status is RequestStatus.RUNNING:
-                self.take_away(beam, plan, may_swap=beam is first)
+                self.take_away(beam, plan, may_swap=may_swap and beam is first)
             elif beam not in waiting:
                 self.dequeue(beam)
         self._children[first] = others

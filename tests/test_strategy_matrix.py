@@ -234,6 +234,11 @@ def test_a_token_of_a_request_that_ended_is_not_taken_in_twice(monkeypatch):
     assert "overlap" in first_failure("paged")
 
 
+def test_beams_that_hold_are_not_swapped_where_a_window_slid_past_what_they_compute_again():
+    run = run_cell(make_trace(5080), Cell("paged", "priority", overlap=True, window=8))
+    assert run.coverage["beams_preempted"] and run.coverage["swap_out"]
+
+
 # ---- what the recount of the ledger must catch
 
 

@@ -196,11 +196,13 @@ def test_a_refusal_speaks_the_words_of_the_command(intake):
 
 def test_sampling_parameters_arrive_as_they_were_made(monkeypatch):
     """Checked where they are made, not again where they arrive; every field, in its own type."""
+    monkeypatch.setattr(SamplingParams, "__post_init__", lambda self: None)  # not all of them go together
     made = SamplingParams(
         temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, seed=2**63 - 1, max_tokens=9, min_tokens=2,
         stop_token_ids=(5, 7), ignore_eos=True, presence_penalty=1.0, frequency_penalty=-1.0, repetition_penalty=1.5,
         logit_bias={3: -100.0, 11: 2.5}, logprobs=4, prompt_logprobs=0, n=6,
-        allowed_token_ids=(1, 2), barred=((3,), (4, 5)),
+        allowed_token_ids=(1, 2), barred=((3,), (4, 5)), logprob_token_ids=(8,),
+        beams=2, length_penalty=0.5, early_stopping="never",
     )  # fmt: skip
     assert all(getattr(made, one.name) != getattr(SamplingParams(), one.name) for one in fields(SamplingParams))
     info = EngineInfo(64, 32, 10, (1, 2), facts={"a": "b"}, defaults={"top_p": 0.5})
