@@ -38,6 +38,8 @@ class _SessionWorkload(Workload):
         output: tokens of each reply.
         system_len: tokens of the system prompt that all sessions share; 0 is none.
         gap: mean seconds between the end of a reply and the next turn; exponential.
+        pause_share: share of the later turns before which somebody pauses, beside the gap.
+        pause: mean seconds of that; exponential.
         token_time: seconds per output token that a reply is taken to last.
         session_rate: sessions started per second.
         max_total_len: a session ends before the turn whose prompt + output exceeds this; None is no limit.
@@ -56,13 +58,15 @@ class _SessionWorkload(Workload):
         token_time: float,
         session_rate: float,
         max_total_len: int | None,
+        pause_share: float = 0.0,
+        pause: float = 0.0,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self._num = required_num_requests(self.num_requests)
         self._turns, self._first, self._following, self._output = turns, first, following, output
         self._system_len = check_int("workload.system_len", system_len, 0, MAX_LENGTH)
-        self._gap = gap
+        self._gap, self._pause_share, self._pause = gap, pause_share, pause
         self._token_time = check_number("workload.token_time", token_time)
         self._session_rate = check_number("workload.session_rate", session_rate, above=True)
         if max_total_len is not None:
@@ -116,6 +120,10 @@ class _SessionWorkload(Workload):
         """Per session and turn: its time in seconds."""
         starts = np.cumsum(generator(self.seed, Purpose.TIMES).exponential(1 / self._session_rate, len(outputs)))
         gaps = generator(self.seed, Purpose.TIMES, 1).exponential(1.0, outputs.shape) * self._gap
+        if self._pause_share:
+            rng = generator(self.seed, Purpose.TIMES, 2)
+            pauses = rng.exponential(1.0, outputs.shape) * self._pause
+            gaps += pauses * (rng.random(outputs.shape) < self._pause_share)
         waits = np.cumsum(outputs * self._token_time + gaps, axis=1)
         return np.asarray(starts[:, None] + np.concatenate([np.zeros((len(outputs), 1)), waits[:, :-1]], axis=1))
 
@@ -161,6 +169,8 @@ class AgentLoopWorkload(_SessionWorkload):
         observation_len: {mean, sigma, min, max} tokens that a tool returns.
         output_len: {mean, sigma, min, max} tokens of a call.
         tool_time: mean seconds that a tool takes.
+        user_share: share of the later calls that a person asks for, not a tool's end, from 0 to 1.
+        user_time: mean seconds that a person takes before that.
         options: system_len, token_time, session_rate, max_total_len; num_requests (calls in all), seed, vocab_size,
             reserved_token_ids.
     """
@@ -169,13 +179,18 @@ class AgentLoopWorkload(_SessionWorkload):
     source = "synthetic, agents with growing context"
 
     def __init__(
-        self, *, num_steps: Any, task_len: Any, observation_len: Any, output_len: Any, tool_time: float, **options: Any
-    ) -> None:
+        self, *, num_steps: Any, task_len: Any, observation_len: Any, output_len: Any, tool_time: float,
+        user_share: float = 0.0, user_time: float = 0.0, **options: Any,
+    ) -> None:  # fmt: skip
+        if check_number("workload.user_share", user_share) > 1:
+            raise ConfigError(f"workload.user_share={user_share} must be a share from 0 to 1")
         super().__init__(
             turns=UniformLength.from_option("workload.num_steps", num_steps),
             first=LognormalLength.from_option("workload.task_len", task_len),
             following=LognormalLength.from_option("workload.observation_len", observation_len),
             output=LognormalLength.from_option("workload.output_len", output_len),
             gap=check_number("workload.tool_time", tool_time),
+            pause_share=user_share,
+            pause=check_number("workload.user_time", user_time),
             **options,
         )

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import hydra.utils
+import numpy as np
 import pytest
 
 from kvarena.experiments.cli import main as kvarena_command
@@ -14,6 +15,7 @@ from kvarena.experiments.settings.compose import load_config
 from kvarena.experiments.workloads import Workload
 from kvarena.experiments.workloads.describe import main
 
+LONG = {"multi_turn_long": "multi_turn", "agent_loop_long": "agent_loop"}  # presets of other workloads
 CONF = Path(__file__).resolve().parents[2] / "conf"
 TRACES = {
     "azure_trace": ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.5,9,2\n"),
@@ -59,6 +61,8 @@ def test_workload_configs(name, tmp_path):
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         overrides.append(f"model.path={tmp_path}")
+    if name in LONG:
+        overrides = ["workload.num_requests=10"]
     if name == "recorded":
         row = dict.fromkeys(REQUEST_COLUMNS, 0) | {
             "request_id": "a", "client_id": "c", "finish_reason": "stop", "error": "", "prompt_token_ids": [3, 4],
@@ -73,11 +77,32 @@ def test_workload_configs(name, tmp_path):
     assert isinstance(workload, Workload)
     items = workload.items()
     assert len(items) == (1 if name in (*TRACES, "recorded") else cfg.num_requests)
-    assert workload.name == name
-    assert workload.description.startswith(f"{name}: {len(items)} requests")
-    assert all(len(item.prompt_token_ids) + item.output_len <= 2048 for item in items)
+    assert workload.name == LONG.get(name, name)
+    assert workload.description.startswith(f"{workload.name}: {len(items)} requests")
+    limit = 131072 if name in LONG else 2048
+    assert all(len(item.prompt_token_ids) + item.output_len <= limit for item in items)
     if name != "sharegpt_json":
         assert all(set(item.prompt_token_ids) <= set(range(2, 512)) for item in items)
+
+
+@pytest.mark.parametrize(("name", "low", "high", "pause"), [
+    ("multi_turn_long", 8_000, 100_000, 370.0), ("agent_loop_long", 20_000, 100_000, 6.0 + 0.11 * 300.0),
+])  # fmt: skip
+def test_long_sessions_have_the_lengths_and_pauses_of_today(name, low, high, pause):
+    table = hydra.utils.instantiate(load("workload", name, ["workload.num_requests=3000"]), vocab_size=512).table
+    assert low * 0.8 < np.percentile(table.prompt_lens, 10) < low * 1.4
+    assert high * 0.9 < np.percentile(table.prompt_lens, 99) < 131072
+    last: dict[str, float] = {}
+    pauses = []
+    for client, time, output in zip(table.client_ids, table.arrival_times, table.output_lens, strict=True):
+        if client in last:
+            pauses.append(time - last[client])
+        last[client] = time + 0.02 * output
+    # Sessions that the first 3,000 requests cut off lack their longest pauses.
+    assert pause * 0.8 < np.mean(pauses) < pause * 1.2
+    if name == "agent_loop_long":  # seconds after a tool, minutes after a person
+        assert np.percentile(pauses, 50) < 10
+        assert np.percentile(pauses, 97) > 200
 
 
 def test_the_default_workload():

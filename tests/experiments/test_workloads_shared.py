@@ -132,6 +132,31 @@ def test_agent_context_grows():
     assert growth == pytest.approx(140, rel=0.15)
 
 
+def test_a_share_of_an_agents_calls_waits_for_a_person():
+    def times(**options):
+        workload = AgentLoopWorkload(
+            num_requests=4000, num_steps={"min": 5, "max": 5}, system_len=0, task_len=LENGTH, observation_len=LENGTH,
+            output_len=LENGTH, tool_time=1.0, token_time=0.0, session_rate=100.0, max_total_len=None, **COMMON,
+            **options,
+        )  # fmt: skip
+        sessions: dict[str, list[float]] = {}
+        for client, time in zip(workload.table.client_ids, workload.table.arrival_times, strict=True):
+            sessions.setdefault(client, []).append(time)
+        return sessions
+
+    def pauses(sessions):
+        return np.concatenate([np.diff(one) for one in sessions.values()])
+
+    alone, with_people = times(), times(user_share=0.25, user_time=10_000.0)
+    # What tools take is drawn as without people; a quarter of the calls wait for one, too.
+    assert np.mean(pauses(with_people) > 60) == pytest.approx(0.25, abs=0.03)
+    short = pauses(with_people)[pauses(with_people) < 8]
+    assert np.mean(short) == pytest.approx(np.mean(pauses(alone)), rel=0.1)
+    assert pauses(alone).max() < 30
+    with pytest.raises(ConfigError, match=r"user_share=1\.5 must be a share"):
+        times(user_share=1.5)
+
+
 def part(kind, **options):
     return {"_target_": f"kvarena.experiments.workloads.{kind}", "num_requests": None, "seed": 0, **options}
 
