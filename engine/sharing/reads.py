@@ -26,8 +26,8 @@ class ReadRules(NamedTuple):
     """How contexts are cut, and what is worth it.
 
     A row's parts leave sums in memory (of 8 KV heads of 128, as much as 4 tokens of their KV) which the merge reads:
-    few parts. What is less than a part is read by each row: small parts. Up to 16 parts are less than 7 % of a context
-    that each row reads for itself, as a mean half of that.
+    few parts. What is less than a part is read by each row: small parts. Up to 16 parts of at least 256 tokens leave
+    each row at most 255 common tokens to read for itself, of contexts above 4,096 less than an eighth; as a mean half.
 
     Attributes:
         least_part: tokens of the smallest part; a power of two.

@@ -88,6 +88,13 @@ def test_a_row_is_cut_as_its_length_says_whoever_shares_it():
     assert (-(-lens // part_tokens(lens))).max() <= RULES.most_parts
 
 
+def test_less_than_an_eighth_of_a_long_context_is_left_to_each_row():
+    lens = np.arange(1, 140_000)
+    left = part_tokens(lens) - 1  # tokens in common behind the last whole part, at most: docs/gpu.md
+    assert left[lens <= 4096].max() == 255
+    assert 0.124 < (left / lens)[lens > 4096].max() < 1 / 8
+
+
 def test_growing_by_blocks_of_its_own_moves_nothing():
     rows = Rows()
     for row in range(4):
