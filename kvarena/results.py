@@ -30,6 +30,7 @@ from kvarena.reports.reading.names import (
     KV_MAP_FILE,
     MANIFEST_FILE,
     REQUESTS_FILE,
+    REUSE_FILE,
     STEPS_FILE,
     STUDY_FILE,
     SWEEP_FILE,
@@ -154,6 +155,11 @@ class Result(_Folder):
     def kv_map(self) -> pd.DataFrame:
         """One row per snapshot of who owns each block: the columns of kv_map.parquet."""
         return self._read(KV_MAP_FILE, "driver.record=full and report.kv_map=true, on an engine of this process")
+
+    @cached_property
+    def reuse(self) -> pd.DataFrame:
+        """One row per stretch of a prompt that was asked of the prefix cache: the columns of reuse.parquet."""
+        return self._read(REUSE_FILE, "driver.record=full or summary and an allocator with a prefix cache")
 
     def _read(self, name: str, needs: str) -> pd.DataFrame:
         """A Parquet file; units and meanings of its columns in `DataFrame.attrs`."""

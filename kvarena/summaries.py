@@ -96,6 +96,7 @@ class RunSummary(_Written):
     prompt_seconds: float | None = None
     prompt_seconds_saved: float | None = None
     cache_by_client: list[dict[str, Any]] | None = None
+    reuse: dict[str, Any] | None = None
     # Throughput.
     duration_seconds: float
     wall_time_seconds: float | None = None

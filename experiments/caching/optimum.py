@@ -36,11 +36,15 @@ class Ask(NamedTuple):
         keys: of its prompt's full blocks, in order: equal numbers are equal blocks behind equal prefixes.
         num_wanted: so many of them can be hits; the others are computed in any case (a hit never covers a whole
             prompt). 0 where nobody counts: a preempted request that comes back.
+        num_found: so many of them the cache had.
+        time: in seconds.
     """
 
     row: int
     keys: Keys
     num_wanted: int
+    num_found: int = 0
+    time: float = 0.0
 
 
 class Grow(NamedTuple):
@@ -51,9 +55,10 @@ class Grow(NamedTuple):
 
 
 class Leave(NamedTuple):
-    """Request `row` owns nothing any more."""
+    """Request `row` owns nothing any more, since `time` in seconds."""
 
     row: int
+    time: float = 0.0
 
 
 class Room(NamedTuple):

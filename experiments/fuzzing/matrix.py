@@ -161,7 +161,7 @@ def drive(
         runner, clock, overlap=overlap, ledger=ledger, on_launch=recount.observe
     )
     run, before = CellRun(trace.requests(), Counter()), allocator.usage()
-    accesses = watch(allocator)
+    accesses = watch(allocator, clock.now)
     num_slots: dict[Request, int] = {}
     todo, aborts = run.requests[::-1], trace.aborts[::-1]
     limit = 200 + 4 * len(run.requests) + 20 * sum(req.max_total_tokens for req in run.requests)
@@ -233,9 +233,13 @@ def _check_end(run: CellRun, expected: dict[str, list[int]]) -> None:
 
 def _check_bound(run: CellRun, accesses: AccessLog) -> None:
     """No prefix cache finds more than the best one would have (`caching/optimum.py`)."""
-    found, most = sum(req.num_cached_tokens for req in run.requests), sum(accesses.optimum().values())
+    reuse = accesses.reuse()
+    found, most = sum(req.num_cached_tokens for req in run.requests), int(reuse.optimal_tokens.sum())
     if found > most:
         raise EngineError(f"{found} prompt tokens were found in the cache, and the most that can be are {most}")
+    told = int(reuse.stretches["num_found"].sum()) * reuse.block_size
+    if told != found:
+        raise EngineError(f"{found} prompt tokens were found in the cache, and {told} of what was asked for")
 
 
 def _count(run: CellRun, runner: OracleRunner) -> None:

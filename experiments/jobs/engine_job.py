@@ -55,7 +55,7 @@ def run_engine(config: RunConfig, name: str, shared: SharedParts | None, signals
     warm = warm._replace(seconds=warm.seconds + time.perf_counter() - begin) if simulator is None else warm
     accesses = None
     if setup.driver.cache == "warm":
-        accesses = watch(setup.parts.engine.allocator)
+        accesses = watch(setup.parts.engine.allocator, setup.parts.engine.clock.now)
         if accesses is not None:
             accesses.counts = False
         warm = warm._replace(seconds=warm.seconds + warm_cache(config, setup.parts, load.requests))

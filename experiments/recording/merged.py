@@ -17,8 +17,9 @@ import numpy as np
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.experiments.recording.record import RunRecorder, write_request_columns, write_steps
 from kvarena.experiments.recording.recording import Recording
+from kvarena.experiments.recording.reuse_file import write_reuse
 from kvarena.reports.reading.columns import schema_of
-from kvarena.reports.reading.names import REQUESTS_FILE, ROUTING_FILE, STEPS_FILE
+from kvarena.reports.reading.names import REQUESTS_FILE, REUSE_FILE, ROUTING_FILE, STEPS_FILE
 
 
 class Routes(Protocol):
@@ -123,7 +124,7 @@ class MergedRecording:
 
 
 def _write_requests(run_dir: Path, recorders: Sequence[RunRecorder], routes: Routes) -> None:
-    """requests.parquet in the order of arrival, and routing.parquet beside it.
+    """requests.parquet in the order of arrival, with routing.parquet and reuse.parquet beside it.
 
     A replica records its requests in the order in which they were sent to it; of a run that was interrupted those that
     were still on their way are in neither file.
@@ -131,9 +132,28 @@ def _write_requests(run_dir: Path, recorders: Sequence[RunRecorder], routes: Rou
     replicas, times = np.array(routes.replicas, dtype=np.int32), np.array(routes.times, dtype=np.float64)
     places = [np.flatnonzero(replicas == number)[: one.num_submitted] for number, one in enumerate(recorders)]
     order = np.argsort(np.concatenate(places), kind="stable")
+    _write_reuse(run_dir, recorders, order)
     write_request_columns(run_dir / REQUESTS_FILE, [one.request_columns() for one in recorders], order)
     kept = np.sort(np.concatenate(places))
     write_routing(run_dir / ROUTING_FILE, replicas[kept], times[kept])
+
+
+def _write_reuse(run_dir: Path, recorders: Sequence[RunRecorder], order: np.ndarray) -> None:
+    """What was asked of the replicas' prefix caches, which all have one, or none has.
+
+    Args:
+        run_dir: where to.
+        recorders: of the replicas.
+        order: of the rows of requests.parquet among those of all recorders, one behind the other.
+    """
+    parts = [columns for one in recorders if (columns := one.reuse_columns()) is not None]
+    if len(parts) < len(recorders):
+        return
+    row_of = np.argsort(order)
+    first = np.cumsum([0, *(one.num_submitted for one in recorders)])
+    for columns, begin in zip(parts, first, strict=False):
+        columns["request"] = row_of[columns["request"] + begin].astype(np.int32)
+    write_reuse(run_dir / REUSE_FILE, {name: np.concatenate([one[name] for one in parts]) for name in parts[0]})
 
 
 def write_routing(path: Path, replicas: np.ndarray, times: np.ndarray) -> None:

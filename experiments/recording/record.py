@@ -15,8 +15,10 @@ from kvarena.engine.contract import CopyKind, StepPlan
 from kvarena.engine.core import StepOutput
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import FinishReason, Request
+from kvarena.experiments.caching.accesses import Reuse
 from kvarena.experiments.recording.decisions import decision_hash
 from kvarena.experiments.recording.request_log import LISTS, REQUEST_COLUMNS, RequestLog
+from kvarena.experiments.recording.reuse_file import reuse_columns
 from kvarena.experiments.recording.step_features import step_features
 from kvarena.experiments.recording.token_times import TokenTimes
 from kvarena.reports.reading.columns import schema_of, types_of
@@ -52,6 +54,7 @@ class RunRecorder:
         self._rows: array[int] = array("q")
         self._new: tuple[int, ...] = ()
         self._counts: array[int] = array("q")
+        self._reuse: Reuse | None = None
         self.num_finished = 0
         self.num_output_tokens = 0
         self.max_lateness = 0.0
@@ -195,9 +198,14 @@ class RunRecorder:
             row |= {name: [] if row[name] is None else list(row[name]) for name in LISTS}
         return rows
 
-    def set_optimal_hits(self, tokens: dict[str, int]) -> None:
-        """Prompt tokens that the best prefix cache would have found, by request id."""
-        self._log.optimal_hits = tokens
+    def set_reuse(self, reuse: Reuse) -> None:
+        """What came of what was asked of the prefix cache."""
+        self._log.optimal_hits = dict(zip(reuse.request_ids, reuse.optimal_tokens.tolist(), strict=True))
+        self._reuse = reuse
+
+    def reuse_columns(self) -> dict[str, np.ndarray] | None:
+        """The columns of reuse.parquet; None where nobody knows them."""
+        return None if self._reuse is None else reuse_columns(self._reuse, self._log.request_ids)
 
     def _chunks(self) -> Iterator[dict[str, Any]]:
         times = None if self._token_times is None else self._token_times.lists(len(self._log))

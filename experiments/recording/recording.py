@@ -22,9 +22,10 @@ from kvarena.engine.request import Request
 from kvarena.experiments.caching.accesses import AccessLog, watch
 from kvarena.experiments.recording.kv_map import MEASURED_SHARE, KVMapRecorder
 from kvarena.experiments.recording.record import RunRecorder, write_steps
+from kvarena.experiments.recording.reuse_file import write_reuse
 from kvarena.experiments.recording.scores import ScoreLog
 from kvarena.experiments.recording.totals import RunTotals
-from kvarena.reports.reading.names import KV_MAP_FILE, REQUESTS_FILE, SCORES_FILE, STEPS_FILE
+from kvarena.reports.reading.names import KV_MAP_FILE, REQUESTS_FILE, REUSE_FILE, SCORES_FILE, STEPS_FILE
 
 WARN_ABOVE = 0.01  # of a measured run's wall time
 # s: a host that waits longer than this for tokens had the next step launched before the device was done.
@@ -57,7 +58,7 @@ class Recording:
         if accesses is not None:
             accesses.counts = True
         elif level != "none":
-            self._accesses = watch(engine.allocator)
+            self._accesses = watch(engine.allocator, engine.clock.now)
         self._kv_map: KVMapRecorder | None = None
         if level == "full" and kv_map:
             assert self._rows is not None
@@ -88,7 +89,7 @@ class Recording:
     @property
     def rows(self) -> tuple[RunRecorder, MemoryLedger] | None:
         """Requests and steps, and the ledger beside these, for who merges them with others'; None under `none`."""
-        self._find_optimum()
+        self._find_reuse()
         return None if self._rows is None or self._ledger is None else (self._rows, self._ledger)
 
     # ---- the driver's recorder
@@ -162,7 +163,7 @@ class Recording:
         if self._rows is None:
             return
         assert self._ledger is not None
-        self._find_optimum()
+        self._find_reuse()
         self._rows.write_requests(run_dir / REQUESTS_FILE)
         if self._settled is None:  # the books close once, and another folder may have to take the files
             # A step that was launched and never ended is in the ledger alone.
@@ -173,11 +174,13 @@ class Recording:
             self._kv_map.write(run_dir / KV_MAP_FILE, self._rows.num_steps)
         if self._scores is not None:
             self._scores.write(run_dir / SCORES_FILE)
+        if (reuse := self._rows.reuse_columns()) is not None:
+            write_reuse(run_dir / REUSE_FILE, reuse)
 
-    def _find_optimum(self) -> None:
-        """Once: what the best prefix cache would have found of what was asked (`caching/optimum.py`)."""
+    def _find_reuse(self) -> None:
+        """Once: what the best prefix cache would have found of what was asked, and how long ago that was held."""
         if self._rows is not None and self._accesses is not None:
-            self._rows.set_optimal_hits({req.request_id: n for req, n in self._accesses.optimum().items()})
+            self._rows.set_reuse(self._accesses.reuse())
             self._accesses = None
 
     def facts(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class RequestLog:
     Attributes:
         rows: the row of every request that may still show up in a step.
         times: the columns TIMES.
+        request_ids: by row.
     """
 
     def __init__(self, tokens: bool) -> None:
@@ -48,7 +49,7 @@ class RequestLog:
         self.rows: dict[Request, int] = {}
         self.times: dict[str, array[float]] = {name: array("d") for name in TIMES}
         self._counts: dict[str, array[int]] = {name: array("i") for name in COUNTS}
-        self._request_ids: list[str] = []
+        self.request_ids: list[str] = []
         self._client_ids: list[str] = []
         self._finish_reasons: list[str | None] = []
         self._errors: dict[int, str] = {}
@@ -58,7 +59,7 @@ class RequestLog:
         self.optimal_hits: dict[str, int] = {}
 
     def __len__(self) -> int:
-        return len(self._request_ids)
+        return len(self.request_ids)
 
     def add(self, req: Request, now: float) -> None:
         """A new row for `req`, handed over at `now`."""
@@ -67,7 +68,7 @@ class RequestLog:
             self.times[name].append(value)
         for column in self._counts.values():
             column.append(0)
-        self._request_ids.append(req.request_id)
+        self.request_ids.append(req.request_id)
         self._client_ids.append(req.client_id)
         self._finish_reasons.append(None)
         if self.tokens:
@@ -129,7 +130,7 @@ class RequestLog:
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
             columns: dict[str, Any] = {
-                "request_id": self._request_ids[rows],
+                "request_id": self.request_ids[rows],
                 "client_id": self._client_ids[rows],
                 "finish_reason": self._finish_reasons[rows],
                 "error": [self._errors.get(row, "") for row in range(start, min(start + size, len(self)))],
@@ -137,7 +138,7 @@ class RequestLog:
             columns |= {name: np.array(column[rows]) for name, column in (self.times | self._counts).items()}
             # Here tokens come one by one, and the last one ends its request.
             columns["num_first_tokens"] = np.minimum(columns["num_output_tokens"], 1)
-            optimal = (self.optimal_hits.get(name, NAN) for name in self._request_ids[rows])
+            optimal = (self.optimal_hits.get(name, NAN) for name in self.request_ids[rows])
             columns["num_optimal_cached_tokens"] = np.fromiter(optimal, dtype=np.float64)
             columns["last_token_time"] = np.where(columns["num_output_tokens"] > 0, columns["finish_time"], NAN)
             if token_times is None:

@@ -8,6 +8,7 @@ The bound is one of tokens: which tokens save most seconds it does not ask, so f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,8 +127,13 @@ def prompt_time(run: RunFiles, spans: Spans) -> PromptTime | None:
     return PromptTime(float(fitted[1]), float(fitted[2]))
 
 
-def prefix_cache_section(summary: dict[str, Any]) -> Section:
-    """Hits beside their bound."""
+def prefix_cache_section(summary: dict[str, Any], by_distance: Sequence[Table]) -> Section:
+    """Hits beside their bound.
+
+    Args:
+        summary: of the run.
+        by_distance: hits by reuse distance.
+    """
     eviction, policy = summary["pool"].get("eviction") or {}, _policy(summary)
     rows = [
         ["found", count(summary["num_cached_tokens"]), percent(summary["cached_prompt_share"]), "of the prompt tokens"],
@@ -153,7 +159,7 @@ def prefix_cache_section(summary: dict[str, Any]) -> Section:
         "requests were admitted. Another policy changes the order, and has a bound of its own. A client may find more "
         "than its part of the bound, which is one for all together."
     )
-    return Section("Prefix cache", [text], [], tables)
+    return Section("Prefix cache", [text], [], [*tables, *by_distance])
 
 
 def of_optimum(summary: dict[str, Any]) -> str:

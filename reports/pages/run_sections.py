@@ -11,6 +11,7 @@ from kvarena.reports.analysis.gauges import gauges_section
 from kvarena.reports.analysis.latency import DEFINITIONS, PERCENTILES
 from kvarena.reports.analysis.prefix_cache import of_optimum, prefix_cache_section
 from kvarena.reports.analysis.replicas import replicas_section
+from kvarena.reports.analysis.reuse import reuse_tables
 from kvarena.reports.analysis.slo import slo_section
 from kvarena.reports.analysis.steady import steady_section
 from kvarena.reports.analysis.windows import ALL, DEFINITION, ROOM, WINDOWS, kv_use, room_text
@@ -57,7 +58,8 @@ def run_document(summary: dict[str, Any], config: Any, svg: dict[str, str]) -> D
             latency_section(summary, svg),
             *([slo_section(summary)] if summary["slo"] else []),
             *([replicas_section(summary)] if summary["routing"] else []),
-            *([prefix_cache_section(summary)] if summary["num_optimal_cached_tokens"] is not None else []),
+            *([prefix_cache_section(summary, reuse_tables(summary))]
+              if summary["num_optimal_cached_tokens"] is not None else []),
             steady_section(summary),
             load_section(summary, svg),
             requests_section(summary, svg),

@@ -15,6 +15,7 @@ from kvarena.reports.analysis.latency import TokenGaps, describe, request_latenc
 from kvarena.reports.analysis.memory import Spans, mean_shares, step_spans, weighted_mean
 from kvarena.reports.analysis.prefix_cache import summarize_prefix_cache
 from kvarena.reports.analysis.replicas import routing_text, summarize_replicas
+from kvarena.reports.analysis.reuse import summarize_reuse
 from kvarena.reports.analysis.slo import summarize_slo
 from kvarena.reports.analysis.steady import steady_window, summarize_steady
 from kvarena.reports.analysis.windows import kv_use_text, window_masks
@@ -69,6 +70,7 @@ def summarize(run: RunFiles, gaps: TokenGaps | None = None) -> dict[str, Any]:
     summary["slo"] = summarize_slo(run, summary["duration_seconds"], window)
     summary |= _load(run, spans)
     summary |= summarize_prefix_cache(run, spans)
+    summary["reuse"] = summarize_reuse(run)
     summary |= _memory(run, spans)
     summary["routing"] = summarize_replicas(run, spans)
     summary["imbalance"] = summary["routing"] and summary["routing"]["imbalance"]

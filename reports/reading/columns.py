@@ -15,6 +15,7 @@ from kvarena.reports.reading.names import (
     KV_MAP_FILE,
     PREFIXES_FILE,
     REQUESTS_FILE,
+    REUSE_FILE,
     ROUTING_FILE,
     SCORES_FILE,
     STEPS_FILE,
@@ -134,6 +135,17 @@ TABLES: dict[str, tuple[Columns, ...]] = {
         _of("owned_blocks filled_slots cached_blocks", "int64", "",
             "blocks, slots and blocks, counted over all blocks of the step's block tables, whatever the stride; "
             "absent in files of before"),
+    ),
+    REUSE_FILE: (
+        _of("request", "int32", "", "the row in requests.parquet of the request that asked, at its first admission"),
+        _of("start num_tokens", "int64", "tokens",
+            "a stretch of its prompt, in whole blocks, that was last held up to the same moment"),
+        _of("num_cached_tokens num_optimal_cached_tokens", "int64", "tokens",
+            "of these, how many were found, and how many the best prefix cache finds (as in requests.parquet)"),
+        _of("seconds", "double, null", "s", "since a request held them last; 0: one does; null: none ever did"),
+        _of("num_since", "int64, null", "blocks",
+            "different blocks that were held since then, for the first block of the stretch; for each further one "
+            "one more. null: a request holds them, or none ever did"),
     ),
     PREFIXES_FILE: (
         _of("request_id", "string", "", "as in requests.parquet"),

@@ -10,13 +10,16 @@ SCORES_FILE = "scores.parquet"
 KV_MAP_FILE = "kv_map.parquet"
 ROUTING_FILE = "routing.parquet"
 PREFIXES_FILE = "prefixes.parquet"
+REUSE_FILE = "reuse.parquet"
 ERROR_FILE = "error.json"
 CELL_FILE = "cell.json"
 CLAIM_FILE = ".cell"
 LOCK_FILE = ".lock"
 STUDY_FILE = "study.json"
 SWEEP_FILE = "sweep.json"
-DATA_FILES = (REQUESTS_FILE, STEPS_FILE, GAUGES_FILE, SCORES_FILE, KV_MAP_FILE, ROUTING_FILE, PREFIXES_FILE)
+DATA_FILES = (
+    REQUESTS_FILE, STEPS_FILE, GAUGES_FILE, SCORES_FILE, KV_MAP_FILE, ROUTING_FILE, PREFIXES_FILE, REUSE_FILE,
+)  # fmt: skip
 REPORT_FILES = ("report.html", "report.md", "summary.json", "requests.csv", "figures")
 
 

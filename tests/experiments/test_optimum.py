@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
+from optimum_traces import prompts, with_locks
 
 from kvarena.allocators.eviction_policies import policy_names
 from kvarena.allocators.prefix import PrefixCachingAllocator
@@ -13,31 +13,7 @@ from kvarena.allocators.radix import RadixAllocator
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.caching.accesses import watch
 from kvarena.experiments.caching.optimum import Ask, Event, Leave, optimal_hits
-from kvarena.experiments.caching.plain_replay import endless_hits, num_distinct, numbered, replay_min, replay_policy
-
-
-def prompts(rng: random.Random, number: int, longest: int, letters: int = 2) -> list[list[int]]:
-    """Keys of prompts that share prefixes: a key is the whole prefix."""
-    drawn = [[rng.randrange(letters) for _ in range(rng.randint(1, longest))] for _ in range(number)]
-    return numbered([[tuple(one[: i + 1]) for i in range(len(one))] for one in drawn])
-
-
-def with_locks(rng: random.Random, trace: list[list[int]], num_blocks: int) -> list[Event]:
-    """Requests that come and go; never more owned than the pool holds."""
-    events: list[Event] = []
-    live: dict[int, list[int]] = {}
-    for row, keys in enumerate(trace):
-        while live and (
-            rng.random() < 0.5 or len({key for own in live.values() for key in own} | set(keys)) > num_blocks
-        ):
-            gone = rng.choice(sorted(live))
-            del live[gone]
-            events.append(Leave(gone))
-        if len(keys) > num_blocks:
-            continue
-        live[row] = keys
-        events.append(Ask(row, np.array(keys, dtype=np.int64), rng.choice([len(keys), len(keys) - 1])))
-    return events
+from kvarena.experiments.caching.plain_replay import endless_hits, num_distinct, replay_min, replay_policy
 
 
 def brute_force(events: list[Event], num_blocks: int) -> int:
@@ -128,7 +104,7 @@ def drive(make: type[PrefixCachingAllocator], policy: str, seed: int) -> tuple[l
     alloc = make(num_blocks=rng.randint(8, 20), block_size=2, max_model_len=64, eviction=policy)
     if alloc.policy.needs_future:
         alloc.policy.foresee([])
-    log = watch(alloc)
+    log = watch(alloc, lambda: 0.0)
     assert log is not None and alloc.observer is log
     live: list[Request] = []
     asked: list[Request] = []
@@ -158,8 +134,9 @@ def drive(make: type[PrefixCachingAllocator], policy: str, seed: int) -> tuple[l
             req.num_computed_tokens = req.num_tokens
             alloc.commit(req)
         live.append(req)
-    best = log.optimum()
-    return [req.num_cached_tokens for req in asked], [best[req] for req in asked], len(evicted)
+    reuse = log.reuse()
+    best = dict(zip(reuse.request_ids, reuse.optimal_tokens.tolist(), strict=True))
+    return [req.num_cached_tokens for req in asked], [best[req.request_id] for req in asked], len(evicted)
 
 
 @pytest.mark.parametrize("policy", policy_names())
@@ -173,12 +150,12 @@ def test_a_run_finds_no_more_than_its_bound_and_both_indexes_find_the_same(polic
 
 def test_a_cache_that_holds_something_has_no_bound() -> None:
     alloc = PrefixCachingAllocator(num_blocks=8, block_size=2, max_model_len=64)
-    first = watch(alloc)
-    second = watch(alloc)  # in its place
+    first = watch(alloc, lambda: 0.0)
+    second = watch(alloc, lambda: 0.0)  # in its place
     assert first is not None and second is not None and alloc.observer is second and second._also is None
     req = Request("r", [1, 2, 3], SamplingParams(max_tokens=1))
     assert alloc.allocate(req, 3)
     req.num_computed_tokens = 3
     alloc.commit(req)
     alloc.free(req)
-    assert watch(alloc) is None
+    assert watch(alloc, lambda: 0.0) is None

@@ -88,6 +88,7 @@ class LoopEngine:
     """As much of an engine as a recording looks at."""
 
     ledger = on_launch = allocator = None
+    clock = SimpleNamespace(now=lambda: 0.0)
 
     def __init__(self, overlap):
         self.overlap = overlap

@@ -9,9 +9,10 @@ import pytest
 
 from kvarena.experiments.load.http_metrics import GaugeReader
 from kvarena.experiments.recording.merged import write_routing
+from kvarena.experiments.recording.reuse_file import write_reuse
 from kvarena.experiments.recording.scores import ScoreLog
 from kvarena.experiments.recording.served.prefixes import write_prefixes
-from kvarena.reports.reading.columns import SCHEMA_VERSION, TABLES
+from kvarena.reports.reading.columns import SCHEMA_VERSION, TABLES, names_of
 
 DOCS = (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
 
@@ -46,6 +47,9 @@ def test_a_file_says_what_its_columns_are(file, comparison, tmp_path):
     elif file == "routing.parquet":
         folder = tmp_path
         write_routing(folder / file, np.zeros(1, dtype=np.int32), np.zeros(1))
+    elif file == "reuse.parquet":
+        folder = tmp_path
+        write_reuse(folder / file, {name: np.zeros(0) for name in names_of(file)})
     schema = pq.read_schema(folder / file)
     assert schema.metadata[b"kvarena.schema_version"] == str(SCHEMA_VERSION).encode()
     assert schema.metadata[b"kvarena.file"] == file.encode()
