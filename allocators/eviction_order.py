@@ -85,14 +85,18 @@ class EvictionPolicy(ABC):
         num_lanes: queues among which `next_lane` chooses; a block stands in the one of its `lane`.
         repriced: set by the policy when prices of queued blocks have changed; the order then asks for all of them.
         needs_future: `foresee` must be called before the first request.
+        uses_kinds: it goes by `Request.kind`, and without kinds takes all requests for one.
         move: to be called with an entry after it was given another lane, or another price while it is queued.
+        first: to be called with a lane: the entry that goes next of it, or None.
     """
 
     recalls: ClassVar[bool] = False
     num_lanes: ClassVar[int] = 1
     needs_future: ClassVar[bool] = False
+    uses_kinds: ClassVar[bool] = False
     repriced: bool = False
     move: Callable[[Entry], None]
+    first: Callable[[int], Entry | None]
 
     def __init__(self, *, num_blocks: int, block_size: int, ghosts: float) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -165,7 +169,7 @@ class EvictionOrder:
         self._released, self._evicted = _own(policy, "released"), _own(policy, "evicted")
         self._admits, self._spares = _own(policy, "admits"), _own(policy, "spares")
         self._price = policy.price
-        policy.move = self.move
+        policy.move, policy.first = self.move, self.first
         # With one lane and nothing refused or spared the next block is the top of the one queue, or stands before it:
         # the parent of the last one that went mostly follows, and need not go through the queue.
         self._plain = policy.num_lanes == 1 and self._admits is None and self._spares is None
@@ -281,6 +285,11 @@ class EvictionOrder:
         """The policy gave `entry` another lane or price: if it is queued, it is queued anew, as released just now."""
         if entry.queued:
             self._queue_anew(entry)
+
+    def first(self, lane: int) -> Entry | None:
+        """The entry that goes next of a lane; None where it is empty."""
+        queue = self._queues[1 + lane]
+        return queue[0][2] if _cleaned(queue) else None
 
     def _reprice(self) -> None:
         self.policy.repriced = False

@@ -221,6 +221,7 @@ class Request:
         arrival_time: the *scheduled* arrival in seconds on the engine's clock; latencies count from here.
         priority: lower runs first (the priority scheduler).
         client_id: whose request it is (the fair scheduler).
+        kind: which kind of request it is, as the workload says (the eviction policy `workload`); empty: it says none.
         cache_salt: requests share prefix-cache blocks only with requests of the same salt.
         eos_token_ids: the model's end-of-sequence tokens (empty with `ignore_eos`).
         oracle_output_len: the true output length, if the workload knows it. Only reservation policies and
@@ -249,6 +250,7 @@ class Request:
     arrival_time: float = 0.0
     priority: int = 0
     client_id: str = ""
+    kind: str = ""
     cache_salt: str = ""
     eos_token_ids: frozenset[int] = frozenset()
     oracle_output_len: int | None = None

@@ -364,6 +364,7 @@ class RequestStream:
                 arrival_time=0.0 if self._times is None else float(self._times[i]),
                 priority=item.priority,
                 client_id=item.client_id,
+                kind=item.kind,
                 eos_token_ids=self._eos_token_ids,
                 oracle_output_len=item.output_len,
                 **known,

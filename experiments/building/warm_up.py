@@ -183,7 +183,7 @@ def warm_cache(config: RunConfig, parts: EngineParts, requests: Iterable[Request
     for req in requests:
         copy = Request(
             f"warm-cache-{req.request_id}", req.prompt_token_ids, replace(req.sampling, max_tokens=1, min_tokens=0),
-            client_id=req.client_id, cache_salt=req.cache_salt, oracle_output_len=1,
+            client_id=req.client_id, kind=req.kind, cache_salt=req.cache_salt, oracle_output_len=1,
         )  # fmt: skip
         # A prompt that this engine cannot run is rejected in the measured run too, and recorded there.
         with contextlib.suppress(RequestRejected):

@@ -37,7 +37,8 @@ def num_distinct(trace: Trace) -> int:
 
 def replay_policy(
     trace: Trace, num_blocks: int, policy: str, *, ghosts: float = 8, block_size: int = 1,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None, times: Sequence[float] | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> tuple[NDArray[np.int64], EvictionPolicy]:  # fmt: skip
     """Blocks that a policy finds for each request, and the policy as it ended.
 
@@ -47,6 +48,8 @@ def replay_policy(
         policy: its name.
         ghosts, options: see `make_policy`.
         block_size: tokens of a block, for policies that weigh what a block costs.
+        times: when each request comes, in seconds; None: one a second.
+        kinds: which kind of request each one is; None: no one says.
     """
     made = make_policy(policy, num_blocks=num_blocks, block_size=block_size, ghosts=ghosts, options=options or {})
     if made.needs_future:
@@ -55,7 +58,9 @@ def replay_policy(
     entries: dict[int, Entry] = {}
     found = np.zeros(len(trace), dtype=np.int64)
     for row, keys in enumerate(trace):
-        req = Request(str(row), [0])
+        req = Request(
+            str(row), [0], arrival_time=row if times is None else times[row], kind="" if kinds is None else kinds[row]
+        )
         path = _found(keys, entries)
         found[row] = len(path)
         for entry in path:

@@ -68,6 +68,7 @@ def eviction_facts(*replicas: EngineParts) -> dict[str, Any]:
             "policy": type(policies[0]).__module__.rpartition(".")[2],
             "num_remembered": sum(policy.num_remembered for policy in policies),
             "bytes": sum(policy.num_bytes for policy in policies),
+            "num_kinds": max(len(policy.kinds) for policy in policies) if policies[0].uses_kinds else None,
         }
     }
 

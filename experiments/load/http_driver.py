@@ -109,6 +109,7 @@ class HttpDriver:
         row = {
             "request_id": req.request_id,
             "client_id": req.client_id,
+            "kind": req.kind,
             "prompt_token_ids": req.prompt_token_ids,
             "output_token_ids": answer.token_ids,
             "num_prompt_tokens": req.num_prompt_tokens,

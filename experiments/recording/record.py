@@ -268,8 +268,9 @@ def write_request_chunks(path: Path, chunks: Iterable[Mapping[str, Any]]) -> Non
     schema = schema_of(REQUESTS_FILE)
     with pq.ParquetWriter(path, schema) as writer:
         for columns in chunks:
-            # Who does not know the bound of its hits has no such column.
-            columns = {BOUND: [None] * len(columns["request_id"])} | dict(columns)
+            # Who does not know the bound of its hits, or kinds of requests, has no such column.
+            num_rows = len(columns["request_id"])
+            columns = {BOUND: [None] * num_rows, "kind": [""] * num_rows} | dict(columns)
             arrays = [
                 column if isinstance(column := columns[field.name], pa.Array)
                 else pa.array(column, field.type, from_pandas=True) for field in schema

@@ -51,6 +51,7 @@ class RequestLog:
         self._counts: dict[str, array[int]] = {name: array("i") for name in COUNTS}
         self.request_ids: list[str] = []
         self._client_ids: list[str] = []
+        self._kinds: list[str] = []
         self._finish_reasons: list[str | None] = []
         self._errors: dict[int, str] = {}
         self._lists: list[tuple[list[int], list[int]]] = []
@@ -70,6 +71,7 @@ class RequestLog:
             column.append(0)
         self.request_ids.append(req.request_id)
         self._client_ids.append(req.client_id)
+        self._kinds.append(req.kind)
         self._finish_reasons.append(None)
         if self.tokens:
             self._lists.append((req.prompt_token_ids, req.output_token_ids))
@@ -132,6 +134,7 @@ class RequestLog:
             columns: dict[str, Any] = {
                 "request_id": self.request_ids[rows],
                 "client_id": self._client_ids[rows],
+                "kind": self._kinds[rows],
                 "finish_reason": self._finish_reasons[rows],
                 "error": [self._errors.get(row, "") for row in range(start, min(start + size, len(self)))],
             }

@@ -176,5 +176,6 @@ class RecordedRun:
             arrival_time=row["arrival_time"],
             priority=row["priority"],
             client_id=row["client_id"],
+            kind=row.get("kind") or "",
             oracle_output_len=row["max_tokens"],
         )

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvarena.engine.errors import ConfigError
-from kvarena.experiments.recording.record import write_requests, write_steps
+from kvarena.experiments.recording.record import BOUND, write_requests, write_steps
 from kvarena.experiments.recording.request_log import LISTS, TIMES
 from kvarena.reports.reading.columns import TABLES, schema_of
 from kvarena.reports.reading.errors import ReportError
@@ -87,7 +87,8 @@ def read_recording(folder: Path, name: str) -> list[dict[str, Any]]:
 def _later(row: dict[str, Any]) -> dict[str, Any]:
     """What recordings of before have no columns for: tokens came one by one, and the last ended its request."""
     num_tokens = row["num_output_tokens"]
-    return {"num_first_tokens": min(num_tokens, 1), "last_token_time": row["finish_time"] if num_tokens else None}
+    last = row["finish_time"] if num_tokens else None
+    return {"num_first_tokens": min(num_tokens, 1), "last_token_time": last, BOUND: None, "kind": ""}
 
 
 def recording_names(folder: Path) -> list[str]:

@@ -23,7 +23,7 @@ _OWN_STREAMS = 2**63  # of the tokens behind a prompt's last hash id; those of i
 class BailianWorkload(MooncakeWorkload):
     """A Bailian trace whose prompts share tokens exactly where the hash ids agree.
 
-    A chat's turns are one client, named by its first turn that is in the file.
+    A chat's turns are one client, named by its first turn that is in the file. A request's kind is its type and turn.
 
     Args:
         type: only rows of this type; None takes all.
@@ -59,7 +59,8 @@ class BailianWorkload(MooncakeWorkload):
         root = self._roots[chat] = chat if parent == _NO_PARENT else self._roots.get(parent, parent)
         if self._type is not None and record["type"] != self._type:
             return "rows of another type"
-        return TraceRow(time, length, record["output_length"], f"chat-{root}", tuple(hash_ids))
+        kind = f"{record['type']}-{record['turn']}"
+        return TraceRow(time, length, record["output_length"], f"chat-{root}", tuple(hash_ids), kind)
 
     def prompt(self, row: int) -> list[int]:
         """The tokens of its ids, and behind them tokens of its own."""

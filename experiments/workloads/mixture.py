@@ -114,11 +114,13 @@ class MixtureWorkload(Workload):
     def _merge(self, names: list[str], times: FloatArray | None) -> LengthTable:
         tables = [part.table for part in self._parts]
         places = list(zip(self._part.tolist(), self._row.tolist(), strict=True))
-        clients = []
+        clients, kinds = [], []
         priorities = []
         for part, row in places:
             own_clients, own_priorities = tables[part].client_ids, tables[part].priorities
             clients.append(f"{names[part]}/{own_clients[row]}" if own_clients is not None else names[part])
+            own_kinds = tables[part].kinds
+            kinds.append(f"{names[part]}/{own_kinds[row]}" if own_kinds is not None else names[part])
             own_priority = 0 if own_priorities is None else own_priorities[row]
             priorities.append(self._priorities.get(names[part], own_priority))
         shares = ", ".join(f"{name} {len(table)}" for name, table in zip(names, tables, strict=True))
@@ -128,6 +130,7 @@ class MixtureWorkload(Workload):
             times,
             clients,
             priorities,
+            kinds,
             notes=(shares,),
         )
 

@@ -28,6 +28,7 @@ COLUMNS = (
     "request_id", "client_id", "priority", "arrival_time", "num_prompt_tokens", "num_output_tokens", "finish_reason",
     "prompt_token_ids", "output_token_ids",
 )  # fmt: skip
+LATER_COLUMNS = ("kind",)  # recordings of before lack them
 REFUSED = "that the engine had refused"
 PARTS = "engine-*"
 
@@ -86,7 +87,8 @@ class RecordedWorkload(TraceWorkload):
                 if problem := length_problem(row[name], least):
                     raise TraceError(f"{self.path / REQUESTS_FILE}: request {row['request_id']}, {name}: {problem}")
             length = max(1, row["num_output_tokens"])
-            yield TraceRow(row["arrival_time"], row["num_prompt_tokens"], length, row["client_id"] or "", (index,))
+            client, kind = row["client_id"] or "", row.get("kind") or ""
+            yield TraceRow(row["arrival_time"], row["num_prompt_tokens"], length, client, (index,), kind)
 
     def _keep_hashes(self, rows: list[TraceRow]) -> None:
         self._order = [row.hash_ids[0] for row in rows]
@@ -161,7 +163,7 @@ def _read_folder(folder: Path) -> list[_Recorded]:
         columns = ("request_id", "block_size", "block_hashes")
         prefixes = {row["request_id"]: row for row in _rows(folder / PREFIXES_FILE, columns)}
     found = []
-    for row in _rows(folder / REQUESTS_FILE, COLUMNS):
+    for row in _rows(folder / REQUESTS_FILE, COLUMNS, LATER_COLUMNS):
         prefix = prefixes.get(row["request_id"])
         if prefix is None and row["prompt_token_ids"] is None:
             raise TraceError(
@@ -177,12 +179,12 @@ def _read_folder(folder: Path) -> list[_Recorded]:
     return found
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+def _rows(path: Path, columns: tuple[str, ...], later: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, columns=list(columns))
+        table = pq.read_table(path, columns=[*columns, *later])
     except (OSError, pa.ArrowException) as error:
         raise TraceError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if missing := [name for name in columns if name not in table.column_names]:

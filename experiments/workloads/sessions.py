@@ -93,6 +93,7 @@ class _SessionWorkload(Workload):
         order = np.argsort(times, kind="stable")[: self._num]
         session = np.nonzero(kept)[0]
         self._session = session[order]
+        turn = np.nonzero(kept)[1][order]
         num_cut = int((kept.sum(axis=1) < planned[:num_sessions]).sum())
         notes = [f"{num_sessions} sessions, {len(session) / num_sessions:.2f} turns each, replies in histories drawn"]
         notes += [f"{num_cut} sessions cut short at {self._max_total} tokens"] if num_cut else []
@@ -101,6 +102,7 @@ class _SessionWorkload(Workload):
             outputs[:num_sessions][kept][order],
             times[order] - times[order[0]],
             [f"session-{index}" for index in self._session.tolist()],
+            kinds=[f"turn-{1 + index}" for index in turn.tolist()],
             notes=tuple(notes),
         )
 

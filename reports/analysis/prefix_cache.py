@@ -145,6 +145,8 @@ def prefix_cache_section(summary: dict[str, Any], by_distance: Sequence[Table]) 
         ["remembered beside the cache", count(eviction.get("num_remembered")), size_bytes(eviction.get("bytes")),
          f"blocks that {policy} counts and that are not cached, and their host memory"],
     ]  # fmt: skip
+    if eviction.get("num_kinds") is not None:
+        rows.append(["kinds of request", count(eviction["num_kinds"]), "", f"that the workload names, for {policy}"])
     tables = [Table(["", "tokens", "share", "what"], rows, text_columns=frozenset({3}))]
     if summary["cache_by_client"]:
         header = ["client", "requests", "prompt tokens", "found", "at most", "hit rate", "share of the bound"]

@@ -34,6 +34,10 @@ def run_notices(summary: dict[str, Any]) -> list[str]:
             "Nothing was recorded (driver.record=none): this run has no latencies, tokens, steps or KV ledger, and its "
             "throughput is all that can be compared."
         )
+    if ((summary["pool"].get("eviction") or {}).get("num_kinds") or 2) < 2:
+        notices.append(
+            "The workload names one kind of request at most, by which the eviction policy goes: here it is LRU."
+        )
     notices += _kv_surplus([summary["model"]])
     notices += _answers(summary)
     if summary["num_steps"] and not summary["simulation"]:

@@ -46,6 +46,8 @@ TABLES: dict[str, tuple[Columns, ...]] = {
     REQUESTS_FILE: (
         _of("request_id", "string", "", "unique in the run"),
         _of("client_id", "string", "", "whose request it is; empty where nobody asked"),
+        _of("kind", "string", "",
+            "which kind of request the workload says it is; empty: it says none (since 2026-12-01)"),
         _of("prompt_token_ids output_token_ids", "list of int32", "", "exact token ids"),
         _of("num_prompt_tokens num_output_tokens max_tokens", "int32", "tokens",
             "length of the prompt, of the output, and the most that the output may have"),

@@ -30,6 +30,7 @@ LATER_REQUEST_COLUMNS = (
     "last_token_time",
     "num_first_tokens",
     "num_optimal_cached_tokens",
+    "kind",
 )  # older run folders lack them
 REQUEST_COLUMNS = names_of(REQUESTS_FILE, without=(*LIST_COLUMNS, *LATER_REQUEST_COLUMNS, "priority"))
 # What a step-time profile is fitted to is no report's.

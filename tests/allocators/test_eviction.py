@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import tracemalloc
@@ -76,6 +77,7 @@ class Bench:
         ("s3fifo", "abcdaefghij", "bcdefghiaj"),  # a goes on into the main queue
         ("cost", "abcab", "cab"),  # equal costs, and nothing aged yet: as they were released
         ("gdsf", "abcab", "cab"),
+        ("workload", "abcab", "cab"),  # of one kind, and no time passes
         ("ageing", "abcab", "cab"),
         ("min", "abc", "abc"),  # nobody asks for any of them
     ],
@@ -333,6 +335,94 @@ def test_ghosts_keep_the_latest() -> None:
         ghosts.remember(digest, digest)
     assert 5 <= len(ghosts) <= 10 and ghosts.recall(99) == 99 and ghosts.recall(99) == 0 and ghosts.recall(50) == 0
     assert not len(Ghosts(0)) and Ghosts(1).recall(3) == 0
+
+
+class KindBench(Bench):
+    """Requests for single blocks that have a kind and a time."""
+
+    def ask(self, name: str, kind: str, time: float) -> bool:
+        """Whether it was there."""
+        req = Request(name, [0], arrival_time=time, kind=kind)
+        entry = self.entries.get(name)
+        if found := entry is not None:
+            self.order.take(entry)
+            self.order.hit([entry], req)
+        else:
+            entry = self.entries[name] = Entry(None, len(self.entries) + 1, hash(name))
+            if self.order.inserted is not None:
+                self.order.inserted(entry, req)
+        self.order.release(entry)
+        while self.order.num_evictable > self.size:
+            self.evict()
+        return found
+
+
+def test_the_kind_that_comes_again_outlives_the_one_that_does_not() -> None:
+    """Every chat comes back after 60 s, no document does, and ten documents come for each chat."""
+    hits = {}
+    for policy in ("lru", "workload"):
+        bench, hits[policy] = KindBench(policy, 40), 0
+        for second in range(3000):
+            for i in range(1 if second % 60 else 10):
+                bench.ask(f"document {second} {i}", "file-1", second)
+            if second % 10 == 0:
+                hits[policy] += bench.ask(f"chat {second}", "text-1", second)
+                hits[policy] += second >= 60 and bench.ask(f"chat {second - 60}", "text-2", second)
+    assert hits["lru"] == 0 and hits["workload"] > 0.9 * 294
+
+
+def test_a_kind_s_chance_is_the_exponential_that_its_blocks_follow() -> None:
+    """Half of the blocks of a kind come again, 20 s later in the mean; of the other kind all, after 200 s."""
+    rng, size, life = random.Random(0), 20_000, 30.0
+    bench = KindBench("workload", size, life=life)
+    uses = []
+    for number in range(6000):
+        time = number * 0.5
+        kind, share, mean = (("a", 0.5, 20.0), ("b", 1.0, 200.0))[number % 2]
+        uses.append((time, f"{number}", kind))
+        if rng.random() < share:
+            uses.append((time + rng.expovariate(1 / mean), f"{number}", "last"))
+    for time, name, kind in sorted(uses):
+        bench.ask(name, kind, time)
+    policy: Any = bench.policy
+    policy._settle()
+    for kind, share, mean in (("a", 0.5, 20.0), ("b", 1.0, 200.0)):
+        for seconds in (0.0, 15.0, 100.0):
+            wanted = share * (math.exp(-seconds / mean) - math.exp(-(seconds + life) / mean))
+            assert policy.chance(policy.kinds[kind], seconds) == pytest.approx(wanted, rel=0.15, abs=0.004)
+
+
+def test_what_comes_too_late_is_learnt_from_ghosts() -> None:
+    """Chats come back when documents have long pushed them out; with ghosts that is known, and then they are kept."""
+    found = {}
+    for ghosts in (0, 8):
+        bench, found[ghosts] = KindBench("workload", 30, ghosts=ghosts), 0
+        for second in range(4000):
+            bench.ask(f"document {second}", "file-1", second)
+            if second % 20 == 0:
+                bench.ask(f"chat {second}", "text-1", second)
+                found[ghosts] += second >= 100 and bench.ask(f"chat {second - 100}", "text-2", second)
+    assert found[0] == 0 and found[8] > 150
+
+
+def test_kinds_beyond_the_64th_are_one() -> None:
+    bench = KindBench("workload", 300)
+    for number in range(200):
+        bench.ask(f"{number}", f"kind {number}", number)
+    policy: Any = bench.policy
+    assert len(policy.kinds) == 64 and len(policy._counts) == 65
+    assert {entry.lane for entry in bench.entries.values()} == set(range(65))
+    assert len(bench.order_of()) > 200
+
+
+def test_without_kinds_it_is_lru() -> None:
+    rng = random.Random(1)
+    names = [f"{rng.randrange(60)}" for _ in range(3000)]
+    found = {}
+    for policy in ("lru", "workload"):
+        bench = KindBench(policy, 20)
+        found[policy] = [bench.ask(name, "", float(time)) for time, name in enumerate(names)]
+    assert found["lru"] == found["workload"] and sum(found["lru"])
 
 
 def test_a_preempted_request_that_comes_back_is_no_new_use() -> None:

@@ -41,6 +41,7 @@ def test_prompts_share_where_ids_agree_and_a_chat_is_a_client(tmp_path: Path) ->
     assert first[:32] == second[:32] and first == later[:40] and image[:16] == last == first[:16]
     assert second[32:] != first[32:35]  # of its own
     assert [item.client_id for item in items] == ["chat-3", "chat-4", "chat-3", "chat-8", "chat-3"]
+    assert [item.kind for item in items] == ["text-1", "text-1", "text-2", "image-4", "text-3"]
     assert [item.arrival_time for item in items] == [0.0, 0.25, 60.75, 61.5, 98.5]
     assert read(tmp_path, ROWS).block_hits() == (7, 12)
 

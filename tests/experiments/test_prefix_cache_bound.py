@@ -85,6 +85,28 @@ def test_clients_share_the_bound_and_seconds_stand_beside_it(cells) -> None:
     assert "Prefix cache" in text and "Belady's MIN" in text and "session-" in text
 
 
+def test_a_policy_by_kinds_says_how_many_there_were(cells, tmp_path) -> None:
+    options = ["allocator=paged_prefix", "allocator.eviction=workload"]
+    summary = run(tmp_path / "turns", *options)
+    kinds = pd.read_parquet(tmp_path / "turns" / "requests.parquet")["kind"]
+    assert {"turn-1", "turn-5"} <= set(kinds)
+    assert summary["pool"]["eviction"]["num_kinds"] == kinds.nunique()
+    assert not any("kind of request" in line for line in summary["notices"])
+    write_run_report(tmp_path / "turns")
+    assert "kinds of request" in (tmp_path / "turns" / "report.md").read_text()
+    # A replay has them, too.
+    run(tmp_path / "full", *options, "driver.record=full")
+    replayed = [option for option in CELL if not option.startswith(("workload", "arrival"))]
+    replayed += [*options, "workload=recorded", f"workload.path={tmp_path / 'full'}"]
+    (tmp_path / "again").mkdir()
+    again = execute(load_run(replayed), tmp_path / "again", "cell", CHOICES | {"workload": "recorded"})
+    assert again["pool"]["eviction"]["num_kinds"] == kinds.nunique()
+    summary = run(tmp_path / "none", *options, "workload=shared_prefix")
+    assert summary["pool"]["eviction"]["num_kinds"] == 1
+    assert any("one kind of request at most" in line for line in summary["notices"])
+    assert cells["lru"][1]["pool"]["eviction"]["num_kinds"] is None
+
+
 def test_older_files_have_no_bound(cells, tmp_path) -> None:
     files = read_run(cells["lru"][0])
     del files.requests["num_optimal_cached_tokens"]

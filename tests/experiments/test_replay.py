@@ -49,12 +49,18 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
         ("scheduler=chunked", "engine.overlap=true"),
         ("scheduler=static", "scheduler.max_num_batched_tokens=128"),
         ("allocator=radix", "scheduler=fair", "workload=shared_prefix", "sampling.ignore_eos=false"),
+        ("allocator=paged_prefix", "allocator.eviction=workload", "workload=multi_turn"),
         ("allocator=paged", "allocator.swap_blocks=8", "scheduler.preemption=swap"),
     ],
     ids=lambda overrides: " ".join(overrides),
 )
 def test_every_strategy_decides_the_same_again(overrides: tuple[str, ...], tmp_path: Path):
-    if "workload=shared_prefix" in overrides:
+    if "workload=multi_turn" in overrides:
+        cell = ["engine.max_model_len=1024", "kv_cache.num_slots=4096", "workload.max_total_len=1024", "arrival=trace"]
+        cfg, choices = compose_cell([*overrides, *cell, "arrival.speed=20", "workload.num_requests=24", *CELL[-3:]])
+        execute(cfg, tmp_path, "cell", choices)
+        run = RecordedRun.read(tmp_path)
+    elif "workload=shared_prefix" in overrides:
         cell = ["engine.max_model_len=1024", "kv_cache.num_slots=4096", "scheduler.max_num_batched_tokens=512"]
         cfg, choices = compose_cell([*overrides, *cell, "workload.num_requests=12", *CELL[-3:]])
         execute(cfg, tmp_path, "cell", choices)

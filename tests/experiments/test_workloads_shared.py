@@ -70,6 +70,7 @@ def test_each_turn_extends_the_one_before():
             question = len(b) - len(a) - before.output_len  # the history holds the reply at its full length
             assert 2 <= question <= 200
             assert after.arrival_time > before.arrival_time + 0.05 * before.output_len
+        assert [item.kind for item in turns] == [f"turn-{1 + i}" for i in range(len(turns))]
     first, second = (turns[0].prompt_token_ids for turns in list(sessions.values())[:2])
     assert common_len(first, second) == 20  # the system prompt and no more
 
@@ -212,6 +213,7 @@ def test_mixture_of_sessions_keeps_their_clients():
     items = mixture({"talk": session, "job": FIXED}, {"talk": 1, "job": 1}, num_requests=40).items()
     assert {item.client_id.split("/")[0] for item in items} == {"talk", "job"}
     assert any(item.client_id.startswith("talk/session-") for item in items)
+    assert {item.kind for item in items} == {"talk/turn-1", "talk/turn-2", "job"}
 
 
 @pytest.mark.parametrize(

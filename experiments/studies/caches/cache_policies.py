@@ -124,6 +124,8 @@ class CachePoliciesStudy:
         return found
 
     def _replay(self, name: str, workload: Workload) -> list[Replayed]:
+        table = workload.table
+        times = None if table.arrival_times is None else table.arrival_times.tolist()
         if isinstance(workload, MooncakeWorkload):
             trace, tokens = numbered(workload.block_ids()), workload.hash_block_size
             sizes = [(size // tokens, f"{size / 1e6:g} M tokens") for size in self.sizes]
@@ -131,12 +133,13 @@ class CachePoliciesStudy:
             trace, tokens = numbered(_chains(workload, self.block_size)), self.block_size
             distinct = num_distinct(trace)
             sizes = [(max(1, int(share * distinct)), f"{share:.0%} of the blocks") for share in self.shares]
-        return [Replayed(name, size, label, self._hits(trace, size, tokens)) for size, label in sizes]
+        said = {"block_size": tokens, "times": times, "kinds": table.kinds}
+        return [Replayed(name, size, label, self._hits(trace, size, said)) for size, label in sizes]
 
-    def _hits(self, trace: Trace, num_blocks: int, tokens: int) -> dict[str, float]:
+    def _hits(self, trace: Trace, num_blocks: int, said: Mapping[str, Any]) -> dict[str, float]:
         begin = int(len(trace) * self.left_out)
         total = sum(map(len, trace[begin:]))
-        found = {name: replay_policy(trace, num_blocks, name, block_size=tokens)[0] for name in self.policies}
+        found = {name: replay_policy(trace, num_blocks, name, **said)[0] for name in self.policies}
         found |= {MIN: replay_min(trace, num_blocks), ENDLESS: endless_hits(trace)}
         return {name: 100 * float(hits[begin:].sum()) / total for name, hits in found.items()}
 

@@ -37,6 +37,7 @@ class WorkloadItem:
         arrival_time: seconds since the trace's first row; None when the workload states no times.
         client_id: whose request it is: a conversation, a user, a component of a mixture.
         priority: lower runs first.
+        kind: which kind of request it is: a turn of a conversation, a type; requests of a kind are used again alike.
         request_id: unique in the workload.
         reply_token_ids: what the output is to be, whatever the engine samples; what it samples where that is shorter
             than the output, or None.
@@ -49,6 +50,7 @@ class WorkloadItem:
     priority: int = 0
     request_id: str = ""
     reply_token_ids: list[int] | None = None
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class LengthTable:
         arrival_times: seconds since the first row, non-decreasing; None without times.
         client_ids: one per row; None leaves them empty.
         priorities: one per row; None is 0 for all.
+        kinds: one per row; None leaves them empty.
         notes: facts for the description (rows clipped, dropped, sorted).
     """
 
@@ -69,6 +72,7 @@ class LengthTable:
     arrival_times: FloatArray | None = None
     client_ids: Sequence[str] | None = None
     priorities: Sequence[int] | None = None
+    kinds: Sequence[str] | None = None
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -171,6 +175,7 @@ class Workload(ABC):
                 "" if table.client_ids is None else table.client_ids[row],
                 0 if table.priorities is None else table.priorities[row],
                 f"{self.name}-{row}",
+                kind="" if table.kinds is None else table.kinds[row],
             )
 
     @property

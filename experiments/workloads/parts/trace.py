@@ -25,6 +25,7 @@ class TraceRow(NamedTuple):
         output_len: in tokens.
         client_id: whose request it is.
         hash_ids: identities of the prompt's blocks, where the format has them.
+        kind: which kind of request it is.
     """
 
     time: float | None
@@ -32,6 +33,7 @@ class TraceRow(NamedTuple):
     output_len: int
     client_id: str = ""
     hash_ids: tuple[int, ...] = ()
+    kind: str = ""
 
 
 class TraceWorkload(LimitedWorkload):
@@ -94,7 +96,7 @@ class TraceWorkload(LimitedWorkload):
         self._keep_hashes(rows)
         num = self.num_requests or len(rows)
         order = np.arange(num) % len(rows)
-        clients = [row.client_id for row in rows]
+        clients, kinds = [row.client_id for row in rows], [row.kind for row in rows]
         notes = [self._limits.note(), f"sorted {moved} rows whose time went back" if moved else ""]
         notes += [f"dropped {count} {why}" for why, count in self._left_out.items()]
         notes += [f"{num / len(rows):.3g} passes over {len(rows)} rows" if num > len(rows) else ""]
@@ -103,6 +105,7 @@ class TraceWorkload(LimitedWorkload):
             np.array([row.output_len for row in rows], dtype=np.int64)[order],
             self._times(rows, order),
             [clients[row] for row in order] if any(clients) else None,
+            kinds=[kinds[row] for row in order] if any(kinds) else None,
             notes=tuple(note for note in notes if note),
         )
 
