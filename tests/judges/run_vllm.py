@@ -65,13 +65,17 @@ PLAIN = ("anthropic/",)
 THINKING = (
     "openai/chat_completion/test_include_reasoning.py", "openai/chat_completion/test_thinking_token_budget.py",
 )  # fmt: skip
-# Tests that want the other weights than their file: text that ends, or text that does not.
+# Tests that want other weights than their file: text that ends, text that does not, or a vocabulary like that of the
+# models which they name, for they name tokens of it.
 OTHERWISE = {
-    "openai/chat_completion/test_completion_with_function_calling.py": "test_no_args_tool_call",
-    "openai/test_return_token_ids.py": "test_comparison_with_prompt_logprobs_and_logprobs",
-    "openai/responses/test_simple.py": "test_max_tokens",
-    "openai/responses/test_stateful.py": "test_background_cancel",
+    "openai/chat_completion/test_completion_with_function_calling.py": ("demo", "test_no_args_tool_call"),
+    "openai/test_return_token_ids.py": ("drawn", "test_comparison_with_prompt_logprobs_and_logprobs"),
+    "openai/responses/test_simple.py": ("drawn", "test_max_tokens"),
+    "openai/responses/test_stateful.py": ("drawn", "test_background_cancel"),
+    "openai/completion/test_completion.py": ("wide", "test_logprob_token_ids"),
+    "openai/chat_completion/test_logprob_token_ids.py": ("wide", "test_logprob_token_ids"),
 }
+WIDE = 32_768  # rows of a vocabulary of which the tokenizer knows the first 2,048
 NAMES = (
     "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2-1.5B-Instruct",
     "HuggingFaceH4/zephyr-7b-beta", "HuggingFaceTB/SmolLM2-135M-Instruct", "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -91,35 +95,42 @@ def prepare(source: Path, work: Path) -> None:
     (work / "tests" / "conftest.py").write_text("class LocalAssetServer:\n    pass\n", encoding="utf-8")
     for name in NAMES:
         shutil.copytree(DEMO, work / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
-        config = json.loads((DEMO / "config.json").read_text(encoding="utf-8")) | {
-            "max_position_embeddings": MAX_LENGTH
-        }
-        (work / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
         weights = work / name / "model.safetensors"
         weights.unlink(missing_ok=True)
         weights.symlink_to(work / "weights.safetensors")
 
 
-def lay(work: Path, is_drawn: bool, file: str) -> None:
-    """Put weights behind all names, and templates behind those of models that think, as the tests of a file ask."""
+def lay(work: Path, weights: str, file: str) -> None:
+    """Put weights behind all names, and templates behind those of models that think, as the tests of a file ask.
+
+    Args:
+        work: the folder of `prepare`.
+        weights: the `demo`'s, `drawn` at random in its shape, or `wide`: drawn with `WIDE` rows of vocabulary.
+        file: below tests/entrypoints.
+    """
     template = (HERE / "chat_template.jinja").read_text(encoding="utf-8")
     text = template.replace("THINKS_BY_ITSELF", str(file in THINKING).lower())
+    config = json.loads((DEMO / "config.json").read_text(encoding="utf-8")) | {"max_position_embeddings": MAX_LENGTH}
+    if weights == "wide":
+        config["vocab_size"] = WIDE
     for name in NAMES:
+        (work / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
         place = work / name / "chat_template.jinja"
         place.unlink(missing_ok=True)
         if "Qwen3" in name and not file.startswith(PLAIN):
             place.write_text(text, encoding="utf-8")
     place = work / "weights.safetensors"
     place.unlink(missing_ok=True)
-    if not is_drawn:
+    if weights == "demo":
         place.symlink_to(DEMO / "model.safetensors")
         return
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(DEMO)).save_pretrained(work / "drawn")
-    place.symlink_to(work / "drawn" / "model.safetensors")
+    drawn = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(work / NAMES[0]))
+    drawn.save_pretrained(work / weights)
+    place.symlink_to(work / weights / "model.safetensors")
 
 
 def judge(work: Path, out: Path, files: list[str]) -> None:
@@ -133,9 +144,10 @@ def judge(work: Path, out: Path, files: list[str]) -> None:
     command += ["-o", "asyncio_mode=auto", "--timeout=180", "--rootdir", str(work), "-c", os.devnull]
     log = out.with_suffix(".log").open("a", encoding="utf-8")
     for file in files:
-        usual, other = file.startswith(DRAWN), OTHERWISE.get(file, "")
-        for is_drawn, only in ((not usual, other), (usual, f"not {other}")) if other else ((usual, ""),):
-            lay(work, is_drawn, file)
+        usual = "drawn" if file.startswith(DRAWN) else "demo"
+        other, named = OTHERWISE.get(file, (usual, ""))
+        for weights, only in ((other, named), (usual, f"not {named}")) if named else ((usual, ""),):
+            lay(work, weights, file)
             run = [*command, f"tests/entrypoints/{file}", *(["-k", only] if only else [])]
             subprocess.run(run, cwd=work, env=env, check=False, stdout=log, stderr=log)
 
