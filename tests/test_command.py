@@ -89,7 +89,8 @@ def test_options_that_many_choices_have_stand_once_and_are_found(group):
     assert max(written.values()) < 5, written.most_common(1)
     with initialize_config_dir(str(conf_files.CONF), version_base="1.3"):
         composed = {
-            name: OmegaConf.to_container(compose(f"{group}/{name}"))[group] for name in conf_files.choices(group)
+            name: OmegaConf.to_container(compose("config", [f"{group}={name}"])[group])
+            for name in conf_files.choices(group)
         }
     for name, options in composed.items():
         found = conf_files.options(conf_files.CONF / group / f"{name}.yaml")

@@ -1,6 +1,6 @@
 """The files of conf: which choices a group has, what each file says of itself, and the options in it.
 
-Options that several choices have stand once, in conf/base; a file takes them in by its defaults list.
+Options that several choices have stand once, in conf/base or in one of them; a file takes them in by its defaults list.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GROUPS = {  # in the order in which they are shown
     "slo": "limits that a good request keeps",
     "tracking": "where runs are logged too",
 }
-BASE = re.compile(r"^  - /base/(\w+)@_here_$", re.M)
+BASE = re.compile(r"^  - (?:/(base)/(\w+)@_here_|(?!_self_)(\w+))$", re.M)  # or another choice of the group
 DEFAULT = re.compile(r"^  - (\w+): ([\w.-]+)", re.M)
 
 
@@ -42,9 +42,9 @@ def first_line(path: Path) -> str:
 
 
 def with_bases(path: Path) -> Iterator[Path]:
-    """A choice's file, behind those of conf/base that it takes in."""
-    for name in BASE.findall(path.read_text(encoding="utf-8")):
-        yield from with_bases(CONF / "base" / f"{name}.yaml")
+    """A choice's file, behind those that it takes in: of conf/base, and other choices of its group."""
+    for base, name, other in BASE.findall(path.read_text(encoding="utf-8")):
+        yield from with_bases(CONF / base / f"{name}.yaml" if base else path.with_name(f"{other}.yaml"))
     yield path
 
 
