@@ -36,6 +36,7 @@ VALUES = {
     "--clients-by": "key", "--admin-key": "r",
     "--root-path": "/shown", "--uvicorn-log-level": "error", "--scheduling-policy": "priority",
     "--kv-cache-memory-bytes": "3G",
+    "--record": "there", "--record-mib": "9", "--record-minutes": "5", "--record-content": "hashes",
 }  # fmt: skip
 ON_BY_DEFAULT = ("--enable-prefix-caching", "--enable-chunked-prefill", "--strict-tools")
 OF_MODELS = ("--config", "--tokenizer", "--revision", "--download-dir")  # tests/server/test_foreign_flags.py

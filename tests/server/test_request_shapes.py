@@ -104,7 +104,7 @@ def test_each_parameter_reaches_the_engine(name):
     """By its name alone: a new field of both classes is tested here without a line."""
     low = {"min_tokens": 3, "n": 2, "prompt_logprobs": 1, "top_k": 7, "seed": 11, "max_tokens": 9}
     other = {"stop_token_ids": [5], "allowed_token_ids": [5], "ignore_eos": True, "logit_bias": {"4": 1.5}}
-    other |= {"logprob_token_ids": [5]}
+    other |= {"logprob_token_ids": [5], "early_stopping": True}
     asked = (low | other).get(name, 0.5)
     req = CompletionRequest.model_validate({"prompt": "x", name: asked})
     info = EngineInfo(64, 64, 100)
