@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
+from kvarena.engine.classes import CLASSES
 from kvarena.engine.core import Engine
 from kvarena.engine.ledger import StepCheck
 from kvarena.engine.server.engine.pool_view import PoolView
@@ -59,8 +60,7 @@ class Gauges:
         if self._check is not None and not requests and not self._engine.has_work:
             self._check.check_idle(usage)
         classes = self._view.classes(usage, requests, scheduler.held)
-        for name, slots in classes.items():
-            row.set("kvarena:kv_slots", slots, name)
+        row.set_all("kvarena:kv_slots", [classes[name] for name in CLASSES])
         row.set("kvarena:kv_slots_shared_saved", usage.shared_saved)
         row.set("vllm:kv_cache_usage_perc", usage.owned / usage.total if usage.total else 0.0)
         if self._image_counts is not None:

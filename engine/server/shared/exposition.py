@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from kvarena.engine.server.shared.metrics import METRICS, Metric, Row, Rows, offset_of
+from kvarena.engine.server.shared.metrics import METRICS, Metric, Rows, offset_of
 
 
 class _PageCollector(Collector):
@@ -18,9 +18,10 @@ class _PageCollector(Collector):
     def __init__(self, rows: Rows, model_name: str, cache_configs: Sequence[Mapping[str, str]]) -> None:
         self._model_name, self._cache_configs = model_name, cache_configs
         self._engines = [rows.of_engine(engine) for engine in range(len(rows.engines))]
-        self._all = [row for engine in self._engines for row in engine]
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily | InfoMetricFamily]:
+        engines = [[row.copied() for row in rows] for rows in self._engines]  # each row as it is at one moment
+        everyone = [values for rows in engines for values in rows]
         for metric in METRICS:
             if metric.kind == "internal":
                 continue
@@ -33,7 +34,7 @@ class _PageCollector(Collector):
                 family = CounterMetricFamily(metric.name, metric.help, labels=names)
             else:
                 family = GaugeMetricFamily(metric.name, metric.help, labels=names)
-            for engine, rows in enumerate([self._all] if is_http else self._engines):
+            for engine, rows in enumerate([everyone] if is_http else engines):
                 base = [] if is_http else [self._model_name, str(engine)]
                 for values in product(*metric.labels.values()):
                     at = offset_of(metric.name, *values)
@@ -49,12 +50,12 @@ class _PageCollector(Collector):
         yield info
 
 
-def _sum(rows: Sequence[Row], offset: int) -> float:
-    return sum(row.values[offset] for row in rows)
+def _sum(rows: Sequence[Sequence[float]], offset: int) -> float:
+    return sum(values[offset] for values in rows)
 
 
 def _add_histogram(
-    family: HistogramMetricFamily, metric: Metric, labels: list[str], rows: Sequence[Row], at: int
+    family: HistogramMetricFamily, metric: Metric, labels: list[str], rows: Sequence[Sequence[float]], at: int
 ) -> None:
     total = 0.0
     buckets: list[tuple[str, float]] = []

@@ -1,7 +1,8 @@
 """Metrics in shared memory.
 
 A page holds rows of doubles: one for each engine, then of each front one for each engine. Each row has one writer, so
-there are no locks; an aligned 8-byte store is atomic on the machines that we run on. `/metrics` adds an engine's up.
+there are no locks; an aligned 8-byte store is atomic on the machines that we run on. What adds up, such as the classes
+of slots, is written by one copy and read by one. `/metrics` adds an engine's up.
 
     engine 0 | engine 1 | front 0: of engine 0, of engine 1 | front 1: of engine 0, of engine 1
 
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -185,6 +187,7 @@ _OFFSETS, _ROW_DOUBLES = _layout()
 _HELD = [_OFFSETS[metric.name, *values] for metric in METRICS if metric.kind in ("gauge", "internal")
          for values in product(*metric.labels.values())]  # fmt: skip
 _BUCKETS = {metric.name: metric.buckets for metric in METRICS if metric.kind == "histogram"}
+_FIRST_LABELS = {metric.name: tuple(values[0] for values in metric.labels.values()) for metric in METRICS}
 
 
 def offset_of(name: str, *labels: str) -> int:
@@ -217,6 +220,16 @@ class Row:
     def set(self, name: str, value: float, *labels: str) -> None:
         """Set a gauge."""
         self.values[_OFFSETS[(name, *labels)]] = value
+
+    def set_all(self, name: str, values: Iterable[float]) -> None:
+        """Set a gauge for all of its labels' values, in their order, by one copy: a reader never sees some of them."""
+        block = array("d", values)
+        at = _OFFSETS[(name, *_FIRST_LABELS[name])]
+        self.values[at : at + len(block)] = memoryview(block)
+
+    def copied(self) -> Sequence[float]:
+        """The values as they stand now, by one copy."""
+        return memoryview(bytes(self.values)).cast("d")
 
     def get(self, name: str, *labels: str) -> float:
         """Read a counter or gauge."""
