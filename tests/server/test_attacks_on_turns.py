@@ -118,11 +118,27 @@ MANY = {
     "items wrong": (RESPONSES, b'{"input": ', b"1", b"}"),
     "items": (RESPONSES, b'{"input": ', b'{"role": "user", "content": "a"}', b"}"),
     "parts": (RESPONSES, b'{"input": [{"role": "user", "content": ', b'"a"', b"}]}"),
+    "parts of turns": (
+        RESPONSES, b'{"input": ', b'{"role": "user", "content": [' + b",".join([b'"a"'] * 16384) + b"]}", b"}",
+    ),
+    "outputs": (
+        RESPONSES, b'{"input": ',
+        b'{"type": "function_call_output", "call_id": "c", "output": [' + b",".join([b'"a"'] * 9000) + b"]}", b"}",
+    ),
+    "results": (
+        MESSAGES, b'{"max_tokens": 1, "messages": [{"role": "user", "content": ',
+        b'{"type": "tool_result", "tool_use_id": "c", "content": ['
+        + b",".join([b'{"type":"text","text":""}'] * 999) + b"]}", b"}]}",
+    ),
+    "parts of chats": (
+        CHAT, b'{"messages": ', b'{"role": "user", "content": [' + b",".join([b'"a"'] * 16384) + b"]}", b"}",
+    ),
+    "calls": (CHAT, b'{"messages": [{"role": "assistant", "tool_calls": ', b"{}", b"}]}"),
     "functions": (RESPONSES, b'{"input": "x", "tools": ', b'{"type": "function", "name": "f"}', b"}"),
     "blocks": (MESSAGES, b'{"max_tokens": 1, "messages": [{"role": "user", "content": ', b'{"type": "text"}', b"}]}"),
     "tools": (MESSAGES, b'{"max_tokens": 1, "messages": [], "tools": ', b'{"name": "f", "input_schema": {}}', b"}"),
     "system": (MESSAGES, b'{"max_tokens": 1, "messages": [{"role": "user", "content": "x"}], "system": ', b"7", b"}"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", MANY)

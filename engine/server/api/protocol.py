@@ -6,11 +6,12 @@ server's that would change an answer: see `sampling.py` and `foreign.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
 
-MAX_MESSAGES = 16384  # and parts of a message
+MAX_MESSAGES = 16384  # and parts of all messages together
 MAX_TOOLS = 1024
 MAX_LOGIT_BIAS = 4096
 MAX_BAD_WORDS = 1024
@@ -194,14 +195,31 @@ class Message(Open):
     role: str
     content: str | Annotated[Items[dict[str, Any] | str], Field(max_length=MAX_MESSAGES)] | None = None
     name: str | None = None
-    tool_calls: Items[dict[str, Any]] | None = None
+    tool_calls: Annotated[Items[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
+
+
+def has_too_many_parts(contents: Iterable[Any]) -> bool:
+    """Whether messages of these contents (lists count, whatever they hold) have more parts than a chat may.
+
+    Asked before a part is looked at: a body holds millions of them, and each would cost the event loop a microsecond.
+    """
+    return sum(len(one) for one in contents if isinstance(one, list)) > MAX_MESSAGES
+
+
+def _with_few_parts(messages: list[Message]) -> list[Message]:
+    if has_too_many_parts(message.content for message in messages):
+        raise ValueError(f"at most {MAX_MESSAGES} parts are allowed in all messages together")
+    return messages
+
+
+Messages = Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_with_few_parts)]
 
 
 class ChatCompletionRequest(SamplingFields):
     """`/v1/chat/completions`."""
 
-    messages: Items[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=-1)
@@ -224,7 +242,7 @@ class TokenizeRequest(Open):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[Items[Message], Field(max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

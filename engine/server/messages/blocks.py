@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from kvarena.engine.server.api.protocol import ChatCompletionRequest
+from kvarena.engine.server.api.protocol import MAX_MESSAGES, ChatCompletionRequest, has_too_many_parts
 from kvarena.engine.server.front.http import validated
 from kvarena.engine.server.messages.protocol import CountRequest, MessageParam, MessagesRequest
 from kvarena.engine.server.shared.errors import ApiError, bad_request
@@ -26,6 +26,10 @@ def to_chat(req: CountRequest, can_think: bool) -> ChatCompletionRequest:
     Raises:
         ApiError: a block, a tool or a choice that cannot be one of a chat's.
     """
+    contents = [req.system, *(message.content for message in req.messages)]
+    nested = (block.get("content") for content in contents if isinstance(content, list) for block in content)
+    if has_too_many_parts(contents) or has_too_many_parts(nested):
+        raise bad_request(f"messages hold more than {MAX_MESSAGES} blocks", "messages")
     messages: list[dict[str, Any]] = []
     if req.system:
         messages.append({"role": "system", "content": _plain_text(req.system, "system")})

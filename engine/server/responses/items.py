@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from kvarena.engine.server.api.protocol import ChatCompletionRequest
+from kvarena.engine.server.api.protocol import MAX_MESSAGES, ChatCompletionRequest, has_too_many_parts
 from kvarena.engine.server.front.http import validated
 from kvarena.engine.server.responses.protocol import ResponsesRequest
 from kvarena.engine.server.shared.errors import ApiError, bad_request
@@ -23,6 +23,8 @@ def input_items(given: Any) -> list[Item]:
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given or not all(isinstance(one, dict) for one in given):
         raise bad_request("input must be a text, or a list of items with at least one", "input")
+    if has_too_many_parts(one.get(key) for one in given for key in ("content", "summary", "output")):
+        raise bad_request(f"input holds more than {MAX_MESSAGES} parts", "input")
     made = []
     for number, one in enumerate(given):
         kind = one.get("type") or ("message" if "role" in one else None)
