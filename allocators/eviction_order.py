@@ -144,6 +144,9 @@ class EvictionPolicy(ABC):
         return 0
 
 
+Record = tuple[float, int, Entry]  # a price, the release that it is of, and the block
+
+
 def _own(policy: EvictionPolicy, name: str) -> Callable[..., Any] | None:
     """The policy's method, if it overrides it."""
     inherited = getattr(type(policy), name) is getattr(EvictionPolicy, name)
@@ -163,17 +166,17 @@ class EvictionOrder:
     def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
         self.num_evictable = 0
-        self._queues: list[list[tuple[float, int, Entry]]] = [[] for _ in range(1 + policy.num_lanes)]
+        self._queues: list[list[Record]] = [[] for _ in range(1 + policy.num_lanes)]
+        # What stands before each queue, if anything does: the parent of the last one that went mostly follows, and need
+        # not go through the queue.
+        self._heads: list[Record | None] = [None] * len(self._queues)
         self._tick = 0
         self.inserted, self._hit = _own(policy, "inserted"), _own(policy, "hit")
         self._released, self._evicted = _own(policy, "released"), _own(policy, "evicted")
         self._admits, self._spares = _own(policy, "admits"), _own(policy, "spares")
         self._price = policy.price
         policy.move, policy.first = self.move, self.first
-        # With one lane and nothing refused or spared the next block is the top of the one queue, or stands before it:
-        # the parent of the last one that went mostly follows, and need not go through the queue.
-        self._plain = policy.num_lanes == 1 and self._admits is None and self._spares is None
-        self._next: tuple[float, int, Entry] | None = None
+        self._next_lane = policy.next_lane if policy.num_lanes > 1 else None
 
     # ------------------------------------------------------------ what happens to blocks
 
@@ -206,11 +209,20 @@ class EvictionOrder:
         gone: list[Entry] = []
         if self.policy.repriced:
             self._reprice()
-        forget, price, queue = self._evicted, self._price, self._queues[1]
+        forget, spares, price, next_lane = self._evicted, self._spares, self._price, self._next_lane
+        queues, heads, asks = self._queues, self._heads, self._admits is not None
         for _ in range(num_blocks):
-            first, self._next = self._next, None
-            entry = first[2] if first is not None and first[2].queued == first[1] else self._pop()
-            entry.queued = 0
+            number = 1 if next_lane is None else 1 + next_lane()
+            head = None if asks else heads[number]
+            if head is None or head[2].queued != head[1]:
+                entry = self._pop(number)
+            elif spares is not None and spares(head[2]):
+                heads[number] = None
+                self._queue_anew(head[2])
+                entry = self._pop(1 if next_lane is None else 1 + next_lane())
+            else:
+                heads[number], entry = None, head[2]
+                entry.queued = 0
             gone.append(entry)
             if forget is not None:
                 forget(entry)
@@ -220,58 +232,74 @@ class EvictionOrder:
             parent.num_children -= 1
             if parent.num_children or parent.in_use:
                 continue
-            if not self._plain:
+            if asks:
                 self._push(parent)
                 continue
             # As `_push`, without a call of it.
             parent.queued = parent.released_at
-            record = (price(parent), parent.released_at, parent)
-            if not queue or record < queue[0]:
-                self._next = record
+            record, number = (price(parent), parent.released_at, parent), 1 + parent.lane
+            if heads[number] is None and (not queues[number] or record < queues[number][0]):
+                heads[number] = record
             else:
-                heappush(queue, record)
+                self._put(number, record)
         self.num_evictable -= num_blocks
         return gone
 
-    def _pop(self) -> Entry:
+    def _pop(self, number: int) -> Entry:
+        """Take the next block out: one that is refused, one of queue `number`, or any."""
         patience = 2 * self.num_evictable  # a policy that spares for ever is not asked any more
         while True:
-            queue = self._queue()
-            entry = heappop(queue)[2]
+            if self._admits is not None and self._has_first(REFUSED):
+                number = REFUSED
+            elif not self._has_first(number):
+                number = self._any_queue()
+            head, self._heads[number] = self._heads[number], None
+            entry = (heappop(self._queues[number]) if head is None else head)[2]
             entry.queued = 0
             if self._spares is None or patience <= 0 or not self._spares(entry):
                 return entry
             patience -= 1
             self._queue_anew(entry)
+            number = 1 if self._next_lane is None else 1 + self._next_lane()
 
-    def _queue(self) -> list[tuple[float, int, Entry]]:
-        """A queue with a valid record at its top."""
-        queues = self._queues
-        if queues[REFUSED] and _cleaned(queues[REFUSED]):
-            return queues[REFUSED]
-        first = queues[1 if self._plain else 1 + self.policy.next_lane()]
-        if _cleaned(first):
-            return first
-        for queue in queues:
-            if _cleaned(queue):
-                return queue
+    def _any_queue(self) -> int:
+        for number in range(len(self._queues)):
+            if self._has_first(number):
+                return number
         raise EngineError("the prefix cache has no block to evict and counted on one; this is a fault of its index")
+
+    def _has_first(self, number: int) -> bool:
+        """Whether a queue has anything, once what is void at its front is gone."""
+        head = self._heads[number]
+        if head is not None:
+            if head[2].queued == head[1]:
+                return True
+            self._heads[number] = None
+        queue = self._queues[number]
+        while queue and queue[0][2].queued != queue[0][1]:
+            heappop(queue)
+        return bool(queue)
+
+    def first(self, lane: int) -> Entry | None:
+        """The entry that goes next of a lane; None where it is empty."""
+        if not self._has_first(1 + lane):
+            return None
+        return (self._heads[1 + lane] or self._queues[1 + lane][0])[2]
 
     def _push(self, entry: Entry) -> None:
         """Queue a leaf that nobody owns."""
         entry.queued = tick = entry.released_at
-        record = (self._price(entry), tick, entry)
-        if self._plain:
-            queue, first = self._queues[1], self._next
-            if first is not None:
-                if record < first:
-                    record, self._next = first, record
-            elif not queue or record < queue[0]:
-                self._next = record
-                return
-        else:
-            refused = self._admits is not None and not self._admits(entry)
-            queue = self._queues[REFUSED if refused else 1 + entry.lane]
+        refused = self._admits is not None and not self._admits(entry)
+        self._put(REFUSED if refused else 1 + entry.lane, (self._price(entry), tick, entry))
+
+    def _put(self, number: int, record: Record) -> None:
+        queue, head = self._queues[number], self._heads[number]
+        if head is not None:
+            if record < head:
+                record, self._heads[number] = head, record
+        elif not queue or record < queue[0]:
+            self._heads[number] = record
+            return
         if len(queue) > 64 + 2 * self.num_evictable:  # stale records outnumber the blocks: forget them
             queue[:] = [one for one in queue if one[2].queued == one[1]]
             heapify(queue)
@@ -286,29 +314,16 @@ class EvictionOrder:
         if entry.queued:
             self._queue_anew(entry)
 
-    def first(self, lane: int) -> Entry | None:
-        """The entry that goes next of a lane; None where it is empty."""
-        queue = self._queues[1 + lane]
-        return queue[0][2] if _cleaned(queue) else None
-
     def _reprice(self) -> None:
         self.policy.repriced = False
         records = [record for queue in self._queues for record in queue]
-        if self._next is not None:
-            records.append(self._next)
-        self._next = None
+        records += [head for head in self._heads if head is not None]
+        self._heads = [None] * len(self._heads)
         for queue in self._queues:
             queue.clear()
         for _, tick, entry in records:
             if entry.queued == tick:
                 self._push(entry)
-
-
-def _cleaned(queue: list[tuple[float, int, Entry]]) -> bool:
-    """Whether a queue has anything, once its top holds a valid record."""
-    while queue and queue[0][2].queued != queue[0][1]:
-        heappop(queue)
-    return bool(queue)
 
 
 def forgotten(entry: Entry) -> bool:

@@ -25,8 +25,7 @@ from kvarena.engine.request import Request
 MOST_KINDS = 64  # all others are one more
 MEMORY = 4  # after so many pools of a kind's blocks what was counted of it counts half
 DOUBT = 64.0  # blocks for which a kind is taken to be as all together
-LIFE_SHARE = 0.001  # of each evicted block in the mean time that blocks are kept
-_DEEPER = 2.0**-24  # seconds, for each block before
+LIFE_SHARE = 0.02  # of blocks that go together in the mean time that blocks are kept
 # A ghost is its kind, from 1, and behind it the time of its last use.
 _KIND_BITS = 7
 _TICKS = 1000  # a second
@@ -48,8 +47,12 @@ class _Counts:
             self.used, self.again, self.seconds = self.used / 2, self.again / 2, self.seconds / 2
 
 
+def _ghost(entry: Entry) -> int:
+    return int(entry.last * _TICKS) << _KIND_BITS | entry.lane + 1
+
+
 class WorkloadPolicy(EvictionPolicy):
-    """The block that its kind of request is least likely to use again goes first; of equals the oldest, and deepest.
+    """The block that its kind of request is least likely to use again goes first; of one use the tail before the head.
 
     It needs kinds of requests from the workload (`Request.kind`). Without them all are of one kind, and it is LRU. Time
     is that of arrivals, in seconds; where all requests arrive at once none passes, and kinds alone decide.
@@ -79,8 +82,9 @@ class WorkloadPolicy(EvictionPolicy):
         # Of the request whose blocks come: itself, its kind, and its blocks so far.
         self._req: Request | None = None
         self._kind = self._num_used = 0
-        # Blocks that were used together go together: the lane, and up to which last use it is not left.
-        self._lane, self._last = 0, -1.0
+        # Blocks that were used together go together: their lane, last use and ghosts; is another lane to be chosen?
+        self._lane = self._ghost = 0
+        self._last, self._is_due = -1.0, True
 
     # ---- what happens to blocks
 
@@ -101,18 +105,24 @@ class WorkloadPolicy(EvictionPolicy):
         self._num_used += 1
 
     def price(self, entry: Entry) -> float:
-        return entry.last - entry.depth * _DEEPER
+        return entry.last
 
     def evicted(self, entry: Entry) -> None:
-        self._kept += LIFE_SHARE * (self._now - entry.last - self._kept)
-        self._ghosts.remember(entry.digest, int(entry.last * _TICKS) << _KIND_BITS | entry.lane + 1)
+        if entry.last != self._last or entry.lane != self._lane:
+            self._is_due = True
+            self._ghosts.remember(entry.digest, _ghost(entry))
+            return
+        self._ghosts.remember(entry.digest, self._ghost)
+        parent = entry.parent
+        if parent is None or parent.last != self._last or parent.num_children > 1 or parent.lane != self._lane:
+            self._is_due = True  # it is not the next one
 
     # ---- kinds
 
     def _begin(self, req: Request) -> None:
         """The next blocks are those of `req`."""
         self._settle()
-        self._req = req
+        self._req, self._is_due = req, True
         self._now = max(self._now, req.arrival_time)
         kind = self.kinds.get(req.kind, MOST_KINDS)
         if kind == MOST_KINDS and len(self.kinds) < MOST_KINDS:
@@ -139,20 +149,18 @@ class WorkloadPolicy(EvictionPolicy):
     # ---- which goes first
 
     def next_lane(self) -> int:
-        entry = self.first(self._lane)
-        if entry is None or entry.last > self._last:
+        if self._is_due:
             self._choose()
         return self._lane
 
     def _choose(self) -> None:
         self._settle()
-        firsts = ((lane, self.first(lane)) for lane in range(len(self._counts)))
-        ranks = [
-            (self.chance(lane, self._now - entry.last), entry.last, -entry.depth, lane)
-            for lane, entry in firsts if entry is not None
-        ]  # fmt: skip
-        if ranks:
-            _, self._last, _, self._lane = min(ranks)
+        firsts = [entry for lane in range(len(self._counts)) if (entry := self.first(lane)) is not None]
+        if not firsts:
+            return
+        entry = min(firsts, key=lambda one: (self.chance(one.lane, self._now - one.last), one.last, -one.depth))
+        self._lane, self._last, self._ghost, self._is_due = entry.lane, entry.last, _ghost(entry), False
+        self._kept += LIFE_SHARE * (self._now - entry.last - self._kept)
 
     def chance(self, kind: int, seconds: float) -> float:
         """That a block is used again within `life`, if a request of this kind used it last so many seconds ago."""
