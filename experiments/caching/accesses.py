@@ -3,12 +3,13 @@
     allocator --found, stored, removed, left--> AccessLog --after the run--> MIN's hits, request by request;
                                                                              how long ago what was asked for was held
 
-While requests run only references and counts are kept; the names of blocks (chains of hashes) are made afterwards.
+While requests run only references and counts are kept; the names of blocks (chains of hashes) are made afterwards. A
+server's log has no references: it hands its events on, and who has the tokens names the blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from kvarena.engine.contract import CacheObserver, KVAllocator
 from kvarena.engine.request import Request
 from kvarena.experiments.caching.optimum import Ask, Event, Grow, Keys, Leave, Room, optimal_hits
 from kvarena.experiments.caching.reuse import reuse_stretches
+
+RawEvent = tuple[Any, ...]  # an Event's class, and its fields as far as they are known while requests run
 
 
 class _Text(NamedTuple):
@@ -52,34 +55,34 @@ class AccessLog:
         allocator: has a prefix cache.
         now: the time, in seconds; while requests do not count it is not asked, and taken to be 0.
         also: is told as well.
+        row_of: numbers of requests that somebody else keeps; None: all that come are kept here.
 
     Attributes:
         counts: whether the requests that come count; those before, of a cache that is filled, do not.
     """
 
     def __init__(
-        self, allocator: PrefixCachingAllocator, now: Callable[[], float], also: CacheObserver | None = None
-    ) -> None:
-        self._allocator, self._now, self._also = allocator, now, also
+        self, allocator: PrefixCachingAllocator, now: Callable[[], float], also: CacheObserver | None = None,
+        row_of: Callable[[Request], int] | None = None,
+    ) -> None:  # fmt: skip
+        self._allocator, self._now, self._also, self._row_of = allocator, now, also, row_of
         self.counts = True
-        self._events: list[tuple[Any, ...]] = []
+        self._events: list[RawEvent] = []
         self._rows: dict[Request, int] = {}
         self._requests: list[Request] = []
         self._texts: list[_Text] = []
         self._evicted: int | None = None  # entries of tables at an eviction that is not noted yet
-        self._counted: set[int] = set()  # rows whose first admission there was
-        self._live: dict[Request, int] = {}  # blocks that are known of it
+        self._live: dict[Request, tuple[int, int]] = {}  # its row, and blocks that are known of it
 
     # ---- what the allocator tells
 
     def found(self, req: Request, blocks: Sequence[int]) -> None:
         """`req` is admitted; its first admission is the one that counts, and of a sample that shares none does."""
         row = self._row(req)
-        counts = self.counts and row not in self._counted and not req.num_computed_tokens and not req.num_preemptions
-        if counts:
-            self._counted.add(row)
+        counts = self.counts and not req.num_computed_tokens and not req.num_preemptions
         # All of its prompt's full blocks, and those of its output that were found again.
-        self._live[req] = known = max(req.num_prompt_tokens // self._allocator.block_size, len(blocks))
+        known = max(req.num_prompt_tokens // self._allocator.block_size, len(blocks))
+        self._live[req] = row, known
         self._events.append((Ask, row, known, counts, len(blocks), self._time()))
         self._flush()
         if self._also is not None:
@@ -88,10 +91,11 @@ class AccessLog:
     def stored(self, req: Request, table: Sequence[int], start: int, cached: Sequence[bool]) -> None:
         """Blocks of `req` are full: those of its prompt were known."""
         self._flush()
-        stop, known = start + len(cached), self._live.get(req, 0)
+        stop = start + len(cached)
+        row, known = self._live.get(req) or (self._row(req), 0)
         if stop > known:
-            self._events.append((Grow, self._row(req), known, stop))
-            self._live[req] = stop
+            self._events.append((Grow, row, known, stop))
+            self._live[req] = row, stop
             self._events.append((Room, self._entries()))
         if self._also is not None:
             self._also.stored(req, table, start, cached)
@@ -106,8 +110,8 @@ class AccessLog:
     def left(self, req: Request) -> None:
         """`req` owns nothing any more."""
         self._flush()
-        if self._live.pop(req, None) is not None:
-            self._events.append((Leave, self._rows[req], self._time()))
+        if (live := self._live.pop(req, None)) is not None:
+            self._events.append((Leave, live[0], self._time()))
         if self._also is not None:
             self._also.left(req)
 
@@ -127,6 +131,8 @@ class AccessLog:
         return allocator.num_blocks - idle + allocator.num_shared_entries
 
     def _row(self, req: Request) -> int:
+        if self._row_of is not None:
+            return self._row_of(req)
         row = self._rows.get(req)
         if row is None:
             row = self._rows[req] = len(self._requests)
@@ -134,39 +140,56 @@ class AccessLog:
             self._texts.append(_Text(req.cache_salt, req.prompt_identities, req.output_token_ids))
         return row
 
-    # ---- after the run
+    # ---- afterwards
+
+    def take(self) -> list[RawEvent]:
+        """The events since the last call."""
+        events, self._events = self._events, []
+        return events
 
     def reuse(self) -> Reuse:
         """What the accesses so far come to."""
-        events, num_keys = self._named()
-        size, ids = self._allocator.block_size, [req.request_id for req in self._requests]
-        hits = optimal_hits(events, self._allocator.num_blocks, num_keys, len(ids))
-        return Reuse(size, ids, hits * size, reuse_stretches(events, hits, num_keys))
-
-    def _named(self) -> tuple[list[Event], int]:
-        """The events with the blocks' numbers, and how many numbers there are."""
         self._flush()
-        namer = _Namer(self._allocator.block_size)
-        chains: dict[int, list[int]] = {}
-        events: list[Event] = []
-        size = self._allocator.block_size
-        for kind, *what in self._events:
-            if kind is Room:
-                events.append(Room(what[0]))
-                continue
-            row, text = what[0], self._texts[what[0]]
-            if kind is Leave:
-                events.append(Leave(row, what[1]))
-                chains.pop(row, None)
-            elif kind is Ask:
-                _, known, counts, num_found, time = what
-                chains[row] = chain = namer.extend([], text, known)
-                wanted = (len(text.prompt) - 1) // size if counts else 0
-                events.append(Ask(row, _keys(chain), min(wanted, len(chain)), num_found, time))
-            else:
-                chain = namer.extend(chains.setdefault(row, []), text, what[2])
-                events.append(Grow(row, _keys(chain[what[1] :])))
-        return events, namer.num_keys
+        size, ids, texts = self._allocator.block_size, [req.request_id for req in self._requests], self._texts
+        namer = _Namer(size)
+        extend = lambda row, chain, stop: namer.extend(chain, texts[row], stop)  # noqa: E731
+        events = named_events(self._events, extend, [(len(text.prompt) - 1) // size for text in texts])
+        hits = optimal_hits(events, self._allocator.num_blocks, namer.num_keys, len(ids))
+        return Reuse(size, ids, hits * size, reuse_stretches(events, hits, namer.num_keys))
+
+
+Extend = Callable[[int, list[int], int], list[int]]
+
+
+def named_events(
+    raw: Sequence[RawEvent], extend: Extend, most_wanted: Sequence[int] | Mapping[int, int]
+) -> list[Event]:
+    """Events with the numbers of their blocks.
+
+    Args:
+        raw: of a log.
+        extend: given a row, the numbers of its first blocks, and how many of them are wanted: the same list with those.
+        most_wanted: by row, how many blocks of its prompt can be hits.
+    """
+    chains: dict[int, list[int]] = {}
+    events: list[Event] = []
+    for kind, *what in raw:
+        if kind is Room:
+            events.append(Room(what[0]))
+            continue
+        row = what[0]
+        if kind is Leave:
+            events.append(Leave(row, what[1]))
+            chains.pop(row, None)
+        elif kind is Ask:
+            _, known, counts, num_found, time = what
+            chains[row] = chain = extend(row, [], known)
+            wanted = most_wanted[row] if counts else 0
+            events.append(Ask(row, _keys(chain), min(wanted, len(chain)), num_found, time))
+        else:
+            chain = extend(row, chains.setdefault(row, []), what[2])
+            events.append(Grow(row, _keys(chain[what[1] :])))
+    return events
 
 
 def _keys(chain: list[int]) -> Keys:
@@ -201,19 +224,21 @@ class _Namer:
         return chain
 
 
-def watch(allocator: KVAllocator, now: Callable[[], float]) -> AccessLog | None:
+def watch(
+    allocator: KVAllocator, now: Callable[[], float], row_of: Callable[[Request], int] | None = None
+) -> AccessLog | None:
     """Keep from now on what is asked of `allocator`; None without a prefix cache, or of one that is not empty.
 
     What it holds by then nobody asked for, so that no bound would be one.
 
     Args:
         allocator: of an engine.
-        now: see AccessLog.
+        now, row_of: see AccessLog.
     """
     if not isinstance(allocator, PrefixCachingAllocator):
         return None
     if allocator.num_free_blocks - allocator.num_cached_blocks < allocator.num_blocks:
         return None
-    log = AccessLog(allocator, now, None if isinstance(allocator.observer, AccessLog) else allocator.observer)
-    allocator.observer = log
+    before = None if isinstance(allocator.observer, AccessLog) else allocator.observer
+    allocator.observer = log = AccessLog(allocator, now, before, row_of)
     return log

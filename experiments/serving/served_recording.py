@@ -51,7 +51,7 @@ def make_recorder(
     folder = engine_folder(server.record, place.rank, place.num_engines)
     bounds = Bounds(
         int(server.record_mib * 2**20), 60 * server.record_minutes, server.record_content,
-        parts.engine.allocator.block_size, key,
+        parts.engine.allocator.block_size, key, parts.engine.allocator.num_blocks,
     )  # fmt: skip
     manifest = manifest_of(
         config, f"{cell_name(strategy['allocator'], strategy['scheduler'])}, served",

@@ -22,6 +22,7 @@ from kvarena.engine.request import Request, SamplingParams
 from kvarena.engine.server.engine.event_publisher import CacheFeed, EventPublisher
 from kvarena.engine.server.shared.config import ServerConfig
 from kvarena.engine.server.shared.kv_events import KVEventsConfig
+from kvarena.experiments.caching.accesses import watch
 
 END = b"\xff" * 8
 
@@ -38,6 +39,18 @@ def feed_at(endpoint="tcp://*:0", **more):
     alloc = PrefixCachingAllocator(num_blocks=20, block_size=4, max_model_len=64)
     config = KVEventsConfig(enable_kv_cache_events=True, endpoint=endpoint, **more)
     return alloc, CacheFeed(alloc, config, 0)
+
+
+def test_an_observer_that_was_there_before_hears_the_same():
+    alloc = PrefixCachingAllocator(num_blocks=20, block_size=4, max_model_len=64)
+    log = watch(alloc, lambda: 0.0)
+    feed = CacheFeed(alloc, KVEventsConfig(enable_kv_cache_events=True, endpoint="tcp://*:0"), 0)
+    feed._events.take()
+    for name in ("a", "b"):
+        alloc.free(compute(alloc, name, list(range(9))))
+    assert [event["type"] for event in feed._events.take()] == ["BlockStored"]
+    assert log.reuse().optimal_tokens.tolist() == [0, 8]
+    feed.close()
 
 
 def reachable(endpoint: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import cbor2
 
+from kvarena.engine.contract import CacheObserver
 from kvarena.engine.request import Request
 
 # The tier that attention reads, wherever it lies: the name that subscribers know it by.
@@ -36,6 +37,33 @@ NOTHING = digest(SEED)
 def wire_hash(block_digest: bytes) -> int:
     """A digest as it is published."""
     return int.from_bytes(block_digest[-8:], "big")
+
+
+class Both:
+    """Two observers of an allocator as one."""
+
+    def __init__(self, first: CacheObserver, second: CacheObserver) -> None:
+        self._observers = first, second
+
+    def found(self, req: Request, blocks: Sequence[int]) -> None:
+        """See CacheObserver."""
+        for one in self._observers:
+            one.found(req, blocks)
+
+    def stored(self, req: Request, table: Sequence[int], start: int, cached: Sequence[bool]) -> None:
+        """See CacheObserver."""
+        for one in self._observers:
+            one.stored(req, table, start, cached)
+
+    def removed(self, blocks: Sequence[int]) -> None:
+        """See CacheObserver."""
+        for one in self._observers:
+            one.removed(blocks)
+
+    def left(self, req: Request) -> None:
+        """See CacheObserver."""
+        for one in self._observers:
+            one.left(req)
 
 
 class CacheEvents:

@@ -25,7 +25,7 @@ import zmq
 
 from kvarena.engine.contract import KVAllocator
 from kvarena.engine.errors import ConfigError
-from kvarena.engine.server.engine.cache_events import CacheEvents
+from kvarena.engine.server.engine.cache_events import Both, CacheEvents
 from kvarena.engine.server.shared.kv_events import KVEventsConfig
 
 logger = logging.getLogger("kvarena.engine")
@@ -142,7 +142,8 @@ class CacheFeed:
         self._events = CacheEvents(allocator.block_size)
         allocator.clear_cache()
         self._events.cleared()
-        allocator.observer = self._events
+        before = allocator.observer
+        allocator.observer = self._events if before is None else Both(before, self._events)
         self.flush()
 
     @property

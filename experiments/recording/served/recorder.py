@@ -24,8 +24,10 @@ import numpy as np
 from kvarena.engine.core import Engine, StepOutput
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import FinishReason, Request
+from kvarena.experiments.caching.accesses import watch
 from kvarena.experiments.recording.kv_map import KVMapRecorder
 from kvarena.experiments.recording.record import RunRecorder
+from kvarena.experiments.recording.served.accesses import Accesses
 from kvarena.experiments.recording.served.log import ServedLog
 from kvarena.experiments.recording.served.window import Frame
 from kvarena.experiments.recording.served.writer import GOODBYE, Opening, packed
@@ -117,6 +119,10 @@ class ServedRecorder:
         self._map = KVMapRecorder(
             engine.allocator, self._log.rows.__getitem__, max_share=MAP_SHARE, interval=MAP_SECONDS
         )
+        self._accesses: Accesses | None = None
+        log = watch(engine.allocator, engine.clock.now, self._log.rows.__getitem__)
+        if log is not None:
+            self._accesses = engine.allocator.observer = Accesses(log, self._give_up)
         self._first = engine.num_steps
         self._ordinals = array("q")
         self._seconds = 0.0
@@ -204,9 +210,12 @@ class ServedRecorder:
         steps, token_times = self._rows.take_steps()
         ordinals, self._ordinals = np.array(self._ordinals, dtype=np.int64), array("q")
         snapshots = [one | {"step": one["step"] - self._first} for one in self._map.take()]
-        times = self._seconds, time.process_time() - self._processor
+        seconds = self._seconds + (0.0 if self._accesses is None else self._accesses.seconds)
+        times = seconds, time.process_time() - self._processor
+        accesses = None if self._accesses is None else self._accesses.take()
+        residents = self._map.residents()
         self._writer.put(
-            Frame(ordinals, steps, token_times, ledger, snapshots, self._map.residents(), submitted, progress, *times)
+            Frame(ordinals, steps, token_times, ledger, snapshots, residents, submitted, progress, accesses, *times)
         )
 
     def _give_up(self, error: Exception) -> None:

@@ -18,13 +18,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvarena.engine.ledger import LedgerPart, into_classes
+from kvarena.experiments.caching.accesses import RawEvent, Reuse
+from kvarena.experiments.caching.optimum import Ask
 from kvarena.experiments.recording.kv_map import MAX_SNAPSHOTS
 from kvarena.experiments.recording.record import write_request_chunks, write_steps
+from kvarena.experiments.recording.reuse_file import reuse_columns, write_reuse
+from kvarena.experiments.recording.served.accesses import EVENT_BYTES, served_reuse
 from kvarena.experiments.recording.served.log import Progress, Submitted
 from kvarena.experiments.recording.served.prefixes import block_hashes, hidden_name, write_prefixes
 from kvarena.experiments.recording.token_times import TokenTimes
 from kvarena.reports.reading.columns import schema_of
-from kvarena.reports.reading.names import KV_MAP_FILE, PREFIXES_FILE, REQUESTS_FILE, STEPS_FILE
+from kvarena.reports.reading.names import KV_MAP_FILE, PREFIXES_FILE, REQUESTS_FILE, REUSE_FILE, STEPS_FILE
 
 REQUEST_BYTES = 600  # of a request beside its tokens, as it is held
 NAN = math.nan
@@ -41,6 +45,7 @@ class Frame(NamedTuple):
         snapshots: rows of kv_map.parquet.
         residents: rows of the requests that own slots now, ended or not.
         submitted, progress: requests.
+        accesses: what was asked of the prefix cache, as `AccessLog.take` gives it; None: nobody keeps that.
         seconds: what recording has taken of the engine's thread so far.
         processor_seconds: of the engine's process so far, all its threads together.
     """
@@ -53,6 +58,7 @@ class Frame(NamedTuple):
     residents: list[int]
     submitted: list[Submitted]
     progress: list[Progress]
+    accesses: list[RawEvent] | None
     seconds: float
     processor_seconds: float
 
@@ -67,6 +73,7 @@ class Bounds:
         content: `tokens`, or `hashes` of blocks in their place.
         block_size: tokens of a block that is hashed.
         key: of the hashes.
+        num_blocks: of the pool, for the bound of its prefix cache's hits.
     """
 
     max_bytes: int
@@ -74,6 +81,7 @@ class Bounds:
     content: str
     block_size: int
     key: bytes
+    num_blocks: int = 0
 
 
 @dataclass
@@ -129,6 +137,8 @@ class Window:
         self._residents: frozenset[int] = frozenset()
         self._num_launched = 0
         self._num_bytes = 0
+        # Of all steps so far, or None: without the first ones nobody knows what the cache held when the others came.
+        self._accesses: list[RawEvent] | None = []
         self.num_dropped_steps = self.num_dropped_requests = 0
         self.seconds = self.processor_seconds = 0.0
 
@@ -138,6 +148,11 @@ class Window:
     def add(self, frame: Frame) -> None:
         """Take a frame in, and drop the oldest of what is too much."""
         self.seconds, self.processor_seconds = frame.seconds, frame.processor_seconds
+        if frame.accesses is None:
+            self._accesses = None
+        elif self._accesses is not None:
+            self._accesses += frame.accesses
+            self._num_bytes += EVENT_BYTES * len(frame.accesses)
         for came in frame.submitted:
             now = Progress(came.row, NAN, NAN, NAN, 0, 0, 0, None, "", b"")
             self._rows[came.row] = kept = _Kept(came, now, np.frombuffer(came.prompt, dtype=np.int32))
@@ -162,7 +177,7 @@ class Window:
         kept.now = now
         kept.outputs.append(np.frombuffer(now.output, dtype=np.int32))
         kept.num_output += len(kept.outputs[-1])
-        if now.finish_reason is not None and self._wants_hashes(kept):
+        if now.finish_reason is not None and (self._wants_hashes(kept) or self._accesses is not None):
             kept.hashes = self._hash(kept)
             if self._bounds.content == "hashes":
                 kept.outputs = []
@@ -198,9 +213,15 @@ class Window:
     def _drop(self) -> None:
         """Let go of the oldest parts, and of the requests that no kept step shows."""
         bounds, gone = self._bounds, []
+        if self._accesses and len(self._parts) > 1 and self._num_bytes > bounds.max_bytes:
+            self._num_bytes -= EVENT_BYTES * len(self._accesses)
+            self._accesses = None
         while len(self._parts) > 1 and (
             self._num_bytes > bounds.max_bytes or self._parts[-1].end - self._parts[0].start > bounds.max_seconds
         ):
+            if self._accesses is not None:
+                self._num_bytes -= EVENT_BYTES * len(self._accesses)
+                self._accesses = None
             part = self._parts.popleft()
             self._num_bytes -= part.num_bytes
             self.num_dropped_steps += len(part.frame.ordinals)
@@ -233,8 +254,8 @@ class Window:
         """Write the Parquet files; there must be a request.
 
         Returns:
-            What the manifest is to say: `num_requests`, `num_open`, `num_steps`, `num_not_greedy`, `zero` (of the
-            files' times, in seconds on the engine's clock), `wall_time` and `max_lateness`.
+            What the manifest is to say: `num_requests`, `num_open`, `num_steps`, `has_bound`, `num_not_greedy`, `zero`
+            (of the files' times, in seconds on the engine's clock), `wall_time` and `max_lateness`.
 
         Raises:
             EngineError: the ledger does not add up.
@@ -247,7 +268,10 @@ class Window:
         zero = min([self._rows[row].came.arrival_time for row in rows] + [float(one[0]) for one in starts if len(one)])
         steps = self._steps(ordinals, kept, first, zero)
         write_steps(folder / STEPS_FILE, steps)
-        self._write_requests(folder / REQUESTS_FILE, rows, zero)
+        reuse = self._reuse(rows)
+        self._write_requests(folder / REQUESTS_FILE, rows, zero, reuse)
+        if reuse is not None:
+            write_reuse(folder / REUSE_FILE, reuse_columns(reuse, [self._rows[row].came.request_id for row in rows]))
         self._write_map(folder / KV_MAP_FILE, rows, set((ordinals[kept] - first).tolist()), first, zero)
         self._write_prefixes(folder / PREFIXES_FILE, rows)
         every = [self._rows[row] for row in rows]
@@ -256,6 +280,7 @@ class Window:
             "num_requests": len(rows),
             "num_open": len(rows) - len(ends),
             "num_steps": int(kept.sum()),
+            "has_bound": reuse is not None,
             "num_not_greedy": sum(not one.came.is_greedy for one in every),
             "zero": zero,
             "wall_time": max([0.0, *ends, *steps["end_time"][-1:].tolist()]),
@@ -286,14 +311,28 @@ class Window:
         numbers = {"step": at.astype(np.int32), "replica": np.zeros(len(at), np.int32)}
         return numbers | columns | {name: column[at] for name, column in classes.items()}
 
-    def _write_requests(self, path: Path, rows: list[int], zero: float) -> None:
+    def _reuse(self, rows: list[int]) -> Reuse | None:
+        """What came of what was asked of the prefix cache; None where that is not known."""
+        if not self._accesses:
+            return None
+        every = {row: self._rows[row] for row in rows}
+        hashes = {row: self._hash(one) if one.hashes is None else one.hashes for row, one in every.items()}
+        lengths = {row: len(one.prompt) for row, one in every.items()}
+        ids = {row: one.came.request_id for row, one in every.items()}
+        return served_reuse(self._accesses, hashes, lengths, ids, self._bounds.block_size, self._bounds.num_blocks)
+
+    def _write_requests(self, path: Path, rows: list[int], zero: float, reuse: Reuse | None) -> None:
         times = TokenTimes()
         for part in self._parts:
             for batch, when in part.frame.token_times:
                 mine = _places(rows, np.asarray(batch, dtype=np.int64))
                 # Under overlap a step may sample for a request that had ended, and is kept no longer.
                 times.extend(array("q", mine[mine >= 0].tolist()), when)
-        write_request_chunks(path, [self._request_columns(rows, times.lists(len(rows)), zero)])
+        columns = self._request_columns(rows, times.lists(len(rows)), zero)
+        if reuse is not None:
+            asked = np.isin(rows, [what[1] for what in self._accesses or () if what[0] is Ask])
+            columns["num_optimal_cached_tokens"] = np.where(asked, reuse.optimal_tokens, NAN)
+        write_request_chunks(path, [columns])
 
     def _request_columns(self, rows: list[int], times_of: Any, zero: float) -> dict[str, Any]:
         every = [self._rows[row] for row in rows]
@@ -323,7 +362,6 @@ class Window:
             "last_token_time": np.array([one[-1] if len(one) else NAN for one in times]),
             "finish_reason": [one.finish_reason or "abort" for one in now],
             "num_cached_tokens": [one.num_cached_tokens for one in now],
-            "num_optimal_cached_tokens": np.full(len(every), NAN),  # a run works it out when it has ended
             "num_preemptions": [one.num_preemptions for one in now],
             "num_recomputed_tokens": [one.num_recomputed_tokens for one in now],
             "error": ["open when this was written" if one.finish_reason is None else one.error for one in now],

@@ -180,6 +180,7 @@ class Writer:
                 "max_seconds": bounds.max_seconds,
                 "dropped": dropped,
                 "num_open": num_open,
+                "has_bound": found["has_bound"],
                 "num_not_greedy": found["num_not_greedy"],
                 "end": end,
             },
