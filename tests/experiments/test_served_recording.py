@@ -168,11 +168,14 @@ def test_a_bound_goes_with_the_first_steps_and_its_file_with_it(tmp_path):
     assert write_run_report(folder)["cache_share_of_optimum"] is None
 
 
-def test_a_log_of_accesses_that_fails_ends_the_recording_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("fault", ["of the log", "of another"])
+def test_a_fault_ends_the_recording_and_nothing_else_and_no_access_is_kept(tmp_path, fault):
     config, _ = compose_cell([*CELL, "allocator=paged_prefix"])
     setup = build(config)
     (tmp_path / "served").mkdir()
     recorder = ServedRecorder(setup.parts.engine, Opening({}, LARGE, 0.0), Pieces(tmp_path / "served"))
+    if fault == "of another":
+        recorder._give_up(RuntimeError("no more"))
     recorder._log.rows = {}  # nobody is known
 
     class Quiet(Told):
@@ -186,6 +189,7 @@ def test_a_log_of_accesses_that_fails_ends_the_recording_and_nothing_else(tmp_pa
     requests = list(setup.load.requests)
     drive(setup.parts.engine, requests, Quiet(), after_step=setup.parts.simulator.after_step)
     assert not recorder.is_on and all(req.is_finished for req in requests)
+    assert recorder._accesses.take() == []
 
 
 def manifest_of(tmp_path, overrides):

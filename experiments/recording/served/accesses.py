@@ -38,8 +38,12 @@ class Accesses:
         """The events since the last call."""
         return [] if self._log is None else self._log.take()
 
-    def _end(self, error: Exception) -> None:
+    def stop(self) -> None:
+        """Keep nothing any more."""
         self._log = None
+
+    def _end(self, error: Exception) -> None:
+        self.stop()
         self._fail(error)
 
     # What the allocator tells.

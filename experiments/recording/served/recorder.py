@@ -222,5 +222,7 @@ class ServedRecorder:
         """Nothing more is recorded. The trace is for whoever mends it: the server goes on."""
         self.is_on = False
         self._engine.on_launch = None
+        if self._accesses is not None:
+            self._accesses.stop()
         is_told = isinstance(error, RuntimeError)
         logger.error("the recording has ended: %s", error, exc_info=None if is_told else error)
