@@ -65,8 +65,9 @@ def test_workload_configs(name, tmp_path):
         overrides = ["workload.num_requests=10"]
     if name == "recorded":
         row = dict.fromkeys(REQUEST_COLUMNS, 0) | {
-            "request_id": "a", "client_id": "c", "finish_reason": "stop", "error": "", "prompt_token_ids": [3, 4],
-            "output_token_ids": [5], "num_prompt_tokens": 2, "num_output_tokens": 1, "token_times": [0.5],
+            "request_id": "a", "client_id": "c", "kind": "", "finish_reason": "stop", "error": "",
+            "prompt_token_ids": [3, 4], "output_token_ids": [5], "token_times": [0.5],
+            "num_prompt_tokens": 2, "num_output_tokens": 1,
         }  # fmt: skip
         write_requests(tmp_path / "requests.parquet", [row])
         overrides = [f"workload.path={tmp_path}"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
 
 MAX_MESSAGES = 16384  # and parts of all messages together
 MAX_TOOLS = 1024
@@ -207,13 +207,13 @@ def has_too_many_parts(contents: Iterable[Any]) -> bool:
     return sum(len(one) for one in contents if isinstance(one, list)) > MAX_MESSAGES
 
 
-def _with_few_parts(messages: list[Message]) -> list[Message]:
-    if has_too_many_parts(message.content for message in messages):
+def _with_few_parts(given: Any) -> Any:
+    if isinstance(given, list) and has_too_many_parts(one.get("content") for one in given if isinstance(one, dict)):
         raise ValueError(f"at most {MAX_MESSAGES} parts are allowed in all messages together")
-    return messages
+    return given
 
 
-Messages = Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_with_few_parts)]
+Messages = Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES), BeforeValidator(_with_few_parts)]
 
 
 class ChatCompletionRequest(SamplingFields):
