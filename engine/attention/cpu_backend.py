@@ -19,17 +19,19 @@ from kvarena.engine.pool.kv_pool import KVPool
 
 
 @dataclass(slots=True)
-class _Prepared:
+class PreparedStep:
     """A step's split.
 
     Attributes:
         decode_rows, prompt_rows: int32, requests with one new token and with several.
         decode_chunks: at least as many as the former have together.
+        has_parts: one of the former may have several.
     """
 
     decode_rows: np.ndarray
     prompt_rows: np.ndarray
     decode_chunks: int
+    has_parts: bool
 
 
 class CpuBackend:
@@ -38,13 +40,17 @@ class CpuBackend:
     Args:
         pool: where keys and values live.
         contiguous: the allocator hands out consecutive blocks only: of the block table the first entry alone is read.
+
+    Attributes:
+        kind: of the pool's elements.
+        layers: addresses of each layer's keys and values, by slot.
     """
 
     def __init__(self, pool: KVPool, *, contiguous: bool = False) -> None:
         self.pool = pool
         self.contiguous = contiguous
-        self._kind = KINDS[pool.dtype]
-        self._layers = [tuple(part.data_ptr() for part in pool.slots(layer)) for layer in range(pool.num_layers)]
+        self.kind = KINDS[pool.dtype]
+        self.layers = [tuple(part.data_ptr() for part in pool.slots(layer)) for layer in range(pool.num_layers)]
         self._scratch = torch.empty(0)
         self._every_row = np.arange(0, dtype=np.int32)
 
@@ -59,7 +65,9 @@ class CpuBackend:
             is_decode = np.diff(meta.host_query_start_loc) == 1
             rows, prompts = (np.flatnonzero(kind).astype(np.int32) for kind in (is_decode, ~is_decode))
             lens = lens[rows]
-        meta.prepared = _Prepared(rows, prompts, int((-(-lens // decode.CHUNK)).sum()) + num_rows)
+        chunks = -(-lens // decode.CHUNK)
+        has_parts = len(lens) > 0 and int(chunks.max()) > 1
+        meta.prepared = PreparedStep(rows, prompts, int(chunks.sum()) + num_rows, has_parts)
 
     def write_kv(self, k: Tensor, v: Tensor, layer: int, meta: AttentionMetadata) -> None:
         """Store the new tokens' keys and values."""
@@ -79,14 +87,14 @@ class CpuBackend:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
-        prepared: _Prepared = meta.prepared
+        prepared: PreparedStep = meta.prepared
         heads, dim = q.shape[1:]
         if q.stride(2) != 1 or q.stride(1) != dim:
             q = q.contiguous()
         out = torch.empty(q.shape, dtype=q.dtype)
         pool, threads = self.pool, most_threads()
         sinks = None if sinks is None else sinks.float().contiguous()
-        shape = dim, heads // pool.num_kv_heads, KINDS[q.dtype], self._kind
+        shape = dim, heads // pool.num_kv_heads, KINDS[q.dtype], self.kind
         for rows, is_decode in ((prepared.decode_rows, True), (prepared.prompt_rows, False)):
             if not len(rows):
                 continue
@@ -97,10 +105,13 @@ class CpuBackend:
                 kernel, words = prompt.prompt_kernel(*shape), prompt.scratch_words(shape[1], dim, threads)
             if len(self._scratch) < words:
                 self._scratch = torch.empty(2 * words)
-            kernel(
-                threads, q.data_ptr(), out.data_ptr(), *self._layers[layer], meta.block_table.data_ptr(),
+            arguments = (
+                q.data_ptr(), out.data_ptr(), *self.layers[layer], meta.block_table.data_ptr(),
                 meta.block_table.stride(0), meta.seq_lens.data_ptr(), meta.query_start_loc.data_ptr(),
                 rows.ctypes.data, len(rows), meta.block_size, pool.num_kv_heads, sliding_window or 0, self.contiguous,
                 0 if sinks is None else sinks.data_ptr(), self._scratch.data_ptr(), q.stride(0), scale, softcap or 0.0,
             )  # fmt: skip
+            kernel(threads, *arguments)
+            if is_decode and prepared.has_parts:
+                decode.merge_kernel(*shape[:3])(threads, *arguments)
         return out

@@ -29,7 +29,8 @@ import torch
 from numba import types
 from numba.core import event
 
-_PARALLEL, _THREAD, _TEAM, _BARRIER = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"
+_PARALLEL, _THREAD, _TEAM = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
+_GIVE_WAY = "sched_yield"
 
 
 def _find_openmp() -> Callable[..., Any] | None:
@@ -41,7 +42,7 @@ def _find_openmp() -> Callable[..., Any] | None:
             continue
         library = ctypes.CDLL(str(path))  # loaded already; its symbols are its dependencies' too
         try:
-            found = {name: getattr(library, name) for name in (_PARALLEL, _THREAD, _TEAM, _BARRIER)}
+            found = {name: getattr(library, name) for name in (_PARALLEL, _THREAD, _TEAM, _GIVE_WAY)}
         except AttributeError:
             continue
         for name, function in found.items():
@@ -55,13 +56,13 @@ def _find_openmp() -> Callable[..., Any] | None:
 _start_team = _find_openmp()
 if _start_team is None:  # one thread, which is number 0 of 1 and waits for nobody
     _alone = [ctypes.CFUNCTYPE(ctypes.c_int)(lambda value=value: value) for value in (0, 1, 0)]
-    for _name, _function in zip((_THREAD, _TEAM, _BARRIER), _alone, strict=True):
+    for _name, _function in zip((_THREAD, _TEAM, _GIVE_WAY), _alone, strict=True):
         llvm.add_symbol(_name, ctypes.cast(_function, ctypes.c_void_p).value)
 
-# In compiled code: this thread's number, how many there are, and waiting for all of them.
+# In compiled code: this thread's number, how many there are, and letting other threads have its core.
 thread_id = types.ExternalFunction(_THREAD, types.int32())
 num_threads = types.ExternalFunction(_TEAM, types.int32())
-barrier = types.ExternalFunction(_BARRIER, types.void())
+give_way = types.ExternalFunction(_GIVE_WAY, types.int32())
 
 
 def most_threads() -> int:
@@ -80,20 +81,26 @@ class Kernel:
     Args:
         function: of one int64, the address of its arguments.
         layout: of the arguments: `q` for an integer or an address, `d` for a number; such as "6q2d".
+
+    Attributes:
+        address: of the compiled code, for others to call on a thread of a team.
+        pack: the arguments of a call as the compiled code reads them.
+        name: of the function.
     """
 
     def __init__(self, function: Callable[[int], None], layout: str) -> None:
-        self._pack = struct.Struct(layout).pack
+        self.pack = struct.Struct(layout).pack
+        self.name = function.__name__
         self._compiled = _compile(function)
-        self._address = self._compiled.address
-        self._run = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._address)
+        self.address: int = self._compiled.address
+        self._run = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self.address)
 
     def __call__(self, threads: int, *values: float) -> None:
         """Run on so many threads and wait for them."""
         if threads == 1 or _start_team is None:
-            self._run(self._pack(*values))
+            self._run(self.pack(*values))
         else:
-            _start_team(self._address, self._pack(*values), threads, 0)
+            _start_team(self.address, self.pack(*values), threads, 0)
 
 
 def kernel(layout: str) -> Callable[[Callable[[int], None]], Kernel]:

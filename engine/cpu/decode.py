@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from kvarena.engine.cpu.blocks import TOKENS, add_scaled, dots, dots_of_tokens, max_of
-from kvarena.engine.cpu.compiler import FAST, Kernel, barrier, kernel, num_threads, thread_id
+from kvarena.engine.cpu.compiler import FAST, Kernel, kernel, num_threads, thread_id
 from kvarena.engine.cpu.simd import F32, F64, I32, I64, LANES, exp, narrow, pointer, pointer_at, tanh, widen
 
 TILE, CHUNK = 64, 512
@@ -32,6 +32,9 @@ def scratch_words(num_heads: int, head_dim: int, threads: int, num_chunks: int) 
 def _thread_words(num_heads: int, head_dim: int) -> int:
     # Queries and sums of all heads, their maxima and denominators, a tile's scores, and its offsets (8 bytes each).
     return (2 * num_heads * (head_dim + 1) + num_heads * TILE + 2 * TILE + 15) // 16 * 16
+
+
+_own_words = njit(error_model="numpy")(_thread_words)
 
 
 @njit(error_model="numpy", fastmath=FAST)
@@ -87,47 +90,11 @@ def _num_chunks(length: Any, window: Any) -> Any:
     return (seen + CHUNK - 1) // CHUNK
 
 
-@njit(error_model="numpy", fastmath=FAST)
-def merge_chunks(
-    out: Any, query_loc: Any, seq_lens: Any, rows: Any, num_rows: Any, window: Any, sinks: Any, has_sinks: Any,
-    parts: Any, sums: Any, heads: Any, dim: Any, me: Any, team: Any,
-) -> None:  # fmt: skip
-    """Outputs of this thread's share of the rows that have several chunks, from their `parts`.
-
-    Of a chunk: sums [heads, dim], then each head's maximum and denominator. `sums`: [dim] to work in.
-    """
-    words = heads * (dim + 2)
-    turn = np.int64(0)
-    for i in range(num_rows):
-        row = rows[i]
-        count = _num_chunks(np.int64(seq_lens[row]), window)
-        if count == 1:
-            continue
-        if turn % team == me:
-            for j in range(heads):
-                top = _LOWEST
-                for chunk in range(count):
-                    value = parts[chunk * words + heads * dim + 2 * j]
-                    top = value if value > top else top
-                denominator = np.float32(np.exp(sinks[j] - top)) if has_sinks else _ZERO
-                for d in range(dim):
-                    sums[d] = _ZERO
-                for chunk in range(count):
-                    part = pointer_at(parts, chunk * words)
-                    factor = exp(part[heads * dim + 2 * j] - top)
-                    denominator += factor * part[heads * dim + 2 * j + 1]
-                    for d in range(dim):
-                        sums[d] += factor * part[j * dim + d]
-                place = pointer_at(out, (np.int64(query_loc[row]) * heads + j) * dim)
-                for d in range(dim):
-                    place[d] = narrow(sums[d] / denominator, place[0])
-        turn += 1
-        parts = pointer_at(parts, count * words)
-
-
 @cache
 def decode_kernel(head_dim: int, group: int, q_kind: int, kv_kind: int) -> Kernel:
     """Decode attention for heads of `head_dim`, `group` query heads to a KV head.
+
+    A row of one chunk is finished; those of several are by `merge_kernel`.
 
     Arguments of a call, after the number of threads:
 
@@ -165,7 +132,7 @@ def decode_kernel(head_dim: int, group: int, q_kind: int, kv_kind: int) -> Kerne
         scale, softcap = np.float32(reals[0]), np.float32(reals[1])
         team, me = np.int64(num_threads()), np.int64(thread_id())
         heads = kv_heads * per_kv
-        own = (2 * heads * (dim + 1) + heads * TILE + 2 * TILE + 15) // 16 * 16
+        own = _own_words(heads, dim)
         query = pointer(a[15] + 4 * own * me, F32)
         sums = pointer(a[15] + 4 * (own * me + heads * dim), F32)
         stats = pointer(a[15] + 4 * (own * me + 2 * heads * dim), F32)
@@ -269,10 +236,51 @@ def decode_kernel(head_dim: int, group: int, q_kind: int, kv_kind: int) -> Kerne
                             into[heads * dim + j] = stats[j]
             if num_chunks > 1:
                 part += num_chunks
-        if part > 0:
-            barrier()
-            merge_chunks(
-                out, query_loc, seq_lens, rows, num_rows, window, sinks, a[14] != 0, parts, sums, heads, dim, me, team
-            )
 
     return decode
+
+
+@cache
+def merge_kernel(head_dim: int, group: int, q_kind: int) -> Kernel:
+    """What follows the decode kernel, on the same arguments and as many threads: outputs of rows of several chunks.
+
+    Of a chunk there are sums [heads, dim], then each head's maximum and denominator.
+    """
+    dim, per_kv, q_type = int(head_dim), int(group), int(q_kind)
+
+    @kernel("17q2d")
+    def merge(args):  # type: ignore[no-untyped-def]
+        a = pointer(args, I64)
+        out, seq_lens, query_loc = pointer(a[1], q_type), pointer(a[6], I32), pointer(a[7], I32)
+        rows, num_rows, window, heads = pointer(a[8], I32), a[9], a[12], a[11] * per_kv
+        sinks, team, me = pointer(a[14], F32), np.int64(num_threads()), np.int64(thread_id())
+        own, words = _own_words(heads, dim), heads * (dim + 2)
+        sums, parts = pointer(a[15] + 4 * own * me, F32), pointer(a[15] + 4 * own * team, F32)
+        turn = np.int64(0)
+        for i in range(num_rows):
+            row = rows[i]
+            count = _num_chunks(np.int64(seq_lens[row]), window)
+            if count == 1:
+                continue
+            if turn % team == me:
+                for j in range(heads):
+                    top = _LOWEST
+                    for chunk in range(count):
+                        value = parts[chunk * words + heads * dim + 2 * j]
+                        top = value if value > top else top
+                    denominator = np.float32(np.exp(sinks[j] - top)) if a[14] != 0 else _ZERO
+                    for d in range(dim):
+                        sums[d] = _ZERO
+                    for chunk in range(count):
+                        part = pointer_at(parts, chunk * words)
+                        factor = exp(part[heads * dim + 2 * j] - top)
+                        denominator += factor * part[heads * dim + 2 * j + 1]
+                        for d in range(dim):
+                            sums[d] += factor * part[j * dim + d]
+                    place = pointer_at(out, (np.int64(query_loc[row]) * heads + j) * dim)
+                    for d in range(dim):
+                        place[d] = narrow(sums[d] / denominator, place[0])
+            turn += 1
+            parts = pointer_at(parts, count * words)
+
+    return merge

@@ -130,3 +130,56 @@ def rope_store_kernel(kind: int, kv_kind: int) -> Kernel:
                 place[i] = narrow(widen(start[i]), place[0])
 
     return rope_store
+
+
+@cache
+def gather_kernel(kind: int) -> Kernel:
+    """Rows of a table: out[i] = table[indices[i]].
+
+    Arguments of a call, after the number of threads:
+
+        table    rows of `depth` of `kind` float32; with `width` > 1 in panels [N / width, depth, width]
+        width    1: rows as they are
+        indices  int64 [rows]
+        out      [rows, depth]
+        rows, depth
+    """
+    element = int(kind)
+
+    @kernel("6q")
+    def gather(args):  # type: ignore[no-untyped-def]
+        a = pointer(args, I64)
+        table, width, indices, out, depth = (
+            pointer(a[0], element),
+            a[1],
+            pointer(a[2], I64),
+            pointer(a[3], element),
+            a[5],
+        )
+        team, me = np.int64(num_threads()), np.int64(thread_id())
+        for row in range(a[4] * me // team, a[4] * (me + 1) // team):
+            panel = indices[row] // width
+            line = pointer_at(table, panel * depth * width + indices[row] - panel * width)
+            into = pointer_at(out, row * depth)
+            for i in range(depth):
+                into[i] = line[i * width]
+
+    return gather
+
+
+@cache
+def bias_kernel(kind: int) -> Kernel:
+    """y += bias, for y [rows, n] and bias [n]. A call: y, bias, rows, n."""
+    element = int(kind)
+
+    @kernel("4q")
+    def add_bias(args):  # type: ignore[no-untyped-def]
+        a = pointer(args, I64)
+        y, bias, n = pointer(a[0], element), pointer(a[1], element), a[3]
+        team, me = np.int64(num_threads()), np.int64(thread_id())
+        for row in range(a[2] * me // team, a[2] * (me + 1) // team):
+            line = pointer_at(y, row * n)
+            for i in range(n):
+                line[i] = narrow(widen(line[i]) + widen(bias[i]), line[i])
+
+    return add_bias

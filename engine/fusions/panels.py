@@ -53,7 +53,7 @@ class Panels:
             data[whole, :, : num_rows - whole * width] = weight[whole * width :].t()
         return cls(data, num_rows, data.data_ptr())
 
-    def rows(self, indices: Tensor) -> Tensor:
+    def __call__(self, indices: Tensor) -> Tensor:
         """Rows of the weight, [*indices.shape, K]."""
         width = self.data.shape[2]
         return self.data[indices // width, :, indices % width]
@@ -91,7 +91,7 @@ def in_panels(decoder: FusedDecoder, model: LoadedModel, width: int) -> FusedDec
     if not (is_tied and model.images is not None):  # whose inputs are made of the embedding's own weight
         head = _moved(head, owners, ops, width)
         if is_tied and isinstance(head, PanelLinear):
-            embed = head.panels.rows
+            embed = head.panels
     return replace(decoder, layers=layers, head=head, embed=embed)
 
 
@@ -100,7 +100,7 @@ def restore(model: LoadedModel) -> None:
     for module in model.module.modules():
         if (kept := module.__dict__.pop(_KEPT, None)) is not None:
             panels, first, count = kept
-            module.weight.data = panels.rows(torch.arange(first, first + count))
+            module.weight.data = panels(torch.arange(first, first + count))
 
 
 def _layer(layer: FusedLayer, owners: list[Any], ops: Any, width: int) -> FusedLayer:

@@ -8,7 +8,6 @@ time from everybody else.
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import numpy as np
@@ -26,6 +25,7 @@ from kvarena.engine.model_runner import PendingTokens
 from kvarena.engine.models.spec import LoadedModel
 from kvarena.engine.pool.kv_pool import KVPool
 from kvarena.engine.request import Request
+from kvarena.engine.runner.cpu_forward import CpuForward, make_forward
 from kvarena.engine.runner.torch_runner import TorchRunner
 from kvarena.engine.sampling.output import HostTokens, SampledTokens
 
@@ -36,6 +36,8 @@ _FLOPS, _BYTES = 80e9, 20e9
 # Seconds of a layer on one core: below the first one thread does it, and beyond each has so many of the second. Between
 # a layer's eight kernels threads wait in a loop, for as long as Python takes to start the next one.
 _ALONE, _EACH = 2e-3, 250e-6
+# Of all layers, where threads are started once a step.
+_EACH_OF_A_STEP = 200e-6
 
 
 class CpuRunner(TorchRunner):
@@ -59,7 +61,7 @@ class CpuRunner(TorchRunner):
     ) -> None:
         super().__init__(model, pool, backend, seed=seed, clock=clock, num_scores=num_scores)
         if decoder is not None:
-            self.forward = functools.partial(decoder, backend=backend, pool=pool)
+            self.forward = make_forward(decoder, backend, pool)
         self._num_read = None if decoder is None else decoder.num_read
         self._num_scores = num_scores
         self._draw = draw_kernel(KINDS[model.spec.dtype])
@@ -90,6 +92,8 @@ class CpuRunner(TorchRunner):
         context = sum(entry.start + entry.num_new_tokens for entry in plan.scheduled)
         seconds = max(2 * num_weights * plan.num_new_tokens / _FLOPS, num_weights * spec.dtype.itemsize / _BYTES)
         seconds += context * spec.kv_bytes_per_token / layers / _BYTES
+        if isinstance(self.forward, CpuForward):
+            return max(1, min(most, int(layers * seconds / _EACH_OF_A_STEP)))
         return 1 if seconds < _ALONE else min(most, int(seconds / _EACH))
 
     def _experts_read(self) -> Tensor | None:

@@ -21,9 +21,9 @@ import torch
 
 from kvarena.engine.core import Engine, StepOutput, run_to_completion
 from kvarena.engine.errors import KvarenaError
-from kvarena.engine.fusions.cpu_ops import CpuOps
 from kvarena.engine.models.sizes import ModelSizes
 from kvarena.engine.request import Request, SamplingParams
+from kvarena.engine.runner.cpu_forward import CpuForward
 from kvarena.experiments.building.build import build, build_engine
 from kvarena.experiments.building.parts import sizes_of
 from kvarena.experiments.building.shared import SharedParts
@@ -34,6 +34,7 @@ from kvarena.experiments.tools import tool_parser
 
 Tokens = list[list[int]]
 WAYS = {"kvarena": "fused", "kvarena on modules": "modules"}
+PARTS = {"decode": "attention", "merge": "attention", "prompt": "attention", "panel_product": "products"}  # by kernel
 ROWS, PROMPT_TOKENS, DECODE_STEPS = (1, 8, 32), 2048, 12
 
 
@@ -248,15 +249,19 @@ class Split:
         self._inner = [0.0]
 
     def watch(self, engine: Engine) -> None:
-        """Time the parts of an engine whose model runs as fused layers on a CPU; each call costs it about 1 us more."""
+        """Time the parts of an engine whose model runs as one program; each stage and part costs it some us more."""
         runner: Any = engine.runner
-        ops = runner.forward.func.ops
-        if not isinstance(ops, CpuOps):
-            raise KvarenaError("the split is of fused layers on a CPU; leave out runner.cpu and runner.fusions")
+        if not isinstance(runner.forward, CpuForward):
+            raise KvarenaError("the split is of fused layers in float32 on a CPU; leave out runner.cpu and fusions")
+        program = runner.forward.program
+        stages = [self._timed(PARTS.get(name, "kernels between products"), program.run) for name in program.names]
+
+        def run(threads: int, first: int, last: int) -> None:
+            for stage in range(first, last):
+                stages[stage](threads, stage, stage + 1)
+
+        program.run = run  # type: ignore[method-assign]
         parts = {
-            "attention": (runner.backend, ("attend",)),
-            "kernels between products": (ops, ("norm", "glu", "rope_store")),
-            "products": (ops, ("linear", "linear_residual")),
             "forward's rest": (runner, ("forward",)),
             "draw": (runner, ("_pick",)),
             "inputs": (runner, ("execute",)),
@@ -267,7 +272,7 @@ class Split:
                 setattr(owner, name, self._timed(part, getattr(owner, name)))
 
     def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        self.seconds[part] = 0.0
+        self.seconds.setdefault(part, 0.0)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self._inner.append(0.0)

@@ -141,7 +141,7 @@ def test_products_with_panels(width, depth):
     torch.manual_seed(0)
     weight = torch.randn(width, depth)
     held = Panels.of(weight, panels.WIDTH)
-    assert torch.equal(held.rows(torch.arange(width)), weight)
+    assert torch.equal(held(torch.arange(width)), weight)
     multiply, alone = panels.panel_kernel(), {}
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 21):
         x, y = torch.randn(21, depth, generator=torch.Generator().manual_seed(1))[:rows], torch.randn(rows, width)
