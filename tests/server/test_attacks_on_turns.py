@@ -21,6 +21,7 @@ from server_footprint import loop_is_not_held_up
 from server_harness import PATIENCE, RunningServer
 from test_bad_requests import CASES, CHAT, RAW
 
+COMPLETIONS = "/v1/completions"
 RESPONSES, MESSAGES, COUNT = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
 HELLO = [{"role": "user", "content": "Hello!"}]
 SCHEMA = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"], "additionalProperties": False}
@@ -133,6 +134,14 @@ MANY = {
     "parts of chats": (
         CHAT, b'{"messages": ', b'{"role": "user", "content": [' + b",".join([b'"a"'] * 16384) + b"]}", b"}",
     ),
+    "calls of turns": (
+        CHAT, b'{"messages": ', b'{"role": "assistant", "tool_calls": [' + b",".join([b"{}"] * 1024) + b"]}", b"}",
+    ),
+    "prompts": (COMPLETIONS, b'{"prompt": ', b'"a"', b"}"),
+    "stop strings": (COMPLETIONS, b'{"prompt": "x", "stop": ', b'"a"', b"}"),
+    "stop tokens": (COMPLETIONS, b'{"prompt": "x", "max_tokens": 0, "stop_token_ids": ', b"5", b"}"),
+    "allowed": (COMPLETIONS, b'{"prompt": "x", "allowed_token_ids": ', b"5", b"}"),
+    "choices": (COMPLETIONS, b'{"prompt": "x", "structured_outputs": {"choice": ', b'"a"', b"}}"),
     "calls": (CHAT, b'{"messages": [{"role": "assistant", "tool_calls": ', b"{}", b"}]}"),
     "functions": (RESPONSES, b'{"input": "x", "tools": ', b'{"type": "function", "name": "f"}', b"}"),
     "blocks": (MESSAGES, b'{"max_tokens": 1, "messages": [{"role": "user", "content": ', b'{"type": "text"}', b"}]}"),

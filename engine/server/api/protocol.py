@@ -16,7 +16,7 @@ MAX_TOOLS = 1024
 MAX_LOGIT_BIAS = 4096
 MAX_BAD_WORDS = 1024
 MAX_NAMED_TOKENS = 128  # of logprob_token_ids
-MAX_DETOKENIZED = 1 << 20
+MAX_TOKENS_LISTED = 1 << 20  # of any list of ids: more are refused before they are looked at
 
 Item = TypeVar("Item")
 # The first wrong item is the error: a body of millions of them must not hold the event loop up.
@@ -114,13 +114,13 @@ class SamplingFields(Open):
     max_tokens: int | None = Field(default=None, ge=0)
     min_tokens: int | None = Field(default=None, ge=0)
     stop: str | Items[str] | None = None
-    stop_token_ids: Items[TokenId] | None = None
+    stop_token_ids: Annotated[Items[TokenId], Field(max_length=MAX_TOKENS_LISTED)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     logit_bias: LogitBias | None = None
-    allowed_token_ids: Items[TokenId] | None = None
+    allowed_token_ids: Annotated[Items[TokenId], Field(max_length=MAX_TOKENS_LISTED)] | None = None
     bad_words: Annotated[Items[str], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: NumLogprobs = Field(default=None, ge=-1)
     logprob_token_ids: Annotated[Items[TokenId], Field(max_length=MAX_NAMED_TOKENS)] | None = None
@@ -208,8 +208,9 @@ def has_too_many_parts(contents: Iterable[Any]) -> bool:
 
 
 def _with_few_parts(given: Any) -> Any:
-    if isinstance(given, list) and has_too_many_parts(one.get("content") for one in given if isinstance(one, dict)):
-        raise ValueError(f"at most {MAX_MESSAGES} parts are allowed in all messages together")
+    turns = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+    if any(has_too_many_parts(one.get(key) for one in turns) for key in ("content", "tool_calls")):
+        raise ValueError(f"at most {MAX_MESSAGES} parts, or calls, are allowed in all messages together")
     return given
 
 
@@ -259,7 +260,7 @@ class DetokenizeRequest(Open):
     """`/detokenize`."""
 
     model: str | None = None
-    tokens: Items[TokenId] = Field(max_length=MAX_DETOKENIZED)
+    tokens: Items[TokenId] = Field(max_length=MAX_TOKENS_LISTED)
     skip_special_tokens: bool | None = None
 
 
