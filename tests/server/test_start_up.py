@@ -89,6 +89,17 @@ def test_47_a_wrong_setting_is_one_line(flags, words):
     assert "Traceback" not in done.stderr + done.stdout
 
 
+def test_47_a_web_framework_that_lacks_a_package_of_its_own_is_one_line(tmp_path):
+    (tmp_path / "starlette.py").write_text("raise ModuleNotFoundError(\"No module named 'half'\", name='half')\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "kvarena", "serve", "models/demo", "--port", "0"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(errors) == 1, done.stderr
+    assert "No module named 'half'" in errors[0] and "kvarena[serve]" in errors[0]
+    assert "Traceback" not in done.stderr + done.stdout
+
+
 def test_47_a_port_in_use_is_one_line(server):
     done = warm.run(["-m", "kvarena", "serve", "--port", str(server.port)], ROOT)
     assert done.returncode == 2

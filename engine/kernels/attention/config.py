@@ -108,9 +108,9 @@ def decode_config(head_dim: int, element_size: int, num_rows: int) -> DecodeConf
 
 # Where the CUDA kernel decodes from some rows on (`stream_decode.FEWEST_ROWS`), the Triton kernel is faster again from
 # so many rows on, by a word of the card's name; a card that is not here: never.
-# H200 (copy 4.24 TB/s, 2026-12-01, commit 1eecd0c, 8B heads, blocks of 16; `kvarena benchmark kernels --only rows`), us,
-# CUDA / Triton: 32 x 1,024 32.8 / 35.0, 64 x 1,024 67.2 / 65.8, 256 x 1,024 258 / 242; 32 x 8,192 255 / 244, 64 x 8,192
-# 510 / 473, 256 x 8,192 2,016 / 1,863. Between 32 and 64 rows the contexts decide, so they stay with the CUDA kernel; so
+# H200 (copy 4.24 TB/s, 2026-12-01, commit 1eecd0c, 8B heads, blocks of 16; `kvarena benchmark kernels --only rows`),
+# us, CUDA / Triton: 32 x 1,024 32.8 / 35.0, 64 x 1,024 67.2 / 65.8, 256 x 1,024 258 / 242; 32 x 8,192 255 / 244, 64 x
+# 8,192 510 / 473, 256 x 8,192 2,016 / 1,863. Between 32 and 64 rows contexts decide: they stay with the CUDA kernel. So
 # does the H100, where it was faster.
 TRITON_FROM = {"H200": 64}
 

@@ -48,8 +48,16 @@ Sockets = tuple[socket.socket, socket.socket]
 
 def _run_front(*args: Any) -> None:
     """A front process's main function. The web framework is imported there alone: the engine starts without it."""
-    with importing():
-        from kvarena.engine.server.processes.front import Front
+    try:
+        with importing():
+            from kvarena.engine.server.processes.front import Front
+    except ImportError as error:
+        if (error.name or "").startswith("kvarena."):
+            raise
+        sys.exit(
+            f"error: front {args[0]} cannot start, for {sys.executable} lacks what its packages need ({error}); "
+            "install kvarena[serve] with all that it brings: python -m pip install 'kvarena[serve]'"
+        )
     Front(*args).main()
 
 
