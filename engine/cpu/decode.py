@@ -14,9 +14,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import literally, njit
 
-from kvarena.engine.cpu.blocks import TOKENS, add_scaled, dots, dots_of_tokens, max_of
+from kvarena.engine.cpu.blocks import TOKENS, add_weighted, dots, dots_of_tokens, max_of, weigh
 from kvarena.engine.cpu.compiler import FAST, Kernel, kernel, num_threads, thread_id
 from kvarena.engine.cpu.simd import F32, F64, I32, I64, LANES, exp, narrow, pointer, pointer_at, tanh, widen
 
@@ -30,8 +30,9 @@ def scratch_words(num_heads: int, head_dim: int, threads: int, num_chunks: int) 
 
 
 def _thread_words(num_heads: int, head_dim: int) -> int:
-    # Queries and sums of all heads, their maxima and denominators, a tile's scores, and its offsets (8 bytes each).
-    return (2 * num_heads * (head_dim + 1) + num_heads * TILE + 2 * TILE + 15) // 16 * 16
+    # Queries and sums of all heads, their maxima, denominators and factors, a tile's scores; two tiles' offsets, of 8
+    # bytes each.
+    return (num_heads * (2 * head_dim + 3 + TILE) + num_heads % 2 + 4 * TILE + 15) // 16 * 16
 
 
 _own_words = njit(error_model="numpy")(_thread_words)
@@ -70,24 +71,127 @@ def find_slot(table: Any, start: Any, position: Any, block_size: Any, contiguous
 def find_slots(
     offsets: Any, table: Any, start: Any, first: Any, n: Any, block_size: Any, contiguous: Any, size: Any
 ) -> None:
-    """Elements before the keys of positions `first` to `first + n`, `size` a slot; a division a tile, not a token."""
+    """Elements before the keys of positions `first` to `first + n`, `size` a slot; the last one's up to TILE."""
     slot = find_slot(table, start, first, block_size, contiguous)
     block = first // block_size
     left = n if contiguous else block_size - (first - block * block_size)  # of the block
-    for t in range(n):
-        if left == 0:
+    done = np.int64(0)
+    while done < n:
+        count = min(left, n - done)
+        for t in range(count):
+            offsets[done + t] = (slot + t) * size
+        done += count
+        if done < n:
             block += 1
-            slot = np.int64(table[start + block]) * block_size
-            left = block_size
-        offsets[t] = slot * size
-        slot += 1
-        left -= 1
+            slot, left = np.int64(table[start + block]) * block_size, block_size
+    for t in range(n, TILE):
+        offsets[t] = offsets[n - 1]
 
 
 @njit(error_model="numpy")
 def _num_chunks(length: Any, window: Any) -> Any:
     seen = min(length, window) if window > 0 else length
     return (seen + CHUNK - 1) // CHUNK
+
+
+@njit(error_model="numpy")
+def _chunk_at(seq_lens: Any, rows: Any, i: Any, chunk: Any, window: Any) -> Any:
+    """A chunk of the row number `i`: its request, its first position, the one behind its last, how many there are."""
+    row = rows[i]
+    end = np.int64(seq_lens[row])
+    begin = max(end - window, 0) if window > 0 else np.int64(0)
+    first = begin + chunk * CHUNK
+    return np.int64(row), first, min(first + CHUNK, end), _num_chunks(end, window)
+
+
+@njit(error_model="numpy")
+def _begin(query: Any, sums: Any, stats: Any, q: Any, scale: Any, heads: Any, dim: Any) -> None:
+    """A token's queries, scaled, and nothing read of its context yet."""
+    for j in range(heads * dim):
+        query[j] = widen(q[j]) * scale
+        sums[j] = _ZERO
+    for j in range(heads):
+        stats[2 * j] = _LOWEST
+        stats[2 * j + 1] = _ZERO
+
+
+@njit(error_model="numpy")
+def _score(
+    scores: Any,
+    query: Any,
+    keys: Any,
+    offsets: Any,
+    n: Any,
+    ahead: Any,
+    kv_heads: Any,
+    dim: Any,
+    per_kv: Any,
+    lanes: Any,
+) -> None:
+    """Scores of a tile's `n` tokens, -inf behind them; meanwhile the caches get the same tokens' part of `ahead`."""
+    dim, per_kv, lanes = literally(dim), literally(per_kv), literally(lanes)
+    if lanes < dim or lanes == LANES:
+        for t in range(0, n, TOKENS):
+            for h in range(kv_heads):
+                into = pointer_at(scores, h * per_kv * TILE + t)
+                dots_of_tokens(
+                    pointer_at(query, h * per_kv * dim), pointer_at(keys, h * dim), pointer_at(offsets, t), into, TILE,
+                    pointer_at(ahead, h * dim), dim, per_kv, lanes,
+                )  # fmt: skip
+    else:
+        for t in range(n):
+            for h in range(kv_heads):
+                into = pointer_at(scores, h * per_kv * TILE + t)
+                dots(
+                    pointer_at(query, h * per_kv * dim), pointer_at(keys, offsets[t] + h * dim), into, TILE, dim, per_kv
+                )
+    if n < TILE:
+        for j in range(kv_heads * per_kv):
+            for t in range(n, TILE):
+                scores[j * TILE + t] = _LOWEST
+
+
+@njit(error_model="numpy")
+def _weigh(scores: Any, stats: Any, factors: Any, n: Any, heads: Any, softcap: Any) -> None:
+    """Scores to weights, for all heads; `factors`: on what was summed up before."""
+    for j in range(heads):
+        line = pointer_at(scores, j * TILE)
+        if softcap > _ZERO:
+            for t in range(n):
+                line[t] = softcap * tanh(line[t] / softcap)
+        top, weight = weigh(line, stats[2 * j], TILE, LANES)
+        factor = exp(stats[2 * j] - top)
+        stats[2 * j] = top
+        stats[2 * j + 1] = stats[2 * j + 1] * factor + weight
+        factors[j] = factor
+
+
+@njit(error_model="numpy")
+def _gather(
+    sums: Any, values: Any, offsets: Any, n: Any, scores: Any, factors: Any, ahead: Any, ahead_offsets: Any,
+    kv_heads: Any, dim: Any, per_kv: Any, lanes: Any,
+) -> None:  # fmt: skip
+    """Add a tile's weighted values; meanwhile the caches get the next tile's keys."""
+    dim, per_kv, lanes = literally(dim), literally(per_kv), literally(lanes)
+    whole = (n + TOKENS - 1) // TOKENS * TOKENS
+    for h in range(kv_heads):
+        first = h * per_kv
+        weights = pointer_at(scores, first * TILE)
+        add_weighted(
+            pointer_at(sums, first * dim), pointer_at(values, h * dim), offsets, whole, weights, TILE,
+            pointer_at(factors, first), pointer_at(ahead, h * dim), ahead_offsets, dim, per_kv, lanes,
+        )  # fmt: skip
+
+
+@njit(error_model="numpy")
+def _finish(out: Any, sums: Any, stats: Any, sinks: Any, has_sinks: Any, heads: Any, dim: Any) -> None:
+    """A token's output."""
+    for j in range(heads):
+        denominator = stats[2 * j + 1]
+        if has_sinks:
+            denominator += np.float32(np.exp(sinks[j] - stats[2 * j]))
+        for d in range(dim):
+            out[j * dim + d] = narrow(sums[j * dim + d] / denominator, out[0])
 
 
 @cache
@@ -115,7 +219,6 @@ def decode_kernel(head_dim: int, group: int, q_kind: int, kv_kind: int) -> Kerne
     dim, per_kv = int(head_dim), int(group)
     q_type, kv_type = int(q_kind), int(kv_kind)
     lanes = LANES if dim % LANES == 0 else dim
-    folds = lanes == LANES
 
     @kernel("17q2d")
     def decode(args):  # type: ignore[no-untyped-def]
@@ -132,110 +235,62 @@ def decode_kernel(head_dim: int, group: int, q_kind: int, kv_kind: int) -> Kerne
         scale, softcap = np.float32(reals[0]), np.float32(reals[1])
         team, me = np.int64(num_threads()), np.int64(thread_id())
         heads = kv_heads * per_kv
-        own = _own_words(heads, dim)
+        own, size, part_words = _own_words(heads, dim), kv_heads * dim, heads * (dim + 2)
         query = pointer(a[15] + 4 * own * me, F32)
-        sums = pointer(a[15] + 4 * (own * me + heads * dim), F32)
-        stats = pointer(a[15] + 4 * (own * me + 2 * heads * dim), F32)
-        scores = pointer(a[15] + 4 * (own * me + 2 * heads * (dim + 1)), F32)
-        offsets = pointer(a[15] + 4 * (own * me + 2 * heads * (dim + 1) + heads * TILE), I64)
+        sums = pointer_at(query, heads * dim)
+        stats = pointer_at(sums, heads * dim)
+        factors = pointer_at(stats, 2 * heads)
+        scores = pointer_at(factors, heads)
+        here = pointer(a[15] + 4 * (own * me + heads * (2 * dim + 3 + TILE) + heads % 2), I64)
+        ahead = pointer_at(here, TILE)
         parts = pointer(a[15] + 4 * own * team, F32)
-        part_words = heads * (dim + 2)
 
         total = np.int64(0)
         for i in range(num_rows):
             length = np.int64(seq_lens[rows[i]])
             total += min(length, window) if window > 0 else length
-        done, part = np.int64(0), np.int64(0)
-        for i in range(num_rows):
-            row = rows[i]
-            end = np.int64(seq_lens[row])
-            begin = max(end - window, 0) if window > 0 else np.int64(0)
-            num_chunks = _num_chunks(end, window)
-            for chunk in range(num_chunks):
-                first = begin + chunk * CHUNK
-                last = min(first + CHUNK, end)
-                owner = done * team // total
-                done += last - first
-                if owner == me:
-                    token = np.int64(query_loc[row])
+        i, chunk, done, part = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
+        is_first = True
+        while i < num_rows:
+            row, first, last, count = _chunk_at(seq_lens, rows, i, chunk, window)
+            mine = done * team // total == me
+            done += last - first
+            chunk += 1
+            if chunk == count:
+                i, chunk = i + 1, np.int64(0)
+            if mine:
+                token = np.int64(query_loc[row])
+                _begin(query, sums, stats, pointer_at(q, token * q_stride), scale, heads, dim)
+                at = first
+                while at < last:
+                    n = min(TILE, last - at)
+                    if is_first:
+                        find_slots(here, table, row * width, at, n, block_size, contiguous, size)
+                        is_first = False
+                    if at + n < last:
+                        find_slots(
+                            ahead, table, row * width, at + n, min(TILE, last - at - n), block_size, contiguous, size
+                        )
+                    elif i < num_rows:
+                        other, start, end, _ = _chunk_at(seq_lens, rows, i, chunk, window)
+                        find_slots(
+                            ahead, table, other * width, start, min(TILE, end - start), block_size, contiguous, size
+                        )
+                    _score(scores, query, keys, here, n, values, kv_heads, dim, per_kv, lanes)
+                    _weigh(scores, stats, factors, n, heads, softcap)
+                    _gather(sums, values, here, n, scores, factors, keys, ahead, kv_heads, dim, per_kv, lanes)
+                    here, ahead = ahead, here
+                    at += n
+                if count == 1:
+                    _finish(pointer_at(out, token * heads * dim), sums, stats, sinks, a[14] != 0, heads, dim)
+                else:
+                    into = pointer_at(parts, part * part_words)
                     for j in range(heads * dim):
-                        query[j] = widen(q[token * q_stride + j]) * scale
-                        sums[j] = _ZERO
-                    for j in range(heads):
-                        stats[2 * j] = _LOWEST
-                        stats[2 * j + 1] = _ZERO
-                    at = first
-                    while at < last:
-                        n = min(TILE, last - at)
-                        find_slots(offsets, table, row * width, at, n, block_size, contiguous, kv_heads * dim)
-                        if folds:
-                            # The last ones again, so that there are TOKENS of them; their scores are not looked at.
-                            for t in range(n, -n // TOKENS * -TOKENS):
-                                offsets[t] = offsets[n - 1]
-                            for t in range(0, n, TOKENS):
-                                for h in range(kv_heads):
-                                    into = pointer_at(scores, h * per_kv * TILE + t)
-                                    dots_of_tokens(
-                                        pointer_at(query, h * per_kv * dim), pointer_at(keys, h * dim),
-                                        pointer_at(offsets, t), into, TILE, dim, per_kv, lanes,
-                                    )  # fmt: skip
-                        else:
-                            for t in range(n):
-                                for h in range(kv_heads):
-                                    into = pointer_at(scores, h * per_kv * TILE + t)
-                                    at_k = pointer_at(keys, offsets[t] + h * dim)
-                                    dots(pointer_at(query, h * per_kv * dim), at_k, into, TILE, dim, per_kv)
-                        for j in range(heads):
-                            top, weight, factor = softmax_tile(pointer_at(scores, j * TILE), n, stats[2 * j], softcap)
-                            stats[2 * j] = top
-                            stats[2 * j + 1] = stats[2 * j + 1] * factor + weight
-                            if factor != _ONE:
-                                for d in range(dim):
-                                    sums[j * dim + d] *= factor
-                        t = np.int64(0)
-                        while t + 4 <= n:
-                            for h in range(kv_heads):
-                                add_scaled(
-                                    pointer_at(sums, h * per_kv * dim),
-                                    pointer_at(values, h * dim),
-                                    pointer_at(offsets, t),
-                                    pointer_at(scores, h * per_kv * TILE + t),
-                                    TILE,
-                                    dim,
-                                    per_kv,
-                                    4,
-                                )
-                            t += 4
-                        while t < n:
-                            for h in range(kv_heads):
-                                add_scaled(
-                                    pointer_at(sums, h * per_kv * dim),
-                                    pointer_at(values, h * dim),
-                                    pointer_at(offsets, t),
-                                    pointer_at(scores, h * per_kv * TILE + t),
-                                    TILE,
-                                    dim,
-                                    per_kv,
-                                    1,
-                                )
-                            t += 1
-                        at += n
-                    if num_chunks == 1:
-                        for j in range(heads):
-                            denominator = stats[2 * j + 1]
-                            if a[14] != 0:
-                                denominator += np.float32(np.exp(sinks[j] - stats[2 * j]))
-                            place = pointer_at(out, (token * heads + j) * dim)
-                            for d in range(dim):
-                                place[d] = narrow(sums[j * dim + d] / denominator, place[0])
-                    else:
-                        into = pointer_at(parts, (part + chunk) * part_words)
-                        for j in range(heads * dim):
-                            into[j] = sums[j]
-                        for j in range(2 * heads):
-                            into[heads * dim + j] = stats[j]
-            if num_chunks > 1:
-                part += num_chunks
+                        into[j] = sums[j]
+                    for j in range(2 * heads):
+                        into[heads * dim + j] = stats[j]
+            if count > 1:
+                part += 1
 
     return decode
 

@@ -216,6 +216,29 @@ def exp(x: Any) -> Any:
     return from_bits(bits(p) + (bits(shifted) << _SHIFT))
 
 
+def exp_code(b: Any, x: Any, count: int) -> Any:
+    """While code is made: `exp` of a vector of `count`."""
+    flags, integers = ("contract",), ir.VectorType(_INT32, count)
+
+    def constant(value: Any) -> Any:
+        return ir.Constant(ir.VectorType(_FLOAT, count), [float(value)] * count)
+
+    def multiply_add(first: Any, second: Any, third: Any) -> Any:
+        return b.fadd(b.fmul(first, second, flags=flags), third, flags=flags)
+
+    x = b.select(b.fcmp_ordered("<", x, constant(_LEAST)), constant(_LEAST), x)
+    shifted = multiply_add(x, constant(_LOG2_E), constant(_ROUND))
+    n = b.fsub(shifted, constant(_ROUND), flags=flags)  # flags of its own keep it from being reordered away
+    r = multiply_add(n, constant(-_LN2_HIGH), x)
+    r = multiply_add(n, constant(-_LN2_LOW), r)
+    p = constant(_P0)
+    for factor in (_P1, _P2, _P3, _P4, _P5):
+        p = multiply_add(p, r, constant(factor))
+    p = b.fadd(multiply_add(b.fmul(p, r, flags=flags), r, r), constant(_ONE), flags=flags)
+    power = b.shl(b.bitcast(shifted, integers), ir.Constant(integers, [int(_SHIFT)] * count))
+    return b.bitcast(b.add(b.bitcast(p, integers), power), ir.VectorType(_FLOAT, count))
+
+
 @njit(error_model="numpy", fastmath={"contract"})
 def tanh(x: Any) -> Any:
     """tanh(x) in float32, to 1e-7."""

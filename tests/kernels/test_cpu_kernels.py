@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from kvarena.engine.cpu import panels, product, simd
+from kvarena.engine.cpu.blocks import weigh
 from kvarena.engine.cpu.compiler import kernel
 from kvarena.engine.cpu.draw import draw_kernel
-from kvarena.engine.cpu.simd import BF16, F16, F32, I64, KINDS, exp, narrow, pointer, tanh, widen
+from kvarena.engine.cpu.simd import BF16, F16, F32, I64, KINDS, LANES, exp, narrow, pointer, tanh, widen
 from kvarena.engine.fusions import cpu_ops
 from kvarena.engine.fusions.cpu_ops import CpuOps
 from kvarena.engine.fusions.ops import Angles, HeadNorms, Heads, Linear, Norm, TorchOps
@@ -51,6 +52,13 @@ def functions(args):
         out[a[2] + i] = tanh(x[i])
 
 
+@kernel("2q")
+def weighed(args):
+    a = pointer(args, I64)
+    x, out = pointer(a[0], F32), pointer(a[1], F32)
+    out[0], out[1] = weigh(x, out[0], 64, LANES)
+
+
 @pytest.mark.parametrize("has_half", [True, False])
 def test_sixteen_bit_floats_are_widened_and_rounded_as_torch_does(has_half, monkeypatch):
     raw = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
@@ -85,6 +93,27 @@ def test_exponentials_are_good_to_rounding():
     functions(1, special.data_ptr(), out.data_ptr(), 2)
     assert out.view(-1)[0].isnan()
     assert out.view(-1)[1] < 1e-37
+
+
+@pytest.mark.parametrize("before", [-torch.inf, -60.0, 4.0])
+def test_weights_of_a_tile(before):
+    """Against float64, with scores that are left out (-inf), far below the largest, and NaN."""
+    scores = torch.linspace(-80, 3, 64).roll(17)
+    scores[40:] = -torch.inf
+    scores[7] = -90.0
+    top = max(before, scores.max().item())
+    expected = (scores - top).double().exp()
+    out, weights = torch.tensor([before, 0.0]), scores.clone()
+    weighed(1, weights.data_ptr(), out.data_ptr())
+    assert out[0] == top
+    assert (weights[40:] == 0).all()
+    torch.testing.assert_close(weights.double(), expected, rtol=5e-7, atol=1e-37)
+    torch.testing.assert_close(out[1].double(), expected.sum(), rtol=5e-7, atol=0)
+    scores[3] = torch.nan
+    weighed(1, scores.data_ptr(), out.data_ptr())
+    assert scores[3].isnan()
+    assert out[1].isnan()
+    assert out[0] == top
 
 
 @pytest.mark.parametrize("dtype", KINDS)
