@@ -66,6 +66,14 @@ class ModelSpec:
         return max((w for w in self.windows if w is not None), default=None) if None not in self.windows else None
 
     @property
+    def active_parameters(self) -> int:
+        """Weights that one token is multiplied by: of the experts of a layer those that it takes."""
+        if self.experts is None:
+            return self.num_parameters
+        idle = self.experts.num_experts - self.experts.top_k
+        return self.num_parameters - self.experts.num_layers * idle * self.experts.num_weights
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one slot: keys and values of one token in every layer."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize

@@ -43,9 +43,9 @@ MAX_TOKENS = 2048
 FEW_ROWS = 8
 
 
-def graph_tokens(num_parameters: int) -> int:
-    """Most new tokens of a mixed step that is worth a graph, for a model of that many parameters."""
-    return min(MAX_TOKENS, int(HOST_BOUND_OPERATIONS / (2 * num_parameters)))
+def graph_tokens(active_parameters: int) -> int:
+    """Most new tokens of a mixed step that is worth a graph, for a model with so many weights for each token."""
+    return min(MAX_TOKENS, int(HOST_BOUND_OPERATIONS / (2 * active_parameters)))
 
 
 def decode_buckets(most: int) -> list[int]:

@@ -108,7 +108,7 @@ def make_runner(
     mixed = graphs and config.graphs != "decode"
     runner = _fused_runner(
         model, pool, backend, decoder, seed=seed, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
-        graphs=graphs, mixed_tokens=graph_tokens(model.spec.num_parameters) if mixed else 0, clock=clock,
+        graphs=graphs, mixed_tokens=graph_tokens(model.spec.active_parameters) if mixed else 0, clock=clock,
         num_scores=num_scores, shares=shares,
     )  # fmt: skip
     if reducer is not None:

@@ -163,9 +163,9 @@ def seeds(cells: Sequence[CalibrationCell]) -> list[int]:
     return found
 
 
-def warm_up_lengths(num_parameters: int, longest: int) -> list[int]:
+def warm_up_lengths(active_parameters: int, longest: int) -> list[int]:
     """Prompt lengths, in tokens, from where graphs end to `longest`: close together at first, then by a factor."""
-    lengths = list(range(graph_tokens(num_parameters) + 1, min(2048, longest), STRIDE))
+    lengths = list(range(graph_tokens(active_parameters) + 1, min(2048, longest), STRIDE))
     length = 2048.0
     while length < longest:
         lengths.append(int(length))

@@ -104,7 +104,7 @@ class RecordStudy:
         config = cells.config(settings)
         spec, context = sizes_of(config).spec, config.engine.max_model_len
         longest = max(32, round(((spec.max_model_len if context is None else context) - 1) * self._share))
-        alone = [(length, 1) for length in warm_up_lengths(spec.num_parameters, longest)]
+        alone = [(length, 1) for length in warm_up_lengths(spec.active_parameters, longest)]
         mixed = [(min(40 + 97 * i, longest - 24), max(2, round(24 * self._share))) for i in range(64)]
         if alone:
             rehearse(cells, [*settings, "arrival=closed_loop", "arrival.num_users=1"], alone, longest)

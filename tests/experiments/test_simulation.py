@@ -243,6 +243,8 @@ def test_experts_are_read_as_far_as_tokens_take_them(model, parameters, active):
     spec, step_time = sizes.spec, card.step_time(sizes_of(model), 16)
     experts = spec.experts
     assert spec.num_parameters == pytest.approx(parameters, rel=0.01)
+    # What bounds a graph's tokens, too: 465 of the Mixtral shape, where all its weights would leave 128.
+    assert spec.active_parameters == pytest.approx(active, rel=0.02)
     rate = 4.8e12 * card.bandwidth_efficiency
 
     def read(num_tokens):

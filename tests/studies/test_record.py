@@ -184,9 +184,9 @@ def test_the_cells_are_those_of_the_recordings(index):
 
 
 def test_the_warm_up_begins_where_graphs_end():
-    lengths = warm_up_lengths(num_parameters=8_000_000_000, longest=32767)
+    lengths = warm_up_lengths(active_parameters=8_000_000_000, longest=32767)
     assert lengths == sorted(lengths)
     assert 750 <= lengths[0] + 16 <= 768
     assert lengths[-1] > 28_000
     assert {length % 16 for length in lengths} == {0, 7}
-    assert warm_up_lengths(num_parameters=600_000_000, longest=2047) == []
+    assert warm_up_lengths(active_parameters=600_000_000, longest=2047) == []
