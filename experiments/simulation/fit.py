@@ -43,6 +43,7 @@ KNOTS = np.array(
     [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768]
 )
 MIN_STEPS = 20  # to fit a phase
+REPLAYS = 5  # steps with prompts that replay a graph, or do not, for a group to be told
 KNOT_STEPS = 8  # to keep a knot
 HUBER = 3.0  # robust standard deviations
 FILLS = (0, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # tried as `fill_queries`
@@ -213,7 +214,7 @@ def fit_profile(runs: Sequence[RecordedRun]) -> Fit:
     if len(model) != 1:
         raise ConfigError(f"runs of one model, with or without overlap, make one profile; these are of {sorted(model)}")
     [(name, kv_bytes, overlap)] = model
-    most = _most_launch_tokens(pooled([samples(run) for run in runs])) if overlap else 0.0
+    most = most_launch_tokens(pooled([samples(run) for run in runs])) if overlap else 0.0
     decode, _ = _fit_device(pooled([samples(run, most) for run in runs]).timed(), name)
     steps = pooled([samples(run, most, decode) for run in runs])
     decode, prefill = _fit_device(steps.timed(), name)
@@ -309,17 +310,22 @@ def _fit_host(steps: Samples, max_launch_tokens: float | None = None) -> HostTim
     )  # fmt: skip
 
 
-def _most_launch_tokens(steps: Samples) -> float:
+def most_launch_tokens(steps: Samples) -> float:
     """The tokens up to which steps with prompts replay a graph.
 
     They are told apart where the logarithms of their launch times have the largest variance between the two groups.
+    Replays are faster, and no group is smaller than REPLAYS: a step that captures its graph, or compiles, takes longer
+    than all of them. 0 where there are no two such groups: then none is known to replay.
     """
     prompts = steps.take(~steps.only_decode)
     order = np.argsort(prompts.num_tokens, kind="stable")
     tokens, log = prompts.num_tokens[order], np.log(np.maximum(prompts.launch[order], 1e-6))
     left = np.arange(1, len(log))
-    between = (np.cumsum(log)[:-1] - left * log.mean()) ** 2 / (left * (len(log) - left))
-    return float(tokens[int(np.argmax(np.where(tokens[:-1] < tokens[1:], between, -1.0)))])
+    right = len(log) - left
+    below = np.cumsum(log)[:-1]
+    between = (below - left * log.mean()) ** 2 / (left * right)
+    is_split = (tokens[:-1] < tokens[1:]) & (np.minimum(left, right) >= REPLAYS) & (below / left < log.mean())
+    return float(tokens[int(np.argmax(np.where(is_split, between, -1.0)))]) if is_split.any() else 0.0
 
 
 def _fit_launch(steps: Samples, max_launch_tokens: float) -> dict[str, float]:

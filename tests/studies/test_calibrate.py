@@ -12,7 +12,7 @@ from kvarena.engine.models.sizes import model_sizes
 from kvarena.experiments.jobs.job import execute
 from kvarena.experiments.recording.step_features import StepFeatures
 from kvarena.experiments.settings.compose import compose_cell, load_config
-from kvarena.experiments.simulation.fit import fit_profile, predict, samples
+from kvarena.experiments.simulation.fit import Samples, fit_profile, most_launch_tokens, predict, samples
 from kvarena.experiments.simulation.profiles import load_profile, write_profile
 from kvarena.experiments.simulation.recorded import RecordedRun
 from kvarena.experiments.simulation.recordings import write_recording
@@ -122,6 +122,19 @@ host:
   {{after: 2.0e-4, launch_decode: 5.0e-4, launch_prefill: 8.0e-4, launch_eager: 9.0e-3,
    max_launch_tokens: 373}}
 """
+
+
+@pytest.mark.parametrize(("launches", "most"), (
+    ([0.387, *[0.027] * 30], 0.0),  # one that compiled, then eager ones alone
+    ([0.003] * 8 + [0.3] + [0.027] * 30, 108.0),
+))  # fmt: skip
+def test_replays_are_told_by_groups_that_are_faster(launches, most):
+    count = len(launches)
+    features = np.zeros((count, 8))
+    features[:, 0], features[:, 5] = np.arange(101, 101 + count), 1
+    nothing = np.zeros(count)
+    steps = Samples(features, nothing, np.array(launches), nothing, nothing, nothing, nothing)
+    assert most_launch_tokens(steps) == most
 
 
 def test_launches_that_the_device_does_not_hide_are_found_again(tmp_path: Path):
