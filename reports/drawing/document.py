@@ -157,10 +157,12 @@ def commands(*lines: Sequence[str] | None) -> list[str]:
     return [shlex.join(words) for words in lines if words]
 
 
-@cache
-def _environment() -> Environment:
+@cache  # with the templates that it has compiled
+def _environment(*, autoescape: bool) -> Environment:
     loader = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=loader, undefined=StrictUndefined, autoescape=autoescape, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["breaks"] = lambda text: escape(text).replace(",", Markup(",<wbr>"))  # where a line may end
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
     return environment
@@ -168,7 +170,7 @@ def _environment() -> Environment:
 
 def render_html(document: Document) -> str:
     """One self-contained HTML page."""
-    template = _environment().overlay(autoescape=True).get_template("report.html.j2")
+    template = _environment(autoescape=True).get_template("report.html.j2")
     style = Markup((Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8"))
     copy = Markup((Path(__file__).parent / "templates" / "copy.js").read_text(encoding="utf-8"))
     return template.render(doc=document, style=style, copy=copy, labelled=labelled)
@@ -188,4 +190,4 @@ def labelled(picture: Picture) -> Markup:
 
 def render_markdown(document: Document) -> str:
     """The same report as Markdown; figures are links to figures/*.png."""
-    return _environment().get_template("report.md.j2").render(doc=document)
+    return _environment(autoescape=False).get_template("report.md.j2").render(doc=document)

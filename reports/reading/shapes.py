@@ -7,9 +7,12 @@ keys; others are let be). A key of `maybe` may hold null, and be missing.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 WORDS = {str: "text", dict: "an object", list: "a list", type(None): "null"}
 # By pydantic's name of the error.
@@ -17,6 +20,8 @@ EXPECTED = {
     "string_type": "text", "float_type": "number", "int_type": "integer", "bool_type": "true or false",
     "dict_type": "an object", "list_type": "a list", "value_error": "a date and time as of ISO 8601",
 }  # fmt: skip
+
+_adapters: dict[int, tuple[TypeAdapter[Any], Any]] = {}  # a sweep's report reads many files of a few shapes
 
 
 def typed(shape: Any) -> Any:
@@ -48,10 +53,10 @@ def mismatch(value: Any, shape: Any, where: str = "") -> str | None:
         shape: see the module.
         where: keys to here, with dots.
     """
-    from pydantic import TypeAdapter, ValidationError  # late: who only starts a process reads no file
+    from pydantic import ValidationError  # late: who only starts a process reads no file
 
     try:
-        TypeAdapter(typed(shape)).validate_python(value, strict=True)
+        _adapter(shape).validate_python(value, strict=True)
     except ValidationError as error:
         found = error.errors(include_url=False)
     else:
@@ -64,6 +69,14 @@ def mismatch(value: Any, shape: Any, where: str = "") -> str | None:
     if kind in EXPECTED:
         return f"{_place(where, keys)} is {_word(first['input'])}, not {EXPECTED[kind]}"
     return f"{_place(where, keys)}: {first['msg']}"
+
+
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    if id(shape) not in _adapters:
+        _adapters[id(shape)] = TypeAdapter(typed(shape)), shape  # while it lives, no other one has its id
+    return _adapters[id(shape)][0]
 
 
 def _place(where: str, keys: tuple[int | str, ...]) -> str:
