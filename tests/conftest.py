@@ -35,12 +35,14 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Figures and probes only where a test looks at them (sparing.py).
 
-    Before it measures, a run looks for garbage and sets the rest aside, and afterwards takes all back: a quarter of
-    a second for each cell, against pauses that no test measures.
+    Before it measures, a run looks for garbage and sets the rest aside, and afterwards takes all back; who lets go of
+    a model looks for garbage, too: a quarter of a second each time, against pauses that no test measures and memory
+    that no small model needs.
     """
     sparing.set_for_test(
         is_drawn=item.get_closest_marker("drawn") is not None, is_probed=item.get_closest_marker("probed") is not None
     )
-    for name in ("engine_job", "replicas_job"):
-        if (job := sys.modules.get(f"kvarena.experiments.jobs.{name}")) is not None:
-            job.gc = _NO_COLLECTIONS
+    is_collected = item.get_closest_marker("collected") is not None
+    for name in ("jobs.engine_job", "jobs.replicas_job", "building.shared"):
+        if (module := sys.modules.get(f"kvarena.experiments.{name}")) is not None:
+            module.gc = gc if is_collected else _NO_COLLECTIONS

@@ -2,7 +2,8 @@
 
 A command's config is composed once, not first to look for `hydra.mode` in it, which no file of ours sets, and the same
 command's of later tests is a copy: 0.1 s each time. Of commands that choose the same files, which files these are and
-what they make together is found once.
+what they make together is found once. So is which of its functions Triton's interpreter replaces at each launch, and
+the certificates that no client here needs.
 
 Figures are made as ever, from the same data; what an own page shows of them is an empty picture. A test that looks at
 pictures has the marker `drawn`, one that looks at the probe `probed`. Both hold for the processes of warm.py, too.
@@ -16,7 +17,9 @@ import copy
 import dataclasses
 import gc
 import importlib
+import inspect
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 drawn = probed = False  # by the test that runs
 _originals: dict[str, Any] = {}
 _composed: dict[tuple[Any, ...], Any] = {}
+_builtins: dict[Any, list[str]] = {}
 
 
 def set_for_test(*, is_drawn: bool, is_probed: bool) -> None:
@@ -49,6 +53,8 @@ def set_for_test(*, is_drawn: bool, is_probed: bool) -> None:
     )
     _replace("hydra._internal.defaults_list", "_create_defaults_list", _choose_once, True)
     _replace("hydra._internal.hydra", "Hydra.get_mode", _mode, True)
+    _replace("triton.runtime.interpreter", "_patch_builtin", _patch_known, True)
+    _replace("httpx._transports.default", "create_ssl_context", _ssl_context_once, True)
 
 
 @contextlib.contextmanager
@@ -98,7 +104,7 @@ def _compose_once(
     if not from_shell or any("searchpath" in one for one in overrides) or not _is_ours(paths):
         return compose()
     key = (paths, config_name, *overrides, run_mode, validate_sweep_overrides, os.getcwd())
-    return copy.deepcopy(_kept(key, compose))
+    return pickle.loads(_kept(key, lambda: pickle.dumps(compose())))
 
 
 def _choose_once(repo: Any, config_name: str | None, overrides: Any, prepend_hydra: bool, skip_missing: bool) -> Any:
@@ -125,7 +131,28 @@ def _merge_once(self: Any, defaults: list[Any], repo: Any) -> Any:
 
     if not _is_ours(tuple(source.path for source in repo.get_sources())):
         return merge()
-    return copy.deepcopy(_kept(tuple(map(dataclasses.astuple, defaults)), merge))
+    return pickle.loads(_kept(tuple(map(dataclasses.astuple, defaults)), lambda: pickle.dumps(merge())))
+
+
+def _patch_known(package: Any, builder: Any, scope: Any) -> None:
+    """Which members of a package are Triton's own is looked up once, not for each launch."""
+    interpreter = sys.modules["triton.runtime.interpreter"]
+    is_builtin = interpreter.tl.core.is_builtin  # type: ignore[attr-defined]
+    if package not in _builtins:
+        _builtins[package] = [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+    for name in _builtins[package]:
+        if is_builtin(member := getattr(package, name)):
+            interpreter._patch_attr(package, name, member, builder, scope)  # type: ignore[attr-defined]
+
+
+def _ssl_context_once(verify: Any = True, cert: Any = None, trust_env: bool = True) -> Any:
+    """Certificates are read once, not for each client."""
+    make = _originals["create_ssl_context"]
+    if verify is not True or cert is not None or {"SSL_CERT_FILE", "SSL_CERT_DIR"} & set(os.environ):
+        return make(verify=verify, cert=cert, trust_env=trust_env)
+    if "ssl" not in _originals:
+        _originals["ssl"] = make(trust_env=trust_env)
+    return _originals["ssl"]
 
 
 def _kept(key: tuple[Any, ...], make: Any) -> Any:

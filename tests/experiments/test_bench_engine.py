@@ -178,6 +178,7 @@ def test_engines_of_one_setting_share_a_runner_whose_pool_is_full():
     assert runner_of(engines.build("runner.fusions=true")) is not runner_of(first)
 
 
+@pytest.mark.collected
 def test_a_runner_that_is_let_go_of_gives_its_pool_back():
     """Two pools at once would leave half of the card for the one that is measured."""
     engines = tiny()

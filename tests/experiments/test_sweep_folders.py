@@ -307,6 +307,7 @@ def test_a_sweep_that_recorded_nothing_is_no_error(sweep):
     assert len(done.runs) == 2
 
 
+@pytest.mark.collected
 def test_cells_of_a_sweep_share_model_and_runner_while_these_are_alike(sweep, monkeypatch):
     """A GPU's graphs are captured once for them; a cell of another pool has a runner of its own, on the same model."""
     models, made = [], []
