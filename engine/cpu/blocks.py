@@ -68,7 +68,7 @@ def dots_of_tokens(
         places = [at(b, args[1], start) for start in starts]
         for start in starts:
             for d in range(0, n, LINE // _SIZES[keys.dtype]):
-                prefetch(b, at(b, at(b, args[5], start), d))
+                prefetch(b, at(b, at(b, args[5], start), d), first_cache=True)
         for first in range(0, rows, at_once):
             queries = range(first, min(first + at_once, rows))
             sums = []
@@ -127,34 +127,50 @@ def max_of(typing: Any, x: Any, n: Any, start: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
+def top_of(typing: Any, s: Any, top: Any, count: Any, lanes: Any) -> Any:
+    """The largest of `top` and `count` scores, whole vectors of them; with NaN among them it or NaN."""
+    n, width = count.literal_value, lanes.literal_value
+
+    def larger(b: Any, first: Any, second: Any) -> Any:
+        return b.select(b.fcmp_ordered(">", first, second), first, second)
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        scores = [load_vector(b, at(b, args[0], i), types.float32, width) for i in range(0, n, width)]
+        best, half = _in_pairs(scores, lambda first, second: larger(b, first, second)), width // 2
+        while half:
+            lanes = ir.Constant(ir.VectorType(_INT32, width), [(lane + half) % width for lane in range(width)])
+            best = larger(b, best, b.shuffle_vector(best, best, lanes))
+            half //= 2
+        return larger(b, b.extract_element(best, ir.Constant(_INT32, 0)), args[1])
+
+    return types.float32(s, types.float32, count, lanes), generate
+
+
+@intrinsic(prefer_literal=True)
 def weigh(typing: Any, s: Any, top: Any, count: Any, lanes: Any) -> Any:
-    """Turn `count` scores, whole vectors of them, into weights exp(score - maximum) in place; -inf becomes 0.
+    """Turn `count` scores, whole vectors of them, into weights exp(score - top) in place; -inf becomes 0.
 
     Returns:
-        the maximum with `top`, and the weights' sum.
+        the weights' sum.
     """
     n, width = count.literal_value, lanes.literal_value
     vector = ir.VectorType(_FLOAT, width)
 
-    def reduced(b: Any, name: str, kinds: list[Any], args: list[Any]) -> Any:
-        function = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOAT, kinds), f"{name}.v{width}f32")
-        return b.call(function, args, fastmath=_FLAGS)
-
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        scores = [load_vector(b, at(b, args[0], i), types.float32, width) for i in range(0, n, width)]
-        best = _in_pairs(scores, lambda first, second: largest(b, first, second, width))
-        best = largest(b, reduced(b, "llvm.vector.reduce.fmax", [vector], [best]), args[1], None)
-        weights, lowest = [], ir.Constant(vector, [float("-inf")] * width)
-        for i, score in enumerate(scores):
-            weight = exp_code(b, b.fsub(score, splat(b, best, width)), width)
+        weights, lowest, top = [], ir.Constant(vector, [float("-inf")] * width), splat(b, args[1], width)
+        for i in range(0, n, width):
+            score = load_vector(b, at(b, args[0], i), types.float32, width)
+            weight = exp_code(b, b.fsub(score, top), width)
             weight = b.select(b.fcmp_ordered("==", score, lowest), ir.Constant(vector, [0.0] * width), weight)
-            b.store(weight, b.bitcast(at(b, args[0], i * width), vector.as_pointer()), align=4)
+            b.store(weight, b.bitcast(at(b, args[0], i), vector.as_pointer()), align=4)
             weights.append(weight)
         total = _in_pairs(weights, lambda first, second: b.fadd(first, second, flags=_FLAGS))
-        total = reduced(b, "llvm.vector.reduce.fadd", [_FLOAT, vector], [ir.Constant(_FLOAT, -0.0), total])
-        return cgutils.pack_array(b, [best, total])
+        add = cgutils.get_or_insert_function(
+            b.module, ir.FunctionType(_FLOAT, [_FLOAT, vector]), f"llvm.vector.reduce.fadd.v{width}f32"
+        )
+        return b.call(add, [ir.Constant(_FLOAT, -0.0), total], fastmath=_FLAGS)
 
-    return types.UniTuple(types.float32, 2)(s, types.float32, count, lanes), generate
+    return types.float32(s, types.float32, count, lanes), generate
 
 
 def _in_pairs(values: list[Any], join: Any) -> Any:
@@ -225,7 +241,7 @@ def _add_weighted(b: Any, args: Any, places: list[Any], kind: Any, size: int, wi
         if asks:
             line = at(b, ahead, b.load(at(b, ahead_offsets, token)))
             for d in range(0, size, LINE // _SIZES[kind]):
-                prefetch(b, at(b, line, d))
+                prefetch(b, at(b, line, d), first_cache=True)
         row = at(b, v, b.load(at(b, offsets, token)))
         values = {j: load_vector(b, at(b, row, j), kind, width) for j in sorted(columns)}
         factor = {i: splat(b, b.load(at(b, lines[i], token)), width) for i in sorted(rows)}

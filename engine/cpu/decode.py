@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numba import literally, njit
 
-from kvarena.engine.cpu.blocks import TOKENS, add_weighted, dots, dots_of_tokens, max_of, weigh
+from kvarena.engine.cpu.blocks import TOKENS, add_weighted, dots, dots_of_tokens, max_of, top_of, weigh
 from kvarena.engine.cpu.compiler import FAST, Kernel, kernel, num_threads, thread_id
 from kvarena.engine.cpu.simd import F32, F64, I32, I64, LANES, exp, narrow, pointer, pointer_at, tanh, widen
 
@@ -111,8 +111,8 @@ def _begin(query: Any, sums: Any, stats: Any, q: Any, scale: Any, heads: Any, di
         query[j] = widen(q[j]) * scale
         sums[j] = _ZERO
     for j in range(heads):
-        stats[2 * j] = _LOWEST
-        stats[2 * j + 1] = _ZERO
+        stats[j] = _LOWEST
+        stats[heads + j] = _ZERO
 
 
 @njit(error_model="numpy")
@@ -153,17 +153,21 @@ def _score(
 
 @njit(error_model="numpy")
 def _weigh(scores: Any, stats: Any, factors: Any, n: Any, heads: Any, softcap: Any) -> None:
-    """Scores to weights, for all heads; `factors`: on what was summed up before."""
-    for j in range(heads):
-        line = pointer_at(scores, j * TILE)
-        if softcap > _ZERO:
+    """Scores to weights, for all heads; `factors`: on what was summed up before. No head waits for another's."""
+    tops, totals = stats, pointer_at(stats, heads)
+    if softcap > _ZERO:
+        for j in range(heads):
             for t in range(n):
-                line[t] = softcap * tanh(line[t] / softcap)
-        top, weight = weigh(line, stats[2 * j], TILE, LANES)
-        factor = exp(stats[2 * j] - top)
-        stats[2 * j] = top
-        stats[2 * j + 1] = stats[2 * j + 1] * factor + weight
-        factors[j] = factor
+                scores[j * TILE + t] = softcap * tanh(scores[j * TILE + t] / softcap)
+    for j in range(heads):
+        top = top_of(pointer_at(scores, j * TILE), tops[j], TILE, LANES)
+        factors[j] = tops[j] - top
+        tops[j] = top
+    for j in range(heads):
+        factors[j] = exp(factors[j])
+        totals[j] *= factors[j]
+    for j in range(heads):
+        totals[j] += weigh(pointer_at(scores, j * TILE), tops[j], TILE, LANES)
 
 
 @njit(error_model="numpy")
@@ -187,9 +191,9 @@ def _gather(
 def _finish(out: Any, sums: Any, stats: Any, sinks: Any, has_sinks: Any, heads: Any, dim: Any) -> None:
     """A token's output."""
     for j in range(heads):
-        denominator = stats[2 * j + 1]
+        denominator = stats[heads + j]
         if has_sinks:
-            denominator += np.float32(np.exp(sinks[j] - stats[2 * j]))
+            denominator += np.float32(np.exp(sinks[j] - stats[j]))
         for d in range(dim):
             out[j * dim + d] = narrow(sums[j * dim + d] / denominator, out[0])
 
@@ -299,7 +303,7 @@ def decode_kernel(head_dim: int, group: int, q_kind: int, kv_kind: int) -> Kerne
 def merge_kernel(head_dim: int, group: int, q_kind: int) -> Kernel:
     """What follows the decode kernel, on the same arguments and as many threads: outputs of rows of several chunks.
 
-    Of a chunk there are sums [heads, dim], then each head's maximum and denominator.
+    Of a chunk there are sums [heads, dim], then the heads' maxima and their denominators.
     """
     dim, per_kv, q_type = int(head_dim), int(group), int(q_kind)
 
@@ -321,15 +325,15 @@ def merge_kernel(head_dim: int, group: int, q_kind: int) -> Kernel:
                 for j in range(heads):
                     top = _LOWEST
                     for chunk in range(count):
-                        value = parts[chunk * words + heads * dim + 2 * j]
+                        value = parts[chunk * words + heads * dim + j]
                         top = value if value > top else top
                     denominator = np.float32(np.exp(sinks[j] - top)) if a[14] != 0 else _ZERO
                     for d in range(dim):
                         sums[d] = _ZERO
                     for chunk in range(count):
                         part = pointer_at(parts, chunk * words)
-                        factor = exp(part[heads * dim + 2 * j] - top)
-                        denominator += factor * part[heads * dim + 2 * j + 1]
+                        factor = exp(part[heads * dim + j] - top)
+                        denominator += factor * part[heads * dim + heads + j]
                         for d in range(dim):
                             sums[d] += factor * part[j * dim + d]
                     place = pointer_at(out, (np.int64(query_loc[row]) * heads + j) * dim)

@@ -126,8 +126,8 @@ def splat(builder: Any, value: Any, count: int) -> Any:
     return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_INT32, count), [0] * count))
 
 
-def prefetch(b: Any, place: Any) -> None:
-    """While code is made: ask for the cache line of `place`, to be read soon."""
+def prefetch(b: Any, place: Any, *, first_cache: bool = False) -> None:
+    """While code is made: ask for the cache line of `place`, to be read soon; into the second cache, or the first."""
     kind = ir.IntType(8).as_pointer()
     function = cgutils.get_or_insert_function(
         b.module, ir.FunctionType(ir.VoidType(), [kind, *[_INT32] * 3]), "llvm.prefetch.p0"
