@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import pytest
 from test_import_rule import MODULES, ROOT, imported_modules
@@ -56,11 +57,16 @@ def modules_of(names: Iterable[str]) -> set[str]:
     return {MODULE_OF.get(name, name) for name in names}
 
 
+@cache
+def imports_of(module: str, late: bool) -> set[str]:
+    """All that a module imports; without `late` what its head does. Read once; not to be changed."""
+    tree = ast.parse(OURS[module].read_text())
+    return imported_modules(tree if late else ast.Module(list(head(tree)), []))
+
+
 def foreign(module: str, late: bool = True) -> set[str]:
     """Top-level packages of others that a module imports; without `late` those of its head alone."""
-    tree = ast.parse(OURS[module].read_text())
-    names = imported_modules(tree if late else ast.Module(list(head(tree)), []))
-    tops = {name.partition(".")[0] for name in names}
+    tops = {name.partition(".")[0] for name in imports_of(module, late)}
     return tops - set(sys.stdlib_module_names) - {"kvarena"}
 
 
@@ -81,8 +87,7 @@ def reached(starts: Iterable[str], late: bool = True) -> set[str]:
         module = left.pop()
         if module not in seen:
             seen.add(module)
-            tree = ast.parse(OURS[module].read_text())
-            left += imported_modules(tree if late else ast.Module(list(head(tree)), [])) & OURS.keys()
+            left += imports_of(module, late) & OURS.keys()
     return seen
 
 

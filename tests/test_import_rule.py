@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,12 @@ def imported_modules(tree: ast.AST) -> set[str]:
                 full = f"{node.module}.{alias.name}"
                 names.add(full if full in MODULES else str(node.module))
     return names
+
+
+@cache
+def imports_of(path: Path) -> set[str]:
+    """Read once for all tests; not to be changed."""
+    return imported_modules(ast.parse(path.read_text()))
 
 
 def breaks_rule(module: str, imported: str) -> bool:
@@ -91,15 +98,13 @@ def test_the_rule_itself(module, imported, broken):
 
 
 def test_a_leaf_imports_nothing():
-    assert {name for leaf in LEAVES for name in imported_modules(ast.parse(MODULES[leaf].read_text()))} == {
-        "__future__"
-    }
+    assert {name for leaf in LEAVES for name in imports_of(MODULES[leaf])} == {"__future__"}
 
 
 def test_every_import_names_a_module_that_is_there():
     """A module that moved is imported by its new name everywhere, in functions and in tests too."""
     files = [*MODULES.values(), *sorted((ROOT / "tests").rglob("*.py"))]
-    names = {(path.name, name) for path in files for name in imported_modules(ast.parse(path.read_text()))}
+    names = {(path.name, name) for path in files for name in imports_of(path)}
     door = {f"kvarena.{path.stem}" for path in (ROOT / "kvarena").glob("*.py")}
     heads = {"kvarena", *PACKAGES}  # a folder of ours is no package of its own
     known = {"kvarena", *MODULES, *door}
@@ -121,7 +126,7 @@ def test_arrows_point_down(floor):
     up = [
         f"{module} imports {name}"
         for module in own
-        for name in imported_modules(ast.parse(MODULES[module].read_text())) & MODULES.keys()
+        for name in imports_of(MODULES[module]) & MODULES.keys()
         if FLOORS.index(folder(name)) < FLOORS.index(floor)
     ]
     assert not up
@@ -130,7 +135,7 @@ def test_arrows_point_down(floor):
 
 def test_no_import_cycles():
     """Imports inside functions and for type checkers count too: they tie modules together all the same."""
-    graph = {name: imported_modules(ast.parse(path.read_text())) & MODULES.keys() for name, path in MODULES.items()}
+    graph = {name: imports_of(path) & MODULES.keys() for name, path in MODULES.items()}
     assert find_cycle(graph) is None
 
 
