@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import torch
 import warm
 from server_harness import PATIENCE, ROOT, RunningServer
 from test_server_faults import _health, _status
+from waiting import wait_for
 
 
 def test_a_shells_limit_on_open_files_is_lifted():
@@ -118,11 +120,11 @@ def test_49_a_log_that_cannot_be_written_stops_nothing(log, tmp_path):
     if log == "a full disk":
         process = warm.start(command, ROOT, Path("/dev/full"), errors)
     else:
-        reader, file = os.pipe()
+        os.mkfifo(pipe := tmp_path / "pipe")
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        process = warm.start(command, ROOT, pipe, errors)
+        wait_for(lambda: select.select([reader], [], [], 0)[0] and os.read(reader, 1), "it says nothing")
         os.close(reader)
-        with errors.open("w") as stderr:
-            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=stderr)
-        os.close(file)
     try:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
         while _status(f"{url}/health") != 200:
