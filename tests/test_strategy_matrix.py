@@ -62,13 +62,14 @@ def test_every_eviction_policy_is_in_the_matrix():
     assert eviction_of("paged", 0) is None
 
 
-def test_the_traces_reach_every_path():
+@pytest.mark.parametrize(("rounds", "least"), [(1, 1), pytest.param(4, 5, marks=pytest.mark.slow)])
+def test_the_traces_reach_every_path(rounds, least):
     coverage = Coverage()
-    for index in range(4 * len(SCHEDULERS)):
+    for index in range(rounds * len(SCHEDULERS)):
         trace = make_trace(1000 + index)
         for cell in cells_of_round(index):
             coverage += run_cell(trace, cell).coverage
-    assert [path for path in PATHS if coverage[path] < 5] == []
+    assert [path for path in PATHS if coverage[path] < least] == []
 
 
 def test_rounds_cover_every_pair():

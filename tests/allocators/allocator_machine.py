@@ -24,7 +24,7 @@ from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.settings.strategies import build_allocator, strategy_names, strategy_options
 
 SETTINGS = settings(
-    max_examples=30, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=20, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 MAX_LEN = 32
 _SHARED = [7, 7, 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]

@@ -86,11 +86,11 @@ def test_draws_follow_the_filtered_distribution(sampling, warpers):
 
 
 def test_draws_are_uniform_over_a_large_vocabulary():
-    vocab = 20_000
-    tokens = draws(torch.zeros(vocab), 4_000, temperature=1.0)
-    buckets = torch.bincount(tokens // 200, minlength=100)
+    vocab = 10_000
+    tokens = draws(torch.zeros(vocab), 2_000, temperature=1.0)
+    buckets = torch.bincount(tokens // 200, minlength=50)
     assert stats.chisquare(buckets.numpy()).pvalue > 0.01
-    assert len(tokens.unique()) > 3_500
+    assert len(tokens.unique()) > 1_750
 
 
 def test_neighbouring_seeds_and_positions_are_independent():

@@ -72,7 +72,7 @@ def run(model: LoadedModel, pool: KVPool, backend: AttentionBackend, allocator: 
     scheduler = ContinuousScheduler(allocator, max_model_len=64, watermark=0.0)
     engine = Engine(scheduler, allocator, TorchRunner(model, pool, backend), VirtualClock(), overlap=True)
     prompts = random_prompts((5, 21, 1, 9, 12))
-    requests = [Request(f"r{i}", list(prompt), SamplingParams(max_tokens=6 + i)) for i, prompt in enumerate(prompts)]
+    requests = [Request(f"r{i}", list(prompt), SamplingParams(max_tokens=4 + i)) for i, prompt in enumerate(prompts)]
     run_to_completion(engine, requests)
     return [req.output_token_ids for req in requests], sum(req.num_preemptions for req in requests)
 
