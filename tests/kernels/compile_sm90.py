@@ -51,7 +51,7 @@ ATTENTION = {
 # One of each configuration that `decode_config` knows; for the most common heads and the largest.
 DECODE_ROWS = (1, 16, 32, 256)
 EVERY_CONFIG = ("llama-8b", "gemma2")
-FEW = ("llama-8b", "gpt-oss")  # with --few: every configuration of one, and what the other adds
+FEW = ("llama-8b", "gpt-oss")  # with --few: decodes in every configuration of one, all kernels of the other
 MEMORY_ACCESS = re.compile(r"\b(ld\.global|st\.global|cp\.async|atom\.)")
 INTEGERS = {
     "items_ptr",
@@ -205,6 +205,8 @@ def attention_resources(few):
             }
             needs = resources(decode_kernel, shared | own, *launch(decode))
             yield f"decode {name} x {num_rows}", needs | {"threads": 32 * decode.num_warps}
+        if few and name in EVERY_CONFIG:
+            continue
         if not shared["CONTIGUOUS"]:
             config = shared_config(head_dim, 2, group)
             own = constants_of(config, group, dim_pad) | {"TILE": config.tile, "STAGES": config.num_stages}
@@ -243,6 +245,8 @@ def expert_resources(few):
         ("", route, 1), ("", route, 8), (" of 8", mixtral, 1), (" of 8", mixtral, 8), (" of 8", mixtral, 16),
         (" of 8", mixtral, 32),
     ):  # fmt: skip
+        if few and chosen is mixtral and tokens in (8, 16):
+            continue
         shape = chosen | {"TOKENS_PAD": tokens, "ROWS": 16, "SPAN": 16}
         # A row of logits of eight experts is no multiple of 16, and `num_read` is one of a tensor's.
         unaligned = ("read_ptr", "stride_logits") if chosen is mixtral else ()

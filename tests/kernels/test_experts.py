@@ -66,8 +66,15 @@ QUICK = [(4, 1, True), (4, 2, False), (6, 3, True), (8, 4, False), (8, 8, True),
          (9, 7, True), (128, 8, True)]  # fmt: skip
 
 
-@pytest.mark.parametrize("few_pairs", [64, 0], ids=["one launch", "two launches"])
-@pytest.mark.parametrize(("experts", "top_k", "renormalize"), few_on_a_card(QUICK, [QUICK[3], QUICK[8]]))
+# Counts by one launch and by two in turn; all by both in `make test-all`.
+LAYERS = [
+    pytest.param(*one, few_pairs, marks=() if (place + (few_pairs == 0)) % 2 else pytest.mark.slow)
+    for place, one in enumerate(few_on_a_card(QUICK, [QUICK[3], QUICK[8]]))
+    for few_pairs in (64, 0)
+]
+
+
+@pytest.mark.parametrize(("experts", "top_k", "renormalize", "few_pairs"), LAYERS)
 def test_a_layer_equals_float64(monkeypatch, few_pairs, experts, top_k, renormalize):
     monkeypatch.setattr(routing_module, "FEW_PAIRS", few_pairs)
     check(3, experts, top_k, renormalize)

@@ -47,7 +47,7 @@ def sharp_rows(logits, params):
 @pytest.mark.parametrize(("num_rows", "vocab_size", "dtype", "num_programs"), [
     (14, 3000, torch.bfloat16, 8),
     (14, 3000, torch.float32, 100),
-    (5, 32_000, torch.bfloat16, 20),
+    pytest.param(5, 32_000, torch.bfloat16, 20, marks=pytest.mark.slow),
     pytest.param(5, 151_936, torch.bfloat16, 600, marks=pytest.mark.slow),
     pytest.param(42, 32_000, torch.float32, 100, marks=pytest.mark.slow),
 ])  # fmt: skip

@@ -101,8 +101,9 @@ def test_a_rank_s_half_of_a_large_product_is_launched_like_the_whole():
 
 @pytest.mark.parametrize(
     ("with_table", "num_rows"),
-    [(True, 1), (False, 3), (True, 20), (False, 20), (True, 70),
-     *(pytest.param(*one, marks=pytest.mark.slow) for one in ((False, 1), (True, 3), (False, 70)))],
+    [(True, 1), (False, 3), (True, 20),
+     *(pytest.param(*one, marks=pytest.mark.slow)
+       for one in ((False, 1), (True, 3), (False, 20), (True, 70), (False, 70)))],
 )  # fmt: skip
 def test_ops_equal_torch(num_rows, with_table):
     torch.manual_seed(3)
