@@ -48,8 +48,16 @@ def fused_runner(model, ops, mixed):
     return FusedRunner(model, pool, LateReference(pool), decoder, **options)
 
 
+def ways():
+    """The kernels with experts that a token shares and weights that are not made to add up; all in `make test-all`."""
+    for family in FAMILIES:
+        for kernels in ("torch", "triton"):
+            marks = pytest.mark.slow if kernels == "triton" and family != "qwen2_moe" else ()
+            yield pytest.param(family, kernels, id=f"{family}-{kernels}", marks=marks)
+
+
 @ON_CPU
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize(("checkpoint", "kernels"), ways(), indirect=["checkpoint"])
 def test_fused_tokens_equal_transformers(monkeypatch, checkpoint, kernels):
     """In padded steps, as graphs run them: of three requests in buckets of four, and with prompts in them.
 

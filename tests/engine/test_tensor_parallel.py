@@ -326,7 +326,7 @@ def test_a_simulation_of_ranks_asks_for_a_profile_that_knows_what_they_exchange(
     assert parts.simulation_facts is not None and parts.simulation_facts["ranks"] == {"tensor": 2, "pipeline": 1}
 
 
-@pytest.mark.parametrize("sampling", ["top_p", "edits", "temperature"])
+@pytest.mark.parametrize("sampling", ["top_p", "edits", pytest.param("temperature", marks=pytest.mark.slow)])
 def test_ranks_draw_with_the_kernels(directories, shared, monkeypatch, sampling):
     """Interpreted: each rank among its columns, and the planning rank from gathered rows."""
     # The ranks are threads here, and the interpreter runs one kernel at a time.

@@ -36,11 +36,11 @@ def error(case, *, contiguous=False, **options):
     [
         (1, {}),
         (3, {"sliding_window": 24}),
-        (16, {}),
-        (16, {"sliding_window": 1}),
+        pytest.param(16, {}, marks=pytest.mark.slow),
+        pytest.param(16, {"sliding_window": 1}, marks=pytest.mark.slow),
         (16, {"sliding_window": 300, "sinks": SINKS}),
-        (16, {"softcap": 5.0}),
-        (17, {"sinks": SINKS}),
+        pytest.param(16, {"softcap": 5.0}, marks=pytest.mark.slow),
+        pytest.param(17, {"sinks": SINKS}, marks=pytest.mark.slow),
         (256, {"softcap": 5.0, "sliding_window": 40}),
     ],
 )
@@ -61,7 +61,7 @@ def test_half_precision(dtype, bound):
     assert error(make_case(MIXED, dtype=dtype, device=DEVICE)) < bound
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 50}])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), {"sliding_window": 50}])
 def test_contiguous_regions_are_read_without_their_table(options):
     case = make_case(MIXED, device=DEVICE)
     make_contiguous(case, 16)
@@ -82,7 +82,13 @@ def test_slots_of_large_pools_are_wide(contiguous, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("slots", "options"), [(1, {}), (3, {}), (100, {"sliding_window": 100}), (100, {}), (3, {"sinks": SINKS})]
+    ("slots", "options"),
+    [
+        (1, {}),
+        (100, {"sliding_window": 100}),
+        (3, {"sinks": SINKS}),
+        *(pytest.param(slots, {}, marks=pytest.mark.slow) for slots in (3, 100)),
+    ],
 )
 def test_any_split_gives_the_same(slots, options):
     case = make_case([(400, 1), (15, 1), (0, 1), (130, 1)], device=DEVICE)
@@ -159,8 +165,10 @@ def library(backend):
     return backend
 
 
-@pytest.mark.parametrize("window", [None, 30])
-@pytest.mark.parametrize("is_kept", [True, False])
+@pytest.mark.parametrize(
+    ("is_kept", "window"),
+    [(True, 30), (False, None), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((True, None), (False, 30)))],
+)
 def test_equal_prompts_that_come_again_go_to_the_library(is_kept, window):
     case = make_case(PROMPTS, device=DEVICE)
     backend = library(TritonBackend(case.pool, 4))

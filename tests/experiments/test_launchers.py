@@ -39,7 +39,7 @@ def one_by_one(tmp_path_factory):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ("joblib", "hydra.launcher.n_jobs=1"),  # in this process
+        pytest.param(("joblib", "hydra.launcher.n_jobs=1"), marks=pytest.mark.slow),  # in this process
         pytest.param(("joblib", "hydra.launcher.n_jobs=2"), marks=pytest.mark.slow),
         pytest.param(("submitit_local",), marks=pytest.mark.slow),
         pytest.param(("ray",), marks=pytest.mark.slow),

@@ -98,6 +98,7 @@ def test_a_killed_sweep_resumes_and_ends_in_the_same_report(finish, whole, tmp_p
     assert page.replace(str(broken), str(whole)) == (whole / "report.md").read_text()
 
 
+@pytest.mark.slow  # that a cell has one writer: test_the_lock_ends_with_its_process
 def test_two_processes_at_one_sweep_share_its_cells(whole, tmp_path):
     """Both ran every cell and wrote the same files at the same time."""
     read = lambda: [said_in(tmp_path / f"errors{number}") for number in (0, 1)]  # noqa: E731

@@ -122,12 +122,11 @@ EDGES = ("all_rejected", "none_finished", "one_step", "one_token", "no_token_tim
     ("case", "is_drawn"),
     [
         *((case, False) for case in EDGES),
-        *(pytest.param(case, True, marks=[pytest.mark.drawn, pytest.mark.slow]) for case in EDGES[1:]),
-        pytest.param(EDGES[0], True, marks=pytest.mark.drawn),
+        *(pytest.param(case, True, marks=[pytest.mark.drawn, pytest.mark.slow]) for case in EDGES),
     ],
 )
 def test_edges(tmp_path, case, is_drawn):
-    """One of them with its figures drawn to the end; all of them in `make test-all`."""
+    """With their figures drawn to the end in `make test-all`."""
     run_dir = fake_run(tmp_path / "run", num_requests=8, one_token=case == "one_token")
     rows = _rows(run_dir, "requests.parquet", REQUEST_SCHEMA)
     steps = _rows(run_dir, "steps.parquet", STEP_SCHEMA)

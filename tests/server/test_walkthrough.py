@@ -49,7 +49,7 @@ def directory(tmp_path_factory):
     scope="module",
     params=[
         (),
-        ("--tensor-parallel-size", "2"),
+        pytest.param(("--tensor-parallel-size", "2"), marks=pytest.mark.slow),
         pytest.param(("--pipeline-parallel-size", "2"), marks=pytest.mark.slow),
     ],
     ids=["as written", "two ranks a layer", "two stages"],
