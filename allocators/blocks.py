@@ -9,6 +9,22 @@ Making a pool costs the same for 10^3 and for 10^7 blocks.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
+
+
+class BlockSpace(Protocol):
+    """Hands out blocks and takes them back."""
+
+    @property
+    def num_free(self) -> int:
+        """How many can be taken."""
+
+    def take(self, num_blocks: int) -> list[int]:
+        """Take `num_blocks` <= num_free blocks."""
+        ...
+
+    def give(self, blocks: Iterable[int]) -> None:
+        """Take blocks back."""
 
 
 class BlockPool:

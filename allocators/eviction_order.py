@@ -245,6 +245,26 @@ class EvictionOrder:
         self.num_evictable -= num_blocks
         return gone
 
+    def evict_leaves(self, num_blocks: int) -> list[Entry]:
+        """At most `num_blocks`, for whoever owns blocks and not those before them: what stands before these stays."""
+        gone: list[Entry] = []
+        while len(gone) < num_blocks and self._has_leaf():
+            gone += self.evict(1)
+        return gone
+
+    def drop(self, entry: Entry) -> None:
+        """`entry`, which somebody owned, is gone; nothing that is behind it goes with it."""
+        if self._evicted is not None:
+            self._evicted(entry)
+        parent = entry.parent
+        if parent is not None:
+            parent.num_children -= 1
+            if not parent.num_children and not parent.in_use:
+                self._push(parent)
+
+    def _has_leaf(self) -> bool:
+        return any(map(self._has_first, range(len(self._queues))))
+
     def _pop(self, number: int) -> Entry:
         """Take the next block out: one that is refused, one of queue `number`, or any."""
         patience = 2 * self.num_evictable  # a policy that spares for ever is not asked any more

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
-from kvarena.allocators.blocks import BlockPool
+from kvarena.allocators.blocks import BlockPool, BlockSpace
 from kvarena.engine.contract import (
     NULL_BLOCK,
     BlockCopy,
@@ -26,6 +26,7 @@ from kvarena.engine.contract import (
     KVAllocator,
     KVUsage,
     QueueHead,
+    Transfer,
     cdiv,
     check_int,
     check_number,
@@ -65,7 +66,7 @@ class PagedAllocator(KVAllocator):
         self._extra_refs: dict[int, int] = {}  # shared block -> its references beyond the first
         self._num_extra_refs = 0
         self._slid: dict[Request, int] = {}  # leading null entries of the tables that may have some
-        self._host = BlockPool(0, self.num_host_blocks)
+        self._host: BlockSpace = BlockPool(0, self.num_host_blocks)
         self._swapped: dict[Request, tuple[int, list[int]]] = {}  # leading null entries, and then host blocks
         self._copies: list[BlockCopy] = []
 
@@ -109,8 +110,10 @@ class PagedAllocator(KVAllocator):
         copies, self._copies = self._copies, []
         return copies
 
-    def _order(self, kind: CopyKind, sources: Iterable[int], targets: Iterable[int]) -> None:
-        self._copies += map(BlockCopy, repeat(kind), sources, targets)
+    def _order(
+        self, kind: CopyKind, sources: Iterable[int], targets: Iterable[int], transfer: Transfer | None = None
+    ) -> None:
+        self._copies += map(BlockCopy, repeat(kind), sources, targets, repeat(transfer))
 
     # ------------------------------------------------------------ sharing
 

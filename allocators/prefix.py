@@ -8,6 +8,9 @@
     block:   free --allocate--> owned --commit--> owned, published --free--> cached --evict--> free
                                                         ^---- match + allocate ----'
 
+With host memory below the pool (`host_level.py`) evicted blocks go down there, and come up again for a request that has
+their tokens (`moves.py`).
+
 Who refers to a block is counted here, as in every paged allocator. An index knows which tokens a block holds:
 `hash_index` (vLLM) and `radix_tree` (SGLang). A policy says which of the cached blocks goes first
 (`eviction_order.py`): either index has any of them.
@@ -15,18 +18,32 @@ Who refers to a block is counted here, as in every paged allocator. An index kno
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from kvarena.allocators.blocks import BlockPool
 from kvarena.allocators.eviction_order import EvictionOrder, block_digest, salt_digest
 from kvarena.allocators.eviction_policies import make_policy
 from kvarena.allocators.hash_index import HashIndex
+from kvarena.allocators.host_level import HostLevel
+from kvarena.allocators.moves import Move, Moves
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.allocators.prefix_index import PrefixIndex
-from kvarena.engine.contract import CacheObserver, cdiv, check_number
-from kvarena.engine.errors import EngineError
+from kvarena.engine.contract import (
+    BlockCopy,
+    CacheObserver,
+    LevelUsage,
+    cdiv,
+    check_choice,
+    check_int,
+    check_number,
+    require,
+)
+from kvarena.engine.errors import EngineError, NotDefined
 from kvarena.engine.request import Request
+
+LOADS = ("always", "never")
 
 
 class _Stand:
@@ -47,11 +64,12 @@ class _Stand:
 class CachingPool(BlockPool):
     """Blocks that come back free, or stay in the index until their room is needed."""
 
-    __slots__ = ("_index", "observer")
+    __slots__ = ("_index", "moves", "observer")
 
     def __init__(self, num_blocks: int, index: PrefixIndex) -> None:
         super().__init__(1, num_blocks)
         self._index = index
+        self.moves: Moves | None = None
         self.observer: CacheObserver | None = None
 
     def take(self, num_blocks: int) -> list[int]:
@@ -60,9 +78,11 @@ class CachingPool(BlockPool):
             self.evict(num_blocks - self.num_free)
         return super().take(num_blocks)
 
-    def evict(self, num_blocks: int) -> None:
-        """Free so many blocks of the index."""
+    def evict(self, num_blocks: int, *, keeps: bool = True) -> None:
+        """Free so many blocks of the index; the level below `keeps` them, if there is one."""
         blocks = self._index.evict(num_blocks)
+        if self.moves is not None:
+            (self.moves.down if keeps else self.moves.forget)(blocks)
         super().give(blocks)
         if self.observer is not None:
             self.observer.removed(blocks)
@@ -83,6 +103,9 @@ class PrefixCachingAllocator(PagedAllocator):
             any, so that what was recorded then is replayed with the same decisions; the config names another.
         ghosts: blocks that are not cached and that the policy may remember, per block of the pool.
         eviction_options: of the policy.
+        host_blocks: blocks of host memory that keep what the pool evicts, in the order of a policy of the same name;
+            those that `swap_gib` states are a part of them.
+        load: whether a request waits for what they hold of it: `always`, or `never`, for whoever compares.
         options: see PagedAllocator.
 
     Attributes:
@@ -90,7 +113,8 @@ class PrefixCachingAllocator(PagedAllocator):
         policy: the policy.
 
     Raises:
-        ConfigError: no such policy, or an option that it does not have.
+        ConfigError: no such policy, or an option that it does not have; more blocks to swap to than there are.
+        NotDefined: a level below under a policy that knows the future of one level alone.
     """
 
     make_index: type[PrefixIndex] = HashIndex
@@ -103,16 +127,39 @@ class PrefixCachingAllocator(PagedAllocator):
         eviction: str = "lru",
         ghosts: float = 8,
         eviction_options: Mapping[str, Any] | None = None,
+        host_blocks: int = 0,
+        load: str = "always",
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.policy = make_policy(
-            eviction, num_blocks=self.num_blocks, block_size=self.block_size,
-            ghosts=check_number("allocator.ghosts", ghosts), options=eviction_options or {},
-        )  # fmt: skip
+        check_number("allocator.ghosts", ghosts)
+        self._make_policy = partial(
+            make_policy, eviction, block_size=self.block_size, ghosts=ghosts, options=eviction_options or {}
+        )
+        self.policy = self._make_policy(num_blocks=self.num_blocks)
         self._index = self.make_index(self.block_size, EvictionOrder(self.policy))
         self._pool: CachingPool = CachingPool(self.num_blocks, self._index)
         self._stands: dict[Request, _Stand] = {}
+        self._loads = check_choice("kv_cache.load", load, LOADS) == "always"
+        self._moves: Moves | None = None
+        if check_int("allocator.host_blocks", host_blocks, 0):
+            self._moves = self._pool.moves = self._make_level(host_blocks)
+
+    def _make_level(self, num_blocks: int) -> Moves:
+        """Host memory of so many blocks below the pool."""
+        if self.policy.needs_future:
+            raise NotDefined(
+                f"allocator.eviction={self._make_policy.args[0]} knows what is asked of one level, and "
+                "kv_cache.host_gib adds another; leave one of them out"
+            )
+        num_swap = self.num_host_blocks
+        require(
+            num_swap <= num_blocks, "allocator.swap_gib (or swap_blocks)", num_swap,
+            f"at most kv_cache.host_gib, {num_blocks} blocks: it is a share of that",
+        )  # fmt: skip
+        level = HostLevel(num_blocks, num_swap, EvictionOrder(self._make_policy(num_blocks=num_blocks)))
+        self.num_host_blocks, self._host = num_blocks, level
+        return Moves(level, self.block_size, self._order)
 
     @property
     def num_free_blocks(self) -> int:
@@ -151,7 +198,9 @@ class PrefixCachingAllocator(PagedAllocator):
         return self._index.evictable_blocks()
 
     def clear_cache(self) -> None:
-        self._pool.evict(self._index.num_evictable)
+        self._pool.evict(self._index.num_evictable, keeps=False)
+        if self._moves is not None:
+            self._moves.level.clear()
 
     @property
     def observer(self) -> CacheObserver | None:
@@ -177,6 +226,8 @@ class PrefixCachingAllocator(PagedAllocator):
                 self._share(shared)
             if replaced:
                 self._pool.give(self._release(replaced))
+            if self._moves is not None:
+                self._moves.name(req, table, start, num_blocks)
             if self.observer is not None:
                 self.observer.stored(req, table, start, [block in self._index for block in table[start:num_blocks]])
 
@@ -202,13 +253,20 @@ class PrefixCachingAllocator(PagedAllocator):
         self._stand(req, hit.node, num_hits, found=True)
         self._tables[req] = hit.blocks
         req.num_computed_tokens = num_cached
-        return super().allocate(req, num_tokens)
+        if self._moves is None or not self._loads:
+            return super().allocate(req, num_tokens)
+        pinned = self._moves.pin(req, hit.blocks)  # what is evicted now must not take its place
+        allocated = super().allocate(req, num_tokens)
+        self._moves.unpin(pinned)
+        return allocated
 
     def _stand(self, req: Request, node: Any, num_blocks: int, *, found: bool) -> None:
         self._index.enter(node, req, found=found)
         self._stands[req] = _Stand(node, num_blocks, self.block_size)
 
     def free(self, req: Request) -> None:
+        if self._moves is not None and req in self._tables:
+            self._copies = self._moves.leave(req, self._tables[req], self._copies)
         super().free(req)
         self._index.forget(req)
         stand = self._stands.pop(req, None)
@@ -217,12 +275,61 @@ class PrefixCachingAllocator(PagedAllocator):
         if self.observer is not None:
             self.observer.left(req)
 
+    def swap_out(self, req: Request) -> bool:
+        """Copy the computed blocks to host memory, where cached ones make room for them; see PagedAllocator."""
+        if self._moves is not None:
+            self._moves.level.make_room(cdiv(req.num_computed_tokens, self.block_size))
+        return super().swap_out(req)
+
     def swap_in(self, req: Request) -> bool:
         """Bring the KV back into blocks of its own; `commit` publishes them like new ones."""
         if not super().swap_in(req):
             return False
         self._stand(req, self._index.root, 0, found=False)
         return True
+
+    # ------------------------------------------------------------ the level below
+
+    @property
+    def levels(self) -> Sequence[LevelUsage]:  # type: ignore[override]
+        return () if self._moves is None else (self._moves.level.usage(),)
+
+    @property
+    def is_moving(self) -> bool:  # type: ignore[override]
+        return self._moves is not None and self._moves.is_moving
+
+    def landing_blocks(self) -> Sequence[int]:
+        return [] if self._moves is None else self._moves.landing
+
+    def load(self, req: Request) -> int:
+        first, unaligned = divmod(req.num_computed_tokens, self.block_size)
+        if self._moves is None or unaligned:
+            return 0
+        return self._moves.up(req, self._tables[req], first) * self.block_size
+
+    def arrive(self, now: float) -> list[Request]:
+        return [] if self._moves is None else self._landed(self._moves.arrive(now), came=True)
+
+    def next_arrival(self) -> float | None:
+        return None if self._moves is None else self._moves.next_arrival()
+
+    def abandon(self, copies: Iterable[BlockCopy]) -> list[Request]:
+        return [] if self._moves is None else self._landed(self._moves.abandon(copies), came=False)
+
+    def _landed(self, moves: Iterable[Move], *, came: bool) -> list[Request]:
+        """Loads are over, and brought something or not; whose they are."""
+        requests = []
+        for move in moves:
+            self._pool.give(move.landing)
+            req = move.req
+            if req is None:
+                continue
+            requests.append(req)
+            if came:
+                stop = move.first + len(move.held)
+                req.num_computed_tokens = stop * self.block_size
+                self._publish(req, self._stands[req], stop)
+        return requests
 
     # ------------------------------------------------------------ sharing
 

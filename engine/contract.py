@@ -16,10 +16,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from kvarena.engine import checks, step_times
+from kvarena.engine import checks, copies, step_times, usage
 from kvarena.engine.checked import Checked
 from kvarena.engine.errors import ConfigError, NotDefined
 from kvarena.engine.request import Request
@@ -32,6 +31,14 @@ is_number = checks.is_number
 require = checks.require
 # What a scheduler may be told of steps.
 StepTimes = step_times.StepTimes
+# What allocators order of the runner.
+BlockCopy = copies.BlockCopy
+CopyKind = copies.CopyKind
+Transfer = copies.Transfer
+# What they say.
+CacheObserver = usage.CacheObserver
+KVUsage = usage.KVUsage
+LevelUsage = usage.LevelUsage
 
 NULL_BLOCK = 0
 
@@ -39,22 +46,6 @@ NULL_BLOCK = 0
 def cdiv(a: int, b: int) -> int:
     """Ceiling of a / b for non-negative a and positive b."""
     return -(-a // b)
-
-
-class CopyKind(Enum):
-    """Where a block copy reads and writes."""
-
-    DEVICE = "device"  # pool -> pool (copy-on-write, relocation)
-    SWAP_OUT = "swap_out"  # pool -> host
-    SWAP_IN = "swap_in"  # host -> pool
-
-
-class BlockCopy(NamedTuple):
-    """Copy one block of KV in every layer; applied before the step's forward, in list order."""
-
-    kind: CopyKind
-    src: int
-    dst: int
 
 
 class ScheduledRequest(NamedTuple):
@@ -117,57 +108,6 @@ class QueueHead(NamedTuple):
     num_shared: int = 0
 
 
-class KVUsage(NamedTuple):
-    """The ledger's raw counts, in slots. `owned + external + shortage + cached + free == total`.
-
-    What nobody owns is of one class per step, by the head of the queue: `shortage` if it needs more than all free and
-    cached slots together, `external` if they would do and no hole is large enough, `free` otherwise and with no head.
-
-    Attributes:
-        total: slots of the pool, the null block left out.
-        computed: slots that hold KV of computed tokens, each once however many requests share it.
-        owned: slots that requests own, `computed` among them.
-        external: free and enough in all for the head of the queue, but in no hole that is large enough; and what no
-            request can ever own: buddy remainders, memory beyond the last page.
-        shortage: free, but the head of the queue needs more than all free and cached slots together.
-        cached: slots of prefix-cache blocks that no request uses: evictable.
-        free: the rest.
-        shared_saved: slots that sharing saved (the sum over requests of their slots, less `owned`).
-    """
-
-    total: int
-    computed: int
-    owned: int
-    external: int = 0
-    shortage: int = 0
-    cached: int = 0
-    free: int = 0
-    shared_saved: int = 0
-
-
-class CacheObserver(Protocol):
-    """Told what a prefix cache holds, in the order in which that changes. It changes nothing."""
-
-    def found(self, req: Request, blocks: Sequence[int]) -> None:
-        """`req` was admitted with these cached blocks as its first ones, or shares them with its parent."""
-        ...
-
-    def stored(self, req: Request, table: Sequence[int], start: int, cached: Sequence[bool]) -> None:
-        """Blocks [start, start + len(cached)) of `req`'s table are full; `cached` tells which of them the cache holds.
-
-        Those that it does not are copies of its own that nobody finds. Some that it does may have been told before.
-        """
-        ...
-
-    def removed(self, blocks: Sequence[int]) -> None:
-        """The cache holds these blocks no more."""
-        ...
-
-    def left(self, req: Request) -> None:
-        """`req` owns nothing any more. May come twice."""
-        ...
-
-
 class KVAllocator(metaclass=Checked):
     """Base of all allocators: who owns which slots. Knows blocks, never tensors.
 
@@ -188,6 +128,8 @@ class KVAllocator(metaclass=Checked):
         commits: whether `commit` does anything; without, nobody need call it.
         reads_tokens: whether token ids decide what a request owns (a prefix cache).
         observer: told of the prefix cache's blocks, by an allocator that has one; set while the cache is empty.
+        levels: the books of the levels below the pool; none where nothing is kept there.
+        is_moving: whether copies of a transfer are under way, and so `arrive` must be called.
 
     Raises:
         ConfigError: a value out of range.
@@ -200,6 +142,8 @@ class KVAllocator(metaclass=Checked):
     reads_tokens: bool = False
     num_host_blocks: int = 0
     observer: CacheObserver | None = None
+    levels: Sequence[LevelUsage] = ()
+    is_moving: bool = False
     _set_by_base = "kv_bytes_per_token"
 
     def __init__(
@@ -307,6 +251,38 @@ class KVAllocator(metaclass=Checked):
     def drain_copies(self) -> list[BlockCopy]:
         """Copies ordered since the last call; the runner applies them before the next forward."""
         return []
+
+    def load(self, req: Request) -> int:  # noqa: ARG002
+        """Bring up what levels below hold of `req`, which was just admitted, behind its computed tokens.
+
+        Returns:
+            The tokens on their way. Until `arrive` answers `req` it computes nothing; `free` ends that too.
+        """
+        return 0
+
+    def arrive(self, now: float) -> list[Request]:  # noqa: ARG002
+        """Take in the transfers that have arrived at `now`.
+
+        Returns:
+            Requests of which all is there that `load` ordered; their `num_computed_tokens` have moved on.
+        """
+        return []
+
+    def next_arrival(self) -> float | None:
+        """When the next blocks are there that a request waits for, or that are nobody's any more; None: no such."""
+        return None
+
+    def abandon(self, copies: Iterable[BlockCopy]) -> list[Request]:  # noqa: ARG002
+        """A step failed that had these copies: transfers of which nobody knows an arrival never arrive.
+
+        Returns:
+            The requests that wait for one of them, and must be freed.
+        """
+        return []
+
+    def landing_blocks(self) -> Sequence[int]:
+        """Blocks that are nobody's and not free: copies into them, which `load` ordered, are still to arrive."""
+        return ()
 
     def cached_blocks(self) -> Iterable[int]:
         """Blocks of the prefix cache that no request uses, for pictures of the pool."""
@@ -438,6 +414,9 @@ class StepScheduler(metaclass=Checked):
 
         The step's `sampled` holds None for it. No later step may have been planned.
         """
+
+    def loaded(self, requests: Sequence[Request]) -> None:
+        """What `KVAllocator.load` brought up for these is there: they may compute."""
 
     @abstractmethod
     def head(self) -> Request | None:

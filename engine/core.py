@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvarena.engine.clock import Clock
-from kvarena.engine.contract import KVAllocator, KVUsage, StepPlan, StepScheduler
+from kvarena.engine.contract import KVAllocator, KVUsage, LevelUsage, StepPlan, StepScheduler
 from kvarena.engine.errors import EngineError, KvarenaError
 from kvarena.engine.ledger import Ledger
 from kvarena.engine.model_runner import ModelRunner, PendingTokens, StepResult
@@ -31,6 +31,7 @@ class StepOutput:
         result: the step's tokens, aligned with `plan.scheduled`.
         finished: requests that ended with this step; `plan.rejected` ended before it.
         usage: the ledger's raw counts during the step: slots allocated, nothing freed yet.
+        levels: the books of the levels below the pool, then.
         num_running: requests running during the step.
         num_waiting: requests waiting during the step.
         start_time: when scheduling began.
@@ -52,6 +53,7 @@ class StepOutput:
     launched_time: float
     end_time: float
     wait_time: float = 0.0
+    levels: Sequence[LevelUsage] = ()
 
 
 @dataclass(slots=True)
@@ -122,7 +124,7 @@ class Engine:
         return req
 
     def step(self) -> StepOutput | None:
-        """Run one step. None when there was nothing to compute (see `StepScheduler.wake_time`).
+        """Run one step. None when there was nothing to compute (see `wake_time`).
 
         Under overlap the returned step is the one launched by the *previous* call.
 
@@ -135,6 +137,10 @@ class Engine:
             # The next step's tokens hang on this one's: no overlap here.
             return self.settle()
         start = self.clock.now()
+        if self.allocator.is_moving:
+            arrived = self.allocator.arrive(start)
+            if arrived:
+                self.scheduler.loaded(arrived)
         plan = self.scheduler.schedule(start)
         launched = self._launch(plan, start) if plan.scheduled or plan.rejected or plan.copies else None
         if not self.overlap:
@@ -142,15 +148,22 @@ class Engine:
         previous, self._in_flight = self._in_flight, launched
         return self._finish(previous) if previous else None
 
+    def wake_time(self, now: float) -> float | None:
+        """When an empty plan may turn into work: a batch's time, or blocks that come up; None: with an arrival."""
+        times = (self.scheduler.wake_time(now), self.allocator.next_arrival())
+        return min((time for time in times if time is not None), default=None)
+
     def settle(self) -> StepOutput | None:
         """Take in the tokens of the step that is in flight, and plan none; None without one. Raises as `step` does."""
         previous, self._in_flight = self._in_flight, None
         return self._finish(previous) if previous else None
 
     def _launch(self, plan: StepPlan, start: float) -> _InFlight:
-        usage = self.allocator.usage(self.scheduler.queue_head())
+        usage, levels = self.allocator.usage(self.scheduler.queue_head()), self.allocator.levels
         if self.ledger is not None:
             self.ledger.observe(plan, usage)
+            if levels:
+                self.ledger.observe_levels(levels)
         output = StepOutput(
             index=self.num_steps,
             plan=plan,
@@ -163,6 +176,7 @@ class Engine:
             launch_time=self.clock.now(),
             launched_time=start,
             end_time=start,
+            levels=levels,
         )
         self.num_steps += 1
         if self.on_launch is not None:
@@ -240,7 +254,7 @@ def run_to_completion(engine: Engine, requests: Sequence[Request]) -> list[StepO
             outputs.append(output)
             continue
         if engine.has_work and not engine.in_flight:
-            wake = engine.scheduler.wake_time(engine.clock.now())
+            wake = engine.wake_time(engine.clock.now())
             if wake is None:
                 raise EngineError("the scheduler has requests and plans nothing: no progress is possible")
             engine.clock.sleep_until(wake)

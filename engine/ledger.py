@@ -19,13 +19,13 @@ Source of the classes: PagedAttention (Kwon et al., SOSP'23), section 3.1 and Fi
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from kvarena.engine.classes import CLASSES
-from kvarena.engine.contract import KVUsage, StepPlan
+from kvarena.engine.contract import KVUsage, LevelUsage, StepPlan
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request, RequestStatus
 
@@ -41,11 +41,27 @@ def check_usage(usage: KVUsage) -> None:
         )
 
 
+def check_levels(levels: Sequence[LevelUsage]) -> None:
+    """Raise EngineError unless the books of each level below the pool are non-negative and add up to it."""
+    for level in levels:
+        total, *parts = level
+        if sum(parts) != total or min(level) < 0:
+            counts = " + ".join(f"{name} {count}" for name, count in zip(level._fields[1:], parts, strict=True))
+            raise EngineError(
+                f"the books of the level below the KV pool do not add up: {counts} = {sum(parts)} of {total} blocks; "
+                "this is a bug of the allocator"
+            )
+
+
 class Ledger(Protocol):
     """What an engine tells of every step."""
 
     def observe(self, plan: StepPlan, usage: KVUsage) -> None:
         """A step was planned: its slots are allocated, and nothing is freed yet."""
+        ...
+
+    def observe_levels(self, levels: Sequence[LevelUsage]) -> None:
+        """The books of the levels below the pool, in that step."""
         ...
 
 
@@ -62,6 +78,13 @@ class StepCheck:
     def observe(self, plan: StepPlan, usage: KVUsage) -> None:  # noqa: ARG002 - of a ledger
         """Check a step."""
         self.check(usage)
+
+    def observe_levels(self, levels: Sequence[LevelUsage]) -> None:
+        """Check the books of a step."""
+        try:
+            check_levels(levels)
+        except EngineError as error:
+            self._on_violation(str(error))
 
     def check(self, usage: KVUsage) -> None:
         """Check the counts of any moment."""
@@ -127,6 +150,10 @@ class MemoryLedger:
         self._columns["held"].append(held)
         self._computed = [req.num_computed_tokens for req in slots]
         self.num_steps += 1
+
+    def observe_levels(self, levels: Sequence[LevelUsage]) -> None:
+        """See `Ledger`. Raises EngineError where they do not add up."""
+        check_levels(levels)
 
     def _follow(self, step: int, plan: StepPlan, changed: list[tuple[Request, int, int]]) -> None:
         """Open, grow and settle residencies. Whoever is admitted had ended an earlier one.

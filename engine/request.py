@@ -239,6 +239,7 @@ class Request:
         num_slots: positions [0, num_slots) may be written without asking the allocator again. Kept by the
             allocator; 0 when the request owns nothing.
         num_cached_tokens: prompt tokens served from the prefix cache at first admission.
+        num_loaded_tokens: of these, those that came up from a level below the pool.
         num_recomputed_tokens: tokens computed again because a preemption dropped them.
         num_preemptions: how often it was preempted.
         error: why it was rejected or failed, one line; empty otherwise.
@@ -265,6 +266,7 @@ class Request:
     num_pending_tokens: int = 0
     num_slots: int = 0
     num_cached_tokens: int = 0
+    num_loaded_tokens: int = 0
     num_recomputed_tokens: int = 0
     num_preemptions: int = 0
     status: RequestStatus = RequestStatus.WAITING

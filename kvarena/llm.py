@@ -297,7 +297,7 @@ class LLM:
             if output is not None:
                 self._take(output)
             elif engine.has_work and not engine.in_flight:
-                wake = engine.scheduler.wake_time(engine.clock.now())
+                wake = engine.wake_time(engine.clock.now())
                 if wake is None:
                     raise EngineError("the scheduler has requests and plans nothing: no progress is possible")
                 engine.clock.sleep_until(wake)

@@ -1,6 +1,7 @@
 """What all schedulers share; a policy overrides `build_plan` and a few small hooks.
 
-A request that runs is in exactly one of two sets (a beam that waits for others is in neither: `beams.py`).
+A request that runs is in exactly one of two sets (in neither: a beam that waits for others, `beams.py`, and a request
+whose blocks come up from a level below the pool, `loading`).
 `prefilling`: more than the last sampled token is left to compute (a prompt, or what a preemption dropped). `decoding`:
 each step computes one token and samples one, so the loop over it needs no arithmetic on lengths; that loop is what a
 step costs.
@@ -44,6 +45,7 @@ class Scheduler(BeamLifecycle):
         prefilling: running, not yet computed up to the last token; by admission.
         decoding: running, one token a step; by admission.
         holding: beams whose token of this round is drawn, while another one's is not.
+        loading: admitted, and some of its tokens are on their way up from a level below the pool.
 
     Raises:
         ConfigError: an option out of range.
@@ -125,6 +127,11 @@ class Scheduler(BeamLifecycle):
                 self._remove_running(req)
                 self._drop(req)
                 self.enqueue(req)
+            for req in self.allocator.abandon(plan.copies):
+                if req in self.loading:
+                    self._remove_running(req)
+                    self._drop(req)
+                    self.enqueue(req)
         return failed
 
     def schedule(self, now: float) -> StepPlan:
@@ -268,6 +275,6 @@ class Scheduler(BeamLifecycle):
             if req is None or not self.has_seat(req):
                 return
             if self.admit(req, plan):
-                budget -= req.num_tokens - req.num_computed_tokens
+                budget -= req.num_tokens - req.num_computed_tokens if req in self.prefilling else 0
             elif not req.is_finished:
                 return

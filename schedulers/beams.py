@@ -93,7 +93,7 @@ class BeamLifecycle(Lifecycle):
         return nearest, most
 
     def _others_run(self, req: Request) -> bool:
-        running = (*self.prefilling, *self.decoding, *self.holding)
+        running = (*self.prefilling, *self.decoding, *self.holding, *self.loading)
         return any(not self.are_one(req, other) for other in running)
 
     # ---- the queue

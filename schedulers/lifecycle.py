@@ -1,7 +1,8 @@
 """A request's way through a scheduler: queued, admitted, grown, preempted, ended. Says how, never who is next.
 
 enqueue -> waiting -> admit -> prefilling -> decoding -> finish
-              ^                    |            |
+              ^         |  ^       |            |
+              |      loading       |            |           what a level below holds of it comes up
               '----- preempt ------'------------'
 
 What beams do beside that is in `beams.py`.
@@ -9,7 +10,7 @@ What beams do beside that is in `beams.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any
 
@@ -62,6 +63,7 @@ class Lifecycle(StepScheduler):
         self.prefilling: dict[Request, None] = {}
         self.decoding: dict[Request, None] = {}
         self.holding: dict[Request, None] = {}
+        self.loading: dict[Request, None] = {}
         self.arrival: dict[Request, int] = {}  # order of `add`
         self._watermark_slots = int(watermark * allocator.num_blocks * allocator.block_size)
         self._queue = RequestQueue()
@@ -115,12 +117,12 @@ class Lifecycle(StepScheduler):
 
     @property
     def num_running(self) -> int:
-        return len(self.prefilling) + len(self.decoding) + len(self.holding)
+        return len(self.prefilling) + len(self.decoding) + len(self.holding) + len(self.loading)
 
     @property
     def is_idle(self) -> bool:
         """Nobody gets on: nobody runs, or those that do wait for one that does not."""
-        return not (self.prefilling or self.decoding)
+        return not (self.prefilling or self.decoding or self.loading)
 
     def has_seat(self, req: Request) -> bool:  # noqa: ARG002
         """Whether `req` may run beside those that do, as far as their number goes."""
@@ -129,13 +131,15 @@ class Lifecycle(StepScheduler):
     def admit(self, req: Request, plan: StepPlan) -> bool:
         """Move `req` from the queue to `prefilling`, with slots for every token that it has.
 
+        Or to `loading`, where a level below the pool holds some of it: it computes when that is there.
+
         False when there is no room now, or when there never will be: then it ended, and is in `plan.rejected`.
         Must come before `schedule_prefills` in a step: a fork copies KV that an earlier step computed.
         """
         if req.num_pending_tokens:  # preempted while a step was in flight: its last token is not here yet
             return False
         if not self._take_slots(req):
-            if not self._others_run(req):
+            if not self._others_run(req) and self.allocator.next_arrival() is None:
                 error = (
                     f"request {req.request_id!r} needs slots for {self.num_slots_to_admit(req)} tokens, which the "
                     "empty KV pool cannot give; raise kv_cache.num_blocks or shorten the request"
@@ -145,9 +149,19 @@ class Lifecycle(StepScheduler):
             return False
         self.dequeue(req)
         req.status = RequestStatus.RUNNING
-        self.prefilling[req] = None
+        num_loading = self.allocator.load(req)
+        if num_loading and req.num_preemptions == 0:
+            req.num_cached_tokens += num_loading
+            req.num_loaded_tokens = num_loading
+        (self.loading if num_loading else self.prefilling)[req] = None
         plan.admitted.append(req)
         return True
+
+    def loaded(self, requests: Sequence[Request]) -> None:
+        for req in requests:
+            if req in self.loading:  # else it ended meanwhile
+                del self.loading[req]
+                self.prefilling[req] = None
 
     def num_slots_to_admit(self, req: Request) -> int:
         """Positions that `req` must own to be admitted."""
@@ -160,7 +174,7 @@ class Lifecycle(StepScheduler):
             if self._above_watermark(req, num_slots) and allocator.swap_in(req):
                 if allocator.allocate(req, num_slots):
                     return True
-            elif self._others_run(req):
+            elif self._others_run(req) or allocator.next_arrival() is not None:
                 return False
             # Back from the host, but no room for the next token (or no way back at all): compute it again.
             self._drop(req)
@@ -242,7 +256,7 @@ class Lifecycle(StepScheduler):
     def finish(self, req: Request, reason: FinishReason, error: str = "") -> None:
         """End `req` wherever it is."""
         req.status, req.finish_reason, req.error = RequestStatus.FINISHED, reason, error
-        if req in self.decoding or req in self.prefilling or req in self.holding:
+        if req in self.decoding or req in self.prefilling or req in self.holding or req in self.loading:
             self._remove_running(req)
             self.retire(req)
         else:
@@ -268,7 +282,7 @@ class Lifecycle(StepScheduler):
         return max(0, min(end, self._num_lost.get(req, 0)) - start)
 
     def _remove_running(self, req: Request) -> None:
-        for running in (self.decoding, self.prefilling, self.holding):
+        for running in (self.decoding, self.prefilling, self.holding, self.loading):
             running.pop(req, None)
 
     def _release_children(self, parent: Request) -> None:

@@ -11,13 +11,17 @@ from kvarena.allocators.blocks import BlockPool
 from kvarena.allocators.contiguous import ContiguousAllocator
 from kvarena.allocators.eviction_policies import policy_names
 from kvarena.allocators.hash_index import HashIndex
+from kvarena.allocators.host_level import HostLevel
+from kvarena.allocators.moves import Moves
 from kvarena.allocators.paged import PagedAllocator
 from kvarena.allocators.placement import Buddy
 from kvarena.allocators.prefix import PrefixCachingAllocator
 from kvarena.engine.contract import CopyKind, KVAllocator, QueueHead
+from kvarena.engine.copies import arrive_in_order
 from kvarena.engine.errors import EngineError
 from kvarena.engine.request import Request
 from kvarena.experiments.correctness.oracle import OracleRunner
+from kvarena.experiments.correctness.oracle_link import SlowLink
 from kvarena.experiments.fuzzing import random_traces
 from kvarena.experiments.fuzzing import traces as fuzz
 from kvarena.experiments.fuzzing.matrix import (
@@ -30,6 +34,7 @@ from kvarena.experiments.fuzzing.matrix import (
     cells_of_round,
     eviction_of,
     run_cell,
+    takes_levels,
 )
 from kvarena.experiments.fuzzing.random_traces import make_trace
 from kvarena.experiments.fuzzing.recount import Recount
@@ -53,6 +58,18 @@ def test_tokens_plans_ledger_and_pool_are_right(allocator, window, scheduler, tr
         for overlap in (False, True):
             policy = eviction_of(allocator, turn + 2 * number + overlap)
             run_cell(trace, Cell(allocator, scheduler, overlap, window, policy))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("allocator", [name for name, _ in allocator_cells() if eviction_of(name, 0)])
+def test_blocks_that_went_down_and_came_up_carry_the_right_kv(allocator, scheduler):
+    """With a level below the pool, whose transfers take up to nine steps; each policy has its turn."""
+    coverage, names = Coverage(), [name for name in policy_names() if takes_levels(name)]
+    for number in range(8):
+        policy = names[(2 * SCHEDULERS.index(scheduler) + number) % len(names)]
+        trace = make_trace(30 + number)
+        coverage += run_cell(trace, Cell(allocator, scheduler, number % 2 == 1, eviction=policy, levels=True)).coverage
+    assert coverage["went_down"] > 0 and coverage["loaded"] > 0
 
 
 def test_every_eviction_policy_is_in_the_matrix():
@@ -84,14 +101,15 @@ def test_rounds_cover_every_pair():
 # ---- seeded faults: each must be caught, or the matrix proves nothing
 
 
-def first_failure(allocator: str, window: int | None = None) -> str:
+def first_failure(allocator: str, window: int | None = None, *, levels: bool = False) -> str:
     """The first failure of `allocator` in some traces; fails the test when there is none."""
     for seed in range(40):
         trace = make_trace(seed)
         for overlap in (False, True):
             for scheduler in SCHEDULERS:
                 try:
-                    run_cell(trace, Cell(allocator, scheduler, overlap, window))
+                    eviction = "lru" if levels else None
+                    run_cell(trace, Cell(allocator, scheduler, overlap, window, eviction, levels))
                 except MatrixFailure as failure:
                     return str(failure)
     return pytest.fail("the fault was not caught")
@@ -289,6 +307,38 @@ def test_a_head_that_asks_for_less_than_its_admission_takes_is_caught(monkeypatc
 
     monkeypatch.setattr(Scheduler, "queue_head", head)
     assert "slots of shortage" in first_failure("paged")
+
+
+@pytest.mark.usefixtures("no_recount")
+def test_a_block_that_goes_while_it_is_read_is_caught(monkeypatch):
+    monkeypatch.setattr(HostLevel, "read", lambda self, held: None)
+    monkeypatch.setattr(HostLevel, "unread", lambda self, held: None)
+    assert "position" in first_failure("paged_prefix", levels=True)
+
+
+@pytest.mark.usefixtures("no_recount")
+def test_blocks_that_are_handed_out_before_copies_into_them_arrive_are_caught(monkeypatch):
+    def leave(self, req, table, copies):
+        move = self._loads.pop(req, None)
+        if move is not None:
+            move.req = None  # and its blocks are free at once
+        return copies
+
+    monkeypatch.setattr(Moves, "leave", leave)
+    assert "holds" in first_failure("radix", levels=True)
+
+
+@pytest.mark.usefixtures("no_recount")
+def test_a_request_that_does_not_wait_for_its_blocks_is_caught(monkeypatch):
+    monkeypatch.setattr(SlowLink, "launch", lambda self, copies: arrive_in_order(copies))
+    monkeypatch.setattr(SlowLink, "due", lambda self: [])
+    assert "holds nothing" in first_failure("paged_prefix", levels=True)
+
+
+def test_books_of_a_level_that_do_not_add_up_are_caught(monkeypatch):
+    usage = HostLevel.usage
+    monkeypatch.setattr(HostLevel, "usage", lambda self: usage(self)._replace(arriving=1))
+    assert "the level below the KV pool do not add up" in first_failure("paged_prefix", levels=True)
 
 
 # ---- the long version

@@ -1,4 +1,4 @@
-"""Host memory for swapped blocks, and the copies to and from it.
+"""Host memory for swapped blocks and for evicted ones of a prefix cache, and the copies to and from it.
 
 On a GPU the host side is pinned and the transfers run on a stream of their own:
 
@@ -77,4 +77,6 @@ class HostBlocks:
 
 def _no_room(error: BaseException, asked: int) -> EngineError:
     reason = asked_and_free(error, torch.device("cpu"), asked)
-    return EngineError(f"no host memory for swapped blocks: {reason}; lower allocator.swap_gib")
+    return EngineError(
+        f"no host memory for blocks below the KV pool: {reason}; lower kv_cache.host_gib or allocator.swap_gib"
+    )

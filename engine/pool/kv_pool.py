@@ -177,7 +177,10 @@ class KVPool:
                 self._rows.index_copy_(1, torch.tensor(destinations, device=self.device), rows)
                 continue
             if self.host is None:
-                raise EngineError("the allocator swaps blocks, but the pool has no host memory; set allocator.swap_gib")
+                raise EngineError(
+                    "the allocator moves blocks to the host, but the pool has no memory there; set allocator.swap_gib "
+                    "or kv_cache.host_gib"
+                )
             _check_ids(destinations if kind is CopyKind.SWAP_OUT else sources, self.num_swap_blocks + 1, kind)
             move = self.host.swap_out if kind is CopyKind.SWAP_OUT else self.host.swap_in
             move(sources, destinations)

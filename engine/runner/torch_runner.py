@@ -23,6 +23,7 @@ from kvarena.engine.attention.reference import ReferenceBackend
 from kvarena.engine.checkpoints.directory import one_line
 from kvarena.engine.clock import Clock, WallClock
 from kvarena.engine.contract import KVAllocator, StepPlan
+from kvarena.engine.copies import arrive_in_order
 from kvarena.engine.errors import EngineError, KvarenaError, OutOfMemory
 from kvarena.engine.model_runner import PendingTokens, ReadyTokens, StepResult, TokenLogprobs
 from kvarena.engine.models.spec import LoadedModel
@@ -218,6 +219,7 @@ class TorchRunner:
                 timer.mark(0)
                 self.pool.apply_copies(plan.copies)
                 timer.mark(1)
+                arrive_in_order(plan.copies)
                 return _TimedStep(self._step(plan, allocator), timer)
         except KvarenaError:
             raise

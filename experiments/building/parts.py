@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,13 +83,18 @@ def pool_facts(allocator: KVAllocator, spec: ModelSpec, runner_facts: dict[str, 
     if hasattr(allocator, "num_pages"):
         names = ("num_pages", "page_tokens", "page_bytes", "kv_tensors", "page_chosen")
         pages = {"pages": {name: getattr(allocator, name) for name in names}}
-    return pages | {
-        "num_blocks": allocator.num_blocks,
-        "block_size": allocator.block_size,
-        "num_slots": slots,
-        "bytes": slots * spec.kv_bytes_per_token,
-        "runner": runner_facts,
-    }
+    levels = {"host_blocks": allocator.num_host_blocks} if allocator.levels else {}
+    return (
+        pages
+        | levels
+        | {
+            "num_blocks": allocator.num_blocks,
+            "block_size": allocator.block_size,
+            "num_slots": slots,
+            "bytes": slots * spec.kv_bytes_per_token,
+            "runner": runner_facts,
+        }
+    )
 
 
 def pool_blocks(
@@ -132,10 +138,35 @@ def make_strategy(
     options: dict[str, Any] = {}
     if device == "cuda" and config.allocator.options.get("page_bytes", 0) is None:
         options["page_bytes"] = CUDA_PAGE_BYTES
+    options |= _level_options(config, spec)
     return Strategy.of(
         config.allocator, config.scheduler, num_blocks=num_blocks, max_model_len=max_model_len,
         kv_bytes_per_token=spec.kv_bytes_per_token, **options,
     )  # fmt: skip
+
+
+def _level_options(config: RunConfig, spec: ModelSpec) -> dict[str, Any]:
+    """Options of the allocator's level below the pool, of `kv_cache.host_gib`.
+
+    Raises:
+        ConfigError: the allocator has no prefix cache, or the level holds no block.
+    """
+    host_gib = config.kv_cache.host_gib
+    if not host_gib:
+        return {}
+    if "eviction" not in config.allocator.options:
+        raise ConfigError(
+            f"kv_cache.host_gib={host_gib} keeps what a prefix cache evicts, and this allocator has none; use "
+            "allocator=paged_prefix or radix, or allocator.swap_gib for preempted requests alone"
+        )
+    block_bytes = spec.kv_bytes_per_token * check_int("allocator.block_size", config.allocator.need("block_size"), 1)
+    num_blocks = int(host_gib * 2**30) // block_bytes
+    if not num_blocks:
+        raise ConfigError(
+            f"kv_cache.host_gib={host_gib} holds no block of {block_bytes} bytes; raise it to at least "
+            f"{math.ceil(block_bytes / 2**30 * 1e6) / 1e6:.6f}"
+        )
+    return {"host_blocks": num_blocks, "load": config.kv_cache.load}
 
 
 def first_strategy(

@@ -153,9 +153,19 @@ class AccessLog:
         size, ids, texts = self._allocator.block_size, [req.request_id for req in self._requests], self._texts
         namer = _Namer(size)
         extend = lambda row, chain, stop: namer.extend(chain, texts[row], stop)  # noqa: E731
-        events = named_events(self._events, extend, [(len(text.prompt) - 1) // size for text in texts])
-        hits = optimal_hits(events, self._allocator.num_blocks, namer.num_keys, len(ids))
+        raw = [self._with_loaded(event) for event in self._events]
+        events = named_events(raw, extend, [(len(text.prompt) - 1) // size for text in texts])
+        # What all levels hold together, at no cost of the way up.
+        room = self._allocator.num_blocks + sum(level.total for level in self._allocator.levels)
+        hits = optimal_hits(events, room, namer.num_keys, len(ids))
         return Reuse(size, ids, hits * size, reuse_stretches(events, hits, namer.num_keys))
+
+    def _with_loaded(self, event: RawEvent) -> RawEvent:
+        """What levels below the pool had of a request comes up later, and was found all the same."""
+        if event[0] is not Ask or not event[3]:
+            return event
+        loaded = self._requests[event[1]].num_loaded_tokens // self._allocator.block_size
+        return (*event[:4], event[4] + loaded, *event[5:])
 
 
 Extend = Callable[[int, list[int], int], list[int]]

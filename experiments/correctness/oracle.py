@@ -13,9 +13,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kvarena.engine.contract import NULL_BLOCK, BlockCopy, CopyKind, KVAllocator, StepPlan
+from kvarena.engine.copies import arrive_in_order
 from kvarena.engine.errors import EngineError
 from kvarena.engine.model_runner import ReadyTokens, StepResult, TokenLogprobs
 from kvarena.engine.request import Request, expand
+from kvarena.experiments.correctness.oracle_link import SlowLink
 from kvarena.experiments.correctness.oracle_reads import ReadJudge
 
 
@@ -91,14 +93,18 @@ class OracleRunner:
         window: positions that a query attends to, its own included, at least 2; None attends to all before it.
 
     Attributes:
+        link: on which transfers take their time; None: they are made at once.
         num_copies: blocks copied so far, by kind.
+        num_moved: of these, blocks of transfers.
         judge: of shared reads; None before the first step.
     """
 
     def __init__(self, vocab_size: int = 97, window: int | None = None) -> None:
         self.vocab_size = vocab_size
         self.window = window
+        self.link: SlowLink | None = None
         self.num_copies = dict.fromkeys(CopyKind, 0)
+        self.num_moved = dict.fromkeys(CopyKind, 0)
         self.judge: ReadJudge | None = None
         self._device: dict[int, int] = {}  # slot -> hash
         self._host: dict[tuple[int, int], int | None] = {}  # (host block, offset) -> hash
@@ -113,7 +119,13 @@ class OracleRunner:
             ReadFault: a shared read would be of another's block.
         """
         self.release([req.request_id for req in plan.forked])
+        self._land(allocator.block_size)
         self._copy(plan.copies, allocator.block_size)
+        if self.link is None:
+            arrive_in_order(plan.copies)
+        else:
+            self.link.launch(plan.copies)
+            self._land(allocator.block_size)
         entries = [
             _Entry(req, start, start + num_new, allocator.block_table(req)) for req, start, num_new in plan.scheduled
         ]
@@ -150,19 +162,38 @@ class OracleRunner:
             self.judge.release(request_ids)
 
     def _copy(self, copies: Iterable[BlockCopy], block_size: int) -> None:
-        for kind, src, dst in copies:
+        for copy in copies:
+            kind, src, dst, transfer = copy
             self.num_copies[kind] += 1
+            self.num_moved[kind] += transfer is not None
             if kind is not CopyKind.SWAP_OUT and dst == NULL_BLOCK:
                 raise OracleFault(f"{kind.value} copy of block {src} into the null block")
-            for i in range(block_size):
-                if kind is CopyKind.SWAP_OUT:
-                    self._host[dst, i] = self._device.get(src * block_size + i)
-                    continue
-                value = self._host.get((src, i)) if kind is CopyKind.SWAP_IN else self._device.get(src * block_size + i)
-                if value is None:
-                    self._device.pop(dst * block_size + i, None)
-                else:
-                    self._device[dst * block_size + i] = value
+            values = self._host_block(src, block_size) if kind is CopyKind.SWAP_IN else self._block(src, block_size)
+            if transfer is not None and self.link is not None:
+                self.link.begin(copy, transfer, values)
+                values = [None] * block_size  # until it arrives
+            self._put(copy, values)
+
+    def _land(self, block_size: int) -> None:
+        """Make the copies whose transfers have arrived; one that goes up reads the host now."""
+        for copy, _, staged in self.link.due() if self.link is not None else ():
+            self._put(copy, self._host_block(copy.src, block_size) if copy.kind is CopyKind.SWAP_IN else staged)
+
+    def _block(self, block: int, block_size: int) -> list[int | None]:
+        return [self._device.get(block * block_size + i) for i in range(block_size)]
+
+    def _host_block(self, block: int, block_size: int) -> list[int | None]:
+        return [self._host.get((block, i)) for i in range(block_size)]
+
+    def _put(self, copy: BlockCopy, values: list[int | None]) -> None:
+        for i, value in enumerate(values):
+            slot = copy.dst * len(values) + i
+            if copy.kind is CopyKind.SWAP_OUT:
+                self._host[copy.dst, i] = value
+            elif value is None:
+                self._device.pop(slot, None)
+            else:
+                self._device[slot] = value
 
     def _check_table(self, entry: _Entry, allocator: KVAllocator) -> None:
         req, start, end, table = entry

@@ -8,19 +8,22 @@ them, since a test that never reaches a path says nothing about it.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvarena.allocators.eviction_policies import policy_names
 from kvarena.engine.clock import VirtualClock
-from kvarena.engine.contract import NULL_BLOCK, CopyKind, KVAllocator, KVUsage, StepPlan
+from kvarena.engine.contract import NULL_BLOCK, CopyKind, KVAllocator, KVUsage, LevelUsage, StepPlan
 from kvarena.engine.core import Engine, StepOutput
 from kvarena.engine.errors import EngineError, NotDefined, RequestRejected
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import FinishReason, Request, RequestStatus
 from kvarena.experiments.caching.accesses import AccessLog, watch
 from kvarena.experiments.correctness.oracle import OracleRunner
+from kvarena.experiments.correctness.oracle_link import SlowLink
 from kvarena.experiments.fuzzing.random_traces import MAX_MODEL_LEN, VOCAB_SIZE, Trace
 from kvarena.experiments.fuzzing.recount import Recount
 from kvarena.experiments.settings.strategies import (
@@ -39,6 +42,7 @@ PATHS = (
     *("preempted", "recomputed", "swap_out", "swap_in", "grown", "chunked", "fragmented", "cached", "evicted"),
     *("short", "waiting_inside", "shared", "device", "slid", "aborted", "rejected", "read_once"),
     *("forked", "beams_held", "beams_preempted"),
+    *("went_down", "loaded", "ended_loading", "loads_wait"),
 )
 
 
@@ -56,6 +60,7 @@ class Cell:
         overlap: plan a step while the one before runs.
         window: sliding window, for allocators that have one.
         eviction: policy of a prefix cache, for allocators that have one; None: the config's.
+        levels: a prefix cache has the trace's level below the pool.
     """
 
     allocator: str
@@ -63,10 +68,12 @@ class Cell:
     overlap: bool = False
     window: int | None = None
     eviction: str | None = None
+    levels: bool = False
 
     def __str__(self) -> str:
         window = f" window {self.window}" if self.window else ""
         policy = f" {self.eviction}" if self.eviction else ""
+        policy += " levels" if self.levels else ""
         return f"{self.allocator}{window}{policy} x {self.scheduler}{' overlap' if self.overlap else ''}"
 
 
@@ -87,6 +94,11 @@ def eviction_of(allocator: str, index: int) -> str | None:
     return names[index % len(names)] if "eviction" in strategy_options("allocator", allocator) else None
 
 
+def takes_levels(eviction: str | None) -> bool:
+    """Whether a prefix cache of that policy, and an allocator that has one, may have a level below."""
+    return eviction not in (None, "min")
+
+
 def cells_of_round(index: int) -> list[Cell]:
     """Every allocator once, with a scheduler that changes from round to round: all pairs in num_schedulers rounds.
 
@@ -99,7 +111,8 @@ def cells_of_round(index: int) -> list[Cell]:
             schedulers[(index + i) % len(schedulers)],
             overlap=(index // len(schedulers) + i) % 2 == 1,
             window=window,
-            eviction=eviction_of(allocator, index + i),
+            eviction=(policy := eviction_of(allocator, index + i)),
+            levels=takes_levels(policy) and (index + i) % 3 != 0,
         )
         for i, (allocator, window) in enumerate(allocator_cells())
     ]
@@ -134,6 +147,8 @@ def allocator_options(trace: Trace, cell: Cell) -> dict[str, Any]:
     options |= {key: value for key, value in trace.allocator_options.items() if key in options}
     if cell.eviction is not None:
         options["eviction"] = cell.eviction
+    if cell.levels:
+        options |= trace.levels
     return options if cell.window is None else options | {"sliding_window": cell.window}
 
 
@@ -162,6 +177,9 @@ def drive(
     )
     run, before = CellRun(trace.requests(), Counter()), allocator.usage()
     accesses = watch(allocator, clock.now)
+    if trace.most_delay:
+        runner.link = SlowLink(clock, trace.most_delay, trace.seed)
+    leaving = random.Random(f"leaving {trace.seed}")
     num_slots: dict[Request, int] = {}
     todo, aborts = run.requests[::-1], trace.aborts[::-1]
     limit = 200 + 4 * len(run.requests) + 20 * sum(req.max_total_tokens for req in run.requests)
@@ -172,11 +190,17 @@ def drive(
             recount.add(req)
             _submit(engine, req, run)
         while aborts and aborts[-1][0] <= now:
+            num_loading = len(scheduler.loading)
             run.coverage["aborted"] += engine.abort(aborts.pop()[1]) is not None
+            run.coverage["ended_loading"] += len(scheduler.loading) < num_loading
+        if scheduler.loading and leaving.random() < 0.2:
+            engine.abort(next(iter(scheduler.loading)).request_id)
+            run.coverage["ended_loading"] += 1
         output = engine.step()
         if output is not None:
             _check_plan(output.plan, scheduler)
             run.coverage["beams_held"] += len(scheduler.holding)
+            run.coverage["loads_wait"] += len(scheduler.loading) > 0 and len(output.plan.scheduled) > 0
             run.outputs.append(output)
             for entry in output.plan.scheduled:
                 req, slots = entry.req, entry.req.num_slots
@@ -184,13 +208,15 @@ def drive(
                 num_slots[req] = slots
                 if runner.window is not None and slots:
                     run.coverage["slid"] += allocator.block_table(req)[0] == NULL_BLOCK
-        elif not todo and engine.has_work and not engine.in_flight and scheduler.wake_time(now) is None:
+        elif not todo and engine.has_work and not engine.in_flight and engine.wake_time(now) is None:
             raise EngineError("requests wait and nothing is planned")
         if now > limit:
             raise EngineError(f"{scheduler.num_waiting} wait and {scheduler.num_running} run after {now} steps")
         clock.advance(1.0)
     recount.check(ledger.settle())
+    allocator.arrive(float("inf"))
     _check_pool(before, allocator.usage())
+    _check_levels(allocator.levels)
     _check_end(run, trace.expected(runner.window))
     if accesses is not None:
         _check_bound(run, accesses)
@@ -217,6 +243,12 @@ def _check_plan(plan: StepPlan, scheduler: Scheduler) -> None:
 def _check_pool(before: KVUsage, after: KVUsage) -> None:
     if after.owned or after.shared_saved or after.free + after.cached != before.free:
         raise EngineError(f"the pool is not whole after the run: {after}, before it {before}")
+
+
+def _check_levels(levels: Sequence[LevelUsage]) -> None:
+    for level in levels:
+        if level.swapped or level.arriving or level.leaving:
+            raise EngineError(f"a level is not whole after the run: {level}")
 
 
 def _check_end(run: CellRun, expected: dict[str, list[int]]) -> None:
@@ -250,8 +282,10 @@ def _count(run: CellRun, runner: OracleRunner) -> None:
         count["preempted"] += req.num_preemptions
         count["recomputed"] += req.num_recomputed_tokens
         count["cached"] += req.num_cached_tokens
+        count["loaded"] += req.num_loaded_tokens
     for kind in CopyKind:
-        count[kind.value] += runner.num_copies[kind]
+        count[kind.value] += runner.num_copies[kind] - runner.num_moved[kind]
+    count["went_down"] += runner.num_moved[CopyKind.SWAP_OUT]
     previous: StepOutput | None = None
     for output in run.outputs:
         usage = output.usage

@@ -25,6 +25,8 @@ class Trace:
         num_slots: size of the pool.
         allocator_options: by option name; applied where an allocator has the option.
         scheduler_options: likewise.
+        levels: options of a prefix cache with a level below the pool.
+        most_delay: steps that a transfer to or from that level takes at most.
     """
 
     seed: int
@@ -33,6 +35,8 @@ class Trace:
     num_slots: int
     allocator_options: dict[str, Any]
     scheduler_options: dict[str, Any]
+    levels: dict[str, Any] = field(default_factory=dict)
+    most_delay: int = 0
     _expected: dict[int | None, dict[str, list[int]]] = field(default_factory=dict)
 
     def expected(self, window: int | None) -> dict[str, list[int]]:
@@ -97,6 +101,7 @@ def make_trace(seed: int, num_requests: int = 20) -> Trace:
     aborts += _put_beams(specs, {rid for _, rid in aborts}, random.Random(f"beams of {seed}"))
     max_num_seqs = rng.choice([3, 6, 12])
     swap_blocks = rng.choice([0, 6, 60])
+    below = random.Random(f"levels of {seed}")
     return Trace(
         seed=seed,
         specs=specs,
@@ -121,6 +126,11 @@ def make_trace(seed: int, num_requests: int = 20) -> Trace:
             "predictor": rng.choice(["oracle", "lognormal"]),
             "ageing": rng.choice([0.1, 1.0]),
         },
+        levels={
+            "host_blocks": swap_blocks + below.choice([1, 5, 20, 80]),
+            "load": below.choice(["always", "always", "always", "never"]),
+        },
+        most_delay=below.choice([0, 0, 2, 9]),
     )
 
 

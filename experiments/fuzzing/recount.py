@@ -42,12 +42,14 @@ class _Share(NamedTuple):
 
 @dataclass
 class _Step:
-    """What a step showed. `num_filled`, `num_saved`: over all owners, a slot that several share once."""
+    """What a step showed. `num_filled`, `num_saved`: over all owners, a slot that several share once. `num_landing`:
+    slots that copies are still to arrive in, and nobody's."""
 
     num_filled: int
     num_saved: int
     held: int
     unowned: Unowned
+    num_landing: int = 0
     shares: list[_Share] = field(default_factory=list)
 
 
@@ -105,7 +107,8 @@ class Recount:
                 self._requests.remove(req)
         num_filled, num_saved = self._fill(owners)
         held = sum(owner.num_slots for owner in owners if owner.req.is_finished)
-        seen = _Step(num_filled, num_saved, held, self._pool.unowned(owners))
+        num_landing = len(self._allocator.landing_blocks()) * self._allocator.block_size
+        seen = _Step(num_filled, num_saved, held, self._pool.unowned(owners), num_landing)
         for owner in owners:
             residency = self._open.setdefault(owner.req, _Residency())
             residency.num_filled = max(residency.num_filled, owner.num_filled)
@@ -138,7 +141,7 @@ class Recount:
         return {name: np.array([row[name] for row in rows], dtype=np.int64) for name in LEDGER}
 
     def _row(self, step: _Step) -> dict[str, int]:
-        reservation = internal = 0
+        reservation, internal = step.num_landing, 0
         for share in step.shares:
             later = min(share.residency.num_filled, share.num_slots)
             reservation += later - share.num_filled

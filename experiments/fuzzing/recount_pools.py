@@ -82,6 +82,10 @@ class BlockPool:
     def unowned(self, owners: list[Owner]) -> Unowned:
         """Split what no table names."""
         taken = {block for owner in owners for block in owner.table} - {NULL_BLOCK}
+        landing = set(self._allocator.landing_blocks())
+        if landing & taken:
+            raise EngineError(f"blocks are owned while copies of others are still to arrive: {sorted(landing & taken)}")
+        taken |= landing
         cached = set(self._allocator.cached_blocks())
         if not taken <= self._ids or not cached <= self._ids or taken & cached:
             raise EngineError(f"blocks outside the pool, or owned and cached: {sorted(taken)}, {sorted(cached)}")

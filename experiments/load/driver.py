@@ -192,7 +192,7 @@ def stuck(engine: Engine) -> EngineError:
 
 def _sleep(engine: Engine, next_arrival: float | None, signals: Signals | None) -> None:
     """Nothing to compute: wait for the next arrival or for a batch to form."""
-    wake = engine.scheduler.wake_time(engine.clock.now()) if engine.has_work else None
+    wake = engine.wake_time(engine.clock.now()) if engine.has_work else None
     times = [when for when in (wake, next_arrival) if when is not None]
     if times and signals is not None:
         signals.wait(lambda: engine.clock.sleep_until(min(times)))

@@ -253,7 +253,7 @@ def drive_replicas(
 
 def _rest(replica: Replica, turns: Turns) -> None:
     """Nothing to compute: until a request comes, or a batch forms."""
-    wake = replica.engine.scheduler.wake_time(replica.clock.now()) if replica.engine.has_work else None
+    wake = replica.engine.wake_time(replica.clock.now()) if replica.engine.has_work else None
     replica.is_stuck = replica.engine.has_work and wake is None
     if replica.is_stuck:
         turns.wake(0)

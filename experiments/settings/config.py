@@ -42,6 +42,7 @@ defaults.register()  # of a config that another process composed
 
 # What no memory holds; the product with a block's size is still an integer of 64 bits.
 MOST_SLOTS, MOST_GIB = 2**48, 2**30
+SIZES = ("num_slots", "num_blocks", "memory_gib")  # of the pool
 SLOTS = Must(f"at most {MOST_SLOTS}", lambda value: value is None or value <= MOST_SLOTS)
 GIB = Must(f"at most {MOST_GIB}", lambda value: value is None or value <= MOST_GIB)
 EARLY = Must("true, false or never", lambda value: value in EARLY_STOPPING)
@@ -67,12 +68,14 @@ class EngineConfig(Section):
 
 @dataclass(frozen=True)
 class KVCacheConfig(Section):
-    """Section `kv_cache`: at most one of the three says how large the pool is."""
+    """Section `kv_cache`: at most one of `SIZES` says how large the pool is."""
 
     section = "kv_cache"
     num_slots: Annotated[int | None, integer(1).or_null, SLOTS]
     num_blocks: Annotated[int | None, integer(1).or_null, SLOTS]
     memory_gib: Annotated[float | None, Must("above 0", SECONDS.holds).or_null, GIB]
+    host_gib: Annotated[float, number(0), GIB] = 0.0
+    load: Annotated[str, one_of("always", "never")] = "always"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +85,7 @@ class KVCacheConfig(Section):
     @property
     def sized_by(self) -> str | None:
         """The key that says how large the pool is; None: the device's memory does."""
-        return next((f"kv_cache.{key}" for key in vars(self) if getattr(self, key) is not None), None)
+        return next((f"kv_cache.{key}" for key in SIZES if getattr(self, key) is not None), None)
 
 
 @dataclass(frozen=True)

@@ -129,12 +129,16 @@ class RecordedRun:
             if "_target_" not in config[section]:
                 raise ConfigError(f"{self.path / MANIFEST_FILE}: config.{section} names no class; record the run again")
         max_model_len = config["engine"]["max_model_len"] or self.manifest["model"]["max_model_len"]
+        level = {}
+        if (host_blocks := self.manifest["pool"].get("host_blocks")) is not None:
+            level = {"host_blocks": host_blocks, "load": config["kv_cache"]["load"]}
         strategy = Strategy.of(
             Part("allocator", config["allocator"]),
             Part("scheduler", config["scheduler"]),
             num_blocks=self.manifest["pool"]["num_blocks"],
             max_model_len=max_model_len,
             kv_bytes_per_token=self.manifest["model"]["kv_bytes_per_token"],
+            **level,
         )
         # What the recorded scheduler knew of steps: it then decides alike.
         if (times := (self.manifest.get("engine") or {}).get("step_times")) is not None:

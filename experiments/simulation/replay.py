@@ -15,6 +15,7 @@ import numpy as np
 
 from kvarena.engine.clock import Clock, VirtualClock
 from kvarena.engine.contract import KVAllocator, StepPlan
+from kvarena.engine.copies import arrive_in_order
 from kvarena.engine.core import Engine, StepOutput
 from kvarena.engine.errors import RequestRejected
 from kvarena.engine.request import Request
@@ -64,6 +65,7 @@ class ReplayRunner:
 
     def execute(self, plan: StepPlan, allocator: KVAllocator) -> SimulatedStep:  # noqa: ARG002 - part of the protocol
         """Launch the next recorded step."""
+        arrive_in_order(plan.copies)
         index = min(self._index, len(self._end_times) - 1)
         self._index += 1
         tokens = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from kvarena.engine.clock import Clock, MovableClock, VirtualClock
 from kvarena.engine.contract import KVAllocator, StepPlan
+from kvarena.engine.copies import arrive_in_order
 from kvarena.engine.core import StepOutput
 from kvarena.engine.model_runner import StepResult, TokenLogprobs
 from kvarena.experiments.recording.step_features import step_features
@@ -65,6 +66,7 @@ class SimulatedRunner:
         The device begins with the first kernel: of a graph when it is launched, else when the launch begins. Then it
         cannot end before the last one is launched.
         """
+        arrive_in_order(plan.copies)  # the step waits for them, as it does for swaps
         num_saved = 0 if self._reads is None else self._reads.of_plan(plan, allocator)
         host, clock, features = self._host, self._clock, step_features(plan, num_saved=num_saved)
         before = host.before + host.before_per_request * len(plan.scheduled)

@@ -46,7 +46,7 @@ class Memory:
         self.host: dict[int, tuple[int, ...]] = {}
 
     def apply(self, copies: list) -> None:
-        for kind, src, dst in copies:
+        for kind, src, dst, _ in copies:
             source = self.host if kind is CopyKind.SWAP_IN else self.device
             target = self.host if kind is CopyKind.SWAP_OUT else self.device
             for i in range(self.block_size):

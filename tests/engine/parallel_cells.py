@@ -72,7 +72,7 @@ def run(engine: Engine, asked: list[Request], abort: dict[int, str] | None = Non
         if (output := engine.step()) is not None:
             steps.append(output)
         elif engine.has_work and not engine.in_flight:
-            wake = engine.scheduler.wake_time(engine.clock.now())
+            wake = engine.wake_time(engine.clock.now())
             assert wake is not None
             engine.clock.sleep_until(wake)
     return steps

@@ -129,7 +129,7 @@ def test_pools_that_cannot_be_had_say_by_which_setting():
     ):
         KVPool(**pool, sized_by="kv_cache.num_blocks")
     with pytest.raises(
-        EngineError, match=r"swapped blocks: \d+\.\d GiB were asked for and .* lower allocator.swap_gib"
+        EngineError, match=r"below the KV pool: \d+\.\d GiB were asked for and .* lower kv_cache.host_gib"
     ):
         HostBlocks(torch.zeros(2, 3, 2**10), 2**40)
 

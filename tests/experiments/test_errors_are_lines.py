@@ -127,6 +127,18 @@ CASES = {
     "an experiment's setting": (["study.start_rate=4"], "'study.start_rate'; it is a setting of experiment=capacity"),
     "a target's query": (["target='http://127.0.0.1:9/v1?a=1'"], "leave out what is behind it"),
     "samples without end": (["sampling.n=99999999999999999999"], "must be an integer in [1, 65536]"),
+    "a level below no prefix cache": (
+        ["allocator=paged", "kv_cache.host_gib=1"],
+        "kv_cache.host_gib=1 keeps what a prefix cache evicts",
+    ),
+    "a level of no block": (
+        ["allocator=radix", "kv_cache.host_gib=0.0000001"],
+        "kv_cache.host_gib=1e-07 holds no block",
+    ),
+    "a share above the whole": (
+        ["allocator=radix", "kv_cache.host_gib=0.1", "allocator.swap_gib=0.2"],
+        "must be at most kv_cache.host_gib",
+    ),
     "no swap space": (["allocator.swap_gib=null"], "allocator.swap_gib=None must be a finite number of at least 0"),
     "a list of strategies": (["allocator=[1]"], "the command line cannot be read: "),
     "a spread beyond floats": (["workload=lognormal", "workload.output_len.sigma=1e30"], "config section 'workload': "),

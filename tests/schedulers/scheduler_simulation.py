@@ -57,7 +57,7 @@ class Simulation:
 
     def _wait(self, todo: list[Request]) -> None:
         clock = self.engine.clock
-        wake = self.engine.scheduler.wake_time(clock.now())
+        wake = self.engine.wake_time(clock.now())
         times = [time for time in (wake, todo[-1].arrival_time if todo else None) if time is not None]
         assert times, "requests wait and nothing is planned"
         clock.sleep_until(min(times))

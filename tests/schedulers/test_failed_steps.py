@@ -11,6 +11,7 @@ from kvarena.engine.errors import NotDefined, RequestRejected
 from kvarena.engine.ledger import MemoryLedger
 from kvarena.engine.request import FinishReason
 from kvarena.experiments.correctness.oracle import OracleRunner
+from kvarena.experiments.correctness.oracle_link import SlowLink
 from kvarena.experiments.fuzzing.matrix import allocator_options, build_cell, cells_of_round
 from kvarena.experiments.fuzzing.random_traces import VOCAB_SIZE, make_trace
 from kvarena.experiments.fuzzing.recount import Recount
@@ -41,9 +42,10 @@ def run(trace, cell) -> int:
     allocator, scheduler = build_cell(trace, cell)
     runner = FlakyRunner(trace.seed, cell.window)
     ledger, recount = MemoryLedger(), Recount(allocator, scheduler, allocator_options(trace, cell))
-    engine = Engine(
-        scheduler, allocator, runner, VirtualClock(), overlap=cell.overlap, ledger=ledger, on_launch=recount.observe
-    )
+    clock = VirtualClock()
+    if trace.most_delay:
+        runner.link = SlowLink(clock, trace.most_delay, trace.seed)
+    engine = Engine(scheduler, allocator, runner, clock, overlap=cell.overlap, ledger=ledger, on_launch=recount.observe)
     requests, failed, aborted = [], set(), set()
     for req in trace.requests():
         recount.add(req)
@@ -75,6 +77,8 @@ def run(trace, cell) -> int:
         assert req in failed or req in aborted or req.output_token_ids == want
     assert any(req in aborted and not req.num_computed_tokens for req in requests)
     recount.check(ledger.settle())
+    allocator.arrive(float("inf"))
+    assert all(level.free + level.cached == level.total for level in allocator.levels)
     usage = allocator.usage()
     assert usage.owned == usage.shared_saved == 0
     return runner.num_failures

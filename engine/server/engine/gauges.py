@@ -57,7 +57,7 @@ class Gauges:
         row.set("vllm:num_requests_waiting", scheduler.num_waiting)
         row.set("vllm:num_requests_waiting_by_reason", scheduler.num_waiting, "capacity")
         usage = self._engine.allocator.usage(scheduler.queue_head())
-        if self._check is not None and not requests and not self._engine.has_work:
+        if self._check is not None and not (requests or self._engine.has_work or self._engine.allocator.is_moving):
             self._check.check_idle(usage)
         classes = self._view.classes(usage, requests, scheduler.held)
         row.set_all("kvarena:kv_slots", [classes[name] for name in CLASSES])

@@ -165,7 +165,7 @@ class EngineLoop:
         if engine.in_flight or engine.scheduler.num_running:
             return 0.0
         now = engine.clock.now()
-        wake = engine.scheduler.wake_time(now)
+        wake = engine.wake_time(now)
         return min(max(wake - now, 0.0), _IDLE_WAIT) if wake is not None else 0.0
 
     def _control_open(self) -> bool:
