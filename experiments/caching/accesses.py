@@ -153,19 +153,23 @@ class AccessLog:
         size, ids, texts = self._allocator.block_size, [req.request_id for req in self._requests], self._texts
         namer = _Namer(size)
         extend = lambda row, chain, stop: namer.extend(chain, texts[row], stop)  # noqa: E731
-        raw = [self._with_loaded(event) for event in self._events]
+        raw = with_loaded(self._events, [req.num_loaded_tokens // size for req in self._requests])
         events = named_events(raw, extend, [(len(text.prompt) - 1) // size for text in texts])
-        # What all levels hold together, at no cost of the way up.
-        room = self._allocator.num_blocks + sum(level.total for level in self._allocator.levels)
-        hits = optimal_hits(events, room, namer.num_keys, len(ids))
+        hits = optimal_hits(events, num_blocks_in_all(self._allocator), namer.num_keys, len(ids))
         return Reuse(size, ids, hits * size, reuse_stretches(events, hits, namer.num_keys))
 
-    def _with_loaded(self, event: RawEvent) -> RawEvent:
-        """What levels below the pool had of a request comes up later, and was found all the same."""
-        if event[0] is not Ask or not event[3]:
-            return event
-        loaded = self._requests[event[1]].num_loaded_tokens // self._allocator.block_size
-        return (*event[:4], event[4] + loaded, *event[5:])
+
+def num_blocks_in_all(allocator: KVAllocator) -> int:
+    """What the pool and the levels below it hold together, at no cost of the way up."""
+    return allocator.num_blocks + sum(level.total for level in allocator.levels)
+
+
+def with_loaded(raw: Sequence[RawEvent], num_loaded: Sequence[int] | Mapping[int, int]) -> list[RawEvent]:
+    """Events in which a request found `num_loaded[row]` more blocks: those that came up later."""
+    return [
+        (*event[:4], event[4] + num_loaded[event[1]], *event[5:]) if event[0] is Ask and event[3] else event
+        for event in raw
+    ]
 
 
 Extend = Callable[[int, list[int], int], list[int]]

@@ -11,6 +11,7 @@ from typing import Any
 from kvarena.engine.pool.gpu_memory import NO_GPU
 from kvarena.engine.server.processes.engine import Place
 from kvarena.experiments.building.parts import EngineParts
+from kvarena.experiments.caching.accesses import num_blocks_in_all
 from kvarena.experiments.folders.recordings import engine_folder
 from kvarena.experiments.jobs.cell_facts import engine_facts, model_facts
 from kvarena.experiments.jobs.manifest import manifest_of
@@ -27,7 +28,9 @@ logger = logging.getLogger("kvarena.engine")
 
 # Of the config: what was not asked for, and what holds keys.
 LEFT_OUT = ("server", "http", "tracking", "study", "workload", "arrival")
-REPLAYED = ("engine", "allocator", "scheduler", "parallel")  # sections that decide what an engine does
+# Sections that decide what an engine does; of `kv_cache`, whose pool has its size from the machine, two keys.
+REPLAYED = ("engine", "allocator", "scheduler", "parallel")
+REPLAYED_KEYS = ("kv_cache.host_gib", "kv_cache.load")
 STORED = {
     "tokens": "token ids of prompts and outputs, for this user's eyes alone",
     "hashes": "lengths and hashes of blocks, no token and no client's name",
@@ -51,7 +54,7 @@ def make_recorder(
     folder = engine_folder(server.record, place.rank, place.num_engines)
     bounds = Bounds(
         int(server.record_mib * 2**20), 60 * server.record_minutes, server.record_content,
-        parts.engine.allocator.block_size, key, parts.engine.allocator.num_blocks,
+        parts.engine.allocator.block_size, key, num_blocks_in_all(parts.engine.allocator),
     )  # fmt: skip
     manifest = manifest_of(
         config, f"{cell_name(strategy['allocator'], strategy['scheduler'])}, served",
@@ -83,9 +86,9 @@ def replay_command(config: RunConfig, strategy: Mapping[str, str], parts: Engine
     usual = dict(leaves(load_run([*names, *model]).values))
     set_here: dict[str, Any] = {
         key: value
-        for section in REPLAYED
+        for section in (*REPLAYED, "kv_cache")
         for key, value in leaves(config.values[section], section)
-        if usual.get(key) != value and not key.endswith("_target_")
+        if (section in REPLAYED or key in REPLAYED_KEYS) and usual.get(key) != value and not key.endswith("_target_")
     }
     set_here |= {"engine.max_model_len": parts.max_model_len, "kv_cache.num_blocks": parts.pool_facts["num_blocks"]}
     settings = [f"{key}={'null' if value is None else literal(value)}" for key, value in set_here.items()]

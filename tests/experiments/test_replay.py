@@ -43,6 +43,25 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
     return record(tmp_path_factory.mktemp("replay") / "run")
 
 
+# Prefixes of 256 blocks on a pool of 64, with host memory for all of them below it.
+LEVELS = ("engine.max_model_len=512", "kv_cache.num_slots=1024", "kv_cache.host_gib=0.05", "workload.num_requests=40",
+          "workload.num_prefixes=16", "scheduler.max_num_seqs=3", *CELL[-3:])  # fmt: skip
+
+
+@pytest.mark.parametrize("allocator", ["paged_prefix", "radix"])
+@pytest.mark.parametrize("overlap", ["true", "false"])
+def test_a_run_with_a_level_below_the_pool_decides_the_same_again(allocator: str, overlap: str, tmp_path: Path):
+    strategy = (f"allocator={allocator}", "scheduler=chunked", f"engine.overlap={overlap}", "workload=shared_prefix")
+    cfg, choices = compose_cell([*strategy, *LEVELS])
+    execute(cfg, tmp_path, "cell", choices)
+    run = RecordedRun.read(tmp_path)
+    assert run.steps["num_copies"].sum() > 100
+    assert replay(run).identical, str(replay(run))
+    # Without the level it computes what came up.
+    del run.manifest["pool"]["host_blocks"]
+    assert not replay(run).identical
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import stat
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ import pytest
 
 from kvarena.engine.errors import ConfigError
 from kvarena.experiments.building.build import build
+from kvarena.experiments.caching.accesses import num_blocks_in_all
 from kvarena.experiments.correctness.map_check import check_run
 from kvarena.experiments.folders import recordings
 from kvarena.experiments.jobs.job import execute
@@ -32,6 +34,9 @@ STRATEGIES = [
     ("paged", "continuous", "true"), ("virtual", "sjf", "false"),
 ]  # fmt: skip
 LARGE = Bounds(2**40, 1e9, "tokens", 16, b"k", 256)
+# Prefixes of 256 blocks on a pool of 128, with 512 below it.
+LEVELS = ("kv_cache.num_slots=2048", "kv_cache.host_gib=1", "workload.num_prefixes=16", "scheduler.max_num_seqs=3",
+          "allocator.eviction=lru")  # fmt: skip
 
 
 class Pieces:
@@ -68,6 +73,8 @@ def record(folder, overrides, bounds=LARGE, manifest=None, seed=0):
     config, _ = compose_cell([*CELL, *overrides])
     setup = build(config)
     pieces = Pieces(folder)
+    if bounds.num_blocks:
+        bounds = replace(bounds, num_blocks=num_blocks_in_all(setup.parts.engine.allocator))
     recorder = ServedRecorder(setup.parts.engine, Opening(manifest or {}, bounds, 0.0), pieces)
     recorder._map._max_share, recorder._map._interval = None, 0.05
     setup.load.prepare(setup.parts.engine)
@@ -77,9 +84,10 @@ def record(folder, overrides, bounds=LARGE, manifest=None, seed=0):
     return pieces
 
 
-@pytest.mark.parametrize(("allocator", "scheduler", "overlap"), STRATEGIES)
-def test_pieces_are_put_together_to_what_a_run_leaves(tmp_path, allocator, scheduler, overlap):
-    overrides = (f"allocator={allocator}", f"scheduler={scheduler}", f"engine.overlap={overlap}")
+@pytest.mark.parametrize("strategy", [*STRATEGIES, ("paged_prefix", "chunked", "true", *LEVELS)], ids=" ".join)
+def test_pieces_are_put_together_to_what_a_run_leaves(tmp_path, strategy):
+    allocator, scheduler, overlap, *levels = strategy
+    overrides = (f"allocator={allocator}", f"scheduler={scheduler}", f"engine.overlap={overlap}", *levels)
     whole, served = tmp_path / "whole", tmp_path / "served"
     for folder in (whole, served):
         folder.mkdir()
@@ -91,6 +99,8 @@ def test_pieces_are_put_together_to_what_a_run_leaves(tmp_path, allocator, sched
     if allocator in ("paged_prefix", "radix"):
         files.append("reuse.parquet")
     assert (served / "reuse.parquet").exists() == (whole / "reuse.parquet").exists() == (len(files) == 3)
+    # More of what was asked for was found than the pool had.
+    assert not levels or pq.read_table(served / "reuse.parquet").column("num_cached_tokens").to_numpy().sum() > 6000
     for name in files:
         ours, theirs = pq.read_table(served / name), pq.read_table(whole / name)
         assert ours.schema.equals(theirs.schema, check_metadata=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from kvarena.engine.request import Request
-from kvarena.experiments.caching.accesses import AccessLog, RawEvent, Reuse, named_events
+from kvarena.experiments.caching.accesses import AccessLog, RawEvent, Reuse, named_events, with_loaded
 from kvarena.experiments.caching.optimum import Room, optimal_hits
 from kvarena.experiments.caching.reuse import reuse_stretches
 
@@ -91,7 +91,7 @@ class Accesses:
 
 def served_reuse(
     raw: Sequence[RawEvent], hashes: Mapping[int, np.ndarray], prompt_lens: Mapping[int, int], ids: Mapping[int, str],
-    block_size: int, num_blocks: int,
+    loaded: Mapping[int, int], block_size: int, num_blocks: int,
 ) -> Reuse:  # fmt: skip
     """What the accesses of a recording come to.
 
@@ -100,8 +100,9 @@ def served_reuse(
         hashes: by row, of the blocks of its prompt and output.
         prompt_lens: by row, in tokens.
         ids: by row, the request's.
+        loaded: by row, tokens that came up from levels below the pool.
         block_size: tokens of a block.
-        num_blocks: of the pool.
+        num_blocks: of the pool and those levels.
     """
     numbers: dict[int, int] = {}
     rows = {row: place for place, row in enumerate(ids)}
@@ -111,7 +112,8 @@ def served_reuse(
         return chain
 
     most = {row: (length - 1) // block_size for row, length in prompt_lens.items()}
-    named = named_events(raw, extend, most)
+    num_loaded = {row: num_tokens // block_size for row, num_tokens in loaded.items()}
+    named = named_events(with_loaded(raw, num_loaded), extend, most)
     events = [one if isinstance(one, Room) else one._replace(row=rows[one.row]) for one in named]
     hits = optimal_hits(events, num_blocks, len(numbers), len(rows))
     stretches = reuse_stretches(events, hits, len(numbers))

@@ -44,7 +44,7 @@ class Progress(NamedTuple):
     Attributes:
         row: its place in the order of submission.
         admission_time, first_token_time, finish_time: in seconds on the engine's clock.
-        num_cached_tokens, num_preemptions, num_recomputed_tokens: its own.
+        num_cached_tokens, num_loaded_tokens, num_preemptions, num_recomputed_tokens: its own.
         finish_reason: None: it is open.
         error: why it was refused or failed.
         output: token ids since the last time, int32.
@@ -55,6 +55,7 @@ class Progress(NamedTuple):
     first_token_time: float
     finish_time: float
     num_cached_tokens: int
+    num_loaded_tokens: int
     num_preemptions: int
     num_recomputed_tokens: int
     finish_reason: str | None
@@ -140,8 +141,8 @@ class ServedLog(RequestLog):
                 continue
             progress.append(
                 Progress(
-                    row, one.admission, one.first_token, one.finish, req.num_cached_tokens, req.num_preemptions,
-                    req.num_recomputed_tokens, one.reason, req.error,
+                    row, one.admission, one.first_token, one.finish, req.num_cached_tokens, req.num_loaded_tokens,
+                    req.num_preemptions, req.num_recomputed_tokens, one.reason, req.error,
                     array("i", req.output_token_ids[one.num_told :]).tobytes(),
                 )
             )  # fmt: skip

@@ -73,7 +73,7 @@ class Bounds:
         content: `tokens`, or `hashes` of blocks in their place.
         block_size: tokens of a block that is hashed.
         key: of the hashes.
-        num_blocks: of the pool, for the bound of its prefix cache's hits.
+        num_blocks: of the pool and the levels below it, for the bound of its prefix cache's hits.
     """
 
     max_bytes: int
@@ -154,7 +154,7 @@ class Window:
             self._accesses += frame.accesses
             self._num_bytes += EVENT_BYTES * len(frame.accesses)
         for came in frame.submitted:
-            now = Progress(came.row, NAN, NAN, NAN, 0, 0, 0, None, "", b"")
+            now = Progress(came.row, NAN, NAN, NAN, 0, 0, 0, 0, None, "", b"")
             self._rows[came.row] = kept = _Kept(came, now, np.frombuffer(came.prompt, dtype=np.int32))
             self._num_bytes += kept.num_bytes
         for now in frame.progress:
@@ -319,7 +319,9 @@ class Window:
         hashes = {row: self._hash(one) if one.hashes is None else one.hashes for row, one in every.items()}
         lengths = {row: len(one.prompt) for row, one in every.items()}
         ids = {row: one.came.request_id for row, one in every.items()}
-        return served_reuse(self._accesses, hashes, lengths, ids, self._bounds.block_size, self._bounds.num_blocks)
+        loaded = {row: one.now.num_loaded_tokens for row, one in every.items()}
+        size, num_blocks = self._bounds.block_size, self._bounds.num_blocks
+        return served_reuse(self._accesses, hashes, lengths, ids, loaded, size, num_blocks)
 
     def _write_requests(self, path: Path, rows: list[int], zero: float, reuse: Reuse | None) -> None:
         times = TokenTimes()
