@@ -72,6 +72,11 @@ def test_blocks_that_went_down_and_came_up_carry_the_right_kv(allocator, schedul
     assert coverage["went_down"] > 0 and coverage["loaded"] > 0
 
 
+def test_what_came_up_for_a_request_that_is_preempted_at_once_is_known_to_be_cached():
+    """The recount took it for what the blocks held before."""
+    run_cell(make_trace(9352), Cell("paged_prefix", "sjf", eviction="s3fifo", levels=True))
+
+
 def test_every_eviction_policy_is_in_the_matrix():
     turns = [4 * i + 2 * number + overlap for i in range(len(SCHEDULERS)) for number in (0, 1) for overlap in (0, 1)]
     assert {eviction_of("radix", turn + 2) for turn in turns} == set(policy_names())

@@ -70,7 +70,9 @@ class BlockPool:
         if num_filled > len(table) * self._size:
             raise EngineError(f"request {req.request_id!r} has filled {num_filled} slots of {len(table)} blocks")
         if self._allocator.reads_tokens:
-            for i in range(num_filled // self._size):
+            # What comes up for a request may be cached before a step shows it filled: it is preempted in between.
+            num_known = req.num_tokens if req in self._scheduler.loading else num_filled
+            for i in range(num_known // self._size):
                 known = req if req.search is None else (req.cache_salt, req.identities(0, (i + 1) * self._size))
                 self._contents[table[i]] = known, i
         return Owner(req, table, num_filled, len(table) * self._size)
