@@ -292,12 +292,13 @@ def _charts(cells: Sequence[Cell]) -> list[Chart]:
 
 
 def _error_chart(cells: Sequence[Cell], loop: str, told: str) -> Chart:
-    labels = [cell.label.replace(", ", "\n") for cell in cells]
+    models = {cell.label.partition(", ")[0] for cell in cells}
+    labels = [cell.label.partition(", ")[2] if len(models) == 1 else cell.label.replace(", ", "\n") for cell in cells]
     return Chart(
         name=f"errors-{loop}",
         kind="bars",
         x_label="held-out cell",
-        y_label="simulated against measured, %",
+        y_label="error, %",
         caption=f"Error of the simulator per held-out cell, {told}. To be met: 3 % in throughput and mean latency, 8 % "
         "in the percentiles.",
         series=[Series(metric.name, labels, [cell.errors[i] for cell in cells]) for i, metric in enumerate(METRICS)],
