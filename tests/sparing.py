@@ -52,6 +52,8 @@ def set_for_test(*, is_drawn: bool, is_probed: bool) -> None:
         "hydra._internal.config_loader_impl", "ConfigLoaderImpl._compose_config_from_defaults_list", _merge_once, True
     )
     _replace("hydra._internal.defaults_list", "_create_defaults_list", _choose_once, True)
+    _replace("hydra._internal.config_loader_impl", "ConfigLoaderImpl._process_config_searchpath", _search, True)
+    _replace("hydra._internal.config_repository", "CachingConfigRepository.__init__", _share, True)
     _replace("hydra._internal.hydra", "Hydra.get_mode", _mode, True)
     _replace("triton.runtime.interpreter", "_patch_builtin", _patch_known, True)
     _replace("httpx._transports.default", "create_ssl_context", _ssl_context_once, True)
@@ -105,6 +107,18 @@ def _compose_once(
         return compose()
     key = (paths, config_name, *overrides, run_mode, validate_sweep_overrides, os.getcwd())
     return pickle.loads(_kept(key, lambda: pickle.dumps(compose())))
+
+
+def _share(self: Any, delegate: Any) -> None:
+    self.delegate, self.cache = delegate, {}
+
+
+def _search(self: Any, config_name: str | None, parsed_overrides: list[Any], repo: Any) -> None:
+    """Of our files none sets `hydra.searchpath`, so they are not looked through for it, nor copied before it is."""
+    said = any(one.get_key_element() == "hydra.searchpath" for one in parsed_overrides)
+    if said or not _is_ours(tuple(source.path for source in repo.get_sources())):
+        repo.delegate = copy.deepcopy(repo.delegate)
+        _originals["ConfigLoaderImpl._process_config_searchpath"](self, config_name, parsed_overrides, repo)
 
 
 def _choose_once(repo: Any, config_name: str | None, overrides: Any, prepend_hydra: bool, skip_missing: bool) -> Any:
