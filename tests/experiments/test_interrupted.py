@@ -269,9 +269,10 @@ def test_signals_are_taken_where_nothing_is_half_done():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def started(*args: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "run.py"), *args]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def started(*args: str, path: Path) -> subprocess.Popen:
+    """`path`: where modules of its own are."""
+    command, env = [sys.executable, str(ROOT / "run.py"), *args], os.environ | {"PYTHONPATH": str(path)}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def wait_for(process: subprocess.Popen, ready) -> None:
@@ -279,10 +280,6 @@ def wait_for(process: subprocess.Popen, ready) -> None:
     while not ready():
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.05)
-
-
-def cells_at_work(folder: Path) -> int:
-    return sum((path / ".hydra" / "overrides.yaml").exists() for path in folder.glob("*"))
 
 
 def test_a_sweep_ends_by_the_signal_that_came_whatever_its_launcher_makes_of_it(tmp_path):
@@ -300,22 +297,35 @@ def test_a_sweep_ends_by_the_signal_that_came_whatever_its_launcher_makes_of_it(
     assert caught.value.number == signal.SIGTERM
 
 
+MINE = """import os
+from pathlib import Path
+from kvarena.allocators.paged import PagedAllocator
+
+class Mine(PagedAllocator):
+    def free(self, req):
+        super().free(req)
+        Path({folder!r}, str(os.getpid())).touch()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local", "ray"])
 def test_a_sweep_in_other_processes_keeps_what_had_ended(launcher, tmp_path):
-    """SIGTERM reaches the command alone; its cells are children of it, or of Ray."""
+    """SIGTERM reaches the command alone; its cells are children of it, or of Ray. It comes when requests have ended."""
+    folder, ended, num_cells = tmp_path / "sweep", tmp_path / "ended", 1 if launcher == "basic" else 2
+    ended.mkdir()
+    (tmp_path / "mine.py").write_text(MINE.format(folder=str(ended)))
     long = ["workload.num_requests=400", "arrival=poisson", "arrival.rate=20", "driver.warmup=false"]
-    process = started("-m", "scheduler=continuous,static", *LOAD, *long, f"hydra.sweep.dir={tmp_path}",
-                      f"hydra/launcher={launcher}")  # fmt: skip
-    wait_for(process, lambda: cells_at_work(tmp_path) >= (1 if launcher == "basic" else 2))
-    time.sleep(8)
+    process = started("-m", "scheduler=continuous,static", "allocator._target_=mine.Mine", *LOAD, *long,
+                      f"hydra.sweep.dir={folder}", f"hydra/launcher={launcher}", path=tmp_path)  # fmt: skip
+    wait_for(process, lambda: len(list(ended.iterdir())) >= num_cells)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 143, err
     assert "Traceback" not in err
-    assert f"no cell of {tmp_path} is whole" in err
-    came = [json.loads(path.read_text())["run"]["interrupted"] for path in tmp_path.glob("*/manifest.json")]
-    assert len(came) == (1 if launcher == "basic" else 2)
+    assert f"no cell of {folder} is whole" in err
+    came = [json.loads(file.read_text())["run"]["interrupted"] for file in folder.glob("*/manifest.json")]
+    assert len(came) == num_cells
     assert all(0 < one["num_ended"] < 400 for one in came)
 
 
