@@ -26,6 +26,7 @@ def run(out: Path, stated: int, *more: str) -> subprocess.CompletedProcess:
         "workload.prompt_len=8",
         "workload.output_len=4",
         "report.progress=false",
+        "report.pages=false",
         "driver.probe=false",
         *more,
     ]
