@@ -121,7 +121,9 @@ def test_a_node_must_see_the_folder_and_have_the_same_code(tmp_path):
         (("local", 1, -1), r"num_gpus=-1 must be a finite number of at least 0"),
         (("127.0.0.1:9", 1, 0), r"address=127.0.0.1:9: no Ray cluster answers there \(.*refused\); start one"),
         (("nonsense", 1, 0), r"no Ray cluster answers there \(Invalid address format: nonsense\)"),
-        (("local", 1, 99), r"no node of the Ray cluster has 1 CPUs and 99 GPUs for a cell"),
+        pytest.param(  # starts Ray
+            ("local", 1, 99), r"no node of the Ray cluster has 1 CPUs and 99 GPUs for a cell", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_ray_cannot_do_is_one_line(options, message, tmp_path):
