@@ -144,6 +144,10 @@ class KeepingBackend(AttentionBackend, Protocol):
         """
         ...
 
+    def warm_up(self) -> None:
+        """Load what such steps need and no other did, so that none of them waits for it."""
+        ...
+
 
 @runtime_checkable
 class SharingBackend(AttentionBackend, Protocol):

@@ -14,6 +14,8 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kvarena.engine.pool.kv_pool import KVPool
+
 # Shorter prompts cost little attention: below it a plan saves less than a millisecond a step of an 8B model, and takes
 # the host 5 to 70 ms, again for every length of a real workload.
 MIN_LENGTH = 2048
@@ -52,6 +54,19 @@ class DensePrompts:
         if len(self._seen) < MAX_SHAPES:
             self._seen.add(shape)
         return None
+
+    def warm_up(self, num_heads: int, pool: KVPool) -> None:
+        """Call the library once, of whose code the first call loads hundreds of megabytes: a second in some prompt.
+
+        Args:
+            num_heads: query heads of a layer.
+            pool: with keys and values of the size and type that it will be given.
+        """
+        q, kv = (
+            torch.zeros(self._min_length, count, pool.head_dim, dtype=pool.dtype, device=pool.device)
+            for count in (num_heads, pool.num_kv_heads)
+        )
+        self.attend(q, kv, kv, (1, self._min_length), 1.0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], scale: float) -> Tensor | None:
         """Causal attention within each prompt; None when the library does not take these tensors.

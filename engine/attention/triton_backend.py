@@ -126,6 +126,10 @@ class TritonBackend:
         )
         self._dense = DensePrompts(library_backend(pool.device, pool.dtype, pool.head_dim) if use_library else None)
 
+    def warm_up(self) -> None:
+        """See `KeepingBackend`."""
+        self._dense.warm_up(self.num_heads, self.pool)
+
     @property
     def most_shared_rows(self) -> int:
         """See `SharingBackend`."""

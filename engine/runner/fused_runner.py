@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvarena.engine.attention.base import AttentionBackend
+from kvarena.engine.attention.base import AttentionBackend, KeepingBackend
 from kvarena.engine.clock import Clock
 from kvarena.engine.contract import KVAllocator, ScheduledRequest, StepPlan, cdiv
 from kvarena.engine.fusions.decoder import FusedDecoder
@@ -112,10 +112,10 @@ class FusedRunner(TorchRunner):
         Returns:
             How many shapes were run.
         """
-        if self._graphs is None:
-            return 0
         with torch.inference_mode():
-            return self._graphs.warm_up(max_rows, max_tokens)
+            if isinstance(self.backend, KeepingBackend):
+                self.backend.warm_up()
+            return 0 if self._graphs is None else self._graphs.warm_up(max_rows, max_tokens)
 
     @property
     def padded_sizes(self) -> list[int]:

@@ -94,6 +94,9 @@ def test_the_library_gets_new_keys_and_values_without_reading_them_back(model, m
     calls = []
     monkeypatch.setattr(backend._dense, "attend", lambda *args, of=backend._dense.attend: calls.append(1) or of(*args))
     monkeypatch.setattr(triton_backend, "gather_kv", lambda *args: pytest.fail("keys and values were read back"))
+    runner.warm_up(0, 0)
+    assert len(calls) == 1, "the library is there before its first step"
+    calls.clear()
     assert run(runner, make_requests(prompts, 3), overlap=False) == expected
     assert not calls, "a shape goes to the library when it comes again"
     assert run(runner, make_requests(prompts, 3), overlap=False) == expected
