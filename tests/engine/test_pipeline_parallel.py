@@ -62,6 +62,20 @@ def test_every_strategy_gives_the_tokens_of_one_rank(directories, shared, cell, 
     assert not wanted or wanted in happened(asked, steps)
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_blocks_come_up_on_every_rank(directories, shared, sizes):
+    """Each request comes a second time, when a pool of four blocks has long evicted what it computed."""
+    level = ("allocator=paged_prefix", "scheduler=chunked", "kv_cache.num_slots=64", "kv_cache.host_gib=0.001")
+    engine = build_engine(of_model(directories["llama"], *SIZES[sizes], *level), shared).engine
+    expected, loaded = alone(directories["llama"], requests()), []
+    for _ in range(2):
+        asked = requests()
+        run(engine, asked)
+        assert [req.output_token_ids for req in asked] == expected
+        loaded.append(sum(req.num_loaded_tokens for req in asked))
+    assert loaded[1] >= 32
+
+
 PAIRS = list(zip(FAMILIES, ("edits", "top_p", "greedy"), strict=True))
 OTHERS = [(family, sampling) for family, _ in PAIRS for _, sampling in PAIRS if (family, sampling) not in PAIRS]
 
