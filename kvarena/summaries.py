@@ -89,6 +89,7 @@ class RunSummary(_Written):
     num_preempted_requests: int | None = None
     num_recomputed_tokens: int | None = None
     num_cached_tokens: int | None = None
+    num_loaded_tokens: int | None = None
     cached_prompt_share: float | None = None
     num_optimal_cached_tokens: int | None = None
     optimal_prompt_share: float | None = None

@@ -124,6 +124,7 @@ class HttpDriver:
             "token_times": times,
             "finish_reason": _finish_reason(answer),
             "priority": req.priority,
+            "num_loaded_tokens": 0,  # a server does not say it
             "num_optimal_cached_tokens": None,
             "num_cached_tokens": answer.usage.get("cached_tokens", 0),
             "num_preemptions": 0,

@@ -24,6 +24,7 @@ COUNTS = (
     "max_tokens",
     "priority",
     "num_cached_tokens",
+    "num_loaded_tokens",
     "num_preemptions",
     "num_recomputed_tokens",
 )
@@ -111,7 +112,7 @@ class RequestLog:
         """Copy what a request knows of itself."""
         values = (
             req.num_prompt_tokens, len(req.output_token_ids), req.sampling.max_tokens, req.priority,
-            req.num_cached_tokens, req.num_preemptions, req.num_recomputed_tokens,
+            req.num_cached_tokens, req.num_loaded_tokens, req.num_preemptions, req.num_recomputed_tokens,
         )  # fmt: skip
         for column, value in zip(self._counts.values(), values, strict=True):
             column[row] = value

@@ -147,6 +147,12 @@ def prefix_cache_section(summary: dict[str, Any], by_distance: Sequence[Table]) 
     ]  # fmt: skip
     if eviction.get("num_kinds") is not None:
         rows.append(["kinds of request", count(eviction["num_kinds"]), "", f"that the workload names, for {policy}"])
+    if num_blocks := summary["pool"].get("host_blocks"):
+        below = summary["num_loaded_tokens"]
+        rows[1:1] = [
+            ["in the pool", count(summary["num_cached_tokens"] - below), "", "of these"],
+            ["in host memory", count(below), "", f"of these: they came up from its {count(num_blocks)} blocks"],
+        ]
     tables = [Table(["", "tokens", "share", "what"], rows, text_columns=frozenset({3}))]
     if summary["cache_by_client"]:
         header = ["client", "requests", "prompt tokens", "found", "at most", "hit rate", "share of the bound"]
@@ -168,6 +174,12 @@ def of_optimum(summary: dict[str, Any]) -> str:
     """`, 41 % of the most that was to be found`; nothing where that is not known."""
     share = summary.get("cache_share_of_optimum")
     return "" if share is None else f", {percent(share)} of the most that was to be found"
+
+
+def from_below(summary: dict[str, Any]) -> str:
+    """`, 1,024 of them from host memory`; nothing where there is none."""
+    below = summary["pool"].get("host_blocks") and summary.get("num_loaded_tokens")
+    return "" if below in (None, 0) else f", {count(below)} of them from host memory"
 
 
 def _policy(summary: dict[str, Any]) -> str:

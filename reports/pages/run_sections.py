@@ -9,7 +9,7 @@ from typing import Any
 from kvarena.reports.analysis.engines import cache_state, simulated, simulated_machine, target
 from kvarena.reports.analysis.gauges import gauges_section
 from kvarena.reports.analysis.latency import DEFINITIONS, PERCENTILES
-from kvarena.reports.analysis.prefix_cache import of_optimum, prefix_cache_section
+from kvarena.reports.analysis.prefix_cache import from_below, of_optimum, prefix_cache_section
 from kvarena.reports.analysis.replicas import replicas_section
 from kvarena.reports.analysis.reuse import reuse_tables
 from kvarena.reports.analysis.slo import slo_section
@@ -313,7 +313,7 @@ def load_section(summary: dict[str, Any], svg: dict[str, str]) -> Section:
          f"{size_bytes(summary['swapped_out_bytes'])} out, {size_bytes(summary['swapped_in_bytes'])} in; "
          f"all {count(summary['num_block_copies'])} block copies took {seconds(summary['block_copy_seconds'])}"],
         ["prompt tokens from cache", count(summary["num_cached_tokens"]),
-         f"{percent(summary['cached_prompt_share'])} of the prompt tokens{of_optimum(summary)}; "
+         f"{percent(summary['cached_prompt_share'])} of the prompt tokens{of_optimum(summary)}{from_below(summary)}; "
          f"{cache_state(summary)}"],
         *_expert_rows(summary),
         *_kv_rows(summary),

@@ -108,6 +108,7 @@ def _requests(run: RunFiles) -> dict[str, Any]:
     req, reason = run.requests, run.requests["finish_reason"]
     prompt = int(req["num_prompt_tokens"].sum())
     computed = run.finished | (req["num_output_tokens"] > 0)
+    loaded = req.get("num_loaded_tokens")
     cached, seen = int(req["num_cached_tokens"].sum()), int(req["num_prompt_tokens"][computed].sum())
     return {
         "num_requests": run.num_requests,
@@ -125,6 +126,7 @@ def _requests(run: RunFiles) -> dict[str, Any]:
         "num_preempted_requests": int((req["num_preemptions"] > 0).sum()),
         "num_recomputed_tokens": int(req["num_recomputed_tokens"].sum()),
         "num_cached_tokens": cached,
+        "num_loaded_tokens": 0 if loaded is None else int(loaded.sum()),
         "cached_prompt_share": cached / seen if seen else None,
     }
 

@@ -66,6 +66,8 @@ TABLES: dict[str, tuple[Columns, ...]] = {
         _of("token_times", "list of double", "s", "when each output token was on the host"),
         _of("finish_reason", "string", "", "`stop`, `length`, `abort`, `rejected`, `error`"),
         _of("num_cached_tokens", "int32", "tokens", "prompt tokens served from the prefix cache at first admission"),
+        _of("num_loaded_tokens", "int32", "tokens",
+            "of these, those that came up from a level below the pool (since 2026-12-01)"),
         _of("num_optimal_cached_tokens", "double, null", "tokens",
             "prompt tokens that the best prefix cache of this size would have found, given the order of admissions and "
             "what was owned meanwhile (Belady's MIN); null: there is none, or nobody knows (since 2026-11-30)"),

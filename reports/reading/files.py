@@ -29,6 +29,7 @@ LIST_COLUMNS = ("prompt_token_ids", "output_token_ids", "token_times")
 LATER_REQUEST_COLUMNS = (
     "last_token_time",
     "num_first_tokens",
+    "num_loaded_tokens",
     "num_optimal_cached_tokens",
     "kind",
 )  # older run folders lack them

@@ -153,3 +153,19 @@ def test_the_study_has_every_policy_beside_the_optimum(tmp_path) -> None:
         instantiate(compose_cell([*options, "study.policies=[min]"])[0].study)
     with pytest.raises(InstantiationException, match="are empty"):
         instantiate(compose_cell([*options[:1], "study.drawn=null"])[0].study)
+
+
+def test_hits_are_told_apart_by_level(tmp_path) -> None:
+    summary = run(tmp_path / "levels", "allocator=paged_prefix", "allocator.eviction=lru", "kv_cache.host_gib=8")
+    rows = pd.read_parquet(tmp_path / "levels" / "requests.parquet")
+    loaded = int(rows["num_loaded_tokens"].sum())
+    assert 0 < loaded == summary["num_loaded_tokens"] < summary["num_cached_tokens"]
+    assert (rows["num_loaded_tokens"] <= rows["num_cached_tokens"]).all()
+    assert summary["num_cached_tokens"] <= summary["num_optimal_cached_tokens"]
+    write_run_report(tmp_path / "levels")
+    text = (tmp_path / "levels" / "report.md").read_text()
+    assert f"{loaded:,} of them from host memory" in text and "| in host memory |" in text
+    summary = run(tmp_path / "none", "allocator=paged_prefix", "allocator.eviction=lru")
+    write_run_report(tmp_path / "none")
+    text = (tmp_path / "none" / "report.md").read_text()
+    assert summary["num_loaded_tokens"] == 0 and "from host memory" not in text and "| in host memory |" not in text

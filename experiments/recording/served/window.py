@@ -364,6 +364,7 @@ class Window:
             "last_token_time": np.array([one[-1] if len(one) else NAN for one in times]),
             "finish_reason": [one.finish_reason or "abort" for one in now],
             "num_cached_tokens": [one.num_cached_tokens for one in now],
+            "num_loaded_tokens": [one.num_loaded_tokens for one in now],
             "num_preemptions": [one.num_preemptions for one in now],
             "num_recomputed_tokens": [one.num_recomputed_tokens for one in now],
             "error": ["open when this was written" if one.finish_reason is None else one.error for one in now],
