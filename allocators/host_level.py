@@ -10,7 +10,7 @@ before its parent; a swapped one never goes, nor one that is on its way. Free of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvarena.allocators.block_names import BlockName
 from kvarena.allocators.blocks import BlockPool
@@ -49,6 +49,9 @@ class HostLevel:
         num_blocks: of the level.
         num_swap_blocks: most of them that preempted requests may have.
         order: of the cached blocks.
+
+    Attributes:
+        on_forget: told of cached blocks that nobody finds any more.
     """
 
     def __init__(self, num_blocks: int, num_swap_blocks: int, order: EvictionOrder) -> None:
@@ -59,6 +62,7 @@ class HostLevel:
         self._held: dict[bytes, Held] = {}
         self._children: dict[bytes, dict[Held, None]] = {}  # by the digest of the block before them
         self._num_swapped = self._num_arriving = self._num_leaving = 0
+        self.on_forget: Callable[[Sequence[int]], None] | None = None
 
     def usage(self) -> LevelUsage:
         """The books."""
@@ -189,6 +193,8 @@ class HostLevel:
         if not held.is_void:
             held.is_void = True
             del self._held[held.name.digest]
+            if self.on_forget is not None:
+                self.on_forget([held.block])
 
     def _gone(self, held: Held) -> None:
         siblings = self._children.get(held.name.before)
@@ -205,7 +211,10 @@ class HostLevel:
         return min(num_blocks, self._pool.num_free)
 
     def _evict(self, num_blocks: int) -> None:
-        for held in self._order.evict_leaves(num_blocks):
+        gone = self._order.evict_leaves(num_blocks)
+        for held in gone:
             assert isinstance(held, Held)
             del self._held[held.name.digest]
             self._gone(held)
+        if gone and self.on_forget is not None:
+            self.on_forget([held.block for held in gone])

@@ -89,14 +89,19 @@ class Moves:
                 known = names[table[i]] = block_name(before, i, tokens[(i - start) * size : (i - start + 1) * size])
             before = known.digest
 
-    def down(self, blocks: Sequence[int]) -> None:
-        """The pool evicted these; they can be written again by whatever is ordered after this."""
+    def down(self, blocks: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The pool evicted these; they can be written again by whatever is ordered after this.
+
+        Returns:
+            Those that go down, and their places there.
+        """
         admitted = self.level.admit([self._names.pop(block) for block in blocks])
+        sources, places = [blocks[i] for i, _ in admitted], [held.block for _, held in admitted]
         if admitted:
             move = Move([held for _, held in admitted])
             self._downs.append(move)
-            sources = [blocks[i] for i, _ in admitted]
-            self._order(CopyKind.SWAP_OUT, sources, [held.block for held in move.held], move.transfer)
+            self._order(CopyKind.SWAP_OUT, sources, places, move.transfer)
+        return sources, places
 
     def forget(self, blocks: Iterable[int]) -> None:
         """The pool evicted these, and they go nowhere."""

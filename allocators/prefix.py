@@ -82,10 +82,18 @@ class CachingPool(BlockPool):
         """Free so many blocks of the index; the level below `keeps` them, if there is one."""
         blocks = self._index.evict(num_blocks)
         if self.moves is not None:
-            (self.moves.down if keeps else self.moves.forget)(blocks)
+            self._send_down(self.moves, blocks, keeps)
         super().give(blocks)
         if self.observer is not None:
             self.observer.removed(blocks)
+
+    def _send_down(self, moves: Moves, blocks: Sequence[int], keeps: bool) -> None:
+        if not keeps:
+            moves.forget(blocks)
+            return
+        gone, places = moves.down(blocks)
+        if gone and self.observer is not None:
+            self.observer.lowered(gone, places)
 
     def give(self, blocks: Iterable[int]) -> None:
         """Keep published blocks in the cache; free the others."""
@@ -209,6 +217,8 @@ class PrefixCachingAllocator(PagedAllocator):
     @observer.setter
     def observer(self, observer: CacheObserver | None) -> None:
         self._pool.observer = observer
+        if self._moves is not None:
+            self._moves.level.on_forget = None if observer is None else observer.forgotten
 
     def commit(self, req: Request) -> None:
         """Publish the blocks that became full."""

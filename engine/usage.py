@@ -56,6 +56,9 @@ class LevelUsage(NamedTuple):
     free: int
 
 
+LEVEL_CLASSES = LevelUsage._fields[1:]
+
+
 class CacheObserver(Protocol):
     """Told what a prefix cache holds, in the order in which that changes. It changes nothing."""
 
@@ -76,4 +79,12 @@ class CacheObserver(Protocol):
 
     def left(self, req: Request) -> None:
         """`req` owns nothing any more. May come twice."""
+        ...
+
+    def lowered(self, blocks: Sequence[int], places: Sequence[int]) -> None:
+        """These blocks, of which `removed` will tell next, go down: the level below has them at `places`."""
+        ...
+
+    def forgotten(self, places: Sequence[int]) -> None:
+        """The level below holds nothing any more at these of its places."""
         ...

@@ -10,6 +10,7 @@ class Subscriber:
 
     def __init__(self) -> None:
         self.held: dict[int, int] = {}
+        self.below: dict[int, int] = {}  # of host memory, which has no tokens in its events
         self.prefix: dict[int, tuple[int, ...]] = {}  # all tokens up to a hash's block
 
     def take(self, events: list[dict]) -> None:
@@ -18,12 +19,19 @@ class Subscriber:
             if kind == "AllBlocksCleared":
                 assert set(event) == {"type"}
                 self.held.clear()
+                self.below.clear()
             elif kind == "BlockRemoved":
-                assert event["medium"] == "GPU" and event["block_hashes"]
+                assert event["block_hashes"]
+                held = {"GPU": self.held, "CPU": self.below}[event["medium"]]
                 for name in event["block_hashes"]:
-                    self.held[name] -= 1  # only what was told
-                    if not self.held[name]:
-                        del self.held[name]
+                    held[name] -= 1  # only what was told
+                    if not held[name]:
+                        del held[name]
+            elif event["medium"] == "CPU":
+                assert kind == "BlockStored" and set(event) >= STORED and event["token_ids"] == []
+                for name in event["block_hashes"]:
+                    assert name in self.prefix  # told when it was stored in the pool
+                    self.below[name] = self.below.get(name, 0) + 1
             else:
                 assert kind == "BlockStored" and set(event) >= STORED
                 self._store(event)

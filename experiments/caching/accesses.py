@@ -115,6 +115,16 @@ class AccessLog:
         if self._also is not None:
             self._also.left(req)
 
+    def lowered(self, blocks: Sequence[int], places: Sequence[int]) -> None:
+        """What the level below has is in `Request.num_loaded_tokens`."""
+        if self._also is not None:
+            self._also.lowered(blocks, places)
+
+    def forgotten(self, places: Sequence[int]) -> None:
+        """As `lowered`."""
+        if self._also is not None:
+            self._also.forgotten(places)
+
     def _time(self) -> float:
         return self._now() if self.counts else 0.0
 

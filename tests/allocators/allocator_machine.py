@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvarena.engine.contract import NULL_BLOCK, CopyKind, KVAllocator, QueueHead, cdiv
+from kvarena.engine.copies import arrive_in_order
 from kvarena.engine.ledger import check_usage
 from kvarena.engine.request import Request, SamplingParams
 from kvarena.experiments.settings.strategies import build_allocator, strategy_names, strategy_options
@@ -51,6 +52,7 @@ class Memory:
             target = self.host if kind is CopyKind.SWAP_OUT else self.device
             for i in range(self.block_size):
                 target[dst * self.block_size + i] = source.get(src * self.block_size + i, ())
+        arrive_in_order(copies)
 
     def slot(self, table: list[int], pos: int) -> int:
         return table[pos // self.block_size] * self.block_size + pos % self.block_size

@@ -40,9 +40,13 @@ class EventMachine(AllocatorMachine):
         if alloc.observer is None:
             alloc.observer = self.events = CacheEvents(alloc.block_size)
             self.subscriber, alloc.asked = Subscriber(), set()
+        alloc.arrive(0.0)
         self.subscriber.take(self.events.take())
-        held = self.subscriber.held
-        assert set(held.values()) <= {1}
+        held, below = self.subscriber.held, self.subscriber.below
+        assert set(held.values()) | set(below.values()) <= {1}
+        if alloc.levels:
+            level = alloc._moves.level
+            assert len(below) == len(level._held)
         index = alloc._index
         assert len(held) == sum(block in index for block in range(1, alloc.num_blocks + 1))
         alloc.asked |= {
@@ -56,6 +60,14 @@ class EventMachine(AllocatorMachine):
 @pytest.mark.parametrize("block_size", (4, 1))
 def test_a_subscriber_knows_what_the_cache_holds_whatever_happens(name, block_size):
     pool = {"num_blocks": 17 if block_size == 4 else 60, "block_size": block_size, "swap_blocks": 9}
+    make = partial(build_allocator, name, max_model_len=MAX_LEN, **pool)
+    machine = type("Machine", (EventMachine,), {"make": staticmethod(make)})
+    run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=15))
+
+
+@pytest.mark.parametrize("name", CACHING)
+def test_a_subscriber_knows_what_host_memory_holds_whatever_happens(name):
+    pool = {"num_blocks": 17, "block_size": 4, "swap_blocks": 9, "host_blocks": 15, "eviction": "lru"}
     make = partial(build_allocator, name, max_model_len=MAX_LEN, **pool)
     machine = type("Machine", (EventMachine,), {"make": staticmethod(make)})
     run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=15))

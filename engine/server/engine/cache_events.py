@@ -21,8 +21,8 @@ import cbor2
 from kvarena.engine.contract import CacheObserver
 from kvarena.engine.request import Request
 
-# The tier that attention reads, wherever it lies: the name that subscribers know it by.
-MEDIUM = "GPU"
+# The tier that attention reads, wherever it lies, and host memory below it: the names that subscribers know them by.
+GPU, CPU = "GPU", "CPU"
 SEED = "vllm-none-hash"
 
 
@@ -65,6 +65,16 @@ class Both:
         for one in self._observers:
             one.left(req)
 
+    def lowered(self, blocks: Sequence[int], places: Sequence[int]) -> None:
+        """See CacheObserver."""
+        for one in self._observers:
+            one.lowered(blocks, places)
+
+    def forgotten(self, places: Sequence[int]) -> None:
+        """See CacheObserver."""
+        for one in self._observers:
+            one.forgotten(places)
+
 
 class CacheEvents:
     """The observer of an allocator; its events are taken once a step.
@@ -76,6 +86,7 @@ class CacheEvents:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._digests: dict[int, bytes] = {}  # of the blocks that the cache holds
+        self._below: dict[int, bytes] = {}  # of those that the level below holds, by place
         self._chains: dict[Request, list[bytes]] = {}  # of the first blocks of requests that own some
         self._events: list[dict[str, Any]] = []
 
@@ -87,6 +98,7 @@ class CacheEvents:
     def cleared(self) -> None:
         """Nothing is cached: what was told before is void."""
         self._digests.clear()
+        self._below.clear()
         self._events = [{"type": "AllBlocksCleared"}]
 
     # What the allocator tells.
@@ -114,17 +126,34 @@ class CacheEvents:
 
     def removed(self, blocks: Sequence[int]) -> None:
         """One event for what was evicted together, or for all that there was."""
-        hashes = [wire_hash(self._digests.pop(block)) for block in blocks]
-        if hashes and not self._digests:
-            self._events.append({"type": "AllBlocksCleared"})
-        elif hashes:
-            self._events.append({"type": "BlockRemoved", "block_hashes": hashes, "medium": MEDIUM})
+        self._tell_gone([self._digests.pop(block) for block in blocks], GPU)
 
     def left(self, req: Request) -> None:
         """Its hashes are not needed any more; those of its blocks are."""
         self._chains.pop(req, None)
 
+    def lowered(self, blocks: Sequence[int], places: Sequence[int]) -> None:
+        """One event for what goes down together. Tokens and chains were told when the blocks were stored."""
+        digests = [self._digests[block] for block in blocks]
+        self._below.update(zip(places, digests, strict=True))
+        self._events.append({
+            "type": "BlockStored", "block_hashes": [wire_hash(one) for one in digests], "parent_block_hash": None,
+            "token_ids": [], "block_size": self._block_size, "lora_id": None, "medium": CPU, "lora_name": None,
+            "group_idx": 0,
+        })  # fmt: skip
+
+    def forgotten(self, places: Sequence[int]) -> None:
+        """As `removed`, of the level below."""
+        self._tell_gone([self._below.pop(place) for place in places], CPU)
+
     # Events.
+
+    def _tell_gone(self, digests: Sequence[bytes], medium: str) -> None:
+        if digests and not (self._digests or self._below):
+            self._events.append({"type": "AllBlocksCleared"})
+        elif digests:
+            hashes = [wire_hash(one) for one in digests]
+            self._events.append({"type": "BlockRemoved", "block_hashes": hashes, "medium": medium})
 
     def _tokens(self, req: Request, index: int) -> tuple[int, ...]:
         return tuple(req.token_ids(index * self._block_size, (index + 1) * self._block_size))
@@ -138,7 +167,7 @@ class CacheEvents:
             "token_ids": req.token_ids(first * size, (first + len(run)) * size),
             "block_size": size,
             "lora_id": None,
-            "medium": MEDIUM,
+            "medium": GPU,
             "lora_name": None,
         }
         keys = [self._keys(req, index) for index in run]

@@ -88,6 +88,12 @@ class Accesses:
             self._end(error)
         self.seconds += time.perf_counter() - start
 
+    def lowered(self, blocks: Sequence[int], places: Sequence[int]) -> None:
+        """What a level below has is in what its requests say of themselves."""
+
+    def forgotten(self, places: Sequence[int]) -> None:
+        """As `lowered`."""
+
 
 def served_reuse(
     raw: Sequence[RawEvent], hashes: Mapping[int, np.ndarray], prompt_lens: Mapping[int, int], ids: Mapping[int, str],
