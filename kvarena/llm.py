@@ -47,6 +47,7 @@ from kvarena.texts import CompletionOutput, Logprob, RequestOutput, SamplingPara
 OPTIONS = (
     "trust_remote_code", "dtype", "load_format", "device", "gpu_memory_utilization", "max_model_len", "max_num_seqs",
     "max_num_batched_tokens", "block_size", "num_gpu_blocks_override", "kv_cache_memory_gib", "swap_space",
+    "kv_offloading_size",
     "enable_prefix_caching", "async_scheduling", "tensor_parallel_size", "pipeline_parallel_size", "quantization",
     "distributed_executor_backend",
     "enforce_eager", "seed", "chat_template", "generation_config", "max_logprobs",

@@ -288,6 +288,11 @@ ENGINE = _flags(
         _value("GIB", float),
     ),
     (
+        "--kv-offloading-size",
+        "GiB of each rank's host memory for what the prefix cache evicts; --swap-space is a share of it (default: 0)",
+        _value("GIB", float),
+    ),
+    (
         "--enable-prefix-caching",
         "share the KV of equal beginnings (default: on, as --allocator paged_prefix does)",
         _switch(),

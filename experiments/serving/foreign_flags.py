@@ -127,6 +127,7 @@ NO_EFFECT = (
     _only("every token is an event as it comes", "--stream-interval", "1"),
     _only("a request is taken in as soon as there is room", "--scheduler-delay-factor", "0"),
     _only("preempted requests are recomputed; --swap-space keeps their KV", "--preemption-mode", "recompute"),
+    _only("host memory is the engine's own", "--kv-offloading-backend", "native"),
     _only("weights stay on their device", "--cpu-offload-gb", "0"),
     _only("sequences are not split over devices", "--decode-context-parallel-size/-dcp", "1"),
     _only("sequences are not split over devices", "--prefill-context-parallel-size/-pcp", "1"),
@@ -188,8 +189,8 @@ REFUSED = (
         "one port has all engines", "--data-parallel-hybrid-lb/-dph --data-parallel-external-lb/-dpe", "switch",
     ),
     _refused(
-        "keys and values stay on their device, or in --swap-space",
-        "--kv-transfer-config --ec-transfer-config --kv-offloading-size --kv-offloading-backend",
+        "keys and values stay on their device, or in host memory: --kv-offloading-size, --swap-space",
+        "--kv-transfer-config --ec-transfer-config",
     ),
     _refused("images are taken in as their model's files say", "--mm-processor-kwargs --media-io-kwargs"),
     _refused("images stand where the template puts them", "--interleave-mm-strings", "switch"),

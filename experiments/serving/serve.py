@@ -170,6 +170,8 @@ def _build(
             "gpu_memory_utilization": str(config.engine.gpu_memory_utilization),
             "enable_prefix_caching": str(allocator.reads_tokens),
             "num_cpu_blocks": str(allocator.num_host_blocks),
+            "kv_offloading_size": str(config.kv_cache.host_gib or None),
+            "kv_offloading_backend": "native" if config.kv_cache.host_gib else "None",
             "sliding_window": str(spec.sliding_window),
         },
         about=strategy | {"dtype": str(spec.dtype).removeprefix("torch.")},

@@ -15,6 +15,7 @@ FLAGS = {
     "engine.overlap": "--async-scheduling",
     "kv_cache.num_blocks": "--num-gpu-blocks-override",
     "kv_cache.memory_gib": "--kv-cache-memory-gib",
+    "kv_cache.host_gib": "--kv-offloading-size",
     "allocator.swap_gib": "--swap-space",
     "server.api_keys": "--api-key",
     "server.served_model_names": "--served-model-name",

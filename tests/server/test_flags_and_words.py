@@ -26,6 +26,7 @@ VALUES = {
     "--device": "cpu", "--gpu-memory-utilization": "0.3", "--max-model-len": "99", "--max-num-seqs": "6",
     "--max-num-batched-tokens": "77", "--block-size": "8", "--num-gpu-blocks-override": "55",
     "--kv-cache-memory-gib": "1.5", "--swap-space": "2", "--seed": "7", "--model": "there",
+    "--kv-offloading-size": "3",
     "--quantization": "awq", "--kv-events-config": '{"enable_kv_cache_events": true}',
     "--tensor-parallel-size": "2", "--pipeline-parallel-size": "2",
     "--distributed-executor-backend": "ray",

@@ -221,3 +221,42 @@ def test_a_server_tells_what_it_caches():
     finally:
         assert server.stop() == 0
     assert "KV events are published at" in server.said and "Traceback" not in server.said
+
+
+def test_a_server_tells_what_host_memory_holds_and_what_came_from_it():
+    """Prompts of six times the pool, twice: the second time they come up."""
+    config = '{"enable_kv_cache_events": true, "endpoint": "tcp://*:0", "replay_endpoint": "tcp://127.0.0.1:0"}'
+    server = RunningServer(
+        "--max-model-len", "512", "--num-gpu-blocks-override", "32", "--kv-offloading-size", "0.05",
+        "--kv-events-config", config,
+    )  # fmt: skip
+    try:
+        [(_, source)] = server.client.get("/kv_event_sources").json().items()
+        ears = Ears(KVEventsConfig(**source))
+        prompts = [[100 + 13 * i + k % 50 for k in range(400)] for i in range(8)]
+        cached, answers = [], []
+        for prompt in prompts * 2:
+            body = server.complete(prompt, max_tokens=4, temperature=0).json()
+            cached.append(body["usage"]["prompt_tokens_details"]["cached_tokens"])
+            answers.append(body["choices"][0]["text"])
+        server.wait_idle()
+        assert cached == [0] * 8 + [384] * 8 and answers[:8] == answers[8:]
+        events = [event for _, _, (_, events, _) in ears.replay(0) for event in events]
+        ears.close()
+        found = server.metrics()
+    finally:
+        assert server.stop() == 0
+    subscriber = Subscriber()
+    subscriber.take(events)
+    labels = {name: value for name, value in found.items() if "kv_level_blocks" in name}
+    blocks = {part: value for name, value in labels.items() for part in ("cached", "free") if part in name}
+    assert len(subscriber.below) == blocks["cached"] > 150 and sum(labels.values()) == blocks["cached"] + blocks["free"]
+
+    def metric(name: str, *words: str) -> float:
+        return sum(value for key, value in found.items() if key.startswith(name) and all(word in key for word in words))
+
+    loaded = metric("vllm:external_prefix_cache_hits_total")
+    assert 2000 < loaded <= 8 * 384 == loaded + metric("vllm:prefix_cache_hits_total")
+    assert metric("vllm:prompt_tokens_by_source_total", "external_kv_transfer") == loaded
+    up, down = (metric("vllm:kv_offload_total_bytes_total", way) for way in ("CPU_to_GPU", "GPU_to_CPU"))
+    assert up / loaded == down / (16 * blocks["cached"])  # bytes of a token

@@ -62,6 +62,8 @@ class Gauges:
         classes = self._view.classes(usage, requests, scheduler.held)
         row.set_all("kvarena:kv_slots", [classes[name] for name in CLASSES])
         row.set("kvarena:kv_slots_shared_saved", usage.shared_saved)
+        for level in self._engine.allocator.levels:
+            row.set_all("kvarena:kv_level_blocks", level[1:])
         row.set("vllm:kv_cache_usage_perc", usage.owned / usage.total if usage.total else 0.0)
         if self._image_counts is not None:
             for name, count in self._image_counts()._asdict().items():

@@ -16,6 +16,7 @@ import threading
 import time
 
 from kvarena.engine.beams import Text
+from kvarena.engine.contract import CopyKind, StepPlan
 from kvarena.engine.core import StepFailed, StepOutput
 from kvarena.engine.errors import EngineError, OutOfMemory, RankFailed
 from kvarena.engine.ledger import StepCheck
@@ -271,6 +272,8 @@ class EngineLoop:
         row.inc("kvarena:steps")
         row.inc("vllm:generation_tokens", by=num_sampled)
         row.inc("vllm:num_preemptions", by=len(plan.preempted))
+        if plan.copies:
+            self._count_copies(plan)
         # As vLLM counts: tokens of prompts that were computed, and tokens that came of it. A decode computes one and
         # gives one; a prompt's end gives one more.
         row.observe("vllm:iteration_tokens_total", plan.num_new_tokens + num_first)
@@ -302,10 +305,24 @@ class EngineLoop:
         row = self._row
         row.inc("vllm:prompt_tokens", by=req.num_prompt_tokens)
         row.inc("vllm:prefix_cache_queries", by=req.num_prompt_tokens)
-        row.inc("vllm:prefix_cache_hits", by=req.num_cached_tokens)
+        num_loaded = req.num_loaded_tokens
+        num_hits = req.num_cached_tokens - num_loaded
+        row.inc("vllm:prefix_cache_hits", by=num_hits)
+        if self._engine.allocator.levels:
+            row.inc("vllm:external_prefix_cache_queries", by=req.num_prompt_tokens - num_hits)
+            row.inc("vllm:external_prefix_cache_hits", by=num_loaded)
         row.inc("vllm:prompt_tokens_cached", by=req.num_cached_tokens)
-        row.inc("vllm:prompt_tokens_by_source", "local_cache_hit", by=req.num_cached_tokens)
+        row.inc("vllm:prompt_tokens_by_source", "local_cache_hit", by=num_hits)
+        row.inc("vllm:prompt_tokens_by_source", "external_kv_transfer", by=num_loaded)
         row.inc("vllm:prompt_tokens_by_source", "local_compute", by=req.num_prompt_tokens - req.num_cached_tokens)
+
+    def _count_copies(self, plan: StepPlan) -> None:
+        """Count what went to host memory and came from it, in bytes of this rank."""
+        allocator = self._engine.allocator
+        block_bytes = allocator.block_size * allocator.kv_bytes_per_token
+        for kind, direction in ((CopyKind.SWAP_OUT, "GPU_to_CPU"), (CopyKind.SWAP_IN, "CPU_to_GPU")):
+            num_blocks = sum(copy.kind is kind for copy in plan.copies)
+            self._row.inc("vllm:kv_offload_total_bytes", direction, by=num_blocks * block_bytes)
 
     # Out.
 

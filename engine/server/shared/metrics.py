@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from kvarena.engine.classes import CLASSES
 from kvarena.engine.server.shared.page import Page
+from kvarena.engine.usage import LEVEL_CLASSES
 
 LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TTFT = (
@@ -122,6 +123,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("vllm:prompt_tokens_cached", "counter", "Prompt tokens served from the prefix cache."),
     Metric("vllm:prefix_cache_queries", "counter", "Prompt tokens looked up in the prefix cache."),
     Metric("vllm:prefix_cache_hits", "counter", "Prompt tokens found in the prefix cache."),
+    Metric("vllm:external_prefix_cache_queries", "counter", "Prompt tokens looked up in the levels below the pool."),
+    Metric("vllm:external_prefix_cache_hits", "counter", "Prompt tokens that came up from there."),
+    Metric(
+        "vllm:kv_offload_total_bytes",
+        "counter",
+        "Bytes of keys and values that went to host memory, and came from it.",
+        {"transfer_type": ("GPU_to_CPU", "CPU_to_GPU")},
+    ),
     Metric("vllm:request_success", "counter", "Requests that ended.", {"finished_reason": FINISH_REASONS}),
     Metric(
         "vllm:admission_rejections",
@@ -142,6 +151,12 @@ METRICS: tuple[Metric, ...] = (
     *(Metric(f"vllm:{n}", "histogram", h, {}, b) for n, (h, b) in (_REQUEST_SECONDS | _REQUEST_COUNTS).items()),
     Metric("kvarena:kv_slots", "gauge", "Slots of the KV pool; the classes add up to it.", {"class": CLASSES}),
     Metric("kvarena:kv_slots_shared_saved", "gauge", "Slots that sharing saves."),
+    Metric(
+        "kvarena:kv_level_blocks",
+        "gauge",
+        "Blocks of the levels below the KV pool; the classes add up to a level.",
+        {"level": ("host",), "class": LEVEL_CLASSES},
+    ),
     Metric("kvarena:ledger_violations", "counter", "Steps whose slots did not add up, and slots that leaked."),
     Metric("kvarena:recording_up", "gauge", "1 while what is served is recorded."),
     Metric("kvarena:image_cache_hits", "counter", "Tiles of images that a step needed and found encoded."),
