@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -401,7 +401,7 @@ def _kv_cache(config: KVCacheConfig) -> KVCacheConfig:
     """`num_blocks` or `memory_gib`, when given, replaces the default `num_slots`."""
     if config.num_blocks is None and config.memory_gib is None:
         return config
-    return KVCacheConfig(num_slots=None, num_blocks=config.num_blocks, memory_gib=config.memory_gib)
+    return replace(config, num_slots=None)
 
 
 def _sampling(config: SamplingConfig) -> SamplingParams:

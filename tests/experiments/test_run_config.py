@@ -53,6 +53,13 @@ def test_a_run_keeps_its_values_as_they_were_composed(overrides):
     assert cell_key(*compose_cell(overrides))["config"] == cell_key(run, compose_cell(overrides)[1])["config"]
 
 
+@pytest.mark.parametrize("size", ["num_slots=64", "num_blocks=4", "memory_gib=2"])
+def test_whatever_sizes_the_pool_leaves_the_level_below_it(size):
+    """A size in place of the default one made a section of its own, without the other keys."""
+    run = RunConfig.of(load_config([f"kv_cache.{size}", "kv_cache.host_gib=3", "kv_cache.load=never"])).kv_cache
+    assert (run.sized_by, run.host_gib, run.load) == (f"kv_cache.{size.partition('=')[0]}", 3, "never")
+
+
 def _settings() -> list[tuple[type[Section], str]]:
     kinds = [*KINDS.values(), RunnerConfig, SimulatedRunnerConfig, ServerConfig]
     return [(kind, one.name) for kind in kinds for one in fields(kind) if "Annotated" in str(one.type)]
