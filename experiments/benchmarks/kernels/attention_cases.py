@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +120,7 @@ def relative_error(batch: Batch, layer: int, out: Tensor, scale: float, max_rows
     loc, lens = batch.query_start_loc, batch.seq_lens
     error = norm = 0.0
     for row in np.linspace(0, len(lens) - 1, min(max_rows, len(lens))).astype(int):
-        positions = torch.arange(int(lens[row]), device="cuda")
+        positions = torch.arange(int(lens[row]), device=out.device)
         slots = batch.block_table[row][positions // batch.block_size].long() * batch.block_size
         slots += positions % batch.block_size
         group = batch.shape.num_heads // batch.shape.num_kv_heads
@@ -127,9 +129,38 @@ def relative_error(batch: Batch, layer: int, out: Tensor, scale: float, max_rows
         end = int(loc[row + 1])
         q = batch.q[end - num_queries : end].double()
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        query_at = torch.arange(int(lens[row]) - num_queries, int(lens[row]), device="cuda")
+        query_at = torch.arange(int(lens[row]) - num_queries, int(lens[row]), device=out.device)
         scores = scores.masked_fill(positions[None, None] > query_at[None, :, None], -torch.inf)
         exact = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
         error += float((out[end - num_queries : end].double() - exact).square().sum())
         norm += float(exact.square().sum())
     return (error / norm) ** 0.5
+
+
+def unequal_rows(results: Sequence[Tensor], wanted: Tensor, most: float = 0.0) -> dict[str, Any]:
+    """Of results of one launch, the rows that differ from those wanted.
+
+    Args:
+        results: any number of [rows, heads, head_dim].
+        wanted: the same shape.
+        most: ||row - wanted|| / ||wanted|| up to which a row is equal; 0: bit by bit.
+
+    Returns:
+        `rows` that differ in any result, `nans` rows that have one, `largest` relative difference of a row without
+        (None: all have one) and `first`, up to 8 of the rows that differ or have a NaN.
+    """
+    ranges, exact = range(1, wanted.ndim), wanted.float()
+    differ = torch.zeros(len(wanted), dtype=torch.bool, device=wanted.device)
+    nans, largest = differ.clone(), torch.full((len(wanted),), -1.0, device=wanted.device)
+    for result in results:
+        far = (result.float() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+        lost = result.isnan().any(dim=tuple(ranges))
+        nans |= lost
+        largest = torch.where(lost, largest, torch.maximum(largest, far))
+        differ |= (far > most) | lost if most else (result != wanted).any(dim=tuple(ranges)) | lost
+    first = differ.nonzero().flatten()[:8].tolist()
+    found = float(largest.max())
+    return {
+        "rows": int(differ.sum()), "nans": int(nans.sum()), "largest": None if found < 0 else float(f"{found:.2e}"),
+        "first": first,
+    }  # fmt: skip

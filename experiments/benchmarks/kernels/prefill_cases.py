@@ -56,7 +56,9 @@ TILES = (
 
 def attention_calls(batch: Batch, *, contiguous: bool) -> tuple[list[AttentionCall], Tensor]:
     """One per layer of the pool, and the output that they share."""
-    loc, lens = torch.from_numpy(batch.query_start_loc).cuda(), torch.from_numpy(batch.seq_lens.astype(np.int32)).cuda()
+    loc, lens = (
+        torch.from_numpy(ints).to(batch.q.device) for ints in (batch.query_start_loc, batch.seq_lens.astype(np.int32))
+    )
     out = torch.full_like(batch.q, torch.nan)
     scale = batch.shape.head_dim**-0.5
     return [
