@@ -121,6 +121,7 @@ def resources(kernel, constants, num_warps, num_stages, max_registers=None, unal
         "waits": "griddepcontrol.wait" in ptx,
         "before_wait": sorted(set(MEMORY_ACCESS.findall(ptx.split("griddepcontrol.wait")[0]))),
         "wrong_reductions": wrong_reductions(compiled.asm["ttgir"]),
+        "arrivals": arrivals(ptx),
         "argmax": bool(re.search(r'"tt\.reduce"\(%\w+, ', compiled.asm["ttgir"])),
         "cp_async": "cp.async" in ptx,
         "exchange": re.findall(
@@ -128,6 +129,25 @@ def resources(kernel, constants, num_warps, num_stages, max_registers=None, unal
         ),
         "wide_loads": "ld.global.v4" in ptx or "cp.async.cg.shared.global" in ptx,
     }
+
+
+def arrivals(ptx):
+    """How programs tell the last of them that they have written: each time, [what is before, what is after].
+
+    Before: whether all threads' stores come before a barrier, and this before the one thread's exchange. After: whether
+    its outcome goes through shared memory and a barrier to all threads, before any reads what others have written.
+    """
+    order = re.findall(
+        r"^\s*(?:@%\w+ )?(bar\.sync|st\.global|ld\.global\.cg|st\.shared|ld\.shared|atom\.global\.gpu\.acq_rel\.add)",
+        ptx, re.MULTILINE,
+    )  # fmt: skip
+    found = []
+    for at, one in enumerate(order):
+        if one.startswith("atom"):
+            before = next((o for o in reversed(order[:at]) if o in ("bar.sync", "st.global")), None)
+            after = [o for o in order[at + 1 :] if o != "st.global"][:3]
+            found.append([before == "bar.sync", after == ["st.shared", "bar.sync", "ld.shared"]])
+    return found
 
 
 def wrong_reductions(ttgir):

@@ -97,3 +97,18 @@ def test_nobody_reads_another_rank_s_row_before_its_flag(resources):
         told, seen = found.index("atom.global.sys.release"), found.index("ld.global.sys.acquire")
         read = next(i for i, one in enumerate(found) if one.startswith("ld.global.cg"))
         assert "bar.sync" in found[:told] and told < seen and "bar.sync" in found[seen:read], found
+
+
+def test_the_last_program_to_end_reads_what_all_others_have_written(resources):
+    """All threads' stores, a barrier, one thread's exchange; and its outcome reaches all threads behind a barrier.
+
+    What others have written is then read past the first cache, which on another multiprocessor may hold older values.
+    """
+    merging = {name: r for name, r in resources.items() if r["arrivals"]}
+    kinds = ("decode", "shared", "experts norm", "experts down and sum", "draw")
+    assert {kind for kind in kinds if not any(name.startswith(kind) for name in merging)} == set()
+    for name, r in merging.items():
+        assert all(before and after for before, after in r["arrivals"]), (name, r["arrivals"])
+        assert any(one.startswith("ld.global.cg") for one in r["exchange"]), name
+    # One of each size of item, and the queue's.
+    assert len(merging["shared gpt-oss"]["arrivals"]) == 3
