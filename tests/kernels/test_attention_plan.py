@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvarena.engine.errors import EngineError
@@ -28,6 +28,7 @@ def parts(buffer, capacity):
     return np.split(buffer, np.cumsum([d, d, d, d, d, s, p, p, p, p]))
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # on a busy machine nothing is quick
 @given(
     BATCH, st.integers(1, 60), st.integers(1, 64), st.booleans(), st.booleans(),
     st.sampled_from([None, Programs(7, 1), Programs(132, 8), Programs(132, 2)]),
