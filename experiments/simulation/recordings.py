@@ -85,10 +85,13 @@ def read_recording(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _later(row: dict[str, Any]) -> dict[str, Any]:
-    """What recordings of before have no columns for: tokens came one by one, and the last ended its request."""
+    """What recordings of before lack: tokens came one by one, the last ended its request, no level lay below."""
     num_tokens = row["num_output_tokens"]
     last = row["finish_time"] if num_tokens else None
-    return {"num_first_tokens": min(num_tokens, 1), "last_token_time": last, BOUND: None, "kind": ""}
+    return {
+        "num_first_tokens": min(num_tokens, 1), "last_token_time": last, "num_loaded_tokens": 0, BOUND: None,
+        "kind": "",
+    }  # fmt: skip
 
 
 def recording_names(folder: Path) -> list[str]:
